@@ -1,0 +1,69 @@
+# The front door. Every target that runs a recipe is one line over `python -m sft_recipes`; `make help` lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VARIABLES := RECIPE GPUS NODES PROCESSES DEVICES DATA VALIDATION NAME RESUME ACCEPT CARD RUN PROMPT DRY_RUN ARGS
+RECIPE ?= tiny
+
+# Make expands $(…) in what the user typed; the raw text goes to the environment, and the shell quotes it.
+$(foreach variable,$(VARIABLES),$(eval override export $(variable) := $$(value $(variable))))
+
+VENV ?= .venv
+PYTHON := $(VENV)/bin/python
+
+# One definition of how variables become options; an unset or empty one is left out.
+SFT = set -f; exec $(PYTHON) -m sft_recipes
+HARDWARE = $${GPUS:+--gpus "$$GPUS"} $${NODES:+--nodes "$$NODES"} $${PROCESSES:+--processes "$$PROCESSES"} \
+	$${CARD:+--card "$$CARD"}
+OVERRIDES = $${DATA:+"data.train=$$DATA"} $${DATA:+"data.validation=$${VALIDATION:-}"} \
+	$${VALIDATION:+"data.validation=$$VALIDATION"} $${ARGS:-}
+
+.PHONY: help setup recipes plan train generate test lint lock
+
+help: ## this list
+	@echo 'Variables stand behind the target: make train RECIPE=8b GPUS=8'
+	@echo
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r target text; do \
+		printf '  %-10s %s\n' "$$target" "$$text"; done
+	@printf '\n%s\n' 'RECIPE      a name from `make recipes` (default: tiny)' \
+		'GPUS        GPUs over all nodes; 0 is the CPU (default: what the recipe or the machine has)' \
+		'DEVICES     which GPUs, by id: 0,2' \
+		'PROCESSES   ranks on the CPU, with GPUS=0' \
+		'NODES CARD  hardware to plan for: CARD=h100-80g, a100-40g, ... or GiB' \
+		'DATA        your data: a .jsonl, .json, .csv or .parquet file, a folder, or a Hub name' \
+		'VALIDATION  data to validate on (default: a seeded part of DATA)' \
+		'NAME        the name of the run (default: RECIPE-1, RECIPE-2, ...)' \
+		'RESUME=1    an error where there is no run to go on with; ACCEPT=KEY,... goes on with a changed plan' \
+		'RUN PROMPT  a run (name or folder), and what to ask it' \
+		'DRY_RUN=1   print the command that would start the ranks' \
+		'ARGS        key=value overrides: ARGS="trainer.learning_rate=1e-3 trainer.max_length=256"'
+
+setup: ## make the virtual environment (.venv); every target below does it when needed
+	@requirements/install.sh $(VENV)
+
+recipes: setup ## the recipes in a table
+	@$(SFT) list
+
+plan: setup ## settle every number of a run, start nothing: RECIPE GPUS NODES CARD DATA ARGS (ARGS=--explain, ARGS=--json)
+	@$(SFT) plan "$$RECIPE" $(HARDWARE) $(OVERRIDES)
+
+train: setup ## the run; goes on with an unfinished one: RECIPE GPUS DEVICES PROCESSES DATA VALIDATION NAME RESUME ACCEPT ARGS
+	@$(SFT) train "$$RECIPE" $(HARDWARE) $${DEVICES:+--devices "$$DEVICES"} $${NAME:+--name "$$NAME"} \
+		$${RESUME:+--resume} $${ACCEPT:+--accept "$$ACCEPT"} $${DRY_RUN:+--dry-run} $(OVERRIDES)
+
+generate: setup ## let what was trained answer: RUN PROMPT
+	@$(SFT) generate "$${RUN:?RUN is missing: the name of a run, such as tiny-1}" $${PROMPT:+--prompt "$$PROMPT"}
+
+test: setup ## the tests, on the CPU, in under ten minutes
+	@$(PYTHON) -m pytest tests
+
+lint: setup ## ruff, mypy, shellcheck
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m mypy
+	@shopt -s nullglob; if [ -x $(VENV)/bin/shellcheck ]; then \
+		$(VENV)/bin/shellcheck requirements/*.sh slurm/*.sh docker/*.sh .ci/run; fi
+
+lock: ## resolve requirements/requirements.in anew (needs uv)
+	@requirements/lock.sh

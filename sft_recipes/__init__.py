@@ -1,0 +1,1 @@
+"""Supervised fine-tuning recipes: planning decides, training carries out, `plan.json` stands between them."""

@@ -1,0 +1,169 @@
+"""Reads the command line, the only module that does, and calls the room that answers."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from sft_recipes.planning import plan as plans
+from sft_recipes.planning import recipes, run_folder, show
+from sft_recipes.planning.plan import Topology
+from sft_recipes.planning.schema import Recipe, RecipeError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(f"{self.prog}: {message}; `python -m sft_recipes --help` lists the verbs")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb; the exit code is that of the contract (0 done, 1 a fault, 2 the user's input is wrong)."""
+    try:
+        parser = _parser()
+        parsed, rest = parser.parse_known_args(arguments)
+        _take_overrides(parser, parsed, rest)
+        return int(parsed.verb(parsed) or 0)
+    except RecipeError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `… | head` closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _take_overrides(parser: argparse.ArgumentParser, parsed: argparse.Namespace, rest: list[str]) -> None:
+    """argparse stops taking `key=value` at the first option; those behind it are taken here."""
+    unknown = [word for word in rest if "=" not in word or word.startswith("-") or not hasattr(parsed, "overrides")]
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]!r}")
+    if rest:
+        parsed.overrides += rest
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="sft_recipes", description=__doc__, allow_abbrev=False)
+    verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
+
+    verb = verbs.add_parser("list", help="the recipes in a table")
+    verb.set_defaults(verb=_list)
+
+    verb = verbs.add_parser("plan", help="settle every number of a run; starts nothing")
+    _add_recipe(verb)
+    verb.add_argument("--json", action="store_true", help="for machines")
+    verb.add_argument("--explain", action="store_true", help="where each value came from")
+    verb.set_defaults(verb=_plan)
+
+    verb = verbs.add_parser("train", help="the run; goes on with an unfinished one of the same plan")
+    _add_recipe(verb)
+    verb.add_argument("--devices", metavar="0,2", help="GPUs by id")
+    verb.add_argument("--name", help="the run's name (default: RECIPE-N)")
+    verb.add_argument("--resume", action="store_true", help="an error where there is nothing to go on with")
+    verb.add_argument("--accept", default="", metavar="KEY,…", help="go on although these differ from the run's plan")
+    verb.add_argument("--dry-run", action="store_true", help="print the command that would start the ranks")
+    verb.set_defaults(verb=_train)
+
+    verb = verbs.add_parser("generate", help="let what was trained answer")
+    verb.add_argument("run", help="a run's name or folder")
+    verb.add_argument("--prompt", help="one prompt (default: lines from standard input)")
+    verb.set_defaults(verb=_generate)
+    return parser
+
+
+def _add_recipe(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("recipe", help="a name from `list`")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="trainer.learning_rate=1.0e-5")
+    verb.add_argument("--gpus", metavar="N", help="GPUs over all nodes; 0 is the CPU")
+    verb.add_argument("--processes", metavar="N", help="ranks on the CPU, with --gpus 0")
+    verb.add_argument("--nodes", metavar="N")
+    verb.add_argument("--card", help="h100-80g, … or a number of GiB")
+
+
+def _recipe(parsed: argparse.Namespace) -> Recipe:
+    return recipes.load(parsed.recipe, parsed.overrides)
+
+
+def _numbers(parsed: argparse.Namespace) -> tuple[int | None, int | None, int | None]:
+    from sft_recipes.launching.topology import whole_number
+
+    wanted = (("gpus", 0), ("processes", 1), ("nodes", 1))
+    gpus, processes, nodes = (
+        None if (text := getattr(parsed, name)) is None else whole_number(text, name.upper(), least)
+        for name, least in wanted
+    )
+    return gpus, processes, nodes
+
+
+def _list(_parsed: argparse.Namespace) -> None:
+    rows = [["recipe", "size", "model", "method", "parallelism", "hardware", "effective batch"]]
+    for name in recipes.names():
+        recipe = recipes.load(name)
+        hardware = recipe.hardware
+        rows.append(
+            [
+                name,
+                recipe.size,
+                recipe.model.name_or_path or "built from scratch",
+                "full",
+                recipe.parallelism,
+                f"{hardware.gpus} x {hardware.card}" if hardware.gpus else "CPU",
+                str(recipes.hyperparameter(recipe, "effective_batch_size")[0]),
+            ]
+        )
+    print(show.table(rows))
+
+
+def _plan(parsed: argparse.Namespace) -> None:
+    from sft_recipes.launching.topology import planned
+
+    recipe = _recipe(parsed)
+    gpus, processes, nodes = _numbers(parsed)
+    plan = plans.make(recipe, planned(recipe, gpus, processes, nodes, parsed.card))
+    print(plans.to_json(plan) if parsed.json else show.plan_table(plan, parsed.explain))
+
+
+def _topology(parsed: argparse.Namespace, recipe: Recipe) -> Topology:
+    from sft_recipes.launching.topology import present
+
+    return present(recipe, *_numbers(parsed), parsed.card, parsed.devices)
+
+
+def _train(parsed: argparse.Namespace) -> int:
+    from sft_recipes.launching import supervisor
+
+    recipe = _recipe(parsed)
+    if parsed.name is not None:
+        run_folder.check_name(parsed.name)
+    plan = plans.make(recipe, _topology(parsed, recipe))
+    if plan.fits is False and plan.memory_bytes_per_gpu:
+        needed = plan.memory_bytes_per_gpu["total"] / 2**30
+        raise RecipeError(
+            f"recipe {recipe.name} needs about {needed:.0f} GiB a GPU and {plan.card} holds less; "
+            f"`make plan RECIPE={recipe.name}` shows the parts"
+        )
+    accept = [key for key in parsed.accept.split(",") if key]
+    start = run_folder.choose(plan, parsed.name, parsed.resume, accept, supervisor.held_by())
+    for note in start.notes:
+        _say(note)
+    if start.folder.state() == "finished":
+        _say(f"{start.folder.path} is finished; its model is in {start.folder.final} (another run: NAME=…)")
+        return 0
+    if parsed.dry_run:
+        print(supervisor.shell_line(plan, start.folder))
+        return 0
+    with supervisor.held(start.folder):
+        return supervisor.carry_out(start, _say)
+
+
+def _generate(parsed: argparse.Namespace) -> int:
+    from sft_recipes.training import generate
+
+    folder = run_folder.find(parsed.run)
+    prompts = [parsed.prompt] if parsed.prompt is not None else (line.rstrip("\n") for line in sys.stdin)
+    return generate.main(folder, prompts)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

@@ -1,0 +1,1 @@
+"""From files to the rows that the loss sees."""

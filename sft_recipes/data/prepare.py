@@ -1,0 +1,292 @@
+"""Prepares a plan's data once a node, before any rank starts, and keeps it by what it was made from.
+
+Run as `python -m sft_recipes.data.prepare PLAN`: reads, checks, renders, tokenizes, masks and packs the rows, builds
+the model of a recipe that starts from nothing, and writes `prepared.json` beside the plan. Leaves with 2 where the
+user's input is wrong. A second start with the same data, tokenizer, template, lengths and code finds it all there.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from sft_recipes.data import sources
+from sft_recipes.data.formats import Message, messages_of
+from sft_recipes.data.sources import Source
+from sft_recipes.planning import plan as plans
+from sft_recipes.planning.plan import Plan, Prepared
+from sft_recipes.planning.run_folder import runs_root, write_json
+from sft_recipes.planning.schema import RecipeError
+
+_RENDERED_TOGETHER = 1000
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A checked conversation and where it was written."""
+
+    messages: list[Message]
+    where: str
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of a source's rows; tokens count each example's own, before packing."""
+
+    examples: int
+    cut: int
+    dropped: int
+    tokens: int
+    supervised_tokens: int
+    rows: int
+
+
+def main(plan_file: str) -> int:
+    """Prepares the data of the plan in `plan_file`; 0, or 2 with one line on standard error."""
+    path = Path(plan_file)
+    try:
+        prepared = prepare(plans.read(path), runs_root() / ".prepared")
+    except RecipeError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    write_json(path.with_name("prepared.json"), asdict(prepared))
+    return 0
+
+
+def prepare(plan: Plan, store: Path) -> Prepared:
+    """The plan's data, made or found in `store`.
+
+    Raises:
+        RecipeError: rows, model or tokenizer are not what a run can start from.
+    """
+    data, model = plan.sections["data"], plan.sections["model"]
+    if not model["from_scratch"]:
+        check_model(model["name_or_path"], model["trust_remote_code"])
+    embedded = store / f"embedded-{hashlib.sha256(_code('embedded.py').encode()).hexdigest()[:8]}"
+    train = sources.resolve(data["train"], "data.train", embedded)
+    validation = sources.resolve(data["validation"], "data.validation", embedded) if data["validation"] else None
+    fingerprint = _fingerprint(plan, train, validation)
+    folder = store / fingerprint
+    if not (folder / "prepared.json").is_file():
+        partial = store / f"{fingerprint}.{os.getpid()}.partial"
+        try:
+            _make(plan, train, validation, partial, fingerprint)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.replace(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    found = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
+    return Prepared(**{**found, "folder": str(folder.resolve())})
+
+
+def _code(file: str) -> str:
+    return Path(__file__).with_name(file).read_text(encoding="utf-8")
+
+
+def check_model(name_or_path: str, trust_remote_code: bool) -> None:
+    """Refuses a local folder that holds no whole model; what is not a folder is taken for a Hub name.
+
+    Raises:
+        RecipeError: no such folder, no config, no weights, a shard missing, or code that would have to run.
+    """
+    key = "model.name_or_path"
+    folder = Path(name_or_path).expanduser()
+    if not folder.is_dir():
+        if (
+            name_or_path.startswith((".", "/", "~"))
+            or name_or_path.count("/") > 1
+            or any(c.isspace() for c in name_or_path)
+        ):
+            raise RecipeError(
+                f"{key}: no folder {name_or_path!r}; name a folder with config.json and weights, or a Hub name"
+            )
+        return
+    config = folder / "config.json"
+    if not config.is_file():
+        raise RecipeError(f"{key}: {folder} has no config.json; name the folder that save_pretrained wrote")
+    if not any(folder.glob("*.safetensors")):
+        other = "; weights in *.bin are pickles: convert them to safetensors" if any(folder.glob("*.bin")) else ""
+        raise RecipeError(f"{key}: {folder} has no weights (*.safetensors){other}")
+    index = folder / "model.safetensors.index.json"
+    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+    if missing:
+        raise RecipeError(f"{key}: {folder} lacks {', '.join(missing)}, which its index names; bring the whole model")
+    if not trust_remote_code and "auto_map" in json.loads(config.read_text()):
+        raise RecipeError(
+            f"{key}: {folder} wants its own code to run (auto_map); say model.trust_remote_code=true if you trust it"
+        )
+
+
+def _fingerprint(plan: Plan, train: Source, validation: Source | None) -> str:
+    """SHA-256 over all that decides the prepared rows: content, tokenizer, template, lengths, code, libraries."""
+    model = plan.sections["model"]
+    template = model["chat_template"]
+    parts = {
+        "train": train.fingerprint(),
+        "validation": validation.fingerprint() if validation else plan.sections["data"]["validation_fraction"],
+        "model": model,
+        "tokenizer": _tokenizer_files(model["name_or_path"]),
+        "template": Path(template).read_text(encoding="utf-8") if template and Path(template).is_file() else template,
+        "max_length": plan.max_length,
+        "packing": plan.packing,
+        "dropped_at_most": plan.sections["data"]["dropped_at_most"],
+        "seed": plan.sections["trainer"]["seed"],
+        "data_seed": plan.sections["trainer"]["data_seed"],
+        "date": plan.created[:10] if "strftime_now" in json.dumps(_tokenizer_files(model["name_or_path"])) else None,
+        "code": {path.name: _code(path.name) for path in sorted(Path(__file__).parent.glob("*.py"))},
+        "libraries": {name: metadata.version(name) for name in ("transformers", "tokenizers", "trl", "jinja2")},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _tokenizer_files(name_or_path: str | None) -> dict[str, str]:
+    folder = Path(name_or_path).expanduser() if name_or_path else None
+    if folder is None or not folder.is_dir():
+        return {}
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "config.json")
+    return {name: (folder / name).read_text(encoding="utf-8") for name in names if (folder / name).is_file()}
+
+
+def _make(plan: Plan, train: Source, validation: Source | None, folder: Path, fingerprint: str) -> None:
+    import datasets
+    import transformers
+
+    from sft_recipes.data.chat import Chat, load_tokenizer
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    started = time.monotonic()
+    training = _conversations(train, "data.train")
+    if validation is not None:
+        held_out = _conversations(validation, "data.validation")
+    else:
+        training, held_out = _split(training, plan.sections["data"]["validation_fraction"], plan)
+    folder.mkdir(parents=True)
+    model = plan.sections["model"]
+    name = model["name_or_path"]
+    if model["from_scratch"]:
+        from sft_recipes.data import scratch
+
+        name = str(folder / "model")
+        texts = [message["content"] for one in training for message in one.messages]
+        scratch.build(model["architecture"], texts, Path(name), plan.sections["trainer"]["seed"])
+    tokenizer = load_tokenizer(name, model["revision"], model["chat_template"], model["trust_remote_code"])
+    chat = Chat(tokenizer, datetime.date.fromisoformat(plan.created[:10]))
+    counts, ends = _write_rows(plan, chat, training, folder / "train", "data.train")
+    held_out_counts, _ = _write_rows(plan, chat, held_out, folder / "validation", "data.validation")
+    _write_prompts(chat, held_out, folder / "prompts.jsonl", plan.sections["trainer"]["data_seed"])
+    prepared = Prepared(
+        fingerprint=fingerprint,
+        folder=str(folder),
+        examples=counts.examples,
+        rows=counts.rows,
+        supervised_tokens=counts.supervised_tokens,
+        tokens=counts.tokens,
+        validation_rows=held_out_counts.rows,
+    )
+    details = {"train": asdict(counts), "validation": asdict(held_out_counts), "end_of_turn_ids": sorted(ends)}
+    write_json(folder / "details.json", details)
+    write_json(folder / "prepared.json", asdict(prepared))
+    _report(plan, counts, held_out_counts, time.monotonic() - started)
+
+
+def _conversations(source: Source, key: str) -> list[Conversation]:
+    found = [Conversation(messages_of(row), row.where) for row in source.rows()]
+    if not found:
+        named = source.hub_name or ", ".join(str(file) for file in source.files)
+        raise RecipeError(f"{key}: {named} holds no rows")
+    return found
+
+
+def _split(rows: list[Conversation], fraction: float, plan: Plan) -> tuple[list[Conversation], list[Conversation]]:
+    """A seeded split, both halves in their written order; conversations with the same opening stay together."""
+    openings = sorted({_opening(row) for row in rows})
+    if len(openings) < 2:
+        raise RecipeError("data.train: all rows ask the same, so none can be held out; say data.validation=<a file>")
+    wanted = min(max(round(len(openings) * fraction), 1), len(openings) - 1)
+    held_out = set(random.Random(plan.sections["trainer"]["data_seed"]).sample(openings, wanted))
+    return [row for row in rows if _opening(row) not in held_out], [row for row in rows if _opening(row) in held_out]
+
+
+def _opening(row: Conversation) -> str:
+    asked = next(message["content"] for message in row.messages if message["role"] == "user")
+    return " ".join(asked.split())
+
+
+def _write_rows(
+    plan: Plan, chat: Any, conversations: list[Conversation], folder: Path, key: str
+) -> tuple[Counts, set[int]]:
+    from sft_recipes.data.chat import IGNORED, Tokenized
+    from sft_recipes.data.packing import to_dataset
+
+    kept, ends, cut, tokens, supervised = [], set(), 0, 0, 0
+    for one in _tokenized(chat, conversations):
+        ends |= chat.end_of_turn_ids(one)
+        whole = len(one.input_ids)
+        short = Tokenized(one.input_ids[: plan.max_length], one.labels[: plan.max_length])
+        # The first token is never predicted, so a label there is none.
+        trained = sum(label != IGNORED for label in short.labels[1:])
+        cut += whole > plan.max_length
+        if trained:
+            kept.append(short)
+            tokens += len(short.input_ids)
+            supervised += trained
+    dropped = len(conversations) - len(kept)
+    at_most = plan.sections["data"]["dropped_at_most"]
+    if dropped > at_most * len(conversations):
+        raise RecipeError(
+            f"{key}: trainer.max_length={plan.max_length} leaves {dropped} of {len(conversations)} rows without a "
+            "token to "
+            f"learn from, more than data.dropped_at_most={at_most:g}; say a larger trainer.max_length"
+        )
+    rows = to_dataset(kept, plan.max_length, plan.packing)
+    rows.save_to_disk(folder)
+    return Counts(len(kept), cut, dropped, tokens, supervised, len(rows)), ends
+
+
+def _tokenized(chat: Any, conversations: Sequence[Conversation]) -> Iterator[Any]:
+    for first in range(0, len(conversations), _RENDERED_TOGETHER):
+        part = conversations[first : first + _RENDERED_TOGETHER]
+        rendered = [chat.render(one.messages, one.where) for one in part]
+        yield from chat.tokenize(rendered, [one.where for one in part])
+
+
+def _write_prompts(chat: Any, held_out: list[Conversation], file: Path, seed: int) -> None:
+    """The held-out conversations up to their last answer, shuffled, for answers before and after training."""
+    shuffled = random.Random(seed).sample(held_out, len(held_out))
+    with file.open("w", encoding="utf-8") as lines:
+        for one in shuffled[:1000]:
+            *before, answer = one.messages
+            line = {"messages": before, "answer": answer["content"], "input_ids": chat.prompt(before, one.where)}
+            lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _report(plan: Plan, train: Counts, validation: Counts, seconds: float) -> None:
+    packed = f" packed into {train.rows:,} rows of {plan.max_length}" if plan.packing else ""
+    share = train.supervised_tokens / max(train.tokens, 1)
+    print(
+        f"data: {train.examples:,} training examples{packed}, {train.tokens:,} tokens, {share:.0%} of them supervised; "
+        f"{validation.examples:,} validation examples; {seconds:.1f} s"
+    )
+    for name, counts in (("training", train), ("validation", validation)):
+        if counts.cut:
+            print(
+                f"data: {counts.cut:,} {name} examples were longer than {plan.max_length} tokens and lost their ends; "
+                f"{counts.dropped:,} of them were dropped, no answer being left (trainer.max_length=… keeps more)"
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

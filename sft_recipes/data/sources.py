@@ -1,0 +1,213 @@
+"""Turns what `data.train` names (a file, a folder, a Hub name, the embedded set) into rows that know their place."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sft_recipes.data import embedded
+from sft_recipes.planning.schema import RecipeError
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+EMBEDDED = ("embedded:train", "embedded:validation")
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """A row as its source wrote it, and where it stands: `file:line`, or `file, row N` where there are no lines."""
+
+    values: Any
+    where: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """What one name in a recipe stands for: local files, or a split of a data set on the Hub."""
+
+    files: tuple[Path, ...] = ()
+    hub_name: str | None = None
+    hub_split: str = "train"
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the files' contents; over the name alone where the rows lie on the Hub."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(file.name.encode())
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+        digest.update(f"{self.hub_name}:{self.hub_split}".encode())
+        return digest.hexdigest()
+
+    def rows(self) -> Iterator[RawRow]:
+        """All rows in the order in which they are written.
+
+        Raises:
+            RecipeError: a file cannot be read as what its name says, with the line.
+        """
+        if self.hub_name is not None:
+            yield from _hub_rows(self.hub_name, self.hub_split)
+        for file in self.files:
+            yield from _READERS[file.suffix.lower()](file)
+
+
+def resolve(name: str, key: str, embedded_folder: Path) -> Source:
+    """The source that a name stands for.
+
+    Raises:
+        RecipeError: no such file or folder, a kind of file that is not read, or a folder with code or without data.
+    """
+    if name in EMBEDDED:
+        if not (embedded_folder / "train.jsonl").is_file():
+            embedded_folder.mkdir(parents=True, exist_ok=True)
+            embedded.write(embedded_folder)
+        return Source(files=(embedded_folder / f"{name.partition(':')[2]}.jsonl",))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return Source(files=_files_of(path, key))
+    if path.is_file():
+        if path.suffix.lower() not in SUFFIXES:
+            raise RecipeError(f"{key}: {name} is a {path.suffix or 'nameless'} file; wanted {', '.join(SUFFIXES)}")
+        return Source(files=(path,))
+    hub = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([\w.-]+))?", name)
+    if hub and path.suffix.lower() not in SUFFIXES and not path.parent.is_dir():
+        return Source(hub_name=hub[1], hub_split=hub[2] or "train")
+    raise RecipeError(
+        f"{key}: no file or folder {name!r} (a data set on the Hub is named owner/name or owner/name:split)"
+    )
+
+
+def _files_of(folder: Path, key: str) -> tuple[Path, ...]:
+    code = sorted(folder.rglob("*.py"))
+    if code:
+        raise RecipeError(
+            f"{key}: {folder} holds code ({code[0].name}), which is never run; remove it, or name the data files"
+        )
+    files = tuple(sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in SUFFIXES))
+    if not files:
+        raise RecipeError(f"{key}: folder {folder} holds no data file ({', '.join(SUFFIXES)})")
+    return files
+
+
+def _text(file: Path) -> str:
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise RecipeError(f"{file}: cannot be read ({error.strerror})") from error
+    if content.startswith(b"\xef\xbb\xbf"):
+        raise RecipeError(f"{file}:1: begins with a byte-order mark; save the file as UTF-8 without one")
+    if b"\x00" in content:
+        raise RecipeError(
+            f"{file}:{_line(content, content.index(0))}: a NUL byte; the file is cut short, or is no text"
+        )
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"{file}:{_line(content, error.start)}: not UTF-8 (byte {content[error.start]:#04x}); save it as UTF-8"
+        ) from error
+
+
+def _line(content: bytes, position: int) -> int:
+    return content.count(b"\n", 0, position) + 1
+
+
+class _DuplicateKeyError(ValueError):
+    pass
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _DuplicateKeyError(next(name for name in names if names.count(name) > 1))
+    return found
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except _DuplicateKeyError as error:
+        raise RecipeError(f"{where}: key {str(error)!r} is written twice in one row; which is meant?") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise RecipeError(f"{where}: not JSON: {error}") from error
+
+
+def _json_lines(file: Path) -> Iterator[RawRow]:
+    for number, line in enumerate(_text(file).split("\n"), start=1):
+        if line.strip():
+            where = f"{file}:{number}"
+            yield RawRow(_parse(line, where), where)
+
+
+def _json_file(file: Path) -> Iterator[RawRow]:
+    text = _text(file)
+    if not text.strip():
+        return
+    content = _parse(text, str(file))
+    if isinstance(content, dict):
+        lists = [
+            value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)
+        ]
+        content = (
+            lists[0] if len(lists) == 1 and "messages" not in content and "conversations" not in content else [content]
+        )
+    if not isinstance(content, list):
+        raise RecipeError(f"{file}: holds a {type(content).__name__}; wanted a list of rows")
+    for number, row in enumerate(content, start=1):
+        yield RawRow(row, f"{file}, row {number}")
+
+
+def _csv_file(file: Path) -> Iterator[RawRow]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    lines = _text(file).splitlines(keepends=True)
+    reader = csv.DictReader(lines, strict=True)
+    try:
+        for row in reader:
+            where = f"{file}:{reader.line_num}"
+            if None in row or None in row.values():
+                raise RecipeError(
+                    f"{where}: has another number of columns than the header ({', '.join(reader.fieldnames or [])})"
+                )
+            yield RawRow(row, where)
+    except csv.Error as error:
+        raise RecipeError(f"{file}:{reader.line_num}: not CSV: {error}") from error
+
+
+def _parquet_file(file: Path) -> Iterator[RawRow]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        parquet = pyarrow.parquet.ParquetFile(file)
+        number = 0
+        for group in parquet.iter_batches():
+            for row in group.to_pylist():
+                number += 1
+                yield RawRow(row, f"{file}, row {number}")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise RecipeError(f"{file}: not Parquet: {error}") from error
+
+
+def _hub_rows(name: str, split: str) -> Iterator[RawRow]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, split=split)
+    except Exception as error:  # a dozen kinds from three libraries: offline, gated, no such name, no such split
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RecipeError(
+            f"data: {name}:{split} could not be had from the Hub ({reason}); check the name and the network, log in "
+            f"(HF_TOKEN) where it is gated, or say DATA=<a file or folder>"
+        ) from error
+    for number, row in enumerate(rows, start=1):
+        yield RawRow(row, f"{name}:{split}, row {number}")
+
+
+_READERS = {".jsonl": _json_lines, ".json": _json_file, ".csv": _csv_file, ".parquet": _parquet_file}

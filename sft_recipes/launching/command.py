@@ -1,0 +1,82 @@
+"""Writes the command line, the environment and the engine's file that start a plan's ranks."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sft_recipes.planning.plan import Plan
+from sft_recipes.planning.run_folder import RunFolder
+from sft_recipes.planning.schema import REPOSITORY, RecipeError
+
+
+def prepare(plan: Path) -> list[str]:
+    """The process that prepares a node's data, before any rank starts."""
+    return [sys.executable, "-m", "sft_recipes.data.prepare", str(plan)]
+
+
+def launch(plan: Plan, folder: RunFolder) -> list[str]:
+    """The command that starts every rank of this node; `write_engine` must have written its configuration.
+
+    Source: accelerate's `commands/launch.py`. --quiet leaves the launcher's own traceback out where a rank fails, since
+    the rank has said what was wrong.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
+    command += ["--config_file", str(folder.accelerate_config)]
+    if plan.world_size > 1:
+        command += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(_free_port())]
+    return [*command, "-m", "sft_recipes.training.run", str(folder.plan)]
+
+
+def engine(plan: Plan) -> dict[str, Any]:
+    """The accelerate configuration of this plan: the engine's file with this run's processes filled in.
+
+    Raises:
+        RecipeError: the engine's file is missing or disagrees with its DeepSpeed file.
+    """
+    source = REPOSITORY / "accelerate_configs" / f"{plan.parallelism}.yaml"
+    if not source.is_file():
+        raise RecipeError(f"parallelism: {plan.parallelism} needs accelerate_configs/{source.name}, which is not there")
+    config = yaml.safe_load(source.read_text(encoding="utf-8"))
+    if "deepspeed_config" in config:
+        file = REPOSITORY / config["deepspeed_config"]["deepspeed_config_file"]
+        config["deepspeed_config"]["deepspeed_config_file"] = str(file)
+        if not plan.uses_gpu:
+            config["use_cpu"] = True  # with ACCELERATE_USE_CPU instead, a DeepSpeed file silently becomes DDP
+    config.update(num_machines=plan.nodes, num_processes=plan.world_size)
+    return dict(config)
+
+
+def write_engine(plan: Plan, folder: RunFolder) -> None:
+    """Writes the engine's configuration into the run's folder."""
+    folder.accelerate_config.write_text(yaml.safe_dump(engine(plan), sort_keys=False), encoding="utf-8")
+
+
+def environment(plan: Plan, inherited: Mapping[str, str]) -> dict[str, str]:
+    """The variables that the ranks see, over those that were there."""
+    chosen = dict(inherited)
+    chosen["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), inherited.get("PYTHONPATH")]))
+    chosen.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports usage otherwise
+    chosen.setdefault("TOKENIZERS_PARALLELISM", "true" if plan.world_size == 1 else "false")
+    if plan.devices:
+        chosen["CUDA_VISIBLE_DEVICES"] = plan.devices
+    if not plan.uses_gpu:
+        chosen["CUDA_VISIBLE_DEVICES"] = ""
+        chosen["DS_ACCELERATOR"] = "cpu"
+        if not plan.parallelism.startswith("zero"):
+            chosen["ACCELERATE_USE_CPU"] = "true"
+        threads = max((os.cpu_count() or 1) // plan.world_size, 1)
+        chosen.setdefault("OMP_NUM_THREADS", str(threads))
+    return chosen
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,176 @@
+"""Carries a start through: lock, data, ranks, outcome. Stays as the parent, so that signals and exit codes pass."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+
+from sft_recipes.launching import command
+from sft_recipes.planning import plan as plans
+from sft_recipes.planning.plan import Plan, Prepared
+from sft_recipes.planning.run_folder import RunFolder, Start, read_json, runs_root, write_json
+from sft_recipes.planning.schema import RecipeError
+
+EXIT_FAULT, EXIT_USER = 1, 2
+
+
+@contextlib.contextmanager
+def held(folder: RunFolder) -> Iterator[None]:
+    """Holds the run for this process; the system lets go of it when the process ends, however it ends.
+
+    Raises:
+        RecipeError: another live process holds it, or the folder cannot be written.
+    """
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = folder.lock.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(
+            f"NAME: {folder.path} cannot be written ({error.strerror}); make it writable, or say "
+            "RUNS_DIR=<another folder>"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RecipeError(
+                f"NAME: {folder.name} is being carried out by {_holder(folder.lock)}; wait for it"
+            ) from error
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        yield
+
+
+def held_by() -> dict[str, str]:
+    """The runs that a live process holds, each with that process."""
+    holders = {}
+    for path in runs_root().glob("*/.lock"):
+        with path.open("r", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holders[path.parent.name] = _holder(path)
+    return holders
+
+
+def carry_out(start: Start, say: Callable[[str], None]) -> int:
+    """Runs the plan to its end and returns the exit code of the contract.
+
+    Raises:
+        RecipeError: the prepared data does not make a run, or it is not the data that the run began with.
+    """
+    folder, plan = start.folder, start.plan
+    stored = plans.read(folder.plan) if start.goes_on else None
+    environment = command.environment(plan, os.environ)
+    plans.write(plan if stored is None else stored, folder.plan)
+    incoming = folder.path / "plan.next.json"
+    plans.write(plan, incoming)
+    code = _run(command.prepare(incoming), environment)
+    if code:
+        incoming.unlink()
+        _forget(folder, start)
+        return EXIT_USER if code == EXIT_USER else EXIT_FAULT
+    try:
+        settled = _settle(plan, stored, read_json(folder.prepared))
+    except RecipeError:
+        incoming.unlink()
+        _forget(folder, start)
+        raise
+    plans.write(settled, folder.plan)
+    incoming.unlink()
+    command.write_engine(settled, folder)
+    folder.outcome.unlink(missing_ok=True)
+    say(_announcement(start, settled))
+    code = _run(command.launch(settled, folder), environment)
+    return _exit_code(folder, code)
+
+
+def _announcement(start: Start, plan: Plan) -> str:
+    begins = "going on with" if start.goes_on else "starting"
+    ranks = "GPU" if plan.uses_gpu else "CPU process"
+    several = ("s" if plan.uses_gpu else "es") if plan.world_size > 1 else ""
+    return (
+        f"{begins} {start.folder.path}: {plan.optimizer_steps} optimizer steps of {plan.effective_batch_size} rows, "
+        f"{plan.parallelism} on {plan.world_size} {ranks}{several}"
+    )
+
+
+def _settle(plan: Plan, stored: Plan | None, found: dict[str, object]) -> Plan:
+    settled = plans.settle(plan, Prepared(**found))  # type: ignore[arg-type]
+    if stored is not None and "data_fingerprint" not in plan.accepted:
+        change = plans.differences(stored, settled).get("data_fingerprint")
+        if change:
+            raise RecipeError(
+                f"data.train: {plan.sections['data']['train']} is no longer the data that this run began with "
+                f"(data_fingerprint {change[0]} -> {change[1]}); put it back, or begin a run of its own: NAME=…"
+            )
+    return settled
+
+
+def _forget(folder: RunFolder, start: Start) -> None:
+    """Takes a folder away again that holds nothing yet but what this start wrote."""
+    if start.goes_on:
+        return
+    for path in (folder.plan, folder.prepared, folder.lock):
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # something else is in it: leave it
+        folder.path.rmdir()
+
+
+def _exit_code(folder: RunFolder, launcher_code: int) -> int:
+    """The code of the outcome that rank 0 recorded; the launcher's own makes every failure 1."""
+    outcome = read_json(folder.outcome)
+    if "exit_code" in outcome:
+        if outcome.get("error"):
+            print(f"error: {outcome['error']}", file=sys.stderr)
+        return int(outcome["exit_code"])
+    manifest = read_json(folder.manifest)
+    write_json(folder.manifest, {**manifest, "state": "failed", "exit_code": EXIT_FAULT})
+    print(
+        f"error: {folder.path}: the run ended without an outcome (launcher's exit code {launcher_code}); what it "
+        "said last "
+        f"is above and in {folder.log}; the same command goes on from its newest checkpoint",
+        file=sys.stderr,
+    )
+    return EXIT_FAULT
+
+
+def _run(arguments: list[str], environment: Mapping[str, str]) -> int:
+    """Runs a command in a process group of its own, passes signals on to all of it, and leaves none of it behind."""
+    process = subprocess.Popen(arguments, env=dict(environment), start_new_session=True)
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+
+    passed = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, pass_on) for number in passed}
+    try:
+        return process.wait()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _holder(lock: Path) -> str:
+    try:
+        return lock.read_text(encoding="utf-8") or "another process"
+    except OSError:
+        return "another process"
+
+
+def shell_line(plan: Plan, folder: RunFolder) -> str:
+    """What DRY_RUN=1 prints: the command that would start the ranks."""
+    return json.dumps(command.launch(plan, folder))

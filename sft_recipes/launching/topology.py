@@ -1,0 +1,108 @@
+"""Finds out which processes will carry a run: from what was asked for and what the machine has."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from sft_recipes.planning.plan import Topology
+from sft_recipes.planning.schema import Recipe, RecipeError
+
+
+def whole_number(text: str, name: str, least: int) -> int:
+    """The number in `text`.
+
+    Raises:
+        RecipeError: it is none, or below `least`.
+    """
+    if not re.fullmatch(r"[-+]?\d+", text) or int(text) < least:
+        raise RecipeError(f"{name}: {text!r} is not a whole number of at least {least}")
+    return int(text)
+
+
+def planned(recipe: Recipe, gpus: int | None, processes: int | None, nodes: int | None, card: str | None) -> Topology:
+    """The hardware to plan for: what was asked for, else what the recipe names. Looks at no machine."""
+    gpus = recipe.hardware.gpus if gpus is None else gpus
+    nodes = nodes or (recipe.hardware.nodes if gpus == recipe.hardware.gpus else 1)
+    if gpus % nodes:
+        raise RecipeError(f"GPUS: {gpus} GPUs do not share evenly over {nodes} nodes; say a multiple of {nodes}")
+    if processes and gpus:
+        raise RecipeError(
+            f"PROCESSES: {processes} were asked for with {gpus} GPUs; each GPU has one process, leave it out"
+        )
+    card = card or (recipe.hardware.card if gpus else None)
+    return Topology(gpus=gpus, processes=gpus or processes or 1, nodes=nodes, card=card)
+
+
+def present(
+    recipe: Recipe,
+    gpus: int | None,
+    processes: int | None,
+    nodes: int | None,
+    card: str | None,
+    devices: str | None,
+) -> Topology:
+    """The hardware to run on, which must be here.
+
+    Raises:
+        RecipeError: more GPUs than the machine has, or no GPU for a recipe that is not made for the CPU.
+    """
+    here = visible_gpus()
+    if nodes and nodes > 1:
+        raise RecipeError(f"NODES: {nodes} nodes need a launcher on each; this version starts runs on one node")
+    if devices is not None:
+        ids = _device_ids(devices, here)
+        if gpus is not None and gpus != len(ids):
+            raise RecipeError(f"DEVICES: {devices} names {len(ids)} GPUs, but GPUS={gpus}; say one of the two")
+        gpus = len(ids)
+    if gpus is None:
+        gpus = 0 if recipe.hardware.gpus == 0 else len(here)
+        if gpus == 0 and recipe.hardware.gpus > 0:
+            raise RecipeError(
+                f"GPUS: recipe {recipe.name} is made for {recipe.hardware.gpus} GPUs and this machine has none; "
+                f"try `make train` (the tiny recipe), or say GPUS=0 to run it on the CPU all the same"
+            )
+    if gpus > len(here):
+        raise RecipeError(
+            f"GPUS: {gpus} asked for, but this machine has {len(here) or 'none'}"
+            f"{' that nvidia-smi lists' if len(here) else ''}; say GPUS={len(here)}"
+        )
+    topology = planned(recipe, gpus, processes, nodes, card)
+    chosen = devices or (",".join(here[:gpus]) if 0 < gpus < len(here) else None)
+    return Topology(topology.gpus, topology.processes, 1, topology.card, chosen)
+
+
+def visible_gpus() -> list[str]:
+    """Ids of the GPUs that this process may use: CUDA_VISIBLE_DEVICES where it is set, else what nvidia-smi lists."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listed = subprocess.run(
+        ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, check=False
+    )
+    ids = [line.strip() for line in listed.stdout.splitlines() if line.strip().isdigit()]
+    masked = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if masked is not None and ids:
+        return [part for part in masked.split(",") if part.strip()]
+    return ids if listed.returncode == 0 else []
+
+
+def host_memory_bytes() -> int | None:
+    """Memory of this machine, where the system tells."""
+    try:
+        first = Path("/proc/meminfo").read_text(encoding="ascii").split("\n", 1)[0]
+    except OSError:
+        return None
+    return int(first.split()[1]) * 1024
+
+
+def _device_ids(devices: str, here: list[str]) -> list[str]:
+    ids = devices.split(",")
+    if not re.fullmatch(r"\d+(,\d+)*", devices) or len(set(ids)) != len(ids):
+        raise RecipeError(f"DEVICES: {devices!r} is not a list of GPU ids, such as 0,2")
+    missing = [device for device in ids if device not in here]
+    if missing:
+        raise RecipeError(f"DEVICES: no GPU {', '.join(missing)} here; there are: {', '.join(here) or 'none'}")
+    return ids

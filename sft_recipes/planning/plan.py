@@ -1,0 +1,318 @@
+"""Settles every number of a run: from a recipe and the hardware to the plan that the run carries out."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sft_recipes.planning import batch, memory
+from sft_recipes.planning.recipes import hyperparameter
+from sft_recipes.planning.schema import TABLE_KEYS, Recipe, RecipeError
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The processes that carry a run: `gpus` over all nodes, 0 for the CPU with `processes` ranks."""
+
+    gpus: int
+    processes: int
+    nodes: int = 1
+    card: str | None = None
+    devices: str | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What only the data can tell, known once it has been prepared."""
+
+    fingerprint: str
+    folder: str
+    examples: int
+    rows: int
+    supervised_tokens: int
+    tokens: int
+    validation_rows: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run with every number settled; `settled` is False while rows and steps are estimates.
+
+    `origins` says of each number where it came from: a file and line, a row of the table, the command line, derived.
+    """
+
+    recipe: str
+    created: str
+    size: str
+    model: str
+    parallelism: str
+    precision: str
+    gpus: int
+    nodes: int
+    devices: str | None
+    card: str | None
+    world_size: int
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    effective_batch_size: int
+    learning_rate: float
+    lr_scheduler_type: str
+    num_train_epochs: float
+    warmup_ratio: float
+    weight_decay: float
+    max_grad_norm: float
+    max_length: int
+    packing: bool
+    settled: bool
+    examples: int | None
+    rows: int | None
+    steps_per_epoch: int | None
+    rows_left_out_of_an_epoch: int | None
+    optimizer_steps: int | None
+    warmup_steps: int | None
+    examples_per_step: float | None
+    supervised_tokens_per_step: float | None
+    parameters: int | None
+    dtypes: dict[str, str]
+    memory_bytes_per_gpu: dict[str, int] | None
+    fits: bool | None
+    data_fingerprint: str | None
+    sections: dict[str, dict[str, Any]]
+    origins: dict[str, str]
+    accepted: list[str]
+
+    @property
+    def uses_gpu(self) -> bool:
+        """Whether the ranks run on GPUs."""
+        return self.gpus > 0
+
+
+# What two plans of the same run may differ in: dates, forecasts, and what the data says once it is prepared
+# (the fingerprint of that data is compared instead).
+NOT_COMPARED = {
+    "created",
+    "settled",
+    "examples",
+    "rows",
+    "steps_per_epoch",
+    "rows_left_out_of_an_epoch",
+    "optimizer_steps",
+    "warmup_steps",
+    "examples_per_step",
+    "supervised_tokens_per_step",
+    "memory_bytes_per_gpu",
+    "fits",
+    "card",
+    "devices",
+    "origins",
+    "accepted",
+}
+
+
+def make(recipe: Recipe, topology: Topology) -> Plan:
+    """The plan of this recipe on this hardware.
+
+    Raises:
+        RecipeError: the batch cannot be kept on that many ranks, or there would be too few optimizer steps.
+    """
+    world_size = topology.gpus or topology.processes
+    engine = _engine(recipe, world_size)
+    values = {key: hyperparameter(recipe, key)[0] for key in TABLE_KEYS}
+    effective = values.pop("effective_batch_size")
+    per_device = batch.per_device_batch_size(effective, recipe.batch.per_device_at_most, world_size)
+    trainer = recipe.trainer
+    per_gpu = memory.bytes_per_gpu(
+        recipe.model.architecture,
+        engine,
+        recipe.precision,
+        world_size,
+        per_device * trainer["max_length"],
+        trainer["gradient_checkpointing"],
+    )
+    available = memory.card_bytes(topology.card)
+    plan = Plan(
+        recipe=recipe.name,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        size=recipe.size,
+        model=_model_name(recipe),
+        parallelism=engine,
+        precision=recipe.precision,
+        gpus=topology.gpus,
+        nodes=topology.nodes,
+        devices=topology.devices,
+        card=topology.card,
+        world_size=world_size,
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=batch.gradient_accumulation_steps(effective, per_device, world_size),
+        effective_batch_size=effective,
+        **values,
+        max_length=trainer["max_length"],
+        packing=trainer["packing"],
+        settled=False,
+        examples=recipe.data.examples,
+        rows=None,
+        steps_per_epoch=None,
+        rows_left_out_of_an_epoch=None,
+        optimizer_steps=None,
+        warmup_steps=None,
+        examples_per_step=None,
+        supervised_tokens_per_step=None,
+        parameters=memory.parameter_count(recipe.model.architecture),
+        dtypes=memory.dtypes(engine, recipe.precision),
+        memory_bytes_per_gpu=per_gpu,
+        fits=None if per_gpu is None or available is None else per_gpu["total"] <= memory.USABLE * available,
+        data_fingerprint=None,
+        sections=_sections(recipe),
+        origins=_origins(recipe, topology),
+        accepted=[],
+    )
+    return _with_steps(plan, _estimated_rows(recipe), recipe.data.examples)
+
+
+def settle(plan: Plan, prepared: Prepared) -> Plan:
+    """The same plan with what the prepared data decides: rows, steps, warm-up.
+
+    Raises:
+        RecipeError: fewer rows than one effective batch, or too few optimizer steps.
+    """
+    if prepared.rows < plan.effective_batch_size:
+        packed = f"{prepared.examples} examples, packed into " if plan.packing else ""
+        raise RecipeError(
+            f"data.train: {packed}{prepared.rows} rows, fewer than one effective batch of {plan.effective_batch_size}; "
+            f"add examples, or say batch.effective_batch_size={_power_of_two_below(prepared.rows)}"
+            f"{' outside_range=[effective_batch_size]' if plan.size != 'tiny' else ''}"
+            f"{', or trainer.packing=false' if plan.packing and prepared.examples > prepared.rows else ''}"
+        )
+    settled = dataclasses.replace(
+        plan,
+        settled=True,
+        data_fingerprint=prepared.fingerprint,
+        supervised_tokens_per_step=round(prepared.supervised_tokens / prepared.rows * plan.effective_batch_size, 1),
+    )
+    return _with_steps(settled, prepared.rows, prepared.examples)
+
+
+def differences(old: Plan, new: Plan) -> dict[str, tuple[Any, Any]]:
+    """What differs between two plans of one run, by dotted name; nothing where the run may go on.
+
+    The fingerprint of the data is left out while one of the two has not prepared it yet.
+    """
+    left, right = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
+    unknown = {"data_fingerprint"} if not (old.data_fingerprint and new.data_fingerprint) else set()
+    return {
+        key: (left.get(key), right.get(key))
+        for key in sorted(left.keys() | right.keys())
+        if key.split(".")[0] not in NOT_COMPARED | unknown and left.get(key) != right.get(key)
+    }
+
+
+def write(plan: Plan, path: Path) -> None:
+    """Writes `plan.json` whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(to_json(plan) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read(path: Path) -> Plan:
+    """The plan in a file that `write` wrote.
+
+    Raises:
+        RecipeError: the file is missing, cut short, or of another version.
+    """
+    try:
+        return Plan(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise RecipeError(f"{path}: not a plan that this version wrote ({error}); start under another NAME=") from error
+
+
+def to_json(plan: Plan) -> str:
+    """The plan as indented JSON."""
+    return json.dumps(dataclasses.asdict(plan), indent=2)
+
+
+def _engine(recipe: Recipe, world_size: int) -> str:
+    if recipe.parallelism == "single" and world_size > 1:
+        raise RecipeError(
+            f"{recipe.origins.get('parallelism', 'parallelism')}: parallelism is 'single', which is one process, "
+            f"but {world_size} were asked for; say parallelism=ddp, or GPUS=1"
+        )
+    return "single" if recipe.parallelism == "ddp" and world_size == 1 else recipe.parallelism
+
+
+def _model_name(recipe: Recipe) -> str:
+    if recipe.model.name_or_path:
+        return recipe.model.name_or_path
+    return f"{recipe.model.architecture.get('model_type', '?')}, built from scratch"
+
+
+def _sections(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The recipe's own words that the run reads; the table's keys stand in the plan itself."""
+    trainer = {key: value for key, value in recipe.trainer.items() if key not in TABLE_KEYS}
+    sections = {name: dataclasses.asdict(getattr(recipe, name)) for name in ("model", "data", "batch", "answers")}
+    return {**sections, "trainer": trainer}
+
+
+def _origins(recipe: Recipe, topology: Topology) -> dict[str, str]:
+    table = {key: hyperparameter(recipe, key)[1] for key in TABLE_KEYS}
+    derived = {
+        "world_size": "derived: one rank a GPU" if topology.gpus else "derived: ranks on the CPU",
+        "per_device_train_batch_size": "derived: the largest under batch.per_device_at_most that keeps the batch",
+        "gradient_accumulation_steps": "derived: effective batch / (micro-batch x world size)",
+        "optimizer_steps": "derived: whole effective batches an epoch x epochs",
+        "warmup_steps": "derived: optimizer steps x warmup_ratio, rounded up",
+    }
+    defaults = {
+        f"trainer.{key}": "default" for key in recipe.trainer if key not in TABLE_KEYS and key not in recipe.origins
+    }
+    return {**defaults, **recipe.origins, **table, **derived}
+
+
+def _estimated_rows(recipe: Recipe) -> int | None:
+    data, trainer = recipe.data, recipe.trainer
+    if data.examples is None or not trainer["packing"]:
+        return data.examples
+    if data.mean_tokens is None:
+        return None
+    return batch.packed_rows(data.examples, data.mean_tokens, trainer["max_length"])
+
+
+def _with_steps(plan: Plan, rows: int | None, examples: int | None) -> Plan:
+    max_steps = plan.sections["trainer"]["max_steps"]
+    if rows is None:
+        return plan
+    per_epoch = batch.steps_per_epoch(rows, plan.effective_batch_size)
+    steps = batch.optimizer_steps(per_epoch, plan.num_train_epochs, max_steps)
+    at_least = plan.sections["batch"]["min_optimizer_steps"]
+    if max_steps <= 0 and steps < at_least:
+        raise RecipeError(
+            f"batch.min_optimizer_steps: {rows} rows at an effective batch of {plan.effective_batch_size} make {steps} "
+            f"optimizer steps, fewer than {at_least}; add examples or epochs"
+            f"{', say trainer.packing=false,' if plan.packing else ','} or batch.min_optimizer_steps={max(steps, 1)}"
+        )
+    return dataclasses.replace(
+        plan,
+        examples=examples,
+        rows=rows,
+        steps_per_epoch=per_epoch,
+        rows_left_out_of_an_epoch=rows - per_epoch * plan.effective_batch_size,
+        optimizer_steps=steps,
+        warmup_steps=batch.warmup_steps(steps, plan.warmup_ratio),
+        examples_per_step=round(examples / rows * plan.effective_batch_size, 1) if examples else None,
+    )
+
+
+def _power_of_two_below(number: int) -> int:
+    return 1 << max(number.bit_length() - 1, 0)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat.update(_flat(inner, f"{prefix}.{key}" if prefix else key))
+    return flat

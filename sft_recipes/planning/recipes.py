@@ -1,0 +1,323 @@
+"""Finds a recipe, reads it strictly, lays the user's `key=value` over it, and keeps where each value was written."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sft_recipes.planning import schema
+from sft_recipes.planning.schema import REPOSITORY, Recipe, RecipeError, did_you_mean
+
+RECIPES = REPOSITORY / "recipes"
+COMMAND_LINE = "command line"
+
+
+@dataclass(frozen=True)
+class Written:
+    """A value and the place where somebody wrote it, such as `recipes/8b.yaml:12` or `command line`."""
+
+    value: Any
+    where: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One cell of the hyperparameter table."""
+
+    start: Any
+    range: list[float] | None
+    one_of: tuple[str, ...]
+
+    def allows(self, value: Any) -> bool:
+        """Whether a recipe of this row may hold `value` without saying `outside_range`."""
+        return value in self.one_of if self.range is None else self.range[0] <= value <= self.range[1]
+
+    def wanted(self) -> str:
+        """The cell as an error names it."""
+        if self.range is None:
+            return " or ".join(self.one_of)
+        low, high = self.range
+        return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+def names() -> list[str]:
+    """Every shipped recipe, smallest model first as the names sort by their number."""
+    found = [path.stem for path in RECIPES.glob("*.yaml") if path.stem != "sizes"]
+    return sorted(found, key=lambda name: (float((re.match(r"\d+", name) or ["0"])[0]), name))
+
+
+def load(name: str, overrides: Iterable[str] = ()) -> Recipe:
+    """Reads `recipes/NAME.yaml` and lays `key=value` overrides over it.
+
+    Raises:
+        RecipeError: no such recipe, an unknown key, a value of the wrong type or outside its row's range.
+    """
+    written = dict(_flatten(_read_yaml(_path_of(name))))
+    for override in overrides:
+        key, value = _split_override(override)
+        written[key] = Written(value, COMMAND_LINE)
+    recipe = _build(name, written)
+    check_ranges(recipe)
+    return recipe
+
+
+def _path_of(name: str) -> Path:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise RecipeError(
+            f"RECIPE: {name!r} is not the name of a recipe (letters, digits, - and _, no path); "
+            f"there are: {', '.join(names())}"
+        )
+    path = RECIPES / f"{name}.yaml"
+    if name == "sizes" or not path.is_file():
+        raise RecipeError(
+            f"RECIPE: no recipe {name!r} in recipes/{did_you_mean(name, names())} There are: {', '.join(names())}"
+        )
+    return path
+
+
+def _shown(path: Path) -> str:
+    return str(path.relative_to(REPOSITORY)) if path.is_relative_to(REPOSITORY) else str(path)
+
+
+def _read_yaml(path: Path) -> yaml.MappingNode:
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise RecipeError(f"{_shown(path)}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not UTF-8 text"
+        raise RecipeError(f"{_shown(path)}{line}: not YAML: {problem}") from error
+    if not isinstance(node, yaml.MappingNode):
+        raise RecipeError(
+            f"{_shown(path)}: empty or not a mapping; a recipe is `key: value` lines, see recipes/tiny.yaml"
+        )
+    node.start_mark.name = _shown(path)
+    return node
+
+
+def _flatten(node: yaml.MappingNode, prefix: str = "", file: str = "") -> Iterator[tuple[str, Written]]:
+    """Dotted keys with their values and lines; a key written twice is an error that YAML itself lets pass."""
+    file = file or node.start_mark.name
+    seen: set[str] = set()
+    for key_node, value_node in node.value:
+        key = f"{prefix}{key_node.value}"
+        where = f"{file}:{key_node.start_mark.line + 1}"
+        if key in seen:
+            raise RecipeError(f"{where}: {key} is written twice; remove one")
+        seen.add(key)
+        section = key in schema.SECTIONS or key == "trainer"
+        if section and isinstance(value_node, yaml.MappingNode):
+            yield from _flatten(value_node, f"{key}.", file)
+        elif section and value_node.tag.endswith(":null"):
+            continue
+        elif section:
+            raise RecipeError(
+                f"{where}: {key} is {_scalar(value_node)!r}; wanted keys below it, `{key}:` and then `  key: value`"
+            )
+        else:
+            yield key, Written(_scalar(value_node), where)
+
+
+def _scalar(node: yaml.Node) -> Any:
+    loader = yaml.SafeLoader("")
+    try:
+        return loader.construct_object(node, deep=True)
+    finally:
+        loader.dispose()
+
+
+def _split_override(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"{COMMAND_LINE}: {override!r} is not key=value, for example trainer.learning_rate=1.0e-5")
+    try:
+        return key, yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        return key, text
+
+
+@cache
+def _kinds(section: type) -> dict[str, list[str]]:
+    """The keys of a section and the kinds of value each takes, such as `["str", "None"]` for `str | None`."""
+    fields = dataclasses.fields(section)
+    return {field.name: [kind.partition("[")[0] for kind in str(field.type).split(" | ")] for field in fields}
+
+
+def _build(name: str, written: Mapping[str, Written]) -> Recipe:
+    sections: dict[str, dict[str, Any]] = {section: {} for section in (*schema.SECTIONS, "trainer", "")}
+    for key, found in written.items():
+        section, _, leaf = key.rpartition(".")
+        if section.startswith("model.architecture"):
+            raise RecipeError(
+                f"{found.where}: write {key} as model.architecture={{{leaf}: …}}, all of its keys together"
+            )
+        if section not in sections or (not section and key in (*schema.SECTIONS, "trainer", "name", "origins")):
+            raise RecipeError(f"{found.where}: unknown key {key}{did_you_mean(key, _known_keys())}")
+        sections[section][leaf] = _checked(key, section, leaf, found)
+    for needed in ("size", "data.train"):
+        if needed not in written or written[needed].value in (None, ""):
+            raise RecipeError(f"recipes/{name}.yaml: {needed} is missing")
+    top = sections.pop("")
+    trainer = {**schema.TRAINER_DEFAULTS, **sections.pop("trainer")}
+    built = {section: schema.SECTIONS[section](**values) for section, values in sections.items()}
+    recipe = Recipe(
+        name=name, **top, **built, trainer=trainer, origins={key: found.where for key, found in written.items()}
+    )
+    _check_model(recipe)
+    return recipe
+
+
+def _known_keys() -> list[str]:
+    keys = [f"{section}.{key}" for section, kind in schema.SECTIONS.items() for key in _kinds(kind)]
+    keys += [f"trainer.{key}" for key in _trainer_keys()]
+    return keys + [key for key in _kinds(Recipe) if key not in ("name", "origins", "trainer", *schema.SECTIONS)]
+
+
+def _trainer_keys() -> list[str]:
+    allowed = set(schema.trainer_fields()) | set(schema.TABLE_KEYS) - {"effective_batch_size"}
+    return sorted(allowed - set(schema.OWNED_BY_THE_PLAN))
+
+
+def _checked(key: str, section: str, leaf: str, found: Written) -> Any:
+    """The value in its right type.
+
+    Raises:
+        RecipeError: the key is unknown or the plan's own, or the value is of another type or none of the choices.
+    """
+    if section == "trainer":
+        if leaf in schema.OWNED_BY_THE_PLAN:
+            raise RecipeError(
+                f"{found.where}: {key} is the plan's to set; say {schema.OWNED_BY_THE_PLAN[leaf]} instead"
+            )
+        if leaf not in _trainer_keys():
+            raise RecipeError(f"{found.where}: unknown key {key}{did_you_mean(leaf, _trainer_keys())}")
+        kinds = schema.trainer_fields().get(leaf, ["float"])
+    else:
+        known = _kinds(schema.SECTIONS[section] if section else Recipe)
+        if leaf not in known:
+            raise RecipeError(f"{found.where}: unknown key {key}{did_you_mean(key, _known_keys())}")
+        kinds = known[leaf]
+    value = _coerce(key, kinds, found)
+    choices = schema.CHOICES.get(key)
+    if choices and value not in choices:
+        raise RecipeError(
+            f"{found.where}: {key} is {value!r}; wanted one of {', '.join(choices)}{did_you_mean(str(value), choices)}"
+        )
+    _check_positive(key, value, found.where)
+    return value
+
+
+def _coerce(key: str, kinds: list[str], found: Written) -> Any:
+    value = found.value
+    if isinstance(value, str) and "float" in kinds and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)  # YAML 1.1 reads 2e-5 as text: it wants a dot and a sign
+    if type(value).__name__ in kinds or (value is None and "None" in kinds):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and "float" in kinds:
+        return float(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and kinds == ["str"]:
+        return str(value)
+    wanted = " or ".join(_SPOKEN[kind] for kind in kinds if kind != "None")
+    raise RecipeError(f"{found.where}: {key} is {value!r}; wanted {wanted}")
+
+
+_SPOKEN = {
+    "str": "text",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "dict": "a mapping",
+    "list": "a list",
+}
+_AT_LEAST_ONE = {
+    "batch.effective_batch_size",
+    "batch.per_device_at_most",
+    "batch.min_optimizer_steps",
+    "hardware.nodes",
+    "trainer.max_length",
+    "trainer.eval_steps",
+    "trainer.save_steps",
+    "trainer.logging_steps",
+}
+
+
+def _check_positive(key: str, value: Any, where: str) -> None:
+    if key in _AT_LEAST_ONE and value is not None and value < 1:
+        raise RecipeError(f"{where}: {key} is {value}; wanted at least 1")
+    if key == "data.validation_fraction" and not 0 < value < 1:
+        raise RecipeError(f"{where}: {key} is {value}; wanted more than 0 and less than 1")
+
+
+def _check_model(recipe: Recipe) -> None:
+    model, where = recipe.model, recipe.origins.get("model.from_scratch", f"recipes/{recipe.name}.yaml")
+    if model.from_scratch and model.name_or_path:
+        if recipe.origins.get("model.name_or_path") == COMMAND_LINE:
+            raise RecipeError(
+                f"{COMMAND_LINE}: {recipe.name} builds its model from scratch; add model.from_scratch=false "
+                f"to start from {model.name_or_path}"
+            )
+        raise RecipeError(f"{where}: model.from_scratch and model.name_or_path are both set; keep one")
+    if not model.from_scratch and not model.name_or_path:
+        raise RecipeError(f"recipes/{recipe.name}.yaml: model.name_or_path is missing: a Hub name or a local folder")
+    if model.from_scratch and not model.architecture:
+        raise RecipeError(f"{where}: model.from_scratch needs model.architecture, the numbers of the model's config")
+
+
+@cache
+def table() -> dict[str, dict[str, Entry]]:
+    """The hyperparameter table: row, then key, then its cell."""
+    rows = yaml.safe_load((RECIPES / "sizes.yaml").read_text(encoding="utf-8"))
+    return {
+        row: {
+            key: Entry(cell["start"], cell.get("range"), tuple(cell.get("one_of", ())))
+            for key, cell in cells.items()
+            if key != "parameters"
+        }
+        for row, cells in rows.items()
+    }
+
+
+def hyperparameter(recipe: Recipe, key: str) -> tuple[Any, str]:
+    """The value of a key of the table for this recipe, and where it comes from."""
+    dotted = "batch.effective_batch_size" if key == "effective_batch_size" else f"trainer.{key}"
+    own = recipe.batch.effective_batch_size if key == "effective_batch_size" else recipe.trainer.get(key)
+    if own is not None:
+        return own, recipe.origins[dotted]
+    return table()[recipe.size][key].start, f"recipes/sizes.yaml, row {recipe.size}"
+
+
+def check_ranges(recipe: Recipe) -> None:
+    """Refuses a value outside its size row unless the recipe says so on purpose.
+
+    Raises:
+        RecipeError: no such row, or a value outside the row's range.
+    """
+    rows = table()
+    if recipe.size not in rows:
+        raise RecipeError(
+            f"{recipe.origins['size']}: size is {recipe.size!r}; wanted a row of recipes/sizes.yaml: "
+            f"{', '.join(rows)}{did_you_mean(recipe.size, rows)}"
+        )
+    for key in recipe.outside_range:
+        if key not in schema.TABLE_KEYS:
+            raise RecipeError(
+                f"{recipe.origins['outside_range']}: outside_range names {key!r}; wanted some of "
+                f"{', '.join(schema.TABLE_KEYS)}{did_you_mean(key, schema.TABLE_KEYS)}"
+            )
+    for key in schema.TABLE_KEYS:
+        value, where = hyperparameter(recipe, key)
+        cell = rows[recipe.size][key]
+        if key not in recipe.outside_range and not cell.allows(value):
+            raise RecipeError(
+                f"{where}: {key} is {value}; row {recipe.size} of recipes/sizes.yaml wants {cell.wanted()} "
+                f"(on purpose: outside_range: [{key}])"
+            )

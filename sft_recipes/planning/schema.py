@@ -1,0 +1,192 @@
+"""Says what a recipe may contain: its sections, their keys and types, and the error that a wrong one raises."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+ENGINES = ("single", "ddp", "zero1", "zero2", "zero3")
+PRECISIONS = ("bf16", "fp32")
+ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2")
+
+# The rows of the hyperparameter table hold these, under the names of the documents (recipes/sizes.yaml).
+# warmup_ratio is no SFTConfig field any more; the plan turns it into whole warm-up steps.
+TABLE_KEYS = (
+    "learning_rate",
+    "effective_batch_size",
+    "num_train_epochs",
+    "warmup_ratio",
+    "weight_decay",
+    "max_grad_norm",
+    "lr_scheduler_type",
+)
+
+# What every run starts from where neither the recipe nor its row of the table says otherwise.
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_length": 2048,
+    "packing": True,
+    "gradient_checkpointing": True,
+    "logging_steps": 10,
+    "eval_steps": 100,
+    "save_steps": 100,
+    "max_steps": -1,
+    "seed": 42,
+    "data_seed": 42,
+}
+
+# SFTConfig fields that a recipe may not set, because the plan works them out or the trainer's correctness rests on
+# them; each with the place where the thing is said instead.
+OWNED_BY_THE_PLAN: dict[str, str] = {
+    "output_dir": "the run's name (NAME=)",
+    "run_name": "the run's name (NAME=)",
+    "per_device_train_batch_size": "batch.per_device_at_most",
+    "per_device_eval_batch_size": "batch.per_device_at_most",
+    "auto_find_batch_size": "batch.per_device_at_most",
+    "gradient_accumulation_steps": "derived from batch.effective_batch_size and the GPUs",
+    "warmup_steps": "trainer.warmup_ratio",
+    "bf16": "precision",
+    "fp16": "precision",
+    "use_cpu": "GPUS=0",
+    "deepspeed": "parallelism",
+    "fsdp": "parallelism",
+    "fsdp_config": "parallelism",
+    "accelerator_config": "parallelism",
+    "eval_strategy": "trainer.eval_steps",
+    "save_strategy": "trainer.save_steps",
+    "logging_strategy": "trainer.logging_steps",
+    "save_total_limit": "fixed: two whole checkpoints, weights of the three best",
+    "save_only_model": "fixed: two whole checkpoints, weights of the three best",
+    "load_best_model_at_end": "fixed: final/ is the best",
+    "metric_for_best_model": "fixed: eval_loss",
+    "greater_is_better": "fixed: eval_loss",
+    "average_tokens_across_devices": "fixed: the loss is a mean over the tokens of all ranks",
+    "assistant_only_loss": "fixed: the loss looks at the assistant's turns alone",
+    "completion_only_loss": "fixed: the loss looks at the assistant's turns alone",
+    "dataset_kwargs": "fixed: rows are prepared before the trainer starts",
+    "packing_strategy": "fixed: whole examples are packed, none is cut in two",
+    "eval_packing": "trainer.packing",
+    "padding_free": "trainer.packing",
+    "remove_unused_columns": "fixed: rows are prepared before the trainer starts",
+    "train_sampling_strategy": "fixed: whole effective batches from a seeded order",
+    "dataloader_drop_last": "fixed: whole effective batches from a seeded order",
+    "ignore_data_skip": "fixed: a resumed run sees the rows that are left",
+    "report_to": "the environment variable REPORT_TO",
+    "model_init_kwargs": "model.*",
+    "chat_template_path": "model.chat_template",
+    "trust_remote_code": "model.trust_remote_code",
+    "do_train": "the verb",
+    "do_eval": "the verb",
+    "do_predict": "the verb",
+    "resume_from_checkpoint": "RESUME=1",
+    "push_to_hub": "nothing is uploaded",
+}
+
+
+class RecipeError(Exception):
+    """What the user asked for cannot be done. One line: what, where, found, wanted, the way out. Exit code 2."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The hardware that a recipe was written for."""
+
+    gpus: int = 0
+    nodes: int = 1
+    card: str | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which model starts the run.
+
+    `from_scratch` builds one from `architecture` with random weights and trains its tokenizer on the run's own
+    training rows; otherwise `name_or_path` is a Hub name or a local folder.
+    """
+
+    name_or_path: str | None = None
+    revision: str | None = None
+    license: str | None = None
+    from_scratch: bool = False
+    architecture: dict[str, Any] = field(default_factory=dict)
+    chat_template: str | None = None
+    attention: str = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which rows are trained and validated on; `examples` and `mean_tokens` are the source's own figures.
+
+    `dropped_at_most` is the share of rows that may be left without a supervised token by `max_length`.
+    """
+
+    train: str = ""
+    validation: str | None = None
+    validation_fraction: float = 0.05
+    dropped_at_most: float = 0.05
+    examples: int | None = None
+    mean_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sizes in rows as the trainer sees them: packed rows where packing is on."""
+
+    effective_batch_size: int | None = None
+    per_device_at_most: int = 1
+    min_optimizer_steps: int = 20
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Generation on held-out prompts, before and after: how many to print, how many to compare exactly."""
+
+    show: int = 3
+    exact_match: int = 0
+    max_new_tokens: int = 64
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A page that a person reads, once it has been checked; `origins` says where each value was written."""
+
+    name: str
+    size: str
+    data: Data
+    model: Model
+    hardware: Hardware = field(default_factory=Hardware)
+    batch: Batch = field(default_factory=Batch)
+    answers: Answers = field(default_factory=Answers)
+    parallelism: str = "ddp"
+    precision: str = "bf16"
+    outside_range: list[str] = field(default_factory=list)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict, compare=False)
+
+
+SECTIONS: dict[str, type] = {"hardware": Hardware, "model": Model, "data": Data, "batch": Batch, "answers": Answers}
+CHOICES: dict[str, tuple[str, ...]] = {
+    "parallelism": ENGINES,
+    "precision": PRECISIONS,
+    "model.attention": ATTENTIONS,
+}
+
+
+@cache
+def trainer_fields() -> dict[str, list[str]]:
+    """SFTConfig's fields and the kinds of value each takes, as written down by `python tests/test_schema.py`."""
+    fields: dict[str, list[str]] = json.loads(Path(__file__).with_name("trainer_fields.json").read_text())
+    return fields
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean x?` for the nearest of `known`, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""

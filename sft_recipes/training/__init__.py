@@ -1,0 +1,1 @@
+"""The workshop: from prepared rows to weights."""

@@ -1,0 +1,41 @@
+"""Keeps the weights of the three best steps, and sees that the last step is evaluated too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from sft_recipes.planning.run_folder import RunFolder
+from sft_recipes.training import checkpoint
+
+
+class KeepBest(TrainerCallback):
+    """Saves `best-N/` after an evaluation that is among the three best, and marks checkpoints that are whole."""
+
+    def __init__(self, folder: RunFolder):
+        self.folder = folder
+        self.trainer: Any = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The Trainer saves at the last step but evaluates only at multiples of eval_steps."""
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
+        """All ranks take part in a save: sharded weights are gathered from each."""
+        if not state.global_step:
+            return
+        losses = checkpoint.validation_losses(state.log_history)
+        if not checkpoint.among_the_best(losses, state.global_step):
+            return
+        self.trainer.save_weights(self.folder.best(state.global_step))
+        if state.is_world_process_zero:
+            checkpoint.forget_all_but_the_best(self.folder, losses)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The Trainer calls this when rank 0 has written; the others' files are awaited."""
+        self.trainer.accelerator.wait_for_everyone()
+        if state.is_world_process_zero:
+            step, tokens = state.global_step, self.trainer.supervised_tokens_seen
+            checkpoint.mark_complete(self.folder.checkpoint(step), step, tokens)

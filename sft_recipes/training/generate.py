@@ -1,0 +1,43 @@
+"""Lets the model of a finished run answer what a user types."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sft_recipes.planning import plan as plans
+from sft_recipes.planning.run_folder import RunFolder
+from sft_recipes.planning.schema import RecipeError
+
+_MAX_NEW_TOKENS = 256
+
+
+def main(folder: RunFolder, prompts: Iterable[str]) -> int:
+    """Prints one greedy answer a prompt.
+
+    Raises:
+        RecipeError: the run has no final model yet.
+    """
+    if not (folder.final / "config.json").is_file():
+        raise RecipeError(f"RUN: {folder.path} has no final model yet ({folder.state()}); `make train` goes on with it")
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    from sft_recipes.data.chat import load_tokenizer
+    from sft_recipes.training import answers
+
+    trust = plans.read(folder.plan).sections["model"]["trust_remote_code"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = load_tokenizer(str(folder.final), None, None, trust)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder.final, dtype="auto", trust_remote_code=trust)
+    model = model.to(device)
+    stop = model.generation_config.eos_token_id
+    for prompt in prompts:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        said = answers.generate(model, tokenizer, [ids], _MAX_NEW_TOKENS, stop if isinstance(stop, list) else [stop])
+        print(said[0], flush=True)
+    return 0

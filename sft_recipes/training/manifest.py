@@ -1,0 +1,101 @@
+"""Records what a run was: code, versions, host, data, tokens, losses, and how it ended."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import socket
+import subprocess
+from importlib import metadata
+from typing import Any
+
+from sft_recipes.planning.plan import Plan
+from sft_recipes.planning.run_folder import RunFolder, read_json, write_json
+from sft_recipes.planning.schema import REPOSITORY
+
+_LIBRARIES = (
+    "torch",
+    "transformers",
+    "trl",
+    "accelerate",
+    "datasets",
+    "deepspeed",
+    "peft",
+    "tokenizers",
+    "wandb",
+    "tensorboard",
+)
+
+
+def begin(folder: RunFolder, plan: Plan) -> None:
+    """Records what is known at a start; what earlier starts of the same run recorded is kept beside it."""
+    earlier = read_json(folder.manifest)
+    content = {
+        **earlier,
+        "run": folder.name,
+        "recipe": plan.recipe,
+        "state": "running",
+        "began": earlier.get("began", _now()),
+        "starts": [
+            *earlier.get("starts", []),
+            {"at": _now(), "host": _host(), "versions": _versions(), "code": _code()},
+        ],
+        "data": {"fingerprint": plan.data_fingerprint, **plan.sections["data"]},
+        "rows": plan.rows,
+        "rows_left_out_of_an_epoch": plan.rows_left_out_of_an_epoch,
+        "optimizer_steps": plan.optimizer_steps,
+        "warmup_steps": plan.warmup_steps,
+        "accepted": plan.accepted,
+    }
+    write_json(folder.manifest, content)
+
+
+def end(folder: RunFolder, state: str, exit_code: int, **figures: Any) -> None:
+    """Records how a start ended, and what there is to say of it."""
+    seconds = figures.pop("seconds", 0.0)
+    earlier = read_json(folder.manifest)
+    wall = round(earlier.get("wall_seconds", 0.0) + seconds, 1)
+    write_json(
+        folder.manifest,
+        {**earlier, **figures, "state": state, "exit_code": exit_code, "wall_seconds": wall, "ended": _now()},
+    )
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _host() -> dict[str, Any]:
+    import torch
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "name": socket.gethostname(),
+        "system": platform.platform(),
+        "gpus": gpus,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return {"python": platform.python_version(), **found}
+
+
+def _code() -> dict[str, Any]:
+    """The commit, and whether the working tree differs from it; unknown where this is no git checkout."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            asked = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            return None
+        return asked.stdout.strip() if asked.returncode == 0 else None
+
+    status = git("status", "--porcelain")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}

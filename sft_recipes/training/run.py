@@ -1,0 +1,272 @@
+"""The main program of every rank: from a plan and prepared rows to a trained model, read from top to bottom.
+
+Started by `accelerate launch … -m sft_recipes.training.run PLAN`, never by hand. Rank 0 writes the outcome, from which
+the launcher takes the exit code, since `accelerate launch` makes every failure 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sft_recipes.planning import plan as plans
+from sft_recipes.planning.plan import Plan
+from sft_recipes.planning.run_folder import RunFolder, read_json, write_json
+from sft_recipes.planning.schema import RecipeError
+
+REPORTERS = ("none", "tensorboard", "wandb")
+
+
+def main(plan_file: str) -> None:
+    """Carries out the plan; leaves with 0 also where the user's input was wrong, which the outcome tells."""
+    folder = RunFolder(Path(plan_file).parent)
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        train(plans.read(folder.plan), folder)
+    except RecipeError as error:
+        if rank == 0:
+            write_json(folder.outcome, {"exit_code": 2, "error": str(error)})
+
+
+def train(plan: Plan, folder: RunFolder) -> None:
+    """One start of a run, from where its newest whole checkpoint left it.
+
+    Raises:
+        RecipeError: the model cannot be loaded, or the ranks are not those of the plan.
+    """
+    started = time.monotonic()
+    _quiet()
+    from sft_recipes.data.chat import load_tokenizer
+    from sft_recipes.training import checkpoint, manifest, trainer
+    from sft_recipes.training.callbacks.best import KeepBest
+    from sft_recipes.training.callbacks.metrics import WriteMetrics
+    from sft_recipes.training.callbacks.progress import ShowProgress
+
+    arguments = trainer.sft_config(plan, folder, _reporters(folder))
+    state = arguments.distributed_state
+    check_ranks(plan, arguments.world_size, os.environ)
+    prepared = Path(read_json(folder.prepared)["folder"])
+    if state.is_main_process:
+        manifest.begin(folder, plan)
+
+    model_section = plan.sections["model"]
+    model_name = str(prepared / "model") if model_section["from_scratch"] else model_section["name_or_path"]
+    tokenizer = load_tokenizer(
+        model_name, model_section["revision"], model_section["chat_template"], model_section["trust_remote_code"]
+    )
+    model = load_model(plan, model_name)
+    stop = _stop_by_itself(model, tokenizer, prepared)
+    train_rows, validation_rows = trainer.read_rows(prepared)
+    callbacks = [KeepBest(folder), WriteMetrics(folder), ShowProgress(folder)]
+    sft = trainer.ResponseTrainer(
+        plan,
+        model=model,
+        args=arguments,
+        train_dataset=train_rows,
+        eval_dataset=trainer.whole_passes(validation_rows, plan.per_device_train_batch_size * plan.world_size),
+        processing_class=tokenizer,
+        data_collator=trainer.PackedRowsCollator(tokenizer.pad_token_id) if plan.packing else None,
+        callbacks=callbacks,
+    )
+    for callback in callbacks[:2]:
+        callback.trainer = sft
+    if state.is_main_process:
+        _write_configuration(arguments, folder)
+
+    resume_from, passed_over = checkpoint.newest_complete(folder)
+    for name in passed_over:
+        _say(folder, state, f"passing over {name}: it is not whole")
+    if resume_from is not None:
+        sft.supervised_tokens_seen = checkpoint.supervised_tokens_seen(resume_from)
+        _say(folder, state, f"going on from {resume_from.name}")
+    answered_before = _before(plan, folder, sft, prepared, stop, state.is_main_process)
+
+    training_started = time.monotonic()
+    result = sft.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    training_seconds = round(time.monotonic() - training_started, 1)
+
+    losses = checkpoint.validation_losses(sft.state.log_history)
+    best = checkpoint.best_step(losses)
+    sft.save_weights(folder.last)
+    if not state.is_main_process:
+        return
+    checkpoint.copy_whole(folder.best(best) if best else folder.last, folder.final)
+    answered = _after(plan, folder, sft, prepared, stop)
+    figures = {
+        "training_seconds": training_seconds,
+        "steps": sft.state.global_step,
+        "train_loss": result.training_loss,
+        "first_eval_loss": losses[min(losses)],
+        "best_step": best,
+        "best_eval_loss": losses.get(best),
+        "tokens_seen": int(sft.state.num_input_tokens_seen),
+        "supervised_tokens_seen": sft.supervised_tokens_seen,
+        "exact_match_before": answered_before.exact_match if answered_before else None,
+        "exact_match_after": answered.exact_match if answered else None,
+    }
+    manifest.end(folder, "finished", 0, seconds=time.monotonic() - started, **figures)
+    write_json(folder.outcome, {"exit_code": 0})
+    _say(folder, state, summary(plan, folder, figures, answered_before, answered))
+
+
+def check_ranks(plan: Plan, world_size: int, environment: Any) -> None:
+    """Stops a run that is not the plan's: accelerate can start one process, or another engine, and say nothing.
+
+    Raises:
+        RecipeError: another number of ranks, or DeepSpeed where the plan has none, or the other way round.
+    """
+    if world_size != plan.world_size:
+        raise RecipeError(f"{world_size} ranks were started where the plan has {plan.world_size}; nothing was trained")
+    deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if deepspeed != plan.parallelism.startswith("zero"):
+        got = "DeepSpeed" if deepspeed else "no DeepSpeed"
+        raise RecipeError(
+            f"the launcher started {got} where the plan has parallelism {plan.parallelism}; nothing was trained"
+        )
+
+
+def load_model(plan: Plan, name: str) -> Any:
+    """The model in the dtype that the plan has for its weights.
+
+    Raises:
+        RecipeError: it cannot be loaded, or is not the size that the recipe's architecture makes.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    section = plan.sections["model"]
+    dtype = torch.bfloat16 if plan.dtypes["weights"] == "bf16" else torch.float32
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=section["revision"],
+            dtype=dtype,
+            attn_implementation=attention(section["attention"], plan.uses_gpu),
+            trust_remote_code=section["trust_remote_code"],
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RecipeError(
+            f"model.name_or_path: {name} cannot be loaded ({reason}); name a folder that save_pretrained wrote, "
+            "or check the "
+            f"Hub name, the network, and HF_TOKEN where the model is gated"
+        ) from error
+
+
+def attention(asked: str, _uses_gpu: bool) -> str:
+    """The attention to load the model with; `auto` is torch's own, which isolates packed rows exactly."""
+    return "sdpa" if asked == "auto" else asked
+
+
+def summary(plan: Plan, folder: RunFolder, figures: dict[str, Any], before: Any, after: Any) -> str:
+    """The last lines of a run: a few answers, what was trained, how well, how long, where it lies, what to type "
+    "next."""
+    from sft_recipes.training import answers
+
+    lines = [""]
+    if after is not None and plan.sections["answers"]["show"]:
+        lines += [answers.show(before, after, plan.sections["answers"]["show"]), ""]
+    tokens, minutes = figures["supervised_tokens_seen"], figures["training_seconds"] / 60
+    lines.append(
+        f"trained    {plan.model} on {tokens:,} supervised tokens: {figures['steps']} steps in {minutes:.1f} minutes"
+    )
+    lines.append(
+        f"eval_loss  {figures['first_eval_loss']:.4f} at the first evaluation, {figures['best_eval_loss']:.4f} at "
+        f"the best (step {figures['best_step']})"
+    )
+    if figures["exact_match_after"] is not None:
+        was, now = figures["exact_match_before"], figures["exact_match_after"]
+        started = f"{was:.3f} before, " if was is not None else ""
+        lines.append(
+            f"exact      {started}{now:.3f} after, of {plan.sections['answers']['exact_match']} held-out prompts"
+        )
+    lines.append(f"model      {folder.final} (the best; {folder.last.name}/ is the last step's)")
+    lines.append(f"next       python -m sft_recipes generate {folder.name} --prompt '...'")
+    return "\n".join(lines)
+
+
+def _before(plan: Plan, folder: RunFolder, sft: Any, prepared: Path, stop: list[int], speaks: bool) -> Any:
+    """What the model answers before the first step; remembered across a resume."""
+    from sft_recipes.training import answers
+
+    if not speaks:
+        return None
+    if not folder.answers.is_file():
+        answered = _answer(plan, sft, prepared, stop)
+        write_json(folder.answers, {"before": asdict(answered) if answered else None})
+    return answers.remembered(read_json(folder.answers)["before"])
+
+
+def _after(plan: Plan, folder: RunFolder, sft: Any, prepared: Path, stop: list[int]) -> Any:
+    """What the best model answers."""
+    if plan.parallelism != "zero3":
+        sft.load_weights(folder.final)
+    answered = _answer(plan, sft, prepared, stop)
+    write_json(folder.answers, {**read_json(folder.answers), "after": asdict(answered) if answered else None})
+    return answered
+
+
+def _answer(plan: Plan, sft: Any, prepared: Path, stop: list[int]) -> Any:
+    """Answers to held-out prompts; None where none are asked for, or no rank holds the whole model (ZeRO-3)."""
+    from sft_recipes.training import answers
+
+    asked = plan.sections["answers"]
+    prompts = answers.read_prompts(prepared, asked["show"], asked["exact_match"])
+    if not prompts or plan.parallelism == "zero3":
+        return None
+    model = sft.accelerator.unwrap_model(sft.model)
+    return answers.answer(model, sft.processing_class, prompts, asked["exact_match"], asked["max_new_tokens"], stop)
+
+
+def _stop_by_itself(model: Any, tokenizer: Any, prepared: Path) -> list[int]:
+    """Names the ends of turn that the data holds in the model's generation configuration, so that `final/` stops."""
+    ends = set(json.loads((prepared / "details.json").read_text(encoding="utf-8"))["end_of_turn_ids"])
+    known = model.generation_config.eos_token_id
+    ends |= set(known if isinstance(known, list) else [] if known is None else [known])
+    model.generation_config.eos_token_id = sorted(ends)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return sorted(ends)
+
+
+def _reporters(folder: RunFolder) -> list[str]:
+    """Where figures go besides `metrics.jsonl`, from REPORT_TO."""
+    asked = os.environ.get("REPORT_TO", "tensorboard").split(",")
+    unknown = [name for name in asked if name not in REPORTERS]
+    if unknown:
+        raise RecipeError(f"REPORT_TO: {unknown[0]!r} is not known; wanted some of {', '.join(REPORTERS)}")
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
+    return [name for name in asked if name != "none"]
+
+
+def _write_configuration(arguments: Any, folder: RunFolder) -> None:
+    """The resolved SFTConfig; `to_dict` hides tokens."""
+    folder.configuration.write_text(json.dumps(arguments.to_dict(), indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def _quiet() -> None:
+    """Leaves out what the libraries say to programmers; errors still show."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _say(folder: RunFolder, state: Any, text: str) -> None:
+    """Rank 0 says it, on standard output and in the log."""
+    if state.is_main_process:
+        with folder.log.open("a", encoding="utf-8") as log:
+            log.write(text + "\n")
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

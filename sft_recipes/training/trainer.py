@@ -1,0 +1,226 @@
+"""Builds TRL's SFTTrainer from a plan, and mends what it and the Trainer below it leave to chance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+from transformers import PrinterCallback
+from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from sft_recipes.planning.plan import Plan
+from sft_recipes.planning.run_folder import RunFolder
+from sft_recipes.training import checkpoint
+
+IGNORED = -100
+CHECKPOINTS_KEPT = 2
+
+
+def sft_config(plan: Plan, folder: RunFolder, report_to: list[str]) -> SFTConfig:
+    """The plan in TRL's terms; every value that the recipe may not set is set here."""
+    trainer = dict(plan.sections["trainer"])
+    for planned in ("max_length", "packing", "gradient_checkpointing"):
+        trainer.pop(planned)
+    checkpointing = plan.sections["trainer"]["gradient_checkpointing"]
+    return SFTConfig(
+        **{
+            "optim": "adamw_torch",
+            "logging_first_step": True,
+            "ddp_find_unused_parameters": False,
+            "disable_tqdm": True,
+            "log_level": "error",
+            **trainer,
+        },
+        output_dir=str(folder.path),
+        run_name=folder.name,
+        per_device_train_batch_size=plan.per_device_train_batch_size,
+        per_device_eval_batch_size=plan.per_device_train_batch_size,
+        gradient_accumulation_steps=plan.gradient_accumulation_steps,
+        learning_rate=plan.learning_rate,
+        lr_scheduler_type=plan.lr_scheduler_type,
+        num_train_epochs=plan.num_train_epochs,
+        warmup_steps=plan.warmup_steps,
+        weight_decay=plan.weight_decay,
+        max_grad_norm=plan.max_grad_norm,
+        max_length=plan.max_length,
+        bf16=plan.precision == "bf16",
+        use_cpu=not plan.uses_gpu,
+        **_checkpointing(checkpointing),
+        eval_strategy="steps",
+        save_strategy="steps",
+        save_total_limit=CHECKPOINTS_KEPT,
+        logging_strategy="steps",
+        logging_nan_inf_filter=False,  # by default a NaN loss is replaced in the log while the optimizer steps on
+        include_num_input_tokens_seen="non_padding",
+        average_tokens_across_devices=True,
+        # The rows are prepared, packed and masked already (sft_recipes.data); the collator below keeps them apart.
+        packing=False,
+        padding_free=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        report_to=report_to,
+        dataloader_pin_memory=plan.uses_gpu,
+    )
+
+
+def _checkpointing(on: bool) -> dict[str, Any]:
+    """Non-reentrant activation checkpointing under the name that the installed transformers has for it."""
+    name = (
+        "activation_checkpointing"
+        if "activation_checkpointing" in SFTConfig.__dataclass_fields__
+        else "gradient_checkpointing"
+    )
+    # TRL's own default is to checkpoint, and it is read from the old name: so that one is silenced, not left out.
+    off = {"gradient_checkpointing": False} if name == "activation_checkpointing" else {}
+    return {name: on, **off, **({f"{name}_kwargs": {"use_reentrant": False}} if on else {})}
+
+
+class WholeBatches(Sampler[int]):
+    """Row indices in a seeded order of each epoch, cut to whole effective batches.
+
+    The Trainer would let the last optimizer step of an epoch be a smaller one, and accelerate would repeat rows to
+    fill a rank. Here each row is used at most once an epoch, every step sees a whole effective batch, and the same rows
+    make a step whatever the number of ranks. The tail that is left out is another one each epoch.
+    """
+
+    def __init__(self, rows: int, effective_batch_size: int, seed: int):
+        self.rows = rows
+        self.used = rows // effective_batch_size * effective_batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order; accelerate calls this at each epoch's start."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(torch.randperm(self.rows, generator=generator)[: self.used].tolist())
+
+    def __len__(self) -> int:
+        return self.used
+
+
+class PackedRowsCollator(DataCollatorForLanguageModeling):
+    """Keeps packed rows as rows, [batch, length], and tells the examples in them apart by `position_ids` alone.
+
+    TRL's own padding-free collator lays all rows end to end, which a variable-length flash kernel wants; for other
+    attentions that makes a mask of (batch x length) squared. No attention mask is passed: an all-ones mask would bring
+    attention across examples back (transformers derives the isolation from `position_ids` only where there is none).
+    """
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """`input_ids`, `labels` and `position_ids`, each [batch, longest row]."""
+        longest = max(len(example["input_ids"]) for example in examples)
+        batch: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "position_ids": []}
+        for example in examples:
+            lengths = example["seq_lengths"]
+            labels, positions = list(example["labels"]), []
+            for length in lengths:
+                labels[len(positions)] = IGNORED  # an example's first token follows another's last: nothing predicts it
+                positions += range(length)
+            padding = longest - len(positions)
+            batch["input_ids"].append([*example["input_ids"], *[self.pad_token_id] * padding])
+            batch["labels"].append([*labels, *[IGNORED] * padding])
+            batch["position_ids"].append([*positions, *[0] * padding])  # each padding token an example of its own
+        return {name: torch.tensor(rows) for name, rows in batch.items()}
+
+
+class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer over prepared rows: whole effective batches, and a validation loss that is a mean over tokens."""
+
+    def __init__(self, plan: Plan, **arguments: Any):
+        self._plan = plan
+        super().__init__(**arguments)
+        self.remove_callback(PrinterCallback)  # callbacks/progress.py speaks
+        self.supervised_tokens_seen = 0
+        self._evaluated = torch.zeros(2, dtype=torch.float64)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> WholeBatches:
+        rows = len(self.train_dataset if train_dataset is None else train_dataset)
+        self.sampler = WholeBatches(rows, self._plan.effective_batch_size, self.args.data_seed)
+        return self.sampler
+
+    def get_batch_samples(self, *arguments: Any, **named: Any) -> tuple[list[Any], Any]:
+        """As the Trainer's, and counts the supervised tokens of the step over all ranks."""
+        batches, supervised_tokens = super().get_batch_samples(*arguments, **named)
+        self.supervised_tokens_seen += int(supervised_tokens or 0)
+        return batches, supervised_tokens
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        """As TRL's, and keeps the sum of losses and the number of tokens that they were taken over."""
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        tokens = (inputs["labels"][..., 1:] != IGNORED).sum()
+        self._evaluated += torch.stack([loss.double() * tokens, tokens.double()]).cpu()
+        return loss, logits, labels
+
+    def evaluation_loop(self, *arguments: Any, **named: Any) -> EvalLoopOutput:
+        """As the Trainer's, with the sum of losses over the sum of supervised tokens as `eval_loss`.
+
+        The Trainer's own is a mean of batch means, which changes with the batch and the number of ranks
+        (https://github.com/huggingface/transformers/issues/39241).
+        """
+        self._evaluated.zero_()
+        output = super().evaluation_loop(*arguments, **named)
+        loss, tokens = self.accelerator.reduce(
+            self._evaluated.to(self.accelerator.device, torch.float64), "sum"
+        ).tolist()
+        prefix = named.get("metric_key_prefix", "eval")
+        output.metrics[f"{prefix}_loss"] = loss / max(tokens, 1)
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As TRL's, with `num_tokens` counted by the Trainer: TRL's own takes a batch for one row, and starts from 0
+        again on a resume."""
+        for measured in self._metrics.values():
+            if "num_tokens" in measured:
+                measured["num_tokens"] = [self.state.num_input_tokens_seen]
+        super().log(logs, start_time)
+
+    def save_weights(self, target: Path) -> None:
+        """Saves the model and its tokenizer so that `target` is whole or not there. All ranks take part.
+
+        The Trainer's pickled arguments are left out: a model's folder is loaded by others.
+        """
+        self.save_model(str(checkpoint.partial(target)), _internal_call=True)
+        if self.accelerator.is_main_process:
+            (checkpoint.partial(target) / "training_args.bin").unlink(missing_ok=True)
+            checkpoint.publish(target)
+
+    def load_weights(self, folder: Path) -> None:
+        """Puts the weights of a saved model into this one, which no rank may hold in shards."""
+        self._load_from_checkpoint(str(folder), self.model)
+
+    def create_model_card(self, *_arguments: Any, **_named: Any) -> None:
+        """Nothing: the manifest tells what a run was; a card with empty headings in every checkpoint does not."""
+
+
+def whole_passes(validation: Any, rows_a_pass: int) -> Any:
+    """The validation rows, filled with rows that count nothing to whole passes over all ranks.
+
+    Accelerate would fill them by repeating rows from the beginning, which then count twice.
+
+    Args:
+        validation: a datasets.Dataset with `input_ids`, `labels` and, where packed, `seq_lengths`.
+        rows_a_pass: micro-batch x ranks.
+    """
+    from datasets import concatenate_datasets
+
+    missing = -len(validation) % rows_a_pass
+    if not missing:
+        return validation
+    nothing = validation.select([0] * missing).map(
+        lambda row: {"labels": [IGNORED] * len(row["labels"])}, features=validation.features
+    )
+    return concatenate_datasets([validation, nothing])
+
+
+def read_rows(prepared: Path) -> tuple[Any, Any]:
+    """The prepared training and validation rows."""
+    from datasets import load_from_disk
+
+    return load_from_disk(str(prepared / "train")), load_from_disk(str(prepared / "validation"))
