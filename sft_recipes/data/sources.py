@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import re
 import sys
@@ -166,8 +167,7 @@ def _json_file(file: Path) -> Iterator[RawRow]:
 
 def _csv_file(file: Path) -> Iterator[RawRow]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    lines = _text(file).splitlines(keepends=True)
-    reader = csv.DictReader(lines, strict=True)
+    reader = csv.DictReader(io.StringIO(_text(file), newline=""), strict=True)
     try:
         for row in reader:
             where = f"{file}:{reader.line_num}"
@@ -177,7 +177,7 @@ def _csv_file(file: Path) -> Iterator[RawRow]:
                 )
             yield RawRow(row, where)
     except csv.Error as error:
-        raise RecipeError(f"{file}:{reader.line_num}: not CSV: {error}") from error
+        raise RecipeError(f"{file}:{reader.reader.line_num}: not CSV: {error}") from error
 
 
 def _parquet_file(file: Path) -> Iterator[RawRow]:

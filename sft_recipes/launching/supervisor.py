@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
@@ -21,6 +22,8 @@ from sft_recipes.planning.run_folder import RunFolder, Start, read_json, runs_ro
 from sft_recipes.planning.schema import RecipeError
 
 EXIT_FAULT, EXIT_USER = 1, 2
+SECONDS_TO_END = 15
+SECONDS_TO_SAVE = 600
 
 
 @contextlib.contextmanager
@@ -146,22 +149,44 @@ def _exit_code(folder: RunFolder, launcher_code: int) -> int:
 
 
 def _run(arguments: list[str], environment: Mapping[str, str]) -> int:
-    """Runs a command in a process group of its own, passes signals on to all of it, and leaves none of it behind."""
-    process = subprocess.Popen(arguments, env=dict(environment), start_new_session=True)
+    """Runs a command in a process group of its own, passes signals on to all of it, and leaves none of it behind.
 
-    def pass_on(number: int, _frame: FrameType | None) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
+    The first signal asks the ranks to save and stop, the second ends them at once.
+    """
+    process = subprocess.Popen(arguments, env=dict(environment), start_new_session=True)
+    asked = 0
+
+    def pass_on(_number: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        asked += 1
+        _signal_group(process.pid, signal.SIGTERM if asked == 1 else signal.SIGKILL)
 
     passed = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = {number: signal.signal(number, pass_on) for number in passed}
     try:
-        return process.wait()
+        code = process.wait()
+        # A rank that was asked to stop may still be saving when the launcher has gone.
+        _await_group(process.pid, SECONDS_TO_SAVE if asked else SECONDS_TO_END)
+        return code
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _signal_group(process.pid, signal.SIGKILL)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _signal_group(group: int, number: int) -> bool:
+    """Whether there still was a process of the group to get the signal."""
+    try:
+        os.killpg(group, number)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def _await_group(group: int, seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while _signal_group(group, 0) and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 def _holder(lock: Path) -> str:

@@ -188,5 +188,5 @@ def trainer_fields() -> dict[str, list[str]]:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean x?` for the nearest of `known`, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""

@@ -20,6 +20,7 @@ from sft_recipes.planning.plan import Plan
 from sft_recipes.planning.run_folder import RunFolder, read_json, write_json
 from sft_recipes.planning.schema import RecipeError
 
+EXIT_STOPPED = 75
 REPORTERS = ("none", "tensorboard", "wandb")
 
 
@@ -47,6 +48,9 @@ def train(plan: Plan, folder: RunFolder) -> None:
     from sft_recipes.training.callbacks.best import KeepBest
     from sft_recipes.training.callbacks.metrics import WriteMetrics
     from sft_recipes.training.callbacks.progress import ShowProgress
+    from sft_recipes.training.callbacks.stop import StopTogether
+
+    stopping = StopTogether()
 
     arguments = trainer.sft_config(plan, folder, _reporters(folder))
     state = arguments.distributed_state
@@ -63,7 +67,7 @@ def train(plan: Plan, folder: RunFolder) -> None:
     model = load_model(plan, model_name)
     stop = _stop_by_itself(model, tokenizer, prepared)
     train_rows, validation_rows = trainer.read_rows(prepared)
-    callbacks = [KeepBest(folder), WriteMetrics(folder), ShowProgress(folder)]
+    callbacks = [stopping, KeepBest(folder), WriteMetrics(folder), ShowProgress(folder)]
     sft = trainer.ResponseTrainer(
         plan,
         model=model,
@@ -74,7 +78,7 @@ def train(plan: Plan, folder: RunFolder) -> None:
         data_collator=trainer.PackedRowsCollator(tokenizer.pad_token_id) if plan.packing else None,
         callbacks=callbacks,
     )
-    for callback in callbacks[:2]:
+    for callback in callbacks[:3]:
         callback.trainer = sft
     if state.is_main_process:
         _write_configuration(arguments, folder)
@@ -90,6 +94,11 @@ def train(plan: Plan, folder: RunFolder) -> None:
     training_started = time.monotonic()
     result = sft.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     training_seconds = round(time.monotonic() - training_started, 1)
+
+    if stopping.stopped:
+        if state.is_main_process:
+            _stop_early(folder, sft.state.global_step, time.monotonic() - started)
+        return
 
     losses = checkpoint.validation_losses(sft.state.log_history)
     best = checkpoint.best_step(losses)
@@ -113,6 +122,15 @@ def train(plan: Plan, folder: RunFolder) -> None:
     manifest.end(folder, "finished", 0, seconds=time.monotonic() - started, **figures)
     write_json(folder.outcome, {"exit_code": 0})
     _say(folder, state, summary(plan, folder, figures, answered_before, answered))
+
+
+def _stop_early(folder: RunFolder, step: int, seconds: float) -> None:
+    """A run cut short has a whole checkpoint and no `final/`."""
+    from sft_recipes.training import manifest
+
+    manifest.end(folder, "stopped", EXIT_STOPPED, seconds=seconds, steps=step)
+    write_json(folder.outcome, {"exit_code": EXIT_STOPPED})
+    print(f"stopped at step {step} with a whole checkpoint; the same command goes on from it", flush=True)
 
 
 def check_ranks(plan: Plan, world_size: int, environment: Any) -> None:

@@ -1,0 +1,137 @@
+"""What the tests share: the command line as a user has it, and one small model, data set and run for many tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# A hang is a failure, but a slow machine is not: many times what the slowest call takes.
+HANG_SECONDS = 900
+
+# The tiny recipe in small: enough steps for two evaluations and two checkpoints.
+SHORT = (
+    "trainer.max_steps=8",
+    "trainer.eval_steps=4",
+    "trainer.save_steps=4",
+    "trainer.logging_steps=1",
+    "answers.show=2",
+    "answers.exact_match=8",
+    "answers.max_new_tokens=4",
+)
+
+compiler = pytest.mark.skipif(
+    shutil.which("c++") is None or not Path(sysconfig.get_path("include"), "Python.h").is_file(),
+    reason="DeepSpeed compiles an operator at its first start: needs a C++ compiler and Python's headers",
+)
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """An empty folder with runs of its own, and the command line in it."""
+
+    path: Path
+
+    @property
+    def runs(self) -> Path:
+        return self.path / "runs"
+
+    def environment(self, **variables: str) -> dict[str, str]:
+        kept = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+        return {**kept, "RUNS_DIR": str(self.runs), "PYTHONPATH": str(REPOSITORY), "REPORT_TO": "none", **variables}
+
+    def sft(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Runs `python -m sft_recipes` and waits for it."""
+        return subprocess.run(
+            [sys.executable, "-m", "sft_recipes", *arguments],
+            cwd=self.path,
+            env=self.environment(**variables),
+            capture_output=True,
+            text=True,
+            timeout=HANG_SECONDS,
+            check=False,
+        )
+
+    def trained(self, *arguments: str, **variables: str) -> Path:
+        """Runs `train` to a good end and returns the run's folder."""
+        done = self.sft("train", *arguments, **variables)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return max(self.runs.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime).parent
+
+
+def manifest(run: Path) -> dict:
+    return json.loads((run / "manifest.json").read_text())
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Workplace:
+    return Workplace(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def shared_workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """For runs that several tests look at; its prepared data is made once."""
+    return Workplace(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture(scope="session")
+def short_run(shared_workplace: Workplace) -> Path:
+    """The tiny recipe, eight steps, one process."""
+    return shared_workplace.trained("tiny", "--name", "short", *SHORT)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A very small Llama with a ChatML tokenizer, as `save_pretrained` writes one."""
+    from sft_recipes.data import scratch
+
+    folder = tmp_path_factory.mktemp("models") / "small"
+    texts = ["Which letter is first?", "The first letter is a.", "Add 12 and 30.", "42"] * 50
+    scratch.build(SMALL_LLAMA, texts, folder, seed=0)
+    return folder
+
+
+SMALL_LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 320,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model_folder: Path):
+    from sft_recipes.data.chat import load_tokenizer
+
+    return load_tokenizer(str(model_folder), None, None, False)
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Writes rows to a JSONL file and returns it."""
+
+    def write(rows: list, name: str = "rows.jsonl") -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    yield write

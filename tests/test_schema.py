@@ -1,0 +1,39 @@
+"""Run as a program, this file writes `trainer_fields.json` anew from the installed TRL."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+from sft_recipes.planning import schema
+
+FILE = Path(schema.__file__).with_name("trainer_fields.json")
+
+
+def installed_fields() -> dict[str, list[str]]:
+    from trl import SFTConfig
+
+    def kinds(annotation) -> list[str]:
+        text = annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("NoneType", "None")
+        return [
+            kind for kind in ("str", "int", "float", "bool", "dict", "list", "None") if re.search(rf"\b{kind}\b", text)
+        ]
+
+    fields = sorted((field for field in dataclasses.fields(SFTConfig) if field.init), key=lambda field: field.name)
+    return {field.name: kinds(field.type) for field in fields}
+
+
+def test_the_names_that_a_recipe_may_set_are_those_of_the_installed_trl():
+    assert schema.trainer_fields() == installed_fields()
+
+
+def test_whatever_the_plan_owns_is_a_field_that_exists():
+    names = set(installed_fields())
+    assert len(schema.OWNED_BY_THE_PLAN) > 30
+    assert set(schema.OWNED_BY_THE_PLAN) <= names
+    assert set(schema.TRAINER_DEFAULTS) <= names
+
+
+if __name__ == "__main__":
+    lines = [f"  {json.dumps(name)}: {json.dumps(kinds)}" for name, kinds in installed_fields().items()]
+    FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")

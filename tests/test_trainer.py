@@ -1,0 +1,204 @@
+"""What reaches the model: collated labels, isolation of packed examples, whole batches, a validation loss over tokens."""
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+
+from sft_recipes.data.chat import IGNORED, Chat, Tokenized
+from sft_recipes.data.packing import to_dataset
+from sft_recipes.planning import plan as plans
+from sft_recipes.planning import recipes
+from sft_recipes.planning.plan import Topology
+from sft_recipes.planning.run_folder import RunFolder
+from sft_recipes.training import trainer as trainers
+
+CONVERSATIONS = [
+    [{"role": "user", "content": f"Add {n} and {n}." + " please" * (n % 4)}, {"role": "assistant", "content": f"It is {2 * n}."}]
+    for n in range(23)
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def examples(tokenizer):
+    import datetime
+
+    chat = Chat(tokenizer, datetime.date(2026, 11, 21))
+    rendered = [chat.render(messages, "here:1") for messages in CONVERSATIONS]
+    return chat.tokenize(rendered, ["here:1"] * len(rendered))
+
+
+@pytest.fixture(scope="module")
+def model(model_folder):
+    return AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+
+
+def token_losses(model, **inputs):
+    """Loss of each predicted token, in the order of the row."""
+    labels = inputs.pop("labels")
+    with torch.no_grad():
+        logits = model(**inputs, use_cache=False).logits
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=IGNORED
+    )
+    return losses[labels[:, 1:] != IGNORED]
+
+
+def make_trainer(tmp_path, model_folder, tokenizer, rows, validation, *overrides):
+    settings = (
+        "batch.min_optimizer_steps=1", "batch.effective_batch_size=4", "batch.per_device_at_most=2",
+        "trainer.max_length=128", "trainer.num_train_epochs=2", *overrides,
+    )  # fmt: skip
+    plan = plans.make(recipes.load("tiny", settings), Topology(gpus=0, processes=1))
+    plan = plans.settle(plan, plans.Prepared("f", "x", len(rows), len(rows), 100, 100, len(validation)))
+    return trainers.ResponseTrainer(
+        plan,
+        model=AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32),
+        args=trainers.sft_config(plan, RunFolder(tmp_path), []),
+        train_dataset=rows,
+        eval_dataset=trainers.whole_passes(validation, plan.per_device_train_batch_size),
+        processing_class=tokenizer,
+        data_collator=trainers.PackedRowsCollator(tokenizer.pad_token_id) if plan.packing else None,
+    )
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "not packed"])
+def test_the_labels_of_a_real_batch_are_the_answers_and_their_ends_alone(
+    tmp_path, model_folder, tokenizer, examples, packing
+):
+    rows = to_dataset(examples, 128, packing)
+    subject = make_trainer(tmp_path, model_folder, tokenizer, rows, rows, f"trainer.packing={str(packing).lower()}")
+    supervised, batches = [], 0
+    for batch in subject.get_train_dataloader():
+        batches += 1
+        assert batch["input_ids"].shape == batch["labels"].shape
+        assert torch.equal(batch["labels"][batch["labels"] != IGNORED], batch["input_ids"][batch["labels"] != IGNORED])
+        supervised += [label for row in batch["labels"].tolist() for label in row if label != IGNORED]
+    assert batches == subject.sampler.used // 2 > 0
+    said = tokenizer.decode(supervised).split("<|im_end|>")
+    known = {messages[1]["content"] for messages in CONVERSATIONS}
+    assert said.pop() == ""
+    assert len(said) == len(set(said)) and set(said) <= known
+    assert packing or len(said) == subject.sampler.used
+
+
+def test_packed_examples_do_not_see_each_other(model, tokenizer, examples):
+    """Per-token losses in packed, padded rows equal those of each example alone."""
+    rows = to_dataset(examples, 100, packing=True)
+    assert max(len(lengths) for lengths in rows["seq_lengths"]) > 2
+    assert len({len(ids) for ids in rows["input_ids"]}) > 1, "no row needs padding, so padding is not tried"
+    packed = trainers.PackedRowsCollator(tokenizer.pad_token_id)(list(rows))
+    assert "attention_mask" not in packed
+    together = token_losses(model, **packed)
+    alone = {}
+    for example in examples:
+        ids, labels = torch.tensor([example.input_ids]), torch.tensor([example.labels])
+        alone[tuple(example.input_ids)] = token_losses(model, input_ids=ids, labels=labels)
+    order = [tuple(ids) for row in rows for ids in _cut(row["input_ids"], row["seq_lengths"])]
+    assert sorted(order) == sorted(alone)
+    torch.testing.assert_close(together, torch.cat([alone[ids] for ids in order]), rtol=1e-5, atol=1e-5)
+
+
+def test_an_all_ones_mask_would_let_them_see_each_other(model, tokenizer, examples):
+    """The reason why no mask is passed; fails when transformers isolates packed rows all the same."""
+    rows = to_dataset(examples, 100, packing=True)
+    packed = trainers.PackedRowsCollator(tokenizer.pad_token_id)(list(rows))
+    masked = {**packed, "attention_mask": torch.ones_like(packed["input_ids"])}
+    assert (token_losses(model, **packed) - token_losses(model, **masked)).abs().max() > 1e-3
+
+
+def _cut(ids, lengths):
+    first = 0
+    for length in lengths:
+        yield ids[first : first + length]
+        first += length
+
+
+def test_packing_loses_no_example_and_no_token(examples):
+    rows = to_dataset(examples, 100, packing=True)
+    packed = sorted(tuple(ids) for row in rows for ids in _cut(row["input_ids"], row["seq_lengths"]))
+    assert packed == sorted(tuple(example.input_ids) for example in examples)
+    assert max(map(len, rows["input_ids"])) <= 100
+
+
+@pytest.mark.parametrize("rows", [8, 11, 37])
+def test_an_epoch_uses_each_row_once_in_whole_batches_and_drops_another_tail_each_time(rows):
+    sampler = trainers.WholeBatches(rows, effective_batch_size=4, seed=42)
+    epochs = []
+    for epoch in range(6):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+    assert all(len(order) == len(set(order)) == len(sampler) == rows // 4 * 4 for order in epochs)
+    assert len({tuple(order) for order in epochs}) == 6
+    left_out = {frozenset(set(range(rows)) - set(order)) for order in epochs}
+    assert len(left_out) > 1 or rows % 4 == 0
+    again = trainers.WholeBatches(rows, effective_batch_size=4, seed=42)
+    assert list(again) == epochs[0]
+    assert list(trainers.WholeBatches(rows, effective_batch_size=4, seed=43)) != epochs[0]
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 5])
+def test_the_validation_loss_is_a_mean_over_tokens_whatever_the_batch(
+    tmp_path, model_folder, model, tokenizer, examples, micro_batch
+):
+    """Answers of very different lengths: a mean of batch means would move with the batch."""
+    long = [Tokenized(one.input_ids * 4, [IGNORED, *one.input_ids[1:]] + one.input_ids * 3) for one in examples[:3]]
+    rows = to_dataset([*examples[3:10], *long], 128, packing=False)
+    subject = make_trainer(tmp_path, model_folder, tokenizer, rows, rows, "trainer.packing=false")
+    subject.args.per_device_eval_batch_size = micro_batch
+    subject.eval_dataset = trainers.whole_passes(rows, micro_batch)
+    losses = [
+        token_losses(model, input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])) for row in rows
+    ]  # fmt: skip
+    expected = torch.cat(losses).double().mean().item()
+    assert subject.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_rows_that_fill_a_pass_count_nothing():
+    rows = Dataset.from_dict({"input_ids": [[1, 2], [3, 4, 5]], "labels": [[IGNORED, 2], [IGNORED, 4, 5]]})
+    filled = trainers.whole_passes(rows, 4)
+    assert len(filled) == 4
+    assert filled[:2] == rows[:2]
+    assert {label for row in filled.select([2, 3])["labels"] for label in row} == {IGNORED}
+    assert trainers.whole_passes(rows, 2) is rows
+
+
+def test_the_resolved_configuration_says_what_the_plan_says(tmp_path, model_folder, tokenizer, examples):
+    rows = to_dataset(examples, 128, packing=False)
+    subject = make_trainer(
+        tmp_path, model_folder, tokenizer, rows, rows, "trainer.packing=false", "trainer.gradient_checkpointing=true"
+    )
+    arguments = subject.args
+    assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (2, 2)
+    assert arguments.optim == "adamw_torch"
+    assert arguments.lr_scheduler_type == "cosine"
+    assert arguments.max_grad_norm == 1.0
+    assert arguments.gradient_checkpointing and arguments.gradient_checkpointing_kwargs["use_reentrant"] is False
+    assert arguments.average_tokens_across_devices and not arguments.logging_nan_inf_filter
+    assert {parameter.dtype for parameter in subject.model.parameters()} == {torch.float32}
+
+
+def test_checkpointing_is_off_where_the_recipe_says_off(tmp_path, model_folder, tokenizer, examples):
+    rows = to_dataset(examples, 128, packing=False)
+    subject = make_trainer(tmp_path, model_folder, tokenizer, rows, rows, "trainer.packing=false")
+    assert recipes.load("tiny").trainer["gradient_checkpointing"] is False
+    assert not subject.args.gradient_checkpointing and not subject.model.is_gradient_checkpointing
+
+
+def test_the_engines_files_leave_to_the_trainer_what_the_trainer_owns():
+    import json
+
+    files = sorted((REPOSITORY / "deepspeed_configs").glob("*.json"))
+    assert len(files) == 3
+    for file in files:
+        config = json.loads(file.read_text())
+        assert f"zero{config['zero_optimization']['stage']}.json" == file.name
+        assert config["data_types"]["grad_accum_dtype"] == config["communication_data_type"] == "fp32"
+        owned = (
+            "train_batch_size",
+            "train_micro_batch_size_per_gpu",
+            "gradient_accumulation_steps",
+            "gradient_clipping",
+        )
+        assert all(config[key] == "auto" for key in owned)
