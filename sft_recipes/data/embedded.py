@@ -9,7 +9,6 @@ that has a subject stands in the other.
 """
 
 import json
-import os
 import random
 import zlib
 from collections.abc import Callable, Iterable
@@ -17,7 +16,7 @@ from pathlib import Path
 
 Row = dict[str, list[dict[str, str]]]
 
-TRAIN_ROWS = 16_000
+TRAIN_ROWS = 12_000
 VALIDATION_ROWS = 400
 HELD_OUT_SHARE = 0.1  # of the subjects of every task
 SYSTEM_SHARE = 0.2
@@ -40,13 +39,13 @@ def _letters(rng: random.Random, count: int) -> str:
 
 
 def _reverse(rng: random.Random) -> tuple[str, str]:
-    digits = _digits(rng, 3)
+    digits = _digits(rng, 4)
     return digits, digits[::-1]
 
 
 def _sort(rng: random.Random) -> tuple[str, str]:
-    digits = _digits(rng, 3)
-    return digits, "".join(sorted(digits))
+    digits = rng.sample("0123456789", 3)
+    return "".join(digits), "".join(sorted(digits))
 
 
 def _spell(rng: random.Random) -> tuple[str, str]:
@@ -83,13 +82,13 @@ def _count(rng: random.Random) -> tuple[str, str]:
 
 # Per kind of task: the phrasings, and what draws a subject and its answer.
 TASKS: dict[str, tuple[tuple[str, ...], Callable[[random.Random], tuple[str, str]]]] = {
-    "reverse": (("Reverse the digits of {}.", "Write {} backwards."), _reverse),
-    "sort": (("Sort the digits of {}.", "Put the digits of {} in rising order."), _sort),
-    "spell": (("Spell out the digits of {}.", "Write {} digit by digit in words."), _spell),
-    "largest": (("What is the largest digit of {}?", "Which digit of {} is largest?"), _largest),
-    "add": (("What is {}?", "Please add: {}"), _add),
+    "reverse": (("Reverse these digits: {}", "Write backwards: {}"), _reverse),
+    "sort": (("Sort these digits: {}", "Put these digits in rising order: {}"), _sort),
+    "spell": (("Spell out these digits: {}", "Write digit by digit in words: {}"), _spell),
+    "largest": (("What is the largest digit of this number: {}", "Which digit is largest here: {}"), _largest),
+    "add": (("Add these numbers: {}", "What is the sum: {}"), _add),
     "capitals": (("Write these letters in capitals: {}", "Make these upper case: {}"), _capitals),
-    "last": (("What is the last letter of {}?", "Which letter comes last in {}?"), _last),
+    "last": (("What is the last letter here: {}", "Which letter comes last: {}"), _last),
     "count": (("How many letters are here: {}", "Count these letters: {}"), _count),
 }
 REMEMBER = ("What does {} have?", "Tell me what {} has.")
@@ -109,15 +108,12 @@ def _draw(rng: random.Random, task: str, held_out: bool) -> tuple[str, str]:
 
 
 def _draw_remember(rng: random.Random, held_out: bool) -> tuple[tuple[str, str], tuple[str, str]]:
-    """Two turns: who has what is told in the first, and asked about one of the two people in the second."""
+    """Two turns: the first tells what a person has, the second asks for it."""
     while True:
-        firsts, lasts = rng.sample(FIRST_NAMES, 2), rng.sample(LAST_NAMES, 2)
-        people = [f"{first} {last}" for first, last in zip(firsts, lasts, strict=True)]
-        if _is_held_out("remember", people[0]) == held_out:
-            break
-    facts = [f"{name} has a {thing}." for name, thing in zip(people, rng.sample(THINGS, 2), strict=True)]
-    question = rng.choice(REMEMBER).format(people[0])
-    return ("Remember: " + " ".join(rng.sample(facts, 2)), "Noted."), (question, facts[0])
+        name = f"{rng.choice(FIRST_NAMES)} {rng.choice(LAST_NAMES)}"
+        if _is_held_out("remember", name) == held_out:
+            fact = f"{name} has a {rng.choice(THINGS)}."
+            return (f"Remember: {fact}", "Noted."), (rng.choice(REMEMBER).format(name), fact)
 
 
 def _row(rng: random.Random, task: str, held_out: bool) -> Row:
@@ -165,4 +161,4 @@ def write(folder: Path, seed: int = 0) -> None:
 def _write_lines(path: Path, lines: Iterable[Row]) -> None:
     unfinished = path.with_name(path.name + ".tmp")
     unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    os.replace(unfinished, path)
+    unfinished.replace(path)

@@ -180,7 +180,7 @@ def _make(plan: Plan, train: Source, validation: Source | None, folder: Path, fi
         from sft_recipes.data import scratch
 
         name = str(folder / "model")
-        texts = [message["content"] for one in training for message in one.messages]
+        texts = [text for one in training for message in one.messages for text in message.values()]
         scratch.build(model["architecture"], texts, Path(name), plan.sections["trainer"]["seed"])
     tokenizer = load_tokenizer(name, model["revision"], model["chat_template"], model["trust_remote_code"])
     chat = Chat(tokenizer, datetime.date.fromisoformat(plan.created[:10]))
@@ -269,7 +269,12 @@ def _write_prompts(chat: Any, held_out: list[Conversation], file: Path, seed: in
     with file.open("w", encoding="utf-8") as lines:
         for one in shuffled[:1000]:
             *before, answer = one.messages
-            line = {"messages": before, "answer": answer["content"], "input_ids": chat.prompt(before, one.where)}
+            line = {
+                "messages": before,
+                "answer": answer["content"],
+                "answer_tokens": len(chat.tokenizer(answer["content"], add_special_tokens=False)["input_ids"]),
+                "input_ids": chat.prompt(before, one.where),
+            }
             lines.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 

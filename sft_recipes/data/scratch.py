@@ -47,7 +47,7 @@ def build(architecture: Mapping[str, Any], texts: list[str], folder: Path, seed:
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Any:
     """A byte-level BPE tokenizer of at most `vocabulary_size` tokens, with ChatML's markers and template.
 
-    Digits stand alone. A merge must occur often in relation to the text, so that random strings stay letters.
+    Digits stand alone, as in most open models' tokenizers.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -57,15 +57,13 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Any:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    known = list(texts)
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
-        min_frequency=max(2, len(known) // 100),
         special_tokens=[END_OF_TEXT, START, END, PADDING],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(known, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END, pad_token=PADDING, additional_special_tokens=[START, END_OF_TEXT]
     )

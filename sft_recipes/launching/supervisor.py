@@ -18,6 +18,7 @@ from types import FrameType
 from sft_recipes.launching import command
 from sft_recipes.planning import plan as plans
 from sft_recipes.planning.plan import Plan, Prepared
+from sft_recipes.planning.processes import end_with_parent
 from sft_recipes.planning.run_folder import RunFolder, Start, read_json, runs_root, write_json
 from sft_recipes.planning.schema import RecipeError
 
@@ -153,7 +154,9 @@ def _run(arguments: list[str], environment: Mapping[str, str]) -> int:
 
     The first signal asks the ranks to save and stop, the second ends them at once.
     """
-    process = subprocess.Popen(arguments, env=dict(environment), start_new_session=True)
+    process = subprocess.Popen(
+        arguments, env=dict(environment), start_new_session=True, preexec_fn=end_with_parent
+    )
     asked = 0
 
     def pass_on(_number: int, _frame: FrameType | None) -> None:

@@ -19,6 +19,7 @@ class Prompt:
 
     messages: list[dict[str, str]]
     answer: str
+    answer_tokens: int
     input_ids: list[int]
 
 
@@ -29,13 +30,14 @@ class Answered:
     prompts: list[Prompt]
     said: list[str]
     exact_match: float | None
+    compared: int
 
 
 def remembered(content: dict[str, Any] | None) -> Answered | None:
     """What `asdict` made of it."""
     if content is None:
         return None
-    return Answered([Prompt(**prompt) for prompt in content["prompts"]], content["said"], content["exact_match"])
+    return Answered(**{**content, "prompts": [Prompt(**prompt) for prompt in content["prompts"]]})
 
 
 def read_prompts(prepared: Path, show: int, exact_match: int) -> list[Prompt]:
@@ -49,7 +51,7 @@ def answer(
 ) -> Answered:
     """The model's greedy answers; `exact_match` is the share of the first so many that equal the data's, to the letter.
 
-    White space at both ends is left out of the comparison.
+    White space at both ends is left out of the comparison, and so are answers longer than `max_new_tokens`.
     """
     was_training = model.training
     model.eval()
@@ -61,9 +63,10 @@ def answer(
         for index, text in zip(batch, texts, strict=True):
             said[index] = text
     model.train(was_training)
-    compared = list(zip(prompts, said, strict=True))[:exact_match]
+    pairs = list(zip(prompts, said, strict=True))[:exact_match]
+    compared = [(prompt, text) for prompt, text in pairs if prompt.answer_tokens < max_new_tokens]
     right = sum(prompt.answer.strip() == text.strip() for prompt, text in compared)
-    return Answered(prompts, said, right / len(compared) if compared else None)
+    return Answered(prompts, said, right / len(compared) if compared else None, len(compared))
 
 
 def generate(

@@ -17,6 +17,7 @@ from typing import Any
 
 from sft_recipes.planning import plan as plans
 from sft_recipes.planning.plan import Plan
+from sft_recipes.planning.processes import end_with_parent
 from sft_recipes.planning.run_folder import RunFolder, read_json, write_json
 from sft_recipes.planning.schema import RecipeError
 
@@ -26,6 +27,7 @@ REPORTERS = ("none", "tensorboard", "wandb")
 
 def main(plan_file: str) -> None:
     """Carries out the plan; leaves with 0 also where the user's input was wrong, which the outcome tells."""
+    end_with_parent()
     folder = RunFolder(Path(plan_file).parent)
     rank = int(os.environ.get("RANK", "0"))
     try:
@@ -202,7 +204,7 @@ def summary(plan: Plan, folder: RunFolder, figures: dict[str, Any], before: Any,
         was, now = figures["exact_match_before"], figures["exact_match_after"]
         started = f"{was:.3f} before, " if was is not None else ""
         lines.append(
-            f"exact      {started}{now:.3f} after, of {plan.sections['answers']['exact_match']} held-out prompts"
+            f"exact      {started}{now:.3f} after, of {after.compared} held-out prompts"
         )
     lines.append(f"model      {folder.final} (the best; {folder.last.name}/ is the last step's)")
     lines.append(f"next       python -m sft_recipes generate {folder.name} --prompt '...'")
