@@ -21,6 +21,8 @@ HANG_SECONDS = 900
 
 # The tiny recipe in small: enough steps for two evaluations and two checkpoints.
 SHORT = (
+    "batch.effective_batch_size=8",
+    "batch.per_device_at_most=4",
     "trainer.max_steps=8",
     "trainer.eval_steps=4",
     "trainer.save_steps=4",

@@ -1,7 +1,6 @@
 """Real runs of the tiny recipe, in small: what lies in the folder, which names are taken, what an interruption costs."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -133,6 +132,9 @@ def check_same_trajectory(one, several):
                 compared += 1
     assert compared >= 8 * 2 + 2
     ours, theirs = weights(one / "final"), weights(several / "final")
+    # DeepSpeed's copy of the state does not know that the output layer is the embedding's own tensor.
+    tied = theirs.pop("lm_head.weight", theirs["model.embed_tokens.weight"])
+    assert torch.equal(tied, theirs["model.embed_tokens.weight"])
     assert ours.keys() == theirs.keys()
     for name in ours:
         torch.testing.assert_close(theirs[name], ours[name], rtol=1e-3, atol=1e-4)
@@ -194,14 +196,10 @@ def metrics_so_far(run):
 
 
 def wait_until_free(run):
-    """Where the parent was killed, its ranks may live a moment longer."""
+    """No process of the run may be left, also where its parent was killed."""
     until = time.monotonic() + HANG_SECONDS
     while subprocess.run(["pgrep", "-f", str(run / "plan.json")], capture_output=True, check=False).returncode == 0:
-        for pid in subprocess.run(
-            ["pgrep", "-f", str(run / "plan.json")], capture_output=True, text=True
-        ).stdout.split():
-            os.kill(int(pid), signal.SIGKILL)
-        assert time.monotonic() < until, "hangs"
+        assert time.monotonic() < until, "a process of the run is left"
         time.sleep(0.1)
 
 

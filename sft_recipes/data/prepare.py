@@ -57,7 +57,7 @@ def main(plan_file: str) -> int:
     path = Path(plan_file)
     try:
         prepared = prepare(plans.read(path), runs_root() / ".prepared")
-    except RecipeError as error:
+    except (RecipeError, PermissionError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     write_json(path.with_name("prepared.json"), asdict(prepared))

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,9 +23,8 @@ from sft_recipes.planning.processes import end_with_parent
 from sft_recipes.planning.run_folder import RunFolder, Start, read_json, runs_root, write_json
 from sft_recipes.planning.schema import RecipeError
 
-EXIT_FAULT, EXIT_USER = 1, 2
+EXIT_FAULT, EXIT_USER, EXIT_STOPPED = 1, 2, 75
 SECONDS_TO_END = 15
-SECONDS_TO_SAVE = 600
 
 
 @contextlib.contextmanager
@@ -83,7 +83,7 @@ def carry_out(start: Start, say: Callable[[str], None]) -> int:
     if code:
         incoming.unlink()
         _forget(folder, start)
-        return EXIT_USER if code == EXIT_USER else EXIT_FAULT
+        return code if code in (EXIT_USER, EXIT_STOPPED) else EXIT_FAULT
     try:
         settled = _settle(plan, stored, read_json(folder.prepared))
     except RecipeError:
@@ -95,7 +95,8 @@ def carry_out(start: Start, say: Callable[[str], None]) -> int:
     command.write_engine(settled, folder)
     folder.outcome.unlink(missing_ok=True)
     say(_announcement(start, settled))
-    code = _run(command.launch(settled, folder), environment)
+    shutil.rmtree(folder.ranks, ignore_errors=True)
+    code = _run(command.launch(settled, folder), environment, folder.ranks)
     return _exit_code(folder, code)
 
 
@@ -138,6 +139,9 @@ def _exit_code(folder: RunFolder, launcher_code: int) -> int:
         if outcome.get("error"):
             print(f"error: {outcome['error']}", file=sys.stderr)
         return int(outcome["exit_code"])
+    if launcher_code == EXIT_STOPPED:
+        print(f"stopped before a new checkpoint was whole; the same command goes on with {folder.name}")
+        return EXIT_STOPPED
     manifest = read_json(folder.manifest)
     write_json(folder.manifest, {**manifest, "state": "failed", "exit_code": EXIT_FAULT})
     print(
@@ -149,32 +153,46 @@ def _exit_code(folder: RunFolder, launcher_code: int) -> int:
     return EXIT_FAULT
 
 
-def _run(arguments: list[str], environment: Mapping[str, str]) -> int:
-    """Runs a command in a process group of its own, passes signals on to all of it, and leaves none of it behind.
+def _run(arguments: list[str], environment: Mapping[str, str], ranks: Path | None = None) -> int:
+    """Runs a command in a process group of its own, passes signals on, and leaves none of it behind.
 
-    The first signal asks the ranks to save and stop, the second ends them at once.
+    The first signal asks the ranks, whose process ids lie in `ranks`, to save and stop: them alone, since a launcher
+    that gets one ends before they have saved. Where there are none yet, and at the second signal, all is ended at once.
     """
     process = subprocess.Popen(
-        arguments, env=dict(environment), start_new_session=True, preexec_fn=end_with_parent
+        arguments,
+        env=dict(environment),
+        start_new_session=True,
+        preexec_fn=end_with_parent,  # noqa: PLW1509  this process has no threads
     )
-    asked = 0
+    asked = False
 
     def pass_on(_number: int, _frame: FrameType | None) -> None:
         nonlocal asked
-        asked += 1
-        _signal_group(process.pid, signal.SIGTERM if asked == 1 else signal.SIGKILL)
+        if asked or ranks is None or not _ask_to_stop(ranks):
+            _signal_group(process.pid, signal.SIGKILL)
+        asked = True
 
     passed = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = {number: signal.signal(number, pass_on) for number in passed}
     try:
         code = process.wait()
-        # A rank that was asked to stop may still be saving when the launcher has gone.
-        _await_group(process.pid, SECONDS_TO_SAVE if asked else SECONDS_TO_END)
-        return code
+        _await_group(process.pid, SECONDS_TO_END)
+        return EXIT_STOPPED if asked else code
     finally:
         _signal_group(process.pid, signal.SIGKILL)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _ask_to_stop(ranks: Path) -> bool:
+    """Asks the ranks of this host to save and stop; whether there was one to ask."""
+    found = False
+    for file in ranks.glob(f"{socket.gethostname()}-*"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(file.read_text(encoding="ascii")), signal.SIGTERM)
+            found = True
+    return found
 
 
 def _signal_group(group: int, number: int) -> bool:

@@ -76,9 +76,7 @@ def _path_of(name: str) -> Path:
         )
     path = RECIPES / f"{name}.yaml"
     if name == "sizes" or not path.is_file():
-        raise RecipeError(
-            f"RECIPE: no recipe {name!r}{did_you_mean(name, names())}; there are: {', '.join(names())}"
-        )
+        raise RecipeError(f"RECIPE: no recipe {name!r}{did_you_mean(name, names())}; there are: {', '.join(names())}")
     return path
 
 

@@ -82,6 +82,11 @@ class RunFolder:
         return self.path / "accelerate.yaml"
 
     @property
+    def ranks(self) -> Path:
+        """A file a living rank, named by host and rank, with its process id."""
+        return self.path / ".ranks"
+
+    @property
     def lock(self) -> Path:
         """Held by the process that carries the run."""
         return self.path / ".lock"
@@ -121,11 +126,17 @@ def runs_root() -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where the file is not there or was cut short."""
+    """The object in a JSON file; empty where the file is not there or was cut short.
+
+    Raises:
+        RecipeError: the file may not be read.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
+    except PermissionError as error:
+        raise RecipeError(f"{path}: may not be read by this user; is it another user's run?") from error
     return content if isinstance(content, dict) else {}
 
 

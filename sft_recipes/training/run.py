@@ -20,6 +20,7 @@ from sft_recipes.planning.plan import Plan
 from sft_recipes.planning.processes import end_with_parent
 from sft_recipes.planning.run_folder import RunFolder, read_json, write_json
 from sft_recipes.planning.schema import RecipeError
+from sft_recipes.training import signals
 
 EXIT_STOPPED = 75
 REPORTERS = ("none", "tensorboard", "wandb")
@@ -30,6 +31,7 @@ def main(plan_file: str) -> None:
     end_with_parent()
     folder = RunFolder(Path(plan_file).parent)
     rank = int(os.environ.get("RANK", "0"))
+    signals.listen(folder, rank)
     try:
         train(plans.read(folder.plan), folder)
     except RecipeError as error:
@@ -52,8 +54,6 @@ def train(plan: Plan, folder: RunFolder) -> None:
     from sft_recipes.training.callbacks.progress import ShowProgress
     from sft_recipes.training.callbacks.stop import StopTogether
 
-    stopping = StopTogether()
-
     arguments = trainer.sft_config(plan, folder, _reporters(folder))
     state = arguments.distributed_state
     check_ranks(plan, arguments.world_size, os.environ)
@@ -69,6 +69,7 @@ def train(plan: Plan, folder: RunFolder) -> None:
     model = load_model(plan, model_name)
     stop = _stop_by_itself(model, tokenizer, prepared)
     train_rows, validation_rows = trainer.read_rows(prepared)
+    stopping = StopTogether()
     callbacks = [stopping, KeepBest(folder), WriteMetrics(folder), ShowProgress(folder)]
     sft = trainer.ResponseTrainer(
         plan,
@@ -203,9 +204,7 @@ def summary(plan: Plan, folder: RunFolder, figures: dict[str, Any], before: Any,
     if figures["exact_match_after"] is not None:
         was, now = figures["exact_match_before"], figures["exact_match_after"]
         started = f"{was:.3f} before, " if was is not None else ""
-        lines.append(
-            f"exact      {started}{now:.3f} after, of {after.compared} held-out prompts"
-        )
+        lines.append(f"exact      {started}{now:.3f} after, of {after.compared} held-out prompts")
     lines.append(f"model      {folder.final} (the best; {folder.last.name}/ is the last step's)")
     lines.append(f"next       python -m sft_recipes generate {folder.name} --prompt '...'")
     return "\n".join(lines)

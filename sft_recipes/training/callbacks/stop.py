@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import signal
-from types import FrameType
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from sft_recipes.training import signals
 
 
 class StopTogether(TrainerCallback):
@@ -20,18 +18,12 @@ class StopTogether(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self.asked = False
         self.stopped = False
         self.trainer: Any = None
-        for number in SIGNALS:
-            signal.signal(number, self._ask)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stops all ranks at this step if any was asked to."""
-        asked = torch.tensor(float(self.asked), device=self.trainer.accelerator.device)
+        asked = torch.tensor(float(signals.asked()), device=self.trainer.accelerator.device)
         if self.trainer.accelerator.reduce(asked, "sum").item() and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
             control.should_evaluate = False
-
-    def _ask(self, _number: int, _frame: FrameType | None) -> None:
-        self.asked = True
