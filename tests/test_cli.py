@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 
 import pytest
@@ -181,7 +182,7 @@ def test_an_unfinished_run_of_another_plan_is_refused_with_the_ways_out(workplac
 def test_a_dry_run_starts_nothing(workplace):
     done = workplace.sft("train", "tiny", "--dry-run")
     assert done.returncode == 0
-    command = json.loads(done.stdout)
+    command = shlex.split(done.stdout)
     assert "sft_recipes.training.run" in command and command[-1].endswith("tiny-1/plan.json")
     assert not workplace.runs.exists()
 

@@ -70,8 +70,8 @@ def test_steps_and_warm_up_are_estimates_until_the_data_is_prepared():
 
 
 def test_fewer_rows_than_one_effective_batch_are_refused_before_anything_loads():
-    with pytest.raises(RecipeError, match="3 rows, fewer than one effective batch"):
-        plans.settle(tiny(), prepared(rows=3))
+    with pytest.raises(RecipeError, match="1 rows, fewer than one effective batch"):
+        plans.settle(tiny(), prepared(rows=1))
 
 
 def test_fewer_steps_than_the_recipe_wants_are_refused_with_the_way_out():

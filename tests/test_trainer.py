@@ -12,6 +12,7 @@ from sft_recipes.planning import plan as plans
 from sft_recipes.planning import recipes
 from sft_recipes.planning.plan import Topology
 from sft_recipes.planning.run_folder import RunFolder
+from sft_recipes.planning.schema import TABLE_KEYS
 from sft_recipes.training import trainer as trainers
 
 CONVERSATIONS = [
@@ -177,6 +178,32 @@ def test_the_resolved_configuration_says_what_the_plan_says(tmp_path, model_fold
     assert arguments.gradient_checkpointing and arguments.gradient_checkpointing_kwargs["use_reentrant"] is False
     assert arguments.average_tokens_across_devices and not arguments.logging_nan_inf_filter
     assert {parameter.dtype for parameter in subject.model.parameters()} == {torch.float32}
+
+
+def test_every_field_that_a_recipe_may_set_reaches_the_configuration(tmp_path):
+    import dataclasses
+
+    from trl import SFTConfig
+
+    defaults = {field.name: field.default for field in dataclasses.fields(SFTConfig) if field.init}
+    allowed = {
+        name: defaults[name]
+        for name in recipes._trainer_keys()
+        if name in defaults and name not in TABLE_KEYS and isinstance(defaults[name], bool | int | float | str)
+    }
+    assert len(allowed) > 40
+    plan = plans.make(recipes.load("tiny"), Topology(gpus=0, processes=1))
+    plan.sections["trainer"].update({**allowed, "gradient_checkpointing": True})
+    arguments = trainers.sft_config(plan, RunFolder(tmp_path), [])
+    # Those of the table are settled by the plan; deprecated ones warn and change.
+    settled = {"learning_rate", "num_train_epochs", "weight_decay", "max_grad_norm", "max_length", "packing"}
+    for name in sorted(allowed.keys() - settled - {"gradient_checkpointing", "lr_scheduler_type", "use_liger_kernel"}):
+        assert getattr(arguments, name) in (allowed[name], None) or name in (
+            "log_level",
+            "optim",
+            "debug",
+            "hub_strategy",
+        ), name
 
 
 def test_checkpointing_is_off_where_the_recipe_says_off(tmp_path, model_folder, tokenizer, examples):

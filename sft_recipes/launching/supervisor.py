@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -106,7 +106,8 @@ def _announcement(start: Start, plan: Plan) -> str:
     several = ("s" if plan.uses_gpu else "es") if plan.world_size > 1 else ""
     return (
         f"{begins} {start.folder.path}: {plan.optimizer_steps} optimizer steps of {plan.effective_batch_size} rows, "
-        f"{plan.parallelism} on {plan.world_size} {ranks}{several}"
+        f"{plan.parallelism} on {plan.world_size} {ranks}{several}; of {plan.rows} rows, "
+        f"{plan.rows_left_out_of_an_epoch} are left out of each epoch, other ones each time"
     )
 
 
@@ -219,4 +220,4 @@ def _holder(lock: Path) -> str:
 
 def shell_line(plan: Plan, folder: RunFolder) -> str:
     """What DRY_RUN=1 prints: the command that would start the ranks."""
-    return json.dumps(command.launch(plan, folder))
+    return shlex.join(command.launch(plan, folder))

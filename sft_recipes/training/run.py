@@ -206,7 +206,7 @@ def summary(plan: Plan, folder: RunFolder, figures: dict[str, Any], before: Any,
         started = f"{was:.3f} before, " if was is not None else ""
         lines.append(f"exact      {started}{now:.3f} after, of {after.compared} held-out prompts")
     lines.append(f"model      {folder.final} (the best; {folder.last.name}/ is the last step's)")
-    lines.append(f"next       python -m sft_recipes generate {folder.name} --prompt '...'")
+    lines.append(f"next       make generate RUN={folder.name} PROMPT='...'")
     return "\n".join(lines)
 
 

@@ -34,6 +34,8 @@ def sft_config(plan: Plan, folder: RunFolder, report_to: list[str]) -> SFTConfig
             "ddp_find_unused_parameters": False,
             "disable_tqdm": True,
             "log_level": "error",
+            "log_level_replica": "error",
+            "dataloader_pin_memory": plan.uses_gpu,
             **trainer,
         },
         output_dir=str(folder.path),
@@ -63,7 +65,6 @@ def sft_config(plan: Plan, folder: RunFolder, report_to: list[str]) -> SFTConfig
         padding_free=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         report_to=report_to,
-        dataloader_pin_memory=plan.uses_gpu,
     )
 
 
