@@ -195,15 +195,10 @@ def test_every_field_that_a_recipe_may_set_reaches_the_configuration(tmp_path):
     plan = plans.make(recipes.load("tiny"), Topology(gpus=0, processes=1))
     plan.sections["trainer"].update({**allowed, "gradient_checkpointing": True})
     arguments = trainers.sft_config(plan, RunFolder(tmp_path), [])
-    # Those of the table are settled by the plan; deprecated ones warn and change.
-    settled = {"learning_rate", "num_train_epochs", "weight_decay", "max_grad_norm", "max_length", "packing"}
-    for name in sorted(allowed.keys() - settled - {"gradient_checkpointing", "lr_scheduler_type", "use_liger_kernel"}):
-        assert getattr(arguments, name) in (allowed[name], None) or name in (
-            "log_level",
-            "optim",
-            "debug",
-            "hub_strategy",
-        ), name
+    # Some the plan settles; the Trainer itself changes others (no pinning without a GPU, enumerations for names).
+    reached = {name for name in allowed if getattr(arguments, name) == allowed[name]}
+    settled = {"max_length", "packing", "gradient_checkpointing", "dataloader_pin_memory", "debug"}
+    assert allowed.keys() - reached <= settled
 
 
 def test_checkpointing_is_off_where_the_recipe_says_off(tmp_path, model_folder, tokenizer, examples):
