@@ -76,12 +76,12 @@ def prepare(plan: Plan, store: Path) -> Prepared:
     embedded = store / f"embedded-{hashlib.sha256(_code('embedded.py').encode()).hexdigest()[:8]}"
     train = sources.resolve(data["train"], "data.train", embedded)
     validation = sources.resolve(data["validation"], "data.validation", embedded) if data["validation"] else None
-    fingerprint = _fingerprint(plan, train, validation)
-    folder = store / fingerprint
+    key = _key(plan, train, validation)
+    folder = store / key
     if not (folder / "prepared.json").is_file():
-        partial = store / f"{fingerprint}.{os.getpid()}.partial"
+        partial = store / f"{key}.{os.getpid()}.partial"
         try:
-            _make(plan, train, validation, partial, fingerprint)
+            _make(plan, train, validation, partial)
             shutil.rmtree(folder, ignore_errors=True)
             partial.replace(folder)
         finally:
@@ -129,7 +129,7 @@ def check_model(name_or_path: str, trust_remote_code: bool) -> None:
         )
 
 
-def _fingerprint(plan: Plan, train: Source, validation: Source | None) -> str:
+def _key(plan: Plan, train: Source, validation: Source | None) -> str:
     """SHA-256 over all that decides the prepared rows: content, tokenizer, template, lengths, code, libraries."""
     model = plan.sections["model"]
     template = model["chat_template"]
@@ -159,7 +159,7 @@ def _tokenizer_files(name_or_path: str | None) -> dict[str, str]:
     return {name: (folder / name).read_text(encoding="utf-8") for name in names if (folder / name).is_file()}
 
 
-def _make(plan: Plan, train: Source, validation: Source | None, folder: Path, fingerprint: str) -> None:
+def _make(plan: Plan, train: Source, validation: Source | None, folder: Path) -> None:
     import datasets
     import transformers
 
@@ -188,7 +188,7 @@ def _make(plan: Plan, train: Source, validation: Source | None, folder: Path, fi
     held_out_counts, _ = _write_rows(plan, chat, held_out, folder / "validation", "data.validation")
     _write_prompts(chat, held_out, folder / "prompts.jsonl", plan.sections["trainer"]["data_seed"])
     prepared = Prepared(
-        fingerprint=fingerprint,
+        fingerprint=_fingerprint(folder),
         folder=str(folder),
         examples=counts.examples,
         rows=counts.rows,
@@ -200,6 +200,15 @@ def _make(plan: Plan, train: Source, validation: Source | None, folder: Path, fi
     write_json(folder / "details.json", details)
     write_json(folder / "prepared.json", asdict(prepared))
     _report(plan, counts, held_out_counts, time.monotonic() - started)
+
+
+def _fingerprint(folder: Path) -> str:
+    """SHA-256 over the rows that were made, so that a run goes on where code changed and rows did not."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*/*.arrow")):
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def _conversations(source: Source, key: str) -> list[Conversation]:

@@ -146,9 +146,8 @@ def _exit_code(folder: RunFolder, launcher_code: int) -> int:
     manifest = read_json(folder.manifest)
     write_json(folder.manifest, {**manifest, "state": "failed", "exit_code": EXIT_FAULT})
     print(
-        f"error: {folder.path}: the run ended without an outcome (launcher's exit code {launcher_code}); what it "
-        "said last "
-        f"is above and in {folder.log}; the same command goes on from its newest checkpoint",
+        f"error: {folder.path}: the run ended without an outcome (launcher's exit code {launcher_code}); what it said "
+        f"last is above and in {folder.log}; the same command goes on from its newest checkpoint",
         file=sys.stderr,
     )
     return EXIT_FAULT
