@@ -16,8 +16,7 @@ PYTHON := $(VENV)/bin/python
 SFT = set -f; exec $(PYTHON) -m sft_recipes
 HARDWARE = $${GPUS:+--gpus "$$GPUS"} $${NODES:+--nodes "$$NODES"} $${PROCESSES:+--processes "$$PROCESSES"} \
 	$${CARD:+--card "$$CARD"}
-OVERRIDES = $${DATA:+"data.train=$$DATA"} $${DATA:+"data.validation=$${VALIDATION:-}"} \
-	$${VALIDATION:+"data.validation=$$VALIDATION"} $${ARGS:-}
+OVERRIDES = $${DATA:+"data.train=$$DATA"} $${VALIDATION:+"data.validation=$$VALIDATION"} $${ARGS:-}
 
 .PHONY: help setup recipes plan train generate test lint lock
 

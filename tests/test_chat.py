@@ -33,6 +33,10 @@ TEMPLATES = {
         "{{ '<s>' }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ ' ' + m['content'] + '</s>' }}"
         "{% else %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
     ),
+    "phi 3, with an end of text behind the last turn": (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}{{ '<|endoftext|>' }}{% endif %}"
+    ),
     "qwen 3, with an empty reasoning block before the last answer": (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
         "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
@@ -46,6 +50,7 @@ CONVERSATIONS = {
     "several turns": [("user", "Hi"), ("assistant", "Hello!"), ("user", "Hi"), ("assistant", "Hello!"), ("user", "x"), ("assistant", "y")],
     "an answer that repeats the question": [("user", "same words"), ("assistant", "same words")],
     "white space at its ends": [("user", " a "), ("assistant", "b\n"), ("user", "c"), ("assistant", "d")],
+    "an answer that stands in the markers": [("user", "end"), ("assistant", "im"), ("user", "n"), ("assistant", "end")],
     "several lines and other scripts": [("user", "línea\n\n2"), ("assistant", "第一行\n\n  第二行 🎉")],
 }  # fmt: skip
 

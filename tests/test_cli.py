@@ -37,6 +37,7 @@ def refused(done, message):
         (["train", "tiny", "--gpus", "8"], "GPUS: 8 asked for, but this machine has none; say GPUS=0"),
         (["train", "tiny", "--gpus", "eight"], "GPUS: 'eight' is not a whole number"),
         (["train", "tiny", "--gpus", "-1"], "GPUS: '-1' is not a whole number of at least 0"),
+        (["train", "tiny", "--gpus", "0", "--nodes", "2"], "NODES: 2 nodes"),
         (["train", "tiny", "--processes", "0"], "PROCESSES: '0' is not a whole number of at least 1"),
         (
             ["train", "tiny", "--gpus", "0", "--processes", "3"],
@@ -55,6 +56,25 @@ def refused(done, message):
         (["train", "tiny", "trainer.output_dir=x"], "trainer.output_dir is the plan's to set; say the run's name"),
         (["train", "tiny", "parallelism=zero9"], "parallelism is 'zero9'; wanted one of"),
         (["train", "tiny", "model.name_or_path=x"], "builds its model from scratch; add model.from_scratch=false"),
+        (
+            ["train", "tiny", "trainer.num_train_epochs=.inf", "outside_range=[num_train_epochs]"],
+            "wanted a finite number",
+        ),
+        (["train", "tiny", "trainer.max_length="], "trainer.max_length is None; wanted at least 1"),
+        (["train", "tiny", "trainer.seed=-1"], "trainer.seed is -1; wanted 0 to"),
+        (["train", "tiny", "data.dropped_at_most=5"], "data.dropped_at_most is 5.0; wanted 0 to 1"),
+        (["train", "tiny", "outside_range=[3]"], "outside_range names '3'"),
+        (["train", "tiny", "batch.effective_batch_size=1000000000"], "wanted 1 to 100000"),
+        (["train", "tiny", "model.architecture={hidden_size: a}"], "model.architecture.hidden_size is 'a'"),
+        (
+            ["train", "tiny", "trainer.hub_token=secret"],
+            "trainer.hub_token is the plan's to set; say nothing: no run uploads",
+        ),
+        (["train", "tiny", "data.train=a #b.jsonl"], "no file or folder 'a #b.jsonl'"),
+        (["train", "tiny", "data.train=2024-01-01"], "no file or folder '2024-01-01'"),
+        (["train", "tiny", "data.train=~nosuch/x"], "no file or folder '~nosuch/x'"),
+        (["train", "tiny", "data.train=" + "x" * 5000], "File name too long"),
+        (["generate", "x" * 300], "File name too long|no run"),
         (["train", "tiny", "--gups", "1"], "unknown argument '--gups'"),
         (["train"], "the following arguments are required: recipe"),
         (["trian", "tiny"], "invalid choice: 'trian'"),
@@ -98,7 +118,7 @@ def test_a_length_that_leaves_no_answer_is_refused(workplace):
     refused(done, "max_length=32 leaves .* rows without a token to learn from")
 
 
-MODEL = ("model.from_scratch=false", "model.architecture={}")
+MODEL = ("model.from_scratch=false",)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +145,32 @@ def test_a_model_that_wants_its_own_code_to_run_is_refused(workplace, model_fold
     config = workplace.path / "model" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "auto_map": {"AutoModel": "evil.Model"}}))
     refused(workplace.sft("train", "tiny", *MODEL, "model.name_or_path=./model"), "wants its own code to run")
+
+
+def test_a_model_whose_files_lack_a_weight_is_never_trained_on_random_numbers(workplace, model_folder):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model_folder, workplace.path / "model")
+    file = workplace.path / "model" / "model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(file).items() if "layers.1.mlp" not in name}
+    save_file(kept, file, metadata={"format": "pt"})
+    done = workplace.sft("train", "tiny", *MODEL, "model.name_or_path=./model")
+    line = refused_late(done, "the weights of ./model lack model.layers.1.mlp.* and 2 more, which would be random")
+    assert "bring the whole model" in line
+    file.write_bytes(file.read_bytes()[:1000])
+    refused_late(workplace.sft("train", "tiny", *MODEL, "model.name_or_path=./model"), "./model cannot be loaded")
+    assert not list(workplace.runs.glob("*/plan.json")), "the corrected command would be another plan's"
+
+
+def refused_late(done, message):
+    """As `refused`, where the ranks had been started and other lines were said on standard output."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and re.search(message, lines[0]), done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    return lines[0]
 
 
 def test_a_model_folder_that_is_not_there_is_refused(workplace):

@@ -98,6 +98,15 @@ def test_two_plans_of_one_run_differ_in_dates_and_forecasts_at_most():
     assert plans.differences(new, other_data) == {"data_fingerprint": ("f", "g")}
 
 
+def test_other_data_or_another_model_takes_the_recipes_own_figures_along():
+    plan = tiny("data.train=mine.jsonl")
+    assert plan.optimizer_steps is None and plan.sections["data"]["validation"] is None
+    plan = tiny("model.from_scratch=false", "model.name_or_path=some/model")
+    assert plan.parameters is None and plan.memory_bytes_per_gpu is None and plan.fits is None
+    kept = tiny("data.train=mine.jsonl", "data.validation=held_out.jsonl")
+    assert kept.sections["data"]["validation"] == "held_out.jsonl"
+
+
 def test_explain_says_of_every_value_where_it_came_from():
     plan = tiny("trainer.learning_rate=1e-3")
     lines = {line.split("  ")[0]: line for line in show.plan_table(plan, explain=True).splitlines()}

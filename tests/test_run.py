@@ -224,9 +224,12 @@ def test_the_three_best_are_kept_and_the_earlier_of_equals_wins(tmp_path):
         folder.best(step).mkdir()
     checkpoint.forget_all_but_the_best(folder, losses)
     assert folder.numbered("best") == [8, 12, 16]
-    assert checkpoint.best_step(losses) == 8
+    assert checkpoint.best_step(folder, losses) == 8
+    assert checkpoint.best_step(folder, {**losses, 12: float("nan")}) == 8
+    folder.best(8).rmdir()
+    assert checkpoint.best_step(folder, losses) == 16
     assert not checkpoint.among_the_best(losses, 20)
-    assert checkpoint.best_step({}) is None
+    assert checkpoint.best_step(folder, {}) is None
 
 
 def test_ranks_that_are_not_the_plans_are_refused():

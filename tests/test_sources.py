@@ -63,6 +63,8 @@ def test_the_embedded_set_is_written_once(tmp_path):
         ("a.json", b'"text"', r"a.json: holds a str; wanted a list of rows"),
         ("a.json", b'[{"a": 1},', r"a.json: not JSON"),
         ("a.csv", b"a,b\n1,2,3\n", r"a.csv:2: has another number of columns than the header \(a, b\)"),
+        ("a.csv", b"a,a\n1,2\n", r"a.csv:1: a column is named twice in the header"),
+        ("a.jsonl", b'{"a": ' + b"1" * 5000 + b"}\n", r"a.jsonl:1: not JSON"),
         ("a.csv", b"a,b\n1\n", r"a.csv:2: has another number of columns"),
         ("a.csv", b'a,b\n"1,2\n', r"a.csv:2: not CSV"),
         ("a.parquet", b"PAR1 not", r"a.parquet: not Parquet"),

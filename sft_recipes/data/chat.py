@@ -17,6 +17,8 @@ from typing import Any
 from sft_recipes.data.formats import Message
 from sft_recipes.planning.schema import RecipeError
 
+_PROBE = "qzx probe xzq"
+
 IGNORED = -100  # the label of a token that the loss does not look at (torch.nn.CrossEntropyLoss.ignore_index)
 
 # Padding tokens that well-known tokenizers hold without naming them as such.
@@ -91,6 +93,8 @@ class Chat:
         self._variables = {"date_string": date.strftime("%d %b %Y")} if dated else {}
         self._end_tokens = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._end_tokens |= set(tokenizer.all_special_ids)
+        self._end_texts = [text for text in tokenizer.convert_ids_to_tokens(sorted(self._end_tokens)) if text]
+        self._behind: dict[tuple[str, ...], str] = {}
 
     def render(self, messages: Sequence[Message], where: str) -> Rendered:
         """The conversation as text, with the places that the assistant wrote.
@@ -176,18 +180,30 @@ class Chat:
         return prefix
 
     def _end_of_turn(self, text: str, start: int, through: Sequence[Message], where: str) -> int:
-        """Where the turn ends: after its end-of-turn token, before white space that the template writes behind it."""
+        """Where the turn ends: behind its end-of-turn token, before what the template writes after that."""
         upto = self._apply(through, where)
-        content = through[-1]["content"].strip()
-        behind = upto.rfind(content) + len(content)
-        marker = upto[behind:].rstrip() or upto[behind:]
-        if text.startswith(upto):
-            return len(upto) - len(upto[behind:]) + len(marker)
+        behind = self._behind_the_answer(through, where)
+        marker = self._up_to_the_first_special(behind)
+        head = upto.removesuffix(behind) + marker
+        if upto.endswith(behind) and text.startswith(head):
+            return len(head)
         # Some templates render a last turn with an empty reasoning block that an earlier turn does not get.
-        if text.startswith(content + marker, start):
-            return start + len(content) + len(marker)
+        for content in (through[-1]["content"], through[-1]["content"].strip()):
+            if text.startswith(content + marker, start):
+                return start + len(content) + len(marker)
         raise RecipeError(
             f"{where}: the chat template renders an assistant's turn otherwise when more turns follow, so its end "
-            "cannot be "
-            f"told; give a template that does not (model.chat_template=…)"
+            f"cannot be told; give a template that does not (model.chat_template=…)"
         )
+
+    def _behind_the_answer(self, through: Sequence[Message], where: str) -> str:
+        """What the template writes behind a last answer, seen on an answer that no template would write itself."""
+        roles = tuple(message["role"] for message in through)
+        if roles not in self._behind:
+            probed = self._apply([*through[:-1], {**through[-1], "content": _PROBE}], where)
+            self._behind[roles] = probed.rpartition(_PROBE)[2]
+        return self._behind[roles]
+
+    def _up_to_the_first_special(self, behind: str) -> str:
+        ends = [behind.find(token) + len(token) for token in self._end_texts if token in behind]
+        return behind[: min(ends)] if ends else behind.rstrip() or behind

@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,14 @@ class Conversation:
     where: str
 
 
+@dataclass
+class Seen:
+    """Token ids that stood in the rows."""
+
+    end_of_turn_ids: set[int] = field(default_factory=set)
+    largest_token_id: int = 0
+
+
 @dataclass(frozen=True)
 class Counts:
     """What became of a source's rows; tokens count each example's own, before packing."""
@@ -57,7 +65,7 @@ def main(plan_file: str) -> int:
     path = Path(plan_file)
     try:
         prepared = prepare(plans.read(path), runs_root() / ".prepared")
-    except (RecipeError, PermissionError) as error:
+    except (RecipeError, OSError) as error:  # a disk that is full or closed is the user's to mend
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     write_json(path.with_name("prepared.json"), asdict(prepared))
@@ -101,7 +109,7 @@ def check_model(name_or_path: str, trust_remote_code: bool) -> None:
         RecipeError: no such folder, no config, no weights, a shard missing, or code that would have to run.
     """
     key = "model.name_or_path"
-    folder = Path(name_or_path).expanduser()
+    folder = Path(os.path.expanduser(name_or_path))  # noqa: PTH111  Path's own raises for a user that is not there
     if not folder.is_dir():
         if (
             name_or_path.startswith((".", "/", "~"))
@@ -119,14 +127,24 @@ def check_model(name_or_path: str, trust_remote_code: bool) -> None:
         other = "; weights in *.bin are pickles: convert them to safetensors" if any(folder.glob("*.bin")) else ""
         raise RecipeError(f"{key}: {folder} has no weights (*.safetensors){other}")
     index = folder / "model.safetensors.index.json"
-    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    shards = set(_json_of(index).get("weight_map", {}).values()) if index.is_file() else set()
     missing = sorted(shard for shard in shards if not (folder / shard).is_file())
     if missing:
         raise RecipeError(f"{key}: {folder} lacks {', '.join(missing)}, which its index names; bring the whole model")
-    if not trust_remote_code and "auto_map" in json.loads(config.read_text()):
+    if not trust_remote_code and "auto_map" in _json_of(config):
         raise RecipeError(
             f"{key}: {folder} wants its own code to run (auto_map); say model.trust_remote_code=true if you trust it"
         )
+
+
+def _json_of(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecipeError(f"model.name_or_path: {file} is not JSON ({error}); bring the whole model") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"model.name_or_path: {file} holds no JSON object; bring the whole model")
+    return content
 
 
 def _key(plan: Plan, train: Source, validation: Source | None) -> str:
@@ -138,13 +156,13 @@ def _key(plan: Plan, train: Source, validation: Source | None) -> str:
         "validation": validation.fingerprint() if validation else plan.sections["data"]["validation_fraction"],
         "model": model,
         "tokenizer": _tokenizer_files(model["name_or_path"]),
-        "template": Path(template).read_text(encoding="utf-8") if template and Path(template).is_file() else template,
+        "template": _text_of(Path(template)) if template and Path(template).is_file() else template,
         "max_length": plan.max_length,
         "packing": plan.packing,
         "dropped_at_most": plan.sections["data"]["dropped_at_most"],
         "seed": plan.sections["trainer"]["seed"],
         "data_seed": plan.sections["trainer"]["data_seed"],
-        "date": plan.created[:10] if "strftime_now" in json.dumps(_tokenizer_files(model["name_or_path"])) else None,
+        "date": plan.created[:10] if _may_write_the_date(model) else None,
         "code": {path.name: _code(path.name) for path in sorted(Path(__file__).parent.glob("*.py"))},
         "libraries": {name: metadata.version(name) for name in ("transformers", "tokenizers", "trl", "jinja2")},
     }
@@ -152,11 +170,23 @@ def _key(plan: Plan, train: Source, validation: Source | None) -> str:
 
 
 def _tokenizer_files(name_or_path: str | None) -> dict[str, str]:
-    folder = Path(name_or_path).expanduser() if name_or_path else None
+    folder = Path(os.path.expanduser(name_or_path)) if name_or_path else None  # noqa: PTH111
     if folder is None or not folder.is_dir():
         return {}
     names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "config.json")
-    return {name: (folder / name).read_text(encoding="utf-8") for name in names if (folder / name).is_file()}
+    return {name: _text_of(folder / name) for name in names if (folder / name).is_file()}
+
+
+def _text_of(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace")
+
+
+def _may_write_the_date(model: dict[str, Any]) -> bool:
+    """Whether the template may ask for today's date; of a template that is still on the Hub nobody knows."""
+    files = _tokenizer_files(model["name_or_path"])
+    template = model["chat_template"]
+    given = _text_of(Path(template)) if template and Path(template).is_file() else ""
+    return (not files and not model["from_scratch"]) or "strftime_now" in given + "".join(files.values())
 
 
 def _make(plan: Plan, train: Source, validation: Source | None, folder: Path) -> None:
@@ -184,8 +214,9 @@ def _make(plan: Plan, train: Source, validation: Source | None, folder: Path) ->
         scratch.build(model["architecture"], texts, Path(name), plan.sections["trainer"]["seed"])
     tokenizer = load_tokenizer(name, model["revision"], model["chat_template"], model["trust_remote_code"])
     chat = Chat(tokenizer, datetime.date.fromisoformat(plan.created[:10]))
-    counts, ends = _write_rows(plan, chat, training, folder / "train", "data.train")
-    held_out_counts, _ = _write_rows(plan, chat, held_out, folder / "validation", "data.validation")
+    seen = Seen()
+    counts = _write_rows(plan, chat, training, folder / "train", "data.train", seen)
+    held_out_counts = _write_rows(plan, chat, held_out, folder / "validation", "data.validation", seen)
     _write_prompts(chat, held_out, folder / "prompts.jsonl", plan.sections["trainer"]["data_seed"])
     prepared = Prepared(
         fingerprint=_fingerprint(folder),
@@ -196,8 +227,8 @@ def _make(plan: Plan, train: Source, validation: Source | None, folder: Path) ->
         tokens=counts.tokens,
         validation_rows=held_out_counts.rows,
     )
-    details = {"train": asdict(counts), "validation": asdict(held_out_counts), "end_of_turn_ids": sorted(ends)}
-    write_json(folder / "details.json", details)
+    ids = {"end_of_turn_ids": sorted(seen.end_of_turn_ids), "largest_token_id": seen.largest_token_id}
+    write_json(folder / "details.json", {"train": asdict(counts), "validation": asdict(held_out_counts), **ids})
     write_json(folder / "prepared.json", asdict(prepared))
     _report(plan, counts, held_out_counts, time.monotonic() - started)
 
@@ -234,15 +265,14 @@ def _opening(row: Conversation) -> str:
     return " ".join(asked.split())
 
 
-def _write_rows(
-    plan: Plan, chat: Any, conversations: list[Conversation], folder: Path, key: str
-) -> tuple[Counts, set[int]]:
+def _write_rows(plan: Plan, chat: Any, conversations: list[Conversation], folder: Path, key: str, seen: Seen) -> Counts:
     from sft_recipes.data.chat import IGNORED, Tokenized
     from sft_recipes.data.packing import to_dataset
 
-    kept, ends, cut, tokens, supervised = [], set(), 0, 0, 0
+    kept, cut, tokens, supervised = [], 0, 0, 0
     for one in _tokenized(chat, conversations):
-        ends |= chat.end_of_turn_ids(one)
+        seen.end_of_turn_ids |= chat.end_of_turn_ids(one)
+        seen.largest_token_id = max(seen.largest_token_id, *one.input_ids)
         whole = len(one.input_ids)
         short = Tokenized(one.input_ids[: plan.max_length], one.labels[: plan.max_length])
         # The first token is never predicted, so a label there is none.
@@ -262,7 +292,7 @@ def _write_rows(
         )
     rows = to_dataset(kept, plan.max_length, plan.packing)
     rows.save_to_disk(folder)
-    return Counts(len(kept), cut, dropped, tokens, supervised, len(rows)), ends
+    return Counts(len(kept), cut, dropped, tokens, supervised, len(rows))
 
 
 def _tokenized(chat: Any, conversations: Sequence[Conversation]) -> Iterator[Any]:

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -40,7 +41,7 @@ class Source:
         """SHA-256 over the files' contents; over the name alone where the rows lie on the Hub."""
         digest = hashlib.sha256()
         for file in self.files:
-            digest.update(file.name.encode())
+            digest.update(os.fsencode(file.name))
             with file.open("rb") as content:
                 digest.update(hashlib.file_digest(content, "sha256").digest())
         digest.update(f"{self.hub_name}:{self.hub_split}".encode())
@@ -69,7 +70,7 @@ def resolve(name: str, key: str, embedded_folder: Path) -> Source:
             embedded_folder.mkdir(parents=True, exist_ok=True)
             embedded.write(embedded_folder)
         return Source(files=(embedded_folder / f"{name.partition(':')[2]}.jsonl",))
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # noqa: PTH111  Path's own raises for a user that is not there
     if path.is_dir():
         return Source(files=_files_of(path, key))
     if path.is_file():
@@ -90,7 +91,7 @@ def _files_of(folder: Path, key: str) -> tuple[Path, ...]:
         raise RecipeError(
             f"{key}: {folder} holds code ({code[0].name}), which is never run; remove it, or name the data files"
         )
-    files = tuple(sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in SUFFIXES))
+    files = tuple(sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix.lower() in SUFFIXES))
     if not files:
         raise RecipeError(f"{key}: folder {folder} holds no data file ({', '.join(SUFFIXES)})")
     return files
@@ -136,7 +137,7 @@ def _parse(text: str, where: str) -> Any:
         return json.loads(text, object_pairs_hook=_object)
     except _DuplicateKeyError as error:
         raise RecipeError(f"{where}: key {str(error)!r} is written twice in one row; which is meant?") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
         raise RecipeError(f"{where}: not JSON: {error}") from error
 
 
@@ -168,13 +169,14 @@ def _json_file(file: Path) -> Iterator[RawRow]:
 def _csv_file(file: Path) -> Iterator[RawRow]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     reader = csv.DictReader(io.StringIO(_text(file), newline=""), strict=True)
+    names = reader.fieldnames or []
+    if len(set(names)) < len(names):
+        raise RecipeError(f"{file}:1: a column is named twice in the header ({', '.join(names)})")
     try:
         for row in reader:
             where = f"{file}:{reader.line_num}"
             if None in row or None in row.values():
-                raise RecipeError(
-                    f"{where}: has another number of columns than the header ({', '.join(reader.fieldnames or [])})"
-                )
+                raise RecipeError(f"{where}: has another number of columns than the header ({', '.join(names)})")
             yield RawRow(row, where)
     except csv.Error as error:
         raise RecipeError(f"{file}:{reader.reader.line_num}: not CSV: {error}") from error

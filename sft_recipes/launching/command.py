@@ -64,8 +64,9 @@ def environment(plan: Plan, inherited: Mapping[str, str]) -> dict[str, str]:
     chosen["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), inherited.get("PYTHONPATH")]))
     chosen.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports usage otherwise
     chosen.setdefault("TOKENIZERS_PARALLELISM", "true" if plan.world_size == 1 else "false")
-    # torchrun kills ranks 30 s after it passed a signal on, which is too short for a large save.
-    chosen.setdefault("PET_SHUTDOWN_TIMEOUT", "600")
+    # Where a rank died, the others hang in a collective: torchrun gives them this long, its default is 30 s. A signal
+    # to save goes to the ranks alone (supervisor), so no save is cut short by it.
+    chosen.setdefault("PET_SHUTDOWN_TIMEOUT", "15")
     if plan.devices:
         chosen["CUDA_VISIBLE_DEVICES"] = plan.devices
     if not plan.uses_gpu:

@@ -20,10 +20,10 @@ from sft_recipes.launching import command
 from sft_recipes.planning import plan as plans
 from sft_recipes.planning.plan import Plan, Prepared
 from sft_recipes.planning.processes import end_with_parent
-from sft_recipes.planning.run_folder import RunFolder, Start, read_json, runs_root, write_json
+from sft_recipes.planning.run_folder import EXIT_STOPPED, RunFolder, Start, read_json, runs_root, write_json
 from sft_recipes.planning.schema import RecipeError
 
-EXIT_FAULT, EXIT_USER, EXIT_STOPPED = 1, 2, 75
+EXIT_FAULT, EXIT_USER = 1, 2
 SECONDS_TO_END = 15
 
 
@@ -96,8 +96,10 @@ def carry_out(start: Start, say: Callable[[str], None]) -> int:
     folder.outcome.unlink(missing_ok=True)
     say(_announcement(start, settled))
     shutil.rmtree(folder.ranks, ignore_errors=True)
-    code = _run(command.launch(settled, folder), environment, folder.ranks)
-    return _exit_code(folder, code)
+    code = _exit_code(folder, _run(command.launch(settled, folder), environment, folder.ranks))
+    if code == EXIT_USER:
+        _forget(folder, start)
+    return code
 
 
 def _announcement(start: Start, plan: Plan) -> str:
@@ -118,19 +120,16 @@ def _settle(plan: Plan, stored: Plan | None, found: dict[str, object]) -> Plan:
         if change:
             raise RecipeError(
                 f"data.train: {plan.sections['data']['train']} is no longer the data that this run began with "
-                f"(data_fingerprint {change[0]} -> {change[1]}); put it back, or begin a run of its own: NAME=…"
+                f"(data_fingerprint {change[0]} -> {change[1]}); put it back, go on all the same with "
+                f"ACCEPT=data_fingerprint, or begin a run of its own: NAME=…"
             )
     return settled
 
 
 def _forget(folder: RunFolder, start: Start) -> None:
-    """Takes a folder away again that holds nothing yet but what this start wrote."""
-    if start.goes_on:
-        return
-    for path in (folder.plan, folder.prepared, folder.lock):
-        path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # something else is in it: leave it
-        folder.path.rmdir()
+    """Takes the folder of a run that never began away again, so that the corrected command is not another plan's."""
+    if not start.goes_on and not folder.numbered("checkpoint"):
+        shutil.rmtree(folder.path)
 
 
 def _exit_code(folder: RunFolder, launcher_code: int) -> int:
@@ -165,12 +164,12 @@ def _run(arguments: list[str], environment: Mapping[str, str], ranks: Path | Non
         start_new_session=True,
         preexec_fn=end_with_parent,  # noqa: PLW1509  this process has no threads
     )
-    asked = False
+    asked = ended = False
 
     def pass_on(_number: int, _frame: FrameType | None) -> None:
-        nonlocal asked
+        nonlocal asked, ended
         if asked or ranks is None or not _ask_to_stop(ranks):
-            _signal_group(process.pid, signal.SIGKILL)
+            ended = _signal_group(process.pid, signal.SIGKILL)
         asked = True
 
     passed = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -178,7 +177,7 @@ def _run(arguments: list[str], environment: Mapping[str, str], ranks: Path | Non
     try:
         code = process.wait()
         _await_group(process.pid, SECONDS_TO_END)
-        return EXIT_STOPPED if asked else code
+        return EXIT_STOPPED if ended else code
     finally:
         _signal_group(process.pid, signal.SIGKILL)
         for number, handler in before.items():

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 from sft_recipes.planning.plan import Topology
 from sft_recipes.planning.schema import Recipe, RecipeError
@@ -27,6 +26,8 @@ def planned(recipe: Recipe, gpus: int | None, processes: int | None, nodes: int 
     """The hardware to plan for: what was asked for, else what the recipe names. Looks at no machine."""
     gpus = recipe.hardware.gpus if gpus is None else gpus
     nodes = nodes or (recipe.hardware.nodes if gpus == recipe.hardware.gpus else 1)
+    if nodes > 1 and gpus == 0:
+        raise RecipeError(f"NODES: {nodes} nodes were asked for without GPUs; say GPUS=<all of them together>")
     if gpus % nodes:
         raise RecipeError(f"GPUS: {gpus} GPUs do not share evenly over {nodes} nodes; say a multiple of {nodes}")
     if processes and gpus:
@@ -85,17 +86,13 @@ def visible_gpus() -> list[str]:
     ids = [line.strip() for line in listed.stdout.splitlines() if line.strip().isdigit()]
     masked = os.environ.get("CUDA_VISIBLE_DEVICES")
     if masked is not None and ids:
-        return [part for part in masked.split(",") if part.strip()]
+        named = [part.strip() for part in masked.split(",")]
+        # CUDA's own rule: an id that is none, such as -1, hides itself and all behind it.
+        first_wrong = next(
+            (number for number, name in enumerate(named) if not name or name.startswith("-")), len(named)
+        )
+        return named[:first_wrong]
     return ids if listed.returncode == 0 else []
-
-
-def host_memory_bytes() -> int | None:
-    """Memory of this machine, where the system tells."""
-    try:
-        first = Path("/proc/meminfo").read_text(encoding="ascii").split("\n", 1)[0]
-    except OSError:
-        return None
-    return int(first.split()[1]) * 1024
 
 
 def _device_ids(devices: str, here: list[str]) -> list[str]:

@@ -21,7 +21,9 @@ CARDS_GIB: dict[str, int] = {
 }
 USABLE = 0.92
 
-_DENSE_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+ZERO_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default allgather_bucket_size
+
+DENSE_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
 def card_bytes(card: str | None) -> int | None:
@@ -47,7 +49,7 @@ def parameter_count(architecture: Mapping[str, Any]) -> int | None:
 
     Returns None where the recipe does not give the numbers that this takes.
     """
-    if any(key not in architecture for key in _DENSE_KEYS):
+    if any(key not in architecture for key in DENSE_KEYS):
         return None
     hidden, layers = architecture["hidden_size"], architecture["num_hidden_layers"]
     heads = architecture["num_attention_heads"]
@@ -75,7 +77,8 @@ def bytes_per_gpu(
     Activations follow Korthikanti et al. 2022 (arXiv:2205.05198): 34·tokens·hidden bytes a layer at 16 bits without the
     attention scores, which fused attention never stores; with checkpointing, each layer's input and one whole layer.
     Logits are not built whole: the trainer takes the cross-entropy in chunks, so one micro-batch in bf16 and fp32
-    bounds them. Buffers: DDP's gradient buckets, autocast's bf16 copies of the weights.
+    bounds them. Buffers: DDP's gradient buckets, ZeRO's gather bucket, under ZeRO-3 four times the largest layer,
+    and autocast's bf16 copies of the weights.
     """
     parameters = parameter_count(architecture)
     if parameters is None:
@@ -87,14 +90,21 @@ def bytes_per_gpu(
     hidden, layers = architecture["hidden_size"], architecture["num_hidden_layers"]
     per_layer = tokens_per_micro_batch * hidden * (34 if half else 68)
     layer_inputs = layers * tokens_per_micro_batch * hidden * (2 if half else 4)
-    buckets = 4 * parameters if engine == "ddp" else 0
+    embeddings = architecture["vocab_size"] * hidden
+    buffers = {
+        "single": 0,
+        "ddp": 4 * parameters,
+        "zero1": 2 * min(parameters, ZERO_BUCKET_ELEMENTS),
+        "zero2": 2 * min(parameters, ZERO_BUCKET_ELEMENTS),
+        "zero3": 4 * weight_bytes * max(embeddings, (parameters - embeddings) // layers),
+    }
     parts = {
         "weights": weight_bytes * parameters // weights_over,
         "gradients": 4 * parameters // gradients_over,
         "optimizer": (12 if zero and half else 8) * parameters // optimizer_over,
         "activations": layer_inputs + per_layer if gradient_checkpointing else layers * per_layer,
         "logits": min(tokens_per_micro_batch, 1024) * architecture["vocab_size"] * 8,
-        "buffers": buckets + (2 * parameters if half and not zero else 0),
+        "buffers": buffers[engine] + (2 * parameters if half and not zero else 0),
     }
     return {**parts, "total": sum(parts.values())}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 import yaml
 
 from sft_recipes.planning import schema
+from sft_recipes.planning.memory import DENSE_KEYS
 from sft_recipes.planning.schema import REPOSITORY, Recipe, RecipeError, did_you_mean
 
 RECIPES = REPOSITORY / "recipes"
@@ -61,8 +63,9 @@ def load(name: str, overrides: Iterable[str] = ()) -> Recipe:
     """
     written = dict(_flatten(_read_yaml(_path_of(name))))
     for override in overrides:
-        key, value = _split_override(override)
-        written[key] = Written(value, COMMAND_LINE)
+        key, text = _split_override(override)
+        written[key] = Written(text, COMMAND_LINE)
+    _drop_what_an_override_makes_untrue(written)
     recipe = _build(name, written)
     check_ranges(recipe)
     return recipe
@@ -133,14 +136,23 @@ def _scalar(node: yaml.Node) -> Any:
         loader.dispose()
 
 
-def _split_override(override: str) -> tuple[str, Any]:
+def _drop_what_an_override_makes_untrue(written: dict[str, Written]) -> None:
+    """Other data than the recipe's has other counts and another validation; another model, other dimensions."""
+    for replaced, untrue in (
+        ("data.train", ("data.validation", "data.examples", "data.mean_tokens")),
+        ("model.name_or_path", ("model.architecture", "model.revision", "model.license")),
+    ):
+        if replaced in written and written[replaced].where == COMMAND_LINE:
+            for key in untrue:
+                if key in written and written[key].where != COMMAND_LINE:
+                    del written[key]
+
+
+def _split_override(override: str) -> tuple[str, str]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"{COMMAND_LINE}: {override!r} is not key=value, for example trainer.learning_rate=1.0e-5")
-    try:
-        return key, yaml.safe_load(text) if text else None
-    except yaml.YAMLError:
-        return key, text
+    return key, text
 
 
 @cache
@@ -204,20 +216,36 @@ def _checked(key: str, section: str, leaf: str, found: Written) -> Any:
         if leaf not in known:
             raise RecipeError(f"{found.where}: unknown key {key}{did_you_mean(key, _known_keys())}")
         kinds = known[leaf]
-    value = _coerce(key, kinds, found)
+    value = _coerce(key, kinds, _typed(found, kinds))
     choices = schema.CHOICES.get(key)
     if choices and value not in choices:
         raise RecipeError(
             f"{found.where}: {key} is {value!r}; wanted one of {', '.join(choices)}{did_you_mean(str(value), choices)}"
         )
-    _check_positive(key, value, found.where)
+    _check_bounds(key, value, found.where)
     return value
+
+
+def _typed(found: Written, kinds: list[str]) -> Written:
+    """What the command line said, read as YAML reads a recipe's value; text stays as it was typed."""
+    if found.where != COMMAND_LINE:
+        return found
+    if not found.value:
+        return Written(None, COMMAND_LINE)
+    if set(kinds) <= {"str", "None"}:
+        return found
+    try:
+        return Written(yaml.safe_load(found.value), COMMAND_LINE)
+    except (yaml.YAMLError, ValueError):
+        return found
 
 
 def _coerce(key: str, kinds: list[str], found: Written) -> Any:
     value = found.value
     if isinstance(value, str) and "float" in kinds and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
-        return float(value)  # YAML 1.1 reads 2e-5 as text: it wants a dot and a sign
+        value = float(value)  # YAML 1.1 reads 2e-5 as text: it wants a dot and a sign
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(f"{found.where}: {key} is {value}; wanted a finite number")
     if type(value).__name__ in kinds or (value is None and "None" in kinds):
         return value
     if isinstance(value, int) and not isinstance(value, bool) and "float" in kinds:
@@ -236,23 +264,37 @@ _SPOKEN = {
     "dict": "a mapping",
     "list": "a list",
 }
-_AT_LEAST_ONE = {
-    "batch.effective_batch_size",
-    "batch.per_device_at_most",
-    "batch.min_optimizer_steps",
-    "hardware.nodes",
-    "trainer.max_length",
-    "trainer.eval_steps",
-    "trainer.save_steps",
-    "trainer.logging_steps",
+# Least and most of the numbers that have such; the most of a batch only keeps the arithmetic finite.
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "batch.effective_batch_size": (1, 100_000),
+    "batch.per_device_at_most": (1, 100_000),
+    "batch.min_optimizer_steps": (1, math.inf),
+    "hardware.gpus": (0, 100_000),
+    "hardware.nodes": (1, 100_000),
+    "data.examples": (1, math.inf),
+    "data.mean_tokens": (1, math.inf),
+    "data.dropped_at_most": (0, 1),
+    "data.validation_fraction": (0.0001, 0.9999),
+    "answers.show": (0, 1000),
+    "answers.exact_match": (0, 1000),
+    "answers.max_new_tokens": (1, math.inf),
+    "trainer.seed": (0, 2**32 - 1),
+    "trainer.data_seed": (0, 2**32 - 1),
+    "trainer.max_length": (1, math.inf),
+    "trainer.eval_steps": (1, math.inf),
+    "trainer.save_steps": (1, math.inf),
+    "trainer.logging_steps": (1, math.inf),
 }
+_MAY_BE_LEFT_OUT = {"batch.effective_batch_size", "data.examples", "data.mean_tokens"}
 
 
-def _check_positive(key: str, value: Any, where: str) -> None:
-    if key in _AT_LEAST_ONE and value is not None and value < 1:
-        raise RecipeError(f"{where}: {key} is {value}; wanted at least 1")
-    if key == "data.validation_fraction" and not 0 < value < 1:
-        raise RecipeError(f"{where}: {key} is {value}; wanted more than 0 and less than 1")
+def _check_bounds(key: str, value: Any, where: str) -> None:
+    if key not in _BOUNDS or (value is None and key in _MAY_BE_LEFT_OUT):
+        return
+    least, most = _BOUNDS[key]
+    if value is None or not least <= value <= most:
+        wanted = f"at least {least:g}" if most == math.inf else f"{least:g} to {most:g}"
+        raise RecipeError(f"{where}: {key} is {value}; wanted {wanted}")
 
 
 def _check_model(recipe: Recipe) -> None:
@@ -266,6 +308,12 @@ def _check_model(recipe: Recipe) -> None:
         raise RecipeError(f"{where}: model.from_scratch and model.name_or_path are both set; keep one")
     if not model.from_scratch and not model.name_or_path:
         raise RecipeError(f"recipes/{recipe.name}.yaml: model.name_or_path is missing: a Hub name or a local folder")
+    for key, value in model.architecture.items():
+        if key in DENSE_KEYS and (type(value) is not int or value < 1):
+            raise RecipeError(
+                f"{recipe.origins['model.architecture']}: model.architecture.{key} is {value!r}; wanted a whole "
+                f"number of at least 1"
+            )
     if model.from_scratch and not model.architecture:
         raise RecipeError(f"{where}: model.from_scratch needs model.architecture, the numbers of the model's config")
 
@@ -305,7 +353,7 @@ def check_ranges(recipe: Recipe) -> None:
             f"{recipe.origins['size']}: size is {recipe.size!r}; wanted a row of recipes/sizes.yaml: "
             f"{', '.join(rows)}{did_you_mean(recipe.size, rows)}"
         )
-    for key in recipe.outside_range:
+    for key in map(str, recipe.outside_range):
         if key not in schema.TABLE_KEYS:
             raise RecipeError(
                 f"{recipe.origins['outside_range']}: outside_range names {key!r}; wanted some of "

@@ -14,6 +14,8 @@ from sft_recipes.planning import plan as plans
 from sft_recipes.planning.plan import Plan
 from sft_recipes.planning.schema import RecipeError
 
+EXIT_STOPPED = 75  # saved, not finished: the same command goes on
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -133,7 +135,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
         return {}
     except PermissionError as error:
         raise RecipeError(f"{path}: may not be read by this user; is it another user's run?") from error
@@ -224,16 +226,16 @@ def _go_on(plan: Plan, folder: RunFolder, accept: Iterable[str]) -> Start:
             f"run {folder.name} has another plan: {listed} (go on with it all the same: --accept {','.join(refused)}; "
             f"or begin a run of its own: NAME=…)"
         )
-    taken = replace(plan, created=stored.created, accepted=sorted({*stored.accepted, *differ}))
+    taken = replace(plan, created=stored.created, accepted=sorted({*stored.accepted, *differ, *accepted}))
     return Start(folder, taken, True)
 
 
 def _all(recipe: str | None = None) -> list[RunFolder]:
     """Runs by age of their plan, oldest first."""
-    found = [RunFolder(path.parent) for path in runs_root().glob("*/plan.json")]
+    found = [RunFolder(path.parent) for path in runs_root().glob("*/plan.json") if path.is_file()]
     if recipe is not None:
         found = [folder for folder in found if read_json(folder.plan).get("recipe") == recipe]
-    return sorted(found, key=lambda folder: (read_json(folder.plan).get("created", ""), folder.name))
+    return sorted(found, key=lambda folder: (str(read_json(folder.plan).get("created")), folder.name))
 
 
 def _next_number(recipe: str) -> int:

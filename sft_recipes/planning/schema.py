@@ -104,7 +104,20 @@ OWNED_BY_THE_PLAN: dict[str, str] = {
     "do_eval": "the verb",
     "do_predict": "the verb",
     "resume_from_checkpoint": "RESUME=1",
-    "push_to_hub": "nothing is uploaded",
+    "parallelism_config": "parallelism",
+    "local_rank": "the launcher's",
+    **dict.fromkeys(
+        (
+            "push_to_hub",
+            "hub_token",
+            "hub_private_repo",
+            "hub_model_id",
+            "hub_strategy",
+            "hub_always_push",
+            "hub_revision",
+        ),
+        "nothing: no run uploads anything",
+    ),
 }
 
 

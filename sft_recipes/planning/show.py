@@ -60,6 +60,7 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
         ("warmup steps", _estimate(plan, plan.warmup_steps)),
         ("rows an epoch", _rows(plan)),
         ("examples per step", _estimate(plan, plan.examples_per_step)),
+        ("supervised tokens per step", _estimate(plan, plan.supervised_tokens_per_step)),
     ]
     return lines + _memory(plan)
 

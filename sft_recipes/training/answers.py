@@ -42,8 +42,8 @@ def remembered(content: dict[str, Any] | None) -> Answered | None:
 
 def read_prompts(prepared: Path, show: int, exact_match: int) -> list[Prompt]:
     """As many held-out prompts as are to be shown or compared."""
-    lines = (prepared / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-    return [Prompt(**json.loads(line)) for line in lines[: max(show, exact_match)]]
+    lines = (prepared / "prompts.jsonl").read_text(encoding="utf-8").split("\n")
+    return [Prompt(**json.loads(line)) for line in lines[: max(show, exact_match)] if line]
 
 
 def answer(

@@ -1,7 +1,8 @@
-"""Says which checkpoint a run goes on from, and keeps the weights of the best steps."""
+"""Says which checkpoint a run goes on from and which steps are best, and lets folders appear whole or not at all."""
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,9 @@ def forget_all_but_the_best(folder: RunFolder, losses: dict[int, float]) -> None
             shutil.rmtree(folder.best(step))
 
 
-def best_step(losses: dict[int, float]) -> int | None:
-    """The step with the lowest validation loss; the earliest of equals."""
-    return min(_best(losses), key=lambda step: (losses[step], step), default=None)
+def best_step(folder: RunFolder, losses: dict[int, float]) -> int | None:
+    """The step with the lowest validation loss of those whose weights are there; the earliest of equals."""
+    return next((step for step in _best(losses) if folder.best(step).is_dir()), None)
 
 
 def partial(target: Path) -> Path:
@@ -74,4 +75,5 @@ def copy_whole(source: Path, target: Path) -> None:
 
 
 def _best(losses: dict[int, float]) -> list[int]:
-    return sorted(losses, key=lambda step: (losses[step], step))[:BEST_KEPT]
+    numbers = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
+    return sorted(numbers, key=lambda step: (numbers[step], step))[:BEST_KEPT]

@@ -50,15 +50,16 @@ def begin(folder: RunFolder, plan: Plan) -> None:
     write_json(folder.manifest, content)
 
 
-def end(folder: RunFolder, state: str, exit_code: int, **figures: Any) -> None:
-    """Records how a start ended, and what there is to say of it."""
-    seconds = figures.pop("seconds", 0.0)
+def end(
+    folder: RunFolder, state: str, exit_code: int, seconds: float = 0.0, training_seconds: float = 0.0, **figures: Any
+) -> dict[str, Any]:
+    """Records how a start ended, and what there is to say of it; its times are added to those of earlier starts."""
     earlier = read_json(folder.manifest)
-    wall = round(earlier.get("wall_seconds", 0.0) + seconds, 1)
-    write_json(
-        folder.manifest,
-        {**earlier, **figures, "state": state, "exit_code": exit_code, "wall_seconds": wall, "ended": _now()},
-    )
+    figures["wall_seconds"] = round(earlier.get("wall_seconds", 0.0) + seconds, 1)
+    figures["training_seconds"] = round(earlier.get("training_seconds", 0.0) + training_seconds, 1)
+    content = {**earlier, **figures, "state": state, "exit_code": exit_code, "ended": _now()}
+    write_json(folder.manifest, content)
+    return content
 
 
 def _now() -> str:

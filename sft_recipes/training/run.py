@@ -18,11 +18,10 @@ from typing import Any
 from sft_recipes.planning import plan as plans
 from sft_recipes.planning.plan import Plan
 from sft_recipes.planning.processes import end_with_parent
-from sft_recipes.planning.run_folder import RunFolder, read_json, write_json
+from sft_recipes.planning.run_folder import EXIT_STOPPED, RunFolder, read_json, write_json
 from sft_recipes.planning.schema import RecipeError
-from sft_recipes.training import signals
+from sft_recipes.training import manifest, signals
 
-EXIT_STOPPED = 75
 REPORTERS = ("none", "tensorboard", "wandb")
 
 
@@ -36,6 +35,7 @@ def main(plan_file: str) -> None:
         train(plans.read(folder.plan), folder)
     except RecipeError as error:
         if rank == 0:
+            manifest.end(folder, "failed", 2)
             write_json(folder.outcome, {"exit_code": 2, "error": str(error)})
 
 
@@ -48,7 +48,7 @@ def train(plan: Plan, folder: RunFolder) -> None:
     started = time.monotonic()
     _quiet()
     from sft_recipes.data.chat import load_tokenizer
-    from sft_recipes.training import checkpoint, manifest, trainer
+    from sft_recipes.training import checkpoint, trainer
     from sft_recipes.training.callbacks.best import KeepBest
     from sft_recipes.training.callbacks.metrics import WriteMetrics
     from sft_recipes.training.callbacks.progress import ShowProgress
@@ -67,6 +67,7 @@ def train(plan: Plan, folder: RunFolder) -> None:
         model_name, model_section["revision"], model_section["chat_template"], model_section["trust_remote_code"]
     )
     model = load_model(plan, model_name)
+    check_vocabulary(model, tokenizer, prepared)
     stop = _stop_by_itself(model, tokenizer, prepared)
     train_rows, validation_rows = trainer.read_rows(prepared)
     stopping = StopTogether()
@@ -78,7 +79,7 @@ def train(plan: Plan, folder: RunFolder) -> None:
         train_dataset=train_rows,
         eval_dataset=trainer.whole_passes(validation_rows, plan.per_device_train_batch_size * plan.world_size),
         processing_class=tokenizer,
-        data_collator=trainer.PackedRowsCollator(tokenizer.pad_token_id) if plan.packing else None,
+        data_collator=trainer.collator(plan, tokenizer.pad_token_id),
         callbacks=callbacks,
     )
     for callback in callbacks[:3]:
@@ -96,22 +97,25 @@ def train(plan: Plan, folder: RunFolder) -> None:
 
     training_started = time.monotonic()
     result = sft.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    training_seconds = round(time.monotonic() - training_started, 1)
+    training_seconds = time.monotonic() - training_started
 
     if stopping.stopped:
         if state.is_main_process:
-            _stop_early(folder, sft.state.global_step, time.monotonic() - started)
+            seconds = {"seconds": time.monotonic() - started, "training_seconds": training_seconds}
+            manifest.end(folder, "stopped", EXIT_STOPPED, steps=sft.state.global_step, **seconds)
+            write_json(folder.outcome, {"exit_code": EXIT_STOPPED})
+            _say(folder, state, f"stopped at step {sft.state.global_step}, saved; the same command goes on from it")
         return
 
     losses = checkpoint.validation_losses(sft.state.log_history)
-    best = checkpoint.best_step(losses)
+    best = checkpoint.best_step(folder, losses)
     sft.save_weights(folder.last)
     if not state.is_main_process:
         return
+    checkpoint.forget_all_but_the_best(folder, losses)
     checkpoint.copy_whole(folder.best(best) if best else folder.last, folder.final)
     answered = _after(plan, folder, sft, prepared, stop)
     figures = {
-        "training_seconds": training_seconds,
         "steps": sft.state.global_step,
         "train_loss": result.training_loss,
         "first_eval_loss": losses[min(losses)],
@@ -122,18 +126,10 @@ def train(plan: Plan, folder: RunFolder) -> None:
         "exact_match_before": answered_before.exact_match if answered_before else None,
         "exact_match_after": answered.exact_match if answered else None,
     }
-    manifest.end(folder, "finished", 0, seconds=time.monotonic() - started, **figures)
+    seconds = {"seconds": time.monotonic() - started, "training_seconds": training_seconds}
+    recorded = manifest.end(folder, "finished", 0, **seconds, **figures)
     write_json(folder.outcome, {"exit_code": 0})
-    _say(folder, state, summary(plan, folder, figures, answered_before, answered))
-
-
-def _stop_early(folder: RunFolder, step: int, seconds: float) -> None:
-    """A run cut short has a whole checkpoint and no `final/`."""
-    from sft_recipes.training import manifest
-
-    manifest.end(folder, "stopped", EXIT_STOPPED, seconds=seconds, steps=step)
-    write_json(folder.outcome, {"exit_code": EXIT_STOPPED})
-    print(f"stopped at step {step} with a whole checkpoint; the same command goes on from it", flush=True)
+    _say(folder, state, summary(plan, folder, recorded, answered_before, answered))
 
 
 def check_ranks(plan: Plan, world_size: int, environment: Any) -> None:
@@ -156,33 +152,54 @@ def load_model(plan: Plan, name: str) -> Any:
     """The model in the dtype that the plan has for its weights.
 
     Raises:
-        RecipeError: it cannot be loaded, or is not the size that the recipe's architecture makes.
+        RecipeError: it cannot be loaded, or a weight that it needs is not in its files.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+
+    from sft_recipes.training import trainer
 
     section = plan.sections["model"]
     dtype = torch.bfloat16 if plan.dtypes["weights"] == "bf16" else torch.float32
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             name,
             revision=section["revision"],
             dtype=dtype,
-            attn_implementation=attention(section["attention"], plan.uses_gpu),
+            attn_implementation=trainer.attention(plan),
             trust_remote_code=section["trust_remote_code"],
+            output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RecipeError(
             f"model.name_or_path: {name} cannot be loaded ({reason}); name a folder that save_pretrained wrote, "
             "or check the "
             f"Hub name, the network, and HF_TOKEN where the model is gated"
         ) from error
+    absent = [*loaded["missing_keys"], *loaded["mismatched_keys"]]
+    if absent:
+        raise RecipeError(
+            f"model.name_or_path: the weights of {name} lack {absent[0]} and {len(absent) - 1} more, which would be "
+            f"random; bring the whole model"
+        )
+    return model
 
 
-def attention(asked: str, _uses_gpu: bool) -> str:
-    """The attention to load the model with; `auto` is torch's own, which isolates packed rows exactly."""
-    return "sdpa" if asked == "auto" else asked
+def check_vocabulary(model: Any, tokenizer: Any, prepared: Path) -> None:
+    """Refuses token ids that the model has no embedding for, which would end in an error of the device.
+
+    Raises:
+        RecipeError: the rows or the padding hold such an id.
+    """
+    largest = json.loads((prepared / "details.json").read_text(encoding="utf-8"))["largest_token_id"]
+    embeddings = model.get_input_embeddings().num_embeddings
+    if tokenizer.pad_token_id is None or max(largest, tokenizer.pad_token_id) >= embeddings:
+        raise RecipeError(
+            f"model.name_or_path: the rows hold token ids up to {largest} (padding is {tokenizer.pad_token_id}), "
+            f"and the model has embeddings for {embeddings}; take the tokenizer of this model"
+        )
 
 
 def summary(plan: Plan, folder: RunFolder, figures: dict[str, Any], before: Any, after: Any) -> str:
@@ -214,8 +231,8 @@ def _before(plan: Plan, folder: RunFolder, sft: Any, prepared: Path, stop: list[
     """What the model answers before the first step; remembered across a resume."""
     from sft_recipes.training import answers
 
-    if not speaks:
-        return None
+    if not speaks or plan.parallelism.startswith("zero"):
+        return None  # under DeepSpeed the model is not on its device before the first step
     if not folder.answers.is_file():
         answered = _answer(plan, sft, prepared, stop)
         write_json(folder.answers, {"before": asdict(answered) if answered else None})

@@ -18,7 +18,9 @@ def listen(folder: RunFolder, rank: int) -> None:
     for number in _SIGNALS:
         signal.signal(number, _remember)
     folder.ranks.mkdir(exist_ok=True)
-    (folder.ranks / f"{socket.gethostname()}-{rank}").write_text(str(os.getpid()), encoding="ascii")
+    file = folder.ranks / f"{socket.gethostname()}-{rank}"
+    file.with_name(f".{file.name}").write_text(str(os.getpid()), encoding="ascii")
+    file.with_name(f".{file.name}").replace(file)
 
 
 def asked() -> bool:

@@ -13,11 +13,11 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from sft_recipes.data.chat import IGNORED
 from sft_recipes.planning.plan import Plan
 from sft_recipes.planning.run_folder import RunFolder
 from sft_recipes.training import checkpoint
 
-IGNORED = -100
 CHECKPOINTS_KEPT = 2
 
 
@@ -129,6 +129,25 @@ class PackedRowsCollator(DataCollatorForLanguageModeling):
             batch["labels"].append([*labels, *[IGNORED] * padding])
             batch["position_ids"].append([*positions, *[0] * padding])  # each padding token an example of its own
         return {name: torch.tensor(rows) for name, rows in batch.items()}
+
+
+def attention(plan: Plan) -> str:
+    """The attention to load the model with; `auto` is torch's own, which isolates packed rows exactly."""
+    asked: str = plan.sections["model"]["attention"]
+    return "sdpa" if asked == "auto" else asked
+
+
+def collator(plan: Plan, pad_token_id: int) -> DataCollatorForLanguageModeling | None:
+    """What makes a batch of packed rows; None, TRL's own padding, where rows are not packed.
+
+    Flash attention tells examples apart in one row alone (transformers' `_is_packed_sequence`), so it gets TRL's
+    padding-free collator, which lays the rows end to end.
+    """
+    if not plan.packing:
+        return None
+    if attention(plan) == "flash_attention_2":
+        return DataCollatorForLanguageModeling(pad_token_id, padding_free=True)
+    return PackedRowsCollator(pad_token_id)
 
 
 class ResponseTrainer(SFTTrainer):  # type: ignore[misc]

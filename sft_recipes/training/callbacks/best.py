@@ -26,12 +26,8 @@ class KeepBest(TrainerCallback):
         """All ranks take part in a save: sharded weights are gathered from each."""
         if not state.global_step:
             return
-        losses = checkpoint.validation_losses(state.log_history)
-        if not checkpoint.among_the_best(losses, state.global_step):
-            return
-        self.trainer.save_weights(self.folder.best(state.global_step))
-        if state.is_world_process_zero:
-            checkpoint.forget_all_but_the_best(self.folder, losses)
+        if checkpoint.among_the_best(checkpoint.validation_losses(state.log_history), state.global_step):
+            self.trainer.save_weights(self.folder.best(state.global_step))
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The Trainer calls this when rank 0 has written; the others' files are awaited."""
@@ -39,3 +35,5 @@ class KeepBest(TrainerCallback):
         if state.is_world_process_zero:
             step, tokens = state.global_step, self.trainer.supervised_tokens_seen
             checkpoint.mark_complete(self.folder.checkpoint(step), step, tokens)
+            # Only now: until this checkpoint was whole, an interrupted run went on from one that remembers others.
+            checkpoint.forget_all_but_the_best(self.folder, checkpoint.validation_losses(state.log_history))

@@ -26,4 +26,3 @@ class StopTogether(TrainerCallback):
         asked = torch.tensor(float(signals.asked()), device=self.trainer.accelerator.device)
         if self.trainer.accelerator.reduce(asked, "sum").item() and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
