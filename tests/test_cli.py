@@ -12,7 +12,7 @@ from conftest import REPOSITORY, SMALL_LLAMA
 GOOD_ROW = {"prompt": "2 + 2?", "completion": "4"}
 
 
-def refused(done, message):
+def check_refused(done, message):
     """Checks the contract of a user's error and returns its line."""
     assert done.returncode == 2, done.stdout + done.stderr
     lines = done.stderr.strip().splitlines()
@@ -85,7 +85,7 @@ def refused(done, message):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_cannot_be_done_is_refused_before_anything_starts(workplace, arguments, message):
-    refused(workplace.sft(*arguments), message)
+    check_refused(workplace.sft(*arguments), message)
     assert not workplace.runs.exists() or not list(workplace.runs.glob("*/plan.json"))
     assert not (workplace.path / "x").exists()
 
@@ -107,7 +107,7 @@ def test_what_cannot_be_done_is_refused_before_anything_starts(workplace, argume
 )
 def test_data_that_makes_no_run_is_refused_and_leaves_nothing(workplace, rows, message):
     (workplace.path / "rows.jsonl").write_text(rows)
-    refused(workplace.sft("train", "tiny", "data.train=rows.jsonl", "data.validation="), message)
+    check_refused(workplace.sft("train", "tiny", "data.train=rows.jsonl", "data.validation="), message)
     assert [path for path in workplace.runs.glob("*") if path.name != ".prepared"] == []
 
 
@@ -115,7 +115,7 @@ def test_a_length_that_leaves_no_answer_is_refused(workplace):
     rows = [{"prompt": f"word {n} " * 60, "completion": "4"} for n in range(40)]
     (workplace.path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = workplace.sft("train", "tiny", "data.train=rows.jsonl", "data.validation=", "trainer.max_length=32")
-    refused(done, "max_length=32 leaves .* rows without a token to learn from")
+    check_refused(done, "max_length=32 leaves .* rows without a token to learn from")
 
 
 MODEL = ("model.from_scratch=false",)
@@ -135,7 +135,7 @@ def test_a_model_folder_that_lacks_a_part_is_refused_by_its_name(workplace, mode
 
     shutil.copytree(model_folder, workplace.path / "model")
     (workplace.path / "model" / missing).unlink()
-    refused(workplace.sft("train", "tiny", *MODEL, "model.name_or_path=./model"), message)
+    check_refused(workplace.sft("train", "tiny", *MODEL, "model.name_or_path=./model"), message)
 
 
 def test_a_model_that_wants_its_own_code_to_run_is_refused(workplace, model_folder):
@@ -144,7 +144,7 @@ def test_a_model_that_wants_its_own_code_to_run_is_refused(workplace, model_fold
     shutil.copytree(model_folder, workplace.path / "model")
     config = workplace.path / "model" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "auto_map": {"AutoModel": "evil.Model"}}))
-    refused(workplace.sft("train", "tiny", *MODEL, "model.name_or_path=./model"), "wants its own code to run")
+    check_refused(workplace.sft("train", "tiny", *MODEL, "model.name_or_path=./model"), "wants its own code to run")
 
 
 def test_a_model_whose_files_lack_a_weight_is_never_trained_on_random_numbers(workplace, model_folder):
@@ -157,15 +157,17 @@ def test_a_model_whose_files_lack_a_weight_is_never_trained_on_random_numbers(wo
     kept = {name: tensor for name, tensor in load_file(file).items() if "layers.1.mlp" not in name}
     save_file(kept, file, metadata={"format": "pt"})
     done = workplace.sft("train", "tiny", *MODEL, "model.name_or_path=./model")
-    line = refused_late(done, "the weights of ./model lack model.layers.1.mlp.* and 2 more, which would be random")
+    line = check_refused_late(
+        done, "the weights of ./model lack model.layers.1.mlp.* and 2 more, which would be random"
+    )
     assert "bring the whole model" in line
     file.write_bytes(file.read_bytes()[:1000])
-    refused_late(workplace.sft("train", "tiny", *MODEL, "model.name_or_path=./model"), "./model cannot be loaded")
+    check_refused_late(workplace.sft("train", "tiny", *MODEL, "model.name_or_path=./model"), "./model cannot be loaded")
     assert not list(workplace.runs.glob("*/plan.json")), "the corrected command would be another plan's"
 
 
-def refused_late(done, message):
-    """As `refused`, where the ranks had been started and other lines were said on standard output."""
+def check_refused_late(done, message):
+    """As `check_refused`, where the ranks had been started and other lines were said on standard output."""
     assert done.returncode == 2, done.stdout + done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and re.search(message, lines[0]), done.stderr
@@ -174,25 +176,25 @@ def refused_late(done, message):
 
 
 def test_a_model_folder_that_is_not_there_is_refused(workplace):
-    refused(workplace.sft("train", "tiny", *MODEL, "model.name_or_path=./nowhere"), "no folder './nowhere'")
+    check_refused(workplace.sft("train", "tiny", *MODEL, "model.name_or_path=./nowhere"), "no folder './nowhere'")
 
 
 def test_a_hub_model_without_a_network_is_refused_with_both_ways_out(workplace):
     done = workplace.sft("train", "tiny", *MODEL, "model.name_or_path=some/model", HF_HUB_OFFLINE="1")
-    refused(done, "the tokenizer of some/model cannot be loaded .*check the Hub name, the network and HF_TOKEN")
+    check_refused(done, "the tokenizer of some/model cannot be loaded .*check the Hub name, the network and HF_TOKEN")
 
 
 def test_a_run_folder_that_cannot_be_written_is_refused(workplace):
     file = workplace.path / "file"
     file.write_text("")
     done = workplace.sft("train", "tiny", RUNS_DIR=str(file / "runs"))
-    refused(done, "cannot be written .*RUNS_DIR=")
+    check_refused(done, "cannot be written .*RUNS_DIR=")
 
 
 def test_a_folder_that_is_no_run_is_never_overwritten(workplace):
     (workplace.runs / "mine").mkdir(parents=True)
     (workplace.runs / "mine" / "thesis.txt").write_text("years of work")
-    refused(workplace.sft("train", "tiny", "--name", "mine"), "is there and is not a run; nothing is overwritten")
+    check_refused(workplace.sft("train", "tiny", "--name", "mine"), "is there and is not a run; nothing is overwritten")
     assert (workplace.runs / "mine" / "thesis.txt").read_text() == "years of work"
 
 
@@ -206,7 +208,7 @@ def test_a_run_in_use_is_refused_by_name_and_passed_over_without_one(workplace):
         fcntl.flock(lock, fcntl.LOCK_EX)
         lock.write("process 1 on elsewhere")
         lock.flush()
-        refused(workplace.sft("train", "tiny", "--name", "tiny-1"), "being carried out by process 1 on elsewhere")
+        check_refused(workplace.sft("train", "tiny", "--name", "tiny-1"), "being carried out by process 1 on elsewhere")
         dry = workplace.sft("train", "tiny", "--dry-run")
         assert dry.returncode == 0, dry.stderr
         assert "passing over tiny-1" in dry.stdout and "tiny-2" in dry.stdout
@@ -217,7 +219,7 @@ def test_an_unfinished_run_of_another_plan_is_refused_with_the_ways_out(workplac
     (workplace.runs / "tiny-1").mkdir(parents=True)
     (workplace.runs / "tiny-1" / "plan.json").write_text(plan)
     changed = ("trainer.learning_rate=1e-3", "trainer.seed=7")
-    line = refused(
+    line = check_refused(
         workplace.sft("train", "tiny", *changed), "run tiny-1 has another plan: learning_rate 0.002 -> 0.001"
     )
     assert "sections.trainer.seed 42 -> 7" in line and "NAME=" in line

@@ -47,11 +47,7 @@ def train(plan: Plan, folder: RunFolder) -> None:
     """
     started = time.monotonic()
     _quiet()
-    from sft_recipes.data.chat import load_tokenizer
     from sft_recipes.training import checkpoint, trainer
-    from sft_recipes.training.callbacks.best import KeepBest
-    from sft_recipes.training.callbacks.metrics import WriteMetrics
-    from sft_recipes.training.callbacks.progress import ShowProgress
     from sft_recipes.training.callbacks.stop import StopTogether
 
     arguments = trainer.sft_config(plan, folder, _reporters(folder))
@@ -60,18 +56,58 @@ def train(plan: Plan, folder: RunFolder) -> None:
     prepared = Path(read_json(folder.prepared)["folder"])
     if state.is_main_process:
         manifest.begin(folder, plan)
+        _write_configuration(arguments, folder)
 
-    model_section = plan.sections["model"]
-    model_name = str(prepared / "model") if model_section["from_scratch"] else model_section["name_or_path"]
-    tokenizer = load_tokenizer(
-        model_name, model_section["revision"], model_section["chat_template"], model_section["trust_remote_code"]
-    )
-    model = load_model(plan, model_name)
-    check_vocabulary(model, tokenizer, prepared)
-    stop = _stop_by_itself(model, tokenizer, prepared)
-    train_rows, validation_rows = trainer.read_rows(prepared)
     stopping = StopTogether()
-    callbacks = [stopping, KeepBest(folder), WriteMetrics(folder), ShowProgress(folder)]
+    sft, ends_of_turn = _build(plan, folder, arguments, prepared, stopping)
+    resume_from, passed_over = checkpoint.newest_complete(folder)
+    for name in passed_over:
+        _say(folder, state, f"passing over {name}: it is not whole")
+    if resume_from is not None:
+        sft.supervised_tokens_seen = checkpoint.supervised_tokens_seen(resume_from)
+        _say(folder, state, f"going on from {resume_from.name}")
+    answered_before = _before(plan, folder, sft, prepared, ends_of_turn)
+
+    training_started = time.monotonic()
+    result = sft.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    training_seconds = time.monotonic() - training_started
+
+    if not stopping.stopped:
+        sft.save_weights(folder.last)
+    if not state.is_main_process:
+        return
+    if stopping.stopped:
+        seconds = {"seconds": time.monotonic() - started, "training_seconds": training_seconds}
+        manifest.end(folder, "stopped", EXIT_STOPPED, steps=sft.state.global_step, **seconds)
+        write_json(folder.outcome, {"exit_code": EXIT_STOPPED})
+        _say(folder, state, f"stopped at step {sft.state.global_step}, saved; the same command goes on from it")
+        return
+    figures = {"train_loss": result.training_loss, **_publish_the_best(folder, sft)}
+    answered = _after(plan, folder, sft, prepared, ends_of_turn)
+    figures["exact_match_before"] = answered_before.exact_match if answered_before else None
+    figures["exact_match_after"] = answered.exact_match if answered else None
+    seconds = {"seconds": time.monotonic() - started, "training_seconds": training_seconds}
+    recorded = manifest.end(folder, "finished", 0, **seconds, **figures)
+    write_json(folder.outcome, {"exit_code": 0})
+    _say(folder, state, summary(plan, folder, recorded, answered_before, answered))
+
+
+def _build(plan: Plan, folder: RunFolder, arguments: Any, prepared: Path, stopping: Any) -> tuple[Any, list[int]]:
+    """The trainer over the prepared rows, and the ids that end a turn."""
+    from sft_recipes.data.chat import load_tokenizer
+    from sft_recipes.training import trainer
+    from sft_recipes.training.callbacks.best import KeepBest
+    from sft_recipes.training.callbacks.metrics import WriteMetrics
+    from sft_recipes.training.callbacks.progress import ShowProgress
+
+    section = plan.sections["model"]
+    name = str(prepared / "model") if section["from_scratch"] else section["name_or_path"]
+    tokenizer = load_tokenizer(name, section["revision"], section["chat_template"], section["trust_remote_code"])
+    model = load_model(plan, name)
+    check_vocabulary(model, tokenizer, prepared)
+    ends_of_turn = _stop_by_itself(model, tokenizer, prepared)
+    train_rows, validation_rows = trainer.read_rows(prepared)
+    callbacks = [stopping, KeepBest(folder), WriteMetrics(folder)]
     sft = trainer.ResponseTrainer(
         plan,
         model=model,
@@ -80,56 +116,29 @@ def train(plan: Plan, folder: RunFolder) -> None:
         eval_dataset=trainer.whole_passes(validation_rows, plan.per_device_train_batch_size * plan.world_size),
         processing_class=tokenizer,
         data_collator=trainer.collator(plan, tokenizer.pad_token_id),
-        callbacks=callbacks,
+        callbacks=[*callbacks, ShowProgress(folder)],
     )
-    for callback in callbacks[:3]:
+    for callback in callbacks:
         callback.trainer = sft
-    if state.is_main_process:
-        _write_configuration(arguments, folder)
+    return sft, ends_of_turn
 
-    resume_from, passed_over = checkpoint.newest_complete(folder)
-    for name in passed_over:
-        _say(folder, state, f"passing over {name}: it is not whole")
-    if resume_from is not None:
-        sft.supervised_tokens_seen = checkpoint.supervised_tokens_seen(resume_from)
-        _say(folder, state, f"going on from {resume_from.name}")
-    answered_before = _before(plan, folder, sft, prepared, stop, state.is_main_process)
 
-    training_started = time.monotonic()
-    result = sft.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    training_seconds = time.monotonic() - training_started
-
-    if stopping.stopped:
-        if state.is_main_process:
-            seconds = {"seconds": time.monotonic() - started, "training_seconds": training_seconds}
-            manifest.end(folder, "stopped", EXIT_STOPPED, steps=sft.state.global_step, **seconds)
-            write_json(folder.outcome, {"exit_code": EXIT_STOPPED})
-            _say(folder, state, f"stopped at step {sft.state.global_step}, saved; the same command goes on from it")
-        return
+def _publish_the_best(folder: RunFolder, sft: Any) -> dict[str, Any]:
+    """Makes `final/` from the best step's weights, and says what the run came to."""
+    from sft_recipes.training import checkpoint
 
     losses = checkpoint.validation_losses(sft.state.log_history)
-    best = checkpoint.best_step(folder, losses)
-    sft.save_weights(folder.last)
-    if not state.is_main_process:
-        return
     checkpoint.forget_all_but_the_best(folder, losses)
+    best = checkpoint.best_step(folder, losses)
     checkpoint.copy_whole(folder.best(best) if best else folder.last, folder.final)
-    answered = _after(plan, folder, sft, prepared, stop)
-    figures = {
+    return {
         "steps": sft.state.global_step,
-        "train_loss": result.training_loss,
         "first_eval_loss": losses[min(losses)],
         "best_step": best,
         "best_eval_loss": losses.get(best),
         "tokens_seen": int(sft.state.num_input_tokens_seen),
         "supervised_tokens_seen": sft.supervised_tokens_seen,
-        "exact_match_before": answered_before.exact_match if answered_before else None,
-        "exact_match_after": answered.exact_match if answered else None,
     }
-    seconds = {"seconds": time.monotonic() - started, "training_seconds": training_seconds}
-    recorded = manifest.end(folder, "finished", 0, **seconds, **figures)
-    write_json(folder.outcome, {"exit_code": 0})
-    _say(folder, state, summary(plan, folder, recorded, answered_before, answered))
 
 
 def check_ranks(plan: Plan, world_size: int, environment: Any) -> None:
@@ -227,11 +236,11 @@ def summary(plan: Plan, folder: RunFolder, figures: dict[str, Any], before: Any,
     return "\n".join(lines)
 
 
-def _before(plan: Plan, folder: RunFolder, sft: Any, prepared: Path, stop: list[int], speaks: bool) -> Any:
+def _before(plan: Plan, folder: RunFolder, sft: Any, prepared: Path, stop: list[int]) -> Any:
     """What the model answers before the first step; remembered across a resume."""
     from sft_recipes.training import answers
 
-    if not speaks or plan.parallelism.startswith("zero"):
+    if not sft.accelerator.is_main_process or plan.parallelism.startswith("zero"):
         return None  # under DeepSpeed the model is not on its device before the first step
     if not folder.answers.is_file():
         answered = _answer(plan, sft, prepared, stop)
