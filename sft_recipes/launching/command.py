@@ -27,7 +27,7 @@ def launch(plan: Plan, folder: RunFolder) -> list[str]:
     Source: accelerate's `commands/launch.py`. --quiet leaves the launcher's own traceback out where a rank fails, since
     the rank has said what was wrong.
     """
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
+    command = [sys.executable, "-m", "sft_recipes.training.start", "launch", "--quiet"]
     command += ["--config_file", str(folder.accelerate_config)]
     if plan.world_size > 1:
         command += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(_free_port())]
@@ -74,6 +74,8 @@ def environment(plan: Plan, inherited: Mapping[str, str]) -> dict[str, str]:
         chosen["DS_ACCELERATOR"] = "cpu"
         if not plan.parallelism.startswith("zero"):
             chosen["ACCELERATE_USE_CPU"] = "true"
+        if sys.platform.startswith("linux") and plan.nodes == 1:
+            chosen.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine needs no other interface, nor its own name
         threads = max((os.cpu_count() or 1) // plan.world_size, 1)
         chosen.setdefault("OMP_NUM_THREADS", str(threads))
     return chosen
