@@ -150,13 +150,12 @@ def _json_of(file: Path) -> dict[str, Any]:
 def _key(plan: Plan, train: Source, validation: Source | None) -> str:
     """SHA-256 over all that decides the prepared rows: content, tokenizer, template, lengths, code, libraries."""
     model = plan.sections["model"]
-    template = model["chat_template"]
     parts = {
         "train": train.fingerprint(),
         "validation": validation.fingerprint() if validation else plan.sections["data"]["validation_fraction"],
         "model": model,
         "tokenizer": _tokenizer_files(model["name_or_path"]),
-        "template": _text_of(Path(template)) if template and Path(template).is_file() else template,
+        "template": _given_template(model),
         "max_length": plan.max_length,
         "packing": plan.packing,
         "dropped_at_most": plan.sections["data"]["dropped_at_most"],
@@ -184,9 +183,15 @@ def _text_of(file: Path) -> str:
 def _may_write_the_date(model: dict[str, Any]) -> bool:
     """Whether the template may ask for today's date; of a template that is still on the Hub nobody knows."""
     files = _tokenizer_files(model["name_or_path"])
-    template = model["chat_template"]
-    given = _text_of(Path(template)) if template and Path(template).is_file() else ""
-    return (not files and not model["from_scratch"]) or "strftime_now" in given + "".join(files.values())
+    return (not files and not model["from_scratch"]) or "strftime_now" in _given_template(model) + "".join(
+        files.values()
+    )
+
+
+def _given_template(model: dict[str, Any]) -> str:
+    """The template that the recipe gives, or its name where there is no such file, which loading it will say."""
+    name = model["chat_template"] or ""
+    return _text_of(Path(name)) if Path(name).is_file() else name
 
 
 def _make(plan: Plan, train: Source, validation: Source | None, folder: Path) -> None:
