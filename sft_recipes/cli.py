@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from sft_recipes.planning import plan as plans
-from sft_recipes.planning import recipes, run_folder, show
+from sft_recipes.planning import fit, recipes, run_folder, show
 from sft_recipes.planning.plan import Topology
 from sft_recipes.planning.schema import Recipe, RecipeError
 
@@ -75,6 +75,10 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("run", help="a run's name or folder")
     verb.add_argument("--prompt", help="one prompt (default: lines from standard input)")
     verb.set_defaults(verb=_generate)
+
+    verb = verbs.add_parser("merge", help="adapters and the model that they were trained on as one model")
+    verb.add_argument("run", help="a run's name or folder")
+    verb.set_defaults(verb=_merge)
     return parser
 
 
@@ -103,19 +107,23 @@ def _numbers(parsed: argparse.Namespace) -> tuple[int | None, int | None, int | 
 
 
 def _list(_parsed: argparse.Namespace) -> None:
-    rows = [["recipe", "size", "model", "method", "parallelism", "hardware", "effective batch"]]
+    from sft_recipes.launching.topology import planned
+
+    rows = [["recipe", "row", "model", "method", "parallelism", "hardware", "memory a GPU", "effective batch"]]
     for name in recipes.names():
         recipe = recipes.load(name)
-        hardware = recipe.hardware
+        plan = plans.make(recipe, planned(recipe, None, None, None, None))
+        memory = plan.memory_bytes_per_gpu
         rows.append(
             [
                 name,
-                recipe.size,
+                plan.size,
                 recipe.model.name_or_path or "built from scratch",
-                "full",
-                recipe.parallelism,
-                f"{hardware.gpus} x {hardware.card}" if hardware.gpus else "CPU",
-                str(recipes.hyperparameter(recipe, "effective_batch_size")[0]),
+                plan.method,
+                plan.parallelism,
+                f"{plan.gpus} x {plan.card}" if plan.gpus else "CPU",
+                f"{memory['total'] / 2**30:.0f} GiB" if memory and plan.gpus else "",
+                str(plan.effective_batch_size),
             ]
         )
     print(show.table(rows))
@@ -125,9 +133,35 @@ def _plan(parsed: argparse.Namespace) -> None:
     from sft_recipes.launching.topology import planned
 
     recipe = _recipe(parsed)
-    gpus, processes, nodes = _numbers(parsed)
-    plan = plans.make(recipe, planned(recipe, gpus, processes, nodes, parsed.card))
-    print(plans.to_json(plan) if parsed.json else show.plan_table(plan, parsed.explain))
+    if parsed.gpus and "," in parsed.gpus:
+        return _compare(parsed, recipe)
+    topology = planned(recipe, *_numbers(parsed), parsed.card)
+    plan = plans.make(recipe, topology)
+    if parsed.json:
+        print(plans.to_json(plan))
+    else:
+        print(show.plan_table(plan, parsed.explain, show.what_would_fit(recipe, topology, plan)))
+
+
+def _compare(parsed: argparse.Namespace, recipe: Recipe) -> None:
+    """`--gpus 1,2,4,8,16`: the same recipe on each, one line a count."""
+    from sft_recipes.launching.topology import whole_number
+
+    card = parsed.card or recipe.hardware.card
+    compared: list[tuple[int, plans.Plan | str]] = []
+    for text in parsed.gpus.split(","):
+        gpus = whole_number(text, "GPUS", 1)
+        try:
+            compared.append((gpus, plans.make(recipe, fit.on(gpus, card))))
+        except RecipeError as error:
+            compared.append((gpus, str(error)))
+    if parsed.json:
+        import dataclasses
+        import json
+
+        print(json.dumps([{"gpus": n, "refused": p} if isinstance(p, str) else dataclasses.asdict(p) for n, p in compared]))
+    else:
+        print(show.comparison(compared))
 
 
 def _topology(parsed: argparse.Namespace, recipe: Recipe) -> Topology:
@@ -138,16 +172,20 @@ def _topology(parsed: argparse.Namespace, recipe: Recipe) -> Topology:
 
 def _train(parsed: argparse.Namespace) -> int:
     from sft_recipes.launching import supervisor
+    from sft_recipes.launching.topology import check_host_memory
 
     recipe = _recipe(parsed)
     if parsed.name is not None:
         run_folder.check_name(parsed.name)
-    plan = plans.make(recipe, _topology(parsed, recipe))
+    topology = _topology(parsed, recipe)
+    plan = plans.make(recipe, topology)
+    check_host_memory(plan)
     if plan.fits is False and plan.memory_bytes_per_gpu:
         needed = plan.memory_bytes_per_gpu["total"] / 2**30
         raise RecipeError(
-            f"recipe {recipe.name} needs about {needed:.0f} GiB a GPU and {plan.card} holds less; "
-            f"`make plan RECIPE={recipe.name}` shows the parts"
+            f"recipe {recipe.name} needs about {needed:.0f} GiB a GPU and {plan.card} holds less; the cheapest change "
+            f"that fits: {fit.cheapest_change(recipe, topology) or 'none, take a larger card'} "
+            f"(`make plan RECIPE={recipe.name}` shows the parts)"
         )
     accept = [key for key in parsed.accept.split(",") if key]
     start = run_folder.choose(plan, parsed.name, parsed.resume, accept, supervisor.held_by())
@@ -169,6 +207,13 @@ def _generate(parsed: argparse.Namespace) -> int:
     folder = run_folder.find(parsed.run)
     prompts = [parsed.prompt] if parsed.prompt is not None else (line.rstrip("\n") for line in sys.stdin)
     return generate.main(folder, prompts)
+
+
+def _merge(parsed: argparse.Namespace) -> None:
+    from sft_recipes.training import adapters
+
+    folder = run_folder.find(parsed.run)
+    _say(f"model      {adapters.merge(folder)}, which `make generate` and transformers load")
 
 
 def _say(line: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
@@ -40,17 +41,40 @@ def engine(plan: Plan) -> dict[str, Any]:
     Raises:
         RecipeError: the engine's file is missing or disagrees with its DeepSpeed file.
     """
-    source = REPOSITORY / "accelerate_configs" / f"{plan.parallelism}.yaml"
+    source = REPOSITORY / "accelerate_configs" / f"{engine_file(plan)}.yaml"
     if not source.is_file():
         raise RecipeError(f"parallelism: {plan.parallelism} needs accelerate_configs/{source.name}, which is not there")
     config = yaml.safe_load(source.read_text(encoding="utf-8"))
     if "deepspeed_config" in config:
-        file = REPOSITORY / config["deepspeed_config"]["deepspeed_config_file"]
-        config["deepspeed_config"]["deepspeed_config_file"] = str(file)
+        config["deepspeed_config"]["deepspeed_config_file"] = str(_deepspeed_file(plan, config))
         if not plan.uses_gpu:
             config["use_cpu"] = True  # with ACCELERATE_USE_CPU instead, a DeepSpeed file silently becomes DDP
     config.update(num_machines=plan.nodes, num_processes=plan.world_size)
     return dict(config)
+
+
+def engine_file(plan: Plan) -> str:
+    """The name of the plan's file in accelerate_configs/."""
+    return "cpu" if not plan.uses_gpu and plan.parallelism == "ddp" else plan.parallelism
+
+
+def _deepspeed_file(plan: Plan, config: Mapping[str, Any]) -> Path:
+    """The DeepSpeed file that an engine's file names, if it is of the same stage."""
+    name = config["deepspeed_config"]["deepspeed_config_file"]
+    file = REPOSITORY / name
+    try:
+        zero = json.loads(file.read_text(encoding="utf-8"))["zero_optimization"]
+        stage, offloads = int(zero["stage"]), "offload_optimizer" in zero
+    except FileNotFoundError as error:
+        raise RecipeError(f"parallelism: {plan.parallelism} needs {name}, which is not there") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecipeError(f"{name}: not a DeepSpeed configuration with zero_optimization.stage ({error})") from error
+    if f"zero{stage}{'_offload' if offloads else ''}" != plan.parallelism:
+        raise RecipeError(
+            f"{name}: says stage {stage}{' with offload' if offloads else ''}, but the plan has parallelism "
+            f"{plan.parallelism}; put the file right, or say parallelism=zero{stage}"
+        )
+    return file
 
 
 def write_engine(plan: Plan, folder: RunFolder) -> None:

@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 
-from sft_recipes.planning.plan import Topology
+from sft_recipes.planning.plan import Plan, Topology
 from sft_recipes.planning.schema import Recipe, RecipeError
 
 
@@ -74,6 +74,22 @@ def present(
     topology = planned(recipe, gpus, processes, nodes, card)
     chosen = devices or (",".join(here[:gpus]) if 0 < gpus < len(here) else None)
     return Topology(topology.gpus, topology.processes, 1, topology.card, chosen)
+
+
+def check_host_memory(plan: Plan) -> None:
+    """Refuses an offload that this machine's memory cannot hold, which would end in a killed rank hours later.
+
+    Raises:
+        RecipeError: the plan's host memory is more than the machine has.
+    """
+    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = plan.host_bytes_per_node
+    if needed and needed["offload"] and needed["total"] > here:
+        raise RecipeError(
+            f"parallelism: {plan.parallelism} needs about {needed['total'] / 2**30:.0f} GiB of this node's own memory "
+            f"({needed['offload'] / 2**30:.0f} GiB of it for what is offloaded) and it has {here / 2**30:.0f} GiB; "
+            f"say parallelism=zero3 with more GPUs, or train adapters (a recipe with lora)"
+        )
 
 
 def visible_gpus() -> list[str]:

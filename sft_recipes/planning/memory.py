@@ -1,12 +1,13 @@
-"""Works out parameters and per-GPU memory from the numbers of an architecture, before anything is loaded."""
+"""Works out parameters, memory and disk from the numbers of an architecture, before anything is loaded."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from sft_recipes.planning.schema import RecipeError, did_you_mean
+from sft_recipes.planning.schema import SHARDED, Lora, RecipeError, did_you_mean
 
 GIB = 1024**3
 
@@ -21,7 +22,15 @@ CARDS_GIB: dict[str, int] = {
 }
 USABLE = 0.92
 
-ZERO_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default allgather_bucket_size
+# What the files in deepspeed_configs/ say, in elements; a test compares them.
+ALLGATHER_BUCKET = REDUCE_BUCKET = 200_000_000
+PREFETCH_BUCKET = 50_000_000
+
+LOGIT_ROWS = 1024  # the trainer builds logits for so many tokens at a time at most (TRL's chunked cross-entropy)
+PROCESS_BYTES = 4 * GIB  # a rank's libraries, CUDA context and pinned batches in host memory; an estimate
+
+# 4-bit NormalFloat: half a byte, and a quantized scale for each 64 weights (arXiv:2305.14314, 0.127 bits a weight).
+NF4_BYTES = 0.5 + 0.127 / 8
 
 DENSE_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
@@ -34,7 +43,7 @@ def card_bytes(card: str | None) -> int | None:
     """
     if card is None:
         return None
-    if re.fullmatch(r"\d+(\.\d+)?", str(card)):
+    if re.fullmatch(r"\d+(\.\d+)?", str(card)) and float(card) > 0:
         return int(float(card) * GIB)
     if card not in CARDS_GIB:
         raise RecipeError(
@@ -44,76 +53,205 @@ def card_bytes(card: str | None) -> int | None:
     return CARDS_GIB[card] * GIB
 
 
-def parameter_count(architecture: Mapping[str, Any]) -> int | None:
-    """Weights of a dense Llama-shaped decoder (grouped-query attention, gated MLP, two RMS norms a layer).
+def linear_layers(architecture: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """The linear layers of one decoder block: name, then inputs and outputs."""
+    hidden, inner = architecture["hidden_size"], architecture["intermediate_size"]
+    heads = architecture["num_attention_heads"]
+    head_dim = architecture.get("head_dim") or hidden // heads
+    key_values = (architecture.get("num_key_value_heads") or heads) * head_dim
+    return {
+        "q_proj": (hidden, heads * head_dim),
+        "k_proj": (hidden, key_values),
+        "v_proj": (hidden, key_values),
+        "o_proj": (heads * head_dim, hidden),
+        "gate_proj": (hidden, inner),
+        "up_proj": (hidden, inner),
+        "down_proj": (inner, hidden),
+    }
 
-    Returns None where the recipe does not give the numbers that this takes.
+
+def parameter_count(architecture: Mapping[str, Any]) -> int | None:
+    """Weights of a dense Llama-shaped decoder: grouped-query attention, gated MLP, RMS norms.
+
+    Knows what Qwen 2 (biases of q, k, v), Qwen 3 and OLMo 2 (norms of q and k) have besides. Returns None where the
+    recipe does not give the numbers that this takes.
     """
     if any(key not in architecture for key in DENSE_KEYS):
         return None
-    hidden, layers = architecture["hidden_size"], architecture["num_hidden_layers"]
-    heads = architecture["num_attention_heads"]
-    head_dim = architecture.get("head_dim") or hidden // heads
-    key_values = architecture.get("num_key_value_heads") or heads
-    attention = 2 * hidden * heads * head_dim + 2 * hidden * key_values * head_dim
-    if architecture.get("attention_bias"):
-        attention += heads * head_dim + 2 * key_values * head_dim
-    mlp = 3 * hidden * architecture["intermediate_size"]
+    hidden, kind = architecture["hidden_size"], architecture.get("model_type")
+    layers = linear_layers(architecture)
+    block = sum(inputs * outputs for inputs, outputs in layers.values()) + 2 * hidden
+    if architecture.get("attention_bias", kind == "qwen2"):
+        block += sum(layers[name][1] for name in ("q_proj", "k_proj", "v_proj"))
+        block += hidden if kind != "qwen2" else 0
+    if kind == "olmo2":
+        block += layers["q_proj"][1] + layers["k_proj"][1]
+    if kind == "qwen3":
+        block += 2 * (architecture.get("head_dim") or hidden // architecture["num_attention_heads"])
     embeddings = architecture["vocab_size"] * hidden * (1 if architecture.get("tie_word_embeddings") else 2)
-    return int(embeddings + layers * (attention + mlp + 2 * hidden) + hidden)
+    return int(embeddings + architecture["num_hidden_layers"] * block + hidden)
 
 
-def bytes_per_gpu(
-    architecture: Mapping[str, Any],
-    engine: str,
-    precision: str,
-    world_size: int,
-    tokens_per_micro_batch: int,
-    gradient_checkpointing: bool,
-) -> dict[str, int] | None:
+def adapter_count(architecture: Mapping[str, Any], lora: Lora) -> int | None:
+    """Weights of the adapters: r x (inputs + outputs) of each adapted layer."""
+    if parameter_count(architecture) is None:
+        return None
+    layers = linear_layers(architecture)
+    adapted = list(layers) if isinstance(lora.target_modules, str) else lora.target_modules
+    block = sum(lora.r * sum(layers[name]) for name in adapted if name in layers)
+    return int(architecture["num_hidden_layers"] * block)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a rank has to hold: the model, how it is trained, and one micro-batch.
+
+    `tokens` are those of one micro-batch, padding included.
+    """
+
+    architecture: Mapping[str, Any]
+    engine: str
+    precision: str
+    world_size: int
+    tokens: int
+    gradient_checkpointing: bool
+    lora: Lora | None = None
+    nodes: int = 1
+
+    @property
+    def sharded_weights(self) -> int:
+        """Over how many ranks the weights are spread."""
+        return self.world_size if self.engine in SHARDED else 1
+
+    @property
+    def zero_half(self) -> bool:
+        """Whether DeepSpeed holds the weights in bf16 and an fp32 master beside them."""
+        return self.engine.startswith("zero") and self.precision == "bf16"
+
+    @property
+    def trained(self) -> int:
+        """Weights that get gradients."""
+        count = adapter_count(self.architecture, self.lora) if self.lora else parameter_count(self.architecture)
+        assert count is not None
+        return count
+
+    @property
+    def model_bytes(self) -> int:
+        """The whole model in the dtypes that it is held in, without adapters."""
+        parameters = parameter_count(self.architecture)
+        assert parameters is not None
+        if self.lora and self.lora.quantize:
+            linear = self.architecture["num_hidden_layers"] * sum(
+                inputs * outputs for inputs, outputs in linear_layers(self.architecture).values()
+            )
+            return int(linear * NF4_BYTES + 2 * (parameters - linear))
+        frozen_half = self.lora is not None and self.precision == "bf16"
+        return parameters * (2 if self.zero_half or frozen_half else 4)
+
+
+def bytes_per_gpu(load: Load) -> dict[str, int] | None:
     """Peak memory of one rank by part, in bytes; an estimate to decide with, not a measurement.
 
     Weights, gradients and optimizer state follow the dtypes of `dtypes`: AdamW's two moments are fp32 everywhere.
     Activations follow Korthikanti et al. 2022 (arXiv:2205.05198): 34·tokens·hidden bytes a layer at 16 bits without the
     attention scores, which fused attention never stores; with checkpointing, each layer's input and one whole layer.
-    Logits are not built whole: the trainer takes the cross-entropy in chunks, so one micro-batch in bf16 and fp32
-    bounds them. Buffers: DDP's gradient buckets, ZeRO's gather bucket, under ZeRO-3 four times the largest layer,
-    and autocast's bf16 copies of the weights.
+    Logits are built for a chunk of tokens at a time, in bf16 and fp32 with their gradients. Buffers: DDP's gradient
+    buckets; ZeRO's buckets for gradients and gathered weights; two gathered decoder layers or embeddings under ZeRO-3
+    and FSDP2; autocast's bf16 copies of the weights; a dequantized layer under QLoRA.
     """
-    parameters = parameter_count(architecture)
-    if parameters is None:
+    if parameter_count(load.architecture) is None:
         return None
-    shard = {"zero1": (1, 1, world_size), "zero2": (1, world_size, world_size), "zero3": (world_size,) * 3}
-    weights_over, gradients_over, optimizer_over = shard.get(engine, (1, 1, 1))
-    zero, half = engine.startswith("zero"), precision == "bf16"
-    weight_bytes = 2 if zero and half else 4
+    architecture, world = load.architecture, load.world_size
+    trained, half = load.trained, load.precision == "bf16"
+    gradients_over = world if load.engine in ("zero2", *SHARDED) else 1
+    optimizer_over = world if load.engine in ("zero1", "zero2", *SHARDED) else 1
+    adapters = trained * (2 if load.zero_half else 4) if load.lora else 0
     hidden, layers = architecture["hidden_size"], architecture["num_hidden_layers"]
-    per_layer = tokens_per_micro_batch * hidden * (34 if half else 68)
-    layer_inputs = layers * tokens_per_micro_batch * hidden * (2 if half else 4)
-    embeddings = architecture["vocab_size"] * hidden
-    buffers = {
-        "single": 0,
-        "ddp": 4 * parameters,
-        "zero1": 2 * min(parameters, ZERO_BUCKET_ELEMENTS),
-        "zero2": 2 * min(parameters, ZERO_BUCKET_ELEMENTS),
-        "zero3": 4 * weight_bytes * max(embeddings, (parameters - embeddings) // layers),
-    }
+    per_layer = load.tokens * hidden * (34 if half else 68)
+    layer_inputs = layers * load.tokens * hidden * (2 if half else 4)
+    offload = load.engine == "zero3_offload"
     parts = {
-        "weights": weight_bytes * parameters // weights_over,
-        "gradients": 4 * parameters // gradients_over,
-        "optimizer": (12 if zero and half else 8) * parameters // optimizer_over,
-        "activations": layer_inputs + per_layer if gradient_checkpointing else layers * per_layer,
-        "logits": min(tokens_per_micro_batch, 1024) * architecture["vocab_size"] * 8,
-        "buffers": buffers[engine] + (2 * parameters if half and not zero else 0),
+        "weights": (load.model_bytes + adapters) // load.sharded_weights,
+        "gradients": 0 if offload else 4 * trained // gradients_over,
+        "optimizer": 0 if offload else (12 if load.zero_half else 8) * trained // optimizer_over,
+        "activations": layer_inputs + per_layer if load.gradient_checkpointing else layers * per_layer,
+        "logits": min(load.tokens, LOGIT_ROWS) * architecture["vocab_size"] * 8,
+        "buffers": _buffers(load),
     }
     return {**parts, "total": sum(parts.values())}
 
 
-def dtypes(engine: str, precision: str) -> dict[str, str]:
-    """What each kind of number is held in under this engine; the run compares it with what it got."""
+def _buffers(load: Load) -> int:
+    """Communication and casts, in bytes."""
+    parameters, architecture = parameter_count(load.architecture), load.architecture
+    assert parameters is not None
+    half = load.precision == "bf16"
+    layer = sum(inputs * outputs for inputs, outputs in linear_layers(architecture).values())
+    largest = max(layer, architecture["vocab_size"] * architecture["hidden_size"])
+    width = 2 if half else 4
+    if load.engine in ("zero1", "zero2"):
+        return width * min(parameters, ALLGATHER_BUCKET) + 2 * 4 * min(load.trained, REDUCE_BUCKET)
+    if load.engine in ("zero3", "zero3_offload"):
+        return 2 * width * largest + width * PREFETCH_BUCKET + 2 * 4 * min(load.trained, REDUCE_BUCKET)
+    if load.engine == "fsdp2":
+        return 2 * width * largest + (0 if load.lora else 4 * largest)
+    casts = 2 * parameters if half and not load.lora else 0
+    dequantized = 2 * architecture["hidden_size"] * architecture["intermediate_size"] if load.lora else 0
+    return casts + dequantized + (4 * load.trained if load.engine == "ddp" else 0)
+
+
+def host_bytes_per_node(load: Load) -> dict[str, int] | None:
+    """Memory of one node's main board by part, in bytes; an estimate.
+
+    Loading: every rank brings its own copy of the weights, unless ZeRO-3 shards them as they are read; under FSDP2 the
+    node's first rank alone. Offload: fp32 master, two moments and gradients of the node's share. Gathering for a save:
+    ZeRO-3 collects the 16-bit weights on rank 0, FSDP2 the whole weights and optimizer state.
+    """
+    parameters = parameter_count(load.architecture)
+    if parameters is None:
+        return None
+    ranks = max(load.world_size // load.nodes, 1)
+    loading = {"zero3": 0, "zero3_offload": 0, "fsdp2": load.model_bytes}.get(load.engine, ranks * load.model_bytes)
+    gathered = {"zero3": load.model_bytes, "zero3_offload": load.model_bytes, "fsdp2": 12 * load.trained}
+    parts = {
+        "processes": ranks * PROCESS_BYTES,
+        "loading or saving": max(loading, 0 if load.lora else gathered.get(load.engine, 0)),
+        "offload": 16 * load.trained // load.nodes if load.engine == "zero3_offload" else 0,
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def checkpoint_bytes(load: Load) -> int | None:
+    """One whole checkpoint: what is trained, and for it master and moments; under ZeRO the 16-bit weights twice,
+    as a model folder and as DeepSpeed's own state, under FSDP2 the fp32 ones twice."""
+    if parameter_count(load.architecture) is None:
+        return None
+    twice = load.zero_half or load.engine == "fsdp2"
+    weights = (2 if load.zero_half else 4) * (2 if twice and not load.lora else 1)
+    return load.trained * (weights + (12 if load.zero_half else 8))
+
+
+def disk_bytes(load: Load) -> int | None:
+    """What a run's folder holds at most: two whole checkpoints and the one being written, the three best and one being
+    written, final/ and last/."""
+    checkpoint = checkpoint_bytes(load)
+    if checkpoint is None:
+        return None
+    return 3 * checkpoint + 6 * load.trained * (2 if load.zero_half else 4)
+
+
+def dtypes(engine: str, precision: str, lora: Lora | None = None) -> dict[str, str]:
+    """What each kind of number is held in under this engine; the run compares it with what it got.
+
+    `weights` are those that are trained; `frozen` those that are not, under LoRA.
+    """
+    frozen = {}
+    if lora is not None:
+        frozen = {"frozen": lora.quantize or precision}
     if precision == "fp32":
-        return {"weights": "fp32", "master": "fp32", "gradients": "fp32", "reduction": "fp32", "compute": "fp32"}
+        return {"weights": "fp32", **frozen, "master": "fp32", "gradients": "fp32", "reduction": "fp32", "compute": "fp32"}
     if engine.startswith("zero"):
-        return {"weights": "bf16", "master": "fp32", "gradients": "fp32", "reduction": "fp32", "compute": "bf16"}
+        return {"weights": "bf16", **frozen, "master": "fp32", "gradients": "fp32", "reduction": "fp32", "compute": "bf16"}
     # fp32 weights are their own master copy: bf16 weights without one lose most updates at these rates.
-    return {"weights": "fp32", "master": "fp32", "gradients": "fp32", "reduction": "fp32", "compute": "bf16 autocast"}
+    compute = "bf16" if engine == "fsdp2" else "bf16 autocast"
+    return {"weights": "fp32", **frozen, "master": "fp32", "gradients": "fp32", "reduction": "fp32", "compute": compute}

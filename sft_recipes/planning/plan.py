@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.planning import batch, memory
-from sft_recipes.planning.recipes import hyperparameter
-from sft_recipes.planning.schema import TABLE_KEYS, Recipe, RecipeError
+from sft_recipes.planning import batch, cost, memory
+from sft_recipes.planning.recipes import hyperparameter, row_of
+from sft_recipes.planning.schema import SHARDED, TABLE_KEYS, Recipe, RecipeError
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ class Plan:
     recipe: str
     created: str
     size: str
+    size_asked: str
     model: str
+    method: str
     parallelism: str
     precision: str
     gpus: int
@@ -77,9 +79,15 @@ class Plan:
     examples_per_step: float | None
     supervised_tokens_per_step: float | None
     parameters: int | None
+    trained_parameters: int | None
     dtypes: dict[str, str]
     memory_bytes_per_gpu: dict[str, int] | None
+    host_bytes_per_node: dict[str, int] | None
+    checkpoint_bytes: int | None
+    disk_bytes: int | None
     fits: bool | None
+    assumed_mfu: float
+    forecast: dict[str, float | None] | None
     data_fingerprint: str | None
     sections: dict[str, dict[str, Any]]
     origins: dict[str, str]
@@ -89,6 +97,11 @@ class Plan:
     def uses_gpu(self) -> bool:
         """Whether the ranks run on GPUs."""
         return self.gpus > 0
+
+    @property
+    def no_rank_holds_the_model(self) -> bool:
+        """Whether the weights are spread over the ranks."""
+        return self.parallelism in SHARDED
 
 
 # What two plans of the same run may differ in: dates, forecasts, and what the data says once it is prepared
@@ -105,7 +118,12 @@ NOT_COMPARED = {
     "examples_per_step",
     "supervised_tokens_per_step",
     "memory_bytes_per_gpu",
+    "host_bytes_per_node",
+    "checkpoint_bytes",
+    "disk_bytes",
     "fits",
+    "assumed_mfu",
+    "forecast",
     "card",
     "devices",
     "origins",
@@ -120,25 +138,21 @@ def make(recipe: Recipe, topology: Topology) -> Plan:
         RecipeError: the batch cannot be kept on that many ranks, or there would be too few optimizer steps.
     """
     world_size = topology.gpus or topology.processes
-    engine = _engine(recipe, world_size)
+    engine = engine_of(recipe, world_size)
     values = {key: hyperparameter(recipe, key)[0] for key in TABLE_KEYS}
     effective = values.pop("effective_batch_size")
     per_device = batch.per_device_batch_size(effective, recipe.batch.per_device_at_most, world_size)
     trainer = recipe.trainer
-    per_gpu = memory.bytes_per_gpu(
-        recipe.model.architecture,
-        engine,
-        recipe.precision,
-        world_size,
-        per_device * trainer["max_length"],
-        trainer["gradient_checkpointing"],
-    )
-    available = memory.card_bytes(topology.card)
+    load = load_of(recipe, topology, engine, per_device)
+    per_gpu = memory.bytes_per_gpu(load)
+    host = memory.host_bytes_per_node(load)
     plan = Plan(
         recipe=recipe.name,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        size=recipe.size,
+        size=row_of(recipe),
+        size_asked=recipe.size,
         model=_model_name(recipe),
+        method=recipe.method,
         parallelism=engine,
         precision=recipe.precision,
         gpus=topology.gpus,
@@ -162,15 +176,43 @@ def make(recipe: Recipe, topology: Topology) -> Plan:
         examples_per_step=None,
         supervised_tokens_per_step=None,
         parameters=memory.parameter_count(recipe.model.architecture),
-        dtypes=memory.dtypes(engine, recipe.precision),
+        trained_parameters=load.trained if per_gpu else None,
+        dtypes=memory.dtypes(engine, recipe.precision, recipe.lora),
         memory_bytes_per_gpu=per_gpu,
-        fits=None if per_gpu is None or available is None else per_gpu["total"] <= memory.USABLE * available,
+        host_bytes_per_node=host,
+        checkpoint_bytes=memory.checkpoint_bytes(load),
+        disk_bytes=memory.disk_bytes(load),
+        fits=fits(per_gpu, topology.card),
+        assumed_mfu=recipe.hardware.mfu,
+        forecast=None,
         data_fingerprint=None,
         sections=_sections(recipe),
         origins=_origins(recipe, topology),
         accepted=[],
     )
     return _with_steps(plan, _estimated_rows(recipe), recipe.data.examples)
+
+
+def load_of(recipe: Recipe, topology: Topology, engine: str, per_device_batch_size: int) -> memory.Load:
+    """What a rank of this recipe has to hold on this hardware."""
+    return memory.Load(
+        architecture=recipe.model.architecture,
+        engine=engine,
+        precision=recipe.precision,
+        world_size=topology.gpus or topology.processes,
+        tokens=per_device_batch_size * recipe.trainer["max_length"],
+        gradient_checkpointing=recipe.trainer["gradient_checkpointing"],
+        lora=recipe.lora,
+        nodes=topology.nodes,
+    )
+
+
+def fits(per_gpu: dict[str, int] | None, card: str | None) -> bool | None:
+    """Whether a rank's memory fits the card; None where one of the two is not known."""
+    available = memory.card_bytes(card)
+    if per_gpu is None or available is None:
+        return None
+    return per_gpu["total"] <= memory.USABLE * available
 
 
 def settle(plan: Plan, prepared: Prepared) -> Plan:
@@ -194,6 +236,12 @@ def settle(plan: Plan, prepared: Prepared) -> Plan:
         supervised_tokens_per_step=round(prepared.supervised_tokens / prepared.rows * plan.effective_batch_size, 1),
     )
     return _with_steps(settled, prepared.rows, prepared.examples)
+
+
+def base_model(plan: Plan, prepared: Path) -> str:
+    """Where a run's model starts from: the recipe's name, or what was built from scratch beside the prepared rows."""
+    model = plan.sections["model"]
+    return str(prepared / "model") if model["from_scratch"] else str(model["name_or_path"])
 
 
 def differences(old: Plan, new: Plan) -> dict[str, tuple[Any, Any]]:
@@ -234,7 +282,17 @@ def to_json(plan: Plan) -> str:
     return json.dumps(dataclasses.asdict(plan), indent=2)
 
 
-def _engine(recipe: Recipe, world_size: int) -> str:
+def engine_of(recipe: Recipe, world_size: int) -> str:
+    """The engine that carries so many ranks.
+
+    Raises:
+        RecipeError: it cannot carry the recipe, or that many.
+    """
+    if recipe.lora and recipe.lora.quantize and recipe.parallelism in SHARDED:
+        raise RecipeError(
+            f"{recipe.origins.get('parallelism', 'parallelism')}: {recipe.parallelism} does not shard 4-bit weights in "
+            f"this stack, each rank would hold them whole; say parallelism=ddp or zero2, or leave lora.quantize out"
+        )
     if recipe.parallelism == "single" and world_size > 1:
         raise RecipeError(
             f"{recipe.origins.get('parallelism', 'parallelism')}: parallelism is 'single', which is one process, "
@@ -253,7 +311,8 @@ def _sections(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """The recipe's own words that the run reads; the table's keys stand in the plan itself."""
     trainer = {key: value for key, value in recipe.trainer.items() if key not in TABLE_KEYS}
     sections = {name: dataclasses.asdict(getattr(recipe, name)) for name in ("model", "data", "batch", "answers")}
-    return {**sections, "trainer": trainer}
+    lora = dataclasses.asdict(recipe.lora) if recipe.lora else {}
+    return {**sections, "lora": lora, "trainer": trainer}
 
 
 def _origins(recipe: Recipe, topology: Topology) -> dict[str, str]:
@@ -293,7 +352,7 @@ def _with_steps(plan: Plan, rows: int | None, examples: int | None) -> Plan:
             f"optimizer steps, fewer than {at_least}; add examples or epochs"
             f"{', say trainer.packing=false,' if plan.packing else ','} or batch.min_optimizer_steps={max(steps, 1)}"
         )
-    return dataclasses.replace(
+    counted = dataclasses.replace(
         plan,
         examples=examples,
         rows=rows,
@@ -303,6 +362,29 @@ def _with_steps(plan: Plan, rows: int | None, examples: int | None) -> Plan:
         warmup_steps=batch.warmup_steps(steps, plan.warmup_ratio),
         examples_per_step=round(examples / rows * plan.effective_batch_size, 1) if examples else None,
     )
+    return dataclasses.replace(counted, forecast=_forecast(counted))
+
+
+def _forecast(plan: Plan) -> dict[str, float | None] | None:
+    """Time and money of a plan whose steps are known; rows are taken to be full where they are packed."""
+    data, trainer = plan.sections["data"], plan.sections["trainer"]
+    mean = min(data["mean_tokens"] or plan.max_length, plan.max_length)
+    row_tokens = plan.max_length if plan.packing else mean
+    frozen = plan.method != "full"
+    flops = cost.flops_per_token(plan.sections["model"]["architecture"], mean, frozen)
+    if flops is None or not plan.optimizer_steps or plan.checkpoint_bytes is None:
+        return None
+    validation = data["validation_at_most"] or round((plan.examples or 0) * data["validation_fraction"])
+    work = cost.Work(
+        flops_per_token=flops,
+        train_tokens=plan.optimizer_steps * plan.effective_batch_size * row_tokens,
+        evaluations=plan.optimizer_steps // trainer["eval_steps"] + 1,
+        tokens_per_evaluation=validation * mean,
+        saves=plan.optimizer_steps // trainer["save_steps"] + 1,
+        bytes_per_save=plan.checkpoint_bytes,
+        frozen=frozen,
+    )
+    return cost.forecast(work, plan.card, plan.gpus, plan.nodes, plan.assumed_mfu)
 
 
 def _power_of_two_below(number: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from sft_recipes.planning import schema
-from sft_recipes.planning.memory import DENSE_KEYS
+from sft_recipes.planning.memory import DENSE_KEYS, parameter_count
 from sft_recipes.planning.schema import REPOSITORY, Recipe, RecipeError, did_you_mean
 
 RECIPES = REPOSITORY / "recipes"
@@ -116,7 +116,7 @@ def _flatten(node: yaml.MappingNode, prefix: str = "", file: str = "") -> Iterat
             raise RecipeError(f"{where}: {key} is written twice; remove one")
         seen.add(key)
         section = key in schema.SECTIONS or key == "trainer"
-        if section and isinstance(value_node, yaml.MappingNode):
+        if section and isinstance(value_node, yaml.MappingNode) and value_node.value:
             yield from _flatten(value_node, f"{key}.", file)
         elif section and value_node.tag.endswith(":null"):
             continue
@@ -139,8 +139,8 @@ def _scalar(node: yaml.Node) -> Any:
 def _drop_what_an_override_makes_untrue(written: dict[str, Written]) -> None:
     """Other data than the recipe's has other counts and another validation; another model, other dimensions."""
     for replaced, untrue in (
-        ("data.train", ("data.validation", "data.examples", "data.mean_tokens")),
-        ("model.name_or_path", ("model.architecture", "model.revision", "model.license")),
+        ("data.train", ("data.validation", "data.revision", "data.examples", "data.mean_tokens")),
+        ("model.name_or_path", ("model.architecture", "model.revision", "model.license", "model.ungated")),
     ):
         if replaced in written and written[replaced].where == COMMAND_LINE:
             for key in untrue:
@@ -178,7 +178,10 @@ def _build(name: str, written: Mapping[str, Written]) -> Recipe:
             raise RecipeError(f"recipes/{name}.yaml: {needed} is missing")
     top = sections.pop("")
     trainer = {**schema.TRAINER_DEFAULTS, **sections.pop("trainer")}
-    built = {section: schema.SECTIONS[section](**values) for section, values in sections.items()}
+    built = {
+        section: schema.SECTIONS[section](**values) if values or section != "lora" else None
+        for section, values in sections.items()
+    }
     recipe = Recipe(
         name=name, **top, **built, trainer=trainer, origins={key: found.where for key, found in written.items()}
     )
@@ -271,6 +274,11 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "batch.min_optimizer_steps": (1, math.inf),
     "hardware.gpus": (0, 100_000),
     "hardware.nodes": (1, 100_000),
+    "hardware.mfu": (0.01, 1),
+    "lora.r": (1, 100_000),
+    "lora.alpha": (1, math.inf),
+    "lora.dropout": (0, 0.99),
+    "data.validation_at_most": (1, math.inf),
     "data.examples": (1, math.inf),
     "data.mean_tokens": (1, math.inf),
     "data.dropped_at_most": (0, 1),
@@ -285,7 +293,12 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "trainer.save_steps": (1, math.inf),
     "trainer.logging_steps": (1, math.inf),
 }
-_MAY_BE_LEFT_OUT = {"batch.effective_batch_size", "data.examples", "data.mean_tokens"}
+_MAY_BE_LEFT_OUT = {
+    "batch.effective_batch_size",
+    "data.examples",
+    "data.mean_tokens",
+    "data.validation_at_most",
+}
 
 
 def _check_bounds(key: str, value: Any, where: str) -> None:
@@ -318,18 +331,91 @@ def _check_model(recipe: Recipe) -> None:
         raise RecipeError(f"{where}: model.from_scratch needs model.architecture, the numbers of the model's config")
 
 
+@dataclass(frozen=True)
+class Row:
+    """One size class of the hyperparameter table: billions of parameters, the method that it is for, its cells."""
+
+    smallest: float
+    largest: float
+    method: str
+    cells: dict[str, Entry]
+
+    def distance(self, billions: float) -> float:
+        """How many times larger or smaller than the row's nearest size; 1 inside it."""
+        return max(self.smallest / billions, billions / self.largest, 1.0)
+
+
 @cache
-def table() -> dict[str, dict[str, Entry]]:
-    """The hyperparameter table: row, then key, then its cell."""
+def table() -> dict[str, Row]:
+    """The hyperparameter table, row by row."""
     rows = yaml.safe_load((RECIPES / "sizes.yaml").read_text(encoding="utf-8"))
     return {
-        row: {
-            key: Entry(cell["start"], cell.get("range"), tuple(cell.get("one_of", ())))
-            for key, cell in cells.items()
-            if key != "parameters"
-        }
-        for row, cells in rows.items()
+        name: Row(
+            *cells["parameters"],
+            cells.get("method", "full"),
+            {
+                key: Entry(cells[key]["start"], cells[key].get("range"), tuple(cells[key].get("one_of", ())))
+                for key in schema.TABLE_KEYS
+            },
+        )
+        for name, cells in rows.items()
     }
+
+
+def row_of(recipe: Recipe) -> str:
+    """The row of the table that a recipe's `size` stands for: named, or the nearest to a size such as `20b`.
+
+    Raises:
+        RecipeError: no such row, one for another method or another size of model, or a size far from every row.
+    """
+    where, rows = recipe.origins["size"], table()
+    method = "lora" if recipe.lora else "full"
+    sized = re.fullmatch(r"(\d+(?:\.\d+)?)[bB]", recipe.size)
+    if sized and float(sized[1]) > 0:
+        nearest = _nearest(float(sized[1]), method)
+        if rows[nearest].distance(float(sized[1])) <= FARTHEST:
+            return nearest
+        raise RecipeError(
+            f"{where}: size is {recipe.size}, more than {FARTHEST:g} times beyond every row of recipes/sizes.yaml for "
+            f"{method} fine-tuning; name a row and say what differs: {', '.join(_rows(method))}"
+        )
+    if recipe.size not in rows:
+        raise RecipeError(
+            f"{where}: size is {recipe.size!r}; wanted a row of recipes/sizes.yaml or billions of parameters such as "
+            f"20b: {', '.join(rows)}{did_you_mean(recipe.size, rows)}"
+        )
+    if rows[recipe.size].method != method and recipe.size != "tiny":
+        has = "no lora section" if method == "full" else "a lora section"
+        raise RecipeError(
+            f"{where}: row {recipe.size} of recipes/sizes.yaml is for {rows[recipe.size].method} fine-tuning and the "
+            f"recipe has {has}; say size: {' or '.join(_rows(method))}"
+        )
+    _check_size(recipe, method)
+    return recipe.size
+
+
+FARTHEST = 2.0  # a size so many times beyond the table is in no row of it
+
+
+def _rows(method: str) -> list[str]:
+    return [name for name, row in table().items() if row.method == method and name != "tiny"]
+
+
+def _nearest(billions: float, method: str) -> str:
+    return min(_rows(method), key=lambda name: table()[name].distance(billions))
+
+
+def _check_size(recipe: Recipe, method: str) -> None:
+    """A recipe whose own architecture belongs to another row; one from the command line is an experiment's."""
+    counted = parameter_count(recipe.model.architecture)
+    if counted is None or recipe.origins.get("model.architecture") == COMMAND_LINE or recipe.size == "tiny":
+        return
+    nearest = _nearest(counted / 1e9, method)
+    if nearest != recipe.size:
+        raise RecipeError(
+            f"{recipe.origins['size']}: size is row {recipe.size}, but model.architecture has {counted / 1e9:.1f} "
+            f"billion parameters, nearest to row {nearest}; say size: {nearest}"
+        )
 
 
 def hyperparameter(recipe: Recipe, key: str) -> tuple[Any, str]:
@@ -338,7 +424,8 @@ def hyperparameter(recipe: Recipe, key: str) -> tuple[Any, str]:
     own = recipe.batch.effective_batch_size if key == "effective_batch_size" else recipe.trainer.get(key)
     if own is not None:
         return own, recipe.origins[dotted]
-    return table()[recipe.size][key].start, f"recipes/sizes.yaml, row {recipe.size}"
+    row = row_of(recipe)
+    return table()[row].cells[key].start, f"recipes/sizes.yaml, row {row}"
 
 
 def check_ranges(recipe: Recipe) -> None:
@@ -347,12 +434,7 @@ def check_ranges(recipe: Recipe) -> None:
     Raises:
         RecipeError: no such row, or a value outside the row's range.
     """
-    rows = table()
-    if recipe.size not in rows:
-        raise RecipeError(
-            f"{recipe.origins['size']}: size is {recipe.size!r}; wanted a row of recipes/sizes.yaml: "
-            f"{', '.join(rows)}{did_you_mean(recipe.size, rows)}"
-        )
+    row = row_of(recipe)
     for key in map(str, recipe.outside_range):
         if key not in schema.TABLE_KEYS:
             raise RecipeError(
@@ -361,9 +443,9 @@ def check_ranges(recipe: Recipe) -> None:
             )
     for key in schema.TABLE_KEYS:
         value, where = hyperparameter(recipe, key)
-        cell = rows[recipe.size][key]
+        cell = table()[row].cells[key]
         if key not in recipe.outside_range and not cell.allows(value):
             raise RecipeError(
-                f"{where}: {key} is {value}; row {recipe.size} of recipes/sizes.yaml wants {cell.wanted()} "
+                f"{where}: {key} is {value}; row {row} of recipes/sizes.yaml wants {cell.wanted()} "
                 f"(on purpose: outside_range: [{key}])"
             )

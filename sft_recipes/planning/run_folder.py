@@ -64,6 +64,11 @@ class RunFolder:
         return self.path / "last"
 
     @property
+    def merged(self) -> Path:
+        """The best adapters and their base as one model, once `merge` has written it."""
+        return self.path / "merged"
+
+    @property
     def answers(self) -> Path:
         """What the model answered to held-out prompts before and after."""
         return self.path / "answers.json"
@@ -100,6 +105,10 @@ class RunFolder:
     def best(self, step: int) -> Path:
         """The weights of a step that was among the best."""
         return self.path / f"best-{step}"
+
+    def step_of(self, checkpoint: Path) -> int:
+        """The step of a `checkpoint-N`."""
+        return int(checkpoint.name.rpartition("-")[2])
 
     def numbered(self, kind: str) -> list[int]:
         """Steps for which `checkpoint-N` or `best-N` folders are there, ascending."""

@@ -12,8 +12,12 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-ENGINES = ("single", "ddp", "zero1", "zero2", "zero3")
+ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
+# Under these no rank holds the whole model.
+SHARDED = ("zero3", "zero3_offload", "fsdp2")
 PRECISIONS = ("bf16", "fp32")
+QUANTIZATIONS = ("nf4",)
+METHODS = ("full", "lora")
 ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2")
 
 # The rows of the hyperparameter table hold these, under the names of the documents (recipes/sizes.yaml).
@@ -127,11 +131,16 @@ class RecipeError(Exception):
 
 @dataclass(frozen=True)
 class Hardware:
-    """The hardware that a recipe was written for."""
+    """The hardware that a recipe was written for, and the share of its arithmetic that forecasts count on.
+
+    0.35 is a careful guess between the 0.42 to 0.48 that the best public tables reach (llm-foundry's
+    scripts/train/benchmarking) and a first run; the sanity of it is for a measurement to say.
+    """
 
     gpus: int = 0
     nodes: int = 1
     card: str | None = None
+    mfu: float = 0.35
 
 
 @dataclass(frozen=True)
@@ -139,12 +148,14 @@ class Model:
     """Which model starts the run.
 
     `from_scratch` builds one from `architecture` with random weights and trains its tokenizer on the run's own
-    training rows; otherwise `name_or_path` is a Hub name or a local folder.
+    training rows; otherwise `name_or_path` is a Hub name or a local folder. `ungated` names a model of the same size
+    that needs no permission.
     """
 
     name_or_path: str | None = None
     revision: str | None = None
     license: str | None = None
+    ungated: str | None = None
     from_scratch: bool = False
     architecture: dict[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
@@ -156,15 +167,31 @@ class Model:
 class Data:
     """Which rows are trained and validated on; `examples` and `mean_tokens` are the source's own figures.
 
-    `dropped_at_most` is the share of rows that may be left without a supervised token by `max_length`.
+    `revision` is the commit of the data set on the Hub. `validation_at_most` caps the examples that an evaluation
+    looks at, a seeded choice. `dropped_at_most` is the share of rows that may be left without a supervised token by
+    `max_length`.
     """
 
     train: str = ""
     validation: str | None = None
+    revision: str | None = None
+    validation_at_most: int | None = None
     validation_fraction: float = 0.05
     dropped_at_most: float = 0.05
     examples: int | None = None
     mean_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters on frozen weights (arXiv:2106.09685), which are 4-bit where `quantize` says nf4 (QLoRA,
+    arXiv:2305.14314). `target_modules` is `all-linear` or a list of the layers' own names."""
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    quantize: str | None = None
 
 
 @dataclass(frozen=True)
@@ -196,18 +223,34 @@ class Recipe:
     hardware: Hardware = field(default_factory=Hardware)
     batch: Batch = field(default_factory=Batch)
     answers: Answers = field(default_factory=Answers)
+    lora: Lora | None = None
     parallelism: str = "ddp"
     precision: str = "bf16"
     outside_range: list[str] = field(default_factory=list)
     trainer: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict, compare=False)
 
+    @property
+    def method(self) -> str:
+        """`full`, `lora`, or `qlora` where the frozen weights are 4-bit."""
+        if self.lora is None:
+            return "full"
+        return "qlora" if self.lora.quantize else "lora"
 
-SECTIONS: dict[str, type] = {"hardware": Hardware, "model": Model, "data": Data, "batch": Batch, "answers": Answers}
+
+SECTIONS: dict[str, type] = {
+    "hardware": Hardware,
+    "model": Model,
+    "data": Data,
+    "lora": Lora,
+    "batch": Batch,
+    "answers": Answers,
+}
 CHOICES: dict[str, tuple[str, ...]] = {
     "parallelism": ENGINES,
     "precision": PRECISIONS,
     "model.attention": ATTENTIONS,
+    "lora.quantize": QUANTIZATIONS,
 }
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from sft_recipes.planning import fit
 from sft_recipes.planning.memory import GIB
-from sft_recipes.planning.plan import Plan
+from sft_recipes.planning.plan import Plan, Topology
+from sft_recipes.planning.schema import Recipe
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -17,10 +19,10 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def plan_table(plan: Plan, explain: bool = False) -> str:
-    """The plan as a person reads it; with `explain`, where each value came from."""
+def plan_table(plan: Plan, explain: bool = False, more: Sequence[Sequence[str]] = ()) -> str:
+    """The plan as a person reads it; with `explain`, where each value came from. `more` are rows that follow."""
     rows = [[name, text] + ([_origin(plan, name)] if explain else []) for name, text in _lines(plan)]
-    return table(rows)
+    return table([*rows, *([*row, "derived"] if explain else row for row in more)])
 
 
 def _origin(plan: Plan, name: str) -> str:
@@ -37,8 +39,9 @@ _DEFAULTED = {"precision", "parallelism", "max length", "packing", "validation d
 
 def _lines(plan: Plan) -> list[tuple[str, str]]:
     lines = [
-        ("recipe", f"{plan.recipe} (row {plan.size})"),
+        ("recipe", f"{plan.recipe} (row {plan.size}{_nearest(plan)})"),
         ("model", plan.model + (f", {plan.parameters:,} parameters" if plan.parameters else "")),
+        ("method", _method(plan)),
         ("train data", str(plan.sections["data"]["train"])),
         ("validation data", str(plan.sections["data"]["validation"] or _split(plan))),
         ("hardware", _hardware(plan)),
@@ -62,7 +65,20 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
         ("examples per step", _estimate(plan, plan.examples_per_step)),
         ("supervised tokens per step", _estimate(plan, plan.supervised_tokens_per_step)),
     ]
-    return lines + _memory(plan)
+    return lines + _memory(plan) + _forecast(plan)
+
+
+def _nearest(plan: Plan) -> str:
+    return "" if plan.size_asked == plan.size else f", the nearest to {plan.size_asked}"
+
+
+def _method(plan: Plan) -> str:
+    if plan.method == "full":
+        return "full fine-tuning"
+    lora = plan.sections["lora"]
+    frozen = f"frozen weights in {lora['quantize'] or plan.precision}"
+    trained = f", {plan.trained_parameters:,} parameters trained" if plan.trained_parameters else ""
+    return f"{plan.method}: r {lora['r']}, alpha {lora['alpha']}, {lora['target_modules']}, {frozen}{trained}"
 
 
 def _split(plan: Plan) -> str:
@@ -90,11 +106,68 @@ def _rows(plan: Plan) -> str:
 def _memory(plan: Plan) -> list[tuple[str, str]]:
     if plan.memory_bytes_per_gpu is None:
         return [("memory", "not known: model.architecture is not given")]
-    parts = {part: f"{number / GIB:.2f}" for part, number in plan.memory_bytes_per_gpu.items()}
-    total = parts.pop("total")
-    listed = ", ".join(f"{part} {gib}" for part, gib in parts.items())
     where = "GPU" if plan.uses_gpu else "process"
-    lines = [(f"memory a {where}", f"{total} GiB, estimated ({listed})")]
+    lines = [(f"memory a {where}", _parts(plan.memory_bytes_per_gpu))]
+    if plan.host_bytes_per_node and plan.uses_gpu:
+        lines.append(("host memory a node", _parts(plan.host_bytes_per_node)))
+    if plan.disk_bytes and plan.checkpoint_bytes:
+        lines.append(("disk", f"{_gib(plan.disk_bytes)} at most; a whole checkpoint is {_gib(plan.checkpoint_bytes)}"))
     if plan.fits is not None:
         lines.append(("fits", f"{'yes' if plan.fits else 'no'} ({plan.card})"))
     return lines
+
+
+def _parts(number_bytes: dict[str, int]) -> str:
+    parts = ", ".join(f"{part} {number / GIB:.2f}" for part, number in number_bytes.items() if part != "total" and number)
+    return f"{_gib(number_bytes['total'])}, estimated ({parts})"
+
+
+def _gib(number_bytes: float) -> str:
+    return f"{number_bytes / GIB:,.2f} GiB"
+
+
+def _forecast(plan: Plan) -> list[tuple[str, str]]:
+    found = plan.forecast
+    if found is None:
+        return []
+    hours, money = (found["seconds"] or 0) / 3600, found["money"]
+    price = "" if money is None else f", {money:,.2f} at GPU_HOUR_PRICE"
+    return [
+        ("time", f"{hours:.1f} hours, {found['gpu_hours']:,.0f} GPU-hours{price}; a forecast at {found['mfu']:.0%} MFU"),
+        ("evaluations and saves", f"{found['overhead_share']:.1%} of that time, saves at 2 GB/s a node"),
+    ]
+
+
+def what_would_fit(recipe: Recipe, topology: Topology, plan: Plan) -> list[list[str]]:
+    """Rows for the plan's table: the fewest GPUs that hold it and, where it does not fit, the cheapest change."""
+    if plan.fits is None or not topology.gpus:
+        return []
+    fewest = fit.smallest_gpu_count(recipe, topology.card)
+    rows = [["fewest GPUs", f"{fewest} x {topology.card}" if fewest else f"no number of {topology.card} holds it as it is"]]
+    if plan.fits is False:
+        rows.append(["cheapest change", fit.cheapest_change(recipe, topology) or "none: take a larger card"])
+    return rows
+
+
+def comparison(plans: Sequence[tuple[int, Plan | str]]) -> str:
+    """One line a GPU count: the plan, or why there is none."""
+    rows = [["GPUs", "engine", "micro-batch", "accumulation", "memory a GPU", "fits", "hours", "GPU-hours"]]
+    refused = []
+    for gpus, plan in plans:
+        if isinstance(plan, str):
+            refused.append(f"{gpus} GPUs: {plan}")
+            continue
+        memory, forecast = plan.memory_bytes_per_gpu, plan.forecast
+        rows.append(
+            [
+                str(gpus),
+                plan.parallelism,
+                str(plan.per_device_train_batch_size),
+                str(plan.gradient_accumulation_steps),
+                _gib(memory["total"]) if memory else "?",
+                {True: "yes", False: "no", None: "?"}[plan.fits],
+                f"{(forecast['seconds'] or 0) / 3600:.1f}" if forecast else "?",
+                f"{forecast['gpu_hours']:,.0f}" if forecast else "?",
+            ]
+        )
+    return "\n".join([table(rows), *refused])

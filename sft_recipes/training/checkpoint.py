@@ -11,6 +11,8 @@ from sft_recipes.planning.run_folder import RunFolder, read_json, write_json
 
 COMPLETE = "complete.json"
 BEST_KEPT = 3
+# Of a whole checkpoint, what makes a model's folder; the rest is the training's state.
+MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*config.json", "token*", "*.jinja", "special_tokens_map.json")
 
 
 def mark_complete(checkpoint: Path, step: int, supervised_tokens_seen: int) -> None:
@@ -67,10 +69,13 @@ def publish(target: Path) -> None:
     partial(target).replace(target)
 
 
-def copy_whole(source: Path, target: Path) -> None:
-    """Copies a model's folder so that `target` is whole or not there."""
+def copy_whole(source: Path, target: Path, names: tuple[str, ...] = ("*",)) -> None:
+    """Copies the files of a folder whose names match so that `target` is whole or not there."""
     shutil.rmtree(partial(target), ignore_errors=True)
-    shutil.copytree(source, partial(target))
+    partial(target).mkdir()
+    for name in names:
+        for file in source.glob(name):
+            shutil.copy2(file, partial(target))
     publish(target)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from sft_recipes.planning import plan as plans
 from sft_recipes.planning.run_folder import RunFolder
 from sft_recipes.planning.schema import RecipeError
+from sft_recipes.training.quiet import quiet
 
 _MAX_NEW_TOKENS = 256
 
@@ -17,13 +18,12 @@ def main(folder: RunFolder, prompts: Iterable[str]) -> int:
     Raises:
         RecipeError: the run has no final model yet.
     """
-    if not (folder.final / "config.json").is_file():
+    if not any((folder.final / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise RecipeError(f"RUN: {folder.path} has no final model yet ({folder.state()}); `make train` goes on with it")
+    quiet()
     import torch
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     from sft_recipes.data.chat import load_tokenizer
     from sft_recipes.training import answers
 
@@ -32,6 +32,7 @@ def main(folder: RunFolder, prompts: Iterable[str]) -> int:
     tokenizer = load_tokenizer(str(folder.final), None, None, trust)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder.final, dtype="auto", trust_remote_code=trust)
     model = model.to(device)
+    model.generation_config = transformers.GenerationConfig.from_pretrained(folder.final)
     stop = model.generation_config.eos_token_id
     for prompt in prompts:
         text = tokenizer.apply_chat_template(

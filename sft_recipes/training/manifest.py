@@ -62,6 +62,11 @@ def end(
     return content
 
 
+def note(folder: RunFolder, **found: Any) -> None:
+    """Records something of a run that is under way."""
+    write_json(folder.manifest, {**read_json(folder.manifest), **found})
+
+
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 

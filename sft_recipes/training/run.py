@@ -10,7 +10,6 @@ import json
 import os
 import sys
 import time
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from sft_recipes.planning.processes import end_with_parent
 from sft_recipes.planning.run_folder import EXIT_STOPPED, RunFolder, read_json, write_json
 from sft_recipes.planning.schema import RecipeError
 from sft_recipes.training import manifest, signals
+from sft_recipes.training.quiet import quiet
 
 REPORTERS = ("none", "tensorboard", "wandb")
 
@@ -46,13 +46,14 @@ def train(plan: Plan, folder: RunFolder) -> None:
         RecipeError: the model cannot be loaded, or the ranks are not those of the plan.
     """
     started = time.monotonic()
-    _quiet()
-    from sft_recipes.training import checkpoint, trainer
+    quiet()
+    from sft_recipes.training import checkpoint, engine, trainer
     from sft_recipes.training.callbacks.stop import StopTogether
 
     arguments = trainer.sft_config(plan, folder, _reporters(folder))
     state = arguments.distributed_state
     check_ranks(plan, arguments.world_size, os.environ)
+    engine.shard_on_the_cpu(plan)
     prepared = Path(read_json(folder.prepared)["folder"])
     if state.is_main_process:
         manifest.begin(folder, plan)
@@ -69,11 +70,13 @@ def train(plan: Plan, folder: RunFolder) -> None:
     answered_before = _before(plan, folder, sft, prepared, ends_of_turn)
 
     training_started = time.monotonic()
-    result = sft.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    if resume_from is not None and folder.step_of(resume_from) == plan.optimizer_steps:
+        sft.take_up(resume_from, folder.last)  # the Trainer itself would take one step more
+    else:
+        sft.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        if not stopping.stopped:
+            sft.save_weights(folder.last)
     training_seconds = time.monotonic() - training_started
-
-    if not stopping.stopped:
-        sft.save_weights(folder.last)
     if not state.is_main_process:
         return
     if stopping.stopped:
@@ -82,7 +85,7 @@ def train(plan: Plan, folder: RunFolder) -> None:
         write_json(folder.outcome, {"exit_code": EXIT_STOPPED})
         _say(folder, state, f"stopped at step {sft.state.global_step}, saved; the same command goes on from it")
         return
-    figures = {"train_loss": result.training_loss, **_publish_the_best(folder, sft)}
+    figures = _publish_the_best(folder, sft)
     answered = _after(plan, folder, sft, prepared, ends_of_turn)
     figures["exact_match_before"] = answered_before.exact_match if answered_before else None
     figures["exact_match_after"] = answered.exact_match if answered else None
@@ -97,17 +100,18 @@ def _build(plan: Plan, folder: RunFolder, arguments: Any, prepared: Path, stoppi
     from sft_recipes.data.chat import load_tokenizer
     from sft_recipes.training import trainer
     from sft_recipes.training.callbacks.best import KeepBest
+    from sft_recipes.training.callbacks.engine import CheckEngine
     from sft_recipes.training.callbacks.metrics import WriteMetrics
     from sft_recipes.training.callbacks.progress import ShowProgress
 
     section = plan.sections["model"]
-    name = str(prepared / "model") if section["from_scratch"] else section["name_or_path"]
+    name = plans.base_model(plan, prepared)
     tokenizer = load_tokenizer(name, section["revision"], section["chat_template"], section["trust_remote_code"])
     model = load_model(plan, name)
     check_vocabulary(model, tokenizer, prepared)
     ends_of_turn = _stop_by_itself(model, tokenizer, prepared)
     train_rows, validation_rows = trainer.read_rows(prepared)
-    callbacks = [stopping, KeepBest(folder), WriteMetrics(folder)]
+    callbacks = [CheckEngine(plan, folder), stopping, KeepBest(folder), WriteMetrics(folder)]
     sft = trainer.ResponseTrainer(
         plan,
         model=model,
@@ -167,16 +171,18 @@ def load_model(plan: Plan, name: str) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    from sft_recipes.training import trainer
+    from sft_recipes.training import adapters, trainer
 
     section = plan.sections["model"]
-    dtype = torch.bfloat16 if plan.dtypes["weights"] == "bf16" else torch.float32
+    held = plan.dtypes.get("frozen", plan.dtypes["weights"])
+    dtype = torch.float32 if held == "fp32" else torch.bfloat16
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             name,
             revision=section["revision"],
             dtype=dtype,
             attn_implementation=trainer.attention(plan),
+            quantization_config=adapters.quantization(plan.sections["lora"]),
             trust_remote_code=section["trust_remote_code"],
             output_loading_info=True,
         )
@@ -240,8 +246,8 @@ def _before(plan: Plan, folder: RunFolder, sft: Any, prepared: Path, stop: list[
     """What the model answers before the first step; remembered across a resume."""
     from sft_recipes.training import answers
 
-    if not sft.accelerator.is_main_process or plan.parallelism.startswith("zero"):
-        return None  # under DeepSpeed the model is not on its device before the first step
+    if not sft.accelerator.is_main_process or plan.parallelism not in ("single", "ddp"):
+        return None  # under DeepSpeed and FSDP2 the model is not on its device before the first step
     if not folder.answers.is_file():
         answered = _answer(plan, sft, prepared, stop)
         write_json(folder.answers, {"before": asdict(answered) if answered else None})
@@ -250,7 +256,7 @@ def _before(plan: Plan, folder: RunFolder, sft: Any, prepared: Path, stop: list[
 
 def _after(plan: Plan, folder: RunFolder, sft: Any, prepared: Path, stop: list[int]) -> Any:
     """What the best model answers."""
-    if plan.parallelism != "zero3":
+    if not plan.no_rank_holds_the_model:
         sft.load_weights(folder.final)
     answered = _answer(plan, sft, prepared, stop)
     write_json(folder.answers, {**read_json(folder.answers), "after": asdict(answered) if answered else None})
@@ -258,12 +264,12 @@ def _after(plan: Plan, folder: RunFolder, sft: Any, prepared: Path, stop: list[i
 
 
 def _answer(plan: Plan, sft: Any, prepared: Path, stop: list[int]) -> Any:
-    """Answers to held-out prompts; None where none are asked for, or no rank holds the whole model (ZeRO-3)."""
+    """Answers to held-out prompts; None where none are asked for, or no rank holds the whole model (ZeRO-3, FSDP2)."""
     from sft_recipes.training import answers
 
     asked = plan.sections["answers"]
     prompts = answers.read_prompts(prepared, asked["show"], asked["exact_match"])
-    if not prompts or plan.parallelism == "zero3":
+    if not prompts or plan.no_rank_holds_the_model:
         return None
     model = sft.accelerator.unwrap_model(sft.model)
     return answers.answer(model, sft.processing_class, prompts, asked["exact_match"], asked["max_new_tokens"], stop)
@@ -292,17 +298,6 @@ def _reporters(folder: RunFolder) -> list[str]:
 def _write_configuration(arguments: Any, folder: RunFolder) -> None:
     """The resolved SFTConfig; `to_dict` hides tokens."""
     folder.configuration.write_text(json.dumps(arguments.to_dict(), indent=2, default=str) + "\n", encoding="utf-8")
-
-
-def _quiet() -> None:
-    """Leaves out what the libraries say to programmers; errors still show."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def _say(folder: RunFolder, state: Any, text: str) -> None:

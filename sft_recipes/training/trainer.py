@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Sampler
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -16,7 +16,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from sft_recipes.data.chat import IGNORED
 from sft_recipes.planning.plan import Plan
 from sft_recipes.planning.run_folder import RunFolder
-from sft_recipes.training import checkpoint
+from sft_recipes.training import adapters, checkpoint, engine
 
 CHECKPOINTS_KEPT = 2
 
@@ -52,7 +52,7 @@ def sft_config(plan: Plan, folder: RunFolder, report_to: list[str]) -> SFTConfig
         max_length=plan.max_length,
         bf16=plan.precision == "bf16",
         use_cpu=not plan.uses_gpu,
-        **_checkpointing(checkpointing),
+        **_checkpointing(checkpointing, plan),
         eval_strategy="steps",
         save_strategy="steps",
         save_total_limit=CHECKPOINTS_KEPT,
@@ -68,8 +68,12 @@ def sft_config(plan: Plan, folder: RunFolder, report_to: list[str]) -> SFTConfig
     )
 
 
-def _checkpointing(on: bool) -> dict[str, Any]:
-    """Non-reentrant activation checkpointing under the name that the installed transformers has for it."""
+def _checkpointing(on: bool, plan: Plan) -> dict[str, Any]:
+    """Activation checkpointing under the name that the installed transformers has for it.
+
+    Non-reentrant, but for adapters under ZeRO-3, whose gathered weights have another shape when a layer is computed
+    again (https://github.com/huggingface/trl/issues/2514).
+    """
     name = (
         "activation_checkpointing"
         if "activation_checkpointing" in SFTConfig.__dataclass_fields__
@@ -77,7 +81,8 @@ def _checkpointing(on: bool) -> dict[str, Any]:
     )
     # TRL's own default is to checkpoint, and it is read from the old name: so that one is silenced, not left out.
     off = {"gradient_checkpointing": False} if name == "activation_checkpointing" else {}
-    return {name: on, **off, **({f"{name}_kwargs": {"use_reentrant": False}} if on else {})}
+    reentrant = plan.method != "full" and plan.parallelism.startswith("zero3")
+    return {name: on, **off, **({f"{name}_kwargs": {"use_reentrant": reentrant}} if on else {})}
 
 
 class WholeBatches(Sampler[int]):
@@ -88,18 +93,16 @@ class WholeBatches(Sampler[int]):
     make a step whatever the number of ranks. The tail that is left out is another one each epoch.
     """
 
-    def __init__(self, rows: int, effective_batch_size: int, seed: int):
+    def __init__(self, rows: int, effective_batch_size: int, seed: int, epoch: Callable[[], int]):
+        """`epoch` is asked when an epoch begins: accelerate does not pass it on to the sampler of a loader that skips
+        rows after a resume (https://github.com/huggingface/accelerate/issues/2823)."""
         self.rows = rows
         self.used = rows // effective_batch_size * effective_batch_size
         self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the order; accelerate calls this at each epoch's start."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch())
         return iter(torch.randperm(self.rows, generator=generator)[: self.used].tolist())
 
     def __len__(self) -> int:
@@ -155,15 +158,20 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
 
     def __init__(self, plan: Plan, **arguments: Any):
         self._plan = plan
-        super().__init__(**arguments)
+        super().__init__(peft_config=adapters.configuration(plan), **arguments)
+        adapters.hold_in_fp32(self.model, plan)
+        adapters.keep_the_trained_layout(self.model)
+        engine.reduce_in_fp32(self.accelerator, plan)
         self.remove_callback(PrinterCallback)  # callbacks/progress.py speaks
         self.supervised_tokens_seen = 0
         self._evaluated = torch.zeros(2, dtype=torch.float64)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> WholeBatches:
         rows = len(self.train_dataset if train_dataset is None else train_dataset)
-        self.sampler = WholeBatches(rows, self._plan.effective_batch_size, self.args.data_seed)
-        return self.sampler
+        return WholeBatches(rows, self._plan.effective_batch_size, self.args.data_seed, self._epoch)
+
+    def _epoch(self) -> int:
+        return int(self.state.global_step // self._plan.steps_per_epoch) if self._plan.steps_per_epoch else 0
 
     def get_batch_samples(self, *arguments: Any, **named: Any) -> tuple[list[Any], Any]:
         """As the Trainer's, and counts the supervised tokens of the step over all ranks."""
@@ -204,12 +212,25 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
     def save_weights(self, target: Path) -> None:
         """Saves the model and its tokenizer so that `target` is whole or not there. All ranks take part.
 
-        The Trainer's pickled arguments are left out: a model's folder is loaded by others.
+        The Trainer's pickled arguments are left out, since a model's folder is loaded by others, and so is peft's
+        card of empty headings.
         """
-        self.save_model(str(checkpoint.partial(target)), _internal_call=True)
+        partial = checkpoint.partial(target)
+        self.save_model(str(partial), _internal_call=True)
         if self.accelerator.is_main_process:
-            (checkpoint.partial(target) / "training_args.bin").unlink(missing_ok=True)
+            for name in ("training_args.bin", "README.md"):
+                (partial / name).unlink(missing_ok=True)
+            if self._plan.method != "full":  # adapters have none of their own, and the ends of turn stand there
+                self.accelerator.unwrap_model(self.model).generation_config.save_pretrained(partial)
             checkpoint.publish(target)
+
+    def take_up(self, whole: Path, last: Path) -> None:
+        """Stands where the last step left a run that was cut off before its models were published."""
+        self.state = TrainerState.load_from_json(str(whole / "trainer_state.json"))
+        if not self._plan.no_rank_holds_the_model:
+            self.model.to(self.args.device)
+        if self.accelerator.is_main_process:
+            checkpoint.copy_whole(whole, last, checkpoint.MODEL_FILES)
 
     def load_weights(self, folder: Path) -> None:
         """Puts the weights of a saved model into this one, which no rank may hold in shards."""

@@ -1,0 +1,26 @@
+"""Stops a run before its first step where the engine or a dtype is not the plan's, and records what it got."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from sft_recipes.planning.plan import Plan
+from sft_recipes.planning.run_folder import RunFolder
+from sft_recipes.training import engine, manifest
+
+
+class CheckEngine(TrainerCallback):
+    """Looks once the model is prepared for its engine."""
+
+    def __init__(self, plan: Plan, folder: RunFolder):
+        self.plan = plan
+        self.folder = folder
+        self.trainer: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """On every rank, since each prepares its own."""
+        got = engine.check(self.plan, self.trainer)
+        if state.is_world_process_zero:
+            manifest.note(self.folder, dtypes=got)

@@ -1,0 +1,22 @@
+"""Leaves out what the libraries say to programmers, so that a run's own lines can be read; errors still show."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+
+def quiet() -> None:
+    """Called before the heavy libraries are imported, since some of them speak as they are."""
+    for category in (FutureWarning, UserWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category)
+    for name in ("bitsandbytes", "DeepSpeed", "deepspeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
