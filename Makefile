@@ -55,7 +55,10 @@ generate: setup ## let what was trained answer: RUN PROMPT
 	@$(SFT) generate "$${RUN:?RUN is missing: the name of a run, such as tiny-1}" $${PROMPT:+--prompt "$$PROMPT"}
 
 test: setup ## the tests, on the CPU, in under ten minutes
-	@$(PYTHON) -m pytest tests
+	@$(PYTHON) -m pytest tests --ignore tests/engines
+
+test-engines: setup ## the matrix: every engine follows one process, every recipe trains three steps (ten to twenty minutes)
+	@$(PYTHON) -m pytest tests/engines
 
 lint: setup ## ruff, mypy, shellcheck
 	@$(PYTHON) -m ruff format --check .

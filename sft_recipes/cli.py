@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from sft_recipes.planning import plan as plans
 from sft_recipes.planning import fit, recipes, run_folder, show
+from sft_recipes.planning import plan as plans
 from sft_recipes.planning.plan import Topology
 from sft_recipes.planning.schema import Recipe, RecipeError
 
@@ -76,6 +76,11 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--prompt", help="one prompt (default: lines from standard input)")
     verb.set_defaults(verb=_generate)
 
+    verb = verbs.add_parser("fetch", help="bring model, tokenizer and data; the run then needs no network")
+    verb.add_argument("recipe", help="a name from `list`")
+    verb.add_argument("overrides", nargs="*", metavar="key=value")
+    verb.set_defaults(verb=_fetch)
+
     verb = verbs.add_parser("merge", help="adapters and the model that they were trained on as one model")
     verb.add_argument("run", help="a run's name or folder")
     verb.set_defaults(verb=_merge)
@@ -134,7 +139,8 @@ def _plan(parsed: argparse.Namespace) -> None:
 
     recipe = _recipe(parsed)
     if parsed.gpus and "," in parsed.gpus:
-        return _compare(parsed, recipe)
+        _compare(parsed, recipe)
+        return
     topology = planned(recipe, *_numbers(parsed), parsed.card)
     plan = plans.make(recipe, topology)
     if parsed.json:
@@ -159,7 +165,11 @@ def _compare(parsed: argparse.Namespace, recipe: Recipe) -> None:
         import dataclasses
         import json
 
-        print(json.dumps([{"gpus": n, "refused": p} if isinstance(p, str) else dataclasses.asdict(p) for n, p in compared]))
+        print(
+            json.dumps(
+                [{"gpus": n, "refused": p} if isinstance(p, str) else dataclasses.asdict(p) for n, p in compared]
+            )
+        )
     else:
         print(show.comparison(compared))
 
@@ -207,6 +217,16 @@ def _generate(parsed: argparse.Namespace) -> int:
     folder = run_folder.find(parsed.run)
     prompts = [parsed.prompt] if parsed.prompt is not None else (line.rstrip("\n") for line in sys.stdin)
     return generate.main(folder, prompts)
+
+
+def _fetch(parsed: argparse.Namespace) -> None:
+    from sft_recipes.data import fetch
+
+    fetched = fetch.fetch(_recipe(parsed))
+    for name, folder in fetched:
+        _say(f"{name}: {folder}")
+    if not fetched:
+        _say("nothing to fetch: model and data are local")
 
 
 def _merge(parsed: argparse.Namespace) -> None:

@@ -1,7 +1,10 @@
-import pytest
+import json
 
-from sft_recipes.planning import memory
-from sft_recipes.planning.schema import RecipeError
+import pytest
+from conftest import REPOSITORY
+
+from sft_recipes.planning import memory, schema
+from sft_recipes.planning.schema import Lora, RecipeError
 
 LLAMA_8B = {
     "hidden_size": 4096,
@@ -37,29 +40,185 @@ def test_parameters_are_those_that_the_models_cards_state(architecture, publishe
     assert memory.parameter_count(architecture) == published
 
 
+def load(architecture=None, engine="ddp", world=1, **changes):
+    facts = {"precision": "bf16", "tokens": 2048, "gradient_checkpointing": True, **changes}
+    return memory.Load(LLAMA_8B if architecture is None else architecture, engine, world_size=world, **facts)
+
+
 def test_an_architecture_without_its_numbers_has_no_forecast():
     assert memory.parameter_count({"model_type": "llama"}) is None
-    assert memory.bytes_per_gpu({}, "ddp", "bf16", 8, 2048, True) is None
+    nothing = load({"model_type": "llama"}, world=8)
+    assert memory.bytes_per_gpu(nothing) is memory.host_bytes_per_node(nothing) is memory.disk_bytes(nothing) is None
 
 
-@pytest.mark.parametrize(("engine", "a_parameter"), [("single", 16), ("zero1", 18), ("zero2", 18), ("zero3", 18)])
-def test_mixed_precision_adamw_holds_16_to_18_bytes_a_parameter_over_all_gpus(engine, a_parameter):
-    parts = memory.bytes_per_gpu(LLAMA_8B, engine, "bf16", 1, 2048, True)
+ENGINES = [engine for engine in schema.ENGINES if engine != "zero3_offload"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_mixed_precision_adamw_holds_16_to_18_bytes_a_parameter_over_all_gpus(engine):
+    parts = memory.bytes_per_gpu(load(engine=engine))
     held = parts["weights"] + parts["gradients"] + parts["optimizer"]
-    assert held == a_parameter * 8_030_261_248
+    assert held == (18 if engine.startswith("zero") else 16) * 8_030_261_248
 
 
-def test_each_zero_stage_shards_what_it_names():
-    one, eight = (memory.bytes_per_gpu(LLAMA_8B, "zero2", "bf16", world, 2048, True) for world in (1, 8))
-    assert eight["weights"] == one["weights"]
-    assert eight["gradients"] == one["gradients"] // 8
-    assert eight["optimizer"] == one["optimizer"] // 8
-    assert memory.bytes_per_gpu(LLAMA_8B, "zero3", "bf16", 8, 2048, True)["weights"] == one["weights"] // 8
+@pytest.mark.parametrize(
+    ("engine", "shared_out"),
+    [
+        ("zero1", ["optimizer"]),
+        ("zero2", ["gradients", "optimizer"]),
+        ("zero3", ["weights", "gradients", "optimizer"]),
+        ("fsdp2", ["weights", "gradients", "optimizer"]),
+    ],
+)
+def test_each_engine_shares_out_what_it_names(engine, shared_out):
+    one, eight = (memory.bytes_per_gpu(load(engine=engine, world=world)) for world in (1, 8))
+    for part in ("weights", "gradients", "optimizer"):
+        assert eight[part] == (one[part] // 8 if part in shared_out else one[part]), part
+
+
+def test_offloading_moves_16_bytes_a_parameter_to_the_nodes():
+    parts = memory.bytes_per_gpu(load(engine="zero3_offload", world=8))
+    assert parts["gradients"] == parts["optimizer"] == 0
+    assert memory.host_bytes_per_node(load(engine="zero3_offload", world=8))["offload"] == 16 * 8_030_261_248
+    assert memory.host_bytes_per_node(load(engine="zero3_offload", world=16, nodes=2))["offload"] == 8 * 8_030_261_248
+    assert memory.host_bytes_per_node(load(engine="zero3", world=8))["offload"] == 0
+
+
+def test_deepspeeds_own_estimate_of_zero_3_is_the_plans():
+    """Their estimate is 18 bytes a parameter over the GPUs and four times the largest layer, without activations."""
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+
+    parameters, largest, gpus = 8_030_261_248, 128256 * 4096, 8
+    _, theirs, _ = estimate_zero3_model_states_mem_needs(
+        parameters, largest, num_gpus_per_node=gpus, cpu_offload=False, cpu_offload_params=False, zero_init=True
+    )
+    ours = memory.bytes_per_gpu(load(engine="zero3", world=gpus))
+    held = ours["weights"] + ours["gradients"] + ours["optimizer"]
+    assert held == pytest.approx(18 * parameters / gpus)
+    assert held + ours["buffers"] == pytest.approx(theirs, rel=0.1)
+
+
+def test_deepspeeds_own_estimate_of_zero_2_is_the_plans():
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+
+    parameters = 8_030_261_248
+    _, theirs = estimate_zero2_model_states_mem_needs(parameters, num_gpus_per_node=8, cpu_offload=False)
+    ours = memory.bytes_per_gpu(load(engine="zero2", world=8))
+    held = ours["weights"] + ours["gradients"] + ours["optimizer"]
+    assert held == pytest.approx(theirs, rel=0.15), "theirs counts gradients in 16 bits and whole"
+
+
+def test_adapters_are_counted_as_peft_counts_them(tiny_config):
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = get_peft_model(AutoModelForCausalLM.from_config(tiny_config), LoraConfig(r=5, target_modules="all-linear"))
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert memory.adapter_count(tiny_config.to_dict(), Lora(r=5)) == trained
+    two = Lora(r=5, target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(
+        AutoModelForCausalLM.from_config(tiny_config), LoraConfig(r=5, target_modules=two.target_modules)
+    )
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert memory.adapter_count(tiny_config.to_dict(), two) == trained
+    assert torch.is_tensor(next(model.parameters()))
+
+
+@pytest.fixture
+def tiny_config():
+    from conftest import SMALL_LLAMA
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**SMALL_LLAMA)
+
+
+def test_frozen_weights_take_two_bytes_and_4_bit_ones_about_half_of_one():
+    full, lora, qlora = (
+        memory.bytes_per_gpu(load(lora=lora)) for lora in (None, Lora(), Lora(quantize="nf4"))
+    )  # fmt: skip
+    assert full["weights"] == 4 * 8_030_261_248
+    adapters = memory.adapter_count(LLAMA_8B, Lora())
+    assert adapters == 41_943_040, "of r 16 over all linear layers of Llama 3.1 8B"
+    assert lora["weights"] == 2 * 8_030_261_248 + 4 * adapters
+    assert 5e9 < qlora["weights"] < 6.2e9
+    assert lora["optimizer"] == qlora["optimizer"] == 8 * adapters
+
+
+def test_a_whole_70b_checkpoint_is_about_a_terabyte():
+    llama_70b = llama(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64)
+    assert memory.checkpoint_bytes(load(llama_70b, engine="zero3", world=32)) == pytest.approx(1.1e12, rel=0.05)
+
+
+SHAPES = {
+    "llama": {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8, "num_key_value_heads": 2},
+    "llama, every head its own keys": {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 8},
+    "qwen2": {"hidden_size": 512, "intermediate_size": 2700, "num_attention_heads": 8, "num_key_value_heads": 2},
+    "olmo2": {"hidden_size": 512, "intermediate_size": 1400, "num_attention_heads": 8, "num_key_value_heads": 8},
+}  # fmt: skip
+
+
+def kept_for_the_backward_pass(architecture, dtype, autocast, lora):
+    """Bytes a token and layer, from the storages that autograd saves: three layers less one, over two."""
+    import contextlib
+
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kept = []
+    for layers in (1, 3):
+        config = AutoConfig.for_model(
+            **architecture, num_hidden_layers=layers, vocab_size=64, attn_implementation="sdpa"
+        )
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+        body = model.model
+        if lora:
+            model = get_peft_model(model, LoraConfig(r=lora.r, target_modules="all-linear"))
+            model.enable_input_require_grads()
+        storages, weights = {}, {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+
+        def pack(tensor, storages=storages, weights=weights):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                storages[storage.data_ptr()] = (storage.nbytes(), tensor)
+            return tensor
+
+        context = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), context:
+            body(input_ids=torch.zeros(1, 4096, dtype=torch.long), use_cache=False)
+        kept.append(sum(number for number, _ in storages.values()))
+    return (kept[1] - kept[0]) / 2 / 4096
+
+
+@pytest.mark.parametrize("engine", ["zero2", "ddp", "fp32", "lora"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_activations_are_those_that_autograd_keeps(name, engine):
+    import torch
+
+    architecture = {"model_type": name.split(",")[0], **SHAPES[name]}
+    lora = Lora() if engine == "lora" else None
+    precision = "fp32" if engine == "fp32" else "bf16"
+    planned = load(architecture, "zero2" if engine == "zero2" else "ddp", precision=precision, lora=lora)
+    dtype = torch.bfloat16 if engine in ("zero2", "lora") else torch.float32
+    counted = kept_for_the_backward_pass(architecture, dtype, engine in ("ddp", "lora"), lora)
+    # Autocast's own copies of the weights, which autograd keeps too, are counted among the buffers.
+    casts = 2 * sum(a * b for a, b in memory.linear_layers(architecture).values()) / 4096 if engine == "ddp" else 0
+    assert memory.activation_bytes(planned) == pytest.approx(counted - casts, rel=0.08)
+
+
+def test_the_buckets_are_those_of_the_files():
+    for name in ("zero1", "zero2", "zero3", "zero3_offload"):
+        zero = json.loads((REPOSITORY / "deepspeed_configs" / f"{name}.json").read_text())["zero_optimization"]
+        assert zero["reduce_bucket_size"] == memory.REDUCE_BUCKET
+        assert zero.get("allgather_bucket_size", memory.ALLGATHER_BUCKET) == memory.ALLGATHER_BUCKET
+        assert zero.get("stage3_prefetch_bucket_size", memory.PREFETCH_BUCKET) == memory.PREFETCH_BUCKET
 
 
 def test_the_total_is_the_sum_of_its_parts():
-    parts = memory.bytes_per_gpu(LLAMA_8B, "ddp", "bf16", 2, 2048, False)
-    assert parts.pop("total") == sum(parts.values())
+    for engine in schema.ENGINES:
+        parts = memory.bytes_per_gpu(load(engine=engine, world=2, gradient_checkpointing=False))
+        assert parts.pop("total") == sum(parts.values())
 
 
 def test_a_card_is_a_name_or_a_number_of_gib():

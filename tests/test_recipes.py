@@ -40,7 +40,7 @@ trainer:
 
 @pytest.mark.parametrize("row", DOCUMENTS)
 def test_the_table_is_the_documents(row):
-    table = recipes.table()[row]
+    table = recipes.table()[row].cells
     keys = ("learning_rate", "effective_batch_size", "num_train_epochs", "warmup_ratio", "weight_decay")
     assert tuple(table[key].range for key in keys) == DOCUMENTS[row]
     assert table["max_grad_norm"].range == [1.0, 1.0]
@@ -49,8 +49,8 @@ def test_the_table_is_the_documents(row):
 
 
 def test_every_row_starts_inside_its_own_ranges():
-    cells = [(row, key, cell) for row, cells in recipes.table().items() for key, cell in cells.items()]
-    assert len(cells) == 4 * 7
+    cells = [(name, key, cell) for name, row in recipes.table().items() for key, cell in row.cells.items()]
+    assert len(cells) == 7 * 7
     assert [(row, key) for row, key, cell in cells if not cell.allows(cell.start)] == []
 
 
@@ -95,7 +95,17 @@ def test_where_each_value_was_written_is_kept(written):
         (GOOD + "  packing: maybe\n", r"mine.yaml:8: trainer.packing is 'maybe'; wanted true or false"),
         (GOOD + "parallelism: zero4\n", r"mine.yaml:8: parallelism is 'zero4'; wanted one of .*did you mean"),
         (GOOD + "batch: 4\n", r"mine.yaml:8: batch is 4; wanted keys below it"),
-        (GOOD.replace("7-13b", "7b"), r"mine.yaml:1: size is '7b'; wanted a row of recipes/sizes.yaml"),
+        (
+            GOOD.replace("7-13b", "large"),
+            r"mine.yaml:1: size is 'large'; wanted a row of recipes/sizes.yaml or billions",
+        ),
+        (GOOD.replace("7-13b", "405b"), r"mine.yaml:1: size is 405b, more than 2 times beyond every row .*30-70b"),
+        (GOOD.replace("7-13b", "0b"), r"mine.yaml:1: size is '0b'; wanted a row"),
+        (GOOD.replace("7-13b", "lora-7-13b"), r"mine.yaml:1: row lora-7-13b .* no lora section; say size: .*7-13b"),
+        (GOOD + "lora: {r: 8}\n", r"mine.yaml:1: row 7-13b .* a lora section; say size: .*lora-7-13b"),
+        (GOOD + "lora: {}\n", r"mine.yaml:8: lora is {}; wanted keys below it"),
+        (GOOD + "lora: {quantize: int8}\n", r"mine.yaml:8: lora.quantize is 'int8'; wanted one of nf4"),
+        (GOOD + "lora: {r: 0}\n", r"mine.yaml:8: lora.r is 0; wanted 1 to 100000"),
         (GOOD.replace("size: 7-13b\n", ""), r"size is missing"),
         (GOOD.replace("  train: some/data\n", "  validation: x\n"), r"data.train is missing"),
         (GOOD.replace("  name_or_path: some/model", "  revision: abc"), r"model.name_or_path is missing"),

@@ -93,9 +93,11 @@ def test_a_folder_with_code_or_without_data_is_refused(tmp_path):
         sources.resolve(str(tmp_path), "data.train", tmp_path)
 
 
-def test_a_hub_name_with_a_split_is_told_from_a_path(tmp_path):
-    source = sources.resolve("HuggingFaceH4/ultrachat_200k:train_sft", "data.train", tmp_path)
-    assert (source.hub_name, source.hub_split, source.files) == ("HuggingFaceH4/ultrachat_200k", "train_sft", ())
+def test_a_hub_name_with_a_split_is_told_from_a_path(tmp_path, monkeypatch):
+    assert sources.hub_name("HuggingFaceH4/ultrachat_200k:train_sft") == "HuggingFaceH4/ultrachat_200k"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my").mkdir()
+    assert [sources.hub_name(name) for name in ("my/rows", "rows.jsonl", "a/b.jsonl", "embedded:train")] == [None] * 4
 
 
 @pytest.mark.parametrize(

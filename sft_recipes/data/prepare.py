@@ -21,10 +21,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.data import sources
+from sft_recipes.data import hub, sources
 from sft_recipes.data.formats import Message, messages_of
 from sft_recipes.data.sources import Source
 from sft_recipes.planning import plan as plans
+from sft_recipes.planning.memory import parameter_count
 from sft_recipes.planning.plan import Plan, Prepared
 from sft_recipes.planning.run_folder import runs_root, write_json
 from sft_recipes.planning.schema import RecipeError
@@ -79,31 +80,37 @@ def prepare(plan: Plan, store: Path) -> Prepared:
         RecipeError: rows, model or tokenizer are not what a run can start from.
     """
     data, model = plan.sections["data"], plan.sections["model"]
+    base: Path | None = None
     if not model["from_scratch"]:
-        check_model(model["name_or_path"], model["trust_remote_code"])
+        base = check_model(model["name_or_path"], model["revision"], model["trust_remote_code"], model["ungated"])
     embedded = store / f"embedded-{hashlib.sha256(_code('embedded.py').encode()).hexdigest()[:8]}"
-    train = sources.resolve(data["train"], "data.train", embedded)
-    validation = sources.resolve(data["validation"], "data.validation", embedded) if data["validation"] else None
-    key = _key(plan, train, validation)
+    train = _source(data, "train", embedded)
+    validation = _source(data, "validation", embedded) if data["validation"] else None
+    key = _key(plan, train, validation, base)
     folder = store / key
     if not (folder / "prepared.json").is_file():
         partial = store / f"{key}.{os.getpid()}.partial"
         try:
-            _make(plan, train, validation, partial)
+            _make(plan, train, validation, base, partial)
             shutil.rmtree(folder, ignore_errors=True)
             partial.replace(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     found = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
-    return Prepared(**{**found, "folder": str(folder.resolve())})
+    return Prepared(**{**found, "folder": str(folder.resolve()), "model": str(base or (folder / "model").resolve())})
+
+
+def _source(data: dict[str, Any], half: str, embedded: Path) -> Source:
+    own = data["train"].partition(":")[0] == data[half].partition(":")[0]  # `revision` is the training data's
+    return sources.resolve(data[half], f"data.{half}", embedded, data["revision"] if own else None)
 
 
 def _code(file: str) -> str:
     return Path(__file__).with_name(file).read_text(encoding="utf-8")
 
 
-def check_model(name_or_path: str, trust_remote_code: bool) -> None:
-    """Refuses a local folder that holds no whole model; what is not a folder is taken for a Hub name.
+def check_model(name_or_path: str, revision: str | None, trust_remote_code: bool, ungated: str | None = None) -> Path:
+    """The folder of a whole model: a local one, or the Hub's, brought where it is not there.
 
     Raises:
         RecipeError: no such folder, no config, no weights, a shard missing, or code that would have to run.
@@ -119,7 +126,7 @@ def check_model(name_or_path: str, trust_remote_code: bool) -> None:
             raise RecipeError(
                 f"{key}: no folder {name_or_path!r}; name a folder with config.json and weights, or a Hub name"
             )
-        return
+        folder = hub.model(name_or_path, revision, ungated)
     config = folder / "config.json"
     if not config.is_file():
         raise RecipeError(f"{key}: {folder} has no config.json; name the folder that save_pretrained wrote")
@@ -135,6 +142,36 @@ def check_model(name_or_path: str, trust_remote_code: bool) -> None:
         raise RecipeError(
             f"{key}: {folder} wants its own code to run (auto_map); say model.trust_remote_code=true if you trust it"
         )
+    return folder
+
+
+def check_architecture(stated: dict[str, Any], folder: Path, trust_remote_code: bool) -> None:
+    """Refuses a recipe whose numbers are not its model's: memory and time were worked out from them.
+
+    Raises:
+        RecipeError: the model's own config says otherwise, or the model has another number of parameters.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not stated:
+        return
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    wrong = [f"{key} {value!r}, not {getattr(config, key, None)!r}" for key, value in stated.items()
+             if getattr(config, key, None) != value]  # fmt: skip
+    if wrong:
+        raise RecipeError(
+            f"model.architecture: the recipe says {'; '.join(wrong)} as {folder / 'config.json'} does; correct it: "
+            f"memory and time are worked out from it"
+        )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    counted, planned = model.num_parameters(), parameter_count(stated)
+    if planned is not None and counted != planned:
+        raise RecipeError(
+            f"model.architecture: the model has {counted:,} parameters and the plan counts {planned:,}; it is no dense "
+            f"Llama-shaped model: leave model.architecture out, and the plan makes no forecast"
+        )
 
 
 def _json_of(file: Path) -> dict[str, Any]:
@@ -147,30 +184,30 @@ def _json_of(file: Path) -> dict[str, Any]:
     return content
 
 
-def _key(plan: Plan, train: Source, validation: Source | None) -> str:
+def _key(plan: Plan, train: Source, validation: Source | None, base: Path | None) -> str:
     """SHA-256 over all that decides the prepared rows: content, tokenizer, template, lengths, code, libraries."""
     model = plan.sections["model"]
     parts = {
         "train": train.fingerprint(),
         "validation": validation.fingerprint() if validation else plan.sections["data"]["validation_fraction"],
         "model": model,
-        "tokenizer": _tokenizer_files(model["name_or_path"]),
+        "tokenizer": _tokenizer_files(base),
         "template": _given_template(model),
         "max_length": plan.max_length,
         "packing": plan.packing,
         "dropped_at_most": plan.sections["data"]["dropped_at_most"],
+        "validation_at_most": plan.sections["data"]["validation_at_most"],
         "seed": plan.sections["trainer"]["seed"],
         "data_seed": plan.sections["trainer"]["data_seed"],
-        "date": plan.created[:10] if _may_write_the_date(model) else None,
+        "date": plan.created[:10] if _may_write_the_date(model, base) else None,
         "code": {path.name: _code(path.name) for path in sorted(Path(__file__).parent.glob("*.py"))},
         "libraries": {name: metadata.version(name) for name in ("transformers", "tokenizers", "trl", "jinja2")},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _tokenizer_files(name_or_path: str | None) -> dict[str, str]:
-    folder = Path(os.path.expanduser(name_or_path)) if name_or_path else None  # noqa: PTH111
-    if folder is None or not folder.is_dir():
+def _tokenizer_files(folder: Path | None) -> dict[str, str]:
+    if folder is None:
         return {}
     names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "config.json")
     return {name: _text_of(folder / name) for name in names if (folder / name).is_file()}
@@ -180,12 +217,9 @@ def _text_of(file: Path) -> str:
     return file.read_text(encoding="utf-8", errors="replace")
 
 
-def _may_write_the_date(model: dict[str, Any]) -> bool:
-    """Whether the template may ask for today's date; of a template that is still on the Hub nobody knows."""
-    files = _tokenizer_files(model["name_or_path"])
-    return (not files and not model["from_scratch"]) or "strftime_now" in _given_template(model) + "".join(
-        files.values()
-    )
+def _may_write_the_date(model: dict[str, Any], base: Path | None) -> bool:
+    """Whether the template may ask for today's date."""
+    return "strftime_now" in _given_template(model) + "".join(_tokenizer_files(base).values())
 
 
 def _given_template(model: dict[str, Any]) -> str:
@@ -194,7 +228,7 @@ def _given_template(model: dict[str, Any]) -> str:
     return _text_of(Path(name)) if Path(name).is_file() else name
 
 
-def _make(plan: Plan, train: Source, validation: Source | None, folder: Path) -> None:
+def _make(plan: Plan, train: Source, validation: Source | None, base: Path | None, folder: Path) -> None:
     import datasets
     import transformers
 
@@ -208,16 +242,18 @@ def _make(plan: Plan, train: Source, validation: Source | None, folder: Path) ->
         held_out = _conversations(validation, "data.validation")
     else:
         training, held_out = _split(training, plan.sections["data"]["validation_fraction"], plan)
+    held_out = _at_most(held_out, plan)
     folder.mkdir(parents=True)
     model = plan.sections["model"]
-    name = model["name_or_path"]
-    if model["from_scratch"]:
+    if base is not None:
+        check_architecture(model["architecture"], base, model["trust_remote_code"])
+    else:
         from sft_recipes.data import scratch
 
-        name = str(folder / "model")
+        base = folder / "model"
         texts = [text for one in training for message in one.messages for text in message.values()]
-        scratch.build(model["architecture"], texts, Path(name), plan.sections["trainer"]["seed"])
-    tokenizer = load_tokenizer(name, model["revision"], model["chat_template"], model["trust_remote_code"])
+        scratch.build(model["architecture"], texts, base, plan.sections["trainer"]["seed"])
+    tokenizer = load_tokenizer(str(base), None, model["chat_template"], model["trust_remote_code"])
     chat = Chat(tokenizer, datetime.date.fromisoformat(plan.created[:10]))
     seen = Seen()
     counts = _write_rows(plan, chat, training, folder / "train", "data.train", seen)
@@ -226,6 +262,7 @@ def _make(plan: Plan, train: Source, validation: Source | None, folder: Path) ->
     prepared = Prepared(
         fingerprint=_fingerprint(folder),
         folder=str(folder),
+        model=str(base),
         examples=counts.examples,
         rows=counts.rows,
         supervised_tokens=counts.supervised_tokens,
@@ -263,6 +300,15 @@ def _split(rows: list[Conversation], fraction: float, plan: Plan) -> tuple[list[
     wanted = min(max(round(len(openings) * fraction), 1), len(openings) - 1)
     held_out = set(random.Random(plan.sections["trainer"]["data_seed"]).sample(openings, wanted))
     return [row for row in rows if _opening(row) not in held_out], [row for row in rows if _opening(row) in held_out]
+
+
+def _at_most(held_out: list[Conversation], plan: Plan) -> list[Conversation]:
+    """No more validation examples than the recipe wants, a seeded choice in their written order."""
+    at_most = plan.sections["data"]["validation_at_most"]
+    if at_most is None or len(held_out) <= at_most:
+        return held_out
+    chosen = random.Random(plan.sections["trainer"]["data_seed"]).sample(range(len(held_out)), at_most)
+    return [held_out[index] for index in sorted(chosen)]
 
 
 def _opening(row: Conversation) -> str:

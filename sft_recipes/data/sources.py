@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.data import embedded
+from sft_recipes.data import embedded, hub
 from sft_recipes.planning.schema import RecipeError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
@@ -31,20 +31,22 @@ class RawRow:
 
 @dataclass(frozen=True)
 class Source:
-    """What one name in a recipe stands for: local files, or a split of a data set on the Hub."""
+    """What one name in a recipe stands for: local files, or a split of a data set whose files the Hub's cache holds."""
 
     files: tuple[Path, ...] = ()
     hub_name: str | None = None
     hub_split: str = "train"
+    hub_folder: Path | None = None
 
     def fingerprint(self) -> str:
-        """SHA-256 over the files' contents; over the name alone where the rows lie on the Hub."""
+        """SHA-256 over the files' contents; over name and commit where the rows come from the Hub."""
         digest = hashlib.sha256()
         for file in self.files:
             digest.update(os.fsencode(file.name))
             with file.open("rb") as content:
                 digest.update(hashlib.file_digest(content, "sha256").digest())
-        digest.update(f"{self.hub_name}:{self.hub_split}".encode())
+        commit = self.hub_folder.name if self.hub_folder else None  # the cache names a snapshot by its commit
+        digest.update(f"{self.hub_name}:{self.hub_split}:{commit}".encode())
         return digest.hexdigest()
 
     def rows(self) -> Iterator[RawRow]:
@@ -53,17 +55,27 @@ class Source:
         Raises:
             RecipeError: a file cannot be read as what its name says, with the line.
         """
-        if self.hub_name is not None:
-            yield from _hub_rows(self.hub_name, self.hub_split)
+        if self.hub_name is not None and self.hub_folder is not None:
+            yield from _hub_rows(self.hub_name, self.hub_split, self.hub_folder)
         for file in self.files:
             yield from _READERS[file.suffix.lower()](file)
 
 
-def resolve(name: str, key: str, embedded_folder: Path) -> Source:
-    """The source that a name stands for.
+def hub_name(name: str) -> str | None:
+    """The data set on the Hub that a name stands for, without its split; None for what is local."""
+    path = Path(os.path.expanduser(name))  # noqa: PTH111  Path's own raises for a user that is not there
+    if name in EMBEDDED or path.exists() or path.suffix.lower() in SUFFIXES or path.parent.is_dir():
+        return None
+    found = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([\w.-]+))?", name)
+    return found[1] if found else None
+
+
+def resolve(name: str, key: str, embedded_folder: Path, revision: str | None = None) -> Source:
+    """The source that a name stands for; what lies on the Hub is brought, at `revision`.
 
     Raises:
-        RecipeError: no such file or folder, a kind of file that is not read, or a folder with code or without data.
+        RecipeError: no such file, folder or data set, a kind of file that is not read, or a folder with code or without
+            data.
     """
     if name in EMBEDDED:
         if not (embedded_folder / "train.jsonl").is_file():
@@ -77,9 +89,13 @@ def resolve(name: str, key: str, embedded_folder: Path) -> Source:
         if path.suffix.lower() not in SUFFIXES:
             raise RecipeError(f"{key}: {name} is a {path.suffix or 'nameless'} file; wanted {', '.join(SUFFIXES)}")
         return Source(files=(path,))
-    hub = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([\w.-]+))?", name)
-    if hub and path.suffix.lower() not in SUFFIXES and not path.parent.is_dir():
-        return Source(hub_name=hub[1], hub_split=hub[2] or "train")
+    found = hub_name(name)
+    if found:
+        return Source(
+            hub_name=found,
+            hub_split=name.partition(":")[2] or "train",
+            hub_folder=hub.dataset(found, revision, key),
+        )
     raise RecipeError(
         f"{key}: no file or folder {name!r} (a data set on the Hub is named owner/name or owner/name:split)"
     )
@@ -197,16 +213,15 @@ def _parquet_file(file: Path) -> Iterator[RawRow]:
         raise RecipeError(f"{file}: not Parquet: {error}") from error
 
 
-def _hub_rows(name: str, split: str) -> Iterator[RawRow]:
+def _hub_rows(name: str, split: str, folder: Path) -> Iterator[RawRow]:
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(name, split=split)
-    except Exception as error:  # a dozen kinds from three libraries: offline, gated, no such name, no such split
+        rows = load_dataset(str(folder), split=split)
+    except Exception as error:  # a dozen kinds from three libraries: no such split, files that are no data
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RecipeError(
-            f"data: {name}:{split} could not be had from the Hub ({reason}); check the name and the network, log in "
-            f"(HF_TOKEN) where it is gated, or say DATA=<a file or folder>"
+            f"data: {name}:{split} cannot be read ({reason}); name a split that it has, owner/name:split"
         ) from error
     for number, row in enumerate(rows, start=1):
         yield RawRow(row, f"{name}:{split}, row {number}")

@@ -61,7 +61,7 @@ def engine_file(plan: Plan) -> str:
 def _deepspeed_file(plan: Plan, config: Mapping[str, Any]) -> Path:
     """The DeepSpeed file that an engine's file names, if it is of the same stage."""
     name = config["deepspeed_config"]["deepspeed_config_file"]
-    file = REPOSITORY / name
+    file = REPOSITORY / str(name)
     try:
         zero = json.loads(file.read_text(encoding="utf-8"))["zero_optimization"]
         stage, offloads = int(zero["stage"]), "offload_optimizer" in zero

@@ -37,7 +37,7 @@ def flops_per_token(architecture: Mapping[str, Any], tokens_per_example: float, 
     if not architecture.get("tie_word_embeddings"):
         parameters -= architecture["vocab_size"] * architecture["hidden_size"]
     width = linear_layers(architecture)["q_proj"][1]
-    attention = 6 * architecture["num_hidden_layers"] * width * tokens_per_example
+    attention: float = 6 * architecture["num_hidden_layers"] * width * tokens_per_example
     return (4 if frozen else 6) * parameters + attention
 
 

@@ -24,7 +24,8 @@ def smallest_gpu_count(recipe: Recipe, card: str | None) -> int | None:
 
 def cheapest_change(recipe: Recipe, topology: Topology) -> str | None:
     """The first change, in order of what it costs, that makes the recipe fit: recomputing activations, smaller
-    micro-batches, sharding more, more GPUs, offloading, adapters instead of all weights."""
+    micro-batches, sharding more, 4-bit weights under adapters, more GPUs, offloading, adapters instead of all
+    weights."""
     for said, changed, where in _changes(recipe, topology):
         if _fits(changed, where, _effective_batch_size(recipe)):
             return said
@@ -47,6 +48,10 @@ def _changes(recipe: Recipe, topology: Topology) -> Iterator[tuple[str, Recipe, 
     for engine in [recipe.parallelism, *stages] if topology.gpus > 1 else [recipe.parallelism]:
         said = [] if engine == recipe.parallelism else [f"parallelism={engine}"]
         yield from _smaller(_sharded(recipe, engine), topology, [*words, *said])
+    if recipe.lora and not recipe.lora.quantize:
+        lora = dataclasses.replace(recipe.lora, quantize="nf4")
+        adapted = dataclasses.replace(_sharded(recipe, "ddp"), lora=lora)
+        yield from _smaller(adapted, topology, [*words, "lora.quantize=nf4 parallelism=ddp"])
     widest = _sharded(recipe, "zero3") if stages and not (recipe.lora and recipe.lora.quantize) else recipe
     said = [] if widest.parallelism == recipe.parallelism else ["parallelism=zero3"]
     for gpus in batch.world_sizes_that_divide(_effective_batch_size(recipe)):
@@ -55,13 +60,9 @@ def _changes(recipe: Recipe, topology: Topology) -> Iterator[tuple[str, Recipe, 
                 yield from _smaller(candidate, on(gpus, topology.card), [*with_words, f"GPUS={gpus}"])
     if not recipe.lora:
         yield from _smaller(_sharded(recipe, "zero3_offload"), topology, [*words, "parallelism=zero3_offload"])
-        for lora, said in ((Lora(), "LoRA (lora.r=16)"), (Lora(quantize="nf4"), "QLoRA (lora.quantize=nf4)")):
+        for lora, name in ((Lora(), "LoRA (lora.r=16)"), (Lora(quantize="nf4"), "QLoRA (lora.quantize=nf4)")):
             adapted = dataclasses.replace(_sharded(recipe, "ddp"), lora=lora)
-            yield from _smaller(adapted, topology, [f"{said} with parallelism=ddp and a lora row for size"])
-    elif not recipe.lora.quantize:
-        lora = dataclasses.replace(recipe.lora, quantize="nf4")
-        adapted = dataclasses.replace(_sharded(recipe, "ddp"), lora=lora)
-        yield from _smaller(adapted, topology, ["lora.quantize=nf4 parallelism=ddp"])
+            yield from _smaller(adapted, topology, [f"{name} with parallelism=ddp and a lora row for size"])
 
 
 def _smaller(recipe: Recipe, topology: Topology, words: list[str]) -> Iterator[tuple[str, Recipe, Topology]]:

@@ -129,6 +129,11 @@ class Load:
         return self.engine.startswith("zero") and self.precision == "bf16"
 
     @property
+    def stream_half(self) -> bool:
+        """Whether what layers pass on is in 16 bits: fp32 weights under autocast pass on fp32."""
+        return self.precision == "bf16" and (self.engine not in ("single", "ddp") or self.lora is not None)
+
+    @property
     def trained(self) -> int:
         """Weights that get gradients."""
         count = adapter_count(self.architecture, self.lora) if self.lora else parameter_count(self.architecture)
@@ -153,22 +158,20 @@ def bytes_per_gpu(load: Load) -> dict[str, int] | None:
     """Peak memory of one rank by part, in bytes; an estimate to decide with, not a measurement.
 
     Weights, gradients and optimizer state follow the dtypes of `dtypes`: AdamW's two moments are fp32 everywhere.
-    Activations follow Korthikanti et al. 2022 (arXiv:2205.05198): 34·tokens·hidden bytes a layer at 16 bits without the
-    attention scores, which fused attention never stores; with checkpointing, each layer's input and one whole layer.
+    Activations: what a layer keeps for its backward pass; with checkpointing, each layer's input and one whole layer.
     Logits are built for a chunk of tokens at a time, in bf16 and fp32 with their gradients. Buffers: DDP's gradient
     buckets; ZeRO's buckets for gradients and gathered weights; two gathered decoder layers or embeddings under ZeRO-3
     and FSDP2; autocast's bf16 copies of the weights; a dequantized layer under QLoRA.
     """
     if parameter_count(load.architecture) is None:
         return None
-    architecture, world = load.architecture, load.world_size
-    trained, half = load.trained, load.precision == "bf16"
+    architecture, world, trained = load.architecture, load.world_size, load.trained
     gradients_over = world if load.engine in ("zero2", *SHARDED) else 1
     optimizer_over = world if load.engine in ("zero1", "zero2", *SHARDED) else 1
     adapters = trained * (2 if load.zero_half else 4) if load.lora else 0
-    hidden, layers = architecture["hidden_size"], architecture["num_hidden_layers"]
-    per_layer = load.tokens * hidden * (34 if half else 68)
-    layer_inputs = layers * load.tokens * hidden * (2 if half else 4)
+    layers = architecture["num_hidden_layers"]
+    per_layer = load.tokens * activation_bytes(load)
+    layer_inputs = layers * load.tokens * architecture["hidden_size"] * (2 if load.stream_half else 4)
     offload = load.engine == "zero3_offload"
     parts = {
         "weights": (load.model_bytes + adapters) // load.sharded_weights,
@@ -181,13 +184,32 @@ def bytes_per_gpu(load: Load) -> dict[str, int] | None:
     return {**parts, "total": sum(parts.values())}
 
 
+def activation_bytes(load: Load) -> int:
+    """Bytes that one decoder layer keeps of one token for its backward pass, without checkpointing.
+
+    Counted over transformers' own layers by the tensors that autograd saves (tests/test_memory.py counts them anew):
+    the MLP's four inner ones, keys and values twice, and what norms, projections and adapters keep of the stream.
+    Fused attention keeps no scores.
+    """
+    architecture = load.architecture
+    hidden, inner = architecture["hidden_size"], architecture["intermediate_size"]
+    key_values = linear_layers(architecture)["k_proj"][1]
+    norms = 0
+    if architecture.get("model_type") == "olmo2":  # norms of queries, keys and both outputs
+        norms = (8 if load.lora else 20) * hidden
+    if load.precision == "fp32":
+        return int(32 * hidden + 16 * inner + 8 * key_values + norms)
+    stream = 20 if load.stream_half else 30
+    return int((stream + (5 if load.lora else 0)) * hidden + 8 * inner + 4 * key_values + norms)
+
+
 def _buffers(load: Load) -> int:
     """Communication and casts, in bytes."""
     parameters, architecture = parameter_count(load.architecture), load.architecture
     assert parameters is not None
     half = load.precision == "bf16"
-    layer = sum(inputs * outputs for inputs, outputs in linear_layers(architecture).values())
-    largest = max(layer, architecture["vocab_size"] * architecture["hidden_size"])
+    layer: int = sum(inputs * outputs for inputs, outputs in linear_layers(architecture).values())
+    largest: int = max(layer, architecture["vocab_size"] * architecture["hidden_size"])
     width = 2 if half else 4
     if load.engine in ("zero1", "zero2"):
         return width * min(parameters, ALLGATHER_BUCKET) + 2 * 4 * min(load.trained, REDUCE_BUCKET)
@@ -196,7 +218,7 @@ def _buffers(load: Load) -> int:
     if load.engine == "fsdp2":
         return 2 * width * largest + (0 if load.lora else 4 * largest)
     casts = 2 * parameters if half and not load.lora else 0
-    dequantized = 2 * architecture["hidden_size"] * architecture["intermediate_size"] if load.lora else 0
+    dequantized: int = 2 * architecture["hidden_size"] * architecture["intermediate_size"] if load.lora else 0
     return casts + dequantized + (4 * load.trained if load.engine == "ddp" else 0)
 
 
@@ -249,9 +271,23 @@ def dtypes(engine: str, precision: str, lora: Lora | None = None) -> dict[str, s
     if lora is not None:
         frozen = {"frozen": lora.quantize or precision}
     if precision == "fp32":
-        return {"weights": "fp32", **frozen, "master": "fp32", "gradients": "fp32", "reduction": "fp32", "compute": "fp32"}
+        return {
+            "weights": "fp32",
+            **frozen,
+            "master": "fp32",
+            "gradients": "fp32",
+            "reduction": "fp32",
+            "compute": "fp32",
+        }
     if engine.startswith("zero"):
-        return {"weights": "bf16", **frozen, "master": "fp32", "gradients": "fp32", "reduction": "fp32", "compute": "bf16"}
+        return {
+            "weights": "bf16",
+            **frozen,
+            "master": "fp32",
+            "gradients": "fp32",
+            "reduction": "fp32",
+            "compute": "bf16",
+        }
     # fp32 weights are their own master copy: bf16 weights without one lose most updates at these rates.
     compute = "bf16" if engine == "fsdp2" else "bf16 autocast"
     return {"weights": "fp32", **frozen, "master": "fp32", "gradients": "fp32", "reduction": "fp32", "compute": compute}

@@ -31,6 +31,7 @@ class Prepared:
 
     fingerprint: str
     folder: str
+    model: str
     examples: int
     rows: int
     supervised_tokens: int
@@ -236,12 +237,6 @@ def settle(plan: Plan, prepared: Prepared) -> Plan:
         supervised_tokens_per_step=round(prepared.supervised_tokens / prepared.rows * plan.effective_batch_size, 1),
     )
     return _with_steps(settled, prepared.rows, prepared.examples)
-
-
-def base_model(plan: Plan, prepared: Path) -> str:
-    """Where a run's model starts from: the recipe's name, or what was built from scratch beside the prepared rows."""
-    model = plan.sections["model"]
-    return str(prepared / "model") if model["from_scratch"] else str(model["name_or_path"])
 
 
 def differences(old: Plan, new: Plan) -> dict[str, tuple[Any, Any]]:

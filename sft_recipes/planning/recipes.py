@@ -178,7 +178,7 @@ def _build(name: str, written: Mapping[str, Written]) -> Recipe:
             raise RecipeError(f"recipes/{name}.yaml: {needed} is missing")
     top = sections.pop("")
     trainer = {**schema.TRAINER_DEFAULTS, **sections.pop("trainer")}
-    built = {
+    built: dict[str, Any] = {
         section: schema.SECTIONS[section](**values) if values or section != "lora" else None
         for section, values in sections.items()
     }
@@ -221,7 +221,7 @@ def _checked(key: str, section: str, leaf: str, found: Written) -> Any:
         kinds = known[leaf]
     value = _coerce(key, kinds, _typed(found, kinds))
     choices = schema.CHOICES.get(key)
-    if choices and value not in choices:
+    if choices and value is not None and value not in choices:
         raise RecipeError(
             f"{found.where}: {key} is {value!r}; wanted one of {', '.join(choices)}{did_you_mean(str(value), choices)}"
         )
@@ -351,9 +351,10 @@ def table() -> dict[str, Row]:
     rows = yaml.safe_load((RECIPES / "sizes.yaml").read_text(encoding="utf-8"))
     return {
         name: Row(
-            *cells["parameters"],
-            cells.get("method", "full"),
-            {
+            smallest=cells["parameters"][0],
+            largest=cells["parameters"][1],
+            method=cells.get("method", "full"),
+            cells={
                 key: Entry(cells[key]["start"], cells[key].get("range"), tuple(cells[key].get("one_of", ())))
                 for key in schema.TABLE_KEYS
             },

@@ -181,6 +181,10 @@ class Data:
     examples: int | None = None
     mean_tokens: int | None = None
 
+    def revision_of(self, hub_name: str) -> str | None:
+        """The commit of a data set on the Hub: `revision` is that of the training rows' own."""
+        return self.revision if self.train.partition(":")[0] == hub_name else None
+
 
 @dataclass(frozen=True)
 class Lora:

@@ -118,7 +118,9 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _parts(number_bytes: dict[str, int]) -> str:
-    parts = ", ".join(f"{part} {number / GIB:.2f}" for part, number in number_bytes.items() if part != "total" and number)
+    parts = ", ".join(
+        f"{part} {number / GIB:.2f}" for part, number in number_bytes.items() if part != "total" and number
+    )
     return f"{_gib(number_bytes['total'])}, estimated ({parts})"
 
 
@@ -133,7 +135,10 @@ def _forecast(plan: Plan) -> list[tuple[str, str]]:
     hours, money = (found["seconds"] or 0) / 3600, found["money"]
     price = "" if money is None else f", {money:,.2f} at GPU_HOUR_PRICE"
     return [
-        ("time", f"{hours:.1f} hours, {found['gpu_hours']:,.0f} GPU-hours{price}; a forecast at {found['mfu']:.0%} MFU"),
+        (
+            "time",
+            f"{hours:.1f} hours, {found['gpu_hours']:,.0f} GPU-hours{price}; a forecast at {found['mfu']:.0%} MFU",
+        ),
         ("evaluations and saves", f"{found['overhead_share']:.1%} of that time, saves at 2 GB/s a node"),
     ]
 
@@ -143,7 +148,9 @@ def what_would_fit(recipe: Recipe, topology: Topology, plan: Plan) -> list[list[
     if plan.fits is None or not topology.gpus:
         return []
     fewest = fit.smallest_gpu_count(recipe, topology.card)
-    rows = [["fewest GPUs", f"{fewest} x {topology.card}" if fewest else f"no number of {topology.card} holds it as it is"]]
+    rows = [
+        ["fewest GPUs", f"{fewest} x {topology.card}" if fewest else f"no number of {topology.card} holds it as it is"]
+    ]
     if plan.fits is False:
         rows.append(["cheapest change", fit.cheapest_change(recipe, topology) or "none: take a larger card"])
     return rows

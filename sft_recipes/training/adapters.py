@@ -45,6 +45,7 @@ def configuration(plan: Plan) -> Any:
         target_modules=lora["target_modules"],
         bias="none",
         task_type="CAUSAL_LM",
+        revision=plan.sections["model"]["revision"],
     )
 
 
@@ -88,18 +89,17 @@ def merge(folder: RunFolder) -> Path:
     if plan.method == "full":
         raise RecipeError(f"RUN: {folder.name} trained the whole model, which {folder.final} already is")
     if not (folder.final / "adapter_config.json").is_file():
-        raise RecipeError(f"RUN: {folder.path} has no final adapters yet ({folder.state()}); `make train` goes on with it")
+        raise RecipeError(
+            f"RUN: {folder.path} has no final adapters yet ({folder.state()}); `make train` goes on with it"
+        )
     if folder.merged.is_dir():
         return folder.merged
-    section = plan.sections["model"]
-    source = plans.base_model(plan, Path(read_json(folder.prepared)["folder"]))
     half = plan.precision == "bf16"
     base = AutoModelForCausalLM.from_pretrained(
-        source,
-        revision=section["revision"],
+        read_json(folder.prepared)["model"],
         dtype=torch.bfloat16 if half else torch.float32,
         quantization_config=quantization(plan.sections["lora"]),
-        trust_remote_code=section["trust_remote_code"],
+        trust_remote_code=plan.sections["model"]["trust_remote_code"],
     )
     if plan.method == "qlora":
         base = base.dequantize(torch.bfloat16 if half else torch.float32)

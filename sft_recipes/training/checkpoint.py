@@ -12,7 +12,14 @@ from sft_recipes.planning.run_folder import RunFolder, read_json, write_json
 COMPLETE = "complete.json"
 BEST_KEPT = 3
 # Of a whole checkpoint, what makes a model's folder; the rest is the training's state.
-MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*config.json", "token*", "*.jinja", "special_tokens_map.json")
+MODEL_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*config.json",
+    "token*",
+    "*.jinja",
+    "special_tokens_map.json",
+)
 
 
 def mark_complete(checkpoint: Path, step: int, supervised_tokens_seen: int) -> None:

@@ -16,8 +16,8 @@ def shard_on_the_cpu(plan: Plan) -> None:
     """Has accelerate use FSDP2 over gloo too, for a plan without GPUs.
 
     Accelerate looks at FSDP's settings only where the processes are MULTI_GPU and makes DDP of MULTI_CPU, in silence
-    (accelerate/state.py, AcceleratorState). torch's fully_shard itself works over gloo. Called once the process group is
-    there and before the trainer is built.
+    (accelerate/state.py, AcceleratorState). torch's fully_shard itself works over gloo. Called once the process group
+    is there and before the trainer is built.
     """
     from accelerate import DistributedType, PartialState
 
@@ -88,7 +88,11 @@ def _deepspeed(engine: Any) -> dict[str, str]:
     optimizer = engine.optimizer
     masters = next(
         partitions
-        for attribute in ("fp32_groups_flat_partition", "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
+        for attribute in (
+            "fp32_groups_flat_partition",
+            "single_partition_of_fp32_groups",
+            "fp32_partitioned_groups_flat",
+        )
         if (partitions := getattr(optimizer, attribute, None))
     )
     gradients = getattr(optimizer, "gradient_accumulation_dtype", None) or optimizer.grad_acc_dtype

@@ -54,13 +54,14 @@ def train(plan: Plan, folder: RunFolder) -> None:
     state = arguments.distributed_state
     check_ranks(plan, arguments.world_size, os.environ)
     engine.shard_on_the_cpu(plan)
-    prepared = Path(read_json(folder.prepared)["folder"])
+    found = read_json(folder.prepared)
+    prepared = Path(found["folder"])
     if state.is_main_process:
         manifest.begin(folder, plan)
         _write_configuration(arguments, folder)
 
     stopping = StopTogether()
-    sft, ends_of_turn = _build(plan, folder, arguments, prepared, stopping)
+    sft, ends_of_turn = _build(plan, folder, arguments, found, stopping)
     resume_from, passed_over = checkpoint.newest_complete(folder)
     for name in passed_over:
         _say(folder, state, f"passing over {name}: it is not whole")
@@ -95,7 +96,9 @@ def train(plan: Plan, folder: RunFolder) -> None:
     _say(folder, state, summary(plan, folder, recorded, answered_before, answered))
 
 
-def _build(plan: Plan, folder: RunFolder, arguments: Any, prepared: Path, stopping: Any) -> tuple[Any, list[int]]:
+def _build(
+    plan: Plan, folder: RunFolder, arguments: Any, found: dict[str, Any], stopping: Any
+) -> tuple[Any, list[int]]:
     """The trainer over the prepared rows, and the ids that end a turn."""
     from sft_recipes.data.chat import load_tokenizer
     from sft_recipes.training import trainer
@@ -104,10 +107,9 @@ def _build(plan: Plan, folder: RunFolder, arguments: Any, prepared: Path, stoppi
     from sft_recipes.training.callbacks.metrics import WriteMetrics
     from sft_recipes.training.callbacks.progress import ShowProgress
 
-    section = plan.sections["model"]
-    name = plans.base_model(plan, prepared)
-    tokenizer = load_tokenizer(name, section["revision"], section["chat_template"], section["trust_remote_code"])
-    model = load_model(plan, name)
+    section, base, prepared = plan.sections["model"], found["model"], Path(found["folder"])
+    tokenizer = load_tokenizer(base, None, section["chat_template"], section["trust_remote_code"])
+    model = load_model(plan, base)
     check_vocabulary(model, tokenizer, prepared)
     ends_of_turn = _stop_by_itself(model, tokenizer, prepared)
     train_rows, validation_rows = trainer.read_rows(prepared)
@@ -161,8 +163,8 @@ def check_ranks(plan: Plan, world_size: int, environment: Any) -> None:
         )
 
 
-def load_model(plan: Plan, name: str) -> Any:
-    """The model in the dtype that the plan has for its weights.
+def load_model(plan: Plan, folder: str) -> Any:
+    """The model in a local folder, in the dtype that the plan has for its weights.
 
     Raises:
         RecipeError: it cannot be loaded, or a weight that it needs is not in its files.
@@ -174,12 +176,12 @@ def load_model(plan: Plan, name: str) -> Any:
     from sft_recipes.training import adapters, trainer
 
     section = plan.sections["model"]
+    named = section["name_or_path"] or folder
     held = plan.dtypes.get("frozen", plan.dtypes["weights"])
     dtype = torch.float32 if held == "fp32" else torch.bfloat16
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
-            name,
-            revision=section["revision"],
+            folder,
             dtype=dtype,
             attn_implementation=trainer.attention(plan),
             quantization_config=adapters.quantization(plan.sections["lora"]),
@@ -189,16 +191,19 @@ def load_model(plan: Plan, name: str) -> Any:
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RecipeError(
-            f"model.name_or_path: {name} cannot be loaded ({reason}); name a folder that save_pretrained wrote, "
-            "or check the "
-            f"Hub name, the network, and HF_TOKEN where the model is gated"
+            f"model.name_or_path: {named} cannot be loaded ({reason}); name a folder that save_pretrained wrote, or a "
+            f"model on the Hub of a kind that this version of transformers knows"
         ) from error
     absent = [*loaded["missing_keys"], *loaded["mismatched_keys"]]
     if absent:
         raise RecipeError(
-            f"model.name_or_path: the weights of {name} lack {absent[0]} and {len(absent) - 1} more, which would be "
+            f"model.name_or_path: the weights of {named} lack {absent[0]} and {len(absent) - 1} more, which would be "
             f"random; bring the whole model"
         )
+    if section["name_or_path"]:
+        model.config._name_or_path = section[
+            "name_or_path"
+        ]  # what adapters name as their base: not this machine's path
     return model
 
 

@@ -53,6 +53,7 @@ def sft_config(plan: Plan, folder: RunFolder, report_to: list[str]) -> SFTConfig
         bf16=plan.precision == "bf16",
         use_cpu=not plan.uses_gpu,
         **_checkpointing(checkpointing, plan),
+        accelerator_config=_accumulation(plan),
         eval_strategy="steps",
         save_strategy="steps",
         save_total_limit=CHECKPOINTS_KEPT,
@@ -83,6 +84,12 @@ def _checkpointing(on: bool, plan: Plan) -> dict[str, Any]:
     off = {"gradient_checkpointing": False} if name == "activation_checkpointing" else {}
     reentrant = plan.method != "full" and plan.parallelism.startswith("zero3")
     return {name: on, **off, **({f"{name}_kwargs": {"use_reentrant": reentrant}} if on else {})}
+
+
+def _accumulation(plan: Plan) -> dict[str, Any]:
+    """Under FSDP2 each micro-batch's gradients are shared out at once: kept back until the last one, as accelerate does
+    by default, every rank would hold the whole model's."""
+    return {"gradient_accumulation_kwargs": {"sync_each_batch": True}} if plan.parallelism == "fsdp2" else {}
 
 
 class WholeBatches(Sampler[int]):
@@ -165,6 +172,7 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
         self.remove_callback(PrinterCallback)  # callbacks/progress.py speaks
         self.supervised_tokens_seen = 0
         self._evaluated = torch.zeros(2, dtype=torch.float64)
+        self._digest = torch.zeros(1, dtype=torch.int64, device=self.args.device)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> WholeBatches:
         rows = len(self.train_dataset if train_dataset is None else train_dataset)
@@ -174,9 +182,11 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
         return int(self.state.global_step // self._plan.steps_per_epoch) if self._plan.steps_per_epoch else 0
 
     def get_batch_samples(self, *arguments: Any, **named: Any) -> tuple[list[Any], Any]:
-        """As the Trainer's, and counts the supervised tokens of the step over all ranks."""
+        """As the Trainer's; counts the supervised tokens of the step over all ranks, and remembers which they were."""
         batches, supervised_tokens = super().get_batch_samples(*arguments, **named)
         self.supervised_tokens_seen += int(supervised_tokens or 0)
+        for batch in batches:
+            self._digest += tokens_digest(batch).to(self._digest.device)
         return batches, supervised_tokens
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
@@ -203,10 +213,14 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As TRL's, with `num_tokens` counted by the Trainer: TRL's own takes a batch for one row, and starts from 0
-        again on a resume."""
+        again on a resume. `tokens_digest` is of the supervised tokens since the last line, of all ranks: where two runs
+        have the same, they saw the same rows."""
         for measured in self._metrics.values():
             if "num_tokens" in measured:
                 measured["num_tokens"] = [self.state.num_input_tokens_seen]
+        if "loss" in logs:
+            logs["tokens_digest"] = int(self.accelerator.reduce(self._digest, "sum").item()) % 2**48
+            self._digest.zero_()
         super().log(logs, start_time)
 
     def save_weights(self, target: Path) -> None:
@@ -238,6 +252,20 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
 
     def create_model_card(self, *_arguments: Any, **_named: Any) -> None:
         """Nothing: the manifest tells what a run was; a card with empty headings in every checkpoint does not."""
+
+
+def tokens_digest(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A number for the supervised tokens of a batch and their places, [1], int64.
+
+    It is a sum that wraps, so how rows are dealt out to batches and ranks, or padded, does not change it.
+    """
+    labels = batch["labels"].long()
+    positions = batch.get("position_ids")
+    if positions is None:
+        positions = torch.arange(labels.shape[-1], device=labels.device).expand_as(labels)
+    mixed = (labels + 1) * 0x1E3779B97F4A7C15 + (positions.long() + 1) * 0x3F58476D1CE4E5B9
+    mixed = mixed * (mixed ^ (mixed >> 29))
+    return mixed[labels != IGNORED].sum().reshape(1)
 
 
 def whole_passes(validation: Any, rows_a_pass: int) -> Any:

@@ -1,0 +1,58 @@
+"""Every shipped recipe is run, not only parsed: its architecture shrunk to two thin layers, under its own engine."""
+
+import json
+
+import pytest
+from conftest import compiler, manifest, metrics
+
+from sft_recipes.planning import recipes
+
+pytestmark = compiler
+
+NAMES = [name for name in recipes.names() if name != "tiny"]
+# A vocabulary of its own, thin layers, and multiples of 64, which 4-bit blocks want; the rest is the recipe's.
+THIN = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 600,
+}
+
+
+def shrunk(recipe):
+    architecture = {**recipe.model.architecture, **THIN, "max_position_embeddings": 512}
+    grouped = recipe.model.architecture["num_key_value_heads"] < recipe.model.architecture["num_attention_heads"]
+    architecture["num_key_value_heads"] = 2 if grouped else 4
+    architecture.pop("head_dim", None)
+    return architecture
+
+
+def test_there_is_a_recipe_of_every_size():
+    assert NAMES == ["1b", "3b", "7b", "8b", "8b-lora", "8b-qlora", "13b", "32b", "70b", "70b-lora", "70b-qlora"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_recipe_trains_three_steps_under_its_own_engine(shared_workplace, name):
+    recipe = recipes.load(name)
+    run = shared_workplace.trained(
+        name, "--name", name, "--gpus", "0", "--processes", "2", "model.name_or_path=", "model.from_scratch=true",
+        f"model.architecture={json.dumps(shrunk(recipe))}", "data.train=embedded:train",
+        "data.validation=embedded:validation", "data.validation_at_most=50", "trainer.max_length=256",
+        "trainer.max_steps=3", "trainer.logging_steps=1", "trainer.eval_steps=2", "trainer.save_steps=2",
+        "answers.show=0",
+    )  # fmt: skip
+    plan, config = (json.loads((run / file).read_text()) for file in ("plan.json", "sft_config.json"))
+    assert (plan["parallelism"], plan["method"], plan["precision"]) == (recipe.parallelism, recipe.method, "bf16")
+    assert manifest(run)["dtypes"].items() >= plan["dtypes"].items()
+    for key in recipes.table()[plan["size"]].cells:
+        value = recipes.hyperparameter(recipe, key)[0]
+        assert plan[key] == value
+        if key in config:
+            assert config[key] == value, key
+    batch = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"] * 2
+    assert batch == plan["effective_batch_size"]
+    losses = [line["loss"] for line in metrics(run) if "loss" in line]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    weights = "adapter_model.safetensors" if recipe.lora else "model.safetensors"
+    assert (run / "final" / weights).is_file()

@@ -1,0 +1,178 @@
+"""What a size needs: the fewest GPUs, the cheapest change that fits, time and money."""
+
+import dataclasses
+import json
+
+import pytest
+from conftest import REPOSITORY
+
+from sft_recipes.planning import cost, fit, recipes
+from sft_recipes.planning import plan as plans
+from sft_recipes.planning.plan import Topology
+from sft_recipes.planning.schema import RecipeError
+
+
+def plan(name, gpus, card="h100-80g", *overrides):
+    return plans.make(recipes.load(name, overrides), fit.on(gpus, card))
+
+
+@pytest.mark.parametrize(
+    ("name", "card", "fewest"),
+    [
+        ("1b", "l40s-48g", 1),
+        ("8b", "h100-80g", 4),
+        ("70b", "h100-80g", 32),
+        ("70b", "h200-141g", 16),
+        ("70b", "24", None),
+    ],
+)
+def test_the_fewest_gpus_are_those_below_which_nothing_fits(name, card, fewest):
+    recipe = recipes.load(name)
+    assert fit.smallest_gpu_count(recipe, card) == fewest
+    if fewest:
+        counts = (1, 2, 4, 8, 16, 32)  # all of which keep a batch of 32 or 64
+        assert [gpus for gpus in counts if plan(name, gpus, card).fits] == [gpus for gpus in counts if gpus >= fewest]
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "card", "overrides", "change"),
+    [
+        ("8b", 8, "h100-80g", ["trainer.gradient_checkpointing=false"], "trainer.gradient_checkpointing=true"),
+        ("8b", 8, "a100-40g", ["trainer.max_length=8192"], "batch.per_device_at_most=1"),
+        ("8b", 8, "rtx4090-24g", [], "parallelism=zero3"),
+        ("70b", 8, "h100-80g", [], "GPUS=32"),
+        ("8b", 1, "h100-80g", [], "parallelism=zero3 GPUS=2"),
+        ("8b-lora", 1, "12", [], "lora.quantize=nf4 parallelism=ddp"),
+    ],
+)  # fmt: skip
+def test_the_cheapest_change_is_named_and_does_fit(name, gpus, card, overrides, change):
+    recipe, topology = recipes.load(name, overrides), fit.on(gpus, card)
+    assert plans.make(recipe, topology).fits is False
+    said = fit.cheapest_change(recipe, topology)
+    assert said.startswith(change)
+    words = dict(word.split("=") for word in said.split())
+    more = int(words.pop("GPUS", gpus))
+    assert plan(name, more, card, *overrides, *(f"{key}={value}" for key, value in words.items())).fits is True
+
+
+def test_where_nothing_helps_nothing_is_named():
+    assert fit.cheapest_change(recipes.load("70b"), fit.on(8, "2")) is None
+
+
+def test_flops_are_six_a_weight_and_half_of_the_attention():
+    llama = recipes.load("8b").model.architecture
+    multiplied = 8_030_261_248 - 128256 * 4096  # the embedding is looked up
+    assert cost.flops_per_token(llama, 2048, frozen=False) == 6 * multiplied + 6 * 32 * 4096 * 2048
+    assert cost.flops_per_token(llama, 2048, frozen=True) == 4 * multiplied + 6 * 32 * 4096 * 2048
+    assert cost.flops_per_token({}, 2048, frozen=False) is None
+
+
+def test_time_and_money_follow_from_the_stated_mfu(monkeypatch):
+    monkeypatch.setenv("GPU_HOUR_PRICE", "2.50")
+    forecast = plan("8b", 8).forecast
+    per_second = 0.35 * 989e12 / cost.flops_per_token(recipes.load("8b").model.architecture, 1374, False)
+    assert forecast["tokens_per_second_per_gpu"] == pytest.approx(per_second, rel=1e-3)
+    tokens = 13_074 * 32 * 2048
+    assert forecast["training_seconds"] == pytest.approx(tokens / per_second / 8, rel=1e-3)
+    assert forecast["money"] == pytest.approx(forecast["gpu_hours"] * 2.5, abs=0.02)
+    parts = ("training_seconds", "evaluation_seconds", "saving_seconds")
+    assert forecast["seconds"] == pytest.approx(sum(forecast[part] for part in parts), abs=0.2)
+    half = plans.make(recipes.load("8b", ["hardware.mfu=0.175"]), fit.on(8, "h100-80g")).forecast
+    assert half["training_seconds"] == pytest.approx(2 * forecast["training_seconds"], rel=1e-3)
+
+
+def test_a_price_that_is_none_is_refused(monkeypatch):
+    monkeypatch.setenv("GPU_HOUR_PRICE", "cheap")
+    with pytest.raises(RecipeError, match="GPU_HOUR_PRICE: 'cheap' is not a price"):
+        plan("8b", 8)
+
+
+def test_without_a_card_that_is_known_there_is_no_forecast():
+    assert plan("8b", 8, "48").forecast is None and plan("8b", 8, "48").fits is True
+    assert plans.make(recipes.load("tiny"), Topology(gpus=0, processes=1)).forecast is None
+
+
+def test_the_comparison_keeps_the_batch_on_every_count(workplace):
+    done = workplace.sft("plan", "8b", "--gpus", "1,2,3,4,8,16", "--card", "h100-80g")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in lines[1:6]] == ["1", "2", "4", "8", "16"]
+    assert lines[6].startswith("3 GPUs: effective_batch_size 32 cannot be shared evenly by 3")
+    listed = json.loads(workplace.sft("plan", "8b", "--gpus", "1,2,3,4,8,16", "--json").stdout)
+    batches = [
+        one["world_size"] * one["per_device_train_batch_size"] * one["gradient_accumulation_steps"]
+        for one in listed
+        if "refused" not in one
+    ]
+    assert batches == [32] * 5
+
+
+def test_a_plan_that_does_not_fit_says_so_and_what_would(workplace):
+    done = workplace.sft("plan", "70b", "--gpus", "8")
+    assert done.returncode == 0
+    found = dict(line.split("  ", 1) for line in done.stdout.splitlines())
+    assert found["fits"].strip() == "no (h100-80g)"
+    assert found["fewest GPUs"].strip() == "32 x h100-80g" and found["cheapest change"].strip().startswith("GPUS=32")
+
+
+def test_train_refuses_what_does_not_fit_before_anything_starts(workplace):
+    """A machine with eight GPUs is played by an nvidia-smi that lists them; nothing gets so far as to use one."""
+    smi = workplace.path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text("#!/bin/sh\nseq 0 7\n")
+    smi.chmod(0o755)
+    path = f"{smi.parent}:/usr/bin:/bin"
+    done = workplace.sft("train", "70b", "--gpus", "8", "--card", "h100-80g", PATH=path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "needs about 160 GiB a GPU and h100-80g holds less; the cheapest change that fits: GPUS=32" in done.stderr
+    assert not workplace.runs.exists()
+
+
+def test_offloading_without_the_memory_for_it_is_refused(workplace):
+    done = workplace.sft("train", "70b", "--gpus", "0", "parallelism=zero3_offload")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "zero3_offload needs about" in done.stderr and "of this node's own memory" in done.stderr
+
+
+@pytest.mark.parametrize("engine", ["zero3", "zero3_offload", "fsdp2"])
+def test_4_bit_weights_are_refused_where_they_would_not_be_shared_out(engine):
+    with pytest.raises(RecipeError, match=f"{engine} does not shard 4-bit weights .*say parallelism=ddp or zero2"):
+        plan("8b-qlora", 8, "h100-80g", f"parallelism={engine}")
+
+
+def test_a_size_between_two_rows_takes_the_nearest_and_the_plan_says_so(workplace):
+    words = ("plan", "7b", "size=20b", "model.architecture={}", "--gpus", "8")
+    done = workplace.sft(*words, "--json")
+    found = json.loads(done.stdout)
+    assert (found["size"], found["size_asked"], found["learning_rate"]) == ("30-70b", "20b", 2e-5)
+    assert found["effective_batch_size"] == 64
+    assert "7b (row 30-70b, the nearest to 20b)" in workplace.sft(*words).stdout
+    assert plan("7b", 8, "h100-80g", "size=18b").size == "7-13b"
+
+
+def test_a_recipe_whose_architecture_belongs_to_another_row_is_refused():
+    recipe = recipes.load("8b")
+    with pytest.raises(RecipeError, match="size is row 1-3b, but model.architecture has 8.0 billion parameters"):
+        recipes.row_of(dataclasses.replace(recipe, size="1-3b"))
+
+
+@pytest.mark.parametrize("content", ['{"zero_optimization": {"stage": 2}}', "{", "{}"])
+def test_an_engine_whose_files_disagree_is_refused(tmp_path, monkeypatch, content):
+    from sft_recipes.launching import command
+
+    (tmp_path / "accelerate_configs").mkdir()
+    (tmp_path / "deepspeed_configs").mkdir()
+    zero3 = plan("70b", 32)
+    monkeypatch.setattr(command, "REPOSITORY", tmp_path)
+    with pytest.raises(RecipeError, match="needs accelerate_configs/zero3.yaml, which is not there"):
+        command.engine(zero3)
+    text = (REPOSITORY / "accelerate_configs" / "zero3.yaml").read_text()
+    (tmp_path / "accelerate_configs" / "zero3.yaml").write_text(text)
+    with pytest.raises(RecipeError, match="zero3 needs deepspeed_configs/zero3.json, which is not there"):
+        command.engine(zero3)
+    (tmp_path / "deepspeed_configs" / "zero3.json").write_text(content)
+    wanted = (
+        "says stage 2, but the plan has parallelism zero3" if "stage" in content else "not a DeepSpeed configuration"
+    )
+    with pytest.raises(RecipeError, match=wanted):
+        command.engine(zero3)

@@ -1,0 +1,110 @@
+"""The shipped recipes: short, pinned, within their rows and their hardware, and each resolved value committed.
+
+Run as a program, this file writes `tests/golden/` anew; what a changed row of the table moves is then seen in the diff.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY
+
+from sft_recipes.launching.topology import planned
+from sft_recipes.planning import memory, recipes
+from sft_recipes.planning import plan as plans
+
+GOLDEN = Path(__file__).with_name("golden")
+NAMES = recipes.names()
+LARGE = [name for name in NAMES if name != "tiny"]
+DATED = {"created", "origins", "accepted"}
+
+
+def plan_of(name):
+    recipe = recipes.load(name)
+    return plans.make(recipe, planned(recipe, None, None, None, None))
+
+
+def resolved(name):
+    content = json.loads(plans.to_json(plan_of(name)))
+    return {key: value for key, value in content.items() if key not in DATED}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_resolved_values_are_those_that_were_committed(name, monkeypatch):
+    """`python tests/test_shipped.py` writes them anew."""
+    monkeypatch.delenv("GPU_HOUR_PRICE", raising=False)
+    assert resolved(name) == json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+def test_no_golden_file_is_left_of_a_recipe_that_is_gone():
+    assert sorted(path.stem for path in GOLDEN.glob("*.json")) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_recipe_is_read_in_a_minute(name):
+    lines = (REPOSITORY / "recipes" / f"{name}.yaml").read_text().splitlines()
+    assert 20 <= len(lines) <= 40
+    assert re.search(r"#     make (train|plan) RECIPE=" + name, lines[1]), "the command stands on top"
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_model_and_data_are_pinned_by_commit_and_their_licence_is_named(name):
+    recipe = recipes.load(name)
+    assert re.fullmatch("[0-9a-f]{40}", recipe.model.revision) and re.fullmatch("[0-9a-f]{40}", recipe.data.revision)
+    assert recipe.model.license
+    assert bool(recipe.model.ungated) == recipe.model.name_or_path.startswith("meta-llama/"), "Llama alone is gated"
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_ungated_model_works_by_one_override(name):
+    recipe = recipes.load(name)
+    if recipe.model.ungated:
+        other = recipes.load(name, [f"model.name_or_path={recipe.model.ungated}"])
+        plan = plans.make(other, planned(other, None, None, None, None))
+        assert plan.learning_rate == plan_of(name).learning_rate
+        assert plan.memory_bytes_per_gpu is None, "the forecast was the other model's"
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_recipe_fits_its_hardware_and_spends_under_five_percent_on_evaluations_and_saves(name):
+    plan = plan_of(name)
+    assert plan.fits and plan.forecast["overhead_share"] < 0.05
+    assert plan.parallelism != "fsdp2", "which nothing has run on a GPU yet"
+    assert plan.optimizer_steps >= plan.sections["batch"]["min_optimizer_steps"]
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_parameters_are_those_of_the_real_architecture(name):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    architecture = recipes.load(name).model.architecture
+    config = AutoConfig.for_model(**architecture)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert memory.parameter_count(architecture) == model.num_parameters()
+
+
+PUBLISHED = {"1b": 1.23, "3b": 3.21, "7b": 7.61, "8b": 8.03, "13b": 13.7, "32b": 32.8, "70b": 70.6}  # model cards
+
+
+@pytest.mark.parametrize(("name", "billions"), PUBLISHED.items())
+def test_the_parameters_are_those_that_the_models_cards_state(name, billions):
+    assert plan_of(name).parameters / 1e9 == pytest.approx(billions, rel=0.005)
+
+
+def test_every_engine_of_the_plan_has_its_files():
+    from sft_recipes.launching.command import engine_file
+    from sft_recipes.planning import schema
+
+    needed = {*schema.ENGINES, "cpu"}
+    assert {path.stem for path in (REPOSITORY / "accelerate_configs").glob("*.yaml")} == needed
+    plan = plans.make(recipes.load("tiny"), plans.Topology(gpus=0, processes=2))
+    assert engine_file(plan) == "cpu"
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    for recipe_name in NAMES:
+        (GOLDEN / f"{recipe_name}.json").write_text(json.dumps(resolved(recipe_name), indent=2) + "\n")
