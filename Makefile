@@ -18,7 +18,7 @@ HARDWARE = $${GPUS:+--gpus "$$GPUS"} $${NODES:+--nodes "$$NODES"} $${PROCESSES:+
 	$${CARD:+--card "$$CARD"}
 OVERRIDES = $${DATA:+"data.train=$$DATA"} $${VALIDATION:+"data.validation=$$VALIDATION"} $${ARGS:-}
 
-.PHONY: help setup recipes plan train generate test lint lock
+.PHONY: help setup recipes plan fetch train generate merge test test-engines test-latest lint lock
 
 help: ## this list
 	@echo 'Variables stand behind the target: make train RECIPE=8b GPUS=8'
@@ -26,7 +26,7 @@ help: ## this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r target text; do \
 		printf '  %-10s %s\n' "$$target" "$$text"; done
 	@printf '\n%s\n' 'RECIPE      a name from `make recipes` (default: tiny)' \
-		'GPUS        GPUs over all nodes; 0 is the CPU (default: what the recipe or the machine has)' \
+		'GPUS        GPUs over all nodes; 0 is the CPU (default: what the recipe or the machine has); plan compares 1,2,4,8' \
 		'DEVICES     which GPUs, by id: 0,2' \
 		'PROCESSES   ranks on the CPU, with GPUS=0' \
 		'NODES CARD  hardware to plan for: CARD=h100-80g, a100-40g, ... or GiB' \
@@ -47,6 +47,9 @@ recipes: setup ## the recipes in a table
 plan: setup ## settle every number of a run, start nothing: RECIPE GPUS NODES CARD DATA ARGS (ARGS=--explain, ARGS=--json)
 	@$(SFT) plan "$$RECIPE" $(HARDWARE) $(OVERRIDES)
 
+fetch: setup ## bring model, tokenizer and data from the Hub; the run then needs no network: RECIPE DATA VALIDATION ARGS
+	@$(SFT) fetch "$$RECIPE" $(OVERRIDES)
+
 train: setup ## the run; goes on with an unfinished one: RECIPE GPUS DEVICES PROCESSES DATA VALIDATION NAME RESUME ACCEPT ARGS
 	@$(SFT) train "$$RECIPE" $(HARDWARE) $${DEVICES:+--devices "$$DEVICES"} $${NAME:+--name "$$NAME"} \
 		$${RESUME:+--resume} $${ACCEPT:+--accept "$$ACCEPT"} $${DRY_RUN:+--dry-run} $(OVERRIDES)
@@ -54,11 +57,19 @@ train: setup ## the run; goes on with an unfinished one: RECIPE GPUS DEVICES PRO
 generate: setup ## let what was trained answer: RUN PROMPT
 	@$(SFT) generate "$${RUN:?RUN is missing: the name of a run, such as tiny-1}" $${PROMPT:+--prompt "$$PROMPT"}
 
+merge: setup ## adapters and the model that they were trained on as one model: RUN
+	@$(SFT) merge "$${RUN:?RUN is missing: the name of a run, such as 8b-lora-1}"
+
 test: setup ## the tests, on the CPU, in under ten minutes
 	@$(PYTHON) -m pytest tests --ignore tests/engines
 
 test-engines: setup ## the matrix: every engine follows one process, every recipe trains three steps (ten to twenty minutes)
 	@$(PYTHON) -m pytest tests/engines
+
+test-latest: ## the recipes' tests with the newest versions that the index has, in a .venv-latest of their own
+	@requirements/latest.sh .venv-latest
+	@.venv-latest/bin/python -m pytest tests/test_schema.py tests/test_shipped.py tests/test_trainer.py \
+		tests/engines/test_recipes_run.py
 
 lint: setup ## ruff, mypy, shellcheck
 	@$(PYTHON) -m ruff format --check .

@@ -63,8 +63,9 @@ def hold_in_fp32(model: Any, plan: Plan) -> None:
 def keep_the_trained_layout(model: Any) -> None:
     """Has bitsandbytes leave 4-bit weights on a CPU as they are.
 
-    On CPUs with AVX512-BF16 its Linear4bit repacks them at the first evaluation (0.50, nn/modules.py, `forward`) and
-    takes the gradients of every later step from the repacked bytes as if they were the old ones: wrong, in silence.
+    On CPUs with AVX512-BF16 its Linear4bit repacks them at the first evaluation (0.50, nn/modules.py, `forward`, since
+    https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1804), and no gradient passes through them in any later
+    step: adapters below the last layers then train on what comes round by the residual stream, in silence.
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):

@@ -1,4 +1,4 @@
-"""Leaves out what the libraries say to programmers, so that a run's own lines can be read; errors still show."""
+"""Leaves out what the libraries say to programmers, so that a command's own lines can be read; errors still show."""
 
 from __future__ import annotations
 

@@ -200,10 +200,9 @@ def load_model(plan: Plan, folder: str) -> Any:
             f"model.name_or_path: the weights of {named} lack {absent[0]} and {len(absent) - 1} more, which would be "
             f"random; bring the whole model"
         )
-    if section["name_or_path"]:
-        model.config._name_or_path = section[
-            "name_or_path"
-        ]  # what adapters name as their base: not this machine's path
+    if section["name_or_path"] and not Path(section["name_or_path"]).is_dir():
+        # What adapters name as their base: the Hub's name, not the place of its cache on this machine.
+        model.name_or_path = model.config._name_or_path = section["name_or_path"]
     return model
 
 

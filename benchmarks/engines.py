@@ -1,0 +1,58 @@
+"""How far each engine strays from one process with the same batch, and how far it may: tests/engines, recorded.
+
+    .venv/bin/python benchmarks/engines.py
+
+Runs the trajectories of `make test-engines`, writes `results/engines-N-cores.json`, which names machine and versions,
+and prints its table for docs/ENGINES.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+LIBRARIES = ("torch", "transformers", "trl", "accelerate", "deepspeed")
+
+
+def main() -> int:
+    """Runs the tests, writes the results, prints the table; the tests' exit code."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.jsonl"
+        tests = [sys.executable, "-m", "pytest", "tests/engines/test_trajectories.py", "-k", "fp32 or bf16"]
+        environment = {**os.environ, "ENGINES_REPORT": str(report)}
+        code = subprocess.run(tests, cwd=HERE.parent, env=environment, check=False).returncode
+        rows = [json.loads(line) for line in report.read_text().splitlines()]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True)
+    content = {
+        "machine": {"cores": os.cpu_count(), "system": platform.platform()},
+        "versions": {name: metadata.version(name) for name in LIBRARIES},
+        "commit": commit.stdout.strip(),
+        "rows": rows,
+    }
+    (HERE / "results" / f"engines-{os.cpu_count()}-cores.json").write_text(json.dumps(content, indent=2) + "\n")
+    print(table(rows))
+    return code
+
+
+def table(rows: list[dict]) -> str:
+    """The table of docs/ENGINES.md."""
+    lines = [
+        "| engine | processes | rows | precision | loss | validation loss | a weight |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        packed = "packed" if row["packing"] else "padded"
+        figures = " | ".join(f"{row[key]:.1e}" for key in ("loss", "eval_loss", "weight"))
+        lines.append(f"| {row['engine']} | {row['processes']} | {packed} | {row['precision']} | {figures} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""Adapters: what is saved, what merging gives, and what bitsandbytes does to 4-bit weights on some CPUs."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import SHORT, manifest
+from safetensors.torch import load_file
+
+ADAPTERS = ("lora.r=4", "trainer.learning_rate=5e-3", "trainer.max_steps=4", "trainer.packing=false")
+# Multiples of 64: bitsandbytes' blocks.
+SMALL = (
+    "model.architecture={model_type: llama, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, "
+    "num_attention_heads: 2, vocab_size: 512, max_position_embeddings: 512, initializer_range: 0.08}"
+)
+
+
+@pytest.fixture(scope="module")
+def adapted(shared_workplace):
+    """A LoRA run in fp32."""
+    return shared_workplace.trained("tiny", "--name", "lora", *SHORT, SMALL, *ADAPTERS)
+
+
+@pytest.fixture(scope="module")
+def quantized(shared_workplace):
+    """A QLoRA run, evaluated in its middle."""
+    return shared_workplace.trained(
+        "tiny",
+        "--name",
+        "qlora",
+        *SHORT,
+        SMALL,
+        *ADAPTERS,
+        "lora.quantize=nf4",
+        "precision=bf16",
+        "trainer.eval_steps=2",
+    )
+
+
+def test_final_holds_adapters_alone_and_what_generation_needs(adapted):
+    held = {path.name for path in (adapted / "final").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "generation_config.json", "tokenizer.json"} <= held
+    assert not held & {"model.safetensors", "training_args.bin", "README.md"}
+    adapters = load_file(adapted / "final" / "adapter_model.safetensors")
+    assert len(adapters) == 2 * 7 * 2 and all(tensor.dtype == torch.float32 for tensor in adapters.values())
+    plan = json.loads((adapted / "plan.json").read_text())
+    assert plan["trained_parameters"] == sum(tensor.numel() for tensor in adapters.values())
+
+
+def answers(folder):
+    """The logits of a few tokens from a folder, in plain transformers, in a process of its own."""
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM; "
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval(); "
+        "torch.save(model(input_ids=torch.arange(40)[None]).logits.detach(), sys.argv[2])"
+    )
+    target = folder.parent / f"{folder.name}.logits"
+    subprocess.run([sys.executable, "-c", code, str(folder), str(target)], check=True, capture_output=True)
+    return torch.load(target)
+
+
+def test_the_merged_model_says_what_the_adapted_one_says(shared_workplace, adapted):
+    done = shared_workplace.sft("merge", "lora")
+    assert done.returncode == 0 and "merged" in done.stdout, done.stderr
+    merged = load_file(adapted / "merged" / "model.safetensors")
+    base = load_file(json.loads((adapted / "prepared.json").read_text())["model"] + "/model.safetensors")
+    assert merged.keys() == base.keys()
+    changed = [name for name in merged if not torch.equal(merged[name], base[name])]
+    assert len(changed) == 2 * 7 and all("_proj" in name for name in changed)
+    torch.testing.assert_close(answers(adapted / "merged"), answers(adapted / "final"), rtol=1e-4, atol=1e-4)
+    assert (answers(adapted / "final") - answers_of_the_base(adapted)).abs().max() > 0.1, "the adapters do something"
+    again = shared_workplace.sft("merge", "lora")
+    assert again.returncode == 0 and str(adapted / "merged") in again.stdout
+
+
+def answers_of_the_base(run):
+    from pathlib import Path
+
+    return answers(Path(json.loads((run / "prepared.json").read_text())["model"]))
+
+
+def test_a_merged_4_bit_run_is_one_plain_16_bit_model(shared_workplace, quantized):
+    assert manifest(quantized)["dtypes"]["frozen"] == "nf4" and manifest(quantized)["dtypes"]["weights"] == "fp32"
+    done = shared_workplace.sft("merge", "qlora")
+    assert done.returncode == 0, done.stderr
+    merged = load_file(quantized / "merged" / "model.safetensors")
+    assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
+    config = json.loads((quantized / "merged" / "config.json").read_text())
+    assert "quantization_config" not in config
+
+
+def test_an_adapted_run_answers_and_a_whole_one_is_not_merged(shared_workplace, adapted, short_run):
+    assert shared_workplace.sft("generate", "lora", "--prompt", "Hi").returncode == 0
+    refused = shared_workplace.sft("merge", "short")
+    assert (refused.returncode, "short trained the whole model" in refused.stderr) == (2, True)
+
+
+def gradient(layer):
+    inputs = torch.linspace(-1, 1, 128).repeat(2, 1).requires_grad_()
+    layer(inputs).square().sum().backward()
+    return inputs.grad
+
+
+def test_an_evaluation_leaves_4_bit_weights_as_they_were_trained():
+    """Fails where `keep_the_trained_layout` is not called, on a CPU with AVX512-BF16; and says when it is needed no more."""
+    import bitsandbytes
+
+    from sft_recipes.training.adapters import keep_the_trained_layout
+
+    def layer():
+        torch.manual_seed(0)
+        made = bitsandbytes.nn.Linear4bit(128, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+        return made.to("cpu").train()
+
+    def after_an_evaluation(subject):
+        with torch.no_grad():
+            subject.eval()(torch.ones(1, 128))
+        return gradient(subject.train())
+
+    kept, untouched = layer(), layer()
+    repacks = untouched.support_avx512bf16_for_cpu
+    right = gradient(layer())
+    keep_the_trained_layout(torch.nn.Sequential(kept))
+    assert torch.equal(after_an_evaluation(kept), right)
+    if repacks:
+        assert after_an_evaluation(untouched) is None, (
+            "bitsandbytes is mended: keep_the_trained_layout is needed no more"
+        )
