@@ -1,4 +1,4 @@
-"""Host memory of each rank while a model of about 1B random parameters is loaded under ZeRO-3, on the CPU.
+"""Host memory of each rank while a model of about 1B random parameters is loaded, engine by engine, on the CPU.
 
     python benchmarks/loading.py            # writes benchmarks/results/loading-N-cores.json
 
@@ -29,7 +29,7 @@ from sft_recipes.planning import recipes  # noqa: E402
 from sft_recipes.planning.plan import Topology  # noqa: E402
 from sft_recipes.planning.run_folder import RunFolder  # noqa: E402
 
-RANKS = (2, 4)
+MEASURED = (("ddp", 2), ("zero2", 2), ("fsdp2", 2), ("zero3", 2), ("zero3", 4))
 # Llama 3.2 1B's layers with a vocabulary of 32,000: no single tensor is a large part of the model.
 ARCHITECTURE = {
     "hidden_size": 2048,
@@ -47,46 +47,47 @@ def main() -> None:
         model = Path(folder) / "model"
         subprocess.run([sys.executable, __file__, "write", str(model)], check=True)
         size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-        found = {ranks: measure(ranks, model, Path(folder) / str(ranks)) for ranks in RANKS}
+        found = [
+            {"engine": engine, "ranks": measure(engine, ranks, model, Path(folder) / f"{engine}-{ranks}")}
+            for engine, ranks in MEASURED
+        ]
     machine = {"cores": os.cpu_count(), "system": platform.platform()}
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "accelerate", "deepspeed")}
-    content = {"model_bytes": size, "ranks": found, "machine": machine, "versions": versions}
+    content = {"model_bytes": size, "rows": found, "machine": machine, "versions": versions}
     target = REPOSITORY / "benchmarks" / "results" / f"loading-{os.cpu_count()}-cores.json"
     target.write_text(json.dumps(content, indent=2) + "\n")
-    for count, ranks in found.items():
-        peaks = ", ".join(f"{rank['peak_anonymous_bytes'] / size:.2f}" for rank in ranks)
-        print(f"{count} ranks: peak anonymous memory of each, in whole copies of the model ({size:,} bytes): {peaks}")
+    print(f"peak anonymous memory of each rank, in whole copies of the model ({size:,} bytes)")
+    for row in found:
+        peaks = ", ".join(f"{rank['peak_anonymous_bytes'] / size:.2f}" for rank in row["ranks"])
+        print(f"{row['engine']} on {len(row['ranks'])}: {peaks}")
 
 
-def measure(ranks: int, model: Path, folder: Path) -> list[dict[str, int]]:
+def measure(engine: str, ranks: int, model: Path, folder: Path) -> list[dict[str, int]]:
     """Peak bytes of each rank, above what it held before it began to load."""
     folder.mkdir()
-    words = [
-        "model.from_scratch=false",
-        f"model.name_or_path={model}",
-        "parallelism=zero3",
-        "precision=bf16",
-        "batch.effective_batch_size=4",
-    ]
-    plan = plans.make(recipes.load("tiny", words), Topology(gpus=0, processes=ranks))
+    words = ["model.from_scratch=false", f"model.name_or_path={model}", f"parallelism={engine}", "precision=bf16"]
+    recipe = recipes.load("tiny", [*words, "batch.effective_batch_size=4"])
+    plan = plans.make(recipe, Topology(gpus=0, processes=ranks))
     run = RunFolder(folder)
     plans.write(plan, run.plan)
     command.write_engine(plan, run)
-    start = [sys.executable, "-m", "sft_recipes.training.start", "launch", "--quiet", "--config_file"]
-    start += [str(run.accelerate_config), __file__, "rank", str(model), str(folder)]
+    start = command.launch(plan, run)
+    start = [*start[: start.index("sft_recipes.training.run") - 1], __file__, "rank", str(model), str(folder)]
     subprocess.run(start, check=True, cwd=REPOSITORY, env=command.environment(plan, os.environ))
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
 
 
 def rank(model: Path, folder: Path) -> None:
     """What each rank of the measured program does."""
-    from sft_recipes.training import run, trainer
     from sft_recipes.training.quiet import quiet
 
     quiet()
+    from sft_recipes.training import engine, run, trainer
+
     plan = plans.read(folder / "plan.json")
     plan.sections["model"]["architecture"] = {}
     arguments = trainer.sft_config(plan, RunFolder(folder), [])
+    engine.shard_on_the_cpu(plan)
     before = memory()
     peak = dict(before)
     loaded = threading.Event()

@@ -115,17 +115,51 @@ def test_a_plan_that_does_not_fit_says_so_and_what_would(workplace):
     assert found["fewest GPUs"].strip() == "32 x h100-80g" and found["cheapest change"].strip().startswith("GPUS=32")
 
 
-def test_train_refuses_what_does_not_fit_before_anything_starts(workplace):
-    """A machine with eight GPUs is played by an nvidia-smi that lists them; nothing gets so far as to use one."""
+def machine_with(workplace, *gpus):
+    """The PATH of a machine with these GPUs, played by an nvidia-smi that lists them; nothing gets so far as to use one."""
     smi = workplace.path / "bin" / "nvidia-smi"
-    smi.parent.mkdir()
-    smi.write_text("#!/bin/sh\nseq 0 7\n")
+    smi.parent.mkdir(exist_ok=True)
+    listed = "\n".join(f"{number}, {mib}, {name}" for number, (mib, name) in enumerate(gpus))
+    smi.write_text(f"#!/bin/sh\ncat <<'END'\n{listed}\nEND\n")
     smi.chmod(0o755)
-    path = f"{smi.parent}:/usr/bin:/bin"
-    done = workplace.sft("train", "70b", "--gpus", "8", "--card", "h100-80g", PATH=path)
+    return f"{smi.parent}:/usr/bin:/bin"
+
+
+def test_train_refuses_what_does_not_fit_the_gpus_that_are_here(workplace):
+    path = machine_with(workplace, *[(81559, "NVIDIA H100 80GB HBM3")] * 8)
+    done = workplace.sft("train", "70b", "--gpus", "8", PATH=path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "needs about 160 GiB a GPU and h100-80g holds less; the cheapest change that fits: GPUS=32" in done.stderr
+    assert "needs about 161 GiB a GPU and h100-80g holds less; the cheapest change that fits: GPUS=32" in done.stderr
     assert not workplace.runs.exists()
+    path = machine_with(workplace, (24564, "NVIDIA GeForce RTX 4090"))
+    done = workplace.sft("train", "3b", "--gpus", "1", PATH=path)
+    assert done.returncode == 2 and "rtx4090-24g holds less" in done.stderr, "the recipe's own card is a larger one"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "card"),
+    [
+        ([(81559, "NVIDIA H100 80GB HBM3")], "h100-80g"),
+        ([(143771, "NVIDIA H200")], "h200-141g"),
+        ([(40960, "NVIDIA A100-SXM4-40GB")], "a100-40g"),
+        ([(81920, "NVIDIA A100-SXM4-80GB"), (40960, "NVIDIA A100-SXM4-40GB")], "a100-40g"),
+        ([(46068, "NVIDIA L40S")], "l40s-48g"),
+        ([(24564, "NVIDIA GeForce RTX 4090")], "rtx4090-24g"),
+        ([(24576, "NVIDIA GeForce RTX 3090")], "24.0"),
+        ([(16303, "NVIDIA Graphics, Device")], "15.9"),
+    ],
+)
+def test_the_card_is_what_the_machine_has(workplace, monkeypatch, gpus, card):
+    from sft_recipes.launching import topology
+
+    monkeypatch.setenv("PATH", machine_with(workplace, *gpus))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    here = topology.visible_gpus()
+    assert len(here) == len(gpus) and topology.card_of(here) == card
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert [gpu.id for gpu in topology.visible_gpus()] == ["0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert topology.visible_gpus() == [] and topology.card_of([]) is None
 
 
 def test_offloading_without_the_memory_for_it_is_refused(workplace):

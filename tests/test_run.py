@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,17 +110,15 @@ def test_a_run_lets_itself_be_asked(shared_workplace, short_run):
     assert (missing.returncode, "no run 'nobody'" in missing.stderr) == (2, True)
 
 
-def test_two_processes_follow_one_with_the_same_batch(shared_workplace, short_run):
-    two = shared_workplace.trained("tiny", "--name", "two", "--gpus", "0", "--processes", "2", *SHORT)
-    assert json.loads((two / "plan.json").read_text())["parallelism"] == "ddp"
-    check_same_trajectory(short_run, two)
-
-
-@compiler
-def test_zero_2_on_two_processes_follows_one_with_the_same_batch(shared_workplace, short_run):
-    arguments = ("--gpus", "0", "--processes", "2", "parallelism=zero2", *SHORT)
-    zero = shared_workplace.trained("tiny", "--name", "zero", *arguments)
-    check_same_trajectory(short_run, zero)
+@pytest.mark.parametrize(
+    "engine", ["ddp", "fsdp2", *(pytest.param(f"zero{kind}", marks=compiler) for kind in ("1", "2", "3", "3_offload"))]
+)
+def test_every_engine_on_two_processes_follows_one_with_the_same_batch(shared_workplace, short_run, engine):
+    """Each once; at length, in bf16, packed or not and with a stop between: tests/engines."""
+    arguments = ("--gpus", "0", "--processes", "2", f"parallelism={engine}", *SHORT)
+    several = shared_workplace.trained("tiny", "--name", engine, *arguments)
+    assert json.loads((several / "plan.json").read_text())["parallelism"] == engine
+    check_same_trajectory(short_run, several)
 
 
 def check_same_trajectory(one, several):
@@ -129,6 +128,7 @@ def check_same_trajectory(one, several):
     compared = 0
     for mine, theirs in zip(left, right, strict=True):
         assert mine["supervised_tokens_seen"] == theirs["supervised_tokens_seen"]
+        assert mine.get("tokens_digest") == theirs.get("tokens_digest"), "other rows"
         for key in ("loss", "eval_loss", "grad_norm"):
             if key in mine:
                 assert theirs[key] == pytest.approx(mine[key], rel=1e-4), (mine["step"], key)
@@ -247,6 +247,19 @@ def test_the_three_best_are_kept_and_the_earlier_of_equals_wins(tmp_path):
     assert checkpoint.best_step(folder, losses) == 16
     assert not checkpoint.among_the_best(losses, 20)
     assert checkpoint.best_step(folder, {}) is None
+
+
+def test_a_run_cut_off_behind_its_last_checkpoint_takes_no_step_more(shared_workplace, short_run):
+    """The Trainer itself would take a ninth step of eight."""
+    run = shared_workplace.runs / "cut-off"
+    shutil.copytree(short_run, run, ignore=shutil.ignore_patterns("final", "last", ".lock"))
+    (run / "manifest.json").write_text(json.dumps({**manifest(run), "state": "running"}))
+    done = shared_workplace.sft("train", "tiny", "--name", "cut-off", *SHORT)
+    assert done.returncode == 0 and "going on from checkpoint-8" in done.stdout, done.stderr
+    assert same(weights(run / "last"), weights(short_run / "last"))
+    assert same(weights(run / "final"), weights(short_run / "final"))
+    assert max(line["step"] for line in metrics(run)) == 8
+    assert {path.name for path in (run / "last").iterdir()} == {path.name for path in (short_run / "last").iterdir()}
 
 
 def test_ranks_that_are_not_the_plans_are_refused():

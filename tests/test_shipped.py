@@ -1,6 +1,7 @@
 """The shipped recipes: short, pinned, within their rows and their hardware, and each resolved value committed.
 
-Run as a program, this file writes `tests/golden/` anew; what a changed row of the table moves is then seen in the diff.
+Run as a program, this file writes `tests/golden/` and the README's tables anew; what a changed row of `sizes.yaml` moves
+is then seen in the diff.
 """
 
 import json
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, Workplace
 
 from sft_recipes.launching.topology import planned
 from sft_recipes.planning import memory, recipes
@@ -94,6 +95,29 @@ def test_the_parameters_are_those_that_the_models_cards_state(name, billions):
     assert plan_of(name).parameters / 1e9 == pytest.approx(billions, rel=0.005)
 
 
+def printed(*words):
+    done = Workplace(REPOSITORY).sft(*words)
+    return "".join(f"    {line.rstrip()}\n" for line in done.stdout.splitlines())
+
+
+TABLES = (("list",), ("plan", "8b", "--gpus", "1,2,4,8,16", "--card", "a100-80g"))
+
+
+@pytest.mark.parametrize("words", TABLES, ids=["recipes", "comparison"])
+def test_the_readmes_tables_are_what_the_commands_print(words):
+    assert printed(*words) in (REPOSITORY / "README.md").read_text()
+
+
+def test_the_models_of_the_documentation_are_the_recipes():
+    text = (REPOSITORY / "docs" / "MODELS.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    for name in LARGE:
+        model = recipes.load(name).model
+        (row,) = [row for row in rows if name in row.split("|")[1].replace(" ", "").split(",")]
+        assert model.name_or_path in row and model.revision[:8] in row
+        assert (model.ungated or "it is") in row
+
+
 def test_every_engine_of_the_plan_has_its_files():
     from sft_recipes.launching.command import engine_file
     from sft_recipes.planning import schema
@@ -106,5 +130,10 @@ def test_every_engine_of_the_plan_has_its_files():
 
 if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
+    readme = REPOSITORY / "README.md"
+    for table in TABLES:
+        header = printed(*table).splitlines()[0].split()[:2]
+        old = re.search(rf"( {{4}}{header[0]} +{header[1]} .*\n(?: {{4}}.*\n)+)", readme.read_text())
+        readme.write_text(readme.read_text().replace(old[1], printed(*table)))
     for recipe_name in NAMES:
         (GOLDEN / f"{recipe_name}.json").write_text(json.dumps(resolved(recipe_name), indent=2) + "\n")

@@ -28,7 +28,7 @@ from sft_recipes.planning import plan as plans
 from sft_recipes.planning.memory import parameter_count
 from sft_recipes.planning.plan import Plan, Prepared
 from sft_recipes.planning.run_folder import runs_root, write_json
-from sft_recipes.planning.schema import RecipeError
+from sft_recipes.planning.schema import Data, RecipeError
 
 _RENDERED_TOGETHER = 1000
 
@@ -79,13 +79,17 @@ def prepare(plan: Plan, store: Path) -> Prepared:
     Raises:
         RecipeError: rows, model or tokenizer are not what a run can start from.
     """
-    data, model = plan.sections["data"], plan.sections["model"]
+    data, model = Data(**plan.sections["data"]), plan.sections["model"]
     base: Path | None = None
     if not model["from_scratch"]:
         base = check_model(model["name_or_path"], model["revision"], model["trust_remote_code"], model["ungated"])
     embedded = store / f"embedded-{hashlib.sha256(_code('embedded.py').encode()).hexdigest()[:8]}"
-    train = _source(data, "train", embedded)
-    validation = _source(data, "validation", embedded) if data["validation"] else None
+    train = sources.resolve(data.train, "data.train", embedded, data.revision_of(data.train))
+    validation = (
+        sources.resolve(data.validation, "data.validation", embedded, data.revision_of(data.validation))
+        if data.validation
+        else None
+    )
     key = _key(plan, train, validation, base)
     folder = store / key
     if not (folder / "prepared.json").is_file():
@@ -98,11 +102,6 @@ def prepare(plan: Plan, store: Path) -> Prepared:
             shutil.rmtree(partial, ignore_errors=True)
     found = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
     return Prepared(**{**found, "folder": str(folder.resolve()), "model": str(base or (folder / "model").resolve())})
-
-
-def _source(data: dict[str, Any], half: str, embedded: Path) -> Source:
-    own = data["train"].partition(":")[0] == data[half].partition(":")[0]  # `revision` is the training data's
-    return sources.resolve(data[half], f"data.{half}", embedded, data["revision"] if own else None)
 
 
 def _code(file: str) -> str:

@@ -6,7 +6,10 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+from sft_recipes.planning.memory import CARDS_GIB
 from sft_recipes.planning.plan import Plan, Topology
 from sft_recipes.planning.schema import Recipe, RecipeError
 
@@ -55,7 +58,7 @@ def present(
     if nodes and nodes > 1:
         raise RecipeError(f"NODES: {nodes} nodes need a launcher on each; this version starts runs on one node")
     if devices is not None:
-        ids = _device_ids(devices, here)
+        ids = _device_ids(devices, [gpu.id for gpu in here])
         if gpus is not None and gpus != len(ids):
             raise RecipeError(f"DEVICES: {devices} names {len(ids)} GPUs, but GPUS={gpus}; say one of the two")
         gpus = len(ids)
@@ -71,8 +74,10 @@ def present(
             f"GPUS: {gpus} asked for, but this machine has {len(here) or 'none'}"
             f"{' that nvidia-smi lists' if len(here) else ''}; say GPUS={len(here)}"
         )
-    topology = planned(recipe, gpus, processes, nodes, card)
-    chosen = devices or (",".join(here[:gpus]) if 0 < gpus < len(here) else None)
+    ids = devices.split(",") if devices else [gpu.id for gpu in here[:gpus]]
+    used = [gpu for gpu in here if gpu.id in ids]
+    topology = planned(recipe, gpus, processes, nodes, card or card_of(used))
+    chosen = devices or (",".join(ids) if 0 < gpus < len(here) else None)
     return Topology(topology.gpus, topology.processes, 1, topology.card, chosen)
 
 
@@ -92,23 +97,45 @@ def check_host_memory(plan: Plan) -> None:
         )
 
 
-def visible_gpus() -> list[str]:
-    """Ids of the GPUs that this process may use: CUDA_VISIBLE_DEVICES where it is set, else what nvidia-smi lists."""
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU as nvidia-smi lists it; memory in MiB."""
+
+    id: str
+    memory_mib: float
+    name: str
+
+
+def visible_gpus() -> list[Gpu]:
+    """The GPUs that this process may use: CUDA_VISIBLE_DEVICES where it is set, else what nvidia-smi lists."""
     if shutil.which("nvidia-smi") is None:
         return []
-    listed = subprocess.run(
-        ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, check=False
-    )
-    ids = [line.strip() for line in listed.stdout.splitlines() if line.strip().isdigit()]
+    query = ["nvidia-smi", "--query-gpu=index,memory.total,name", "--format=csv,noheader,nounits"]
+    listed = subprocess.run(query, capture_output=True, text=True, check=False)
+    rows = [[part.strip() for part in line.split(",", 2)] for line in listed.stdout.splitlines()]
+    gpus = {row[0]: Gpu(row[0], float(row[1]), row[2]) for row in rows if len(row) == 3 and row[0].isdigit()}
     masked = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if masked is not None and ids:
+    if masked is not None and gpus:
         named = [part.strip() for part in masked.split(",")]
         # CUDA's own rule: an id that is none, such as -1, hides itself and all behind it.
         first_wrong = next(
             (number for number, name in enumerate(named) if not name or name.startswith("-")), len(named)
         )
-        return named[:first_wrong]
-    return ids if listed.returncode == 0 else []
+        least = min(gpus.values(), key=lambda gpu: gpu.memory_mib)  # of one that is named otherwise, by its UUID
+        return [gpus.get(name, replace(least, id=name)) for name in named[:first_wrong]]
+    return list(gpus.values()) if listed.returncode == 0 else []
+
+
+def card_of(gpus: Sequence[Gpu]) -> str | None:
+    """The card that a plan reckons with: the smallest of these, by its name where it is a known one, else its GiB."""
+    if not gpus:
+        return None
+    smallest = min(gpus, key=lambda gpu: gpu.memory_mib)
+    name, gib = smallest.name.lower().replace(" ", ""), smallest.memory_mib / 1024
+    for card, named in CARDS_GIB.items():
+        if card.partition("-")[0] in name and 0.9 * named <= gib <= 1.02 * named:
+            return card
+    return f"{gib:.1f}"
 
 
 def _device_ids(devices: str, here: list[str]) -> list[str]:

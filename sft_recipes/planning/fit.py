@@ -38,31 +38,35 @@ def on(gpus: int, card: str | None) -> Topology:
 
 
 def _changes(recipe: Recipe, topology: Topology) -> Iterator[tuple[str, Recipe, Topology]]:
+    """Each change with its words; beside any the micro-batch may shrink too, which costs a little speed alone."""
     words: list[str] = []
     if not recipe.trainer["gradient_checkpointing"]:
         recipe = dataclasses.replace(recipe, trainer={**recipe.trainer, "gradient_checkpointing": True})
         words = ["trainer.gradient_checkpointing=true"]
         yield words[0], recipe, topology
-    # Beside any larger change the micro-batch may shrink too: it costs a little speed and nothing else.
-    stages = list(_STAGES[_STAGES.index(recipe.parallelism) :]) if recipe.parallelism in _STAGES else []
-    for engine in [recipe.parallelism, *stages] if topology.gpus > 1 else [recipe.parallelism]:
-        said = [] if engine == recipe.parallelism else [f"parallelism={engine}"]
-        yield from _smaller(_sharded(recipe, engine), topology, [*words, *said])
+    yield from _smaller(recipe, topology, words)
+    stages = _STAGES[_STAGES.index(recipe.parallelism) + 1 :] if recipe.parallelism in _STAGES else ()
+    for engine in stages if topology.gpus > 1 else ():
+        yield from _smaller(_under(recipe, engine), topology, [*words, f"parallelism={engine}"])
     if recipe.lora and not recipe.lora.quantize:
         lora = dataclasses.replace(recipe.lora, quantize="nf4")
-        adapted = dataclasses.replace(_sharded(recipe, "ddp"), lora=lora)
-        yield from _smaller(adapted, topology, [*words, "lora.quantize=nf4 parallelism=ddp"])
-    widest = _sharded(recipe, "zero3") if stages and not (recipe.lora and recipe.lora.quantize) else recipe
-    said = [] if widest.parallelism == recipe.parallelism else ["parallelism=zero3"]
-    for gpus in batch.world_sizes_that_divide(_effective_batch_size(recipe)):
-        if gpus > topology.gpus:
-            for candidate, with_words in ((recipe, words), (widest, [*words, *said])):
-                yield from _smaller(candidate, on(gpus, topology.card), [*with_words, f"GPUS={gpus}"])
+        yield from _smaller(_under(recipe, "ddp", lora), topology, [*words, "lora.quantize=nf4 parallelism=ddp"])
+    yield from _more_gpus(recipe, topology, words, "zero3" if stages else recipe.parallelism)
     if not recipe.lora:
-        yield from _smaller(_sharded(recipe, "zero3_offload"), topology, [*words, "parallelism=zero3_offload"])
-        for lora, name in ((Lora(), "LoRA (lora.r=16)"), (Lora(quantize="nf4"), "QLoRA (lora.quantize=nf4)")):
-            adapted = dataclasses.replace(_sharded(recipe, "ddp"), lora=lora)
-            yield from _smaller(adapted, topology, [f"{name} with parallelism=ddp and a lora row for size"])
+        yield from _smaller(_under(recipe, "zero3_offload"), topology, [*words, "parallelism=zero3_offload"])
+        for name, lora in (("LoRA (lora.r=16)", Lora()), ("QLoRA (lora.quantize=nf4)", Lora(quantize="nf4"))):
+            said = [f"{name} with parallelism=ddp and a lora row for size"]
+            yield from _smaller(_under(recipe, "ddp", lora), topology, said)
+
+
+def _more_gpus(
+    recipe: Recipe, topology: Topology, words: list[str], widest: str
+) -> Iterator[tuple[str, Recipe, Topology]]:
+    """The next larger counts that keep the batch, as it is and with all shared out."""
+    for gpus in batch.world_sizes_that_divide(_effective_batch_size(recipe)):
+        for engine in dict.fromkeys((recipe.parallelism, widest)) if gpus > topology.gpus else ():
+            said = [] if engine == recipe.parallelism else [f"parallelism={engine}"]
+            yield from _smaller(_under(recipe, engine), on(gpus, topology.card), [*words, *said, f"GPUS={gpus}"])
 
 
 def _smaller(recipe: Recipe, topology: Topology, words: list[str]) -> Iterator[tuple[str, Recipe, Topology]]:
@@ -78,8 +82,9 @@ def _smaller(recipe: Recipe, topology: Topology, words: list[str]) -> Iterator[t
         recipe = dataclasses.replace(recipe, batch=dataclasses.replace(recipe.batch, per_device_at_most=at_most))
 
 
-def _sharded(recipe: Recipe, engine: str) -> Recipe:
-    return dataclasses.replace(recipe, parallelism=engine)
+def _under(recipe: Recipe, engine: str, lora: Lora | None = None) -> Recipe:
+    """The recipe under another engine, and with these adapters where they are given."""
+    return dataclasses.replace(recipe, parallelism=engine, lora=lora or recipe.lora)
 
 
 def _effective_batch_size(recipe: Recipe) -> int:

@@ -133,8 +133,8 @@ class RecipeError(Exception):
 class Hardware:
     """The hardware that a recipe was written for, and the share of its arithmetic that forecasts count on.
 
-    0.35 is a careful guess between the 0.42 to 0.48 that the best public tables reach (llm-foundry's
-    scripts/train/benchmarking) and a first run; the sanity of it is for a measurement to say.
+    0.35 is a guess below the 0.42 to 0.48 that the best public tables reach (llm-foundry's
+    scripts/train/benchmarking); nothing here has measured it.
     """
 
     gpus: int = 0
@@ -181,9 +181,9 @@ class Data:
     examples: int | None = None
     mean_tokens: int | None = None
 
-    def revision_of(self, hub_name: str) -> str | None:
-        """The commit of a data set on the Hub: `revision` is that of the training rows' own."""
-        return self.revision if self.train.partition(":")[0] == hub_name else None
+    def revision_of(self, source: str) -> str | None:
+        """The commit to take `source` at, where it lies on the Hub: `revision` is the training data set's."""
+        return self.revision if self.train.partition(":")[0] == source.partition(":")[0] else None
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,13 @@ def note(folder: RunFolder, **found: Any) -> None:
     write_json(folder.manifest, {**read_json(folder.manifest), **found})
 
 
+def peak_memory() -> dict[str, int]:
+    """The most memory that PyTorch took of this rank's GPU, in bytes; nothing on the CPU."""
+    import torch
+
+    return {"peak_memory_bytes": torch.cuda.max_memory_reserved()} if torch.cuda.is_available() else {}
+
+
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 

@@ -91,7 +91,7 @@ def train(plan: Plan, folder: RunFolder) -> None:
     figures["exact_match_before"] = answered_before.exact_match if answered_before else None
     figures["exact_match_after"] = answered.exact_match if answered else None
     seconds = {"seconds": time.monotonic() - started, "training_seconds": training_seconds}
-    recorded = manifest.end(folder, "finished", 0, **seconds, **figures)
+    recorded = manifest.end(folder, "finished", 0, **seconds, **figures, **manifest.peak_memory())
     write_json(folder.outcome, {"exit_code": 0})
     _say(folder, state, summary(plan, folder, recorded, answered_before, answered))
 
