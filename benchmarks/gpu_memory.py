@@ -2,8 +2,9 @@
 
     .venv/bin/python benchmarks/gpu_memory.py [RECIPE …]      # default: 1b 3b 8b-lora; needs one NVIDIA GPU
 
-Each row is one `train RECIPE` through the real road: the recipe's architecture, length, micro-batch and engine; its model
-is built from its configuration, its data the embedded. Writes `results/gpu-memory-CARD.json`, which names card and versions.
+Each row is one `train RECIPE` through the real road: the recipe's architecture, length, micro-batch and engine; its
+model is built from its configuration, its data the embedded. Writes `results/gpu-memory-CARD.json`, which names card
+and versions.
 Not run yet.
 """
 

@@ -153,6 +153,9 @@ def _compare(parsed: argparse.Namespace, recipe: Recipe) -> None:
     """`--gpus 1,2,4,8,16`: the same recipe on each, one line a count."""
     from sft_recipes.launching.topology import whole_number
 
+    alone = next((name for name in ("nodes", "processes", "explain") if getattr(parsed, name)), None)
+    if alone:
+        raise RecipeError(f"{alone.upper()}: says nothing where GPUS={parsed.gpus} compares several; name one count")
     card = parsed.card or recipe.hardware.card
     compared: list[tuple[int, plans.Plan | str]] = []
     for text in parsed.gpus.split(","):
@@ -194,7 +197,7 @@ def _train(parsed: argparse.Namespace) -> int:
         needed = plan.memory_bytes_per_gpu["total"] / 2**30
         raise RecipeError(
             f"recipe {recipe.name} needs about {needed:.0f} GiB a GPU and {plan.card} holds less; the cheapest change "
-            f"that fits: {fit.cheapest_change(recipe, topology) or 'none, take a larger card'} "
+            f"that fits: {_way_out(recipe, topology)} "
             f"(`make plan RECIPE={recipe.name}` shows the parts)"
         )
     accept = [key for key in parsed.accept.split(",") if key]
@@ -209,6 +212,15 @@ def _train(parsed: argparse.Namespace) -> int:
         return 0
     with supervisor.held(start.folder):
         return supervisor.carry_out(start, _say)
+
+
+def _way_out(recipe: Recipe, topology: Topology) -> str:
+    """What this machine's GPUs can carry; else how many would be needed."""
+    from sft_recipes.launching.topology import visible_gpus
+
+    here = fit.cheapest_change(recipe, topology, most_gpus=len(visible_gpus()))
+    fewest = fit.smallest_gpu_count(recipe, topology.card)
+    return here or (f"{fewest} GPUs, more than are here" if fewest else "none, take a larger card")
 
 
 def _generate(parsed: argparse.Namespace) -> int:

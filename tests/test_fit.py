@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 from conftest import REPOSITORY
@@ -37,11 +38,11 @@ def test_the_fewest_gpus_are_those_below_which_nothing_fits(name, card, fewest):
 @pytest.mark.parametrize(
     ("name", "gpus", "card", "overrides", "change"),
     [
-        ("8b", 8, "h100-80g", ["trainer.gradient_checkpointing=false"], "trainer.gradient_checkpointing=true"),
-        ("8b", 8, "a100-40g", ["trainer.max_length=8192"], "batch.per_device_at_most=1"),
+        ("8b", 8, "h100-80g", ["trainer.gradient_checkpointing=false", "trainer.max_length=4096"], "trainer.gradient_checkpointing=true"),
+        ("8b", 8, "a100-40g", ["trainer.max_length=4096"], "batch.per_device_at_most=1"),
         ("8b", 8, "rtx4090-24g", [], "parallelism=zero3"),
         ("70b", 8, "h100-80g", [], "GPUS=32"),
-        ("8b", 1, "h100-80g", [], "parallelism=zero3 GPUS=2"),
+        ("8b", 1, "h100-80g", [], "GPUS=4"),
         ("8b-lora", 1, "12", [], "lora.quantize=nf4 parallelism=ddp"),
     ],
 )  # fmt: skip
@@ -129,7 +130,8 @@ def test_train_refuses_what_does_not_fit_the_gpus_that_are_here(workplace):
     path = machine_with(workplace, *[(81559, "NVIDIA H100 80GB HBM3")] * 8)
     done = workplace.sft("train", "70b", "--gpus", "8", PATH=path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "needs about 161 GiB a GPU and h100-80g holds less; the cheapest change that fits: GPUS=32" in done.stderr
+    assert "needs about 164 GiB a GPU and h100-80g holds less; the cheapest change that fits:" in done.stderr
+    assert "GPUS=32" not in done.stderr, "more than are here"
     assert not workplace.runs.exists()
     path = machine_with(workplace, (24564, "NVIDIA GeForce RTX 4090"))
     done = workplace.sft("train", "3b", "--gpus", "1", PATH=path)
@@ -165,6 +167,15 @@ def test_the_card_is_what_the_machine_has(workplace, monkeypatch, gpus, card):
 def test_offloading_without_the_memory_for_it_is_refused(workplace):
     done = workplace.sft("train", "70b", "--gpus", "0", "parallelism=zero3_offload")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "on the CPU 70b needs about" in done.stderr and "of memory and this machine has" in done.stderr
+
+
+def test_what_is_offloaded_must_fit_the_nodes_own_memory(workplace):
+    path = machine_with(workplace, *[(81559, "NVIDIA H100 80GB HBM3")] * 8)
+    done = workplace.sft(
+        "train", "70b", "--gpus", "8", "parallelism=zero3_offload", "batch.per_device_at_most=1", PATH=path
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "zero3_offload needs about" in done.stderr and "of this node's own memory" in done.stderr
 
 
@@ -172,6 +183,50 @@ def test_offloading_without_the_memory_for_it_is_refused(workplace):
 def test_4_bit_weights_are_refused_where_they_would_not_be_shared_out(engine):
     with pytest.raises(RecipeError, match=f"{engine} does not shard 4-bit weights .*say parallelism=ddp or zero2"):
         plan("8b-qlora", 8, "h100-80g", f"parallelism={engine}")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--gpus", "1,2", "--nodes", "2"), "NODES: says nothing where GPUS=1,2 compares several"),
+        (("--gpus", "0", "--card", "24"), "CARD: 24 was asked for without GPUs"),
+        (("lora.target_modules=[foo]", "size=lora-7-13b", "lora.r=8"), r"lora.target_modules is \['foo'\]; wanted all-linear"),
+        (("lora.target_modules=qproj", "size=lora-7-13b"), "lora.target_modules is 'qproj'; wanted all-linear"),
+        (("trainer.eval_steps=1.5",), "trainer.eval_steps is 1.5; wanted a whole number of steps"),
+        (("trainer.num_train_epochs=-1",), "trainer.num_train_epochs is -1"),
+        (("trainer.warmup_ratio=5", "outside_range=[warmup_ratio]"), "trainer.warmup_ratio is 5.0; wanted 0 to 1"),
+        (("trainer.gradient_accumulation_steps=3",), r"is the plan's to set \(derived from batch.effective_batch_size"),
+        (("trainer.per_device_train_batch_size=3",), "is the plan's to set; say batch.per_device_at_most instead"),
+        (("--gpus", "3"), "effective_batch_size 32 cannot be shared evenly by 3 GPUs .*these counts can: 1, 2, 4"),
+        (("model.architecture={num_key_value_heads: x}",), "num_key_value_heads is 'x'; wanted a whole number"),
+        (("model.architecture={head_dim: 1.5}",), "head_dim is 1.5; wanted a whole number"),
+        (("model.architecture={tie_word_embeddings: 'false'}",), "tie_word_embeddings is 'false'; wanted true or false"),
+        (("model.architecture={hidden_size: 16, num_attention_heads: 32}",), "hidden_size 16 is no multiple of"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_plan_is_refused_in_one_line(workplace, words, message):
+    done = workplace.sft("plan", "8b", *words)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert re.search(message, done.stderr), done.stderr
+
+
+def test_more_than_eight_gpus_are_several_nodes():
+    from sft_recipes.launching.topology import planned
+
+    nodes = {gpus: planned(recipes.load("70b"), gpus, None, None, None).nodes for gpus in (8, 16, 32, 64)}
+    assert nodes == {8: 1, 16: 2, 32: 4, 64: 8}
+
+
+def test_a_model_whose_size_the_recipe_does_not_say_is_weighed_once_it_is_here():
+    recipe = recipes.load("8b", ["model.name_or_path=some/model", "data.train=rows.jsonl"])
+    unknown = plans.make(recipe, fit.on(1, "h100-80g"))
+    assert unknown.fits is None
+    architecture = recipes.load("8b").model.architecture
+    found = plans.Prepared("f", "x", "m", architecture, 9000, 9000, 9000, 90000, 10)
+    with pytest.raises(RecipeError, match="some/model needs about .* GiB a GPU and h100-80g holds less"):
+        plans.settle(unknown, found)
+    fitting = plans.settle(plans.make(recipe, fit.on(8, "h100-80g")), found)
+    assert fitting.fits is True and fitting.parameters == 8_030_261_248
 
 
 def test_a_size_between_two_rows_takes_the_nearest_and_the_plan_says_so(workplace):
@@ -186,8 +241,9 @@ def test_a_size_between_two_rows_takes_the_nearest_and_the_plan_says_so(workplac
 
 def test_a_recipe_whose_architecture_belongs_to_another_row_is_refused():
     recipe = recipes.load("8b")
-    with pytest.raises(RecipeError, match="size is row 1-3b, but model.architecture has 8.0 billion parameters"):
-        recipes.row_of(dataclasses.replace(recipe, size="1-3b"))
+    for size, row in (("1-3b", "1-3b"), ("70b", "30-70b"), ("tiny", "tiny")):
+        with pytest.raises(RecipeError, match=f"size is {size}, row {row}, but model.architecture has 8.0 billion"):
+            recipes.row_of(dataclasses.replace(recipe, size=size))
 
 
 @pytest.mark.parametrize("content", ['{"zero_optimization": {"stage": 2}}', "{", "{}"])

@@ -187,3 +187,18 @@ def test_a_model_that_is_not_what_its_recipe_says_is_refused(workplace, model_fo
     )
     done = workplace.sft(*words, *recipe, f"model.architecture={wrong}", "data.train=embedded:train")
     assert done.returncode == 2 and "attention_bias True, not False" in done.stderr
+
+
+def test_a_model_with_other_parameters_than_the_plan_counts_is_refused(tmp_path):
+    """The numbers agree, and yet the model has biases that the plan does not know of."""
+    from conftest import SMALL_LLAMA
+    from transformers import AutoConfig
+
+    from sft_recipes.data.prepare import check_architecture
+    from sft_recipes.planning.schema import RecipeError
+
+    AutoConfig.for_model(**SMALL_LLAMA).save_pretrained(tmp_path)
+    check_architecture(SMALL_LLAMA, tmp_path, False)
+    AutoConfig.for_model(**SMALL_LLAMA, mlp_bias=True).save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match="the model has [0-9,]+ parameters and the plan counts"):
+        check_architecture(SMALL_LLAMA, tmp_path, False)

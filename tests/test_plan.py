@@ -23,7 +23,7 @@ def tiny(*overrides, processes=1):
 
 
 def prepared(rows, **changes):
-    facts = {"fingerprint": "f", "folder": "x", "model": "m", "examples": rows * 10, "rows": rows}
+    facts = {"fingerprint": "f", "folder": "x", "model": "m", "architecture": {}, "examples": rows * 10, "rows": rows}
     return Prepared(**{**facts, "supervised_tokens": rows * 50, "tokens": rows * 400, "validation_rows": 5, **changes})
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import REPOSITORY, Workplace
 
 from sft_recipes.launching.topology import planned
@@ -48,6 +49,17 @@ def test_a_recipe_is_read_in_a_minute(name):
     lines = (REPOSITORY / "recipes" / f"{name}.yaml").read_text().splitlines()
     assert 20 <= len(lines) <= 40
     assert re.search(r"#     make (train|plan) RECIPE=" + name, lines[1]), "the command stands on top"
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_line_of_the_row_says_what_the_row_says(name):
+    plan = plan_of(name)
+    found = re.search(
+        r"size: \S+ +# learning rate (\S+), batch (\d+), (\d+) epoch",
+        (REPOSITORY / "recipes" / f"{name}.yaml").read_text(),
+    )
+    stated = (float(found[1]), int(found[2]), float(found[3]))
+    assert stated == (plan.learning_rate, plan.effective_batch_size, plan.num_train_epochs)
 
 
 @pytest.mark.parametrize("name", LARGE)
@@ -116,6 +128,36 @@ def test_the_models_of_the_documentation_are_the_recipes():
         (row,) = [row for row in rows if name in row.split("|")[1].replace(" ", "").split(",")]
         assert model.name_or_path in row and model.revision[:8] in row
         assert (model.ungated or "it is") in row
+
+
+def test_the_engines_table_is_what_was_measured():
+    import sys
+
+    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+    from engines import table
+
+    results = json.loads((REPOSITORY / "benchmarks" / "results" / "engines-2-cores.json").read_text())
+    assert len(results["rows"]) == 20
+    assert table(results["rows"]) in (REPOSITORY / "docs" / "ENGINES.md").read_text()
+
+
+def test_the_loading_table_is_what_was_measured():
+    results = json.loads((REPOSITORY / "benchmarks" / "results" / "loading-2-cores.json").read_text())
+    text = (REPOSITORY / "docs" / "ENGINES.md").read_text()
+    for row in results["rows"]:
+        peaks = ", ".join(f"{rank['peak_anonymous_bytes'] / results['model_bytes']:.2f}" for rank in row["ranks"])
+        assert f"| `{row['engine']}` | {len(row['ranks'])} | {peaks} |" in text
+        if row["engine"] == "zero3":
+            assert max(rank["peak_anonymous_bytes"] for rank in row["ranks"]) < results["model_bytes"]
+
+
+def test_the_engines_files_start_several_nodes_without_ssh_and_save_whole_models():
+    for stage in ("zero1", "zero2", "zero3", "zero3_offload"):
+        launch = yaml.safe_load((REPOSITORY / "accelerate_configs" / f"{stage}.yaml").read_text())["deepspeed_config"]
+        assert launch["deepspeed_multinode_launcher"] == "standard"
+        zero = json.loads((REPOSITORY / "deepspeed_configs" / f"{stage}.json").read_text())["zero_optimization"]
+        assert zero.get("stage3_gather_16bit_weights_on_model_save", stage in ("zero1", "zero2"))
+        assert launch["zero3_init_flag"] is stage.startswith("zero3")
 
 
 def test_every_engine_of_the_plan_has_its_files():

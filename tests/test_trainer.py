@@ -52,7 +52,7 @@ def make_trainer(tmp_path, model_folder, tokenizer, rows, validation, *overrides
         "trainer.max_length=128", "trainer.num_train_epochs=2", *overrides,
     )  # fmt: skip
     plan = plans.make(recipes.load("tiny", settings), Topology(gpus=0, processes=1))
-    plan = plans.settle(plan, plans.Prepared("f", "x", "m", len(rows), len(rows), 100, 100, len(validation)))
+    plan = plans.settle(plan, plans.Prepared("f", "x", "m", {}, len(rows), len(rows), 100, 100, len(validation)))
     return trainers.ResponseTrainer(
         plan,
         model=AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32),
@@ -81,7 +81,7 @@ def test_the_labels_of_a_real_batch_are_the_answers_and_their_ends_alone(
     known = {messages[1]["content"] for messages in CONVERSATIONS}
     assert said.pop() == ""
     assert len(said) == len(set(said)) and set(said) <= known
-    assert packing or len(said) == subject.sampler.used
+    assert packing or len(said) == len(subject._get_train_sampler())
 
 
 def test_packed_examples_do_not_see_each_other(model, tokenizer, examples):

@@ -25,7 +25,7 @@ from sft_recipes.data import hub, sources
 from sft_recipes.data.formats import Message, messages_of
 from sft_recipes.data.sources import Source
 from sft_recipes.planning import plan as plans
-from sft_recipes.planning.memory import parameter_count
+from sft_recipes.planning.memory import DENSE_KEYS, DENSE_KINDS, parameter_count
 from sft_recipes.planning.plan import Plan, Prepared
 from sft_recipes.planning.run_folder import runs_root, write_json
 from sft_recipes.planning.schema import Data, RecipeError
@@ -101,7 +101,9 @@ def prepare(plan: Plan, store: Path) -> Prepared:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     found = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
-    return Prepared(**{**found, "folder": str(folder.resolve()), "model": str(base or (folder / "model").resolve())})
+    base = base or (folder / "model").resolve()
+    here = {"folder": str(folder.resolve()), "model": str(base), "architecture": architecture_of(base)}
+    return Prepared(**{**found, **here})
 
 
 def _code(file: str) -> str:
@@ -142,6 +144,15 @@ def check_model(name_or_path: str, revision: str | None, trust_remote_code: bool
             f"{key}: {folder} wants its own code to run (auto_map); say model.trust_remote_code=true if you trust it"
         )
     return folder
+
+
+def architecture_of(folder: Path) -> dict[str, Any]:
+    """The numbers of a model's configuration that forecasts are made from; nothing for a kind that they do not know."""
+    config = _json_of(folder / "config.json")
+    if config.get("model_type") not in DENSE_KINDS:
+        return {}
+    wanted = (*DENSE_KEYS, "model_type", "num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias")
+    return {key: config[key] for key in wanted if config.get(key) is not None}
 
 
 def check_architecture(stated: dict[str, Any], folder: Path, trust_remote_code: bool) -> None:
@@ -262,6 +273,7 @@ def _make(plan: Plan, train: Source, validation: Source | None, base: Path | Non
         fingerprint=_fingerprint(folder),
         folder=str(folder),
         model=str(base),
+        architecture={},
         examples=counts.examples,
         rows=counts.rows,
         supervised_tokens=counts.supervised_tokens,

@@ -72,7 +72,7 @@ def _deepspeed_file(plan: Plan, config: Mapping[str, Any]) -> Path:
     if f"zero{stage}{'_offload' if offloads else ''}" != plan.parallelism:
         raise RecipeError(
             f"{name}: says stage {stage}{' with offload' if offloads else ''}, but the plan has parallelism "
-            f"{plan.parallelism}; put the file right, or say parallelism=zero{stage}"
+            f"{plan.parallelism}; put the file right, or say parallelism=zero{stage}{'_offload' if offloads else ''}"
         )
     return file
 

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from sft_recipes.planning.fit import GPUS_PER_NODE
 from sft_recipes.planning.memory import CARDS_GIB
 from sft_recipes.planning.plan import Plan, Topology
 from sft_recipes.planning.schema import Recipe, RecipeError
@@ -28,7 +29,8 @@ def whole_number(text: str, name: str, least: int) -> int:
 def planned(recipe: Recipe, gpus: int | None, processes: int | None, nodes: int | None, card: str | None) -> Topology:
     """The hardware to plan for: what was asked for, else what the recipe names. Looks at no machine."""
     gpus = recipe.hardware.gpus if gpus is None else gpus
-    nodes = nodes or (recipe.hardware.nodes if gpus == recipe.hardware.gpus else 1)
+    if nodes is None:
+        nodes = recipe.hardware.nodes if gpus == recipe.hardware.gpus else max(1, -(-gpus // GPUS_PER_NODE))
     if nodes > 1 and gpus == 0:
         raise RecipeError(f"NODES: {nodes} nodes were asked for without GPUs; say GPUS=<all of them together>")
     if gpus % nodes:
@@ -37,6 +39,8 @@ def planned(recipe: Recipe, gpus: int | None, processes: int | None, nodes: int 
         raise RecipeError(
             f"PROCESSES: {processes} were asked for with {gpus} GPUs; each GPU has one process, leave it out"
         )
+    if card and not gpus:
+        raise RecipeError(f"CARD: {card} was asked for without GPUs; say GPUS=<a number>, or leave it out")
     card = card or (recipe.hardware.card if gpus else None)
     return Topology(gpus=gpus, processes=gpus or processes or 1, nodes=nodes, card=card)
 
@@ -82,13 +86,18 @@ def present(
 
 
 def check_host_memory(plan: Plan) -> None:
-    """Refuses an offload that this machine's memory cannot hold, which would end in a killed rank hours later.
+    """Refuses what this machine's own memory cannot hold, which would end in a killed rank, hours later perhaps.
 
     Raises:
         RecipeError: the plan's host memory is more than the machine has.
     """
     here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    needed = plan.host_bytes_per_node
+    needed, per_rank = plan.host_bytes_per_node, plan.memory_bytes_per_gpu
+    if per_rank and not plan.uses_gpu and per_rank["total"] * plan.world_size > here:
+        raise RecipeError(
+            f"GPUS: on the CPU {plan.recipe} needs about {per_rank['total'] * plan.world_size / 2**30:.0f} GiB of "
+            f"memory and this machine has {here / 2**30:.0f} GiB; say GPUS=<a number> where there are GPUs"
+        )
     if needed and needed["offload"] and needed["total"] > here:
         raise RecipeError(
             f"parallelism: {plan.parallelism} needs about {needed['total'] / 2**30:.0f} GiB of this node's own memory "

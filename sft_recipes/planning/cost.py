@@ -51,27 +51,31 @@ class Work:
     tokens_per_evaluation: float
     saves: int
     bytes_per_save: int
+    models: int
+    bytes_per_model: int
+    one_rank_saves: bool
     frozen: bool
 
 
 def forecast(work: Work, card: str | None, gpus: int, nodes: int, mfu: float) -> dict[str, float | None] | None:
     """Seconds by part, GPU-hours and money; None where the card's arithmetic is not known.
 
-    An evaluation is the forward pass alone, a third of the operations (half under frozen weights). Saves are written by
-    all nodes together.
+    An evaluation is the forward pass alone, a third of the operations (half under frozen weights). A checkpoint is
+    written by all nodes together where the ranks write shards of it, a model by one rank.
 
     Raises:
         RecipeError: GPU_HOUR_PRICE is no number.
     """
+    price = _gpu_hour_price()
     if card not in CARDS_TFLOPS or not gpus:
         return None
     per_second = gpus * CARDS_TFLOPS[card] * 1e12 * mfu
     training = work.train_tokens * work.flops_per_token / per_second
     forward = work.flops_per_token / (2 if work.frozen else 3)
     evaluating = work.evaluations * work.tokens_per_evaluation * forward / per_second
-    saving = work.saves * work.bytes_per_save / (WRITE_BYTES_PER_SECOND * nodes)
+    saving = work.saves * work.bytes_per_save / (WRITE_BYTES_PER_SECOND * (1 if work.one_rank_saves else nodes))
+    saving += work.models * work.bytes_per_model / WRITE_BYTES_PER_SECOND
     seconds = training + evaluating + saving
-    price = _gpu_hour_price()
     gpu_hours = seconds * gpus / 3600
     return {
         "mfu": mfu,

@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Iterator
 
 from sft_recipes.planning import batch, memory
-from sft_recipes.planning.plan import Topology, engine_of, fits, load_of
-from sft_recipes.planning.recipes import hyperparameter
+from sft_recipes.planning import plan as plans
+from sft_recipes.planning.plan import Topology
+from sft_recipes.planning.recipes import hyperparameter, nearest_row
 from sft_recipes.planning.schema import Lora, Recipe, RecipeError
 
 GPUS_PER_NODE = 8
@@ -17,17 +18,19 @@ _STAGES = ("ddp", "zero1", "zero2", "zero3")
 def smallest_gpu_count(recipe: Recipe, card: str | None) -> int | None:
     """The fewest GPUs of this card that hold the recipe as it is and keep its batch; None where none do."""
     for gpus in batch.world_sizes_that_divide(_effective_batch_size(recipe)):
-        if _fits(recipe, on(gpus, card), _effective_batch_size(recipe)):
+        if _fits(recipe, on(gpus, card)):
             return gpus
     return None
 
 
-def cheapest_change(recipe: Recipe, topology: Topology) -> str | None:
-    """The first change, in order of what it costs, that makes the recipe fit: recomputing activations, smaller
-    micro-batches, sharding more, 4-bit weights under adapters, more GPUs, offloading, adapters instead of all
-    weights."""
+def cheapest_change(recipe: Recipe, topology: Topology, most_gpus: int | None = None) -> str | None:
+    """The first change that at most so many GPUs can carry and that makes the recipe fit, in order of what it costs.
+
+    Recomputing activations, smaller micro-batches, sharing out more, 4-bit weights under adapters, more GPUs,
+    offloading, adapters instead of all weights.
+    """
     for said, changed, where in _changes(recipe, topology):
-        if _fits(changed, where, _effective_batch_size(recipe)):
+        if (most_gpus is None or where.gpus <= most_gpus) and _fits(changed, where):
             return said
     return None
 
@@ -45,7 +48,8 @@ def _changes(recipe: Recipe, topology: Topology) -> Iterator[tuple[str, Recipe, 
         words = ["trainer.gradient_checkpointing=true"]
         yield words[0], recipe, topology
     yield from _smaller(recipe, topology, words)
-    stages = _STAGES[_STAGES.index(recipe.parallelism) + 1 :] if recipe.parallelism in _STAGES else ()
+    own = "ddp" if recipe.parallelism == "single" else recipe.parallelism
+    stages = _STAGES[_STAGES.index(own) + 1 :] if own in _STAGES else ()
     for engine in stages if topology.gpus > 1 else ():
         yield from _smaller(_under(recipe, engine), topology, [*words, f"parallelism={engine}"])
     if recipe.lora and not recipe.lora.quantize:
@@ -53,10 +57,19 @@ def _changes(recipe: Recipe, topology: Topology) -> Iterator[tuple[str, Recipe, 
         yield from _smaller(_under(recipe, "ddp", lora), topology, [*words, "lora.quantize=nf4 parallelism=ddp"])
     yield from _more_gpus(recipe, topology, words, "zero3" if stages else recipe.parallelism)
     if not recipe.lora:
-        yield from _smaller(_under(recipe, "zero3_offload"), topology, [*words, "parallelism=zero3_offload"])
-        for name, lora in (("LoRA (lora.r=16)", Lora()), ("QLoRA (lora.quantize=nf4)", Lora(quantize="nf4"))):
-            said = [f"{name} with parallelism=ddp and a lora row for size"]
-            yield from _smaller(_under(recipe, "ddp", lora), topology, said)
+        yield from _offloaded(recipe, topology, words)
+        for lora, said in ((Lora(), "lora.r=16"), (Lora(quantize="nf4"), "lora.quantize=nf4")):
+            row = nearest_row((memory.parameter_count(recipe.model.architecture) or 0) / 1e9, "lora")
+            adapted = dataclasses.replace(_under(recipe, "ddp", lora), size=row, outside_range=[])
+            yield from _smaller(adapted, topology, [*words, said, f"size={row}", "parallelism=ddp"])
+
+
+def _offloaded(recipe: Recipe, topology: Topology, words: list[str]) -> Iterator[tuple[str, Recipe, Topology]]:
+    """With what it asks of the nodes' own memory, which nobody has looked at."""
+    offloaded = _under(recipe, "zero3_offload")
+    for said, changed, where in _smaller(offloaded, topology, [*words, "parallelism=zero3_offload"]):
+        needed = plans.make(changed, where).host_bytes_per_node or {"total": 0}
+        yield f"{said} ({needed['total'] / memory.GIB:,.0f} GiB of host memory a node)", changed, where
 
 
 def _more_gpus(
@@ -91,13 +104,9 @@ def _effective_batch_size(recipe: Recipe) -> int:
     return int(hyperparameter(recipe, "effective_batch_size")[0])
 
 
-def _fits(recipe: Recipe, topology: Topology, effective_batch_size: int) -> bool:
+def _fits(recipe: Recipe, topology: Topology) -> bool:
     """Whether it fits and the stack can carry it."""
     try:
-        engine = engine_of(recipe, topology.gpus or topology.processes)
-        per_device = batch.per_device_batch_size(
-            effective_batch_size, recipe.batch.per_device_at_most, topology.gpus or topology.processes
-        )
+        return plans.make(recipe, topology).fits is True
     except RecipeError:
         return False
-    return bool(fits(memory.bytes_per_gpu(load_of(recipe, topology, engine, per_device)), topology.card))

@@ -25,14 +25,22 @@ USABLE = 0.92
 # What the files in deepspeed_configs/ say, in elements; a test compares them.
 ALLGATHER_BUCKET = REDUCE_BUCKET = 200_000_000
 PREFETCH_BUCKET = 50_000_000
+SUB_GROUP = 1_000_000_000  # DeepSpeed's default: ZeRO-3 takes its step so many elements at a time
 
-LOGIT_ROWS = 1024  # the trainer builds logits for so many tokens at a time at most (TRL's chunked cross-entropy)
+# The trainer builds logits tile by tile, tokens by vocabulary (TRL 1.16, kernels/chunked_logprob.py, trainer/utils.py).
+LOGIT_TILE = (4096, 32_768)
 PROCESS_BYTES = 4 * GIB  # a rank's libraries, CUDA context and pinned batches in host memory; an estimate
 
 # 4-bit NormalFloat: half a byte, and a quantized scale for each 64 weights (arXiv:2305.14314, 0.127 bits a weight).
 NF4_BYTES = 0.5 + 0.127 / 8
 
+# Llama-shaped decoders, whose weights parameter_count counts.
+DENSE_KINDS = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
 DENSE_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
+
+# Of a decoder block, by the names that Llama, Qwen and OLMo share.
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def card_bytes(card: str | None) -> int | None:
@@ -149,7 +157,7 @@ class Load:
             linear = self.architecture["num_hidden_layers"] * sum(
                 inputs * outputs for inputs, outputs in linear_layers(self.architecture).values()
             )
-            return int(linear * NF4_BYTES + 2 * (parameters - linear))
+            return int(linear * NF4_BYTES + (2 if self.precision == "bf16" else 4) * (parameters - linear))
         frozen_half = self.lora is not None and self.precision == "bf16"
         return parameters * (2 if self.zero_half or frozen_half else 4)
 
@@ -159,9 +167,11 @@ def bytes_per_gpu(load: Load) -> dict[str, int] | None:
 
     Weights, gradients and optimizer state follow the dtypes of `dtypes`: AdamW's two moments are fp32 everywhere.
     Activations: what a layer keeps for its backward pass; with checkpointing, each layer's input and one whole layer.
-    Logits are built for a chunk of tokens at a time, in bf16 and fp32 with their gradients. Buffers: DDP's gradient
-    buckets; ZeRO's buckets for gradients and gathered weights; two gathered decoder layers or embeddings under ZeRO-3
-    and FSDP2; autocast's bf16 copies of the weights; a dequantized layer under QLoRA.
+    Logits: a tile of them, and fp32 gradients of the hidden states and, unless it is frozen, of the output layer.
+    Buffers: DDP's gradient buckets; ZeRO's buckets for gradients and gathered weights; two gathered layers or
+    embeddings under ZeRO-3 and FSDP2; autocast's bf16 copies of the weights; a dequantized layer under QLoRA. `step` is
+    what ZeRO's optimizer step takes beyond activations and logits, which are gone by then: its gradients once more,
+    laid out flat. AdamW is the fused one, which needs no copies.
     """
     if parameter_count(load.architecture) is None:
         return None
@@ -178,10 +188,19 @@ def bytes_per_gpu(load: Load) -> dict[str, int] | None:
         "gradients": 0 if offload else 4 * trained // gradients_over,
         "optimizer": 0 if offload else (12 if load.zero_half else 8) * trained // optimizer_over,
         "activations": layer_inputs + per_layer if load.gradient_checkpointing else layers * per_layer,
-        "logits": min(load.tokens, LOGIT_ROWS) * architecture["vocab_size"] * 8,
+        "logits": _logits(load),
         "buffers": _buffers(load),
     }
+    flat = {"zero2": 4 * trained // world, "zero3": 4 * min(trained // world, SUB_GROUP)}.get(load.engine, 0)
+    parts["step"] = max(flat - parts["activations"] - parts["logits"], 0)
     return {**parts, "total": sum(parts.values())}
+
+
+def _logits(load: Load) -> int:
+    hidden, vocabulary = load.architecture["hidden_size"], load.architecture["vocab_size"]
+    width = 2 if load.precision == "bf16" else 4
+    tile = width * min(load.tokens, LOGIT_TILE[0]) * min(vocabulary, LOGIT_TILE[1])
+    return int(tile + 4 * load.tokens * hidden + (0 if load.lora else 4 * vocabulary * hidden))
 
 
 def activation_bytes(load: Load) -> int:
@@ -218,22 +237,25 @@ def _buffers(load: Load) -> int:
     if load.engine == "fsdp2":
         return 2 * width * largest + (0 if load.lora else 4 * largest)
     casts = 2 * parameters if half and not load.lora else 0
-    dequantized: int = 2 * architecture["hidden_size"] * architecture["intermediate_size"] if load.lora else 0
+    quantized = load.lora is not None and load.lora.quantize is not None
+    dequantized: int = width * architecture["hidden_size"] * architecture["intermediate_size"] if quantized else 0
     return casts + dequantized + (4 * load.trained if load.engine == "ddp" else 0)
 
 
 def host_bytes_per_node(load: Load) -> dict[str, int] | None:
     """Memory of one node's main board by part, in bytes; an estimate.
 
-    Loading: every rank brings its own copy of the weights, unless ZeRO-3 shards them as they are read; under FSDP2 the
-    node's first rank alone. Offload: fp32 master, two moments and gradients of the node's share. Gathering for a save:
-    ZeRO-3 collects the 16-bit weights on rank 0, FSDP2 the whole weights and optimizer state.
+    Loading, as benchmarks/loading.py measured it: weights that are held in 16 bits are mapped from their files, or
+    under ZeRO-3 shared out as they are read; those held in fp32 are each rank's own copy until they are on its GPU,
+    under FSDP2 too. Saving: ZeRO-3 gathers the 16-bit weights on rank 0, FSDP2 the fp32 weights and the optimizer
+    state. Offload: fp32 weights, two moments and gradients of the node's share.
     """
     parameters = parameter_count(load.architecture)
     if parameters is None:
         return None
     ranks = max(load.world_size // load.nodes, 1)
-    loading = {"zero3": 0, "zero3_offload": 0, "fsdp2": load.model_bytes}.get(load.engine, ranks * load.model_bytes)
+    in_fp32 = not load.zero_half and (load.lora is None or load.precision == "fp32")
+    loading = ranks * load.model_bytes if in_fp32 else 0
     gathered = {"zero3": load.model_bytes, "zero3_offload": load.model_bytes, "fsdp2": 12 * load.trained}
     parts = {
         "processes": ranks * PROCESS_BYTES,
@@ -262,32 +284,23 @@ def disk_bytes(load: Load) -> int | None:
     return 3 * checkpoint + 6 * load.trained * (2 if load.zero_half else 4)
 
 
+def model_folder_bytes(load: Load) -> int | None:
+    """What a saved model takes: the trained weights, in the dtype that they are held in."""
+    if parameter_count(load.architecture) is None:
+        return None
+    return load.trained * (2 if load.zero_half else 4)
+
+
 def dtypes(engine: str, precision: str, lora: Lora | None = None) -> dict[str, str]:
     """What each kind of number is held in under this engine; the run compares it with what it got.
 
-    `weights` are those that are trained; `frozen` those that are not, under LoRA.
+    `weights` are those that are trained; `frozen` those that are not, under LoRA. fp32 weights are their own master
+    copy: bf16 weights without one lose most updates at these rates.
     """
-    frozen = {}
-    if lora is not None:
-        frozen = {"frozen": lora.quantize or precision}
-    if precision == "fp32":
-        return {
-            "weights": "fp32",
-            **frozen,
-            "master": "fp32",
-            "gradients": "fp32",
-            "reduction": "fp32",
-            "compute": "fp32",
-        }
-    if engine.startswith("zero"):
-        return {
-            "weights": "bf16",
-            **frozen,
-            "master": "fp32",
-            "gradients": "fp32",
-            "reduction": "fp32",
-            "compute": "bf16",
-        }
-    # fp32 weights are their own master copy: bf16 weights without one lose most updates at these rates.
-    compute = "bf16" if engine == "fsdp2" else "bf16 autocast"
-    return {"weights": "fp32", **frozen, "master": "fp32", "gradients": "fp32", "reduction": "fp32", "compute": compute}
+    zero = engine.startswith("zero")
+    compute = "fp32" if precision == "fp32" else "bf16" if zero or engine == "fsdp2" else "bf16 autocast"
+    weights = "bf16" if zero and precision == "bf16" else "fp32"
+    frozen = {} if lora is None else {"frozen": lora.quantize or precision}
+    return {
+        "weights": weights, **frozen, "master": "fp32", "gradients": "fp32", "reduction": "fp32", "compute": compute
+    }  # fmt: skip

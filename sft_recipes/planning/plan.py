@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sft_recipes.planning import batch, cost, memory
 from sft_recipes.planning.recipes import hyperparameter, row_of
-from sft_recipes.planning.schema import SHARDED, TABLE_KEYS, Recipe, RecipeError
+from sft_recipes.planning.schema import SHARDED, TABLE_KEYS, Lora, Recipe, RecipeError
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Prepared:
     fingerprint: str
     folder: str
     model: str
+    architecture: dict[str, Any]
     examples: int
     rows: int
     supervised_tokens: int
@@ -144,9 +146,6 @@ def make(recipe: Recipe, topology: Topology) -> Plan:
     effective = values.pop("effective_batch_size")
     per_device = batch.per_device_batch_size(effective, recipe.batch.per_device_at_most, world_size)
     trainer = recipe.trainer
-    load = load_of(recipe, topology, engine, per_device)
-    per_gpu = memory.bytes_per_gpu(load)
-    host = memory.host_bytes_per_node(load)
     plan = Plan(
         recipe=recipe.name,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -176,14 +175,14 @@ def make(recipe: Recipe, topology: Topology) -> Plan:
         warmup_steps=None,
         examples_per_step=None,
         supervised_tokens_per_step=None,
-        parameters=memory.parameter_count(recipe.model.architecture),
-        trained_parameters=load.trained if per_gpu else None,
+        parameters=None,
+        trained_parameters=None,
         dtypes=memory.dtypes(engine, recipe.precision, recipe.lora),
-        memory_bytes_per_gpu=per_gpu,
-        host_bytes_per_node=host,
-        checkpoint_bytes=memory.checkpoint_bytes(load),
-        disk_bytes=memory.disk_bytes(load),
-        fits=fits(per_gpu, topology.card),
+        memory_bytes_per_gpu=None,
+        host_bytes_per_node=None,
+        checkpoint_bytes=None,
+        disk_bytes=None,
+        fits=None,
         assumed_mfu=recipe.hardware.mfu,
         forecast=None,
         data_fingerprint=None,
@@ -191,37 +190,58 @@ def make(recipe: Recipe, topology: Topology) -> Plan:
         origins=_origins(recipe, topology),
         accepted=[],
     )
+    plan = _with_resources(plan, recipe.model.architecture)
     return _with_steps(plan, _estimated_rows(recipe), recipe.data.examples)
 
 
-def load_of(recipe: Recipe, topology: Topology, engine: str, per_device_batch_size: int) -> memory.Load:
-    """What a rank of this recipe has to hold on this hardware."""
+def load_of(plan: Plan, architecture: dict[str, Any]) -> memory.Load:
+    """What a rank of this plan has to hold."""
+    lora, trainer = plan.sections["lora"], plan.sections["trainer"]
     return memory.Load(
-        architecture=recipe.model.architecture,
-        engine=engine,
-        precision=recipe.precision,
-        world_size=topology.gpus or topology.processes,
-        tokens=per_device_batch_size * recipe.trainer["max_length"],
-        gradient_checkpointing=recipe.trainer["gradient_checkpointing"],
-        lora=recipe.lora,
-        nodes=topology.nodes,
+        architecture=architecture,
+        engine=plan.parallelism,
+        precision=plan.precision,
+        world_size=plan.world_size,
+        tokens=plan.per_device_train_batch_size * plan.max_length,
+        gradient_checkpointing=trainer["gradient_checkpointing"],
+        lora=Lora(**lora) if lora else None,
+        nodes=plan.nodes,
     )
 
 
-def fits(per_gpu: dict[str, int] | None, card: str | None) -> bool | None:
-    """Whether a rank's memory fits the card; None where one of the two is not known."""
-    available = memory.card_bytes(card)
-    if per_gpu is None or available is None:
-        return None
-    return per_gpu["total"] <= memory.USABLE * available
+def _with_resources(plan: Plan, architecture: dict[str, Any]) -> Plan:
+    """The plan with what the architecture's numbers say of memory and disk; as it is where there are none."""
+    load = load_of(plan, architecture)
+    per_gpu, available = memory.bytes_per_gpu(load), memory.card_bytes(plan.card)
+    if per_gpu is None:
+        return plan
+    return dataclasses.replace(
+        plan,
+        parameters=memory.parameter_count(architecture),
+        trained_parameters=load.trained,
+        memory_bytes_per_gpu=per_gpu,
+        host_bytes_per_node=memory.host_bytes_per_node(load),
+        checkpoint_bytes=memory.checkpoint_bytes(load),
+        disk_bytes=memory.disk_bytes(load),
+        fits=None if available is None else per_gpu["total"] <= memory.USABLE * available,
+    )
 
 
 def settle(plan: Plan, prepared: Prepared) -> Plan:
     """The same plan with what the prepared data decides: rows, steps, warm-up.
 
     Raises:
-        RecipeError: fewer rows than one effective batch, or too few optimizer steps.
+        RecipeError: fewer rows than one effective batch, too few optimizer steps, or a model that does not fit, where
+            the recipe did not say how large it is.
     """
+    if plan.memory_bytes_per_gpu is None:
+        plan = _with_resources(plan, prepared.architecture)
+        if plan.fits is False and plan.memory_bytes_per_gpu is not None:
+            raise RecipeError(
+                f"model.name_or_path: {plan.model} needs about "
+                f"{plan.memory_bytes_per_gpu['total'] / memory.GIB:.0f} GiB a GPU and {plan.card} holds less; say "
+                f"batch.per_device_at_most=1, parallelism=zero3, or more GPUs"
+            )
     if prepared.rows < plan.effective_batch_size:
         packed = f"{prepared.examples} examples, packed into " if plan.packing else ""
         raise RecipeError(
@@ -363,23 +383,38 @@ def _with_steps(plan: Plan, rows: int | None, examples: int | None) -> Plan:
 def _forecast(plan: Plan) -> dict[str, float | None] | None:
     """Time and money of a plan whose steps are known; rows are taken to be full where they are packed."""
     data, trainer = plan.sections["data"], plan.sections["trainer"]
+    architecture = plan.sections["model"]["architecture"]
     mean = min(data["mean_tokens"] or plan.max_length, plan.max_length)
     row_tokens = plan.max_length if plan.packing else mean
     frozen = plan.method != "full"
-    flops = cost.flops_per_token(plan.sections["model"]["architecture"], mean, frozen)
-    if flops is None or not plan.optimizer_steps or plan.checkpoint_bytes is None:
+    flops = cost.flops_per_token(architecture, mean, frozen)
+    model_bytes = memory.model_folder_bytes(load_of(plan, architecture))
+    validation = _validation_examples(plan)
+    if flops is None or not plan.optimizer_steps or plan.checkpoint_bytes is None or validation is None:
         return None
-    validation = data["validation_at_most"] or round((plan.examples or 0) * data["validation_fraction"])
+    evaluations = math.ceil(plan.optimizer_steps / trainer["eval_steps"])
     work = cost.Work(
         flops_per_token=flops,
         train_tokens=plan.optimizer_steps * plan.effective_batch_size * row_tokens,
-        evaluations=plan.optimizer_steps // trainer["eval_steps"] + 1,
+        evaluations=evaluations,
         tokens_per_evaluation=validation * mean,
-        saves=plan.optimizer_steps // trainer["save_steps"] + 1,
+        saves=math.ceil(plan.optimizer_steps / trainer["save_steps"]),
         bytes_per_save=plan.checkpoint_bytes,
+        models=evaluations + 2,  # each evaluation of a falling loss is a best one; then last/ and final/
+        bytes_per_model=model_bytes or 0,
+        one_rank_saves=not plan.parallelism.startswith("zero"),
         frozen=frozen,
     )
     return cost.forecast(work, plan.card, plan.gpus, plan.nodes, plan.assumed_mfu)
+
+
+def _validation_examples(plan: Plan) -> int | None:
+    """Examples that an evaluation looks at; None where nobody has said how many a validation set of its own has."""
+    data = plan.sections["data"]
+    held_out: int = round((plan.examples or 0) * data["validation_fraction"])
+    there: int | None = data["validation_examples"] if data["validation"] else held_out
+    at_most: int | None = data["validation_at_most"]
+    return at_most if there is None else min(there, at_most or there)
 
 
 def _power_of_two_below(number: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from sft_recipes.planning import schema
-from sft_recipes.planning.memory import DENSE_KEYS, parameter_count
+from sft_recipes.planning.memory import DENSE_KEYS, LINEAR_LAYERS, parameter_count
 from sft_recipes.planning.schema import REPOSITORY, Recipe, RecipeError, did_you_mean
 
 RECIPES = REPOSITORY / "recipes"
@@ -139,7 +139,11 @@ def _scalar(node: yaml.Node) -> Any:
 def _drop_what_an_override_makes_untrue(written: dict[str, Written]) -> None:
     """Other data than the recipe's has other counts and another validation; another model, other dimensions."""
     for replaced, untrue in (
-        ("data.train", ("data.validation", "data.revision", "data.examples", "data.mean_tokens")),
+        ("data.validation", ("data.validation_examples",)),
+        (
+            "data.train",
+            ("data.validation", "data.revision", "data.examples", "data.mean_tokens", "data.validation_examples"),
+        ),
         ("model.name_or_path", ("model.architecture", "model.revision", "model.license", "model.ungated")),
     ):
         if replaced in written and written[replaced].where == COMMAND_LINE:
@@ -208,9 +212,7 @@ def _checked(key: str, section: str, leaf: str, found: Written) -> Any:
     """
     if section == "trainer":
         if leaf in schema.OWNED_BY_THE_PLAN:
-            raise RecipeError(
-                f"{found.where}: {key} is the plan's to set; say {schema.OWNED_BY_THE_PLAN[leaf]} instead"
-            )
+            raise RecipeError(f"{found.where}: {key} is the plan's to set{_instead(schema.OWNED_BY_THE_PLAN[leaf])}")
         if leaf not in _trainer_keys():
             raise RecipeError(f"{found.where}: unknown key {key}{did_you_mean(leaf, _trainer_keys())}")
         kinds = schema.trainer_fields().get(leaf, ["float"])
@@ -227,6 +229,11 @@ def _checked(key: str, section: str, leaf: str, found: Written) -> Any:
         )
     _check_bounds(key, value, found.where)
     return value
+
+
+def _instead(said: str) -> str:
+    """The way out, or why there is none."""
+    return f" ({said})" if said.startswith(("fixed: ", "derived ")) else f"; say {said} instead"
 
 
 def _typed(found: Written, kinds: list[str]) -> Written:
@@ -253,7 +260,7 @@ def _coerce(key: str, kinds: list[str], found: Written) -> Any:
         return value
     if isinstance(value, int) and not isinstance(value, bool) and "float" in kinds:
         return float(value)
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and kinds == ["str"]:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and set(kinds) <= {"str", "None"}:
         return str(value)
     wanted = " or ".join(_SPOKEN[kind] for kind in kinds if kind != "None")
     raise RecipeError(f"{found.where}: {key} is {value!r}; wanted {wanted}")
@@ -289,6 +296,11 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "trainer.seed": (0, 2**32 - 1),
     "trainer.data_seed": (0, 2**32 - 1),
     "trainer.max_length": (1, math.inf),
+    "trainer.num_train_epochs": (0.001, 10_000),
+    "trainer.learning_rate": (1e-12, 10),
+    "trainer.warmup_ratio": (0, 1),
+    "trainer.weight_decay": (0, 10),
+    "data.validation_examples": (1, math.inf),
     "trainer.eval_steps": (1, math.inf),
     "trainer.save_steps": (1, math.inf),
     "trainer.logging_steps": (1, math.inf),
@@ -298,7 +310,9 @@ _MAY_BE_LEFT_OUT = {
     "data.examples",
     "data.mean_tokens",
     "data.validation_at_most",
+    "data.validation_examples",
 }
+_WHOLE = {"trainer.eval_steps", "trainer.save_steps", "trainer.logging_steps"}  # transformers reads a part as a share
 
 
 def _check_bounds(key: str, value: Any, where: str) -> None:
@@ -308,6 +322,8 @@ def _check_bounds(key: str, value: Any, where: str) -> None:
     if value is None or not least <= value <= most:
         wanted = f"at least {least:g}" if most == math.inf else f"{least:g} to {most:g}"
         raise RecipeError(f"{where}: {key} is {value}; wanted {wanted}")
+    if key in _WHOLE and value != int(value):
+        raise RecipeError(f"{where}: {key} is {value}; wanted a whole number of steps")
 
 
 def _check_model(recipe: Recipe) -> None:
@@ -321,14 +337,36 @@ def _check_model(recipe: Recipe) -> None:
         raise RecipeError(f"{where}: model.from_scratch and model.name_or_path are both set; keep one")
     if not model.from_scratch and not model.name_or_path:
         raise RecipeError(f"recipes/{recipe.name}.yaml: model.name_or_path is missing: a Hub name or a local folder")
-    for key, value in model.architecture.items():
-        if key in DENSE_KEYS and (type(value) is not int or value < 1):
-            raise RecipeError(
-                f"{recipe.origins['model.architecture']}: model.architecture.{key} is {value!r}; wanted a whole "
-                f"number of at least 1"
-            )
+    _check_architecture(model.architecture, recipe.origins.get("model.architecture", where))
+    if recipe.lora:
+        _check_targets(recipe.lora.target_modules, recipe.origins.get("lora.target_modules", where))
     if model.from_scratch and not model.architecture:
         raise RecipeError(f"{where}: model.from_scratch needs model.architecture, the numbers of the model's config")
+
+
+def _check_architecture(architecture: Mapping[str, Any], where: str) -> None:
+    """The numbers that forecasts are made from; others are the model's own affair."""
+    for key in (*DENSE_KEYS, "num_key_value_heads", "head_dim"):
+        value = architecture.get(key)
+        if value is not None and (type(value) is not int or value < 1):
+            raise RecipeError(f"{where}: model.architecture.{key} is {value!r}; wanted a whole number of at least 1")
+    for key in ("tie_word_embeddings", "attention_bias"):
+        if not isinstance(architecture.get(key, False), bool):
+            raise RecipeError(f"{where}: model.architecture.{key} is {architecture[key]!r}; wanted true or false")
+    heads, hidden = architecture.get("num_attention_heads"), architecture.get("hidden_size")
+    if heads and hidden and not architecture.get("head_dim") and hidden % heads:
+        raise RecipeError(
+            f"{where}: model.architecture: hidden_size {hidden} is no multiple of num_attention_heads {heads}; "
+            f"give head_dim"
+        )
+
+
+def _check_targets(targets: str | list[Any], where: str) -> None:
+    if targets != "all-linear" and (isinstance(targets, str) or not targets or set(targets) - set(LINEAR_LAYERS)):
+        raise RecipeError(
+            f"{where}: lora.target_modules is {targets!r}; wanted all-linear or a list of some of "
+            f"{', '.join(LINEAR_LAYERS)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -373,8 +411,9 @@ def row_of(recipe: Recipe) -> str:
     method = "lora" if recipe.lora else "full"
     sized = re.fullmatch(r"(\d+(?:\.\d+)?)[bB]", recipe.size)
     if sized and float(sized[1]) > 0:
-        nearest = _nearest(float(sized[1]), method)
+        nearest = nearest_row(float(sized[1]), method)
         if rows[nearest].distance(float(sized[1])) <= FARTHEST:
+            _check_size(recipe, nearest, method)
             return nearest
         raise RecipeError(
             f"{where}: size is {recipe.size}, more than {FARTHEST:g} times beyond every row of recipes/sizes.yaml for "
@@ -391,7 +430,7 @@ def row_of(recipe: Recipe) -> str:
             f"{where}: row {recipe.size} of recipes/sizes.yaml is for {rows[recipe.size].method} fine-tuning and the "
             f"recipe has {has}; say size: {' or '.join(_rows(method))}"
         )
-    _check_size(recipe, method)
+    _check_size(recipe, recipe.size, method)
     return recipe.size
 
 
@@ -402,20 +441,23 @@ def _rows(method: str) -> list[str]:
     return [name for name, row in table().items() if row.method == method and name != "tiny"]
 
 
-def _nearest(billions: float, method: str) -> str:
+def nearest_row(billions: float, method: str) -> str:
+    """The row for a model of so many billions of parameters."""
     return min(_rows(method), key=lambda name: table()[name].distance(billions))
 
 
-def _check_size(recipe: Recipe, method: str) -> None:
+def _check_size(recipe: Recipe, row: str, method: str) -> None:
     """A recipe whose own architecture belongs to another row; one from the command line is an experiment's."""
     counted = parameter_count(recipe.model.architecture)
-    if counted is None or recipe.origins.get("model.architecture") == COMMAND_LINE or recipe.size == "tiny":
+    if counted is None or recipe.origins.get("model.architecture") == COMMAND_LINE:
         return
-    nearest = _nearest(counted / 1e9, method)
-    if nearest != recipe.size:
+    nearest = nearest_row(counted / 1e9, method)
+    if row == "tiny" and table()[row].distance(counted / 1e9) <= FARTHEST:
+        return
+    if nearest != row:
         raise RecipeError(
-            f"{recipe.origins['size']}: size is row {recipe.size}, but model.architecture has {counted / 1e9:.1f} "
-            f"billion parameters, nearest to row {nearest}; say size: {nearest}"
+            f"{recipe.origins['size']}: size is {recipe.size}, row {row}, but model.architecture has "
+            f"{counted / 1e9:.1f} billion parameters, nearest to row {nearest}; say size: {nearest}"
         )
 
 

@@ -17,7 +17,6 @@ ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
 SHARDED = ("zero3", "zero3_offload", "fsdp2")
 PRECISIONS = ("bf16", "fp32")
 QUANTIZATIONS = ("nf4",)
-METHODS = ("full", "lora")
 ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2")
 
 # The rows of the hyperparameter table hold these, under the names of the documents (recipes/sizes.yaml).
@@ -165,10 +164,11 @@ class Model:
 
 @dataclass(frozen=True)
 class Data:
-    """Which rows are trained and validated on; `examples` and `mean_tokens` are the source's own figures.
+    """Which rows are trained and validated on.
 
-    `revision` is the commit of the data set on the Hub. `validation_at_most` caps the examples that an evaluation
-    looks at, a seeded choice. `dropped_at_most` is the share of rows that may be left without a supervised token by
+    `examples`, `validation_examples` and `mean_tokens` are the source's own figures; forecasts rest on them. `revision`
+    is the commit of the data set on the Hub. `validation_at_most` caps the examples that an evaluation looks at, a
+    seeded choice. `dropped_at_most` is the share of rows that may be left without a supervised token by
     `max_length`.
     """
 
@@ -180,6 +180,7 @@ class Data:
     dropped_at_most: float = 0.05
     examples: int | None = None
     mean_tokens: int | None = None
+    validation_examples: int | None = None
 
     def revision_of(self, source: str) -> str | None:
         """The commit to take `source` at, where it lies on the Hub: `revision` is the training data set's."""

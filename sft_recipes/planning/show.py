@@ -131,7 +131,8 @@ def _gib(number_bytes: float) -> str:
 def _forecast(plan: Plan) -> list[tuple[str, str]]:
     found = plan.forecast
     if found is None:
-        return []
+        known = plan.uses_gpu and plan.parameters and plan.optimizer_steps
+        return [("time", f"not known: the arithmetic of {plan.card} is not in the list of cards")] if known else []
     hours, money = (found["seconds"] or 0) / 3600, found["money"]
     price = "" if money is None else f", {money:,.2f} at GPU_HOUR_PRICE"
     return [

@@ -17,8 +17,9 @@ from sft_recipes.training.quiet import quiet
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 
-def quantization(lora: dict[str, Any]) -> Any:
+def quantization(plan: Plan) -> Any:
     """How the frozen weights are loaded: 4-bit NormalFloat with quantized scales (QLoRA), or None for whole ones."""
+    lora = plan.sections["lora"]
     if not lora.get("quantize"):
         return None
     from transformers import BitsAndBytesConfig
@@ -27,7 +28,7 @@ def quantization(lora: dict[str, Any]) -> Any:
         load_in_4bit=True,
         bnb_4bit_quant_type=lora["quantize"],
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=torch.bfloat16 if plan.precision == "bf16" else torch.float32,
     )
 
 
@@ -99,7 +100,7 @@ def merge(folder: RunFolder) -> Path:
     base = AutoModelForCausalLM.from_pretrained(
         read_json(folder.prepared)["model"],
         dtype=torch.bfloat16 if half else torch.float32,
-        quantization_config=quantization(plan.sections["lora"]),
+        quantization_config=quantization(plan),
         trust_remote_code=plan.sections["model"]["trust_remote_code"],
     )
     if plan.method == "qlora":

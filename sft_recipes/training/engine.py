@@ -52,6 +52,21 @@ def check(plan: Plan, trainer: Any) -> dict[str, str]:
     return got
 
 
+def check_gradients(plan: Plan, trainer: Any) -> None:
+    """Looks at the gradients themselves, beside their weights; DeepSpeed keeps its own, looked at above.
+
+    Raises:
+        RecipeError: there are none, or they are in another dtype.
+    """
+    if trainer.is_deepspeed_enabled:
+        return
+    found = _one({weight.grad.dtype for weight in trainer.model.parameters() if weight.grad is not None})
+    if found != plan.dtypes["gradients"]:
+        raise RecipeError(
+            f"the run got gradients in {found or 'no dtype'}, planned {plan.dtypes['gradients']}; nothing was trained"
+        )
+
+
 def name(trainer: Any) -> str:
     """The engine that carries a trainer whose model is prepared, by its name in a plan."""
     from torch.distributed.fsdp import FSDPModule

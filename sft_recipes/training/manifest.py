@@ -21,6 +21,7 @@ _LIBRARIES = (
     "datasets",
     "deepspeed",
     "peft",
+    "bitsandbytes",
     "tokenizers",
     "wandb",
     "tensorboard",

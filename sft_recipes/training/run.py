@@ -50,7 +50,10 @@ def train(plan: Plan, folder: RunFolder) -> None:
     from sft_recipes.training import checkpoint, engine, trainer
     from sft_recipes.training.callbacks.stop import StopTogether
 
-    arguments = trainer.sft_config(plan, folder, _reporters(folder))
+    try:
+        arguments = trainer.sft_config(plan, folder, _reporters(folder))
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"trainer: {str(error).splitlines()[0]}") from error
     state = arguments.distributed_state
     check_ranks(plan, arguments.world_size, os.environ)
     engine.shard_on_the_cpu(plan)
@@ -184,7 +187,7 @@ def load_model(plan: Plan, folder: str) -> Any:
             folder,
             dtype=dtype,
             attn_implementation=trainer.attention(plan),
-            quantization_config=adapters.quantization(plan.sections["lora"]),
+            quantization_config=adapters.quantization(plan),
             trust_remote_code=section["trust_remote_code"],
             output_loading_info=True,
         )
@@ -222,8 +225,7 @@ def check_vocabulary(model: Any, tokenizer: Any, prepared: Path) -> None:
 
 
 def summary(plan: Plan, folder: RunFolder, figures: dict[str, Any], before: Any, after: Any) -> str:
-    """The last lines of a run: a few answers, what was trained, how well, how long, where it lies, what to type "
-    "next."""
+    """The last lines of a run: some answers, what was trained, how well, how long, where it lies, what to type next."""
     from sft_recipes.training import answers
 
     lines = [""]

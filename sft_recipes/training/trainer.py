@@ -29,7 +29,7 @@ def sft_config(plan: Plan, folder: RunFolder, report_to: list[str]) -> SFTConfig
     checkpointing = plan.sections["trainer"]["gradient_checkpointing"]
     return SFTConfig(
         **{
-            "optim": "adamw_torch",
+            "optim": "adamw_torch_fused" if plan.uses_gpu else "adamw_torch",
             "logging_first_step": True,
             "ddp_find_unused_parameters": False,
             "disable_tqdm": True,
@@ -172,6 +172,7 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
         self.remove_callback(PrinterCallback)  # callbacks/progress.py speaks
         self.supervised_tokens_seen = 0
         self._evaluated = torch.zeros(2, dtype=torch.float64)
+        self.tokens_digest = 0
         self._digest = torch.zeros(1, dtype=torch.int64, device=self.args.device)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> WholeBatches:
@@ -219,7 +220,7 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
             if "num_tokens" in measured:
                 measured["num_tokens"] = [self.state.num_input_tokens_seen]
         if "loss" in logs:
-            logs["tokens_digest"] = int(self.accelerator.reduce(self._digest, "sum").item()) % 2**48
+            self.tokens_digest = int(self.accelerator.reduce(self._digest, "sum").item()) % 2**48
             self._digest.zero_()
         super().log(logs, start_time)
 
@@ -234,9 +235,13 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
         if self.accelerator.is_main_process:
             for name in ("training_args.bin", "README.md"):
                 (partial / name).unlink(missing_ok=True)
-            if self._plan.method != "full":  # adapters have none of their own, and the ends of turn stand there
-                self.accelerator.unwrap_model(self.model).generation_config.save_pretrained(partial)
+            self._add_generation(partial)
             checkpoint.publish(target)
+
+    def _add_generation(self, folder: Path) -> None:
+        """Adapters have no generation configuration of their own, and the ends of turn stand there."""
+        if self._plan.method != "full":
+            self.accelerator.unwrap_model(self.model).generation_config.save_pretrained(folder)
 
     def take_up(self, whole: Path, last: Path) -> None:
         """Stands where the last step left a run that was cut off before its models were published."""
@@ -245,6 +250,7 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
             self.model.to(self.args.device)
         if self.accelerator.is_main_process:
             checkpoint.copy_whole(whole, last, checkpoint.MODEL_FILES)
+            self._add_generation(last)
 
     def load_weights(self, folder: Path) -> None:
         """Puts the weights of a saved model into this one, which no rank may hold in shards."""

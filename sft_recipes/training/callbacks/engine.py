@@ -18,9 +18,16 @@ class CheckEngine(TrainerCallback):
         self.plan = plan
         self.folder = folder
         self.trainer: Any = None
+        self.looked = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """On every rank, since each prepares its own."""
         got = engine.check(self.plan, self.trainer)
         if state.is_world_process_zero:
             manifest.note(self.folder, dtypes=got)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The first gradients that there are, before they change a weight."""
+        if not self.looked:
+            engine.check_gradients(self.plan, self.trainer)
+            self.looked = True

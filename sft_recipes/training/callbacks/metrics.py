@@ -30,6 +30,8 @@ class WriteMetrics(TrainerCallback):
             return
         figures = {key: value for key, value in logs.items() if isinstance(value, (int, float))}
         line = {"step": state.global_step, **figures, "supervised_tokens_seen": self.trainer.supervised_tokens_seen}
+        if "loss" in logs:
+            line["tokens_digest"] = self.trainer.tokens_digest  # here alone: a curve of it would say nothing
         with self.folder.metrics.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(line) + "\n")
 
