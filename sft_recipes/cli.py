@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import errno
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -143,10 +145,12 @@ def _plan(parsed: argparse.Namespace) -> None:
         return
     topology = planned(recipe, *_numbers(parsed), parsed.card)
     plan = plans.make(recipe, topology)
-    if parsed.json:
-        print(plans.to_json(plan))
-    else:
-        print(show.plan_table(plan, parsed.explain, show.what_would_fit(recipe, topology, plan)))
+    plan = dataclasses.replace(
+        plan,
+        fewest_gpus=fit.smallest_gpu_count(recipe, topology.card) if plan.fits is not None else None,
+        cheapest_change=fit.cheapest_change(recipe, topology) if plan.fits is False else None,
+    )
+    print(plans.to_json(plan) if parsed.json else show.plan_table(plan, parsed.explain))
 
 
 def _compare(parsed: argparse.Namespace, recipe: Recipe) -> None:
@@ -165,14 +169,8 @@ def _compare(parsed: argparse.Namespace, recipe: Recipe) -> None:
         except RecipeError as error:
             compared.append((gpus, str(error)))
     if parsed.json:
-        import dataclasses
-        import json
-
-        print(
-            json.dumps(
-                [{"gpus": n, "refused": p} if isinstance(p, str) else dataclasses.asdict(p) for n, p in compared]
-            )
-        )
+        content = [{"gpus": n, "refused": p} if isinstance(p, str) else dataclasses.asdict(p) for n, p in compared]
+        print(json.dumps(content, indent=2))
     else:
         print(show.comparison(compared))
 

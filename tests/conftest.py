@@ -127,6 +127,16 @@ def tokenizer(model_folder: Path):
     return load_tokenizer(str(model_folder), None, None, False)
 
 
+@pytest.fixture(scope="session")
+def few_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three hundred of the embedded rows, which are prepared in a moment."""
+    from sft_recipes.data import embedded
+
+    path = tmp_path_factory.mktemp("rows") / "few.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in embedded.rows(300, False)), encoding="utf-8")
+    return path
+
+
 @pytest.fixture
 def write_rows(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     """Writes rows to a JSONL file and returns it."""

@@ -8,6 +8,10 @@ from conftest import SHORT, manifest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from sft_recipes.planning.run_folder import RunFolder
+from sft_recipes.planning.schema import RecipeError
+from sft_recipes.training import adapters
+
 ADAPTERS = ("lora.r=4", "trainer.learning_rate=5e-3", "trainer.max_steps=4", "trainer.packing=false")
 # Multiples of 64: bitsandbytes' blocks.
 SMALL = (
@@ -17,13 +21,13 @@ SMALL = (
 
 
 @pytest.fixture(scope="module")
-def adapted(shared_workplace):
+def adapted(shared_workplace, few_rows):
     """A LoRA run in fp32."""
-    return shared_workplace.trained("tiny", "--name", "lora", *SHORT, SMALL, *ADAPTERS)
+    return shared_workplace.trained("tiny", "--name", "lora", *SHORT, SMALL, *ADAPTERS, f"data.train={few_rows}")
 
 
 @pytest.fixture(scope="module")
-def quantized(shared_workplace):
+def quantized(shared_workplace, few_rows):
     """A QLoRA run, evaluated in its middle."""
     return shared_workplace.trained(
         "tiny",
@@ -42,10 +46,10 @@ def test_final_holds_adapters_alone_and_what_generation_needs(adapted):
     held = {path.name for path in (adapted / "final").iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "generation_config.json", "tokenizer.json"} <= held
     assert not held & {"model.safetensors", "training_args.bin", "README.md"}
-    adapters = load_file(adapted / "final" / "adapter_model.safetensors")
-    assert len(adapters) == 2 * 7 * 2 and all(tensor.dtype == torch.float32 for tensor in adapters.values())
+    saved = load_file(adapted / "final" / "adapter_model.safetensors")
+    assert len(saved) == 2 * 7 * 2 and all(tensor.dtype == torch.float32 for tensor in saved.values())
     plan = json.loads((adapted / "plan.json").read_text())
-    assert plan["trained_parameters"] == sum(tensor.numel() for tensor in adapters.values())
+    assert plan["trained_parameters"] == sum(tensor.numel() for tensor in saved.values())
 
 
 def answers(folder):
@@ -66,14 +70,11 @@ def test_the_merged_model_says_what_the_adapted_one_says(shared_workplace, adapt
     torch.testing.assert_close(answers(adapted / "merged"), answers(adapted / "final"), rtol=1e-4, atol=1e-4)
     base_folder = json.loads((adapted / "prepared.json").read_text())["model"]
     assert (answers(adapted / "final") - answers(base_folder)).abs().max() > 0.1, "the adapters do something"
-    again = shared_workplace.sft("merge", "lora")
-    assert again.returncode == 0 and str(adapted / "merged") in again.stdout
 
 
-def test_a_merged_4_bit_run_is_one_plain_16_bit_model(shared_workplace, quantized):
+def test_a_merged_4_bit_run_is_one_plain_16_bit_model(quantized):
     assert manifest(quantized)["dtypes"]["frozen"] == "nf4" and manifest(quantized)["dtypes"]["weights"] == "fp32"
-    done = shared_workplace.sft("merge", "qlora")
-    assert done.returncode == 0, done.stderr
+    adapters.merge(RunFolder(quantized))
     merged = load_file(quantized / "merged" / "model.safetensors")
     assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
     config = json.loads((quantized / "merged" / "config.json").read_text())
@@ -82,8 +83,8 @@ def test_a_merged_4_bit_run_is_one_plain_16_bit_model(shared_workplace, quantize
 
 def test_an_adapted_run_answers_and_a_whole_one_is_not_merged(shared_workplace, adapted, short_run):
     assert shared_workplace.sft("generate", "lora", "--prompt", "Hi").returncode == 0
-    refused = shared_workplace.sft("merge", "short")
-    assert (refused.returncode, "short trained the whole model" in refused.stderr) == (2, True)
+    with pytest.raises(RecipeError, match="short trained the whole model"):
+        adapters.merge(RunFolder(short_run))
 
 
 def gradient(layer):

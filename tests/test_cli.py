@@ -78,7 +78,7 @@ def check_refused(done, message):
         (["train", "tiny", "--gups", "1"], "unknown argument '--gups'"),
         (["train"], "the following arguments are required: recipe"),
         (["trian", "tiny"], "invalid choice: 'trian'"),
-        (["plan", "tiny", "--card", "h1000"], "CARD: 'h1000' is not known"),
+        (["plan", "tiny", "--gpus", "1", "--card", "h1000"], "CARD: 'h1000' is not known"),
         (["plan", "tiny", "--gpus", "8", "--nodes", "3"], "8 GPUs do not share evenly over 3 nodes"),
         (["generate", "nobody"], "no run 'nobody'"),
     ],
@@ -147,7 +147,7 @@ def test_a_model_that_wants_its_own_code_to_run_is_refused(workplace, model_fold
     check_refused(workplace.sft("train", "tiny", *MODEL, "model.name_or_path=./model"), "wants its own code to run")
 
 
-def test_a_model_whose_files_lack_a_weight_is_never_trained_on_random_numbers(workplace, model_folder):
+def test_a_model_whose_files_lack_a_weight_is_never_trained_on_random_numbers(workplace, model_folder, few_rows):
     import shutil
 
     from safetensors.torch import load_file, save_file
@@ -156,13 +156,14 @@ def test_a_model_whose_files_lack_a_weight_is_never_trained_on_random_numbers(wo
     file = workplace.path / "model" / "model.safetensors"
     kept = {name: tensor for name, tensor in load_file(file).items() if "layers.1.mlp" not in name}
     save_file(kept, file, metadata={"format": "pt"})
-    done = workplace.sft("train", "tiny", *MODEL, "model.name_or_path=./model")
+    words = ("train", "tiny", *MODEL, "model.name_or_path=./model", f"data.train={few_rows}")
+    done = workplace.sft(*words)
     line = check_refused_late(
         done, "the weights of ./model lack model.layers.1.mlp.* and 2 more, which would be random"
     )
     assert "bring the whole model" in line
     file.write_bytes(file.read_bytes()[:1000])
-    check_refused_late(workplace.sft("train", "tiny", *MODEL, "model.name_or_path=./model"), "./model cannot be loaded")
+    check_refused_late(workplace.sft(*words), "./model cannot be loaded")
     assert not list(workplace.runs.glob("*/plan.json")), "the corrected command would be another plan's"
 
 

@@ -114,6 +114,8 @@ def test_a_plan_that_does_not_fit_says_so_and_what_would(workplace):
     found = dict(line.split("  ", 1) for line in done.stdout.splitlines())
     assert found["fits"].strip() == "no (h100-80g)"
     assert found["fewest GPUs"].strip() == "32 x h100-80g" and found["cheapest change"].strip().startswith("GPUS=32")
+    listed = json.loads(workplace.sft("plan", "70b", "--gpus", "8", "--json").stdout)
+    assert (listed["fits"], listed["fewest_gpus"], listed["cheapest_change"]) == (False, 32, "GPUS=32")
 
 
 def machine_with(workplace, *gpus):

@@ -209,9 +209,9 @@ def kept_for_the_backward_pass(architecture, dtype, autocast, lora):
 
         context = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), context:
-            body(input_ids=torch.zeros(1, 4096, dtype=torch.long), use_cache=False)
+            body(input_ids=torch.zeros(1, 1024, dtype=torch.long), use_cache=False)
         kept.append(sum(number for number, _ in storages.values()))
-    return (kept[1] - kept[0]) / 2 / 4096
+    return (kept[1] - kept[0]) / 2 / 1024
 
 
 @pytest.mark.parametrize("engine", ["zero2", "ddp", "fp32", "lora"])
@@ -226,7 +226,7 @@ def test_activations_are_those_that_autograd_keeps(name, engine):
     dtype = torch.bfloat16 if engine in ("zero2", "lora") else torch.float32
     counted = kept_for_the_backward_pass(architecture, dtype, engine in ("ddp", "lora"), lora)
     # Autocast's own copies of the weights, which autograd keeps too, are counted among the buffers.
-    casts = 2 * sum(a * b for a, b in memory.linear_layers(architecture).values()) / 4096 if engine == "ddp" else 0
+    casts = 2 * sum(a * b for a, b in memory.linear_layers(architecture).values()) / 1024 if engine == "ddp" else 0
     assert memory.activation_bytes(planned) == pytest.approx(counted - casts, rel=0.08)
 
 

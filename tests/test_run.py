@@ -163,7 +163,7 @@ def wait_for(condition, process):
         time.sleep(0.05)
 
 
-LONGER = [word.replace("max_steps=8", "max_steps=24") for word in SHORT]
+LONGER = [word.replace("max_steps=8", "max_steps=24").replace("eval_steps=4", "eval_steps=12") for word in SHORT]
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,8 @@ class Prepared:
 class Plan:
     """A run with every number settled; `settled` is False while rows and steps are estimates.
 
-    `origins` says of each number where it came from: a file and line, a row of the table, the command line, derived.
+    `fewest_gpus` and `cheapest_change` say what would fit; the verb `plan` works them out (planning/fit.py). `origins`
+    says of each number where it came from: a file and line, a row of the table, the command line, derived.
     """
 
     recipe: str
@@ -95,6 +96,8 @@ class Plan:
     sections: dict[str, dict[str, Any]]
     origins: dict[str, str]
     accepted: list[str]
+    fewest_gpus: int | None = None
+    cheapest_change: str | None = None
 
     @property
     def uses_gpu(self) -> bool:
@@ -127,6 +130,8 @@ NOT_COMPARED = {
     "fits",
     "assumed_mfu",
     "forecast",
+    "fewest_gpus",
+    "cheapest_change",
     "card",
     "devices",
     "origins",

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sft_recipes.planning import fit
 from sft_recipes.planning.memory import GIB
-from sft_recipes.planning.plan import Plan, Topology
-from sft_recipes.planning.schema import Recipe
+from sft_recipes.planning.plan import Plan
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -19,10 +17,9 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def plan_table(plan: Plan, explain: bool = False, more: Sequence[Sequence[str]] = ()) -> str:
-    """The plan as a person reads it; with `explain`, where each value came from. `more` are rows that follow."""
-    rows = [[name, text] + ([_origin(plan, name)] if explain else []) for name, text in _lines(plan)]
-    return table([*rows, *([*row, "derived"] if explain else row for row in more)])
+def plan_table(plan: Plan, explain: bool = False) -> str:
+    """The plan as a person reads it; with `explain`, where each value came from."""
+    return table([[name, text] + ([_origin(plan, name)] if explain else []) for name, text in _lines(plan)])
 
 
 def _origin(plan: Plan, name: str) -> str:
@@ -65,7 +62,7 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
         ("examples per step", _estimate(plan, plan.examples_per_step)),
         ("supervised tokens per step", _estimate(plan, plan.supervised_tokens_per_step)),
     ]
-    return lines + _memory(plan) + _forecast(plan)
+    return lines + _memory(plan) + _forecast(plan) + _what_would_fit(plan)
 
 
 def _nearest(plan: Plan) -> str:
@@ -144,17 +141,12 @@ def _forecast(plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
-def what_would_fit(recipe: Recipe, topology: Topology, plan: Plan) -> list[list[str]]:
-    """Rows for the plan's table: the fewest GPUs that hold it and, where it does not fit, the cheapest change."""
-    if plan.fits is None or not topology.gpus:
+def _what_would_fit(plan: Plan) -> list[tuple[str, str]]:
+    if plan.fits is None or not plan.uses_gpu:
         return []
-    fewest = fit.smallest_gpu_count(recipe, topology.card)
-    rows = [
-        ["fewest GPUs", f"{fewest} x {topology.card}" if fewest else f"no number of {topology.card} holds it as it is"]
-    ]
-    if plan.fits is False:
-        rows.append(["cheapest change", fit.cheapest_change(recipe, topology) or "none: take a larger card"])
-    return rows
+    none = f"no number of {plan.card} holds it as it is"
+    lines = [("fewest GPUs", f"{plan.fewest_gpus} x {plan.card}" if plan.fewest_gpus else none)]
+    return lines if plan.fits else [*lines, ("cheapest change", plan.cheapest_change or "none: take a larger card")]
 
 
 def comparison(plans: Sequence[tuple[int, Plan | str]]) -> str:
