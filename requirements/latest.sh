@@ -38,6 +38,6 @@ from importlib import metadata
 
 for line in open(sys.argv[1], encoding="utf-8"):
     pinned = re.match(r"([A-Za-z0-9_.-]+)==([^ ;]+)", line)
-    if pinned and (here := metadata.version(pinned[1])) != pinned[2].strip():
+    if pinned and (here := metadata.version(pinned[1]).partition("+")[0]) != pinned[2].strip():
         print(f"  {pinned[1]} {pinned[2].strip()} -> {here}")
 PYTHON

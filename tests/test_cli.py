@@ -152,6 +152,11 @@ def test_a_model_whose_files_lack_a_weight_is_never_trained_on_random_numbers(wo
 
     from safetensors.torch import load_file, save_file
 
+    from sft_recipes.planning import plan as plans
+    from sft_recipes.planning import recipes
+    from sft_recipes.planning.schema import RecipeError
+    from sft_recipes.training.run import load_model
+
     shutil.copytree(model_folder, workplace.path / "model")
     file = workplace.path / "model" / "model.safetensors"
     kept = {name: tensor for name, tensor in load_file(file).items() if "layers.1.mlp" not in name}
@@ -163,7 +168,9 @@ def test_a_model_whose_files_lack_a_weight_is_never_trained_on_random_numbers(wo
     )
     assert "bring the whole model" in line
     file.write_bytes(file.read_bytes()[:1000])
-    check_refused_late(workplace.sft(*words), "./model cannot be loaded")
+    plan = plans.make(recipes.load("tiny", [*MODEL, f"model.name_or_path={file.parent}"]), plans.Topology(0, 1))
+    with pytest.raises(RecipeError, match="model cannot be loaded"):
+        load_model(plan, str(file.parent))
     assert not list(workplace.runs.glob("*/plan.json")), "the corrected command would be another plan's"
 
 
