@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sft_recipes.planning.fit import GPUS_PER_NODE
+from sft_recipes.planning.fit import nodes_for
 from sft_recipes.planning.memory import CARDS_GIB
 from sft_recipes.planning.plan import Plan, Topology
 from sft_recipes.planning.schema import Recipe, RecipeError
@@ -30,7 +30,7 @@ def planned(recipe: Recipe, gpus: int | None, processes: int | None, nodes: int 
     """The hardware to plan for: what was asked for, else what the recipe names. Looks at no machine."""
     gpus = recipe.hardware.gpus if gpus is None else gpus
     if nodes is None:
-        nodes = recipe.hardware.nodes if gpus == recipe.hardware.gpus else max(1, -(-gpus // GPUS_PER_NODE))
+        nodes = recipe.hardware.nodes if gpus == recipe.hardware.gpus else nodes_for(gpus)
     if nodes > 1 and gpus == 0:
         raise RecipeError(f"NODES: {nodes} nodes were asked for without GPUs; say GPUS=<all of them together>")
     if gpus % nodes:

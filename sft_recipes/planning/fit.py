@@ -37,7 +37,12 @@ def cheapest_change(recipe: Recipe, topology: Topology, most_gpus: int | None = 
 
 def on(gpus: int, card: str | None) -> Topology:
     """So many GPUs in nodes of eight."""
-    return Topology(gpus=gpus, processes=gpus, nodes=max(1, -(-gpus // GPUS_PER_NODE)), card=card)
+    return Topology(gpus=gpus, processes=gpus, nodes=nodes_for(gpus), card=card)
+
+
+def nodes_for(gpus: int) -> int:
+    """The nodes of eight that so many GPUs take."""
+    return max(1, -(-gpus // GPUS_PER_NODE))
 
 
 def _changes(recipe: Recipe, topology: Topology) -> Iterator[tuple[str, Recipe, Topology]]:

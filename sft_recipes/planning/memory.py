@@ -37,8 +37,6 @@ NF4_BYTES = 0.5 + 0.127 / 8
 # Llama-shaped decoders, whose weights parameter_count counts.
 DENSE_KINDS = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
 DENSE_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-
-
 # Of a decoder block, by the names that Llama, Qwen and OLMo share.
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -78,6 +76,11 @@ def linear_layers(architecture: Mapping[str, Any]) -> dict[str, tuple[int, int]]
     }
 
 
+def block_weights(architecture: Mapping[str, Any]) -> int:
+    """Weights of the linear layers of one decoder block, without biases."""
+    return sum(inputs * outputs for inputs, outputs in linear_layers(architecture).values())
+
+
 def parameter_count(architecture: Mapping[str, Any]) -> int | None:
     """Weights of a dense Llama-shaped decoder: grouped-query attention, gated MLP, RMS norms.
 
@@ -88,7 +91,7 @@ def parameter_count(architecture: Mapping[str, Any]) -> int | None:
         return None
     hidden, kind = architecture["hidden_size"], architecture.get("model_type")
     layers = linear_layers(architecture)
-    block = sum(inputs * outputs for inputs, outputs in layers.values()) + 2 * hidden
+    block = block_weights(architecture) + 2 * hidden
     if architecture.get("attention_bias", kind == "qwen2"):
         block += sum(layers[name][1] for name in ("q_proj", "k_proj", "v_proj"))
         block += hidden if kind != "qwen2" else 0
@@ -149,14 +152,17 @@ class Load:
         return count
 
     @property
+    def trained_bytes(self) -> int:
+        """Those weights in the dtype that they are held in, the master copy not counted; a saved model's size."""
+        return self.trained * (2 if self.zero_half else 4)
+
+    @property
     def model_bytes(self) -> int:
         """The whole model in the dtypes that it is held in, without adapters."""
         parameters = parameter_count(self.architecture)
         assert parameters is not None
         if self.lora and self.lora.quantize:
-            linear = self.architecture["num_hidden_layers"] * sum(
-                inputs * outputs for inputs, outputs in linear_layers(self.architecture).values()
-            )
+            linear = self.architecture["num_hidden_layers"] * block_weights(self.architecture)
             return int(linear * NF4_BYTES + (2 if self.precision == "bf16" else 4) * (parameters - linear))
         frozen_half = self.lora is not None and self.precision == "bf16"
         return parameters * (2 if self.zero_half or frozen_half else 4)
@@ -178,7 +184,7 @@ def bytes_per_gpu(load: Load) -> dict[str, int] | None:
     architecture, world, trained = load.architecture, load.world_size, load.trained
     gradients_over = world if load.engine in ("zero2", *SHARDED) else 1
     optimizer_over = world if load.engine in ("zero1", "zero2", *SHARDED) else 1
-    adapters = trained * (2 if load.zero_half else 4) if load.lora else 0
+    adapters = load.trained_bytes if load.lora else 0
     layers = architecture["num_hidden_layers"]
     per_layer = load.tokens * activation_bytes(load)
     layer_inputs = layers * load.tokens * architecture["hidden_size"] * (2 if load.stream_half else 4)
@@ -227,8 +233,7 @@ def _buffers(load: Load) -> int:
     parameters, architecture = parameter_count(load.architecture), load.architecture
     assert parameters is not None
     half = load.precision == "bf16"
-    layer: int = sum(inputs * outputs for inputs, outputs in linear_layers(architecture).values())
-    largest: int = max(layer, architecture["vocab_size"] * architecture["hidden_size"])
+    largest: int = max(block_weights(architecture), architecture["vocab_size"] * architecture["hidden_size"])
     width = 2 if half else 4
     if load.engine in ("zero1", "zero2"):
         return width * min(parameters, ALLGATHER_BUCKET) + 2 * 4 * min(load.trained, REDUCE_BUCKET)
@@ -271,24 +276,15 @@ def checkpoint_bytes(load: Load) -> int | None:
     if parameter_count(load.architecture) is None:
         return None
     twice = load.zero_half or load.engine == "fsdp2"
-    weights = (2 if load.zero_half else 4) * (2 if twice and not load.lora else 1)
-    return load.trained * (weights + (12 if load.zero_half else 8))
+    copies = 2 if twice and not load.lora else 1
+    return copies * load.trained_bytes + load.trained * (12 if load.zero_half else 8)
 
 
 def disk_bytes(load: Load) -> int | None:
     """What a run's folder holds at most: two whole checkpoints and the one being written, the three best and one being
     written, final/ and last/."""
     checkpoint = checkpoint_bytes(load)
-    if checkpoint is None:
-        return None
-    return 3 * checkpoint + 6 * load.trained * (2 if load.zero_half else 4)
-
-
-def model_folder_bytes(load: Load) -> int | None:
-    """What a saved model takes: the trained weights, in the dtype that they are held in."""
-    if parameter_count(load.architecture) is None:
-        return None
-    return load.trained * (2 if load.zero_half else 4)
+    return None if checkpoint is None else 3 * checkpoint + 6 * load.trained_bytes
 
 
 def dtypes(engine: str, precision: str, lora: Lora | None = None) -> dict[str, str]:

@@ -393,7 +393,6 @@ def _forecast(plan: Plan) -> dict[str, float | None] | None:
     row_tokens = plan.max_length if plan.packing else mean
     frozen = plan.method != "full"
     flops = cost.flops_per_token(architecture, mean, frozen)
-    model_bytes = memory.model_folder_bytes(load_of(plan, architecture))
     validation = _validation_examples(plan)
     if flops is None or not plan.optimizer_steps or plan.checkpoint_bytes is None or validation is None:
         return None
@@ -406,7 +405,7 @@ def _forecast(plan: Plan) -> dict[str, float | None] | None:
         saves=math.ceil(plan.optimizer_steps / trainer["save_steps"]),
         bytes_per_save=plan.checkpoint_bytes,
         models=evaluations + 2,  # each evaluation of a falling loss is a best one; then last/ and final/
-        bytes_per_model=model_bytes or 0,
+        bytes_per_model=load_of(plan, architecture).trained_bytes,
         one_rank_saves=not plan.parallelism.startswith("zero"),
         frozen=frozen,
     )

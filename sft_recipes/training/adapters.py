@@ -96,15 +96,15 @@ def merge(folder: RunFolder) -> Path:
         )
     if folder.merged.is_dir():
         return folder.merged
-    half = plan.precision == "bf16"
+    dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
     base = AutoModelForCausalLM.from_pretrained(
         read_json(folder.prepared)["model"],
-        dtype=torch.bfloat16 if half else torch.float32,
+        dtype=dtype,
         quantization_config=quantization(plan),
         trust_remote_code=plan.sections["model"]["trust_remote_code"],
     )
     if plan.method == "qlora":
-        base = base.dequantize(torch.bfloat16 if half else torch.float32)
+        base = base.dequantize(dtype)
     adapted = PeftModel.from_pretrained(base, folder.final, autocast_adapter_dtype=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder.final)
     probe = torch.tensor([list(range(min(64, base.config.vocab_size)))], device=base.device)
