@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-VARIABLES := RECIPE GPUS NODES PROCESSES DEVICES DATA VALIDATION NAME RESUME ACCEPT CARD RUN PROMPT DRY_RUN ARGS
+VARIABLES := RECIPE GPUS NODES PROCESSES DEVICES DATA VALIDATION NAME RESUME ACCEPT CARD RUN ROWS HTML PROMPT DRY_RUN ARGS
 RECIPE ?= tiny
 
 # Make expands $(…) in what the user typed; the raw text goes to the environment, and the shell quotes it.
@@ -18,7 +18,7 @@ HARDWARE = $${GPUS:+--gpus "$$GPUS"} $${NODES:+--nodes "$$NODES"} $${PROCESSES:+
 	$${CARD:+--card "$$CARD"}
 OVERRIDES = $${DATA:+"data.train=$$DATA"} $${VALIDATION:+"data.validation=$$VALIDATION"} $${ARGS:-}
 
-.PHONY: help setup recipes plan fetch train generate merge test test-engines test-latest lint lock
+.PHONY: help setup recipes plan inspect fetch train generate merge test test-engines test-latest lint lock
 
 help: ## this list
 	@echo 'Variables stand behind the target: make train RECIPE=8b GPUS=8'
@@ -34,6 +34,7 @@ help: ## this list
 		'VALIDATION  data to validate on (default: a seeded part of DATA)' \
 		'NAME        the name of the run (default: RECIPE-1, RECIPE-2, ...)' \
 		'RESUME=1    an error where there is no run to go on with; ACCEPT=KEY,... goes on with a changed plan' \
+		'ROWS HTML   how many rows inspect shows; a page to write them to' \
 		'RUN PROMPT  a run (name or folder), and what to ask it' \
 		'DRY_RUN=1   print the command that would start the ranks' \
 		'ARGS        key=value overrides: ARGS="trainer.learning_rate=1e-3 trainer.max_length=256"'
@@ -46,6 +47,9 @@ recipes: setup ## the recipes in a table
 
 plan: setup ## settle every number of a run, start nothing: RECIPE GPUS NODES CARD DATA ARGS (ARGS=--explain, ARGS=--json)
 	@$(SFT) plan "$$RECIPE" $(HARDWARE) $(OVERRIDES)
+
+inspect: setup ## what the loss will see, before any GPU is taken: RECIPE DATA VALIDATION ROWS HTML ARGS (ARGS=--json)
+	@$(SFT) inspect "$$RECIPE" $(HARDWARE) $${ROWS:+--rows "$$ROWS"} $${HTML:+--html "$$HTML"} $(OVERRIDES)
 
 fetch: setup ## bring model, tokenizer and data from the Hub; the run then needs no network: RECIPE DATA VALIDATION ARGS
 	@$(SFT) fetch "$$RECIPE" $(OVERRIDES)

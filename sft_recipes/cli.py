@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from sft_recipes.planning import fit, recipes, run_folder, show
@@ -63,6 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", action="store_true", help="for machines")
     verb.add_argument("--explain", action="store_true", help="where each value came from")
     verb.set_defaults(verb=_plan)
+
+    verb = verbs.add_parser("inspect", help="what the loss will see: real rows, and what became of all of them")
+    _add_recipe(verb)
+    verb.add_argument("--rows", metavar="N", help="rows to show (default: 3; with --json all)")
+    verb.add_argument("--html", metavar="FILE", help="write a page")
+    verb.add_argument("--json", action="store_true", help="for machines: an object a row; the report to standard error")
+    verb.set_defaults(verb=_inspect)
 
     verb = verbs.add_parser("train", help="the run; goes on with an unfinished one of the same plan")
     _add_recipe(verb)
@@ -173,6 +181,35 @@ def _compare(parsed: argparse.Namespace, recipe: Recipe) -> None:
         print(json.dumps(content, indent=2))
     else:
         print(show.comparison(compared))
+
+
+def _inspect(parsed: argparse.Namespace) -> None:
+    from sft_recipes.data import inspect, prepare
+    from sft_recipes.launching.topology import planned, whole_number
+
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # looking at rows needs no GPU, nor DeepSpeed's warning of none
+    most = None if parsed.rows is None else whole_number(parsed.rows, "ROWS", 1)
+    recipe = _recipe(parsed)
+    plan = plans.make(recipe, planned(recipe, *_numbers(parsed), parsed.card))
+    prepared = prepare.prepare(plan, rows_alone=True)
+    try:
+        plan, refused = plans.settle(plan, prepared), ""
+    except RecipeError as error:  # the rows can be looked at all the same
+        refused = str(error)
+    rows = inspect.look(plan, prepared)
+    shown = inspect.json_lines(rows, most) if parsed.json else inspect.text(rows, most or 3, _colours())
+    for line in shown:
+        print(line)
+    report = [*inspect.report(plan, rows), *([f"a run is refused: {refused}"] if refused else [])]
+    print("\n".join(report), file=sys.stderr if parsed.json else sys.stdout)
+    if parsed.html:
+        Path(parsed.html).write_text(inspect.page(plan, rows, most or 3), encoding="utf-8")
+        print(f"written: {parsed.html}", file=sys.stderr)
+
+
+def _colours() -> bool:
+    """Whether standard output is a terminal that has not been told otherwise (no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def _topology(parsed: argparse.Namespace, recipe: Recipe) -> Topology:

@@ -124,7 +124,7 @@ SMALL_LLAMA = {
 def tokenizer(model_folder: Path):
     from sft_recipes.data.chat import load_tokenizer
 
-    return load_tokenizer(str(model_folder), None, None, False)
+    return load_tokenizer(str(model_folder), None, False)
 
 
 @pytest.fixture(scope="session")

@@ -101,7 +101,7 @@ def test_what_cannot_be_done_is_refused_before_anything_starts(workplace, argume
             "".join(json.dumps({**GOOD_ROW, "prompt": f"{n}"}) + "\n" for n in range(3)),
             "fewer than one effective batch",
         ),
-        (json.dumps(GOOD_ROW) + "\n", "all rows ask the same"),
+        (json.dumps(GOOD_ROW) + "\n", "ask the same"),
     ],
     ids=["empty file", "unknown form", "broken line", "two rows on a line", "too few rows", "one row"],
 )

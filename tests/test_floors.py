@@ -25,7 +25,8 @@ MAY_USE = {
     "pyarrow": ("data",),
     "accelerate": ("training",),
     "deepspeed": ("training",),
-    "trl": ("data/packing.py", "training/trainer.py"),
+    "trl": ("training/trainer.py",),
+    "numpy": ("data",),
     "rich": ("training/callbacks",),
     "yaml": ("planning", "launching"),
 }

@@ -195,7 +195,7 @@ def test_a_model_with_other_parameters_than_the_plan_counts_is_refused(tmp_path)
     from conftest import SMALL_LLAMA
     from transformers import AutoConfig
 
-    from sft_recipes.data.prepare import check_architecture
+    from sft_recipes.data.models import check_architecture
     from sft_recipes.planning.schema import RecipeError
 
     AutoConfig.for_model(**SMALL_LLAMA).save_pretrained(tmp_path)

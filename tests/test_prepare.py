@@ -11,6 +11,7 @@ from sft_recipes.planning.plan import Topology
 from sft_recipes.planning.schema import RecipeError
 
 ROWS = [{"prompt": f"How much is {n} and {n}?", "completion": f"It is {2 * n}."} for n in range(60)]
+HELD_OUT = [{"prompt": f"How much is {n} less {n}?", "completion": "Nothing."} for n in range(4)]
 
 
 @pytest.fixture
@@ -56,9 +57,11 @@ def test_a_seeded_split_holds_out_whole_questions_and_loses_none(prepared):
 
 
 def test_supervised_tokens_are_the_answers_and_their_ends(prepared, tokenizer):
-    found = prepared(ROWS, validation=ROWS[:4])
+    found = prepared(ROWS, validation=HELD_OUT)
     answers = tokenizer([row["completion"] for row in ROWS], add_special_tokens=False)["input_ids"]
-    assert found.supervised_tokens == sum(len(ids) + 1 for ids in answers)
+    assert found.supervised_tokens == sum(
+        len(ids) + 2 for ids in answers
+    )  # <|im_end|>, and the line feed that the template writes behind it
     assert found.examples == 60
     assert details(found)["end_of_turn_ids"] == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
@@ -66,13 +69,128 @@ def test_supervised_tokens_are_the_answers_and_their_ends(prepared, tokenizer):
 def test_rows_that_lose_their_ends_or_all_their_answer_are_counted(prepared):
     long_answer = {"prompt": "Count.", "completion": "1 2 3 4 5 6 7 8 9 " * 20}
     long_question = {"prompt": "word " * 200, "completion": "4"}
-    found = prepared([*ROWS, long_answer, long_question], validation=ROWS[:4])
+    found = prepared([*ROWS, long_answer, long_question], validation=HELD_OUT)
     counts = details(found)["train"]
     assert (counts["examples"], counts["cut"], counts["dropped"]) == (61, 2, 1)
+    whole = details(found)["sources"]["train"][0]["percentiles"]["100"]
+    assert counts["lost_tokens"] > whole - 128 > 0 and counts["lost_supervised_tokens"] > 0
 
 
 def test_more_dropped_rows_than_the_recipe_allows_are_refused(prepared):
     long_question = [{"prompt": f"{n} " + "word " * 200, "completion": "4"} for n in range(10)]
-    with pytest.raises(RecipeError, match=r"leaves 10 of 70 rows without a token to learn from, more than .*=0.05"):
-        prepared([*ROWS, *long_question], validation=ROWS[:4])
-    assert prepared([*ROWS, *long_question], "data.dropped_at_most=0.5", validation=ROWS[:4]).examples == 60
+    with pytest.raises(RecipeError, match=r"leaves 10 of 70 rows without a token .*rows.jsonl:61\), more than .*=0.05"):
+        prepared([*ROWS, *long_question], validation=HELD_OUT)
+    assert prepared([*ROWS, *long_question], "data.dropped_at_most=0.5", validation=HELD_OUT).examples == 60
+
+
+def test_a_validation_row_that_stands_in_training_is_refused_with_both_places(prepared):
+    leaked = [{**ROWS[7], "prompt": ROWS[7]["prompt"].replace(" ", "\n ")}]
+    with pytest.raises(
+        RecipeError, match=r"held_out.jsonl:5: this validation row .*rows.jsonl:8\), and so do 0 others of 5"
+    ):
+        prepared(ROWS, validation=[*HELD_OUT, *leaked])
+    tolerated = prepared(ROWS, "data.leaked_at_most=0.2", validation=[*HELD_OUT, *leaked])
+    assert details(tolerated)["leaked"] == 1
+
+
+def test_several_sources_are_one_run_and_each_is_validated_on_its_own(prepared, write_rows):
+    other = [{"question": f"Which letter is number {n}?", "answer": chr(97 + n)} for n in range(20)]
+    both = f"data.train=[{write_rows(ROWS, 'sums.jsonl')}, {write_rows(other, 'letters.jsonl')}]"
+    found = prepared(ROWS, both, "data.validation_fraction=0.1", "trainer.packing=false")
+    counted = details(found)["sources"]
+    assert [(one["name"], one["examples"]) for one in counted["train"]] == [("sums", 54), ("letters", 18)]
+    assert details(found)["validation_rows"] == {"sums": 6, "letters": 2} and found.examples == 72
+    with pytest.raises(RecipeError, match="data.train: .*sums.jsonl is named twice"):
+        prepared(ROWS, both.replace("letters", "sums"))
+    with pytest.raises(RecipeError, match=r"command line: data.train is \[\]; wanted names"):
+        prepared(ROWS, "data.train=[]")
+
+
+def test_duplicates_are_counted_and_rows_know_their_places(prepared):
+    from datasets import load_from_disk
+
+    found = prepared([*ROWS, ROWS[0]], validation=HELD_OUT)
+    assert details(found)["train"]["duplicates"] == 1
+    rows = load_from_disk(f"{found.folder}/train")
+    places = [place for row in rows for place in row["source"]]
+    assert sorted(int(place.rpartition(":")[2]) for place in places) == list(range(1, 62))
+    assert [len(row["source"]) for row in rows] == [len(row["seq_lengths"]) for row in rows]
+
+
+def test_many_rows_are_prepared_by_several_processes_and_are_the_same(prepared, monkeypatch):
+    from sft_recipes.data import labelling
+
+    alone = prepared(ROWS, validation=HELD_OUT)
+    monkeypatch.setattr(labelling, "_ROWS_A_CHUNK", 7)
+    monkeypatch.setattr(prepare, "_key", lambda *_: "again")
+    together = prepared(ROWS, validation=HELD_OUT)
+    assert together.folder != alone.folder and together.fingerprint == alone.fingerprint
+
+
+def test_the_first_bad_row_is_named_whichever_process_meets_it(prepared, monkeypatch):
+    from sft_recipes.data import labelling
+
+    monkeypatch.setattr(labelling, "_ROWS_A_CHUNK", 5)
+    with pytest.raises(RecipeError, match=r"rows.jsonl:34: turn 2, the assistant's, is empty"):
+        prepared([*ROWS[:33], {"prompt": "a", "completion": " "}, *ROWS[33:50], {"prompt": "b"}], validation=HELD_OUT)
+
+
+def test_a_base_model_learns_the_marks_of_a_template_that_are_new_to_it(prepared, tmp_path, model_folder, tokenizer):
+    template = tmp_path / "mine.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|mine|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    with pytest.raises(RecipeError, match=r"rows.jsonl:1: .* no special token, so the model would never learn to stop"):
+        prepared(ROWS, f"model.chat_template={template}", validation=HELD_OUT)
+    free = [f"<|free {n}|>" for n in range(320 - len(tokenizer))]  # the model has embeddings for tokens to come
+    marks = f"model.add_tokens={[*free, '<|user|>', '<|assistant|>', '<|mine|>']}"
+    found = prepared(ROWS, f"model.chat_template={template}", marks, validation=HELD_OUT)
+    assert details(found)["end_of_turn"] == ["<|mine|>"]
+    (note,) = found.notes
+    assert note.replace(", ".join(free) + ", ", "") == "new tokens <|user|>, <|assistant|>, <|mine|>: the model's embeddings grow from 320 rows"
+    assert details(found)["largest_token_id"] == 322 and details(found)["largest_known_token_id"] < 320
+
+    from transformers import AutoModelForCausalLM
+
+    from sft_recipes.data.chat import load_tokenizer
+    from sft_recipes.training import vocabulary
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    plan = plans.make(recipes.load("tiny", [marks]), Topology(0, 1))
+    grown = load_tokenizer(str(model_folder), str(template), False, plan.sections["model"]["add_tokens"])
+    vocabulary.fit(plan, model, grown, details(found))
+    assert model.get_input_embeddings().num_embeddings == 384 == model.config.vocab_size
+    assert 322 in vocabulary.stop_by_itself(model, grown, details(found))
+    with pytest.raises(RecipeError, match="token ids up to 500 .* embeddings for 384; take the tokenizer of this"):
+        vocabulary.fit(plan, model, grown, {"largest_token_id": 500, "largest_known_token_id": 500})
+
+
+def test_new_tokens_are_refused_where_embeddings_are_not_trained():
+    with pytest.raises(RecipeError, match="model.add_tokens gives the model new embeddings, which LoRA does not train"):
+        recipes.load("8b-lora", ["model.add_tokens=['<|mine|>']"])
+
+
+def test_a_cut_that_leaves_a_question_without_its_answer_is_counted(prepared):
+    turns = [("user", "Say a."), ("assistant", "a"), ("user", "word " * 12), ("assistant", "word " * 60)]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    found = prepared([*ROWS, row], "trainer.max_length=64", validation=HELD_OUT)
+    counts = details(found)["train"]
+    assert (counts["cut"], counts["unanswered"], counts["dropped"]) == (1, 1, 0)
+
+
+def test_rows_can_be_looked_at_where_the_models_weights_are_not(prepared, tmp_path, model_folder, write_rows):
+    import shutil
+
+    bare = tmp_path / "bare"
+    shutil.copytree(model_folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    words = [
+        f"data.train={write_rows(ROWS)}",
+        "data.validation=",
+        "model.from_scratch=false",
+        f"model.name_or_path={bare}",
+    ]
+    plan = plans.make(recipes.load("tiny", [*words, "trainer.max_length=128"]), Topology(0, 1))
+    assert prepare.prepare(plan, tmp_path / "store", rows_alone=True).examples == 57
+    with pytest.raises(RecipeError, match="bare has no weights"):
+        prepare.prepare(plan, tmp_path / "store")

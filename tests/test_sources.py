@@ -3,7 +3,7 @@ import json
 import pytest
 
 from sft_recipes.data import sources
-from sft_recipes.data.formats import messages_of
+from sft_recipes.data.formats import conversation_of
 from sft_recipes.planning.schema import RecipeError
 
 ASKED = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
@@ -115,19 +115,19 @@ def test_a_hub_name_with_a_split_is_told_from_a_path(tmp_path, monkeypatch):
     ],
 )
 def test_every_form_becomes_the_same_messages(row):
-    assert messages_of(sources.RawRow(row, "here:1")) == ASKED
+    assert conversation_of(sources.RawRow(row, "here:1")).messages == ASKED
 
 
 def test_system_turns_and_inputs_are_kept():
     alpaca = {"instruction": "Add.", "input": "2 and 2", "output": "4", "system": "Be short."}
-    found = messages_of(sources.RawRow(alpaca, "here:1"))
+    found = conversation_of(sources.RawRow(alpaca, "here:1")).messages
     assert [message["role"] for message in found] == ["system", "user", "assistant"]
     assert found[1]["content"] == "Add.\n\n2 and 2"
     sharegpt = {
         "system": "Be short.",
         "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
     }
-    assert messages_of(sources.RawRow(sharegpt, "here:1"))[0] == {"role": "system", "content": "Be short."}
+    assert conversation_of(sources.RawRow(sharegpt, "here:1")).messages[0] == {"role": "system", "content": "Be short."}
 
 
 @pytest.mark.parametrize(
@@ -153,4 +153,4 @@ def test_system_turns_and_inputs_are_kept():
 )
 def test_a_row_that_is_no_conversation_is_refused_with_its_place(row, message):
     with pytest.raises(RecipeError, match=f"here:7: .*{message}"):
-        messages_of(sources.RawRow(row, "here:7"))
+        conversation_of(sources.RawRow(row, "here:7"))

@@ -6,7 +6,9 @@ from conftest import REPOSITORY
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from sft_recipes.data.chat import IGNORED, Chat, Tokenized
+from sft_recipes.data.chat import IGNORED, Chat, Example
+from sft_recipes.data.formats import Conversation
+from sft_recipes.data.labelling import arrays
 from sft_recipes.data.packing import to_dataset
 from sft_recipes.planning import plan as plans
 from sft_recipes.planning import recipes
@@ -25,9 +27,13 @@ CONVERSATIONS = [
 def examples(tokenizer):
     import datetime
 
-    chat = Chat(tokenizer, datetime.date(2026, 11, 21))
-    rendered = [chat.render(messages, "here:1") for messages in CONVERSATIONS]
-    return chat.tokenize(rendered, ["here:1"] * len(rendered))
+    conversations = [Conversation(messages, f"here:{n}") for n, messages in enumerate(CONVERSATIONS)]
+    return Chat(tokenizer, datetime.date(2026, 11, 21)).label(conversations)
+
+
+def dataset(examples, max_length, packing):
+    said = [Conversation([{"role": "user", "content": "x"}], one.where) for one in examples]
+    return to_dataset(arrays(said, list(examples), max_length), max_length, packing)
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +59,16 @@ def make_trainer(tmp_path, model_folder, tokenizer, rows, validation, *overrides
     )  # fmt: skip
     plan = plans.make(recipes.load("tiny", settings), Topology(gpus=0, processes=1))
     plan = plans.settle(plan, plans.Prepared("f", "x", "m", {}, len(rows), len(rows), 100, 100, len(validation)))
+    validation, passes = trainers.validation_in_passes(
+        validation, {"rows": len(validation)}, plan.per_device_train_batch_size
+    )
     return trainers.ResponseTrainer(
         plan,
+        passes,
         model=AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32),
         args=trainers.sft_config(plan, RunFolder(tmp_path), []),
-        train_dataset=rows,
-        eval_dataset=trainers.whole_passes(validation, plan.per_device_train_batch_size),
+        train_dataset=rows.remove_columns("source"),
+        eval_dataset=validation,
         processing_class=tokenizer,
         data_collator=trainers.PackedRowsCollator(tokenizer.pad_token_id) if plan.packing else None,
     )
@@ -68,7 +78,7 @@ def make_trainer(tmp_path, model_folder, tokenizer, rows, validation, *overrides
 def test_the_labels_of_a_real_batch_are_the_answers_and_their_ends_alone(
     tmp_path, model_folder, tokenizer, examples, packing
 ):
-    rows = to_dataset(examples, 128, packing)
+    rows = dataset(examples, 128, packing)
     subject = make_trainer(tmp_path, model_folder, tokenizer, rows, rows, f"trainer.packing={str(packing).lower()}")
     supervised, batches = [], 0
     for batch in subject.get_train_dataloader():
@@ -77,7 +87,7 @@ def test_the_labels_of_a_real_batch_are_the_answers_and_their_ends_alone(
         assert torch.equal(batch["labels"][batch["labels"] != IGNORED], batch["input_ids"][batch["labels"] != IGNORED])
         supervised += [label for row in batch["labels"].tolist() for label in row if label != IGNORED]
     assert batches == len(subject._get_train_sampler()) // 2 > 0
-    said = tokenizer.decode(supervised).split("<|im_end|>")
+    said = tokenizer.decode(supervised).split("<|im_end|>\n")
     known = {messages[1]["content"] for messages in CONVERSATIONS}
     assert said.pop() == ""
     assert len(said) == len(set(said)) and set(said) <= known
@@ -86,7 +96,7 @@ def test_the_labels_of_a_real_batch_are_the_answers_and_their_ends_alone(
 
 def test_packed_examples_do_not_see_each_other(model, tokenizer, examples):
     """Per-token losses in packed, padded rows equal those of each example alone."""
-    rows = to_dataset(examples, 100, packing=True)
+    rows = dataset(examples, 100, packing=True)
     assert max(len(lengths) for lengths in rows["seq_lengths"]) > 2
     assert len({len(ids) for ids in rows["input_ids"]}) > 1, "no row needs padding, so padding is not tried"
     packed = trainers.PackedRowsCollator(tokenizer.pad_token_id)(list(rows))
@@ -103,7 +113,7 @@ def test_packed_examples_do_not_see_each_other(model, tokenizer, examples):
 
 def test_an_all_ones_mask_would_let_them_see_each_other(model, tokenizer, examples):
     """The reason why no mask is passed; fails when transformers isolates packed rows all the same."""
-    rows = to_dataset(examples, 100, packing=True)
+    rows = dataset(examples, 100, packing=True)
     packed = trainers.PackedRowsCollator(tokenizer.pad_token_id)(list(rows))
     masked = {**packed, "attention_mask": torch.ones_like(packed["input_ids"])}
     assert (token_losses(model, **packed) - token_losses(model, **masked)).abs().max() > 1e-3
@@ -117,7 +127,7 @@ def _cut(ids, lengths):
 
 
 def test_packing_loses_no_example_and_no_token(examples):
-    rows = to_dataset(examples, 100, packing=True)
+    rows = dataset(examples, 100, packing=True)
     packed = sorted(tuple(ids) for row in rows for ids in _cut(row["input_ids"], row["seq_lengths"]))
     assert packed == sorted(tuple(example.input_ids) for example in examples)
     assert max(map(len, rows["input_ids"])) <= 100
@@ -155,16 +165,19 @@ def test_the_validation_loss_is_a_mean_over_tokens_whatever_the_batch(
     tmp_path, model_folder, model, tokenizer, examples, micro_batch
 ):
     """Answers of very different lengths: a mean of batch means would move with the batch."""
-    long = [Tokenized(one.input_ids * 4, [IGNORED, *one.input_ids[1:]] + one.input_ids * 3) for one in examples[:3]]
-    rows = to_dataset([*examples[3:10], *long], 128, packing=False)
+    long = [Example(one.input_ids * 4, ((1, 4 * len(one.input_ids)),)) for one in examples[:3]]
+    rows = dataset([*examples[3:10], *long], 128, packing=False)
     subject = make_trainer(tmp_path, model_folder, tokenizer, rows, rows, "trainer.packing=false")
     subject.args.per_device_eval_batch_size = micro_batch
-    subject.eval_dataset = trainers.whole_passes(rows, micro_batch)
+    subject.eval_dataset, passes = trainers.validation_in_passes(rows, {"short": 7, "long": 3}, micro_batch)
+    subject.evaluate_sources(passes)
     losses = [
         token_losses(model, input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])) for row in rows
     ]  # fmt: skip
-    expected = torch.cat(losses).double().mean().item()
-    assert subject.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    expected = {"eval_loss": losses, "eval_short_loss": losses[:7], "eval_long_loss": losses[7:]}
+    found = subject.evaluate()
+    for name, part in expected.items():
+        assert found[name] == pytest.approx(torch.cat(part).double().mean().item(), rel=1e-5)
 
 
 def test_rows_that_fill_a_pass_count_nothing():
@@ -177,7 +190,7 @@ def test_rows_that_fill_a_pass_count_nothing():
 
 
 def test_the_resolved_configuration_says_what_the_plan_says(tmp_path, model_folder, tokenizer, examples):
-    rows = to_dataset(examples, 128, packing=False)
+    rows = dataset(examples, 128, packing=False)
     subject = make_trainer(
         tmp_path, model_folder, tokenizer, rows, rows, "trainer.packing=false", "trainer.gradient_checkpointing=true"
     )
@@ -213,7 +226,7 @@ def test_every_field_that_a_recipe_may_set_reaches_the_configuration(tmp_path):
 
 
 def test_checkpointing_is_off_where_the_recipe_says_off(tmp_path, model_folder, tokenizer, examples):
-    rows = to_dataset(examples, 128, packing=False)
+    rows = dataset(examples, 128, packing=False)
     subject = make_trainer(tmp_path, model_folder, tokenizer, rows, rows, "trainer.packing=false")
     assert recipes.load("tiny").trainer["gradient_checkpointing"] is False
     assert not subject.args.gradient_checkpointing and not subject.model.is_gradient_checkpointing
@@ -235,3 +248,56 @@ def test_the_engines_files_leave_to_the_trainer_what_the_trainer_owns():
             "gradient_clipping",
         )
         assert all(config[key] == "auto" for key in owned)
+
+
+@pytest.mark.parametrize("mode", ["assistant only", "prompt and completion"])
+def test_labels_equal_those_of_stock_trl_token_for_token(tmp_path, model_folder, tokenizer, examples, mode):
+    """On the same rows: conversations under `assistant_only_loss`, and their two halves under completion loss."""
+    from trl import SFTConfig, SFTTrainer
+
+    from sft_recipes.data.scratch import CHAT_TEMPLATE
+
+    own = tokenizer.chat_template
+    said = "{{ message['content'] + '<|im_end|>\n' }}"
+    tagged = (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
+        "{% generation %}" + said + "{% endgeneration %}{% else %}" + said + "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    assistant = mode == "assistant only"
+    rows = (
+        {"messages": CONVERSATIONS}
+        if assistant
+        else {"prompt": [m[:1] for m in CONVERSATIONS], "completion": [m[1:] for m in CONVERSATIONS]}
+    )
+    try:
+        tokenizer.chat_template = tagged if assistant else CHAT_TEMPLATE
+        stock = SFTTrainer(
+            AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32),
+            SFTConfig(str(tmp_path), assistant_only_loss=assistant, use_cpu=True, bf16=False, report_to="none"),
+            train_dataset=Dataset.from_dict(rows),
+            processing_class=tokenizer,
+        ).train_dataset
+    finally:
+        tokenizer.chat_template = own
+    masked = [(row["input_ids"], row["labels"]) for row in stock]
+    assert masked == [(one.input_ids, one.labels) for one in examples]
+
+
+def test_a_model_that_lets_packed_examples_see_each_other_is_refused(tmp_path, model_folder, tokenizer, examples):
+    """Position ids keep examples apart in attention; a recurrent state does not read them."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    from sft_recipes.planning.schema import RecipeError
+    from sft_recipes.training import isolation
+
+    rows = dataset(examples, 128, packing=True)
+    subject = make_trainer(tmp_path, model_folder, tokenizer, rows, rows)
+    subject.model_wrapped = subject.model
+    assert isolation.check(subject._plan, subject) < 1e-6
+    leaky = MambaForCausalLM(MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2, state_size=4))
+    subject.model = subject.model_wrapped = leaky
+    with pytest.raises(
+        RecipeError, match=r"packed examples see each other in .*MambaForCausalLM .*trainer.packing=false"
+    ):
+        isolation.check(subject._plan, subject)

@@ -1,48 +1,84 @@
-"""Renders a conversation with the tokenizer's own chat template and finds, to the character, what the assistant says.
+"""Turns conversations into token ids and labels: what the loss looks at, and what it does not.
 
-The template is never replaced: what is trained is what the tokenizer renders at inference. Three renderings give each
-assistant turn its place: the conversation up to the turn with the generation prompt (where the model starts to write),
-up to the turn with its answer (where it stops), and whole. A template that renders an earlier turn otherwise than a
-last one, so that no place can be trusted, is refused rather than guessed at.
+The text is what the tokenizer's own chat template renders, so what is trained is what is seen at inference
+(sft_recipes.data.spans finds the assistant in it). Control tokens are only those that the template writes: the same
+characters in somebody's message become ordinary tokens.
 """
 
 from __future__ import annotations
 
 import datetime
+import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.data.formats import Message
+from sft_recipes.data.formats import Conversation, Message
+from sft_recipes.data.spans import (
+    OtherwiseError,
+    Skeleton,
+    Skeletons,
+    Template,
+    Tools,
+    UnclearError,
+    training_templates,
+)
 from sft_recipes.planning.schema import RecipeError
-
-_PROBE = "qzx probe xzq"
 
 IGNORED = -100  # the label of a token that the loss does not look at (torch.nn.CrossEntropyLoss.ignore_index)
 
 # Padding tokens that well-known tokenizers hold without naming them as such.
 _PADDING_TOKENS = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")
+_RESERVED = re.compile(r"<\|?(reserved|unused|extra_id|special_token)[^<>]*\|?>|\[unused\d+\]")
+_MARK = re.compile(r"<.+>|\[.+\]")
+# Elements that tokenizers such as Gemma's hold as added tokens; in a message they are what they are at inference.
+_HTML = re.compile(
+    r"</?(table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i|u|s|sub|sup|code|p|br|li|ul|ol)>"
+)
+NEW_PADDING_TOKEN = "<|pad|>"
+
+_WAY_OUT = "give a template that can be followed (model.chat_template=<a .jinja file>)"
 
 
-@dataclass(frozen=True)
-class Rendered:
-    """A rendered conversation and the [start, end) characters of its assistant turns, end of turn included."""
-
-    text: str
-    spans: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class Tokenized:
-    """Token ids, and labels of the same length: the id where the loss looks, IGNORED elsewhere."""
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Token ids, the [start, end) tokens that are the assistant's, and what was met on the way."""
 
     input_ids: list[int]
-    labels: list[int]
+    spans: tuple[tuple[int, int], ...]
+    where: str = ""
+    stop_ids: frozenset[int] = frozenset()
+    note: str = ""
+    how: str = ""
+    markers_as_text: int = 0
+    dropped_reasoning: int = 0
+
+    @property
+    def labels(self) -> list[int]:
+        """The id where the loss looks, IGNORED elsewhere."""
+        labels = [IGNORED] * len(self.input_ids)
+        for start, end in self.spans:
+            labels[start:end] = self.input_ids[start:end]
+        return labels
+
+    def supervised(self) -> int:
+        """Tokens that the loss looks at; the first of a row is predicted from nothing, so it is none."""
+        return sum(end - max(start, 1) for start, end in self.spans)
+
+    def cut(self, length: int) -> Example:
+        """Its first `length` tokens."""
+        if len(self.input_ids) <= length:
+            return self
+        spans = tuple((start, min(end, length)) for start, end in self.spans if start < length)
+        return Example(self.input_ids[:length], spans, self.where)
 
 
-def load_tokenizer(name_or_path: str, revision: str | None, chat_template: str | None, trust_remote_code: bool) -> Any:
-    """The tokenizer with a chat template and a padding token, not the end of turn where there is another.
+def load_tokenizer(
+    name_or_path: str, chat_template: str | None, trust_remote_code: bool, add_tokens: Sequence[str] = ()
+) -> Any:
+    """The tokenizer with a chat template, and a padding token that is never the end of turn.
 
     Raises:
         RecipeError: it cannot be loaded, has no chat template and the recipe gives none, or cannot tell offsets.
@@ -50,11 +86,11 @@ def load_tokenizer(name_or_path: str, revision: str | None, chat_template: str |
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except Exception as error:  # OSError, ValueError, Hub and tokenizer errors alike: it is not to be had
         raise RecipeError(
             f"model.name_or_path: the tokenizer of {name_or_path} cannot be loaded "
-            f"({str(error).splitlines()[0]}); name a "
+            f"({(str(error).splitlines() or [type(error).__name__])[0]}); name a "
             f"folder that holds it, or check the Hub name, the network and HF_TOKEN"
         ) from error
     if chat_template is not None:
@@ -67,12 +103,11 @@ def load_tokenizer(name_or_path: str, revision: str | None, chat_template: str |
     if not tokenizer.is_fast:
         raise RecipeError(
             f"model.name_or_path: the tokenizer of {name_or_path} is a slow one, which cannot tell where a token "
-            "stands; "
-            f"it needs a tokenizer.json"
+            f"stands; it needs a tokenizer.json"
         )
-    if tokenizer.pad_token is None:
-        vocabulary = tokenizer.get_vocab()
-        tokenizer.pad_token = next((token for token in _PADDING_TOKENS if token in vocabulary), tokenizer.eos_token)
+    if add_tokens:
+        tokenizer.add_special_tokens({"additional_special_tokens": [*add_tokens]}, replace_extra_special_tokens=False)
+    _choose_padding(tokenizer)
     return tokenizer
 
 
@@ -83,127 +118,271 @@ def _read_template(file: str) -> str:
         raise RecipeError(f"model.chat_template: {file} cannot be read ({error})") from error
 
 
+def new_tokens(tokenizer: Any, add_tokens: Sequence[str]) -> dict[str, int]:
+    """Ids of the tokens that loading may have added: the recipe's, and a padding token."""
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (*add_tokens, NEW_PADDING_TOKEN)}
+    return {token: id for token, id in ids.items() if id is not None and id != tokenizer.unk_token_id}
+
+
+def _choose_padding(tokenizer: Any) -> None:
+    """A padding token that neither ends a turn nor stands in the template: padding is masked out by its id in places,
+    and a model whose end of turn is masked never learns to stop."""
+
+    def taken(token: str) -> bool:
+        return token == tokenizer.eos_token or token in str(tokenizer.chat_template)
+
+    if tokenizer.pad_token is not None and not taken(tokenizer.pad_token):
+        return
+    vocabulary = tokenizer.get_vocab()
+    known = [token for token in _PADDING_TOKENS if token in vocabulary]
+    reserved = sorted(token for token in vocabulary if _RESERVED.fullmatch(token))
+    free = next((token for token in (*known, *reserved) if not taken(token)), None)
+    if free is None:
+        tokenizer.add_special_tokens({"pad_token": NEW_PADDING_TOKEN})
+    else:
+        tokenizer.pad_token = free
+
+
 class Chat:
     """A tokenizer with its template, turning conversations into labelled tokens."""
 
     def __init__(self, tokenizer: Any, date: datetime.date):
         """`date` is what a template that writes today's date gets, so that a resumed run sees the same tokens."""
         self.tokenizer = tokenizer
-        dated = "strftime_now" in str(tokenizer.chat_template)
-        self._variables = {"date_string": date.strftime("%d %b %Y")} if dated else {}
-        self._end_tokens = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._end_tokens |= set(tokenizer.all_special_ids)
-        self._end_texts = [text for text in tokenizer.convert_ids_to_tokens(sorted(self._end_tokens)) if text]
-        self._behind: dict[tuple[str, ...], str] = {}
+        self._date = date
+        self._encoder = tokenizer.backend_tokenizer  # what tokenizer(…) calls, without its copies of every list
+        self._encoder.no_truncation()
+        self._encoder.no_padding()
+        specials, controls = _control_tokens(tokenizer)
+        self._control_ids = frozenset(tokenizer.convert_tokens_to_ids(sorted(controls)))
+        longest_first = sorted(controls, key=len, reverse=True)
+        self._controls = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._specials = specials
+        self._by_source: dict[str, Skeletons] = {}
+        self._written: dict[int, tuple[Skeleton, int]] = {}
 
-    def render(self, messages: Sequence[Message], where: str) -> Rendered:
-        """The conversation as text, with the places that the assistant wrote.
-
-        Raises:
-            RecipeError: the template refuses the conversation, or an assistant turn's place cannot be told.
-        """
-        text = self._apply(messages, where)
-        spans = []
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            start = len(self._prefix(text, messages[:number], where, number))
-            end = self._end_of_turn(text, start, messages[: number + 1], where)
-            spans.append((start, end))
-        return Rendered(text, tuple(spans))
-
-    def prompt(self, messages: Sequence[Message], where: str = "the prompt") -> list[int]:
-        """Token ids of a conversation that waits for the assistant's answer."""
-        text = self._apply(messages, where, add_generation_prompt=True)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def tokenize(self, rendered: Sequence[Rendered], where: Sequence[str]) -> list[Tokenized]:
-        """Labelled tokens of many conversations; a token counts as the assistant's where it overlaps a span.
+    def label(self, conversations: Sequence[Conversation]) -> list[Example]:
+        """Token ids and the assistant's places in them, end of turn included.
 
         Special tokens are not added: the template wrote those that belong there, so there is one BOS, never two.
 
         Raises:
-            RecipeError: an assistant turn ends with no special token, so that the model would never learn to stop.
+            RecipeError: the template refuses a conversation, its assistant's turns cannot be told for certain, or a
+                turn ends with no special token.
         """
-        encoded = self.tokenizer([one.text for one in rendered], add_special_tokens=False, return_offsets_mapping=True)
-        columns = zip(rendered, encoded["input_ids"], encoded["offset_mapping"], where, strict=True)
-        return [self._labelled(*row) for row in columns]
+        placed = [self._place(one) for one in conversations]
+        encoded = self._encode([text for text, *_ in placed])
+        return [
+            self._example(one, *place, encoding)
+            for one, place, encoding in zip(conversations, placed, encoded, strict=True)
+        ]
 
-    def _labelled(self, rendered: Rendered, ids: list[int], offsets: list[tuple[int, int]], where: str) -> Tokenized:
-        labels = [IGNORED] * len(ids)
-        token = 0
-        for start, end in rendered.spans:
-            while token < len(ids) and offsets[token][1] <= start:
-                token += 1
-            last = None
-            while token < len(ids) and offsets[token][0] < end:
-                if offsets[token][1] > offsets[token][0]:
-                    labels[token] = last = ids[token]
-                token += 1
-            if last not in self._end_tokens:
-                turn = rendered.text[start:end]
-                raise RecipeError(
-                    f"{where}: the chat template ends the assistant's turn with {turn[-12:]!r}, no special token, "
-                    "so the "
-                    f"model would never learn to stop; give a template that writes one (model.chat_template=…)"
-                )
-        return Tokenized(ids, labels)
-
-    def end_of_turn_ids(self, tokenized: Tokenized) -> set[int]:
-        """Ids of the tokens with which the assistant's turns end."""
-        labels = tokenized.labels
-        return {
-            label
-            for label, after in zip(labels, [*labels[1:], IGNORED], strict=True)
-            if label != IGNORED and after == IGNORED
-        }
-
-    def _apply(self, messages: Sequence[Message], where: str, add_generation_prompt: bool = False) -> str:
-        from jinja2 import TemplateError
-
+    def prompt(self, messages: Sequence[Message], tools: Tools = None, where: str = "the prompt") -> list[int]:
+        """Token ids of a conversation that waits for the assistant's answer."""
+        skeletons = self._skeletons(tools)
+        said = [self._as_the_template_has_it(message, skeletons) for message in messages]
         try:
-            rendered = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **self._variables
-            )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise RecipeError(f"{where}: the chat template refuses this conversation: {error}") from error
-        return str(rendered)
+            text = skeletons.template.render(said, tools, add_generation_prompt=True)
+        except UnclearError as error:
+            raise RecipeError(f"{where}: {error}") from error
+        cuts, position = [], 0
+        for message in said:
+            content = message["content"].strip()
+            found = text.find(content, position) if content else -1
+            if found >= 0:
+                cuts += [found + match.start() + 1 for match in self._controls.finditer(content)]
+                position = found + len(content)
+        return [id for piece in _pieces(text, cuts) for id in self._ids(piece)]
 
-    def _prefix(self, text: str, before: Sequence[Message], where: str, number: int) -> str:
-        prefix = self._apply(before, where, add_generation_prompt=True)
-        if not text.startswith(prefix):
+    def _skeletons(self, tools: Tools) -> Skeletons:
+        try:
+            source = self.tokenizer.get_chat_template(None, tools)
+        except ValueError as error:
+            raise RecipeError(f"model.name_or_path: {error}") from error
+        if source not in self._by_source:
+            special = self.tokenizer.special_tokens_map
+            shipped = training_templates().get(source)
+            try:
+                template = Template(source, special, self._date)
+                training = Template(shipped, special, self._date) if shipped else None
+            except Exception as error:  # a Jinja syntax error, or whatever else its compiler raises
+                raise RecipeError(f"the chat template is not Jinja: {error}; {_WAY_OUT}") from error
+            self._by_source[source] = Skeletons(template, training, self._specials, self._controls)
+        return self._by_source[source]
+
+    @staticmethod
+    def _as_the_template_has_it(message: Message, skeletons: Skeletons) -> Message:
+        """Reasoning in a field of its own where the template reads one, under both names that templates read."""
+        source = skeletons.template.source
+        reads = (
+            "reasoning_content" in source or ".thinking" in source or "'thinking'" in source or '"thinking"' in source
+        )
+        content = message["content"]
+        if reads and message["role"] == "assistant" and "reasoning_content" not in message:
+            opened, closed, answer = content.partition("</think>")
+            if closed and opened.lstrip().startswith("<think>") and opened.strip() != "<think>":
+                reasoning = opened.lstrip().removeprefix("<think>").strip("\n")
+                message = {**message, "content": answer.lstrip("\n"), "reasoning_content": reasoning}
+        if "reasoning_content" in message:
+            return {**message, "thinking": message["reasoning_content"]}  # as apply_chat_template does
+        return message
+
+    def _place(self, one: Conversation) -> tuple[str, list[tuple[int, int]], Skeleton, list[int], int]:
+        """The text, the assistant's characters, the skeleton, and where to cut control tokens that are only text."""
+        skeletons = self._skeletons(one.tools)
+        messages = [self._as_the_template_has_it(message, skeletons) for message in one.messages]
+        try:
+            self._check_calls(messages, one.tools)
+            skeleton, text, spans, slots = self._filled(skeletons, messages, one.tools)
+        except UnclearError as error:
+            raise RecipeError(f"{one.where}: {error}; {_WAY_OUT}") from error
+        cuts = [
+            start + match.start() + 1
+            for (start, end), slot in zip(slots, skeleton.slots, strict=True)
+            if self._controls.search(slot.text(messages))
+            for match in self._controls.finditer(text[start:end])
+        ]
+        return text, spans, skeleton, cuts, self._written_by(skeleton, messages, one)
+
+    def _filled(
+        self, skeletons: Skeletons, messages: Sequence[Message], tools: Tools
+    ) -> tuple[Skeleton, str, list[tuple[int, int]], list[tuple[int, int]]]:
+        """A skeleton that gives, filled in, what the template renders; the row's own where its shape's does not."""
+        refused = None
+        for make in (skeletons.of, skeletons.of_this, skeletons.of_training):
+            try:
+                skeleton = make(messages, tools)
+                text, spans, slots = skeleton.fill(messages)
+                if text == skeleton.template.render(messages, tools):
+                    return skeleton, text, spans, slots
+            except OtherwiseError as error:
+                refused = refused or error
+        raise refused or UnclearError("the chat template renders this conversation otherwise than others of its shape")
+
+    def _check_calls(self, messages: Sequence[Message], tools: Tools) -> None:
+        """Calls and tools are written by the template as they are, control tokens in them too."""
+        for number, said in enumerate([tools, *(message.get("tool_calls") for message in messages)]):
+            found = self._controls.search(str(said)) if said else None
+            if found:
+                what = "a tool's description" if number == 0 else f"the call in turn {number}"
+                raise UnclearError(f"{what} holds {found.group()!r}, a control token")
+
+    def _written_by(self, skeleton: Skeleton, messages: Sequence[Message], one: Conversation) -> int:
+        """How many control tokens the template itself writes."""
+        known = self._written.get(id(skeleton))
+        if known and known[0] is skeleton:
+            return known[1]
+        open_ = {slot.message for slot in skeleton.slots}
+        for number, message in enumerate(messages):
+            found = None if number in open_ else self._controls.search(message["content"])
+            if found:
+                raise RecipeError(
+                    f"{one.where}: turn {number + 1} holds {found.group()!r}, a control token, and the chat template "
+                    f"renders this row in a way of its own; take the token out of the text"
+                )
+        ids = self._ids("x".join(skeleton.literals))
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:
             raise RecipeError(
-                f"{where}: the chat template renders what comes before turn {number + 1} otherwise when an answer "
-                "follows, so "
-                f"its start cannot be told; give a template that does not (model.chat_template=…)"
+                f"{one.where}: the chat template begins with {self.tokenizer.bos_token} twice; wanted it once; "
+                f"{_WAY_OUT}"
             )
-        return prefix
+        written = sum(id in self._control_ids for id in ids)
+        if len(self._written) > 4096:
+            self._written.clear()
+        self._written[id(skeleton)] = (skeleton, written)
+        return written
 
-    def _end_of_turn(self, text: str, start: int, through: Sequence[Message], where: str) -> int:
-        """Where the turn ends: behind its end-of-turn token, before what the template writes after that."""
-        upto = self._apply(through, where)
-        behind = self._behind_the_answer(through, where)
-        marker = self._up_to_the_first_special(behind)
-        head = upto.removesuffix(behind) + marker
-        if upto.endswith(behind) and text.startswith(head):
-            return len(head)
-        # Some templates render a last turn with an empty reasoning block that an earlier turn does not get.
-        for content in (through[-1]["content"], through[-1]["content"].strip()):
-            if text.startswith(content + marker, start):
-                return start + len(content) + len(marker)
-        raise RecipeError(
-            f"{where}: the chat template renders an assistant's turn otherwise when more turns follow, so its end "
-            f"cannot be told; give a template that does not (model.chat_template=…)"
+    def _example(
+        self,
+        one: Conversation,
+        text: str,
+        spans: list[tuple[int, int]],
+        skeleton: Skeleton,
+        cuts: list[int],
+        written: int,
+        encoding: Any,
+    ) -> Example:
+        if cuts:
+            ids, token_spans = self._in_pieces(text, spans, cuts)
+        else:
+            ids, token_spans = encoding.ids, [_tokens(encoding, start, end) for start, end in spans]
+        if sum(map(self._control_ids.__contains__, ids)) != written or (cuts and not self._same_text(ids, text)):
+            raise RecipeError(
+                f"{one.where}: the text holds a control token of {type(self.tokenizer).__name__} that cannot be "
+                f"written as ordinary tokens; take it out of the row"
+            )
+        return Example(
+            ids,
+            tuple(token_spans),
+            one.where,
+            frozenset(self.tokenizer.convert_tokens_to_ids(list(skeleton.stops))),
+            skeleton.note,
+            skeleton.how,
+            len(cuts),
+            skeleton.dropped_reasoning,
         )
 
-    def _behind_the_answer(self, through: Sequence[Message], where: str) -> str:
-        """What the template writes behind a last answer, seen on an answer that no template would write itself."""
-        roles = tuple(message["role"] for message in through)
-        if roles not in self._behind:
-            probed = self._apply([*through[:-1], {**through[-1], "content": _PROBE}], where)
-            self._behind[roles] = probed.rpartition(_PROBE)[2]
-        return self._behind[roles]
+    def _ids(self, text: str) -> list[int]:
+        return list(self._encode([text])[0].ids)
 
-    def _up_to_the_first_special(self, behind: str) -> str:
-        ends = [behind.find(token) + len(token) for token in self._end_texts if token in behind]
-        return behind[: min(ends)] if ends else behind.rstrip() or behind
+    def _encode(self, texts: list[str]) -> list[Any]:
+        return list(self._encoder.encode_batch(texts, add_special_tokens=False))
+
+    def _in_pieces(
+        self, text: str, spans: list[tuple[int, int]], cuts: list[int]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Tokens of a text that is cut inside each control token that is only text, so that none is read as one."""
+        ids: list[int] = []
+        found = [[-1, -1] for _ in spans]
+        position = 0
+        for piece in _pieces(text, cuts):
+            (encoding,) = self._encode([piece])
+            for number, (start, end) in enumerate(spans):
+                if start < position + len(piece) and end > position:
+                    first, last = _tokens(encoding, max(start - position, 0), min(end - position, len(piece)))
+                    if found[number][0] < 0:
+                        found[number][0] = len(ids) + first
+                    found[number][1] = len(ids) + last
+            ids += encoding.ids
+            position += len(piece)
+        return ids, [(first, last) for first, last in found]
+
+    def _same_text(self, ids: list[int], text: str) -> bool:
+        """Whether the pieces read as the whole does; a tokenizer that begins each text with a space would differ."""
+        return bool(self.tokenizer.decode(ids) == self.tokenizer.decode(self._ids(text)))
+
+
+def _pieces(text: str, cuts: Sequence[int]) -> list[str]:
+    bounds = [0, *sorted(set(cuts)), len(text)]
+    return [text[start:end] for start, end in itertools.pairwise(bounds) if end > start]
+
+
+def _tokens(encoding: Any, start: int, end: int) -> tuple[int, int]:
+    """The [first, last + 1) tokens of the characters [start, end); characters that no token owns are passed over."""
+    first = last = None
+    while start < end and (first := encoding.char_to_token(start)) is None:
+        start += 1
+    while start < end and (last := encoding.char_to_token(end - 1)) is None:
+        end -= 1
+    if first is None or last is None:
+        return 0, 0
+    place = encoding.token_to_chars(last)
+    while last + 1 < len(encoding) and encoding.token_to_chars(last + 1) == place:
+        last += 1  # the other bytes of a character that is several tokens
+    return first, last + 1
+
+
+def _control_tokens(tokenizer: Any) -> tuple[set[str], set[str]]:
+    """Texts of the special tokens, and of all tokens that steer a model: those, and added ones that look like marks
+    or that the template writes. Added words, runs of spaces and HTML are ordinary text."""
+    added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
+    specials = {text for text, special in added.items() if special} | set(tokenizer.all_special_tokens)
+    template = str(tokenizer.chat_template)
+    marks = {
+        text
+        for text in added
+        if (_MARK.fullmatch(text) and not _HTML.fullmatch(text))
+        or (text in template and len(text) > 1 and not text.replace(" ", "").isalnum())
+    }
+    return {text for text in specials if text.strip()}, {text for text in specials | marks if text.strip()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sft_recipes.data import hub, sources
-from sft_recipes.data.prepare import check_model
+from sft_recipes.data.models import check_model
 from sft_recipes.planning.schema import Recipe
 
 
@@ -20,8 +20,9 @@ def fetch(recipe: Recipe) -> list[tuple[str, Path]]:
     if model.name_or_path:
         folder = check_model(model.name_or_path, model.revision, model.trust_remote_code, model.ungated)
         fetched.append((model.name_or_path, folder))
-    for name, key in ((data.train, "data.train"), (data.validation, "data.validation")):
-        hub_name = sources.hub_name(name) if name else None
+    named = [(name, "data.train") for name in data.training] + [(name, "data.validation") for name in data.held_out]
+    for name, key in named:
+        hub_name = sources.hub_name(name)
         if hub_name and hub_name not in dict(fetched):
             fetched.append((hub_name, hub.dataset(hub_name, data.revision_of(hub_name), key)))
     return fetched

@@ -19,8 +19,16 @@ def model(name: str, revision: str | None, ungated: str | None = None) -> Path:
     Raises:
         RecipeError: there is no such model, it is gated, or neither network nor cache has it.
     """
-    other = f"; or take {ungated}, which needs no permission: model.name_or_path={ungated}" if ungated else ""
-    return _snapshot(name, revision, "model", "model.name_or_path", other)
+    return _snapshot(name, revision, "model", "model.name_or_path", _other(ungated))
+
+
+def tokenizer(name: str, revision: str | None, ungated: str | None = None) -> Path:
+    """The folder with a model's configuration, tokenizer and template alone.
+
+    Raises:
+        RecipeError: as `model`.
+    """
+    return _snapshot(name, revision, "model", "model.name_or_path", _other(ungated), ["*.json", "*.jinja", "*.model"])
 
 
 def dataset(name: str, revision: str | None, key: str) -> Path:
@@ -32,7 +40,13 @@ def dataset(name: str, revision: str | None, key: str) -> Path:
     return _snapshot(name, revision, "dataset", key, "; or say DATA=<a file or folder>")
 
 
-def _snapshot(name: str, revision: str | None, kind: str, key: str, other: str) -> Path:
+def _other(ungated: str | None) -> str:
+    return f"; or take {ungated}, which needs no permission: model.name_or_path={ungated}" if ungated else ""
+
+
+def _snapshot(
+    name: str, revision: str | None, kind: str, key: str, other: str, wanted: list[str] | None = None
+) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -45,7 +59,9 @@ def _snapshot(name: str, revision: str | None, kind: str, key: str, other: str) 
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
     ignored = _NOT_NEEDED if kind == "model" else None
     try:
-        return Path(snapshot_download(name, repo_type=kind, revision=revision, ignore_patterns=ignored))
+        return Path(
+            snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=wanted, ignore_patterns=ignored)
+        )
     except GatedRepoError as error:
         raise RecipeError(
             f"{key}: {name} is gated and may not be read with this token, or without one; accept its licence on {page} "

@@ -9,63 +9,42 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import itertools
 import json
 import os
 import random
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sft_recipes.data import hub, sources
-from sft_recipes.data.formats import Message, messages_of
+from sft_recipes.data import models, sources
+from sft_recipes.data.formats import Conversation, conversation_of
 from sft_recipes.data.sources import Source
 from sft_recipes.planning import plan as plans
-from sft_recipes.planning.memory import DENSE_KEYS, DENSE_KINDS, parameter_count
 from sft_recipes.planning.plan import Plan, Prepared
 from sft_recipes.planning.run_folder import runs_root, write_json
 from sft_recipes.planning.schema import Data, RecipeError
 
-_RENDERED_TOGETHER = 1000
+if TYPE_CHECKING:
+    from sft_recipes.data.labelling import Labelled
 
-
-@dataclass(frozen=True)
-class Conversation:
-    """A checked conversation and where it was written."""
-
-    messages: list[Message]
-    where: str
-
-
-@dataclass
-class Seen:
-    """Token ids that stood in the rows."""
-
-    end_of_turn_ids: set[int] = field(default_factory=set)
-    largest_token_id: int = 0
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What became of a source's rows; tokens count each example's own, before packing."""
-
-    examples: int
-    cut: int
-    dropped: int
-    tokens: int
-    supervised_tokens: int
-    rows: int
+_PROMPTS = 1000
+# Modules that do not decide what the rows are: they show or bring what others made.
+_NOT_THE_ROWS = ("inspect.py", "fetch.py", "hub.py", "models.py")
 
 
 def main(plan_file: str) -> int:
     """Prepares the data of the plan in `plan_file`; 0, or 2 with one line on standard error."""
     path = Path(plan_file)
     try:
-        prepared = prepare(plans.read(path), runs_root() / ".prepared")
+        plan = plans.read(path)
+        prepared = prepare(plan)
+        print(announcement(plan, json.loads((Path(prepared.folder) / "details.json").read_text(encoding="utf-8"))))
     except (RecipeError, OSError) as error:  # a disk that is full or closed is the user's to mend
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -73,144 +52,103 @@ def main(plan_file: str) -> int:
     return 0
 
 
-def prepare(plan: Plan, store: Path) -> Prepared:
+def prepare(plan: Plan, store: Path | None = None, rows_alone: bool = False) -> Prepared:
     """The plan's data, made or found in `store`.
+
+    Args:
+        rows_alone: leave the model's weights out; to look at rows, its tokenizer is enough.
 
     Raises:
         RecipeError: rows, model or tokenizer are not what a run can start from.
     """
-    data, model = Data(**plan.sections["data"]), plan.sections["model"]
-    base: Path | None = None
-    if not model["from_scratch"]:
-        base = check_model(model["name_or_path"], model["revision"], model["trust_remote_code"], model["ungated"])
+    store = store or runs_root() / ".prepared"
+    base = _base(plan, rows_alone)
+    data = Data(**plan.sections["data"])
     embedded = store / f"embedded-{hashlib.sha256(_code('embedded.py').encode()).hexdigest()[:8]}"
-    train = sources.resolve(data.train, "data.train", embedded, data.revision_of(data.train))
-    validation = (
-        sources.resolve(data.validation, "data.validation", embedded, data.revision_of(data.validation))
-        if data.validation
-        else None
-    )
-    key = _key(plan, train, validation, base)
-    folder = store / key
+    train = sources.resolve_all(data, "data.train", embedded)
+    validation = sources.resolve_all(data, "data.validation", embedded)
+    folder = store / _key(plan, train, validation, base)
     if not (folder / "prepared.json").is_file():
-        partial = store / f"{key}.{os.getpid()}.partial"
+        partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
         try:
             _make(plan, train, validation, base, partial)
             shutil.rmtree(folder, ignore_errors=True)
             partial.replace(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+    if base and not rows_alone:
+        _check_architecture_once(plan, base, folder)
     found = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
     base = base or (folder / "model").resolve()
-    here = {"folder": str(folder.resolve()), "model": str(base), "architecture": architecture_of(base)}
+    here = {"folder": str(folder.resolve()), "model": str(base), "architecture": models.architecture_of(base)}
     return Prepared(**{**found, **here})
+
+
+def announcement(plan: Plan, details: Mapping[str, Any]) -> str:
+    """One line on what the data came to, and one on each thing that a user should know before the start."""
+    train, validation = details["train"], details["validation"]
+    packed = f" packed into {details['rows']['rows']:,} rows of {plan.max_length}" if plan.packing else ""
+    share = train["supervised_tokens"] / max(train["tokens"], 1)
+    said = [
+        f"data: {train['examples']:,} training examples{packed}, {train['tokens']:,} tokens, {share:.0%} of them "
+        f"supervised; {validation['examples']:,} validation examples; {details['seconds']:.1f} s"
+    ]
+    for name, counts in (("training", train), ("validation", validation)):
+        if counts["cut"]:
+            said.append(
+                f"data: {counts['cut']:,} {name} examples were longer than {plan.max_length} tokens and lost their "
+                f"ends; {counts['dropped']:,} of them were dropped, no answer being left; {counts['unanswered']:,} end "
+                f"with a question whose answer was cut (trainer.max_length=… keeps more)"
+            )
+    if train["markers_as_text"]:
+        said.append(f"data: {train['markers_as_text']:,} training rows write control tokens; they are encoded as text")
+    said += [f"data: note: {note}" for note in details["notes"]]
+    return "\n".join(said)
+
+
+def _base(plan: Plan, rows_alone: bool) -> Path | None:
+    """The folder that the run's tokenizer is in; None for a recipe that starts from nothing."""
+    model = plan.sections["model"]
+    if model["from_scratch"]:
+        return None
+    if rows_alone:
+        return models.tokenizer_folder(model["name_or_path"], model["revision"], model["ungated"])
+    return models.check_model(model["name_or_path"], model["revision"], model["trust_remote_code"], model["ungated"])
+
+
+def _check_architecture_once(plan: Plan, base: Path, folder: Path) -> None:
+    """Building the model to count it takes seconds, so what was found right is remembered."""
+    model = plan.sections["model"]
+    remembered = folder / "architecture.json"
+    stated = json.dumps([model["architecture"], str(base)], sort_keys=True)
+    if not remembered.is_file() or remembered.read_text(encoding="utf-8") != stated:
+        models.check_architecture(model["architecture"], base, model["trust_remote_code"])
+        remembered.write_text(stated, encoding="utf-8")
 
 
 def _code(file: str) -> str:
     return Path(__file__).with_name(file).read_text(encoding="utf-8")
 
 
-def check_model(name_or_path: str, revision: str | None, trust_remote_code: bool, ungated: str | None = None) -> Path:
-    """The folder of a whole model: a local one, or the Hub's, brought where it is not there.
-
-    Raises:
-        RecipeError: no such folder, no config, no weights, a shard missing, or code that would have to run.
-    """
-    key = "model.name_or_path"
-    folder = Path(os.path.expanduser(name_or_path))  # noqa: PTH111  Path's own raises for a user that is not there
-    if not folder.is_dir():
-        if (
-            name_or_path.startswith((".", "/", "~"))
-            or name_or_path.count("/") > 1
-            or any(c.isspace() for c in name_or_path)
-        ):
-            raise RecipeError(
-                f"{key}: no folder {name_or_path!r}; name a folder with config.json and weights, or a Hub name"
-            )
-        folder = hub.model(name_or_path, revision, ungated)
-    config = folder / "config.json"
-    if not config.is_file():
-        raise RecipeError(f"{key}: {folder} has no config.json; name the folder that save_pretrained wrote")
-    if not any(folder.glob("*.safetensors")):
-        other = "; weights in *.bin are pickles: convert them to safetensors" if any(folder.glob("*.bin")) else ""
-        raise RecipeError(f"{key}: {folder} has no weights (*.safetensors){other}")
-    index = folder / "model.safetensors.index.json"
-    shards = set(_json_of(index).get("weight_map", {}).values()) if index.is_file() else set()
-    missing = sorted(shard for shard in shards if not (folder / shard).is_file())
-    if missing:
-        raise RecipeError(f"{key}: {folder} lacks {', '.join(missing)}, which its index names; bring the whole model")
-    if not trust_remote_code and "auto_map" in _json_of(config):
-        raise RecipeError(
-            f"{key}: {folder} wants its own code to run (auto_map); say model.trust_remote_code=true if you trust it"
-        )
-    return folder
-
-
-def architecture_of(folder: Path) -> dict[str, Any]:
-    """The numbers of a model's configuration that forecasts are made from; nothing for a kind that they do not know."""
-    config = _json_of(folder / "config.json")
-    if config.get("model_type") not in DENSE_KINDS:
-        return {}
-    wanted = (*DENSE_KEYS, "model_type", "num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias")
-    return {key: config[key] for key in wanted if config.get(key) is not None}
-
-
-def check_architecture(stated: dict[str, Any], folder: Path, trust_remote_code: bool) -> None:
-    """Refuses a recipe whose numbers are not its model's: memory and time were worked out from them.
-
-    Raises:
-        RecipeError: the model's own config says otherwise, or the model has another number of parameters.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if not stated:
-        return
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    wrong = [f"{key} {value!r}, not {getattr(config, key, None)!r}" for key, value in stated.items()
-             if getattr(config, key, None) != value]  # fmt: skip
-    if wrong:
-        raise RecipeError(
-            f"model.architecture: the recipe says {'; '.join(wrong)} as {folder / 'config.json'} does; correct it: "
-            f"memory and time are worked out from it"
-        )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    counted, planned = model.num_parameters(), parameter_count(stated)
-    if planned is not None and counted != planned:
-        raise RecipeError(
-            f"model.architecture: the model has {counted:,} parameters and the plan counts {planned:,}; it is no dense "
-            f"Llama-shaped model: leave model.architecture out, and the plan makes no forecast"
-        )
-
-
-def _json_of(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RecipeError(f"model.name_or_path: {file} is not JSON ({error}); bring the whole model") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"model.name_or_path: {file} holds no JSON object; bring the whole model")
-    return content
-
-
-def _key(plan: Plan, train: Source, validation: Source | None, base: Path | None) -> str:
+def _key(plan: Plan, train: Mapping[str, Source], validation: Mapping[str, Source], base: Path | None) -> str:
     """SHA-256 over all that decides the prepared rows: content, tokenizer, template, lengths, code, libraries."""
-    model = plan.sections["model"]
+    model, data = plan.sections["model"], plan.sections["data"]
+    code = sorted(path.name for path in Path(__file__).parent.glob("*.py") if path.name not in _NOT_THE_ROWS)
     parts = {
-        "train": train.fingerprint(),
-        "validation": validation.fingerprint() if validation else plan.sections["data"]["validation_fraction"],
+        "train": [[name, source.fingerprint()] for name, source in train.items()],
+        "validation": [[name, source.fingerprint()] for name, source in validation.items()],
+        "data": {
+            key: data[key] for key in ("validation_fraction", "validation_at_most", "dropped_at_most", "leaked_at_most")
+        },
         "model": model,
         "tokenizer": _tokenizer_files(base),
         "template": _given_template(model),
         "max_length": plan.max_length,
         "packing": plan.packing,
-        "dropped_at_most": plan.sections["data"]["dropped_at_most"],
-        "validation_at_most": plan.sections["data"]["validation_at_most"],
         "seed": plan.sections["trainer"]["seed"],
         "data_seed": plan.sections["trainer"]["data_seed"],
         "date": plan.created[:10] if _may_write_the_date(model, base) else None,
-        "code": {path.name: _code(path.name) for path in sorted(Path(__file__).parent.glob("*.py"))},
+        "code": {name: _code(name) for name in code},
         "libraries": {name: metadata.version(name) for name in ("transformers", "tokenizers", "trl", "jinja2")},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -238,160 +176,234 @@ def _given_template(model: dict[str, Any]) -> str:
     return _text_of(Path(name)) if Path(name).is_file() else name
 
 
-def _make(plan: Plan, train: Source, validation: Source | None, base: Path | None, folder: Path) -> None:
+def _make(
+    plan: Plan, train: Mapping[str, Source], validation: Mapping[str, Source], base: Path | None, folder: Path
+) -> None:
     import datasets
+    import numpy
     import transformers
 
-    from sft_recipes.data.chat import Chat, load_tokenizer
+    from sft_recipes.data import contract
+    from sft_recipes.data.chat import Chat, load_tokenizer, new_tokens
+    from sft_recipes.data.labelling import label, together
+    from sft_recipes.data.packing import to_dataset
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     started = time.monotonic()
-    training = _conversations(train, "data.train")
-    if validation is not None:
-        held_out = _conversations(validation, "data.validation")
-    else:
-        training, held_out = _split(training, plan.sections["data"]["validation_fraction"], plan)
-    held_out = _at_most(held_out, plan)
     folder.mkdir(parents=True)
-    model = plan.sections["model"]
-    if base is not None:
-        check_architecture(model["architecture"], base, model["trust_remote_code"])
-    else:
-        from sft_recipes.data import scratch
-
-        base = folder / "model"
-        texts = [text for one in training for message in one.messages for text in message.values()]
-        scratch.build(model["architecture"], texts, base, plan.sections["trainer"]["seed"])
-    tokenizer = load_tokenizer(str(base), None, model["chat_template"], model["trust_remote_code"])
+    model, data = plan.sections["model"], plan.sections["data"]
+    if base is None:
+        base = _build(plan, train, bool(validation), folder / "model")
+    before = models.embeddings_of(base)
+    tokenizer = load_tokenizer(str(base), model["chat_template"], model["trust_remote_code"], model["add_tokens"])
     chat = Chat(tokenizer, datetime.date.fromisoformat(plan.created[:10]))
-    seen = Seen()
-    counts = _write_rows(plan, chat, training, folder / "train", "data.train", seen)
-    held_out_counts = _write_rows(plan, chat, held_out, folder / "validation", "data.validation", seen)
-    _write_prompts(chat, held_out, folder / "prompts.jsonl", plan.sections["trainer"]["data_seed"])
+    training = {name: label(source, chat, plan.max_length, "data.train", name) for name, source in train.items()}
+    held_out = {
+        name: label(source, chat, plan.max_length, "data.validation", name) for name, source in validation.items()
+    }
+    if not validation:
+        training, held_out = _split(plan, training)
+    held_out = _at_most(plan, held_out)
+    counted = {"train": [], "validation": []}
+    for part, labelled_sources in (("train", training), ("validation", held_out)):
+        for name, labelled in labelled_sources.items():
+            counts = contract.count(name, labelled)
+            contract.check_dropped(f"data.{part}", counts, labelled, plan.max_length, data["dropped_at_most"])
+            counted[part].append(counts)
+    leaked = contract.check_leaks(training, held_out, data["leaked_at_most"])
+    everything = together([*training.values(), *held_out.values()])
+    kept = {part: _kept(labelled) for part, labelled in (("train", training), ("validation", held_out))}
+    rows = to_dataset(together(list(kept["train"].values())), plan.max_length, plan.packing)
+    rows.save_to_disk(folder / "train")
+    new = list(new_tokens(tokenizer, model["add_tokens"]).values())
+    notes = [f"{note} ({many:,} rows)" for note, many in everything.notes.items()]
+    notes += _grown(plan, tokenizer, before, everything)
+    validation_rows = [to_dataset(one, plan.max_length, plan.packing) for one in kept["validation"].values()]
+    datasets.concatenate_datasets(validation_rows).save_to_disk(folder / "validation")
+    _write_prompts(plan, chat, validation or train, held_out, folder / "prompts.jsonl")
+    totals = contract.total(counted["train"])
+    details = {
+        "train": totals,
+        "validation": contract.total(counted["validation"]),
+        "sources": {part: [asdict(one) for one in counts] for part, counts in counted.items()},
+        "validation_rows": {name: len(part) for name, part in zip(held_out, validation_rows, strict=True)},
+        "rows": _fill(plan, rows, kept["train"]),
+        "leaked": leaked,
+        "end_of_turn_ids": sorted(everything.stop_ids),
+        "end_of_turn": tokenizer.convert_ids_to_tokens(sorted(everything.stop_ids)),
+        "padding": tokenizer.pad_token,
+        "largest_token_id": int(everything.ids.max(initial=0)),
+        "largest_known_token_id": int(everything.ids[~numpy.isin(everything.ids, new)].max(initial=0)),
+        "notes": notes,
+        "how": ", ".join(sorted(everything.hows)),
+        "seconds": time.monotonic() - started,
+    }
     prepared = Prepared(
-        fingerprint=_fingerprint(folder),
+        fingerprint=_fingerprint([rows, *validation_rows]),
         folder=str(folder),
         model=str(base),
         architecture={},
-        examples=counts.examples,
-        rows=counts.rows,
-        supervised_tokens=counts.supervised_tokens,
-        tokens=counts.tokens,
-        validation_rows=held_out_counts.rows,
+        examples=totals["examples"],
+        rows=len(rows),
+        supervised_tokens=totals["supervised_tokens"],
+        tokens=totals["tokens"],
+        validation_rows=sum(map(len, validation_rows)),
+        notes=notes,
     )
-    ids = {"end_of_turn_ids": sorted(seen.end_of_turn_ids), "largest_token_id": seen.largest_token_id}
-    write_json(folder / "details.json", {"train": asdict(counts), "validation": asdict(held_out_counts), **ids})
+    write_json(folder / "details.json", details)
     write_json(folder / "prepared.json", asdict(prepared))
-    _report(plan, counts, held_out_counts, time.monotonic() - started)
 
 
-def _fingerprint(folder: Path) -> str:
-    """SHA-256 over the rows that were made, so that a run goes on where code changed and rows did not."""
+def _grown(plan: Plan, tokenizer: Any, embeddings: int | None, everything: Labelled) -> list[str]:
+    """What to tell where tokens are new, so that the model's embeddings have to grow.
+
+    Raises:
+        RecipeError: the new rows would have to be trained, and this method trains no embeddings.
+    """
+    from sft_recipes.data.chat import new_tokens
+
+    added = new_tokens(tokenizer, plan.sections["model"]["add_tokens"])
+    new = {token: id for token, id in added.items() if embeddings is not None and id >= embeddings}
+    if not new:
+        return []
+    written = sorted(token for token, id in new.items() if (everything.ids == id).any())
+    if plan.method != "full":
+        raise RecipeError(
+            f"model: {', '.join(written or new)} is new to the model, and {plan.method} does not train embeddings; "
+            f"take a chat template whose marks the tokenizer has, or full fine-tuning"
+        )
+    return [f"new tokens {', '.join(new)}: the model's embeddings grow from {embeddings:,} rows"]
+
+
+def _build(plan: Plan, train: Mapping[str, Source], all_of_it: bool, folder: Path) -> Path:
+    """The model of a recipe that starts from nothing; its tokenizer is trained on the training rows."""
+    from sft_recipes.data import scratch
+    from sft_recipes.data.labelling import asked_digests
+
+    texts = []
+    for name, source in train.items():
+        conversations = [conversation_of(row) for row in source.rows()]
+        if not conversations:
+            raise RecipeError(f"data.train: {source.named} holds no rows")
+        held_out = set() if all_of_it else _held_out(plan, asked_digests(conversations), name)
+        for conversation, asked in zip(conversations, asked_digests(conversations).tolist(), strict=True):
+            if asked not in held_out:
+                texts += [text for message in conversation.messages for text in (message["role"], message["content"])]
+    scratch.build(plan.sections["model"]["architecture"], texts, folder, plan.sections["trainer"]["seed"])
+    return folder
+
+
+def _fingerprint(made: list[Any]) -> str:
+    """SHA-256 over the tokens and labels of the rows, so that a run goes on where code or paths changed and rows did
+    not."""
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*/*.arrow")):
-        with file.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
+    for rows in made:
+        for name in ("input_ids", "labels", *(["seq_lengths"] if "seq_lengths" in rows.column_names else [])):
+            for chunk in rows.data.column(name).chunks:
+                digest.update(chunk.value_lengths().to_numpy().tobytes())
+                digest.update(chunk.flatten().to_numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def _conversations(source: Source, key: str) -> list[Conversation]:
-    found = [Conversation(messages_of(row), row.where) for row in source.rows()]
-    if not found:
-        named = source.hub_name or ", ".join(str(file) for file in source.files)
-        raise RecipeError(f"{key}: {named} holds no rows")
-    return found
-
-
-def _split(rows: list[Conversation], fraction: float, plan: Plan) -> tuple[list[Conversation], list[Conversation]]:
-    """A seeded split, both halves in their written order; conversations with the same opening stay together."""
-    openings = sorted({_opening(row) for row in rows})
-    if len(openings) < 2:
-        raise RecipeError("data.train: all rows ask the same, so none can be held out; say data.validation=<a file>")
-    wanted = min(max(round(len(openings) * fraction), 1), len(openings) - 1)
-    held_out = set(random.Random(plan.sections["trainer"]["data_seed"]).sample(openings, wanted))
-    return [row for row in rows if _opening(row) not in held_out], [row for row in rows if _opening(row) in held_out]
-
-
-def _at_most(held_out: list[Conversation], plan: Plan) -> list[Conversation]:
-    """No more validation examples than the recipe wants, a seeded choice in their written order."""
-    at_most = plan.sections["data"]["validation_at_most"]
-    if at_most is None or len(held_out) <= at_most:
-        return held_out
-    chosen = random.Random(plan.sections["trainer"]["data_seed"]).sample(range(len(held_out)), at_most)
-    return [held_out[index] for index in sorted(chosen)]
-
-
-def _opening(row: Conversation) -> str:
-    asked = next(message["content"] for message in row.messages if message["role"] == "user")
-    return " ".join(asked.split())
-
-
-def _write_rows(plan: Plan, chat: Any, conversations: list[Conversation], folder: Path, key: str, seen: Seen) -> Counts:
-    from sft_recipes.data.chat import IGNORED, Tokenized
-    from sft_recipes.data.packing import to_dataset
-
-    kept, cut, tokens, supervised = [], 0, 0, 0
-    for one in _tokenized(chat, conversations):
-        seen.end_of_turn_ids |= chat.end_of_turn_ids(one)
-        seen.largest_token_id = max(seen.largest_token_id, *one.input_ids)
-        whole = len(one.input_ids)
-        short = Tokenized(one.input_ids[: plan.max_length], one.labels[: plan.max_length])
-        # The first token is never predicted, so a label there is none.
-        trained = sum(label != IGNORED for label in short.labels[1:])
-        cut += whole > plan.max_length
-        if trained:
-            kept.append(short)
-            tokens += len(short.input_ids)
-            supervised += trained
-    dropped = len(conversations) - len(kept)
-    at_most = plan.sections["data"]["dropped_at_most"]
-    if dropped > at_most * len(conversations):
+def _held_out(plan: Plan, asked: Any, name: str) -> set[int]:
+    """The digests of the questions that a seeded split holds out."""
+    questions = sorted(set(asked.tolist()))
+    if len(questions) < 2:
         raise RecipeError(
-            f"{key}: trainer.max_length={plan.max_length} leaves {dropped} of {len(conversations)} rows without a "
-            "token to "
-            f"learn from, more than data.dropped_at_most={at_most:g}; say a larger trainer.max_length"
+            f"data.train: all rows of {name} ask the same, so none can be held out; say data.validation=<a file>"
         )
-    rows = to_dataset(kept, plan.max_length, plan.packing)
-    rows.save_to_disk(folder)
-    return Counts(len(kept), cut, dropped, tokens, supervised, len(rows))
-
-
-def _tokenized(chat: Any, conversations: Sequence[Conversation]) -> Iterator[Any]:
-    for first in range(0, len(conversations), _RENDERED_TOGETHER):
-        part = conversations[first : first + _RENDERED_TOGETHER]
-        rendered = [chat.render(one.messages, one.where) for one in part]
-        yield from chat.tokenize(rendered, [one.where for one in part])
-
-
-def _write_prompts(chat: Any, held_out: list[Conversation], file: Path, seed: int) -> None:
-    """The held-out conversations up to their last answer, shuffled, for answers before and after training."""
-    shuffled = random.Random(seed).sample(held_out, len(held_out))
-    with file.open("w", encoding="utf-8") as lines:
-        for one in shuffled[:1000]:
-            *before, answer = one.messages
-            line = {
-                "messages": before,
-                "answer": answer["content"],
-                "answer_tokens": len(chat.tokenizer(answer["content"], add_special_tokens=False)["input_ids"]),
-                "input_ids": chat.prompt(before, one.where),
-            }
-            lines.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _report(plan: Plan, train: Counts, validation: Counts, seconds: float) -> None:
-    packed = f" packed into {train.rows:,} rows of {plan.max_length}" if plan.packing else ""
-    share = train.supervised_tokens / max(train.tokens, 1)
-    print(
-        f"data: {train.examples:,} training examples{packed}, {train.tokens:,} tokens, {share:.0%} of them supervised; "
-        f"{validation.examples:,} validation examples; {seconds:.1f} s"
+    wanted = round(len(questions) * plan.sections["data"]["validation_fraction"])
+    return set(
+        random.Random(plan.sections["trainer"]["data_seed"]).sample(questions, min(max(wanted, 1), len(questions) - 1))
     )
-    for name, counts in (("training", train), ("validation", validation)):
-        if counts.cut:
-            print(
-                f"data: {counts.cut:,} {name} examples were longer than {plan.max_length} tokens and lost their ends; "
-                f"{counts.dropped:,} of them were dropped, no answer being left (trainer.max_length=… keeps more)"
+
+
+def _split(plan: Plan, training: Mapping[str, Labelled]) -> tuple[dict[str, Labelled], dict[str, Labelled]]:
+    """A seeded split of each source, in its written order; conversations with the same opening stay together, over
+    all sources, so that none is trained on in one and asked in another."""
+    import numpy
+
+    held_out = set().union(*(_held_out(plan, one.asked, name) for name, one in training.items()))
+    chosen = {name: numpy.isin(one.asked, sorted(held_out)) for name, one in training.items()}
+    for name, mask in chosen.items():
+        if mask.all():
+            raise RecipeError(
+                f"data.train: every question of {name} is held out with another source's; say data.validation=<a file>"
             )
+    return (
+        {name: one.take(~chosen[name]) for name, one in training.items()},
+        {name: one.take(chosen[name]) for name, one in training.items()},
+    )
+
+
+def _at_most(plan: Plan, held_out: Mapping[str, Labelled]) -> dict[str, Labelled]:
+    """No more validation examples than the recipe wants, each source's share of them, a seeded choice."""
+    import numpy
+
+    at_most = plan.sections["data"]["validation_at_most"]
+    many = sum(map(len, held_out.values()))
+    if at_most is None or many <= at_most:
+        return dict(held_out)
+    generator = numpy.random.default_rng(plan.sections["trainer"]["data_seed"])
+    fewer = {}
+    for name, one in held_out.items():
+        mask = numpy.zeros(len(one), bool)
+        mask[generator.permutation(len(one))[: max(round(at_most * len(one) / many), 1)]] = True
+        fewer[name] = one.take(mask)
+    return fewer
+
+
+def _kept(labelled: Mapping[str, Labelled]) -> dict[str, Labelled]:
+    return {name: one.take(one.trained > 0) for name, one in labelled.items()}
+
+
+def _fill(plan: Plan, rows: Any, kept: Mapping[str, Labelled]) -> dict[str, Any]:
+    """How full the rows are; what unpacked ones are padded by is told from one shuffled epoch."""
+    import numpy
+
+    lengths = numpy.concatenate([one.lengths for one in kept.values()])
+    per_device, tokens = plan.per_device_train_batch_size, int(lengths.sum())
+    if plan.packing:
+        slots = len(rows) * plan.max_length
+    else:
+        shuffled = numpy.random.default_rng(0).permutation(lengths)
+        batches = numpy.resize(shuffled, (-(-len(shuffled) // per_device), per_device)) if len(shuffled) else lengths
+        slots = int(batches.max(axis=1, initial=0).sum()) * per_device if len(shuffled) else 0
+    return {
+        "packed": plan.packing,
+        "rows": len(rows),
+        "max_length": plan.max_length,
+        "per_device": per_device,
+        "padding_tokens": max(slots - tokens, 0),
+        "non_padding": tokens / max(slots, 1),
+    }
+
+
+def _write_prompts(
+    plan: Plan, chat: Any, asked: Mapping[str, Source], held_out: Mapping[str, Labelled], file: Path
+) -> None:
+    """Held-out conversations up to their last answer, a seeded choice, for answers before and after training."""
+    wheres = {where for one in held_out.values() for where in one.where}
+    chosen = random.Random(plan.sections["trainer"]["data_seed"]).sample(sorted(wheres), min(len(wheres), _PROMPTS))
+    wanted, found = set(chosen), {}
+    for row in itertools.chain.from_iterable(source.rows() for source in asked.values()):
+        if row.where in wanted:
+            found[row.where] = conversation_of(row)
+    with file.open("w", encoding="utf-8") as lines:
+        for where in chosen:
+            *before, answer = found[where].messages
+            if answer["content"]:
+                lines.write(json.dumps(_prompt(chat, found[where], before, answer), ensure_ascii=False) + "\n")
+
+
+def _prompt(chat: Any, one: Conversation, before: list[dict[str, Any]], answer: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "messages": before,
+        "answer": answer["content"],
+        "answer_tokens": len(chat.tokenizer(answer["content"], add_special_tokens=False)["input_ids"]),
+        "input_ids": chat.prompt(before, one.tools, one.where),
+    }
 
 
 if __name__ == "__main__":

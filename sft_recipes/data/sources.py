@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes.data import embedded, hub
-from sft_recipes.planning.schema import RecipeError
+from sft_recipes.planning.schema import Data, RecipeError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 EMBEDDED = ("embedded:train", "embedded:validation")
@@ -42,12 +42,17 @@ class Source:
         """SHA-256 over the files' contents; over name and commit where the rows come from the Hub."""
         digest = hashlib.sha256()
         for file in self.files:
-            digest.update(os.fsencode(file.name))
+            digest.update(os.fsencode(file))  # rows say where they stand
             with file.open("rb") as content:
                 digest.update(hashlib.file_digest(content, "sha256").digest())
         commit = self.hub_folder.name if self.hub_folder else None  # the cache names a snapshot by its commit
         digest.update(f"{self.hub_name}:{self.hub_split}:{commit}".encode())
         return digest.hexdigest()
+
+    @property
+    def named(self) -> str:
+        """What a user knows it by."""
+        return self.hub_name or ", ".join(str(file) for file in self.files)
 
     def rows(self) -> Iterator[RawRow]:
         """All rows in the order in which they are written.
@@ -59,6 +64,31 @@ class Source:
             yield from _hub_rows(self.hub_name, self.hub_split, self.hub_folder)
         for file in self.files:
             yield from _READERS[file.suffix.lower()](file)
+
+
+def resolve_all(data: Data, key: str, embedded_folder: Path) -> dict[str, Source]:
+    """The sources that `data.train` or `data.validation` names, each under a short name of its own.
+
+    Raises:
+        RecipeError: as `resolve`, or a source is named twice.
+    """
+    found: dict[str, Source] = {}
+    named = data.training if key == "data.train" else data.held_out
+    for name in named:
+        if named.count(name) > 1:
+            raise RecipeError(f"{key}: {name} is named twice; its rows would count double")
+        short = _short(name)
+        number = sum(one == short or one.startswith(f"{short}_") for one in found)
+        source = resolve(name, key, embedded_folder, data.revision_of(name))
+        found[f"{short}_{number + 1}" if number else short] = source
+    return found
+
+
+def _short(name: str) -> str:
+    """What reports and metrics call a source: letters, digits and _ of its file's, folder's or data set's name."""
+    path = Path(name.partition(":")[0] if hub_name(name) or name in EMBEDDED else name)
+    stem = path.stem if path.suffix.lower() in SUFFIXES else path.name
+    return re.sub(r"\W+", "_", stem).strip("_") or "data"
 
 
 def hub_name(name: str) -> str | None:

@@ -39,12 +39,14 @@ class Prepared:
     supervised_tokens: int
     tokens: int
     validation_rows: int
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Plan:
     """A run with every number settled; `settled` is False while rows and steps are estimates.
 
+    `notes` say what prepared data showed, such as a template that trains on other text than it renders at inference.
     `fewest_gpus` and `cheapest_change` say what would fit; the verb `plan` works them out (planning/fit.py). `origins`
     says of each number where it came from: a file and line, a row of the table, the command line, derived.
     """
@@ -96,6 +98,7 @@ class Plan:
     sections: dict[str, dict[str, Any]]
     origins: dict[str, str]
     accepted: list[str]
+    notes: list[str] = dataclasses.field(default_factory=list)
     fewest_gpus: int | None = None
     cheapest_change: str | None = None
 
@@ -130,6 +133,7 @@ NOT_COMPARED = {
     "fits",
     "assumed_mfu",
     "forecast",
+    "notes",
     "fewest_gpus",
     "cheapest_change",
     "card",
@@ -259,6 +263,7 @@ def settle(plan: Plan, prepared: Prepared) -> Plan:
         plan,
         settled=True,
         data_fingerprint=prepared.fingerprint,
+        notes=prepared.notes,
         supervised_tokens_per_step=round(prepared.supervised_tokens / prepared.rows * plan.effective_batch_size, 1),
     )
     return _with_steps(settled, prepared.rows, prepared.examples)

@@ -190,6 +190,7 @@ def _build(name: str, written: Mapping[str, Written]) -> Recipe:
         name=name, **top, **built, trainer=trainer, origins={key: found.where for key, found in written.items()}
     )
     _check_model(recipe)
+    _check_lists(recipe)
     return recipe
 
 
@@ -242,7 +243,7 @@ def _typed(found: Written, kinds: list[str]) -> Written:
         return found
     if not found.value:
         return Written(None, COMMAND_LINE)
-    if set(kinds) <= {"str", "None"}:
+    if "str" in kinds and not ("list" in kinds and found.value.startswith("[")):
         return found
     try:
         return Written(yaml.safe_load(found.value), COMMAND_LINE)
@@ -289,6 +290,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "data.examples": (1, math.inf),
     "data.mean_tokens": (1, math.inf),
     "data.dropped_at_most": (0, 1),
+    "data.leaked_at_most": (0, 1),
     "data.validation_fraction": (0.0001, 0.9999),
     "answers.show": (0, 1000),
     "answers.exact_match": (0, 1000),
@@ -342,6 +344,23 @@ def _check_model(recipe: Recipe) -> None:
         _check_targets(recipe.lora.target_modules, recipe.origins.get("lora.target_modules", where))
     if model.from_scratch and not model.architecture:
         raise RecipeError(f"{where}: model.from_scratch needs model.architecture, the numbers of the model's config")
+
+
+def _check_lists(recipe: Recipe) -> None:
+    """Lists of names: some of each, all of them text."""
+    for key, names in (
+        ("data.train", recipe.data.training),
+        ("data.validation", recipe.data.held_out),
+        ("model.add_tokens", recipe.model.add_tokens),
+    ):
+        where = recipe.origins.get(key, f"recipes/{recipe.name}.yaml")
+        if not all(isinstance(name, str) and name.strip() for name in names) or (key == "data.train" and not names):
+            raise RecipeError(f"{where}: {key} is {names!r}; wanted names, as in [a.jsonl, b.jsonl]")
+    if recipe.lora and recipe.model.add_tokens:
+        raise RecipeError(
+            f"{recipe.origins.get('model.add_tokens')}: model.add_tokens gives the model new embeddings, which LoRA "
+            f"does not train; take a chat template whose marks the tokenizer has, or full fine-tuning"
+        )
 
 
 def _check_architecture(architecture: Mapping[str, Any], where: str) -> None:

@@ -148,7 +148,8 @@ class Model:
 
     `from_scratch` builds one from `architecture` with random weights and trains its tokenizer on the run's own
     training rows; otherwise `name_or_path` is a Hub name or a local folder. `ungated` names a model of the same size
-    that needs no permission.
+    that needs no permission. `add_tokens` are special tokens that `chat_template` writes and the tokenizer lacks, as
+    where a base model learns to chat.
     """
 
     name_or_path: str | None = None
@@ -158,6 +159,7 @@ class Model:
     from_scratch: bool = False
     architecture: dict[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
+    add_tokens: list[str] = field(default_factory=list)
     attention: str = "auto"
     trust_remote_code: bool = False
 
@@ -167,24 +169,36 @@ class Data:
     """Which rows are trained and validated on.
 
     `examples`, `validation_examples` and `mean_tokens` are the source's own figures; forecasts rest on them. `revision`
-    is the commit of the data set on the Hub. `validation_at_most` caps the examples that an evaluation looks at, a
-    seeded choice. `dropped_at_most` is the share of rows that may be left without a supervised token by
-    `max_length`.
+    is the commit of the data set on the Hub. Several sources are a list; each has a validation loss of its own.
+    `validation_at_most` caps the examples that an evaluation looks at, a seeded choice. `dropped_at_most` is the share
+    of rows that may be left without a supervised token by `max_length`, `leaked_at_most` the share of validation rows
+    that may stand in training.
     """
 
-    train: str = ""
-    validation: str | None = None
+    train: str | list[str] = ""
+    validation: str | list[str] | None = None
     revision: str | None = None
     validation_at_most: int | None = None
     validation_fraction: float = 0.05
     dropped_at_most: float = 0.05
+    leaked_at_most: float = 0.0
     examples: int | None = None
     mean_tokens: int | None = None
     validation_examples: int | None = None
 
     def revision_of(self, source: str) -> str | None:
         """The commit to take `source` at, where it lies on the Hub: `revision` is the training data set's."""
-        return self.revision if self.train.partition(":")[0] == source.partition(":")[0] else None
+        return self.revision if self.training[0].partition(":")[0] == source.partition(":")[0] else None
+
+    @property
+    def training(self) -> list[str]:
+        """The sources of the training rows."""
+        return [self.train] if isinstance(self.train, str) else self.train
+
+    @property
+    def held_out(self) -> list[str]:
+        """The sources of the validation rows; none where a part of the training rows is held out."""
+        return [self.validation] if isinstance(self.validation, str) else self.validation or []
 
 
 @dataclass(frozen=True)

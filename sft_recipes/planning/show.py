@@ -39,8 +39,8 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
         ("recipe", f"{plan.recipe} (row {plan.size}{_nearest(plan)})"),
         ("model", plan.model + (f", {plan.parameters:,} parameters" if plan.parameters else "")),
         ("method", _method(plan)),
-        ("train data", str(plan.sections["data"]["train"])),
-        ("validation data", str(plan.sections["data"]["validation"] or _split(plan))),
+        ("train data", _sources(plan.sections["data"]["train"])),
+        ("validation data", _sources(plan.sections["data"]["validation"]) or _split(plan)),
         ("hardware", _hardware(plan)),
         ("parallelism", plan.parallelism),
         ("precision", f"{plan.precision} ({', '.join(f'{k} {v}' for k, v in plan.dtypes.items())})"),
@@ -63,6 +63,10 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
         ("supervised tokens per step", _estimate(plan, plan.supervised_tokens_per_step)),
     ]
     return lines + _memory(plan) + _forecast(plan) + _what_would_fit(plan)
+
+
+def _sources(named: str | list[str] | None) -> str:
+    return ", ".join(named) if isinstance(named, list) else named or ""
 
 
 def _nearest(plan: Plan) -> str:

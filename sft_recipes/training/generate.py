@@ -29,7 +29,7 @@ def main(folder: RunFolder, prompts: Iterable[str]) -> int:
 
     trust = plans.read(folder.plan).sections["model"]["trust_remote_code"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = load_tokenizer(str(folder.final), None, None, trust)
+    tokenizer = load_tokenizer(str(folder.final), None, trust)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder.final, dtype="auto", trust_remote_code=trust)
     model = model.to(device)
     model.generation_config = transformers.GenerationConfig.from_pretrained(folder.final)

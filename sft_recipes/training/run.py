@@ -104,25 +104,29 @@ def _build(
 ) -> tuple[Any, list[int]]:
     """The trainer over the prepared rows, and the ids that end a turn."""
     from sft_recipes.data.chat import load_tokenizer
-    from sft_recipes.training import trainer
+    from sft_recipes.training import trainer, vocabulary
     from sft_recipes.training.callbacks.best import KeepBest
     from sft_recipes.training.callbacks.engine import CheckEngine
     from sft_recipes.training.callbacks.metrics import WriteMetrics
     from sft_recipes.training.callbacks.progress import ShowProgress
 
     section, base, prepared = plan.sections["model"], found["model"], Path(found["folder"])
-    tokenizer = load_tokenizer(base, None, section["chat_template"], section["trust_remote_code"])
+    tokenizer = load_tokenizer(base, section["chat_template"], section["trust_remote_code"], section["add_tokens"])
     model = load_model(plan, base)
-    check_vocabulary(model, tokenizer, prepared)
-    ends_of_turn = _stop_by_itself(model, tokenizer, prepared)
+    details = read_json(prepared / "details.json")
+    vocabulary.fit(plan, model, tokenizer, details)
+    ends_of_turn = vocabulary.stop_by_itself(model, tokenizer, details)
     train_rows, validation_rows = trainer.read_rows(prepared)
+    rows_a_pass = plan.per_device_train_batch_size * plan.world_size
+    validation_rows, passes = trainer.validation_in_passes(validation_rows, details["validation_rows"], rows_a_pass)
     callbacks = [CheckEngine(plan, folder), stopping, KeepBest(folder), WriteMetrics(folder)]
     sft = trainer.ResponseTrainer(
         plan,
+        passes,
         model=model,
         args=arguments,
         train_dataset=train_rows,
-        eval_dataset=trainer.whole_passes(validation_rows, plan.per_device_train_batch_size * plan.world_size),
+        eval_dataset=validation_rows,
         processing_class=tokenizer,
         data_collator=trainer.collator(plan, tokenizer.pad_token_id),
         callbacks=[*callbacks, ShowProgress(folder)],
@@ -209,21 +213,6 @@ def load_model(plan: Plan, folder: str) -> Any:
     return model
 
 
-def check_vocabulary(model: Any, tokenizer: Any, prepared: Path) -> None:
-    """Refuses token ids that the model has no embedding for, which would end in an error of the device.
-
-    Raises:
-        RecipeError: the rows or the padding hold such an id.
-    """
-    largest = json.loads((prepared / "details.json").read_text(encoding="utf-8"))["largest_token_id"]
-    embeddings = model.get_input_embeddings().num_embeddings
-    if tokenizer.pad_token_id is None or max(largest, tokenizer.pad_token_id) >= embeddings:
-        raise RecipeError(
-            f"model.name_or_path: the rows hold token ids up to {largest} (padding is {tokenizer.pad_token_id}), "
-            f"and the model has embeddings for {embeddings}; take the tokenizer of this model"
-        )
-
-
 def summary(plan: Plan, folder: RunFolder, figures: dict[str, Any], before: Any, after: Any) -> str:
     """The last lines of a run: some answers, what was trained, how well, how long, where it lies, what to type next."""
     from sft_recipes.training import answers
@@ -279,16 +268,6 @@ def _answer(plan: Plan, sft: Any, prepared: Path, stop: list[int]) -> Any:
         return None
     model = sft.accelerator.unwrap_model(sft.model)
     return answers.answer(model, sft.processing_class, prompts, asked["exact_match"], asked["max_new_tokens"], stop)
-
-
-def _stop_by_itself(model: Any, tokenizer: Any, prepared: Path) -> list[int]:
-    """Names the ends of turn that the data holds in the model's generation configuration, so that `final/` stops."""
-    ends = set(json.loads((prepared / "details.json").read_text(encoding="utf-8"))["end_of_turn_ids"])
-    known = model.generation_config.eos_token_id
-    ends |= set(known if isinstance(known, list) else [] if known is None else [known])
-    model.generation_config.eos_token_id = sorted(ends)
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return sorted(ends)
 
 
 def _reporters(folder: RunFolder) -> list[str]:

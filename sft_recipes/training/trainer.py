@@ -161,9 +161,12 @@ def collator(plan: Plan, pad_token_id: int) -> DataCollatorForLanguageModeling |
 
 
 class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer over prepared rows: whole effective batches, and a validation loss that is a mean over tokens."""
+    """SFTTrainer over prepared rows: whole effective batches, and a validation loss that is a mean over tokens.
 
-    def __init__(self, plan: Plan, **arguments: Any):
+    `passes` says how many forward passes of validation each source of it has, in their order (`validation_in_passes`).
+    """
+
+    def __init__(self, plan: Plan, passes: dict[str, int], **arguments: Any):
         self._plan = plan
         super().__init__(peft_config=adapters.configuration(plan), **arguments)
         adapters.hold_in_fp32(self.model, plan)
@@ -171,7 +174,7 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
         engine.reduce_in_fp32(self.accelerator, plan)
         self.remove_callback(PrinterCallback)  # callbacks/progress.py speaks
         self.supervised_tokens_seen = 0
-        self._evaluated = torch.zeros(2, dtype=torch.float64)
+        self.evaluate_sources(passes)
         self.tokens_digest = 0
         self._digest = torch.zeros(1, dtype=torch.int64, device=self.args.device)
 
@@ -190,26 +193,38 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
             self._digest += tokens_digest(batch).to(self._digest.device)
         return batches, supervised_tokens
 
+    def evaluate_sources(self, passes: dict[str, int]) -> None:
+        """Takes the validation rows to be of these sources, each so many forward passes."""
+        self._sources = list(passes)
+        self._source_of_pass = [name for name, many in passes.items() for _ in range(many)]
+        self._evaluated = torch.zeros(len(passes), 2, dtype=torch.float64)
+        self._passes_done = 0
+
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
-        """As TRL's, and keeps the sum of losses and the number of tokens that they were taken over."""
+        """As TRL's, and keeps each source's sum of losses and the number of tokens that they were taken over."""
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         tokens = (inputs["labels"][..., 1:] != IGNORED).sum()
-        self._evaluated += torch.stack([loss.double() * tokens, tokens.double()]).cpu()
+        source = self._sources.index(self._source_of_pass[self._passes_done])
+        self._evaluated[source] += torch.stack([loss.double() * tokens, tokens.double()]).cpu()
+        self._passes_done += 1
         return loss, logits, labels
 
     def evaluation_loop(self, *arguments: Any, **named: Any) -> EvalLoopOutput:
-        """As the Trainer's, with the sum of losses over the sum of supervised tokens as `eval_loss`.
+        """As the Trainer's, with the sum of losses over the sum of supervised tokens as `eval_loss`, and the same of
+        each source where there are several, as `eval_NAME_loss`.
 
         The Trainer's own is a mean of batch means, which changes with the batch and the number of ranks
         (https://github.com/huggingface/transformers/issues/39241).
         """
         self._evaluated.zero_()
+        self._passes_done = 0
         output = super().evaluation_loop(*arguments, **named)
-        loss, tokens = self.accelerator.reduce(
-            self._evaluated.to(self.accelerator.device, torch.float64), "sum"
-        ).tolist()
+        sums = self.accelerator.reduce(self._evaluated.to(self.accelerator.device, torch.float64), "sum").tolist()
         prefix = named.get("metric_key_prefix", "eval")
-        output.metrics[f"{prefix}_loss"] = loss / max(tokens, 1)
+        if len(sums) > 1:
+            for name, (loss, tokens) in zip(self._sources, sums, strict=True):
+                output.metrics[f"{prefix}_{name}_loss"] = loss / max(tokens, 1)
+        output.metrics[f"{prefix}_loss"] = sum(loss for loss, _ in sums) / max(sum(tokens for _, tokens in sums), 1)
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -294,8 +309,27 @@ def whole_passes(validation: Any, rows_a_pass: int) -> Any:
     return concatenate_datasets([validation, nothing])
 
 
+def validation_in_passes(validation: Any, rows_of: dict[str, int], rows_a_pass: int) -> tuple[Any, dict[str, int]]:
+    """The validation rows with each source filled to whole passes, and how many passes each has.
+
+    No pass then holds rows of two sources, so a loss of a pass belongs to one.
+
+    Args:
+        rows_of: how many rows each source has, in their order.
+        rows_a_pass: micro-batch x ranks.
+    """
+    from datasets import concatenate_datasets
+
+    filled, first = {}, 0
+    for name, many in rows_of.items():
+        filled[name] = whole_passes(validation.select(range(first, first + many)), rows_a_pass)
+        first += many
+    return concatenate_datasets(list(filled.values())), {name: len(one) // rows_a_pass for name, one in filled.items()}
+
+
 def read_rows(prepared: Path) -> tuple[Any, Any]:
-    """The prepared training and validation rows."""
+    """The prepared training and validation rows, without the places where they were written."""
     from datasets import load_from_disk
 
-    return load_from_disk(str(prepared / "train")), load_from_disk(str(prepared / "validation"))
+    train, validation = (load_from_disk(str(prepared / part)) for part in ("train", "validation"))
+    return train.remove_columns("source"), validation.remove_columns("source")

@@ -1,4 +1,4 @@
-"""Stops a run before its first step where the engine or a dtype is not the plan's, and records what it got."""
+"""Stops a run before its first step where engine, dtypes or the isolation of packed rows are not what was planned."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 from sft_recipes.planning.plan import Plan
 from sft_recipes.planning.run_folder import RunFolder
-from sft_recipes.training import engine, manifest
+from sft_recipes.training import engine, isolation, manifest
 
 
 class CheckEngine(TrainerCallback):
@@ -25,6 +25,8 @@ class CheckEngine(TrainerCallback):
         got = engine.check(self.plan, self.trainer)
         if state.is_world_process_zero:
             manifest.note(self.folder, dtypes=got)
+        if self.plan.packing:
+            isolation.check(self.plan, self.trainer)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The first gradients that there are, before they change a weight."""
