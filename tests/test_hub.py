@@ -203,3 +203,13 @@ def test_a_model_with_other_parameters_than_the_plan_counts_is_refused(tmp_path)
     AutoConfig.for_model(**SMALL_LLAMA, mlp_bias=True).save_pretrained(tmp_path)
     with pytest.raises(RecipeError, match="the model has [0-9,]+ parameters and the plan counts"):
         check_architecture(SMALL_LLAMA, tmp_path, False)
+
+
+def test_rows_are_looked_at_without_bringing_the_models_weights(workplace, served):
+    hub = Hub(served)
+    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(workplace.path / "cache")}
+    shown = workplace.sft("inspect", "tiny", *MODEL, *DATA, "batch.min_optimizer_steps=1", "--rows", "1", **settings)
+    assert shown.returncode == 0, shown.stderr
+    assert "⟦" in shown.stdout and "-- some/rows:train_sft, row " in shown.stdout
+    assert any("tokenizer.json" in path for path in hub.asked)
+    assert not any(path.startswith("/some/model") and path.endswith(".safetensors") for path in hub.asked)

@@ -39,7 +39,7 @@ def looked(shared_workplace, rows, model_folder):
 def test_the_loss_is_seen_to_look_at_the_answers_alone(shown):
     assert shown.returncode == 0, shown.stderr
     supervised = re.findall(r"⟦(.*?)⟧", shown.stdout.partition("\n\n")[2], re.DOTALL)
-    assert supervised and all(re.fullmatch(r"It is \d+\.<\|im_end\|>⏎\n", text) for text in supervised)
+    assert supervised and all(re.fullmatch(r"It is \d+\.<\|im_end\|>⏎", text) for text in supervised)
     assert re.search(r"^-- .*sums\.jsonl:\d+\n<\|im_start\|>user⏎\nHow much", shown.stdout, re.MULTILINE)
     assert "\033" not in shown.stdout
     for said in ("57 rows read", "3 rows read", "supervised", "tokens a row:", "their tokens are examples'", "in both     none",

@@ -148,7 +148,10 @@ def test_a_base_model_learns_the_marks_of_a_template_that_are_new_to_it(prepared
     found = prepared(ROWS, f"model.chat_template={template}", marks, validation=HELD_OUT)
     assert details(found)["end_of_turn"] == ["<|mine|>"]
     (note,) = found.notes
-    assert note.replace(", ".join(free) + ", ", "") == "new tokens <|user|>, <|assistant|>, <|mine|>: the model's embeddings grow from 320 rows"
+    assert (
+        note.replace(", ".join(free) + ", ", "")
+        == "new tokens <|user|>, <|assistant|>, <|mine|>: the model's embeddings grow from 320 rows"
+    )
     assert details(found)["largest_token_id"] == 322 and details(found)["largest_known_token_id"] < 320
 
     from transformers import AutoModelForCausalLM

@@ -60,7 +60,7 @@ def test_the_embedded_set_is_written_once(tmp_path):
         ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"a.jsonl:2: not UTF-8 \(byte 0xff\)"),
         ("a.jsonl", b'{"a": 1, "a": 2}\n', r"a.jsonl:1: key 'a' is written twice"),
         ("a.jsonl", b"[" * 100_000 + b"\n", r"a.jsonl:1: not JSON"),
-        ("a.json", b'"text"', r"a.json: holds a str; wanted a list of rows"),
+        ("a.json", b'"text"', r"a.json: holds a text; wanted a list of rows"),
         ("a.json", b'[{"a": 1},', r"a.json: not JSON"),
         ("a.csv", b"a,b\n1,2,3\n", r"a.csv:2: has another number of columns than the header \(a, b\)"),
         ("a.csv", b"a,a\n1,2\n", r"a.csv:1: a column is named twice in the header"),

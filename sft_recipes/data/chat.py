@@ -261,10 +261,12 @@ class Chat:
 
     def _check_calls(self, messages: Sequence[Message], tools: Tools) -> None:
         """Calls and tools are written by the template as they are, control tokens in them too."""
-        for number, said in enumerate([tools, *(message.get("tool_calls") for message in messages)]):
+        beside = [[message.get(key) for key in ("tool_calls", "name", "tool_call_id")] for message in messages]
+        for number, said in enumerate([tools, *beside]):
             found = self._controls.search(str(said)) if said else None
             if found:
-                what = "a tool's description" if number == 0 else f"the call in turn {number}"
+                called = number and messages[number - 1].get("tool_calls")
+                what = f"the {'call' if called else 'name'} in turn {number}" if number else "a tool's description"
                 raise UnclearError(f"{what} holds {found.group()!r}, a control token")
 
     def _written_by(self, skeleton: Skeleton, messages: Sequence[Message], one: Conversation) -> int:

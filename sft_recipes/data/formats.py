@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sft_recipes.data.sources import RawRow
+from sft_recipes.data.sources import RawRow, kind, parse, shown
 from sft_recipes.planning.schema import RecipeError
 
 # role and content; an assistant's turn may have reasoning_content and tool_calls besides.
@@ -46,6 +46,7 @@ _CALLS = ("function_call", "tool_call")  # ShareGPT's roles whose text is the ca
 _ROLE_KEYS = (("role", "content"), ("from", "value"), ("role", "value"), ("from", "content"))
 _KNOWN = "messages, conversations, prompt/completion, instruction/input/output, or question/answer"
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+_DEEPEST = 200  # of calls and tools; far below Python's limit, which templates' own recursion would meet
 _HERMES_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 _HERMES_RESPONSE = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
 
@@ -60,14 +61,14 @@ def conversation_of(row: RawRow) -> Conversation:
     """
     values = row.values
     if not isinstance(values, dict):
-        raise RecipeError(f"{row.where}: the row is a {_kind(values)}; wanted an object with {_KNOWN}")
+        raise RecipeError(f"{row.where}: the row is a {kind(values)}; wanted an object with {_KNOWN}")
     forms = [(keys, read) for keys, read in _FORMS if all(values.get(key) is not None for key in keys)]
     if len(forms) != 1:
         clash = f", which say it {len(forms)} times: keep one of " if forms else "; wanted "
         known = " and ".join("/".join(keys) for keys, _ in forms) if forms else _KNOWN
-        raise RecipeError(f"{row.where}: a row with keys {', '.join(map(str, values)) or 'none'}{clash}{known}")
+        raise RecipeError(f"{row.where}: a row with keys {_keys(values)}{clash}{known}")
     messages = forms[0][1](values, row.where)
-    tools = _tools(values.get("tools", values.get("functions")), row.where)
+    tools = _tools(_first(values, "tools", "functions"), row.where)
     _check_turns(messages, row.where)
     return Conversation(messages, row.where, tools)
 
@@ -102,7 +103,7 @@ def _with_system(values: dict[str, Any], messages: list[Message], where: str) ->
 def _from_turns(turns: Any, where: str) -> list[Message]:
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise RecipeError(
-            f"{where}: the conversation is a {_kind(turns)}; wanted a list of turns, each with role and content, or "
+            f"{where}: the conversation is a {kind(turns)}; wanted a list of turns, each with role and content, or "
             f"from and value"
         )
     return [_message(turn, where, f"turn {number}") for number, turn in enumerate(turns, start=1)]
@@ -116,7 +117,7 @@ def _message(turn: dict[str, Any], where: str, what: str) -> Message:
     said = turn.get(role_key)
     name = said.lower().replace(" ", "_") if isinstance(said, str) else said
     if not isinstance(name, str) or name not in _ROLES:
-        raise RecipeError(f"{where}: {what} has {role_key} {said!r}; wanted one of {', '.join(_ROLES)}")
+        raise RecipeError(f"{where}: {what} has {role_key} {shown(said)}; wanted one of {', '.join(_ROLES)}")
     role, content = _ROLES[name], turn.get(content_key)
     if name in _CALLS:
         return {"role": role, "content": "", "tool_calls": _calls(_json(content, where, what), where, what)}
@@ -157,17 +158,18 @@ def _calls(calls: Any, where: str, what: str) -> list[dict[str, Any]]:
         function = call.get("function", call) if isinstance(call, dict) else call
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise RecipeError(f"{where}: {what} calls a tool without a name; wanted {{'name': …, 'arguments': {{…}}}}")
-        arguments = function.get("arguments", function.get("parameters"))
+        arguments = _first(function, "arguments", "parameters")
         if isinstance(arguments, str):
-            arguments = _json(arguments or "{}", where, f"{what}'s call of {function['name']}")
+            arguments = _json(arguments or "{}", where, f"{what}'s call of {shown(function['name'])[1:-1]}")
         if not isinstance(arguments, dict | None):
             raise RecipeError(
-                f"{where}: {what} calls {function['name']} with a {_kind(arguments)}; wanted arguments as an object"
+                f"{where}: {what} calls {shown(function['name'])[1:-1]} with a {kind(arguments)}; wanted arguments as "
+                f"an object"
             )
         one = {"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
-        _check_characters(json.dumps(one, ensure_ascii=False), where, what)
         if isinstance(call.get("id"), str):
             one["id"] = call["id"]
+        _check_plain(one, where, what)
         found.append(one)
     return found
 
@@ -179,22 +181,23 @@ def _tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
     if tools in (None, [], {}):
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RecipeError(f"{where}: tools is a {_kind(tools)}; wanted a list of functions")
+        raise RecipeError(f"{where}: tools is a {kind(tools)}; wanted a list of functions")
     found = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
     for tool in found:
         if not isinstance(tool["function"], dict) or not isinstance(tool["function"].get("name"), str):
             raise RecipeError(f"{where}: a tool has no name; wanted {{'name': …, 'description': …, 'parameters': …}}")
-    _check_characters(json.dumps(found, ensure_ascii=False), where, "tools")
+    _check_plain(found, where, "tools")
     return found
 
 
+def _first(values: dict[str, Any], *keys: str) -> Any:
+    """The first of the keys that says something; Parquet writes null for those that a row does not have."""
+    return next((values[key] for key in keys if values.get(key) is not None), None)
+
+
 def _json(text: Any, where: str, what: str) -> Any:
-    if not isinstance(text, str):
-        return text
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{where}: {what} is not JSON: {error}") from error
+    """JSON that a row holds as text."""
+    return parse(text, f"{where}: {what}") if isinstance(text, str) else text
 
 
 def _prompt_completion(values: dict[str, Any], where: str) -> list[Message]:
@@ -218,7 +221,7 @@ def _history(history: Any, where: str) -> list[Message]:
     if history in (None, []):
         return []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise RecipeError(f"{where}: history is a {_kind(history)}; wanted a list of [asked, answered]")
+        raise RecipeError(f"{where}: history is a {kind(history)}; wanted a list of [asked, answered]")
     return [
         _turn(role, text, where) for pair in history for role, text in zip(("user", "assistant"), pair, strict=True)
     ]
@@ -238,7 +241,7 @@ def _string(content: Any, where: str, what: str) -> str:
     if isinstance(content, list):
         content = _parts(content, where, what)
     if not isinstance(content, str):
-        raise RecipeError(f"{where}: the content of {what} is {_kind(content)}; wanted text")
+        raise RecipeError(f"{where}: the content of {what} is {kind(content)}; wanted text")
     _check_characters(content, where, what)
     return content
 
@@ -247,9 +250,11 @@ def _parts(parts: list[Any], where: str, what: str) -> Any:
     """OpenAI's list of parts, where all are text."""
     if not parts or not all(isinstance(part, dict) for part in parts):
         return parts
-    other = next((part.get("type") for part in parts if part.get("type") != "text"), None)
+    other = next((part["type"] for part in parts if part.get("type") not in (None, "text")), None)
     if other is not None:
-        raise RecipeError(f"{where}: the content of {what} holds a part of type {other!r}; only text is trained on")
+        raise RecipeError(
+            f"{where}: the content of {what} holds a part of type {shown(other)}; only text is trained on"
+        )
     texts = [part.get("text") for part in parts]
     return "".join(texts) if all(isinstance(text, str) for text in texts) else None
 
@@ -263,13 +268,46 @@ def _check_characters(text: str, where: str, what: str) -> None:
         raise RecipeError(f"{where}: the content of {what} holds a NUL character; the source is broken there")
 
 
+def _check_plain(value: Any, where: str, what: str) -> None:
+    """Templates write calls and tools as JSON, which has less than Parquet holds, and nests less deep than it reads."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{where}: {what} holds what JSON has not: {error}") from error
+    except RecursionError as error:
+        raise RecipeError(f"{where}: {what} is nested too deep") from error
+    if _depth(value) > _DEEPEST:
+        raise RecipeError(f"{where}: {what} is nested {_depth(value)} deep; wanted at most {_DEEPEST}")
+    _check_characters(text.replace("\\u0000", "\x00"), where, what)
+
+
+def _depth(value: Any) -> int:
+    """How deep lists and objects stand in each other."""
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        level = [
+            inner
+            for one in level
+            if isinstance(one, dict | list)
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+    return depth
+
+
+def _keys(values: dict[str, Any]) -> str:
+    """A row's keys as an error names them."""
+    names = [shown(key)[1:-1] for key in list(values)[:10]]
+    return ", ".join(names) + (f" and {len(values) - 10} others" if len(values) > 10 else "") or "none"
+
+
 def _check_turns(messages: list[Message], where: str) -> None:
     """An optional system turn; user and assistant alternate; tools answer calls; the assistant has the last word."""
     first = int(bool(messages) and messages[0]["role"] == "system")
     if len(messages) == first:
         raise RecipeError(f"{where}: no user and assistant turns; wanted at least one of each")
     before = "the start"
-    for number, message in enumerate(messages[first:], start=1):
+    for number, message in enumerate(messages[first:], start=first + 1):
         role, calls = message["role"], bool(message.get("tool_calls"))
         wanted = _MAY_FOLLOW[before]
         if role not in wanted:
@@ -293,19 +331,6 @@ _MAY_FOLLOW = {
     "tool": ("assistant", "tool"),
 }
 _RULES = {"tool": "tools answer calls", "system": "the system speaks first"}
-
-
-def _kind(value: Any) -> str:
-    names = {
-        "NoneType": "null",
-        "list": "list",
-        "dict": "object",
-        "str": "text",
-        "int": "number",
-        "float": "number",
-        "bool": "boolean",
-    }
-    return names.get(type(value).__name__, type(value).__name__)
 
 
 _FORMS: tuple[tuple[tuple[str, ...], Callable[[dict[str, Any], str], list[Message]]], ...] = (

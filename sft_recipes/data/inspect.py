@@ -118,8 +118,8 @@ def text(rows: Rows, most: int, colour: bool) -> Iterator[str]:
 def _heading(rows: Rows, number: int) -> str:
     row = rows.row(number)
     supervised = sum(label != IGNORED for label in row["labels"])
-    packed = f" of {len(row['source'])} examples" if isinstance(row["source"], list) else ""
-    return f"row {number + 1} of {len(rows):,}{packed}: {len(row['labels'])} tokens, {supervised} supervised"
+    packed = f"{len(row['source'])} examples, " if isinstance(row["source"], list) else ""
+    return f"row {number + 1} of {len(rows):,}: {packed}{len(row['labels'])} tokens, {supervised} supervised"
 
 
 def _coloured(pieces: Sequence[Piece]) -> str:
@@ -135,7 +135,8 @@ def _marked(pieces: Sequence[Piece]) -> str:
     shown = ""
     for supervised, group in itertools.groupby(pieces, key=lambda piece: piece.supervised):
         said = "".join(_visible(piece.text) for piece in group)
-        shown += f"⟦{said}⟧" if supervised else said
+        inner = said.removesuffix("\n")  # the bracket closes before the line does
+        shown += f"⟦{inner}⟧{said[len(inner) :]}" if supervised else said
     return shown
 
 

@@ -113,9 +113,13 @@ def resolve(name: str, key: str, embedded_folder: Path, revision: str | None = N
             embedded.write(embedded_folder)
         return Source(files=(embedded_folder / f"{name.partition(':')[2]}.jsonl",))
     path = Path(os.path.expanduser(name))  # noqa: PTH111  Path's own raises for a user that is not there
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:  # a name too long, a folder above it that may not be entered
+        raise RecipeError(f"{key}: {shown(name)} cannot be looked at ({error.strerror})") from error
+    if is_folder:
         return Source(files=_files_of(path, key))
-    if path.is_file():
+    if is_file:
         if path.suffix.lower() not in SUFFIXES:
             raise RecipeError(f"{key}: {name} is a {path.suffix or 'nameless'} file; wanted {', '.join(SUFFIXES)}")
         return Source(files=(path,))
@@ -150,6 +154,8 @@ def _text(file: Path) -> str:
         raise RecipeError(f"{file}: cannot be read ({error.strerror})") from error
     if content.startswith(b"\xef\xbb\xbf"):
         raise RecipeError(f"{file}:1: begins with a byte-order mark; save the file as UTF-8 without one")
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise RecipeError(f"{file}:1: begins with a byte-order mark of UTF-16; save the file as UTF-8 without one")
     if b"\x00" in content:
         raise RecipeError(
             f"{file}:{_line(content, content.index(0))}: a NUL byte; the file is cut short, or is no text"
@@ -166,6 +172,29 @@ def _line(content: bytes, position: int) -> int:
     return content.count(b"\n", 0, position) + 1
 
 
+def kind(value: Any) -> str:
+    """What JSON calls a value's type."""
+    names = {
+        "NoneType": "null",
+        "list": "list",
+        "dict": "object",
+        "str": "text",
+        "int": "number",
+        "float": "number",
+        "bool": "boolean",
+    }
+    return names.get(type(value).__name__, type(value).__name__)
+
+
+def shown(value: Any, length: int = 60) -> str:
+    """A value as an error shows it: escaped, and cut where it is long."""
+    try:
+        text = repr(value if not isinstance(value, str) else value[: length + 1])
+    except RecursionError:
+        return "…"
+    return text if len(text) <= length + 2 else f"{text[:length]}…"
+
+
 class _DuplicateKeyError(ValueError):
     pass
 
@@ -178,11 +207,16 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _parse(text: str, where: str) -> Any:
+def parse(text: str, where: str) -> Any:
+    """JSON in which no key stands twice.
+
+    Raises:
+        RecipeError: it is none, or a key does; names `where`.
+    """
     try:
         return json.loads(text, object_pairs_hook=_object)
     except _DuplicateKeyError as error:
-        raise RecipeError(f"{where}: key {str(error)!r} is written twice in one row; which is meant?") from error
+        raise RecipeError(f"{where}: key {shown(str(error))} is written twice in one row; which is meant?") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
         raise RecipeError(f"{where}: not JSON: {error}") from error
 
@@ -191,41 +225,50 @@ def _json_lines(file: Path) -> Iterator[RawRow]:
     for number, line in enumerate(_text(file).split("\n"), start=1):
         if line.strip():
             where = f"{file}:{number}"
-            yield RawRow(_parse(line, where), where)
+            yield RawRow(parse(line, where), where)
+
+
+# Keys of a row that may hold a list of turns, which is no list of rows.
+_OF_A_ROW = {"messages", "conversations", "conversation", "prompt", "instruction", "question"}
 
 
 def _json_file(file: Path) -> Iterator[RawRow]:
     text = _text(file)
     if not text.strip():
         return
-    content = _parse(text, str(file))
+    content = parse(text, str(file))
     if isinstance(content, dict):
         lists = [
             value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)
         ]
-        content = (
-            lists[0] if len(lists) == 1 and "messages" not in content and "conversations" not in content else [content]
-        )
+        content = lists[0] if len(lists) == 1 and not _OF_A_ROW & content.keys() else [content]
     if not isinstance(content, list):
-        raise RecipeError(f"{file}: holds a {type(content).__name__}; wanted a list of rows")
+        raise RecipeError(f"{file}: holds a {kind(content)}; wanted a list of rows")
     for number, row in enumerate(content, start=1):
         yield RawRow(row, f"{file}, row {number}")
 
 
 def _csv_file(file: Path) -> Iterator[RawRow]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    reader = csv.DictReader(io.StringIO(_text(file), newline=""), strict=True)
-    names = reader.fieldnames or []
-    if len(set(names)) < len(names):
-        raise RecipeError(f"{file}:1: a column is named twice in the header ({', '.join(names)})")
+    reader = csv.reader(io.StringIO(_text(file), newline=""), strict=True)
+    names: list[str] = []
+    line = 1
     try:
-        for row in reader:
-            where = f"{file}:{reader.line_num}"
-            if None in row or None in row.values():
+        for values in reader:
+            where = f"{file}:{line}"  # a row may go over several lines; it stands where it begins
+            line = reader.line_num + 1
+            if not values:
+                continue
+            if names and len(values) != len(names):
                 raise RecipeError(f"{where}: has another number of columns than the header ({', '.join(names)})")
-            yield RawRow(row, where)
+            if names:
+                yield RawRow(dict(zip(names, values, strict=True)), where)
+            elif len(set(values)) < len(values):
+                raise RecipeError(f"{where}: a column is named twice in the header ({', '.join(values)})")
+            else:
+                names = values
     except csv.Error as error:
-        raise RecipeError(f"{file}:{reader.reader.line_num}: not CSV: {error}") from error
+        raise RecipeError(f"{file}:{line}: not CSV: {error}") from error
 
 
 def _parquet_file(file: Path) -> Iterator[RawRow]:
@@ -233,13 +276,16 @@ def _parquet_file(file: Path) -> Iterator[RawRow]:
     import pyarrow.parquet
 
     try:
-        parquet = pyarrow.parquet.ParquetFile(file)
         number = 0
+        parquet = pyarrow.parquet.ParquetFile(file)
+        names = parquet.schema_arrow.names
+        if len(set(names)) < len(names):
+            raise RecipeError(f"{file}: a column is named twice ({', '.join(names)})")
         for group in parquet.iter_batches():
             for row in group.to_pylist():
                 number += 1
                 yield RawRow(row, f"{file}, row {number}")
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise RecipeError(f"{file}: not Parquet: {error}") from error
 
 
@@ -247,14 +293,13 @@ def _hub_rows(name: str, split: str, folder: Path) -> Iterator[RawRow]:
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(str(folder), split=split)
+        for number, row in enumerate(load_dataset(str(folder), split=split), start=1):
+            yield RawRow(row, f"{name}:{split}, row {number}")
     except Exception as error:  # a dozen kinds from three libraries: no such split, files that are no data
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RecipeError(
             f"data: {name}:{split} cannot be read ({reason}); name a split that it has, owner/name:split"
         ) from error
-    for number, row in enumerate(rows, start=1):
-        yield RawRow(row, f"{name}:{split}, row {number}")
 
 
 _READERS = {".jsonl": _json_lines, ".json": _json_file, ".csv": _csv_file, ".parquet": _parquet_file}

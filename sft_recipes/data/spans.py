@@ -343,7 +343,7 @@ class Skeletons:
             spans=tuple((place(start), place(end)) for start, end in spans),
             stops=self._stops(text[last:end]),
             how=how,
-            note=note or self._other_prompt(probed, text),
+            note="; ".join(filter(None, (note or self._other_prompt(probed, text), _no_tools(template, probed, text)))),
             dropped_reasoning=len(probed.reasoning - {match.group() for match in found}),
         )
 
@@ -361,6 +361,8 @@ class Skeletons:
         """Every assistant's text in a span with its end of turn, and every other text in none."""
         ends: dict[int, tuple[int, int]] = {}
         for match in found:
+            if match.group() not in probed.words:
+                raise UnclearError(f"the row itself says {match.group()!r}, a word that texts are traced by")
             number, field = probed.words[match.group()]
             inside = next(((a, b) for a, b in spans if a <= match.start() and match.end() <= b), None)
             said = probed.plain[number]["role"] == "assistant"
@@ -381,6 +383,12 @@ class Skeletons:
                     f"{f' (then comes {behind!r})' if behind and end == start else ''}, no special token, so the model "
                     f"would never learn to stop"
                 )
+
+
+def _no_tools(template: Template, probed: _Probed, text: str) -> str:
+    """That a template does not write the tools that a row offers, which it does not at inference either."""
+    unread = probed.tools is not None and template.render(probed.plain, None) == text
+    return "the chat template does not write the tools that rows offer" if unread else ""
 
 
 class _Probed:
@@ -436,7 +444,7 @@ class _Probed:
 def _shape(messages: Sequence[Message], tools: Tools) -> Any:
     """What conversations share that a template renders alike but for their texts."""
     if tools is None and all(len(message) == 2 for message in messages):
-        return tuple((message["role"], bool(message["content"].strip())) for message in messages)
+        return tuple((message["role"], bool(message["content"].strip()) or message["content"]) for message in messages)
     filled = ("content", "reasoning_content", "thinking")
     bare = [
         {key: bool(str(value).strip()) if key in filled else value for key, value in message.items()}
