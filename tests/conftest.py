@@ -122,7 +122,7 @@ SMALL_LLAMA = {
 
 @pytest.fixture(scope="session")
 def tokenizer(model_folder: Path):
-    from sft_recipes.data.chat import load_tokenizer
+    from sft_recipes.data.tokenizer import load_tokenizer
 
     return load_tokenizer(str(model_folder), None, False)
 

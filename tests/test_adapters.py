@@ -1,13 +1,15 @@
 """Adapters: what is saved, what merging gives, and what bitsandbytes does to 4-bit weights on some CPUs."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHORT, manifest
+from conftest import SHORT, manifest, metrics
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from sft_recipes.data import embedded
 from sft_recipes.planning.run_folder import RunFolder
 from sft_recipes.planning.schema import RecipeError
 from sft_recipes.training import adapters
@@ -21,9 +23,12 @@ SMALL = (
 
 
 @pytest.fixture(scope="module")
-def adapted(shared_workplace, few_rows):
-    """A LoRA run in fp32."""
-    return shared_workplace.trained("tiny", "--name", "lora", *SHORT, SMALL, *ADAPTERS, f"data.train={few_rows}")
+def adapted(shared_workplace, few_rows, tmp_path_factory):
+    """A LoRA run in fp32, on two sources."""
+    others = tmp_path_factory.mktemp("rows") / "others.jsonl"
+    others.write_text("".join(json.dumps(row) + "\n" for row in embedded.rows(100, True)), encoding="utf-8")
+    words = (*SHORT, SMALL, *ADAPTERS, f"data.train=[{few_rows}, {others}]")
+    return shared_workplace.trained("tiny", "--name", "lora", *words)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +55,20 @@ def test_final_holds_adapters_alone_and_what_generation_needs(adapted):
     assert len(saved) == 2 * 7 * 2 and all(tensor.dtype == torch.float32 for tensor in saved.values())
     plan = json.loads((adapted / "plan.json").read_text())
     assert plan["trained_parameters"] == sum(tensor.numel() for tensor in saved.values())
+
+
+def test_each_source_has_a_validation_loss_of_its_own(adapted):
+    prepared = json.loads((adapted / "prepared.json").read_text())
+    counted = json.loads((Path(prepared["folder"]) / "details.json").read_text())["sources"]["validation"]
+    tokens = {one["name"]: one["supervised_tokens"] for one in counted}
+    assert tokens.keys() == {"few", "others"} and min(tokens.values()) > 0
+    evaluated = [line for line in metrics(adapted) if "eval_loss" in line]
+    assert evaluated
+    for line in evaluated:
+        weighted = sum(line[f"eval_{name}_loss"] * many for name, many in tokens.items()) / sum(tokens.values())
+        assert line["eval_loss"] == pytest.approx(weighted, rel=1e-6)
+        assert line["eval_few_loss"] != line["eval_others_loss"]
+    assert "(few " in (adapted / "log.txt").read_text()
 
 
 def answers(folder):

@@ -4,9 +4,10 @@ import datetime
 
 import pytest
 
-from sft_recipes.data.chat import IGNORED, Chat, load_tokenizer
+from sft_recipes.data.chat import IGNORED, Chat
 from sft_recipes.data.formats import Conversation
 from sft_recipes.data.scratch import CHAT_TEMPLATE, train_tokenizer
+from sft_recipes.data.tokenizer import load_tokenizer
 from sft_recipes.planning.schema import RecipeError
 
 DAY = datetime.date(2026, 11, 21)

@@ -73,21 +73,19 @@ def test_a_page_shows_the_same(shown, page):
     assert "http" not in content
 
 
-def test_what_a_terminal_would_obey_is_not_sent_to_it(shared_workplace, tmp_path, model_folder):
+def test_odd_and_too_few_rows_are_shown_without_what_a_terminal_would_obey(shared_workplace, tmp_path, model_folder):
     path = tmp_path / "rows.jsonl"
     path.write_text(
         "".join(json.dumps({"prompt": f"\x1b[2J{n}", "completion": "<b>a</b>\x07"}) + "\n" for n in range(9))
     )
     model = (f"model.name_or_path={model_folder}", "model.from_scratch=false", f"data.train={path}")
-    shown = shared_workplace.sft("inspect", "tiny", *model, *WORDS, "--html", str(tmp_path / "page.html"))
+    shown = shared_workplace.sft(
+        "inspect", "tiny", *model, *WORDS, "batch.effective_batch_size=64", "--html", str(tmp_path / "page.html")
+    )
+    assert shown.returncode == 0, shown.stderr
     assert "\\x1b[2J" in shown.stdout and "\x1b" not in shown.stdout and "\x07" not in shown.stdout
-    assert "&lt;b&gt;a" in (tmp_path / "page.html").read_text()
-
-
-def test_rows_that_make_no_run_are_shown_and_said_to_make_none(looked):
-    shown = looked("batch.effective_batch_size=64")
-    assert shown.returncode == 0 and "⟦It is" in shown.stdout
     assert re.search(r"a run is refused: data.train: .*fewer than one effective batch of 64", shown.stdout)
+    assert "&lt;b&gt;a" in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.parametrize(("words", "message"), [

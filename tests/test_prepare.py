@@ -5,6 +5,7 @@ import json
 import pytest
 
 from sft_recipes.data import prepare
+from sft_recipes.data.scratch import CHAT_TEMPLATE
 from sft_recipes.planning import plan as plans
 from sft_recipes.planning import recipes
 from sft_recipes.planning.plan import Topology
@@ -156,7 +157,7 @@ def test_a_base_model_learns_the_marks_of_a_template_that_are_new_to_it(prepared
 
     from transformers import AutoModelForCausalLM
 
-    from sft_recipes.data.chat import load_tokenizer
+    from sft_recipes.data.tokenizer import load_tokenizer
     from sft_recipes.training import vocabulary
 
     model = AutoModelForCausalLM.from_pretrained(model_folder)
@@ -197,3 +198,21 @@ def test_rows_can_be_looked_at_where_the_models_weights_are_not(prepared, tmp_pa
     assert prepare.prepare(plan, tmp_path / "store", rows_alone=True).examples == 57
     with pytest.raises(RecipeError, match="bare has no weights"):
         prepare.prepare(plan, tmp_path / "store")
+
+
+def test_a_template_that_writes_the_date_is_prepared_for_the_plans_day_whenever_that_is(
+    tmp_path, model_folder, write_rows
+):
+    import dataclasses
+
+    template = tmp_path / "dated.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') + '\n' }}" + CHAT_TEMPLATE)
+    words = [f"data.train={write_rows(ROWS)}", "data.validation=", f"model.name_or_path={model_folder}"]
+    words += ["model.from_scratch=false", "trainer.max_length=128", f"model.chat_template={template}"]
+    plan = plans.make(recipes.load("tiny", words), Topology(0, 1))
+    first, again, tomorrow = (
+        prepare.prepare(dataclasses.replace(plan, created=f"2026-11-{day}T23:59:59+00:00"), tmp_path / store)
+        for day, store in ((21, "a"), (21, "b"), (22, "a"))
+    )
+    assert first.fingerprint == again.fingerprint != tomorrow.fingerprint
+    assert first.folder != tomorrow.folder

@@ -14,7 +14,7 @@ from families import CONVERSATIONS, SHIPPED, WITH_IMAGES, families, templates_fo
 
 from sft_recipes.data.chat import IGNORED, Chat
 from sft_recipes.data.formats import Conversation
-from sft_recipes.data.spans import training_templates
+from sft_recipes.data.template import training_templates
 from sft_recipes.planning.schema import RecipeError
 
 PAGE = REPOSITORY / "docs" / "TEMPLATES.md"

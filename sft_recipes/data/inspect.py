@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes.data import contract
-from sft_recipes.data.chat import IGNORED, load_tokenizer
+from sft_recipes.data.chat import IGNORED
+from sft_recipes.data.tokenizer import load_tokenizer
 from sft_recipes.planning.plan import Plan, Prepared
 
 _COLOURS = {"supervised": "\033[32m", "read": "\033[2m", "control": "\033[35m", "end": "\033[0m"}

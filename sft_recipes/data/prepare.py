@@ -184,9 +184,10 @@ def _make(
     import transformers
 
     from sft_recipes.data import contract
-    from sft_recipes.data.chat import Chat, load_tokenizer, new_tokens
+    from sft_recipes.data.chat import Chat
     from sft_recipes.data.labelling import label, together
     from sft_recipes.data.packing import to_dataset
+    from sft_recipes.data.tokenizer import load_tokenizer, new_tokens
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
@@ -261,7 +262,7 @@ def _grown(plan: Plan, tokenizer: Any, embeddings: int | None, everything: Label
     Raises:
         RecipeError: the new rows would have to be trained, and this method trains no embeddings.
     """
-    from sft_recipes.data.chat import new_tokens
+    from sft_recipes.data.tokenizer import new_tokens
 
     added = new_tokens(tokenizer, plan.sections["model"]["add_tokens"])
     new = {token: id for token, id in added.items() if embeddings is not None and id >= embeddings}

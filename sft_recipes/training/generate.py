@@ -24,7 +24,7 @@ def main(folder: RunFolder, prompts: Iterable[str]) -> int:
     import torch
     import transformers
 
-    from sft_recipes.data.chat import load_tokenizer
+    from sft_recipes.data.tokenizer import load_tokenizer
     from sft_recipes.training import answers
 
     trust = plans.read(folder.plan).sections["model"]["trust_remote_code"]

@@ -103,7 +103,7 @@ def _build(
     plan: Plan, folder: RunFolder, arguments: Any, found: dict[str, Any], stopping: Any
 ) -> tuple[Any, list[int]]:
     """The trainer over the prepared rows, and the ids that end a turn."""
-    from sft_recipes.data.chat import load_tokenizer
+    from sft_recipes.data.tokenizer import load_tokenizer
     from sft_recipes.training import trainer, vocabulary
     from sft_recipes.training.callbacks.best import KeepBest
     from sft_recipes.training.callbacks.engine import CheckEngine

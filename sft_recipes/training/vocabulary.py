@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sft_recipes.data.chat import new_tokens
+from sft_recipes.data.tokenizer import new_tokens
 from sft_recipes.planning.plan import Plan
 from sft_recipes.planning.schema import RecipeError
 

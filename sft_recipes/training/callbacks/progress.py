@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from typing import Any
@@ -57,7 +58,9 @@ class ShowProgress(TrainerCallback):
             )
         if "eval_loss" in logs:
             self.eval_loss = logs["eval_loss"]
-            self._say(state, f"eval_loss {self.eval_loss:.4f}")
+            sources = {key[5:-5]: value for key, value in logs.items() if re.fullmatch(r"eval_\w+_loss", key)}
+            each = ", ".join(f"{name} {value:.4f}" for name, value in sources.items())
+            self._say(state, f"eval_loss {self.eval_loss:.4f}{f' ({each})' if each else ''}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Takes the bar away."""
