@@ -184,19 +184,22 @@ def _compare(parsed: argparse.Namespace, recipe: Recipe) -> None:
 
 
 def _inspect(parsed: argparse.Namespace) -> None:
-    from sft_recipes.data import inspect, prepare
+    from sft_recipes.data import contract, inspect, prepare
     from sft_recipes.launching.topology import planned, whole_number
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # looking at rows needs no GPU, nor DeepSpeed's warning of none
     most = None if parsed.rows is None else whole_number(parsed.rows, "ROWS", 1)
+    if parsed.html and not Path(parsed.html).absolute().parent.is_dir():
+        raise RecipeError(f"HTML: no folder {Path(parsed.html).parent} to write {Path(parsed.html).name} to")
     recipe = _recipe(parsed)
     plan = plans.make(recipe, planned(recipe, *_numbers(parsed), parsed.card))
     prepared = prepare.prepare(plan, rows_alone=True)
+    rows = inspect.look(plan, prepared)
     try:
+        contract.check(plan, rows.details)
         plan, refused = plans.settle(plan, prepared), ""
     except RecipeError as error:  # the rows can be looked at all the same
         refused = str(error)
-    rows = inspect.look(plan, prepared)
     shown = inspect.json_lines(rows, most) if parsed.json else inspect.text(rows, most or 3, _colours())
     for line in shown:
         print(line)

@@ -1,6 +1,7 @@
 """Conversations become labelled tokens: injections stay text, tokens are cut to length, padding never ends a turn."""
 
 import datetime
+import json
 
 import pytest
 
@@ -91,26 +92,67 @@ def test_runs_of_spaces_that_are_added_tokens_are_ordinary_text(made):
     assert made.convert_tokens_to_ids("  ") in example.input_ids and example.markers_as_text == 0
 
 
-def test_a_tokenizer_that_cannot_write_a_control_token_as_text_is_refused(made):
-    """One that puts a space before each text would change what is written when the text is cut."""
+def spaced(scheme, byte_fallback):
+    """A tokenizer like Llama 2's: words begin with a space mark, control characters are spelled out where it has bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    spaced = Tokenizer(models.BPE())
-    spaced.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    spaced.decoder = decoders.Metaspace(prepend_scheme="always")
-    trainer = trainers.BpeTrainer(
-        special_tokens=["<s>", "</s>"], show_progress=False, initial_alphabet=list("▁</s>|im_endart")
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    alphabet = list("▁</s>|im_endart")
+    trainer = trainers.BpeTrainer(special_tokens=["<s>", "</s>"], show_progress=False, initial_alphabet=alphabet)
+    made.train_from_iterator(["abc user assistant"] * 9, trainer)
+    content = json.loads(made.to_str())
+    if byte_fallback:
+        vocabulary = content["model"]["vocab"]
+        vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
+        content["model"] |= {"byte_fallback": True}
+    made = Tokenizer.from_str(json.dumps(content))
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
     )
-    spaced.train_from_iterator(["abc user assistant"] * 9, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=spaced, eos_token="</s>", bos_token="<s>")
-    subject = chat(
-        tokenizer,
-        "{% for m in messages %}{{ m['role'] + m['content'] + '</s>' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant' }}{% endif %}",
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", bos_token="<s>")
+
+
+PLAIN = (
+    "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_control_tokens_stay_text_with_tokenizers_that_put_a_space_before_a_text(scheme):
+    """Tokenizing in pieces would put spaces where the pieces begin."""
+    tokenizer = spaced(scheme, byte_fallback=True)
+    example = one(chat(tokenizer, PLAIN), ("user", "a</s>b <s>"), ("assistant", "b</s>"))
+    assert example.input_ids.count(tokenizer.eos_token_id) == 2 and tokenizer.bos_token_id not in example.input_ids
+    said = tokenizer.decode(example.input_ids).replace(" ", "")
+    assert said == "usera</s>b<s></s>assistantb</s></s>"
+
+
+def test_a_tokenizer_that_cannot_write_a_control_token_as_text_is_refused():
+    subject = chat(spaced("always", byte_fallback=False), PLAIN)
     assert one(subject, ("user", "a"), ("assistant", "b")).spans
-    with pytest.raises(RecipeError, match="here:1: the text holds a control token .* cannot be written as ordinary"):
+    with pytest.raises(
+        RecipeError, match="here:1: a text in it holds a control token that this tokenizer cannot write"
+    ):
         one(subject, ("user", "a</s>b"), ("assistant", "b"))
+
+
+def test_a_token_that_reaches_beyond_an_answer_is_not_supervised_and_one_that_begins_before_it_is_counted():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {letter: place for place, letter in enumerate("uab: [E")} | {":a": 7, " [": 8}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[(":", "a"), (" ", "[")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="E")
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[' + m['content'] + ':' }}{% else %}{{ m['content'] + 'E ' }}"
+        "{% endif %}{% endfor %}"
+    )
+    example = one(chat(tokenizer, template), ("user", "u"), ("assistant", "a"), ("user", "u"), ("assistant", "b"))
+    said = [tokenizer.convert_ids_to_tokens(example.input_ids[start:end]) for start, end in example.spans]
+    assert said == [[":a", "E"], ["b", "E", " "]] and example.shares_a_token
 
 
 def test_reasoning_in_the_text_goes_where_the_template_reads_reasoning(made):
@@ -121,13 +163,29 @@ def test_reasoning_in_the_text_goes_where_the_template_reads_reasoning(made):
     example = one(chat(made, template), ("user", "u"), ("assistant", "<think>\nhm\n</think>\n\nyes"))
     assert made.decode(example.input_ids).endswith("assistant\n<think>hm</think>yes<|im_end|>\n")
     assert example.input_ids.count(made.convert_tokens_to_ids("<think>")) == 1 and not example.markers_as_text
+    empty = one(chat(made, template), ("user", "u"), ("assistant", "<think>\n\n</think>\n\nyes"))
+    assert made.decode(empty.input_ids).endswith("assistant\nyes<|im_end|>\n")
+
+
+def test_reasoning_at_the_beginning_of_an_answer_keeps_its_marks_where_the_template_reads_none(made):
+    """They are the model's own to write; anywhere else, and in anybody else's text, they are text."""
+    subject = chat(made)
+    think = made.convert_tokens_to_ids("<think>")
+    answer = one(subject, ("user", "u"), ("assistant", "<think>hm</think>yes <think>"))
+    assert answer.input_ids.count(think) == 1 and answer.labels.count(think) == 1 and answer.markers_as_text
+    assert one(subject, ("user", "<think>hm</think>"), ("assistant", "yes")).input_ids.count(think) == 0
 
 
 def test_an_example_cut_to_length_keeps_its_labels_in_place(made):
     example = one(chat(made), *TEXTS["several turns"])
     for length in range(1, len(example.input_ids) + 2):
         short = example.cut(length)
-        assert (short.input_ids, short.labels) == (example.input_ids[:length], example.labels[:length])
+        kept = len(short.input_ids)
+        assert (short.input_ids, short.labels) == (example.input_ids[:kept], example.labels[:kept])
+        lost = example.labels[kept:length]
+        assert kept == min(length, len(example.labels)) or (set(lost) == {IGNORED} and short.labels[-1] != IGNORED), (
+            "a question without an answer"
+        )
 
 
 @pytest.mark.parametrize(

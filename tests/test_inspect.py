@@ -40,9 +40,10 @@ def test_the_loss_is_seen_to_look_at_the_answers_alone(shown):
     assert shown.returncode == 0, shown.stderr
     supervised = re.findall(r"⟦(.*?)⟧", shown.stdout.partition("\n\n")[2], re.DOTALL)
     assert supervised and all(re.fullmatch(r"It is \d+\.<\|im_end\|>⏎", text) for text in supervised)
-    assert re.search(r"^-- .*sums\.jsonl:\d+\n<\|im_start\|>user⏎\nHow much", shown.stdout, re.MULTILINE)
+    turns = r"^-- .*sums\.jsonl:\d+\n» prompt\n<\|im_start\|>user⏎\nHow much.*\n.*⏎\n» answer 1\n⟦It is"
+    assert re.search(turns, shown.stdout, re.MULTILINE)
     assert "\033" not in shown.stdout
-    for said in ("57 rows read", "3 rows read", "supervised", "tokens a row:", "their tokens are examples'", "in both     none",
+    for said in ("57 rows read", "3 rows read", "supervised", "tokens a row:", "of their tokens are examples'", "in both     none",
                  "end of turn <|im_end|>", "a step", "s to prepare"):  # fmt: skip
         assert said in shown.stdout, said
 
@@ -89,7 +90,7 @@ def test_odd_and_too_few_rows_are_shown_without_what_a_terminal_would_obey(share
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (("--rows", "0"), "ROWS: '0' is not a whole number"), (("--rows", "x"), "ROWS: 'x' is not a whole number"), (("data.train=none.jsonl",), "no file or folder 'none.jsonl'"),
+    (("--html", "no/page.html"), "HTML: no folder no to write page.html to"), (("--rows", "0"), "ROWS: '0' is not a whole number"), (("--rows", "x"), "ROWS: 'x' is not a whole number"), (("data.train=none.jsonl",), "no file or folder 'none.jsonl'"),
 ])  # fmt: skip
 def test_what_cannot_be_shown_is_one_line(looked, words, message):
     done = looked(*words)

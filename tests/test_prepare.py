@@ -91,7 +91,7 @@ def test_a_validation_row_that_stands_in_training_is_refused_with_both_places(pr
     ):
         prepared(ROWS, validation=[*HELD_OUT, *leaked])
     tolerated = prepared(ROWS, "data.leaked_at_most=0.2", validation=[*HELD_OUT, *leaked])
-    assert details(tolerated)["leaked"] == 1
+    assert details(tolerated)["leaks"]["rows"] == 1
 
 
 def test_several_sources_are_one_run_and_each_is_validated_on_its_own(prepared, write_rows):
@@ -175,12 +175,16 @@ def test_new_tokens_are_refused_where_embeddings_are_not_trained():
         recipes.load("8b-lora", ["model.add_tokens=['<|mine|>']"])
 
 
-def test_a_cut_that_leaves_a_question_without_its_answer_is_counted(prepared):
+def test_a_cut_that_takes_an_answer_takes_its_question_and_is_counted(prepared):
     turns = [("user", "Say a."), ("assistant", "a"), ("user", "word " * 12), ("assistant", "word " * 60)]
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    found = prepared([*ROWS, row], "trainer.max_length=64", validation=HELD_OUT)
+    found = prepared([*ROWS, row], "trainer.max_length=64", "trainer.packing=false", validation=HELD_OUT)
     counts = details(found)["train"]
     assert (counts["cut"], counts["unanswered"], counts["dropped"]) == (1, 1, 0)
+    from datasets import load_from_disk
+
+    (kept,) = [row for row in load_from_disk(f"{found.folder}/train") if row["source"].endswith(":61")]
+    assert kept["labels"][-1] != -100, "the question went with its answer"
 
 
 def test_rows_can_be_looked_at_where_the_models_weights_are_not(prepared, tmp_path, model_folder, write_rows):
@@ -216,3 +220,62 @@ def test_a_template_that_writes_the_date_is_prepared_for_the_plans_day_whenever_
     )
     assert first.fingerprint == again.fingerprint != tomorrow.fingerprint
     assert first.folder != tomorrow.folder
+
+
+def test_what_the_contract_refuses_is_refused_also_where_the_rows_are_found_again(prepared):
+    leaked = [*HELD_OUT, ROWS[0]]
+    for _ in range(2):
+        with pytest.raises(RecipeError, match="stands in training too"):
+            prepared(ROWS, validation=leaked)
+    assert prepared(ROWS, "data.leaked_at_most=0.2", validation=leaked).examples == 60
+
+
+def test_counts_are_of_the_rows_that_they_stand_beside(prepared):
+    marked = [{"prompt": f"{n} <|im_end|>", "completion": "x"} for n in range(40)]
+    found = prepared(marked, "data.validation_fraction=0.25", "batch.min_optimizer_steps=1")
+    assert [details(found)[part]["markers_as_text"] for part in ("train", "validation")] == [30, 10]
+
+
+def test_another_template_beside_the_first_is_another_preparation(prepared, model_folder, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(model_folder, tmp_path / "named")
+    named = folder / "additional_chat_templates"
+    named.mkdir()
+    first, second = (
+        (named / "tool_use.jinja").write_text(text)
+        and prepared(ROWS, f"model.name_or_path={folder}", validation=HELD_OUT)
+        for text in ("{{ 1 }}", "{{ strftime_now('%d') }}")
+    )
+    assert first.folder != second.folder and first.fingerprint == second.fingerprint
+
+
+def test_a_method_that_trains_no_embeddings_refuses_new_tokens_whoever_prepared_before(
+    tmp_path, model_folder, write_rows
+):
+    """A tokenizer without a token that is free for padding gets one; adapters would leave it to nobody."""
+    import shutil
+
+    folder = shutil.copytree(model_folder, tmp_path / "full")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config = json.dumps({**config, "pad_token": "<|im_end|>"}).replace("<|endoftext|>", "<|entoftext|>")
+    (folder / "tokenizer_config.json").write_text(config)
+    text = (
+        (folder / "tokenizer.json").read_text().replace("<|pad|>", "<|pat|>").replace("<|endoftext|>", "<|entoftext|>")
+    )
+    (folder / "tokenizer.json").write_text(text)
+    model = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**model, "vocab_size": len(json.loads(text)["model"]["vocab"])}))
+    words = [
+        f"data.train={write_rows(ROWS)}",
+        "data.validation=",
+        "model.from_scratch=false",
+        f"model.name_or_path={folder}",
+    ]
+    for extra in ([], ["lora.r=2"]):
+        plan = plans.make(recipes.load("tiny", [*words, *extra, "trainer.max_length=128"]), Topology(0, 1))
+        if not extra:
+            assert "new tokens <|pad|>" in prepare.prepare(plan, tmp_path / "store").notes[0]
+            continue
+        with pytest.raises(RecipeError, match=r"<\|pad\|> is new to the model, and lora trains no embeddings"):
+            prepare.prepare(plan, tmp_path / "store")

@@ -3,10 +3,13 @@
 `PYTHONPATH=.:tests .venv/bin/python tests/test_templates.py` writes the table of docs/TEMPLATES.md anew.
 """
 
+# ruff: noqa: RUF001  DeepSeek writes its marks with a wide bar
+
 from __future__ import annotations
 
 import datetime
 import functools
+import itertools
 
 import pytest
 from conftest import REPOSITORY
@@ -19,7 +22,7 @@ from sft_recipes.planning.schema import RecipeError
 
 PAGE = REPOSITORY / "docs" / "TEMPLATES.md"
 BEGIN, END = "<!-- the table: tests/test_templates.py -->", "<!-- end of the table -->"
-TODAY = datetime.datetime.now(datetime.UTC).date()
+TODAY = datetime.date.today()  # local time, as transformers asks for
 SAID = {
     "assistant": ("bravo 2.", "delta 4", "golf 7", "Zagreb"),
     "others": ("alpha 1?", "charlie", "echo 5.", "foxtrot"),
@@ -96,13 +99,16 @@ def test_the_pairs_read_from_trls_files_are_those_that_trl_chooses():
     assert compared >= 20
 
 
+@pytest.mark.parametrize("kind", ["one turn", "several"])
 @pytest.mark.parametrize("family", [name for name in SHIPPED if name not in ("glm4moe", "deepseek_r1_distill")])
-def test_labels_are_those_of_trls_masks_where_its_template_renders_the_row_as_inference_does(family):
-    tokenizer, example, inference = looked_at(family, "one turn")
+def test_labels_are_those_of_trls_masks_where_its_template_renders_the_row_as_inference_does(family, kind):
+    tokenizer, example, inference = looked_at(family, kind)
     training = training_templates().get(tokenizer.chat_template, tokenizer.chat_template)
     if training == tokenizer.chat_template and "{% generation" not in training.replace("{%-", "{%"):
         pytest.skip("TRL ships no training template for it and cannot mask it")
-    messages = CONVERSATIONS["one turn"][0]
+    if not example.how.startswith(("TRL's training template", "its own")):
+        pytest.skip("TRL's training template renders these turns otherwise than the inference template")
+    messages = CONVERSATIONS[kind][0]
     stock = tokenizer.apply_chat_template(
         messages, chat_template=training, return_dict=True, return_assistant_tokens_mask=True
     )
@@ -124,6 +130,48 @@ def test_the_page_is_what_the_templates_gave():
     assert _table() in PAGE.read_text(encoding="utf-8"), f"run {__doc__.split('`')[1]}"
 
 
+def beyond(family, kind):
+    """What is supervised although the generation prompt writes it; TRL's blocks begin before its end in places."""
+    tokenizer, example, _ = looked_at(family, kind)
+    if isinstance(example, str):
+        return set()
+    messages, tools = CONVERSATIONS[kind]
+    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    found = set()
+    for number, (start, end) in zip(answers, example.spans, strict=True):
+        before, said = tokenizer.decode(example.input_ids[:start]), tokenizer.decode(example.input_ids[start:end])
+        try:
+            prompt = tokenizer.apply_chat_template(
+                messages[:number], tools=tools, tokenize=False, add_generation_prompt=True
+            )
+        except TypeError:  # deepseekv3, as above
+            continue
+        shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt[len(before) :], said, strict=False))
+        header = "".join(character for character, _ in shared)
+        if prompt.startswith(before) and header:
+            found.add(header)
+    return found
+
+
+def besides(family):
+    return set().union(*(beyond(family, kind) for kind in CONVERSATIONS if kind != "tools"))
+
+
+def test_nothing_of_the_prompt_is_supervised_but_where_trls_own_blocks_begin_in_it():
+    think = "<think>\n"
+    known = {
+        "qwen2_5": {"\n"},
+        "deepseekv3": {"<｜Assistant｜>"},
+        "deepseek_r1_distill": {"<｜Assistant｜>"},
+        "gptoss": {"<|start|>assistant"},
+        "muse_glimmer": {"<|start|>assistant"},
+        "qwen3_5_nothink": {think, "<think>\n\n</think>\n\n"},
+        **{family: {think} for family in ("qwen3_5_think", "qwen3_6", "qwen3_8")},
+        **{f"nemotron_3_{kind}": {think, "<think>"} for kind in ("nano", "super", "ultra", "5_lightning")},
+    }
+    assert {family: besides(family) for family in families() if besides(family)} == known
+
+
 def _reason(refusal):
     """Why a template cannot train a conversation, in few words; nothing where that is not the template's own limit."""
     for said, reason in (
@@ -139,7 +187,7 @@ def _reason(refusal):
 
 def _table():
     kinds = list(CONVERSATIONS)
-    rows = [["family", *kinds, "ends with", "text of inference"], ["---"] * (len(kinds) + 3)]
+    rows = [["family", *kinds, "supervised besides", "ends with", "text of inference"], ["---"] * (len(kinds) + 4)]
     for family in families():
         cells, ends, notes = [], set(), []
         for kind in kinds:
@@ -154,7 +202,8 @@ def _table():
         equal = "no; " if any("otherwise" in note for note in notes) else "yes; " if notes else "yes"
         shown = " ".join(f"`{end}`" for end in sorted(ends))
         said = "; ".join(notes).replace("\n", "\\n").replace("|", "\\|")
-        rows.append([family, *cells, shown.replace("|", "\\|"), equal + said])
+        header = " ".join(f"`{text}`" for text in sorted(besides(family))).replace("\n", "\\n").replace("|", "\\|")
+        rows.append([family, *cells, header or "nothing", shown.replace("|", "\\|"), equal + said])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -6,13 +6,17 @@ That each assistant's turn is supervised with its end, and nothing else, is held
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy
 
-from sft_recipes.data.labelling import Labelled
+from sft_recipes.data.labelling import Labelled, together
+from sft_recipes.data.spans import DIFFERS
+from sft_recipes.planning.plan import Plan
 from sft_recipes.planning.schema import RecipeError
 
 PERCENTILES = (50, 90, 99, 100)
@@ -23,7 +27,7 @@ class Counts:
     """What became of a source's rows; tokens count each example's own, before packing.
 
     `cut` rows were longer than `max_length` and lost `lost_tokens`, `lost_supervised_tokens` of them supervised;
-    `dropped` ones had nothing left to learn from, `unanswered` ones keep a question whose answer was cut.
+    `dropped` ones had nothing left to learn from, `unanswered` ones lost an answer, and with it its question.
     `duplicates` are rows that say what an earlier one says. `percentiles` are of lengths before the cut.
     """
 
@@ -40,6 +44,7 @@ class Counts:
     duplicates: int
     markers_as_text: int
     dropped_reasoning: int
+    shares_a_token: int
     percentiles: dict[str, int]
 
 
@@ -59,58 +64,90 @@ def count(name: str, labelled: Labelled) -> Counts:
         tokens=int(labelled.lengths[kept].sum()),
         supervised_tokens=int(labelled.trained.sum()),
         duplicates=len(labelled) - len(numpy.unique(labelled.said)),
-        markers_as_text=labelled.markers_as_text,
-        dropped_reasoning=labelled.dropped_reasoning,
+        markers_as_text=int(labelled.markers_as_text.sum()),
+        dropped_reasoning=int(labelled.dropped_reasoning.sum()),
+        shares_a_token=int(labelled.shares_a_token.sum()),
         percentiles={str(p): int(value) for p, value in zip(PERCENTILES, percentiles, strict=True)},
     )
 
 
-def total(counts: Sequence[Counts]) -> dict[str, int]:
-    """The sums over several sources."""
+def describe(training: Mapping[str, Labelled], held_out: Mapping[str, Labelled]) -> dict[str, Any]:
+    """What the rows came to, source by source and in all: the part of `details.json` that the rows alone tell."""
+    everything = together([*training.values(), *held_out.values()])
+    parts = {"train": training, "validation": held_out}
+    counts = {part: [count(name, one) for name, one in sources.items()] for part, sources in parts.items()}
+    noted = Counter(filter(None, everything.notes))
+    return {
+        **{part: _total(counts[part]) for part in parts},
+        "sources": {part: [asdict(one) for one in counts[part]] for part in parts},
+        "first_dropped": {part: [_first_dropped(one) for one in sources.values()] for part, sources in parts.items()},
+        "duplicates": sum(map(len, training.values())) - len(numpy.unique(_said(training))),
+        "leaks": _leaks(training, held_out),
+        "noted": dict(noted),
+        "rows_that_differ": sum(many for note, many in noted.items() if DIFFERS in note),
+        "end_of_turn_ids": sorted(everything.stop_ids),
+        "how": ", ".join(sorted(everything.hows)),
+    }
+
+
+def _total(counts: Sequence[Counts]) -> dict[str, int]:
     keys = [key for key, kind in Counts.__annotations__.items() if kind == "int"]
     return {key: sum(getattr(one, key) for one in counts) for key in keys}
 
 
-def check_dropped(key: str, counts: Counts, labelled: Labelled, max_length: int, at_most: float) -> None:
-    """Refuses data of which too much is left without a token to learn from.
-
-    Raises:
-        RecipeError: a larger share of the rows than `at_most`.
-    """
-    if counts.dropped > at_most * counts.read:
-        first = labelled.where[int(numpy.flatnonzero(labelled.trained == 0)[0])]
-        raise RecipeError(
-            f"{key}: trainer.max_length={max_length} leaves {counts.dropped} of {counts.read} rows without a token to "
-            f"learn from (the first: {first}), more than data.dropped_at_most={at_most:g}; say a larger "
-            f"trainer.max_length"
-        )
+def _first_dropped(labelled: Labelled) -> str | None:
+    """Where the first row stands of which nothing to learn from was left."""
+    dropped = numpy.flatnonzero(labelled.trained == 0)
+    return labelled.where[int(dropped[0])] if len(dropped) else None
 
 
-def check_leaks(training: Mapping[str, Labelled], held_out: Mapping[str, Labelled], at_most: float) -> int:
-    """Refuses validation rows that stand in training, white space aside; their number where they are tolerated.
-
-    Raises:
-        RecipeError: a larger share of the validation rows than `at_most`.
-    """
-    train = together_said(training)
-    validation = together_said(held_out)
+def _leaks(training: Mapping[str, Labelled], held_out: Mapping[str, Labelled]) -> dict[str, Any]:
+    """Validation rows that stand in training, white space aside: how many of how many, and the first pair's places."""
+    train, validation = _said(training), _said(held_out)
     leaked = numpy.isin(validation, train)
-    if leaked.sum() > at_most * len(validation):
-        wheres = [where for one in held_out.values() for where in one.where]
+    found = {"rows": int(leaked.sum()), "of": len(validation), "where": None, "twin": None}
+    if leaked.any():
         place = int(numpy.flatnonzero(leaked)[0])
-        of_training = [where for one in training.values() for where in one.where]
-        twin = of_training[int(numpy.flatnonzero(train == validation[place])[0])]
-        raise RecipeError(
-            f"{wheres[place]}: this validation row stands in training too ({twin}), and so do {leaked.sum() - 1} "
-            f"others of {len(validation)}; take them out of one of the two, or say data.leaked_at_most="
-            f"{leaked.sum() / len(validation):.2g} if that is meant"
-        )
-    return int(leaked.sum())
+        found["where"] = [where for one in held_out.values() for where in one.where][place]
+        twin = int(numpy.flatnonzero(train == validation[place])[0])
+        found["twin"] = [where for one in training.values() for where in one.where][twin]
+    return found
 
 
-def together_said(sources: Mapping[str, Labelled]) -> numpy.ndarray:
+def _said(sources: Mapping[str, Labelled]) -> numpy.ndarray:
     """The digests of all rows of several sources."""
     return numpy.concatenate([numpy.zeros(0, numpy.uint64), *(one.said for one in sources.values())])
+
+
+def check(plan: Plan, details: Mapping[str, Any]) -> None:
+    """Refuses prepared data that breaks the contract by more than the recipe tolerates.
+
+    Raises:
+        RecipeError: too many rows without a token to learn from, validation rows that stand in training, or tokens that
+            are new to a model whose embeddings are not trained.
+    """
+    data = plan.sections["data"]
+    for part, key in (("train", "data.train"), ("validation", "data.validation")):
+        for counts, first in zip(details["sources"][part], details["first_dropped"][part], strict=True):
+            if counts["dropped"] > data["dropped_at_most"] * counts["read"]:
+                raise RecipeError(
+                    f"{key}: trainer.max_length={plan.max_length} leaves {counts['dropped']} of {counts['read']} rows "
+                    f"without a token to learn from (the first: {first}), more than data.dropped_at_most="
+                    f"{data['dropped_at_most']:g}; say a larger trainer.max_length"
+                )
+    leaked = details["leaks"]
+    if leaked["rows"] > data["leaked_at_most"] * leaked["of"]:
+        share = math.ceil(1000 * leaked["rows"] / leaked["of"]) / 1000
+        raise RecipeError(
+            f"{leaked['where']}: this validation row stands in training too ({leaked['twin']}), and so do "
+            f"{leaked['rows'] - 1} others of {leaked['of']}; take them out of one of the two, or say "
+            f"data.leaked_at_most={share:g} if that is meant"
+        )
+    if details["new_tokens"] and plan.method != "full":
+        raise RecipeError(
+            f"model: {', '.join(details['new_tokens'])} is new to the model, and {plan.method} trains no embeddings; "
+            f"take a tokenizer that has it, with a token free for padding, or full fine-tuning"
+        )
 
 
 def lines(details: Mapping[str, Any]) -> list[str]:
@@ -119,23 +156,16 @@ def lines(details: Mapping[str, Any]) -> list[str]:
     for part in ("train", "validation"):
         for one in details["sources"][part]:
             said += [f"{part:<12}{one['name']}: {_rows(one)}", *(" " * 12 + line for line in _more(one))]
-    fill = details["rows"]
-    if fill["packed"]:
-        said.append(
-            f"{'packing':<12}{fill['rows']:,} rows of {fill['max_length']:,}, {fill['non_padding']:.2%} of their "
-            f"tokens are examples'; {fill['padding_tokens']:,} are padding"
-        )
-    else:
-        said.append(
-            f"{'padding':<12}about {fill['padding_tokens']:,} tokens an epoch, in batches of "
-            f"{fill['per_device']} as long as their longest row"
-        )
-    leaked = details["leaked"]
-    said.append(f"{'in both':<12}{leaked:,} validation rows stand in training" if leaked else f"{'in both':<12}none")
-    ends = ", ".join(details["end_of_turn"])
-    said.append(f"{'end of turn':<12}{ends}, supervised in every turn; padding is {details['padding']}")
+    if len(details["sources"]["train"]) > 1 and details["duplicates"]:
+        said.append(f"{'twice':<12}{details['duplicates']:,} training rows say what another one of any source says")
+    leaked = details["leaks"]
+    twins = f", the first {leaked['where']} and {leaked['twin']}" if leaked["rows"] else ""
+    said.append(f"{'in both':<12}{leaked['rows'] or 'none'}{twins}")
+    ends, cut = ", ".join(details["end_of_turn"]), details["train"]["cut"]
+    whole = "every turn" if not cut else f"every turn but those that the length limit cuts ({cut:,} rows)"
+    said.append(f"{'end of turn':<12}{ends}, supervised in {whole}; padding is {details['padding']}")
     said += [f"{'note':<12}{note}" for note in details["notes"]]
-    if not details["notes"]:
+    if not details["rows_that_differ"]:
         said.append(f"{'template':<12}rendered as at inference, byte for byte ({details['how']})")
     return said
 
@@ -157,8 +187,8 @@ def _more(one: Mapping[str, Any]) -> list[str]:
     if one["cut"]:
         more.append(
             f"{one['cut']:,} rows are longer than the limit and lose {one['lost_tokens']:,} tokens, "
-            f"{one['lost_supervised_tokens']:,} of them supervised; {one['unanswered']:,} end with a question whose "
-            f"answer was cut"
+            f"{one['lost_supervised_tokens']:,} of them supervised; {one['unanswered']:,} lose an answer with its "
+            f"question"
         )
     if one["duplicates"]:
         more.append(f"{one['duplicates']:,} rows say what an earlier row says")
@@ -166,4 +196,6 @@ def _more(one: Mapping[str, Any]) -> list[str]:
         more.append(f"{one['markers_as_text']:,} rows write control tokens in their text; they were encoded as text")
     if one["dropped_reasoning"]:
         more.append(f"{one['dropped_reasoning']:,} rows lose the reasoning of earlier turns, as at inference")
+    if one["shares_a_token"]:
+        more.append(f"{one['shares_a_token']:,} rows have an answer whose first token is partly the prompt's")
     return more

@@ -131,6 +131,11 @@ def _message(turn: dict[str, Any], where: str, what: str) -> Message:
         text, calls = _hermes(text, where, what)
     if role == "tool" and (wrapped := _HERMES_RESPONSE.fullmatch(text)):
         text = wrapped[1]
+    if role == "assistant" and turn.get("weight") not in (None, 1):
+        raise RecipeError(
+            f"{where}: {what} has weight {shown(turn['weight'])}; every assistant's turn is learned from: leave "
+            f"the row out"
+        )
     message: Message = {"role": role, "content": text}
     reasoning = next((turn[key] for key in _REASONING if turn.get(key)), None)
     if reasoning is not None and role == "assistant":
@@ -147,8 +152,14 @@ def _hermes(text: str, where: str, what: str) -> tuple[str, list[dict[str, Any]]
     found = _HERMES_CALL.findall(text)
     rest = _HERMES_CALL.sub("", text)
     if not found or "<tool_call>" in rest:
-        return text, None  # marks that hold no call are text
-    return rest.strip(), _calls([_json(call, where, what) for call in found], where, what)
+        return text, None  # marks around no object are text
+    said = text.partition("<tool_call>")[0]
+    if rest.strip() != said.strip():
+        raise RecipeError(
+            f"{where}: {what} says {shown(rest.strip()[len(said.strip()) :].strip())} behind or between its calls, and "
+            f"templates write calls last; put the text before them"
+        )
+    return said.strip(), _calls([_json(call, where, what) for call in found], where, what)
 
 
 def _calls(calls: Any, where: str, what: str) -> list[dict[str, Any]]:

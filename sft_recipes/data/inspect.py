@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
+
 from sft_recipes.data import contract
 from sft_recipes.data.chat import IGNORED
 from sft_recipes.data.tokenizer import load_tokenizer
@@ -112,7 +114,9 @@ def text(rows: Rows, most: int, colour: bool) -> Iterator[str]:
         yield _heading(rows, number)
         for source, pieces in rows.examples(number):
             yield f"-- {source}"
-            yield _coloured(pieces) if colour else _marked(pieces)
+            for heading, turn in _turns(pieces):
+                yield f"» {heading}"
+                yield (_coloured(turn) if colour else _marked(turn)).removesuffix("\n")
             yield ""
 
 
@@ -121,6 +125,13 @@ def _heading(rows: Rows, number: int) -> str:
     supervised = sum(label != IGNORED for label in row["labels"])
     packed = f"{len(row['source'])} examples, " if isinstance(row["source"], list) else ""
     return f"row {number + 1} of {len(rows):,}: {packed}{len(row['labels'])} tokens, {supervised} supervised"
+
+
+def _turns(pieces: Sequence[Piece]) -> Iterator[tuple[str, list[Piece]]]:
+    """What the model reads and what it learns to say, one behind the other, each with its heading."""
+    answers = itertools.count(1)
+    for supervised, group in itertools.groupby(pieces, key=lambda piece: piece.supervised):
+        yield f"answer {next(answers)}" if supervised else "prompt", list(group)
 
 
 def _coloured(pieces: Sequence[Piece]) -> str:
@@ -133,12 +144,9 @@ def _coloured(pieces: Sequence[Piece]) -> str:
 
 
 def _marked(pieces: Sequence[Piece]) -> str:
-    shown = ""
-    for supervised, group in itertools.groupby(pieces, key=lambda piece: piece.supervised):
-        said = "".join(_visible(piece.text) for piece in group)
-        inner = said.removesuffix("\n")  # the bracket closes before the line does
-        shown += f"⟦{inner}⟧{said[len(inner) :]}" if supervised else said
-    return shown
+    said = "".join(_visible(piece.text) for piece in pieces)
+    inner = said.removesuffix("\n")  # the bracket closes before the line does
+    return f"⟦{inner}⟧{said[len(inner) :]}" if pieces[0].supervised else said
 
 
 def _visible(said: str) -> str:
@@ -148,7 +156,7 @@ def _visible(said: str) -> str:
 
 def report(plan: Plan, rows: Rows) -> list[str]:
     """The contract's report, line by line."""
-    lines = contract.lines(rows.details)
+    lines = [*contract.lines(rows.details), _fill(plan, rows.dataset)]
     if plan.settled:
         lines.append(
             f"{'a step':<12}{plan.effective_batch_size} rows: about {plan.examples_per_step:,g} examples, "
@@ -158,14 +166,31 @@ def report(plan: Plan, rows: Rows) -> list[str]:
     return lines
 
 
+def _fill(plan: Plan, dataset: Any) -> str:
+    """How full the rows are; what unpacked ones are padded by is told from one shuffled epoch."""
+    lengths = numpy.concatenate([chunk.value_lengths() for chunk in dataset.data.column("input_ids").chunks])
+    tokens, per_device = int(lengths.sum()), plan.per_device_train_batch_size
+    if plan.packing:
+        slots = len(lengths) * plan.max_length
+        return (
+            f"{'packing':<12}{len(lengths):,} rows of {plan.max_length:,}, {tokens / slots:.2%} of their tokens are "
+            f"examples'; {slots - tokens:,} are padding"
+        )
+    shuffled = numpy.random.default_rng(0).permutation(lengths)
+    batches = numpy.resize(shuffled, (-(-len(shuffled) // per_device), per_device))
+    padding = int(batches.max(axis=1).sum()) * per_device - int(batches.sum())
+    return f"{'padding':<12}about {padding:,} tokens an epoch, each row padded to the longest of its {per_device}"
+
+
 def page(plan: Plan, rows: Rows, most: int) -> str:
     """Rows and report as an HTML page that needs nothing else."""
     parts = []
     for number in range(min(most, len(rows))):
         parts.append(f"<h2>{html.escape(_heading(rows, number))}</h2>")
         for source, pieces in rows.examples(number):
-            spans = "".join(_span(piece) for piece in pieces)
-            parts.append(f"<h3>{html.escape(source)}</h3><pre>{spans}</pre>")
+            parts.append(f"<h3>{html.escape(source)}</h3>")
+            for heading, turn in _turns(pieces):
+                parts.append(f"<small>{heading}</small><pre>{''.join(_span(piece) for piece in turn)}</pre>")
     counted = html.escape("\n".join(report(plan, rows)))
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(plan.recipe)}: what the loss sees'

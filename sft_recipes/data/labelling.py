@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -30,13 +30,20 @@ _ROWS_A_CHUNK = 1000
 _SECONDS_BETWEEN_LINES = 5
 
 
+_PER_EXAMPLE = (
+    *("lengths", "whole", "trained", "whole_trained", "unanswered", "said", "asked"),
+    *("markers_as_text", "dropped_reasoning", "shares_a_token"),
+)
+
+
 @dataclass(frozen=True)
 class Labelled:
     """Examples as flat arrays; those of `lengths` lie one behind the other in `ids` and `supervised`.
 
     `lengths` are tokens after the cut to `max_length`, `whole` before it, `trained` and `whole_trained` supervised
     tokens likewise. `said` and `asked` are digests of a row's text and of its first user turn. `unanswered` marks rows
-    whose cut left a question without its answer.
+    that lost a question whose answer was cut; `markers_as_text`, `dropped_reasoning` and `shares_a_token` mark rows as
+    `Example` does, and `notes` says how a row's text differs from inference, where it does.
     """
 
     ids: numpy.ndarray
@@ -48,12 +55,13 @@ class Labelled:
     unanswered: numpy.ndarray
     said: numpy.ndarray
     asked: numpy.ndarray
+    markers_as_text: numpy.ndarray
+    dropped_reasoning: numpy.ndarray
+    shares_a_token: numpy.ndarray
     where: list[str]
+    notes: list[str]
     stop_ids: frozenset[int] = frozenset()
     hows: frozenset[str] = frozenset()
-    notes: collections.Counter[str] = field(default_factory=collections.Counter)
-    markers_as_text: int = 0
-    dropped_reasoning: int = 0
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -61,17 +69,14 @@ class Labelled:
     def take(self, chosen: numpy.ndarray) -> Labelled:
         """The examples whose place in `chosen`, a mask, is true."""
         tokens = numpy.repeat(chosen, self.lengths)
-        per_example = ("lengths", "whole", "trained", "whole_trained", "unanswered", "said", "asked")
         return Labelled(
             ids=self.ids[tokens],
             supervised=self.supervised[tokens],
             where=list(itertools.compress(self.where, chosen)),
+            notes=list(itertools.compress(self.notes, chosen)),
             stop_ids=self.stop_ids,
             hows=self.hows,
-            notes=self.notes,
-            markers_as_text=self.markers_as_text,
-            dropped_reasoning=self.dropped_reasoning,
-            **{name: getattr(self, name)[chosen] for name in per_example},
+            **{name: getattr(self, name)[chosen] for name in _PER_EXAMPLE},
         )
 
 
@@ -79,8 +84,8 @@ def label(source: Source, chat: Chat, max_length: int, key: str, name: str) -> L
     """All rows of a source, in their order, on all cores where there are many.
 
     Raises:
-        RecipeError: the first row, in their order, that is no conversation or that the template cannot render; or there
-            are no rows.
+        RecipeError: a row that is no conversation, or that the template cannot render, in the first thousand that hold
+            one; or there are no rows.
     """
     rows, progress = source.rows(), _Progress(name)
     chunks = itertools.batched(rows, _ROWS_A_CHUNK) if sys.version_info >= (3, 12) else _batched(rows)
@@ -172,7 +177,6 @@ def arrays(conversations: list[Conversation], examples: list[Example], max_lengt
         for first, last in example.spans:
             supervised[start + max(first, 1) : start + last] = True
         start += len(example.input_ids)
-    notes = collections.Counter(example.note for example in examples if example.note)
     return Labelled(
         ids=ids,
         supervised=supervised,
@@ -185,17 +189,18 @@ def arrays(conversations: list[Conversation], examples: list[Example], max_lengt
         asked=asked_digests(conversations),
         where=[one.where for one in conversations],
         stop_ids=frozenset[int]().union(*(example.stop_ids for example in examples)),
+        notes=[example.note for example in examples],
         hows=frozenset(example.how for example in examples),
-        notes=notes,
-        markers_as_text=sum(example.markers_as_text > 0 for example in examples),
-        dropped_reasoning=sum(example.dropped_reasoning > 0 for example in examples),
+        **{
+            name: numpy.array([getattr(example, name) for example in examples], bool)
+            for name in ("markers_as_text", "dropped_reasoning", "shares_a_token")
+        },
     )
 
 
 def _unanswered(whole: Example, short: Example) -> bool:
-    """Whether the cut took an answer and left its question."""
-    behind = short.spans[-1][1] if short.spans else 0
-    return len(short.spans) < len(whole.spans) and behind < len(short.input_ids)
+    """Whether the cut took an answer; its question went with it."""
+    return len(short.spans) < len(whole.spans)
 
 
 def asked_digests(conversations: Iterable[Conversation]) -> numpy.ndarray:
@@ -218,13 +223,11 @@ def together(parts: list[Labelled]) -> Labelled:
     """Several as one, in their order."""
     if not parts:
         return arrays([], [], 1)
-    joined = ("ids", "supervised", "lengths", "whole", "trained", "whole_trained", "unanswered", "said", "asked")
+    joined = ("ids", "supervised", *_PER_EXAMPLE)
     return Labelled(
         where=[where for part in parts for where in part.where],
         stop_ids=frozenset[int]().union(*(part.stop_ids for part in parts)),
         hows=frozenset[str]().union(*(part.hows for part in parts)),
-        notes=sum((part.notes for part in parts), collections.Counter[str]()),
-        markers_as_text=sum(part.markers_as_text for part in parts),
-        dropped_reasoning=sum(part.dropped_reasoning for part in parts),
+        notes=[note for part in parts for note in part.notes],
         **{name: numpy.concatenate([getattr(part, name) for part in parts]) for name in joined},
     )

@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft_recipes.data import models, sources
+from sft_recipes.data import contract, models, sources
 from sft_recipes.data.formats import Conversation, conversation_of
 from sft_recipes.data.sources import Source
 from sft_recipes.planning import plan as plans
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from sft_recipes.data.labelling import Labelled
 
 _PROMPTS = 1000
+_NO_WEIGHTS = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 # Modules that do not decide what the rows are: they show or bring what others made.
 _NOT_THE_ROWS = ("inspect.py", "fetch.py", "hub.py", "models.py")
 
@@ -56,7 +57,8 @@ def prepare(plan: Plan, store: Path | None = None, rows_alone: bool = False) -> 
     """The plan's data, made or found in `store`.
 
     Args:
-        rows_alone: leave the model's weights out; to look at rows, its tokenizer is enough.
+        rows_alone: to look at rows, whatever they are: the model's tokenizer is enough, and a broken contract is not
+            refused.
 
     Raises:
         RecipeError: rows, model or tokenizer are not what a run can start from.
@@ -72,12 +74,15 @@ def prepare(plan: Plan, store: Path | None = None, rows_alone: bool = False) -> 
         partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
         try:
             _make(plan, train, validation, base, partial)
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.replace(folder)
+            if not (folder / "prepared.json").is_file():  # another start may have made the same meanwhile
+                shutil.rmtree(folder, ignore_errors=True)
+                partial.replace(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     if base and not rows_alone:
         _check_architecture_once(plan, base, folder)
+    if not rows_alone:
+        contract.check(plan, json.loads((folder / "details.json").read_text(encoding="utf-8")))
     found = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
     base = base or (folder / "model").resolve()
     here = {"folder": str(folder.resolve()), "model": str(base), "architecture": models.architecture_of(base)}
@@ -87,7 +92,7 @@ def prepare(plan: Plan, store: Path | None = None, rows_alone: bool = False) -> 
 def announcement(plan: Plan, details: Mapping[str, Any]) -> str:
     """One line on what the data came to, and one on each thing that a user should know before the start."""
     train, validation = details["train"], details["validation"]
-    packed = f" packed into {details['rows']['rows']:,} rows of {plan.max_length}" if plan.packing else ""
+    packed = f" packed into {details['rows']:,} rows of {plan.max_length}" if plan.packing else ""
     share = train["supervised_tokens"] / max(train["tokens"], 1)
     said = [
         f"data: {train['examples']:,} training examples{packed}, {train['tokens']:,} tokens, {share:.0%} of them "
@@ -97,8 +102,8 @@ def announcement(plan: Plan, details: Mapping[str, Any]) -> str:
         if counts["cut"]:
             said.append(
                 f"data: {counts['cut']:,} {name} examples were longer than {plan.max_length} tokens and lost their "
-                f"ends; {counts['dropped']:,} of them were dropped, no answer being left; {counts['unanswered']:,} end "
-                f"with a question whose answer was cut (trainer.max_length=… keeps more)"
+                f"ends; {counts['dropped']:,} were dropped, no answer being left; {counts['unanswered']:,} lost an "
+                f"answer with its question (trainer.max_length=… keeps more)"
             )
     if train["markers_as_text"]:
         said.append(f"data: {train['markers_as_text']:,} training rows write control tokens; they are encoded as text")
@@ -137,11 +142,10 @@ def _key(plan: Plan, train: Mapping[str, Source], validation: Mapping[str, Sourc
     parts = {
         "train": [[name, source.fingerprint()] for name, source in train.items()],
         "validation": [[name, source.fingerprint()] for name, source in validation.items()],
-        "data": {
-            key: data[key] for key in ("validation_fraction", "validation_at_most", "dropped_at_most", "leaked_at_most")
-        },
+        "validation_fraction": data["validation_fraction"],
+        "validation_at_most": data["validation_at_most"],
         "model": model,
-        "tokenizer": _tokenizer_files(base),
+        "tokenizer": {name: hashlib.sha256(text).hexdigest() for name, text in _tokenizer_files(base).items()},
         "template": _given_template(model),
         "max_length": plan.max_length,
         "packing": plan.packing,
@@ -154,90 +158,65 @@ def _key(plan: Plan, train: Mapping[str, Source], validation: Mapping[str, Sourc
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _tokenizer_files(folder: Path | None) -> dict[str, str]:
+def _tokenizer_files(folder: Path | None) -> dict[str, bytes]:
+    """Whatever stands beside a model's weights: configuration, tokenizer, templates."""
     if folder is None:
         return {}
-    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "config.json")
-    return {name: _text_of(folder / name) for name in names if (folder / name).is_file()}
-
-
-def _text_of(file: Path) -> str:
-    return file.read_text(encoding="utf-8", errors="replace")
+    files = sorted(file for file in folder.rglob("*") if file.suffix in _NO_WEIGHTS and file.is_file())
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files if ".index." not in file.name}
 
 
 def _may_write_the_date(model: dict[str, Any], base: Path | None) -> bool:
-    """Whether the template may ask for today's date."""
-    return "strftime_now" in _given_template(model) + "".join(_tokenizer_files(base).values())
+    """Whether a template may ask for today's date."""
+    dated = "strftime_now"
+    return dated in _given_template(model) or any(dated.encode() in text for text in _tokenizer_files(base).values())
 
 
 def _given_template(model: dict[str, Any]) -> str:
     """The template that the recipe gives, or its name where there is no such file, which loading it will say."""
     name = model["chat_template"] or ""
-    return _text_of(Path(name)) if Path(name).is_file() else name
+    return Path(name).read_text(encoding="utf-8", errors="replace") if Path(name).is_file() else name
 
 
 def _make(
     plan: Plan, train: Mapping[str, Source], validation: Mapping[str, Source], base: Path | None, folder: Path
 ) -> None:
     import datasets
-    import numpy
     import transformers
 
-    from sft_recipes.data import contract
     from sft_recipes.data.chat import Chat
-    from sft_recipes.data.labelling import label, together
-    from sft_recipes.data.packing import to_dataset
-    from sft_recipes.data.tokenizer import load_tokenizer, new_tokens
+    from sft_recipes.data.labelling import label
+    from sft_recipes.data.tokenizer import load_tokenizer
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     started = time.monotonic()
     folder.mkdir(parents=True)
-    model, data = plan.sections["model"], plan.sections["data"]
+    model = plan.sections["model"]
     if base is None:
         base = _build(plan, train, bool(validation), folder / "model")
-    before = models.embeddings_of(base)
     tokenizer = load_tokenizer(str(base), model["chat_template"], model["trust_remote_code"], model["add_tokens"])
     chat = Chat(tokenizer, datetime.date.fromisoformat(plan.created[:10]))
-    training = {name: label(source, chat, plan.max_length, "data.train", name) for name, source in train.items()}
-    held_out = {
-        name: label(source, chat, plan.max_length, "data.validation", name) for name, source in validation.items()
-    }
+    training, held_out = (
+        {name: label(source, chat, plan.max_length, key, name) for name, source in sources_of_it.items()}
+        for key, sources_of_it in (("data.train", train), ("data.validation", validation))
+    )
     if not validation:
         training, held_out = _split(plan, training)
     held_out = _at_most(plan, held_out)
-    counted = {"train": [], "validation": []}
-    for part, labelled_sources in (("train", training), ("validation", held_out)):
-        for name, labelled in labelled_sources.items():
-            counts = contract.count(name, labelled)
-            contract.check_dropped(f"data.{part}", counts, labelled, plan.max_length, data["dropped_at_most"])
-            counted[part].append(counts)
-    leaked = contract.check_leaks(training, held_out, data["leaked_at_most"])
-    everything = together([*training.values(), *held_out.values()])
-    kept = {part: _kept(labelled) for part, labelled in (("train", training), ("validation", held_out))}
-    rows = to_dataset(together(list(kept["train"].values())), plan.max_length, plan.packing)
-    rows.save_to_disk(folder / "train")
-    new = list(new_tokens(tokenizer, model["add_tokens"]).values())
-    notes = [f"{note} ({many:,} rows)" for note, many in everything.notes.items()]
-    notes += _grown(plan, tokenizer, before, everything)
-    validation_rows = [to_dataset(one, plan.max_length, plan.packing) for one in kept["validation"].values()]
-    datasets.concatenate_datasets(validation_rows).save_to_disk(folder / "validation")
+    rows, validation_rows = _write_rows(plan, training, held_out, folder)
     _write_prompts(plan, chat, validation or train, held_out, folder / "prompts.jsonl")
-    totals = contract.total(counted["train"])
+    counted = contract.describe(training, held_out)
+    vocabulary = _vocabulary(tokenizer, model["add_tokens"], models.embeddings_of(base), training, held_out)
+    notes = [f"{note} ({many:,} rows)" for note, many in counted["noted"].items()] + vocabulary.pop("notes")
     details = {
-        "train": totals,
-        "validation": contract.total(counted["validation"]),
-        "sources": {part: [asdict(one) for one in counts] for part, counts in counted.items()},
-        "validation_rows": {name: len(part) for name, part in zip(held_out, validation_rows, strict=True)},
-        "rows": _fill(plan, rows, kept["train"]),
-        "leaked": leaked,
-        "end_of_turn_ids": sorted(everything.stop_ids),
-        "end_of_turn": tokenizer.convert_ids_to_tokens(sorted(everything.stop_ids)),
+        **counted,
+        **vocabulary,
+        "end_of_turn": tokenizer.convert_ids_to_tokens(counted["end_of_turn_ids"]),
         "padding": tokenizer.pad_token,
-        "largest_token_id": int(everything.ids.max(initial=0)),
-        "largest_known_token_id": int(everything.ids[~numpy.isin(everything.ids, new)].max(initial=0)),
         "notes": notes,
-        "how": ", ".join(sorted(everything.hows)),
+        "rows": len(rows),
+        "validation_rows": {name: len(part) for name, part in zip(held_out, validation_rows, strict=True)},
         "seconds": time.monotonic() - started,
     }
     prepared = Prepared(
@@ -245,10 +224,10 @@ def _make(
         folder=str(folder),
         model=str(base),
         architecture={},
-        examples=totals["examples"],
+        examples=counted["train"]["examples"],
         rows=len(rows),
-        supervised_tokens=totals["supervised_tokens"],
-        tokens=totals["tokens"],
+        supervised_tokens=counted["train"]["supervised_tokens"],
+        tokens=counted["train"]["tokens"],
         validation_rows=sum(map(len, validation_rows)),
         notes=notes,
     )
@@ -256,25 +235,47 @@ def _make(
     write_json(folder / "prepared.json", asdict(prepared))
 
 
-def _grown(plan: Plan, tokenizer: Any, embeddings: int | None, everything: Labelled) -> list[str]:
-    """What to tell where tokens are new, so that the model's embeddings have to grow.
+def _write_rows(
+    plan: Plan, training: Mapping[str, Labelled], held_out: Mapping[str, Labelled], folder: Path
+) -> tuple[Any, list[Any]]:
+    """Writes the rows in which something is left to learn; the training rows, and each source's validation rows."""
+    from datasets import concatenate_datasets
 
-    Raises:
-        RecipeError: the new rows would have to be trained, and this method trains no embeddings.
-    """
+    from sft_recipes.data.labelling import together
+    from sft_recipes.data.packing import to_dataset
+
+    trained = together([one.take(one.trained > 0) for one in training.values()])
+    validated = [one.take(one.trained > 0) for one in held_out.values()]
+    rows = to_dataset(trained, plan.max_length, plan.packing)
+    validation_rows = [to_dataset(one, plan.max_length, plan.packing) for one in validated]
+    rows.save_to_disk(folder / "train")
+    concatenate_datasets(validation_rows).save_to_disk(folder / "validation")
+    return rows, validation_rows
+
+
+def _vocabulary(
+    tokenizer: Any,
+    add_tokens: list[str],
+    embeddings: int | None,
+    training: Mapping[str, Labelled],
+    held_out: Mapping[str, Labelled],
+) -> dict[str, Any]:
+    """The largest ids in the rows, of all tokens and of those that are not new, and the tokens for which the model's
+    embeddings have to grow."""
+    import numpy
+
     from sft_recipes.data.tokenizer import new_tokens
 
-    added = new_tokens(tokenizer, plan.sections["model"]["add_tokens"])
-    new = {token: id for token, id in added.items() if embeddings is not None and id >= embeddings}
-    if not new:
-        return []
-    written = sorted(token for token, id in new.items() if (everything.ids == id).any())
-    if plan.method != "full":
-        raise RecipeError(
-            f"model: {', '.join(written or new)} is new to the model, and {plan.method} does not train embeddings; "
-            f"take a chat template whose marks the tokenizer has, or full fine-tuning"
-        )
-    return [f"new tokens {', '.join(new)}: the model's embeddings grow from {embeddings:,} rows"]
+    new = new_tokens(tokenizer, add_tokens)
+    ids = numpy.unique(numpy.concatenate([one.ids for one in (*training.values(), *held_out.values())]))
+    grown = [token for token, id in new.items() if embeddings is not None and id >= embeddings]
+    note = f"new tokens {', '.join(grown)}: the model's embeddings grow from {embeddings or 0:,} rows"
+    return {
+        "largest_token_id": int(ids.max(initial=0)),
+        "largest_known_token_id": int(ids[~numpy.isin(ids, list(new.values()))].max(initial=0)),
+        "new_tokens": grown,
+        "notes": [note] if grown else [],
+    }
 
 
 def _build(plan: Plan, train: Mapping[str, Source], all_of_it: bool, folder: Path) -> Path:
@@ -353,32 +354,6 @@ def _at_most(plan: Plan, held_out: Mapping[str, Labelled]) -> dict[str, Labelled
         mask[generator.permutation(len(one))[: max(round(at_most * len(one) / many), 1)]] = True
         fewer[name] = one.take(mask)
     return fewer
-
-
-def _kept(labelled: Mapping[str, Labelled]) -> dict[str, Labelled]:
-    return {name: one.take(one.trained > 0) for name, one in labelled.items()}
-
-
-def _fill(plan: Plan, rows: Any, kept: Mapping[str, Labelled]) -> dict[str, Any]:
-    """How full the rows are; what unpacked ones are padded by is told from one shuffled epoch."""
-    import numpy
-
-    lengths = numpy.concatenate([one.lengths for one in kept.values()])
-    per_device, tokens = plan.per_device_train_batch_size, int(lengths.sum())
-    if plan.packing:
-        slots = len(rows) * plan.max_length
-    else:
-        shuffled = numpy.random.default_rng(0).permutation(lengths)
-        batches = numpy.resize(shuffled, (-(-len(shuffled) // per_device), per_device)) if len(shuffled) else lengths
-        slots = int(batches.max(axis=1, initial=0).sum()) * per_device if len(shuffled) else 0
-    return {
-        "packed": plan.packing,
-        "rows": len(rows),
-        "max_length": plan.max_length,
-        "per_device": per_device,
-        "padding_tokens": max(slots - tokens, 0),
-        "non_padding": tokens / max(slots, 1),
-    }
 
 
 def _write_prompts(

@@ -28,6 +28,7 @@ from sft_recipes.data.template import OtherwiseError, Template, Tools, UnclearEr
 
 Place = tuple[int, int]  # which literal of a skeleton, and how many characters into it
 
+DIFFERS = "which renders this otherwise than the inference template"
 _PROBE = re.compile(r"qzx(\d{4})xzq")
 # White space around a probe shows what a template trims: nothing, line feeds, or all. No template writes these spaces.
 _LEFT = {"keep": "\n\u2003", "newlines": "\u2003", "strip": ""}
@@ -153,7 +154,7 @@ class Skeletons:
 
     def _shipped_although(self, probed: _Probed) -> Skeleton:
         assert self.training is not None
-        note = "TRL's training template, which renders this otherwise than the inference template"
+        note = f"TRL's training template, {DIFFERS}"
         return self._tags_of(self.training, note, note)(probed)
 
     def _tags_of(
@@ -225,6 +226,21 @@ class Skeletons:
     def _special_at(self, text: str, position: int) -> str:
         return next((special for special in self.specials if text.startswith(special, position)), "")
 
+    def _ends(
+        self, probed: _Probed, text: str, found: list[re.Match[str]], spans: list[tuple[int, int]]
+    ) -> tuple[str, ...]:
+        """The tokens that generation stops at: the outermost of the last turn, and of each turn that calls a tool.
+
+        Others do not end a generation: the end of one call of several, a reasoning's end (gpt-oss: <|end|>).
+        """
+        ends = []
+        for number, message in enumerate(probed.plain):
+            if message["role"] == "assistant" and (message.get("tool_calls") or number == len(probed.plain) - 1):
+                own = [match.end() for match in found if probed.message_of(match) == number]
+                inside = [(place, end) for place in own for start, end in spans if start <= place <= end]
+                ends += self._stops(text[slice(*max(inside))])[:1]
+        return tuple(dict.fromkeys(ends))
+
     def _stops(self, tail: str) -> tuple[str, ...]:
         """The special tokens with which a turn ends, white space aside."""
         found: list[str] = []
@@ -247,6 +263,7 @@ class Skeletons:
         """The pieces of a rendered shape, once its spans keep the contract."""
         found = list(_PROBE.finditer(text))
         probed.check_that_all_is_said(text)
+        probed.check_arguments(template)
         self._check(probed, text, found, spans)
         bounds = [0, *(match.end() for match in found)], [*(match.start() for match in found), len(text)]
         literals = tuple(text[start:end] for start, end in zip(*bounds, strict=True))
@@ -258,14 +275,12 @@ class Skeletons:
                     return number, position - start
             raise UnclearError("the assistant's part begins or ends inside a message")
 
-        last = max(match.end() for match in found if probed.role_of(match) == "assistant")
-        end = max(end for _, end in spans)
         return Skeleton(
             template=template,
             literals=literals,
             slots=slots,
             spans=tuple((place(start), place(end)) for start, end in spans),
-            stops=self._stops(text[last:end]),
+            stops=self._ends(probed, text, found, spans),
             how=how,
             note="; ".join(filter(None, (note or self._other_prompt(probed, text), _no_tools(template, probed, text)))),
             dropped_reasoning=len(probed.reasoning - {match.group() for match in found}),
@@ -284,6 +299,7 @@ class Skeletons:
     def _check(self, probed: _Probed, text: str, found: list[re.Match[str]], spans: list[tuple[int, int]]) -> None:
         """Every assistant's text in a span with its end of turn, and every other text in none."""
         ends: dict[int, tuple[int, int]] = {}
+        traced: set[str] = set()
         for match in found:
             if match.group() not in probed.words:
                 raise UnclearError(f"the row itself says {match.group()!r}, a word that texts are traced by")
@@ -296,6 +312,11 @@ class Skeletons:
                 raise UnclearError(f"the generation block leaves out what the assistant says in turn {number + 1}")
             if inside:
                 ends[number] = (match.end(), inside[1])
+                traced.add(match.group())
+        for word, (number, field) in probed.words.items():
+            # A call's name may stand in its answer's header too, which is not the assistant's.
+            if field.startswith("call ") and word not in traced:
+                raise UnclearError(f"the generation block leaves out the tool call in turn {number + 1}")
         for number, message in enumerate(probed.plain):
             if message["role"] != "assistant":
                 continue
@@ -311,7 +332,12 @@ class Skeletons:
 
 def _no_tools(template: Template, probed: _Probed, text: str) -> str:
     """That a template does not write the tools that a row offers, which it does not at inference either."""
-    unread = probed.tools is not None and template.render(probed.plain, None) == text
+    if probed.tools is None:
+        return ""
+    try:
+        unread = template.render(probed.plain, None) == text
+    except UnclearError:  # it cannot do without tools, so it reads them
+        return ""
     return "the chat template does not write the tools that rows offer" if unread else ""
 
 
@@ -340,6 +366,23 @@ class _Probed:
             what = {"content": f"what the {self.plain[number]['role']} says", "reasoning_content": "the reasoning"}
             raise UnclearError(f"the chat template leaves out {what.get(field, 'the tool call')} in turn {number + 1}")
 
+    def check_arguments(self, template: Template) -> None:
+        """A template that wrote calls without their arguments would teach empty calls.
+
+        Raises:
+            UnclearError: a text in a call's arguments is not in what the template writes.
+        """
+        words: list[str] = []
+        traced = [
+            {**message, "tool_calls": [_traced_call(call, words) for call in message["tool_calls"]]}
+            if message.get("tool_calls")
+            else message
+            for message in self.plain
+        ]
+        text = template.render(traced, self.tools) if words else ""
+        if any(word not in text for word in words):
+            raise UnclearError("the chat template leaves out the arguments of a tool call")
+
     def _replaced(self, number: int, message: Message, padded: bool, open_: bool) -> Message:
         if not open_:
             return dict(message)
@@ -363,6 +406,16 @@ class _Probed:
         if known is None:
             self.words[word] = (number, field)
         return known or word
+
+
+def _traced_call(call: dict[str, Any], words: list[str]) -> dict[str, Any]:
+    """The call with a word in place of each text among its arguments; the words are added to `words`."""
+    arguments = dict(call["function"]["arguments"])
+    for key, value in arguments.items():
+        if isinstance(value, str) and value:
+            words.append(f"zxq{len(words):04}qxz")
+            arguments[key] = words[-1]
+    return {**call, "function": {**call["function"], "arguments": arguments}}
 
 
 def _shape(messages: Sequence[Message], tools: Tools) -> Any:

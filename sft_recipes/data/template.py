@@ -36,6 +36,7 @@ class Template:
         day = datetime.datetime.combine(date, datetime.time())
         self.source = source
         self.tagged = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
+        self.reads_reasoning = re.search(r"reasoning_content|\.thinking|['\"]thinking['\"]", source) is not None
         self._compiled = _compile_jinja_template(source)
         self._variables: dict[str, Any] = {**special_tokens, "documents": None, "strftime_now": day.strftime}
 

@@ -93,10 +93,11 @@ def control_tokens(tokenizer: Any) -> tuple[set[str], set[str]]:
     or that the template writes. Added words, runs of spaces and HTML are ordinary text."""
     added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
     specials = {text for text, special in added.items() if special} | set(tokenizer.all_special_tokens)
+    specials -= {tokenizer.unk_token}  # what stands for text that it cannot write
     template = str(tokenizer.chat_template)
     marks = {
         text
-        for text in added
+        for text in added.keys() - {tokenizer.unk_token}
         if (_MARK.fullmatch(text) and not _HTML.fullmatch(text))
         or (text in template and len(text) > 1 and not text.replace(" ", "").isalnum())
     }
