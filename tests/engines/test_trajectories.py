@@ -204,8 +204,9 @@ def test_final_is_whole_and_holds_the_best_steps_weights(follow, engine):
     ("engine", "quantize"), [*((engine, "") for engine in SEVERAL), ("ddp", "nf4"), ("zero2", "nf4")]
 )
 def test_adapters_train_alike_under_every_engine(follow, engine, quantize):
+    """At twice this learning rate bf16's rounding grows to 6e-3 of a loss within the twenty steps."""
     more = (
-        "lora.r=4", "trainer.learning_rate=1e-2", f"lora.quantize={quantize}", "trainer.gradient_checkpointing=true",
+        "lora.r=4", "trainer.learning_rate=5e-3", f"lora.quantize={quantize}", "trainer.gradient_checkpointing=true",
         "model.architecture={model_type: llama, hidden_size: 128, intermediate_size: 256, num_hidden_layers: 2, "
         "num_attention_heads: 2, vocab_size: 1024, max_position_embeddings: 512, initializer_range: 0.08}",
     )  # fmt: skip
