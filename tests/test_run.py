@@ -111,11 +111,11 @@ def test_a_run_lets_itself_be_asked(shared_workplace, short_run):
 
 
 @pytest.mark.parametrize(
-    "engine", ["ddp", "fsdp2", *(pytest.param(f"zero{kind}", marks=compiler) for kind in ("1", "2", "3"))]
+    "engine", ["ddp", "fsdp2", *(pytest.param(f"zero{kind}", marks=compiler) for kind in ("2", "3"))]
 )
 def test_every_engine_on_two_processes_follows_one_with_the_same_batch(shared_workplace, short_run, engine):
-    """Each once; zero3_offload, which compiles for half a minute, and all of them in bf16, packed or not and with a stop
-    between: tests/engines."""
+    """Each kind once; zero1, zero3_offload, and all of them in bf16, packed or not and with a stop between:
+    tests/engines."""
     arguments = ("--gpus", "0", "--processes", "2", f"parallelism={engine}", *SHORT)
     several = shared_workplace.trained("tiny", "--name", engine, *arguments)
     assert json.loads((several / "plan.json").read_text())["parallelism"] == engine

@@ -43,9 +43,10 @@ def main(plan_file: str) -> int:
     """Prepares the data of the plan in `plan_file`; 0, or 2 with one line on standard error."""
     path = Path(plan_file)
     try:
-        plan = plans.read(path)
+        plan, started = plans.read(path), time.monotonic()
         prepared = prepare(plan)
-        print(announcement(plan, json.loads((Path(prepared.folder) / "details.json").read_text(encoding="utf-8"))))
+        details = json.loads((Path(prepared.folder) / "details.json").read_text(encoding="utf-8"))
+        print(announcement(plan, details, time.monotonic() - started))
     except (RecipeError, OSError) as error:  # a disk that is full or closed is the user's to mend
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -89,14 +90,14 @@ def prepare(plan: Plan, store: Path | None = None, rows_alone: bool = False) -> 
     return Prepared(**{**found, **here})
 
 
-def announcement(plan: Plan, details: Mapping[str, Any]) -> str:
+def announcement(plan: Plan, details: Mapping[str, Any], seconds: float) -> str:
     """One line on what the data came to, and one on each thing that a user should know before the start."""
     train, validation = details["train"], details["validation"]
     packed = f" packed into {details['rows']:,} rows of {plan.max_length}" if plan.packing else ""
     share = train["supervised_tokens"] / max(train["tokens"], 1)
     said = [
         f"data: {train['examples']:,} training examples{packed}, {train['tokens']:,} tokens, {share:.0%} of them "
-        f"supervised; {validation['examples']:,} validation examples; {details['seconds']:.1f} s"
+        f"supervised; {validation['examples']:,} validation examples; {seconds:.1f} s"
     ]
     for name, counts in (("training", train), ("validation", validation)):
         if counts["cut"]:
