@@ -140,12 +140,9 @@ def beyond(family, kind):
     found = set()
     for number, (start, end) in zip(answers, example.spans, strict=True):
         before, said = tokenizer.decode(example.input_ids[:start]), tokenizer.decode(example.input_ids[start:end])
-        try:
-            prompt = tokenizer.apply_chat_template(
-                messages[:number], tools=tools, tokenize=False, add_generation_prompt=True
-            )
-        except TypeError:  # deepseekv3, as above
-            continue
+        prompt = tokenizer.apply_chat_template(
+            messages[:number], tools=tools, tokenize=False, add_generation_prompt=True
+        )
         shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt[len(before) :], said, strict=False))
         header = "".join(character for character, _ in shared)
         if prompt.startswith(before) and header:

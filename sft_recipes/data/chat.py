@@ -77,10 +77,12 @@ class _Placed:
 
         Tokenizing in pieces would do for byte-level tokenizers; others put a space before each piece.
         """
-        characters = list(self.text) if self.marks else []
+        if not self.marks:
+            return self.text
+        characters, mask = list(self.text), self.mask()
         for place in self.marks:
-            characters[place] = self.mask()
-        return "".join(characters) or self.text
+            characters[place] = mask
+        return "".join(characters)
 
     def mask(self) -> str:
         """A character for private use that the text does not hold."""

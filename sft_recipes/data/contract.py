@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy
 
-from sft_recipes.data.labelling import Labelled, together
+from sft_recipes.data.labelling import Labelled
 from sft_recipes.data.spans import DIFFERS
 from sft_recipes.planning.plan import Plan
 from sft_recipes.planning.schema import RecipeError
@@ -73,10 +73,10 @@ def count(name: str, labelled: Labelled) -> Counts:
 
 def describe(training: Mapping[str, Labelled], held_out: Mapping[str, Labelled]) -> dict[str, Any]:
     """What the rows came to, source by source and in all: the part of `details.json` that the rows alone tell."""
-    everything = together([*training.values(), *held_out.values()])
+    everything = [*training.values(), *held_out.values()]
     parts = {"train": training, "validation": held_out}
     counts = {part: [count(name, one) for name, one in sources.items()] for part, sources in parts.items()}
-    noted = Counter(filter(None, everything.notes))
+    noted = Counter(note for one in everything for note in one.notes if note)
     return {
         **{part: _total(counts[part]) for part in parts},
         "sources": {part: [asdict(one) for one in counts[part]] for part in parts},
@@ -85,8 +85,8 @@ def describe(training: Mapping[str, Labelled], held_out: Mapping[str, Labelled])
         "leaks": _leaks(training, held_out),
         "noted": dict(noted),
         "rows_that_differ": sum(many for note, many in noted.items() if DIFFERS in note),
-        "end_of_turn_ids": sorted(everything.stop_ids),
-        "how": ", ".join(sorted(everything.hows)),
+        "end_of_turn_ids": sorted(frozenset[int]().union(*(one.stop_ids for one in everything))),
+        "how": ", ".join(sorted(frozenset[str]().union(*(one.hows for one in everything)))),
     }
 
 

@@ -88,7 +88,7 @@ def label(source: Source, chat: Chat, max_length: int, key: str, name: str) -> L
             one; or there are no rows.
     """
     rows, progress = source.rows(), _Progress(name)
-    chunks = itertools.batched(rows, _ROWS_A_CHUNK) if sys.version_info >= (3, 12) else _batched(rows)
+    chunks = _batched(rows)
     first = list(itertools.islice(chunks, 2))
     if not first:
         raise RecipeError(f"{key}: {source.named} holds no rows")
@@ -98,6 +98,7 @@ def label(source: Source, chat: Chat, max_length: int, key: str, name: str) -> L
 
 
 def _batched(rows: Iterable[RawRow]) -> Iterator[tuple[RawRow, ...]]:
+    """itertools.batched, which Python 3.11 has not."""
     rest = iter(rows)
     while chunk := tuple(itertools.islice(rest, _ROWS_A_CHUNK)):
         yield chunk

@@ -139,6 +139,8 @@ def _code(file: str) -> str:
 def _key(plan: Plan, train: Mapping[str, Source], validation: Mapping[str, Source], base: Path | None) -> str:
     """SHA-256 over all that decides the prepared rows: content, tokenizer, template, lengths, code, libraries."""
     model, data = plan.sections["model"], plan.sections["data"]
+    beside, template = _beside_the_weights(base), _given_template(model)
+    dated = b"strftime_now" in template.encode() or any(b"strftime_now" in text for text in beside.values())
     code = sorted(path.name for path in Path(__file__).parent.glob("*.py") if path.name not in _NOT_THE_ROWS)
     parts = {
         "train": [[name, source.fingerprint()] for name, source in train.items()],
@@ -146,31 +148,25 @@ def _key(plan: Plan, train: Mapping[str, Source], validation: Mapping[str, Sourc
         "validation_fraction": data["validation_fraction"],
         "validation_at_most": data["validation_at_most"],
         "model": model,
-        "tokenizer": {name: hashlib.sha256(text).hexdigest() for name, text in _tokenizer_files(base).items()},
-        "template": _given_template(model),
+        "tokenizer": {name: hashlib.sha256(text).hexdigest() for name, text in beside.items()},
+        "template": template,
         "max_length": plan.max_length,
         "packing": plan.packing,
         "seed": plan.sections["trainer"]["seed"],
         "data_seed": plan.sections["trainer"]["data_seed"],
-        "date": plan.created[:10] if _may_write_the_date(model, base) else None,
+        "date": plan.created[:10] if dated else None,
         "code": {name: _code(name) for name in code},
         "libraries": {name: metadata.version(name) for name in ("transformers", "tokenizers", "trl", "jinja2")},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _tokenizer_files(folder: Path | None) -> dict[str, bytes]:
+def _beside_the_weights(folder: Path | None) -> dict[str, bytes]:
     """Whatever stands beside a model's weights: configuration, tokenizer, templates."""
     if folder is None:
         return {}
     files = sorted(file for file in folder.rglob("*") if file.suffix in _NO_WEIGHTS and file.is_file())
     return {str(file.relative_to(folder)): file.read_bytes() for file in files if ".index." not in file.name}
-
-
-def _may_write_the_date(model: dict[str, Any], base: Path | None) -> bool:
-    """Whether a template may ask for today's date."""
-    dated = "strftime_now"
-    return dated in _given_template(model) or any(dated.encode() in text for text in _tokenizer_files(base).values())
 
 
 def _given_template(model: dict[str, Any]) -> str:
@@ -268,7 +264,7 @@ def _vocabulary(
     from sft_recipes.data.tokenizer import new_tokens
 
     new = new_tokens(tokenizer, add_tokens)
-    ids = numpy.unique(numpy.concatenate([one.ids for one in (*training.values(), *held_out.values())]))
+    ids = numpy.unique(numpy.concatenate([numpy.unique(one.ids) for one in (*training.values(), *held_out.values())]))
     grown = [token for token, id in new.items() if embeddings is not None and id >= embeddings]
     note = f"new tokens {', '.join(grown)}: the model's embeddings grow from {embeddings or 0:,} rows"
     return {
@@ -289,9 +285,10 @@ def _build(plan: Plan, train: Mapping[str, Source], all_of_it: bool, folder: Pat
         conversations = [conversation_of(row) for row in source.rows()]
         if not conversations:
             raise RecipeError(f"data.train: {source.named} holds no rows")
-        held_out = set() if all_of_it else _held_out(plan, asked_digests(conversations), name)
-        for conversation, asked in zip(conversations, asked_digests(conversations).tolist(), strict=True):
-            if asked not in held_out:
+        asked = asked_digests(conversations)
+        held_out = set() if all_of_it else _held_out(plan, asked, name)
+        for conversation, question in zip(conversations, asked.tolist(), strict=True):
+            if question not in held_out:
                 texts += [text for message in conversation.messages for text in (message["role"], message["content"])]
     scratch.build(plan.sections["model"]["architecture"], texts, folder, plan.sections["trainer"]["seed"])
     return folder

@@ -136,10 +136,10 @@ class Skeletons:
             roads = [self._shipped] if self.training else []
             roads.append(self._compared)
             roads += [self._shipped_although] if self.training else []
-        refused = None
+        probed, refused = _Probed(messages, tools, open_), None
         for road in roads:
             try:
-                return road(_Probed(messages, tools, open_))
+                return road(probed)
             except OtherwiseError:
                 raise
             except UnclearError as error:
@@ -354,9 +354,6 @@ class _Probed:
     def message_of(self, match: re.Match[str]) -> int:
         return self.words[match.group()][0] if match.group() in self.words else -1
 
-    def role_of(self, match: re.Match[str]) -> str:
-        return str(self.plain[self.message_of(match)]["role"])
-
     def check_that_all_is_said(self, text: str) -> None:
         """Templates leave out old reasoning by design; whatever else they leave out would be lost in silence."""
         seen = {match.group() for match in _PROBE.finditer(text)}
@@ -388,19 +385,19 @@ class _Probed:
             return dict(message)
         left, right = (_LEFT["keep"], _RIGHT["keep"]) if padded else ("", "")
         replaced = dict(message)
-        for place, field in enumerate(("content", "reasoning_content")):
+        for field in ("content", "reasoning_content"):
             if str(message.get(field) or "").strip():
-                replaced[field] = left + self._word(number, place, field) + right
+                replaced[field] = left + self._word(number, field) + right
         if "thinking" in replaced:
             replaced["thinking"] = replaced["reasoning_content"]
         if message.get("tool_calls"):
             replaced["tool_calls"] = [
-                {**call, "function": {**call["function"], "name": self._word(number, 2 + place, f"call {place}")}}
+                {**call, "function": {**call["function"], "name": self._word(number, f"call {place}")}}
                 for place, call in enumerate(message["tool_calls"])
             ]
         return replaced
 
-    def _word(self, number: int, place: int, field: str) -> str:
+    def _word(self, number: int, field: str) -> str:
         word = f"qzx{len(self.words):04}xzq"
         known = next((word for word, meant in self.words.items() if meant == (number, field)), None)
         if known is None:

@@ -30,9 +30,9 @@ def check(plan: Plan, trainer: Any) -> float:
     vocabulary = trainer.model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     first, other, second = torch.randint(0, vocabulary, (3, _TOKENS), generator=generator)
-    moved = (_logits(trainer, first, second) - _logits(trainer, other, second)).abs().max()
-    size = _logits(trainer, first, second).abs().max().clamp(min=1e-6)
-    share = float(moved / size)
+    logits = _logits(trainer, first, second)
+    moved = (logits - _logits(trainer, other, second)).abs().max()
+    share = float(moved / logits.abs().max().clamp(min=1e-6))
     if not share < _TOLERANCE:
         raise RecipeError(
             f"model.name_or_path: packed examples see each other in {plan.model} ({type(trainer.model).__name__} does "

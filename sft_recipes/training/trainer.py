@@ -196,7 +196,7 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
     def evaluate_sources(self, passes: dict[str, int]) -> None:
         """Takes the validation rows to be of these sources, each so many forward passes."""
         self._sources = list(passes)
-        self._source_of_pass = [name for name, many in passes.items() for _ in range(many)]
+        self._source_of_pass = [source for source, many in enumerate(passes.values()) for _ in range(many)]
         self._evaluated = torch.zeros(len(passes), 2, dtype=torch.float64)
         self._passes_done = 0
 
@@ -204,7 +204,7 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
         """As TRL's, and keeps each source's sum of losses and the number of tokens that they were taken over."""
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         tokens = (inputs["labels"][..., 1:] != IGNORED).sum()
-        source = self._sources.index(self._source_of_pass[self._passes_done])
+        source = self._source_of_pass[self._passes_done]
         self._evaluated[source] += torch.stack([loss.double() * tokens, tokens.double()]).cpu()
         self._passes_done += 1
         return loss, logits, labels

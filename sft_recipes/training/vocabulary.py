@@ -19,7 +19,7 @@ def fit(plan: Plan, model: Any, tokenizer: Any, details: dict[str, Any]) -> None
         details: of the prepared rows (`details.json`).
 
     Raises:
-        RecipeError: the rows hold ids that would end in an error of the device, or the model's embeddings are frozen.
+        RecipeError: the rows hold ids that would end in an error of the device.
     """
     embeddings = model.get_input_embeddings().num_embeddings
     largest = max(details["largest_token_id"], tokenizer.pad_token_id)
