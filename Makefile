@@ -3,7 +3,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-VARIABLES := RECIPE GPUS NODES PROCESSES DEVICES DATA VALIDATION NAME RESUME ACCEPT CARD RUN ROWS HTML PROMPT DRY_RUN ARGS
+VARIABLES := RECIPE GPUS NODES PROCESSES DEVICES DATA VALIDATION NAME RESUME ACCEPT CARD RUN ROWS HTML PLOT WITH PORT \
+	PROMPT DRY_RUN SANITY REPORT_TO GPU_HOUR_PRICE ARGS
 RECIPE ?= tiny
 
 # Make expands $(…) in what the user typed; the raw text goes to the environment, and the shell quotes it.
@@ -18,13 +19,13 @@ HARDWARE = $${GPUS:+--gpus "$$GPUS"} $${NODES:+--nodes "$$NODES"} $${PROCESSES:+
 	$${CARD:+--card "$$CARD"}
 OVERRIDES = $${DATA:+"data.train=$$DATA"} $${VALIDATION:+"data.validation=$$VALIDATION"} $${ARGS:-}
 
-.PHONY: help setup recipes plan inspect fetch train generate merge test test-engines test-latest lint lock
+.PHONY: help setup recipes plan schedules inspect fetch sanity train diagnose report tensorboard generate merge test test-engines test-latest lint lock
 
 help: ## this list
 	@echo 'Variables stand behind the target: make train RECIPE=8b GPUS=8'
 	@echo
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r target text; do \
-		printf '  %-10s %s\n' "$$target" "$$text"; done
+		printf '  %-12s %s\n' "$$target" "$$text"; done
 	@printf '\n%s\n' 'RECIPE      a name from `make recipes` (default: tiny)' \
 		'GPUS        GPUs over all nodes; 0 is the CPU (default: what the recipe or the machine has); plan compares 1,2,4,8' \
 		'DEVICES     which GPUs, by id: 0,2' \
@@ -35,6 +36,10 @@ help: ## this list
 		'NAME        the name of the run (default: RECIPE-1, RECIPE-2, ...)' \
 		'RESUME=1    an error where there is no run to go on with; ACCEPT=KEY,... goes on with a changed plan' \
 		'ROWS HTML   how many rows inspect shows; a page to write them to' \
+		'PLOT WITH   a .png or .svg to draw learning rates to; other schedules: WITH=polynomial,...' \
+		'SANITY=skip starts a run that nothing has tried' \
+		'REPORT_TO   tensorboard (default), wandb, tensorboard,wandb or none; PORT of make tensorboard' \
+		'GPU_HOUR_PRICE  what an hour of one GPU costs: forecasts are in money too' \
 		'RUN PROMPT  a run (name or folder), and what to ask it' \
 		'DRY_RUN=1   print the command that would start the ranks' \
 		'ARGS        key=value overrides: ARGS="trainer.learning_rate=1e-3 trainer.max_length=256"'
@@ -48,15 +53,31 @@ recipes: setup ## the recipes in a table
 plan: setup ## settle every number of a run, start nothing: RECIPE GPUS NODES CARD DATA ARGS (ARGS=--explain, ARGS=--json)
 	@$(SFT) plan "$$RECIPE" $(HARDWARE) $(OVERRIDES)
 
+schedules: setup ## learning-rate curves for the recipe's own steps, a table and a plot: RECIPE GPUS PLOT WITH ARGS
+	@$(SFT) schedules "$$RECIPE" $(HARDWARE) --plot "$${PLOT:-schedules-$$RECIPE.png}" $${WITH:+--with "$$WITH"} \
+		$(OVERRIDES)
+
 inspect: setup ## what the loss will see, before any GPU is taken: RECIPE DATA VALIDATION ROWS HTML ARGS (ARGS=--json)
 	@$(SFT) inspect "$$RECIPE" $(HARDWARE) $${ROWS:+--rows "$$ROWS"} $${HTML:+--html "$$HTML"} $(OVERRIDES)
 
 fetch: setup ## bring model, tokenizer and data from the Hub; the run then needs no network: RECIPE DATA VALIDATION ARGS
 	@$(SFT) fetch "$$RECIPE" $(OVERRIDES)
 
+sanity: setup ## try a run on a few rows in minutes, before hours are spent; train does it by itself: RECIPE GPUS DEVICES DATA ARGS
+	@$(SFT) sanity "$$RECIPE" $(HARDWARE) $${DEVICES:+--devices "$$DEVICES"} $(OVERRIDES)
+
 train: setup ## the run; goes on with an unfinished one: RECIPE GPUS DEVICES PROCESSES DATA VALIDATION NAME RESUME ACCEPT ARGS
 	@$(SFT) train "$$RECIPE" $(HARDWARE) $${DEVICES:+--devices "$$DEVICES"} $${NAME:+--name "$$NAME"} \
 		$${RESUME:+--resume} $${ACCEPT:+--accept "$$ACCEPT"} $${DRY_RUN:+--dry-run} $(OVERRIDES)
+
+diagnose: setup ## what is wrong with a run, on what evidence, and the line to change: RUN (ARGS=--json)
+	@$(SFT) diagnose "$${RUN:?RUN is missing: the name of a run, such as tiny-1}" $${ARGS:-}
+
+report: setup ## a page on a run: curves, samples, plan, diagnosis: RUN
+	@$(SFT) report "$${RUN:?RUN is missing: the name of a run, such as tiny-1}"
+
+tensorboard: setup ## serve the figures of all runs, on this machine alone: PORT
+	@$(SFT) tensorboard $${PORT:+--port "$$PORT"}
 
 generate: setup ## let what was trained answer: RUN PROMPT
 	@$(SFT) generate "$${RUN:?RUN is missing: the name of a run, such as tiny-1}" $${PROMPT:+--prompt "$$PROMPT"}

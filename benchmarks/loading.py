@@ -86,7 +86,7 @@ def rank(model: Path, folder: Path) -> None:
 
     plan = plans.read(folder / "plan.json")
     plan.sections["model"]["architecture"] = {}
-    arguments = trainer.sft_config(plan, RunFolder(folder), [])
+    arguments = trainer.sft_config(plan, RunFolder(folder))
     engine.shard_on_the_cpu(plan)
     before = memory()
     peak = dict(before)

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from sft_recipes.planning import fit, recipes, run_folder, show
+from sft_recipes.planning import environment, fit, recipes, run_folder, schedule, show
 from sft_recipes.planning import plan as plans
+from sft_recipes.planning.memory import GIB
 from sft_recipes.planning.plan import Topology
 from sft_recipes.planning.schema import Recipe, RecipeError
 
@@ -72,6 +73,13 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", action="store_true", help="for machines: an object a row; the report to standard error")
     verb.set_defaults(verb=_inspect)
 
+    verb = verbs.add_parser(
+        "sanity", help="tries a run on a few rows before GPUs are taken for hours; leaves a receipt"
+    )
+    _add_recipe(verb)
+    verb.add_argument("--devices", metavar="0,2", help="GPUs by id")
+    verb.set_defaults(verb=_sanity)
+
     verb = verbs.add_parser("train", help="the run; goes on with an unfinished one of the same plan")
     _add_recipe(verb)
     verb.add_argument("--devices", metavar="0,2", help="GPUs by id")
@@ -80,6 +88,25 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--accept", default="", metavar="KEY,…", help="go on although these differ from the run's plan")
     verb.add_argument("--dry-run", action="store_true", help="print the command that would start the ranks")
     verb.set_defaults(verb=_train)
+
+    verb = verbs.add_parser("report", help="a page on a run: curves, samples, plan, diagnosis")
+    verb.add_argument("run", help="a run's name or folder")
+    verb.set_defaults(verb=_report)
+
+    verb = verbs.add_parser("diagnose", help="what is wrong with a run, on what evidence, and what to change")
+    verb.add_argument("run", help="a run's name or folder")
+    verb.add_argument("--json", action="store_true", help="for machines")
+    verb.set_defaults(verb=_diagnose)
+
+    verb = verbs.add_parser("schedules", help="learning-rate curves for a recipe's own number of steps")
+    _add_recipe(verb)
+    verb.add_argument("--with", dest="others", default="", metavar="NAME,…", help="other schedules of transformers")
+    verb.add_argument("--plot", metavar="FILE", help="a .png or .svg to draw them to")
+    verb.set_defaults(verb=_schedules)
+
+    verb = verbs.add_parser("tensorboard", help="serves the figures of all runs on this machine alone")
+    verb.add_argument("--port", default="6006")
+    verb.set_defaults(verb=_tensorboard)
 
     verb = verbs.add_parser("generate", help="let what was trained answer")
     verb.add_argument("run", help="a run's name or folder")
@@ -137,7 +164,7 @@ def _list(_parsed: argparse.Namespace) -> None:
                 plan.method,
                 plan.parallelism,
                 f"{plan.gpus} x {plan.card}" if plan.gpus else "CPU",
-                f"{memory['total'] / 2**30:.0f} GiB" if memory and plan.gpus else "",
+                f"{memory['total'] / GIB:.0f} GiB" if memory and plan.gpus else "",
                 str(plan.effective_batch_size),
             ]
         )
@@ -221,23 +248,39 @@ def _topology(parsed: argparse.Namespace, recipe: Recipe) -> Topology:
     return present(recipe, *_numbers(parsed), parsed.card, parsed.devices)
 
 
-def _train(parsed: argparse.Namespace) -> int:
-    from sft_recipes.launching import supervisor
+def _checked(parsed: argparse.Namespace) -> tuple[Recipe, Topology, plans.Plan]:
+    """The plan on the hardware that is here, once the hardware can carry it."""
     from sft_recipes.launching.topology import check_host_memory
 
+    environment.reporters()
+    environment.sanity_is_skipped()
     recipe = _recipe(parsed)
-    if parsed.name is not None:
-        run_folder.check_name(parsed.name)
     topology = _topology(parsed, recipe)
     plan = plans.make(recipe, topology)
     check_host_memory(plan)
     if plan.fits is False and plan.memory_bytes_per_gpu:
-        needed = plan.memory_bytes_per_gpu["total"] / 2**30
+        needed = plan.memory_bytes_per_gpu["total"] / GIB
         raise RecipeError(
             f"recipe {recipe.name} needs about {needed:.0f} GiB a GPU and {plan.card} holds less; the cheapest change "
             f"that fits: {_way_out(recipe, topology)} "
             f"(`make plan RECIPE={recipe.name}` shows the parts)"
         )
+    return recipe, topology, plan
+
+
+def _sanity(parsed: argparse.Namespace) -> int:
+    from sft_recipes.launching import supervisor
+
+    _, _, plan = _checked(parsed)
+    return supervisor.try_out(plan, _say)
+
+
+def _train(parsed: argparse.Namespace) -> int:
+    from sft_recipes.launching import supervisor
+
+    if parsed.name is not None:
+        run_folder.check_name(parsed.name)
+    recipe, topology, plan = _checked(parsed)
     accept = [key for key in parsed.accept.split(",") if key]
     start = run_folder.choose(plan, parsed.name, parsed.resume, accept, supervisor.held_by())
     for note in start.notes:
@@ -249,7 +292,11 @@ def _train(parsed: argparse.Namespace) -> int:
         print(supervisor.shell_line(plan, start.folder))
         return 0
     with supervisor.held(start.folder):
-        return supervisor.carry_out(start, _say)
+        code = supervisor.carry_out(start, _say)
+    if run_folder.read_json(start.folder.outcome).get("out_of_memory"):
+        lighter = fit.lighter(recipe, topology) or ["batch.per_device_at_most=1", "a smaller trainer.max_length"]
+        _say(f"the cheapest changes that take less: {'; or '.join(lighter)}")
+    return code
 
 
 def _way_out(recipe: Recipe, topology: Topology) -> str:
@@ -284,6 +331,51 @@ def _merge(parsed: argparse.Namespace) -> None:
 
     folder = run_folder.find(parsed.run)
     _say(f"model      {adapters.merge(folder)}, which `make generate` and transformers load")
+
+
+def _report(parsed: argparse.Namespace) -> None:
+    from sft_recipes.reporting import diagnose, reading, report
+
+    folder = run_folder.find(parsed.run)
+    run = reading.read(folder)
+    folder.report.write_text(report.page(run, diagnose.diagnose(run)), encoding="utf-8")
+    _say(f"report     {folder.report}")
+
+
+def _diagnose(parsed: argparse.Namespace) -> int:
+    from sft_recipes.reporting import diagnose, reading
+
+    run = reading.read(run_folder.find(parsed.run))
+    findings = diagnose.diagnose(run)
+    if parsed.json:
+        print(diagnose.to_json(findings))
+    else:
+        print("\n".join(diagnose.text(run, findings)))
+    return int(diagnose.ruined(findings))
+
+
+def _schedules(parsed: argparse.Namespace) -> None:
+    from sft_recipes.launching.topology import planned
+    from sft_recipes.reporting import schedules as drawing
+    from sft_recipes.training import schedules
+
+    recipe = _recipe(parsed)
+    plan = plans.make(recipe, planned(recipe, *_numbers(parsed), parsed.card))
+    total, warmup = schedule.steps_of(plan)
+    curves = schedules.curves(plan, [name for name in parsed.others.split(",") if name])
+    print(f"{recipe.name}: {total:,} optimizer steps, {warmup:,} of them warm-up, {plan.lr_scheduler_type}")
+    print(drawing.table(curves, warmup))
+    if parsed.plot:
+        drawing.plot(curves, warmup, plan.learning_rate, recipe.name, Path(parsed.plot))
+        _say(f"plot       {parsed.plot}")
+
+
+def _tensorboard(parsed: argparse.Namespace) -> int:
+    from sft_recipes.launching import command
+    from sft_recipes.launching.topology import whole_number
+
+    arguments = command.tensorboard(whole_number(parsed.port, "PORT", 1))
+    os.execv(arguments[0], arguments)
 
 
 def _say(line: str) -> None:

@@ -50,7 +50,14 @@ class Workplace:
 
     def environment(self, **variables: str) -> dict[str, str]:
         kept = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
-        return {**kept, "RUNS_DIR": str(self.runs), "PYTHONPATH": str(REPOSITORY), "REPORT_TO": "none", **variables}
+        return {
+            **kept,
+            "RUNS_DIR": str(self.runs),
+            "PYTHONPATH": str(REPOSITORY),
+            "REPORT_TO": "none",
+            "SANITY": "skip",
+            **variables,
+        }
 
     def sft(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """Runs `python -m sft_recipes` and waits for it."""

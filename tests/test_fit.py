@@ -122,8 +122,12 @@ def machine_with(workplace, *gpus):
     """The PATH of a machine with these GPUs, played by an nvidia-smi that lists them; nothing gets so far as to use one."""
     smi = workplace.path / "bin" / "nvidia-smi"
     smi.parent.mkdir(exist_ok=True)
-    listed = "\n".join(f"{number}, {mib}, {name}" for number, (mib, name) in enumerate(gpus))
-    smi.write_text(f"#!/bin/sh\ncat <<'END'\n{listed}\nEND\n")
+    listed = "\n".join(f"{number}, {mib}, {name}" for number, (mib, name, *_) in enumerate(gpus))
+    capabilities = "\n".join(f"{number}, {' '.join(rest) or '9.0'}" for number, (_, _, *rest) in enumerate(gpus))
+    smi.write_text(
+        "#!/bin/sh\ncase \"$1\" in *compute_cap*) cat <<'CAPABILITIES'\n"
+        f"{capabilities}\nCAPABILITIES\n;; *) cat <<'END'\n{listed}\nEND\n;; esac\n"
+    )
     smi.chmod(0o755)
     return f"{smi.parent}:/usr/bin:/bin"
 
@@ -166,10 +170,43 @@ def test_the_card_is_what_the_machine_has(workplace, monkeypatch, gpus, card):
     assert topology.visible_gpus() == [] and topology.card_of([]) is None
 
 
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ((), "no bf16; say precision=fp32"),
+        (("precision=fp32", "model.attention=flash_attention_2"), "no flash_attention_2; say model.attention=sdpa"),
+        (("model.attention=flash_attention_2",), "no bf16 and no flash_attention_2; say precision=fp32 model.attention=sdpa"),
+    ],
+)  # fmt: skip
+def test_a_gpu_older_than_ampere_is_refused_what_it_does_not_have(workplace, said, wanted):
+    path = machine_with(workplace, (32768, "Tesla V100-SXM2-32GB", "7.0"))
+    done = workplace.sft("train", "1b", "--gpus", "1", *said, PATH=path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert f"Tesla V100-SXM2-32GB (compute capability 7.0) is older than Ampere and has {wanted}" in done.stderr
+    assert not workplace.runs.exists()
+
+
+def test_a_gpu_as_old_as_that_may_train_in_fp32(workplace):
+    path = machine_with(workplace, (81559, "Tesla of much memory", "7.5"))
+    done = workplace.sft("train", "1b", "--gpus", "1", "precision=fp32", "--dry-run", PATH=path)
+    assert done.returncode == 0, done.stderr
+
+
 def test_offloading_without_the_memory_for_it_is_refused(workplace):
     done = workplace.sft("train", "70b", "--gpus", "0", "parallelism=zero3_offload")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "on the CPU 70b needs about" in done.stderr and "of memory and this machine has" in done.stderr
+
+
+def test_the_two_cheapest_changes_that_take_less_are_named():
+    found = fit.lighter(recipes.load("8b"), fit.on(8, "h100-80g"))
+    assert len(found) == 2
+    needs = [plan("8b", 8, "h100-80g", *change.split()).memory_bytes_per_gpu["total"] for change in ("", *found)]
+    assert needs[1] <= 0.9 * needs[0] and needs[2] <= 0.9 * needs[0]
+    assert (
+        fit.lighter(recipes.load("tiny", ["model.architecture={model_type: gpt2, vocab_size: 1024}"]), Topology(0, 1))
+        == []
+    )
 
 
 def test_what_is_offloaded_must_fit_the_nodes_own_memory(workplace):

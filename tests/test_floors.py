@@ -13,7 +13,8 @@ MAY_IMPORT = {
     "data": {"data", "planning"},
     "launching": {"launching", "planning"},
     "training": {"training", "data", "planning"},
-    "cli": {"planning", "launching", "training", "data"},
+    "reporting": {"reporting", "planning"},
+    "cli": {"planning", "launching", "training", "data", "reporting"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -28,6 +29,7 @@ MAY_USE = {
     "trl": ("training/trainer.py",),
     "numpy": ("data",),
     "rich": ("training/callbacks",),
+    "matplotlib": ("reporting",),
     "yaml": ("planning", "launching"),
 }
 STANDARD_LIBRARY_ONLY = {"planning": {"yaml"}, "launching": {"yaml"}}

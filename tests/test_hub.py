@@ -132,6 +132,17 @@ def test_what_was_fetched_trains_without_a_network(workplace, served):
     assert merged.returncode == 0 and (run / "merged" / "model.safetensors").is_file(), merged.stderr
 
 
+def test_rows_to_retain_are_fetched_too(workplace, served):
+    shutil.copytree(served / "datasets" / "some" / "rows", served / "datasets" / "some" / "known")
+    hub = Hub(served)
+    words = (*DATA, "data.retain=some/known:test_sft")
+    fetched = workplace.sft("fetch", "tiny", *words, HF_ENDPOINT=hub.url, HF_HOME=str(workplace.path / "cache"))
+    assert fetched.returncode == 0, fetched.stderr
+    assert "some/rows: " in fetched.stdout and "some/known: " in fetched.stdout
+    refused = workplace.sft("fetch", "tiny", *DATA, "data.retain=some/gone", HF_ENDPOINT=hub.url)
+    assert refused.returncode == 2 and "error: data.retain: " in refused.stderr
+
+
 def test_without_fetching_the_error_says_so(workplace):
     done = workplace.sft("train", "tiny", *ENGINE, *MODEL, HF_HUB_OFFLINE="1", HF_HOME=str(workplace.path / "empty"))
     assert done.returncode == 2

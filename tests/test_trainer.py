@@ -65,8 +65,10 @@ def make_trainer(tmp_path, model_folder, tokenizer, rows, validation, *overrides
     return trainers.ResponseTrainer(
         plan,
         passes,
+        {},
+        tmp_path,
         model=AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32),
-        args=trainers.sft_config(plan, RunFolder(tmp_path), []),
+        args=trainers.sft_config(plan, RunFolder(tmp_path)),
         train_dataset=rows.remove_columns("source"),
         eval_dataset=validation,
         processing_class=tokenizer,
@@ -218,7 +220,7 @@ def test_every_field_that_a_recipe_may_set_reaches_the_configuration(tmp_path):
     assert len(allowed) >= 40
     plan = plans.make(recipes.load("tiny"), Topology(gpus=0, processes=1))
     plan.sections["trainer"].update({**allowed, "gradient_checkpointing": True})
-    arguments = trainers.sft_config(plan, RunFolder(tmp_path), [])
+    arguments = trainers.sft_config(plan, RunFolder(tmp_path))
     # Some the plan settles; the Trainer itself changes others (no pinning without a GPU, enumerations for names).
     reached = {name for name in allowed if getattr(arguments, name) == allowed[name]}
     settled = {"max_length", "packing", "gradient_checkpointing", "dataloader_pin_memory", "debug"}
@@ -294,10 +296,10 @@ def test_a_model_that_lets_packed_examples_see_each_other_is_refused(tmp_path, m
     rows = dataset(examples, 128, packing=True)
     subject = make_trainer(tmp_path, model_folder, tokenizer, rows, rows)
     subject.model_wrapped = subject.model
-    assert isolation.check(subject._plan, subject) < 1e-6
+    assert isolation.check(subject.plan, subject) < 1e-6
     leaky = MambaForCausalLM(MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2, state_size=4))
     subject.model = subject.model_wrapped = leaky
     with pytest.raises(
         RecipeError, match=r"packed examples see each other in .*MambaForCausalLM .*trainer.packing=false"
     ):
-        isolation.check(subject._plan, subject)
+        isolation.check(subject.plan, subject)

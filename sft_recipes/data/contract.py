@@ -71,14 +71,20 @@ def count(name: str, labelled: Labelled) -> Counts:
     )
 
 
-def describe(training: Mapping[str, Labelled], held_out: Mapping[str, Labelled]) -> dict[str, Any]:
-    """What the rows came to, source by source and in all: the part of `details.json` that the rows alone tell."""
+def describe(
+    training: Mapping[str, Labelled], held_out: Mapping[str, Labelled], retained: Mapping[str, Labelled]
+) -> dict[str, Any]:
+    """What the rows came to, source by source and in all: the part of `details.json` that the rows alone tell.
+
+    `retain` is there only where the recipe names such rows, which stand in no other count.
+    """
     everything = [*training.values(), *held_out.values()]
     parts = {"train": training, "validation": held_out}
     counts = {part: [count(name, one) for name, one in sources.items()] for part, sources in parts.items()}
     noted = Counter(note for one in everything for note in one.notes if note)
     return {
         **{part: _total(counts[part]) for part in parts},
+        **({"retain": asdict(count(*one))} if (one := next(iter(retained.items()), None)) else {}),
         "sources": {part: [asdict(one) for one in counts[part]] for part in parts},
         "first_dropped": {part: [_first_dropped(one) for one in sources.values()] for part, sources in parts.items()},
         "duplicates": sum(map(len, training.values())) - len(numpy.unique(_said(training))),
@@ -123,8 +129,8 @@ def check(plan: Plan, details: Mapping[str, Any]) -> None:
     """Refuses prepared data that breaks the contract by more than the recipe tolerates.
 
     Raises:
-        RecipeError: too many rows without a token to learn from, validation rows that stand in training, or tokens that
-            are new to a model whose embeddings are not trained.
+        RecipeError: too many rows without a token to learn from, validation rows that stand in training, rows to retain
+            of which nothing is left, or tokens that are new to a model whose embeddings are not trained.
     """
     data = plan.sections["data"]
     for part, key in (("train", "data.train"), ("validation", "data.validation")):
@@ -135,6 +141,12 @@ def check(plan: Plan, details: Mapping[str, Any]) -> None:
                     f"without a token to learn from (the first: {first}), more than data.dropped_at_most="
                     f"{data['dropped_at_most']:g}; say a larger trainer.max_length"
                 )
+    retain = details.get("retain")
+    if retain and not retain["examples"]:
+        raise RecipeError(
+            f"data.retain: trainer.max_length={plan.max_length} leaves none of {retain['read']} rows with a token to "
+            f"measure; say a larger trainer.max_length, or other rows"
+        )
     leaked = details["leaks"]
     if leaked["rows"] > data["leaked_at_most"] * leaked["of"]:
         share = math.ceil(1000 * leaked["rows"] / leaked["of"]) / 1000
@@ -156,6 +168,8 @@ def lines(details: Mapping[str, Any]) -> list[str]:
     for part in ("train", "validation"):
         for one in details["sources"][part]:
             said += [f"{part:<12}{one['name']}: {_rows(one)}", *(" " * 12 + line for line in _more(one))]
+    if retain := details.get("retain"):
+        said.append(f"{'retain':<12}{retain['name']}: {_rows(retain)}")
     if len(details["sources"]["train"]) > 1 and details["duplicates"]:
         said.append(f"{'twice':<12}{details['duplicates']:,} training rows say what another one of any source says")
     leaked = details["leaks"]

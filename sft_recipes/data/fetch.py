@@ -21,6 +21,7 @@ def fetch(recipe: Recipe) -> list[tuple[str, Path]]:
         folder = check_model(model.name_or_path, model.revision, model.trust_remote_code, model.ungated)
         fetched.append((model.name_or_path, folder))
     named = [(name, "data.train") for name in data.training] + [(name, "data.validation") for name in data.held_out]
+    named += [(data.retain, "data.retain")] if data.retain else []
     for name, key in named:
         hub_name = sources.hub_name(name)
         if hub_name and hub_name not in dict(fetched):

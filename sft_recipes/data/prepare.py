@@ -16,7 +16,7 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -68,13 +68,13 @@ def prepare(plan: Plan, store: Path | None = None, rows_alone: bool = False) -> 
     base = _base(plan, rows_alone)
     data = Data(**plan.sections["data"])
     embedded = store / f"embedded-{hashlib.sha256(_code('embedded.py').encode()).hexdigest()[:8]}"
-    train = sources.resolve_all(data, "data.train", embedded)
-    validation = sources.resolve_all(data, "data.validation", embedded)
-    folder = store / _key(plan, train, validation, base)
+    parts = ("train", "validation", *(["retain"] if data.retain else []))
+    named = {part: sources.resolve_all(data, f"data.{part}", embedded) for part in parts}
+    folder = store / _key(plan, named, base)
     if not (folder / "prepared.json").is_file():
         partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
         try:
-            _make(plan, train, validation, base, partial)
+            _make(plan, named, base, partial)
             if not (folder / "prepared.json").is_file():  # another start may have made the same meanwhile
                 shutil.rmtree(folder, ignore_errors=True)
                 partial.replace(folder)
@@ -95,11 +95,13 @@ def announcement(plan: Plan, details: Mapping[str, Any], seconds: float) -> str:
     train, validation = details["train"], details["validation"]
     packed = f" packed into {details['rows']:,} rows of {plan.max_length}" if plan.packing else ""
     share = train["supervised_tokens"] / max(train["tokens"], 1)
+    retain = details.get("retain")
+    retained = f" and {retain['examples']:,} retain examples" if retain else ""
     said = [
         f"data: {train['examples']:,} training examples{packed}, {train['tokens']:,} tokens, {share:.0%} of them "
-        f"supervised; {validation['examples']:,} validation examples; {seconds:.1f} s"
+        f"supervised; {validation['examples']:,} validation examples{retained}; {seconds:.1f} s"
     ]
-    for name, counts in (("training", train), ("validation", validation)):
+    for name, counts in (("training", train), ("validation", validation), *([("retain", retain)] if retain else [])):
         if counts["cut"]:
             said.append(
                 f"data: {counts['cut']:,} {name} examples were longer than {plan.max_length} tokens and lost their "
@@ -136,15 +138,17 @@ def _code(file: str) -> str:
     return Path(__file__).with_name(file).read_text(encoding="utf-8")
 
 
-def _key(plan: Plan, train: Mapping[str, Source], validation: Mapping[str, Source], base: Path | None) -> str:
-    """SHA-256 over all that decides the prepared rows: content, tokenizer, template, lengths, code, libraries."""
+def _key(plan: Plan, named: Mapping[str, Mapping[str, Source]], base: Path | None) -> str:
+    """SHA-256 over all that decides the prepared rows: content, tokenizer, template, lengths, code, libraries.
+
+    `named` are the sources of each part that the recipe names: train, validation and, only where it does, retain.
+    """
     model, data = plan.sections["model"], plan.sections["data"]
     beside, template = _beside_the_weights(base), _given_template(model)
     dated = b"strftime_now" in template.encode() or any(b"strftime_now" in text for text in beside.values())
     code = sorted(path.name for path in Path(__file__).parent.glob("*.py") if path.name not in _NOT_THE_ROWS)
     parts = {
-        "train": [[name, source.fingerprint()] for name, source in train.items()],
-        "validation": [[name, source.fingerprint()] for name, source in validation.items()],
+        **{part: [[name, source.fingerprint()] for name, source in of_it.items()] for part, of_it in named.items()},
         "validation_fraction": data["validation_fraction"],
         "validation_at_most": data["validation_at_most"],
         "model": model,
@@ -175,9 +179,7 @@ def _given_template(model: dict[str, Any]) -> str:
     return Path(name).read_text(encoding="utf-8", errors="replace") if Path(name).is_file() else name
 
 
-def _make(
-    plan: Plan, train: Mapping[str, Source], validation: Mapping[str, Source], base: Path | None, folder: Path
-) -> None:
+def _make(plan: Plan, named: Mapping[str, Mapping[str, Source]], base: Path | None, folder: Path) -> None:
     import datasets
     import transformers
 
@@ -191,20 +193,23 @@ def _make(
     folder.mkdir(parents=True)
     model = plan.sections["model"]
     if base is None:
-        base = _build(plan, train, bool(validation), folder / "model")
+        base = _build(plan, named["train"], bool(named["validation"]), folder / "model")
     tokenizer = load_tokenizer(str(base), model["chat_template"], model["trust_remote_code"], model["add_tokens"])
     chat = Chat(tokenizer, datetime.date.fromisoformat(plan.created[:10]))
-    training, held_out = (
-        {name: label(source, chat, plan.max_length, key, name) for name, source in sources_of_it.items()}
-        for key, sources_of_it in (("data.train", train), ("data.validation", validation))
-    )
-    if not validation:
+    labelled = {
+        part: {name: label(source, chat, plan.max_length, f"data.{part}", name) for name, source in of_it.items()}
+        for part, of_it in named.items()
+    }
+    training, held_out = labelled["train"], labelled["validation"]
+    if not held_out:
         training, held_out = _split(plan, training)
-    held_out = _at_most(plan, held_out)
+    held_out, retained = _at_most(plan, held_out), _at_most(plan, labelled.get("retain", {}))
     rows, validation_rows = _write_rows(plan, training, held_out, folder)
-    _write_prompts(plan, chat, validation or train, held_out, folder / "prompts.jsonl")
-    counted = contract.describe(training, held_out)
-    vocabulary = _vocabulary(tokenizer, model["add_tokens"], models.embeddings_of(base), training, held_out)
+    retain_rows = _write_retain(plan, retained, folder)
+    _write_prompts(plan, chat, named["validation"] or named["train"], held_out, folder / "prompts.jsonl")
+    counted = contract.describe(training, held_out, retained)
+    everything = [*training.values(), *held_out.values(), *retained.values()]
+    vocabulary = _vocabulary(tokenizer, model["add_tokens"], models.embeddings_of(base), everything)
     notes = [f"{note} ({many:,} rows)" for note, many in counted["noted"].items()] + vocabulary.pop("notes")
     details = {
         **counted,
@@ -214,10 +219,11 @@ def _make(
         "notes": notes,
         "rows": len(rows),
         "validation_rows": {name: len(part) for name, part in zip(held_out, validation_rows, strict=True)},
+        **({"retain_rows": sum(map(len, retain_rows))} if retained else {}),
         "seconds": time.monotonic() - started,
     }
     prepared = Prepared(
-        fingerprint=_fingerprint([rows, *validation_rows]),
+        fingerprint=_fingerprint([rows, *validation_rows, *retain_rows]),
         folder=str(folder),
         model=str(base),
         architecture={},
@@ -250,12 +256,18 @@ def _write_rows(
     return rows, validation_rows
 
 
+def _write_retain(plan: Plan, retained: Mapping[str, Labelled], folder: Path) -> list[Any]:
+    """Writes the rows of what the model should not forget, as the validation rows are; none where none are named."""
+    from sft_recipes.data.packing import to_dataset
+
+    rows = [to_dataset(one.take(one.trained > 0), plan.max_length, plan.packing) for one in retained.values()]
+    for one in rows:
+        one.save_to_disk(folder / "retain")
+    return rows
+
+
 def _vocabulary(
-    tokenizer: Any,
-    add_tokens: list[str],
-    embeddings: int | None,
-    training: Mapping[str, Labelled],
-    held_out: Mapping[str, Labelled],
+    tokenizer: Any, add_tokens: list[str], embeddings: int | None, labelled: Sequence[Labelled]
 ) -> dict[str, Any]:
     """The largest ids in the rows, of all tokens and of those that are not new, and the tokens for which the model's
     embeddings have to grow."""
@@ -264,7 +276,7 @@ def _vocabulary(
     from sft_recipes.data.tokenizer import new_tokens
 
     new = new_tokens(tokenizer, add_tokens)
-    ids = numpy.unique(numpy.concatenate([numpy.unique(one.ids) for one in (*training.values(), *held_out.values())]))
+    ids = numpy.unique(numpy.concatenate([numpy.unique(one.ids) for one in labelled]))
     grown = [token for token, id in new.items() if embeddings is not None and id >= embeddings]
     note = f"new tokens {', '.join(grown)}: the model's embeddings grow from {embeddings or 0:,} rows"
     return {
@@ -338,7 +350,7 @@ def _split(plan: Plan, training: Mapping[str, Labelled]) -> tuple[dict[str, Labe
 
 
 def _at_most(plan: Plan, held_out: Mapping[str, Labelled]) -> dict[str, Labelled]:
-    """No more validation examples than the recipe wants, each source's share of them, a seeded choice."""
+    """No more examples than the recipe wants to evaluate, each source's share of them, a seeded choice."""
     import numpy
 
     at_most = plan.sections["data"]["validation_at_most"]

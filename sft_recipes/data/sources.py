@@ -1,4 +1,4 @@
-"""Turns what `data.train` names (a file, a folder, a Hub name, the embedded set) into rows that know their place."""
+"""Turns what `data` names (a file, a folder, a Hub name, the embedded set) into rows that know their place."""
 
 from __future__ import annotations
 
@@ -67,18 +67,22 @@ class Source:
 
 
 def resolve_all(data: Data, key: str, embedded_folder: Path) -> dict[str, Source]:
-    """The sources that `data.train` or `data.validation` names, each under a short name of its own.
+    """The sources that `data.train`, `data.validation` or `data.retain` names, each under a short name of its own.
+
+    No other source is called `retain`, since the loss of the rows to retain is.
 
     Raises:
         RecipeError: as `resolve`, or a source is named twice.
     """
     found: dict[str, Source] = {}
-    named = data.training if key == "data.train" else data.held_out
+    retained = [data.retain] if data.retain else []
+    named = {"data.train": data.training, "data.validation": data.held_out, "data.retain": retained}[key]
     for name in named:
         if named.count(name) > 1:
             raise RecipeError(f"{key}: {name} is named twice; its rows would count double")
         short = _short(name)
         number = sum(one == short or one.startswith(f"{short}_") for one in found)
+        number += short == "retain" and key != "data.retain"
         source = resolve(name, key, embedded_folder, data.revision_of(name))
         found[f"{short}_{number + 1}" if number else short] = source
     return found

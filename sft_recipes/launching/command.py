@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from sft_recipes.planning.plan import Plan
-from sft_recipes.planning.run_folder import RunFolder
+from sft_recipes.planning.run_folder import RunFolder, runs_root
 from sft_recipes.planning.schema import REPOSITORY, RecipeError
 
 
@@ -22,8 +22,11 @@ def prepare(plan: Path) -> list[str]:
     return [sys.executable, "-m", "sft_recipes.data.prepare", str(plan)]
 
 
-def launch(plan: Plan, folder: RunFolder) -> list[str]:
+def launch(plan: Plan, folder: RunFolder, program: str = "run") -> list[str]:
     """The command that starts every rank of this node; `write_engine` must have written its configuration.
+
+    Args:
+        program: what each rank carries out, a module of `sft_recipes.training`.
 
     Source: accelerate's `commands/launch.py`. --quiet leaves the launcher's own traceback out where a rank fails, since
     the rank has said what was wrong.
@@ -32,7 +35,13 @@ def launch(plan: Plan, folder: RunFolder) -> list[str]:
     command += ["--config_file", str(folder.accelerate_config)]
     if plan.world_size > 1:
         command += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(_free_port())]
-    return [*command, "-m", "sft_recipes.training.run", str(folder.plan)]
+    return [*command, "-m", f"sft_recipes.training.{program}", str(folder.plan)]
+
+
+def tensorboard(port: int) -> list[str]:
+    """TensorBoard over all runs, on loopback: their figures are this machine's users' alone."""
+    module = "tensorboard.main"
+    return [sys.executable, "-m", module, "--logdir", str(runs_root()), "--host", "127.0.0.1", "--port", str(port)]
 
 
 def engine(plan: Plan) -> dict[str, Any]:

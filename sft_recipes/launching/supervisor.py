@@ -7,24 +7,26 @@ import fcntl
 import os
 import shlex
 import shutil
-import signal
 import socket
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 
-from sft_recipes.launching import command
+from sft_recipes.launching import command, gate, process
+from sft_recipes.planning import environment as variables
 from sft_recipes.planning import plan as plans
 from sft_recipes.planning.plan import Plan, Prepared
-from sft_recipes.planning.processes import end_with_parent
-from sft_recipes.planning.run_folder import EXIT_STOPPED, RunFolder, Start, read_json, runs_root, write_json
+from sft_recipes.planning.run_folder import (
+    EXIT_STOPPED,
+    RunFolder,
+    Start,
+    read_json,
+    runs_root,
+    write_json,
+)
 from sft_recipes.planning.schema import RecipeError
 
 EXIT_FAULT, EXIT_USER = 1, 2
-SECONDS_TO_END = 15
 
 
 @contextlib.contextmanager
@@ -79,7 +81,7 @@ def carry_out(start: Start, say: Callable[[str], None]) -> int:
     plans.write(plan if stored is None else stored, folder.plan)
     incoming = folder.path / "plan.next.json"
     plans.write(plan, incoming)
-    code = _run(command.prepare(incoming), environment)
+    code = process.run(command.prepare(incoming), environment)
     if code:
         incoming.unlink()
         _forget(folder, start)
@@ -92,14 +94,48 @@ def carry_out(start: Start, say: Callable[[str], None]) -> int:
         raise
     plans.write(settled, folder.plan)
     incoming.unlink()
+    code = _sanity(settled, folder, say)
+    if code:
+        _forget(folder, start)
+        return code
     command.write_engine(settled, folder)
     folder.outcome.unlink(missing_ok=True)
     say(_announcement(start, settled))
     shutil.rmtree(folder.ranks, ignore_errors=True)
-    code = _exit_code(folder, _run(command.launch(settled, folder), environment, folder.ranks))
+    code = _exit_code(folder, process.run(command.launch(settled, folder), environment, folder.ranks))
     if code == EXIT_USER:
         _forget(folder, start)
     return code
+
+
+def _sanity(plan: Plan, folder: RunFolder, say: Callable[[str], None]) -> int:
+    """Has the plan tried where nothing has tried it yet; what became of that is written into the run's folder."""
+    skipped, receipt = variables.sanity_is_skipped(), gate.receipt(plan)
+    found = receipt.is_file()
+    if not skipped and not found:
+        code = gate.carry_out(plan, folder.prepared, say)
+        if code:
+            return code
+    write_json(folder.sanity, {"skipped": True} if skipped else {"receipt": str(receipt)})
+    return 0
+
+
+def try_out(plan: Plan, say: Callable[[str], None]) -> int:
+    """Prepares a plan's data and has the plan tried, whether it was before or not; leaves a receipt and no run.
+
+    Raises:
+        RecipeError: the prepared data does not make a run.
+    """
+    folder = RunFolder(runs_root() / ".sanity" / f"prepare.{os.getpid()}")
+    folder.path.mkdir(parents=True, mode=0o700)
+    try:
+        plans.write(plan, folder.plan)
+        code = process.run(command.prepare(folder.plan), command.environment(plan, os.environ))
+        if code:
+            return code if code in (EXIT_USER, EXIT_STOPPED) else EXIT_FAULT
+        return gate.carry_out(_settle(plan, None, read_json(folder.prepared)), folder.prepared, say)
+    finally:
+        shutil.rmtree(folder.path, ignore_errors=True)
 
 
 def _announcement(start: Start, plan: Plan) -> str:
@@ -150,63 +186,6 @@ def _exit_code(folder: RunFolder, launcher_code: int) -> int:
         file=sys.stderr,
     )
     return EXIT_FAULT
-
-
-def _run(arguments: list[str], environment: Mapping[str, str], ranks: Path | None = None) -> int:
-    """Runs a command in a process group of its own, passes signals on, and leaves none of it behind.
-
-    The first signal asks the ranks, whose process ids lie in `ranks`, to save and stop: them alone, since a launcher
-    that gets one ends before they have saved. Where there are none yet, and at the second signal, all is ended at once.
-    """
-    process = subprocess.Popen(
-        arguments,
-        env=dict(environment),
-        start_new_session=True,
-        preexec_fn=end_with_parent,  # noqa: PLW1509  this process has no threads
-    )
-    asked = ended = False
-
-    def pass_on(_number: int, _frame: FrameType | None) -> None:
-        nonlocal asked, ended
-        if asked or ranks is None or not _ask_to_stop(ranks):
-            ended = _signal_group(process.pid, signal.SIGKILL)
-        asked = True
-
-    passed = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, pass_on) for number in passed}
-    try:
-        code = process.wait()
-        _await_group(process.pid, SECONDS_TO_END)
-        return EXIT_STOPPED if ended else code
-    finally:
-        _signal_group(process.pid, signal.SIGKILL)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _ask_to_stop(ranks: Path) -> bool:
-    """Asks the ranks of this host to save and stop; whether there was one to ask."""
-    found = False
-    for file in ranks.glob(f"{socket.gethostname()}-*"):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(file.read_text(encoding="ascii")), signal.SIGTERM)
-            found = True
-    return found
-
-
-def _signal_group(group: int, number: int) -> bool:
-    """Whether there still was a process of the group to get the signal."""
-    try:
-        os.killpg(group, number)
-    except (ProcessLookupError, PermissionError):
-        return False
-    return True
-
-
-def _await_group(group: int, seconds: float) -> None:
-    until = time.monotonic() + seconds
-    while _signal_group(group, 0) and time.monotonic() < until:
-        time.sleep(0.05)
 
 
 def _holder(lock: Path) -> str:

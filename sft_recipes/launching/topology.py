@@ -14,6 +14,8 @@ from sft_recipes.planning.memory import CARDS_GIB
 from sft_recipes.planning.plan import Plan, Topology
 from sft_recipes.planning.schema import Recipe, RecipeError
 
+_AMPERE = 8.0
+
 
 def whole_number(text: str, name: str, least: int) -> int:
     """The number in `text`.
@@ -80,9 +82,29 @@ def present(
         )
     ids = devices.split(",") if devices else [gpu.id for gpu in here[:gpus]]
     used = [gpu for gpu in here if gpu.id in ids]
+    _check_generation(recipe, used)
     topology = planned(recipe, gpus, processes, nodes, card or card_of(used))
     chosen = devices or (",".join(ids) if 0 < gpus < len(here) else None)
     return Topology(topology.gpus, topology.processes, 1, topology.card, chosen)
+
+
+def _check_generation(recipe: Recipe, gpus: Sequence[Gpu]) -> None:
+    """Refuses bf16 and flash attention where a card is older than Ampere and has neither.
+
+    Raises:
+        RecipeError: with what to use instead.
+    """
+    old = next((gpu for gpu in gpus if (gpu.compute_capability or _AMPERE) < _AMPERE), None)
+    if old is None:
+        return
+    wrong = {"precision": ("bf16", "fp32"), "model.attention": ("flash_attention_2", "sdpa")}
+    asked = {"precision": recipe.precision, "model.attention": recipe.model.attention}
+    instead = [f"{key}={good}" for key, (bad, good) in wrong.items() if asked[key] == bad]
+    if instead:
+        raise RecipeError(
+            f"GPUS: {old.name} (compute capability {old.compute_capability}) is older than Ampere and has no "
+            f"{' and no '.join(asked[said.partition('=')[0]] for said in instead)}; say {' '.join(instead)}"
+        )
 
 
 def check_host_memory(plan: Plan) -> None:
@@ -108,21 +130,25 @@ def check_host_memory(plan: Plan) -> None:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU as nvidia-smi lists it; memory in MiB."""
+    """One GPU as nvidia-smi lists it; memory in MiB; compute capability where the driver says it (Ampere's is 8.0)."""
 
     id: str
     memory_mib: float
     name: str
+    compute_capability: float | None = None
 
 
 def visible_gpus() -> list[Gpu]:
     """The GPUs that this process may use: CUDA_VISIBLE_DEVICES where it is set, else what nvidia-smi lists."""
     if shutil.which("nvidia-smi") is None:
         return []
-    query = ["nvidia-smi", "--query-gpu=index,memory.total,name", "--format=csv,noheader,nounits"]
-    listed = subprocess.run(query, capture_output=True, text=True, check=False)
-    rows = [[part.strip() for part in line.split(",", 2)] for line in listed.stdout.splitlines()]
-    gpus = {row[0]: Gpu(row[0], float(row[1]), row[2]) for row in rows if len(row) == 3 and row[0].isdigit()}
+    listed = _ask_nvidia("index,memory.total,name")
+    capabilities = {row[0]: float(row[1]) for row in _ask_nvidia("index,compute_cap") if _is_number(row[1:])}
+    gpus = {
+        row[0]: Gpu(row[0], float(row[1]), ", ".join(row[2:]), capabilities.get(row[0]))
+        for row in listed
+        if len(row) > 2 and row[0].isdigit()
+    }
     masked = os.environ.get("CUDA_VISIBLE_DEVICES")
     if masked is not None and gpus:
         named = [part.strip() for part in masked.split(",")]
@@ -132,7 +158,19 @@ def visible_gpus() -> list[Gpu]:
         )
         least = min(gpus.values(), key=lambda gpu: gpu.memory_mib)  # of one that is named otherwise, by its UUID
         return [gpus.get(name, replace(least, id=name)) for name in named[:first_wrong]]
-    return list(gpus.values()) if listed.returncode == 0 else []
+    return list(gpus.values())
+
+
+def _ask_nvidia(fields: str) -> list[list[str]]:
+    """A row of fields a GPU; none where the driver does not answer, or does not know a field."""
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    listed = subprocess.run(query, capture_output=True, text=True, check=False)
+    lines = listed.stdout.splitlines() if listed.returncode == 0 else []
+    return [[part.strip() for part in line.split(",")] for line in lines]
+
+
+def _is_number(texts: list[str]) -> bool:
+    return len(texts) == 1 and re.fullmatch(r"\d+(\.\d+)?", texts[0]) is not None
 
 
 def card_of(gpus: Sequence[Gpu]) -> str | None:

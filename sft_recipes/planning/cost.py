@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sft_recipes.planning.environment import gpu_hour_price
 from sft_recipes.planning.memory import linear_layers, parameter_count
-from sft_recipes.planning.schema import RecipeError
 
 # Dense bf16 arithmetic a second by the vendors' datasheets, without sparsity, in units of 1e12
 # (pytorch/torchtitan, torchtitan/tools/utils.py; RTX 4090: Ada architecture paper, fp32 accumulation).
@@ -41,6 +40,22 @@ def flops_per_token(architecture: Mapping[str, Any], tokens_per_example: float, 
     return (4 if frozen else 6) * parameters + attention
 
 
+def palm_flops_per_token(architecture: Mapping[str, Any], tokens_per_row: int) -> float | None:
+    """6N + 12 x layers x width x length of the row: what most published MFU counts (PaLM, arXiv:2204.02311, appendix
+    B). It counts the embedding's look-up and attention to tokens that a causal mask hides."""
+    parameters = parameter_count(architecture)
+    if parameters is None:
+        return None
+    width: int = linear_layers(architecture)["q_proj"][1]
+    attention: float = 12 * architecture["num_hidden_layers"] * width * tokens_per_row
+    return 6 * parameters + attention
+
+
+def forward_share(frozen: bool) -> float:
+    """The forward pass's share of the operations of forward and backward pass."""
+    return 1 / 2 if frozen else 1 / 3
+
+
 @dataclass(frozen=True)
 class Work:
     """What a run does, in counts."""
@@ -66,12 +81,12 @@ def forecast(work: Work, card: str | None, gpus: int, nodes: int, mfu: float) ->
     Raises:
         RecipeError: GPU_HOUR_PRICE is no number.
     """
-    price = _gpu_hour_price()
+    price = gpu_hour_price()
     if card not in CARDS_TFLOPS or not gpus:
         return None
     per_second = gpus * CARDS_TFLOPS[card] * 1e12 * mfu
     training = work.train_tokens * work.flops_per_token / per_second
-    forward = work.flops_per_token / (2 if work.frozen else 3)
+    forward = work.flops_per_token * forward_share(work.frozen)
     evaluating = work.evaluations * work.tokens_per_evaluation * forward / per_second
     saving = work.saves * work.bytes_per_save / (WRITE_BYTES_PER_SECOND * (1 if work.one_rank_saves else nodes))
     saving += work.models * work.bytes_per_model / WRITE_BYTES_PER_SECOND
@@ -88,16 +103,3 @@ def forecast(work: Work, card: str | None, gpus: int, nodes: int, mfu: float) ->
         "gpu_hours": round(gpu_hours, 2),
         "money": None if price is None else round(gpu_hours * price, 2),
     }
-
-
-def _gpu_hour_price() -> float | None:
-    text = os.environ.get("GPU_HOUR_PRICE")
-    if not text:
-        return None
-    try:
-        price = float(text)
-    except ValueError:
-        price = -1.0
-    if not 0 <= price < 1e6:
-        raise RecipeError(f"GPU_HOUR_PRICE: {text!r} is not a price; wanted a number such as 2.50")
-    return price

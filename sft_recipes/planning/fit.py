@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 from sft_recipes.planning import batch, memory
@@ -33,6 +34,27 @@ def cheapest_change(recipe: Recipe, topology: Topology, most_gpus: int | None = 
         if (most_gpus is None or where.gpus <= most_gpus) and _fits(changed, where):
             return said
     return None
+
+
+def lighter(recipe: Recipe, topology: Topology, most: int = 2) -> list[str]:
+    """The cheapest changes on these GPUs whose forecast is at least a tenth smaller, for a run that ran out of memory
+    although it was to fit; none where nothing is forecast."""
+    now = _needs(recipe, topology)
+    less = (
+        said
+        for said, changed, where in (_changes(recipe, topology) if now else ())
+        if where.gpus <= topology.gpus and 0 < _needs(changed, where) <= 0.9 * now
+    )
+    return list(itertools.islice(less, most))
+
+
+def _needs(recipe: Recipe, topology: Topology) -> int:
+    """Forecast bytes a GPU; 0 where the stack cannot carry it."""
+    try:
+        forecast = plans.make(recipe, topology).memory_bytes_per_gpu
+    except RecipeError:
+        return 0
+    return forecast["total"] if forecast else 0
 
 
 def on(gpus: int, card: str | None) -> Topology:

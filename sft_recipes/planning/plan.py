@@ -113,6 +113,9 @@ class Plan:
         return self.parallelism in SHARDED
 
 
+# The recipe's sections that a run reads as they were written.
+SECTIONS_OF_THE_RUN = ("model", "data", "batch", "answers", "guards")
+
 # What two plans of the same run may differ in: dates, forecasts, and what the data says once it is prepared
 # (the fingerprint of that data is compared instead).
 NOT_COMPARED = {
@@ -274,12 +277,22 @@ def differences(old: Plan, new: Plan) -> dict[str, tuple[Any, Any]]:
 
     The fingerprint of the data is left out while one of the two has not prepared it yet.
     """
-    left, right = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
+    left, right = compared(old), compared(new)
     unknown = {"data_fingerprint"} if not (old.data_fingerprint and new.data_fingerprint) else set()
     return {
         key: (left.get(key), right.get(key))
         for key in sorted(left.keys() | right.keys())
-        if key.split(".")[0] not in NOT_COMPARED | unknown and left.get(key) != right.get(key)
+        if key not in unknown and left.get(key) != right.get(key)
+    }
+
+
+def compared(plan: Plan) -> dict[str, Any]:
+    """What makes a plan the one it is, by dotted name. Guards say what is warned of, not what the weights become."""
+    flat = _flat(dataclasses.asdict(plan))
+    return {
+        key: value
+        for key, value in flat.items()
+        if key.split(".")[0] not in NOT_COMPARED and not key.startswith("sections.guards.")
     }
 
 
@@ -335,7 +348,7 @@ def _model_name(recipe: Recipe) -> str:
 def _sections(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """The recipe's own words that the run reads; the table's keys stand in the plan itself."""
     trainer = {key: value for key, value in recipe.trainer.items() if key not in TABLE_KEYS}
-    sections = {name: dataclasses.asdict(getattr(recipe, name)) for name in ("model", "data", "batch", "answers")}
+    sections = {name: dataclasses.asdict(getattr(recipe, name)) for name in SECTIONS_OF_THE_RUN}
     lora = dataclasses.asdict(recipe.lora) if recipe.lora else {}
     return {**sections, "lora": lora, "trainer": trainer}
 

@@ -243,7 +243,9 @@ def _typed(found: Written, kinds: list[str]) -> Written:
         return found
     if not found.value:
         return Written(None, COMMAND_LINE)
-    if "str" in kinds and not ("list" in kinds and found.value.startswith("[")):
+    opens = {"list": "[", "dict": "{"}
+    structured = any(kind in kinds and found.value.startswith(mark) for kind, mark in opens.items())
+    if "str" in kinds and not structured:
         return found
     try:
         return Written(yaml.safe_load(found.value), COMMAND_LINE)
@@ -306,6 +308,17 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "trainer.eval_steps": (1, math.inf),
     "trainer.save_steps": (1, math.inf),
     "trainer.logging_steps": (1, math.inf),
+    "guards.overfitting_gap": (0, math.inf),
+    "guards.grad_norm_above": (0, math.inf),
+    "guards.grad_norm_below": (0, math.inf),
+    "guards.loss_spike": (1, math.inf),
+    "guards.throughput_drop": (0, 1),
+    "guards.plateau": (0, 1),
+    "guards.data_wait": (0, 1),
+    "guards.memory_growth": (0, math.inf),
+    "guards.rank_lag": (0, math.inf),
+    "guards.window": (2, 10_000),
+    "guards.early_stopping_patience": (1, math.inf),
 }
 _MAY_BE_LEFT_OUT = {
     "batch.effective_batch_size",
@@ -313,6 +326,7 @@ _MAY_BE_LEFT_OUT = {
     "data.mean_tokens",
     "data.validation_at_most",
     "data.validation_examples",
+    "guards.early_stopping_patience",
 }
 _WHOLE = {"trainer.eval_steps", "trainer.save_steps", "trainer.logging_steps"}  # transformers reads a part as a share
 
@@ -356,6 +370,12 @@ def _check_lists(recipe: Recipe) -> None:
         where = recipe.origins.get(key, f"recipes/{recipe.name}.yaml")
         if not all(isinstance(name, str) and name.strip() for name in names) or (key == "data.train" and not names):
             raise RecipeError(f"{where}: {key} is {names!r}; wanted names, as in [a.jsonl, b.jsonl]")
+    unknown = [name for name in recipe.guards.stop_on if name not in schema.STOPPING_GUARDS]
+    if unknown:
+        raise RecipeError(
+            f"{recipe.origins.get('guards.stop_on')}: guards.stop_on names {unknown[0]!r}; wanted some of "
+            f"{', '.join(schema.STOPPING_GUARDS)}"
+        )
     if recipe.lora and recipe.model.add_tokens:
         raise RecipeError(
             f"{recipe.origins.get('model.add_tokens')}: model.add_tokens gives the model new embeddings, which LoRA "

@@ -14,6 +14,7 @@ from sft_recipes.planning import plan as plans
 from sft_recipes.planning.plan import Plan
 from sft_recipes.planning.schema import RecipeError
 
+EXIT_DIVERGED = 3
 EXIT_STOPPED = 75  # saved, not finished: the same command goes on
 
 
@@ -47,6 +48,26 @@ class RunFolder:
     def metrics(self) -> Path:
         """One JSON object a log step."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """What the model answered to the same held-out prompts at each evaluation, one JSON object an answer."""
+        return self.path / "samples.jsonl"
+
+    @property
+    def warnings(self) -> Path:
+        """What the guards saw, one JSON object a warning."""
+        return self.path / "warnings.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def report(self) -> Path:
+        """The page that `report` writes."""
+        return self.path / "report.html"
 
     @property
     def log(self) -> Path:
@@ -94,6 +115,11 @@ class RunFolder:
         return self.path / ".ranks"
 
     @property
+    def sanity(self) -> Path:
+        """Which receipt of the sanity gate this start rests on, or that it was skipped."""
+        return self.path / "sanity.json"
+
+    @property
     def lock(self) -> Path:
         """Held by the process that carries the run."""
         return self.path / ".lock"
@@ -116,7 +142,7 @@ class RunFolder:
         return sorted(int(match[1]) for match in found if match)
 
     def state(self) -> str:
-        """`new`, `running` (or cut off), `stopped`, `failed` or `finished`."""
+        """`new`, `running` (or cut off), `stopped`, `failed`, `diverged` or `finished`."""
         state = read_json(self.manifest).get("state", "new")
         return str(state)
 

@@ -17,6 +17,7 @@ ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
 SHARDED = ("zero3", "zero3_offload", "fsdp2")
 PRECISIONS = ("bf16", "fp32")
 QUANTIZATIONS = ("nf4",)
+STOPPING_GUARDS = ("loss_spike", "exploding_gradients", "vanishing_gradients")
 ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2")
 
 # The rows of the hyperparameter table hold these, under the names of the documents (recipes/sizes.yaml).
@@ -172,11 +173,13 @@ class Data:
     is the commit of the data set on the Hub. Several sources are a list; each has a validation loss of its own.
     `validation_at_most` caps the examples that an evaluation looks at, a seeded choice. `dropped_at_most` is the share
     of rows that may be left without a supervised token by `max_length`, `leaked_at_most` the share of validation rows
-    that may stand in training.
+    that may stand in training. `retain` are rows of what the model could do before and should not forget: their loss is
+    measured before the first step and at every evaluation, and decides nothing else.
     """
 
     train: str | list[str] = ""
     validation: str | list[str] | None = None
+    retain: str | None = None
     revision: str | None = None
     validation_at_most: int | None = None
     validation_fraction: float = 0.05
@@ -232,6 +235,44 @@ class Answers:
 
 
 @dataclass(frozen=True)
+class Guards:
+    """When a run's figures are a warning sign, while it trains and when it is read afterwards; each can be set.
+
+    0.1, 10 and 1e-6 are the documents' ("4.1 Key Metrics to Track", "4.2 W&B Integration"); the others are this
+    project's. A loss that is no number always stops the run.
+
+    Attributes:
+        overfitting_gap: validation loss above training loss by more than this.
+        grad_norm_above: gradients explode where their norm stays above this for `window` optimizer steps.
+        grad_norm_below: gradients vanish where it stays below this for `window` optimizer steps.
+        loss_spike: a step's loss so many robust standard deviations (1.4826 x median deviation) above the median of
+            the steps before it.
+        throughput_drop: the share of its usual tokens a second that a run loses over `window` optimizer steps.
+        plateau: the training loss fell by less than this share of itself since warm-up.
+        data_wait: the share of a step that waits for data.
+        memory_growth: the share by which memory grows while rows stay as long as they were.
+        rank_lag: one rank works this share longer on a step than the others.
+        window: optimizer steps.
+        early_stopping_patience: evaluations without a lower validation loss after which the run ends; never where
+            none.
+        stop_on: of loss_spike, exploding_gradients, vanishing_gradients, those that stop the run instead of warning.
+    """
+
+    overfitting_gap: float = 0.1
+    grad_norm_above: float = 10.0
+    grad_norm_below: float = 1e-6
+    loss_spike: float = 10.0
+    throughput_drop: float = 0.5
+    plateau: float = 0.02
+    data_wait: float = 0.2
+    memory_growth: float = 0.1
+    rank_lag: float = 0.3
+    window: int = 10
+    early_stopping_patience: int | None = None
+    stop_on: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A page that a person reads, once it has been checked; `origins` says where each value was written."""
 
@@ -242,6 +283,7 @@ class Recipe:
     hardware: Hardware = field(default_factory=Hardware)
     batch: Batch = field(default_factory=Batch)
     answers: Answers = field(default_factory=Answers)
+    guards: Guards = field(default_factory=Guards)
     lora: Lora | None = None
     parallelism: str = "ddp"
     precision: str = "bf16"
@@ -264,6 +306,7 @@ SECTIONS: dict[str, type] = {
     "lora": Lora,
     "batch": Batch,
     "answers": Answers,
+    "guards": Guards,
 }
 CHOICES: dict[str, tuple[str, ...]] = {
     "parallelism": ENGINES,

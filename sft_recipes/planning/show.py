@@ -30,7 +30,12 @@ def _origin(plan: Plan, name: str) -> str:
     return "default" if name in _DEFAULTED else "derived"
 
 
-_KEYS = {"model": "model.name_or_path", "train data": "data.train", "validation data": "data.validation"}
+_KEYS = {
+    "model": "model.name_or_path",
+    "train data": "data.train",
+    "validation data": "data.validation",
+    "retain data": "data.retain",
+}
 _DEFAULTED = {"precision", "parallelism", "max length", "packing", "validation data"}
 
 
@@ -41,6 +46,7 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
         ("method", _method(plan)),
         ("train data", _sources(plan.sections["data"]["train"])),
         ("validation data", _sources(plan.sections["data"]["validation"]) or _split(plan)),
+        *([("retain data", retain)] if (retain := plan.sections["data"].get("retain")) else []),
         ("hardware", _hardware(plan)),
         ("parallelism", plan.parallelism),
         ("precision", f"{plan.precision} ({', '.join(f'{k} {v}' for k, v in plan.dtypes.items())})"),

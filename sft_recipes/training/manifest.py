@@ -30,7 +30,7 @@ _LIBRARIES = (
 
 def begin(folder: RunFolder, plan: Plan) -> None:
     """Records what is known at a start; what earlier starts of the same run recorded is kept beside it."""
-    earlier = read_json(folder.manifest)
+    earlier, sanity = read_json(folder.manifest), read_json(folder.sanity)
     content = {
         **earlier,
         "run": folder.name,
@@ -39,7 +39,7 @@ def begin(folder: RunFolder, plan: Plan) -> None:
         "began": earlier.get("began", _now()),
         "starts": [
             *earlier.get("starts", []),
-            {"at": _now(), "host": _host(), "versions": _versions(), "code": _code()},
+            {"at": _now(), "host": _host(), "versions": _versions(), "code": _code(), "sanity": sanity},
         ],
         "data": {"fingerprint": plan.data_fingerprint, **plan.sections["data"]},
         "rows": plan.rows,

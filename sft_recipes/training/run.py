@@ -10,19 +10,22 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from sft_recipes.planning import environment
 from sft_recipes.planning import plan as plans
 from sft_recipes.planning.plan import Plan
 from sft_recipes.planning.processes import end_with_parent
-from sft_recipes.planning.run_folder import EXIT_STOPPED, RunFolder, read_json, write_json
+from sft_recipes.planning.run_folder import EXIT_DIVERGED, EXIT_STOPPED, RunFolder, read_json, write_json
 from sft_recipes.planning.schema import RecipeError
-from sft_recipes.training import manifest, signals
+from sft_recipes.training import manifest, memory, signals
 from sft_recipes.training.quiet import quiet
 
-REPORTERS = ("none", "tensorboard", "wandb")
+if TYPE_CHECKING:
+    from sft_recipes.training.divergence import DivergedError
 
 
 def main(plan_file: str) -> None:
@@ -31,12 +34,19 @@ def main(plan_file: str) -> None:
     folder = RunFolder(Path(plan_file).parent)
     rank = int(os.environ.get("RANK", "0"))
     signals.listen(folder, rank)
+    plan = plans.read(folder.plan)
     try:
-        train(plans.read(folder.plan), folder)
+        train(plan, folder)
     except RecipeError as error:
         if rank == 0:
             manifest.end(folder, "failed", 2)
             write_json(folder.outcome, {"exit_code": 2, "error": str(error)})
+    except (RuntimeError, MemoryError) as error:
+        if not memory.ran_out(error):
+            raise
+        line = memory.what_ran_out(plan, rank, error)
+        write_json(folder.outcome, {"exit_code": 1, "error": line, "out_of_memory": True})
+        sys.exit(1)  # the other ranks wait in a collective: the launcher ends them
 
 
 def train(plan: Plan, folder: RunFolder) -> None:
@@ -47,68 +57,98 @@ def train(plan: Plan, folder: RunFolder) -> None:
     """
     started = time.monotonic()
     quiet()
-    from sft_recipes.training import checkpoint, engine, trainer
-    from sft_recipes.training.callbacks.stop import StopTogether
+    from sft_recipes.training import checkpoint
+    from sft_recipes.training.divergence import DivergedError
 
-    try:
-        arguments = trainer.sft_config(plan, folder, _reporters(folder))
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"trainer: {str(error).splitlines()[0]}") from error
+    arguments = configure(plan, folder)
     state = arguments.distributed_state
-    check_ranks(plan, arguments.world_size, os.environ)
-    engine.shard_on_the_cpu(plan)
     found = read_json(folder.prepared)
     prepared = Path(found["folder"])
     if state.is_main_process:
         manifest.begin(folder, plan)
         _write_configuration(arguments, folder)
-
-    stopping = StopTogether()
-    sft, ends_of_turn = _build(plan, folder, arguments, found, stopping)
+    parts = build(plan, folder, arguments, found)
+    sft, say = parts.trainer, parts.progress.say if state.is_main_process else _nothing
+    sft.say, sft.stopping = say, parts.stopping
+    sft.add_callbacks(_watchers(plan, folder, prepared, parts, say))
     resume_from, passed_over = checkpoint.newest_complete(folder)
     for name in passed_over:
-        _say(folder, state, f"passing over {name}: it is not whole")
+        say(f"passing over {name}: it is not whole")
     if resume_from is not None:
         sft.supervised_tokens_seen = checkpoint.supervised_tokens_seen(resume_from)
-        _say(folder, state, f"going on from {resume_from.name}")
-    answered_before = _before(plan, folder, sft, prepared, ends_of_turn)
+        say(f"going on from {resume_from.name}")
+    if plan.no_rank_holds_the_model and plan.sections["answers"]["show"]:
+        say(f"no answers are shown while it trains: under {plan.parallelism} no rank holds the whole model")
+    answered_before = _before(plan, folder, sft, prepared, parts.ends_of_turn)
 
     training_started = time.monotonic()
-    if resume_from is not None and folder.step_of(resume_from) == plan.optimizer_steps:
-        sft.take_up(resume_from, folder.last)  # the Trainer itself would take one step more
-    else:
-        sft.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-        if not stopping.stopped:
-            sft.save_weights(folder.last)
+    try:
+        if resume_from is not None and folder.step_of(resume_from) == plan.optimizer_steps:
+            sft.take_up(resume_from, folder.last)  # the Trainer itself would take one step more
+        else:
+            # What the model could do before is measured before its first step.
+            arguments.eval_on_start = resume_from is None and bool(plan.sections["data"]["retain"])
+            sft.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+            if not parts.stopping.stopped:
+                sft.save_weights(folder.last)
+    except DivergedError as error:
+        if state.is_main_process:
+            seconds = {"seconds": time.monotonic() - started, "training_seconds": time.monotonic() - training_started}
+            _diverged(folder, sft, error, seconds)
+        return
     training_seconds = time.monotonic() - training_started
     if not state.is_main_process:
         return
-    if stopping.stopped:
+    if parts.stopping.stopped:
         seconds = {"seconds": time.monotonic() - started, "training_seconds": training_seconds}
         manifest.end(folder, "stopped", EXIT_STOPPED, steps=sft.state.global_step, **seconds)
         write_json(folder.outcome, {"exit_code": EXIT_STOPPED})
-        _say(folder, state, f"stopped at step {sft.state.global_step}, saved; the same command goes on from it")
+        say(f"stopped at step {sft.state.global_step}, saved; the same command goes on from it")
         return
     figures = _publish_the_best(folder, sft)
-    answered = _after(plan, folder, sft, prepared, ends_of_turn)
+    answered = _after(plan, folder, sft, prepared, parts.ends_of_turn)
     figures["exact_match_before"] = answered_before.exact_match if answered_before else None
     figures["exact_match_after"] = answered.exact_match if answered else None
     seconds = {"seconds": time.monotonic() - started, "training_seconds": training_seconds}
     recorded = manifest.end(folder, "finished", 0, **seconds, **figures, **manifest.peak_memory())
     write_json(folder.outcome, {"exit_code": 0})
-    _say(folder, state, summary(plan, folder, recorded, answered_before, answered))
+    say(summary(plan, folder, recorded, answered_before, answered))
 
 
-def _build(
-    plan: Plan, folder: RunFolder, arguments: Any, found: dict[str, Any], stopping: Any
-) -> tuple[Any, list[int]]:
-    """The trainer over the prepared rows, and the ids that end a turn."""
+def configure(plan: Plan, folder: RunFolder) -> Any:
+    """The trainer's arguments, once the ranks that were started are the plan's.
+
+    Raises:
+        RecipeError: TRL does not take a value, or the ranks are not those of the plan.
+    """
+    from sft_recipes.training import engine, trainer
+
+    try:
+        arguments = trainer.sft_config(plan, folder)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"trainer: {str(error).splitlines()[0]}") from error
+    check_ranks(plan, arguments.world_size, os.environ)
+    engine.shard_on_the_cpu(plan)
+    return arguments
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A trainer over prepared rows and what belongs to it; `ends_of_turn` are ids."""
+
+    trainer: Any
+    ends_of_turn: list[int]
+    stopping: Any
+    progress: Any
+
+
+def build(plan: Plan, folder: RunFolder, arguments: Any, found: dict[str, Any]) -> Parts:
+    """The trainer over prepared rows, as `prepared.json` found them."""
     from sft_recipes.data.tokenizer import load_tokenizer
     from sft_recipes.training import trainer, vocabulary
-    from sft_recipes.training.callbacks.best import KeepBest
     from sft_recipes.training.callbacks.engine import CheckEngine
-    from sft_recipes.training.callbacks.metrics import WriteMetrics
     from sft_recipes.training.callbacks.progress import ShowProgress
+    from sft_recipes.training.callbacks.stop import StopTogether
 
     section, base, prepared = plan.sections["model"], found["model"], Path(found["folder"])
     tokenizer = load_tokenizer(base, section["chat_template"], section["trust_remote_code"], section["add_tokens"])
@@ -116,24 +156,58 @@ def _build(
     details = read_json(prepared / "details.json")
     vocabulary.fit(plan, model, tokenizer, details)
     ends_of_turn = vocabulary.stop_by_itself(model, tokenizer, details)
-    train_rows, validation_rows = trainer.read_rows(prepared)
-    rows_a_pass = plan.per_device_train_batch_size * plan.world_size
-    validation_rows, passes = trainer.validation_in_passes(validation_rows, details["validation_rows"], rows_a_pass)
-    callbacks = [CheckEngine(plan, folder), stopping, KeepBest(folder), WriteMetrics(folder)]
+    rows, held_out, passes = trainer.read_rows(prepared, details, plan.per_device_train_batch_size * plan.world_size)
+    stopping, progress = StopTogether(), ShowProgress(folder)
     sft = trainer.ResponseTrainer(
         plan,
         passes,
+        found["architecture"],
+        prepared,
         model=model,
         args=arguments,
-        train_dataset=train_rows,
-        eval_dataset=validation_rows,
+        train_dataset=rows,
+        eval_dataset=held_out,
         processing_class=tokenizer,
         data_collator=trainer.collator(plan, tokenizer.pad_token_id),
-        callbacks=[*callbacks, ShowProgress(folder)],
     )
-    for callback in callbacks:
-        callback.trainer = sft
-    return sft, ends_of_turn
+    sft.add_callbacks([CheckEngine(plan, folder), stopping])
+    return Parts(sft, ends_of_turn, stopping, progress)
+
+
+def _watchers(plan: Plan, folder: RunFolder, prepared: Path, parts: Parts, say: Callable[[str], None]) -> list[Any]:
+    """What keeps, writes, shows and guards a run, in the order in which each is told."""
+    from sft_recipes.training.callbacks.best import KeepBest
+    from sft_recipes.training.callbacks.guards import Guard
+    from sft_recipes.training.callbacks.metrics import WriteMetrics
+    from sft_recipes.training.callbacks.samples import ShowSamples
+    from sft_recipes.training.callbacks.trackers import TensorBoard, Track, WeightsAndBiases
+
+    asked = environment.reporters()
+    trackers: list[Any] = [TensorBoard(plan, folder)] if "tensorboard" in asked else []
+    trackers += [WeightsAndBiases(plan, folder, say)] if "wandb" in asked else []
+    return [
+        KeepBest(folder),
+        WriteMetrics(folder),
+        ShowSamples(plan, folder, prepared, trackers, parts.ends_of_turn),
+        Track(trackers),
+        parts.progress,
+        Guard(plan, folder),
+    ]
+
+
+def _diverged(folder: RunFolder, sft: Any, error: DivergedError, seconds: dict[str, float]) -> None:
+    """Records what was seen, where everybody looks: metrics and trackers, the manifest, the outcome."""
+    what = error.what
+    norm = {} if what.grad_norm is None else {"grad_norm": what.grad_norm}
+    raw = {"loss": what.loss, **norm, "learning_rate": sft._get_learning_rate()}
+    sft.state.global_step = what.step
+    sft.callback_handler.on_log(sft.args, sft.state, sft.control, raw)
+    sft.end_callbacks()
+    manifest.end(folder, "diverged", EXIT_DIVERGED, steps=what.step - 1, diverged=error.record(), **seconds)
+    line = f"{folder.path}: step {what.step} was not applied on any rank: {error}"
+    if what.rows:
+        line += f"; its rows: {', '.join(what.rows)}"
+    write_json(folder.outcome, {"exit_code": EXIT_DIVERGED, "error": f"{line}; `make diagnose RUN={folder.name}`"})
 
 
 def _publish_the_best(folder: RunFolder, sft: Any) -> dict[str, Any]:
@@ -270,27 +344,13 @@ def _answer(plan: Plan, sft: Any, prepared: Path, stop: list[int]) -> Any:
     return answers.answer(model, sft.processing_class, prompts, asked["exact_match"], asked["max_new_tokens"], stop)
 
 
-def _reporters(folder: RunFolder) -> list[str]:
-    """Where figures go besides `metrics.jsonl`, from REPORT_TO."""
-    asked = os.environ.get("REPORT_TO", "tensorboard").split(",")
-    unknown = [name for name in asked if name not in REPORTERS]
-    if unknown:
-        raise RecipeError(f"REPORT_TO: {unknown[0]!r} is not known; wanted some of {', '.join(REPORTERS)}")
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
-    return [name for name in asked if name != "none"]
-
-
 def _write_configuration(arguments: Any, folder: RunFolder) -> None:
     """The resolved SFTConfig; `to_dict` hides tokens."""
     folder.configuration.write_text(json.dumps(arguments.to_dict(), indent=2, default=str) + "\n", encoding="utf-8")
 
 
-def _say(folder: RunFolder, state: Any, text: str) -> None:
-    """Rank 0 says it, on standard output and in the log."""
-    if state.is_main_process:
-        with folder.log.open("a", encoding="utf-8") as log:
-            log.write(text + "\n")
-        print(text, flush=True)
+def _nothing(_line: str) -> None:
+    """What the other ranks say."""
 
 
 if __name__ == "__main__":

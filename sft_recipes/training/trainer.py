@@ -12,16 +12,21 @@ from transformers import PrinterCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.utils import get_peak_flops
 
 from sft_recipes.data.chat import IGNORED
+from sft_recipes.planning.cost import CARDS_TFLOPS
 from sft_recipes.planning.plan import Plan
 from sft_recipes.planning.run_folder import RunFolder
 from sft_recipes.training import adapters, checkpoint, engine
+from sft_recipes.training.divergence import Watch
+from sft_recipes.training.metering import Meter
 
 CHECKPOINTS_KEPT = 2
+RETAINED = "retain"  # the source whose loss says what the model forgets, and decides nothing
 
 
-def sft_config(plan: Plan, folder: RunFolder, report_to: list[str]) -> SFTConfig:
+def sft_config(plan: Plan, folder: RunFolder) -> SFTConfig:
     """The plan in TRL's terms; every value that the recipe may not set is set here."""
     trainer = dict(plan.sections["trainer"])
     for planned in ("max_length", "packing", "gradient_checkpointing"):
@@ -65,7 +70,7 @@ def sft_config(plan: Plan, folder: RunFolder, report_to: list[str]) -> SFTConfig
         packing=False,
         padding_free=False,
         dataset_kwargs={"skip_prepare_dataset": True},
-        report_to=report_to,
+        report_to=[],  # callbacks/trackers.py speaks to them
     )
 
 
@@ -104,13 +109,24 @@ class WholeBatches(Sampler[int]):
         """`epoch` is asked when an epoch begins: accelerate does not pass it on to the sampler of a loader that skips
         rows after a resume (https://github.com/huggingface/accelerate/issues/2823)."""
         self.rows = rows
+        self.effective_batch_size = effective_batch_size
         self.used = rows // effective_batch_size * effective_batch_size
         self.seed = seed
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch())
-        return iter(torch.randperm(self.rows, generator=generator)[: self.used].tolist())
+        return iter(self.order(self.epoch()))
+
+    def order(self, epoch: int) -> list[int]:
+        """The rows of an epoch, as they are dealt out."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order: list[int] = torch.randperm(self.rows, generator=generator)[: self.used].tolist()
+        return order
+
+    def of_step(self, step: int) -> list[int]:
+        """The rows of an optimizer step, the first being 0."""
+        epoch, within = divmod(step * self.effective_batch_size, self.used)
+        return self.order(epoch)[within : within + self.effective_batch_size]
 
     def __len__(self) -> int:
         return self.used
@@ -161,18 +177,26 @@ def collator(plan: Plan, pad_token_id: int) -> DataCollatorForLanguageModeling |
 
 
 class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer over prepared rows: whole effective batches, and a validation loss that is a mean over tokens.
+    """SFTTrainer over prepared rows: whole effective batches, a validation loss that is a mean over tokens, a stop
+    before a step that is no number, and what a step costs.
 
-    `passes` says how many forward passes of validation each source of it has, in their order (`validation_in_passes`).
+    `passes` says how many forward passes of validation each source of it has, in their order (`validation_in_passes`);
+    `architecture` are the numbers that operations are counted from, `prepared` the folder of the rows.
     """
 
-    def __init__(self, plan: Plan, passes: dict[str, int], **arguments: Any):
-        self._plan = plan
+    def __init__(
+        self, plan: Plan, passes: dict[str, int], architecture: dict[str, Any], prepared: Path, **arguments: Any
+    ):
+        self.plan = plan
         super().__init__(peft_config=adapters.configuration(plan), **arguments)
         adapters.hold_in_fp32(self.model, plan)
         adapters.keep_the_trained_layout(self.model)
         engine.reduce_in_fp32(self.accelerator, plan)
         self.remove_callback(PrinterCallback)  # callbacks/progress.py speaks
+        self.watch = Watch(plan, prepared, self.model)
+        self.meter = Meter(plan, architecture, peak_flops(plan, self.args.device), self.args.device)
+        self.meter.watch(self.model)
+        self._tokens_measured: int | None = None
         self.supervised_tokens_seen = 0
         self.evaluate_sources(passes)
         self.tokens_digest = 0
@@ -180,34 +204,76 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> WholeBatches:
         rows = len(self.train_dataset if train_dataset is None else train_dataset)
-        return WholeBatches(rows, self._plan.effective_batch_size, self.args.data_seed, self._epoch)
+        return WholeBatches(rows, self.plan.effective_batch_size, self.args.data_seed, self._epoch)
 
     def _epoch(self) -> int:
-        return int(self.state.global_step // self._plan.steps_per_epoch) if self._plan.steps_per_epoch else 0
+        return int(self.state.global_step // self.plan.steps_per_epoch) if self.plan.steps_per_epoch else 0
 
-    def get_batch_samples(self, *arguments: Any, **named: Any) -> tuple[list[Any], Any]:
+    def add_callbacks(self, callbacks: list[Any]) -> None:
+        """Each is told this trainer."""
+        for callback in callbacks:
+            callback.trainer = self
+            self.add_callback(callback)
+
+    def end_callbacks(self) -> None:
+        """For a run that did not come to its end: those that have something open close it."""
+        for callback in self.callback_handler.callbacks:
+            getattr(callback, "end", lambda: None)()
+
+    def order_of_the_step(self) -> list[int]:
+        """The rows of the step that is under way, as they were dealt out to micro-batches and ranks."""
+        return self._get_train_sampler().of_step(self.state.global_step)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *arguments: Any) -> tuple[list[Any], Any]:
         """As the Trainer's; counts the supervised tokens of the step over all ranks, and remembers which they were."""
-        batches, supervised_tokens = super().get_batch_samples(*arguments, **named)
+        if self._tokens_measured is None:
+            self._tokens_measured = int(self.state.num_input_tokens_seen)  # of earlier starts
+        self.meter.step_begins()
+        batches, supervised_tokens = super().get_batch_samples(self.meter.waiting(epoch_iterator), *arguments)
         self.supervised_tokens_seen += int(supervised_tokens or 0)
+        self.meter.saw(batches, int(supervised_tokens or 0))
         for batch in batches:
             self._digest += tokens_digest(batch).to(self._digest.device)
         return batches, supervised_tokens
+
+    def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
+        """As TRL's; in training, all ranks learn the step's loss and stop where it is no number."""
+        loss = super().compute_loss(model, inputs, *arguments, **named)
+        if model.training:
+            self.watch.saw(self, loss)
+        return loss
+
+    def _get_grad_norm(self, *arguments: Any, **named: Any) -> Any:
+        """As the Trainer's; stops where the gradients are no numbers, before the step is applied."""
+        norm = super()._get_grad_norm(*arguments, **named)
+        self.watch.gradients(self, norm)
+        return norm
 
     def evaluate_sources(self, passes: dict[str, int]) -> None:
         """Takes the validation rows to be of these sources, each so many forward passes."""
         self._sources = list(passes)
         self._source_of_pass = [source for source, many in enumerate(passes.values()) for _ in range(many)]
         self._evaluated = torch.zeros(len(passes), 2, dtype=torch.float64)
-        self._passes_done = 0
+        self._of_pass: list[torch.Tensor] = []
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         """As TRL's, and keeps each source's sum of losses and the number of tokens that they were taken over."""
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         tokens = (inputs["labels"][..., 1:] != IGNORED).sum()
-        source = self._source_of_pass[self._passes_done]
-        self._evaluated[source] += torch.stack([loss.double() * tokens, tokens.double()]).cpu()
-        self._passes_done += 1
+        source = self._source_of_pass[len(self._of_pass)]
+        self._of_pass.append(torch.stack([loss.double() * tokens, tokens.double()]).cpu())
+        self._evaluated[source] += self._of_pass[-1]
         return loss, logits, labels
+
+    def evaluated_passes(self, name: str) -> torch.Tensor:
+        """Of the newest evaluation, each pass of a source on each rank: loss sum and tokens, [ranks, passes, 2]."""
+        mine = [
+            one
+            for one, source in zip(self._of_pass, self._source_of_pass, strict=True)
+            if self._sources[source] == name
+        ]
+        gathered: torch.Tensor = self.accelerator.gather(torch.stack(mine)[None].to(self.accelerator.device))
+        return gathered.cpu()
 
     def evaluation_loop(self, *arguments: Any, **named: Any) -> EvalLoopOutput:
         """As the Trainer's, with the sum of losses over the sum of supervised tokens as `eval_loss`, and the same of
@@ -217,14 +283,17 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
         (https://github.com/huggingface/transformers/issues/39241).
         """
         self._evaluated.zero_()
-        self._passes_done = 0
+        self._of_pass.clear()
         output = super().evaluation_loop(*arguments, **named)
         sums = self.accelerator.reduce(self._evaluated.to(self.accelerator.device, torch.float64), "sum").tolist()
         prefix = named.get("metric_key_prefix", "eval")
-        if len(sums) > 1:
-            for name, (loss, tokens) in zip(self._sources, sums, strict=True):
-                output.metrics[f"{prefix}_{name}_loss"] = loss / max(tokens, 1)
-        output.metrics[f"{prefix}_loss"] = sum(loss for loss, _ in sums) / max(sum(tokens for _, tokens in sums), 1)
+        of = dict(zip(self._sources, sums, strict=True))
+        retained = of.pop(RETAINED, None)
+        named_apart = {**(of if len(of) > 1 else {}), **({RETAINED: retained} if retained else {})}
+        for name, (loss, tokens) in named_apart.items():
+            output.metrics[f"{prefix}_{name}_loss"] = loss / max(tokens, 1)
+        total, tokens = (sum(part) for part in zip(*of.values(), strict=True))
+        output.metrics[f"{prefix}_loss"] = total / max(tokens, 1)
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -237,7 +306,32 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
         if "loss" in logs:
             self.tokens_digest = int(self.accelerator.reduce(self._digest, "sum").item()) % 2**48
             self._digest.zero_()
+            tokens = int(self.state.num_input_tokens_seen)
+            logs.update(self.meter.read(self.accelerator, tokens - (self._tokens_measured or 0)))
+            self._tokens_measured = tokens
+        if "eval_loss" in logs:
+            logs.update(self._gap_of(logs["eval_loss"]))
+        logs["supervised_tokens_seen"] = self.supervised_tokens_seen
         super().log(logs, start_time)
+
+    def _gap_of(self, eval_loss: float) -> dict[str, float]:
+        """Validation loss minus the last training loss that was logged (the Trainer never puts both in one record),
+        its exponential mean, and whether the gap is the documents' sign of overfitting."""
+        train_loss = self._last_logged("loss")
+        if train_loss is None:
+            return {}
+        gap = eval_loss - train_loss
+        smoothed = self._last_logged("train_eval_gap_smoothed")
+        above = gap > self.plan.sections["guards"]["overfitting_gap"]
+        return {
+            "train_eval_gap": gap,
+            "train_eval_gap_smoothed": gap if smoothed is None else (smoothed + gap) / 2,
+            "overfitting_signal": float(above),
+        }
+
+    def _last_logged(self, key: str) -> float | None:
+        """From the Trainer's own history, which a resume brings back."""
+        return next((float(entry[key]) for entry in reversed(self.state.log_history) if key in entry), None)
 
     def save_weights(self, target: Path) -> None:
         """Saves the model and its tokenizer so that `target` is whole or not there. All ranks take part.
@@ -255,13 +349,13 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _add_generation(self, folder: Path) -> None:
         """Adapters have no generation configuration of their own, and the ends of turn stand there."""
-        if self._plan.method != "full":
+        if self.plan.method != "full":
             self.accelerator.unwrap_model(self.model).generation_config.save_pretrained(folder)
 
     def take_up(self, whole: Path, last: Path) -> None:
         """Stands where the last step left a run that was cut off before its models were published."""
         self.state = TrainerState.load_from_json(str(whole / "trainer_state.json"))
-        if not self._plan.no_rank_holds_the_model:
+        if not self.plan.no_rank_holds_the_model:
             self.model.to(self.args.device)
         if self.accelerator.is_main_process:
             checkpoint.copy_whole(whole, last, checkpoint.MODEL_FILES)
@@ -273,6 +367,16 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
 
     def create_model_card(self, *_arguments: Any, **_named: Any) -> None:
         """Nothing: the manifest tells what a run was; a card with empty headings in every checkpoint does not."""
+
+
+def peak_flops(plan: Plan, device: torch.device) -> float | None:
+    """What a device's data sheet promises in bf16, operations a second: TRL's table, else the plan's card's; None on
+    the CPU, in fp32, and where neither knows it."""
+    if device.type != "cuda" or plan.precision != "bf16":
+        return None
+    known: float | None = get_peak_flops(torch.cuda.get_device_name(device), "bfloat16")
+    named = CARDS_TFLOPS.get(plan.card or "")
+    return known or (named * 1e12 if named else None)
 
 
 def tokens_digest(batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -327,9 +431,22 @@ def validation_in_passes(validation: Any, rows_of: dict[str, int], rows_a_pass: 
     return concatenate_datasets(list(filled.values())), {name: len(one) // rows_a_pass for name, one in filled.items()}
 
 
-def read_rows(prepared: Path) -> tuple[Any, Any]:
-    """The prepared training and validation rows, without the places where they were written."""
-    from datasets import load_from_disk
+def read_rows(prepared: Path, details: dict[str, Any], rows_a_pass: int) -> tuple[Any, Any, dict[str, int]]:
+    """The prepared training rows, the rows that an evaluation looks at, and how many passes each source of them has.
 
-    train, validation = (load_from_disk(str(prepared / part)) for part in ("train", "validation"))
-    return train.remove_columns("source"), validation.remove_columns("source")
+    Rows that the model should not forget are evaluated last, as a source of their own.
+
+    Args:
+        details: what preparation counted.
+        rows_a_pass: micro-batch x ranks.
+    """
+    from datasets import concatenate_datasets, load_from_disk
+
+    train, held_out = (
+        load_from_disk(str(prepared / part)).remove_columns("source") for part in ("train", "validation")
+    )
+    rows_of = dict(details["validation_rows"])
+    if details.get("retain_rows"):
+        held_out = concatenate_datasets([held_out, load_from_disk(str(prepared / "retain")).remove_columns("source")])
+        rows_of[RETAINED] = details["retain_rows"]
+    return train, *validation_in_passes(held_out, rows_of, rows_a_pass)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
@@ -31,9 +32,15 @@ class KeepBest(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The Trainer calls this when rank 0 has written; the others' files are awaited."""
-        self.trainer.accelerator.wait_for_everyone()
+        mark_when_all_have_written(self.trainer, state)
         if state.is_world_process_zero:
-            step, tokens = state.global_step, self.trainer.supervised_tokens_seen
-            checkpoint.mark_complete(self.folder.checkpoint(step), step, tokens)
             # Only now: until this checkpoint was whole, an interrupted run went on from one that remembers others.
             checkpoint.forget_all_but_the_best(self.folder, checkpoint.validation_losses(state.log_history))
+
+
+def mark_when_all_have_written(trainer: Any, state: Any) -> None:
+    """Marks the checkpoint of this step as whole once every rank's files are there. All ranks take part."""
+    trainer.accelerator.wait_for_everyone()
+    if state.is_world_process_zero:
+        folder = RunFolder(Path(trainer.args.output_dir)).checkpoint(state.global_step)
+        checkpoint.mark_complete(folder, state.global_step, trainer.supervised_tokens_seen)

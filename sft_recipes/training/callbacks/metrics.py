@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
 from sft_recipes.planning.run_folder import RunFolder
+from sft_recipes.training import checkpoint
+from sft_recipes.training.divergence import json_number
 
 
 class WriteMetrics(TrainerCallback):
@@ -19,21 +23,47 @@ class WriteMetrics(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Leaves out what an interrupted start wrote behind the checkpoint that this one goes on from."""
-        path = self.folder.metrics
-        if state.is_world_process_zero and path.is_file():
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= state.global_step]
-            path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        if state.is_world_process_zero:
+            for path in (self.folder.metrics, self.folder.samples, self.folder.warnings):
+                _forget_behind(path, state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """On all ranks: the step has ended, they have met (callbacks/stop.py)."""
+        self.trainer.meter.step_ends()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """One line: the step, then whatever was logged."""
         if not state.is_world_process_zero or not logs:
             return
         figures = {key: value for key, value in logs.items() if isinstance(value, (int, float))}
-        line = {"step": state.global_step, **figures, "supervised_tokens_seen": self.trainer.supervised_tokens_seen}
         if "loss" in logs:
-            line["tokens_digest"] = self.trainer.tokens_digest  # here alone: a curve of it would say nothing
-        with self.folder.metrics.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(line) + "\n")
+            figures["tokens_digest"] = self.trainer.tokens_digest  # here alone: a curve of it would say nothing
+        append(self.folder.metrics, {"step": state.global_step, **figures})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The summary of a run that came to its end."""
+        if state.is_world_process_zero and not self.trainer.stopping.stopped:
+            append(self.folder.metrics, {"step": state.global_step, **final(state)})
+
+
+def final(state: Any) -> dict[str, float]:
+    """What a run came to, under the documents' names."""
+    losses = [loss for loss in checkpoint.validation_losses(state.log_history).values() if math.isfinite(loss)]
+    figures = {"final/total_steps": state.global_step, "final/epochs_completed": state.epoch or 0.0}
+    return {**figures, "final/best_eval_loss": min(losses)} if losses else figures
+
+
+def append(path: Path, line: dict[str, Any]) -> None:
+    """One more line; numbers that JSON does not have (NaN, Infinity) are written as text."""
+    written = {key: json_number(value) for key, value in line.items()}
+    with path.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(written, allow_nan=False) + "\n")
+
+
+def _forget_behind(path: Path, step: int) -> None:
+    if path.is_file():
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _step(line: str) -> float:

@@ -1,4 +1,4 @@
-"""Shows how far a run is: a bar on a terminal, plain lines elsewhere and in `log.txt`; rank 0 alone speaks."""
+"""Shows how far a run is: a live view on a terminal, plain lines elsewhere and in `log.txt`; rank 0 alone speaks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from sft_recipes.planning.memory import GIB
 from sft_recipes.planning.run_folder import RunFolder
 
 
@@ -19,67 +20,70 @@ class ShowProgress(TrainerCallback):
     def __init__(self, folder: RunFolder):
         self.log = folder.log
         self.bar: Progress | None = None
-        self.loss: float | None = None
-        self.eval_loss: float | None = None
+        self.shown: dict[str, str] = {}
         self.began = (0.0, 0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Starts the bar where there is a terminal to show it on."""
+        """Starts the view where there is a terminal to show it on."""
         if not state.is_world_process_zero:
             return
         self.began = (time.monotonic(), state.global_step)
         if sys.stdout.isatty():
-            columns = (
-                "step",
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.description}"),
-                "left",
-                TimeRemainingColumn(),
-            )
-            self.bar = Progress(*columns)
+            step = MofNCompleteColumn()
+            text = TextColumn("{task.description}")
+            self.bar = Progress("step", BarColumn(), step, text, "left", TimeRemainingColumn(), expand=True)
             self.bar.start()
             self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Moves the bar."""
         if self.bar is not None:
-            self.bar.update(self.task, completed=state.global_step)
+            self.shown["epoch"] = f"epoch {state.epoch or 0:.2f}"
+            self.bar.update(self.task, completed=state.global_step, description="  ".join(self.shown.values()))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Says loss, learning rate, gradient norm and the time that is left."""
+        """Says loss, learning rate, gradient norm, speed, memory and the time that is left."""
         if not state.is_world_process_zero or not logs:
             return
         if "loss" in logs:
-            self.loss = logs["loss"]
-            self._say(
-                state,
-                f"loss {self.loss:.4f}  lr {logs['learning_rate']:.2e}  grad_norm {logs.get('grad_norm', 0.0):.2f}",
-            )
+            self.shown.update(loss=f"loss {logs['loss']:.4f}", **_cost(logs))
+            said = [self.shown["loss"], f"lr {logs['learning_rate']:.2e}"]
+            said += [f"grad_norm {logs['grad_norm']:.2f}"] if "grad_norm" in logs else []
+            self._line(state, "  ".join([*said, *_cost(logs).values()]))
         if "eval_loss" in logs:
-            self.eval_loss = logs["eval_loss"]
+            self.shown["eval_loss"] = f"eval_loss {logs['eval_loss']:.4f}"
             sources = {key[5:-5]: value for key, value in logs.items() if re.fullmatch(r"eval_\w+_loss", key)}
             each = ", ".join(f"{name} {value:.4f}" for name, value in sources.items())
-            self._say(state, f"eval_loss {self.eval_loss:.4f}{f' ({each})' if each else ''}")
+            self._line(state, f"{self.shown['eval_loss']}{f' ({each})' if each else ''}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Takes the bar away."""
+        """Takes the view away."""
+        self.end()
+
+    def end(self) -> None:
+        """For a run that did not come to its end, too."""
         if self.bar is not None:
             self.bar.stop()
+            self.bar = None
 
-    def _say(self, state: Any, text: str) -> None:
+    def say(self, text: str) -> None:
+        """A line of its own, above the view, and in the log."""
+        with self.log.open("a", encoding="utf-8") as log:
+            log.write(text + "\n")
+        if self.bar is None:
+            print(text, flush=True)
+        else:
+            self.bar.console.print(text, markup=False, highlight=False)
+
+    def _line(self, state: Any, text: str) -> None:
         step, epoch = f"{state.global_step}/{state.max_steps}", state.epoch or 0
         line = f"step {step}  epoch {epoch:.2f}  {text}  left {self._left(state)}"
+        if self.bar is None:
+            self.say(line)
+            return
         with self.log.open("a", encoding="utf-8") as log:
             log.write(line + "\n")
-        if self.bar is None:
-            print(line, flush=True)
-        else:
-            shown = [
-                f"loss {self.loss:.4f}" if self.loss is not None else "",
-                f"eval_loss {self.eval_loss:.4f}" if self.eval_loss is not None else "",
-            ]
-            self.bar.update(self.task, description="  ".join(filter(None, shown)))
+        self.bar.update(self.task, description="  ".join(self.shown.values()))
 
     def _left(self, state: Any) -> str:
         began, first = self.began
@@ -89,3 +93,10 @@ class ShowProgress(TrainerCallback):
         seconds = (time.monotonic() - began) / done * (state.max_steps - state.global_step)
         hours, rest = divmod(int(seconds), 3600)
         return f"{hours}:{rest // 60:02}:{rest % 60:02}"
+
+
+def _cost(logs: dict[str, Any]) -> dict[str, str]:
+    """Tokens a second, and the memory at its highest: the GPU's, else this host's process."""
+    memory = logs.get("memory_peak_bytes", logs.get("host_memory_bytes"))
+    shown = {"speed": f"{logs['tokens_per_second']:,.0f} tok/s"} if "tokens_per_second" in logs else {}
+    return {**shown, "memory": f"{memory / GIB:.1f} GiB"} if memory else shown

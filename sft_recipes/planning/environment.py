@@ -1,0 +1,54 @@
+"""Reads the environment variables that a run takes, which Make, sbatch and containers pass on alike."""
+
+from __future__ import annotations
+
+import os
+
+from sft_recipes.planning.schema import RecipeError
+
+_REPORTERS = ("none", "tensorboard", "wandb")
+
+
+def reporters() -> list[str]:
+    """REPORT_TO: where figures go besides `metrics.jsonl`; TensorBoard where nothing is said.
+
+    Raises:
+        RecipeError: a name that is not known.
+    """
+    asked = [name.strip() for name in os.environ.get("REPORT_TO", "tensorboard").split(",")]
+    unknown = [name for name in asked if name not in _REPORTERS]
+    if unknown:
+        raise RecipeError(f"REPORT_TO: {unknown[0]!r} is not known; wanted some of {', '.join(_REPORTERS)}")
+    if "none" in asked and len(asked) > 1:
+        raise RecipeError(f"REPORT_TO: {','.join(asked)} names none and others; say one or the other")
+    return [name for name in asked if name != "none"]
+
+
+def sanity_is_skipped() -> bool:
+    """SANITY=skip: a run starts although nothing has tried it.
+
+    Raises:
+        RecipeError: another word.
+    """
+    asked = os.environ.get("SANITY", "")
+    if asked not in ("", "skip"):
+        raise RecipeError(f"SANITY: {asked!r} is not known; say SANITY=skip, or leave it out")
+    return asked == "skip"
+
+
+def gpu_hour_price() -> float | None:
+    """GPU_HOUR_PRICE: what an hour of one GPU costs, in the user's money; None where it is not said.
+
+    Raises:
+        RecipeError: it is no number.
+    """
+    text = os.environ.get("GPU_HOUR_PRICE")
+    if not text:
+        return None
+    try:
+        price = float(text)
+    except ValueError:
+        price = -1.0
+    if not 0 <= price < 1e6:
+        raise RecipeError(f"GPU_HOUR_PRICE: {text!r} is not a price; wanted a number such as 2.50")
+    return price

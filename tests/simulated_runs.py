@@ -1,0 +1,155 @@
+"""Writes the folders of runs that never were: a plan of the real planner, and figures with the noise that real ones have."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sft_recipes.planning import batch, recipes
+from sft_recipes.planning import plan as plans
+from sft_recipes.planning.plan import Topology
+from sft_recipes.planning.run_folder import RunFolder
+from sft_recipes.planning.schedule import learning_rate
+from sft_recipes.reporting.reading import Run, read
+
+GIB = 2**30
+
+
+@dataclass
+class Simulated:
+    """A healthy run until a test changes its figures; `until` is the share of its planned steps that was done."""
+
+    recipe: str = "8b"
+    steps: int = 1000
+    lines: int = 100
+    evaluations: int = 10
+    seed: int = 0
+    noise: float = 0.05
+    overrides: tuple[str, ...] = ()
+    state: str = "finished"
+    gpu: bool = True
+    ranks: bool = True
+    retain: bool = False
+    begin: float = 1.4
+    end: float = 1.1
+    until: float = 1.0
+    accuracy: float = 0.7
+    gap: float = 0.03
+    manifest: dict = field(default_factory=dict)
+    warnings: list[dict] = field(default_factory=list)
+    samples: list[dict] = field(default_factory=list)
+    changes: list = field(default_factory=list)
+
+    def loss(self, share: float) -> float:
+        """Most of the way early, the rest slowly, as fine-tunes go."""
+        fallen = 0.6 * (1 - math.exp(-share * 12)) + 0.4 * share
+        return self.begin * (self.end / self.begin) ** fallen
+
+    def change(self, key: str, value) -> Simulated:
+        """Wherever a line has `key`, `value(what it is, share of the run)` takes its place."""
+        self.changes.append((key, value))
+        return self
+
+    def plan(self):
+        recipe = recipes.load(self.recipe, self.overrides)
+        gpus = 0 if self.recipe == "tiny" else recipe.hardware.gpus
+        made = plans.make(recipe, Topology(gpus, 1, recipe.hardware.nodes, recipe.hardware.card))
+        return dataclasses.replace(
+            made,
+            settled=True,
+            optimizer_steps=self.steps,
+            steps_per_epoch=max(1, math.ceil(self.steps / made.num_train_epochs)),
+            warmup_steps=batch.warmup_steps(self.steps, made.warmup_ratio),
+        )
+
+    def metrics(self, plan) -> list[dict]:
+        draw = random.Random(self.seed)
+        every = max(1, self.steps // self.lines)
+        logged = {1, *range(every, self.steps + 1, every)}
+        asked = {round(self.steps * part / self.evaluations) for part in range(1, self.evaluations + 1)}
+        found = [{"step": 0, "eval_retain_loss": 0.9}] if self.retain else []
+        for step in sorted(logged | asked):
+            share = step / self.steps
+            if share > self.until:
+                break
+            if step in logged:
+                found.append(self._altered(self._training(plan, step, share, draw, every), share))
+            if step in asked:
+                found.append(self._altered(self._validation(step, share, draw), share))
+        if self.state == "finished":
+            best = min((line["eval_loss"] for line in found if "eval_loss" in line), default=None)
+            found.append({"step": self.steps, "final/total_steps": self.steps, "final/best_eval_loss": best})
+        return found
+
+    def _training(self, plan, step, share, draw, every) -> dict:
+        speed = draw.gauss(1, 0.07) * (0.8 if draw.random() < 0.1 else 1)  # a line with an evaluation is slower
+        options = plan.sections["trainer"].get("lr_scheduler_kwargs") or {}
+        rate = learning_rate(
+            plan.lr_scheduler_type, plan.learning_rate, plan.warmup_steps, self.steps, step - 1, options
+        )
+        line = {
+            "step": step,
+            "epoch": share * plan.num_train_epochs,
+            "loss": self.loss(share) * max(0.2, draw.gauss(1, self.noise)),
+            "grad_norm": 1.2 * math.exp(draw.gauss(0, 0.35)) * (4 if step == 1 else 1),
+            "learning_rate": rate,
+            "mean_token_accuracy": self.accuracy + draw.gauss(0, 0.01),
+            "supervised_tokens_seen": step * 20_000,
+            "step_seconds": 2.0 / speed,
+            "data_wait_share": 0.6 if step == 1 else abs(draw.gauss(0.01, 0.01)),
+            "slots_per_second": 33_000 * speed,
+            "tokens_per_second": 32_000 * speed,
+            "supervised_tokens_per_second": 20_000 * speed,
+            "host_memory_bytes": int(9 * GIB * (1 + 0.05 * min(1, share * 10)) + draw.gauss(0, 0.02) * GIB),
+        }
+        if self.gpu:
+            held = 40 * GIB * (1 + (0.15 if share > 1 / self.evaluations else 0)) + draw.gauss(0, 0.1) * GIB
+            line |= {"memory_allocated_bytes": int(held), "memory_reserved_bytes": int(1.3 * held)}
+            line |= {"memory_peak_bytes": int(1.25 * held), "mfu": 0.42 * speed, "mfu_palm": 0.44 * speed}
+            line |= {"hfu": 0.55 * speed}
+        if self.ranks:
+            line |= {"slowest_rank": draw.randrange(8), "rank_lag": abs(draw.gauss(0.03, 0.02))}
+        return line
+
+    def _validation(self, step, share, draw) -> dict:
+        loss = self.loss(share) + self.gap
+        line = {"step": step, "eval_loss": loss * draw.gauss(1, 0.003), "eval_mean_token_accuracy": self.accuracy}
+        if self.retain:
+            line["eval_retain_loss"] = 0.9 * (1 + 0.02 * share) * draw.gauss(1, 0.003)
+        return line
+
+    def _altered(self, line: dict, share: float) -> dict:
+        for key, value in self.changes:
+            if key in line:
+                line[key] = value(line[key], share)
+        return line
+
+    def write(self, folder: Path) -> Run:
+        """The folder as a run leaves it, and what reading it gives."""
+        folder.mkdir(parents=True, exist_ok=True)
+        plan, run = self.plan(), RunFolder(folder)
+        plans.write(plan, run.plan)
+        start = {"at": "2026-11-21T06:00:00+00:00", "host": {"name": "node-1", "gpus": ["NVIDIA H100 80GB HBM3"] * 8}}
+        start |= {"versions": {"python": "3.11.7", "torch": "2.13.0"}, "code": {"commit": "0e9e39f2", "dirty": False}}
+        recorded = {"state": self.state, "starts": [start], "training_seconds": 5400.0, "peak_memory_bytes": 60 * GIB}
+        run.manifest.write_text(json.dumps({**recorded, **self.manifest}))
+        for path, lines in (
+            (run.metrics, self.metrics(plan)),
+            (run.warnings, self.warnings),
+            (run.samples, self.samples),
+        ):
+            path.write_text("".join(json.dumps(spelled(line)) + "\n" for line in lines))
+        return read(run)
+
+
+def spelled(line: dict) -> dict:
+    """As a run writes numbers that are none, so that every line is valid JSON."""
+    names = {math.inf: "Infinity", -math.inf: "-Infinity"}
+    return {
+        key: value if not isinstance(value, float) or math.isfinite(value) else names.get(value, "NaN")
+        for key, value in line.items()
+    }

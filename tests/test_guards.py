@@ -1,0 +1,213 @@
+"""What stops a run, and what it is warned of: planted in real runs, and in figures that are known."""
+
+import dataclasses
+import json
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import SHORT, manifest, metrics
+from transformers import TrainerControl
+
+from sft_recipes.planning import plan as plans
+from sft_recipes.planning import recipes
+from sft_recipes.planning.plan import Topology
+from sft_recipes.planning.run_folder import RunFolder
+from sft_recipes.training.callbacks import guards
+from sft_recipes.training.divergence import DivergedError, Watch
+
+
+class Ranks:
+    """accelerate where there is one rank."""
+
+    sync_gradients, num_processes, process_index, optimizer_step_was_skipped = True, 1, 0, False
+
+    def reduce(self, tensor, _how):
+        return tensor
+
+
+def watching(tmp_path, deepspeed=False, skipped=False):
+    from datasets import Dataset
+
+    plan = plans.make(recipes.load("tiny"), Topology(gpus=0, processes=1))
+    Dataset.from_list([{"input_ids": [1, 2], "source": f"a.jsonl:{n}"} for n in (1, 2)]).save_to_disk(
+        tmp_path / "train"
+    )
+    trainer = SimpleNamespace(
+        accelerator=Ranks(), is_deepspeed_enabled=deepspeed, state=SimpleNamespace(global_step=4),
+        order_of_the_step=lambda: [1, 0],
+    )  # fmt: skip
+    trainer.accelerator.optimizer_step_was_skipped = skipped
+    return Watch(plan, tmp_path, torch.nn.Linear(1, 1)), trainer
+
+
+@pytest.mark.parametrize("norm", [float("nan"), float("inf"), -1.0])
+def test_gradients_that_are_no_numbers_stop_the_run(tmp_path, norm):
+    """-1 is how DeepSpeed writes it."""
+    watch, trainer = watching(tmp_path)
+    watch.saw(trainer, torch.tensor(1.5))
+    with pytest.raises(DivergedError, match="the gradients are no numbers") as raised:
+        watch.gradients(trainer, torch.tensor(norm))
+    assert raised.value.what.step == 5 and raised.value.what.rows == ["a.jsonl:2", "a.jsonl:1"]
+
+
+def test_a_step_that_deepspeed_skipped_counts_as_one(tmp_path):
+    watch, trainer = watching(tmp_path, deepspeed=True, skipped=True)
+    watch.saw(trainer, torch.tensor(1.5))
+    with pytest.raises(DivergedError, match="the gradients are no numbers"):
+        watch.gradients(trainer, 0.7)
+
+
+def test_numbers_pass(tmp_path):
+    watch, trainer = watching(tmp_path)
+    watch.saw(trainer, torch.tensor(1.5))
+    watch.gradients(trainer, torch.tensor(0.7))
+    assert (watch.loss, watch.grad_norm) == (1.5, pytest.approx(0.7))
+
+
+def guard(tmp_path, *overrides, steps=400):
+    plan = plans.make(recipes.load("tiny", overrides), Topology(gpus=0, processes=1))
+    plan = dataclasses.replace(plan, warmup_steps=20, optimizer_steps=steps)
+    subject = guards.Guard(plan, RunFolder(tmp_path))
+    said = []
+    subject.trainer = SimpleNamespace(watch=SimpleNamespace(loss=0.0, grad_norm=1.0), say=said.append)
+    return subject, said
+
+
+def feed(subject, losses, norms=None, logging_steps=1, **logged):
+    """Steps as the Trainer makes them, each with a log line."""
+    arguments = SimpleNamespace(logging_steps=logging_steps)
+    for step, loss in enumerate(losses, start=1):
+        state = SimpleNamespace(global_step=step, max_steps=len(losses), is_world_process_zero=True, log_history=[])
+        subject.trainer.watch.loss = loss
+        subject.trainer.watch.grad_norm = norms[step - 1] if norms else 1.0
+        subject.on_step_end(arguments, state, None)
+        line = {"loss": loss, **{key: values[step - 1] for key, values in logged.items()}}
+        subject.on_log(arguments, state, None, logs=line)
+
+
+def warned(tmp_path):
+    path = tmp_path / "warnings.jsonl"
+    return (
+        [(line["step"], line["rule"]) for line in map(json.loads, path.read_text().splitlines())]
+        if path.exists()
+        else []
+    )
+
+
+def falling(steps, seed=0, start=2.0, end=1.2, noise=0.05):
+    chance = random.Random(seed)
+    return [end + (start - end) * 0.98**step + chance.gauss(0, noise) for step in range(steps)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_healthy_run_is_not_warned_of_anything(tmp_path, seed):
+    chance = random.Random(seed)
+    subject, said = guard(tmp_path)
+    norms = [abs(chance.gauss(1.5, 0.5)) for _ in range(400)]
+    speeds = [1000 * chance.uniform(0.85, 1.1) * (0.5 if step % 100 == 0 else 1) for step in range(400)]
+    feed(subject, falling(400, seed), norms, tokens_per_second=speeds)
+    assert (warned(tmp_path), said) == ([], [])
+
+
+def test_a_loss_spike_is_told_once(tmp_path):
+    losses = falling(400)
+    losses[250] += 2.0
+    subject, said = guard(tmp_path)
+    feed(subject, losses)
+    assert warned(tmp_path) == [(251, "loss_spike")]
+    assert len(said) == 1 and "step 251  loss spike: loss 3." in said[0]
+
+
+@pytest.mark.parametrize(("norm", "rule"), [(30.0, "exploding_gradients"), (1e-8, "vanishing_gradients")])
+def test_gradient_norms_outside_the_documents_bounds_are_told_after_a_window(tmp_path, norm, rule):
+    norms = [1.0] * 400
+    norms[100] = norm
+    norms[200:230] = [norm] * 30
+    subject, _ = guard(tmp_path)
+    feed(subject, falling(400), norms)
+    assert warned(tmp_path) == [(210, rule)], "one step alone is not told, a window of ten once"
+
+
+@pytest.mark.parametrize("rule", ["loss_spike", "exploding_gradients"])
+def test_a_guard_stops_the_run_where_the_recipe_says_so(tmp_path, rule):
+    losses, norms = falling(400), [1.0] * 400
+    losses[250] += 2.0
+    norms[300:] = [50.0] * 100
+    subject, _ = guard(tmp_path, f"guards.stop_on=[{rule}]")
+    with pytest.raises(DivergedError, match=rule) as raised:
+        feed(subject, losses, norms)
+    assert raised.value.what.step == {"loss_spike": 251, "exploding_gradients": 310}[rule]
+
+
+def test_a_throughput_drop_is_told_and_a_slow_line_is_not(tmp_path):
+    speeds = [1000.0] * 400
+    speeds[100] = 10.0
+    speeds[300:] = [300.0] * 100
+    subject, _ = guard(tmp_path)
+    feed(subject, falling(400), tokens_per_second=speeds)
+    assert warned(tmp_path) == [(310, "throughput_drop")]
+
+
+def test_a_loss_that_does_not_move_after_warm_up_is_told(tmp_path):
+    chance = random.Random(0)
+    subject, _ = guard(tmp_path)
+    feed(subject, [2.0 + chance.gauss(0, 0.01) for _ in range(400)])
+    assert [rule for _, rule in warned(tmp_path)] == ["plateau"]
+
+
+def test_a_loss_with_nothing_left_to_learn_has_not_stalled(tmp_path):
+    subject, _ = guard(tmp_path)
+    feed(subject, [0.01] * 400, mean_token_accuracy=[0.99] * 400)
+    assert warned(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("losses", "since"),
+    [([], 0), ([3.0], 0), ([3, 2, 1], 0), ([1, 2, 3], 2), ([2, 1, 1, 1.5], 2), ([float("nan"), 2.0, float("nan")], 1)],
+)
+def test_evaluations_since_the_best_are_counted(losses, since):
+    assert guards.evaluations_since_the_best({10 * n: loss for n, loss in enumerate(losses)}) == since
+
+
+def test_patience_ends_the_run_on_the_evaluation_that_exceeds_it(tmp_path):
+    subject, _ = guard(tmp_path, "guards.early_stopping_patience=2")
+    history, control = [], TrainerControl()
+    for step, loss in ((10, 2.0), (20, 1.5), (30, 1.6), (40, 1.7)):
+        assert not control.should_training_stop
+        history.append({"step": step, "eval_loss": loss})
+        state = SimpleNamespace(global_step=step, log_history=history, is_world_process_zero=True)
+        subject.on_evaluate(None, state, control)
+    assert control.should_training_stop and warned(tmp_path) == [(40, "early_stopping")]
+
+
+def test_a_run_that_stops_early_is_a_finished_one(workplace, few_rows):
+    """The rate is so high that validation rises from the first evaluation on."""
+    run = workplace.trained(
+        "tiny", f"data.train={few_rows}", *SHORT, "trainer.max_steps=60", "trainer.eval_steps=2",
+        "trainer.learning_rate=1.0", "trainer.warmup_ratio=0", "outside_range=[learning_rate, warmup_ratio]",
+        "guards.early_stopping_patience=1",
+    )  # fmt: skip
+    found = manifest(run)
+    assert found["state"] == "finished" and found["steps"] < 60
+    losses = {line["step"]: line["eval_loss"] for line in metrics(run) if "eval_loss" in line}
+    assert found["best_step"] == min(losses, key=losses.get) and (run / "final" / "model.safetensors").is_file()
+    assert metrics(run)[-1]["final/total_steps"] == found["steps"]
+    assert "early_stopping" in (run / "warnings.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("guards.stop_on=[loss_spikes]", "guards.stop_on names 'loss_spikes'; wanted some of loss_spike, exploding"),
+        ("guards.window=1", "guards.window is 1; wanted 2 to 10000"),
+        ("guards.loss_spike=x", "guards.loss_spike is 'x'; wanted a number"),
+        ("guards.early_stopping_patience=0", "guards.early_stopping_patience is 0; wanted at least 1"),
+        ("guards.gradnorm=3", "unknown key guards.gradnorm"),
+    ],
+)
+def test_a_wrong_threshold_is_refused(workplace, said, message):
+    done = workplace.sft("plan", "tiny", said)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert message in done.stderr

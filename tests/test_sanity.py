@@ -1,0 +1,240 @@
+"""The sanity gate: what it finds wrong before a run, what it leaves behind, and when it is asked at all."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+from conftest import SHORT, manifest
+
+from sft_recipes.planning import plan as plans
+from sft_recipes.planning import recipes, trial
+from sft_recipes.planning.plan import Topology
+from sft_recipes.training import sanity
+
+FEW_ANSWERS = ("answers.show=2", "answers.exact_match=0", "answers.max_new_tokens=4")
+CHECKS = [
+    "rows and masks", "first loss", "loss falls", "numbers", "gradient norm", "peak memory", "evaluation", "answers",
+    "checkpoint",
+]  # fmt: skip
+
+
+def lines_of(done, word):
+    return {line[6:22].strip(): line for line in done.stdout.splitlines() if line.startswith(word)}
+
+
+@pytest.fixture(scope="module")
+def tried(shared_workplace):
+    """The tiny recipe with a run after it: the gate goes by itself before `train`."""
+    return shared_workplace.sft("train", "tiny", "--name", "gated", *SHORT, SANITY="")
+
+
+def test_train_tries_the_plan_first_and_says_what_it_saw(tried, shared_workplace):
+    assert tried.returncode == 0, tried.stdout + tried.stderr
+    told = {**lines_of(tried, "PASS"), **lines_of(tried, "  - ")}
+    assert sorted(told) == sorted(CHECKS)
+    assert "not judged, the model began with random weights" in told["answers"]
+    assert "for the whole run" in tried.stdout
+    assert tried.stdout.index("sanity: passed") < tried.stdout.index("starting ")
+
+
+def test_the_receipt_spares_the_next_start_and_the_manifest_names_it(tried, shared_workplace):
+    run = shared_workplace.runs / "gated"
+    recorded = manifest(run)["starts"][-1]["sanity"]
+    receipt = json.loads((shared_workplace.path / recorded["receipt"]).read_text())
+    assert [check["name"] for check in receipt["checks"]] == CHECKS and receipt["recipe"] == "tiny"
+    assert receipt["forecast"]["seconds"] > 0
+    again = shared_workplace.sft("train", "tiny", "--name", "gated-2", *SHORT, SANITY="")
+    assert again.returncode == 0 and "sanity:" not in again.stdout
+
+
+def test_the_trial_leaves_no_trace_in_the_run(tried, short_run, shared_workplace):
+    """The same run without the gate has the same weights, and nothing of the trial lies about."""
+    from safetensors.torch import load_file
+    from torch import equal
+
+    gated = load_file(shared_workplace.runs / "gated" / "last" / "model.safetensors")
+    without = load_file(short_run / "last" / "model.safetensors")
+    assert gated.keys() == without.keys() and all(equal(gated[name], without[name]) for name in gated)
+    left = [path.name for path in (shared_workplace.runs / ".sanity").iterdir()]
+    assert left and all(name.endswith(".json") for name in left)
+
+
+def test_leaving_the_gate_out_is_recorded(short_run):
+    assert manifest(short_run)["starts"][-1]["sanity"] == {"skipped": True}
+
+
+@pytest.mark.parametrize("word", ["no", "Skip", "0"])
+def test_another_word_than_skip_is_refused(workplace, word):
+    done = workplace.sft("train", "tiny", SANITY=word)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert f"error: SANITY: {word!r} is not known; say SANITY=skip" in done.stderr
+
+
+def test_a_template_that_never_trains_the_end_of_turn_is_refused_before_anything_is_tried(workplace, few_rows):
+    template = workplace.path / "endless.jinja"
+    template.write_text(
+        "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{%- if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content }}{% endgeneration %}{%- else %}{{ m.content }}{%- endif %}{{ '<|im_end|>\\n' }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"
+    )
+    done = workplace.sft("sanity", "tiny", f"data.train={few_rows}", f"model.chat_template={template}")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "the model would never learn to stop" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def trial_of_few_rows(shared_workplace, few_rows, tmp_path_factory):
+    """A settled plan, its trial, and its prepared rows, for trials that are carried out in this process."""
+    from sft_recipes.data.prepare import prepare
+
+    settings = [f"data.train={few_rows}", "trainer.max_length=128", "batch.effective_batch_size=2", *FEW_ANSWERS]
+    plan = plans.make(recipes.load("tiny", settings), Topology(gpus=0, processes=1))
+    prepared = prepare(plan, tmp_path_factory.mktemp("store"))
+    return trial.of(plans.settle(plan, prepared)), prepared
+
+
+def carried_out(tmp_path, planned, prepared, monkeypatch):
+    from sft_recipes.planning.run_folder import RunFolder, write_json
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    folder = RunFolder(tmp_path)
+    plans.write(planned, folder.plan)
+    write_json(folder.prepared, dataclasses.asdict(prepared))
+    checks, _ = sanity.carry_out(planned, folder)
+    return {check.name: check for check in checks}
+
+
+def test_a_healthy_trial_passes_in_all(tmp_path, trial_of_few_rows, monkeypatch):
+    found = carried_out(tmp_path, *trial_of_few_rows, monkeypatch)
+    assert list(found) == CHECKS
+    assert {name: check.passed for name, check in found.items() if not check.passed} == {"answers": None}
+
+
+@pytest.mark.parametrize(("rate", "way"), [(0.0, "raise the rate"), (2.0, "it rises: lower the rate")])
+def test_a_rate_of_nothing_or_a_thousand_times_too_high_fails_for_the_loss(
+    tmp_path, trial_of_few_rows, monkeypatch, rate, way
+):
+    planned, prepared = trial_of_few_rows
+    found = carried_out(tmp_path, dataclasses.replace(planned, learning_rate=rate), prepared, monkeypatch)
+    assert found["loss falls"].passed is False
+    assert (
+        found["loss falls"].way_out.startswith(way)
+        and "row tiny starts from trainer.learning_rate=2.0e-03" in found["loss falls"].way_out
+    )
+    assert found["checkpoint"].passed and found["rows and masks"].passed
+
+
+def test_a_checkpoint_that_does_not_load_fails_for_it(tmp_path, trial_of_few_rows, monkeypatch):
+    """The optimizer's state is cut short as a full disk cuts it, once the checkpoint is marked as whole."""
+    from sft_recipes.training import checkpoint
+
+    mark = checkpoint.mark_complete
+
+    def cut_short(folder, *rest):
+        mark(folder, *rest)
+        (folder / "optimizer.pt").write_bytes((folder / "optimizer.pt").read_bytes()[:1000])
+
+    monkeypatch.setattr(checkpoint, "mark_complete", cut_short)
+    found = carried_out(tmp_path, *trial_of_few_rows, monkeypatch)
+    assert {name for name, check in found.items() if check.passed is False} == {"checkpoint"}
+    assert "checkpoint-10 does not load" in found["checkpoint"].said
+
+
+def test_a_checkpoint_that_lost_the_optimizers_state_fails_for_other_losses(tmp_path, trial_of_few_rows, monkeypatch):
+    """The Trainer itself goes on without a word (FAULTS: a missing scheduler drops the optimizer too)."""
+    from sft_recipes.training import checkpoint
+
+    mark = checkpoint.mark_complete
+
+    def lose(folder, *rest):
+        mark(folder, *rest)
+        (folder / "scheduler.pt").unlink()
+
+    monkeypatch.setattr(checkpoint, "mark_complete", lose)
+    found = carried_out(tmp_path, *trial_of_few_rows, monkeypatch)
+    assert found["checkpoint"].passed is False and "the steps behind it lose" in found["checkpoint"].said
+
+
+@pytest.mark.parametrize("what", ["all", "ends"])
+def test_masked_labels_fail_for_the_masks(tmp_path, trial_of_few_rows, monkeypatch, what):
+    """Rows as a broken preparation would leave them: every label masked, or each end of turn."""
+    from datasets import load_from_disk
+
+    planned, prepared = trial_of_few_rows
+    copy = tmp_path / "prepared-copy"
+    shutil.copytree(prepared.folder, copy)
+    ends = set(json.loads((copy / "details.json").read_text())["end_of_turn_ids"])
+
+    def mask(row):
+        return {"labels": [-100 if what == "all" or label in ends else label for label in row["labels"]]}
+
+    rows = load_from_disk(prepared.folder + "/train")
+    rows = rows.map(mask, features=rows.features)
+    shutil.rmtree(copy / "train")
+    rows.save_to_disk(copy / "train")
+    run = tmp_path / "run"
+    run.mkdir()
+    found = carried_out(run, planned, dataclasses.replace(prepared, folder=str(copy)), monkeypatch)
+    assert found["rows and masks"].passed is False
+    wanted = "labels are masked: nothing would be learned" if what == "all" else "the model would never learn to stop"
+    assert wanted in found["rows and masks"].said
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("The answer is 42.", None),
+        ("9", None),
+        ("def add(a, b):\n\treturn a + b\n", None),
+        ("La réponse est : « quarante-deux » \N{EM DASH} 四十二。", None),
+        ("very, very, very good, and it is also very well known that this has no end", None),
+        ("", "nothing is said"),
+        ("  \n", "nothing is said"),
+        ("the the the the the the the the the the the the the the the the the the the the the", "one word again and again"),
+        ("\ufffd\ufffd and \ufffd", "characters that are no text"),
+        ("ab" * 200, "the same again and again"),
+        ("\x00\x01\x02 ok", "characters that are no text"),
+    ],
+)  # fmt: skip
+def test_garbled_text_is_told_from_text(text, reason):
+    assert sanity.garbled(text) == reason
+
+
+@pytest.mark.parametrize(("rows", "wanted"), [(896, 64), (64, 64), (20, 64), (1, 4), (17, 32)])
+def test_the_longest_rows_are_among_the_trials(rows, wanted):
+    lengths = [(7 * number) % rows + 1 for number in range(rows)]
+    chosen = sanity.choose(lengths, wanted)
+    assert len(chosen) == wanted
+    assert len(set(chosen)) == min(rows, wanted, 64), "none is taken twice before all are"
+    longest = sorted(range(rows), key=lambda row: -lengths[row])[: min(16, rows, wanted)]
+    assert {lengths[row] for row in longest} <= {lengths[row] for row in chosen}
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_a_trial_is_the_plan_on_few_rows(name):
+    from sft_recipes.launching.topology import planned
+
+    recipe = recipes.load(name)
+    plan = dataclasses.replace(plans.make(recipe, planned(recipe, None, None, None, None)), rows=100_000)
+    short = trial.of(plan)
+    for kept in ("parallelism", "per_device_train_batch_size", "world_size", "learning_rate", "max_length", "dtypes"):
+        assert getattr(short, kept) == getattr(plan, kept)
+    assert 10 <= short.optimizer_steps <= 20 and 50 <= short.rows <= 512
+    assert short.rows % short.effective_batch_size == 0 and short.warmup_steps == 2
+    assert trial.resumes(plan) == (not name.startswith(("32b", "70b")))
+
+
+def test_a_receipt_is_for_one_plan_data_and_environment(monkeypatch):
+    plan = dataclasses.replace(plans.make(recipes.load("tiny"), Topology(gpus=0, processes=1)), data_fingerprint="a")
+    same = dataclasses.replace(plan, created="2020-01-01T00:00:00+00:00", notes=["x"])
+    others = [
+        dataclasses.replace(plan, data_fingerprint="b"),
+        dataclasses.replace(plan, learning_rate=1e-3),
+        dataclasses.replace(plan, world_size=2),
+    ]
+    assert trial.key(plan) == trial.key(same)
+    assert len({trial.key(one) for one in [plan, *others]}) == 4
+    before = trial.key(plan)
+    monkeypatch.setattr(trial.metadata, "version", lambda name: "9.9")
+    assert trial.key(plan) != before
