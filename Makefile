@@ -26,7 +26,8 @@ help: ## this list
 	@echo
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r target text; do \
 		printf '  %-12s %s\n' "$$target" "$$text"; done
-	@printf '\n%s\n' 'RECIPE      a name from `make recipes` (default: tiny)' \
+	@echo
+	@printf '%s\n' 'RECIPE      a name from `make recipes` (default: tiny)' \
 		'GPUS        GPUs over all nodes; 0 is the CPU (default: what the recipe or the machine has); plan compares 1,2,4,8' \
 		'DEVICES     which GPUs, by id: 0,2' \
 		'PROCESSES   ranks on the CPU, with GPUS=0' \

@@ -164,7 +164,7 @@ def test_a_dead_wandb_neither_stops_nor_slows_a_run(workplace, few_rows):
     assert all(KEY.encode() not in path.read_bytes() for path in run.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("asked", ["tensorbord", "tensorboard,wanb", "none,wandb", ""])
+@pytest.mark.parametrize("asked", ["tensorbord", "tensorboard,wanb", "none,wandb", ","])
 def test_a_tracker_that_is_not_known_is_refused_before_anything_starts(workplace, asked):
     done = workplace.sft("train", "tiny", REPORT_TO=asked)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)

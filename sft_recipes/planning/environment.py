@@ -1,4 +1,5 @@
-"""Reads the environment variables that a run takes, which Make, sbatch and containers pass on alike."""
+"""Reads the environment variables that a run takes, which Make, sbatch and containers pass on alike; an empty one is
+as good as none."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ def reporters() -> list[str]:
     Raises:
         RecipeError: a name that is not known.
     """
-    asked = [name.strip() for name in os.environ.get("REPORT_TO", "tensorboard").split(",")]
+    asked = [name.strip() for name in (os.environ.get("REPORT_TO") or "tensorboard").split(",")]
     unknown = [name for name in asked if name not in _REPORTERS]
     if unknown:
         raise RecipeError(f"REPORT_TO: {unknown[0]!r} is not known; wanted some of {', '.join(_REPORTERS)}")

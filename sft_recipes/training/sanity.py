@@ -31,7 +31,9 @@ from sft_recipes.planning.schema import RecipeError
 from sft_recipes.training import memory, signals
 from sft_recipes.training.quiet import quiet
 
-_VALIDATION_ROWS = 16
+# Rows of the trial that are evaluated before and after: enough passes to tell their fall from its noise.
+_EVALUATED_ROWS, _EVALUATED_PASSES = 24, 8
+_HELD_OUT_ROWS = 8
 _PROMPTS, _NEW_TOKENS = 3, 48
 _SURE = 3.0  # standard errors that the fall of the loss must exceed
 _DEVICE_SHARE = 0.95  # of the device's memory: what is left is for what the trial did not meet
@@ -136,11 +138,13 @@ def _copy(plan: Plan, folder: RunFolder, state: Any) -> dict[str, Any]:
             train, validation = (load_from_disk(str(prepared / part)) for part in ("train", "validation"))
             chosen = choose([len(ids) for ids in train["input_ids"]], plan.rows or 0)
             rows = train.select(chosen)
-            held_out = validation.select(range(min(_VALIDATION_ROWS, len(validation))))
+            passes = _EVALUATED_PASSES * plan.per_device_train_batch_size * plan.world_size
+            evaluated = rows.select(range(min(len(rows), max(_EVALUATED_ROWS, passes))))
+            held_out = validation.select(range(min(_HELD_OUT_ROWS, len(validation))))
             rows.save_to_disk(str(copy / "train"))
-            concatenate_datasets([rows, held_out]).save_to_disk(str(copy / "validation"))
+            concatenate_datasets([evaluated, held_out]).save_to_disk(str(copy / "validation"))
             details = {**read_json(prepared / "details.json"), "retain_rows": 0}
-            details["validation_rows"] = {"rows": len(rows), "held_out": len(held_out)}
+            details["validation_rows"] = {"rows": len(evaluated), "held_out": len(held_out)}
             write_json(copy / "details.json", details)
             shutil.copy(prepared / "prompts.jsonl", copy)
     return {**found, "folder": str(copy), "original": str(prepared)}
