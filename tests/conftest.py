@@ -19,6 +19,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # A hang is a failure, but a slow machine is not: many times what the slowest call takes.
 HANG_SECONDS = 900
 
+PLANTED_KEY = "f" * 40  # must be found again nowhere
+
 # The tiny recipe in small: enough steps for two evaluations and two checkpoints.
 SHORT = (
     "batch.effective_batch_size=8",
@@ -99,8 +101,16 @@ def shared_workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 
 @pytest.fixture(scope="session")
 def short_run(shared_workplace: Workplace) -> Path:
-    """The tiny recipe, eight steps, one process."""
-    return shared_workplace.trained("tiny", "--name", "short", *SHORT)
+    """The tiny recipe, eight steps, one process; the sanity gate goes before it, as for a user."""
+    return shared_workplace.trained("tiny", "--name", "short", *SHORT, SANITY="")
+
+
+@pytest.fixture(scope="session")
+def tracked_run(shared_workplace: Workplace, short_run: Path) -> Path:
+    """The same again, which finds the receipt, with both trackers: nothing listens on port 9, so W&B's go offline."""
+    trackers = {"REPORT_TO": "tensorboard,wandb", "WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    keys = {"WANDB_API_KEY": PLANTED_KEY, "HF_TOKEN": PLANTED_KEY}
+    return shared_workplace.trained("tiny", "--name", "tracked", *SHORT, SANITY="", **trackers, **keys)
 
 
 @pytest.fixture(scope="session")

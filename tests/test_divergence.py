@@ -39,13 +39,13 @@ def from_model(folder, *more):
     return ("model.from_scratch=false", "model.architecture={}", f"model.name_or_path={folder}", *more)
 
 
-@pytest.mark.parametrize(
-    ("engine", "processes", "packing"),
-    [("single", 1, "true"), ("ddp", 2, "false")],
-)  # fmt: skip
 def test_a_loss_that_is_no_number_stops_all_ranks_before_the_step_and_names_the_row(
-    workplace, poisoned_model, write_rows, engine, processes, packing
+    workplace, poisoned_model, write_rows
 ):
+    check_that_it_stops(workplace, poisoned_model, write_rows, "ddp", 2, "false")
+
+
+def check_that_it_stops(workplace, poisoned_model, write_rows, engine, processes, packing):
     """The row is on one rank alone. Its weights are those of the step before: the next start would be the same."""
     train, validation = write_rows(rows_with([77])), write_rows(rows_with([], 8), "validation.jsonl")
     done = workplace.sft(

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SHORT, manifest, metrics
 from transformers import TrainerControl
 
 from sft_recipes.planning import plan as plans
@@ -180,21 +179,6 @@ def test_patience_ends_the_run_on_the_evaluation_that_exceeds_it(tmp_path):
         state = SimpleNamespace(global_step=step, log_history=history, is_world_process_zero=True)
         subject.on_evaluate(None, state, control)
     assert control.should_training_stop and warned(tmp_path) == [(40, "early_stopping")]
-
-
-def test_a_run_that_stops_early_is_a_finished_one(workplace, few_rows):
-    """The rate is so high that validation rises from the first evaluation on."""
-    run = workplace.trained(
-        "tiny", f"data.train={few_rows}", *SHORT, "trainer.max_steps=60", "trainer.eval_steps=2",
-        "trainer.learning_rate=1.0", "trainer.warmup_ratio=0", "outside_range=[learning_rate, warmup_ratio]",
-        "guards.early_stopping_patience=1",
-    )  # fmt: skip
-    found = manifest(run)
-    assert found["state"] == "finished" and found["steps"] < 60
-    losses = {line["step"]: line["eval_loss"] for line in metrics(run) if "eval_loss" in line}
-    assert found["best_step"] == min(losses, key=losses.get) and (run / "final" / "model.safetensors").is_file()
-    assert metrics(run)[-1]["final/total_steps"] == found["steps"]
-    assert "early_stopping" in (run / "warnings.jsonl").read_text()
 
 
 @pytest.mark.parametrize(

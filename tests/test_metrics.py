@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHORT, manifest, metrics
+from conftest import PLANTED_KEY, manifest, metrics
 
 from sft_recipes.planning import cost, recipes
 from sft_recipes.planning import plan as plans
@@ -22,20 +22,12 @@ from sft_recipes.planning.run_folder import RunFolder
 from sft_recipes.training import metering
 from sft_recipes.training.callbacks.metrics import append
 
-KEY = "f" * 40
 ON_A_TRAINING_LINE = {
     "step", "epoch", "loss", "grad_norm", "learning_rate", "mean_token_accuracy", "entropy", "step_seconds",
     "data_wait_share", "slots_per_second", "tokens_per_second", "supervised_tokens_per_second", "host_memory_bytes",
     "supervised_tokens_seen", "tokens_digest", "num_input_tokens_seen",
 }  # fmt: skip
 GAP = {"train_eval_gap", "train_eval_gap_smoothed", "overfitting_signal"}
-
-
-@pytest.fixture(scope="module")
-def tracked(shared_workplace):
-    """A short run that both trackers follow; W&B offline, with a key that must not be found again."""
-    environment = {"REPORT_TO": "tensorboard,wandb", "WANDB_MODE": "offline", "WANDB_API_KEY": KEY, "HF_TOKEN": KEY}
-    return shared_workplace.trained("tiny", "--name", "tracked", *SHORT, **environment)
 
 
 def training_lines(run):
@@ -46,8 +38,8 @@ def evaluations(run):
     return [line for line in metrics(run) if "eval_loss" in line]
 
 
-def test_a_line_a_log_step_says_what_the_step_cost(tracked):
-    lines = training_lines(tracked)
+def test_a_line_a_log_step_says_what_the_step_cost(tracked_run):
+    lines = training_lines(tracked_run)
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert all(line.keys() >= ON_A_TRAINING_LINE for line in lines)
     for line in lines:
@@ -62,44 +54,44 @@ def test_a_line_a_log_step_says_what_the_step_cost(tracked):
         assert counted == pytest.approx(line["num_input_tokens_seen"] - before["num_input_tokens_seen"])
 
 
-def test_the_gap_is_between_validation_and_the_last_training_loss(tracked):
-    trained = {line["step"]: line["loss"] for line in training_lines(tracked)}
+def test_the_gap_is_between_validation_and_the_last_training_loss(tracked_run):
+    trained = {line["step"]: line["loss"] for line in training_lines(tracked_run)}
     smoothed = None
-    for line in evaluations(tracked):
+    for line in evaluations(tracked_run):
         assert line.keys() >= {*GAP, "eval_mean_token_accuracy"}
         assert line["train_eval_gap"] == pytest.approx(line["eval_loss"] - trained[line["step"]])
         assert line["overfitting_signal"] == float(line["train_eval_gap"] > 0.1)
         gap = line["train_eval_gap"]
         smoothed = gap if smoothed is None else (smoothed + gap) / 2
         assert line["train_eval_gap_smoothed"] == pytest.approx(smoothed)
-    assert [line["step"] for line in evaluations(tracked)] == [4, 8]
+    assert [line["step"] for line in evaluations(tracked_run)] == [4, 8]
 
 
-def test_the_last_line_sums_the_run_up_under_the_documents_names(tracked):
-    last = metrics(tracked)[-1]
+def test_the_last_line_sums_the_run_up_under_the_documents_names(tracked_run):
+    last = metrics(tracked_run)[-1]
     assert last["final/total_steps"] == 8
-    assert last["final/best_eval_loss"] == min(line["eval_loss"] for line in evaluations(tracked))
-    assert last["final/epochs_completed"] == pytest.approx(training_lines(tracked)[-1]["epoch"])
+    assert last["final/best_eval_loss"] == min(line["eval_loss"] for line in evaluations(tracked_run))
+    assert last["final/epochs_completed"] == pytest.approx(training_lines(tracked_run)[-1]["epoch"])
 
 
-def test_the_same_prompts_are_answered_at_every_evaluation(tracked):
-    samples = [json.loads(line) for line in (tracked / "samples.jsonl").read_text().splitlines()]
+def test_the_same_prompts_are_answered_at_every_evaluation(tracked_run):
+    samples = [json.loads(line) for line in (tracked_run / "samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [4, 4, 8, 8]
     assert [sample["prompt"] for sample in samples[:2]] == [sample["prompt"] for sample in samples[2:]]
     assert all(sample.keys() == {"step", "prompt", "wanted", "said"} for sample in samples)
 
 
-def test_tensorboard_reads_its_files_back(tracked):
+def test_tensorboard_reads_its_files_back(tracked_run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    read = EventAccumulator(str(tracked / "tensorboard"), size_guidance={"tensors": 0})
+    read = EventAccumulator(str(tracked_run / "tensorboard"), size_guidance={"tensors": 0})
     read.Reload()
     names = set(read.Tags()["scalars"])
     assert {"train/loss", "train/learning_rate", "train/grad_norm", "eval/loss", "train/tokens_per_second"} <= names
     assert {f"train/{name}" for name in GAP} <= names
     assert {"final/total_steps", "final/best_eval_loss", "final/epochs_completed"} <= names
     losses = {event.step: event.value for event in read.Scalars("train/loss")}
-    assert losses == pytest.approx({line["step"]: line["loss"] for line in training_lines(tracked)}, rel=1e-6)
+    assert losses == pytest.approx({line["step"]: line["loss"] for line in training_lines(tracked_run)}, rel=1e-6)
     text = read.Tensors("samples/0/text_summary")
     assert [event.step for event in text] == [4, 8] and b"wanted" in text[0].tensor_proto.string_val[0]
     assert b'"recipe": "tiny"' in read.Tensors("plan/text_summary")[0].tensor_proto.string_val[0]
@@ -113,30 +105,32 @@ def wandb_records(run, kind):
     return [record[kind] for record in map(json.loads, read.stdout.splitlines()) if record["type"] == kind]
 
 
-def test_wandb_reads_its_file_back(tracked):
-    rows = [record["item"] for record in wandb_records(tracked, "history")]
+def test_wandb_reads_its_file_back(tracked_run):
+    rows = [record["item"] for record in wandb_records(tracked_run, "history")]
     losses = {row["train/global_step"]: row["train/loss"] for row in rows if "train/loss" in row}
-    assert losses == pytest.approx({line["step"]: line["loss"] for line in training_lines(tracked)})
+    assert losses == pytest.approx({line["step"]: line["loss"] for line in training_lines(tracked_run)})
     assert {row["train/global_step"] for row in rows if "eval/loss" in row} == {4, 8}
     assert any("train/train_eval_gap" in row for row in rows) and any(
         key.startswith("samples") for row in rows for key in row
     )
-    summary = {key: value for record in wandb_records(tracked, "summary") for key, value in record["update"].items()}
+    summary = {
+        key: value for record in wandb_records(tracked_run, "summary") for key, value in record["update"].items()
+    }
     assert summary["final/total_steps"] == 8
     assert {"final/best_eval_loss", "final/epochs_completed"} <= summary.keys()
-    started = wandb_records(tracked, "run")[0]
+    started = wandb_records(tracked_run, "run")[0]
     assert (started["display_name"], started["project"]) == ("tracked", "sft-recipes")
     assert started["run_id"].startswith("tracked-")
     config = started["config"]["update"]
     assert (config["recipe"], config["effective_batch_size"]) == ("tiny", 8)
 
 
-def test_no_key_is_found_in_anything_that_a_run_writes(tracked):
+def test_no_key_is_found_in_anything_that_a_run_writes(tracked_run):
     looked = 0
-    for path in tracked.rglob("*"):
+    for path in tracked_run.rglob("*"):
         if path.is_file():
             looked += 1
-            assert KEY.encode() not in path.read_bytes(), path
+            assert PLANTED_KEY.encode() not in path.read_bytes(), path
     assert looked > 30
 
 
@@ -151,17 +145,11 @@ def test_a_run_that_goes_on_goes_on_in_the_same_wandb_run():
     assert re.fullmatch(r"a-[0-9a-f]{8}", first)
 
 
-def test_a_dead_wandb_neither_stops_nor_slows_a_run(workplace, few_rows):
-    """Nothing listens on port 9 of loopback; what would be sent lies in the run's folder, the key does not."""
-    run = workplace.trained(
-        "tiny", f"data.train={few_rows}", *SHORT, REPORT_TO="wandb", WANDB_MODE="online", WANDB_API_KEY=KEY,
-        WANDB_BASE_URL="http://127.0.0.1:9",
-    )  # fmt: skip
-    said = (run / "log.txt").read_text()
-    assert "W&B does not answer" in said and "goes on offline" in said
-    assert len(training_lines(run)) == 8 and manifest(run)["state"] == "finished"
-    assert sum("train/loss" in record["item"] for record in wandb_records(run, "history")) == 8
-    assert all(KEY.encode() not in path.read_bytes() for path in run.rglob("*") if path.is_file())
+def test_a_dead_wandb_does_not_stop_a_run(tracked_run):
+    """Nothing listens there; what would be sent lies in the run's folder (test_wandb_reads_its_file_back)."""
+    said = (tracked_run / "log.txt").read_text()
+    assert "W&B does not answer" in said and "goes on offline: wandb sync" in said
+    assert manifest(tracked_run)["state"] == "finished"
 
 
 @pytest.mark.parametrize("asked", ["tensorbord", "tensorboard,wanb", "none,wandb", ","])

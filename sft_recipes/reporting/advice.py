@@ -33,6 +33,13 @@ def rate(run: Run, factor: float) -> str:
     return _line(run, "learning_rate", scientific(peak * factor), scientific(peak))
 
 
+def rate_of_the_row(run: Run) -> str:
+    """The learning rate that the size row starts from."""
+    start = recipes.table()[str(run.plan["size"])].cells["learning_rate"].start
+    line = _line(run, "learning_rate", scientific(start), scientific(run.plan["learning_rate"]))
+    return f"{line}, where row {run.plan['size']} starts"
+
+
 def longer_warmup(run: Run) -> list[str]:
     """Twice the warm-up, as far as the size row's range goes; nothing where it is there already."""
     now = run.plan.get("warmup_ratio")

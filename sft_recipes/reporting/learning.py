@@ -17,6 +17,8 @@ from sft_recipes.reporting.advice import Finding
 from sft_recipes.reporting.reading import Points, Run, number
 
 LEAST_LOSS = 0.1  # nats a token: what moves by less is no spike and no rise, and what is below has nothing to learn
+CONVERGED = 0.9  # of tokens that are right: nothing much is left to learn
+FAR = 3.0  # times a learning rate is beyond its size row: no longer a choice, but a slip
 STRANGER_LOSS = 4.0  # nats a token: a model that knows its language is below
 
 
@@ -87,15 +89,30 @@ def instability(run: Run) -> Finding | None:
     hump = _hump(run)
     if hump is not None:
         signs.append((hump, f"the training loss rose from step {hump} and came back later"))
+    times = _beyond_its_row(run)
+    if times >= FAR:
+        signs.append((1, f"the learning rate is {times:.0f} times the highest of row {run.plan['size']}"))
     if not signs:
         return None
+    lower = advice.rate_of_the_row(run) if times > 1 else advice.rate(run, 1 / 2)
     return Finding(
         "instability",
-        "red",
+        "yellow" if len(signs) == 1 and FAR <= times < 3 * FAR else "red",
         min(step for step, _ in signs),
         "; ".join(said for _, said in signs),
-        [advice.rate(run, 1 / 2), *advice.longer_warmup(run), advice.rows(run)],
+        [lower, *advice.longer_warmup(run), advice.rows(run)],
     )
+
+
+def _beyond_its_row(run: Run) -> float:
+    """How many times the learning rate is above the highest of its size row, or below the lowest (then below 1); 1
+    within the row, and where nearly every token is right already."""
+    row, rate = recipes.table().get(str(run.plan.get("size"))), run.plan.get("learning_rate")
+    right = trends.values(run.points("mean_token_accuracy"))[-3:]
+    if row is None or not isinstance(rate, (int, float)) or (right and median(right) > CONVERGED):
+        return 1.0
+    least, most = row.cells["learning_rate"].range or (rate, rate)
+    return max(rate / most, 1.0) if rate >= least else rate / least
 
 
 def _spikes(run: Run) -> list[int]:
@@ -112,12 +129,19 @@ def _spikes(run: Run) -> list[int]:
 
 
 def _above_for_long(run: Run) -> int | None:
-    """The step from which the gradient norm was high on neighbouring lines, or on every tenth."""
-    points, limit = run.points("grad_norm"), run.guards.grad_norm_above
+    """The step from which the gradient norm was high on neighbouring lines, or on every tenth.
+
+    A model that begins with norms near the limit is not one whose gradients explode: they have to have grown, or to be
+    far above it.
+    """
+    points = run.points("grad_norm")
+    begin = median(trends.values(points)[:3]) if points else 0.0
+    limit = max(run.guards.grad_norm_above, min(2 * begin, 3 * run.guards.grad_norm_above))
     long = _long(run, trends.stretches(points, lambda norm: norm > limit))
     high = [step for step, norm in points if norm > limit]
     starts = [*long, *high[:1]] if len(high) >= max(5, len(points) / 10) else long
-    return min([*starts, *run.warned("exploding_gradients")], default=None)
+    unusual = begin <= run.guards.grad_norm_above / 2
+    return min([*starts, *(run.warned("exploding_gradients") if unusual else [])], default=None)
 
 
 def _long(run: Run, found: list[Points]) -> list[int]:
@@ -226,33 +250,45 @@ def _trained_loss(run: Run, evaluations: Points) -> list[float]:
 
 
 def plateau(run: Run) -> Finding | None:
-    """The model does not learn: neither loss falls, and there is something left to learn."""
+    """The model does not learn: neither loss falls, or the learning rate is far below its row; and something is left
+    to learn."""
     warmup, points = run.planned("warmup_steps") or 0, run.points("loss")
     after = [point for point in points if point[0] > warmup]
-    steps, losses = run.planned("optimizer_steps") or run.last_step, trends.values(after)
-    if len(after) < 12 or after[-1][0] - after[0][0] < max(20, steps / 4):
+    losses = trends.values(after)
+    if len(losses) < 3 or losses[-1] < LEAST_LOSS:
         return None
     begin, _, end = trends.blocks(losses, 3)
+    said = f"since warm-up the training loss fell by {1 - end / max(begin, 1e-8):.1%}, from {begin:.3g} to {end:.3g}"
+    look = f"or see that there is something to learn: `{advice.inspect(run)}`"
+    times = _beyond_its_row(run)
+    if times <= 1 / FAR:
+        said += f"; the learning rate is {1 / times:.0f} times below the lowest of row {run.plan['size']}"
+        severity = "yellow" if times > 1 / (3 * FAR) else "red"
+        return Finding("plateau", severity, after[0][0], said, [advice.rate_of_the_row(run), look])
+    if not _stands_still(run, after, warmup):
+        return None
+    return Finding("plateau", "red", after[0][0], said, [advice.rate(run, 2), look])
+
+
+def _stands_still(run: Run, after: Points, warmup: int) -> bool:
+    """Whether the loss behind the warm-up stays where it is, beyond doubt, and had not fallen before."""
+    steps, losses = run.planned("optimizer_steps") or run.last_step, trends.values(after)
+    if len(after) < 12 or after[-1][0] - after[0][0] < max(20, steps / 4):
+        return False
+    begin, _, end = trends.blocks(losses, 3)
     fall, part = 1 - end / max(begin, 1e-8), len(losses) // 3
-    learnt = 2 * run.guards.plateau
     unsure = 2 * math.sqrt(2) * trends.of_median(trends.noise(losses), part)
-    accuracy = [value for _, value in run.points("mean_token_accuracy")][-part:]
+    accuracy = trends.values(run.points("mean_token_accuracy"))[-part:]
     validation = trends.values(run.points("eval_loss"))
     moved = abs(1 - min(validation[1:]) / validation[0]) if len(validation) >= 4 and validation[0] > 0 else None
-    if (
+    return not (
         fall >= run.guards.plateau
         or end < LEAST_LOSS
-        or (accuracy and median(accuracy) > 0.9)
+        or (accuracy and median(accuracy) > CONVERGED)
         or (max(unsure, fall + unsure / 2) > run.guards.plateau if moved is None else moved > run.guards.plateau)
-        or (_fall_since_the_first_line(points, warmup, end) > learnt and end < STRANGER_LOSS)
-    ):
-        return None
-    return Finding(
-        "plateau",
-        "red",
-        after[0][0],
-        f"since warm-up the training loss fell by {fall:.1%} of itself, from {begin:.3g} to {end:.3g}",
-        [advice.rate(run, 2), f"or see that there is something to learn: `{advice.inspect(run)}`"],
+        or (
+            _fall_since_the_first_line(run.points("loss"), warmup, end) > 2 * run.guards.plateau and end < STRANGER_LOSS
+        )
     )
 
 

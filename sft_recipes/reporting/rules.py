@@ -73,8 +73,9 @@ RULES = (
         "The loss spikes, or gradients explode",
         "Three log lines or warnings more than {loss_spike} robust standard deviations above the loss before them (one "
         "or two are not a sign); a gradient norm above {grad_norm_above} for three lines and {window} steps, or on "
-        "every tenth line; a smoothed loss that rises and comes back.",
-        "Learning rate twice as low, a longer warm-up, look at the rows.",
+        "every tenth line, and well above the first ones; a smoothed loss that rises and comes back; a learning rate "
+        "three times the highest of its size row, while most is still to learn.",
+        "Learning rate twice as low, or where its row starts; a longer warm-up; look at the rows.",
         ("loss",),
         6,
         learning.instability,
@@ -105,8 +106,9 @@ RULES = (
         "plateau",
         "The loss does not fall",
         "The training loss fell by less than {plateau} of itself since warm-up, validation no more, and little before; "
-        "a loss near zero is not meant.",
-        "Learning rate twice as high.",
+        "or the learning rate is a third or less of the lowest of its size row, while most is still to learn. A loss "
+        "near zero is not meant.",
+        "Learning rate twice as high, or where its row starts.",
         ("loss",),
         12,
         learning.plateau,

@@ -69,8 +69,8 @@ def train(plan: Plan, folder: RunFolder) -> None:
         _write_configuration(arguments, folder)
     parts = build(plan, folder, arguments, found)
     sft, say = parts.trainer, parts.progress.say if state.is_main_process else _nothing
-    sft.say, sft.stopping = say, parts.stopping
-    sft.add_callbacks(_watchers(plan, folder, prepared, parts, say))
+    sft.say = say
+    sft.add_callbacks(watchers(plan, folder, prepared, parts, say))
     resume_from, passed_over = checkpoint.newest_complete(folder)
     for name in passed_over:
         say(f"passing over {name}: it is not whole")
@@ -174,7 +174,7 @@ def build(plan: Plan, folder: RunFolder, arguments: Any, found: dict[str, Any]) 
     return Parts(sft, ends_of_turn, stopping, progress)
 
 
-def _watchers(plan: Plan, folder: RunFolder, prepared: Path, parts: Parts, say: Callable[[str], None]) -> list[Any]:
+def watchers(plan: Plan, folder: RunFolder, prepared: Path, parts: Parts, say: Callable[[str], None]) -> list[Any]:
     """What keeps, writes, shows and guards a run, in the order in which each is told."""
     from sft_recipes.training.callbacks.best import KeepBest
     from sft_recipes.training.callbacks.guards import Guard
@@ -187,9 +187,9 @@ def _watchers(plan: Plan, folder: RunFolder, prepared: Path, parts: Parts, say: 
     trackers += [WeightsAndBiases(plan, folder, say)] if "wandb" in asked else []
     return [
         KeepBest(folder),
-        WriteMetrics(folder),
+        WriteMetrics(folder, parts.stopping),
         ShowSamples(plan, folder, prepared, trackers, parts.ends_of_turn),
-        Track(trackers),
+        Track(trackers, parts.stopping),
         parts.progress,
         Guard(plan, folder),
     ]

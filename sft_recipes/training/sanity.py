@@ -301,7 +301,13 @@ def gradients_are_in_range(plan: Plan, record: Any) -> Check:
     said = f"{middle:.3g} (median), {max(norms):.3g} at most; wanted {least:g} to {most:g}"
     if least <= middle <= most:
         return Check("gradient norm", True, said)
-    return Check("gradient norm", False, said, "lower trainer.learning_rate, or look for rows that are no text")
+    way_out = (
+        f"lower trainer.learning_rate, or look for rows that are no text; where this model's norms are larger by "
+        f"nature, guards.grad_norm_above={2 * middle:.0f}"
+        if middle > most
+        else "see that weights are trained and rows supervised (make inspect)"
+    )
+    return Check("gradient norm", False, said, way_out)
 
 
 def memory_is_enough(plan: Plan, sft: Any) -> Check:

@@ -181,13 +181,15 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
     before a step that is no number, and what a step costs.
 
     `passes` says how many forward passes of validation each source of it has, in their order (`validation_in_passes`);
-    `architecture` are the numbers that operations are counted from, `prepared` the folder of the rows.
+    `architecture` are the numbers that operations are counted from, `prepared` the folder of the rows. `say` is how a
+    callback speaks to the user.
     """
 
     def __init__(
         self, plan: Plan, passes: dict[str, int], architecture: dict[str, Any], prepared: Path, **arguments: Any
     ):
         self.plan = plan
+        self.say: Callable[[str], None] = print
         super().__init__(peft_config=adapters.configuration(plan), **arguments)
         adapters.hold_in_fp32(self.model, plan)
         adapters.keep_the_trained_layout(self.model)

@@ -22,7 +22,7 @@ from sft_recipes.training.divergence import DivergedError, What
 _USUAL_STEPS = 50  # steps that a loss is compared with
 _FEWEST_STEPS = 20
 _NOISE = 0.3  # nats: a loss that jumps by less is no spike, however steady it was before
-_CONVERGED_ACCURACY = 0.9  # of tokens: a loss that stays where nothing is left to learn has not stalled
+_CONVERGED = 0.9  # token accuracy: a loss that stays where nothing is left to learn has not stalled
 
 
 class Guard(TrainerCallback):
@@ -36,8 +36,8 @@ class Guard(TrainerCallback):
         self.losses: deque[float] = deque(maxlen=_USUAL_STEPS)
         self.norms: deque[float] = deque(maxlen=self.limits["window"])
         self.speeds: list[float] = []
+        self.first_loss: float | None = None
         self.logged: list[float] = []
-        self.accuracy = 0.0
         self.outside: set[str] = set()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -59,18 +59,19 @@ class Guard(TrainerCallback):
         return f"gradient norm {middle:.3g} (median of {len(self.norms)} steps)"
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Throughput against what is usual, and a training loss that does not move after warm-up."""
+        """Throughput against what is usual, and a training loss that has not moved much, nor moves after warm-up."""
         if not logs or "loss" not in logs or state.global_step <= 1:
             return
         lines = max(math.ceil(self.limits["window"] / args.logging_steps), 3)
         if "tokens_per_second" in logs:
             self.speeds.append(logs["tokens_per_second"])
             self._judge(state, "throughput_drop", throughput_drop(self.speeds, lines, self.limits["throughput_drop"]))
-        self.accuracy = logs.get("mean_token_accuracy", 0.0)
+        self.first_loss = logs["loss"] if self.first_loss is None else self.first_loss
         if state.global_step > (self.plan.warmup_steps or 0):
             self.logged.append(logs["loss"])
-            enough = max(10, math.ceil(0.1 * state.max_steps / args.logging_steps))
-            if len(self.logged) >= enough and self.accuracy < _CONVERGED_ACCURACY:
+            enough = max(10, math.ceil(0.25 * state.max_steps / args.logging_steps))
+            learned = logs["loss"] < (1 - 2 * self.limits["plateau"]) * self.first_loss
+            if len(self.logged) >= enough and not learned and logs.get("mean_token_accuracy", 0.0) < _CONVERGED:
                 self._judge(state, "plateau", plateau(self.logged, self.limits["plateau"]))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:

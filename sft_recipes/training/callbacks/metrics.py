@@ -11,14 +11,16 @@ from transformers import TrainerCallback
 
 from sft_recipes.planning.run_folder import RunFolder
 from sft_recipes.training import checkpoint
+from sft_recipes.training.callbacks.stop import StopTogether
 from sft_recipes.training.divergence import json_number
 
 
 class WriteMetrics(TrainerCallback):
     """Appends to `metrics.jsonl`; after a resume it goes on behind the checkpoint's step."""
 
-    def __init__(self, folder: RunFolder):
+    def __init__(self, folder: RunFolder, stopping: StopTogether):
         self.folder = folder
+        self.stopping = stopping
         self.trainer: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -42,8 +44,9 @@ class WriteMetrics(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The summary of a run that came to its end."""
-        if state.is_world_process_zero and not self.trainer.stopping.stopped:
-            append(self.folder.metrics, {"step": state.global_step, **final(state)})
+        if state.is_world_process_zero and not self.stopping.stopped:
+            seen = {"supervised_tokens_seen": self.trainer.supervised_tokens_seen}
+            append(self.folder.metrics, {"step": state.global_step, **final(state), **seen})
 
 
 def final(state: Any) -> dict[str, float]:

@@ -25,6 +25,7 @@ from transformers.integrations.integration_utils import rewrite_logs
 from sft_recipes.planning.plan import Plan
 from sft_recipes.planning.run_folder import RunFolder
 from sft_recipes.training.callbacks.metrics import final
+from sft_recipes.training.callbacks.stop import StopTogether
 
 PROJECT = "sft-recipes"
 # Bounds on what W&B may take. Training waits for none of them, only the end of a run does, for what is left.
@@ -36,8 +37,9 @@ SECONDS_TO_END = 30
 class Track(TrainerCallback):
     """Hands each log record to the trackers, on rank 0."""
 
-    def __init__(self, trackers: Sequence[Any]):
+    def __init__(self, trackers: Sequence[Any], stopping: StopTogether):
         self.trackers = trackers
+        self.stopping = stopping
         self.trainer: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -57,7 +59,7 @@ class Track(TrainerCallback):
         """The summary of a run that came to its end, and the end of all."""
         if state.is_world_process_zero:
             for tracker in self.trackers:
-                if not self.trainer.stopping.stopped:
+                if not self.stopping.stopped:
                     tracker.summary(state.global_step, final(state))
                 tracker.end()
 

@@ -1,8 +1,10 @@
-"""A run that does not fit after all."""
+"""Ends of runs that take a whole run to see: early, and for want of memory."""
 
 import resource
 import subprocess
 import sys
+
+from conftest import SHORT, manifest, metrics
 
 
 def test_running_out_of_memory_says_what_was_held_and_what_takes_less(workplace):
@@ -18,3 +20,18 @@ def test_running_out_of_memory_says_what_was_held_and_what_takes_less(workplace)
     assert "error: rank 0 ran out of memory: " in done.stderr and "the plan said" in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout.splitlines()[-1].startswith("the cheapest changes that take less: ")
+
+
+def test_a_run_that_stops_early_is_a_finished_one(workplace, few_rows):
+    """The rate is so high that validation rises from the first evaluation on."""
+    run = workplace.trained(
+        "tiny", f"data.train={few_rows}", *SHORT, "trainer.max_steps=60", "trainer.eval_steps=2",
+        "trainer.learning_rate=1.0", "trainer.warmup_ratio=0", "outside_range=[learning_rate, warmup_ratio]",
+        "guards.early_stopping_patience=1",
+    )  # fmt: skip
+    found = manifest(run)
+    assert found["state"] == "finished" and found["steps"] < 60
+    losses = {line["step"]: line["eval_loss"] for line in metrics(run) if "eval_loss" in line}
+    assert found["best_step"] == min(losses, key=losses.get) and (run / "final" / "model.safetensors").is_file()
+    assert metrics(run)[-1]["final/total_steps"] == found["steps"]
+    assert "early_stopping" in (run / "warnings.jsonl").read_text()

@@ -1,0 +1,18 @@
+"""A loss that is no number, under each engine; `make test` has DDP."""
+
+import pytest
+from conftest import compiler
+from test_divergence import check_that_it_stops, poisoned_model
+
+__all__ = ["poisoned_model"]  # a fixture
+
+
+@compiler
+@pytest.mark.parametrize("packing", ["true", "false"])
+@pytest.mark.parametrize(
+    ("engine", "processes"), [("single", 1), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("zero3_offload", 2), ("fsdp2", 2)]
+)  # fmt: skip
+def test_a_loss_that_is_no_number_stops_the_run_under_every_engine(
+    workplace, poisoned_model, write_rows, engine, processes, packing
+):
+    check_that_it_stops(workplace, poisoned_model, write_rows, engine, processes, packing)
