@@ -24,10 +24,10 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def adapted(shared_workplace, few_rows, tmp_path_factory):
-    """A LoRA run in fp32, on two sources."""
+    """A LoRA run in fp32, on two sources, with rows that it should not forget."""
     others = tmp_path_factory.mktemp("rows") / "others.jsonl"
     others.write_text("".join(json.dumps(row) + "\n" for row in embedded.rows(100, True)), encoding="utf-8")
-    words = (*SHORT, SMALL, *ADAPTERS, f"data.train=[{few_rows}, {others}]")
+    words = (*SHORT, SMALL, *ADAPTERS, f"data.train=[{few_rows}, {others}]", f"data.retain={others}")
     return shared_workplace.trained("tiny", "--name", "lora", *words)
 
 
@@ -69,6 +69,14 @@ def test_each_source_has_a_validation_loss_of_its_own(adapted):
         assert line["eval_loss"] == pytest.approx(weighted, rel=1e-6)
         assert line["eval_few_loss"] != line["eval_others_loss"]
     assert "(few " in (adapted / "log.txt").read_text()
+
+
+def test_what_the_model_should_not_forget_is_measured_before_and_after_and_decides_nothing(adapted):
+    lines = [line for line in metrics(adapted) if "eval_retain_loss" in line]
+    assert lines[0]["step"] == 0 and lines[-1]["step"] == manifest(adapted)["steps"] > 0
+    assert len({line["eval_retain_loss"] for line in lines}) == len(lines)
+    assert manifest(adapted)["best_step"] > 0 and not (adapted / "best-0").exists()
+    assert "epoch 0.00  eval_loss " in (adapted / "log.txt").read_text()
 
 
 def answers(folder):

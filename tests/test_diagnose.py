@@ -303,6 +303,38 @@ def test_a_run_that_diverged_before_its_first_line_is_diagnosed_all_the_same(tmp
     assert [finding.rule for finding in diagnose(read(run.folder))] == ["divergence"]
 
 
+def with_rate(rate, recipe="8b", **named):
+    outside = (f"trainer.learning_rate={rate}", "outside_range=[learning_rate]")
+    return Simulated(recipe, overrides=outside, **named)
+
+
+@pytest.mark.parametrize(
+    ("rate", "rule", "severity", "evidence"),
+    [
+        ("2e-4", "instability", "yellow", "4 times the highest of row 7-13b"),
+        ("2e-2", "instability", "red", "400 times the highest of row 7-13b"),
+        ("2e-6", "plateau", "yellow", "5 times below the lowest of row 7-13b"),
+        ("1e-8", "plateau", "red", "1000 times below the lowest of row 7-13b"),
+    ],
+)
+def test_a_rate_far_from_its_row_is_told_where_its_curves_look_like_any(rate, rule, severity, evidence, tmp_path):
+    """A rate that Adam and clipping bear, or that learns slowly, shows in no curve."""
+    (finding,) = diagnose(with_rate(rate).write(tmp_path))
+    assert (finding.rule, finding.severity) == (rule, severity) and evidence in finding.evidence
+    assert "`trainer.learning_rate: 2.0e-5`" in finding.advice[0] and "where row 7-13b starts" in finding.advice[0]
+
+
+def test_a_rate_that_is_meant_to_be_outside_its_row_is_left_in_peace(tmp_path):
+    assert diagnose(with_rate("1e-4").write(tmp_path / "twice")) == []
+    assert diagnose(with_rate("2e-4", accuracy=0.97).write(tmp_path / "learnt")) == []
+
+
+def test_norms_that_began_near_the_limit_do_not_explode(tmp_path):
+    """A model from nothing begins with norms of 8; that they are 11 later is no reason to lower a rate."""
+    run = Simulated("tiny", begin=7.4, end=5.0).change("grad_norm", lambda _, share: 8 + 3 * share)
+    assert diagnose(run.write(tmp_path)) == []
+
+
 def test_a_run_that_has_logged_nothing_is_refused_in_one_line(tmp_path):
     run = Simulated("8b", state="running").write(tmp_path)
     run.folder.metrics.unlink()
