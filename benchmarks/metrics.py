@@ -111,7 +111,7 @@ def _ours(folder: Path, plan: Any, found: Any) -> Any:
     folder.mkdir()
     parts = run.build(plan, RunFolder(folder), run.configure(plan, RunFolder(folder)), asdict(found))
     parts.trainer.say = parts.progress.say
-    watchers = run.watchers(plan, RunFolder(folder), Path(found.folder), parts, parts.progress.say)
+    watchers = run.watchers(plan, RunFolder(folder), Path(found.folder), parts)
     parts.trainer.add_callbacks([one for one in watchers if type(one).__name__ != "KeepBest"])
     return parts.trainer
 

@@ -195,3 +195,21 @@ def test_a_wrong_threshold_is_refused(workplace, said, message):
     done = workplace.sft("plan", "tiny", said)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert message in done.stderr
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["rows below each other", "rows end to end"])
+def test_the_examples_of_a_broken_loss_are_found_in_either_layout(flat):
+    """Two packed rows of 5 and 4 tokens; the second row's first example (2 tokens) predicts no number."""
+    from sft_recipes.training.divergence import _of_row, _of_the_row
+
+    rows = [
+        {"input_ids": [0] * 5, "source": ["a:1", "a:2"], "seq_lengths": [3, 2]},
+        {"input_ids": [0] * 4, "source": ["a:3", "a:4"], "seq_lengths": [2, 2]},
+    ]
+    marks = torch.zeros(1, 8, dtype=torch.bool) if flat else torch.zeros(2, 4, dtype=torch.bool)
+    marks[(0, 5) if flat else (1, 0)] = True
+    found = [_of_row(rows[place], _of_the_row(marks, rows, [0, 1], 0, place)) for place in (0, 1)]
+    assert found == [[], ["a:3"]]
+    alone = torch.zeros(1, 4, dtype=torch.bool)
+    alone[0, 3] = True
+    assert _of_row(rows[0], _of_the_row(alone, rows, [0], 0, 0)) == ["a:2"], "a micro-batch of one row"

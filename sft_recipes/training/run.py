@@ -10,7 +10,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,62 +56,78 @@ def train(plan: Plan, folder: RunFolder) -> None:
     """
     started = time.monotonic()
     quiet()
-    from sft_recipes.training import checkpoint
     from sft_recipes.training.divergence import DivergedError
 
     arguments = configure(plan, folder)
-    state = arguments.distributed_state
+    main = arguments.distributed_state.is_main_process
     found = read_json(folder.prepared)
     prepared = Path(found["folder"])
-    if state.is_main_process:
+    if main:
         manifest.begin(folder, plan)
         _write_configuration(arguments, folder)
     parts = build(plan, folder, arguments, found)
-    sft, say = parts.trainer, parts.progress.say if state.is_main_process else _nothing
-    sft.say = say
-    sft.add_callbacks(watchers(plan, folder, prepared, parts, say))
-    resume_from, passed_over = checkpoint.newest_complete(folder)
-    for name in passed_over:
-        say(f"passing over {name}: it is not whole")
-    if resume_from is not None:
-        sft.supervised_tokens_seen = checkpoint.supervised_tokens_seen(resume_from)
-        say(f"going on from {resume_from.name}")
-    if plan.no_rank_holds_the_model and plan.sections["answers"]["show"]:
-        say(f"no answers are shown while it trains: under {plan.parallelism} no rank holds the whole model")
-    answered_before = _before(plan, folder, sft, prepared, parts.ends_of_turn)
+    sft = parts.trainer
+    sft.say = parts.progress.say if main else _nothing
+    sft.add_callbacks(watchers(plan, folder, prepared, parts))
+    resume_from = _newest(plan, folder, sft)
+    before = _before(plan, folder, sft, prepared, parts.ends_of_turn)
 
     training_started = time.monotonic()
+
+    def seconds() -> dict[str, float]:
+        return {"seconds": time.monotonic() - started, "training_seconds": training_ended - training_started}
+
     try:
-        if resume_from is not None and folder.step_of(resume_from) == plan.optimizer_steps:
-            sft.take_up(resume_from, folder.last)  # the Trainer itself would take one step more
-        else:
-            # What the model could do before is measured before its first step.
-            arguments.eval_on_start = resume_from is None and bool(plan.sections["data"]["retain"])
-            sft.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-            if not parts.stopping.stopped:
-                sft.save_weights(folder.last)
+        _train(plan, folder, parts, resume_from)
+        diverged = None
     except DivergedError as error:
-        if state.is_main_process:
-            seconds = {"seconds": time.monotonic() - started, "training_seconds": time.monotonic() - training_started}
-            _diverged(folder, sft, error, seconds)
+        diverged = error
+    training_ended = time.monotonic()
+    if not main:
         return
-    training_seconds = time.monotonic() - training_started
-    if not state.is_main_process:
+    if diverged is not None:
+        _diverged(folder, sft, diverged, seconds())
         return
     if parts.stopping.stopped:
-        seconds = {"seconds": time.monotonic() - started, "training_seconds": training_seconds}
-        manifest.end(folder, "stopped", EXIT_STOPPED, steps=sft.state.global_step, **seconds)
+        manifest.end(folder, "stopped", EXIT_STOPPED, steps=sft.state.global_step, **seconds())
         write_json(folder.outcome, {"exit_code": EXIT_STOPPED})
-        say(f"stopped at step {sft.state.global_step}, saved; the same command goes on from it")
+        sft.say(f"stopped at step {sft.state.global_step}, saved; the same command goes on from it")
         return
     figures = _publish_the_best(folder, sft)
-    answered = _after(plan, folder, sft, prepared, parts.ends_of_turn)
-    figures["exact_match_before"] = answered_before.exact_match if answered_before else None
-    figures["exact_match_after"] = answered.exact_match if answered else None
-    seconds = {"seconds": time.monotonic() - started, "training_seconds": training_seconds}
-    recorded = manifest.end(folder, "finished", 0, **seconds, **figures, **manifest.peak_memory())
+    after = _after(plan, folder, sft, prepared, parts.ends_of_turn)
+    figures["exact_match_before"] = before.exact_match if before else None
+    figures["exact_match_after"] = after.exact_match if after else None
+    recorded = manifest.end(folder, "finished", 0, **seconds(), **figures, **manifest.peak_memory())
     write_json(folder.outcome, {"exit_code": 0})
-    say(summary(plan, folder, recorded, answered_before, answered))
+    sft.say(summary(plan, folder, recorded, before, after))
+
+
+def _newest(plan: Plan, folder: RunFolder, sft: Any) -> Path | None:
+    """The whole checkpoint that this start goes on from, and what the user is told of it."""
+    from sft_recipes.training import checkpoint
+
+    resume_from, passed_over = checkpoint.newest_complete(folder)
+    for name in passed_over:
+        sft.say(f"passing over {name}: it is not whole")
+    if resume_from is not None:
+        sft.supervised_tokens_seen = checkpoint.supervised_tokens_seen(resume_from)
+        sft.say(f"going on from {resume_from.name}")
+    if plan.no_rank_holds_the_model and plan.sections["answers"]["show"]:
+        sft.say(f"no answers are shown while it trains: under {plan.parallelism} no rank holds the whole model")
+    return resume_from
+
+
+def _train(plan: Plan, folder: RunFolder, parts: Parts, resume_from: Path | None) -> None:
+    """The steps that are left, and the last step's model."""
+    sft = parts.trainer
+    if resume_from is not None and folder.step_of(resume_from) == plan.optimizer_steps:
+        sft.take_up(resume_from, folder.last)  # the Trainer itself would take one step more
+        return
+    # What the model could do before is measured before its first step.
+    sft.args.eval_on_start = resume_from is None and bool(plan.sections["data"]["retain"])
+    sft.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    if not parts.stopping.stopped:
+        sft.save_weights(folder.last)
 
 
 def configure(plan: Plan, folder: RunFolder) -> Any:
@@ -174,7 +189,7 @@ def build(plan: Plan, folder: RunFolder, arguments: Any, found: dict[str, Any]) 
     return Parts(sft, ends_of_turn, stopping, progress)
 
 
-def watchers(plan: Plan, folder: RunFolder, prepared: Path, parts: Parts, say: Callable[[str], None]) -> list[Any]:
+def watchers(plan: Plan, folder: RunFolder, prepared: Path, parts: Parts) -> list[Any]:
     """What keeps, writes, shows and guards a run, in the order in which each is told."""
     from sft_recipes.training.callbacks.best import KeepBest
     from sft_recipes.training.callbacks.guards import Guard
@@ -184,7 +199,7 @@ def watchers(plan: Plan, folder: RunFolder, prepared: Path, parts: Parts, say: C
 
     asked = environment.reporters()
     trackers: list[Any] = [TensorBoard(plan, folder)] if "tensorboard" in asked else []
-    trackers += [WeightsAndBiases(plan, folder, say)] if "wandb" in asked else []
+    trackers += [WeightsAndBiases(plan, folder, parts.trainer.say)] if "wandb" in asked else []
     return [
         KeepBest(folder),
         WriteMetrics(folder, parts.stopping),

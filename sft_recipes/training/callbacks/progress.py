@@ -5,13 +5,26 @@ from __future__ import annotations
 import re
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.text import Text
 from transformers import TrainerCallback
 
 from sft_recipes.planning.memory import GIB
 from sft_recipes.planning.run_folder import RunFolder
+
+
+class _View(Progress):
+    """A bar with the steps, and the newest figures in a line below it, so that neither is cut at 80 columns."""
+
+    figures = ""
+
+    def get_renderables(self) -> Iterator[Any]:
+        """The two lines."""
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self.figures)
 
 
 class ShowProgress(TrainerCallback):
@@ -19,7 +32,7 @@ class ShowProgress(TrainerCallback):
 
     def __init__(self, folder: RunFolder):
         self.log = folder.log
-        self.bar: Progress | None = None
+        self.bar: _View | None = None
         self.shown: dict[str, str] = {}
         self.began = (0.0, 0)
 
@@ -29,9 +42,7 @@ class ShowProgress(TrainerCallback):
             return
         self.began = (time.monotonic(), state.global_step)
         if sys.stdout.isatty():
-            step = MofNCompleteColumn()
-            text = TextColumn("{task.description}")
-            self.bar = Progress("step", BarColumn(), step, text, "left", TimeRemainingColumn(), expand=True)
+            self.bar = _View("step", MofNCompleteColumn(), BarColumn(24), "left", TimeRemainingColumn())
             self.bar.start()
             self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
 
@@ -39,7 +50,8 @@ class ShowProgress(TrainerCallback):
         """Moves the bar."""
         if self.bar is not None:
             self.shown["epoch"] = f"epoch {state.epoch or 0:.2f}"
-            self.bar.update(self.task, completed=state.global_step, description="  ".join(self.shown.values()))
+            self.bar.figures = "  ".join(self.shown.values())
+            self.bar.update(self.task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Says loss, learning rate, gradient norm, speed, memory and the time that is left."""
@@ -83,7 +95,8 @@ class ShowProgress(TrainerCallback):
             return
         with self.log.open("a", encoding="utf-8") as log:
             log.write(line + "\n")
-        self.bar.update(self.task, description="  ".join(self.shown.values()))
+        self.bar.figures = "  ".join(self.shown.values())
+        self.bar.refresh()
 
     def _left(self, state: Any) -> str:
         began, first = self.began

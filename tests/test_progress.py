@@ -1,0 +1,69 @@
+"""What a person sees of a run: a live view on a terminal, plain lines elsewhere, rank 0 alone."""
+
+import fcntl
+import os
+import struct
+import sys
+import termios
+from types import SimpleNamespace
+
+import pytest
+
+from sft_recipes.planning.run_folder import RunFolder
+from sft_recipes.training.callbacks.progress import ShowProgress
+
+TRAINED = {"loss": 1.2345, "learning_rate": 2e-5, "grad_norm": 0.71, "tokens_per_second": 12345.6}
+EVALUATED = {"eval_loss": 1.1111, "eval_few_loss": 1.0, "eval_others_loss": 1.2}
+
+
+def follow(folder, rank_0=True):
+    """Two log records, an evaluation and a warning, as the Trainer tells them."""
+    view = ShowProgress(RunFolder(folder))
+    state = SimpleNamespace(is_world_process_zero=rank_0, global_step=0, max_steps=2000, epoch=0.0)
+    view.on_train_begin(None, state, None)
+    for step, logs in (
+        (10, {**TRAINED, "memory_peak_bytes": 5 * 2**30}),
+        (20, {**TRAINED, "host_memory_bytes": 2**29}),
+        (20, EVALUATED),
+    ):
+        state.global_step, state.epoch = step, step / 1000
+        view.on_step_end(None, state, None)
+        view.on_log(None, state, None, logs=logs)
+    if rank_0:
+        view.say("step 20  loss spike: loss 9.000")
+    view.on_train_end(None, state, None)
+
+
+def test_lines_where_there_is_no_terminal_and_in_the_log(tmp_path, capsys):
+    follow(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == (tmp_path / "log.txt").read_text().splitlines()
+    assert lines[0].startswith(
+        "step 10/2000  epoch 0.01  loss 1.2345  lr 2.00e-05  grad_norm 0.71  12,346 tok/s  5.0 GiB  left "
+    )
+    assert "0.5 GiB" in lines[1] and "eval_loss 1.1111 (few 1.0000, others 1.2000)" in lines[2]
+    assert lines[3] == "step 20  loss spike: loss 9.000" and len(lines) == 4
+
+
+def test_rank_0_alone_speaks(tmp_path, capsys):
+    follow(tmp_path, rank_0=False)
+    assert capsys.readouterr().out == "" and not (tmp_path / "log.txt").exists()
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_a_terminal_shows_steps_and_figures_uncut(tmp_path, monkeypatch, columns):
+    """A real one of that width; what a resized window, or a pipe, has is not cut either."""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("COLUMNS", raising=False)
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        follow(tmp_path)
+        terminal.flush()
+        shown = os.read(ours, 1_000_000).decode()
+    os.close(ours)
+    assert "20/2000" in shown and "left" in shown
+    assert "loss 1.2345  12,346 tok/s  0.5 GiB" in shown and "eval_loss 1.1111" in shown
+    assert "loss spike: loss 9.000" in shown
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 4
