@@ -53,9 +53,9 @@ recipes: setup ## the recipes in a table
 plan: setup ## settle every number of a run, start nothing: RECIPE GPUS NODES CARD DATA ARGS (ARGS=--explain, ARGS=--json)
 	@$(SFT) plan "$$RECIPE" $(HARDWARE) $(OVERRIDES)
 
-schedules: setup ## learning-rate curves for the recipe's own steps, a table and a plot: RECIPE GPUS PLOT WITH ARGS
-	@$(SFT) schedules "$$RECIPE" $(HARDWARE) --plot "$${PLOT:-schedules-$$RECIPE.png}" $${WITH:+--with "$$WITH"} \
-		$(OVERRIDES)
+schedules: setup ## learning-rate curves for the recipe's own steps, a table and a plot: RECIPE GPUS RUN PLOT WITH DATA ARGS
+	@mkdir -p "$${RUNS_DIR:-runs}"; $(SFT) schedules "$$RECIPE" $(HARDWARE) $${RUN:+--run "$$RUN"} --plot "$${PLOT:-$${RUNS_DIR:-runs}/schedules-$$RECIPE.png}" \
+		$${WITH:+--with "$$WITH"} $(OVERRIDES)
 
 inspect: setup ## what the loss will see, before any GPU is taken: RECIPE DATA VALIDATION ROWS HTML ARGS (ARGS=--json)
 	@$(SFT) inspect "$$RECIPE" $(HARDWARE) $${ROWS:+--rows "$$ROWS"} $${HTML:+--html "$$HTML"} $(OVERRIDES)

@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("schedules", help="learning-rate curves for a recipe's own number of steps")
     _add_recipe(verb)
+    verb.add_argument("--run", help="a run, whose own number of steps is taken")
     verb.add_argument("--with", dest="others", default="", metavar="NAME,…", help="other schedules of transformers")
     verb.add_argument("--plot", metavar="FILE", help="a .png or .svg to draw them to")
     verb.set_defaults(verb=_schedules)
@@ -271,18 +272,18 @@ def _checked(parsed: argparse.Namespace) -> tuple[Recipe, Topology, plans.Plan]:
 def _sanity(parsed: argparse.Namespace) -> int:
     from sft_recipes.launching import supervisor
 
-    _, _, plan = _checked(parsed)
-    return supervisor.try_out(plan, _say)
+    recipe, topology, plan = _checked(parsed)
+    return supervisor.try_out(plan, _say, lambda: fit.lighter(recipe, topology))
 
 
 def _train(parsed: argparse.Namespace) -> int:
-    from sft_recipes.launching import supervisor
+    from sft_recipes.launching import lock, supervisor
 
     if parsed.name is not None:
         run_folder.check_name(parsed.name)
     recipe, topology, plan = _checked(parsed)
     accept = [key for key in parsed.accept.split(",") if key]
-    start = run_folder.choose(plan, parsed.name, parsed.resume, accept, supervisor.held_by())
+    start = run_folder.choose(plan, parsed.name, parsed.resume, accept, lock.held_by())
     for note in start.notes:
         _say(note)
     if start.folder.state() == "finished":
@@ -291,12 +292,8 @@ def _train(parsed: argparse.Namespace) -> int:
     if parsed.dry_run:
         print(supervisor.shell_line(plan, start.folder))
         return 0
-    with supervisor.held(start.folder):
-        code = supervisor.carry_out(start, _say)
-    if run_folder.read_json(start.folder.outcome).get("out_of_memory"):
-        lighter = fit.lighter(recipe, topology) or ["batch.per_device_at_most=1", "a smaller trainer.max_length"]
-        _say(f"the cheapest changes that take less: {'; or '.join(lighter)}")
-    return code
+    with lock.held(start.folder):
+        return supervisor.carry_out(start, _say, lambda: fit.lighter(recipe, topology))
 
 
 def _way_out(recipe: Recipe, topology: Topology) -> str:
@@ -355,18 +352,28 @@ def _diagnose(parsed: argparse.Namespace) -> int:
 
 
 def _schedules(parsed: argparse.Namespace) -> None:
+    from sft_recipes.data import prepare
     from sft_recipes.launching.topology import planned
     from sft_recipes.reporting import schedules as drawing
     from sft_recipes.training import schedules
 
-    recipe = _recipe(parsed)
-    plan = plans.make(recipe, planned(recipe, *_numbers(parsed), parsed.card))
+    if parsed.plot:
+        drawing.check_path(Path(parsed.plot))
+    if parsed.run:
+        plan = plans.read(run_folder.find(parsed.run).plan)
+    else:
+        recipe = _recipe(parsed)
+        plan = plans.make(recipe, planned(recipe, *_numbers(parsed), parsed.card))
+        if prepare.is_at_hand(plan):
+            plan = plans.settle(plan, prepare.prepare(plan, rows_alone=True))
     total, warmup = schedule.steps_of(plan)
     curves = schedules.curves(plan, [name for name in parsed.others.split(",") if name])
-    print(f"{recipe.name}: {total:,} optimizer steps, {warmup:,} of them warm-up, {plan.lr_scheduler_type}")
+    about = "" if plan.settled else "about "
+    how = "" if plan.settled else ", an estimate until the data is prepared (RUN=… has a run's own)"
+    print(f"{plan.recipe}: {about}{total:,} optimizer steps{how}, {warmup:,} of them warm-up, {plan.lr_scheduler_type}")
     print(drawing.table(curves, warmup))
     if parsed.plot:
-        drawing.plot(curves, warmup, plan.learning_rate, recipe.name, Path(parsed.plot))
+        drawing.plot(curves, warmup, plan.learning_rate, plan.recipe, Path(parsed.plot))
         _say(f"plot       {parsed.plot}")
 
 
@@ -374,7 +381,10 @@ def _tensorboard(parsed: argparse.Namespace) -> int:
     from sft_recipes.launching import command
     from sft_recipes.launching.topology import whole_number
 
-    arguments = command.tensorboard(whole_number(parsed.port, "PORT", 1))
+    port = whole_number(parsed.port, "PORT", 1)
+    if port > 65535:
+        raise RecipeError(f"PORT: {port} is no port; wanted 1 to 65535")
+    arguments = command.tensorboard(port)
     os.execv(arguments[0], arguments)
 
 

@@ -138,7 +138,14 @@ def schedule(peak=1.0, warmup=1.0, total=1.0):
     return plant
 
 
+def out_of_memory(run):
+    run.state, run.until = "failed", 0.6
+    run.manifest = {"error": "rank 0 ran out of memory: 70.0 GiB allocated", "takes_less": ["parallelism=zero3"]}
+    return run
+
+
 DISEASES = {
+    "memory that ran out": (out_of_memory, "fault"),
     "a NaN row": (not_a_number, "divergence"),
     "a gradient that is infinite": (gradient_not_a_number, "divergence"),
     "too high a rate, the loss rises and stays": (rising_for_good, "divergence"),
@@ -303,6 +310,12 @@ def test_a_run_that_diverged_before_its_first_line_is_diagnosed_all_the_same(tmp
     assert [finding.rule for finding in diagnose(read(run.folder))] == ["divergence"]
 
 
+def test_a_schedule_that_is_not_known_in_closed_form_is_not_said_to_be_looked_at(tmp_path):
+    run = Simulated("8b", overrides=("trainer.lr_scheduler_type=polynomial", "outside_range=[lr_scheduler_type]"))
+    lines = text(run.change("learning_rate", lambda _, share: 1e-3).write(tmp_path), [])
+    assert "schedule (scheduled_rate)" in lines[-1] and "schedule" not in lines[-2]
+
+
 def with_rate(rate, recipe="8b", **named):
     outside = (f"trainer.learning_rate={rate}", "outside_range=[learning_rate]")
     return Simulated(recipe, overrides=outside, **named)
@@ -364,6 +377,7 @@ def test_a_run_that_has_logged_nothing_is_refused_in_one_line(tmp_path):
         (memorising, "1b", "`trainer.weight_decay: 0.05` (was 0.01)"),
         (forgetting, "8b", "size: lora-7-13b"),
         (slow_loader, "8b", "`trainer.dataloader_num_workers: 4` (was 0)"),
+        (out_of_memory, "8b", "takes less memory: `parallelism=zero3`"),
     ],
 )
 def test_advice_is_the_recipes_line_with_its_new_value(disease, recipe, line, tmp_path):

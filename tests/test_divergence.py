@@ -56,7 +56,7 @@ def check_that_it_stops(workplace, poisoned_model, write_rows, engine, processes
     )  # fmt: skip
     assert done.returncode == 3, done.stdout + done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "was not applied on any rank: the loss is no number" in line and f"{train.name}:78" in line
+    assert "the loss is no number; it was not applied on any rank" in line and f"{train.name}:78" in line
     (run,) = [path.parent for path in workplace.runs.glob("*/manifest.json")]
     found = manifest(run)
     assert (found["state"], found["exit_code"]) == ("diverged", 3)

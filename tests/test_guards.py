@@ -14,7 +14,7 @@ from sft_recipes.planning import recipes
 from sft_recipes.planning.plan import Topology
 from sft_recipes.planning.run_folder import RunFolder
 from sft_recipes.training.callbacks import guards
-from sft_recipes.training.divergence import DivergedError, Watch
+from sft_recipes.training.divergence import DivergedError, Watch, What
 
 
 class Ranks:
@@ -35,7 +35,7 @@ def watching(tmp_path, deepspeed=False, skipped=False):
     )
     trainer = SimpleNamespace(
         accelerator=Ranks(), is_deepspeed_enabled=deepspeed, state=SimpleNamespace(global_step=4),
-        order_of_the_step=lambda: [1, 0],
+        order_of_step={4: [1, 0], 3: [0, 1]}.__getitem__,
     )  # fmt: skip
     trainer.accelerator.optimizer_step_was_skipped = skipped
     return Watch(plan, tmp_path, torch.nn.Linear(1, 1)), trainer
@@ -58,6 +58,25 @@ def test_a_step_that_deepspeed_skipped_counts_as_one(tmp_path):
         watch.gradients(trainer, 0.7)
 
 
+def test_a_guard_names_the_rows_of_the_step_behind_which_it_stops(tmp_path):
+    watch, trainer = watching(tmp_path)
+    watch.saw(trainer, torch.tensor(9.5))
+    what = watch.stopped_by_guard(trainer, "loss spike: 9.5").what
+    assert (what.step, what.applied, what.loss, what.rows) == (4, True, 9.5, ["a.jsonl:1", "a.jsonl:2"])
+
+
+def test_a_run_that_goes_on_is_compared_with_what_it_logged_before(tmp_path):
+    """The flat second half of a healthy run is no plateau, whoever sees it alone."""
+    subject, _ = guard(tmp_path)
+    history = [{"step": step, "loss": 3.0 - step / 200} for step in range(1, 300)]
+    subject.on_train_begin(None, SimpleNamespace(log_history=history), None)
+    arguments = SimpleNamespace(logging_steps=1)
+    for step in range(300, 400):
+        state = SimpleNamespace(global_step=step, max_steps=400, is_world_process_zero=True, log_history=history)
+        subject.on_log(arguments, state, None, logs={"loss": 1.5})
+    assert warned(tmp_path) == []
+
+
 def test_numbers_pass(tmp_path):
     watch, trainer = watching(tmp_path)
     watch.saw(trainer, torch.tensor(1.5))
@@ -70,7 +89,11 @@ def guard(tmp_path, *overrides, steps=400):
     plan = dataclasses.replace(plan, warmup_steps=20, optimizer_steps=steps)
     subject = guards.Guard(plan, RunFolder(tmp_path))
     said = []
-    subject.trainer = SimpleNamespace(watch=SimpleNamespace(loss=0.0, grad_norm=1.0), say=said.append)
+    watch = SimpleNamespace(loss=0.0, grad_norm=1.0)
+    watch.stopped_by_guard = lambda trainer, what: DivergedError(
+        What(trainer.step, what, watch.loss, watch.grad_norm, ["a.jsonl:9"], applied=True)
+    )
+    subject.trainer = SimpleNamespace(watch=watch, say=said.append)
     return subject, said
 
 
@@ -81,6 +104,7 @@ def feed(subject, losses, norms=None, logging_steps=1, **logged):
         state = SimpleNamespace(global_step=step, max_steps=len(losses), is_world_process_zero=True, log_history=[])
         subject.trainer.watch.loss = loss
         subject.trainer.watch.grad_norm = norms[step - 1] if norms else 1.0
+        subject.trainer.step = step
         subject.on_step_end(arguments, state, None)
         line = {"loss": loss, **{key: values[step - 1] for key, values in logged.items()}}
         subject.on_log(arguments, state, None, logs=line)
@@ -135,9 +159,11 @@ def test_a_guard_stops_the_run_where_the_recipe_says_so(tmp_path, rule):
     losses[250] += 2.0
     norms[300:] = [50.0] * 100
     subject, _ = guard(tmp_path, f"guards.stop_on=[{rule}]")
-    with pytest.raises(DivergedError, match=rule) as raised:
+    with pytest.raises(DivergedError, match=rule.replace("_", " ")) as raised:
         feed(subject, losses, norms)
-    assert raised.value.what.step == {"loss_spike": 251, "exploding_gradients": 310}[rule]
+    what = raised.value.what
+    assert what.step == {"loss_spike": 251, "exploding_gradients": 310}[rule]
+    assert what.applied and what.rows == ["a.jsonl:9"], "of the step that it stopped behind, which was applied"
 
 
 def test_a_throughput_drop_is_told_and_a_slow_line_is_not(tmp_path):

@@ -59,9 +59,17 @@ def test_the_forecast_is_what_the_steps_took(monkeypatch):
     monkeypatch.setenv("GPU_HOUR_PRICE", "2.5")
     forecast = trial.measured_forecast(plan, figures)
     evaluations, saves = 2, 1  # every 1000 and every 2000 steps, and the last
-    seconds = 1001 * 3.0 * 2 + evaluations * 1000 * 0.01 + saves * 60.0
+    models = (
+        (evaluations + 2)
+        * plans.load_of(plan, plan.sections["model"]["architecture"]).trained_bytes
+        / plan.checkpoint_bytes
+    )
+    seconds = 1001 * 3.0 * 2 + evaluations * 1000 * 0.01 + (saves + models) * 60.0
     assert forecast["seconds"] == pytest.approx(seconds, abs=0.1)
     assert forecast["gpu_hours"] == pytest.approx(seconds * 8 / 3600, abs=0.01)
+    above_13b = trial.measured_forecast(plan, {**figures, "save_seconds": None})
+    said = plan.forecast["saving_seconds"] if plan.forecast else 0.0
+    assert above_13b["seconds"] == pytest.approx(1001 * 3.0 * 2 + evaluations * 1000 * 0.01 + said, abs=0.1)
     assert forecast["money"] == pytest.approx(seconds * 8 / 3600 * 2.5, abs=0.05)
 
 
@@ -102,7 +110,10 @@ def carried_out(tmp_path, planned, prepared, monkeypatch):
     folder = RunFolder(tmp_path)
     plans.write(planned, folder.plan)
     write_json(folder.prepared, dataclasses.asdict(prepared))
-    checks, _ = sanity.carry_out(planned, folder)
+    try:
+        checks, _ = sanity.carry_out(planned, folder)
+    except sanity.RankAloneError as error:  # what `main` writes before it leaves
+        checks = error.checks
     return {check.name: check for check in checks}
 
 
@@ -121,7 +132,7 @@ def test_a_rate_of_nothing_or_a_thousand_times_too_high_fails_for_the_loss(
     assert found["loss falls"].passed is False
     assert (
         found["loss falls"].way_out.startswith(way)
-        and "row tiny starts from trainer.learning_rate=2.0e-03" in found["loss falls"].way_out
+        and "row tiny starts from trainer.learning_rate=2.0e-3" in found["loss falls"].way_out
     )
     assert found["checkpoint"].passed and found["rows and masks"].passed
 
@@ -143,7 +154,7 @@ def test_a_checkpoint_that_does_not_load_fails_for_it(tmp_path, trial_of_few_row
 
 
 def test_a_checkpoint_that_lost_the_optimizers_state_fails_for_other_losses(tmp_path, trial_of_few_rows, monkeypatch):
-    """The Trainer itself goes on without a word (FAULTS: a missing scheduler drops the optimizer too)."""
+    """The Trainer itself goes on without a word (a missing scheduler drops the optimizer too)."""
     from sft_recipes.training import checkpoint
 
     mark = checkpoint.mark_complete
@@ -194,6 +205,9 @@ def test_masked_labels_fail_for_the_masks(tmp_path, trial_of_few_rows, monkeypat
         ("  \n", "nothing is said"),
         ("the the the the the the the the the the the the the the the the the the the the the", "one word again and again"),
         ("\ufffd\ufffd and \ufffd", "characters that are no text"),
+        ("می\u200cخواهم می\u200cروم", None),  # noqa: RUF001  Persian, with its joiners
+        ("Yes.\r\nNo.\r\n", None),
+        ("0" * 48, "the same again and again"),
         ("ab" * 200, "the same again and again"),
         ("\x00\x01\x02 ok", "characters that are no text"),
     ],
@@ -224,6 +238,60 @@ def test_a_trial_is_the_plan_on_few_rows(name):
     assert 10 <= short.optimizer_steps <= 20 and 50 <= short.rows <= 512
     assert short.rows % short.effective_batch_size == 0 and short.warmup_steps == 2
     assert trial.resumes(plan) == (not name.startswith(("32b", "70b")))
+
+
+def test_another_weight_file_in_the_same_folder_is_another_plan(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"1")
+    words = ["model.from_scratch=false", "model.architecture={}", f"model.name_or_path={model}"]
+    plan = plans.make(recipes.load("tiny", words), Topology(gpus=0, processes=1))
+    before = trial.key(plan)
+    assert trial.key(plan) == before
+    (model / "model.safetensors").write_bytes(b"22")
+    assert trial.key(plan) != before
+
+
+@pytest.mark.parametrize(
+    ("rate", "factor", "said"),
+    [
+        (2e-5, 2, "trainer.learning_rate=4.0e-5"),
+        (5e-5, 2, "trainer.learning_rate=1.0e-4 outside_range=[learning_rate] (row 7-13b wants 1e-05 to 5e-05)"),
+        (1e-5, 1 / 3, "trainer.learning_rate=3.3e-6 outside_range=[learning_rate] (row 7-13b wants 1e-05 to 5e-05)"),
+        (2e-3, 2, "row 7-13b starts from trainer.learning_rate=2.0e-5"),
+    ],
+)
+def test_another_rate_is_advised_with_what_lets_it_pass(rate, factor, said):
+    plan = plans.make(recipes.load("8b"), Topology(gpus=8, processes=8, card="h100-80g"))
+    assert sanity._rate(dataclasses.replace(plan, learning_rate=rate), factor) == said
+
+
+def test_the_trial_keeps_its_own_evaluations_whatever_the_recipe_delays():
+    plan = plans.make(recipes.load("tiny", ["trainer.eval_delay=500"]), Topology(gpus=0, processes=1))
+    assert "eval_delay" not in trial.of(dataclasses.replace(plan, rows=100)).sections["trainer"]
+
+
+def test_a_trial_that_was_killed_is_cleared_away_and_a_living_one_is_not(tmp_path):
+    from sft_recipes.launching import gate, lock
+    from sft_recipes.planning.run_folder import RunFolder
+
+    for name in ("trial-dead", "trial-alive"):
+        (tmp_path / name / "checkpoint-10").mkdir(parents=True)
+    (tmp_path / "receipt.json").write_text("{}")
+    with lock.held(RunFolder(tmp_path / "trial-alive")):
+        gate._forget_what_was_killed(tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["receipt.json", "trial-alive"]
+
+
+def test_a_trial_that_hangs_is_ended(tmp_path):
+    import sys
+    import time
+
+    from sft_recipes.launching import process
+
+    began = time.monotonic()
+    code = process.run([sys.executable, "-c", "import time; time.sleep(600)"], {}, seconds_at_most=1)
+    assert code == process.TIMED_OUT and time.monotonic() - began < 60
 
 
 def test_a_receipt_is_for_one_plan_data_and_environment(monkeypatch):

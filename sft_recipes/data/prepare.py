@@ -90,6 +90,13 @@ def prepare(plan: Plan, store: Path | None = None, rows_alone: bool = False) -> 
     return Prepared(**{**found, **here})
 
 
+def is_at_hand(plan: Plan) -> bool:
+    """Whether data and tokenizer lie on this machine, or are made here, so that preparing them asks no network."""
+    model, data = plan.sections["model"], Data(**plan.sections["data"])
+    model_is = model["from_scratch"] or Path(model["name_or_path"]).is_dir()
+    return model_is and all(sources.hub_name(source) is None for source in [*data.training, *data.held_out])
+
+
 def announcement(plan: Plan, details: Mapping[str, Any], seconds: float) -> str:
     """One line on what the data came to, and one on each thing that a user should know before the start."""
     train, validation = details["train"], details["validation"]

@@ -5,17 +5,28 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.launching import command, process
+from sft_recipes.launching import command, lock, process
 from sft_recipes.planning import plan as plans
-from sft_recipes.planning import trial
+from sft_recipes.planning import show, trial
 from sft_recipes.planning.plan import Plan
-from sft_recipes.planning.run_folder import EXIT_STOPPED, RunFolder, read_json, runs_root, write_json
+from sft_recipes.planning.run_folder import (
+    EXIT_FAULT,
+    EXIT_STOPPED,
+    EXIT_USER,
+    RunFolder,
+    read_json,
+    runs_root,
+    write_json,
+)
 
-EXIT_FAULT, EXIT_USER = 1, 2
+# What it should take is five minutes; loading tens of billions of weights may take longer. Whoever waits for another
+# rank for ever has hung.
+SECONDS_AT_MOST = 1800
 
 
 def receipt(plan: Plan) -> Path:
@@ -23,54 +34,61 @@ def receipt(plan: Plan) -> Path:
     return runs_root() / ".sanity" / f"{trial.key(plan)}.json"
 
 
-def carry_out(plan: Plan, prepared: Path, say: Callable[[str], None]) -> int:
+def carry_out(plan: Plan, prepared: Path, say: Callable[[str], None], lighter: Callable[[], list[str]]) -> int:
     """Tries the plan and says what came of it: 0 where all passed, 1 where something failed, 2 for a user's error.
 
     Args:
         plan: settled.
         prepared: the run's `prepared.json`, which is read alone.
+        lighter: the cheapest changes that take less memory, asked for where it ran out.
     """
     written = receipt(plan)
-    folder = RunFolder(written.with_name(f"{written.stem}.{os.getpid()}"))
-    folder.path.mkdir(parents=True, mode=0o700)
-    try:
-        short = trial.of(plan)
-        plans.write(short, folder.plan)
-        shutil.copy(prepared, folder.prepared)
-        command.write_engine(short, folder)
-        say(_announcement(plan, short))
-        environment = command.environment(short, os.environ)
-        code = process.run(command.launch(short, folder, "sanity"), environment)
-        verdict, outcome = read_json(folder.path / "verdict.json"), read_json(folder.outcome)
-    finally:
-        shutil.rmtree(folder.path, ignore_errors=True)
+    written.parent.mkdir(parents=True, exist_ok=True)
+    written.parent.chmod(0o700)  # receipts quote the data
+    _forget_what_was_killed(written.parent)
+    short = trial.of(plan)
+    with tempfile.TemporaryDirectory(prefix="trial-", dir=written.parent) as place:
+        folder = RunFolder(Path(place))
+        with lock.held(folder):
+            plans.write(short, folder.plan)
+            shutil.copy(prepared, folder.prepared)
+            command.write_engine(short, folder)
+            say(
+                f"sanity: {plan.recipe}, {short.optimizer_steps} steps of {short.effective_batch_size} on {short.rows} "
+                f"rows, the longest among them, {show.engine_and_ranks(plan)}; on a copy (SANITY=skip leaves it out)"
+            )
+            environment = command.environment(short, os.environ)
+            code = process.run(command.launch(short, folder, "sanity"), environment, seconds_at_most=SECONDS_AT_MOST)
+            verdict, outcome = read_json(folder.path / "verdict.json"), read_json(folder.outcome)
     if code == EXIT_STOPPED:
         return EXIT_STOPPED
     if outcome.get("error"):
         print(f"error: {outcome['error']}", file=sys.stderr)
         return EXIT_USER
     if not verdict:
-        print(f"error: the trial ended without a verdict (exit code {code}); what it said is above", file=sys.stderr)
+        hung = f"no verdict within {SECONDS_AT_MOST // 60} minutes: a rank waits for another, or the disk is slow"
+        said = hung if code == process.TIMED_OUT else f"the trial ended without a verdict (exit code {code})"
+        print(f"error: {said}; what it said is above, SANITY=skip leaves it out", file=sys.stderr)
         return EXIT_FAULT
-    return _tell(plan, verdict, written, say)
+    return _tell(plan, verdict, written, say, lighter)
 
 
-def _announcement(plan: Plan, short: Plan) -> str:
-    ranks = f"{plan.world_size} {'GPU' if plan.uses_gpu else 'CPU process'}"
-    several = ("s" if plan.uses_gpu else "es") if plan.world_size > 1 else ""
-    return (
-        f"sanity: {plan.recipe}, {short.optimizer_steps} steps of {short.effective_batch_size} on {short.rows} rows, "
-        f"the longest among them, {plan.parallelism} on {ranks}{several}; on a copy (SANITY=skip leaves it out)"
-    )
+def _forget_what_was_killed(place: Path) -> None:
+    """Trials that no live process carries out any more; each may hold a checkpoint."""
+    for path in place.glob("trial-*"):
+        if not lock.is_held(RunFolder(path)):
+            shutil.rmtree(path, ignore_errors=True)
 
 
-def _tell(plan: Plan, verdict: dict[str, Any], written: Path, say: Callable[[str], None]) -> int:
+def _tell(
+    plan: Plan, verdict: dict[str, Any], written: Path, say: Callable[[str], None], lighter: Callable[[], list[str]]
+) -> int:
     failed = [check for check in verdict["checks"] if check["passed"] is False]
     for check in verdict["checks"]:
         word = {True: "PASS", False: "FAIL", None: "  - "}[check["passed"]]
         say(f"{word}  {check['name']:<15} {check['said']}")
         if check["passed"] is False:
-            say(f"      {'':<15} what to do: {check['way_out']}")
+            say(f"      {'':<15} what to do: {check['way_out'] or '; or '.join(lighter())}")
     forecast = trial.measured_forecast(plan, verdict["figures"]) if verdict["figures"] else None
     if forecast:
         say(f"      {'forecast':<15} {_forecast(plan, verdict['figures'], forecast)}")
@@ -90,7 +108,11 @@ def _forecast(plan: Plan, figures: dict[str, Any], forecast: dict[str, Any]) -> 
     if forecast["money"] is not None:
         said.append(f"{forecast['money']:,.2f} at the given price")
     if plan.forecast and plan.forecast["seconds"]:
-        said.append(f"the plan said {_hours(plan.forecast['seconds'])}, {plan.forecast['gpu_hours']:,.1f} GPU-hours")
+        money = plan.forecast["money"]
+        said.append(
+            f"the plan said {_hours(plan.forecast['seconds'])}, {plan.forecast['gpu_hours']:,.1f} GPU-hours"
+            f"{'' if money is None else f', {money:,.2f}'}"
+        )
     return ", ".join(said)
 
 

@@ -16,9 +16,15 @@ from sft_recipes.planning.processes import end_with_parent
 from sft_recipes.planning.run_folder import EXIT_STOPPED
 
 SECONDS_TO_END = 15
+TIMED_OUT = 124  # as timeout(1) has it
 
 
-def run(arguments: list[str], environment: Mapping[str, str], ranks: Path | None = None) -> int:
+def run(
+    arguments: list[str],
+    environment: Mapping[str, str],
+    ranks: Path | None = None,
+    seconds_at_most: float | None = None,
+) -> int:
     """Runs a command in a process group of its own, passes signals on, and leaves none of it behind.
 
     The first signal asks the ranks, whose process ids lie in `ranks`, to save and stop: them alone, since a launcher
@@ -27,6 +33,7 @@ def run(arguments: list[str], environment: Mapping[str, str], ranks: Path | None
     process = subprocess.Popen(
         arguments,
         env=dict(environment),
+        stdin=subprocess.DEVNULL,  # nothing in a run asks a person: W&B would, for a key, and wait
         start_new_session=True,
         preexec_fn=end_with_parent,  # noqa: PLW1509  this process has no threads
     )
@@ -41,9 +48,11 @@ def run(arguments: list[str], environment: Mapping[str, str], ranks: Path | None
     passed = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = {number: signal.signal(number, pass_on) for number in passed}
     try:
-        code = process.wait()
+        code = process.wait(seconds_at_most)
         _await_group(process.pid, SECONDS_TO_END)
         return EXIT_STOPPED if ended else code
+    except subprocess.TimeoutExpired:
+        return TIMED_OUT
     finally:
         _signal_group(process.pid, signal.SIGKILL)
         for number, handler in before.items():

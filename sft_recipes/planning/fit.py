@@ -38,14 +38,19 @@ def cheapest_change(recipe: Recipe, topology: Topology, most_gpus: int | None = 
 
 def lighter(recipe: Recipe, topology: Topology, most: int = 2) -> list[str]:
     """The cheapest changes on these GPUs whose forecast is at least a tenth smaller, for a run that ran out of memory
-    although it was to fit; none where nothing is forecast."""
+    although it was to fit; where nothing is forecast, what always helps and is not in force yet."""
     now = _needs(recipe, topology)
     less = (
         said
         for said, changed, where in (_changes(recipe, topology) if now else ())
         if where.gpus <= topology.gpus and 0 < _needs(changed, where) <= 0.9 * now
     )
-    return list(itertools.islice(less, most))
+    helps = {
+        "batch.per_device_at_most=1": recipe.batch.per_device_at_most > 1,
+        "trainer.gradient_checkpointing=true": not recipe.trainer["gradient_checkpointing"],
+        f"trainer.max_length={recipe.trainer['max_length'] // 2}": recipe.trainer["max_length"] > 1,
+    }
+    return list(itertools.islice(less, most)) or [said for said, free in helps.items() if free][:most]
 
 
 def _needs(recipe: Recipe, topology: Topology) -> int:

@@ -376,6 +376,12 @@ def _check_lists(recipe: Recipe) -> None:
             f"{recipe.origins.get('guards.stop_on')}: guards.stop_on names {unknown[0]!r}; wanted some of "
             f"{', '.join(schema.STOPPING_GUARDS)}"
         )
+    if recipe.guards.grad_norm_below >= recipe.guards.grad_norm_above:
+        stated = recipe.origins.get("guards.grad_norm_below") or recipe.origins.get("guards.grad_norm_above")
+        raise RecipeError(
+            f"{stated}: guards.grad_norm_below {recipe.guards.grad_norm_below:g} is not below guards.grad_norm_above "
+            f"{recipe.guards.grad_norm_above:g}"
+        )
     if recipe.lora and recipe.model.add_tokens:
         raise RecipeError(
             f"{recipe.origins.get('model.add_tokens')}: model.add_tokens gives the model new embeddings, which LoRA "
@@ -508,6 +514,13 @@ def hyperparameter(recipe: Recipe, key: str) -> tuple[Any, str]:
         return own, recipe.origins[dotted]
     row = row_of(recipe)
     return table()[row].cells[key].start, f"recipes/sizes.yaml, row {row}"
+
+
+def line(size: str, key: str, value: float) -> str:
+    """`trainer.KEY=VALUE` as one types it, with the `outside_range` that it needs where the row would refuse it."""
+    rate = f"{value:.1e}".replace("e-0", "e-") if key == "learning_rate" else f"{value:g}"
+    said, entry = f"trainer.{key}={rate}", table()[size].cells[key]
+    return said if entry.allows(float(rate)) else f"{said} outside_range=[{key}] (row {size} wants {entry.wanted()})"
 
 
 def check_ranges(recipe: Recipe) -> None:

@@ -14,7 +14,7 @@ from sft_recipes.planning import plan as plans
 from sft_recipes.planning.plan import Plan
 from sft_recipes.planning.schema import RecipeError
 
-EXIT_DIVERGED = 3
+EXIT_FAULT, EXIT_USER, EXIT_DIVERGED = 1, 2, 3
 EXIT_STOPPED = 75  # saved, not finished: the same command goes on
 
 

@@ -9,6 +9,13 @@ from sft_recipes.planning.memory import GIB
 from sft_recipes.planning.plan import Plan
 
 
+def engine_and_ranks(plan: Plan) -> str:
+    """`zero2 on 8 GPUs`, `single on 1 CPU process`."""
+    several = plan.world_size > 1
+    ranks = ("GPUs" if several else "GPU") if plan.uses_gpu else f"CPU process{'es' if several else ''}"
+    return f"{plan.parallelism} on {plan.world_size} {ranks}"
+
+
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Columns padded to their widest cell, two spaces apart."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from sft_recipes.planning import plan as plans
@@ -20,6 +21,8 @@ SAVED_AT = STEPS - 2  # the last two are taken again from it: the second of them
 ROWS, LONGEST = 64, 16
 # Saving and loading a larger one takes minutes by itself.
 RESUMED_AT_MOST = 14_500_000_000  # parameters: models of the 13B class have up to 14
+# Of the trainer's fields, those that would keep the trial from its own schedule and evaluations.
+_NOT_TRIED = ("lr_scheduler_kwargs", "eval_delay", "eval_on_start")
 _LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets", "deepspeed", "peft", "bitsandbytes")
 
 
@@ -31,7 +34,7 @@ def of(plan: Plan) -> Plan:
     accumulation = min(plan.gradient_accumulation_steps, 2)
     effective = plan.per_device_train_batch_size * plan.world_size * accumulation
     rows = -(-min(plan.rows or ROWS, ROWS) // effective) * effective
-    kept = {key: value for key, value in plan.sections["trainer"].items() if key != "lr_scheduler_kwargs"}
+    kept = {key: value for key, value in plan.sections["trainer"].items() if key not in _NOT_TRIED}
     trainer = {**kept, "max_steps": STEPS, "eval_steps": STEPS, "save_steps": SAVED_AT, "logging_steps": 1}
     return dataclasses.replace(
         plan,
@@ -64,10 +67,17 @@ def key(plan: Plan) -> str:
     parts = {
         "plan": {name: value for name, value in flat.items() if name != "recipe"},
         "card": plan.card,
+        "weights": _weights(plan.sections["model"]["name_or_path"]),
         "libraries": {name: _version(name) for name in _LIBRARIES},
         "code": {str(file.relative_to(REPOSITORY)): hashlib.sha256(file.read_bytes()).hexdigest() for file in code},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _weights(model: str | None) -> list[tuple[str, int, int]]:
+    """Name, size and date of a local model's files; what lies on the Hub is known by its revision."""
+    files = sorted(Path(model).glob("*")) if model and Path(model).is_dir() else []
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
 
 
 def _version(library: str) -> str:
@@ -81,14 +91,23 @@ def measured_forecast(plan: Plan, figures: Mapping[str, Any]) -> dict[str, float
     """The whole run's seconds, GPU-hours and money, from what the trial's steps, evaluation and save took.
 
     Args:
-        figures: `step_seconds`, `accumulation` of the trial, `evaluation_seconds_a_row`, `save_seconds` (or None).
+        figures: `step_seconds`, `accumulation` of the trial, `validation_rows` of the run, `evaluation_seconds_a_row`,
+            `save_seconds` of a checkpoint (None where the trial left it out: then saving is what the plan says).
     """
     steps, trainer = plan.optimizer_steps or 0, plan.sections["trainer"]
     training = steps * figures["step_seconds"] * plan.gradient_accumulation_steps / figures["accumulation"]
     evaluations = -(-steps // trainer["eval_steps"])
     evaluating = evaluations * figures["validation_rows"] * figures["evaluation_seconds_a_row"]
     saves = -(-steps // trainer["save_steps"])
-    seconds = training + evaluating + saves * (figures["save_seconds"] or 0.0)
+    # Weights of best steps are saved too, at most after each evaluation, and the last and the best at the end.
+    whole, architecture = plan.checkpoint_bytes, plan.sections["model"]["architecture"]
+    models = (evaluations + 2) * plans.load_of(plan, architecture).trained_bytes / whole if whole else 0.0
+    saving = (
+        (saves + models) * figures["save_seconds"]
+        if figures["save_seconds"] is not None
+        else (plan.forecast or {}).get("saving_seconds") or 0.0
+    )
+    seconds = training + evaluating + saving
     gpu_hours, price = seconds * plan.gpus / 3600, gpu_hour_price()
     return {
         "seconds": round(seconds, 1),

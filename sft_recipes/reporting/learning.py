@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from statistics import median
 
 from sft_recipes.planning import recipes
+from sft_recipes.planning.schema import CONVERGED_ACCURACY
 from sft_recipes.reporting import advice, trends
 from sft_recipes.reporting.advice import Finding
 from sft_recipes.reporting.reading import Points, Run, number
 
 LEAST_LOSS = 0.1  # nats a token: what moves by less is no spike and no rise, and what is below has nothing to learn
-CONVERGED = 0.9  # of tokens that are right: nothing much is left to learn
 FAR = 3.0  # times a learning rate is beyond its size row: no longer a choice, but a slip
 STRANGER_LOSS = 4.0  # nats a token: a model that knows its language is below
 
@@ -109,7 +109,7 @@ def _beyond_its_row(run: Run) -> float:
     within the row, and where nearly every token is right already."""
     row, rate = recipes.table().get(str(run.plan.get("size"))), run.plan.get("learning_rate")
     right = trends.values(run.points("mean_token_accuracy"))[-3:]
-    if row is None or not isinstance(rate, (int, float)) or (right and median(right) > CONVERGED):
+    if row is None or not isinstance(rate, (int, float)) or (right and median(right) > CONVERGED_ACCURACY):
         return 1.0
     least, most = row.cells["learning_rate"].range or (rate, rate)
     return max(rate / most, 1.0) if rate >= least else rate / least
@@ -284,7 +284,7 @@ def _stands_still(run: Run, after: Points, warmup: int) -> bool:
     return not (
         fall >= run.guards.plateau
         or end < LEAST_LOSS
-        or (accuracy and median(accuracy) > CONVERGED)
+        or (accuracy and median(accuracy) > CONVERGED_ACCURACY)
         or (max(unsure, fall + unsure / 2) > run.guards.plateau if moved is None else moved > run.guards.plateau)
         or (
             _fall_since_the_first_line(run.points("loss"), warmup, end) > 2 * run.guards.plateau and end < STRANGER_LOSS

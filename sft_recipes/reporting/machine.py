@@ -11,6 +11,18 @@ from sft_recipes.reporting.advice import Finding
 from sft_recipes.reporting.reading import Points, Run
 
 
+def fault(run: Run) -> Finding | None:
+    """The run did not end by itself, and not by a signal either."""
+    if run.state != "failed":
+        return None
+    said = str(run.manifest.get("error") or f"exit code {run.manifest.get('exit_code', '?')}")
+    takes_less = [f"takes less memory: `{change}`" for change in run.manifest.get("takes_less") or []]
+    step = run.last_step or None
+    return Finding(
+        "fault", "red", step, said, [*takes_less, f"what it said last: {run.folder.log}", f"`{advice.go_on(run)}`"]
+    )
+
+
 def memory_creep(run: Run) -> Finding | None:
     """Memory that grows steadily, of the GPU where it is known."""
     on_gpu = len(run.points("memory_allocated_bytes")) >= 12

@@ -61,11 +61,16 @@ class Run:
     @cached_property
     def guards(self) -> Guards:
         """The thresholds: the plan's, and the defaults where it has none."""
-        known = {field.name for field in dataclasses.fields(Guards)}
-        return Guards(**{key: value for key, value in self.section("guards").items() if key in known})
+        defaults, stored = Guards(), self.section("guards")
+        known = [field.name for field in dataclasses.fields(Guards) if number(stored.get(field.name)) is not None]
+        return dataclasses.replace(defaults, **{name: stored[name] for name in known})
 
     def points(self, key: str) -> Points:
-        """The finite values of a figure with their steps."""
+        """The finite values of a figure with their steps; `scheduled_rate` is the plan's where a rate was logged."""
+        if key == "scheduled_rate":
+            return [
+                (step, rate) for step, _ in self.points("learning_rate") if (rate := self.scheduled(step)) is not None
+            ]
         if key not in self._points:
             lines = self.validation if key.startswith("eval_") else self.training
             self._points[key] = [(line["step"], float(line[key])) for line in lines if _is_finite(line.get(key))]
@@ -145,7 +150,7 @@ def read(folder: RunFolder) -> Run:
         warnings=list(_lines(folder.warnings)),
         final=next((line for line in reversed(lines) if any(key.startswith(_FINAL) for key in line)), {}),
     )
-    if not run.training and not run.validation and run.state != "diverged":
+    if not run.training and not run.validation and run.state not in ("diverged", "failed"):
         raise RecipeError(
             f"RUN: {folder.path} has logged nothing yet ({folder.metrics.name} has no line with a loss); "
             f"wait for its first log step, or read {folder.log.name} there"

@@ -38,6 +38,16 @@ class Rule:
 # In the order in which findings are told: what ended the run, then what its figures cannot be trusted for, then signs.
 RULES = (
     Rule(
+        "fault",
+        "The run ended in a fault",
+        "The state that the run recorded, and what it said of its end: out of memory, a rank that died, an error.",
+        "What it said last, in `log.txt` and on the terminal; where memory ran out, the changes that take less. The "
+        "same command goes on from the newest checkpoint.",
+        (),
+        0,
+        machine.fault,
+    ),
+    Rule(
         "divergence",
         "The loss is not a number, or rises for good",
         "Loss or gradient norm is no number; or the smoothed training loss ends 15% and six standard deviations above "
@@ -53,7 +63,7 @@ RULES = (
         "The learning rate is not the plan's",
         "The learning rate of every log line against the plan's schedule, to a millionth.",
         "Find what sets it besides the plan; `make schedules` prints the plan's curve.",
-        ("learning_rate",),
+        ("scheduled_rate",),
         1,
         learning.schedule,
         ("plateau",),

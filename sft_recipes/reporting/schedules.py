@@ -50,7 +50,7 @@ def plot(curves: Mapping[str, Sequence[float]], warmup_steps: int, peak: float, 
     import matplotlib
     from matplotlib.figure import Figure
 
-    _check_file(path)
+    check_path(path)
     # Text stays text in an SVG, and the same curves make the same file.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "schedules", "font.size": 11}):
         figure = Figure(figsize=(10, 5), layout="constrained")
@@ -90,7 +90,12 @@ def _total_steps(curves: Mapping[str, Sequence[float]]) -> int:
     return len(next(iter(curves.values())))
 
 
-def _check_file(path: Path) -> None:
+def check_path(path: Path) -> None:
+    """Before anything is worked out for a file that cannot be written.
+
+    Raises:
+        RecipeError: another kind of file, or no such folder.
+    """
     if path.suffix.lower() not in (".png", ".svg"):
         raise RecipeError(f"--plot: {path} is a {path.suffix or 'nameless'} file; wanted .png or .svg")
     if not path.parent.is_dir():

@@ -21,13 +21,14 @@ _PLACES_SHOWN = 20
 
 @dataclass(frozen=True)
 class What:
-    """What was seen at a step that was not applied; `rows` are places in the user's files."""
+    """What was seen at a step, whether that step had been applied, and places of its rows in the user's files."""
 
     step: int
     what: str
     loss: float
     grad_norm: float | None
     rows: list[str]
+    applied: bool = False
 
 
 class DivergedError(Exception):
@@ -84,7 +85,8 @@ class Watch:
         self.loss = total / trainer.accelerator.num_processes
         if broken:
             self.grad_norm = None  # there is none of this step
-            self._stop(trainer, "the loss is no number", self._rows(trainer, torch.isfinite(losses).tolist()))
+            mine = self._rows(trainer, trainer.state.global_step, torch.isfinite(losses).tolist())
+            raise self._stopped(trainer.state.global_step + 1, "the loss is no number", mine)
         self._losses.clear()
         self._broken.clear()
 
@@ -98,22 +100,29 @@ class Watch:
         self.grad_norm = None if whole is None else float(whole)
         skipped = trainer.is_deepspeed_enabled and trainer.accelerator.optimizer_step_was_skipped
         if skipped or (self.grad_norm is not None and not (math.isfinite(self.grad_norm) and self.grad_norm >= 0)):
-            self._stop(trainer, "the gradients are no numbers", self._rows(trainer, []))
+            mine = self._rows(trainer, trainer.state.global_step, [])
+            raise self._stopped(trainer.state.global_step + 1, "the gradients are no numbers", mine)
 
-    def _stop(self, trainer: Any, what: str, mine: list[str]) -> None:
+    def stopped_by_guard(self, trainer: Any, what: str) -> DivergedError:
+        """For a guard that stops the run behind a step that was applied. All ranks take part."""
+        step = trainer.state.global_step
+        return self._stopped(step, what, self._rows(trainer, step - 1, []), applied=True)
+
+    def _stopped(self, step: int, what: str, mine: list[str], applied: bool = False) -> DivergedError:
         from accelerate.utils import gather_object
 
         rows = list(dict.fromkeys(gather_object(mine)))
         shown = rows[:_PLACES_SHOWN] + ([f"and {len(rows) - _PLACES_SHOWN} more"] if len(rows) > _PLACES_SHOWN else [])
-        raise DivergedError(What(trainer.state.global_step + 1, what, self.loss, self.grad_norm, shown))
+        return DivergedError(What(step, what, self.loss, self.grad_norm, shown, applied))
 
-    def _rows(self, trainer: Any, finite: Sequence[bool]) -> list[str]:
-        """The places of the examples on this rank whose losses are no numbers; of all its rows where each has one."""
+    def _rows(self, trainer: Any, taken: int, finite: Sequence[bool]) -> list[str]:
+        """The places of this rank's examples, in the step behind `taken` steps, whose losses are no numbers; of all its
+        rows where nothing is known of their losses."""
         from datasets import load_from_disk
 
         plan = self._plan
         rows = load_from_disk(str(self._prepared / "train"))
-        order = trainer.order_of_the_step()
+        order = trainer.order_of_step(taken)
         size, ranks = plan.per_device_train_batch_size, trainer.accelerator.num_processes
         places: list[str] = []
         for number in range(plan.gradient_accumulation_steps):

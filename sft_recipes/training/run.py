@@ -44,6 +44,7 @@ def main(plan_file: str) -> None:
         if not memory.ran_out(error):
             raise
         line = memory.what_ran_out(plan, rank, error)
+        manifest.end(folder, "failed", 1, error=line)
         write_json(folder.outcome, {"exit_code": 1, "error": line, "out_of_memory": True})
         sys.exit(1)  # the other ranks wait in a collective: the launcher ends them
 
@@ -124,7 +125,8 @@ def _train(plan: Plan, folder: RunFolder, parts: Parts, resume_from: Path | None
         sft.take_up(resume_from, folder.last)  # the Trainer itself would take one step more
         return
     # What the model could do before is measured before its first step.
-    sft.args.eval_on_start = resume_from is None and bool(plan.sections["data"]["retain"])
+    asked = sft.args.eval_on_start or bool(plan.sections["data"]["retain"])
+    sft.args.eval_on_start = asked and resume_from is None
     sft.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     if not parts.stopping.stopped:
         sft.save_weights(folder.last)
@@ -218,8 +220,10 @@ def _diverged(folder: RunFolder, sft: Any, error: DivergedError, seconds: dict[s
     sft.state.global_step = what.step
     sft.callback_handler.on_log(sft.args, sft.state, sft.control, raw)
     sft.end_callbacks()
-    manifest.end(folder, "diverged", EXIT_DIVERGED, steps=what.step - 1, diverged=error.record(), **seconds)
-    line = f"{folder.path}: step {what.step} was not applied on any rank: {error}"
+    taken = what.step if what.applied else what.step - 1
+    manifest.end(folder, "diverged", EXIT_DIVERGED, steps=taken, diverged=error.record(), **seconds)
+    stopped = "the recipe's guards stopped the run behind it" if what.applied else "it was not applied on any rank"
+    line = f"{folder.path}: step {what.step}: {error}; {stopped}"
     if what.rows:
         line += f"; its rows: {', '.join(what.rows)}"
     write_json(folder.outcome, {"exit_code": EXIT_DIVERGED, "error": f"{line}; `make diagnose RUN={folder.name}`"})
@@ -356,7 +360,8 @@ def _answer(plan: Plan, sft: Any, prepared: Path, stop: list[int]) -> Any:
     if not prompts or plan.no_rank_holds_the_model:
         return None
     model = sft.accelerator.unwrap_model(sft.model)
-    return answers.answer(model, sft.processing_class, prompts, asked["exact_match"], asked["max_new_tokens"], stop)
+    with sft.compute_loss_context_manager():  # fp32 weights compute in bf16 here too: flash attention takes no fp32
+        return answers.answer(model, sft.processing_class, prompts, asked["exact_match"], asked["max_new_tokens"], stop)
 
 
 def _write_configuration(arguments: Any, folder: RunFolder) -> None:

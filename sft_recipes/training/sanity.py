@@ -14,6 +14,7 @@ import shutil
 import statistics
 import sys
 import time
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ from sft_recipes.training.quiet import quiet
 _EVALUATED_ROWS, _EVALUATED_PASSES = 24, 8
 _HELD_OUT_ROWS = 8
 _PROMPTS, _NEW_TOKENS = 3, 48
+MEMORY = "peak memory"  # the parent, which knows the recipe, says what would take less
 _SURE = 3.0  # standard errors that the fall of the loss must exceed
 _DEVICE_SHARE = 0.95  # of the device's memory: what is left is for what the trial did not meet
 
@@ -48,6 +50,23 @@ class Check:
     passed: bool | None
     said: str
     way_out: str = ""
+
+
+class DoesNotLoadError(Exception):
+    """What the trial saved cannot be loaded."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(reason)
+        way_out = "is the disk of RUNS_DIR full or read-only? a run could not be resumed on this machine"
+        self.check = Check(name, False, reason, way_out)
+
+
+class RankAloneError(Exception):
+    """Something failed on this rank, perhaps on no other: they wait for it, so the trial ends with this verdict."""
+
+    def __init__(self, checks: list[Check]):
+        super().__init__(checks[-1].said)
+        self.checks = checks
 
 
 def main(plan_file: str) -> None:
@@ -66,10 +85,11 @@ def main(plan_file: str) -> None:
     except (RuntimeError, MemoryError) as error:
         if not memory.ran_out(error):
             raise
-        way_out = "batch.per_device_at_most=1, trainer.gradient_checkpointing=true, or a smaller trainer.max_length"
-        checks, figures = [Check("peak memory", False, memory.what_ran_out(plan, rank, error), way_out)], {}
-        _write(folder, checks, figures)
+        _write(folder, [Check(MEMORY, False, memory.what_ran_out(plan, rank, error))], {})
         sys.exit(1)  # the other ranks wait in a collective: the launcher ends them
+    except RankAloneError as error:
+        _write(folder, error.checks, {})
+        sys.exit(1)
     if rank == 0:
         _write(folder, checks, figures)
 
@@ -93,7 +113,7 @@ def carry_out(plan: Plan, folder: RunFolder) -> tuple[list[Check], dict[str, Any
     parts = run.build(plan, folder, arguments, found)
     sft, record = parts.trainer, recorder()
     sft.add_callbacks([record])
-    checks = [rows_are_right(sft, Path(found["folder"]), parts.ends_of_turn)]
+    checks = [rows_are_right(sft, parts.ends_of_turn)]
     if not checks[0].passed:
         return checks, {}
     arguments.eval_on_start = True
@@ -108,22 +128,34 @@ def carry_out(plan: Plan, folder: RunFolder) -> tuple[list[Check], dict[str, Any
         Check("numbers", True, "no NaN or Inf in losses and gradients"),
         gradients_are_in_range(plan, record),
         memory_is_enough(plan, sft),
-        Check("evaluation", True, f"eval_loss {record.evaluated[-1]:.4f} over {record.evaluation_rows} rows"),
+        evaluation_is_a_number(
+            record, read_json(Path(found["folder"]) / "details.json")["validation_rows"]["held_out"]
+        ),
     ]
     figures = {
         "step_seconds": statistics.median(record.step_seconds[trial.WARMUP_STEPS :]),
         "tokens_per_second": statistics.median(record.tokens_per_second[trial.WARMUP_STEPS :]),
         "accumulation": plan.gradient_accumulation_steps,
         "evaluation_seconds_a_row": record.evaluation_seconds / max(record.evaluation_rows, 1),
-        "validation_rows": sum(read_json(Path(found["original"]) / "details.json")["validation_rows"].values()),
+        "validation_rows": _rows_of_an_evaluation(read_json(Path(found["original"]) / "details.json")),
         "save_seconds": record.save_seconds,
     }
     sharded = plan.no_rank_holds_the_model
     answered = None if sharded else answers_are_text(plan, parts, found, sft.accelerator.unwrap_model(sft.model))
     _free(sft)  # the model that answers under ZeRO-3, and the trainer that goes on, have room then
-    checks.append(answered or saved_answers_are_text(plan, folder, parts, found))
-    checks.append(a_checkpoint_loads(plan, folder, found, record))
+    for check in (
+        lambda: answered or saved_answers_are_text(plan, folder, parts, found),
+        lambda: a_checkpoint_loads(plan, folder, found, record),
+    ):
+        try:
+            checks.append(check())
+        except DoesNotLoadError as error:
+            raise RankAloneError([*checks, error.check]) from error
     return checks, figures
+
+
+def _rows_of_an_evaluation(details: dict[str, Any]) -> int:
+    return int(sum(details["validation_rows"].values()) + details.get("retain_rows", 0))
 
 
 def _copy(plan: Plan, folder: RunFolder, state: Any) -> dict[str, Any]:
@@ -209,29 +241,39 @@ def recorder() -> Any:
     return Record()
 
 
-def rows_are_right(sft: Any, prepared: Path, ends_of_turn: Sequence[int]) -> Check:
-    """What the loss looks at, in a batch as the model gets it: labels are the tokens themselves, some of each example
-    are supervised, and the end of a turn is one of them."""
+def rows_are_right(sft: Any, ends_of_turn: Sequence[int]) -> Check:
+    """What the loss looks at, in batches as the model gets them: labels are the tokens themselves, some are supervised,
+    and ends of turn are among them (not in each row: one that was cut has lost its own). All ranks judge alike."""
     import torch
 
     from sft_recipes.data.chat import IGNORED
 
-    batch = next(iter(sft.get_train_dataloader()))
-    ids, labels = batch["input_ids"], batch["labels"]
-    supervised = labels != IGNORED
+    ends = torch.tensor(list(ends_of_turn), device=sft.args.device)
+    counts = torch.zeros(4, dtype=torch.int64, device=sft.args.device)
+    shown = ""
+    for batch in sft.get_train_dataloader():
+        ids, labels = batch["input_ids"].to(ends.device), batch["labels"].to(ends.device)
+        supervised = labels != IGNORED
+        counts += torch.stack(
+            [
+                supervised.sum(),
+                supervised.new_tensor(labels.numel(), dtype=torch.int64),
+                (supervised & (labels != ids)).sum(),
+                torch.isin(labels, ends).sum(),
+            ]
+        )
+        shown = shown or _short(sft.processing_class.decode(ids[0][supervised[0]].tolist()))
+    many, of, others, ended = sft.accelerator.reduce(counts, "sum").tolist()
     way_out = "see the rows with `make inspect`; look at the data's roles and at model.chat_template"
-    many, of = int(supervised.sum()), labels.numel()
     if not many:
         return Check("rows and masks", False, f"all {of:,} labels are masked: nothing would be learned", way_out)
-    if not bool((labels[supervised] == ids[supervised]).all()):
-        return Check("rows and masks", False, "labels are other tokens than the row's own", way_out)
-    ends = torch.isin(labels, torch.tensor(list(ends_of_turn), device=labels.device))
-    if not bool(ends.any()):
-        shown = ", ".join(sft.processing_class.convert_ids_to_tokens(list(ends_of_turn)))
-        said = f"no end of turn ({shown}) is supervised: the model would never learn to stop"
+    if others:
+        return Check("rows and masks", False, f"{others:,} labels are other tokens than their row's own", way_out)
+    if not ended:
+        names = ", ".join(sft.processing_class.convert_ids_to_tokens(list(ends_of_turn)))
+        said = f"no end of turn ({names}) is supervised: the model would never learn to stop"
         return Check("rows and masks", False, said, way_out)
-    shown = _short(sft.processing_class.decode(ids[0][supervised[0]].tolist()))
-    return Check("rows and masks", True, f"{many:,} of {of:,} tokens of a batch are supervised: {shown}")
+    return Check("rows and masks", True, f"{many:,} of {of:,} tokens are supervised, {ended:,} ends of turn: {shown}")
 
 
 def _short(text: str, most: int = 70) -> str:
@@ -288,9 +330,15 @@ def _rate(plan: Plan, factor: float) -> str:
     """Another learning rate; where this one is outside its row of the table, the one that the row starts from."""
     entry = recipes.table()[plan.size].cells["learning_rate"]
     if entry.range is None or not entry.allows(plan.learning_rate):
-        return f"row {plan.size} starts from trainer.learning_rate={entry.start:.1e}"
-    rate = min(max(plan.learning_rate * factor, entry.range[0]), entry.range[1])
-    return f"trainer.learning_rate={rate:.1e}"
+        return f"row {plan.size} starts from {recipes.line(plan.size, 'learning_rate', entry.start)}"
+    return recipes.line(plan.size, "learning_rate", plan.learning_rate * factor)
+
+
+def evaluation_is_a_number(record: Any, rows: int) -> Check:
+    """Of the held-out rows, behind the last step."""
+    loss = record.evaluated[-1]
+    way_out = "look at the rows of data.validation with `make inspect`"
+    return Check("evaluation", math.isfinite(loss), f"loss {loss:.4f} over {rows} held-out rows", way_out)
 
 
 def gradients_are_in_range(plan: Plan, record: Any) -> Check:
@@ -324,9 +372,7 @@ def memory_is_enough(plan: Plan, sft: Any) -> Check:
     planned = (plan.memory_bytes_per_gpu or {}).get("total")
     if planned and on_gpu:
         said += f"; the plan said {planned / GIB:.2f} ({peak / planned:.2f} times that)"
-    if peak <= _DEVICE_SHARE * device:
-        return Check("peak memory", True, said)
-    return Check("peak memory", False, said, "batch.per_device_at_most=1, or trainer.gradient_checkpointing=true")
+    return Check(MEMORY, peak <= _DEVICE_SHARE * device, said)
 
 
 def saved_answers_are_text(plan: Plan, folder: RunFolder, parts: Any, found: dict[str, Any]) -> Check:
@@ -340,7 +386,10 @@ def saved_answers_are_text(plan: Plan, folder: RunFolder, parts: Any, found: dic
     if not parts.trainer.accelerator.is_main_process:
         return Check("answers", None, "rank 0 answers")
     unset_hf_deepspeed_config()  # else transformers would spread this model over the ranks as well
-    model = run.load_model(plan, str(folder.checkpoint(trial.SAVED_AT)))
+    try:
+        model = run.load_model(plan, str(folder.checkpoint(trial.SAVED_AT)))
+    except RecipeError as error:
+        raise DoesNotLoadError("answers", str(error)) from error
     return answers_are_text(plan, parts, found, model.to(parts.trainer.args.device))
 
 
@@ -354,7 +403,8 @@ def answers_are_text(plan: Plan, parts: Any, found: dict[str, Any], model: Any) 
     if not prompts:
         return Check("answers", None, "left out: no held-out prompts")
     most = min(plan.sections["answers"]["max_new_tokens"], _NEW_TOKENS)
-    texts = answers.answer(model, parts.trainer.processing_class, prompts, 0, most, parts.ends_of_turn).said
+    with parts.trainer.compute_loss_context_manager():  # fp32 weights compute in bf16, as they do in training
+        texts = answers.answer(model, parts.trainer.processing_class, prompts, 0, most, parts.ends_of_turn).said
     shown = " | ".join(_short(text, 40) or "(nothing)" for text in texts)
     if plan.sections["model"]["from_scratch"]:
         return Check("answers", None, f"not judged, the model began with random weights: {shown}")
@@ -374,19 +424,26 @@ def garbled(text: str) -> str | None:
     """
     if not text.strip():
         return "nothing is said"
-    odd = sum(
-        not (character.isprintable() or character in "\n\t") or character == "\N{REPLACEMENT CHARACTER}"
-        for character in text
-    )
+    odd = sum(map(_is_no_text, text))
     if odd > 0.1 * len(text):
         return "characters that are no text"
     words = text.split()
     if len(words) >= 20 and Counter(words).most_common(1)[0][1] > 0.5 * len(words):
         return "one word again and again"
     encoded = text.encode()
+    commonest = Counter(text).most_common(1)[0][1]
+    if len(text) >= 40 and commonest > 0.8 * len(text):
+        return "the same again and again"
     if len(encoded) >= 100 and len(zlib.compress(encoded, 9)) < 0.1 * len(encoded) + 12:
         return "the same again and again"
     return None
+
+
+def _is_no_text(character: str) -> bool:
+    """Control characters, private and unassigned ones, and what could not be decoded; not line ends and joiners."""
+    if character in "\n\r\t":
+        return False
+    return unicodedata.category(character) in ("Cc", "Cn", "Co", "Cs") or character == "\N{REPLACEMENT CHARACTER}"
 
 
 def a_checkpoint_loads(plan: Plan, folder: RunFolder, found: dict[str, Any], record: Any) -> Check:
@@ -395,10 +452,9 @@ def a_checkpoint_loads(plan: Plan, folder: RunFolder, found: dict[str, Any], rec
 
     if not trial.resumes(plan):
         return Check("checkpoint", None, "left out: above 13B parameters saving and loading take minutes by themselves")
-    way_out = "is the disk of RUNS_DIR full or read-only? a run could not be resumed on this machine"
     whole, _ = checkpoint.newest_complete(folder)
     if whole is None:
-        return Check("checkpoint", False, f"no whole checkpoint was written to {folder.path}", way_out)
+        raise DoesNotLoadError("checkpoint", f"no whole checkpoint was written to {folder.path}")
     again = recorder()
     try:
         arguments = run.configure(plan, folder)
@@ -409,8 +465,8 @@ def a_checkpoint_loads(plan: Plan, folder: RunFolder, found: dict[str, Any], rec
     except Exception as error:
         if memory.ran_out(error):
             raise
-        reason = (str(error).splitlines() or [""])[0]
-        return Check("checkpoint", False, f"{whole.name} does not load: {type(error).__name__}: {reason}", way_out)
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise DoesNotLoadError("checkpoint", f"{whole.name} does not load: {reason}") from error
     first, second = record.losses[trial.SAVED_AT :], again.losses
     tolerance = 1e-5 if plan.precision == "fp32" else 1e-2
     said = f"{whole.name} loads; the steps behind it lose {_numbers(second)}, before {_numbers(first)}"

@@ -222,9 +222,9 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
         for callback in self.callback_handler.callbacks:
             getattr(callback, "end", lambda: None)()
 
-    def order_of_the_step(self) -> list[int]:
-        """The rows of the step that is under way, as they were dealt out to micro-batches and ranks."""
-        return self._get_train_sampler().of_step(self.state.global_step)
+    def order_of_step(self, taken: int) -> list[int]:
+        """The rows of the step behind `taken` steps, as they were dealt out to micro-batches and ranks."""
+        return self._get_train_sampler().of_step(taken)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *arguments: Any) -> tuple[list[Any], Any]:
         """As the Trainer's; counts the supervised tokens of the step over all ranks, and remembers which they were."""

@@ -8,9 +8,12 @@ __all__ = ["poisoned_model"]  # a fixture
 
 
 @compiler
-@pytest.mark.parametrize("packing", ["true", "false"])
 @pytest.mark.parametrize(
-    ("engine", "processes"), [("single", 1), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("zero3_offload", 2), ("fsdp2", 2)]
+    ("engine", "processes", "packing"),
+    [
+        ("single", 1, "true"), ("zero1", 2, "true"), ("zero2", 2, "false"), ("zero3", 2, "true"),
+        ("zero3_offload", 2, "false"), ("fsdp2", 2, "true"),
+    ],
 )  # fmt: skip
 def test_a_loss_that_is_no_number_stops_the_run_under_every_engine(
     workplace, poisoned_model, write_rows, engine, processes, packing

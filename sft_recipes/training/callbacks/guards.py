@@ -15,14 +15,13 @@ from transformers import TrainerCallback
 
 from sft_recipes.planning.plan import Plan
 from sft_recipes.planning.run_folder import RunFolder
+from sft_recipes.planning.schema import CONVERGED_ACCURACY
 from sft_recipes.training import checkpoint
 from sft_recipes.training.callbacks.metrics import append
-from sft_recipes.training.divergence import DivergedError, What
 
 _USUAL_STEPS = 50  # steps that a loss is compared with
 _FEWEST_STEPS = 20
 _NOISE = 0.3  # nats: a loss that jumps by less is no spike, however steady it was before
-_CONVERGED = 0.9  # token accuracy: a loss that stays where nothing is left to learn has not stalled
 
 
 class Guard(TrainerCallback):
@@ -39,6 +38,12 @@ class Guard(TrainerCallback):
         self.first_loss: float | None = None
         self.logged: list[float] = []
         self.outside: set[str] = set()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """What earlier starts logged is what this one is compared with."""
+        for line in state.log_history:
+            if "loss" in line and line["step"] > 1:
+                self._learn(line["step"], line)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The step's loss against those before it, the gradients' norms against the documents' bounds."""
@@ -60,19 +65,24 @@ class Guard(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Throughput against what is usual, and a training loss that has not moved much, nor moves after warm-up."""
-        if not logs or "loss" not in logs or state.global_step <= 1:
+        if not logs or not math.isfinite(logs.get("loss", math.nan)) or state.global_step <= 1:
             return
+        self._learn(state.global_step, logs)
         lines = max(math.ceil(self.limits["window"] / args.logging_steps), 3)
-        if "tokens_per_second" in logs:
-            self.speeds.append(logs["tokens_per_second"])
-            self._judge(state, "throughput_drop", throughput_drop(self.speeds, lines, self.limits["throughput_drop"]))
-        self.first_loss = logs["loss"] if self.first_loss is None else self.first_loss
-        if state.global_step > (self.plan.warmup_steps or 0):
-            self.logged.append(logs["loss"])
-            enough = max(10, math.ceil(0.25 * state.max_steps / args.logging_steps))
-            learned = logs["loss"] < (1 - 2 * self.limits["plateau"]) * self.first_loss
-            if len(self.logged) >= enough and not learned and logs.get("mean_token_accuracy", 0.0) < _CONVERGED:
-                self._judge(state, "plateau", plateau(self.logged, self.limits["plateau"]))
+        self._judge(state, "throughput_drop", throughput_drop(self.speeds, lines, self.limits["throughput_drop"]))
+        enough = max(10, math.ceil(0.25 * state.max_steps / args.logging_steps))
+        learned = logs["loss"] < (1 - 2 * self.limits["plateau"]) * (self.first_loss or math.inf)
+        converged = logs.get("mean_token_accuracy", 0.0) > CONVERGED_ACCURACY
+        if len(self.logged) >= enough and not learned and not converged:
+            self._judge(state, "plateau", plateau(self.logged, self.limits["plateau"]))
+
+    def _learn(self, step: int, line: dict[str, Any]) -> None:
+        """A log line's figures, to compare later ones with."""
+        if "tokens_per_second" in line:
+            self.speeds.append(line["tokens_per_second"])
+        self.first_loss = line["loss"] if self.first_loss is None else self.first_loss
+        if step > (self.plan.warmup_steps or 0):
+            self.logged.append(line["loss"])
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Ends the run, as a finished one, where validation has not got better for as long as the recipe bears."""
@@ -92,8 +102,7 @@ class Guard(TrainerCallback):
             self._warn(state, rule, evidence)
         self.outside.add(rule)
         if rule in self.limits["stop_on"]:
-            watch = self.trainer.watch
-            raise DivergedError(What(state.global_step, f"{rule}: {evidence}", watch.loss, watch.grad_norm, []))
+            raise self.trainer.watch.stopped_by_guard(self.trainer, f"{rule.replace('_', ' ')}: {evidence}")
 
     def _warn(self, state: Any, rule: str, evidence: str) -> None:
         if state.is_world_process_zero:

@@ -32,7 +32,8 @@ class ShowSamples(TrainerCallback):
         if not state.is_world_process_zero or not self.prompts:
             return
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        answered = answers.answer(model, self.trainer.processing_class, self.prompts, 0, self.most, self.stop)
+        with self.trainer.compute_loss_context_manager():
+            answered = answers.answer(model, self.trainer.processing_class, self.prompts, 0, self.most, self.stop)
         samples = [
             {"step": state.global_step, "prompt": asked(prompt), "wanted": prompt.answer, "said": said}
             for prompt, said in zip(self.prompts, answered.said, strict=True)

@@ -176,13 +176,12 @@ class WeightsAndBiases:
     def _begin(self) -> Any:
         import wandb
 
-        mode = os.environ.get("WANDB_MODE", "online")
-        if mode != "online":
-            return self._init(mode)
+        mode = os.environ.pop("WANDB_MODE", "") or "online"  # W&B reads a wrong word from there again
         try:
-            _connect(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+            if mode == "online":
+                _connect(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
             return self._init(mode)
-        except (wandb.errors.Error, OSError) as error:  # a TimeoutError is an OSError
+        except (wandb.errors.Error, OSError, ValueError) as error:  # no answer, no key, a word that W&B does not know
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             self._say(
                 f"W&B does not answer ({reason}); the run goes on offline: "
@@ -202,8 +201,8 @@ class WeightsAndBiases:
             save_code=False,
         )
         run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=os.environ.get("WANDB_NAME", self._folder.name),
+            project=os.environ.get("WANDB_PROJECT") or PROJECT,
+            name=os.environ.get("WANDB_NAME") or self._folder.name,
             id=run_id(self._plan, self._folder),
             resume="allow",
             dir=str(self._folder.path),
