@@ -357,6 +357,7 @@ def _schedules(parsed: argparse.Namespace) -> None:
     from sft_recipes.reporting import schedules as drawing
     from sft_recipes.training import schedules
 
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # preparing rows needs no GPU, nor DeepSpeed's warning of none
     if parsed.plot:
         drawing.check_path(Path(parsed.plot))
     if parsed.run:

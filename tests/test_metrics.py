@@ -148,7 +148,7 @@ def test_a_run_that_goes_on_goes_on_in_the_same_wandb_run():
 def test_a_dead_wandb_does_not_stop_a_run(tracked_run):
     """Nothing listens there; what would be sent lies in the run's folder (test_wandb_reads_its_file_back)."""
     said = (tracked_run / "log.txt").read_text()
-    assert "W&B does not answer" in said and "goes on offline: wandb sync" in said
+    assert "no W&B run online (" in said and "goes on offline: wandb sync" in said
     assert manifest(tracked_run)["state"] == "finished"
 
 
@@ -158,6 +158,12 @@ def test_a_tracker_that_is_not_known_is_refused_before_anything_starts(workplace
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: REPORT_TO: ")
     assert not workplace.runs.exists()
+
+
+def test_a_mode_that_wandb_does_not_know_is_refused_before_anything_starts(workplace):
+    done = workplace.sft("train", "tiny", REPORT_TO="wandb", WANDB_MODE="sometimes")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: WANDB_MODE: 'sometimes' is not known to W&B")
 
 
 def test_numbers_that_json_does_not_have_are_written_as_text(tmp_path):

@@ -8,6 +8,7 @@ import os
 from sft_recipes.planning.schema import RecipeError
 
 _REPORTERS = ("none", "tensorboard", "wandb")
+_WANDB_MODES = ("", "online", "offline", "disabled", "shared", "dryrun", "run")
 
 
 def reporters() -> list[str]:
@@ -22,6 +23,8 @@ def reporters() -> list[str]:
         raise RecipeError(f"REPORT_TO: {unknown[0]!r} is not known; wanted some of {', '.join(_REPORTERS)}")
     if "none" in asked and len(asked) > 1:
         raise RecipeError(f"REPORT_TO: {','.join(asked)} names none and others; say one or the other")
+    if "wandb" in asked and (mode := os.environ.get("WANDB_MODE", "")) not in _WANDB_MODES:
+        raise RecipeError(f"WANDB_MODE: {mode!r} is not known to W&B; say online, offline or disabled")
     return [name for name in asked if name != "none"]
 
 

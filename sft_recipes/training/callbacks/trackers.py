@@ -184,7 +184,7 @@ class WeightsAndBiases:
         except (wandb.errors.Error, OSError, ValueError) as error:  # no answer, no key, a word that W&B does not know
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             self._say(
-                f"W&B does not answer ({reason}); the run goes on offline: "
+                f"no W&B run online ({reason}); the run goes on offline: "
                 f"wandb sync {self._folder.path}/wandb/offline-* sends it"
             )
             wandb.teardown()  # the service holds the run's id for the attempt that failed
