@@ -303,3 +303,24 @@ def test_a_model_that_lets_packed_examples_see_each_other_is_refused(tmp_path, m
         RecipeError, match=r"packed examples see each other in .*MambaForCausalLM .*trainer.packing=false"
     ):
         isolation.check(subject.plan, subject)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_gradients_that_are_no_numbers_stop_training_before_they_change_a_weight(
+    tmp_path, model_folder, tokenizer, examples, broken
+):
+    """The loss is a number; one element of one gradient is not, as an overflow in the backward pass leaves it."""
+    from sft_recipes.training.divergence import DivergedError
+
+    rows = dataset(examples, 128, packing=False)
+    rows.save_to_disk(tmp_path / "train")
+    subject = make_trainer(tmp_path, model_folder, tokenizer, rows, rows, "trainer.packing=false")
+    weight = subject.model.model.norm.weight
+    weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([0]), broken))
+    before = {name: value.clone() for name, value in subject.model.state_dict().items()}
+    with pytest.raises(DivergedError, match="the gradients are no numbers") as raised:
+        subject.train()
+    what = raised.value.what
+    assert what.step == 1 and not what.applied and torch.isfinite(torch.tensor(what.loss))
+    assert len(what.rows) == 4 and set(what.rows) <= set(rows["source"]), "of the step's four rows"
+    assert all(torch.equal(before[name], value) for name, value in subject.model.state_dict().items())

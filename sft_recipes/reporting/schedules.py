@@ -8,10 +8,10 @@ from typing import Any
 
 from sft_recipes.planning import show
 from sft_recipes.planning.schema import RecipeError
+from sft_recipes.reporting import plots
 
-# Okabe and Ito's colours, which people of every colour vision tell apart (https://jfly.uni-koeln.de/color/), and
-# dashes, which paper without colours keeps: schedules lie on each other while they warm up.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Dashes are what paper without colours keeps, and schedules lie on each other while they warm up.
+_COLOURS = (plots.BLUE, plots.RED, plots.GREEN, plots.PURPLE, plots.ORANGE, plots.SKY, plots.GREY)
 _DASHES = ("solid", "dashed", "dashdot", "dotted")
 _FEW_STEPS = 30  # so few are drawn as points too
 
