@@ -11,7 +11,7 @@ from conftest import manifest
 from sft_recipes.planning import plan as plans
 from sft_recipes.planning import recipes, trial
 from sft_recipes.planning.plan import Topology
-from sft_recipes.training import sanity
+from sft_recipes.training import checks, sanity
 
 FEW_ANSWERS = ("answers.show=2", "answers.exact_match=0", "answers.max_new_tokens=4")
 CHECKS = [
@@ -111,10 +111,10 @@ def carried_out(tmp_path, planned, prepared, monkeypatch):
     plans.write(planned, folder.plan)
     write_json(folder.prepared, dataclasses.asdict(prepared))
     try:
-        checks, _ = sanity.carry_out(planned, folder)
+        found, _ = sanity.carry_out(planned, folder)
     except sanity.RankAloneError as error:  # what `main` writes before it leaves
-        checks = error.checks
-    return {check.name: check for check in checks}
+        found = error.checks
+    return {check.name: check for check in found}
 
 
 def test_a_healthy_trial_passes_in_all(tmp_path, trial_of_few_rows, monkeypatch):
@@ -213,7 +213,7 @@ def test_masked_labels_fail_for_the_masks(tmp_path, trial_of_few_rows, monkeypat
     ],
 )  # fmt: skip
 def test_garbled_text_is_told_from_text(text, reason):
-    assert sanity.garbled(text) == reason
+    assert checks.garbled(text) == reason
 
 
 @pytest.mark.parametrize(("rows", "wanted"), [(896, 64), (64, 64), (20, 64), (1, 4), (17, 32)])
@@ -263,7 +263,24 @@ def test_another_weight_file_in_the_same_folder_is_another_plan(tmp_path):
 )
 def test_another_rate_is_advised_with_what_lets_it_pass(rate, factor, said):
     plan = plans.make(recipes.load("8b"), Topology(gpus=8, processes=8, card="h100-80g"))
-    assert sanity._rate(dataclasses.replace(plan, learning_rate=rate), factor) == said
+    assert checks.another_rate(dataclasses.replace(plan, learning_rate=rate), factor) == said
+
+
+def test_a_model_whose_numbers_nobody_stated_is_forecast_too():
+    words = ["model.from_scratch=false", "model.architecture={}", "model.name_or_path=/somewhere"]
+    plan = dataclasses.replace(
+        plans.make(recipes.load("tiny", words), Topology(gpus=0, processes=1)), optimizer_steps=10
+    )
+    figures = {
+        "step_seconds": 3.0, "accumulation": 1, "validation_rows": 10, "evaluation_seconds_a_row": 0.1,
+        "save_seconds": 2.0,
+    }  # fmt: skip
+    assert trial.measured_forecast(plan, figures)["seconds"] == pytest.approx(10 * 3.0 + 10 * 0.1 + 2.0)
+
+
+@pytest.mark.parametrize(("loss", "knows"), [(1.4, True), (5.4, True), (5.75, False), (7.0, False)])
+def test_random_weights_are_told_from_trained_ones_by_chance(loss, knows):
+    assert checks.knows_more_than_chance(loss, 320) == knows
 
 
 def test_the_trial_keeps_its_own_evaluations_whatever_the_recipe_delays():

@@ -100,8 +100,8 @@ def measured_forecast(plan: Plan, figures: Mapping[str, Any]) -> dict[str, float
     evaluating = evaluations * figures["validation_rows"] * figures["evaluation_seconds_a_row"]
     saves = -(-steps // trainer["save_steps"])
     # Weights of best steps are saved too, at most after each evaluation, and the last and the best at the end.
-    whole, architecture = plan.checkpoint_bytes, plan.sections["model"]["architecture"]
-    models = (evaluations + 2) * plans.load_of(plan, architecture).trained_bytes / whole if whole else 0.0
+    bytes_a_weight = 2 if plan.dtypes["weights"] == "bf16" else 4
+    models = (evaluations + 2) * (plan.trained_parameters or 0) * bytes_a_weight / (plan.checkpoint_bytes or 1)
     saving = (
         (saves + models) * figures["save_seconds"]
         if figures["save_seconds"] is not None

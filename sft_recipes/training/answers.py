@@ -102,15 +102,16 @@ def show(before: Answered | None, after: Answered, shown: int) -> str:
     """A few prompts with what was wanted and what was said before and after."""
     blocks = []
     for index, (prompt, said) in enumerate(zip(after.prompts[:shown], after.said, strict=False)):
-        turns = [f"  {message['role']:<9} {_short(message['content'])}" for message in prompt.messages]
-        turns.append(f"  wanted    {_short(prompt.answer)}")
+        turns = [f"  {message['role']:<9} {short(message['content'])}" for message in prompt.messages]
+        turns.append(f"  wanted    {short(prompt.answer)}")
         if before is not None:
-            turns.append(f"  before    {_short(before.said[index])}")
-        turns.append(f"  after     {_short(said)}")
+            turns.append(f"  before    {short(before.said[index])}")
+        turns.append(f"  after     {short(said)}")
         blocks.append("\n".join(turns))
     return "\n\n".join(blocks)
 
 
-def _short(text: str, most: int = 100) -> str:
+def short(text: str, most: int = 100) -> str:
+    """A text in one line of at most so many characters, without what a terminal would obey."""
     line = " ".join("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text).split())
     return line if len(line) <= most else line[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"

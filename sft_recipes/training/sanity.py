@@ -14,42 +14,25 @@ import shutil
 import statistics
 import sys
 import time
-import unicodedata
-import zlib
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sft_recipes.planning import plan as plans
-from sft_recipes.planning import recipes, trial
-from sft_recipes.planning.memory import GIB
+from sft_recipes.planning import trial
 from sft_recipes.planning.plan import Plan
 from sft_recipes.planning.processes import end_with_parent
 from sft_recipes.planning.run_folder import RunFolder, read_json, write_json
 from sft_recipes.planning.schema import RecipeError
+from sft_recipes.training import checks as judging
 from sft_recipes.training import memory, signals
+from sft_recipes.training.checks import MEMORY, Check
 from sft_recipes.training.quiet import quiet
 
 # Rows of the trial that are evaluated before and after: enough passes to tell their fall from its noise.
 _EVALUATED_ROWS, _EVALUATED_PASSES = 24, 8
 _HELD_OUT_ROWS = 8
 _PROMPTS, _NEW_TOKENS = 3, 48
-MEMORY = "peak memory"  # the parent, which knows the recipe, says what would take less
-_SURE = 3.0  # standard errors that the fall of the loss must exceed
-_DEVICE_SHARE = 0.95  # of the device's memory: what is left is for what the trial did not meet
-
-
-@dataclass(frozen=True)
-class Check:
-    """One part of the verdict: `passed` is None where it was left out, which `said` gives the reason of; `way_out` is
-    what to do where it failed."""
-
-    name: str
-    passed: bool | None
-    said: str
-    way_out: str = ""
 
 
 class DoesNotLoadError(Exception):
@@ -113,7 +96,7 @@ def carry_out(plan: Plan, folder: RunFolder) -> tuple[list[Check], dict[str, Any
     parts = run.build(plan, folder, arguments, found)
     sft, record = parts.trainer, recorder()
     sft.add_callbacks([record])
-    checks = [rows_are_right(sft, parts.ends_of_turn)]
+    checks = [judging.rows_are_right(sft, parts.ends_of_turn)]
     if not checks[0].passed:
         return checks, {}
     arguments.eval_on_start = True
@@ -123,12 +106,12 @@ def carry_out(plan: Plan, folder: RunFolder) -> tuple[list[Check], dict[str, Any
         way_out = f"look at {', '.join(error.what.rows) or 'the rows'}, or lower trainer.learning_rate"
         return [*checks, Check("numbers", False, f"step {error.what.step}: {error}", way_out)], {}
     checks += [
-        first_loss_is_plausible(plan, record, _vocabulary_size(sft)),
-        loss_falls(plan, record),
+        judging.first_loss_is_plausible(plan, record, _vocabulary_size(sft)),
+        judging.loss_falls(plan, record),
         Check("numbers", True, "no NaN or Inf in losses and gradients"),
-        gradients_are_in_range(plan, record),
-        memory_is_enough(plan, sft),
-        evaluation_is_a_number(
+        judging.gradients_are_in_range(plan, record),
+        judging.memory_is_enough(plan, sft),
+        judging.evaluation_is_a_number(
             record, read_json(Path(found["folder"]) / "details.json")["validation_rows"]["held_out"]
         ),
     ]
@@ -141,10 +124,13 @@ def carry_out(plan: Plan, folder: RunFolder) -> tuple[list[Check], dict[str, Any
         "save_seconds": record.save_seconds,
     }
     sharded = plan.no_rank_holds_the_model
-    answered = None if sharded else answers_are_text(plan, parts, found, sft.accelerator.unwrap_model(sft.model))
+    knows = judging.knows_more_than_chance(judging.mean_loss(record.rows[0]), _vocabulary_size(sft))
+    whole = None if sharded else sft.accelerator.unwrap_model(sft.model)
+    answered = None if sharded else answers_are_text(plan, parts, found, whole, knows)
+    del whole
     _free(sft)  # the model that answers under ZeRO-3, and the trainer that goes on, have room then
     for check in (
-        lambda: answered or saved_answers_are_text(plan, folder, parts, found),
+        lambda: answered or saved_answers_are_text(plan, folder, parts, found, knows),
         lambda: a_checkpoint_loads(plan, folder, found, record),
     ):
         try:
@@ -168,7 +154,7 @@ def _copy(plan: Plan, folder: RunFolder, state: Any) -> dict[str, Any]:
     with state.main_process_first():
         if state.is_main_process:
             train, validation = (load_from_disk(str(prepared / part)) for part in ("train", "validation"))
-            chosen = choose([len(ids) for ids in train["input_ids"]], plan.rows or 0)
+            chosen = choose(_lengths(train), plan.rows or 0)
             rows = train.select(chosen)
             passes = _EVALUATED_PASSES * plan.per_device_train_batch_size * plan.world_size
             evaluated = rows.select(range(min(len(rows), max(_EVALUATED_ROWS, passes))))
@@ -180,6 +166,12 @@ def _copy(plan: Plan, folder: RunFolder, state: Any) -> dict[str, Any]:
             write_json(copy / "details.json", details)
             shutil.copy(prepared / "prompts.jsonl", copy)
     return {**found, "folder": str(copy), "original": str(prepared)}
+
+
+def _lengths(rows: Any) -> list[int]:
+    """Tokens of each row, from the file's own offsets: the tokens of a large data set are not brought into memory."""
+    chunks = rows.data.column("input_ids").chunks
+    return [length for chunk in chunks for length in chunk.value_lengths().to_pylist()]
 
 
 def choose(lengths: Sequence[int], many: int) -> list[int]:
@@ -241,141 +233,11 @@ def recorder() -> Any:
     return Record()
 
 
-def rows_are_right(sft: Any, ends_of_turn: Sequence[int]) -> Check:
-    """What the loss looks at, in batches as the model gets them: labels are the tokens themselves, some are supervised,
-    and ends of turn are among them (not in each row: one that was cut has lost its own). All ranks judge alike."""
-    import torch
-
-    from sft_recipes.data.chat import IGNORED
-
-    ends = torch.tensor(list(ends_of_turn), device=sft.args.device)
-    counts = torch.zeros(4, dtype=torch.int64, device=sft.args.device)
-    shown = ""
-    for batch in sft.get_train_dataloader():
-        ids, labels = batch["input_ids"].to(ends.device), batch["labels"].to(ends.device)
-        supervised = labels != IGNORED
-        counts += torch.stack(
-            [
-                supervised.sum(),
-                supervised.new_tensor(labels.numel(), dtype=torch.int64),
-                (supervised & (labels != ids)).sum(),
-                torch.isin(labels, ends).sum(),
-            ]
-        )
-        shown = shown or _short(sft.processing_class.decode(ids[0][supervised[0]].tolist()))
-    many, of, others, ended = sft.accelerator.reduce(counts, "sum").tolist()
-    way_out = "see the rows with `make inspect`; look at the data's roles and at model.chat_template"
-    if not many:
-        return Check("rows and masks", False, f"all {of:,} labels are masked: nothing would be learned", way_out)
-    if others:
-        return Check("rows and masks", False, f"{others:,} labels are other tokens than their row's own", way_out)
-    if not ended:
-        names = ", ".join(sft.processing_class.convert_ids_to_tokens(list(ends_of_turn)))
-        said = f"no end of turn ({names}) is supervised: the model would never learn to stop"
-        return Check("rows and masks", False, said, way_out)
-    return Check("rows and masks", True, f"{many:,} of {of:,} tokens are supervised, {ended:,} ends of turn: {shown}")
-
-
-def _short(text: str, most: int = 70) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= most else line[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
-
-
 def _vocabulary_size(sft: Any) -> int:
     return int(sft.model.config.get_text_config().vocab_size)
 
 
-def first_loss_is_plausible(plan: Plan, record: Any, vocabulary: int) -> Check:
-    """The loss before the first step against chance, ln(vocabulary): what a model that knows nothing has, and what one
-    whose tokens or weights are not its own exceeds."""
-    first, chance = _mean(record.rows[0]), math.log(vocabulary)
-    said = f"{first:.3f} before the first step; chance over {vocabulary:,} tokens is {chance:.2f}"
-    if not 1e-4 < first < 1.5 * chance:
-        way_out = "is model.name_or_path's tokenizer its own, and are its weights whole? is the data already in it?"
-        return Check("first loss", False, said, way_out)
-    if first > 0.95 * chance and not plan.sections["model"]["from_scratch"]:
-        said += ", so the weights know no more than chance: are they a trained model's?"
-    return Check("first loss", True, said)
-
-
-def _mean(passes: Any) -> float:
-    return float(passes[..., 0].sum() / passes[..., 1].sum())
-
-
-def loss_falls(plan: Plan, record: Any) -> Check:
-    """On the very rows that were trained on, before and after: each pass is its own measure, so what differs between
-    rows is no noise."""
-    before, after = (passes[..., 0] / passes[..., 1].clamp(min=1) for passes in (record.rows[0], record.rows[-1]))
-    falls = [
-        fall
-        for fall, tokens in zip(
-            (before - after).flatten().tolist(), record.rows[0][..., 1].flatten().tolist(), strict=True
-        )
-        if tokens
-    ]
-    mean = statistics.fmean(falls)
-    error = statistics.stdev(falls) / math.sqrt(len(falls)) if len(falls) > 1 else 0.0
-    said = (
-        f"{_mean(record.rows[0]):.4f} -> {_mean(record.rows[-1]):.4f} on the same rows in {len(record.losses)} steps "
-        f"at {plan.learning_rate:.1e}; the fall is {mean:.2g}, its standard error {error:.1g}"
-    )
-    if mean > _SURE * error and mean > 0:
-        return Check("loss falls", True, said)
-    rises = mean < -_SURE * error
-    way_out = f"it rises: lower the rate, {_rate(plan, 1 / 3)}" if rises else f"raise the rate, {_rate(plan, 2)}"
-    return Check("loss falls", False, said, way_out)
-
-
-def _rate(plan: Plan, factor: float) -> str:
-    """Another learning rate; where this one is outside its row of the table, the one that the row starts from."""
-    entry = recipes.table()[plan.size].cells["learning_rate"]
-    if entry.range is None or not entry.allows(plan.learning_rate):
-        return f"row {plan.size} starts from {recipes.line(plan.size, 'learning_rate', entry.start)}"
-    return recipes.line(plan.size, "learning_rate", plan.learning_rate * factor)
-
-
-def evaluation_is_a_number(record: Any, rows: int) -> Check:
-    """Of the held-out rows, behind the last step."""
-    loss = record.evaluated[-1]
-    way_out = "look at the rows of data.validation with `make inspect`"
-    return Check("evaluation", math.isfinite(loss), f"loss {loss:.4f} over {rows} held-out rows", way_out)
-
-
-def gradients_are_in_range(plan: Plan, record: Any) -> Check:
-    """Behind the warm-up, against the documents' bounds."""
-    limits, norms = plan.sections["guards"], record.norms[trial.WARMUP_STEPS :]
-    middle = statistics.median(norms)
-    least, most = limits["grad_norm_below"], limits["grad_norm_above"]
-    said = f"{middle:.3g} (median), {max(norms):.3g} at most; wanted {least:g} to {most:g}"
-    if least <= middle <= most:
-        return Check("gradient norm", True, said)
-    way_out = (
-        f"lower trainer.learning_rate, or look for rows that are no text; where this model's norms are larger by "
-        f"nature, guards.grad_norm_above={2 * middle:.0f}"
-        if middle > most
-        else "see that weights are trained and rows supervised (make inspect)"
-    )
-    return Check("gradient norm", False, said, way_out)
-
-
-def memory_is_enough(plan: Plan, sft: Any) -> Check:
-    """The most that a rank held, against its device and against what the plan said."""
-    import torch
-    from accelerate.utils import gather
-
-    on_gpu = torch.cuda.is_available() and plan.uses_gpu
-    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // plan.world_size
-    device = torch.cuda.get_device_properties(sft.args.device).total_memory if on_gpu else here
-    mine = torch.cuda.max_memory_reserved() if on_gpu else memory.peak_of_the_host()
-    peak = int(gather(torch.tensor([float(mine)], dtype=torch.float64, device=sft.args.device)).max())
-    said = f"{peak / GIB:.2f} GiB at the peak of {device / GIB:.1f} a rank"
-    planned = (plan.memory_bytes_per_gpu or {}).get("total")
-    if planned and on_gpu:
-        said += f"; the plan said {planned / GIB:.2f} ({peak / planned:.2f} times that)"
-    return Check(MEMORY, peak <= _DEVICE_SHARE * device, said)
-
-
-def saved_answers_are_text(plan: Plan, folder: RunFolder, parts: Any, found: dict[str, Any]) -> Check:
+def saved_answers_are_text(plan: Plan, folder: RunFolder, parts: Any, found: dict[str, Any], knows: bool) -> Check:
     """Of the model that was saved, where no rank holds the one that was trained."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -390,11 +252,11 @@ def saved_answers_are_text(plan: Plan, folder: RunFolder, parts: Any, found: dic
         model = run.load_model(plan, str(folder.checkpoint(trial.SAVED_AT)))
     except RecipeError as error:
         raise DoesNotLoadError("answers", str(error)) from error
-    return answers_are_text(plan, parts, found, model.to(parts.trainer.args.device))
+    return answers_are_text(plan, parts, found, model.to(parts.trainer.args.device), knows)
 
 
-def answers_are_text(plan: Plan, parts: Any, found: dict[str, Any], model: Any) -> Check:
-    """Greedy answers to held-out prompts, on rank 0."""
+def answers_are_text(plan: Plan, parts: Any, found: dict[str, Any], model: Any, knows: bool) -> Check:
+    """Greedy answers to held-out prompts, on rank 0; `knows` says whether the model began with more than chance."""
     from sft_recipes.training import answers
 
     if not parts.trainer.accelerator.is_main_process:
@@ -405,45 +267,14 @@ def answers_are_text(plan: Plan, parts: Any, found: dict[str, Any], model: Any) 
     most = min(plan.sections["answers"]["max_new_tokens"], _NEW_TOKENS)
     with parts.trainer.compute_loss_context_manager():  # fp32 weights compute in bf16, as they do in training
         texts = answers.answer(model, parts.trainer.processing_class, prompts, 0, most, parts.ends_of_turn).said
-    shown = " | ".join(_short(text, 40) or "(nothing)" for text in texts)
-    if plan.sections["model"]["from_scratch"]:
-        return Check("answers", None, f"not judged, the model began with random weights: {shown}")
-    reasons = [reason for text in texts if (reason := garbled(text))]
+    shown = " | ".join(answers.short(text, 40) or "(nothing)" for text in texts)
+    if not knows:
+        return Check("answers", None, f"not judged, the weights began with no more than chance: {shown}")
+    reasons = [reason for text in texts if (reason := judging.garbled(text))]
     if len(reasons) * 2 <= len(texts):
         return Check("answers", True, shown)
     way_out = "lower trainer.learning_rate; is model.chat_template the model's own?"
     return Check("answers", False, f"{reasons[0]}: {shown}", way_out)
-
-
-def garbled(text: str) -> str | None:
-    """What is wrong with an answer as text; None where nothing is.
-
-    Three signs, each far from what any language or code has: nothing at all; more than a tenth of the characters
-    unprintable or undecodable; in a text of 20 words or more, one word making up more than half of them; in one of 100
-    characters or more, ten times less information than its length (zlib).
-    """
-    if not text.strip():
-        return "nothing is said"
-    odd = sum(map(_is_no_text, text))
-    if odd > 0.1 * len(text):
-        return "characters that are no text"
-    words = text.split()
-    if len(words) >= 20 and Counter(words).most_common(1)[0][1] > 0.5 * len(words):
-        return "one word again and again"
-    encoded = text.encode()
-    commonest = Counter(text).most_common(1)[0][1]
-    if len(text) >= 40 and commonest > 0.8 * len(text):
-        return "the same again and again"
-    if len(encoded) >= 100 and len(zlib.compress(encoded, 9)) < 0.1 * len(encoded) + 12:
-        return "the same again and again"
-    return None
-
-
-def _is_no_text(character: str) -> bool:
-    """Control characters, private and unassigned ones, and what could not be decoded; not line ends and joiners."""
-    if character in "\n\r\t":
-        return False
-    return unicodedata.category(character) in ("Cc", "Cn", "Co", "Cs") or character == "\N{REPLACEMENT CHARACTER}"
 
 
 def a_checkpoint_loads(plan: Plan, folder: RunFolder, found: dict[str, Any], record: Any) -> Check:
