@@ -108,7 +108,8 @@ def loss_falls(plan: Plan, record: Any) -> Check:
     error = statistics.stdev(falls) / math.sqrt(len(falls)) if len(falls) > 1 else 0.0
     said = (
         f"{mean_loss(record.rows[0]):.4f} -> {mean_loss(record.rows[-1]):.4f} on the same rows in "
-        f"{len(record.losses)} steps at {plan.learning_rate:.1e}; the fall is {mean:.2g}, its standard error {error:.1g}"
+        f"{len(record.losses)} steps at {plan.learning_rate:.1e}; the fall is {mean:.2g}, its standard error "
+        f"{error:.1g}"
     )
     if mean > _SURE * error and mean > 0:
         return Check("loss falls", True, said)
