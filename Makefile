@@ -88,7 +88,7 @@ merge: setup ## adapters and the model that they were trained on as one model: R
 test: setup ## the tests, on the CPU, in under ten minutes
 	@$(PYTHON) -m pytest tests --ignore tests/engines
 
-test-engines: setup ## the matrix: every engine follows one process, every recipe trains three steps (about a quarter of an hour)
+test-engines: setup ## the matrix: every engine follows one process, every recipe trains three steps (about half an hour)
 	@$(PYTHON) -m pytest tests/engines
 
 test-latest: ## the recipes' tests with the newest versions that the index has, in a .venv-latest of their own
