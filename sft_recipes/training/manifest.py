@@ -31,6 +31,8 @@ _LIBRARIES = (
 def begin(folder: RunFolder, plan: Plan) -> None:
     """Records what is known at a start; what earlier starts of the same run recorded is kept beside it."""
     earlier, sanity = read_json(folder.manifest), read_json(folder.sanity)
+    for ended in ("diverged", "error", "takes_less", "exit_code"):
+        earlier.pop(ended, None)  # how an earlier start ended
     content = {
         **earlier,
         "run": folder.name,
