@@ -14,10 +14,10 @@ import pytest
 from conftest import REPOSITORY
 from simulated_runs import GIB, Simulated
 
+from sft_recipes.planning.recipes import scientific
 from sft_recipes.planning.run_folder import RunFolder
 from sft_recipes.planning.schedule import learning_rate
 from sft_recipes.planning.schema import Guards, RecipeError
-from sft_recipes.reporting.advice import scientific
 from sft_recipes.reporting.diagnose import diagnose, ruined, text, to_json
 from sft_recipes.reporting.reading import read
 from sft_recipes.reporting.rules import RULES

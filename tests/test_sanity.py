@@ -8,8 +8,8 @@ import shutil
 import pytest
 from conftest import manifest
 
+from sft_recipes.planning import environment, recipes, trial
 from sft_recipes.planning import plan as plans
-from sft_recipes.planning import recipes, trial
 from sft_recipes.planning.plan import Topology
 from sft_recipes.training import checks, sanity
 
@@ -322,5 +322,5 @@ def test_a_receipt_is_for_one_plan_data_and_environment(monkeypatch):
     assert trial.key(plan) == trial.key(same)
     assert len({trial.key(one) for one in [plan, *others]}) == 4
     before = trial.key(plan)
-    monkeypatch.setattr(trial.metadata, "version", lambda name: "9.9")
+    monkeypatch.setattr(environment.metadata, "version", lambda name: "9.9")
     assert trial.key(plan) != before

@@ -94,7 +94,10 @@ def is_at_hand(plan: Plan) -> bool:
     """Whether data and tokenizer lie on this machine, or are made here, so that preparing them asks no network."""
     model, data = plan.sections["model"], Data(**plan.sections["data"])
     model_is = model["from_scratch"] or Path(model["name_or_path"]).is_dir()
-    return model_is and all(sources.hub_name(source) is None for source in [*data.training, *data.held_out])
+    return model_is and all(
+        sources.hub_name(source) is None
+        for source in [*data.training, *data.held_out, *([data.retain] if data.retain else [])]
+    )
 
 
 def announcement(plan: Plan, details: Mapping[str, Any], seconds: float) -> str:

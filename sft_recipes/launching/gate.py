@@ -59,7 +59,7 @@ def carry_out(plan: Plan, prepared: Path, say: Callable[[str], None], lighter: C
             )
             environment = command.environment(short, os.environ)
             code = process.run(command.launch(short, folder, "sanity"), environment, seconds_at_most=SECONDS_AT_MOST)
-            verdict, outcome = read_json(folder.path / "verdict.json"), read_json(folder.outcome)
+            verdict, outcome = read_json(folder.verdict), read_json(folder.outcome)
     if code == EXIT_STOPPED:
         return EXIT_STOPPED
     if outcome.get("error"):

@@ -43,14 +43,8 @@ def held(folder: RunFolder) -> Iterator[None]:
 
 def held_by() -> dict[str, str]:
     """The runs that a live process holds, each with that process."""
-    holders = {}
-    for path in runs_root().glob("*/.lock"):
-        with path.open("r", encoding="utf-8") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holders[path.parent.name] = _holder(path)
-    return holders
+    locks = runs_root().glob("*/.lock")
+    return {path.parent.name: _holder(path) for path in locks if is_held(RunFolder(path.parent))}
 
 
 def is_held(folder: RunFolder) -> bool:

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from sft_recipes.launching import command, gate, process
@@ -43,11 +43,11 @@ def carry_out(start: Start, say: Callable[[str], None], lighter: Callable[[], li
     plans.write(plan if stored is None else stored, folder.plan)
     incoming = folder.path / "plan.next.json"
     plans.write(plan, incoming)
-    code = process.run(command.prepare(incoming), environment)
+    code = _prepare(incoming, environment)
     if code:
         incoming.unlink()
         _forget(folder, start)
-        return code if code in (EXIT_USER, EXIT_STOPPED) else EXIT_FAULT
+        return code
     try:
         settled = _settle(plan, stored, read_json(folder.prepared))
     except RecipeError:
@@ -76,14 +76,14 @@ def carry_out(start: Start, say: Callable[[str], None], lighter: Callable[[], li
 
 def _sanity(plan: Plan, folder: RunFolder, say: Callable[[str], None], lighter: Callable[[], list[str]]) -> int:
     """Has the plan tried where nothing has tried it yet; what became of that is written into the run's folder."""
-    skipped, receipt = variables.sanity_is_skipped(), gate.receipt(plan)
-    found = receipt.is_file()
-    if not skipped and not found:
-        code = gate.carry_out(plan, folder.prepared, say, lighter)
-        if code:
-            return code
-    write_json(folder.sanity, {"skipped": True} if skipped else {"receipt": str(receipt)})
-    return 0
+    if variables.sanity_is_skipped():
+        write_json(folder.sanity, {"skipped": True})
+        return 0
+    receipt = gate.receipt(plan)
+    code = 0 if receipt.is_file() else gate.carry_out(plan, folder.prepared, say, lighter)
+    if not code:
+        write_json(folder.sanity, {"receipt": str(receipt)})
+    return code
 
 
 def try_out(plan: Plan, say: Callable[[str], None], lighter: Callable[[], list[str]]) -> int:
@@ -95,10 +95,14 @@ def try_out(plan: Plan, say: Callable[[str], None], lighter: Callable[[], list[s
     with tempfile.TemporaryDirectory(prefix="sft-") as place:
         folder = RunFolder(Path(place))
         plans.write(plan, folder.plan)
-        code = process.run(command.prepare(folder.plan), command.environment(plan, os.environ))
-        if code:
-            return code if code in (EXIT_USER, EXIT_STOPPED) else EXIT_FAULT
-        return gate.carry_out(_settle(plan, None, read_json(folder.prepared)), folder.prepared, say, lighter)
+        code = _prepare(folder.plan, command.environment(plan, os.environ))
+        return code or gate.carry_out(_settle(plan, None, read_json(folder.prepared)), folder.prepared, say, lighter)
+
+
+def _prepare(plan: Path, environment: Mapping[str, str]) -> int:
+    """Prepares the data of the plan in a file; 0, or the exit code of the contract."""
+    code = process.run(command.prepare(plan), environment)
+    return code if code in (0, EXIT_USER, EXIT_STOPPED) else EXIT_FAULT
 
 
 def _announcement(start: Start, plan: Plan) -> str:

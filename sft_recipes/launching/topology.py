@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from sft_recipes.planning.environment import host_memory_bytes
 from sft_recipes.planning.fit import nodes_for
 from sft_recipes.planning.memory import CARDS_GIB
 from sft_recipes.planning.plan import Plan, Topology
@@ -113,7 +114,7 @@ def check_host_memory(plan: Plan) -> None:
     Raises:
         RecipeError: the plan's host memory is more than the machine has.
     """
-    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    here = host_memory_bytes()
     needed, per_rank = plan.host_bytes_per_node, plan.memory_bytes_per_gpu
     if per_rank and not plan.uses_gpu and per_rank["total"] * plan.world_size > here:
         raise RecipeError(

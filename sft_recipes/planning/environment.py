@@ -1,9 +1,10 @@
-"""Reads the environment variables that a run takes, which Make, sbatch and containers pass on alike; an empty one is
-as good as none."""
+"""Reads what a run finds around it: the machine's memory and libraries, and the environment variables that Make, sbatch
+and containers pass on alike; an empty one is as good as none."""
 
 from __future__ import annotations
 
 import os
+from importlib import metadata
 
 from sft_recipes.planning.schema import RecipeError
 
@@ -56,3 +57,16 @@ def gpu_hour_price() -> float | None:
     if not 0 <= price < 1e6:
         raise RecipeError(f"GPU_HOUR_PRICE: {text!r} is not a price; wanted a number such as 2.50")
     return price
+
+
+def host_memory_bytes() -> int:
+    """The memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def library_version(name: str) -> str:
+    """The installed version of a library, or `not installed`."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -516,9 +516,15 @@ def hyperparameter(recipe: Recipe, key: str) -> tuple[Any, str]:
     return table()[row].cells[key].start, f"recipes/sizes.yaml, row {row}"
 
 
+def scientific(value: float) -> str:
+    """A rate as recipes write it: 2.0e-5."""
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
 def line(size: str, key: str, value: float) -> str:
     """`trainer.KEY=VALUE` as one types it, with the `outside_range` that it needs where the row would refuse it."""
-    rate = f"{value:.1e}".replace("e-0", "e-") if key == "learning_rate" else f"{value:g}"
+    rate = scientific(value) if key == "learning_rate" else f"{value:g}"
     said, entry = f"trainer.{key}={rate}", table()[size].cells[key]
     return said if entry.allows(float(rate)) else f"{said} outside_range=[{key}] (row {size} wants {entry.wanted()})"
 

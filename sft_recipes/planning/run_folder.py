@@ -120,6 +120,11 @@ class RunFolder:
         return self.path / "sanity.json"
 
     @property
+    def verdict(self) -> Path:
+        """What a trial of the sanity gate came to; in the trial's own folder."""
+        return self.path / "verdict.json"
+
+    @property
     def lock(self) -> Path:
         """Held by the process that carries the run."""
         return self.path / ".lock"

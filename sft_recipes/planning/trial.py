@@ -6,12 +6,11 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from sft_recipes.planning import plan as plans
-from sft_recipes.planning.environment import gpu_hour_price
+from sft_recipes.planning.environment import gpu_hour_price, library_version
 from sft_recipes.planning.plan import Plan
 from sft_recipes.planning.schema import REPOSITORY
 
@@ -68,7 +67,7 @@ def key(plan: Plan) -> str:
         "plan": {name: value for name, value in flat.items() if name != "recipe"},
         "card": plan.card,
         "weights": _weights(plan.sections["model"]["name_or_path"]),
-        "libraries": {name: _version(name) for name in _LIBRARIES},
+        "libraries": {name: library_version(name) for name in _LIBRARIES},
         "code": {str(file.relative_to(REPOSITORY)): hashlib.sha256(file.read_bytes()).hexdigest() for file in code},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -78,13 +77,6 @@ def _weights(model: str | None) -> list[tuple[str, int, int]]:
     """Name, size and date of a local model's files; what lies on the Hub is known by its revision."""
     files = sorted(Path(model).glob("*")) if model and Path(model).is_dir() else []
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-
-
-def _version(library: str) -> str:
-    try:
-        return metadata.version(library)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def measured_forecast(plan: Plan, figures: Mapping[str, Any]) -> dict[str, float | None]:

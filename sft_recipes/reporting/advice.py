@@ -30,13 +30,13 @@ def rate(run: Run, factor: float) -> str:
     peak = run.plan.get("learning_rate")
     if not isinstance(peak, (int, float)):
         return f"`trainer.learning_rate`: {factor:.2g} times what it is"
-    return _line(run, "learning_rate", scientific(peak * factor), scientific(peak))
+    return _line(run, "learning_rate", recipes.scientific(peak * factor), recipes.scientific(peak))
 
 
 def rate_of_the_row(run: Run) -> str:
     """The learning rate that the size row starts from."""
     start = recipes.table()[str(run.plan["size"])].cells["learning_rate"].start
-    line = _line(run, "learning_rate", scientific(start), scientific(run.plan["learning_rate"]))
+    line = _line(run, "learning_rate", recipes.scientific(start), recipes.scientific(run.plan["learning_rate"]))
     return f"{line}, where row {run.plan['size']} starts"
 
 
@@ -88,12 +88,6 @@ def go_on(run: Run) -> str:
 def inspect(run: Run) -> str:
     """The command that shows what the loss sees."""
     return f"make inspect RECIPE={run.plan.get('recipe')}"
-
-
-def scientific(value: float) -> str:
-    """A rate as recipes write it: 2.0e-5."""
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
 
 
 def _line(run: Run, key: str, wanted: str, now: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import statistics
 import unicodedata
 import zlib
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sft_recipes.planning import recipes, trial
+from sft_recipes.planning.environment import host_memory_bytes
 from sft_recipes.planning.memory import GIB
 from sft_recipes.planning.plan import Plan
 from sft_recipes.training import memory
@@ -162,7 +162,7 @@ def memory_is_enough(plan: Plan, sft: Any) -> Check:
     from accelerate.utils import gather
 
     on_gpu = torch.cuda.is_available() and plan.uses_gpu
-    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // plan.world_size
+    here = host_memory_bytes() // plan.world_size
     device = torch.cuda.get_device_properties(sft.args.device).total_memory if on_gpu else here
     mine = torch.cuda.max_memory_reserved() if on_gpu else memory.peak_of_the_host()
     peak = int(gather(torch.tensor([float(mine)], dtype=torch.float64, device=sft.args.device)).max())

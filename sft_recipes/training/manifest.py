@@ -6,9 +6,9 @@ import datetime
 import platform
 import socket
 import subprocess
-from importlib import metadata
 from typing import Any
 
+from sft_recipes.planning.environment import library_version
 from sft_recipes.planning.plan import Plan
 from sft_recipes.planning.run_folder import RunFolder, read_json, write_json
 from sft_recipes.planning.schema import REPOSITORY
@@ -94,13 +94,7 @@ def _host() -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return {"python": platform.python_version(), **found}
+    return {"python": platform.python_version(), **{name: library_version(name) for name in _LIBRARIES}}
 
 
 def _code() -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
+from sft_recipes.planning.environment import host_memory_bytes
 from sft_recipes.planning.memory import GIB
 from sft_recipes.planning.plan import Plan
 
@@ -27,7 +26,7 @@ def what_ran_out(plan: Plan, rank: int, error: BaseException) -> str:
             f"reserved, {torch.cuda.max_memory_allocated() / GIB:.1f} at the peak, of {total / GIB:.1f}"
         )
     else:
-        here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        here = host_memory_bytes()
         held = f"{peak_of_the_host() / GIB:.1f} GiB at the peak, of {here / GIB:.1f}"
     said = plan.memory_bytes_per_gpu
     planned = f"the plan said {said['total'] / GIB:.1f}" if said else "the plan could not say"

@@ -29,11 +29,7 @@ if TYPE_CHECKING:
 
 def main(plan_file: str) -> None:
     """Carries out the plan; leaves with 0 also where the user's input was wrong, which the outcome tells."""
-    end_with_parent()
-    folder = RunFolder(Path(plan_file).parent)
-    rank = int(os.environ.get("RANK", "0"))
-    signals.listen(folder, rank)
-    plan = plans.read(folder.plan)
+    plan, folder, rank = begin(plan_file)
     try:
         train(plan, folder)
     except RecipeError as error:
@@ -47,6 +43,14 @@ def main(plan_file: str) -> None:
         manifest.end(folder, "failed", 1, error=line)
         write_json(folder.outcome, {"exit_code": 1, "error": line, "out_of_memory": True})
         sys.exit(1)  # the other ranks wait in a collective: the launcher ends them
+
+
+def begin(plan_file: str) -> tuple[Plan, RunFolder, int]:
+    """What every program of a rank begins with: it ends with its parent, hears signals, and knows plan and rank."""
+    end_with_parent()
+    folder, rank = RunFolder(Path(plan_file).parent), int(os.environ.get("RANK", "0"))
+    signals.listen(folder, rank)
+    return plans.read(folder.plan), folder, rank
 
 
 def train(plan: Plan, folder: RunFolder) -> None:

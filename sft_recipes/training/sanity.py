@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
-import os
 import shutil
 import statistics
 import sys
@@ -18,14 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.planning import plan as plans
 from sft_recipes.planning import trial
 from sft_recipes.planning.plan import Plan
-from sft_recipes.planning.processes import end_with_parent
 from sft_recipes.planning.run_folder import RunFolder, read_json, write_json
 from sft_recipes.planning.schema import RecipeError
 from sft_recipes.training import checks as judging
-from sft_recipes.training import memory, signals
+from sft_recipes.training import memory, run
 from sft_recipes.training.checks import MEMORY, Check
 from sft_recipes.training.quiet import quiet
 
@@ -54,11 +51,7 @@ class RankAloneError(Exception):
 
 def main(plan_file: str) -> None:
     """Carries the trial out; leaves with 0 wherever there is a verdict, or the user's input was wrong."""
-    end_with_parent()
-    folder = RunFolder(Path(plan_file).parent)
-    rank = int(os.environ.get("RANK", "0"))
-    signals.listen(folder, rank)
-    plan = plans.read(folder.plan)
+    plan, folder, rank = run.begin(plan_file)
     try:
         checks, figures = carry_out(plan, folder)
     except RecipeError as error:
@@ -78,7 +71,7 @@ def main(plan_file: str) -> None:
 
 
 def _write(folder: RunFolder, checks: Sequence[Check], figures: dict[str, Any]) -> None:
-    write_json(folder.path / "verdict.json", {"checks": [dataclasses.asdict(c) for c in checks], "figures": figures})
+    write_json(folder.verdict, {"checks": [dataclasses.asdict(c) for c in checks], "figures": figures})
 
 
 def carry_out(plan: Plan, folder: RunFolder) -> tuple[list[Check], dict[str, Any]]:
@@ -88,7 +81,6 @@ def carry_out(plan: Plan, folder: RunFolder) -> tuple[list[Check], dict[str, Any
         RecipeError: what a run would refuse as well.
     """
     quiet()
-    from sft_recipes.training import run
     from sft_recipes.training.divergence import DivergedError
 
     arguments = run.configure(plan, folder)
@@ -241,8 +233,6 @@ def saved_answers_are_text(plan: Plan, folder: RunFolder, parts: Any, found: dic
     """Of the model that was saved, where no rank holds the one that was trained."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    from sft_recipes.training import run
-
     if not trial.resumes(plan):
         return Check("answers", None, f"left out: under {plan.parallelism} they need a saved model, above 13B minutes")
     if not parts.trainer.accelerator.is_main_process:
@@ -279,7 +269,7 @@ def answers_are_text(plan: Plan, parts: Any, found: dict[str, Any], model: Any, 
 
 def a_checkpoint_loads(plan: Plan, folder: RunFolder, found: dict[str, Any], record: Any) -> Check:
     """A trainer of its own goes on from the trial's checkpoint, and its steps must repeat the losses."""
-    from sft_recipes.training import checkpoint, run
+    from sft_recipes.training import checkpoint
 
     if not trial.resumes(plan):
         return Check("checkpoint", None, "left out: above 13B parameters saving and loading take minutes by themselves")
