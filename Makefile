@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-VARIABLES := RECIPE GPUS NODES PROCESSES DEVICES DATA VALIDATION NAME RESUME ACCEPT CARD RUN ROWS HTML PLOT WITH PORT PROMPT DRY_RUN SANITY REPORT_TO GPU_HOUR_PRICE ARGS
+VARIABLES := RECIPE GPUS NODES PROCESSES DEVICES DATA VALIDATION NAME RESUME ACCEPT STRICT CARD RUN ROWS HTML PLOT WITH PORT PROMPT DRY_RUN SANITY REPORT_TO GPU_HOUR_PRICE ARGS
 RECIPE ?= tiny
 
 # Make expands $(…) in what the user typed; the raw text goes to the environment, and the shell quotes it.
@@ -18,13 +18,13 @@ HARDWARE = $${GPUS:+--gpus "$$GPUS"} $${NODES:+--nodes "$$NODES"} $${PROCESSES:+
 	$${CARD:+--card "$$CARD"}
 OVERRIDES = $${DATA:+"data.train=$$DATA"} $${VALIDATION:+"data.validation=$$VALIDATION"} $${ARGS:-}
 
-.PHONY: help setup recipes plan schedules inspect fetch sanity train diagnose report tensorboard generate merge test test-engines test-latest lint lock
+.PHONY: help setup recipes plan schedules inspect fetch sanity train verify-resume diagnose report tensorboard generate merge test test-engines chaos test-latest lint lock
 
 help: ## this list
 	@echo 'Variables stand behind the target: make train RECIPE=8b GPUS=8'
 	@echo
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r target text; do \
-		printf '  %-12s %s\n' "$$target" "$$text"; done
+		printf '  %-13s %s\n' "$$target" "$$text"; done
 	@echo
 	@printf '%s\n' 'RECIPE      a name from `make recipes` (default: tiny)' \
 		'GPUS        GPUs over all nodes; 0 is the CPU (default: what the recipe or the machine has); plan compares 1,2,4,8' \
@@ -35,6 +35,7 @@ help: ## this list
 		'VALIDATION  data to validate on (default: a seeded part of DATA)' \
 		'NAME        the name of the run (default: RECIPE-1, RECIPE-2, ...)' \
 		'RESUME=1    an error where there is no run to go on with; ACCEPT=KEY,... goes on with a changed plan' \
+		'STRICT=1    an error where the libraries are not those that the run was trained with' \
 		'ROWS HTML   how many rows inspect shows; a page to write them to' \
 		'PLOT WITH   a .png or .svg to draw learning rates to; other schedules: WITH=polynomial,...' \
 		'SANITY=skip starts a run that nothing has tried' \
@@ -68,7 +69,10 @@ sanity: setup ## try a run on a few rows in minutes, before hours are spent; tra
 
 train: setup ## the run; goes on with an unfinished one: RECIPE GPUS DEVICES PROCESSES DATA VALIDATION NAME RESUME ACCEPT ARGS
 	@$(SFT) train "$$RECIPE" $(HARDWARE) $${DEVICES:+--devices "$$DEVICES"} $${NAME:+--name "$$NAME"} \
-		$${RESUME:+--resume} $${ACCEPT:+--accept "$$ACCEPT"} $${DRY_RUN:+--dry-run} $(OVERRIDES)
+		$${RESUME:+--resume} $${ACCEPT:+--accept "$$ACCEPT"} $${STRICT:+--strict} $${DRY_RUN:+--dry-run} $(OVERRIDES)
+
+verify-resume: setup ## proves that a run resumes exactly: takes recorded steps of it again and compares bits: RUN
+	@$(SFT) verify-resume "$${RUN:?RUN is missing: the name of a run, such as tiny-1}"
 
 diagnose: setup ## what is wrong with a run, on what evidence, and the line to change: RUN (ARGS=--json)
 	@$(SFT) diagnose "$${RUN:?RUN is missing: the name of a run, such as tiny-1}" $${ARGS:-}
@@ -85,11 +89,18 @@ generate: setup ## let what was trained answer: RUN PROMPT
 merge: setup ## adapters and the model that they were trained on as one model: RUN
 	@$(SFT) merge "$${RUN:?RUN is missing: the name of a run, such as 8b-lora-1}"
 
+# A file of tests a core, each run on one thread: two runs that share their cores' threads slow each other manyfold.
+PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses 2 --dist loadfile
+
+# In the order of their names, which has the slow ones at the beginning and in the middle: xdist's own has them last.
 test: setup ## the tests, on the CPU, in under ten minutes
-	@$(PYTHON) -m pytest tests --ignore tests/engines
+	@$(PYTEST) --no-loadscope-reorder tests --ignore tests/engines
 
 test-engines: setup ## the matrix: every engine follows one process, every recipe trains three steps (about half an hour)
-	@$(PYTHON) -m pytest tests/engines
+	@$(PYTEST) tests/engines
+
+chaos: setup ## harm real runs in every way of docs/CHAOS.md, which this writes: kills at every file operation, at random (an hour)
+	@OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(PYTHON) -m chaos $${ARGS:-}
 
 test-latest: ## the recipes' tests with the newest versions that the index has, in a .venv-latest of their own
 	@requirements/latest.sh .venv-latest

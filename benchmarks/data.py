@@ -38,6 +38,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+import machine  # noqa: E402
 import numpy  # noqa: E402
 
 from sft_recipes.data import embedded, labelling, packing, scratch  # noqa: E402
@@ -137,12 +138,7 @@ def main() -> None:
         every_core = measure_all_cores(rows_file, tokenizer, folder)
     ratios = _ratios(rounds)
     content = {
-        "machine": {
-            "processor": _processor(),
-            "cores": os.cpu_count(),
-            "usable_cores": len(cores),
-            "system": platform.platform(),
-        },
+        "machine": {**machine.described(), "usable_cores": len(cores)},
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES},
         "commit": _commit(),
         "rows": {**rows_from, "rows": arguments.rows, "compared": arguments.compared},
@@ -553,11 +549,6 @@ def _commit() -> dict[str, Any]:
         return subprocess.run(["git", *words], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
 
     return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(git("status", "--porcelain").strip())}
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import argparse
 import functools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import tempfile
@@ -24,6 +23,8 @@ from collections import defaultdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import machine
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
@@ -162,7 +163,7 @@ def _write(parsed: argparse.Namespace, seconds: dict[str, list[float]]) -> None:
     step = statistics.median(seconds["ours"])
     parts = {name: spent / steps for name, spent in SPENT.items() if spent}
     result = {
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.platform()},
+        "machine": machine.described(),
         "device": parsed.device,
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "trl", "accelerate")},
         "commit": subprocess.run(
@@ -178,11 +179,6 @@ def _write(parsed: argparse.Namespace, seconds: dict[str, list[float]]) -> None:
     file.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
     print(f"written: {file.relative_to(REPOSITORY)}")
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import machine
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
@@ -48,7 +49,7 @@ def main() -> None:
             print(f"{variant:38}", {key: rows[variant][key] for key in KEPT}, flush=True)
     first = next(iter(rows.values()))["starts"][0]
     result = {
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.platform()},
+        "machine": machine.described(),
         "versions": first["versions"],
         "commit": first["code"],
         "rows": {variant: {key: row[key] for key in KEPT} for variant, row in rows.items()},
@@ -63,11 +64,6 @@ def _measure(runs: Path, name: str, overrides: list[str]) -> dict:
     command = [sys.executable, "-m", "sft_recipes", "train", "tiny", "--name", name, *overrides]
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
     return json.loads((runs / name / "manifest.json").read_text())
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; the exit code is that of the contract (0 done, 1 a fault, 2 the user's input is wrong)."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that knows ASCII alone still gets its line
+    environment.silence_telemetry()
     try:
         parser = _parser()
         parsed, rest = parser.parse_known_args(arguments)
@@ -86,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--name", help="the run's name (default: RECIPE-N)")
     verb.add_argument("--resume", action="store_true", help="an error where there is nothing to go on with")
     verb.add_argument("--accept", default="", metavar="KEY,…", help="go on although these differ from the run's plan")
+    verb.add_argument("--strict", action="store_true", help="refuse to go on with other versions of the libraries")
     verb.add_argument("--dry-run", action="store_true", help="print the command that would start the ranks")
     verb.set_defaults(verb=_train)
 
@@ -118,6 +120,10 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("recipe", help="a name from `list`")
     verb.add_argument("overrides", nargs="*", metavar="key=value")
     verb.set_defaults(verb=_fetch)
+
+    verb = verbs.add_parser("verify-resume", help="proves that a run resumes exactly: takes recorded steps of it again")
+    verb.add_argument("run", help="a run's name or folder")
+    verb.set_defaults(verb=_verify_resume)
 
     verb = verbs.add_parser("merge", help="adapters and the model that they were trained on as one model")
     verb.add_argument("run", help="a run's name or folder")
@@ -278,20 +284,25 @@ def _sanity(parsed: argparse.Namespace) -> int:
 
 def _train(parsed: argparse.Namespace) -> int:
     from sft_recipes.launching import lock, supervisor
+    from sft_recipes.launching.topology import check_disk
 
     if parsed.name is not None:
         run_folder.check_name(parsed.name)
     recipe, topology, plan = _checked(parsed)
-    accept = [key for key in parsed.accept.split(",") if key]
-    start = run_folder.choose(plan, parsed.name, parsed.resume, accept, lock.held_by())
+    accept = tuple(key for key in parsed.accept.split(",") if key)
+    asked = run_folder.Asked(parsed.name, parsed.resume, accept, parsed.strict)
+    start = run_folder.choose(plan, asked, lock.held_by())
     for note in start.notes:
         _say(note)
     if start.folder.state() == "finished":
-        _say(f"{start.folder.path} is finished; its model is in {start.folder.final} (another run: NAME=…)")
-        return 0
+        if start.folder.final.is_dir():
+            _say(f"{start.folder.path} is finished; its model is in {start.folder.final} (another run: NAME=…)")
+            return 0
+        _say(f"{start.folder.path} is finished, but {start.folder.final} is gone: it is written again")
     if parsed.dry_run:
         print(supervisor.shell_line(plan, start.folder))
         return 0
+    check_disk(plan, start.folder)
     with lock.held(start.folder):
         return supervisor.carry_out(start, _say, lambda: fit.lighter(recipe, topology))
 
@@ -328,6 +339,12 @@ def _merge(parsed: argparse.Namespace) -> None:
 
     folder = run_folder.find(parsed.run)
     _say(f"model      {adapters.merge(folder)}, which `make generate` and transformers load")
+
+
+def _verify_resume(parsed: argparse.Namespace) -> int:
+    from sft_recipes.launching import verification
+
+    return verification.carry_out(run_folder.find(parsed.run), _say)
 
 
 def _report(parsed: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -23,6 +24,7 @@ PLANTED_KEY = "f" * 40  # must be found again nowhere
 
 # The tiny recipe in small: enough steps for two evaluations and two checkpoints.
 SHORT = (
+    "data.validation_at_most=60",
     "batch.effective_batch_size=8",
     "batch.per_device_at_most=4",
     "trainer.max_steps=8",
@@ -79,6 +81,16 @@ class Workplace:
         assert done.returncode == 0, done.stdout + done.stderr
         return max(self.runs.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime).parent
 
+    def trained_once(self, name: str, *arguments: str, **variables: str) -> Path:
+        """The run of this name: whoever comes first trains it, the others wait, and find it finished."""
+        run = self.runs / name
+        with FileLock(self.path / f"{name}.lock"):
+            # Not by another start of it: a test in another process may be at `verify-resume`, which holds the run.
+            if not (run / "manifest.json").is_file() or manifest(run)["state"] != "finished":
+                done = self.sft("train", "tiny", "--name", name, *arguments, **variables)
+                assert done.returncode == 0, done.stdout + done.stderr
+        return run
+
 
 def manifest(run: Path) -> dict:
     return json.loads((run / "manifest.json").read_text())
@@ -95,14 +107,17 @@ def workplace(tmp_path: Path) -> Workplace:
 
 @pytest.fixture(scope="session")
 def shared_workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    """For runs that several tests look at; its prepared data is made once."""
-    return Workplace(tmp_path_factory.mktemp("shared"))
+    """For runs that several tests look at, in whichever of pytest's processes; its prepared data is made once."""
+    own = tmp_path_factory.getbasetemp()
+    place = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    place.mkdir(exist_ok=True)
+    return Workplace(place)
 
 
 @pytest.fixture(scope="session")
 def short_run(shared_workplace: Workplace) -> Path:
     """The tiny recipe, eight steps, one process; the sanity gate goes before it, as for a user."""
-    return shared_workplace.trained("tiny", "--name", "short", *SHORT, SANITY="")
+    return shared_workplace.trained_once("short", *SHORT, SANITY="")
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +125,7 @@ def tracked_run(shared_workplace: Workplace, short_run: Path) -> Path:
     """The same again, which finds the receipt, with both trackers: nothing listens on port 9, so W&B's go offline."""
     trackers = {"REPORT_TO": "tensorboard,wandb", "WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9"}
     keys = {"WANDB_API_KEY": PLANTED_KEY, "HF_TOKEN": PLANTED_KEY}
-    return shared_workplace.trained("tiny", "--name", "tracked", *SHORT, SANITY="", **trackers, **keys)
+    return shared_workplace.trained_once("tracked", *SHORT, SANITY="", **trackers, **keys)
 
 
 @pytest.fixture(scope="session")

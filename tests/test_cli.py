@@ -230,7 +230,7 @@ def test_an_unfinished_run_of_another_plan_is_refused_with_the_ways_out(workplac
     line = check_refused(
         workplace.sft("train", "tiny", *changed), "run tiny-1 has another plan: learning_rate 0.002 -> 0.001"
     )
-    assert "sections.trainer.seed 42 -> 7" in line and "NAME=" in line
+    assert "; trainer.seed 42 -> 7 (" in line and "NAME=" in line
     again = workplace.sft("train", "tiny", *changed, "--accept", "learning_rate,seed", "--dry-run")
     assert again.returncode == 0, again.stderr
 

@@ -460,8 +460,10 @@ and leaves with 1 where one is red. A value that is advised outside the range of
 |---|---|---|
 | `error: …`, exit code 2 | the recipe or the data is wrong | the line says what, where, and the way out |
 | out of memory | the plan's estimate was short, or another process holds memory | `make plan` shows the parts; `batch.per_device_at_most: 1`, `trainer.gradient_checkpointing: true`, a sharded engine (`parallelism=zero3`), more GPUs, LoRA |
-| killed without a word | the host's memory, or a scheduler | the system's log; the same command goes on from the newest checkpoint |
-| no line for minutes | the first start compiles, downloads, or waits for another rank | `log.txt` in the run's folder |
+| `rank 1 on … was ended by SIGKILL` | the memory of the host or of its container, or a scheduler | the system's log; the same command goes on from the newest checkpoint |
+| `rank 1 on … hangs in step 7` | no rank moved for `guards.hang_seconds` | `stacks/` in the run's folder says what each rank was doing; the same command goes on; raise the guard where steps are that slow |
+| `3 starts in a row have come no further`, exit code 4 | the same fault each time, such as one row | the line says which; mend it, then `RESUME=1` goes on |
+| no line for minutes | the first start compiles, downloads, or loads | `log.txt` in the run's folder |
 | garbled answers, a loss that falls | the loss looks at other words than meant | `make inspect` shows what it looks at |
 
 ## Signs, and what to do

@@ -27,7 +27,7 @@ MAY_USE = {
     "accelerate": ("training",),
     "deepspeed": ("training",),
     "trl": ("training/trainer.py",),
-    "numpy": ("data",),
+    "numpy": ("data", "training/digests.py"),
     "rich": ("training/callbacks",),
     "matplotlib": ("reporting",),
     "yaml": ("planning", "launching"),

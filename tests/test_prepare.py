@@ -44,6 +44,32 @@ def test_the_same_data_is_found_again_and_other_data_is_not(prepared):
     assert len({first.fingerprint, *(other.fingerprint for other in others)}) == 4
 
 
+def flipped(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "harm", [flipped, lambda file: file.write_bytes(file.read_bytes()[:-100]), lambda file: file.unlink()]
+)
+@pytest.mark.parametrize(
+    "name", ["train/data-*.arrow", "validation/data-*.arrow", "details.json", "prompts.jsonl", "checksums.json"]
+)
+def test_rows_that_were_damaged_since_are_prepared_again_aloud(prepared, capsys, name, harm):
+    first = prepared(ROWS)
+    folder = prepare.Path(first.folder)
+    (file,) = folder.glob(name)
+    before = file.read_bytes()
+    harm(file)
+    assert prepared(ROWS) == first
+    if name.endswith(("arrow", "prompts.jsonl")):  # details hold how long it took
+        assert file.read_bytes() == before
+    assert capsys.readouterr().err == f"data: {file} is not as it was written; it is prepared again\n"
+    prepared(ROWS)
+    assert capsys.readouterr().err == ""
+
+
 def test_nothing_half_made_is_left_where_preparing_fails(prepared, tmp_path):
     with pytest.raises(RecipeError, match="rows.jsonl:2: a row with keys text"):
         prepared([ROWS[0], {"text": "x"}])

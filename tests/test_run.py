@@ -1,21 +1,23 @@
 """Real runs of the tiny recipe, in small: what lies in the folder, which names are taken, what an interruption costs."""
 
-import contextlib
+import dataclasses
 import inspect
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import HANG_SECONDS, REPOSITORY, SHORT, compiler, manifest, metrics
+from processes import commands
 from safetensors.torch import load_file
 
-from sft_recipes.planning import run_folder
+from sft_recipes.planning import imports, recipes, run_folder
+from sft_recipes.planning import plan as plans
 
 
 def weights(folder):
@@ -92,7 +94,9 @@ def test_a_finished_run_started_again_does_nothing(shared_workplace, short_run):
 def test_a_name_that_holds_another_plan_is_refused_with_what_differs(shared_workplace, short_run):
     done = shared_workplace.sft("train", "tiny", "--name", "short", *SHORT, "trainer.learning_rate=1e-3")
     assert done.returncode == 2
-    assert "learning_rate" in done.stderr and "-> 0.001" in done.stderr and "--accept learning_rate" in done.stderr
+    assert "short is finished, and had another plan" in done.stderr and "learning_rate" in done.stderr
+    assert "-> 0.001" in done.stderr and "NAME=" in done.stderr
+    assert "ACCEPT" not in done.stderr, "nothing is left to go on with"
     assert manifest(short_run)["state"] == "finished"
 
 
@@ -144,17 +148,6 @@ def check_same_trajectory(one, several):
         torch.testing.assert_close(theirs[name], ours[name], rtol=1e-3, atol=1e-4)
 
 
-def start(workplace, *arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", "sft_recipes", "train", "tiny", *arguments],
-        cwd=workplace.path,
-        env=workplace.environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 def wait_for(condition, process):
     """Until something that a live process does has happened."""
     until = time.monotonic() + HANG_SECONDS
@@ -167,51 +160,70 @@ def wait_for(condition, process):
 LONGER = [word.replace("max_steps=8", "max_steps=24").replace("eval_steps=4", "eval_steps=12") for word in SHORT]
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(shared_workplace):
-    return shared_workplace.trained("tiny", "--name", "straight", *LONGER)
-
-
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGKILL, -9)], ids=["asked to stop", "killed"]
-)
-def test_an_interrupted_run_goes_on_and_ends_with_the_same_weights(shared_workplace, uninterrupted, number, code):
-    name = f"interrupted-{number.name.lower()}"
-    run = shared_workplace.runs / name
-    process = start(shared_workplace, "--name", name, *LONGER)
+def test_a_run_whose_terminal_is_closed_goes_on_and_ends_with_the_same_weights(shared_workplace, few_rows):
+    """Though files beside its checkpoint were harmed meanwhile. What a kill costs: tests/chaos."""
+    words = ["tiny", f"data.train={few_rows}", *LONGER, "trainer.max_length=128", "answers.show=0"]
+    whole = shared_workplace.trained_once("straight", *words[1:])
+    run = shared_workplace.runs / "interrupted"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sft_recipes", "train", *words, "--name", run.name], cwd=shared_workplace.path,
+        env=shared_workplace.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # noqa: PLW1509  these tests may be under nohup
+    )  # fmt: skip
     wait_for(lambda: (run / "metrics.jsonl").is_file() and len(metrics_so_far(run)) >= 7, process)
-    process.send_signal(number)
+    process.send_signal(signal.SIGHUP)
     said = process.communicate(timeout=HANG_SECONDS)[0]
-    assert process.returncode == code, said
-    wait_until_free(run)
+    assert process.returncode == 75, said
+    assert not any(str(run / "plan.json").encode() in command for _, command in commands()), "a process of it is left"
     assert not (run / "final").exists()
-    again = shared_workplace.sft("train", "tiny", "--name", name, *LONGER)
+    os.truncate(run / "plan.json", 700)
+    os.truncate(run / "answers.json", 0)
+    for name in ("proof.jsonl", "metrics.jsonl"):
+        with (run / name).open("ab") as file:
+            file.write(b"\x00\xff no line\n")
+    again = shared_workplace.sft("train", *words, "--name", run.name)
     assert again.returncode == 0, again.stderr
+    assert "plan.json could not be read; it is that of checkpoint-" in again.stdout
     assert "going on from checkpoint-" in again.stdout
-    assert same(weights(run / "final"), weights(uninterrupted / "final"))
-    assert same(weights(run / "last"), weights(uninterrupted / "last"))
+    assert same(weights(run / "final"), weights(whole / "final"))
+    assert same(weights(run / "last"), weights(whole / "last"))
     steps = [line["step"] for line in metrics(run) if "loss" in line]
     assert steps == list(range(1, 25)), "a step is logged twice, or not at all"
-    assert metrics(run)[-1]["supervised_tokens_seen"] == metrics(uninterrupted)[-1]["supervised_tokens_seen"]
+    assert metrics(run)[-1]["supervised_tokens_seen"] == metrics(whole)[-1]["supervised_tokens_seen"]
+
+    shutil.rmtree(run / "final")
+    done = shared_workplace.sft("train", *words, "--name", run.name)
+    assert done.returncode == 0 and "final is gone: it is written again" in done.stdout, done.stdout + done.stderr
+    assert same(weights(run / "final"), weights(whole / "final"))
 
 
 def metrics_so_far(run):
     return [line for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
 
 
-def wait_until_free(run):
-    """No process of the run may be left, also where its parent was killed."""
-    until = time.monotonic() + HANG_SECONDS
-    while any(str(run / "plan.json").encode() in command for command in commands()):
-        assert time.monotonic() < until, "a process of the run is left"
-        time.sleep(0.1)
+def test_a_rank_imports_what_its_plan_uses_alone(monkeypatch):
+    """Fails as well where a library comes to need one of them all the same."""
+    code = (
+        "import gc, sys; from sft_recipes.planning import imports, plan, recipes; "
+        "made = plan.make(recipes.load('tiny'), plan.Topology(gpus=0, processes=1)); "
+        "swiftly = imports.swiftly(); swiftly.__enter__(); imports.leave_out_what_is_not_used(made); "
+        "import sft_recipes.training.trainer; swiftly.__exit__(None, None, None); "
+        "print([name for name in ('bitsandbytes', 'wandb') if sys.modules.get(name)], "
+        "'torch._inductor.compile_fx' in sys.modules, gc.isenabled(), gc.get_freeze_count() > 100_000)"
+    )
+    environment = {**os.environ, "REPORT_TO": "tensorboard", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split("\n")[-2] == "[] False True True", done.stdout + done.stderr
 
-
-def commands():
-    """The command line of every process that this user can see."""
-    for process in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
-            yield process.read_bytes()
+    left_out = {}
+    monkeypatch.setattr(imports.sys, "modules", left_out)
+    tiny = recipes.load("tiny")
+    for reporters, method, wanted in (("wandb", "full", {"bitsandbytes"}), ("none", "qlora", {"wandb"})):
+        left_out.clear()
+        monkeypatch.setenv("REPORT_TO", reporters)
+        plan = dataclasses.replace(plans.make(tiny, plans.Topology(gpus=0, processes=1)), method=method)
+        imports.leave_out_what_is_not_used(plan)
+        assert left_out == dict.fromkeys(wanted)
 
 
 def test_accelerate_still_asks_localhost_before_it_starts_ranks():
@@ -221,33 +233,32 @@ def test_accelerate_still_asks_localhost_before_it_starts_ranks():
     assert '"localhost"' in inspect.getsource(is_port_in_use)
 
 
-def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path):
-    from sft_recipes.training import checkpoint
-
-    folder = run_folder.RunFolder(tmp_path)
-    for step in (4, 8, 12):
-        folder.checkpoint(step).mkdir()
-    checkpoint.mark_complete(folder.checkpoint(4), 4, 100)
-    checkpoint.mark_complete(folder.checkpoint(12), 8, 100)
-    assert checkpoint.newest_complete(folder) == (folder.checkpoint(4), ["checkpoint-12", "checkpoint-8"])
-    assert checkpoint.supervised_tokens_seen(folder.checkpoint(4)) == 100
-
-
 def test_the_three_best_are_kept_and_the_earlier_of_equals_wins(tmp_path):
-    from sft_recipes.training import checkpoint
+    from sft_recipes.training import best, checkpoint
 
     losses = {4: 3.0, 8: 1.0, 12: 2.0, 16: 1.0, 20: 5.0}
-    folder = run_folder.RunFolder(tmp_path)
+    folder, said = run_folder.RunFolder(tmp_path), []
     for step in losses:
         folder.best(step).mkdir()
-    checkpoint.forget_all_but_the_best(folder, losses)
+        (folder.best(step) / "model.safetensors").write_bytes(b"weights")
+        checkpoint.seal(
+            folder.best(step),
+            {"step": step, "run_id": "a", "files": checkpoint.checksums(folder.best(step), ["model.safetensors"])},
+        )
+    best.forget_all_others(folder, losses, "another run", said.append)
+    assert folder.numbered("best") == list(losses), "nobody's here to remove"
+    best.forget_all_others(folder, losses, "a", said.append)
+    assert folder.numbered("best") == [8, 12, 16] and not said
+    assert best.step(folder, losses, "a", said.append) == 8
+    assert best.step(folder, {**losses, 12: float("nan")}, "a", said.append) == 8
+    (folder.best(8) / "model.safetensors").write_bytes(b"weighty")
+    assert best.step(folder, losses, "a", said.append) == 16
+    assert said == ["passing over best-8: model.safetensors does not match its checksum"]
+    assert not best.is_among_the_best(losses, 20)
+    refused = {**losses, 24: 0.5, 28: 0.4, 32: 0.3}  # better ones, which a full disk did not take
+    best.forget_all_others(folder, refused, "a", said.append)
     assert folder.numbered("best") == [8, 12, 16]
-    assert checkpoint.best_step(folder, losses) == 8
-    assert checkpoint.best_step(folder, {**losses, 12: float("nan")}) == 8
-    folder.best(8).rmdir()
-    assert checkpoint.best_step(folder, losses) == 16
-    assert not checkpoint.among_the_best(losses, 20)
-    assert checkpoint.best_step(folder, {}) is None
+    assert best.step(folder, {}, "a", said.append) is None
 
 
 def test_a_run_cut_off_behind_its_last_checkpoint_takes_no_step_more(shared_workplace, short_run):
@@ -264,8 +275,6 @@ def test_a_run_cut_off_behind_its_last_checkpoint_takes_no_step_more(shared_work
 
 
 def test_ranks_that_are_not_the_plans_are_refused():
-    from sft_recipes.planning import plan as plans
-    from sft_recipes.planning import recipes
     from sft_recipes.planning.schema import RecipeError
     from sft_recipes.training.run import check_ranks
 

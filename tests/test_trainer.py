@@ -72,7 +72,7 @@ def make_trainer(tmp_path, model_folder, tokenizer, rows, validation, *overrides
         train_dataset=rows.remove_columns("source"),
         eval_dataset=validation,
         processing_class=tokenizer,
-        data_collator=trainers.PackedRowsCollator(tokenizer.pad_token_id) if plan.packing else None,
+        data_collator=trainers.collator(plan, tokenizer.pad_token_id),
     )
 
 

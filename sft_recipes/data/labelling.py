@@ -121,7 +121,8 @@ def _on_all_cores(
     cores = len(os.sched_getaffinity(0))
     _WORKS_WITH.update(chat=chat, max_length=max_length)
     waiting: collections.deque[Future[Labelled]] = collections.deque()
-    with ProcessPoolExecutor(cores, multiprocessing.get_context("fork"), initializer=_begin) as pool:
+    start = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(cores, start, initializer=_begin, initargs=(os.getpid(),)) as pool:
         try:
             for chunk in chunks:
                 waiting.append(pool.submit(_work, chunk))
@@ -134,8 +135,8 @@ def _on_all_cores(
     progress.end()
 
 
-def _begin() -> None:
-    end_with_parent()
+def _begin(parent: int) -> None:
+    end_with_parent(parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker is one core
 
 

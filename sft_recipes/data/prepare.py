@@ -26,14 +26,16 @@ from sft_recipes.data import contract, models, sources
 from sft_recipes.data.formats import Conversation, conversation_of
 from sft_recipes.data.sources import Source
 from sft_recipes.planning import plan as plans
+from sft_recipes.planning.files import sha256, sync
 from sft_recipes.planning.plan import Plan, Prepared
-from sft_recipes.planning.run_folder import runs_root, write_json
+from sft_recipes.planning.run_folder import read_json, runs_root, write_json
 from sft_recipes.planning.schema import Data, RecipeError
 
 if TYPE_CHECKING:
     from sft_recipes.data.labelling import Labelled
 
 _PROMPTS = 1000
+_CHECKSUMS = "checksums.json"
 _NO_WEIGHTS = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 # Modules that do not decide what the rows are: they show or bring what others made.
 _NOT_THE_ROWS = ("inspect.py", "fetch.py", "hub.py", "models.py")
@@ -65,17 +67,20 @@ def prepare(plan: Plan, store: Path | None = None, rows_alone: bool = False) -> 
         RecipeError: rows, model or tokenizer are not what a run can start from.
     """
     store = store or runs_root() / ".prepared"
+    store.mkdir(parents=True, exist_ok=True, mode=0o700)  # it holds the data
     base = _base(plan, rows_alone)
     data = Data(**plan.sections["data"])
     embedded = store / f"embedded-{hashlib.sha256(_code('embedded.py').encode()).hexdigest()[:8]}"
     parts = ("train", "validation", *(["retain"] if data.retain else []))
     named = {part: sources.resolve_all(data, f"data.{part}", embedded) for part in parts}
     folder = store / _key(plan, named, base)
-    if not (folder / "prepared.json").is_file():
+    if wrong := _not_as_written(folder):
+        if folder.exists():
+            print(f"data: {wrong[0]} is not as it was written; it is prepared again", file=sys.stderr)
         partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
         try:
             _make(plan, named, base, partial)
-            if not (folder / "prepared.json").is_file():  # another start may have made the same meanwhile
+            if _not_as_written(folder):  # another start may have made the same meanwhile
                 shutil.rmtree(folder, ignore_errors=True)
                 partial.replace(folder)
         finally:
@@ -88,6 +93,13 @@ def prepare(plan: Plan, store: Path | None = None, rows_alone: bool = False) -> 
     base = base or (folder / "model").resolve()
     here = {"folder": str(folder.resolve()), "model": str(base), "architecture": models.architecture_of(base)}
     return Prepared(**{**found, **here})
+
+
+def _not_as_written(folder: Path) -> list[Path]:
+    """The files that are not as they were made, or the list of their checksums where there is none."""
+    listed = {folder / name: checksum for name, checksum in read_json(folder / _CHECKSUMS).items()}
+    wrong = [path for path, checksum in listed.items() if not path.is_file() or sha256(path) != checksum]
+    return wrong if listed else [folder / _CHECKSUMS]
 
 
 def is_at_hand(plan: Plan) -> bool:
@@ -246,6 +258,16 @@ def _make(plan: Plan, named: Mapping[str, Mapping[str, Source]], base: Path | No
     )
     write_json(folder / "details.json", details)
     write_json(folder / "prepared.json", asdict(prepared))
+    _seal(folder)
+
+
+def _seal(folder: Path) -> None:
+    """Has all of it on the disk, and its checksums beside it."""
+    inside = sorted(folder.rglob("*"))
+    for path in inside:
+        sync(path)
+    files = [path for path in inside if path.is_file()]
+    write_json(folder / _CHECKSUMS, {str(path.relative_to(folder)): sha256(path) for path in files})
 
 
 def _write_rows(

@@ -294,11 +294,21 @@ def _parquet_file(file: Path) -> Iterator[RawRow]:
 
 
 def _hub_rows(name: str, split: str, folder: Path) -> Iterator[RawRow]:
-    from datasets import load_dataset
+    from datasets import load_dataset, load_dataset_builder
 
     try:
+        named = load_dataset_builder(str(folder)).config.data_files or {}
+        inside = folder.resolve()
+        for file in (file for files in named.values() for file in files):
+            if not Path(os.path.normpath(file)).is_relative_to(inside):
+                raise RecipeError(
+                    f"data: {name}'s card names {file}, which is no file of that data set and is not read; take "
+                    f"another revision, or bring its files and name the folder"
+                )
         for number, row in enumerate(load_dataset(str(folder), split=split), start=1):
             yield RawRow(row, f"{name}:{split}, row {number}")
+    except RecipeError:
+        raise
     except Exception as error:  # a dozen kinds from three libraries: no such split, files that are no data
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RecipeError(

@@ -14,6 +14,7 @@ import yaml
 
 from sft_recipes.planning.plan import Plan
 from sft_recipes.planning.run_folder import RunFolder, runs_root
+from sft_recipes.planning.saves import grace_seconds
 from sft_recipes.planning.schema import REPOSITORY, RecipeError
 
 
@@ -28,10 +29,9 @@ def launch(plan: Plan, folder: RunFolder, program: str = "run") -> list[str]:
     Args:
         program: what each rank carries out, a module of `sft_recipes.training`.
 
-    Source: accelerate's `commands/launch.py`. --quiet leaves the launcher's own traceback out where a rank fails, since
-    the rank has said what was wrong.
+    Source: accelerate's `commands/launch.py`.
     """
-    command = [sys.executable, "-m", "sft_recipes.training.start", "launch", "--quiet"]
+    command = [sys.executable, "-m", "sft_recipes.training.start", "launch"]
     command += ["--config_file", str(folder.accelerate_config)]
     if plan.world_size > 1:
         command += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(_free_port())]
@@ -95,11 +95,17 @@ def environment(plan: Plan, inherited: Mapping[str, str]) -> dict[str, str]:
     """The variables that the ranks see, over those that were there."""
     chosen = dict(inherited)
     chosen["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), inherited.get("PYTHONPATH")]))
-    chosen.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports usage otherwise
+    chosen.setdefault("PYTHONSAFEPATH", "1")  # a torch.py in the folder that a run is started in is no library
+    # Compiled code is kept as pickles, by default in /tmp/torchinductor_USER, which anybody can make before USER does.
+    chosen.setdefault("TORCHINDUCTOR_CACHE_DIR", str(runs_root().absolute() / ".prepared" / "compiled"))
     chosen.setdefault("TOKENIZERS_PARALLELISM", "true" if plan.world_size == 1 else "false")
-    # Where a rank died, the others hang in a collective: torchrun gives them this long, its default is 30 s. A signal
-    # to save goes to the ranks alone (supervisor), so no save is cut short by it.
-    chosen.setdefault("PET_SHUTDOWN_TIMEOUT", "15")
+    # Signals that ask for a stop are passed on by training/start.py, which ends nobody. torch's agent would end its
+    # ranks, and kill them 30 seconds later: left to it are those of a closed terminal, and the time that a save needs.
+    chosen.setdefault("PET_SHUTDOWN_TIMEOUT", str(grace_seconds(plan)))
+    chosen["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
+    if sys.platform.startswith("linux") and plan.nodes == 1:
+        chosen.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine needs no other interface, nor its own name
+        chosen.setdefault("NCCL_SOCKET_IFNAME", "lo")
     if plan.devices:
         chosen["CUDA_VISIBLE_DEVICES"] = plan.devices
     if not plan.uses_gpu:
@@ -107,8 +113,6 @@ def environment(plan: Plan, inherited: Mapping[str, str]) -> dict[str, str]:
         chosen["DS_ACCELERATOR"] = "cpu"
         if not plan.parallelism.startswith("zero"):
             chosen["ACCELERATE_USE_CPU"] = "true"
-        if sys.platform.startswith("linux") and plan.nodes == 1:
-            chosen.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine needs no other interface, nor its own name
         threads = max((os.cpu_count() or 1) // plan.world_size, 1)
         chosen.setdefault("OMP_NUM_THREADS", str(threads))
     return chosen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import shutil
 import sys
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes.launching import command, lock, process
+from sft_recipes.launching.process import Asked
+from sft_recipes.launching.watching import Watch
 from sft_recipes.planning import plan as plans
-from sft_recipes.planning import show, trial
+from sft_recipes.planning import saves, show, trial
 from sft_recipes.planning.plan import Plan
 from sft_recipes.planning.run_folder import (
     EXIT_FAULT,
@@ -24,23 +27,22 @@ from sft_recipes.planning.run_folder import (
     write_json,
 )
 
-# What it should take is five minutes; loading tens of billions of weights may take longer. Whoever waits for another
-# rank for ever has hung.
-SECONDS_AT_MOST = 1800
-
 
 def receipt(plan: Plan) -> Path:
     """Where the receipt of this plan, data and environment lies, once the trial has passed."""
     return runs_root() / ".sanity" / f"{trial.key(plan)}.json"
 
 
-def carry_out(plan: Plan, prepared: Path, say: Callable[[str], None], lighter: Callable[[], list[str]]) -> int:
+def carry_out(
+    plan: Plan, prepared: Path, say: Callable[[str], None], lighter: Callable[[], list[str]], asked: Asked
+) -> int:
     """Tries the plan and says what came of it: 0 where all passed, 1 where something failed, 2 for a user's error.
 
     Args:
         plan: settled.
         prepared: the run's `prepared.json`, which is read alone.
         lighter: the cheapest changes that take less memory, asked for where it ran out.
+        asked: whoever asks for a stop has the trial ended, since it has nothing to save.
     """
     written = receipt(plan)
     written.parent.mkdir(parents=True, exist_ok=True)
@@ -58,19 +60,32 @@ def carry_out(plan: Plan, prepared: Path, say: Callable[[str], None], lighter: C
                 f"rows, the longest among them, {show.engine_and_ranks(plan)}; on a copy (SANITY=skip leaves it out)"
             )
             environment = command.environment(short, os.environ)
-            code = process.run(command.launch(short, folder, "sanity"), environment, seconds_at_most=SECONDS_AT_MOST)
+            watch = Watch(folder, short, saves=False)
+            ended = process.run(command.launch(short, folder, "sanity"), environment, asked, watch)
             verdict, outcome = read_json(folder.verdict), read_json(folder.outcome)
-    if code == EXIT_STOPPED:
+            stacks = _keep_stacks(folder, written)
+    if EXIT_STOPPED in (ended.code, outcome.get("exit_code")):
+        say("stopped while the plan was tried; nothing was trained, and the same command begins again")
         return EXIT_STOPPED
-    if outcome.get("error"):
-        print(f"error: {outcome['error']}", file=sys.stderr)
+    wrong = outcome.get("error") or (ended.fault if ended.by_user else None)
+    if wrong:
+        print(f"error: {wrong}", file=sys.stderr)
         return EXIT_USER
     if not verdict:
-        hung = f"no verdict within {SECONDS_AT_MOST // 60} minutes: a rank waits for another, or the disk is slow"
-        said = hung if code == process.TIMED_OUT else f"the trial ended without a verdict (exit code {code})"
-        print(f"error: {said}; what it said is above, SANITY=skip leaves it out", file=sys.stderr)
+        said = ended.fault or f"the trial ended without a verdict (exit code {ended.code})"
+        print(f"error: the trial: {said}{stacks}; what it said is above, SANITY=skip leaves it out", file=sys.stderr)
         return EXIT_FAULT
     return _tell(plan, verdict, written, say, lighter)
+
+
+def _keep_stacks(folder: RunFolder, written: Path) -> str:
+    """Puts what each rank was doing beside the receipts, and says where; the trial's own folder is removed."""
+    kept = written.with_suffix(".stacks")
+    shutil.rmtree(kept, ignore_errors=True)
+    if not folder.stacks.is_dir():
+        return ""
+    shutil.move(folder.stacks, kept)
+    return f"; what each rank was doing is in {kept}"
 
 
 def _forget_what_was_killed(place: Path) -> None:
@@ -95,6 +110,9 @@ def _tell(
     if failed:
         say(f"sanity: {len(failed)} of {len(verdict['checks'])} failed; nothing was trained")
         return EXIT_FAULT
+    if verdict["figures"].get("save_bytes"):
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes")
+        saves.remember(verdict["figures"]["save_bytes"], verdict["figures"]["save_seconds"], now)
     write_json(written, {"recipe": plan.recipe, **verdict, "forecast": forecast, "plan": plans.compared(plan)})
     say(f"sanity: passed; receipt {written}")
     return 0

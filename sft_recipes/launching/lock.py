@@ -6,11 +6,17 @@ import contextlib
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
+from sft_recipes.planning import processes
 from sft_recipes.planning.run_folder import RunFolder, runs_root
 from sft_recipes.planning.schema import RecipeError
+
+_SECONDS_TO_BE_GONE = 15.0
+_TRIES = 5
 
 
 @contextlib.contextmanager
@@ -18,7 +24,7 @@ def held(folder: RunFolder) -> Iterator[None]:
     """Holds the run for this process.
 
     Raises:
-        RecipeError: another live process holds it, or the folder cannot be written.
+        RecipeError: another live process holds it, ranks of an earlier start live on, or the folder cannot be written.
     """
     try:
         folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -29,16 +35,48 @@ def held(folder: RunFolder) -> Iterator[None]:
             "RUNS_DIR=<another folder>"
         ) from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RecipeError(
-                f"NAME: {folder.name} is being carried out by {_holder(folder.lock)}; wait for it"
-            ) from error
+        if not _taken(lock):
+            raise RecipeError(f"NAME: {folder.name} is being carried out by {_holder(folder.lock)}; wait for it")
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
+        _await_the_ranks_of_before(folder)
         yield
+
+
+def _taken(lock: TextIO) -> bool:
+    """Whether the lock is ours now; one who only looks whether it is held has it for a moment."""
+    for _ in range(_TRIES):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _await_the_ranks_of_before(folder: RunFolder) -> None:
+    """Ranks whose parent was killed are killed with it, which takes the system a moment: two ranks must never write the
+    same checkpoint.
+
+    Raises:
+        RecipeError: one is still there, as one that waits for a device in the kernel is.
+    """
+    until = time.monotonic() + _SECONDS_TO_BE_GONE
+    while left := [pulse for pulse in processes.pulses(folder.ranks).values() if _is_rank_of(folder, pulse.process)]:
+        if time.monotonic() > until:
+            state = processes.state(left[0].process)
+            raise RecipeError(
+                f"NAME: rank {left[0].rank} of an earlier start of {folder.name} is still there (process "
+                f"{left[0].process}, state {state}); end it, or this machine, and say the same again"
+            )
+        time.sleep(0.1)
+
+
+def _is_rank_of(folder: RunFolder, process: int) -> bool:
+    """Whether the process with that id is one, and not another that got the id since."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return f"/{folder.name}/{folder.plan.name}".encode() in Path(f"/proc/{process}/cmdline").read_bytes()
+    return False
 
 
 def held_by() -> dict[str, str]:

@@ -1,72 +1,133 @@
-"""Runs a command in a process group of its own, passes signals on, and leaves none of it behind."""
+"""Runs a command in a process group of its own, ends it where a rank of it fails, and leaves none of it behind."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
-import socket
 import subprocess
 import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from types import FrameType
 
-from sft_recipes.planning.processes import end_with_parent
+from sft_recipes.launching.watching import Ended, Watch
+from sft_recipes.planning import processes
 from sft_recipes.planning.run_folder import EXIT_STOPPED
 
-SECONDS_TO_END = 15
-TIMED_OUT = 124  # as timeout(1) has it
+_SECONDS_BETWEEN_LOOKS = 0.2
+# Of the launcher, once all ranks have been killed: with what the others get, all are gone 15 s after a death.
+_SECONDS_FOR_THE_LAUNCHER = 5.0
+_SECONDS_TO_END = 15.0
 
 
-def run(
-    arguments: list[str],
-    environment: Mapping[str, str],
-    ranks: Path | None = None,
-    seconds_at_most: float | None = None,
-) -> int:
-    """Runs a command in a process group of its own, passes signals on, and leaves none of it behind.
+@dataclass
+class Asked:
+    """The signals that have asked this process to stop, in their order; what is under way decides what to do."""
 
-    The first signal asks the ranks, whose process ids lie in `ranks`, to save and stop: them alone, since a launcher
-    that gets one ends before they have saved. Where there are none yet, and at the second signal, all is ended at once.
+    numbers: list[int] = field(default_factory=list)
+
+    @property
+    def impatiently(self) -> bool:
+        """Whether by a second Ctrl-C: a person who does not want to wait for the save. A scheduler's second signal
+        says no more than its first."""
+        return self.numbers.count(signal.SIGINT) > 1
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[Asked]:
+    """From here on this process is asked, not ended, by SIGTERM, SIGINT and SIGUSR1, and by SIGHUP, which a terminal
+    that is closed sends, unless `nohup` has it ignored."""
+    asked = Asked()
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        asked.numbers.append(number)
+
+    hangs_up = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
+    before = {number: signal.signal(number, note) for number in (*processes.ASKING, *hangs_up)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run(arguments: list[str], environment: Mapping[str, str], asked: Asked, watch: Watch | None = None) -> Ended:
+    """Runs a command to its end.
+
+    Where somebody asks for a stop, the ranks are asked to save and stop: them alone, since all of them save together.
+    A command without ranks, or whose ranks have nothing to save yet, is ended at once, and so is any when asked
+    impatiently. Where a rank dies or hangs, the others are ended.
     """
+    if asked.numbers:
+        return Ended(EXIT_STOPPED)
     process = subprocess.Popen(
         arguments,
         env=dict(environment),
         stdin=subprocess.DEVNULL,  # nothing in a run asks a person: W&B would, for a key, and wait
         start_new_session=True,
-        preexec_fn=end_with_parent,  # noqa: PLW1509  this process has no threads
+        preexec_fn=functools.partial(processes.end_with_parent, os.getpid()),  # noqa: PLW1509  there are no threads
     )
-    asked = ended = False
-
-    def pass_on(_number: int, _frame: FrameType | None) -> None:
-        nonlocal asked, ended
-        if asked or ranks is None or not _ask_to_stop(ranks):
-            ended = _signal_group(process.pid, signal.SIGKILL)
-        asked = True
-
-    passed = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, pass_on) for number in passed}
     try:
-        code = process.wait(seconds_at_most)
-        _await_group(process.pid, SECONDS_TO_END)
-        return EXIT_STOPPED if ended else code
-    except subprocess.TimeoutExpired:
-        return TIMED_OUT
+        stopped, killed = _wait(process, asked) if watch is None else _wait_for_ranks(process, asked, watch)
+        if stopped:
+            return Ended(EXIT_STOPPED)
+        code = process.wait()
+        ended = Ended(code) if watch is None or code == EXIT_STOPPED else watch.ended(code, killed)
+        if ended.code == 0:
+            _await_group(process.pid, _SECONDS_TO_END)
+        return ended
     finally:
+        if watch is not None:
+            watch.kill()
         _signal_group(process.pid, signal.SIGKILL)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        process.wait()
+        if watch is not None:
+            watch.await_gone(_SECONDS_FOR_THE_LAUNCHER)
 
 
-def _ask_to_stop(ranks: Path) -> bool:
-    """Asks the ranks of this host to save and stop; whether there was one to ask."""
-    found = False
-    for file in ranks.glob(f"{socket.gethostname()}-*"):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(file.read_text(encoding="ascii")), signal.SIGTERM)
-            found = True
-    return found
+def _wait(process: subprocess.Popen[bytes], asked: Asked) -> tuple[bool, bool]:
+    """As `_wait_for_ranks`, of a command without ranks."""
+    while _lives(process):
+        if asked.numbers:
+            return True, False
+    return False, False
+
+
+def _wait_for_ranks(process: subprocess.Popen[bytes], asked: Asked, watch: Watch) -> tuple[bool, bool]:
+    """Until the launcher of ranks ends; whether the ranks are to be ended since somebody asked, and whether the
+    launcher had to be killed."""
+    passed_on = False
+    kill_at: float | None = None
+    while _lives(process):
+        if asked.impatiently:
+            return True, False
+        if asked.numbers and not passed_on:
+            if not (watch.saves and processes.ask_to_stop(watch.folder.ranks)):
+                return True, False
+            passed_on = True
+        watch.look()
+        now = time.monotonic()
+        if kill_at is None:
+            if watch.died():
+                kill_at = now + processes.SECONDS_FOR_THE_OTHERS
+            elif watch.finds_a_hang():
+                kill_at = now
+        if kill_at is not None and now >= kill_at:
+            watch.kill()
+            if now >= kill_at + _SECONDS_FOR_THE_LAUNCHER:
+                return False, _signal_group(process.pid, signal.SIGKILL)
+    return False, False
+
+
+def _lives(process: subprocess.Popen[bytes]) -> bool:
+    """Whether it still does after a moment."""
+    try:
+        process.wait(_SECONDS_BETWEEN_LOOKS)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
 
 
 def _signal_group(group: int, number: int) -> bool:

@@ -10,13 +10,16 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from sft_recipes.launching import command, gate, process
+from sft_recipes.launching import command, gate, process, progress, watching
+from sft_recipes.launching.process import Asked
+from sft_recipes.launching.watching import Ended
 from sft_recipes.planning import environment as variables
 from sft_recipes.planning import plan as plans
 from sft_recipes.planning import show
 from sft_recipes.planning.plan import Plan, Prepared
 from sft_recipes.planning.run_folder import (
     EXIT_FAULT,
+    EXIT_NO_PROGRESS,
     EXIT_STOPPED,
     EXIT_USER,
     RunFolder,
@@ -37,13 +40,19 @@ def carry_out(start: Start, say: Callable[[str], None], lighter: Callable[[], li
     Raises:
         RecipeError: the prepared data does not make a run, or it is not the data that the run began with.
     """
+    if refused := progress.refusal(start):
+        return _fail(refused, EXIT_NO_PROGRESS)
+    with process.listening() as asked:
+        return _carry_out(start, say, lighter, asked)
+
+
+def _carry_out(start: Start, say: Callable[[str], None], lighter: Callable[[], list[str]], asked: Asked) -> int:
     folder, plan = start.folder, start.plan
     stored = plans.read(folder.plan) if start.goes_on else None
-    environment = command.environment(plan, os.environ)
     plans.write(plan if stored is None else stored, folder.plan)
     incoming = folder.path / "plan.next.json"
     plans.write(plan, incoming)
-    code = _prepare(incoming, environment)
+    code = prepare(incoming, command.environment(plan, os.environ), asked)
     if code:
         incoming.unlink()
         _forget(folder, start)
@@ -54,17 +63,15 @@ def carry_out(start: Start, say: Callable[[str], None], lighter: Callable[[], li
         incoming.unlink()
         _forget(folder, start)
         raise
-    plans.write(settled, folder.plan)
     incoming.unlink()
     folder.outcome.unlink(missing_ok=True)
-    code = _sanity(settled, folder, say, lighter)
+    code = _sanity(settled, folder, say, lighter, asked)
     if code:
         _forget(folder, start)
         return code
-    command.write_engine(settled, folder)
+    plans.write(settled, folder.plan)  # not before: what a trial refuses is not what the run goes on with
     say(_announcement(start, settled))
-    shutil.rmtree(folder.ranks, ignore_errors=True)
-    code = _exit_code(folder, process.run(command.launch(settled, folder), environment, folder.ranks))
+    code = _train(folder, settled, asked)
     if code == EXIT_USER:
         _forget(folder, start)
     if read_json(folder.outcome).get("out_of_memory"):
@@ -74,13 +81,36 @@ def carry_out(start: Start, say: Callable[[str], None], lighter: Callable[[], li
     return code
 
 
-def _sanity(plan: Plan, folder: RunFolder, say: Callable[[str], None], lighter: Callable[[], list[str]]) -> int:
+def _train(folder: RunFolder, plan: Plan, asked: Asked) -> int:
+    """Starts the ranks, and the exit code of how they ended."""
+    command.write_engine(plan, folder)
+    for of_before in (folder.ranks, folder.stacks):
+        shutil.rmtree(of_before, ignore_errors=True)
+    environment = command.environment(plan, os.environ)
+    progress.count(folder)
+    ended = process.run(command.launch(plan, folder), environment, asked, watching.Watch(folder, plan))
+    code, error = _outcome(folder, ended)
+    if code in (0, EXIT_USER, EXIT_STOPPED):
+        progress.forgive(folder)
+    elif exhausted := progress.exhausted(folder):
+        code, error = EXIT_NO_PROGRESS, exhausted
+    return _fail(error, code) if error else code
+
+
+def _fail(error: str, code: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+def _sanity(
+    plan: Plan, folder: RunFolder, say: Callable[[str], None], lighter: Callable[[], list[str]], asked: Asked
+) -> int:
     """Has the plan tried where nothing has tried it yet; what became of that is written into the run's folder."""
     if variables.sanity_is_skipped():
         write_json(folder.sanity, {"skipped": True})
         return 0
     receipt = gate.receipt(plan)
-    code = 0 if receipt.is_file() else gate.carry_out(plan, folder.prepared, say, lighter)
+    code = 0 if receipt.is_file() else gate.carry_out(plan, folder.prepared, say, lighter, asked)
     if not code:
         write_json(folder.sanity, {"receipt": str(receipt)})
     return code
@@ -92,16 +122,21 @@ def try_out(plan: Plan, say: Callable[[str], None], lighter: Callable[[], list[s
     Raises:
         RecipeError: the prepared data does not make a run.
     """
-    with tempfile.TemporaryDirectory(prefix="sft-") as place:
+    with tempfile.TemporaryDirectory(prefix="sft-") as place, process.listening() as asked:
         folder = RunFolder(Path(place))
         plans.write(plan, folder.plan)
-        code = _prepare(folder.plan, command.environment(plan, os.environ))
-        return code or gate.carry_out(_settle(plan, None, read_json(folder.prepared)), folder.prepared, say, lighter)
+        code = prepare(folder.plan, command.environment(plan, os.environ), asked)
+        if code:
+            return code
+        settled = _settle(plan, None, read_json(folder.prepared))
+        return gate.carry_out(settled, folder.prepared, say, lighter, asked)
 
 
-def _prepare(plan: Path, environment: Mapping[str, str]) -> int:
+def prepare(plan: Path, environment: Mapping[str, str], asked: Asked) -> int:
     """Prepares the data of the plan in a file; 0, or the exit code of the contract."""
-    code = process.run(command.prepare(plan), environment)
+    code = process.run(command.prepare(plan), environment, asked).code
+    if code == EXIT_STOPPED:
+        print("stopped while the data was prepared; nothing was trained, and the same command begins again")
     return code if code in (0, EXIT_USER, EXIT_STOPPED) else EXIT_FAULT
 
 
@@ -120,11 +155,18 @@ def _settle(plan: Plan, stored: Plan | None, found: dict[str, object]) -> Plan:
         change = plans.differences(stored, settled).get("data_fingerprint")
         if change:
             raise RecipeError(
-                f"data.train: {plan.sections['data']['train']} is no longer the data that this run began with "
-                f"(data_fingerprint {change[0]} -> {change[1]}); put it back, go on all the same with "
-                f"ACCEPT=data_fingerprint, or begin a run of its own: NAME=…"
+                f"{other_data(plan, *change)}, go on all the same with ACCEPT=data_fingerprint, or begin a run of its "
+                f"own: NAME=…"
             )
     return settled
+
+
+def other_data(plan: Plan, before: str | None, now: str | None) -> str:
+    """What is said where a run's data has changed under it, and the first way out."""
+    return (
+        f"data.train: {plan.sections['data']['train']} is no longer the data that this run began with "
+        f"(data_fingerprint {before} -> {now}); put it back"
+    )
 
 
 def _forget(folder: RunFolder, start: Start) -> None:
@@ -133,25 +175,28 @@ def _forget(folder: RunFolder, start: Start) -> None:
         shutil.rmtree(folder.path)
 
 
-def _exit_code(folder: RunFolder, launcher_code: int) -> int:
-    """The code of the outcome that rank 0 recorded; the launcher's own makes every failure 1."""
-    outcome = read_json(folder.outcome)
-    if "exit_code" in outcome:
-        if outcome.get("error"):
-            print(f"error: {outcome['error']}", file=sys.stderr)
-        return int(outcome["exit_code"])
-    if launcher_code == EXIT_STOPPED:
-        print(f"stopped before a new checkpoint was whole; the same command goes on with {folder.name}")
-        return EXIT_STOPPED
+def _outcome(folder: RunFolder, ended: Ended) -> tuple[int, str | None]:
+    """How a start ended, by its exit code and the line on what was wrong: as rank 0 recorded it, else as it was seen
+    from here."""
+    recorded = read_json(folder.outcome)
+    if "exit_code" in recorded:
+        return int(recorded["exit_code"]), recorded.get("error")
     manifest = read_json(folder.manifest)
-    error = f"the run ended without an outcome (launcher's exit code {launcher_code})"
-    write_json(folder.manifest, {**manifest, "state": "failed", "exit_code": EXIT_FAULT, "error": error})
-    print(
-        f"error: {folder.path}: {error}; what it said last is above and in {folder.log}; the same command goes on from "
-        f"its newest checkpoint",
-        file=sys.stderr,
+    if ended.code == EXIT_STOPPED:
+        write_json(folder.manifest, {**manifest, "state": "stopped", "exit_code": EXIT_STOPPED})
+        print(f"stopped before a new checkpoint was whole; the same command goes on with {folder.name}")
+        return EXIT_STOPPED, None
+    error = ended.fault or f"the run ended without an outcome (launcher's exit code {ended.code})"
+    if folder.stacks.is_dir():
+        error += f"; what each rank was doing is in {folder.stacks}"
+    code = EXIT_USER if ended.by_user else EXIT_FAULT
+    write_json(folder.manifest, {**manifest, "state": "failed", "exit_code": code, "error": error})
+    if ended.by_user:
+        return code, error
+    return code, (
+        f"{folder.path}: {error}; what it said last is above and in {folder.log}; the same command goes on from its "
+        f"newest checkpoint"
     )
-    return EXIT_FAULT
 
 
 def shell_line(plan: Plan, folder: RunFolder) -> str:

@@ -13,6 +13,7 @@ from sft_recipes.planning.environment import host_memory_bytes
 from sft_recipes.planning.fit import nodes_for
 from sft_recipes.planning.memory import CARDS_GIB
 from sft_recipes.planning.plan import Plan, Topology
+from sft_recipes.planning.run_folder import RunFolder
 from sft_recipes.planning.schema import Recipe, RecipeError
 
 _AMPERE = 8.0
@@ -126,6 +127,23 @@ def check_host_memory(plan: Plan) -> None:
             f"parallelism: {plan.parallelism} needs about {needed['total'] / 2**30:.0f} GiB of this node's own memory "
             f"({needed['offload'] / 2**30:.0f} GiB of it for what is offloaded) and it has {here / 2**30:.0f} GiB; "
             f"say parallelism=zero3 with more GPUs, or train adapters (a recipe with lora)"
+        )
+
+
+def check_disk(plan: Plan, folder: RunFolder) -> None:
+    """Refuses a run whose folder will outgrow its disk, hours later perhaps.
+
+    Raises:
+        RecipeError: what is free and what the run holds already are less than what it will hold.
+    """
+    there = next(place for place in (folder.path, *folder.path.absolute().parents) if place.exists())
+    held = sum(file.stat().st_size for file in folder.path.rglob("*") if file.is_file())
+    free = shutil.disk_usage(there).free
+    if plan.disk_bytes and plan.disk_bytes > free + held:
+        raise RecipeError(
+            f"RUNS_DIR: {plan.recipe} will hold up to {plan.disk_bytes / 2**30:.1f} GiB in {folder.path} (two whole "
+            f"checkpoints, one being written, the models) and {free / 2**30:.1f} GiB are free; make room, or say "
+            f"RUNS_DIR=<a folder on a larger disk>"
         )
 
 

@@ -10,6 +10,16 @@ from sft_recipes.planning.schema import RecipeError
 
 _REPORTERS = ("none", "tensorboard", "wandb")
 _WANDB_MODES = ("", "online", "offline", "disabled", "shared", "dryrun", "run")
+_TELEMETRY_OFF = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",  # TRL reports every trainer by huggingface_hub (trl/trainer/base_trainer.py)
+    "WANDB_ERROR_REPORTING": "false",  # W&B's client reports on itself (wandb/analytics); a run's figures are not that
+}
+
+
+def silence_telemetry() -> None:
+    """Has no library report on its use from this process or those that it starts; what the user has set stays."""
+    for name, value in _TELEMETRY_OFF.items():
+        os.environ.setdefault(name, value)
 
 
 def reporters() -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes.planning import batch, cost, memory
+from sft_recipes.planning.files import write_whole
 from sft_recipes.planning.recipes import hyperparameter, row_of
 from sft_recipes.planning.schema import SHARDED, TABLE_KEYS, Lora, Recipe, RecipeError
 
@@ -48,7 +49,8 @@ class Plan:
 
     `notes` say what prepared data showed, such as a template that trains on other text than it renders at inference.
     `fewest_gpus` and `cheapest_change` say what would fit; the verb `plan` works them out (planning/fit.py). `origins`
-    says of each number where it came from: a file and line, a row of the table, the command line, derived.
+    says of each number where it came from: a file and line, a row of the table, the command line, derived. `run_id`
+    is drawn when the plan becomes a run, and stays the run's: what it saves is known by it.
     """
 
     recipe: str
@@ -101,6 +103,7 @@ class Plan:
     notes: list[str] = dataclasses.field(default_factory=list)
     fewest_gpus: int | None = None
     cheapest_change: str | None = None
+    run_id: str = ""
 
     @property
     def uses_gpu(self) -> bool:
@@ -129,6 +132,8 @@ NOT_COMPARED = {
     "warmup_steps",
     "examples_per_step",
     "supervised_tokens_per_step",
+    "parameters",  # a model that the recipe does not describe is counted when its data is prepared
+    "trained_parameters",
     "memory_bytes_per_gpu",
     "host_bytes_per_node",
     "checkpoint_bytes",
@@ -143,6 +148,7 @@ NOT_COMPARED = {
     "devices",
     "origins",
     "accepted",
+    "run_id",
 }
 
 
@@ -288,19 +294,21 @@ def differences(old: Plan, new: Plan) -> dict[str, tuple[Any, Any]]:
 
 def compared(plan: Plan) -> dict[str, Any]:
     """What makes a plan the one it is, by dotted name. Guards say what is warned of, not what the weights become."""
-    flat = _flat(dataclasses.asdict(plan))
     return {
         key: value
-        for key, value in flat.items()
+        for key, value in flat(plan).items()
         if key.split(".")[0] not in NOT_COMPARED and not key.startswith("sections.guards.")
     }
 
 
+def flat(plan: Plan) -> dict[str, Any]:
+    """Every value of a plan, by dotted name."""
+    return _flat(dataclasses.asdict(plan))
+
+
 def write(plan: Plan, path: Path) -> None:
     """Writes `plan.json` whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(to_json(plan) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, to_json(plan) + "\n")
 
 
 def read(path: Path) -> Plan:

@@ -319,6 +319,8 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "guards.rank_lag": (0, math.inf),
     "guards.window": (2, 10_000),
     "guards.early_stopping_patience": (1, math.inf),
+    "guards.hang_seconds": (1, math.inf),
+    "guards.compare_ranks_every": (1, math.inf),
 }
 _MAY_BE_LEFT_OUT = {
     "batch.effective_batch_size",

@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+import secrets
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sft_recipes.planning import plan as plans
+from sft_recipes.planning import resharding
+from sft_recipes.planning.environment import library_version
+from sft_recipes.planning.files import write_whole
 from sft_recipes.planning.plan import Plan
 from sft_recipes.planning.schema import RecipeError
 
-EXIT_FAULT, EXIT_USER, EXIT_DIVERGED = 1, 2, 3
+EXIT_FAULT, EXIT_USER, EXIT_DIVERGED, EXIT_NO_PROGRESS = 1, 2, 3, 4
 EXIT_STOPPED = 75  # saved, not finished: the same command goes on
+STEPS_PROVED = 2  # behind each save: the second needs the optimizer's state of the first too
+# What a start leaves that was killed before it had a plan.
+_OF_A_START = (".lock", "plan.json.partial")
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,11 @@ class RunFolder:
     def warnings(self) -> Path:
         """What the guards saw, one JSON object a warning."""
         return self.path / "warnings.jsonl"
+
+    @property
+    def proof(self) -> Path:
+        """Digests of what each rank held at a save and in the steps behind it, one JSON object a proved step."""
+        return self.path / "proof.jsonl"
 
     @property
     def tensorboard(self) -> Path:
@@ -111,8 +122,13 @@ class RunFolder:
 
     @property
     def ranks(self) -> Path:
-        """A file a living rank, named by host and rank, with its process id."""
+        """Where the ranks of this start stand: each one's pulse, named by its host and rank."""
         return self.path / ".ranks"
+
+    @property
+    def stacks(self) -> Path:
+        """What each rank was doing when the run hung or crashed: its Python stacks, named by its host and rank."""
+        return self.path / "stacks"
 
     @property
     def sanity(self) -> Path:
@@ -121,13 +137,28 @@ class RunFolder:
 
     @property
     def verdict(self) -> Path:
-        """What a trial of the sanity gate came to; in the trial's own folder."""
+        """What a trial of the sanity gate, or a replay, came to; in a folder of its own."""
         return self.path / "verdict.json"
+
+    @property
+    def replay(self) -> Path:
+        """Which checkpoints of which run a replay may go on from, and to which step; in the replay's own folder."""
+        return self.path / "replay.json"
 
     @property
     def lock(self) -> Path:
         """Held by the process that carries the run."""
         return self.path / ".lock"
+
+    @property
+    def saving(self) -> Path:
+        """What is being written now, under the name that it will have; what lies here was cut off."""
+        return self.path / ".saving"
+
+    @property
+    def removing(self) -> Path:
+        """What is being removed, out of sight first: a folder that is there is whole."""
+        return self.path / ".removing"
 
     def checkpoint(self, step: int) -> Path:
         """The whole checkpoint of a step."""
@@ -146,6 +177,13 @@ class RunFolder:
         found = (re.fullmatch(rf"{kind}-(\d+)", path.name) for path in self.path.glob(f"{kind}-*"))
         return sorted(int(match[1]) for match in found if match)
 
+    def newest_whole(self) -> int:
+        """The step of the newest checkpoint that this run has sealed; 0 where there is none."""
+        run_id = read_json(self.plan).get("run_id", "")
+        records = ((step, read_json(self.checkpoint(step) / "complete.json")) for step in self.numbered("checkpoint"))
+        sealed = (step for step, record in records if record and record.get("run_id", "") == run_id)
+        return max(sealed, default=0)
+
     def state(self) -> str:
         """`new`, `running` (or cut off), `stopped`, `failed`, `diverged` or `finished`."""
         state = read_json(self.manifest).get("state", "new")
@@ -154,12 +192,14 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class Start:
-    """What a start will do: the folder, the plan to carry out, and what to tell the user first."""
+    """What a start will do: the folder, the plan to carry out, what to tell the user first, and whether to go on was
+    insisted on (`--resume`)."""
 
     folder: RunFolder
     plan: Plan
     goes_on: bool
     notes: tuple[str, ...] = ()
+    insisted: bool = False
 
 
 def runs_root() -> Path:
@@ -184,9 +224,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes an object whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def check_name(name: str) -> str:
@@ -215,7 +253,18 @@ def find(run: str) -> RunFolder:
     raise RecipeError(f"RUN: no run {run!r} in {runs_root()}/; there are: {there}")
 
 
-def choose(plan: Plan, name: str | None, resume: bool, accept: Iterable[str], held_by: dict[str, str]) -> Start:
+@dataclass(frozen=True)
+class Asked:
+    """What a user said of the run to start: its name, that there must be one to go on with, the keys whose change is
+    let through, and that the libraries must be those of its last start."""
+
+    name: str | None = None
+    resume: bool = False
+    accept: tuple[str, ...] = ()
+    strict: bool = False
+
+
+def choose(plan: Plan, asked: Asked, held_by: dict[str, str]) -> Start:
     """Which folder this start works in: a new one, or that of a run which it goes on with.
 
     `held_by` names the runs that a live process holds, with that process.
@@ -223,51 +272,150 @@ def choose(plan: Plan, name: str | None, resume: bool, accept: Iterable[str], he
     Raises:
         RecipeError: another plan, a run in use, or nothing to go on with where that was insisted on.
     """
-    if name is not None:
-        return _named(plan, RunFolder(runs_root() / check_name(name)), resume, accept, held_by)
-    notes = []
+    if asked.name is not None:
+        return _named(plan, RunFolder(runs_root() / check_name(asked.name)), asked, held_by)
+    ours = [folder for folder in _numbered(plan.recipe) if os.access(folder.path, os.R_OK | os.W_OK | os.X_OK)]
+    notes = [note for folder in ours if not folder.path.is_symlink() for note in _put_plan_back(folder)]
     for folder in reversed(_all(plan.recipe)):
         if folder.name in held_by:
             notes.append(f"passing over {folder.name}, which {held_by[folder.name]} is carrying out")
+        elif folder.path.is_symlink():
+            notes.append(f"passing over {folder.name}, which is a link and no folder of a run")
         elif folder.state() != "finished":
-            start = _go_on(plan, folder, accept)
+            start = _go_on(plan, folder, asked)
             return replace(start, notes=(*notes, *start.notes))
-    if resume:
+    if asked.resume:
         raise RecipeError(
             f"RESUME: no unfinished run of {plan.recipe} in {runs_root()}/; leave RESUME out to begin one"
         )
-    return Start(RunFolder(runs_root() / f"{plan.recipe}-{_next_number(plan.recipe)}"), plan, False, tuple(notes))
+    return _begin(RunFolder(runs_root() / f"{plan.recipe}-{_next_number(plan.recipe)}"), plan, tuple(notes))
 
 
-def _named(plan: Plan, folder: RunFolder, resume: bool, accept: Iterable[str], held_by: dict[str, str]) -> Start:
+def _named(plan: Plan, folder: RunFolder, asked: Asked, held_by: dict[str, str]) -> Start:
     if folder.name in held_by:
         raise RecipeError(
             f"NAME: {folder.name} is being carried out by {held_by[folder.name]}; wait, or take another NAME="
         )
+    if folder.path.is_symlink():
+        raise RecipeError(
+            f"NAME: {folder.path} is a link, and a run writes to its own folder alone; take another NAME=, or say "
+            f"RUNS_DIR=<the folder that shall hold runs>"
+        )
+    restored = _put_plan_back(folder)
     if folder.plan.is_file():
-        return _go_on(plan, folder, accept)
-    if folder.path.exists() and any(path.name != ".lock" for path in folder.path.iterdir()):
+        start = _go_on(plan, folder, asked)
+        return replace(start, notes=(*restored, *start.notes))
+    if folder.path.exists() and any(path.name not in _OF_A_START for path in folder.path.iterdir()):
         raise RecipeError(f"NAME: {folder.path} is there and is not a run; nothing is overwritten, take another NAME=")
-    if resume:
+    if asked.resume:
         raise RecipeError(f"RESUME: {folder.path} holds no run to go on with; leave RESUME out to begin it")
-    return Start(folder, plan, False)
+    return _begin(folder, plan)
 
 
-def _go_on(plan: Plan, folder: RunFolder, accept: Iterable[str]) -> Start:
+def _begin(folder: RunFolder, plan: Plan, notes: tuple[str, ...] = ()) -> Start:
+    return Start(folder, replace(plan, run_id=secrets.token_hex(8)), False, notes)
+
+
+def _go_on(plan: Plan, folder: RunFolder, asked: Asked) -> Start:
     stored = plans.read(folder.plan)
-    accepted = list(accept)
     differ = plans.differences(stored, plan)
-    refused = {
-        key: change for key, change in differ.items() if key not in accepted and key.split(".")[-1] not in accepted
-    }
+    if folder.numbered("checkpoint") and (reason := resharding.allowed(stored, plan)):
+        raise RecipeError(f"run {folder.name} cannot go on: {reason}")
+    followed = resharding.followed(stored, plan)
+    others = {_as_typed(key): change for key, change in differ.items() if key not in followed}
+    finished = folder.state() == "finished"
+    refused = {key: change for key, change in others.items() if finished or not _is_accepted(key, asked.accept)}
     if refused:
         listed = "; ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in refused.items())
+        accept = f"go on with it all the same: ACCEPT={','.join(refused)}; or "
         raise RecipeError(
-            f"run {folder.name} has another plan: {listed} (go on with it all the same: --accept {','.join(refused)}; "
-            f"or begin a run of its own: NAME=…)"
+            f"run {folder.name} {'is finished, and had' if finished else 'has'} another plan: {listed} "
+            f"({'' if finished else accept}begin a run of its own: NAME=…)"
         )
-    taken = replace(plan, created=stored.created, accepted=sorted({*stored.accepted, *differ, *accepted}))
-    return Start(folder, taken, True)
+    _check_accepted(plan, asked.accept)
+    guards = _other_guards(stored, plan)
+    accepted = sorted({*stored.accepted, *differ, *guards, *asked.accept})
+    taken = replace(plan, created=stored.created, run_id=stored.run_id, accepted=accepted)
+    said = "; ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in guards.items())
+    notes = (
+        _other_ranks(differ, followed),
+        f"other guards than at the last start, recorded: {said}" if said else "",
+        *_other_versions(folder, asked.strict),
+    )
+    return Start(folder, taken, True, tuple(filter(None, notes)), asked.resume)
+
+
+def _as_typed(key: str) -> str:
+    """A plan's key as a user writes it."""
+    return key.removeprefix("sections.")
+
+
+def _is_accepted(key: str, accepted: tuple[str, ...]) -> bool:
+    """Whether one of them names the key, with or without the section that it stands in, or all that is below it."""
+    return any(
+        key == one or key.endswith(f".{one}") or one.endswith(f".{key}") or key.startswith(f"{one}.")
+        for one in accepted
+    )
+
+
+def _check_accepted(plan: Plan, accepted: tuple[str, ...]) -> None:
+    """
+    Raises:
+        RecipeError: one of them is no key of a plan.
+    """
+    keys = plans.flat(plan)
+    unknown = [one for one in accepted if not any(_is_accepted(_as_typed(key), (one,)) for key in keys)]
+    if unknown:
+        raise RecipeError(f"ACCEPT: {unknown[0]!r} is no key of a plan; say one of those that are listed as changed")
+
+
+def _put_plan_back(folder: RunFolder) -> tuple[str, ...]:
+    """Restores a `plan.json` that is damaged or gone from the newest checkpoint that holds a copy; what to tell.
+
+    Raises:
+        RecipeError: there are checkpoints, and none of them has one.
+    """
+    if read_json(folder.plan) or not folder.numbered("checkpoint"):
+        return ()
+    for step in reversed(folder.numbered("checkpoint")):
+        copy = read_json(folder.checkpoint(step) / "complete.json").get("plan")
+        if copy:
+            write_json(folder.plan, copy)
+            return (f"{folder.plan} could not be read; it is that of checkpoint-{step} again",)
+    raise RecipeError(
+        f"NAME: {folder.path} holds checkpoints, but its {folder.plan.name} cannot be read, without which nothing goes "
+        f"on from them; put it back, or begin a run of its own: NAME=…"
+    )
+
+
+def _other_guards(stored: Plan, plan: Plan) -> dict[str, tuple[Any, Any]]:
+    """Guards that changed: they change no weight, but perhaps when a run ends, so they are said and not refused."""
+    old, new = stored.sections["guards"], plan.sections["guards"]
+    return {f"guards.{key}": (old.get(key), new.get(key)) for key in sorted(new) if old.get(key) != new.get(key)}
+
+
+def _other_ranks(differ: dict[str, tuple[Any, Any]], followed: set[str]) -> str:
+    """What there is to say where the run goes on with other ranks."""
+    listed = "; ".join(f"{key} {differ[key][0]} -> {differ[key][1]}" for key in sorted(followed))
+    return f"other ranks than at the last start, the effective batch stays, recorded: {listed}" if listed else ""
+
+
+def _other_versions(folder: RunFolder, strict: bool) -> tuple[str, ...]:
+    """What there is to say where libraries are not those of the run's last start.
+
+    Raises:
+        RecipeError: they are not, and that was asked to be refused.
+    """
+    starts = read_json(folder.manifest).get("starts") or [{}]
+    before: dict[str, str] = starts[-1].get("versions", {})
+    now = {name: library_version(name) for name in before if name != "python"}
+    changed = "; ".join(f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name])
+    if changed and strict:
+        raise RecipeError(
+            f"run {folder.name} was trained with other library versions: {changed}; install those again, or leave "
+            f"STRICT out to go on with these"
+        )
+    return (f"other library versions than at the last start, recorded: {changed}",) if changed else ()
 
 
 def _all(recipe: str | None = None) -> list[RunFolder]:
@@ -278,6 +426,11 @@ def _all(recipe: str | None = None) -> list[RunFolder]:
     return sorted(found, key=lambda folder: (str(read_json(folder.plan).get("created")), folder.name))
 
 
+def _numbered(recipe: str) -> list[RunFolder]:
+    """Those that got their name from the recipe, whether their plan can be read or not."""
+    found = runs_root().glob(f"{recipe}-*")
+    return [RunFolder(path) for path in found if re.fullmatch(rf"{re.escape(recipe)}-\d+", path.name)]
+
+
 def _next_number(recipe: str) -> int:
-    taken = (re.fullmatch(rf"{re.escape(recipe)}-(\d+)", path.name) for path in runs_root().glob(f"{recipe}-*"))
-    return 1 + max((int(match[1]) for match in taken if match), default=0)
+    return 1 + max((int(folder.name.rpartition("-")[2]) for folder in _numbered(recipe)), default=0)

@@ -256,6 +256,10 @@ class Guards:
         window: optimizer steps.
         early_stopping_patience: evaluations without a lower validation loss after which the run ends; never where
             none.
+        hang_seconds: a run in which no rank moves for so long is ended, and the rank that the others wait for is named;
+            five times the longest move so far where that is more, and more to load, to save and to publish.
+        compare_ranks_every: optimizer steps after which ranks under DDP compare digests of their weights, which also
+            happens before each save; ranks that differ stop the run.
         stop_on: of loss_spike, exploding_gradients, vanishing_gradients, those that stop the run instead of warning.
     """
 
@@ -270,6 +274,8 @@ class Guards:
     rank_lag: float = 0.3
     window: int = 10
     early_stopping_patience: int | None = None
+    hang_seconds: float = 300.0
+    compare_ranks_every: int = 100
     stop_on: list[str] = field(default_factory=list)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from sft_recipes.planning import saves
 from sft_recipes.planning.memory import GIB
 from sft_recipes.planning.plan import Plan
 
@@ -37,8 +38,10 @@ def _origin(plan: Plan, name: str) -> str:
     return "default" if name in _DEFAULTED else "derived"
 
 
+_REMOTE_CODE = "the model's own Python runs, unseen and unchecked, as this user (model.trust_remote_code)"
 _KEYS = {
     "model": "model.name_or_path",
+    "remote code": "model.trust_remote_code",
     "train data": "data.train",
     "validation data": "data.validation",
     "retain data": "data.retain",
@@ -50,6 +53,7 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
     lines = [
         ("recipe", f"{plan.recipe} (row {plan.size}{_nearest(plan)})"),
         ("model", plan.model + (f", {plan.parameters:,} parameters" if plan.parameters else "")),
+        *([("remote code", _REMOTE_CODE)] if plan.sections["model"]["trust_remote_code"] else []),
         ("method", _method(plan)),
         ("train data", _sources(plan.sections["data"]["train"])),
         ("validation data", _sources(plan.sections["data"]["validation"]) or _split(plan)),
@@ -126,6 +130,7 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
         lines.append(("host memory a node", _parts(plan.host_bytes_per_node)))
     if plan.disk_bytes and plan.checkpoint_bytes:
         lines.append(("disk", f"{_gib(plan.disk_bytes)} at most; a whole checkpoint is {_gib(plan.checkpoint_bytes)}"))
+        lines.append(("a save", saves.said(plan)))
     if plan.fits is not None:
         lines.append(("fits", f"{'yes' if plan.fits else 'no'} ({plan.card})"))
     return lines

@@ -106,7 +106,9 @@ def merge(folder: RunFolder) -> Path:
     if plan.method == "qlora":
         base = base.dequantize(dtype)
     adapted = PeftModel.from_pretrained(base, folder.final, autocast_adapter_dtype=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder.final)
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder.final, trust_remote_code=plan.sections["model"]["trust_remote_code"]
+    )
     probe = torch.tensor([list(range(min(64, base.config.vocab_size)))], device=base.device)
     with torch.no_grad():
         before = adapted(input_ids=probe).logits.float()
@@ -119,8 +121,11 @@ def merge(folder: RunFolder) -> Path:
             f"nothing was written"
         )
     merged.generation_config = GenerationConfig.from_pretrained(folder.final)
-    merged.save_pretrained(checkpoint.partial(folder.merged))
-    tokenizer.save_pretrained(checkpoint.partial(folder.merged))
-    checkpoint.publish(folder.merged)
+    partial = folder.saving / folder.merged.name
+    merged.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    sealed = {"run_id": plan.run_id, "files": checkpoint.checksums(partial, checkpoint.names(partial))}
+    checkpoint.seal(partial, sealed)
+    checkpoint.publish(partial, folder.merged, folder.removing)
     print(f"merged     {folder.merged} (largest logit {largest:.3g}, largest difference by merging {difference:.2g})")
     return folder.merged

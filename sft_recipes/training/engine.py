@@ -99,9 +99,19 @@ def dtypes(trainer: Any) -> dict[str, str]:
 
 
 def _deepspeed(engine: Any) -> dict[str, str]:
-    """Of DeepSpeed's optimizer; which attribute holds the master copy depends on the stage."""
+    """Of DeepSpeed's optimizer."""
     optimizer = engine.optimizer
-    masters = next(
+    gradients = getattr(optimizer, "gradient_accumulation_dtype", None) or optimizer.grad_acc_dtype
+    return {
+        "master": _one({master.dtype for master in masters(optimizer)}),
+        "gradients": _NAMES[gradients],
+        "reduction": _NAMES[engine.communication_data_type],
+    }
+
+
+def masters(optimizer: Any) -> list[torch.Tensor]:
+    """This rank's partitions of DeepSpeed's master copy; which attribute holds them depends on the stage."""
+    found: list[torch.Tensor] = next(
         partitions
         for attribute in (
             "fp32_groups_flat_partition",
@@ -110,12 +120,24 @@ def _deepspeed(engine: Any) -> dict[str, str]:
         )
         if (partitions := getattr(optimizer, attribute, None))
     )
-    gradients = getattr(optimizer, "gradient_accumulation_dtype", None) or optimizer.grad_acc_dtype
-    return {
-        "master": _one({master.dtype for master in masters}),
-        "gradients": _NAMES[gradients],
-        "reduction": _NAMES[engine.communication_data_type],
-    }
+    return found
+
+
+def count_up_again(trainer: Any) -> None:
+    """Brings DeepSpeed's Adam on the CPU to where it stood when the loaded checkpoint was saved.
+
+    Its bias correction is a power that it multiplies up step by step, in a number of its own that no checkpoint
+    holds (csrc/includes/cpu_adam.h, `IncrementStep`). Behind a resume it would take the power at once, which rounds
+    otherwise, and weights would differ in their last bits. Here it counts its steps again, on weights that are thrown
+    away: 100,000 in two seconds.
+    """
+    adam = trainer.model_wrapped.optimizer.optimizer if trainer.is_deepspeed_enabled else None
+    if not hasattr(adam, "ds_opt_adam"):
+        return
+    taken = max((int(state["step"]) for state in adam.state.values()), default=0)
+    group, nothing = adam.param_groups[0], [torch.zeros(1) for _ in range(4)]
+    for step in range(1, taken + 1):
+        adam.ds_opt_adam.adam_update(adam.opt_id, step, 0.0, *group["betas"], group["eps"], 0.0, True, *nothing)
 
 
 def _one(found: set[torch.dtype]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterable
 
 from sft_recipes.planning import plan as plans
@@ -24,6 +25,7 @@ def main(folder: RunFolder, prompts: Iterable[str]) -> int:
     import torch
     import transformers
 
+    from sft_recipes.data.chat import Chat
     from sft_recipes.data.tokenizer import load_tokenizer
     from sft_recipes.training import answers
 
@@ -34,11 +36,9 @@ def main(folder: RunFolder, prompts: Iterable[str]) -> int:
     model = model.to(device)
     model.generation_config = transformers.GenerationConfig.from_pretrained(folder.final)
     stop = model.generation_config.eos_token_id
+    chat = Chat(tokenizer, datetime.date.today())
     for prompt in prompts:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = chat.prompt([{"role": "user", "content": prompt}])  # control tokens in it are text, as in training
         said = answers.generate(model, tokenizer, [ids], _MAX_NEW_TOKENS, stop if isinstance(stop, list) else [stop])
         print(said[0], flush=True)
     return 0

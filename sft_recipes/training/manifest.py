@@ -41,7 +41,7 @@ def begin(folder: RunFolder, plan: Plan) -> None:
         "began": earlier.get("began", _now()),
         "starts": [
             *earlier.get("starts", []),
-            {"at": _now(), "host": _host(), "versions": _versions(), "code": _code(), "sanity": sanity},
+            {"at": _now(), "host": _host(), "versions": _versions(), "code": code(), "sanity": sanity},
         ],
         "data": {"fingerprint": plan.data_fingerprint, **plan.sections["data"]},
         "rows": plan.rows,
@@ -97,7 +97,7 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: library_version(name) for name in _LIBRARIES}}
 
 
-def _code() -> dict[str, Any]:
+def code() -> dict[str, Any]:
     """The commit, and whether the working tree differs from it; unknown where this is no git checkout."""
 
     def git(*arguments: str) -> str | None:

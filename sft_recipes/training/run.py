@@ -6,51 +6,81 @@ the launcher takes the exit code, since `accelerate launch` makes every failure 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from sft_recipes.planning import environment
+from sft_recipes.planning import environment, imports, processes
 from sft_recipes.planning import plan as plans
 from sft_recipes.planning.plan import Plan
-from sft_recipes.planning.processes import end_with_parent
 from sft_recipes.planning.run_folder import EXIT_DIVERGED, EXIT_STOPPED, RunFolder, read_json, write_json
 from sft_recipes.planning.schema import RecipeError
-from sft_recipes.training import manifest, memory, signals
+from sft_recipes.training import manifest, memory, pulse, signals
+from sft_recipes.training.faults import FaultError
 from sft_recipes.training.quiet import quiet
 
 if TYPE_CHECKING:
     from sft_recipes.training.divergence import DivergedError
+    from sft_recipes.training.resume import Point
+
+
+class UnsavedError(FaultError):
+    """The trained model could not be written."""
 
 
 def main(plan_file: str) -> None:
     """Carries out the plan; leaves with 0 also where the user's input was wrong, which the outcome tells."""
     plan, folder, rank = begin(plan_file)
-    try:
-        train(plan, folder)
-    except RecipeError as error:
-        if rank == 0:
-            manifest.end(folder, "failed", 2)
-            write_json(folder.outcome, {"exit_code": 2, "error": str(error)})
-    except (RuntimeError, MemoryError) as error:
-        if not memory.ran_out(error):
+    with pulse.until_it_ends():
+        try:
+            train(plan, folder)
+        except RecipeError as error:
+            if rank == 0:
+                manifest.end(folder, "failed", 2)
+                write_json(folder.outcome, {"exit_code": 2, "error": str(error)})
             raise
-        line = memory.what_ran_out(plan, rank, error)
-        manifest.end(folder, "failed", 1, error=line)
-        write_json(folder.outcome, {"exit_code": 1, "error": line, "out_of_memory": True})
-        sys.exit(1)  # the other ranks wait in a collective: the launcher ends them
+        except (RuntimeError, MemoryError) as error:
+            if not memory.ran_out(error):
+                raise
+            line = memory.what_ran_out(plan, rank, error)
+            manifest.end(folder, "failed", 1, error=line)
+            write_json(folder.outcome, {"exit_code": 1, "error": line, "out_of_memory": True})
+            sys.exit(1)  # the other ranks wait in a collective: the parent ends them
+        except FaultError as error:  # on all ranks alike
+            if rank == 0:
+                manifest.end(folder, "failed", 1, error=str(error))
+                write_json(folder.outcome, {"exit_code": 1, "error": str(error)})
 
 
 def begin(plan_file: str) -> tuple[Plan, RunFolder, int]:
-    """What every program of a rank begins with: it ends with its parent, hears signals, and knows plan and rank."""
-    end_with_parent()
+    """What every program of a rank begins with: it ends with its launcher, hears signals, is watched, knows plan and
+    rank, and has its libraries."""
+    processes.end_with_parent(int(os.environ[processes.LAUNCHER]))
     folder, rank = RunFolder(Path(plan_file).parent), int(os.environ.get("RANK", "0"))
-    signals.listen(folder, rank)
-    return plans.read(folder.plan), folder, rank
+    signals.listen()
+    pulse.begin(folder, rank)
+    plan = plans.read(folder.plan)
+    with imports.swiftly():
+        imports.leave_out_what_is_not_used(plan)
+        quiet()
+        importlib.import_module("sft_recipes.training.trainer")
+        if plan.parallelism.startswith("zero"):
+            importlib.import_module("deepspeed")
+    return plan, folder, rank
+
+
+def leave() -> NoReturn:
+    """Ends a rank that is done, past Python's own way out, where a thread of gloo that lets go of its last tensor can
+    abort the process (seen once; of such an end tells https://github.com/pytorch/pytorch/issues/65231): a run that is
+    whole on disk would have failed."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def train(plan: Plan, folder: RunFolder) -> None:
@@ -60,7 +90,6 @@ def train(plan: Plan, folder: RunFolder) -> None:
         RecipeError: the model cannot be loaded, or the ranks are not those of the plan.
     """
     started = time.monotonic()
-    quiet()
     from sft_recipes.training.divergence import DivergedError
 
     arguments = configure(plan, folder)
@@ -74,7 +103,7 @@ def train(plan: Plan, folder: RunFolder) -> None:
     sft = parts.trainer
     sft.say = parts.progress.say if main else _nothing
     sft.add_callbacks(watchers(plan, folder, prepared, parts))
-    resume_from = _newest(plan, folder, sft)
+    point = _newest(plan, folder, sft)
     before = _before(plan, folder, sft, prepared, parts.ends_of_turn)
 
     training_started = time.monotonic()
@@ -83,22 +112,25 @@ def train(plan: Plan, folder: RunFolder) -> None:
         return {"seconds": time.monotonic() - started, "training_seconds": training_ended - training_started}
 
     try:
-        _train(plan, folder, parts, resume_from)
+        _train(plan, folder, parts, point)
         diverged = None
     except DivergedError as error:
         diverged = error
+    except FaultError as error:
+        sft.end_callbacks()
+        raise FaultError(f"{folder.path}: {error}") from error
     training_ended = time.monotonic()
+    if diverged is None and not parts.stopping.stopped:
+        figures = _publish(plan, folder, sft, point)
     if not main:
         return
     if diverged is not None:
         _diverged(folder, sft, diverged, seconds())
         return
     if parts.stopping.stopped:
-        manifest.end(folder, "stopped", EXIT_STOPPED, steps=sft.state.global_step, **seconds())
-        write_json(folder.outcome, {"exit_code": EXIT_STOPPED})
-        sft.say(f"stopped at step {sft.state.global_step}, saved; the same command goes on from it")
+        _stopped(folder, sft, seconds())
         return
-    figures = _publish_the_best(folder, sft)
+    pulse.moved(sft.state.global_step, "ending")
     after = _after(plan, folder, sft, prepared, parts.ends_of_turn)
     figures["exact_match_before"] = before.exact_match if before else None
     figures["exact_match_after"] = after.exact_match if after else None
@@ -107,33 +139,60 @@ def train(plan: Plan, folder: RunFolder) -> None:
     sft.say(summary(plan, folder, recorded, before, after))
 
 
-def _newest(plan: Plan, folder: RunFolder, sft: Any) -> Path | None:
+def _newest(plan: Plan, folder: RunFolder, sft: Any) -> Point | None:
     """The whole checkpoint that this start goes on from, and what the user is told of it."""
-    from sft_recipes.training import checkpoint
+    from sft_recipes.training import resume
 
-    resume_from, passed_over = checkpoint.newest_complete(folder)
-    for name in passed_over:
-        sft.say(f"passing over {name}: it is not whole")
-    if resume_from is not None:
-        sft.supervised_tokens_seen = checkpoint.supervised_tokens_seen(resume_from)
-        sft.say(f"going on from {resume_from.name}")
+    point = resume.newest(plan, folder, sft.accelerator, sft.say)
+    if sft.accelerator.is_main_process:
+        resume.clear(folder, sft.say)
+    if point is not None:
+        sft.supervised_tokens_seen = point.record["supervised_tokens_seen"]
+        sft.proof.take_up(point.record["proof"])
+        sft.say(f"going on from {point.path.name}")
     if plan.no_rank_holds_the_model and plan.sections["answers"]["show"]:
         sft.say(f"no answers are shown while it trains: under {plan.parallelism} no rank holds the whole model")
-    return resume_from
+    return point
 
 
-def _train(plan: Plan, folder: RunFolder, parts: Parts, resume_from: Path | None) -> None:
-    """The steps that are left, and the last step's model."""
+def _train(plan: Plan, folder: RunFolder, parts: Parts, point: Point | None) -> None:
+    """The steps that are left."""
+    from sft_recipes.training import reshard
+    from sft_recipes.training.callbacks import guards
+    from sft_recipes.training.callbacks.stop import EndedAtStartError
+
     sft = parts.trainer
-    if resume_from is not None and folder.step_of(resume_from) == plan.optimizer_steps:
-        sft.take_up(resume_from, folder.last)  # the Trainer itself would take one step more
+    if point is not None:
+        sft.take_up(point.path)
+        if point.step == plan.optimizer_steps or guards.ended_early(plan, sft.state):
+            sft.sum_up()  # the Trainer itself would take one step more
+            return
+    if parts.stopping.asked():
         return
-    # What the model could do before is measured before its first step.
+    # What the model could do before is measured before its first step; and an evaluation that a stop cut short again.
     asked = sft.args.eval_on_start or bool(plan.sections["data"]["retain"])
-    sft.args.eval_on_start = asked and resume_from is None
-    sft.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    if not parts.stopping.stopped:
-        sft.save_weights(folder.last)
+    sft.args.eval_on_start = asked if point is None else _evaluation_is_missing(sft)
+    try:
+        sft.train(resume_from_checkpoint=str(reshard.taken_over(plan, folder, point, sft)) if point else None)
+    except EndedAtStartError:
+        sft.end_callbacks()
+
+
+def _evaluation_is_missing(sft: Any) -> bool:
+    from sft_recipes.training import best
+
+    step = sft.state.global_step
+    due = step % sft.args.eval_steps == 0 and step >= sft.args.eval_delay
+    return due and step not in best.validation_losses(sft.state.log_history)
+
+
+def _stopped(folder: RunFolder, sft: Any, seconds: dict[str, float]) -> None:
+    """Records a run that was asked to stop."""
+    step, saved = sft.state.global_step, read_json(folder.manifest).get("saved_step")
+    manifest.end(folder, "stopped", EXIT_STOPPED, steps=step, **seconds)
+    write_json(folder.outcome, {"exit_code": EXIT_STOPPED})
+    where = f"step {step}, saved" if saved == step else f"step {step}, the newest checkpoint is of step {saved or 0}"
+    sft.say(f"stopped at {where}; the same command goes on from it")
 
 
 def configure(plan: Plan, folder: RunFolder) -> Any:
@@ -142,7 +201,10 @@ def configure(plan: Plan, folder: RunFolder) -> Any:
     Raises:
         RecipeError: TRL does not take a value, or the ranks are not those of the plan.
     """
-    from sft_recipes.training import engine, trainer
+    from sft_recipes.training import compiling, engine, trainer
+
+    if plan.parallelism.startswith("zero"):
+        compiling.let_no_build_outlive_its_process()
 
     try:
         arguments = trainer.sft_config(plan, folder)
@@ -169,7 +231,7 @@ def build(plan: Plan, folder: RunFolder, arguments: Any, found: dict[str, Any]) 
     from sft_recipes.training import trainer, vocabulary
     from sft_recipes.training.callbacks.engine import CheckEngine
     from sft_recipes.training.callbacks.progress import ShowProgress
-    from sft_recipes.training.callbacks.stop import StopTogether
+    from sft_recipes.training.callbacks.pulse import MovePulse
 
     section, base, prepared = plan.sections["model"], found["model"], Path(found["folder"])
     tokenizer = load_tokenizer(base, section["chat_template"], section["trust_remote_code"], section["add_tokens"])
@@ -178,7 +240,7 @@ def build(plan: Plan, folder: RunFolder, arguments: Any, found: dict[str, Any]) 
     vocabulary.fit(plan, model, tokenizer, details)
     ends_of_turn = vocabulary.stop_by_itself(model, tokenizer, details)
     rows, held_out, passes = trainer.read_rows(prepared, details, plan.per_device_train_batch_size * plan.world_size)
-    stopping, progress = StopTogether(), ShowProgress(folder)
+    progress = ShowProgress(folder)
     sft = trainer.ResponseTrainer(
         plan,
         passes,
@@ -191,8 +253,8 @@ def build(plan: Plan, folder: RunFolder, arguments: Any, found: dict[str, Any]) 
         processing_class=tokenizer,
         data_collator=trainer.collator(plan, tokenizer.pad_token_id),
     )
-    sft.add_callbacks([CheckEngine(plan, folder), stopping])
-    return Parts(sft, ends_of_turn, stopping, progress)
+    sft.add_callbacks([MovePulse(), CheckEngine(plan, folder)])
+    return Parts(sft, ends_of_turn, sft.stopping, progress)
 
 
 def watchers(plan: Plan, folder: RunFolder, prepared: Path, parts: Parts) -> list[Any]:
@@ -204,7 +266,7 @@ def watchers(plan: Plan, folder: RunFolder, prepared: Path, parts: Parts) -> lis
     from sft_recipes.training.callbacks.trackers import TensorBoard, Track, WeightsAndBiases
 
     asked = environment.reporters()
-    trackers: list[Any] = [TensorBoard(plan, folder)] if "tensorboard" in asked else []
+    trackers: list[Any] = [TensorBoard(plan, folder, parts.trainer.say)] if "tensorboard" in asked else []
     trackers += [WeightsAndBiases(plan, folder, parts.trainer.say)] if "wandb" in asked else []
     return [
         KeepBest(folder),
@@ -233,19 +295,32 @@ def _diverged(folder: RunFolder, sft: Any, error: DivergedError, seconds: dict[s
     write_json(folder.outcome, {"exit_code": EXIT_DIVERGED, "error": f"{line}; `make diagnose RUN={folder.name}`"})
 
 
-def _publish_the_best(folder: RunFolder, sft: Any) -> dict[str, Any]:
-    """Makes `final/` from the best step's weights, and says what the run came to."""
-    from sft_recipes.training import checkpoint
+def _publish(plan: Plan, folder: RunFolder, sft: Any, point: Point | None) -> dict[str, Any]:
+    """Writes `last/`, makes `final/` of the best step's weights, and says what the run came to. All ranks take part.
 
-    losses = checkpoint.validation_losses(sft.state.log_history)
-    checkpoint.forget_all_but_the_best(folder, losses)
-    best = checkpoint.best_step(folder, losses)
-    checkpoint.copy_whole(folder.best(best) if best else folder.last, folder.final)
+    Raises:
+        UnsavedError: the disk does not take them; what the run has saved is whole, and a new start tries again.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    from sft_recipes.training import best
+
+    step = sft.state.global_step
+    trained = point is None or point.step != step
+    refused = sft.save_weights(folder.last) if trained else sft.copy_model(point.path, folder.last)
+    losses = best.validation_losses(sft.state.log_history)
+    chosen = [best.step(folder, losses, plan.run_id, sft.say) if sft.accelerator.is_main_process else None]
+    broadcast_object_list(chosen)
+    refused = refused or sft.copy_model(folder.best(chosen[0]) if chosen[0] else folder.last, folder.final)
+    if refused:
+        raise UnsavedError(f"{folder.path}: the trained model is not saved: {refused}; the same command tries again")
+    if sft.accelerator.is_main_process:
+        best.forget_all_others(folder, losses, plan.run_id, sft.say)
     return {
-        "steps": sft.state.global_step,
+        "steps": step,
         "first_eval_loss": losses[min(losses)],
-        "best_step": best,
-        "best_eval_loss": losses.get(best),
+        "best_step": chosen[0],
+        "best_eval_loss": losses.get(chosen[0]),
         "tokens_seen": int(sft.state.num_input_tokens_seen),
         "supervised_tokens_seen": sft.supervised_tokens_seen,
     }
@@ -321,10 +396,10 @@ def summary(plan: Plan, folder: RunFolder, figures: dict[str, Any], before: Any,
     lines.append(
         f"trained    {plan.model} on {tokens:,} supervised tokens: {figures['steps']} steps in {minutes:.1f} minutes"
     )
-    lines.append(
-        f"eval_loss  {figures['first_eval_loss']:.4f} at the first evaluation, {figures['best_eval_loss']:.4f} at "
-        f"the best (step {figures['best_step']})"
-    )
+    best = "no best step's weights are whole, the last step's are taken"
+    if figures["best_step"] is not None:
+        best = f"{figures['best_eval_loss']:.4f} at the best (step {figures['best_step']})"
+    lines.append(f"eval_loss  {figures['first_eval_loss']:.4f} at the first evaluation, {best}")
     if figures["exact_match_after"] is not None:
         was, now = figures["exact_match_before"], figures["exact_match_after"]
         started = f"{was:.3f} before, " if was is not None else ""
@@ -343,7 +418,7 @@ def _before(plan: Plan, folder: RunFolder, sft: Any, prepared: Path, stop: list[
     if not folder.answers.is_file():
         answered = _answer(plan, sft, prepared, stop)
         write_json(folder.answers, {"before": asdict(answered) if answered else None})
-    return answers.remembered(read_json(folder.answers)["before"])
+    return answers.remembered(read_json(folder.answers).get("before"))
 
 
 def _after(plan: Plan, folder: RunFolder, sft: Any, prepared: Path, stop: list[int]) -> Any:
@@ -379,3 +454,4 @@ def _nothing(_line: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    leave()

@@ -19,12 +19,12 @@ from typing import Any
 
 from sft_recipes.planning import trial
 from sft_recipes.planning.plan import Plan
-from sft_recipes.planning.run_folder import RunFolder, read_json, write_json
+from sft_recipes.planning.run_folder import EXIT_STOPPED, RunFolder, read_json, write_json
 from sft_recipes.planning.schema import RecipeError
 from sft_recipes.training import checks as judging
-from sft_recipes.training import memory, run
+from sft_recipes.training import memory, pulse, run
 from sft_recipes.training.checks import MEMORY, Check
-from sft_recipes.training.quiet import quiet
+from sft_recipes.training.resume import LostError
 
 # Rows of the trial that are evaluated before and after: enough passes to tell their fall from its noise.
 _EVALUATED_ROWS, _EVALUATED_PASSES = 24, 8
@@ -41,6 +41,10 @@ class DoesNotLoadError(Exception):
         self.check = Check(name, False, reason, way_out)
 
 
+class AskedToStopError(Exception):
+    """A rank was asked to stop, and all of them agreed: there is no verdict on a trial that was cut short."""
+
+
 class RankAloneError(Exception):
     """Something failed on this rank, perhaps on no other: they wait for it, so the trial ends with this verdict."""
 
@@ -52,22 +56,27 @@ class RankAloneError(Exception):
 def main(plan_file: str) -> None:
     """Carries the trial out; leaves with 0 wherever there is a verdict, or the user's input was wrong."""
     plan, folder, rank = run.begin(plan_file)
-    try:
-        checks, figures = carry_out(plan, folder)
-    except RecipeError as error:
-        if rank == 0:
-            write_json(folder.outcome, {"exit_code": 2, "error": str(error)})
-        return
-    except (RuntimeError, MemoryError) as error:
-        if not memory.ran_out(error):
+    with pulse.until_it_ends():
+        try:
+            checks, figures = carry_out(plan, folder)
+        except AskedToStopError:
+            if rank == 0:
+                write_json(folder.outcome, {"exit_code": EXIT_STOPPED})
+            return
+        except RecipeError as error:
+            if rank == 0:
+                write_json(folder.outcome, {"exit_code": 2, "error": str(error)})
             raise
-        _write(folder, [Check(MEMORY, False, memory.what_ran_out(plan, rank, error))], {})
-        sys.exit(1)  # the other ranks wait in a collective: the launcher ends them
-    except RankAloneError as error:
-        _write(folder, error.checks, {})
-        sys.exit(1)
-    if rank == 0:
-        _write(folder, checks, figures)
+        except (RuntimeError, MemoryError) as error:
+            if not memory.ran_out(error):
+                raise
+            _write(folder, [Check(MEMORY, False, memory.what_ran_out(plan, rank, error))], {})
+            sys.exit(1)  # the other ranks wait in a collective: the parent ends them
+        except RankAloneError as error:
+            _write(folder, error.checks, {})
+            sys.exit(1)
+        if rank == 0:
+            _write(folder, checks, figures)
 
 
 def _write(folder: RunFolder, checks: Sequence[Check], figures: dict[str, Any]) -> None:
@@ -79,8 +88,8 @@ def carry_out(plan: Plan, folder: RunFolder) -> tuple[list[Check], dict[str, Any
 
     Raises:
         RecipeError: what a run would refuse as well.
+        AskedToStopError: a signal cut the trial's training short.
     """
-    quiet()
     from sft_recipes.training.divergence import DivergedError
 
     arguments = run.configure(plan, folder)
@@ -93,7 +102,7 @@ def carry_out(plan: Plan, folder: RunFolder) -> tuple[list[Check], dict[str, Any
         return checks, {}
     arguments.eval_on_start = True
     try:
-        sft.train()
+        _train(sft)
     except DivergedError as error:
         way_out = f"look at {', '.join(error.what.rows) or 'the rows'}, or lower trainer.learning_rate"
         return [*checks, Check("numbers", False, f"step {error.what.step}: {error}", way_out)], {}
@@ -114,6 +123,7 @@ def carry_out(plan: Plan, folder: RunFolder) -> tuple[list[Check], dict[str, Any
         "evaluation_seconds_a_row": record.evaluation_seconds / max(record.evaluation_rows, 1),
         "validation_rows": _rows_of_an_evaluation(read_json(Path(found["original"]) / "details.json")),
         "save_seconds": record.save_seconds,
+        "save_bytes": sft.saving.bytes_at_most if record.save_seconds else None,
     }
     sharded = plan.no_rank_holds_the_model
     knows = judging.knows_more_than_chance(judging.mean_loss(record.rows[0]), _vocabulary_size(sft))
@@ -130,6 +140,22 @@ def carry_out(plan: Plan, folder: RunFolder) -> tuple[list[Check], dict[str, Any
         except DoesNotLoadError as error:
             raise RankAloneError([*checks, error.check]) from error
     return checks, figures
+
+
+def _train(trainer: Any, checkpoint: Path | None = None) -> None:
+    """Trains to the trial's end.
+
+    Raises:
+        AskedToStopError: a signal cut it short.
+    """
+    from sft_recipes.training.callbacks.stop import EndedAtStartError
+
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except EndedAtStartError as error:
+        raise AskedToStopError from error
+    if trainer.stopping.stopped:
+        raise AskedToStopError
 
 
 def _rows_of_an_evaluation(details: dict[str, Any]) -> int:
@@ -182,8 +208,6 @@ def recorder() -> Any:
     """A callback that remembers the trial's losses, norms and times."""
     from transformers import TrainerCallback
 
-    from sft_recipes.training.callbacks import best
-
     class Record(TrainerCallback):  # type: ignore[misc]
         """Of each step and each evaluation, in their order."""
 
@@ -219,7 +243,6 @@ def recorder() -> Any:
             self.evaluation_seconds = metrics["eval_runtime"]
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            best.mark_when_all_have_written(self.trainer, state)
             self.save_seconds = time.perf_counter() - self._stepped
 
     return Record()
@@ -269,20 +292,26 @@ def answers_are_text(plan: Plan, parts: Any, found: dict[str, Any], model: Any, 
 
 def a_checkpoint_loads(plan: Plan, folder: RunFolder, found: dict[str, Any], record: Any) -> Check:
     """A trainer of its own goes on from the trial's checkpoint, and its steps must repeat the losses."""
-    from sft_recipes.training import checkpoint
+    from sft_recipes.training import resume
 
     if not trial.resumes(plan):
         return Check("checkpoint", None, "left out: above 13B parameters saving and loading take minutes by themselves")
-    whole, _ = checkpoint.newest_complete(folder)
-    if whole is None:
+    try:
+        point = resume.newest(plan, folder, record.trainer.accelerator, print)
+    except LostError as error:
+        raise DoesNotLoadError("checkpoint", str(error)) from error
+    if point is None:
         raise DoesNotLoadError("checkpoint", f"no whole checkpoint was written to {folder.path}")
+    whole = point.path
     again = recorder()
     try:
         arguments = run.configure(plan, folder)
         arguments.eval_strategy = "no"
         parts = run.build(plan, folder, arguments, found)
         parts.trainer.add_callbacks([again])
-        parts.trainer.train(resume_from_checkpoint=str(whole))
+        _train(parts.trainer, whole)
+    except AskedToStopError:
+        raise
     except Exception as error:
         if memory.ran_out(error):
             raise
@@ -318,3 +347,4 @@ def _free(sft: Any) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    run.leave()

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
 from types import FrameType
 
-from sft_recipes.planning.run_folder import RunFolder
+from sft_recipes.planning.processes import ASKING
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _asked = False
 
 
-def listen(folder: RunFolder, rank: int) -> None:
-    """From here on a signal is remembered, and the launcher knows which process to send it to."""
-    for number in _SIGNALS:
+def listen() -> None:
+    """From here on a signal is remembered; again and again changes nothing."""
+    for number in ASKING:
         signal.signal(number, _remember)
-    folder.ranks.mkdir(exist_ok=True)
-    file = folder.ranks / f"{socket.gethostname()}-{rank}"
-    file.with_name(f".{file.name}").write_text(str(os.getpid()), encoding="ascii")
-    file.with_name(f".{file.name}").replace(file)
 
 
 def asked() -> bool:

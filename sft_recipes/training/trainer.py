@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import save_fsdp_model, save_fsdp_optimizer
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, TrainerState
+from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -18,11 +20,13 @@ from sft_recipes.data.chat import IGNORED
 from sft_recipes.planning.cost import CARDS_TFLOPS
 from sft_recipes.planning.plan import Plan
 from sft_recipes.planning.run_folder import RunFolder
-from sft_recipes.training import adapters, checkpoint, engine
+from sft_recipes.training import adapters, checkpoint, engine, ledger, pulse
+from sft_recipes.training.callbacks.proof import Proof
+from sft_recipes.training.callbacks.stop import CutShortError, EndedAtStartError, StopTogether
 from sft_recipes.training.divergence import Watch
 from sft_recipes.training.metering import Meter
+from sft_recipes.training.saving import Saving
 
-CHECKPOINTS_KEPT = 2
 RETAINED = "retain"  # the source whose loss says what the model forgets, and decides nothing
 
 
@@ -61,7 +65,7 @@ def sft_config(plan: Plan, folder: RunFolder) -> SFTConfig:
         accelerator_config=_accumulation(plan),
         eval_strategy="steps",
         save_strategy="steps",
-        save_total_limit=CHECKPOINTS_KEPT,
+        save_total_limit=None,  # which are kept is callbacks/best.py's: the Trainer would delete by date
         logging_strategy="steps",
         logging_nan_inf_filter=False,  # by default a NaN loss is replaced in the log while the optimizer steps on
         include_num_input_tokens_seen="non_padding",
@@ -115,21 +119,29 @@ class WholeBatches(Sampler[int]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.order(self.epoch()))
+        return iter(self.order(self.epoch()).tolist())
 
-    def order(self, epoch: int) -> list[int]:
-        """The rows of an epoch, as they are dealt out."""
+    def order(self, epoch: int) -> torch.Tensor:
+        """The rows of an epoch, as they are dealt out, [rows used]."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order: list[int] = torch.randperm(self.rows, generator=generator)[: self.used].tolist()
-        return order
+        return torch.randperm(self.rows, generator=generator)[: self.used]
 
     def of_step(self, step: int) -> list[int]:
         """The rows of an optimizer step, the first being 0."""
         epoch, within = divmod(step * self.effective_batch_size, self.used)
-        return self.order(epoch)[within : within + self.effective_batch_size]
+        rows: list[int] = self.order(epoch)[within : within + self.effective_batch_size].tolist()
+        return rows
 
     def __len__(self) -> int:
         return self.used
+
+
+class RowsCollator(DataCollatorForLanguageModeling):
+    """TRL's own, and the numbers of the rows beside what it makes of them (training/ledger.py)."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """As TRL's, and `row`, [rows]."""
+        return ledger.carry(examples, super().torch_call(examples))
 
 
 class PackedRowsCollator(DataCollatorForLanguageModeling):
@@ -141,7 +153,7 @@ class PackedRowsCollator(DataCollatorForLanguageModeling):
     """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `labels` and `position_ids`, each [batch, longest row]."""
+        """`input_ids`, `labels` and `position_ids`, each [batch, longest row], and `row`, [batch]."""
         longest = max(len(example["input_ids"]) for example in examples)
         batch: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "position_ids": []}
         for example in examples:
@@ -154,7 +166,7 @@ class PackedRowsCollator(DataCollatorForLanguageModeling):
             batch["input_ids"].append([*example["input_ids"], *[self.pad_token_id] * padding])
             batch["labels"].append([*labels, *[IGNORED] * padding])
             batch["position_ids"].append([*positions, *[0] * padding])  # each padding token an example of its own
-        return {name: torch.tensor(rows) for name, rows in batch.items()}
+        return ledger.carry(examples, {name: torch.tensor(rows) for name, rows in batch.items()})
 
 
 def attention(plan: Plan) -> str:
@@ -163,17 +175,15 @@ def attention(plan: Plan) -> str:
     return "sdpa" if asked == "auto" else asked
 
 
-def collator(plan: Plan, pad_token_id: int) -> DataCollatorForLanguageModeling | None:
-    """What makes a batch of packed rows; None, TRL's own padding, where rows are not packed.
+def collator(plan: Plan, pad_token_id: int) -> RowsCollator | PackedRowsCollator:
+    """What makes a batch of rows, packed or not.
 
     Flash attention tells examples apart in one row alone (transformers' `_is_packed_sequence`), so it gets TRL's
     padding-free collator, which lays the rows end to end.
     """
-    if not plan.packing:
-        return None
-    if attention(plan) == "flash_attention_2":
-        return DataCollatorForLanguageModeling(pad_token_id, padding_free=True)
-    return PackedRowsCollator(pad_token_id)
+    if plan.packing and attention(plan) != "flash_attention_2":
+        return PackedRowsCollator(pad_token_id)
+    return RowsCollator(pad_token_id, padding_free=plan.packing)
 
 
 class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
@@ -190,19 +200,36 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
     ):
         self.plan = plan
         self.say: Callable[[str], None] = print
+        self.stopping = StopTogether()
+        arguments["train_dataset"] = ledger.number(arguments["train_dataset"])
         super().__init__(peft_config=adapters.configuration(plan), **arguments)
         adapters.hold_in_fp32(self.model, plan)
         adapters.keep_the_trained_layout(self.model)
         engine.reduce_in_fp32(self.accelerator, plan)
         self.remove_callback(PrinterCallback)  # callbacks/progress.py speaks
+        self.add_callbacks([self.stopping])
         self.watch = Watch(plan, prepared, self.model)
         self.meter = Meter(plan, architecture, peak_flops(plan, self.args.device), self.args.device)
         self.meter.watch(self.model)
         self._tokens_measured: int | None = None
+        self.saving = Saving(plan, RunFolder(Path(self.args.output_dir)), self.accelerator)
         self.supervised_tokens_seen = 0
         self.evaluate_sources(passes)
         self.tokens_digest = 0
         self._digest = torch.zeros(1, dtype=torch.int64, device=self.args.device)
+        rows = self._get_train_sampler()
+        steps_an_epoch = rows.used // plan.effective_batch_size
+        self.proof = Proof(
+            plan,
+            self.saving.folder,
+            ledger.Ledger(rows.order, plan.effective_batch_size, steps_an_epoch),
+        )
+        self.add_callbacks([self.proof])
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if ledger.ROW not in self._signature_columns:
+            self._signature_columns.append(ledger.ROW)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> WholeBatches:
         rows = len(self.train_dataset if train_dataset is None else train_dataset)
@@ -222,6 +249,11 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
         for callback in self.callback_handler.callbacks:
             getattr(callback, "end", lambda: None)()
 
+    def sum_up(self) -> None:
+        """For a run whose last step an earlier start took: those that sum a run up at its end do so now."""
+        for callback in self.callback_handler.callbacks:
+            getattr(callback, "sum_up", lambda _state: None)(self.state)
+
     def order_of_step(self, taken: int) -> list[int]:
         """The rows of the step behind `taken` steps, as they were dealt out to micro-batches and ranks."""
         return self._get_train_sampler().of_step(taken)
@@ -232,6 +264,7 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
             self._tokens_measured = int(self.state.num_input_tokens_seen)  # of earlier starts
         self.meter.step_begins()
         batches, supervised_tokens = super().get_batch_samples(self.meter.waiting(epoch_iterator), *arguments)
+        self.proof.ledger.saw(batches)
         self.supervised_tokens_seen += int(supervised_tokens or 0)
         self.meter.saw(batches, int(supervised_tokens or 0))
         for batch in batches:
@@ -242,7 +275,9 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
         """As TRL's; in training, all ranks learn the step's loss and stop where it is no number."""
         loss = super().compute_loss(model, inputs, *arguments, **named)
         if model.training:
+            pulse.moved(self.state.global_step + 1, "waiting")
             self.watch.saw(self, loss)
+            pulse.moved(self.state.global_step + 1, "step")
         return loss
 
     def _get_grad_norm(self, *arguments: Any, **named: Any) -> Any:
@@ -250,6 +285,23 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
         norm = super()._get_grad_norm(*arguments, **named)
         self.watch.gradients(self, norm)
         return norm
+
+    def _evaluate(self, *arguments: Any, **named: Any) -> dict[str, float]:
+        """As the Trainer's; where all ranks are asked to stop, they leave it and save at once."""
+        try:
+            metrics: dict[str, float] = super()._evaluate(*arguments, **named)
+        except CutShortError as error:
+            if self._took_no_step():
+                raise EndedAtStartError from error
+            self.control.should_save = self.control.should_training_stop = True
+            self.control.should_evaluate = False  # else the Trainer tries again at the epoch's end, and saves again
+            return {}
+        if self.control.should_training_stop and self._took_no_step():
+            raise EndedAtStartError
+        return metrics
+
+    def _took_no_step(self) -> bool:
+        return bool(self.state.global_step == self._initial_global_step)
 
     def evaluate_sources(self, passes: dict[str, int]) -> None:
         """Takes the validation rows to be of these sources, each so many forward passes."""
@@ -259,7 +311,13 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
         self._of_pass: list[torch.Tensor] = []
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
-        """As TRL's, and keeps each source's sum of losses and the number of tokens that they were taken over."""
+        """As TRL's, and keeps each source's sum of losses and the number of tokens that they were taken over.
+
+        Raises:
+            CutShortError: on all ranks, where one was asked to stop and the run has steps to come.
+        """
+        if self.stopping.asked():
+            raise CutShortError
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         tokens = (inputs["labels"][..., 1:] != IGNORED).sum()
         source = self._source_of_pass[len(self._of_pass)]
@@ -286,7 +344,9 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
         """
         self._evaluated.zero_()
         self._of_pass.clear()
-        output = super().evaluation_loop(*arguments, **named)
+        # A loader draws a random number when it begins: a run that evaluates again after a resume must draw none.
+        with torch.random.fork_rng(devices=[]):
+            output = super().evaluation_loop(*arguments, **named)
         sums = self.accelerator.reduce(self._evaluated.to(self.accelerator.device, torch.float64), "sum").tolist()
         prefix = named.get("metric_key_prefix", "eval")
         of = dict(zip(self._sources, sums, strict=True))
@@ -335,33 +395,95 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
         """From the Trainer's own history, which a resume brings back."""
         return next((float(entry[key]) for entry in reversed(self.state.log_history) if key in entry), None)
 
-    def save_weights(self, target: Path) -> None:
-        """Saves the model and its tokenizer so that `target` is whole or not there. All ranks take part.
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where the Trainer writes `checkpoint-N`, before it gets its place in the run's folder."""
+        return str(self.saving.folder.saving)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As the Trainer's, whole or not at all, without its pickled arguments, which nothing here loads."""
+        step, proof = self.state.global_step, self.proof.record()
+        partial = self.saving.folder.saving / f"checkpoint-{step}"
+        if self.is_deepspeed_enabled:
+            self.saving.under_deepspeed(self.model_wrapped)
+
+        def write() -> None:
+            super(ResponseTrainer, self)._save_checkpoint(model, trial)
+            if self.accelerator.is_main_process:
+                (partial / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+                if self.is_deepspeed_enabled:
+                    (partial / "latest").write_text(f"global_step{step}", encoding="ascii")
+
+        record = {"supervised_tokens_seen": self.supervised_tokens_seen, "proof": proof}
+        refused = self.saving.checkpoint(step, write, record)
+        if refused:
+            self.say(
+                f"step {step}  NOT SAVED: {refused}; training goes on, and saving is tried again at step "
+                f"{self.saving.try_again_at}"
+            )
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        with self.saving.tolerated():
+            super()._save(output_dir, state_dict)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        with self.saving.tolerated():
+            super()._save_rng_state(output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As the Trainer's; under FSDP2 every rank takes part in gathering the optimizer's state, also where the disk
+        has just refused the weights."""
+        if not self.is_fsdp_enabled:
+            with self.saving.tolerated():
+                super()._save_optimizer_and_scheduler(output_dir)
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        with self.saving.tolerated():
+            save_fsdp_model(plugin, self.accelerator, self.model, output_dir)
+        with self.saving.tolerated():
+            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        with self.saving.tolerated():
+            if self.accelerator.is_main_process:
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def save_weights(self, target: Path) -> str | None:
+        """Saves the model and its tokenizer so that `target` is whole or not there, and says why where it is not. All
+        ranks take part.
 
         The Trainer's pickled arguments are left out, since a model's folder is loaded by others, and so is peft's
         card of empty headings.
         """
-        partial = checkpoint.partial(target)
-        self.save_model(str(partial), _internal_call=True)
-        if self.accelerator.is_main_process:
-            for name in ("training_args.bin", "README.md"):
-                (partial / name).unlink(missing_ok=True)
-            self._add_generation(partial)
-            checkpoint.publish(target)
+        partial = self.saving.folder.saving / target.name
+
+        def write() -> None:
+            self.save_model(str(partial), _internal_call=True)
+            if self.accelerator.is_main_process:
+                for name in (TRAINING_ARGS_NAME, "README.md"):
+                    (partial / name).unlink(missing_ok=True)
+                self._add_generation(partial)
+
+        return self.saving.whole(target, write, {"run_id": self.plan.run_id, "step": self.state.global_step})
+
+    def copy_model(self, whole: Path, target: Path) -> str | None:
+        """Copies what makes the model in a whole folder, which has been looked through, to one of its own. All ranks
+        take part, rank 0 copies."""
+        step = int(checkpoint.read(whole)["step"])
+
+        def write() -> None:
+            if self.accelerator.is_main_process:
+                partial = self.saving.folder.saving / target.name
+                checkpoint.copy_model(whole, partial)
+                self._add_generation(partial)
+
+        return self.saving.whole(target, write, {"run_id": self.plan.run_id, "step": step})
 
     def _add_generation(self, folder: Path) -> None:
         """Adapters have no generation configuration of their own, and the ends of turn stand there."""
         if self.plan.method != "full":
             self.accelerator.unwrap_model(self.model).generation_config.save_pretrained(folder)
 
-    def take_up(self, whole: Path, last: Path) -> None:
-        """Stands where the last step left a run that was cut off before its models were published."""
+    def take_up(self, whole: Path) -> None:
+        """Stands where a checkpoint's step left the run, without its weights, which `train` or `copy_model` bring."""
         self.state = TrainerState.load_from_json(str(whole / "trainer_state.json"))
-        if not self.plan.no_rank_holds_the_model:
-            self.model.to(self.args.device)
-        if self.accelerator.is_main_process:
-            checkpoint.copy_whole(whole, last, checkpoint.MODEL_FILES)
-            self._add_generation(last)
 
     def load_weights(self, folder: Path) -> None:
         """Puts the weights of a saved model into this one, which no rank may hold in shards."""

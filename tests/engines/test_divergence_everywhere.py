@@ -11,10 +11,12 @@ __all__ = ["poisoned_model"]  # a fixture
 @pytest.mark.parametrize(
     ("engine", "processes", "packing"),
     [
-        ("single", 1, "true"), ("zero1", 2, "true"), ("zero2", 2, "false"), ("zero3", 2, "true"),
-        ("zero3_offload", 2, "false"), ("fsdp2", 2, "true"),
+        ("single", 1, "true"),
+        ("zero2", 2, "false"),
+        ("zero3", 2, "true"),
+        ("fsdp2", 2, "true"),
     ],
-)  # fmt: skip
+)
 def test_a_loss_that_is_no_number_stops_the_run_under_every_engine(
     workplace, poisoned_model, write_rows, engine, processes, packing
 ):

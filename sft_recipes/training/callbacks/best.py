@@ -1,46 +1,53 @@
-"""Keeps the weights of the three best steps, and sees that the last step is evaluated too."""
+"""Keeps what a run can go on from and be used with: the two newest checkpoints, the weights of the three best steps."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
 from sft_recipes.planning.run_folder import RunFolder
-from sft_recipes.training import checkpoint
+from sft_recipes.training import best, checkpoint, manifest
+from sft_recipes.training.callbacks.metrics import append
+
+CHECKPOINTS_KEPT = 2
 
 
 class KeepBest(TrainerCallback):
-    """Saves `best-N/` after an evaluation that is among the three best, and marks checkpoints that are whole."""
+    """Saves `best-N/` after an evaluation that is among the three best, and sees that the last step is evaluated."""
 
     def __init__(self, folder: RunFolder):
         self.folder = folder
         self.trainer: Any = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The Trainer saves at the last step but evaluates only at multiples of eval_steps."""
+        """The Trainer saves at the last step but evaluates only at multiples of eval_steps; a save that the disk
+        refused is tried again."""
         if state.global_step >= state.max_steps:
             control.should_evaluate = True
+        if state.global_step == self.trainer.saving.try_again_at:
+            control.should_save = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
         """All ranks take part in a save: sharded weights are gathered from each."""
-        if not state.global_step:
+        step = state.global_step
+        if not step or not best.is_among_the_best(best.validation_losses(state.log_history), step):
             return
-        if checkpoint.among_the_best(checkpoint.validation_losses(state.log_history), state.global_step):
-            self.trainer.save_weights(self.folder.best(state.global_step))
+        refused = self.trainer.save_weights(self.folder.best(step))
+        if refused:
+            self.trainer.say(f"step {step}  the weights of this step, one of the best, are NOT SAVED: {refused}")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The Trainer calls this when rank 0 has written; the others' files are awaited."""
-        mark_when_all_have_written(self.trainer, state)
-        if state.is_world_process_zero:
-            # Only now: until this checkpoint was whole, an interrupted run went on from one that remembers others.
-            checkpoint.forget_all_but_the_best(self.folder, checkpoint.validation_losses(state.log_history))
-
-
-def mark_when_all_have_written(trainer: Any, state: Any) -> None:
-    """Marks the checkpoint of this step as whole once every rank's files are there. All ranks take part."""
-    trainer.accelerator.wait_for_everyone()
-    if state.is_world_process_zero:
-        folder = RunFolder(Path(trainer.args.output_dir)).checkpoint(state.global_step)
-        checkpoint.mark_complete(folder, state.global_step, trainer.supervised_tokens_seen)
+        """Once the newest checkpoint is whole, older ones go; until then a start went on from one of them."""
+        saving = self.trainer.saving
+        if not state.is_world_process_zero or saving.try_again_at is not None:
+            return
+        with saving.tolerated():  # the checkpoint is there; this says so where all of them are lost
+            manifest.note(self.folder, saved_step=state.global_step)
+        figures = {"save_seconds": round(saving.seconds, 3), "save_bytes": saving.bytes_at_most}
+        seen = {"supervised_tokens_seen": self.trainer.supervised_tokens_seen}
+        append(self.folder.metrics, {"step": state.global_step, **figures, **seen})
+        run_id = self.trainer.plan.run_id
+        best.forget_all_others(self.folder, best.validation_losses(state.log_history), run_id, self.trainer.say)
+        for step in checkpoint.of_this_run(self.folder, run_id)[:-CHECKPOINTS_KEPT]:
+            checkpoint.remove(self.folder.checkpoint(step), self.folder.removing, self.trainer.say)

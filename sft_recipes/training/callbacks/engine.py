@@ -23,6 +23,7 @@ class CheckEngine(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """On every rank, since each prepares its own."""
         got = engine.check(self.plan, self.trainer)
+        engine.count_up_again(self.trainer)
         if state.is_world_process_zero:
             manifest.note(self.folder, dtypes=got)
         if self.plan.packing:

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from sft_recipes.planning.plan import Plan
 from sft_recipes.planning.run_folder import RunFolder
 from sft_recipes.planning.schema import CONVERGED_ACCURACY
-from sft_recipes.training import checkpoint
+from sft_recipes.training import best
 from sft_recipes.training.callbacks.metrics import append
 
 _USUAL_STEPS = 50  # steps that a loss is compared with
@@ -86,11 +86,8 @@ class Guard(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Ends the run, as a finished one, where validation has not got better for as long as the recipe bears."""
-        patience = self.limits["early_stopping_patience"]
-        if patience is None:
-            return
-        since = evaluations_since_the_best(checkpoint.validation_losses(state.log_history))
-        if since >= patience and not control.should_training_stop:
+        if ended_early(self.plan, state) and not control.should_training_stop:
+            since = evaluations_since_the_best(best.validation_losses(state.log_history))
             self._warn(state, "early_stopping", f"eval_loss has not fallen for {since} evaluations; the run ends here")
             control.should_training_stop = True
 
@@ -108,6 +105,13 @@ class Guard(TrainerCallback):
         if state.is_world_process_zero:
             append(self.folder.warnings, {"step": state.global_step, "rule": rule, "evidence": evidence})
             self.trainer.say(f"step {state.global_step}  {rule.replace('_', ' ')}: {evidence}")
+
+
+def ended_early(plan: Plan, state: Any) -> bool:
+    """Whether validation has not got better for as long as the recipe bears; told by the Trainer's state alone, so that
+    a start knows it of a run that was cut off right behind that evaluation."""
+    patience = plan.sections["guards"]["early_stopping_patience"]
+    return patience is not None and evaluations_since_the_best(best.validation_losses(state.log_history)) >= patience
 
 
 def loss_spike(before: Sequence[float], loss: float, most: float) -> str | None:

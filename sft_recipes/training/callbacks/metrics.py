@@ -9,8 +9,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from sft_recipes.planning.files import write_whole
 from sft_recipes.planning.run_folder import RunFolder
-from sft_recipes.training import checkpoint
+from sft_recipes.training import best, lines
 from sft_recipes.training.callbacks.stop import StopTogether
 from sft_recipes.training.divergence import json_number
 
@@ -27,7 +28,7 @@ class WriteMetrics(TrainerCallback):
         """Leaves out what an interrupted start wrote behind the checkpoint that this one goes on from."""
         if state.is_world_process_zero:
             for path in (self.folder.metrics, self.folder.samples, self.folder.warnings):
-                _forget_behind(path, state.global_step)
+                forget_behind(path, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """On all ranks: the step has ended, they have met (callbacks/stop.py)."""
@@ -44,35 +45,37 @@ class WriteMetrics(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The summary of a run that came to its end."""
-        if state.is_world_process_zero and not self.stopping.stopped:
+        if not self.stopping.stopped:
+            self.sum_up(state)
+
+    def sum_up(self, state: Any) -> None:
+        """The last line: what a run came to that has taken its last step, now or in an earlier start."""
+        if state.is_world_process_zero:
             seen = {"supervised_tokens_seen": self.trainer.supervised_tokens_seen}
             append(self.folder.metrics, {"step": state.global_step, **final(state), **seen})
 
 
 def final(state: Any) -> dict[str, float]:
     """What a run came to, under the documents' names."""
-    losses = [loss for loss in checkpoint.validation_losses(state.log_history).values() if math.isfinite(loss)]
+    losses = [loss for loss in best.validation_losses(state.log_history).values() if math.isfinite(loss)]
     figures = {"final/total_steps": state.global_step, "final/epochs_completed": state.epoch or 0.0}
     return {**figures, "final/best_eval_loss": min(losses)} if losses else figures
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
     """One more line; numbers that JSON does not have (NaN, Infinity) are written as text."""
-    written = {key: json_number(value) for key, value in line.items()}
-    with path.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(written, allow_nan=False) + "\n")
+    lines.add(path, json.dumps({key: json_number(value) for key, value in line.items()}, allow_nan=False))
 
 
-def _forget_behind(path: Path, step: int) -> None:
+def forget_behind(path: Path, step: int) -> None:
+    """Cuts off the lines behind a step, which an interrupted start wrote."""
     if path.is_file():
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        partial.replace(path)
+        kept = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if _step(line) <= step]
+        write_whole(path, "".join(f"{line}\n" for line in kept))
 
 
 def _step(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # a line that a kill cut short
+    except (ValueError, KeyError, TypeError):  # a line that a kill cut short, or a disk made another of
         return float("inf")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import time
@@ -14,6 +15,7 @@ from transformers import TrainerCallback
 
 from sft_recipes.planning.memory import GIB
 from sft_recipes.planning.run_folder import RunFolder
+from sft_recipes.training import lines
 
 
 class _View(Progress):
@@ -80,10 +82,10 @@ class ShowProgress(TrainerCallback):
 
     def say(self, text: str) -> None:
         """A line of its own, above the view, and in the log."""
-        with self.log.open("a", encoding="utf-8") as log:
-            log.write(text + "\n")
+        lines.add(self.log, text)
         if self.bar is None:
-            print(text, flush=True)
+            with contextlib.suppress(OSError):  # where it goes to is full, or read by nobody any more; the log has it
+                print(text, flush=True)
         else:
             self.bar.console.print(text, markup=False, highlight=False)
 
@@ -93,8 +95,7 @@ class ShowProgress(TrainerCallback):
         if self.bar is None:
             self.say(line)
             return
-        with self.log.open("a", encoding="utf-8") as log:
-            log.write(line + "\n")
+        lines.add(self.log, line)
         self.bar.figures = "  ".join(self.shown.values())
         self.bar.refresh()
 

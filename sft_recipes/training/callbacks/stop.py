@@ -10,6 +10,14 @@ from transformers import TrainerCallback
 from sft_recipes.training import signals
 
 
+class EndedAtStartError(Exception):
+    """This start takes no step: all ranks were asked to stop, or the run had come to its end, before the first."""
+
+
+class CutShortError(Exception):
+    """An evaluation that all ranks leave at the same pass; the next start makes it again."""
+
+
 class StopTogether(TrainerCallback):
     """Ranks get a signal at different steps, so a rank never acts on its own: the flag is reduced over all, every step.
 
@@ -23,6 +31,13 @@ class StopTogether(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stops all ranks at this step if any was asked to."""
+        if self.asked():
+            control.should_save = control.should_training_stop = True
+
+    def asked(self) -> bool:
+        """Whether any rank was asked to stop a run that has steps to come; all ranks take part, and learn the same."""
         asked = torch.tensor(float(signals.asked()), device=self.trainer.accelerator.device)
-        if self.trainer.accelerator.reduce(asked, "sum").item() and state.global_step < state.max_steps:
-            self.stopped = control.should_save = control.should_training_stop = True
+        any_was = bool(self.trainer.accelerator.reduce(asked, "sum").item())
+        stops = any_was and self.trainer.state.global_step < self.trainer.plan.optimizer_steps
+        self.stopped = self.stopped or stops
+        return stops

@@ -6,6 +6,7 @@ which goes on offline where W&B does not answer. `metrics.jsonl` holds the same 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import html
 import json
@@ -13,7 +14,7 @@ import os
 import queue
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 from urllib.parse import urlsplit
@@ -48,6 +49,11 @@ class Track(TrainerCallback):
             for tracker in self.trackers:
                 tracker.begin(state.global_step)
 
+    def sum_up(self, state: Any) -> None:
+        """The summary of a run whose last step an earlier start took."""
+        self.on_train_begin(None, state, None)
+        self.on_train_end(None, state, None)
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """The figures of a log record."""
         if state.is_world_process_zero and logs:
@@ -72,31 +78,35 @@ class Track(TrainerCallback):
 class TensorBoard:
     """Event files in the run's folder."""
 
-    def __init__(self, plan: Plan, folder: RunFolder):
+    def __init__(self, plan: Plan, folder: RunFolder, say: Callable[[str], None]):
         self._plan = plan
         self._folder = folder
+        self._say = say
         self._writer: Any = None
 
     def begin(self, step: int) -> None:
         """What an interrupted start wrote behind this step is not shown."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(self._folder.tensorboard), purge_step=step + 1 if step else None)
-        self._writer.add_text("plan", f"```json\n{json.dumps(asdict(self._plan), indent=2)}\n```")
+        with self._tolerated(step):
+            self._writer = SummaryWriter(str(self._folder.tensorboard), purge_step=step + 1 if step else None)
+            self._writer.add_text("plan", f"```json\n{json.dumps(asdict(self._plan), indent=2)}\n```")
 
     def figures(self, step: int, figures: dict[str, float]) -> None:
         """Scalars under their names."""
         if self._writer is None:
             return
-        for name, value in figures.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        with self._tolerated(step):
+            for name, value in figures.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()
 
     def samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """A text a prompt."""
-        for number, sample in enumerate(samples) if self._writer else ():
-            parts = (f"**{name}**\n\n{_indented(sample[name])}" for name in ("prompt", "wanted", "said"))
-            self._writer.add_text(f"samples/{number}", "\n\n".join(parts), step)
+        with self._tolerated(step):
+            for number, sample in enumerate(samples) if self._writer else ():
+                parts = (f"**{name}**\n\n{_indented(sample[name])}" for name in ("prompt", "wanted", "said"))
+                self._writer.add_text(f"samples/{number}", "\n\n".join(parts), step)
 
     def summary(self, step: int, figures: dict[str, float]) -> None:
         """The documents' names as they are."""
@@ -104,9 +114,21 @@ class TensorBoard:
 
     def end(self) -> None:
         """Closes the file."""
-        if self._writer is not None:
-            self._writer.close()
+        with contextlib.suppress(OSError):  # what it holds back is lost with a disk that takes no more
+            if self._writer is not None:
+                self._writer.close()
+        self._writer = None
+
+    @contextlib.contextmanager
+    def _tolerated(self, step: int) -> Iterator[None]:
+        """What the disk refuses costs these curves and nothing else; the writer's thread hands it on, and ends."""
+        try:
+            yield
+        except OSError as error:
             self._writer = None
+            self._say(
+                f"TensorBoard's figures end at step {step} ({error.strerror}); {self._folder.metrics.name} goes on"
+            )
 
 
 def _indented(text: str) -> str:

@@ -1,0 +1,81 @@
+"""Measures what a rank pays before and behind its work: how long Python takes to import what trains, and to end.
+
+    .venv/bin/python benchmarks/start.py [--rounds 7]
+
+Each row is a process of its own, in turn with the others, so that the ratios are of one machine in one hour. Writes
+`results/start-HOST.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import machine
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "benchmarks" / "results" / f"start-{os.cpu_count()}-cores.json"
+LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "wandb")
+MODULE = "sft_recipes.training.trainer"
+PLAN = (
+    "from sft_recipes.planning import imports, plan, recipes; "
+    "plan = plan.make(recipes.load('tiny'), plan.Topology(gpus=0, processes=1)); "
+)
+END = f"import {MODULE}, time; print(time.time())"
+SWIFTLY = f"\nwith imports.swiftly():\n    import {MODULE}\nimport time; print(time.time())"
+VARIANTS = {
+    "as they are": PLAN + END,
+    "without what the plan does not use": PLAN + "imports.leave_out_what_is_not_used(plan); " + END,
+    "and without looking for garbage, as a rank does": PLAN + "imports.leave_out_what_is_not_used(plan)" + SWIFTLY,
+}
+
+
+def main() -> None:
+    """Starts each variant once a round and writes the medians."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    rounds = parser.parse_args().rounds
+    seconds: dict[str, list[tuple[float, float]]] = {variant: [] for variant in VARIANTS}
+    for _ in range(rounds):
+        for variant, code in VARIANTS.items():
+            seconds[variant].append(_start_and_end(code))
+    medians = {
+        variant: {"start": round(_median(both, 0), 2), "end": round(_median(both, 1), 2)}
+        for variant, both in seconds.items()
+    }
+    first, *_, last = (row["start"] + row["end"] for row in medians.values())
+    content = {
+        "machine": machine.described(),
+        "versions": {name: metadata.version(name) for name in LIBRARIES},
+        "rounds": rounds,
+        "seconds (median)": medians,
+        "as they are / as a rank does": round(first / last, 2),
+    }
+    RESULTS.write_text(json.dumps(content, indent=2) + "\n")
+    print(json.dumps(content["seconds (median)"], indent=2))
+    print(f"as they are, start and end take {first / last:.2f} times as long as a rank's")
+    print(f"written: {RESULTS.relative_to(REPOSITORY)}")
+
+
+def _start_and_end(code: str) -> tuple[float, float]:
+    """Seconds until everything is imported, and from then until the process is gone."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "REPORT_TO": "none"}
+    began = time.time()
+    done = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    ended, imported = time.time(), float(done.stdout.split()[-1])
+    return imported - began, ended - imported
+
+
+def _median(pairs: list[tuple[float, float]], index: int) -> float:
+    return statistics.median(pair[index] for pair in pairs)
+
+
+if __name__ == "__main__":
+    main()
