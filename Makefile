@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-VARIABLES := RECIPE GPUS NODES PROCESSES DEVICES DATA VALIDATION NAME RESUME ACCEPT STRICT CARD RUN ROWS HTML PLOT WITH PORT PROMPT DRY_RUN SANITY REPORT_TO GPU_HOUR_PRICE ARGS
+VARIABLES := RECIPE GPUS NODES PROCESSES DEVICES DATA VALIDATION NAME RESUME ACCEPT STRICT CARD RUN ROWS HTML PLOT WITH PORT PROMPT DRY_RUN SANITY REPORT_TO GPU_HOUR_PRICE ARGS RUNTIME IMAGE VARIANT MOUNTS CONTAINER_ARGS BUILD_ARGS
 RECIPE ?= tiny
 
 # Make expands $(…) in what the user typed; the raw text goes to the environment, and the shell quotes it.
@@ -12,13 +12,14 @@ $(foreach variable,$(VARIABLES),$(eval override export $(variable) := $$(value $
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 
-# One definition of how variables become options; an unset or empty one is left out.
-SFT = set -f; exec $(PYTHON) -m sft_recipes
+# One definition of how variables become options; an unset or empty one is left out. Whether a verb runs in a container
+# or in $(VENV), which is made when needed, is decided by the module below; Python's standard library is enough for it.
+SFT = set -f; exec "$$(command -v python3 python3.12 python3.11 | head -n 1)" -I sft_recipes/launching/container.py "$(VENV)"
 HARDWARE = $${GPUS:+--gpus "$$GPUS"} $${NODES:+--nodes "$$NODES"} $${PROCESSES:+--processes "$$PROCESSES"} \
 	$${CARD:+--card "$$CARD"}
 OVERRIDES = $${DATA:+"data.train=$$DATA"} $${VALIDATION:+"data.validation=$$VALIDATION"} $${ARGS:-}
 
-.PHONY: help setup recipes plan schedules inspect fetch sanity train verify-resume diagnose report tensorboard generate merge test test-engines chaos test-latest lint lock
+.PHONY: help setup image smoke doctor recipes plan schedules inspect fetch sanity train verify-resume diagnose report tensorboard generate merge test test-engines chaos test-latest lint lock
 
 help: ## this list
 	@echo 'Variables stand behind the target: make train RECIPE=8b GPUS=8'
@@ -42,51 +43,62 @@ help: ## this list
 		'REPORT_TO   tensorboard (default), wandb, tensorboard,wandb or none; PORT of make tensorboard' \
 		'GPU_HOUR_PRICE  what an hour of one GPU costs: forecasts are in money too' \
 		'RUN PROMPT  a run (name or folder), and what to ask it' \
-		'DRY_RUN=1   print the command that would start the ranks' \
+		'RUNTIME     docker, podman or local (default: a container where GPUs are asked for and an engine is there)' \
+		'IMAGE       the image to take or build; VARIANT=cuda or cpu; MOUNTS=/data:/models for it to read' \
+		'DRY_RUN=1   print the command that would start the ranks, or the container' \
 		'ARGS        key=value overrides: ARGS="trainer.learning_rate=1e-3 trainer.max_length=256"'
 
 setup: ## make the virtual environment (.venv); every target below does it when needed
 	@requirements/install.sh $(VENV)
 
-recipes: setup ## the recipes in a table
+image: ## build the image: VARIANT=cuda or cpu, RUNTIME, IMAGE (its name), BUILD_ARGS
+	@$(SFT) image
+
+smoke: ## prove the image before hours are spent in it, with the network off: VARIANT IMAGE RUNTIME DEVICES (ARGS=--cpu)
+	@$(SFT) smoke $${DEVICES:+--devices "$$DEVICES"} $${ARGS:-}
+
+doctor: ## is this machine fit: driver, GPUs, attention, links, memory, disk, Hub, versions: GPUS (ARGS=--json)
+	@$(SFT) doctor $${GPUS:+--gpus "$$GPUS"} $${ARGS:-}
+
+recipes: ## the recipes in a table
 	@$(SFT) list
 
-plan: setup ## settle every number of a run, start nothing: RECIPE GPUS NODES CARD DATA ARGS (ARGS=--explain, ARGS=--json)
+plan: ## settle every number of a run, start nothing: RECIPE GPUS NODES CARD DATA ARGS (ARGS=--explain, ARGS=--json)
 	@$(SFT) plan "$$RECIPE" $(HARDWARE) $(OVERRIDES)
 
-schedules: setup ## learning-rate curves for the recipe's own steps, a table and a plot: RECIPE GPUS RUN PLOT WITH DATA ARGS
+schedules: ## learning-rate curves for the recipe's own steps, a table and a plot: RECIPE GPUS RUN PLOT WITH DATA ARGS
 	@mkdir -p "$${RUNS_DIR:-runs}"; $(SFT) schedules "$$RECIPE" $(HARDWARE) $${RUN:+--run "$$RUN"} --plot "$${PLOT:-$${RUNS_DIR:-runs}/schedules-$$RECIPE.png}" \
 		$${WITH:+--with "$$WITH"} $(OVERRIDES)
 
-inspect: setup ## what the loss will see, before any GPU is taken: RECIPE DATA VALIDATION ROWS HTML ARGS (ARGS=--json)
+inspect: ## what the loss will see, before any GPU is taken: RECIPE DATA VALIDATION ROWS HTML ARGS (ARGS=--json)
 	@$(SFT) inspect "$$RECIPE" $(HARDWARE) $${ROWS:+--rows "$$ROWS"} $${HTML:+--html "$$HTML"} $(OVERRIDES)
 
-fetch: setup ## bring model, tokenizer and data from the Hub; the run then needs no network: RECIPE DATA VALIDATION ARGS
+fetch: ## bring model, tokenizer and data from the Hub; the run then needs no network: RECIPE DATA VALIDATION ARGS
 	@$(SFT) fetch "$$RECIPE" $(OVERRIDES)
 
-sanity: setup ## try a run on a few rows in minutes, before hours are spent; train does it by itself: RECIPE GPUS DEVICES DATA ARGS
+sanity: ## try a run on a few rows in minutes, before hours are spent; train does it by itself: RECIPE GPUS DEVICES DATA ARGS
 	@$(SFT) sanity "$$RECIPE" $(HARDWARE) $${DEVICES:+--devices "$$DEVICES"} $(OVERRIDES)
 
-train: setup ## the run; goes on with an unfinished one: RECIPE GPUS DEVICES PROCESSES DATA VALIDATION NAME RESUME ACCEPT ARGS
+train: ## the run; goes on with an unfinished one: RECIPE GPUS DEVICES PROCESSES DATA VALIDATION NAME RESUME ACCEPT ARGS
 	@$(SFT) train "$$RECIPE" $(HARDWARE) $${DEVICES:+--devices "$$DEVICES"} $${NAME:+--name "$$NAME"} \
 		$${RESUME:+--resume} $${ACCEPT:+--accept "$$ACCEPT"} $${STRICT:+--strict} $${DRY_RUN:+--dry-run} $(OVERRIDES)
 
-verify-resume: setup ## proves that a run resumes exactly: takes recorded steps of it again and compares bits: RUN
+verify-resume: ## proves that a run resumes exactly: takes recorded steps of it again and compares bits: RUN
 	@$(SFT) verify-resume "$${RUN:?RUN is missing: the name of a run, such as tiny-1}"
 
-diagnose: setup ## what is wrong with a run, on what evidence, and the line to change: RUN (ARGS=--json)
+diagnose: ## what is wrong with a run, on what evidence, and the line to change: RUN (ARGS=--json)
 	@$(SFT) diagnose "$${RUN:?RUN is missing: the name of a run, such as tiny-1}" $${ARGS:-}
 
-report: setup ## a page on a run: curves, samples, plan, diagnosis: RUN
+report: ## a page on a run: curves, samples, plan, diagnosis: RUN
 	@$(SFT) report "$${RUN:?RUN is missing: the name of a run, such as tiny-1}"
 
-tensorboard: setup ## serve the figures of all runs, on this machine alone: PORT
+tensorboard: ## serve the figures of all runs, on this machine alone: PORT
 	@$(SFT) tensorboard $${PORT:+--port "$$PORT"}
 
-generate: setup ## let what was trained answer: RUN PROMPT
+generate: ## let what was trained answer: RUN PROMPT
 	@$(SFT) generate "$${RUN:?RUN is missing: the name of a run, such as tiny-1}" $${PROMPT:+--prompt "$$PROMPT"}
 
-merge: setup ## adapters and the model that they were trained on as one model: RUN
+merge: ## adapters and the model that they were trained on as one model: RUN
 	@$(SFT) merge "$${RUN:?RUN is missing: the name of a run, such as 8b-lora-1}"
 
 # A file of tests a core, each run on one thread: two runs that share their cores' threads slow each other manyfold.
@@ -107,12 +119,13 @@ test-latest: ## the recipes' tests with the newest versions that the index has, 
 	@.venv-latest/bin/python -m pytest tests/test_schema.py tests/test_shipped.py tests/test_trainer.py \
 		tests/engines/test_recipes_run.py
 
-lint: setup ## ruff, mypy, shellcheck
+lint: setup ## ruff, mypy, shellcheck, hadolint
 	@$(PYTHON) -m ruff format --check .
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m mypy
 	@shopt -s nullglob; if [ -x $(VENV)/bin/shellcheck ]; then \
-		$(VENV)/bin/shellcheck requirements/*.sh slurm/*.sh docker/*.sh .ci/run; fi
+		$(VENV)/bin/shellcheck requirements/*.sh slurm/*.sh docker/*.sh docker/portable-cxx .ci/run; fi
+	@$(VENV)/bin/hadolint docker/Dockerfile
 
 lock: ## resolve requirements/requirements.in anew (needs uv)
 	@requirements/lock.sh

@@ -125,6 +125,11 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("run", help="a run's name or folder")
     verb.set_defaults(verb=_verify_resume)
 
+    verb = verbs.add_parser("doctor", help="is this machine fit; exit code 1 where something is red")
+    verb.add_argument("--gpus", metavar="N", help="how many a run would take")
+    verb.add_argument("--json", action="store_true", help="for machines: an object a finding")
+    verb.set_defaults(verb=_doctor)
+
     verb = verbs.add_parser("merge", help="adapters and the model that they were trained on as one model")
     verb.add_argument("run", help="a run's name or folder")
     verb.set_defaults(verb=_merge)
@@ -393,6 +398,17 @@ def _schedules(parsed: argparse.Namespace) -> None:
     if parsed.plot:
         drawing.plot(curves, warmup, plan.learning_rate, plan.recipe, Path(parsed.plot))
         _say(f"plot       {parsed.plot}")
+
+
+def _doctor(parsed: argparse.Namespace) -> int:
+    from sft_recipes.launching import doctor
+    from sft_recipes.launching.topology import whole_number
+
+    red = False
+    for finding in doctor.examine(None if parsed.gpus is None else whole_number(parsed.gpus, "GPUS", 0)):
+        _say(json.dumps(dataclasses.asdict(finding)) if parsed.json else str(finding))
+        red = red or finding.colour == "red"
+    return int(red)
 
 
 def _tensorboard(parsed: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import socket
 import subprocess
@@ -41,7 +42,7 @@ def begin(folder: RunFolder, plan: Plan) -> None:
         "began": earlier.get("began", _now()),
         "starts": [
             *earlier.get("starts", []),
-            {"at": _now(), "host": _host(), "versions": _versions(), "code": code(), "sanity": sanity},
+            {"at": _now(), "host": _host(), "versions": _versions(), "code": code(), "sanity": sanity, **_image()},
         ],
         "data": {"fingerprint": plan.data_fingerprint, **plan.sections["data"]},
         "rows": plan.rows,
@@ -97,6 +98,12 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: library_version(name) for name in _LIBRARIES}}
 
 
+def _image() -> dict[str, str]:
+    """The image that this start was carried out in, if in one."""
+    image = os.environ.get("SFT_RECIPES_IMAGE")
+    return {"image": image} if image else {}
+
+
 def code() -> dict[str, Any]:
     """The commit, and whether the working tree differs from it; unknown where this is no git checkout."""
 
@@ -107,5 +114,8 @@ def code() -> dict[str, Any]:
             return None
         return asked.stdout.strip() if asked.returncode == 0 else None
 
-    status = git("status", "--porcelain")
-    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+    commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    if commit is None and os.environ.get("SFT_RECIPES_REVISION"):  # a container has no git, and is told
+        commit, _, changed = os.environ["SFT_RECIPES_REVISION"].partition("-")
+        return {"commit": commit, "dirty": bool(changed)}
+    return {"commit": commit, "dirty": None if status is None else bool(status)}

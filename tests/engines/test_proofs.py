@@ -1,7 +1,6 @@
 """What is proved under each engine: a run resumes bit for bit, and a bit that flips on one rank shows. Slow."""
 
 import pytest
-import torch
 from conftest import compiler
 from test_digests import run_with_a_flip
 from trajectories import data, follow
@@ -63,32 +62,3 @@ def test_a_bit_that_flips_between_two_steps_names_one_rank_of_two(workplace, few
     )
     assert "between steps 3 and 4: weights changed in the memory of rank 1 on " in line
     assert saved == []
-
-
-def test_adam_on_the_cpu_goes_on_behind_any_step_as_if_it_had_not_stopped():
-    """Without counting its steps again, weights differ behind 25 of these 59 steps."""
-    from types import SimpleNamespace
-
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    from sft_recipes.training import engine
-
-    def weights(stopped_behind, counting=True):
-        chance = torch.Generator().manual_seed(0)
-        weight = torch.nn.Parameter(torch.randn(1000, generator=chance))
-        adam = DeepSpeedCPUAdam([weight], lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01)
-        for step in range(60):
-            if step == stopped_behind:
-                weight = torch.nn.Parameter(weight.detach().clone())
-                state, adam = adam.state_dict(), DeepSpeedCPUAdam([weight], lr=1e-3, betas=(0.9, 0.95))
-                adam.load_state_dict(state)
-                wrapped = SimpleNamespace(optimizer=SimpleNamespace(optimizer=adam))
-                if counting:
-                    engine.count_up_again(SimpleNamespace(is_deepspeed_enabled=True, model_wrapped=wrapped))
-            weight.grad = torch.randn(1000, generator=chance)
-            adam.step()
-        return weight.detach()
-
-    straight = weights(None)
-    assert all(torch.equal(weights(step), straight) for step in range(1, 60))
-    assert not all(torch.equal(weights(step, counting=False), straight) for step in range(1, 60)), "no reason any more"

@@ -8,6 +8,7 @@ import torch
 from conftest import compiler, manifest, metrics
 from safetensors.torch import load_file
 
+from sft_recipes.data import embedded
 from sft_recipes.planning import recipes
 
 pytestmark = compiler
@@ -35,12 +36,20 @@ def test_there_is_a_recipe_of_every_size():
     assert NAMES == ["1b", "3b", "7b", "8b", "8b-lora", "8b-qlora", "13b", "32b", "70b", "70b-lora", "70b-qlora"]
 
 
+@pytest.fixture(scope="session")
+def rows(shared_workplace):
+    """1,500 conversations: each architecture prepares its own."""
+    file = shared_workplace.path / "for-recipes.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in embedded.rows(1500, held_out=False)))
+    return file
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_the_recipe_trains_three_steps_under_its_own_engine(shared_workplace, name):
+def test_the_recipe_trains_three_steps_under_its_own_engine(shared_workplace, rows, name):
     recipe = recipes.load(name)
     run = shared_workplace.trained(
         name, "--name", name, "--gpus", "0", "--processes", "2", "model.name_or_path=", "model.from_scratch=true",
-        f"model.architecture={json.dumps(shrunk(recipe))}", "data.train=embedded:train",
+        f"model.architecture={json.dumps(shrunk(recipe))}", f"data.train={rows}",
         "data.validation=embedded:validation", "data.validation_at_most=50", "trainer.max_length=256",
         "trainer.max_steps=3", "trainer.logging_steps=1", "trainer.eval_steps=2", "trainer.save_steps=2",
         "answers.show=0",

@@ -1,0 +1,36 @@
+"""Says whether the runs that are carried out here move: the image's health check. Exit code 1 where one hangs."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from sft_recipes.launching import lock
+from sft_recipes.launching.watching import Limits, Seen, hang_line, hangs
+from sft_recipes.planning import plan as plans
+from sft_recipes.planning import processes
+from sft_recipes.planning.run_folder import RunFolder, runs_root
+from sft_recipes.planning.saves import seconds_at_most
+
+
+def hanging() -> list[str]:
+    """What there is to say of each run that a live process holds and whose ranks on this host do not move."""
+    said = []
+    for name in lock.held_by():
+        folder = RunFolder(runs_root() / name)
+        plan = plans.read(folder.plan)
+        limits = Limits(plan.sections["guards"]["hang_seconds"], seconds_at_most(plan))
+        now = time.monotonic()
+        ranks = [
+            Seen(pulse, processes.state(pulse.process), now - pulse.moved, now)
+            for pulse in processes.pulses(folder.ranks).values()
+        ]
+        if ranks and hangs(ranks, limits):
+            said.append(f"{name}: {hang_line(ranks, limits)}")
+    return said
+
+
+if __name__ == "__main__":
+    lines = hanging()
+    print("\n".join(lines) or "healthy")
+    sys.exit(bool(lines))

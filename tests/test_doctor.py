@@ -1,0 +1,211 @@
+"""What `doctor` says of a machine: of this one, and of what it may be told of others."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import REPOSITORY
+
+from sft_recipes.launching import doctor, health
+from sft_recipes.launching.topology import Gpu
+from sft_recipes.planning import plan as plans
+from sft_recipes.planning import processes, recipes
+from sft_recipes.planning.processes import Pulse
+from sft_recipes.planning.run_folder import RunFolder
+from sft_recipes.training import examine
+
+CARDS = [Gpu("0", 81559, "NVIDIA H100 80GB HBM3", 9.0), Gpu("1", 81559, "NVIDIA H100 80GB HBM3", 9.0)]
+SEEN = {"cuda": "13.0", "available": True, "gpus": [{}, {}]}
+
+
+def test_this_machine_is_examined_and_json_is_an_object_a_finding(workplace):
+    done = workplace.sft("doctor", "--json", HF_HUB_OFFLINE="1")
+    found = {one["check"]: one for one in map(json.loads, done.stdout.splitlines())}
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {
+        "GPUs",
+        "flash-attn",
+        "operators",
+        "all-reduce",
+        "shared memory",
+        "disk: runs",
+        "Hub",
+        "versions",
+    } <= found.keys()
+    assert "over 2 ranks (gloo)" in found["all-reduce"]["found"]
+    assert found["versions"]["colour"] == "green" and "packages" in found["versions"]["found"]
+    assert found["Hub"]["found"] == "not asked: HF_HUB_OFFLINE is set"
+
+
+def test_gpus_that_are_wanted_and_not_there_are_red_and_the_exit_code_says_so(workplace):
+    done = workplace.sft("doctor", "--gpus", "8", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 1
+    (red,) = [line for line in done.stdout.splitlines() if line.startswith("red")]
+    assert "GPUs" in red and "none, and 8 are wanted; look at nvidia-smi" in red
+    refused = workplace.sft("doctor", "--gpus", "many")
+    assert refused.returncode == 2 and refused.stderr.startswith("error: GPUS: 'many'")
+
+
+@pytest.mark.parametrize(
+    ("seen", "version", "colour", "says"),
+    [
+        (SEEN, "580.65.06", "green", "torch with CUDA 13.0 finds 2"),
+        ({**SEEN, "available": False}, "535.183.01", "red", "install a driver of 580 or newer"),
+        ({**SEEN, "available": False}, "580.65.06", "red", "look at what nvidia-smi says"),
+        ({**SEEN, "cuda": None}, "580.65.06", "red", "torch is a build for the CPU"),
+    ],
+)
+def test_driver_and_cuda_go_together(seen, version, colour, says):
+    last = list(doctor.driver(CARDS, 2, version, seen))[-1]
+    assert (last.check, last.colour) == ("CUDA", colour) and says in str(last)
+
+
+def test_memory_that_others_hold_is_named():
+    gib = 2**30
+    (one,) = doctor.memory_of_gpus([{"total": 80 * gib, "free": 79.5 * gib}, {"total": 80 * gib, "free": 20 * gib}])
+    assert one.colour == "yellow" and "GPU 1: 60.0 of 80.0 GiB are taken" in str(one)
+
+
+@pytest.mark.parametrize(
+    ("looked", "colour"),
+    [
+        (None, "green"),
+        ({"missing": "No module named 'flash_attn'"}, "yellow"),
+        ({"error": "CUDA error: no kernel image is available"}, "red"),
+        ({"forward": 4e-3, "backward": 8e-3, "tolerance": 3e-2}, "green"),
+        ({"forward": 4e-3, "backward": 0.4, "tolerance": 3e-2}, "red"),
+        ({"forward": math.nan, "backward": 8e-3, "tolerance": 3e-2}, "red"),
+    ],
+)
+def test_flash_attention_must_be_right_where_it_is(looked, colour):
+    finding = doctor.attention({"flash_attention": looked})
+    assert finding.colour == colour and (colour == "green" or finding.way_out)
+
+
+def test_the_reference_that_the_kernel_is_held_against_is_attention():
+    """PyTorch's own, causal, with grouped heads; another mask or scale is far outside the tolerance."""
+    query, key, value = (torch.randn(37, heads, 16) for heads in (8, 2, 2))
+    ours = examine._by_definition(query, key, value)
+
+    def theirs(**options):
+        parts = (one.transpose(0, 1) for one in (query, key, value))
+        return torch.nn.functional.scaled_dot_product_attention(*parts, enable_gqa=True, **options).transpose(0, 1)
+
+    assert examine._error(ours, theirs(is_causal=True)) < 1e-5
+    for wrong in ({}, {"is_causal": True, "scale": 0.2}):
+        assert examine._error(ours, theirs(**wrong)) > 3 * examine.TOLERANCE
+
+
+# Lines as NCCL 2.2x writes them at NCCL_DEBUG=INFO.
+LOGS = {
+    "direct": "node:1:9 [0] NCCL INFO Channel 00/0 : 0[0] -> 1[1] via P2P/CUMEM/read",
+    "shared memory": "node:1:9 [0] NCCL INFO Channel 00 : 0[0] -> 1[1] via SHM/direct/direct",
+    "InfiniBand or RoCE": "node:1:9 [0] NCCL INFO Channel 00/0 : 8[0] -> 0[0] [receive] via NET/IB/0/GDRDMA",
+    "plain sockets": "node:1:9 [0] NCCL INFO Channel 00/0 : 1[0] -> 0[0] [receive] via NET/Socket/0",
+}
+
+
+@pytest.mark.parametrize(("way", "colour"), list(zip(LOGS, ("green", "yellow", "green", "red"), strict=True)))
+def test_the_way_that_nccl_chose_is_told_and_judged(way, colour):
+    ways = doctor.ways(f"node:1:9 [0] NCCL INFO Using network Socket\n{LOGS[way]}\n")
+    assert ways == [way]
+    measured = {"backend": "nccl", "ranks": 2, "right": True, "bytes_a_second": 3e11, "ways": ways}
+    finding = doctor.all_reduce(measured, 2)
+    assert finding.colour == colour and f"300.0 GB/s over 2 ranks (nccl), {way}" in str(finding)
+    assert doctor.all_reduce(measured, 2, sockets_allowed=True).colour == ("green" if colour == "red" else colour)
+
+
+def test_a_sum_that_is_wrong_or_does_not_come_is_red():
+    assert doctor.all_reduce({"right": False}, 2).colour == "red"
+    assert "cannot sum" in str(doctor.all_reduce({"error": "8 ranks cannot sum: NCCL error"}, 8))
+
+
+def test_shared_memory_disk_cores_and_versions(tmp_path, monkeypatch):
+    gib = 2**30
+    assert doctor.shared_memory(gib // 16, 8).colour == "red", "what docker gives where nothing is said"
+    assert doctor.shared_memory(gib // 16, 0).colour == "yellow"
+    assert doctor.shared_memory(64 * gib, 8).colour == doctor.shared_memory(gib, 0).colour == "green"
+    assert doctor.shared_memory(None, 0).colour == "red"
+    assert doctor.host(8 * gib, 1, 8).colour == "red"
+    assert doctor.disk("runs", tmp_path / "not" / "yet", on_gpus=False).colour == "green"
+    monkeypatch.setattr(doctor, "locked", lambda build: {"torch": "1.0", "no-such-package": "1"})
+    assert "not installed: no-such-package" in str(doctor.versions("cpu"))
+    monkeypatch.setattr(doctor, "locked", lambda build: {"transformers": "1.0"})
+    assert doctor.versions("cpu").colour == "yellow" and "instead of 1.0" in str(doctor.versions("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("answer", "colours"),
+    [
+        ({"offline": True}, ["green"]),
+        ({"error": "timed out"}, ["yellow"]),
+        ({"status": 200, "token": True, "date": 1000.0, "now": 1003.0}, ["green", "green"]),
+        ({"status": 401, "token": True, "date": 1000.0, "now": 1003.0}, ["red", "green"]),
+        ({"status": 503, "token": False, "date": None, "now": 1003.0}, ["yellow"]),
+        ({"status": 200, "token": False, "date": 1000.0, "now": 5000.0}, ["green", "red"]),
+    ],
+)
+def test_the_hub_its_token_and_the_clock(answer, colours):
+    assert [finding.colour for finding in doctor.hub(answer)] == colours
+
+
+def test_the_hub_is_asked_with_the_token_and_never_told_of_it(tmp_path):
+    """A server of our own stands for the Hub."""
+    server = tmp_path / "hub.py"
+    server.write_text(
+        "import http.server, sys\n"
+        "class Hub(http.server.BaseHTTPRequestHandler):\n"
+        "    def do_GET(self):\n"
+        "        good = self.headers['Authorization'] == 'Bearer good'\n"
+        "        self.send_response(200 if good and self.path == '/api/whoami-v2' else 401)\n"
+        "        self.end_headers()\n"
+        "    def log_message(self, *_): pass\n"
+        "server = http.server.HTTPServer(('127.0.0.1', 0), Hub)\n"
+        "print(server.server_port, flush=True)\n"
+        "server.serve_forever()\n"
+    )
+    process = subprocess.Popen([sys.executable, server], stdout=subprocess.PIPE, text=True)
+    try:
+        endpoint = f"http://127.0.0.1:{process.stdout.readline().strip()}"
+        asked = "from sft_recipes.launching import doctor; print(*doctor.hub(doctor._ask_hub()), sep='\\n')"
+        for token, says in (("good", "answers; its token is good"), ("bad-secret", "does not know this HF_TOKEN")):
+            environment = {
+                "PATH": "/usr/bin",
+                "HF_ENDPOINT": endpoint,
+                "HF_TOKEN": token,
+                "PYTHONPATH": str(REPOSITORY),
+            }
+            done = subprocess.run(
+                [sys.executable, "-c", asked], env=environment, capture_output=True, text=True, check=True
+            )
+            assert says in done.stdout and "clock" in done.stdout and "bad-secret" not in done.stdout
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_container_whose_run_hangs_is_not_healthy(tmp_path, monkeypatch):
+    recipe = recipes.load("tiny", ["guards.hang_seconds=60"])
+    folder = RunFolder(tmp_path / "tiny-1")
+    folder.ranks.mkdir(parents=True)
+    plans.write(plans.make(recipe, plans.Topology(gpus=0, processes=1)), folder.plan)
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path))
+    held = subprocess.Popen(
+        [sys.executable, "-c", "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); "
+         "print(flush=True); time.sleep(600)", folder.lock], stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        held.stdout.readline()
+        for ago, hangs in ((1.0, False), (5000.0, True)):
+            pulse = Pulse(0, held.pid, 7, "step", 3, time.monotonic() - ago, 0.1)
+            processes.place(folder.ranks, 0).write_bytes(processes.to_bytes(pulse))
+            said = health.hanging()
+            assert bool(said) == hangs and all("tiny-1: rank 0" in line and "hangs in step 7" in line for line in said)
+    finally:
+        held.kill()
+        held.wait()
+    assert health.hanging() == [], "nobody carries it out any more"
