@@ -19,7 +19,7 @@ HARDWARE = $${GPUS:+--gpus "$$GPUS"} $${NODES:+--nodes "$$NODES"} $${PROCESSES:+
 	$${CARD:+--card "$$CARD"}
 OVERRIDES = $${DATA:+"data.train=$$DATA"} $${VALIDATION:+"data.validation=$$VALIDATION"} $${ARGS:-}
 
-.PHONY: help setup image smoke doctor recipes plan schedules inspect fetch sanity train verify-resume diagnose report tensorboard generate merge test test-engines chaos test-latest lint lock
+.PHONY: help setup image smoke doctor recipes plan schedules inspect fetch sanity train verify-resume diagnose report tensorboard generate merge test test-engines test-container chaos test-latest lint lock
 
 help: ## this list
 	@echo 'Variables stand behind the target: make train RECIPE=8b GPUS=8'
@@ -45,6 +45,7 @@ help: ## this list
 		'RUN PROMPT  a run (name or folder), and what to ask it' \
 		'RUNTIME     docker, podman or local (default: a container where GPUs are asked for and an engine is there)' \
 		'IMAGE       the image to take or build; VARIANT=cuda or cpu; MOUNTS=/data:/models for it to read' \
+		'CONTAINER_ARGS BUILD_ARGS  more options of docker or podman: to run, to build' \
 		'DRY_RUN=1   print the command that would start the ranks, or the container' \
 		'ARGS        key=value overrides: ARGS="trainer.learning_rate=1e-3 trainer.max_length=256"'
 
@@ -106,10 +107,13 @@ PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses 2 --dist loadfile
 
 # In the order of their names, which has the slow ones at the beginning and in the middle: xdist's own has them last.
 test: setup ## the tests, on the CPU, in under ten minutes
-	@$(PYTEST) --no-loadscope-reorder tests --ignore tests/engines
+	@$(PYTEST) --no-loadscope-reorder tests --ignore tests/engines --ignore tests/container
 
 test-engines: setup ## the matrix: every engine follows one process, every recipe trains three steps (about half an hour)
 	@$(PYTEST) tests/engines
+
+test-container: setup ## build the CPU image with podman, run the smoke test in it, try ids, signals and secrets (a quarter of an hour)
+	@$(PYTHON) -m pytest tests/container
 
 chaos: setup ## harm real runs in every way of docs/CHAOS.md, which this writes: kills at every file operation, at random (an hour)
 	@OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(PYTHON) -m chaos $${ARGS:-}

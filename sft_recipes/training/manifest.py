@@ -104,6 +104,11 @@ def _image() -> dict[str, str]:
     return {"image": image} if image else {}
 
 
+def _of_the_image() -> str:
+    file = REPOSITORY / "REVISION"
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+
+
 def code() -> dict[str, Any]:
     """The commit, and whether the working tree differs from it; unknown where this is no git checkout."""
 
@@ -115,7 +120,7 @@ def code() -> dict[str, Any]:
         return asked.stdout.strip() if asked.returncode == 0 else None
 
     commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
-    if commit is None and os.environ.get("SFT_RECIPES_REVISION"):  # a container has no git, and is told
-        commit, _, changed = os.environ["SFT_RECIPES_REVISION"].partition("-")
+    if commit is None and (told := os.environ.get("SFT_RECIPES_REVISION") or _of_the_image()):
+        commit, _, changed = told.partition("-")  # launching/container.py and docker/Dockerfile write it
         return {"commit": commit, "dirty": bool(changed)}
     return {"commit": commit, "dirty": None if status is None else bool(status)}

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import PLANTED_KEY, REPOSITORY
+from conftest import REPOSITORY
 
 SECONDS = 1800  # many times what the slowest of these takes
+PLANTED_KEY = "planted-" + secrets.token_hex(20)  # must be found again nowhere
 BASE = "localhost/base:bookworm"
 # podman inside another container, where crun, systemd and a network of its own are not to be had.
 CONFIGURATION = """

@@ -11,8 +11,8 @@ import urllib.error
 import urllib.request
 
 import pytest
-from built import base, engine, image
-from conftest import HANG_SECONDS, PLANTED_KEY, REPOSITORY
+from built import PLANTED_KEY, base, engine, image
+from conftest import HANG_SECONDS, REPOSITORY
 
 from sft_recipes.launching import doctor
 
@@ -51,7 +51,7 @@ def test_nothing_of_a_key_is_in_a_layer_or_its_history(image, tmp_path):
     history = asked(image, "history", "--no-trunc", image.name)
     assert "COPY" in history and PLANTED_KEY not in history
     assert image.run("sh", "-c", "ls -A /opt/sft-recipes").split() == [
-        "LICENSE", "Makefile", "accelerate_configs", "deepspeed_configs", "docker", "pyproject.toml", "recipes",
+        "LICENSE", "Makefile", "REVISION", "accelerate_configs", "deepspeed_configs", "docker", "pyproject.toml", "recipes",
         "requirements", "sft_recipes",
     ]  # fmt: skip
 
