@@ -109,7 +109,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses 2 --dist loadfile
 test: setup ## the tests, on the CPU, in under ten minutes
 	@$(PYTEST) --no-loadscope-reorder tests --ignore tests/engines --ignore tests/container
 
-test-engines: setup ## the matrix: every engine follows one process, every recipe trains three steps (about half an hour)
+test-engines: setup ## the matrix: every engine follows one process, every recipe trains three steps (about twenty minutes)
 	@$(PYTEST) tests/engines
 
 test-container: setup ## build the CPU image with podman, run the smoke test in it, try ids, signals and secrets (a quarter of an hour)
