@@ -383,10 +383,12 @@ def _build(engine: str) -> list[str]:
     locked = (REPOSITORY / "requirements" / "requirements.in").read_text(encoding="utf-8")
     versions = [one for one in re.findall(r"^([\w-]+)==([\w.]+)", locked, re.MULTILINE) if one[0] in _LABELLED]
     labels = [part for name, version in versions for part in ("--label", f"sft-recipes.version.{name}={version}")]
-    # podman's own format of an image has no health check.
-    form = ["--format", "docker"] if engine == "podman" else []
+    begins = {
+        "podman": ["podman", "build", "--format", "docker"],  # its own format of an image has no health check
+        "docker": ["env", "DOCKER_BUILDKIT=1", "docker", "build"],  # before 23 that was not the default
+    }
     return [
-        engine, "build", *form, "--file", str(REPOSITORY / "docker" / "Dockerfile"), "--tag", _image(),
+        *begins[engine], "--file", str(REPOSITORY / "docker" / "Dockerfile"), "--tag", _image(),
         "--build-arg", f"TORCH={variant}", "--build-arg", f"REVISION={_revision()}", *labels, *bases[variant],
         *shlex.split(os.environ.get("BUILD_ARGS", "")), str(REPOSITORY),
     ]  # fmt: skip

@@ -98,7 +98,10 @@ def pip_settings(folder: Path) -> list[str]:
     settings = {key.rsplit(".", 1)[1]: value.strip("'\"").replace("\\n", " ") for key, value in settings.items()}
     written = folder / "pip.conf"
     written.write_text("[global]\n" + "".join(f"{key} = {value}\n" for key, value in settings.items()))
-    named = {word.removeprefix("file://") for value in settings.values() for word in value.split()}
+    named = {word for value in settings.values() for word in value.split()}
+    named = {
+        str(Path(word[7:]).parent) if word.startswith("file://") else word for word in named
+    }  # an index, its files
     there = sorted(path for path in named if path.startswith("/") and Path(path).exists())
     return [f"--volume={written}:/etc/pip.conf:ro", *(f"--volume={path}:{path}:ro" for path in there)]
 
