@@ -113,7 +113,7 @@ test-engines: setup ## the matrix: every engine follows one process, every recip
 	@$(PYTEST) tests/engines
 
 test-container: setup ## build the CPU image with podman, run the smoke test in it, try ids, signals and secrets (a quarter of an hour)
-	@$(PYTHON) -m pytest tests/container
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/container
 
 chaos: setup ## harm real runs in every way of docs/CHAOS.md, which this writes: kills at every file operation, at random (an hour)
 	@OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(PYTHON) -m chaos $${ARGS:-}

@@ -67,7 +67,7 @@ def engine(tmp_path_factory) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     environment = {
         **kept, "CONTAINERS_CONF": str(configuration), "RUNTIME": "podman", "VARIANT": "cpu",
-        "CONTAINER_ARGS": "--ulimit nofile=4096:4096 --ulimit nproc=4096:4096",
+        "CONTAINER_ARGS": "--ulimit nofile=4096:4096 --ulimit nproc=4096:4096 --env OMP_NUM_THREADS=1",
     }  # fmt: skip
     works = podman("info", environment=environment)
     if works.returncode:
