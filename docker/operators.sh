@@ -5,6 +5,10 @@
 set -euo pipefail
 
 venv=$1
+if [[ ! ${CUDA_ARCHITECTURES:-8.0} =~ ^[0-9]+\.[0-9]+(;[0-9]+\.[0-9]+)*$ ]]; then
+    echo "error: CUDA_ARCHITECTURES: '$CUDA_ARCHITECTURES' is not a list of compute capabilities, such as 8.0;9.0" >&2
+    exit 2
+fi
 requirements=$(cd "$(dirname "${BASH_SOURCE[0]}")/../requirements" && pwd)
 CXX=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/portable-cxx
 export CXX TORCH_CUDA_ARCH_LIST=${CUDA_ARCHITECTURES:-8.0;9.0}

@@ -21,7 +21,9 @@ words = sys.argv[1:]
 if words[:1] == ["info"]:
     if os.environ.get("ENGINE_IS_DOWN"):
         sys.exit("Cannot connect to the daemon")
-    print(os.environ.get("ENGINE_KNOWS", "[]"))
+    print(os.environ.get("ENGINE_OPTIONS", "[]") if "SecurityOptions" in words[-1] else os.environ["ENGINE_KNOWS"])
+elif words == ["--version"]:
+    print(os.environ.get("ENGINE_SAYS", "version 28"))
 elif words[:2] == ["image", "inspect"]:
     sys.exit(0 if words[-1] in os.environ.get("ENGINE_HAS", "").split() else "no such image")
 else:
@@ -42,7 +44,8 @@ echo "here: $*"
 def machine(tmp_path):
     """A machine with a checkout whose virtual environment does nothing, and with these engines, images and GPUs."""
     checkout, programs = tmp_path / "checkout", tmp_path / "programs"
-    for file in ("sft_recipes/launching/container.py", "requirements/requirements.in", "recipes/8b.yaml"):
+    package = [f"sft_recipes/{name}.py" for name in ("__init__", "launching/__init__", "launching/mounts")]
+    for file in (*package, "sft_recipes/launching/container.py", "requirements/requirements.in", "recipes/8b.yaml"):
         (checkout / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REPOSITORY / file, checkout / file)
     programs.mkdir()
@@ -178,6 +181,8 @@ def test_where_a_verb_runs(machine, variables, words, where):
     done = machine.run("plan", "tiny", *words, **variables)
     if where == "local":
         assert done.stdout.startswith("here: -m sft_recipes plan tiny"), done.stderr
+        asked_in_vain = words == ("--gpus", "2") and variables.get("gpus", "4") and variables.get("RUNTIME") != "local"
+        assert ("without a container: neither docker nor podman answers here" in done.stderr) == bool(asked_in_vain)
     else:
         assert done.returncode == 75 and f"in a container: {where}," in done.stderr
 
@@ -208,12 +213,116 @@ def test_data_outside_is_mounted_and_never_silently_absent(machine):
 def test_more_can_be_mounted(machine):
     (machine.path / "models").mkdir()
     printed = command(
-        machine.run("plan", "tiny", DRY_RUN="1", RUNTIME="docker", MOUNTS=f"{machine.path / 'models'}:/etc")
+        machine.run("plan", "tiny", DRY_RUN="1", RUNTIME="docker", MOUNTS=f"{machine.path / 'models'}:/etc/ssl")
     )
-    assert {f"{machine.path / 'models'}:{machine.path / 'models'}:ro", "/etc:/etc:ro"} <= set(
+    assert {f"{machine.path / 'models'}:{machine.path / 'models'}:ro", "/etc/ssl:/etc/ssl:ro"} <= set(
         values(printed, "--volume")
     )
-    assert "MOUNTS: there is no /nowhere" in refused(machine.run("plan", "tiny", RUNTIME="docker", MOUNTS="/nowhere"))
+    assert "MOUNTS: /nowhere: there is no such folder on this machine" in refused(
+        machine.run("plan", "tiny", RUNTIME="docker", MOUNTS="/nowhere")
+    )
+
+
+def volumes(done):
+    return {volume.partition(":")[0] for volume in values(command(done), "--volume")}
+
+
+def test_links_in_a_folder_of_data_lead_somewhere_there_too(machine):
+    """A dangling link would be passed over, and the run train on fewer rows."""
+    data, far, farther = (machine.path / name for name in ("data", "far", "farther"))
+    for folder in (data / "sub", far, farther):
+        folder.mkdir(parents=True)
+    (farther / "c.jsonl").write_text("{}")
+    (far / "more").symlink_to(farther)
+    (data / "sub" / "b.jsonl").symlink_to(farther / "c.jsonl")
+    (data / "all").symlink_to(far)
+    (data / "itself").symlink_to(data / "itself")
+    seen = volumes(machine.run("train", "tiny", f"data.train={data}", DRY_RUN="1", RUNTIME="docker"))
+    assert {str(path) for path in (data, far, farther, farther / "c.jsonl")} <= seen
+    seen = volumes(machine.run("plan", "tiny", DRY_RUN="1", RUNTIME="docker", MOUNTS=str(data)))
+    assert {str(path) for path in (data, far, farther)} <= seen
+
+
+def test_a_chain_of_links_beside_the_code_is_followed_to_its_end(machine):
+    (machine.path / "big").mkdir()
+    (machine.path / "mid").symlink_to(machine.path / "big")
+    (machine.checkout / "data").symlink_to(machine.path / "mid")
+    word = f"data.train={machine.checkout / 'data'}"
+    assert str(machine.path / "mid") in volumes(machine.run("train", "tiny", word, DRY_RUN="1", RUNTIME="docker"))
+
+
+def test_what_a_recipe_names_is_there(machine):
+    rows, held, model = (machine.path / name for name in ("rows.jsonl", "held out.jsonl", "model"))
+    for file in (rows, held):
+        file.write_text("{}")
+    model.mkdir()
+    (machine.checkout / "recipes" / "mine.yaml").write_text(
+        f"model:\n  name_or_path: {model}   # ours\ndata:\n  train:\n    - {rows}\n  validation: '{held}'\n"
+    )
+    assert {str(rows), str(held), str(model)} <= volumes(machine.run("train", "mine", DRY_RUN="1", RUNTIME="docker"))
+
+
+def test_a_verb_over_a_run_sees_what_the_run_was_made_of(machine):
+    run, base, rows = (machine.path / name for name in ("disk/run-1", "base", "rows.jsonl"))
+    (run / "final").mkdir(parents=True)
+    base.mkdir()
+    rows.write_text("{}")
+    (run / "plan.json").write_text(json.dumps({"sections": {"data": {"train": [str(rows)]}}}))
+    (run / "final" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    (machine.path / "runs").mkdir()
+    (machine.path / "runs" / "run-1").symlink_to(run)
+    printed = command(machine.run("generate", "run-1", DRY_RUN="1", RUNTIME="docker"))
+    assert {f"{run}:{run}:rw", f"{base}:{base}:ro", f"{rows}:{rows}:ro"} <= set(values(printed, "--volume"))
+
+
+def test_home_is_spelled_out(machine):
+    home = machine.path / "home"
+    home.mkdir()
+    (home / "rows.jsonl").write_text("{}")
+    printed = command(machine.run("train", "tiny", "data.train=~/rows.jsonl", "a='~/b'", DRY_RUN="1", RUNTIME="docker"))
+    assert printed[-2:] == [f"data.train={home}/rows.jsonl", f"a='{home}/b'"]
+    assert f"{home}/rows.jsonl" in {volume.partition(":")[0] for volume in values(printed, "--volume")}
+
+
+def test_nothing_is_made_by_a_dry_run(machine):
+    before = {path.name for path in machine.path.iterdir()}
+    for more in ({"DRY_RUN": "1"}, {}):
+        done = machine.run(
+            "inspect", "tiny", "--html", "page.html", *([] if more else ["--dry-run"]), RUNTIME="docker", **more
+        )
+        assert "--dry-run" not in command(done)
+    assert {path.name for path in machine.path.iterdir()} == before
+
+
+def test_a_verb_without_options_for_gpus_takes_them_from_make(machine):
+    printed = command(machine.run("generate", "x", DRY_RUN="1", GPUS="1", DEVICES=""))
+    assert printed[0] == "docker" and values(printed, "--gpus") == ['"device=0"'] and printed[-2:] == ["generate", "x"]
+    assert values(command(machine.run("smoke", DRY_RUN="1", DEVICES="1,3")), "--gpus") == ['"device=1,3"']
+
+
+def test_standard_input_is_the_containers_for_prompts_alone(machine):
+    """A client in the background that reads the terminal is stopped by it, or turns for ever."""
+    asked = {"DRY_RUN": "1", "RUNTIME": "docker"}
+    assert "--interactive" in command(machine.run("generate", "x", **asked))
+    for words in (("generate", "x", "--prompt", "y"), ("train", "tiny")):
+        assert not {"--interactive", "--tty"} & set(command(machine.run(*words, **asked)))
+
+
+def test_rootless_docker_and_podman_by_dockers_name(machine):
+    asked = {"DRY_RUN": "1", "RUNTIME": "docker"}
+    printed = command(machine.run("train", "8b", "--gpus", "1", ENGINE_OPTIONS='["name=rootless"]', **asked))
+    assert values(printed, "--user") == ["0:0"] and not values(printed, "--ulimit"), (
+        "root in there is the user out here"
+    )
+    assert values(command(machine.run("plan", "8b", ENGINE_OPTIONS='["name=userns"]', **asked)), "--userns") == ["host"]
+    assert command(machine.run("plan", "8b", ENGINE_SAYS="podman version 4.3.1", **asked))[0] == "podman"
+
+
+def test_a_container_without_gpus_gets_none_by_its_engines_default(machine):
+    printed = command(machine.run("plan", "8b", DRY_RUN="1", RUNTIME="docker"))
+    assert "NVIDIA_VISIBLE_DEVICES=void" in values(printed, "--env")
+    cpu = command(machine.run("smoke", DRY_RUN="1", VARIANT="cpu"))
+    assert cpu[-1] == "--cpu" and not values(cpu, "--gpus")
 
 
 def test_a_page_that_is_asked_for_can_be_written_and_nothing_beside_it(machine):
@@ -239,7 +348,12 @@ def test_what_is_typed_stays_a_word(machine, variable):
 
 @pytest.mark.parametrize("variable", ["IMAGE", "RUNTIME", "VARIANT", "RUNS_DIR", "HF_HOME", "MOUNTS"])
 def test_nothing_typed_is_a_command(machine, variable):
-    wanted = {"IMAGE": "has no image", "RUNTIME": "is not known", "VARIANT": "is not known", "MOUNTS": "there is no"}
+    wanted = {
+        "IMAGE": "has no image",
+        "RUNTIME": "is not known",
+        "VARIANT": "is not known",
+        "MOUNTS": "there is no such folder",
+    }
     done = machine.run("plan", "tiny", **{"RUNTIME": "docker", "DRY_RUN": "1", variable: NASTY.replace("/", "")})
     if variable in wanted:
         assert wanted[variable] in refused(done)
@@ -263,8 +377,11 @@ def test_nothing_typed_is_a_command(machine, variable):
         ((), {"RUNTIME": "apptainer"}, "RUNTIME: apptainer starts an image in a Slurm job"),
         (("--gpus", "2"), {"VARIANT": "rocm"}, "VARIANT: 'rocm' is not known; say cuda or cpu"),
         (("--gpus", "2"), {"knows": "{}"}, "RUNTIME: docker cannot give GPUs to a container here"),
-        ((), {"RUNTIME": "docker", "RUNS_DIR": "/proc/runs"}, "/proc/runs: cannot be made"),
+        ((), {"RUNTIME": "docker", "RUNS_DIR": "/proc/runs"}, "RUNS_DIR: /proc/runs cannot be made"),
+        ((), {"RUNTIME": "docker", "RUNS_DIR": "/etc"}, "/etc: a container has its own; name a folder in it"),
         ((), {"RUNTIME": "docker", "RUNS_DIR": "a:b"}, "engines cannot mount a path with a colon in it"),
+        ((), {"RUNTIME": "docker", "CONTAINER_ARGS": "a'b"}, "CONTAINER_ARGS: \"a'b\" cannot be read as words"),
+        ((), {"RUNTIME": "docker", "MOUNTS": "/tmp"}, "MOUNTS: /tmp: a container has its own; name a folder of data"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_in_one_line(machine, words, variables, line):
@@ -289,6 +406,7 @@ def test_an_image_is_built_by_the_engine_that_answers(machine):
     printed = command(machine.run("image", DRY_RUN="1", RUNTIME="podman", VARIANT="cpu", IMAGE="registry/mine:2"))
     assert printed[0] == "podman" and values(printed, "--tag") == ["registry/mine:2"] and "TORCH=cpu" in printed
     assert "RUNTIME: neither docker nor podman answers here" in refused(machine.run("image", engines=()))
+    assert "TORCH=cuda" in command(machine.run("image", DRY_RUN="1", gpus="")), "a build host has no GPU"
 
 
 def test_the_smoke_test_sees_the_image_alone(machine):

@@ -5,7 +5,7 @@ It is run by the machine's own python, which has nothing but its standard librar
     python3 -I sft_recipes/launching/container.py VENV VERB [word …]
 
 What it reads: RUNTIME (`local`, `docker`, `podman`; where it is not said, a container is taken when GPUs are asked for
-and an engine is there), IMAGE, VARIANT (`cuda`, `cpu`), MOUNTS, CONTAINER_ARGS, BUILD_ARGS, DRY_RUN.
+and an engine is there), GPUS, DEVICES, IMAGE, VARIANT (`cuda`, `cpu`), MOUNTS, CONTAINER_ARGS, BUILD_ARGS, DRY_RUN.
 
 Sources: https://docs.nvidia.com/deeplearning/frameworks/user-guide/index.html#setincshmem (shared memory, memlock and
 stack limits), https://github.com/cncf-tags/container-device-interface (GPUs under podman).
@@ -19,47 +19,35 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+if __name__ == "__main__":  # by a python that knows of no package here
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from sft_recipes.launching import mounts
+from sft_recipes.launching.mounts import REPOSITORY, InputError, value
+
 ENGINES = ("docker", "podman")
 # Verbs that compute where there are GPUs; the others need none.
 _COMPUTING = ("train", "sanity", "verify-resume", "generate", "merge", "doctor", "smoke")
-_OF_A_RUN = ("verify-resume", "diagnose", "report", "generate", "merge")
 # Passed on by name, so that no value stands in a command line, which every user of the machine can read.
 _PASSED = re.compile(
-    r"(HF|HUGGING_FACE|WANDB|NCCL|GLOO|TORCH_NCCL)_\w+|OMP_NUM_THREADS|REPORT_TO|SANITY|GPU_HOUR_PRICE|NO_COLOR|COLUMNS|"
-    r"TERM|TZ|(https?|all|no)_proxy|(HTTPS?|ALL|NO)_PROXY|SSL_CERT_FILE|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE"
+    r"(HF|HUGGING_FACE|HUGGINGFACE|WANDB|NCCL|GLOO|TORCH_NCCL)_\w+|PYTORCH_(CUDA_)?ALLOC_CONF|OMP_NUM_THREADS|"
+    r"REPORT_TO|SANITY|GPU_HOUR_PRICE|NO_COLOR|COLUMNS|TERM|TZ|(https?|all|no)_proxy|"
+    r"(HTTPS?|ALL|NO)_PROXY|SSL_CERT_FILE|SSL_CERT_DIR|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE"
 )
-_FOLDERS = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "WANDB_DIR")  # written to
-_FILES = ("HF_TOKEN_PATH", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")  # read
 # A stop waits for a save, which of a large model takes minutes; engines' own 10 seconds would cut it off.
 _SECONDS_TO_STOP = 3600
-
-
-class InputError(Exception):
-    """Something that the user asked for is wrong or not there."""
-
-
-@dataclass(frozen=True)
-class Mount:
-    """A folder or file of this machine that the container sees at the same place."""
-
-    path: Path
-    writable: bool = False
-
-    def __str__(self) -> str:
-        if ":" in str(self.path):
-            raise InputError(f"{self.path}: engines cannot mount a path with a colon in it; move it, or RUNTIME=local")
-        return f"{self.path}:{self.path}:{'rw' if self.writable else 'ro'}"
+_CPU_BASE = "docker.io/library/ubuntu:24.04"  # the distribution of NVIDIA's own images
+_LABELLED = ("torch", "transformers", "trl", "accelerate", "deepspeed")
 
 
 def main(venv: str, verb: str, words: list[str]) -> NoReturn:
     """Becomes the process that carries out the verb."""
+    dry = bool(os.environ.get("DRY_RUN")) or "--dry-run" in words
     if verb == "image":
-        _become(_build(_engine_asked_for()))
+        _become(_build(_engine_asked_for()), dry)
     if os.environ.get("SFT_RECIPES_IMAGE"):  # inside of it already
         if verb == "smoke":
             os.execvp("bash", ["bash", str(REPOSITORY / "docker" / "smoke.sh"), *words])
@@ -73,16 +61,16 @@ def main(venv: str, verb: str, words: list[str]) -> NoReturn:
         if code:
             sys.exit(code)
         _here(f"{venv}/bin/python", verb, words)
-    _become(_command(runtime, verb, words))
+    _become(_command(runtime, verb, words, dry), dry)
 
 
 def _here(python: str, verb: str, words: list[str]) -> NoReturn:
     os.execvp(python, [python, "-m", "sft_recipes", verb, *words])
 
 
-def _become(command: list[str]) -> NoReturn:
+def _become(command: list[str], dry: bool) -> NoReturn:
     """The engine's client takes this process's place: signals and the exit code are its own then."""
-    if os.environ.get("DRY_RUN"):
+    if dry:
         print(shlex.join(command))
         sys.exit(0)
     os.execvp(command[0], command)
@@ -99,18 +87,25 @@ def _runtime(verb: str, words: list[str]) -> str:
         )
     if asked not in ("", "local"):
         raise InputError(f"RUNTIME: {asked!r} is not known; say local, {' or '.join(ENGINES)}")
-    wants_gpus = _value(words, "--devices") or _value(words, "--gpus") not in (None, "0")
+    wants_gpus = _asked(words, "DEVICES") or _asked(words, "GPUS") not in ("", "0")
     if asked == "local" or not (verb == "smoke" or (wants_gpus and _gpus())):
         return "local"
-    return next((engine for engine in ENGINES if shutil.which(engine) and _answers(engine)), "local")
+    engine = _first_that_answers()
+    if engine is None and verb != "smoke":
+        print("without a container: neither docker nor podman answers here", file=sys.stderr, flush=True)
+    return engine or "local"
 
 
 def _engine_asked_for() -> str:
     """The engine to build an image with."""
-    asked = os.environ.get("RUNTIME") or next((one for one in ENGINES if shutil.which(one) and _answers(one)), "")
+    asked = os.environ.get("RUNTIME") or _first_that_answers()
     if asked not in ENGINES:
         raise InputError("RUNTIME: neither docker nor podman answers here; install one, or say which: RUNTIME=podman")
     return _answering(asked)
+
+
+def _first_that_answers() -> str | None:
+    return next((_engine(one) for one in ENGINES if shutil.which(one) and _answers(one)), None)
 
 
 def _answering(engine: str) -> str:
@@ -120,7 +115,12 @@ def _answering(engine: str) -> str:
         raise InputError(
             f"RUNTIME: {engine} is here, but its daemon does not answer; start it, be let use it, or RUNTIME=local"
         )
-    return engine
+    return _engine(engine)
+
+
+def _engine(name: str) -> str:
+    """What a command is: `docker` may be podman's (Debian's podman-docker)."""
+    return "podman" if name == "docker" and "podman" in (_ask(["docker", "--version"]) or "") else name
 
 
 def _answers(engine: str) -> bool:
@@ -131,56 +131,69 @@ def _ask(command: list[str]) -> str | None:
     """What a command says; None where it fails, or says nothing for a minute."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
+    except (FileNotFoundError, PermissionError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None
 
 
-def _variant() -> str:
+def _asked(words: list[str], variable: str) -> str:
+    """GPUS or DEVICES: as an option of the verb, or for a verb that has none as Make exports it."""
+    return value(words, f"--{variable.lower()}") or os.environ.get(variable, "")
+
+
+def _more(variable: str) -> list[str]:
+    """Options of the engine that the user adds."""
+    try:
+        return shlex.split(os.environ.get(variable, ""))
+    except ValueError as error:
+        raise InputError(f"{variable}: {os.environ[variable]!r} cannot be read as words ({error})") from error
+
+
+def _variant(default: str | None = None) -> str:
     asked = os.environ.get("VARIANT", "")
     if asked not in ("", "cuda", "cpu"):
         raise InputError(f"VARIANT: {asked!r} is not known; say cuda or cpu")
-    return asked or ("cuda" if _gpus() else "cpu")
+    return asked or default or ("cuda" if _gpus() else "cpu")
 
 
-def _image() -> str:
-    return os.environ.get("IMAGE") or f"localhost/sft-recipes:{_variant()}"
+def _image(variant: str) -> str:
+    return os.environ.get("IMAGE") or f"localhost/sft-recipes:{variant}"
 
 
-def _command(engine: str, verb: str, words: list[str]) -> list[str]:
+def _command(engine: str, verb: str, words: list[str], dry: bool) -> list[str]:
     """The whole command that carries out the verb in a container."""
-    image = _image()
+    variant = _variant()
+    image = _image(variant)
     found = _ask([engine, "image", "inspect", "--format", "{{.Id}}", image])
     if found is None:
-        variant = "cpu" if image.endswith(":cpu") else "cuda"
         raise InputError(
             f"IMAGE: {engine} has no image {image}; build it with `make image VARIANT={variant}`, fetch it with "
             f"`{engine} pull`, name another with IMAGE=, or run without a container: RUNTIME=local"
         )
-    gpus = _devices(words) if verb in _COMPUTING else []
+    on_cpu = verb == "smoke" and (variant == "cpu" or "--cpu" in words)
+    gpus = _devices(words) if verb in _COMPUTING and not on_cpu else []
     seen = f"GPUs {','.join(gpus)}" if gpus else "no GPU"
     print(f"in a container: {engine}, {image}, {seen} (RUNTIME=local runs without)", file=sys.stderr, flush=True)
     command = [
-        engine, "run", "--rm", *_limits(engine, gpus), *_gpu_access(engine, gpus), *_fabric(),
+        engine, "run", "--rm", *_limits(engine, gpus), *_gpu_access(engine, gpus), *_fabric(gpus),
         "--read-only", "--tmpfs", "/tmp:rw,exec,nosuid,nodev,mode=1777",
         "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--stop-timeout", str(_SECONDS_TO_STOP),
-        "--env", f"SFT_RECIPES_IMAGE={image} {found.strip()}",
+        "--env", f"SFT_RECIPES_IMAGE={image} {found.strip()}", "--env", "ALLOW_SOCKETS",
     ]  # fmt: skip
-    more = shlex.split(os.environ.get("CONTAINER_ARGS", ""))
     if verb == "smoke":  # of the image alone, as the user that it names
         words = [*_without(words, "--devices"), *(["--cpu"] if not gpus and "--cpu" not in words else [])]
-        return [*command, "--network", "none", *more, image, "bash", "/opt/sft-recipes/docker/smoke.sh", *words]
+        script = ["bash", "/opt/sft-recipes/docker/smoke.sh"]
+        return [*command, "--network", "none", *_more("CONTAINER_ARGS"), image, *script, *words]
     words = [word for word in _renumbered(words, gpus) if word != "--dry-run"]  # what is printed is this command
-    mounts = _mounts(verb, words)
-    interactive = ["--interactive", *(["--tty"] if sys.stdin.isatty() and sys.stdout.isatty() else [])]
     return [
-        *command, *interactive, *_as_user(engine),
+        *command, *_as_user(engine),
         *(["--network", "host"] if verb == "tensorboard" else []),  # it serves on this machine's own loopback
-        *(part for mount in mounts for part in ("--volume", str(mount))),
+        *(["--interactive"] if verb == "generate" and "--prompt" not in words else []),  # prompts, a line each
+        *(part for mount in mounts.needed(verb, words, dry) for part in ("--volume", str(mount))),
         *(part for name in sorted(os.environ) if _PASSED.fullmatch(name) for part in ("--env", name)),
-        "--env", f"RUNS_DIR={_runs()}", "--env", f"HF_HOME={_hub()}", "--env", f"PYTHONPATH={REPOSITORY}",
+        "--env", f"RUNS_DIR={mounts.runs()}", "--env", f"HF_HOME={mounts.hub()}", "--env", f"PYTHONPATH={REPOSITORY}",
         "--env", f"SFT_RECIPES_REVISION={_revision()}", "--workdir", str(REPOSITORY),
-        *more, image, "python", "-m", "sft_recipes", verb, *words,
+        *_more("CONTAINER_ARGS"), image, "python", "-m", "sft_recipes", verb, *map(_with_home, words),
     ]  # fmt: skip
 
 
@@ -194,15 +207,29 @@ def _limits(engine: str, gpus: list[str]) -> list[str]:
         return limits
     if engine == "podman" and os.geteuid() != 0:  # who may not raise a limit takes over those that are
         return [*limits, "--ulimit", "host"]
+    if engine == "docker" and "rootless" in _of_docker("SecurityOptions"):
+        return limits
     return [*limits, "--ulimit", "memlock=-1:-1", "--ulimit", "stack=67108864:67108864"]
 
 
 def _as_user(engine: str) -> list[str]:
-    """Whatever is written belongs to the user."""
+    """Whatever is written belongs to the user, who may read there what his groups may."""
     ids = ["--user", f"{os.geteuid()}:{os.getegid()}"]
+    groups = [part for one in sorted({*os.getgroups()} - {os.getegid()}) for part in ("--group-add", str(one))]
     if engine == "docker":
-        return ids
-    return [*(["--userns", "keep-id"] if os.geteuid() != 0 else []), *ids, "--security-opt", "label=disable"]
+        options = _of_docker("SecurityOptions")
+        if "rootless" in options:  # root in there is the user out here
+            return ["--user", "0:0"]
+        return [*ids, *groups, *(["--userns", "host"] if "userns" in options else [])]
+    if os.geteuid() == 0:
+        return [*ids, *groups, "--security-opt", "label=disable"]
+    kept = ["--group-add", "keep-groups"] if "crun" in (_ask(["podman", "info"]) or "") else []
+    return ["--userns", "keep-id", *ids, *kept, "--security-opt", "label=disable"]
+
+
+def _of_docker(field: str) -> str:
+    """What docker tells of itself."""
+    return _ask(["docker", "info", "--format", f"{{{{json .{field}}}}}"]) or ""
 
 
 def _gpus() -> list[str]:
@@ -219,13 +246,13 @@ def _gpus() -> list[str]:
 
 def _devices(words: list[str]) -> list[str]:
     """The GPUs that the container gets: those named, as many as asked for, or all."""
-    here, named, count = _gpus(), _value(words, "--devices"), _value(words, "--gpus")
-    if named is not None:
+    here, named, count = _gpus(), _asked(words, "DEVICES"), _asked(words, "GPUS")
+    if named:
         missing = [one for one in named.split(",") if one not in here]
         if missing:
             raise InputError(f"DEVICES: no GPU {', '.join(missing)} here; there are: {', '.join(here) or 'none'}")
         return named.split(",")
-    if count is None or not count.isdigit():
+    if not re.fullmatch(r"[0-9]+", count):
         return here
     if int(count) > len(here):
         raise InputError(f"GPUS: {count} asked for, but this machine has {len(here) or 'none'}; say GPUS={len(here)}")
@@ -234,130 +261,10 @@ def _devices(words: list[str]) -> list[str]:
 
 def _renumbered(words: list[str], gpus: list[str]) -> list[str]:
     """Inside, the GPUs that were named are all there are, and numbered from 0."""
-    if _value(words, "--devices") is None:
+    if value(words, "--devices") is None:
         return words
     rest = _without(words, "--devices")
-    return rest if _value(rest, "--gpus") else [*rest[:1], "--gpus", str(len(gpus)), *rest[1:]]
-
-
-def _gpu_access(engine: str, gpus: list[str]) -> list[str]:
-    if not gpus:
-        return []
-    if engine == "docker" and '"nvidia"' in (_ask(["docker", "info", "--format", "{{json .Runtimes}}"]) or ""):
-        return ["--gpus", f'"device={",".join(gpus)}"']
-    if not any(_described_devices(engine)):
-        raise InputError(
-            f"RUNTIME: {engine} cannot give GPUs to a container here: no NVIDIA runtime and no CDI devices; install "
-            f"the NVIDIA Container Toolkit (1.17.8 or newer) and run `nvidia-ctk cdi generate`, or RUNTIME=local"
-        )
-    return [part for gpu in gpus for part in ("--device", f"nvidia.com/gpu={gpu}")]
-
-
-def _described_devices(engine: str) -> list[Path]:
-    """The files that describe NVIDIA's devices to an engine (CDI)."""
-    if engine == "docker" and "nvidia.com/gpu" not in (_ask(["docker", "info", "--format", "{{json .}}"]) or ""):
-        return []
-    return [file for folder in ("/etc/cdi", "/var/run/cdi") for file in Path(folder).glob("*nvidia*")]
-
-
-def _fabric() -> list[str]:
-    return ["--device", "/dev/infiniband"] if Path("/dev/infiniband").is_dir() else []
-
-
-def _runs() -> Path:
-    return _place(Path(os.environ.get("RUNS_DIR") or REPOSITORY / "runs"))
-
-
-def _hub() -> Path:
-    return _place(Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"))
-
-
-def _place(path: Path) -> Path:
-    """Where it is, without following a link."""
-    return Path(os.path.normpath(path.absolute()))
-
-
-def _mounts(verb: str, words: list[str]) -> list[Mount]:
-    """The code, the user's data, the Hub's cache and the runs, each at its own place; outer ones first."""
-    folders = [_runs(), _hub(), *(Path(os.environ[name]) for name in _FOLDERS if os.environ.get(name))]
-    for folder in folders:
-        _make(folder)
-    named = [Path(part) for part in os.environ.get("MOUNTS", "").split(":") if part]
-    for path in named:
-        if not path.exists():
-            raise InputError(f"MOUNTS: there is no {path} on this machine")
-    read = [
-        REPOSITORY,
-        *named,
-        *(Path(os.environ[name]) for name in _FILES if os.environ.get(name)),
-        *_mentioned(words),
-    ]
-    written = [*folders, *_run_elsewhere(verb, words), *_pages(words)]
-    mounts: dict[Path, Mount] = {}
-    for paths, writable in ((read, False), (written, True)):
-        for path in paths:
-            for place in (_place(path), path.resolve()):  # a link is followed on both sides
-                inside = [one for one in mounts.values() if one.path in (place, *place.parents)]
-                if place.exists() and not any(one.writable >= writable for one in inside):
-                    mounts[place] = Mount(place, writable)
-    return sorted(mounts.values(), key=lambda mount: len(mount.path.parts))
-
-
-def _make(folder: Path) -> None:
-    """An engine would make it as root."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be made ({error.strerror}); name another folder") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        owner = folder.stat().st_uid
-        raise InputError(
-            f"{folder} belongs to user {owner} and is not yours to write; say RUNS_DIR=<a folder of yours>"
-        )
-
-
-def _run_elsewhere(verb: str, words: list[str]) -> list[Path]:
-    """A run that is named by its folder; what is made of it is written there."""
-    named = words[:1] if verb in _OF_A_RUN else [_value(words, "--run") or ""]
-    return [Path(one) for one in named if "/" in one]
-
-
-def _pages(words: list[str]) -> list[Path]:
-    """Files that a verb writes beside the code; each is made here, so that it alone can be written."""
-    files = [Path(path) for path in (_value(words, option) for option in ("--html", "--plot")) if path]
-    for file in files:
-        if file.parent.is_dir() and os.access(file.parent, os.W_OK):
-            file.touch()
-    return files
-
-
-def _mentioned(words: list[str]) -> list[Path]:
-    """Files and folders that overrides or the recipe name, and where links in such a folder lead: the Hub's cache has
-    links for files."""
-    texts = [word for word in words if re.match(r"[\w.-]+=", word)]
-    recipe = REPOSITORY / "recipes" / f"{words[0]}.yaml" if words and re.fullmatch(r"[\w.-]+", words[0]) else None
-    if recipe is not None and recipe.is_file():
-        texts += recipe.read_text(encoding="utf-8").splitlines()
-    found = [path for text in texts for path in _paths(text)]
-    links = [link for path in found if path.is_dir() for link in path.iterdir() if link.is_symlink()]
-    return [*found, *(link.resolve() for link in links)]
-
-
-def _paths(text: str) -> list[Path]:
-    """What in a `key=value`, a list or a line of YAML is a file or folder that is there."""
-    whole = re.sub(r"^[\w.-]+\s*[=:]\s*", "", text.strip())
-    parts = [whole, *re.split(r"[\[\]{},=]|:\s", whole)]
-    named = dict.fromkeys(part.strip().strip("'\"") for part in parts)
-    return [
-        path for path in map(Path, filter(None, named)) if path.resolve() != path.resolve().parent and _exists(path)
-    ]
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # too long for a name, or not one
-        return False
+    return rest if value(rest, "--gpus") else [*rest[:1], "--gpus", str(len(gpus)), *rest[1:]]
 
 
 def _without(words: list[str], option: str) -> list[str]:
@@ -365,8 +272,36 @@ def _without(words: list[str], option: str) -> list[str]:
     return [*words[:at], *words[at + 2 :]]
 
 
-def _value(words: list[str], option: str) -> str | None:
-    return words[words.index(option) + 1] if option in words[:-1] else None
+def _with_home(word: str) -> str:
+    """An override with `~` spelled out, which in a container is another place."""
+    if not re.match(r"[\w.-]+=", word):
+        return word
+    return re.sub(r"(?<=[=\[,'\" ])~(?=/)", lambda _: str(Path.home()), word)
+
+
+def _gpu_access(engine: str, gpus: list[str]) -> list[str]:
+    if not gpus:
+        return ["--env", "NVIDIA_VISIBLE_DEVICES=void"]  # where every container of an engine would get them
+    if engine == "docker" and '"nvidia"' in _of_docker("Runtimes"):
+        return ["--gpus", f'"device={",".join(gpus)}"']
+    if not _devices_are_described(engine):
+        raise InputError(
+            f"RUNTIME: {engine} cannot give GPUs to a container here: no NVIDIA runtime and no CDI devices; install "
+            f"the NVIDIA Container Toolkit (1.17.8 or newer) and run `nvidia-ctk "
+            f"{'runtime configure --runtime=docker' if engine == 'docker' else 'cdi generate'}`, or RUNTIME=local"
+        )
+    return [part for gpu in gpus for part in ("--device", f"nvidia.com/gpu={gpu}")]
+
+
+def _devices_are_described(engine: str) -> bool:
+    """Whether there are files that describe NVIDIA's devices to an engine (CDI)."""
+    if engine == "docker" and "nvidia.com/gpu" not in (_ask(["docker", "info", "--format", "{{json .}}"]) or ""):
+        return False
+    return any(file for folder in ("/etc/cdi", "/var/run/cdi") for file in Path(folder).glob("*nvidia*"))
+
+
+def _fabric(gpus: list[str]) -> list[str]:
+    return ["--device", "/dev/infiniband"] if gpus and Path("/dev/infiniband").is_dir() else []
 
 
 def _revision() -> str:
@@ -378,7 +313,7 @@ def _revision() -> str:
 
 def _build(engine: str) -> list[str]:
     """The command that builds the image of the variant."""
-    variant = _variant()
+    variant = _variant(default="cuda")
     bases = {"cpu": ["--build-arg", f"BUILDER_IMAGE={_CPU_BASE}", "--build-arg", f"BASE_IMAGE={_CPU_BASE}"], "cuda": []}
     locked = (REPOSITORY / "requirements" / "requirements.in").read_text(encoding="utf-8")
     versions = [one for one in re.findall(r"^([\w-]+)==([\w.]+)", locked, re.MULTILINE) if one[0] in _LABELLED]
@@ -388,14 +323,10 @@ def _build(engine: str) -> list[str]:
         "docker": ["env", "DOCKER_BUILDKIT=1", "docker", "build"],  # before 23 that was not the default
     }
     return [
-        *begins[engine], "--file", str(REPOSITORY / "docker" / "Dockerfile"), "--tag", _image(),
+        *begins[engine], "--file", str(REPOSITORY / "docker" / "Dockerfile"), "--tag", _image(variant),
         "--build-arg", f"TORCH={variant}", "--build-arg", f"REVISION={_revision()}", *labels, *bases[variant],
-        *shlex.split(os.environ.get("BUILD_ARGS", "")), str(REPOSITORY),
+        *_more("BUILD_ARGS"), str(REPOSITORY),
     ]  # fmt: skip
-
-
-_LABELLED = ("torch", "transformers", "trl", "accelerate", "deepspeed")
-_CPU_BASE = "docker.io/library/ubuntu:24.04"  # the distribution of NVIDIA's own images
 
 
 if __name__ == "__main__":

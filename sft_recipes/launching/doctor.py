@@ -52,13 +52,17 @@ def examine(wanted_gpus: int | None) -> Iterator[Finding]:
     """Every check, in turn; `wanted_gpus` is how many a run would take, None where nobody said."""
     gpus = visible_gpus()
     seen = _ask_torch()
-    yield from driver(gpus, wanted_gpus, _driver_version(), seen)
+    broken = _broken_driver()
+    if broken:
+        yield Finding("driver", "red", broken, "a driver that was updated wants the machine to be started again")
+    else:
+        yield from driver(gpus, wanted_gpus, _driver_version(), seen)
     yield from memory_of_gpus(seen.get("gpus", []))
     yield attention(seen)
     yield operators(seen, bool(gpus))
     yield all_reduce(_sum_over_ranks(len(gpus)), len(gpus), bool(os.environ.get("ALLOW_SOCKETS")))
-    yield fabric()
-    yield shared_memory(_bytes_of(Path("/dev/shm")), len(gpus))
+    yield fabric(len(gpus), int(os.environ.get("NODES") or 1))
+    yield shared_memory(_free_in(Path("/dev/shm")), len(gpus))
     yield host(host_memory_bytes(), len(os.sched_getaffinity(0)), len(gpus))
     yield from (disk(name, path, bool(gpus)) for name, path in (("runs", runs_root()), ("hub cache", _hub())))
     yield from hub(_ask_hub())
@@ -147,47 +151,61 @@ def all_reduce(measured: dict[str, Any], gpus: int, sockets_allowed: bool = Fals
     ways = measured["ways"]
     if not gpus:
         return Finding("all-reduce", "green", speed)
-    said = f"{speed}, {' and '.join(ways) or 'one GPU, no link'}"
+    if measured["ranks"] == 1:
+        return Finding("all-reduce", "green", "one GPU: nothing to sum over")
+    said = f"{speed}, {' and '.join(ways) or 'by a way that its log does not tell'}"
     if "plain sockets" in ways and not sockets_allowed:
-        way_out = "within a node look at /dev/shm and NCCL_P2P_DISABLE, between nodes at ibv_devinfo; ALLOW_SOCKETS=1"
+        way_out = (
+            "within a node look at /dev/shm and NCCL_P2P_DISABLE, between nodes at ibv_devinfo; or allow it: "
+            "ALLOW_SOCKETS=1"
+        )
         return Finding("all-reduce", "red", said, way_out)
-    if "shared memory" in ways and measured["ranks"] > 1:
+    if "shared memory" in ways:
         return Finding("all-reduce", "yellow", said, "the GPUs do not reach each other: nvidia-smi topo -m")
+    if not ways:
+        return Finding("all-reduce", "yellow", said, "NCCL_DEBUG=INFO says more")
     return Finding("all-reduce", "green", said)
 
 
 _WAYS = {
-    "NVLink and its switch": r"NVLS|via P2P/.*MNNVL",
+    "NVLink's switch": r"NVLS multicast support is available| via NVLS",
     "direct": r" via P2P/",
     "shared memory": r" via SHM/",
     "InfiniBand or RoCE": r" via NET/IB/",
     "plain sockets": r" via NET/Socket/",
+    "a plugin's network": r" via NET/(?!IB/|Socket/)",
 }
 
 
 def ways(log: str) -> list[str]:
     """The transports that NCCL chose, from its log at NCCL_DEBUG=INFO (lines `Channel … via …`)."""
-    chosen = [line for line in log.splitlines() if " via " in line or "NVLS multicast" in line]
-    return [way for way, pattern in _WAYS.items() if any(re.search(pattern, line) for line in chosen)]
+    return [way for way, pattern in _WAYS.items() if re.search(pattern, log)]
 
 
-def fabric() -> Finding:
-    """Whether NCCL can use an adapter for RDMA that the machine has."""
+def fabric(gpus: int, nodes: int) -> Finding:
+    """Whether NCCL can use an adapter for RDMA that the machine has; it matters between nodes."""
     adapters = sorted(path.name for path in Path("/sys/class/infiniband").glob("*"))
     if not adapters:
         return Finding("RDMA", "green", "no adapter")
-    here = f"{', '.join(adapters)}"
-    if not Path("/dev/infiniband").is_dir():
-        return Finding("RDMA", "red", f"{here}, but no /dev/infiniband here", "give it to the container: --device")
-    if not _loads("libibverbs.so.1"):
-        return Finding("RDMA", "red", f"{here}, but no libibverbs", "install libibverbs1 and ibverbs-providers")
+    here = ", ".join(adapters)
+    wrong = _wrong_with_rdma() if gpus else None
+    if wrong is None:
+        return Finding("RDMA", "green", here)
+    found, way_out = wrong
+    return Finding("RDMA", "red" if nodes > 1 else "yellow", f"{here}, but {found}", way_out)
+
+
+def _wrong_with_rdma() -> tuple[str, str] | None:
+    """What keeps this process from it, and the way out."""
     import resource
 
+    if not Path("/dev/infiniband").is_dir():
+        return "no /dev/infiniband here", "give it to the container: --device /dev/infiniband"
+    if not _loads("libibverbs.so.1"):
+        return "no libibverbs", "install libibverbs1 and ibverbs-providers"
     if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] not in (resource.RLIM_INFINITY, -1):
-        return Finding(
-            "RDMA", "red", f"{here}, but locked memory is limited", "--ulimit memlock=-1 (ulimit -l unlimited)"
-        )
-    return Finding("RDMA", "green", here)
+        return "locked memory is limited", "--ulimit memlock=-1 (ulimit -l unlimited)"
+    return None
 
 
 def _loads(library: str) -> bool:
@@ -204,7 +222,7 @@ def shared_memory(number_bytes: int | None, gpus: int) -> Finding:
     """What NCCL and data workers share."""
     if number_bytes is None:
         return Finding("shared memory", "red", "no /dev/shm", "mount it: --shm-size 16g, or --ipc host")
-    said = f"{number_bytes / GIB:.2f} GiB in /dev/shm"
+    said = f"{number_bytes / GIB:.2f} GiB free in /dev/shm"
     least = GIB * max(gpus, 1) if gpus > 1 else GIB // 4
     if number_bytes < least:
         way_out = f"{least / GIB:.2f} GiB are wanted: --shm-size 16g, or --ipc host"
@@ -292,6 +310,14 @@ def locked(torch_build: str) -> dict[str, str]:
     return found
 
 
+def _broken_driver() -> str | None:
+    """What nvidia-smi says where it is here and finds no driver to talk to."""
+    listed = _run(["nvidia-smi", "--list-gpus"])
+    if listed is not None:
+        return None if listed.returncode == 0 else " ".join((listed.stdout + listed.stderr).split())[:200]
+    return "nvidia-smi does not answer" if shutil.which("nvidia-smi") else None
+
+
 def _driver_version() -> str | None:
     listed = _run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
     return (
@@ -333,7 +359,9 @@ def _ask_hub() -> dict[str, Any]:
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false", "no", "off"):
         return {"offline": True}
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    token = os.environ.get("HF_TOKEN") or _stored_token()
+    token = (os.environ.get("HF_TOKEN") or _stored_token()).strip()
+    if not re.fullmatch(r"[!-~]*", token):  # what is said of a header that cannot be has it whole
+        return {"status": 401, "token": True, "date": None}
     request = urllib.request.Request(f"{endpoint}/api/{'whoami-v2' if token else 'models?limit=1'}")
     if token:
         request.add_unredirected_header("Authorization", f"Bearer {token}")
@@ -342,7 +370,9 @@ def _ask_hub() -> dict[str, Any]:
             status, headers = answer.status, answer.headers
     except urllib.error.HTTPError as error:
         status, headers = error.code, error.headers
-    except (OSError, ValueError) as error:
+    except ValueError:
+        return {"error": f"HF_ENDPOINT={endpoint} is no address"}
+    except OSError as error:
         return {"error": str(getattr(error, "reason", error)) or type(error).__name__}
     date = email.utils.parsedate_to_datetime(headers["Date"]).timestamp() if headers.get("Date") else None
     return {"status": status, "token": bool(token), "date": date, "now": time.time()}
@@ -357,8 +387,8 @@ def _hub() -> Path:
     return Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
 
 
-def _bytes_of(path: Path) -> int | None:
-    return shutil.disk_usage(path).total if path.is_dir() else None
+def _free_in(path: Path) -> int | None:
+    return shutil.disk_usage(path).free if path.is_dir() else None
 
 
 def _run(

@@ -24,6 +24,7 @@ def hanging() -> list[str]:
         ranks = [
             Seen(pulse, processes.state(pulse.process), now - pulse.moved, now)
             for pulse in processes.pulses(folder.ranks).values()
+            if lock.is_rank_of(folder, pulse.process)  # and not one that an earlier start left
         ]
         if ranks and hangs(ranks, limits):
             said.append(f"{name}: {hang_line(ranks, limits)}")

@@ -62,7 +62,7 @@ def _await_the_ranks_of_before(folder: RunFolder) -> None:
         RecipeError: one is still there, as one that waits for a device in the kernel is.
     """
     until = time.monotonic() + _SECONDS_TO_BE_GONE
-    while left := [pulse for pulse in processes.pulses(folder.ranks).values() if _is_rank_of(folder, pulse.process)]:
+    while left := [pulse for pulse in processes.pulses(folder.ranks).values() if is_rank_of(folder, pulse.process)]:
         if time.monotonic() > until:
             state = processes.state(left[0].process)
             raise RecipeError(
@@ -72,7 +72,7 @@ def _await_the_ranks_of_before(folder: RunFolder) -> None:
         time.sleep(0.1)
 
 
-def _is_rank_of(folder: RunFolder, process: int) -> bool:
+def is_rank_of(folder: RunFolder, process: int) -> bool:
     """Whether the process with that id is one, and not another that got the id since."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         return f"/{folder.name}/{folder.plan.name}".encode() in Path(f"/proc/{process}/cmdline").read_bytes()

@@ -17,6 +17,7 @@ from sft_recipes.planning.run_folder import RunFolder
 from sft_recipes.planning.schema import Recipe, RecipeError
 
 _AMPERE = 8.0
+_SECONDS_TO_ANSWER = 60.0  # of nvidia-smi, which waits for ever for a driver that hangs
 
 
 def whole_number(text: str, name: str, least: int) -> int:
@@ -183,7 +184,10 @@ def visible_gpus() -> list[Gpu]:
 def _ask_nvidia(fields: str) -> list[list[str]]:
     """A row of fields a GPU; none where the driver does not answer, or does not know a field."""
     query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    listed = subprocess.run(query, capture_output=True, text=True, check=False)
+    try:
+        listed = subprocess.run(query, capture_output=True, text=True, check=False, timeout=_SECONDS_TO_ANSWER)
+    except subprocess.TimeoutExpired:
+        return []
     lines = listed.stdout.splitlines() if listed.returncode == 0 else []
     return [[part.strip() for part in line.split(",")] for line in lines]
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import os
 from importlib import metadata
+from pathlib import Path
 
 from sft_recipes.planning.schema import RecipeError
 
 _REPORTERS = ("none", "tensorboard", "wandb")
 _WANDB_MODES = ("", "online", "offline", "disabled", "shared", "dryrun", "run")
+# Of control groups, version 2 and 1; `max`, or more than any machine has, where there is none.
+_MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _TELEMETRY_OFF = {
     "HF_HUB_DISABLE_TELEMETRY": "1",  # TRL reports every trainer by huggingface_hub (trl/trainer/base_trainer.py)
     "WANDB_ERROR_REPORTING": "false",  # W&B's client reports on itself (wandb/analytics); a run's figures are not that
@@ -70,8 +73,9 @@ def gpu_hour_price() -> float | None:
 
 
 def host_memory_bytes() -> int:
-    """The memory that this machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """The memory that this machine has, or that its container may take."""
+    limits = (file.read_text(encoding="utf-8").strip() for file in _MEMORY_LIMITS if file.is_file())
+    return min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *(int(one) for one in limits if one.isdigit()))
 
 
 def library_version(name: str) -> str:

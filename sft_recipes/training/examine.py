@@ -31,7 +31,7 @@ def look() -> dict[str, Any]:
 def _flash_attention() -> dict[str, Any]:
     try:
         return flash_attention()
-    except RuntimeError as error:  # one that was built for other GPUs
+    except (ImportError, RuntimeError) as error:  # built for another torch, or for other GPUs
         return {"error": " ".join(str(error).split())[:200]}
 
 
@@ -56,11 +56,10 @@ def _operators() -> list[str]:
 def flash_attention(device: str = "cuda") -> dict[str, Any]:
     """The largest error of flash-attn's kernel, forward and backward, of causal attention with grouped heads over two
     packed examples, or why there is none."""
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError as error:
-        return {"missing": str(error)}
+    if importlib.util.find_spec("flash_attn") is None:
+        return {"missing": "flash_attn is not installed"}
     import torch
+    from flash_attn import flash_attn_varlen_func
 
     lengths = (300, 212)
     ends = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32, device=device)
