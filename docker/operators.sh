@@ -25,8 +25,8 @@ build() {
 lock=$(mktemp)
 trap 'rm -f "$lock"' EXIT
 awk '/^[a-z]/ { keep = /^deepspeed==/ } keep' "$requirements/common.txt" > "$lock"
-if [ "$TORCH" = cpu ]; then
-    DS_ACCELERATOR=cpu DS_BUILD_OPS=0 DS_BUILD_CPU_ADAM=1 DS_BUILD_SHM_COMM=1 build -r "$lock"
+if [ "$TORCH" = cpu ]; then # what ZeRO wants; Adam for what a GPU has offloaded wants a GPU
+    DS_ACCELERATOR=cpu DS_BUILD_OPS=0 DS_BUILD_SHM_COMM=1 build -r "$lock"
     exit
 fi
 DS_ACCELERATOR=cuda DS_BUILD_OPS=0 DS_BUILD_CPU_ADAM=1 DS_BUILD_FUSED_ADAM=1 build -r "$lock"
