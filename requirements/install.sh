@@ -62,7 +62,8 @@ find "$venv" -maxdepth 1 -name '.lock-*' ! -name .lock-unfinished -delete
 stamp=$(stamp)
 
 pip() { "$venv/bin/python" -m pip --quiet --quiet --disable-pip-version-check "$@"; }
-get() { pip install --no-input --require-hashes --no-deps "$@"; } # the lock names every dependency
+# The lock names every dependency. pip would compile on one core, so that is done at the end.
+get() { pip install --no-input --require-hashes --no-deps --no-compile "$@"; }
 
 echo "Installing the locked packages into $venv: $("$venv/bin/python" -V), PyTorch for $torch; this takes some minutes"
 temp=$(mktemp)
@@ -85,5 +86,7 @@ if [ "$cuda" = cuda ]; then
     ! compgen -G "$venv/lib/python*/site-packages/torch-*+cpu.dist-info" > /dev/null || pip uninstall --yes torch
     get -r "$lock/cuda.txt"
 fi
+# Some packages carry files that are no Python of this version, which nobody imports.
+"$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" || true
 : > "$stamp"
 rm "$unfinished"
