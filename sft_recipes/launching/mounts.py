@@ -78,7 +78,10 @@ def needed(verb: str, words: list[str], dry: bool) -> list[Mount]:
         InputError: a folder is not there or cannot be written, or would hide the image.
     """
     wanted = [(REPOSITORY, False), *((path, False) for path in _mentioned(verb, words))]
-    wanted += [(path, writable) for name, path, writable in _of_variables() if _is_ready(name, path, writable, dry)]
+    for name, path, writable in _of_variables():
+        if writable and not dry:
+            _make(name, path)
+        wanted.append((path, writable))
     wanted += [(path, True) for path in (*_run_elsewhere(verb, words), *_pages(words, dry))]
     mounts: dict[Path, Mount] = {}
     for path, writable in sorted(wanted, key=lambda one: one[1]):
@@ -127,24 +130,19 @@ def _of_variables() -> Iterator[tuple[str, Path, bool]]:
         yield from (("MOUNTS", one, False) for one in (path, *_links_in(path)))
 
 
-def _is_ready(name: str, path: Path, writable: bool, dry: bool) -> bool:
-    """Whether it can be mounted so. A folder that is written to is made here: an engine would make it as root.
+def _make(name: str, folder: Path) -> None:
+    """Makes a folder that is written to, as the user: an engine would make it as root.
 
     Raises:
-        InputError: runs cannot be written. A cache that can be read alone is mounted so.
+        InputError: it cannot be made, or is that of runs and cannot be written. A cache that can be read alone will do.
     """
-    if not writable or dry:
-        return True
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{name}: {path} cannot be made ({error.strerror}); name another folder") from error
-    if name == "RUNS_DIR" and not os.access(path, os.W_OK | os.X_OK):
-        owner = path.stat().st_uid
-        raise InputError(
-            f"RUNS_DIR: {path} belongs to user {owner} and is not yours to write; say RUNS_DIR=<one of yours>"
-        )
-    return True
+        raise InputError(f"{name}: {folder} cannot be made ({error.strerror}); name another folder") from error
+    if name == "RUNS_DIR" and not os.access(folder, os.W_OK | os.X_OK):
+        owner = folder.stat().st_uid
+        raise InputError(f"{name}: {folder} belongs to user {owner} and is not yours to write; name one of yours")
 
 
 def _run_elsewhere(verb: str, words: list[str]) -> list[Path]:
