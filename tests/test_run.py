@@ -208,7 +208,7 @@ def test_a_rank_imports_what_its_plan_uses_alone(monkeypatch):
         "made = plan.make(recipes.load('tiny'), plan.Topology(gpus=0, processes=1)); "
         "swiftly = imports.swiftly(); swiftly.__enter__(); imports.leave_out_what_is_not_used(made); "
         "import sft_recipes.training.trainer; swiftly.__exit__(None, None, None); "
-        "print([name for name in ('bitsandbytes', 'wandb') if sys.modules.get(name)], "
+        "print([name for name in ('bitsandbytes', 'peft', 'wandb') if sys.modules.get(name)], "
         "'torch._inductor.compile_fx' in sys.modules, gc.isenabled(), gc.get_freeze_count() > 100_000)"
     )
     environment = {**os.environ, "REPORT_TO": "tensorboard", "PYTHONPATH": str(REPOSITORY)}
@@ -218,7 +218,7 @@ def test_a_rank_imports_what_its_plan_uses_alone(monkeypatch):
     left_out = {}
     monkeypatch.setattr(imports.sys, "modules", left_out)
     tiny = recipes.load("tiny")
-    for reporters, method, wanted in (("wandb", "full", {"bitsandbytes"}), ("none", "qlora", {"wandb"})):
+    for reporters, method, wanted in (("wandb", "full", {"bitsandbytes", "peft"}), ("none", "qlora", {"wandb"})):
         left_out.clear()
         monkeypatch.setenv("REPORT_TO", reporters)
         plan = dataclasses.replace(plans.make(tiny, plans.Topology(gpus=0, processes=1)), method=method)

@@ -465,7 +465,7 @@ def test_of_several_ranks_torchs_rendezvous_alone_is_reached_from_elsewhere(faul
     """Where this fails because there is none, SECURITY.md and README.md have an exception too many."""
     _, seen = faulty
     ((address, command),) = seen.reached_from_outside
-    assert address == "::" and "-m sft_recipes.training.start launch" in command
+    assert address == "::" and "-m sft_recipes.training.start --config_file" in command
     ranks = {address for address, command in seen.listened if "training.start" not in command}
     assert ranks == {"127.0.0.1"}, "what tensors pass through"
 

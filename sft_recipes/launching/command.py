@@ -31,7 +31,7 @@ def launch(plan: Plan, folder: RunFolder, program: str = "run") -> list[str]:
 
     Source: accelerate's `commands/launch.py`.
     """
-    command = [sys.executable, "-m", "sft_recipes.training.start", "launch"]
+    command = [sys.executable, "-m", "sft_recipes.training.start"]
     command += ["--config_file", str(folder.accelerate_config)]
     if plan.world_size > 1:
         command += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(_free_port())]

@@ -26,7 +26,7 @@ def swiftly() -> Iterator[None]:
 
 
 def leave_out_what_is_not_used(plan: Plan) -> None:
-    """trl and peft import W&B's client and bitsandbytes, and by it torch's compiler, wherever they are installed.
+    """transformers, trl and peft import W&B's client, bitsandbytes and each other, wherever they are installed.
 
     None in `sys.modules` is Python's word for a module that is not there, and `find_spec`, by which the libraries ask
     what is installed, knows it too (https://docs.python.org/3/reference/import.html#the-module-cache).
@@ -34,5 +34,7 @@ def leave_out_what_is_not_used(plan: Plan) -> None:
     modules: dict[str, object] = sys.modules  # type: ignore[assignment]
     if "wandb" not in environment.reporters():
         modules.setdefault("wandb", None)
+    if plan.method == "full":
+        modules.setdefault("peft", None)
     if plan.method == "full" and plan.sections["trainer"].get("optim", "adamw_torch").startswith("adamw_torch"):
         modules.setdefault("bitsandbytes", None)

@@ -1,4 +1,4 @@
-"""Starts accelerate's own command line, passes on to the ranks that they are asked to stop, and says how they ended.
+"""Starts accelerate's own launcher, passes on to the ranks that they are asked to stop, and says how they ended.
 
 Accelerate alone would end ranks that are asked to stop: at once where there is one, after a while where there are more
 (torch's agent), whether they have saved or not. Of a rank that failed it tells the parent no more than that one did.
@@ -23,13 +23,13 @@ from sft_recipes.planning.run_folder import EXIT_FAULT, EXIT_STOPPED, RunFolder
 
 
 def main() -> None:
-    """`accelerate …` with the arguments that this process got, the last of which is the plan's file."""
+    """`accelerate launch …` with the arguments that this process got, the last of which is the plan's file."""
     ranks = RunFolder(Path(sys.argv[-1]).parent).ranks
     os.environ[processes.LAUNCHER] = str(os.getpid())
     _ask_where_asked(ranks)
     with imports.swiftly():
         import accelerate.utils.launch
-        from accelerate.commands import accelerate_cli
+        from accelerate.commands import launch  # not the command line of all its verbs, which imports them all
         from torch.distributed.elastic.multiprocessing.api import PContext
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -40,7 +40,7 @@ def main() -> None:
     except socket.gaierror:
         accelerate.utils.launch.is_port_in_use = lambda _port: False
     try:
-        accelerate_cli.main()
+        launch.main()
     except ChildFailedError as error:  # of several ranks
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
     except subprocess.CalledProcessError as error:  # of one
