@@ -27,6 +27,7 @@ SHORT = (
     "data.validation_at_most=60",
     "batch.effective_batch_size=8",
     "batch.per_device_at_most=4",
+    "trainer.max_length=128",
     "trainer.max_steps=8",
     "trainer.eval_steps=4",
     "trainer.save_steps=4",
