@@ -19,7 +19,7 @@ HARDWARE = $${GPUS:+--gpus "$$GPUS"} $${NODES:+--nodes "$$NODES"} $${PROCESSES:+
 	$${CARD:+--card "$$CARD"}
 OVERRIDES = $${DATA:+"data.train=$$DATA"} $${VALIDATION:+"data.validation=$$VALIDATION"} $${ARGS:-}
 
-.PHONY: help setup image smoke doctor recipes plan schedules inspect fetch sanity train verify-resume diagnose report tensorboard generate merge test test-engines test-container chaos test-latest lint lock
+.PHONY: help setup image smoke doctor recipes plan schedules inspect fetch sanity train verify-resume diagnose report status slurm tensorboard generate merge test test-engines test-container test-slurm chaos test-latest lint lock
 
 help: ## this list
 	@echo 'Variables stand behind the target: make train RECIPE=8b GPUS=8'
@@ -93,6 +93,12 @@ diagnose: ## what is wrong with a run, on what evidence, and the line to change:
 report: ## a page on a run: curves, samples, plan, diagnosis: RUN
 	@$(SFT) report "$${RUN:?RUN is missing: the name of a run, such as tiny-1}"
 
+status: ## where a run stands: its Slurm job, last figures, time left: RUN (ARGS=--json)
+	@$(SFT) status "$${RUN:?RUN is missing: the name of a run, such as tiny-1}" $${ARGS:-}
+
+slurm: ## submit a recipe to Slurm and follow its output: RECIPE NODES NAME DATA ARGS (slurm/README.md)
+	@set -f; slurm/submit.sh "$$RECIPE" $${NODES:+"--nodes=$$NODES"} -- $${ARGS:-}
+
 tensorboard: ## serve the figures of all runs, on this machine alone: PORT
 	@$(SFT) tensorboard $${PORT:+--port "$$PORT"}
 
@@ -107,13 +113,16 @@ PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses 2 --dist loadfile
 
 # In the order of their names, which has the slow ones at the beginning and in the middle: xdist's own has them last.
 test: setup ## the tests, on the CPU, in under ten minutes
-	@$(PYTEST) --no-loadscope-reorder tests --ignore tests/engines --ignore tests/container
+	@$(PYTEST) --no-loadscope-reorder tests --ignore tests/engines --ignore tests/container --ignore tests/slurm
 
 test-engines: setup ## the matrix: every engine follows one process, every recipe trains three steps (about twenty minutes)
 	@$(PYTEST) tests/engines
 
 test-container: setup ## build the CPU image with podman, run the smoke test in it, try ids, signals and secrets (a quarter of an hour)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/container
+
+test-slurm: setup ## the shipped jobs on a real Slurm of several nodes, made and cut off on this machine (needs root)
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/slurm
 
 chaos: setup ## harm real runs in every way of docs/CHAOS.md, which this writes: kills at every file operation, at random (an hour)
 	@OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(PYTHON) -m chaos $${ARGS:-}

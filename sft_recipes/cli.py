@@ -8,15 +8,18 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from sft_recipes.planning import environment, fit, recipes, run_folder, schedule, show
 from sft_recipes.planning import plan as plans
 from sft_recipes.planning.memory import GIB
 from sft_recipes.planning.plan import Topology
 from sft_recipes.planning.schema import Recipe, RecipeError
+
+if TYPE_CHECKING:
+    from sft_recipes.launching.peers import Peers
 
 
 class _Parser(argparse.ArgumentParser):
@@ -99,6 +102,11 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("run", help="a run's name or folder")
     verb.add_argument("--json", action="store_true", help="for machines")
     verb.set_defaults(verb=_diagnose)
+
+    verb = verbs.add_parser("status", help="where a run stands: its job, last figures, time left")
+    verb.add_argument("run", help="a run's name or folder")
+    verb.add_argument("--json", action="store_true", help="for machines")
+    verb.set_defaults(verb=_status)
 
     verb = verbs.add_parser("schedules", help="learning-rate curves for a recipe's own number of steps")
     _add_recipe(verb)
@@ -255,9 +263,9 @@ def _colours() -> bool:
 
 
 def _topology(parsed: argparse.Namespace, recipe: Recipe) -> Topology:
-    from sft_recipes.launching.topology import present
+    from sft_recipes.launching.topology import from_slurm, present
 
-    return present(recipe, *_numbers(parsed), parsed.card, parsed.devices)
+    return present(recipe, *_numbers(parsed), parsed.card, parsed.devices, from_slurm(os.environ))
 
 
 def _checked(parsed: argparse.Namespace) -> tuple[Recipe, Topology, plans.Plan]:
@@ -281,15 +289,41 @@ def _checked(parsed: argparse.Namespace) -> tuple[Recipe, Topology, plans.Plan]:
 
 
 def _sanity(parsed: argparse.Namespace) -> int:
-    from sft_recipes.launching import supervisor
-
-    recipe, topology, plan = _checked(parsed)
-    return supervisor.try_out(plan, _say, lambda: fit.lighter(recipe, topology))
+    return _on_all_nodes(parsed, _try_out)
 
 
 def _train(parsed: argparse.Namespace) -> int:
-    from sft_recipes.launching import lock, supervisor
-    from sft_recipes.launching.topology import check_disk
+    from sft_recipes.launching import job
+
+    job.await_run(parsed.name)
+    code = _on_all_nodes(parsed, _carry_out)
+    if code not in (run_folder.EXIT_FAULT, run_folder.EXIT_STOPPED):
+        job.forget(os.environ)
+    return code
+
+
+def _on_all_nodes(parsed: argparse.Namespace, verb: Callable[[argparse.Namespace, Peers | None], int]) -> int:
+    """Has node 0 of a Slurm job decide, and the others follow; elsewhere there is this machine alone."""
+    from sft_recipes.launching import job
+
+    with job.peers(os.environ) as peers:
+        if peers is None or peers.leads:
+            return verb(parsed, peers)
+        return job.follow(peers)
+
+
+def _try_out(parsed: argparse.Namespace, peers: Peers | None) -> int:
+    from sft_recipes.launching import job, supervisor
+
+    recipe, topology, plan = _checked(parsed)
+    if code := job.unfit(peers, plan, _say):
+        return code
+    return supervisor.try_out(plan, _say, lambda: fit.lighter(recipe, topology), peers)
+
+
+def _carry_out(parsed: argparse.Namespace, peers: Peers | None) -> int:
+    from sft_recipes.launching import job, lock, process, supervisor
+    from sft_recipes.launching.topology import check_disk, from_slurm
 
     if parsed.name is not None:
         run_folder.check_name(parsed.name)
@@ -308,8 +342,11 @@ def _train(parsed: argparse.Namespace) -> int:
         print(supervisor.shell_line(plan, start.folder))
         return 0
     check_disk(plan, start.folder)
+    if no_further := job.exhausted(from_slurm(os.environ), start):
+        return process.fail(no_further, run_folder.EXIT_NO_PROGRESS)
     with lock.held(start.folder):
-        return supervisor.carry_out(start, _say, lambda: fit.lighter(recipe, topology))
+        unfit = job.unfit(peers, plan, _say)
+        return unfit or supervisor.carry_out(start, _say, lambda: fit.lighter(recipe, topology), peers)
 
 
 def _way_out(recipe: Recipe, topology: Topology) -> str:
@@ -371,6 +408,17 @@ def _diagnose(parsed: argparse.Namespace) -> int:
     else:
         print("\n".join(diagnose.text(run, findings)))
     return int(diagnose.ruined(findings))
+
+
+def _status(parsed: argparse.Namespace) -> None:
+    from sft_recipes.launching import job, lock
+    from sft_recipes.reporting import status
+
+    folder = run_folder.find(parsed.run)
+    starts = run_folder.read_json(folder.manifest).get("starts") or [{}]
+    asked = job.asked_of_slurm(starts[-1].get("job", {}).get("id"))
+    found = status.facts(folder, lock.holder(folder), asked)
+    print(json.dumps(found, indent=2) if parsed.json else "\n".join(status.text(found)))
 
 
 def _schedules(parsed: argparse.Namespace) -> None:

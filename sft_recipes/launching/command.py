@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +19,47 @@ from sft_recipes.planning.run_folder import RunFolder, runs_root
 from sft_recipes.planning.saves import grace_seconds
 from sft_recipes.planning.schema import REPOSITORY, RecipeError
 
+_PORTS_TRIED = 100
+
 
 def prepare(plan: Path) -> list[str]:
     """The process that prepares a node's data, before any rank starts."""
     return [sys.executable, "-m", "sft_recipes.data.prepare", str(plan)]
 
 
-def launch(plan: Plan, folder: RunFolder, program: str = "run") -> list[str]:
+@dataclass(frozen=True)
+class Meeting:
+    """Where the ranks of a start meet: node 0's address, a port of it, and which node this one is."""
+
+    address: str
+    port: int
+    node: int
+
+
+def launch(plan: Plan, folder: RunFolder, program: str = "run", meeting: Meeting | None = None) -> list[str]:
     """The command that starts every rank of this node; `write_engine` must have written its configuration.
 
     Args:
         program: what each rank carries out, a module of `sft_recipes.training`.
+        meeting: where the ranks of several nodes meet; those of one meet on its loopback.
 
     Source: accelerate's `commands/launch.py`.
     """
     command = [sys.executable, "-m", "sft_recipes.training.start"]
     command += ["--config_file", str(folder.accelerate_config)]
     if plan.world_size > 1:
-        command += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(_free_port())]
+        at = meeting or Meeting("127.0.0.1", free_port("127.0.0.1"), 0)
+        command += ["--main_process_ip", at.address, "--main_process_port", str(at.port)]
+        command += ["--machine_rank", str(at.node)]
     return [*command, "-m", f"sft_recipes.training.{program}", str(folder.plan)]
+
+
+def links(ranks_here: int, nodes: int, meeting: Meeting, result: Path) -> list[str]:
+    """The command by which this node's ranks take part in a sum over those of all nodes, which rank 0 writes down."""
+    run = ["torch.distributed.run", "--nnodes", str(nodes), "--node_rank", str(meeting.node)]
+    run += ["--master_addr", meeting.address, "--master_port", str(meeting.port)]
+    run += ["--nproc_per_node", str(ranks_here), "-m", "sft_recipes.training.links", str(result)]
+    return [sys.executable, "-m", *run]
 
 
 def tensorboard(port: int) -> list[str]:
@@ -113,12 +137,16 @@ def environment(plan: Plan, inherited: Mapping[str, str]) -> dict[str, str]:
         chosen["DS_ACCELERATOR"] = "cpu"
         if not plan.parallelism.startswith("zero"):
             chosen["ACCELERATE_USE_CPU"] = "true"
-        threads = max((os.cpu_count() or 1) // plan.world_size, 1)
+        threads = max((os.cpu_count() or 1) // (plan.world_size // plan.nodes), 1)
         chosen.setdefault("OMP_NUM_THREADS", str(threads))
     return chosen
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port(address: str, first: int = 0) -> int:
+    """A port that nobody listens on: `first` or the next one that is free, any where it is 0."""
+    for port in range(first, first + _PORTS_TRIED):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # of a start just before, which has ended
+            probe.bind((address, port))
+            return int(probe.getsockname()[1])
+    raise RecipeError(f"MASTER_PORT: ports {first} to {first + _PORTS_TRIED - 1} are all in use here; name another one")

@@ -32,7 +32,7 @@ _DRIVER_OF_CUDA_13 = 580
 _SECONDS_TO_ANSWER = 5.0
 _SECONDS_OF_A_SUM = 180.0
 _SECONDS_OF_CLOCK = 60.0
-_OWNED_BY_NOBODY_ELSE = GIB  # what drivers and desktops take of a GPU is less
+OWNED_BY_NOBODY_ELSE = GIB  # what drivers and desktops take of a GPU is less
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,10 @@ def memory_of_gpus(gpus: Sequence[dict[str, Any]]) -> Iterator[Finding]:
     """What others hold of the GPUs, where it is much."""
     for index, gpu in enumerate(gpus):
         held = gpu["total"] - gpu["free"]
-        if held > _OWNED_BY_NOBODY_ELSE:
+        if held > OWNED_BY_NOBODY_ELSE:
             found = f"GPU {index}: {held / GIB:.1f} of {gpu['total'] / GIB:.1f} GiB are taken"
             yield Finding("GPU memory", "yellow", found, "`nvidia-smi` lists by whom; or take others: DEVICES=…")
-    if gpus and all(gpu["total"] - gpu["free"] <= _OWNED_BY_NOBODY_ELSE for gpu in gpus):
+    if gpus and all(gpu["total"] - gpu["free"] <= OWNED_BY_NOBODY_ELSE for gpu in gpus):
         yield Finding("GPU memory", "green", "free")
 
 
@@ -323,6 +323,13 @@ def _driver_version() -> str | None:
     return (
         listed.stdout.splitlines()[0].strip() if listed and listed.returncode == 0 and listed.stdout.strip() else None
     )
+
+
+def used_mib() -> dict[str, float]:
+    """What is taken of each GPU's memory, in MiB, by its id as nvidia-smi counts."""
+    listed = _run(["nvidia-smi", "--query-gpu=index,memory.used", "--format=csv,noheader,nounits"])
+    rows = [line.split(",") for line in listed.stdout.splitlines()] if listed and listed.returncode == 0 else []
+    return {row[0].strip(): float(row[1]) for row in rows if len(row) == 2 and row[1].strip().isdigit()}
 
 
 def _ask_torch() -> dict[str, Any]:

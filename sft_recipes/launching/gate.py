@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import shutil
 import sys
 import tempfile
@@ -11,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.launching import command, lock, process
+from sft_recipes.launching import lock, ranks
+from sft_recipes.launching.peers import Peers
 from sft_recipes.launching.process import Asked
-from sft_recipes.launching.watching import Watch
 from sft_recipes.planning import plan as plans
 from sft_recipes.planning import saves, show, trial
 from sft_recipes.planning.plan import Plan
@@ -34,7 +33,12 @@ def receipt(plan: Plan) -> Path:
 
 
 def carry_out(
-    plan: Plan, prepared: Path, say: Callable[[str], None], lighter: Callable[[], list[str]], asked: Asked
+    plan: Plan,
+    prepared: Path,
+    say: Callable[[str], None],
+    lighter: Callable[[], list[str]],
+    asked: Asked,
+    peers: Peers | None = None,
 ) -> int:
     """Tries the plan and says what came of it: 0 where all passed, 1 where something failed, 2 for a user's error.
 
@@ -43,6 +47,7 @@ def carry_out(
         prepared: the run's `prepared.json`, which is read alone.
         lighter: the cheapest changes that take less memory, asked for where it ran out.
         asked: whoever asks for a stop has the trial ended, since it has nothing to save.
+        peers: the parents on the other nodes.
     """
     written = receipt(plan)
     written.parent.mkdir(parents=True, exist_ok=True)
@@ -54,14 +59,11 @@ def carry_out(
         with lock.held(folder):
             plans.write(short, folder.plan)
             shutil.copy(prepared, folder.prepared)
-            command.write_engine(short, folder)
             say(
                 f"sanity: {plan.recipe}, {short.optimizer_steps} steps of {short.effective_batch_size} on {short.rows} "
                 f"rows, the longest among them, {show.engine_and_ranks(plan)}; on a copy (SANITY=skip leaves it out)"
             )
-            environment = command.environment(short, os.environ)
-            watch = Watch(folder, short, saves=False)
-            ended = process.run(command.launch(short, folder, "sanity"), environment, asked, watch)
+            ended = ranks.carry_out(short, folder, "sanity", asked, peers, saves=False)
             verdict, outcome = read_json(folder.verdict), read_json(folder.outcome)
             stacks = _keep_stacks(folder, written)
     if EXIT_STOPPED in (ended.code, outcome.get("exit_code")):

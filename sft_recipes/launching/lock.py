@@ -16,6 +16,7 @@ from sft_recipes.planning.run_folder import RunFolder, runs_root
 from sft_recipes.planning.schema import RecipeError
 
 _SECONDS_TO_BE_GONE = 15.0
+_SECONDS_TO_BE_FREE = 300.0
 _TRIES = 5
 
 
@@ -85,6 +86,11 @@ def held_by() -> dict[str, str]:
     return {path.parent.name: _holder(path) for path in locks if is_held(RunFolder(path.parent))}
 
 
+def holder(folder: RunFolder) -> str | None:
+    """The live process that holds a run; None where none does."""
+    return _holder(folder.lock) if is_held(folder) else None
+
+
 def is_held(folder: RunFolder) -> bool:
     """Whether a live process holds it."""
     try:
@@ -95,6 +101,19 @@ def is_held(folder: RunFolder) -> bool:
     except BlockingIOError:
         return True
     return False
+
+
+def await_free(folder: RunFolder) -> None:
+    """Waits for a start on a node that was cut off, which ends by itself once it hears nothing of the others."""
+    if not is_held(folder):
+        return
+    print(
+        f"{folder.name} is still held by {_holder(folder.lock)}; waiting at most {_SECONDS_TO_BE_FREE:.0f} s for it",
+        flush=True,
+    )
+    until = time.monotonic() + _SECONDS_TO_BE_FREE
+    while is_held(folder) and time.monotonic() < until:
+        time.sleep(0.5)
 
 
 def _holder(lock: Path) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Verbs whose first word is a run.
-OF_A_RUN = ("verify-resume", "diagnose", "report", "generate", "merge")
+OF_A_RUN = ("verify-resume", "diagnose", "report", "status", "generate", "merge")
 # Variables that name folders which are written to where they can be, and files and folders that are read.
 _WRITTEN = (
     "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE", "HF_XET_CACHE", "HF_ASSETS_CACHE", "WANDB_DIR",

@@ -7,8 +7,9 @@ import functools
 import os
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import FrameType
 
@@ -53,8 +54,17 @@ def listening() -> Iterator[Asked]:
             signal.signal(number, handler)
 
 
-def run(arguments: list[str], environment: Mapping[str, str], asked: Asked, watch: Watch | None = None) -> Ended:
+def run(
+    arguments: list[str],
+    environment: Mapping[str, str],
+    asked: Asked,
+    watch: Watch | None = None,
+    meanwhile: Callable[[], bool] | None = None,
+) -> Ended:
     """Runs a command to its end.
+
+    Args:
+        meanwhile: called again and again; where it says True, the ranks are ended as if one of them had died.
 
     Where somebody asks for a stop, the ranks are asked to save and stop: them alone, since all of them save together.
     A command without ranks, or whose ranks have nothing to save yet, is ended at once, and so is any when asked
@@ -70,7 +80,11 @@ def run(arguments: list[str], environment: Mapping[str, str], asked: Asked, watc
         preexec_fn=functools.partial(processes.end_with_parent, os.getpid()),  # noqa: PLW1509  there are no threads
     )
     try:
-        stopped, killed = _wait(process, asked) if watch is None else _wait_for_ranks(process, asked, watch)
+        elsewhere = meanwhile or _nothing_ends
+        if watch is None:
+            stopped, killed = _wait(process, asked, elsewhere), False
+        else:
+            stopped, killed = _wait_for_ranks(process, asked, watch, elsewhere)
         if stopped:
             return Ended(EXIT_STOPPED)
         code = process.wait()
@@ -87,15 +101,27 @@ def run(arguments: list[str], environment: Mapping[str, str], asked: Asked, watc
             watch.await_gone(_SECONDS_FOR_THE_LAUNCHER)
 
 
-def _wait(process: subprocess.Popen[bytes], asked: Asked) -> tuple[bool, bool]:
+def fail(error: str, code: int) -> int:
+    """Says what is wrong; the exit code."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return code
+
+
+def _nothing_ends() -> bool:
+    return False
+
+
+def _wait(process: subprocess.Popen[bytes], asked: Asked, elsewhere: Callable[[], bool]) -> bool:
     """As `_wait_for_ranks`, of a command without ranks."""
     while _lives(process):
-        if asked.numbers:
-            return True, False
-    return False, False
+        if asked.numbers or elsewhere():
+            return True
+    return False
 
 
-def _wait_for_ranks(process: subprocess.Popen[bytes], asked: Asked, watch: Watch) -> tuple[bool, bool]:
+def _wait_for_ranks(
+    process: subprocess.Popen[bytes], asked: Asked, watch: Watch, elsewhere: Callable[[], bool]
+) -> tuple[bool, bool]:
     """Until the launcher of ranks ends; whether the ranks are to be ended since somebody asked, and whether the
     launcher had to be killed."""
     passed_on = False
@@ -111,6 +137,9 @@ def _wait_for_ranks(process: subprocess.Popen[bytes], asked: Asked, watch: Watch
         now = time.monotonic()
         if kill_at is None:
             if watch.died():
+                kill_at = now + processes.SECONDS_FOR_THE_OTHERS
+            elif elsewhere():
+                watch.ended_for_others = True
                 kill_at = now + processes.SECONDS_FOR_THE_OTHERS
             elif watch.finds_a_hang():
                 kill_at = now

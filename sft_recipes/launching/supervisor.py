@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from sft_recipes.launching import command, gate, process, progress, watching
+from sft_recipes.launching import command, gate, process, progress, ranks
+from sft_recipes.launching.peers import Peers
 from sft_recipes.launching.process import Asked
 from sft_recipes.launching.watching import Ended
 from sft_recipes.planning import environment as variables
@@ -30,29 +30,34 @@ from sft_recipes.planning.run_folder import (
 from sft_recipes.planning.schema import RecipeError
 
 
-def carry_out(start: Start, say: Callable[[str], None], lighter: Callable[[], list[str]]) -> int:
+def carry_out(
+    start: Start, say: Callable[[str], None], lighter: Callable[[], list[str]], peers: Peers | None = None
+) -> int:
     """Runs the plan to its end and returns the exit code of the contract.
 
     Args:
         say: shows a line to the user.
         lighter: the cheapest changes that take less memory, asked for where it ran out.
+        peers: the parents on the other nodes, which this one leads.
 
     Raises:
         RecipeError: the prepared data does not make a run, or it is not the data that the run began with.
     """
     if refused := progress.refusal(start):
-        return _fail(refused, EXIT_NO_PROGRESS)
+        return process.fail(refused, EXIT_NO_PROGRESS)
     with process.listening() as asked:
-        return _carry_out(start, say, lighter, asked)
+        return _carry_out(start, say, lighter, asked, peers)
 
 
-def _carry_out(start: Start, say: Callable[[str], None], lighter: Callable[[], list[str]], asked: Asked) -> int:
+def _carry_out(
+    start: Start, say: Callable[[str], None], lighter: Callable[[], list[str]], asked: Asked, peers: Peers | None
+) -> int:
     folder, plan = start.folder, start.plan
     stored = plans.read(folder.plan) if start.goes_on else None
     plans.write(plan if stored is None else stored, folder.plan)
     incoming = folder.path / "plan.next.json"
     plans.write(plan, incoming)
-    code = prepare(incoming, command.environment(plan, os.environ), asked)
+    code = prepare(incoming, command.environment(plan, os.environ), asked, peers)
     if code:
         incoming.unlink()
         _forget(folder, start)
@@ -65,13 +70,13 @@ def _carry_out(start: Start, say: Callable[[str], None], lighter: Callable[[], l
         raise
     incoming.unlink()
     folder.outcome.unlink(missing_ok=True)
-    code = _sanity(settled, folder, say, lighter, asked)
+    code = _sanity(settled, folder, say, lighter, asked, peers)
     if code:
         _forget(folder, start)
         return code
     plans.write(settled, folder.plan)  # not before: what a trial refuses is not what the run goes on with
     say(_announcement(start, settled))
-    code = _train(folder, settled, asked)
+    code = _train(folder, settled, asked, peers)
     if code == EXIT_USER:
         _forget(folder, start)
     if read_json(folder.outcome).get("out_of_memory"):
@@ -81,42 +86,42 @@ def _carry_out(start: Start, say: Callable[[str], None], lighter: Callable[[], l
     return code
 
 
-def _train(folder: RunFolder, plan: Plan, asked: Asked) -> int:
+def _train(folder: RunFolder, plan: Plan, asked: Asked, peers: Peers | None) -> int:
     """Starts the ranks, and the exit code of how they ended."""
-    command.write_engine(plan, folder)
     for of_before in (folder.ranks, folder.stacks):
         shutil.rmtree(of_before, ignore_errors=True)
-    environment = command.environment(plan, os.environ)
     progress.count(folder)
-    ended = process.run(command.launch(plan, folder), environment, asked, watching.Watch(folder, plan))
+    ended = ranks.carry_out(plan, folder, "run", asked, peers)
     code, error = _outcome(folder, ended)
     if code in (0, EXIT_USER, EXIT_STOPPED):
         progress.forgive(folder)
     elif exhausted := progress.exhausted(folder):
         code, error = EXIT_NO_PROGRESS, exhausted
-    return _fail(error, code) if error else code
-
-
-def _fail(error: str, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return code
+    return process.fail(error, code) if error else code
 
 
 def _sanity(
-    plan: Plan, folder: RunFolder, say: Callable[[str], None], lighter: Callable[[], list[str]], asked: Asked
+    plan: Plan,
+    folder: RunFolder,
+    say: Callable[[str], None],
+    lighter: Callable[[], list[str]],
+    asked: Asked,
+    peers: Peers | None,
 ) -> int:
     """Has the plan tried where nothing has tried it yet; what became of that is written into the run's folder."""
     if variables.sanity_is_skipped():
         write_json(folder.sanity, {"skipped": True})
         return 0
     receipt = gate.receipt(plan)
-    code = 0 if receipt.is_file() else gate.carry_out(plan, folder.prepared, say, lighter, asked)
+    code = 0 if receipt.is_file() else gate.carry_out(plan, folder.prepared, say, lighter, asked, peers)
     if not code:
         write_json(folder.sanity, {"receipt": str(receipt)})
     return code
 
 
-def try_out(plan: Plan, say: Callable[[str], None], lighter: Callable[[], list[str]]) -> int:
+def try_out(
+    plan: Plan, say: Callable[[str], None], lighter: Callable[[], list[str]], peers: Peers | None = None
+) -> int:
     """Prepares a plan's data and has the plan tried, whether it was before or not; leaves a receipt and no run.
 
     Raises:
@@ -125,16 +130,16 @@ def try_out(plan: Plan, say: Callable[[str], None], lighter: Callable[[], list[s
     with tempfile.TemporaryDirectory(prefix="sft-") as place, process.listening() as asked:
         folder = RunFolder(Path(place))
         plans.write(plan, folder.plan)
-        code = prepare(folder.plan, command.environment(plan, os.environ), asked)
+        code = prepare(folder.plan, command.environment(plan, os.environ), asked, peers)
         if code:
             return code
         settled = _settle(plan, None, read_json(folder.prepared))
-        return gate.carry_out(settled, folder.prepared, say, lighter, asked)
+        return gate.carry_out(settled, folder.prepared, say, lighter, asked, peers)
 
 
-def prepare(plan: Path, environment: Mapping[str, str], asked: Asked) -> int:
+def prepare(plan: Path, environment: Mapping[str, str], asked: Asked, peers: Peers | None = None) -> int:
     """Prepares the data of the plan in a file; 0, or the exit code of the contract."""
-    code = process.run(command.prepare(plan), environment, asked).code
+    code = process.run(command.prepare(plan), environment, asked, meanwhile=peers.goes_missing if peers else None).code
     if code == EXIT_STOPPED:
         print("stopped while the data was prepared; nothing was trained, and the same command begins again")
     return code if code in (0, EXIT_USER, EXIT_STOPPED) else EXIT_FAULT
@@ -185,7 +190,7 @@ def _outcome(folder: RunFolder, ended: Ended) -> tuple[int, str | None]:
     if ended.code == EXIT_STOPPED:
         write_json(folder.manifest, {**manifest, "state": "stopped", "exit_code": EXIT_STOPPED})
         print(f"stopped before a new checkpoint was whole; the same command goes on with {folder.name}")
-        return EXIT_STOPPED, None
+        return EXIT_STOPPED, ended.fault
     error = ended.fault or f"the run ended without an outcome (launcher's exit code {ended.code})"
     if folder.stacks.is_dir():
         error += f"; what each rank was doing is in {folder.stacks}"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sft_recipes.planning.environment import host_memory_bytes
@@ -31,15 +32,91 @@ def whole_number(text: str, name: str, least: int) -> int:
     return int(text)
 
 
+@dataclass(frozen=True)
+class Allocation:
+    """What Slurm gave to a job step, as one of its nodes sees it.
+
+    Attributes:
+        job: the job's id, which it keeps when it is requeued.
+        start: names this start of the job, the same on all nodes.
+        restarts: how often the job was requeued.
+        nodes: how many there are, with one task each.
+        rank: which of them this one is; 0 plans, the others follow.
+        name: this node's, as Slurm knows it.
+        gpus_per_node: None where the job asked for none.
+        address: node 0's, which the others reach.
+        port: where ranks of a start meet; another job's is another one.
+    """
+
+    job: int
+    start: str
+    restarts: int
+    nodes: int
+    rank: int
+    name: str
+    gpus_per_node: int | None
+    address: str
+    port: int
+
+
+# Below the ports that systems hand out by themselves (32768 and above on Linux), above those of known services.
+_FIRST_PORT, _PORTS = 15000, 15000
+
+
+def from_slurm(environment: Mapping[str, str]) -> Allocation | None:
+    """The allocation of the job step that this process is a task of; None outside of one.
+
+    Raises:
+        RecipeError: the step has another number of tasks than one a node, or nodes with other numbers of GPUs.
+
+    Source: srun(1), "OUTPUT ENVIRONMENT VARIABLES".
+    """
+    if not environment.get("SLURM_STEP_ID", "").isdigit() or "SLURM_PROCID" not in environment:
+        return None
+    nodes, tasks = int(environment["SLURM_STEP_NUM_NODES"]), int(environment["SLURM_STEP_NUM_TASKS"])
+    if tasks != nodes:
+        raise RecipeError(
+            f"Slurm: {tasks} tasks on {nodes} nodes; wanted one a node, which starts the node's ranks: "
+            f"--ntasks-per-node=1"
+        )
+    on_node, altogether = environment.get("SLURM_GPUS_ON_NODE"), environment.get("SLURM_GPUS")
+    here = int(on_node) if on_node else None
+    if here is not None and (altogether or "").isdigit() and int(altogether or 0) != here * nodes:
+        raise RecipeError(
+            f"Slurm: {altogether} GPUs on {nodes} nodes are not as many on each; say --gpus-per-node instead of --gpus"
+        )
+    job, restarts = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_RESTART_COUNT") or 0)
+    return Allocation(
+        job=job,
+        start=f"{restarts}-{environment['SLURM_STEP_ID']}",
+        restarts=restarts,
+        nodes=nodes,
+        rank=int(environment["SLURM_NODEID"]),
+        name=environment.get("SLURMD_NODENAME") or socket.gethostname(),
+        gpus_per_node=here,
+        address=environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"]),
+        port=int(environment.get("MASTER_PORT") or _FIRST_PORT + job % _PORTS),
+    )
+
+
+def first_host(nodes: str) -> str:
+    """The first name of a list of Slurm's: `node[003-005,9],other` begins with `node003`."""
+    first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", nodes)
+    assert first is not None, nodes
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0])
+
+
 def planned(recipe: Recipe, gpus: int | None, processes: int | None, nodes: int | None, card: str | None) -> Topology:
     """The hardware to plan for: what was asked for, else what the recipe names. Looks at no machine."""
     gpus = recipe.hardware.gpus if gpus is None else gpus
     if nodes is None:
         nodes = recipe.hardware.nodes if gpus == recipe.hardware.gpus else nodes_for(gpus)
-    if nodes > 1 and gpus == 0:
-        raise RecipeError(f"NODES: {nodes} nodes were asked for without GPUs; say GPUS=<all of them together>")
     if gpus % nodes:
         raise RecipeError(f"GPUS: {gpus} GPUs do not share evenly over {nodes} nodes; say a multiple of {nodes}")
+    if not gpus and (processes or 1) % nodes:
+        raise RecipeError(
+            f"PROCESSES: {processes or 1} on the CPU do not share evenly over {nodes} nodes; say a multiple of {nodes}"
+        )
     if processes and gpus:
         raise RecipeError(
             f"PROCESSES: {processes} were asked for with {gpus} GPUs; each GPU has one process, leave it out"
@@ -57,15 +134,25 @@ def present(
     nodes: int | None,
     card: str | None,
     devices: str | None,
+    allocation: Allocation | None = None,
 ) -> Topology:
     """The hardware to run on, which must be here.
 
+    Args:
+        allocation: what Slurm gave, where this process is a task of a job step.
+
     Raises:
-        RecipeError: more GPUs than the machine has, or no GPU for a recipe that is not made for the CPU.
+        RecipeError: more GPUs than the machine has, no GPU for a recipe that is not made for the CPU, or an allocation
+            that is another one than was asked for.
     """
+    if allocation is not None and allocation.nodes > 1:
+        return _allocated(recipe, gpus, processes, nodes, card, devices, allocation)
     here = visible_gpus()
     if nodes and nodes > 1:
-        raise RecipeError(f"NODES: {nodes} nodes need a launcher on each; this version starts runs on one node")
+        raise RecipeError(
+            f"NODES: {nodes} nodes need a launcher on each, which Slurm starts: "
+            f"sbatch --nodes={nodes} slurm/{recipe.name}.sh (slurm/README.md)"
+        )
     if devices is not None:
         ids = _device_ids(devices, [gpu.id for gpu in here])
         if gpus is not None and gpus != len(ids):
@@ -89,6 +176,52 @@ def present(
     topology = planned(recipe, gpus, processes, nodes, card or card_of(used))
     chosen = devices or (",".join(ids) if 0 < gpus < len(here) else None)
     return Topology(topology.gpus, topology.processes, 1, topology.card, chosen)
+
+
+def _allocated(
+    recipe: Recipe,
+    gpus: int | None,
+    processes: int | None,
+    nodes: int | None,
+    card: str | None,
+    devices: str | None,
+    allocation: Allocation,
+) -> Topology:
+    """The hardware of several nodes, as Slurm gave it: all of its GPUs, or none.
+
+    Raises:
+        RecipeError: that is not what was asked for, or this node has it not.
+    """
+    if devices is not None:
+        raise RecipeError(f"DEVICES: {devices} names GPUs of one machine; Slurm says which of each node are the job's")
+    if nodes is not None and nodes != allocation.nodes:
+        raise RecipeError(
+            f"NODES: {nodes} asked for, and job {allocation.job} has {allocation.nodes}; say the same to both: "
+            f"sbatch --nodes={nodes}"
+        )
+    has = allocation.nodes * (allocation.gpus_per_node or 0)
+    if gpus is None:
+        gpus = 0 if recipe.hardware.gpus == 0 else has
+        if gpus == 0 and recipe.hardware.gpus > 0:
+            raise RecipeError(
+                f"GPUS: recipe {recipe.name} is made for {recipe.hardware.gpus} GPUs and job {allocation.job} has "
+                f"none; say --gpus-per-node to sbatch, or GPUS=0 to run it on the CPU all the same"
+            )
+    if gpus not in (0, has):
+        raise RecipeError(
+            f"GPUS: {gpus} asked for, and job {allocation.job} has {allocation.nodes} nodes x "
+            f"{allocation.gpus_per_node or 0}; ask Slurm for those that are used: --gpus-per-node"
+        )
+    here = visible_gpus() if gpus else []
+    if gpus and len(here) < gpus // allocation.nodes:
+        raise RecipeError(
+            f"GPUS: Slurm gave {allocation.gpus_per_node} on {allocation.name}, and nvidia-smi lists "
+            f"{len(here) or 'none'} there; leave that node out: sbatch --exclude={allocation.name}"
+        )
+    _check_generation(recipe, here)
+    if not gpus and processes is None:
+        processes = allocation.nodes
+    return planned(recipe, gpus, processes, allocation.nodes, card or card_of(here))
 
 
 def _check_generation(recipe: Recipe, gpus: Sequence[Gpu]) -> None:
@@ -118,9 +251,10 @@ def check_host_memory(plan: Plan) -> None:
     """
     here = host_memory_bytes()
     needed, per_rank = plan.host_bytes_per_node, plan.memory_bytes_per_gpu
-    if per_rank and not plan.uses_gpu and per_rank["total"] * plan.world_size > here:
+    ranks_here = plan.world_size // plan.nodes
+    if per_rank and not plan.uses_gpu and per_rank["total"] * ranks_here > here:
         raise RecipeError(
-            f"GPUS: on the CPU {plan.recipe} needs about {per_rank['total'] * plan.world_size / 2**30:.0f} GiB of "
+            f"GPUS: on the CPU {plan.recipe} needs about {per_rank['total'] * ranks_here / 2**30:.0f} GiB of "
             f"memory and this machine has {here / 2**30:.0f} GiB; say GPUS=<a number> where there are GPUs"
         )
     if needed and needed["offload"] and needed["total"] > here:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import time
@@ -21,6 +22,7 @@ from sft_recipes.planning.saves import seconds_at_most
 LOADING_SECONDS = 1800.0
 _TIMES_THE_LONGEST = 5
 _SECONDS_TO_WRITE_STACKS = 2.0
+_SECONDS_FOR_OTHER_NODES = 30.0
 _MOST_AT_ONCE = 1.0
 _WHERE = {
     "starting": "while it started",
@@ -30,6 +32,8 @@ _WHERE = {
     "saving": "while it saved step {step}",
     "ending": "behind step {step}, where it ended",
 }
+# What gloo, NCCL and torch's store say where the other end is gone.
+_OF_COLLECTIVES = r"(?i)gloo|nccl|connection|broken pipe|\bstore\b|DistBackend|DistNetwork|DistStore"
 _STOPPED = ("T", "t")
 _STATES = {"T": "it is stopped by a signal", "t": "a debugger holds it", "D": "it waits for a disk or a device"}
 
@@ -78,11 +82,13 @@ class Ended:
         code: its exit code; EXIT_STOPPED where it was ended because somebody asked for a stop.
         fault: what is said of the rank that went wrong, where one did.
         by_user: whether that is the user's error.
+        came_of_others: whether the rank that went wrong had lost others, perhaps of another node.
     """
 
     code: int
     fault: str | None = None
     by_user: bool = False
+    came_of_others: bool = False
 
 
 def limit(pulse: Pulse, longest: float, limits: Limits) -> float:
@@ -129,6 +135,11 @@ def waits_for_others(stacks: str) -> bool:
     """Whether a rank's stacks, as faulthandler writes them, show it in one of torch's collectives."""
     of_thread = stacks.partition("Current thread")[2].partition("\n\n")[0]
     return "distributed_c10d.py" in of_thread
+
+
+def lost_others(one: Seen) -> bool:
+    """Whether a rank failed in what it does with the others: it may be that another one's end came first."""
+    return one.failure is not None and re.search(_OF_COLLECTIVES, f"{one.failure.kind} {one.failure.said}") is not None
 
 
 def hang_line(ranks: Sequence[Seen], limits: Limits) -> str:
@@ -193,14 +204,20 @@ def _cause(number: int) -> str:
 class Watch:
     """The ranks of one start on this host, looked at again and again."""
 
-    def __init__(self, folder: RunFolder, plan: Plan, saves: bool = True):
-        """`saves` says whether the ranks are asked to save where a signal comes; a trial is ended."""
+    def __init__(self, folder: RunFolder, plan: Plan, saves: bool = True, node: int = 0):
+        """`saves` says whether the ranks are asked to save where a signal comes; a trial is ended. `node` is which of
+        the plan's nodes this host is."""
         self.folder = folder
         self.limits = Limits(plan.sections["guards"]["hang_seconds"], seconds_at_most(plan))
         self.saves = saves
-        self.expected = set(range(plan.world_size // plan.nodes))  # runs are of one node (launching/topology.py)
+        ranks_here = plan.world_size // plan.nodes
+        self.expected = set(range(node * ranks_here, (node + 1) * ranks_here))
         self.seen: dict[int, Seen] = {}
         self.hung: str | None = None
+        self.ended_for_others = False
+        self._several_nodes = plan.nodes > 1
+        self._waiting: set[int] = set()
+        self._waited = 0.0
         self._begun: set[int] = set()
         self._missed = 0.0
         self._looked = time.monotonic()
@@ -235,16 +252,28 @@ class Watch:
         """Whether the ranks hang, or the launcher does without them. What each was doing is then written down."""
         ranks = list(self.seen.values())
         if ranks and hangs(ranks, self.limits):
-            waiting = self._write_stacks()
-            told = [one if one not in waiting else replace(one, pulse=_waiting(one.pulse)) for one in ranks]
-            self.hung = hang_line(told, self.limits)
-        elif self._missed > max(LOADING_SECONDS, self.limits.hang):
+            self.hung = self._hang(ranks)
+            return self.hung is not None
+        self._waiting, self.ended_for_others = set(), False  # they moved again
+        if self._missed > max(LOADING_SECONDS, self.limits.hang):
             absent = ", ".join(map(str, sorted(self.expected - self._begun)))
             what = f"rank {absent} did not begin" if absent else "all ranks have ended, but not their launcher"
             self.hung = f"{what} on {socket.gethostname()} within {self._missed:.0f} s"
         return self.hung is not None
 
-    def _write_stacks(self) -> list[Seen]:
+    def _hang(self, ranks: Sequence[Seen]) -> str | None:
+        """What is said of ranks that hang; where all of them wait for a rank of another node, its own launcher gets the
+        time to name it."""
+        waiting = self._waiting = self._waiting or self._write_stacks()
+        if self._several_nodes and waiting == self.seen.keys():
+            still = min(one.still for one in ranks)
+            self.ended_for_others, self._waited = True, self._waited or still
+            if still < self._waited + _SECONDS_FOR_OTHER_NODES:
+                return None
+        told = [replace(one, pulse=_waiting(one.pulse)) if one.pulse.rank in waiting else one for one in ranks]
+        return hang_line(told, self.limits)
+
+    def _write_stacks(self) -> set[int]:
         """Has each rank write its Python stacks, but for one that a signal stopped, which cannot; those ranks that wait
         for others by them."""
         files = {}
@@ -257,7 +286,7 @@ class Watch:
         while time.monotonic() < until and not all(_is_written(file) for file in files.values()):
             time.sleep(0.05)
         written = {rank: file.read_text(encoding="utf-8") for rank, file in files.items() if file.exists()}
-        return [self.seen[rank] for rank, stacks in written.items() if waits_for_others(stacks)]
+        return {rank for rank, stacks in written.items() if waits_for_others(stacks)}
 
     def kill(self) -> None:
         """Ends the ranks that have not ended as they should, with all that they started: each may lead a group."""
@@ -283,7 +312,7 @@ class Watch:
         self.look()
         self._keep_written_stacks()
         if self.hung is not None:
-            return Ended(EXIT_FAULT, self.hung)
+            return Ended(EXIT_FAULT, self.hung, came_of_others=self.ended_for_others)
         if launcher_code < 0 and not launcher_was_killed:
             if -launcher_code in ASKING:  # before it could hear it
                 return Ended(EXIT_STOPPED)
@@ -298,7 +327,8 @@ class Watch:
         first = first_to_end(dead)
         if first.failure is not None and first.failure.by_user:
             return Ended(EXIT_USER, first.failure.said, by_user=True)
-        return Ended(EXIT_FAULT, death_line(first, None if codes is None else codes.get(first.pulse.rank, 0)))
+        line = death_line(first, None if codes is None else codes.get(first.pulse.rank, 0))
+        return Ended(EXIT_FAULT, line, came_of_others=self.ended_for_others or lost_others(first))
 
     def _keep_written_stacks(self) -> None:
         """Removes the files of ranks that wrote none."""

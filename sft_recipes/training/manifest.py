@@ -42,7 +42,15 @@ def begin(folder: RunFolder, plan: Plan) -> None:
         "began": earlier.get("began", _now()),
         "starts": [
             *earlier.get("starts", []),
-            {"at": _now(), "host": _host(), "versions": _versions(), "code": code(), "sanity": sanity, **_image()},
+            {
+                "at": _now(),
+                "host": _host(),
+                "versions": _versions(),
+                "code": code(),
+                "sanity": sanity,
+                **_image(),
+                **_job(),
+            },
         ],
         "data": {"fingerprint": plan.data_fingerprint, **plan.sections["data"]},
         "rows": plan.rows,
@@ -96,6 +104,14 @@ def _host() -> dict[str, Any]:
 
 def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: library_version(name) for name in _LIBRARIES}}
+
+
+def _job() -> dict[str, Any]:
+    """The Slurm job that this start is part of, its nodes, and how often it was started again."""
+    names = {"id": "SLURM_JOB_ID", "name": "SLURM_JOB_NAME", "nodes": "SLURM_JOB_NODELIST"}
+    found = {key: os.environ[name] for key, name in names.items() if os.environ.get(name)}
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    return {"job": {**found, "restarts": restarts}} if "id" in found else {}
 
 
 def _image() -> dict[str, str]:

@@ -62,6 +62,7 @@ def begin(plan_file: str) -> tuple[Plan, RunFolder, int]:
     rank, and has its libraries."""
     processes.end_with_parent(int(os.environ[processes.LAUNCHER]))
     folder, rank = RunFolder(Path(plan_file).parent), int(os.environ.get("RANK", "0"))
+    _write_to_a_log_of_its_own(rank)
     signals.listen()
     pulse.begin(folder, rank)
     plan = plans.read(folder.plan)
@@ -72,6 +73,16 @@ def begin(plan_file: str) -> tuple[Plan, RunFolder, int]:
         if plan.parallelism.startswith("zero"):
             importlib.import_module("deepspeed")
     return plan, folder, rank
+
+
+def _write_to_a_log_of_its_own(rank: int) -> None:
+    """In a job of several nodes (SFT_RECIPES_LOGS) what ranks print lies apart; rank 0 speaks for all where it is."""
+    logs = os.environ.get("SFT_RECIPES_LOGS")
+    if logs and rank:
+        log = os.open(Path(logs) / f"rank-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        for stream in (1, 2):
+            os.dup2(log, stream)
+        os.close(log)
 
 
 def leave() -> NoReturn:

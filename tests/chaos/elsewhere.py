@@ -3,7 +3,7 @@
 HELD: dict[str, tuple[str, str]] = {
     "5": ("an exception in a data worker", "tests/test_processes.py"),
     "6": ("`sys.exit(0)` on one rank", "tests/test_processes.py"),
-    "14": ("USR1 through sbatch and srun", ""),
+    "14": ("USR1 through sbatch and srun", "tests/slurm/test_jobs.py"),
     "16, 17": ("a kill at every file operation, each in the recovery from the one before", "kill points, below"),
     "22": ("a rename that another rank sees late", "tests/test_checkpoint.py"),
     "24": ("a crash in a save, keeping few", "kill points, below: something loadable is there at each"),
@@ -25,6 +25,5 @@ HELD: dict[str, tuple[str, str]] = {
 NOT_DONE: dict[str, str] = {
     "7": "a memory limit (cgroup) cannot be set everywhere that these tests run; SIGKILL of a rank, which is what comes "
     "of one, is faults 1 and 2, and is said to be the out-of-memory killer's usual sign",
-    "14": "Slurm scripts are not here yet; USR1 to the launcher is fault 10",
     "34": "records are not signed: a forged one is outside the promise (SECURITY.md)",
 }

@@ -1,0 +1,182 @@
+"""Carries a verb out as a task of a Slurm job: meets the parents on the other nodes, looks whether the nodes are fit,
+counts the job's starts, and asks Slurm what became of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sft_recipes.launching import doctor, lock, process, progress, ranks
+from sft_recipes.launching.doctor import Finding
+from sft_recipes.launching.peers import Peers
+from sft_recipes.launching.process import Asked
+from sft_recipes.launching.topology import Allocation, from_slurm, visible_gpus
+from sft_recipes.planning.plan import Plan
+from sft_recipes.planning.run_folder import (
+    EXIT_FAULT,
+    EXIT_STOPPED,
+    RunFolder,
+    Start,
+    check_name,
+    read_json,
+    runs_root,
+    write_json,
+)
+
+_SECONDS_TO_ANSWER = 30.0
+_ROOM_BYTES = 2**30  # of /tmp, where libraries compile and unpack
+
+
+@contextlib.contextmanager
+def peers(environment: Mapping[str, str]) -> Iterator[Peers | None]:
+    """The parents on the other nodes of this job, met; None where there are none.
+
+    Raises:
+        RecipeError: they are not met.
+    """
+    allocation = from_slurm(environment)
+    if allocation is None or allocation.nodes == 1:
+        yield None
+        return
+    met = Peers(allocation)
+    met.meet(_what_is_here())
+    try:
+        yield met
+    finally:
+        if met.leads:
+            met.dismiss()
+
+
+def await_run(name: str | None) -> None:
+    """Waits until an earlier start of the run, on a node that was cut off, has ended by itself."""
+    allocation = from_slurm(os.environ)
+    if allocation is not None and allocation.rank == 0 and name is not None:
+        lock.await_free(RunFolder(runs_root() / check_name(name)))
+
+
+def follow(peers: Peers) -> int:
+    """This node's part, as node 0 orders it."""
+    with process.listening() as asked:
+        return ranks.follow(peers, asked)
+
+
+def exhausted(allocation: Allocation | None, start: Start) -> str | None:
+    """Counts a start of the job; where as many as may be have brought the run no further, that, and what to do."""
+    if allocation is None:
+        return None
+    file = _folder(allocation) / "starts.json"
+    before, step = read_json(file), start.folder.newest_whole()
+    count = 1 + (int(before["count"]) if before.get("step") == step else 0)
+    for place in (file.parents[1], file.parent):
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+    write_json(file, {"step": step, "count": count})
+    if count <= progress.STARTS_AT_MOST or start.insisted:
+        return None
+    at = f"checkpoint-{step}" if step else "its beginning"
+    return (
+        f"{start.folder.path}: job {allocation.job} was started {count - 1} times and has come no further than {at}; "
+        f"give it more --time, or see its logs for what ends it; RESUME=1 tries again"
+    )
+
+
+def forget(environment: Mapping[str, str]) -> None:
+    """The job is not started again, and all nodes have left."""
+    allocation = from_slurm(environment)
+    if allocation is not None and allocation.rank == 0:
+        shutil.rmtree(_folder(allocation), ignore_errors=True)
+
+
+def unfit(peers: Peers | None, plan: Plan, say: Callable[[str], None]) -> int:
+    """Looks whether the nodes can carry the plan, each by itself and all together; 0, or the exit code."""
+    if peers is None:
+        return 0
+    bad = {peers.name(number): list(_wrong(peers, number, plan)) for number in range(plan.nodes)}
+    for name, findings in bad.items():
+        for finding in findings:
+            say(f"{name}: {finding}")
+    names = ",".join(name for name, findings in bad.items() if any(one.colour == "red" for one in findings))
+    if names:
+        return process.fail(f"{names} cannot carry its part; leave it out: sbatch --exclude={names}", EXIT_FAULT)
+    if os.environ.get("SANITY") == "skip":
+        return 0
+    with process.listening() as asked:
+        return _sum(peers, plan, say, asked)
+
+
+def asked_of_slurm(job: str | None) -> dict[str, str] | None:
+    """What Slurm says of a job; None where there is no Slurm here, or it has forgotten the job."""
+    if not job or shutil.which("squeue") is None:
+        return None
+    names = ("id", "state", "reason", "ran", "left", "nodes")
+    asked = ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%i|%T|%r|%M|%L|%N"]
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=_SECONDS_TO_ANSWER)
+    except subprocess.TimeoutExpired:
+        return None
+    if done.returncode or not done.stdout.strip():
+        return None
+    found = dict(zip(names, done.stdout.splitlines()[0].split("|"), strict=False))
+    return {key: value for key, value in found.items() if value not in ("None", "")}
+
+
+def _wrong(peers: Peers, number: int, plan: Plan) -> Iterator[Finding]:
+    """What is wrong with a node."""
+    told = peers.told(number)
+    here, ranks_here = told["hello"], plan.world_size // plan.nodes
+    if told.get("reaches"):
+        yield Finding("network", "red", told["reaches"], "MASTER_ADDR in slurm/cluster.env names another address")
+    if here["cores"] < min(ranks_here, here["cores_of_all"]):
+        found = f"{here['cores']} of {here['cores_of_all']} cores for {ranks_here} ranks"
+        yield Finding("cores", "red", found, "have srun give the task all of the node's: SRUN_CPUS_PER_TASK")
+    if len(here["gpus"]) < plan.gpus // plan.nodes:
+        found = f"{len(here['gpus'])} GPUs, {plan.gpus // plan.nodes} are wanted"
+        yield Finding("GPUs", "red", found, "nvidia-smi on that node says more")
+    for gpu in here["gpus"] if plan.gpus else []:
+        if gpu["used"] * 2**20 > doctor.OWNED_BY_NOBODY_ELSE:
+            found = f"GPU {gpu['id']}: {gpu['used'] / 1024:.1f} GiB are taken"
+            yield Finding("GPU memory", "red", found, "a process of an earlier job may be left there")
+    if here["room"] < _ROOM_BYTES:
+        yield Finding("disk: /tmp", "red", f"{here['room'] / 2**30:.2f} GiB free", "make room")
+
+
+def _sum(peers: Peers, plan: Plan, say: Callable[[str], None], asked: Asked) -> int:
+    """Has all ranks of all nodes sum, and says how fast and by which way."""
+    result = peers.folder / "links.json"
+    ended = ranks.sum_over_all(plan, result, asked, peers)
+    if ended.code == EXIT_STOPPED:
+        say("stopped while the nodes were tried; nothing was trained, and the same command begins again")
+        return EXIT_STOPPED
+    if ended.code or not result.is_file():
+        names = ",".join(peers.name(number) for number in range(plan.nodes))
+        return process.fail(
+            f"the ranks of {names} cannot sum: {ended.fault or 'they end with an error'}; the nodes' logs say more, "
+            f"NCCL_DEBUG=INFO more still; try fewer nodes, or others: --exclude=",
+            EXIT_FAULT,
+        )
+    log = "\n".join(file.read_text(errors="replace") for file in peers.folder.glob("nccl-*"))
+    measured = {**json.loads(result.read_text(encoding="utf-8")), "ways": doctor.ways(log)}
+    finding = doctor.all_reduce(measured, plan.gpus, bool(os.environ.get("ALLOW_SOCKETS")))
+    say(str(finding))
+    return EXIT_FAULT if finding.colour == "red" else 0
+
+
+def _what_is_here() -> dict[str, Any]:
+    """What this node shows the others."""
+    used = doctor.used_mib()
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "cores_of_all": os.cpu_count() or 1,
+        "gpus": [{**asdict(gpu), "used": used.get(gpu.id, 0.0)} for gpu in visible_gpus()],
+        "room": shutil.disk_usage("/tmp").free,
+    }
+
+
+def _folder(allocation: Allocation) -> Path:
+    return runs_root() / ".jobs" / str(allocation.job)

@@ -1,0 +1,262 @@
+"""A real Slurm cluster on one machine: munge, slurmctld and a slurmd a node, each node with a network address, host
+name and process tree of its own, so that a node can be cut off or lose its power.
+
+Nothing of it is left when it ends. Needs root, and Debian's slurm-wlm, munge and iproute2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "ip", "unshare", "nsenter", "mknod")
+CORES, GPUS = 16, 8
+_SECONDS_TO_COME_UP = 60.0
+_SECONDS_OF_A_COMMAND = 600.0
+# Adopts and reaps what loses its parent, as the first process of a machine does.
+_INIT = "trap : CHLD TERM; while :; do sleep 3600 & wait; done"
+
+
+def cannot_be() -> str | None:
+    """Why there can be no cluster here; None where there can."""
+    missing = [program for program in PROGRAMS if shutil.which(program, path=_PATH) is None]
+    if missing:
+        return f"no {missing[0]} here: apt-get install slurm-wlm munge iproute2"
+    if os.geteuid() != 0:
+        return "a cluster's daemons and namespaces need root"
+    if subprocess.run(["unshare", "--net", "--pid", "--fork", "true"], capture_output=True, check=False).returncode:
+        return "namespaces are not permitted here"
+    return None
+
+
+_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+
+
+class Machine:
+    """A host: its network, name, mounts and processes are its own."""
+
+    def __init__(self, name: str, address: str, hosts: Path):
+        self.name, self.address = name, address
+        spaces = ["--net", "--mount", "--uts", "--pid", "--ipc", "--fork", "--kill-child", "--mount-proc"]
+        self.holder = subprocess.Popen(
+            ["unshare", *spaces, "bash", "-c", _INIT], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        self.daemons: list[subprocess.Popen[bytes]] = []
+        children = Path(f"/proc/{self.holder.pid}/task/{self.holder.pid}/children")
+        until = time.monotonic() + 10
+        while not (first := children.read_text(encoding="utf-8").split()) and time.monotonic() < until:
+            time.sleep(0.01)
+        self.init = int(first[0])
+        self.do("mount", "--bind", str(hosts), "/etc/hosts")
+        self.do("hostname", name)
+        self.do("ip", "link", "set", "lo", "up")
+
+    def entering(self, folder: Path | None = None) -> list[str]:
+        """What a command begins with to run on this host, in a folder."""
+        spaces = ["--net", "--mount", "--uts", "--pid", "--ipc"]
+        return ["nsenter", "--target", str(self.init), *spaces, f"--wdns={folder or '/'}", "--"]
+
+    def do(self, *command: str, environment: Mapping[str, str] | None = None) -> str:
+        """Carries out a command on this host that must succeed; what it prints."""
+        done = self.run(*command, environment=environment)
+        assert done.returncode == 0, f"{self.name}: {command}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def run(
+        self, *command: str, environment: Mapping[str, str] | None = None, folder: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """How a command ended on this host."""
+        return subprocess.run(
+            [*self.entering(folder), *command],
+            capture_output=True, text=True, check=False, timeout=_SECONDS_OF_A_COMMAND,
+            env={**os.environ, "PATH": _PATH, **(environment or {})},
+        )  # fmt: skip
+
+    def begin(self, *command: str, environment: Mapping[str, str], log: Path) -> None:
+        """Starts a daemon on this host."""
+        with log.open("ab") as out:
+            self.daemons.append(
+                subprocess.Popen(
+                    [*self.entering(), *command],
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=out,
+                    start_new_session=True,
+                    env={**os.environ, "PATH": _PATH, **environment},
+                )
+            )
+
+    def lose_power(self) -> None:
+        """Every process of this host is gone at once."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.init, signal.SIGKILL)
+        for process in (*self.daemons, self.holder):
+            process.wait()
+        self.daemons = []
+
+
+class Cluster:
+    """A login node, which the controller runs on too, and compute nodes with cores and GPUs that Slurm hands out."""
+
+    def __init__(self, place: Path, names: Sequence[str] = ("node1", "node2"), gpus: int = GPUS):
+        self.place, self.names, self.gpus = place, names, gpus
+        self.conf = place / "slurm.conf"
+        self.environment = {"SLURM_CONF": str(self.conf)}
+        self.nodes: dict[str, Machine] = {}
+        place.mkdir(parents=True, exist_ok=True)
+        self._write()
+        self.login = Machine("login", "10.77.0.1", place / "hosts")
+
+    def begin(self) -> None:
+        """Has it come up."""
+        self.login.do("ip", "link", "add", "br0", "type", "bridge")
+        self.login.do("ip", "address", "add", "10.77.0.1/24", "dev", "br0")
+        self.login.do("ip", "link", "set", "br0", "up")
+        for number in range(len(self.names)):
+            self._add_node(number)
+        self._begin_daemons()
+
+    def _write(self) -> None:
+        """The configuration, and devices that Slurm takes for GPUs."""
+        for folder in ("state", "munge", *(f"spool-{name}" for name in self.names)):
+            (self.place / folder).mkdir(exist_ok=True, mode=0o755 if folder != "munge" else 0o700)
+        key = self.place / "munge" / "key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o600)
+        for number in range(self.gpus):
+            device = self.place / f"gpu{number}"
+            subprocess.run(["mknod", "-m", "666", str(device), "c", "1", "3"], check=True, env={"PATH": _PATH})
+        addresses = {name: f"10.77.0.{10 + number}" for number, name in enumerate(self.names)}
+        lines = ["127.0.0.1 localhost", "10.77.0.1 login", *(f"{at} {name}" for name, at in addresses.items())]
+        (self.place / "hosts").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (self.place / "gres.conf").write_text(f"Name=gpu File={self.place}/gpu[0-{self.gpus - 1}]\n", encoding="utf-8")
+        nodes = "\n".join(
+            f"NodeName={name} NodeAddr={at} CPUs={CORES} RealMemory=1000000 Gres=gpu:{self.gpus} State=UNKNOWN"
+            for name, at in addresses.items()
+        )
+        self.conf.write_text(
+            f"""\
+ClusterName=trial
+SlurmctldHost=login(10.77.0.1)
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={self.place}/munge/socket
+CryptoType=crypto/munge
+MpiDefault=none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=batch_sched_delay=0,sched_interval=2
+GresTypes=gpu
+ReturnToService=2
+SlurmdTimeout=5
+KillWait=15
+SlurmdParameters=config_overrides
+StateSaveLocation={self.place}/state
+SlurmdSpoolDir={self.place}/spool-%n
+SlurmctldPidFile={self.place}/slurmctld.pid
+SlurmdPidFile={self.place}/slurmd-%n.pid
+SlurmctldLogFile={self.place}/slurmctld.log
+SlurmdLogFile={self.place}/slurmd-%n.log
+{nodes}
+PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+""",
+            encoding="utf-8",
+        )
+
+    def _add_node(self, number: int) -> None:
+        name = self.names[number]
+        self.nodes[name] = node = Machine(name, f"10.77.0.{10 + number}", self.place / "hosts")
+        link = f"veth-{name}"
+        # By the login node's network alone: its process tree does not know the node's.
+        wire = ["nsenter", "--target", str(self.login.init), "--net", "--", "ip", "link", "add", link, "type", "veth"]
+        subprocess.run([*wire, "peer", "name", "eth0", "netns", str(node.init)], check=True, env={"PATH": _PATH})
+        self.login.do("ip", "link", "set", link, "master", "br0", "up")
+        node.do("ip", "address", "add", f"{node.address}/24", "dev", "eth0")
+        node.do("ip", "link", "set", "eth0", "up")
+
+    def _begin_daemons(self) -> None:
+        munge = self.place / "munge"
+        munged = ["munged", "--foreground", "--force", f"--key-file={munge}/key", f"--socket={munge}/socket"]
+        munged += [f"--pid-file={munge}/pid", f"--log-file={munge}/log", f"--seed-file={munge}/seed"]
+        self.login.begin(*munged, environment={}, log=munge / "out")
+        until = time.monotonic() + _SECONDS_TO_COME_UP
+        while not (munge / "socket").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        self.login.begin("slurmctld", "-D", environment=self.environment, log=self.place / "slurmctld.out")
+        for name in self.names:
+            self.start_daemon(name)
+        self.await_idle()
+
+    def start_daemon(self, name: str) -> None:
+        """The node's own daemon."""
+        command = ["slurmd", "-D", "-N", name]
+        self.nodes[name].begin(*command, environment=self.environment, log=self.place / f"slurmd-{name}.out")
+
+    def await_idle(self, seconds: float = _SECONDS_TO_COME_UP) -> None:
+        """Until every node waits for work."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            done = self.ask("sinfo", "--noheader", "--Node", "--format=%N %T")
+            states = dict(line.split() for line in done.stdout.splitlines()) if done.returncode == 0 else {}
+            if set(self.names) == states.keys() and set(states.values()) == {"idle"}:
+                return
+            time.sleep(0.1)
+        raise AssertionError(f"the nodes do not become idle: {done.stdout}{done.stderr}")
+
+    def ask(
+        self, *command: str, environment: Mapping[str, str] | None = None, folder: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """A command on the login node, as a user of the cluster types it."""
+        return self.login.run(*command, environment={**self.environment, **(environment or {})}, folder=folder)
+
+    def job(self, job: str) -> dict[str, str]:
+        """What the controller knows of a job."""
+        done = self.ask("scontrol", "show", "job", "--oneliner", job)
+        return dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
+
+    def cut(self, name: str) -> None:
+        """The node is no longer reached, and reaches nobody."""
+        self.login.do("ip", "link", "set", f"veth-{name}", "down")
+
+    def reboot(self, name: str) -> None:
+        """The node loses its power, and is reached again without anything that ran on it."""
+        self.nodes[name].lose_power()
+        self.login.run("ip", "link", "delete", f"veth-{name}")  # it may have gone with the other end
+        self._add_node(self.names.index(name))
+        self.start_daemon(name)
+
+    def end(self) -> None:
+        """Nothing of it is left."""
+        for machine in (*self.nodes.values(), self.login):
+            machine.lose_power()
+
+
+@contextlib.contextmanager
+def cluster(place: Path, names: Sequence[str] = ("node1", "node2"), gpus: int = GPUS) -> Iterator[Cluster]:
+    """A cluster, until the block is left."""
+    one = Cluster(place, names, gpus)
+    try:
+        one.begin()
+        yield one
+    finally:
+        one.end()
+
+
+if __name__ == "__main__":  # by hand: a shell on the login node
+    import sys
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="cluster-") as folder, cluster(Path(folder)) as one:
+        subprocess.run(
+            [*one.login.entering(), *(sys.argv[1:] or ["bash"])], env={**os.environ, **one.environment}, check=False
+        )

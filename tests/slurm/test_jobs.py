@@ -1,0 +1,298 @@
+"""The shipped jobs, as a user submits them, on a real Slurm of two nodes: trained, stopped, cut off, refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from cluster import Cluster, cannot_be, cluster
+from conftest import REPOSITORY, SHORT, Workplace, manifest, metrics
+from safetensors.numpy import load_file
+
+pytestmark = pytest.mark.skipif(cannot_be() is not None, reason=str(cannot_be()))
+
+_SECONDS_AT_MOST = 400.0  # for what takes half a minute on an idle machine
+_ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+# Two ranks, one on each node, and enough steps that something can happen in the middle.
+LONGER = (*SHORT, "trainer.max_steps=60", "trainer.eval_steps=30", "trainer.save_steps=15")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A checkout on the disk that all nodes of a cluster share, and what a user types there."""
+
+    cluster: Cluster
+    checkout: Path
+
+    @property
+    def runs(self) -> Path:
+        return self.checkout / "runs"
+
+    def submit(self, script: str, *words: str, options: tuple[str, ...] = (), **variables: str) -> str:
+        """The number of the job."""
+        done = self.sbatch(script, *words, options=options, **variables)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def sbatch(
+        self, script: str, *words: str, options: tuple[str, ...] = (), **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        given = {"SANITY": "skip", "REPORT_TO": "none", "OMP_NUM_THREADS": "1", "PROCESSES": "2", **variables}
+        command = ["sbatch", "--parsable", *options, f"slurm/{script}.sh", *words]
+        return self.cluster.ask(*command, environment=given, folder=self.checkout)
+
+    def ended(self, job: str) -> dict[str, str]:
+        """What Slurm says of a job once it has ended."""
+        until(lambda: self.cluster.job(job).get("JobState") in _ENDED, lambda: self.output(job))
+        return self.cluster.job(job)
+
+    def starts_again(self, job: str) -> None:
+        """Waits until the job is back in the queue and has let go of its nodes, and has Slurm not wait longer."""
+        until(lambda: self.cluster.job(job).get("JobState") == "PENDING", lambda: self.output(job))
+        self.cluster.await_idle(120)
+        self.cluster.ask("scontrol", "update", f"jobid={job}", "StartTime=now")
+        until(lambda: self.cluster.job(job).get("JobState") != "PENDING", lambda: self.output(job))
+
+    def reaches(self, run: str, step: int, job: str) -> None:
+        """Waits until a run has logged a step."""
+        until(lambda: last_step(self.runs / run) >= step, lambda: self.output(job))
+
+    def output(self, job: str) -> str:
+        """What the job has said."""
+        found = [
+            *self.checkout.glob(f"slurm/logs/*-{job}.out"),
+            *self.checkout.glob(f"slurm/logs/*-{job}/start-*/*.txt"),
+        ]
+        return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')}" for path in found)
+
+
+def until(happens: Callable[[], bool], said: Callable[[], str]) -> None:
+    """Waits for something that must happen."""
+    end = time.monotonic() + _SECONDS_AT_MOST
+    while not happens():
+        assert time.monotonic() < end, said()[-5000:]
+        time.sleep(0.2)
+
+
+def last_step(run: Path) -> int:
+    return max((line["step"] for line in metrics(run)), default=0) if (run / "metrics.jsonl").exists() else 0
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in metrics(run) if "loss" in line]
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    left, right = load_file(one / "last" / "model.safetensors"), load_file(other / "last" / "model.safetensors")
+    return left.keys() == right.keys() and all((left[name] == right[name]).all() for name in left)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    checkout = tmp_path_factory.mktemp("shared") / "sft-recipes"
+    tracked = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    for name in tracked.splitlines():
+        if name.split("/")[0] in (
+            "slurm",
+            "sft_recipes",
+            "recipes",
+            "accelerate_configs",
+            "deepspeed_configs",
+            "Makefile",
+        ):
+            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(REPOSITORY / name, checkout / name)
+    (checkout / ".venv").symlink_to((REPOSITORY / ".venv").resolve())
+    with cluster(tmp_path_factory.mktemp("cluster")) as one:
+        yield Site(one, checkout)
+
+
+@pytest.fixture(scope="module")
+def by_one_process(shared_workplace: Workplace) -> Path:
+    return shared_workplace.trained_once("one-process", *SHORT)
+
+
+@pytest.fixture(scope="module")
+def made(site: Site) -> subprocess.CompletedProcess[str]:
+    """What `make slurm` says of a run that nothing interrupts."""
+    given = {"SANITY": "skip", "REPORT_TO": "none", "OMP_NUM_THREADS": "1", "PROCESSES": "2", "NAME": "uninterrupted"}
+    words = f"ARGS={' '.join((*LONGER, 'parallelism=ddp'))}"
+    return site.cluster.ask("make", "slurm", "RECIPE=tiny", words, environment=given, folder=site.checkout)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(site: Site, made: subprocess.CompletedProcess[str]) -> Path:
+    return site.runs / "uninterrupted"
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+def test_two_nodes_of_two_ranks_train_as_one_process_does(site: Site, by_one_process: Path, engine: str) -> None:
+    job = site.submit("tiny", *SHORT, f"parallelism={engine}", PROCESSES="4", NAME=f"four-{engine}")
+    ended = site.ended(job)
+    said = site.output(job)
+    assert ended["JobState"] == "COMPLETED", said
+    assert losses(site.runs / f"four-{engine}") == pytest.approx(losses(by_one_process), rel=2e-4)
+    assert manifest(site.runs / f"four-{engine}")["starts"][0]["job"] == {
+        "id": job, "name": "sft-tiny", "nodes": "node[1-2]", "restarts": 0,
+    }  # fmt: skip
+    logs = site.checkout / "slurm" / "logs"
+    assert (logs / "latest" / "latest").resolve() == logs / f"sft-tiny-{job}" / "start-0"
+    names = {path.name for path in (logs / "latest" / "latest").iterdir()}
+    assert names == {"node-0-node1.txt", "node-1-node2.txt", "rank-1.txt", "rank-2.txt", "rank-3.txt"}
+    assert f"job {job}, start 1, 2 x 0 GPUs" in said
+    status = site.cluster.ask(".venv/bin/python", "-m", "sft_recipes", "status", f"four-{engine}", folder=site.checkout)
+    assert f"job        id {job}, state COMPLETED" in status.stdout, status.stdout + status.stderr
+
+
+def test_the_nodes_are_tried_together_before_the_first_step(site: Site) -> None:
+    job = site.submit("tiny", *SHORT, "parallelism=ddp", NAME="tried", SANITY="")
+    assert site.ended(job)["JobState"] == "COMPLETED", site.output(job)
+    assert "GB/s over 2 ranks (gloo)" in site.output(job)
+    assert "sanity: passed" in site.output(job)
+
+
+def test_a_job_whose_time_is_nearly_up_saves_and_goes_on_by_itself(site: Site, uninterrupted: Path) -> None:
+    job = site.submit("tiny", *LONGER, "parallelism=ddp", NAME="requeued")
+    site.reaches("requeued", 5, job)
+    site.cluster.ask("scancel", "--signal=USR1", "--batch", job)  # what --signal=B:USR1@… has Slurm send
+    site.starts_again(job)
+    assert site.ended(job)["JobState"] == "COMPLETED", site.output(job)
+    run = site.runs / "requeued"
+    assert [start["job"]["restarts"] for start in manifest(run)["starts"]] == [0, 1]
+    assert same_weights(run, uninterrupted)
+    assert (site.checkout / "slurm" / "logs" / "latest" / "latest").resolve().name == "start-1"
+
+
+def test_a_job_that_is_cancelled_saves_and_stays_cancelled(site: Site) -> None:
+    job = site.submit("tiny", *LONGER, "trainer.max_steps=400", "parallelism=ddp", NAME="cancelled")
+    site.reaches("cancelled", 3, job)
+    site.cluster.ask("scancel", job)
+    ended = site.ended(job)
+    assert ended["JobState"] == "CANCELLED"
+    site.cluster.await_idle(120)
+    assert manifest(site.runs / "cancelled")["state"] == "stopped", site.output(job)
+    assert list((site.runs / "cancelled").glob("checkpoint-*/complete.json"))
+    time.sleep(3)
+    after = site.cluster.job(job)
+    assert (after["JobState"], after["Restarts"]) == ("CANCELLED", "0")
+
+
+def test_sigterm_to_the_ranks_saves_and_brings_no_job_back(site: Site) -> None:
+    job = site.submit("tiny", *LONGER, "trainer.max_steps=400", "parallelism=ddp", NAME="asked")
+    site.reaches("asked", 3, job)
+    site.cluster.ask("scancel", "--signal=TERM", job)
+    ended = site.ended(job)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "75:0", "0"), site.output(job)
+    assert manifest(site.runs / "asked")["state"] == "stopped"
+
+
+def test_a_node_that_is_cut_off_costs_no_more_than_the_steps_behind_the_last_save(
+    site: Site, uninterrupted: Path
+) -> None:
+    job = site.submit("tiny", *LONGER, "parallelism=ddp", NAME="cut")
+    site.reaches("cut", 20, job)
+    site.cluster.cut("node2")
+    until(lambda: site.cluster.job(job)["Restarts"] == "1", lambda: site.output(job))
+    reached = last_step(site.runs / "cut")
+    site.cluster.reboot("node2")
+    site.starts_again(job)
+    assert site.ended(job)["JobState"] == "COMPLETED", site.output(job)
+    went_on = re.search(r"going on from checkpoint-(\d+)", site.output(job))
+    assert went_on is not None and 0 <= reached - int(went_on[1]) <= 15, site.output(job)
+    assert same_weights(site.runs / "cut", uninterrupted)
+
+
+def test_a_rank_that_is_killed_ends_the_job_which_names_it(site: Site) -> None:
+    job = site.submit("tiny", *LONGER, "trainer.max_steps=400", "parallelism=ddp", NAME="killed")
+    site.reaches("killed", 3, job)
+    pulse = json.loads((site.runs / "killed" / ".ranks" / "node2-1").read_text())
+    site.cluster.nodes["node2"].do("kill", "-KILL", str(pulse["process"]))
+    began = time.monotonic()
+    ended = site.ended(job)
+    assert time.monotonic() - began < 90
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "1:0", "0")
+    assert "rank 1 on node2 was ended by SIGKILL in step" in site.output(job)
+
+
+def test_a_job_that_comes_no_further_ends_with_4(site: Site) -> None:
+    job = site.submit("tiny", *SHORT, "parallelism=ddp", NAME="stuck", options=("--hold",))
+    counted = site.runs / ".jobs" / job / "starts.json"
+    counted.parent.mkdir(parents=True)
+    counted.write_text('{"step": 0, "count": 3}')
+    # A restart that Slurm counts; the body of a job begins its record anew at the first.
+    (site.checkout / "slurm" / "cluster.env").write_text("SLURM_RESTART_COUNT=3\n")
+    try:
+        site.cluster.ask("scontrol", "release", job)
+        ended = site.ended(job)
+    finally:
+        (site.checkout / "slurm" / "cluster.env").unlink()
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "4:0"), site.output(job)
+    assert f"job {job} was started 3 times and has come no further than its beginning" in site.output(job)
+
+
+def test_what_a_user_gets_wrong_ends_the_job_with_2_on_all_nodes(site: Site) -> None:
+    job = site.submit("tiny", "trainer.lerning_rate=1", NAME="wrong")
+    ended = site.ended(job)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0"), site.output(job)
+    errors = [line for line in site.output(job).splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2 and len(set(errors)) == 1  # in node 0's log, and in the job's own, which shows it
+    assert "Traceback" not in site.output(job)
+
+
+def test_a_finished_run_is_not_begun_again(site: Site, uninterrupted: Path) -> None:
+    job = site.submit("tiny", *LONGER, "parallelism=ddp", NAME="uninterrupted")
+    assert site.ended(job)["JobState"] == "COMPLETED", site.output(job)
+    assert "is finished; its model is in" in site.output(job)
+    assert len(manifest(uninterrupted)["starts"]) == 1
+
+
+def test_other_nodes_than_a_plan_can_share_its_batch_with_are_refused(site: Site) -> None:
+    job = site.submit("tiny", *SHORT, PROCESSES="3", NAME="uneven")
+    assert site.ended(job)["ExitCode"] == "2:0"
+    assert "PROCESSES: 3 on the CPU do not share evenly over 2 nodes" in site.output(job)
+
+
+def test_several_tasks_a_node_are_refused(site: Site) -> None:
+    job = site.submit("tiny", *SHORT, NAME="tasks", options=("--ntasks-per-node=2",))
+    assert site.ended(job)["ExitCode"] == "2:0", site.output(job)
+    assert "Slurm: 4 tasks on 2 nodes; wanted one a node" in site.output(job)
+
+
+def test_slurm_refuses_what_the_cluster_does_not_have(site: Site) -> None:
+    nine = site.sbatch("70b", options=("--nodes=2", "--gpus-per-node=9"))
+    assert nine.returncode != 0
+    assert "Requested node configuration is not available" in nine.stderr
+    nowhere = site.sbatch("70b", options=("--nodes=2", "--partition=nowhere"))
+    assert nowhere.returncode != 0
+    assert "invalid partition specified: nowhere" in nowhere.stderr
+
+
+def test_gpus_that_slurm_gives_and_the_driver_does_not_have_are_named_with_their_node(site: Site) -> None:
+    job = site.submit("70b", options=("--nodes=2",), PROCESSES="", NAME="gpus")
+    assert site.ended(job)["ExitCode"] == "2:0", site.output(job)
+    assert "Slurm gave 8 on node1, and nvidia-smi lists none there" in site.output(job)
+    assert "--exclude=node1" in site.output(job)
+
+
+def test_every_header_asks_for_what_sbatch_takes(site: Site) -> None:
+    scripts = sorted(path for path in (site.checkout / "slurm").glob("*.sh") if "\n#SBATCH " in path.read_text())
+    assert len(scripts) == 12
+    for script in scripts:
+        done = site.cluster.ask("sbatch", "--test-only", "--nodes=2", f"slurm/{script.name}", folder=site.checkout)
+        assert done.returncode == 0, f"{script.name}: {done.stderr}"
+
+
+def test_make_slurm_submits_and_shows_what_the_job_says(
+    made: subprocess.CompletedProcess[str], uninterrupted: Path
+) -> None:
+    assert made.returncode == 0, made.stdout + made.stderr
+    assert "is submitted; its output: slurm/logs/sft-tiny-" in made.stdout
+    assert "trained    llama, built from scratch" in made.stdout
+    assert manifest(uninterrupted)["state"] == "finished"
