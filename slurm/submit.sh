@@ -14,7 +14,8 @@ done
 shift || true
 script=slurm/$recipe.sh
 if [ ! -f "$script" ]; then
-  echo "error: RECIPE: there is no $script; there are: $(cd slurm && ls -- *[0-9]b*.sh tiny.sh | sed 's/\.sh$//' | paste -sd ' ')" >&2
+  there=$(grep -l '^#SBATCH' slurm/*.sh | sed 's|slurm/||; s|\.sh$||' | paste -sd ' ')
+  echo "error: RECIPE: there is no $script; there are: $there" >&2
   exit 2
 fi
 if ! command -v sbatch > /dev/null; then
