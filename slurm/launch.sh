@@ -52,22 +52,26 @@ eval "command=($words)" # quoted by python's shlex
 echo "job $SLURM_JOB_ID, start $((start + 1)), $SLURM_JOB_NUM_NODES x ${SLURM_GPUS_ON_NODE:-0} GPUs, $cores cores each: $SLURM_JOB_NODELIST"
 echo "logs: $SFT_RECIPES_LOGS"
 
-time_is_up='' ended='' interrupted=''
+time_is_up='' ended='' interrupted='' step=''
+# shellcheck disable=SC2329 # the traps call it
+pass_on() { [ -z "$step" ] || kill "-$1" "$step" 2> /dev/null || true; }
+trap 'interrupted=1 time_is_up=1; echo "the time is nearly up: saving"; pass_on USR1' USR1
+trap 'interrupted=1 ended=1; echo "asked to end: saving"; pass_on TERM' TERM INT
 "${command[@]}" &
 step=$!
-trap 'interrupted=1 time_is_up=1; echo "the time is nearly up: saving"; kill -USR1 "$step" 2> /dev/null || true' USR1
-trap 'interrupted=1 ended=1; echo "asked to end: saving"; kill -TERM "$step" 2> /dev/null || true' TERM INT
-node0=$SFT_RECIPES_LOGS/node-0-${SLURMD_NODENAME:-$(hostname -s)}.txt
-tail --pid="$step" -n +1 -F "$node0" 2> /dev/null &
+tail --pid="$step" -n +1 -F "$SFT_RECIPES_LOGS/node-0-$(hostname -s).txt" 2> /dev/null &
 shown=$!
-while true; do
-  interrupted='' status=0
-  wait "$step" || status=$?
+status=0
+while true; do # a signal ends `wait`, not the step; 127 says that the step was waited for already
+  interrupted='' waited=0
+  wait "$step" || waited=$?
+  [ "$waited" -eq 127 ] || status=$waited
   [ -n "$interrupted" ] || break
 done
 wait "$shown" || true
 
-if { [ "$status" -eq 75 ] && [ -n "$time_is_up" ] && [ -z "$ended" ]; } || [ -e "$SFT_RECIPES_REQUEUE" ]; then
+# 75 says that all is saved; a signal (128 and above) that it came before there was something to save.
+if [ -n "$time_is_up" ] && [ -z "$ended" ] && { [ "$status" -eq 75 ] || [ "$status" -ge 128 ]; } || [ -e "$SFT_RECIPES_REQUEUE" ]; then
   echo "job $SLURM_JOB_ID goes back into the queue, and goes on from what it saved"
   scontrol requeue "$SLURM_JOB_ID" ||
     echo "error: Slurm does not requeue it; go on with NAME=${NAME:-$recipe-$SLURM_JOB_ID} sbatch slurm/$recipe.sh" >&2

@@ -286,6 +286,16 @@ def test_ranks_that_are_not_the_plans_are_refused():
         check_ranks(plan, 2, {"ACCELERATE_USE_DEEPSPEED": "true"})
 
 
+def test_ranks_that_share_fewer_cores_than_they_are_are_stopped():
+    from sft_recipes.planning.schema import RecipeError
+    from sft_recipes.training.run import check_cores
+
+    for ranks, allowed, there in ((8, 64, 64), (8, 8, 64), (4, 2, 2), (1, 1, 64)):
+        check_cores(ranks, allowed, there)
+    with pytest.raises(RecipeError, match="8 ranks may run on 1 of this node's 64 cores; .*SRUN_CPUS_PER_TASK"):
+        check_cores(8, 1, 64)
+
+
 def test_accelerate_itself_would_have_started_one_process(shared_workplace):
     """Why the plan's files are written as they are; fails when `accelerate launch --cpu` starts the ranks asked for."""
     probe = shared_workplace.path / "probe.py"

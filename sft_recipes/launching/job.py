@@ -94,17 +94,22 @@ def forget(environment: Mapping[str, str]) -> None:
 
 
 def unfit(peers: Peers | None, plan: Plan, say: Callable[[str], None]) -> int:
-    """Looks whether the nodes can carry the plan, each by itself and all together; 0, or the exit code."""
-    if peers is None:
+    """Looks whether the nodes of a job can carry the plan, each by itself and all together; 0, or the exit code."""
+    allocation = from_slurm(os.environ) if os.environ.get("SFT_RECIPES_LOGS") else None  # of slurm/launch.sh
+    if peers is None and allocation is None:
         return 0
-    bad = {peers.name(number): list(_wrong(peers, number, plan)) for number in range(plan.nodes)}
+    if peers is None:
+        assert allocation is not None
+        bad = {allocation.name: list(_wrong({"hello": _what_is_here()}, plan))}
+    else:
+        bad = {peers.name(number): list(_wrong(peers.told(number), plan)) for number in range(plan.nodes)}
     for name, findings in bad.items():
         for finding in findings:
             say(f"{name}: {finding}")
     names = ",".join(name for name, findings in bad.items() if any(one.colour == "red" for one in findings))
     if names:
         return process.fail(f"{names} cannot carry its part; leave it out: sbatch --exclude={names}", EXIT_FAULT)
-    if os.environ.get("SANITY") == "skip":
+    if peers is None or os.environ.get("SANITY") == "skip":
         return 0
     with process.listening() as asked:
         return _sum(peers, plan, say, asked)
@@ -126,9 +131,8 @@ def asked_of_slurm(job: str | None) -> dict[str, str] | None:
     return {key: value for key, value in found.items() if value not in ("None", "")}
 
 
-def _wrong(peers: Peers, number: int, plan: Plan) -> Iterator[Finding]:
-    """What is wrong with a node."""
-    told = peers.told(number)
+def _wrong(told: dict[str, Any], plan: Plan) -> Iterator[Finding]:
+    """What is wrong with a node, by what it shows."""
     here, ranks_here = told["hello"], plan.world_size // plan.nodes
     if told.get("reaches"):
         yield Finding("network", "red", told["reaches"], "MASTER_ADDR in slurm/cluster.env names another address")

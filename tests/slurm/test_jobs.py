@@ -57,6 +57,8 @@ class Site:
         """Waits until the job is back in the queue and has let go of its nodes, and has Slurm not wait longer."""
         until(lambda: self.cluster.job(job).get("JobState") == "PENDING", lambda: self.output(job))
         self.cluster.await_idle(120)
+        # Slurm would wait two minutes; nodes refuse what was signed in the second in which the job was ended.
+        time.sleep(3)
         self.cluster.ask("scontrol", "update", f"jobid={job}", "StartTime=now")
         until(lambda: self.cluster.job(job).get("JobState") != "PENDING", lambda: self.output(job))
 
