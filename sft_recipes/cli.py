@@ -295,8 +295,9 @@ def _sanity(parsed: argparse.Namespace) -> int:
 def _train(parsed: argparse.Namespace) -> int:
     from sft_recipes.launching import job
 
-    job.await_run(parsed.name)
-    code = _on_all_nodes(parsed, _carry_out)
+    with job.listening():
+        job.await_run(parsed.name)
+        code = _on_all_nodes(parsed, _carry_out)
     if code not in (run_folder.EXIT_FAULT, run_folder.EXIT_STOPPED):
         job.forget(os.environ)
     return code
@@ -323,7 +324,7 @@ def _try_out(parsed: argparse.Namespace, peers: Peers | None) -> int:
 
 def _carry_out(parsed: argparse.Namespace, peers: Peers | None) -> int:
     from sft_recipes.launching import job, lock, process, supervisor
-    from sft_recipes.launching.topology import check_disk, from_slurm
+    from sft_recipes.launching.topology import check_disk
 
     if parsed.name is not None:
         run_folder.check_name(parsed.name)
@@ -342,7 +343,7 @@ def _carry_out(parsed: argparse.Namespace, peers: Peers | None) -> int:
         print(supervisor.shell_line(plan, start.folder))
         return 0
     check_disk(plan, start.folder)
-    if no_further := job.exhausted(from_slurm(os.environ), start):
+    if no_further := job.exhausted(start):
         return process.fail(no_further, run_folder.EXIT_NO_PROGRESS)
     with lock.held(start.folder):
         unfit = job.unfit(peers, plan, _say)
@@ -414,9 +415,15 @@ def _status(parsed: argparse.Namespace) -> None:
     from sft_recipes.launching import job, lock
     from sft_recipes.reporting import status
 
-    folder = run_folder.find(parsed.run)
+    try:
+        folder = run_folder.find(parsed.run)
+    except RecipeError:
+        if asked := job.named(parsed.run):  # it waits for its nodes
+            print(json.dumps({"job": asked}, indent=2) if parsed.json else status.of_job(asked))
+            return
+        raise
     starts = run_folder.read_json(folder.manifest).get("starts") or [{}]
-    asked = job.asked_of_slurm(starts[-1].get("job", {}).get("id"))
+    asked = job.asked_of_slurm(starts[-1].get("job", {}).get("id")) or job.named(folder.name)
     found = status.facts(folder, lock.holder(folder), asked)
     print(json.dumps(found, indent=2) if parsed.json else "\n".join(status.text(found)))
 

@@ -2,9 +2,21 @@
 # The body of every job: starts one launcher on each node, passes signals on, and has Slurm start the job again where its
 # time was up. Called by the headers beside it: launch.sh RECIPE [key=value ...]
 set -euo pipefail
+umask 077 # logs hold answers, and prompts
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-recipe=${RECIPE:-$1}
+time_is_up='' ended='' interrupted='' step=''
+# shellcheck disable=SC2329 # the traps call it
+pass_on() { [ -z "$step" ] || kill "-$1" "$step" 2> /dev/null || true; }
+trap 'interrupted=1 time_is_up=1; echo "the time is nearly up: saving"; pass_on USR1' USR1
+trap 'interrupted=1 ended=1; echo "asked to end: saving"; pass_on TERM' TERM INT
+
+fail() {
+  echo "error: $1" >&2
+  exit 2
+}
+
+recipe=$1 # never RECIPE: make exports it, and a job would train what its shell was last told
 shift
 if [ -f slurm/cluster.env ]; then
   set -a
@@ -18,47 +30,52 @@ case ${RUNTIME:-local} in pyxis | apptainer)
   HF_HOME=$(realpath -m "${HF_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/huggingface}")
   export HF_HOME SFT_RECIPES_IMAGE="${IMAGE:-}" ;;
 esac
+# Any python of today will do to write a command line; the machine's own may be older.
+python=''
+for candidate in .venv/bin/python python3.12 python3.11 python3.13 python3; do
+  if command -v "$candidate" > /dev/null; then
+    python=$candidate
+    break
+  fi
+done
 
-if [ -n "${DRY_RUN:-}" ]; then # on a login node, without a job
+if [ -n "${DRY_RUN:-}" ] && [ -z "${SLURM_JOB_ID:-}" ]; then
   sed -n "s/^#SBATCH \([^ ]*\).*/\1/p" "slurm/$recipe.sh" | paste -sd ' ' | sed 's/^/sbatch /'
   echo "on each node, by one srun:"
-  exec python3 -I sft_recipes/launching/step.py "$recipe" "$@"
+  exec "$python" -I sft_recipes/launching/step.py "$recipe" "$@"
 fi
-if [ -z "${SLURM_JOB_ID:-}" ]; then
-  echo "error: this is the body of a job: sbatch slurm/$recipe.sh, or DRY_RUN=1 slurm/$recipe.sh to see what it would do" >&2
-  exit 2
-fi
-if [ "${SLURM_NTASKS:-$SLURM_JOB_NUM_NODES}" -ne "$SLURM_JOB_NUM_NODES" ]; then
-  echo "error: Slurm: $SLURM_NTASKS tasks on $SLURM_JOB_NUM_NODES nodes; wanted one a node: --ntasks-per-node=1" >&2
-  exit 2
-fi
+[ -z "${DRY_RUN:-}" ] || fail "DRY_RUN: this is a job already; show what it would do without one: DRY_RUN=1 slurm/$recipe.sh"
+[ -n "${SLURM_JOB_ID:-}" ] ||
+  fail "this is the body of a job: sbatch slurm/$recipe.sh, or DRY_RUN=1 slurm/$recipe.sh to see what it would do"
+[ "${SLURM_NTASKS:-$SLURM_JOB_NUM_NODES}" -eq "$SLURM_JOB_NUM_NODES" ] ||
+  fail "Slurm: $SLURM_NTASKS tasks on $SLURM_JOB_NUM_NODES nodes; wanted one a node: --ntasks-per-node=1"
 
 start=${SLURM_RESTART_COUNT:-0}
 job_logs=$PWD/slurm/logs/$SLURM_JOB_NAME-$SLURM_JOB_ID
 export SFT_RECIPES_LOGS="$job_logs/start-$start" SFT_RECIPES_REQUEUE="$job_logs/start-$start/requeue"
 mkdir -p "$SFT_RECIPES_LOGS"
+rm -f "$SFT_RECIPES_REQUEUE"
 ln -sfn "start-$start" "$job_logs/latest"
 ln -sfn "$SLURM_JOB_NAME-$SLURM_JOB_ID" slurm/logs/latest
 if [ "$start" -eq 0 ]; then
   rm -rf "$RUNS_DIR/.jobs/$SLURM_JOB_ID" # of another job with this number, on a cluster that counts anew
 fi
 # srun has not taken sbatch's --cpus-per-task since Slurm 22.05; without it a launcher and its ranks may get one core.
+# What says the same in other words, or binds to cores of the shell that called sbatch, would stand against it.
 cores=$(tr ',' '\n' <<< "$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | head -n 1)
 export SRUN_CPUS_PER_TASK=$cores
+unset SLURM_TRES_PER_TASK "${!SLURM_CPU_BIND@}"
 
 command=()
-words=$(python3 -I sft_recipes/launching/step.py "$recipe" "$@")
+words=$("$python" -I sft_recipes/launching/step.py "$recipe" "$@")
 eval "command=($words)" # quoted by python's shlex
 echo "job $SLURM_JOB_ID, start $((start + 1)), $SLURM_JOB_NUM_NODES x ${SLURM_GPUS_ON_NODE:-0} GPUs, $cores cores each: $SLURM_JOB_NODELIST"
 echo "logs: $SFT_RECIPES_LOGS"
 
-time_is_up='' ended='' interrupted='' step=''
-# shellcheck disable=SC2329 # the traps call it
-pass_on() { [ -z "$step" ] || kill "-$1" "$step" 2> /dev/null || true; }
-trap 'interrupted=1 time_is_up=1; echo "the time is nearly up: saving"; pass_on USR1' USR1
-trap 'interrupted=1 ended=1; echo "asked to end: saving"; pass_on TERM' TERM INT
 "${command[@]}" &
 step=$!
+[ -z "$time_is_up" ] || pass_on USR1 # it came before there was somebody to tell
+[ -z "$ended" ] || pass_on TERM
 tail --pid="$step" -n +1 -F "$SFT_RECIPES_LOGS/node-0-$(hostname -s).txt" 2> /dev/null &
 shown=$!
 status=0
@@ -70,8 +87,15 @@ while true; do # a signal ends `wait`, not the step; 127 says that the step was 
 done
 wait "$shown" || true
 
-# 75 says that all is saved; a signal (128 and above) that it came before there was something to save.
-if [ -n "$time_is_up" ] && [ -z "$ended" ] && { [ "$status" -eq 75 ] || [ "$status" -ge 128 ]; } || [ -e "$SFT_RECIPES_REQUEUE" ]; then
+# 75 says that all is saved, a signal (128 and above) that it came before there was something to save. A job that was
+# asked to end stays ended; one that Slurm preempts may hear of it in its ranks alone, in its grace time.
+again=''
+if [ "$status" -eq 75 ] || [ "$status" -ge 128 ]; then
+  again=$time_is_up
+  [ ! -e "$SFT_RECIPES_REQUEUE" ] || again=1 # a node was lost
+  if scontrol show job --oneliner "$SLURM_JOB_ID" 2> /dev/null | grep -q ' PreemptTime=[0-9]'; then again=1; fi
+fi
+if [ -n "$again" ] && [ -z "$ended" ]; then
   echo "job $SLURM_JOB_ID goes back into the queue, and goes on from what it saved"
   scontrol requeue "$SLURM_JOB_ID" ||
     echo "error: Slurm does not requeue it; go on with NAME=${NAME:-$recipe-$SLURM_JOB_ID} sbatch slurm/$recipe.sh" >&2

@@ -18,6 +18,13 @@ if [ ! -f "$script" ]; then
   echo "error: RECIPE: there is no $script; there are: $there" >&2
   exit 2
 fi
+if [ -n "${DRY_RUN:-}" ]; then
+  exec "$script" "$@"
+fi
+if [ -n "${GPUS:-}${DEVICES:-}" ]; then
+  echo "error: GPUS, DEVICES: Slurm gives a job its GPUs; say NODES=, or sbatch --nodes= --gpus-per-node= $script" >&2
+  exit 2
+fi
 if ! command -v sbatch > /dev/null; then
   echo "error: there is no Slurm here (no sbatch on the PATH); on one machine: make train RECIPE=$recipe" >&2
   exit 2
@@ -28,8 +35,7 @@ if [ -f slurm/cluster.env ]; then
   . slurm/cluster.env
   set +a
 fi
-unset RECIPE # the script's own
-if ! job=$(sbatch --parsable "${options[@]}" "$script" "$@"); then
+if ! job=$(sbatch --parsable ${options[@]+"${options[@]}"} "$script" "$@"); then
   echo "error: Slurm does not take the job, for the reason above; options of sbatch go into slurm/cluster.env" >&2
   exit 2
 fi
@@ -37,18 +43,26 @@ job=${job%%;*}
 output=slurm/logs/sft-$recipe-$job.out
 echo "job $job is submitted; its output: $output; end it: scancel $job"
 trap 'echo; echo "job $job goes on; look again: tail -F $output, make status RUN=${NAME:-$recipe-$job}"; exit 0' INT
-waiting=''
-until [ -e "$output" ]; do
-  state=$(squeue --noheader --jobs="$job" --format='%T (%r)' 2> /dev/null) || break
-  [ -n "$state" ] || break
-  [ "$state" = "$waiting" ] || echo "$state"
-  waiting=$state
-  sleep 2
+state() { scontrol show job --oneliner "$job" 2> /dev/null | sed -n 's/.* JobState=\([A-Z_]*\) Reason=\([^ ]*\).*/\1 (\2)/p'; }
+waiting='' shown='' silent=0
+# A controller that does not answer just now says nothing of the job; one that has forgotten it never will.
+while [ "$silent" -lt 12 ]; do
+  now=$(state)
+  if [ -z "$now" ]; then silent=$((silent + 1)); else silent=0; fi
+  case $now in COMPLETED* | FAILED* | CANCELLED* | TIMEOUT* | NODE_FAIL* | OUT_OF_MEMORY* | DEADLINE*) break ;; esac
+  if [ -z "$shown" ] && [ -e "$output" ]; then
+    tail --pid=$$ -n +1 -F "$output" 2> /dev/null &
+    shown=$!
+  elif [ -z "$shown" ] && [ "$now" != "$waiting" ]; then
+    echo "$now"
+    waiting=$now
+  fi
+  sleep 3
 done
-tail -n +1 -F "$output" 2> /dev/null &
-shown=$!
-while [ -n "$(squeue --noheader --jobs="$job" --states=PENDING,RUNNING,COMPLETING,CONFIGURING,REQUEUED,SUSPENDED 2> /dev/null)" ]; do
+if [ -z "$shown" ] && [ -e "$output" ]; then # it ended between two looks
+  cat "$output"
+else
   sleep 2
-done
-sleep 1
-kill "$shown" 2> /dev/null || true
+  kill "$shown" 2> /dev/null || true
+fi
+echo "job $job: ${now:-Slurm no longer knows it}"

@@ -374,7 +374,7 @@ def test_nothing_typed_is_a_command(machine, variable):
         ((), {"RUNTIME": "docker", "ENGINE_IS_DOWN": "1"}, "RUNTIME: docker is here, but its daemon does not answer"),
         ((), {"RUNTIME": "podman", "engines": ("docker",)}, "RUNTIME: there is no podman here"),
         ((), {"RUNTIME": "lxc"}, "RUNTIME: 'lxc' is not known; say local, docker or podman"),
-        ((), {"RUNTIME": "apptainer"}, "RUNTIME: apptainer starts an image in a Slurm job"),
+        ((), {"RUNTIME": "apptainer"}, "RUNTIME: apptainer starts a Slurm job's image"),
         (("--gpus", "2"), {"VARIANT": "rocm"}, "VARIANT: 'rocm' is not known; say cuda or cpu"),
         (("--gpus", "2"), {"knows": "{}"}, "RUNTIME: docker cannot give GPUs to a container here"),
         ((), {"RUNTIME": "docker", "RUNS_DIR": "/proc/runs"}, "RUNS_DIR: /proc/runs cannot be made"),

@@ -89,6 +89,8 @@ def test_the_first_host_of_a_list_is_where_ranks_meet(listed: str, first: str) -
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT: 'abc' is not a whole number"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT: 70000 is no port"),
         ({"SLURM_STEP_NUM_TASKS": "32"}, "32 tasks on 4 nodes; wanted one a node"),
         ({"SLURM_GPUS": "28"}, "28 GPUs on 4 nodes are not as many on each"),
     ],
@@ -152,11 +154,15 @@ def test_a_dry_run_shows_what_the_job_asks_for_and_what_runs_on_each_node(tmp_pa
     asked, _, command = done.stdout.splitlines()
     assert asked.startswith("sbatch --job-name=sft-70b --nodes=4 --ntasks-per-node=1 --gpus-per-node=8 --exclusive")
     words = shlex.split(command)
-    assert words[:2] == ["srun", "--kill-on-bad-exit=1"]
+    assert words[:3] == ["srun", "--kill-on-bad-exit=1", "--export=ALL"]
     assert words[words.index("-m") :] == [
         "-m", "sft_recipes", "train", "70b", "--name", "70b-JOBID", "--accept", "x", f"data.train={hostile}",
         "trainer.learning_rate=1.0e-5", f"model.name_or_path={hostile}",
     ]  # fmt: skip
+
+
+def test_a_job_trains_what_its_script_says_whatever_the_shell_was_told_last() -> None:
+    assert " train 70b --name 70b-JOBID" in shown("70b", RECIPE="tiny").stdout
 
 
 def test_pyxis_and_apptainer_see_code_runs_and_named_data_and_no_home(tmp_path: Path) -> None:
@@ -167,12 +173,13 @@ def test_pyxis_and_apptainer_see_code_runs_and_named_data_and_no_home(tmp_path: 
     words = shlex.split(done.stdout.splitlines()[-1])
     mounted = next(word for word in words if word.startswith("--container-mounts=")).partition("=")[2].split(",")
     assert {f"{REPOSITORY}:{REPOSITORY}:ro", f"{data}:{data}:ro"} < set(mounted)
+    assert f"{REPOSITORY}/slurm/logs:{REPOSITORY}/slurm/logs:rw" in mounted  # each rank writes a log of its own
     assert {f"{tmp_path}/runs:{tmp_path}/runs:rw", f"{tmp_path}/hub:{tmp_path}/hub:rw"} < set(mounted)
     assert {f"--container-image={image}", "--no-container-mount-home"} < set(words)
     assert words[words.index("python") :][:4] == ["python", "-m", "sft_recipes", "train"]
     done = shown("8b", RUNTIME="apptainer", IMAGE=str(image), **places)
     words = shlex.split(done.stdout.splitlines()[-1])
-    assert words[2:6] == [words[2], "apptainer", "exec", "--nv"] and "--no-home" in words
+    assert words[words.index("apptainer") :][:3] == ["apptainer", "exec", "--nv"] and "--no-home" in words
     assert f"{tmp_path}/runs:{tmp_path}/runs:rw" in words and str(image) in words
 
 
@@ -190,6 +197,32 @@ def test_a_runtime_that_cannot_be_is_refused_in_a_line(given: dict[str, str], sa
     assert done.stderr.startswith(f"error: {said}") and done.stderr.count("\n") == 1
 
 
+def test_a_dry_run_of_make_slurm_submits_nothing() -> None:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "MAKE", "MFLAGS"))}
+    asked = ["make", "slurm", "RECIPE=70b", "DRY_RUN=1", "NODES=4", "ARGS=trainer.learning_rate=1.0e-5"]
+    done = subprocess.run(asked, cwd=REPOSITORY, capture_output=True, text=True, check=False, env=kept)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].endswith("train 70b --name 70b-JOBID trainer.learning_rate=1.0e-5")
+    inside = shown("8b", SLURM_JOB_ID="1")
+    assert (inside.returncode, inside.stdout) == (2, "") and "DRY_RUN: this is a job already" in inside.stderr
+
+
+def test_gpus_of_a_job_are_slurms_to_give() -> None:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "MAKE", "MFLAGS"))}
+    asked = ["make", "slurm", "RECIPE=70b", "GPUS=16"]
+    done = subprocess.run(asked, cwd=REPOSITORY, capture_output=True, text=True, check=False, env=kept)
+    assert done.returncode == 2 and "error: GPUS, DEVICES: Slurm gives a job its GPUs" in done.stderr
+
+
+def test_a_job_of_one_node_gets_the_gpus_that_slurm_gave_or_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(
+        topology, "visible_gpus", lambda: [topology.Gpu(str(n), 81559, "NVIDIA H100") for n in range(4)]
+    )
+    one = from_slurm({**STEP, "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NODEID": "0"})
+    with pytest.raises(RecipeError, match="Slurm gave 8 on gpu005, and nvidia-smi lists 4 there; .*--exclude=gpu005"):
+        topology.present(recipes.load("8b"), None, None, None, None, None, one)
+
+
 def test_the_body_of_a_job_by_hand_says_how_it_is_meant() -> None:
     done = shown("8b", DRY_RUN="")
     assert (done.returncode, done.stdout) == (2, "")
@@ -204,25 +237,30 @@ def test_a_recipe_without_a_job_is_refused_with_those_that_have_one() -> None:
 
 
 def test_a_job_is_started_three_times_without_progress_and_no_more(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("RUNS_DIR", str(tmp_path))
     plan = plans.make(recipes.load("tiny"), topology.planned(recipes.load("tiny"), None, None, None, None))
     folder = RunFolder(tmp_path / "one")
     start = Start(folder, plan, goes_on=False)
-    assert [job.exhausted(allocation(), start) for _ in range(3)] == [None] * 3
-    said = job.exhausted(allocation(), start)
-    assert said is not None and "job 1 was started 3 times and has come no further than its beginning" in said
-    assert job.exhausted(allocation(number=2), start) is None  # another job
-    assert job.exhausted(allocation(), Start(folder, plan, goes_on=True, insisted=True)) is None
+    assert [job.exhausted(start) for _ in range(5)] == [None] * 5  # no job
+    for name, value in {**STEP, "RUNS_DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    assert [job.exhausted(start) for _ in range(5)] == [None] * 5  # by hand, in a step of one's own
+    monkeypatch.setenv("SFT_RECIPES_LOGS", str(tmp_path))
+    assert [job.exhausted(start) for _ in range(3)] == [None] * 3
+    said = job.exhausted(start)
+    assert said is not None and "job 70123 was started 3 times and has come no further than its beginning" in said
+    assert job.exhausted(Start(folder, plan, goes_on=True, insisted=True)) is None
     folder.checkpoint(5).mkdir(parents=True)
     (folder.checkpoint(5) / "complete.json").write_text('{"run_id": ""}')
-    assert job.exhausted(allocation(), start) is None  # it has come further
+    assert job.exhausted(start) is None  # it has come further
+    monkeypatch.setenv("SLURM_JOB_ID", "70124")
+    assert job.exhausted(Start(RunFolder(tmp_path / "two"), plan, goes_on=False)) is None
 
 
 @pytest.fixture
 def two(tmp_path: Path, monkeypatch) -> tuple[Peers, Peers]:
     """The parents of two nodes that have met."""
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
-    monkeypatch.setattr(peers, "_SECONDS_TO_MEET", 30.0)
+    monkeypatch.setattr(peers, "_SECONDS_TO_MEET", 120.0)
     leader, follower = Peers(allocation(0)), Peers(allocation(1))
     other = threading.Thread(target=follower.meet, args=[{"cores": 4}])
     other.start()
@@ -265,6 +303,19 @@ def test_a_parent_that_falls_silent_is_missed_and_one_that_leaves_is_not(two: tu
     assert leader.lost() == []
 
 
+def test_a_node_that_is_lost_is_named_and_the_job_started_again(
+    two: tuple[Peers, Peers], tmp_path: Path, monkeypatch
+) -> None:
+    leader, follower = two
+    monkeypatch.setenv("SFT_RECIPES_REQUEUE", str(tmp_path / "requeue"))
+    assert leader.tell_of_the_lost() is None and not (tmp_path / "requeue").exists()
+    leader.silent[1] = peers.SECONDS_OF_SILENCE + 1
+    assert "node2 has not been heard from for 60 s; the job is started again" in str(leader.tell_of_the_lost())
+    assert (tmp_path / "requeue").exists()
+    follower.silent[0] = peers.SECONDS_OF_SILENCE + 1  # it may be at something else between two orders
+    assert not follower.misses_its_leader()
+
+
 def test_a_node_that_is_not_there_is_told_of(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
     monkeypatch.setattr(peers, "_SECONDS_TO_MEET", 0.3)
@@ -302,11 +353,10 @@ def test_a_node_that_does_not_see_the_model_says_so(two: tuple[Peers, Peers], tm
     order = leader.order("run", tmp_path / "one" / "plan.json", 15001)
     follower.look(at_once=True)
     other = threading.Thread(target=ranks.follow, args=[follower, Asked()])
-    monkeypatch.setattr(Peers, "leave", lambda self: self.say(left=True))  # a thread hears no signals to leave alone
     other.start()
     leader.report(order, {"code": 0, "fault": None, "by_user": False, "came_of_others": False})
     ended = ranks._together(order, leader)
-    leader.dismiss()
+    leader.order(None)
     other.join()
     assert (ended.code, ended.by_user) == (2, True)
     assert "HF_HOME, RUNS_DIR: " in str(ended.fault) and "which node2 does not see" in str(ended.fault)

@@ -81,9 +81,11 @@ def _runtime(verb: str, words: list[str]) -> str:
     asked = os.environ.get("RUNTIME", "")
     if asked in ENGINES:
         return _answering(asked)
+    if asked in ("pyxis", "apptainer") and verb not in _COMPUTING:
+        return "local"  # a job's runtime, in a shell that has read slurm/cluster.env
     if asked in ("pyxis", "apptainer"):
         raise InputError(
-            f"RUNTIME: {asked} starts an image in a Slurm job, which this does not; docker/README.md says how"
+            f"RUNTIME: {asked} starts a Slurm job's image, and this is none: sbatch slurm/RECIPE.sh, or RUNTIME=local"
         )
     if asked not in ("", "local"):
         raise InputError(f"RUNTIME: {asked!r} is not known; say local, {' or '.join(ENGINES)}")

@@ -68,6 +68,8 @@ def carry_out(
             stacks = _keep_stacks(folder, written)
     if EXIT_STOPPED in (ended.code, outcome.get("exit_code")):
         say("stopped while the plan was tried; nothing was trained, and the same command begins again")
+        if ended.fault:
+            say(ended.fault)
         return EXIT_STOPPED
     wrong = outcome.get("error") or (ended.fault if ended.by_user else None)
     if wrong:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
@@ -54,9 +55,16 @@ def peers(environment: Mapping[str, str]) -> Iterator[Peers | None]:
             met.dismiss()
 
 
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """In a batch job signals are heard from the first moment on: a scheduler's may come at once, and is no accident."""
+    with process.listening() if _of_a_batch_job() else contextlib.nullcontext():
+        yield
+
+
 def await_run(name: str | None) -> None:
     """Waits until an earlier start of the run, on a node that was cut off, has ended by itself."""
-    allocation = from_slurm(os.environ)
+    allocation = _of_a_batch_job()
     if allocation is not None and allocation.rank == 0 and name is not None:
         lock.await_free(RunFolder(runs_root() / check_name(name)))
 
@@ -64,19 +72,29 @@ def await_run(name: str | None) -> None:
 def follow(peers: Peers) -> int:
     """This node's part, as node 0 orders it."""
     with process.listening() as asked:
-        return ranks.follow(peers, asked)
+        code = ranks.follow(peers, asked)
+    if code == 0:
+        peers.leave()
+    return code
 
 
-def exhausted(allocation: Allocation | None, start: Start) -> str | None:
+def _of_a_batch_job() -> Allocation | None:
+    """The allocation where slurm/launch.sh started this, which starts again and again; None by hand."""
+    return from_slurm(os.environ) if os.environ.get("SFT_RECIPES_LOGS") else None
+
+
+def exhausted(start: Start) -> str | None:
     """Counts a start of the job; where as many as may be have brought the run no further, that, and what to do."""
+    allocation = _of_a_batch_job()
     if allocation is None:
         return None
     file = _folder(allocation) / "starts.json"
     before, step = read_json(file), start.folder.newest_whole()
-    count = 1 + (int(before["count"]) if before.get("step") == step else 0)
+    at_the_same = (before.get("run"), before.get("step")) == (start.folder.name, step)
+    count = 1 + (int(before["count"]) if at_the_same else 0)
     for place in (file.parents[1], file.parent):
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_json(file, {"step": step, "count": count})
+    write_json(file, {"run": start.folder.name, "step": step, "count": count})
     if count <= progress.STARTS_AT_MOST or start.insisted:
         return None
     at = f"checkpoint-{step}" if step else "its beginning"
@@ -95,7 +113,7 @@ def forget(environment: Mapping[str, str]) -> None:
 
 def unfit(peers: Peers | None, plan: Plan, say: Callable[[str], None]) -> int:
     """Looks whether the nodes of a job can carry the plan, each by itself and all together; 0, or the exit code."""
-    allocation = from_slurm(os.environ) if os.environ.get("SFT_RECIPES_LOGS") else None  # of slurm/launch.sh
+    allocation = _of_a_batch_job()
     if peers is None and allocation is None:
         return 0
     if peers is None:
@@ -119,8 +137,8 @@ def asked_of_slurm(job: str | None) -> dict[str, str] | None:
     """What Slurm says of a job; None where there is no Slurm here, or it has forgotten the job."""
     if not job or shutil.which("squeue") is None:
         return None
-    names = ("id", "state", "reason", "ran", "left", "nodes")
-    asked = ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%i|%T|%r|%M|%L|%N"]
+    names = ("id", "name", "state", "reason", "ran", "left", "nodes")
+    asked = ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%i|%j|%T|%r|%M|%L|%N"]
     try:
         done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=_SECONDS_TO_ANSWER)
     except subprocess.TimeoutExpired:
@@ -129,6 +147,13 @@ def asked_of_slurm(job: str | None) -> dict[str, str] | None:
         return None
     found = dict(zip(names, done.stdout.splitlines()[0].split("|"), strict=False))
     return {key: value for key, value in found.items() if value not in ("None", "")}
+
+
+def named(run: str) -> dict[str, str] | None:
+    """What Slurm says of the job that a run is named after, as slurm/launch.sh names them."""
+    number = re.fullmatch(r"[\w.-]+-(\d+)", run)
+    found = asked_of_slurm(number[1]) if number else None
+    return found if found and found.get("name", "").startswith("sft-") else None
 
 
 def _wrong(told: dict[str, Any], plan: Plan) -> Iterator[Finding]:
@@ -156,19 +181,22 @@ def _sum(peers: Peers, plan: Plan, say: Callable[[str], None], asked: Asked) -> 
     ended = ranks.sum_over_all(plan, result, asked, peers)
     if ended.code == EXIT_STOPPED:
         say("stopped while the nodes were tried; nothing was trained, and the same command begins again")
+        if ended.fault:
+            say(ended.fault)
         return EXIT_STOPPED
     if ended.code or not result.is_file():
-        names = ",".join(peers.name(number) for number in range(plan.nodes))
         return process.fail(
-            f"the ranks of {names} cannot sum: {ended.fault or 'they end with an error'}; the nodes' logs say more, "
-            f"NCCL_DEBUG=INFO more still; try fewer nodes, or others: --exclude=",
+            f"the nodes' ranks cannot sum: {ended.fault or 'they end with an error'}; the nodes' logs say more, and "
+            f"what NCCL says is in {peers.folder}; leave out the node that it names: sbatch --exclude=…",
             EXIT_FAULT,
         )
     log = "\n".join(file.read_text(errors="replace") for file in peers.folder.glob("nccl-*"))
     measured = {**json.loads(result.read_text(encoding="utf-8")), "ways": doctor.ways(log)}
     finding = doctor.all_reduce(measured, plan.gpus, bool(os.environ.get("ALLOW_SOCKETS")))
     say(str(finding))
-    return EXIT_FAULT if finding.colour == "red" else 0
+    if finding.colour == "red":
+        return process.fail(f"the nodes are not fit: {finding.found}; {finding.way_out}", EXIT_FAULT)
+    return 0
 
 
 def _what_is_here() -> dict[str, Any]:

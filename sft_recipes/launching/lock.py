@@ -36,7 +36,14 @@ def held(folder: RunFolder) -> Iterator[None]:
             "RUNS_DIR=<another folder>"
         ) from error
     with lock:
-        if not _taken(lock):
+        try:
+            taken = _taken(lock)
+        except OSError as error:
+            raise RecipeError(
+                f"RUNS_DIR: {folder.path} lies on a disk that locks no files ({error.strerror}), so nothing would keep "
+                f"two starts apart; have it mounted with locks (Lustre: -o flock), or name another folder"
+            ) from error
+        if not taken:
             raise RecipeError(f"NAME: {folder.name} is being carried out by {_holder(folder.lock)}; wait for it")
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")

@@ -122,7 +122,8 @@ class Peers:
         if passed < _SECONDS_BETWEEN_LOOKS and not at_once:
             return
         self._looked = now
-        self._write()
+        with contextlib.suppress(OSError):  # what the disk refuses for long, the others take for silence
+            self._write()
         for number in self.others:
             content = self._read(number)
             if content is None or content["beat"] == self.heard.get(number, {}).get("beat"):
@@ -168,10 +169,22 @@ class Peers:
         ended = {number: dict(content["ended"]) for number, content in told.items() if content.get("ended")}
         return {number: one for number, one in ended.items() if one.pop("number") == order.number}
 
-    def ask_for_another_start(self) -> None:
-        """Leaves word for slurm/launch.sh that Slurm should start the job again."""
+    def misses_its_leader(self) -> bool:
+        """Whether node 0 has been silent for longer than what it may do between two orders takes."""
+        return self.silent.get(0, 0.0) > _SECONDS_TO_MEET
+
+    def tell_of_the_lost(self) -> str | None:
+        """What is said of nodes that are not heard from, and word for slurm/launch.sh that Slurm should start the job
+        again; None where all are heard."""
+        if not (lost := self.lost()):
+            return None
         if word := os.environ.get("SFT_RECIPES_REQUEUE"):
             Path(word).touch()
+        names = ",".join(self.name(number) for number in lost)
+        return (
+            f"{names} has not been heard from for {SECONDS_OF_SILENCE:.0f} s; the job is started again, and where it "
+            f"is lost once more: scontrol update jobid={self.allocation.job} excnodelist={names}"
+        )
 
     def dismiss(self) -> None:
         """Has the others leave, and waits until they do: srun ends those that are left when this process has failed."""
@@ -202,7 +215,7 @@ class Peers:
 
     def _read(self, number: int) -> dict[str, Any] | None:
         """What a node shows; None where it has shown nothing, or is writing just now."""
-        with contextlib.suppress(FileNotFoundError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
             content = json.loads(self._file(number).read_bytes())
             if content["beat"] == content["whole"]:
                 return dict(content)

@@ -36,11 +36,18 @@ class Asked:
         return self.numbers.count(signal.SIGINT) > 1
 
 
+_asked: Asked | None = None
+
+
 @contextlib.contextmanager
 def listening() -> Iterator[Asked]:
     """From here on this process is asked, not ended, by SIGTERM, SIGINT and SIGUSR1, and by SIGHUP, which a terminal
     that is closed sends, unless `nohup` has it ignored."""
-    asked = Asked()
+    global _asked  # noqa: PLW0603  signals are the process's: who listens inside of another hears what that one heard
+    if _asked is not None:
+        yield _asked
+        return
+    asked = _asked = Asked()
 
     def note(number: int, _frame: FrameType | None) -> None:
         asked.numbers.append(number)
@@ -50,6 +57,7 @@ def listening() -> Iterator[Asked]:
     try:
         yield asked
     finally:
+        _asked = None
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sft_recipes.launching import command, process
 from sft_recipes.launching.command import Meeting
-from sft_recipes.launching.peers import SECONDS_OF_SILENCE, Order, Peers, first_fault
+from sft_recipes.launching.peers import Order, Peers, first_fault
 from sft_recipes.launching.process import Asked
 from sft_recipes.launching.watching import Ended, Watch
 from sft_recipes.planning import plan as plans
@@ -21,6 +21,7 @@ from sft_recipes.planning.schema import RecipeError
 LINKS = "links"  # a program without a plan
 _SECONDS_TO_REPORT = 20.0
 _SECONDS_TO_SEE = 60.0
+_SECONDS_OF_A_SUM = 180.0
 
 
 def carry_out(
@@ -50,28 +51,26 @@ def sum_over_all(plan: Plan, result: Path, asked: Asked, peers: Peers) -> Ended:
 
 
 def follow(peers: Peers, asked: Asked) -> int:
-    """Carries out what node 0 orders until it says to leave; the exit code of this node's part, where that is not node
-    0's to say."""
+    """Carries out what node 0 orders until it says to leave: 0, since how the job ended is node 0's to say; 1 where
+    node 0 is not heard from any more."""
     done = 0
     while True:
         if order := peers.ordered(done):
             if order.program is None:
-                peers.leave()
                 return 0
             done = order.number
             if order.program == LINKS:
                 _sum(order, peers, asked)
                 continue
             try:
-                plan, folder = _seen(Path(order.plan))
+                plan, folder = _seen(Path(order.plan), peers)
             except RecipeError as error:
                 line = f"{error}, which {peers.allocation.name} does not see"
                 peers.report(order, dataclasses.asdict(Ended(EXIT_USER, line, by_user=True)))
                 continue
             _obey(order, plan, folder, asked, peers)
-        if peers.lost():
-            print(f"error: {peers.name(0)}, which leads, is not heard from any more")
-            return EXIT_FAULT
+        if peers.misses_its_leader():
+            return process.fail(f"{peers.name(0)}, which leads, is not heard from any more", EXIT_FAULT)
         time.sleep(0.1)
         peers.look()
 
@@ -83,7 +82,16 @@ def _sum(order: Order, peers: Peers, asked: Asked) -> None:
     debug = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,GRAPH,NET", "NCCL_DEBUG_FILE": log}
     on_cpu = {} if order.on_gpus else {"CUDA_VISIBLE_DEVICES": ""}
     environment = {**os.environ, **debug, **on_cpu, "OMP_NUM_THREADS": "1"}
-    ended = process.run(arguments, environment, asked, meanwhile=_meanwhile(order, peers))
+    until, ends_elsewhere = time.monotonic() + _SECONDS_OF_A_SUM, _meanwhile(order, peers)
+
+    def elsewhere() -> bool:
+        return time.monotonic() > until or ends_elsewhere()
+
+    ended = process.run(arguments, environment, asked, meanwhile=elsewhere)
+    if time.monotonic() > until:
+        ended = Ended(EXIT_FAULT, f"no sum on {peers.allocation.name} within {_SECONDS_OF_A_SUM:.0f} s")
+    elif ended.code == EXIT_STOPPED and not asked.numbers:  # for another node's sake
+        ended = Ended(EXIT_FAULT, f"{peers.allocation.name} lost another node", came_of_others=True)
     peers.report(order, dataclasses.asdict(ended))
 
 
@@ -115,18 +123,12 @@ def _together(order: Order, peers: Peers) -> Ended:
         time.sleep(0.1)
         peers.look(at_once=True)
     reports = peers.reports(order)
-    if lost := peers.lost():
-        names = ",".join(peers.name(number) for number in lost)
-        peers.ask_for_another_start()
-        return Ended(
-            EXIT_STOPPED,
-            f"{names} has not been heard from for {SECONDS_OF_SILENCE:.0f} s; the job is started again, and where it "
-            f"is lost once more: scontrol update jobid={peers.allocation.job} excnodelist={names}",
-        )
+    if lost := peers.tell_of_the_lost():
+        return Ended(EXIT_STOPPED, lost)
     return Ended(**first_fault([reports[number] for number in sorted(reports)]))
 
 
-def _seen(plan_file: Path) -> tuple[Plan, RunFolder]:
+def _seen(plan_file: Path, peers: Peers) -> tuple[Plan, RunFolder]:
     """The plan of an order and its folder, once this node sees them with all that they name.
 
     Raises:
@@ -147,3 +149,4 @@ def _seen(plan_file: Path) -> tuple[Plan, RunFolder]:
         if time.monotonic() > until:
             raise RecipeError(f"HF_HOME, RUNS_DIR: {(missing or [folder.prepared])[0]}")
         time.sleep(0.2)
+        peers.look()

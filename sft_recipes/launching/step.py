@@ -21,7 +21,7 @@ if __name__ == "__main__":  # by a python that knows of no package here
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sft_recipes.launching import mounts
-from sft_recipes.launching.mounts import REPOSITORY, InputError
+from sft_recipes.launching.mounts import REPOSITORY, InputError, Mount
 
 _OPTIONS = {
     "GPUS": "--gpus",
@@ -43,7 +43,7 @@ def command(recipe: str, overrides: list[str]) -> list[str]:
     """
     words = _verb(recipe, overrides)
     logs = os.environ.get("SFT_RECIPES_LOGS", "slurm/logs")
-    srun = ["srun", "--kill-on-bad-exit=1", f"--output={logs}/node-%n-%N.txt"]
+    srun = ["srun", "--kill-on-bad-exit=1", "--export=ALL", f"--output={logs}/node-%n-%N.txt"]
     runtime = os.environ.get("RUNTIME") or "local"
     if runtime == "local":
         python = REPOSITORY / ".venv" / "bin" / "python"
@@ -57,6 +57,7 @@ def command(recipe: str, overrides: list[str]) -> list[str]:
         raise InputError(f"RUNTIME: {runtime!r} is not what a job is started with; say local, pyxis or apptainer")
     image = _image(runtime)
     seen = mounts.needed("train", words[1:], dry=bool(os.environ.get("DRY_RUN")))
+    seen.append(Mount(Path(logs).absolute(), writable=True))
     python_there = ["python", "-m", "sft_recipes", *words]
     if runtime == "pyxis":
         return [
@@ -75,6 +76,8 @@ def command(recipe: str, overrides: list[str]) -> list[str]:
 def _verb(recipe: str, overrides: list[str]) -> list[str]:
     """What each node's launcher is told."""
     value = {name: os.environ.get(name, "") for name in (*_OPTIONS, *_FLAGS, *_OVERRIDES, "NAME")}
+    if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+        value["RESUME"] = ""  # insisted on once, not again and again
     name = value["NAME"] or f"{recipe}-{os.environ.get('SLURM_JOB_ID', 'JOBID')}"
     return [
         "train", recipe, "--name", name,

@@ -140,6 +140,8 @@ def try_out(
 def prepare(plan: Path, environment: Mapping[str, str], asked: Asked, peers: Peers | None = None) -> int:
     """Prepares the data of the plan in a file; 0, or the exit code of the contract."""
     code = process.run(command.prepare(plan), environment, asked, meanwhile=peers.goes_missing if peers else None).code
+    if peers and (lost := peers.tell_of_the_lost()):
+        return process.fail(lost, EXIT_STOPPED)
     if code == EXIT_STOPPED:
         print("stopped while the data was prepared; nothing was trained, and the same command begins again")
     return code if code in (0, EXIT_USER, EXIT_STOPPED) else EXIT_FAULT

@@ -61,6 +61,7 @@ class Allocation:
 
 # Below the ports that systems hand out by themselves (32768 and above on Linux), above those of known services.
 _FIRST_PORT, _PORTS = 15000, 15000
+_LAST_PORT = 65535
 
 
 def from_slurm(environment: Mapping[str, str]) -> Allocation | None:
@@ -95,8 +96,15 @@ def from_slurm(environment: Mapping[str, str]) -> Allocation | None:
         name=environment.get("SLURMD_NODENAME") or socket.gethostname(),
         gpus_per_node=here,
         address=environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"]),
-        port=int(environment.get("MASTER_PORT") or _FIRST_PORT + job % _PORTS),
+        port=_port(environment.get("MASTER_PORT")) or _FIRST_PORT + job % _PORTS,
     )
+
+
+def _port(text: str | None) -> int | None:
+    port = whole_number(text, "MASTER_PORT", 1) if text else None
+    if port is not None and port > _LAST_PORT:
+        raise RecipeError(f"MASTER_PORT: {port} is no port; wanted 1 to {_LAST_PORT}")
+    return port
 
 
 def first_host(nodes: str) -> str:
@@ -148,6 +156,8 @@ def present(
     if allocation is not None and allocation.nodes > 1:
         return _allocated(recipe, gpus, processes, nodes, card, devices, allocation)
     here = visible_gpus()
+    if allocation is not None and gpus != 0 and len(here) < (allocation.gpus_per_node or 0):
+        raise _fewer_than_given(allocation, len(here))
     if nodes and nodes > 1:
         raise RecipeError(
             f"NODES: {nodes} nodes need a launcher on each, which Slurm starts: "
@@ -176,6 +186,13 @@ def present(
     topology = planned(recipe, gpus, processes, nodes, card or card_of(used))
     chosen = devices or (",".join(ids) if 0 < gpus < len(here) else None)
     return Topology(topology.gpus, topology.processes, 1, topology.card, chosen)
+
+
+def _fewer_than_given(allocation: Allocation, here: int) -> RecipeError:
+    return RecipeError(
+        f"GPUS: Slurm gave {allocation.gpus_per_node} on {allocation.name}, and nvidia-smi lists {here or 'none'} "
+        f"there; leave that node out: sbatch --exclude={allocation.name}"
+    )
 
 
 def _allocated(
@@ -214,10 +231,7 @@ def _allocated(
         )
     here = visible_gpus() if gpus else []
     if gpus and len(here) < gpus // allocation.nodes:
-        raise RecipeError(
-            f"GPUS: Slurm gave {allocation.gpus_per_node} on {allocation.name}, and nvidia-smi lists "
-            f"{len(here) or 'none'} there; leave that node out: sbatch --exclude={allocation.name}"
-        )
+        raise _fewer_than_given(allocation, len(here))
     _check_generation(recipe, here)
     if not gpus and processes is None:
         processes = allocation.nodes

@@ -55,8 +55,8 @@ def facts(folder: RunFolder, held_by: str | None, job: dict[str, str] | None) ->
 def text(found: dict[str, Any]) -> list[str]:
     """The facts as lines for a person."""
     lines = [f"run        {found['run']}: {found['state']}{_by(found['held_by'])}"]
-    if job := found["job"]:
-        lines.append(f"job        {', '.join(f'{key} {value}' for key, value in job.items() if value)}")
+    if found["job"]:
+        lines.append(of_job(found["job"]))
     of = f" of {found['optimizer_steps']:,}" if found["optimizer_steps"] else ""
     epoch = f", epoch {found['epoch']:.2f}" if found["epoch"] is not None else ""
     kept = f"checkpoint-{found['checkpoint']} is the newest whole one" if found["checkpoint"] else "none saved yet"
@@ -71,6 +71,11 @@ def text(found: dict[str, Any]) -> list[str]:
     if found["error"]:
         lines.append(f"error      {found['error']}")
     return lines
+
+
+def of_job(job: dict[str, str]) -> str:
+    """What Slurm says of a job, as a line."""
+    return f"job        {', '.join(f'{key} {value}' for key, value in job.items() if value)}"
 
 
 def _by(held_by: str | None) -> str:

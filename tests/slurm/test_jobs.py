@@ -150,7 +150,7 @@ def test_two_nodes_of_two_ranks_train_as_one_process_does(site: Site, by_one_pro
     assert names == {"node-0-node1.txt", "node-1-node2.txt", "rank-1.txt", "rank-2.txt", "rank-3.txt"}
     assert f"job {job}, start 1, 2 x 0 GPUs" in said
     status = site.cluster.ask(".venv/bin/python", "-m", "sft_recipes", "status", f"four-{engine}", folder=site.checkout)
-    assert f"job        id {job}, state COMPLETED" in status.stdout, status.stdout + status.stderr
+    assert f"job        id {job}, name sft-tiny, state COMPLETED" in status.stdout, status.stdout + status.stderr
 
 
 def test_the_nodes_are_tried_together_before_the_first_step(site: Site) -> None:
@@ -227,7 +227,7 @@ def test_a_job_that_comes_no_further_ends_with_4(site: Site) -> None:
     job = site.submit("tiny", *SHORT, "parallelism=ddp", NAME="stuck", options=("--hold",))
     counted = site.runs / ".jobs" / job / "starts.json"
     counted.parent.mkdir(parents=True)
-    counted.write_text('{"step": 0, "count": 3}')
+    counted.write_text('{"run": "stuck", "step": 0, "count": 3}')
     # A restart that Slurm counts; the body of a job begins its record anew at the first.
     (site.checkout / "slurm" / "cluster.env").write_text("SLURM_RESTART_COUNT=3\n")
     try:
