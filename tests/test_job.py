@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -15,12 +16,13 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from sft_recipes.launching import job, peers, ranks, topology
+from sft_recipes.launching import job, peers, process, ranks, topology
 from sft_recipes.launching.peers import Peers
 from sft_recipes.launching.process import Asked
 from sft_recipes.launching.topology import Allocation, first_host, from_slurm
 from sft_recipes.planning import plan as plans
 from sft_recipes.planning import recipes, saves
+from sft_recipes.planning.processes import ASKING
 from sft_recipes.planning.run_folder import RunFolder, Start, runs_root
 from sft_recipes.planning.schema import RecipeError
 
@@ -314,6 +316,20 @@ def test_a_node_that_is_lost_is_named_and_the_job_started_again(
     assert (tmp_path / "requeue").exists()
     follower.silent[0] = peers.SECONDS_OF_SILENCE + 1  # it may be at something else between two orders
     assert not follower.misses_its_leader()
+
+
+def test_who_has_said_that_it_leaves_is_ended_by_no_signal(two: tuple[Peers, Peers]) -> None:
+    """Slurm would take the signal for how the job ended."""
+    follower, before = two[1], {number: signal.getsignal(number) for number in ASKING}
+    try:
+        with process.listening():
+            with process.listening():
+                pass
+            follower.leave()
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_node_that_is_not_there_is_told_of(tmp_path: Path, monkeypatch) -> None:

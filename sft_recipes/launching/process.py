@@ -59,7 +59,8 @@ def listening() -> Iterator[Asked]:
     finally:
         _asked = None
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is note:  # one who is about to leave may have it ignored
+                signal.signal(number, handler)
 
 
 def run(
