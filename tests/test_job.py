@@ -327,6 +327,7 @@ def test_who_has_said_that_it_leaves_is_ended_by_no_signal(two: tuple[Peers, Pee
                 pass
             follower.leave()
         os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sft_recipes.launching.topology import Gpu, visible_gpus
+from sft_recipes.launching.topology import Gpu, ask_nvidia, visible_gpus
 from sft_recipes.planning.environment import host_memory_bytes, library_version
 from sft_recipes.planning.run_folder import runs_root
 from sft_recipes.planning.schema import REPOSITORY
@@ -327,9 +327,9 @@ def _driver_version() -> str | None:
 
 def used_mib() -> dict[str, float]:
     """What is taken of each GPU's memory, in MiB, by its id as nvidia-smi counts."""
-    listed = _run(["nvidia-smi", "--query-gpu=index,memory.used", "--format=csv,noheader,nounits"])
-    rows = [line.split(",") for line in listed.stdout.splitlines()] if listed and listed.returncode == 0 else []
-    return {row[0].strip(): float(row[1]) for row in rows if len(row) == 2 and row[1].strip().isdigit()}
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    return {row[0]: float(row[1]) for row in ask_nvidia("index,memory.used") if len(row) == 2 and row[1].isdigit()}
 
 
 def _ask_torch() -> dict[str, Any]:

@@ -310,8 +310,8 @@ def visible_gpus() -> list[Gpu]:
     """The GPUs that this process may use: CUDA_VISIBLE_DEVICES where it is set, else what nvidia-smi lists."""
     if shutil.which("nvidia-smi") is None:
         return []
-    listed = _ask_nvidia("index,memory.total,name")
-    capabilities = {row[0]: float(row[1]) for row in _ask_nvidia("index,compute_cap") if _is_number(row[1:])}
+    listed = ask_nvidia("index,memory.total,name")
+    capabilities = {row[0]: float(row[1]) for row in ask_nvidia("index,compute_cap") if _is_number(row[1:])}
     gpus = {
         row[0]: Gpu(row[0], float(row[1]), ", ".join(row[2:]), capabilities.get(row[0]))
         for row in listed
@@ -329,7 +329,7 @@ def visible_gpus() -> list[Gpu]:
     return list(gpus.values())
 
 
-def _ask_nvidia(fields: str) -> list[list[str]]:
+def ask_nvidia(fields: str) -> list[list[str]]:
     """A row of fields a GPU; none where the driver does not answer, or does not know a field."""
     query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
