@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.launching import command, lock, process, supervisor
+from sft_recipes.launching import command, lock, process, ranks, supervisor
 from sft_recipes.launching.process import Asked
-from sft_recipes.launching.watching import Watch
 from sft_recipes.planning import plan as plans
 from sft_recipes.planning import show
 from sft_recipes.planning.plan import Plan
@@ -136,10 +135,7 @@ def _replay(
     plans.write(plan, copy.plan)
     shutil.copy(prepared, copy.prepared)
     write_json(copy.replay, {"run": str(folder.path.absolute()), "candidates": candidates})
-    command.write_engine(plan, copy)
-    environment = command.environment(plan, os.environ)
-    watch = Watch(copy, plan, saves=False)
-    ended = process.run(command.launch(plan, copy, "verify"), environment, asked, watch)
+    ended = ranks.carry_out(plan, copy, "verify", asked, None, saves=False)
     verdict, outcome = read_json(copy.verdict), read_json(copy.outcome)
     if outcome.get("error"):
         print(f"error: {outcome['error']}", file=sys.stderr)
