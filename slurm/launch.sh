@@ -89,15 +89,21 @@ wait "$shown" || true
 
 # 75 says that all is saved, a signal (128 and above) that it came before there was something to save. A job that was
 # asked to end stays ended; one that Slurm preempts may hear of it in its ranks alone, in its grace time.
-again=''
+again='' now=$(scontrol show job --oneliner "$SLURM_JOB_ID" 2> /dev/null || true)
 if [ "$status" -eq 75 ] || [ "$status" -ge 128 ]; then
   again=$time_is_up
   [ ! -e "$SFT_RECIPES_REQUEUE" ] || again=1 # a node was lost
-  if scontrol show job --oneliner "$SLURM_JOB_ID" 2> /dev/null | grep -q ' PreemptTime=[0-9]'; then again=1; fi
+  if grep -q ' PreemptTime=[0-9]' <<< "$now"; then again=1; fi
+fi
+if [ -n "$again" ] && grep -q " Restarts=$((start + 1)) " <<< "$now"; then
+  again='' # this node was cut off, and the job has begun anew without it: that start is not to be ended
 fi
 if [ -n "$again" ] && [ -z "$ended" ]; then
   echo "job $SLURM_JOB_ID goes back into the queue, and goes on from what it saved"
   scontrol requeue "$SLURM_JOB_ID" ||
     echo "error: Slurm does not requeue it; go on with NAME=${NAME:-$recipe-$SLURM_JOB_ID} sbatch slurm/$recipe.sh" >&2
+elif [ "$status" -ge 128 ] && [ -z "$ended" ]; then
+  echo "error: a launcher was ended by signal $((status - 128)), on the node that srun names above; what the others say" \
+    "comes of that; go on with NAME=${NAME:-$recipe-$SLURM_JOB_ID} sbatch slurm/$recipe.sh" >&2
 fi
 exit "$status"

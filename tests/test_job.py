@@ -292,6 +292,12 @@ def test_an_order_is_heard_once_and_its_end_is_told(two: tuple[Peers, Peers]) ->
     assert leader.reports(leader.order("run")) == {}
 
 
+def test_a_stop_that_was_asked_for_says_how_an_order_ended_before_an_end_that_nobody_explains() -> None:
+    ended = [{"code": code, "fault": None, "by_user": False, "came_of_others": False} for code in (1, 75, 0)]
+    assert peers.first_fault(ended)["code"] == 75
+    assert peers.first_fault([ended[0], ended[2]])["code"] == 1
+
+
 def test_a_parent_that_falls_silent_is_missed_and_one_that_leaves_is_not(two: tuple[Peers, Peers], monkeypatch) -> None:
     leader, follower = two
     monkeypatch.setattr(peers, "SECONDS_OF_SILENCE", 0.5)

@@ -4,7 +4,9 @@ One run of two ranks is interrupted again and again, each time otherwise, and mu
 """
 
 import dataclasses
+import functools
 import inspect
+import multiprocessing
 import os
 import re
 import shutil
@@ -27,7 +29,7 @@ from sft_recipes.planning import processes, recipes, run_folder, saves
 from sft_recipes.planning.processes import Failure, Pulse
 from sft_recipes.planning.run_folder import RunFolder, Start
 from sft_recipes.planning.schema import RecipeError
-from sft_recipes.training import pulse
+from sft_recipes.training import pulse, signals
 from sft_recipes.training.compiling import HeldByTheKernel
 
 STEPS = 60
@@ -304,6 +306,35 @@ def test_a_data_workers_own_error_is_what_is_said(tmp_path, monkeypatch):
     found = processes.failures(folder.ranks)[3]
     assert (found.kind, found.step, found.by_user) == ("ValueError", 7, False)
     assert found.said == "Caught ValueError in DataLoader worker process 0. ValueError: row 0 is odd"
+
+
+def test_a_data_worker_is_ended_by_its_rank_and_by_nobody_else():
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            return os.getpid()
+
+    heed = functools.partial(signals.heed_the_rank_alone, None)
+    rows = iter(torch.utils.data.DataLoader(Rows(), num_workers=1, worker_init_fn=heed))
+    worker = int(next(rows))
+    subprocess.run(["kill", "-TERM", str(worker)], check=True)
+    assert {int(next(rows)) for _ in range(3)} == {worker}
+    os.kill(worker, signal.SIGTERM)
+    until = time.monotonic() + HANG_SECONDS
+    while any(child.pid == worker for child in multiprocessing.active_children()):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_command_that_slurm_ends_beside_its_parent_was_asked_to_stop(number):
+    command_itself = ["bash", "-c", f"kill -{number} $$"]
+    assert process.run(command_itself, os.environ, process.Asked()) == watching.Ended(run_folder.EXIT_STOPPED)
+    its_child = ["bash", "-c", f"kill -{number} $PPID; exit 1"]
+    with process.listening() as asked:
+        assert process.run(its_child, os.environ, asked) == watching.Ended(run_folder.EXIT_STOPPED)
 
 
 def test_a_pulse_is_written_over_in_place_and_taken_away_at_a_good_end(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from typing import Any
 
 from sft_recipes.launching.topology import Allocation
 from sft_recipes.planning import processes
-from sft_recipes.planning.run_folder import runs_root
+from sft_recipes.planning.run_folder import EXIT_STOPPED, runs_root
 from sft_recipes.planning.schema import RecipeError
 
 _SECONDS_BETWEEN_LOOKS = 1.0
@@ -226,5 +226,5 @@ def first_fault(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Of how an order ended on each node, what the others' ends came of: what went wrong by itself, else a stop that
     was asked for, else whatever there is."""
     own = [one for one in reports if one["fault"] and not one["came_of_others"]]
-    asked = [one for one in reports if one["code"] and not one["fault"]]
+    asked = [one for one in reports if one["code"] == EXIT_STOPPED and not one["fault"]]
     return next(iter([*own, *asked, *(one for one in reports if one["code"])]), reports[0])

@@ -97,6 +97,8 @@ def run(
         if stopped:
             return Ended(EXIT_STOPPED)
         code = process.wait()
+        if code and watch is None and (asked.numbers or -code in processes.ASKING):
+            return Ended(EXIT_STOPPED)  # Slurm asks every process of a job, and this one was ended by that
         ended = Ended(code) if watch is None or code == EXIT_STOPPED else watch.ended(code, killed)
         if ended.code == 0:
             _await_group(process.pid, _SECONDS_TO_END)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "ip", "unshare", "nsenter", "mknod")
-CORES, GPUS = 16, 8
+CORES = 16
 _SECONDS_TO_COME_UP = 60.0
 _SECONDS_OF_A_COMMAND = 600.0
 # Adopts and reaps what loses its parent, as the first process of a machine does.
@@ -104,7 +104,7 @@ class Machine:
 class Cluster:
     """A login node, which the controller runs on too, and compute nodes with cores and GPUs that Slurm hands out."""
 
-    def __init__(self, place: Path, names: Sequence[str] = ("node1", "node2"), gpus: int = GPUS):
+    def __init__(self, place: Path, names: Sequence[str], gpus: int):
         self.place, self.names, self.gpus = place, names, gpus
         self.conf = place / "slurm.conf"
         self.environment = {"SLURM_CONF": str(self.conf)}
@@ -168,7 +168,10 @@ SlurmdPidFile={self.place}/slurmd-%n.pid
 SlurmctldLogFile={self.place}/slurmctld.log
 SlurmdLogFile={self.place}/slurmd-%n.log
 {nodes}
-PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=2 PreemptMode=OFF
+PartitionName=spare Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
 """,
             encoding="utf-8",
         )
@@ -242,7 +245,7 @@ PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 @contextlib.contextmanager
-def cluster(place: Path, names: Sequence[str] = ("node1", "node2"), gpus: int = GPUS) -> Iterator[Cluster]:
+def cluster(place: Path, names: Sequence[str], gpus: int) -> Iterator[Cluster]:
     """A cluster, until the block is left."""
     one = Cluster(place, names, gpus)
     try:
@@ -256,7 +259,7 @@ if __name__ == "__main__":  # by hand: a shell on the login node
     import sys
     import tempfile
 
-    with tempfile.TemporaryDirectory(prefix="cluster-") as folder, cluster(Path(folder)) as one:
+    with tempfile.TemporaryDirectory(prefix="cluster-") as folder, cluster(Path(folder), ("node1", "node2"), 8) as one:
         subprocess.run(
             [*one.login.entering(), *(sys.argv[1:] or ["bash"])], env={**os.environ, **one.environment}, check=False
         )

@@ -1,119 +1,27 @@
-"""The shipped jobs, as a user submits them, on a real Slurm of two nodes: trained, stopped, cut off, refused."""
+"""The shipped jobs, as a user submits them, on a real Slurm of three nodes: trained, stopped, cut off, refused."""
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, cannot_be, cluster
-from conftest import REPOSITORY, SHORT, Workplace, manifest, metrics
-from safetensors.numpy import load_file
+import sites
+from cluster import cannot_be
+from conftest import SHORT, Workplace, manifest
+from sites import LONGER, Site, last_step, losses, same_weights, until
 
 pytestmark = pytest.mark.skipif(cannot_be() is not None, reason=str(cannot_be()))
-
-_SECONDS_AT_MOST = 400.0  # for what takes half a minute on an idle machine
-_ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
-# Two ranks, one on each node, and enough steps that something can happen in the middle.
-LONGER = (*SHORT, "trainer.max_steps=60", "trainer.eval_steps=30", "trainer.save_steps=15")
-
-
-@dataclass(frozen=True)
-class Site:
-    """A checkout on the disk that all nodes of a cluster share, and what a user types there."""
-
-    cluster: Cluster
-    checkout: Path
-
-    @property
-    def runs(self) -> Path:
-        return self.checkout / "runs"
-
-    def submit(self, script: str, *words: str, options: tuple[str, ...] = (), **variables: str) -> str:
-        """The number of the job."""
-        done = self.sbatch(script, *words, options=options, **variables)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip()
-
-    def sbatch(
-        self, script: str, *words: str, options: tuple[str, ...] = (), **variables: str
-    ) -> subprocess.CompletedProcess[str]:
-        given = {"SANITY": "skip", "REPORT_TO": "none", "OMP_NUM_THREADS": "1", "PROCESSES": "2", **variables}
-        command = ["sbatch", "--parsable", *options, f"slurm/{script}.sh", *words]
-        return self.cluster.ask(*command, environment=given, folder=self.checkout)
-
-    def ended(self, job: str) -> dict[str, str]:
-        """What Slurm says of a job once it has ended."""
-        until(lambda: self.cluster.job(job).get("JobState") in _ENDED, lambda: self.output(job))
-        return self.cluster.job(job)
-
-    def starts_again(self, job: str) -> None:
-        """Waits until the job is back in the queue and has let go of its nodes, and has Slurm not wait longer."""
-        until(lambda: self.cluster.job(job).get("JobState") == "PENDING", lambda: self.output(job))
-        self.cluster.await_idle(120)
-        # Slurm would wait two minutes; nodes refuse what was signed in the second in which the job was ended.
-        time.sleep(3)
-        self.cluster.ask("scontrol", "update", f"jobid={job}", "StartTime=now")
-        until(lambda: self.cluster.job(job).get("JobState") != "PENDING", lambda: self.output(job))
-
-    def reaches(self, run: str, step: int, job: str) -> None:
-        """Waits until a run has logged a step."""
-        until(lambda: last_step(self.runs / run) >= step, lambda: self.output(job))
-
-    def output(self, job: str) -> str:
-        """What the job has said."""
-        found = [
-            *self.checkout.glob(f"slurm/logs/*-{job}.out"),
-            *self.checkout.glob(f"slurm/logs/*-{job}/start-*/*.txt"),
-        ]
-        return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')}" for path in found)
-
-
-def until(happens: Callable[[], bool], said: Callable[[], str]) -> None:
-    """Waits for something that must happen."""
-    end = time.monotonic() + _SECONDS_AT_MOST
-    while not happens():
-        assert time.monotonic() < end, said()[-5000:]
-        time.sleep(0.2)
-
-
-def last_step(run: Path) -> int:
-    return max((line["step"] for line in metrics(run)), default=0) if (run / "metrics.jsonl").exists() else 0
-
-
-def losses(run: Path) -> list[float]:
-    return [line["loss"] for line in metrics(run) if "loss" in line]
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    left, right = load_file(one / "last" / "model.safetensors"), load_file(other / "last" / "model.safetensors")
-    return left.keys() == right.keys() and all((left[name] == right[name]).all() for name in left)
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    checkout = tmp_path_factory.mktemp("shared") / "sft-recipes"
-    tracked = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
-    for name in tracked.splitlines():
-        if name.split("/")[0] in (
-            "slurm",
-            "sft_recipes",
-            "recipes",
-            "accelerate_configs",
-            "deepspeed_configs",
-            "Makefile",
-        ):
-            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(REPOSITORY / name, checkout / name)
-    (checkout / ".venv").symlink_to((REPOSITORY / ".venv").resolve())
-    with cluster(tmp_path_factory.mktemp("cluster")) as one:
-        yield Site(one, checkout)
+    with sites.site(tmp_path_factory.mktemp("site"), ("node1", "node2", "node3"), gpus=8) as one:
+        yield one
 
 
 @pytest.fixture(scope="module")
