@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
 from types import FrameType
 
 from sft_recipes.planning.processes import ASKING
@@ -14,24 +13,20 @@ _asked = False
 
 
 def listen() -> None:
-    """From here on a signal is remembered; again and again changes nothing."""
+    """From here on a signal is remembered, and those that this rank forks heed it alone."""
     for number in ASKING:
         signal.signal(number, _remember)
+    os.register_at_fork(after_in_child=heed_the_rank_alone)
 
 
-def asked() -> bool:
-    """Whether this rank was asked to stop."""
-    return _asked
+def heed_the_rank_alone() -> None:
+    """Has a child of a rank, such as a data worker, end by SIGTERM where that is the rank's, and stay where it is not.
 
-
-def heed_the_rank_alone(begin: Callable[[int], None] | None, worker: int) -> None:
-    """What a data worker begins with, and then with `begin`: nobody ends it but its rank.
-
-    A scheduler asks every process of a job to stop, and a rank whose worker is gone fails instead of saving: what torch
-    has its workers do with a SIGTERM that is not their rank's is to die of it.
+    A scheduler asks every process of a job to stop, and a rank whose data worker is gone fails instead of saving. torch
+    has its workers die of a SIGTERM that is not their rank's, so none of their threads gets to hear it but one.
     """
     rank = os.getppid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # threads that are begun from here on take that over
 
     def wait() -> None:
         while signal.sigwaitinfo([signal.SIGTERM]).si_pid != rank:
@@ -39,8 +34,11 @@ def heed_the_rank_alone(begin: Callable[[int], None] | None, worker: int) -> Non
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
-    if begin is not None:
-        begin(worker)
+
+
+def asked() -> bool:
+    """Whether this rank was asked to stop."""
+    return _asked
 
 
 def _remember(_number: int, _frame: FrameType | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from sft_recipes.data.chat import IGNORED
 from sft_recipes.planning.cost import CARDS_TFLOPS
 from sft_recipes.planning.plan import Plan
 from sft_recipes.planning.run_folder import RunFolder
-from sft_recipes.training import adapters, checkpoint, engine, ledger, pulse, signals
+from sft_recipes.training import adapters, checkpoint, engine, ledger, pulse
 from sft_recipes.training.callbacks.proof import Proof
 from sft_recipes.training.callbacks.stop import CutShortError, EndedAtStartError, StopTogether
 from sft_recipes.training.divergence import Watch
@@ -235,12 +234,6 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
     def _get_train_sampler(self, train_dataset: Any = None) -> WholeBatches:
         rows = len(self.train_dataset if train_dataset is None else train_dataset)
         return WholeBatches(rows, self.plan.effective_batch_size, self.args.data_seed, self._epoch)
-
-    def _get_dataloader(self, *arguments: Any, **named: Any) -> Any:
-        prepared = super()._get_dataloader(*arguments, **named)
-        loader = getattr(prepared, "base_dataloader", prepared)  # accelerate's own passes on what is read, not written
-        loader.worker_init_fn = functools.partial(signals.heed_the_rank_alone, loader.worker_init_fn)
-        return prepared
 
     def _epoch(self) -> int:
         return int(self.state.global_step // self.plan.steps_per_epoch) if self.plan.steps_per_epoch else 0

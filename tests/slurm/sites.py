@@ -49,10 +49,10 @@ class Site:
         until(lambda: self.cluster.job(job).get("JobState") in _ENDED, lambda: self.output(job))
         return self.cluster.job(job)
 
-    def starts_again(self, job: str) -> None:
+    def starts_again(self, job: str, without: Sequence[str] = ()) -> None:
         """Waits until the job is back in the queue and has let go of its nodes, and has Slurm not wait longer."""
         until(lambda: self.cluster.job(job).get("JobState") == "PENDING", lambda: self.output(job))
-        self.cluster.await_idle(120)
+        self.cluster.await_idle(120, without)
         # Slurm would wait two minutes; nodes refuse what was signed in the second in which the job was ended.
         time.sleep(3)
         self.cluster.ask("scontrol", "update", f"jobid={job}", "StartTime=now")

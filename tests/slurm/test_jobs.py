@@ -103,6 +103,29 @@ def test_sigterm_to_the_ranks_saves_and_brings_no_job_back(site: Site) -> None:
     assert manifest(site.runs / "asked")["state"] == "stopped"
 
 
+def test_a_job_whose_time_is_up_before_it_has_begun_is_no_failed_one(site: Site) -> None:
+    job = site.submit("tiny", *SHORT, "parallelism=ddp", NAME="early", SANITY="")
+    until(lambda: "logs: " in site.output(job), lambda: site.output(job))
+    site.cluster.ask("scancel", "--signal=USR1", "--batch", job)
+    until(lambda: site.cluster.job(job)["Restarts"] == "1", lambda: site.output(job))
+    assert f"job {job} goes back into the queue" in site.output(job)
+    site.cluster.ask("scancel", job)
+    site.cluster.await_idle(120)
+
+
+def test_a_job_that_is_preempted_saves_in_its_grace_time_and_goes_on_by_itself(site: Site, uninterrupted: Path) -> None:
+    # Slurm asks every process of the step, those that load rows too.
+    words = (*LONGER, "parallelism=ddp", "trainer.dataloader_num_workers=1")
+    job = site.submit("tiny", *words, NAME="preempted", options=("--partition=spare", "--nodes=2"))
+    site.reaches("preempted", 5, job)
+    urgent = site.cluster.ask("sbatch", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    assert urgent.returncode == 0, urgent.stderr
+    site.starts_again(job)
+    assert site.ended(job)["JobState"] == "COMPLETED", site.output(job)
+    assert re.search(r"stopped at step \d+, saved", site.output(job)), site.output(job)
+    assert same_weights(site.runs / "preempted", uninterrupted)
+
+
 def test_a_node_that_is_cut_off_costs_no_more_than_the_steps_behind_the_last_save(
     site: Site, uninterrupted: Path
 ) -> None:
@@ -111,12 +134,26 @@ def test_a_node_that_is_cut_off_costs_no_more_than_the_steps_behind_the_last_sav
     site.cluster.cut("node2")
     until(lambda: site.cluster.job(job)["Restarts"] == "1", lambda: site.output(job))
     reached = last_step(site.runs / "cut")
-    site.cluster.reboot("node2")
-    site.starts_again(job)
+    site.starts_again(job, without=["node2"])
     assert site.ended(job)["JobState"] == "COMPLETED", site.output(job)
+    site.cluster.reboot("node2")
+    site.cluster.await_idle()
+    assert manifest(site.runs / "cut")["starts"][1]["job"]["nodes"] == "node[1,3]"
     went_on = re.search(r"going on from checkpoint-(\d+)", site.output(job))
     assert went_on is not None and 0 <= reached - int(went_on[1]) <= 15, site.output(job)
     assert same_weights(site.runs / "cut", uninterrupted)
+
+
+def test_a_launcher_that_is_killed_ends_the_job_which_says_what_to_do(site: Site) -> None:
+    job = site.submit("tiny", *LONGER, "trainer.max_steps=400", "parallelism=ddp", NAME="headless")
+    site.reaches("headless", 3, job)
+    said = site.cluster.nodes["node2"].do("ps", "axo", "pid,args").splitlines()
+    launcher = next(line.split()[0] for line in said if " -m sft_recipes train tiny --name headless" in line)
+    site.cluster.nodes["node2"].do("kill", "-KILL", launcher)
+    ended = site.ended(job)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "137:0", "0")
+    assert "srun: error: node2: task 1: Killed" in site.output(job)
+    assert "go on with NAME=headless sbatch slurm/tiny.sh" in site.output(job)
 
 
 def test_a_rank_that_is_killed_ends_the_job_which_names_it(site: Site) -> None:
