@@ -297,10 +297,7 @@ def _train(parsed: argparse.Namespace) -> int:
 
     with job.listening():
         job.await_run(parsed.name)
-        code = _on_all_nodes(parsed, _carry_out)
-    if code not in (run_folder.EXIT_FAULT, run_folder.EXIT_STOPPED):
-        job.forget(os.environ)
-    return code
+        return _on_all_nodes(parsed, _carry_out)
 
 
 def _on_all_nodes(parsed: argparse.Namespace, verb: Callable[[argparse.Namespace, Peers | None], int]) -> int:
@@ -308,9 +305,11 @@ def _on_all_nodes(parsed: argparse.Namespace, verb: Callable[[argparse.Namespace
     from sft_recipes.launching import job
 
     with job.peers(os.environ) as peers:
-        if peers is None or peers.leads:
-            return verb(parsed, peers)
-        return job.follow(peers)
+        leads = peers is None or peers.leads
+        code = job.follow(peers) if peers and not leads else verb(parsed, peers)
+    if leads and code not in (run_folder.EXIT_FAULT, run_folder.EXIT_STOPPED):
+        job.forget(os.environ)
+    return code
 
 
 def _try_out(parsed: argparse.Namespace, peers: Peers | None) -> int:
@@ -350,6 +349,12 @@ def _carry_out(parsed: argparse.Namespace, peers: Peers | None) -> int:
         return unfit or supervisor.carry_out(start, _say, lambda: fit.lighter(recipe, topology), peers)
 
 
+def _replay(parsed: argparse.Namespace, peers: Peers | None) -> int:
+    from sft_recipes.launching import verification
+
+    return verification.carry_out(run_folder.find(parsed.run), _say, peers)
+
+
 def _way_out(recipe: Recipe, topology: Topology) -> str:
     """What this machine's GPUs can carry; else how many would be needed."""
     from sft_recipes.launching.topology import visible_gpus
@@ -385,9 +390,7 @@ def _merge(parsed: argparse.Namespace) -> None:
 
 
 def _verify_resume(parsed: argparse.Namespace) -> int:
-    from sft_recipes.launching import verification
-
-    return verification.carry_out(run_folder.find(parsed.run), _say)
+    return _on_all_nodes(parsed, _replay)
 
 
 def _report(parsed: argparse.Namespace) -> None:

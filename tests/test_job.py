@@ -41,7 +41,7 @@ HEADERS = sorted(path for path in (REPOSITORY / "slurm").glob("*.sh") if "\n#SBA
 
 
 def allocation(rank: int = 0, nodes: int = 2, number: int = 1) -> Allocation:
-    return Allocation(number, "0-0", 0, nodes, rank, f"node{rank + 1}", None, "127.0.0.1", 15001)
+    return Allocation(number, "0-0", nodes, rank, f"node{rank + 1}", None, "127.0.0.1", 15001)
 
 
 def header(script: Path) -> dict[str, str]:
@@ -54,7 +54,6 @@ def test_a_job_step_is_read_from_slurms_variables() -> None:
     assert found == Allocation(
         job=70123,
         start="0-0",
-        restarts=0,
         nodes=4,
         rank=2,
         name="gpu005",
@@ -64,7 +63,7 @@ def test_a_job_step_is_read_from_slurms_variables() -> None:
     )
     again = from_slurm({**STEP, "SLURM_RESTART_COUNT": "2", "MASTER_ADDR": "10.1.2.3", "MASTER_PORT": "6000"})
     assert again is not None
-    assert (again.start, again.restarts, again.address, again.port) == ("2-0", 2, "10.1.2.3", 6000)
+    assert (again.start, again.address, again.port) == ("2-0", "10.1.2.3", 6000)
 
 
 def test_a_login_node_a_batch_script_and_a_laptop_are_no_job_step() -> None:
@@ -368,6 +367,22 @@ def test_a_node_that_is_not_fit_is_named_with_the_way_to_leave_it_out(
     assert job.unfit(leader, plan, lines.append) == 1
     assert re.search(f"node2: red .*{said}", "\n".join(lines))
     assert "node2 cannot carry its part; leave it out: sbatch --exclude=node2" in capsys.readouterr().err
+
+
+def test_where_no_node_reaches_node_0_that_one_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path))
+    leader, *others = (Peers(allocation(rank, 3)) for rank in range(3))
+    leader.folder.mkdir(parents=True)
+    for one in (leader, *others):
+        fit = {"cores": 8, "cores_of_all": 8, "gpus": [], "room": 2**40}
+        one.say(hello=fit, **({} if one is leader else {"reaches": "does not reach 127.0.0.1"}))
+    leader.look(at_once=True)
+    recipe = recipes.load("tiny", ["batch.effective_batch_size=6", "parallelism=ddp"])
+    plan = plans.make(recipe, topology.planned(recipe, 0, 3, 3, None))
+    assert job.unfit(leader, plan, lambda _line: None) == 1
+    assert "no node reaches 127.0.0.1: name an address of node1" in capsys.readouterr().err
 
 
 def test_a_node_that_does_not_see_the_model_says_so(two: tuple[Peers, Peers], tmp_path: Path, monkeypatch) -> None:

@@ -1,5 +1,6 @@
 """`verify-resume` on real runs: what resumes exactly, and what does not."""
 
+import dataclasses
 import shutil
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from sft_recipes.launching import lock, verification
 from sft_recipes.launching.verification import Replay
+from sft_recipes.planning import plan as plans
 from sft_recipes.planning.run_folder import RunFolder
 from sft_recipes.planning.schema import RecipeError
 from sft_recipes.training import checkpoint
@@ -40,6 +42,14 @@ def test_a_finished_run_is_shown_to_resume_exactly_however_python_ends(shared_wo
     assert steps == [f"{step}             {EQUAL}" for step in (5, 6)]
     assert verdict == "exact: this run resumes as if it had not stopped, bit for bit"
     assert files(short_run) == before, "it is only read"
+
+
+def test_a_run_of_several_nodes_is_tried_on_as_many(short_run, tmp_path):
+    """What becomes of it there: tests/slurm."""
+    folder = RunFolder(tmp_path)
+    plans.write(dataclasses.replace(plans.read(RunFolder(short_run).plan), nodes=2), folder.plan)
+    with pytest.raises(RecipeError, match="was trained on 2 nodes.*here there are 1: salloc --nodes=2"):
+        verification.carry_out(folder, print)
 
 
 def test_an_optimizer_that_is_not_the_one_that_was_saved_is_found_though_its_checksums_match(

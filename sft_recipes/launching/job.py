@@ -124,6 +124,13 @@ def unfit(peers: Peers | None, plan: Plan, say: Callable[[str], None]) -> int:
     for name, findings in bad.items():
         for finding in findings:
             say(f"{name}: {finding}")
+    if peers and len(peers.others) > 1 and all(peers.told(number).get("reaches") for number in peers.others):
+        leader = peers.name(0)
+        return process.fail(
+            f"no node reaches {peers.allocation.address}: name an address of {leader} that they do reach, MASTER_ADDR "
+            f"in slurm/cluster.env, or leave it out: sbatch --exclude={leader}",
+            EXIT_FAULT,
+        )
     names = ",".join(name for name, findings in bad.items() if any(one.colour == "red" for one in findings))
     if names:
         return process.fail(f"{names} cannot carry its part; leave it out: sbatch --exclude={names}", EXIT_FAULT)

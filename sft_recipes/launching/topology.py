@@ -39,7 +39,6 @@ class Allocation:
     Attributes:
         job: the job's id, which it keeps when it is requeued.
         start: names this start of the job, the same on all nodes.
-        restarts: how often the job was requeued.
         nodes: how many there are, with one task each.
         rank: which of them this one is; 0 plans, the others follow.
         name: this node's, as Slurm knows it.
@@ -50,7 +49,6 @@ class Allocation:
 
     job: int
     start: str
-    restarts: int
     nodes: int
     rank: int
     name: str
@@ -86,11 +84,10 @@ def from_slurm(environment: Mapping[str, str]) -> Allocation | None:
         raise RecipeError(
             f"Slurm: {altogether} GPUs on {nodes} nodes are not as many on each; say --gpus-per-node instead of --gpus"
         )
-    job, restarts = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_RESTART_COUNT") or 0)
+    job = int(environment["SLURM_JOB_ID"])
     return Allocation(
         job=job,
-        start=f"{restarts}-{environment['SLURM_STEP_ID']}",
-        restarts=restarts,
+        start=f"{environment.get('SLURM_RESTART_COUNT') or 0}-{environment['SLURM_STEP_ID']}",
         nodes=nodes,
         rank=int(environment["SLURM_NODEID"]),
         name=environment.get("SLURMD_NODENAME") or socket.gethostname(),

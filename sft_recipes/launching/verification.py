@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes.launching import command, lock, process, ranks, supervisor
+from sft_recipes.launching.peers import Peers
 from sft_recipes.launching.process import Asked
 from sft_recipes.planning import plan as plans
 from sft_recipes.planning import show
@@ -51,28 +52,43 @@ class _EndedError(Exception):
         self.code = code
 
 
-def carry_out(folder: RunFolder, say: Callable[[str], None]) -> int:
+def carry_out(folder: RunFolder, say: Callable[[str], None], peers: Peers | None = None) -> int:
     """Takes steps of a run again and says what came of it: 0 where the run resumes exactly, or within what kernels that
     are not deterministic explain; 1 where it does not.
 
+    Args:
+        peers: the parents on the other nodes.
+
     Raises:
-        RecipeError: a live process holds the run, or it has nothing to go on from.
+        RecipeError: a live process holds the run, it has nothing to go on from, or it was trained on another number of
+            nodes.
     """
     plan = plans.read(folder.plan)
-    with lock.held(folder), tempfile.TemporaryDirectory(prefix="sft-") as place, process.listening() as asked:
+    here = peers.allocation.nodes if peers else 1
+    if plan.nodes != here:
+        raise RecipeError(
+            f"RUN: {folder.name} was trained on {plan.nodes} nodes, and is tried on as many; here there are {here}: "
+            f"salloc --nodes={plan.nodes} --exclusive --gpus-per-node={plan.gpus // plan.nodes} "
+            f"srun --ntasks-per-node=1 .venv/bin/python -m sft_recipes verify-resume {folder.name}"
+        )
+    shared = peers.folder if peers else None
+    with (
+        lock.held(folder),
+        tempfile.TemporaryDirectory(prefix="sft-", dir=shared) as place,
+        process.listening() as asked,
+    ):
         recorded = _recorded(folder)
         candidates = _candidates(folder, recorded)
         try:
-            prepared = _prepare(plan, Path(place), asked)
-            first = _replay(plan, folder, candidates, prepared, Path(place) / "first", asked)
+            prepared = _prepare(plan, Path(place), asked, peers)
+            first = _replay(plan, folder, candidates, prepared, Path(place) / "first", asked, peers)
             for line in first.passed_over:
                 say(f"passing over {line}")
             say(_announcement(folder, plan, first))
             say(show.table(_table(first, recorded)))
             if not _wrong(_as_loaded(first)) and _only_bits(first, recorded):
-                second = _replay(
-                    plan, folder, [(first.step, max(first.steps))], prepared, Path(place) / "second", asked
-                )
+                same = [(first.step, max(first.steps))]
+                second = _replay(plan, folder, same, prepared, Path(place) / "second", asked, peers)
                 if _is_within_the_tolerance(first, second, recorded, say):
                     return 0
         except _EndedError as error:
@@ -110,14 +126,14 @@ def _candidates(folder: RunFolder, recorded: dict[int, dict[str, Any]]) -> list[
     return sorted(found, key=lambda one: (one[1] > one[0], one[0]), reverse=True)
 
 
-def _prepare(plan: Plan, place: Path, asked: Asked) -> Path:
+def _prepare(plan: Plan, place: Path, asked: Asked, peers: Peers | None) -> Path:
     """Where the run's rows lie now: prepared again where they are gone.
 
     Raises:
         RecipeError: they are not those that the run began with.
     """
     plans.write(plan, place / "plan.json")
-    code = supervisor.prepare(place / "plan.json", command.environment(plan, os.environ), asked)
+    code = supervisor.prepare(place / "plan.json", command.environment(plan, os.environ), asked, peers)
     if code:
         raise _EndedError(code)
     found = read_json(RunFolder(place).prepared)
@@ -127,7 +143,13 @@ def _prepare(plan: Plan, place: Path, asked: Asked) -> Path:
 
 
 def _replay(
-    plan: Plan, folder: RunFolder, candidates: list[tuple[int, int]], prepared: Path, place: Path, asked: Asked
+    plan: Plan,
+    folder: RunFolder,
+    candidates: list[tuple[int, int]],
+    prepared: Path,
+    place: Path,
+    asked: Asked,
+    peers: Peers | None,
 ) -> Replay:
     """Starts the run's own ranks in a folder of their own."""
     place.mkdir()
@@ -135,7 +157,7 @@ def _replay(
     plans.write(plan, copy.plan)
     shutil.copy(prepared, copy.prepared)
     write_json(copy.replay, {"run": str(folder.path.absolute()), "candidates": candidates})
-    ended = ranks.carry_out(plan, copy, "verify", asked, None, saves=False)
+    ended = ranks.carry_out(plan, copy, "verify", asked, peers, saves=False)
     verdict, outcome = read_json(copy.verdict), read_json(copy.outcome)
     if outcome.get("error"):
         print(f"error: {outcome['error']}", file=sys.stderr)

@@ -109,6 +109,10 @@ def site(place: Path, names: Sequence[str], gpus: int) -> Iterator[Site]:
         if name.split("/")[0] in _SHIPPED:
             (checkout / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(REPOSITORY / name, checkout / name)
-    (checkout / ".venv").symlink_to((REPOSITORY / ".venv").resolve())
+    # By its own name, not by this checkout's: DeepSpeed compiles its operators anew where its own path is another one.
+    python = checkout / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {REPOSITORY}/.venv/bin/python "$@"\n', encoding="utf-8")
+    python.chmod(0o755)
     with cluster(place / "cluster", names, gpus) as one:
         yield Site(one, checkout)

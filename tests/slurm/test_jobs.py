@@ -200,6 +200,15 @@ def test_a_finished_run_is_not_begun_again(site: Site, uninterrupted: Path) -> N
     assert len(manifest(uninterrupted)["starts"]) == 1
 
 
+def test_a_run_of_two_nodes_is_proved_to_resume_exactly_on_two(site: Site, uninterrupted: Path) -> None:
+    verify = (".venv/bin/python", "-m", "sft_recipes", "verify-resume", "uninterrupted")
+    done = site.cluster.ask("salloc", "--nodes=2", "srun", "--ntasks-per-node=1", *verify, folder=site.checkout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "checkpoint-45 of uninterrupted (ddp on 2 CPU processes) was loaded" in done.stdout
+    assert "exact: this run resumes as if it had not stopped, bit for bit" in done.stdout
+    assert list((site.runs / ".jobs").iterdir()) == [], "what the parents of a job that is over said is gone"
+
+
 def test_other_nodes_than_a_plan_can_share_its_batch_with_are_refused(site: Site) -> None:
     job = site.submit("tiny", *SHORT, PROCESSES="3", NAME="uneven")
     assert site.ended(job)["ExitCode"] == "2:0"
