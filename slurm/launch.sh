@@ -95,7 +95,7 @@ if [ "$status" -eq 75 ] || [ "$status" -ge 128 ]; then
   [ ! -e "$SFT_RECIPES_REQUEUE" ] || again=1 # a node was lost
   if grep -q ' PreemptTime=[0-9]' <<< "$now"; then again=1; fi
 fi
-if [ -n "$again" ] && grep -q " Restarts=$((start + 1)) " <<< "$now"; then
+if [ -n "$now" ] && ! grep -q " Restarts=$start " <<< "$now"; then
   again='' # this node was cut off, and the job has begun anew without it: that start is not to be ended
 fi
 if [ -n "$again" ] && [ -z "$ended" ]; then

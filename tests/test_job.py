@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from sft_recipes.launching import job, peers, process, ranks, topology
+from sft_recipes.launching import job, network, peers, process, ranks, topology
 from sft_recipes.launching.peers import Peers
 from sft_recipes.launching.process import Asked
 from sft_recipes.launching.topology import Allocation, first_host, from_slurm
@@ -41,7 +41,7 @@ HEADERS = sorted(path for path in (REPOSITORY / "slurm").glob("*.sh") if "\n#SBA
 
 
 def allocation(rank: int = 0, nodes: int = 2, number: int = 1) -> Allocation:
-    return Allocation(number, "0-0", nodes, rank, f"node{rank + 1}", None, "127.0.0.1", 15001)
+    return Allocation(number, "0-0", nodes, rank, f"node{rank + 1}", None, ("no.such.host.invalid", "127.0.0.1"), 15001)
 
 
 def header(script: Path) -> dict[str, str]:
@@ -58,12 +58,14 @@ def test_a_job_step_is_read_from_slurms_variables() -> None:
         rank=2,
         name="gpu005",
         gpus_per_node=8,
-        address="gpu003",
+        addresses=("gpu003",),
         port=25123,
     )
     again = from_slurm({**STEP, "SLURM_RESTART_COUNT": "2", "MASTER_ADDR": "10.1.2.3", "MASTER_PORT": "6000"})
     assert again is not None
-    assert (again.start, again.address, again.port) == ("2-0", "10.1.2.3", 6000)
+    assert (again.start, again.addresses, again.port) == ("2-0", ("10.1.2.3",), 6000)
+    batch = from_slurm({**STEP, "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.3"})
+    assert batch is not None and batch.addresses == ("gpu003", "10.0.0.3")
 
 
 def test_a_login_node_a_batch_script_and_a_laptop_are_no_job_step() -> None:
@@ -272,7 +274,9 @@ def two(tmp_path: Path, monkeypatch) -> tuple[Peers, Peers]:
 
 def test_parents_show_each_other_what_they_have_and_whether_they_reach_node_0(two: tuple[Peers, Peers]) -> None:
     leader, follower = two
-    assert leader.told(1) == {**leader.told(1), "node": "node2", "hello": {"cores": 4}, "reaches": ""}
+    assert leader.told(1) == {**leader.told(1), "node": "node2", "hello": {"cores": 4}}
+    assert "127.0.0.1" in leader.told(1)["reaches"] and "no.such.host.invalid" not in leader.told(1)["reaches"]
+    assert leader.address == "127.0.0.1", "Slurm's name for a node need be no host's"
     assert follower.told(0)["hello"]["cores"] == 8
     assert not list(runs_root().glob(".jobs/*/*/*.partial"))
     assert (runs_root() / ".jobs" / "1").stat().st_mode & 0o077 == 0
@@ -288,7 +292,15 @@ def test_an_order_is_heard_once_and_its_end_is_told(two: tuple[Peers, Peers]) ->
     leader.report(order, {"code": 1, "fault": "rank 0: gloo: lost", "by_user": False, "came_of_others": True})
     leader.look(at_once=True)
     assert peers.first_fault(list(leader.reports(order).values()))["fault"] == "rank 1 on node2 is gone"
-    assert leader.reports(leader.order("run")) == {}
+    assert order.address == "127.0.0.1"
+    assert leader.reports(leader.order("run", Path("plan.json"), 15001)) == {}
+
+
+def test_gloo_speaks_through_the_interface_that_leads_to_node_0() -> None:
+    assert network.interface_towards("127.0.0.1") == "lo"
+    own = network.addresses([])[1:]
+    assert all(network.interface_towards(address) != "lo" for address in own)
+    assert network.interface_towards("no.such.host.invalid") is None
 
 
 def test_a_stop_that_was_asked_for_says_how_an_order_ended_before_an_end_that_nobody_explains() -> None:
@@ -350,7 +362,7 @@ def test_a_node_that_is_not_there_is_told_of(tmp_path: Path, monkeypatch) -> Non
     [
         ({"cores": 1, "cores_of_all": 64}, "1 of 64 cores for 2 ranks.*SRUN_CPUS_PER_TASK"),
         ({"room": 0}, "disk: /tmp"),
-        ({"reaches": "does not reach node1"}, "does not reach node1"),
+        ({"reaches": []}, "does not reach node1 by any of node1, 10.0.0.1"),
     ],
 )
 def test_a_node_that_is_not_fit_is_named_with_the_way_to_leave_it_out(
@@ -358,8 +370,8 @@ def test_a_node_that_is_not_fit_is_named_with_the_way_to_leave_it_out(
 ) -> None:
     leader, follower = two
     fit = {"cores": 8, "cores_of_all": 8, "gpus": [], "room": 2**40}
-    leader.say(hello=fit)
-    follower.say(hello={**fit, **has}, reaches=has.get("reaches", ""))
+    leader.say(hello={**fit, "addresses": ["node1", "10.0.0.1"]}, reaches=["node1", "10.0.0.1"])
+    follower.say(hello={**fit, **has}, reaches=has.get("reaches", ["10.0.0.1"]))
     leader.look(at_once=True)
     recipe = recipes.load("tiny", ["batch.effective_batch_size=4", "parallelism=ddp"])
     plan = plans.make(recipe, topology.planned(recipe, 0, 4, 2, None))
@@ -377,12 +389,12 @@ def test_where_no_node_reaches_node_0_that_one_is_named(
     leader.folder.mkdir(parents=True)
     for one in (leader, *others):
         fit = {"cores": 8, "cores_of_all": 8, "gpus": [], "room": 2**40}
-        one.say(hello=fit, **({} if one is leader else {"reaches": "does not reach 127.0.0.1"}))
+        one.say(hello={**fit, "addresses": ["10.0.0.1"]}, reaches=["10.0.0.1"] if one is leader else [])
     leader.look(at_once=True)
     recipe = recipes.load("tiny", ["batch.effective_batch_size=6", "parallelism=ddp"])
     plan = plans.make(recipe, topology.planned(recipe, 0, 3, 3, None))
     assert job.unfit(leader, plan, lambda _line: None) == 1
-    assert "no node reaches 127.0.0.1: name an address of node1" in capsys.readouterr().err
+    assert "no node reaches node1: name an address of it that they do reach" in capsys.readouterr().err
 
 
 def test_a_node_that_does_not_see_the_model_says_so(two: tuple[Peers, Peers], tmp_path: Path, monkeypatch) -> None:

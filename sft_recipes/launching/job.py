@@ -118,17 +118,20 @@ def unfit(peers: Peers | None, plan: Plan, say: Callable[[str], None]) -> int:
         return 0
     if peers is None:
         assert allocation is not None
-        bad = {allocation.name: list(_wrong({"hello": _what_is_here()}, plan))}
+        bad = {allocation.name: list(_wrong(_what_is_here(), plan))}
     else:
-        bad = {peers.name(number): list(_wrong(peers.told(number), plan)) for number in range(plan.nodes)}
+        bad = {
+            peers.name(number): [*_unreached(peers, number), *_wrong(peers.told(number)["hello"], plan)]
+            for number in range(plan.nodes)
+        }
     for name, findings in bad.items():
         for finding in findings:
             say(f"{name}: {finding}")
-    if peers and len(peers.others) > 1 and all(peers.told(number).get("reaches") for number in peers.others):
+    if peers and len(peers.others) > 1 and not any(peers.address in peers.told(n)["reaches"] for n in peers.others):
         leader = peers.name(0)
         return process.fail(
-            f"no node reaches {peers.allocation.address}: name an address of {leader} that they do reach, MASTER_ADDR "
-            f"in slurm/cluster.env, or leave it out: sbatch --exclude={leader}",
+            f"no node reaches {leader}: name an address of it that they do reach, MASTER_ADDR in slurm/cluster.env, or "
+            f"leave it out: sbatch --exclude={leader}",
             EXIT_FAULT,
         )
     names = ",".join(name for name, findings in bad.items() if any(one.colour == "red" for one in findings))
@@ -163,11 +166,16 @@ def named(run: str) -> dict[str, str] | None:
     return found if found and found.get("name", "").startswith("sft-") else None
 
 
-def _wrong(told: dict[str, Any], plan: Plan) -> Iterator[Finding]:
+def _unreached(peers: Peers, number: int) -> Iterator[Finding]:
+    """Whether a node does not reach the place where the ranks meet."""
+    if peers.address not in peers.told(number)["reaches"]:
+        found = f"does not reach {peers.name(0)} by any of {', '.join(peers.told(0)['hello']['addresses'])}"
+        yield Finding("network", "red", found, "MASTER_ADDR in slurm/cluster.env names another address")
+
+
+def _wrong(here: dict[str, Any], plan: Plan) -> Iterator[Finding]:
     """What is wrong with a node, by what it shows."""
-    here, ranks_here = told["hello"], plan.world_size // plan.nodes
-    if told.get("reaches"):
-        yield Finding("network", "red", told["reaches"], "MASTER_ADDR in slurm/cluster.env names another address")
+    ranks_here = plan.world_size // plan.nodes
     if here["cores"] < min(ranks_here, here["cores_of_all"]):
         found = f"{here['cores']} of {here['cores_of_all']} cores for {ranks_here} ranks"
         yield Finding("cores", "red", found, "have srun give the task all of the node's: SRUN_CPUS_PER_TASK")

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sft_recipes.launching import network
 from sft_recipes.launching.topology import Allocation
 from sft_recipes.planning import processes
 from sft_recipes.planning.run_folder import EXIT_STOPPED, runs_root
@@ -26,7 +27,6 @@ from sft_recipes.planning.schema import RecipeError
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_TO_MEET = 600.0  # a node may have to unpack an image first
-_SECONDS_TO_REACH = 20.0
 # Of a parent that writes nothing meanwhile; a shared disk that stalls stalls the reader as well, who sees no time pass.
 SECONDS_OF_SILENCE = 60.0
 _SECONDS_TO_LEAVE = 15.0
@@ -34,12 +34,13 @@ _SECONDS_TO_LEAVE = 15.0
 
 @dataclass(frozen=True)
 class Order:
-    """What node 0 has all nodes do next: a program of the ranks, on a plan, who meet at a port; or, without a program,
-    to leave."""
+    """What node 0 has all nodes do next: a program of the ranks, on a plan, who meet at an address; or, without a
+    program, to leave."""
 
     number: int
     program: str | None
     plan: str = ""
+    address: str = ""
     port: int = 0
     ranks_here: int = 0
     on_gpus: bool = False
@@ -86,17 +87,22 @@ class Peers:
             place.mkdir(parents=True, exist_ok=True, mode=0o700)
         if self.leads:
             with socket.create_server(("", 0)) as door:
-                self.say(hello={**hello, "door": door.getsockname()[1]})
+                tried = network.addresses(self.allocation.addresses)
+                self.say(hello={**hello, "door": door.getsockname()[1], "addresses": tried})
+                self.say(reaches=network.reached(tried, door.getsockname()[1]))
                 self._await("reaches")
             return
         self.say(hello=hello)
         self._await("hello", [0])
-        address = self.allocation.address
-        try:
-            socket.create_connection((address, self.heard[0]["hello"]["door"]), _SECONDS_TO_REACH).close()
-            self.say(reaches="")
-        except OSError as error:
-            self.say(reaches=f"does not reach {address}, where the ranks meet ({error})")
+        leader = self.heard[0]["hello"]
+        self.say(reaches=network.reached(leader["addresses"], leader["door"]))
+
+    @property
+    def address(self) -> str:
+        """Where all ranks meet: the first of node 0's addresses that all nodes reach, or as many of them as can be."""
+        reached = [self.told(number)["reaches"] for number in range(self.allocation.nodes)]
+        tried: list[str] = self.told(0)["hello"]["addresses"]
+        return max(tried, key=lambda address: sum(address in of_one for of_one in reached))
 
     def _await(self, what: str, whose: Sequence[int] | None = None) -> None:
         until = time.monotonic() + _SECONDS_TO_MEET
@@ -150,7 +156,8 @@ class Peers:
     ) -> Order:
         """Has the others carry out the same as this node."""
         number = self.said.get("order", {}).get("number", 0) + 1
-        order = Order(number, program, str(plan.absolute()) if plan else "", port, ranks_here, on_gpus)
+        place = str(plan.absolute()) if plan else ""
+        order = Order(number, program, place, self.address, port, ranks_here, on_gpus)
         self.say(order=dataclasses.asdict(order))
         return order
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from sft_recipes.launching import command, process
+from sft_recipes.launching import command, network, process
 from sft_recipes.launching.command import Meeting
 from sft_recipes.launching.peers import Order, Peers, first_fault
 from sft_recipes.launching.process import Asked
@@ -76,12 +76,12 @@ def follow(peers: Peers, asked: Asked) -> int:
 
 
 def _sum(order: Order, peers: Peers, asked: Asked) -> None:
-    result, meeting = Path(order.plan), Meeting(peers.allocation.address, order.port, peers.allocation.rank)
+    result, meeting = Path(order.plan), Meeting(order.address, order.port, peers.allocation.rank)
     arguments = command.links(order.ranks_here, peers.allocation.nodes, meeting, result)
     log = f"{result.parent}/nccl-%h-%p"
     debug = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,GRAPH,NET", "NCCL_DEBUG_FILE": log}
     on_cpu = {} if order.on_gpus else {"CUDA_VISIBLE_DEVICES": ""}
-    environment = {**os.environ, **debug, **on_cpu, "OMP_NUM_THREADS": "1"}
+    environment = {**_interface(order), **os.environ, **debug, **on_cpu, "OMP_NUM_THREADS": "1"}
     until, ends_elsewhere = time.monotonic() + _SECONDS_OF_A_SUM, _meanwhile(order, peers)
 
     def elsewhere() -> bool:
@@ -98,12 +98,19 @@ def _sum(order: Order, peers: Peers, asked: Asked) -> None:
 def _obey(order: Order, plan: Plan, folder: RunFolder, asked: Asked, peers: Peers) -> None:
     """This node's part, and what becomes of it is told."""
     assert order.program is not None
-    meeting = Meeting(peers.allocation.address, order.port, peers.allocation.rank)
+    meeting = Meeting(order.address, order.port, peers.allocation.rank)
     arguments = command.launch(plan, folder, order.program, meeting)
     watch = Watch(folder, plan, saves=order.program == "run", node=peers.allocation.rank)
-    environment = command.environment(plan, os.environ)
+    environment = {**_interface(order), **command.environment(plan, os.environ)}
     ended = process.run(arguments, environment, asked, watch, _meanwhile(order, peers))
     peers.report(order, dataclasses.asdict(ended))
+
+
+def _interface(order: Order) -> dict[str, str]:
+    """What gloo speaks through, unless somebody has said: left alone it takes the one of the host's own name, which on
+    many machines is the loopback."""
+    name = network.interface_towards(order.address)
+    return {"GLOO_SOCKET_IFNAME": name} if name else {}
 
 
 def _meanwhile(order: Order, peers: Peers) -> Callable[[], bool]:

@@ -43,7 +43,7 @@ class Allocation:
         rank: which of them this one is; 0 plans, the others follow.
         name: this node's, as Slurm knows it.
         gpus_per_node: None where the job asked for none.
-        address: node 0's, which the others reach.
+        addresses: under which the others may reach node 0, the best one first.
         port: where ranks of a start meet; another job's is another one.
     """
 
@@ -53,7 +53,7 @@ class Allocation:
     rank: int
     name: str
     gpus_per_node: int | None
-    address: str
+    addresses: tuple[str, ...]
     port: int
 
 
@@ -92,9 +92,18 @@ def from_slurm(environment: Mapping[str, str]) -> Allocation | None:
         rank=int(environment["SLURM_NODEID"]),
         name=environment.get("SLURMD_NODENAME") or socket.gethostname(),
         gpus_per_node=here,
-        address=environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"]),
+        addresses=_addresses(environment),
         port=_port(environment.get("MASTER_PORT")) or _FIRST_PORT + job % _PORTS,
     )
+
+
+def _addresses(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """What the user says; else Slurm's name of the node, which need be no host's, and where srun runs, which in a batch
+    job is that node."""
+    if said := environment.get("MASTER_ADDR"):
+        return (said,)
+    launched = environment.get("SLURM_LAUNCH_NODE_IPADDR")
+    return (first_host(environment["SLURM_STEP_NODELIST"]), *([launched] if launched else []))
 
 
 def _port(text: str | None) -> int | None:

@@ -1,0 +1,45 @@
+"""Finds out by which address one node reaches another, and through which interface."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil  # type: ignore[import-untyped]
+
+_SECONDS_TO_REACH = 10.0
+
+
+def addresses(named: Iterable[str]) -> list[str]:
+    """Under what others may reach this node: as it is named, else by its own name for itself, else by each of its
+    addresses (IPv4)."""
+    up = [name for name, state in psutil.net_if_stats().items() if state.isup]
+    found = [one for name, of_one in psutil.net_if_addrs().items() if name in up for one in of_one]
+    own = [one.address for one in found if one.family == socket.AF_INET and not one.address.startswith("127.")]
+    return list(dict.fromkeys([*named, socket.gethostname(), *own]))
+
+
+def reached(tried: Sequence[str], port: int) -> list[str]:
+    """Those of the addresses at which somebody listens on that port, as seen from here."""
+
+    def is_reached(address: str) -> bool:
+        with contextlib.suppress(OSError):
+            socket.create_connection((address, port), _SECONDS_TO_REACH).close()
+            return True
+        return False
+
+    with ThreadPoolExecutor(len(tried)) as at_once:
+        return [address for address, is_so in zip(tried, at_once.map(is_reached, tried), strict=True) if is_so]
+
+
+def interface_towards(address: str) -> str | None:
+    """The name of the interface through which this node speaks with an address; None where there is none."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        asked.connect((address, 9))  # of a datagram socket this sends nothing, and settles the way
+        mine = asked.getsockname()[0]
+        return next(
+            (name for name, ours in psutil.net_if_addrs().items() if mine in [one.address for one in ours]), None
+        )
+    return None
