@@ -133,7 +133,8 @@ class Cluster:
             device = self.place / f"gpu{number}"
             subprocess.run(["mknod", "-m", "666", str(device), "c", "1", "3"], check=True, env={"PATH": _PATH})
         addresses = {name: f"10.77.0.{10 + number}" for number, name in enumerate(self.names)}
-        lines = ["127.0.0.1 localhost", "10.77.0.1 login", *(f"{at} {name}" for name, at in addresses.items())]
+        # Slurm alone knows the nodes' addresses, as on clusters whose nodes are no hosts of any name server.
+        lines = ["127.0.0.1 localhost", "10.77.0.1 login"]
         (self.place / "hosts").write_text("\n".join(lines) + "\n", encoding="utf-8")
         (self.place / "gres.conf").write_text(f"Name=gpu File={self.place}/gpu[0-{self.gpus - 1}]\n", encoding="utf-8")
         nodes = "\n".join(
