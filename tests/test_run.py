@@ -226,6 +226,23 @@ def test_a_rank_imports_what_its_plan_uses_alone(monkeypatch):
         assert left_out == dict.fromkeys(wanted)
 
 
+def test_deepspeeds_muon_is_compiled_when_it_is_called_and_not_before():
+    """Fails as well where DeepSpeed itself brings torch's compiler no more."""
+    code = (
+        "import inspect, sys, torch; from sft_recipes.planning import imports; imports.deepspeed(); "
+        "from deepspeed.runtime.zero.muon import original_muon as muon; "
+        "from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as stage3; "
+        "print('@compiler.compile()' in inspect.getsource(muon), 'import MuonWithAuxAdam' in inspect.getsource(stage3)); "
+        "print('torch._inductor.compile_fx' in sys.modules); "
+        "torch.compile = lambda function: print('compiled:', function.__name__) or function; "
+        "[muon.zeropower_via_newtonschulz5(torch.eye(2), 1) for _ in range(2)]"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    said = done.stdout.splitlines()[-3:]
+    assert said == ["True True", "False", "compiled: zeropower_via_newtonschulz5"], done.stdout + done.stderr
+
+
 def test_accelerate_still_asks_localhost_before_it_starts_ranks():
     """Why training/start.py is there; fails when accelerate asks no more."""
     from accelerate.utils.launch import is_port_in_use

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from sft_recipes.planning import environment
 from sft_recipes.planning.plan import Plan
@@ -38,3 +41,32 @@ def leave_out_what_is_not_used(plan: Plan) -> None:
         modules.setdefault("peft", None)
     if plan.method == "full" and plan.sections["trainer"].get("optim", "adamw_torch").startswith("adamw_torch"):
         modules.setdefault("bitsandbytes", None)
+
+
+def deepspeed() -> None:
+    """Brings DeepSpeed in, and its Muon, which every ZeRO optimizer imports to ask whether it is one.
+
+    Functions of Muon are compiled as they are defined, and that imports torch's compiler: a second and more of each
+    rank. Here they are compiled when somebody calls them.
+    """
+    compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
+    at_once = compiler.compile
+    compiler.compile = lambda: _compiled_when_called
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = at_once
+
+
+def _compiled_when_called(function: Callable[..., Any]) -> Callable[..., Any]:
+    torch: Any = importlib.import_module("torch")
+
+    @functools.cache
+    def compiled() -> Callable[..., Any]:
+        return torch.compile(function)  # type: ignore[no-any-return]
+
+    @functools.wraps(function)
+    def call(*words: Any, **keys: Any) -> Any:
+        return compiled()(*words, **keys)
+
+    return call

@@ -71,7 +71,7 @@ def begin(plan_file: str) -> tuple[Plan, RunFolder, int]:
         quiet()
         importlib.import_module("sft_recipes.training.trainer")
         if plan.parallelism.startswith("zero"):
-            importlib.import_module("deepspeed")
+            imports.deepspeed()
     return plan, folder, rank
 
 
