@@ -296,17 +296,20 @@ def _train(parsed: argparse.Namespace) -> int:
     from sft_recipes.launching import job
 
     with job.listening():
-        job.await_run(parsed.name)
         return _on_all_nodes(parsed, _carry_out)
 
 
 def _on_all_nodes(parsed: argparse.Namespace, verb: Callable[[argparse.Namespace, Peers | None], int]) -> int:
     """Has node 0 of a Slurm job decide, and the others follow; elsewhere there is this machine alone."""
-    from sft_recipes.launching import job
+    from sft_recipes.launching import job, process
 
-    with job.peers(os.environ) as peers:
-        leads = peers is None or peers.leads
-        code = job.follow(peers) if peers and not leads else verb(parsed, peers)
+    try:
+        job.await_run(getattr(parsed, "name", None))
+        with job.peers(os.environ) as peers:
+            leads = peers is None or peers.leads
+            code = job.follow(peers) if peers and not leads else verb(parsed, peers)
+    except process.StoppedError:
+        return job.stopped_before_they_met(os.environ)
     if leads and code not in (run_folder.EXIT_FAULT, run_folder.EXIT_STOPPED):
         job.forget(os.environ)
     return code

@@ -47,14 +47,19 @@ fi
 [ -z "${DRY_RUN:-}" ] || fail "DRY_RUN: this is a job already; show what it would do without one: DRY_RUN=1 slurm/$recipe.sh"
 [ -n "${SLURM_JOB_ID:-}" ] ||
   fail "this is the body of a job: sbatch slurm/$recipe.sh, or DRY_RUN=1 slurm/$recipe.sh to see what it would do"
+[ -n "${SLURMD_NODENAME:-}" ] ||
+  fail "an allocation by hand is no job that starts again: sbatch slurm/$recipe.sh, or srun --ntasks-per-node=1 --cpu-bind=none .venv/bin/python -m sft_recipes train $recipe"
 [ "${SLURM_NTASKS:-$SLURM_JOB_NUM_NODES}" -eq "$SLURM_JOB_NUM_NODES" ] ||
   fail "Slurm: $SLURM_NTASKS tasks on $SLURM_JOB_NUM_NODES nodes; wanted one a node: --ntasks-per-node=1"
 
+# One task of an array may have the whole array's number, and all of them would be put back into the queue by it.
+job=$SLURM_JOB_ID
+[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 start=${SLURM_RESTART_COUNT:-0}
 job_logs=$PWD/slurm/logs/$SLURM_JOB_NAME-$SLURM_JOB_ID
 export SFT_RECIPES_LOGS="$job_logs/start-$start" SFT_RECIPES_REQUEUE="$job_logs/start-$start/requeue"
 mkdir -p "$SFT_RECIPES_LOGS"
-rm -f "$SFT_RECIPES_REQUEUE"
+rm -f "$SFT_RECIPES_REQUEUE" "$SFT_RECIPES_LOGS/asked-to-end"
 ln -sfn "start-$start" "$job_logs/latest"
 ln -sfn "$SLURM_JOB_NAME-$SLURM_JOB_ID" slurm/logs/latest
 if [ "$start" -eq 0 ]; then
@@ -89,21 +94,22 @@ wait "$shown" || true
 
 # 75 says that all is saved, a signal (128 and above) that it came before there was something to save. A job that was
 # asked to end stays ended; one that Slurm preempts may hear of it in its ranks alone, in its grace time.
-again='' now=$(scontrol show job --oneliner "$SLURM_JOB_ID" 2> /dev/null || true)
+again='' now=$(scontrol show job --oneliner "$job" 2> /dev/null || true)
 if [ "$status" -eq 75 ] || [ "$status" -ge 128 ]; then
   again=$time_is_up
-  [ ! -e "$SFT_RECIPES_REQUEUE" ] || again=1 # a node was lost
+  [ ! -e "$SFT_RECIPES_LOGS/asked-to-end" ] || again='' # by a SIGTERM to the step alone
+  [ ! -e "$SFT_RECIPES_REQUEUE" ] || again=1            # a node was lost
   if grep -q ' PreemptTime=[0-9]' <<< "$now"; then again=1; fi
 fi
 if [ -n "$now" ] && ! grep -q " Restarts=$start " <<< "$now"; then
   again='' # this node was cut off, and the job has begun anew without it: that start is not to be ended
 fi
+by_hand="NAME=$(printf %q "${NAME:-$recipe-$SLURM_JOB_ID}") sbatch slurm/$recipe.sh"
 if [ -n "$again" ] && [ -z "$ended" ]; then
-  echo "job $SLURM_JOB_ID goes back into the queue, and goes on from what it saved"
-  scontrol requeue "$SLURM_JOB_ID" ||
-    echo "error: Slurm does not requeue it; go on with NAME=${NAME:-$recipe-$SLURM_JOB_ID} sbatch slurm/$recipe.sh" >&2
+  echo "job $job goes back into the queue, and goes on from what it saved"
+  scontrol requeue "$job" || echo "error: Slurm does not requeue it; go on with $by_hand" >&2
 elif [ "$status" -ge 128 ] && [ -z "$ended" ]; then
-  echo "error: a launcher was ended by signal $((status - 128)), on the node that srun names above; what the others say" \
-    "comes of that; go on with NAME=${NAME:-$recipe-$SLURM_JOB_ID} sbatch slurm/$recipe.sh" >&2
+  echo "error: srun or a launcher was ended by signal $((status - 128)); of a launcher, srun names the node above, and what" \
+    "the others say comes of that; go on with $by_hand" >&2
 fi
 exit "$status"

@@ -40,22 +40,28 @@ if ! job=$(sbatch --parsable ${options[@]+"${options[@]}"} "$script" "$@"); then
   exit 2
 fi
 job=${job%%;*}
-output=slurm/logs/sft-$recipe-$job.out
+told() { scontrol show job --oneliner "$job" 2> /dev/null | sed -n "s/.* $1=\([^ ]*\).*/\1/p"; }
+output=$(told StdOut)
 echo "job $job is submitted; its output: $output; end it: scancel $job"
 trap 'echo; echo "job $job goes on; look again: tail -F $output, make status RUN=${NAME:-$recipe-$job}"; exit 0' INT
-state() { scontrol show job --oneliner "$job" 2> /dev/null | sed -n 's/.* JobState=\([A-Z_]*\) Reason=\([^ ]*\).*/\1 (\2)/p'; }
+state() { echo "$(told JobState) ($(told Reason))"; }
 waiting='' shown='' silent=0
 # A controller that does not answer just now says nothing of the job; one that has forgotten it never will.
 while [ "$silent" -lt 12 ]; do
   now=$(state)
-  if [ -z "$now" ]; then silent=$((silent + 1)); else silent=0; fi
-  case $now in COMPLETED* | FAILED* | CANCELLED* | TIMEOUT* | NODE_FAIL* | OUT_OF_MEMORY* | DEADLINE*) break ;; esac
+  if [ "$now" = " ()" ]; then silent=$((silent + 1)); else silent=0; fi
+  case $now in
+    COMPLETED* | FAILED* | CANCELLED* | TIMEOUT* | NODE_FAIL* | OUT_OF_MEMORY* | DEADLINE* | PREEMPTED* | BOOT_FAIL*) break ;;
+  esac
   if [ -z "$shown" ] && [ -e "$output" ]; then
     tail --pid=$$ -n +1 -F "$output" 2> /dev/null &
     shown=$!
   elif [ -z "$shown" ] && [ "$now" != "$waiting" ]; then
     echo "$now"
     waiting=$now
+    case $now in *"(Partition"*Limit* | *"(BadConstraints"* | *"(PartitionDown"*)
+      echo "it waits until somebody changes that; take it back: scancel $job" ;;
+    esac
   fi
   sleep 3
 done
@@ -65,4 +71,13 @@ else
   sleep 2
   kill "$shown" 2> /dev/null || true
 fi
-echo "job $job: ${now:-Slurm no longer knows it}"
+if [ "$silent" -gt 0 ]; then now="Slurm no longer knows it"; fi
+echo "job $job: $now"
+case $now in
+  COMPLETED*) ;;
+  FAILED*)
+    code=$(told ExitCode)
+    exit "$((${code%%:*} > 0 ? ${code%%:*} : 1))"
+    ;;
+  *) exit 1 ;;
+esac

@@ -265,9 +265,9 @@ def two(tmp_path: Path, monkeypatch) -> tuple[Peers, Peers]:
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
     monkeypatch.setattr(peers, "_SECONDS_TO_MEET", 120.0)
     leader, follower = Peers(allocation(0)), Peers(allocation(1))
-    other = threading.Thread(target=follower.meet, args=[{"cores": 4}])
+    other = threading.Thread(target=follower.meet, args=[{"cores": 4}, Asked()])
     other.start()
-    leader.meet({"cores": 8})
+    leader.meet({"cores": 8}, Asked())
     other.join()
     return leader, follower
 
@@ -350,11 +350,23 @@ def test_who_has_said_that_it_leaves_is_ended_by_no_signal(two: tuple[Peers, Pee
             signal.signal(number, handler)
 
 
+def test_who_is_asked_to_stop_does_not_wait_for_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path))
+    monkeypatch.setattr(peers, "_SECONDS_IN_SILENCE", 0.0)
+    asked = Asked()
+    threading.Timer(0.5, asked.numbers.append, [signal.SIGUSR1]).start()
+    with pytest.raises(process.StoppedError):
+        Peers(allocation(0)).meet({}, asked)
+    assert "waiting for node 1 of the job to show itself in" in capsys.readouterr().out
+
+
 def test_a_node_that_is_not_there_is_told_of(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
     monkeypatch.setattr(peers, "_SECONDS_TO_MEET", 0.3)
     with pytest.raises(RecipeError, match="RUNS_DIR: node2 sees nothing in .* of node 0 of job 1 within"):
-        Peers(allocation(1)).meet({})
+        Peers(allocation(1)).meet({}, Asked())
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -41,13 +42,15 @@ def peers(environment: Mapping[str, str]) -> Iterator[Peers | None]:
 
     Raises:
         RecipeError: they are not met.
+        StoppedError: this one was asked to stop before they were.
     """
     allocation = from_slurm(environment)
     if allocation is None or allocation.nodes == 1:
         yield None
         return
     met = Peers(allocation)
-    met.meet(_what_is_here())
+    with process.listening() as asked:
+        met.meet(_what_is_here(), asked)
     try:
         yield met
     finally:
@@ -57,16 +60,42 @@ def peers(environment: Mapping[str, str]) -> Iterator[Peers | None]:
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-    """In a batch job signals are heard from the first moment on: a scheduler's may come at once, and is no accident."""
-    with process.listening() if _of_a_batch_job() else contextlib.nullcontext():
+    """In a batch job signals are heard from the first moment on: a scheduler's may come at once, and is no accident.
+    Where node 0 hears a SIGTERM, slurm/launch.sh has word that the job is not to come back."""
+    allocation = _of_a_batch_job()
+    if allocation is None:
         yield
+        return
+    with process.listening() as asked:
+        try:
+            yield
+        finally:
+            if allocation.rank == 0 and signal.SIGTERM in asked.numbers:
+                Path(os.environ["SFT_RECIPES_LOGS"], "asked-to-end").touch()
 
 
 def await_run(name: str | None) -> None:
-    """Waits until an earlier start of the run, on a node that was cut off, has ended by itself."""
+    """Waits until an earlier start of the run, on a node that was cut off, has ended by itself.
+
+    Raises:
+        RecipeError: the name is none for a run.
+        StoppedError: this process was asked to stop meanwhile.
+    """
     allocation = _of_a_batch_job()
-    if allocation is not None and allocation.rank == 0 and name is not None:
-        lock.await_free(RunFolder(runs_root() / check_name(name)))
+    if allocation is not None and name is not None:
+        folder = RunFolder(runs_root() / check_name(name))
+        if allocation.rank == 0:
+            with process.listening() as asked:
+                lock.await_free(folder, asked)
+
+
+def stopped_before_they_met(environment: Mapping[str, str]) -> int:
+    """The exit code; of the other nodes it is 0, since how a job ended is node 0's to say."""
+    allocation = from_slurm(environment)
+    if allocation is not None and allocation.rank:
+        return 0
+    print("stopped before the nodes had met; nothing was trained, and the same command begins again", flush=True)
+    return EXIT_STOPPED
 
 
 def follow(peers: Peers) -> int:
@@ -148,22 +177,23 @@ def asked_of_slurm(job: str | None) -> dict[str, str] | None:
     if not job or shutil.which("squeue") is None:
         return None
     names = ("id", "name", "state", "reason", "ran", "left", "nodes")
-    asked = ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%i|%j|%T|%r|%M|%L|%N"]
+    asked = ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%A|%j|%T|%r|%M|%L|%N"]
     try:
         done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=_SECONDS_TO_ANSWER)
     except subprocess.TimeoutExpired:
         return None
-    if done.returncode or not done.stdout.strip():
+    rows = [dict(zip(names, line.split("|"), strict=False)) for line in done.stdout.splitlines()]
+    found = next((row for row in rows if row["id"] == job), None)  # of an array there is a row for each task
+    if done.returncode or found is None:
         return None
-    found = dict(zip(names, done.stdout.splitlines()[0].split("|"), strict=False))
     return {key: value for key, value in found.items() if value not in ("None", "")}
 
 
 def named(run: str) -> dict[str, str] | None:
     """What Slurm says of the job that a run is named after, as slurm/launch.sh names them."""
-    number = re.fullmatch(r"[\w.-]+-(\d+)", run)
-    found = asked_of_slurm(number[1]) if number else None
-    return found if found and found.get("name", "").startswith("sft-") else None
+    said = re.fullmatch(r"([\w.-]+)-(\d+)", run)
+    found = asked_of_slurm(said[2]) if said else None
+    return found if said and found and found.get("name") == f"sft-{said[1]}" else None
 
 
 def _unreached(peers: Peers, number: int) -> Iterator[Finding]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from sft_recipes.launching.process import Asked
 from sft_recipes.planning import processes
 from sft_recipes.planning.run_folder import RunFolder, runs_root
 from sft_recipes.planning.schema import RecipeError
@@ -110,8 +111,12 @@ def is_held(folder: RunFolder) -> bool:
     return False
 
 
-def await_free(folder: RunFolder) -> None:
-    """Waits for a start on a node that was cut off, which ends by itself once it hears nothing of the others."""
+def await_free(folder: RunFolder, asked: Asked) -> None:
+    """Waits for a start on a node that was cut off, which ends by itself once it hears nothing of the others.
+
+    Raises:
+        StoppedError: this process was asked to stop meanwhile.
+    """
     if not is_held(folder):
         return
     print(
@@ -120,6 +125,7 @@ def await_free(folder: RunFolder) -> None:
     )
     until = time.monotonic() + _SECONDS_TO_BE_FREE
     while is_held(folder) and time.monotonic() < until:
+        asked.check()
         time.sleep(0.5)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes.launching import network
+from sft_recipes.launching.process import Asked
 from sft_recipes.launching.topology import Allocation
 from sft_recipes.planning import processes
 from sft_recipes.planning.run_folder import EXIT_STOPPED, runs_root
@@ -27,6 +28,7 @@ from sft_recipes.planning.schema import RecipeError
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_TO_MEET = 600.0  # a node may have to unpack an image first
+_SECONDS_IN_SILENCE = 15.0
 # Of a parent that writes nothing meanwhile; a shared disk that stalls stalls the reader as well, who sees no time pass.
 SECONDS_OF_SILENCE = 60.0
 _SECONDS_TO_LEAVE = 15.0
@@ -77,11 +79,12 @@ class Peers:
         """What a node has shown, this one too."""
         return self.said if number == self.allocation.rank else self.heard[number]
 
-    def meet(self, hello: dict[str, Any]) -> None:
+    def meet(self, hello: dict[str, Any], asked: Asked) -> None:
         """Shows the others what this node has, waits for what they have, and has each try to reach node 0.
 
         Raises:
             RecipeError: one of them is not seen.
+            StoppedError: this one was asked to stop before they were.
         """
         for place in (self.folder.parents[1], self.folder.parent, self.folder):
             place.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -90,10 +93,10 @@ class Peers:
                 tried = network.addresses(self.allocation.addresses)
                 self.say(hello={**hello, "door": door.getsockname()[1], "addresses": tried})
                 self.say(reaches=network.reached(tried, door.getsockname()[1]))
-                self._await("reaches")
+                self._await("reaches", asked)
             return
         self.say(hello=hello)
-        self._await("hello", [0])
+        self._await("hello", asked, [0])
         leader = self.heard[0]["hello"]
         self.say(reaches=network.reached(leader["addresses"], leader["door"]))
 
@@ -104,10 +107,16 @@ class Peers:
         tried: list[str] = self.told(0)["hello"]["addresses"]
         return max(tried, key=lambda address: sum(address in of_one for of_one in reached))
 
-    def _await(self, what: str, whose: Sequence[int] | None = None) -> None:
-        until = time.monotonic() + _SECONDS_TO_MEET
+    def _await(self, what: str, asked: Asked, whose: Sequence[int] | None = None) -> None:
+        began = time.monotonic()
+        says_so = began + _SECONDS_IN_SILENCE
         while missing := [n for n in whose or self.others if what not in self.heard.get(n, {})]:
-            if time.monotonic() > until:
+            asked.check()
+            if time.monotonic() > says_so:
+                says_so = time.monotonic() + SECONDS_OF_SILENCE
+                names = ", ".join(map(str, missing))
+                print(f"waiting for node {names} of the job to show itself in {self.folder}", flush=True)
+            if time.monotonic() > began + _SECONDS_TO_MEET:
                 raise RecipeError(
                     f"RUNS_DIR: {self.allocation.name} sees nothing in {self.folder} of node "
                     f"{', '.join(map(str, missing))} of job {self.allocation.job} within {_SECONDS_TO_MEET:.0f} s; "

@@ -35,6 +35,17 @@ class Asked:
         says no more than its first."""
         return self.numbers.count(signal.SIGINT) > 1
 
+    def check(self) -> None:
+        """Raises:
+        StoppedError: somebody has asked.
+        """
+        if self.numbers:
+            raise StoppedError
+
+
+class StoppedError(Exception):
+    """This process was asked to stop before there was anything to stop."""
+
 
 _asked: Asked | None = None
 

@@ -43,7 +43,7 @@ def command(recipe: str, overrides: list[str]) -> list[str]:
     """
     words = _verb(recipe, overrides)
     logs = os.environ.get("SFT_RECIPES_LOGS", "slurm/logs")
-    srun = ["srun", "--kill-on-bad-exit=1", "--export=ALL", f"--output={logs}/node-%n-%N.txt"]
+    srun = ["srun", "--kill-on-bad-exit=1", "--export=ALL", f"--output={logs.replace('%', '%%')}/node-%n-%N.txt"]
     runtime = os.environ.get("RUNTIME") or "local"
     if runtime == "local":
         python = REPOSITORY / ".venv" / "bin" / "python"

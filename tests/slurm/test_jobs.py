@@ -94,9 +94,10 @@ def test_a_job_that_is_cancelled_saves_and_stays_cancelled(site: Site) -> None:
     assert (after["JobState"], after["Restarts"]) == ("CANCELLED", "0")
 
 
-def test_sigterm_to_the_ranks_saves_and_brings_no_job_back(site: Site) -> None:
+def test_sigterm_to_the_ranks_saves_and_brings_no_job_back_even_when_its_time_was_up(site: Site) -> None:
     job = site.submit("tiny", *LONGER, "trainer.max_steps=400", "parallelism=ddp", NAME="asked")
     site.reaches("asked", 3, job)
+    site.cluster.ask("scancel", "--signal=USR1", "--batch", job)
     site.cluster.ask("scancel", "--signal=TERM", job)
     ended = site.ended(job)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "75:0", "0"), site.output(job)
@@ -185,12 +186,34 @@ def test_a_job_that_comes_no_further_ends_with_4(site: Site) -> None:
 
 
 def test_what_a_user_gets_wrong_ends_the_job_with_2_on_all_nodes(site: Site) -> None:
-    job = site.submit("tiny", "trainer.lerning_rate=1", NAME="wrong")
-    ended = site.ended(job)
-    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0"), site.output(job)
-    errors = [line for line in site.output(job).splitlines() if line.startswith("error: ")]
+    wrong = ("slurm/submit.sh", "tiny", "--", "trainer.lerning_rate=1")
+    done = site.cluster.ask(*wrong, environment={"NAME": "wrong", "PROCESSES": "2"}, folder=site.checkout)
+    assert done.returncode == 2, done.stdout + done.stderr
+    said = re.search(r"job (\d+) is submitted", done.stdout)
+    assert said is not None
+    ended = site.cluster.job(said[1])
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0"), done.stdout
+    errors = [line for line in site.output(said[1]).splitlines() if line.startswith("error: ")]
     assert len(errors) == 2 and len(set(errors)) == 1  # in node 0's log, and in the job's own, which shows it
-    assert "Traceback" not in site.output(job)
+    assert "Traceback" not in site.output(said[1])
+
+
+def test_a_name_that_is_none_for_a_run_is_refused_on_all_nodes(site: Site) -> None:
+    job = site.submit("tiny", *SHORT, NAME="a b/../c$(id)")
+    assert site.ended(job)["ExitCode"] == "2:0", site.output(job)
+
+
+def test_of_an_array_the_task_alone_goes_back_into_the_queue_whose_time_is_up(site: Site) -> None:
+    array = site.submit("tiny", *LONGER, "trainer.max_steps=400", options=("--array=1-2", "--nodes=1"), PROCESSES="1")
+    other = str(int(array) + 1)  # the last task has the array's own number
+    site.reaches(f"tiny-{array}", 3, array)
+    site.reaches(f"tiny-{other}", 3, other)
+    site.cluster.ask("scancel", "--signal=USR1", "--batch", f"{array}_2")
+    until(lambda: site.cluster.job(f"{array}_2")["Restarts"] == "1", lambda: site.output(array))
+    first = site.cluster.job(f"{array}_1")
+    assert (first["JobState"], first["Restarts"]) == ("RUNNING", "0")
+    site.cluster.ask("scancel", array)
+    site.cluster.await_idle(120)
 
 
 def test_a_finished_run_is_not_begun_again(site: Site, uninterrupted: Path) -> None:
@@ -206,7 +229,8 @@ def test_a_run_of_two_nodes_is_proved_to_resume_exactly_on_two(site: Site, unint
     assert done.returncode == 0, done.stdout + done.stderr
     assert "checkpoint-45 of uninterrupted (ddp on 2 CPU processes) was loaded" in done.stdout
     assert "exact: this run resumes as if it had not stopped, bit for bit" in done.stdout
-    assert list((site.runs / ".jobs").iterdir()) == [], "what the parents of a job that is over said is gone"
+    job = re.search(r"Granted job allocation (\d+)", done.stderr)
+    assert job is not None and not (site.runs / ".jobs" / job[1]).exists(), "what its parents said is gone"
 
 
 def test_other_nodes_than_a_plan_can_share_its_batch_with_are_refused(site: Site) -> None:
