@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import socket
+import struct
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import psutil  # type: ignore[import-untyped]
-
 _SECONDS_TO_REACH = 10.0
+_SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
 def addresses(named: Iterable[str]) -> list[str]:
     """Under what others may reach this node: as it is named, else by its own name for itself, else by each of its
     addresses (IPv4)."""
-    up = [name for name, state in psutil.net_if_stats().items() if state.isup]
-    found = [one for name, of_one in psutil.net_if_addrs().items() if name in up for one in of_one]
-    own = [one.address for one in found if one.family == socket.AF_INET and not one.address.startswith("127.")]
+    own = [address for address in _interfaces().values() if not address.startswith("127.")]
     return list(dict.fromkeys([*named, socket.gethostname(), *own]))
 
 
@@ -39,7 +38,16 @@ def interface_towards(address: str) -> str | None:
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
         asked.connect((address, 9))  # of a datagram socket this sends nothing, and settles the way
         mine = asked.getsockname()[0]
-        return next(
-            (name for name, ours in psutil.net_if_addrs().items() if mine in [one.address for one in ours]), None
-        )
+        return next((name for name, own in _interfaces().items() if own == mine), None)
     return None
+
+
+def _interfaces() -> dict[str, str]:
+    """The IPv4 address of each interface that has one."""
+    found = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # it has none
+                answer = fcntl.ioctl(asked.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                found[name] = socket.inet_ntoa(answer[20:24])
+    return found
