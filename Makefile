@@ -19,7 +19,7 @@ HARDWARE = $${GPUS:+--gpus "$$GPUS"} $${NODES:+--nodes "$$NODES"} $${PROCESSES:+
 	$${CARD:+--card "$$CARD"}
 OVERRIDES = $${DATA:+"data.train=$$DATA"} $${VALIDATION:+"data.validation=$$VALIDATION"} $${ARGS:-}
 
-.PHONY: help setup image smoke doctor recipes plan schedules inspect fetch sanity train verify-resume diagnose report status slurm tensorboard generate merge test test-engines test-container test-slurm chaos test-latest lint lock
+.PHONY: help setup image smoke doctor recipes plan schedules inspect fetch sanity train verify-resume diagnose report status slurm tensorboard generate merge test test-engines test-container test-slurm chaos bench test-latest lint lock
 
 help: ## this list
 	@echo 'Variables stand behind the target: make train RECIPE=8b GPUS=8'
@@ -126,6 +126,10 @@ test-slurm: setup ## the shipped jobs on a real Slurm of several nodes, made and
 
 chaos: setup ## harm real runs in every way of docs/CHAOS.md, which this writes: kills at every file operation, at random (an hour)
 	@OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(PYTHON) -m chaos $${ARGS:-}
+
+bench: setup ## measure whole training here, into benchmarks/results and benchmarks/README.md: ARGS="--repeats 5"
+	@$(PYTHON) benchmarks/bench.py $${ARGS:-}
+	@$(PYTHON) benchmarks/bench.py --table
 
 test-latest: ## the recipes' tests with the newest versions that the index has, in a .venv-latest of their own
 	@requirements/latest.sh .venv-latest
