@@ -273,6 +273,6 @@ def test_make_slurm_submits_and_shows_what_the_job_says(
     made: subprocess.CompletedProcess[str], uninterrupted: Path
 ) -> None:
     assert made.returncode == 0, made.stdout + made.stderr
-    assert "is submitted; its output: slurm/logs/sft-tiny-" in made.stdout
+    assert re.search(r"is submitted; its output: /\S+/slurm/logs/sft-tiny-\d+.out", made.stdout)
     assert "trained    llama, built from scratch" in made.stdout
     assert manifest(uninterrupted)["state"] == "finished"
