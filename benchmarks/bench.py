@@ -1,0 +1,291 @@
+"""Measures whole training through the real road, from the command to the last step: how fast, with how much memory.
+
+    make bench                                                    # what this machine can carry
+    .venv/bin/python benchmarks/bench.py [CASE …] [--repeats 3] [--again]
+    .venv/bin/python benchmarks/bench.py --table                  # writes the files' tables into benchmarks/README.md
+
+A case is one `train RECIPE` of 25 steps on a model that is built from its configuration, of which the first five are
+left out; it is repeated, in turn with the other cases. Each case that is done is written at once to
+`results/bench-MACHINE.json`, and is not measured again at the same commit unless `--again` says so.
+
+Operations a token are counted in two ways: causal (`planning/cost.py`: weights that are multiplied with, attention to
+what is behind a token, by the lengths that examples really have) and PaLM's (arXiv:2204.02311, appendix B: all weights,
+attention over whole rows). They are shares of what the data sheet promises in bf16, and of what one large matrix
+product reaches here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import machine
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from sft_recipes.launching.topology import ask_nvidia, card_of, visible_gpus  # noqa: E402
+from sft_recipes.planning import cost, recipes  # noqa: E402
+
+STEPS, WARM_UP = 25, 5
+SHORT = (
+    f"trainer.max_steps={STEPS}", f"trainer.eval_steps={STEPS}", f"trainer.save_steps={STEPS}",
+    "trainer.logging_steps=1", "answers.show=0", "answers.exact_match=0", "data.validation_at_most=50",
+)  # fmt: skip
+_SPEEDS = ("slots_per_second", "tokens_per_second", "supervised_tokens_per_second")
+# A matrix product that is large enough to reach what the device can, in the precision that recipes train in.
+_PRODUCT = """
+import sys, time, torch
+on_gpu = torch.cuda.is_available()
+size, kind, device = (8192, torch.bfloat16, "cuda") if on_gpu else (2048, torch.float32, "cpu")
+left, right = (torch.randn(size, size, dtype=kind, device=device) for _ in range(2))
+def seconds():
+    began = time.perf_counter()
+    left @ right
+    if on_gpu: torch.cuda.synchronize()
+    return time.perf_counter() - began
+print(2 * size**3 / sorted(seconds() for _ in range(30))[3])
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe, and what is changed of it."""
+
+    recipe: str
+    options: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+
+
+def cases(on_gpu: bool) -> dict[str, Case]:
+    """What is measured, by name."""
+    if not on_gpu:
+        return {
+            "tiny": Case("tiny"),
+            "tiny, not packed": Case("tiny", words=("trainer.packing=false",)),
+            "tiny, two ranks": Case("tiny", options=("--processes", "2")),
+            "tiny, two ranks, ZeRO-3": Case("tiny", options=("--processes", "2"), words=("parallelism=zero3",)),
+        }
+    found = {}
+    for name in ("1b", "3b", "8b", "8b-lora"):
+        for length in (2048, 4096, 8192, 16384):
+            for packing in (True, False) if length == 4096 else (True,):
+                said = f"{name}, {length // 1024}k{'' if packing else ', not packed'}"
+                words = (f"trainer.max_length={length}", f"trainer.packing={str(packing).lower()}")
+                found[said] = Case(name, ("--gpus", "1"), (*from_scratch(name), *words))
+    return found
+
+
+def from_scratch(name: str) -> tuple[str, ...]:
+    """What has a recipe train its architecture from random weights, on rows that need no network."""
+    architecture = {**recipes.load(name).model.architecture, "max_position_embeddings": 16384}
+    return (
+        "model.name_or_path=", "model.from_scratch=true", f"model.architecture={json.dumps(architecture)}",
+        "data.train=embedded:train", "data.validation=embedded:validation",
+    )  # fmt: skip
+
+
+def main() -> int:
+    """Measures what is asked for; the exit code of the first run that fails."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="CASE")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    asked = parser.parse_args()
+    if asked.table:
+        write_tables()
+        return 0
+    card = card_of(visible_gpus())
+    known = cases(card is not None)
+    if unknown := [name for name in asked.cases if name not in known]:
+        print(f"error: no case {unknown[0]!r} here; there are: {'; '.join(known)}", file=sys.stderr)
+        return 2
+    target = HERE / "results" / f"bench-{card or f'{os.cpu_count()}-cores'}.json"
+    content = _begun(target, asked.again)
+    wanted = {name: known[name] for name in asked.cases or known if name not in content["rows"]}
+    with tempfile.TemporaryDirectory() as runs:
+        repeats: dict[str, list[dict[str, Any]]] = {name: [] for name in wanted}
+        for number in range(asked.repeats):
+            for name, case in wanted.items():
+                try:
+                    repeats[name].append(measure(case, Path(runs), f"{list(known).index(name)}-{number}"))
+                except subprocess.CalledProcessError as error:
+                    print(
+                        f"error: {name}: the run ended with {error.returncode}, for the reason above", file=sys.stderr
+                    )
+                    return int(error.returncode)
+                print(f"{name:28} {repeats[name][-1]['step_seconds']:.4f} s a step", flush=True)
+        for name, rows in repeats.items():
+            content["rows"][name] = summary(rows, content["operations_per_second"])
+            target.write_text(json.dumps(content, indent=2) + "\n")
+    print(table(content))
+    print(f"written: {target.relative_to(REPOSITORY)}")
+    return 0
+
+
+def _begun(target: Path, again: bool) -> dict[str, Any]:
+    """The results file of this machine and commit, with the rows that it has already."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True)
+    if target.is_file() and not again:
+        content: dict[str, Any] = json.loads(target.read_text())
+        if content["commit"] == commit.stdout.strip():
+            return content
+    product = subprocess.run([sys.executable, "-c", _PRODUCT], capture_output=True, text=True, check=True)
+    card = card_of(visible_gpus())
+    clocks = ask_nvidia("name,driver_version,clocks.sm,clocks.max.sm,power.limit") if card else []
+    return {
+        "machine": machine.described(),
+        "gpus": clocks,
+        "commit": commit.stdout.strip(),
+        "steps": {"all": STEPS, "left out": WARM_UP},
+        "operations_per_second": {
+            "matrix product, measured": float(product.stdout),
+            "data sheet": cost.CARDS_TFLOPS.get(card or "", 0) * 1e12 or None,
+        },
+        "rows": {},
+    }
+
+
+def measure(case: Case, runs: Path, name: str) -> dict[str, Any]:
+    """One run: its medians over the steps behind the warm-up.
+
+    Raises:
+        CalledProcessError: it did not end well; what it said is printed.
+    """
+    environment = {**os.environ, "RUNS_DIR": str(runs), "PYTHONPATH": str(REPOSITORY), "SANITY": "skip"}
+    command = [sys.executable, "-m", "sft_recipes", "train", case.recipe, "--name", name, *case.options, *SHORT]
+    folder, began, first = runs / name, time.monotonic(), None
+    with (runs / f"{name}.txt").open("w+") as said:
+        process = subprocess.Popen([*command, *case.words], env=environment, stdout=said, stderr=said)
+        while process.poll() is None:
+            time.sleep(0.02)
+            if first is None and (folder / "metrics.jsonl").is_file():
+                first = time.monotonic() - began
+        ended = time.monotonic() - began
+        if process.returncode:
+            said.seek(0)
+            print(said.read()[-3000:], file=sys.stderr)
+            raise subprocess.CalledProcessError(process.returncode, command)
+    plan, manifest, prepared = (
+        json.loads((folder / f"{kind}.json").read_text()) for kind in ("plan", "manifest", "prepared")
+    )
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "step_seconds" in line and line["step"] > WARM_UP]
+    assert len(steps) == STEPS - WARM_UP, f"{len(steps)} steps were logged"
+    recomputes = plan["sections"]["trainer"]["gradient_checkpointing"]
+    return {
+        "plan": {key: plan[key] for key in ("parallelism", "precision", "packing", "max_length", "world_size")},
+        "versions": manifest["starts"][0]["versions"],
+        "step_seconds": statistics.median(line["step_seconds"] for line in steps),
+        "quartiles": statistics.quantiles((line["step_seconds"] for line in steps), n=4),
+        **{key: statistics.median(line[key] for line in steps) for key in _SPEEDS},
+        "operations_per_token": _operations(plan, Path(prepared["folder"])),
+        "recomputed_share": cost.forward_share(plan["method"] != "full") if recomputes else 0.0,
+        "peak_bytes": max((line.get("memory_peak_bytes", 0) for line in steps), default=0) or None,
+        "planned_bytes": (plan["memory_bytes_per_gpu"] or {}).get("total") if plan["gpus"] else None,
+        "host_bytes": max(line["host_memory_bytes"] for line in steps),
+        "first_step_seconds": first,
+        "seconds": ended,
+    }
+
+
+def _operations(plan: dict[str, Any], prepared: Path) -> dict[str, float | None]:
+    """Operations of forward and backward for one token that is not padding, counted in two ways."""
+    from datasets import load_from_disk
+
+    rows = load_from_disk(str(prepared / "train"))
+    lengths = (
+        [length for row in rows["seq_lengths"] for length in row]
+        if "seq_lengths" in rows.column_names
+        else [len(row) for row in rows["input_ids"]]
+    )
+    attended = sum(length * (length + 1) for length in lengths) / sum(lengths)
+    architecture = plan["sections"]["model"]["architecture"]
+    return {
+        "causal": cost.flops_per_token(architecture, attended, plan["method"] != "full"),
+        "PaLM": cost.palm_flops_per_token(architecture, plan["max_length"]),
+    }
+
+
+def summary(rows: list[dict[str, Any]], per_second: dict[str, float | None]) -> dict[str, Any]:
+    """Of the repeats of a case: medians, the spread, and shares of what the device can."""
+    first, medians = rows[0], sorted(row["step_seconds"] for row in rows)
+    tokens = statistics.median(row["tokens_per_second"] for row in rows)
+    # The product runs on all cores of a CPU, which its ranks share; of GPUs each rank has one.
+    devices = first["plan"]["world_size"] if first["peak_bytes"] else 1
+    mfu = {
+        f"{count}, {denominator}": round(tokens * operations / (able * devices), 4)
+        for count, operations in first["operations_per_token"].items()
+        for denominator, able in per_second.items()
+        if operations and able
+    }
+    return {
+        **first["plan"],
+        "versions": first["versions"],
+        "repeats": len(rows),
+        "step_seconds": {
+            "median": statistics.median(medians), "least": medians[0], "most": medians[-1],
+            "quartiles within a run": first["quartiles"],
+        },
+        **{key: round(statistics.median(row[key] for row in rows), 1) for key in _SPEEDS},
+        "operations_per_token": first["operations_per_token"],
+        "mfu": mfu,
+        "hfu": {key: round(share * (1 + first["recomputed_share"]), 4) for key, share in mfu.items()},
+        "peak_bytes": first["peak_bytes"],
+        "planned_bytes": first["planned_bytes"],
+        "host_bytes": max(row["host_bytes"] for row in rows),
+        "first_step_seconds": {
+            "data prepared anew": round(first["first_step_seconds"], 2),
+            "data found": round(statistics.median(row["first_step_seconds"] for row in rows[1:] or rows), 2),
+        },
+        "seconds_of_the_whole_run": round(statistics.median(row["seconds"] for row in rows), 2),
+    }  # fmt: skip
+
+
+def table(content: dict[str, Any]) -> str:
+    """A results file as a table."""
+    lines = [
+        "| case | step, s (least to most) | tokens/s | supervised/s | MFU causal, of the product | of the data sheet "
+        "| peak memory | first step, s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in content["rows"].items():
+        seconds, mfu, memory = row["step_seconds"], row["mfu"], row["peak_bytes"] or row["host_bytes"]
+        sheet = mfu.get("causal, data sheet")
+        lines.append(
+            f"| {name} | {seconds['median']:.3f} ({seconds['least']:.3f} to {seconds['most']:.3f}) "
+            f"| {row['tokens_per_second']:,.0f} | {row['supervised_tokens_per_second']:,.0f} "
+            f"| {mfu['causal, matrix product, measured']:.1%} | {'' if sheet is None else f'{sheet:.1%}'} "
+            f"| {memory / 2**30:.1f} GiB | {row['first_step_seconds']['data found']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def write_tables() -> None:
+    """Puts the tables of all results files into benchmarks/README.md."""
+    readme, begin, end = HERE / "README.md", "<!-- bench.py writes from here -->\n", "<!-- to here -->"
+    before, _, rest = readme.read_text().partition(begin)
+    parts = []
+    for file in sorted((HERE / "results").glob("bench-*.json")):
+        content = json.loads(file.read_text())
+        of = ", ".join(row[0] for row in content["gpus"]) or f"{content['machine']['processor']}, no GPU"
+        cores = content["machine"]["cores"]
+        parts.append(
+            f"\n`results/{file.name}`: {of}, {cores} cores; commit {content['commit'][:7]}\n\n{table(content)}\n"
+        )
+    readme.write_text(before + begin + "".join(parts) + "\n" + end + rest.partition(end)[2])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
