@@ -7,7 +7,7 @@ import re
 import pytest
 from conftest import REPOSITORY
 
-from sft_recipes.planning import cost, fit, recipes
+from sft_recipes.planning import cost, environment, fit, recipes
 from sft_recipes.planning import plan as plans
 from sft_recipes.planning.plan import Topology
 from sft_recipes.planning.schema import RecipeError
@@ -304,3 +304,15 @@ def test_an_engine_whose_files_disagree_is_refused(tmp_path, monkeypatch, conten
     )
     with pytest.raises(RecipeError, match=wanted):
         command.engine(zero3)
+
+
+def test_the_memory_is_the_machines_unless_its_container_may_take_less(tmp_path, monkeypatch):
+    """No file, as on bare machines; `max`, as in containers without a limit; a limit."""
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(environment, "_MEMORY_LIMITS", (limit,))
+    machine = environment.host_memory_bytes()
+    assert machine > 2**28
+    limit.write_text("max\n")
+    assert environment.host_memory_bytes() == machine
+    limit.write_text(f"{2**28}\n")
+    assert environment.host_memory_bytes() == 2**28

@@ -75,7 +75,8 @@ def gpu_hour_price() -> float | None:
 def host_memory_bytes() -> int:
     """The memory that this machine has, or that its container may take."""
     limits = (file.read_text(encoding="utf-8").strip() for file in _MEMORY_LIMITS if file.is_file())
-    return min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *(int(one) for one in limits if one.isdigit()))
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([machine, *(int(one) for one in limits if one.isdigit())])
 
 
 def library_version(name: str) -> str:
