@@ -86,9 +86,9 @@ def cases(on_gpu: bool) -> dict[str, Case]:
     return found
 
 
-def from_scratch(name: str) -> tuple[str, ...]:
+def from_scratch(name: str, positions: int = 16384) -> tuple[str, ...]:
     """What has a recipe train its architecture from random weights, on rows that need no network."""
-    architecture = {**recipes.load(name).model.architecture, "max_position_embeddings": 16384}
+    architecture = {**recipes.load(name).model.architecture, "max_position_embeddings": positions}
     return (
         "model.name_or_path=", "model.from_scratch=true", f"model.architecture={json.dumps(architecture)}",
         "data.train=embedded:train", "data.validation=embedded:validation",
@@ -112,7 +112,7 @@ def main() -> int:
         print(f"error: no case {unknown[0]!r} here; there are: {'; '.join(known)}", file=sys.stderr)
         return 2
     target = HERE / "results" / f"bench-{card or f'{os.cpu_count()}-cores'}.json"
-    content = _begun(target, asked.again)
+    content = _begun(target, card, asked.again)
     wanted = {name: known[name] for name in asked.cases or known if name not in content["rows"]}
     with tempfile.TemporaryDirectory() as runs:
         repeats: dict[str, list[dict[str, Any]]] = {name: [] for name in wanted}
@@ -134,7 +134,7 @@ def main() -> int:
     return 0
 
 
-def _begun(target: Path, again: bool) -> dict[str, Any]:
+def _begun(target: Path, card: str | None, again: bool) -> dict[str, Any]:
     """The results file of this machine and commit, with the rows that it has already."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True)
     if target.is_file() and not again:
@@ -142,7 +142,6 @@ def _begun(target: Path, again: bool) -> dict[str, Any]:
         if content["commit"] == commit.stdout.strip():
             return content
     product = subprocess.run([sys.executable, "-c", _PRODUCT], capture_output=True, text=True, check=True)
-    card = card_of(visible_gpus())
     clocks = ask_nvidia("name,driver_version,clocks.sm,clocks.max.sm,power.limit") if card else []
     return {
         "machine": machine.described(),

@@ -17,12 +17,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+from bench import from_scratch
+
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from sft_recipes.launching.topology import card_of, visible_gpus  # noqa: E402
-from sft_recipes.planning import recipes  # noqa: E402
 
 DEFAULT = ("1b", "3b", "8b-lora")
 
@@ -45,10 +46,8 @@ def main(names: list[str]) -> int:
 
 def measure(name: str, card: str, runs: Path) -> dict:
     """Six steps of a recipe: forecast and peak in bytes, and their ratio."""
-    architecture = {**recipes.load(name).model.architecture, "max_position_embeddings": 4096}
     words = [
-        "model.name_or_path=", "model.from_scratch=true", f"model.architecture={json.dumps(architecture)}",
-        "data.train=embedded:train", "data.validation=embedded:validation", "trainer.max_steps=6",
+        *from_scratch(name, 4096), "trainer.max_steps=6",
         "trainer.eval_steps=3", "trainer.save_steps=1000", "answers.show=0",
     ]  # fmt: skip
     command = [

@@ -44,12 +44,12 @@ told() { scontrol show job --oneliner "$job" 2> /dev/null | sed -n "s/.* $1=\([^
 output=$(told StdOut)
 echo "job $job is submitted; its output: $output; end it: scancel $job"
 trap 'echo; echo "job $job goes on; look again: tail -F $output, make status RUN=${NAME:-$recipe-$job}"; exit 0' INT
-state() { echo "$(told JobState) ($(told Reason))"; }
+state() { scontrol show job --oneliner "$job" 2> /dev/null | sed -n 's/.* JobState=\([A-Z_]*\) Reason=\([^ ]*\).*/\1 (\2)/p'; }
 waiting='' shown='' silent=0
 # A controller that does not answer just now says nothing of the job; one that has forgotten it never will.
 while [ "$silent" -lt 12 ]; do
   now=$(state)
-  if [ "$now" = " ()" ]; then silent=$((silent + 1)); else silent=0; fi
+  if [ -z "$now" ]; then silent=$((silent + 1)); else silent=0; fi
   case $now in
     COMPLETED* | FAILED* | CANCELLED* | TIMEOUT* | NODE_FAIL* | OUT_OF_MEMORY* | DEADLINE* | PREEMPTED* | BOOT_FAIL*) break ;;
   esac
@@ -71,8 +71,7 @@ else
   sleep 2
   kill "$shown" 2> /dev/null || true
 fi
-if [ "$silent" -gt 0 ]; then now="Slurm no longer knows it"; fi
-echo "job $job: $now"
+echo "job $job: ${now:-Slurm no longer knows it}"
 case $now in
   COMPLETED*) ;;
   FAILED*)
