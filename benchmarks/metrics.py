@@ -1,12 +1,13 @@
-"""Measures what a step pays for being measured and guarded, against stock SFTTrainer on the same rows in one process.
+"""Measures what a step pays beside a bare loop: ours, and stock SFTTrainer's on the same rows.
 
     .venv/bin/python benchmarks/metrics.py [--device cuda] [ROUNDS]
 
-Two figures. The first is the time that a step spends in what this project adds to it (counts, meter, guards, digest,
-trackers at log steps), clocked by a stopwatch round each of those functions, over the time of the step: exact on the
-CPU, where nothing runs behind a call's back. The second is the ratio of step times, ours over stock's, in rounds that
-alternate: it holds everything, and the machine's noise. Both log at every tenth step, to TensorBoard too.
-Writes `results/metrics-HOST.json`.
+Before each step of a trainer a bare loop takes one of its own, on a model, an optimizer and batches that were made
+before: forward over the supervised positions, backward, clip, step, nothing else. Both meet the same noise of the
+machine, and what is told is the middle ratio of the pairs. Besides, what this project adds to a step (counts, meter,
+guards, digest, trackers at log steps) is clocked function by function: exact on the CPU, where nothing runs behind a
+call's back. Both trainers log at every tenth step, to TensorBoard too. What a step pays hardly grows with the model, so
+a wider one stands beside the tiny. Writes `results/metrics-HOST.json`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -28,9 +30,12 @@ import machine
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
+sys.path.insert(0, str(REPOSITORY))
 STEPS = 60
 SKIPPED = 10  # of each round, to warm up
 LOGGING_STEPS = 10
+WIDE = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 2}
+SIZES: dict[str, dict[str, int]] = {"tiny": {}, "tiny, four times as wide": WIDE}
 OVERRIDES = (f"trainer.max_steps={STEPS}", f"trainer.logging_steps={LOGGING_STEPS}", "trainer.eval_steps=100000",
              "trainer.save_steps=100000", "answers.show=0", "answers.exact_match=0")  # fmt: skip
 SPENT: dict[str, float] = defaultdict(float)
@@ -44,18 +49,23 @@ def main() -> None:
     parsed = parser.parse_args()
     if parsed.device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    seconds: dict[str, list[float]] = {"stock": [], "ours": []}
-    with tempfile.TemporaryDirectory() as place:
-        prepared = _prepare(Path(place), parsed.device)
-        _clock_what_is_added()
-        for number in range(parsed.rounds):
-            for name, build in (("stock", _stock), ("ours", _ours)):
-                seconds[name] += _steps(build(Path(place) / f"{name}-{number}", *prepared))
-            print({name: f"{statistics.median(times) * 1000:.2f} ms" for name, times in seconds.items()}, flush=True)
-    _write(parsed, seconds)
+    _clock_what_is_added()
+    rows = {}
+    for size, changed in SIZES.items():
+        SPENT.clear()
+        pairs: dict[str, list[tuple[float, float]]] = {"stock": [], "ours": []}
+        with tempfile.TemporaryDirectory() as place:
+            prepared = _prepare(Path(place), parsed.device, changed)
+            for number in range(parsed.rounds):
+                for name, build in (("stock", _stock), ("ours", _ours)):
+                    loop = _Bare(_ours(Path(place) / f"bare-{name}-{number}", *prepared))
+                    pairs[name] += _pairs(build(Path(place) / f"{name}-{number}", *prepared), loop)
+                print(size, {name: f"{_ratio(steps):.3f}" for name, steps in pairs.items()}, flush=True)
+        rows[size] = _summary(parsed.rounds * STEPS, pairs)
+    _write(parsed, rows)
 
 
-def _prepare(place: Path, device: str) -> tuple[Any, Any]:
+def _prepare(place: Path, device: str, changed: dict[str, int]) -> tuple[Any, Any]:
     from sft_recipes.data.prepare import prepare
     from sft_recipes.planning import plan as plans
     from sft_recipes.planning import recipes
@@ -63,8 +73,9 @@ def _prepare(place: Path, device: str) -> tuple[Any, Any]:
     from sft_recipes.training.quiet import quiet
 
     quiet()
-    gpus = 1 if device == "cuda" else 0
-    plan = plans.make(recipes.load("tiny", OVERRIDES), Topology(gpus=gpus, processes=1))
+    architecture = json.dumps({**recipes.load("tiny").model.architecture, **changed})
+    recipe = recipes.load("tiny", [*OVERRIDES, f"model.architecture={architecture}"])
+    plan = plans.make(recipe, Topology(gpus=1 if device == "cuda" else 0, processes=1))
     found = prepare(plan, place / "prepared")
     return plans.settle(plan, found), found
 
@@ -124,7 +135,7 @@ def _stock(folder: Path, plan: Any, found: Any) -> Any:
 
     from sft_recipes.data.tokenizer import load_tokenizer
     from sft_recipes.planning.run_folder import RunFolder, read_json
-    from sft_recipes.training import run, trainer
+    from sft_recipes.training import attention, run, trainer
 
     folder.mkdir()
     arguments = run.configure(plan, RunFolder(folder))
@@ -133,35 +144,96 @@ def _stock(folder: Path, plan: Any, found: Any) -> Any:
     tokenizer = load_tokenizer(found.model, None, False)
     details = read_json(Path(found.folder) / "details.json")
     rows, _, _ = trainer.read_rows(Path(found.folder), details, plan.per_device_train_batch_size)
+    model = run.load_model(plan, found.model)
+    way = attention.settle(plan, model).name
     stock = SFTTrainer(
-        run.load_model(plan, found.model), arguments, train_dataset=rows, processing_class=tokenizer,
-        data_collator=trainer.collator(plan, tokenizer.pad_token_id),
+        model, arguments, train_dataset=rows, processing_class=tokenizer,
+        data_collator=trainer.collator(plan, tokenizer.pad_token_id, way),
     )  # fmt: skip
     stock.remove_callback(PrinterCallback)
     return stock
 
 
-def _steps(subject: Any) -> list[float]:
-    """Seconds of each step of a short training, the first ones left out."""
+class _Bare:
+    """A loop over the model and batches of a trainer that is never begun."""
+
+    def __init__(self, subject: Any):
+        loader = iter(subject.get_train_dataloader())
+        self.batches = [[next(loader) for _ in range(subject.args.gradient_accumulation_steps)] for _ in range(STEPS)]
+        self.subject, self.model = subject, subject.model.to(subject.args.device).train()
+        subject.create_optimizer()
+        self.optimizer = subject.optimizer
+
+    def step(self, number: int) -> float:
+        """Seconds of one step."""
+        import torch
+
+        _wait_for(self.subject)
+        began = time.perf_counter()
+        batches = self.batches[number]
+        supervised = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+        for batch in batches:
+            labels = batch["labels"][:, 1:]
+            inputs = {key: batch[key] for key in batch if key not in ("labels", "row")}
+            with self.subject.compute_loss_context_manager():
+                states = self.model.model(**inputs, use_cache=False)[0][:, :-1]
+                logits = self.model.lm_head(states[labels != -100])
+            loss = torch.nn.functional.cross_entropy(logits.float(), labels[labels != -100], reduction="sum")
+            (loss / supervised).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.subject.args.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        _wait_for(self.subject)
+        return time.perf_counter() - began
+
+
+def _wait_for(subject: Any) -> None:
+    import torch
+
+    if subject.args.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _pairs(subject: Any, loop: _Bare) -> list[tuple[float, float]]:
+    """Seconds of each step of a short training and of the bare one before it, the first ones left out."""
     from transformers import TrainerCallback
 
-    ends: list[float] = []
+    steps: list[tuple[float, float]] = []
 
     class Stopwatch(TrainerCallback):  # type: ignore[misc]
-        """An instant at each step's beginning, which the last step's log record lies before."""
+        """From a step's beginning to the next one's, what is logged in between included."""
 
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            ends.append(time.perf_counter())
+        began: float | None = None
+
+        def on_step_begin(self, _args: Any, state: Any, *_: Any, **__: Any) -> None:
+            _wait_for(subject)
+            if self.began is not None:
+                steps.append((time.perf_counter() - self.began, self.bare))
+            self.bare = loop.step(state.global_step)
+            self.began = time.perf_counter()
 
     subject.add_callback(Stopwatch())
     subject.train()
-    return [after - now for now, after in zip(ends[SKIPPED:], ends[SKIPPED + 1 :], strict=False)]
+    return steps[SKIPPED:]
 
 
-def _write(parsed: argparse.Namespace, seconds: dict[str, list[float]]) -> None:
-    steps = parsed.rounds * STEPS
-    step = statistics.median(seconds["ours"])
+def _ratio(pairs: list[tuple[float, float]]) -> float:
+    return statistics.median(step / bare for step, bare in pairs)
+
+
+def _summary(steps: int, pairs: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
+    milliseconds = {name: statistics.median(step for step, _ in of) * 1000 for name, of in pairs.items()}
+    milliseconds["bare"] = statistics.median(bare for _, bare in pairs["ours"]) * 1000
     parts = {name: spent / steps for name, spent in SPENT.items() if spent}
+    return {
+        "step_milliseconds": {name: round(one, 3) for name, one in milliseconds.items()},
+        "added_milliseconds_a_step": {name: round(one * 1000, 4) for name, one in sorted(parts.items())},
+        "added_share_of_a_step": round(sum(parts.values()) * 1000 / milliseconds["ours"], 5),
+        "step_over_a_bare_one": {name: round(_ratio(of), 4) for name, of in pairs.items()},
+    }
+
+
+def _write(parsed: argparse.Namespace, rows: dict[str, Any]) -> None:
     result = {
         "machine": machine.described(),
         "device": parsed.device,
@@ -169,11 +241,7 @@ def _write(parsed: argparse.Namespace, seconds: dict[str, list[float]]) -> None:
         "commit": subprocess.run(
             ["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True, check=False
         ).stdout.strip(),
-        "recipe": "tiny", "rounds": parsed.rounds, "steps_a_round": STEPS, "logging_steps": LOGGING_STEPS,
-        "step_milliseconds": {name: round(statistics.median(times) * 1000, 3) for name, times in seconds.items()},
-        "added_milliseconds_a_step": {name: round(one * 1000, 4) for name, one in sorted(parts.items())},
-        "added_share_of_a_step": round(sum(parts.values()) / step, 5),
-        "ratio_of_step_times": round(step / statistics.median(seconds["stock"]), 4),
+        "rounds": parsed.rounds, "steps_a_round": STEPS, "logging_steps": LOGGING_STEPS, "rows": rows,
     }  # fmt: skip
     file = HERE / "results" / f"metrics-{os.cpu_count()}-cores{'' if parsed.device == 'cpu' else '-gpu'}.json"
     file.write_text(json.dumps(result, indent=2) + "\n")

@@ -16,7 +16,7 @@ from sft_recipes.planning import plan as plans
 from sft_recipes.planning import recipes
 from sft_recipes.planning.plan import Topology
 from sft_recipes.planning.run_folder import RunFolder
-from sft_recipes.training import checkpoint, digests, ledger, replicas, signals
+from sft_recipes.training import attention, checkpoint, digests, ledger, replicas, signals
 from sft_recipes.training import trainer as trainers
 from sft_recipes.training.faults import FaultError
 
@@ -45,17 +45,19 @@ def begin(tmp_path, model_folder, tokenizer):
         validation, passes = trainers.validation_in_passes(
             rows.select([0, 1]), {"rows": 2}, plan.per_device_train_batch_size
         )
+        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+        way = attention.settle(plan, model)
         return trainers.ResponseTrainer(
             plan,
             passes,
             {},
             folder.path,
-            model=AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32),
+            model=model,
             args=trainers.sft_config(plan, folder),
             train_dataset=rows,
             eval_dataset=validation,
             processing_class=tokenizer,
-            data_collator=trainers.collator(plan, tokenizer.pad_token_id),
+            data_collator=trainers.collator(plan, tokenizer.pad_token_id, way.name),
         )
 
     return make

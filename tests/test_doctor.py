@@ -7,7 +7,6 @@ import sys
 import time
 
 import pytest
-import torch
 from conftest import REPOSITORY
 
 from sft_recipes.launching import doctor, health
@@ -16,7 +15,6 @@ from sft_recipes.planning import plan as plans
 from sft_recipes.planning import processes, recipes
 from sft_recipes.planning.processes import Pulse
 from sft_recipes.planning.run_folder import RunFolder
-from sft_recipes.training import examine
 
 CARDS = [Gpu("0", 81559, "NVIDIA H100 80GB HBM3", 9.0), Gpu("1", 81559, "NVIDIA H100 80GB HBM3", 9.0)]
 SEEN = {"cuda": "13.0", "available": True, "gpus": [{}, {}]}
@@ -71,20 +69,6 @@ def test_memory_that_others_hold_is_named():
 def test_flash_attention_must_be_right_where_it_is(looked, colour):
     finding = doctor.attention({"flash_attention": looked})
     assert finding.colour == colour and (colour == "green" or finding.way_out)
-
-
-def test_the_reference_that_the_kernel_is_held_against_is_attention():
-    """PyTorch's own, causal, with grouped heads; another mask or scale is far outside the tolerance."""
-    query, key, value = (torch.randn(37, heads, 16) for heads in (8, 2, 2))
-    ours = examine._by_definition(query, key, value)
-
-    def theirs(**options):
-        parts = (one.transpose(0, 1) for one in (query, key, value))
-        return torch.nn.functional.scaled_dot_product_attention(*parts, enable_gqa=True, **options).transpose(0, 1)
-
-    assert examine._error(ours, theirs(is_causal=True)) < 1e-5
-    for wrong in ({}, {"is_causal": True, "scale": 0.2}):
-        assert examine._error(ours, theirs(**wrong)) > 3 * examine.TOLERANCE
 
 
 # Lines as NCCL 2.2x writes them at NCCL_DEBUG=INFO.

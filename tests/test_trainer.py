@@ -15,6 +15,7 @@ from sft_recipes.planning import recipes
 from sft_recipes.planning.plan import Topology
 from sft_recipes.planning.run_folder import RunFolder
 from sft_recipes.planning.schema import TABLE_KEYS
+from sft_recipes.training import attention
 from sft_recipes.training import trainer as trainers
 
 CONVERSATIONS = [
@@ -62,17 +63,19 @@ def make_trainer(tmp_path, model_folder, tokenizer, rows, validation, *overrides
     validation, passes = trainers.validation_in_passes(
         validation, {"rows": len(validation)}, plan.per_device_train_batch_size
     )
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    way = attention.settle(plan, model)
     return trainers.ResponseTrainer(
         plan,
         passes,
         {},
         tmp_path,
-        model=AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32),
+        model=model,
         args=trainers.sft_config(plan, RunFolder(tmp_path)),
         train_dataset=rows.remove_columns("source"),
         eval_dataset=validation,
         processing_class=tokenizer,
-        data_collator=trainers.collator(plan, tokenizer.pad_token_id),
+        data_collator=trainers.collator(plan, tokenizer.pad_token_id, way.name),
     )
 
 
@@ -198,7 +201,7 @@ def test_the_resolved_configuration_says_what_the_plan_says(tmp_path, model_fold
     )
     arguments = subject.args
     assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (2, 2)
-    assert arguments.optim == "adamw_torch"
+    assert arguments.optim == "adamw_torch_fused"
     assert arguments.lr_scheduler_type == "cosine"
     assert arguments.max_grad_norm == 1.0
     assert arguments.gradient_checkpointing and arguments.gradient_checkpointing_kwargs["use_reentrant"] is False
@@ -324,3 +327,59 @@ def test_gradients_that_are_no_numbers_stop_training_before_they_change_a_weight
     assert what.step == 1 and not what.applied and torch.isfinite(torch.tensor(what.loss))
     assert len(what.rows) == 4 and set(what.rows) <= set(rows["source"]), "of the step's four rows"
     assert all(torch.equal(before[name], value) for name, value in subject.model.state_dict().items())
+
+
+def scored_and_supervised(subject, monkeypatch):
+    """How many positions the logits were computed of in one forward pass of a trainer, and how many are supervised."""
+    import trl.trainer.utils
+
+    real, scored = trl.trainer.utils._ChunkedLogProbFunction, []
+
+    class Counting:
+        @staticmethod
+        def apply(hidden, *rest):
+            scored.append(len(hidden))
+            return real.apply(hidden, *rest)
+
+    monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", Counting)
+    batch = next(iter(subject.get_train_dataloader()))
+    batch.pop("row")
+    supervised = (batch["labels"][:, 1:] != IGNORED).sum()
+    subject.model.train()
+    subject.compute_loss(subject.model, batch, num_items_in_batch=supervised)
+    return scored, int(supervised)
+
+
+def test_only_supervised_positions_are_scored(tmp_path, model_folder, tokenizer, examples, monkeypatch):
+    rows = dataset(examples, 128, packing=True)
+    scored, supervised = scored_and_supervised(make_trainer(tmp_path, model_folder, tokenizer, rows, rows), monkeypatch)
+    assert scored == [supervised]
+
+
+def test_trl_itself_would_score_all_positions_on_a_cpu(tmp_path, model_folder, tokenizer, examples, monkeypatch):
+    """The reason why it is told otherwise; fails when it no longer does, and `_use_triton` can be left alone."""
+    import trl.kernels.chunked_logprob
+    import trl.trainer.utils
+
+    monkeypatch.setattr(trl.trainer.utils, "_use_triton", trl.kernels.chunked_logprob._use_triton)
+    rows = dataset(examples, 128, packing=True)
+    scored, supervised = scored_and_supervised(make_trainer(tmp_path, model_folder, tokenizer, rows, rows), monkeypatch)
+    assert scored[0] > 2 * supervised
+
+
+def test_loss_accuracy_and_entropy_are_those_of_trl(tmp_path, model_folder, tokenizer, examples):
+    rows = dataset(examples, 128, packing=True)
+    subject = make_trainer(tmp_path, model_folder, tokenizer, rows, rows)
+    batch = next(iter(subject.get_train_dataloader()))
+    batch.pop("row")
+    supervised = (batch["labels"][:, 1:] != IGNORED).sum()
+    subject.model.train()
+    ours = subject.compute_loss(subject.model, dict(batch), num_items_in_batch=supervised)
+    found = subject._answers()
+    subject._loss_is_plain = False
+    theirs = subject.compute_loss(subject.model, dict(batch), num_items_in_batch=supervised)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6) and ours.item() > 1
+    for name, mean in found.items():
+        (wanted,) = subject._metrics["train"][name]
+        assert mean == pytest.approx(wanted, rel=1e-6), name
+    assert found["entropy"] > 1

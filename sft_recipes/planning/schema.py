@@ -19,7 +19,7 @@ PRECISIONS = ("bf16", "fp32")
 QUANTIZATIONS = ("nf4",)
 CONVERGED_ACCURACY = 0.9  # of tokens: what is above has not stalled, it has nothing much left to learn
 STOPPING_GUARDS = ("loss_spike", "exploding_gradients", "vanishing_gradients")
-ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2")
+ATTENTIONS = ("auto", "eager", "sdpa", "varlen", "flash_attention_2")
 
 # The rows of the hyperparameter table hold these, under the names of the documents (recipes/sizes.yaml).
 # warmup_ratio is no SFTConfig field any more; the plan turns it into whole warm-up steps.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 
 from sft_recipes.planning.plan import Plan
 from sft_recipes.planning.schema import RecipeError
@@ -53,7 +54,7 @@ def _logits(trainer: Any, first: torch.Tensor, second: torch.Tensor) -> torch.Te
         ]
     )
     device = trainer.args.device
-    inputs = {name: value.to(device) for name, value in collated.items() if name != "labels"}
+    inputs = send_to_device({name: value for name, value in collated.items() if name != "labels"}, device)
     model = trainer.model_wrapped
     training = model.training
     model.eval()

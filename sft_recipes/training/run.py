@@ -113,6 +113,7 @@ def train(plan: Plan, folder: RunFolder) -> None:
     parts = build(plan, folder, arguments, found)
     sft = parts.trainer
     sft.say = parts.progress.say if main else _nothing
+    sft.say(parts.attention)
     sft.add_callbacks(watchers(plan, folder, prepared, parts))
     point = _newest(plan, folder, sft)
     before = _before(plan, folder, sft, prepared, parts.ends_of_turn)
@@ -230,18 +231,19 @@ def configure(plan: Plan, folder: RunFolder) -> Any:
 
 @dataclass(frozen=True)
 class Parts:
-    """A trainer over prepared rows and what belongs to it; `ends_of_turn` are ids."""
+    """A trainer over prepared rows and what belongs to it; `ends_of_turn` are ids, `attention` is said to the user."""
 
     trainer: Any
     ends_of_turn: list[int]
     stopping: Any
     progress: Any
+    attention: str
 
 
 def build(plan: Plan, folder: RunFolder, arguments: Any, found: dict[str, Any]) -> Parts:
     """The trainer over prepared rows, as `prepared.json` found them."""
     from sft_recipes.data.tokenizer import load_tokenizer
-    from sft_recipes.training import trainer, vocabulary
+    from sft_recipes.training import attention, trainer, vocabulary
     from sft_recipes.training.callbacks.engine import CheckEngine
     from sft_recipes.training.callbacks.progress import ShowProgress
     from sft_recipes.training.callbacks.pulse import MovePulse
@@ -249,6 +251,7 @@ def build(plan: Plan, folder: RunFolder, arguments: Any, found: dict[str, Any]) 
     section, base, prepared = plan.sections["model"], found["model"], Path(found["folder"])
     tokenizer = load_tokenizer(base, section["chat_template"], section["trust_remote_code"], section["add_tokens"])
     model = load_model(plan, base)
+    way = attention.settle(plan, model)
     details = read_json(prepared / "details.json")
     vocabulary.fit(plan, model, tokenizer, details)
     ends_of_turn = vocabulary.stop_by_itself(model, tokenizer, details)
@@ -264,10 +267,10 @@ def build(plan: Plan, folder: RunFolder, arguments: Any, found: dict[str, Any]) 
         train_dataset=rows,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        data_collator=trainer.collator(plan, tokenizer.pad_token_id),
+        data_collator=trainer.collator(plan, tokenizer.pad_token_id, way.name),
     )
     sft.add_callbacks([MovePulse(), CheckEngine(plan, folder)])
-    return Parts(sft, ends_of_turn, sft.stopping, progress)
+    return Parts(sft, ends_of_turn, sft.stopping, progress, f"attention  {way}")
 
 
 def watchers(plan: Plan, folder: RunFolder, prepared: Path, parts: Parts) -> list[Any]:
@@ -383,7 +386,7 @@ def load_model(plan: Plan, folder: str) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    from sft_recipes.training import adapters, trainer
+    from sft_recipes.training import adapters, attention
 
     section = plan.sections["model"]
     named = section["name_or_path"] or folder
@@ -393,7 +396,7 @@ def load_model(plan: Plan, folder: str) -> Any:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            attn_implementation=trainer.attention(plan),
+            attn_implementation=attention.loaded_with(plan),
             quantization_config=adapters.quantization(plan),
             trust_remote_code=section["trust_remote_code"],
             output_loading_info=True,

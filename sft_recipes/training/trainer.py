@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import trl.trainer.utils
 from accelerate.utils import save_fsdp_model, save_fsdp_optimizer
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, TrainerState
@@ -20,12 +21,17 @@ from sft_recipes.data.chat import IGNORED
 from sft_recipes.planning.cost import CARDS_TFLOPS
 from sft_recipes.planning.plan import Plan
 from sft_recipes.planning.run_folder import RunFolder
-from sft_recipes.training import adapters, checkpoint, engine, ledger, pulse
+from sft_recipes.training import adapters, attention, checkpoint, engine, ledger, pulse
 from sft_recipes.training.callbacks.proof import Proof
 from sft_recipes.training.callbacks.stop import CutShortError, EndedAtStartError, StopTogether
 from sft_recipes.training.divergence import Watch
 from sft_recipes.training.metering import Meter
 from sft_recipes.training.saving import Saving
+
+# TRL scores all positions where there is no Triton, and throws away those that the loss does not look at: on a CPU a
+# quarter of a step of the tiny recipe. As on CUDA, only the supervised ones are scored. This module asks for nothing
+# else by that name; the kernel asks its own.
+trl.trainer.utils._use_triton = lambda _device: True
 
 RETAINED = "retain"  # the source whose loss says what the model forgets, and decides nothing
 
@@ -38,7 +44,7 @@ def sft_config(plan: Plan, folder: RunFolder) -> SFTConfig:
     checkpointing = plan.sections["trainer"]["gradient_checkpointing"]
     return SFTConfig(
         **{
-            "optim": "adamw_torch_fused" if plan.uses_gpu else "adamw_torch",
+            "optim": "adamw_torch_fused",
             "logging_first_step": True,
             "ddp_find_unused_parameters": False,
             "disable_tqdm": True,
@@ -147,9 +153,9 @@ class RowsCollator(DataCollatorForLanguageModeling):
 class PackedRowsCollator(DataCollatorForLanguageModeling):
     """Keeps packed rows as rows, [batch, length], and tells the examples in them apart by `position_ids` alone.
 
-    TRL's own padding-free collator lays all rows end to end, which a variable-length flash kernel wants; for other
-    attentions that makes a mask of (batch x length) squared. No attention mask is passed: an all-ones mask would bring
-    attention across examples back (transformers derives the isolation from `position_ids` only where there is none).
+    For attentions that make a mask, which would be (batch x length) squared were all rows laid end to end. No attention
+    mask is passed: an all-ones mask would bring attention across examples back (transformers derives the isolation from
+    `position_ids` only where there is none).
     """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -169,21 +175,15 @@ class PackedRowsCollator(DataCollatorForLanguageModeling):
         return ledger.carry(examples, {name: torch.tensor(rows) for name, rows in batch.items()})
 
 
-def attention(plan: Plan) -> str:
-    """The attention to load the model with; `auto` is torch's own, which isolates packed rows exactly."""
-    asked: str = plan.sections["model"]["attention"]
-    return "sdpa" if asked == "auto" else asked
+def collator(plan: Plan, pad_token_id: int, way: str) -> RowsCollator | PackedRowsCollator:
+    """What makes a batch of rows for a model that attends in this way (transformers' name of it).
 
-
-def collator(plan: Plan, pad_token_id: int) -> RowsCollator | PackedRowsCollator:
-    """What makes a batch of rows, packed or not.
-
-    Flash attention tells examples apart in one row alone (transformers' `_is_packed_sequence`), so it gets TRL's
-    padding-free collator, which lays the rows end to end.
+    Those that take the bounds of examples get TRL's padding-free collator, which lays rows end to end, packed or not:
+    nothing is padded, and no layer has to ask a GPU where an example begins.
     """
-    if plan.packing and attention(plan) != "flash_attention_2":
-        return PackedRowsCollator(pad_token_id)
-    return RowsCollator(pad_token_id, padding_free=plan.packing)
+    if way in (attention.FLASH, attention.VARLEN):
+        return RowsCollator(pad_token_id, padding_free=True)
+    return PackedRowsCollator(pad_token_id) if plan.packing else RowsCollator(pad_token_id)
 
 
 class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
@@ -215,6 +215,10 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
         self.saving = Saving(plan, RunFolder(Path(self.args.output_dir)), self.accelerator)
         self.supervised_tokens_seen = 0
         self.evaluate_sources(passes)
+        # What TRL's loss does besides has no other way than its own: other losses, the balance of experts.
+        self._loss_is_plain = self.args.loss_type == "nll" and not (self.label_smoother or self.aux_loss_enabled)
+        self._answered = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        self._operations_of_a_token: int | None = None
         self.tokens_digest = 0
         self._digest = torch.zeros(1, dtype=torch.int64, device=self.args.device)
         rows = self._get_train_sampler()
@@ -273,12 +277,38 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
 
     def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
         """As TRL's; in training, all ranks learn the step's loss and stop where it is no number."""
-        loss = super().compute_loss(model, inputs, *arguments, **named)
+        if model.training and self._loss_is_plain:
+            loss = self._loss(model, inputs, named["num_items_in_batch"])
+        else:
+            loss = super().compute_loss(model, inputs, *arguments, **named)
         if model.training:
             pulse.moved(self.state.global_step + 1, "waiting")
             self.watch.saw(self, loss)
             pulse.moved(self.state.global_step + 1, "step")
         return loss
+
+    def _loss(self, model: Any, inputs: dict[str, Any], supervised_tokens: torch.Tensor) -> torch.Tensor:
+        """TRL's loss over the supervised tokens of the whole step, without its three gathers over the ranks and three
+        waits for the GPU at every micro-batch: what they were for is summed up, and read where a line is logged."""
+        outputs = model(**inputs, fused_lm_head=True)
+        figures = (outputs.label_mask, outputs.is_top1, outputs.entropy.detach())
+        self._answered += torch.stack([figure.sum(dtype=torch.float64) for figure in figures])
+        loss: torch.Tensor = -outputs.log_probs.sum() * self.accelerator.num_processes / supervised_tokens.clamp(min=1)
+        return loss
+
+    def _answers(self) -> dict[str, float]:
+        """Means over the supervised tokens since the last call, of all ranks; nothing where TRL measured them."""
+        if not self._loss_is_plain:
+            return {}
+        tokens, right, entropy = self.accelerator.reduce(self._answered, "sum").tolist()
+        self._answered.zero_()
+        return {"mean_token_accuracy": right / max(tokens, 1), "entropy": entropy / max(tokens, 1)}
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As the Trainer's, which would count the model's weights anew at every micro-batch."""
+        if self._operations_of_a_token is None:
+            self._operations_of_a_token = int(super().floating_point_ops({"input_ids": torch.zeros(1)}))
+        return int(self._operations_of_a_token * inputs["input_ids"].numel())
 
     def _get_grad_norm(self, *arguments: Any, **named: Any) -> Any:
         """As the Trainer's; stops where the gradients are no numbers, before the step is applied."""
@@ -363,13 +393,13 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
         again on a resume. `tokens_digest` is of the supervised tokens since the last line, of all ranks: where two runs
         have the same, they saw the same rows."""
         for measured in self._metrics.values():
-            if "num_tokens" in measured:
-                measured["num_tokens"] = [self.state.num_input_tokens_seen]
+            measured["num_tokens"] = [self.state.num_input_tokens_seen]
         if "loss" in logs:
             self.tokens_digest = int(self.accelerator.reduce(self._digest, "sum").item()) % 2**48
             self._digest.zero_()
             tokens = int(self.state.num_input_tokens_seen)
             logs.update(self.meter.read(self.accelerator, tokens - (self._tokens_measured or 0)))
+            logs.update(self._answers())
             self._tokens_measured = tokens
         if "eval_loss" in logs:
             logs.update(self._gap_of(logs["eval_loss"]))
