@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import importlib
 import itertools
 import json
 import os
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from sft_recipes.data import contract, models, sources
 from sft_recipes.data.formats import Conversation, conversation_of
 from sft_recipes.data.sources import Source
+from sft_recipes.planning import imports
 from sft_recipes.planning import plan as plans
 from sft_recipes.planning.files import sha256, sync
 from sft_recipes.planning.plan import Plan, Prepared
@@ -46,6 +48,9 @@ def main(plan_file: str) -> int:
     path = Path(plan_file)
     try:
         plan, started = plans.read(path), time.monotonic()
+        with imports.swiftly():
+            imports.leave_out_what_is_not_used(plan)
+            importlib.import_module("transformers.models.auto.tokenization_auto")
         prepared = prepare(plan)
         details = json.loads((Path(prepared.folder) / "details.json").read_text(encoding="utf-8"))
         print(announcement(plan, details, time.monotonic() - started))

@@ -1,0 +1,59 @@
+"""The documents' training script, repaired as far as today's libraries want it and no further: what a user would have.
+
+    python documents.py MODEL ROWS OUTPUT KEY=VALUE …
+
+Kept: bf16 weights, packing, activation checkpointing, a loss over all tokens, the best model at the end. Changed: the
+names of arguments that are gone (`max_seq_length`, `warmup_ratio`, `torch_dtype`), TensorBoard for W&B, which wants
+an account; the CPU and torch's attention where there is no GPU.
+"""
+
+import sys
+
+import torch
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+model_folder, rows, output, *said = sys.argv[1:]
+values = {
+    key: float(value) if "." in value or "e" in value else int(value) for key, value in (s.split("=") for s in said)
+}
+tokenizer = AutoTokenizer.from_pretrained(model_folder)
+if tokenizer.pad_token is None:
+    tokenizer.pad_token = tokenizer.eos_token
+model = AutoModelForCausalLM.from_pretrained(
+    model_folder,
+    dtype=torch.bfloat16,
+    device_map="auto",
+    attn_implementation="flash_attention_2" if torch.cuda.is_available() else "sdpa",
+)
+files = {split: f"{rows}/{split}.jsonl" for split in ("train", "validation")}
+dataset = load_dataset("json", data_files=files)
+config = SFTConfig(
+    output_dir=f"{output}/checkpoints",
+    packing=True,
+    bf16=True,
+    use_cpu=not torch.cuda.is_available(),
+    gradient_checkpointing=True,
+    gradient_checkpointing_kwargs={"use_reentrant": False},
+    lr_scheduler_type="cosine",
+    eval_strategy="steps",
+    save_strategy="steps",
+    save_total_limit=3,
+    load_best_model_at_end=True,
+    metric_for_best_model="eval_loss",
+    report_to="tensorboard",
+    seed=42,
+    data_seed=42,
+    **values,
+)
+trainer = SFTTrainer(
+    model=model,
+    args=config,
+    train_dataset=dataset["train"],
+    eval_dataset=dataset["validation"],
+    processing_class=tokenizer,
+)
+trainer.train()
+trainer.save_model(f"{output}/final")
+tokenizer.save_pretrained(f"{output}/final")
