@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-VARIABLES := RECIPE GPUS NODES PROCESSES DEVICES DATA VALIDATION NAME RESUME ACCEPT STRICT CARD RUN ROWS HTML PLOT WITH PORT PROMPT DRY_RUN SANITY REPORT_TO GPU_HOUR_PRICE ARGS RUNTIME IMAGE VARIANT MOUNTS CONTAINER_ARGS BUILD_ARGS
+VARIABLES := RECIPE GPUS NODES PROCESSES DEVICES DATA VALIDATION NAME RESUME ACCEPT STRICT CARD RUN ROWS HTML PLOT WITH PORT PROMPT DRY_RUN SANITY REPORT_TO GPU_HOUR_PRICE ARGS RUNTIME IMAGE VARIANT MOUNTS CONTAINER_ARGS BUILD_ARGS WHEEL
 RECIPE ?= tiny
 
 # Make expands $(…) in what the user typed; the raw text goes to the environment, and the shell quotes it.
@@ -19,7 +19,7 @@ HARDWARE = $${GPUS:+--gpus "$$GPUS"} $${NODES:+--nodes "$$NODES"} $${PROCESSES:+
 	$${CARD:+--card "$$CARD"}
 OVERRIDES = $${DATA:+"data.train=$$DATA"} $${VALIDATION:+"data.validation=$$VALIDATION"} $${ARGS:-}
 
-.PHONY: help setup image smoke doctor recipes plan schedules inspect fetch sanity train verify-resume diagnose report status slurm tensorboard generate merge test test-engines test-container test-slurm chaos bench test-latest lint lock
+.PHONY: help setup flash-attn image smoke doctor recipes plan schedules inspect fetch sanity train verify-resume diagnose report status slurm tensorboard generate merge test test-engines test-container test-slurm chaos bench test-latest lint lock
 
 help: ## this list
 	@echo 'Variables stand behind the target: make train RECIPE=8b GPUS=8'
@@ -57,6 +57,9 @@ image: ## build the image: VARIANT=cuda or cpu, RUNTIME, IMAGE (its name), BUILD
 
 smoke: ## prove the image before hours are spent in it, with the network off: VARIANT IMAGE RUNTIME DEVICES (ARGS=--cpu)
 	@$(SFT) smoke $${DEVICES:+--devices "$$DEVICES"} $${ARGS:-}
+
+flash-attn: setup ## install flash-attn outside the image: WHEEL=a file, or URL#sha256=…; else it is compiled, for how long is said first
+	@requirements/flash-attn.sh "$(VENV)"
 
 doctor: ## is this machine fit: driver, GPUs, attention, links, memory, disk, Hub, versions: GPUS (ARGS=--json)
 	@$(SFT) doctor $${GPUS:+--gpus "$$GPUS"} $${ARGS:-}
@@ -129,7 +132,7 @@ chaos: setup ## harm real runs in every way of docs/CHAOS.md, which this writes:
 
 bench: setup ## measure whole training here, into benchmarks/results and benchmarks/README.md: ARGS="--repeats 5"
 	@$(PYTHON) benchmarks/bench.py $${ARGS:-}
-	@$(PYTHON) benchmarks/bench.py --table
+	@$(PYTHON) benchmarks/readme.py
 
 test-latest: ## the recipes' tests with the newest versions that the index has, in a .venv-latest of their own
 	@requirements/latest.sh .venv-latest
@@ -141,7 +144,7 @@ lint: setup ## ruff, mypy, shellcheck, hadolint
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m mypy
 	@shopt -s nullglob; if [ -x $(VENV)/bin/shellcheck ]; then \
-		$(VENV)/bin/shellcheck requirements/*.sh slurm/*.sh docker/*.sh docker/portable-cxx .ci/run; fi
+		$(VENV)/bin/shellcheck requirements/*.sh slurm/*.sh docker/*.sh docker/portable-cxx benchmarks/*.sh benchmarks/peers/*.sh .ci/run; fi
 	@$(VENV)/bin/hadolint docker/Dockerfile
 
 lock: ## resolve requirements/requirements.in anew (needs uv)

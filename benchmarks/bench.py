@@ -2,11 +2,12 @@
 
     make bench                                                    # what this machine can carry
     .venv/bin/python benchmarks/bench.py [CASE …] [--repeats 3] [--again]
-    .venv/bin/python benchmarks/bench.py --table                  # writes the files' tables into benchmarks/README.md
+    .venv/bin/python benchmarks/bench.py --ablations              # one knob turned at a time, beside the default
 
 A case is one `train RECIPE` of 25 steps on a model that is built from its configuration, of which the first five are
 left out; it is repeated, in turn with the other cases. Each case that is done is written at once to
-`results/bench-MACHINE.json`, and is not measured again at the same commit unless `--again` says so.
+`results/bench-MACHINE.json` (`ablations-MACHINE.json`), and is not measured again at the same commit unless `--again`
+says so.
 
 Operations a token are counted in two ways: causal (`planning/cost.py`: weights that are multiplied with, attention to
 what is behind a token, by the lengths that examples really have) and PaLM's (arXiv:2204.02311, appendix B: all weights,
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
 import os
 import statistics
 import subprocess
@@ -38,10 +40,13 @@ from sft_recipes.launching.topology import ask_nvidia, card_of, visible_gpus  # 
 from sft_recipes.planning import cost, recipes  # noqa: E402
 
 STEPS, WARM_UP = 25, 5
+DEFAULT = "as shipped"
 SHORT = (
     f"trainer.max_steps={STEPS}", f"trainer.eval_steps={STEPS}", f"trainer.save_steps={STEPS}",
     "trainer.logging_steps=1", "answers.show=0", "answers.exact_match=0", "data.validation_at_most=50",
 )  # fmt: skip
+# What has a recipe for more GPUs fit on one of 141 GB.
+ON_ONE_GPU = {"8b": ("parallelism=single", "trainer.optim=adamw_8bit"), "3b": ("parallelism=single",)}
 _SPEEDS = ("slots_per_second", "tokens_per_second", "supervised_tokens_per_second")
 # A matrix product that is large enough to reach what the device can, in the precision that recipes train in.
 _PRODUCT = """
@@ -82,8 +87,34 @@ def cases(on_gpu: bool) -> dict[str, Case]:
             for packing in (True, False) if length == 4096 else (True,):
                 said = f"{name}, {length // 1024}k{'' if packing else ', not packed'}"
                 words = (f"trainer.max_length={length}", f"trainer.packing={str(packing).lower()}")
-                found[said] = Case(name, ("--gpus", "1"), (*from_scratch(name), *words))
+                found[said] = Case(name, ("--gpus", "1"), (*from_scratch(name), *words, *ON_ONE_GPU.get(name, ())))
     return found
+
+
+def ablations(on_gpu: bool) -> dict[str, Case]:
+    """The default, and each knob turned by itself; in docs/LOG.md stands what came of it."""
+    name, options, words = ("1b", ("--gpus", "1"), from_scratch("1b")) if on_gpu else ("tiny", (), ())
+    recipe = recipes.load(name)
+    most, recomputes = recipe.batch.per_device_at_most, recipe.trainer["gradient_checkpointing"]
+    larger = () if on_gpu else (f"batch.effective_batch_size={2 * most}", "outside_range=[effective_batch_size]")
+    turned: dict[str, tuple[str, ...]] = {
+        DEFAULT: (),
+        "masked attention (sdpa)": ("model.attention=sdpa",),
+        "eager attention": ("model.attention=eager",),
+        f"checkpointing {'off' if recomputes else 'on'}": (
+            f"trainer.gradient_checkpointing={str(not recomputes).lower()}",
+        ),
+        "half the micro-batch": (f"batch.per_device_at_most={max(most // 2, 1)}",),
+        "twice the micro-batch": (f"batch.per_device_at_most={2 * most}", *larger),
+        "torch.compile": ("trainer.torch_compile=true",),
+        "AdamW not fused": ("trainer.optim=adamw_torch",),
+        "a data worker": ("trainer.dataloader_num_workers=1",),
+    }
+    if on_gpu:
+        turned["attention by varlen"] = ("model.attention=varlen",)
+        turned["ZeRO-2"], turned["FSDP2"] = ("parallelism=zero2",), ("parallelism=fsdp2",)
+        turned["Liger's kernels"] = ("trainer.use_liger_kernel=true",)
+    return {said: Case(name, options, (*words, *more)) for said, more in turned.items()}
 
 
 def from_scratch(name: str, positions: int = 16384) -> tuple[str, ...]:
@@ -96,42 +127,38 @@ def from_scratch(name: str, positions: int = 16384) -> tuple[str, ...]:
 
 
 def main() -> int:
-    """Measures what is asked for; the exit code of the first run that fails."""
+    """Measures what is asked for; 1 where a run failed, whose last words stand in the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--again", action="store_true")
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--ablations", action="store_true")
     asked = parser.parse_args()
-    if asked.table:
-        write_tables()
-        return 0
     card = card_of(visible_gpus())
-    known = cases(card is not None)
+    known = ablations(card is not None) if asked.ablations else cases(card is not None)
     if unknown := [name for name in asked.cases if name not in known]:
         print(f"error: no case {unknown[0]!r} here; there are: {'; '.join(known)}", file=sys.stderr)
         return 2
-    target = HERE / "results" / f"bench-{card or f'{os.cpu_count()}-cores'}.json"
+    kind = "ablations" if asked.ablations else "bench"
+    target = HERE / "results" / f"{kind}-{card or f'{os.cpu_count()}-cores'}.json"
     content = _begun(target, card, asked.again)
     wanted = {name: known[name] for name in asked.cases or known if name not in content["rows"]}
     with tempfile.TemporaryDirectory() as runs:
         repeats: dict[str, list[dict[str, Any]]] = {name: [] for name in wanted}
         for number in range(asked.repeats):
-            for name, case in wanted.items():
-                try:
-                    repeats[name].append(measure(case, Path(runs), f"{list(known).index(name)}-{number}"))
-                except subprocess.CalledProcessError as error:
-                    print(
-                        f"error: {name}: the run ended with {error.returncode}, for the reason above", file=sys.stderr
-                    )
-                    return int(error.returncode)
-                print(f"{name:28} {repeats[name][-1]['step_seconds']:.4f} s a step", flush=True)
-        for name, rows in repeats.items():
-            content["rows"][name] = summary(rows, content["operations_per_second"])
-            target.write_text(json.dumps(content, indent=2) + "\n")
+            for name in [name for name in wanted if name not in content["rows"]]:
+                found = measure(known[name], Path(runs), f"{list(known).index(name)}-{number}")
+                if "failed" in found:
+                    content["rows"][name] = found
+                else:
+                    repeats[name].append(found)
+                print(f"{name:28} {found.get('step_seconds', 'failed')} s a step", flush=True)
+        for name in [name for name in wanted if name not in content["rows"]]:
+            content["rows"][name] = summary(repeats[name], content["operations_per_second"])
+    target.write_text(json.dumps(content, indent=2) + "\n")
     print(table(content))
     print(f"written: {target.relative_to(REPOSITORY)}")
-    return 0
+    return int(any("failed" in row for row in content["rows"].values()))
 
 
 def _begun(target: Path, card: str | None, again: bool) -> dict[str, Any]:
@@ -157,11 +184,7 @@ def _begun(target: Path, card: str | None, again: bool) -> dict[str, Any]:
 
 
 def measure(case: Case, runs: Path, name: str) -> dict[str, Any]:
-    """One run: its medians over the steps behind the warm-up.
-
-    Raises:
-        CalledProcessError: it did not end well; what it said is printed.
-    """
+    """One run: its medians over the steps behind the warm-up; or its exit code and last words, where it failed."""
     environment = {**os.environ, "RUNS_DIR": str(runs), "PYTHONPATH": str(REPOSITORY), "SANITY": "skip"}
     command = [sys.executable, "-m", "sft_recipes", "train", case.recipe, "--name", name, *case.options, *SHORT]
     folder, began, first = runs / name, time.monotonic(), None
@@ -174,8 +197,9 @@ def measure(case: Case, runs: Path, name: str) -> dict[str, Any]:
         ended = time.monotonic() - began
         if process.returncode:
             said.seek(0)
-            print(said.read()[-3000:], file=sys.stderr)
-            raise subprocess.CalledProcessError(process.returncode, command)
+            words = said.read()
+            print(words[-3000:], file=sys.stderr)
+            return {"failed": process.returncode, "said": words.strip().splitlines()[-1][:300]}
     plan, manifest, prepared = (
         json.loads((folder / f"{kind}.json").read_text()) for kind in ("plan", "manifest", "prepared")
     )
@@ -240,6 +264,7 @@ def summary(rows: list[dict[str, Any]], per_second: dict[str, float | None]) -> 
         **{key: round(statistics.median(row[key] for row in rows), 1) for key in _SPEEDS},
         "operations_per_token": first["operations_per_token"],
         "mfu": mfu,
+        "tokens_per_second_of_each_run": [round(row["tokens_per_second"], 1) for row in rows],
         "hfu": {key: round(share * (1 + first["recomputed_share"]), 4) for key, share in mfu.items()},
         "peak_bytes": first["peak_bytes"],
         "planned_bytes": first["planned_bytes"],
@@ -253,37 +278,34 @@ def summary(rows: list[dict[str, Any]], per_second: dict[str, float | None]) -> 
 
 
 def table(content: dict[str, Any]) -> str:
-    """A results file as a table."""
+    """A results file as a table; where the default is among the rows, with the ratio to it."""
     lines = [
         "| case | step, s (least to most) | tokens/s | supervised/s | MFU causal, of the product | of the data sheet "
         "| peak memory | first step, s |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in content["rows"].items():
+        if "failed" in row:
+            lines.append(f"| {name} | failed: {row['said']} | | | | | | |")
+            continue
         seconds, mfu, memory = row["step_seconds"], row["mfu"], row["peak_bytes"] or row["host_bytes"]
         sheet = mfu.get("causal, data sheet")
         lines.append(
             f"| {name} | {seconds['median']:.3f} ({seconds['least']:.3f} to {seconds['most']:.3f}) "
-            f"| {row['tokens_per_second']:,.0f} | {row['supervised_tokens_per_second']:,.0f} "
-            f"| {mfu['causal, matrix product, measured']:.1%} | {'' if sheet is None else f'{sheet:.1%}'} "
-            f"| {memory / 2**30:.1f} GiB | {row['first_step_seconds']['data found']:.1f} |"
+            f"| {row['tokens_per_second']:,.0f}{_beside_the_default(row, content['rows'])} "
+            f"| {row['supervised_tokens_per_second']:,.0f} | {mfu['causal, matrix product, measured']:.1%} "
+            f"| {'' if sheet is None else f'{sheet:.1%}'} | {memory / 2**30:.1f} GiB "
+            f"| {row['first_step_seconds']['data found']:.1f} |"
         )
     return "\n".join(lines)
 
 
-def write_tables() -> None:
-    """Puts the tables of all results files into benchmarks/README.md."""
-    readme, begin, end = HERE / "README.md", "<!-- bench.py writes from here -->\n", "<!-- to here -->"
-    before, _, rest = readme.read_text().partition(begin)
-    parts = []
-    for file in sorted((HERE / "results").glob("bench-*.json")):
-        content = json.loads(file.read_text())
-        of = ", ".join(row[0] for row in content["gpus"]) or f"{content['machine']['processor']}, no GPU"
-        cores = content["machine"]["cores"]
-        parts.append(
-            f"\n`results/{file.name}`: {of}, {cores} cores; commit {content['commit'][:7]}\n\n{table(content)}\n"
-        )
-    readme.write_text(before + begin + "".join(parts) + "\n" + end + rest.partition(end)[2])
+def _beside_the_default(row: dict[str, Any], rows: dict[str, Any]) -> str:
+    """How many times the default's tokens a second: the middle of the ratios within a round."""
+    if DEFAULT not in rows or "failed" in rows[DEFAULT]:
+        return ""
+    key = "tokens_per_second_of_each_run"
+    return f" ({statistics.median(map(operator.truediv, row[key], rows[DEFAULT][key])):.2f}x)"
 
 
 if __name__ == "__main__":

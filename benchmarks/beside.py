@@ -1,7 +1,9 @@
 """This project beside what a user would run instead: same rows, model and hyperparameters, from command to saved model.
 
     benchmarks/peers/install.sh PEERS                             # once: LLaMA-Factory and ms-swift
-    .venv/bin/python benchmarks/beside.py [--peers PEERS] [--rounds 3] [--steps 40]
+    .venv/bin/python benchmarks/beside.py [--peers PEERS] [--rounds 3] [--steps 40] [--recipe 1b]
+
+On a CPU the tiny recipe; with a GPU and `--recipe 1b` that one, from random weights (not run yet: no GPU was at hand).
 
 Each round runs every way once, so that a machine that slows down slows all of them, and ratios are taken within a
 round; every way prepares its rows anew. Instants are those at which a line of its log came: of a step, between two
@@ -17,6 +19,7 @@ begins (`with its trial`), write checksums and wait until the disk has them.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import os
@@ -38,6 +41,10 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
 sys.path.insert(0, str(REPOSITORY))
 
+from bench import from_scratch  # noqa: E402
+
+from sft_recipes.launching.topology import card_of, visible_gpus  # noqa: E402
+
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets")
 EVERY = 5  # steps between two lines of a log
 HELD_OUT, ROWS = 300, 12000
@@ -51,9 +58,20 @@ _EVALUATION = re.compile(r"eval_loss")
 class Place:
     """Where a way finds the rows and the model, and what it is asked for."""
 
+    recipe: str
     rows: Path
     model: Path
     steps: int
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the recipe is trained on a GPU, in bf16 and with activations computed again."""
+        return self.recipe != "tiny"
+
+    @property
+    def length(self) -> str:
+        """Tokens of a packed row."""
+        return "2048" if self.on_gpu else "512"
 
     @property
     def shared(self) -> dict[str, str]:
@@ -83,10 +101,11 @@ def main() -> None:
     parser.add_argument("--peers", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--recipe", default="tiny")
     asked = parser.parse_args()
     ways = {name: way for name, way in every_way(asked.peers).items() if way is not None}
     with tempfile.TemporaryDirectory() as folder:
-        place, held_out = _prepare(Path(folder), asked.steps)
+        place, held_out = _prepare(Path(folder), asked.recipe, asked.steps)
         rounds = []
         for number in range(asked.rounds):
             row = {}
@@ -96,7 +115,7 @@ def main() -> None:
                 row[name]["loss"] = _loss(way.model(output / "anew"), held_out)
                 print(name, row[name], flush=True)
             rounds.append(row)
-        short = Place(place.rows, place.model, 2 * EVERY)
+        short = dataclasses.replace(place, steps=2 * EVERY)
         for at, (name, way) in enumerate(ways.items()):
             found = run(way, short, Path(folder) / f"{at}-{asked.rounds - 1}", "prepared")["first"]
             rounds[-1][name]["preparation"] = round(max(rounds[-1][name]["first"] - found, 0), 2)
@@ -109,7 +128,9 @@ def main() -> None:
         "rounds": rounds,
         "rows": {name: _summary(rounds, name) for name in ways},
     }
-    target = HERE / "results" / f"beside-{os.cpu_count()}-cores.json"
+    card = card_of(visible_gpus()) if place.on_gpu else None
+    named = f"{asked.recipe}-{card}" if card else f"{os.cpu_count()}-cores"
+    target = HERE / "results" / f"beside-{named}.json"
     target.write_text(json.dumps(content, indent=2) + "\n")
     print(table(content))
     print(f"written: {target.relative_to(REPOSITORY)}")
@@ -143,7 +164,7 @@ def every_way(peers: Path | None) -> dict[str, Way | None]:
     return found
 
 
-def _prepare(folder: Path, steps: int) -> tuple[Place, Path]:
+def _prepare(folder: Path, recipe: str, steps: int) -> tuple[Place, Path]:
     """The embedded rows as files, the model that all begin with, and the rows held out as token ids and labels."""
     from sft_recipes.data import embedded, prepare
     from sft_recipes.planning import plan as plans
@@ -154,9 +175,11 @@ def _prepare(folder: Path, steps: int) -> tuple[Place, Path]:
     for split, held_out in (("train", False), ("validation", True)):
         lines = (json.dumps(row) + "\n" for row in embedded.rows(HELD_OUT if held_out else ROWS, held_out))
         (rows / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
-    recipe = recipes.load("tiny", [f"data.train={rows}/train.jsonl", f"data.validation={rows}/validation.jsonl"])
-    prepared = prepare.prepare(plans.make(recipe, plans.Topology(gpus=0, processes=1)), folder / "prepared")
-    return Place(rows, Path(str(prepared.model)), steps), Path(prepared.folder) / "validation"
+    words = from_scratch(recipe) if recipe != "tiny" else ()
+    data = (f"data.train={rows}/train.jsonl", f"data.validation={rows}/validation.jsonl")
+    loaded = recipes.load(recipe, [*words, *data, "trainer.max_length=512"])
+    prepared = prepare.prepare(plans.make(loaded, plans.Topology(gpus=0, processes=1)), folder / "prepared")
+    return Place(recipe, rows, Path(str(prepared.model)), steps), Path(prepared.folder) / "validation"
 
 
 def _ours(place: Place, output: Path) -> list[str]:
@@ -169,12 +192,14 @@ def _ours(place: Place, output: Path) -> list[str]:
         "trainer.learning_rate=2.0e-3", "trainer.weight_decay=0.01", f"trainer.max_steps={place.steps}",
         f"trainer.logging_steps={EVERY}", f"trainer.eval_steps={half}", f"trainer.save_steps={half}",
     )  # fmt: skip
-    return [sys.executable, "-m", "sft_recipes", "train", "tiny", "--name", output.name, *words]
+    hardware = ("--gpus", "1") if place.on_gpu else ()
+    words = (*words, f"trainer.max_length={place.length}")
+    return [sys.executable, "-m", "sft_recipes", "train", place.recipe, *hardware, "--name", output.name, *words]
 
 
 def _documents(place: Place, output: Path) -> list[str]:
     stock = {key: value for key, value in place.shared.items() if key != "lr_scheduler_type"}
-    values = {**stock, "logging_first_step": "1", "warmup_steps": "0.1", "max_length": "512"}
+    values = {**stock, "logging_first_step": "1", "warmup_steps": "0.1", "max_length": place.length}
     words = [f"{key}={value}" for key, value in values.items()]
     return [
         sys.executable,
@@ -188,9 +213,10 @@ def _documents(place: Place, output: Path) -> list[str]:
 
 def _trl(place: Place, output: Path) -> list[str]:
     values = {
-        **place.shared, "warmup_steps": "0.1", "max_length": "512", "model_name_or_path": str(place.model),
+        **place.shared, "warmup_steps": "0.1", "max_length": place.length, "model_name_or_path": str(place.model),
         "dataset_name": str(place.rows), "dataset_test_split": "validation", "eval_strategy": "steps",
-        "dtype": "float32", "bf16": "False", "gradient_checkpointing": "False", "report_to": "tensorboard",
+        "dtype": "float32", "bf16": str(place.on_gpu), "gradient_checkpointing": str(place.on_gpu),
+        "report_to": "tensorboard",
         "output_dir": str(output),
     }  # fmt: skip
     words = [word for key, value in values.items() for word in (f"--{key}", value)]
@@ -208,9 +234,10 @@ def _llama_factory(environment: Path, place: Place, output: Path) -> list[str]:
         **{key: yaml.safe_load(value) for key, value in place.shared.items()},
         "model_name_or_path": str(place.model), "stage": "sft", "do_train": True, "finetuning_type": "full",
         "dataset": "train", "eval_dataset": "validation", "dataset_dir": str(place.rows), "template": "chatml",
-        "cutoff_len": 512, "packing": True, "neat_packing": True, "eval_strategy": "steps",
-        "warmup_steps": max(place.steps // 10, 1), "report_to": "tensorboard", "use_cpu": True, "flash_attn": "sdpa",
-        "disable_gradient_checkpointing": True, "output_dir": str(output),
+        "cutoff_len": int(place.length), "packing": True, "neat_packing": True, "eval_strategy": "steps",
+        "warmup_steps": max(place.steps // 10, 1), "report_to": "tensorboard", "use_cpu": not place.on_gpu,
+        "flash_attn": "auto" if place.on_gpu else "sdpa", "bf16": place.on_gpu,
+        "disable_gradient_checkpointing": not place.on_gpu, "output_dir": str(output),
     }  # fmt: skip
     file = output.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(values))
@@ -222,9 +249,10 @@ def _swift(environment: Path, place: Place, output: Path) -> list[str]:
     values = {
         **place.shared, "per_device_train_batch_size": micro_batch, "per_device_eval_batch_size": micro_batch,
         "model": str(place.model), "model_type": "llama", "template": "chatml", "tuner_type": "full",
-        "torch_dtype": "float32", "dataset": str(place.rows / "train.jsonl"),
-        "val_dataset": str(place.rows / "validation.jsonl"), "warmup_ratio": "0.1", "max_length": "512",
-        "eval_strategy": "steps", "add_version": "false", "use_cpu": "true", "gradient_checkpointing": "false",
+        "torch_dtype": "bfloat16" if place.on_gpu else "float32", "dataset": str(place.rows / "train.jsonl"),
+        "val_dataset": str(place.rows / "validation.jsonl"), "warmup_ratio": "0.1", "max_length": place.length,
+        "eval_strategy": "steps", "add_version": "false", "use_cpu": str(not place.on_gpu).lower(),
+        "gradient_checkpointing": str(place.on_gpu).lower(),
         "attn_impl": "sdpa", "report_to": "tensorboard", "output_dir": str(output),
     }  # fmt: skip
     return [
@@ -275,7 +303,10 @@ def of_log(lines: list[tuple[float, str]]) -> dict[str, float]:
     seen = [("evaluation" if _EVALUATION.search(line) else "step", at) for at, line in lines if _is_figure(line)]
     pairs = list(itertools.pairwise(seen[1:]))
     steps = [after[1] - before[1] for before, after in pairs if (before[0], after[0]) == ("step", "step")]
-    found = {"first": round(seen[0][1], 2), "step": round(statistics.median(steps) / EVERY, 4)}
+    found = {"first": round(seen[0][1], 2)}
+    if not steps:
+        return found
+    found["step"] = round(statistics.median(steps) / EVERY, 4)
     evaluations = [after[1] - before[1] for before, after in pairs if (before[0], after[0]) == ("step", "evaluation")]
     late = [after[1] - before[1] for before, after in pairs if (before[0], after[0]) == ("evaluation", "step")]
     if evaluations and late:

@@ -249,5 +249,20 @@ def _write(parsed: argparse.Namespace, rows: dict[str, Any]) -> None:
     print(f"written: {file.relative_to(REPOSITORY)}")
 
 
+def table(content: dict[str, Any]) -> str:
+    """The rows as a table."""
+    lines = [
+        "| | a bare step, ms | ours | stock SFTTrainer's | what this project adds, of a step |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in content["rows"].items():
+        over = row["step_over_a_bare_one"]
+        lines.append(
+            f"| {name} | {row['step_milliseconds']['bare']:.0f} | {over['ours']:.3f}x | {over['stock']:.3f}x "
+            f"| {row['added_share_of_a_step']:.2%} |"
+        )
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     main()

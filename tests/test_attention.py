@@ -1,13 +1,17 @@
 """Every way to attend is held against the definition, on examples by themselves, forward and backward."""
 
+import os
+import subprocess
+
 import pytest
 import torch
+from conftest import REPOSITORY
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from sft_recipes.data.chat import IGNORED
 from sft_recipes.planning import plan as plans
-from sft_recipes.planning import recipes
+from sft_recipes.planning import recipes, show
 from sft_recipes.planning.plan import Topology
 from sft_recipes.planning.schema import RecipeError
 from sft_recipes.training import attention, trainer
@@ -172,3 +176,44 @@ def test_what_the_recipe_names_is_taken():
 def test_flash_attention_that_is_not_installed_is_refused_with_the_way_to_it():
     with pytest.raises(RecipeError, match="flash_attention_2 needs flash-attn, .* make flash-attn installs it"):
         attention.loaded_with(a_plan("model.attention=flash_attention_2"))
+
+
+def test_flash_attention_is_not_built_where_torch_cannot_use_it(tmp_path):
+    done = subprocess.run(["make", "flash-attn"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "is not built for CUDA; " in line and "make setup installs it" in line
+
+
+def test_a_wheel_of_the_net_needs_its_hash(tmp_path):
+    """With a Python whose torch says that it is built for CUDA."""
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text("#!/bin/sh\nexit 0\n")
+    python.chmod(0o755)
+    environment = {**os.environ, "WHEEL": "https://example.org/flash_attn.whl"}
+    command = [REPOSITORY / "requirements" / "flash-attn.sh", tmp_path]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith(
+        "error: WHEEL: https://example.org/flash_attn.whl has no #sha"
+    )
+    bare = {"PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, env=bare, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "there is no nvcc to compile with; install the CUDA toolkit" in done.stderr
+
+
+KERNEL = f"kernels-community/flash-attn2@{'0123456789' * 4}"
+
+
+def test_a_kernel_of_the_hub_is_taken_by_its_commit_alone():
+    """It is code from elsewhere."""
+    for name in (KERNEL.partition("@")[0], KERNEL[:-1], f"{KERNEL}0"):
+        with pytest.raises(
+            RecipeError, match="a kernel from the Hub, which is code, and nothing says which; write own"
+        ):
+            a_plan(f"model.attention={name}")
+    plan = a_plan(f"model.attention={KERNEL}")
+    assert "a kernel from the Hub runs, unseen and unchecked" in show.plan_table(plan)
+    with pytest.raises(RecipeError, match="flash-attn2@0123456789.* needs the kernels package, which is not installed"):
+        attention.loaded_with(plan)
+    assert attention.takes_bounds(KERNEL)

@@ -3,7 +3,8 @@ import json
 import pytest
 from conftest import REPOSITORY
 
-from sft_recipes.planning import memory, schema
+from sft_recipes.planning import memory, recipes, schema
+from sft_recipes.planning import plan as plans
 from sft_recipes.planning.schema import Lora, RecipeError
 
 LLAMA_8B = {
@@ -166,6 +167,19 @@ def test_frozen_weights_take_two_bytes_and_4_bit_ones_about_half_of_one():
     assert lora["weights"] == 2 * 8_030_261_248 + 4 * adapters
     assert 5e9 < qlora["weights"] < 6.2e9
     assert lora["optimizer"] == qlora["optimizer"] == 8 * adapters
+
+
+def test_an_8_bit_optimizer_takes_a_quarter_and_has_8b_fit_on_one_card_of_141_gb():
+    full, eighth = (
+        memory.bytes_per_gpu(load(engine="single", optimizer=name)) for name in ("adamw_torch_fused", "adamw_8bit")
+    )
+    assert full["optimizer"] == 4 * eighth["optimizer"] == 8 * 8_030_261_248
+    assert eighth["total"] < memory.card_bytes("h200-141g") < full["total"]
+    words = ("parallelism=single", "trainer.optim=adamw_8bit")
+    plans_of = [
+        plans.make(recipes.load("8b", more), plans.Topology(1, 1, card="h200-141g")) for more in (words, words[:1])
+    ]
+    assert [plan.fits for plan in plans_of] == [True, False]
 
 
 def test_a_whole_70b_checkpoint_is_about_a_terabyte():

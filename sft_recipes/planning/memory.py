@@ -128,6 +128,13 @@ class Load:
     gradient_checkpointing: bool
     lora: Lora | None = None
     nodes: int = 1
+    optimizer: str = "adamw_torch_fused"
+
+    @property
+    def moment_bytes(self) -> int:
+        """Of a weight's two moments: in fp32, or in 8 bits by bitsandbytes' optimizers (the factors of its blocks of
+        256 add under 4% to those); other optimizers are forecast as AdamW, which most of them stay below."""
+        return 2 if "8bit" in self.optimizer else 8
 
     @property
     def sharded_weights(self) -> int:
@@ -171,7 +178,8 @@ class Load:
 def bytes_per_gpu(load: Load) -> dict[str, int] | None:
     """Peak memory of one rank by part, in bytes; an estimate to decide with, not a measurement.
 
-    Weights, gradients and optimizer state follow the dtypes of `dtypes`: AdamW's two moments are fp32 everywhere.
+    Weights, gradients and optimizer state follow the dtypes of `dtypes`; AdamW's two moments are fp32 everywhere but in
+    an 8-bit optimizer.
     Activations: what a layer keeps for its backward pass; with checkpointing, each layer's input and one whole layer.
     Logits: a tile of them, and fp32 gradients of the hidden states and, unless it is frozen, of the output layer.
     Buffers: DDP's gradient buckets; ZeRO's buckets for gradients and gathered weights; two gathered layers or
@@ -192,7 +200,7 @@ def bytes_per_gpu(load: Load) -> dict[str, int] | None:
     parts = {
         "weights": (load.model_bytes + adapters) // load.sharded_weights,
         "gradients": 0 if offload else 4 * trained // gradients_over,
-        "optimizer": 0 if offload else (12 if load.zero_half else 8) * trained // optimizer_over,
+        "optimizer": 0 if offload else (load.moment_bytes + 4 * load.zero_half) * trained // optimizer_over,
         "activations": layer_inputs + per_layer if load.gradient_checkpointing else layers * per_layer,
         "logits": _logits(load),
         "buffers": _buffers(load),
@@ -277,7 +285,7 @@ def checkpoint_bytes(load: Load) -> int | None:
         return None
     twice = load.zero_half or load.engine == "fsdp2"
     copies = 2 if twice and not load.lora else 1
-    return copies * load.trained_bytes + load.trained * (12 if load.zero_half else 8)
+    return copies * load.trained_bytes + load.trained * (load.moment_bytes + 4 * load.zero_half)
 
 
 def disk_bytes(load: Load) -> int | None:

@@ -224,6 +224,7 @@ def load_of(plan: Plan, architecture: dict[str, Any]) -> memory.Load:
         gradient_checkpointing=trainer["gradient_checkpointing"],
         lora=Lora(**lora) if lora else None,
         nodes=plan.nodes,
+        optimizer=trainer.get("optim", "adamw_torch_fused"),
     )
 
 

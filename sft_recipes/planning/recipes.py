@@ -224,7 +224,12 @@ def _checked(key: str, section: str, leaf: str, found: Written) -> Any:
         kinds = known[leaf]
     value = _coerce(key, kinds, _typed(found, kinds))
     choices = schema.CHOICES.get(key)
-    if choices and value is not None and value not in choices:
+    if key == "model.attention" and "/" in str(value) and not schema.KERNEL.fullmatch(str(value)):
+        raise RecipeError(
+            f"{found.where}: {key} is {value!r}, a kernel from the Hub, which is code, and nothing says which; write "
+            f"owner/name@<the 40 hexadecimal digits of its commit>"
+        )
+    if choices and value is not None and value not in choices and "/" not in str(value):
         raise RecipeError(
             f"{found.where}: {key} is {value!r}; wanted one of {', '.join(choices)}{did_you_mean(str(value), choices)}"
         )

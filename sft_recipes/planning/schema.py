@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
@@ -20,6 +21,8 @@ QUANTIZATIONS = ("nf4",)
 CONVERGED_ACCURACY = 0.9  # of tokens: what is above has not stalled, it has nothing much left to learn
 STOPPING_GUARDS = ("loss_spike", "exploding_gradients", "vanishing_gradients")
 ATTENTIONS = ("auto", "eager", "sdpa", "varlen", "flash_attention_2")
+# Or a kernel from the Hub, which is code from elsewhere: the commit says which.
+KERNEL = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
 
 # The rows of the hyperparameter table hold these, under the names of the documents (recipes/sizes.yaml).
 # warmup_ratio is no SFTConfig field any more; the plan turns it into whole warm-up steps.

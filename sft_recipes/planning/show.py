@@ -38,6 +38,7 @@ def _origin(plan: Plan, name: str) -> str:
     return "default" if name in _DEFAULTED else "derived"
 
 
+_KERNEL = "a kernel from the Hub runs, unseen and unchecked, as this user (model.attention)"
 _REMOTE_CODE = "the model's own Python runs, unseen and unchecked, as this user (model.trust_remote_code)"
 _KEYS = {
     "model": "model.name_or_path",
@@ -54,6 +55,7 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
         ("recipe", f"{plan.recipe} (row {plan.size}{_nearest(plan)})"),
         ("model", plan.model + (f", {plan.parameters:,} parameters" if plan.parameters else "")),
         *([("remote code", _REMOTE_CODE)] if plan.sections["model"]["trust_remote_code"] else []),
+        *([("remote code", _KERNEL)] if "/" in plan.sections["model"]["attention"] else []),
         ("method", _method(plan)),
         ("train data", _sources(plan.sections["data"]["train"])),
         ("validation data", _sources(plan.sections["data"]["validation"]) or _split(plan)),

@@ -51,7 +51,17 @@ def loaded_with(plan: Plan) -> str:
             "model.attention: flash_attention_2 needs flash-attn, which is not installed; make flash-attn installs it, "
             "or say model.attention=auto"
         )
+    if "/" in asked and importlib.util.find_spec("kernels") is None:
+        raise RecipeError(
+            f"model.attention: {asked} needs the kernels package, which is not installed; say model.attention=auto, or "
+            f"install it into the virtual environment"
+        )
     return SDPA if asked in ("auto", VARLEN) else asked
+
+
+def takes_bounds(way: str) -> bool:
+    """Whether rows of several examples are laid end to end for it; kernels of the Hub are flash attention's kind."""
+    return way in (FLASH, VARLEN) or "/" in way
 
 
 def settle(plan: Plan, model: Any) -> Choice:

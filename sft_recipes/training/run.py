@@ -399,6 +399,7 @@ def load_model(plan: Plan, folder: str) -> Any:
             attn_implementation=attention.loaded_with(plan),
             quantization_config=adapters.quantization(plan),
             trust_remote_code=section["trust_remote_code"],
+            allow_all_kernels="/" in section["attention"],  # the recipe names it, by its commit
             output_loading_info=True,
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:

@@ -181,7 +181,7 @@ def collator(plan: Plan, pad_token_id: int, way: str) -> RowsCollator | PackedRo
     Those that take the bounds of examples get TRL's padding-free collator, which lays rows end to end, packed or not:
     nothing is padded, and no layer has to ask a GPU where an example begins.
     """
-    if way in (attention.FLASH, attention.VARLEN):
+    if attention.takes_bounds(way):
         return RowsCollator(pad_token_id, padding_free=True)
     return PackedRowsCollator(pad_token_id) if plan.packing else RowsCollator(pad_token_id)
 

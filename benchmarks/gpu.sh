@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# All that is measured on a GPU, in pieces of under nine minutes: one piece, the next ones, or their list.
+#
+#     benchmarks/gpu.sh            # all pieces that are not done, one after the other
+#     benchmarks/gpu.sh 3          # the next three
+#     benchmarks/gpu.sh --list     # what is done, what is not
+#     benchmarks/gpu.sh NAME       # this one
+#
+# A piece is done when benchmarks/results/.gpu/NAME says so; what it found is in the JSON files of benchmarks/results. A
+# piece that fails or takes too long says so there, and is tried again by its NAME alone. PYTHON names another Python
+# than that of .venv.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit
+python=${PYTHON:-.venv/bin/python}
+export HF_HUB_OFFLINE=1 PYTHONPATH=.
+done_in=benchmarks/results/.gpu
+mkdir -p "$done_in"
+
+pieces=(
+    "doctor|-m sft_recipes doctor --gpus 1"
+    "attention|benchmarks/attention.py"
+    "step|benchmarks/metrics.py --device cuda 3"
+    "saving|benchmarks/saving.py --device cuda"
+)
+while IFS= read -r case; do pieces+=("memory-${case//[ ,]/_}|benchmarks/memory.py|$case"); done < <(
+    "$python" -c 'import sys; sys.path.insert(0, "benchmarks"); import memory; print(*memory.cases(True), sep="\n")')
+while IFS= read -r case; do pieces+=("bench-${case//[ ,]/_}|benchmarks/bench.py --repeats 2|$case"); done < <(
+    "$python" -c 'import sys; sys.path.insert(0, "benchmarks"); import bench; print(*bench.cases(True), sep="\n")')
+pieces+=("ablations|benchmarks/bench.py --ablations --repeats 1")
+for recipe in 1b 8b-lora; do pieces+=("beside-$recipe|benchmarks/beside.py --rounds 1 --recipe $recipe"); done
+
+piece() { # NAME|WORDS|A CASE
+    local name words case began
+    IFS='|' read -r name words case <<< "$1"
+    began=$SECONDS
+    echo "== $name"
+    # shellcheck disable=SC2086  # the words are ours, and several
+    timeout --kill-after=20 530 "$python" $words ${case:+"$case"}
+    local code=$?
+    echo "$code after $((SECONDS - began)) s" | tee "$done_in/$name"
+    return $code
+}
+
+case ${1:-} in
+    --list)
+        for one in "${pieces[@]}"; do
+            printf '%-34s %s\n' "${one%%|*}" "$(cat "$done_in/${one%%|*}" 2> /dev/null || echo 'not done')"
+        done ;;
+    "" | [0-9]*)
+        left=${1:-${#pieces[@]}} failed=0
+        for one in "${pieces[@]}"; do
+            [ "$left" -gt 0 ] || break
+            [ ! -e "$done_in/${one%%|*}" ] || continue
+            piece "$one" || failed=1
+            left=$((left - 1))
+        done
+        exit "$failed" ;;
+    *)
+        for one in "${pieces[@]}"; do
+            [ "${one%%|*}" != "$1" ] || { piece "$one"; exit; }
+        done
+        echo "gpu.sh: no piece $1; --list names them" >&2
+        exit 2 ;;
+esac

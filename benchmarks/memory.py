@@ -1,0 +1,156 @@
+"""Memory as the plan tells it beforehand, beside what real runs then took: recipes trained six steps.
+
+    .venv/bin/python benchmarks/memory.py [CASE …] [--again]
+
+On a CPU the tiny recipe, four times as wide, under every engine, where a rank's allocations are tracked one by one by
+torch's profiler; on a GPU recipes of 1B to 8B from random weights, by `max_memory_allocated`. Each run goes the real
+road. Each case that is done is written at once to `results/memory-MACHINE.json`, and not run again at the same commit.
+`step` is the largest sum while steps were taken; on a CPU, what was brought in by mapping a file is added, since no
+allocation tells of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import machine
+from bench import ON_ONE_GPU, Case, from_scratch
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from sft_recipes.launching.topology import card_of, visible_gpus  # noqa: E402
+from sft_recipes.planning import recipes  # noqa: E402
+
+WIDER = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 2}
+SHORT = ("trainer.max_steps=6", "trainer.eval_steps=6", "trainer.save_steps=1000", "answers.show=0",
+         "answers.exact_match=0", "batch.min_optimizer_steps=1")  # fmt: skip
+# Python runs a module of this name, where it finds one, before anything else. It tracks the allocations of one rank,
+# and writes what they came to when the rank leaves.
+_TRACKER = f"""
+import os, sys
+if "sft_recipes.training.run" in sys.orig_argv and os.environ.get("RANK", "0") == "0":
+    sys.path.insert(0, {str(HERE)!r})
+    import machine
+    sys.path.pop(0)
+    from torch.profiler import ProfilerActivity, profile, record_function
+    from transformers import Trainer
+    tracker = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    tracker.start()
+    loop, leave = Trainer._inner_training_loop, os._exit
+    def named(self, *words, **more):
+        with record_function("training"):
+            return loop(self, *words, **more)
+    def write(code):
+        tracker.stop()
+        with open(os.environ["TRACKED"], "w") as file:
+            print(machine.most_held(tracker, "training"), file=file)
+        leave(code)
+    Trainer._inner_training_loop, os._exit = named, write
+"""
+
+
+def cases(on_gpu: bool) -> dict[str, Case]:
+    """What is measured, by name."""
+    if not on_gpu:
+        architecture = {**recipes.load("tiny").model.architecture, **WIDER}
+        words = (f"model.architecture={json.dumps(architecture)}",)
+        of = {
+            "one process": ((), ()),
+            "one process, checkpointing": ((), ("trainer.gradient_checkpointing=true",)),
+            "one process, bf16": ((), ("precision=bf16",)),
+            "one process, LoRA": ((), ("lora={r: 16, alpha: 32, target_modules: all-linear}",)),
+        }
+        for engine in ("ddp", "zero1", "zero2", "zero3", "fsdp2"):
+            of[engine] = (("--processes", "2"), (f"parallelism={engine}",))
+        return {name: Case("tiny", options, (*words, *more)) for name, (options, more) in of.items()}
+    found = {}
+    for name in ("1b", "3b", "8b-lora", "8b"):
+        for length in (2048, 4096, 8192):
+            for recomputes in (True,) if name == "8b" else (True, False):
+                said = f"{name}, {length // 1024}k{', checkpointing' if recomputes else ''}"
+                words = (f"trainer.max_length={length}", f"trainer.gradient_checkpointing={str(recomputes).lower()}")
+                found[said] = Case(name, ("--gpus", "1"), (*from_scratch(name), *words, *ON_ONE_GPU.get(name, ())))
+    found["1b, 2k, fp32"] = Case(
+        "1b", ("--gpus", "1"), (*from_scratch("1b"), "trainer.max_length=2048", "precision=fp32")
+    )
+    return found
+
+
+def main() -> int:
+    """Measures what is asked for; 1 where a run failed, whose reason stands in the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="CASE")
+    parser.add_argument("--again", action="store_true")
+    asked = parser.parse_args()
+    card = card_of(visible_gpus())
+    known = cases(card is not None)
+    if unknown := [name for name in asked.cases if name not in known]:
+        print(f"error: no case {unknown[0]!r} here; there are: {'; '.join(known)}", file=sys.stderr)
+        return 2
+    target = HERE / "results" / f"memory-{card or f'{os.cpu_count()}-cores'}.json"
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True)
+    content: dict[str, Any] = {"machine": machine.described(), "commit": commit.stdout.strip(), "rows": {}}
+    if target.is_file() and not asked.again:
+        before = json.loads(target.read_text())
+        content = before if before["commit"] == content["commit"] else content
+    with tempfile.TemporaryDirectory() as runs:
+        (Path(runs) / "sitecustomize.py").write_text(_TRACKER)
+        for number, name in enumerate(asked.cases or known):
+            if name in content["rows"]:
+                continue
+            content["rows"][name] = measure(known[name], card, Path(runs), str(number))
+            print(name, {key: content["rows"][name].get(key) for key in ("peak over planned", "failed")}, flush=True)
+            target.write_text(json.dumps(content, indent=2) + "\n")
+    print(table(content))
+    return int(any("failed" in row for row in content["rows"].values()))
+
+
+def measure(case: Case, card: str | None, runs: Path, name: str) -> dict[str, Any]:
+    """Six steps of a case: forecast and peak in bytes, and their ratio; or what it failed with."""
+    tracked = runs / f"{name}.txt"
+    environment = {
+        **os.environ, "RUNS_DIR": str(runs), "PYTHONPATH": f"{runs}:{REPOSITORY}", "REPORT_TO": "none",
+        "SANITY": "skip", "TRACKED": str(tracked),
+    }  # fmt: skip
+    if card:
+        environment["PYTHONPATH"] = str(REPOSITORY)
+    options = (*case.options, "--card", card) if card else case.options
+    command = [sys.executable, "-m", "sft_recipes", "train", case.recipe, "--name", name, *options, *SHORT, *case.words]
+    done = subprocess.run(command, cwd=runs, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"failed": done.returncode, "said": (done.stderr or done.stdout)[-800:]}
+    plan, manifest = (json.loads((runs / name / f"{kind}.json").read_text()) for kind in ("plan", "manifest"))
+    planned = plan["memory_bytes_per_gpu"]
+    peak = manifest["peak_memory_bytes"] if card else int(tracked.read_text())
+    return {
+        "planned_bytes": planned["total"],
+        "peak_bytes": peak,
+        "peak over planned": round(peak / planned["total"], 3),
+        "parts": planned,
+        "versions": manifest["starts"][0]["versions"],
+    }
+
+
+def table(content: dict[str, Any]) -> str:
+    """The rows as a table."""
+    lines = ["| | planned, MiB | peak, MiB | peak over planned |", "|---|---|---|---|"]
+    for name, row in content["rows"].items():
+        if "failed" in row:
+            lines.append(f"| {name} | | | failed with {row['failed']} |")
+        else:
+            planned, peak = row["planned_bytes"] / 2**20, row["peak_bytes"] / 2**20
+            lines.append(f"| {name} | {planned:,.0f} | {peak:,.0f} | {row['peak over planned']:.3f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Installs flash-attn into VENV, for GPUs outside the image: a wheel that is named, or the lock's source, compiled here.
+#
+#     requirements/flash-attn.sh VENV
+#
+# WHEEL=...     a wheel for this Python, torch and CUDA: a file, or a URL that ends in #sha256=<its hash>
+# MAX_JOBS=...  compilations at once (default: a core each, as far as 8 GB of memory each are there)
+# CUDA_ARCHITECTURES=9.0   what to compile for (default: the GPUs that are here)
+set -euo pipefail
+
+die() { echo "error: $1" >&2; exit 2; }
+[ $# -eq 1 ] || die "usage: flash-attn.sh VENV"
+venv=$1
+lock=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/flash-attn.txt
+pip=("$venv/bin/python" -m pip install --quiet --no-deps)
+
+"$venv/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)' 2> /dev/null ||
+    die "make flash-attn: the torch in $venv is not built for CUDA; on a machine with an NVIDIA driver, TORCH=cuda make setup installs it"
+if [ -n "${WHEEL:-}" ]; then
+    [[ $WHEEL =~ ^[a-z]+:// && ! $WHEEL =~ \#sha256=[0-9a-f]{64}$ ]] && die "WHEEL: $WHEEL has no #sha256=<64 hexadecimal digits>, so nothing says what it is"
+    "${pip[@]}" "$WHEEL"
+else
+    command -v "${CUDA_HOME:+$CUDA_HOME/bin/}nvcc" > /dev/null ||
+        die "make flash-attn: there is no nvcc to compile with; install the CUDA toolkit of torch's version or name it with CUDA_HOME, name a wheel with WHEEL=, or use the image (make image); without it model.attention=auto takes torch's own"
+    architectures=${CUDA_ARCHITECTURES:-$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | sort -u | paste -sd ';')}
+    cores=$(nproc) by_memory=$(($(awk '/MemAvailable/ { print $2 }' /proc/meminfo) / 8000000))
+    jobs=${MAX_JOBS:-$((by_memory < 1 ? 1 : by_memory < cores ? by_memory : cores))}
+    # flash-attn's own page: 3 to 5 minutes on 64 cores, for all of its architectures.
+    echo "compiling flash-attn for $architectures with $jobs jobs: about $((4 * 64 / jobs)) minutes by its authors' figure (4 on 64 cores; not measured here)"
+    PATH=$PWD/$venv/bin:$venv/bin:$PATH MAX_JOBS=$jobs FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTN_CUDA_ARCHS=${architectures//./} \
+        "${pip[@]}" --no-build-isolation --require-hashes -r "$lock"
+fi
+"$venv/bin/python" - << 'PYTHON'
+import torch
+from sft_recipes.training import attention
+
+found = attention.errors(attention.flash, "cuda", torch.bfloat16)
+print("flash-attn is installed, off by", ", ".join(f"{error:.1e} {where}" for where, error in found.items()))
+PYTHON
