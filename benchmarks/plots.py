@@ -17,6 +17,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+import matplotlib  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 from sft_recipes.reporting.plots import BLUE, GREEN, GREY, ORANGE, RED  # noqa: E402
@@ -26,6 +27,7 @@ WAYS = {"eager": GREY, "sdpa": ORANGE, "varlen": BLUE, "flash_attention_2": GREE
 
 def main() -> int:
     """Draws every results file that there is a drawing for; the names of what was written."""
+    matplotlib.rcParams["svg.hashsalt"] = "the same figures are the same bytes"
     drawn = 0
     for kind, draw in DRAWINGS.items():
         for file in sorted((HERE / "results").glob(f"{kind}-*.json")):
@@ -34,7 +36,6 @@ def main() -> int:
             for ending in ("svg", "png"):
                 target = HERE / "plots" / f"{file.stem}.{ending}"
                 target.parent.mkdir(exist_ok=True)
-                # Without a date the same figures are the same bytes.
                 figure.savefig(target, dpi=110, metadata={"Date": None} if ending == "svg" else None)
                 print(target.relative_to(HERE.parent))
             drawn += 1

@@ -48,8 +48,8 @@ SECTIONS = (
         "bench",
         "Whole training",
         "Twenty steps behind a warm-up of five, three runs of each case in turn; `first step` is from the command\n"
-        "to the first step's figures, with the data prepared before. On a CPU memory is the process's own, and MFU is a\n"
-        "share of what a large matrix product in fp32 reaches on the same cores.",
+        "to the first step's figures, with the data prepared before. On a CPU memory is the process's own, and MFU\n"
+        "is a share of what a large matrix product in fp32 reaches on the same cores.",
         bench.table,
     ),
     (

@@ -1,0 +1,113 @@
+"""The scripts below benchmarks/: what they would run is a plan, and what they write follows from what they read."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+from sft_recipes.planning import plan as plans
+from sft_recipes.planning import recipes
+from sft_recipes.planning.plan import Topology
+
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+import bench
+import beside
+import memory
+import readme
+
+ON_A_GPU = {
+    f"{script.__name__}: {name}": case
+    for script, cases in ((bench, bench.cases(True)), (bench, bench.ablations(True)), (memory, memory.cases(True)))
+    for name, case in cases.items()
+}
+
+
+def test_what_is_measured_on_a_gpu_is_as_many_cases_as_were_promised():
+    assert len(memory.cases(True)) >= 12 and len(bench.cases(True)) == 20 and len(ON_A_GPU) > 40
+
+
+@pytest.mark.parametrize("name", ON_A_GPU)
+def test_what_is_measured_on_a_gpu_can_be_planned_there(name):
+    """So that the first minutes with a GPU are not spent on a refusal; whether it fits is for the run to see."""
+    case = ON_A_GPU[name]
+    plan = plans.make(recipes.load(case.recipe, case.words), Topology(gpus=1, processes=1, card="h200-141g"))
+    assert plan.memory_bytes_per_gpu["total"] > 2**30
+    assert plan.fits or "16k" in name or "checkpointing" not in name, "refused before it starts"
+
+
+def test_every_knob_is_turned_by_itself():
+    for on_gpu in (False, True):
+        turned = bench.ablations(on_gpu)
+        default = turned.pop(bench.DEFAULT)
+        for name, case in turned.items():
+            assert case.words != default.words and case.recipe == default.recipe, name
+            recipes.load(case.recipe, case.words)
+
+
+LOG = [
+    (4.0, "INFO loading eval_dataset"),
+    (10.0, "{'loss': 7.1, 'epoch': 0.1}"),
+    (18.0, "{'loss': '6.0', 'epoch': 0.1}"),
+    (28.0, "{'loss': 5.0}"),
+    (29.5, "{'eval_loss': 5.5}"),
+    (41.5, "{'loss': 4.0}"),
+    (51.5, "{'loss': 3.0}"),
+    (53.0, "{'eval_loss': 3.5}"),
+]
+
+
+def test_seconds_are_read_off_the_lines_of_a_log():
+    """Ten a line of five steps, a half and a whole more behind an evaluation and its save."""
+    assert beside.of_log(LOG) == {"first": 10.0, "step": 2.0, "evaluation": 1.5, "save": 2.0}
+    ours = [
+        (
+            at,
+            line.replace("{'loss': ", "step 5/20  epoch 0.1  loss ").replace("{'eval_loss': ", "step 5/20  eval_loss "),
+        )
+        for at, line in LOG
+    ]
+    assert beside.of_log(ours) == beside.of_log(LOG)
+
+
+RUN = {
+    "plan": {"parallelism": "ddp", "precision": "bf16", "packing": True, "max_length": 2048, "world_size": 2},
+    "versions": {}, "step_seconds": 2.0, "quartiles": [1.9, 2.0, 2.1], "slots_per_second": 1100.0,
+    "tokens_per_second": 1000.0, "supervised_tokens_per_second": 300.0,
+    "operations_per_token": {"causal": 6e9, "PaLM": 8e9}, "recomputed_share": 1 / 3, "peak_bytes": 2**30,
+    "planned_bytes": 2**30, "host_bytes": 2**30, "first_step_seconds": 20.0, "seconds": 60.0,
+}  # fmt: skip
+
+
+def test_utilisation_is_operations_over_what_all_devices_can():
+    row = bench.summary(
+        [RUN, {**RUN, "step_seconds": 3.0, "tokens_per_second": 900.0, "first_step_seconds": 9.0}, RUN],
+        {"matrix product, measured": 10e12, "data sheet": 20e12},
+    )
+    assert row["mfu"]["causal, matrix product, measured"] == pytest.approx(1000 * 6e9 / 20e12)
+    assert row["mfu"]["PaLM, data sheet"] == pytest.approx(1000 * 8e9 / 40e12)
+    assert row["hfu"]["causal, data sheet"] == pytest.approx(1000 * 6e9 / 40e12 * 4 / 3)
+    assert row["step_seconds"]["median"] == 2.0 and row["step_seconds"]["most"] == 3.0
+    assert row["first_step_seconds"] == {"data prepared anew": 20.0, "data found": 14.5}
+
+
+def test_the_page_is_what_the_results_files_say(tmp_path):
+    """Made again from the committed files it is the same, text and drawings."""
+    page, drawings = REPOSITORY / "benchmarks" / "README.md", REPOSITORY / "benchmarks" / "plots"
+    before = {file: file.read_bytes() for file in (page, *drawings.glob("*.svg"))}
+    assert len(before) > 3
+    readme.main()
+    assert {file: file.read_bytes() for file in before} == before
+
+
+def test_a_failed_case_is_a_row_too():
+    failed = {"rows": {"8b": {"failed": 1, "said": "CUDA out of memory"}}}
+    assert "failed: CUDA out of memory" in bench.table(failed)
+    assert "failed with 1" in memory.table(failed)
+
+
+def test_the_pieces_for_a_gpu_are_all_of_these():
+    done = subprocess.run([REPOSITORY / "benchmarks" / "gpu.sh", "--list"], capture_output=True, text=True, check=True)
+    named = [line.split()[0] for line in done.stdout.splitlines()]
+    wanted = [*bench.cases(True), *memory.cases(True)]
+    assert len(named) == len(set(named)) >= len(wanted) + 6
