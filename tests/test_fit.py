@@ -136,7 +136,7 @@ def test_train_refuses_what_does_not_fit_the_gpus_that_are_here(workplace):
     path = machine_with(workplace, *[(81559, "NVIDIA H100 80GB HBM3")] * 8)
     done = workplace.sft("train", "70b", "--gpus", "8", PATH=path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "needs about 164 GiB a GPU and h100-80g holds less; the cheapest change that fits:" in done.stderr
+    assert "needs about 163 GiB a GPU and h100-80g holds less; the cheapest change that fits:" in done.stderr
     assert "GPUS=32" not in done.stderr, "more than are here"
     assert not workplace.runs.exists()
     path = machine_with(workplace, (24564, "NVIDIA GeForce RTX 4090"))

@@ -243,10 +243,13 @@ def _buffers(load: Load) -> int:
     half = load.precision == "bf16"
     largest: int = max(block_weights(architecture), architecture["vocab_size"] * architecture["hidden_size"])
     width = 2 if half else 4
+    # DeepSpeed makes its buckets for gradients whole, however little is trained: two in stages 1 and 2, of what they
+    # are staged in, one in stage 3, of what is sent.
     if load.engine in ("zero1", "zero2"):
-        return width * min(parameters, ALLGATHER_BUCKET) + 2 * 4 * min(load.trained, REDUCE_BUCKET)
+        staged = 4 if load.engine == "zero1" else width
+        return width * min(parameters, ALLGATHER_BUCKET) + 2 * staged * REDUCE_BUCKET
     if load.engine in ("zero3", "zero3_offload"):
-        return 2 * width * largest + width * PREFETCH_BUCKET + 2 * 4 * min(load.trained, REDUCE_BUCKET)
+        return 2 * width * largest + width * min(parameters, PREFETCH_BUCKET) + 4 * REDUCE_BUCKET
     if load.engine == "fsdp2":
         return 2 * width * largest + (0 if load.lora else 4 * largest)
     casts = 2 * parameters if half and not load.lora else 0
