@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import operator
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -40,6 +42,7 @@ from sft_recipes.launching.topology import ask_nvidia, card_of, visible_gpus  # 
 from sft_recipes.planning import cost, recipes  # noqa: E402
 
 STEPS, WARM_UP = 25, 5
+ROWS, MEAN_TOKENS = Path(tempfile.gettempdir()) / "sft-recipes-benchmark-rows", 1374
 DEFAULT = "as shipped"
 SHORT = (
     f"trainer.max_steps={STEPS}", f"trainer.eval_steps={STEPS}", f"trainer.save_steps={STEPS}",
@@ -122,8 +125,26 @@ def from_scratch(name: str, positions: int = 16384) -> tuple[str, ...]:
     architecture = {**recipes.load(name).model.architecture, "max_position_embeddings": positions}
     return (
         "model.name_or_path=", "model.from_scratch=true", f"model.architecture={json.dumps(architecture)}",
-        "data.train=embedded:train", "data.validation=embedded:validation",
+        f"data.train={ROWS / 'train.jsonl'}", f"data.validation={ROWS / 'validation.jsonl'}",
     )  # fmt: skip
+
+
+def write_rows() -> None:
+    """Chats as long as those that the recipes are made for, once a machine: their mean is UltraChat's
+    (docs/MODELS.md), their spread a guess: log-normal, so that one in twenty is four times as long as the middle one.
+    """
+    if (ROWS / "validation.jsonl").is_file():
+        return
+    ROWS.mkdir(parents=True, exist_ok=True)
+    draw, spread = random.Random(0), 0.85
+    known = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(20_000)]
+    for split, many in (("train", 6000), ("validation", 100)):
+        with (ROWS / f"{split}.jsonl").open("w") as file:
+            for _ in range(many):
+                length = max(int(draw.lognormvariate(math.log(MEAN_TOKENS) - spread**2 / 2, spread)), 16)
+                asked, answered = (" ".join(draw.choices(known, k=part)) for part in (length // 4, length * 3 // 4))
+                turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+                print(json.dumps({"messages": turns}), file=file)
 
 
 def main() -> int:
@@ -142,6 +163,8 @@ def main() -> int:
     kind = "ablations" if asked.ablations else "bench"
     target = HERE / "results" / f"{kind}-{card or f'{os.cpu_count()}-cores'}.json"
     content = _begun(target, card, asked.again)
+    if card:
+        write_rows()
     wanted = {name: known[name] for name in asked.cases or known if name not in content["rows"]}
     with tempfile.TemporaryDirectory() as runs:
         repeats: dict[str, list[dict[str, Any]]] = {name: [] for name in wanted}

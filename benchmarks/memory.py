@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
-from bench import ON_ONE_GPU, Case, from_scratch
+from bench import ON_ONE_GPU, Case, from_scratch, write_rows
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
@@ -102,6 +102,8 @@ def main() -> int:
     if target.is_file() and not asked.again:
         before = json.loads(target.read_text())
         content = before if before["commit"] == content["commit"] else content
+    if card:
+        write_rows()
     with tempfile.TemporaryDirectory() as runs:
         (Path(runs) / "sitecustomize.py").write_text(_TRACKER)
         for number, name in enumerate(asked.cases or known):

@@ -1,5 +1,6 @@
 """The scripts below benchmarks/: what they would run is a plan, and what they write follows from what they read."""
 
+import json
 import subprocess
 import sys
 
@@ -34,6 +35,17 @@ def test_what_is_measured_on_a_gpu_can_be_planned_there(name):
     plan = plans.make(recipes.load(case.recipe, case.words), Topology(gpus=1, processes=1, card="h200-141g"))
     assert plan.memory_bytes_per_gpu["total"] > 2**30
     assert plan.fits or "16k" in name or "checkpointing" not in name, "refused before it starts"
+
+
+def test_rows_for_a_gpu_are_as_long_as_the_recipes_say(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "ROWS", tmp_path)
+    bench.write_rows()
+    rows = [json.loads(line)["messages"] for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    lengths = sorted(sum(len(turn["content"].split()) for turn in turns) for turns in rows)
+    assert len(rows) == 6000 and sum(lengths) / len(rows) == pytest.approx(
+        recipes.load("8b").data.mean_tokens, rel=0.05
+    )
+    assert lengths[int(0.95 * len(rows))] == pytest.approx(4 * lengths[len(rows) // 2], rel=0.1)
 
 
 def test_every_knob_is_turned_by_itself():

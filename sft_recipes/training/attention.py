@@ -8,6 +8,7 @@ make a mask of (row length) squared, and look at all of it.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -141,7 +142,9 @@ def varlen(queries: Any, keys: Any, values: Any, bounds: Any, longest: int, scal
     if queries.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
 
-        grouped = {"enable_gqa": True} if queries.shape[1] != keys.shape[1] else {}
+        # Older versions group heads without being told, and do not know the word.
+        known = "enable_gqa" in inspect.signature(varlen_attn).parameters
+        grouped = {"enable_gqa": True} if known and queries.shape[1] != keys.shape[1] else {}
         return varlen_attn(
             queries, keys, values, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0), **grouped
         )
