@@ -19,6 +19,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import matplotlib  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import LogLocator  # noqa: E402
 
 from sft_recipes.reporting.plots import BLUE, GREEN, GREY, ORANGE, RED  # noqa: E402
 
@@ -45,7 +46,6 @@ def main() -> int:
 def _bars(axes: Any, labels: list[str], values: list[float], colours: list[str] | str, form: str) -> None:
     bars = axes.barh(labels, values, color=colours)
     axes.bar_label(bars, [form.format(value) for value in values], padding=3, fontsize=8)
-    axes.invert_yaxis()
     axes.margins(x=0.18)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -56,6 +56,7 @@ def throughput(figure: Figure, content: dict[str, Any]) -> None:
     names = list(content["rows"])
     rows = content["rows"].values()
     _bars(left, names, [row["tokens_per_second"] for row in rows], BLUE, "{:,.0f}")
+    left.invert_yaxis()
     left.set_title("tokens a second, padding not counted", fontsize=9)
     shares = [row["mfu"]["causal, matrix product, measured"] for row in rows]
     _bars(right, names, shares, GREEN, "{:.1%}")
@@ -92,8 +93,13 @@ def ways(figure: Figure, content: dict[str, Any]) -> None:
             ]
             if points:
                 panel.plot(*zip(*points, strict=True), "o-", color=colour, label=way, markersize=3, linewidth=1.2)
+        lengths = sorted({row["tokens"] for row in content["rows"]})
         panel.set_xscale("log", base=2)
+        panel.set_xticks(lengths, [f"{length // 1024}k" for length in lengths])
         panel.set_yscale("log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter("{x:,.0f}")
+        panel.yaxis.set_minor_formatter("")
         panel.set_xlabel("tokens a row", fontsize=8)
         what = "ms" if key == "seconds" else "MiB"
         panel.set_title(f"{'packed' if packed else 'one example'}: {what}", fontsize=9)
@@ -113,6 +119,7 @@ def beside(figure: Figure, content: dict[str, Any]) -> None:
     ):
         _bars(axes, names, [row[key] for row in content["rows"].values()], colours, form)
         axes.set_title(title, fontsize=9)
+    left.invert_yaxis()
 
 
 def losses(figure: Figure, content: dict[str, Any]) -> None:
