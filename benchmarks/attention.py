@@ -12,11 +12,8 @@ adds to weights and gradients. Writes `results/attention-MACHINE.json`; plots.py
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 import time
 from importlib import metadata
@@ -25,8 +22,7 @@ from typing import Any
 
 import machine
 
-HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parent
+REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from sft_recipes.launching.topology import card_of, visible_gpus  # noqa: E402
@@ -71,14 +67,13 @@ def main() -> None:
                 row = {"way": name, "tokens": length, "packed": packed, "seconds": seconds, "eager over it": ratio}
                 rows.append({**row, "bytes": memory[name]})
                 print(rows[-1], flush=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True)
     content = {
-        "machine": machine.described(), "card": card, "commit": commit.stdout.strip(),
+        "machine": machine.described(), "card": card, "commit": machine.commit(),
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "trl")},
         "rounds": asked.rounds, "errors": errors, "absent": absent, "rows": rows,
     }  # fmt: skip
-    target = HERE / "results" / f"attention-{card or f'{os.cpu_count()}-cores'}.json"
-    target.write_text(json.dumps(content, indent=2) + "\n")
+    target = machine.results("attention", card)
+    machine.write(target, content)
     print(table(content))
     print(f"written: {target.relative_to(REPOSITORY)}")
 

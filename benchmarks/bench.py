@@ -5,9 +5,10 @@
     .venv/bin/python benchmarks/bench.py --ablations              # one knob turned at a time, beside the default
 
 A case is one `train RECIPE` of 25 steps on a model that is built from its configuration, of which the first five are
-left out; it is repeated, in turn with the other cases. Each case that is done is written at once to
-`results/bench-MACHINE.json` (`ablations-MACHINE.json`), and is not measured again at the same commit unless `--again`
-says so.
+left out; it is repeated, in turn with the other cases. Each run that is done is written at once to
+`results/bench-MACHINE.json` (`ablations-MACHINE.json`); where some are there of the same commit, the rest is measured,
+unless `--again` says to begin anew. On a GPU a run is ended behind its last step, before it saves: checkpoints of 8B
+want 200 GB of disk, and what a save costs is `saving.py`'s to say.
 
 Operations a token are counted in two ways: causal (`planning/cost.py`: weights that are multiplied with, attention to
 what is behind a token, by the lengths that examples really have) and PaLM's (arXiv:2204.02311, appendix B: all weights,
@@ -28,28 +29,38 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import machine
+import psutil
 
-HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parent
+REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from sft_recipes.launching.topology import ask_nvidia, card_of, visible_gpus  # noqa: E402
 from sft_recipes.planning import cost, recipes  # noqa: E402
+from sft_recipes.planning import plan as plans  # noqa: E402
 
 STEPS, WARM_UP = 25, 5
 ROWS, MEAN_TOKENS = Path(tempfile.gettempdir()) / "sft-recipes-benchmark-rows", 1374
 DEFAULT = "as shipped"
 SHORT = (
-    f"trainer.max_steps={STEPS}", f"trainer.eval_steps={STEPS}", f"trainer.save_steps={STEPS}",
-    "trainer.logging_steps=1", "answers.show=0", "answers.exact_match=0", "data.validation_at_most=50",
+    "trainer.eval_steps=1000", "trainer.save_steps=1000", "trainer.logging_steps=1", "answers.show=0",
+    "answers.exact_match=0", "data.validation_at_most=50", "batch.min_optimizer_steps=1",
 )  # fmt: skip
 # What has a recipe for more GPUs fit on one of 141 GB.
 ON_ONE_GPU = {"8b": ("parallelism=single", "trainer.optim=adamw_8bit"), "3b": ("parallelism=single",)}
+# Python runs a module of this name, where it finds one, before anything else. A run that is ended before it saves needs
+# no room for its saves.
+_ANY_DISK = """
+import sys
+if "train" in sys.orig_argv:
+    from sft_recipes.launching import topology
+    topology.check_disk = lambda _plan, _folder: None
+"""
 _SPEEDS = ("slots_per_second", "tokens_per_second", "supervised_tokens_per_second")
 # A matrix product that is large enough to reach what the device can, in the precision that recipes train in.
 _PRODUCT = """
@@ -89,9 +100,21 @@ def cases(on_gpu: bool) -> dict[str, Case]:
         for length in (2048, 4096, 8192, 16384):
             for packing in (True, False) if length == 4096 else (True,):
                 said = f"{name}, {length // 1024}k{'' if packing else ', not packed'}"
-                words = (f"trainer.max_length={length}", f"trainer.packing={str(packing).lower()}")
+                words = (*as_many_tokens(name, length), f"trainer.packing={str(packing).lower()}")
                 found[said] = Case(name, ("--gpus", "1"), (*from_scratch(name), *words, *ON_ONE_GPU.get(name, ())))
+    for name in ("1b", "3b"):  # what a card of 141 GB has room for: as many rows as at 2k, activations kept
+        words = ("trainer.max_length=4096", "trainer.gradient_checkpointing=false", *from_scratch(name))
+        found[f"{name}, 4k, activations kept"] = Case(name, ("--gpus", "1"), (*words, *ON_ONE_GPU.get(name, ())))
     return found
+
+
+def as_many_tokens(name: str, length: int) -> tuple[str, ...]:
+    """Rows of this length, as many that a step and a forward pass have the tokens that the recipe's own have."""
+    recipe = recipes.load(name)
+    plan = plans.make(recipe, plans.Topology(gpus=1, processes=1))
+    rows = {"effective_batch_size": plan.effective_batch_size, "per_device_at_most": recipe.batch.per_device_at_most}
+    words = [f"batch.{key}={max(many * plan.max_length // length, 1)}" for key, many in rows.items()]
+    return (f"trainer.max_length={length}", *words, "outside_range=[effective_batch_size]")
 
 
 def ablations(on_gpu: bool) -> dict[str, Case]:
@@ -122,7 +145,9 @@ def ablations(on_gpu: bool) -> dict[str, Case]:
 
 def from_scratch(name: str, positions: int = 16384) -> tuple[str, ...]:
     """What has a recipe train its architecture from random weights, on rows that need no network."""
-    architecture = {**recipes.load(name).model.architecture, "max_position_embeddings": positions}
+    architecture = {
+        **recipes.load(name).model.architecture, "max_position_embeddings": positions, "dtype": "bfloat16"
+    }  # fmt: skip
     return (
         "model.name_or_path=", "model.from_scratch=true", f"model.architecture={json.dumps(architecture)}",
         f"data.train={ROWS / 'train.jsonl'}", f"data.validation={ROWS / 'validation.jsonl'}",
@@ -160,69 +185,89 @@ def main() -> int:
     if unknown := [name for name in asked.cases if name not in known]:
         print(f"error: no case {unknown[0]!r} here; there are: {'; '.join(known)}", file=sys.stderr)
         return 2
-    kind = "ablations" if asked.ablations else "bench"
-    target = HERE / "results" / f"{kind}-{card or f'{os.cpu_count()}-cores'}.json"
-    content = _begun(target, card, asked.again)
+    target = machine.results("ablations" if asked.ablations else "bench", card)
+    content = machine.begun(target, asked.again)
+    if "operations_per_second" not in content:
+        content = {**content, **_device(card), "steps": {"all": STEPS, "left out": WARM_UP}, "runs": {}}
     if card:
         write_rows()
-    wanted = {name: known[name] for name in asked.cases or known if name not in content["rows"]}
-    with tempfile.TemporaryDirectory() as runs:
-        repeats: dict[str, list[dict[str, Any]]] = {name: [] for name in wanted}
+    wanted, failed = asked.cases or list(known), set()
+    with tempfile.TemporaryDirectory() as folder:
         for number in range(asked.repeats):
-            for name in [name for name in wanted if name not in content["rows"]]:
-                found = measure(known[name], Path(runs), f"{list(known).index(name)}-{number}")
+            for name in wanted:
+                if name in failed or len(content["runs"].get(name, [])) > number:
+                    continue
+                found = measure(known[name], Path(folder), f"{list(known).index(name)}-{number}")
                 if "failed" in found:
+                    failed.add(name)
                     content["rows"][name] = found
                 else:
-                    repeats[name].append(found)
+                    content["runs"].setdefault(name, []).append(found)
+                    content["rows"][name] = summary(content["runs"][name], content["operations_per_second"])
+                machine.write(target, content)
                 print(f"{name:28} {found.get('step_seconds', 'failed')} s a step", flush=True)
-        for name in [name for name in wanted if name not in content["rows"]]:
-            content["rows"][name] = summary(repeats[name], content["operations_per_second"])
-    target.write_text(json.dumps(content, indent=2) + "\n")
     print(table(content))
     print(f"written: {target.relative_to(REPOSITORY)}")
-    return int(any("failed" in row for row in content["rows"].values()))
+    return int(bool(failed))
 
 
-def _begun(target: Path, card: str | None, again: bool) -> dict[str, Any]:
-    """The results file of this machine and commit, with the rows that it has already."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True)
-    if target.is_file() and not again:
-        content: dict[str, Any] = json.loads(target.read_text())
-        if content["commit"] == commit.stdout.strip():
-            return content
+def _device(card: str | None) -> dict[str, Any]:
+    """What a large matrix product reaches here, and what the data sheet promises."""
     product = subprocess.run([sys.executable, "-c", _PRODUCT], capture_output=True, text=True, check=True)
-    clocks = ask_nvidia("name,driver_version,clocks.sm,clocks.max.sm,power.limit") if card else []
     return {
-        "machine": machine.described(),
-        "gpus": clocks,
-        "commit": commit.stdout.strip(),
-        "steps": {"all": STEPS, "left out": WARM_UP},
+        "gpus": ask_nvidia("name,driver_version,clocks.sm,clocks.max.sm,power.limit") if card else [],
         "operations_per_second": {
             "matrix product, measured": float(product.stdout),
             "data sheet": cost.CARDS_TFLOPS.get(card or "", 0) * 1e12 or None,
         },
-        "rows": {},
     }
+
+
+def train(
+    case: Case, runs: Path, name: str, steps: int, environment: Mapping[str, str]
+) -> tuple[int, str, float, float]:
+    """A case's run: its exit code, what it said, seconds to its first step's figures, seconds in all.
+
+    On a GPU it is ended behind its last step, which counts as 0.
+    """
+    command = [sys.executable, "-m", "sft_recipes", "train", case.recipe, "--name", name, *case.options, *SHORT]
+    on_gpu, lines, began, first = "--gpus" in case.options, runs / name / "metrics.jsonl", time.monotonic(), 0.0
+    path = f"{runs}:{REPOSITORY}"
+    if on_gpu:
+        (runs / "sitecustomize.py").write_text(_ANY_DISK)
+    with (runs / f"{name}.txt").open("w+") as said:
+        process = subprocess.Popen(
+            [*command, *case.words, f"trainer.max_steps={steps}"], stdout=said, stderr=said,
+            env={**os.environ, "RUNS_DIR": str(runs), "SANITY": "skip", "PYTHONPATH": path, **environment},
+        )  # fmt: skip
+        while process.poll() is None:
+            time.sleep(0.02)
+            if not first and lines.is_file():
+                first = time.monotonic() - began
+            if on_gpu and first and f'"step": {steps}' in lines.read_text():
+                _end(process.pid)
+                return 0, "", first, time.monotonic() - began
+        said.seek(0)
+        return process.wait(), said.read(), first, time.monotonic() - began
+
+
+def _end(pid: int) -> None:
+    """Kills a process and all that it began."""
+    root = psutil.Process(pid)
+    all_of_it = [root, *root.children(recursive=True)]
+    for one in all_of_it:
+        one.kill()
+    psutil.wait_procs(all_of_it)
 
 
 def measure(case: Case, runs: Path, name: str) -> dict[str, Any]:
     """One run: its medians over the steps behind the warm-up; or its exit code and last words, where it failed."""
-    environment = {**os.environ, "RUNS_DIR": str(runs), "PYTHONPATH": str(REPOSITORY), "SANITY": "skip"}
-    command = [sys.executable, "-m", "sft_recipes", "train", case.recipe, "--name", name, *case.options, *SHORT]
-    folder, began, first = runs / name, time.monotonic(), None
-    with (runs / f"{name}.txt").open("w+") as said:
-        process = subprocess.Popen([*command, *case.words], env=environment, stdout=said, stderr=said)
-        while process.poll() is None:
-            time.sleep(0.02)
-            if first is None and (folder / "metrics.jsonl").is_file():
-                first = time.monotonic() - began
-        ended = time.monotonic() - began
-        if process.returncode:
-            said.seek(0)
-            words = said.read()
-            print(words[-3000:], file=sys.stderr)
-            return {"failed": process.returncode, "said": words.strip().splitlines()[-1][:300]}
+    already = set(runs.rglob("prepared.json"))
+    code, said, first, seconds = train(case, runs, name, STEPS, {})
+    folder = runs / name
+    if code:
+        print(said[-3000:], file=sys.stderr)
+        return {"failed": code, "said": said.strip().splitlines()[-1][:300]}
     plan, manifest, prepared = (
         json.loads((folder / f"{kind}.json").read_text()) for kind in ("plan", "manifest", "prepared")
     )
@@ -242,7 +287,8 @@ def measure(case: Case, runs: Path, name: str) -> dict[str, Any]:
         "planned_bytes": (plan["memory_bytes_per_gpu"] or {}).get("total") if plan["gpus"] else None,
         "host_bytes": max(line["host_memory_bytes"] for line in steps),
         "first_step_seconds": first,
-        "seconds": ended,
+        "data": "found" if Path(prepared["folder"]) / "prepared.json" in already else "prepared anew",
+        "seconds": seconds,
     }
 
 
@@ -292,12 +338,17 @@ def summary(rows: list[dict[str, Any]], per_second: dict[str, float | None]) -> 
         "peak_bytes": first["peak_bytes"],
         "planned_bytes": first["planned_bytes"],
         "host_bytes": max(row["host_bytes"] for row in rows),
-        "first_step_seconds": {
-            "data prepared anew": round(first["first_step_seconds"], 2),
-            "data found": round(statistics.median(row["first_step_seconds"] for row in rows[1:] or rows), 2),
-        },
+        "first_step_seconds": _first(rows),
         "seconds_of_the_whole_run": round(statistics.median(row["seconds"] for row in rows), 2),
     }  # fmt: skip
+
+
+def _first(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Seconds to the first step's figures, by whether the data had to be prepared."""
+    of: dict[str, list[float]] = {}
+    for row in rows:
+        of.setdefault(row["data"], []).append(row["first_step_seconds"])
+    return {data: round(statistics.median(seconds), 2) for data, seconds in of.items()}
 
 
 def table(content: dict[str, Any]) -> str:
@@ -318,7 +369,7 @@ def table(content: dict[str, Any]) -> str:
             f"| {row['tokens_per_second']:,.0f}{_beside_the_default(row, content['rows'])} "
             f"| {row['supervised_tokens_per_second']:,.0f} | {mfu['causal, matrix product, measured']:.1%} "
             f"| {'' if sheet is None else f'{sheet:.1%}'} | {memory / 2**30:.1f} GiB "
-            f"| {row['first_step_seconds']['data found']:.1f} |"
+            f"| {', '.join(f'{seconds:.1f} ({data})' for data, seconds in row['first_step_seconds'].items())} |"
         )
     return "\n".join(lines)
 

@@ -1,16 +1,19 @@
 """This project beside what a user would run instead: same rows, model and hyperparameters, from command to saved model.
 
     benchmarks/peers/install.sh PEERS                             # once: LLaMA-Factory and ms-swift
-    .venv/bin/python benchmarks/beside.py [--peers PEERS] [--rounds 3] [--steps 40] [--recipe 1b]
+    .venv/bin/python benchmarks/beside.py [WAY …] [--peers PEERS] [--rounds 3] [--steps 40] [--rows ROWS]
+        [--recipe 1b | 8b-lora] [--again]
 
-On a CPU the tiny recipe; with a GPU and `--recipe 1b` that one, from random weights (not run yet: no GPU was at hand).
+On a CPU the tiny recipe; on a GPU `--recipe` names one, which begins from random weights and in which all ways compute
+in bf16. `--rows` is a folder with train.jsonl and validation.jsonl, chats under `messages`; without it rows are made.
 
 Each round runs every way once, so that a machine that slows down slows all of them, and ratios are taken within a
 round; every way prepares its rows anew. Instants are those at which a line of its log came: of a step, between two
 lines with no evaluation in between; of an evaluation, from the line of its step to its own; of a save, what the next
-line is late. Preparation is how much later the first step comes than in a last run that finds its rows prepared. The
-loss is one measure for every saved model: the mean over the answers' tokens of the rows held out, in fp32.
-Writes `results/beside-N-cores.json`, which names machine and versions.
+line is late. Preparation is how much later the first step comes than in a short run behind it that finds the rows
+prepared. The loss is one measure for every saved model: the mean over the answers' tokens of the rows held out, in
+fp32. Each run that is done is written at once to `results/beside-MACHINE.json`; where some are there of the same
+commit, rows and steps, the rest is measured. A way that fails is a row that says so.
 
 The ways differ in what they do besides: only this project's look at the answers' tokens alone, try the run before it
 begins (`with its trial`), write checksums and wait until the disk has them.
@@ -20,10 +23,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -36,19 +41,16 @@ from pathlib import Path
 from typing import Any
 
 import machine
+from bench import from_scratch
 
-HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parent
-sys.path.insert(0, str(REPOSITORY))
+from sft_recipes.launching.topology import card_of, visible_gpus
 
-from bench import from_scratch  # noqa: E402
-
-from sft_recipes.launching.topology import card_of, visible_gpus  # noqa: E402
+REPOSITORY = machine.HERE.parent
 
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets")
 EVERY = 5  # steps between two lines of a log
 HELD_OUT, ROWS = 300, 12000
-EXAMPLES_A_ROW = 13  # of 512 tokens, for the way that cannot pack here
+PEERS = ("llamafactory", "ms-swift")
 OURS = "sft-recipes"
 _STEP = re.compile(r"^step \d+/\d+ .* loss|'loss': ")
 _EVALUATION = re.compile(r"eval_loss")
@@ -62,6 +64,7 @@ class Place:
     rows: Path
     model: Path
     steps: int
+    examples_a_row: int  # that pack into one, for the way that cannot pack here
 
     @property
     def on_gpu(self) -> bool:
@@ -69,9 +72,14 @@ class Place:
         return self.recipe != "tiny"
 
     @property
+    def adapters(self) -> dict[str, int]:
+        """LoRA's rank and alpha, on all linear layers; nothing where all weights are trained."""
+        return {"r": 16, "alpha": 32} if self.recipe.endswith("lora") else {}
+
+    @property
     def length(self) -> str:
         """Tokens of a packed row."""
-        return "2048" if self.on_gpu else "512"
+        return str(length_of(self.recipe))
 
     @property
     def shared(self) -> dict[str, str]:
@@ -95,45 +103,93 @@ class Way:
     note: str
 
 
-def main() -> None:
-    """Runs all ways in turn and writes the results file."""
+def main() -> int:
+    """Runs the ways that are asked for in turn; 1 where one failed, whose last words stand in the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ways", nargs="*", metavar="WAY")
     parser.add_argument("--peers", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--recipe", default="tiny")
+    parser.add_argument("--rows", type=Path)
+    parser.add_argument("--recipe", default="tiny", choices=("tiny", "1b", "8b-lora"))
+    parser.add_argument("--again", action="store_true")
     asked = parser.parse_args()
-    ways = {name: way for name, way in every_way(asked.peers).items() if way is not None}
+    known = every_way(asked.peers)
+    if wrong := _wrong(asked, known):
+        print(f"error: {wrong}", file=sys.stderr)
+        return 2
+    card = card_of(visible_gpus()) if asked.recipe != "tiny" else None
+    target = machine.results("beside", f"{asked.recipe}-{card}" if card else None)
+    failed = set()
     with tempfile.TemporaryDirectory() as folder:
-        place, held_out = _prepare(Path(folder), asked.recipe, asked.steps)
-        rounds = []
+        place, held_out = _prepare(Path(folder), asked)
+        content = _begun(target, asked, place)
         for number in range(asked.rounds):
-            row = {}
-            for at, (name, way) in enumerate(ways.items()):
-                output = Path(folder) / f"{at}-{number}"
-                row[name] = run(way, place, output, "anew")
-                row[name]["loss"] = _loss(way.model(output / "anew"), held_out)
-                print(name, row[name], flush=True)
-            rounds.append(row)
-        short = dataclasses.replace(place, steps=2 * EVERY)
-        for at, (name, way) in enumerate(ways.items()):
-            found = run(way, short, Path(folder) / f"{at}-{asked.rounds - 1}", "prepared")["first"]
-            rounds[-1][name]["preparation"] = round(max(rounds[-1][name]["first"] - found, 0), 2)
-    content = {
-        "machine": machine.described(),
-        "versions": {name: metadata.version(name) for name in LIBRARIES},
-        "left out": [name for name, way in every_way(asked.peers).items() if way is None],
-        "steps": asked.steps,
-        "notes": {name: way.note for name, way in ways.items()},
-        "rounds": rounds,
-        "rows": {name: _summary(rounds, name) for name in ways},
-    }
-    card = card_of(visible_gpus()) if place.on_gpu else None
-    named = f"{asked.recipe}-{card}" if card else f"{os.cpu_count()}-cores"
-    target = HERE / "results" / f"beside-{named}.json"
-    target.write_text(json.dumps(content, indent=2) + "\n")
+            if number == len(content["rounds"]):
+                content["rounds"].append({})
+            for name, way in known.items():
+                done = content["rounds"][number]
+                if way is None or name in failed or name in done or name not in (asked.ways or known):
+                    continue
+                try:
+                    done[name] = _round(way, place, Path(folder) / "run", held_out)
+                except subprocess.CalledProcessError as error:
+                    failed.add(name)
+                    content["failed"][name] = f"{error.returncode}: {error.output.strip()[-300:]}"
+                print(name, done.get(name, content["failed"].get(name)), flush=True)
+                content["notes"][name] = way.note
+                content["rows"] = {name: _summary(content, name) for name in known if known[name]}
+                machine.write(target, content)
     print(table(content))
     print(f"written: {target.relative_to(REPOSITORY)}")
+    return int(bool(failed))
+
+
+def _wrong(asked: argparse.Namespace, known: dict[str, Way | None]) -> str | None:
+    """What of the command line cannot be done, in one line."""
+    for name in asked.ways:
+        if known.get(name) is None:
+            why = "is not installed (--peers)" if name in known else "is none of them"
+            return f"WAY: {name!r} {why}; there are: {'; '.join(name for name, way in known.items() if way)}"
+    if asked.peers and not any((asked.peers / peer / "installed").is_file() for peer in PEERS):
+        return f"--peers: nothing is installed in {asked.peers}; benchmarks/peers/install.sh {asked.peers} does it"
+    absent = [name for name in ("train.jsonl", "validation.jsonl") if asked.rows and not (asked.rows / name).is_file()]
+    if absent:
+        return f"--rows: {asked.rows} has no {absent[0]}; name a folder with train.jsonl and validation.jsonl"
+    if asked.steps < 4 * EVERY or asked.steps % (2 * EVERY):
+        return f"--steps: {asked.steps}; wanted a multiple of {2 * EVERY}, at least {4 * EVERY}"
+    return None
+
+
+def _begun(target: Path, asked: argparse.Namespace, place: Place) -> dict[str, Any]:
+    """The results file, with the runs of the same commit, rows and steps; what failed is tried again."""
+    of_the_rows = hashlib.sha256((place.rows / "train.jsonl").read_bytes()).hexdigest()[:16]
+    fresh = {
+        "versions": {name: metadata.version(name) for name in LIBRARIES}, "steps": asked.steps, "rows of": of_the_rows,
+        "rounds": [], "notes": {},
+    }  # fmt: skip
+    content = machine.begun(target, asked.again, **fresh)
+    if (content["steps"], content["rows of"]) != (asked.steps, of_the_rows):
+        content = machine.begun(target, True, **fresh)
+    return {**content, "failed": {}, "left out": [name for name, way in every_way(asked.peers).items() if way is None]}
+
+
+def _round(way: Way, place: Place, folder: Path, held_out: Path) -> dict[str, float]:
+    """One run of a way in a folder of its own, and a short one behind it that finds the rows prepared."""
+    try:
+        found = run(way, place, folder, "anew")
+        found["loss"] = _loss(way.model(folder / "anew"), held_out)
+        shutil.rmtree(folder / "anew")
+        again = run(way, dataclasses.replace(place, steps=2 * EVERY), folder, "prepared")
+        found["preparation"] = round(max(found["first"] - again["first"], 0), 2)
+        return found
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def length_of(recipe: str) -> int:
+    """Tokens of a packed row."""
+    return 512 if recipe == "tiny" else 2048
 
 
 def every_way(peers: Path | None) -> dict[str, Way | None]:
@@ -147,25 +203,29 @@ def every_way(peers: Path | None) -> dict[str, Way | None]:
             _documents, lambda folder: folder / "final", {}, "repaired to run; bf16 weights, a loss over all tokens"
         ),
         "trl sft": Way(_trl, lambda folder: folder, {}, "stock; a loss over all tokens"),
-        "LLaMA-Factory 0.9.5": None,
-        "ms-swift 4.6.0": None,
     }
-    if peers is not None and (peers / "llamafactory" / "installed").is_file():
-        found["LLaMA-Factory 0.9.5"] = Way(
-            lambda place, output: _llama_factory(peers / "llamafactory", place, output),
-            lambda folder: folder, {"USE_MODELSCOPE_HUB": "0"}, "neat packing; a loss over answers",
-        )  # fmt: skip
-    if peers is not None and (peers / "ms-swift" / "installed").is_file():
-        found["ms-swift 4.6.0"] = Way(
-            lambda place, output: _swift(peers / "ms-swift", place, output),
-            lambda folder: folder / "last-checkpoint", {},
-            f"{4 * EXAMPLES_A_ROW} examples a micro-batch: its packing wants flash attention; a loss over answers",
-        )  # fmt: skip
+    for name, peer, make in (("LLaMA-Factory", "llamafactory", _llama_factory), ("ms-swift", "ms-swift", _swift)):
+        found[name] = make(peers / peer) if peers and (peers / peer / "installed").is_file() else None
     return found
 
 
-def _prepare(folder: Path, recipe: str, steps: int) -> tuple[Place, Path]:
-    """The embedded rows as files, the model that all begin with, and the rows held out as token ids and labels."""
+def installed(peers: str) -> list[str]:
+    """The names of the ways that can run here."""
+    return [name for name, way in every_way(Path(peers)).items() if way]
+
+
+def _version(environment: Path, package: str) -> str:
+    """The version that an environment has of a package."""
+    words = [
+        environment / "bin" / "python",
+        "-c",
+        f"from importlib import metadata; print(metadata.version({package!r}))",
+    ]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _prepare(folder: Path, asked: argparse.Namespace) -> tuple[Place, Path]:
+    """The rows as files, the model that all begin with, and the rows held out as token ids and labels."""
     from sft_recipes.data import embedded, prepare
     from sft_recipes.planning import plan as plans
     from sft_recipes.planning import recipes
@@ -173,13 +233,19 @@ def _prepare(folder: Path, recipe: str, steps: int) -> tuple[Place, Path]:
     rows = folder / "rows"
     rows.mkdir()
     for split, held_out in (("train", False), ("validation", True)):
+        if asked.rows:
+            shutil.copy(asked.rows / f"{split}.jsonl", rows)
+            continue
         lines = (json.dumps(row) + "\n" for row in embedded.rows(HELD_OUT if held_out else ROWS, held_out))
         (rows / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
-    words = from_scratch(recipe) if recipe != "tiny" else ()
+    words = from_scratch(asked.recipe) if asked.recipe != "tiny" else ()
     data = (f"data.train={rows}/train.jsonl", f"data.validation={rows}/validation.jsonl")
-    loaded = recipes.load(recipe, [*words, *data, "trainer.max_length=512"])
+    loaded = recipes.load(asked.recipe, [*words, *data, f"trainer.max_length={length_of(asked.recipe)}"])
     prepared = prepare.prepare(plans.make(loaded, plans.Topology(gpus=0, processes=1)), folder / "prepared")
-    return Place(recipe, rows, Path(str(prepared.model)), steps), Path(prepared.folder) / "validation"
+    details = json.loads((Path(prepared.folder) / "details.json").read_text())
+    examples_a_row = round(details["train"]["examples"] / details["rows"])
+    place = Place(asked.recipe, rows, Path(str(prepared.model)), asked.steps, examples_a_row)
+    return place, Path(prepared.folder) / "validation"
 
 
 def _ours(place: Place, output: Path) -> list[str]:
@@ -201,14 +267,9 @@ def _documents(place: Place, output: Path) -> list[str]:
     stock = {key: value for key, value in place.shared.items() if key != "lr_scheduler_type"}
     values = {**stock, "logging_first_step": "1", "warmup_steps": "0.1", "max_length": place.length}
     words = [f"{key}={value}" for key, value in values.items()]
-    return [
-        sys.executable,
-        str(HERE / "peers" / "documents.py"),
-        str(place.model),
-        str(place.rows),
-        str(output),
-        *words,
-    ]
+    words += [f"lora_{key}={value}" for key, value in place.adapters.items()]
+    script = machine.HERE / "peers" / "documents.py"
+    return [sys.executable, str(script), str(place.model), str(place.rows), str(output), *words]
 
 
 def _trl(place: Place, output: Path) -> list[str]:
@@ -216,50 +277,62 @@ def _trl(place: Place, output: Path) -> list[str]:
         **place.shared, "warmup_steps": "0.1", "max_length": place.length, "model_name_or_path": str(place.model),
         "dataset_name": str(place.rows), "dataset_test_split": "validation", "eval_strategy": "steps",
         "dtype": "float32", "bf16": str(place.on_gpu), "gradient_checkpointing": str(place.on_gpu),
-        "report_to": "tensorboard",
-        "output_dir": str(output),
+        "report_to": "tensorboard", "output_dir": str(output),
+        **({"use_peft": "True", "lora_target_modules": "all-linear"} if place.adapters else {}),
+        **{f"lora_{key}": str(value) for key, value in place.adapters.items()},
     }  # fmt: skip
     words = [word for key, value in values.items() for word in (f"--{key}", value)]
     return [str(Path(sys.executable).parent / "trl"), "sft", *words, "--packing"]
 
 
-def _llama_factory(environment: Path, place: Place, output: Path) -> list[str]:
-    import yaml
+def _llama_factory(environment: Path) -> Way:
+    def command(place: Place, output: Path) -> list[str]:
+        import yaml
 
-    tags = {f"{role}_tag": role for role in ("role", "content", "user", "assistant", "system")}
-    kind = {"formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": tags}
-    sets = {split: {"file_name": str(place.rows / f"{split}.jsonl"), **kind} for split in ("train", "validation")}
-    (place.rows / "dataset_info.json").write_text(json.dumps(sets))
-    values = {
-        **{key: yaml.safe_load(value) for key, value in place.shared.items()},
-        "model_name_or_path": str(place.model), "stage": "sft", "do_train": True, "finetuning_type": "full",
-        "dataset": "train", "eval_dataset": "validation", "dataset_dir": str(place.rows), "template": "chatml",
-        "cutoff_len": int(place.length), "packing": True, "neat_packing": True, "eval_strategy": "steps",
-        "warmup_steps": max(place.steps // 10, 1), "report_to": "tensorboard", "use_cpu": not place.on_gpu,
-        "flash_attn": "auto" if place.on_gpu else "sdpa", "bf16": place.on_gpu,
-        "disable_gradient_checkpointing": not place.on_gpu, "output_dir": str(output),
-    }  # fmt: skip
-    file = output.with_suffix(".yaml")
-    file.write_text(yaml.safe_dump(values))
-    return [str(environment / "bin" / "llamafactory-cli"), "train", str(file)]
+        tags = {f"{role}_tag": role for role in ("role", "content", "user", "assistant", "system")}
+        kind = {"formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": tags}
+        sets = {split: {"file_name": str(place.rows / f"{split}.jsonl"), **kind} for split in ("train", "validation")}
+        (place.rows / "dataset_info.json").write_text(json.dumps(sets))
+        values = {
+            **{key: yaml.safe_load(value) for key, value in place.shared.items()},
+            "model_name_or_path": str(place.model), "stage": "sft", "do_train": True,
+            "finetuning_type": "lora" if place.adapters else "full",
+            "dataset": "train", "eval_dataset": "validation", "dataset_dir": str(place.rows), "template": "chatml",
+            "cutoff_len": int(place.length), "packing": True, "neat_packing": True, "eval_strategy": "steps",
+            "warmup_steps": max(place.steps // 10, 1), "report_to": "tensorboard", "use_cpu": not place.on_gpu,
+            "flash_attn": "auto" if place.on_gpu else "sdpa", "bf16": place.on_gpu,
+            "disable_gradient_checkpointing": not place.on_gpu, "output_dir": str(output),
+            **({"lora_target": "all", "lora_rank": place.adapters["r"], "lora_alpha": place.adapters["alpha"]}
+               if place.adapters else {}),
+        }  # fmt: skip
+        file = output.with_suffix(".yaml")
+        file.write_text(yaml.safe_dump(values))
+        return [str(environment / "bin" / "llamafactory-cli"), "train", str(file)]
+
+    said = f"{_version(environment, 'llamafactory')}; neat packing; a loss over answers"
+    return Way(command, lambda folder: folder, {"USE_MODELSCOPE_HUB": "0"}, said)
 
 
-def _swift(environment: Path, place: Place, output: Path) -> list[str]:
-    micro_batch = str(4 * EXAMPLES_A_ROW)
-    values = {
-        **place.shared, "per_device_train_batch_size": micro_batch, "per_device_eval_batch_size": micro_batch,
-        "model": str(place.model), "model_type": "llama", "template": "chatml", "tuner_type": "full",
-        "torch_dtype": "bfloat16" if place.on_gpu else "float32", "dataset": str(place.rows / "train.jsonl"),
-        "val_dataset": str(place.rows / "validation.jsonl"), "warmup_ratio": "0.1", "max_length": place.length,
-        "eval_strategy": "steps", "add_version": "false", "use_cpu": str(not place.on_gpu).lower(),
-        "gradient_checkpointing": str(place.on_gpu).lower(),
-        "attn_impl": "sdpa", "report_to": "tensorboard", "output_dir": str(output),
-    }  # fmt: skip
-    return [
-        str(environment / "bin" / "swift"),
-        "sft",
-        *(word for kv in values.items() for word in (f"--{kv[0]}", kv[1])),
-    ]
+def _swift(environment: Path) -> Way:
+    def command(place: Place, output: Path) -> list[str]:
+        micro_batch = str(4 * place.examples_a_row)
+        values = {
+            **place.shared, "per_device_train_batch_size": micro_batch, "per_device_eval_batch_size": micro_batch,
+            "model": str(place.model), "model_type": "llama", "template": "chatml",
+            "tuner_type": "lora" if place.adapters else "full",
+            "torch_dtype": "bfloat16" if place.on_gpu else "float32", "dataset": str(place.rows / "train.jsonl"),
+            "val_dataset": str(place.rows / "validation.jsonl"), "warmup_ratio": "0.1", "max_length": place.length,
+            "eval_strategy": "steps", "add_version": "false", "use_cpu": str(not place.on_gpu).lower(),
+            "gradient_checkpointing": str(place.on_gpu).lower(),
+            "attn_impl": "sdpa", "report_to": "tensorboard", "output_dir": str(output),
+            **({"target_modules": "all-linear", "lora_rank": str(place.adapters["r"]),
+                "lora_alpha": str(place.adapters["alpha"])} if place.adapters else {}),
+        }  # fmt: skip
+        words = (word for key, value in values.items() for word in (f"--{key}", value))
+        return [str(environment / "bin" / "swift"), "sft", *words]
+
+    said = f"{_version(environment, 'ms-swift')}; not packed, as many tokens: its packing wants flash attention; "
+    return Way(command, lambda folder: folder / "last-checkpoint", {}, f"{said}a loss over answers")
 
 
 def run(way: Way, place: Place, output: Path, name: str) -> dict[str, float]:
@@ -268,7 +341,7 @@ def run(way: Way, place: Place, output: Path, name: str) -> dict[str, float]:
     What is prepared is kept below `output`, for another run to find.
 
     Raises:
-        CalledProcessError: it did not end well; what it said is printed.
+        CalledProcessError: it did not end well; what it said last is printed, and its output.
     """
     output.mkdir(exist_ok=True)
     environment = {
@@ -293,8 +366,9 @@ def run(way: Way, place: Place, output: Path, name: str) -> dict[str, float]:
             lines.append((time.monotonic() - began, line))
     ended = time.monotonic() - began
     if process.returncode:
-        print("".join(line for _, line in lines[-40:]), file=sys.stderr)
-        raise subprocess.CalledProcessError(process.returncode, command)
+        said = "".join(line for _, line in lines[-40:])
+        print(said, file=sys.stderr)
+        raise subprocess.CalledProcessError(process.returncode, command, said)
     return {"seconds": round(ended, 2), **of_log(lines)}
 
 
@@ -339,15 +413,19 @@ def _loss(model: Path, held_out: Path) -> float:
     return round(total / tokens, 4)
 
 
-def _summary(rounds: list[dict[str, dict[str, float]]], name: str) -> dict[str, Any]:
-    """Medians of a way, and how many times as long as ours it takes within a round."""
-    keys = ("seconds", "first", "step", "evaluation", "save", "loss")
-    figures = {key: statistics.median(row[name][key] for row in rounds) for key in keys}
+def _summary(content: dict[str, Any], name: str) -> dict[str, Any]:
+    """Medians of a way, and how many times as long as ours it takes within a round; or why there are none."""
+    rounds = [row for row in content["rounds"] if name in row]
+    if not rounds:
+        return {"failed": content["failed"].get(name, "not run")}
+    keys = ("seconds", "first", "preparation", "step", "evaluation", "save", "loss")
+    beside = [row for row in rounds if OURS in row]
     ratios = {
-        f"{key} / ours": round(statistics.median(row[name][key] / row[OURS][key] for row in rounds), 2)
+        f"{key} / ours": round(statistics.median(row[name][key] / row[OURS][key] for row in beside), 2)
         for key in ("seconds", "first", "step")
+        if beside
     }
-    return {**figures, "preparation": rounds[-1][name]["preparation"], **ratios}
+    return {**{key: statistics.median(row[name][key] for row in rounds) for key in keys}, **ratios}
 
 
 def table(content: dict[str, Any]) -> str:
@@ -358,12 +436,21 @@ def table(content: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in content["rows"].items():
-        cells = [f"{row['seconds']:.1f} ({row['seconds / ours']:.2f}x)", f"{row['first']:.1f}"]
-        cells += [f"{row['preparation']:.1f}", f"{row['step']:.3f} ({row['step / ours']:.2f}x)"]
+        if "failed" in row:
+            lines.append(f"| {name} | failed: {' '.join(row['failed'].split())} | | | | | | |")
+            continue
+        cells = [f"{row['seconds']:.1f}{_times(row, 'seconds')}", f"{row['first']:.1f}"]
+        cells += [f"{row['preparation']:.1f}", f"{row['step']:.3f}{_times(row, 'step')}"]
         cells += [f"{row['evaluation']:.2f}", f"{row['save']:.2f}", f"{row['loss']:.3f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    notes = [f"{name}: {note}." for name, note in content["notes"].items()]
+    absent = [f"{name} was not installed." for name in content["left out"]]
+    return "\n".join([*lines, "", " ".join([*notes, *absent])])
+
+
+def _times(row: dict[str, Any], key: str) -> str:
+    return f" ({row[f'{key} / ours']:.2f}x)" if f"{key} / ours" in row else ""
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,7 +8,8 @@
 #
 # A piece is done when benchmarks/results/.gpu/NAME says so; what it found is in the JSON files of benchmarks/results. A
 # piece that fails or takes too long says so there, and is tried again by its NAME alone. PYTHON names another Python
-# than that of .venv.
+# than that of .venv; PEERS the folder of benchmarks/peers/install.sh, without which there are none beside. TMPDIR wants
+# 80 GB: random weights of 8B, and what the ways save that beside.py compares.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-.venv/bin/python}
@@ -22,12 +23,25 @@ pieces=(
     "step|benchmarks/metrics.py --device cuda 3"
     "saving|benchmarks/saving.py --device cuda"
 )
-while IFS= read -r case; do pieces+=("memory-${case//[ ,]/_}|benchmarks/memory.py|$case"); done < <(
-    "$python" -c 'import sys; sys.path.insert(0, "benchmarks"); import memory; print(*memory.cases(True), sep="\n")')
-while IFS= read -r case; do pieces+=("bench-${case//[ ,]/_}|benchmarks/bench.py --repeats 2|$case"); done < <(
-    "$python" -c 'import sys; sys.path.insert(0, "benchmarks"); import bench; print(*bench.cases(True), sep="\n")')
-pieces+=("ablations|benchmarks/bench.py --ablations --repeats 1")
-for recipe in 1b 8b-lora; do pieces+=("beside-$recipe|benchmarks/beside.py --rounds 1 --recipe $recipe"); done
+of() { # MODULE CALL: the names of what it would measure
+    "$python" -c "import sys; sys.path[:0] = ['benchmarks', '.']; import $1; print(*$1.$2, sep='\n')"
+}
+# Adds a piece for each name that a module has, which goes to the script as one word.
+each() { # PREFIX WORDS MODULE CALL
+    local names case
+    names=$(of "${@:3}") || exit
+    while IFS= read -r case; do pieces+=("$1-${case//[ ,\']/_}|$2|$case"); done <<< "$names"
+}
+each bench "benchmarks/bench.py --repeats 1" bench 'cases(True)'
+each memory benchmarks/memory.py memory 'cases(True)'
+each ablation "benchmarks/bench.py --ablations --repeats 1" bench 'ablations(True)'
+for recipe in 1b 8b-lora; do
+    each "beside-$recipe" "benchmarks/beside.py --rounds 1 --recipe $recipe ${PEERS:+--peers $PEERS}" \
+        beside "installed('${PEERS:-}')"
+done
+for again in 2 3; do # from one run to the next a machine differs too
+    each "bench-$again" "benchmarks/bench.py --repeats $again" bench 'cases(True)'
+done
 
 piece() { # NAME|WORDS|A CASE
     local name words case began

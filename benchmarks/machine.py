@@ -1,16 +1,55 @@
-"""Says which machine a results file was measured on, and what its processor's memory was asked for."""
+"""Says which machine and code a results file was measured on, and what its processor's memory was asked for."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
+
+HERE = Path(__file__).resolve().parent
+WRITTEN_HERE = ("results", "plots", "README.md")  # by the measurements themselves
 
 
 def described() -> dict[str, object]:
     """Processor, cores and system."""
     return {"processor": _processor(), "cores": os.cpu_count(), "system": platform.platform()}
+
+
+def commit() -> str:
+    """The checkout's commit, with `-dirty` where code differs from it; `unknown` where this is no checkout."""
+    found = _git("rev-parse", "HEAD")
+    changed = _git("status", "--porcelain", "--", ":/", *(f":(exclude){name}" for name in WRITTEN_HERE))
+    return f"{found}-dirty" if changed else found or "unknown"
+
+
+def _git(*words: str) -> str:
+    asked = subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True, check=False)
+    return asked.stdout.strip()
+
+
+def results(kind: str, card: str | None) -> Path:
+    """The file of what was measured on this machine."""
+    return HERE / "results" / f"{kind}-{card or f'{os.cpu_count()}-cores'}.json"
+
+
+def begun(target: Path, again: bool, **beside: Any) -> dict[str, Any]:
+    """What a results file holds already, where it is of this commit; else a new one's beginning."""
+    now = commit()
+    if target.is_file() and not again:
+        content: dict[str, Any] = json.loads(target.read_text())
+        if content["commit"] == now:
+            return content
+    return {"machine": described(), "commit": now, **beside, "rows": {}}
+
+
+def write(target: Path, content: dict[str, Any]) -> None:
+    """Writes a results file, all of it or nothing."""
+    partial = target.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.replace(target)
 
 
 def _processor() -> str:

@@ -3,42 +3,34 @@
     .venv/bin/python benchmarks/memory.py [CASE …] [--again]
 
 On a CPU the tiny recipe, four times as wide, under every engine, where a rank's allocations are tracked one by one by
-torch's profiler; on a GPU recipes of 1B to 8B from random weights, by `max_memory_allocated`. Each run goes the real
-road. Each case that is done is written at once to `results/memory-MACHINE.json`, and not run again at the same commit.
-`step` is the largest sum while steps were taken; on a CPU, what was brought in by mapping a file is added, since no
-allocation tells of it.
+torch's profiler: the largest sum while steps were taken. On a GPU recipes of 1B to 8B from random weights, by
+`max_memory_allocated`; the runs are ended behind their last step. Each run goes the real road. Each case that is done
+is written at once to `results/memory-MACHINE.json`, and not run again at the same commit.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import machine
-from bench import ON_ONE_GPU, Case, from_scratch, write_rows
+from bench import ON_ONE_GPU, Case, from_scratch, train, write_rows
 
-HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parent
-sys.path.insert(0, str(REPOSITORY))
-
-from sft_recipes.launching.topology import card_of, visible_gpus  # noqa: E402
-from sft_recipes.planning import recipes  # noqa: E402
+from sft_recipes.launching.topology import card_of, visible_gpus
+from sft_recipes.planning import recipes
 
 WIDER = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 2}
-SHORT = ("trainer.max_steps=6", "trainer.eval_steps=6", "trainer.save_steps=1000", "answers.show=0",
-         "answers.exact_match=0", "batch.min_optimizer_steps=1")  # fmt: skip
+STEPS = 6
 # Python runs a module of this name, where it finds one, before anything else. It tracks the allocations of one rank,
 # and writes what they came to when the rank leaves.
 _TRACKER = f"""
 import os, sys
 if "sft_recipes.training.run" in sys.orig_argv and os.environ.get("RANK", "0") == "0":
-    sys.path.insert(0, {str(HERE)!r})
+    sys.path.insert(0, {str(machine.HERE)!r})
     import machine
     sys.path.pop(0)
     from torch.profiler import ProfilerActivity, profile, record_function
@@ -96,43 +88,38 @@ def main() -> int:
     if unknown := [name for name in asked.cases if name not in known]:
         print(f"error: no case {unknown[0]!r} here; there are: {'; '.join(known)}", file=sys.stderr)
         return 2
-    target = HERE / "results" / f"memory-{card or f'{os.cpu_count()}-cores'}.json"
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True)
-    content: dict[str, Any] = {"machine": machine.described(), "commit": commit.stdout.strip(), "rows": {}}
-    if target.is_file() and not asked.again:
-        before = json.loads(target.read_text())
-        content = before if before["commit"] == content["commit"] else content
+    target = machine.results("memory", card)
+    content = machine.begun(target, asked.again)
     if card:
         write_rows()
+    failed = False
     with tempfile.TemporaryDirectory() as runs:
-        (Path(runs) / "sitecustomize.py").write_text(_TRACKER)
         for number, name in enumerate(asked.cases or known):
-            if name in content["rows"]:
+            if "peak_bytes" in content["rows"].get(name, {}):
                 continue
-            content["rows"][name] = measure(known[name], card, Path(runs), str(number))
-            print(name, {key: content["rows"][name].get(key) for key in ("peak over planned", "failed")}, flush=True)
-            target.write_text(json.dumps(content, indent=2) + "\n")
+            found = content["rows"][name] = measure(known[name], card, Path(runs), str(number))
+            failed |= "failed" in found
+            print(name, found.get("peak over planned", found.get("said")), flush=True)
+            machine.write(target, content)
     print(table(content))
-    return int(any("failed" in row for row in content["rows"].values()))
+    return int(failed)
 
 
 def measure(case: Case, card: str | None, runs: Path, name: str) -> dict[str, Any]:
-    """Six steps of a case: forecast and peak in bytes, and their ratio; or what it failed with."""
-    tracked = runs / f"{name}.txt"
-    environment = {
-        **os.environ, "RUNS_DIR": str(runs), "PYTHONPATH": f"{runs}:{REPOSITORY}", "REPORT_TO": "none",
-        "SANITY": "skip", "TRACKED": str(tracked),
-    }  # fmt: skip
+    """A few steps of a case: forecast and peak in bytes, and their ratio; or what it failed with."""
+    tracked, environment = runs / f"{name}.bytes", {"REPORT_TO": "none"}
     if card:
-        environment["PYTHONPATH"] = str(REPOSITORY)
-    options = (*case.options, "--card", card) if card else case.options
-    command = [sys.executable, "-m", "sft_recipes", "train", case.recipe, "--name", name, *options, *SHORT, *case.words]
-    done = subprocess.run(command, cwd=runs, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {"failed": done.returncode, "said": (done.stderr or done.stdout)[-800:]}
+        case = Case(case.recipe, (*case.options, "--card", card), case.words)
+    else:
+        (runs / "sitecustomize.py").write_text(_TRACKER)
+        environment["TRACKED"] = str(tracked)
+    code, said, _, _ = train(case, runs, name, STEPS, environment)
+    if code:
+        return {"failed": code, "said": said.strip().splitlines()[-1][:300]}
     plan, manifest = (json.loads((runs / name / f"{kind}.json").read_text()) for kind in ("plan", "manifest"))
     planned = plan["memory_bytes_per_gpu"]
-    peak = manifest["peak_memory_bytes"] if card else int(tracked.read_text())
+    lines = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
+    peak = max(line.get("memory_peak_bytes", 0) for line in lines) if card else int(tracked.read_text())
     return {
         "planned_bytes": planned["total"],
         "peak_bytes": peak,
@@ -147,7 +134,7 @@ def table(content: dict[str, Any]) -> str:
     lines = ["| | planned, MiB | peak, MiB | peak over planned |", "|---|---|---|---|"]
     for name, row in content["rows"].items():
         if "failed" in row:
-            lines.append(f"| {name} | | | failed with {row['failed']} |")
+            lines.append(f"| {name} | | | failed: {row['said']} |")
         else:
             planned, peak = row["planned_bytes"] / 2**20, row["peak_bytes"] / 2**20
             lines.append(f"| {name} | {planned:,.0f} | {peak:,.0f} | {row['peak over planned']:.3f} |")

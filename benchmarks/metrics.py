@@ -17,7 +17,6 @@ import functools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,9 +27,11 @@ from typing import Any
 
 import machine
 
-HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parent
+REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
+
+from sft_recipes.launching.topology import card_of, visible_gpus  # noqa: E402
+
 STEPS = 60
 SKIPPED = 10  # of each round, to warm up
 LOGGING_STEPS = 10
@@ -238,13 +239,11 @@ def _write(parsed: argparse.Namespace, rows: dict[str, Any]) -> None:
         "machine": machine.described(),
         "device": parsed.device,
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "trl", "accelerate")},
-        "commit": subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        "commit": machine.commit(),
         "rounds": parsed.rounds, "steps_a_round": STEPS, "logging_steps": LOGGING_STEPS, "rows": rows,
     }  # fmt: skip
-    file = HERE / "results" / f"metrics-{os.cpu_count()}-cores{'' if parsed.device == 'cpu' else '-gpu'}.json"
-    file.write_text(json.dumps(result, indent=2) + "\n")
+    file = machine.results("metrics", card_of(visible_gpus()) if parsed.device == "cuda" else None)
+    machine.write(file, result)
     print(json.dumps(result, indent=2))
     print(f"written: {file.relative_to(REPOSITORY)}")
 

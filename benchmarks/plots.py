@@ -50,23 +50,27 @@ def _bars(axes: Any, labels: list[str], values: list[float], colours: list[str] 
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _measured(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rows that did not fail."""
+    return {name: row for name, row in content["rows"].items() if "failed" not in row}
+
+
 def throughput(figure: Figure, content: dict[str, Any]) -> None:
     """Tokens a second, and the share of what the device can, case by case."""
     left, right = figure.subplots(1, 2, sharey=True)
-    names = list(content["rows"])
-    rows = content["rows"].values()
-    _bars(left, names, [row["tokens_per_second"] for row in rows], BLUE, "{:,.0f}")
+    rows = _measured(content)
+    _bars(left, list(rows), [row["tokens_per_second"] for row in rows.values()], BLUE, "{:,.0f}")
     left.invert_yaxis()
     left.set_title("tokens a second, padding not counted", fontsize=9)
-    shares = [row["mfu"]["causal, matrix product, measured"] for row in rows]
-    _bars(right, names, shares, GREEN, "{:.1%}")
+    shares = [row["mfu"]["causal, matrix product, measured"] for row in rows.values()]
+    _bars(right, list(rows), shares, GREEN, "{:.1%}")
     right.set_title("MFU (causal), of a large matrix product here", fontsize=9)
 
 
 def memory(figure: Figure, content: dict[str, Any]) -> None:
     """Told and measured peaks side by side."""
     axes = figure.subplots()
-    rows = {name: row for name, row in content["rows"].items() if "failed" not in row}
+    rows = _measured(content)
     for shift, key, colour, label in (
         (-0.2, "planned_bytes", ORANGE, "told by the plan"), (0.2, "peak_bytes", BLUE, "measured"),
     ):  # fmt: skip
@@ -111,13 +115,13 @@ def ways(figure: Figure, content: dict[str, Any]) -> None:
 def beside(figure: Figure, content: dict[str, Any]) -> None:
     """Whole jobs and steps."""
     left, right = figure.subplots(1, 2, sharey=True)
-    names = list(content["rows"])
-    colours = [BLUE if name.startswith("sft-recipes") else GREY for name in names]
+    rows = _measured(content)
+    colours = [BLUE if name.startswith("sft-recipes") else GREY for name in rows]
     for axes, key, title, form in (
         (left, "seconds", f"seconds from command to saved model, {content['steps']} steps", "{:.0f}"),
         (right, "step", "seconds a step", "{:.2f}"),
     ):
-        _bars(axes, names, [row[key] for row in content["rows"].values()], colours, form)
+        _bars(axes, list(rows), [row[key] for row in rows.values()], colours, form)
         axes.set_title(title, fontsize=9)
     left.invert_yaxis()
 

@@ -48,7 +48,7 @@ SECTIONS = (
         "bench",
         "Whole training",
         "Twenty steps behind a warm-up of five, three runs of each case in turn; `first step` is from the command\n"
-        "to the first step's figures, with the data prepared before. On a CPU memory is the process's own, and MFU\n"
+        "to the first step's figures, the data prepared anew or found. On a CPU memory is the process's own, and MFU\n"
         "is a share of what a large matrix product in fp32 reaches on the same cores.",
         bench.table,
     ),
@@ -62,10 +62,8 @@ SECTIONS = (
         "beside",
         "Beside what else a user would run",
         "Same rows, model, batch, rate and steps, from the command to the saved model, rows prepared anew; how\n"
-        "instants are taken stands in `beside.py`. What the columns hide: the losses of this project, LLaMA-Factory\n"
-        "and ms-swift look at answers, the other two train all tokens. The trial costs the seconds between this\n"
-        "project's two rows, and finds what would be found hours later; its saves have checksums and wait for the\n"
-        "disk.",
+        "instants are taken stands in `beside.py`. The trial costs the seconds between this project's two rows, and\n"
+        "finds what would be found hours later; its saves have checksums and wait for the disk.",
         beside.table,
     ),
     (

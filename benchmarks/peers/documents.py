@@ -11,6 +11,7 @@ import sys
 
 import torch
 from datasets import load_dataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -18,6 +19,7 @@ model_folder, rows, output, *said = sys.argv[1:]
 values = {
     key: float(value) if "." in value or "e" in value else int(value) for key, value in (s.split("=") for s in said)
 }
+rank, alpha = values.pop("lora_r", None), values.pop("lora_alpha", None)
 tokenizer = AutoTokenizer.from_pretrained(model_folder)
 if tokenizer.pad_token is None:
     tokenizer.pad_token = tokenizer.eos_token
@@ -53,6 +55,7 @@ trainer = SFTTrainer(
     train_dataset=dataset["train"],
     eval_dataset=dataset["validation"],
     processing_class=tokenizer,
+    peft_config=LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear") if rank else None,
 )
 trainer.train()
 trainer.save_model(f"{output}/final")
