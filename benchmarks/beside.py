@@ -417,7 +417,7 @@ def _summary(content: dict[str, Any], name: str) -> dict[str, Any]:
     """Medians of a way, and how many times as long as ours it takes within a round; or why there are none."""
     rounds = [row for row in content["rounds"] if name in row]
     if not rounds:
-        return {"failed": content["failed"].get(name, "not run")}
+        return {"failed": f"failed: {content['failed'][name]}" if name in content["failed"] else "not run"}
     keys = ("seconds", "first", "preparation", "step", "evaluation", "save", "loss")
     beside = [row for row in rounds if OURS in row]
     ratios = {
@@ -437,7 +437,7 @@ def table(content: dict[str, Any]) -> str:
     ]
     for name, row in content["rows"].items():
         if "failed" in row:
-            lines.append(f"| {name} | failed: {' '.join(row['failed'].split())} | | | | | | |")
+            lines.append(f"| {name} | {' '.join(row['failed'].split())} | | | | | | |")
             continue
         cells = [f"{row['seconds']:.1f}{_times(row, 'seconds')}", f"{row['first']:.1f}"]
         cells += [f"{row['preparation']:.1f}", f"{row['step']:.3f}{_times(row, 'step')}"]

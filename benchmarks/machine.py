@@ -40,7 +40,7 @@ def begun(target: Path, again: bool, **beside: Any) -> dict[str, Any]:
     now = commit()
     if target.is_file() and not again:
         content: dict[str, Any] = json.loads(target.read_text())
-        if content["commit"] == now:
+        if content.get("commit") == now:
             return content
     return {"machine": described(), "commit": now, **beside, "rows": {}}
 
