@@ -29,6 +29,13 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; the exit code is that of the contract (0 done, 1 a fault, 2 the user's input is wrong)."""
+    code = _obey(arguments)
+    if code == 2 and (logs := os.environ.get("SFT_RECIPES_LOGS")):
+        Path(logs, "refused").touch()  # slurm/launch.sh: srun ends the other nodes, and says their signal, not this
+    return code
+
+
+def _obey(arguments: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that knows ASCII alone still gets its line
     environment.silence_telemetry()

@@ -59,7 +59,7 @@ start=${SLURM_RESTART_COUNT:-0}
 job_logs=$PWD/slurm/logs/$SLURM_JOB_NAME-$SLURM_JOB_ID
 export SFT_RECIPES_LOGS="$job_logs/start-$start" SFT_RECIPES_REQUEUE="$job_logs/start-$start/requeue"
 mkdir -p "$SFT_RECIPES_LOGS"
-rm -f "$SFT_RECIPES_REQUEUE" "$SFT_RECIPES_LOGS/asked-to-end"
+rm -f "$SFT_RECIPES_REQUEUE" "$SFT_RECIPES_LOGS/asked-to-end" "$SFT_RECIPES_LOGS/refused"
 ln -sfn "start-$start" "$job_logs/latest"
 ln -sfn "$SLURM_JOB_NAME-$SLURM_JOB_ID" slurm/logs/latest
 if [ "$start" -eq 0 ]; then
@@ -91,6 +91,7 @@ while true; do # a signal ends `wait`, not the step; 127 says that the step was 
   [ -n "$interrupted" ] || break
 done
 wait "$shown" || true
+[ ! -e "$SFT_RECIPES_LOGS/refused" ] || [ "$status" -lt 128 ] || status=2 # srun ended the nodes that were not so quick
 
 # 75 says that all is saved, a signal (128 and above) that it came before there was something to save. A job that was
 # asked to end stays ended; one that Slurm preempts may hear of it in its ranks alone, in its grace time.

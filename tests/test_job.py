@@ -239,6 +239,14 @@ def test_a_recipe_without_a_job_is_refused_with_those_that_have_one() -> None:
     assert "RECIPE: there is no slurm/9b.sh; there are: 13b 1b 32b" in done.stderr
 
 
+def test_a_node_that_refuses_its_input_leaves_word_for_the_job(tmp_path: Path) -> None:
+    """srun ends the other nodes at once, and its exit code may be their signal's."""
+    words = [sys.executable, "-m", "sft_recipes", "train", "tiny", "--name", "a b"]
+    environment = {**os.environ, "SFT_RECIPES_LOGS": str(tmp_path)}
+    done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 2 and (tmp_path / "refused").exists()
+
+
 def test_a_job_is_started_three_times_without_progress_and_no_more(tmp_path: Path, monkeypatch) -> None:
     plan = plans.make(recipes.load("tiny"), topology.planned(recipes.load("tiny"), None, None, None, None))
     folder = RunFolder(tmp_path / "one")
