@@ -59,7 +59,7 @@ def cases(on_gpu: bool) -> dict[str, Case]:
             "one process": ((), ()),
             "one process, checkpointing": ((), ("trainer.gradient_checkpointing=true",)),
             "one process, bf16": ((), ("precision=bf16",)),
-            "one process, LoRA": ((), ("lora={r: 16, alpha: 32, target_modules: all-linear}",)),
+            "one process, LoRA": ((), ("lora.r=16",)),
         }
         for engine in ("ddp", "zero1", "zero2", "zero3", "fsdp2"):
             of[engine] = (("--processes", "2"), (f"parallelism={engine}",))

@@ -2,6 +2,9 @@
 
 import json
 import re
+import subprocess
+import sys
+from dataclasses import asdict
 
 import pytest
 
@@ -43,6 +46,18 @@ def test_the_same_data_is_found_again_and_other_data_is_not(prepared):
     others = [prepared(ROWS[1:]), prepared(ROWS, "trainer.max_length=64"), prepared(ROWS, "trainer.packing=false")]
     assert len({first.folder, *(other.folder for other in others)}) == 4
     assert len({first.fingerprint, *(other.fingerprint for other in others)}) == 4
+
+
+def test_rows_that_are_found_cost_no_heavy_import(tmp_path, write_rows, monkeypatch):
+    """Seconds of every start but the first."""
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
+    words = [f"data.train={write_rows(ROWS)}", "trainer.max_length=128"]
+    (tmp_path / "plan.json").write_text(json.dumps(asdict(plans.make(recipes.load("tiny", words), Topology(0, 1)))))
+    script = "import sys; from sft_recipes.data import prepare; assert not prepare.main(sys.argv[1])"
+    script += "; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    command = [sys.executable, "-c", script, str(tmp_path / "plan.json")]
+    said = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2)]
+    assert [one.splitlines()[-1] for one in said] == ["True True", "False False"]
 
 
 def flipped(file):

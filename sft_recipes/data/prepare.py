@@ -48,9 +48,7 @@ def main(plan_file: str) -> int:
     path = Path(plan_file)
     try:
         plan, started = plans.read(path), time.monotonic()
-        with imports.swiftly():
-            imports.leave_out_what_is_not_used(plan)
-            importlib.import_module("transformers.models.auto.tokenization_auto")
+        imports.leave_out_what_is_not_used(plan)
         prepared = prepare(plan)
         details = json.loads((Path(prepared.folder) / "details.json").read_text(encoding="utf-8"))
         print(announcement(plan, details, time.monotonic() - started))
@@ -207,8 +205,11 @@ def _given_template(model: dict[str, Any]) -> str:
 
 
 def _make(plan: Plan, named: Mapping[str, Mapping[str, Source]], base: Path | None, folder: Path) -> None:
-    import datasets
-    import transformers
+    with imports.swiftly():
+        import datasets
+        import transformers
+
+        importlib.import_module("transformers.models.auto.tokenization_auto")
 
     from sft_recipes.data.chat import Chat
     from sft_recipes.data.labelling import label

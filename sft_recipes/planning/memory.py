@@ -182,7 +182,7 @@ def bytes_per_gpu(load: Load) -> dict[str, int] | None:
     an 8-bit optimizer.
     Activations: what a layer keeps for its backward pass; with checkpointing, each layer's input and one whole layer.
     Logits: a tile of them, and fp32 gradients of the hidden states and, unless it is frozen, of the output layer.
-    Buffers: DDP's gradient buckets; ZeRO's buckets for gradients and gathered weights; two gathered layers or
+    Buffers: DDP's gradient buckets; ZeRO's buckets for gradients and gathered weights; gathered layers or
     embeddings under ZeRO-3 and FSDP2; autocast's bf16 copies of the weights; a dequantized layer under QLoRA. `step` is
     what ZeRO's optimizer step takes beyond activations and logits, which are gone by then: its gradients once more,
     laid out flat. AdamW is the fused one, which needs no copies.
@@ -251,7 +251,9 @@ def _buffers(load: Load) -> int:
     if load.engine in ("zero3", "zero3_offload"):
         return 2 * width * largest + width * min(parameters, PREFETCH_BUCKET) + 4 * REDUCE_BUCKET
     if load.engine == "fsdp2":
-        return 2 * width * largest + (0 if load.lora else 4 * largest)
+        # A layer; the next one, as it arrives and as it is laid out; gradients as they come and as they are sent. How
+        # much of that is there at once is a matter of timing: peaks of one run and the next differ by a tenth.
+        return 3 * width * largest + (0 if load.lora else (width + 4) * largest)
     casts = 2 * parameters if half and not load.lora else 0
     quantized = load.lora is not None and load.lora.quantize is not None
     dequantized: int = width * architecture["hidden_size"] * architecture["intermediate_size"] if quantized else 0
