@@ -40,7 +40,7 @@ def main() -> None:
     from sft_recipes.training import attention
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=machine.at_least_one, default=5)
     asked = parser.parse_args()
     card = card_of(visible_gpus())
     device, dtype = ("cuda", torch.bfloat16) if card else ("cpu", torch.float32)

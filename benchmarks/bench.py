@@ -45,7 +45,7 @@ from sft_recipes.planning import cost, recipes  # noqa: E402
 from sft_recipes.planning import plan as plans  # noqa: E402
 
 STEPS, WARM_UP = 25, 5
-ROWS, MEAN_TOKENS = Path(tempfile.gettempdir()) / "sft-recipes-benchmark-rows", 1374
+ROWS, MEAN_TOKENS = Path(tempfile.gettempdir()) / f"sft-recipes-benchmark-rows-{os.getuid()}", 1374
 DEFAULT = "as shipped"
 SHORT = (
     "trainer.eval_steps=1000", "trainer.save_steps=1000", "trainer.logging_steps=1", "answers.show=0",
@@ -93,7 +93,10 @@ def cases(on_gpu: bool) -> dict[str, Case]:
             "tiny": Case("tiny"),
             "tiny, not packed": Case("tiny", words=("trainer.packing=false",)),
             "tiny, two ranks": Case("tiny", options=("--processes", "2")),
-            "tiny, two ranks, ZeRO-3": Case("tiny", options=("--processes", "2"), words=("parallelism=zero3",)),
+            **{
+                f"tiny, two ranks, {said}": Case("tiny", ("--processes", "2"), (f"parallelism={engine}",))
+                for said, engine in (("ZeRO-2", "zero2"), ("ZeRO-3", "zero3"), ("FSDP2", "fsdp2"))
+            },
         }
     found = {}
     for name in ("1b", "3b", "8b", "8b-lora"):
@@ -176,7 +179,7 @@ def main() -> int:
     """Measures what is asked for; 1 where a run failed, whose last words stand in the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=machine.at_least_one, default=3)
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--ablations", action="store_true")
     asked = parser.parse_args()
@@ -186,12 +189,15 @@ def main() -> int:
         print(f"error: no case {unknown[0]!r} here; there are: {'; '.join(known)}", file=sys.stderr)
         return 2
     target = machine.results("ablations" if asked.ablations else "bench", card)
-    content = machine.begun(target, asked.again)
+    content, now = machine.begun(target), machine.commit()
     if "operations_per_second" not in content:
         content = {**content, **_device(card), "steps": {"all": STEPS, "left out": WARM_UP}, "runs": {}}
     if card:
         write_rows()
     wanted, failed = asked.cases or list(known), set()
+    for name in wanted:
+        if asked.again or content["rows"].get(name, {}).get("commit") != now:
+            content["runs"].pop(name, None)
     with tempfile.TemporaryDirectory() as folder:
         for number in range(asked.repeats):
             for name in wanted:
@@ -200,10 +206,11 @@ def main() -> int:
                 found = measure(known[name], Path(folder), f"{list(known).index(name)}-{number}")
                 if "failed" in found:
                     failed.add(name)
-                    content["rows"][name] = found
+                    content["rows"][name] = {"commit": now, **found}
                 else:
                     content["runs"].setdefault(name, []).append(found)
-                    content["rows"][name] = summary(content["runs"][name], content["operations_per_second"])
+                    row = summary(content["runs"][name], content["operations_per_second"])
+                    content["rows"][name] = {"commit": now, **row}
                 machine.write(target, content)
                 print(f"{name:28} {found.get('step_seconds', 'failed')} s a step", flush=True)
     print(table(content))
@@ -354,24 +361,31 @@ def _first(rows: list[dict[str, Any]]) -> dict[str, float]:
 def table(content: dict[str, Any]) -> str:
     """A results file as a table; where the default is among the rows, with the ratio to it."""
     lines = [
-        "| case | step, s (least to most) | tokens/s | supervised/s | MFU causal, of the product | of the data sheet "
-        "| peak memory | first step, s |",
-        "|---|---|---|---|---|---|---|---|",
+        "| case | runs | step, s (least to most) | tokens/s | slots/s | supervised/s | MFU of product, of sheet "
+        "| by PaLM's count | HFU | peak memory | first step, s |",
+        "|" + "---|" * 11,
     ]
     for name, row in content["rows"].items():
         if "failed" in row:
-            lines.append(f"| {name} | failed: {row['said']} | | | | | | |")
+            lines.append(f"| {name} | failed: {row['said']} |{' |' * 9}")
             continue
-        seconds, mfu, memory = row["step_seconds"], row["mfu"], row["peak_bytes"] or row["host_bytes"]
-        sheet = mfu.get("causal, data sheet")
+        seconds, memory = row["step_seconds"], row["peak_bytes"] or row["host_bytes"]
         lines.append(
-            f"| {name} | {seconds['median']:.3f} ({seconds['least']:.3f} to {seconds['most']:.3f}) "
+            f"| {name} | {row['repeats']} | {seconds['median']:.3f} ({seconds['least']:.3f} to {seconds['most']:.3f}) "
             f"| {row['tokens_per_second']:,.0f}{_beside_the_default(row, content['rows'])} "
-            f"| {row['supervised_tokens_per_second']:,.0f} | {mfu['causal, matrix product, measured']:.1%} "
-            f"| {'' if sheet is None else f'{sheet:.1%}'} | {memory / 2**30:.1f} GiB "
+            f"| {row['slots_per_second']:,.0f} | {row['supervised_tokens_per_second']:,.0f} "
+            f"| {_shares(row['mfu'], 'causal')} | {_shares(row['mfu'], 'PaLM')} | {_shares(row['hfu'], 'causal')} "
+            f"| {memory / 2**30:.1f} GiB "
             f"| {', '.join(f'{seconds:.1f} ({data})' for data, seconds in row['first_step_seconds'].items())} |"
         )
     return "\n".join(lines)
+
+
+def _shares(of: dict[str, float], count: str) -> str:
+    """Of the measured product and, where there is one, of the data sheet."""
+    return ", ".join(
+        f"{of[key]:.1%}" for key in (f"{count}, matrix product, measured", f"{count}, data sheet") if key in of
+    )
 
 
 def _beside_the_default(row: dict[str, Any], rows: dict[str, Any]) -> str:

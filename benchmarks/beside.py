@@ -82,11 +82,16 @@ class Place:
         return str(length_of(self.recipe))
 
     @property
+    def rate(self) -> str:
+        """The learning rate of all ways."""
+        return {"tiny": "2.0e-3", "1b": "5.0e-5", "8b-lora": "1.0e-4"}[self.recipe]
+
+    @property
     def shared(self) -> dict[str, str]:
         """What transformers' Trainer calls by these names, and all but ours are built on."""
         half = str(self.steps // 2)
         return {
-            "learning_rate": "2.0e-3", "weight_decay": "0.01", "lr_scheduler_type": "cosine",
+            "learning_rate": self.rate, "weight_decay": "0.01", "lr_scheduler_type": "cosine",
             "per_device_train_batch_size": "4", "per_device_eval_batch_size": "4", "gradient_accumulation_steps": "8",
             "max_steps": str(self.steps), "logging_steps": str(EVERY), "logging_first_step": "true",
             "eval_steps": half, "save_steps": half,
@@ -108,7 +113,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ways", nargs="*", metavar="WAY")
     parser.add_argument("--peers", type=Path)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=machine.at_least_one, default=3)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rows", type=Path)
     parser.add_argument("--recipe", default="tiny", choices=("tiny", "1b", "8b-lora"))
@@ -165,12 +170,14 @@ def _begun(target: Path, asked: argparse.Namespace, place: Place) -> dict[str, A
     """The results file, with the runs of the same commit, rows and steps; what failed is tried again."""
     of_the_rows = hashlib.sha256((place.rows / "train.jsonl").read_bytes()).hexdigest()[:16]
     fresh = {
+        "commit": machine.commit(),
         "versions": {name: metadata.version(name) for name in LIBRARIES}, "steps": asked.steps, "rows of": of_the_rows,
         "rounds": [], "notes": {},
     }  # fmt: skip
-    content = machine.begun(target, asked.again, **fresh)
-    if (content["steps"], content["rows of"]) != (asked.steps, of_the_rows):
-        content = machine.begun(target, True, **fresh)
+    content = machine.begun(target, **fresh)
+    of_these = {"commit": fresh["commit"], "steps": asked.steps, "rows of": of_the_rows}
+    if asked.again or any(content.get(key) != value for key, value in of_these.items()):
+        content = {"machine": machine.described(), **fresh, "rows": {}}
     return {**content, "failed": {}, "left out": [name for name, way in every_way(asked.peers).items() if way is None]}
 
 
@@ -254,8 +261,8 @@ def _ours(place: Place, output: Path) -> list[str]:
         f"data.train={place.rows}/train.jsonl", f"data.validation={place.rows}/validation.jsonl",
         f"model.name_or_path={place.model}", "model.from_scratch=false", "model.architecture={}",
         "batch.effective_batch_size=32", "batch.per_device_at_most=4", "batch.min_optimizer_steps=1",
-        "outside_range=[effective_batch_size, weight_decay]", "answers.show=0", "answers.exact_match=0",
-        "trainer.learning_rate=2.0e-3", "trainer.weight_decay=0.01", f"trainer.max_steps={place.steps}",
+        "answers.show=0", "answers.exact_match=0", f"trainer.learning_rate={place.rate}", "trainer.weight_decay=0.01",
+        "outside_range=[effective_batch_size, learning_rate, weight_decay]", f"trainer.max_steps={place.steps}",
         f"trainer.logging_steps={EVERY}", f"trainer.eval_steps={half}", f"trainer.save_steps={half}",
     )  # fmt: skip
     hardware = ("--gpus", "1") if place.on_gpu else ()

@@ -17,6 +17,10 @@ export HF_HUB_OFFLINE=1 PYTHONPATH=.
 done_in=benchmarks/results/.gpu
 mkdir -p "$done_in"
 
+command -v "$python" > /dev/null || {
+    echo "error: gpu.sh: there is no $python; make setup, or name one with PYTHON=" >&2
+    exit 2
+}
 pieces=(
     "doctor|-m sft_recipes doctor --gpus 1"
     "attention|benchmarks/attention.py"
@@ -43,6 +47,13 @@ for again in 2 3; do # from one run to the next a machine differs too
     each "bench-$again" "benchmarks/bench.py --repeats $again" bench 'cases(True)'
 done
 
+case ${1:-} in --list) ;; *)
+    "$python" -c 'import sys; from sft_recipes.launching.topology import card_of, visible_gpus; sys.exit(card_of(visible_gpus()) is None)' || {
+        echo "error: gpu.sh: no GPU that is known is here, so nothing is measured; --list shows what there is" >&2
+        exit 2
+    } ;;
+esac
+
 piece() { # NAME|WORDS|A CASE
     local name words case began
     IFS='|' read -r name words case <<< "$1"
@@ -60,7 +71,7 @@ case ${1:-} in
         for one in "${pieces[@]}"; do
             printf '%-34s %s\n' "${one%%|*}" "$(cat "$done_in/${one%%|*}" 2> /dev/null || echo 'not done')"
         done ;;
-    "" | [0-9]*)
+    "" | [1-9] | [1-9][0-9])
         left=${1:-${#pieces[@]}} failed=0
         for one in "${pieces[@]}"; do
             [ "$left" -gt 0 ] || break
@@ -73,6 +84,6 @@ case ${1:-} in
         for one in "${pieces[@]}"; do
             [ "${one%%|*}" != "$1" ] || { piece "$one"; exit; }
         done
-        echo "gpu.sh: no piece $1; --list names them" >&2
+        echo "error: gpu.sh: no piece $1; --list names them" >&2
         exit 2 ;;
 esac

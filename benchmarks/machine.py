@@ -30,19 +30,30 @@ def _git(*words: str) -> str:
     return asked.stdout.strip()
 
 
+def at_least_one(word: str) -> int:
+    """A command line's number of times.
+
+    Raises:
+        ValueError: it is none; argparse says so.
+    """
+    number = int(word)
+    if number < 1:
+        raise ValueError
+    return number
+
+
 def results(kind: str, card: str | None) -> Path:
     """The file of what was measured on this machine."""
     return HERE / "results" / f"{kind}-{card or f'{os.cpu_count()}-cores'}.json"
 
 
-def begun(target: Path, again: bool, **beside: Any) -> dict[str, Any]:
-    """What a results file holds already, where it is of this commit; else a new one's beginning."""
-    now = commit()
-    if target.is_file() and not again:
+def begun(target: Path, **beside: Any) -> dict[str, Any]:
+    """What a results file holds already, where it is of this machine; else a new one's beginning."""
+    if target.is_file():
         content: dict[str, Any] = json.loads(target.read_text())
-        if content.get("commit") == now:
+        if content["machine"] == described():
             return content
-    return {"machine": described(), "commit": now, **beside, "rows": {}}
+    return {"machine": described(), **beside, "rows": {}}
 
 
 def write(target: Path, content: dict[str, Any]) -> None:

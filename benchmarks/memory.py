@@ -5,7 +5,7 @@
 On a CPU the tiny recipe, four times as wide, under every engine, where a rank's allocations are tracked one by one by
 torch's profiler: the largest sum while steps were taken. On a GPU recipes of 1B to 8B from random weights, by
 `max_memory_allocated`; the runs are ended behind their last step. Each run goes the real road. Each case that is done
-is written at once to `results/memory-MACHINE.json`, and not run again at the same commit.
+is written at once to `results/memory-MACHINE.json`, and not run again at the same commit but with `--again`.
 """
 
 from __future__ import annotations
@@ -89,15 +89,16 @@ def main() -> int:
         print(f"error: no case {unknown[0]!r} here; there are: {'; '.join(known)}", file=sys.stderr)
         return 2
     target = machine.results("memory", card)
-    content = machine.begun(target, asked.again)
+    content, now = machine.begun(target), machine.commit()
     if card:
         write_rows()
     failed = False
     with tempfile.TemporaryDirectory() as runs:
         for number, name in enumerate(asked.cases or known):
-            if "peak_bytes" in content["rows"].get(name, {}):
+            before = content["rows"].get(name, {})
+            if before.get("commit") == now and "failed" not in before and not asked.again:
                 continue
-            found = content["rows"][name] = measure(known[name], card, Path(runs), str(number))
+            found = content["rows"][name] = {"commit": now, **measure(known[name], card, Path(runs), str(number))}
             failed |= "failed" in found
             print(name, found.get("peak over planned", found.get("said")), flush=True)
             machine.write(target, content)

@@ -1,4 +1,4 @@
-"""Measures what a step pays beside a bare loop: ours, and stock SFTTrainer's on the same rows.
+"""Measures what a step pays beside a bare loop: ours, and SFTTrainer's with our batches, attention and scoring.
 
     .venv/bin/python benchmarks/metrics.py [--device cuda] [ROUNDS]
 
@@ -36,27 +36,34 @@ STEPS = 60
 SKIPPED = 10  # of each round, to warm up
 LOGGING_STEPS = 10
 WIDE = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 2}
-SIZES: dict[str, dict[str, int]] = {"tiny": {}, "tiny, four times as wide": WIDE}
+SIZES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {  # whose architecture, what is changed of it, words
+    "tiny": ("tiny", {}, ()),
+    "tiny, four times as wide": ("tiny", WIDE, ()),
+}
+ON_A_GPU = {"1b": ("1b", {"dtype": "bfloat16"}, ("precision=bf16", "trainer.max_length=2048"))}
 OVERRIDES = (f"trainer.max_steps={STEPS}", f"trainer.logging_steps={LOGGING_STEPS}", "trainer.eval_steps=100000",
              "trainer.save_steps=100000", "answers.show=0", "answers.exact_match=0")  # fmt: skip
 SPENT: dict[str, float] = defaultdict(float)
 
 
-def main() -> None:
-    """Alternates rounds of both trainers and writes the results file."""
+def main() -> int:
+    """Alternates rounds of both trainers and writes the results file; 2 where the device is not there."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("rounds", nargs="?", type=int, default=6)
+    parser.add_argument("rounds", nargs="?", type=machine.at_least_one, default=6)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parsed = parser.parse_args()
+    if parsed.device == "cuda" and card_of(visible_gpus()) is None:
+        print("error: --device: no GPU that is known is here; say --device cpu", file=sys.stderr)
+        return 2
     if parsed.device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
     _clock_what_is_added()
     rows = {}
-    for size, changed in SIZES.items():
+    for size, of in (ON_A_GPU if parsed.device == "cuda" else SIZES).items():
         SPENT.clear()
         pairs: dict[str, list[tuple[float, float]]] = {"stock": [], "ours": []}
         with tempfile.TemporaryDirectory() as place:
-            prepared = _prepare(Path(place), parsed.device, changed)
+            prepared = _prepare(Path(place), parsed.device, *of)
             for number in range(parsed.rounds):
                 for name, build in (("stock", _stock), ("ours", _ours)):
                     loop = _Bare(_ours(Path(place) / f"bare-{name}-{number}", *prepared))
@@ -64,9 +71,10 @@ def main() -> None:
                 print(size, {name: f"{_ratio(steps):.3f}" for name, steps in pairs.items()}, flush=True)
         rows[size] = _summary(parsed.rounds * STEPS, pairs)
     _write(parsed, rows)
+    return 0
 
 
-def _prepare(place: Path, device: str, changed: dict[str, int]) -> tuple[Any, Any]:
+def _prepare(place: Path, device: str, recipe: str, changed: dict[str, Any], words: tuple[str, ...]) -> tuple[Any, Any]:
     from sft_recipes.data.prepare import prepare
     from sft_recipes.planning import plan as plans
     from sft_recipes.planning import recipes
@@ -74,9 +82,9 @@ def _prepare(place: Path, device: str, changed: dict[str, int]) -> tuple[Any, An
     from sft_recipes.training.quiet import quiet
 
     quiet()
-    architecture = json.dumps({**recipes.load("tiny").model.architecture, **changed})
-    recipe = recipes.load("tiny", [*OVERRIDES, f"model.architecture={architecture}"])
-    plan = plans.make(recipe, Topology(gpus=1 if device == "cuda" else 0, processes=1))
+    architecture = json.dumps({**recipes.load(recipe).model.architecture, **changed})
+    loaded = recipes.load("tiny", [*OVERRIDES, f"model.architecture={architecture}", *words])
+    plan = plans.make(loaded, Topology(gpus=1 if device == "cuda" else 0, processes=1))
     found = prepare(plan, place / "prepared")
     return plans.settle(plan, found), found
 
@@ -251,7 +259,7 @@ def _write(parsed: argparse.Namespace, rows: dict[str, Any]) -> None:
 def table(content: dict[str, Any]) -> str:
     """The rows as a table."""
     lines = [
-        "| | a bare step, ms | ours | stock SFTTrainer's | what this project adds, of a step |",
+        "| | a bare step, ms | ours | TRL's own trainer | what this project adds, of a step |",
         "|---|---|---|---|---|",
     ]
     for name, row in content["rows"].items():
@@ -264,4 +272,4 @@ def table(content: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

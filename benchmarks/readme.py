@@ -35,21 +35,29 @@ def section(kind: str, heading: str, reading: str, table: Callable[[dict[str, An
     parts = []
     for file in sorted((HERE / "results").glob(f"{kind}-*.json")):
         content = json.loads(file.read_text())
-        machine, commit = content["machine"], content.get("commit")
+        machine = content["machine"]
         of = content.get("card") or f"{machine['processor']}, {machine['cores']} cores"
-        parts.append(f"`results/{file.name}`: {of}{f'; commit {commit[:7]}' if commit else ''}\n\n{table(content)}\n")
+        parts.append(f"`results/{file.name}`: {of}; commit {_commits(content)}\n\n{table(content)}\n")
         if (HERE / "plots" / f"{file.stem}.svg").is_file():
             parts.append(f"![{heading}](plots/{file.stem}.svg)\n")
     return f"\n## {heading}\n\n{reading}\n\n" + "\n".join(parts) + "\n" if parts else ""
+
+
+def _commits(content: dict[str, Any]) -> str:
+    """Of the file, or of its rows, `-dirty` where the code was not a commit's."""
+    rows = content["rows"].values() if isinstance(content["rows"], dict) else []
+    found = {content["commit"]} if "commit" in content else {row["commit"] for row in rows}
+    return ", ".join(sorted(f"{one[:7]}{'-dirty' * one.endswith('-dirty')}" for one in found))
 
 
 SECTIONS = (
     (
         "bench",
         "Whole training",
-        "Twenty steps behind a warm-up of five, three runs of each case in turn; `first step` is from the command\n"
-        "to the first step's figures, the data prepared anew or found. On a CPU memory is the process's own, and MFU\n"
-        "is a share of what a large matrix product in fp32 reaches on the same cores.",
+        "Twenty steps behind a warm-up of five, the cases' runs in turn; `first step` is from the command to the\n"
+        "first step's figures, the data prepared anew or found. MFU counts operations causally, by the lengths that\n"
+        "examples have; PaLM's count is beside it; HFU counts what is computed again. They are shares of what a large\n"
+        "matrix product reaches here, and of the data sheet. On a CPU memory is the process's own, the product fp32.",
         bench.table,
     ),
     (
@@ -70,7 +78,8 @@ SECTIONS = (
         "metrics",
         "A step beside a bare one",
         "A bare step: forward over the supervised positions, backward, clip, step, on batches that are there. The\n"
-        "rest is what a trainer pays, which hardly grows with the model.",
+        "rest is what a trainer pays, which hardly grows with the model. TRL's own trainer gets our batches,\n"
+        "attention and scoring of supervised positions alone, so that the trainer differs. Middle ratios of pairs.",
         metrics.table,
     ),
     (

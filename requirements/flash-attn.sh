@@ -14,14 +14,22 @@ venv=$1
 lock=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/flash-attn.txt
 pip=("$venv/bin/python" -m pip install --quiet --no-deps)
 
+if [ -n "${WHEEL:-}" ] && [ ! -f "$WHEEL" ]; then
+    [[ $WHEEL =~ ^https:// ]] ||
+        die "WHEEL: $WHEEL is no file and no https:// address; name a wheel for this Python, torch and CUDA"
+    [[ $WHEEL =~ \#sha256=[0-9a-f]{64}$ ]] ||
+        die "WHEEL: $WHEEL has no #sha256=<64 hexadecimal digits>, so nothing says what it is"
+fi
+[[ ${MAX_JOBS:-1} =~ ^[1-9][0-9]*$ ]] || die "MAX_JOBS: $MAX_JOBS is no number of compilations; wanted 1 or more"
 "$venv/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)' 2> /dev/null ||
     die "make flash-attn: the torch in $venv is not built for CUDA; on a machine with an NVIDIA driver, TORCH=cuda make setup installs it"
 if [ -n "${WHEEL:-}" ]; then
-    [[ $WHEEL =~ ^[a-z]+:// && ! $WHEEL =~ \#sha256=[0-9a-f]{64}$ ]] && die "WHEEL: $WHEEL has no #sha256=<64 hexadecimal digits>, so nothing says what it is"
     "${pip[@]}" "$WHEEL"
 else
     command -v "${CUDA_HOME:+$CUDA_HOME/bin/}nvcc" > /dev/null ||
         die "make flash-attn: there is no nvcc to compile with; install the CUDA toolkit of torch's version or name it with CUDA_HOME, name a wheel with WHEEL=, or use the image (make image); without it model.attention=auto takes torch's own"
+    [ -n "${CUDA_ARCHITECTURES:-}" ] || command -v nvidia-smi > /dev/null ||
+        die "make flash-attn: there is no nvidia-smi to ask what to compile for; name it, as in CUDA_ARCHITECTURES=9.0"
     architectures=${CUDA_ARCHITECTURES:-$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | sort -u | paste -sd ';')}
     cores=$(nproc) by_memory=$(($(awk '/MemAvailable/ { print $2 }' /proc/meminfo) / 8000000))
     jobs=${MAX_JOBS:-$((by_memory < 1 ? 1 : by_memory < cores ? by_memory : cores))}
@@ -31,9 +39,12 @@ else
         "${pip[@]}" --no-build-isolation --require-hashes -r "$lock"
 fi
 "$venv/bin/python" - << 'PYTHON'
+import sys
+
 import torch
 from sft_recipes.training import attention
 
-found = attention.errors(attention.flash, "cuda", torch.bfloat16)
-print("flash-attn is installed, off by", ", ".join(f"{error:.1e} {where}" for where, error in found.items()))
+if wrong := attention.wrong(attention.flash, "cuda", torch.bfloat16):
+    sys.exit(f"error: flash-attn is installed and not fit to be used here: {wrong}; model.attention=auto passes it over")
+print("flash-attn is installed, and gives on this GPU what attention is by its definition")
 PYTHON

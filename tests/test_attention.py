@@ -2,12 +2,14 @@
 
 import os
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import REPOSITORY
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MistralConfig
 
 from sft_recipes.data.chat import IGNORED
 from sft_recipes.planning import plan as plans
@@ -23,8 +25,8 @@ SMALL = {
 }  # fmt: skip
 
 
-def a_plan(*words):
-    return plans.make(recipes.load("tiny", words), Topology(gpus=0, processes=1))
+def a_plan(*words, gpus=0):
+    return plans.make(recipes.load("tiny", words), Topology(gpus=gpus, processes=1))
 
 
 def a_model(kind=LlamaConfig, **changed):
@@ -97,6 +99,27 @@ def test_padded_prompts_are_answered_alike():
     assert torch.equal(*said)
 
 
+def test_rows_without_bounds_are_attended_as_by_sdpa():
+    """A row longer than the window, and a text that comes in two pieces, neither with a mask."""
+    ids = torch.arange(48)[None] % 97
+    window = {"kind": MistralConfig, "sliding_window": 16}
+    whole = [a_model(attn_implementation=way, **window)(ids).logits for way in ("eager", attention.VARLEN)]
+    assert attention.relative_error(whole[1], whole[0]) < 1e-6
+    pieces = []
+    for way in (attention.SDPA, attention.VARLEN):
+        model = a_model(attn_implementation=way)
+        begun = model(ids[:, :20], use_cache=True)
+        pieces.append(model(ids[:, 20:], past_key_values=begun.past_key_values).logits)
+    assert attention.relative_error(pieces[1], pieces[0]) < 1e-9
+
+
+def test_dropout_that_was_not_seen_is_no_training_without_it():
+    batch = trainer.collator(a_plan(), 0, attention.VARLEN)(list(rows()))
+    model = a_model(GPT2Config, attn_pdrop=0.5, attn_implementation=attention.VARLEN).train()
+    with pytest.raises(RuntimeError, match="varlen drops no scores out"):
+        loss(model, batch)
+
+
 def every_token(queries, keys, values, bounds, longest, scale):
     """Attends across examples."""
     parts = (one.transpose(0, 1)[None] for one in (queries, keys, values))
@@ -137,14 +160,14 @@ def test_the_definition_is_attention():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_way_that_is_right_passes_and_one_that_is_wrong_does_not(dtype):
-    assert attention._wrong(attention.varlen, "cpu", dtype) is None
+    assert attention.wrong(attention.varlen, "cpu", dtype) is None
     for kernel in (every_token, another_scale, no_number, one_gradient_too_few):
-        assert attention._wrong(kernel, "cpu", dtype).startswith("it is off by"), kernel
+        assert attention.wrong(kernel, "cpu", dtype).startswith("it is off by"), kernel
 
 
 def test_a_kernel_that_is_not_there_is_passed_over_and_named():
-    assert attention._wrong(attention.flash, "cpu", torch.bfloat16) == "flash_attn is not installed"
-    assert "flash_attention" in attention._wrong(attention_of_cuda, "cpu", torch.float32)
+    assert attention.wrong(attention.flash, "cpu", torch.bfloat16) == "flash_attn is not installed"
+    assert "flash_attention" in attention.wrong(attention_of_cuda, "cpu", torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -155,12 +178,15 @@ def test_a_kernel_that_is_not_there_is_passed_over_and_named():
         (MistralConfig, {"sliding_window": 4096}, None),
         (MistralConfig, {"sliding_window": 32}, "it attends in a window of 32 tokens"),
         (LlamaConfig, {"attention_dropout": 0.1}, "it drops scores out"),
+        (GPT2Config, {"attn_pdrop": 0.1}, "it drops scores out"),
+        (Gemma2Config, {"head_dim": 8}, "transformers knows no other for it"),
     ],
 )
 def test_auto_takes_the_fastest_that_a_model_can_be_attended_with(kind, changed, why):
     model = a_model(kind, **changed)
     choice = attention.settle(a_plan(), model)
-    assert choice.name == model.config._attn_implementation == ("sdpa" if why else "varlen")
+    masked = "eager" if kind is Gemma2Config else "sdpa"
+    assert choice.name == model.config._attn_implementation == (masked if why else "varlen")
     assert why is None or choice.why == why
     if why:
         with pytest.raises(RecipeError, match=f"^model.attention: varlen cannot be had here: {why}; say model.atten"):
@@ -175,28 +201,45 @@ def test_what_the_recipe_names_is_taken():
 
 def test_flash_attention_that_is_not_installed_is_refused_with_the_way_to_it():
     with pytest.raises(RecipeError, match="flash_attention_2 needs flash-attn, .* make flash-attn installs it"):
-        attention.loaded_with(a_plan("model.attention=flash_attention_2"))
+        attention.loaded_with(a_plan("model.attention=flash_attention_2", "precision=bf16", gpus=1))
 
 
-def test_flash_attention_is_not_built_where_torch_cannot_use_it(tmp_path):
-    done = subprocess.run(["make", "flash-attn"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "is not built for CUDA; " in line and "make setup installs it" in line
+def test_flash_attention_is_refused_by_the_plan_where_it_cannot_be():
+    with pytest.raises(
+        RecipeError, match="computes in 16 bits on a GPU, and this plan trains on the CPU; say model.at"
+    ):
+        a_plan("model.attention=flash_attention_2")
+    with pytest.raises(RecipeError, match="trains in fp32; say model.attention=auto, or precision=bf16"):
+        a_plan("model.attention=flash_attention_2", "precision=fp32", gpus=1)
 
 
-def test_a_wheel_of_the_net_needs_its_hash(tmp_path):
+SCRIPT = REPOSITORY / "requirements" / "flash-attn.sh"
+
+
+def test_flash_attention_is_not_built_where_torch_cannot_use_it():
+    environment = Path(sys.executable).parent.parent
+    done = subprocess.run([SCRIPT, environment], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "is not built for CUDA; " in done.stderr and "make setup installs it" in done.stderr
+
+
+def test_what_flash_attention_is_installed_from_is_a_file_or_has_its_hash(tmp_path):
     """With a Python whose torch says that it is built for CUDA."""
     python = tmp_path / "bin" / "python"
     python.parent.mkdir()
     python.write_text("#!/bin/sh\nexit 0\n")
     python.chmod(0o755)
-    environment = {**os.environ, "WHEEL": "https://example.org/flash_attn.whl"}
-    command = [REPOSITORY / "requirements" / "flash-attn.sh", tmp_path]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stderr.startswith(
-        "error: WHEEL: https://example.org/flash_attn.whl has no #sha"
-    )
+    command = [SCRIPT, tmp_path]
+    for given, said in (
+        ({"WHEEL": "https://example.org/flash_attn.whl"}, "WHEEL: https://example.org/flash_attn.whl has no #sha"),
+        ({"WHEEL": "flash-attn"}, "WHEEL: flash-attn is no file and no https:// address"),
+        ({"WHEEL": "git+https://example.org/flash"}, "is no file and no https:// address"),
+        ({"WHEEL": "--index-url=https://example.org"}, "is no file and no https:// address"),
+        ({"MAX_JOBS": "0"}, "MAX_JOBS: 0 is no number of compilations"),
+        ({"MAX_JOBS": "abc"}, "MAX_JOBS: abc is no number of compilations"),
+    ):
+        done = subprocess.run(command, env={**os.environ, **given}, capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and said in done.stderr, done
     bare = {"PATH": "/usr/bin:/bin"}
     done = subprocess.run(command, env=bare, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "there is no nvcc to compile with; install the CUDA toolkit" in done.stderr

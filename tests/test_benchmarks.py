@@ -1,6 +1,7 @@
 """The scripts below benchmarks/: what they would run is a plan, and what they write follows from what they read."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -20,6 +21,7 @@ import plots
 import readme
 from matplotlib.figure import Figure
 
+HERE = {**os.environ, "PYTHON": sys.executable}
 ON_A_GPU = {
     f"{script.__name__}: {name}": case
     for script, cases in ((bench, bench.cases(True)), (bench, bench.ablations(True)), (memory, memory.cases(True)))
@@ -64,6 +66,20 @@ def test_every_knob_is_turned_by_itself():
         for name, case in turned.items():
             assert case.words != default.words and case.recipe == default.recipe, name
             recipes.load(case.recipe, case.words)
+
+
+@pytest.mark.parametrize("recipe", ["tiny", "1b", "8b-lora"])
+def test_what_is_trained_beside_others_is_a_plan(recipe, tmp_path):
+    """The words that are said on a GPU are right before there is one."""
+    place = beside.Place(recipe, tmp_path, tmp_path, 40, 13)
+    command = beside._ours(place, tmp_path)
+    words = [word for word in command if "=" in word]
+    gpus = int(place.on_gpu)
+    plan = plans.make(recipes.load(recipe, words), Topology(gpus=gpus, processes=1, card="h200-141g" if gpus else None))
+    assert (plan.effective_batch_size, plan.per_device_train_batch_size, plan.max_length) == (
+        32, 4, beside.length_of(recipe),
+    )  # fmt: skip
+    assert bool(place.adapters) == (plan.method == "lora") and plan.fits in (True, None)
 
 
 LOG = [
@@ -150,14 +166,18 @@ def test_what_cannot_be_measured_is_said_in_one_line(tmp_path):
         (["beside.py", "--peers", tmp_path], "nothing is installed in"),
         (["beside.py", "--rows", tmp_path], "has no validation.jsonl"),
         (["beside.py", "--steps", "7"], "--steps: 7"),
+        (["metrics.py", "--device", "cuda"], "no GPU that is known is here"),
+        (["gpu.sh", "attention"], "no GPU that is known is here"),
     ):
-        command = [sys.executable, REPOSITORY / "benchmarks" / words[0], *words[1:]]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        python = [] if words[0].endswith(".sh") else [sys.executable]
+        command = [*python, REPOSITORY / "benchmarks" / words[0], *words[1:]]
+        done = subprocess.run(command, env=HERE, capture_output=True, text=True, check=False)
         assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1, done
 
 
 def test_the_pieces_for_a_gpu_are_all_of_these():
-    done = subprocess.run([REPOSITORY / "benchmarks" / "gpu.sh", "--list"], capture_output=True, text=True, check=True)
+    command = [REPOSITORY / "benchmarks" / "gpu.sh", "--list"]
+    done = subprocess.run(command, env=HERE, capture_output=True, text=True, check=True)
     named = [line.split()[0] for line in done.stdout.splitlines()]
     wanted = [*bench.cases(True), *memory.cases(True)]
     assert len(named) == len(set(named)) >= len(wanted) + 6

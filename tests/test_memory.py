@@ -169,15 +169,43 @@ def test_frozen_weights_take_two_bytes_and_4_bit_ones_about_half_of_one():
     assert lora["optimizer"] == qlora["optimizer"] == 8 * adapters
 
 
-def test_an_8_bit_optimizer_takes_a_quarter_of_fp32_moments():
+def test_an_8_bit_optimizer_takes_a_quarter_of_fp32_moments_but_for_embeddings():
     full, eighth = (memory.bytes_per_gpu(load(optimizer=name)) for name in ("adamw_torch_fused", "adamw_8bit"))
-    assert full["optimizer"] == 4 * eighth["optimizer"] == 8 * 8_030_261_248
-    assert full["total"] - eighth["total"] == 6 * 8_030_261_248
+    embeddings = 128_256 * 4096
+    moments = 2 * 8_030_261_248 + 6 * embeddings
+    assert full["optimizer"] == 8 * 8_030_261_248 and eighth["optimizer"] == moments
+    assert full["total"] - eighth["total"] == 6 * (8_030_261_248 - embeddings)
     plan = plans.make(
         recipes.load("8b", ("parallelism=single", "trainer.optim=adamw_8bit")), plans.Topology(1, 1, card="h200-141g")
     )
-    assert plan.memory_bytes_per_gpu["optimizer"] == 2 * 8_030_261_248 and plan.fits
-    assert memory.checkpoint_bytes(load(optimizer="adamw_8bit")) == (4 + 2) * 8_030_261_248
+    assert plan.memory_bytes_per_gpu["optimizer"] == moments and plan.fits
+    assert memory.checkpoint_bytes(load(optimizer="adamw_8bit")) == 4 * 8_030_261_248 + moments
+
+
+def test_the_trainer_has_embeddings_keep_moments_in_fp32(tmp_path):
+    """The real optimizer; what the forecast of 8 bits rests on."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+
+    architecture = {**llama(hidden_size=128, num_hidden_layers=1, vocab_size=512), "model_type": "llama"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture))
+    arguments = TrainingArguments(str(tmp_path), optim="adamw_8bit", use_cpu=True, report_to=[])
+    optimizer = Trainer(model, arguments).create_optimizer()
+    model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    optimizer.step()
+    kinds = {name: optimizer.state[weight]["state1"].dtype for name, weight in model.named_parameters()}
+    assert kinds["model.embed_tokens.weight"] == torch.float32
+    assert kinds["lm_head.weight"] == kinds["model.layers.0.mlp.up_proj.weight"] == torch.uint8
+
+
+def test_eager_attention_keeps_its_scores():
+    plain, eager = (
+        plans.make(recipes.load("1b", (f"model.attention={way}",)), plans.Topology(1, 1, card="h200-141g"))
+        for way in ("auto", "eager")
+    )
+    rows, heads, length = eager.per_device_train_batch_size, 32, eager.max_length
+    more = eager.memory_bytes_per_gpu["activations"] - plain.memory_bytes_per_gpu["activations"]
+    assert more == rows * heads * length**2 * 6  # of one layer: the others are computed again
 
 
 def test_a_whole_70b_checkpoint_is_about_a_terabyte():
@@ -193,7 +221,7 @@ SHAPES = {
 }  # fmt: skip
 
 
-def kept_for_the_backward_pass(architecture, dtype, autocast, lora):
+def kept_for_the_backward_pass(architecture, dtype, autocast, lora, way="sdpa"):
     """Bytes a token and layer, from the storages that autograd saves: three layers less one, over two."""
     import contextlib
 
@@ -203,9 +231,7 @@ def kept_for_the_backward_pass(architecture, dtype, autocast, lora):
 
     kept = []
     for layers in (1, 3):
-        config = AutoConfig.for_model(
-            **architecture, num_hidden_layers=layers, vocab_size=64, attn_implementation="sdpa"
-        )
+        config = AutoConfig.for_model(**architecture, num_hidden_layers=layers, vocab_size=64, attn_implementation=way)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
         body = model.model
         if lora:
@@ -240,6 +266,26 @@ def test_activations_are_those_that_autograd_keeps(name, engine):
     # Autocast's own copies of the weights, which autograd keeps too, are counted among the buffers.
     casts = 2 * sum(a * b for a, b in memory.linear_layers(architecture).values()) / 1024 if engine == "ddp" else 0
     assert memory.activation_bytes(planned) == pytest.approx(counted - casts, rel=0.08)
+
+
+@pytest.mark.parametrize("engine", ["zero2", "ddp", "fp32"])
+def test_scores_are_those_that_autograd_keeps(engine):
+    import torch
+
+    architecture = {"model_type": "llama", **SHAPES["llama"]}
+    precision, dtype = (
+        ("fp32" if engine == "fp32" else "bf16"),
+        (torch.bfloat16 if engine == "zero2" else torch.float32),
+    )
+    counted = [kept_for_the_backward_pass(architecture, dtype, engine == "ddp", None, way) for way in ("eager", "sdpa")]
+    planned = [
+        memory.activation_bytes(
+            load(architecture, "zero2" if engine == "zero2" else "ddp", precision=precision, **scores)
+        )
+        for scores in ({"scores_of": 1024}, {})
+    ]
+    # Besides, eager attention keeps keys and values once for each head that shares them.
+    assert planned[0] - planned[1] == pytest.approx(counted[0] - counted[1], rel=0.1)
 
 
 def test_the_buckets_are_those_of_the_files():

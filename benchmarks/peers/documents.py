@@ -4,7 +4,7 @@
 
 Kept: bf16 weights, packing, activation checkpointing, a loss over all tokens, the best model at the end. Changed: the
 names of arguments that are gone (`max_seq_length`, `warmup_ratio`, `torch_dtype`), TensorBoard for W&B, which wants
-an account; the CPU and torch's attention where there is no GPU.
+an account; torch's attention where flash-attn is not installed, and the CPU where there is no GPU.
 """
 
 import sys
@@ -13,6 +13,7 @@ import torch
 from datasets import load_dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import is_flash_attn_2_available
 from trl import SFTConfig, SFTTrainer
 
 model_folder, rows, output, *said = sys.argv[1:]
@@ -27,7 +28,7 @@ model = AutoModelForCausalLM.from_pretrained(
     model_folder,
     dtype=torch.bfloat16,
     device_map="auto",
-    attn_implementation="flash_attention_2" if torch.cuda.is_available() else "sdpa",
+    attn_implementation="flash_attention_2" if is_flash_attn_2_available() else "sdpa",
 )
 files = {split: f"{rows}/{split}.jsonl" for split in ("train", "validation")}
 dataset = load_dataset("json", data_files=files)

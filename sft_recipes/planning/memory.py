@@ -117,7 +117,8 @@ def adapter_count(architecture: Mapping[str, Any], lora: Lora) -> int | None:
 class Load:
     """What a rank has to hold: the model, how it is trained, and one micro-batch.
 
-    `tokens` are those of one micro-batch, padding included.
+    `tokens` are those of one micro-batch, padding included; `scores_of` how many others a token is scored against,
+    where the scores are kept: eager attention keeps a row's, no other way does.
     """
 
     architecture: Mapping[str, Any]
@@ -129,12 +130,17 @@ class Load:
     lora: Lora | None = None
     nodes: int = 1
     optimizer: str = "adamw_torch_fused"
+    scores_of: int = 0
 
     @property
-    def moment_bytes(self) -> int:
-        """Of a weight's two moments: in fp32, or in 8 bits by bitsandbytes' optimizers (the factors of its blocks of
-        256 add under 4% to those); other optimizers are forecast as AdamW, which most of them stay below."""
-        return 2 if "8bit" in self.optimizer else 8
+    def moments(self) -> int:
+        """Bytes of the two moments of all weights that are trained: in fp32, or in 8 bits by bitsandbytes' optimizers
+        (the factors of its blocks of 256 add under 4% to those), for which the Trainer has embeddings keep theirs in
+        fp32. Other optimizers are forecast as AdamW, which most of them stay below."""
+        if "8bit" not in self.optimizer:
+            return 8 * self.trained
+        embedding = 0 if self.lora else self.architecture["vocab_size"] * self.architecture["hidden_size"]
+        return 2 * self.trained + 6 * int(embedding)
 
     @property
     def sharded_weights(self) -> int:
@@ -200,7 +206,7 @@ def bytes_per_gpu(load: Load) -> dict[str, int] | None:
     parts = {
         "weights": (load.model_bytes + adapters) // load.sharded_weights,
         "gradients": 0 if offload else 4 * trained // gradients_over,
-        "optimizer": 0 if offload else (load.moment_bytes + 4 * load.zero_half) * trained // optimizer_over,
+        "optimizer": 0 if offload else (load.moments + 4 * load.zero_half * trained) // optimizer_over,
         "activations": layer_inputs + per_layer if load.gradient_checkpointing else layers * per_layer,
         "logits": _logits(load),
         "buffers": _buffers(load),
@@ -222,18 +228,18 @@ def activation_bytes(load: Load) -> int:
 
     Counted over transformers' own layers by the tensors that autograd saves (tests/test_memory.py counts them anew):
     the MLP's four inner ones, keys and values twice, and what norms, projections and adapters keep of the stream.
-    Fused attention keeps no scores.
+    Fused attention keeps no scores; eager attention keeps them in fp32 and, in mixed precision, in 16 bits too.
     """
     architecture = load.architecture
     hidden, inner = architecture["hidden_size"], architecture["intermediate_size"]
     key_values = linear_layers(architecture)["k_proj"][1]
-    norms = 0
+    besides = architecture["num_attention_heads"] * load.scores_of * (4 if load.precision == "fp32" else 6)
     if architecture.get("model_type") == "olmo2":  # norms of queries, keys and both outputs
-        norms = (8 if load.lora else 20) * hidden
+        besides += (8 if load.lora else 20) * hidden
     if load.precision == "fp32":
-        return int(32 * hidden + 16 * inner + 8 * key_values + norms)
+        return int(32 * hidden + 16 * inner + 8 * key_values + besides)
     stream = 20 if load.stream_half else 30
-    return int((stream + (5 if load.lora else 0)) * hidden + 8 * inner + 4 * key_values + norms)
+    return int((stream + (5 if load.lora else 0)) * hidden + 8 * inner + 4 * key_values + besides)
 
 
 def _buffers(load: Load) -> int:
@@ -290,7 +296,7 @@ def checkpoint_bytes(load: Load) -> int | None:
         return None
     twice = load.zero_half or load.engine == "fsdp2"
     copies = 2 if twice and not load.lora else 1
-    return copies * load.trained_bytes + load.trained * (load.moment_bytes + 4 * load.zero_half)
+    return copies * load.trained_bytes + load.moments + 4 * load.zero_half * load.trained
 
 
 def disk_bytes(load: Load) -> int | None:

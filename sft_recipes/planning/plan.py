@@ -158,6 +158,7 @@ def make(recipe: Recipe, topology: Topology) -> Plan:
     Raises:
         RecipeError: the batch cannot be kept on that many ranks, or there would be too few optimizer steps.
     """
+    _check_attention(recipe, topology)
     world_size = topology.gpus or topology.processes
     engine = engine_of(recipe, world_size)
     values = {key: hyperparameter(recipe, key)[0] for key in TABLE_KEYS}
@@ -212,6 +213,15 @@ def make(recipe: Recipe, topology: Topology) -> Plan:
     return _with_steps(plan, _estimated_rows(recipe), recipe.data.examples)
 
 
+def _check_attention(recipe: Recipe, topology: Topology) -> None:
+    if recipe.model.attention == "flash_attention_2" and (not topology.gpus or recipe.precision == "fp32"):
+        here = "in fp32" if topology.gpus else "on the CPU"
+        raise RecipeError(
+            f"model.attention: flash_attention_2 computes in 16 bits on a GPU, and this plan trains {here}; say "
+            f"model.attention=auto{', or precision=bf16' if topology.gpus else ''}"
+        )
+
+
 def load_of(plan: Plan, architecture: dict[str, Any]) -> memory.Load:
     """What a rank of this plan has to hold."""
     lora, trainer = plan.sections["lora"], plan.sections["trainer"]
@@ -225,6 +235,7 @@ def load_of(plan: Plan, architecture: dict[str, Any]) -> memory.Load:
         lora=Lora(**lora) if lora else None,
         nodes=plan.nodes,
         optimizer=trainer.get("optim", "adamw_torch_fused"),
+        scores_of=plan.max_length if plan.sections["model"]["attention"] == "eager" else 0,
     )
 
 

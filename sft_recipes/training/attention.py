@@ -28,6 +28,9 @@ FLASH, VARLEN, SDPA = "flash_attention_2", "varlen", "sdpa"
 # places differ by about 4e-3 (8 bits), their gradients by 1e-2, in fp32 by 1e-6; a wrong mask or scale by 0.1 and more.
 TOLERANCES = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
 
+# What configurations call it.
+_DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
+
 # (queries, keys, values, bounds, longest, scale) -> attended; the first three and the last [tokens, heads, width].
 Kernel = Callable[..., torch.Tensor]
 
@@ -43,8 +46,8 @@ class Choice:
         return f"{self.name} ({self.why})"
 
 
-def loaded_with(plan: Plan) -> str:
-    """What a model is loaded with: what the recipe names, or torch's own until `settle` has seen the model."""
+def loaded_with(plan: Plan) -> str | None:
+    """What a model is loaded with: what the recipe names; else transformers' choice, until `settle` has seen it."""
     asked: str = plan.sections["model"]["attention"]
     if asked == FLASH and importlib.util.find_spec("flash_attn") is None:
         # transformers would take a kernel from the Hub instead, which is code, where the package for it is installed.
@@ -57,7 +60,7 @@ def loaded_with(plan: Plan) -> str:
             f"model.attention: {asked} needs the kernels package, which is not installed; say model.attention=auto, or "
             f"install it into the virtual environment"
         )
-    return SDPA if asked in ("auto", VARLEN) else asked
+    return None if asked in ("auto", VARLEN) else asked
 
 
 def takes_bounds(way: str) -> bool:
@@ -74,7 +77,7 @@ def settle(plan: Plan, model: Any) -> Choice:
     asked = plan.sections["model"]["attention"]
     if asked not in ("auto", VARLEN):
         return Choice(asked, "as the recipe says")
-    choice = _hindered(plan, model) or _fastest(plan)
+    choice = _hindered(plan, model) or _fastest(plan, model)
     if asked == VARLEN != choice.name:
         raise RecipeError(f"model.attention: varlen cannot be had here: {choice.why}; say model.attention=auto")
     model.set_attn_implementation(choice.name)
@@ -82,39 +85,43 @@ def settle(plan: Plan, model: Any) -> Choice:
 
 
 def _hindered(plan: Plan, model: Any) -> Choice | None:
-    """torch's own masked attention, where the model wants what the ways that take bounds have not."""
+    """What transformers chose, masked attention, where the model wants what the ways that take bounds have not."""
+    masked: str = model.config._attn_implementation
     text = model.config.get_text_config()
     window = text.sliding_window if getattr(text, "use_sliding_window", True) and hasattr(text, "sliding_window") else 0
     kinds = {*(getattr(text, "layer_types", None) or ["full_attention"])}
     reasons = {
+        "transformers knows no other for it": masked != SDPA,
         "its code has an attention of its own": not model._supports_attention_backend,
         f"it attends in a window of {window} tokens": window and window < plan.max_length,
         f"it has layers of {' and '.join(sorted(kinds - {'full_attention'}))}": kinds
         - {"full_attention", "sliding_attention"},
         "it caps its scores": getattr(text, "attn_logit_softcapping", None),
-        "it drops scores out": getattr(text, "attention_dropout", 0.0),
+        "it drops scores out": any(getattr(text, name, 0.0) for name in _DROPOUTS),
         "fp32 on a GPU has no flash kernel": plan.uses_gpu and plan.precision == "fp32",
     }
-    return next((Choice(SDPA, why) for why, holds in reasons.items() if holds), None)
+    return next((Choice(masked, why) for why, holds in reasons.items() if holds), None)
 
 
-def _fastest(plan: Plan) -> Choice:
-    """The first of the ways that take bounds that gives what attention is, on this device."""
+def _fastest(plan: Plan, model: Any) -> Choice:
+    """The first of the ways that take bounds that gives what attention is, on this device, for heads of this width."""
+    text = model.config.get_text_config()
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     device, dtype = ("cuda", torch.bfloat16) if plan.uses_gpu else ("cpu", torch.float32)
     ways = {FLASH: flash, VARLEN: varlen} if plan.uses_gpu else {VARLEN: varlen}
     passed_over = []
     for name, kernel in ways.items():
-        wrong = _wrong(kernel, device, dtype)
-        if wrong is None:
+        why_not = wrong(kernel, device, dtype, width)
+        if why_not is None:
             return Choice(name, "; ".join([*passed_over, "each example by itself, tried on this device"]))
-        passed_over.append(f"no {name}: {wrong}")
+        passed_over.append(f"no {name}: {why_not}")
     return Choice(SDPA, "; ".join(passed_over))
 
 
-def _wrong(kernel: Kernel, device: str, dtype: torch.dtype) -> str | None:
+def wrong(kernel: Kernel, device: str, dtype: torch.dtype, width: int = 64) -> str | None:
     """Why a way cannot be taken on this device; None where it can."""
     try:
-        found = errors(kernel, device, dtype)
+        found = errors(kernel, device, dtype, width)
     except ImportError as missing:
         return f"{missing.name or missing} is not installed"
     except (RuntimeError, TypeError) as failed:  # built for another torch, or for other GPUs
@@ -167,9 +174,20 @@ def _attend(
     **named: Any,
 ) -> tuple[torch.Tensor, None]:
     """`varlen` as transformers calls an attention: tensors [1, heads, tokens, width]. Rows without bounds, such as
-    those of an answer that is being generated, are left to torch's masked attention."""
+    those of an answer that is being generated, are left to torch's masked attention.
+
+    Raises:
+        RuntimeError: the model drops scores out, which `settle` was to see.
+    """
     bounds = named.pop("cu_seq_lens_q", None)
+    if named.get("dropout"):
+        raise RuntimeError("varlen drops no scores out, and this model does; say model.attention=sdpa")
     if bounds is None:
+        window, seen = named.get("sliding_window"), key.shape[2]
+        if attention_mask is None and window and window < seen == query.shape[2]:
+            at = torch.arange(seen, device=query.device)
+            back = at[:, None] - at
+            attention_mask = ((back >= 0) & (back < window))[None, None]
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **named)
     # Rotated queries and keys are fp32 under autocast; values have what the projections computed in.
     tensors = (one[0].transpose(0, 1).to(value.dtype) for one in (query, key, value))
@@ -177,15 +195,19 @@ def _attend(
 
 
 def _mask(attention_mask: torch.Tensor | None = None, **arguments: Any) -> torch.Tensor | None:
-    """The mask that torch's masked attention wants where rows are padded; rows with bounds need none."""
-    return None if attention_mask is None else sdpa_mask(attention_mask=attention_mask, **arguments)
+    """The mask that torch's masked attention wants where rows are padded, or go on behind what is cached; rows with
+    bounds need none, and are as long as all that they see."""
+    queries = arguments["q_length"] if "q_length" in arguments else len(arguments["cache_position"])
+    if attention_mask is None and queries == arguments["kv_length"]:
+        return None
+    return sdpa_mask(attention_mask=attention_mask, **arguments)
 
 
 AttentionInterface.register(VARLEN, _attend)
 AttentionMaskInterface.register(VARLEN, _mask)
 
 
-def errors(kernel: Kernel, device: str, dtype: torch.dtype) -> dict[str, float]:
+def errors(kernel: Kernel, device: str, dtype: torch.dtype, width: int = 64) -> dict[str, float]:
     """The largest errors of a way, forward and backward, on grouped heads over packed examples of several lengths.
 
     Raises:
@@ -196,7 +218,7 @@ def errors(kernel: Kernel, device: str, dtype: torch.dtype) -> dict[str, float]:
     chance = torch.Generator(device=device).manual_seed(0)
 
     def inputs(heads: int) -> torch.Tensor:
-        drawn = torch.randn(sum(lengths), heads, 64, generator=chance, device=device)
+        drawn = torch.randn(sum(lengths), heads, width, generator=chance, device=device)
         return drawn.to(dtype).requires_grad_()
 
     tensors = inputs(8), inputs(2), inputs(2)

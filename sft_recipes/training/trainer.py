@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from sft_recipes.data.chat import IGNORED
 from sft_recipes.planning.cost import CARDS_TFLOPS
 from sft_recipes.planning.plan import Plan
 from sft_recipes.planning.run_folder import RunFolder
+from sft_recipes.planning.schema import RecipeError
 from sft_recipes.training import adapters, attention, checkpoint, engine, ledger, pulse
 from sft_recipes.training.callbacks.proof import Proof
 from sft_recipes.training.callbacks.stop import CutShortError, EndedAtStartError, StopTogether
@@ -37,8 +39,17 @@ RETAINED = "retain"  # the source whose loss says what the model forgets, and de
 
 
 def sft_config(plan: Plan, folder: RunFolder) -> SFTConfig:
-    """The plan in TRL's terms; every value that the recipe may not set is set here."""
+    """The plan in TRL's terms; every value that the recipe may not set is set here.
+
+    Raises:
+        RecipeError: kernels are asked for that are not installed.
+    """
     trainer = dict(plan.sections["trainer"])
+    if trainer.get("use_liger_kernel") and importlib.util.find_spec("liger_kernel") is None:
+        raise RecipeError(
+            "trainer.use_liger_kernel: liger-kernel is not installed; install it into the virtual environment, or "
+            "leave it out: TRL's own kernel scores the answers' tokens without it"
+        )
     for planned in ("max_length", "packing", "gradient_checkpointing"):
         trainer.pop(planned)
     checkpointing = plan.sections["trainer"]["gradient_checkpointing"]
