@@ -432,21 +432,22 @@ def _summary(content: dict[str, Any], name: str) -> dict[str, Any]:
         for key in ("seconds", "first", "step")
         if beside
     }
-    return {**{key: statistics.median(row[name][key] for row in rounds) for key in keys}, **ratios}
+    medians = {key: statistics.median(row[name][key] for row in rounds) for key in keys}
+    return {"runs": len(rounds), **medians, **ratios}
 
 
 def table(content: dict[str, Any]) -> str:
     """The results as a table."""
     lines = [
-        "| | whole job, s | to the first step, s | of it preparation | a step, s | an evaluation, s | a save, s "
+        "| | runs | whole job, s | to the first step, s | of it preparation | a step, s | an evaluation, s | a save, s "
         "| loss on held-out answers |",
-        "|---|---|---|---|---|---|---|---|",
+        "|" + "---|" * 9,
     ]
     for name, row in content["rows"].items():
         if "failed" in row:
-            lines.append(f"| {name} | {' '.join(row['failed'].split())} | | | | | | |")
+            lines.append(f"| {name} | {' '.join(row['failed'].split())} |{' |' * 7}")
             continue
-        cells = [f"{row['seconds']:.1f}{_times(row, 'seconds')}", f"{row['first']:.1f}"]
+        cells = [f"{row['runs']}", f"{row['seconds']:.1f}{_times(row, 'seconds')}", f"{row['first']:.1f}"]
         cells += [f"{row['preparation']:.1f}", f"{row['step']:.3f}{_times(row, 'step')}"]
         cells += [f"{row['evaluation']:.2f}", f"{row['save']:.2f}", f"{row['loss']:.3f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 from conftest import REPOSITORY
@@ -6,6 +7,9 @@ from conftest import REPOSITORY
 from sft_recipes.planning import memory, recipes, schema
 from sft_recipes.planning import plan as plans
 from sft_recipes.planning.schema import Lora, RecipeError
+
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+from machine import most_held
 
 LLAMA_8B = {
     "hidden_size": 4096,
@@ -266,6 +270,37 @@ def test_activations_are_those_that_autograd_keeps(name, engine):
     # Autocast's own copies of the weights, which autograd keeps too, are counted among the buffers.
     casts = 2 * sum(a * b for a, b in memory.linear_layers(architecture).values()) / 1024 if engine == "ddp" else 0
     assert memory.activation_bytes(planned) == pytest.approx(counted - casts, rel=0.08)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("inner", [1408, 2816])
+def test_the_peak_of_a_backward_pass_of_adapters_is_what_is_planned(inner, precision):
+    """Of one layer: what it keeps, what it holds for a moment, and fp32 gradients of the hidden states (`logits`)."""
+    import contextlib
+
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from torch.profiler import ProfilerActivity, profile
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    architecture = {**SHAPES["llama"], "model_type": "llama", "intermediate_size": inner}
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    config = AutoConfig.for_model(**architecture, num_hidden_layers=1, vocab_size=64)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+    body, model = model.model, get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+    model.enable_input_require_grads()
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+            weight.grad = torch.zeros_like(weight)
+    autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as tracker:
+        with autocast:
+            states = body(input_ids=torch.zeros(1, 1024, dtype=torch.long), use_cache=False).last_hidden_state
+        states.float().sum().backward()
+    planned = load(architecture, precision=precision, lora=Lora())
+    a_token = memory.activation_bytes(planned) + memory._held_for_a_moment(planned) + 4 * architecture["hidden_size"]
+    assert most_held(tracker) / 1024 == pytest.approx(a_token, rel=0.1)
 
 
 @pytest.mark.parametrize("engine", ["zero2", "ddp", "fp32"])
