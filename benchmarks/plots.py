@@ -19,7 +19,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import matplotlib  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import LogLocator  # noqa: E402
+from matplotlib.ticker import LogLocator, MaxNLocator  # noqa: E402
 
 from sft_recipes.reporting.plots import BLUE, GREEN, GREY, ORANGE, RED  # noqa: E402
 
@@ -47,6 +47,7 @@ def _bars(axes: Any, labels: list[str], values: list[float], colours: list[str] 
     bars = axes.barh(labels, values, color=colours)
     axes.bar_label(bars, [form.format(value) for value in values], padding=3, fontsize=8)
     axes.margins(x=0.18)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.spines[["top", "right"]].set_visible(False)
 
 
