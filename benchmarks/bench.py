@@ -146,10 +146,10 @@ def ablations(on_gpu: bool) -> dict[str, Case]:
     return {said: Case(name, options, (*words, *more)) for said, more in turned.items()}
 
 
-def from_scratch(name: str, positions: int = 16384) -> tuple[str, ...]:
+def from_scratch(name: str) -> tuple[str, ...]:
     """What has a recipe train its architecture from random weights, on rows that need no network."""
     architecture = {
-        **recipes.load(name).model.architecture, "max_position_embeddings": positions, "dtype": "bfloat16"
+        **recipes.load(name).model.architecture, "max_position_embeddings": 16384, "dtype": "bfloat16"
     }  # fmt: skip
     return (
         "model.name_or_path=", "model.from_scratch=true", f"model.architecture={json.dumps(architecture)}",

@@ -13,7 +13,7 @@ lines with no evaluation in between; of an evaluation, from the line of its step
 line is late. Preparation is how much later the first step comes than in a short run behind it that finds the rows
 prepared. The loss is one measure for every saved model: the mean over the answers' tokens of the rows held out, in
 fp32. Each run that is done is written at once to `results/beside-MACHINE.json`; where some are there of the same
-commit, rows and steps, the rest is measured. A way that fails is a row that says so.
+commit, versions, rows and steps, the rest is measured. A way that fails is a row that says so.
 
 The ways differ in what they do besides: only this project's look at the answers' tokens alone, try the run before it
 begins (`with its trial`), write checksums and wait until the disk has them.
@@ -128,7 +128,7 @@ def main() -> int:
     failed = set()
     with tempfile.TemporaryDirectory() as folder:
         place, held_out = _prepare(Path(folder), asked)
-        content = _begun(target, asked, place)
+        content = {**_begun(target, asked, place), "left out": [name for name, way in known.items() if way is None]}
         for number in range(asked.rounds):
             if number == len(content["rounds"]):
                 content["rounds"].append({})
@@ -167,18 +167,14 @@ def _wrong(asked: argparse.Namespace, known: dict[str, Way | None]) -> str | Non
 
 
 def _begun(target: Path, asked: argparse.Namespace, place: Place) -> dict[str, Any]:
-    """The results file, with the runs of the same commit, rows and steps; what failed is tried again."""
-    of_the_rows = hashlib.sha256((place.rows / "train.jsonl").read_bytes()).hexdigest()[:16]
-    fresh = {
+    """The results file, with the runs of the same commit, versions, rows and steps; what failed is tried again."""
+    circumstances = {
         "commit": machine.commit(),
-        "versions": {name: metadata.version(name) for name in LIBRARIES}, "steps": asked.steps, "rows of": of_the_rows,
-        "rounds": [], "notes": {},
-    }  # fmt: skip
-    content = machine.begun(target, **fresh)
-    of_these = {"commit": fresh["commit"], "steps": asked.steps, "rows of": of_the_rows}
-    if asked.again or any(content.get(key) != value for key, value in of_these.items()):
-        content = {"machine": machine.described(), **fresh, "rows": {}}
-    return {**content, "failed": {}, "left out": [name for name, way in every_way(asked.peers).items() if way is None]}
+        "versions": {name: metadata.version(name) for name in LIBRARIES},
+        "steps": asked.steps,
+        "rows of": hashlib.sha256((place.rows / "train.jsonl").read_bytes()).hexdigest()[:16],
+    }
+    return {"rounds": [], "notes": {}, **machine.begun(target, asked.again, **circumstances), "failed": {}}
 
 
 def _round(way: Way, place: Place, folder: Path, held_out: Path) -> dict[str, float]:

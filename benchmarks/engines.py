@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+import machine
+
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "deepspeed")
 
 
@@ -27,16 +27,15 @@ def main() -> int:
         report = Path(folder) / "report.jsonl"
         tests = [sys.executable, "-m", "pytest", "tests/engines/test_trajectories.py", "-k", "fp32 or bf16"]
         environment = {**os.environ, "ENGINES_REPORT": str(report)}
-        code = subprocess.run(tests, cwd=HERE.parent, env=environment, check=False).returncode
+        code = subprocess.run(tests, cwd=machine.HERE.parent, env=environment, check=False).returncode
         rows = [json.loads(line) for line in report.read_text().splitlines()]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True)
     content = {
-        "machine": {"cores": os.cpu_count(), "system": platform.platform()},
+        "machine": machine.described(),
         "versions": {name: metadata.version(name) for name in LIBRARIES},
-        "commit": commit.stdout.strip(),
+        "commit": machine.commit(),
         "rows": rows,
     }
-    (HERE / "results" / f"engines-{os.cpu_count()}-cores.json").write_text(json.dumps(content, indent=2) + "\n")
+    machine.write(machine.results("engines", None), content)
     print(table(rows))
     return code
 

@@ -47,13 +47,14 @@ def results(kind: str, card: str | None) -> Path:
     return HERE / "results" / f"{kind}-{card or f'{os.cpu_count()}-cores'}.json"
 
 
-def begun(target: Path, **beside: Any) -> dict[str, Any]:
-    """What a results file holds already, where it is of this machine; else a new one's beginning."""
-    if target.is_file():
-        content: dict[str, Any] = json.loads(target.read_text())
-        if content["machine"] == described():
-            return content
-    return {"machine": described(), **beside, "rows": {}}
+def begun(target: Path, again: bool = False, **circumstances: Any) -> dict[str, Any]:
+    """What a results file holds already, where it is of this machine and of these circumstances; else, and where it is
+    to be had `again`, a new one's beginning."""
+    circumstances["machine"] = described()
+    content: dict[str, Any] = json.loads(target.read_text()) if target.is_file() and not again else {}
+    if all(content.get(key) == value for key, value in circumstances.items()):
+        return content
+    return {**circumstances, "rows": {}}
 
 
 def write(target: Path, content: dict[str, Any]) -> None:

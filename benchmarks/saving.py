@@ -627,15 +627,12 @@ def _gpus() -> int:
 def _circumstances(parsed: argparse.Namespace) -> dict[str, Any]:
     import machine  # beside this script, which the ranks import from elsewhere
 
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
     return {
         "machine": machine.described(),
         "device": parsed.device,
         "disk": _file_system(parsed.disk.resolve()),
         "versions": {name: metadata.version(name) for name in LIBRARIES},
-        "commit": described.stdout.strip(),
+        "commit": machine.commit(),
         "recipe": "tiny; for saves with a wider architecture",
     }
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import importlib
 import itertools
 import json
 import os
@@ -207,9 +206,7 @@ def _given_template(model: dict[str, Any]) -> str:
 def _make(plan: Plan, named: Mapping[str, Mapping[str, Source]], base: Path | None, folder: Path) -> None:
     with imports.swiftly():
         import datasets
-        import transformers
-
-        importlib.import_module("transformers.models.auto.tokenization_auto")
+        import transformers.models.auto.tokenization_auto
 
     from sft_recipes.data.chat import Chat
     from sft_recipes.data.labelling import label

@@ -7,6 +7,7 @@ make a mask of (row length) squared, and look at all of it.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 from collections.abc import Callable
@@ -149,9 +150,7 @@ def varlen(queries: Any, keys: Any, values: Any, bounds: Any, longest: int, scal
     if queries.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
 
-        # Older versions group heads without being told, and do not know the word.
-        known = "enable_gqa" in inspect.signature(varlen_attn).parameters
-        grouped = {"enable_gqa": True} if known and queries.shape[1] != keys.shape[1] else {}
+        grouped = {"enable_gqa": True} if queries.shape[1] != keys.shape[1] and _is_told_of_groups(varlen_attn) else {}
         return varlen_attn(
             queries, keys, values, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0), **grouped
         )
@@ -162,6 +161,12 @@ def varlen(queries: Any, keys: Any, values: Any, bounds: Any, longest: int, scal
         for part in zip(*parts, strict=True)
     ]
     return torch.cat(attended, 2)[0].transpose(0, 1)
+
+
+@functools.cache
+def _is_told_of_groups(kernel: Kernel) -> bool:
+    """Older versions group heads without being told, and do not know the word; asked once, not at every layer."""
+    return "enable_gqa" in inspect.signature(kernel).parameters
 
 
 def _attend(
