@@ -6,10 +6,18 @@ umask 077 # logs hold answers, and prompts
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 time_is_up='' ended='' interrupted='' step=''
-# shellcheck disable=SC2329 # the traps call it
-pass_on() { [ -z "$step" ] || kill "-$1" "$step" 2> /dev/null || true; }
-trap 'interrupted=1 time_is_up=1; echo "the time is nearly up: saving"; pass_on USR1' USR1
-trap 'interrupted=1 ended=1; echo "asked to end: saving"; pass_on TERM' TERM INT
+# shellcheck disable=SC2329 # the traps call them
+have_saved() { # once every launcher hears: srun loses a signal that comes before, and a launcher is ended by it
+  until [ "$(find "$SFT_RECIPES_LOGS" -name 'hears-*' | wc -l)" -ge "$SLURM_JOB_NUM_NODES" ]; do
+    kill -0 "$step" 2> /dev/null || return 0
+    sleep 1
+  done
+  kill -USR1 "$step" 2> /dev/null || true
+}
+# shellcheck disable=SC2329
+have_ended() { kill -TERM "$step" 2> /dev/null || true; }
+trap 'interrupted=1 time_is_up=1; echo "the time is nearly up: saving"; [ -z "$step" ] || have_saved &' USR1
+trap 'interrupted=1 ended=1; echo "asked to end: saving"; [ -z "$step" ] || have_ended' TERM INT
 
 fail() {
   echo "error: $1" >&2
@@ -59,7 +67,7 @@ start=${SLURM_RESTART_COUNT:-0}
 job_logs=$PWD/slurm/logs/$SLURM_JOB_NAME-$SLURM_JOB_ID
 export SFT_RECIPES_LOGS="$job_logs/start-$start" SFT_RECIPES_REQUEUE="$job_logs/start-$start/requeue"
 mkdir -p "$SFT_RECIPES_LOGS"
-rm -f "$SFT_RECIPES_REQUEUE" "$SFT_RECIPES_LOGS/asked-to-end" "$SFT_RECIPES_LOGS/refused"
+rm -f "$SFT_RECIPES_REQUEUE" "$SFT_RECIPES_LOGS"/{asked-to-end,refused,hears-*}
 ln -sfn "start-$start" "$job_logs/latest"
 ln -sfn "$SLURM_JOB_NAME-$SLURM_JOB_ID" slurm/logs/latest
 if [ "$start" -eq 0 ]; then
@@ -79,10 +87,9 @@ echo "logs: $SFT_RECIPES_LOGS"
 
 "${command[@]}" &
 step=$!
-[ -z "$time_is_up" ] || pass_on USR1 # it came before there was somebody to tell
-[ -z "$ended" ] || pass_on TERM
+[ -z "$time_is_up" ] || have_saved & # it came before there was somebody to tell
+[ -z "$ended" ] || have_ended
 tail --pid="$step" -n +1 -F "$SFT_RECIPES_LOGS/node-0-$(hostname -s).txt" 2> /dev/null &
-shown=$!
 status=0
 while true; do # a signal ends `wait`, not the step; 127 says that the step was waited for already
   interrupted='' waited=0
@@ -90,7 +97,7 @@ while true; do # a signal ends `wait`, not the step; 127 says that the step was 
   [ "$waited" -eq 127 ] || status=$waited
   [ -n "$interrupted" ] || break
 done
-wait "$shown" || true
+wait || true # for what shows, and for what would have told
 [ ! -e "$SFT_RECIPES_LOGS/refused" ] || [ "$status" -lt 128 ] || status=2 # srun ended the nodes that were not so quick
 
 # 75 says that all is saved, a signal (128 and above) that it came before there was something to save. A job that was

@@ -61,17 +61,20 @@ def peers(environment: Mapping[str, str]) -> Iterator[Peers | None]:
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
     """In a batch job signals are heard from the first moment on: a scheduler's may come at once, and is no accident.
-    Where node 0 hears a SIGTERM, slurm/launch.sh has word that the job is not to come back."""
+    slurm/launch.sh has word of it, since it passes none on before; and where node 0 hears a SIGTERM, that the job is
+    not to come back."""
     allocation = _of_a_batch_job()
     if allocation is None:
         yield
         return
+    words = Path(os.environ["SFT_RECIPES_LOGS"])
     with process.listening() as asked:
+        (words / f"hears-{allocation.rank}").touch()
         try:
             yield
         finally:
             if allocation.rank == 0 and signal.SIGTERM in asked.numbers:
-                Path(os.environ["SFT_RECIPES_LOGS"], "asked-to-end").touch()
+                (words / "asked-to-end").touch()
 
 
 def await_run(name: str | None) -> None:

@@ -15,7 +15,7 @@ from conftest import REPOSITORY, SHORT, metrics
 from safetensors.numpy import load_file
 
 _SECONDS_AT_MOST = 400.0  # for what takes half a minute on an idle machine
-_ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 # Two ranks, one on each node, and enough steps that something can happen in the middle.
 LONGER = (*SHORT, "trainer.max_steps=60", "trainer.eval_steps=30", "trainer.save_steps=15")
 
@@ -46,7 +46,7 @@ class Site:
 
     def ended(self, job: str) -> dict[str, str]:
         """What Slurm says of a job once it has ended."""
-        until(lambda: self.cluster.job(job).get("JobState") in _ENDED, lambda: self.output(job))
+        until(lambda: self.cluster.job(job).get("JobState") in ENDED, lambda: self.output(job))
         return self.cluster.job(job)
 
     def starts_again(self, job: str, without: Sequence[str] = ()) -> None:
@@ -62,7 +62,7 @@ class Site:
         """Waits until a run has logged a step."""
 
         def has() -> bool:
-            assert self.cluster.job(job)["JobState"] not in _ENDED, self.output(job)
+            assert self.cluster.job(job)["JobState"] not in ENDED, self.output(job)
             return last_step(self.runs / run) >= step
 
         until(has, lambda: self.output(job))
@@ -74,6 +74,10 @@ class Site:
             *self.checkout.glob(f"slurm/logs/*-{job}/start-*/*.txt"),
         ]
         return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')}" for path in found)
+
+    def words(self, job: str) -> str:
+        """The names of the files that its launchers and its script leave for each other."""
+        return " ".join(path.name for path in self.checkout.glob(f"slurm/logs/*-{job}/start-*/*"))
 
 
 def until(happens: Callable[[], bool], said: Callable[[], str]) -> None:
@@ -112,7 +116,8 @@ def site(place: Path, names: Sequence[str], gpus: int) -> Iterator[Site]:
     # By its own name, not by this checkout's: DeepSpeed compiles its operators anew where its own path is another one.
     python = checkout / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/sh\nexec {REPOSITORY}/.venv/bin/python "$@"\n', encoding="utf-8")
+    late = '[ "${LATE:-no node}" != "$SLURMD_NODENAME" ] || sleep 4'  # on the node that a test names so
+    python.write_text(f'#!/bin/sh\n{late}\nexec {REPOSITORY}/.venv/bin/python "$@"\n', encoding="utf-8")
     python.chmod(0o755)
     with cluster(place / "cluster", names, gpus) as one:
         yield Site(one, checkout)

@@ -13,7 +13,7 @@ import pytest
 import sites
 from cluster import cannot_be
 from conftest import SHORT, Workplace, manifest
-from sites import LONGER, Site, last_step, losses, same_weights, until
+from sites import ENDED, LONGER, Site, last_step, losses, same_weights, until
 
 pytestmark = pytest.mark.skipif(cannot_be() is not None, reason=str(cannot_be()))
 
@@ -104,11 +104,15 @@ def test_sigterm_to_the_ranks_saves_and_brings_no_job_back_even_when_its_time_wa
     assert manifest(site.runs / "asked")["state"] == "stopped"
 
 
-def test_a_job_whose_time_is_up_before_it_has_begun_is_no_failed_one(site: Site) -> None:
-    job = site.submit("tiny", *SHORT, "parallelism=ddp", NAME="early", SANITY="")
-    until(lambda: "logs: " in site.output(job), lambda: site.output(job))
+@pytest.mark.parametrize("late", ["no node", "node2"])
+def test_a_job_whose_time_is_up_before_it_has_begun_is_no_failed_one(site: Site, late: str) -> None:
+    job = site.submit("tiny", *SHORT, "parallelism=ddp", NAME=f"early-{late[-1]}", SANITY="", LATE=late)
+    # Before srun has begun, or where one launcher hears and another does not yet.
+    first = "logs: " if late == "no node" else "hears-0"
+    until(lambda: first in site.output(job) + site.words(job), lambda: site.output(job))
     site.cluster.ask("scancel", "--signal=USR1", "--batch", job)
-    until(lambda: site.cluster.job(job)["Restarts"] == "1", lambda: site.output(job))
+    until(lambda: site.cluster.job(job)["JobState"] in ("PENDING", *ENDED), lambda: site.output(job))
+    assert site.cluster.job(job)["Restarts"] == "1", site.output(job)
     assert f"job {job} goes back into the queue" in site.output(job)
     site.cluster.ask("scancel", job)
     site.cluster.await_idle(120)
