@@ -58,7 +58,9 @@ def cases(on_gpu: bool) -> dict[str, Case]:
         of = {
             "one process": ((), ()),
             "one process, checkpointing": ((), ("trainer.gradient_checkpointing=true",)),
+            "one process, two micro-batches": ((), ("batch.per_device_at_most=1",)),
             "one process, bf16": ((), ("precision=bf16",)),
+            "one process, bf16, checkpointing": ((), ("precision=bf16", "trainer.gradient_checkpointing=true")),
             "one process, LoRA": ((), ("lora.r=16",)),
         }
         for engine in ("ddp", "zero1", "zero2", "zero3", "fsdp2"):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=sft-1b
-#SBATCH --nodes=1                             # 1 GPU: the state is 24 GiB
+#SBATCH --nodes=1                             # 1 GPU: the state is 22 GiB
 #SBATCH --ntasks-per-node=1                   # one launcher a node, which starts the node's ranks
 #SBATCH --gpus-per-node=1
 #SBATCH --cpus-per-task=8                     # the ranks' and their data workers'

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=sft-32b
-#SBATCH --nodes=2                             # 16 GPUs: 49 GiB of each under ZeRO-3; one node does not hold it
+#SBATCH --nodes=2                             # 16 GPUs: 48 GiB of each under ZeRO-3; one node does not hold it
 #SBATCH --ntasks-per-node=1                   # one launcher a node, which starts the node's ranks
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive                           # all of the node's cores and memory: 8 ranks and their data workers

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=sft-70b-lora
-#SBATCH --nodes=1                             # 8 GPUs: 30 GiB of each under ZeRO-3
+#SBATCH --nodes=1                             # 8 GPUs: 29 GiB of each under ZeRO-3
 #SBATCH --ntasks-per-node=1                   # one launcher a node, which starts the node's ranks
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive                           # all of the node's cores and memory: 8 ranks and their data workers

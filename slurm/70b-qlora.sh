@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=sft-70b-qlora
-#SBATCH --nodes=1                             # 1 GPU: 56 GiB, an 80 GB card's
+#SBATCH --nodes=1                             # 1 GPU: 55 GiB, an 80 GB card's
 #SBATCH --ntasks-per-node=1                   # one launcher a node, which starts the node's ranks
 #SBATCH --gpus-per-node=1
 #SBATCH --cpus-per-task=8                     # the ranks' and their data workers'

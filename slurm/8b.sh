@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=sft-8b
-#SBATCH --nodes=1                             # 8 GPUs: 37 GiB of each; fewer than 4 do not hold it
+#SBATCH --nodes=1                             # 8 GPUs: 36 GiB of each; fewer than 4 do not hold it
 #SBATCH --ntasks-per-node=1                   # one launcher a node, which starts the node's ranks
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive                           # all of the node's cores and memory: 8 ranks and their data workers

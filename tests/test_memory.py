@@ -1,3 +1,4 @@
+import gc
 import json
 import sys
 
@@ -256,14 +257,14 @@ def kept_for_the_backward_pass(architecture, dtype, autocast, lora, way="sdpa"):
     return (kept[1] - kept[0]) / 2 / 1024
 
 
-@pytest.mark.parametrize("engine", ["zero2", "ddp", "fp32", "lora"])
+@pytest.mark.parametrize("engine", ["zero2", "ddp", "fp32", "lora", "lora in fp32"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_activations_are_those_that_autograd_keeps(name, engine):
     import torch
 
     architecture = {"model_type": name.split(",")[0], **SHAPES[name]}
-    lora = Lora() if engine == "lora" else None
-    precision = "fp32" if engine == "fp32" else "bf16"
+    lora = Lora() if "lora" in engine else None
+    precision = "fp32" if "fp32" in engine else "bf16"
     planned = load(architecture, "zero2" if engine == "zero2" else "ddp", precision=precision, lora=lora)
     dtype = torch.bfloat16 if engine in ("zero2", "lora") else torch.float32
     counted = kept_for_the_backward_pass(architecture, dtype, engine in ("ddp", "lora"), lora)
@@ -301,6 +302,52 @@ def test_the_peak_of_a_backward_pass_of_adapters_is_what_is_planned(inner, preci
     planned = load(architecture, precision=precision, lora=Lora())
     a_token = memory.activation_bytes(planned) + memory._held_for_a_moment(planned) + 4 * architecture["hidden_size"]
     assert most_held(tracker) / 1024 == pytest.approx(a_token, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("tied", "precision", "recomputes", "accumulates"),
+    [
+        (True, "fp32", False, False),
+        (True, "fp32", True, True),
+        (True, "bf16", False, True),
+        (False, "bf16", True, False),
+        (False, "bf16", True, True),
+        (False, "fp32", False, True),
+    ],
+)
+def test_the_peak_of_a_step_is_what_is_planned(monkeypatch, tied, precision, recomputes, accumulates):
+    """Of the model with TRL's scoring and the fused AdamW, by tracked allocations; benchmarks/memory.py has whole runs,
+    under every engine."""
+    import torch
+    import trl.trainer.utils
+    from torch.profiler import ProfilerActivity, profile
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    monkeypatch.setattr(trl.trainer.utils, "_use_triton", lambda _device: True)
+    monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 2048)
+    architecture = {**SHAPES["llama"], "intermediate_size": 1408, "num_hidden_layers": 3, "vocab_size": 2048}
+    architecture |= {"model_type": "llama", "tie_word_embeddings": tied}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture)).train()
+    if recomputes:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    trl.trainer.utils.add_fused_lm_head(model)
+    model.forward = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")(model.forward)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    tokens = torch.arange(512)[None]
+    labels = torch.where(tokens % 16 == 0, tokens, -100)
+    gc.collect()  # what another test has left, and the tracker knows, is not to be freed while it looks
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as tracker:
+        for _ in range(2):
+            for _ in range(1 + accumulates):
+                model(input_ids=tokens, labels=labels, fused_lm_head=True).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    planned = load(
+        architecture, "single", precision=precision, tokens=512, gradient_checkpointing=recomputes,
+        accumulates=accumulates, on_cpu=True,
+    )  # fmt: skip
+    parts = memory.bytes_per_gpu(planned)
+    assert most_held(tracker) == pytest.approx(parts["total"] - parts["weights"], rel=0.08)
 
 
 @pytest.mark.parametrize("engine", ["zero2", "ddp", "fp32"])

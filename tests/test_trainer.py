@@ -367,6 +367,27 @@ def test_trl_itself_would_score_all_positions_on_a_cpu(tmp_path, model_folder, t
     assert scored[0] > 2 * supervised
 
 
+def test_a_tile_of_logits_is_no_wider_than_the_vocabulary(tmp_path, model_folder, tokenizer, examples):
+    import trl.trainer.utils
+
+    rows = dataset(examples, 128, packing=True)
+    subject = make_trainer(tmp_path, model_folder, tokenizer, rows, rows)
+    assert subject.model.config.vocab_size == trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE < 32_768
+
+
+def test_trl_itself_would_lay_out_a_tile_as_wide_as_it_is_told(monkeypatch):
+    """The reason why it is told otherwise; fails when it no longer does, and its width can be left alone."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    from machine import most_held
+    from torch.profiler import ProfilerActivity, profile
+    from trl.kernels import ChunkedLogProbFunction
+
+    states, weight, answers = torch.zeros(100, 8), torch.zeros(64, 8), torch.zeros(100, dtype=torch.int64)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as tracker:
+        ChunkedLogProbFunction.apply(states, weight, None, answers, 1.0, 32_768, None, 1.0, ())
+    assert most_held(tracker) > 100 * 32_768 * 4
+
+
 def test_loss_accuracy_and_entropy_are_those_of_trl(tmp_path, model_folder, tokenizer, examples):
     rows = dataset(examples, 128, packing=True)
     subject = make_trainer(tmp_path, model_folder, tokenizer, rows, rows)

@@ -118,7 +118,8 @@ class Load:
     """What a rank has to hold: the model, how it is trained, and one micro-batch.
 
     `tokens` are those of one micro-batch, padding included; `scores_of` how many others a token is scored against,
-    where the scores are kept: eager attention keeps a row's, no other way does.
+    where the scores are kept: eager attention keeps a row's, no other way does. `accumulates` says whether a step is
+    of several micro-batches.
     """
 
     architecture: Mapping[str, Any]
@@ -131,6 +132,18 @@ class Load:
     nodes: int = 1
     optimizer: str = "adamw_torch_fused"
     scores_of: int = 0
+    accumulates: bool = True
+    on_cpu: bool = False
+
+    @property
+    def autocasts(self) -> bool:
+        """Whether fp32 weights are cast as they are used."""
+        return self.precision == "bf16" and self.lora is None and self.engine in ("single", "ddp")
+
+    @property
+    def gradient_width(self) -> int:
+        """Bytes of a gradient as the backward pass makes it."""
+        return 2 if self.precision == "bf16" and not self.autocasts else 4
 
     @property
     def moments(self) -> int:
@@ -182,47 +195,89 @@ class Load:
 
 
 def bytes_per_gpu(load: Load) -> dict[str, int] | None:
-    """Peak memory of one rank by part, in bytes; an estimate to decide with, not a measurement.
+    """Peak memory of one rank by part, in bytes, at the instant of a step when their sum is largest; an estimate to
+    decide with, not a measurement.
 
     Weights, gradients and optimizer state follow the dtypes of `dtypes`; AdamW's two moments are fp32 everywhere but in
     an 8-bit optimizer.
     Activations: what a layer keeps for its backward pass; with checkpointing, each layer's input and one whole layer.
-    Adapters' own gradients are so small that what the backward pass of a layer holds for a moment comes on top.
-    Logits: a tile of them, and fp32 gradients of the hidden states and, unless it is frozen, of the output layer.
+    Logits: what scoring takes, and what the embeddings' gradients take besides their place among the gradients.
     Buffers: DDP's gradient buckets; ZeRO's buckets for gradients and gathered weights; gathered layers or
     embeddings under ZeRO-3 and FSDP2; autocast's bf16 copies of the weights; a dequantized layer under QLoRA. `step` is
-    what ZeRO's optimizer step takes beyond activations and logits, which are gone by then: its gradients once more,
-    laid out flat. AdamW is the fused one, which needs no copies.
+    what ZeRO's optimizer step takes: its gradients once more, laid out flat. AdamW is the fused one, which needs no
+    copies.
     """
     if parameter_count(load.architecture) is None:
         return None
-    architecture, world, trained = load.architecture, load.world_size, load.trained
-    gradients_over = world if load.engine in ("zero2", *SHARDED) else 1
+    world, trained = load.world_size, load.trained
     optimizer_over = world if load.engine in ("zero1", "zero2", *SHARDED) else 1
     adapters = load.trained_bytes if load.lora else 0
-    layers = architecture["num_hidden_layers"]
-    per_layer = load.tokens * activation_bytes(load)
-    layer_inputs = layers * load.tokens * architecture["hidden_size"] * (2 if load.stream_half else 4)
-    passing = load.tokens * _held_for_a_moment(load) if load.lora else 0
     offload = load.engine == "zero3_offload"
-    parts = {
+    buffers = _buffers(load)
+    held = {
         "weights": (load.model_bytes + adapters) // load.sharded_weights,
-        "gradients": 0 if offload else 4 * trained // gradients_over,
+        "gradients": 0,
         "optimizer": 0 if offload else (load.moments + 4 * load.zero_half * trained) // optimizer_over,
-        "activations": (layer_inputs + per_layer if load.gradient_checkpointing else layers * per_layer) + passing,
-        "logits": _logits(load),
-        "buffers": _buffers(load),
-    }
-    flat = {"zero2": 4 * trained // world, "zero3": 4 * min(trained // world, SUB_GROUP)}.get(load.engine, 0)
-    parts["step"] = max(flat - parts["activations"] - parts["logits"], 0)
+        "activations": 0, "logits": 0, "buffers": 0, "step": 0,
+    }  # fmt: skip
+    largest = max(_instants(load), key=lambda instant: sum(instant.values()))
+    parts = {name: part + largest.get(name, 0) + (buffers if name == "buffers" else 0) for name, part in held.items()}
     return {**parts, "total": sum(parts.values())}
 
 
-def _logits(load: Load) -> int:
+def _instants(load: Load) -> list[dict[str, int]]:
+    """The instants of a step that may be its peak, each with what is there besides weights, optimizer and buffers."""
+    architecture, trained, recomputes = load.architecture, load.trained, load.gradient_checkpointing
+    layers = architecture["num_hidden_layers"]
+    gradients_over = load.world_size if load.engine in ("zero2", *SHARDED) else 1
+    gradients = 0 if load.engine == "zero3_offload" else 4 * trained // gradients_over
+    # A plain optimizer drops its gradients behind each step: until the backward pass makes them there are none.
+    before = gradients if load.accumulates or load.engine not in ("single", "ddp") else 0
+    layer = load.tokens * activation_bytes(load)
+    inputs = layers * load.tokens * architecture["hidden_size"] * (2 if load.stream_half else 4)
+    kept = inputs if recomputes else layers * layer
+    passing = load.tokens * _held_for_a_moment(load) + (layer if recomputes else 0)
+    casts, casts_of_a_layer = _casts(load)
+    # One of a vocabulary's gradients of the hidden size, in the dtype that the layers compute in. Where embeddings are
+    # tied, that of the output layer waits for that of the input.
+    embedding = 0 if load.lora else load.gradient_width * architecture["vocab_size"] * architecture["hidden_size"]
+    waits = embedding if architecture.get("tie_word_embeddings") else 0
+    flat = {"zero2": 4 * trained // load.world_size, "zero3": 4 * min(trained // load.world_size, SUB_GROUP)}
+    tile, scores = _logits(load)
+    # The bottom layer's and the embeddings' are the last to be made.
+    made = gradients - (0 if before or load.lora else 4 * block_weights(architecture) + embedding)
+    return [
+        {"gradients": before, "activations": kept, "logits": tile, "buffers": casts},
+        {"gradients": before, "activations": kept, "logits": tile + scores, "buffers": 0 if recomputes else casts},
+        {
+            "gradients": before, "activations": kept + passing, "logits": waits if before else embedding,
+            "buffers": casts_of_a_layer if recomputes else casts,
+        },
+        {"gradients": made, "activations": passing, "logits": waits, "buffers": casts_of_a_layer},
+        {"gradients": gradients, "logits": waits + (embedding if before else 0)},
+        {"gradients": gradients, "step": flat.get(load.engine, 0)},
+    ]  # fmt: skip
+
+
+def _logits(load: Load) -> tuple[int, int]:
+    """Scoring: a tile of logits, with autocast's copy of the weights that make it; and what its backward pass takes
+    besides: fp32 gradients of the hidden states and, unless it is frozen, of the output layer, which are then made what
+    that is held in. All tokens are taken to be answers'."""
     hidden, vocabulary = load.architecture["hidden_size"], load.architecture["vocab_size"]
-    width = 2 if load.precision == "bf16" else 4
-    tile = width * min(load.tokens, LOGIT_TILE[0]) * min(vocabulary, LOGIT_TILE[1])
-    return int(tile + 4 * load.tokens * hidden + (0 if load.lora else 4 * vocabulary * hidden))
+    width, columns = 2 if load.precision == "bf16" else 4, min(vocabulary, LOGIT_TILE[1])
+    tile = width * min(load.tokens, LOGIT_TILE[0]) * columns + (2 * columns * hidden if load.autocasts else 0)
+    copied = 2 * vocabulary * hidden if load.gradient_width == 2 else 0
+    copied += 4 * columns * hidden if load.on_cpu and width == 2 else 0  # only a GPU multiplies 16 bits into 32
+    return tile, 4 * load.tokens * hidden + (0 if load.lora else 4 * vocabulary * hidden + copied)
+
+
+def _casts(load: Load) -> tuple[int, int]:
+    """Autocast's bf16 copies of linear layers: of all, from the forward pass on, and of one, as the backward pass goes
+    by it. Embeddings are looked up as they are."""
+    if not load.autocasts:
+        return 0, 0
+    block = 2 * block_weights(load.architecture)
+    return load.architecture["num_hidden_layers"] * block, block
 
 
 def activation_bytes(load: Load) -> int:
@@ -238,8 +293,10 @@ def activation_bytes(load: Load) -> int:
     besides = architecture["num_attention_heads"] * load.scores_of * (4 if load.precision == "fp32" else 6)
     if architecture.get("model_type") == "olmo2":  # norms of queries, keys and both outputs
         besides += (8 if load.lora else 20) * hidden
+    if load.on_cpu:  # examples are attended one by one, and laid end to end again
+        besides += (4 if load.precision == "fp32" else 2) * hidden
     if load.precision == "fp32":
-        return int(32 * hidden + 16 * inner + 8 * key_values + besides)
+        return int((24 if load.lora else 32) * hidden + 16 * inner + 8 * key_values + besides)  # frozen norms keep less
     stream = 20 if load.stream_half else 30
     return int((stream + (5 if load.lora else 0)) * hidden + 8 * inner + 4 * key_values + besides)
 
@@ -269,10 +326,9 @@ def _buffers(load: Load) -> int:
         # A layer; the next one, as it arrives and as it is laid out; gradients as they come and as they are sent. How
         # much of that is there at once is a matter of timing: peaks of one run and the next differ by a tenth.
         return 3 * width * largest + (0 if load.lora else (width + 4) * largest)
-    casts = 2 * parameters if half and not load.lora else 0
     quantized = load.lora is not None and load.lora.quantize is not None
     dequantized: int = width * architecture["hidden_size"] * architecture["intermediate_size"] if quantized else 0
-    return casts + dequantized + (4 * load.trained if load.engine == "ddp" else 0)
+    return dequantized + (4 * load.trained if load.engine == "ddp" else 0)
 
 
 def host_bytes_per_node(load: Load) -> dict[str, int] | None:

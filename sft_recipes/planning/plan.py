@@ -236,6 +236,8 @@ def load_of(plan: Plan, architecture: dict[str, Any]) -> memory.Load:
         nodes=plan.nodes,
         optimizer=trainer.get("optim", "adamw_torch_fused"),
         scores_of=plan.max_length if plan.sections["model"]["attention"] == "eager" else 0,
+        accumulates=plan.gradient_accumulation_steps > 1,
+        on_cpu=not plan.uses_gpu,
     )
 
 

@@ -35,6 +35,9 @@ from sft_recipes.training.saving import Saving
 # else by that name; the kernel asks its own.
 trl.trainer.utils._use_triton = lambda _device: True
 
+# TRL lays a tile of logits out so wide, also where the vocabulary is narrower.
+_WIDEST_TILE = trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
+
 RETAINED = "retain"  # the source whose loss says what the model forgets, and decides nothing
 
 
@@ -214,6 +217,9 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
         self.stopping = StopTogether()
         arguments["train_dataset"] = ledger.number(arguments["train_dataset"])
         super().__init__(peft_config=adapters.configuration(plan), **arguments)
+        trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = min(
+            _WIDEST_TILE, self.model.config.get_text_config().vocab_size
+        )
         adapters.hold_in_fp32(self.model, plan)
         adapters.keep_the_trained_layout(self.model)
         engine.reduce_in_fp32(self.accelerator, plan)
