@@ -116,10 +116,10 @@ PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses 2 --dist loadfile
 
 # In the order of their names, which has the slow ones at the beginning and in the middle: xdist's own has them last.
 test: setup ## the tests, on the CPU, in under ten minutes
-	@$(PYTEST) --no-loadscope-reorder tests --ignore tests/engines --ignore tests/container --ignore tests/slurm
+	@$(PYTEST) --no-loadscope-reorder tests $(addprefix --ignore tests/,chaos engines container slurm)
 
-test-engines: setup ## the matrix: every engine follows one process, every recipe trains three steps (about twenty minutes)
-	@$(PYTEST) tests/engines
+test-engines: setup ## the matrix: every engine follows one process, every recipe trains three steps; runs killed while they save (about twenty minutes)
+	@$(PYTEST) tests/engines tests/chaos
 
 test-container: setup ## build the CPU image with podman, run the smoke test in it, try ids, signals and secrets (a quarter of an hour)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/container
