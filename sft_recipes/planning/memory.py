@@ -31,6 +31,9 @@ SUB_GROUP = 1_000_000_000  # DeepSpeed's default: ZeRO-3 takes its step so many 
 LOGIT_TILE = (4096, 32_768)
 PROCESS_BYTES = 4 * GIB  # a rank's libraries, CUDA context and pinned batches in host memory; an estimate
 
+# What a rank's memory is told by.
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "step")
+
 # 4-bit NormalFloat: half a byte, and a quantized scale for each 64 weights (arXiv:2305.14314, 0.127 bits a weight).
 NF4_BYTES = 0.5 + 0.127 / 8
 
@@ -119,7 +122,7 @@ class Load:
 
     `tokens` are those of one micro-batch, padding included; `scores_of` how many others a token is scored against,
     where the scores are kept: eager attention keeps a row's, no other way does. `accumulates` says whether a step is
-    of several micro-batches.
+    of several micro-batches, `on_cpu` whether there is no GPU whose kernels need less.
     """
 
     architecture: Mapping[str, Any]
@@ -209,66 +212,66 @@ def bytes_per_gpu(load: Load) -> dict[str, int] | None:
     """
     if parameter_count(load.architecture) is None:
         return None
-    world, trained = load.world_size, load.trained
-    optimizer_over = world if load.engine in ("zero1", "zero2", *SHARDED) else 1
+    optimizer_over = load.world_size if load.engine in ("zero1", "zero2", *SHARDED) else 1
     adapters = load.trained_bytes if load.lora else 0
     offload = load.engine == "zero3_offload"
-    buffers = _buffers(load)
     held = {
         "weights": (load.model_bytes + adapters) // load.sharded_weights,
-        "gradients": 0,
-        "optimizer": 0 if offload else (load.moments + 4 * load.zero_half * trained) // optimizer_over,
-        "activations": 0, "logits": 0, "buffers": 0, "step": 0,
-    }  # fmt: skip
-    largest = max(_instants(load), key=lambda instant: sum(instant.values()))
-    parts = {name: part + largest.get(name, 0) + (buffers if name == "buffers" else 0) for name, part in held.items()}
+        "optimizer": 0 if offload else (load.moments + 4 * load.zero_half * load.trained) // optimizer_over,
+        "buffers": _buffers(load),
+    }
+    fullest = max(_instants(load), key=lambda instant: sum(instant.values()))
+    parts = {name: held.get(name, 0) + fullest.get(name, 0) for name in PARTS}
     return {**parts, "total": sum(parts.values())}
 
 
 def _instants(load: Load) -> list[dict[str, int]]:
-    """The instants of a step that may be its peak, each with what is there besides weights, optimizer and buffers."""
+    """The instants of a step that may be its peak, each with what is there besides what is always held."""
     architecture, trained, recomputes = load.architecture, load.trained, load.gradient_checkpointing
-    layers = architecture["num_hidden_layers"]
     gradients_over = load.world_size if load.engine in ("zero2", *SHARDED) else 1
     gradients = 0 if load.engine == "zero3_offload" else 4 * trained // gradients_over
     # A plain optimizer drops its gradients behind each step: until the backward pass makes them there are none.
     before = gradients if load.accumulates or load.engine not in ("single", "ddp") else 0
-    layer = load.tokens * activation_bytes(load)
-    inputs = layers * load.tokens * architecture["hidden_size"] * (2 if load.stream_half else 4)
-    kept = inputs if recomputes else layers * layer
-    passing = load.tokens * _held_for_a_moment(load) + (layer if recomputes else 0)
+    layer, moment = load.tokens * activation_bytes(load), load.tokens * _held_for_a_moment(load)
+    inputs = load.tokens * architecture["hidden_size"] * (2 if load.stream_half else 4)
+    kept = architecture["num_hidden_layers"] * (inputs if recomputes else layer)
     casts, casts_of_a_layer = _casts(load)
-    # One of a vocabulary's gradients of the hidden size, in the dtype that the layers compute in. Where embeddings are
-    # tied, that of the output layer waits for that of the input.
+    # Gradients of the embeddings, or of the output layer, as they come. Where those are one, the latter's wait for the
+    # former's to the end.
     embedding = 0 if load.lora else load.gradient_width * architecture["vocab_size"] * architecture["hidden_size"]
-    waits = embedding if architecture.get("tie_word_embeddings") else 0
-    flat = {"zero2": 4 * trained // load.world_size, "zero3": 4 * min(trained // load.world_size, SUB_GROUP)}
+    waiting = embedding if architecture.get("tie_word_embeddings") else 0
+    last = 0 if before or load.lora else 4 * block_weights(architecture) + embedding
     tile, scores = _logits(load)
-    # The bottom layer's and the embeddings' are the last to be made.
-    made = gradients - (0 if before or load.lora else 4 * block_weights(architecture) + embedding)
-    return [
-        {"gradients": before, "activations": kept, "logits": tile, "buffers": casts},
-        {"gradients": before, "activations": kept, "logits": tile + scores, "buffers": 0 if recomputes else casts},
-        {
-            "gradients": before, "activations": kept + passing, "logits": waits if before else embedding,
-            "buffers": casts_of_a_layer if recomputes else casts,
-        },
-        {"gradients": made, "activations": passing, "logits": waits, "buffers": casts_of_a_layer},
-        {"gradients": gradients, "logits": waits + (embedding if before else 0)},
-        {"gradients": gradients, "step": flat.get(load.engine, 0)},
-    ]  # fmt: skip
+    step = {"zero2": 4 * trained // load.world_size, "zero3": 4 * min(trained // load.world_size, SUB_GROUP)}
+    forwards = {"gradients": before, "activations": kept, "logits": tile, "buffers": casts}
+    scoring = {**forwards, "logits": tile + scores, "buffers": 0 if recomputes else casts}
+    top_layer = {
+        "gradients": before,
+        "activations": kept + moment + (layer if recomputes else 0),
+        "logits": waiting if before else embedding,
+        "buffers": casts_of_a_layer if recomputes else casts,
+    }
+    bottom_layer = {
+        "gradients": gradients - last, "activations": layer + moment, "logits": waiting, "buffers": casts_of_a_layer
+    }  # fmt: skip
+    embeddings = {"gradients": gradients, "logits": waiting + (embedding if before else 0)}
+    optimizing = {"gradients": gradients, "step": step.get(load.engine, 0)}
+    return [forwards, scoring, top_layer, bottom_layer, embeddings, optimizing]
 
 
 def _logits(load: Load) -> tuple[int, int]:
-    """Scoring: a tile of logits, with autocast's copy of the weights that make it; and what its backward pass takes
-    besides: fp32 gradients of the hidden states and, unless it is frozen, of the output layer, which are then made what
-    that is held in. All tokens are taken to be answers'."""
+    """Scoring, all tokens taken to be answers': a tile of logits, with autocast's copy of the weights that make it; and
+    what its backward pass takes besides: fp32 gradients of the hidden states and, unless it is frozen, of the output
+    layer, which are then made what that is held in."""
     hidden, vocabulary = load.architecture["hidden_size"], load.architecture["vocab_size"]
     width, columns = 2 if load.precision == "bf16" else 4, min(vocabulary, LOGIT_TILE[1])
     tile = width * min(load.tokens, LOGIT_TILE[0]) * columns + (2 * columns * hidden if load.autocasts else 0)
-    copied = 2 * vocabulary * hidden if load.gradient_width == 2 else 0
-    copied += 4 * columns * hidden if load.on_cpu and width == 2 else 0  # only a GPU multiplies 16 bits into 32
-    return tile, 4 * load.tokens * hidden + (0 if load.lora else 4 * vocabulary * hidden + copied)
+    scores = 4 * load.tokens * hidden
+    if load.on_cpu and load.precision == "bf16":  # only a GPU multiplies 16 bits into 32
+        scores += 4 * columns * hidden
+    if load.lora is None:
+        scores += (4 + (2 if load.gradient_width == 2 else 0)) * vocabulary * hidden
+    return tile, scores
 
 
 def _casts(load: Load) -> tuple[int, int]:
