@@ -127,7 +127,7 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
     if plan.memory_bytes_per_gpu is None:
         return [("memory", "not known: model.architecture is not given")]
     where = "GPU" if plan.uses_gpu else "process"
-    lines = [(f"memory a {where}", _parts(plan.memory_bytes_per_gpu))]
+    lines = [(f"memory a {where}", _parts(plan.memory_bytes_per_gpu, " at a step's fullest instant"))]
     if plan.host_bytes_per_node and plan.uses_gpu:
         lines.append(("host memory a node", _parts(plan.host_bytes_per_node)))
     if plan.disk_bytes and plan.checkpoint_bytes:
@@ -138,11 +138,11 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
     return lines
 
 
-def _parts(number_bytes: dict[str, int]) -> str:
+def _parts(number_bytes: dict[str, int], when: str = "") -> str:
     parts = ", ".join(
         f"{part} {number / GIB:.2f}" for part, number in number_bytes.items() if part != "total" and number
     )
-    return f"{_gib(number_bytes['total'])}, estimated ({parts})"
+    return f"{_gib(number_bytes['total'])}{when}, estimated ({parts})"
 
 
 def _gib(number_bytes: float) -> str:
