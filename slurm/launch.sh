@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 time_is_up='' ended='' interrupted='' step=''
 # shellcheck disable=SC2329 # the traps call them
 have_saved() { # once every launcher hears: srun loses a signal that comes before, and a launcher is ended by it
-  until [ "$(find "$SFT_RECIPES_LOGS" -name 'hears-*' | wc -l)" -ge "$SLURM_JOB_NUM_NODES" ]; do
+  until [ "$(find "$SFT_RECIPES_LOGS" -name '.hears-*' | wc -l)" -ge "$SLURM_JOB_NUM_NODES" ]; do
     kill -0 "$step" 2> /dev/null || return 0
     sleep 1
   done
@@ -67,7 +67,7 @@ start=${SLURM_RESTART_COUNT:-0}
 job_logs=$PWD/slurm/logs/$SLURM_JOB_NAME-$SLURM_JOB_ID
 export SFT_RECIPES_LOGS="$job_logs/start-$start" SFT_RECIPES_REQUEUE="$job_logs/start-$start/requeue"
 mkdir -p "$SFT_RECIPES_LOGS"
-rm -f "$SFT_RECIPES_REQUEUE" "$SFT_RECIPES_LOGS"/{asked-to-end,refused,hears-*}
+rm -f "$SFT_RECIPES_REQUEUE" "$SFT_RECIPES_LOGS"/{asked-to-end,refused,.hears-*}
 ln -sfn "start-$start" "$job_logs/latest"
 ln -sfn "$SLURM_JOB_NAME-$SLURM_JOB_ID" slurm/logs/latest
 if [ "$start" -eq 0 ]; then

@@ -69,7 +69,7 @@ def listening() -> Iterator[None]:
         return
     words = Path(os.environ["SFT_RECIPES_LOGS"])
     with process.listening() as asked:
-        (words / f"hears-{allocation.rank}").touch()
+        (words / f".hears-{allocation.rank}").touch()
         try:
             yield
         finally:

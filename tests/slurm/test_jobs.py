@@ -54,7 +54,7 @@ def test_two_nodes_of_two_ranks_train_as_one_process_does(site: Site, by_one_pro
     }  # fmt: skip
     logs = site.checkout / "slurm" / "logs"
     assert (logs / "latest" / "latest").resolve() == logs / f"sft-tiny-{job}" / "start-0"
-    names = {path.name for path in (logs / "latest" / "latest").iterdir()}
+    names = {path.name for path in (logs / "latest" / "latest").glob("*.txt")}
     assert names == {"node-0-node1.txt", "node-1-node2.txt", "rank-1.txt", "rank-2.txt", "rank-3.txt"}
     assert f"job {job}, start 1, 2 x 0 GPUs" in said
     status = site.cluster.ask(".venv/bin/python", "-m", "sft_recipes", "status", f"four-{engine}", folder=site.checkout)
@@ -108,7 +108,7 @@ def test_sigterm_to_the_ranks_saves_and_brings_no_job_back_even_when_its_time_wa
 def test_a_job_whose_time_is_up_before_it_has_begun_is_no_failed_one(site: Site, late: str) -> None:
     job = site.submit("tiny", *SHORT, "parallelism=ddp", NAME=f"early-{late[-1]}", SANITY="", LATE=late)
     # Before srun has begun, or where one launcher hears and another does not yet.
-    first = "logs: " if late == "no node" else "hears-0"
+    first = "logs: " if late == "no node" else ".hears-0"
     until(lambda: first in site.output(job) + site.words(job), lambda: site.output(job))
     site.cluster.ask("scancel", "--signal=USR1", "--batch", job)
     until(lambda: site.cluster.job(job)["JobState"] in ("PENDING", *ENDED), lambda: site.output(job))
