@@ -227,9 +227,9 @@ def bytes_per_gpu(load: Load) -> dict[str, int] | None:
 
 def _instants(load: Load) -> list[dict[str, int]]:
     """The instants of a step that may be its peak, each with what is there besides what is always held."""
-    architecture, trained, recomputes = load.architecture, load.trained, load.gradient_checkpointing
+    architecture, recomputes = load.architecture, load.gradient_checkpointing
     gradients_over = load.world_size if load.engine in ("zero2", *SHARDED) else 1
-    gradients = 0 if load.engine == "zero3_offload" else 4 * trained // gradients_over
+    gradients = 0 if load.engine == "zero3_offload" else 4 * load.trained // gradients_over
     # A plain optimizer drops its gradients behind each step: until the backward pass makes them there are none.
     before = gradients if load.accumulates or load.engine not in ("single", "ddp") else 0
     layer, moment = load.tokens * activation_bytes(load), load.tokens * _held_for_a_moment(load)
@@ -242,7 +242,7 @@ def _instants(load: Load) -> list[dict[str, int]]:
     waiting = embedding if architecture.get("tie_word_embeddings") else 0
     last = 0 if before or load.lora else 4 * block_weights(architecture) + embedding
     tile, scores = _logits(load)
-    step = {"zero2": 4 * trained // load.world_size, "zero3": 4 * min(trained // load.world_size, SUB_GROUP)}
+    flat = {"zero2": gradients, "zero3": min(gradients, 4 * SUB_GROUP)}.get(load.engine, 0)
     forwards = {"gradients": before, "activations": kept, "logits": tile, "buffers": casts}
     scoring = {**forwards, "logits": tile + scores, "buffers": 0 if recomputes else casts}
     top_layer = {
@@ -255,7 +255,7 @@ def _instants(load: Load) -> list[dict[str, int]]:
         "gradients": gradients - last, "activations": layer + moment, "logits": waiting, "buffers": casts_of_a_layer
     }  # fmt: skip
     embeddings = {"gradients": gradients, "logits": waiting + (embedding if before else 0)}
-    optimizing = {"gradients": gradients, "step": step.get(load.engine, 0)}
+    optimizing = {"gradients": gradients, "step": flat}
     return [forwards, scoring, top_layer, bottom_layer, embeddings, optimizing]
 
 
