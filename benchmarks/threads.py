@@ -1,9 +1,8 @@
-"""Measures how much a bound on the spinning of OpenMP threads costs on an idle machine, and saves next to a busy process.
+"""Measures what a bound on the spinning of OpenMP threads costs on an idle machine and saves next to a busy process.
 
     .venv/bin/python benchmarks/threads.py [--rounds 3] [--steps 40]
 
-Trains the tiny recipe with each value of GOMP_SPINCOUNT, once alone and once next to one process that keeps a core busy,
-in turn, so that the ratios are of one machine in one hour. Run it on an otherwise idle machine. Writes
+Trains the tiny recipe with each value of GOMP_SPINCOUNT, alone and next to one process that keeps a core busy, in turn, so that the ratios are of one machine in one hour. Run it on an otherwise idle machine. Writes
 `results/threads-HOST.json`.
 """
 
@@ -18,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import machine
 
@@ -53,7 +53,19 @@ def main() -> None:
     print(json.dumps(content["rows"], indent=2))
 
 
-def _rows(seconds: dict[tuple[str, str], list[float]]) -> dict[str, dict[str, float | list[float]]]:
+def table(content: dict[str, Any]) -> str:
+    """The rows as Markdown."""
+    lines = ["| GOMP_SPINCOUNT | seconds (median) | spread | ratio |", "|---|---|---|---|"]
+    for name, row in content["rows"].items():
+        chosen = " (chosen)" if name.startswith(f"GOMP_SPINCOUNT={content['chosen']},") else ""
+        spread = f"{min(row['seconds'])} to {max(row['seconds'])}"
+        lines.append(
+            f"| {name.removeprefix('GOMP_SPINCOUNT=')}{chosen} | {row['median']} | {spread} | {row['ratio']} |"
+        )
+    return "\n".join(lines)
+
+
+def _rows(seconds: dict[tuple[str, str], list[float]]) -> dict[str, dict[str, Any]]:
     """For each value and condition: seconds of training, and their ratio to libgomp's default on the idle machine."""
     default = statistics.median(seconds[SPIN_COUNTS[0], "idle"])
     return {
