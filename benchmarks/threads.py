@@ -4,6 +4,7 @@
 
 Trains the tiny recipe with each value of GOMP_SPINCOUNT, alone and next to one process that keeps a core busy, in turn,
 so that the ratios are of one machine in one hour. Run it on an otherwise idle machine. Writes
+`results/threads-HOST.json`.
 """
 
 from __future__ import annotations
