@@ -114,7 +114,7 @@ if [ -n "$record" ]; then
 fi
 step confined confined
 step doctor sft doctor --gpus "$gpus"
-[ -n "$cpu" ] || step flash-attn python "$here/smoke.py" attention
+[ -n "$cpu" ] || step attention python "$here/smoke.py" attention
 for one in "${engines[@]}"; do step "train: $one" engine "$one"; done
 step kill-and-resume kill_and_resume
 step generate generate
