@@ -40,7 +40,7 @@ else
     cores=$(nproc) by_memory=$(($(awk '/MemAvailable/ { print $2 }' /proc/meminfo) / 8000000))
     jobs=${MAX_JOBS:-$((by_memory < 1 ? 1 : by_memory < cores ? by_memory : cores))}
     # flash-attn's own page: 3 to 5 minutes on 64 cores, for all of its architectures.
-    echo "compiling flash-attn for $capabilities with $jobs jobs: about $((4 * 64 / jobs)) minutes by its authors' figure (4 on 64 cores; not measured here)"
+    echo "compiling flash-attn for $capabilities with $jobs jobs: about $((4 * 64 / jobs)) minutes by its authors' measurement (4 on 64 cores; not measured here)"
     # torch's build helper fails with an IndexError if no GPU is visible and TORCH_CUDA_ARCH_LIST is unset.
     PATH=$PWD/$venv/bin:$venv/bin:$PATH MAX_JOBS=$jobs FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTN_CUDA_ARCHS=$archs \
         TORCH_CUDA_ARCH_LIST=$capabilities "${pip[@]}" --no-build-isolation --require-hashes -r "$here/flash-attn.txt"

@@ -31,7 +31,7 @@ from sft_recipes.launching.mounts import REPOSITORY, InputError, value
 ENGINES = ("docker", "podman")
 # Verbs that compute where there are GPUs; the others need none.
 _COMPUTING = ("train", "sanity", "verify-resume", "generate", "merge", "doctor", "smoke")
-# Passed by name, so that no value stands in a command line, which every user of the machine can read.
+# Passed by name, so that no value appears in a command line, which every user of the machine can read.
 _PASSED = re.compile(
     r"(HF|HUGGING_FACE|HUGGINGFACE|WANDB|NCCL|GLOO|TORCH_NCCL|CUDA|TRITON|DS|PYTORCH)_\w+|FLASH_ATTENTION_DETERMINISTIC|"
     r"OMP_NUM_THREADS|REPORT_TO|SANITY|GPU_HOUR_PRICE|NO_COLOR|COLUMNS|TERM|TZ|(https?|all|no)_proxy|"

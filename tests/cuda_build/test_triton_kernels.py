@@ -58,7 +58,7 @@ def test_the_loss_kernels_compile_to_machine_code(name, architecture, tmp_path, 
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """Results by case of interpret.py, a process of its own because Triton decides at import whether it compiles."""
+    """Results by case of interpret.py, a separate process because Triton decides at import whether it compiles."""
     script = Path(__file__).with_name("interpret.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
