@@ -127,7 +127,7 @@ test-container: setup ## build the CPU image with podman, run the smoke test in 
 test-slurm: setup ## the shipped jobs on a real Slurm of several nodes, made and cut off on this machine (needs root)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/slurm
 
-test-cuda-build: ## compile for GPUs without one, in its own .venv-cuda: Triton kernels, DeepSpeed's operators, flash-attn (needs g++, Python's headers, 9 GB of disk; about half an hour)
+test-cuda-build: ## compile for GPUs without one, in its own .venv-cuda: Triton kernels, DeepSpeed's operators, flash-attn (needs g++, Python's headers, 7 GB of disk; about half an hour)
 	@TORCH=cuda requirements/install.sh .venv-cuda
 	@.venv-cuda/bin/python -m pip install --quiet --no-deps --require-hashes -r requirements/nvcc.txt
 	@OMP_NUM_THREADS=1 .venv-cuda/bin/python -m pytest tests/cuda_build

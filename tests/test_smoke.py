@@ -146,7 +146,9 @@ def test_the_summary_is_one_object(smoke, tmp_path):
     assert not told["passed"] and told["steps"][0] == {"name": "a", "exit_code": 0, "seconds": 3, "said": "said\twell"}
 
 
-@pytest.mark.parametrize(("word", "says"), [("--gpu", "unknown argument --gpu"), (None, "no GPU here")])
+@pytest.mark.parametrize(
+    ("word", "says"), [("--gpu", "unknown argument --gpu"), (None, "no GPU here"), ("--no-container", "no GPU here")]
+)
 def test_the_smoke_test_is_not_begun_where_it_cannot_be(word, says):
     words = ["bash", str(DOCKER / "smoke.sh"), *([word] if word else [])]
     done = subprocess.run(words, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False)
