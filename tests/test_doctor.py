@@ -60,7 +60,7 @@ def test_memory_that_others_hold_is_named():
     [
         (None, "green"),
         ({"missing": "No module named 'flash_attn'"}, "yellow"),
-        ({"error": "CUDA error: no kernel image is available"}, "red"),
+        ({"error": "flash_attn_2_cuda.so: undefined symbol: _ZNK3c106SymInt6sym_neERKS0_"}, "red"),
         ({"forward": 4e-3, "backward": 8e-3, "tolerance": 3e-2}, "green"),
         ({"forward": 4e-3, "backward": 0.4, "tolerance": 3e-2}, "red"),
         ({"forward": math.nan, "backward": 8e-3, "tolerance": 3e-2}, "red"),
@@ -69,6 +69,22 @@ def test_memory_that_others_hold_is_named():
 def test_flash_attention_must_be_right_where_it_is(looked, colour):
     finding = doctor.attention({"flash_attention": looked})
     assert finding.colour == colour and (colour == "green" or finding.way_out)
+
+
+@pytest.mark.parametrize(
+    ("error", "fix"),
+    [
+        ("CUDA error: no kernel image is available for execution on the device", "CUDA_ARCHITECTURES='12.0;8.9'"),
+        ("CUDA error: invalid device function", "CUDA_ARCHITECTURES='12.0;8.9'"),
+        ("FlashAttention only supports Ampere GPUs or newer.", "it needs Ampere or newer"),
+    ],
+)
+def test_a_gpu_that_flash_attention_has_no_kernel_for_can_train(error, fix):
+    """`model.attention: auto` passes it over."""
+    gpus = [{"capability": "8.9"}, {"capability": "12.0"}, {"capability": "8.9"}]
+    finding = doctor.attention({"flash_attention": {"error": error}, "gpus": gpus})
+    assert finding.colour == "yellow" and fix in finding.way_out
+    assert "no kernel for compute capability 12.0 or 8.9; torch's own attention is used" in finding.found
 
 
 # Lines as NCCL 2.2x writes them at NCCL_DEBUG=INFO.

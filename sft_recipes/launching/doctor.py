@@ -111,6 +111,10 @@ def memory_of_gpus(gpus: Sequence[dict[str, Any]]) -> Iterator[Finding]:
         yield Finding("GPU memory", "green", "free")
 
 
+# What CUDA and flash-attn report if flash-attn was compiled for other GPUs than this one.
+_NO_KERNEL = re.compile("no kernel image is available|invalid device function|only supports Ampere GPUs or newer")
+
+
 def attention(seen: dict[str, Any]) -> Finding:
     """Whether flash-attn is there and right."""
     if "error" in seen:
@@ -121,6 +125,11 @@ def attention(seen: dict[str, Any]) -> Finding:
     if "missing" in looked:
         way_out = "torch's own attention is used; the image has it (make image)"
         return Finding("flash-attn", "yellow", f"not there ({looked['missing']})", way_out)
+    if "error" in looked and _NO_KERNEL.search(looked["error"]):
+        capabilities = sorted({gpu["capability"] for gpu in seen.get("gpus", [])})
+        said = f"it has no kernel for compute capability {' or '.join(capabilities)}; torch's own attention is used"
+        fix = f"rebuild it with CUDA_ARCHITECTURES='{';'.join(capabilities)}' to use it (docker/README.md)"
+        return Finding("flash-attn", "yellow", said, "it needs Ampere or newer" if "Ampere" in looked["error"] else fix)
     if "error" in looked:
         return Finding("flash-attn", "red", looked["error"], "build it for this GPU: docker/README.md")
     said = f"off by {looked['forward']:.1e} forward, {looked['backward']:.1e} backward, of {looked['tolerance']:.0e}"

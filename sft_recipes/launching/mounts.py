@@ -18,13 +18,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # Verbs whose first word is a run.
 OF_A_RUN = ("verify-resume", "diagnose", "report", "status", "generate", "merge")
 # Variables that name folders which are written to where they can be, and files and folders that are read.
-_WRITTEN = (
+WRITTEN = (
     "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE", "HF_XET_CACHE", "HF_ASSETS_CACHE", "WANDB_DIR",
-    "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR",
+    "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "TRITON_CACHE_DIR", "TRITON_DUMP_DIR", "CUDA_CACHE_PATH",
+    "CUDA_MPS_PIPE_DIRECTORY", "PYTORCH_KERNEL_CACHE_PATH",
 )  # fmt: skip
-_READ = (
+READ = (
     "HF_TOKEN_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NCCL_TOPO_FILE",
-    "NCCL_GRAPH_FILE",
+    "NCCL_GRAPH_FILE", "TRITON_OVERRIDE_DIR",
 )  # fmt: skip
 # What a run keeps of the data and the model that it was made of.
 _RECORDS = ("plan.json", "prepared.json", "final/adapter_config.json")
@@ -125,10 +126,10 @@ def _of_variables() -> Iterator[tuple[str, Path, bool]]:
     """The name of a variable, the place that it names, and whether that is written to."""
     yield "RUNS_DIR", runs(), True
     yield "HF_HOME", hub(), True
-    yield from ((name, place(os.environ[name]), True) for name in _WRITTEN if os.environ.get(name))
+    yield from ((name, place(os.environ[name]), True) for name in WRITTEN if os.environ.get(name))
     yield from (
         (name, place(os.environ[name]), False)
-        for name in _READ
+        for name in READ
         if os.environ.get(name) and exists(Path(os.environ[name]))
     )
     for part in filter(None, os.environ.get("MOUNTS", "").split(":")):

@@ -20,11 +20,11 @@ def look() -> dict[str, Any]:
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
         "operators": _operators(),
         "compiler": shutil.which("c++") is not None and Path(sysconfig.get_path("include"), "Python.h").is_file(),
-        "flash_attention": _flash_attention() if torch.cuda.is_available() else None,
+        "flash_attention": flash_attention() if torch.cuda.is_available() else None,
     }
 
 
-def _flash_attention() -> dict[str, Any]:
+def flash_attention() -> dict[str, Any]:
     """How far flash-attn's kernel is off on this GPU, or why there is none."""
     if importlib.util.find_spec("flash_attn") is None:
         return {"missing": "flash_attn is not installed"}
