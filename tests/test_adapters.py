@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sft_recipes.data import embedded
-from sft_recipes.planning import environment
+from sft_recipes.planning import environment, recipes
 from sft_recipes.planning import plan as plans
 from sft_recipes.planning.memory import GIB, NF4_BYTES
 from sft_recipes.planning.run_folder import RunFolder
@@ -186,6 +186,29 @@ def test_a_from_scratch_base_that_is_gone_is_named(adapted, tmp_path):
 def test_a_run_that_trained_the_whole_model_is_not_merged(short_run):
     with pytest.raises(RecipeError, match="short trained the whole model"):
         adapters.merge(RunFolder(short_run))
+
+
+def test_saved_adapters_hold_no_embeddings_and_saving_asks_no_hub(model_folder, tmp_path, monkeypatch):
+    """peft itself does both for a base of the Hub: once its embeddings grew, and at every save."""
+    from peft import get_peft_model
+    from peft.utils import save_and_load
+
+    plan = plans.make(recipes.load("tiny", ("lora.r=2",)), plans.Topology(gpus=0, processes=1))
+
+    def asked_by(prepare):
+        asked = []
+        monkeypatch.setattr(save_and_load, "check_file_exists_on_hf_hub", lambda name, _file: asked.append(name))
+        model = AutoModelForCausalLM.from_pretrained(model_folder)
+        model.resize_token_embeddings(384)
+        model.name_or_path = "some/model"
+        adapted = get_peft_model(model, adapters.configuration(plan, model_folder))
+        prepare(adapted)
+        adapted.save_pretrained(tmp_path)
+        return asked
+
+    assert asked_by(lambda _model: None) == ["some/model"], "peft asks no more: save_adapters_alone is needed no more"
+    assert asked_by(lambda model: adapters.save_adapters_alone(model, plan)) == []
+    assert all(".lora_" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
 
 
 def gradient(layer):

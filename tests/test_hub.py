@@ -144,7 +144,9 @@ def check_offline_use(workplace, run, home):
     prompt = ("generate", run.name, "--prompt", "How much is 1 and 1?")
     answered = workplace.sft(*prompt, HF_HUB_OFFLINE="1", HF_HOME=home)
     assert answered.returncode == 0 and answered.stdout, answered.stderr
-    moved = str(Path(home).rename(workplace.path / "moved"))  # as on another machine: prepared.json names no folder here
+    moved = str(
+        Path(home).rename(workplace.path / "moved")
+    )  # as on another machine: prepared.json names no folder here
     again = workplace.sft(*prompt, HF_HUB_OFFLINE="1", HF_HOME=moved)
     assert (again.returncode, again.stdout) == (0, answered.stdout), again.stderr
     gone = workplace.sft(*prompt, HF_HUB_OFFLINE="1", HF_HOME=str(workplace.path / "empty"))

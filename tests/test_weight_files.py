@@ -49,7 +49,7 @@ def test_each_fp32_weight_gets_the_dtype_that_it_has_in_the_base(tmp_path):
     source = folder_of(tmp_path / "source", trained, text_config={"dtype": "float32", "vocab_size": 4})
     result = published(folder_of(tmp_path / "base", [base]), source, tmp_path / "final")
     everything = {**trained[0], **trained[1]}
-    dtypes = {name: torch.bfloat16 for name in ("layer", "one", "new", "half")}
+    dtypes = dict.fromkeys(("layer", "one", "new", "half"), torch.bfloat16)
     dtypes |= {"scale": torch.float32, "ids": torch.int64}
     assert {name: tensor.dtype for name, tensor in result.items()} == dtypes
     assert all(torch.equal(result[name], everything[name].to(dtype)) for name, dtype in dtypes.items())
@@ -99,7 +99,9 @@ def held_out_loss(model, run):
         positions = torch.cat([torch.arange(length) for length in row.get("seq_lengths", [ids.shape[1]])])[None]
         with torch.no_grad():
             logits = model(input_ids=ids, position_ids=positions).logits.float()
-        total += float(torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=IGNORED, reduction="sum"))
+        total += float(
+            torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=IGNORED, reduction="sum")
+        )
         tokens += int((labels[0, 1:] != IGNORED).sum())
     return total / tokens
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from sft_recipes.training.quiet import quiet
 # Of the largest logit: what rounding explains when an adapter is added to weights of that precision.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
-_LIBRARIES_BYTES = GIB  # of a process that has imported torch, transformers and peft: 0.6 GiB measured, rounded up
+_LIBRARIES_BYTES = GIB  # of a process that has imported torch, transformers and peft; an estimate
 
 
 def quantization(plan: Plan) -> Any:
@@ -75,6 +76,16 @@ def hold_in_fp32(model: Any, plan: Plan) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+
+
+def save_adapters_alone(model: Any, plan: Plan) -> None:
+    """Keeps the frozen embeddings out of saved adapters, and every save off the network.
+
+    peft (0.21, utils/save_and_load.py, `save_embedding_layers="auto"`) looks up the base model's vocabulary on the Hub
+    at `main` at each save. Embeddings that a new padding token made larger would be saved too, and then fit no base.
+    """
+    if plan.method != "full":
+        model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
 
 
 def keep_the_trained_layout(model: Any) -> None:
@@ -141,9 +152,9 @@ class BaseSize:
     def merging_bytes(self, plan: Plan) -> int:
         """Peak host memory of `merge`, in bytes.
 
-        The merged model whole; with QLoRA the 4-bit weights too, which transformers keeps until all are dequantized;
-        one layer's adapters multiplied out in fp32, and what that is cast and scaled from; the libraries. Saving copies
-        nothing.
+        The merged model, and with QLoRA the 4-bit weights, which transformers keeps until all are dequantized; three
+        fp32 tensors of the largest layer, in which adapters are multiplied out; the libraries. Weight files are mapped,
+        and their pages reclaimed; saving copies nothing.
         """
         width = 2 if plan.precision == "bf16" else 4
         quantized = NF4_BYTES * self.linear if plan.method == "qlora" else 0

@@ -92,8 +92,8 @@ def placement(needed: int, free: Sequence[int], host: int) -> str | dict[str, in
         return "auto"
     if usable:
         raise RecipeError(
-            f"RUN: the model does not fit: found {sum(free) / GIB:.1f} GiB free on {len(free)} visible GPU(s), expected "
-            f"{needed / _WEIGHTS_SHARE / GIB:.1f} GiB. Make more GPUs visible, or answer on the CPU with "
+            f"RUN: the model does not fit: found {sum(free) / GIB:.1f} GiB free on {len(free)} visible GPU(s), "
+            f"expected {needed / _WEIGHTS_SHARE / GIB:.1f} GiB. Make more GPUs visible, or answer on the CPU with "
             f"CUDA_VISIBLE_DEVICES="
         )
     if needed > host:

@@ -223,6 +223,7 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
         )
         adapters.hold_in_fp32(self.model, plan)
         adapters.keep_the_trained_layout(self.model)
+        adapters.save_adapters_alone(self.model, plan)
         engine.reduce_in_fp32(self.accelerator, plan)
         self.remove_callback(PrinterCallback)  # callbacks/progress.py speaks
         self.add_callbacks([self.stopping])
