@@ -55,7 +55,8 @@ def load(plan: Plan, folder: RunFolder) -> Any:
 
     from sft_recipes.training import adapters
 
-    free = [torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count())]
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0  # an old driver has GPUs that are of no use
+    free = [torch.cuda.mem_get_info(gpu)[0] for gpu in range(gpus)]
     trust = plan.sections["model"]["trust_remote_code"]
     if plan.method == "full":
         needed = sum(file.stat().st_size for file in folder.final.glob("*.safetensors"))

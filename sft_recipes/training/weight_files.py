@@ -45,7 +45,8 @@ class PublishedCopy:
         elif source.name == INDEX:
             _copy_json(source, target, lambda index: self._with_size(index, source.parent))
         else:
-            shutil.copy2(source, target)
+            shutil.copyfile(source, target)
+        shutil.copymode(source, target)
 
     def _published(self, name: str, entry: dict[str, Any]) -> str | None:
         """The dtype to convert a tensor to; None to keep its own."""
