@@ -135,34 +135,45 @@ def test_what_was_fetched_trains_without_a_network(workplace, served):
     check_offline_use(workplace, run, home)
 
 
+# On another machine, whose cache holds the commit elsewhere, with the libraries that a user has, and without the commit.
+ELSEWHERE = """
+import pathlib, sys, torch
+from huggingface_hub import constants
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
+from sft_recipes.planning.run_folder import RunFolder
+from sft_recipes.planning.schema import RecipeError
+from sft_recipes.training import generate
+run, commit, prompt = RunFolder(pathlib.Path(sys.argv[1])), sys.argv[2], sys.argv[3]
+generate.main(run, [prompt])
+ids = torch.arange(20)[None]
+adapted = AutoPeftModelForCausalLM.from_pretrained(run.final)
+assert torch.equal(adapted(ids).logits, AutoModelForCausalLM.from_pretrained(run.final, revision=commit)(ids).logits)
+constants.HF_HUB_CACHE = "/nowhere"
+try:
+    generate.main(run, [prompt])
+except RecipeError as error:
+    print(error, file=sys.stderr)
+"""
+
+
 def check_offline_use(workplace, run, home):
     """From a cache that holds the commit and no `refs/main`: adapters answer, and so do those that a user loads."""
     assert not list(Path(home).glob("hub/models--*/refs/*"))
     saved = {path.parent.name: json.loads(path.read_text()) for path in run.glob("*/adapter_config.json")}
     assert {"final", "last", "best-8", "checkpoint-8"} <= saved.keys()
     assert {config["revision"] for config in saved.values()} == {COMMIT}
-    prompt = ("generate", run.name, "--prompt", "How much is 1 and 1?")
-    answered = workplace.sft(*prompt, HF_HUB_OFFLINE="1", HF_HOME=home)
+    prompt = "How much is 1 and 1?"
+    answered = workplace.sft("generate", run.name, "--prompt", prompt, HF_HUB_OFFLINE="1", HF_HOME=home)
     assert answered.returncode == 0 and answered.stdout, answered.stderr
-    moved = str(
-        Path(home).rename(workplace.path / "moved")
-    )  # as on another machine: prepared.json names no folder here
-    again = workplace.sft(*prompt, HF_HUB_OFFLINE="1", HF_HOME=moved)
-    assert (again.returncode, again.stdout) == (0, answered.stdout), again.stderr
-    gone = workplace.sft(*prompt, HF_HUB_OFFLINE="1", HF_HOME=str(workplace.path / "empty"))
-    assert gone.returncode == 2 and len(gone.stderr.splitlines()) == 1
-    assert f"error: model.name_or_path: some/model at {COMMIT[:8]} is neither in the Hub's cache" in gone.stderr
-    code = (
-        "import sys, torch; from peft import AutoPeftModelForCausalLM as adapted; "
-        "from transformers import AutoModelForCausalLM as plain; ids = torch.arange(20)[None]; "
-        "one, other = adapted.from_pretrained(sys.argv[1]), plain.from_pretrained(sys.argv[1], revision=sys.argv[2]); "
-        "print(torch.equal(one(ids).logits, other(ids).logits))"
-    )
+    moved = Path(home).rename(workplace.path / "moved")
     done = subprocess.run(
-        [sys.executable, "-c", code, str(run / "final"), COMMIT], capture_output=True, text=True, check=False,
-        env=workplace.environment(HF_HUB_OFFLINE="1", HF_HOME=moved),
+        [sys.executable, "-c", ELSEWHERE, str(run), COMMIT, prompt], capture_output=True, text=True, check=False,
+        env=workplace.environment(HF_HUB_OFFLINE="1", HF_HOME=str(moved)),
     )  # fmt: skip
-    assert done.stdout.split() == ["True"], done.stderr
+    assert (done.returncode, done.stdout) == (0, answered.stdout), done.stderr
+    refused = done.stderr.splitlines()[-1]
+    assert refused.startswith(f"model.name_or_path: some/model at {COMMIT[:8]} is neither in the Hub's cache")
 
 
 def test_rows_to_retain_are_fetched_too(workplace, served):
