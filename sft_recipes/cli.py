@@ -394,6 +394,7 @@ def _fetch(parsed: argparse.Namespace) -> None:
 
 
 def _merge(parsed: argparse.Namespace) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # merging is on the CPU, and bitsandbytes and peft prefer a visible GPU
     from sft_recipes.training import adapters
 
     folder = run_folder.find(parsed.run)
