@@ -46,10 +46,20 @@ def simulate(run):
 def new_device():
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
+
+    def tensors(item):
+        if isinstance(item, torch.Tensor):
+            yield item
+        elif isinstance(item, tuple | list):
+            for part in item:
+                yield from tensors(part)
 
     class Device(TorchDispatchMode):
         """Storages of all tensors that an operator took or gave."""
+
+        @classmethod
+        def _should_skip_dynamo(cls):
+            return False  # nothing here is compiled, and skipping imports the compiler: 2 s per process
 
         def __init__(self):
             super().__init__()
@@ -78,7 +88,7 @@ def new_device():
             new = 0
             for tensor in tensors:
                 tensor = getattr(tensor, "_local_tensor", tensor)  # of a DTensor
-                if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+                if tensor.is_meta or tensor.layout != torch.strided:
                     continue
                 storage = tensor.untyped_storage()
                 key = id(storage)
@@ -93,10 +103,9 @@ def new_device():
 
         def __torch_dispatch__(self, operator, types, arguments=(), named=None):
             result = operator(*arguments, **(named or {}))
-            leaves = tree_leaves((arguments, named, result))
-            self.bound += self.see(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+            self.bound += self.see(tensors((arguments, result)))
             self.operators += 1
-            if self.bound > self.peak or self.operators % 100 == 0:  # a storage may also grow, without an operator
+            if self.bound > self.peak or self.operators % 1000 == 0:  # a storage may also grow, without an operator
                 self.bound = self.held()
                 self.peak = max(self.peak, self.bound)
                 if self.bound > self.size:
