@@ -208,7 +208,7 @@ def test_answers_are_skipped_where_the_unsharded_model_does_not_fit(tmp_path, tr
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", runs_out)
-    state = sanity.TrialState(losses=[], ends_of_turn=[1], knows=True)
+    state = sanity.TrialState(losses=[], ends_of_turn=[1], better_than_chance=True)
     check = sanity_reload.saved_answers_are_text(trial_of_few_rows[0], RunFolder(tmp_path), state)
     assert check.passed is None and "does not fit: rank 0 ran out of memory" in check.said
 

@@ -93,7 +93,7 @@ class _Launch:
 
 
 def _launch(program: str, plan: Plan, folder: RunFolder, prepared: Path, asked: Asked, peers: Peers | None) -> _Launch:
-    """Start the ranks of one part in a folder of its own, and wait until they have exited."""
+    """Start the ranks of one part in its own folder, and wait until they have exited."""
     plans.write(plan, folder.plan)
     shutil.copy(prepared, folder.prepared)
     ended = ranks.carry_out(plan, folder, program, asked, peers, saves=False)

@@ -41,12 +41,12 @@ class TrialState:
     Attributes:
         losses: of each step.
         ends_of_turn: ids of the tokens that end an answer.
-        knows: whether the model was better than chance before the first step.
+        better_than_chance: whether the model was, before the first step.
     """
 
     losses: list[float]
     ends_of_turn: list[int]
-    knows: bool
+    better_than_chance: bool
 
 
 class AskedToStopError(Exception):
@@ -134,8 +134,8 @@ def carry_out(plan: Plan, folder: RunFolder) -> Result:
         "save_seconds": record.save_seconds,
         "save_bytes": sft.saving.bytes_at_most if record.save_seconds else None,
     }
-    knows = judging.knows_more_than_chance(judging.mean_loss(record.rows[0]), vocabulary)
-    state = TrialState(record.losses, parts.ends_of_turn, knows)
+    better_than_chance = judging.knows_more_than_chance(judging.mean_loss(record.rows[0]), vocabulary)
+    state = TrialState(record.losses, parts.ends_of_turn, better_than_chance)
     if sft.accelerator.is_main_process:
         write_json(folder.trial, dataclasses.asdict(state))
         if not plan.no_rank_holds_the_model:
@@ -282,7 +282,7 @@ def answers_are_text(plan: Plan, prepared: Path, model: Any, tokenizer: Any, sta
     most = min(plan.sections["answers"]["max_new_tokens"], _NEW_TOKENS)
     texts = answers.answer(model, tokenizer, prompts, 0, most, state.ends_of_turn).said
     shown = " | ".join(answers.short(text, 40) or "(nothing)" for text in texts)
-    if not state.knows:
+    if not state.better_than_chance:
         return Check("answers", None, f"not judged, the weights began with no more than chance: {shown}")
     reasons = [reason for text in texts if (reason := judging.garbled(text))]
     if len(reasons) * 2 <= len(texts):

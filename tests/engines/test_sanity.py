@@ -27,7 +27,7 @@ def lines_of(done, word):
     ],
 )
 def test_the_trial_passes_under_every_engine_where_one_trainer_fits(workplace, few_rows, engine, precision):
-    """Its checkpoint is saved, loaded and gone on from by that engine, on a device just large enough for the trial."""
+    """Each engine saves a checkpoint and resumes from it on a device just large enough for the trial."""
     log, ranks = workplace.path / "device.jsonl", 1 if engine == "single" else 2
     done = workplace.sft(
         "sanity", "tiny", "--gpus", "0", "--processes", str(ranks), f"parallelism={engine}", f"precision={precision}",

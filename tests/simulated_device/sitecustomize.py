@@ -72,9 +72,10 @@ def new_device():
             self.limit()
 
         def limit(self):
+            """From what this rank has written since it was about to build its first trainer."""
             lines = [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
-            peaks = [line["peak"] for line in lines if line["rank"] == self.rank]
-            self.size = self.factor * max(peaks) if any(peaks) else float("inf")
+            peaks = [line["peak"] for line in lines if line["rank"] == self.rank][1:]
+            self.size = self.factor * max(peaks) if peaks else float("inf")
 
         def write(self, event):
             self.see(item for item in gc.get_objects() if issubclass(type(item), torch.Tensor))
