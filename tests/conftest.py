@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -104,6 +105,26 @@ class Workplace:
         return run
 
 
+def simulated_device(log: Path, size: float = math.inf) -> dict[str, str]:
+    """Variables under which each rank of the sanity check writes to `log` what its tensors hold, and has a device of
+    `size` times what the trial's trainer holds at its peak (simulated_device/sitecustomize.py)."""
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests" / "simulated_device")])
+    return {"PYTHONPATH": path, "SIMULATED_DEVICE": str(log), "SIMULATED_DEVICE_SIZE": str(size)}
+
+
+def assert_one_trainer_at_a_time(log: Path, ranks: int) -> None:
+    """Each rank builds its second trainer in another process than its first, which holds at most 2% of the first one's
+    peak by then, and no more than 1.05 times that peak until it exits."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    for rank in range(ranks):
+        of_rank = [line for line in lines if line["rank"] == rank]
+        assert [line["event"] for line in of_rank] == ["build", "exit", "build", "exit"]
+        _, trial, second, reload = of_rank
+        assert trial["process"] != second["process"] == reload["process"]
+        assert second["held"] <= 0.02 * trial["peak"]
+        assert 0.1 * trial["peak"] < reload["peak"] <= 1.05 * trial["peak"]
+
+
 def manifest(run: Path) -> dict:
     return json.loads((run / "manifest.json").read_text())
 
@@ -129,7 +150,8 @@ def shared_workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 @pytest.fixture(scope="session")
 def short_run(shared_workplace: Workplace) -> Path:
     """The tiny recipe, eight steps, one process; the sanity gate goes before it, as for a user."""
-    return shared_workplace.trained_once("short", *SHORT, SANITY="")
+    counted = simulated_device(shared_workplace.path / "device.jsonl")
+    return shared_workplace.trained_once("short", *SHORT, SANITY="", **counted)
 
 
 @pytest.fixture(scope="session")

@@ -412,6 +412,8 @@ def load_model(plan: Plan, folder: str) -> Any:
             output_loading_info=True,
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        if memory.ran_out(error):
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RecipeError(
             f"model.name_or_path: {named} cannot be loaded ({reason}); name a folder that save_pretrained wrote, or a "
