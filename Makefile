@@ -120,7 +120,7 @@ test: setup ## the tests, on the CPU, in under ten minutes
 
 # nvidia-smi is the fake one in tests/fake_gpus; its FAKE_… variables describe the GPUs.
 test-fake-gpus: setup ## the tests that look at GPUs, as on a machine with GPUs: FAKE_GPUS FAKE_GPU_NAME FAKE_GPU_DRIVER ...
-	@PATH="$(CURDIR)/tests/fake_gpus:$$PATH" $(PYTEST) $(addprefix tests/test_,attention.py benchmarks.py cli.py container.py doctor.py fake_gpus.py fit.py job.py)
+	@PATH="$(CURDIR)/tests/fake_gpus:$$PATH" $(PYTEST) $(addprefix tests/test_,benchmarks.py cli.py doctor.py fit.py)
 
 test-engines: setup ## the matrix: every engine follows one process, every recipe trains three steps; runs killed while they save (about twenty minutes)
 	@$(PYTEST) tests/engines tests/chaos

@@ -1,9 +1,11 @@
 """What is done on GPUs, as far as that can be tested without one: a fake nvidia-smi (tests/fake_gpus) stands for the
 driver, tests/fake_torch for a CUDA build of PyTorch, and tests/simulated_cuda.py simulates CUDA for the libraries."""
 
+import hashlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +15,10 @@ from conftest import HANG_SECONDS, REPOSITORY
 from simulated_cuda import ENGINES, cases
 
 from sft_recipes import cli
-from sft_recipes.launching import doctor, job, topology
+from sft_recipes.launching import doctor, preflight, topology
 from sft_recipes.planning import cuda, recipes
 from sft_recipes.planning import plan as plans
+from sft_recipes.planning.schema import RecipeError
 
 FAKES = Path(__file__).parent / "fake_gpus"
 FAKE_TORCH = Path(__file__).parent / "fake_torch"
@@ -81,15 +84,15 @@ def refused(done):
 
 
 def test_cpu_build_is_rejected_before_anything_starts(workplace):
-    """Whatever PyTorch is installed here, the fake is a CPU build; the real one is tried where it is one."""
-    import torch
-
-    paths = [f"{FAKE_TORCH}{os.pathsep}{REPOSITORY}", *([] if torch.version.cuda else [str(REPOSITORY)])]
-    for path in paths:
-        done = workplace.sft("train", "1b", "--gpus", "1", **machine(gpus=3, PYTHONPATH=path, FAKE_TORCH_CUDA=""))
-        line = refused(done)
-        assert "1 requested, but PyTorch " in line and "is a CPU build" in line and "TORCH=cuda make setup" in line
-        assert not workplace.runs.exists(), done.stdout
+    line = refused(workplace.sft("train", "1b", "--gpus", "1", **machine(gpus=3)))
+    assert "1 requested, but " in line, "the PyTorch that is installed here, whatever its build"
+    path = f"{FAKE_TORCH}{os.pathsep}{REPOSITORY}"
+    done = workplace.sft("train", "1b", "--gpus", "1", **machine(gpus=3, PYTHONPATH=path, FAKE_TORCH_CUDA=""))
+    assert refused(done) == (
+        "error: GPUS: 1 requested, but PyTorch 2.13.0+cpu is a CPU build, expected a CUDA build. Install it: "
+        "TORCH=cuda make setup\n"
+    )
+    assert not workplace.runs.exists(), done.stdout
 
 
 def test_sanity_and_verify_resume_are_rejected_as_train_is(workplace, monkeypatch):
@@ -101,26 +104,21 @@ def test_sanity_and_verify_resume_are_rejected_as_train_is(workplace, monkeypatc
     assert "is a CPU build" in refused(workplace.sft("verify-resume", "1b-1", **asked))
 
 
-def test_old_driver_is_rejected_unless_pytorch_can_use_the_gpus(workplace):
+def test_old_driver_is_rejected_unless_pytorch_can_use_the_gpus(on, monkeypatch, workplace):
     """The driver's version alone rejects nothing: with NVIDIA's forward-compatibility package 570 runs CUDA 13."""
-    ask = "import sys; from sft_recipes.launching import preflight; from sft_recipes.planning import plan; " \
-        "preflight.check_gpus(plan.read(__import__('pathlib').Path(sys.argv[1])))"  # fmt: skip
-    file = workplace.path / "plan.json"
-    plans.write(plans.make(recipes.load("8b"), plans.Topology(8, 8, card="h100-80g")), file)
-    for devices, warning, wrong in (
-        (8, "", None),
-        (0, TOO_OLD, "found NVIDIA driver 570.86.15, expected 580 or newer"),
-    ):
-        fake = machine(
-            driver="570.86.15", PYTHONPATH=f"{FAKE_TORCH}{os.pathsep}{REPOSITORY}", FAKE_TORCH_CUDA="13.0",
-            FAKE_TORCH_DEVICES=str(devices), FAKE_TORCH_WARNING=warning,
-        )  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, "-c", ask, file], env=workplace.environment(**fake), capture_output=True, text=True,
-            check=False, timeout=HANG_SECONDS,
-        )  # fmt: skip
-        assert (done.returncode == 0) == (wrong is None) and (wrong or "") in done.stderr, done.stderr
-    line = refused(workplace.sft("train", "8b", **fake))
+    plan = plans.make(recipes.load("8b"), plans.Topology(8, 8, card="h100-80g"))
+    fake = {"PYTHONPATH": str(FAKE_TORCH), "FAKE_TORCH_CUDA": "13.0", "FAKE_TORCH_DEVICES": "8"}
+    on(driver="570.86.15", **fake)
+    preflight.check_gpus(plan)
+    assert preflight.gpu_problem(8) is None
+    none = {"FAKE_TORCH_DEVICES": "0", "FAKE_TORCH_WARNING": TOO_OLD}
+    on(driver="570.86.15", **none)
+    with pytest.raises(RecipeError, match="8 requested, but found NVIDIA driver 570.86.15, expected 580 or newer"):
+        preflight.check_gpus(plan)
+    assert preflight.gpu_problem(8)[0] == "found NVIDIA driver 570.86.15, expected 580 or newer for CUDA 13.0"
+    assert preflight.gpu_problem(0) is None, "nothing is asked on a node without GPUs"
+    path = {"PYTHONPATH": f"{FAKE_TORCH}{os.pathsep}{REPOSITORY}"}
+    line = refused(workplace.sft("train", "8b", **machine(driver="570.86.15", **{**fake, **none, **path})))
     assert "8 requested, but found NVIDIA driver 570.86.15, expected 580 or newer for CUDA 13.0. Update it" in line
 
 
@@ -184,37 +182,24 @@ def test_driver_that_is_broken_or_without_nvidia_smi_is_named(on, monkeypatch, t
         assert "is loaded, but nvidia-smi is not on PATH" in topology.hidden_gpus()
 
 
-def test_job_names_the_nodes_that_have_no_cuda(monkeypatch, capsys):
-    """Each node has shown what its PyTorch can use; exit code 2, since no step was taken and the setup is wrong."""
-    plan = plans.make(recipes.load("32b"), plans.Topology(16, 16, 2, "h100-80g"))
-    fine = {"cores": 8, "cores_of_all": 8, "room": 2**40, "cuda": None,
-            "gpus": [{"id": str(n), "used": 4.0} for n in range(8)]}  # fmt: skip
-    old = {**fine, "cuda": cuda.problem(NONE, 8, "570.86.15", None)}
-    for hellos, ends in (((fine, old), "or leave it out: sbatch --exclude=node1"), ((old, old), "docker/README.md")):
-        told = {n: {"hello": hello, "reaches": ["a"]} for n, hello in enumerate(hellos)}
-        assert job.unfit(_Peers(told), plan, print) == 2
-        said = capsys.readouterr()
-        line = said.err.strip()
-        assert line.count("\n") == 0 and line.startswith("error: GPUS: node") and line.endswith(ends)
-        assert "found NVIDIA driver 570.86.15, expected 580 or newer" in line
-        assert said.out.count("red") == sum(hello is old for hello in hellos)
-    on_cpu = plans.make(recipes.load("32b"), plans.Topology(0, 16, 2))
-    assert not [one for one in job._wrong(old, on_cpu) if one.check == "CUDA"]
-
-
-class _Peers:
-    """Two nodes of a job that have met."""
-
-    others, address = (1,), "a"
-
-    def __init__(self, told):
-        self._told = told
-
-    def name(self, number):
-        return f"node{number}"
-
-    def told(self, number):
-        return self._told[number]
+def test_setup_keeps_the_build_of_an_existing_environment(tmp_path):
+    """A login node without a driver and nodes with GPUs may share it; TORCH alone changes the build."""
+    python, requirements = tmp_path / "venv" / "bin" / "python", tmp_path / "requirements"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    requirements.mkdir()
+    script = shutil.copy(REPOSITORY / "requirements" / "install.sh", requirements)
+    for name in ("common", "cpu", "cuda"):
+        (requirements / f"{name}.txt").write_text(f"# {name}\n")
+    content = f"cpu {python.resolve()}\n# common\n# cpu\n# cuda\n"
+    (tmp_path / "venv" / f".lock-{hashlib.sha256(content.encode()).hexdigest()}").touch()
+    kept = {key: value for key, value in os.environ.items() if key != "TORCH"}
+    for torch, code, says in (({}, 0, ""), ({"TORCH": "cuda"}, 2, "was not made by this script")):
+        done = subprocess.run(
+            ["bash", script, tmp_path / "venv"], env={**kept, **machine(), **torch}, capture_output=True, text=True,
+            check=False, timeout=HANG_SECONDS,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (code, "") and says in done.stderr, done.stderr
 
 
 # ---- plan, dry run and doctor on GPUs
