@@ -39,6 +39,7 @@ def _obey(arguments: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that knows ASCII alone still gets its line
     environment.silence_telemetry()
+    environment.limit_thread_spin()
     try:
         parser = _parser()
         parsed, rest = parser.parse_known_args(arguments)

@@ -118,6 +118,8 @@ def write_engine(plan: Plan, folder: RunFolder) -> None:
 def environment(plan: Plan, inherited: Mapping[str, str]) -> dict[str, str]:
     """The variables that the ranks see, over those that were there."""
     chosen = dict(inherited)
+    # Programs of the virtual environment, which need not be activated: torch looks for ninja on PATH.
+    chosen["PATH"] = os.pathsep.join(filter(None, [str(Path(sys.executable).parent), inherited.get("PATH")]))
     chosen["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), inherited.get("PYTHONPATH")]))
     chosen.setdefault("PYTHONSAFEPATH", "1")  # a torch.py in the folder that a run is started in is no library
     # Compiled code is kept as pickles, by default in /tmp/torchinductor_USER, which anybody can make before USER does.

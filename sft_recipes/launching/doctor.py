@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sft_recipes.launching import preflight
+from sft_recipes.launching import command, preflight
 from sft_recipes.launching.topology import Gpu, ask_nvidia, hidden_gpus, nvidia_smi_error, visible_gpus
 from sft_recipes.planning import cuda
 from sft_recipes.planning.environment import host_memory_bytes, library_version
@@ -321,21 +321,21 @@ def used_mib() -> dict[str, float]:
 def _sum_over_ranks(gpus: int) -> dict[str, Any]:
     """What `training/links.py` measures over the GPUs, or over two processes on the CPU, and NCCL's ways."""
     with tempfile.TemporaryDirectory(prefix="sft-") as place:
-        ranks = gpus or 2
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        debug = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,GRAPH,NET", "NCCL_DEBUG_FILE": f"{place}/%p"}
+        ranks, result = gpus or 2, Path(place) / "result.json"
+        # Not torchrun's --standalone: its ranks meet at this machine's own name, which need not resolve.
+        meeting = command.Meeting("127.0.0.1", command.free_port("127.0.0.1"), 0)
+        debug = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,GRAPH,NET", "NCCL_DEBUG_FILE": f"{place}/nccl-%p"}
         quiet = {"OMP_NUM_THREADS": "1", **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})}
         loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
         environment = {**loopback, **os.environ, **debug, **quiet}
-        done = _run([*command, "-m", "sft_recipes.training.links"], _SECONDS_OF_A_SUM, environment)
+        done = _run(command.links(ranks, 1, meeting, result), _SECONDS_OF_A_SUM, environment)
         if done is None:
             return {"error": f"{ranks} ranks did not sum within {_SECONDS_OF_A_SUM:.0f} s"}
         if done.returncode:
             said = [line for line in done.stderr.splitlines() if re.match(r"\S*(Error|Exception)\b", line.strip())]
             return {"error": f"{ranks} ranks cannot sum: {said[0].strip() if said else 'they end with an error'}"}
-        measured = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-        log = "\n".join(file.read_text(errors="replace") for file in Path(place).iterdir() if file.is_file())
-        return {**measured, "ways": ways(log)}
+        log = "\n".join(file.read_text(errors="replace") for file in Path(place).glob("nccl-*"))
+        return {**json.loads(result.read_text(encoding="utf-8")), "ways": ways(log)}
 
 
 def _ask_hub() -> dict[str, Any]:

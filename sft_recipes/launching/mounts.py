@@ -97,11 +97,20 @@ def _add(mounts: dict[Path, Mount], path: Path, writable: bool) -> None:
             return
         inside = [mount for at, mount in mounts.items() if at == here or at in here.parents]
         if not any(mount.writable >= writable for mount in inside):
-            if here in _OF_THE_IMAGE:
-                raise InputError(f"{here}: a container has its own; name a folder in it, or RUNTIME=local")
+            _must_not_hide_the_image(here)
             mounts[here] = Mount(here, writable)  # the engine itself follows it
             return
         here = _next_hop(here)
+
+
+def _must_not_hide_the_image(path: Path) -> None:
+    """Rejects system folders before anything else about them is checked, so that every user gets the same line.
+
+    Raises:
+        InputError: the image has this folder itself.
+    """
+    if path in _OF_THE_IMAGE:
+        raise InputError(f"{path}: a container has its own; name a folder in it, or RUNTIME=local")
 
 
 def _next_hop(path: Path) -> Path | None:
@@ -136,6 +145,7 @@ def _make(name: str, folder: Path) -> None:
     Raises:
         InputError: it cannot be made, or is that of runs and cannot be written. A cache that can be read alone will do.
     """
+    _must_not_hide_the_image(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -225,6 +225,8 @@ def configure(plan: Plan, folder: RunFolder) -> Any:
     except (ValueError, TypeError) as error:
         raise RecipeError(f"trainer: {str(error).splitlines()[0]}") from error
     check_ranks(plan, arguments.world_size, os.environ)
+    if plan.parallelism.startswith("zero"):
+        compiling.build_operators(plan)
     if plan.uses_gpu or "SLURM_JOB_ID" in os.environ:
         check_cores(plan.world_size // plan.nodes, len(os.sched_getaffinity(0)), os.cpu_count() or 1)
     engine.shard_on_the_cpu(plan)

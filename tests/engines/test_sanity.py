@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import compiler
+from conftest import needs_compiler
 
 SMALL = ("trainer.max_length=128", "answers.show=2", "answers.exact_match=0", "answers.max_new_tokens=4")
 
@@ -14,7 +14,7 @@ def lines_of(done, word):
     return {line[6:22].strip(): line for line in done.stdout.splitlines() if line.startswith(word)}
 
 
-@compiler
+@needs_compiler
 @pytest.mark.parametrize(
     ("engine", "precision"),
     [("ddp", "fp32"), ("zero2", "fp32"), ("zero3", "bf16"), ("zero3_offload", "bf16"), ("fsdp2", "bf16")],
