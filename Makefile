@@ -19,7 +19,7 @@ HARDWARE = $${GPUS:+--gpus "$$GPUS"} $${NODES:+--nodes "$$NODES"} $${PROCESSES:+
 	$${CARD:+--card "$$CARD"}
 OVERRIDES = $${DATA:+"data.train=$$DATA"} $${VALIDATION:+"data.validation=$$VALIDATION"} $${ARGS:-}
 
-.PHONY: help setup flash-attn image smoke doctor recipes plan schedules inspect fetch sanity train verify-resume diagnose report status slurm tensorboard generate merge test test-engines test-container test-slurm test-cuda-build chaos bench test-latest lint lock
+.PHONY: help setup flash-attn image smoke doctor recipes plan schedules inspect fetch sanity train verify-resume diagnose report status slurm tensorboard generate merge test test-fake-gpus test-engines test-container test-slurm test-cuda-build chaos bench test-latest lint lock
 
 help: ## this list
 	@echo 'Variables stand behind the target: make train RECIPE=8b GPUS=8'
@@ -117,6 +117,10 @@ PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses 2 --dist loadfile
 # In the order of their names, which has the slow ones at the beginning and in the middle: xdist's own has them last.
 test: setup ## the tests, on the CPU, in under nine minutes (ARGS='-m needs_compiler': those that compile)
 	@$(PYTEST) --no-loadscope-reorder tests $(addprefix --ignore tests/,chaos cuda_build engines container slurm) $${ARGS:-}
+
+# nvidia-smi is the fake one in tests/fake_gpus; its FAKE_… variables describe the GPUs.
+test-fake-gpus: setup ## the tests that look at GPUs, as on a machine with GPUs: FAKE_GPUS FAKE_GPU_NAME FAKE_GPU_DRIVER ...
+	@PATH="$(CURDIR)/tests/fake_gpus:$$PATH" $(PYTEST) $(addprefix tests/test_,benchmarks.py cli.py doctor.py fit.py)
 
 test-engines: setup ## the matrix: every engine follows one process, every recipe trains three steps; runs killed while they save (about twenty minutes)
 	@$(PYTEST) tests/engines tests/chaos

@@ -324,16 +324,18 @@ def _on_all_nodes(parsed: argparse.Namespace, verb: Callable[[argparse.Namespace
 
 
 def _try_out(parsed: argparse.Namespace, peers: Peers | None) -> int:
-    from sft_recipes.launching import job, supervisor
+    from sft_recipes.launching import job, preflight, supervisor
 
     recipe, topology, plan = _checked(parsed)
+    if peers is None:
+        preflight.check_gpus(plan)
     if code := job.unfit(peers, plan, _say):
         return code
     return supervisor.try_out(plan, _say, lambda: fit.lighter(recipe, topology), peers)
 
 
 def _carry_out(parsed: argparse.Namespace, peers: Peers | None) -> int:
-    from sft_recipes.launching import job, lock, process, supervisor
+    from sft_recipes.launching import job, lock, preflight, process, supervisor
     from sft_recipes.launching.topology import check_disk
 
     if parsed.name is not None:
@@ -352,6 +354,8 @@ def _carry_out(parsed: argparse.Namespace, peers: Peers | None) -> int:
     if parsed.dry_run:
         print(supervisor.shell_line(plan, start.folder))
         return 0
+    if peers is None:
+        preflight.check_gpus(plan)
     check_disk(plan, start.folder)
     if no_further := job.exhausted(start):
         return process.fail(no_further, run_folder.EXIT_NO_PROGRESS)

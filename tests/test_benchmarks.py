@@ -24,7 +24,7 @@ import plots
 import readme
 from matplotlib.figure import Figure
 
-HERE = {**os.environ, "PYTHON": sys.executable}
+HERE = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
 ON_A_GPU = {
     f"{script.__name__}: {name}": case
     for script, cases in ((bench, bench.cases(True)), (bench, bench.ablations(True)), (memory, memory.cases(True)))

@@ -47,7 +47,7 @@ def launch(plan: Plan, folder: RunFolder, program: str = "run", meeting: Meeting
     """
     command = [sys.executable, "-m", "sft_recipes.training.start"]
     command += ["--config_file", str(folder.accelerate_config)]
-    if plan.world_size > 1:
+    if plan.parallelism != "single":  # with one rank too: torchrun's default port is the same for every run
         at = meeting or Meeting("127.0.0.1", free_port("127.0.0.1"), 0)
         command += ["--main_process_ip", at.address, "--main_process_port", str(at.port)]
         command += ["--machine_rank", str(at.node)]
@@ -139,8 +139,9 @@ def environment(plan: Plan, inherited: Mapping[str, str]) -> dict[str, str]:
         chosen["DS_ACCELERATOR"] = "cpu"
         if not plan.parallelism.startswith("zero"):
             chosen["ACCELERATE_USE_CPU"] = "true"
-        threads = max((os.cpu_count() or 1) // (plan.world_size // plan.nodes), 1)
-        chosen.setdefault("OMP_NUM_THREADS", str(threads))
+    # On GPUs too: accelerate and torchrun would set 1, and DeepSpeed's Adam for offloaded optimizers runs on the CPU.
+    threads = max(len(os.sched_getaffinity(0)) // (plan.world_size // plan.nodes), 1)
+    chosen.setdefault("OMP_NUM_THREADS", str(threads))
     return chosen
 
 

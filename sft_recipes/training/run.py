@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sft_recipes.planning import environment, imports, processes
+from sft_recipes.planning import cuda, environment, imports, processes
 from sft_recipes.planning import plan as plans
 from sft_recipes.planning.plan import Plan
 from sft_recipes.planning.run_folder import EXIT_DIVERGED, EXIT_STOPPED, RunFolder, read_json, write_json
@@ -215,10 +215,12 @@ def configure(plan: Plan, folder: RunFolder) -> Any:
     """The trainer's arguments, once the ranks that were started are the plan's.
 
     Raises:
-        RecipeError: TRL does not take a value, or the ranks are not those of the plan.
+        RecipeError: PyTorch cannot use the GPUs, TRL does not take a value, or the ranks are not those of the plan.
     """
-    from sft_recipes.training import compiling, engine, trainer
+    from sft_recipes.training import compiling, engine, examine, trainer
 
+    if plan.uses_gpu:  # not only by the launcher: a node's state may change, and this process may see other devices
+        cuda.check(examine.cuda(), plan.gpus // plan.nodes, os.environ)
     if plan.parallelism.startswith("zero"):
         compiling.let_no_build_outlive_its_process()
 
