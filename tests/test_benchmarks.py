@@ -255,7 +255,10 @@ def checkout(tmp_path):
 
 def test_the_next_pieces_run_in_order_and_their_state_is_listed(checkout):
     script, python = checkout / "benchmarks" / "gpu.sh", f"{checkout}/bin/a python"
-    variables = {"PYTHON": python, "PATH": f"{checkout}/bin:{os.environ['PATH']}", "PYTHONPATH": "/carried/packages"}
+    variables = {
+        "PYTHON": python, "PATH": f"{checkout}/bin:{os.environ['PATH']}", "PYTHONPATH": "/carried/packages",
+        "CUDA_VISIBLE_DEVICES": "0",
+    }  # fmt: skip
 
     def run(*words):
         return subprocess.run(
