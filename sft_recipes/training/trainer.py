@@ -350,7 +350,7 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
         return metrics
 
     def _took_no_step(self) -> bool:
-        return bool(self.state.global_step == self._initial_global_step)
+        return bool(self.state.global_step == self.stopping.first_step)
 
     def evaluate_sources(self, passes: dict[str, int]) -> None:
         """Takes the validation rows to be of these sources, each so many forward passes."""
