@@ -134,6 +134,12 @@ def metrics(run: Path) -> list[dict]:
 
 
 @pytest.fixture
+def no_gpu_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of machines with GPUs: a job's CUDA_VISIBLE_DEVICES would hide some of theirs."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.fixture
 def workplace(tmp_path: Path) -> Workplace:
     return Workplace(tmp_path)
 

@@ -20,6 +20,8 @@ from sft_recipes.planning import cuda, recipes
 from sft_recipes.planning import plan as plans
 from sft_recipes.planning.schema import RecipeError
 
+pytestmark = pytest.mark.usefixtures("no_gpu_mask")
+
 FAKES = Path(__file__).parent / "fake_gpus"
 FAKE_TORCH = Path(__file__).parent / "fake_torch"
 
@@ -55,12 +57,6 @@ def machine(card="h100-80g", gpus=8, driver="580.95.05", **more):
         "FAKE_GPU_MEMORY": str(memory), "FAKE_GPU_CAPABILITY": capability, "FAKE_GPU_DRIVER": driver,
         "FAKE_GPU_MEMORY_USED": "4", **more,
     }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def no_mask(monkeypatch):
-    """The machine that this runs on may hide GPUs of its own."""
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 @pytest.fixture
