@@ -10,10 +10,10 @@ left out; it is repeated, in turn with the other cases. Each run that is done is
 unless `--again` says to begin anew. On a GPU a run is ended behind its last step, before it saves: checkpoints of 8B
 want 200 GB of disk, and what a save costs is `saving.py`'s to say.
 
-Operations a token are counted in two ways: causal (`planning/cost.py`: weights that are multiplied with, attention to
-what is behind a token, by the lengths that examples really have) and PaLM's (arXiv:2204.02311, appendix B: all weights,
-attention over whole rows). They are shares of what the data sheet promises in bf16, and of what one large matrix
-product reaches here.
+FLOPs per token are counted in two ways: causal (`planning/cost.py`: weights that are multiplied, the output layer for
+supervised tokens, causal attention by the lengths that examples have) and by PaLM's formula (arXiv:2204.02311, appendix
+B: all weights, attention over whole rows). They are shares of the data sheet's bf16 FLOP/s, and of what one large
+matrix product reaches here. HFU counts what is computed again, too.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from sft_recipes.launching.topology import ask_nvidia, card_of, visible_gpus  # noqa: E402
-from sft_recipes.planning import cost, recipes  # noqa: E402
+from sft_recipes.planning import cost, gpus, recipes  # noqa: E402
 from sft_recipes.planning import plan as plans  # noqa: E402
+from sft_recipes.planning.plan import Plan  # noqa: E402
 
 STEPS, WARM_UP = 25, 5
 ROWS, MEAN_TOKENS = Path(tempfile.gettempdir()) / f"sft-recipes-benchmark-rows-{os.getuid()}", 1374
@@ -225,7 +226,7 @@ def _device(card: str | None) -> dict[str, Any]:
         "gpus": ask_nvidia("name,driver_version,clocks.sm,clocks.max.sm,power.limit") if card else [],
         "operations_per_second": {
             "matrix product, measured": float(product.stdout),
-            "data sheet": cost.CARDS_TFLOPS.get(card or "", 0) * 1e12 or None,
+            "data sheet": gpus.peak_flops(card),
         },
     }
 
@@ -281,15 +282,13 @@ def measure(case: Case, runs: Path, name: str) -> dict[str, Any]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "step_seconds" in line and line["step"] > WARM_UP]
     assert len(steps) == STEPS - WARM_UP, f"{len(steps)} steps were logged"
-    recomputes = plan["sections"]["trainer"]["gradient_checkpointing"]
     return {
         "plan": {key: plan[key] for key in ("parallelism", "precision", "packing", "max_length", "world_size")},
         "versions": manifest["starts"][0]["versions"],
         "step_seconds": statistics.median(line["step_seconds"] for line in steps),
         "quartiles": statistics.quantiles((line["step_seconds"] for line in steps), n=4),
         **{key: statistics.median(line[key] for line in steps) for key in _SPEEDS},
-        "operations_per_token": _operations(plan, Path(prepared["folder"])),
-        "recomputed_share": cost.forward_share(plan["method"] != "full") if recomputes else 0.0,
+        "operations_per_token": _operations(plans.read(folder / "plan.json"), Path(prepared["folder"])),
         "peak_bytes": max((line.get("memory_peak_bytes", 0) for line in steps), default=0) or None,
         "planned_bytes": (plan["memory_bytes_per_gpu"] or {}).get("total") if plan["gpus"] else None,
         "host_bytes": max(line["host_memory_bytes"] for line in steps),
@@ -299,8 +298,9 @@ def measure(case: Case, runs: Path, name: str) -> dict[str, Any]:
     }
 
 
-def _operations(plan: dict[str, Any], prepared: Path) -> dict[str, float | None]:
-    """Operations of forward and backward for one token that is not padding, counted in two ways."""
+def _operations(plan: Plan, prepared: Path) -> dict[str, float | None]:
+    """FLOPs of forward and backward pass for one token that is not padding, counted in two ways, and what the hardware
+    executes."""
     from datasets import load_from_disk
 
     rows = load_from_disk(str(prepared / "train"))
@@ -310,10 +310,13 @@ def _operations(plan: dict[str, Any], prepared: Path) -> dict[str, float | None]
         else [len(row) for row in rows["input_ids"]]
     )
     attended = sum(length * (length + 1) for length in lengths) / sum(lengths)
-    architecture = plan["sections"]["model"]["architecture"]
+    architecture = plan.sections["model"]["architecture"]
+    supervised = 1.0 if plan.supervised_share is None else plan.supervised_share
+    flops = cost.flops_per_token(plans.load_of(plan, architecture), attended, supervised)
     return {
-        "causal": cost.flops_per_token(architecture, attended, plan["method"] != "full"),
-        "PaLM": cost.palm_flops_per_token(architecture, plan["max_length"]),
+        "causal": flops and flops.model,
+        "PaLM": cost.palm_flops_per_token(architecture, plan.max_length),
+        "hardware": flops and flops.hardware,
     }
 
 
@@ -323,7 +326,7 @@ def summary(rows: list[dict[str, Any]], per_second: dict[str, float | None]) -> 
     tokens = statistics.median(row["tokens_per_second"] for row in rows)
     # The product runs on all cores of a CPU, which its ranks share; of GPUs each rank has one.
     devices = first["plan"]["world_size"] if first["peak_bytes"] else 1
-    mfu = {
+    utilization = {
         f"{count}, {denominator}": round(tokens * operations / (able * devices), 4)
         for count, operations in first["operations_per_token"].items()
         for denominator, able in per_second.items()
@@ -339,9 +342,9 @@ def summary(rows: list[dict[str, Any]], per_second: dict[str, float | None]) -> 
         },
         **{key: round(statistics.median(row[key] for row in rows), 1) for key in _SPEEDS},
         "operations_per_token": first["operations_per_token"],
-        "mfu": mfu,
+        "mfu": {key: share for key, share in utilization.items() if not key.startswith("hardware")},
         "tokens_per_second_of_each_run": [round(row["tokens_per_second"], 1) for row in rows],
-        "hfu": {key: round(share * (1 + first["recomputed_share"]), 4) for key, share in mfu.items()},
+        "hfu": {key.replace("hardware", "causal"): share for key, share in utilization.items() if "hardware" in key},
         "peak_bytes": first["peak_bytes"],
         "planned_bytes": first["planned_bytes"],
         "host_bytes": max(row["host_bytes"] for row in rows),

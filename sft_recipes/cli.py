@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from sft_recipes.planning import environment, fit, recipes, run_folder, schedule, show
 from sft_recipes.planning import plan as plans
+from sft_recipes.planning.gpus import gpu_type
 from sft_recipes.planning.memory import GIB
 from sft_recipes.planning.plan import Topology
 from sft_recipes.planning.schema import Recipe, RecipeError
@@ -158,7 +159,7 @@ def _add_recipe(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--gpus", metavar="N", help="GPUs over all nodes; 0 is the CPU")
     verb.add_argument("--processes", metavar="N", help="ranks on the CPU, with --gpus 0")
     verb.add_argument("--nodes", metavar="N")
-    verb.add_argument("--card", help="h100-80g, … or a number of GiB")
+    verb.add_argument("--card", help="GPU type (h100-80g, …: docs/MODELS.md) or GiB of memory")
 
 
 def _recipe(parsed: argparse.Namespace) -> Recipe:
@@ -179,7 +180,7 @@ def _numbers(parsed: argparse.Namespace) -> tuple[int | None, int | None, int | 
 def _list(_parsed: argparse.Namespace) -> None:
     from sft_recipes.launching.topology import planned
 
-    rows = [["recipe", "row", "model", "method", "parallelism", "hardware", "memory a GPU", "effective batch"]]
+    rows = [["recipe", "row", "model", "method", "parallelism", "hardware", "memory per GPU", "effective batch"]]
     for name in recipes.names():
         recipe = recipes.load(name)
         plan = plans.make(recipe, planned(recipe, None, None, None, None))
@@ -278,7 +279,7 @@ def _topology(parsed: argparse.Namespace, recipe: Recipe) -> Topology:
 
 def _checked(parsed: argparse.Namespace) -> tuple[Recipe, Topology, plans.Plan]:
     """The plan on the hardware that is here, once the hardware can carry it."""
-    from sft_recipes.launching.topology import check_host_memory
+    from sft_recipes.launching.topology import check_host_memory, unlisted, visible_gpus
 
     environment.reporters()
     environment.sanity_is_skipped()
@@ -286,12 +287,12 @@ def _checked(parsed: argparse.Namespace) -> tuple[Recipe, Topology, plans.Plan]:
     topology = _topology(parsed, recipe)
     plan = plans.make(recipe, topology)
     check_host_memory(plan)
-    if plan.fits is False and plan.memory_bytes_per_gpu:
-        needed = plan.memory_bytes_per_gpu["total"] / GIB
+    for product in unlisted(visible_gpus() if plan.card and gpu_type(plan.card) is None else []):
+        _say(f"{product} is not in the table of GPU types: planned by its memory, {plan.card} GiB, without hours")
+    if plan.fits is False:
         raise RecipeError(
-            f"recipe {recipe.name} needs about {needed:.0f} GiB a GPU and {plan.card} holds less; the cheapest change "
-            f"that fits: {_way_out(recipe, topology)} "
-            f"(`make plan RECIPE={recipe.name}` shows the parts)"
+            f"recipe {recipe.name} {plans.does_not_fit(plan)}. The cheapest change that fits: "
+            f"{_way_out(recipe, topology)} (`make plan RECIPE={recipe.name}` shows the parts)"
         )
     return recipe, topology, plan
 

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from conftest import REPOSITORY
 
-from sft_recipes.planning import cost, recipes
+from sft_recipes.planning import cost, gpus, recipes
 from sft_recipes.planning import plan as plans
 from sft_recipes.planning.plan import Topology
 
@@ -45,10 +45,10 @@ def test_what_is_measured_on_a_gpu_can_be_planned_there(name):
     assert plan.fits or "checkpointing" not in name, "refused before it starts"
     tokens = plan.effective_batch_size * plan.max_length
     attended = 2 * bench.MEAN_TOKENS  # the mean over tokens of an example's length, as they are drawn
-    operations = cost.flops_per_token(plan.sections["model"]["architecture"], attended, plan.method != "full")
+    flops = cost.flops_per_token(plans.load_of(plan, plan.sections["model"]["architecture"]), attended)
     steps = bench.STEPS if name.startswith("bench") else memory.STEPS
-    slowly = 0.25 * cost.CARDS_TFLOPS["h200-141g"] * 1e12
-    assert steps * tokens * operations / slowly < 530 - 180, "a piece of gpu.sh is cut off, with 180 s to begin in"
+    slowly = 0.25 * gpus.peak_flops("h200-141g")
+    assert steps * tokens * flops.model / slowly < 530 - 180, "a piece of gpu.sh is cut off, with 180 s to begin in"
 
 
 def test_rows_for_a_gpu_are_as_long_as_the_recipes_say(tmp_path, monkeypatch):
@@ -114,7 +114,7 @@ RUN = {
     "plan": {"parallelism": "ddp", "precision": "bf16", "packing": True, "max_length": 2048, "world_size": 2},
     "versions": {}, "step_seconds": 2.0, "quartiles": [1.9, 2.0, 2.1], "slots_per_second": 1100.0,
     "tokens_per_second": 1000.0, "supervised_tokens_per_second": 300.0,
-    "operations_per_token": {"causal": 6e9, "PaLM": 8e9}, "recomputed_share": 1 / 3, "peak_bytes": 2**30,
+    "operations_per_token": {"causal": 6e9, "PaLM": 8e9, "hardware": 8e9}, "peak_bytes": 2**30,
     "planned_bytes": 2**30, "host_bytes": 2**30, "first_step_seconds": 20.0, "data": "prepared anew", "seconds": 60.0,
 }  # fmt: skip
 

@@ -7,7 +7,7 @@ from conftest import REPOSITORY
 
 from sft_recipes.planning import memory, recipes, schema
 from sft_recipes.planning import plan as plans
-from sft_recipes.planning.schema import Lora, RecipeError
+from sft_recipes.planning.schema import Lora
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 from machine import most_held
@@ -381,11 +381,20 @@ def test_the_buckets_are_those_of_the_files():
 def test_the_total_is_the_sum_of_its_parts():
     for engine in schema.ENGINES:
         parts = memory.bytes_per_gpu(load(engine=engine, world=2, gradient_checkpointing=False))
-        assert parts.pop("total") == sum(parts.values())
+        assert parts["total"] == sum(parts[name] for name in memory.PARTS)
+        assert set(parts) == {*memory.PARTS, "total", "reserve"}
 
 
-def test_a_card_is_a_name_or_a_number_of_gib():
-    assert memory.card_bytes("h100-80g") == memory.card_bytes("80") == 80 * 2**30
-    assert memory.card_bytes(None) is None
-    with pytest.raises(RecipeError, match="did you mean h100-80g"):
-        memory.card_bytes("h100-80gb")
+def test_the_reserve_is_driver_context_nccl_and_fragmentation():
+    one, two, cpu = (memory.bytes_per_gpu(load(world=world, on_cpu=cpu)) for world, cpu in ((1, 0), (2, 0), (2, 1)))
+    assert one["reserve"] == pytest.approx((0.8 + 0.6) * 2**30 + 0.05 * one["total"], abs=3)
+    assert two["reserve"] == pytest.approx((0.8 + 0.6 + 1.0) * 2**30 + 0.05 * two["total"], abs=3)
+    assert cpu["reserve"] == 0
+
+
+def test_a_plan_fits_where_its_reserve_fits_too():
+    """3b on one GPU takes 54.9 GiB, and 4.1 must stay free."""
+    needs = plans.make(recipes.load("3b"), plans.Topology(1, 1, card="80")).memory_bytes_per_gpu
+    both = (needs["total"] + needs["reserve"]) / 2**30
+    for card, fits in ((both + 0.01, True), (both - 0.01, False), (needs["total"] / 2**30 + 0.01, False)):
+        assert plans.make(recipes.load("3b"), plans.Topology(1, 1, card=f"{card:.4f}")).fits is fits

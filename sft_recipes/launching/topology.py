@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from sft_recipes.planning import cuda
 from sft_recipes.planning.environment import host_memory_bytes
 from sft_recipes.planning.fit import nodes_for
-from sft_recipes.planning.memory import CARDS_GIB
+from sft_recipes.planning.gpus import identify
 from sft_recipes.planning.plan import Plan, Topology
 from sft_recipes.planning.run_folder import RunFolder
 from sft_recipes.planning.schema import Recipe, RecipeError
@@ -397,15 +397,18 @@ def _is_number(texts: list[str]) -> bool:
 
 
 def card_of(gpus: Sequence[Gpu]) -> str | None:
-    """The card that a plan reckons with: the smallest of these, by its name where it is a known one, else its GiB."""
+    """What a plan takes for these GPUs: the type of the one with the least memory, or its GiB if it is not in the
+    table of GPU types."""
     if not gpus:
         return None
     smallest = min(gpus, key=lambda gpu: gpu.memory_mib)
-    name, gib = smallest.name.lower().replace(" ", ""), smallest.memory_mib / 1024
-    for card, named in CARDS_GIB.items():
-        if card.partition("-")[0] in name and 0.9 * named <= gib <= 1.02 * named:
-            return card
-    return f"{gib:.1f}"
+    known = identify(smallest.name, smallest.memory_mib)
+    return known.name if known else f"{smallest.memory_mib / 1024:.1f}"
+
+
+def unlisted(gpus: Sequence[Gpu]) -> list[str]:
+    """Product names of the GPUs that are not in the table of GPU types."""
+    return sorted({gpu.name for gpu in gpus if identify(gpu.name, gpu.memory_mib) is None})
 
 
 def _device_ids(devices: str, here: list[str]) -> list[str]:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sft_recipes.planning.schema import SHARDED, Lora, RecipeError, did_you_mean
+from sft_recipes.planning.schema import SHARDED, Lora
 
 GIB = 1024**3
 
-# Memory that the vendors' datasheets name; drivers and CUDA contexts take some of it, hence USABLE.
-CARDS_GIB: dict[str, int] = {
-    "h100-80g": 80,
-    "h200-141g": 141,
-    "a100-80g": 80,
-    "a100-40g": 40,
-    "l40s-48g": 48,
-    "rtx4090-24g": 24,
-}
-USABLE = 0.92
+# The reserve: GPU memory that the forecast of a step does not cover. None of it was measured for this project.
+# The driver keeps the difference between nvidia-smi's total and what CUDA hands out: 0.7 GiB of a B200 (183,359 MiB,
+# and 178.35 GiB in pytorch/ao#4002), 0.5 of an H100, 0.8 of an A100.
+DRIVER_BYTES = int(0.8 * GIB)
+# A process's CUDA context is 426 MiB with torch 2.10 and CUDA 13 (unslothai/unsloth-zoo#1053); loaded kernels and
+# cuBLAS workspaces (32 MiB for each handle and stream on Hopper) come to it.
+CONTEXT_BYTES = int(0.6 * GIB)
+# NCCL's buffers. On 8 H100 they and the context were 1.06 GB outside of PyTorch, with one communicator and without
+# all-to-all (NVIDIA/nccl#1685); DeepSpeed makes a second communicator.
+NCCL_BYTES = int(1.0 * GIB)
+# Memory that the caching allocator holds and cannot use. With expandable segments, which the launcher turns on, what
+# remains is between streams (verl-project/verl#3020); without them 10 to 60% were published (meta-pytorch/torchtune
+# #1185, arXiv:2401.08156).
+FRAGMENTATION = 0.05
 
 # What the files in deepspeed_configs/ say, in elements; a test compares them.
 ALLGATHER_BUCKET = REDUCE_BUCKET = 200_000_000
@@ -42,24 +45,6 @@ DENSE_KINDS = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
 DENSE_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 # Of a decoder block, by the names that Llama, Qwen and OLMo share.
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def card_bytes(card: str | None) -> int | None:
-    """Memory of a named card, or of a number of GiB; None where no card is named.
-
-    Raises:
-        RecipeError: the card is neither in the list nor a number.
-    """
-    if card is None:
-        return None
-    if re.fullmatch(r"\d+(\.\d+)?", str(card)) and float(card) > 0:
-        return int(float(card) * GIB)
-    if card not in CARDS_GIB:
-        raise RecipeError(
-            f"CARD: {card!r} is not known; wanted a number of GiB or one of {', '.join(CARDS_GIB)}"
-            f"{did_you_mean(card, CARDS_GIB)}"
-        )
-    return CARDS_GIB[card] * GIB
 
 
 def linear_layers(architecture: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
@@ -198,8 +183,8 @@ class Load:
 
 
 def bytes_per_gpu(load: Load) -> dict[str, int] | None:
-    """Peak memory of one rank by part, in bytes, at the instant of a step when their sum is largest; an estimate to
-    decide with, not a measurement.
+    """Peak memory of one rank by part, in bytes, at the phase of a step when their sum is largest; an estimate to
+    decide with, not a measurement. `total` is that sum, `reserve` what must stay free beside it.
 
     Weights, gradients and optimizer state follow the dtypes of `dtypes`; AdamW's two moments are fp32 everywhere but in
     an 8-bit optimizer.
@@ -220,43 +205,131 @@ def bytes_per_gpu(load: Load) -> dict[str, int] | None:
         "optimizer": 0 if offload else (load.moments + 4 * load.zero_half * load.trained) // optimizer_over,
         "buffers": _buffers(load),
     }
-    fullest = max(_instants(load), key=lambda instant: sum(instant.values()))
+    fullest = max(_phases(load), key=lambda phase: sum(phase.values()))
     parts = {name: held.get(name, 0) + fullest.get(name, 0) for name in PARTS}
-    return {**parts, "total": sum(parts.values())}
+    total = sum(parts.values())
+    return {**parts, "total": total, "reserve": reserve_bytes(load, total)}
 
 
-def _instants(load: Load) -> list[dict[str, int]]:
-    """The instants of a step that may be its peak, each with what is there besides what is always held."""
-    architecture, recomputes = load.architecture, load.gradient_checkpointing
+def reserve_bytes(load: Load, total: int) -> int:
+    """GPU memory to leave free beside the forecast `total`: driver, CUDA context, NCCL and fragmentation. 0 on the CPU.
+
+    The constants above name the source of each part.
+    """
+    if load.on_cpu:
+        return 0
+    return DRIVER_BYTES + CONTEXT_BYTES + (NCCL_BYTES if load.world_size > 1 else 0) + int(FRAGMENTATION * total)
+
+
+@dataclass(frozen=True)
+class _Amounts:
+    """What the phases of a step are made of, in bytes.
+
+    Attributes:
+        gradients: all of this rank's, as they are kept.
+        before: those that are there when a backward pass begins. A plain optimizer and FSDP2 free them after each step,
+            so a step of one micro-batch begins without.
+        layer: activations that one decoder layer keeps; `moment`: what its backward pass holds for a moment.
+        kept: activations of all layers at the end of the forward pass.
+        tile, scores: see `_logits`.
+        embedding: a gradient of the embeddings or the output layer, as autograd makes it; 0 if frozen.
+    """
+
+    gradients: int
+    before: int
+    layer: int
+    moment: int
+    kept: int
+    tile: int
+    scores: int
+    embedding: int
+
+
+def _amounts(load: Load) -> _Amounts:
+    architecture = load.architecture
     gradients_over = load.world_size if load.engine in ("zero2", *SHARDED) else 1
     gradients = 0 if load.engine == "zero3_offload" else 4 * load.trained // gradients_over
-    # A plain optimizer drops its gradients behind each step: until the backward pass makes them there are none.
-    before = gradients if load.accumulates or load.engine not in ("single", "ddp") else 0
-    layer, moment = load.tokens * activation_bytes(load), load.tokens * _held_for_a_moment(load)
+    layer = load.tokens * activation_bytes(load)
     inputs = load.tokens * architecture["hidden_size"] * (2 if load.stream_half else 4)
-    kept = architecture["num_hidden_layers"] * (inputs if recomputes else layer)
-    casts, casts_of_a_layer = _casts(load)
-    # Gradients of the embeddings, or of the output layer, as they come. Where those are one, the latter's wait for the
-    # former's to the end.
-    embedding = 0 if load.lora else load.gradient_width * architecture["vocab_size"] * architecture["hidden_size"]
-    waiting = embedding if architecture.get("tie_word_embeddings") else 0
-    last = 0 if before or load.lora else 4 * block_weights(architecture) + embedding
     tile, scores = _logits(load)
-    flat = {"zero2": gradients, "zero3": min(gradients, 4 * SUB_GROUP)}.get(load.engine, 0)
-    forwards = {"gradients": before, "activations": kept, "logits": tile, "buffers": casts}
-    scoring = {**forwards, "logits": tile + scores, "buffers": 0 if recomputes else casts}
+    return _Amounts(
+        gradients=gradients,
+        before=gradients if load.accumulates or load.engine.startswith("zero") else 0,
+        layer=layer,
+        moment=load.tokens * _held_for_a_moment(load),
+        kept=architecture["num_hidden_layers"] * (inputs if load.gradient_checkpointing else layer),
+        tile=tile,
+        scores=scores,
+        embedding=0 if load.lora else load.gradient_width * architecture["vocab_size"] * architecture["hidden_size"],
+    )
+
+
+def _phases(load: Load) -> list[dict[str, int]]:
+    """The phases of a step that may be its peak, each with what is there besides what is always held."""
+    step = _amounts(load)
+    if load.engine == "fsdp2":
+        return _phases_of_fsdp2(load, step)
+    architecture, recomputes = load.architecture, load.gradient_checkpointing
+    casts, casts_of_a_layer = _casts(load)
+    # Where embeddings and output layer are one weight, the latter's gradient waits for the former's to the end.
+    waiting = step.embedding if architecture.get("tie_word_embeddings") else 0
+    last = 0 if step.before or load.lora else 4 * block_weights(architecture) + step.embedding
+    flat = {"zero2": step.gradients, "zero3": min(step.gradients, 4 * SUB_GROUP)}.get(load.engine, 0)
+    forward = {"gradients": step.before, "activations": step.kept, "logits": step.tile, "buffers": casts}
+    scoring = {**forward, "logits": step.tile + step.scores, "buffers": 0 if recomputes else casts}
     top_layer = {
-        "gradients": before,
-        "activations": kept + moment + (layer if recomputes else 0),
-        "logits": waiting if before else embedding,
+        "gradients": step.before,
+        "activations": step.kept + step.moment + (step.layer if recomputes else 0),
+        "logits": waiting if step.before else step.embedding,
         "buffers": casts_of_a_layer if recomputes else casts,
     }
     bottom_layer = {
-        "gradients": gradients - last, "activations": layer + moment, "logits": waiting, "buffers": casts_of_a_layer
+        "gradients": step.gradients - last,
+        "activations": step.layer + step.moment,
+        "logits": waiting,
+        "buffers": casts_of_a_layer,
+    }
+    embeddings = {"gradients": step.gradients, "logits": waiting + (step.embedding if step.before else 0)}
+    optimizing = {"gradients": step.gradients, "step": flat}
+    return [forward, scoring, top_layer, bottom_layer, embeddings, optimizing]
+
+
+def _phases_of_fsdp2(load: Load, step: _Amounts) -> list[dict[str, int]]:
+    """The phases of a step under FSDP2, with what is gathered and reduced in each.
+
+    The units are accelerate's (1.15, utils/fsdp_utils.py, `fsdp2_prepare_model`): the embeddings, each decoder layer,
+    and the last norm with the output layer, which stays gathered from the forward pass until its gradients are reduced.
+    torch gathers the next unit while one computes, reduces gradients in fp32, and keeps the input of a reduction until
+    the next one (torch 2.13, distributed/fsdp/_fully_shard/_fsdp_param_group.py, `post_backward`).
+    """
+    architecture, ranks = load.architecture, load.world_size
+    width = 2 if load.precision == "bf16" else 4
+    block, inputs = block_weights(architecture), architecture["hidden_size"]
+    ends = architecture["vocab_size"] * inputs  # of the embeddings, or of the output layer
+    untied = not architecture.get("tie_word_embeddings")
+    reduced = 0 if load.lora else 4
+    down = 0 if load.lora else width * architecture["intermediate_size"] * inputs  # the first gradient of a layer
+    forward = {
+        "gradients": step.before, "activations": step.kept, "logits": step.tile, "buffers": 2 * width * ends
     }  # fmt: skip
-    embeddings = {"gradients": gradients, "logits": waiting + (embedding if before else 0)}
-    optimizing = {"gradients": gradients, "step": flat}
-    return [forwards, scoring, top_layer, bottom_layer, embeddings, optimizing]
+    scoring = {**forward, "logits": step.tile + step.scores, "buffers": width * (ends + block)}
+    top_layer = {
+        "gradients": max(step.before, reduced * ends // ranks),
+        "activations": step.kept + step.moment + (step.layer if load.gradient_checkpointing else 0),
+        "buffers": 2 * width * block + reduced * ends,
+    }
+    but_last = step.gradients if step.before else step.gradients - reduced * (block + (ends if untied else 0)) // ranks
+    next_unit = width * ends if untied else 0
+    bottom_layer = {
+        "gradients": max(but_last, 0),
+        "activations": step.layer + step.moment,
+        "buffers": width * block + next_unit + down + reduced * block,
+    }
+    own = 0 if load.lora else width
+    bottom_reduction = {"gradients": max(but_last, 0), "buffers": next_unit + (own + reduced) * block}
+    embeddings = {"gradients": step.gradients, "buffers": (own + reduced) * ends + (0 if untied else width * ends)}
+    optimizing = {"gradients": step.gradients}
+    return [forward, scoring, top_layer, bottom_layer, bottom_reduction, embeddings, optimizing]
 
 
 def _logits(load: Load) -> tuple[int, int]:
@@ -305,10 +378,16 @@ def activation_bytes(load: Load) -> int:
 
 
 def _held_for_a_moment(load: Load) -> int:
-    """Bytes of a token while a layer's MLP goes backward: gradients of what it multiplied, and of the stream. Measured
-    as activations are (the peak of a pass beyond what is kept), for MLPs at least 2.5 times as wide as the stream."""
+    """Bytes per token while a layer's MLP goes backward: gradients of what it multiplied, and of the stream. Adapters on
+    its last product hold an fp32 copy of that product's input too.
+
+    Measured as activations are (the peak of a pass beyond what is kept), for MLPs at least 2.5 times as wide as the
+    stream, and on fake tensors of the recipes' shapes (tests/engines/test_memory_of_a_step.py).
+    """
     hidden, inner = load.architecture["hidden_size"], load.architecture["intermediate_size"]
-    return int(8 * inner + 5 * hidden if load.precision == "fp32" else 6 * inner + 7.5 * hidden)
+    if load.precision == "fp32":
+        return int(8 * inner + 5 * hidden)
+    return int((6 if load.lora else 4) * inner + 7.5 * hidden)
 
 
 def _buffers(load: Load) -> int:
@@ -326,9 +405,7 @@ def _buffers(load: Load) -> int:
     if load.engine in ("zero3", "zero3_offload"):
         return 2 * width * largest + width * min(parameters, PREFETCH_BUCKET) + 4 * REDUCE_BUCKET
     if load.engine == "fsdp2":
-        # A layer; the next one, as it arrives and as it is laid out; gradients as they come and as they are sent. How
-        # much of that is there at once is a matter of timing: peaks of one run and the next differ by a tenth.
-        return 3 * width * largest + (0 if load.lora else (width + 4) * largest)
+        return 0  # what is gathered and reduced differs from phase to phase
     quantized = load.lora is not None and load.lora.quantize is not None
     dequantized: int = width * architecture["hidden_size"] * architecture["intermediate_size"] if quantized else 0
     return dequantized + (4 * load.trained if load.engine == "ddp" else 0)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes.planning import batch, cost, memory
+from sft_recipes.planning import gpus as gpu_table
 from sft_recipes.planning.files import write_whole
 from sft_recipes.planning.recipes import hyperparameter, row_of
 from sft_recipes.planning.schema import SHARDED, TABLE_KEYS, Lora, Recipe, RecipeError
@@ -86,6 +87,7 @@ class Plan:
     warmup_steps: int | None
     examples_per_step: float | None
     supervised_tokens_per_step: float | None
+    supervised_share: float | None
     parameters: int | None
     trained_parameters: int | None
     dtypes: dict[str, str]
@@ -132,6 +134,7 @@ NOT_COMPARED = {
     "warmup_steps",
     "examples_per_step",
     "supervised_tokens_per_step",
+    "supervised_share",
     "parameters",  # a model that the recipe does not describe is counted when its data is prepared
     "trained_parameters",
     "memory_bytes_per_gpu",
@@ -194,6 +197,7 @@ def make(recipe: Recipe, topology: Topology) -> Plan:
         warmup_steps=None,
         examples_per_step=None,
         supervised_tokens_per_step=None,
+        supervised_share=None,
         parameters=None,
         trained_parameters=None,
         dtypes=memory.dtypes(engine, recipe.precision, recipe.lora),
@@ -244,7 +248,7 @@ def load_of(plan: Plan, architecture: dict[str, Any]) -> memory.Load:
 def _with_resources(plan: Plan, architecture: dict[str, Any]) -> Plan:
     """The plan with what the architecture's numbers say of memory and disk; as it is where there are none."""
     load = load_of(plan, architecture)
-    per_gpu, available = memory.bytes_per_gpu(load), memory.card_bytes(plan.card)
+    per_gpu, available = memory.bytes_per_gpu(load), gpu_table.memory_bytes(plan.card)
     if per_gpu is None:
         return plan
     return dataclasses.replace(
@@ -255,7 +259,7 @@ def _with_resources(plan: Plan, architecture: dict[str, Any]) -> Plan:
         host_bytes_per_node=memory.host_bytes_per_node(load),
         checkpoint_bytes=memory.checkpoint_bytes(load),
         disk_bytes=memory.disk_bytes(load),
-        fits=None if available is None else per_gpu["total"] <= memory.USABLE * available,
+        fits=None if available is None else per_gpu["total"] + per_gpu["reserve"] <= available,
     )
 
 
@@ -270,9 +274,8 @@ def settle(plan: Plan, prepared: Prepared) -> Plan:
         plan = _with_resources(plan, prepared.architecture)
         if plan.fits is False and plan.memory_bytes_per_gpu is not None:
             raise RecipeError(
-                f"model.name_or_path: {plan.model} needs about "
-                f"{plan.memory_bytes_per_gpu['total'] / memory.GIB:.0f} GiB a GPU and {plan.card} holds less; say "
-                f"batch.per_device_at_most=1, parallelism=zero3, or more GPUs"
+                f"model.name_or_path: {plan.model} {does_not_fit(plan)}. Set batch.per_device_at_most=1, "
+                f"parallelism=zero3, or more GPUs"
             )
     if prepared.rows < plan.effective_batch_size:
         packed = f"{prepared.examples} examples, packed into " if plan.packing else ""
@@ -288,8 +291,18 @@ def settle(plan: Plan, prepared: Prepared) -> Plan:
         data_fingerprint=prepared.fingerprint,
         notes=prepared.notes,
         supervised_tokens_per_step=round(prepared.supervised_tokens / prepared.rows * plan.effective_batch_size, 1),
+        supervised_share=round(prepared.supervised_tokens / prepared.tokens, 4),
     )
     return _with_steps(settled, prepared.rows, prepared.examples)
+
+
+def does_not_fit(plan: Plan) -> str:
+    """What a plan that does not fit needs and what its GPU has."""
+    needs, has = plan.memory_bytes_per_gpu or {}, gpu_table.memory_bytes(plan.card) or 0
+    return (
+        f"needs about {needs['total'] / memory.GIB:.1f} GiB per GPU and {needs['reserve'] / memory.GIB:.1f} GiB of "
+        f"reserve, found {has / memory.GIB:.1f} GiB ({plan.card})"
+    )
 
 
 def differences(old: Plan, new: Plan) -> dict[str, tuple[Any, Any]]:
@@ -426,28 +439,30 @@ def _with_steps(plan: Plan, rows: int | None, examples: int | None) -> Plan:
 
 
 def _forecast(plan: Plan) -> dict[str, float | None] | None:
-    """Time and money of a plan whose steps are known; rows are taken to be full where they are packed."""
+    """Time and money of a plan whose steps are known; rows are taken to be full where they are packed. Before the data
+    is prepared all tokens count as supervised, an upper bound. In fp32 there is no forecast: the table is bf16's."""
     data, trainer = plan.sections["data"], plan.sections["trainer"]
     architecture = plan.sections["model"]["architecture"]
     mean = min(data["mean_tokens"] or plan.max_length, plan.max_length)
     row_tokens = plan.max_length if plan.packing else mean
-    frozen = plan.method != "full"
-    flops = cost.flops_per_token(architecture, mean, frozen)
+    load = load_of(plan, architecture)
+    flops = cost.flops_per_token(load, mean, 1.0 if plan.supervised_share is None else plan.supervised_share)
     validation = _validation_examples(plan)
     if flops is None or not plan.optimizer_steps or plan.checkpoint_bytes is None or validation is None:
         return None
+    if plan.precision != "bf16":
+        return None
     evaluations = math.ceil(plan.optimizer_steps / trainer["eval_steps"])
     work = cost.Work(
-        flops_per_token=flops,
+        flops=flops,
         train_tokens=plan.optimizer_steps * plan.effective_batch_size * row_tokens,
         evaluations=evaluations,
         tokens_per_evaluation=validation * mean,
         saves=math.ceil(plan.optimizer_steps / trainer["save_steps"]),
         bytes_per_save=plan.checkpoint_bytes,
         models=evaluations + 2,  # each evaluation of a falling loss is a best one; then last/ and final/
-        bytes_per_model=load_of(plan, architecture).trained_bytes,
+        bytes_per_model=load.trained_bytes,
         one_rank_saves=not plan.parallelism.startswith("zero"),
-        frozen=frozen,
     )
     return cost.forecast(work, plan.card, plan.gpus, plan.nodes, plan.assumed_mfu)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sft_recipes.planning import saves
+from sft_recipes.planning.gpus import gpu_type
 from sft_recipes.planning.memory import GIB
 from sft_recipes.planning.plan import Plan
 
@@ -108,7 +109,14 @@ def _split(plan: Plan) -> str:
 def _hardware(plan: Plan) -> str:
     if not plan.uses_gpu:
         return f"CPU, {plan.world_size} process{'es' if plan.world_size > 1 else ''}"
-    return f"{plan.gpus} GPUs on {plan.nodes} node(s), {plan.card or 'card not named'}"
+    return f"{plan.gpus} GPUs on {plan.nodes} node(s), {_gpu(plan)}"
+
+
+def _gpu(plan: Plan) -> str:
+    """The GPU type; for one that is not in the table, its memory."""
+    if plan.card is None:
+        return "GPU type not given"
+    return plan.card if gpu_type(plan.card) else f"GPU type not in the table, {plan.card} GiB"
 
 
 def _estimate(plan: Plan, value: Any) -> str:
@@ -127,20 +135,25 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
     if plan.memory_bytes_per_gpu is None:
         return [("memory", "not known: model.architecture is not given")]
     where = "GPU" if plan.uses_gpu else "process"
-    lines = [(f"memory a {where}", _parts(plan.memory_bytes_per_gpu, " at a step's fullest instant"))]
+    lines = [(f"memory per {where}", _parts(plan.memory_bytes_per_gpu, " at the peak of a step"))]
+    if reserve := plan.memory_bytes_per_gpu["reserve"]:
+        kept_for = "driver, CUDA context, NCCL" if plan.world_size > 1 else "driver, CUDA context"
+        lines.append(("reserve per GPU", f"{_gib(reserve)}: {kept_for} and allocator fragmentation, estimated"))
     if plan.host_bytes_per_node and plan.uses_gpu:
         lines.append(("host memory a node", _parts(plan.host_bytes_per_node)))
     if plan.disk_bytes and plan.checkpoint_bytes:
         lines.append(("disk", f"{_gib(plan.disk_bytes)} at most; a whole checkpoint is {_gib(plan.checkpoint_bytes)}"))
         lines.append(("a save", saves.said(plan)))
     if plan.fits is not None:
-        lines.append(("fits", f"{'yes' if plan.fits else 'no'} ({plan.card})"))
+        lines.append(("fits", f"{'yes' if plan.fits else 'no'} ({_gpu(plan)})"))
     return lines
 
 
 def _parts(number_bytes: dict[str, int], when: str = "") -> str:
     parts = ", ".join(
-        f"{part} {number / GIB:.2f}" for part, number in number_bytes.items() if part != "total" and number
+        f"{part} {number / GIB:.2f}"
+        for part, number in number_bytes.items()
+        if part not in ("total", "reserve") and number
     )
     return f"{_gib(number_bytes['total'])}{when}, estimated ({parts})"
 
@@ -153,29 +166,43 @@ def _forecast(plan: Plan) -> list[tuple[str, str]]:
     found = plan.forecast
     if found is None:
         known = plan.uses_gpu and plan.parameters and plan.optimizer_steps
-        return [("time", f"not known: the arithmetic of {plan.card} is not in the list of cards")] if known else []
+        return [("time", _why_no_forecast(plan))] if known else []
     hours, money = (found["seconds"] or 0) / 3600, found["money"]
     price = "" if money is None else f", {money:,.2f} at GPU_HOUR_PRICE"
     return [
         (
             "time",
-            f"{hours:.1f} hours, {found['gpu_hours']:,.0f} GPU-hours{price}; a forecast at {found['mfu']:.0%} MFU",
+            f"{hours:.1f} hours, {found['gpu_hours']:,.0f} GPU-hours{price}; forecast at {found['hfu']:.0%} of peak "
+            f"FLOP/s ({found['mfu']:.0%} MFU and what is recomputed){_assumed_share(plan)}",
         ),
         ("evaluations and saves", f"{found['overhead_share']:.1%} of that time, saves at 2 GB/s a node"),
     ]
 
 
+def _why_no_forecast(plan: Plan) -> str:
+    if plan.precision != "bf16":
+        return f"no forecast: the table of GPU types has bf16 FLOP/s, and this plan computes in {plan.precision}"
+    return f"no forecast: peak FLOP/s not known ({_gpu(plan)}; set CARD to one of docs/MODELS.md)"
+
+
+def _assumed_share(plan: Plan) -> str:
+    if plan.supervised_share is None:
+        return "; all tokens supervised, an upper bound until the data is prepared"
+    return f"; {plan.supervised_share:.0%} of tokens supervised"
+
+
 def _what_would_fit(plan: Plan) -> list[tuple[str, str]]:
     if plan.fits is None or not plan.uses_gpu:
         return []
-    none = f"no number of {plan.card} holds it as it is"
-    lines = [("fewest GPUs", f"{plan.fewest_gpus} x {plan.card}" if plan.fewest_gpus else none)]
-    return lines if plan.fits else [*lines, ("cheapest change", plan.cheapest_change or "none: take a larger card")]
+    one = plan.card if gpu_type(plan.card) else f"{plan.card} GiB"
+    none = f"no number of {one} holds the recipe unchanged"
+    lines = [("fewest GPUs", f"{plan.fewest_gpus} x {one}" if plan.fewest_gpus else none)]
+    return lines if plan.fits else [*lines, ("cheapest change", plan.cheapest_change or "none: use a larger GPU")]
 
 
 def comparison(plans: Sequence[tuple[int, Plan | str]]) -> str:
     """One line a GPU count: the plan, or why there is none."""
-    rows = [["GPUs", "engine", "micro-batch", "accumulation", "memory a GPU", "fits", "hours", "GPU-hours"]]
+    rows = [["GPUs", "engine", "micro-batch", "accumulation", "memory per GPU", "fits", "hours", "GPU-hours"]]
     refused = []
     for gpus, plan in plans:
         if isinstance(plan, str):

@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from sft_recipes.planning import cost
-from sft_recipes.planning.plan import Plan
+from sft_recipes.planning.plan import Plan, load_of
 
 # What a rank sends, in this order.
 _RANK = ("slots", "attended", "own_seconds", "waited", "allocated", "reserved", "peak", "host")
@@ -24,7 +24,7 @@ class Meter:
     """Counts between two log lines; `read` gives the figures of all ranks and begins anew."""
 
     def __init__(self, plan: Plan, architecture: Mapping[str, Any], peak_flops: float | None, device: torch.device):
-        """`peak_flops` is the arithmetic a second that one device's data sheet promises; None where it is not known."""
+        """`peak_flops` is the dense bf16 FLOP/s of one device (planning/gpus.py); None where it is not known."""
         self._plan = plan
         self._architecture = architecture
         self._peak_flops = peak_flops
@@ -133,19 +133,20 @@ class Meter:
         return [self._slots, float(self._attended), self._own, self._waited, *memory, host]
 
     def _utilisation(self, tokens: int, attended_tokens: float) -> dict[str, float]:
-        """MFU as the plan's forecast counts operations (planning.cost), with the lengths that examples really had;
-        the PaLM figure beside it, which counts attention over whole rows and all weights; HFU counts what activation
-        checkpointing computes again. Shares of one."""
-        frozen = self._plan.method != "full"
-        mean_length = 2 * attended_tokens / max(tokens, 1)
-        flops = cost.flops_per_token(self._architecture, mean_length, frozen)
+        """MFU and HFU with the plan's count of FLOPs (planning.cost), for the lengths and supervised tokens that the
+        steps had; and MFU by PaLM's formula, which counts attention over whole rows and all weights. Shares of one."""
+        tokens = max(tokens, 1)
+        load = load_of(self._plan, dict(self._architecture))
+        flops = cost.flops_per_token(load, 2 * attended_tokens / tokens, self._supervised_tokens / tokens)
         palm = cost.palm_flops_per_token(self._architecture, self._plan.max_length)
         if self._peak_flops is None or flops is None or palm is None:
             return {}
-        promised = self._peak_flops * self._plan.world_size * self._seconds
-        mfu = flops * tokens / promised
-        again = cost.forward_share(frozen) if self._plan.sections["trainer"]["gradient_checkpointing"] else 0.0
-        return {"mfu": mfu, "mfu_palm": palm * tokens / promised, "hfu": mfu * (1 + again)}
+        peak_per_token = self._peak_flops * self._plan.world_size * self._seconds / tokens
+        return {
+            "mfu": flops.model / peak_per_token,
+            "mfu_palm": palm / peak_per_token,
+            "hfu": flops.hardware / peak_per_token,
+        }
 
 
 def attended(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

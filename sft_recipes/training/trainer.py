@@ -17,10 +17,9 @@ from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-from trl.trainer.utils import get_peak_flops
 
 from sft_recipes.data.chat import IGNORED
-from sft_recipes.planning.cost import CARDS_TFLOPS
+from sft_recipes.planning import gpus
 from sft_recipes.planning.plan import Plan
 from sft_recipes.planning.run_folder import RunFolder
 from sft_recipes.planning.schema import RecipeError
@@ -545,13 +544,13 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
 
 
 def peak_flops(plan: Plan, device: torch.device) -> float | None:
-    """What a device's data sheet promises in bf16, operations a second: TRL's table, else the plan's card's; None on
-    the CPU, in fp32, and where neither knows it."""
+    """Dense bf16 FLOP/s of this device by the table of GPU types, or of the type that the plan names; None on the CPU,
+    in fp32, and for a device that neither knows."""
     if device.type != "cuda" or plan.precision != "bf16":
         return None
-    known: float | None = get_peak_flops(torch.cuda.get_device_name(device), "bfloat16")
-    named = CARDS_TFLOPS.get(plan.card or "")
-    return known or (named * 1e12 if named else None)
+    properties = torch.cuda.get_device_properties(device)
+    found = gpus.identify(properties.name, properties.total_memory / 2**20)
+    return found.peak_flops if found else gpus.peak_flops(plan.card)
 
 
 def tokens_digest(batch: dict[str, torch.Tensor]) -> torch.Tensor:
