@@ -19,7 +19,7 @@ HARDWARE = $${GPUS:+--gpus "$$GPUS"} $${NODES:+--nodes "$$NODES"} $${PROCESSES:+
 	$${CARD:+--card "$$CARD"}
 OVERRIDES = $${DATA:+"data.train=$$DATA"} $${VALIDATION:+"data.validation=$$VALIDATION"} $${ARGS:-}
 
-.PHONY: help setup flash-attn image smoke doctor recipes plan schedules inspect fetch sanity train verify-resume diagnose report status slurm tensorboard generate merge test test-engines test-container test-slurm chaos bench test-latest lint lock
+.PHONY: help setup flash-attn image smoke doctor recipes plan schedules inspect fetch sanity train verify-resume diagnose report status slurm tensorboard generate merge test test-fake-gpus test-engines test-container test-slurm test-cuda-build chaos bench test-latest lint lock
 
 help: ## this list
 	@echo 'Variables stand behind the target: make train RECIPE=8b GPUS=8'
@@ -115,8 +115,12 @@ merge: ## adapters and the model that they were trained on as one model: RUN
 PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses 2 --dist loadfile
 
 # In the order of their names, which has the slow ones at the beginning and in the middle: xdist's own has them last.
-test: setup ## the tests, on the CPU, in under ten minutes
-	@$(PYTEST) --no-loadscope-reorder tests $(addprefix --ignore tests/,chaos engines container slurm)
+test: setup ## the tests, on the CPU, in under nine minutes (ARGS='-m needs_compiler': those that compile)
+	@$(PYTEST) --no-loadscope-reorder tests $(addprefix --ignore tests/,chaos cuda_build engines container slurm) $${ARGS:-}
+
+# nvidia-smi is the fake one in tests/fake_gpus; its FAKE_… variables describe the GPUs.
+test-fake-gpus: setup ## the tests that look at GPUs, as on a machine with GPUs: FAKE_GPUS FAKE_GPU_NAME FAKE_GPU_DRIVER ...
+	@PATH="$(CURDIR)/tests/fake_gpus:$$PATH" $(PYTEST) $(addprefix tests/test_,benchmarks.py cli.py doctor.py fit.py)
 
 test-engines: setup ## the matrix: every engine follows one process, every recipe trains three steps; runs killed while they save (about twenty minutes)
 	@$(PYTEST) tests/engines tests/chaos
@@ -126,6 +130,11 @@ test-container: setup ## build the CPU image with podman, run the smoke test in 
 
 test-slurm: setup ## the shipped jobs on a real Slurm of several nodes, made and cut off on this machine (needs root)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/slurm
+
+test-cuda-build: ## compile for GPUs without one, in its own .venv-cuda: Triton kernels, DeepSpeed's operators, flash-attn (needs g++, Python's headers, 7 GB of disk; about half an hour)
+	@TORCH=cuda requirements/install.sh .venv-cuda
+	@.venv-cuda/bin/python -m pip install --quiet --no-deps --require-hashes -r requirements/nvcc.txt
+	@OMP_NUM_THREADS=1 .venv-cuda/bin/python -m pytest tests/cuda_build
 
 chaos: setup ## harm real runs in every way of docs/CHAOS.md, which this writes: kills at every file operation, at random (an hour)
 	@OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(PYTHON) -m chaos $${ARGS:-}
@@ -144,7 +153,7 @@ lint: setup ## ruff, mypy, shellcheck, hadolint
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m mypy
 	@shopt -s nullglob; if [ -x $(VENV)/bin/shellcheck ]; then \
-		$(VENV)/bin/shellcheck requirements/*.sh slurm/*.sh docker/*.sh docker/portable-cxx benchmarks/*.sh benchmarks/peers/*.sh .ci/run; fi
+		$(VENV)/bin/shellcheck requirements/*.sh slurm/*.sh docker/*.sh docker/portable-cxx benchmarks/*.sh benchmarks/peers/*.sh .ci/run .ci/fresh-machine; fi
 	@$(VENV)/bin/hadolint docker/Dockerfile
 
 lock: ## resolve requirements/requirements.in anew (needs uv)

@@ -240,7 +240,7 @@ def train(
     """
     command = [sys.executable, "-m", "sft_recipes", "train", case.recipe, "--name", name, *case.options, *SHORT]
     on_gpu, lines, began, first = "--gpus" in case.options, runs / name / "metrics.jsonl", time.monotonic(), 0.0
-    path = f"{runs}:{REPOSITORY}"
+    path = machine.python_path(runs, REPOSITORY)
     if on_gpu:
         (runs / "sitecustomize.py").write_text(_ANY_DISK)
     with (runs / f"{name}.txt").open("w+") as said:

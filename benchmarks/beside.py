@@ -285,7 +285,7 @@ def _trl(place: Place, output: Path) -> list[str]:
         **{f"lora_{key}": str(value) for key, value in place.adapters.items()},
     }  # fmt: skip
     words = [word for key, value in values.items() for word in (f"--{key}", value)]
-    return [str(Path(sys.executable).parent / "trl"), "sft", *words, "--packing"]
+    return [sys.executable, "-c", "from trl.cli import main; main()", "sft", *words, "--packing"]
 
 
 def _llama_factory(environment: Path) -> Way:
@@ -348,10 +348,10 @@ def run(way: Way, place: Place, output: Path, name: str) -> dict[str, float]:
     """
     output.mkdir(exist_ok=True)
     environment = {
-        **os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1",
+        **os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": machine.python_path(REPOSITORY), "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(output / "cache"), "MODELSCOPE_CACHE": str(output / "cache"),
         "RUNS_DIR": str(output), "TOKENIZERS_PARALLELISM": "false",
-        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", ""), **way.environment,
+        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0" if place.on_gpu else ""), **way.environment,
     }  # fmt: skip
     command = way.command(place, output / name)
     began, lines = time.monotonic(), []

@@ -30,6 +30,11 @@ def _git(*words: str) -> str:
     return asked.stdout.strip()
 
 
+def python_path(*folders: Path) -> str:
+    """PYTHONPATH of a process that imports from these folders, then from the user's own: its packages may be there."""
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def at_least_one(word: str) -> int:
     """A command line's number of times.
 

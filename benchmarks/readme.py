@@ -16,6 +16,7 @@ import beside
 import memory
 import metrics
 import plots
+import threads
 
 HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- readme.py writes from here -->\n", "<!-- to here -->"
@@ -93,6 +94,13 @@ SECTIONS = (
         "Memory, told and measured",
         "The plan's figure for a rank beside the largest sum of what its training had allocated.",
         memory.table,
+    ),
+    (
+        "threads",
+        "OpenMP threads that spin",
+        "The tiny recipe's training with each bound on how long waiting threads spin, alone and next to one process\n"
+        "that keeps a core busy. The ratio is to libgomp's default (300000) alone.",
+        threads.table,
     ),
 )
 

@@ -100,13 +100,15 @@ class Bench:
 
     def start(self, name: str, ranks: int, *overrides: str, watched: str = "") -> subprocess.Popen[bytes]:
         """A run as a user starts it; what it says goes to `NAME.txt`."""
+        import machine  # beside this script, which the ranks import from elsewhere
+
         hardware = ["--gpus", "0", "--processes", str(ranks)] if self.device == "cpu" else ["--gpus", str(ranks)]
         figures = self.place / f"{name}-figures"
         figures.mkdir()
-        planted = [str(self.plant)] if watched else []
+        planted = [self.plant] if watched else []
         environment = {
             **os.environ, "RUNS_DIR": str(self.place / "runs"), "REPORT_TO": "none", "SANITY": "skip",
-            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *planted]), FIGURES: str(figures), WATCHED: watched,
+            "PYTHONPATH": machine.python_path(REPOSITORY, *planted), FIGURES: str(figures), WATCHED: watched,
         }  # fmt: skip
         with self.said(name).open("w") as said:
             return subprocess.Popen(

@@ -1,6 +1,7 @@
-"""Measures what a rank pays before and behind its work: how long Python takes to import what trains, and to end.
+"""Measures what a start costs: how long Python takes to import what trains, and to exit; and how long `train` takes to
+its first step, where the sanity check runs before it (two starts of the ranks) and where it has passed already.
 
-    .venv/bin/python benchmarks/start.py [--rounds 7]
+    .venv/bin/python benchmarks/start.py [--rounds 7] [--trains 3]
 
 Each row is a process of its own, in turn with the others, so that the ratios are of one machine in one hour. Writes
 `results/start-HOST.json`.
@@ -11,9 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
@@ -49,7 +52,9 @@ def main() -> None:
     """Starts each variant once a round and writes the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--trains", type=int, default=3)
+    asked = parser.parse_args()
+    rounds = asked.rounds
     seconds: dict[str, list[tuple[float, float]]] = {variant: [] for variant in VARIANTS}
     for _ in range(rounds):
         for variant, code in VARIANTS.items():
@@ -65,9 +70,11 @@ def main() -> None:
         "rounds": rounds,
         "seconds (median)": medians,
         "as they are / as a rank does": round(first / last, 2),
+        "trains": asked.trains,
+        "seconds to the first step of the tiny recipe (median)": _to_the_first_step(asked.trains),
     }
     RESULTS.write_text(json.dumps(content, indent=2) + "\n")
-    print(json.dumps(content["seconds (median)"], indent=2))
+    print(json.dumps({name: value for name, value in content.items() if name.startswith("seconds")}, indent=2))
     print(f"as they are, start and end take {first / last:.2f} times as long as a rank's")
     print(f"written: {RESULTS.relative_to(REPOSITORY)}")
 
@@ -79,6 +86,49 @@ def _start_and_end(code: str) -> tuple[float, float]:
     done = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True, check=True)
     ended, imported = time.time(), float(done.stdout.split()[-1])
     return imported - began, ended - imported
+
+
+# A line of `train` that begins like this ends a part of a start; parts that a start does not have take no time.
+PARTS = {
+    "data, prepared or found": ("data: ",),
+    "sanity check: trial": ("PASS ", "FAIL "),
+    "sanity check: reload, in new processes": ("PASS  checkpoint", "FAIL  checkpoint"),
+    "the run, to its first step": ("step 1/",),
+}
+
+
+def _to_the_first_step(trains: int) -> dict[str, dict[str, float]]:
+    """Medians of each part, and of the whole: of the first start of a plan, and of a start that finds its receipt."""
+    seconds: dict[str, list[dict[str, float]]] = {"first start": [], "later start": []}
+    for _ in range(trains):
+        with tempfile.TemporaryDirectory() as runs:
+            for name, measured in seconds.items():
+                measured.append(_parts_of_a_start(Path(runs), name.replace(" ", "-")))
+    return {
+        name: {part: round(statistics.median(start[part] for start in starts), 2) for part in starts[0]}
+        for name, starts in seconds.items()
+    }
+
+
+def _parts_of_a_start(runs: Path, name: str) -> dict[str, float]:
+    """Seconds of each part of a start, which is stopped after its first step."""
+    environment = {**os.environ, "RUNS_DIR": str(runs), "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
+    environment |= {"OMP_NUM_THREADS": "1", "REPORT_TO": "none", "SANITY": ""}
+    command = [sys.executable, "-m", "sft_recipes", "train", "tiny", "--name", name]
+    began = last = time.monotonic()
+    parts, left = dict.fromkeys(PARTS, 0.0), list(PARTS)
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout or ():
+            reached = next((part for part in left if line.startswith(PARTS[part])), None)
+            if reached:
+                now = time.monotonic()
+                parts[reached], last = now - last, now
+                left = left[left.index(reached) + 1 :]
+                if not left:
+                    process.send_signal(signal.SIGTERM)
+    if left:
+        raise SystemExit(f"{name}: train ended before: {left[0]}")
+    return {**parts, "sum": last - began}
 
 
 def _median(pairs: list[tuple[float, float]], index: int) -> float:

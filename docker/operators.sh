@@ -5,11 +5,11 @@
 set -euo pipefail
 
 venv=$1
-if [[ ! ${CUDA_ARCHITECTURES:-8.0} =~ ^[0-9]+\.[0-9]+(;[0-9]+\.[0-9]+)*$ ]]; then
-    echo "error: CUDA_ARCHITECTURES: '$CUDA_ARCHITECTURES' is not a list of compute capabilities, such as 8.0;9.0" >&2
-    exit 2
-fi
 requirements=$(cd "$(dirname "${BASH_SOURCE[0]}")/../requirements" && pwd)
+archs='' # before anything is compiled, because a capability may be rejected
+if [ "$TORCH" = cuda ] && [ -n "${CUDA_ARCHITECTURES:-}" ]; then
+    archs=$("$requirements/flash-attn-archs.sh" "$CUDA_ARCHITECTURES")
+fi
 CXX=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/portable-cxx
 export CXX TORCH_CUDA_ARCH_LIST=${CUDA_ARCHITECTURES:-8.0;9.0}
 # DeepSpeed compiles one file after the other unless it is told; torch looks for ninja on the path.
@@ -30,8 +30,7 @@ if [ "$TORCH" = cpu ]; then # what ZeRO wants; Adam for what a GPU has offloaded
     exit
 fi
 DS_ACCELERATOR=cuda DS_BUILD_OPS=0 DS_BUILD_CPU_ADAM=1 DS_BUILD_FUSED_ADAM=1 build -r "$lock"
-if [ -n "${CUDA_ARCHITECTURES:-}" ]; then
-    # flash-attn names architectures without the dot. Its own setup would take a wheel off the net, of no known hash.
-    FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTN_CUDA_ARCHS=${CUDA_ARCHITECTURES//./} \
-        build -r "$requirements/flash-attn.txt"
+if [ -n "$archs" ]; then
+    # Without FORCE_BUILD its setup.py would download a wheel of unknown hash.
+    FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTN_CUDA_ARCHS=$archs build -r "$requirements/flash-attn.txt"
 fi

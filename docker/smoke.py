@@ -55,14 +55,22 @@ def same(killed: Path, straight: Path) -> str:
 
 
 def attention() -> str:
-    """Whether flash-attn's kernel is right on this GPU."""
-    from sft_recipes.launching.doctor import attention as judge
-    from sft_recipes.training.examine import flash_attention
+    """Report how a run attends on this GPU: by flash-attn, or by what it falls back to where that has no kernel.
 
-    finding = judge({"flash_attention": flash_attention()})
-    if finding.colour != "green":
+    An installed flash-attn that gives wrong numbers or does not load is a fault of the image, and fails.
+    """
+    import torch
+
+    from sft_recipes.launching.doctor import attention as judge
+    from sft_recipes.training.attention import fastest
+    from sft_recipes.training.examine import look
+
+    finding = judge(look())
+    if finding.colour == "red":
         sys.exit(str(finding))
-    return finding.found
+    if finding.colour == "green":
+        return f"flash-attn: {finding.found}"
+    return f"flash-attn: {finding.found}; falling back to {fastest('cuda', torch.bfloat16)}"
 
 
 def summary(steps: Path) -> str:

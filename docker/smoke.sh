@@ -2,9 +2,11 @@
 # Proves an image before hours are spent in it. Run inside of it (`make smoke` does), by a user that is not root, with a
 # root that cannot be written and no network:
 #
-#     docker/smoke.sh [--cpu] [--record]
+#     docker/smoke.sh [--cpu] [--no-container] [--record]
 #
 # --cpu     leaves out what needs CUDA; the rest is the same
+# --no-container  outside of an image, from a checkout: does not check that the process is confined, and trains under
+#           zero3_offload only if the operator that it compiles can be (nvcc). PYTHON names the Python (default: python)
 # --record  writes the losses of one process to docker/golden.json instead of comparing with it (a writable checkout)
 #
 # Says each step on standard error; one JSON object on standard output at the end; exit code 1 where a step failed.
@@ -12,12 +14,13 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-cpu='' record=''
+cpu='' record='' confined=1 python=${PYTHON:-python}
 for argument; do
     case $argument in
         --cpu) cpu=1 ;;
+        --no-container) confined='' ;;
         --record) record=1 ;;
-        *) echo "error: smoke.sh: unknown argument $argument; it takes --cpu" >&2; exit 2 ;;
+        *) echo "error: smoke.sh: unknown argument $argument; it takes --cpu and --no-container" >&2; exit 2 ;;
     esac
 done
 if [ -n "$cpu" ]; then
@@ -25,8 +28,9 @@ if [ -n "$cpu" ]; then
 else
     gpus=$(nvidia-smi --list-gpus 2> /dev/null | grep -c . || true)
     [ "$gpus" -gt 0 ] || { echo "error: smoke.sh: no GPU here; give the container one, or say --cpu" >&2; exit 2; }
-    engines=(single)
-    [ "$gpus" -eq 1 ] && engines+=(zero2 zero3_offload) || engines+=(ddp zero1 zero2 zero3 zero3_offload fsdp2)
+    engines=(single zero2)
+    [ "$gpus" -eq 1 ] || engines+=(ddp zero1 zero3 fsdp2)
+    [ -z "$confined" ] && ! command -v "${CUDA_HOME:+$CUDA_HOME/bin/}nvcc" > /dev/null || engines+=(zero3_offload)
 fi
 [ -z "$record" ] || engines=(single)
 
@@ -39,7 +43,7 @@ settings=(precision=bf16 batch.effective_batch_size=8 batch.per_device_at_most=4
     trainer.max_steps=20 trainer.eval_steps=10 trainer.save_steps=5 trainer.logging_steps=1 answers.show=0
     answers.exact_match=0)
 
-sft() { python -m sft_recipes "$@"; }
+sft() { "$python" -m sft_recipes "$@"; }
 
 words_of() { # ENGINE NAME: sets `words`, what starts that run
     words=(train tiny --name "$2" "parallelism=$1" "${settings[@]}")
@@ -62,13 +66,13 @@ confined() {
 engine() { # ENGINE
     words_of "$1" "$1"
     sft "${words[@]}"
-    python "$here/smoke.py" compare "$RUNS_DIR/$1" "$here/golden.json"
+    "$python" "$here/smoke.py" compare "$RUNS_DIR/$1" "$here/golden.json"
 }
 
 # Killed outright behind its first save, and started again: it ends as the run did that was not.
 kill_and_resume() {
     words_of single killed
-    python -m sft_recipes "${words[@]}" &
+    "$python" -m sft_recipes "${words[@]}" &
     until grep -qs '"step": 8,' "$RUNS_DIR/killed/metrics.jsonl"; do
         kill -0 $! || return 1
         sleep 0.1
@@ -77,7 +81,7 @@ kill_and_resume() {
     wait $! 2> /dev/null || true
     sft "${words[@]}" | tee "$work/resumed"
     grep -q 'going on from checkpoint-' "$work/resumed"
-    python "$here/smoke.py" same "$RUNS_DIR/killed" "$RUNS_DIR/single"
+    "$python" "$here/smoke.py" same "$RUNS_DIR/killed" "$RUNS_DIR/single"
 }
 
 generate() {
@@ -110,13 +114,13 @@ step() { # NAME COMMAND…
 if [ -n "$record" ]; then
     words_of single single
     sft "${words[@]}" >&2
-    exec python "$here/smoke.py" record "$RUNS_DIR/single" "$here/golden.json"
+    exec "$python" "$here/smoke.py" record "$RUNS_DIR/single" "$here/golden.json"
 fi
-step confined confined
+[ -z "$confined" ] || step confined confined
 step doctor sft doctor --gpus "$gpus"
-[ -n "$cpu" ] || step flash-attn python "$here/smoke.py" attention
+[ -n "$cpu" ] || step attention "$python" "$here/smoke.py" attention
 for one in "${engines[@]}"; do step "train: $one" engine "$one"; done
 step kill-and-resume kill_and_resume
 step generate generate
-python "$here/smoke.py" summary "$work/steps"
+"$python" "$here/smoke.py" summary "$work/steps"
 exit "$failed"

@@ -6,7 +6,8 @@
 # PYTHON=...       the Python to make it with, 3.11 or 3.12 (default: the first of
 #                  python3, python3.11, python3.12 that is one). An existing VENV
 #                  keeps its Python; delete it to change.
-# TORCH=cpu|cuda   the PyTorch build (default: cuda if there is an NVIDIA driver)
+# TORCH=cpu|cuda   the PyTorch build (default: that of an existing VENV, else cuda
+#                  if there is an NVIDIA driver)
 #
 # Every file must have a sha256 of the lock. The stamp VENV/.lock-<hash of the lock,
 # the Python and TORCH> is written last. If it is there, a call returns at once; if
@@ -21,18 +22,22 @@ lock=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 unfinished=$venv/.lock-unfinished
 index=https://download.pytorch.org/whl/cpu
 
-torch=${TORCH:-cpu}
-if [ -z "${TORCH:-}" ]; then
-    if [ -e /proc/driver/nvidia/version ] || nvidia-smi -L > /dev/null 2>&1; then torch=cuda; fi
-fi
-[ "$torch" = cpu ] || [ "$torch" = cuda ] || die "TORCH=$torch must be cpu or cuda"
-
 stamp() { # the Python's resolved path stands for its version
     local sha256=sha256sum hash
     command -v sha256sum > /dev/null || sha256="shasum -a 256" # macOS
     hash=$({ echo "$torch $(readlink -f "$venv/bin/python")"; cat "$lock"/{common,cpu,cuda}.txt; } | $sha256)
     echo "$venv/.lock-${hash%% *}"
 }
+torch=${TORCH:-}
+if [ -z "$torch" ]; then # login nodes without a driver and nodes with GPUs may share VENV, and jobs may be using it
+    for torch in cpu cuda; do [ ! -e "$(stamp)" ] || exit 0; done
+    torch=$(cat "$venv"/.lock-* 2> /dev/null | head -n 1 || true)
+fi
+if [ -z "$torch" ]; then
+    torch=cpu
+    if [ -e /proc/driver/nvidia/version ] || nvidia-smi -L > /dev/null 2>&1; then torch=cuda; fi
+fi
+[ "$torch" = cpu ] || [ "$torch" = cuda ] || die "TORCH=$torch must be cpu or cuda"
 [ ! -e "$(stamp)" ] || exit 0
 
 mkdir -p "$venv"
@@ -53,11 +58,11 @@ if [ -e "$unfinished" ] || ! "$venv/bin/python" -c 'import pip' 2> /dev/null; th
 sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2> /dev/null || python=$p
     done
     [ -n "$python" ] || die "no Python 3.11 or 3.12 with its venv module among: $* (Debian: install python3-venv; elsewhere: name one with PYTHON=)"
-    touch "$unfinished"
+    echo "$torch" > "$unfinished"
     find "$venv" -mindepth 1 -maxdepth 1 ! -name .lock-unfinished -exec rm -rf {} +
     "$python" -m venv "$venv"
 fi
-touch "$unfinished"
+echo "$torch" > "$unfinished"
 find "$venv" -maxdepth 1 -name '.lock-*' ! -name .lock-unfinished -delete
 stamp=$(stamp)
 
@@ -88,5 +93,5 @@ if [ "$cuda" = cuda ]; then
 fi
 # Some packages carry files that are no Python of this version, which nobody imports.
 "$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" || true
-: > "$stamp"
+echo "$torch" > "$stamp"
 rm "$unfinished"

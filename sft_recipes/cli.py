@@ -40,6 +40,7 @@ def _obey(arguments: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that knows ASCII alone still gets its line
     environment.silence_telemetry()
+    environment.limit_thread_spin()
     try:
         parser = _parser()
         parsed, rest = parser.parse_known_args(arguments)
@@ -324,16 +325,18 @@ def _on_all_nodes(parsed: argparse.Namespace, verb: Callable[[argparse.Namespace
 
 
 def _try_out(parsed: argparse.Namespace, peers: Peers | None) -> int:
-    from sft_recipes.launching import job, supervisor
+    from sft_recipes.launching import job, preflight, supervisor
 
     recipe, topology, plan = _checked(parsed)
+    if peers is None:
+        preflight.check_gpus(plan)
     if code := job.unfit(peers, plan, _say):
         return code
     return supervisor.try_out(plan, _say, lambda: fit.lighter(recipe, topology), peers)
 
 
 def _carry_out(parsed: argparse.Namespace, peers: Peers | None) -> int:
-    from sft_recipes.launching import job, lock, process, supervisor
+    from sft_recipes.launching import job, lock, preflight, process, supervisor
     from sft_recipes.launching.topology import check_disk
 
     if parsed.name is not None:
@@ -352,6 +355,8 @@ def _carry_out(parsed: argparse.Namespace, peers: Peers | None) -> int:
     if parsed.dry_run:
         print(supervisor.shell_line(plan, start.folder))
         return 0
+    if peers is None:
+        preflight.check_gpus(plan)
     check_disk(plan, start.folder)
     if no_further := job.exhausted(start):
         return process.fail(no_further, run_folder.EXIT_NO_PROGRESS)
@@ -394,6 +399,7 @@ def _fetch(parsed: argparse.Namespace) -> None:
 
 
 def _merge(parsed: argparse.Namespace) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # merging is on the CPU, and bitsandbytes and peft prefer a visible GPU
     from sft_recipes.training import adapters
 
     folder = run_folder.find(parsed.run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -14,6 +15,10 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+
+from sft_recipes.planning import environment
+
+environment.limit_thread_spin()  # before any test imports torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -37,10 +42,17 @@ SHORT = (
     "answers.max_new_tokens=4",
 )
 
-compiler = pytest.mark.skipif(
-    shutil.which("c++") is None or not Path(sysconfig.get_path("include"), "Python.h").is_file(),
-    reason="DeepSpeed compiles an operator at its first start: needs a C++ compiler and Python's headers",
-)
+needs_compiler = pytest.mark.needs_compiler
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips the tests that compile where there is nothing to compile with."""
+    if shutil.which("c++") and Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return
+    reason = "DeepSpeed compiles an operator at its first start: needs a C++ compiler and Python's headers"
+    for item in items:
+        if item.get_closest_marker("needs_compiler"):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @dataclass(frozen=True)
@@ -93,12 +105,38 @@ class Workplace:
         return run
 
 
+def simulated_device(log: Path, size: float = math.inf) -> dict[str, str]:
+    """Variables under which each rank of the sanity check writes to `log` what its tensors hold, and has a device of
+    `size` times what the trial's trainer holds at its peak (simulated_device/sitecustomize.py)."""
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests" / "simulated_device")])
+    return {"PYTHONPATH": path, "SIMULATED_DEVICE": str(log), "SIMULATED_DEVICE_SIZE": str(size)}
+
+
+def assert_one_trainer_at_a_time(log: Path, ranks: int) -> None:
+    """Each rank builds its second trainer in another process than its first, which holds at most 2% of the first one's
+    peak by then, and no more than 1.05 times that peak until it exits."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    for rank in range(ranks):
+        of_rank = [line for line in lines if line["rank"] == rank]
+        assert [line["event"] for line in of_rank] == ["build", "exit", "build", "exit"]
+        _, trial, second, reload = of_rank
+        assert trial["process"] != second["process"] == reload["process"]
+        assert second["held"] <= 0.02 * trial["peak"]
+        assert 0.1 * trial["peak"] < reload["peak"] <= 1.05 * trial["peak"]
+
+
 def manifest(run: Path) -> dict:
     return json.loads((run / "manifest.json").read_text())
 
 
 def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def no_gpu_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of machines with GPUs: a job's CUDA_VISIBLE_DEVICES would hide some of theirs."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 @pytest.fixture
@@ -118,7 +156,8 @@ def shared_workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 @pytest.fixture(scope="session")
 def short_run(shared_workplace: Workplace) -> Path:
     """The tiny recipe, eight steps, one process; the sanity gate goes before it, as for a user."""
-    return shared_workplace.trained_once("short", *SHORT, SANITY="")
+    counted = simulated_device(shared_workplace.path / "device.jsonl")
+    return shared_workplace.trained_once("short", *SHORT, SANITY="", **counted)
 
 
 @pytest.fixture(scope="session")

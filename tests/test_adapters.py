@@ -1,6 +1,7 @@
 """Adapters: what is saved, what merging gives, and what bitsandbytes does to 4-bit weights on some CPUs."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sft_recipes.data import embedded
+from sft_recipes.planning import environment, recipes
+from sft_recipes.planning import plan as plans
+from sft_recipes.planning.memory import GIB, NF4_BYTES
 from sft_recipes.planning.run_folder import RunFolder
 from sft_recipes.planning.schema import RecipeError
-from sft_recipes.training import adapters
+from sft_recipes.training import adapters, generate
 
 ADAPTERS = ("lora.r=4", "trainer.learning_rate=5e-3", "trainer.max_steps=4", "trainer.packing=false")
 # Multiples of 64: bitsandbytes' blocks.
@@ -108,9 +112,103 @@ def test_a_merged_4_bit_run_is_one_plain_16_bit_model(quantized):
     assert "quantization_config" not in config
 
 
+def test_generate_answers_on_the_4_bit_base_that_was_trained_on(quantized, capsys):
+    from bitsandbytes.nn import Linear4bit
+
+    model = generate.load(plans.read(quantized / "plan.json"), RunFolder(quantized))
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    assert len(layers) == 2 * 7 and model.get_input_embeddings().weight.dtype == torch.bfloat16
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        adapted = model(input_ids=ids).logits
+        with model.disable_adapter():
+            base = model(input_ids=ids).logits
+    assert (adapted - base).abs().max() > 0.1, "the adapters do something"
+    assert generate.main(RunFolder(quantized), ["Please add: 1 + 1"]) == 0
+    assert capsys.readouterr().out.endswith("\n")
+
+
+def test_the_memory_that_generate_and_merge_need_is_counted_without_loading(adapted, quantized):
+    """Weights of 2 layers of 4 x 64 x 64 and 3 x 64 x 128, embeddings and output layer of 512 x 64, and five norms."""
+    linear, embeddings, norms = 2 * (4 * 64 * 64 + 3 * 64 * 128), 2 * 512 * 64, 5 * 64
+    for run, loaded in ((adapted, 4 * (linear + embeddings + norms)), (quantized, None)):
+        plan = plans.read(run / "plan.json")
+        size = adapters.base_size(adapters.base_folder(plan, RunFolder(run)), False)
+        assert size == adapters.BaseSize(linear + embeddings + norms, linear, 64 * 128)
+        assert size.loaded_bytes(plan) == (loaded or int(2 * (embeddings + norms) + NF4_BYTES * linear))
+    whole = adapters.BaseSize(70_553_706_496, 68_451_041_280, 28672 * 8192)  # Llama 3.3 70B
+    assert whole.loaded_bytes(plan) / GIB == pytest.approx(36.8, abs=0.1)
+    assert whole.merging_bytes(plan) / GIB == pytest.approx(167.9, abs=0.1)
+
+
+def test_a_merge_that_does_not_fit_the_hosts_memory_is_rejected_before_loading(adapted, tmp_path, monkeypatch):
+    limit = tmp_path / "memory.max"
+    limit.write_text(str(GIB // 2))
+    monkeypatch.setattr(environment, "_MEMORY_LIMITS", (limit,))
+    monkeypatch.setattr(adapters, "load_base", lambda *_a: pytest.fail("the base model was loaded"))
+    shutil.copytree(adapted, tmp_path / "run", ignore=shutil.ignore_patterns("merged"))
+    with pytest.raises(RecipeError, match=r"found 0\.5 GiB of host memory, expected 1\.0 GiB or more"):
+        adapters.merge(RunFolder(tmp_path / "run"))
+    assert not (tmp_path / "run" / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("needed", "free", "device_map"),
+    [
+        (131, (), {"": "cpu"}), (16, (79,), {"": 0}), (37, (20, 79), {"": 1}), (131, (79, 79), "auto"),
+        (68, (79, 79), "auto"),
+    ],
+)  # fmt: skip
+def test_a_model_goes_to_one_gpu_that_holds_it_else_to_all_else_to_the_cpu(needed, free, device_map):
+    assert generate.placement(needed * GIB, [gpu * GIB for gpu in free], 200 * GIB) == device_map
+
+
+@pytest.mark.parametrize(
+    ("free", "message"),
+    [
+        ((79,), r"found 79\.0 GiB free on 1 visible GPU\(s\), expected 154\.1 GiB\. Make more GPUs visible"),
+        ((), r"found 100\.0 GiB of host memory, expected 131\.0 GiB"),
+    ],
+)
+def test_a_model_that_no_device_holds_is_rejected_with_what_it_needs(free, message):
+    with pytest.raises(RecipeError, match=message):
+        generate.placement(131 * GIB, [gpu * GIB for gpu in free], 100 * GIB)
+
+
+def test_a_from_scratch_base_that_is_gone_is_named(adapted, tmp_path):
+    shutil.copytree(adapted, tmp_path / "run")
+    prepared = tmp_path / "run" / "prepared.json"
+    prepared.write_text(json.dumps({**json.loads(prepared.read_text()), "model": str(tmp_path / "gone")}))
+    with pytest.raises(RecipeError, match=f"the base model of run is gone: found no {tmp_path / 'gone'}"):
+        adapters.base_folder(plans.read(adapted / "plan.json"), RunFolder(tmp_path / "run"))
+
+
 def test_a_run_that_trained_the_whole_model_is_not_merged(short_run):
     with pytest.raises(RecipeError, match="short trained the whole model"):
         adapters.merge(RunFolder(short_run))
+
+
+def test_saved_adapters_hold_no_embeddings_and_saving_asks_no_hub(model_folder, tmp_path, monkeypatch):
+    """peft itself does both for a base of the Hub: once its embeddings grew, and at every save."""
+    from peft import get_peft_model
+    from peft.utils import save_and_load
+
+    plan = plans.make(recipes.load("tiny", ("lora.r=2",)), plans.Topology(gpus=0, processes=1))
+
+    def asked_by(prepare):
+        asked = []
+        monkeypatch.setattr(save_and_load, "check_file_exists_on_hf_hub", lambda name, _file: asked.append(name))
+        model = AutoModelForCausalLM.from_pretrained(model_folder)
+        model.resize_token_embeddings(384)
+        model.name_or_path = "some/model"
+        adapted = get_peft_model(model, adapters.configuration(plan, model_folder))
+        prepare(adapted)
+        adapted.save_pretrained(tmp_path)
+        return asked
+
+    assert asked_by(lambda _model: None) == ["some/model"], "peft asks no more: save_adapters_alone is needed no more"
+    assert asked_by(lambda model: adapters.save_adapters_alone(model, plan)) == []
+    assert all(".lora_" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
 
 
 def gradient(layer):

@@ -2,8 +2,6 @@
 
 import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -216,9 +214,13 @@ def test_flash_attention_is_refused_by_the_plan_where_it_cannot_be():
 SCRIPT = REPOSITORY / "requirements" / "flash-attn.sh"
 
 
-def test_flash_attention_is_not_built_where_torch_cannot_use_it():
-    environment = Path(sys.executable).parent.parent
-    done = subprocess.run([SCRIPT, environment], capture_output=True, text=True, check=False)
+def test_flash_attention_is_not_built_where_torch_cannot_use_it(tmp_path):
+    """With a Python whose torch says that it is a CPU build: the real one here may be a CUDA build."""
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    done = subprocess.run([SCRIPT, tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "is not built for CUDA; " in done.stderr and "make setup installs it" in done.stderr
 

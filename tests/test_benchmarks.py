@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -16,12 +18,13 @@ from sft_recipes.planning.plan import Topology
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import bench
 import beside
+import first_run
 import memory
 import plots
 import readme
 from matplotlib.figure import Figure
 
-HERE = {**os.environ, "PYTHON": sys.executable}
+HERE = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
 ON_A_GPU = {
     f"{script.__name__}: {name}": case
     for script, cases in ((bench, bench.cases(True)), (bench, bench.ablations(True)), (memory, memory.cases(True)))
@@ -175,9 +178,103 @@ def test_what_cannot_be_measured_is_said_in_one_line(tmp_path):
         assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1, done
 
 
+def listed(script=REPOSITORY / "benchmarks" / "gpu.sh", **variables):
+    """Name, question and state of each piece, in order."""
+    done = subprocess.run([script, "--list"], env={**HERE, **variables}, capture_output=True, text=True, check=True)
+    return [re.fullmatch(r"(\S+)\s+(.*\?)\s+(.+)", line).groups() for line in done.stdout.splitlines()]
+
+
 def test_the_pieces_for_a_gpu_are_all_of_these():
-    command = [REPOSITORY / "benchmarks" / "gpu.sh", "--list"]
-    done = subprocess.run(command, env=HERE, capture_output=True, text=True, check=True)
-    named = [line.split()[0] for line in done.stdout.splitlines()]
-    wanted = [*bench.cases(True), *memory.cases(True)]
+    named = [name for name, _, _ in listed()]
+    wanted = [*bench.cases(True), *bench.ablations(True), *memory.cases(True)]
     assert len(named) == len(set(named)) >= len(wanted) + 6
+
+
+def test_the_most_informative_pieces_for_a_gpu_come_first():
+    """What rejects the machine or the project, then one row of each table, then the rest of the tables, then repeats."""
+    rows = listed()
+    named = [name for name, _, _ in rows]
+    assert named[:6] == [
+        "doctor", "attention", "smoke", "first-run", "memory-1b__4k__checkpointing", "bench-1b__4k",
+    ]  # fmt: skip
+    order = (
+        "bench-8b-lora__4k",
+        "bench-8b__4k",
+        "ablation-as_shipped",
+        "beside-1b-sft-recipes",
+        "bench-1b__2k",
+        "bench-2-1b__2k",
+    )
+    places = [named.index(name) for name in order]
+    assert places == sorted(places)
+    assert all(question.endswith("?") for _, question, _ in rows)
+
+
+def test_the_first_run_on_a_gpu_can_be_planned_there():
+    case = first_run.case(True)
+    for card in ("h100-80g", "h200-141g"):
+        plan = plans.make(recipes.load(case.recipe, case.words), Topology(gpus=1, processes=1, card=card))
+        assert plan.fits and plan.world_size == 1
+
+
+PROGRAM = """#!/bin/sh
+case "$*" in
+    "-c import sys"* | "- "*) exec {python} "$@" ;;
+esac
+echo "ran: $* with $PYTHONPATH"
+case "$*" in *attention.py*) exit 3 ;; esac
+"""
+SMI = """#!/bin/sh
+case "$*" in
+    *index,memory.total,name*) echo "0, 143771, NVIDIA H200" ;;
+    *index,compute_cap*) echo "0, 9.0" ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A checkout on a machine with a GPU, whose Python records what it is to run."""
+    (tmp_path / "benchmarks").mkdir()
+    for name in ("sft_recipes", "recipes", "accelerate_configs", "deepspeed_configs", "requirements"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    for file in (REPOSITORY / "benchmarks").glob("*.*"):
+        if file.suffix in (".py", ".sh"):
+            (tmp_path / "benchmarks" / file.name).symlink_to(file)
+    (tmp_path / "benchmarks" / "gpu.sh").unlink()
+    shutil.copy(REPOSITORY / "benchmarks" / "gpu.sh", tmp_path / "benchmarks")
+    program = PROGRAM.format(python=sys.executable)
+    smoke = '#!/bin/sh\necho "smoke: $* by $PYTHON"\n'
+    for name, text in (("bin/a python", program), ("bin/nvidia-smi", SMI), ("docker/smoke.sh", smoke)):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+        file.chmod(0o755)
+    return tmp_path
+
+
+def test_the_next_pieces_run_in_order_and_their_state_is_listed(checkout):
+    script, python = checkout / "benchmarks" / "gpu.sh", f"{checkout}/bin/a python"
+    variables = {
+        "PYTHON": python, "PATH": f"{checkout}/bin:{os.environ['PATH']}", "PYTHONPATH": "/carried/packages",
+        "CUDA_VISIBLE_DEVICES": "0",
+    }  # fmt: skip
+
+    def run(*words):
+        return subprocess.run(
+            [script, *words], env={**HERE, **variables}, capture_output=True, text=True, check=False
+        )  # fmt: skip
+
+    done = run("3")
+    assert done.returncode == 1, "attention failed"
+    assert [line for line in done.stdout.splitlines() if ": " in line and "==" not in line] == [
+        "ran: -m sft_recipes doctor --gpus 1 with .:/carried/packages",
+        "ran: benchmarks/attention.py with .:/carried/packages",
+        f"smoke: --no-container by {python}",
+    ]
+    states = {name: state for name, _, state in listed(script, **variables)}
+    assert states["doctor"].startswith("exit code 0 after ") and states["attention"].startswith("exit code 3 after ")
+    assert states["first-run"] == "not done"
+    assert "ran: benchmarks/first_run.py" in run("1").stdout, "what failed is tried again by its name alone"
+    assert "ran: benchmarks/attention.py" in run("attention").stdout
+    assert "ran: benchmarks/memory.py 1b, 4k, checkpointing with" in run("memory-1b__4k__checkpointing").stdout

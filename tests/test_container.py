@@ -133,6 +133,45 @@ def test_keys_are_passed_by_name_and_printed_nowhere(machine):
 
 
 @pytest.mark.parametrize(
+    "variable",
+    [
+        "CUDA_LAUNCH_BLOCKING", "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_DEVICE_ORDER", "CUDA_MODULE_LOADING",
+        "TRITON_INTERPRET", "TRITON_PRINT_AUTOTUNING", "DS_ACCELERATOR", "DS_SKIP_CUDA_CHECK", "DS_BUILD_FUSED_ADAM",
+        "FLASH_ATTENTION_DETERMINISTIC", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_NVML_BASED_CUDA_CHECK",
+    ],
+)  # fmt: skip
+def test_variables_of_cuda_triton_deepspeed_and_torch_are_passed_by_name(machine, variable):
+    done = machine.run("train", "8b", "--gpus", "2", DRY_RUN="1", **{variable: SECRET})
+    assert variable in values(command(done), "--env") and SECRET not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [
+        "CUDA_VISIBLE_DEVICES", "CUDA_VERSION", "CUDA_HOME", "CUDA_PATH", "CUDA_ROOT", "CUDA_TOOLKIT_ROOT_DIR",
+        "CUDA_BIN_PATH", "CUDA_INJECTION64_PATH", "CUDA_MPS_LOG_DIRECTORY", "TRITON_PTXAS_PATH", "TRITON_LIBCUDA_PATH",
+        "TRITON_HOME", "PYTORCH_NVCC", "CUDNN_HOME", "XCUDA_LAUNCH_BLOCKING", "LD_LIBRARY_PATH",
+    ],
+)  # fmt: skip
+def test_variables_that_describe_the_host_are_not_passed(machine, variable):
+    printed = command(machine.run("train", "8b", "--gpus", "1", DRY_RUN="1", **{variable: "0"}))
+    assert variable not in printed
+
+
+@pytest.mark.parametrize(
+    "variable",
+    ["TRITON_CACHE_DIR", "TRITON_DUMP_DIR", "CUDA_CACHE_PATH", "PYTORCH_KERNEL_CACHE_PATH", "CUDA_MPS_PIPE_DIRECTORY"],
+)
+def test_caches_of_compiled_kernels_are_mounted_where_they_are(machine, variable):
+    """The image's own lie in /tmp and are lost with the container."""
+    folder = machine.path / "caches" / "kernels"
+    done = machine.run("train", "tiny", RUNTIME="docker", **{variable: str(folder)})
+    ran = json.loads(done.stdout)["ran"]
+    assert f"{folder}:{folder}:rw" in values(ran, "--volume") and variable in values(ran, "--env")
+    assert folder.is_dir(), "made as the user: an engine would make it as root"
+
+
+@pytest.mark.parametrize(
     ("words", "device", "inside"),
     [
         (("--gpus", "4"), "0,1,2,3", ["--gpus", "4"]),

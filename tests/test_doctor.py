@@ -9,7 +9,7 @@ import time
 import pytest
 from conftest import REPOSITORY
 
-from sft_recipes.launching import doctor, health
+from sft_recipes.launching import doctor, health, topology
 from sft_recipes.launching.topology import Gpu
 from sft_recipes.planning import plan as plans
 from sft_recipes.planning import processes, recipes
@@ -17,7 +17,7 @@ from sft_recipes.planning.processes import Pulse
 from sft_recipes.planning.run_folder import RunFolder
 
 CARDS = [Gpu("0", 81559, "NVIDIA H100 80GB HBM3", 9.0), Gpu("1", 81559, "NVIDIA H100 80GB HBM3", 9.0)]
-SEEN = {"cuda": "13.0", "available": True, "gpus": [{}, {}]}
+SEEN = {"torch": "2.13.0+cu130", "cuda": "13.0", "devices": 2, "warning": ""}
 
 
 def test_this_machine_is_examined_and_what_is_red_is_the_exit_code(workplace):
@@ -38,10 +38,10 @@ def test_this_machine_is_examined_and_what_is_red_is_the_exit_code(workplace):
 @pytest.mark.parametrize(
     ("seen", "version", "colour", "says"),
     [
-        (SEEN, "580.65.06", "green", "torch with CUDA 13.0 finds 2"),
-        ({**SEEN, "available": False}, "535.183.01", "red", "install a driver of 580 or newer"),
-        ({**SEEN, "available": False}, "580.65.06", "red", "look at what nvidia-smi says"),
-        ({**SEEN, "cuda": None}, "580.65.06", "red", "torch is a build for the CPU"),
+        (SEEN, "580.65.06", "green", "PyTorch 2.13.0+cu130 with CUDA 13.0 finds 2"),
+        ({**SEEN, "devices": 1}, "580.65.06", "red", "PyTorch finds 1; See `nvidia-smi -L`"),
+        ({**SEEN, "devices": 0}, "535.183.01", "red", "found NVIDIA driver 535.183.01, expected 580 or newer"),
+        ({**SEEN, "cuda": None}, "580.65.06", "red", "is a CPU build, expected a CUDA build"),
     ],
 )
 def test_driver_and_cuda_go_together(seen, version, colour, says):
@@ -60,7 +60,7 @@ def test_memory_that_others_hold_is_named():
     [
         (None, "green"),
         ({"missing": "No module named 'flash_attn'"}, "yellow"),
-        ({"error": "CUDA error: no kernel image is available"}, "red"),
+        ({"error": "flash_attn_2_cuda.so: undefined symbol: _ZNK3c106SymInt6sym_neERKS0_"}, "red"),
         ({"forward": 4e-3, "backward": 8e-3, "tolerance": 3e-2}, "green"),
         ({"forward": 4e-3, "backward": 0.4, "tolerance": 3e-2}, "red"),
         ({"forward": math.nan, "backward": 8e-3, "tolerance": 3e-2}, "red"),
@@ -69,6 +69,22 @@ def test_memory_that_others_hold_is_named():
 def test_flash_attention_must_be_right_where_it_is(looked, colour):
     finding = doctor.attention({"flash_attention": looked})
     assert finding.colour == colour and (colour == "green" or finding.way_out)
+
+
+@pytest.mark.parametrize(
+    ("error", "fix"),
+    [
+        ("CUDA error: no kernel image is available for execution on the device", "CUDA_ARCHITECTURES='12.0;8.9'"),
+        ("CUDA error: invalid device function", "CUDA_ARCHITECTURES='12.0;8.9'"),
+        ("FlashAttention only supports Ampere GPUs or newer.", "it needs Ampere or newer"),
+    ],
+)
+def test_a_gpu_that_flash_attention_has_no_kernel_for_can_train(error, fix):
+    """`model.attention: auto` passes it over."""
+    gpus = [{"capability": "8.9"}, {"capability": "12.0"}, {"capability": "8.9"}]
+    finding = doctor.attention({"flash_attention": {"error": error}, "gpus": gpus})
+    assert finding.colour == "yellow" and fix in finding.way_out
+    assert "no kernel for compute capability 12.0 or 8.9; torch's own attention is used" in finding.found
 
 
 # Lines as NCCL 2.2x writes them at NCCL_DEBUG=INFO.
@@ -104,9 +120,13 @@ def test_rdma_that_cannot_be_used_matters_between_nodes(monkeypatch):
 def test_a_driver_that_does_not_answer_is_red(tmp_path, monkeypatch):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho Failed to initialize NVML: version mismatch\nexit 18\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
-    assert doctor._broken_driver() is None
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert doctor._broken_driver() == "Failed to initialize NVML: version mismatch"
+    assert topology.nvidia_smi_error() == "Failed to initialize NVML: version mismatch"
+    monkeypatch.setattr(doctor.preflight, "ask_torch", lambda *_: {"error": "not asked"})
+    found = next(doctor.examine(None))
+    assert (found.check, found.colour) == ("driver", "red") and "Failed to initialize NVML" in found.found
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert topology.nvidia_smi_error() is None
 
 
 @pytest.mark.parametrize("token", ["hf_secret\r", "hf_secret\n", "hf_\x00secret", "hf_sécret"])

@@ -12,6 +12,8 @@ from sft_recipes.planning import plan as plans
 from sft_recipes.planning.plan import Topology
 from sft_recipes.planning.schema import Lora, RecipeError
 
+pytestmark = pytest.mark.usefixtures("no_gpu_mask")
+
 
 def plan(name, gpus, card="h100-80g", *overrides):
     return plans.make(recipes.load(name, overrides), fit.on(gpus, card))

@@ -4,6 +4,8 @@ that speaks its protocol; the client is the real one."""
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -130,6 +132,48 @@ def test_what_was_fetched_trains_without_a_network(workplace, served):
     )
     merged = workplace.sft("merge", run.name, HF_HUB_OFFLINE="1", HF_HOME=home)
     assert merged.returncode == 0 and (run / "merged" / "model.safetensors").is_file(), merged.stderr
+    check_offline_use(workplace, run, home)
+
+
+# On another machine, whose cache holds the commit elsewhere, with the libraries that a user has, and without the commit.
+ELSEWHERE = """
+import pathlib, sys, torch
+from huggingface_hub import constants
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
+from sft_recipes.planning.run_folder import RunFolder
+from sft_recipes.planning.schema import RecipeError
+from sft_recipes.training import generate
+run, commit, prompt = RunFolder(pathlib.Path(sys.argv[1])), sys.argv[2], sys.argv[3]
+generate.main(run, [prompt])
+ids = torch.arange(20)[None]
+adapted = AutoPeftModelForCausalLM.from_pretrained(run.final)
+assert torch.equal(adapted(ids).logits, AutoModelForCausalLM.from_pretrained(run.final, revision=commit)(ids).logits)
+constants.HF_HUB_CACHE = "/nowhere"
+try:
+    generate.main(run, [prompt])
+except RecipeError as error:
+    print(error, file=sys.stderr)
+"""
+
+
+def check_offline_use(workplace, run, home):
+    """From a cache that holds the commit and no `refs/main`: adapters answer, and so do those that a user loads."""
+    assert not list(Path(home).glob("hub/models--*/refs/*"))
+    saved = {path.parent.name: json.loads(path.read_text()) for path in run.glob("*/adapter_config.json")}
+    assert {"final", "last", "best-8", "checkpoint-8"} <= saved.keys()
+    assert {config["revision"] for config in saved.values()} == {COMMIT}
+    prompt = "How much is 1 and 1?"
+    answered = workplace.sft("generate", run.name, "--prompt", prompt, HF_HUB_OFFLINE="1", HF_HOME=home)
+    assert answered.returncode == 0 and answered.stdout, answered.stderr
+    moved = Path(home).rename(workplace.path / "moved")
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, str(run), COMMIT, prompt], capture_output=True, text=True, check=False,
+        env=workplace.environment(HF_HUB_OFFLINE="1", HF_HOME=str(moved)),
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, answered.stdout), done.stderr
+    refused = done.stderr.splitlines()[-1]
+    assert refused.startswith(f"model.name_or_path: some/model at {COMMIT[:8]} is neither in the Hub's cache")
 
 
 def test_rows_to_retain_are_fetched_too(workplace, served):

@@ -20,8 +20,8 @@ from sft_recipes.launching import job, network, peers, process, ranks, topology
 from sft_recipes.launching.peers import Peers
 from sft_recipes.launching.process import Asked
 from sft_recipes.launching.topology import Allocation, first_host, from_slurm
+from sft_recipes.planning import cuda, recipes, saves
 from sft_recipes.planning import plan as plans
-from sft_recipes.planning import recipes, saves
 from sft_recipes.planning.processes import ASKING
 from sft_recipes.planning.run_folder import RunFolder, Start, runs_root
 from sft_recipes.planning.schema import RecipeError
@@ -399,6 +399,33 @@ def test_a_node_that_is_not_fit_is_named_with_the_way_to_leave_it_out(
     assert job.unfit(leader, plan, lines.append) == 1
     assert re.search(f"node2: red .*{said}", "\n".join(lines))
     assert "node2 cannot carry its part; leave it out: sbatch --exclude=node2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("nodes", "ends"), [((1,), "or leave it out: sbatch --exclude=node2"), ((0, 1), "docker/README.md")]
+)
+def test_nodes_without_cuda_end_the_job_with_the_cause(
+    nodes: tuple[int, ...], ends: str, two: tuple[Peers, Peers], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With exit code 2: no step was taken, and what is installed is wrong."""
+    fit = {"cores": 8, "cores_of_all": 8, "room": 2**40, "gpus": [{"id": str(n), "used": 4.0} for n in range(8)]}
+    seen = {"torch": "2.13.0+cu130", "cuda": "13.0", "devices": 0, "warning": ""}
+    for number, one in enumerate(two):
+        found = cuda.problem(seen, 8, "570.86.15", None) if number in nodes else None
+        one.say(hello={**fit, "cuda": found, "addresses": ["node1"]}, reaches=["node1"])
+    two[0].look(at_once=True)
+    plan = plans.make(recipes.load("32b"), plans.Topology(16, 16, 2, "h100-80g"))
+    lines: list[str] = []
+    assert job.unfit(two[0], plan, lines.append) == 2
+    assert ["red" in line and "CUDA" in line for line in lines] == [True] * len(nodes)
+    names = ",".join(f"node{number + 1}" for number in nodes)
+    line = capsys.readouterr().err.strip()
+    assert line.startswith(
+        f"error: GPUS: {names}: found NVIDIA driver 570.86.15, expected 580 or newer for CUDA 13.0. "
+    )
+    assert line.endswith(ends) and "\n" not in line
+    on_the_cpu = plans.make(recipes.load("tiny", ["batch.effective_batch_size=16"]), plans.Topology(0, 16, 2))
+    assert not list(job._wrong(two[1].told(1)["hello"], on_the_cpu)), "it needs no CUDA"
 
 
 def test_where_no_node_reaches_node_0_that_one_is_named(

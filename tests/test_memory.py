@@ -247,9 +247,9 @@ def kept_for_the_backward_pass(architecture, dtype, autocast, lora, way="sdpa"):
         def pack(tensor, storages=storages, weights=weights):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in weights:
-                storages[storage.data_ptr()] = (storage.nbytes(), tensor)
-            return tensor
+                storages[storage.data_ptr()] = (storage.nbytes(), tensor.detach())
 
+        # Nothing goes backward, so the hook returns nothing: a node that saved its own output would never be freed.
         context = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), context:
             body(input_ids=torch.zeros(1, 1024, dtype=torch.long), use_cache=False)

@@ -321,7 +321,7 @@ signals.listen()
 rows = iter(torch.utils.data.DataLoader(Rows(), num_workers=1))
 worker = int(next(rows))
 for _ in range(20):
-    subprocess.run(["kill", "-TERM", str(worker)], check=True)
+    subprocess.run(["bash", "-c", f"kill -TERM {worker}"], check=True)  # the builtin: minimal systems lack /bin/kill
     assert int(next(rows)) == worker
 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 os.kill(worker, signal.SIGTERM)
@@ -465,3 +465,17 @@ def test_a_newer_checkpoint_begins_the_count_of_starts_anew(tmp_path):
     assert progress.refusal(again) is None
     progress.count(folder)
     assert manifest(tmp_path)["starts_without_progress"] == {"step": 8, "count": 1}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "spins"), [({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)]
+)
+def test_openmp_threads_spin_for_a_bounded_time_unless_the_user_chose(chosen, spins):
+    """What the command line and every process that it starts see; without a bound, training next to one busy process on
+    2 cores hardly moves (benchmarks/threads.py)."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_WAIT"))}
+    code = "import os; from sft_recipes import cli; cli.main(['list']); print(os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**kept, **chosen}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == str(spins)

@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from conftest import HANG_SECONDS, REPOSITORY, SHORT, compiler, manifest, metrics
+from conftest import HANG_SECONDS, REPOSITORY, SHORT, manifest, metrics, needs_compiler
 from processes import commands
 from safetensors.torch import load_file
 
@@ -115,7 +115,7 @@ def test_a_run_lets_itself_be_asked(shared_workplace, short_run):
 
 
 @pytest.mark.parametrize(
-    "engine", ["ddp", "fsdp2", *(pytest.param(f"zero{kind}", marks=compiler) for kind in ("2", "3"))]
+    "engine", ["ddp", "fsdp2", *(pytest.param(f"zero{kind}", marks=needs_compiler) for kind in ("2", "3"))]
 )
 def test_every_engine_on_two_processes_follows_one_with_the_same_batch(shared_workplace, short_run, engine):
     """Each kind once; zero1, zero3_offload, and all of them in bf16, packed or not and with a stop between:
@@ -124,6 +124,18 @@ def test_every_engine_on_two_processes_follows_one_with_the_same_batch(shared_wo
     several = shared_workplace.trained("tiny", "--name", engine, *arguments)
     assert json.loads((several / "plan.json").read_text())["parallelism"] == engine
     check_same_trajectory(short_run, several)
+
+
+def test_zero_without_a_compiler_says_what_to_install(workplace, few_rows):
+    """Also where ninja is the virtual environment's alone: none of its programs is on the user's PATH here."""
+    done = workplace.sft(
+        "train", "tiny", "--gpus", "0", "--processes", "2", "parallelism=zero3", f"data.train={few_rows}",
+        *SHORT, PATH=str(workplace.path), TORCH_EXTENSIONS_DIR=str(workplace.path / "extensions"),
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout + done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert line.endswith("found no C++ compiler (c++). Install g++ and python3-dev, or set parallelism=ddp")
+    assert "deepspeed_shm_comm" in line and "Traceback" not in done.stdout + done.stderr
 
 
 def check_same_trajectory(one, several):

@@ -479,17 +479,23 @@ def test_ranks_of_one_machine_are_told_to_stay_on_it(nodes):
 
 
 def test_tensorboard_is_served_to_this_machine_alone(workplace):
+    """Its data server listens too, at whatever `localhost` resolves to: 127.0.0.1 or ::1."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     workplace.runs.mkdir()
     seen = started(workplace.path, workplace.environment(), "tensorboard", "--port", port)
+
+    def web_server():
+        return {address for address, command in seen.listened if "tensorboard.main" in command}
+
     try:
-        seen.watch(lambda: bool(seen.listened))
+        seen.watch(lambda: bool(web_server()))
     finally:
         seen.process.kill()
         seen.process.wait()
-    assert {address for address, _ in seen.listened} == {"127.0.0.1"}, (workplace.path / "said").read_text()
+    assert web_server() == {"127.0.0.1"}, (workplace.path / "said").read_text()
+    assert seen.reached_from_outside == set()
 
 
 @pytest.mark.parametrize("of", ["faulty", "bombed"])

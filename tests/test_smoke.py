@@ -10,6 +10,8 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 
+from sft_recipes.training import attention, examine
+
 DOCKER = REPOSITORY / "docker"
 
 
@@ -77,20 +79,83 @@ def test_what_is_gone_on_with_must_end_alike(smoke, golden, tmp_path):
         smoke.same(run_of(tmp_path / "far", golden, weights=b"v", gpus=1, **{"loss 20": 9.0}), straight)
 
 
+NO_KERNEL = "CUDA error: no kernel image is available for execution on the device"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU of compute capability 12.0, by what torch reports of it; kernels are tried on the CPU in its place."""
+    tried = attention.errors
+    monkeypatch.setattr(attention, "errors", lambda kernel, device, dtype, width=64: tried(kernel, "cpu", dtype, width))
+
+    def with_flash_attention(looked, **ways):
+        monkeypatch.setattr(examine, "look", lambda: {"flash_attention": looked, "gpus": [{"capability": "12.0"}]})
+        for name, kernel in ways.items():
+            monkeypatch.setattr(attention, name, kernel)
+
+    return with_flash_attention
+
+
+def fails(error):
+    def kernel(*arguments):
+        raise RuntimeError(error)
+
+    return kernel
+
+
+def test_a_gpu_without_a_flash_attention_kernel_falls_back_and_says_so(smoke, gpu):
+    gpu({"error": NO_KERNEL}, flash=fails(NO_KERNEL))
+    said = smoke.attention()
+    assert "no kernel for compute capability 12.0" in said
+    assert f"falling back to varlen (no flash_attention_2: {NO_KERNEL}" in said
+
+
+def test_where_no_kernel_is_right_it_falls_back_to_torchs_masked_attention(smoke, gpu):
+    gpu({"error": NO_KERNEL}, flash=fails(NO_KERNEL), varlen=fails("CUDA error: invalid device function"))
+    assert "falling back to sdpa (no flash_attention_2: " in smoke.attention()
+
+
+def test_an_image_built_without_flash_attention_falls_back(smoke, gpu):
+    gpu({"missing": "flash_attn is not installed"})
+    assert "falling back to varlen (no flash_attention_2: flash_attn is not installed" in smoke.attention()
+
+
+@pytest.mark.parametrize(
+    ("looked", "says"),
+    [
+        ({"forward": 0.5, "backward": 0.5, "tolerance": 3e-2}, "off by 5.0e-01 forward"),
+        ({"error": "undefined symbol: _ZNK3c106SymInt6sym_neERKS0_"}, "undefined symbol"),
+    ],
+)
+def test_a_flash_attention_that_is_wrong_or_does_not_load_fails(smoke, gpu, looked, says):
+    gpu(looked)
+    with pytest.raises(SystemExit, match=says):
+        smoke.attention()
+
+
+def test_what_smoke_py_is_called_with_exists(smoke):
+    """On a GPU a name that is missing is found after the image was built for an hour."""
+    called = re.findall(r'smoke\.py" (\w+)', (DOCKER / "smoke.sh").read_text())
+    assert {"compare", "same", "attention", "summary"} <= set(called)
+    assert all(callable(getattr(smoke, name)) for name in called)
+
+
 def test_the_summary_is_one_object(smoke, tmp_path):
     (tmp_path / "steps").write_text("a\t0\t3\tsaid\twell\nb\t1\t2\t\n")
     told = json.loads(smoke.summary(tmp_path / "steps"))
     assert not told["passed"] and told["steps"][0] == {"name": "a", "exit_code": 0, "seconds": 3, "said": "said\twell"}
 
 
-@pytest.mark.parametrize(("word", "says"), [("--gpu", "unknown argument --gpu"), (None, "no GPU here")])
+@pytest.mark.parametrize(
+    ("word", "says"), [("--gpu", "unknown argument --gpu"), (None, "no GPU here"), ("--no-container", "no GPU here")]
+)
 def test_the_smoke_test_is_not_begun_where_it_cannot_be(word, says):
     words = ["bash", str(DOCKER / "smoke.sh"), *([word] if word else [])]
     done = subprocess.run(words, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and says in done.stderr
 
 
-@pytest.mark.parametrize("name", ["ci", "gpu"])
+@pytest.mark.parametrize("name", ["ci", "gpu", "cuda-build"])
 def test_workflows_pin_what_they_use_and_may_read_alone(name):
     text = (REPOSITORY / ".github" / "workflows" / f"{name}.yml").read_text()
     workflow = yaml.safe_load(text)

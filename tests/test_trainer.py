@@ -14,7 +14,7 @@ from sft_recipes.planning import plan as plans
 from sft_recipes.planning import recipes
 from sft_recipes.planning.plan import Topology
 from sft_recipes.planning.run_folder import RunFolder
-from sft_recipes.planning.schema import TABLE_KEYS
+from sft_recipes.planning.schema import TABLE_KEYS, RecipeError
 from sft_recipes.training import attention
 from sft_recipes.training import trainer as trainers
 
@@ -404,3 +404,15 @@ def test_loss_accuracy_and_entropy_are_those_of_trl(tmp_path, model_folder, toke
         (wanted,) = subject._metrics["train"][name]
         assert mean == pytest.approx(wanted, rel=1e-6), name
     assert found["entropy"] > 1
+
+
+def test_rank_without_cuda_names_the_cause(tmp_path, monkeypatch):
+    """Not as transformers does ("You need to assign use_cpu"): whether this PyTorch is a CPU build or a CUDA build."""
+    from sft_recipes.training import run
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    plan = plans.make(recipes.load("1b"), Topology(gpus=1, processes=1, card="h100-80g"))
+    with pytest.raises(
+        RecipeError, match="^GPUS: 1 requested, but (PyTorch|found) .*(TORCH=cuda|nvidia-smi|Install|Update)"
+    ):
+        run.configure(plan, RunFolder(tmp_path))

@@ -5,6 +5,7 @@ One process a node does so before any rank starts, so that no GPU waits for a do
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from sft_recipes.planning.schema import RecipeError
@@ -38,6 +39,11 @@ def dataset(name: str, revision: str | None, key: str) -> Path:
         RecipeError: there is no such data set, it is gated, or neither network nor cache has it.
     """
     return _snapshot(name, revision, "dataset", key, "; or say DATA=<a file or folder>")
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit of a snapshot in the Hub's cache (`…/snapshots/COMMIT`); None for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
 
 
 def _other(ungated: str | None) -> str:

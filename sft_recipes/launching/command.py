@@ -47,7 +47,7 @@ def launch(plan: Plan, folder: RunFolder, program: str = "run", meeting: Meeting
     """
     command = [sys.executable, "-m", "sft_recipes.training.start"]
     command += ["--config_file", str(folder.accelerate_config)]
-    if plan.world_size > 1:
+    if plan.parallelism != "single":  # with one rank too: torchrun's default port is the same for every run
         at = meeting or Meeting("127.0.0.1", free_port("127.0.0.1"), 0)
         command += ["--main_process_ip", at.address, "--main_process_port", str(at.port)]
         command += ["--machine_rank", str(at.node)]
@@ -118,6 +118,8 @@ def write_engine(plan: Plan, folder: RunFolder) -> None:
 def environment(plan: Plan, inherited: Mapping[str, str]) -> dict[str, str]:
     """The variables that the ranks see, over those that were there."""
     chosen = dict(inherited)
+    # Programs of the virtual environment, which need not be activated: torch looks for ninja on PATH.
+    chosen["PATH"] = os.pathsep.join(filter(None, [str(Path(sys.executable).parent), inherited.get("PATH")]))
     chosen["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), inherited.get("PYTHONPATH")]))
     chosen.setdefault("PYTHONSAFEPATH", "1")  # a torch.py in the folder that a run is started in is no library
     # Compiled code is kept as pickles, by default in /tmp/torchinductor_USER, which anybody can make before USER does.
@@ -140,8 +142,9 @@ def environment(plan: Plan, inherited: Mapping[str, str]) -> dict[str, str]:
         chosen["DS_ACCELERATOR"] = "cpu"
         if not plan.parallelism.startswith("zero"):
             chosen["ACCELERATE_USE_CPU"] = "true"
-        threads = max((os.cpu_count() or 1) // (plan.world_size // plan.nodes), 1)
-        chosen.setdefault("OMP_NUM_THREADS", str(threads))
+    # On GPUs too: accelerate and torchrun would set 1, and DeepSpeed's Adam for offloaded optimizers runs on the CPU.
+    threads = max(len(os.sched_getaffinity(0)) // (plan.world_size // plan.nodes), 1)
+    chosen.setdefault("OMP_NUM_THREADS", str(threads))
     return chosen
 
 

@@ -31,11 +31,16 @@ from sft_recipes.launching.mounts import REPOSITORY, InputError, value
 ENGINES = ("docker", "podman")
 # Verbs that compute where there are GPUs; the others need none.
 _COMPUTING = ("train", "sanity", "verify-resume", "generate", "merge", "doctor", "smoke")
-# Passed on by name, so that no value stands in a command line, which every user of the machine can read.
+# Passed by name, so that no value appears in a command line, which every user of the machine can read.
 _PASSED = re.compile(
-    r"(HF|HUGGING_FACE|HUGGINGFACE|WANDB|NCCL|GLOO|TORCH_NCCL)_\w+|PYTORCH_(CUDA_)?ALLOC_CONF|OMP_NUM_THREADS|"
-    r"REPORT_TO|SANITY|GPU_HOUR_PRICE|NO_COLOR|COLUMNS|TERM|TZ|(https?|all|no)_proxy|"
+    r"(HF|HUGGING_FACE|HUGGINGFACE|WANDB|NCCL|GLOO|TORCH_NCCL|CUDA|TRITON|DS|PYTORCH)_\w+|FLASH_ATTENTION_DETERMINISTIC|"
+    r"OMP_NUM_THREADS|REPORT_TO|SANITY|GPU_HOUR_PRICE|NO_COLOR|COLUMNS|TERM|TZ|(https?|all|no)_proxy|"
     r"(HTTPS?|ALL|NO)_PROXY|SSL_CERT_FILE|SSL_CERT_DIR|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE"
+)
+# Not passed, because they describe the host: the engine selects the GPUs, which the container numbers from 0, and the
+# image has its own CUDA. Folders that are mounted (mounts.WRITTEN, mounts.READ) are passed all the same.
+_OF_THE_HOST = re.compile(
+    r"CUDA_VISIBLE_DEVICES|CUDA_VERSION|PYTORCH_NVCC|(CUDA|TRITON|DS|PYTORCH)_(\w+_)?(HOME|ROOT|PATH|DIRS?|DIRECTORY)"
 )
 # A stop waits for a save, which of a large model takes minutes; engines' own 10 seconds would cut it off.
 _SECONDS_TO_STOP = 3600
@@ -192,11 +197,17 @@ def _command(engine: str, verb: str, words: list[str], dry: bool) -> list[str]:
         *(["--network", "host"] if verb == "tensorboard" else []),  # it serves on this machine's own loopback
         *(["--interactive"] if verb == "generate" and "--prompt" not in words else []),  # prompts, a line each
         *(part for mount in mounts.needed(verb, words, dry) for part in ("--volume", str(mount))),
-        *(part for name in sorted(os.environ) if _PASSED.fullmatch(name) for part in ("--env", name)),
+        *(part for name in sorted(os.environ) if _is_passed(name) for part in ("--env", name)),
         "--env", f"RUNS_DIR={mounts.runs()}", "--env", f"HF_HOME={mounts.hub()}", "--env", f"PYTHONPATH={REPOSITORY}",
         "--env", f"SFT_RECIPES_REVISION={_revision()}", "--workdir", str(REPOSITORY),
         *_more("CONTAINER_ARGS"), image, "python", "-m", "sft_recipes", verb, *map(_with_home, words),
     ]  # fmt: skip
+
+
+def _is_passed(variable: str) -> bool:
+    """Whether the container gets the user's variable."""
+    mounted = variable in (*mounts.WRITTEN, *mounts.READ)
+    return bool(_PASSED.fullmatch(variable)) and (mounted or not _OF_THE_HOST.fullmatch(variable))
 
 
 def _limits(engine: str, gpus: list[str]) -> list[str]:

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -19,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sft_recipes.launching.topology import Gpu, ask_nvidia, visible_gpus
+from sft_recipes.launching import command, preflight
+from sft_recipes.launching.topology import Gpu, ask_nvidia, hidden_gpus, nvidia_smi_error, visible_gpus
+from sft_recipes.planning import cuda
 from sft_recipes.planning.environment import host_memory_bytes, library_version
 from sft_recipes.planning.run_folder import runs_root
 from sft_recipes.planning.schema import REPOSITORY
@@ -27,8 +28,6 @@ from sft_recipes.planning.schema import REPOSITORY
 Colour = Literal["green", "yellow", "red"]
 
 GIB = 2**30
-# The first driver that carries CUDA 13 (CUDA's release notes, "CUDA Toolkit and Minimum Required Driver Version").
-_DRIVER_OF_CUDA_13 = 580
 _SECONDS_TO_ANSWER = 5.0
 _SECONDS_OF_A_SUM = 180.0
 _SECONDS_OF_CLOCK = 60.0
@@ -51,12 +50,12 @@ class Finding:
 def examine(wanted_gpus: int | None) -> Iterator[Finding]:
     """Every check, in turn; `wanted_gpus` is how many a run would take, None where nobody said."""
     gpus = visible_gpus()
-    seen = _ask_torch()
-    broken = _broken_driver()
-    if broken:
-        yield Finding("driver", "red", broken, "a driver that was updated wants the machine to be started again")
+    seen = preflight.ask_torch(os.environ, "all")
+    if error := nvidia_smi_error():
+        way_out = "see dmesg; after an update of the driver, restart the machine"
+        yield Finding("driver", "red", f"nvidia-smi fails ({error})", way_out)
     else:
-        yield from driver(gpus, wanted_gpus, _driver_version(), seen)
+        yield from driver(gpus, wanted_gpus, cuda.driver_version(), seen, os.environ.get("CUDA_VISIBLE_DEVICES"))
     yield from memory_of_gpus(seen.get("gpus", []))
     yield attention(seen)
     yield operators(seen, bool(gpus))
@@ -69,10 +68,19 @@ def examine(wanted_gpus: int | None) -> Iterator[Finding]:
     yield versions("cuda" if seen.get("cuda") else "cpu")
 
 
-def driver(gpus: Sequence[Gpu], wanted: int | None, version: str | None, seen: dict[str, Any]) -> Iterator[Finding]:
-    """The driver, the GPUs, and whether torch can use them."""
+def driver(
+    gpus: Sequence[Gpu], wanted: int | None, version: str | None, seen: dict[str, Any], visible: str | None = None
+) -> Iterator[Finding]:
+    """The driver, the GPUs, and whether PyTorch can use them.
+
+    Args:
+        wanted: number of GPUs that a run would take; None if not said.
+        version: of the driver.
+        seen: the report of `training/examine.py`.
+        visible: CUDA_VISIBLE_DEVICES; None if unset.
+    """
     if wanted is not None and wanted > len(gpus):
-        way_out = "look at nvidia-smi, and at CUDA_VISIBLE_DEVICES; in a container, give it GPUs (docker/README.md)"
+        way_out = hidden_gpus() or "see nvidia-smi; in a container, give it GPUs (docker/README.md)"
         yield Finding("GPUs", "red", f"{len(gpus) or 'none'}, and {wanted} are wanted", way_out)
     elif gpus:
         yield Finding(
@@ -82,21 +90,13 @@ def driver(gpus: Sequence[Gpu], wanted: int | None, version: str | None, seen: d
         yield Finding("GPUs", "green", "none: recipes for the CPU")
     if not gpus:
         return
-    yield Finding("driver", "green", f"{version or 'of no version that nvidia-smi tells'}")
+    yield Finding("driver", "green", version or "version unknown: nvidia-smi does not report it")
     if "error" in seen:
         return
-    if seen["cuda"] is None:
-        yield Finding("CUDA", "red", "torch is a build for the CPU", "delete .venv and say TORCH=cuda make setup")
-    elif not seen["available"]:
-        old = version is not None and seen["cuda"].startswith("13") and int(version.split(".")[0]) < _DRIVER_OF_CUDA_13
-        why = (
-            f"install a driver of {_DRIVER_OF_CUDA_13} or newer"
-            if old
-            else "look at what nvidia-smi says, and at dmesg"
-        )
-        yield Finding("CUDA", "red", f"torch with CUDA {seen['cuda']} finds no GPU", why)
+    if found := cuda.problem(seen, len(gpus), version, visible):
+        yield Finding("CUDA", "red", *found)
     else:
-        yield Finding("CUDA", "green", f"torch with CUDA {seen['cuda']} finds {len(seen['gpus'])}")
+        yield Finding("CUDA", "green", f"PyTorch {seen['torch']} with CUDA {seen['cuda']} finds {seen['devices']}")
 
 
 def memory_of_gpus(gpus: Sequence[dict[str, Any]]) -> Iterator[Finding]:
@@ -110,6 +110,10 @@ def memory_of_gpus(gpus: Sequence[dict[str, Any]]) -> Iterator[Finding]:
         yield Finding("GPU memory", "green", "free")
 
 
+# What CUDA and flash-attn report if flash-attn was compiled for other GPUs than this one.
+_NO_KERNEL = re.compile("no kernel image is available|invalid device function|only supports Ampere GPUs or newer")
+
+
 def attention(seen: dict[str, Any]) -> Finding:
     """Whether flash-attn is there and right."""
     if "error" in seen:
@@ -120,6 +124,11 @@ def attention(seen: dict[str, Any]) -> Finding:
     if "missing" in looked:
         way_out = "torch's own attention is used; the image has it (make image)"
         return Finding("flash-attn", "yellow", f"not there ({looked['missing']})", way_out)
+    if "error" in looked and _NO_KERNEL.search(looked["error"]):
+        capabilities = sorted({gpu["capability"] for gpu in seen.get("gpus", [])})
+        said = f"it has no kernel for compute capability {' or '.join(capabilities)}; torch's own attention is used"
+        fix = f"rebuild it with CUDA_ARCHITECTURES='{';'.join(capabilities)}' to use it (docker/README.md)"
+        return Finding("flash-attn", "yellow", said, "it needs Ampere or newer" if "Ampere" in looked["error"] else fix)
     if "error" in looked:
         return Finding("flash-attn", "red", looked["error"], "build it for this GPU: docker/README.md")
     said = f"off by {looked['forward']:.1e} forward, {looked['backward']:.1e} backward, of {looked['tolerance']:.0e}"
@@ -310,21 +319,6 @@ def locked(torch_build: str) -> dict[str, str]:
     return found
 
 
-def _broken_driver() -> str | None:
-    """What nvidia-smi says where it is here and finds no driver to talk to."""
-    listed = _run(["nvidia-smi", "--list-gpus"])
-    if listed is not None:
-        return None if listed.returncode == 0 else " ".join((listed.stdout + listed.stderr).split())[:200]
-    return "nvidia-smi does not answer" if shutil.which("nvidia-smi") else None
-
-
-def _driver_version() -> str | None:
-    listed = _run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
-    return (
-        listed.stdout.splitlines()[0].strip() if listed and listed.returncode == 0 and listed.stdout.strip() else None
-    )
-
-
 def used_mib() -> dict[str, float]:
     """What is taken of each GPU's memory, in MiB, by its id as nvidia-smi counts."""
     if shutil.which("nvidia-smi") is None:
@@ -332,34 +326,24 @@ def used_mib() -> dict[str, float]:
     return {row[0]: float(row[1]) for row in ask_nvidia("index,memory.used") if len(row) == 2 and row[1].isdigit()}
 
 
-def _ask_torch() -> dict[str, Any]:
-    """What `training/examine.py` sees, in a process of its own."""
-    done = _run([sys.executable, "-m", "sft_recipes.training.examine"], _SECONDS_OF_A_SUM)
-    if done is None:
-        return {"error": f"torch did not answer within {_SECONDS_OF_A_SUM:.0f} s"}
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["torch does not load"])[-1]}
-    return dict(json.loads(done.stdout.splitlines()[-1]))
-
-
 def _sum_over_ranks(gpus: int) -> dict[str, Any]:
     """What `training/links.py` measures over the GPUs, or over two processes on the CPU, and NCCL's ways."""
     with tempfile.TemporaryDirectory(prefix="sft-") as place:
-        ranks = gpus or 2
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        debug = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,GRAPH,NET", "NCCL_DEBUG_FILE": f"{place}/%p"}
+        ranks, result = gpus or 2, Path(place) / "result.json"
+        # Not torchrun's --standalone: its ranks meet at this machine's own name, which need not resolve.
+        meeting = command.Meeting("127.0.0.1", command.free_port("127.0.0.1"), 0)
+        debug = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,GRAPH,NET", "NCCL_DEBUG_FILE": f"{place}/nccl-%p"}
         quiet = {"OMP_NUM_THREADS": "1", **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})}
         loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
         environment = {**loopback, **os.environ, **debug, **quiet}
-        done = _run([*command, "-m", "sft_recipes.training.links"], _SECONDS_OF_A_SUM, environment)
+        done = _run(command.links(ranks, 1, meeting, result), _SECONDS_OF_A_SUM, environment)
         if done is None:
             return {"error": f"{ranks} ranks did not sum within {_SECONDS_OF_A_SUM:.0f} s"}
         if done.returncode:
             said = [line for line in done.stderr.splitlines() if re.match(r"\S*(Error|Exception)\b", line.strip())]
             return {"error": f"{ranks} ranks cannot sum: {said[0].strip() if said else 'they end with an error'}"}
-        measured = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-        log = "\n".join(file.read_text(errors="replace") for file in Path(place).iterdir() if file.is_file())
-        return {**measured, "ways": ways(log)}
+        log = "\n".join(file.read_text(errors="replace") for file in Path(place).glob("nccl-*"))
+        return {**json.loads(result.read_text(encoding="utf-8")), "ways": ways(log)}
 
 
 def _ask_hub() -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Tries a settled plan before it becomes a run: starts the trial on a copy, tells the verdict, keeps the receipt."""
+"""Tries a settled plan before it becomes a run: starts the trial on a copy, then new processes that reload its
+checkpoint; shows the verdict, keeps the receipt."""
 
 from __future__ import annotations
 
@@ -7,12 +8,14 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sft_recipes.launching import lock, ranks
 from sft_recipes.launching.peers import Peers
 from sft_recipes.launching.process import Asked
+from sft_recipes.launching.watching import Ended
 from sft_recipes.planning import plan as plans
 from sft_recipes.planning import saves, show, trial
 from sft_recipes.planning.plan import Plan
@@ -25,6 +28,8 @@ from sft_recipes.planning.run_folder import (
     runs_root,
     write_json,
 )
+
+_TRIAL, _RELOAD = "sanity", "sanity_reload"  # modules of sft_recipes.training
 
 
 def receipt(plan: Plan) -> Path:
@@ -57,15 +62,48 @@ def carry_out(
     with tempfile.TemporaryDirectory(prefix="trial-", dir=written.parent) as place:
         folder = RunFolder(Path(place))
         with lock.held(folder):
-            plans.write(short, folder.plan)
-            shutil.copy(prepared, folder.prepared)
             say(
                 f"sanity: {plan.recipe}, {short.optimizer_steps} steps of {short.effective_batch_size} on {short.rows} "
                 f"rows, the longest among them, {show.engine_and_ranks(plan)}; on a copy (SANITY=skip leaves it out)"
             )
-            ended = ranks.carry_out(short, folder, "sanity", asked, peers, saves=False)
-            verdict, outcome = read_json(folder.verdict), read_json(folder.outcome)
-            stacks = _keep_stacks(folder, written)
+            tried = _launch(_TRIAL, short, folder, prepared, asked, peers)
+            if code := _ended_without_verdict(tried, written, say):
+                return code
+            checks, figures = tried.verdict["checks"], tried.verdict["figures"]
+            _show(checks, say, lighter)
+            if trial.resumes(plan) and not _failed(checks):
+                again = RunFolder(folder.path / "reload")
+                again.path.mkdir()
+                reloaded = _launch(_RELOAD, short, again, prepared, asked, peers)
+                if code := _ended_without_verdict(reloaded, written, say):
+                    return code
+                _show(reloaded.verdict["checks"], say, lighter)
+                checks = [*checks, *reloaded.verdict["checks"]]
+    return _conclude(plan, {"checks": checks, "figures": figures}, written, say)
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """One part of the sanity check: its folder, how its ranks ended, and what rank 0 wrote."""
+
+    folder: RunFolder
+    ended: Ended
+    verdict: dict[str, Any]
+    outcome: dict[str, Any]
+
+
+def _launch(program: str, plan: Plan, folder: RunFolder, prepared: Path, asked: Asked, peers: Peers | None) -> _Launch:
+    """Start the ranks of one part in its own folder, and wait until they have exited."""
+    plans.write(plan, folder.plan)
+    shutil.copy(prepared, folder.prepared)
+    ended = ranks.carry_out(plan, folder, program, asked, peers, saves=False)
+    return _Launch(folder, ended, read_json(folder.verdict), read_json(folder.outcome))
+
+
+def _ended_without_verdict(launch: _Launch, written: Path, say: Callable[[str], None]) -> int:
+    """Report a part that has no verdict; its exit code, 0 where it has one."""
+    ended, outcome = launch.ended, launch.outcome
+    stacks = _keep_stacks(launch.folder, written)
     if EXIT_STOPPED in (ended.code, outcome.get("exit_code")):
         say("stopped while the plan was tried; nothing was trained, and the same command begins again")
         if ended.fault:
@@ -75,11 +113,11 @@ def carry_out(
     if wrong:
         print(f"error: {wrong}", file=sys.stderr)
         return EXIT_USER
-    if not verdict:
+    if not launch.verdict:
         said = ended.fault or f"the trial ended without a verdict (exit code {ended.code})"
         print(f"error: the trial: {said}{stacks}; what it said is above, SANITY=skip leaves it out", file=sys.stderr)
         return EXIT_FAULT
-    return _tell(plan, verdict, written, say, lighter)
+    return 0
 
 
 def _keep_stacks(folder: RunFolder, written: Path) -> str:
@@ -99,20 +137,27 @@ def _forget_what_was_killed(place: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _tell(
-    plan: Plan, verdict: dict[str, Any], written: Path, say: Callable[[str], None], lighter: Callable[[], list[str]]
-) -> int:
-    failed = [check for check in verdict["checks"] if check["passed"] is False]
-    for check in verdict["checks"]:
+def _failed(checks: list[dict[str, Any]]) -> int:
+    return sum(check["passed"] is False for check in checks)
+
+
+def _show(checks: list[dict[str, Any]], say: Callable[[str], None], lighter: Callable[[], list[str]]) -> None:
+    """Print a line per check, and what to do where it failed."""
+    for check in checks:
         word = {True: "PASS", False: "FAIL", None: "  - "}[check["passed"]]
         say(f"{word}  {check['name']:<15} {check['said']}")
         if check["passed"] is False:
             say(f"      {'':<15} what to do: {check['way_out'] or '; or '.join(lighter())}")
+
+
+def _conclude(plan: Plan, verdict: dict[str, Any], written: Path, say: Callable[[str], None]) -> int:
+    """Print the forecast and the result, and write the receipt if every check passed."""
+    failed = _failed(verdict["checks"])
     forecast = trial.measured_forecast(plan, verdict["figures"]) if verdict["figures"] else None
     if forecast:
         say(f"      {'forecast':<15} {_forecast(plan, verdict['figures'], forecast)}")
     if failed:
-        say(f"sanity: {len(failed)} of {len(verdict['checks'])} failed; nothing was trained")
+        say(f"sanity: {failed} of {len(verdict['checks'])} failed; nothing was trained")
         return EXIT_FAULT
     if verdict["figures"].get("save_bytes"):
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes")

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.launching import doctor, lock, process, progress, ranks
+from sft_recipes.launching import doctor, lock, preflight, process, progress, ranks
 from sft_recipes.launching.doctor import Finding
 from sft_recipes.launching.peers import Peers
 from sft_recipes.launching.process import Asked
@@ -24,6 +24,7 @@ from sft_recipes.planning.plan import Plan
 from sft_recipes.planning.run_folder import (
     EXIT_FAULT,
     EXIT_STOPPED,
+    EXIT_USER,
     RunFolder,
     Start,
     check_name,
@@ -33,6 +34,7 @@ from sft_recipes.planning.run_folder import (
 )
 
 _SECONDS_TO_ANSWER = 30.0
+_CUDA = "CUDA"
 _ROOM_BYTES = 2**30  # of /tmp, where libraries compile and unpack
 
 
@@ -50,7 +52,8 @@ def peers(environment: Mapping[str, str]) -> Iterator[Peers | None]:
         return
     met = Peers(allocation)
     with process.listening() as asked:
-        met.meet(_what_is_here(), asked)
+        here = _what_is_here()
+        met.meet({**here, "cuda": preflight.gpu_problem(len(here["gpus"]))}, asked)
     try:
         yield met
     finally:
@@ -166,6 +169,8 @@ def unfit(peers: Peers | None, plan: Plan, say: Callable[[str], None]) -> int:
             f"leave it out: sbatch --exclude={leader}",
             EXIT_FAULT,
         )
+    if without_cuda := {name: one for name, findings in bad.items() for one in findings if one.check == _CUDA}:
+        return process.fail(_no_cuda(without_cuda, all_nodes=len(without_cuda) == len(bad)), EXIT_USER)
     names = ",".join(name for name, findings in bad.items() if any(one.colour == "red" for one in findings))
     if names:
         return process.fail(f"{names} cannot carry its part; leave it out: sbatch --exclude={names}", EXIT_FAULT)
@@ -215,12 +220,21 @@ def _wrong(here: dict[str, Any], plan: Plan) -> Iterator[Finding]:
     if len(here["gpus"]) < plan.gpus // plan.nodes:
         found = f"{len(here['gpus'])} GPUs, {plan.gpus // plan.nodes} are wanted"
         yield Finding("GPUs", "red", found, "nvidia-smi on that node says more")
+    if plan.gpus and here.get("cuda"):
+        yield Finding(_CUDA, "red", *here["cuda"])
     for gpu in here["gpus"] if plan.gpus else []:
         if gpu["used"] * 2**20 > doctor.OWNED_BY_NOBODY_ELSE:
             found = f"GPU {gpu['id']}: {gpu['used'] / 1024:.1f} GiB are taken"
             yield Finding("GPU memory", "red", found, "a process of an earlier job may be left there")
     if here["room"] < _ROOM_BYTES:
         yield Finding("disk: /tmp", "red", f"{here['room'] / 2**30:.2f} GiB free", "make room")
+
+
+def _no_cuda(findings: Mapping[str, Finding], all_nodes: bool) -> str:
+    """The error for nodes where PyTorch cannot use the GPUs; leaving nodes out helps only if others are left."""
+    names, first = ",".join(findings), next(iter(findings.values()))
+    leave_out = "" if all_nodes else f", or leave it out: sbatch --exclude={names}"
+    return f"GPUS: {names}: {first.found}. {first.way_out}{leave_out}"
 
 
 def _sum(peers: Peers, plan: Plan, say: Callable[[str], None], asked: Asked) -> int:

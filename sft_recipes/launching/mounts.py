@@ -18,13 +18,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # Verbs whose first word is a run.
 OF_A_RUN = ("verify-resume", "diagnose", "report", "status", "generate", "merge")
 # Variables that name folders which are written to where they can be, and files and folders that are read.
-_WRITTEN = (
+WRITTEN = (
     "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE", "HF_XET_CACHE", "HF_ASSETS_CACHE", "WANDB_DIR",
-    "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR",
+    "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "TRITON_CACHE_DIR", "TRITON_DUMP_DIR", "CUDA_CACHE_PATH",
+    "CUDA_MPS_PIPE_DIRECTORY", "PYTORCH_KERNEL_CACHE_PATH",
 )  # fmt: skip
-_READ = (
+READ = (
     "HF_TOKEN_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NCCL_TOPO_FILE",
-    "NCCL_GRAPH_FILE",
+    "NCCL_GRAPH_FILE", "TRITON_OVERRIDE_DIR",
 )  # fmt: skip
 # What a run keeps of the data and the model that it was made of.
 _RECORDS = ("plan.json", "prepared.json", "final/adapter_config.json")
@@ -97,11 +98,20 @@ def _add(mounts: dict[Path, Mount], path: Path, writable: bool) -> None:
             return
         inside = [mount for at, mount in mounts.items() if at == here or at in here.parents]
         if not any(mount.writable >= writable for mount in inside):
-            if here in _OF_THE_IMAGE:
-                raise InputError(f"{here}: a container has its own; name a folder in it, or RUNTIME=local")
+            _must_not_hide_the_image(here)
             mounts[here] = Mount(here, writable)  # the engine itself follows it
             return
         here = _next_hop(here)
+
+
+def _must_not_hide_the_image(path: Path) -> None:
+    """Rejects system folders before anything else about them is checked, so that every user gets the same line.
+
+    Raises:
+        InputError: the image has this folder itself.
+    """
+    if path in _OF_THE_IMAGE:
+        raise InputError(f"{path}: a container has its own; name a folder in it, or RUNTIME=local")
 
 
 def _next_hop(path: Path) -> Path | None:
@@ -116,10 +126,10 @@ def _of_variables() -> Iterator[tuple[str, Path, bool]]:
     """The name of a variable, the place that it names, and whether that is written to."""
     yield "RUNS_DIR", runs(), True
     yield "HF_HOME", hub(), True
-    yield from ((name, place(os.environ[name]), True) for name in _WRITTEN if os.environ.get(name))
+    yield from ((name, place(os.environ[name]), True) for name in WRITTEN if os.environ.get(name))
     yield from (
         (name, place(os.environ[name]), False)
-        for name in _READ
+        for name in READ
         if os.environ.get(name) and exists(Path(os.environ[name]))
     )
     for part in filter(None, os.environ.get("MOUNTS", "").split(":")):
@@ -136,6 +146,7 @@ def _make(name: str, folder: Path) -> None:
     Raises:
         InputError: it cannot be made, or is that of runs and cannot be written. A cache that can be read alone will do.
     """
+    _must_not_hide_the_image(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

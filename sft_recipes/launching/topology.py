@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from sft_recipes.planning import cuda
 from sft_recipes.planning.environment import host_memory_bytes
 from sft_recipes.planning.fit import nodes_for
 from sft_recipes.planning.gpus import identify
@@ -177,18 +179,19 @@ def present(
     if gpus is None:
         gpus = 0 if recipe.hardware.gpus == 0 else len(here)
         if gpus == 0 and recipe.hardware.gpus > 0:
+            fix = hidden_gpus() or "try `make train` (the tiny recipe), or set GPUS=0 to run it on the CPU"
             raise RecipeError(
-                f"GPUS: recipe {recipe.name} is made for {recipe.hardware.gpus} GPUs and this machine has none; "
-                f"try `make train` (the tiny recipe), or say GPUS=0 to run it on the CPU all the same"
+                f"GPUS: recipe {recipe.name} needs {recipe.hardware.gpus} GPUs and this machine has none; {fix}"
             )
     if gpus > len(here):
         raise RecipeError(
-            f"GPUS: {gpus} asked for, but this machine has {len(here) or 'none'}"
-            f"{' that nvidia-smi lists' if len(here) else ''}; say GPUS={len(here)}"
+            f"GPUS: {gpus} requested, but this machine has {len(here) or 'none'}; "
+            f"{hidden_gpus() or f'set GPUS={len(here)}'}"
         )
     ids = devices.split(",") if devices else [gpu.id for gpu in here[:gpus]]
     used = [gpu for gpu in here if gpu.id in ids]
     _check_generation(recipe, used)
+    _check_memory(card, used)
     topology = planned(recipe, gpus, processes, nodes, card or card_of(used))
     chosen = devices or (",".join(ids) if 0 < gpus < len(here) else None)
     return Topology(topology.gpus, topology.processes, 1, topology.card, chosen)
@@ -239,6 +242,7 @@ def _allocated(
     if gpus and len(here) < gpus // allocation.nodes:
         raise _fewer_than_given(allocation, len(here))
     _check_generation(recipe, here)
+    _check_memory(card, here)
     if not gpus and processes is None:
         processes = allocation.nodes
     return planned(recipe, gpus, processes, allocation.nodes, card or card_of(here))
@@ -260,6 +264,19 @@ def _check_generation(recipe: Recipe, gpus: Sequence[Gpu]) -> None:
         raise RecipeError(
             f"GPUS: {old.name} (compute capability {old.compute_capability}) is older than Ampere and has no "
             f"{' and no '.join(asked[said.partition('=')[0]] for said in instead)}; say {' '.join(instead)}"
+        )
+
+
+def _check_memory(card: str | None, gpus: Sequence[Gpu]) -> None:
+    """Reject GPUs of unknown memory unless the user names it.
+
+    Raises:
+        RecipeError: with the variable to set.
+    """
+    unknown = next((gpu for gpu in gpus if not gpu.memory_mib), None)
+    if card is None and unknown is not None:
+        raise RecipeError(
+            f"CARD: nvidia-smi reports no memory size for {unknown.name}; set CARD=<GiB that a run may take of it>"
         )
 
 
@@ -304,7 +321,8 @@ def check_disk(plan: Plan, folder: RunFolder) -> None:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU as nvidia-smi lists it; memory in MiB; compute capability where the driver says it (Ampere's is 8.0)."""
+    """One GPU as nvidia-smi lists it; memory in MiB, 0 if the driver reports none (GB10); compute capability if the
+    driver reports it (8.0 for Ampere)."""
 
     id: str
     memory_mib: float
@@ -319,20 +337,48 @@ def visible_gpus() -> list[Gpu]:
     listed = ask_nvidia("index,memory.total,name")
     capabilities = {row[0]: float(row[1]) for row in ask_nvidia("index,compute_cap") if _is_number(row[1:])}
     gpus = {
-        row[0]: Gpu(row[0], float(row[1]), ", ".join(row[2:]), capabilities.get(row[0]))
+        row[0]: Gpu(
+            row[0], float(row[1]) if _is_number([row[1]]) else 0.0, ", ".join(row[2:]), capabilities.get(row[0])
+        )
         for row in listed
         if len(row) > 2 and row[0].isdigit()
     }
     masked = os.environ.get("CUDA_VISIBLE_DEVICES")
     if masked is not None and gpus:
         named = [part.strip() for part in masked.split(",")]
-        # CUDA's own rule: an id that is none, such as -1, hides itself and all behind it.
-        first_wrong = next(
-            (number for number, name in enumerate(named) if not name or name.startswith("-")), len(named)
-        )
+        # CUDA's rule: a name of no GPU (-1, an index out of range, Slurm's NoDevFiles) hides itself and all after it.
+        known = list(itertools.takewhile(lambda name: name in gpus or name.startswith(("GPU-", "MIG-")), named))
         least = min(gpus.values(), key=lambda gpu: gpu.memory_mib)  # of one that is named otherwise, by its UUID
-        return [gpus.get(name, replace(least, id=name)) for name in named[:first_wrong]]
+        return [gpus.get(name, replace(least, id=name)) for name in known]
     return list(gpus.values())
+
+
+def hidden_gpus() -> str:
+    """Why this process sees fewer GPUs than the machine has, and the fix; empty if nothing is known to hide any."""
+    if error := nvidia_smi_error():
+        return f"nvidia-smi fails ({error}): see dmesg; after an update of the driver, restart the machine"
+    if shutil.which("nvidia-smi") is None:
+        version = cuda.driver_version()
+        return f"NVIDIA driver {version} is loaded, but nvidia-smi is not on PATH; install it" if version else ""
+    masked, here, listed = os.environ.get("CUDA_VISIBLE_DEVICES"), len(visible_gpus()), len(ask_nvidia("index"))
+    if masked is None or here == listed:
+        return ""
+    return (
+        f"CUDA_VISIBLE_DEVICES={masked!r} leaves {here} of the {listed} that nvidia-smi lists; unset it, or name more"
+    )
+
+
+def nvidia_smi_error() -> str | None:
+    """What nvidia-smi prints where it is installed and fails, for example after an update of the driver."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False, timeout=_SECONDS_TO_ANSWER
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer within {_SECONDS_TO_ANSWER:.0f} s"
+    return None if listed.returncode == 0 else " ".join((listed.stdout + listed.stderr).split())[:200]
 
 
 def ask_nvidia(fields: str) -> list[list[str]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.launching import command, job, lock, process, ranks, supervisor
+from sft_recipes.launching import command, job, lock, preflight, process, ranks, supervisor
 from sft_recipes.launching.peers import Peers
 from sft_recipes.launching.process import Asked
 from sft_recipes.planning import plan as plans
@@ -71,6 +71,8 @@ def carry_out(folder: RunFolder, say: Callable[[str], None], peers: Peers | None
             f"salloc --nodes={plan.nodes} --exclusive --gpus-per-node={plan.gpus // plan.nodes} "
             f"srun --ntasks-per-node=1 --cpu-bind=none .venv/bin/python -m sft_recipes verify-resume {folder.name}"
         )
+    if peers is None:
+        preflight.check_gpus(plan)
     if code := job.unfit(peers, plan, say):
         return code
     shared = peers.folder if peers else None

@@ -18,6 +18,19 @@ _TELEMETRY_OFF = {
     "WANDB_ERROR_REPORTING": "false",  # W&B's client reports on itself (wandb/analytics); a run's figures are not that
 }
 
+# How often a waiting OpenMP thread of libgomp spins before it sleeps. By default it spins for seconds: next to one busy
+# process on 2 cores, training then hardly moves. The value is chosen by benchmarks/threads.py.
+SPIN_COUNT = "1000"
+
+
+def limit_thread_spin() -> None:
+    """Bounds how long OpenMP threads spin, here and in processes started from here, unless the user chose a policy.
+
+    Must run before torch is imported: libgomp reads its variables once, when it is loaded.
+    """
+    if not os.environ.get("OMP_WAIT_POLICY"):
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+
 
 def silence_telemetry() -> None:
     """Has no library report on its use from this process or those that it starts; what the user has set stays."""

@@ -446,8 +446,9 @@ def checkpoint_bytes(load: Load) -> int | None:
 
 
 def disk_bytes(load: Load) -> int | None:
-    """What a run's folder holds at most: two whole checkpoints and the one being written, the three best and one being
-    written, final/ and last/."""
+    """The most that a run's folder holds: two checkpoints and the one being written, the three best and the one being
+    written, last/ and final/. final/ counts as large as last/; it is half as large if the base model is in 16 bits,
+    which its files tell and a plan does not read."""
     checkpoint = checkpoint_bytes(load)
     return None if checkpoint is None else 3 * checkpoint + 6 * load.trained_bytes
 

@@ -141,6 +141,11 @@ class RunFolder:
         return self.path / "verdict.json"
 
     @property
+    def trial(self) -> Path:
+        """What the sanity check's trial leaves for the processes that reload its checkpoint."""
+        return self.path / "trial.json"
+
+    @property
     def replay(self) -> Path:
         """Which checkpoints of which run a replay may go on from, and to which step; in the replay's own folder."""
         return self.path / "replay.json"

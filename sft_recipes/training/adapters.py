@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sft_recipes.data import hub, models
 from sft_recipes.planning import plan as plans
+from sft_recipes.planning.environment import host_memory_bytes
+from sft_recipes.planning.memory import GIB, NF4_BYTES
 from sft_recipes.planning.plan import Plan
 from sft_recipes.planning.run_folder import RunFolder, read_json
 from sft_recipes.planning.schema import RecipeError
@@ -15,6 +20,8 @@ from sft_recipes.training.quiet import quiet
 
 # Of the largest logit: what rounding explains when an adapter is added to weights of that precision.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+
+_LIBRARIES_BYTES = GIB  # of a process that has imported torch, transformers and peft; an estimate
 
 
 def quantization(plan: Plan) -> Any:
@@ -32,8 +39,18 @@ def quantization(plan: Plan) -> Any:
     )
 
 
-def configuration(plan: Plan) -> Any:
-    """peft's LoraConfig of the plan; None for full fine-tuning."""
+def loaded_dtype(plan: Plan) -> torch.dtype:
+    """The dtype that the model's weights are loaded in, apart from quantized ones."""
+    held = plan.dtypes.get("frozen", plan.dtypes["weights"])
+    return torch.float32 if held == "fp32" else torch.bfloat16
+
+
+def configuration(plan: Plan, base: Path) -> Any:
+    """peft's LoraConfig of the plan, with the commit of the base model; None for full fine-tuning.
+
+    Args:
+        base: the folder that the base model is loaded from.
+    """
     lora = plan.sections["lora"]
     if not lora:
         return None
@@ -46,7 +63,7 @@ def configuration(plan: Plan) -> Any:
         target_modules=lora["target_modules"],
         bias="none",
         task_type="CAUSAL_LM",
-        revision=plan.sections["model"]["revision"],
+        revision=hub.commit_of(base) or plan.sections["model"]["revision"],
     )
 
 
@@ -61,6 +78,16 @@ def hold_in_fp32(model: Any, plan: Plan) -> None:
                 parameter.data = parameter.data.float()
 
 
+def save_adapters_alone(model: Any, plan: Plan) -> None:
+    """Keeps the frozen embeddings out of saved adapters, and every save off the network.
+
+    peft (0.21, utils/save_and_load.py, `save_embedding_layers="auto"`) looks up the base model's vocabulary on the Hub
+    at `main` at each save. Embeddings that a new padding token made larger would be saved too, and then fit no base.
+    """
+    if plan.method != "full":
+        model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
+
+
 def keep_the_trained_layout(model: Any) -> None:
     """Has bitsandbytes leave 4-bit weights on a CPU as they are.
 
@@ -73,20 +100,90 @@ def keep_the_trained_layout(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def merge(folder: RunFolder) -> Path:
-    """Writes `merged/`, the best adapters added to the weights that they were trained on, as one plain model.
-
-    4-bit weights are dequantized first: the adapters have learned beside those, not beside the originals.
+def base_folder(plan: Plan, folder: RunFolder) -> Path:
+    """The folder of the model that a run's adapters were trained on: the recorded one, else the Hub's at that commit.
 
     Raises:
-        RecipeError: the run trained no adapters or has no final model, or the merged model says something else.
+        RecipeError: the recorded folder is gone, and the model is neither on the Hub nor in its cache.
+    """
+    recorded, model = Path(read_json(folder.prepared).get("model", "")), plan.sections["model"]
+    if (recorded / "config.json").is_file():
+        return recorded
+    if model["from_scratch"]:
+        raise RecipeError(
+            f"RUN: the base model of {folder.name} is gone: found no {recorded}. Start the same recipe with the same "
+            f"data again: it builds the same model there"
+        )
+    commit = read_json(folder.final / "adapter_config.json").get("revision") or model["revision"]
+    return models.check_model(model["name_or_path"], commit, model["trust_remote_code"], model["ungated"])
+
+
+def load_base(plan: Plan, folder: Path, dtype: torch.dtype, device_map: Any) -> Any:
+    """The base model in a folder, quantized as it was in training.
+
+    Args:
+        device_map: as `from_pretrained` takes it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        quantization_config=quantization(plan),
+        trust_remote_code=plan.sections["model"]["trust_remote_code"],
+        device_map=device_map,
+    )
+
+
+@dataclass(frozen=True)
+class BaseSize:
+    """Numbers of weights of a base model: all, those of its linear layers, and those of the largest of these."""
+
+    weights: int
+    linear: int
+    largest: int
+
+    def loaded_bytes(self, plan: Plan) -> int:
+        """Bytes of the model as `load_base` holds it."""
+        width = loaded_dtype(plan).itemsize
+        quantized = self.linear if plan.method == "qlora" else 0
+        return int(width * (self.weights - quantized) + NF4_BYTES * quantized)
+
+    def merging_bytes(self, plan: Plan) -> int:
+        """Peak host memory of `merge`, in bytes.
+
+        The merged model, and with QLoRA the 4-bit weights, which transformers keeps until all are dequantized; three
+        fp32 tensors of the largest layer, in which adapters are multiplied out; the libraries. Weight files are mapped,
+        and their pages reclaimed; saving copies nothing.
+        """
+        width = 2 if plan.precision == "bf16" else 4
+        quantized = NF4_BYTES * self.linear if plan.method == "qlora" else 0
+        return int(width * self.weights + quantized + 3 * 4 * self.largest + _LIBRARIES_BYTES)
+
+
+def base_size(folder: Path, trust_remote_code: bool) -> BaseSize:
+    """Counts the weights of the model in a folder without loading them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    adapted = [layer.weight.numel() for layer in layers if layer is not model.get_output_embeddings()]
+    return BaseSize(model.num_parameters(), sum(adapted), max(adapted))
+
+
+def merge(folder: RunFolder) -> Path:
+    """Writes `merged/`: the best adapters added to the weights that they were trained on, as one plain model.
+
+    Runs on the CPU, so that a model larger than a GPU can be merged. 4-bit weights are dequantized first: the adapters
+    were trained on those, not on the originals.
+
+    Raises:
+        RecipeError: the run trained no adapters or has no final model, the host has too little memory, or the merged
+            model's logits differ from the adapted one's.
     """
     quiet()
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
-    from sft_recipes.training import checkpoint
-
     plan = plans.read(folder.plan)
     if plan.method == "full":
         raise RecipeError(f"RUN: {folder.name} trained the whole model, which {folder.final} already is")
@@ -96,20 +193,34 @@ def merge(folder: RunFolder) -> Path:
         )
     if folder.merged.is_dir():
         return folder.merged
+    base = base_folder(plan, folder)
+    needed = base_size(base, plan.sections["model"]["trust_remote_code"]).merging_bytes(plan)
+    if needed > (host := host_memory_bytes()):
+        raise RecipeError(
+            f"RUN: {folder.name} cannot be merged here: found {host / GIB:.1f} GiB of host memory, expected "
+            f"{needed / GIB:.1f} GiB or more. Merge on a larger machine, or use the adapters in {folder.final} as they "
+            f"are: make generate RUN={folder.name}"
+        )
+    merged, said = _merged(plan, base, folder.final)
+    _save_merged(plan, folder, merged)
+    print(f"merged     {folder.merged} ({said})")
+    return folder.merged
+
+
+def _merged(plan: Plan, base_folder: Path, final: Path) -> tuple[Any, str]:
+    """The merged model, and how far its logits are from the adapted one's.
+
+    Raises:
+        RecipeError: too far.
+    """
+    from peft import PeftModel
+
     dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
-    base = AutoModelForCausalLM.from_pretrained(
-        read_json(folder.prepared)["model"],
-        dtype=dtype,
-        quantization_config=quantization(plan),
-        trust_remote_code=plan.sections["model"]["trust_remote_code"],
-    )
+    base = load_base(plan, base_folder, dtype, {"": "cpu"})
     if plan.method == "qlora":
         base = base.dequantize(dtype)
-    adapted = PeftModel.from_pretrained(base, folder.final, autocast_adapter_dtype=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder.final, trust_remote_code=plan.sections["model"]["trust_remote_code"]
-    )
-    probe = torch.tensor([list(range(min(64, base.config.vocab_size)))], device=base.device)
+    adapted = PeftModel.from_pretrained(base, final, torch_device="cpu").eval()
+    probe = torch.arange(min(64, base.config.vocab_size))[None]
     with torch.no_grad():
         before = adapted(input_ids=probe).logits.float()
         merged = adapted.merge_and_unload()
@@ -120,12 +231,19 @@ def merge(folder: RunFolder) -> Path:
             f"RUN: the merged model's logits differ from the adapted one's by {difference:.2g} of {largest:.2g}; "
             f"nothing was written"
         )
-    merged.generation_config = GenerationConfig.from_pretrained(folder.final)
+    return merged, f"largest logit {largest:.3g}, largest difference by merging {difference:.2g}"
+
+
+def _save_merged(plan: Plan, folder: RunFolder, merged: Any) -> None:
+    from transformers import AutoTokenizer, GenerationConfig
+
+    from sft_recipes.training import checkpoint
+
+    trust = plan.sections["model"]["trust_remote_code"]
     partial = folder.saving / folder.merged.name
+    merged.generation_config = GenerationConfig.from_pretrained(folder.final)
     merged.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    AutoTokenizer.from_pretrained(folder.final, trust_remote_code=trust).save_pretrained(partial)
     sealed = {"run_id": plan.run_id, "files": checkpoint.checksums(partial, checkpoint.names(partial))}
     checkpoint.seal(partial, sealed)
     checkpoint.publish(partial, folder.merged, folder.removing)
-    print(f"merged     {folder.merged} (largest logit {largest:.3g}, largest difference by merging {difference:.2g})")
-    return folder.merged

@@ -105,11 +105,16 @@ def _hindered(plan: Plan, model: Any) -> Choice | None:
 
 
 def _fastest(plan: Plan, model: Any) -> Choice:
-    """The first of the ways that take bounds that gives what attention is, on this device, for heads of this width."""
+    """The fastest way that is right for this plan's device and heads of this model's width."""
     text = model.config.get_text_config()
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     device, dtype = ("cuda", torch.bfloat16) if plan.uses_gpu else ("cpu", torch.float32)
-    ways = {FLASH: flash, VARLEN: varlen} if plan.uses_gpu else {VARLEN: varlen}
+    return fastest(device, dtype, width)
+
+
+def fastest(device: str, dtype: torch.dtype, width: int = 64) -> Choice:
+    """The first of the ways that take bounds that gives what attention is, on this device, for heads of this width."""
+    ways = {FLASH: flash, VARLEN: varlen} if device == "cuda" else {VARLEN: varlen}
     passed_over = []
     for name, kernel in ways.items():
         why_not = wrong(kernel, device, dtype, width)

@@ -228,12 +228,12 @@ def _out_of_sight(folder: Path, removing: Path) -> Path:
     return away
 
 
-def copy_model(source: Path, partial: Path) -> None:
-    """Copies a folder's model to another: all but its record and what is the training's state."""
+def copy_model(source: Path, partial: Path, copy: Callable[[Path, Path], Any] = shutil.copy2) -> None:
+    """Copies a folder's model to another, without its manifest and the training state; `copy` copies one file."""
     for name in names(source):
         if not any(fnmatch.fnmatch(name, pattern) for pattern in TRAINING_STATE):
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source / name, partial / name)
+            copy(source / name, partial / name)
 
 
 def run_of(folder: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""Keeps a rank that is killed while DeepSpeed compiles an operator from blocking every later start.
+"""Compiles DeepSpeed's operators before they are needed, and keeps a rank killed meanwhile from blocking later starts.
 
 torch guards a build by a file that is there; whoever is killed leaves it, and all others wait for its end for ever
 (https://github.com/pytorch/pytorch/issues/189245). The kernel's own lock, which torch takes from its next release on
@@ -9,6 +9,15 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sft_recipes.planning.plan import Plan
+from sft_recipes.planning.schema import RecipeError
 
 
 class HeldByTheKernel:
@@ -40,3 +49,49 @@ def let_no_build_outlive_its_process() -> None:
     import torch.utils.cpp_extension
 
     torch.utils.cpp_extension.FileBaton = HeldByTheKernel
+
+
+def build_operators(plan: Plan) -> None:
+    """Loads the operators that DeepSpeed needs for this plan, compiling those that are not built yet.
+
+    DeepSpeed would build them while it loads the model or prepares the optimizer, and a failure would look like one of
+    theirs.
+
+    Raises:
+        RecipeError: an operator cannot be built, with the cause and what to install.
+    """
+    for builder in _operators(plan):
+        try:
+            builder.load(verbose=False)
+        except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
+            raise RecipeError(
+                f"parallelism: {plan.parallelism} needs DeepSpeed's operator {builder.name}, which cannot be compiled: "
+                f"{_cause(error)}"
+            ) from error
+
+
+def _operators(plan: Plan) -> Iterator[Any]:
+    """Builders of the plan's operators: the shared-memory all-reduce on CPUs, Adam on the CPU for offload."""
+    import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
+
+    wanted = {
+        "ShareMemCommBuilder": not plan.uses_gpu,
+        "CPUAdamBuilder": plan.parallelism == "zero3_offload",
+    }
+    for name in (name for name, needed in wanted.items() if needed):
+        builder = get_accelerator().create_op_builder(name)
+        if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME, True):
+            yield builder
+
+
+def _cause(error: Exception) -> str:
+    """Why a build failed and the fix, in one line."""
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        return f"found no C++ compiler ({compiler}). Install g++ and python3-dev, or set parallelism=ddp"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "found no Python headers (Python.h). Install python3-dev, or set parallelism=ddp"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = next((line for line in lines if "error:" in line), lines[0] if lines else type(error).__name__)
+    return f"{reason[:300]}. Fix the compiler, or set parallelism=ddp"

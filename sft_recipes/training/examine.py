@@ -1,30 +1,46 @@
-"""Looks at what torch finds on this machine, for `doctor`: GPUs, compiled operators, flash attention. Prints JSON."""
+"""Prints as JSON what PyTorch finds on this machine: GPUs, compiled operators, flash attention.
+
+With the argument `cuda` only what `planning/cuda.py` needs, which takes no longer than the import of PyTorch.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import shutil
+import sys
 import sysconfig
+import warnings
 from pathlib import Path
 from typing import Any
 
 
-def look() -> dict[str, Any]:
-    """What there is: torch's build, its GPUs, DeepSpeed's operators, and whether flash attention is right."""
+def cuda() -> dict[str, Any]:
+    """Report PyTorch's version, the CUDA version of its build (None for a CPU build), the number of GPUs that it can
+    use, and its warning if it can use none."""
     import torch
 
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        # The number of devices alone would not do: NVML counts them also where the driver is too old to use them.
+        devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    warning = next((str(one.message).removeprefix("CUDA initialization: ") for one in caught), "")
+    return {"torch": torch.__version__, "cuda": torch.version.cuda, "devices": devices, "warning": warning}
+
+
+def look() -> dict[str, Any]:
+    """What there is: torch's build, its GPUs, DeepSpeed's operators, and whether flash attention is right."""
+    found = cuda()
     return {
-        "cuda": torch.version.cuda,
-        "available": torch.cuda.is_available(),
-        "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
+        **found,
+        "gpus": [_gpu(index) for index in range(found["devices"])],
         "operators": _operators(),
         "compiler": shutil.which("c++") is not None and Path(sysconfig.get_path("include"), "Python.h").is_file(),
-        "flash_attention": _flash_attention() if torch.cuda.is_available() else None,
+        "flash_attention": flash_attention() if found["devices"] else None,
     }
 
 
-def _flash_attention() -> dict[str, Any]:
+def flash_attention() -> dict[str, Any]:
     """How far flash-attn's kernel is off on this GPU, or why there is none."""
     if importlib.util.find_spec("flash_attn") is None:
         return {"missing": "flash_attn is not installed"}
@@ -58,4 +74,4 @@ def _operators() -> list[str]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(look()))
+    print(json.dumps(cuda() if sys.argv[1:] == ["cuda"] else look()))

@@ -1,6 +1,6 @@
 """Sums over all ranks, as training does its gradients, and times that: for `doctor`, and before jobs of several nodes.
 
-Started by torchrun, a process a GPU, or processes on the CPU. Rank 0 prints JSON, or writes it to the file named.
+Started by torchrun, a process a GPU, or processes on the CPU. Rank 0 writes JSON to the file that is named.
 """
 
 from __future__ import annotations
@@ -69,7 +69,5 @@ def _wait(device: Any) -> None:
 
 if __name__ == "__main__":
     found = measure()
-    if found["rank"] == 0 and len(sys.argv) > 1:
+    if found["rank"] == 0:
         Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")
-    elif found["rank"] == 0:
-        print(json.dumps(found), flush=True)

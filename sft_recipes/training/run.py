@@ -9,13 +9,15 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sft_recipes.planning import environment, imports, processes
+from sft_recipes.planning import cuda, environment, imports, processes
 from sft_recipes.planning import plan as plans
 from sft_recipes.planning.plan import Plan
 from sft_recipes.planning.run_folder import EXIT_DIVERGED, EXIT_STOPPED, RunFolder, read_json, write_json
@@ -102,6 +104,7 @@ def train(plan: Plan, folder: RunFolder) -> None:
     """
     started = time.monotonic()
     from sft_recipes.training.divergence import DivergedError
+    from sft_recipes.training.weight_files import PublishedCopy
 
     arguments = configure(plan, folder)
     main = arguments.distributed_state.is_main_process
@@ -111,6 +114,7 @@ def train(plan: Plan, folder: RunFolder) -> None:
         manifest.begin(folder, plan)
         _write_configuration(arguments, folder)
     parts = build(plan, folder, arguments, found)
+    published = PublishedCopy(Path(found["model"])) if plan.method == "full" else shutil.copy2
     sft = parts.trainer
     sft.say = parts.progress.say if main else _nothing
     sft.say(parts.attention)
@@ -133,7 +137,7 @@ def train(plan: Plan, folder: RunFolder) -> None:
         raise FaultError(f"{folder.path}: {error}") from error
     training_ended = time.monotonic()
     if diverged is None and not parts.stopping.stopped:
-        figures = _publish(plan, folder, sft, point)
+        figures = _publish(plan, folder, sft, point, published)
     if not main:
         return
     if diverged is not None:
@@ -211,10 +215,12 @@ def configure(plan: Plan, folder: RunFolder) -> Any:
     """The trainer's arguments, once the ranks that were started are the plan's.
 
     Raises:
-        RecipeError: TRL does not take a value, or the ranks are not those of the plan.
+        RecipeError: PyTorch cannot use the GPUs, TRL does not take a value, or the ranks are not those of the plan.
     """
-    from sft_recipes.training import compiling, engine, trainer
+    from sft_recipes.training import compiling, engine, examine, trainer
 
+    if plan.uses_gpu:  # not only by the launcher: a node's state may change, and this process may see other devices
+        cuda.check(examine.cuda(), plan.gpus // plan.nodes, os.environ)
     if plan.parallelism.startswith("zero"):
         compiling.let_no_build_outlive_its_process()
 
@@ -223,6 +229,8 @@ def configure(plan: Plan, folder: RunFolder) -> Any:
     except (ValueError, TypeError) as error:
         raise RecipeError(f"trainer: {str(error).splitlines()[0]}") from error
     check_ranks(plan, arguments.world_size, os.environ)
+    if plan.parallelism.startswith("zero"):
+        compiling.build_operators(plan)
     if plan.uses_gpu or "SLURM_JOB_ID" in os.environ:
         check_cores(plan.world_size // plan.nodes, len(os.sched_getaffinity(0)), os.cpu_count() or 1)
     engine.shard_on_the_cpu(plan)
@@ -243,7 +251,7 @@ class Parts:
 def build(plan: Plan, folder: RunFolder, arguments: Any, found: dict[str, Any]) -> Parts:
     """The trainer over prepared rows, as `prepared.json` found them."""
     from sft_recipes.data.tokenizer import load_tokenizer
-    from sft_recipes.training import attention, trainer, vocabulary
+    from sft_recipes.training import adapters, attention, trainer, vocabulary
     from sft_recipes.training.callbacks.engine import CheckEngine
     from sft_recipes.training.callbacks.progress import ShowProgress
     from sft_recipes.training.callbacks.pulse import MovePulse
@@ -268,6 +276,7 @@ def build(plan: Plan, folder: RunFolder, arguments: Any, found: dict[str, Any]) 
         eval_dataset=held_out,
         processing_class=tokenizer,
         data_collator=trainer.collator(plan, tokenizer.pad_token_id, way.name),
+        peft_config=adapters.configuration(plan, Path(base)),
     )
     sft.add_callbacks([MovePulse(), CheckEngine(plan, folder)])
     return Parts(sft, ends_of_turn, sft.stopping, progress, f"attention  {way}")
@@ -311,8 +320,13 @@ def _diverged(folder: RunFolder, sft: Any, error: DivergedError, seconds: dict[s
     write_json(folder.outcome, {"exit_code": EXIT_DIVERGED, "error": f"{line}; `make diagnose RUN={folder.name}`"})
 
 
-def _publish(plan: Plan, folder: RunFolder, sft: Any, point: Point | None) -> dict[str, Any]:
-    """Writes `last/`, makes `final/` of the best step's weights, and says what the run came to. All ranks take part.
+def _publish(
+    plan: Plan, folder: RunFolder, sft: Any, point: Point | None, copy: Callable[[Path, Path], Any]
+) -> dict[str, Any]:
+    """Writes `last/` in the dtype of training and `final/`, the best step's weights copied by `copy`; returns the
+    run's results.
+
+    Collective: call on every rank.
 
     Raises:
         UnsavedError: the disk does not take them; what the run has saved is whole, and a new start tries again.
@@ -327,7 +341,7 @@ def _publish(plan: Plan, folder: RunFolder, sft: Any, point: Point | None) -> di
     losses = best.validation_losses(sft.state.log_history)
     chosen = [best.step(folder, losses, plan.run_id, sft.say) if sft.accelerator.is_main_process else None]
     broadcast_object_list(chosen)
-    refused = refused or sft.copy_model(folder.best(chosen[0]) if chosen[0] else folder.last, folder.final)
+    refused = refused or sft.copy_model(folder.best(chosen[0]) if chosen[0] else folder.last, folder.final, copy)
     if refused:
         raise UnsavedError(f"{folder.path}: the trained model is not saved: {refused}; the same command tries again")
     if sft.accelerator.is_main_process:
@@ -382,7 +396,6 @@ def load_model(plan: Plan, folder: str) -> Any:
     Raises:
         RecipeError: it cannot be loaded, or a weight that it needs is not in its files.
     """
-    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -390,12 +403,10 @@ def load_model(plan: Plan, folder: str) -> Any:
 
     section = plan.sections["model"]
     named = section["name_or_path"] or folder
-    held = plan.dtypes.get("frozen", plan.dtypes["weights"])
-    dtype = torch.float32 if held == "fp32" else torch.bfloat16
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=dtype,
+            dtype=adapters.loaded_dtype(plan),
             attn_implementation=attention.loaded_with(plan),
             quantization_config=adapters.quantization(plan),
             trust_remote_code=section["trust_remote_code"],
@@ -403,6 +414,8 @@ def load_model(plan: Plan, folder: str) -> Any:
             output_loading_info=True,
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        if memory.ran_out(error):
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RecipeError(
             f"model.name_or_path: {named} cannot be loaded ({reason}); name a folder that save_pretrained wrote, or a "
@@ -457,7 +470,7 @@ def _before(plan: Plan, folder: RunFolder, sft: Any, prepared: Path, stop: list[
 
 
 def _after(plan: Plan, folder: RunFolder, sft: Any, prepared: Path, stop: list[int]) -> Any:
-    """What the best model answers."""
+    """Answers of the published model to held-out prompts, after training."""
     if not plan.no_rank_holds_the_model:
         sft.load_weights(folder.final)
     answered = _answer(plan, sft, prepared, stop)

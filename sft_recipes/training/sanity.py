@@ -1,19 +1,19 @@
-"""The main program of every rank of the sanity gate: a short trial of a plan on a copy, and a verdict on each part.
+"""The main program of every rank of the sanity check: trains a plan for a few steps on a copy, and judges each part.
 
 Started by `accelerate launch … -m sft_recipes.training.sanity PLAN` in a folder of its own, never by hand. Rank 0
-writes `verdict.json`.
+writes `verdict.json`. The checkpoint is reloaded by processes of their own (`sanity_reload.py`): two trainers do not
+fit into the memory that one was planned for, and a trainer is not freed by dropping references to it, since the
+Trainer's callback handler and DeepSpeed keep its tensors.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import gc
-import math
 import shutil
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from sft_recipes.planning.schema import RecipeError
 from sft_recipes.training import checks as judging
 from sft_recipes.training import memory, pulse, run
 from sft_recipes.training.checks import MEMORY, Check
-from sft_recipes.training.resume import LostError
 
 # Rows of the trial that are evaluated before and after: enough passes to tell their fall from its noise.
 _EVALUATED_ROWS, _EVALUATED_PASSES = 24, 8
@@ -32,13 +31,22 @@ _HELD_OUT_ROWS = 8
 _PROMPTS, _NEW_TOKENS = 3, 48
 
 
-class DoesNotLoadError(Exception):
-    """What the trial saved cannot be loaded."""
+Result = tuple[list[Check], dict[str, Any]]  # the checks, and what was measured
 
-    def __init__(self, name: str, reason: str):
-        super().__init__(reason)
-        way_out = "is the disk of RUNS_DIR full or read-only? a run could not be resumed on this machine"
-        self.check = Check(name, False, reason, way_out)
+
+@dataclasses.dataclass(frozen=True)
+class TrialState:
+    """What the trial leaves for the processes that reload its checkpoint, in `trial.json`.
+
+    Attributes:
+        losses: of each step.
+        ends_of_turn: ids of the tokens that end an answer.
+        better_than_chance: whether the model was, before the first step.
+    """
+
+    losses: list[float]
+    ends_of_turn: list[int]
+    better_than_chance: bool
 
 
 class AskedToStopError(Exception):
@@ -53,12 +61,13 @@ class RankAloneError(Exception):
         self.checks = checks
 
 
-def main(plan_file: str) -> None:
-    """Carries the trial out; leaves with 0 wherever there is a verdict, or the user's input was wrong."""
+def execute(plan_file: str, check: Callable[[Plan, RunFolder], Result]) -> None:
+    """Run one part of the sanity check on this rank and write its result; exit with 0 wherever there is one, or the
+    user's input was wrong."""
     plan, folder, rank = run.begin(plan_file)
     with pulse.until_it_ends():
         try:
-            checks, figures = carry_out(plan, folder)
+            checks, figures = check(plan, folder)
         except AskedToStopError:
             if rank == 0:
                 write_json(folder.outcome, {"exit_code": EXIT_STOPPED})
@@ -83,7 +92,7 @@ def _write(folder: RunFolder, checks: Sequence[Check], figures: dict[str, Any]) 
     write_json(folder.verdict, {"checks": [dataclasses.asdict(c) for c in checks], "figures": figures})
 
 
-def carry_out(plan: Plan, folder: RunFolder) -> tuple[list[Check], dict[str, Any]]:
+def carry_out(plan: Plan, folder: RunFolder) -> Result:
     """The verdict on each part, and what was measured. All ranks take part; rank 0's is the one that counts.
 
     Raises:
@@ -95,19 +104,19 @@ def carry_out(plan: Plan, folder: RunFolder) -> tuple[list[Check], dict[str, Any
     arguments = run.configure(plan, folder)
     found = _copy(plan, folder, arguments.distributed_state)
     parts = run.build(plan, folder, arguments, found)
-    sft, record = parts.trainer, recorder()
+    sft, record, vocabulary = parts.trainer, recorder(), _vocabulary_size(parts.trainer)
     sft.add_callbacks([record])
     checks = [judging.rows_are_right(sft, parts.ends_of_turn)]
     if not checks[0].passed:
         return checks, {}
     arguments.eval_on_start = True
     try:
-        _train(sft)
+        train(sft)
     except DivergedError as error:
         way_out = f"look at {', '.join(error.what.rows) or 'the rows'}, or lower trainer.learning_rate"
         return [*checks, Check("numbers", False, f"step {error.what.step}: {error}", way_out)], {}
     checks += [
-        judging.first_loss_is_plausible(plan, record, _vocabulary_size(sft)),
+        judging.first_loss_is_plausible(plan, record, vocabulary),
         judging.loss_falls(plan, record),
         Check("numbers", True, "no NaN or Inf in losses and gradients"),
         judging.gradients_are_in_range(plan, record),
@@ -125,25 +134,31 @@ def carry_out(plan: Plan, folder: RunFolder) -> tuple[list[Check], dict[str, Any
         "save_seconds": record.save_seconds,
         "save_bytes": sft.saving.bytes_at_most if record.save_seconds else None,
     }
-    sharded = plan.no_rank_holds_the_model
-    knows = judging.knows_more_than_chance(judging.mean_loss(record.rows[0]), _vocabulary_size(sft))
-    whole = None if sharded else sft.accelerator.unwrap_model(sft.model)
-    answered = None if sharded else answers_are_text(plan, parts, found, whole, knows)
-    del whole
-    _free(sft)  # the model that answers under ZeRO-3, and the trainer that goes on, have room then
-    for check in (
-        lambda: answered or saved_answers_are_text(plan, folder, parts, found, knows),
-        lambda: a_checkpoint_loads(plan, folder, found, record),
-    ):
-        try:
-            checks.append(check())
-        except DoesNotLoadError as error:
-            raise RankAloneError([*checks, error.check]) from error
-    return checks, figures
+    better_than_chance = judging.knows_more_than_chance(judging.mean_loss(record.rows[0]), vocabulary)
+    state = TrialState(record.losses, parts.ends_of_turn, better_than_chance)
+    if sft.accelerator.is_main_process:
+        write_json(folder.trial, dataclasses.asdict(state))
+        if not plan.no_rank_holds_the_model:
+            model = sft.accelerator.unwrap_model(sft.model)
+            with sft.compute_loss_context_manager():  # fp32 weights compute in bf16, as they do in training
+                checks.append(answers_are_text(plan, prepared_copy(folder), model, sft.processing_class, state))
+    return [*checks, *_left_out(plan)], figures
 
 
-def _train(trainer: Any, checkpoint: Path | None = None) -> None:
-    """Trains to the trial's end.
+def _left_out(plan: Plan) -> list[Check]:
+    """Checks that need a saved model, where saving one takes too long."""
+    if trial.resumes(plan):
+        return []
+    answers = f"left out: under {plan.parallelism} they need a saved model, above 13B minutes"
+    checkpoint = "left out: above 13B parameters saving and loading take minutes by themselves"
+    return [
+        *([Check("answers", None, answers)] if plan.no_rank_holds_the_model else []),
+        Check("checkpoint", None, checkpoint),
+    ]
+
+
+def train(trainer: Any, checkpoint: Path | None = None) -> None:
+    """Train to the trial's last step.
 
     Raises:
         AskedToStopError: a signal cut it short.
@@ -162,13 +177,18 @@ def _rows_of_an_evaluation(details: dict[str, Any]) -> int:
     return int(sum(details["validation_rows"].values()) + details.get("retain_rows", 0))
 
 
+def prepared_copy(folder: RunFolder) -> Path:
+    """Where the trial's copy of the prepared rows lies."""
+    return folder.path / "prepared"
+
+
 def _copy(plan: Plan, folder: RunFolder, state: Any) -> dict[str, Any]:
     """A prepared folder of the trial's rows: the longest, others by chance, cycled to whole effective batches. Rows to
     validate on are the same, and a few that are held out."""
     from datasets import concatenate_datasets, load_from_disk
 
     found = read_json(folder.prepared)
-    prepared, copy = Path(found["folder"]), folder.path / "prepared"
+    prepared, copy = Path(found["folder"]), prepared_copy(folder)
     with state.main_process_first():
         if state.is_main_process:
             train, validation = (load_from_disk(str(prepared / part)) for part in ("train", "validation"))
@@ -252,36 +272,17 @@ def _vocabulary_size(sft: Any) -> int:
     return int(sft.model.config.get_text_config().vocab_size)
 
 
-def saved_answers_are_text(plan: Plan, folder: RunFolder, parts: Any, found: dict[str, Any], knows: bool) -> Check:
-    """Of the model that was saved, where no rank holds the one that was trained."""
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    if not trial.resumes(plan):
-        return Check("answers", None, f"left out: under {plan.parallelism} they need a saved model, above 13B minutes")
-    if not parts.trainer.accelerator.is_main_process:
-        return Check("answers", None, "rank 0 answers")
-    unset_hf_deepspeed_config()  # else transformers would spread this model over the ranks as well
-    try:
-        model = run.load_model(plan, str(folder.checkpoint(trial.SAVED_AT)))
-    except RecipeError as error:
-        raise DoesNotLoadError("answers", str(error)) from error
-    return answers_are_text(plan, parts, found, model.to(parts.trainer.args.device), knows)
-
-
-def answers_are_text(plan: Plan, parts: Any, found: dict[str, Any], model: Any, knows: bool) -> Check:
-    """Greedy answers to held-out prompts, on rank 0; `knows` says whether the model began with more than chance."""
+def answers_are_text(plan: Plan, prepared: Path, model: Any, tokenizer: Any, state: TrialState) -> Check:
+    """Greedy answers to held-out prompts."""
     from sft_recipes.training import answers
 
-    if not parts.trainer.accelerator.is_main_process:
-        return Check("answers", None, "rank 0 answers")
-    prompts = answers.read_prompts(Path(found["folder"]), _PROMPTS, 0)
+    prompts = answers.read_prompts(prepared, _PROMPTS, 0)
     if not prompts:
         return Check("answers", None, "left out: no held-out prompts")
     most = min(plan.sections["answers"]["max_new_tokens"], _NEW_TOKENS)
-    with parts.trainer.compute_loss_context_manager():  # fp32 weights compute in bf16, as they do in training
-        texts = answers.answer(model, parts.trainer.processing_class, prompts, 0, most, parts.ends_of_turn).said
+    texts = answers.answer(model, tokenizer, prompts, 0, most, state.ends_of_turn).said
     shown = " | ".join(answers.short(text, 40) or "(nothing)" for text in texts)
-    if not knows:
+    if not state.better_than_chance:
         return Check("answers", None, f"not judged, the weights began with no more than chance: {shown}")
     reasons = [reason for text in texts if (reason := judging.garbled(text))]
     if len(reasons) * 2 <= len(texts):
@@ -290,61 +291,6 @@ def answers_are_text(plan: Plan, parts: Any, found: dict[str, Any], model: Any, 
     return Check("answers", False, f"{reasons[0]}: {shown}", way_out)
 
 
-def a_checkpoint_loads(plan: Plan, folder: RunFolder, found: dict[str, Any], record: Any) -> Check:
-    """A trainer of its own goes on from the trial's checkpoint, and its steps must repeat the losses."""
-    from sft_recipes.training import resume
-
-    if not trial.resumes(plan):
-        return Check("checkpoint", None, "left out: above 13B parameters saving and loading take minutes by themselves")
-    try:
-        point = resume.newest(plan, folder, record.trainer.accelerator, print)
-    except LostError as error:
-        raise DoesNotLoadError("checkpoint", str(error)) from error
-    if point is None:
-        raise DoesNotLoadError("checkpoint", f"no whole checkpoint was written to {folder.path}")
-    whole = point.path
-    again = recorder()
-    try:
-        arguments = run.configure(plan, folder)
-        arguments.eval_strategy = "no"
-        parts = run.build(plan, folder, arguments, found)
-        parts.trainer.add_callbacks([again])
-        _train(parts.trainer, whole)
-    except AskedToStopError:
-        raise
-    except Exception as error:
-        if memory.ran_out(error):
-            raise
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        raise DoesNotLoadError("checkpoint", f"{whole.name} does not load: {reason}") from error
-    first, second = record.losses[trial.SAVED_AT :], again.losses
-    tolerance = 1e-5 if plan.precision == "fp32" else 1e-2
-    said = f"{whole.name} loads; the steps behind it lose {_numbers(second)}, before {_numbers(first)}"
-    if len(first) == len(second) and all(
-        math.isclose(one, other, rel_tol=tolerance) for one, other in zip(first, second, strict=True)
-    ):
-        return Check("checkpoint", True, said)
-    return Check("checkpoint", False, said, "a resumed run would not be the same run; report this with `make plan`")
-
-
-def _numbers(losses: Sequence[float]) -> str:
-    return " and ".join(f"{loss:.5f}" for loss in losses)
-
-
-def _free(sft: Any) -> None:
-    """Lets go of a trainer's weights and engine."""
-    import torch
-
-    if sft.is_deepspeed_enabled:
-        sft.model_wrapped.destroy()
-    sft.accelerator.free_memory()
-    sft.model = sft.model_wrapped = sft.optimizer = sft.lr_scheduler = None
-    sft.callback_handler.callbacks.clear()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    execute(sys.argv[1], carry_out)
     run.leave()

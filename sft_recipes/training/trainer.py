@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -215,12 +216,13 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
         self.say: Callable[[str], None] = print
         self.stopping = StopTogether()
         arguments["train_dataset"] = ledger.number(arguments["train_dataset"])
-        super().__init__(peft_config=adapters.configuration(plan), **arguments)
+        super().__init__(**arguments)
         trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = min(
             _WIDEST_TILE, self.model.config.get_text_config().vocab_size
         )
         adapters.hold_in_fp32(self.model, plan)
         adapters.keep_the_trained_layout(self.model)
+        adapters.save_adapters_alone(self.model, plan)
         engine.reduce_in_fp32(self.accelerator, plan)
         self.remove_callback(PrinterCallback)  # callbacks/progress.py speaks
         self.add_callbacks([self.stopping])
@@ -347,7 +349,7 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
         return metrics
 
     def _took_no_step(self) -> bool:
-        return bool(self.state.global_step == self._initial_global_step)
+        return bool(self.state.global_step == self.stopping.first_step)
 
     def evaluate_sources(self, passes: dict[str, int]) -> None:
         """Takes the validation rows to be of these sources, each so many forward passes."""
@@ -509,15 +511,17 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
 
         return self.saving.whole(target, write, {"run_id": self.plan.run_id, "step": self.state.global_step})
 
-    def copy_model(self, whole: Path, target: Path) -> str | None:
-        """Copies what makes the model in a whole folder, which has been looked through, to one of its own. All ranks
-        take part, rank 0 copies."""
+    def copy_model(self, whole: Path, target: Path, copy: Callable[[Path, Path], Any] = shutil.copy2) -> str | None:
+        """Copies the model of a complete, verified folder to `target`; None on success, else the reason of the failure.
+
+        Collective: call on every rank. Rank 0 copies, each file with `copy`.
+        """
         step = int(checkpoint.read(whole)["step"])
 
         def write() -> None:
             if self.accelerator.is_main_process:
                 partial = self.saving.folder.saving / target.name
-                checkpoint.copy_model(whole, partial)
+                checkpoint.copy_model(whole, partial, copy)
                 self._add_generation(partial)
 
         return self.saving.whole(target, write, {"run_id": self.plan.run_id, "step": step})

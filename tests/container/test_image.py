@@ -225,7 +225,7 @@ def test_a_full_disk_in_runs_is_told(image, tmp_path):
     assert "Error 2" in done.stderr and "error: RUNS_DIR: tiny will hold up to" in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("name", ["cuda", "flash-attn"])
+@pytest.mark.parametrize("name", ["cuda", "flash-attn", "nvcc"])
 def test_what_the_cuda_stages_name_is_in_the_index(name):
     """They cannot be built without CUDA's compiler; that each file that they lock is to be had can be asked."""
     text = (REPOSITORY / "requirements" / f"{name}.txt").read_text()

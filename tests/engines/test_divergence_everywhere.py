@@ -1,13 +1,13 @@
 """A loss that is no number, under each engine; `make test` has DDP."""
 
 import pytest
-from conftest import compiler
+from conftest import needs_compiler
 from test_divergence import check_that_it_stops, poisoned_model
 
 __all__ = ["poisoned_model"]  # a fixture
 
 
-@compiler
+@needs_compiler
 @pytest.mark.parametrize(
     ("engine", "processes", "packing"),
     [

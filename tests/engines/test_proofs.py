@@ -1,12 +1,12 @@
 """What is proved under each engine: a run resumes bit for bit, and a bit that flips on one rank shows. Slow."""
 
 import pytest
-from conftest import compiler
+from conftest import needs_compiler
 from test_digests import run_with_a_flip
 from trajectories import data, follow
 
 __all__ = ["data", "follow"]  # fixtures
-pytestmark = compiler
+pytestmark = needs_compiler
 
 FLIP = """
 import os

@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from conftest import compiler, manifest, metrics
+from conftest import manifest, metrics, needs_compiler
 from safetensors.torch import load_file
 
 from sft_recipes.data import embedded
 from sft_recipes.planning import recipes
 
-pytestmark = compiler
+pytestmark = needs_compiler
 
 NAMES = [name for name in recipes.names() if name != "tiny"]
 # A vocabulary of its own, thin layers, and multiples of 64, which 4-bit blocks want; the rest is the recipe's.

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import SHORT, compiler, manifest
+from conftest import SHORT, manifest, needs_compiler
 from processes import Seen
 from test_checkpoint import chosen
 from test_security import plant
@@ -46,7 +46,7 @@ def started(workplace, *arguments):
     return seen, (workplace.path / "said").read_text()
 
 
-@compiler
+@needs_compiler
 @pytest.mark.parametrize("engine", FILES)
 def test_no_bomb_in_an_engines_files_goes_off(workplace, few_rows, engine):
     """Each is told by its checksum; a start takes the older checkpoint; FSDP2 runs none with a forged record either."""

@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from conftest import HANG_SECONDS, compiler, manifest, metrics
+from conftest import HANG_SECONDS, manifest, metrics, needs_compiler
 from processes import launcher_of
 from safetensors.torch import load_file
 from trajectories import SEVERAL, arguments, data, differences, follow, record, trained_weights
@@ -21,7 +21,7 @@ from sft_recipes.planning import processes
 from sft_recipes.planning.run_folder import RunFolder
 
 __all__ = ["data", "follow"]  # fixtures
-pytestmark = compiler
+pytestmark = needs_compiler
 
 # Relative, of a step's loss. In fp32 the order of sums explains what is left; in bf16 the engines round at other places
 # (bf16 weights under ZeRO, bf16 autocast of fp32 weights else). Measured: benchmarks/results/engines-2-cores.json.

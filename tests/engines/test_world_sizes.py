@@ -7,14 +7,14 @@ import json
 import shutil
 
 import pytest
-from conftest import compiler, manifest
+from conftest import manifest, needs_compiler
 from trajectories import arguments, data, differences, follow, record
 
 from sft_recipes.planning.run_folder import RunFolder
 from sft_recipes.training import checkpoint
 
 __all__ = ["data", "follow"]  # fixtures
-pytestmark = compiler
+pytestmark = needs_compiler
 
 LORA = ("lora.r=4",)
 # Another number of ranks sums gradients in another order, and that is all. Measured over ten steps in fp32, largest:

@@ -27,7 +27,12 @@ class StopTogether(TrainerCallback):
 
     def __init__(self) -> None:
         self.stopped = False
+        self.first_step = 0  # where this process's training began; a resumed run is past 0
         self.trainer: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Records the step from which this process trains."""
+        self.first_step = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stops all ranks at this step if any was asked to."""

@@ -1,0 +1,111 @@
+"""Reads the headers of weight files (*.safetensors) and publishes fp32 weights in the base model's dtype."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import struct
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+# The 16-bit dtypes by their names in the format (https://github.com/huggingface/safetensors#format).
+_HALF = {"BF16": torch.bfloat16, "F16": torch.float16}
+INDEX = "model.safetensors.index.json"
+
+
+class PublishedCopy:
+    """Copies the files of a trained model with fp32 weights converted to the dtypes of the base model's files.
+
+    A weight without a counterpart in the base takes the dtype of most of the base's weights. Nothing is widened: ZeRO
+    saves bf16 whatever the base's dtype is. Only one tensor at a time is in memory.
+    """
+
+    def __init__(self, base: Path):
+        entries = [pair for file in sorted(base.glob("*.safetensors")) for pair in _header(file).items()]
+        weights: Counter[str] = Counter()
+        for _, entry in entries:
+            weights[entry["dtype"]] += math.prod(entry["shape"])
+        self._dtypes = {name: entry["dtype"] for name, entry in entries}
+        self._default = weights.most_common(1)[0][0]
+
+    def __call__(self, source: Path, target: Path) -> None:
+        """Copies one file."""
+        if source.suffix == ".safetensors" and any(
+            self._published(name, entry) for name, entry in _header(source).items()
+        ):
+            self._copy_weights(source, target)
+        elif source.name == "config.json" and self._default in _HALF:
+            _copy_json(source, target, self._with_dtype)
+        elif source.name == INDEX:
+            _copy_json(source, target, lambda index: self._with_size(index, source.parent))
+        else:
+            shutil.copyfile(source, target)
+        shutil.copymode(source, target)
+
+    def _published(self, name: str, entry: dict[str, Any]) -> str | None:
+        """The dtype to convert a tensor to; None to keep its own."""
+        wanted = self._dtypes.get(name, self._default)
+        return wanted if entry["dtype"] == "F32" and wanted in _HALF else None
+
+    def _layout(self, source: Path) -> dict[str, dict[str, Any]]:
+        """The header of the published file. Wider dtypes come first, so that every tensor is aligned."""
+        published: dict[str, dict[str, Any]] = {}
+        for name, entry in _header(source).items():
+            first, end = entry["data_offsets"]
+            half = self._published(name, entry)
+            size = (end - first) // 2 if half else end - first
+            published[name] = {"dtype": half or entry["dtype"], "shape": entry["shape"], "size": size}
+        width = {name: of["size"] // max(math.prod(of["shape"]), 1) for name, of in published.items()}
+        offset, layout = 0, {}
+        for name in sorted(published, key=lambda name: (-width[name], name)):
+            size = published[name].pop("size")
+            layout[name] = {**published[name], "data_offsets": [offset, offset + size]}
+            offset += size
+        return layout
+
+    def _copy_weights(self, source: Path, target: Path) -> None:
+        layout = self._layout(source)
+        with safe_open(source, framework="pt") as weights, target.open("wb") as file:
+            text = json.dumps({"__metadata__": weights.metadata() or {"format": "pt"}, **layout}).encode()
+            text += b" " * (-len(text) % 8)
+            file.write(struct.pack("<Q", len(text)) + text)
+            for name, entry in layout.items():
+                tensor = weights.get_tensor(name)
+                tensor = tensor.to(_HALF.get(entry["dtype"], tensor.dtype))
+                file.write(tensor.reshape(-1).view(torch.uint8).numpy())
+
+    def _with_dtype(self, config: dict[str, Any]) -> dict[str, Any]:
+        """A configuration, and those nested in it, with the dtype of most published weights."""
+        name = str(_HALF[self._default]).removeprefix("torch.")
+        return {
+            key: self._with_dtype(value)
+            if isinstance(value, dict)
+            else (name if key == "dtype" and value == "float32" else value)
+            for key, value in config.items()
+        }
+
+    def _with_size(self, index: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """An index with the bytes of the published weights."""
+        files = {folder / name for name in index["weight_map"].values()}
+        size = sum(max(of["data_offsets"][1] for of in self._layout(file).values()) for file in files)
+        return {**index, "metadata": {**index["metadata"], "total_size": size}}
+
+
+def _copy_json(source: Path, target: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    content = change(json.loads(source.read_text(encoding="utf-8")))
+    target.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _header(file: Path) -> dict[str, dict[str, Any]]:
+    """The dtype, shape and place of each tensor in a file, without its data."""
+    with file.open("rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        header: dict[str, dict[str, Any]] = json.loads(opened.read(length))
+    header.pop("__metadata__", None)
+    return header
