@@ -41,7 +41,7 @@ def test_the_fewest_gpus_are_those_below_which_nothing_fits(name, card, fewest):
     ("name", "gpus", "card", "overrides", "change"),
     [
         ("8b", 8, "h100-80g", ["trainer.gradient_checkpointing=false", "trainer.max_length=4096"], "trainer.gradient_checkpointing=true"),
-        ("8b", 8, "a100-40g", ["trainer.max_length=4096"], "batch.per_device_at_most=2"),
+        ("8b", 8, "a100-40g", ["trainer.max_length=4096"], "batch.per_device_at_most=1"),
         ("8b", 8, "rtx4090-24g", [], "parallelism=zero3"),
         ("70b", 8, "h100-80g", [], "GPUS=32"),
         ("8b", 1, "h100-80g", [], "GPUS=4"),
@@ -154,7 +154,9 @@ def test_time_and_money_follow_from_the_assumed_mfu(monkeypatch):
     half = plans.make(recipes.load("8b", ["hardware.mfu=0.175"]), fit.on(8, "h100-80g")).forecast
     assert half["training_seconds"] == pytest.approx(2 * forecast["training_seconds"], rel=1e-3)
     kept = plan("8b", 8, "h100-80g", "trainer.gradient_checkpointing=false").forecast
-    assert kept["training_seconds"] == pytest.approx(forecast["training_seconds"] * 1 / 1.196, rel=0.01)
+    less = flops(LLAMA_8B, 1374).hardware / per_token.hardware
+    assert 0.75 < less < 0.85, "8b computes about a quarter more with activation checkpointing"
+    assert kept["training_seconds"] == pytest.approx(less * forecast["training_seconds"], rel=1e-3)
     assert kept["evaluation_seconds"] == forecast["evaluation_seconds"]
 
 

@@ -132,6 +132,9 @@ def environment(plan: Plan, inherited: Mapping[str, str]) -> dict[str, str]:
     if sys.platform.startswith("linux") and plan.nodes == 1:
         chosen.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine needs no other interface, nor its own name
         chosen.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    if plan.uses_gpu and "PYTORCH_CUDA_ALLOC_CONF" not in inherited:
+        # Without it the allocator may hold half as much again as it uses: planning/memory.py, FRAGMENTATION.
+        chosen.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if plan.devices:
         chosen["CUDA_VISIBLE_DEVICES"] = plan.devices
     if not plan.uses_gpu:

@@ -11,8 +11,8 @@ GIB = 1024**3
 _MIB = 1024**2
 _TERA = 1e12
 
-# Drivers and torch report a few percent less memory than the table, a GPU with ECC off 6.7% more. Slices of a GPU (MIG)
-# and editions with other memory have the same product name and are outside of this range.
+# Drivers and torch report a few percent less memory than the table, a GPU with ECC off 6.7% more. Editions with other
+# memory have the same product name and are outside of this range.
 _SMALLEST, _LARGEST = 0.96, 1.07
 
 
@@ -107,7 +107,9 @@ def gib_of(name: str) -> float | None:
 
 
 def identify(product: str, memory_mib: float) -> GpuType | None:
-    """The row of a GPU that nvidia-smi or torch reports; None for one that is not in the table."""
+    """The row of a GPU that nvidia-smi or torch reports; None for one that is not in the table, and for a MIG slice."""
+    if re.search(r"\bMIG\b", product):
+        return None
     return next(
         (
             gpu

@@ -378,8 +378,9 @@ def activation_bytes(load: Load) -> int:
 
 
 def _held_for_a_moment(load: Load) -> int:
-    """Bytes per token while a layer's MLP goes backward: gradients of what it multiplied, and of the stream. Adapters on
-    its last product hold an fp32 copy of that product's input too.
+    """Bytes per token while a layer's MLP goes backward: gradients of what it multiplied, and of the stream.
+
+    Adapters on its last product also hold an fp32 copy of that product's input.
 
     Measured as activations are (the peak of a pass beyond what is kept), for MLPs at least 2.5 times as wide as the
     stream, and on fake tensors of the recipes' shapes (tests/engines/test_memory_of_a_step.py).

@@ -157,19 +157,22 @@ def gradients_are_in_range(plan: Plan, record: Any) -> Check:
 
 
 def memory_is_enough(plan: Plan, sft: Any) -> Check:
-    """The most that a rank held, against its device and against what the plan said."""
+    """The most that a rank held, against its device; and what its tensors took, against the plan's total, which has no
+    allocator's reserve in it."""
     import torch
     from accelerate.utils import gather
 
     on_gpu = torch.cuda.is_available() and plan.uses_gpu
     here = host_memory_bytes() // plan.world_size
     device = torch.cuda.get_device_properties(sft.args.device).total_memory if on_gpu else here
-    mine = torch.cuda.max_memory_reserved() if on_gpu else memory.peak_of_the_host()
-    peak = int(gather(torch.tensor([float(mine)], dtype=torch.float64, device=sft.args.device)).max())
-    said = f"{peak / GIB:.2f} GiB at the peak of {device / GIB:.1f} a rank"
+    reserved = torch.cuda.max_memory_reserved() if on_gpu else memory.peak_of_the_host()
+    mine = [reserved, torch.cuda.max_memory_allocated() if on_gpu else 0]
+    ranks = gather(torch.tensor([mine], dtype=torch.float64, device=sft.args.device)).reshape(-1, 2)
+    peak, allocated = (int(number) for number in ranks.max(0).values)
+    said = f"{peak / GIB:.2f} GiB at the peak of {device / GIB:.1f} per rank"
     planned = (plan.memory_bytes_per_gpu or {}).get("total")
     if planned and on_gpu:
-        said += f"; the plan said {planned / GIB:.2f} ({peak / planned:.2f} times that)"
+        said += f"; {allocated / GIB:.2f} GiB allocated, {allocated / planned:.2f} times the plan's {planned / GIB:.2f}"
     return Check(MEMORY, peak <= _DEVICE_SHARE * device, said)
 
 
