@@ -16,6 +16,7 @@ import beside
 import memory
 import metrics
 import plots
+import published
 import threads
 
 HERE = Path(__file__).resolve().parent
@@ -27,7 +28,7 @@ def main() -> None:
     plots.main()
     readme = HERE / "README.md"
     before, _, rest = readme.read_text().partition(BEGIN)
-    sections = "".join(section(*of) for of in SECTIONS)
+    sections = "".join(section(*of) for of in SECTIONS) + PUBLISHED + published.table() + "\n"
     readme.write_text(before + BEGIN + sections + END + rest.partition(END)[2])
 
 
@@ -51,6 +52,15 @@ def _commits(content: dict[str, Any]) -> str:
     return ", ".join(sorted(f"{one[:7]}{'-dirty' * one.endswith('-dirty')}" for one in found))
 
 
+# Not measured here, so without a results file.
+PUBLISHED = """
+## Memory, forecast and published
+
+The plan's figure next to peaks that others published (`published.py`). Nothing was measured here. A row above 1.10 says
+why. The reserve is what the fit test adds for driver, CUDA context, NCCL and fragmentation.
+
+"""
+
 SECTIONS = (
     (
         "bench",
@@ -58,7 +68,9 @@ SECTIONS = (
         "Twenty steps behind a warm-up of five, the cases' runs in turn; `first step` is from the command to the\n"
         "first step's figures, the data prepared anew or found. MFU counts operations causally, by the lengths that\n"
         "examples have; PaLM's count is beside it; HFU counts what is computed again. They are shares of what a large\n"
-        "matrix product reaches here, and of the data sheet. On a CPU memory is the process's own, the product fp32.",
+        "matrix product reaches here, and of the data sheet. On a CPU memory is the process's own, the product fp32.\n"
+        "Rows of commit a44e3b1 count the output layer for every token and leave recomputed logits out of HFU, so\n"
+        "their MFU is too high and their HFU not comparable; later ones count as `planning/cost.py` says.",
         bench.table,
     ),
     (

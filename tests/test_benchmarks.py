@@ -21,6 +21,7 @@ import beside
 import first_run
 import memory
 import plots
+import published
 import readme
 from matplotlib.figure import Figure
 
@@ -138,6 +139,23 @@ def test_the_page_is_what_the_results_files_say(tmp_path):
     assert len(before) > 3
     readme.main()
     assert {file: file.read_bytes() for file in before} == before
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in published.ROWS if row.source == published._TRL], ids=lambda row: row.model
+)
+def test_the_plan_is_near_what_trl_published_of_the_same_software(row):
+    """Peaks of TRL's own trainer with its chunked loss: within 7% above the forecast, and within the reserve."""
+    parts = row.planned
+    published_bytes = row.gib * 2**30
+    assert parts["total"] <= published_bytes <= 1.07 * parts["total"]
+    assert published_bytes <= parts["total"] + parts["reserve"]
+
+
+def test_a_published_row_far_from_the_plan_says_what_differs():
+    for row in published.ROWS:
+        if not 0.9 <= row.gib * 2**30 / row.planned["total"] <= 1.1:
+            assert "logits of all tokens" in row.differs, row
 
 
 def test_a_failed_case_is_a_row_too():
