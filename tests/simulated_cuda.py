@@ -1,7 +1,7 @@
 """Prints what the libraries make of plans for GPUs, as JSON, with CUDA simulated: the launches by accelerate and
 torchrun, SFTConfig, and the configuration that DeepSpeed resolves.
 
-A program of its own, because the simulation replaces functions of torch.cuda for the whole process.
+A separate program, because the simulation replaces functions of torch.cuda for the whole process.
 
     python tests/simulated_cuda.py FOLDER
 """

@@ -36,7 +36,7 @@ def gpu_problem(needed: int) -> tuple[str, str] | None:
 
 
 def ask_torch(environment: Mapping[str, str], *words: str) -> dict[str, Any]:
-    """What `training/examine.py` reports, in a process of its own, since a launcher does not import PyTorch.
+    """What `training/examine.py` reports, in a separate process, since a launcher does not import PyTorch.
 
     Args:
         words: the arguments of that program (default: only what `planning/cuda.py` needs).
