@@ -78,7 +78,7 @@ def check_refused(done, message):
         (["train", "tiny", "--gups", "1"], "unknown argument '--gups'"),
         (["train"], "the following arguments are required: recipe"),
         (["trian", "tiny"], "invalid choice: 'trian'"),
-        (["plan", "tiny", "--gpus", "1", "--card", "h1000"], "CARD: 'h1000' is not known"),
+        (["plan", "tiny", "--gpus", "1", "--card", "h1000"], "CARD: unknown GPU type: found 'h1000'"),
         (["plan", "tiny", "--gpus", "8", "--nodes", "3"], "8 GPUs do not share evenly over 3 nodes"),
         (["generate", "nobody"], "no run 'nobody'"),
     ],
