@@ -49,6 +49,15 @@ def test_driver_and_cuda_go_together(seen, version, colour, says):
     assert (last.check, last.colour) == ("CUDA", colour) and says in str(last)
 
 
+def test_a_gpu_that_is_not_in_the_table_is_reported():
+    other = Gpu("0", 60_000, "NVIDIA Graphics Device", 11.0)
+    found = [line for line in doctor.driver([other], 1, "580.65.06", SEEN) if line.check == "GPU type"]
+    assert [line.colour for line in found] == ["yellow"] and "NVIDIA Graphics Device is not in the table" in str(
+        found[0]
+    )
+    assert not any(line.check == "GPU type" for line in doctor.driver(CARDS, 2, "580.65.06", SEEN))
+
+
 def test_memory_that_others_hold_is_named():
     gib = 2**30
     (one,) = doctor.memory_of_gpus([{"total": 80 * gib, "free": 79.5 * gib}, {"total": 80 * gib, "free": 20 * gib}])

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sft_recipes.launching import command, preflight
-from sft_recipes.launching.topology import Gpu, ask_nvidia, hidden_gpus, nvidia_smi_error, visible_gpus
+from sft_recipes.launching.topology import Gpu, ask_nvidia, hidden_gpus, nvidia_smi_error, unlisted, visible_gpus
 from sft_recipes.planning import cuda
 from sft_recipes.planning.environment import host_memory_bytes, library_version
 from sft_recipes.planning.run_folder import runs_root
@@ -90,6 +90,9 @@ def driver(
         yield Finding("GPUs", "green", "none: recipes for the CPU")
     if not gpus:
         return
+    for product in unlisted(gpus):
+        fix = "set CARD to one of docs/MODELS.md to forecast hours"
+        yield Finding("GPU type", "yellow", f"{product} is not in the table: planned by its memory, without hours", fix)
     yield Finding("driver", "green", version or "version unknown: nvidia-smi does not report it")
     if "error" in seen:
         return

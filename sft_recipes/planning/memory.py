@@ -231,8 +231,10 @@ class _Amounts:
             so a step of one micro-batch begins without.
         layer: activations that one decoder layer keeps; `moment`: what its backward pass holds for a moment.
         kept: activations of all layers at the end of the forward pass.
-        tile, scores: see `_logits`.
+        tile, scores: see `_logits`; `tile` includes what the last norm keeps, and the hidden states that are scored.
         embedding: a gradient of the embeddings or the output layer, as autograd makes it; 0 if frozen.
+        hidden_gradient: the scoring's gradient of the hidden states, which adapters see in fp32 in the top layer too;
+            without adapters it is gone by the phase's peak.
     """
 
     gradients: int
@@ -243,6 +245,7 @@ class _Amounts:
     tile: int
     scores: int
     embedding: int
+    hidden_gradient: int
 
 
 def _amounts(load: Load) -> _Amounts:
@@ -252,15 +255,19 @@ def _amounts(load: Load) -> _Amounts:
     layer = load.tokens * activation_bytes(load)
     inputs = load.tokens * architecture["hidden_size"] * (2 if load.stream_half else 4)
     tile, scores = _logits(load)
+    # Its input, the normalized input, its output, and the scored positions picked out of that: 4 bytes each in an fp32
+    # stream; 2 bytes each in a 16-bit one, and the input in fp32 too.
+    last_norm = load.tokens * architecture["hidden_size"] * (12 if load.stream_half else 16)
     return _Amounts(
         gradients=gradients,
         before=gradients if load.accumulates or load.engine.startswith("zero") else 0,
         layer=layer,
         moment=load.tokens * _held_for_a_moment(load),
         kept=architecture["num_hidden_layers"] * (inputs if load.gradient_checkpointing else layer),
-        tile=tile,
+        tile=tile + last_norm,
         scores=scores,
         embedding=0 if load.lora else load.gradient_width * architecture["vocab_size"] * architecture["hidden_size"],
+        hidden_gradient=4 * load.tokens * architecture["hidden_size"] if load.lora else 0,
     )
 
 
@@ -280,7 +287,7 @@ def _phases(load: Load) -> list[dict[str, int]]:
     top_layer = {
         "gradients": step.before,
         "activations": step.kept + step.moment + (step.layer if recomputes else 0),
-        "logits": waiting if step.before else step.embedding,
+        "logits": (waiting if step.before else step.embedding) + step.hidden_gradient,
         "buffers": casts_of_a_layer if recomputes else casts,
     }
     bottom_layer = {
@@ -316,10 +323,11 @@ def _phases_of_fsdp2(load: Load, step: _Amounts) -> list[dict[str, int]]:
     top_layer = {
         "gradients": max(step.before, reduced * ends // ranks),
         "activations": step.kept + step.moment + (step.layer if load.gradient_checkpointing else 0),
+        "logits": step.hidden_gradient,
         "buffers": 2 * width * block + reduced * ends,
     }
     but_last = step.gradients if step.before else step.gradients - reduced * (block + (ends if untied else 0)) // ranks
-    next_unit = width * ends if untied else 0
+    next_unit = width * ends if untied and not load.lora else 0  # frozen embeddings are not gathered for a gradient
     bottom_layer = {
         "gradients": max(but_last, 0),
         "activations": step.layer + step.moment,

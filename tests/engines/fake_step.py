@@ -9,6 +9,7 @@ the CPU would allocate and a GPU does not, and the other way round; each names i
 """
 
 import types
+from pathlib import Path
 
 import peft
 import torch
@@ -138,7 +139,7 @@ def _without_storage(plan, architecture):
         dtype = torch.bfloat16 if frozen else torch.float32
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         if frozen:
-            model = peft.get_peft_model(model, adapters.configuration(plan))
+            model = peft.get_peft_model(model, adapters.configuration(plan, Path("model")))
     return model
 
 

@@ -16,11 +16,10 @@ CASES = {
     "1b": ("1b", 1, (), None),
     "3b": ("3b", 1, (), None),
     "8b": ("8b", 1, ("parallelism=single",), None),
-    "8b, LoRA": ("8b-lora", 1, (), 12),
-    "8b, FSDP2": ("8b", 8, ("parallelism=fsdp2",), 12),
-    "8b, FSDP2, rows of 256": ("8b", 8, ("parallelism=fsdp2", "trainer.max_length=256"), 12),
-    "3b, FSDP2, tied, several micro-batches": ("3b", 4, ("parallelism=fsdp2",), 12),
-    "8b, LoRA, FSDP2": ("8b-lora", 8, ("parallelism=fsdp2",), 12),
+    "8b, LoRA": ("8b-lora", 1, ("batch.per_device_at_most=2",), 3),
+    "8b, FSDP2": ("8b", 8, ("parallelism=fsdp2",), 8),
+    "8b, FSDP2, rows of 256": ("8b", 8, ("parallelism=fsdp2", "trainer.max_length=256"), 8),
+    "3b, FSDP2, tied, several micro-batches": ("3b", 4, ("parallelism=fsdp2",), 8),
 }
 
 
