@@ -446,6 +446,16 @@ def test_a_launcher_is_given_the_time_that_a_large_save_needs(tmp_path, monkeypa
     assert not any(number.name in given["PET_SIGNALS_TO_HANDLE"] for number in processes.ASKING)
 
 
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_ranks_on_gpus_get_expandable_segments_unless_the_user_chose(name):
+    plan = plans.make(recipes.load("8b"), plans.Topology(gpus=8, processes=8, card="h100-80g"))
+    assert command.environment(plan, {})["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    chosen = command.environment(plan, {name: "max_split_size_mb:128"})
+    assert {key: value for key, value in chosen.items() if "ALLOC_CONF" in key} == {name: "max_split_size_mb:128"}
+    tiny = plans.make(recipes.load("tiny"), plans.Topology(gpus=0, processes=1))
+    assert "PYTORCH_ALLOC_CONF" not in command.environment(tiny, {})
+
+
 def test_a_newer_checkpoint_begins_the_count_of_starts_anew(tmp_path):
     folder = RunFolder(tmp_path)
     plan = plans.make(recipes.load("tiny"), plans.Topology(gpus=0, processes=1))
