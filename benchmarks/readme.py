@@ -56,7 +56,7 @@ def _commits(content: dict[str, Any]) -> str:
 PUBLISHED = """
 ## Memory, forecast and published
 
-The plan's figure next to peaks that others published (`published.py`). Nothing was measured here. A row above 1.10 says
+The plan's number next to peaks that others published (`published.py`). Nothing was measured here. A row above 1.10 says
 why. The reserve is what the fit test adds for driver, CUDA context, NCCL and fragmentation.
 
 """

@@ -184,7 +184,7 @@ class Load:
 
 def bytes_per_gpu(load: Load) -> dict[str, int] | None:
     """Peak memory of one rank by part, in bytes, at the phase of a step when their sum is largest; an estimate to
-    decide with, not a measurement. `total` is that sum, `reserve` what must stay free beside it.
+    decide with, not a measurement. `total` is that sum, `reserve` what must stay free in addition.
 
     Weights, gradients and optimizer state follow the dtypes of `dtypes`; AdamW's two moments are fp32 everywhere but in
     an 8-bit optimizer.
@@ -212,7 +212,7 @@ def bytes_per_gpu(load: Load) -> dict[str, int] | None:
 
 
 def reserve_bytes(load: Load, total: int) -> int:
-    """GPU memory to leave free beside the forecast `total`: driver, CUDA context, NCCL and fragmentation. 0 on the CPU.
+    """GPU memory to leave free in addition to the forecast `total`: driver, CUDA context, NCCL and fragmentation. 0 on the CPU.
 
     The constants above name the source of each part.
     """
@@ -272,7 +272,7 @@ def _amounts(load: Load) -> _Amounts:
 
 
 def _phases(load: Load) -> list[dict[str, int]]:
-    """The phases of a step that may be its peak, each with what is there besides what is always held."""
+    """The phases of a step that may be its peak, each with what is there in addition to what is always held."""
     step = _amounts(load)
     if load.engine == "fsdp2":
         return _phases_of_fsdp2(load, step)
@@ -414,7 +414,9 @@ def _buffers(load: Load) -> int:
     if load.engine in ("zero3", "zero3_offload"):
         return 2 * width * largest + width * min(parameters, PREFETCH_BUCKET) + 4 * REDUCE_BUCKET
     if load.engine == "fsdp2":
-        return 0  # what is gathered and reduced differs from phase to phase
+        # What is gathered and reduced differs from phase to phase. On a CPU gloo keeps copies of what it has not sent:
+        # about four layers in real runs (docs/LOG.md: peaks of one small run were 208 to 273 MiB).
+        return 4 * width * block_weights(architecture) if load.on_cpu else 0
     quantized = load.lora is not None and load.lora.quantize is not None
     dequantized: int = width * architecture["hidden_size"] * architecture["intermediate_size"] if quantized else 0
     return dequantized + (4 * load.trained if load.engine == "ddp" else 0)
