@@ -212,7 +212,7 @@ def bytes_per_gpu(load: Load) -> dict[str, int] | None:
 
 
 def reserve_bytes(load: Load, total: int) -> int:
-    """GPU memory to leave free in addition to the forecast `total`: driver, CUDA context, NCCL and fragmentation. 0 on the CPU.
+    """GPU memory to leave free in addition to `total`: driver, CUDA context, NCCL and fragmentation; 0 on the CPU.
 
     The constants above name the source of each part.
     """
