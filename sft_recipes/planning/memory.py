@@ -414,7 +414,9 @@ def _buffers(load: Load) -> int:
     if load.engine in ("zero3", "zero3_offload"):
         return 2 * width * largest + width * min(parameters, PREFETCH_BUCKET) + 4 * REDUCE_BUCKET
     if load.engine == "fsdp2":
-        return 0  # what is gathered and reduced differs from phase to phase
+        # What is gathered and reduced differs from phase to phase. On a CPU gloo keeps copies of what it has not sent:
+        # about four layers in real runs (docs/LOG.md: peaks of one small run were 208 to 273 MiB).
+        return 4 * width * block_weights(architecture) if load.on_cpu else 0
     quantized = load.lora is not None and load.lora.quantize is not None
     dequantized: int = width * architecture["hidden_size"] * architecture["intermediate_size"] if quantized else 0
     return dequantized + (4 * load.trained if load.engine == "ddp" else 0)
