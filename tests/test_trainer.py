@@ -1,5 +1,7 @@
 """What reaches the model: collated labels, isolation of packed examples, whole batches, a validation loss over tokens."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import REPOSITORY
@@ -17,6 +19,7 @@ from sft_recipes.planning.run_folder import RunFolder
 from sft_recipes.planning.schema import TABLE_KEYS, RecipeError
 from sft_recipes.training import attention
 from sft_recipes.training import trainer as trainers
+from sft_recipes.training.callbacks.stop import StopTogether
 
 CONVERSATIONS = [
     [{"role": "user", "content": f"Add {n} and {n}." + " please" * (n % 4)}, {"role": "assistant", "content": f"It is {2 * n}."}]
@@ -416,3 +419,11 @@ def test_rank_without_cuda_names_the_cause(tmp_path, monkeypatch):
         RecipeError, match="^GPUS: 1 requested, but (PyTorch|found) .*(TORCH=cuda|nvidia-smi|Install|Update)"
     ):
         run.configure(plan, RunFolder(tmp_path))
+
+
+@pytest.mark.parametrize(("began", "now", "none"), [(0, 0, True), (0, 1, False), (7, 7, True), (7, 8, False)])
+def test_a_resumed_run_counts_its_steps_from_where_it_began(began, now, none):
+    stopping = StopTogether()
+    stopping.on_train_begin(None, SimpleNamespace(global_step=began), None)
+    ours = SimpleNamespace(state=SimpleNamespace(global_step=now), stopping=stopping)
+    assert trainers.ResponseTrainer._took_no_step(ours) is none
