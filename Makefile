@@ -25,7 +25,7 @@ help: ## this list
 	@echo 'Variables stand behind the target: make train RECIPE=8b GPUS=8'
 	@echo
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r target text; do \
-		printf '  %-13s %s\n' "$$target" "$$text"; done
+		printf '  %-15s %s\n' "$$target" "$$text"; done
 	@echo
 	@printf '%s\n' 'RECIPE      a name from `make recipes` (default: tiny)' \
 		'GPUS        GPUs over all nodes; 0 is the CPU (default: what the recipe or the machine has); plan compares 1,2,4,8' \
