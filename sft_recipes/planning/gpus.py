@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from sft_recipes.planning.memory import GIB
 from sft_recipes.planning.schema import RecipeError, did_you_mean
 
-GIB = 1024**3
 _MIB = 1024**2
 _TERA = 1e12
 
