@@ -429,8 +429,8 @@ def test_what_cannot_be_is_refused_in_one_line(machine, words, variables, line):
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_another_users_runs_are_refused(machine):
-    assert "/ belongs to user 0 and is not yours to write" in refused(
-        machine.run("train", "tiny", RUNTIME="docker", RUNS_DIR="/")
+    assert "/var belongs to user 0 and is not yours to write" in refused(
+        machine.run("train", "tiny", RUNTIME="docker", RUNS_DIR="/var")
     )
 
 

@@ -123,7 +123,10 @@ def test_several_nodes_without_slurm_are_refused_with_the_way_there_is() -> None
         topology.present(recipes.load("70b"), None, None, 4, None, None)
 
 
-def test_every_recipe_has_a_job_that_asks_for_what_its_plan_needs() -> None:
+def test_every_recipe_has_a_job_that_asks_for_what_its_plan_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path))  # not the speed of a save that a run here has measured
     assert {script.stem for script in HEADERS} == set(recipes.names())
     for script in HEADERS:
         asked, recipe = header(script), recipes.load(script.stem)
