@@ -19,7 +19,7 @@ _TELEMETRY_OFF = {
 }
 
 # How often a waiting OpenMP thread of libgomp spins before it sleeps. By default it spins for seconds: next to one busy
-# process on 2 cores, training then hardly moves. The value is chosen by benchmarks/threads.py.
+# process on 2 cores, training then hardly moves. benchmarks/threads.py measures what a bound costs and saves.
 SPIN_COUNT = "1000"
 
 
