@@ -18,8 +18,8 @@ _TELEMETRY_OFF = {
     "WANDB_ERROR_REPORTING": "false",  # W&B's client reports on itself (wandb/analytics); a run's figures are not that
 }
 
-# How often a waiting OpenMP thread of libgomp spins before it sleeps. With the default, 300000, training on 2 cores hardly
-# moves next to one busy process. benchmarks/threads.py measures what a bound costs and saves.
+# How often a waiting OpenMP thread of libgomp spins before it sleeps. With the default, 300000, training on 2 cores
+# hardly moves next to one busy process. benchmarks/threads.py measures what a bound costs and saves.
 SPIN_COUNT = "1000"
 
 
