@@ -26,7 +26,7 @@ from sft_recipes.planning.environment import SPIN_COUNT
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # The first is libgomp's own default, where OMP_WAIT_POLICY is not set (GCC's manual of libgomp, GOMP_SPINCOUNT).
-SPIN_COUNTS = ("300000", "10000", SPIN_COUNT, "0")
+SPIN_COUNTS = ("300000", "5000", SPIN_COUNT, "1000", "0")
 BUSY = "while True: pass"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,11 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 # A hang is a failure, but a slow machine is not: many times what the slowest call takes.
 HANG_SECONDS = 900
+
+# What `make test` itself was given reaches the tests' environment, and is not meant for the commands that they try.
+MAKE_VARIABLES = {"MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS"} | set(
+    re.search(r"^VARIABLES := (.*)$", (REPOSITORY / "Makefile").read_text(), re.M)[1].split()  # type: ignore[index]
+)
 
 PLANTED_KEY = "f" * 40  # must be found again nowhere
 
@@ -66,7 +72,7 @@ class Workplace:
         return self.path / "runs"
 
     def environment(self, **variables: str) -> dict[str, str]:
-        kept = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+        kept = {key: value for key, value in os.environ.items() if key not in MAKE_VARIABLES}
         return {
             **kept,
             "RUNS_DIR": str(self.runs),

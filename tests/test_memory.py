@@ -218,6 +218,8 @@ def test_a_whole_70b_checkpoint_is_about_a_terabyte():
     assert memory.checkpoint_bytes(load(llama_70b, engine="zero3", world=32)) == pytest.approx(1.1e12, rel=0.05)
 
 
+# Few, because a CPU without bf16 instructions takes a hundred times as long for a product in bf16 as in fp32.
+TOKENS = 256
 SHAPES = {
     "llama": {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8, "num_key_value_heads": 2},
     "llama, every head its own keys": {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 8},
@@ -226,7 +228,7 @@ SHAPES = {
 }  # fmt: skip
 
 
-def kept_for_the_backward_pass(architecture, dtype, autocast, lora, way="sdpa"):
+def kept_for_the_backward_pass(architecture, dtype, autocast, lora, way="sdpa", tokens=TOKENS):
     """Bytes a token and layer, from the storages that autograd saves: three layers less one, over two."""
     import contextlib
 
@@ -252,9 +254,9 @@ def kept_for_the_backward_pass(architecture, dtype, autocast, lora, way="sdpa"):
         # Nothing goes backward, so the hook returns nothing: a node that saved its own output would never be freed.
         context = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), context:
-            body(input_ids=torch.zeros(1, 1024, dtype=torch.long), use_cache=False)
+            body(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
         kept.append(sum(number for number, _ in storages.values()))
-    return (kept[1] - kept[0]) / 2 / 1024
+    return (kept[1] - kept[0]) / 2 / tokens
 
 
 @pytest.mark.parametrize("engine", ["zero2", "ddp", "fp32", "lora", "lora in fp32"])
@@ -269,7 +271,7 @@ def test_activations_are_those_that_autograd_keeps(name, engine):
     dtype = torch.bfloat16 if engine in ("zero2", "lora") else torch.float32
     counted = kept_for_the_backward_pass(architecture, dtype, engine in ("ddp", "lora"), lora)
     # Autocast's own copies of the weights, which autograd keeps too, are counted among the buffers.
-    casts = 2 * sum(a * b for a, b in memory.linear_layers(architecture).values()) / 1024 if engine == "ddp" else 0
+    casts = 2 * sum(a * b for a, b in memory.linear_layers(architecture).values()) / TOKENS if engine == "ddp" else 0
     assert memory.activation_bytes(planned) == pytest.approx(counted - casts, rel=0.08)
 
 
@@ -297,11 +299,11 @@ def test_the_peak_of_a_backward_pass_of_adapters_is_what_is_planned(inner, preci
     autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as tracker:
         with autocast:
-            states = body(input_ids=torch.zeros(1, 1024, dtype=torch.long), use_cache=False).last_hidden_state
+            states = body(input_ids=torch.zeros(1, TOKENS, dtype=torch.long), use_cache=False).last_hidden_state
         states.float().sum().backward()
     planned = load(architecture, precision=precision, lora=Lora())
     a_token = memory.activation_bytes(planned) + memory._held_for_a_moment(planned) + 4 * architecture["hidden_size"]
-    assert most_held(tracker) / 1024 == pytest.approx(a_token, rel=0.1)
+    assert most_held(tracker) / TOKENS == pytest.approx(a_token, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -324,16 +326,21 @@ def test_the_peak_of_a_step_is_what_is_planned(monkeypatch, tied, precision, rec
     from transformers import AutoConfig, AutoModelForCausalLM
 
     monkeypatch.setattr(trl.trainer.utils, "_use_triton", lambda _device: True)
-    monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 2048)
-    architecture = {**SHAPES["llama"], "intermediate_size": 1408, "num_hidden_layers": 3, "vocab_size": 2048}
-    architecture |= {"model_type": "llama", "tie_word_embeddings": tied}
+    monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 1024)
+    architecture = {**llama(hidden_size=256, intermediate_size=704, num_hidden_layers=3, vocab_size=1024)}
+    architecture |= {
+        "model_type": "llama",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": tied,
+    }
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture)).train()
     if recomputes:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     trl.trainer.utils.add_fused_lm_head(model)
     model.forward = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")(model.forward)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    tokens = torch.arange(512)[None]
+    tokens = torch.arange(TOKENS)[None]
     labels = torch.where(tokens % 16 == 0, tokens, -100)
     gc.collect()  # what another test has left, and the tracker knows, is not to be freed while it looks
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as tracker:
@@ -343,7 +350,7 @@ def test_the_peak_of_a_step_is_what_is_planned(monkeypatch, tied, precision, rec
             optimizer.step()
             optimizer.zero_grad()
     planned = load(
-        architecture, "single", precision=precision, tokens=512, gradient_checkpointing=recomputes,
+        architecture, "single", precision=precision, tokens=TOKENS, gradient_checkpointing=recomputes,
         accumulates=accumulates, on_cpu=True,
     )  # fmt: skip
     parts = memory.bytes_per_gpu(planned)
@@ -354,17 +361,20 @@ def test_the_peak_of_a_step_is_what_is_planned(monkeypatch, tied, precision, rec
 def test_scores_are_those_that_autograd_keeps(engine):
     import torch
 
-    architecture = {"model_type": "llama", **SHAPES["llama"]}
+    architecture = {"model_type": "llama", **SHAPES["llama"], "hidden_size": 128, "intermediate_size": 64}
+    many = 512  # so that scores are most of what eager attention keeps
     precision, dtype = (
         ("fp32" if engine == "fp32" else "bf16"),
         (torch.bfloat16 if engine == "zero2" else torch.float32),
     )
-    counted = [kept_for_the_backward_pass(architecture, dtype, engine == "ddp", None, way) for way in ("eager", "sdpa")]
+    counted = [
+        kept_for_the_backward_pass(architecture, dtype, engine == "ddp", None, way, many) for way in ("eager", "sdpa")
+    ]
     planned = [
         memory.activation_bytes(
             load(architecture, "zero2" if engine == "zero2" else "ddp", precision=precision, **scores)
         )
-        for scores in ({"scores_of": 1024}, {})
+        for scores in ({"scores_of": many}, {})
     ]
     # Besides, eager attention keeps keys and values once for each head that shares them.
     assert planned[0] - planned[1] == pytest.approx(counted[0] - counted[1], rel=0.1)

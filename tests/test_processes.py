@@ -30,10 +30,10 @@ from sft_recipes.planning.schema import RecipeError
 from sft_recipes.training import pulse
 from sft_recipes.training.compiling import HeldByTheKernel
 
-STEPS = 60
+STEPS = 30
 SMALL = (
     "batch.effective_batch_size=8", "batch.per_device_at_most=4",
-    f"trainer.max_steps={STEPS}", f"trainer.eval_steps={STEPS}", "trainer.save_steps=15", "trainer.logging_steps=15",
+    f"trainer.max_steps={STEPS}", f"trainer.eval_steps={STEPS}", "trainer.save_steps=8", "trainer.logging_steps=10",
     "trainer.max_length=256", "trainer.packing=false", "answers.show=0", "answers.exact_match=0",
 )  # fmt: skip
 
@@ -136,13 +136,13 @@ def test_two_ranks_killed_asked_to_stop_and_halted_end_with_the_weights_of_an_un
     straight.ends(0)
 
     run = start("interrupted-2", 2)
-    os.kill(run.at(20, 2)[1], signal.SIGKILL)
+    os.kill(run.at(10, 2)[1], signal.SIGKILL)
     line = run.error(1)
     assert "rank 1 on " in line and "was ended by SIGKILL in step " in line and "out-of-memory killer" in line
     assert manifest(run.folder.path)["state"] == "failed"
 
     run = start("interrupted-2", 2)
-    there = run.at(20, 2)
+    there = run.at(10, 2)
     os.kill(there[0], signal.SIGUSR1)
     time.sleep(0.13)
     for rank in (1, 1):  # once more in the grace, which changes nothing
@@ -478,7 +478,7 @@ def test_a_newer_checkpoint_begins_the_count_of_starts_anew(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("chosen", "spins"), [({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)]
+    ("chosen", "spins"), [({}, "2000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)]
 )
 def test_openmp_threads_spin_for_a_bounded_time_unless_the_user_chose(chosen, spins):
     """What the command line and every process that it starts see; without a bound, training next to one busy process on

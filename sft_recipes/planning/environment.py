@@ -20,7 +20,7 @@ _TELEMETRY_OFF = {
 
 # How often a waiting OpenMP thread of libgomp spins before it sleeps. With the default, 300000, training on 2 cores
 # hardly moves next to one busy process. benchmarks/threads.py measures what a bound costs and saves.
-SPIN_COUNT = "1000"
+SPIN_COUNT = "2000"
 
 
 def limit_thread_spin() -> None:
