@@ -27,6 +27,7 @@ from sft_recipes.data.formats import Conversation, conversation_of
 from sft_recipes.data.sources import Source
 from sft_recipes.planning import imports
 from sft_recipes.planning import plan as plans
+from sft_recipes.planning.code_hash import code_hash
 from sft_recipes.planning.files import sha256, sync
 from sft_recipes.planning.plan import Plan, Prepared
 from sft_recipes.planning.run_folder import read_json, runs_root, write_json
@@ -72,7 +73,7 @@ def prepare(plan: Plan, store: Path | None = None, rows_alone: bool = False) -> 
     store.mkdir(parents=True, exist_ok=True, mode=0o700)  # it holds the data
     base = _base(plan, rows_alone)
     data = Data(**plan.sections["data"])
-    embedded = store / f"embedded-{hashlib.sha256(_code('embedded.py').encode()).hexdigest()[:8]}"
+    embedded = store / f"embedded-{_code('embedded.py')[:8]}"
     parts = ("train", "validation", *(["retain"] if data.retain else []))
     named = {part: sources.resolve_all(data, f"data.{part}", embedded) for part in parts}
     folder = store / _key(plan, named, base)
@@ -159,7 +160,7 @@ def _check_architecture_once(plan: Plan, base: Path, folder: Path) -> None:
 
 
 def _code(file: str) -> str:
-    return Path(__file__).with_name(file).read_text(encoding="utf-8")
+    return code_hash(Path(__file__).with_name(file))
 
 
 def _key(plan: Plan, named: Mapping[str, Mapping[str, Source]], base: Path | None) -> str:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes.planning import plan as plans
+from sft_recipes.planning.code_hash import code_hash
 from sft_recipes.planning.environment import gpu_hour_price, library_version
+from sft_recipes.planning.files import sha256
 from sft_recipes.planning.plan import Plan
 from sft_recipes.planning.schema import REPOSITORY
 
@@ -62,13 +64,14 @@ def resumes(plan: Plan) -> bool:
 def key(plan: Plan) -> str:
     """SHA-256 over what a receipt is for: plan, data, libraries, and this package's code."""
     flat = plans.compared(plan)
-    code = sorted((REPOSITORY / "sft_recipes").rglob("*.py")) + sorted(REPOSITORY.glob("*_configs/*"))
+    code = {file: code_hash(file) for file in (REPOSITORY / "sft_recipes").rglob("*.py")}
+    code |= {file: sha256(file) for file in REPOSITORY.glob("*_configs/*")}
     parts = {
         "plan": {name: value for name, value in flat.items() if name != "recipe"},
         "card": plan.card,
         "weights": _weights(plan.sections["model"]["name_or_path"]),
         "libraries": {name: library_version(name) for name in _LIBRARIES},
-        "code": {str(file.relative_to(REPOSITORY)): hashlib.sha256(file.read_bytes()).hexdigest() for file in code},
+        "code": {str(file.relative_to(REPOSITORY)): hashed for file, hashed in code.items()},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
