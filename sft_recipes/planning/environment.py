@@ -19,7 +19,7 @@ _TELEMETRY_OFF = {
 }
 
 # How often a waiting OpenMP thread of libgomp spins before it sleeps. With the default, 300000, training on 2 cores
-# hardly moves next to one busy process. benchmarks/threads.py measures what a bound costs and saves.
+# hardly moves next to one busy process. A smaller bound costs more alone and saves more: benchmarks/threads.py.
 SPIN_COUNT = "2000"
 
 
