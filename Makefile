@@ -112,7 +112,8 @@ merge: ## adapters and the model that they were trained on as one model: RUN
 	@$(SFT) merge "$${RUN:?RUN is missing: the name of a run, such as 8b-lora-1}"
 
 # A file of tests a core, each run on one thread: two runs that share their cores' threads slow each other manyfold.
-PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses 2 --dist loadfile
+# MAX_JOBS: a compiler of DeepSpeed's operators takes 1.5 GB, and the other core has tests.
+PYTEST = OMP_NUM_THREADS=1 MAX_JOBS=1 $(PYTHON) -m pytest --numprocesses 2 --dist loadfile
 
 # In the order of their names, which has the slow ones at the beginning and in the middle: xdist's own has them last.
 test: setup ## the tests, on the CPU, in under nine minutes (ARGS='-m needs_compiler': those that compile)

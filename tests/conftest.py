@@ -95,9 +95,14 @@ class Workplace:
         )
 
     def trained(self, *arguments: str, **variables: str) -> Path:
-        """Runs `train` to a good end and returns the run's folder."""
+        """Runs `train` to a good end and returns the run's folder.
+
+        Where other tests share the workplace, give `--name`: without it, the newest run is returned.
+        """
         done = self.sft("train", *arguments, **variables)
         assert done.returncode == 0, done.stdout + done.stderr
+        if "--name" in arguments:
+            return self.runs / arguments[arguments.index("--name") + 1]
         return max(self.runs.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime).parent
 
     def trained_once(self, name: str, *arguments: str, **variables: str) -> Path:

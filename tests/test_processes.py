@@ -149,7 +149,7 @@ def test_two_ranks_killed_asked_to_stop_and_halted_end_with_the_weights_of_an_un
         os.kill(there[rank], signal.SIGTERM) if processes.state(there[rank]) else None
     stopped = run.stopped()
 
-    run = start("interrupted-2", 2, "guards.hang_seconds=8")
+    run = start("interrupted-2", 2, "guards.hang_seconds=5")
     os.kill(run.at(stopped + 2, 2)[1], signal.SIGSTOP)
     line = run.error(1)
     assert "rank 1 on " in line and "hangs in step " in line and "it is stopped by a signal" in line
