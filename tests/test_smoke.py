@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import math
+import os
 import re
 import subprocess
+import sys
 
 import pytest
 import yaml
@@ -140,9 +142,13 @@ def test_what_smoke_py_is_called_with_exists(smoke):
     assert all(callable(getattr(smoke, name)) for name in called)
 
 
-def test_the_summary_is_one_object(smoke, tmp_path):
+def test_the_summary_is_one_object_wherever_it_is_asked_for(tmp_path):
+    """As smoke.sh asks for it: outside of an image, the package is not on Python's path."""
     (tmp_path / "steps").write_text("a\t0\t3\tsaid\twell\nb\t1\t2\t\n")
-    told = json.loads(smoke.summary(tmp_path / "steps"))
+    words = [sys.executable, str(DOCKER / "smoke.py"), "summary", str(tmp_path / "steps")]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    told = json.loads(done.stdout)
     assert not told["passed"] and told["steps"][0] == {"name": "a", "exit_code": 0, "seconds": 3, "said": "said\twell"}
 
 
