@@ -27,9 +27,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 HANG_SECONDS = 900
 
 # What `make test` itself was given reaches the tests' environment, and is not meant for the commands that they try.
-MAKE_VARIABLES = {"MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS"} | set(
-    re.search(r"^VARIABLES := (.*)$", (REPOSITORY / "Makefile").read_text(), re.M)[1].split()  # type: ignore[index]
-)
+VARIABLES = set(re.findall(r"^VARIABLES := (.*)$", (REPOSITORY / "Makefile").read_text(), re.M)[0].split())
+GIVEN_BY_MAKE = {"MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS", *VARIABLES}
 
 PLANTED_KEY = "f" * 40  # must be found again nowhere
 
@@ -72,7 +71,7 @@ class Workplace:
         return self.path / "runs"
 
     def environment(self, **variables: str) -> dict[str, str]:
-        kept = {key: value for key, value in os.environ.items() if key not in MAKE_VARIABLES}
+        kept = {key: value for key, value in os.environ.items() if key not in GIVEN_BY_MAKE}
         return {
             **kept,
             "RUNS_DIR": str(self.runs),

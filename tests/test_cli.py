@@ -7,7 +7,7 @@ import shlex
 import subprocess
 
 import pytest
-from conftest import REPOSITORY, SMALL_LLAMA
+from conftest import REPOSITORY, SMALL_LLAMA, VARIABLES
 
 GOOD_ROW = {"prompt": "2 + 2?", "completion": "4"}
 
@@ -272,10 +272,9 @@ def test_make_help_lists_every_target_and_every_variable(workplace):
     done = make(workplace, "help")
     text = (REPOSITORY / "Makefile").read_text()
     targets = set(re.search(r"^\.PHONY: (.*)$", text, re.M)[1].split())
-    variables = set(re.search(r"^VARIABLES := (.*)$", text, re.M)[1].split())
     assert done.returncode == 0 and len(targets) >= 8
     assert {target for target in targets if not re.search(rf"^  {target} ", done.stdout, re.M)} == set()
-    assert {variable for variable in variables if variable not in done.stdout} == set()
+    assert {variable for variable in VARIABLES if variable not in done.stdout} == set()
 
 
 def test_make_plan_takes_the_variables_that_it_names(workplace):

@@ -327,13 +327,10 @@ def test_the_peak_of_a_step_is_what_is_planned(monkeypatch, tied, precision, rec
 
     monkeypatch.setattr(trl.trainer.utils, "_use_triton", lambda _device: True)
     monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 1024)
-    architecture = {**llama(hidden_size=256, intermediate_size=704, num_hidden_layers=3, vocab_size=1024)}
-    architecture |= {
-        "model_type": "llama",
-        "num_attention_heads": 4,
-        "num_key_value_heads": 1,
-        "tie_word_embeddings": tied,
-    }
+    architecture = llama(
+        model_type="llama", hidden_size=256, intermediate_size=704, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=1, vocab_size=1024, tie_word_embeddings=tied,
+    )  # fmt: skip
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture)).train()
     if recomputes:
         model.gradient_checkpointing_enable({"use_reentrant": False})
