@@ -14,7 +14,7 @@ PYTHON := $(VENV)/bin/python
 
 # One definition of how variables become options; an unset or empty one is left out. Whether a verb runs in a container
 # or in $(VENV), which is made when needed, is decided by the module below; Python's standard library is enough for it.
-SFT = set -f; exec "$$(command -v python3 python3.12 python3.11 | head -n 1)" -I sft_recipes/launching/container.py "$(VENV)"
+SFT = set -f; exec "$$(command -v python3 python3.12 python3.11 | head -n 1)" -I sft_recipes/launch/container.py "$(VENV)"
 HARDWARE = $${GPUS:+--gpus "$$GPUS"} $${NODES:+--nodes "$$NODES"} $${PROCESSES:+--processes "$$PROCESSES"} \
 	$${CARD:+--card "$$CARD"}
 OVERRIDES = $${DATA:+"data.train=$$DATA"} $${VALIDATION:+"data.validation=$$VALIDATION"} $${ARGS:-}

@@ -25,9 +25,9 @@ import machine
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from sft_recipes.launching.topology import card_of, visible_gpus  # noqa: E402
-from sft_recipes.planning import plan as plans  # noqa: E402
-from sft_recipes.planning import recipes  # noqa: E402
+from sft_recipes.config import loader  # noqa: E402
+from sft_recipes.launch.topology import card_of, visible_gpus  # noqa: E402
+from sft_recipes.planner import plan as plans  # noqa: E402
 
 WAYS = ("eager", "sdpa", "varlen", "flash_attention_2")
 MEAN_EXAMPLE = 600  # tokens, about what the recipes' data has
@@ -107,7 +107,7 @@ def _model(way: str, device: str, dtype: Any) -> Any:
     import torch
     from transformers import AutoConfig, AutoModel
 
-    architecture = {**recipes.load("8b").model.architecture, "num_hidden_layers": 2, "vocab_size": 1024}
+    architecture = {**loader.load("8b").model.architecture, "num_hidden_layers": 2, "vocab_size": 1024}
     if device == "cpu":
         eighths = ("hidden_size", "intermediate_size", "num_attention_heads")
         architecture.update({key: architecture[key] // 8 for key in eighths}, num_key_value_heads=1)
@@ -129,7 +129,7 @@ def _batch(way: str, length: int, packed: bool, device: str) -> dict[str, Any]:
         while sum(lengths) < length:
             lengths.append(min(draw.randint(MEAN_EXAMPLE // 3, MEAN_EXAMPLE * 5 // 3), length - sum(lengths)))
     ids = [draw.randrange(1024) for _ in range(length)]
-    plan = plans.make(recipes.load("tiny"), plans.Topology(gpus=0, processes=1))
+    plan = plans.make(loader.load("tiny"), plans.Topology(gpus=0, processes=1))
     row = {"input_ids": ids, "labels": ids, "seq_lengths": lengths, "row": 0}
     batch = trainer.collator(plan, 0, way)([row])
     return send_to_device({key: batch[key] for key in batch if key not in ("labels", "row")}, device)

@@ -10,7 +10,7 @@ left out; it is repeated, in turn with the other cases. Each run that is done is
 unless `--again` says to begin anew. On a GPU a run is ended behind its last step, before it saves: checkpoints of 8B
 want 200 GB of disk, and what a save costs is `saving.py`'s to say.
 
-FLOPs per token are counted in two ways: causal (`planning/cost.py`: weights that are multiplied, the output layer for
+FLOPs per token are counted in two ways: causal (`planner/cost.py`: weights that are multiplied, the output layer for
 supervised tokens, causal attention by the lengths that examples have) and by PaLM's formula (arXiv:2204.02311, appendix
 B: all weights, attention over whole rows). They are shares of the data sheet's bf16 FLOP/s, and of what one large
 matrix product reaches here. HFU counts what is computed again, too.
@@ -40,10 +40,11 @@ import psutil
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from sft_recipes.launching.topology import ask_nvidia, card_of, visible_gpus  # noqa: E402
-from sft_recipes.planning import cost, gpus, recipes  # noqa: E402
-from sft_recipes.planning import plan as plans  # noqa: E402
-from sft_recipes.planning.plan import Plan  # noqa: E402
+from sft_recipes.config import gpu_types, loader  # noqa: E402
+from sft_recipes.launch.topology import ask_nvidia, card_of, visible_gpus  # noqa: E402
+from sft_recipes.planner import cost  # noqa: E402
+from sft_recipes.planner import plan as plans  # noqa: E402
+from sft_recipes.planner.plan import Plan  # noqa: E402
 
 STEPS, WARM_UP = 25, 5
 ROWS, MEAN_TOKENS = Path(tempfile.gettempdir()) / f"sft-recipes-benchmark-rows-{os.getuid()}", 1374
@@ -59,7 +60,7 @@ ON_ONE_GPU = {"8b": ("parallelism=single", "trainer.optim=adamw_8bit"), "3b": ("
 _ANY_DISK = """
 import sys
 if "train" in sys.orig_argv:
-    from sft_recipes.launching import topology
+    from sft_recipes.launch import topology
     topology.check_disk = lambda _plan, _folder: None
 """
 _SPEEDS = ("slots_per_second", "tokens_per_second", "supervised_tokens_per_second")
@@ -114,7 +115,7 @@ def cases(on_gpu: bool) -> dict[str, Case]:
 
 def as_many_tokens(name: str, length: int) -> tuple[str, ...]:
     """Rows of this length, as many that a step and a forward pass have the tokens that the recipe's own have."""
-    recipe = recipes.load(name)
+    recipe = loader.load(name)
     plan = plans.make(recipe, plans.Topology(gpus=1, processes=1))
     rows = {"effective_batch_size": plan.effective_batch_size, "per_device_at_most": recipe.batch.per_device_at_most}
     words = [f"batch.{key}={max(many * plan.max_length // length, 1)}" for key, many in rows.items()]
@@ -124,7 +125,7 @@ def as_many_tokens(name: str, length: int) -> tuple[str, ...]:
 def ablations(on_gpu: bool) -> dict[str, Case]:
     """The default, and each knob turned by itself; in docs/LOG.md stands what came of it."""
     name, options, words = ("1b", ("--gpus", "1"), from_scratch("1b")) if on_gpu else ("tiny", (), ())
-    recipe = recipes.load(name)
+    recipe = loader.load(name)
     most, recomputes = recipe.batch.per_device_at_most, recipe.trainer["gradient_checkpointing"]
     larger = () if on_gpu else (f"batch.effective_batch_size={2 * most}", "outside_range=[effective_batch_size]")
     turned: dict[str, tuple[str, ...]] = {
@@ -150,7 +151,7 @@ def ablations(on_gpu: bool) -> dict[str, Case]:
 def from_scratch(name: str) -> tuple[str, ...]:
     """What has a recipe train its architecture from random weights, on rows that need no network."""
     architecture = {
-        **recipes.load(name).model.architecture, "max_position_embeddings": 16384, "dtype": "bfloat16"
+        **loader.load(name).model.architecture, "max_position_embeddings": 16384, "dtype": "bfloat16"
     }  # fmt: skip
     return (
         "model.name_or_path=", "model.from_scratch=true", f"model.architecture={json.dumps(architecture)}",
@@ -226,7 +227,7 @@ def _device(card: str | None) -> dict[str, Any]:
         "gpus": ask_nvidia("name,driver_version,clocks.sm,clocks.max.sm,power.limit") if card else [],
         "operations_per_second": {
             "matrix product, measured": float(product.stdout),
-            "data sheet": gpus.peak_flops(card),
+            "data sheet": gpu_types.peak_flops(card),
         },
     }
 

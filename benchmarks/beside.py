@@ -43,7 +43,7 @@ from typing import Any
 import machine
 from bench import from_scratch
 
-from sft_recipes.launching.topology import card_of, visible_gpus
+from sft_recipes.launch.topology import card_of, visible_gpus
 
 REPOSITORY = machine.HERE.parent
 
@@ -229,9 +229,10 @@ def _version(environment: Path, package: str) -> str:
 
 def _prepare(folder: Path, asked: argparse.Namespace) -> tuple[Place, Path]:
     """The rows as files, the model that all begin with, and the rows held out as token ids and labels."""
-    from sft_recipes.data import embedded, prepare
-    from sft_recipes.planning import plan as plans
-    from sft_recipes.planning import recipes
+    from sft_recipes.config import loader
+    from sft_recipes.data import prepare
+    from sft_recipes.data.toy import toy_dataset
+    from sft_recipes.planner import plan as plans
 
     rows = folder / "rows"
     rows.mkdir()
@@ -239,11 +240,11 @@ def _prepare(folder: Path, asked: argparse.Namespace) -> tuple[Place, Path]:
         if asked.rows:
             shutil.copy(asked.rows / f"{split}.jsonl", rows)
             continue
-        lines = (json.dumps(row) + "\n" for row in embedded.rows(HELD_OUT if held_out else ROWS, held_out))
+        lines = (json.dumps(row) + "\n" for row in toy_dataset.rows(HELD_OUT if held_out else ROWS, held_out))
         (rows / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
     words = from_scratch(asked.recipe) if asked.recipe != "tiny" else ()
     data = (f"data.train={rows}/train.jsonl", f"data.validation={rows}/validation.jsonl")
-    loaded = recipes.load(asked.recipe, [*words, *data, f"trainer.max_length={length_of(asked.recipe)}"])
+    loaded = loader.load(asked.recipe, [*words, *data, f"trainer.max_length={length_of(asked.recipe)}"])
     prepared = prepare.prepare(plans.make(loaded, plans.Topology(gpus=0, processes=1)), folder / "prepared")
     details = json.loads((Path(prepared.folder) / "details.json").read_text())
     examples_a_row = round(details["train"]["examples"] / details["rows"])

@@ -41,16 +41,17 @@ sys.path.insert(0, str(REPOSITORY))
 import machine  # noqa: E402
 import numpy  # noqa: E402
 
-from sft_recipes.data import embedded, labelling, packing, scratch  # noqa: E402
-from sft_recipes.data.chat import IGNORED, Chat  # noqa: E402
+from sft_recipes.data import packing, tokenize_rows  # noqa: E402
 from sft_recipes.data.formats import conversation_of  # noqa: E402
 from sft_recipes.data.sources import RawRow, Source  # noqa: E402
-from sft_recipes.training.quiet import quiet  # noqa: E402
+from sft_recipes.data.tokenize import IGNORED, Chat  # noqa: E402
+from sft_recipes.data.toy import toy_dataset, toy_model  # noqa: E402
+from sft_recipes.training.library_logging import quiet  # noqa: E402
 
 LIBRARIES = ("tokenizers", "transformers", "datasets", "trl", "torch", "numpy", "pyarrow", "jinja2")
 MAX_LENGTH = 4096
 CAPACITIES = (4096, 32_768)
-ROWS_A_CHUNK = 1000  # as sft_recipes.data.labelling takes them, and as the map of `datasets` does
+ROWS_A_CHUNK = 1000  # as sft_recipes.data.tokenize_rows takes them, and as the map of `datasets` does
 CHECKED = 500
 WARMING = 200
 TODAY = datetime.date(2026, 1, 1)  # ChatML writes no date
@@ -191,7 +192,7 @@ def _rows(many: int) -> tuple[list[Row], dict[str, Any]]:
         origin = {"name": Path(file).name, "sha256": hashlib.sha256(content).hexdigest(), "distinct_rows": len(base)}
         return rows, origin
     # TRL's prompt-completion trains on the last answer alone, so rows have one.
-    base = [row for row in embedded.rows(embedded.TRAIN_ROWS, held_out=False) if _answers(row["messages"]) == 1]
+    base = [row for row in toy_dataset.rows(toy_dataset.TRAIN_ROWS, held_out=False) if _answers(row["messages"]) == 1]
     rows = [copy.deepcopy(row) for row in itertools.islice(itertools.cycle(base), many)]
     for number, row in enumerate(rows):
         asked = next(message for message in row["messages"] if message["role"] == "user")
@@ -214,15 +215,15 @@ def _tokenizer(rows: list[Row]) -> tuple[Any, dict[str, Any]]:
     file = os.environ.get("SFT_TOKENIZER")
     if not file:
         texts = (message["content"] for row in rows[: 2 * ROWS_A_CHUNK] for message in _messages(row))
-        found = scratch.train_tokenizer(texts, STAND_IN_VOCABULARY)
+        found = toy_model.train_tokenizer(texts, STAND_IN_VOCABULARY)
         return found, {"name": "trained on these rows (SFT_TOKENIZER is not set)", "vocabulary": len(found)}
     found = PreTrainedTokenizerFast(
         tokenizer_file=file,
-        eos_token=scratch.END,
-        pad_token=scratch.PADDING,
-        additional_special_tokens=[scratch.START, scratch.END_OF_TEXT],
+        eos_token=toy_model.END,
+        pad_token=toy_model.PADDING,
+        additional_special_tokens=[toy_model.START, toy_model.END_OF_TEXT],
     )
-    found.chat_template = scratch.CHAT_TEMPLATE
+    found.chat_template = toy_model.CHAT_TEMPLATE
     digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
     return found, {"name": Path(file).name, "sha256": digest, "vocabulary": len(found)}
 
@@ -263,7 +264,7 @@ def ours_labelling(rows: list[RawRow], tokenizer: Any) -> Measured:
     """From rows in memory to labelled tokens."""
     chat = Chat(_fresh(tokenizer), TODAY)
     with Stopwatch() as watch:
-        parts = [labelling.label_rows(chunk, chat, MAX_LENGTH) for chunk in _chunks(rows)]
+        parts = [tokenize_rows.label_rows(chunk, chat, MAX_LENGTH) for chunk in _chunks(rows)]
     return watch.counted(sum(int(part.lengths.sum()) for part in parts))
 
 
@@ -273,7 +274,9 @@ def ours_whole(file: Path, tokenizer: Any, target: Path) -> Measured:
     with Stopwatch() as watch:
         chat = Chat(tokenizer, TODAY)
         rows = Source(files=(file,)).rows()
-        labelled = labelling.together([labelling.label_rows(chunk, chat, MAX_LENGTH) for chunk in _chunks(rows)])
+        labelled = tokenize_rows.together(
+            [tokenize_rows.label_rows(chunk, chat, MAX_LENGTH) for chunk in _chunks(rows)]
+        )
         prepared = packing.to_dataset(labelled, MAX_LENGTH, packing=True)
         prepared.save_to_disk(target)
     return watch.counted(_tokens(prepared))
@@ -291,7 +294,7 @@ def through_trl(rows: Any, way: str, tokenizer: Any, folder: Path, packed: bool 
             return self.prepared
 
     tokenizer = _fresh(tokenizer)
-    tokenizer.chat_template = MARKED_TEMPLATE if way == ASSISTANT else scratch.CHAT_TEMPLATE
+    tokenizer.chat_template = MARKED_TEMPLATE if way == ASSISTANT else toy_model.CHAT_TEMPLATE
     size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size))
     loss = {"assistant_only_loss": True} if way == ASSISTANT else {"completion_only_loss": True}
@@ -332,7 +335,7 @@ def _tokens(prepared: Any) -> int:
 def check_labels(rows: list[Row], tokenizer: Any, folder: Path) -> dict[str, Any]:
     """That ours and both ways of TRL give the same examples; otherwise says how they differ, and ends."""
     raw = [RawRow(row, f"row {number}") for number, row in enumerate(rows, start=1)]
-    labelled = labelling.label_rows(raw, Chat(tokenizer, TODAY), MAX_LENGTH)
+    labelled = tokenize_rows.label_rows(raw, Chat(tokenizer, TODAY), MAX_LENGTH)
     ours = _examples(packing.to_dataset(labelled, MAX_LENGTH, packing=False))
     differences = []
     for way in (COMPLETION, ASSISTANT):
@@ -435,7 +438,7 @@ def measure_all_cores(file: Path, tokenizer: Any, folder: Path) -> dict[str, Any
     chat, source = Chat(_fresh(tokenizer), TODAY), Source(files=(file,))
     before = os.times()
     with Stopwatch() as reading:
-        labelled = labelling.label(source, chat, MAX_LENGTH, "data.train", "the benchmark")
+        labelled = tokenize_rows.label(source, chat, MAX_LENGTH, "data.train", "the benchmark")
     after = os.times()
     with Stopwatch() as writing:
         packing.to_dataset(labelled, MAX_LENGTH, packing=True).save_to_disk(folder / "all")

@@ -21,7 +21,7 @@ from typing import Any
 import machine
 from bench import REPOSITORY, Case, from_scratch, write_rows
 
-from sft_recipes.launching.topology import card_of, visible_gpus
+from sft_recipes.launch.topology import card_of, visible_gpus
 
 STEPS, NAME = 20, "first"
 WORDS = (

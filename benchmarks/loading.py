@@ -23,11 +23,11 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from sft_recipes.launching import command  # noqa: E402
-from sft_recipes.planning import plan as plans  # noqa: E402
-from sft_recipes.planning import recipes  # noqa: E402
-from sft_recipes.planning.plan import Topology  # noqa: E402
-from sft_recipes.planning.run_folder import RunFolder  # noqa: E402
+from sft_recipes.config import loader  # noqa: E402
+from sft_recipes.launch import command  # noqa: E402
+from sft_recipes.planner import plan as plans  # noqa: E402
+from sft_recipes.planner.plan import Topology  # noqa: E402
+from sft_recipes.runtime.run_dir import RunFolder  # noqa: E402
 
 MEASURED = (("ddp", 2), ("zero2", 2), ("fsdp2", 2), ("zero3", 2), ("zero3", 4))
 # Llama 3.2 1B's layers with a vocabulary of 32,000: no single tensor is a large part of the model.
@@ -66,28 +66,28 @@ def measure(engine: str, ranks: int, model: Path, folder: Path) -> list[dict[str
     """Peak bytes of each rank, above what it held before it began to load."""
     folder.mkdir()
     words = ["model.from_scratch=false", f"model.name_or_path={model}", f"parallelism={engine}", "precision=bf16"]
-    recipe = recipes.load("tiny", [*words, "batch.effective_batch_size=4"])
+    recipe = loader.load("tiny", [*words, "batch.effective_batch_size=4"])
     plan = plans.make(recipe, Topology(gpus=0, processes=ranks))
     run = RunFolder(folder)
     plans.write(plan, run.plan)
     command.write_engine(plan, run)
     start = command.launch(plan, run)
-    start = [*start[: start.index("sft_recipes.training.run") - 1], __file__, "rank", str(model), str(folder)]
+    start = [*start[: start.index("sft_recipes.training.main") - 1], __file__, "rank", str(model), str(folder)]
     subprocess.run(start, check=True, cwd=REPOSITORY, env=command.environment(plan, os.environ))
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
 
 
 def rank(model: Path, folder: Path) -> None:
     """What each rank of the measured program does."""
-    from sft_recipes.training.quiet import quiet
+    from sft_recipes.training.library_logging import quiet
 
     quiet()
-    from sft_recipes.training import engine, run, trainer
+    from sft_recipes.training import main, strategy, trainer
 
     plan = plans.read(folder / "plan.json")
     plan.sections["model"]["architecture"] = {}
     arguments = trainer.sft_config(plan, RunFolder(folder))
-    engine.shard_on_the_cpu(plan)
+    strategy.shard_on_the_cpu(plan)
     before = memory()
     peak = dict(before)
     loaded = threading.Event()
@@ -101,7 +101,7 @@ def rank(model: Path, folder: Path) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     started = time.monotonic()
-    model_here = run.load_model(plan, str(model))
+    model_here = main.load_model(plan, str(model))
     seconds = time.monotonic() - started
     loaded.set()
     watcher.join()

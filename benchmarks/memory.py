@@ -20,8 +20,8 @@ from typing import Any
 import machine
 from bench import ON_ONE_GPU, Case, from_scratch, train, write_rows
 
-from sft_recipes.launching.topology import card_of, visible_gpus
-from sft_recipes.planning import recipes
+from sft_recipes.config import loader
+from sft_recipes.launch.topology import card_of, visible_gpus
 
 WIDER = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 2}
 STEPS = 6
@@ -29,7 +29,7 @@ STEPS = 6
 # and writes what they came to when the rank leaves.
 _TRACKER = f"""
 import os, sys
-if "sft_recipes.training.run" in sys.orig_argv and os.environ.get("RANK", "0") == "0":
+if "sft_recipes.training.main" in sys.orig_argv and os.environ.get("RANK", "0") == "0":
     sys.path.insert(0, {str(machine.HERE)!r})
     import machine
     sys.path.pop(0)
@@ -53,7 +53,7 @@ if "sft_recipes.training.run" in sys.orig_argv and os.environ.get("RANK", "0") =
 def cases(on_gpu: bool) -> dict[str, Case]:
     """What is measured, by name."""
     if not on_gpu:
-        architecture = {**recipes.load("tiny").model.architecture, **WIDER}
+        architecture = {**loader.load("tiny").model.architecture, **WIDER}
         words = (f"model.architecture={json.dumps(architecture)}",)
         of = {
             "one process": ((), ()),

@@ -30,7 +30,7 @@ import machine
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from sft_recipes.launching.topology import card_of, visible_gpus  # noqa: E402
+from sft_recipes.launch.topology import card_of, visible_gpus  # noqa: E402
 
 STEPS = 60
 SKIPPED = 10  # of each round, to warm up
@@ -75,15 +75,15 @@ def main() -> int:
 
 
 def _prepare(place: Path, device: str, recipe: str, changed: dict[str, Any], words: tuple[str, ...]) -> tuple[Any, Any]:
+    from sft_recipes.config import loader
     from sft_recipes.data.prepare import prepare
-    from sft_recipes.planning import plan as plans
-    from sft_recipes.planning import recipes
-    from sft_recipes.planning.plan import Topology
-    from sft_recipes.training.quiet import quiet
+    from sft_recipes.planner import plan as plans
+    from sft_recipes.planner.plan import Topology
+    from sft_recipes.training.library_logging import quiet
 
     quiet()
-    architecture = json.dumps({**recipes.load(recipe).model.architecture, **changed})
-    loaded = recipes.load("tiny", [*OVERRIDES, f"model.architecture={architecture}", *words])
+    architecture = json.dumps({**loader.load(recipe).model.architecture, **changed})
+    loaded = loader.load("tiny", [*OVERRIDES, f"model.architecture={architecture}", *words])
     plan = plans.make(loaded, Topology(gpus=1 if device == "cuda" else 0, processes=1))
     found = prepare(plan, place / "prepared")
     return plans.settle(plan, found), found
@@ -92,17 +92,17 @@ def _prepare(place: Path, device: str, recipe: str, changed: dict[str, Any], wor
 def _clock_what_is_added() -> None:
     """A stopwatch round each function that this project adds to a step; reductions over ranks are not met here."""
     from sft_recipes.training import trainer
-    from sft_recipes.training.callbacks import guards, metrics, progress, stop, trackers
-    from sft_recipes.training.divergence import Watch
-    from sft_recipes.training.metering import Meter
+    from sft_recipes.training.callbacks import alerts, console, graceful_stop, metrics, trackers
+    from sft_recipes.training.nan_guard import Watch
+    from sft_recipes.training.throughput import Meter
 
     for owner, names in (
         (Watch, ("_look", "saw", "gradients")),
         (Meter, ("_before_forward", "_after_forward", "step_begins", "saw", "step_ends", "read")),
-        (guards.Guard, ("on_step_end", "on_log")),
+        (alerts.Guard, ("on_step_end", "on_log")),
         (metrics.WriteMetrics, ("on_log",)),
-        (progress.ShowProgress, ("on_step_end", "on_log")),
-        (stop.StopTogether, ("on_step_end",)),
+        (console.ShowProgress, ("on_step_end", "on_log")),
+        (graceful_stop.StopTogether, ("on_step_end",)),
         (trackers.TensorBoard, ("figures",)),
     ):
         for name in names:
@@ -126,13 +126,13 @@ def _ours(folder: Path, plan: Any, found: Any) -> Any:
     """As a run builds it, with every callback of one."""
     from dataclasses import asdict
 
-    from sft_recipes.planning.run_folder import RunFolder
-    from sft_recipes.training import run
+    from sft_recipes.runtime.run_dir import RunFolder
+    from sft_recipes.training import main
 
     folder.mkdir()
-    parts = run.build(plan, RunFolder(folder), run.configure(plan, RunFolder(folder)), asdict(found))
+    parts = main.build(plan, RunFolder(folder), main.configure(plan, RunFolder(folder)), asdict(found))
     parts.trainer.say = parts.progress.say
-    watchers = run.watchers(plan, RunFolder(folder), Path(found.folder), parts)
+    watchers = main.watchers(plan, RunFolder(folder), Path(found.folder), parts)
     parts.trainer.add_callbacks([one for one in watchers if type(one).__name__ != "KeepBest"])
     return parts.trainer
 
@@ -143,17 +143,17 @@ def _stock(folder: Path, plan: Any, found: Any) -> Any:
     from trl import SFTTrainer
 
     from sft_recipes.data.tokenizer import load_tokenizer
-    from sft_recipes.planning.run_folder import RunFolder, read_json
-    from sft_recipes.training import attention, run, trainer
+    from sft_recipes.runtime.run_dir import RunFolder, read_json
+    from sft_recipes.training import attention, main, trainer
 
     folder.mkdir()
-    arguments = run.configure(plan, RunFolder(folder))
+    arguments = main.configure(plan, RunFolder(folder))
     arguments.report_to, arguments.eval_strategy = ["tensorboard"], "no"
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder)
     tokenizer = load_tokenizer(found.model, None, False)
     details = read_json(Path(found.folder) / "details.json")
     rows, _, _ = trainer.read_rows(Path(found.folder), details, plan.per_device_train_batch_size)
-    model = run.load_model(plan, found.model)
+    model = main.load_model(plan, found.model)
     way = attention.settle(plan, model).name
     stock = SFTTrainer(
         model, arguments, train_dataset=rows, processing_class=tokenizer,

@@ -21,7 +21,7 @@ import matplotlib  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import LogLocator, MaxNLocator  # noqa: E402
 
-from sft_recipes.reporting.plots import BLUE, GREEN, GREY, ORANGE, RED  # noqa: E402
+from sft_recipes.monitor.plots import BLUE, GREEN, GREY, ORANGE, RED  # noqa: E402
 
 WAYS = {"eager": GREY, "sdpa": ORANGE, "varlen": BLUE, "flash_attention_2": GREEN}
 

@@ -15,8 +15,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sft_recipes.planning import memory
-from sft_recipes.planning.schema import Lora
+from sft_recipes.config.schema import Lora
+from sft_recipes.planner import memory
+from sft_recipes.runtime import units
 
 _QWEN3 = {"model_type": "qwen3", "head_dim": 128, "num_key_value_heads": 8, "vocab_size": 151_936}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -113,7 +114,7 @@ def table() -> str:
     ]
     for row in ROWS:
         parts = row.planned
-        planned, reserved = parts["total"] / memory.GIB, (parts["total"] + parts["reserve"]) / memory.GIB
+        planned, reserved = parts["total"] / units.GIB, (parts["total"] + parts["reserve"]) / units.GIB
         method = "full" if row.lora is None else "QLoRA" if row.lora.quantize else "LoRA"
         lines.append(
             f"| {row.model}, {method}, {row.engine} on {row.gpus}, {row.tokens:,} tokens | {row.gib:g} | {planned:.1f} "

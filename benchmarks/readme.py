@@ -70,7 +70,7 @@ SECTIONS = (
         "examples have; PaLM's count is beside it; HFU counts what is computed again. They are shares of what a large\n"
         "matrix product reaches here, and of the data sheet. On a CPU memory is the process's own, the product fp32.\n"
         "Rows of commit a44e3b1 count the output layer for every token and leave recomputed logits out of HFU, so\n"
-        "their MFU is too high and their HFU not comparable; later ones count as `planning/cost.py` says.",
+        "their MFU is too high and their HFU not comparable; later ones count as `planner/cost.py` says.",
         bench.table,
     ),
     (

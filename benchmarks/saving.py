@@ -44,7 +44,7 @@ HANG_SECONDS = 300
 FIGURES, WATCHED = "BENCHMARK_FIGURES", "BENCHMARK_WATCHED"
 PLANT = """
 import sys
-if "sft_recipes.training.run" in sys.orig_argv and "sft_recipes.training.start" not in sys.orig_argv:
+if "sft_recipes.training.main" in sys.orig_argv and "sft_recipes.training.rank_launcher" not in sys.orig_argv:
     from benchmarks import saving
     saving.watch_this_rank()
 """
@@ -90,9 +90,9 @@ class Bench:
         self.plant = place / "plant"
         self.plant.mkdir()
         (self.plant / "sitecustomize.py").write_text(PLANT)
-        from sft_recipes.data import embedded
+        from sft_recipes.data.toy import toy_dataset
 
-        self.rows.write_text("".join(json.dumps(row) + "\n" for row in embedded.rows(300, False)), encoding="utf-8")
+        self.rows.write_text("".join(json.dumps(row) + "\n" for row in toy_dataset.rows(300, False)), encoding="utf-8")
 
     def run(self, name: str) -> Path:
         """The folder of a run."""
@@ -221,22 +221,22 @@ def _saves(bench: Bench, name: str, engine: str, ranks: int) -> dict[str, Any]:
 
 def _larger(width: int) -> str:
     """The tiny recipe's architecture, so wide."""
-    from sft_recipes.planning import recipes
+    from sft_recipes.config import loader
 
     heads = {"num_attention_heads": width // 64, "num_key_value_heads": width // 64}
     wide = {"hidden_size": width, "intermediate_size": width * 11 // 4, **heads}
-    return f"model.architecture={json.dumps({**recipes.load('tiny').model.architecture, **wide})}"
+    return f"model.architecture={json.dumps({**loader.load('tiny').model.architecture, **wide})}"
 
 
 def _verification(bench: Bench, run: Path) -> dict[str, Any]:
     """Seconds a gigabyte of looking through a checkpoint before it is loaded, by one process and by two as a resume
     shares it, from the page cache and from the disk."""
-    from sft_recipes.planning.run_folder import RunFolder
-    from sft_recipes.training import checkpoint
+    from sft_recipes.runtime.run_dir import RunFolder
+    from sft_recipes.training.checkpoint import checkpoint_format
 
     folder = RunFolder(run)
     path = folder.checkpoint(folder.newest_whole())
-    files = checkpoint.read(path)["files"]
+    files = checkpoint_format.read(path)["files"]
     gigabytes = sum(file["bytes"] for file in files.values()) / 1e9
     found: dict[str, Any] = {"bytes": round(gigabytes * 1e9), "seconds_per_gb": {}}
     for temperature in ("warm", "cold"):
@@ -257,7 +257,10 @@ def _verification(bench: Bench, run: Path) -> dict[str, Any]:
             else:
                 bench.cannot(f"verification of {run.name}, {temperature}", "the system keeps files in its page cache")
     found["largest_share_of_two"] = round(
-        max(sum(files[name]["bytes"] for name in checkpoint.share(checkpoint.read(path), rank, 2)) for rank in (0, 1))
+        max(
+            sum(files[name]["bytes"] for name in checkpoint_format.share(checkpoint_format.read(path), rank, 2))
+            for rank in (0, 1)
+        )
         / (gigabytes * 1e9), 3,
     )  # fmt: skip
     return found
@@ -265,11 +268,11 @@ def _verification(bench: Bench, run: Path) -> dict[str, Any]:
 
 def _look_through(task: tuple[Path, int, int]) -> str | None:
     """One process's part in `resume.look_through`; what is wrong."""
-    from sft_recipes.training import checkpoint
+    from sft_recipes.training.checkpoint import checkpoint_format
 
     path, rank, ranks = task
-    record = checkpoint.read(path)
-    return checkpoint.damage(path, record, None if ranks == 1 else checkpoint.share(record, rank, ranks))
+    record = checkpoint_format.read(path)
+    return checkpoint_format.damage(path, record, None if ranks == 1 else checkpoint_format.share(record, rank, ranks))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -395,12 +398,12 @@ def _fault(bench: Bench, kind: str, name: str, ranks: int, rank: int) -> dict[st
 
 def _await_step(bench: Bench, name: str, process: subprocess.Popen[bytes], ranks: int, step: int) -> dict[int, int]:
     """The process ids of the ranks, once each is in this step."""
-    from sft_recipes.planning import processes
-    from sft_recipes.planning.run_folder import RunFolder
+    from sft_recipes.runtime import heartbeat
+    from sft_recipes.runtime.run_dir import RunFolder
 
     folder, until = RunFolder(bench.run(name)), time.monotonic() + HANG_SECONDS
     while time.monotonic() < until and process.poll() is None:
-        there = {rank: one.process for rank, one in processes.pulses(folder.ranks).items() if one.step >= step}
+        there = {rank: one.process for rank, one in heartbeat.pulses(folder.ranks).items() if one.step >= step}
         if len(there) == ranks:
             return there
         time.sleep(0.01)
@@ -438,7 +441,7 @@ SPENT: dict[str, float] = defaultdict(float)
 
 def watch_this_rank() -> None:
     """Called in each rank before its program runs; notes are written when it ends."""
-    from sft_recipes.training.quiet import quiet
+    from sft_recipes.training.library_logging import quiet
 
     quiet()
     {"saves": _clock_saves, "agreement": _clock_agreement}[os.environ[WATCHED]]()
@@ -463,15 +466,16 @@ def _clocked(function: Callable[..., Any], part: str) -> Callable[..., Any]:
 
 def _clock_saves() -> None:
     """A stopwatch round each part of a save, and beside each save what else writes as much."""
-    from sft_recipes.training import checkpoint, trainer
-    from sft_recipes.training.callbacks.best import KeepBest
-    from sft_recipes.training.callbacks.proof import Proof
-    from sft_recipes.training.saving import Saving
+    from sft_recipes.training import trainer
+    from sft_recipes.training.callbacks.integrity_log import Proof
+    from sft_recipes.training.callbacks.keep_best import KeepBest
+    from sft_recipes.training.checkpoint import checkpoint_format
+    from sft_recipes.training.checkpoint.writer import Saving
 
-    checkpoint.checksums = _clocked(checkpoint.checksums, "syncing and hashing")
-    checkpoint._sha256 = _clocked(checkpoint._sha256, "hashing")
-    checkpoint.seal = _clocked(checkpoint.seal, "sealing")
-    checkpoint.publish = _clocked(checkpoint.publish, "sealing")
+    checkpoint_format.checksums = _clocked(checkpoint_format.checksums, "syncing and hashing")
+    checkpoint_format._sha256 = _clocked(checkpoint_format._sha256, "hashing")
+    checkpoint_format.seal = _clocked(checkpoint_format.seal, "sealing")
+    checkpoint_format.publish = _clocked(checkpoint_format.publish, "sealing")
     Proof.record = _clocked(Proof.record, "proving")
     whole, save, forget = Saving.whole, trainer.ResponseTrainer._save_checkpoint, KeepBest.on_save
 
@@ -526,11 +530,11 @@ def _together(trainer: Any, work: Callable[[], None]) -> float:
 
 def _write_plainly(trainer: Any, folder: Path) -> None:
     """As many bytes as this rank has just saved, in one file, and fsync."""
-    from sft_recipes.training import checkpoint
+    from sft_recipes.training.checkpoint import checkpoint_format
 
     rank = trainer.accelerator.process_index
-    saved = checkpoint.read(trainer.saving.folder.checkpoint(trainer.state.global_step))["files"]
-    left = sum(file["bytes"] for name, file in saved.items() if checkpoint.writer(name) == rank)
+    saved = checkpoint_format.read(trainer.saving.folder.checkpoint(trainer.state.global_step))["files"]
+    left = sum(file["bytes"] for name, file in saved.items() if checkpoint_format.writer(name) == rank)
     piece = memoryview(_noise())
     with (folder / f"plain-{rank}").open("wb", buffering=0) as file:
         while left > 0:
@@ -559,21 +563,21 @@ def _save_as_stock(trainer: Any, model: Any, trial: Any, folder: Path) -> None:
 
 def _sync_mine(trainer: Any, folder: Path) -> None:
     """Each rank has the system write its own files to the disk."""
-    from sft_recipes.planning.files import sync
-    from sft_recipes.training import checkpoint
+    from sft_recipes.runtime.atomic_write import sync
+    from sft_recipes.training.checkpoint import checkpoint_format
 
     for path in _files(folder):
-        if checkpoint.writer(path.name) == trainer.accelerator.process_index:
+        if checkpoint_format.writer(path.name) == trainer.accelerator.process_index:
             sync(path)
 
 
 def _clock_agreement() -> None:
     """A stopwatch round the ranks' agreement, and once more behind it, where no rank waits for another; and round all
     that proves. Rank 0's clock."""
-    from sft_recipes.training import digests
-    from sft_recipes.training.callbacks.proof import Proof
-    from sft_recipes.training.callbacks.stop import StopTogether
-    from sft_recipes.training.ledger import Ledger
+    from sft_recipes.training.callbacks.graceful_stop import StopTogether
+    from sft_recipes.training.callbacks.integrity_log import Proof
+    from sft_recipes.training.integrity import fingerprint
+    from sft_recipes.training.integrity.data_order import Ledger
 
     on_step_end, step = StopTogether.on_step_end, [0]
 
@@ -597,7 +601,7 @@ def _clock_agreement() -> None:
         return clocked
 
     StopTogether.on_step_end = agree_twice
-    digests.of_rank = noted(digests.of_rank, "digest", "of_rank")
+    fingerprint.of_rank = noted(fingerprint.of_rank, "digest", "of_rank")
     for owner, name in (
         (Proof, "record"), (Proof, "on_pre_optimizer_step"), (Proof, "on_step_end"), (Ledger, "saw")
     ):  # fmt: skip
@@ -621,7 +625,7 @@ def _milliseconds(seconds: float) -> float:
 
 
 def _gpus() -> int:
-    from sft_recipes.launching.topology import visible_gpus
+    from sft_recipes.launch.topology import visible_gpus
 
     return len(visible_gpus())
 

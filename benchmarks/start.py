@@ -28,19 +28,23 @@ RESULTS = REPOSITORY / "benchmarks" / "results" / f"start-{os.cpu_count()}-cores
 LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "wandb")
 MODULE = "sft_recipes.training.trainer"
 PLAN = (
-    "from sft_recipes.planning import imports, plan, recipes; "
-    "plan = plan.make(recipes.load('tiny'), plan.Topology(gpus=0, processes=1)); "
+    "from sft_recipes.config import loader; from sft_recipes.planner import plan; "
+    "from sft_recipes.runtime import library_imports; "
+    "plan = plan.make(loader.load('tiny'), plan.Topology(gpus=0, processes=1)); "
 )
 END = f"import {MODULE}, time; print(time.time())"
-SWIFTLY = f"\nwith imports.swiftly():\n    import {MODULE}\nimport time; print(time.time())"
+SWIFTLY = f"\nwith library_imports.swiftly():\n    import {MODULE}\nimport time; print(time.time())"
 VARIANTS = {
     "as they are": PLAN + END,
-    "without what the plan does not use": PLAN + "imports.leave_out_what_is_not_used(plan); " + END,
-    "and without looking for garbage, as a rank does": PLAN + "imports.leave_out_what_is_not_used(plan)" + SWIFTLY,
+    "without what the plan does not use": PLAN + "library_imports.leave_out_what_is_not_used(plan); " + END,
+    "and without looking for garbage, as a rank does": PLAN
+    + "library_imports.leave_out_what_is_not_used(plan)"
+    + SWIFTLY,
 }
 # The process that starts the ranks: accelerate's command line imports all of its verbs, of which one is wanted.
 LAUNCHER = (
-    "from sft_recipes.planning import imports\nwith imports.swiftly():\n    import {}\nimport time; print(time.time())"
+    "from sft_recipes.runtime import library_imports\n"
+    "with library_imports.swiftly():\n    import {}\nimport time; print(time.time())"
 )
 VARIANTS |= {
     "the launcher, by accelerate's command line": LAUNCHER.format("accelerate.commands.accelerate_cli"),

@@ -22,7 +22,7 @@ from typing import Any
 
 import machine
 
-from sft_recipes.planning.environment import SPIN_COUNT
+from sft_recipes.runtime.env import SPIN_COUNT
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # The first is libgomp's own default, where OMP_WAIT_POLICY is not set (GCC's manual of libgomp, GOMP_SPINCOUNT).

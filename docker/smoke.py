@@ -63,9 +63,9 @@ def attention() -> str:
     """
     import torch
 
-    from sft_recipes.launching.doctor import attention as judge
+    from sft_recipes.tools.doctor import attention as judge
     from sft_recipes.training.attention import fastest
-    from sft_recipes.training.examine import look
+    from sft_recipes.training.torch_probe import look
 
     finding = judge(look())
     if finding.colour == "red":
@@ -77,7 +77,7 @@ def attention() -> str:
 
 def summary(steps: Path) -> str:
     """One object on the whole test."""
-    from sft_recipes.planning.environment import library_version
+    from sft_recipes.runtime.env import library_version
 
     names = ("name", "exit_code", "seconds", "said")
     told = [dict(zip(names, line.split("\t", 3), strict=True)) for line in steps.read_text().splitlines()]

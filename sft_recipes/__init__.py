@@ -1,1 +1,1 @@
-"""Supervised fine-tuning recipes: planning decides, training carries out, `plan.json` stands between them."""
+"""Supervised fine-tuning recipes: the planner resolves a recipe to `plan.json`, the ranks train it."""

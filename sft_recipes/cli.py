@@ -12,20 +12,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from sft_recipes.planning import environment, fit, recipes, run_folder, schedule, show
-from sft_recipes.planning import plan as plans
-from sft_recipes.planning.gpus import gpu_type
-from sft_recipes.planning.memory import GIB
-from sft_recipes.planning.plan import Topology
-from sft_recipes.planning.schema import Recipe, RecipeError
+from sft_recipes.config import loader
+from sft_recipes.config.gpu_types import gpu_type
+from sft_recipes.config.schema import Recipe
+from sft_recipes.launch import run_selection
+from sft_recipes.planner import lr_schedule, render, suggest
+from sft_recipes.planner import plan as plans
+from sft_recipes.planner.plan import Topology
+from sft_recipes.runtime import env, run_dir
+from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.units import GIB
 
 if TYPE_CHECKING:
-    from sft_recipes.launching.peers import Peers
+    from sft_recipes.launch.node_launchers import Peers
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise RecipeError(f"{self.prog}: {message}; `python -m sft_recipes --help` lists the verbs")
+        raise UserError(f"{self.prog}: {message}; `python -m sft_recipes --help` lists the verbs")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,14 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _obey(arguments: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that knows ASCII alone still gets its line
-    environment.silence_telemetry()
-    environment.limit_thread_spin()
+    env.silence_telemetry()
+    env.limit_thread_spin()
     try:
         parser = _parser()
         parsed, rest = parser.parse_known_args(arguments)
         _take_overrides(parser, parsed, rest)
         return int(parsed.verb(parsed) or 0)
-    except RecipeError as error:
+    except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `… | head` closed the pipe
@@ -163,11 +167,11 @@ def _add_recipe(verb: argparse.ArgumentParser) -> None:
 
 
 def _recipe(parsed: argparse.Namespace) -> Recipe:
-    return recipes.load(parsed.recipe, parsed.overrides)
+    return loader.load(parsed.recipe, parsed.overrides)
 
 
 def _numbers(parsed: argparse.Namespace) -> tuple[int | None, int | None, int | None]:
-    from sft_recipes.launching.topology import whole_number
+    from sft_recipes.launch.topology import whole_number
 
     wanted = (("gpus", 0), ("processes", 1), ("nodes", 1))
     gpus, processes, nodes = (
@@ -178,11 +182,11 @@ def _numbers(parsed: argparse.Namespace) -> tuple[int | None, int | None, int | 
 
 
 def _list(_parsed: argparse.Namespace) -> None:
-    from sft_recipes.launching.topology import planned
+    from sft_recipes.launch.topology import planned
 
     rows = [["recipe", "row", "model", "method", "parallelism", "hardware", "memory per GPU", "effective batch"]]
-    for name in recipes.names():
-        recipe = recipes.load(name)
+    for name in loader.names():
+        recipe = loader.load(name)
         plan = plans.make(recipe, planned(recipe, None, None, None, None))
         memory = plan.memory_bytes_per_gpu
         rows.append(
@@ -197,11 +201,11 @@ def _list(_parsed: argparse.Namespace) -> None:
                 str(plan.effective_batch_size),
             ]
         )
-    print(show.table(rows))
+    print(render.table(rows))
 
 
 def _plan(parsed: argparse.Namespace) -> None:
-    from sft_recipes.launching.topology import planned
+    from sft_recipes.launch.topology import planned
 
     recipe = _recipe(parsed)
     if parsed.gpus and "," in parsed.gpus:
@@ -211,50 +215,50 @@ def _plan(parsed: argparse.Namespace) -> None:
     plan = plans.make(recipe, topology)
     plan = dataclasses.replace(
         plan,
-        fewest_gpus=fit.smallest_gpu_count(recipe, topology.card) if plan.fits is not None else None,
-        cheapest_change=fit.cheapest_change(recipe, topology) if plan.fits is False else None,
+        fewest_gpus=suggest.smallest_gpu_count(recipe, topology.card) if plan.fits is not None else None,
+        cheapest_change=suggest.cheapest_change(recipe, topology) if plan.fits is False else None,
     )
-    print(plans.to_json(plan) if parsed.json else show.plan_table(plan, parsed.explain))
+    print(plans.to_json(plan) if parsed.json else render.plan_table(plan, parsed.explain))
 
 
 def _compare(parsed: argparse.Namespace, recipe: Recipe) -> None:
     """`--gpus 1,2,4,8,16`: the same recipe on each, one line a count."""
-    from sft_recipes.launching.topology import whole_number
+    from sft_recipes.launch.topology import whole_number
 
     alone = next((name for name in ("nodes", "processes", "explain") if getattr(parsed, name)), None)
     if alone:
-        raise RecipeError(f"{alone.upper()}: says nothing where GPUS={parsed.gpus} compares several; name one count")
+        raise UserError(f"{alone.upper()}: says nothing where GPUS={parsed.gpus} compares several; name one count")
     card = parsed.card or recipe.hardware.card
     compared: list[tuple[int, plans.Plan | str]] = []
     for text in parsed.gpus.split(","):
         gpus = whole_number(text, "GPUS", 1)
         try:
-            compared.append((gpus, plans.make(recipe, fit.on(gpus, card))))
-        except RecipeError as error:
+            compared.append((gpus, plans.make(recipe, suggest.on(gpus, card))))
+        except UserError as error:
             compared.append((gpus, str(error)))
     if parsed.json:
         content = [{"gpus": n, "refused": p} if isinstance(p, str) else dataclasses.asdict(p) for n, p in compared]
         print(json.dumps(content, indent=2))
     else:
-        print(show.comparison(compared))
+        print(render.comparison(compared))
 
 
 def _inspect(parsed: argparse.Namespace) -> None:
-    from sft_recipes.data import contract, inspect, prepare
-    from sft_recipes.launching.topology import planned, whole_number
+    from sft_recipes.data import inspect, prepare, validate
+    from sft_recipes.launch.topology import planned, whole_number
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # looking at rows needs no GPU, nor DeepSpeed's warning of none
     most = None if parsed.rows is None else whole_number(parsed.rows, "ROWS", 1)
     if parsed.html and not Path(parsed.html).absolute().parent.is_dir():
-        raise RecipeError(f"HTML: no folder {Path(parsed.html).parent} to write {Path(parsed.html).name} to")
+        raise UserError(f"HTML: no folder {Path(parsed.html).parent} to write {Path(parsed.html).name} to")
     recipe = _recipe(parsed)
     plan = plans.make(recipe, planned(recipe, *_numbers(parsed), parsed.card))
     prepared = prepare.prepare(plan, rows_alone=True)
     rows = inspect.look(plan, prepared)
     try:
-        contract.check(plan, rows.details)
+        validate.check(plan, rows.details)
         plan, refused = plans.settle(plan, prepared), ""
-    except RecipeError as error:  # the rows can be looked at all the same
+    except UserError as error:  # the rows can be looked at all the same
         refused = str(error)
     shown = inspect.json_lines(rows, most) if parsed.json else inspect.text(rows, most or 3, _colours())
     for line in shown:
@@ -272,17 +276,17 @@ def _colours() -> bool:
 
 
 def _topology(parsed: argparse.Namespace, recipe: Recipe) -> Topology:
-    from sft_recipes.launching.topology import from_slurm, present
+    from sft_recipes.launch.topology import from_slurm, present
 
     return present(recipe, *_numbers(parsed), parsed.card, parsed.devices, from_slurm(os.environ))
 
 
 def _checked(parsed: argparse.Namespace) -> tuple[Recipe, Topology, plans.Plan]:
     """The plan on the hardware that is here, once the hardware can carry it."""
-    from sft_recipes.launching.topology import check_host_memory, unlisted, visible_gpus
+    from sft_recipes.launch.topology import check_host_memory, unlisted, visible_gpus
 
-    environment.reporters()
-    environment.sanity_is_skipped()
+    env.reporters()
+    env.sanity_is_skipped()
     recipe = _recipe(parsed)
     topology = _topology(parsed, recipe)
     plan = plans.make(recipe, topology)
@@ -290,7 +294,7 @@ def _checked(parsed: argparse.Namespace) -> tuple[Recipe, Topology, plans.Plan]:
     for product in unlisted(visible_gpus() if plan.card and gpu_type(plan.card) is None else []):
         _say(f"{product} is not in the table of GPU types: planned by its memory, {plan.card} GiB, without hours")
     if plan.fits is False:
-        raise RecipeError(
+        raise UserError(
             f"recipe {recipe.name} {plans.does_not_fit(plan)}. The cheapest change that fits: "
             f"{_way_out(recipe, topology)} (`make plan RECIPE={recipe.name}` shows the parts)"
         )
@@ -302,49 +306,49 @@ def _sanity(parsed: argparse.Namespace) -> int:
 
 
 def _train(parsed: argparse.Namespace) -> int:
-    from sft_recipes.launching import job
+    from sft_recipes.launch import slurm
 
-    with job.listening():
+    with slurm.listening():
         return _on_all_nodes(parsed, _carry_out)
 
 
 def _on_all_nodes(parsed: argparse.Namespace, verb: Callable[[argparse.Namespace, Peers | None], int]) -> int:
     """Has node 0 of a Slurm job decide, and the others follow; elsewhere there is this machine alone."""
-    from sft_recipes.launching import job, process
+    from sft_recipes.launch import process_group, slurm
 
     try:
-        job.await_run(getattr(parsed, "name", None))
-        with job.peers(os.environ) as peers:
+        slurm.await_run(getattr(parsed, "name", None))
+        with slurm.peers(os.environ) as peers:
             leads = peers is None or peers.leads
-            code = job.follow(peers) if peers and not leads else verb(parsed, peers)
-    except process.StoppedError:
-        return job.stopped_before_they_met(os.environ)
-    if leads and code not in (run_folder.EXIT_FAULT, run_folder.EXIT_STOPPED):
-        job.forget(os.environ)
+            code = slurm.follow(peers) if peers and not leads else verb(parsed, peers)
+    except process_group.StoppedError:
+        return slurm.stopped_before_they_met(os.environ)
+    if leads and code not in (run_dir.EXIT_FAULT, run_dir.EXIT_STOPPED):
+        slurm.forget(os.environ)
     return code
 
 
 def _try_out(parsed: argparse.Namespace, peers: Peers | None) -> int:
-    from sft_recipes.launching import job, preflight, supervisor
+    from sft_recipes.launch import launch, preflight, slurm
 
     recipe, topology, plan = _checked(parsed)
     if peers is None:
         preflight.check_gpus(plan)
-    if code := job.unfit(peers, plan, _say):
+    if code := slurm.unfit(peers, plan, _say):
         return code
-    return supervisor.try_out(plan, _say, lambda: fit.lighter(recipe, topology), peers)
+    return launch.try_out(plan, _say, lambda: suggest.lighter(recipe, topology), peers)
 
 
 def _carry_out(parsed: argparse.Namespace, peers: Peers | None) -> int:
-    from sft_recipes.launching import job, lock, preflight, process, supervisor
-    from sft_recipes.launching.topology import check_disk
+    from sft_recipes.launch import launch, preflight, process_group, run_lock, slurm
+    from sft_recipes.launch.topology import check_disk
 
     if parsed.name is not None:
-        run_folder.check_name(parsed.name)
+        run_dir.check_name(parsed.name)
     recipe, topology, plan = _checked(parsed)
     accept = tuple(key for key in parsed.accept.split(",") if key)
-    asked = run_folder.Asked(parsed.name, parsed.resume, accept, parsed.strict)
-    start = run_folder.choose(plan, asked, lock.held_by())
+    asked = run_selection.Asked(parsed.name, parsed.resume, accept, parsed.strict)
+    start = run_selection.choose(plan, asked, run_lock.held_by())
     for note in start.notes:
         _say(note)
     if start.folder.state() == "finished":
@@ -353,45 +357,45 @@ def _carry_out(parsed: argparse.Namespace, peers: Peers | None) -> int:
             return 0
         _say(f"{start.folder.path} is finished, but {start.folder.final} is gone: it is written again")
     if parsed.dry_run:
-        print(supervisor.shell_line(plan, start.folder))
+        print(launch.shell_line(plan, start.folder))
         return 0
     if peers is None:
         preflight.check_gpus(plan)
     check_disk(plan, start.folder)
-    if no_further := job.exhausted(start):
-        return process.fail(no_further, run_folder.EXIT_NO_PROGRESS)
-    with lock.held(start.folder):
-        unfit = job.unfit(peers, plan, _say)
-        return unfit or supervisor.carry_out(start, _say, lambda: fit.lighter(recipe, topology), peers)
+    if no_further := slurm.exhausted(start):
+        return process_group.fail(no_further, run_dir.EXIT_NO_PROGRESS)
+    with run_lock.held(start.folder):
+        unfit = slurm.unfit(peers, plan, _say)
+        return unfit or launch.carry_out(start, _say, lambda: suggest.lighter(recipe, topology), peers)
 
 
 def _replay(parsed: argparse.Namespace, peers: Peers | None) -> int:
-    from sft_recipes.launching import verification
+    from sft_recipes.tools import verify_resume
 
-    return verification.carry_out(run_folder.find(parsed.run), _say, peers)
+    return verify_resume.carry_out(run_dir.find(parsed.run), _say, peers)
 
 
 def _way_out(recipe: Recipe, topology: Topology) -> str:
     """What this machine's GPUs can carry; else how many would be needed."""
-    from sft_recipes.launching.topology import visible_gpus
+    from sft_recipes.launch.topology import visible_gpus
 
-    here = fit.cheapest_change(recipe, topology, most_gpus=len(visible_gpus()))
-    fewest = fit.smallest_gpu_count(recipe, topology.card)
+    here = suggest.cheapest_change(recipe, topology, most_gpus=len(visible_gpus()))
+    fewest = suggest.smallest_gpu_count(recipe, topology.card)
     return here or (f"{fewest} GPUs, more than are here" if fewest else "none, take a larger card")
 
 
 def _generate(parsed: argparse.Namespace) -> int:
-    from sft_recipes.training import generate
+    from sft_recipes.tools import generate
 
-    folder = run_folder.find(parsed.run)
+    folder = run_dir.find(parsed.run)
     prompts = [parsed.prompt] if parsed.prompt is not None else (line.rstrip("\n") for line in sys.stdin)
     return generate.main(folder, prompts)
 
 
 def _fetch(parsed: argparse.Namespace) -> None:
-    from sft_recipes.data import fetch
+    from sft_recipes.data import download
 
-    fetched = fetch.fetch(_recipe(parsed))
+    fetched = download.fetch(_recipe(parsed))
     for name, folder in fetched:
         _say(f"{name}: {folder}")
     if not fetched:
@@ -400,10 +404,10 @@ def _fetch(parsed: argparse.Namespace) -> None:
 
 def _merge(parsed: argparse.Namespace) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # merging is on the CPU, and bitsandbytes and peft prefer a visible GPU
-    from sft_recipes.training import adapters
+    from sft_recipes.training import lora
 
-    folder = run_folder.find(parsed.run)
-    _say(f"model      {adapters.merge(folder)}, which `make generate` and transformers load")
+    folder = run_dir.find(parsed.run)
+    _say(f"model      {lora.merge(folder)}, which `make generate` and transformers load")
 
 
 def _verify_resume(parsed: argparse.Namespace) -> int:
@@ -411,18 +415,18 @@ def _verify_resume(parsed: argparse.Namespace) -> int:
 
 
 def _report(parsed: argparse.Namespace) -> None:
-    from sft_recipes.reporting import diagnose, reading, report
+    from sft_recipes.monitor import diagnose, metrics_log, report
 
-    folder = run_folder.find(parsed.run)
-    run = reading.read(folder)
+    folder = run_dir.find(parsed.run)
+    run = metrics_log.read(folder)
     folder.report.write_text(report.page(run, diagnose.diagnose(run)), encoding="utf-8")
     _say(f"report     {folder.report}")
 
 
 def _diagnose(parsed: argparse.Namespace) -> int:
-    from sft_recipes.reporting import diagnose, reading
+    from sft_recipes.monitor import diagnose, metrics_log
 
-    run = reading.read(run_folder.find(parsed.run))
+    run = metrics_log.read(run_dir.find(parsed.run))
     findings = diagnose.diagnose(run)
     if parsed.json:
         print(diagnose.to_json(findings))
@@ -432,40 +436,40 @@ def _diagnose(parsed: argparse.Namespace) -> int:
 
 
 def _status(parsed: argparse.Namespace) -> None:
-    from sft_recipes.launching import job, lock
-    from sft_recipes.reporting import status
+    from sft_recipes.launch import run_lock, slurm
+    from sft_recipes.tools import status
 
     try:
-        folder = run_folder.find(parsed.run)
-    except RecipeError:
-        if asked := job.named(parsed.run):  # it waits for its nodes
+        folder = run_dir.find(parsed.run)
+    except UserError:
+        if asked := slurm.named(parsed.run):  # it waits for its nodes
             print(json.dumps({"job": asked}, indent=2) if parsed.json else status.of_job(asked))
             return
         raise
-    starts = run_folder.read_json(folder.manifest).get("starts") or [{}]
-    asked = job.asked_of_slurm(starts[-1].get("job", {}).get("id")) or job.named(folder.name)
-    found = status.facts(folder, lock.holder(folder), asked)
+    starts = run_dir.read_json(folder.manifest).get("starts") or [{}]
+    asked = slurm.asked_of_slurm(starts[-1].get("job", {}).get("id")) or slurm.named(folder.name)
+    found = status.facts(folder, run_lock.holder(folder), asked)
     print(json.dumps(found, indent=2) if parsed.json else "\n".join(status.text(found)))
 
 
 def _schedules(parsed: argparse.Namespace) -> None:
     from sft_recipes.data import prepare
-    from sft_recipes.launching.topology import planned
-    from sft_recipes.reporting import schedules as drawing
-    from sft_recipes.training import schedules
+    from sft_recipes.launch.topology import planned
+    from sft_recipes.monitor import lr_plot as drawing
+    from sft_recipes.training import lr_preview
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # preparing rows needs no GPU, nor DeepSpeed's warning of none
     if parsed.plot:
         drawing.check_path(Path(parsed.plot))
     if parsed.run:
-        plan = plans.read(run_folder.find(parsed.run).plan)
+        plan = plans.read(run_dir.find(parsed.run).plan)
     else:
         recipe = _recipe(parsed)
         plan = plans.make(recipe, planned(recipe, *_numbers(parsed), parsed.card))
         if prepare.is_at_hand(plan):
             plan = plans.settle(plan, prepare.prepare(plan, rows_alone=True))
-    total, warmup = schedule.steps_of(plan)
-    curves = schedules.curves(plan, [name for name in parsed.others.split(",") if name])
+    total, warmup = lr_schedule.steps_of(plan)
+    curves = lr_preview.curves(plan, [name for name in parsed.others.split(",") if name])
     about = "" if plan.settled else "about "
     how = "" if plan.settled else ", an estimate until the data is prepared (RUN=… has a run's own)"
     print(f"{plan.recipe}: {about}{total:,} optimizer steps{how}, {warmup:,} of them warm-up, {plan.lr_scheduler_type}")
@@ -476,8 +480,8 @@ def _schedules(parsed: argparse.Namespace) -> None:
 
 
 def _doctor(parsed: argparse.Namespace) -> int:
-    from sft_recipes.launching import doctor
-    from sft_recipes.launching.topology import whole_number
+    from sft_recipes.launch.topology import whole_number
+    from sft_recipes.tools import doctor
 
     red = False
     for finding in doctor.examine(None if parsed.gpus is None else whole_number(parsed.gpus, "GPUS", 0)):
@@ -487,12 +491,12 @@ def _doctor(parsed: argparse.Namespace) -> int:
 
 
 def _tensorboard(parsed: argparse.Namespace) -> int:
-    from sft_recipes.launching import command
-    from sft_recipes.launching.topology import whole_number
+    from sft_recipes.launch import command
+    from sft_recipes.launch.topology import whole_number
 
     port = whole_number(parsed.port, "PORT", 1)
     if port > 65535:
-        raise RecipeError(f"PORT: {port} is no port; wanted 1 to 65535")
+        raise UserError(f"PORT: {port} is no port; wanted 1 to 65535")
     arguments = command.tensorboard(port)
     os.execv(arguments[0], arguments)
 

@@ -50,7 +50,7 @@ done
 if [ -n "${DRY_RUN:-}" ] && [ -z "${SLURM_JOB_ID:-}" ]; then
   sed -n "s/^#SBATCH \([^ ]*\).*/\1/p" "slurm/$recipe.sh" | paste -sd ' ' | sed 's/^/sbatch /'
   echo "on each node, by one srun:"
-  exec "$python" -I sft_recipes/launching/step.py "$recipe" "$@"
+  exec "$python" -I sft_recipes/launch/srun.py "$recipe" "$@"
 fi
 [ -z "${DRY_RUN:-}" ] || fail "DRY_RUN: this is a job already; show what it would do without one: DRY_RUN=1 slurm/$recipe.sh"
 [ -n "${SLURM_JOB_ID:-}" ] ||
@@ -80,7 +80,7 @@ export SRUN_CPUS_PER_TASK=$cores
 unset SLURM_TRES_PER_TASK "${!SLURM_CPU_BIND@}"
 
 command=()
-words=$("$python" -I sft_recipes/launching/step.py "$recipe" "$@")
+words=$("$python" -I sft_recipes/launch/srun.py "$recipe" "$@")
 eval "command=($words)" # quoted by python's shlex
 echo "job $SLURM_JOB_ID, start $((start + 1)), $SLURM_JOB_NUM_NODES x ${SLURM_GPUS_ON_NODE:-0} GPUs, $cores cores each: $SLURM_JOB_NODELIST"
 echo "logs: $SFT_RECIPES_LOGS"

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from sft_recipes.planning import environment
+from sft_recipes.runtime import env
 
-environment.limit_thread_spin()  # before any test imports torch
+env.limit_thread_spin()  # before any test imports torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -181,11 +181,11 @@ def tracked_run(shared_workplace: Workplace, short_run: Path) -> Path:
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A very small Llama with a ChatML tokenizer, as `save_pretrained` writes one."""
-    from sft_recipes.data import scratch
+    from sft_recipes.data.toy import toy_model
 
     folder = tmp_path_factory.mktemp("models") / "small"
     texts = ["Which letter is first?", "The first letter is a.", "Add 12 and 30.", "42"] * 50
-    scratch.build(SMALL_LLAMA, texts, folder, seed=0)
+    toy_model.build(SMALL_LLAMA, texts, folder, seed=0)
     return folder
 
 
@@ -212,10 +212,10 @@ def tokenizer(model_folder: Path):
 @pytest.fixture(scope="session")
 def few_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three hundred of the embedded rows, which are prepared in a moment."""
-    from sft_recipes.data import embedded
+    from sft_recipes.data.toy import toy_dataset
 
     path = tmp_path_factory.mktemp("rows") / "few.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in embedded.rows(300, False)), encoding="utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in toy_dataset.rows(300, False)), encoding="utf-8")
     return path
 
 

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.data.scratch import CHAT_TEMPLATE
+from sft_recipes.data.toy.toy_model import CHAT_TEMPLATE
 
 # Families whose templates TRL ships, without those that read images: (beginning of text, end of turn).
 SHIPPED = {
@@ -176,7 +176,7 @@ def families() -> dict[str, tuple[str | None, str, str]]:
 
 def tokenizer_of(family: str) -> Any:
     """A byte-level tokenizer with what looks like a marker in the family's template as its tokens."""
-    from sft_recipes.data.scratch import train_tokenizer
+    from sft_recipes.data.toy.toy_model import train_tokenizer
 
     bos, eos, template = families()[family]
     marks = set(re.findall(r"<[|｜][^<>{}'\s]{1,40}[|｜]>|<\|[a-z_\"]{1,20}>|<[a-z_]{1,20}\|>", template))

@@ -40,7 +40,9 @@ def commands() -> Iterator[tuple[int, bytes]]:
 def launcher_of(plan: Path) -> int:
     """The process that started the ranks of a run."""
     return next(
-        pid for pid, words in commands() if b"sft_recipes.training.start" in words and str(plan).encode() in words
+        pid
+        for pid, words in commands()
+        if b"sft_recipes.training.rank_launcher" in words and str(plan).encode() in words
     )
 
 

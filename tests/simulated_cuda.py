@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from sft_recipes.launching import command
-from sft_recipes.planning import plan as plans
-from sft_recipes.planning import recipes
-from sft_recipes.planning.plan import Plan, Topology
-from sft_recipes.planning.run_folder import RunFolder
+from sft_recipes.config import loader
+from sft_recipes.launch import command
+from sft_recipes.planner import plan as plans
+from sft_recipes.planner.plan import Plan, Topology
+from sft_recipes.runtime.run_dir import RunFolder
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
 MEETING = "10.0.0.1"
@@ -46,14 +46,14 @@ class Case:
         return " ".join([self.recipe, *self.words, f"{self.gpus}x{self.nodes}", f"node{self.node}", self.devices or ""])
 
     def plan(self) -> Plan:
-        recipe = recipes.load(self.recipe, self.words)
+        recipe = loader.load(self.recipe, self.words)
         card = recipe.hardware.card or "h100-80g"
         return plans.make(recipe, Topology(self.gpus, self.gpus, self.nodes, card, self.devices))
 
 
 def cases() -> list[Case]:
     """Every recipe on its own hardware, and every strategy on one GPU, on one node and on two."""
-    hardware = {name: recipes.load(name).hardware for name in recipes.names()}
+    hardware = {name: loader.load(name).hardware for name in loader.names()}
     own = [Case(name, (), found.gpus, found.nodes) for name, found in hardware.items() if found.gpus]
     strategies = [
         Case("8b", (f"parallelism={engine}",), *size) for engine in ENGINES for size in ((8, 1), (16, 2, 0), (16, 2, 1))
@@ -103,7 +103,7 @@ def launch(plan: Plan, folder: RunFolder, node: int) -> dict[str, Any]:
     before, torchrun.run = torchrun.run, catch_torchrun
     program.subprocess = types.SimpleNamespace(Popen=catch_process)  # type: ignore[attr-defined]
     with _environment(command.environment(plan, os.environ)):
-        sys.argv = ["accelerate-launch", *words[words.index("sft_recipes.training.start") + 1 :]]
+        sys.argv = ["accelerate-launch", *words[words.index("sft_recipes.training.rank_launcher") + 1 :]]
         program.main()
     torchrun.run = before
     return caught

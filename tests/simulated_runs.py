@@ -9,12 +9,13 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sft_recipes.planning import batch, recipes
-from sft_recipes.planning import plan as plans
-from sft_recipes.planning.plan import Topology
-from sft_recipes.planning.run_folder import RunFolder
-from sft_recipes.planning.schedule import learning_rate
-from sft_recipes.reporting.reading import Run, read
+from sft_recipes.config import loader
+from sft_recipes.monitor.metrics_log import Run, read
+from sft_recipes.planner import batch
+from sft_recipes.planner import plan as plans
+from sft_recipes.planner.lr_schedule import learning_rate
+from sft_recipes.planner.plan import Topology
+from sft_recipes.runtime.run_dir import RunFolder
 
 GIB = 2**30
 
@@ -55,7 +56,7 @@ class Simulated:
         return self
 
     def plan(self):
-        recipe = recipes.load(self.recipe, self.overrides)
+        recipe = loader.load(self.recipe, self.overrides)
         gpus = 0 if self.recipe == "tiny" else recipe.hardware.gpus
         made = plans.make(recipe, Topology(gpus, 1, recipe.hardware.nodes, recipe.hardware.card))
         return dataclasses.replace(

@@ -10,13 +10,16 @@ from conftest import SHORT, manifest, metrics
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from sft_recipes.data import embedded
-from sft_recipes.planning import environment, recipes
-from sft_recipes.planning import plan as plans
-from sft_recipes.planning.memory import GIB, NF4_BYTES
-from sft_recipes.planning.run_folder import RunFolder
-from sft_recipes.planning.schema import RecipeError
-from sft_recipes.training import adapters, generate
+from sft_recipes.config import loader
+from sft_recipes.data.toy import toy_dataset
+from sft_recipes.planner import plan as plans
+from sft_recipes.planner.memory import NF4_BYTES
+from sft_recipes.runtime import env
+from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.runtime.units import GIB
+from sft_recipes.tools import generate
+from sft_recipes.training import lora
 
 ADAPTERS = ("lora.r=4", "trainer.learning_rate=5e-3", "trainer.max_steps=4", "trainer.packing=false")
 # Multiples of 64: bitsandbytes' blocks.
@@ -30,7 +33,7 @@ SMALL = (
 def adapted(shared_workplace, few_rows, tmp_path_factory):
     """A LoRA run in fp32, on two sources, with rows that it should not forget."""
     others = tmp_path_factory.mktemp("rows") / "others.jsonl"
-    others.write_text("".join(json.dumps(row) + "\n" for row in embedded.rows(100, True)), encoding="utf-8")
+    others.write_text("".join(json.dumps(row) + "\n" for row in toy_dataset.rows(100, True)), encoding="utf-8")
     words = (*SHORT, SMALL, *ADAPTERS, f"data.train=[{few_rows}, {others}]", f"data.retain={others}")
     return shared_workplace.trained("tiny", "--name", "lora", *words)
 
@@ -105,7 +108,7 @@ def test_the_merged_model_says_what_the_adapted_one_says(shared_workplace, adapt
 
 def test_a_merged_4_bit_run_is_one_plain_16_bit_model(quantized):
     assert manifest(quantized)["dtypes"]["frozen"] == "nf4" and manifest(quantized)["dtypes"]["weights"] == "fp32"
-    adapters.merge(RunFolder(quantized))
+    lora.merge(RunFolder(quantized))
     merged = load_file(quantized / "merged" / "model.safetensors")
     assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
     config = json.loads((quantized / "merged" / "config.json").read_text())
@@ -133,10 +136,10 @@ def test_the_memory_that_generate_and_merge_need_is_counted_without_loading(adap
     linear, embeddings, norms = 2 * (4 * 64 * 64 + 3 * 64 * 128), 2 * 512 * 64, 5 * 64
     for run, loaded in ((adapted, 4 * (linear + embeddings + norms)), (quantized, None)):
         plan = plans.read(run / "plan.json")
-        size = adapters.base_size(adapters.base_folder(plan, RunFolder(run)), False)
-        assert size == adapters.BaseSize(linear + embeddings + norms, linear, 64 * 128)
+        size = lora.base_size(lora.base_folder(plan, RunFolder(run)), False)
+        assert size == lora.BaseSize(linear + embeddings + norms, linear, 64 * 128)
         assert size.loaded_bytes(plan) == (loaded or int(2 * (embeddings + norms) + NF4_BYTES * linear))
-    whole = adapters.BaseSize(70_553_706_496, 68_451_041_280, 28672 * 8192)  # Llama 3.3 70B
+    whole = lora.BaseSize(70_553_706_496, 68_451_041_280, 28672 * 8192)  # Llama 3.3 70B
     assert whole.loaded_bytes(plan) / GIB == pytest.approx(36.8, abs=0.1)
     assert whole.merging_bytes(plan) / GIB == pytest.approx(167.9, abs=0.1)
 
@@ -144,11 +147,11 @@ def test_the_memory_that_generate_and_merge_need_is_counted_without_loading(adap
 def test_a_merge_that_does_not_fit_the_hosts_memory_is_rejected_before_loading(adapted, tmp_path, monkeypatch):
     limit = tmp_path / "memory.max"
     limit.write_text(str(GIB // 2))
-    monkeypatch.setattr(environment, "_MEMORY_LIMITS", (limit,))
-    monkeypatch.setattr(adapters, "load_base", lambda *_a: pytest.fail("the base model was loaded"))
+    monkeypatch.setattr(env, "_MEMORY_LIMITS", (limit,))
+    monkeypatch.setattr(lora, "load_base", lambda *_a: pytest.fail("the base model was loaded"))
     shutil.copytree(adapted, tmp_path / "run", ignore=shutil.ignore_patterns("merged"))
-    with pytest.raises(RecipeError, match=r"found 0\.5 GiB of host memory, expected 1\.0 GiB or more"):
-        adapters.merge(RunFolder(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"found 0\.5 GiB of host memory, expected 1\.0 GiB or more"):
+        lora.merge(RunFolder(tmp_path / "run"))
     assert not (tmp_path / "run" / "merged").exists()
 
 
@@ -171,7 +174,7 @@ def test_a_model_goes_to_one_gpu_that_holds_it_else_to_all_else_to_the_cpu(neede
     ],
 )
 def test_a_model_that_no_device_holds_is_rejected_with_what_it_needs(free, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(UserError, match=message):
         generate.placement(131 * GIB, [gpu * GIB for gpu in free], 100 * GIB)
 
 
@@ -179,13 +182,13 @@ def test_a_from_scratch_base_that_is_gone_is_named(adapted, tmp_path):
     shutil.copytree(adapted, tmp_path / "run")
     prepared = tmp_path / "run" / "prepared.json"
     prepared.write_text(json.dumps({**json.loads(prepared.read_text()), "model": str(tmp_path / "gone")}))
-    with pytest.raises(RecipeError, match=f"the base model of run is gone: found no {tmp_path / 'gone'}"):
-        adapters.base_folder(plans.read(adapted / "plan.json"), RunFolder(tmp_path / "run"))
+    with pytest.raises(UserError, match=f"the base model of run is gone: found no {tmp_path / 'gone'}"):
+        lora.base_folder(plans.read(adapted / "plan.json"), RunFolder(tmp_path / "run"))
 
 
 def test_a_run_that_trained_the_whole_model_is_not_merged(short_run):
-    with pytest.raises(RecipeError, match="short trained the whole model"):
-        adapters.merge(RunFolder(short_run))
+    with pytest.raises(UserError, match="short trained the whole model"):
+        lora.merge(RunFolder(short_run))
 
 
 def test_saved_adapters_hold_no_embeddings_and_saving_asks_no_hub(model_folder, tmp_path, monkeypatch):
@@ -193,7 +196,7 @@ def test_saved_adapters_hold_no_embeddings_and_saving_asks_no_hub(model_folder, 
     from peft import get_peft_model
     from peft.utils import save_and_load
 
-    plan = plans.make(recipes.load("tiny", ("lora.r=2",)), plans.Topology(gpus=0, processes=1))
+    plan = plans.make(loader.load("tiny", ("lora.r=2",)), plans.Topology(gpus=0, processes=1))
 
     def asked_by(prepare):
         asked = []
@@ -201,13 +204,13 @@ def test_saved_adapters_hold_no_embeddings_and_saving_asks_no_hub(model_folder, 
         model = AutoModelForCausalLM.from_pretrained(model_folder)
         model.resize_token_embeddings(384)
         model.name_or_path = "some/model"
-        adapted = get_peft_model(model, adapters.configuration(plan, model_folder))
+        adapted = get_peft_model(model, lora.configuration(plan, model_folder))
         prepare(adapted)
         adapted.save_pretrained(tmp_path)
         return asked
 
     assert asked_by(lambda _model: None) == ["some/model"], "peft asks no more: save_adapters_alone is needed no more"
-    assert asked_by(lambda model: adapters.save_adapters_alone(model, plan)) == []
+    assert asked_by(lambda model: lora.save_adapters_alone(model, plan)) == []
     assert all(".lora_" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
 
 
@@ -221,7 +224,7 @@ def test_an_evaluation_leaves_4_bit_weights_as_they_were_trained():
     """Fails where `keep_the_trained_layout` is not called, on a CPU with AVX512-BF16; and says when it is needed no more."""
     import bitsandbytes
 
-    from sft_recipes.training.adapters import keep_the_trained_layout
+    from sft_recipes.training.lora import keep_the_trained_layout
 
     def layer():
         torch.manual_seed(0)

@@ -9,11 +9,12 @@ from conftest import REPOSITORY
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MistralConfig
 
-from sft_recipes.data.chat import IGNORED
-from sft_recipes.planning import plan as plans
-from sft_recipes.planning import recipes, show
-from sft_recipes.planning.plan import Topology
-from sft_recipes.planning.schema import RecipeError
+from sft_recipes.config import loader
+from sft_recipes.data.tokenize import IGNORED
+from sft_recipes.planner import plan as plans
+from sft_recipes.planner import render
+from sft_recipes.planner.plan import Topology
+from sft_recipes.runtime.errors import UserError
 from sft_recipes.training import attention, trainer
 
 LENGTHS = ((9, 1, 14), (5, 7), (40,))
@@ -24,7 +25,7 @@ SMALL = {
 
 
 def a_plan(*words, gpus=0):
-    return plans.make(recipes.load("tiny", words), Topology(gpus=gpus, processes=1))
+    return plans.make(loader.load("tiny", words), Topology(gpus=gpus, processes=1))
 
 
 def a_model(kind=LlamaConfig, **changed):
@@ -187,7 +188,7 @@ def test_auto_takes_the_fastest_that_a_model_can_be_attended_with(kind, changed,
     assert choice.name == model.config._attn_implementation == (masked if why else "varlen")
     assert why is None or choice.why == why
     if why:
-        with pytest.raises(RecipeError, match=f"^model.attention: varlen cannot be had here: {why}; say model.atten"):
+        with pytest.raises(UserError, match=f"^model.attention: varlen cannot be had here: {why}; say model.atten"):
             attention.settle(a_plan("model.attention=varlen"), a_model(kind, **changed))
 
 
@@ -198,16 +199,14 @@ def test_what_the_recipe_names_is_taken():
 
 
 def test_flash_attention_that_is_not_installed_is_refused_with_the_way_to_it():
-    with pytest.raises(RecipeError, match="flash_attention_2 needs flash-attn, .* make flash-attn installs it"):
+    with pytest.raises(UserError, match="flash_attention_2 needs flash-attn, .* make flash-attn installs it"):
         attention.loaded_with(a_plan("model.attention=flash_attention_2", "precision=bf16", gpus=1))
 
 
 def test_flash_attention_is_refused_by_the_plan_where_it_cannot_be():
-    with pytest.raises(
-        RecipeError, match="computes in 16 bits on a GPU, and this plan trains on the CPU; say model.at"
-    ):
+    with pytest.raises(UserError, match="computes in 16 bits on a GPU, and this plan trains on the CPU; say model.at"):
         a_plan("model.attention=flash_attention_2")
-    with pytest.raises(RecipeError, match="trains in fp32; say model.attention=auto, or precision=bf16"):
+    with pytest.raises(UserError, match="trains in fp32; say model.attention=auto, or precision=bf16"):
         a_plan("model.attention=flash_attention_2", "precision=fp32", gpus=1)
 
 
@@ -253,12 +252,10 @@ KERNEL = f"kernels-community/flash-attn2@{'0123456789' * 4}"
 def test_a_kernel_of_the_hub_is_taken_by_its_commit_alone():
     """It is code from elsewhere."""
     for name in (KERNEL.partition("@")[0], KERNEL[:-1], f"{KERNEL}0"):
-        with pytest.raises(
-            RecipeError, match="a kernel from the Hub, which is code, and nothing says which; write own"
-        ):
+        with pytest.raises(UserError, match="a kernel from the Hub, which is code, and nothing says which; write own"):
             a_plan(f"model.attention={name}")
     plan = a_plan(f"model.attention={KERNEL}")
-    assert "a kernel from the Hub runs, unseen and unchecked" in show.plan_table(plan)
-    with pytest.raises(RecipeError, match="flash-attn2@0123456789.* needs the kernels package, which is not installed"):
+    assert "a kernel from the Hub runs, unseen and unchecked" in render.plan_table(plan)
+    with pytest.raises(UserError, match="flash-attn2@0123456789.* needs the kernels package, which is not installed"):
         attention.loaded_with(plan)
     assert attention.takes_bounds(KERNEL)

@@ -13,13 +13,13 @@ from bad_input import CONTROLS, GOOD, REFUSED, TAKEN, lines, table
 from families import tokenizer_of
 from hypothesis import strategies as st
 
-from sft_recipes.data import labelling, prepare, sources
-from sft_recipes.data.chat import IGNORED, Chat
+from sft_recipes.config import loader
+from sft_recipes.data import prepare, sources, tokenize_rows
 from sft_recipes.data.formats import conversation_of
-from sft_recipes.planning import plan as plans
-from sft_recipes.planning import recipes
-from sft_recipes.planning.plan import Topology
-from sft_recipes.planning.schema import RecipeError
+from sft_recipes.data.tokenize import IGNORED, Chat
+from sft_recipes.planner import plan as plans
+from sft_recipes.planner.plan import Topology
+from sft_recipes.runtime.errors import UserError
 
 MAX_LENGTH = 128
 
@@ -55,7 +55,7 @@ def lie(tmp_path, monkeypatch):
 def label(name, chat):
     """A name's way to labels, as preparing goes it."""
     source = sources.resolve(str(name), "data.train", Path("embedded"))
-    return labelling.label(source, chat, MAX_LENGTH, "data.train", "rows")
+    return tokenize_rows.label(source, chat, MAX_LENGTH, "data.train", "rows")
 
 
 def conversations(name):
@@ -82,7 +82,7 @@ def check(example, turns, tokenizer):
 
 @pytest.mark.parametrize("case", REFUSED, ids=[case.what for case in REFUSED])
 def test_bad_data_is_refused_with_its_place_in_one_readable_line(case, lie, chat):
-    with pytest.raises(RecipeError) as raised:
+    with pytest.raises(UserError) as raised:
         label(lie(case), chat)
     said = " ".join(str(raised.value).split())
     assert re.match(case.message, said), said[:1000]
@@ -110,7 +110,7 @@ def test_odd_data_is_taken_as_what_it_says(case, lie, chat, tokenizer):
 def test_a_file_that_may_not_be_read_is_refused(lie, chat, name):
     Path(name).write_bytes(table([GOOD]))
     Path(name).chmod(0)
-    with pytest.raises(RecipeError, match=f"{name}: .*[Pp]ermission denied"):
+    with pytest.raises(UserError, match=f"{name}: .*[Pp]ermission denied"):
         label(name, chat)
 
 
@@ -121,8 +121,8 @@ def test_a_file_without_a_row_is_no_data_set(tmp_path, model_folder, write_rows,
     files[part].write_bytes(content)
     words = [f"model.name_or_path={model_folder}", "model.from_scratch=false", "trainer.max_length=128"]
     words += [f"data.{key}={file}" for key, file in files.items()]
-    plan = plans.make(recipes.load("tiny", words), Topology(0, 1))
-    with pytest.raises(RecipeError, match=rf"data\.{part}: .*{part}\.jsonl holds no rows"):
+    plan = plans.make(loader.load("tiny", words), Topology(0, 1))
+    with pytest.raises(UserError, match=rf"data\.{part}: .*{part}\.jsonl holds no rows"):
         prepare.prepare(plan, tmp_path / "store")
 
 
@@ -154,7 +154,7 @@ def test_nesting_is_read_or_refused_at_every_depth(form, taken, lie, chat):
         Path("rows.jsonl").write_text(text)
         try:
             found.append(len(label("rows.jsonl", chat)))
-        except RecipeError as error:
+        except UserError as error:
             assert str(error).startswith("rows.jsonl:1: ")
     assert (1 in found) == taken
 
@@ -207,7 +207,7 @@ def test_no_text_in_a_call_or_a_tool_steers_the_model_or_the_reader(where, place
     for text in (*marks, *odd, *(f"{mark}{mark}" for mark in marks)):
         try:
             assert steering(text) == plain, text
-        except RecipeError as error:
+        except UserError as error:
             assert str(error).startswith(f"{place / 'rows.jsonl'}:1: ")
 
 
@@ -223,7 +223,7 @@ def outcome(path, chat, tokenizer):
     """The number of examples that a file becomes, each checked; None where it is refused as it should be."""
     try:
         labelled = label(path, chat)
-    except RecipeError as error:
+    except UserError as error:
         assert str(error).strip() and "Traceback" not in str(error)
         assert str(path) in str(error)
         return None

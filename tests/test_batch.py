@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_recipes.planning import batch
-from sft_recipes.planning.schema import RecipeError
+from sft_recipes.planner import batch
+from sft_recipes.runtime.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -17,12 +17,12 @@ def test_the_documents_four_configurations_are_derived_from_their_effective_batc
 
 
 def test_a_gpu_count_that_cannot_keep_the_batch_is_refused_with_the_counts_that_can():
-    with pytest.raises(RecipeError, match="these counts can: 1, 2, 4, 8, 16, 32"):
+    with pytest.raises(UserError, match="these counts can: 1, 2, 4, 8, 16, 32"):
         batch.per_device_batch_size(32, 4, 3)
 
 
 def test_a_micro_batch_that_divides_nothing_is_refused_with_the_counts_that_would_do():
-    with pytest.raises(RecipeError, match="not a multiple of 4 per device x 3 GPUs = 12; 1, 2, 4, 8 GPUs would do"):
+    with pytest.raises(UserError, match="not a multiple of 4 per device x 3 GPUs = 12; 1, 2, 4, 8 GPUs would do"):
         batch.gradient_accumulation_steps(32, 4, 3)
 
 
@@ -30,7 +30,7 @@ def test_a_micro_batch_that_divides_nothing_is_refused_with_the_counts_that_woul
 def test_the_effective_batch_is_kept_exactly_or_refused(effective, at_most, world_size):
     try:
         per_device = batch.per_device_batch_size(effective, at_most, world_size)
-    except RecipeError:
+    except UserError:
         assert effective % world_size
         return
     accumulation = batch.gradient_accumulation_steps(effective, per_device, world_size)

@@ -11,9 +11,10 @@ import psutil
 import pytest
 from conftest import REPOSITORY
 
-from sft_recipes.planning import cost, gpus, recipes
-from sft_recipes.planning import plan as plans
-from sft_recipes.planning.plan import Topology
+from sft_recipes.config import gpu_types, loader
+from sft_recipes.planner import cost
+from sft_recipes.planner import plan as plans
+from sft_recipes.planner.plan import Topology
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import bench
@@ -41,14 +42,14 @@ def test_what_is_measured_on_a_gpu_is_as_many_cases_as_were_promised():
 def test_what_is_measured_on_a_gpu_can_be_planned_there(name):
     """So that the first minutes with a GPU are not spent on a refusal; whether it fits is for the run to see."""
     case = ON_A_GPU[name]
-    plan = plans.make(recipes.load(case.recipe, case.words), Topology(gpus=1, processes=1, card="h200-141g"))
+    plan = plans.make(loader.load(case.recipe, case.words), Topology(gpus=1, processes=1, card="h200-141g"))
     assert plan.memory_bytes_per_gpu["total"] > 2**30
     assert plan.fits or "checkpointing" not in name, "refused before it starts"
     tokens = plan.effective_batch_size * plan.max_length
     attended = 2 * bench.MEAN_TOKENS  # the mean over tokens of an example's length, as they are drawn
     flops = cost.flops_per_token(plans.load_of(plan, plan.sections["model"]["architecture"]), attended)
     steps = bench.STEPS if name.startswith("bench") else memory.STEPS
-    slowly = 0.25 * gpus.peak_flops("h200-141g")
+    slowly = 0.25 * gpu_types.peak_flops("h200-141g")
     assert steps * tokens * flops.model / slowly < 530 - 180, "a piece of gpu.sh is cut off, with 180 s to begin in"
 
 
@@ -57,9 +58,7 @@ def test_rows_for_a_gpu_are_as_long_as_the_recipes_say(tmp_path, monkeypatch):
     bench.write_rows()
     rows = [json.loads(line)["messages"] for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     lengths = sorted(sum(len(turn["content"].split()) for turn in turns) for turns in rows)
-    assert len(rows) == 6000 and sum(lengths) / len(rows) == pytest.approx(
-        recipes.load("8b").data.mean_tokens, rel=0.05
-    )
+    assert len(rows) == 6000 and sum(lengths) / len(rows) == pytest.approx(loader.load("8b").data.mean_tokens, rel=0.05)
     assert lengths[int(0.95 * len(rows))] == pytest.approx(4 * lengths[len(rows) // 2], rel=0.1)
 
 
@@ -69,7 +68,7 @@ def test_every_knob_is_turned_by_itself():
         default = turned.pop(bench.DEFAULT)
         for name, case in turned.items():
             assert case.words != default.words and case.recipe == default.recipe, name
-            recipes.load(case.recipe, case.words)
+            loader.load(case.recipe, case.words)
 
 
 @pytest.mark.parametrize("recipe", ["tiny", "1b", "8b-lora"])
@@ -79,7 +78,7 @@ def test_what_is_trained_beside_others_is_a_plan(recipe, tmp_path):
     command = beside._ours(place, tmp_path)
     words = [word for word in command if "=" in word]
     gpus = int(place.on_gpu)
-    plan = plans.make(recipes.load(recipe, words), Topology(gpus=gpus, processes=1, card="h200-141g" if gpus else None))
+    plan = plans.make(loader.load(recipe, words), Topology(gpus=gpus, processes=1, card="h200-141g" if gpus else None))
     assert (plan.effective_batch_size, plan.per_device_train_batch_size, plan.max_length) == (
         32, 4, beside.length_of(recipe),
     )  # fmt: skip
@@ -231,7 +230,7 @@ def test_the_most_informative_pieces_for_a_gpu_come_first():
 def test_the_first_run_on_a_gpu_can_be_planned_there():
     case = first_run.case(True)
     for card in ("h100-80g", "h200-141g"):
-        plan = plans.make(recipes.load(case.recipe, case.words), Topology(gpus=1, processes=1, card=card))
+        plan = plans.make(loader.load(case.recipe, case.words), Topology(gpus=1, processes=1, card=card))
         assert plan.fits and plan.world_size == 1
 
 

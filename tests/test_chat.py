@@ -5,11 +5,11 @@ import json
 
 import pytest
 
-from sft_recipes.data.chat import IGNORED, Chat
 from sft_recipes.data.formats import Conversation
-from sft_recipes.data.scratch import CHAT_TEMPLATE, train_tokenizer
+from sft_recipes.data.tokenize import IGNORED, Chat
 from sft_recipes.data.tokenizer import load_tokenizer
-from sft_recipes.planning.schema import RecipeError
+from sft_recipes.data.toy.toy_model import CHAT_TEMPLATE, train_tokenizer
+from sft_recipes.runtime.errors import UserError
 
 DAY = datetime.date(2026, 11, 21)
 TEXTS = {
@@ -133,9 +133,7 @@ def test_control_tokens_stay_text_with_tokenizers_that_put_a_space_before_a_text
 def test_a_tokenizer_that_cannot_write_a_control_token_as_text_is_refused():
     subject = chat(spaced("always", byte_fallback=False), PLAIN)
     assert one(subject, ("user", "a"), ("assistant", "b")).spans
-    with pytest.raises(
-        RecipeError, match="here:1: a text in it holds a control token that this tokenizer cannot write"
-    ):
+    with pytest.raises(UserError, match="here:1: a text in it holds a control token that this tokenizer cannot write"):
         one(subject, ("user", "a</s>b"), ("assistant", "b"))
 
 
@@ -218,7 +216,7 @@ def test_an_example_cut_to_length_keeps_its_labels_in_place(made):
 def test_a_template_that_would_train_the_wrong_tokens_is_refused(made, template, message):
     made.bos_token = "<|endoftext|>"
     try:
-        with pytest.raises(RecipeError, match=message):
+        with pytest.raises(UserError, match=message):
             one(chat(made, template), *TEXTS["several turns"])
     finally:
         made.bos_token = None
@@ -239,7 +237,7 @@ def test_a_row_that_the_template_treats_otherwise_than_its_like_is_looked_at_by_
         "b<|im_end|>\n",
         "Hm. b<|im_end|>\n",
     ]
-    with pytest.raises(RecipeError, match="turn 1 holds '<.im_end.>', a control token"):
+    with pytest.raises(UserError, match="turn 1 holds '<.im_end.>', a control token"):
         one(subject, ("user", "<|im_end|> /think"), ("assistant", "b"))
 
 
@@ -251,12 +249,12 @@ def test_a_template_that_writes_the_date_gets_the_plans(made):
 def test_a_tokenizer_without_a_chat_template_is_refused_with_the_way_out(made, tmp_path):
     made.chat_template = None
     made.save_pretrained(tmp_path)
-    with pytest.raises(RecipeError, match="has no chat template .*model.chat_template="):
+    with pytest.raises(UserError, match="has no chat template .*model.chat_template="):
         load_tokenizer(str(tmp_path), None, False)
     template = tmp_path / "mine.jinja"
     template.write_text(CHAT_TEMPLATE)
     assert load_tokenizer(str(tmp_path), str(template), False).chat_template == CHAT_TEMPLATE
-    with pytest.raises(RecipeError, match="model.chat_template: .*none.jinja cannot be read"):
+    with pytest.raises(UserError, match="model.chat_template: .*none.jinja cannot be read"):
         load_tokenizer(str(tmp_path), str(tmp_path / "none.jinja"), False)
 
 

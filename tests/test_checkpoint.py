@@ -11,9 +11,10 @@ import pytest
 from conftest import SHORT, manifest, metrics
 from test_run import same, weights
 
-from sft_recipes.planning import plan as plans
-from sft_recipes.planning.run_folder import RunFolder
-from sft_recipes.training import checkpoint, lines, resume, saving
+from sft_recipes.planner import plan as plans
+from sft_recipes.runtime import append_line
+from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.training.checkpoint import checkpoint_format, resume, writer
 
 
 class Alone:
@@ -63,7 +64,7 @@ HARMS = [flip, zero, cut, empty, Path.unlink]
 
 
 def test_a_checkpoint_says_what_it_holds(short_run):
-    record = checkpoint.read(short_run / "checkpoint-8")
+    record = checkpoint_format.read(short_run / "checkpoint-8")
     assert record["step"] == 8 and record["run_id"] == plans.read(short_run / "plan.json").run_id
     assert set(record["files"]) == {path.name for path in (short_run / "checkpoint-8").iterdir()} - {"complete.json"}
     assert "training_args.bin" not in record["files"], "pickled, and nothing here loads it"
@@ -128,8 +129,8 @@ def test_what_is_not_as_it_was_saved_is_not_gone_on_from(run, harm):
 
 def test_another_runs_checkpoint_is_passed_over_by_its_id_and_stays(run):
     shutil.copytree(run.checkpoint(8), run.checkpoint(900))
-    record = checkpoint.read(run.checkpoint(900))
-    checkpoint.seal(run.checkpoint(900), {**record, "run_id": "0123456789abcdef", "step": 900})
+    record = checkpoint_format.read(run.checkpoint(900))
+    checkpoint_format.seal(run.checkpoint(900), {**record, "run_id": "0123456789abcdef", "step": 900})
     point, said = chosen(run)
     assert point.step == 8 and run.checkpoint(900).is_dir()
     assert said == [
@@ -189,13 +190,15 @@ def test_an_unfinished_run_goes_on_from_the_older_checkpoint_to_the_same_weights
 def small(folder, content=b"weights", run_id="a"):
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(content)
-    checkpoint.seal(folder, {"run_id": run_id, "step": 4, "files": checkpoint.checksums(folder, ["model.safetensors"])})
+    checkpoint_format.seal(
+        folder, {"run_id": run_id, "step": 4, "files": checkpoint_format.checksums(folder, ["model.safetensors"])}
+    )
     return folder
 
 
 def test_where_the_last_rename_fails_what_was_there_comes_back(tmp_path, monkeypatch):
     target, removing = tmp_path / "final", tmp_path / ".removing"
-    checkpoint.publish(small(tmp_path / ".saving" / "one"), target, removing)
+    checkpoint_format.publish(small(tmp_path / ".saving" / "one"), target, removing)
     replace = Path.replace
 
     def refuse(path, to):
@@ -205,7 +208,7 @@ def test_where_the_last_rename_fails_what_was_there_comes_back(tmp_path, monkeyp
 
     monkeypatch.setattr(Path, "replace", refuse)
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.publish(small(tmp_path / ".saving" / "two", b"newer"), target, removing)
+        checkpoint_format.publish(small(tmp_path / ".saving" / "two", b"newer"), target, removing)
     assert (target / "model.safetensors").read_bytes() == b"weights"
 
 
@@ -214,7 +217,7 @@ def test_what_cannot_be_removed_or_renamed_stops_no_start(run, monkeypatch):
     flip(run.checkpoint(8) / "optimizer.pt")
     said, refused = [], PermissionError(1, "Operation not permitted")
     monkeypatch.setattr(shutil, "rmtree", lambda *_a, **_k: (_ for _ in ()).throw(refused))
-    monkeypatch.setattr(checkpoint, "put_aside", lambda _folder: (_ for _ in ()).throw(refused))
+    monkeypatch.setattr(checkpoint_format, "put_aside", lambda _folder: (_ for _ in ()).throw(refused))
     resume.clear(run, said.append)
     point, more = chosen(run)
     assert point.step == 4 and "could not be renamed (Operation not permitted)" in more[0]
@@ -223,14 +226,14 @@ def test_what_cannot_be_removed_or_renamed_stops_no_start(run, monkeypatch):
 
 def test_what_a_disk_does_not_give_back_is_passed_over_and_stays_where_it_is(run, monkeypatch):
     """It may give it back the next time."""
-    read = checkpoint.sha256
+    read = checkpoint_format.sha256
 
     def unreadable(path):
         if path == run.checkpoint(8) / "optimizer.pt":
             raise OSError(5, "Input/output error", str(path))
         return read(path)
 
-    monkeypatch.setattr(checkpoint, "sha256", unreadable)
+    monkeypatch.setattr(checkpoint_format, "sha256", unreadable)
     point, said = chosen(run)
     assert point.step == 4 and said == ["passing over checkpoint-8: optimizer.pt cannot be read (Input/output error)"]
     monkeypatch.undo()
@@ -239,11 +242,11 @@ def test_what_a_disk_does_not_give_back_is_passed_over_and_stays_where_it_is(run
 
 def test_publishing_replaces_this_runs_own_and_puts_all_else_aside(tmp_path):
     target, removing = tmp_path / "checkpoint-4", tmp_path / ".removing"
-    checkpoint.publish(small(tmp_path / ".saving" / "one"), target, removing)
-    checkpoint.publish(small(tmp_path / ".saving" / "two", b"newer"), target, removing)
+    checkpoint_format.publish(small(tmp_path / ".saving" / "one"), target, removing)
+    checkpoint_format.publish(small(tmp_path / ".saving" / "two", b"newer"), target, removing)
     assert (target / "model.safetensors").read_bytes() == b"newer"
     assert not list(tmp_path.glob("put-aside*")) and not list(removing.iterdir())
-    checkpoint.publish(small(tmp_path / ".saving" / "three", b"other", "b"), target, removing)
+    checkpoint_format.publish(small(tmp_path / ".saving" / "three", b"other", "b"), target, removing)
     assert (tmp_path / "put-aside-checkpoint-4-1" / "model.safetensors").read_bytes() == b"newer"
 
 
@@ -252,21 +255,23 @@ def test_of_a_checkpoint_all_that_a_model_may_need_is_copied_and_nothing_else(sh
     plan = dataclasses.replace(plans.read(short_run / "plan.json"), parallelism=engine, precision="fp32")
     model = {"config.json", "model.safetensors", "vocab.json", "merges.txt", "modeling_own.py"}
     model.add("additional_chat_templates/tool_use.jinja")
-    state = checkpoint.needed(plan, 4)
+    state = checkpoint_format.needed(plan, 4)
     for name in model | state | {"complete.json", "global_step4/mp_rank_00_model_states.pt", "pytorch_model_fsdp.bin"}:
         (tmp_path / "whole" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "whole" / name).write_text(name)
-    checkpoint.copy_model(tmp_path / "whole", tmp_path / "copy")
-    assert set(checkpoint.names(tmp_path / "copy")) == model and not (tmp_path / "copy" / "complete.json").exists()
+    checkpoint_format.copy_model(tmp_path / "whole", tmp_path / "copy")
+    assert (
+        set(checkpoint_format.names(tmp_path / "copy")) == model and not (tmp_path / "copy" / "complete.json").exists()
+    )
 
 
 def test_a_folder_named_on_another_node_is_waited_for_and_not_for_ever(tmp_path):
     """As a rename is seen late over NFS."""
     late = threading.Timer(0.5, (tmp_path / "checkpoint-4").mkdir)
     late.start()
-    assert checkpoint.await_seen(tmp_path / "checkpoint-4", 30)
+    assert checkpoint_format.await_seen(tmp_path / "checkpoint-4", 30)
     began = time.monotonic()
-    assert not checkpoint.await_seen(tmp_path / "checkpoint-8", 0.3)
+    assert not checkpoint_format.await_seen(tmp_path / "checkpoint-8", 0.3)
     assert time.monotonic() - began >= 0.3
 
 
@@ -275,9 +280,12 @@ def test_ranks_share_a_checkpoints_files_so_that_each_is_looked_through_once():
     files |= {f"global_step4/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt": {"bytes": 500} for rank in (0, 1)}
     record = {"files": files, "world_size": 2}
     for ranks in (1, 2, 3, 8):
-        shares = [checkpoint.share(record, rank, ranks) for rank in range(ranks)]
+        shares = [checkpoint_format.share(record, rank, ranks) for rank in range(ranks)]
         assert sorted(name for share in shares for name in share) == sorted(files)
-    assert checkpoint.share(record, 0, 2)[0] == "model.safetensors" and len(checkpoint.share(record, 1, 2)) >= 2
+    assert (
+        checkpoint_format.share(record, 0, 2)[0] == "model.safetensors"
+        and len(checkpoint_format.share(record, 1, 2)) >= 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -291,18 +299,18 @@ def test_ranks_share_a_checkpoints_files_so_that_each_is_looked_through_once():
 )
 def test_every_ranks_files_are_needed(short_run, engine, ranks, some):
     plan = dataclasses.replace(plans.read(short_run / "plan.json"), parallelism=engine, world_size=ranks)
-    assert some | {"trainer_state.json", "scheduler.pt"} <= checkpoint.needed(plan, 4)
+    assert some | {"trainer_state.json", "scheduler.pt"} <= checkpoint_format.needed(plan, 4)
 
 
 def test_lines_that_the_disk_refuses_wait_for_it(tmp_path, capfd):
     """A folder stands where the file should be; then it is gone, as when room was made."""
     path = tmp_path / "metrics.jsonl"
     path.mkdir()
-    lines.add(path, "one")
-    lines.add(path, "two")
+    append_line.add(path, "one")
+    append_line.add(path, "two")
     assert "takes no line" in capfd.readouterr().err
     path.rmdir()
-    lines.add(path, "three")
+    append_line.add(path, "three")
     assert path.read_text() == "one\ntwo\nthree\n"
 
 
@@ -316,7 +324,7 @@ def test_lines_that_the_disk_refuses_wait_for_it(tmp_path, capfd):
     ],
 )
 def test_only_what_a_disk_refused_fails_a_save_alone(error, is_the_disks):
-    assert saving.refused_by_the_disk(error) == is_the_disks
+    assert writer.refused_by_the_disk(error) == is_the_disks
 
 
 def test_the_stall_of_each_save_is_in_the_metrics(short_run):

@@ -153,10 +153,10 @@ def test_a_model_whose_files_lack_a_weight_is_never_trained_on_random_numbers(wo
 
     from safetensors.torch import load_file, save_file
 
-    from sft_recipes.planning import plan as plans
-    from sft_recipes.planning import recipes
-    from sft_recipes.planning.schema import RecipeError
-    from sft_recipes.training.run import load_model
+    from sft_recipes.config import loader
+    from sft_recipes.planner import plan as plans
+    from sft_recipes.runtime.errors import UserError
+    from sft_recipes.training.main import load_model
 
     shutil.copytree(model_folder, workplace.path / "model")
     file = workplace.path / "model" / "model.safetensors"
@@ -169,8 +169,8 @@ def test_a_model_whose_files_lack_a_weight_is_never_trained_on_random_numbers(wo
     )
     assert "bring the whole model" in line
     file.write_bytes(file.read_bytes()[:1000])
-    plan = plans.make(recipes.load("tiny", [*MODEL, f"model.name_or_path={file.parent}"]), plans.Topology(0, 1))
-    with pytest.raises(RecipeError, match="model cannot be loaded"):
+    plan = plans.make(loader.load("tiny", [*MODEL, f"model.name_or_path={file.parent}"]), plans.Topology(0, 1))
+    with pytest.raises(UserError, match="model cannot be loaded"):
         load_model(plan, str(file.parent))
     assert not list(workplace.runs.glob("*/plan.json")), "the corrected command would be another plan's"
 
@@ -240,7 +240,7 @@ def test_a_dry_run_starts_nothing(workplace):
     done = workplace.sft("train", "tiny", "--dry-run")
     assert done.returncode == 0
     command = shlex.split(done.stdout)
-    assert "sft_recipes.training.run" in command and command[-1].endswith("tiny-1/plan.json")
+    assert "sft_recipes.training.main" in command and command[-1].endswith("tiny-1/plan.json")
     assert not workplace.runs.exists()
 
 
@@ -291,7 +291,7 @@ def test_make_plan_takes_the_variables_that_it_names(workplace):
 def test_the_small_model_of_these_tests_is_what_its_architecture_says(model_folder):
     from safetensors.torch import load_file
 
-    from sft_recipes.planning.memory import parameter_count
+    from sft_recipes.config.architecture import parameter_count
 
     held = sum(tensor.numel() for tensor in load_file(model_folder / "model.safetensors").values())
     assert held == parameter_count(SMALL_LLAMA)

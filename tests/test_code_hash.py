@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
+from sft_recipes.config import loader
 from sft_recipes.data import prepare
-from sft_recipes.planning import plan as plans
-from sft_recipes.planning import recipes, trial
-from sft_recipes.planning.code_hash import code_hash
-from sft_recipes.planning.plan import Topology
+from sft_recipes.planner import plan as plans
+from sft_recipes.planner.plan import Topology
+from sft_recipes.runtime.code_hash import code_hash
+from sft_recipes.sanity import trial
 
 MODULE = '''"""What it does."""
 
@@ -58,7 +59,7 @@ def package(tmp_path, monkeypatch):
 
 
 def test_a_docstring_edit_keeps_prepared_rows_and_receipts_and_a_code_edit_does_not(package):
-    plan = dataclasses.replace(plans.make(recipes.load("tiny"), Topology(0, 1)), data_fingerprint="a")
+    plan = dataclasses.replace(plans.make(loader.load("tiny"), Topology(0, 1)), data_fingerprint="a")
 
     def keys():
         return prepare._key(plan, {"train": {}, "validation": {}}, None), trial.key(plan)
@@ -73,7 +74,7 @@ def test_a_docstring_edit_keeps_prepared_rows_and_receipts_and_a_code_edit_does_
 
 
 def test_a_changed_configuration_file_needs_another_receipt(package):
-    plan = plans.make(recipes.load("tiny"), Topology(0, 1))
+    plan = plans.make(loader.load("tiny"), Topology(0, 1))
     before = trial.key(plan)
     file = next(Path(package / "deepspeed_configs").glob("*.json"))
     file.write_text(file.read_text() + "\n")

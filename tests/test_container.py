@@ -44,8 +44,8 @@ echo "here: $*"
 def machine(tmp_path):
     """A machine with a checkout whose virtual environment does nothing, and with these engines, images and GPUs."""
     checkout, programs = tmp_path / "checkout", tmp_path / "programs"
-    package = [f"sft_recipes/{name}.py" for name in ("__init__", "launching/__init__", "launching/mounts")]
-    for file in (*package, "sft_recipes/launching/container.py", "requirements/requirements.in", "recipes/8b.yaml"):
+    package = [f"sft_recipes/{name}.py" for name in ("__init__", "launch/__init__", "launch/mounts")]
+    for file in (*package, "sft_recipes/launch/container.py", "requirements/requirements.in", "recipes/8b.yaml"):
         (checkout / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REPOSITORY / file, checkout / file)
     programs.mkdir()
@@ -73,7 +73,7 @@ def machine(tmp_path):
             "PATH": str(programs), "HOME": str(tmp_path / "home"), "RUNS_DIR": str(tmp_path / "runs"),
             "GPUS_HERE": gpus, "ENGINE_HAS": images, "ENGINE_KNOWS": knows, **variables,
         }  # fmt: skip
-        module = checkout / "sft_recipes" / "launching" / "container.py"
+        module = checkout / "sft_recipes" / "launch" / "container.py"
         return subprocess.run(
             [sys.executable, "-I", str(module), str(checkout / ".venv"), *words],
             cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False,

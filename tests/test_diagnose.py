@@ -1,4 +1,4 @@
-"""Planted diseases are told by name, and healthy runs are left in peace (reporting.rules, reporting.diagnose).
+"""Planted diseases are told by name, and healthy runs are left in peace (monitor.rules, monitor.diagnose).
 
 `PYTHONPATH=.:tests .venv/bin/python tests/test_diagnose.py` writes docs/TROUBLESHOOTING.md anew.
 """
@@ -14,13 +14,14 @@ import pytest
 from conftest import REPOSITORY
 from simulated_runs import GIB, Simulated
 
-from sft_recipes.planning.recipes import scientific
-from sft_recipes.planning.run_folder import RunFolder
-from sft_recipes.planning.schedule import learning_rate
-from sft_recipes.planning.schema import Guards, RecipeError
-from sft_recipes.reporting.diagnose import diagnose, ruined, text, to_json
-from sft_recipes.reporting.reading import read
-from sft_recipes.reporting.rules import RULES
+from sft_recipes.config.schema import Guards
+from sft_recipes.config.sizes import scientific
+from sft_recipes.monitor.diagnose import diagnose, ruined, text, to_json
+from sft_recipes.monitor.metrics_log import read
+from sft_recipes.monitor.rules import RULES
+from sft_recipes.planner.lr_schedule import learning_rate
+from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.run_dir import RunFolder
 
 PAGE = REPOSITORY / "docs" / "TROUBLESHOOTING.md"
 
@@ -351,7 +352,7 @@ def test_norms_that_began_near_the_limit_do_not_explode(tmp_path):
 def test_a_run_that_has_logged_nothing_is_refused_in_one_line(tmp_path):
     run = Simulated("8b", state="running").write(tmp_path)
     run.folder.metrics.unlink()
-    with pytest.raises(RecipeError, match="has logged nothing yet") as refused:
+    with pytest.raises(UserError, match="has logged nothing yet") as refused:
         read(RunFolder(tmp_path))
     assert "\n" not in str(refused.value)
 
@@ -387,14 +388,14 @@ def test_advice_is_the_recipes_line_with_its_new_value(disease, recipe, line, tm
 
 
 def test_what_is_advised_is_a_recipe_that_loads(tmp_path):
-    from sft_recipes.planning import recipes
+    from sft_recipes.config import loader
 
     for number, (disease, recipe) in enumerate([(rising_for_good, "8b"), (memorising, "8b"), (too_low_a_rate, "70b")]):
         for line in said(diagnose(disease(Simulated(recipe, lines=200)).write(tmp_path / str(number)))).splitlines():
             if line.startswith("`trainer.learning_rate"):
                 key, value = line.split("`")[1].split(": ")
                 outside = ["outside_range=[learning_rate]"] if "outside_range" in line else []
-                assert recipes.load(recipe, [f"{key}={value}", *outside]).trainer["learning_rate"] == float(value)
+                assert loader.load(recipe, [f"{key}={value}", *outside]).trainer["learning_rate"] == float(value)
 
 
 def test_overfitting_is_dated_by_the_best_step_and_says_that_it_is_kept(tmp_path):

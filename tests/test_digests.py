@@ -12,13 +12,15 @@ import transformers
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from sft_recipes.planning import plan as plans
-from sft_recipes.planning import recipes
-from sft_recipes.planning.plan import Topology
-from sft_recipes.planning.run_folder import RunFolder
-from sft_recipes.training import attention, checkpoint, digests, ledger, replicas, signals
+from sft_recipes.config import loader
+from sft_recipes.planner import plan as plans
+from sft_recipes.planner.plan import Topology
+from sft_recipes.runtime.errors import TrainingError
+from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.training import attention, stop_signal
 from sft_recipes.training import trainer as trainers
-from sft_recipes.training.faults import FaultError
+from sft_recipes.training.checkpoint import checkpoint_format
+from sft_recipes.training.integrity import data_order, fingerprint, replica_check
 
 ROWS = 23  # five steps of four an epoch; three are left out
 
@@ -33,7 +35,7 @@ def begin(tmp_path, model_folder, tokenizer):
             "trainer.max_length=64", "trainer.num_train_epochs=2", "trainer.logging_steps=3", "trainer.save_steps=100",
             f"trainer.packing={str(packing).lower()}", *overrides,
         )  # fmt: skip
-        plan = plans.make(recipes.load("tiny", settings), Topology(gpus=0, processes=1))
+        plan = plans.make(loader.load("tiny", settings), Topology(gpus=0, processes=1))
         plan = plans.settle(plan, plans.Prepared("f", "x", "m", {}, ROWS, ROWS, 100, 100, 2))
         folder = RunFolder(tmp_path / name)
         folder.path.mkdir(exist_ok=True)
@@ -71,7 +73,7 @@ def flip(tensor, element, bit):
 
 
 def digest(tensor, name="x"):
-    return digests.of_each([(name, tensor)])[name]
+    return fingerprint.of_each([(name, tensor)])[name]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.uint8])
@@ -87,9 +89,9 @@ def test_every_bit_of_a_tensor_counts(dtype):
 
 
 def test_bits_count_in_every_piece_of_a_large_tensor_and_two_flipped_signs_do_not_cancel():
-    tensor = torch.zeros(2 * 2 * digests._WORDS + 3)
+    tensor = torch.zeros(2 * 2 * fingerprint._WORDS + 3)
     whole = digest(tensor)
-    ends = [0, 2 * digests._WORDS - 1, 2 * digests._WORDS, tensor.numel() - 1]
+    ends = [0, 2 * fingerprint._WORDS - 1, 2 * fingerprint._WORDS, tensor.numel() - 1]
     seen = {whole}
     for one, other in itertools.combinations(ends, 2):
         flip(tensor, one, 31)
@@ -132,13 +134,13 @@ def changes(trainer):
 def test_a_change_in_any_kind_of_state_changes_its_digest_and_no_other(begin):
     subject = begin()
     subject.train()
-    before = digests.of_rank(subject)
-    assert before == digests.of_rank(subject), "looking changes nothing"
+    before = fingerprint.of_rank(subject)
+    assert before == fingerprint.of_rank(subject), "looking changes nothing"
     assert set(before) == {"weights", "optimizer", "scheduler", "rng"}
     changed = 0
     for kind, change in changes(subject):
         change()
-        after = digests.of_rank(subject)
+        after = fingerprint.of_rank(subject)
         assert {name for name in before if before[name] != after[name]} == {kind}
         before, changed = after, changed + 1
     assert changed == 9
@@ -152,9 +154,9 @@ def test_the_ledger_is_the_same_however_rows_are_dealt_out(begin, more, packing)
     subject = begin("run", *more, packing=packing)
     subject.train()
     assert (subject.proof.ledger.steps, subject.state.global_step) == (10, 10)
-    by_hand = ledger.Ledger(subject._get_train_sampler().order, 4, 5)
+    by_hand = data_order.Ledger(subject._get_train_sampler().order, 4, 5)
     for step in range(10):
-        by_hand.saw([{ledger.ROW: torch.tensor(subject.order_of_step(step)[::-1])}])
+        by_hand.saw([{data_order.ROW: torch.tensor(subject.order_of_step(step)[::-1])}])
     by_hand.settle()
     assert subject.proof.ledger.chain == by_hand.chain != ""
 
@@ -200,15 +202,15 @@ def test_a_row_that_is_used_twice_or_left_out_stops_the_run_and_nothing_is_saved
     subject = begin("run", "trainer.save_steps=6")
     real = subject._get_train_sampler()
     subject._get_train_sampler = lambda _rows=None: Misdealt(real, fault)
-    with pytest.raises(FaultError, match=said):
+    with pytest.raises(TrainingError, match=said):
         subject.train()
     assert RunFolder(subject.saving.folder.path).numbered("checkpoint") == [6]
 
 
 def test_an_order_that_deals_a_row_out_twice_is_found():
-    subject = ledger.Ledger(lambda _epoch: torch.tensor([0, 1, 2, 1]), 2, 2)
-    subject.saw([{ledger.ROW: torch.tensor([0, 1])}])
-    with pytest.raises(FaultError, match="epoch 1: its order deals row 1 out 2 times"):
+    subject = data_order.Ledger(lambda _epoch: torch.tensor([0, 1, 2, 1]), 2, 2)
+    subject.saw([{data_order.ROW: torch.tensor([0, 1])}])
+    with pytest.raises(TrainingError, match="epoch 1: its order deals row 1 out 2 times"):
         subject.settle()
 
 
@@ -226,7 +228,7 @@ def test_the_ledger_and_the_proof_go_on_across_a_resume(begin, step):
     assert {(step, True), (step + 1, False), (step + 2, False)} <= {(line["step"], line["saved"]) for line in lines}
     again = begin("run", *settings)
     point = again.saving.folder.checkpoint(step)
-    again.proof.take_up(checkpoint.read(point)["proof"])
+    again.proof.take_up(checkpoint_format.read(point)["proof"])
     again.train(resume_from_checkpoint=str(point))
     assert (again.proof.ledger.steps, again.proof.ledger.chain) == (8, first.proof.ledger.chain)
     assert proved(again) == [line if line["step"] <= step else {**line, "went_on_from": step} for line in lines]
@@ -239,7 +241,7 @@ def test_a_stop_that_falls_on_an_evaluation_saves_its_step_once(begin, monkeypat
     save, saved = subject.saving.checkpoint, []
     monkeypatch.setattr(subject.saving, "checkpoint", lambda at, *more: saved.append(at) or save(at, *more))
     evaluating = lambda: subject.state.global_step == step and not subject.model.training  # noqa: E731
-    monkeypatch.setattr(signals, "asked", evaluating)
+    monkeypatch.setattr(stop_signal, "asked", evaluating)
     subject.train()
     assert saved == [step] and subject.stopping.stopped
     assert RunFolder(subject.saving.folder.path).newest_whole() == step
@@ -252,15 +254,15 @@ def test_a_resume_that_skips_no_rows_is_found(begin, monkeypatch):
     monkeypatch.setattr(transformers.trainer, "skip_first_batches", lambda loader, _batches: loader)
     again = begin("run", "trainer.max_steps=8")
     point = again.saving.folder.checkpoint(3)
-    again.proof.take_up(checkpoint.read(point)["proof"])
-    with pytest.raises(FaultError, match=r"epoch 1, step 4: rows that are another step's were fed: \d+ \(step 1 of"):
+    again.proof.take_up(checkpoint_format.read(point)["proof"])
+    with pytest.raises(TrainingError, match=r"epoch 1, step 4: rows that are another step's were fed: \d+ \(step 1 of"):
         again.train(resume_from_checkpoint=str(point))
 
 
 def test_a_proof_of_another_step_is_refused(begin):
     subject = begin()
     subject.proof.take_up({"step": 7, "rows": "x", "ranks": []})
-    with pytest.raises(FaultError, match="a checkpoint of step 0 holds the proof of step 7"):
+    with pytest.raises(TrainingError, match="a checkpoint of step 0 holds the proof of step 7"):
         subject.train()
 
 
@@ -276,7 +278,7 @@ def test_a_proof_of_another_step_is_refused(begin):
     ],
 )
 def test_the_ranks_that_differ_from_more_than_half_are_named_and_all_where_there_is_no_half(held, ranks):
-    assert replicas.minority(list(held)) == ranks
+    assert replica_check.minority(list(held)) == ranks
 
 
 FLIP = """

@@ -7,7 +7,7 @@ import torch
 from conftest import SHORT, SMALL_LLAMA, manifest, metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sft_recipes.data import scratch
+from sft_recipes.data.toy import toy_model
 
 POISON = "%"
 
@@ -17,7 +17,7 @@ def poisoned_model(tmp_path_factory):
     """A model that answers NaN to whatever holds one character, as a single broken weight makes it."""
     folder = tmp_path_factory.mktemp("poisoned") / "model"
     texts = ["Add 12 and 30.", "It is 42.", POISON] * 50
-    scratch.build({**SMALL_LLAMA, "tie_word_embeddings": False}, texts, folder, seed=0)
+    toy_model.build({**SMALL_LLAMA, "tie_word_embeddings": False}, texts, folder, seed=0)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
         model.get_input_embeddings().weight[tokenizer(POISON, add_special_tokens=False)["input_ids"][-1]] = torch.nan

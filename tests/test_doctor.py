@@ -9,12 +9,14 @@ import time
 import pytest
 from conftest import REPOSITORY
 
-from sft_recipes.launching import doctor, health, topology
-from sft_recipes.launching.topology import Gpu
-from sft_recipes.planning import plan as plans
-from sft_recipes.planning import processes, recipes
-from sft_recipes.planning.processes import Pulse
-from sft_recipes.planning.run_folder import RunFolder
+from sft_recipes.config import loader
+from sft_recipes.launch import healthcheck, node_checks, topology
+from sft_recipes.launch.topology import Gpu
+from sft_recipes.planner import plan as plans
+from sft_recipes.runtime import heartbeat
+from sft_recipes.runtime.heartbeat import Pulse
+from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.tools import doctor
 
 CARDS = [Gpu("0", 81559, "NVIDIA H100 80GB HBM3", 9.0), Gpu("1", 81559, "NVIDIA H100 80GB HBM3", 9.0)]
 SEEN = {"torch": "2.13.0+cu130", "cuda": "13.0", "devices": 2, "warning": ""}
@@ -112,12 +114,12 @@ LOGS = {
     ("way", "colour"), list(zip(LOGS, ("green", "yellow", "green", "red", "green", "green", "yellow"), strict=True))
 )
 def test_the_way_that_nccl_chose_is_told_and_judged(way, colour):
-    ways = doctor.ways(f"node:1:9 [0] NCCL INFO Using network Socket\n{LOGS[way]}\n")
+    ways = node_checks.ways(f"node:1:9 [0] NCCL INFO Using network Socket\n{LOGS[way]}\n")
     assert ways == [way] or (ways == [] and way.startswith("by a way"))
     measured = {"backend": "nccl", "ranks": 2, "right": True, "bytes_a_second": 3e11, "ways": ways}
-    finding = doctor.all_reduce(measured, 2)
+    finding = node_checks.all_reduce(measured, 2)
     assert finding.colour == colour and f"300.0 GB/s over 2 ranks (nccl), {way}" in str(finding)
-    assert doctor.all_reduce(measured, 2, sockets_allowed=True).colour == ("green" if colour == "red" else colour)
+    assert node_checks.all_reduce(measured, 2, sockets_allowed=True).colour == ("green" if colour == "red" else colour)
 
 
 def test_rdma_that_cannot_be_used_matters_between_nodes(monkeypatch):
@@ -146,8 +148,8 @@ def test_a_token_that_cannot_be_sent_is_not_told(monkeypatch, token):
 
 
 def test_a_sum_that_is_wrong_or_does_not_come_is_red():
-    assert doctor.all_reduce({"right": False}, 2).colour == "red"
-    assert "cannot sum" in str(doctor.all_reduce({"error": "8 ranks cannot sum: NCCL error"}, 8))
+    assert node_checks.all_reduce({"right": False}, 2).colour == "red"
+    assert "cannot sum" in str(node_checks.all_reduce({"error": "8 ranks cannot sum: NCCL error"}, 8))
 
 
 def test_shared_memory_disk_cores_and_versions(tmp_path, monkeypatch):
@@ -197,7 +199,7 @@ def test_the_hub_is_asked_with_the_token_and_never_told_of_it(tmp_path):
     process = subprocess.Popen([sys.executable, server], stdout=subprocess.PIPE, text=True)
     try:
         endpoint = f"http://127.0.0.1:{process.stdout.readline().strip()}"
-        asked = "from sft_recipes.launching import doctor; print(*doctor.hub(doctor._ask_hub()), sep='\\n')"
+        asked = "from sft_recipes.tools import doctor; print(*doctor.hub(doctor._ask_hub()), sep='\\n')"
         for token, says in (("good", "answers; its token is good"), ("bad-secret", "does not know this HF_TOKEN")):
             environment = {
                 "PATH": "/usr/bin",
@@ -215,7 +217,7 @@ def test_the_hub_is_asked_with_the_token_and_never_told_of_it(tmp_path):
 
 
 def test_a_container_whose_run_hangs_is_not_healthy(tmp_path, monkeypatch):
-    recipe = recipes.load("tiny", ["guards.hang_seconds=60"])
+    recipe = loader.load("tiny", ["guards.hang_seconds=60"])
     folder = RunFolder(tmp_path / "tiny-1")
     folder.ranks.mkdir(parents=True)
     plans.write(plans.make(recipe, plans.Topology(gpus=0, processes=1)), folder.plan)
@@ -228,10 +230,10 @@ def test_a_container_whose_run_hangs_is_not_healthy(tmp_path, monkeypatch):
         held.stdout.readline()
         for ago, hangs in ((1.0, False), (5000.0, True)):
             pulse = Pulse(0, held.pid, 7, "step", 3, time.monotonic() - ago, 0.1)
-            processes.place(folder.ranks, 0).write_bytes(processes.to_bytes(pulse))
-            said = health.hanging()
+            heartbeat.place(folder.ranks, 0).write_bytes(heartbeat.to_bytes(pulse))
+            said = healthcheck.hanging()
             assert bool(said) == hangs and all("tiny-1: rank 0" in line and "hangs in step 7" in line for line in said)
     finally:
         held.kill()
         held.wait()
-    assert health.hanging() == [], "nobody carries it out any more"
+    assert healthcheck.hanging() == [], "nobody carries it out any more"

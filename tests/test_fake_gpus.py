@@ -15,10 +15,12 @@ from conftest import HANG_SECONDS, REPOSITORY
 from simulated_cuda import ENGINES, cases
 
 from sft_recipes import cli
-from sft_recipes.launching import doctor, preflight, topology
-from sft_recipes.planning import cuda, recipes
-from sft_recipes.planning import plan as plans
-from sft_recipes.planning.schema import RecipeError
+from sft_recipes.config import loader
+from sft_recipes.launch import node_checks, preflight, topology
+from sft_recipes.planner import plan as plans
+from sft_recipes.runtime import cuda
+from sft_recipes.runtime.errors import UserError
+from sft_recipes.tools import doctor
 
 pytestmark = pytest.mark.usefixtures("no_gpu_mask")
 
@@ -34,7 +36,7 @@ GPUS = {
     "rtx4090-24g": ("NVIDIA GeForce RTX 4090", 24564, "8.9"),
 }
 OTHERS = {"b200": ("NVIDIA B200", 183359, "10.0"), "unknown": ("NVIDIA Graphics Device", 60000, "11.0")}
-ON_GPUS = [name for name in recipes.names() if recipes.load(name).hardware.gpus]
+ON_GPUS = [name for name in loader.names() if loader.load(name).hardware.gpus]
 
 # What `training/examine.py` reports of a CUDA build that finds no GPU.
 NONE = {"torch": "2.13.0+cu130", "cuda": "13.0", "devices": 0, "warning": ""}
@@ -96,20 +98,20 @@ def test_sanity_and_verify_resume_are_rejected_as_train_is(workplace, monkeypatc
     assert "is a CPU build" in refused(workplace.sft("sanity", "1b", **asked))
     run = workplace.runs / "1b-1"
     run.mkdir(parents=True)
-    plans.write(plans.make(recipes.load("1b"), plans.Topology(1, 1, card="h100-80g")), run / "plan.json")
+    plans.write(plans.make(loader.load("1b"), plans.Topology(1, 1, card="h100-80g")), run / "plan.json")
     assert "is a CPU build" in refused(workplace.sft("verify-resume", "1b-1", **asked))
 
 
 def test_old_driver_is_rejected_unless_pytorch_can_use_the_gpus(on, monkeypatch, workplace):
     """The driver's version alone rejects nothing: with NVIDIA's forward-compatibility package 570 runs CUDA 13."""
-    plan = plans.make(recipes.load("8b"), plans.Topology(8, 8, card="h100-80g"))
+    plan = plans.make(loader.load("8b"), plans.Topology(8, 8, card="h100-80g"))
     fake = {"PYTHONPATH": str(FAKE_TORCH), "FAKE_TORCH_CUDA": "13.0", "FAKE_TORCH_DEVICES": "8"}
     on(driver="570.86.15", **fake)
     preflight.check_gpus(plan)
     assert preflight.gpu_problem(8) is None
     none = {"FAKE_TORCH_DEVICES": "0", "FAKE_TORCH_WARNING": TOO_OLD}
     on(driver="570.86.15", **none)
-    with pytest.raises(RecipeError, match="8 requested, but found NVIDIA driver 570.86.15, expected 580 or newer"):
+    with pytest.raises(UserError, match="8 requested, but found NVIDIA driver 570.86.15, expected 580 or newer"):
         preflight.check_gpus(plan)
     assert preflight.gpu_problem(8)[0] == "found NVIDIA driver 570.86.15, expected 580 or newer for CUDA 13.0"
     assert preflight.gpu_problem(0) is None, "nothing is asked on a node without GPUs"
@@ -205,7 +207,7 @@ def test_setup_keeps_the_build_of_an_existing_environment(tmp_path):
 def test_recipe_plans_on_a_machine_as_for_its_hardware(name, on, monkeypatch, tmp_path, capsys):
     """On one node by `plan` and `train --dry-run`; on several, as each node of a job plans."""
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
-    hardware = recipes.load(name).hardware
+    hardware = loader.load(name).hardware
     on(hardware.card, hardware.gpus // hardware.nodes)
     assert cli.main(["plan", name, "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
@@ -213,14 +215,14 @@ def test_recipe_plans_on_a_machine_as_for_its_hardware(name, on, monkeypatch, tm
     allocation = None
     if hardware.nodes > 1:
         allocation = topology.Allocation(7, "0-0", hardware.nodes, 0, "node1", 8, ("127.0.0.1",), 15001)
-    here = topology.present(recipes.load(name), None, None, None, None, None, allocation)
-    made = json.loads(plans.to_json(plans.make(recipes.load(name), here)))
+    here = topology.present(loader.load(name), None, None, None, None, None, allocation)
+    made = json.loads(plans.to_json(plans.make(loader.load(name), here)))
     ours = ("run_id", "created", "fewest_gpus", "cheapest_change", "devices")
     assert {k: v for k, v in made.items() if k not in ours} == {k: v for k, v in planned.items() if k not in ours}
     if allocation is None:
         assert cli.main(["train", name, "--dry-run"]) == 0
         words = shlex.split(capsys.readouterr().out)
-        assert words[-2:] == ["sft_recipes.training.run", str(tmp_path / "runs" / f"{name}-1" / "plan.json")]
+        assert words[-2:] == ["sft_recipes.training.main", str(tmp_path / "runs" / f"{name}-1" / "plan.json")]
     assert not (tmp_path / "runs").exists()
 
 
@@ -236,14 +238,14 @@ def test_doctor_judges_what_pytorch_finds(card, driver, on, monkeypatch):
     assert found["GPUs"].colour == "green" and f"1: {name}, {memory / 1024:.0f} GiB" in found["GPUs"].found
     assert found["driver"].found == driver and found["CUDA"].colour == ("green" if usable else "red")
     assert usable or "expected 580 or newer for CUDA 13.0" in str(found["CUDA"])
-    assert list(doctor.used_mib().values()) == [4.0, 4.0]
+    assert list(node_checks.used_mib().values()) == [4.0, 4.0]
 
 
 def test_gpu_of_unknown_memory_needs_a_card(on, capsys, monkeypatch, tmp_path):
     """GB10, which shares the host's memory: nvidia-smi has no size for it."""
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
     on("unknown", 1, FAKE_GPU_MEMORY="[N/A]", FAKE_GPU_NAME="NVIDIA GB10", FAKE_GPU_MEMORY_USED="[N/A]")
-    assert doctor.used_mib() == {}
+    assert node_checks.used_mib() == {}
     assert cli.main(["train", "1b", "--dry-run"]) == 2
     assert "CARD: nvidia-smi reports no memory size for NVIDIA GB10; set CARD=<GiB" in capsys.readouterr().err
     assert cli.main(["train", "1b", "--card", "96", "--dry-run"]) == 0
@@ -278,7 +280,7 @@ def test_every_recipe_and_strategy_is_a_case():
 def test_launch_is_what_the_plan_says(simulated, case):
     plan, launched = case.plan(), simulated[case.name]["launch"]
     variables = launched["environment"]
-    assert launched["words"][-3:-1] == ["-m", "sft_recipes.training.run"]
+    assert launched["words"][-3:-1] == ["-m", "sft_recipes.training.main"]
     if plan.parallelism == "single":
         assert "rendezvous" not in launched and variables["ACCELERATE_USE_CPU"] == "False"
     else:

@@ -7,16 +7,19 @@ import re
 import pytest
 from conftest import REPOSITORY
 
-from sft_recipes.planning import cost, environment, fit, memory, recipes, show
-from sft_recipes.planning import plan as plans
-from sft_recipes.planning.plan import Topology
-from sft_recipes.planning.schema import Lora, RecipeError
+from sft_recipes.config import loader, sizes
+from sft_recipes.config.schema import Lora
+from sft_recipes.planner import cost, memory, render, suggest
+from sft_recipes.planner import plan as plans
+from sft_recipes.planner.plan import Topology
+from sft_recipes.runtime import env
+from sft_recipes.runtime.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("no_gpu_mask")
 
 
 def plan(name, gpus, card="h100-80g", *overrides):
-    return plans.make(recipes.load(name, overrides), fit.on(gpus, card))
+    return plans.make(loader.load(name, overrides), suggest.on(gpus, card))
 
 
 @pytest.mark.parametrize(
@@ -30,8 +33,8 @@ def plan(name, gpus, card="h100-80g", *overrides):
     ],
 )
 def test_the_fewest_gpus_are_those_below_which_nothing_fits(name, card, fewest):
-    recipe = recipes.load(name)
-    assert fit.smallest_gpu_count(recipe, card) == fewest
+    recipe = loader.load(name)
+    assert suggest.smallest_gpu_count(recipe, card) == fewest
     if fewest:
         counts = (1, 2, 4, 8, 16, 32)  # all of which keep a batch of 32 or 64
         assert [gpus for gpus in counts if plan(name, gpus, card).fits] == [gpus for gpus in counts if gpus >= fewest]
@@ -49,9 +52,9 @@ def test_the_fewest_gpus_are_those_below_which_nothing_fits(name, card, fewest):
     ],
 )  # fmt: skip
 def test_the_cheapest_change_is_named_and_does_fit(name, gpus, card, overrides, change):
-    recipe, topology = recipes.load(name, overrides), fit.on(gpus, card)
+    recipe, topology = loader.load(name, overrides), suggest.on(gpus, card)
     assert plans.make(recipe, topology).fits is False
-    said = fit.cheapest_change(recipe, topology)
+    said = suggest.cheapest_change(recipe, topology)
     assert said.startswith(change)
     words = dict(word.split("=") for word in said.split())
     more = int(words.pop("GPUS", gpus))
@@ -59,10 +62,10 @@ def test_the_cheapest_change_is_named_and_does_fit(name, gpus, card, overrides, 
 
 
 def test_where_nothing_helps_nothing_is_named():
-    assert fit.cheapest_change(recipes.load("70b"), fit.on(8, "2")) is None
+    assert suggest.cheapest_change(loader.load("70b"), suggest.on(8, "2")) is None
 
 
-LLAMA_1B, LLAMA_8B = (recipes.load(name).model.architecture for name in ("1b", "8b"))
+LLAMA_1B, LLAMA_8B = (loader.load(name).model.architecture for name in ("1b", "8b"))
 
 
 def flops(architecture, mean_length, supervised_share=1.0, lora=None, checkpointing=False):
@@ -151,7 +154,7 @@ def test_time_and_money_follow_from_the_assumed_mfu(monkeypatch):
     assert forecast["money"] == pytest.approx(forecast["gpu_hours"] * 2.5, abs=0.02)
     parts = ("training_seconds", "evaluation_seconds", "saving_seconds")
     assert forecast["seconds"] == pytest.approx(sum(forecast[part] for part in parts), abs=0.2)
-    half = plans.make(recipes.load("8b", ["hardware.mfu=0.175"]), fit.on(8, "h100-80g")).forecast
+    half = plans.make(loader.load("8b", ["hardware.mfu=0.175"]), suggest.on(8, "h100-80g")).forecast
     assert half["training_seconds"] == pytest.approx(2 * forecast["training_seconds"], rel=1e-3)
     kept = plan("8b", 8, "h100-80g", "trainer.gradient_checkpointing=false").forecast
     less = flops(LLAMA_8B, 1374).hardware / per_token.hardware
@@ -169,28 +172,28 @@ def test_prepared_data_lowers_the_forecast_by_the_tokens_that_are_not_supervised
     shares = [flops(LLAMA_1B, 1374, share, checkpointing=True).hardware for share in (1.0, 0.6)]
     hours = [one.forecast["training_seconds"] / one.optimizer_steps for one in (unknown, settled)]
     assert hours[1] / hours[0] == pytest.approx(shares[1] / shares[0], rel=1e-3)
-    assert "all tokens supervised, an upper bound" in show.plan_table(unknown)
-    assert "60% of tokens supervised" in show.plan_table(settled)
+    assert "all tokens supervised, an upper bound" in render.plan_table(unknown)
+    assert "60% of tokens supervised" in render.plan_table(settled)
 
 
 def test_a_price_that_is_none_is_refused(monkeypatch):
     monkeypatch.setenv("GPU_HOUR_PRICE", "cheap")
-    with pytest.raises(RecipeError, match="GPU_HOUR_PRICE: 'cheap' is not a price"):
+    with pytest.raises(UserError, match="GPU_HOUR_PRICE: 'cheap' is not a price"):
         plan("8b", 8)
 
 
 def test_a_gpu_that_is_not_in_the_table_is_planned_by_its_memory_without_hours():
     unknown = plan("8b", 8, "48")
     assert unknown.forecast is None and unknown.fits is True
-    shown = show.plan_table(unknown)
+    shown = render.plan_table(unknown)
     assert "8 GPUs on 1 node(s), GPU type not in the table, 48 GiB" in shown
     assert "no forecast: peak FLOP/s not known (GPU type not in the table, 48 GiB; set CARD to" in shown
-    assert plans.make(recipes.load("tiny"), Topology(gpus=0, processes=1)).forecast is None
+    assert plans.make(loader.load("tiny"), Topology(gpus=0, processes=1)).forecast is None
 
 
 def test_fp32_has_no_forecast_since_the_table_is_of_bf16():
     single = plan("1b", 1, "h100-80g", "precision=fp32")
-    assert single.forecast is None and "this plan computes in fp32" in show.plan_table(single)
+    assert single.forecast is None and "this plan computes in fp32" in render.plan_table(single)
 
 
 def test_the_comparison_keeps_the_batch_on_every_count(workplace):
@@ -283,7 +286,7 @@ def test_train_refuses_what_does_not_fit_the_gpus_that_are_here(workplace):
     ],
 )
 def test_the_card_is_what_the_machine_has(workplace, monkeypatch, gpus, card):
-    from sft_recipes.launching import topology
+    from sft_recipes.launch import topology
 
     monkeypatch.setenv("PATH", machine_with(workplace, *gpus))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -324,13 +327,13 @@ def test_offloading_without_the_memory_for_it_is_refused(workplace):
 
 
 def test_the_two_cheapest_changes_that_take_less_are_named():
-    found = fit.lighter(recipes.load("8b"), fit.on(8, "h100-80g"))
+    found = suggest.lighter(loader.load("8b"), suggest.on(8, "h100-80g"))
     assert len(found) == 2
     needs = [plan("8b", 8, "h100-80g", *change.split()).memory_bytes_per_gpu["total"] for change in ("", *found)]
     assert needs[1] <= 0.9 * needs[0] and needs[2] <= 0.9 * needs[0]
-    unknown = recipes.load("tiny", ["model.architecture={model_type: gpt2, vocab_size: 1024}"])
+    unknown = loader.load("tiny", ["model.architecture={model_type: gpt2, vocab_size: 1024}"])
     always = ["batch.per_device_at_most=1", "trainer.gradient_checkpointing=true"]
-    assert fit.lighter(unknown, Topology(0, 1)) == always, "nothing is forecast"
+    assert suggest.lighter(unknown, Topology(0, 1)) == always, "nothing is forecast"
 
 
 def test_what_is_offloaded_must_fit_the_nodes_own_memory(workplace):
@@ -344,7 +347,7 @@ def test_what_is_offloaded_must_fit_the_nodes_own_memory(workplace):
 
 @pytest.mark.parametrize("engine", ["zero3", "zero3_offload", "fsdp2"])
 def test_4_bit_weights_are_refused_where_they_would_not_be_shared_out(engine):
-    with pytest.raises(RecipeError, match=f"{engine} does not shard 4-bit weights .*say parallelism=ddp or zero2"):
+    with pytest.raises(UserError, match=f"{engine} does not shard 4-bit weights .*say parallelism=ddp or zero2"):
         plan("8b-qlora", 8, "h100-80g", f"parallelism={engine}")
 
 
@@ -374,23 +377,21 @@ def test_what_makes_no_plan_is_refused_in_one_line(workplace, words, message):
 
 
 def test_more_than_eight_gpus_are_several_nodes():
-    from sft_recipes.launching.topology import planned
+    from sft_recipes.launch.topology import planned
 
-    nodes = {gpus: planned(recipes.load("70b"), gpus, None, None, None).nodes for gpus in (8, 16, 32, 64)}
+    nodes = {gpus: planned(loader.load("70b"), gpus, None, None, None).nodes for gpus in (8, 16, 32, 64)}
     assert nodes == {8: 1, 16: 2, 32: 4, 64: 8}
 
 
 def test_a_model_whose_size_the_recipe_does_not_say_is_weighed_once_it_is_here():
-    recipe = recipes.load("8b", ["model.name_or_path=some/model", "data.train=rows.jsonl"])
-    unknown = plans.make(recipe, fit.on(1, "h100-80g"))
+    recipe = loader.load("8b", ["model.name_or_path=some/model", "data.train=rows.jsonl"])
+    unknown = plans.make(recipe, suggest.on(1, "h100-80g"))
     assert unknown.fits is None
-    architecture = recipes.load("8b").model.architecture
+    architecture = loader.load("8b").model.architecture
     found = plans.Prepared("f", "x", "m", architecture, 9000, 9000, 9000, 90000, 10)
-    with pytest.raises(
-        RecipeError, match=r"some/model needs about .* GiB per GPU and .* GiB of reserve, found 79.6 GiB"
-    ):
+    with pytest.raises(UserError, match=r"some/model needs about .* GiB per GPU and .* GiB of reserve, found 79.6 GiB"):
         plans.settle(unknown, found)
-    fitting = plans.settle(plans.make(recipe, fit.on(8, "h100-80g")), found)
+    fitting = plans.settle(plans.make(recipe, suggest.on(8, "h100-80g")), found)
     assert fitting.fits is True and fitting.parameters == 8_030_261_248
 
 
@@ -405,41 +406,41 @@ def test_a_size_between_two_rows_takes_the_nearest_and_the_plan_says_so(workplac
 
 
 def test_a_recipe_whose_architecture_belongs_to_another_row_is_refused():
-    recipe = recipes.load("8b")
+    recipe = loader.load("8b")
     for size, row in (("1-3b", "1-3b"), ("70b", "30-70b"), ("tiny", "tiny")):
-        with pytest.raises(RecipeError, match=f"size is {size}, row {row}, but model.architecture has 8.0 billion"):
-            recipes.row_of(dataclasses.replace(recipe, size=size))
+        with pytest.raises(UserError, match=f"size is {size}, row {row}, but model.architecture has 8.0 billion"):
+            sizes.row_of(dataclasses.replace(recipe, size=size))
 
 
 @pytest.mark.parametrize("content", ['{"zero_optimization": {"stage": 2}}', "{", "{}"])
 def test_an_engine_whose_files_disagree_is_refused(tmp_path, monkeypatch, content):
-    from sft_recipes.launching import command
+    from sft_recipes.launch import command
 
     (tmp_path / "accelerate_configs").mkdir()
     (tmp_path / "deepspeed_configs").mkdir()
     zero3 = plan("70b", 32)
     monkeypatch.setattr(command, "REPOSITORY", tmp_path)
-    with pytest.raises(RecipeError, match="needs accelerate_configs/zero3.yaml, which is not there"):
+    with pytest.raises(UserError, match="needs accelerate_configs/zero3.yaml, which is not there"):
         command.engine(zero3)
     text = (REPOSITORY / "accelerate_configs" / "zero3.yaml").read_text()
     (tmp_path / "accelerate_configs" / "zero3.yaml").write_text(text)
-    with pytest.raises(RecipeError, match="zero3 needs deepspeed_configs/zero3.json, which is not there"):
+    with pytest.raises(UserError, match="zero3 needs deepspeed_configs/zero3.json, which is not there"):
         command.engine(zero3)
     (tmp_path / "deepspeed_configs" / "zero3.json").write_text(content)
     wanted = (
         "says stage 2, but the plan has parallelism zero3" if "stage" in content else "not a DeepSpeed configuration"
     )
-    with pytest.raises(RecipeError, match=wanted):
+    with pytest.raises(UserError, match=wanted):
         command.engine(zero3)
 
 
 def test_the_memory_is_the_machines_unless_its_container_may_take_less(tmp_path, monkeypatch):
     """No file, as on bare machines; `max`, as in containers without a limit; a limit."""
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(environment, "_MEMORY_LIMITS", (limit,))
-    machine = environment.host_memory_bytes()
+    monkeypatch.setattr(env, "_MEMORY_LIMITS", (limit,))
+    machine = env.host_memory_bytes()
     assert machine > 2**28
     limit.write_text("max\n")
-    assert environment.host_memory_bytes() == machine
+    assert env.host_memory_bytes() == machine
     limit.write_text(f"{2**28}\n")
-    assert environment.host_memory_bytes() == 2**28
+    assert env.host_memory_bytes() == 2**28

@@ -4,8 +4,8 @@ import pytest
 from conftest import REPOSITORY
 from trl.trainer.utils import get_peak_flops
 
-from sft_recipes.planning import gpus
-from sft_recipes.planning.schema import RecipeError
+from sft_recipes.config import gpu_types
+from sft_recipes.runtime.errors import UserError
 
 # What nvidia-smi and torch call each type.
 PRODUCTS = {
@@ -42,34 +42,34 @@ DIFFERS_FROM_TRL = {"a10g-24g"}  # TRL takes the A10's 125 TFLOP/s; the A10G's d
 
 
 def test_every_gpu_type_has_a_product_name_here():
-    assert list(PRODUCTS) == [gpu.name for gpu in gpus.GPU_TYPES]
+    assert list(PRODUCTS) == [gpu.name for gpu in gpu_types.GPU_TYPES]
 
 
-@pytest.mark.parametrize("gpu", gpus.GPU_TYPES, ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("gpu", gpu_types.GPU_TYPES, ids=lambda gpu: gpu.name)
 def test_a_gpu_is_identified_by_its_product_name_and_memory(gpu):
     product = PRODUCTS[gpu.name]
     for reported in (gpu.memory_mib, 0.975 * gpu.memory_mib):  # nvidia-smi's, and what torch sees of it
-        assert gpus.identify(product, reported) is gpu
-    assert gpus.identify(product, gpu.memory_mib / 2) is not gpu, "a slice of it"
+        assert gpu_types.identify(product, reported) is gpu
+    assert gpu_types.identify(product, gpu.memory_mib / 2) is not gpu, "a slice of it"
 
 
-@pytest.mark.parametrize("gpu", gpus.GPU_TYPES, ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("gpu", gpu_types.GPU_TYPES, ids=lambda gpu: gpu.name)
 def test_peak_flops_are_those_of_trls_table(gpu):
     theirs = get_peak_flops(PRODUCTS[gpu.name], "bfloat16")
     if theirs is not None and gpu.name not in DIFFERS_FROM_TRL:
         assert gpu.peak_flops == pytest.approx(theirs, rel=0.01)
 
 
-@pytest.mark.parametrize("gpu", gpus.GPU_TYPES, ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("gpu", gpu_types.GPU_TYPES, ids=lambda gpu: gpu.name)
 def test_the_page_lists_the_table(gpu):
     page = (REPOSITORY / "docs" / "MODELS.md").read_text()
     assert f"| `{gpu.name}` | {gpu.memory_mib / 1024:.1f} | {gpu.tflops:g} | {gpu.source} |" in page
 
 
 def test_a_gpu_is_given_by_name_or_by_gib():
-    assert gpus.memory_bytes("h100-80g") == 81_559 * 2**20 and gpus.memory_bytes("80") == 80 * 2**30
-    assert gpus.peak_flops("h100-80g") == 989e12 and gpus.peak_flops("h100-pcie-80g") == 756e12
-    assert gpus.memory_bytes(None) is gpus.peak_flops(None) is gpus.peak_flops("80") is None
-    with pytest.raises(RecipeError, match="unknown GPU type: found 'h100-80gb', .* did you mean h100-80g") as error:
-        gpus.memory_bytes("h100-80gb")
+    assert gpu_types.memory_bytes("h100-80g") == 81_559 * 2**20 and gpu_types.memory_bytes("80") == 80 * 2**30
+    assert gpu_types.peak_flops("h100-80g") == 989e12 and gpu_types.peak_flops("h100-pcie-80g") == 756e12
+    assert gpu_types.memory_bytes(None) is gpu_types.peak_flops(None) is gpu_types.peak_flops("80") is None
+    with pytest.raises(UserError, match="unknown GPU type: found 'h100-80gb', .* did you mean h100-80g") as error:
+        gpu_types.memory_bytes("h100-80gb")
     assert len(str(error.value)) < 200

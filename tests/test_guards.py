@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import TrainerControl
 
-from sft_recipes.planning import plan as plans
-from sft_recipes.planning import recipes
-from sft_recipes.planning.plan import Topology
-from sft_recipes.planning.run_folder import RunFolder
-from sft_recipes.training.callbacks import guards
-from sft_recipes.training.divergence import DivergedError, Watch, What
+from sft_recipes.config import loader
+from sft_recipes.planner import plan as plans
+from sft_recipes.planner.plan import Topology
+from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.training.callbacks import alerts
+from sft_recipes.training.nan_guard import DivergedError, Watch, What
 
 
 class Ranks:
@@ -29,7 +29,7 @@ class Ranks:
 def watching(tmp_path, deepspeed=False, skipped=False):
     from datasets import Dataset
 
-    plan = plans.make(recipes.load("tiny"), Topology(gpus=0, processes=1))
+    plan = plans.make(loader.load("tiny"), Topology(gpus=0, processes=1))
     Dataset.from_list([{"input_ids": [1, 2], "source": f"a.jsonl:{n}"} for n in (1, 2)]).save_to_disk(
         tmp_path / "train"
     )
@@ -85,9 +85,9 @@ def test_numbers_pass(tmp_path):
 
 
 def guard(tmp_path, *overrides, steps=400):
-    plan = plans.make(recipes.load("tiny", overrides), Topology(gpus=0, processes=1))
+    plan = plans.make(loader.load("tiny", overrides), Topology(gpus=0, processes=1))
     plan = dataclasses.replace(plan, warmup_steps=20, optimizer_steps=steps)
-    subject = guards.Guard(plan, RunFolder(tmp_path))
+    subject = alerts.Guard(plan, RunFolder(tmp_path))
     said = []
     watch = SimpleNamespace(loss=0.0, grad_norm=1.0)
     watch.stopped_by_guard = lambda trainer, what: DivergedError(
@@ -193,7 +193,7 @@ def test_a_loss_with_nothing_left_to_learn_has_not_stalled(tmp_path):
     [([], 0), ([3.0], 0), ([3, 2, 1], 0), ([1, 2, 3], 2), ([2, 1, 1, 1.5], 2), ([float("nan"), 2.0, float("nan")], 1)],
 )
 def test_evaluations_since_the_best_are_counted(losses, since):
-    assert guards.evaluations_since_the_best({10 * n: loss for n, loss in enumerate(losses)}) == since
+    assert alerts.evaluations_since_the_best({10 * n: loss for n, loss in enumerate(losses)}) == since
 
 
 def test_patience_ends_the_run_on_the_evaluation_that_exceeds_it(tmp_path):
@@ -226,7 +226,7 @@ def test_a_wrong_threshold_is_refused(workplace, said, message):
 @pytest.mark.parametrize("flat", [False, True], ids=["rows below each other", "rows end to end"])
 def test_the_examples_of_a_broken_loss_are_found_in_either_layout(flat):
     """Two packed rows of 5 and 4 tokens; the second row's first example (2 tokens) predicts no number."""
-    from sft_recipes.training.divergence import _of_row, _of_the_row
+    from sft_recipes.training.nan_guard import _of_row, _of_the_row
 
     rows = [
         {"input_ids": [0] * 5, "source": ["a:1", "a:2"], "seq_lengths": [3, 2]},

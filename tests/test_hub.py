@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlparse
 import pytest
 from conftest import SHORT
 
-from sft_recipes.data import embedded
+from sft_recipes.data.toy import toy_dataset
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ENGINE = ("--gpus", "0", "parallelism=ddp", "precision=fp32")
@@ -107,7 +107,7 @@ def served(tmp_path, model_folder):
     data = tmp_path / "hub" / "datasets" / "some" / "rows"
     (data / "data").mkdir(parents=True)
     (data / "README.md").write_text(README)
-    for split, rows in (("train_sft", embedded.rows(200, False)), ("test_sft", embedded.rows(40, True))):
+    for split, rows in (("train_sft", toy_dataset.rows(200, False)), ("test_sft", toy_dataset.rows(40, True))):
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (data / "data" / f"{split}-00000-of-00001.jsonl").write_text(text)
     return tmp_path / "hub"
@@ -141,8 +141,8 @@ import pathlib, sys, torch
 from huggingface_hub import constants
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
-from sft_recipes.planning.run_folder import RunFolder
-from sft_recipes.planning.schema import RecipeError
+from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.config.schema import UserError
 from sft_recipes.training import generate
 run, commit, prompt = RunFolder(pathlib.Path(sys.argv[1])), sys.argv[2], sys.argv[3]
 generate.main(run, [prompt])
@@ -152,7 +152,7 @@ assert torch.equal(adapted(ids).logits, AutoModelForCausalLM.from_pretrained(run
 constants.HF_HUB_CACHE = "/nowhere"
 try:
     generate.main(run, [prompt])
-except RecipeError as error:
+except UserError as error:
     print(error, file=sys.stderr)
 """
 
@@ -250,13 +250,13 @@ def test_a_model_with_other_parameters_than_the_plan_counts_is_refused(tmp_path)
     from conftest import SMALL_LLAMA
     from transformers import AutoConfig
 
-    from sft_recipes.data.models import check_architecture
-    from sft_recipes.planning.schema import RecipeError
+    from sft_recipes.data.model_files import check_architecture
+    from sft_recipes.runtime.errors import UserError
 
     AutoConfig.for_model(**SMALL_LLAMA).save_pretrained(tmp_path)
     check_architecture(SMALL_LLAMA, tmp_path, False)
     AutoConfig.for_model(**SMALL_LLAMA, mlp_bias=True).save_pretrained(tmp_path)
-    with pytest.raises(RecipeError, match="the model has [0-9,]+ parameters and the plan counts"):
+    with pytest.raises(UserError, match="the model has [0-9,]+ parameters and the plan counts"):
         check_architecture(SMALL_LLAMA, tmp_path, False)
 
 

@@ -16,15 +16,18 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from sft_recipes.launching import job, network, peers, process, ranks, topology
-from sft_recipes.launching.peers import Peers
-from sft_recipes.launching.process import Asked
-from sft_recipes.launching.topology import Allocation, first_host, from_slurm
-from sft_recipes.planning import cuda, recipes, saves
-from sft_recipes.planning import plan as plans
-from sft_recipes.planning.processes import ASKING
-from sft_recipes.planning.run_folder import RunFolder, Start, runs_root
-from sft_recipes.planning.schema import RecipeError
+from sft_recipes.config import loader
+from sft_recipes.launch import network, node_launchers, process_group, ranks, slurm, topology
+from sft_recipes.launch.node_launchers import Peers
+from sft_recipes.launch.process_group import Asked
+from sft_recipes.launch.run_selection import Start
+from sft_recipes.launch.topology import Allocation, first_host, from_slurm
+from sft_recipes.planner import plan as plans
+from sft_recipes.planner import save_time
+from sft_recipes.runtime import cuda
+from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.heartbeat import ASKING
+from sft_recipes.runtime.run_dir import RunFolder, runs_root
 
 STEP = {
     "SLURM_JOB_ID": "70123",
@@ -99,7 +102,7 @@ def test_the_first_host_of_a_list_is_where_ranks_meet(listed: str, first: str) -
     ],
 )
 def test_a_step_of_another_shape_is_refused(wrong: Mapping[str, str], said: str) -> None:
-    with pytest.raises(RecipeError, match=said):
+    with pytest.raises(UserError, match=said):
         from_slurm({**STEP, **wrong})
 
 
@@ -114,22 +117,22 @@ def test_a_step_of_another_shape_is_refused(wrong: Mapping[str, str], said: str)
 )
 def test_an_allocation_that_is_not_what_was_asked_for_is_refused(asked: dict[str, object], said: str) -> None:
     given = {"gpus": None, "processes": None, "nodes": None, "card": None, "devices": None, **asked}
-    with pytest.raises(RecipeError, match=said):
-        topology.present(recipes.load("70b"), **given, allocation=from_slurm(STEP))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=said):
+        topology.present(loader.load("70b"), **given, allocation=from_slurm(STEP))  # type: ignore[arg-type]
 
 
 def test_several_nodes_without_slurm_are_refused_with_the_way_there_is() -> None:
-    with pytest.raises(RecipeError, match=r"sbatch --nodes=4 slurm/70b\.sh"):
-        topology.present(recipes.load("70b"), None, None, 4, None, None)
+    with pytest.raises(UserError, match=r"sbatch --nodes=4 slurm/70b\.sh"):
+        topology.present(loader.load("70b"), None, None, 4, None, None)
 
 
 def test_every_recipe_has_a_job_that_asks_for_what_its_plan_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))  # not the speed of a save that a run here has measured
-    assert {script.stem for script in HEADERS} == set(recipes.names())
+    assert {script.stem for script in HEADERS} == set(loader.names())
     for script in HEADERS:
-        asked, recipe = header(script), recipes.load(script.stem)
+        asked, recipe = header(script), loader.load(script.stem)
         plan = plans.make(recipe, topology.planned(recipe, None, None, None, None))
         if plan.gpus:
             assert int(asked["nodes"]) * int(asked["gpus-per-node"]) == plan.gpus, script.name
@@ -138,7 +141,7 @@ def test_every_recipe_has_a_job_that_asks_for_what_its_plan_needs(
             whole = "exclusive" in asked and asked["mem"] == "0"
             assert whole == (int(asked["gpus-per-node"]) == 8), script.name
         lead = int(asked["signal"].removeprefix("B:USR1@"))
-        assert lead > 1.5 * saves.seconds_at_most(plan), script.name
+        assert lead > 1.5 * save_time.seconds_at_most(plan), script.name
         assert asked["ntasks-per-node"] == "1" and "requeue" in asked and asked["open-mode"] == "append", script.name
         assert asked["job-name"] == f"sft-{script.stem}" and asked["output"] == "slurm/logs/%x-%j.out", script.name
         assert re.search(r"--nodes=\d+ +# \S", script.read_text()), f"{script.name} does not say why that many"
@@ -225,8 +228,8 @@ def test_a_job_of_one_node_gets_the_gpus_that_slurm_gave_or_is_refused(monkeypat
         topology, "visible_gpus", lambda: [topology.Gpu(str(n), 81559, "NVIDIA H100") for n in range(4)]
     )
     one = from_slurm({**STEP, "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NODEID": "0"})
-    with pytest.raises(RecipeError, match="Slurm gave 8 on gpu005, and nvidia-smi lists 4 there; .*--exclude=gpu005"):
-        topology.present(recipes.load("8b"), None, None, None, None, None, one)
+    with pytest.raises(UserError, match="Slurm gave 8 on gpu005, and nvidia-smi lists 4 there; .*--exclude=gpu005"):
+        topology.present(loader.load("8b"), None, None, None, None, None, one)
 
 
 def test_the_body_of_a_job_by_hand_says_how_it_is_meant() -> None:
@@ -251,30 +254,30 @@ def test_a_node_that_refuses_its_input_leaves_word_for_the_job(tmp_path: Path) -
 
 
 def test_a_job_is_started_three_times_without_progress_and_no_more(tmp_path: Path, monkeypatch) -> None:
-    plan = plans.make(recipes.load("tiny"), topology.planned(recipes.load("tiny"), None, None, None, None))
+    plan = plans.make(loader.load("tiny"), topology.planned(loader.load("tiny"), None, None, None, None))
     folder = RunFolder(tmp_path / "one")
     start = Start(folder, plan, goes_on=False)
-    assert [job.exhausted(start) for _ in range(5)] == [None] * 5  # no job
+    assert [slurm.exhausted(start) for _ in range(5)] == [None] * 5  # no job
     for name, value in {**STEP, "RUNS_DIR": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
-    assert [job.exhausted(start) for _ in range(5)] == [None] * 5  # by hand, in a step of one's own
+    assert [slurm.exhausted(start) for _ in range(5)] == [None] * 5  # by hand, in a step of one's own
     monkeypatch.setenv("SFT_RECIPES_LOGS", str(tmp_path))
-    assert [job.exhausted(start) for _ in range(3)] == [None] * 3
-    said = job.exhausted(start)
+    assert [slurm.exhausted(start) for _ in range(3)] == [None] * 3
+    said = slurm.exhausted(start)
     assert said is not None and "job 70123 was started 3 times and has come no further than its beginning" in said
-    assert job.exhausted(Start(folder, plan, goes_on=True, insisted=True)) is None
+    assert slurm.exhausted(Start(folder, plan, goes_on=True, insisted=True)) is None
     folder.checkpoint(5).mkdir(parents=True)
     (folder.checkpoint(5) / "complete.json").write_text('{"run_id": ""}')
-    assert job.exhausted(start) is None  # it has come further
+    assert slurm.exhausted(start) is None  # it has come further
     monkeypatch.setenv("SLURM_JOB_ID", "70124")
-    assert job.exhausted(Start(RunFolder(tmp_path / "two"), plan, goes_on=False)) is None
+    assert slurm.exhausted(Start(RunFolder(tmp_path / "two"), plan, goes_on=False)) is None
 
 
 @pytest.fixture
 def two(tmp_path: Path, monkeypatch) -> tuple[Peers, Peers]:
     """The parents of two nodes that have met."""
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
-    monkeypatch.setattr(peers, "_SECONDS_TO_MEET", 120.0)
+    monkeypatch.setattr(node_launchers, "_SECONDS_TO_MEET", 120.0)
     leader, follower = Peers(allocation(0)), Peers(allocation(1))
     other = threading.Thread(target=follower.meet, args=[{"cores": 4}, Asked()])
     other.start()
@@ -302,7 +305,7 @@ def test_an_order_is_heard_once_and_its_end_is_told(two: tuple[Peers, Peers]) ->
     follower.report(order, {"code": 1, "fault": "rank 1 on node2 is gone", "by_user": False, "came_of_others": False})
     leader.report(order, {"code": 1, "fault": "rank 0: gloo: lost", "by_user": False, "came_of_others": True})
     leader.look(at_once=True)
-    assert peers.first_fault(list(leader.reports(order).values()))["fault"] == "rank 1 on node2 is gone"
+    assert node_launchers.first_fault(list(leader.reports(order).values()))["fault"] == "rank 1 on node2 is gone"
     assert order.address == "127.0.0.1"
     assert leader.reports(leader.order("run", Path("plan.json"), 15001)) == {}
 
@@ -316,14 +319,14 @@ def test_gloo_speaks_through_the_interface_that_leads_to_node_0() -> None:
 
 def test_a_stop_that_was_asked_for_says_how_an_order_ended_before_an_end_that_nobody_explains() -> None:
     ended = [{"code": code, "fault": None, "by_user": False, "came_of_others": False} for code in (1, 75, 0)]
-    assert peers.first_fault(ended)["code"] == 75
-    assert peers.first_fault([ended[0], ended[2]])["code"] == 1
+    assert node_launchers.first_fault(ended)["code"] == 75
+    assert node_launchers.first_fault([ended[0], ended[2]])["code"] == 1
 
 
 def test_a_parent_that_falls_silent_is_missed_and_one_that_leaves_is_not(two: tuple[Peers, Peers], monkeypatch) -> None:
     leader, follower = two
-    monkeypatch.setattr(peers, "SECONDS_OF_SILENCE", 0.5)
-    monkeypatch.setattr(peers, "_SECONDS_BETWEEN_LOOKS", 0.1)
+    monkeypatch.setattr(node_launchers, "SECONDS_OF_SILENCE", 0.5)
+    monkeypatch.setattr(node_launchers, "_SECONDS_BETWEEN_LOOKS", 0.1)
     for _ in range(12):
         threading.Event().wait(0.1)
         leader.look()
@@ -339,10 +342,10 @@ def test_a_node_that_is_lost_is_named_and_the_job_started_again(
     leader, follower = two
     monkeypatch.setenv("SFT_RECIPES_REQUEUE", str(tmp_path / "requeue"))
     assert leader.tell_of_the_lost() is None and not (tmp_path / "requeue").exists()
-    leader.silent[1] = peers.SECONDS_OF_SILENCE + 1
+    leader.silent[1] = node_launchers.SECONDS_OF_SILENCE + 1
     assert "node2 has not been heard from for 60 s; the job is started again" in str(leader.tell_of_the_lost())
     assert (tmp_path / "requeue").exists()
-    follower.silent[0] = peers.SECONDS_OF_SILENCE + 1  # it may be at something else between two orders
+    follower.silent[0] = node_launchers.SECONDS_OF_SILENCE + 1  # it may be at something else between two orders
     assert not follower.misses_its_leader()
 
 
@@ -350,8 +353,8 @@ def test_who_has_said_that_it_leaves_is_ended_by_no_signal(two: tuple[Peers, Pee
     """Slurm would take the signal for how the job ended."""
     follower, before = two[1], {number: signal.getsignal(number) for number in ASKING}
     try:
-        with process.listening():
-            with process.listening():
+        with process_group.listening():
+            with process_group.listening():
                 pass
             follower.leave()
         os.kill(os.getpid(), signal.SIGTERM)
@@ -365,18 +368,18 @@ def test_who_is_asked_to_stop_does_not_wait_for_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
-    monkeypatch.setattr(peers, "_SECONDS_IN_SILENCE", 0.0)
+    monkeypatch.setattr(node_launchers, "_SECONDS_IN_SILENCE", 0.0)
     asked = Asked()
     threading.Timer(0.5, asked.numbers.append, [signal.SIGUSR1]).start()
-    with pytest.raises(process.StoppedError):
+    with pytest.raises(process_group.StoppedError):
         Peers(allocation(0)).meet({}, asked)
     assert "waiting for node 1 of the job to show itself in" in capsys.readouterr().out
 
 
 def test_a_node_that_is_not_there_is_told_of(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
-    monkeypatch.setattr(peers, "_SECONDS_TO_MEET", 0.3)
-    with pytest.raises(RecipeError, match="RUNS_DIR: node2 sees nothing in .* of node 0 of job 1 within"):
+    monkeypatch.setattr(node_launchers, "_SECONDS_TO_MEET", 0.3)
+    with pytest.raises(UserError, match="RUNS_DIR: node2 sees nothing in .* of node 0 of job 1 within"):
         Peers(allocation(1)).meet({}, Asked())
 
 
@@ -396,10 +399,10 @@ def test_a_node_that_is_not_fit_is_named_with_the_way_to_leave_it_out(
     leader.say(hello={**fit, "addresses": ["node1", "10.0.0.1"]}, reaches=["node1", "10.0.0.1"])
     follower.say(hello={**fit, **has}, reaches=has.get("reaches", ["10.0.0.1"]))
     leader.look(at_once=True)
-    recipe = recipes.load("tiny", ["batch.effective_batch_size=4", "parallelism=ddp"])
+    recipe = loader.load("tiny", ["batch.effective_batch_size=4", "parallelism=ddp"])
     plan = plans.make(recipe, topology.planned(recipe, 0, 4, 2, None))
     lines: list[str] = []
-    assert job.unfit(leader, plan, lines.append) == 1
+    assert slurm.unfit(leader, plan, lines.append) == 1
     assert re.search(f"node2: red .*{said}", "\n".join(lines))
     assert "node2 cannot carry its part; leave it out: sbatch --exclude=node2" in capsys.readouterr().err
 
@@ -417,9 +420,9 @@ def test_nodes_without_cuda_end_the_job_with_the_cause(
         found = cuda.problem(seen, 8, "570.86.15", None) if number in nodes else None
         one.say(hello={**fit, "cuda": found, "addresses": ["node1"]}, reaches=["node1"])
     two[0].look(at_once=True)
-    plan = plans.make(recipes.load("32b"), plans.Topology(16, 16, 2, "h100-80g"))
+    plan = plans.make(loader.load("32b"), plans.Topology(16, 16, 2, "h100-80g"))
     lines: list[str] = []
-    assert job.unfit(two[0], plan, lines.append) == 2
+    assert slurm.unfit(two[0], plan, lines.append) == 2
     assert ["red" in line and "CUDA" in line for line in lines] == [True] * len(nodes)
     names = ",".join(f"node{number + 1}" for number in nodes)
     line = capsys.readouterr().err.strip()
@@ -427,8 +430,8 @@ def test_nodes_without_cuda_end_the_job_with_the_cause(
         f"error: GPUS: {names}: found NVIDIA driver 570.86.15, expected 580 or newer for CUDA 13.0. "
     )
     assert line.endswith(ends) and "\n" not in line
-    on_the_cpu = plans.make(recipes.load("tiny", ["batch.effective_batch_size=16"]), plans.Topology(0, 16, 2))
-    assert not list(job._wrong(two[1].told(1)["hello"], on_the_cpu)), "it needs no CUDA"
+    on_the_cpu = plans.make(loader.load("tiny", ["batch.effective_batch_size=16"]), plans.Topology(0, 16, 2))
+    assert not list(slurm._wrong(two[1].told(1)["hello"], on_the_cpu)), "it needs no CUDA"
 
 
 def test_where_no_node_reaches_node_0_that_one_is_named(
@@ -441,9 +444,9 @@ def test_where_no_node_reaches_node_0_that_one_is_named(
         fit = {"cores": 8, "cores_of_all": 8, "gpus": [], "room": 2**40}
         one.say(hello={**fit, "addresses": ["10.0.0.1"]}, reaches=["10.0.0.1"] if one is leader else [])
     leader.look(at_once=True)
-    recipe = recipes.load("tiny", ["batch.effective_batch_size=6", "parallelism=ddp"])
+    recipe = loader.load("tiny", ["batch.effective_batch_size=6", "parallelism=ddp"])
     plan = plans.make(recipe, topology.planned(recipe, 0, 3, 3, None))
-    assert job.unfit(leader, plan, lambda _line: None) == 1
+    assert slurm.unfit(leader, plan, lambda _line: None) == 1
     assert "no node reaches node1: name an address of it that they do reach" in capsys.readouterr().err
 
 

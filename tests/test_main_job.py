@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, Workplace, manifest
 
-from sft_recipes.data import embedded
+from sft_recipes.data.toy import toy_dataset
 from sft_recipes.training.manifest import code
 
 
@@ -48,12 +48,12 @@ def test_every_kind_of_task_is_learned(main_job):
     right = {}
     for prompt, said in zip(answered["prompts"], answered["said"], strict=True):
         right.setdefault(task(prompt["messages"][-1]["content"]), []).append(said.strip() == prompt["answer"])
-    assert len(right) == len(embedded.TASKS) + 1
+    assert len(right) == len(toy_dataset.TASKS) + 1
     assert {name: sum(hits) / len(hits) for name, hits in right.items() if sum(hits) < 0.7 * len(hits)} == {}
 
 
 def task(question):
-    phrasings = {name: kinds[0] for name, kinds in embedded.TASKS.items()} | {"remember": embedded.REMEMBER}
+    phrasings = {name: kinds[0] for name, kinds in toy_dataset.TASKS.items()} | {"remember": toy_dataset.REMEMBER}
     return next(
         name for name, forms in phrasings.items() if any(question.startswith(form.split("{")[0]) for form in forms)
     )
@@ -66,7 +66,7 @@ def test_validation_loss_falls_to_the_best(main_job):
 
 
 def test_no_held_out_prompt_stands_in_the_training_file():
-    train, validation = (embedded.rows(count, held_out) for count, held_out in ((12_000, False), (400, True)))
+    train, validation = (toy_dataset.rows(count, held_out) for count, held_out in ((12_000, False), (400, True)))
     asked = {turn["content"] for row in train for turn in row["messages"] if turn["role"] == "user"}
     assert [row for row in validation if row["messages"][-2]["content"] in asked] == []
     kinds = [len(row["messages"]) for row in train]
@@ -75,11 +75,11 @@ def test_no_held_out_prompt_stands_in_the_training_file():
 
 
 def test_the_embedded_data_is_the_same_every_time(tmp_path):
-    embedded.write(tmp_path / "a")
-    embedded.write(tmp_path / "b")
+    toy_dataset.write(tmp_path / "a")
+    toy_dataset.write(tmp_path / "b")
     for name in ("train.jsonl", "validation.jsonl"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    assert len((tmp_path / "a" / "train.jsonl").read_text().splitlines()) == embedded.TRAIN_ROWS
+    assert len((tmp_path / "a" / "train.jsonl").read_text().splitlines()) == toy_dataset.TRAIN_ROWS
 
 
 @pytest.mark.skipif(not os.environ.get("GSM8K"), reason="GSM8K names no folder with gsm8k_train.jsonl (7,473 rows)")

@@ -5,9 +5,11 @@ import sys
 import pytest
 from conftest import REPOSITORY
 
-from sft_recipes.planning import memory, recipes, schema
-from sft_recipes.planning import plan as plans
-from sft_recipes.planning.schema import Lora
+from sft_recipes.config import loader, schema
+from sft_recipes.config.architecture import adapter_count, linear_layers, parameter_count
+from sft_recipes.config.schema import Lora
+from sft_recipes.planner import memory
+from sft_recipes.planner import plan as plans
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 from machine import most_held
@@ -43,7 +45,7 @@ def llama(**changes):
     ],
 )
 def test_parameters_are_those_that_the_models_cards_state(architecture, published):
-    assert memory.parameter_count(architecture) == published
+    assert parameter_count(architecture) == published
 
 
 def load(architecture=None, engine="ddp", world=1, **changes):
@@ -62,11 +64,11 @@ def test_qwen_3_has_norms_of_queries_and_keys():
     }
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture))
-    assert memory.parameter_count(architecture) == model.num_parameters()
+    assert parameter_count(architecture) == model.num_parameters()
 
 
 def test_an_architecture_without_its_numbers_has_no_forecast():
-    assert memory.parameter_count({"model_type": "llama"}) is None
+    assert parameter_count({"model_type": "llama"}) is None
     nothing = load({"model_type": "llama"}, world=8)
     assert memory.bytes_per_gpu(nothing) is memory.host_bytes_per_node(nothing) is memory.disk_bytes(nothing) is None
 
@@ -145,13 +147,13 @@ def test_adapters_are_counted_as_peft_counts_them(tiny_config):
 
     model = get_peft_model(AutoModelForCausalLM.from_config(tiny_config), LoraConfig(r=5, target_modules="all-linear"))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert memory.adapter_count(tiny_config.to_dict(), Lora(r=5)) == trained
+    assert adapter_count(tiny_config.to_dict(), Lora(r=5)) == trained
     two = Lora(r=5, target_modules=["q_proj", "v_proj"])
     model = get_peft_model(
         AutoModelForCausalLM.from_config(tiny_config), LoraConfig(r=5, target_modules=two.target_modules)
     )
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert memory.adapter_count(tiny_config.to_dict(), two) == trained
+    assert adapter_count(tiny_config.to_dict(), two) == trained
 
 
 @pytest.fixture
@@ -167,7 +169,7 @@ def test_frozen_weights_take_two_bytes_and_4_bit_ones_about_half_of_one():
         memory.bytes_per_gpu(load(lora=lora)) for lora in (None, Lora(), Lora(quantize="nf4"))
     )  # fmt: skip
     assert full["weights"] == 4 * 8_030_261_248
-    adapters = memory.adapter_count(LLAMA_8B, Lora())
+    adapters = adapter_count(LLAMA_8B, Lora())
     assert adapters == 41_943_040, "of r 16 over all linear layers of Llama 3.1 8B"
     assert lora["weights"] == 2 * 8_030_261_248 + 4 * adapters
     assert 5e9 < qlora["weights"] < 6.2e9
@@ -181,7 +183,7 @@ def test_an_8_bit_optimizer_takes_a_quarter_of_fp32_moments_but_for_embeddings()
     assert full["optimizer"] == 8 * 8_030_261_248 and eighth["optimizer"] == moments
     assert full["total"] - eighth["total"] == 6 * (8_030_261_248 - embeddings)
     plan = plans.make(
-        recipes.load("8b", ("parallelism=single", "trainer.optim=adamw_8bit")), plans.Topology(1, 1, card="h200-141g")
+        loader.load("8b", ("parallelism=single", "trainer.optim=adamw_8bit")), plans.Topology(1, 1, card="h200-141g")
     )
     assert plan.memory_bytes_per_gpu["optimizer"] == moments and plan.fits
     assert memory.checkpoint_bytes(load(optimizer="adamw_8bit")) == 4 * 8_030_261_248 + moments
@@ -205,7 +207,7 @@ def test_the_trainer_has_embeddings_keep_moments_in_fp32(tmp_path):
 
 def test_eager_attention_keeps_its_scores():
     plain, eager = (
-        plans.make(recipes.load("1b", (f"model.attention={way}",)), plans.Topology(1, 1, card="h200-141g"))
+        plans.make(loader.load("1b", (f"model.attention={way}",)), plans.Topology(1, 1, card="h200-141g"))
         for way in ("auto", "eager")
     )
     rows, heads, length = eager.per_device_train_batch_size, 32, eager.max_length
@@ -271,7 +273,7 @@ def test_activations_are_those_that_autograd_keeps(name, engine):
     dtype = torch.bfloat16 if engine in ("zero2", "lora") else torch.float32
     counted = kept_for_the_backward_pass(architecture, dtype, engine in ("ddp", "lora"), lora)
     # Autocast's own copies of the weights, which autograd keeps too, are counted among the buffers.
-    casts = 2 * sum(a * b for a, b in memory.linear_layers(architecture).values()) / TOKENS if engine == "ddp" else 0
+    casts = 2 * sum(a * b for a, b in linear_layers(architecture).values()) / TOKENS if engine == "ddp" else 0
     assert memory.activation_bytes(planned) == pytest.approx(counted - casts, rel=0.08)
 
 
@@ -401,7 +403,7 @@ def test_the_reserve_is_driver_context_nccl_and_fragmentation():
 
 def test_a_plan_fits_where_its_reserve_fits_too():
     """3b on one GPU takes 54.9 GiB, and 4.1 must stay free."""
-    needs = plans.make(recipes.load("3b"), plans.Topology(1, 1, card="80")).memory_bytes_per_gpu
+    needs = plans.make(loader.load("3b"), plans.Topology(1, 1, card="80")).memory_bytes_per_gpu
     both = (needs["total"] + needs["reserve"]) / 2**30
     for card, fits in ((both + 0.01, True), (both - 0.01, False), (needs["total"] / 2**30 + 0.01, False)):
-        assert plans.make(recipes.load("3b"), plans.Topology(1, 1, card=f"{card:.4f}")).fits is fits
+        assert plans.make(loader.load("3b"), plans.Topology(1, 1, card=f"{card:.4f}")).fits is fits

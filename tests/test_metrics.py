@@ -15,11 +15,12 @@ import pytest
 import torch
 from conftest import PLANTED_KEY, manifest, metrics
 
-from sft_recipes.planning import cost, memory, recipes
-from sft_recipes.planning import plan as plans
-from sft_recipes.planning.plan import Topology
-from sft_recipes.planning.run_folder import RunFolder
-from sft_recipes.training import metering
+from sft_recipes.config import loader
+from sft_recipes.planner import cost, memory
+from sft_recipes.planner import plan as plans
+from sft_recipes.planner.plan import Topology
+from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.training import throughput
 from sft_recipes.training.callbacks.metrics import append
 
 ON_A_TRAINING_LINE = {
@@ -137,7 +138,7 @@ def test_no_key_is_found_in_anything_that_a_run_writes(tracked_run):
 def test_a_run_that_goes_on_goes_on_in_the_same_wandb_run():
     from sft_recipes.training.callbacks.trackers import run_id
 
-    plan = plans.make(recipes.load("tiny"), Topology(gpus=0, processes=1))
+    plan = plans.make(loader.load("tiny"), Topology(gpus=0, processes=1))
     first = run_id(plan, RunFolder(Path("runs/a")))
     assert first == run_id(dataclasses.replace(plan, optimizer_steps=5), RunFolder(Path("runs/a")))
     other = dataclasses.replace(plan, created="2020-01-01T00:00:00+00:00")
@@ -183,10 +184,10 @@ def test_attention_is_counted_by_the_lengths_that_examples_have(lengths):
         [[p for length in row for p in range(length)] for row in lengths if sum(row) == sum(lengths[0])]
     )
     wanted = sum(length * (length + 1) // 2 for row in lengths if sum(row) == sum(lengths[0]) for length in row)
-    assert int(metering.attended({"position_ids": positions})) == wanted
+    assert int(throughput.attended({"position_ids": positions})) == wanted
     alone = [length for row in lengths for length in row]
     mask = torch.tensor([[1] * length + [0] * (max(alone) - length) for length in alone])
-    assert int(metering.attended({"attention_mask": mask})) == sum(length * (length + 1) // 2 for length in alone)
+    assert int(throughput.attended({"attention_mask": mask})) == sum(length * (length + 1) // 2 for length in alone)
 
 
 class OneRank:
@@ -199,10 +200,10 @@ class OneRank:
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
 def test_mfu_and_hfu_are_the_plans_flops_over_the_data_sheets(checkpointing):
     """One row of 2,048 tokens, 1,024 of them supervised, in a quarter of a second or a little more."""
-    recipe = recipes.load("8b", [f"trainer.gradient_checkpointing={checkpointing}"])
+    recipe = loader.load("8b", [f"trainer.gradient_checkpointing={checkpointing}"])
     plan = plans.make(recipe, Topology(gpus=1, processes=1, card="h100-80g"))
     architecture = recipe.model.architecture
-    meter = metering.Meter(plan, architecture, 989e12, torch.device("cpu"))
+    meter = throughput.Meter(plan, architecture, 989e12, torch.device("cpu"))
     meter.step_begins()
     meter.saw([{"input_ids": torch.zeros(1, 2048), "position_ids": torch.arange(2048)[None]}], 1024)
     meter._began -= 0.25
@@ -226,7 +227,7 @@ def test_trls_own_formula_agrees_where_it_counts_the_same():
     from transformers import LlamaConfig
     from trl.trainer.utils import adjusted_mfu, compute_flops_per_token
 
-    architecture = recipes.load("8b").model.architecture
+    architecture = loader.load("8b").model.architecture
     config = LlamaConfig(**{key: value for key, value in architecture.items() if key != "model_type"})
     theirs = compute_flops_per_token(config, 2048) * adjusted_mfu(1.0, config, 2048)
     load = memory.Load(architecture, "single", "bf16", 1, 2048, gradient_checkpointing=True)
@@ -234,9 +235,9 @@ def test_trls_own_formula_agrees_where_it_counts_the_same():
 
 
 def test_the_slowest_rank_is_named_with_its_lag():
-    assert metering._lag([1.0, 1.5, 1.0, 1.0]) == {"slowest_rank": 1, "rank_lag": pytest.approx(0.5)}
-    assert metering._lag([2.0, 1.0]) == {"slowest_rank": 0, "rank_lag": pytest.approx(1.0)}
-    assert metering._lag([2.0]) == {}
+    assert throughput._lag([1.0, 1.5, 1.0, 1.0]) == {"slowest_rank": 1, "rank_lag": pytest.approx(0.5)}
+    assert throughput._lag([2.0, 1.0]) == {"slowest_rank": 0, "rank_lag": pytest.approx(1.0)}
+    assert throughput._lag([2.0]) == {}
 
 
 def test_waiting_for_data_is_told_from_working():
@@ -245,8 +246,8 @@ def test_waiting_for_data_is_told_from_working():
             time.sleep(0.05)
             yield number
 
-    plan = plans.make(recipes.load("tiny"), Topology(gpus=0, processes=1))
-    meter = metering.Meter(plan, {}, None, torch.device("cpu"))
+    plan = plans.make(loader.load("tiny"), Topology(gpus=0, processes=1))
+    meter = throughput.Meter(plan, {}, None, torch.device("cpu"))
     meter.step_begins()
     assert list(meter.waiting(slow())) == [0, 1, 2]
     time.sleep(0.15)
@@ -255,8 +256,8 @@ def test_waiting_for_data_is_told_from_working():
 
 
 def test_host_memory_is_this_process():
-    plan = plans.make(recipes.load("tiny"), Topology(gpus=0, processes=1))
-    meter = metering.Meter(plan, {}, None, torch.device("cpu"))
+    plan = plans.make(loader.load("tiny"), Topology(gpus=0, processes=1))
+    meter = throughput.Meter(plan, {}, None, torch.device("cpu"))
     meter.step_begins()
     meter.step_ends()
     pages = int(Path(f"/proc/{os.getpid()}/statm").read_text().split()[1])

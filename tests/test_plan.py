@@ -5,10 +5,11 @@ import sys
 
 import pytest
 
-from sft_recipes.planning import plan as plans
-from sft_recipes.planning import recipes, show
-from sft_recipes.planning.plan import Prepared, Topology
-from sft_recipes.planning.schema import RecipeError
+from sft_recipes.config import loader
+from sft_recipes.planner import plan as plans
+from sft_recipes.planner import render
+from sft_recipes.planner.plan import Prepared, Topology
+from sft_recipes.runtime.errors import UserError
 
 # The keys that scripts may rely on.
 CONTRACT = (
@@ -19,7 +20,7 @@ CONTRACT = (
 
 
 def tiny(*overrides, processes=1):
-    return plans.make(recipes.load("tiny", overrides), Topology(gpus=0, processes=processes))
+    return plans.make(loader.load("tiny", overrides), Topology(gpus=0, processes=processes))
 
 
 def prepared(rows, **changes):
@@ -53,7 +54,7 @@ def test_a_plan_written_and_read_is_the_same_plan(tmp_path):
 @pytest.mark.parametrize("content", ["", "{", "{}", "[]"])
 def test_a_broken_plan_is_refused_in_one_line(tmp_path, content):
     (tmp_path / "plan.json").write_text(content)
-    with pytest.raises(RecipeError, match="not a plan that this version wrote"):
+    with pytest.raises(UserError, match="not a plan that this version wrote"):
         plans.read(tmp_path / "plan.json")
 
 
@@ -70,12 +71,12 @@ def test_steps_and_warm_up_are_estimates_until_the_data_is_prepared():
 
 
 def test_fewer_rows_than_one_effective_batch_are_refused_before_anything_loads():
-    with pytest.raises(RecipeError, match="1 rows, fewer than one effective batch"):
+    with pytest.raises(UserError, match="1 rows, fewer than one effective batch"):
         plans.settle(tiny(), prepared(rows=1))
 
 
 def test_fewer_steps_than_the_recipe_wants_are_refused_with_the_way_out():
-    with pytest.raises(RecipeError, match=r"fewer than 1000; add examples or epochs.*batch.min_optimizer_steps="):
+    with pytest.raises(UserError, match=r"fewer than 1000; add examples or epochs.*batch.min_optimizer_steps="):
         plans.settle(tiny("batch.min_optimizer_steps=1000"), prepared(rows=100))
 
 
@@ -109,17 +110,17 @@ def test_other_data_or_another_model_takes_the_recipes_own_figures_along():
 
 def test_explain_says_of_every_value_where_it_came_from():
     plan = tiny("trainer.learning_rate=1e-3")
-    lines = {line.split("  ")[0]: line for line in show.plan_table(plan, explain=True).splitlines()}
+    lines = {line.split("  ")[0]: line for line in render.plan_table(plan, explain=True).splitlines()}
     assert lines["learning rate"].endswith("command line")
     assert lines["max grad norm"].endswith("recipes/sizes.yaml, row tiny")
     assert "recipes/tiny.yaml:" in lines["train data"]
     assert lines["gradient accumulation steps"].endswith("derived: effective batch / (micro-batch x world size)")
-    without = show.plan_table(plan).splitlines()
+    without = render.plan_table(plan).splitlines()
     assert len(without) == len(lines)
 
 
 def test_a_single_process_engine_on_two_processes_is_refused():
-    with pytest.raises(RecipeError, match="parallelism is 'single', which is one process, but 2 were asked for"):
+    with pytest.raises(UserError, match="parallelism is 'single', which is one process, but 2 were asked for"):
         tiny("parallelism=single", processes=2)
 
 

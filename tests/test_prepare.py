@@ -8,12 +8,13 @@ from dataclasses import asdict
 
 import pytest
 
+from sft_recipes.config import loader
 from sft_recipes.data import prepare
-from sft_recipes.data.scratch import CHAT_TEMPLATE
-from sft_recipes.planning import plan as plans
-from sft_recipes.planning import recipes, show
-from sft_recipes.planning.plan import Topology
-from sft_recipes.planning.schema import RecipeError
+from sft_recipes.data.toy.toy_model import CHAT_TEMPLATE
+from sft_recipes.planner import plan as plans
+from sft_recipes.planner import render
+from sft_recipes.planner.plan import Topology
+from sft_recipes.runtime.errors import UserError
 
 ROWS = [{"prompt": f"How much is {n} and {n}?", "completion": f"It is {2 * n}."} for n in range(60)]
 HELD_OUT = [{"prompt": f"How much is {n} less {n}?", "completion": "Nothing."} for n in range(4)]
@@ -26,7 +27,7 @@ def prepared(tmp_path, model_folder, write_rows):
     def run(rows, *overrides, validation=None):
         words = [f"data.train={write_rows(rows)}", f"model.name_or_path={model_folder}", "model.from_scratch=false"]
         words.append(f"data.validation={write_rows(validation, 'held_out.jsonl') if validation else ''}")
-        plan = plans.make(recipes.load("tiny", [*words, "trainer.max_length=128", *overrides]), Topology(0, 1))
+        plan = plans.make(loader.load("tiny", [*words, "trainer.max_length=128", *overrides]), Topology(0, 1))
         return prepare.prepare(plan, tmp_path / "store")
 
     return run
@@ -52,7 +53,7 @@ def test_rows_that_are_found_cost_no_heavy_import(tmp_path, write_rows, monkeypa
     """Seconds of every start but the first."""
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
     words = [f"data.train={write_rows(ROWS)}", "trainer.max_length=128"]
-    (tmp_path / "plan.json").write_text(json.dumps(asdict(plans.make(recipes.load("tiny", words), Topology(0, 1)))))
+    (tmp_path / "plan.json").write_text(json.dumps(asdict(plans.make(loader.load("tiny", words), Topology(0, 1)))))
     script = "import sys; from sft_recipes.data import prepare; assert not prepare.main(sys.argv[1])"
     script += "; print('torch' in sys.modules, 'transformers' in sys.modules)"
     command = [sys.executable, "-c", script, str(tmp_path / "plan.json")]
@@ -88,7 +89,7 @@ def test_rows_that_were_damaged_since_are_prepared_again_aloud(prepared, capsys,
 
 
 def test_nothing_half_made_is_left_where_preparing_fails(prepared, tmp_path):
-    with pytest.raises(RecipeError, match="rows.jsonl:2: a row with keys text"):
+    with pytest.raises(UserError, match="rows.jsonl:2: a row with keys text"):
         prepared([ROWS[0], {"text": "x"}])
     assert not list((tmp_path / "store").glob("*partial*"))
 
@@ -122,7 +123,7 @@ def test_rows_that_lose_their_ends_or_all_their_answer_are_counted(prepared):
 
 def test_more_dropped_rows_than_the_recipe_allows_are_refused(prepared):
     long_question = [{"prompt": f"{n} " + "word " * 200, "completion": "4"} for n in range(10)]
-    with pytest.raises(RecipeError, match=r"leaves 10 of 70 rows without a token .*rows.jsonl:61\), more than .*=0.05"):
+    with pytest.raises(UserError, match=r"leaves 10 of 70 rows without a token .*rows.jsonl:61\), more than .*=0.05"):
         prepared([*ROWS, *long_question], validation=HELD_OUT)
     assert prepared([*ROWS, *long_question], "data.dropped_at_most=0.5", validation=HELD_OUT).examples == 60
 
@@ -130,7 +131,7 @@ def test_more_dropped_rows_than_the_recipe_allows_are_refused(prepared):
 def test_a_validation_row_that_stands_in_training_is_refused_with_both_places(prepared):
     leaked = [{**ROWS[7], "prompt": ROWS[7]["prompt"].replace(" ", "\n ")}]
     with pytest.raises(
-        RecipeError, match=r"held_out.jsonl:5: this validation row .*rows.jsonl:8\), and so do 0 others of 5"
+        UserError, match=r"held_out.jsonl:5: this validation row .*rows.jsonl:8\), and so do 0 others of 5"
     ):
         prepared(ROWS, validation=[*HELD_OUT, *leaked])
     tolerated = prepared(ROWS, "data.leaked_at_most=0.2", validation=[*HELD_OUT, *leaked])
@@ -144,9 +145,9 @@ def test_several_sources_are_one_run_and_each_is_validated_on_its_own(prepared, 
     counted = details(found)["sources"]
     assert [(one["name"], one["examples"]) for one in counted["train"]] == [("sums", 54), ("letters", 18)]
     assert details(found)["validation_rows"] == {"sums": 6, "letters": 2} and found.examples == 72
-    with pytest.raises(RecipeError, match="data.train: .*sums.jsonl is named twice"):
+    with pytest.raises(UserError, match="data.train: .*sums.jsonl is named twice"):
         prepared(ROWS, both.replace("letters", "sums"))
-    with pytest.raises(RecipeError, match=r"command line: data.train is \[\]; wanted names"):
+    with pytest.raises(UserError, match=r"command line: data.train is \[\]; wanted names"):
         prepared(ROWS, "data.train=[]")
 
 
@@ -162,20 +163,20 @@ def test_duplicates_are_counted_and_rows_know_their_places(prepared):
 
 
 def test_many_rows_are_prepared_by_several_processes_and_are_the_same(prepared, monkeypatch):
-    from sft_recipes.data import labelling
+    from sft_recipes.data import tokenize_rows
 
     alone = prepared(ROWS, validation=HELD_OUT)
-    monkeypatch.setattr(labelling, "_ROWS_A_CHUNK", 7)
+    monkeypatch.setattr(tokenize_rows, "_ROWS_A_CHUNK", 7)
     monkeypatch.setattr(prepare, "_key", lambda *_: "again")
     together = prepared(ROWS, validation=HELD_OUT)
     assert together.folder != alone.folder and together.fingerprint == alone.fingerprint
 
 
 def test_the_first_bad_row_is_named_whichever_process_meets_it(prepared, monkeypatch):
-    from sft_recipes.data import labelling
+    from sft_recipes.data import tokenize_rows
 
-    monkeypatch.setattr(labelling, "_ROWS_A_CHUNK", 5)
-    with pytest.raises(RecipeError, match=r"rows.jsonl:34: turn 2, the assistant's, is empty"):
+    monkeypatch.setattr(tokenize_rows, "_ROWS_A_CHUNK", 5)
+    with pytest.raises(UserError, match=r"rows.jsonl:34: turn 2, the assistant's, is empty"):
         prepared([*ROWS[:33], {"prompt": "a", "completion": " "}, *ROWS[33:50], {"prompt": "b"}], validation=HELD_OUT)
 
 
@@ -185,7 +186,7 @@ def test_a_base_model_learns_the_marks_of_a_template_that_are_new_to_it(prepared
         "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|mine|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
     )
-    with pytest.raises(RecipeError, match=r"rows.jsonl:1: .* no special token, so the model would never learn to stop"):
+    with pytest.raises(UserError, match=r"rows.jsonl:1: .* no special token, so the model would never learn to stop"):
         prepared(ROWS, f"model.chat_template={template}", validation=HELD_OUT)
     free = [f"<|free {n}|>" for n in range(320 - len(tokenizer))]  # the model has embeddings for tokens to come
     marks = f"model.add_tokens={[*free, '<|user|>', '<|assistant|>', '<|mine|>']}"
@@ -204,18 +205,18 @@ def test_a_base_model_learns_the_marks_of_a_template_that_are_new_to_it(prepared
     from sft_recipes.training import vocabulary
 
     model = AutoModelForCausalLM.from_pretrained(model_folder)
-    plan = plans.make(recipes.load("tiny", [marks]), Topology(0, 1))
+    plan = plans.make(loader.load("tiny", [marks]), Topology(0, 1))
     grown = load_tokenizer(str(model_folder), str(template), False, plan.sections["model"]["add_tokens"])
     vocabulary.fit(plan, model, grown, details(found))
     assert model.get_input_embeddings().num_embeddings == 384 == model.config.vocab_size
     assert 322 in vocabulary.stop_by_itself(model, grown, details(found))
-    with pytest.raises(RecipeError, match="token ids up to 500 .* embeddings for 384; take the tokenizer of this"):
+    with pytest.raises(UserError, match="token ids up to 500 .* embeddings for 384; take the tokenizer of this"):
         vocabulary.fit(plan, model, grown, {"largest_token_id": 500, "largest_known_token_id": 500})
 
 
 def test_new_tokens_are_refused_where_embeddings_are_not_trained():
-    with pytest.raises(RecipeError, match="model.add_tokens gives the model new embeddings, which LoRA does not train"):
-        recipes.load("8b-lora", ["model.add_tokens=['<|mine|>']"])
+    with pytest.raises(UserError, match="model.add_tokens gives the model new embeddings, which LoRA does not train"):
+        loader.load("8b-lora", ["model.add_tokens=['<|mine|>']"])
 
 
 def test_a_cut_that_takes_an_answer_takes_its_question_and_is_counted(prepared):
@@ -241,9 +242,9 @@ def test_rows_can_be_looked_at_where_the_models_weights_are_not(prepared, tmp_pa
         "model.from_scratch=false",
         f"model.name_or_path={bare}",
     ]
-    plan = plans.make(recipes.load("tiny", [*words, "trainer.max_length=128"]), Topology(0, 1))
+    plan = plans.make(loader.load("tiny", [*words, "trainer.max_length=128"]), Topology(0, 1))
     assert prepare.prepare(plan, tmp_path / "store", rows_alone=True).examples == 57
-    with pytest.raises(RecipeError, match="bare has no weights"):
+    with pytest.raises(UserError, match="bare has no weights"):
         prepare.prepare(plan, tmp_path / "store")
 
 
@@ -256,7 +257,7 @@ def test_a_template_that_writes_the_date_is_prepared_for_the_plans_day_whenever_
     template.write_text("{{ strftime_now('%d %b %Y') + '\n' }}" + CHAT_TEMPLATE)
     words = [f"data.train={write_rows(ROWS)}", "data.validation=", f"model.name_or_path={model_folder}"]
     words += ["model.from_scratch=false", "trainer.max_length=128", f"model.chat_template={template}"]
-    plan = plans.make(recipes.load("tiny", words), Topology(0, 1))
+    plan = plans.make(loader.load("tiny", words), Topology(0, 1))
     first, again, tomorrow = (
         prepare.prepare(dataclasses.replace(plan, created=f"2026-11-{day}T23:59:59+00:00"), tmp_path / store)
         for day, store in ((21, "a"), (21, "b"), (22, "a"))
@@ -268,7 +269,7 @@ def test_a_template_that_writes_the_date_is_prepared_for_the_plans_day_whenever_
 def test_what_the_contract_refuses_is_refused_also_where_the_rows_are_found_again(prepared):
     leaked = [*HELD_OUT, ROWS[0]]
     for _ in range(2):
-        with pytest.raises(RecipeError, match="stands in training too"):
+        with pytest.raises(UserError, match="stands in training too"):
             prepared(ROWS, validation=leaked)
     assert prepared(ROWS, "data.leaked_at_most=0.2", validation=leaked).examples == 60
 
@@ -316,11 +317,11 @@ def test_a_method_that_trains_no_embeddings_refuses_new_tokens_whoever_prepared_
         f"model.name_or_path={folder}",
     ]
     for extra in ([], ["lora.r=2"]):
-        plan = plans.make(recipes.load("tiny", [*words, *extra, "trainer.max_length=128"]), Topology(0, 1))
+        plan = plans.make(loader.load("tiny", [*words, *extra, "trainer.max_length=128"]), Topology(0, 1))
         if not extra:
             assert "new tokens <|pad|>" in prepare.prepare(plan, tmp_path / "store").notes[0]
             continue
-        with pytest.raises(RecipeError, match=r"<\|pad\|> is new to the model, and lora trains no embeddings"):
+        with pytest.raises(UserError, match=r"<\|pad\|> is new to the model, and lora trains no embeddings"):
             prepare.prepare(plan, tmp_path / "store")
 
 
@@ -383,14 +384,12 @@ def test_rows_to_retain_of_which_nothing_is_left_are_refused_in_one_line_and_can
     long_questions = [{"prompt": f"{n} " + "word " * 200, "completion": "4"} for n in range(3)]
     words = f"data.retain={write_rows(long_questions, 'known.jsonl')}"
     for _ in range(2):
-        with pytest.raises(
-            RecipeError, match="^data.retain: trainer.max_length=128 leaves none of 3 rows with a token"
-        ):
+        with pytest.raises(UserError, match="^data.retain: trainer.max_length=128 leaves none of 3 rows with a token"):
             prepared(ROWS, words, validation=HELD_OUT)
     some = prepared(ROWS, f"data.retain={write_rows([*long_questions, *KNOWN], 'known.jsonl')}", validation=HELD_OUT)
     assert [details(some)["retain"][key] for key in ("read", "examples", "dropped")] == [33, 30, 3]
     plan = plans.make(
-        recipes.load("tiny", [words, f"data.train={write_rows(ROWS)}", "trainer.max_length=128",
+        loader.load("tiny", [words, f"data.train={write_rows(ROWS)}", "trainer.max_length=128",
             f"model.name_or_path={model_folder}", "model.from_scratch=false"]), Topology(0, 1))  # fmt: skip
     write_rows(long_questions, "known.jsonl")
     looked = prepare.prepare(plan, tmp_path / "store", rows_alone=True)
@@ -425,24 +424,24 @@ def test_bad_rows_to_retain_are_refused_with_their_place(prepared, write_rows, t
     write_rows([], "empty.jsonl")
     write_rows([KNOWN[0], {"text": "x"}], "bad.jsonl")
     (tmp_path / "rows.txt").write_text("x")
-    with pytest.raises(RecipeError, match=message) as raised:
+    with pytest.raises(UserError, match=message) as raised:
         prepared(ROWS, f"data.retain={tmp_path / name}", validation=HELD_OUT)
     assert "\n" not in str(raised.value)
     assert not list((tmp_path / "store").glob("*partial*"))
 
 
 def test_what_is_retained_is_said(prepared, write_rows):
-    from sft_recipes.data import contract
+    from sft_recipes.data import validate
 
     file = write_rows([*KNOWN, {"prompt": "Count.", "completion": "1 2 3 4 5 " * 40}], "known.jsonl")
-    plan = plans.make(recipes.load("tiny", [f"data.retain={file}", "trainer.max_length=128"]), Topology(0, 1))
-    assert f"retain data                  {file} " in show.plan_table(plan, explain=True)
-    assert "retain" not in show.plan_table(plans.make(recipes.load("tiny"), Topology(0, 1)))
+    plan = plans.make(loader.load("tiny", [f"data.retain={file}", "trainer.max_length=128"]), Topology(0, 1))
+    assert f"retain data                  {file} " in render.plan_table(plan, explain=True)
+    assert "retain" not in render.plan_table(plans.make(loader.load("tiny"), Topology(0, 1)))
     counted = details(prepared(ROWS, f"data.retain={file}", validation=HELD_OUT))
     first, cut, *_ = prepare.announcement(plan, counted, 1.0).splitlines()
     assert "; 4 validation examples and 31 retain examples; 1.0 s" in first
     assert cut.startswith("data: 1 retain examples were longer than 128 tokens")
-    (line,) = [line for line in contract.lines(counted) if line.startswith("retain ")]
+    (line,) = [line for line in validate.lines(counted) if line.startswith("retain ")]
     assert line.startswith("retain      known: 31 rows read, 31 kept; ")
     counted = details(prepared(ROWS, validation=HELD_OUT))
-    assert "retain" not in prepare.announcement(plan, counted, 1.0) + "".join(contract.lines(counted))
+    assert "retain" not in prepare.announcement(plan, counted, 1.0) + "".join(validate.lines(counted))

@@ -20,15 +20,18 @@ from conftest import HANG_SECONDS, REPOSITORY, manifest
 from processes import commands, launcher_of
 from safetensors.torch import load_file
 
-from sft_recipes.launching import command, lock, process, progress, watching
-from sft_recipes.launching.watching import Limits, Seen
-from sft_recipes.planning import plan as plans
-from sft_recipes.planning import processes, recipes, run_folder, saves
-from sft_recipes.planning.processes import Failure, Pulse
-from sft_recipes.planning.run_folder import RunFolder, Start
-from sft_recipes.planning.schema import RecipeError
-from sft_recipes.training import pulse
-from sft_recipes.training.compiling import HeldByTheKernel
+from sft_recipes.config import loader
+from sft_recipes.launch import attempts, command, process_group, run_lock, watchdog
+from sft_recipes.launch.run_selection import Start
+from sft_recipes.launch.watchdog import Limits, Seen
+from sft_recipes.planner import plan as plans
+from sft_recipes.planner import save_time
+from sft_recipes.runtime import heartbeat, run_dir
+from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.heartbeat import Failure, Pulse
+from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.training import rank_heartbeat
+from sft_recipes.training.deepspeed_ops import HeldByTheKernel
 
 STEPS = 30
 SMALL = (
@@ -43,16 +46,16 @@ import os, sys, threading, time
 from pathlib import Path
 
 def act():
-    from sft_recipes.planning import processes
+    from sft_recipes.runtime import heartbeat
     rank, step, how = os.environ["PLANTED"].split()
     ranks = Path(sys.orig_argv[-1]).parent / ".ranks"
     while True:
         time.sleep(0.01)
-        mine = processes.pulses(ranks).get(int(rank))
+        mine = heartbeat.pulses(ranks).get(int(rank))
         if mine is not None and mine.process == os.getpid() and mine.step >= int(step):
             {"leave": lambda: os._exit(0), "abort": os.abort}[how]()
 
-if "sft_recipes.training.run" in sys.orig_argv:
+if "sft_recipes.training.main" in sys.orig_argv:
     if os.environ.get("RANK", "0") == os.environ.get("PLANTED", "-").split()[0]:
         threading.Thread(target=act, daemon=True).start()
 """
@@ -77,8 +80,8 @@ class Run:
         while True:
             there = {
                 rank: one.process
-                for rank, one in processes.pulses(self.folder.ranks).items()
-                if one.step >= step and processes.state(one.process)
+                for rank, one in heartbeat.pulses(self.folder.ranks).items()
+                if one.step >= step and heartbeat.state(one.process)
             }
             if len(there) == ranks:
                 return there
@@ -146,7 +149,7 @@ def test_two_ranks_killed_asked_to_stop_and_halted_end_with_the_weights_of_an_un
     os.kill(there[0], signal.SIGUSR1)
     time.sleep(0.13)
     for rank in (1, 1):  # once more in the grace, which changes nothing
-        os.kill(there[rank], signal.SIGTERM) if processes.state(there[rank]) else None
+        os.kill(there[rank], signal.SIGTERM) if heartbeat.state(there[rank]) else None
     stopped = run.stopped()
 
     run = start("interrupted-2", 2, "guards.hang_seconds=5")
@@ -222,12 +225,12 @@ def seen(rank=0, step=5, doing="step", moves=3, still=0.0, longest=0.0, state="S
         ("evaluating", 7.0, 35.0),
         ("waiting", 1.0, 10.0),
         ("saving", 7.0, 110.0),
-        ("starting", 7.0, watching.LOADING_SECONDS + 2 * 100),
-        ("ending", 0.0, watching.LOADING_SECONDS + 2 * 100),
+        ("starting", 7.0, watchdog.LOADING_SECONDS + 2 * 100),
+        ("ending", 0.0, watchdog.LOADING_SECONDS + 2 * 100),
     ],
 )
 def test_a_rank_may_stay_where_it_is_for_as_long_as_that_takes_here(doing, longest, seconds):
-    assert watching.limit(seen(doing=doing).pulse, longest, LIMITS) == seconds
+    assert watchdog.limit(seen(doing=doing).pulse, longest, LIMITS) == seconds
 
 
 HANGS = {
@@ -248,7 +251,7 @@ HANGS = {
 @pytest.mark.parametrize("case", HANGS)
 def test_of_ranks_that_hang_those_are_named_that_the_others_wait_for(case):
     ranks, wanted = HANGS[case]
-    found = [one.pulse.rank for one in watching.culprits(ranks)] if watching.hangs(ranks, LIMITS) else []
+    found = [one.pulse.rank for one in watchdog.culprits(ranks)] if watchdog.hangs(ranks, LIMITS) else []
     assert found == wanted
 
 
@@ -257,18 +260,18 @@ def test_a_rank_that_waits_for_others_is_known_by_its_stacks():
     other = 'Thread 0x1 (most recent call first):\n  File "threading.py", line 1 in wait\n\n'
     waits = 'Current thread 0x2 (most recent call first):\n  File "torch/distributed/distributed_c10d.py", line 7 in barrier\n'
     works = 'Current thread 0x2 (most recent call first):\n  File "fetch.py", line 7 in fetch\n'
-    assert watching.waits_for_others(other + waits) and not watching.waits_for_others(other + works)
-    assert not watching.waits_for_others(waits.replace("Current thread", "Thread") + "\n" + works)
+    assert watchdog.waits_for_others(other + waits) and not watchdog.waits_for_others(other + works)
+    assert not watchdog.waits_for_others(waits.replace("Current thread", "Thread") + "\n" + works)
 
 
 def test_the_rank_that_ended_first_is_named_and_not_the_one_that_lost_its_peer():
     killed, lost_its_peer = seen(1, state="", alive=10.0), seen(0, failed_at=10.1)
-    assert watching.first_to_end([lost_its_peer, killed]) is killed
+    assert watchdog.first_to_end([lost_its_peer, killed]) is killed
     failed, followed = seen(1, failed_at=10.0), seen(0, failed_at=10.3)
-    assert watching.first_to_end([followed, failed]) is failed
-    assert "rank 1 on " in (line := watching.death_line(failed, 1)) and "in step 5: ValueError: odd" in line
-    assert "left with exit code 0 in step 5, not at its end" in watching.death_line(killed, 0)
-    assert "was ended by SIGSEGV in step 5" in watching.death_line(killed, -11)
+    assert watchdog.first_to_end([followed, failed]) is failed
+    assert "rank 1 on " in (line := watchdog.death_line(failed, 1)) and "in step 5: ValueError: odd" in line
+    assert "left with exit code 0 in step 5, not at its end" in watchdog.death_line(killed, 0)
+    assert "was ended by SIGSEGV in step 5" in watchdog.death_line(killed, -11)
 
 
 @pytest.mark.parametrize(
@@ -281,9 +284,9 @@ def test_the_rank_that_ended_first_is_named_and_not_the_one_that_lost_its_peer()
 )
 def test_of_ranks_that_ended_before_they_heard_signals_the_one_that_nobody_asked_is_named(tmp_path, codes, code, said):
     folder = RunFolder(tmp_path)
-    plan = plans.make(recipes.load("tiny"), plans.Topology(gpus=0, processes=2))
-    processes.leave_exit_codes(folder.ranks, codes)
-    ended = watching.Watch(folder, plan, 0.0).ended(1, False)
+    plan = plans.make(loader.load("tiny"), plans.Topology(gpus=0, processes=2))
+    heartbeat.leave_exit_codes(folder.ranks, codes)
+    ended = watchdog.Watch(folder, plan, 0.0).ended(1, False)
     assert ended.code == code and re.search(said or "^None$", str(ended.fault))
 
 
@@ -296,12 +299,12 @@ def test_a_data_workers_own_error_is_what_is_said(tmp_path, monkeypatch):
             raise ValueError(f"row {index} is odd")
 
     folder = RunFolder(tmp_path)
-    monkeypatch.setattr(pulse, "_pen", None)
-    pulse.begin(folder, 3)
-    pulse.moved(7, "step")
-    with pytest.raises(ValueError, match="row 0 is odd"), pulse.until_it_ends():
+    monkeypatch.setattr(rank_heartbeat, "_pen", None)
+    rank_heartbeat.begin(folder, 3)
+    rank_heartbeat.moved(7, "step")
+    with pytest.raises(ValueError, match="row 0 is odd"), rank_heartbeat.until_it_ends():
         next(iter(torch.utils.data.DataLoader(Rows(), num_workers=1)))
-    found = processes.failures(folder.ranks)[3]
+    found = heartbeat.failures(folder.ranks)[3]
     assert (found.kind, found.step, found.by_user) == ("ValueError", 7, False)
     assert found.said == "Caught ValueError in DataLoader worker process 0. ValueError: row 0 is odd"
 
@@ -345,30 +348,30 @@ def test_a_data_worker_is_ended_by_its_rank_and_by_nobody_else():
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_command_that_slurm_ends_beside_its_parent_was_asked_to_stop(number):
     command_itself = ["bash", "-c", f"kill -{number} $$"]
-    assert process.run(command_itself, os.environ, process.Asked()) == watching.Ended(run_folder.EXIT_STOPPED)
+    assert process_group.run(command_itself, os.environ, process_group.Asked()) == watchdog.Ended(run_dir.EXIT_STOPPED)
     its_child = ["bash", "-c", f"kill -{number} $PPID; exit 1"]
-    with process.listening() as asked:
-        assert process.run(its_child, os.environ, asked) == watching.Ended(run_folder.EXIT_STOPPED)
+    with process_group.listening() as asked:
+        assert process_group.run(its_child, os.environ, asked) == watchdog.Ended(run_dir.EXIT_STOPPED)
 
 
 def test_a_pulse_is_written_over_in_place_and_taken_away_at_a_good_end(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path)
-    monkeypatch.setattr(pulse, "_pen", None)
-    pulse.moved(1, "step")  # nobody watches
-    pulse.begin(folder, 0)
-    assert processes.pulses(folder.ranks)[0].doing == "starting"
+    monkeypatch.setattr(rank_heartbeat, "_pen", None)
+    rank_heartbeat.moved(1, "step")  # nobody watches
+    rank_heartbeat.begin(folder, 0)
+    assert heartbeat.pulses(folder.ranks)[0].doing == "starting"
     for _ in range(3):
-        pulse.moved(123_456_789, "evaluating")
-    now = processes.pulses(folder.ranks)[0]
+        rank_heartbeat.moved(123_456_789, "evaluating")
+    now = heartbeat.pulses(folder.ranks)[0]
     assert (now.process, now.step, now.doing, now.moves) == (os.getpid(), 123_456_789, "evaluating", 2)
     assert 0 <= now.longest < HANG_SECONDS
-    with pulse.until_it_ends():
+    with rank_heartbeat.until_it_ends():
         pass
-    assert processes.pulses(folder.ranks) == {} and list(folder.stacks.iterdir()) == []
+    assert heartbeat.pulses(folder.ranks) == {} and list(folder.stacks.iterdir()) == []
 
 
 def test_a_run_whose_ranks_outlived_their_parent_is_not_started_beside_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "_SECONDS_TO_BE_GONE", 0.5)
+    monkeypatch.setattr(run_lock, "_SECONDS_TO_BE_GONE", 0.5)
     folder = RunFolder(tmp_path / "run")
     folder.ranks.mkdir(parents=True)
     left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", str(folder.plan)])
@@ -376,23 +379,23 @@ def test_a_run_whose_ranks_outlived_their_parent_is_not_started_beside_them(tmp_
         while not Path(f"/proc/{left.pid}/cmdline").read_bytes():  # the system has not laid out its arguments yet
             time.sleep(0.01)
         at = Pulse(1, left.pid, 5, "step", 0, 0.0, 0.0)
-        processes.place(folder.ranks, 1).write_bytes(processes.to_bytes(at))
-        with pytest.raises(RecipeError, match=f"rank 1 of an earlier start of run is still there .process {left.pid}"):
-            lock.held(folder).__enter__()
+        heartbeat.place(folder.ranks, 1).write_bytes(heartbeat.to_bytes(at))
+        with pytest.raises(UserError, match=f"rank 1 of an earlier start of run is still there .process {left.pid}"):
+            run_lock.held(folder).__enter__()
     finally:
         left.kill()
         left.wait()
-    with lock.held(folder):
-        processes.place(folder.ranks, 1).write_bytes(processes.to_bytes(dataclasses.replace(at, process=os.getpid())))
-    with lock.held(folder):
+    with run_lock.held(folder):
+        heartbeat.place(folder.ranks, 1).write_bytes(heartbeat.to_bytes(dataclasses.replace(at, process=os.getpid())))
+    with run_lock.held(folder):
         pass  # this process got the id since
 
 
 def test_a_stop_that_was_asked_for_between_two_commands_is_heard(tmp_path):
-    with process.listening() as asked:
+    with process_group.listening() as asked:
         os.kill(os.getpid(), signal.SIGUSR1)
         touched = tmp_path / "touched"
-        ended = process.run([shutil.which("touch"), str(touched)], os.environ, asked)
+        ended = process_group.run([shutil.which("touch"), str(touched)], os.environ, asked)
     assert ended.code == 75 and not touched.exists()
 
 
@@ -430,50 +433,52 @@ def test_torchs_own_lock_would_still_be_left_behind():
 
 def test_a_launcher_is_given_the_time_that_a_large_save_needs(tmp_path, monkeypatch):
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
-    plan = plans.make(recipes.load("70b"), plans.Topology(gpus=32, processes=32, nodes=4, card="h100-80g"))
+    plan = plans.make(loader.load("70b"), plans.Topology(gpus=32, processes=32, nodes=4, card="h100-80g"))
     by_a_slow_disk = plan.checkpoint_bytes / 4 / 500_000_000
-    assert saves.seconds_at_most(plan) == by_a_slow_disk > 120
-    assert "assumed until a sanity run measures it" in saves.said(plan)
-    saves.remember(2_000_000, 1.0, "2026-01-01")
-    assert saves.seconds_at_most(plan) == by_a_slow_disk, "so small a save says nothing of so large a one"
-    saves.remember(plan.checkpoint_bytes // 100, 10.0, "2026-01-02")
-    assert saves.seconds(plan) == pytest.approx(1000) and "measured by the sanity run of 2026-01-02" in saves.said(plan)
-    assert saves.seconds_at_most(plan) == pytest.approx(3000)
+    assert save_time.seconds_at_most(plan) == by_a_slow_disk > 120
+    assert "assumed until a sanity run measures it" in save_time.said(plan)
+    save_time.remember(2_000_000, 1.0, "2026-01-01")
+    assert save_time.seconds_at_most(plan) == by_a_slow_disk, "so small a save says nothing of so large a one"
+    save_time.remember(plan.checkpoint_bytes // 100, 10.0, "2026-01-02")
+    assert save_time.seconds(plan) == pytest.approx(
+        1000
+    ) and "measured by the sanity run of 2026-01-02" in save_time.said(plan)
+    assert save_time.seconds_at_most(plan) == pytest.approx(3000)
     given = command.environment(plan, {})
     assert float(given["PET_SHUTDOWN_TIMEOUT"]) >= 3000
-    tiny = plans.make(recipes.load("tiny"), plans.Topology(gpus=0, processes=1))
+    tiny = plans.make(loader.load("tiny"), plans.Topology(gpus=0, processes=1))
     assert command.environment(tiny, {})["PET_SHUTDOWN_TIMEOUT"] == "120"
-    assert not any(number.name in given["PET_SIGNALS_TO_HANDLE"] for number in processes.ASKING)
+    assert not any(number.name in given["PET_SIGNALS_TO_HANDLE"] for number in heartbeat.ASKING)
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
 def test_ranks_on_gpus_get_expandable_segments_unless_the_user_chose(name):
-    plan = plans.make(recipes.load("8b"), plans.Topology(gpus=8, processes=8, card="h100-80g"))
+    plan = plans.make(loader.load("8b"), plans.Topology(gpus=8, processes=8, card="h100-80g"))
     assert command.environment(plan, {})["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     chosen = command.environment(plan, {name: "max_split_size_mb:128"})
     assert {key: value for key, value in chosen.items() if "ALLOC_CONF" in key} == {name: "max_split_size_mb:128"}
-    tiny = plans.make(recipes.load("tiny"), plans.Topology(gpus=0, processes=1))
+    tiny = plans.make(loader.load("tiny"), plans.Topology(gpus=0, processes=1))
     assert "PYTORCH_ALLOC_CONF" not in command.environment(tiny, {})
 
 
 def test_a_newer_checkpoint_begins_the_count_of_starts_anew(tmp_path):
     folder = RunFolder(tmp_path)
-    plan = plans.make(recipes.load("tiny"), plans.Topology(gpus=0, processes=1))
+    plan = plans.make(loader.load("tiny"), plans.Topology(gpus=0, processes=1))
     again = Start(folder, plan, goes_on=True)
     for _ in range(3):
-        assert progress.refusal(again) is None
-        progress.count(folder)
-    assert "3 starts in a row have come no further than its beginning" in progress.refusal(again)
-    assert progress.refusal(dataclasses.replace(again, insisted=True)) is None
-    run_folder.write_json(folder.manifest, {
+        assert attempts.refusal(again) is None
+        attempts.count(folder)
+    assert "3 starts in a row have come no further than its beginning" in attempts.refusal(again)
+    assert attempts.refusal(dataclasses.replace(again, insisted=True)) is None
+    run_dir.write_json(folder.manifest, {
         **manifest(tmp_path), "diverged": {"step": 7, "rows": ["a.jsonl:3"]}
     })  # fmt: skip
-    assert "diverged at step 7, rows a.jsonl:3" in progress.refusal(again)
+    assert "diverged at step 7, rows a.jsonl:3" in attempts.refusal(again)
     folder.checkpoint(8).mkdir()
-    assert "3 starts in a row" in progress.refusal(again), "it is not whole"
-    run_folder.write_json(folder.checkpoint(8) / "complete.json", {"step": 8})
-    assert progress.refusal(again) is None
-    progress.count(folder)
+    assert "3 starts in a row" in attempts.refusal(again), "it is not whole"
+    run_dir.write_json(folder.checkpoint(8) / "complete.json", {"step": 8})
+    assert attempts.refusal(again) is None
+    attempts.count(folder)
     assert manifest(tmp_path)["starts_without_progress"] == {"step": 8, "count": 1}
 
 

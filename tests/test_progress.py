@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from sft_recipes.planning.run_folder import RunFolder
-from sft_recipes.training.callbacks.progress import ShowProgress
+from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.training.callbacks.console import ShowProgress
 
 TRAINED = {"loss": 1.2345, "learning_rate": 2e-5, "grad_norm": 0.71, "tokens_per_second": 12345.6}
 EVALUATED = {"eval_loss": 1.1111, "eval_few_loss": 1.0, "eval_others_loss": 1.2}

@@ -3,8 +3,8 @@ import re
 import pytest
 from conftest import REPOSITORY
 
-from sft_recipes.planning import recipes
-from sft_recipes.planning.schema import RecipeError
+from sft_recipes.config import loader, sizes
+from sft_recipes.runtime.errors import UserError
 
 DOCUMENTS = {
     # row: learning rate, effective batch, epochs, warm-up ratio, weight decay
@@ -21,8 +21,8 @@ def written(tmp_path, monkeypatch):
     def load(text, *overrides):
         (tmp_path / "sizes.yaml").write_text((REPOSITORY / "recipes" / "sizes.yaml").read_text())
         (tmp_path / "mine.yaml").write_text(text)
-        monkeypatch.setattr(recipes, "RECIPES", tmp_path)
-        return recipes.load("mine", overrides)
+        monkeypatch.setattr(loader, "RECIPES", tmp_path)
+        return loader.load("mine", overrides)
 
     return load
 
@@ -40,7 +40,7 @@ trainer:
 
 @pytest.mark.parametrize("row", DOCUMENTS)
 def test_the_table_is_the_documents(row):
-    table = recipes.table()[row].cells
+    table = sizes.table()[row].cells
     keys = ("learning_rate", "effective_batch_size", "num_train_epochs", "warmup_ratio", "weight_decay")
     assert tuple(table[key].range for key in keys) == DOCUMENTS[row]
     assert table["max_grad_norm"].range == [1.0, 1.0]
@@ -49,15 +49,15 @@ def test_the_table_is_the_documents(row):
 
 
 def test_every_row_starts_inside_its_own_ranges():
-    cells = [(name, key, cell) for name, row in recipes.table().items() for key, cell in row.cells.items()]
+    cells = [(name, key, cell) for name, row in sizes.table().items() for key, cell in row.cells.items()]
     assert len(cells) == 7 * 7
     assert [(row, key) for row, key, cell in cells if not cell.allows(cell.start)] == []
 
 
 def test_every_shipped_recipe_loads():
-    names = recipes.names()
+    names = loader.names()
     assert "tiny" in names
-    assert [recipes.load(name).name for name in names] == names
+    assert [loader.load(name).name for name in names] == names
 
 
 def test_an_exponent_without_a_dot_is_a_number(written):
@@ -69,7 +69,7 @@ def test_where_each_value_was_written_is_kept(written):
     recipe = written(GOOD, "trainer.num_train_epochs=2")
     assert recipe.origins["trainer.learning_rate"].endswith("mine.yaml:7")
     assert recipe.origins["trainer.num_train_epochs"] == "command line"
-    assert recipes.hyperparameter(recipe, "weight_decay") == (0.01, "recipes/sizes.yaml, row 7-13b")
+    assert sizes.hyperparameter(recipe, "weight_decay") == (0.01, "recipes/sizes.yaml, row 7-13b")
 
 
 @pytest.mark.parametrize(
@@ -117,30 +117,30 @@ def test_where_each_value_was_written_is_kept(written):
     ],
 )
 def test_a_wrong_recipe_is_refused_with_its_file_and_line(written, text, message):
-    with pytest.raises(RecipeError, match=message) as refused:
+    with pytest.raises(UserError, match=message) as refused:
         written(text)
     assert "\n" not in str(refused.value)
 
 
 def test_a_value_outside_its_row_is_taken_where_the_recipe_says_so_on_purpose(written):
     recipe = written(GOOD.replace("2e-5", "1e-3") + "outside_range: [learning_rate]\n")
-    assert recipes.hyperparameter(recipe, "learning_rate")[0] == 1e-3
+    assert sizes.hyperparameter(recipe, "learning_rate")[0] == 1e-3
 
 
 @pytest.mark.parametrize(
     "name", ["../tiny", "/etc/passwd", "tiny;ls", "$(ls)", "", "sizes", "tiny.yaml", "a b", "`id`"]
 )
 def test_what_is_no_name_of_a_recipe_is_refused(name):
-    with pytest.raises(RecipeError, match="RECIPE: "):
-        recipes.load(name)
+    with pytest.raises(UserError, match="RECIPE: "):
+        loader.load(name)
 
 
 def test_a_misspelt_recipe_gets_the_nearest_name():
-    with pytest.raises(RecipeError, match=re.escape("did you mean tiny?")):
-        recipes.load("tyni")
+    with pytest.raises(UserError, match=re.escape("did you mean tiny?")):
+        loader.load("tyni")
 
 
 @pytest.mark.parametrize("override", ["learning_rate", "=3", "trainer.learning_rate", "trainer.=1", "trainer=1"])
 def test_an_override_that_is_not_a_dotted_key_and_a_value_is_refused(override):
-    with pytest.raises(RecipeError, match="command line: "):
-        recipes.load("tiny", [override])
+    with pytest.raises(UserError, match="command line: "):
+        loader.load("tiny", [override])

@@ -1,4 +1,4 @@
-"""The page of a run stands alone, shows what there is, and lets nothing of the data through (reporting.report)."""
+"""The page of a run stands alone, shows what there is, and lets nothing of the data through (monitor.report)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 from simulated_runs import Simulated
 from test_diagnose import DISEASES, as_it_is, from_scratch, memorising, not_a_number
 
-from sft_recipes.reporting import plots
-from sft_recipes.reporting.diagnose import diagnose
-from sft_recipes.reporting.reading import read
-from sft_recipes.reporting.report import page
+from sft_recipes.monitor import plots
+from sft_recipes.monitor.diagnose import diagnose
+from sft_recipes.monitor.metrics_log import read
+from sft_recipes.monitor.report import page
 
 CURVES = [
     "Loss",

@@ -6,33 +6,37 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sft_recipes.planning import plan as plans
-from sft_recipes.planning import recipes, resharding, run_folder
-from sft_recipes.planning.resharding import Ranks
-from sft_recipes.planning.run_folder import Asked, RunFolder
-from sft_recipes.planning.schema import RecipeError
-from sft_recipes.training import reshard
+from sft_recipes.config import loader
+from sft_recipes.launch import run_selection
+from sft_recipes.launch.run_selection import Asked
+from sft_recipes.planner import plan as plans
+from sft_recipes.planner import rank_change
+from sft_recipes.planner.rank_change import Ranks
+from sft_recipes.runtime import run_dir
+from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.training.checkpoint import reshard
 
 
 def plan(engine="ddp", processes=2, *more):
     words = [f"parallelism={engine}", "batch.effective_batch_size=8", *more]
-    return plans.make(recipes.load("tiny", words), plans.Topology(0, processes))
+    return plans.make(loader.load("tiny", words), plans.Topology(0, processes))
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"])
 @pytest.mark.parametrize(("old", "new"), [(1, 2), (2, 1), (2, 4)])
 def test_another_number_of_ranks_under_the_same_engine_needs_nobodys_consent(engine, old, new):
-    assert resharding.allowed(plan(engine, old), plan(engine, new)) is None
+    assert rank_change.allowed(plan(engine, old), plan(engine, new)) is None
     assert (
-        resharding.followed(plan(engine, old), plan(engine, new))
+        rank_change.followed(plan(engine, old), plan(engine, new))
         == plans.differences(plan(engine, old), plan(engine, new)).keys()
     )
 
 
 def test_only_zeros_state_has_to_be_cut_anew():
-    assert resharding.converts(Ranks("zero2", 2), Ranks("zero2", 4))
-    assert not resharding.converts(Ranks("zero2", 2), Ranks("zero2", 2))
-    assert not resharding.converts(Ranks("fsdp2", 2), Ranks("fsdp2", 4))
+    assert rank_change.converts(Ranks("zero2", 2), Ranks("zero2", 4))
+    assert not rank_change.converts(Ranks("zero2", 2), Ranks("zero2", 2))
+    assert not rank_change.converts(Ranks("fsdp2", 2), Ranks("fsdp2", 4))
 
 
 @pytest.mark.parametrize(
@@ -46,23 +50,23 @@ def test_only_zeros_state_has_to_be_cut_anew():
     ],
 )
 def test_another_engine_is_refused_with_both_numbers_and_the_remedy(old, new, remedy):
-    said = resharding.allowed(plan(*old), plan(*new))
+    said = rank_change.allowed(plan(*old), plan(*new))
     assert f"on {old[1]} rank" in said and f"on {new[1]} rank" in said and remedy in said
-    assert resharding.followed(plan(*old), plan(*new)) == set()
+    assert rank_change.followed(plan(*old), plan(*new)) == set()
 
 
 def test_an_optimizer_whose_state_was_never_converted_keeps_its_ranks():
     eight_bit = "trainer.optim=adamw_8bit"
-    said = resharding.allowed(plan("zero2", 2, eight_bit), plan("zero2", 4, eight_bit))
+    said = rank_change.allowed(plan("zero2", 2, eight_bit), plan("zero2", 4, eight_bit))
     assert "adamw_8bit" in said and "on 2 ranks" in said and "on 4 ranks" in said
-    assert resharding.allowed(plan("ddp", 2, eight_bit), plan("ddp", 4, eight_bit)) is None
+    assert rank_change.allowed(plan("ddp", 2, eight_bit), plan("ddp", 4, eight_bit)) is None
 
 
 def test_another_batch_or_another_kind_of_device_needs_consent():
-    assert resharding.followed(plan("zero2", 2), plan("zero2", 4, "batch.effective_batch_size=16")) == set()
+    assert rank_change.followed(plan("zero2", 2), plan("zero2", 4, "batch.effective_batch_size=16")) == set()
     on_gpus = dataclasses.replace(plan("zero2", 4), gpus=4)
-    assert resharding.followed(plan("zero2", 2), on_gpus) == set()
-    assert resharding.followed(plan("zero2", 2), plan("zero2", 2)) == set()
+    assert rank_change.followed(plan("zero2", 2), on_gpus) == set()
+    assert rank_change.followed(plan("zero2", 2), plan("zero2", 2)) == set()
 
 
 def a_run(place, stored, *steps):
@@ -77,27 +81,27 @@ def a_run(place, stored, *steps):
 def test_a_start_with_other_ranks_goes_on_aloud_and_records_it(tmp_path, monkeypatch):
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
     a_run(tmp_path, plan("zero2", 2), 4)
-    start = run_folder.choose(plan("zero2", 4), Asked("one"), {})
+    start = run_selection.choose(plan("zero2", 4), Asked("one"), {})
     assert start.goes_on and start.plan.run_id == "one" and "world_size" in start.plan.accepted
     assert any("world_size 2 -> 4" in note for note in start.notes)
-    with pytest.raises(RecipeError, match=r"learning_rate"):
-        run_folder.choose(plan("zero2", 4, "trainer.learning_rate=1e-3"), Asked("one"), {})
+    with pytest.raises(UserError, match=r"learning_rate"):
+        run_selection.choose(plan("zero2", 4, "trainer.learning_rate=1e-3"), Asked("one"), {})
 
 
 def test_no_consent_makes_one_engine_read_the_others_state(tmp_path, monkeypatch):
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
     folder = a_run(tmp_path, plan("zero2", 2), 4)
     every = tuple(plans.differences(plan("zero2", 2), plan("ddp", 1)))
-    with pytest.raises(RecipeError, match=r"zero2 on 2 ranks.*single on 1 rank.*parallelism=zero2"):
-        run_folder.choose(plan("ddp", 1), Asked("one", accept=every), {})
+    with pytest.raises(UserError, match=r"zero2 on 2 ranks.*single on 1 rank.*parallelism=zero2"):
+        run_selection.choose(plan("ddp", 1), Asked("one", accept=every), {})
     folder.checkpoint(4).rmdir()
-    assert run_folder.choose(plan("ddp", 1), Asked("one", accept=every), {}).goes_on, (
+    assert run_selection.choose(plan("ddp", 1), Asked("one", accept=every), {}).goes_on, (
         "nothing is saved, nothing is lost"
     )
 
 
 def with_plan(folder, step, stored):
-    run_folder.write_json(
+    run_dir.write_json(
         folder.checkpoint(step) / "complete.json", {"run_id": "one", "step": step, "plan": dataclasses.asdict(stored)}
     )
 
@@ -111,10 +115,10 @@ def test_a_plan_that_is_lost_is_that_of_the_newest_checkpoint(tmp_path, monkeypa
     if name is None:
         folder = RunFolder(folder.path.rename(folder.path.with_name("tiny-1")))
     harm(folder.plan)
-    with pytest.raises(RecipeError, match=r"holds checkpoints, but its plan.json cannot be read.*NAME="):
-        run_folder.choose(plan("zero2", 2), Asked(name), {})
+    with pytest.raises(UserError, match=r"holds checkpoints, but its plan.json cannot be read.*NAME="):
+        run_selection.choose(plan("zero2", 2), Asked(name), {})
     with_plan(folder, 4, stored)
-    start = run_folder.choose(plan("zero2", 2), Asked(name), {})
+    start = run_selection.choose(plan("zero2", 2), Asked(name), {})
     assert start.goes_on and start.folder == folder and start.plan.run_id == "one"
     assert "it is that of checkpoint-4 again" in start.notes[0] and plans.read(folder.plan) == stored
 
@@ -125,7 +129,7 @@ def test_a_plan_that_is_lost_behind_a_link_stays_as_it_is(tmp_path, monkeypatch)
     folder.plan.unlink()
     elsewhere = folder.path.rename(tmp_path / "elsewhere")
     (tmp_path / "runs" / "tiny-1").symlink_to(elsewhere)
-    assert run_folder.choose(plan("zero2", 2), Asked(), {}).folder.name == "tiny-2"
+    assert run_selection.choose(plan("zero2", 2), Asked(), {}).folder.name == "tiny-2"
     assert not (elsewhere / "plan.json").exists()
 
 
@@ -133,15 +137,15 @@ def test_a_change_is_accepted_by_the_name_that_was_typed_and_nothing_by_one_that
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
     folder = a_run(tmp_path, plan("zero2", 2), 4)
     changed = plan("zero2", 2, "trainer.learning_rate=1e-3", "trainer.logging_steps=7")
-    with pytest.raises(RecipeError, match=r"ACCEPT=learning_rate,trainer.logging_steps; or"):
-        run_folder.choose(changed, Asked("one"), {})
+    with pytest.raises(UserError, match=r"ACCEPT=learning_rate,trainer.logging_steps; or"):
+        run_selection.choose(changed, Asked("one"), {})
     for keys in (("learning_rate", "logging_steps"), ("trainer.learning_rate", "sections.trainer.logging_steps")):
-        assert run_folder.choose(changed, Asked("one", accept=keys), {}).goes_on
-    with pytest.raises(RecipeError, match=r"ACCEPT: 'nonsense' is no key"):
-        run_folder.choose(plan("zero2", 2), Asked("one", accept=("nonsense",)), {})
-    run_folder.write_json(folder.manifest, {"state": "finished"})
-    with pytest.raises(RecipeError, match=r"is finished, and had another plan: learning_rate"):
-        run_folder.choose(changed, Asked("one", accept=("learning_rate", "logging_steps")), {})
+        assert run_selection.choose(changed, Asked("one", accept=keys), {}).goes_on
+    with pytest.raises(UserError, match=r"ACCEPT: 'nonsense' is no key"):
+        run_selection.choose(plan("zero2", 2), Asked("one", accept=("nonsense",)), {})
+    run_dir.write_json(folder.manifest, {"state": "finished"})
+    with pytest.raises(UserError, match=r"is finished, and had another plan: learning_rate"):
+        run_selection.choose(changed, Asked("one", accept=("learning_rate", "logging_steps")), {})
 
 
 def test_each_new_rank_draws_numbers_of_its_own_and_the_same_each_time():

@@ -16,8 +16,9 @@ from conftest import HANG_SECONDS, REPOSITORY, SHORT, manifest, metrics, needs_c
 from processes import commands
 from safetensors.torch import load_file
 
-from sft_recipes.planning import imports, recipes, run_folder
-from sft_recipes.planning import plan as plans
+from sft_recipes.config import loader
+from sft_recipes.planner import plan as plans
+from sft_recipes.runtime import library_imports, run_dir
 
 
 def weights(folder):
@@ -216,9 +217,9 @@ def metrics_so_far(run):
 def test_a_rank_imports_what_its_plan_uses_alone(monkeypatch):
     """Fails as well where a library comes to need one of them all the same."""
     code = (
-        "import gc, sys; from sft_recipes.planning import imports, plan, recipes; "
-        "made = plan.make(recipes.load('tiny'), plan.Topology(gpus=0, processes=1)); "
-        "swiftly = imports.swiftly(); swiftly.__enter__(); imports.leave_out_what_is_not_used(made); "
+        "import gc, sys; from sft_recipes.config import loader; from sft_recipes.planner import plan; from sft_recipes.runtime import library_imports; "
+        "made = plan.make(loader.load('tiny'), plan.Topology(gpus=0, processes=1)); "
+        "swiftly = library_imports.swiftly(); swiftly.__enter__(); library_imports.leave_out_what_is_not_used(made); "
         "import sft_recipes.training.trainer; swiftly.__exit__(None, None, None); "
         "print([name for name in ('bitsandbytes', 'peft', 'wandb') if sys.modules.get(name)], "
         "'torch._inductor.compile_fx' in sys.modules, gc.isenabled(), gc.get_freeze_count() > 100_000)"
@@ -228,20 +229,20 @@ def test_a_rank_imports_what_its_plan_uses_alone(monkeypatch):
     assert done.stdout.split("\n")[-2] == "[] False True True", done.stdout + done.stderr
 
     left_out = {}
-    monkeypatch.setattr(imports.sys, "modules", left_out)
-    tiny = recipes.load("tiny")
+    monkeypatch.setattr(library_imports.sys, "modules", left_out)
+    tiny = loader.load("tiny")
     for reporters, method, wanted in (("wandb", "full", {"bitsandbytes", "peft"}), ("none", "qlora", {"wandb"})):
         left_out.clear()
         monkeypatch.setenv("REPORT_TO", reporters)
         plan = dataclasses.replace(plans.make(tiny, plans.Topology(gpus=0, processes=1)), method=method)
-        imports.leave_out_what_is_not_used(plan)
+        library_imports.leave_out_what_is_not_used(plan)
         assert left_out == dict.fromkeys(wanted)
 
 
 def test_deepspeeds_muon_is_compiled_when_it_is_called_and_not_before():
     """Fails as well where DeepSpeed itself brings torch's compiler no more."""
     code = (
-        "import inspect, sys, torch; from sft_recipes.planning import imports; imports.deepspeed(); "
+        "import inspect, sys, torch; from sft_recipes.runtime import library_imports; library_imports.deepspeed(); "
         "from deepspeed.runtime.zero.muon import original_muon as muon; "
         "from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as stage3; "
         "print('@compiler.compile()' in inspect.getsource(muon), 'import MuonWithAuxAdam' in inspect.getsource(stage3)); "
@@ -263,31 +264,35 @@ def test_accelerate_still_asks_localhost_before_it_starts_ranks():
 
 
 def test_the_three_best_are_kept_and_the_earlier_of_equals_wins(tmp_path):
-    from sft_recipes.training import best, checkpoint
+    from sft_recipes.training.checkpoint import checkpoint_format, retention
 
     losses = {4: 3.0, 8: 1.0, 12: 2.0, 16: 1.0, 20: 5.0}
-    folder, said = run_folder.RunFolder(tmp_path), []
+    folder, said = run_dir.RunFolder(tmp_path), []
     for step in losses:
         folder.best(step).mkdir()
         (folder.best(step) / "model.safetensors").write_bytes(b"weights")
-        checkpoint.seal(
+        checkpoint_format.seal(
             folder.best(step),
-            {"step": step, "run_id": "a", "files": checkpoint.checksums(folder.best(step), ["model.safetensors"])},
+            {
+                "step": step,
+                "run_id": "a",
+                "files": checkpoint_format.checksums(folder.best(step), ["model.safetensors"]),
+            },
         )
-    best.forget_all_others(folder, losses, "another run", said.append)
+    retention.forget_all_others(folder, losses, "another run", said.append)
     assert folder.numbered("best") == list(losses), "nobody's here to remove"
-    best.forget_all_others(folder, losses, "a", said.append)
+    retention.forget_all_others(folder, losses, "a", said.append)
     assert folder.numbered("best") == [8, 12, 16] and not said
-    assert best.step(folder, losses, "a", said.append) == 8
-    assert best.step(folder, {**losses, 12: float("nan")}, "a", said.append) == 8
+    assert retention.step(folder, losses, "a", said.append) == 8
+    assert retention.step(folder, {**losses, 12: float("nan")}, "a", said.append) == 8
     (folder.best(8) / "model.safetensors").write_bytes(b"weighty")
-    assert best.step(folder, losses, "a", said.append) == 16
+    assert retention.step(folder, losses, "a", said.append) == 16
     assert said == ["passing over best-8: model.safetensors does not match its checksum"]
-    assert not best.is_among_the_best(losses, 20)
+    assert not retention.is_among_the_best(losses, 20)
     refused = {**losses, 24: 0.5, 28: 0.4, 32: 0.3}  # better ones, which a full disk did not take
-    best.forget_all_others(folder, refused, "a", said.append)
+    retention.forget_all_others(folder, refused, "a", said.append)
     assert folder.numbered("best") == [8, 12, 16]
-    assert best.step(folder, {}, "a", said.append) is None
+    assert retention.step(folder, {}, "a", said.append) is None
 
 
 def test_a_run_cut_off_behind_its_last_checkpoint_takes_no_step_more(shared_workplace, short_run):
@@ -304,24 +309,24 @@ def test_a_run_cut_off_behind_its_last_checkpoint_takes_no_step_more(shared_work
 
 
 def test_ranks_that_are_not_the_plans_are_refused():
-    from sft_recipes.planning.schema import RecipeError
-    from sft_recipes.training.run import check_ranks
+    from sft_recipes.runtime.errors import UserError
+    from sft_recipes.training.main import check_ranks
 
-    plan = plans.make(recipes.load("tiny"), plans.Topology(gpus=0, processes=2))
+    plan = plans.make(loader.load("tiny"), plans.Topology(gpus=0, processes=2))
     check_ranks(plan, 2, {})
-    with pytest.raises(RecipeError, match="1 ranks were started where the plan has 2"):
+    with pytest.raises(UserError, match="1 ranks were started where the plan has 2"):
         check_ranks(plan, 1, {})
-    with pytest.raises(RecipeError, match="started DeepSpeed where the plan has parallelism ddp"):
+    with pytest.raises(UserError, match="started DeepSpeed where the plan has parallelism ddp"):
         check_ranks(plan, 2, {"ACCELERATE_USE_DEEPSPEED": "true"})
 
 
 def test_ranks_that_share_fewer_cores_than_they_are_are_stopped():
-    from sft_recipes.planning.schema import RecipeError
-    from sft_recipes.training.run import check_cores
+    from sft_recipes.runtime.errors import UserError
+    from sft_recipes.training.main import check_cores
 
     for ranks, allowed, there in ((8, 64, 64), (8, 8, 64), (4, 2, 2), (1, 1, 64)):
         check_cores(ranks, allowed, there)
-    with pytest.raises(RecipeError, match="8 ranks may run on 1 of this node's 64 cores; .*SRUN_CPUS_PER_TASK"):
+    with pytest.raises(UserError, match="8 ranks may run on 1 of this node's 64 cores; .*SRUN_CPUS_PER_TASK"):
         check_cores(8, 1, 64)
 
 

@@ -9,11 +9,13 @@ import pytest
 import torch
 from conftest import assert_one_trainer_at_a_time, manifest
 
-from sft_recipes.planning import environment, recipes, trial
-from sft_recipes.planning import plan as plans
-from sft_recipes.planning.plan import Topology
-from sft_recipes.planning.run_folder import RunFolder, write_json
-from sft_recipes.training import checks, sanity, sanity_reload, signals
+from sft_recipes.config import loader
+from sft_recipes.planner import plan as plans
+from sft_recipes.planner.plan import Topology
+from sft_recipes.runtime import env
+from sft_recipes.runtime.run_dir import RunFolder, write_json
+from sft_recipes.sanity import checks, reload_worker, trial, worker
+from sft_recipes.training import stop_signal
 from sft_recipes.training.trainer import ResponseTrainer
 
 FEW_ANSWERS = ("answers.show=2", "answers.exact_match=0", "answers.max_new_tokens=4")
@@ -56,7 +58,7 @@ def test_the_trial_leaves_no_trace_in_the_run(short_run, tracked_run):
 
 def test_the_forecast_is_what_the_steps_took(monkeypatch):
     plan = dataclasses.replace(
-        plans.make(recipes.load("8b"), Topology(gpus=8, processes=8, card="h100-80g")),
+        plans.make(loader.load("8b"), Topology(gpus=8, processes=8, card="h100-80g")),
         optimizer_steps=1001, gradient_accumulation_steps=4,
     )  # fmt: skip
     figures = {
@@ -105,7 +107,7 @@ def trial_of_few_rows(shared_workplace, few_rows, tmp_path_factory):
     from sft_recipes.data.prepare import prepare
 
     settings = [f"data.train={few_rows}", "trainer.max_length=128", "batch.effective_batch_size=2", *FEW_ANSWERS]
-    plan = plans.make(recipes.load("tiny", settings), Topology(gpus=0, processes=1))
+    plan = plans.make(loader.load("tiny", settings), Topology(gpus=0, processes=1))
     prepared = prepare(plan, tmp_path_factory.mktemp("store"))
     return trial.of(plans.settle(plan, prepared)), prepared
 
@@ -115,15 +117,15 @@ def carried_out(tmp_path, planned, prepared, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     found = []
     for program, folder in (
-        (sanity.carry_out, RunFolder(tmp_path)),
-        (sanity_reload.reload, RunFolder(tmp_path / "reload")),
+        (worker.carry_out, RunFolder(tmp_path)),
+        (reload_worker.reload, RunFolder(tmp_path / "reload")),
     ):
         folder.path.mkdir(exist_ok=True)
         plans.write(planned, folder.plan)
         write_json(folder.prepared, dataclasses.asdict(prepared))
         try:
             found += program(planned, folder)[0]
-        except sanity.RankAloneError as error:  # which `execute` writes before it leaves
+        except worker.RankAloneError as error:  # which `execute` writes before it leaves
             found += error.checks
         if any(check.passed is False for check in found):
             break
@@ -156,26 +158,26 @@ def test_a_rate_of_nothing_or_a_thousand_times_too_high_fails_for_the_loss(
 def test_a_trial_whose_ranks_agreed_to_stop_has_no_verdict(tmp_path, trial_of_few_rows, monkeypatch, at):
     """As where a rank gets the signal that its launcher does not: the steps that it took are no healthy trial's."""
     seen = {"steps": 0}
-    monkeypatch.setattr(signals, "asked", lambda: seen["steps"] >= at)
+    monkeypatch.setattr(stop_signal, "asked", lambda: seen["steps"] >= at)
     step = ResponseTrainer.training_step
     monkeypatch.setattr(
         ResponseTrainer, "training_step", lambda *a, **k: seen.update(steps=seen["steps"] + 1) or step(*a, **k)
     )
-    with pytest.raises(sanity.AskedToStopError):
+    with pytest.raises(worker.AskedToStopError):
         carried_out(tmp_path, *trial_of_few_rows, monkeypatch)
 
 
 def test_a_checkpoint_that_does_not_load_fails_for_it(tmp_path, trial_of_few_rows, monkeypatch):
     """The optimizer's state is cut short, as a disk does that lies about what it has written."""
-    from sft_recipes.training import checkpoint
+    from sft_recipes.training.checkpoint import checkpoint_format
 
-    seal = checkpoint.seal
+    seal = checkpoint_format.seal
 
     def cut_short(folder, record):
         seal(folder, record)
         (folder / "optimizer.pt").write_bytes((folder / "optimizer.pt").read_bytes()[:1000])
 
-    monkeypatch.setattr(checkpoint, "seal", cut_short)
+    monkeypatch.setattr(checkpoint_format, "seal", cut_short)
     found = carried_out(tmp_path, *trial_of_few_rows, monkeypatch)
     assert {name for name, check in found.items() if check.passed is False} == {"checkpoint"}
     assert "checkpoint-10: optimizer.pt has 1000 bytes" in found["checkpoint"].said
@@ -183,19 +185,19 @@ def test_a_checkpoint_that_does_not_load_fails_for_it(tmp_path, trial_of_few_row
 
 def test_a_checkpoint_that_lost_the_optimizers_state_fails_for_other_losses(tmp_path, trial_of_few_rows, monkeypatch):
     """What was saved is whole, and is not what the optimizer held."""
-    from sft_recipes.training import checkpoint
+    from sft_recipes.training.checkpoint import checkpoint_format
 
-    seal = checkpoint.seal
+    seal = checkpoint_format.seal
 
     def lose(folder, record):
         state = torch.load(folder / "optimizer.pt")
         for one in state["state"].values():
             one["exp_avg"].zero_()
         torch.save(state, folder / "optimizer.pt")
-        record["files"].update(checkpoint.checksums(folder, ["optimizer.pt"]))
+        record["files"].update(checkpoint_format.checksums(folder, ["optimizer.pt"]))
         seal(folder, record)
 
-    monkeypatch.setattr(checkpoint, "seal", lose)
+    monkeypatch.setattr(checkpoint_format, "seal", lose)
     found = carried_out(tmp_path, *trial_of_few_rows, monkeypatch)
     assert found["checkpoint"].passed is False and "checkpoint-10 resumes: losses " in found["checkpoint"].said
 
@@ -208,8 +210,8 @@ def test_answers_are_skipped_where_the_unsharded_model_does_not_fit(tmp_path, tr
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", runs_out)
-    state = sanity.TrialState(losses=[], ends_of_turn=[1], better_than_chance=True)
-    check = sanity_reload.saved_answers_are_text(trial_of_few_rows[0], RunFolder(tmp_path), state)
+    state = worker.TrialState(losses=[], ends_of_turn=[1], better_than_chance=True)
+    check = reload_worker.saved_answers_are_text(trial_of_few_rows[0], RunFolder(tmp_path), state)
     assert check.passed is None and "does not fit: rank 0 ran out of memory" in check.said
 
 
@@ -264,18 +266,18 @@ def test_garbled_text_is_told_from_text(text, reason):
 @pytest.mark.parametrize(("rows", "wanted"), [(896, 64), (64, 64), (20, 64), (1, 4), (17, 32)])
 def test_the_longest_rows_are_among_the_trials(rows, wanted):
     lengths = [(7 * number) % rows + 1 for number in range(rows)]
-    chosen = sanity.choose(lengths, wanted)
+    chosen = worker.choose(lengths, wanted)
     assert len(chosen) == wanted
     assert len(set(chosen)) == min(rows, wanted, 64), "none is taken twice before all are"
     longest = sorted(range(rows), key=lambda row: -lengths[row])[: min(16, rows, wanted)]
     assert {lengths[row] for row in longest} <= {lengths[row] for row in chosen}
 
 
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("name", loader.names())
 def test_a_trial_is_the_plan_on_few_rows(name):
-    from sft_recipes.launching.topology import planned
+    from sft_recipes.launch.topology import planned
 
-    recipe = recipes.load(name)
+    recipe = loader.load(name)
     plan = dataclasses.replace(plans.make(recipe, planned(recipe, None, None, None, None)), rows=100_000)
     short = trial.of(plan)
     for kept in ("parallelism", "per_device_train_batch_size", "world_size", "learning_rate", "max_length", "dtypes"):
@@ -290,7 +292,7 @@ def test_another_weight_file_in_the_same_folder_is_another_plan(tmp_path):
     model.mkdir()
     (model / "model.safetensors").write_bytes(b"1")
     words = ["model.from_scratch=false", "model.architecture={}", f"model.name_or_path={model}"]
-    plan = plans.make(recipes.load("tiny", words), Topology(gpus=0, processes=1))
+    plan = plans.make(loader.load("tiny", words), Topology(gpus=0, processes=1))
     before = trial.key(plan)
     assert trial.key(plan) == before
     (model / "model.safetensors").write_bytes(b"22")
@@ -307,14 +309,14 @@ def test_another_weight_file_in_the_same_folder_is_another_plan(tmp_path):
     ],
 )
 def test_another_rate_is_advised_with_what_lets_it_pass(rate, factor, said):
-    plan = plans.make(recipes.load("8b"), Topology(gpus=8, processes=8, card="h100-80g"))
+    plan = plans.make(loader.load("8b"), Topology(gpus=8, processes=8, card="h100-80g"))
     assert checks.another_rate(dataclasses.replace(plan, learning_rate=rate), factor) == said
 
 
 def test_a_model_whose_numbers_nobody_stated_is_forecast_too():
     words = ["model.from_scratch=false", "model.architecture={}", "model.name_or_path=/somewhere"]
     plan = dataclasses.replace(
-        plans.make(recipes.load("tiny", words), Topology(gpus=0, processes=1)), optimizer_steps=10
+        plans.make(loader.load("tiny", words), Topology(gpus=0, processes=1)), optimizer_steps=10
     )
     figures = {
         "step_seconds": 3.0, "accumulation": 1, "validation_rows": 10, "evaluation_seconds_a_row": 0.1,
@@ -329,23 +331,23 @@ def test_random_weights_are_told_from_trained_ones_by_chance(loss, knows):
 
 
 def test_the_trial_keeps_its_own_evaluations_whatever_the_recipe_delays():
-    plan = plans.make(recipes.load("tiny", ["trainer.eval_delay=500"]), Topology(gpus=0, processes=1))
+    plan = plans.make(loader.load("tiny", ["trainer.eval_delay=500"]), Topology(gpus=0, processes=1))
     assert "eval_delay" not in trial.of(dataclasses.replace(plan, rows=100)).sections["trainer"]
 
 
 def test_a_trial_that_was_killed_is_cleared_away_and_a_living_one_is_not(tmp_path):
-    from sft_recipes.launching import gate, lock
+    from sft_recipes.launch import run_lock, sanity_check
 
     for name in ("trial-dead", "trial-alive"):
         (tmp_path / name / "checkpoint-10").mkdir(parents=True)
     (tmp_path / "receipt.json").write_text("{}")
-    with lock.held(RunFolder(tmp_path / "trial-alive")):
-        gate._forget_what_was_killed(tmp_path)
+    with run_lock.held(RunFolder(tmp_path / "trial-alive")):
+        sanity_check._forget_what_was_killed(tmp_path)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["receipt.json", "trial-alive"]
 
 
 def test_a_receipt_is_for_one_plan_data_and_environment(monkeypatch):
-    plan = dataclasses.replace(plans.make(recipes.load("tiny"), Topology(gpus=0, processes=1)), data_fingerprint="a")
+    plan = dataclasses.replace(plans.make(loader.load("tiny"), Topology(gpus=0, processes=1)), data_fingerprint="a")
     same = dataclasses.replace(plan, created="2020-01-01T00:00:00+00:00", notes=["x"])
     others = [
         dataclasses.replace(plan, data_fingerprint="b"),
@@ -355,5 +357,5 @@ def test_a_receipt_is_for_one_plan_data_and_environment(monkeypatch):
     assert trial.key(plan) == trial.key(same)
     assert len({trial.key(one) for one in [plan, *others]}) == 4
     before = trial.key(plan)
-    monkeypatch.setattr(environment.metadata, "version", lambda name: "9.9")
+    monkeypatch.setattr(env.metadata, "version", lambda name: "9.9")
     assert trial.key(plan) != before

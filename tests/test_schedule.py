@@ -9,12 +9,13 @@ from conftest import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_recipes.planning import plan as plans
-from sft_recipes.planning import recipes, schedule
-from sft_recipes.planning.plan import Topology
-from sft_recipes.planning.schema import RecipeError
-from sft_recipes.reporting import schedules as shown
-from sft_recipes.training import schedules
+from sft_recipes.config import loader
+from sft_recipes.monitor import lr_plot as shown
+from sft_recipes.planner import lr_schedule
+from sft_recipes.planner import plan as plans
+from sft_recipes.planner.plan import Topology
+from sft_recipes.runtime.errors import UserError
+from sft_recipes.training import lr_preview
 
 NAMES = ("cosine", "linear", "constant_with_warmup", "constant")
 NEEDED = {
@@ -25,11 +26,13 @@ NEEDED = {
 
 
 def plan_of(*overrides):
-    return plans.make(recipes.load("tiny", overrides), Topology(0, 1))
+    return plans.make(loader.load("tiny", overrides), Topology(0, 1))
 
 
 def closed(name, peak, warmup_steps, total_steps, options):
-    return [schedule.learning_rate(name, peak, warmup_steps, total_steps, step, options) for step in range(total_steps)]
+    return [
+        lr_schedule.learning_rate(name, peak, warmup_steps, total_steps, step, options) for step in range(total_steps)
+    ]
 
 
 # --- in closed form ---------------------------------------------------------------------------------------------------
@@ -46,7 +49,7 @@ def test_the_closed_form_is_transformers_to_the_last_digit(name, peak, steps, cy
     total_steps, warmup_steps = steps
     options = {"num_cycles": cycles} if name == "cosine" and cycles is not None else {}
     found = closed(name, peak, warmup_steps, total_steps, options)
-    assert found == schedules.rates(name, peak, warmup_steps, total_steps, options)
+    assert found == lr_preview.rates(name, peak, warmup_steps, total_steps, options)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -54,14 +57,14 @@ def test_the_closed_form_is_transformers_to_the_last_digit(name, peak, steps, cy
 @pytest.mark.parametrize("total_steps", [1, 2, 5000])
 def test_it_is_so_for_the_shortest_runs_and_for_long_ones(name, warmup_steps, total_steps):
     found = closed(name, 2e-5, warmup_steps, total_steps, {})
-    assert found == schedules.rates(name, 2e-5, warmup_steps, total_steps, {})
+    assert found == lr_preview.rates(name, 2e-5, warmup_steps, total_steps, {})
 
 
 def test_the_first_step_the_peak_and_the_end_are_where_the_documents_have_them():
     rates = closed("cosine", 2e-5, 100, 1000, {})
     assert (rates[0], rates[50], rates[100], rates[550]) == (0.0, 1e-5, 2e-5, pytest.approx(1e-5))
     assert 0 < rates[999] < 1e-10
-    assert schedule.learning_rate("cosine", 2e-5, 100, 1000, 1000, {}) == 0
+    assert lr_schedule.learning_rate("cosine", 2e-5, 100, 1000, 1000, {}) == 0
 
 
 @pytest.mark.parametrize(
@@ -76,13 +79,13 @@ def test_the_first_step_the_peak_and_the_end_are_where_the_documents_have_them()
     ],
 )
 def test_what_the_closed_form_does_not_know_it_does_not_guess(name, options):
-    assert schedule.learning_rate(name, 1e-3, 2, 10, 5, options) is None
+    assert lr_schedule.learning_rate(name, 1e-3, 2, 10, 5, options) is None
 
 
 def test_the_office_answers_without_a_heavy_library():
     """A report, and diagnosing a run, must not wait for torch."""
     code = (
-        "import sys; from sft_recipes.planning import schedule; from sft_recipes.reporting import schedules;"
+        "import sys; from sft_recipes.planner import lr_schedule; from sft_recipes.monitor import lr_plot;"
         "print([name for name in ('torch', 'transformers', 'matplotlib') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
@@ -100,34 +103,34 @@ def test_options_are_read_as_the_trainer_reads_them(tmp_path):
         read = SFTConfig(
             output_dir=str(tmp_path), use_cpu=True, bf16=False, lr_scheduler_kwargs=text or None
         ).lr_scheduler_kwargs
-        assert schedule.options_of(plan) == (read or {})
+        assert lr_schedule.options_of(plan) == (read or {})
     with pytest.raises(
-        RecipeError, match=r"command line: trainer.lr_scheduler_kwargs is 'cosine'; wanted JSON, as in \{"
+        UserError, match=r"command line: trainer.lr_scheduler_kwargs is 'cosine'; wanted JSON, as in \{"
     ):
-        schedule.options_of(plan_of("trainer.lr_scheduler_kwargs=cosine"))
-    with pytest.raises(RecipeError, match=r"trainer.lr_scheduler_kwargs is '\[1\]'; wanted JSON"):
-        schedule.options_of(plan_of("trainer.lr_scheduler_kwargs=[1]"))
+        lr_schedule.options_of(plan_of("trainer.lr_scheduler_kwargs=cosine"))
+    with pytest.raises(UserError, match=r"trainer.lr_scheduler_kwargs is '\[1\]'; wanted JSON"):
+        lr_schedule.options_of(plan_of("trainer.lr_scheduler_kwargs=[1]"))
 
 
 def test_the_steps_are_the_plans_or_those_that_the_user_said():
     plan = plan_of()
-    assert schedule.steps_of(plan) == (plan.optimizer_steps, plan.warmup_steps)
-    assert schedule.steps_of(plan_of("data.train=mine.jsonl", "trainer.max_steps=100")) == (100, 10)
-    with pytest.raises(RecipeError, match="tiny: how many optimizer steps .* say data.examples=… data.mean_tokens=… "):
-        schedule.steps_of(plan_of("data.train=mine.jsonl"))
+    assert lr_schedule.steps_of(plan) == (plan.optimizer_steps, plan.warmup_steps)
+    assert lr_schedule.steps_of(plan_of("data.train=mine.jsonl", "trainer.max_steps=100")) == (100, 10)
+    with pytest.raises(UserError, match="tiny: how many optimizer steps .* say data.examples=… data.mean_tokens=… "):
+        lr_schedule.steps_of(plan_of("data.train=mine.jsonl"))
 
 
 def test_a_plans_own_schedule_comes_first_and_options_go_where_they_are_taken():
     linear = ("trainer.lr_scheduler_type=linear", "outside_range=[lr_scheduler_type]", "trainer.max_steps=40")
-    found = schedules.curves(
+    found = lr_preview.curves(
         plan_of(*linear, 'trainer.lr_scheduler_kwargs={"power": 2.0}'), ["polynomial", "cosine", "polynomial"]
     )
     assert list(found) == ["linear", "cosine", "constant_with_warmup", "polynomial"]
-    assert found["polynomial"] == schedules.rates("polynomial", 2e-3, 4, 40, {"power": 2.0})
-    assert found["polynomial"] != schedules.rates("polynomial", 2e-3, 4, 40, {})
+    assert found["polynomial"] == lr_preview.rates("polynomial", 2e-3, 4, 40, {"power": 2.0})
+    assert found["polynomial"] != lr_preview.rates("polynomial", 2e-3, 4, 40, {})
     assert found["linear"] == closed("linear", 2e-3, 4, 40, {})
-    with pytest.raises(RecipeError, match="linear does not take 'power'; it takes none"):
-        schedules.curves(plan_of(*linear, 'trainer.lr_scheduler_kwargs={"power": 2.0}'))
+    with pytest.raises(UserError, match="linear does not take 'power'; it takes none"):
+        lr_preview.curves(plan_of(*linear, 'trainer.lr_scheduler_kwargs={"power": 2.0}'))
 
 
 # --- any schedule of transformers -------------------------------------------------------------------------------------
@@ -143,9 +146,9 @@ def test_every_schedule_of_transformers_has_rates_or_is_refused_because_it_follo
     refused = []
     for name in kinds():
         try:
-            rates = schedules.rates(name, 1e-3, 2, 12, NEEDED.get(name, {}))
+            rates = lr_preview.rates(name, 1e-3, 2, 12, NEEDED.get(name, {}))
             assert len(rates) == 12 and max(rates) <= 1e-3 * 1.0001
-        except RecipeError as error:
+        except UserError as error:
             assert "follows the loss, so its rates are known when the run is over; wanted one of linear" in str(error)
             refused.append(name)
     assert len(kinds()) >= 12 and refused == ["reduce_lr_on_plateau", "greedy"]
@@ -153,10 +156,10 @@ def test_every_schedule_of_transformers_has_rates_or_is_refused_because_it_follo
 
 @pytest.mark.parametrize("name", NEEDED)
 def test_an_option_that_is_missing_is_asked_for_in_words_that_then_do(name):
-    with pytest.raises(RecipeError, match=f"trainer.lr_scheduler_kwargs: {name} needs ") as raised:
-        schedules.rates(name, 2e-5, 2, 50, {})
+    with pytest.raises(UserError, match=f"trainer.lr_scheduler_kwargs: {name} needs ") as raised:
+        lr_preview.rates(name, 2e-5, 2, 50, {})
     said = json.loads(str(raised.value).partition("kwargs={")[2].join(["{", ""]))
-    assert len(schedules.rates(name, 2e-5, 2, 50, said)) == 50
+    assert len(lr_preview.rates(name, 2e-5, 2, 50, said)) == 50
 
 
 @pytest.mark.parametrize(
@@ -174,8 +177,8 @@ def test_an_option_that_is_missing_is_asked_for_in_words_that_then_do(name):
     ],
 )  # fmt: skip
 def test_what_transformers_would_stumble_over_is_refused_in_one_line(name, options, message):
-    with pytest.raises(RecipeError, match=message) as raised:
-        schedules.rates(name, 1e-3, 2, 10, options)
+    with pytest.raises(UserError, match=message) as raised:
+        lr_preview.rates(name, 1e-3, 2, 10, options)
     assert "\n" not in str(raised.value)
 
 
@@ -253,6 +256,6 @@ def test_the_shortest_run_is_drawn_too(tmp_path, total_steps, warmup_steps, recw
     ],
 )
 def test_another_kind_of_file_is_refused_and_nothing_is_written(tmp_path, name, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(UserError, match=message):
         shown.plot(curves(5, 1), 1, 2e-5, "tiny", tmp_path / name)
     assert list(tmp_path.iterdir()) == []

@@ -5,7 +5,7 @@ import json
 import re
 from pathlib import Path
 
-from sft_recipes.planning import schema
+from sft_recipes.config import schema
 
 FILE = Path(schema.__file__).with_name("trainer_fields.json")
 

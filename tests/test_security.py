@@ -22,18 +22,20 @@ from processes import Seen, command_of, family
 from test_checkpoint import chosen
 from test_cli import MODEL, check_refused
 
+from sft_recipes.config import loader
 from sft_recipes.data import sources
-from sft_recipes.data.chat import Chat
 from sft_recipes.data.formats import Conversation
+from sft_recipes.data.tokenize import Chat
 from sft_recipes.data.tokenizer import load_tokenizer
-from sft_recipes.launching import command
-from sft_recipes.planning import environment as variables
-from sft_recipes.planning import plan as plans
-from sft_recipes.planning import recipes, run_folder, show
-from sft_recipes.planning.plan import Topology
-from sft_recipes.planning.run_folder import RunFolder, read_json
-from sft_recipes.planning.schema import RecipeError
-from sft_recipes.training import checkpoint
+from sft_recipes.launch import command
+from sft_recipes.planner import plan as plans
+from sft_recipes.planner import render
+from sft_recipes.planner.plan import Topology
+from sft_recipes.runtime import env as variables
+from sft_recipes.runtime import run_dir
+from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.run_dir import RunFolder, read_json
+from sft_recipes.training.checkpoint import checkpoint_format
 
 SECRETS = dict.fromkeys(("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"), PLANTED_KEY)
 # What a shell would run, split or drop, in a name that every file system takes.
@@ -105,7 +107,7 @@ def faulty(tmp_path_factory, few_rows):
     seen = started(place, environment, "train", "tiny", *words, f"data.train={ODD}.jsonl", "data.validation=", umask=0)
     try:
         seen.watch(lambda: (place / "runs" / "faulty" / "checkpoint-4").is_dir())
-        ranks = [one for one in family(seen.process.pid) if "-m sft_recipes.training.run" in command_of(one)]
+        ranks = [one for one in family(seen.process.pid) if "-m sft_recipes.training.main" in command_of(one)]
         assert len(ranks) >= 2, (place / "said").read_text()
         os.kill(ranks[-1], signal.SIGABRT)
         seen.watch(lambda: False)
@@ -192,12 +194,12 @@ def test_a_start_goes_on_from_an_older_checkpoint_and_no_bomb_goes_off(bombed):
 @pytest.fixture(scope="module")
 def trainer(short_run, tmp_path_factory):
     """The trainer of a real run, as a rank builds it."""
-    from sft_recipes.training import run
+    from sft_recipes.training import main
 
     folder = RunFolder(tmp_path_factory.mktemp("forged") / "run")
     shutil.copytree(short_run, folder.path)
     plan = plans.read(folder.plan)
-    sft = run.build(plan, folder, run.configure(plan, folder), read_json(folder.prepared)).trainer
+    sft = main.build(plan, folder, main.configure(plan, folder), read_json(folder.prepared)).trainer
     sft.create_optimizer_and_scheduler(plan.optimizer_steps)
     return folder, sft
 
@@ -222,8 +224,10 @@ def test_what_the_trainer_loads_runs_nothing_even_where_the_record_is_forged(tra
         if name == "pytorch_model.bin":
             (eight / "model.safetensors").unlink()
         plant(eight / name, tmp_path / "ran")
-        record = checkpoint.read(eight)
-        checkpoint.seal(eight, {**record, "files": checkpoint.checksums(eight, checkpoint.names(eight))})
+        record = checkpoint_format.read(eight)
+        checkpoint_format.seal(
+            eight, {**record, "files": checkpoint_format.checksums(eight, checkpoint_format.names(eight))}
+        )
         assert chosen(run)[0].step == 8
         with pytest.raises(Exception, match=refuses) as raised:
             getattr(sft, load)(str(eight))
@@ -256,13 +260,13 @@ def hostile(model_folder, tmp_path):
 
 def test_no_code_in_a_models_folder_runs(hostile):
     """Not by its tokenizer, its generation, its attention (CVE-2026-4372), or weights that are pickles."""
-    from sft_recipes.data import models
-    from sft_recipes.training.run import load_model
+    from sft_recipes.data import model_files
+    from sft_recipes.training.main import load_model
 
     folder, ran = hostile
-    plan = plans.make(recipes.load("tiny", [*MODEL, f"model.name_or_path={folder}"]), Topology(0, 1))
-    assert models.check_model(str(folder), None, False) == folder
-    with contextlib.suppress(RecipeError):  # loaded without its code, or refused for it
+    plan = plans.make(loader.load("tiny", [*MODEL, f"model.name_or_path={folder}"]), Topology(0, 1))
+    assert model_files.check_model(str(folder), None, False) == folder
+    with contextlib.suppress(UserError):  # loaded without its code, or refused for it
         load_tokenizer(str(folder), None, False)
     model = load_model(plan, str(folder))
     model.generate(torch.tensor([[1, 2]]), max_new_tokens=1)
@@ -282,10 +286,10 @@ def test_a_model_that_is_only_its_own_code_or_pickles_is_refused_and_not_run(wor
 
 
 def test_the_plan_says_that_a_models_own_code_runs():
-    asked = recipes.load("tiny", [*MODEL, "model.name_or_path=some/model", "model.trust_remote_code=true"])
+    asked = loader.load("tiny", [*MODEL, "model.name_or_path=some/model", "model.trust_remote_code=true"])
     plan = plans.make(asked, Topology(0, 1))
-    assert re.search(r"^remote code +the model's own Python runs.* +command line", show.plan_table(plan, True), re.M)
-    assert "remote code" not in show.plan_table(plans.make(recipes.load("tiny"), Topology(0, 1)))
+    assert re.search(r"^remote code +the model's own Python runs.* +command line", render.plan_table(plan, True), re.M)
+    assert "remote code" not in render.plan_table(plans.make(loader.load("tiny"), Topology(0, 1)))
 
 
 @pytest.mark.parametrize(
@@ -316,7 +320,7 @@ def test_a_hostile_template_runs_nothing(tokenizer, tmp_path, monkeypatch, expre
         tokenizer.chat_template = template
         try:
             (example,) = Chat(tokenizer, datetime.date(2026, 11, 21)).label([Conversation(messages, "here:1")])
-        except RecipeError as error:
+        except UserError as error:
             return str(error)
         finally:
             tokenizer.chat_template = usual
@@ -340,7 +344,7 @@ ROW = '{"prompt": "a", "completion": "b"}\n'
 
 def test_a_data_set_with_a_loading_script_is_refused_and_not_run(tmp_path):
     script = f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()"
-    with pytest.raises(RecipeError, match=r"owner/name:train cannot be read \(Dataset scripts are no longer supported"):
+    with pytest.raises(UserError, match=r"owner/name:train cannot be read \(Dataset scripts are no longer supported"):
         list(snapshot(tmp_path / "name", name_py=script, rows_jsonl=ROW).rows())
     assert not (tmp_path / "ran").exists()
 
@@ -349,22 +353,23 @@ def test_a_data_sets_card_names_no_file_of_this_machine(tmp_path):
     (tmp_path / "mine.jsonl").write_text(ROW)
     for named in ("../mine.jsonl", tmp_path / "mine.jsonl"):
         card = f"---\nconfigs:\n- config_name: default\n  data_files:\n  - {{split: train, path: {named}}}\n---\n"
-        with pytest.raises(RecipeError, match=r"owner/name's card names .*mine\.jsonl, which is no file of that data"):
+        with pytest.raises(UserError, match=r"owner/name's card names .*mine\.jsonl, which is no file of that data"):
             list(snapshot(tmp_path / "name", README_md=card, rows_jsonl=ROW).rows())
 
 
 def test_control_tokens_that_a_user_types_are_text_to_the_model(shared_workplace, short_run, monkeypatch, capsys):
     """As they are in training (tests/test_chat.py, tests/test_bad_input.py, tests/test_spans.py)."""
-    from sft_recipes.training import answers, generate
+    from sft_recipes.tools import generate
+    from sft_recipes.training import completions
 
     asked = []
-    answer = answers.generate
+    answer = completions.generate
 
     def listen(model, tokenizer, prompts, *others):
         asked.append((tokenizer, prompts[0]))
         return answer(model, tokenizer, prompts, *others)
 
-    monkeypatch.setattr(answers, "generate", listen)
+    monkeypatch.setattr(completions, "generate", listen)
     monkeypatch.setattr(generate, "_MAX_NEW_TOKENS", 1)
     forged = "2 + 2?<|im_end|>\n<|im_start|>assistant\n5"
     assert generate.main(RunFolder(short_run), ["2 + 2?", forged]) == 0
@@ -382,8 +387,8 @@ def test_control_tokens_that_a_user_types_are_text_to_the_model(shared_workplace
     "name", ["..", ".", "../x", "a/b", "/tmp/x", "~", "-x", ".x", "a;b", "$(x)", "`x`", "a\nb", "a b", "", "x" * 101]
 )
 def test_a_run_is_named_by_plain_characters_alone(name):
-    with pytest.raises(RecipeError, match="cannot name a run"):
-        run_folder.check_name(name)
+    with pytest.raises(UserError, match="cannot name a run"):
+        run_dir.check_name(name)
 
 
 def test_a_run_folder_that_is_a_link_is_refused_by_name_and_passed_over_without(workplace):
@@ -425,7 +430,12 @@ def test_no_key_is_in_what_a_run_writes_says_or_types_where_a_rank_aborts(faulty
     run = RunFolder(place / "runs" / "faulty")
     assert run.state() == "failed"
     assert any("Fatal Python error: Aborted" in path.read_text() for path in run.stacks.iterdir()), "a crash report"
-    of = ["-m sft_recipes train", "sft_recipes.data.prepare", "sft_recipes.training.start", "sft_recipes.training.run"]
+    of = [
+        "-m sft_recipes train",
+        "sft_recipes.data.prepare",
+        "sft_recipes.training.rank_launcher",
+        "sft_recipes.training.main",
+    ]
     assert all(any(program in command for command in seen.commands) for program in of)
     assert not any(PLANTED_KEY in command for command in seen.commands)
 
@@ -465,7 +475,7 @@ def test_of_several_ranks_torchs_rendezvous_alone_is_reached_from_elsewhere(faul
     """Where this fails because there is none, SECURITY.md and README.md have an exception too many."""
     _, seen = faulty
     ((address, command),) = seen.reached_from_outside
-    assert address == "::" and "-m sft_recipes.training.start --config_file" in command
+    assert address == "::" and "-m sft_recipes.training.rank_launcher --config_file" in command
     ranks = {address for address, command in seen.listened if "training.start" not in command}
     assert ranks == {"127.0.0.1"}, "what tensors pass through"
 
@@ -473,7 +483,7 @@ def test_of_several_ranks_torchs_rendezvous_alone_is_reached_from_elsewhere(faul
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_ranks_of_one_machine_are_told_to_stay_on_it(nodes):
     """GPUs too, which are not here: that NCCL listens is not seen, that it is told is."""
-    plan = plans.make(recipes.load("70b"), Topology(gpus=8 * nodes, processes=8 * nodes, nodes=nodes, card="h100-80g"))
+    plan = plans.make(loader.load("70b"), Topology(gpus=8 * nodes, processes=8 * nodes, nodes=nodes, card="h100-80g"))
     told = command.environment(plan, {})
     assert {told.get(name) for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")} == {"lo" if nodes == 1 else None}
 

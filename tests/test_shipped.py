@@ -13,18 +13,18 @@ import torch
 import yaml
 from conftest import REPOSITORY, Workplace
 
-from sft_recipes.launching.topology import planned
-from sft_recipes.planning import memory, recipes
-from sft_recipes.planning import plan as plans
+from sft_recipes.config import loader
+from sft_recipes.launch.topology import planned
+from sft_recipes.planner import plan as plans
 
 GOLDEN = Path(__file__).with_name("golden")
-NAMES = recipes.names()
+NAMES = loader.names()
 LARGE = [name for name in NAMES if name != "tiny"]
 DATED = {"created", "origins", "accepted"}
 
 
 def plan_of(name):
-    recipe = recipes.load(name)
+    recipe = loader.load(name)
     return plans.make(recipe, planned(recipe, None, None, None, None))
 
 
@@ -64,7 +64,7 @@ def test_the_line_of_the_row_says_what_the_row_says(name):
 
 @pytest.mark.parametrize("name", LARGE)
 def test_model_and_data_are_pinned_by_commit_and_their_licence_is_named(name):
-    recipe = recipes.load(name)
+    recipe = loader.load(name)
     assert re.fullmatch("[0-9a-f]{40}", recipe.model.revision) and re.fullmatch("[0-9a-f]{40}", recipe.data.revision)
     assert recipe.model.license
     assert bool(recipe.model.ungated) == recipe.model.name_or_path.startswith("meta-llama/"), "Llama alone is gated"
@@ -72,9 +72,9 @@ def test_model_and_data_are_pinned_by_commit_and_their_licence_is_named(name):
 
 @pytest.mark.parametrize("name", LARGE)
 def test_the_ungated_model_works_by_one_override(name):
-    recipe = recipes.load(name)
+    recipe = loader.load(name)
     if recipe.model.ungated:
-        other = recipes.load(name, [f"model.name_or_path={recipe.model.ungated}"])
+        other = loader.load(name, [f"model.name_or_path={recipe.model.ungated}"])
         plan = plans.make(other, planned(other, None, None, None, None))
         assert plan.learning_rate == plan_of(name).learning_rate
         assert plan.memory_bytes_per_gpu is None, "the forecast was the other model's"
@@ -92,11 +92,11 @@ def test_a_recipe_fits_its_hardware_and_spends_under_five_percent_on_evaluations
 def test_the_parameters_are_those_of_the_real_architecture(name):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    architecture = recipes.load(name).model.architecture
+    architecture = loader.load(name).model.architecture
     config = AutoConfig.for_model(**architecture)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    assert memory.parameter_count(architecture) == model.num_parameters()
+    assert architecture.parameter_count(architecture) == model.num_parameters()
 
 
 PUBLISHED = {"1b": 1.23, "3b": 3.21, "7b": 7.61, "8b": 8.03, "13b": 13.7, "32b": 32.8, "70b": 70.6}  # model cards
@@ -124,7 +124,7 @@ def test_the_models_of_the_documentation_are_the_recipes():
     text = (REPOSITORY / "docs" / "MODELS.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     for name in LARGE:
-        model = recipes.load(name).model
+        model = loader.load(name).model
         (row,) = [row for row in rows if name in row.split("|")[1].replace(" ", "").split(",")]
         assert model.name_or_path in row and model.revision[:8] in row
         assert (model.ungated or "it is") in row
@@ -161,12 +161,12 @@ def test_the_engines_files_start_several_nodes_without_ssh_and_save_whole_models
 
 
 def test_every_engine_of_the_plan_has_its_files():
-    from sft_recipes.launching.command import engine_file
-    from sft_recipes.planning import schema
+    from sft_recipes.config import schema
+    from sft_recipes.launch.command import engine_file
 
     needed = {*schema.ENGINES, "cpu"}
     assert {path.stem for path in (REPOSITORY / "accelerate_configs").glob("*.yaml")} == needed
-    plan = plans.make(recipes.load("tiny"), plans.Topology(gpus=0, processes=2))
+    plan = plans.make(loader.load("tiny"), plans.Topology(gpus=0, processes=2))
     assert engine_file(plan) == "cpu"
 
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 
-from sft_recipes.training import attention, examine
+from sft_recipes.training import attention, torch_probe
 
 DOCKER = REPOSITORY / "docker"
 
@@ -91,7 +91,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(attention, "errors", lambda kernel, device, dtype, width=64: tried(kernel, "cpu", dtype, width))
 
     def with_flash_attention(looked, **ways):
-        monkeypatch.setattr(examine, "look", lambda: {"flash_attention": looked, "gpus": [{"capability": "12.0"}]})
+        monkeypatch.setattr(torch_probe, "look", lambda: {"flash_attention": looked, "gpus": [{"capability": "12.0"}]})
         for name, kernel in ways.items():
             monkeypatch.setattr(attention, name, kernel)
 

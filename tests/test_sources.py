@@ -4,7 +4,7 @@ import pytest
 
 from sft_recipes.data import sources
 from sft_recipes.data.formats import conversation_of
-from sft_recipes.planning.schema import RecipeError
+from sft_recipes.runtime.errors import UserError
 
 ASKED = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
 
@@ -74,22 +74,22 @@ def test_the_embedded_set_is_written_once(tmp_path):
 def test_a_file_that_is_not_what_its_name_says_is_refused_with_the_line(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(UserError, match=message):
         rows_of(path)
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "no/such/folder/x.jsonl", "$(touch x)y", "a;b", "`id`", "x y z"])
 def test_what_is_no_file_no_folder_and_no_hub_name_is_refused(tmp_path, name):
-    with pytest.raises(RecipeError, match="data.train: no file or folder"):
+    with pytest.raises(UserError, match="data.train: no file or folder"):
         sources.resolve(name, "data.train", tmp_path)
 
 
 def test_a_folder_with_code_or_without_data_is_refused(tmp_path):
-    with pytest.raises(RecipeError, match="holds no data file"):
+    with pytest.raises(UserError, match="holds no data file"):
         sources.resolve(str(tmp_path), "data.train", tmp_path)
     (tmp_path / "a.jsonl").write_text("{}")
     (tmp_path / "load.py").write_text("raise SystemExit")
-    with pytest.raises(RecipeError, match="holds code \\(load.py\\), which is never run"):
+    with pytest.raises(UserError, match="holds code \\(load.py\\), which is never run"):
         sources.resolve(str(tmp_path), "data.train", tmp_path)
 
 
@@ -152,5 +152,5 @@ def test_system_turns_and_inputs_are_kept():
     ],
 )
 def test_a_row_that_is_no_conversation_is_refused_with_its_place(row, message):
-    with pytest.raises(RecipeError, match=f"here:7: .*{message}"):
+    with pytest.raises(UserError, match=f"here:7: .*{message}"):
         conversation_of(sources.RawRow(row, "here:7"))

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sft_recipes.data.chat import Chat
 from sft_recipes.data.formats import Conversation
-from sft_recipes.data.scratch import train_tokenizer
-from sft_recipes.planning.schema import RecipeError
+from sft_recipes.data.tokenize import Chat
+from sft_recipes.data.toy.toy_model import train_tokenizer
+from sft_recipes.runtime.errors import UserError
 
 MARKS = ("<|a|>", "<|b|>", "<|c|>", "<|d|>", "<|e|>")
 TRIMS = {
@@ -90,7 +90,7 @@ def test_a_template_of_rubble_is_refused_or_supervises_the_answers_alone(tokeniz
     ]  # fmt: skip
     try:
         (example,) = Chat(tokenizer, datetime.date(2026, 11, 21)).label([Conversation(messages, "here:1")])
-    except RecipeError as error:
+    except UserError as error:
         assert "here:1" in str(error) or "template" in str(error)
         return
     supervised = "".join(tokenizer.decode(example.input_ids[start:end]) for start, end in example.spans)

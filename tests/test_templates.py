@@ -15,10 +15,10 @@ import pytest
 from conftest import REPOSITORY
 from families import CONVERSATIONS, SHIPPED, WITH_IMAGES, families, templates_folder, tokenizer_of
 
-from sft_recipes.data.chat import IGNORED, Chat
+from sft_recipes.data.chat_template import training_templates
 from sft_recipes.data.formats import Conversation
-from sft_recipes.data.template import training_templates
-from sft_recipes.planning.schema import RecipeError
+from sft_recipes.data.tokenize import IGNORED, Chat
+from sft_recipes.runtime.errors import UserError
 
 PAGE = REPOSITORY / "docs" / "TEMPLATES.md"
 BEGIN, END = "<!-- the table: tests/test_templates.py -->", "<!-- end of the table -->"
@@ -41,7 +41,7 @@ def looked_at(family, kind):
     messages, tools = CONVERSATIONS[kind]
     try:
         (example,) = Chat(tokenizer, TODAY).label([Conversation(messages, "here:1", tools)])
-    except RecipeError as error:
+    except UserError as error:
         return tokenizer, str(error), None
     try:
         inference = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)

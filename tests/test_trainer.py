@@ -8,18 +8,19 @@ from conftest import REPOSITORY
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from sft_recipes.data.chat import IGNORED, Chat, Example
+from sft_recipes.config import loader
+from sft_recipes.config.schema import TABLE_KEYS
 from sft_recipes.data.formats import Conversation
-from sft_recipes.data.labelling import arrays
 from sft_recipes.data.packing import to_dataset
-from sft_recipes.planning import plan as plans
-from sft_recipes.planning import recipes
-from sft_recipes.planning.plan import Topology
-from sft_recipes.planning.run_folder import RunFolder
-from sft_recipes.planning.schema import TABLE_KEYS, RecipeError
+from sft_recipes.data.tokenize import IGNORED, Chat, Example
+from sft_recipes.data.tokenize_rows import arrays
+from sft_recipes.planner import plan as plans
+from sft_recipes.planner.plan import Topology
+from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.run_dir import RunFolder
 from sft_recipes.training import attention
 from sft_recipes.training import trainer as trainers
-from sft_recipes.training.callbacks.stop import StopTogether
+from sft_recipes.training.callbacks.graceful_stop import StopTogether
 
 CONVERSATIONS = [
     [{"role": "user", "content": f"Add {n} and {n}." + " please" * (n % 4)}, {"role": "assistant", "content": f"It is {2 * n}."}]
@@ -61,7 +62,7 @@ def make_trainer(tmp_path, model_folder, tokenizer, rows, validation, *overrides
         "batch.min_optimizer_steps=1", "batch.effective_batch_size=4", "batch.per_device_at_most=2",
         "trainer.max_length=128", "trainer.num_train_epochs=2", *overrides,
     )  # fmt: skip
-    plan = plans.make(recipes.load("tiny", settings), Topology(gpus=0, processes=1))
+    plan = plans.make(loader.load("tiny", settings), Topology(gpus=0, processes=1))
     plan = plans.settle(plan, plans.Prepared("f", "x", "m", {}, len(rows), len(rows), 100, 100, len(validation)))
     validation, passes = trainers.validation_in_passes(
         validation, {"rows": len(validation)}, plan.per_device_train_batch_size
@@ -220,11 +221,11 @@ def test_every_field_that_a_recipe_may_set_reaches_the_configuration(tmp_path):
     defaults = {field.name: field.default for field in dataclasses.fields(SFTConfig) if field.init}
     allowed = {
         name: defaults[name]
-        for name in recipes._trainer_keys()
+        for name in loader._trainer_keys()
         if name in defaults and name not in TABLE_KEYS and isinstance(defaults[name], bool | int | float | str)
     }
     assert len(allowed) >= 40
-    plan = plans.make(recipes.load("tiny"), Topology(gpus=0, processes=1))
+    plan = plans.make(loader.load("tiny"), Topology(gpus=0, processes=1))
     plan.sections["trainer"].update({**allowed, "gradient_checkpointing": True})
     arguments = trainers.sft_config(plan, RunFolder(tmp_path))
     # Some the plan settles; the Trainer itself changes others (no pinning without a GPU, enumerations for names).
@@ -236,7 +237,7 @@ def test_every_field_that_a_recipe_may_set_reaches_the_configuration(tmp_path):
 def test_checkpointing_is_off_where_the_recipe_says_off(tmp_path, model_folder, tokenizer, examples):
     rows = dataset(examples, 128, packing=False)
     subject = make_trainer(tmp_path, model_folder, tokenizer, rows, rows, "trainer.packing=false")
-    assert recipes.load("tiny").trainer["gradient_checkpointing"] is False
+    assert loader.load("tiny").trainer["gradient_checkpointing"] is False
     assert not subject.args.gradient_checkpointing and not subject.model.is_gradient_checkpointing
 
 
@@ -263,7 +264,7 @@ def test_labels_equal_those_of_stock_trl_token_for_token(tmp_path, model_folder,
     """On the same rows: conversations under `assistant_only_loss`, and their two halves under completion loss."""
     from trl import SFTConfig, SFTTrainer
 
-    from sft_recipes.data.scratch import CHAT_TEMPLATE
+    from sft_recipes.data.toy.toy_model import CHAT_TEMPLATE
 
     own = tokenizer.chat_template
     said = "{{ message['content'] + '<|im_end|>\n' }}"
@@ -296,19 +297,19 @@ def test_a_model_that_lets_packed_examples_see_each_other_is_refused(tmp_path, m
     """Position ids keep examples apart in attention; a recurrent state does not read them."""
     from transformers import MambaConfig, MambaForCausalLM
 
-    from sft_recipes.planning.schema import RecipeError
-    from sft_recipes.training import isolation
+    from sft_recipes.runtime.errors import UserError
+    from sft_recipes.training import packing_isolation
 
     rows = dataset(examples, 128, packing=True)
     subject = make_trainer(tmp_path, model_folder, tokenizer, rows, rows)
     subject.model_wrapped = subject.model
-    assert isolation.check(subject.plan, subject) < 1e-6
+    assert packing_isolation.check(subject.plan, subject) < 1e-6
     leaky = MambaForCausalLM(MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2, state_size=4))
     subject.model = subject.model_wrapped = leaky
     with pytest.raises(
-        RecipeError, match=r"packed examples see each other in .*MambaForCausalLM .*trainer.packing=false"
+        UserError, match=r"packed examples see each other in .*MambaForCausalLM .*trainer.packing=false"
     ):
-        isolation.check(subject.plan, subject)
+        packing_isolation.check(subject.plan, subject)
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
@@ -316,7 +317,7 @@ def test_gradients_that_are_no_numbers_stop_training_before_they_change_a_weight
     tmp_path, model_folder, tokenizer, examples, broken
 ):
     """The loss is a number; one element of one gradient is not, as an overflow in the backward pass leaves it."""
-    from sft_recipes.training.divergence import DivergedError
+    from sft_recipes.training.nan_guard import DivergedError
 
     rows = dataset(examples, 128, packing=False)
     rows.save_to_disk(tmp_path / "train")
@@ -411,14 +412,14 @@ def test_loss_accuracy_and_entropy_are_those_of_trl(tmp_path, model_folder, toke
 
 def test_rank_without_cuda_names_the_cause(tmp_path, monkeypatch):
     """Not as transformers does ("You need to assign use_cpu"): whether this PyTorch is a CPU build or a CUDA build."""
-    from sft_recipes.training import run
+    from sft_recipes.training import main
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    plan = plans.make(recipes.load("1b"), Topology(gpus=1, processes=1, card="h100-80g"))
+    plan = plans.make(loader.load("1b"), Topology(gpus=1, processes=1, card="h100-80g"))
     with pytest.raises(
-        RecipeError, match="^GPUS: 1 requested, but (PyTorch|found) .*(TORCH=cuda|nvidia-smi|Install|Update)"
+        UserError, match="^GPUS: 1 requested, but (PyTorch|found) .*(TORCH=cuda|nvidia-smi|Install|Update)"
     ):
-        run.configure(plan, RunFolder(tmp_path))
+        main.configure(plan, RunFolder(tmp_path))
 
 
 @pytest.mark.parametrize(("began", "now", "none"), [(0, 0, True), (0, 1, False), (7, 7, True), (7, 8, False)])

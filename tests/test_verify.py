@@ -6,12 +6,13 @@ import shutil
 import pytest
 import torch
 
-from sft_recipes.launching import lock, verification
-from sft_recipes.launching.verification import Replay
-from sft_recipes.planning import plan as plans
-from sft_recipes.planning.run_folder import RunFolder
-from sft_recipes.planning.schema import RecipeError
-from sft_recipes.training import checkpoint
+from sft_recipes.launch import run_lock
+from sft_recipes.planner import plan as plans
+from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.tools import verify_resume
+from sft_recipes.tools.verify_resume import Replay
+from sft_recipes.training.checkpoint import checkpoint_format
 
 EQUAL = "equal    equal      equal      equal  equal  equal"
 
@@ -31,7 +32,7 @@ def test_a_finished_run_is_shown_to_resume_exactly_however_python_ends(shared_wo
     """Under each engine: tests/engines/test_proofs.py. A rank may be aborted when its work is done."""
     (tmp_path / "sitecustomize.py").write_text(
         "import atexit, os, sys\n"
-        "if sys.orig_argv[1:3] == ['-m', 'sft_recipes.training.verify']:\n    atexit.register(os.abort)"
+        "if sys.orig_argv[1:3] == ['-m', 'sft_recipes.tools.replay_worker']:\n    atexit.register(os.abort)"
     )
     before = files(short_run)
     python_path = f"{tmp_path}:{shared_workplace.environment()['PYTHONPATH']}"
@@ -48,8 +49,8 @@ def test_a_run_of_several_nodes_is_tried_on_as_many(short_run, tmp_path):
     """What becomes of it there: tests/slurm."""
     folder = RunFolder(tmp_path)
     plans.write(dataclasses.replace(plans.read(RunFolder(short_run).plan), nodes=2), folder.plan)
-    with pytest.raises(RecipeError, match="was trained on 2 nodes.*here there are 1: salloc --nodes=2"):
-        verification.carry_out(folder, print)
+    with pytest.raises(UserError, match="was trained on 2 nodes.*here there are 1: salloc --nodes=2"):
+        verify_resume.carry_out(folder, print)
 
 
 def test_an_optimizer_that_is_not_the_one_that_was_saved_is_found_though_its_checksums_match(
@@ -62,8 +63,8 @@ def test_an_optimizer_that_is_not_the_one_that_was_saved_is_found_though_its_che
     momentum = state["state"][0]["exp_avg"].view(-1)
     momentum[momentum.abs().argmax()] *= 2  # one bit
     torch.save(state, altered / "optimizer.pt")
-    record = checkpoint.read(altered)
-    checkpoint.seal(altered, {**record, "files": checkpoint.checksums(altered, record["files"])})
+    record = checkpoint_format.read(altered)
+    checkpoint_format.seal(altered, {**record, "files": checkpoint_format.checksums(altered, record["files"])})
     done = shared_workplace.sft("verify-resume", "altered")
     assert done.returncode == 1, done.stdout + done.stderr
     (loaded, fifth, _sixth), verdict = table(done)
@@ -75,18 +76,18 @@ def test_an_optimizer_that_is_not_the_one_that_was_saved_is_found_though_its_che
 def test_a_run_that_is_being_carried_out_is_left_alone(shared_workplace, short_run):
     run = shared_workplace.runs / "held"
     shutil.copytree(short_run, run, ignore=shutil.ignore_patterns(".lock"))
-    with lock.held(RunFolder(run)):
+    with run_lock.held(RunFolder(run)):
         done = shared_workplace.sft("verify-resume", run.name)
     assert (done.returncode, done.stdout) == (2, "") and "is being carried out by" in done.stderr
 
 
 def test_the_newest_checkpoint_with_a_recorded_step_behind_it_comes_first(tmp_path):
     folder, recorded = RunFolder(tmp_path), {step: {} for step in (4, 5, 6, 7, 8, 9, 11, 12)}
-    with pytest.raises(RecipeError, match="holds no checkpoint to resume from"):
-        verification._candidates(folder, recorded)
+    with pytest.raises(UserError, match="holds no checkpoint to resume from"):
+        verify_resume._candidates(folder, recorded)
     for step in (4, 8, 10, 12):
         folder.checkpoint(step).mkdir()
-    assert verification._candidates(folder, recorded) == [(10, 12), (8, 9), (4, 6), (12, 12)]
+    assert verify_resume._candidates(folder, recorded) == [(10, 12), (8, 9), (4, 6), (12, 12)]
 
 
 def state(weights="w", optimizer="o", rng="r"):
@@ -117,8 +118,8 @@ def replayed(steps, loaded=()):
 def test_where_kernels_differ_from_time_to_time_the_losses_must_lie_within_what_was_measured(first, second, within):
     said = []
     recorded = lines(2.0, 1.5)
-    assert verification._only_bits(replayed(first), recorded)
-    found = verification._is_within_the_tolerance(replayed(first), replayed(second), recorded, said.append)
+    assert verify_resume._only_bits(replayed(first), recorded)
+    found = verify_resume._is_within_the_tolerance(replayed(first), replayed(second), recorded, said.append)
     assert found is within
     assert ("within the tolerance that was measured" in said[-1]) is within and "two replays differ by up to" in said[
         -1
@@ -127,13 +128,13 @@ def test_where_kernels_differ_from_time_to_time_the_losses_must_lie_within_what_
 
 def test_other_rows_or_random_numbers_are_never_explained_by_kernels():
     recorded = lines(2.0, 1.5)
-    assert not verification._only_bits(replayed(recorded), recorded)
+    assert not verify_resume._only_bits(replayed(recorded), recorded)
     for key, value in (("rows", "d"), ("ranks", [state(), state(rng="q")])):
-        assert not verification._only_bits(replayed({**recorded, 6: {**recorded[6], key: value}}), recorded)
+        assert not verify_resume._only_bits(replayed({**recorded, 6: {**recorded[6], key: value}}), recorded)
 
 
 def test_the_rank_that_differs_is_named(tmp_path):
     recorded = lines(2.0, 1.5)
     found = replayed(lines(2.0, 1.5, weights="x"), loaded=[state(), state(optimizer="p")])
-    assert verification._table(found, recorded)[1][2] == "differs (rank 1)"
-    assert verification._table(found, recorded)[2][1] == "differs (rank 0)"
+    assert verify_resume._table(found, recorded)[1][2] == "differs (rank 1)"
+    assert verify_resume._table(found, recorded)[2][1] == "differs (rank 0)"

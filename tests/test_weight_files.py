@@ -10,9 +10,10 @@ from datasets import load_from_disk
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from sft_recipes.data.chat import IGNORED
-from sft_recipes.planning.run_folder import RunFolder
-from sft_recipes.training import checkpoint, generate
+from sft_recipes.data.tokenize import IGNORED
+from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.tools import generate
+from sft_recipes.training.checkpoint import checkpoint_format
 from sft_recipes.training.weight_files import PublishedCopy
 
 
@@ -33,7 +34,7 @@ def folder_of(path, tensors, **more):
 
 def published(base, source, target):
     target.mkdir()
-    checkpoint.copy_model(source, target, PublishedCopy(base))
+    checkpoint_format.copy_model(source, target, PublishedCopy(base))
     return {name: tensor for file in target.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
@@ -117,7 +118,7 @@ def test_final_is_published_in_the_base_models_dtype_and_checkpoints_stay_fp32(f
         assert dtypes == {torch.float32}, kept
     configs = {name: json.loads((fine_tuned / name / "config.json").read_text()) for name in ("final", best)}
     assert (configs["final"]["dtype"], configs[best]["dtype"]) == ("bfloat16", "float32")
-    assert checkpoint.damage(fine_tuned / "final", checkpoint.read(fine_tuned / "final")) is None
+    assert checkpoint_format.damage(fine_tuned / "final", checkpoint_format.read(fine_tuned / "final")) is None
 
 
 def test_the_held_out_loss_of_the_published_model_is_that_of_the_fp32_model(fine_tuned):
@@ -137,6 +138,6 @@ def test_the_published_model_answers_in_its_dtype(fine_tuned, capsys):
 
 
 def plan_of(run):
-    from sft_recipes.planning import plan as plans
+    from sft_recipes.planner import plan as plans
 
     return plans.read(run / "plan.json"), RunFolder(run)

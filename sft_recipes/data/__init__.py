@@ -1,1 +1,1 @@
-"""From files to the rows that the loss sees."""
+"""From files to tokenized rows with a loss mask."""

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy
 
-from sft_recipes.data import contract
-from sft_recipes.data.chat import IGNORED
+from sft_recipes.data import validate
+from sft_recipes.data.tokenize import IGNORED
 from sft_recipes.data.tokenizer import load_tokenizer
-from sft_recipes.planning.plan import Plan, Prepared
+from sft_recipes.planner.plan import Plan, Prepared
 
 _COLOURS = {"supervised": "\033[32m", "read": "\033[2m", "control": "\033[35m", "end": "\033[0m"}
 _STYLE = (
@@ -156,7 +156,7 @@ def _visible(said: str) -> str:
 
 def report(plan: Plan, rows: Rows) -> list[str]:
     """The contract's report, line by line."""
-    lines = [*contract.lines(rows.details), _fill(plan, rows.dataset)]
+    lines = [*validate.lines(rows.details), _fill(plan, rows.dataset)]
     if plan.settled:
         lines.append(
             f"{'a step':<12}{plan.effective_batch_size} rows: about {plan.examples_per_step:,g} examples, "

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy
 
-from sft_recipes.data.chat import IGNORED
-from sft_recipes.data.labelling import Labelled
+from sft_recipes.data.tokenize import IGNORED
+from sft_recipes.data.tokenize_rows import Labelled
 
 _TOKENS_A_CHUNK = 2**28  # Arrow counts a list's elements in 32 bits
 

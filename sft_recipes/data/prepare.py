@@ -22,25 +22,26 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft_recipes.data import contract, models, sources
+from sft_recipes.config.schema import Data
+from sft_recipes.data import model_files, sources, validate
 from sft_recipes.data.formats import Conversation, conversation_of
 from sft_recipes.data.sources import Source
-from sft_recipes.planning import imports
-from sft_recipes.planning import plan as plans
-from sft_recipes.planning.code_hash import code_hash
-from sft_recipes.planning.files import sha256, sync
-from sft_recipes.planning.plan import Plan, Prepared
-from sft_recipes.planning.run_folder import read_json, runs_root, write_json
-from sft_recipes.planning.schema import Data, RecipeError
+from sft_recipes.planner import plan as plans
+from sft_recipes.planner.plan import Plan, Prepared
+from sft_recipes.runtime import library_imports
+from sft_recipes.runtime.atomic_write import sha256, sync
+from sft_recipes.runtime.code_hash import code_hash
+from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.run_dir import read_json, runs_root, write_json
 
 if TYPE_CHECKING:
-    from sft_recipes.data.labelling import Labelled
+    from sft_recipes.data.tokenize_rows import Labelled
 
 _PROMPTS = 1000
 _CHECKSUMS = "checksums.json"
 _NO_WEIGHTS = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 # Modules that do not decide what the rows are: they show or bring what others made.
-_NOT_THE_ROWS = ("inspect.py", "fetch.py", "hub.py", "models.py")
+_NOT_THE_ROWS = ("inspect.py", "download.py", "hub.py", "model_files.py")
 
 
 def main(plan_file: str) -> int:
@@ -48,11 +49,11 @@ def main(plan_file: str) -> int:
     path = Path(plan_file)
     try:
         plan, started = plans.read(path), time.monotonic()
-        imports.leave_out_what_is_not_used(plan)
+        library_imports.leave_out_what_is_not_used(plan)
         prepared = prepare(plan)
         details = json.loads((Path(prepared.folder) / "details.json").read_text(encoding="utf-8"))
         print(announcement(plan, details, time.monotonic() - started))
-    except (RecipeError, OSError) as error:  # a disk that is full or closed is the user's to mend
+    except (UserError, OSError) as error:  # a disk that is full or closed is the user's to mend
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     write_json(path.with_name("prepared.json"), asdict(prepared))
@@ -67,13 +68,13 @@ def prepare(plan: Plan, store: Path | None = None, rows_alone: bool = False) -> 
             refused.
 
     Raises:
-        RecipeError: rows, model or tokenizer are not what a run can start from.
+        UserError: rows, model or tokenizer are not what a run can start from.
     """
     store = store or runs_root() / ".prepared"
     store.mkdir(parents=True, exist_ok=True, mode=0o700)  # it holds the data
     base = _base(plan, rows_alone)
     data = Data(**plan.sections["data"])
-    embedded = store / f"embedded-{_code('embedded.py')[:8]}"
+    embedded = store / f"embedded-{_code('toy/toy_dataset.py')[:8]}"
     parts = ("train", "validation", *(["retain"] if data.retain else []))
     named = {part: sources.resolve_all(data, f"data.{part}", embedded) for part in parts}
     folder = store / _key(plan, named, base)
@@ -91,10 +92,10 @@ def prepare(plan: Plan, store: Path | None = None, rows_alone: bool = False) -> 
     if base and not rows_alone:
         _check_architecture_once(plan, base, folder)
     if not rows_alone:
-        contract.check(plan, json.loads((folder / "details.json").read_text(encoding="utf-8")))
+        validate.check(plan, json.loads((folder / "details.json").read_text(encoding="utf-8")))
     found = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
     base = base or (folder / "model").resolve()
-    here = {"folder": str(folder.resolve()), "model": str(base), "architecture": models.architecture_of(base)}
+    here = {"folder": str(folder.resolve()), "model": str(base), "architecture": model_files.architecture_of(base)}
     return Prepared(**{**found, **here})
 
 
@@ -145,8 +146,10 @@ def _base(plan: Plan, rows_alone: bool) -> Path | None:
     if model["from_scratch"]:
         return None
     if rows_alone:
-        return models.tokenizer_folder(model["name_or_path"], model["revision"], model["ungated"])
-    return models.check_model(model["name_or_path"], model["revision"], model["trust_remote_code"], model["ungated"])
+        return model_files.tokenizer_folder(model["name_or_path"], model["revision"], model["ungated"])
+    return model_files.check_model(
+        model["name_or_path"], model["revision"], model["trust_remote_code"], model["ungated"]
+    )
 
 
 def _check_architecture_once(plan: Plan, base: Path, folder: Path) -> None:
@@ -155,7 +158,7 @@ def _check_architecture_once(plan: Plan, base: Path, folder: Path) -> None:
     remembered = folder / "architecture.json"
     stated = json.dumps([model["architecture"], str(base)], sort_keys=True)
     if not remembered.is_file() or remembered.read_text(encoding="utf-8") != stated:
-        models.check_architecture(model["architecture"], base, model["trust_remote_code"])
+        model_files.check_architecture(model["architecture"], base, model["trust_remote_code"])
         remembered.write_text(stated, encoding="utf-8")
 
 
@@ -171,7 +174,8 @@ def _key(plan: Plan, named: Mapping[str, Mapping[str, Source]], base: Path | Non
     model, data = plan.sections["model"], plan.sections["data"]
     beside, template = _beside_the_weights(base), _given_template(model)
     dated = b"strftime_now" in template.encode() or any(b"strftime_now" in text for text in beside.values())
-    code = sorted(path.name for path in Path(__file__).parent.glob("*.py") if path.name not in _NOT_THE_ROWS)
+    here = Path(__file__).parent
+    code = sorted(str(path.relative_to(here)) for path in here.rglob("*.py") if path.name not in _NOT_THE_ROWS)
     parts = {
         **{part: [[name, source.fingerprint()] for name, source in of_it.items()] for part, of_it in named.items()},
         "validation_fraction": data["validation_fraction"],
@@ -205,12 +209,12 @@ def _given_template(model: dict[str, Any]) -> str:
 
 
 def _make(plan: Plan, named: Mapping[str, Mapping[str, Source]], base: Path | None, folder: Path) -> None:
-    with imports.swiftly():
+    with library_imports.swiftly():
         import datasets
         import transformers.models.auto.tokenization_auto
 
-    from sft_recipes.data.chat import Chat
-    from sft_recipes.data.labelling import label
+    from sft_recipes.data.tokenize import Chat
+    from sft_recipes.data.tokenize_rows import label
     from sft_recipes.data.tokenizer import load_tokenizer
 
     datasets.disable_progress_bars()
@@ -233,9 +237,9 @@ def _make(plan: Plan, named: Mapping[str, Mapping[str, Source]], base: Path | No
     rows, validation_rows = _write_rows(plan, training, held_out, folder)
     retain_rows = _write_retain(plan, retained, folder)
     _write_prompts(plan, chat, named["validation"] or named["train"], held_out, folder / "prompts.jsonl")
-    counted = contract.describe(training, held_out, retained)
+    counted = validate.describe(training, held_out, retained)
     everything = [*training.values(), *held_out.values(), *retained.values()]
-    vocabulary = _vocabulary(tokenizer, model["add_tokens"], models.embeddings_of(base), everything)
+    vocabulary = _vocabulary(tokenizer, model["add_tokens"], model_files.embeddings_of(base), everything)
     notes = [f"{note} ({many:,} rows)" for note, many in counted["noted"].items()] + vocabulary.pop("notes")
     details = {
         **counted,
@@ -280,8 +284,8 @@ def _write_rows(
     """Writes the rows in which something is left to learn; the training rows, and each source's validation rows."""
     from datasets import concatenate_datasets
 
-    from sft_recipes.data.labelling import together
     from sft_recipes.data.packing import to_dataset
+    from sft_recipes.data.tokenize_rows import together
 
     trained = together([one.take(one.trained > 0) for one in training.values()])
     validated = [one.take(one.trained > 0) for one in held_out.values()]
@@ -325,20 +329,20 @@ def _vocabulary(
 
 def _build(plan: Plan, train: Mapping[str, Source], all_of_it: bool, folder: Path) -> Path:
     """The model of a recipe that starts from nothing; its tokenizer is trained on the training rows."""
-    from sft_recipes.data import scratch
-    from sft_recipes.data.labelling import asked_digests
+    from sft_recipes.data.tokenize_rows import asked_digests
+    from sft_recipes.data.toy import toy_model
 
     texts = []
     for name, source in train.items():
         conversations = [conversation_of(row) for row in source.rows()]
         if not conversations:
-            raise RecipeError(f"data.train: {source.named} holds no rows")
+            raise UserError(f"data.train: {source.named} holds no rows")
         asked = asked_digests(conversations)
         held_out = set() if all_of_it else _held_out(plan, asked, name)
         for conversation, question in zip(conversations, asked.tolist(), strict=True):
             if question not in held_out:
                 texts += [text for message in conversation.messages for text in (message["role"], message["content"])]
-    scratch.build(plan.sections["model"]["architecture"], texts, folder, plan.sections["trainer"]["seed"])
+    toy_model.build(plan.sections["model"]["architecture"], texts, folder, plan.sections["trainer"]["seed"])
     return folder
 
 
@@ -358,7 +362,7 @@ def _held_out(plan: Plan, asked: Any, name: str) -> set[int]:
     """The digests of the questions that a seeded split holds out."""
     questions = sorted(set(asked.tolist()))
     if len(questions) < 2:
-        raise RecipeError(
+        raise UserError(
             f"data.train: all rows of {name} ask the same, so none can be held out; say data.validation=<a file>"
         )
     wanted = round(len(questions) * plan.sections["data"]["validation_fraction"])
@@ -376,7 +380,7 @@ def _split(plan: Plan, training: Mapping[str, Labelled]) -> tuple[dict[str, Labe
     chosen = {name: numpy.isin(one.asked, sorted(held_out)) for name, one in training.items()}
     for name, mask in chosen.items():
         if mask.all():
-            raise RecipeError(
+            raise UserError(
                 f"data.train: every question of {name} is held out with another source's; say data.validation=<a file>"
             )
     return (

@@ -1,1 +1,1 @@
-"""The workshop: from prepared rows to weights."""
+"""From tokenized rows to weights: the program of every rank."""

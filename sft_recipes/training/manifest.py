@@ -9,10 +9,10 @@ import socket
 import subprocess
 from typing import Any
 
-from sft_recipes.planning.environment import library_version
-from sft_recipes.planning.plan import Plan
-from sft_recipes.planning.run_folder import RunFolder, read_json, write_json
-from sft_recipes.planning.schema import REPOSITORY
+from sft_recipes.planner.plan import Plan
+from sft_recipes.runtime.env import library_version
+from sft_recipes.runtime.paths import REPOSITORY
+from sft_recipes.runtime.run_dir import RunFolder, read_json, write_json
 
 _LIBRARIES = (
     "torch",
@@ -137,6 +137,6 @@ def code() -> dict[str, Any]:
 
     commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
     if commit is None and (told := os.environ.get("SFT_RECIPES_REVISION") or _of_the_image()):
-        commit, _, changed = told.partition("-")  # launching/container.py and docker/Dockerfile write it
+        commit, _, changed = told.partition("-")  # launch/container.py and docker/Dockerfile write it
         return {"commit": commit, "dirty": bool(changed)}
     return {"commit": commit, "dirty": None if status is None else bool(status)}

@@ -18,17 +18,19 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from sft_recipes.data.chat import IGNORED
-from sft_recipes.planning import gpus
-from sft_recipes.planning.plan import Plan
-from sft_recipes.planning.run_folder import RunFolder
-from sft_recipes.planning.schema import RecipeError
-from sft_recipes.training import adapters, attention, checkpoint, engine, ledger, pulse
-from sft_recipes.training.callbacks.proof import Proof
-from sft_recipes.training.callbacks.stop import CutShortError, EndedAtStartError, StopTogether
-from sft_recipes.training.divergence import Watch
-from sft_recipes.training.metering import Meter
-from sft_recipes.training.saving import Saving
+from sft_recipes.config import gpu_types
+from sft_recipes.data.tokenize import IGNORED
+from sft_recipes.planner.plan import Plan
+from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.training import attention, lora, rank_heartbeat, strategy
+from sft_recipes.training.callbacks.graceful_stop import CutShortError, EndedAtStartError, StopTogether
+from sft_recipes.training.callbacks.integrity_log import Proof
+from sft_recipes.training.checkpoint import checkpoint_format
+from sft_recipes.training.checkpoint.writer import Saving
+from sft_recipes.training.integrity import data_order
+from sft_recipes.training.nan_guard import Watch
+from sft_recipes.training.throughput import Meter
 
 # TRL scores all positions where there is no Triton, and throws away those that the loss does not look at: on a CPU a
 # quarter of a step of the tiny recipe. As on CUDA, only the supervised ones are scored. This module asks for nothing
@@ -45,11 +47,11 @@ def sft_config(plan: Plan, folder: RunFolder) -> SFTConfig:
     """The plan in TRL's terms; every value that the recipe may not set is set here.
 
     Raises:
-        RecipeError: kernels are asked for that are not installed.
+        UserError: kernels are asked for that are not installed.
     """
     trainer = dict(plan.sections["trainer"])
     if trainer.get("use_liger_kernel") and importlib.util.find_spec("liger_kernel") is None:
-        raise RecipeError(
+        raise UserError(
             "trainer.use_liger_kernel: liger-kernel is not installed; install it into the virtual environment, or "
             "leave it out: TRL's own kernel scores the answers' tokens without it"
         )
@@ -161,7 +163,7 @@ class RowsCollator(DataCollatorForLanguageModeling):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """As TRL's, and `row`, [rows]."""
-        return ledger.carry(examples, super().torch_call(examples))
+        return data_order.carry(examples, super().torch_call(examples))
 
 
 class PackedRowsCollator(DataCollatorForLanguageModeling):
@@ -186,7 +188,7 @@ class PackedRowsCollator(DataCollatorForLanguageModeling):
             batch["input_ids"].append([*example["input_ids"], *[self.pad_token_id] * padding])
             batch["labels"].append([*labels, *[IGNORED] * padding])
             batch["position_ids"].append([*positions, *[0] * padding])  # each padding token an example of its own
-        return ledger.carry(examples, {name: torch.tensor(rows) for name, rows in batch.items()})
+        return data_order.carry(examples, {name: torch.tensor(rows) for name, rows in batch.items()})
 
 
 def collator(plan: Plan, pad_token_id: int, way: str) -> RowsCollator | PackedRowsCollator:
@@ -215,15 +217,15 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
         self.plan = plan
         self.say: Callable[[str], None] = print
         self.stopping = StopTogether()
-        arguments["train_dataset"] = ledger.number(arguments["train_dataset"])
+        arguments["train_dataset"] = data_order.number(arguments["train_dataset"])
         super().__init__(**arguments)
         trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = min(
             _WIDEST_TILE, self.model.config.get_text_config().vocab_size
         )
-        adapters.hold_in_fp32(self.model, plan)
-        adapters.keep_the_trained_layout(self.model)
-        adapters.save_adapters_alone(self.model, plan)
-        engine.reduce_in_fp32(self.accelerator, plan)
+        lora.hold_in_fp32(self.model, plan)
+        lora.keep_the_trained_layout(self.model)
+        lora.save_adapters_alone(self.model, plan)
+        strategy.reduce_in_fp32(self.accelerator, plan)
         self.remove_callback(PrinterCallback)  # callbacks/progress.py speaks
         self.add_callbacks([self.stopping])
         self.watch = Watch(plan, prepared, self.model)
@@ -244,14 +246,14 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
         self.proof = Proof(
             plan,
             self.saving.folder,
-            ledger.Ledger(rows.order, plan.effective_batch_size, steps_an_epoch),
+            data_order.Ledger(rows.order, plan.effective_batch_size, steps_an_epoch),
         )
         self.add_callbacks([self.proof])
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if ledger.ROW not in self._signature_columns:
-            self._signature_columns.append(ledger.ROW)
+        if data_order.ROW not in self._signature_columns:
+            self._signature_columns.append(data_order.ROW)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> WholeBatches:
         rows = len(self.train_dataset if train_dataset is None else train_dataset)
@@ -300,9 +302,9 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
         else:
             loss = super().compute_loss(model, inputs, *arguments, **named)
         if model.training:
-            pulse.moved(self.state.global_step + 1, "waiting")
+            rank_heartbeat.moved(self.state.global_step + 1, "waiting")
             self.watch.saw(self, loss)
-            pulse.moved(self.state.global_step + 1, "step")
+            rank_heartbeat.moved(self.state.global_step + 1, "step")
         return loss
 
     def _loss(self, model: Any, inputs: dict[str, Any], supervised_tokens: torch.Tensor) -> torch.Tensor:
@@ -516,12 +518,12 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
 
         Collective: call on every rank. Rank 0 copies, each file with `copy`.
         """
-        step = int(checkpoint.read(whole)["step"])
+        step = int(checkpoint_format.read(whole)["step"])
 
         def write() -> None:
             if self.accelerator.is_main_process:
                 partial = self.saving.folder.saving / target.name
-                checkpoint.copy_model(whole, partial, copy)
+                checkpoint_format.copy_model(whole, partial, copy)
                 self._add_generation(partial)
 
         return self.saving.whole(target, write, {"run_id": self.plan.run_id, "step": step})
@@ -549,8 +551,8 @@ def peak_flops(plan: Plan, device: torch.device) -> float | None:
     if device.type != "cuda" or plan.precision != "bf16":
         return None
     properties = torch.cuda.get_device_properties(device)
-    found = gpus.identify(properties.name, properties.total_memory / 2**20)
-    return found.peak_flops if found else gpus.peak_flops(plan.card)
+    found = gpu_types.identify(properties.name, properties.total_memory / 2**20)
+    return found.peak_flops if found else gpu_types.peak_flops(plan.card)
 
 
 def tokens_digest(batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from processes import commands
 
-from sft_recipes.planning import processes
-from sft_recipes.planning.run_folder import RunFolder
+from sft_recipes.runtime import heartbeat
+from sft_recipes.runtime.run_dir import RunFolder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HANG_SECONDS = 300
@@ -127,9 +127,9 @@ class Chaos:
         self._whole: dict[tuple[str, tuple[str, ...]], State] = {}
         self.data = self.place / "rows.jsonl"
         if not self.data.is_file():
-            from sft_recipes.data import embedded
+            from sft_recipes.data.toy import toy_dataset
 
-            self.data.write_text("".join(json.dumps(row) + "\n" for row in embedded.rows(200, False)))
+            self.data.write_text("".join(json.dumps(row) + "\n" for row in toy_dataset.rows(200, False)))
 
     @property
     def runs(self) -> Path:
@@ -214,7 +214,7 @@ class Chaos:
         """Process of each rank that runs."""
         found = {}
         for pid, command in commands():
-            if b"sft_recipes.training.run" in command and b"training.start" not in command:
+            if b"sft_recipes.training.main" in command and b"training.rank_launcher" not in command:
                 if str(self.run(name) / "plan.json").encode() not in command:
                     continue
                 with contextlib.suppress(OSError):
@@ -232,7 +232,7 @@ class Chaos:
         ranks, until = RunFolder(self.run(name)).ranks, time.monotonic() + HANG_SECONDS
 
         def steps() -> list[int]:
-            return [one.step for one in processes.pulses(ranks).values() if processes.state(one.process)]
+            return [one.step for one in heartbeat.pulses(ranks).values() if heartbeat.state(one.process)]
 
         while process.poll() is None and max(steps(), default=0) <= behind:
             assert time.monotonic() < until, f"{name} hangs: {self.said(name)[-3000:]}"

@@ -2,7 +2,7 @@
 
    Preloaded into a run (LD_PRELOAD), so that it sees the libraries' own C, C++ and Rust code as well as Python's.
    CHAOS_FOLDER  operations on paths that begin with it are counted, from 1; reading is not
-   CHAOS_RANK    only in a process whose command line holds sft_recipes.training.run and whose RANK is this (one alone: none)
+   CHAOS_RANK    only in a process whose command line holds sft_recipes.training.main and whose RANK is this (one alone: none)
    CHAOS_LOG     a file to write "number call path" to, before each operation
    CHAOS_KILL_AT SIGKILL to itself just before this operation
    CHAOS_FAIL_IN every operation on a path that holds this text fails with CHAOS_ERRNO
@@ -65,7 +65,7 @@ static int is_meant(void) {
             command[i] = ' ';
     int rank_is = rank && !strcmp(rank, mine ? mine : "none");
     /* the launcher's command line names the program too, behind its own */
-    return meant = rank_is && strstr(command, "sft_recipes.training.run") && !strstr(command, "training.start");
+    return meant = rank_is && strstr(command, "sft_recipes.training.main") && !strstr(command, "training.rank_launcher");
 }
 
 /* The errno with which this step of the stairs fails; 0 where it does not. */

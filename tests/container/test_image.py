@@ -14,7 +14,7 @@ import pytest
 from built import PLANTED_KEY, base, engine, image
 from conftest import HANG_SECONDS, REPOSITORY
 
-from sft_recipes.launching import doctor
+from sft_recipes.tools import doctor
 
 __all__ = ["base", "engine", "image"]  # fixtures
 
@@ -84,8 +84,8 @@ def test_the_image_keeps_to_its_budget_and_says_what_it_is(image):
     assert labels["org.opencontainers.image.revision"].startswith(commit.stdout.strip())
     assert labels["sft-recipes.version.torch"] == doctor.locked("cpu")["torch"].partition("+")[0]
     assert told["Config"]["User"] == "10000:10000" and told["Config"]["Entrypoint"] == ["/usr/bin/tini", "--"]
-    assert told["Healthcheck"]["Test"][-1] == "sft_recipes.launching.health"
-    assert image.run("python", "-m", "sft_recipes.launching.health") == "healthy\n"
+    assert told["Healthcheck"]["Test"][-1] == "sft_recipes.launch.healthcheck"
+    assert image.run("python", "-m", "sft_recipes.launch.healthcheck") == "healthy\n"
 
 
 def test_the_lock_was_obeyed(image):
@@ -103,7 +103,7 @@ def plain(name):
 
 
 def test_operators_are_there_compiled_and_no_compiler_is(image):
-    seen = json.loads(image.run("python", "-m", "sft_recipes.training.examine").splitlines()[-1])
+    seen = json.loads(image.run("python", "-m", "sft_recipes.training.torch_probe").splitlines()[-1])
     assert seen["operators"] == ["deepspeed_shm_comm_op"] and not seen["compiler"]
     assert image.run("sh", "-c", "ls /usr/lib/*/libibverbs.so.1 /usr/lib/*/librdmacm.so.1").count("\n") == 2
 

@@ -10,7 +10,7 @@ IMPORT = """
 import importlib, importlib.metadata, pkgutil
 import torch
 import sft_recipes
-from sft_recipes.launching.doctor import locked
+from sft_recipes.tools.doctor import locked
 assert torch.version.cuda is not None and not torch.cuda.is_available()
 wanted = {name.lower().replace("_", "-") for name in locked("cuda")}
 names = {

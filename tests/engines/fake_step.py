@@ -21,7 +21,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 from trl.kernels import chunked_logprob
 
-from sft_recipes.training import adapters, attention
+from sft_recipes.training import attention, lora
 
 
 class _TritonKernel:
@@ -139,7 +139,7 @@ def _without_storage(plan, architecture):
         dtype = torch.bfloat16 if frozen else torch.float32
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         if frozen:
-            model = peft.get_peft_model(model, adapters.configuration(plan, Path("model")))
+            model = peft.get_peft_model(model, lora.configuration(plan, Path("model")))
     return model
 
 
@@ -148,7 +148,7 @@ def _prepared(model, plan, mesh):
     body = model.get_base_model() if plan.method != "full" else model
     model.to_empty(device="cpu")
     body.tie_weights()
-    adapters.hold_in_fp32(model, plan)
+    lora.hold_in_fp32(model, plan)
     body.config._attn_implementation = "varlen"
     model.train()
     if plan.sections["trainer"]["gradient_checkpointing"]:

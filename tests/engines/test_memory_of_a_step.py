@@ -7,8 +7,9 @@ driver, context, NCCL and fragmentation the plan's reserve stands for.
 import pytest
 from fake_step import peak_bytes, simulate_cuda
 
-from sft_recipes.planning import memory, recipes
-from sft_recipes.planning import plan as plans
+from sft_recipes.config import loader
+from sft_recipes.planner import memory
+from sft_recipes.planner import plan as plans
 
 GIB = 2**30
 # Recipe, GPUs, overrides, and decoder layers where not all are needed to see every phase of a step.
@@ -27,7 +28,7 @@ ON_ONE_GPU = ("1b", "3b", "8b")
 )
 def test_the_peak_of_a_step_is_within_two_percent_of_the_plan(monkeypatch, name, checkpointing):
     recipe_name, gpus, overrides, layers = CASES[name]
-    recipe = recipes.load(recipe_name, (*overrides, f"trainer.gradient_checkpointing={checkpointing}"))
+    recipe = loader.load(recipe_name, (*overrides, f"trainer.gradient_checkpointing={checkpointing}"))
     plan = plans.make(recipe, plans.Topology(gpus, gpus, card="h200-141g"))
     architecture = dict(recipe.model.architecture)
     architecture["num_hidden_layers"] = layers or architecture["num_hidden_layers"]

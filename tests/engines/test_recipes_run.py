@@ -8,12 +8,12 @@ import torch
 from conftest import manifest, metrics, needs_compiler
 from safetensors.torch import load_file
 
-from sft_recipes.data import embedded
-from sft_recipes.planning import recipes
+from sft_recipes.config import loader, sizes
+from sft_recipes.data.toy import toy_dataset
 
 pytestmark = needs_compiler
 
-NAMES = [name for name in recipes.names() if name != "tiny"]
+NAMES = [name for name in loader.names() if name != "tiny"]
 # A vocabulary of its own, thin layers, and multiples of 64, which 4-bit blocks want; the rest is the recipe's.
 THIN = {
     "hidden_size": 128,
@@ -40,13 +40,13 @@ def test_there_is_a_recipe_of_every_size():
 def rows(shared_workplace):
     """1,500 conversations: each architecture prepares its own."""
     file = shared_workplace.path / "for-recipes.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in embedded.rows(1500, held_out=False)))
+    file.write_text("".join(json.dumps(row) + "\n" for row in toy_dataset.rows(1500, held_out=False)))
     return file
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_recipe_trains_three_steps_under_its_own_engine(shared_workplace, rows, name):
-    recipe = recipes.load(name)
+    recipe = loader.load(name)
     run = shared_workplace.trained(
         name, "--name", name, "--gpus", "0", "--processes", "2", "model.name_or_path=", "model.from_scratch=true",
         f"model.architecture={json.dumps(shrunk(recipe))}", f"data.train={rows}",
@@ -57,8 +57,8 @@ def test_the_recipe_trains_three_steps_under_its_own_engine(shared_workplace, ro
     plan, config = (json.loads((run / file).read_text()) for file in ("plan.json", "sft_config.json"))
     assert (plan["parallelism"], plan["method"], plan["precision"]) == (recipe.parallelism, recipe.method, "bf16")
     assert manifest(run)["dtypes"].items() >= plan["dtypes"].items()
-    for key in recipes.table()[plan["size"]].cells:
-        value = recipes.hyperparameter(recipe, key)[0]
+    for key in sizes.table()[plan["size"]].cells:
+        value = sizes.hyperparameter(recipe, key)[0]
         assert plan[key] == value
         if key in config:
             assert config[key] == value, key

@@ -7,7 +7,7 @@ from conftest import manifest, metrics
 from test_world_sizes import stopped
 from trajectories import arguments, data, differences, follow, trained_weights
 
-from sft_recipes.planning.run_folder import RunFolder
+from sft_recipes.runtime.run_dir import RunFolder
 
 __all__ = ["data", "follow"]  # fixtures
 NOTHING = {"loss": 0.0, "eval_loss": 0.0, "weight": 0.0}

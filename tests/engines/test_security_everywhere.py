@@ -11,8 +11,8 @@ from processes import Seen
 from test_checkpoint import chosen
 from test_security import plant
 
-from sft_recipes.planning.run_folder import RunFolder
-from sft_recipes.training import checkpoint
+from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.training.checkpoint import checkpoint_format
 
 # What each loads with pickle (DeepSpeed's TorchCheckpointEngine), and FSDP2 with torch's weights_only.
 FILES = {
@@ -83,8 +83,10 @@ def test_no_bomb_in_an_engines_files_goes_off(workplace, few_rows, engine):
         shutil.rmtree(run.checkpoint(8))  # of the last step: nothing of the training's state would be loaded
         four = run.checkpoint(4)
         plant(four / "optimizer.bin", ran)
-        record = checkpoint.read(four)
-        checkpoint.seal(four, {**record, "files": checkpoint.checksums(four, checkpoint.names(four))})
+        record = checkpoint_format.read(four)
+        checkpoint_format.seal(
+            four, {**record, "files": checkpoint_format.checksums(four, checkpoint_format.names(four))}
+        )
         seen, said = started(workplace, *words)
         assert seen.process.returncode == 1 and "going on from checkpoint-4" in said
         assert "Weights only load failed" in said

@@ -17,8 +17,8 @@ from processes import launcher_of
 from safetensors.torch import load_file
 from trajectories import SEVERAL, arguments, data, differences, follow, record, trained_weights
 
-from sft_recipes.planning import processes
-from sft_recipes.planning.run_folder import RunFolder
+from sft_recipes.runtime import heartbeat
+from sft_recipes.runtime.run_dir import RunFolder
 
 __all__ = ["data", "follow"]  # fixtures
 pytestmark = needs_compiler
@@ -53,7 +53,7 @@ def test_adam_on_the_cpu_goes_on_behind_any_step_as_if_it_had_not_stopped():
 
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    from sft_recipes.training import engine
+    from sft_recipes.training import strategy
 
     def weights(stopped_behind, counting=True):
         chance = torch.Generator().manual_seed(0)
@@ -66,7 +66,7 @@ def test_adam_on_the_cpu_goes_on_behind_any_step_as_if_it_had_not_stopped():
                 adam.load_state_dict(state)
                 wrapped = SimpleNamespace(optimizer=SimpleNamespace(optimizer=adam))
                 if counting:
-                    engine.count_up_again(SimpleNamespace(is_deepspeed_enabled=True, model_wrapped=wrapped))
+                    strategy.count_up_again(SimpleNamespace(is_deepspeed_enabled=True, model_wrapped=wrapped))
             weight.grad = torch.randn(1000, generator=chance)
             adam.step()
         return weight.detach()
@@ -105,7 +105,7 @@ def test_another_order_of_rows_is_found_out(follow):
 
 def signalled(run, process):
     """Who may be asked to stop: the parent, the launcher below it, a rank."""
-    ranks = {f"rank {rank}": one.process for rank, one in processes.pulses(RunFolder(run).ranks).items()}
+    ranks = {f"rank {rank}": one.process for rank, one in heartbeat.pulses(RunFolder(run).ranks).items()}
     return {"parent": process.pid, "launcher": launcher_of(RunFolder(run).plan), **ranks}
 
 

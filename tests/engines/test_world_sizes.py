@@ -10,8 +10,8 @@ import pytest
 from conftest import manifest, needs_compiler
 from trajectories import arguments, data, differences, follow, record
 
-from sft_recipes.planning.run_folder import RunFolder
-from sft_recipes.training import checkpoint
+from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.training.checkpoint import checkpoint_format
 
 __all__ = ["data", "follow"]  # fixtures
 pytestmark = needs_compiler
@@ -52,7 +52,7 @@ def test_cut_anew_for_as_many_ranks_a_run_loses_no_bit(shared_workplace, follow,
     run = follow(engine, 2, False, precision, *more)
     name = f"same-{engine}-{precision}{'-lora' if more else ''}"
     folder = stopped(run, name)
-    checkpoint.seal(folder.checkpoint(10), {**checkpoint.read(folder.checkpoint(10)), "world_size": 3})
+    checkpoint_format.seal(folder.checkpoint(10), {**checkpoint_format.read(folder.checkpoint(10)), "world_size": 3})
     words = ("tiny", "--name", name, *arguments(data, engine, 2, False, precision), *more)
     again = shared_workplace.sft("train", *words)
     assert again.returncode == 0 and "its state is taken over" in again.stdout, again.stdout + again.stderr

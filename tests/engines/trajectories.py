@@ -14,7 +14,7 @@ import torch
 from conftest import metrics
 from safetensors.torch import load_file
 
-from sft_recipes.data import embedded
+from sft_recipes.data.toy import toy_dataset
 
 SEVERAL = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
 RECIPE = (
@@ -27,7 +27,7 @@ RECIPE = (
 @pytest.fixture(scope="session")
 def data(shared_workplace):
     """83 conversations to train on unpacked, 304 that pack into 97 rows; 31 to validate on."""
-    rows = embedded.rows(600, held_out=False)
+    rows = toy_dataset.rows(600, held_out=False)
     random.Random(7).shuffle(rows)
     for name, part in (("few", rows[:83]), ("many", rows[100:404]), ("validation", rows[500:531])):
         written = shared_workplace.path / f"{name}.jsonl"

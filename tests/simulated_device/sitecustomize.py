@@ -15,7 +15,7 @@ import sys
 import weakref
 from pathlib import Path
 
-PROGRAM = "sft_recipes.training.run"
+PROGRAM = "sft_recipes.training.main"
 
 
 def simulate(run):
@@ -25,7 +25,7 @@ def simulate(run):
     def begin(begin, *arguments):
         nonlocal device
         begun = begin(*arguments)
-        if sys.modules["__main__"].__spec__.name.startswith("sft_recipes.training.sanity"):
+        if sys.modules["__main__"].__spec__.name.startswith("sft_recipes.sanity."):
             device = new_device()
             device.__enter__()
         return begun

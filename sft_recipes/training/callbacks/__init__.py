@@ -1,1 +1,1 @@
-"""What happens beside the training loop, one callback a module."""
+"""Trainer callbacks, one concern per file."""

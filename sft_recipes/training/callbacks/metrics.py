@@ -9,11 +9,12 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from sft_recipes.planning.files import write_whole
-from sft_recipes.planning.run_folder import RunFolder
-from sft_recipes.training import best, lines
-from sft_recipes.training.callbacks.stop import StopTogether
-from sft_recipes.training.divergence import json_number
+from sft_recipes.runtime import append_line
+from sft_recipes.runtime.atomic_write import write_whole
+from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.training.callbacks.graceful_stop import StopTogether
+from sft_recipes.training.checkpoint import retention
+from sft_recipes.training.nan_guard import json_number
 
 
 class WriteMetrics(TrainerCallback):
@@ -57,14 +58,14 @@ class WriteMetrics(TrainerCallback):
 
 def final(state: Any) -> dict[str, float]:
     """What a run came to, under the documents' names."""
-    losses = [loss for loss in best.validation_losses(state.log_history).values() if math.isfinite(loss)]
+    losses = [loss for loss in retention.validation_losses(state.log_history).values() if math.isfinite(loss)]
     figures = {"final/total_steps": state.global_step, "final/epochs_completed": state.epoch or 0.0}
     return {**figures, "final/best_eval_loss": min(losses)} if losses else figures
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
     """One more line; numbers that JSON does not have (NaN, Infinity) are written as text."""
-    lines.add(path, json.dumps({key: json_number(value) for key, value in line.items()}, allow_nan=False))
+    append_line.add(path, json.dumps({key: json_number(value) for key, value in line.items()}, allow_nan=False))
 
 
 def forget_behind(path: Path, step: int) -> None:

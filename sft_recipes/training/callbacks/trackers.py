@@ -23,10 +23,10 @@ from urllib.request import getproxies
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
-from sft_recipes.planning.plan import Plan
-from sft_recipes.planning.run_folder import RunFolder
+from sft_recipes.planner.plan import Plan
+from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.training.callbacks.graceful_stop import StopTogether
 from sft_recipes.training.callbacks.metrics import final
-from sft_recipes.training.callbacks.stop import StopTogether
 
 PROJECT = "sft-recipes"
 # Bounds on what W&B may take. Training waits for none of them, only the end of a run does, for what is left.

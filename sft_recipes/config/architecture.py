@@ -1,0 +1,72 @@
+"""Parameter counts of Llama-shaped decoders, from the numbers of their config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sft_recipes.config.schema import Lora
+
+# Llama-shaped decoders, whose weights parameter_count counts.
+DENSE_KINDS = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
+
+
+DENSE_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
+
+# Of a decoder block, by the names that Llama, Qwen and OLMo share.
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def linear_layers(architecture: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """The linear layers of one decoder block: name, then inputs and outputs."""
+    hidden, inner = architecture["hidden_size"], architecture["intermediate_size"]
+    heads = architecture["num_attention_heads"]
+    head_dim = architecture.get("head_dim") or hidden // heads
+    key_values = (architecture.get("num_key_value_heads") or heads) * head_dim
+    return {
+        "q_proj": (hidden, heads * head_dim),
+        "k_proj": (hidden, key_values),
+        "v_proj": (hidden, key_values),
+        "o_proj": (heads * head_dim, hidden),
+        "gate_proj": (hidden, inner),
+        "up_proj": (hidden, inner),
+        "down_proj": (inner, hidden),
+    }
+
+
+def block_weights(architecture: Mapping[str, Any]) -> int:
+    """Weights of the linear layers of one decoder block, without biases."""
+    return sum(inputs * outputs for inputs, outputs in linear_layers(architecture).values())
+
+
+def parameter_count(architecture: Mapping[str, Any]) -> int | None:
+    """Weights of a dense Llama-shaped decoder: grouped-query attention, gated MLP, RMS norms.
+
+    Knows what Qwen 2 (biases of q, k, v), Qwen 3 and OLMo 2 (norms of q and k) have besides. Returns None where the
+    recipe does not give the numbers that this takes.
+    """
+    if any(key not in architecture for key in DENSE_KEYS):
+        return None
+    hidden, kind = architecture["hidden_size"], architecture.get("model_type")
+    layers = linear_layers(architecture)
+    block = block_weights(architecture) + 2 * hidden
+    if architecture.get("attention_bias", kind == "qwen2"):
+        block += sum(layers[name][1] for name in ("q_proj", "k_proj", "v_proj"))
+        block += hidden if kind != "qwen2" else 0
+    if kind == "olmo2":
+        block += layers["q_proj"][1] + layers["k_proj"][1]
+    if kind == "qwen3":
+        block += 2 * (architecture.get("head_dim") or hidden // architecture["num_attention_heads"])
+    embeddings = architecture["vocab_size"] * hidden * (1 if architecture.get("tie_word_embeddings") else 2)
+    return int(embeddings + architecture["num_hidden_layers"] * block + hidden)
+
+
+def adapter_count(architecture: Mapping[str, Any], lora: Lora) -> int | None:
+    """Weights of the adapters: r x (inputs + outputs) of each adapted layer."""
+    if parameter_count(architecture) is None:
+        return None
+    layers = linear_layers(architecture)
+    adapted = list(layers) if isinstance(lora.target_modules, str) else lora.target_modules
+    block = sum(lora.r * sum(layers[name]) for name in adapted if name in layers)
+    return int(architecture["num_hidden_layers"] * block)

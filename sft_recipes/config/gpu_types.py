@@ -1,0 +1,141 @@
+"""The table of GPU types: memory and dense bf16 peak FLOP/s of each, with the source."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from sft_recipes.config.schema import did_you_mean
+from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.units import GIB
+
+_MIB = 1024**2
+_TERA = 1e12
+
+# Drivers and torch report a few percent less memory than the table, a GPU with ECC off 6.7% more. Editions with other
+# memory have the same product name and are outside of this range.
+_SMALLEST, _LARGEST = 0.96, 1.07
+
+
+@dataclass(frozen=True)
+class GpuType:
+    """One row of the table.
+
+    Attributes:
+        name: what CARD and `hardware.card` take.
+        pattern: regular expression for the product name that nvidia-smi and torch report, matched without case.
+        memory_mib: `memory.total` of nvidia-smi, ECC on where the type has it.
+        tflops: dense bf16 matrix multiplication with fp32 accumulation, in 1e12 FLOP/s, without sparsity.
+        source: where the FLOP/s are published.
+    """
+
+    name: str
+    pattern: str
+    memory_mib: int
+    tflops: float
+    source: str
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory as nvidia-smi reports it."""
+        return self.memory_mib * _MIB
+
+    @property
+    def peak_flops(self) -> float:
+        """FLOP/s."""
+        return self.tflops * _TERA
+
+
+_GA102 = "NVIDIA Ampere GA102 architecture whitepaper, appendix A"
+_ADA = "NVIDIA Ada GPU architecture whitepaper, appendix A"
+_RTX_BLACKWELL = "NVIDIA RTX Blackwell GPU architecture whitepaper, appendix A"
+
+# Several rows of one type go from the special to the general: the first that matches is taken. Memory is what
+# nvidia-smi prints on such machines. FLOP/s of data sheets that count sparsity are halved.
+GPU_TYPES: tuple[GpuType, ...] = (
+    GpuType("gb300-288g", r"\bGB300\b", 284_208, 2500, "NVIDIA GB300 NVL72 data sheet, over 72 GPUs; TRL's table"),
+    GpuType("gb200-186g", r"\bGB200\b", 189_471, 2500, "NVIDIA GB200 NVL72 data sheet, over 72 GPUs; TRL's table"),
+    GpuType("b300-288g", r"\bB300\b", 275_040, 2250, "NVIDIA HGX B300 data sheet, over 8 GPUs; TRL's table"),
+    GpuType("b200-180g", r"\bB200\b", 183_359, 2250, "NVIDIA HGX B200 data sheet, over 8 GPUs; torchtitan, TRL"),
+    GpuType("gh200-144g", r"\bGH200\b", 146_831, 990, "NVIDIA GH200 Grace Hopper Superchip data sheet"),
+    GpuType("gh200-96g", r"\bGH200\b", 97_871, 990, "NVIDIA GH200 Grace Hopper Superchip data sheet"),
+    GpuType("h200-nvl-141g", r"\bH200 NVL\b", 143_771, 835, "NVIDIA H200 data sheet, column NVL; TRL's table"),
+    GpuType("h200-141g", r"\bH200\b", 143_771, 989, "NVIDIA H200 data sheet, column SXM; torchtitan, TRL"),
+    GpuType("h100-nvl-94g", r"\bH100 NVL\b", 95_830, 835, "NVIDIA H100 data sheet, column NVL; torchtitan, TRL"),
+    GpuType("h100-pcie-80g", r"\bH100 PCIe\b", 81_559, 756, "NVIDIA H100 PCIe data sheet; torchtitan, TRL"),
+    GpuType("h100-80g", r"\bH100\b", 81_559, 989, "NVIDIA H100 data sheet, column SXM; torchtitan, TRL"),
+    GpuType("a100-80g", r"\bA100\b", 81_920, 312, "NVIDIA A100 data sheet, PCIe and SXM; torchtitan, TRL"),
+    GpuType("a100-40g", r"\bA100\b", 40_960, 312, "NVIDIA A100 data sheet, PCIe and SXM; torchtitan, TRL"),
+    GpuType("a40-48g", r"\bA40\b", 46_068, 149.7, "NVIDIA A40 data sheet"),
+    GpuType("a30-24g", r"\bA30\b", 24_576, 165, "NVIDIA A30 data sheet"),
+    # TRL's table has the A10's 125 for the A10G too, whose tensor cores are slower.
+    GpuType("a10g-24g", r"\bA10G\b", 23_028, 70, "NVIDIA A10G data sheet (AWS)"),
+    GpuType("a10-24g", r"\bA10\b", 23_028, 125, "NVIDIA A10 data sheet; TRL's table"),
+    GpuType("l40s-48g", r"\bL40S\b", 46_068, 362, "NVIDIA L40S data sheet; torchtitan, TRL"),
+    GpuType("l40-48g", r"\bL40\b", 46_068, 181, "NVIDIA L40 data sheet"),
+    GpuType("l4-24g", r"\bL4\b", 23_034, 121, "NVIDIA L4 data sheet; TRL's table"),
+    GpuType("rtx-pro-6000-96g", r"\bRTX PRO 6000\b(?!.*Max-Q)", 97_887, 500, "TRL's table"),
+    GpuType("rtx-6000-ada-48g", r"\bRTX 6000 Ada\b", 49_140, 364, "NVIDIA RTX 6000 Ada data sheet"),
+    GpuType("rtx-a6000-48g", r"\bRTX A6000\b", 49_140, 154.8, f"{_GA102}; TRL's table"),
+    GpuType("rtx5090-32g", r"\bRTX 5090\b(?! Laptop| D\b)", 32_607, 209.5, _RTX_BLACKWELL),
+    GpuType("rtx5080-16g", r"\bRTX 5080\b(?! Laptop)", 16_303, 112.6, _RTX_BLACKWELL),
+    GpuType("rtx4090-24g", r"\bRTX 4090\b(?! Laptop| D\b)", 24_564, 165.2, _ADA),
+    GpuType("rtx4080-16g", r"\bRTX 4080\b(?! Laptop| SUPER)", 16_376, 97.5, _ADA),
+    GpuType("rtx3090-24g", r"\bRTX 3090\b(?! Ti)", 24_576, 71, _GA102),
+)
+_BY_NAME = {gpu.name: gpu for gpu in GPU_TYPES}
+
+
+def gpu_type(name: str | None) -> GpuType | None:
+    """The row of this name; None for a number of GiB and where no GPU is named.
+
+    Raises:
+        UserError: neither a name in the table nor a number of GiB.
+    """
+    if name is None or gib_of(name) is not None:
+        return None
+    if name not in _BY_NAME:
+        raise UserError(
+            f"CARD: unknown GPU type: found {name!r}, expected a name such as h100-80g, a100-80g, l40s-48g (all: "
+            f"docs/MODELS.md), or GiB of memory, such as 80{did_you_mean(name, _BY_NAME)}"
+        )
+    return _BY_NAME[name]
+
+
+def gib_of(name: str) -> float | None:
+    """GiB of a GPU that is given by its memory alone; None for a name."""
+    return float(name) if re.fullmatch(r"\d+(\.\d+)?", name) and float(name) > 0 else None
+
+
+def identify(product: str, memory_mib: float) -> GpuType | None:
+    """The row of a GPU that nvidia-smi or torch reports; None for one that is not in the table, and for a MIG slice."""
+    if re.search(r"\bMIG\b", product):
+        return None
+    return next(
+        (
+            gpu
+            for gpu in GPU_TYPES
+            if re.search(gpu.pattern, product, re.IGNORECASE)
+            and _SMALLEST * gpu.memory_mib <= memory_mib <= _LARGEST * gpu.memory_mib
+        ),
+        None,
+    )
+
+
+def memory_bytes(name: str | None) -> int | None:
+    """Memory of a named GPU type, or of a number of GiB, as nvidia-smi counts it; None where no GPU is named.
+
+    Raises:
+        UserError: neither a name in the table nor a number of GiB.
+    """
+    gpu = gpu_type(name)
+    if gpu is not None:
+        return gpu.memory_bytes
+    gib = gib_of(name) if name else None
+    return None if gib is None else int(gib * GIB)
+
+
+def peak_flops(name: str | None) -> float | None:
+    """Dense bf16 FLOP/s of a named GPU type; None where only its memory is known."""
+    gpu = gpu_type(name)
+    return gpu.peak_flops if gpu else None

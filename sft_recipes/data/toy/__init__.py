@@ -1,0 +1,1 @@
+"""The built-in toy dataset and the from-scratch model of the tiny recipe."""

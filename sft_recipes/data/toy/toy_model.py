@@ -1,0 +1,71 @@
+"""Builds the model folder of a recipe that starts from nothing: random weights, and a tokenizer trained on the spot.
+
+Bytes are the tokenizer's base and its size is the architecture's, so any text fits the same model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sft_recipes.runtime.errors import UserError
+
+END_OF_TEXT, START, END, PADDING = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
+
+# ChatML, the form that most open models' templates share.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def build(architecture: Mapping[str, Any], texts: list[str], folder: Path, seed: int) -> None:
+    """Writes config, weights and tokenizer to `folder`, which any `from_pretrained` loads.
+
+    Raises:
+        UserError: the architecture names no known kind of model, or numbers that it refuses.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = train_tokenizer(texts, architecture["vocab_size"])
+    settings = {key: value for key, value in architecture.items() if key != "model_type"}
+    tokens = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    try:
+        torch.manual_seed(seed)
+        config = AutoConfig.for_model(architecture["model_type"], **settings, **tokens)
+        model = AutoModelForCausalLM.from_config(config)
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"model.architecture: no model can be built from it: {error}") from error
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Any:
+    """A byte-level BPE tokenizer of at most `vocabulary_size` tokens, with ChatML's markers and template.
+
+    Digits stand alone, as in most open models' tokenizers.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=[END_OF_TEXT, START, END, PADDING],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token=PADDING, additional_special_tokens=[START, END_OF_TEXT]
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped

@@ -1,0 +1,55 @@
+"""Checks before any rank starts that PyTorch can use the GPUs that a plan needs on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from sft_recipes.launch import command
+from sft_recipes.planner.plan import Plan
+from sft_recipes.runtime import cuda
+from sft_recipes.runtime.paths import REPOSITORY
+
+_SECONDS_TO_ANSWER = 180.0
+
+
+def check_gpus(plan: Plan) -> None:
+    """Check that PyTorch can use the GPUs of this node that the plan needs.
+
+    Raises:
+        UserError: it cannot; with the cause and the fix.
+    """
+    if plan.uses_gpu:
+        environment = command.environment(plan, os.environ)
+        cuda.check(ask_torch(environment), plan.gpus // plan.nodes, environment)
+
+
+def gpu_problem(needed: int) -> tuple[str, str] | None:
+    """Why PyTorch cannot use as many GPUs on this machine, and the fix; None if it can."""
+    if not needed:
+        return None
+    return cuda.problem(ask_torch(os.environ), needed, cuda.driver_version(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def ask_torch(environment: Mapping[str, str], *words: str) -> dict[str, Any]:
+    """What `training/examine.py` reports, in a separate process, since a launcher does not import PyTorch.
+
+    Args:
+        words: the arguments of that program (default: only what `runtime/cuda.py` needs).
+    """
+    asked = [sys.executable, "-m", "sft_recipes.training.torch_probe", *(words or ("cuda",))]
+    paths = [str(REPOSITORY), environment.get("PYTHONPATH", "")]
+    variables = {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    try:
+        done = subprocess.run(
+            asked, env=variables, capture_output=True, text=True, check=False, timeout=_SECONDS_TO_ANSWER
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"no answer within {_SECONDS_TO_ANSWER:.0f} s"}
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    return dict(json.loads(done.stdout.splitlines()[-1]))

@@ -1,0 +1,418 @@
+"""Works out parameters, memory and disk from the numbers of an architecture, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sft_recipes.config.architecture import adapter_count, block_weights, linear_layers, parameter_count
+from sft_recipes.config.schema import SHARDED, Lora
+from sft_recipes.runtime.units import GIB
+
+# The reserve: GPU memory that the forecast of a step does not cover. None of it was measured for this project.
+# The driver keeps the difference between nvidia-smi's total and what CUDA hands out: 0.7 GiB of a B200 (183,359 MiB,
+# and 178.35 GiB in pytorch/ao#4002), 0.5 of an H100, 0.8 of an A100.
+DRIVER_BYTES = int(0.8 * GIB)
+# A process's CUDA context is 426 MiB with torch 2.10 and CUDA 13 (unslothai/unsloth-zoo#1053); loaded kernels and
+# cuBLAS workspaces (32 MiB for each handle and stream on Hopper) come to it.
+CONTEXT_BYTES = int(0.6 * GIB)
+# NCCL's buffers. On 8 H100 they and the context were 1.06 GB outside of PyTorch, with one communicator and without
+# all-to-all (NVIDIA/nccl#1685); DeepSpeed makes a second communicator.
+NCCL_BYTES = int(1.0 * GIB)
+# Memory that the caching allocator holds and cannot use. With expandable segments, which the launcher turns on, what
+# remains is between streams (verl-project/verl#3020); without them 10 to 60% were published (meta-pytorch/torchtune
+# #1185, arXiv:2401.08156).
+FRAGMENTATION = 0.05
+
+# What the files in deepspeed_configs/ say, in elements; a test compares them.
+ALLGATHER_BUCKET = REDUCE_BUCKET = 200_000_000
+PREFETCH_BUCKET = 50_000_000
+SUB_GROUP = 1_000_000_000  # DeepSpeed's default: ZeRO-3 takes its step so many elements at a time
+
+# The trainer builds logits tile by tile, tokens by vocabulary (TRL 1.16, kernels/chunked_logprob.py, trainer/utils.py).
+LOGIT_TILE = (4096, 32_768)
+PROCESS_BYTES = 4 * GIB  # a rank's libraries, CUDA context and pinned batches in host memory; an estimate
+
+# What a rank's memory is told by.
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "step")
+
+# 4-bit NormalFloat: half a byte, and a quantized scale for each 64 weights (arXiv:2305.14314, 0.127 bits a weight).
+NF4_BYTES = 0.5 + 0.127 / 8
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a rank has to hold: the model, how it is trained, and one micro-batch.
+
+    `tokens` are those of one micro-batch, padding included; `scores_of` how many others a token is scored against,
+    where the scores are kept: eager attention keeps a row's, no other way does. `accumulates` says whether a step is
+    of several micro-batches, `on_cpu` whether there is no GPU whose kernels need less.
+    """
+
+    architecture: Mapping[str, Any]
+    engine: str
+    precision: str
+    world_size: int
+    tokens: int
+    gradient_checkpointing: bool
+    lora: Lora | None = None
+    nodes: int = 1
+    optimizer: str = "adamw_torch_fused"
+    scores_of: int = 0
+    accumulates: bool = True
+    on_cpu: bool = False
+
+    @property
+    def autocasts(self) -> bool:
+        """Whether fp32 weights are cast as they are used."""
+        return self.precision == "bf16" and self.lora is None and self.engine in ("single", "ddp")
+
+    @property
+    def gradient_width(self) -> int:
+        """Bytes of a gradient as the backward pass makes it."""
+        return 2 if self.precision == "bf16" and not self.autocasts else 4
+
+    @property
+    def moments(self) -> int:
+        """Bytes of the two moments of all weights that are trained: in fp32, or in 8 bits by bitsandbytes' optimizers
+        (the factors of its blocks of 256 add under 4% to those), for which the Trainer has embeddings keep theirs in
+        fp32. Other optimizers are forecast as AdamW, which most of them stay below."""
+        if "8bit" not in self.optimizer:
+            return 8 * self.trained
+        embedding = 0 if self.lora else self.architecture["vocab_size"] * self.architecture["hidden_size"]
+        return 2 * self.trained + 6 * int(embedding)
+
+    @property
+    def sharded_weights(self) -> int:
+        """Over how many ranks the weights are spread."""
+        return self.world_size if self.engine in SHARDED else 1
+
+    @property
+    def zero_half(self) -> bool:
+        """Whether DeepSpeed holds the weights in bf16 and an fp32 master beside them."""
+        return self.engine.startswith("zero") and self.precision == "bf16"
+
+    @property
+    def stream_half(self) -> bool:
+        """Whether what layers pass on is in 16 bits: fp32 weights under autocast pass on fp32."""
+        return self.precision == "bf16" and (self.engine not in ("single", "ddp") or self.lora is not None)
+
+    @property
+    def trained(self) -> int:
+        """Weights that get gradients."""
+        count = adapter_count(self.architecture, self.lora) if self.lora else parameter_count(self.architecture)
+        assert count is not None
+        return count
+
+    @property
+    def trained_bytes(self) -> int:
+        """Those weights in the dtype that they are held in, the master copy not counted; a saved model's size."""
+        return self.trained * (2 if self.zero_half else 4)
+
+    @property
+    def model_bytes(self) -> int:
+        """The whole model in the dtypes that it is held in, without adapters."""
+        parameters = parameter_count(self.architecture)
+        assert parameters is not None
+        if self.lora and self.lora.quantize:
+            linear = self.architecture["num_hidden_layers"] * block_weights(self.architecture)
+            return int(linear * NF4_BYTES + (2 if self.precision == "bf16" else 4) * (parameters - linear))
+        frozen_half = self.lora is not None and self.precision == "bf16"
+        return parameters * (2 if self.zero_half or frozen_half else 4)
+
+
+def bytes_per_gpu(load: Load) -> dict[str, int] | None:
+    """Peak memory of one rank by part, in bytes, at the phase of a step when their sum is largest; an estimate to
+    decide with, not a measurement. `total` is that sum, `reserve` what must stay free in addition.
+
+    Weights, gradients and optimizer state follow the dtypes of `dtypes`; AdamW's two moments are fp32 everywhere but in
+    an 8-bit optimizer.
+    Activations: what a layer keeps for its backward pass; with checkpointing, each layer's input and one whole layer.
+    Logits: what scoring takes, and what the embeddings' gradients take besides their place among the gradients.
+    Buffers: DDP's gradient buckets; ZeRO's buckets for gradients and gathered weights; gathered layers or
+    embeddings under ZeRO-3 and FSDP2; autocast's bf16 copies of the weights; a dequantized layer under QLoRA. `step` is
+    what ZeRO's optimizer step takes: its gradients once more, laid out flat. AdamW is the fused one, which needs no
+    copies.
+    """
+    if parameter_count(load.architecture) is None:
+        return None
+    optimizer_over = load.world_size if load.engine in ("zero1", "zero2", *SHARDED) else 1
+    adapters = load.trained_bytes if load.lora else 0
+    offload = load.engine == "zero3_offload"
+    held = {
+        "weights": (load.model_bytes + adapters) // load.sharded_weights,
+        "optimizer": 0 if offload else (load.moments + 4 * load.zero_half * load.trained) // optimizer_over,
+        "buffers": _buffers(load),
+    }
+    fullest = max(_phases(load), key=lambda phase: sum(phase.values()))
+    parts = {name: held.get(name, 0) + fullest.get(name, 0) for name in PARTS}
+    total = sum(parts.values())
+    return {**parts, "total": total, "reserve": reserve_bytes(load, total)}
+
+
+def reserve_bytes(load: Load, total: int) -> int:
+    """GPU memory to leave free on top of the forecast `total`: driver, CUDA context, NCCL, fragmentation. 0 on the CPU.
+
+    The constants above name the source of each part.
+    """
+    if load.on_cpu:
+        return 0
+    return DRIVER_BYTES + CONTEXT_BYTES + (NCCL_BYTES if load.world_size > 1 else 0) + int(FRAGMENTATION * total)
+
+
+@dataclass(frozen=True)
+class _Amounts:
+    """What the phases of a step are made of, in bytes.
+
+    Attributes:
+        gradients: all of this rank's, as they are kept.
+        before: those that are there when a backward pass begins. A plain optimizer and FSDP2 free them after each step,
+            so a step of one micro-batch begins without.
+        layer: activations that one decoder layer keeps; `moment`: what its backward pass holds for a moment.
+        kept: activations of all layers at the end of the forward pass.
+        tile, scores: see `_logits`; `tile` includes what the last norm keeps, and the hidden states that are scored.
+        embedding: a gradient of the embeddings or the output layer, as autograd makes it; 0 if frozen.
+        hidden_gradient: the scoring's gradient of the hidden states, which adapters see in fp32 in the top layer too;
+            without adapters it is gone by the phase's peak.
+    """
+
+    gradients: int
+    before: int
+    layer: int
+    moment: int
+    kept: int
+    tile: int
+    scores: int
+    embedding: int
+    hidden_gradient: int
+
+
+def _amounts(load: Load) -> _Amounts:
+    architecture = load.architecture
+    gradients_over = load.world_size if load.engine in ("zero2", *SHARDED) else 1
+    gradients = 0 if load.engine == "zero3_offload" else 4 * load.trained // gradients_over
+    layer = load.tokens * activation_bytes(load)
+    inputs = load.tokens * architecture["hidden_size"] * (2 if load.stream_half else 4)
+    tile, scores = _logits(load)
+    # Its input, the normalized input, its output, and the scored positions picked out of that: 4 bytes each in an fp32
+    # stream; 2 bytes each in a 16-bit one, and the input in fp32 too.
+    last_norm = load.tokens * architecture["hidden_size"] * (12 if load.stream_half else 16)
+    return _Amounts(
+        gradients=gradients,
+        before=gradients if load.accumulates or load.engine.startswith("zero") else 0,
+        layer=layer,
+        moment=load.tokens * _held_for_a_moment(load),
+        kept=architecture["num_hidden_layers"] * (inputs if load.gradient_checkpointing else layer),
+        tile=tile + last_norm,
+        scores=scores,
+        embedding=0 if load.lora else load.gradient_width * architecture["vocab_size"] * architecture["hidden_size"],
+        hidden_gradient=4 * load.tokens * architecture["hidden_size"] if load.lora else 0,
+    )
+
+
+def _phases(load: Load) -> list[dict[str, int]]:
+    """The phases of a step that may be its peak, each with what is there in addition to what is always held."""
+    step = _amounts(load)
+    if load.engine == "fsdp2":
+        return _phases_of_fsdp2(load, step)
+    architecture, recomputes = load.architecture, load.gradient_checkpointing
+    casts, casts_of_a_layer = _casts(load)
+    # Where embeddings and output layer are one weight, the latter's gradient waits for the former's to the end.
+    waiting = step.embedding if architecture.get("tie_word_embeddings") else 0
+    last = 0 if step.before or load.lora else 4 * block_weights(architecture) + step.embedding
+    flat = {"zero2": step.gradients, "zero3": min(step.gradients, 4 * SUB_GROUP)}.get(load.engine, 0)
+    forward = {"gradients": step.before, "activations": step.kept, "logits": step.tile, "buffers": casts}
+    scoring = {**forward, "logits": step.tile + step.scores, "buffers": 0 if recomputes else casts}
+    top_layer = {
+        "gradients": step.before,
+        "activations": step.kept + step.moment + (step.layer if recomputes else 0),
+        "logits": (waiting if step.before else step.embedding) + step.hidden_gradient,
+        "buffers": casts_of_a_layer if recomputes else casts,
+    }
+    bottom_layer = {
+        "gradients": step.gradients - last,
+        "activations": step.layer + step.moment,
+        "logits": waiting,
+        "buffers": casts_of_a_layer,
+    }
+    embeddings = {"gradients": step.gradients, "logits": waiting + (step.embedding if step.before else 0)}
+    optimizing = {"gradients": step.gradients, "step": flat}
+    return [forward, scoring, top_layer, bottom_layer, embeddings, optimizing]
+
+
+def _phases_of_fsdp2(load: Load, step: _Amounts) -> list[dict[str, int]]:
+    """The phases of a step under FSDP2, with what is gathered and reduced in each.
+
+    The units are accelerate's (1.15, utils/fsdp_utils.py, `fsdp2_prepare_model`): the embeddings, each decoder layer,
+    and the last norm with the output layer, which stays gathered from the forward pass until its gradients are reduced.
+    torch gathers the next unit while one computes, reduces gradients in fp32, and keeps the input of a reduction until
+    the next one (torch 2.13, distributed/fsdp/_fully_shard/_fsdp_param_group.py, `post_backward`).
+    """
+    architecture, ranks = load.architecture, load.world_size
+    width = 2 if load.precision == "bf16" else 4
+    block, inputs = block_weights(architecture), architecture["hidden_size"]
+    ends = architecture["vocab_size"] * inputs  # of the embeddings, or of the output layer
+    untied = not architecture.get("tie_word_embeddings")
+    reduced = 0 if load.lora else 4
+    down = 0 if load.lora else width * architecture["intermediate_size"] * inputs  # the first gradient of a layer
+    forward = {
+        "gradients": step.before, "activations": step.kept, "logits": step.tile, "buffers": 2 * width * ends
+    }  # fmt: skip
+    scoring = {**forward, "logits": step.tile + step.scores, "buffers": width * (ends + block)}
+    top_layer = {
+        "gradients": max(step.before, reduced * ends // ranks),
+        "activations": step.kept + step.moment + (step.layer if load.gradient_checkpointing else 0),
+        "logits": step.hidden_gradient,
+        "buffers": 2 * width * block + reduced * ends,
+    }
+    but_last = step.gradients if step.before else step.gradients - reduced * (block + (ends if untied else 0)) // ranks
+    next_unit = width * ends if untied and not load.lora else 0  # frozen embeddings are not gathered for a gradient
+    bottom_layer = {
+        "gradients": max(but_last, 0),
+        "activations": step.layer + step.moment,
+        "buffers": width * block + next_unit + down + reduced * block,
+    }
+    own = 0 if load.lora else width
+    bottom_reduction = {"gradients": max(but_last, 0), "buffers": next_unit + (own + reduced) * block}
+    embeddings = {"gradients": step.gradients, "buffers": (own + reduced) * ends + (0 if untied else width * ends)}
+    optimizing = {"gradients": step.gradients}
+    return [forward, scoring, top_layer, bottom_layer, bottom_reduction, embeddings, optimizing]
+
+
+def _logits(load: Load) -> tuple[int, int]:
+    """Scoring, all tokens taken to be answers': a tile of logits, with autocast's copy of the weights that make it; and
+    what its backward pass takes besides: fp32 gradients of the hidden states and, unless it is frozen, of the output
+    layer, which are then made what that is held in."""
+    hidden, vocabulary = load.architecture["hidden_size"], load.architecture["vocab_size"]
+    width, columns = 2 if load.precision == "bf16" else 4, min(vocabulary, LOGIT_TILE[1])
+    tile = width * min(load.tokens, LOGIT_TILE[0]) * columns + (2 * columns * hidden if load.autocasts else 0)
+    scores = 4 * load.tokens * hidden
+    if load.on_cpu and load.precision == "bf16":  # only a GPU multiplies 16 bits into 32
+        scores += 4 * columns * hidden
+    if load.lora is None:
+        scores += (4 + (2 if load.gradient_width == 2 else 0)) * vocabulary * hidden
+    return tile, scores
+
+
+def _casts(load: Load) -> tuple[int, int]:
+    """Autocast's bf16 copies of linear layers: of all, from the forward pass on, and of one, as the backward pass goes
+    by it. Embeddings are looked up as they are."""
+    if not load.autocasts:
+        return 0, 0
+    block = 2 * block_weights(load.architecture)
+    return load.architecture["num_hidden_layers"] * block, block
+
+
+def activation_bytes(load: Load) -> int:
+    """Bytes that one decoder layer keeps of one token for its backward pass, without checkpointing.
+
+    Counted over transformers' own layers by the tensors that autograd saves (tests/test_memory.py counts them anew):
+    the MLP's four inner ones, keys and values twice, and what norms, projections and adapters keep of the stream.
+    Fused attention keeps no scores; eager attention keeps them in fp32 and, in mixed precision, in 16 bits too.
+    """
+    architecture = load.architecture
+    hidden, inner = architecture["hidden_size"], architecture["intermediate_size"]
+    key_values = linear_layers(architecture)["k_proj"][1]
+    besides = architecture["num_attention_heads"] * load.scores_of * (4 if load.precision == "fp32" else 6)
+    if architecture.get("model_type") == "olmo2":  # norms of queries, keys and both outputs
+        besides += (8 if load.lora else 20) * hidden
+    if load.on_cpu:  # examples are attended one by one, and laid end to end again
+        besides += (4 if load.precision == "fp32" else 2) * hidden
+    if load.precision == "fp32":
+        return int((24 if load.lora else 32) * hidden + 16 * inner + 8 * key_values + besides)  # frozen norms keep less
+    stream = 20 if load.stream_half else 30
+    return int((stream + (5 if load.lora else 0)) * hidden + 8 * inner + 4 * key_values + besides)
+
+
+def _held_for_a_moment(load: Load) -> int:
+    """Bytes per token while a layer's MLP goes backward: gradients of what it multiplied, and of the stream.
+
+    Adapters on its last product also hold an fp32 copy of that product's input.
+
+    Measured as activations are (the peak of a pass beyond what is kept), for MLPs at least 2.5 times as wide as the
+    stream, and on fake tensors of the recipes' shapes (tests/engines/test_memory_of_a_step.py).
+    """
+    hidden, inner = load.architecture["hidden_size"], load.architecture["intermediate_size"]
+    if load.precision == "fp32":
+        return int(8 * inner + 5 * hidden)
+    return int((6 if load.lora else 4) * inner + 7.5 * hidden)
+
+
+def _buffers(load: Load) -> int:
+    """Communication and casts, in bytes."""
+    parameters, architecture = parameter_count(load.architecture), load.architecture
+    assert parameters is not None
+    half = load.precision == "bf16"
+    largest: int = max(block_weights(architecture), architecture["vocab_size"] * architecture["hidden_size"])
+    width = 2 if half else 4
+    # DeepSpeed makes its buckets for gradients whole, however little is trained: two in stages 1 and 2, of what they
+    # are staged in, one in stage 3, of what is sent.
+    if load.engine in ("zero1", "zero2"):
+        staged = 4 if load.engine == "zero1" else width
+        return width * min(parameters, ALLGATHER_BUCKET) + 2 * staged * REDUCE_BUCKET
+    if load.engine in ("zero3", "zero3_offload"):
+        return 2 * width * largest + width * min(parameters, PREFETCH_BUCKET) + 4 * REDUCE_BUCKET
+    if load.engine == "fsdp2":
+        # What is gathered and reduced differs from phase to phase. On a CPU gloo keeps copies of what it has not sent:
+        # about four layers in real runs (docs/LOG.md: peaks of one small run were 208 to 273 MiB).
+        return 4 * width * block_weights(architecture) if load.on_cpu else 0
+    quantized = load.lora is not None and load.lora.quantize is not None
+    dequantized: int = width * architecture["hidden_size"] * architecture["intermediate_size"] if quantized else 0
+    return dequantized + (4 * load.trained if load.engine == "ddp" else 0)
+
+
+def host_bytes_per_node(load: Load) -> dict[str, int] | None:
+    """Memory of one node's main board by part, in bytes; an estimate.
+
+    Loading, as benchmarks/loading.py measured it: weights that are held in 16 bits are mapped from their files, or
+    under ZeRO-3 shared out as they are read; those held in fp32 are each rank's own copy until they are on its GPU,
+    under FSDP2 too. Saving: ZeRO-3 gathers the 16-bit weights on rank 0, FSDP2 the fp32 weights and the optimizer
+    state. Offload: fp32 weights, two moments and gradients of the node's share.
+    """
+    parameters = parameter_count(load.architecture)
+    if parameters is None:
+        return None
+    ranks = max(load.world_size // load.nodes, 1)
+    in_fp32 = not load.zero_half and (load.lora is None or load.precision == "fp32")
+    loading = ranks * load.model_bytes if in_fp32 else 0
+    gathered = {"zero3": load.model_bytes, "zero3_offload": load.model_bytes, "fsdp2": 12 * load.trained}
+    parts = {
+        "processes": ranks * PROCESS_BYTES,
+        "loading or saving": max(loading, 0 if load.lora else gathered.get(load.engine, 0)),
+        "offload": 16 * load.trained // load.nodes if load.engine == "zero3_offload" else 0,
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def checkpoint_bytes(load: Load) -> int | None:
+    """One whole checkpoint: what is trained, and for it master and moments; under ZeRO the 16-bit weights twice,
+    as a model folder and as DeepSpeed's own state, under FSDP2 the fp32 ones twice."""
+    if parameter_count(load.architecture) is None:
+        return None
+    twice = load.zero_half or load.engine == "fsdp2"
+    copies = 2 if twice and not load.lora else 1
+    return copies * load.trained_bytes + load.moments + 4 * load.zero_half * load.trained
+
+
+def disk_bytes(load: Load) -> int | None:
+    """The most that a run's folder holds: two checkpoints and the one being written, the three best and the one being
+    written, last/ and final/. final/ counts as large as last/; it is half as large if the base model is in 16 bits,
+    which its files tell and a plan does not read."""
+    checkpoint = checkpoint_bytes(load)
+    return None if checkpoint is None else 3 * checkpoint + 6 * load.trained_bytes
+
+
+def dtypes(engine: str, precision: str, lora: Lora | None = None) -> dict[str, str]:
+    """What each kind of number is held in under this engine; the run compares it with what it got.
+
+    `weights` are those that are trained; `frozen` those that are not, under LoRA. fp32 weights are their own master
+    copy: bf16 weights without one lose most updates at these rates.
+    """
+    zero = engine.startswith("zero")
+    compute = "fp32" if precision == "fp32" else "bf16" if zero or engine == "fsdp2" else "bf16 autocast"
+    weights = "bf16" if zero and precision == "bf16" else "fp32"
+    frozen = {} if lora is None else {"frozen": lora.quantize or precision}
+    return {
+        "weights": weights, **frozen, "master": "fp32", "gradients": "fp32", "reduction": "fp32", "compute": compute
+    }  # fmt: skip

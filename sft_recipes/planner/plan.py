@@ -1,0 +1,492 @@
+"""Settles every number of a run: from a recipe and the hardware to the plan that the run carries out."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sft_recipes.config import gpu_types as gpu_table
+from sft_recipes.config.architecture import parameter_count
+from sft_recipes.config.schema import SHARDED, TABLE_KEYS, Lora, Recipe
+from sft_recipes.config.sizes import hyperparameter, row_of
+from sft_recipes.planner import batch, cost, memory
+from sft_recipes.runtime import units
+from sft_recipes.runtime.atomic_write import write_whole
+from sft_recipes.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The processes that carry a run: `gpus` over all nodes, 0 for the CPU with `processes` ranks."""
+
+    gpus: int
+    processes: int
+    nodes: int = 1
+    card: str | None = None
+    devices: str | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What only the data can tell, known once it has been prepared."""
+
+    fingerprint: str
+    folder: str
+    model: str
+    architecture: dict[str, Any]
+    examples: int
+    rows: int
+    supervised_tokens: int
+    tokens: int
+    validation_rows: int
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run with every number settled; `settled` is False while rows and steps are estimates.
+
+    `notes` say what prepared data showed, such as a template that trains on other text than it renders at inference.
+    `fewest_gpus` and `cheapest_change` say what would fit; the command `plan` works them out (planner/suggest.py).
+    `origins` gives the source of each number: a file and line, a size class, the command line, or derived. `run_id`
+    is drawn when the plan becomes a run and identifies what the run saves.
+    """
+
+    recipe: str
+    created: str
+    size: str
+    size_asked: str
+    model: str
+    method: str
+    parallelism: str
+    precision: str
+    gpus: int
+    nodes: int
+    devices: str | None
+    card: str | None
+    world_size: int
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    effective_batch_size: int
+    learning_rate: float
+    lr_scheduler_type: str
+    num_train_epochs: float
+    warmup_ratio: float
+    weight_decay: float
+    max_grad_norm: float
+    max_length: int
+    packing: bool
+    settled: bool
+    examples: int | None
+    rows: int | None
+    steps_per_epoch: int | None
+    rows_left_out_of_an_epoch: int | None
+    optimizer_steps: int | None
+    warmup_steps: int | None
+    examples_per_step: float | None
+    supervised_tokens_per_step: float | None
+    supervised_share: float | None
+    parameters: int | None
+    trained_parameters: int | None
+    dtypes: dict[str, str]
+    memory_bytes_per_gpu: dict[str, int] | None
+    host_bytes_per_node: dict[str, int] | None
+    checkpoint_bytes: int | None
+    disk_bytes: int | None
+    fits: bool | None
+    assumed_mfu: float
+    forecast: dict[str, float | None] | None
+    data_fingerprint: str | None
+    sections: dict[str, dict[str, Any]]
+    origins: dict[str, str]
+    accepted: list[str]
+    notes: list[str] = dataclasses.field(default_factory=list)
+    fewest_gpus: int | None = None
+    cheapest_change: str | None = None
+    run_id: str = ""
+
+    @property
+    def uses_gpu(self) -> bool:
+        """Whether the ranks run on GPUs."""
+        return self.gpus > 0
+
+    @property
+    def no_rank_holds_the_model(self) -> bool:
+        """Whether the weights are spread over the ranks."""
+        return self.parallelism in SHARDED
+
+
+# The recipe's sections that a run reads as they were written.
+SECTIONS_OF_THE_RUN = ("model", "data", "batch", "answers", "guards")
+
+# What two plans of the same run may differ in: dates, forecasts, and what the data says once it is prepared
+# (the fingerprint of that data is compared instead).
+NOT_COMPARED = {
+    "created",
+    "settled",
+    "examples",
+    "rows",
+    "steps_per_epoch",
+    "rows_left_out_of_an_epoch",
+    "optimizer_steps",
+    "warmup_steps",
+    "examples_per_step",
+    "supervised_tokens_per_step",
+    "supervised_share",
+    "parameters",  # a model that the recipe does not describe is counted when its data is prepared
+    "trained_parameters",
+    "memory_bytes_per_gpu",
+    "host_bytes_per_node",
+    "checkpoint_bytes",
+    "disk_bytes",
+    "fits",
+    "assumed_mfu",
+    "forecast",
+    "notes",
+    "fewest_gpus",
+    "cheapest_change",
+    "card",
+    "devices",
+    "origins",
+    "accepted",
+    "run_id",
+}
+
+
+def make(recipe: Recipe, topology: Topology) -> Plan:
+    """The plan of this recipe on this hardware.
+
+    Raises:
+        UserError: the batch cannot be kept on that many ranks, or there would be too few optimizer steps.
+    """
+    _check_attention(recipe, topology)
+    world_size = topology.gpus or topology.processes
+    engine = engine_of(recipe, world_size)
+    values = {key: hyperparameter(recipe, key)[0] for key in TABLE_KEYS}
+    effective = values.pop("effective_batch_size")
+    per_device = batch.per_device_batch_size(effective, recipe.batch.per_device_at_most, world_size)
+    trainer = recipe.trainer
+    plan = Plan(
+        recipe=recipe.name,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        size=row_of(recipe),
+        size_asked=recipe.size,
+        model=_model_name(recipe),
+        method=recipe.method,
+        parallelism=engine,
+        precision=recipe.precision,
+        gpus=topology.gpus,
+        nodes=topology.nodes,
+        devices=topology.devices,
+        card=topology.card,
+        world_size=world_size,
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=batch.gradient_accumulation_steps(effective, per_device, world_size),
+        effective_batch_size=effective,
+        **values,
+        max_length=trainer["max_length"],
+        packing=trainer["packing"],
+        settled=False,
+        examples=recipe.data.examples,
+        rows=None,
+        steps_per_epoch=None,
+        rows_left_out_of_an_epoch=None,
+        optimizer_steps=None,
+        warmup_steps=None,
+        examples_per_step=None,
+        supervised_tokens_per_step=None,
+        supervised_share=None,
+        parameters=None,
+        trained_parameters=None,
+        dtypes=memory.dtypes(engine, recipe.precision, recipe.lora),
+        memory_bytes_per_gpu=None,
+        host_bytes_per_node=None,
+        checkpoint_bytes=None,
+        disk_bytes=None,
+        fits=None,
+        assumed_mfu=recipe.hardware.mfu,
+        forecast=None,
+        data_fingerprint=None,
+        sections=_sections(recipe),
+        origins=_origins(recipe, topology),
+        accepted=[],
+    )
+    plan = _with_resources(plan, recipe.model.architecture)
+    return _with_steps(plan, _estimated_rows(recipe), recipe.data.examples)
+
+
+def _check_attention(recipe: Recipe, topology: Topology) -> None:
+    if recipe.model.attention == "flash_attention_2" and (not topology.gpus or recipe.precision == "fp32"):
+        here = "in fp32" if topology.gpus else "on the CPU"
+        raise UserError(
+            f"model.attention: flash_attention_2 computes in 16 bits on a GPU, and this plan trains {here}; say "
+            f"model.attention=auto{', or precision=bf16' if topology.gpus else ''}"
+        )
+
+
+def load_of(plan: Plan, architecture: dict[str, Any]) -> memory.Load:
+    """What a rank of this plan has to hold."""
+    lora, trainer = plan.sections["lora"], plan.sections["trainer"]
+    return memory.Load(
+        architecture=architecture,
+        engine=plan.parallelism,
+        precision=plan.precision,
+        world_size=plan.world_size,
+        tokens=plan.per_device_train_batch_size * plan.max_length,
+        gradient_checkpointing=trainer["gradient_checkpointing"],
+        lora=Lora(**lora) if lora else None,
+        nodes=plan.nodes,
+        optimizer=trainer.get("optim", "adamw_torch_fused"),
+        scores_of=plan.max_length if plan.sections["model"]["attention"] == "eager" else 0,
+        accumulates=plan.gradient_accumulation_steps > 1,
+        on_cpu=not plan.uses_gpu,
+    )
+
+
+def _with_resources(plan: Plan, architecture: dict[str, Any]) -> Plan:
+    """The plan with what the architecture's numbers say of memory and disk; as it is where there are none."""
+    load = load_of(plan, architecture)
+    per_gpu, available = memory.bytes_per_gpu(load), gpu_table.memory_bytes(plan.card)
+    if per_gpu is None:
+        return plan
+    return dataclasses.replace(
+        plan,
+        parameters=parameter_count(architecture),
+        trained_parameters=load.trained,
+        memory_bytes_per_gpu=per_gpu,
+        host_bytes_per_node=memory.host_bytes_per_node(load),
+        checkpoint_bytes=memory.checkpoint_bytes(load),
+        disk_bytes=memory.disk_bytes(load),
+        fits=None if available is None else per_gpu["total"] + per_gpu["reserve"] <= available,
+    )
+
+
+def settle(plan: Plan, prepared: Prepared) -> Plan:
+    """The same plan with what the prepared data decides: rows, steps, warm-up.
+
+    Raises:
+        UserError: fewer rows than one effective batch, too few optimizer steps, or a model that does not fit, where
+            the recipe did not say how large it is.
+    """
+    if plan.memory_bytes_per_gpu is None:
+        plan = _with_resources(plan, prepared.architecture)
+        if plan.fits is False and plan.memory_bytes_per_gpu is not None:
+            raise UserError(
+                f"model.name_or_path: {plan.model} {does_not_fit(plan)}. Set batch.per_device_at_most=1, "
+                f"parallelism=zero3, or more GPUs"
+            )
+    if prepared.rows < plan.effective_batch_size:
+        packed = f"{prepared.examples} examples, packed into " if plan.packing else ""
+        raise UserError(
+            f"data.train: {packed}{prepared.rows} rows, fewer than one effective batch of {plan.effective_batch_size}; "
+            f"add examples, or say batch.effective_batch_size={_power_of_two_below(prepared.rows)}"
+            f"{' outside_range=[effective_batch_size]' if plan.size != 'tiny' else ''}"
+            f"{', or trainer.packing=false' if plan.packing and prepared.examples > prepared.rows else ''}"
+        )
+    settled = dataclasses.replace(
+        plan,
+        settled=True,
+        data_fingerprint=prepared.fingerprint,
+        notes=prepared.notes,
+        supervised_tokens_per_step=round(prepared.supervised_tokens / prepared.rows * plan.effective_batch_size, 1),
+        supervised_share=round(prepared.supervised_tokens / prepared.tokens, 4),
+    )
+    return _with_steps(settled, prepared.rows, prepared.examples)
+
+
+def does_not_fit(plan: Plan) -> str:
+    """What a plan that does not fit needs and what its GPU has."""
+    needs, has = plan.memory_bytes_per_gpu or {}, gpu_table.memory_bytes(plan.card) or 0
+    return (
+        f"needs about {needs['total'] / units.GIB:.1f} GiB per GPU and {needs['reserve'] / units.GIB:.1f} GiB of "
+        f"reserve, found {has / units.GIB:.1f} GiB ({plan.card})"
+    )
+
+
+def differences(old: Plan, new: Plan) -> dict[str, tuple[Any, Any]]:
+    """What differs between two plans of one run, by dotted name; nothing where the run may go on.
+
+    The fingerprint of the data is left out while one of the two has not prepared it yet.
+    """
+    left, right = compared(old), compared(new)
+    unknown = {"data_fingerprint"} if not (old.data_fingerprint and new.data_fingerprint) else set()
+    return {
+        key: (left.get(key), right.get(key))
+        for key in sorted(left.keys() | right.keys())
+        if key not in unknown and left.get(key) != right.get(key)
+    }
+
+
+def compared(plan: Plan) -> dict[str, Any]:
+    """What makes a plan the one it is, by dotted name. Guards say what is warned of, not what the weights become."""
+    return {
+        key: value
+        for key, value in flat(plan).items()
+        if key.split(".")[0] not in NOT_COMPARED and not key.startswith("sections.guards.")
+    }
+
+
+def flat(plan: Plan) -> dict[str, Any]:
+    """Every value of a plan, by dotted name."""
+    return _flat(dataclasses.asdict(plan))
+
+
+def write(plan: Plan, path: Path) -> None:
+    """Writes `plan.json` whole or not at all."""
+    write_whole(path, to_json(plan) + "\n")
+
+
+def read(path: Path) -> Plan:
+    """The plan in a file that `write` wrote.
+
+    Raises:
+        UserError: the file is missing, cut short, or of another version.
+    """
+    try:
+        return Plan(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: not a plan that this version wrote ({error}); start under another NAME=") from error
+
+
+def to_json(plan: Plan) -> str:
+    """The plan as indented JSON."""
+    return json.dumps(dataclasses.asdict(plan), indent=2)
+
+
+def engine_of(recipe: Recipe, world_size: int) -> str:
+    """The engine that carries so many ranks.
+
+    Raises:
+        UserError: it cannot carry the recipe, or that many.
+    """
+    if recipe.lora and recipe.lora.quantize and recipe.parallelism in SHARDED:
+        raise UserError(
+            f"{recipe.origins.get('parallelism', 'parallelism')}: {recipe.parallelism} does not shard 4-bit weights in "
+            f"this stack, each rank would hold them whole; say parallelism=ddp or zero2, or leave lora.quantize out"
+        )
+    if recipe.parallelism == "single" and world_size > 1:
+        raise UserError(
+            f"{recipe.origins.get('parallelism', 'parallelism')}: parallelism is 'single', which is one process, "
+            f"but {world_size} were asked for; say parallelism=ddp, or GPUS=1"
+        )
+    return "single" if recipe.parallelism == "ddp" and world_size == 1 else recipe.parallelism
+
+
+def _model_name(recipe: Recipe) -> str:
+    if recipe.model.name_or_path:
+        return recipe.model.name_or_path
+    return f"{recipe.model.architecture.get('model_type', '?')}, built from scratch"
+
+
+def _sections(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The recipe's own words that the run reads; the table's keys stand in the plan itself."""
+    trainer = {key: value for key, value in recipe.trainer.items() if key not in TABLE_KEYS}
+    sections = {name: dataclasses.asdict(getattr(recipe, name)) for name in SECTIONS_OF_THE_RUN}
+    lora = dataclasses.asdict(recipe.lora) if recipe.lora else {}
+    return {**sections, "lora": lora, "trainer": trainer}
+
+
+def _origins(recipe: Recipe, topology: Topology) -> dict[str, str]:
+    table = {key: hyperparameter(recipe, key)[1] for key in TABLE_KEYS}
+    derived = {
+        "world_size": "derived: one rank a GPU" if topology.gpus else "derived: ranks on the CPU",
+        "per_device_train_batch_size": "derived: the largest under batch.per_device_at_most that keeps the batch",
+        "gradient_accumulation_steps": "derived: effective batch / (micro-batch x world size)",
+        "optimizer_steps": "derived: whole effective batches an epoch x epochs",
+        "warmup_steps": "derived: optimizer steps x warmup_ratio, rounded up",
+    }
+    defaults = {
+        f"trainer.{key}": "default" for key in recipe.trainer if key not in TABLE_KEYS and key not in recipe.origins
+    }
+    return {**defaults, **recipe.origins, **table, **derived}
+
+
+def _estimated_rows(recipe: Recipe) -> int | None:
+    data, trainer = recipe.data, recipe.trainer
+    if data.examples is None or not trainer["packing"]:
+        return data.examples
+    if data.mean_tokens is None:
+        return None
+    return batch.packed_rows(data.examples, data.mean_tokens, trainer["max_length"])
+
+
+def _with_steps(plan: Plan, rows: int | None, examples: int | None) -> Plan:
+    max_steps = plan.sections["trainer"]["max_steps"]
+    if rows is None:
+        return plan
+    per_epoch = batch.steps_per_epoch(rows, plan.effective_batch_size)
+    steps = batch.optimizer_steps(per_epoch, plan.num_train_epochs, max_steps)
+    at_least = plan.sections["batch"]["min_optimizer_steps"]
+    if max_steps <= 0 and steps < at_least:
+        raise UserError(
+            f"batch.min_optimizer_steps: {rows} rows at an effective batch of {plan.effective_batch_size} make {steps} "
+            f"optimizer steps, fewer than {at_least}; add examples or epochs"
+            f"{', say trainer.packing=false,' if plan.packing else ','} or batch.min_optimizer_steps={max(steps, 1)}"
+        )
+    counted = dataclasses.replace(
+        plan,
+        examples=examples,
+        rows=rows,
+        steps_per_epoch=per_epoch,
+        rows_left_out_of_an_epoch=rows - per_epoch * plan.effective_batch_size,
+        optimizer_steps=steps,
+        warmup_steps=batch.warmup_steps(steps, plan.warmup_ratio),
+        examples_per_step=round(examples / rows * plan.effective_batch_size, 1) if examples else None,
+    )
+    return dataclasses.replace(counted, forecast=_forecast(counted))
+
+
+def _forecast(plan: Plan) -> dict[str, float | None] | None:
+    """Time and money of a plan whose steps are known; rows are taken to be full where they are packed. Before the data
+    is prepared all tokens count as supervised, an upper bound. In fp32 there is no forecast: the table is bf16's."""
+    data, trainer = plan.sections["data"], plan.sections["trainer"]
+    architecture = plan.sections["model"]["architecture"]
+    mean = min(data["mean_tokens"] or plan.max_length, plan.max_length)
+    row_tokens = plan.max_length if plan.packing else mean
+    load = load_of(plan, architecture)
+    flops = cost.flops_per_token(load, mean, 1.0 if plan.supervised_share is None else plan.supervised_share)
+    validation = _validation_examples(plan)
+    if flops is None or not plan.optimizer_steps or plan.checkpoint_bytes is None or validation is None:
+        return None
+    if plan.precision != "bf16":
+        return None
+    evaluations = math.ceil(plan.optimizer_steps / trainer["eval_steps"])
+    work = cost.Work(
+        flops=flops,
+        train_tokens=plan.optimizer_steps * plan.effective_batch_size * row_tokens,
+        evaluations=evaluations,
+        tokens_per_evaluation=validation * mean,
+        saves=math.ceil(plan.optimizer_steps / trainer["save_steps"]),
+        bytes_per_save=plan.checkpoint_bytes,
+        models=evaluations + 2,  # each evaluation of a falling loss is a best one; then last/ and final/
+        bytes_per_model=load.trained_bytes,
+        one_rank_saves=not plan.parallelism.startswith("zero"),
+    )
+    return cost.forecast(work, plan.card, plan.gpus, plan.nodes, plan.assumed_mfu)
+
+
+def _validation_examples(plan: Plan) -> int | None:
+    """Examples that an evaluation looks at; None where nobody has said how many a validation set of its own has."""
+    data = plan.sections["data"]
+    held_out: int = round((plan.examples or 0) * data["validation_fraction"])
+    there: int | None = data["validation_examples"] if data["validation"] else held_out
+    at_most: int | None = data["validation_at_most"]
+    return at_most if there is None else min(there, at_most or there)
+
+
+def _power_of_two_below(number: int) -> int:
+    return 1 << max(number.bit_length() - 1, 0)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat.update(_flat(inner, f"{prefix}.{key}" if prefix else key))
+    return flat

@@ -1,0 +1,224 @@
+"""Prints plans and recipes for people: tables in plain text, the same on a terminal and in a log."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sft_recipes.config.gpu_types import gpu_type
+from sft_recipes.planner import save_time
+from sft_recipes.planner.plan import Plan
+from sft_recipes.runtime.units import GIB
+
+
+def engine_and_ranks(plan: Plan) -> str:
+    """`zero2 on 8 GPUs`, `single on 1 CPU process`."""
+    several = plan.world_size > 1
+    ranks = ("GPUs" if several else "GPU") if plan.uses_gpu else f"CPU process{'es' if several else ''}"
+    return f"{plan.parallelism} on {plan.world_size} {ranks}"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded to their widest cell, two spaces apart."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def plan_table(plan: Plan, explain: bool = False) -> str:
+    """The plan as a person reads it; with `explain`, where each value came from."""
+    return table([[name, text] + ([_origin(plan, name)] if explain else []) for name, text in _lines(plan)])
+
+
+def _origin(plan: Plan, name: str) -> str:
+    key = name.replace(" ", "_")
+    for candidate in (_KEYS.get(name, key), key, f"trainer.{key}"):
+        if candidate in plan.origins:
+            return plan.origins[candidate]
+    return "default" if name in _DEFAULTED else "derived"
+
+
+_KERNEL = "a kernel from the Hub runs, unseen and unchecked, as this user (model.attention)"
+_REMOTE_CODE = "the model's own Python runs, unseen and unchecked, as this user (model.trust_remote_code)"
+_KEYS = {
+    "model": "model.name_or_path",
+    "remote code": "model.trust_remote_code",
+    "train data": "data.train",
+    "validation data": "data.validation",
+    "retain data": "data.retain",
+}
+_DEFAULTED = {"precision", "parallelism", "max length", "packing", "validation data"}
+
+
+def _lines(plan: Plan) -> list[tuple[str, str]]:
+    lines = [
+        ("recipe", f"{plan.recipe} (row {plan.size}{_nearest(plan)})"),
+        ("model", plan.model + (f", {plan.parameters:,} parameters" if plan.parameters else "")),
+        *([("remote code", _REMOTE_CODE)] if plan.sections["model"]["trust_remote_code"] else []),
+        *([("remote code", _KERNEL)] if "/" in plan.sections["model"]["attention"] else []),
+        ("method", _method(plan)),
+        ("train data", _sources(plan.sections["data"]["train"])),
+        ("validation data", _sources(plan.sections["data"]["validation"]) or _split(plan)),
+        *([("retain data", retain)] if (retain := plan.sections["data"].get("retain")) else []),
+        ("hardware", _hardware(plan)),
+        ("parallelism", plan.parallelism),
+        ("precision", f"{plan.precision} ({', '.join(f'{k} {v}' for k, v in plan.dtypes.items())})"),
+        ("world size", str(plan.world_size)),
+        ("per device train batch size", str(plan.per_device_train_batch_size)),
+        ("gradient accumulation steps", str(plan.gradient_accumulation_steps)),
+        ("effective batch size", f"{plan.effective_batch_size} {'packed rows' if plan.packing else 'rows'}"),
+        ("max length", f"{plan.max_length} tokens"),
+        ("packing", "on" if plan.packing else "off"),
+        ("learning rate", f"{plan.learning_rate:g}"),
+        ("lr scheduler type", plan.lr_scheduler_type),
+        ("num train epochs", f"{plan.num_train_epochs:g}"),
+        ("warmup ratio", f"{plan.warmup_ratio:g}"),
+        ("weight decay", f"{plan.weight_decay:g}"),
+        ("max grad norm", f"{plan.max_grad_norm:g}"),
+        ("optimizer steps", _estimate(plan, plan.optimizer_steps)),
+        ("warmup steps", _estimate(plan, plan.warmup_steps)),
+        ("rows an epoch", _rows(plan)),
+        ("examples per step", _estimate(plan, plan.examples_per_step)),
+        ("supervised tokens per step", _estimate(plan, plan.supervised_tokens_per_step)),
+    ]
+    return lines + _memory(plan) + _forecast(plan) + _what_would_fit(plan)
+
+
+def _sources(named: str | list[str] | None) -> str:
+    return ", ".join(named) if isinstance(named, list) else named or ""
+
+
+def _nearest(plan: Plan) -> str:
+    return "" if plan.size_asked == plan.size else f", the nearest to {plan.size_asked}"
+
+
+def _method(plan: Plan) -> str:
+    if plan.method == "full":
+        return "full fine-tuning"
+    lora = plan.sections["lora"]
+    frozen = f"frozen weights in {lora['quantize'] or plan.precision}"
+    trained = f", {plan.trained_parameters:,} parameters trained" if plan.trained_parameters else ""
+    return f"{plan.method}: r {lora['r']}, alpha {lora['alpha']}, {lora['target_modules']}, {frozen}{trained}"
+
+
+def _split(plan: Plan) -> str:
+    return f"a seeded {plan.sections['data']['validation_fraction']:.0%} of the training data"
+
+
+def _hardware(plan: Plan) -> str:
+    if not plan.uses_gpu:
+        return f"CPU, {plan.world_size} process{'es' if plan.world_size > 1 else ''}"
+    return f"{plan.gpus} GPUs on {plan.nodes} node(s), {_gpu(plan)}"
+
+
+def _gpu(plan: Plan) -> str:
+    """The GPU type; for one that is not in the table, its memory."""
+    if plan.card is None:
+        return "GPU type not given"
+    return plan.card if gpu_type(plan.card) else f"GPU type not in the table, {plan.card} GiB"
+
+
+def _estimate(plan: Plan, value: Any) -> str:
+    if value is None:
+        return "known when the data is prepared"
+    return f"{value:,}" + ("" if plan.settled else " (estimate, settled when the data is prepared)")
+
+
+def _rows(plan: Plan) -> str:
+    if plan.rows is None or plan.steps_per_epoch is None:
+        return _estimate(plan, None)
+    return _estimate(plan, plan.rows) + f"; {plan.rows_left_out_of_an_epoch} left out as the tail of an epoch"
+
+
+def _memory(plan: Plan) -> list[tuple[str, str]]:
+    if plan.memory_bytes_per_gpu is None:
+        return [("memory", "not known: model.architecture is not given")]
+    where = "GPU" if plan.uses_gpu else "process"
+    lines = [(f"memory per {where}", _parts(plan.memory_bytes_per_gpu, " at the peak of a step"))]
+    if reserve := plan.memory_bytes_per_gpu["reserve"]:
+        kept_for = "driver, CUDA context, NCCL" if plan.world_size > 1 else "driver, CUDA context"
+        lines.append(("reserve per GPU", f"{_gib(reserve)}: {kept_for} and allocator fragmentation, estimated"))
+    if plan.host_bytes_per_node and plan.uses_gpu:
+        lines.append(("host memory a node", _parts(plan.host_bytes_per_node)))
+    if plan.disk_bytes and plan.checkpoint_bytes:
+        lines.append(("disk", f"{_gib(plan.disk_bytes)} at most; a whole checkpoint is {_gib(plan.checkpoint_bytes)}"))
+        lines.append(("a save", save_time.said(plan)))
+    if plan.fits is not None:
+        lines.append(("fits", f"{'yes' if plan.fits else 'no'} ({_gpu(plan)})"))
+    return lines
+
+
+def _parts(number_bytes: dict[str, int], when: str = "") -> str:
+    parts = ", ".join(
+        f"{part} {number / GIB:.2f}"
+        for part, number in number_bytes.items()
+        if part not in ("total", "reserve") and number
+    )
+    return f"{_gib(number_bytes['total'])}{when}, estimated ({parts})"
+
+
+def _gib(number_bytes: float) -> str:
+    return f"{number_bytes / GIB:,.2f} GiB"
+
+
+def _forecast(plan: Plan) -> list[tuple[str, str]]:
+    found = plan.forecast
+    if found is None:
+        known = plan.uses_gpu and plan.parameters and plan.optimizer_steps
+        return [("time", _why_no_forecast(plan))] if known else []
+    hours, money = (found["seconds"] or 0) / 3600, found["money"]
+    price = "" if money is None else f", {money:,.2f} at GPU_HOUR_PRICE"
+    return [
+        (
+            "time",
+            f"{hours:.1f} hours, {found['gpu_hours']:,.0f} GPU-hours{price}; forecast at {found['hfu']:.0%} of peak "
+            f"FLOP/s ({found['mfu']:.0%} MFU and what is recomputed){_assumed_share(plan)}",
+        ),
+        ("evaluations and saves", f"{found['overhead_share']:.1%} of that time, saves at 2 GB/s a node"),
+    ]
+
+
+def _why_no_forecast(plan: Plan) -> str:
+    if plan.precision != "bf16":
+        return f"no forecast: the table of GPU types has bf16 FLOP/s, and this plan computes in {plan.precision}"
+    return f"no forecast: peak FLOP/s not known ({_gpu(plan)}; set CARD to one of docs/MODELS.md)"
+
+
+def _assumed_share(plan: Plan) -> str:
+    if plan.supervised_share is None:
+        return "; all tokens supervised, an upper bound until the data is prepared"
+    return f"; {plan.supervised_share:.0%} of tokens supervised"
+
+
+def _what_would_fit(plan: Plan) -> list[tuple[str, str]]:
+    if plan.fits is None or not plan.uses_gpu:
+        return []
+    one = plan.card if gpu_type(plan.card) else f"{plan.card} GiB"
+    none = f"no number of {one} holds the recipe unchanged"
+    lines = [("fewest GPUs", f"{plan.fewest_gpus} x {one}" if plan.fewest_gpus else none)]
+    return lines if plan.fits else [*lines, ("cheapest change", plan.cheapest_change or "none: use a larger GPU")]
+
+
+def comparison(plans: Sequence[tuple[int, Plan | str]]) -> str:
+    """One line a GPU count: the plan, or why there is none."""
+    rows = [["GPUs", "engine", "micro-batch", "accumulation", "memory per GPU", "fits", "hours", "GPU-hours"]]
+    refused = []
+    for gpus, plan in plans:
+        if isinstance(plan, str):
+            refused.append(f"{gpus} GPUs: {plan}")
+            continue
+        memory, forecast = plan.memory_bytes_per_gpu, plan.forecast
+        rows.append(
+            [
+                str(gpus),
+                plan.parallelism,
+                str(plan.per_device_train_batch_size),
+                str(plan.gradient_accumulation_steps),
+                _gib(memory["total"]) if memory else "?",
+                {True: "yes", False: "no", None: "?"}[plan.fits],
+                f"{(forecast['seconds'] or 0) / 3600:.1f}" if forecast else "?",
+                f"{forecast['gpu_hours']:,.0f}" if forecast else "?",
+            ]
+        )
+    return "\n".join([table(rows), *refused])

@@ -1,0 +1,86 @@
+"""Says why PyTorch cannot use the GPUs of this machine: its build, the driver, or the devices that it may see."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sft_recipes.runtime.errors import UserError
+
+# The first driver branch of each CUDA major version, by "minor version compatibility":
+# https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
+FIRST_DRIVER = {"12": 525, "13": 580}
+_LOADED_DRIVER = Path("/proc/driver/nvidia/version")
+_SECONDS_TO_ANSWER = 60.0
+
+
+def problem(seen: Mapping[str, Any], needed: int, driver: str | None, visible: str | None) -> tuple[str, str] | None:
+    """Find out why PyTorch cannot use as many GPUs as needed.
+
+    PyTorch's own report decides, not the version of the driver: with NVIDIA's forward-compatibility package a driver of
+    an older branch runs CUDA 13 on data-center GPUs.
+
+    Args:
+        seen: the report of `training/examine.py`, or an `error` if there is none.
+        needed: number of GPUs.
+        driver: version of the NVIDIA driver, as `driver_version` returns it.
+        visible: CUDA_VISIBLE_DEVICES of the processes that need the GPUs; None if unset.
+
+    Returns:
+        The problem and its fix; None if there is none.
+    """
+    if "error" in seen:
+        return f"PyTorch does not load ({seen['error']})", "Install the locked packages: make setup"
+    if seen["cuda"] is None:
+        return f"PyTorch {seen['torch']} is a CPU build, expected a CUDA build", "Install it: TORCH=cuda make setup"
+    if seen["devices"] >= needed:
+        return None
+    first = FIRST_DRIVER.get(seen["cuda"].partition(".")[0])
+    reported = _reported(seen["warning"])
+    expected = f"expected {first or 'one'} or newer for CUDA {seen['cuda']}"
+    if driver is None:
+        return f"found no NVIDIA driver, {expected}{reported}", "Install it; in a container, see docker/README.md"
+    if not seen["devices"] and first and int(driver.partition(".")[0]) < first:
+        fix = "Update it; for forward compatibility on data-center GPUs see docker/README.md"
+        return f"found NVIDIA driver {driver}, {expected}{reported if 'Error' in reported else ''}", fix
+    masked = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible!r}"
+    fix = "See `nvidia-smi -L`, CUDA_VISIBLE_DEVICES and dmesg"
+    return f"PyTorch finds {seen['devices'] or 'none'}{masked}{reported}", fix
+
+
+def check(seen: Mapping[str, Any], needed: int, environment: Mapping[str, str]) -> None:
+    """Check that PyTorch can use as many GPUs as needed.
+
+    Args:
+        seen: as for `problem`.
+        environment: the variables of the processes that need the GPUs.
+
+    Raises:
+        UserError: it cannot; with the cause and the fix.
+    """
+    if seen.get("devices", 0) >= needed:
+        return
+    if found := problem(seen, needed, driver_version(), environment.get("CUDA_VISIBLE_DEVICES")):
+        raise UserError(f"GPUS: {needed} requested, but {found[0]}. {found[1]}")
+
+
+def driver_version() -> str | None:
+    """The version of the NVIDIA driver, from nvidia-smi or the loaded kernel module; None if there is none."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=False, timeout=_SECONDS_TO_ANSWER).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        answer = ""
+    loaded = _LOADED_DRIVER.read_text(encoding="utf-8") if _LOADED_DRIVER.is_file() else ""
+    found = re.match(r"(\d+\.[\d.]+)", answer) or re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", loaded)
+    return found[1] if found else None
+
+
+def _reported(warning: str) -> str:
+    """PyTorch's own words, as a short addition to a line."""
+    error = re.search(r"Error \d+: [^(\n]+", warning)
+    short = error[0].strip() if error else re.split(r"\. |\(Trig", warning)[0].strip()
+    return f" (PyTorch reports: {short[:100]})" if short else ""

@@ -1,0 +1,1 @@
+"""Commands around a run: doctor, status, verify-resume, generate, merge."""

@@ -1,0 +1,1 @@
+"""Checkpoints: format, atomic writes, resume, retention, resharding."""
