@@ -19,7 +19,7 @@ HARDWARE = $${GPUS:+--gpus "$$GPUS"} $${NODES:+--nodes "$$NODES"} $${PROCESSES:+
 	$${CARD:+--card "$$CARD"}
 OVERRIDES = $${DATA:+"data.train=$$DATA"} $${VALIDATION:+"data.validation=$$VALIDATION"} $${ARGS:-}
 
-.PHONY: help setup flash-attn image smoke doctor recipes plan schedules inspect fetch sanity train verify-resume diagnose report status slurm tensorboard generate merge test test-fake-gpus test-engines test-container test-slurm test-cuda-build chaos bench test-latest lint lock
+.PHONY: help setup flash-attn image smoke doctor recipes plan schedules inspect fetch sanity train verify-resume diagnose report status slurm tensorboard generate merge test test-fake-gpus test-strategies test-container test-slurm test-cuda-build chaos bench test-latest lint lock
 
 help: ## this list
 	@echo 'Variables stand behind the target: make train RECIPE=8b GPUS=8'
@@ -117,14 +117,14 @@ PYTEST = OMP_NUM_THREADS=1 MAX_JOBS=1 $(PYTHON) -m pytest --numprocesses 2 --dis
 
 # In the order of their names, which has the slow ones at the beginning and in the middle: xdist's own has them last.
 test: setup ## the tests, on the CPU, in under nine minutes (ARGS='-m needs_compiler': those that compile)
-	@$(PYTEST) --no-loadscope-reorder tests $(addprefix --ignore tests/,chaos cuda_build engines container slurm) $${ARGS:-}
+	@$(PYTEST) --no-loadscope-reorder tests/unit tests/integration $${ARGS:-}
 
-# nvidia-smi is the fake one in tests/fake_gpus; its FAKE_… variables describe the GPUs.
+# nvidia-smi is the fake one in tests/helpers/fake_gpus; its FAKE_… variables describe the GPUs.
 test-fake-gpus: setup ## the tests that look at GPUs, as on a machine with GPUs: FAKE_GPUS FAKE_GPU_NAME FAKE_GPU_DRIVER ...
-	@PATH="$(CURDIR)/tests/fake_gpus:$$PATH" $(PYTEST) $(addprefix tests/test_,benchmarks.py cli.py doctor.py fit.py)
+	@PATH="$(CURDIR)/tests/helpers/fake_gpus:$$PATH" $(PYTEST) $(addprefix tests/,integration/test_benchmarks.py integration/test_cli.py integration/test_doctor.py unit/test_suggest.py)
 
-test-engines: setup ## the matrix: every engine follows one process, every recipe trains three steps; runs killed while they save (about twenty minutes)
-	@$(PYTEST) tests/engines tests/chaos
+test-strategies: setup ## the matrix: every engine follows one process, every recipe trains three steps; runs killed while they save (about twenty minutes)
+	@$(PYTEST) tests/strategies tests/chaos
 
 test-container: setup ## build the CPU image with podman, run the smoke test in it, try ids, signals and secrets (a quarter of an hour)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/container
@@ -146,8 +146,8 @@ bench: setup ## measure whole training here, into benchmarks/results and benchma
 
 test-latest: ## the recipes' tests with the newest versions that the index has, in a .venv-latest of their own
 	@requirements/latest.sh .venv-latest
-	@.venv-latest/bin/python -m pytest tests/test_schema.py tests/test_shipped.py tests/test_trainer.py \
-		tests/engines/test_recipes_run.py
+	@.venv-latest/bin/python -m pytest tests/unit/test_schema.py tests/unit/test_shipped_recipes.py tests/unit/test_trainer.py \
+		tests/strategies/test_recipes_train.py
 
 lint: setup ## ruff, mypy, shellcheck, hadolint
 	@$(PYTHON) -m ruff format --check .

@@ -1,8 +1,8 @@
-"""How far each engine strays from one process with the same batch, and how far it may: tests/engines, recorded.
+"""How far each engine strays from one process with the same batch, and how far it may: tests/strategies, recorded.
 
     .venv/bin/python benchmarks/engines.py
 
-Runs the trajectories of `make test-engines`, writes `results/engines-N-cores.json`, which names machine and versions,
+Runs the trajectories of `make test-strategies`; writes `results/engines-N-cores.json` with machine and versions,
 and prints its table for docs/ENGINES.md.
 """
 
@@ -25,7 +25,7 @@ def main() -> int:
     """Runs the tests, writes the results, prints the table; the tests' exit code."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.jsonl"
-        tests = [sys.executable, "-m", "pytest", "tests/engines/test_trajectories.py", "-k", "fp32 or bf16"]
+        tests = [sys.executable, "-m", "pytest", "tests/strategies/test_trajectories.py", "-k", "fp32 or bf16"]
         environment = {**os.environ, "ENGINES_REPORT": str(report)}
         code = subprocess.run(tests, cwd=machine.HERE.parent, env=environment, check=False).returncode
         rows = [json.loads(line) for line in report.read_text().splitlines()]

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package: from a checkout it is not on Python's path
 
 # Relative, of a step's loss, in bf16, where engines and devices round at other places. Two processes on the CPU are up
-# to 5e-3 from one (tests/engines/test_trajectories.py); a wrong mask, batch or schedule is far outside.
+# to 5e-3 from one (tests/strategies/test_trajectories.py); a wrong mask, batch or schedule is far outside.
 TOLERANCE = 2e-2
 
 

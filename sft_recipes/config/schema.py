@@ -322,7 +322,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 @cache
 def trainer_fields() -> dict[str, list[str]]:
-    """SFTConfig's fields and the kinds of value each takes, as written down by `python tests/test_schema.py`."""
+    """SFTConfig's fields and the kinds of value each takes, as written down by `python tests/unit/test_schema.py`."""
     fields: dict[str, list[str]] = json.loads(Path(__file__).with_name("trainer_fields.json").read_text())
     return fields
 

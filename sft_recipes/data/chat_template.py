@@ -76,7 +76,7 @@ def training_templates() -> dict[str, str]:
     """TRL's training template for each template that it knows, by the template's text.
 
     They are read from its files: importing TRL takes seconds. trl.chat_template_utils.get_training_chat_template is
-    the same by a chain of comparisons (tests/test_templates.py holds the two against each other).
+    the same by a chain of comparisons (tests/unit/test_chat_template_families.py holds the two against each other).
     """
     package = importlib.util.find_spec("trl")
     folder = Path(next(iter((package and package.submodule_search_locations) or [""]))) / "chat_templates"

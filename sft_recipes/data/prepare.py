@@ -163,7 +163,7 @@ def _check_architecture_once(plan: Plan, base: Path, folder: Path) -> None:
 
 
 def _code(file: str) -> str:
-    return code_hash(Path(__file__).with_name(file))
+    return code_hash(Path(__file__).parent / file)
 
 
 def _key(plan: Plan, named: Mapping[str, Mapping[str, Source]], base: Path | None) -> str:

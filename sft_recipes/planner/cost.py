@@ -41,7 +41,7 @@ def flops_per_token(load: Load, mean_length: float, supervised_share: float = 1.
     kernels/chunked_logprob.py, `backward`); the attention scores, by flash attention's backward pass (arXiv:2205.14135,
     as torch/utils/flop_counter.py counts it); and with activation checkpointing each decoder layer, but for its last
     matrix product, at which torch's checkpoint stops because nothing after it is needed (`set_checkpoint_early_stop`);
-    with adapters on that product it is needed. tests/test_fit.py compares all of it with torch's own FLOP counter.
+    with adapters on that product it is needed. tests/unit/test_suggest.py compares it with torch's FLOP counter.
 
     Args:
         load: model, adapters and activation checkpointing.

@@ -307,7 +307,7 @@ def _casts(load: Load) -> tuple[int, int]:
 def activation_bytes(load: Load) -> int:
     """Bytes that one decoder layer keeps of one token for its backward pass, without checkpointing.
 
-    Counted over transformers' own layers by the tensors that autograd saves (tests/test_memory.py counts them anew):
+    Counted over transformers' own layers by the tensors that autograd saves (tests/unit/test_memory.py counts them):
     the MLP's four inner ones, keys and values twice, and what norms, projections and adapters keep of the stream.
     Fused attention keeps no scores; eager attention keeps them in fp32 and, in mixed precision, in 16 bits too.
     """
@@ -331,7 +331,7 @@ def _held_for_a_moment(load: Load) -> int:
     Adapters on its last product also hold an fp32 copy of that product's input.
 
     Measured as activations are (the peak of a pass beyond what is kept), for MLPs at least 2.5 times as wide as the
-    stream, and on fake tensors of the recipes' shapes (tests/engines/test_memory_of_a_step.py).
+    stream, and on fake tensors of the recipes' shapes (tests/strategies/test_step_memory.py).
     """
     hidden, inner = load.architecture["hidden_size"], load.architecture["intermediate_size"]
     if load.precision == "fp32":

@@ -19,7 +19,9 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from chaos import elsewhere, report
+from helpers import chaos_elsewhere
+
+from chaos import report
 from chaos.faults import FAULTS, Fault, tried
 from chaos.harness import REPOSITORY, Chaos
 from chaos.kills import kill_points, random_kills
@@ -57,7 +59,7 @@ def main() -> int:
                 if not asked.short:
                     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
                     chains = {f"{engine}, rank {rank}" for engine, rank, *_ in POINTS}
-                    page = report.page(found, elsewhere.HELD, elsewhere.NOT_DONE, chains)
+                    page = report.page(found, chaos_elsewhere.HELD, chaos_elsewhere.NOT_DONE, chains)
                     (REPOSITORY / "docs" / "CHAOS.md").write_text(page)
     differ = sum(wrong.values())
     print(f"chaos: {'all is equal' if not differ else f'{differ} differ'}")

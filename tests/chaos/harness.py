@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from processes import commands
+from helpers.processes import commands
 
 from sft_recipes.runtime import heartbeat
 from sft_recipes.runtime.run_dir import RunFolder
@@ -246,11 +246,11 @@ class Chaos:
             assert time.monotonic() < until, f"{name} hangs: {self.said(name)[-3000:]}"
             time.sleep(0.01)
 
-    def shim(self) -> Path:
-        """The library that counts and harms file operations (shim.c), built where there is a compiler."""
-        built = self.place / "shim.so"
+    def interposer(self) -> Path:
+        """The library that counts and harms file operations (interposer.c), built where there is a compiler."""
+        built = self.place / "interposer.so"
         if not built.is_file():
-            source = Path(__file__).with_name("shim.c")
+            source = Path(__file__).with_name("interposer.c")
             subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", str(built), str(source), "-ldl"], check=True)
         return built
 
@@ -261,7 +261,7 @@ class Chaos:
         whose = "none" if ENGINES[engine][0] == 1 else str(rank)
         chosen = {f"CHAOS_{key.upper()}": str(value) for key, value in harm.items()}
         return {
-            "LD_PRELOAD": str(self.shim()),
+            "LD_PRELOAD": str(self.interposer()),
             "CHAOS_FOLDER": str(self.run(name)) + "/",
             "CHAOS_RANK": whose,
             "CHAOS_LOG": str(log),

@@ -4,8 +4,8 @@ long one."""
 import shutil
 
 import pytest
+from helpers import chaos_elsewhere
 
-from chaos import elsewhere
 from chaos.faults import FAULTS, STAIRS, tried
 from chaos.harness import REPOSITORY, Chaos
 from chaos.kills import EACH_STEP, kill_points
@@ -48,9 +48,9 @@ def test_a_disk_that_refuses_each_operation_of_a_save_in_turn_costs_that_save_al
 def test_every_fault_has_its_place():
     """53 of them: tried here, held by a test that is there, or listed with a reason."""
     numbers = set()
-    for said in [*(fault.number for fault in FAULTS), *elsewhere.HELD, *elsewhere.NOT_DONE]:
+    for said in [*(fault.number for fault in FAULTS), *chaos_elsewhere.HELD, *chaos_elsewhere.NOT_DONE]:
         first, to, last = said.partition(" to ")
         numbers |= set(range(int(first), int(last) + 1)) if to else {int(one) for one in said.split(", ")}
     assert numbers == set(range(1, 54))
-    files = [one for _, where in elsewhere.HELD.values() for one in where.split(", ") if one.startswith("tests/")]
+    files = [one for _, where in chaos_elsewhere.HELD.values() for one in where.split(", ") if one.startswith("tests/")]
     assert len(files) > 10 and all((REPOSITORY / file.partition(";")[0]).is_file() for file in files), files

@@ -11,8 +11,8 @@ import urllib.error
 import urllib.request
 
 import pytest
-from built import PLANTED_KEY, base, engine, image
-from conftest import HANG_SECONDS, REPOSITORY
+from helpers.container_image import PLANTED_KEY, base, engine, image
+from helpers.workplace import HANG_SECONDS, REPOSITORY
 
 from sft_recipes.tools import doctor
 

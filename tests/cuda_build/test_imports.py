@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from conftest import REPOSITORY
+from helpers.workplace import REPOSITORY
 
 # Top-level modules of the locked packages, and all modules of this project.
 IMPORT = """

@@ -10,8 +10,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import toolkit
-from conftest import REPOSITORY
+from helpers import cuda_toolkit
+from helpers.workplace import REPOSITORY
 
 VENV = Path(sys.prefix)
 # Loads both extension modules without a GPU, and takes a step of the one for the CPU next to torch's own AdamW.
@@ -60,26 +60,30 @@ SOURCES = ("csrc/flash_attn/flash_api.cpp", "csrc/flash_attn/src/flash_fwd_hdim3
 
 def run(command, folder, **variables):
     done = subprocess.run(
-        [*map(str, command)], env=toolkit.environment(folder, **variables), capture_output=True, text=True, check=False
+        [*map(str, command)],
+        env=cuda_toolkit.environment(folder, **variables),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return done
 
 
 def test_the_compiler_is_the_locked_one(tmp_path):
-    environment = toolkit.environment(tmp_path)
-    assert shutil.which("nvcc", path=environment["PATH"]) == str(toolkit.HOME / "bin" / "nvcc")
+    environment = cuda_toolkit.environment(tmp_path)
+    assert shutil.which("nvcc", path=environment["PATH"]) == str(cuda_toolkit.HOME / "bin" / "nvcc")
     locked = (REPOSITORY / "requirements" / "nvcc.txt").read_text()
     version = locked.partition("nvidia-cuda-nvcc==")[2].split()[0]
     assert f"V{version}" in run(["nvcc", "--version"], tmp_path).stdout
     asked = "from torch.utils.cpp_extension import CUDA_HOME; print(CUDA_HOME)"
-    assert run([sys.executable, "-c", asked], tmp_path).stdout.strip() == str(toolkit.HOME)
+    assert run([sys.executable, "-c", asked], tmp_path).stdout.strip() == str(cuda_toolkit.HOME)
 
 
 def test_deepspeeds_operators_compile_and_load_without_a_driver(tmp_path):
     run([REPOSITORY / "docker" / "operators.sh", VENV], tmp_path, TORCH="cuda", CUDA_ARCHITECTURES="")
     file, error = run([sys.executable, "-c", LOAD], tmp_path, DS_ACCELERATOR="cpu").stdout.splitlines()[-2:]
-    assert toolkit.architectures(Path(file)) == {"sm_80", "sm_90"}
+    assert cuda_toolkit.architectures(Path(file)) == {"sm_80", "sm_90"}
     assert float(error) < 1e-6
 
 
@@ -105,4 +109,4 @@ def test_flash_attn_compiles_for_the_mapped_architecture(flash_attn, tmp_path):
     # No TORCH_CUDA_ARCH_LIST: flash-attn's own flags must be enough where no GPU is visible.
     run(["env", "-C", flash_attn, sys.executable, setup, tmp_path / "built"], tmp_path, **variables)
     (library,) = (tmp_path / "built").glob("flash_attn_2_cuda*.so")
-    assert toolkit.architectures(library) == {"sm_80"}
+    assert cuda_toolkit.architectures(library) == {"sm_80"}

@@ -5,12 +5,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import toolkit
 import triton
 import trl.trainer.utils  # noqa: F401  before its kernels, which it imports
+from helpers import cuda_toolkit
+from helpers.workplace import HELPERS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from trl.kernels import chunked_logprob
@@ -51,7 +51,7 @@ def test_the_loss_kernels_compile_to_machine_code(name, architecture, tmp_path, 
     compiled = triton.compile(source(*KERNELS[name]), target=GPUTarget("cuda", architecture, 32))
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
-    listed = subprocess.run([toolkit.CUOBJDUMP, "-elf", cubin], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run([cuda_toolkit.CUOBJDUMP, "-elf", cubin], capture_output=True, text=True, check=True).stdout
     assert f"sm_{architecture}" in listed and KERNELS[name][0].__name__ in listed
     assert compiled.metadata.shared < 48 * 1024, "more shared memory than a block gets without asking"
 
@@ -59,7 +59,7 @@ def test_the_loss_kernels_compile_to_machine_code(name, architecture, tmp_path, 
 @pytest.fixture(scope="module")
 def interpreted():
     """Results by case of interpret.py, a separate process because Triton decides at import whether it compiles."""
-    script = Path(__file__).with_name("interpret.py")
+    script = HELPERS / "triton_interpreter.py"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

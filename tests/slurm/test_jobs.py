@@ -10,17 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import sites
-from cluster import cannot_be
-from conftest import SHORT, Workplace, manifest
-from sites import ENDED, LONGER, Site, last_step, losses, same_weights, until
+from helpers import slurm_sites
+from helpers.slurm_cluster import cannot_be
+from helpers.slurm_sites import ENDED, LONGER, Site, last_step, losses, same_weights, until
+from helpers.workplace import SHORT, Workplace, manifest
 
 pytestmark = pytest.mark.skipif(cannot_be() is not None, reason=str(cannot_be()))
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    with sites.site(tmp_path_factory.mktemp("site"), ("node1", "node2", "node3"), gpus=8) as one:
+    with slurm_sites.site(tmp_path_factory.mktemp("site"), ("node1", "node2", "node3"), gpus=8) as one:
         yield one
 
 

@@ -1,8 +1,7 @@
-"""Takes a checkpoint over to other ranks than those that saved it: cut anew under ZeRO, with random numbers for ranks
-that were not there before.
+"""Load a checkpoint on other ranks than those that saved it: reshard ZeRO state, add random states for new ranks.
 
-What was measured is in tests/engines/test_world_sizes.py: to as many ranks the conversion loses no bit, to others a run
-goes on as it would have, but for the order in which gradients are summed.
+Measured by tests/strategies/test_world_sizes.py: to the same number of ranks the conversion loses no bit; to another
+number the run continues as it would have, except for the order in which gradients are summed.
 """
 
 from __future__ import annotations

@@ -1,0 +1,163 @@
+"""Changes to a simulated run that make it ill, each with the rule that must find it."""
+
+from __future__ import annotations
+
+import math
+
+from helpers.simulated_runs import GIB
+
+from sft_recipes.planner.lr_schedule import learning_rate
+
+
+def not_a_number(run):
+    """The loss is NaN at a step, and the run stops there."""
+    run.state, run.until = "diverged", 0.401
+    places = ["my.jsonl:17", "my.jsonl:18"]
+    run.manifest["diverged"] = {
+        "step": 400,
+        "what": "the loss is no number",
+        "loss": "NaN",
+        "grad_norm": 3.1,
+        "rows": places,
+    }
+    return run.change("loss", lambda loss, share: math.nan if share >= 0.4 else loss)
+
+
+def gradient_not_a_number(run):
+    return run.change("grad_norm", lambda norm, share: math.inf if share >= 0.9 else norm)
+
+
+def rising_for_good(run):
+    """Too high a rate: the loss falls, then climbs and stays; validation goes with it."""
+    for key in ("loss", "eval_loss"):
+        run.change(key, lambda loss, share: loss + 2.5 * min(1, max(0, share - 0.3) * 10))
+    return run.change("grad_norm", lambda norm, share: norm * (20 if share > 0.3 else 1))
+
+
+def never_below_its_beginning(run):
+    return run.change("loss", lambda loss, share: loss * (5 if share > 1 / run.steps else 1))
+
+
+def too_low_a_rate(run):
+    run.begin, run.end, run.noise = 2.5, 2.49, min(run.noise, 0.05)
+    return run
+
+
+def stuck_at_a_strangers_loss(run):
+    """From scratch: the frequencies of tokens are learnt during warm-up, nothing after it."""
+    run.loss = lambda share: 7.2 - 1.2 * min(1, share * 12)
+    return run
+
+
+def memorising(run):
+    """Tiny data, many epochs: training goes to nothing, validation turns and climbs."""
+    run.change("loss", lambda loss, share: loss * (1 - 0.75 * max(0, share - 0.3)))
+    return run.change("eval_loss", lambda loss, share: loss * (1 + 0.6 * max(0, share - 0.4)))
+
+
+def spiking(run):
+    high, half = [0.25, 0.4, 0.55, 0.7, 0.85], 0.5 / run.lines
+    return run.change("loss", lambda loss, share: loss * (3 if any(abs(share - at) < half for at in high) else 1))
+
+
+def warned_of_spikes(run):
+    """Lines that are means of many steps hide spikes; the guards see each step."""
+    run.warnings = [{"step": step, "rule": "loss_spike", "evidence": "x"} for step in (210, 211, 480, 770)]
+    return run
+
+
+def rising_and_coming_back(run):
+    return run.change("loss", lambda loss, share: loss * (1 + 1.2 * max(0, 1 - abs(share - 0.4) / 0.12)))
+
+
+def exploding_gradients(run):
+    return run.change("grad_norm", lambda norm, share: 12 + 40 * (share - 0.6) if share > 0.6 else norm)
+
+
+def vanishing_gradients(run):
+    run.begin = run.end = 1.4
+    return run.change("grad_norm", lambda *_: 2e-8)
+
+
+def forgetting(run):
+    run.retain = True
+    return run.change("eval_retain_loss", lambda loss, share: loss * (1 + 0.3 * share))
+
+
+def leak_on_the_gpu(run):
+    run.gpu = True
+    return run.change("memory_allocated_bytes", lambda held, share: held + int(12 * GIB * share))
+
+
+def leak_on_the_host(run):
+    run.gpu = False
+    return run.change("host_memory_bytes", lambda held, share: int(held * (1 + 0.4 * share)))
+
+
+def slow_loader(run):
+    return run.change("data_wait_share", lambda *_: 0.35)
+
+
+def slow_rank(run):
+    return run.change("rank_lag", lambda *_: 0.5).change("slowest_rank", lambda *_: 5)
+
+
+def throughput_drop(run):
+    return run.change("tokens_per_second", lambda speed, share: speed * (0.4 if share > 0.7 else 1))
+
+
+def schedule(peak=1.0, warmup=1.0, total=1.0):
+    """Carries out another schedule than the plan's."""
+
+    def plant(run):
+        plan = run.plan()
+        warmup_steps, steps = round(plan.warmup_steps * warmup), round(run.steps * total)
+
+        def carried_out(_, share):
+            step = round(share * run.steps) - 1
+            return learning_rate(plan.lr_scheduler_type, plan.learning_rate * peak, warmup_steps, steps, step, {})
+
+        return run.change("learning_rate", carried_out)
+
+    return plant
+
+
+def out_of_memory(run):
+    run.state, run.until = "failed", 0.6
+    run.manifest = {"error": "rank 0 ran out of memory: 70.0 GiB allocated", "takes_less": ["parallelism=zero3"]}
+    return run
+
+
+DISEASES = {
+    "memory that ran out": (out_of_memory, "fault"),
+    "a NaN row": (not_a_number, "divergence"),
+    "a gradient that is infinite": (gradient_not_a_number, "divergence"),
+    "too high a rate, the loss rises and stays": (rising_for_good, "divergence"),
+    "too high a rate from the first step on": (never_below_its_beginning, "divergence"),
+    "too low a rate": (too_low_a_rate, "plateau"),
+    "stuck after warm-up": (stuck_at_a_strangers_loss, "plateau"),
+    "tiny data for many epochs": (memorising, "overfitting"),
+    "spikes in the lines": (spiking, "instability"),
+    "spikes that the guards saw": (warned_of_spikes, "instability"),
+    "a hump": (rising_and_coming_back, "instability"),
+    "exploding gradients": (exploding_gradients, "instability"),
+    "vanishing gradients": (vanishing_gradients, "vanishing_gradients"),
+    "forgetting": (forgetting, "forgetting"),
+    "a leak on the GPU": (leak_on_the_gpu, "memory_creep"),
+    "a leak on the host": (leak_on_the_host, "memory_creep"),
+    "a slow loader": (slow_loader, "input_bound"),
+    "one slow rank": (slow_rank, "slow_rank"),
+    "a run that becomes slower": (throughput_drop, "throughput_drop"),
+    "a peak three times too high": (schedule(peak=3), "schedule"),
+    "no warm-up": (schedule(warmup=0), "schedule"),
+    "a schedule over twice the steps": (schedule(total=2), "schedule"),
+}
+
+
+def as_it_is(run):
+    return run
+
+
+def from_scratch(run):
+    run.begin, run.end, run.gap = 7.2, 0.01, 0.005
+    return run.change("mean_token_accuracy", lambda _, share: min(0.99, 1.4 * share))

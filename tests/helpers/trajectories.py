@@ -1,0 +1,92 @@
+"""Twenty optimizer steps over two epochs of a prime number of rows of ragged lengths, and how two such runs differ.
+
+Each run is trained once, however many tests look at it.
+"""
+
+import hashlib
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.workplace import metrics
+from safetensors.torch import load_file
+
+from sft_recipes.data.toy import toy_dataset
+
+SEVERAL = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
+RECIPE = (
+    "batch.effective_batch_size=8", "batch.per_device_at_most=2", "trainer.num_train_epochs=2", "trainer.max_length=128",
+    "trainer.eval_steps=5", "trainer.save_steps=10", "trainer.logging_steps=1", "answers.show=0",
+    "answers.exact_match=0", "size=tiny",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def data(shared_workplace):
+    """83 conversations to train on unpacked, 304 that pack into 97 rows; 31 to validate on."""
+    rows = toy_dataset.rows(600, held_out=False)
+    random.Random(7).shuffle(rows)
+    for name, part in (("few", rows[:83]), ("many", rows[100:404]), ("validation", rows[500:531])):
+        written = shared_workplace.path / f"{name}.jsonl"
+        if not written.exists():
+            partial = written.with_suffix(f".{random.random()}")
+            partial.write_text("".join(json.dumps(row) + "\n" for row in part))
+            partial.replace(written)
+    return shared_workplace.path
+
+
+@pytest.fixture(scope="session")
+def follow(shared_workplace, data):
+    """Trains under an engine and returns the run."""
+
+    def train(engine, processes, packing=False, precision="fp32", *more):
+        more_words = hashlib.sha256(" ".join(more).encode()).hexdigest()[:8] if more else "plain"
+        name = "-".join([engine, str(processes), "packed" if packing else "padded", precision, more_words])
+        return shared_workplace.trained_once(name, *arguments(data, engine, processes, packing, precision), *more)
+
+    return train
+
+
+def arguments(data, engine, processes, packing, precision):
+    """What a user would type behind `train tiny --name …`."""
+    source = "many" if packing else "few"
+    return [
+        "--gpus", "0", "--processes", str(processes), f"parallelism={engine}",
+        f"precision={precision}", f"trainer.packing={str(packing).lower()}", f"data.train={data / source}.jsonl",
+        f"data.validation={data / 'validation'}.jsonl", *RECIPE,
+    ]  # fmt: skip
+
+
+def differences(one, several):
+    """The largest relative difference of a loss, of an eval_loss, and the largest absolute one of a final weight."""
+    left, right = ([line for line in metrics(run) if "loss" in line or "eval_loss" in line] for run in (one, several))
+    assert [line["step"] for line in left] == [line["step"] for line in right]
+    found = {"loss": 0.0, "eval_loss": 0.0}
+    for mine, theirs in zip(left, right, strict=True):
+        assert mine["supervised_tokens_seen"] == theirs["supervised_tokens_seen"]
+        assert mine.get("tokens_digest") == theirs.get("tokens_digest"), f"other rows at step {mine['step']}"
+        for key in ("loss", "eval_loss"):
+            if key in mine:
+                found[key] = max(found[key], abs(theirs[key] - mine[key]) / abs(mine[key]))
+    ours, theirs = (trained_weights(run / "last") for run in (one, several))
+    for weights in (ours, theirs):  # a tied architecture's output layer, which DeepSpeed and FSDP2 write as well
+        tied = weights.pop("lm_head.weight", None)
+        assert tied is None or torch.equal(tied, weights["model.embed_tokens.weight"])
+    assert ours.keys() == theirs.keys()
+    found["weight"] = max((ours[name].float() - theirs[name].float()).abs().max().item() for name in ours)
+    return found
+
+
+def trained_weights(folder):
+    adapters = folder / "adapter_model.safetensors"
+    return load_file(adapters if adapters.is_file() else folder / "model.safetensors")
+
+
+def record(**figures):
+    """Keeps what was measured for the documentation, where ENGINES_REPORT names a file."""
+    if os.environ.get("ENGINES_REPORT"):
+        with Path(os.environ["ENGINES_REPORT"]).open("a") as lines:
+            lines.write(json.dumps(figures) + "\n")

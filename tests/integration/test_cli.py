@@ -1,0 +1,285 @@
+"""Bad input: one line on standard error, exit code 2, no traceback, nothing left behind."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+
+import pytest
+from helpers.cli_errors import MODEL, check_refused
+from helpers.workplace import REPOSITORY, SMALL_LLAMA, VARIABLES
+
+GOOD_ROW = {"prompt": "2 + 2?", "completion": "4"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "8bb"], "no recipe '8bb'"),
+        (["train", "../tiny"], "not the name of a recipe"),
+        (["train", "recipes/tiny.yaml"], "not the name of a recipe"),
+        (["train", "$(touch x)"], "not the name of a recipe"),
+        (["train", "tiny;ls"], "not the name of a recipe"),
+        (["train", "tiny", "--name", "../x"], "cannot name a run"),
+        (["train", "tiny", "--name", "a b"], "cannot name a run"),
+        (["train", "tiny", "--name", "$(id)"], "cannot name a run"),
+        (["train", "tiny", "--name", ""], "cannot name a run"),
+        (["train", "tiny", "--gpus", "8"], "GPUS: 8 requested, but this machine has none; "),
+        (["train", "tiny", "--gpus", "eight"], "GPUS: 'eight' is not a whole number"),
+        (["train", "tiny", "--gpus", "-1"], "GPUS: '-1' is not a whole number of at least 0"),
+        (["train", "tiny", "--gpus", "0", "--nodes", "2"], "NODES: 2 nodes"),
+        (["train", "tiny", "--processes", "0"], "PROCESSES: '0' is not a whole number of at least 1"),
+        (
+            ["train", "tiny", "--gpus", "0", "--processes", "3"],
+            "cannot be shared evenly by 3 .* these counts can: 1, 2",
+        ),
+        (["train", "tiny", "--devices", "0,x"], "DEVICES: '0,x' is not a list of GPU ids"),
+        (["train", "tiny", "--devices", "0"], "DEVICES: no GPU 0 here"),
+        (["train", "tiny", "--nodes", "2"], "NODES: 2 nodes need a launcher on each"),
+        (["train", "tiny", "--resume"], "RESUME: no unfinished run of tiny"),
+        (["train", "tiny", "data.train=missing.jsonl"], "data.train: no file or folder 'missing.jsonl'"),
+        (["train", "tiny", "data.train=$(touch x)y"], r"data.train: no file or folder '\$\(touch x\)y'"),
+        (["train", "tiny", "data.train=a;b"], "data.train: no file or folder 'a;b'"),
+        (["train", "tiny", "trainer.learning_rate=9"], "learning_rate is 9.0; row tiny .* wants 0.0001 to 0.01"),
+        (["train", "tiny", "trainer.learning_rate=fast"], "trainer.learning_rate is 'fast'; wanted a number"),
+        (["train", "tiny", "trainer.lr=1e-3"], "unknown key trainer.lr"),
+        (["train", "tiny", "trainer.output_dir=x"], "trainer.output_dir is the plan's to set; say the run's name"),
+        (["train", "tiny", "parallelism=zero9"], "parallelism is 'zero9'; wanted one of"),
+        (["train", "tiny", "model.name_or_path=x"], "builds its model from scratch; add model.from_scratch=false"),
+        (
+            ["train", "tiny", "trainer.num_train_epochs=.inf", "outside_range=[num_train_epochs]"],
+            "wanted a finite number",
+        ),
+        (["train", "tiny", "trainer.max_length="], "trainer.max_length is None; wanted at least 1"),
+        (["train", "tiny", "trainer.seed=-1"], "trainer.seed is -1; wanted 0 to"),
+        (["train", "tiny", "data.dropped_at_most=5"], "data.dropped_at_most is 5.0; wanted 0 to 1"),
+        (["train", "tiny", "outside_range=[3]"], "outside_range names '3'"),
+        (["train", "tiny", "batch.effective_batch_size=1000000000"], "wanted 1 to 100000"),
+        (["train", "tiny", "model.architecture={hidden_size: a}"], "model.architecture.hidden_size is 'a'"),
+        (
+            ["train", "tiny", "trainer.hub_token=secret"],
+            "trainer.hub_token is the plan's to set; say nothing: no run uploads",
+        ),
+        (["train", "tiny", "data.train=a #b.jsonl"], "no file or folder 'a #b.jsonl'"),
+        (["train", "tiny", "data.train=2024-01-01"], "no file or folder '2024-01-01'"),
+        (["train", "tiny", "data.train=~nosuch/x"], "no file or folder '~nosuch/x'"),
+        (["train", "tiny", "data.train=" + "x" * 5000], "File name too long"),
+        (["generate", "x" * 300], "File name too long|no run"),
+        (["train", "tiny", "--gups", "1"], "unknown argument '--gups'"),
+        (["train"], "the following arguments are required: recipe"),
+        (["trian", "tiny"], "invalid choice: 'trian'"),
+        (["plan", "tiny", "--gpus", "1", "--card", "h1000"], "CARD: unknown GPU type: found 'h1000'"),
+        (["plan", "tiny", "--gpus", "8", "--nodes", "3"], "8 GPUs do not share evenly over 3 nodes"),
+        (["generate", "nobody"], "no run 'nobody'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_done_is_refused_before_anything_starts(workplace, arguments, message):
+    done = workplace.sft(*arguments, CUDA_VISIBLE_DEVICES="")  # as on a machine without GPUs, wherever this runs
+    check_refused(done, message)
+    assert not workplace.runs.exists() or not list(workplace.runs.glob("*/plan.json"))
+    assert not (workplace.path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("", "holds no rows"),
+        ('{"text": "hello"}\n', r"rows.jsonl:1: a row with keys text; wanted messages"),
+        (json.dumps(GOOD_ROW) + "\n" + '{"prompt": "x"\n', r"rows.jsonl:2: not JSON"),
+        (json.dumps(GOOD_ROW) * 2, r"rows.jsonl:1: not JSON"),
+        (
+            "".join(json.dumps({**GOOD_ROW, "prompt": f"{n}"}) + "\n" for n in range(3)),
+            "fewer than one effective batch",
+        ),
+        (json.dumps(GOOD_ROW) + "\n", "ask the same"),
+    ],
+    ids=["empty file", "unknown form", "broken line", "two rows on a line", "too few rows", "one row"],
+)
+def test_data_that_makes_no_run_is_refused_and_leaves_nothing(workplace, rows, message):
+    (workplace.path / "rows.jsonl").write_text(rows)
+    check_refused(workplace.sft("train", "tiny", "data.train=rows.jsonl", "data.validation="), message)
+    assert [path for path in workplace.runs.glob("*") if path.name != ".prepared"] == []
+
+
+def test_a_length_that_leaves_no_answer_is_refused(workplace):
+    rows = [{"prompt": f"word {n} " * 60, "completion": "4"} for n in range(40)]
+    (workplace.path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = workplace.sft("train", "tiny", "data.train=rows.jsonl", "data.validation=", "trainer.max_length=32")
+    check_refused(done, "max_length=32 leaves .* rows without a token to learn from")
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("model.safetensors", "has no weights"),
+        ("config.json", "has no config.json"),
+        ("chat_template.jinja", "has no chat template .*model.chat_template="),
+        ("tokenizer.json", "the tokenizer of .* cannot be loaded|is a slow one"),
+    ],
+)
+def test_a_model_folder_that_lacks_a_part_is_refused_by_its_name(workplace, model_folder, missing, message):
+    import shutil
+
+    shutil.copytree(model_folder, workplace.path / "model")
+    (workplace.path / "model" / missing).unlink()
+    check_refused(workplace.sft("train", "tiny", *MODEL, "model.name_or_path=./model"), message)
+
+
+def test_a_model_that_wants_its_own_code_to_run_is_refused(workplace, model_folder):
+    import shutil
+
+    shutil.copytree(model_folder, workplace.path / "model")
+    config = workplace.path / "model" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "auto_map": {"AutoModel": "evil.Model"}}))
+    check_refused(workplace.sft("train", "tiny", *MODEL, "model.name_or_path=./model"), "wants its own code to run")
+
+
+def test_a_model_whose_files_lack_a_weight_is_never_trained_on_random_numbers(workplace, model_folder, few_rows):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from sft_recipes.config import loader
+    from sft_recipes.planner import plan as plans
+    from sft_recipes.runtime.errors import UserError
+    from sft_recipes.training.main import load_model
+
+    shutil.copytree(model_folder, workplace.path / "model")
+    file = workplace.path / "model" / "model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(file).items() if "layers.1.mlp" not in name}
+    save_file(kept, file, metadata={"format": "pt"})
+    words = ("train", "tiny", *MODEL, "model.name_or_path=./model", f"data.train={few_rows}")
+    done = workplace.sft(*words)
+    line = check_refused_late(
+        done, "the weights of ./model lack model.layers.1.mlp.* and 2 more, which would be random"
+    )
+    assert "bring the whole model" in line
+    file.write_bytes(file.read_bytes()[:1000])
+    plan = plans.make(loader.load("tiny", [*MODEL, f"model.name_or_path={file.parent}"]), plans.Topology(0, 1))
+    with pytest.raises(UserError, match="model cannot be loaded"):
+        load_model(plan, str(file.parent))
+    assert not list(workplace.runs.glob("*/plan.json")), "the corrected command would be another plan's"
+
+
+def check_refused_late(done, message):
+    """As `check_refused`, where the ranks had been started and other lines were said on standard output."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and re.search(message, lines[0]), done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    return lines[0]
+
+
+def test_a_model_folder_that_is_not_there_is_refused(workplace):
+    check_refused(workplace.sft("train", "tiny", *MODEL, "model.name_or_path=./nowhere"), "no folder './nowhere'")
+
+
+def test_a_hub_model_without_a_network_is_refused_with_both_ways_out(workplace):
+    done = workplace.sft("train", "tiny", *MODEL, "model.name_or_path=some/model", HF_HUB_OFFLINE="1")
+    check_refused(done, "some/model is neither in the Hub's cache nor to be had .*make fetch.*set HF_TOKEN$")
+
+
+def test_a_run_folder_that_cannot_be_written_is_refused(workplace):
+    file = workplace.path / "file"
+    file.write_text("")
+    done = workplace.sft("train", "tiny", RUNS_DIR=str(file / "runs"))
+    check_refused(done, "cannot be written .*RUNS_DIR=")
+
+
+def test_a_folder_that_is_no_run_is_never_overwritten(workplace):
+    (workplace.runs / "mine").mkdir(parents=True)
+    (workplace.runs / "mine" / "thesis.txt").write_text("years of work")
+    check_refused(workplace.sft("train", "tiny", "--name", "mine"), "is there and is not a run; nothing is overwritten")
+    assert (workplace.runs / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_run_in_use_is_refused_by_name_and_passed_over_without_one(workplace):
+    import fcntl
+
+    plan = workplace.sft("plan", "tiny", "--json").stdout
+    (workplace.runs / "tiny-1").mkdir(parents=True)
+    (workplace.runs / "tiny-1" / "plan.json").write_text(plan)
+    with (workplace.runs / "tiny-1" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("process 1 on elsewhere")
+        lock.flush()
+        check_refused(workplace.sft("train", "tiny", "--name", "tiny-1"), "being carried out by process 1 on elsewhere")
+        dry = workplace.sft("train", "tiny", "--dry-run")
+        assert dry.returncode == 0, dry.stderr
+        assert "passing over tiny-1" in dry.stdout and "tiny-2" in dry.stdout
+
+
+def test_an_unfinished_run_of_another_plan_is_refused_with_the_ways_out(workplace):
+    plan = workplace.sft("plan", "tiny", "--json").stdout
+    (workplace.runs / "tiny-1").mkdir(parents=True)
+    (workplace.runs / "tiny-1" / "plan.json").write_text(plan)
+    changed = ("trainer.learning_rate=1e-3", "trainer.seed=7")
+    line = check_refused(
+        workplace.sft("train", "tiny", *changed), "run tiny-1 has another plan: learning_rate 0.002 -> 0.001"
+    )
+    assert "; trainer.seed 42 -> 7 (" in line and "NAME=" in line
+    again = workplace.sft("train", "tiny", *changed, "--accept", "learning_rate,seed", "--dry-run")
+    assert again.returncode == 0, again.stderr
+
+
+def test_a_dry_run_starts_nothing(workplace):
+    done = workplace.sft("train", "tiny", "--dry-run")
+    assert done.returncode == 0
+    command = shlex.split(done.stdout)
+    assert "sft_recipes.training.main" in command and command[-1].endswith("tiny-1/plan.json")
+    assert not workplace.runs.exists()
+
+
+def make(workplace, *arguments):
+    return subprocess.run(
+        ["make", "-s", *arguments],
+        cwd=REPOSITORY,
+        env=workplace.environment(VENV=os.environ.get("VENV", ".venv"), RUNTIME="local"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("DATA", "$(touch x)y"), ("DATA", "a'b\"c d"), ("DATA", "`id`.jsonl"), ("DATA", "a;b|c"), ("RECIPE", "$(touch x)"),
+     ("NAME", "a b;c"), ("GPUS", "$HOME")],
+)  # fmt: skip
+def test_make_hands_on_what_was_typed_to_the_letter(workplace, variable, value):
+    done = make(workplace, "train", f"{variable}={value}")
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and repr(value) in lines[0], done.stderr
+    assert not (REPOSITORY / "x").exists()
+
+
+def test_make_help_lists_every_target_and_every_variable(workplace):
+    done = make(workplace, "help")
+    text = (REPOSITORY / "Makefile").read_text()
+    targets = set(re.search(r"^\.PHONY: (.*)$", text, re.M)[1].split())
+    assert done.returncode == 0 and len(targets) >= 8
+    assert {target for target in targets if not re.search(rf"^  {target} ", done.stdout, re.M)} == set()
+    assert {variable for variable in VARIABLES if variable not in done.stdout} == set()
+
+
+def test_make_plan_takes_the_variables_that_it_names(workplace):
+    done = make(
+        workplace, "plan", "RECIPE=tiny", "GPUS=0", "PROCESSES=2", "DATA=x y.jsonl", "ARGS=--json trainer.seed=7"
+    )
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["world_size"] == 2
+    assert plan["sections"]["data"]["train"] == "x y.jsonl" and not plan["sections"]["data"]["validation"]
+    assert plan["sections"]["trainer"]["seed"] == 7
+
+
+def test_the_small_model_of_these_tests_is_what_its_architecture_says(model_folder):
+    from safetensors.torch import load_file
+
+    from sft_recipes.config.architecture import parameter_count
+
+    held = sum(tensor.numel() for tensor in load_file(model_folder / "model.safetensors").values())
+    assert held == parameter_count(SMALL_LLAMA)

@@ -1,0 +1,270 @@
+"""Models and data from the Hub: brought once, by name and commit, and then no network. The Hub here is a local server
+that speaks its protocol; the client is the real one."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+import pytest
+from helpers.workplace import SHORT
+
+from sft_recipes.data.toy import toy_dataset
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+ENGINE = ("--gpus", "0", "parallelism=ddp", "precision=fp32")
+MODEL = ("model.from_scratch=false", "model.name_or_path=some/model", f"model.revision={COMMIT}")
+DATA = ("data.train=some/rows:train_sft", "data.validation=some/rows:test_sft", f"data.revision={COMMIT}")
+README = """---
+configs:
+- config_name: default
+  data_files:
+  - {split: train_sft, path: data/train_sft-*}
+  - {split: test_sft, path: data/test_sft-*}
+---
+"""
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves the folders below `root` (`models/OWNER/NAME`, `datasets/OWNER/NAME`) as the Hub does, all at one commit."""
+
+    def __init__(self, root: Path, gated: bool = False):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.root, self.gated, self.asked = root, gated, []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        parts = unquote(urlparse(self.path).path).strip("/").split("/")
+        if parts[0] == "api":
+            self._api(parts[1:])
+        else:
+            kind = parts.pop(0) if parts[0] == "datasets" else "models"
+            self._file(kind, "/".join(parts[:2]), parts[3], "/".join(parts[4:]))
+
+    def _api(self, parts):
+        folder = self.server.root / parts[0] / "/".join(parts[1:3])
+        if not folder.is_dir():
+            self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+        elif parts[3:4] == ["revision"]:
+            self._answer(200, json.dumps({"id": "/".join(parts[1:3]), "sha": COMMIT}).encode())
+        elif parts[4] not in (COMMIT, "main"):
+            self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        else:
+            files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+            entries = [
+                {"type": "file", "path": str(path.relative_to(folder)), "size": path.stat().st_size, "oid": _oid(path)}
+                for path in files
+            ]
+            self._answer(200, json.dumps(entries).encode())
+
+    def _file(self, kind, name, revision, path):
+        if self.server.gated and "Authorization" not in self.headers:
+            self._answer(401, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to it is restricted."})
+            return
+        file = self.server.root / kind / name / path
+        headers = {"ETag": f'"{_oid(file)}"', "X-Repo-Commit": COMMIT}
+        self._answer(200, file.read_bytes(), headers)
+
+    def _answer(self, code, content, headers=None):
+        self.send_response(code)
+        for key, value in (headers or {}).items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+def _oid(path: Path) -> str:
+    return hashlib.sha1(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def served(tmp_path, model_folder):
+    """A root with a model and a data set of two splits."""
+    shutil.copytree(model_folder, tmp_path / "hub" / "models" / "some" / "model")
+    (tmp_path / "hub" / "models" / "some" / "model" / "pytorch_model.bin").write_bytes(b"a pickle")
+    data = tmp_path / "hub" / "datasets" / "some" / "rows"
+    (data / "data").mkdir(parents=True)
+    (data / "README.md").write_text(README)
+    for split, rows in (("train_sft", toy_dataset.rows(200, False)), ("test_sft", toy_dataset.rows(40, True))):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (data / "data" / f"{split}-00000-of-00001.jsonl").write_text(text)
+    return tmp_path / "hub"
+
+
+def test_what_was_fetched_trains_without_a_network(workplace, served):
+    hub = Hub(served)
+    home = str(workplace.path / "cache")
+    fetched = workplace.sft("fetch", "tiny", *MODEL, *DATA, HF_ENDPOINT=hub.url, HF_HOME=home)
+    assert fetched.returncode == 0, fetched.stderr
+    assert "some/model: " in fetched.stdout and "some/rows: " in fetched.stdout
+    assert not any("pytorch_model.bin" in path for path in hub.asked), "pickles are not brought"
+    assert any(COMMIT in path for path in hub.asked), "the revision is asked for"
+    hub.shutdown()
+    hub.server_close()
+    snapshots = sorted(path.name for path in Path(home, "hub").glob("*/snapshots/*"))
+    assert snapshots == [COMMIT, COMMIT]
+    run = workplace.trained("tiny", *ENGINE, *MODEL, *DATA, "lora.r=2", *SHORT, HF_HUB_OFFLINE="1", HF_HOME=home)
+    adapters = json.loads((run / "final" / "adapter_config.json").read_text())
+    assert (adapters["base_model_name_or_path"], adapters["revision"]) == ("some/model", COMMIT), (
+        "no path of this machine"
+    )
+    merged = workplace.sft("merge", run.name, HF_HUB_OFFLINE="1", HF_HOME=home)
+    assert merged.returncode == 0 and (run / "merged" / "model.safetensors").is_file(), merged.stderr
+    check_offline_use(workplace, run, home)
+
+
+# On another machine, whose cache holds the commit elsewhere, with the libraries that a user has, and without the commit.
+ELSEWHERE = """
+import pathlib, sys, torch
+from huggingface_hub import constants
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
+from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.config.schema import UserError
+from sft_recipes.training import generate
+run, commit, prompt = RunFolder(pathlib.Path(sys.argv[1])), sys.argv[2], sys.argv[3]
+generate.main(run, [prompt])
+ids = torch.arange(20)[None]
+adapted = AutoPeftModelForCausalLM.from_pretrained(run.final)
+assert torch.equal(adapted(ids).logits, AutoModelForCausalLM.from_pretrained(run.final, revision=commit)(ids).logits)
+constants.HF_HUB_CACHE = "/nowhere"
+try:
+    generate.main(run, [prompt])
+except UserError as error:
+    print(error, file=sys.stderr)
+"""
+
+
+def check_offline_use(workplace, run, home):
+    """From a cache that holds the commit and no `refs/main`: adapters answer, and so do those that a user loads."""
+    assert not list(Path(home).glob("hub/models--*/refs/*"))
+    saved = {path.parent.name: json.loads(path.read_text()) for path in run.glob("*/adapter_config.json")}
+    assert {"final", "last", "best-8", "checkpoint-8"} <= saved.keys()
+    assert {config["revision"] for config in saved.values()} == {COMMIT}
+    prompt = "How much is 1 and 1?"
+    answered = workplace.sft("generate", run.name, "--prompt", prompt, HF_HUB_OFFLINE="1", HF_HOME=home)
+    assert answered.returncode == 0 and answered.stdout, answered.stderr
+    moved = Path(home).rename(workplace.path / "moved")
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, str(run), COMMIT, prompt], capture_output=True, text=True, check=False,
+        env=workplace.environment(HF_HUB_OFFLINE="1", HF_HOME=str(moved)),
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, answered.stdout), done.stderr
+    refused = done.stderr.splitlines()[-1]
+    assert refused.startswith(f"model.name_or_path: some/model at {COMMIT[:8]} is neither in the Hub's cache")
+
+
+def test_rows_to_retain_are_fetched_too(workplace, served):
+    shutil.copytree(served / "datasets" / "some" / "rows", served / "datasets" / "some" / "known")
+    hub = Hub(served)
+    words = (*DATA, "data.retain=some/known:test_sft")
+    fetched = workplace.sft("fetch", "tiny", *words, HF_ENDPOINT=hub.url, HF_HOME=str(workplace.path / "cache"))
+    assert fetched.returncode == 0, fetched.stderr
+    assert "some/rows: " in fetched.stdout and "some/known: " in fetched.stdout
+    refused = workplace.sft("fetch", "tiny", *DATA, "data.retain=some/gone", HF_ENDPOINT=hub.url)
+    assert refused.returncode == 2 and "error: data.retain: " in refused.stderr
+
+
+def test_without_fetching_the_error_says_so(workplace):
+    done = workplace.sft("train", "tiny", *ENGINE, *MODEL, HF_HUB_OFFLINE="1", HF_HOME=str(workplace.path / "empty"))
+    assert done.returncode == 2
+    assert "neither in the Hub's cache nor to be had" in done.stderr and "make fetch" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(workplace.runs.glob("*/plan.json"))
+
+
+@pytest.mark.parametrize("verb", [("fetch", "8b"), ("train", "8b", "--gpus", "0")], ids=["fetch", "train"])
+def test_a_gated_model_without_a_token_is_refused_with_both_ways_out(workplace, served, verb):
+    shutil.copytree(served / "models" / "some" / "model", served / "models" / "meta-llama" / "Llama-3.1-8B-Instruct")
+    hub = Hub(served, gated=True)
+    small = "model.architecture={}"  # whose forecast would not let it start on the CPU of a small machine
+    words = (*verb, f"model.revision={COMMIT}", "precision=fp32", small)
+    done = workplace.sft(*words, HF_ENDPOINT=hub.url, HF_HOME=str(workplace.path / "cache"), HF_TOKEN="")
+    hub.shutdown()
+    hub.server_close()
+    assert done.returncode == 2, done.stdout + done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "meta-llama/Llama-3.1-8B-Instruct is gated" in line and "accept its licence on" in line
+    assert "HF_TOKEN" in line and "model.name_or_path=Qwen/Qwen2.5-7B-Instruct" in line
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("model.name_or_path=some/other",), "no model some/other on the Hub, or a private one"),
+        (("model.revision=" + "f" * 40,), "some/model has no revision ffff"),
+        (("data.train=some/other:train",), "no dataset some/other on the Hub"),
+    ],
+)
+def test_what_the_hub_does_not_have_is_refused_in_one_line(workplace, served, words, message):
+    hub = Hub(served)
+    done = workplace.sft(
+        "fetch", "tiny", *MODEL, *DATA, *words, HF_ENDPOINT=hub.url, HF_HOME=str(workplace.path / "cache")
+    )
+    hub.shutdown()
+    hub.server_close()
+    (line,) = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+    assert done.returncode == 2 and line.startswith("error: ") and message in line
+
+
+def test_a_model_that_is_not_what_its_recipe_says_is_refused(workplace, model_folder, few_rows):
+    """Numbers of the architecture, and with them the forecast, are checked against the model's own configuration."""
+    words = ("train", "8b", "--gpus", "0", "precision=fp32", "parallelism=ddp")
+    recipe = ("model.revision=", f"model.name_or_path={model_folder}")
+    stated = "{model_type: llama, hidden_size: 64, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 1, vocab_size: 320, tie_word_embeddings: true}"
+    done = workplace.sft(*words, *recipe, f"model.architecture={stated}", f"data.train={few_rows}")
+    assert done.returncode == 2
+    assert "model.architecture: the recipe says hidden_size 64, not 32" in done.stderr
+    wrong = stated.replace("64, inter", "32, inter").replace(
+        "model_type: llama", "model_type: llama, attention_bias: true"
+    )
+    done = workplace.sft(*words, *recipe, f"model.architecture={wrong}", f"data.train={few_rows}")
+    assert done.returncode == 2 and "attention_bias True, not False" in done.stderr
+
+
+def test_a_model_with_other_parameters_than_the_plan_counts_is_refused(tmp_path):
+    """The numbers agree, and yet the model has biases that the plan does not know of."""
+    from conftest import SMALL_LLAMA
+    from transformers import AutoConfig
+
+    from sft_recipes.data.model_files import check_architecture
+    from sft_recipes.runtime.errors import UserError
+
+    AutoConfig.for_model(**SMALL_LLAMA).save_pretrained(tmp_path)
+    check_architecture(SMALL_LLAMA, tmp_path, False)
+    AutoConfig.for_model(**SMALL_LLAMA, mlp_bias=True).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="the model has [0-9,]+ parameters and the plan counts"):
+        check_architecture(SMALL_LLAMA, tmp_path, False)
+
+
+def test_rows_are_looked_at_without_bringing_the_models_weights(workplace, served):
+    hub = Hub(served)
+    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(workplace.path / "cache")}
+    shown = workplace.sft("inspect", "tiny", *MODEL, *DATA, "batch.min_optimizer_steps=1", "--rows", "1", **settings)
+    assert shown.returncode == 0, shown.stderr
+    assert "⟦" in shown.stdout and "-- some/rows:train_sft, row " in shown.stdout
+    assert any("tokenizer.json" in path for path in hub.asked)
+    assert not any(path.startswith("/some/model") and path.endswith(".safetensors") for path in hub.asked)

@@ -1,0 +1,265 @@
+"""What a run measures of itself, and what trackers keep of it: read back by their own readers."""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.workplace import PLANTED_KEY, manifest, metrics
+
+from sft_recipes.config import loader
+from sft_recipes.planner import cost, memory
+from sft_recipes.planner import plan as plans
+from sft_recipes.planner.plan import Topology
+from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.training import throughput
+from sft_recipes.training.callbacks.metrics import append
+
+ON_A_TRAINING_LINE = {
+    "step", "epoch", "loss", "grad_norm", "learning_rate", "mean_token_accuracy", "entropy", "step_seconds",
+    "data_wait_share", "slots_per_second", "tokens_per_second", "supervised_tokens_per_second", "host_memory_bytes",
+    "supervised_tokens_seen", "tokens_digest", "num_input_tokens_seen",
+}  # fmt: skip
+GAP = {"train_eval_gap", "train_eval_gap_smoothed", "overfitting_signal"}
+
+
+def training_lines(run):
+    return [line for line in metrics(run) if "loss" in line]
+
+
+def evaluations(run):
+    return [line for line in metrics(run) if "eval_loss" in line]
+
+
+def test_a_line_a_log_step_says_what_the_step_cost(tracked_run):
+    lines = training_lines(tracked_run)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert all(line.keys() >= ON_A_TRAINING_LINE for line in lines)
+    for line in lines:
+        assert line["slots_per_second"] >= line["tokens_per_second"] > line["supervised_tokens_per_second"] > 0
+        assert 0 <= line["data_wait_share"] < 1 and line["step_seconds"] > 0
+    supervised = [line["supervised_tokens_seen"] for line in lines]
+    for before, line in zip([0, *supervised], lines, strict=False):
+        counted = line["supervised_tokens_per_second"] * line["step_seconds"]
+        assert counted == pytest.approx(line["supervised_tokens_seen"] - before)
+    for before, line in itertools.pairwise(lines):
+        counted = line["tokens_per_second"] * line["step_seconds"]
+        assert counted == pytest.approx(line["num_input_tokens_seen"] - before["num_input_tokens_seen"])
+
+
+def test_the_gap_is_between_validation_and_the_last_training_loss(tracked_run):
+    trained = {line["step"]: line["loss"] for line in training_lines(tracked_run)}
+    smoothed = None
+    for line in evaluations(tracked_run):
+        assert line.keys() >= {*GAP, "eval_mean_token_accuracy"}
+        assert line["train_eval_gap"] == pytest.approx(line["eval_loss"] - trained[line["step"]])
+        assert line["overfitting_signal"] == float(line["train_eval_gap"] > 0.1)
+        gap = line["train_eval_gap"]
+        smoothed = gap if smoothed is None else (smoothed + gap) / 2
+        assert line["train_eval_gap_smoothed"] == pytest.approx(smoothed)
+    assert [line["step"] for line in evaluations(tracked_run)] == [4, 8]
+
+
+def test_the_last_line_sums_the_run_up_under_the_documents_names(tracked_run):
+    last = metrics(tracked_run)[-1]
+    assert last["final/total_steps"] == 8
+    assert last["final/best_eval_loss"] == min(line["eval_loss"] for line in evaluations(tracked_run))
+    assert last["final/epochs_completed"] == pytest.approx(training_lines(tracked_run)[-1]["epoch"])
+
+
+def test_the_same_prompts_are_answered_at_every_evaluation(tracked_run):
+    samples = [json.loads(line) for line in (tracked_run / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [4, 4, 8, 8]
+    assert [sample["prompt"] for sample in samples[:2]] == [sample["prompt"] for sample in samples[2:]]
+    assert all(sample.keys() == {"step", "prompt", "wanted", "said"} for sample in samples)
+
+
+def test_tensorboard_reads_its_files_back(tracked_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    read = EventAccumulator(str(tracked_run / "tensorboard"), size_guidance={"tensors": 0})
+    read.Reload()
+    names = set(read.Tags()["scalars"])
+    assert {"train/loss", "train/learning_rate", "train/grad_norm", "eval/loss", "train/tokens_per_second"} <= names
+    assert {f"train/{name}" for name in GAP} <= names
+    assert {"final/total_steps", "final/best_eval_loss", "final/epochs_completed"} <= names
+    losses = {event.step: event.value for event in read.Scalars("train/loss")}
+    assert losses == pytest.approx({line["step"]: line["loss"] for line in training_lines(tracked_run)}, rel=1e-6)
+    text = read.Tensors("samples/0/text_summary")
+    assert [event.step for event in text] == [4, 8] and b"wanted" in text[0].tensor_proto.string_val[0]
+    assert b'"recipe": "tiny"' in read.Tensors("plan/text_summary")[0].tensor_proto.string_val[0]
+
+
+def wandb_records(run, kind):
+    """The records of one kind in a run's newest W&B file, by W&B's own reader."""
+    newest = max((run / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
+    reader = Path(sys.executable).with_name("wandb")
+    read = subprocess.run([reader, "leet", "inspect", newest, "--json"], capture_output=True, text=True, check=True)
+    return [record[kind] for record in map(json.loads, read.stdout.splitlines()) if record["type"] == kind]
+
+
+def test_wandb_reads_its_file_back(tracked_run):
+    rows = [record["item"] for record in wandb_records(tracked_run, "history")]
+    losses = {row["train/global_step"]: row["train/loss"] for row in rows if "train/loss" in row}
+    assert losses == pytest.approx({line["step"]: line["loss"] for line in training_lines(tracked_run)})
+    assert {row["train/global_step"] for row in rows if "eval/loss" in row} == {4, 8}
+    assert any("train/train_eval_gap" in row for row in rows) and any(
+        key.startswith("samples") for row in rows for key in row
+    )
+    summary = {
+        key: value for record in wandb_records(tracked_run, "summary") for key, value in record["update"].items()
+    }
+    assert summary["final/total_steps"] == 8
+    assert {"final/best_eval_loss", "final/epochs_completed"} <= summary.keys()
+    started = wandb_records(tracked_run, "run")[0]
+    assert (started["display_name"], started["project"]) == ("tracked", "sft-recipes")
+    assert started["run_id"].startswith("tracked-")
+    config = started["config"]["update"]
+    assert (config["recipe"], config["effective_batch_size"]) == ("tiny", 8)
+
+
+def test_no_key_is_found_in_anything_that_a_run_writes(tracked_run):
+    looked = 0
+    for path in tracked_run.rglob("*"):
+        if path.is_file():
+            looked += 1
+            assert PLANTED_KEY.encode() not in path.read_bytes(), path
+    assert looked > 30
+
+
+def test_a_run_that_goes_on_goes_on_in_the_same_wandb_run():
+    from sft_recipes.training.callbacks.trackers import run_id
+
+    plan = plans.make(loader.load("tiny"), Topology(gpus=0, processes=1))
+    first = run_id(plan, RunFolder(Path("runs/a")))
+    assert first == run_id(dataclasses.replace(plan, optimizer_steps=5), RunFolder(Path("runs/a")))
+    other = dataclasses.replace(plan, created="2020-01-01T00:00:00+00:00")
+    assert len({first, run_id(other, RunFolder(Path("runs/a"))), run_id(plan, RunFolder(Path("runs/b")))}) == 3
+    assert re.fullmatch(r"a-[0-9a-f]{8}", first)
+
+
+def test_a_dead_wandb_does_not_stop_a_run(tracked_run):
+    """Nothing listens there; what would be sent lies in the run's folder (test_wandb_reads_its_file_back)."""
+    said = (tracked_run / "log.txt").read_text()
+    assert "no W&B run online (" in said and "goes on offline: wandb sync" in said
+    assert manifest(tracked_run)["state"] == "finished"
+
+
+@pytest.mark.parametrize("asked", ["tensorbord", "tensorboard,wanb", "none,wandb", ","])
+def test_a_tracker_that_is_not_known_is_refused_before_anything_starts(workplace, asked):
+    done = workplace.sft("train", "tiny", REPORT_TO=asked)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: REPORT_TO: ")
+    assert not workplace.runs.exists()
+
+
+def test_a_mode_that_wandb_does_not_know_is_refused_before_anything_starts(workplace):
+    done = workplace.sft("train", "tiny", REPORT_TO="wandb", WANDB_MODE="sometimes")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: WANDB_MODE: 'sometimes' is not known to W&B")
+
+
+def test_numbers_that_json_does_not_have_are_written_as_text(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    append(path, {"step": 3, "loss": math.nan, "grad_norm": math.inf, "other": -math.inf, "fine": 1.5})
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    line = json.loads(path.read_text(), parse_constant=refuse)
+    assert line == {"step": 3, "loss": "NaN", "grad_norm": "Infinity", "other": "-Infinity", "fine": 1.5}
+
+
+@pytest.mark.parametrize("lengths", [[[5, 3], [8]], [[1, 1, 1], [2]]])
+def test_attention_is_counted_by_the_lengths_that_examples_have(lengths):
+    positions = torch.tensor(
+        [[p for length in row for p in range(length)] for row in lengths if sum(row) == sum(lengths[0])]
+    )
+    wanted = sum(length * (length + 1) // 2 for row in lengths if sum(row) == sum(lengths[0]) for length in row)
+    assert int(throughput.attended({"position_ids": positions})) == wanted
+    alone = [length for row in lengths for length in row]
+    mask = torch.tensor([[1] * length + [0] * (max(alone) - length) for length in alone])
+    assert int(throughput.attended({"attention_mask": mask})) == sum(length * (length + 1) // 2 for length in alone)
+
+
+class OneRank:
+    """accelerate's gather where there is one rank."""
+
+    def gather(self, tensor):
+        return tensor
+
+
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+def test_mfu_and_hfu_are_the_plans_flops_over_the_data_sheets(checkpointing):
+    """One row of 2,048 tokens, 1,024 of them supervised, in a quarter of a second or a little more."""
+    recipe = loader.load("8b", [f"trainer.gradient_checkpointing={checkpointing}"])
+    plan = plans.make(recipe, Topology(gpus=1, processes=1, card="h100-80g"))
+    architecture = recipe.model.architecture
+    meter = throughput.Meter(plan, architecture, 989e12, torch.device("cpu"))
+    meter.step_begins()
+    meter.saw([{"input_ids": torch.zeros(1, 2048), "position_ids": torch.arange(2048)[None]}], 1024)
+    meter._began -= 0.25
+    meter.step_ends()
+    figures = meter.read(OneRank(), 2048)
+    seconds = figures["step_seconds"]
+    layers, output, attention = 32 * 218_103_808, 525_336_576, 2 * 32 * 4096 * 2049
+    model = 6 * (layers + output / 2) + 3 * attention
+    assert figures["mfu"] == pytest.approx(model * 2048 / seconds / 989e12)
+    again = output + attention / 2  # logits of half the tokens, attention scores
+    if checkpointing == "true":
+        again += 2 * (layers - 32 * 58_720_256) + attention
+    assert figures["hfu"] == pytest.approx((model + again) * 2048 / seconds / 989e12)
+    n, attention = plan.parameters, 12 * 32 * 4096 * 2048
+    assert figures["mfu_palm"] == pytest.approx((6 * n + attention) * 2048 / seconds / 989e12)
+    assert meter.read(OneRank(), 0) == {}, "a second line without a step between"
+
+
+def test_trls_own_formula_agrees_where_it_counts_the_same():
+    """TRL counts attention over the whole row, ours over what a causal mask leaves; the rest must be equal."""
+    from transformers import LlamaConfig
+    from trl.trainer.utils import adjusted_mfu, compute_flops_per_token
+
+    architecture = loader.load("8b").model.architecture
+    config = LlamaConfig(**{key: value for key, value in architecture.items() if key != "model_type"})
+    theirs = compute_flops_per_token(config, 2048) * adjusted_mfu(1.0, config, 2048)
+    load = memory.Load(architecture, "single", "bf16", 1, 2048, gradient_checkpointing=True)
+    assert cost.flops_per_token(load, 2048).model == pytest.approx(theirs, rel=1e-3)
+
+
+def test_the_slowest_rank_is_named_with_its_lag():
+    assert throughput._lag([1.0, 1.5, 1.0, 1.0]) == {"slowest_rank": 1, "rank_lag": pytest.approx(0.5)}
+    assert throughput._lag([2.0, 1.0]) == {"slowest_rank": 0, "rank_lag": pytest.approx(1.0)}
+    assert throughput._lag([2.0]) == {}
+
+
+def test_waiting_for_data_is_told_from_working():
+    def slow():
+        for number in range(3):
+            time.sleep(0.05)
+            yield number
+
+    plan = plans.make(loader.load("tiny"), Topology(gpus=0, processes=1))
+    meter = throughput.Meter(plan, {}, None, torch.device("cpu"))
+    meter.step_begins()
+    assert list(meter.waiting(slow())) == [0, 1, 2]
+    time.sleep(0.15)
+    meter.step_ends()
+    assert 0.3 < meter.read(OneRank(), 10)["data_wait_share"] < 0.7
+
+
+def test_host_memory_is_this_process():
+    plan = plans.make(loader.load("tiny"), Topology(gpus=0, processes=1))
+    meter = throughput.Meter(plan, {}, None, torch.device("cpu"))
+    meter.step_begins()
+    meter.step_ends()
+    pages = int(Path(f"/proc/{os.getpid()}/statm").read_text().split()[1])
+    resident = pages * os.sysconf("SC_PAGE_SIZE")
+    assert meter.read(OneRank(), 1)["host_memory_bytes"] == pytest.approx(resident, rel=0.1)

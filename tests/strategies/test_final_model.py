@@ -1,0 +1,41 @@
+"""Under every engine a bf16 base model gives a bf16 final/, converted from the fp32 weights of the best step."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers.workplace import SHORT, manifest, needs_compiler
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+
+@pytest.mark.parametrize(
+    ("engine", "precision", "trained"),
+    [
+        ("ddp", "bf16", torch.float32),
+        ("fsdp2", "bf16", torch.float32),
+        pytest.param("zero2", "fp32", torch.float32, marks=needs_compiler),
+        pytest.param("zero3", "bf16", torch.bfloat16, marks=needs_compiler),
+    ],
+)
+def test_final_has_the_dtype_of_the_base_model(
+    shared_workplace, model_folder, few_rows, tmp_path, engine, precision, trained
+):
+    base = tmp_path / "base"
+    shutil.copytree(model_folder, base)
+    AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).save_pretrained(base)
+    run = shared_workplace.trained(
+        "tiny", "--name", f"published-{engine}", "--gpus", "0", "--processes", "2", f"parallelism={engine}",
+        f"precision={precision}", "model.from_scratch=false", "model.architecture={}", f"model.name_or_path={base}",
+        f"data.train={few_rows}", *SHORT,
+    )  # fmt: skip
+    final, best = (
+        load_file(run / name / "model.safetensors") for name in ("final", f"best-{manifest(run)['best_step']}")
+    )
+    assert {tensor.dtype for tensor in best.values()} == {trained}
+    assert final.keys() == best.keys()
+    assert all(torch.equal(final[name], best[name].bfloat16()) for name in best)
+    assert json.loads((run / "final" / "config.json").read_text())["dtype"] == "bfloat16"
+    model, loading = AutoModelForCausalLM.from_pretrained(run / "final", output_loading_info=True)
+    assert model.dtype == torch.bfloat16 and not loading["missing_keys"]

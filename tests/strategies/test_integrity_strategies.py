@@ -1,0 +1,64 @@
+"""What is proved under each engine: a run resumes bit for bit, and a bit that flips on one rank shows. Slow."""
+
+import pytest
+from helpers.bit_flip import run_with_a_flip
+from helpers.trajectories import data, follow
+from helpers.workplace import needs_compiler
+
+__all__ = ["data", "follow"]  # fixtures
+pytestmark = needs_compiler
+
+FLIP = """
+import os
+
+if os.environ.get("RANK") == "1":
+    import torch
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    flipped = []
+
+    def flip(optimizer, *_):
+        found = [value["exp_avg"] for value in optimizer.state.values() if "exp_avg" in value]
+        local = [one.to_local() if hasattr(one, "to_local") else one for one in found]
+        # Before it loads, torch takes a step with gradients of nothing (_init_optim_state): that one is overwritten.
+        stepped = [one for one in local if one.any()]
+        if stepped and not flipped:
+            stepped[-1].view(torch.int32).view(-1)[0] ^= 1 << 3
+            flipped.append(True)
+
+    register_optimizer_step_post_hook(flip)
+"""
+
+
+@pytest.mark.parametrize(
+    ("engine", "precision"),
+    [
+        *((engine, "fp32") for engine in ("ddp", "zero2", "zero3_offload")),
+        *((engine, "bf16") for engine in ("zero1", "zero3", "fsdp2")),
+    ],
+)
+def test_a_run_resumes_exactly(shared_workplace, follow, engine, precision):
+    """In bf16 of packed rows, as those runs are there anyway; in fp32 test_trajectories.py resumes each engine too."""
+    run = follow(engine, 2, precision == "bf16", precision)
+    done = shared_workplace.sft("verify-resume", run.name)
+    assert done.returncode == 0 and "exact: this run resumes as if" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
+def test_a_bit_that_flips_in_a_ranks_optimizer_is_found_there(shared_workplace, follow, tmp_path, engine):
+    run = follow(engine, 2)
+    (tmp_path / "sitecustomize.py").write_text(FLIP)
+    python_path = f"{tmp_path}:{shared_workplace.environment()['PYTHONPATH']}"
+    done = shared_workplace.sft("verify-resume", run.name, PYTHONPATH=python_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "not exact: " in done.stdout and "as loaded:" not in done.stdout
+    first = next(line for line in done.stdout.splitlines() if line.startswith("11  "))
+    assert "differs (rank 1)" in first, first
+
+
+def test_a_bit_that_flips_between_two_steps_names_one_rank_of_two(workplace, few_rows):
+    line, saved = run_with_a_flip(
+        workplace, few_rows, 2, "trainer.save_steps=8", "guards.compare_ranks_every=3", before_step=4
+    )
+    assert "between steps 3 and 4: weights changed in the memory of rank 1 on " in line
+    assert saved == []

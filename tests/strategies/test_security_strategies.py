@@ -1,0 +1,93 @@
+"""Bombs in the files that DeepSpeed and FSDP2 save; `make test` has those of one process."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from helpers.checkpoints import chosen
+from helpers.pickle_bomb import plant
+from helpers.processes import Seen
+from helpers.workplace import SHORT, manifest, needs_compiler
+
+from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.training.checkpoint import checkpoint_format
+
+# What each loads with pickle (DeepSpeed's TorchCheckpointEngine), and FSDP2 with torch's weights_only.
+FILES = {
+    "zero2": [
+        "global_step8/zero_pp_rank_1_mp_rank_00_optim_states.pt",
+        "global_step8/mp_rank_00_model_states.pt",
+        "rng_state_1.pth",
+    ],
+    "zero3": [
+        "global_step8/zero_pp_rank_1_mp_rank_00_optim_states.pt",
+        "global_step8/zero_pp_rank_0_mp_rank_00_model_states.pt",
+        "latest_universal",
+    ],
+    "fsdp2": ["optimizer.bin", "pytorch_model_fsdp.bin", "optimizer_0/.metadata"],
+}
+
+
+def started(workplace, *arguments):
+    """A start to its end, and what was seen of it; what it said."""
+    with (workplace.path / "said").open("w") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sft_recipes", "train", "tiny", *arguments], cwd=workplace.path,
+            env=workplace.environment(), stdout=said, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+    seen = Seen(process)
+    try:
+        seen.watch(lambda: False)
+    finally:
+        process.kill()
+        process.wait()
+    return seen, (workplace.path / "said").read_text()
+
+
+@needs_compiler
+@pytest.mark.parametrize("engine", FILES)
+def test_no_bomb_in_an_engines_files_goes_off(workplace, few_rows, engine):
+    """Each is told by its checksum; a start takes the older checkpoint; FSDP2 runs none with a forged record either."""
+    ran = workplace.path / "ran"
+    words = ("--name", "bombed", "--gpus", "0", "--processes", "2", f"parallelism={engine}", *SHORT)
+    words += (f"data.train={few_rows}", "data.validation=", "answers.show=0", "answers.exact_match=0")
+    run = RunFolder(workplace.trained("tiny", *words))
+    keep = workplace.path / "keep"
+    shutil.copytree(run.path, keep)
+
+    def bombed(name):
+        shutil.rmtree(run.path)
+        shutil.copytree(keep, run.path, ignore=shutil.ignore_patterns("final", "last", ".lock", "best-8"))
+        run.manifest.write_text(json.dumps({**manifest(run.path), "state": "running"}))
+        (run.checkpoint(8) / name).parent.mkdir(exist_ok=True)
+        known = (run.checkpoint(8) / name).exists()
+        plant(run.checkpoint(8) / name, ran)
+        return known
+
+    for name in FILES[engine]:
+        known = bombed(name)
+        assert known != (name in ("latest_universal", "optimizer_0/.metadata")), "what the engine saves has other names"
+        point, said = chosen(run)
+        assert point.step == 4 and said[0].startswith(f"passing over checkpoint-8: {name} ")
+
+    bombed(FILES[engine][0])
+    seen, said = started(workplace, *words)
+    assert seen.process.returncode == 0, said
+    assert f"passing over checkpoint-8: {FILES[engine][0]} " in said and "going on from checkpoint-4" in said
+    assert {address for address, command in seen.reached_from_outside if "training.start" not in command} == set()
+
+    if engine == "fsdp2":
+        bombed("optimizer.bin")
+        shutil.rmtree(run.checkpoint(8))  # of the last step: nothing of the training's state would be loaded
+        four = run.checkpoint(4)
+        plant(four / "optimizer.bin", ran)
+        record = checkpoint_format.read(four)
+        checkpoint_format.seal(
+            four, {**record, "files": checkpoint_format.checksums(four, checkpoint_format.names(four))}
+        )
+        seen, said = started(workplace, *words)
+        assert seen.process.returncode == 1 and "going on from checkpoint-4" in said
+        assert "Weights only load failed" in said
+    assert not ran.exists()

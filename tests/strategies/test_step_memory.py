@@ -1,0 +1,39 @@
+"""The plan's memory against one optimizer step on fake tensors of the real shapes, within 2%.
+
+This compares the forecast with what torch, transformers, peft, accelerate and TRL allocate; not with a GPU, whose
+driver, context, NCCL and fragmentation the plan's reserve stands for.
+"""
+
+import pytest
+from helpers.fake_step import peak_bytes, simulate_cuda
+
+from sft_recipes.config import loader
+from sft_recipes.planner import memory
+from sft_recipes.planner import plan as plans
+
+GIB = 2**30
+# Recipe, GPUs, overrides, and decoder layers where not all are needed to see every phase of a step.
+CASES = {
+    "1b": ("1b", 1, (), None),
+    "3b": ("3b", 1, (), None),
+    "8b": ("8b", 1, ("parallelism=single",), None),
+    "8b, LoRA": ("8b-lora", 1, ("batch.per_device_at_most=2",), 3),
+    "8b, FSDP2": ("8b", 8, ("parallelism=fsdp2",), 8),
+}
+ON_ONE_GPU = ("1b", "3b", "8b")
+
+
+@pytest.mark.parametrize(
+    ("name", "checkpointing"), [*((name, "true") for name in CASES), *((name, "false") for name in ON_ONE_GPU)]
+)
+def test_the_peak_of_a_step_is_within_two_percent_of_the_plan(monkeypatch, name, checkpointing):
+    recipe_name, gpus, overrides, layers = CASES[name]
+    recipe = loader.load(recipe_name, (*overrides, f"trainer.gradient_checkpointing={checkpointing}"))
+    plan = plans.make(recipe, plans.Topology(gpus, gpus, card="h200-141g"))
+    architecture = dict(recipe.model.architecture)
+    architecture["num_hidden_layers"] = layers or architecture["num_hidden_layers"]
+    planned = memory.bytes_per_gpu(plans.load_of(plan, architecture))
+    simulate_cuda(monkeypatch)
+    tracked = peak_bytes(plan, architecture)
+    parts = {part: round(number / GIB, 2) for part, number in planned.items()}
+    assert tracked == pytest.approx(planned["total"], rel=0.02), f"{tracked / GIB:.2f} GiB tracked, planned {parts}"

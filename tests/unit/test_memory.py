@@ -1,0 +1,409 @@
+import gc
+import json
+import sys
+
+import pytest
+from helpers.workplace import REPOSITORY
+
+from sft_recipes.config import loader, schema
+from sft_recipes.config.architecture import adapter_count, linear_layers, parameter_count
+from sft_recipes.config.schema import Lora
+from sft_recipes.planner import memory
+from sft_recipes.planner import plan as plans
+
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+from machine import most_held
+
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+
+
+def llama(**changes):
+    return {**LLAMA_8B, **changes}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "published"),
+    [
+        (LLAMA_8B, 8_030_261_248),  # Llama 3.1 8B
+        (
+            llama(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64),
+            70_553_706_496,
+        ),
+        (
+            llama(
+                hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, tie_word_embeddings=True, head_dim=64
+            ),
+            1_235_814_400,  # Llama 3.2 1B
+        ),
+    ],
+)
+def test_parameters_are_those_that_the_models_cards_state(architecture, published):
+    assert parameter_count(architecture) == published
+
+
+def load(architecture=None, engine="ddp", world=1, **changes):
+    facts = {"precision": "bf16", "tokens": 2048, "gradient_checkpointing": True, **changes}
+    return memory.Load(LLAMA_8B if architecture is None else architecture, engine, world_size=world, **facts)
+
+
+def test_qwen_3_has_norms_of_queries_and_keys():
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    architecture = {
+        **llama(hidden_size=256, num_hidden_layers=2, vocab_size=100),
+        "model_type": "qwen3",
+        "head_dim": 32,
+    }
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture))
+    assert parameter_count(architecture) == model.num_parameters()
+
+
+def test_an_architecture_without_its_numbers_has_no_forecast():
+    assert parameter_count({"model_type": "llama"}) is None
+    nothing = load({"model_type": "llama"}, world=8)
+    assert memory.bytes_per_gpu(nothing) is memory.host_bytes_per_node(nothing) is memory.disk_bytes(nothing) is None
+
+
+ENGINES = [engine for engine in schema.ENGINES if engine != "zero3_offload"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_mixed_precision_adamw_holds_16_to_18_bytes_a_parameter_over_all_gpus(engine):
+    parts = memory.bytes_per_gpu(load(engine=engine))
+    held = parts["weights"] + parts["gradients"] + parts["optimizer"]
+    assert held == (18 if engine.startswith("zero") else 16) * 8_030_261_248
+
+
+@pytest.mark.parametrize(
+    ("engine", "shared_out"),
+    [
+        ("zero1", ["optimizer"]),
+        ("zero2", ["gradients", "optimizer"]),
+        ("zero3", ["weights", "gradients", "optimizer"]),
+        ("fsdp2", ["weights", "gradients", "optimizer"]),
+    ],
+)
+def test_each_engine_shares_out_what_it_names(engine, shared_out):
+    one, eight = (memory.bytes_per_gpu(load(engine=engine, world=world)) for world in (1, 8))
+    for part in ("weights", "gradients", "optimizer"):
+        assert eight[part] == (one[part] // 8 if part in shared_out else one[part]), part
+
+
+def test_offloading_moves_16_bytes_a_parameter_to_the_nodes():
+    parts = memory.bytes_per_gpu(load(engine="zero3_offload", world=8))
+    assert parts["gradients"] == parts["optimizer"] == 0
+    assert memory.host_bytes_per_node(load(engine="zero3_offload", world=8))["offload"] == 16 * 8_030_261_248
+    assert memory.host_bytes_per_node(load(engine="zero3_offload", world=16, nodes=2))["offload"] == 8 * 8_030_261_248
+    assert memory.host_bytes_per_node(load(engine="zero3", world=8))["offload"] == 0
+
+
+def test_weights_held_in_16_bits_are_mapped_and_fp32_ones_are_each_ranks_own():
+    """As benchmarks/loading.py measured."""
+    loading = {
+        engine: memory.host_bytes_per_node(load(engine=engine, world=8))["loading or saving"]
+        for engine in schema.ENGINES
+    }
+    assert loading["ddp"] == 8 * 4 * 8_030_261_248 == loading["fsdp2"]
+    assert loading["zero1"] == loading["zero2"] == 0
+    assert loading["zero3"] == 2 * 8_030_261_248, "gathered for a save"
+
+
+def test_deepspeeds_own_estimate_of_zero_3_is_the_plans():
+    """Their estimate is 18 bytes a parameter over the GPUs and four times the largest layer, without activations."""
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+
+    parameters, largest, gpus = 8_030_261_248, 128256 * 4096, 8
+    _, theirs, _ = estimate_zero3_model_states_mem_needs(
+        parameters, largest, num_gpus_per_node=gpus, cpu_offload=False, cpu_offload_params=False, zero_init=True
+    )
+    ours = memory.bytes_per_gpu(load(engine="zero3", world=gpus))
+    held = ours["weights"] + ours["gradients"] + ours["optimizer"]
+    assert held == pytest.approx(18 * parameters / gpus)
+    assert held + ours["buffers"] == pytest.approx(theirs, rel=0.1)
+
+
+def test_deepspeeds_own_estimate_of_zero_2_is_the_plans():
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+
+    parameters = 8_030_261_248
+    _, theirs = estimate_zero2_model_states_mem_needs(parameters, num_gpus_per_node=8, cpu_offload=False)
+    ours = memory.bytes_per_gpu(load(engine="zero2", world=8))
+    held = ours["weights"] + ours["gradients"] + ours["optimizer"]
+    assert held == pytest.approx(theirs, rel=0.15), "theirs counts gradients in 16 bits and whole"
+
+
+def test_adapters_are_counted_as_peft_counts_them(tiny_config):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = get_peft_model(AutoModelForCausalLM.from_config(tiny_config), LoraConfig(r=5, target_modules="all-linear"))
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert adapter_count(tiny_config.to_dict(), Lora(r=5)) == trained
+    two = Lora(r=5, target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(
+        AutoModelForCausalLM.from_config(tiny_config), LoraConfig(r=5, target_modules=two.target_modules)
+    )
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert adapter_count(tiny_config.to_dict(), two) == trained
+
+
+@pytest.fixture
+def tiny_config():
+    from conftest import SMALL_LLAMA
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**SMALL_LLAMA)
+
+
+def test_frozen_weights_take_two_bytes_and_4_bit_ones_about_half_of_one():
+    full, lora, qlora = (
+        memory.bytes_per_gpu(load(lora=lora)) for lora in (None, Lora(), Lora(quantize="nf4"))
+    )  # fmt: skip
+    assert full["weights"] == 4 * 8_030_261_248
+    adapters = adapter_count(LLAMA_8B, Lora())
+    assert adapters == 41_943_040, "of r 16 over all linear layers of Llama 3.1 8B"
+    assert lora["weights"] == 2 * 8_030_261_248 + 4 * adapters
+    assert 5e9 < qlora["weights"] < 6.2e9
+    assert lora["optimizer"] == qlora["optimizer"] == 8 * adapters
+
+
+def test_an_8_bit_optimizer_takes_a_quarter_of_fp32_moments_but_for_embeddings():
+    full, eighth = (memory.bytes_per_gpu(load(optimizer=name)) for name in ("adamw_torch_fused", "adamw_8bit"))
+    embeddings = 128_256 * 4096
+    moments = 2 * 8_030_261_248 + 6 * embeddings
+    assert full["optimizer"] == 8 * 8_030_261_248 and eighth["optimizer"] == moments
+    assert full["total"] - eighth["total"] == 6 * (8_030_261_248 - embeddings)
+    plan = plans.make(
+        loader.load("8b", ("parallelism=single", "trainer.optim=adamw_8bit")), plans.Topology(1, 1, card="h200-141g")
+    )
+    assert plan.memory_bytes_per_gpu["optimizer"] == moments and plan.fits
+    assert memory.checkpoint_bytes(load(optimizer="adamw_8bit")) == 4 * 8_030_261_248 + moments
+
+
+def test_the_trainer_has_embeddings_keep_moments_in_fp32(tmp_path):
+    """The real optimizer; what the forecast of 8 bits rests on."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+
+    architecture = {**llama(hidden_size=128, num_hidden_layers=1, vocab_size=512), "model_type": "llama"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture))
+    arguments = TrainingArguments(str(tmp_path), optim="adamw_8bit", use_cpu=True, report_to=[])
+    optimizer = Trainer(model, arguments).create_optimizer()
+    model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    optimizer.step()
+    kinds = {name: optimizer.state[weight]["state1"].dtype for name, weight in model.named_parameters()}
+    assert kinds["model.embed_tokens.weight"] == torch.float32
+    assert kinds["lm_head.weight"] == kinds["model.layers.0.mlp.up_proj.weight"] == torch.uint8
+
+
+def test_eager_attention_keeps_its_scores():
+    plain, eager = (
+        plans.make(loader.load("1b", (f"model.attention={way}",)), plans.Topology(1, 1, card="h200-141g"))
+        for way in ("auto", "eager")
+    )
+    rows, heads, length = eager.per_device_train_batch_size, 32, eager.max_length
+    more = eager.memory_bytes_per_gpu["activations"] - plain.memory_bytes_per_gpu["activations"]
+    assert more == rows * heads * length**2 * 6  # of one layer: the others are computed again
+
+
+def test_a_whole_70b_checkpoint_is_about_a_terabyte():
+    llama_70b = llama(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64)
+    assert memory.checkpoint_bytes(load(llama_70b, engine="zero3", world=32)) == pytest.approx(1.1e12, rel=0.05)
+
+
+# Few, because a CPU without bf16 instructions takes a hundred times as long for a product in bf16 as in fp32.
+TOKENS = 256
+SHAPES = {
+    "llama": {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8, "num_key_value_heads": 2},
+    "llama, every head its own keys": {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 8},
+    "qwen2": {"hidden_size": 512, "intermediate_size": 2700, "num_attention_heads": 8, "num_key_value_heads": 2},
+    "olmo2": {"hidden_size": 512, "intermediate_size": 1400, "num_attention_heads": 8, "num_key_value_heads": 8},
+}  # fmt: skip
+
+
+def kept_for_the_backward_pass(architecture, dtype, autocast, lora, way="sdpa", tokens=TOKENS):
+    """Bytes a token and layer, from the storages that autograd saves: three layers less one, over two."""
+    import contextlib
+
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kept = []
+    for layers in (1, 3):
+        config = AutoConfig.for_model(**architecture, num_hidden_layers=layers, vocab_size=64, attn_implementation=way)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+        body = model.model
+        if lora:
+            model = get_peft_model(model, LoraConfig(r=lora.r, target_modules="all-linear"))
+            model.enable_input_require_grads()
+        storages, weights = {}, {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+
+        def pack(tensor, storages=storages, weights=weights):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                storages[storage.data_ptr()] = (storage.nbytes(), tensor.detach())
+
+        # Nothing goes backward, so the hook returns nothing: a node that saved its own output would never be freed.
+        context = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), context:
+            body(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+        kept.append(sum(number for number, _ in storages.values()))
+    return (kept[1] - kept[0]) / 2 / tokens
+
+
+@pytest.mark.parametrize("engine", ["zero2", "ddp", "fp32", "lora", "lora in fp32"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_activations_are_those_that_autograd_keeps(name, engine):
+    import torch
+
+    architecture = {"model_type": name.split(",")[0], **SHAPES[name]}
+    lora = Lora() if "lora" in engine else None
+    precision = "fp32" if "fp32" in engine else "bf16"
+    planned = load(architecture, "zero2" if engine == "zero2" else "ddp", precision=precision, lora=lora)
+    dtype = torch.bfloat16 if engine in ("zero2", "lora") else torch.float32
+    counted = kept_for_the_backward_pass(architecture, dtype, engine in ("ddp", "lora"), lora)
+    # Autocast's own copies of the weights, which autograd keeps too, are counted among the buffers.
+    casts = 2 * sum(a * b for a, b in linear_layers(architecture).values()) / TOKENS if engine == "ddp" else 0
+    assert memory.activation_bytes(planned) == pytest.approx(counted - casts, rel=0.08)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("inner", [1408, 2816])
+def test_the_peak_of_a_backward_pass_of_adapters_is_what_is_planned(inner, precision):
+    """Of one layer: what it keeps, what it holds for a moment, and fp32 gradients of the hidden states (`logits`)."""
+    import contextlib
+
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from torch.profiler import ProfilerActivity, profile
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    architecture = {**SHAPES["llama"], "model_type": "llama", "intermediate_size": inner}
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    config = AutoConfig.for_model(**architecture, num_hidden_layers=1, vocab_size=64)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+    body, model = model.model, get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+    model.enable_input_require_grads()
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+            weight.grad = torch.zeros_like(weight)
+    autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as tracker:
+        with autocast:
+            states = body(input_ids=torch.zeros(1, TOKENS, dtype=torch.long), use_cache=False).last_hidden_state
+        states.float().sum().backward()
+    planned = load(architecture, precision=precision, lora=Lora())
+    a_token = memory.activation_bytes(planned) + memory._held_for_a_moment(planned) + 4 * architecture["hidden_size"]
+    assert most_held(tracker) / TOKENS == pytest.approx(a_token, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("tied", "precision", "recomputes", "accumulates"),
+    [
+        (True, "fp32", False, False),
+        (True, "fp32", True, True),
+        (True, "bf16", False, True),
+        (False, "bf16", True, False),
+        (False, "bf16", True, True),
+        (False, "fp32", False, True),
+    ],
+)
+def test_the_peak_of_a_step_is_what_is_planned(monkeypatch, tied, precision, recomputes, accumulates):
+    """Of the model with TRL's scoring and the fused AdamW, by tracked allocations; benchmarks/memory.py has whole runs,
+    under every engine."""
+    import torch
+    import trl.trainer.utils
+    from torch.profiler import ProfilerActivity, profile
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    monkeypatch.setattr(trl.trainer.utils, "_use_triton", lambda _device: True)
+    monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 1024)
+    architecture = llama(
+        model_type="llama", hidden_size=256, intermediate_size=704, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=1, vocab_size=1024, tie_word_embeddings=tied,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture)).train()
+    if recomputes:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    trl.trainer.utils.add_fused_lm_head(model)
+    model.forward = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")(model.forward)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    tokens = torch.arange(TOKENS)[None]
+    labels = torch.where(tokens % 16 == 0, tokens, -100)
+    gc.collect()  # what another test has left, and the tracker knows, is not to be freed while it looks
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as tracker:
+        for _ in range(2):
+            for _ in range(1 + accumulates):
+                model(input_ids=tokens, labels=labels, fused_lm_head=True).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    planned = load(
+        architecture, "single", precision=precision, tokens=TOKENS, gradient_checkpointing=recomputes,
+        accumulates=accumulates, on_cpu=True,
+    )  # fmt: skip
+    parts = memory.bytes_per_gpu(planned)
+    assert most_held(tracker) == pytest.approx(parts["total"] - parts["weights"], rel=0.08)
+
+
+@pytest.mark.parametrize("engine", ["zero2", "ddp", "fp32"])
+def test_scores_are_those_that_autograd_keeps(engine):
+    import torch
+
+    architecture = {"model_type": "llama", **SHAPES["llama"], "hidden_size": 128, "intermediate_size": 64}
+    many = 512  # so that scores are most of what eager attention keeps
+    precision, dtype = (
+        ("fp32" if engine == "fp32" else "bf16"),
+        (torch.bfloat16 if engine == "zero2" else torch.float32),
+    )
+    counted = [
+        kept_for_the_backward_pass(architecture, dtype, engine == "ddp", None, way, many) for way in ("eager", "sdpa")
+    ]
+    planned = [
+        memory.activation_bytes(
+            load(architecture, "zero2" if engine == "zero2" else "ddp", precision=precision, **scores)
+        )
+        for scores in ({"scores_of": many}, {})
+    ]
+    # Besides, eager attention keeps keys and values once for each head that shares them.
+    assert planned[0] - planned[1] == pytest.approx(counted[0] - counted[1], rel=0.1)
+
+
+def test_the_buckets_are_those_of_the_files():
+    for name in ("zero1", "zero2", "zero3", "zero3_offload"):
+        zero = json.loads((REPOSITORY / "deepspeed_configs" / f"{name}.json").read_text())["zero_optimization"]
+        assert zero["reduce_bucket_size"] == memory.REDUCE_BUCKET
+        assert zero.get("allgather_bucket_size", memory.ALLGATHER_BUCKET) == memory.ALLGATHER_BUCKET
+        assert zero.get("stage3_prefetch_bucket_size", memory.PREFETCH_BUCKET) == memory.PREFETCH_BUCKET
+
+
+def test_the_total_is_the_sum_of_its_parts():
+    for engine in schema.ENGINES:
+        parts = memory.bytes_per_gpu(load(engine=engine, world=2, gradient_checkpointing=False))
+        assert parts["total"] == sum(parts[name] for name in memory.PARTS)
+        assert set(parts) == {*memory.PARTS, "total", "reserve"}
+
+
+def test_the_reserve_is_driver_context_nccl_and_fragmentation():
+    one, two, cpu = (memory.bytes_per_gpu(load(world=world, on_cpu=cpu)) for world, cpu in ((1, 0), (2, 0), (2, 1)))
+    assert one["reserve"] == pytest.approx((0.8 + 0.6) * 2**30 + 0.05 * one["total"], abs=3)
+    assert two["reserve"] == pytest.approx((0.8 + 0.6 + 1.0) * 2**30 + 0.05 * two["total"], abs=3)
+    assert cpu["reserve"] == 0
+
+
+def test_a_plan_fits_where_its_reserve_fits_too():
+    """3b on one GPU takes 54.9 GiB, and 4.1 must stay free."""
+    needs = plans.make(loader.load("3b"), plans.Topology(1, 1, card="80")).memory_bytes_per_gpu
+    both = (needs["total"] + needs["reserve"]) / 2**30
+    for card, fits in ((both + 0.01, True), (both - 0.01, False), (needs["total"] / 2**30 + 0.01, False)):
+        assert plans.make(loader.load("3b"), plans.Topology(1, 1, card=f"{card:.4f}")).fits is fits

@@ -1,0 +1,180 @@
+"""The shipped recipes: short, pinned, within their rows and their hardware, and each resolved value committed.
+
+Run as a program, this file writes `tests/helpers/golden/` and the README's tables anew; what a changed row of `sizes.yaml` moves
+is then seen in the diff.
+"""
+
+import json
+import re
+
+import pytest
+import torch
+import yaml
+from helpers.workplace import HELPERS, REPOSITORY, Workplace
+
+from sft_recipes.config import loader
+from sft_recipes.launch.topology import planned
+from sft_recipes.planner import plan as plans
+
+GOLDEN = HELPERS / "golden"
+NAMES = loader.names()
+LARGE = [name for name in NAMES if name != "tiny"]
+DATED = {"created", "origins", "accepted"}
+
+
+def plan_of(name):
+    recipe = loader.load(name)
+    return plans.make(recipe, planned(recipe, None, None, None, None))
+
+
+def resolved(name):
+    content = json.loads(plans.to_json(plan_of(name)))
+    return {key: value for key, value in content.items() if key not in DATED}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_resolved_values_are_those_that_were_committed(name, monkeypatch):
+    """`python tests/unit/test_shipped_recipes.py` writes them anew."""
+    monkeypatch.delenv("GPU_HOUR_PRICE", raising=False)
+    assert resolved(name) == json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+def test_no_golden_file_is_left_of_a_recipe_that_is_gone():
+    assert sorted(path.stem for path in GOLDEN.glob("*.json")) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_recipe_is_read_in_a_minute(name):
+    lines = (REPOSITORY / "recipes" / f"{name}.yaml").read_text().splitlines()
+    assert 20 <= len(lines) <= 40
+    assert re.search(r"#     make (train|plan) RECIPE=" + name, lines[1]), "the command stands on top"
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_line_of_the_row_says_what_the_row_says(name):
+    plan = plan_of(name)
+    found = re.search(
+        r"size: \S+ +# learning rate (\S+), batch (\d+), (\d+) epoch",
+        (REPOSITORY / "recipes" / f"{name}.yaml").read_text(),
+    )
+    stated = (float(found[1]), int(found[2]), float(found[3]))
+    assert stated == (plan.learning_rate, plan.effective_batch_size, plan.num_train_epochs)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_model_and_data_are_pinned_by_commit_and_their_licence_is_named(name):
+    recipe = loader.load(name)
+    assert re.fullmatch("[0-9a-f]{40}", recipe.model.revision) and re.fullmatch("[0-9a-f]{40}", recipe.data.revision)
+    assert recipe.model.license
+    assert bool(recipe.model.ungated) == recipe.model.name_or_path.startswith("meta-llama/"), "Llama alone is gated"
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_ungated_model_works_by_one_override(name):
+    recipe = loader.load(name)
+    if recipe.model.ungated:
+        other = loader.load(name, [f"model.name_or_path={recipe.model.ungated}"])
+        plan = plans.make(other, planned(other, None, None, None, None))
+        assert plan.learning_rate == plan_of(name).learning_rate
+        assert plan.memory_bytes_per_gpu is None, "the forecast was the other model's"
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_recipe_fits_its_hardware_and_spends_under_five_percent_on_evaluations_and_saves(name):
+    plan = plan_of(name)
+    assert plan.fits and plan.forecast["overhead_share"] < 0.05
+    assert plan.parallelism != "fsdp2", "which nothing has run on a GPU yet"
+    assert plan.optimizer_steps >= plan.sections["batch"]["min_optimizer_steps"]
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_parameters_are_those_of_the_real_architecture(name):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    architecture = loader.load(name).model.architecture
+    config = AutoConfig.for_model(**architecture)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert architecture.parameter_count(architecture) == model.num_parameters()
+
+
+PUBLISHED = {"1b": 1.23, "3b": 3.21, "7b": 7.61, "8b": 8.03, "13b": 13.7, "32b": 32.8, "70b": 70.6}  # model cards
+
+
+@pytest.mark.parametrize(("name", "billions"), PUBLISHED.items())
+def test_the_parameters_are_those_that_the_models_cards_state(name, billions):
+    assert plan_of(name).parameters / 1e9 == pytest.approx(billions, rel=0.005)
+
+
+def printed(*words):
+    done = Workplace(REPOSITORY).sft(*words)
+    return "".join(f"    {line.rstrip()}\n" for line in done.stdout.splitlines())
+
+
+TABLES = (("list",), ("plan", "8b", "--gpus", "1,2,4,8,16", "--card", "a100-80g"))
+
+
+@pytest.mark.parametrize("words", TABLES, ids=["recipes", "comparison"])
+def test_the_readmes_tables_are_what_the_commands_print(words):
+    assert printed(*words) in (REPOSITORY / "README.md").read_text()
+
+
+def test_the_models_of_the_documentation_are_the_recipes():
+    text = (REPOSITORY / "docs" / "MODELS.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    for name in LARGE:
+        model = loader.load(name).model
+        (row,) = [row for row in rows if name in row.split("|")[1].replace(" ", "").split(",")]
+        assert model.name_or_path in row and model.revision[:8] in row
+        assert (model.ungated or "it is") in row
+
+
+def test_the_engines_table_is_what_was_measured():
+    import sys
+
+    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+    from engines import table
+
+    results = json.loads((REPOSITORY / "benchmarks" / "results" / "engines-2-cores.json").read_text())
+    assert len(results["rows"]) == 20
+    assert table(results["rows"]) in (REPOSITORY / "docs" / "ENGINES.md").read_text()
+
+
+def test_the_loading_table_is_what_was_measured():
+    results = json.loads((REPOSITORY / "benchmarks" / "results" / "loading-2-cores.json").read_text())
+    text = (REPOSITORY / "docs" / "ENGINES.md").read_text()
+    for row in results["rows"]:
+        peaks = ", ".join(f"{rank['peak_anonymous_bytes'] / results['model_bytes']:.2f}" for rank in row["ranks"])
+        assert f"| `{row['engine']}` | {len(row['ranks'])} | {peaks} |" in text
+        if row["engine"] == "zero3":
+            assert max(rank["peak_anonymous_bytes"] for rank in row["ranks"]) < results["model_bytes"]
+
+
+def test_the_engines_files_start_several_nodes_without_ssh_and_save_whole_models():
+    for stage in ("zero1", "zero2", "zero3", "zero3_offload"):
+        launch = yaml.safe_load((REPOSITORY / "accelerate_configs" / f"{stage}.yaml").read_text())["deepspeed_config"]
+        assert launch["deepspeed_multinode_launcher"] == "standard"
+        zero = json.loads((REPOSITORY / "deepspeed_configs" / f"{stage}.json").read_text())["zero_optimization"]
+        assert zero.get("stage3_gather_16bit_weights_on_model_save", stage in ("zero1", "zero2"))
+        assert launch["zero3_init_flag"] is stage.startswith("zero3")
+
+
+def test_every_engine_of_the_plan_has_its_files():
+    from sft_recipes.config import schema
+    from sft_recipes.launch.command import engine_file
+
+    needed = {*schema.ENGINES, "cpu"}
+    assert {path.stem for path in (REPOSITORY / "accelerate_configs").glob("*.yaml")} == needed
+    plan = plans.make(loader.load("tiny"), plans.Topology(gpus=0, processes=2))
+    assert engine_file(plan) == "cpu"
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    readme = REPOSITORY / "README.md"
+    for table in TABLES:
+        header = printed(*table).splitlines()[0].split()[:2]
+        old = re.search(rf"( {{4}}{header[0]} +{header[1]} .*\n(?: {{4}}.*\n)+)", readme.read_text())
+        readme.write_text(readme.read_text().replace(old[1], printed(*table)))
+    for recipe_name in NAMES:
+        (GOLDEN / f"{recipe_name}.json").write_text(json.dumps(resolved(recipe_name), indent=2) + "\n")

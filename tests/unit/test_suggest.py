@@ -1,0 +1,446 @@
+"""What a size needs: the fewest GPUs, the cheapest change that fits, time and money."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+from helpers.workplace import REPOSITORY
+
+from sft_recipes.config import loader, sizes
+from sft_recipes.config.schema import Lora
+from sft_recipes.planner import cost, memory, render, suggest
+from sft_recipes.planner import plan as plans
+from sft_recipes.planner.plan import Topology
+from sft_recipes.runtime import env
+from sft_recipes.runtime.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("no_gpu_mask")
+
+
+def plan(name, gpus, card="h100-80g", *overrides):
+    return plans.make(loader.load(name, overrides), suggest.on(gpus, card))
+
+
+@pytest.mark.parametrize(
+    ("name", "card", "fewest"),
+    [
+        ("1b", "l40s-48g", 1),
+        ("8b", "h100-80g", 4),
+        ("70b", "h100-80g", 32),
+        ("70b", "h200-141g", 16),
+        ("70b", "24", None),
+    ],
+)
+def test_the_fewest_gpus_are_those_below_which_nothing_fits(name, card, fewest):
+    recipe = loader.load(name)
+    assert suggest.smallest_gpu_count(recipe, card) == fewest
+    if fewest:
+        counts = (1, 2, 4, 8, 16, 32)  # all of which keep a batch of 32 or 64
+        assert [gpus for gpus in counts if plan(name, gpus, card).fits] == [gpus for gpus in counts if gpus >= fewest]
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "card", "overrides", "change"),
+    [
+        ("8b", 8, "h100-80g", ["trainer.gradient_checkpointing=false", "trainer.max_length=4096"], "trainer.gradient_checkpointing=true"),
+        ("8b", 8, "a100-40g", ["trainer.max_length=4096"], "batch.per_device_at_most=1"),
+        ("8b", 8, "rtx4090-24g", [], "parallelism=zero3"),
+        ("70b", 8, "h100-80g", [], "GPUS=32"),
+        ("8b", 1, "h100-80g", [], "GPUS=4"),
+        ("8b-lora", 1, "12", [], "lora.quantize=nf4 parallelism=ddp"),
+    ],
+)  # fmt: skip
+def test_the_cheapest_change_is_named_and_does_fit(name, gpus, card, overrides, change):
+    recipe, topology = loader.load(name, overrides), suggest.on(gpus, card)
+    assert plans.make(recipe, topology).fits is False
+    said = suggest.cheapest_change(recipe, topology)
+    assert said.startswith(change)
+    words = dict(word.split("=") for word in said.split())
+    more = int(words.pop("GPUS", gpus))
+    assert plan(name, more, card, *overrides, *(f"{key}={value}" for key, value in words.items())).fits is True
+
+
+def test_where_nothing_helps_nothing_is_named():
+    assert suggest.cheapest_change(loader.load("70b"), suggest.on(8, "2")) is None
+
+
+LLAMA_1B, LLAMA_8B = (loader.load(name).model.architecture for name in ("1b", "8b"))
+
+
+def flops(architecture, mean_length, supervised_share=1.0, lora=None, checkpointing=False):
+    load = memory.Load(architecture, "single", "bf16", 1, 2048, checkpointing, lora=lora)
+    return cost.flops_per_token(load, mean_length, supervised_share)
+
+
+def test_flops_per_token_by_hand():
+    """Llama 3.1 8B: 32 layers of 218,103,808 weights, 58,720,256 of them down_proj; an output layer of 525,336,576;
+    4,096 query outputs; adapters of 41,943,040 weights at rank 16. Examples of 2,048 tokens."""
+    layers, output, adapters = 32 * 218_103_808, 525_336_576, 41_943_040
+    attention = 2 * 32 * 4096 * 2048
+    full = flops(LLAMA_8B, 2048)
+    assert full.forward == 2 * (layers + output) + attention
+    assert full.model == 3 * full.forward
+    assert full.hardware == full.model + 2 * output + attention / 2, "logits and attention scores are computed again"
+    recomputed = flops(LLAMA_8B, 2048, checkpointing=True)
+    assert recomputed.model == full.model
+    assert recomputed.hardware == full.hardware + 2 * (layers - 32 * 58_720_256) + attention
+    lora = flops(LLAMA_8B, 2048, lora=Lora(r=16))
+    assert lora.forward == full.forward + 2 * adapters
+    assert lora.model == 4 * (layers + output) + 6 * adapters + 3 * attention
+    assert flops({}, 2048) is None
+
+
+def test_the_output_layer_is_charged_for_supervised_tokens_only():
+    """Charged for every token, a 1B at 60% supervised has 9% more model FLOPs than it computes."""
+    whole, scored = flops(LLAMA_1B, 2048).model, flops(LLAMA_1B, 2048, 0.6).model
+    assert whole - scored == pytest.approx(0.4 * 6 * 128_256 * 2048)
+    assert whole / scored == pytest.approx(1.09, abs=0.01)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("lora", [None, Lora(r=8)])
+def test_flops_are_those_that_torch_counts(monkeypatch, lora, checkpointing, share):
+    """Of a real forward and backward pass with TRL's scoring. Of causal attention torch counts the hidden half too."""
+    import torch
+    import trl.trainer.utils
+    from peft import LoraConfig, get_peft_model
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    monkeypatch.setattr(trl.trainer.utils, "_use_triton", lambda _device: True)  # score supervised positions only
+    architecture = {
+        "model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8,
+        "num_key_value_heads": 2, "num_hidden_layers": 3, "vocab_size": 2048,
+    }  # fmt: skip
+    model = body = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture)).train()
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=lora.r, target_modules="all-linear"))
+        model.enable_input_require_grads()
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    trl.trainer.utils.add_fused_lm_head(body)
+    tokens = torch.arange(512)[None]
+    labels = torch.where(tokens % round(1 / share) == 0, tokens, -100)
+    aten = torch.ops.aten
+    counted = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, *_, **__: 4 * q[0] * q[1] * q[2] ** 2 * q[3] // 2,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda _, q, *__, **___: 10 * q[0] * q[1] * q[2] ** 2 * q[3] // 2
+        ),
+        aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1],
+    }
+    with FlopCounterMode(display=False, custom_mapping=counted) as forward:
+        loss = model(input_ids=tokens, labels=labels, fused_lm_head=True).loss
+    with FlopCounterMode(display=False, custom_mapping=counted) as backward:
+        loss.backward()
+    scored = int((labels[:, 1:] != -100).sum())
+    planned = flops(architecture, 512, scored / 512, lora, checkpointing)
+    assert forward.get_total_flops() == pytest.approx(512 * planned.forward, rel=1e-3)
+    assert forward.get_total_flops() + backward.get_total_flops() == pytest.approx(512 * planned.hardware, rel=1e-3)
+
+
+def test_time_and_money_follow_from_the_assumed_mfu(monkeypatch):
+    """8b at 35% of 989 TFLOP/s: 41 billion model FLOPs per token, 52 executed with activation checkpointing."""
+    monkeypatch.setenv("GPU_HOUR_PRICE", "2.50")
+    forecast = plan("8b", 8).forecast
+    per_token = flops(LLAMA_8B, 1374, checkpointing=True)
+    per_second = 0.35 * 989e12 / per_token.hardware
+    assert (forecast["hfu"], forecast["mfu"]) == (0.35, round(0.35 * per_token.model / per_token.hardware, 4))
+    assert forecast["tokens_per_second_per_gpu"] == pytest.approx(per_second, rel=1e-3)
+    tokens = 13_074 * 32 * 2048
+    assert forecast["training_seconds"] == pytest.approx(tokens / per_second / 8, rel=1e-3)
+    assert forecast["money"] == pytest.approx(forecast["gpu_hours"] * 2.5, abs=0.02)
+    parts = ("training_seconds", "evaluation_seconds", "saving_seconds")
+    assert forecast["seconds"] == pytest.approx(sum(forecast[part] for part in parts), abs=0.2)
+    half = plans.make(loader.load("8b", ["hardware.mfu=0.175"]), suggest.on(8, "h100-80g")).forecast
+    assert half["training_seconds"] == pytest.approx(2 * forecast["training_seconds"], rel=1e-3)
+    kept = plan("8b", 8, "h100-80g", "trainer.gradient_checkpointing=false").forecast
+    less = flops(LLAMA_8B, 1374).hardware / per_token.hardware
+    assert 0.75 < less < 0.85, "8b computes about a quarter more with activation checkpointing"
+    assert kept["training_seconds"] == pytest.approx(less * forecast["training_seconds"], rel=1e-3)
+    assert kept["evaluation_seconds"] == forecast["evaluation_seconds"]
+
+
+def test_prepared_data_lowers_the_forecast_by_the_tokens_that_are_not_supervised():
+    unknown = plan("1b", 1, "l40s-48g")
+    assert unknown.supervised_share is None
+    prepared = plans.Prepared("f", "x", "m", LLAMA_1B, 207_865, 139_457, 150_000_000, 250_000_000, 1000)
+    settled = plans.settle(unknown, prepared)
+    assert settled.supervised_share == 0.6
+    shares = [flops(LLAMA_1B, 1374, share, checkpointing=True).hardware for share in (1.0, 0.6)]
+    hours = [one.forecast["training_seconds"] / one.optimizer_steps for one in (unknown, settled)]
+    assert hours[1] / hours[0] == pytest.approx(shares[1] / shares[0], rel=1e-3)
+    assert "all tokens supervised, an upper bound" in render.plan_table(unknown)
+    assert "60% of tokens supervised" in render.plan_table(settled)
+
+
+def test_a_price_that_is_none_is_refused(monkeypatch):
+    monkeypatch.setenv("GPU_HOUR_PRICE", "cheap")
+    with pytest.raises(UserError, match="GPU_HOUR_PRICE: 'cheap' is not a price"):
+        plan("8b", 8)
+
+
+def test_a_gpu_that_is_not_in_the_table_is_planned_by_its_memory_without_hours():
+    unknown = plan("8b", 8, "48")
+    assert unknown.forecast is None and unknown.fits is True
+    shown = render.plan_table(unknown)
+    assert "8 GPUs on 1 node(s), GPU type not in the table, 48 GiB" in shown
+    assert "no forecast: peak FLOP/s not known (GPU type not in the table, 48 GiB; set CARD to" in shown
+    assert plans.make(loader.load("tiny"), Topology(gpus=0, processes=1)).forecast is None
+
+
+def test_fp32_has_no_forecast_since_the_table_is_of_bf16():
+    single = plan("1b", 1, "h100-80g", "precision=fp32")
+    assert single.forecast is None and "this plan computes in fp32" in render.plan_table(single)
+
+
+def test_the_comparison_keeps_the_batch_on_every_count(workplace):
+    done = workplace.sft("plan", "8b", "--gpus", "1,2,3,4,8,16", "--card", "h100-80g")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in lines[1:6]] == ["1", "2", "4", "8", "16"]
+    assert lines[6].startswith("3 GPUs: effective_batch_size 32 cannot be shared evenly by 3")
+    listed = json.loads(workplace.sft("plan", "8b", "--gpus", "1,2,3,4,8,16", "--json").stdout)
+    batches = [
+        one["world_size"] * one["per_device_train_batch_size"] * one["gradient_accumulation_steps"]
+        for one in listed
+        if "refused" not in one
+    ]
+    assert batches == [32] * 5
+
+
+def test_a_plan_that_does_not_fit_says_so_and_what_would(workplace):
+    done = workplace.sft("plan", "70b", "--gpus", "8")
+    assert done.returncode == 0
+    found = dict(line.split("  ", 1) for line in done.stdout.splitlines())
+    assert found["fits"].strip() == "no (h100-80g)"
+    assert "driver, CUDA context, NCCL and allocator fragmentation" in found["reserve per GPU"]
+    assert found["fewest GPUs"].strip() == "32 x h100-80g" and found["cheapest change"].strip().startswith("GPUS=32")
+    listed = json.loads(workplace.sft("plan", "70b", "--gpus", "8", "--json").stdout)
+    assert (listed["fits"], listed["fewest_gpus"], listed["cheapest_change"]) == (False, 32, "GPUS=32")
+
+
+def machine_with(workplace, *gpus):
+    """The PATH of a machine with these GPUs, played by an nvidia-smi that lists them; nothing gets so far as to use one."""
+    smi = workplace.path / "bin" / "nvidia-smi"
+    smi.parent.mkdir(exist_ok=True)
+    listed = "\n".join(f"{number}, {mib}, {name}" for number, (mib, name, *_) in enumerate(gpus))
+    capabilities = "\n".join(f"{number}, {' '.join(rest) or '9.0'}" for number, (_, _, *rest) in enumerate(gpus))
+    smi.write_text(
+        "#!/bin/sh\ncase \"$1\" in *compute_cap*) cat <<'CAPABILITIES'\n"
+        f"{capabilities}\nCAPABILITIES\n;; *) cat <<'END'\n{listed}\nEND\n;; esac\n"
+    )
+    smi.chmod(0o755)
+    return f"{smi.parent}:/usr/bin:/bin"
+
+
+def test_train_refuses_what_does_not_fit_the_gpus_that_are_here(workplace):
+    path = machine_with(workplace, *[(81559, "NVIDIA H100 80GB HBM3")] * 8)
+    done = workplace.sft("train", "70b", "--gpus", "8", PATH=path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.search(
+        r"needs about 164\.2 GiB per GPU and 10\.6 GiB of reserve, found 79\.6 GiB \(h100-80g\)\. The cheapest change "
+        r"that fits:", done.stderr,
+    )  # fmt: skip
+    assert "GPUS=32" not in done.stderr, "more than are here"
+    assert not workplace.runs.exists()
+    path = machine_with(workplace, (24564, "NVIDIA GeForce RTX 4090"))
+    done = workplace.sft("train", "3b", "--gpus", "1", PATH=path)
+    assert done.returncode == 2 and "found 24.0 GiB (rtx4090-24g)" in done.stderr, "the recipe names a larger GPU"
+    path = machine_with(workplace, (20475, "NVIDIA Graphics Device"))
+    done = workplace.sft("train", "8b-qlora", "--gpus", "1", "--dry-run", PATH=path)
+    assert done.returncode == 0, done.stderr
+    assert "NVIDIA Graphics Device is not in the table of GPU types: planned by its memory, 20.0 GiB" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("gpus", "card"),
+    [
+        ([(81559, "NVIDIA H100 80GB HBM3")], "h100-80g"),
+        ([(143771, "NVIDIA H200")], "h200-141g"),
+        ([(40960, "NVIDIA A100-SXM4-40GB")], "a100-40g"),
+        ([(81920, "NVIDIA A100-SXM4-80GB"), (40960, "NVIDIA A100-SXM4-40GB")], "a100-40g"),
+        ([(46068, "NVIDIA L40S")], "l40s-48g"),
+        ([(49140, "NVIDIA L40S")], "l40s-48g"),
+        ([(46068, "NVIDIA L40")], "l40-48g"),
+        ([(81559, "NVIDIA H100 PCIe")], "h100-pcie-80g"),
+        ([(95830, "NVIDIA H100 NVL")], "h100-nvl-94g"),
+        ([(143771, "NVIDIA H200 NVL")], "h200-nvl-141g"),
+        ([(97871, "NVIDIA GH200 480GB")], "gh200-96g"),
+        ([(183359, "NVIDIA B200")], "b200-180g"),
+        ([(189471, "NVIDIA GB200")], "gb200-186g"),
+        ([(81920, "NVIDIA A100 80GB PCIe")], "a100-80g"),
+        ([(23028, "NVIDIA A10G")], "a10g-24g"),
+        ([(23028, "NVIDIA A10")], "a10-24g"),
+        ([(24564, "NVIDIA GeForce RTX 4090")], "rtx4090-24g"),
+        ([(24576, "NVIDIA GeForce RTX 3090")], "rtx3090-24g"),
+        ([(32607, "NVIDIA GeForce RTX 5090")], "rtx5090-32g"),
+        ([(49140, "NVIDIA RTX 6000 Ada Generation")], "rtx-6000-ada-48g"),
+        ([(24564, "NVIDIA GeForce RTX 4090 D")], "24.0"),
+        ([(97871, "NVIDIA H100 96GB HBM3")], "95.6"),
+        ([(40192, "NVIDIA A100-SXM4-80GB MIG 3g.40gb")], "39.2"),
+        ([(32510, "Tesla V100-SXM2-32GB")], "31.7"),
+        ([(16303, "NVIDIA Graphics, Device")], "15.9"),
+    ],
+)
+def test_the_card_is_what_the_machine_has(workplace, monkeypatch, gpus, card):
+    from sft_recipes.launch import topology
+
+    monkeypatch.setenv("PATH", machine_with(workplace, *gpus))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    here = topology.visible_gpus()
+    assert len(here) == len(gpus) and topology.card_of(here) == card
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert [gpu.id for gpu in topology.visible_gpus()] == ["0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert topology.visible_gpus() == [] and topology.card_of([]) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ((), "no bf16; say precision=fp32"),
+        (("precision=fp32", "model.attention=flash_attention_2"), "no flash_attention_2; say model.attention=sdpa"),
+        (("model.attention=flash_attention_2",), "no bf16 and no flash_attention_2; say precision=fp32 model.attention=sdpa"),
+    ],
+)  # fmt: skip
+def test_a_gpu_older_than_ampere_is_refused_what_it_does_not_have(workplace, said, wanted):
+    path = machine_with(workplace, (32768, "Tesla V100-SXM2-32GB", "7.0"))
+    done = workplace.sft("train", "1b", "--gpus", "1", *said, PATH=path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert f"Tesla V100-SXM2-32GB (compute capability 7.0) is older than Ampere and has {wanted}" in done.stderr
+    assert not workplace.runs.exists()
+
+
+def test_a_gpu_as_old_as_that_may_train_in_fp32(workplace):
+    path = machine_with(workplace, (81559, "Tesla of much memory", "7.5"))
+    done = workplace.sft("train", "1b", "--gpus", "1", "precision=fp32", "--dry-run", PATH=path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_offloading_without_the_memory_for_it_is_refused(workplace):
+    done = workplace.sft("train", "70b", "--gpus", "0", "parallelism=zero3_offload")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "on the CPU 70b needs about" in done.stderr and "of memory and this machine has" in done.stderr
+
+
+def test_the_two_cheapest_changes_that_take_less_are_named():
+    found = suggest.lighter(loader.load("8b"), suggest.on(8, "h100-80g"))
+    assert len(found) == 2
+    needs = [plan("8b", 8, "h100-80g", *change.split()).memory_bytes_per_gpu["total"] for change in ("", *found)]
+    assert needs[1] <= 0.9 * needs[0] and needs[2] <= 0.9 * needs[0]
+    unknown = loader.load("tiny", ["model.architecture={model_type: gpt2, vocab_size: 1024}"])
+    always = ["batch.per_device_at_most=1", "trainer.gradient_checkpointing=true"]
+    assert suggest.lighter(unknown, Topology(0, 1)) == always, "nothing is forecast"
+
+
+def test_what_is_offloaded_must_fit_the_nodes_own_memory(workplace):
+    path = machine_with(workplace, *[(81559, "NVIDIA H100 80GB HBM3")] * 8)
+    done = workplace.sft(
+        "train", "70b", "--gpus", "8", "parallelism=zero3_offload", "batch.per_device_at_most=1", PATH=path
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "zero3_offload needs about" in done.stderr and "of this node's own memory" in done.stderr
+
+
+@pytest.mark.parametrize("engine", ["zero3", "zero3_offload", "fsdp2"])
+def test_4_bit_weights_are_refused_where_they_would_not_be_shared_out(engine):
+    with pytest.raises(UserError, match=f"{engine} does not shard 4-bit weights .*say parallelism=ddp or zero2"):
+        plan("8b-qlora", 8, "h100-80g", f"parallelism={engine}")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--gpus", "1,2", "--nodes", "2"), "NODES: says nothing where GPUS=1,2 compares several"),
+        (("--gpus", "0", "--card", "24"), "CARD: 24 was asked for without GPUs"),
+        (("lora.target_modules=[foo]", "size=lora-7-13b", "lora.r=8"), r"lora.target_modules is \['foo'\]; wanted all-linear"),
+        (("lora.target_modules=qproj", "size=lora-7-13b"), "lora.target_modules is 'qproj'; wanted all-linear"),
+        (("trainer.eval_steps=1.5",), "trainer.eval_steps is 1.5; wanted a whole number of steps"),
+        (("trainer.num_train_epochs=-1",), "trainer.num_train_epochs is -1"),
+        (("trainer.warmup_ratio=5", "outside_range=[warmup_ratio]"), "trainer.warmup_ratio is 5.0; wanted 0 to 1"),
+        (("trainer.gradient_accumulation_steps=3",), r"is the plan's to set \(derived from batch.effective_batch_size"),
+        (("trainer.per_device_train_batch_size=3",), "is the plan's to set; say batch.per_device_at_most instead"),
+        (("--gpus", "3"), "effective_batch_size 32 cannot be shared evenly by 3 GPUs .*these counts can: 1, 2, 4"),
+        (("model.architecture={num_key_value_heads: x}",), "num_key_value_heads is 'x'; wanted a whole number"),
+        (("model.architecture={head_dim: 1.5}",), "head_dim is 1.5; wanted a whole number"),
+        (("model.architecture={tie_word_embeddings: 'false'}",), "tie_word_embeddings is 'false'; wanted true or false"),
+        (("model.architecture={hidden_size: 16, num_attention_heads: 32}",), "hidden_size 16 is no multiple of"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_plan_is_refused_in_one_line(workplace, words, message):
+    done = workplace.sft("plan", "8b", *words)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert re.search(message, done.stderr), done.stderr
+
+
+def test_more_than_eight_gpus_are_several_nodes():
+    from sft_recipes.launch.topology import planned
+
+    nodes = {gpus: planned(loader.load("70b"), gpus, None, None, None).nodes for gpus in (8, 16, 32, 64)}
+    assert nodes == {8: 1, 16: 2, 32: 4, 64: 8}
+
+
+def test_a_model_whose_size_the_recipe_does_not_say_is_weighed_once_it_is_here():
+    recipe = loader.load("8b", ["model.name_or_path=some/model", "data.train=rows.jsonl"])
+    unknown = plans.make(recipe, suggest.on(1, "h100-80g"))
+    assert unknown.fits is None
+    architecture = loader.load("8b").model.architecture
+    found = plans.Prepared("f", "x", "m", architecture, 9000, 9000, 9000, 90000, 10)
+    with pytest.raises(UserError, match=r"some/model needs about .* GiB per GPU and .* GiB of reserve, found 79.6 GiB"):
+        plans.settle(unknown, found)
+    fitting = plans.settle(plans.make(recipe, suggest.on(8, "h100-80g")), found)
+    assert fitting.fits is True and fitting.parameters == 8_030_261_248
+
+
+def test_a_size_between_two_rows_takes_the_nearest_and_the_plan_says_so(workplace):
+    words = ("plan", "7b", "size=20b", "model.architecture={}", "--gpus", "8")
+    done = workplace.sft(*words, "--json")
+    found = json.loads(done.stdout)
+    assert (found["size"], found["size_asked"], found["learning_rate"]) == ("30-70b", "20b", 2e-5)
+    assert found["effective_batch_size"] == 64
+    assert "7b (row 30-70b, the nearest to 20b)" in workplace.sft(*words).stdout
+    assert plan("7b", 8, "h100-80g", "size=18b").size == "7-13b"
+
+
+def test_a_recipe_whose_architecture_belongs_to_another_row_is_refused():
+    recipe = loader.load("8b")
+    for size, row in (("1-3b", "1-3b"), ("70b", "30-70b"), ("tiny", "tiny")):
+        with pytest.raises(UserError, match=f"size is {size}, row {row}, but model.architecture has 8.0 billion"):
+            sizes.row_of(dataclasses.replace(recipe, size=size))
+
+
+@pytest.mark.parametrize("content", ['{"zero_optimization": {"stage": 2}}', "{", "{}"])
+def test_an_engine_whose_files_disagree_is_refused(tmp_path, monkeypatch, content):
+    from sft_recipes.launch import command
+
+    (tmp_path / "accelerate_configs").mkdir()
+    (tmp_path / "deepspeed_configs").mkdir()
+    zero3 = plan("70b", 32)
+    monkeypatch.setattr(command, "REPOSITORY", tmp_path)
+    with pytest.raises(UserError, match="needs accelerate_configs/zero3.yaml, which is not there"):
+        command.engine(zero3)
+    text = (REPOSITORY / "accelerate_configs" / "zero3.yaml").read_text()
+    (tmp_path / "accelerate_configs" / "zero3.yaml").write_text(text)
+    with pytest.raises(UserError, match="zero3 needs deepspeed_configs/zero3.json, which is not there"):
+        command.engine(zero3)
+    (tmp_path / "deepspeed_configs" / "zero3.json").write_text(content)
+    wanted = (
+        "says stage 2, but the plan has parallelism zero3" if "stage" in content else "not a DeepSpeed configuration"
+    )
+    with pytest.raises(UserError, match=wanted):
+        command.engine(zero3)
+
+
+def test_the_memory_is_the_machines_unless_its_container_may_take_less(tmp_path, monkeypatch):
+    """No file, as on bare machines; `max`, as in containers without a limit; a limit."""
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(env, "_MEMORY_LIMITS", (limit,))
+    machine = env.host_memory_bytes()
+    assert machine > 2**28
+    limit.write_text("max\n")
+    assert env.host_memory_bytes() == machine
+    limit.write_text(f"{2**28}\n")
+    assert env.host_memory_bytes() == 2**28

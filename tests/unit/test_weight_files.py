@@ -1,0 +1,143 @@
+"""The published model has the base model's dtype; everything else about it is what was trained."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from datasets import load_from_disk
+from helpers.workplace import SHORT, manifest
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from sft_recipes.data.tokenize import IGNORED
+from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.tools import generate
+from sft_recipes.training.checkpoint import checkpoint_format
+from sft_recipes.training.weight_files import PublishedCopy
+
+
+def folder_of(path, tensors, **more):
+    """A model folder of one file per dictionary of tensors, with an index where there are several."""
+    path.mkdir()
+    files = {f"model-{number}.safetensors": of for number, of in enumerate(tensors)}
+    for name, of in files.items():
+        save_file(of, path / name, metadata={"format": "pt"})
+    index = {
+        "metadata": {"total_size": sum(t.nbytes for of in tensors for t in of.values()), "total_parameters": 1},
+        "weight_map": {tensor: name for name, of in files.items() for tensor in of},
+    }
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (path / "config.json").write_text(json.dumps({"dtype": "float32", **more}))
+    return path
+
+
+def published(base, source, target):
+    target.mkdir()
+    checkpoint_format.copy_model(source, target, PublishedCopy(base))
+    return {name: tensor for file in target.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def test_each_fp32_weight_gets_the_dtype_that_it_has_in_the_base(tmp_path):
+    """`scale` is fp32 in the base too, `new` is not in it; `half` and `ids` are not fp32 to begin with."""
+    torch.manual_seed(0)
+    trained = [
+        {"layer": torch.randn(3, 5), "scale": torch.randn(7), "one": torch.tensor(2.5)},
+        {"new": torch.randn(4), "half": torch.randn(3).bfloat16(), "ids": torch.arange(3)},
+    ]
+    base = {"layer": torch.zeros(3, 5), "one": torch.tensor(0.0), "half": torch.zeros(3)}
+    base = {**{name: tensor.bfloat16() for name, tensor in base.items()}, "scale": torch.zeros(7)}
+    source = folder_of(tmp_path / "source", trained, text_config={"dtype": "float32", "vocab_size": 4})
+    result = published(folder_of(tmp_path / "base", [base]), source, tmp_path / "final")
+    everything = {**trained[0], **trained[1]}
+    dtypes = dict.fromkeys(("layer", "one", "new", "half"), torch.bfloat16)
+    dtypes |= {"scale": torch.float32, "ids": torch.int64}
+    assert {name: tensor.dtype for name, tensor in result.items()} == dtypes
+    assert all(torch.equal(result[name], everything[name].to(dtype)) for name, dtype in dtypes.items())
+    config = json.loads((tmp_path / "final" / "config.json").read_text())
+    assert config == {"dtype": "bfloat16", "text_config": {"dtype": "bfloat16", "vocab_size": 4}}
+    index = json.loads((tmp_path / "final" / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": sum(t.nbytes for t in result.values()), "total_parameters": 1}
+    assert index["weight_map"] == json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
+
+
+@pytest.mark.parametrize(
+    ("base", "trained"), [("float32", "float32"), ("float32", "bfloat16"), ("float16", "bfloat16"), ("bfloat16",) * 2]
+)
+def test_nothing_is_widened_and_what_needs_no_change_is_copied_byte_for_byte(tmp_path, base, trained):
+    """ZeRO saves bf16 whatever the base is."""
+    held = folder_of(tmp_path / "base", [{"layer": torch.zeros(3, 5, dtype=getattr(torch, base))}])
+    source = folder_of(tmp_path / "source", [{"layer": torch.ones(3, 5, dtype=getattr(torch, trained))}])
+    (source / "config.json").write_text(json.dumps({"dtype": trained}))
+    published(held, source, tmp_path / "final")
+    for name in ("model-0.safetensors", "config.json"):
+        content = [(folder / name).read_bytes() for folder in (source, tmp_path / "final")]
+        assert json.loads(content[0]) == json.loads(content[1]) if name == "config.json" else content[0] == content[1]
+
+
+@pytest.fixture(scope="module")
+def bf16_base(model_folder, tmp_path_factory):
+    """The small model in bf16, as pretrained models are published."""
+    folder = tmp_path_factory.mktemp("models") / "bf16"
+    shutil.copytree(model_folder, folder)
+    AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(shared_workplace, bf16_base, few_rows):
+    """That model, fully fine-tuned on one process: fp32 weights under bf16 autocast."""
+    words = ("model.from_scratch=false", "model.architecture={}", f"model.name_or_path={bf16_base}", "precision=bf16")
+    return shared_workplace.trained_once("fine-tuned", *words, *SHORT, f"data.train={few_rows}")
+
+
+def held_out_loss(model, run):
+    """Mean loss of the supervised tokens of the run's validation rows, in fp32 arithmetic."""
+    rows = load_from_disk(json.loads((run / "prepared.json").read_text())["folder"] + "/validation")
+    total = tokens = 0
+    for row in rows:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        positions = torch.cat([torch.arange(length) for length in row.get("seq_lengths", [ids.shape[1]])])[None]
+        with torch.no_grad():
+            logits = model(input_ids=ids, position_ids=positions).logits.float()
+        total += float(
+            torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=IGNORED, reduction="sum")
+        )
+        tokens += int((labels[0, 1:] != IGNORED).sum())
+    return total / tokens
+
+
+def test_final_is_published_in_the_base_models_dtype_and_checkpoints_stay_fp32(fine_tuned):
+    best = f"best-{manifest(fine_tuned)['best_step']}"
+    final = load_file(fine_tuned / "final" / "model.safetensors")
+    trained = load_file(fine_tuned / best / "model.safetensors")
+    assert final.keys() == trained.keys()
+    assert all(torch.equal(final[name], trained[name].bfloat16()) for name in final)
+    for kept in (best, "last", "checkpoint-8"):
+        dtypes = {tensor.dtype for tensor in load_file(fine_tuned / kept / "model.safetensors").values()}
+        assert dtypes == {torch.float32}, kept
+    configs = {name: json.loads((fine_tuned / name / "config.json").read_text()) for name in ("final", best)}
+    assert (configs["final"]["dtype"], configs[best]["dtype"]) == ("bfloat16", "float32")
+    assert checkpoint_format.damage(fine_tuned / "final", checkpoint_format.read(fine_tuned / "final")) is None
+
+
+def test_the_held_out_loss_of_the_published_model_is_that_of_the_fp32_model(fine_tuned):
+    def loss(name):
+        return held_out_loss(AutoModelForCausalLM.from_pretrained(fine_tuned / name, dtype=torch.float32), fine_tuned)
+
+    trained = loss(f"best-{manifest(fine_tuned)['best_step']}")
+    assert loss("final") == pytest.approx(trained, rel=1e-3)
+    assert trained == pytest.approx(manifest(fine_tuned)["best_eval_loss"], rel=0.02), "measured on the same rows"
+
+
+def test_the_published_model_answers_in_its_dtype(fine_tuned, capsys):
+    plan_dtype = generate.load(*plan_of(fine_tuned)).dtype
+    assert plan_dtype == torch.bfloat16
+    assert generate.main(RunFolder(fine_tuned), ["How much is 1 and 1?"]) == 0
+    assert capsys.readouterr().out.endswith("\n")
+
+
+def plan_of(run):
+    from sft_recipes.planner import plan as plans
+
+    return plans.read(run / "plan.json"), RunFolder(run)
