@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-VARIABLES := RECIPE GPUS NODES PROCESSES DEVICES DATA VALIDATION NAME RESUME ACCEPT STRICT CARD RUN ROWS HTML PLOT WITH PORT PROMPT DRY_RUN SANITY REPORT_TO GPU_HOUR_PRICE ARGS RUNTIME IMAGE VARIANT MOUNTS CONTAINER_ARGS BUILD_ARGS WHEEL
+VARIABLES := RECIPE GPUS NODES PROCESSES DEVICES DATA VALIDATION NAME RESUME ALLOW_CHANGE STRICT_VERSIONS GPU_TYPE RUN ROWS HTML PLOT WITH PORT PROMPT DRY_RUN SANITY REPORT_TO GPU_HOUR_PRICE ARGS RUNTIME IMAGE VARIANT MOUNTS CONTAINER_ARGS BUILD_ARGS WHEEL
 RECIPE ?= tiny
 
 # Make expands $(…) in what the user typed; the raw text goes to the environment, and the shell quotes it.
@@ -16,10 +16,10 @@ PYTHON := $(VENV)/bin/python
 # or in $(VENV), which is made when needed, is decided by the module below; Python's standard library is enough for it.
 SFT = set -f; exec "$$(command -v python3 python3.12 python3.11 | head -n 1)" -I sft_recipes/launch/container.py "$(VENV)"
 HARDWARE = $${GPUS:+--gpus "$$GPUS"} $${NODES:+--nodes "$$NODES"} $${PROCESSES:+--processes "$$PROCESSES"} \
-	$${CARD:+--card "$$CARD"}
+	$${GPU_TYPE:+--gpu-type "$$GPU_TYPE"}
 OVERRIDES = $${DATA:+"data.train=$$DATA"} $${VALIDATION:+"data.validation=$$VALIDATION"} $${ARGS:-}
 
-.PHONY: help setup flash-attn image smoke doctor recipes plan schedules inspect fetch sanity train verify-resume diagnose report status slurm tensorboard generate merge test test-fake-gpus test-strategies test-container test-slurm test-cuda-build chaos bench test-latest lint lock
+.PHONY: help setup flash-attn image smoke doctor recipes plan schedules inspect download sanity train verify-resume diagnose report status slurm tensorboard generate merge test test-fake-gpus test-strategies test-container test-slurm test-cuda-build chaos bench test-latest lint lock
 
 help: ## this list
 	@echo 'Variables stand behind the target: make train RECIPE=8b GPUS=8'
@@ -31,12 +31,12 @@ help: ## this list
 		'GPUS        GPUs over all nodes; 0 is the CPU (default: what the recipe or the machine has); plan compares 1,2,4,8' \
 		'DEVICES     which GPUs, by id: 0,2' \
 		'PROCESSES   ranks on the CPU, with GPUS=0' \
-		'NODES CARD  hardware to plan for: CARD=h100-80g, a100-40g, ... or GiB' \
+		'NODES GPU_TYPE  hardware to plan for: GPU_TYPE=h100-80g, a100-40g, ... or GiB' \
 		'DATA        your data: a .jsonl, .json, .csv or .parquet file, a folder, or a Hub name' \
 		'VALIDATION  data to validate on (default: a seeded part of DATA)' \
 		'NAME        the name of the run (default: RECIPE-1, RECIPE-2, ...)' \
-		'RESUME=1    an error where there is no run to go on with; ACCEPT=KEY,... goes on with a changed plan' \
-		'STRICT=1    an error where the libraries are not those that the run was trained with' \
+		'RESUME=1    an error where there is no run to go on with; ALLOW_CHANGE=KEY,... goes on with a changed plan' \
+		'STRICT_VERSIONS=1    an error where the libraries are not those that the run was trained with' \
 		'ROWS HTML   how many rows inspect shows; a page to write them to' \
 		'PLOT WITH   a .png or .svg to draw learning rates to; other schedules: WITH=polynomial,...' \
 		'SANITY=skip starts a run that nothing has tried' \
@@ -65,9 +65,9 @@ doctor: ## is this machine fit: driver, GPUs, attention, links, memory, disk, Hu
 	@$(SFT) doctor $${GPUS:+--gpus "$$GPUS"} $${ARGS:-}
 
 recipes: ## the recipes in a table
-	@$(SFT) list
+	@$(SFT) recipes
 
-plan: ## settle every number of a run, start nothing: RECIPE GPUS NODES CARD DATA ARGS (ARGS=--explain, ARGS=--json)
+plan: ## settle every number of a run, start nothing: RECIPE GPUS NODES GPU_TYPE DATA ARGS (ARGS=--explain, ARGS=--json)
 	@$(SFT) plan "$$RECIPE" $(HARDWARE) $(OVERRIDES)
 
 schedules: ## learning-rate curves for the recipe's own steps, a table and a plot: RECIPE GPUS RUN PLOT WITH DATA ARGS
@@ -77,15 +77,15 @@ schedules: ## learning-rate curves for the recipe's own steps, a table and a plo
 inspect: ## what the loss will see, before any GPU is taken: RECIPE DATA VALIDATION ROWS HTML ARGS (ARGS=--json)
 	@$(SFT) inspect "$$RECIPE" $(HARDWARE) $${ROWS:+--rows "$$ROWS"} $${HTML:+--html "$$HTML"} $(OVERRIDES)
 
-fetch: ## bring model, tokenizer and data from the Hub; the run then needs no network: RECIPE DATA VALIDATION ARGS
-	@$(SFT) fetch "$$RECIPE" $(OVERRIDES)
+download: ## bring model, tokenizer and data from the Hub; the run then needs no network: RECIPE DATA VALIDATION ARGS
+	@$(SFT) download "$$RECIPE" $(OVERRIDES)
 
 sanity: ## try a run on a few rows in minutes, before hours are spent; train does it by itself: RECIPE GPUS DEVICES DATA ARGS
 	@$(SFT) sanity "$$RECIPE" $(HARDWARE) $${DEVICES:+--devices "$$DEVICES"} $(OVERRIDES)
 
-train: ## the run; goes on with an unfinished one: RECIPE GPUS DEVICES PROCESSES DATA VALIDATION NAME RESUME ACCEPT ARGS
+train: ## the run; goes on with an unfinished one: RECIPE GPUS DEVICES PROCESSES DATA VALIDATION NAME RESUME ALLOW_CHANGE ARGS
 	@$(SFT) train "$$RECIPE" $(HARDWARE) $${DEVICES:+--devices "$$DEVICES"} $${NAME:+--name "$$NAME"} \
-		$${RESUME:+--resume} $${ACCEPT:+--accept "$$ACCEPT"} $${STRICT:+--strict} $${DRY_RUN:+--dry-run} $(OVERRIDES)
+		$${RESUME:+--resume} $${ALLOW_CHANGE:+--allow-change "$$ALLOW_CHANGE"} $${STRICT_VERSIONS:+--strict-versions} $${DRY_RUN:+--dry-run} $(OVERRIDES)
 
 verify-resume: ## proves that a run resumes exactly: takes recorded steps of it again and compares bits: RUN
 	@$(SFT) verify-resume "$${RUN:?RUN is missing: the name of a run, such as tiny-1}"

@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from sft_recipes.config import loader  # noqa: E402
-from sft_recipes.launch.topology import card_of, visible_gpus  # noqa: E402
+from sft_recipes.launch.topology import gpu_type_of, visible_gpus  # noqa: E402
 from sft_recipes.planner import plan as plans  # noqa: E402
 
 WAYS = ("eager", "sdpa", "varlen", "flash_attention_2")
@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=machine.at_least_one, default=5)
     asked = parser.parse_args()
-    card = card_of(visible_gpus())
+    card = gpu_type_of(visible_gpus())
     device, dtype = ("cuda", torch.bfloat16) if card else ("cpu", torch.float32)
     errors, absent = {}, {}
     for name, kernel in (("varlen", attention.varlen), ("flash_attention_2", attention.flash)):

@@ -41,7 +41,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from sft_recipes.config import gpu_types, loader  # noqa: E402
-from sft_recipes.launch.topology import ask_nvidia, card_of, visible_gpus  # noqa: E402
+from sft_recipes.launch.topology import ask_nvidia, gpu_type_of, visible_gpus  # noqa: E402
 from sft_recipes.planner import cost  # noqa: E402
 from sft_recipes.planner import plan as plans  # noqa: E402
 from sft_recipes.planner.plan import Plan  # noqa: E402
@@ -50,8 +50,8 @@ STEPS, WARM_UP = 25, 5
 ROWS, MEAN_TOKENS = Path(tempfile.gettempdir()) / f"sft-recipes-benchmark-rows-{os.getuid()}", 1374
 DEFAULT = "as shipped"
 SHORT = (
-    "trainer.eval_steps=1000", "trainer.save_steps=1000", "trainer.logging_steps=1", "answers.show=0",
-    "answers.exact_match=0", "data.validation_at_most=50", "batch.min_optimizer_steps=1",
+    "trainer.eval_steps=1000", "trainer.save_steps=1000", "trainer.logging_steps=1", "generation.show=0",
+    "generation.exact_match=0", "data.max_eval_samples=50", "batch.min_optimizer_steps=1",
 )  # fmt: skip
 # What has a recipe for more GPUs fit on one of 141 GB.
 ON_ONE_GPU = {"8b": ("parallelism=single", "trainer.optim=adamw_8bit"), "3b": ("parallelism=single",)}
@@ -63,7 +63,7 @@ if "train" in sys.orig_argv:
     from sft_recipes.launch import topology
     topology.check_disk = lambda _plan, _folder: None
 """
-_SPEEDS = ("slots_per_second", "tokens_per_second", "supervised_tokens_per_second")
+_SPEEDS = ("padded_tokens_per_second", "tokens_per_second", "supervised_tokens_per_second")
 # A matrix product that is large enough to reach what the device can, in the precision that recipes train in.
 _PRODUCT = """
 import sys, time, torch
@@ -117,17 +117,20 @@ def as_many_tokens(name: str, length: int) -> tuple[str, ...]:
     """Rows of this length, as many that a step and a forward pass have the tokens that the recipe's own have."""
     recipe = loader.load(name)
     plan = plans.make(recipe, plans.Topology(gpus=1, processes=1))
-    rows = {"effective_batch_size": plan.effective_batch_size, "per_device_at_most": recipe.batch.per_device_at_most}
+    rows = {
+        "effective_batch_size": plan.effective_batch_size,
+        "max_per_device_batch_size": recipe.batch.max_per_device_batch_size,
+    }
     words = [f"batch.{key}={max(many * plan.max_length // length, 1)}" for key, many in rows.items()]
-    return (f"trainer.max_length={length}", *words, "outside_range=[effective_batch_size]")
+    return (f"trainer.max_length={length}", *words, "allow_out_of_range=[effective_batch_size]")
 
 
 def ablations(on_gpu: bool) -> dict[str, Case]:
     """The default, and each knob turned by itself; in docs/LOG.md stands what came of it."""
     name, options, words = ("1b", ("--gpus", "1"), from_scratch("1b")) if on_gpu else ("tiny", (), ())
     recipe = loader.load(name)
-    most, recomputes = recipe.batch.per_device_at_most, recipe.trainer["gradient_checkpointing"]
-    larger = () if on_gpu else (f"batch.effective_batch_size={2 * most}", "outside_range=[effective_batch_size]")
+    most, recomputes = recipe.batch.max_per_device_batch_size, recipe.trainer["gradient_checkpointing"]
+    larger = () if on_gpu else (f"batch.effective_batch_size={2 * most}", "allow_out_of_range=[effective_batch_size]")
     turned: dict[str, tuple[str, ...]] = {
         DEFAULT: (),
         "masked attention (sdpa)": ("model.attention=sdpa",),
@@ -135,8 +138,8 @@ def ablations(on_gpu: bool) -> dict[str, Case]:
         f"checkpointing {'off' if recomputes else 'on'}": (
             f"trainer.gradient_checkpointing={str(not recomputes).lower()}",
         ),
-        "half the micro-batch": (f"batch.per_device_at_most={max(most // 2, 1)}",),
-        "twice the micro-batch": (f"batch.per_device_at_most={2 * most}", *larger),
+        "half the micro-batch": (f"batch.max_per_device_batch_size={max(most // 2, 1)}",),
+        "twice the micro-batch": (f"batch.max_per_device_batch_size={2 * most}", *larger),
         "torch.compile": ("trainer.torch_compile=true",),
         "AdamW not fused": ("trainer.optim=adamw_torch",),
         "a data worker": ("trainer.dataloader_num_workers=1",),
@@ -185,7 +188,7 @@ def main() -> int:
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--ablations", action="store_true")
     asked = parser.parse_args()
-    card = card_of(visible_gpus())
+    card = gpu_type_of(visible_gpus())
     known = ablations(card is not None) if asked.ablations else cases(card is not None)
     if unknown := [name for name in asked.cases if name not in known]:
         print(f"error: no case {unknown[0]!r} here; there are: {'; '.join(known)}", file=sys.stderr)
@@ -311,7 +314,7 @@ def _operations(plan: Plan, prepared: Path) -> dict[str, float | None]:
         else [len(row) for row in rows["input_ids"]]
     )
     attended = sum(length * (length + 1) for length in lengths) / sum(lengths)
-    architecture = plan.sections["model"]["architecture"]
+    architecture = plan.sections.model.architecture
     supervised = 1.0 if plan.supervised_share is None else plan.supervised_share
     flops = cost.flops_per_token(plans.load_of(plan, architecture), attended, supervised)
     return {
@@ -377,7 +380,7 @@ def table(content: dict[str, Any]) -> str:
         lines.append(
             f"| {name} | {row['repeats']} | {seconds['median']:.3f} ({seconds['least']:.3f} to {seconds['most']:.3f}) "
             f"| {row['tokens_per_second']:,.0f}{_beside_the_default(row, content['rows'])} "
-            f"| {row['slots_per_second']:,.0f} | {row['supervised_tokens_per_second']:,.0f} "
+            f"| {row['padded_tokens_per_second']:,.0f} | {row['supervised_tokens_per_second']:,.0f} "
             f"| {_shares(row['mfu'], 'causal')} | {_shares(row['mfu'], 'PaLM')} | {_shares(row['hfu'], 'causal')} "
             f"| {memory / 2**30:.1f} GiB "
             f"| {', '.join(f'{seconds:.1f} ({data})' for data, seconds in row['first_step_seconds'].items())} |"

@@ -43,7 +43,7 @@ from typing import Any
 import machine
 from bench import from_scratch
 
-from sft_recipes.launch.topology import card_of, visible_gpus
+from sft_recipes.launch.topology import gpu_type_of, visible_gpus
 
 REPOSITORY = machine.HERE.parent
 
@@ -123,7 +123,7 @@ def main() -> int:
     if wrong := _wrong(asked, known):
         print(f"error: {wrong}", file=sys.stderr)
         return 2
-    card = card_of(visible_gpus()) if asked.recipe != "tiny" else None
+    card = gpu_type_of(visible_gpus()) if asked.recipe != "tiny" else None
     target = machine.results("beside", f"{asked.recipe}-{card}" if card else None)
     failed = set()
     with tempfile.TemporaryDirectory() as folder:
@@ -257,9 +257,10 @@ def _ours(place: Place, output: Path) -> list[str]:
     words = (
         f"data.train={place.rows}/train.jsonl", f"data.validation={place.rows}/validation.jsonl",
         f"model.name_or_path={place.model}", "model.from_scratch=false", "model.architecture={}",
-        "batch.effective_batch_size=32", "batch.per_device_at_most=4", "batch.min_optimizer_steps=1",
-        "answers.show=0", "answers.exact_match=0", f"trainer.learning_rate={place.rate}", "trainer.weight_decay=0.01",
-        "outside_range=[effective_batch_size, learning_rate, weight_decay]", f"trainer.max_steps={place.steps}",
+        "batch.effective_batch_size=32", "batch.max_per_device_batch_size=4", "batch.min_optimizer_steps=1",
+        "generation.show=0", "generation.exact_match=0",
+        f"trainer.learning_rate={place.rate}", "trainer.weight_decay=0.01",
+        "allow_out_of_range=[effective_batch_size, learning_rate, weight_decay]", f"trainer.max_steps={place.steps}",
         f"trainer.logging_steps={EVERY}", f"trainer.eval_steps={half}", f"trainer.save_steps={half}",
     )  # fmt: skip
     hardware = ("--gpus", "1") if place.on_gpu else ()

@@ -21,13 +21,13 @@ from typing import Any
 import machine
 from bench import REPOSITORY, Case, from_scratch, write_rows
 
-from sft_recipes.launch.topology import card_of, visible_gpus
+from sft_recipes.launch.topology import gpu_type_of, visible_gpus
 
 STEPS, NAME = 20, "first"
 WORDS = (
     f"trainer.max_steps={STEPS}", f"trainer.eval_steps={STEPS}", f"trainer.save_steps={STEPS}",
-    "trainer.logging_steps=1", "data.validation_at_most=50", "batch.min_optimizer_steps=1",
-    "answers.show=1", "answers.exact_match=0",
+    "trainer.logging_steps=1", "data.max_eval_samples=50", "batch.min_optimizer_steps=1",
+    "generation.show=1", "generation.exact_match=0",
 )  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def case(on_gpu: bool) -> Case:
 
 def main() -> int:
     """Run all stages; 1 if one failed."""
-    card = card_of(visible_gpus())
+    card = gpu_type_of(visible_gpus())
     if card:
         write_rows()
     ours, target = case(card is not None), machine.results("first_run", card)

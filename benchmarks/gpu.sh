@@ -82,7 +82,7 @@ for again in 2 3; do
 done
 
 case ${1:-} in --list) ;; *)
-    "$python" -c 'import sys; from sft_recipes.launch.topology import card_of, visible_gpus; sys.exit(card_of(visible_gpus()) is None)' || {
+    "$python" -c 'import sys; from sft_recipes.launch.topology import gpu_type_of, visible_gpus; sys.exit(gpu_type_of(visible_gpus()) is None)' || {
         echo "error: gpu.sh: no GPU that is known is here, so nothing is measured; --list shows what there is" >&2
         exit 2
     } ;;

@@ -27,7 +27,7 @@ from sft_recipes.config import loader  # noqa: E402
 from sft_recipes.launch import command  # noqa: E402
 from sft_recipes.planner import plan as plans  # noqa: E402
 from sft_recipes.planner.plan import Topology  # noqa: E402
-from sft_recipes.runtime.run_dir import RunFolder  # noqa: E402
+from sft_recipes.runtime.run_dir import RunDir  # noqa: E402
 
 MEASURED = (("ddp", 2), ("zero2", 2), ("fsdp2", 2), ("zero3", 2), ("zero3", 4))
 # Llama 3.2 1B's layers with a vocabulary of 32,000: no single tensor is a large part of the model.
@@ -68,7 +68,7 @@ def measure(engine: str, ranks: int, model: Path, folder: Path) -> list[dict[str
     words = ["model.from_scratch=false", f"model.name_or_path={model}", f"parallelism={engine}", "precision=bf16"]
     recipe = loader.load("tiny", [*words, "batch.effective_batch_size=4"])
     plan = plans.make(recipe, Topology(gpus=0, processes=ranks))
-    run = RunFolder(folder)
+    run = RunDir(folder)
     plans.write(plan, run.plan)
     command.write_engine(plan, run)
     start = command.launch(plan, run)
@@ -85,8 +85,8 @@ def rank(model: Path, folder: Path) -> None:
     from sft_recipes.training import main, strategy, trainer
 
     plan = plans.read(folder / "plan.json")
-    plan.sections["model"]["architecture"] = {}
-    arguments = trainer.sft_config(plan, RunFolder(folder))
+    plan.sections.model.architecture = {}
+    arguments = trainer.sft_config(plan, RunDir(folder))
     strategy.shard_on_the_cpu(plan)
     before = memory()
     peak = dict(before)

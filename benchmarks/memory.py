@@ -21,7 +21,7 @@ import machine
 from bench import ON_ONE_GPU, Case, from_scratch, train, write_rows
 
 from sft_recipes.config import loader
-from sft_recipes.launch.topology import card_of, visible_gpus
+from sft_recipes.launch.topology import gpu_type_of, visible_gpus
 
 WIDER = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 2}
 STEPS = 6
@@ -58,7 +58,7 @@ def cases(on_gpu: bool) -> dict[str, Case]:
         of = {
             "one process": ((), ()),
             "one process, checkpointing": ((), ("trainer.gradient_checkpointing=true",)),
-            "one process, two micro-batches": ((), ("batch.per_device_at_most=1",)),
+            "one process, two micro-batches": ((), ("batch.max_per_device_batch_size=1",)),
             "one process, bf16": ((), ("precision=bf16",)),
             "one process, bf16, checkpointing": ((), ("precision=bf16", "trainer.gradient_checkpointing=true")),
             "one process, LoRA": ((), ("lora.r=16",)),
@@ -85,7 +85,7 @@ def main() -> int:
     parser.add_argument("cases", nargs="*", metavar="CASE")
     parser.add_argument("--again", action="store_true")
     asked = parser.parse_args()
-    card = card_of(visible_gpus())
+    card = gpu_type_of(visible_gpus())
     known = cases(card is not None)
     if unknown := [name for name in asked.cases if name not in known]:
         print(f"error: no case {unknown[0]!r} here; there are: {'; '.join(known)}", file=sys.stderr)
@@ -112,7 +112,7 @@ def measure(case: Case, card: str | None, runs: Path, name: str) -> dict[str, An
     """A few steps of a case: forecast and peak in bytes, and their ratio; or what it failed with."""
     tracked, environment = runs / f"{name}.bytes", {"REPORT_TO": "none"}
     if card:
-        case = Case(case.recipe, (*case.options, "--card", card), case.words)
+        case = Case(case.recipe, (*case.options, "--gpu-type", card), case.words)
     else:
         (runs / "sitecustomize.py").write_text(_TRACKER)
         environment["TRACKED"] = str(tracked)

@@ -30,7 +30,7 @@ import machine
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from sft_recipes.launch.topology import card_of, visible_gpus  # noqa: E402
+from sft_recipes.launch.topology import gpu_type_of, visible_gpus  # noqa: E402
 
 STEPS = 60
 SKIPPED = 10  # of each round, to warm up
@@ -42,7 +42,7 @@ SIZES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {  # whose archi
 }
 ON_A_GPU = {"1b": ("1b", {"dtype": "bfloat16"}, ("precision=bf16", "trainer.max_length=2048"))}
 OVERRIDES = (f"trainer.max_steps={STEPS}", f"trainer.logging_steps={LOGGING_STEPS}", "trainer.eval_steps=100000",
-             "trainer.save_steps=100000", "answers.show=0", "answers.exact_match=0")  # fmt: skip
+             "trainer.save_steps=100000", "generation.show=0", "generation.exact_match=0")  # fmt: skip
 SPENT: dict[str, float] = defaultdict(float)
 
 
@@ -52,7 +52,7 @@ def main() -> int:
     parser.add_argument("rounds", nargs="?", type=machine.at_least_one, default=6)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parsed = parser.parse_args()
-    if parsed.device == "cuda" and card_of(visible_gpus()) is None:
+    if parsed.device == "cuda" and gpu_type_of(visible_gpus()) is None:
         print("error: --device: no GPU that is known is here; say --device cpu", file=sys.stderr)
         return 2
     if parsed.device == "cpu":
@@ -93,16 +93,16 @@ def _clock_what_is_added() -> None:
     """A stopwatch round each function that this project adds to a step; reductions over ranks are not met here."""
     from sft_recipes.training import trainer
     from sft_recipes.training.callbacks import alerts, console, graceful_stop, metrics, trackers
-    from sft_recipes.training.nan_guard import Watch
-    from sft_recipes.training.throughput import Meter
+    from sft_recipes.training.nan_guard import NanGuard
+    from sft_recipes.training.throughput import ThroughputMeter
 
     for owner, names in (
-        (Watch, ("_look", "saw", "gradients")),
-        (Meter, ("_before_forward", "_after_forward", "step_begins", "saw", "step_ends", "read")),
-        (alerts.Guard, ("on_step_end", "on_log")),
-        (metrics.WriteMetrics, ("on_log",)),
-        (console.ShowProgress, ("on_step_end", "on_log")),
-        (graceful_stop.StopTogether, ("on_step_end",)),
+        (NanGuard, ("_look", "saw", "gradients")),
+        (ThroughputMeter, ("_before_forward", "_after_forward", "step_begins", "saw", "step_ends", "read")),
+        (alerts.AlertCallback, ("on_step_end", "on_log")),
+        (metrics.MetricsCallback, ("on_log",)),
+        (console.ConsoleCallback, ("on_step_end", "on_log")),
+        (graceful_stop.GracefulStopCallback, ("on_step_end",)),
         (trackers.TensorBoard, ("figures",)),
     ):
         for name in names:
@@ -126,14 +126,14 @@ def _ours(folder: Path, plan: Any, found: Any) -> Any:
     """As a run builds it, with every callback of one."""
     from dataclasses import asdict
 
-    from sft_recipes.runtime.run_dir import RunFolder
+    from sft_recipes.runtime.run_dir import RunDir
     from sft_recipes.training import main
 
     folder.mkdir()
-    parts = main.build(plan, RunFolder(folder), main.configure(plan, RunFolder(folder)), asdict(found))
+    parts = main.build(plan, RunDir(folder), main.configure(plan, RunDir(folder)), asdict(found))
     parts.trainer.say = parts.progress.say
-    watchers = main.watchers(plan, RunFolder(folder), Path(found.folder), parts)
-    parts.trainer.add_callbacks([one for one in watchers if type(one).__name__ != "KeepBest"])
+    watchers = main.watchers(plan, RunDir(folder), Path(found.folder), parts)
+    parts.trainer.add_callbacks([one for one in watchers if type(one).__name__ != "RetentionCallback"])
     return parts.trainer
 
 
@@ -143,11 +143,11 @@ def _stock(folder: Path, plan: Any, found: Any) -> Any:
     from trl import SFTTrainer
 
     from sft_recipes.data.tokenizer import load_tokenizer
-    from sft_recipes.runtime.run_dir import RunFolder, read_json
+    from sft_recipes.runtime.run_dir import RunDir, read_json
     from sft_recipes.training import attention, main, trainer
 
     folder.mkdir()
-    arguments = main.configure(plan, RunFolder(folder))
+    arguments = main.configure(plan, RunDir(folder))
     arguments.report_to, arguments.eval_strategy = ["tensorboard"], "no"
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder)
     tokenizer = load_tokenizer(found.model, None, False)
@@ -250,7 +250,7 @@ def _write(parsed: argparse.Namespace, rows: dict[str, Any]) -> None:
         "commit": machine.commit(),
         "rounds": parsed.rounds, "steps_a_round": STEPS, "logging_steps": LOGGING_STEPS, "rows": rows,
     }  # fmt: skip
-    file = machine.results("metrics", card_of(visible_gpus()) if parsed.device == "cuda" else None)
+    file = machine.results("metrics", gpu_type_of(visible_gpus()) if parsed.device == "cuda" else None)
     machine.write(file, result)
     print(json.dumps(result, indent=2))
     print(f"written: {file.relative_to(REPOSITORY)}")

@@ -51,9 +51,9 @@ if "sft_recipes.training.main" in sys.orig_argv and "sft_recipes.training.rank_l
 PARTS = ("proving", "writing", "syncing", "hashing", "sealing", "agreeing", "forgetting")
 PIECE_BYTES = 16 * 2**20
 
-QUIET = ("answers.show=0", "answers.exact_match=0", "trainer.eval_steps=100000")
+QUIET = ("generation.show=0", "generation.exact_match=0", "trainer.eval_steps=100000")
 # Rows that are prepared in a moment; a step over them is short beside a save.
-FEW_ROWS = ("batch.effective_batch_size=4", "batch.per_device_at_most=2", "trainer.packing=false")
+FEW_ROWS = ("batch.effective_batch_size=4", "batch.max_per_device_batch_size=2", "trainer.packing=false")
 
 
 @dataclass(frozen=True)
@@ -231,11 +231,11 @@ def _larger(width: int) -> str:
 def _verification(bench: Bench, run: Path) -> dict[str, Any]:
     """Seconds a gigabyte of looking through a checkpoint before it is loaded, by one process and by two as a resume
     shares it, from the page cache and from the disk."""
-    from sft_recipes.runtime.run_dir import RunFolder
+    from sft_recipes.runtime.run_dir import RunDir
     from sft_recipes.training.checkpoint import checkpoint_format
 
-    folder = RunFolder(run)
-    path = folder.checkpoint(folder.newest_whole())
+    folder = RunDir(run)
+    path = folder.checkpoint(folder.latest_complete())
     files = checkpoint_format.read(path)["files"]
     gigabytes = sum(file["bytes"] for file in files.values()) / 1e9
     found: dict[str, Any] = {"bytes": round(gigabytes * 1e9), "seconds_per_gb": {}}
@@ -325,7 +325,7 @@ def _agreement(bench: Bench) -> dict[str, Any] | None:
         return None
     first, cycle = 3, bench.size.cycle
     notes = bench.watch(
-        "agreement", 2, "parallelism=ddp", "data.validation_at_most=60", f"trainer.save_steps={cycle}",
+        "agreement", 2, "parallelism=ddp", "data.max_eval_samples=60", f"trainer.save_steps={cycle}",
         f"trainer.max_steps={cycle + first + 1}", watched="agreement",
     )  # fmt: skip
     met = [one for one in notes if "asked" in one and one["step"] >= first]
@@ -367,10 +367,10 @@ def _faults(bench: Bench, kind: str, repeats: int) -> dict[str, Any]:
 
 def _fault(bench: Bench, kind: str, name: str, ranks: int, rank: int) -> dict[str, Any]:
     """One rank is killed, or stopped, in a step of a run of the tiny recipe."""
-    hang_seconds = 3
+    heartbeat_timeout_seconds = 3
     began_with = [
         f"data.train={bench.rows}", *FEW_ROWS, "trainer.max_steps=100000", "trainer.save_steps=100000",
-        f"guards.hang_seconds={hang_seconds}",
+        f"monitor.heartbeat_timeout_seconds={heartbeat_timeout_seconds}",
     ]  # fmt: skip
     process = bench.start(name, ranks, *began_with)
     try:
@@ -399,9 +399,9 @@ def _fault(bench: Bench, kind: str, name: str, ranks: int, rank: int) -> dict[st
 def _await_step(bench: Bench, name: str, process: subprocess.Popen[bytes], ranks: int, step: int) -> dict[int, int]:
     """The process ids of the ranks, once each is in this step."""
     from sft_recipes.runtime import heartbeat
-    from sft_recipes.runtime.run_dir import RunFolder
+    from sft_recipes.runtime.run_dir import RunDir
 
-    folder, until = RunFolder(bench.run(name)), time.monotonic() + HANG_SECONDS
+    folder, until = RunDir(bench.run(name)), time.monotonic() + HANG_SECONDS
     while time.monotonic() < until and process.poll() is None:
         there = {rank: one.process for rank, one in heartbeat.pulses(folder.ranks).items() if one.step >= step}
         if len(there) == ranks:
@@ -467,17 +467,17 @@ def _clocked(function: Callable[..., Any], part: str) -> Callable[..., Any]:
 def _clock_saves() -> None:
     """A stopwatch round each part of a save, and beside each save what else writes as much."""
     from sft_recipes.training import trainer
-    from sft_recipes.training.callbacks.integrity_log import Proof
-    from sft_recipes.training.callbacks.keep_best import KeepBest
+    from sft_recipes.training.callbacks.integrity_log import IntegrityCallback
+    from sft_recipes.training.callbacks.keep_best import RetentionCallback
     from sft_recipes.training.checkpoint import checkpoint_format
-    from sft_recipes.training.checkpoint.writer import Saving
+    from sft_recipes.training.checkpoint.writer import CheckpointWriter
 
     checkpoint_format.checksums = _clocked(checkpoint_format.checksums, "syncing and hashing")
     checkpoint_format._sha256 = _clocked(checkpoint_format._sha256, "hashing")
     checkpoint_format.seal = _clocked(checkpoint_format.seal, "sealing")
     checkpoint_format.publish = _clocked(checkpoint_format.publish, "sealing")
-    Proof.record = _clocked(Proof.record, "proving")
-    whole, save, forget = Saving.whole, trainer.ResponseTrainer._save_checkpoint, KeepBest.on_save
+    IntegrityCallback.record = _clocked(IntegrityCallback.record, "proving")
+    whole, save, forget = CheckpointWriter.whole, trainer.RecipeTrainer._save_checkpoint, RetentionCallback.on_save
 
     def whole_clocked(self: Any, target: Path, write: Callable[[], None], *more: Any) -> str | None:
         return whole(self, target, _clocked(write, "writing"), *more)
@@ -499,8 +499,8 @@ def _clock_saves() -> None:
         forget(self, *arguments, **named)
         NOTES[-1]["parts"]["forgetting"] = time.perf_counter() - began
 
-    Saving.whole, trainer.ResponseTrainer._save_checkpoint = whole_clocked, save_and_compare
-    KeepBest.on_save = forget_clocked
+    CheckpointWriter.whole, trainer.RecipeTrainer._save_checkpoint = whole_clocked, save_and_compare
+    RetentionCallback.on_save = forget_clocked
 
 
 def _beside(trainer: Any, model: Any, trial: Any) -> dict[str, float]:
@@ -550,7 +550,7 @@ def _noise() -> bytes:
 
 def _save_as_stock(trainer: Any, model: Any, trial: Any, folder: Path) -> None:
     """The stock trainer's own save of this very state: under DeepSpeed without the file `latest` and the script that
-    `Saving` leaves out."""
+    `CheckpointWriter` leaves out."""
     from trl import SFTTrainer
 
     own, place = type(trainer), trainer.args.output_dir
@@ -574,12 +574,12 @@ def _sync_mine(trainer: Any, folder: Path) -> None:
 def _clock_agreement() -> None:
     """A stopwatch round the ranks' agreement, and once more behind it, where no rank waits for another; and round all
     that proves. Rank 0's clock."""
-    from sft_recipes.training.callbacks.graceful_stop import StopTogether
-    from sft_recipes.training.callbacks.integrity_log import Proof
+    from sft_recipes.training.callbacks.graceful_stop import GracefulStopCallback
+    from sft_recipes.training.callbacks.integrity_log import IntegrityCallback
     from sft_recipes.training.integrity import fingerprint
-    from sft_recipes.training.integrity.data_order import Ledger
+    from sft_recipes.training.integrity.data_order import DataOrderCheck
 
-    on_step_end, step = StopTogether.on_step_end, [0]
+    on_step_end, step = GracefulStopCallback.on_step_end, [0]
 
     def agree_twice(self: Any, args: Any, state: Any, *arguments: Any, **named: Any) -> None:
         began = time.perf_counter()
@@ -600,11 +600,14 @@ def _clock_agreement() -> None:
 
         return clocked
 
-    StopTogether.on_step_end = agree_twice
+    GracefulStopCallback.on_step_end = agree_twice
     fingerprint.of_rank = noted(fingerprint.of_rank, "digest", "of_rank")
     for owner, name in (
-        (Proof, "record"), (Proof, "on_pre_optimizer_step"), (Proof, "on_step_end"), (Ledger, "saw")
-    ):  # fmt: skip
+        (IntegrityCallback, "record"),
+        (IntegrityCallback, "on_pre_optimizer_step"),
+        (IntegrityCallback, "on_step_end"),
+        (DataOrderCheck, "saw"),
+    ):
         setattr(owner, name, noted(getattr(owner, name), "proof", f"{owner.__name__}.{name}"))
 
 

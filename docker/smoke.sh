@@ -39,9 +39,9 @@ trap 'rm -rf "$work"' EXIT
 export RUNS_DIR=$work/runs HF_HUB_OFFLINE=1 REPORT_TO=none SANITY=skip
 
 # Twenty steps of the embedded recipe in bf16, the same rows and steps under every engine and number of ranks up to 8.
-settings=(precision=bf16 batch.effective_batch_size=8 batch.per_device_at_most=4 data.validation_at_most=64
-    trainer.max_steps=20 trainer.eval_steps=10 trainer.save_steps=5 trainer.logging_steps=1 answers.show=0
-    answers.exact_match=0)
+settings=(precision=bf16 batch.effective_batch_size=8 batch.max_per_device_batch_size=4 data.max_eval_samples=64
+    trainer.max_steps=20 trainer.eval_steps=10 trainer.save_steps=5 trainer.logging_steps=1 generation.show=0
+    generation.exact_match=0)
 
 sft() { "$python" -m sft_recipes "$@"; }
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from sft_recipes.config import loader
-from sft_recipes.config.gpu_types import gpu_type
+from sft_recipes.config.gpu_types import find_gpu_type
 from sft_recipes.config.schema import Recipe
 from sft_recipes.launch import run_selection
 from sft_recipes.planner import lr_schedule, render, suggest
@@ -24,7 +24,7 @@ from sft_recipes.runtime.errors import UserError
 from sft_recipes.runtime.units import GIB
 
 if TYPE_CHECKING:
-    from sft_recipes.launch.node_launchers import Peers
+    from sft_recipes.launch.node_launchers import NodeLaunchers
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="sft_recipes", description=__doc__, allow_abbrev=False)
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
 
-    verb = verbs.add_parser("list", help="the recipes in a table")
+    verb = verbs.add_parser("recipes", help="the recipes in a table")
     verb.set_defaults(verb=_list)
 
     verb = verbs.add_parser("plan", help="settle every number of a run; starts nothing")
@@ -102,8 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--devices", metavar="0,2", help="GPUs by id")
     verb.add_argument("--name", help="the run's name (default: RECIPE-N)")
     verb.add_argument("--resume", action="store_true", help="an error where there is nothing to go on with")
-    verb.add_argument("--accept", default="", metavar="KEY,…", help="go on although these differ from the run's plan")
-    verb.add_argument("--strict", action="store_true", help="refuse to go on with other versions of the libraries")
+    verb.add_argument(
+        "--allow-change", default="", metavar="KEY,…", help="go on although these differ from the run's plan"
+    )
+    verb.add_argument(
+        "--strict-versions", action="store_true", help="refuse to go on with other versions of the libraries"
+    )
     verb.add_argument("--dry-run", action="store_true", help="print the command that would start the ranks")
     verb.set_defaults(verb=_train)
 
@@ -137,10 +141,10 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--prompt", help="one prompt (default: lines from standard input)")
     verb.set_defaults(verb=_generate)
 
-    verb = verbs.add_parser("fetch", help="bring model, tokenizer and data; the run then needs no network")
+    verb = verbs.add_parser("download", help="bring model, tokenizer and data; the run then needs no network")
     verb.add_argument("recipe", help="a name from `list`")
     verb.add_argument("overrides", nargs="*", metavar="key=value")
-    verb.set_defaults(verb=_fetch)
+    verb.set_defaults(verb=_download)
 
     verb = verbs.add_parser("verify-resume", help="proves that a run resumes exactly: takes recorded steps of it again")
     verb.add_argument("run", help="a run's name or folder")
@@ -163,7 +167,7 @@ def _add_recipe(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--gpus", metavar="N", help="GPUs over all nodes; 0 is the CPU")
     verb.add_argument("--processes", metavar="N", help="ranks on the CPU, with --gpus 0")
     verb.add_argument("--nodes", metavar="N")
-    verb.add_argument("--card", help="GPU type (h100-80g, …: docs/MODELS.md) or GiB of memory")
+    verb.add_argument("--gpu-type", help="GPU type (h100-80g, …: docs/MODELS.md) or GiB of memory")
 
 
 def _recipe(parsed: argparse.Namespace) -> Recipe:
@@ -196,7 +200,7 @@ def _list(_parsed: argparse.Namespace) -> None:
                 recipe.model.name_or_path or "built from scratch",
                 plan.method,
                 plan.parallelism,
-                f"{plan.gpus} x {plan.card}" if plan.gpus else "CPU",
+                f"{plan.gpus} x {plan.gpu_type}" if plan.gpus else "CPU",
                 f"{memory['total'] / GIB:.0f} GiB" if memory and plan.gpus else "",
                 str(plan.effective_batch_size),
             ]
@@ -211,11 +215,11 @@ def _plan(parsed: argparse.Namespace) -> None:
     if parsed.gpus and "," in parsed.gpus:
         _compare(parsed, recipe)
         return
-    topology = planned(recipe, *_numbers(parsed), parsed.card)
+    topology = planned(recipe, *_numbers(parsed), parsed.gpu_type)
     plan = plans.make(recipe, topology)
     plan = dataclasses.replace(
         plan,
-        fewest_gpus=suggest.smallest_gpu_count(recipe, topology.card) if plan.fits is not None else None,
+        fewest_gpus=suggest.smallest_gpu_count(recipe, topology.gpu_type) if plan.fits is not None else None,
         cheapest_change=suggest.cheapest_change(recipe, topology) if plan.fits is False else None,
     )
     print(plans.to_json(plan) if parsed.json else render.plan_table(plan, parsed.explain))
@@ -228,12 +232,12 @@ def _compare(parsed: argparse.Namespace, recipe: Recipe) -> None:
     alone = next((name for name in ("nodes", "processes", "explain") if getattr(parsed, name)), None)
     if alone:
         raise UserError(f"{alone.upper()}: says nothing where GPUS={parsed.gpus} compares several; name one count")
-    card = parsed.card or recipe.hardware.card
+    gpu_type = parsed.gpu_type or recipe.hardware.gpu_type
     compared: list[tuple[int, plans.Plan | str]] = []
     for text in parsed.gpus.split(","):
         gpus = whole_number(text, "GPUS", 1)
         try:
-            compared.append((gpus, plans.make(recipe, suggest.on(gpus, card))))
+            compared.append((gpus, plans.make(recipe, suggest.on(gpus, gpu_type))))
         except UserError as error:
             compared.append((gpus, str(error)))
     if parsed.json:
@@ -252,7 +256,7 @@ def _inspect(parsed: argparse.Namespace) -> None:
     if parsed.html and not Path(parsed.html).absolute().parent.is_dir():
         raise UserError(f"HTML: no folder {Path(parsed.html).parent} to write {Path(parsed.html).name} to")
     recipe = _recipe(parsed)
-    plan = plans.make(recipe, planned(recipe, *_numbers(parsed), parsed.card))
+    plan = plans.make(recipe, planned(recipe, *_numbers(parsed), parsed.gpu_type))
     prepared = prepare.prepare(plan, rows_alone=True)
     rows = inspect.look(plan, prepared)
     try:
@@ -278,7 +282,7 @@ def _colours() -> bool:
 def _topology(parsed: argparse.Namespace, recipe: Recipe) -> Topology:
     from sft_recipes.launch.topology import from_slurm, present
 
-    return present(recipe, *_numbers(parsed), parsed.card, parsed.devices, from_slurm(os.environ))
+    return present(recipe, *_numbers(parsed), parsed.gpu_type, parsed.devices, from_slurm(os.environ))
 
 
 def _checked(parsed: argparse.Namespace) -> tuple[Recipe, Topology, plans.Plan]:
@@ -291,8 +295,8 @@ def _checked(parsed: argparse.Namespace) -> tuple[Recipe, Topology, plans.Plan]:
     topology = _topology(parsed, recipe)
     plan = plans.make(recipe, topology)
     check_host_memory(plan)
-    for product in unlisted(visible_gpus() if plan.card and gpu_type(plan.card) is None else []):
-        _say(f"{product} is not in the table of GPU types: planned by its memory, {plan.card} GiB, without hours")
+    for product in unlisted(visible_gpus() if plan.gpu_type and find_gpu_type(plan.gpu_type) is None else []):
+        _say(f"{product} is not in the table of GPU types: planned by its memory, {plan.gpu_type} GiB, without hours")
     if plan.fits is False:
         raise UserError(
             f"recipe {recipe.name} {plans.does_not_fit(plan)}. The cheapest change that fits: "
@@ -312,7 +316,7 @@ def _train(parsed: argparse.Namespace) -> int:
         return _on_all_nodes(parsed, _carry_out)
 
 
-def _on_all_nodes(parsed: argparse.Namespace, verb: Callable[[argparse.Namespace, Peers | None], int]) -> int:
+def _on_all_nodes(parsed: argparse.Namespace, verb: Callable[[argparse.Namespace, NodeLaunchers | None], int]) -> int:
     """Has node 0 of a Slurm job decide, and the others follow; elsewhere there is this machine alone."""
     from sft_recipes.launch import process_group, slurm
 
@@ -328,7 +332,7 @@ def _on_all_nodes(parsed: argparse.Namespace, verb: Callable[[argparse.Namespace
     return code
 
 
-def _try_out(parsed: argparse.Namespace, peers: Peers | None) -> int:
+def _try_out(parsed: argparse.Namespace, peers: NodeLaunchers | None) -> int:
     from sft_recipes.launch import launch, preflight, slurm
 
     recipe, topology, plan = _checked(parsed)
@@ -339,15 +343,15 @@ def _try_out(parsed: argparse.Namespace, peers: Peers | None) -> int:
     return launch.try_out(plan, _say, lambda: suggest.lighter(recipe, topology), peers)
 
 
-def _carry_out(parsed: argparse.Namespace, peers: Peers | None) -> int:
+def _carry_out(parsed: argparse.Namespace, peers: NodeLaunchers | None) -> int:
     from sft_recipes.launch import launch, preflight, process_group, run_lock, slurm
     from sft_recipes.launch.topology import check_disk
 
     if parsed.name is not None:
         run_dir.check_name(parsed.name)
     recipe, topology, plan = _checked(parsed)
-    accept = tuple(key for key in parsed.accept.split(",") if key)
-    asked = run_selection.Asked(parsed.name, parsed.resume, accept, parsed.strict)
+    allow_change = tuple(key for key in parsed.allow_change.split(",") if key)
+    asked = run_selection.RunRequest(parsed.name, parsed.resume, allow_change, parsed.strict_versions)
     start = run_selection.choose(plan, asked, run_lock.held_by())
     for note in start.notes:
         _say(note)
@@ -369,7 +373,7 @@ def _carry_out(parsed: argparse.Namespace, peers: Peers | None) -> int:
         return unfit or launch.carry_out(start, _say, lambda: suggest.lighter(recipe, topology), peers)
 
 
-def _replay(parsed: argparse.Namespace, peers: Peers | None) -> int:
+def _replay(parsed: argparse.Namespace, peers: NodeLaunchers | None) -> int:
     from sft_recipes.tools import verify_resume
 
     return verify_resume.carry_out(run_dir.find(parsed.run), _say, peers)
@@ -380,8 +384,8 @@ def _way_out(recipe: Recipe, topology: Topology) -> str:
     from sft_recipes.launch.topology import visible_gpus
 
     here = suggest.cheapest_change(recipe, topology, most_gpus=len(visible_gpus()))
-    fewest = suggest.smallest_gpu_count(recipe, topology.card)
-    return here or (f"{fewest} GPUs, more than are here" if fewest else "none, take a larger card")
+    fewest = suggest.smallest_gpu_count(recipe, topology.gpu_type)
+    return here or (f"{fewest} GPUs, more than are here" if fewest else "none, take a larger gpu_type")
 
 
 def _generate(parsed: argparse.Namespace) -> int:
@@ -392,14 +396,14 @@ def _generate(parsed: argparse.Namespace) -> int:
     return generate.main(folder, prompts)
 
 
-def _fetch(parsed: argparse.Namespace) -> None:
+def _download(parsed: argparse.Namespace) -> None:
     from sft_recipes.data import download
 
-    fetched = download.fetch(_recipe(parsed))
-    for name, folder in fetched:
+    downloaded = download.download(_recipe(parsed))
+    for name, folder in downloaded:
         _say(f"{name}: {folder}")
-    if not fetched:
-        _say("nothing to fetch: model and data are local")
+    if not downloaded:
+        _say("nothing to download: model and data are local")
 
 
 def _merge(parsed: argparse.Namespace) -> None:
@@ -465,7 +469,7 @@ def _schedules(parsed: argparse.Namespace) -> None:
         plan = plans.read(run_dir.find(parsed.run).plan)
     else:
         recipe = _recipe(parsed)
-        plan = plans.make(recipe, planned(recipe, *_numbers(parsed), parsed.card))
+        plan = plans.make(recipe, planned(recipe, *_numbers(parsed), parsed.gpu_type))
         if prepare.is_at_hand(plan):
             plan = plans.settle(plan, prepare.prepare(plan, rows_alone=True))
     total, warmup = lr_schedule.steps_of(plan)

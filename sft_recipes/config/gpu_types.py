@@ -22,7 +22,7 @@ class GpuType:
     """One row of the table.
 
     Attributes:
-        name: what CARD and `hardware.card` take.
+        name: what GPU_TYPE and `hardware.gpu_type` take.
         pattern: regular expression for the product name that nvidia-smi and torch report, matched without case.
         memory_mib: `memory.total` of nvidia-smi, ECC on where the type has it.
         tflops: dense bf16 matrix multiplication with fp32 accumulation, in 1e12 FLOP/s, without sparsity.
@@ -86,7 +86,7 @@ GPU_TYPES: tuple[GpuType, ...] = (
 _BY_NAME = {gpu.name: gpu for gpu in GPU_TYPES}
 
 
-def gpu_type(name: str | None) -> GpuType | None:
+def find_gpu_type(name: str | None) -> GpuType | None:
     """The row of this name; None for a number of GiB and where no GPU is named.
 
     Raises:
@@ -96,7 +96,7 @@ def gpu_type(name: str | None) -> GpuType | None:
         return None
     if name not in _BY_NAME:
         raise UserError(
-            f"CARD: unknown GPU type: found {name!r}, expected a name such as h100-80g, a100-80g, l40s-48g (all: "
+            f"GPU_TYPE: unknown GPU type: found {name!r}, expected a name such as h100-80g, a100-80g, l40s-48g (all: "
             f"docs/MODELS.md), or GiB of memory, such as 80{did_you_mean(name, _BY_NAME)}"
         )
     return _BY_NAME[name]
@@ -128,7 +128,7 @@ def memory_bytes(name: str | None) -> int | None:
     Raises:
         UserError: neither a name in the table nor a number of GiB.
     """
-    gpu = gpu_type(name)
+    gpu = find_gpu_type(name)
     if gpu is not None:
         return gpu.memory_bytes
     gib = gib_of(name) if name else None
@@ -137,5 +137,5 @@ def memory_bytes(name: str | None) -> int | None:
 
 def peak_flops(name: str | None) -> float | None:
     """Dense bf16 FLOP/s of a named GPU type; None where only its memory is known."""
-    gpu = gpu_type(name)
+    gpu = find_gpu_type(name)
     return gpu.peak_flops if gpu else None

@@ -124,7 +124,7 @@ def _drop_what_an_override_makes_untrue(written: dict[str, Written]) -> None:
             "data.train",
             ("data.validation", "data.revision", "data.examples", "data.mean_tokens", "data.validation_examples"),
         ),
-        ("model.name_or_path", ("model.architecture", "model.revision", "model.license", "model.ungated")),
+        ("model.name_or_path", ("model.architecture", "model.revision", "model.license", "model.open_alternative")),
     ):
         if replaced in written and written[replaced].where == COMMAND_LINE:
             for key in untrue:
@@ -263,7 +263,7 @@ _SPOKEN = {
 # Least and most of the numbers that have such; the most of a batch only keeps the arithmetic finite.
 _BOUNDS: dict[str, tuple[float, float]] = {
     "batch.effective_batch_size": (1, 100_000),
-    "batch.per_device_at_most": (1, 100_000),
+    "batch.max_per_device_batch_size": (1, 100_000),
     "batch.min_optimizer_steps": (1, math.inf),
     "hardware.gpus": (0, 100_000),
     "hardware.nodes": (1, 100_000),
@@ -271,15 +271,15 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "lora.r": (1, 100_000),
     "lora.alpha": (1, math.inf),
     "lora.dropout": (0, 0.99),
-    "data.validation_at_most": (1, math.inf),
+    "data.max_eval_samples": (1, math.inf),
     "data.examples": (1, math.inf),
     "data.mean_tokens": (1, math.inf),
-    "data.dropped_at_most": (0, 1),
-    "data.leaked_at_most": (0, 1),
+    "data.max_dropped_fraction": (0, 1),
+    "data.max_overlap": (0, 1),
     "data.validation_fraction": (0.0001, 0.9999),
-    "answers.show": (0, 1000),
-    "answers.exact_match": (0, 1000),
-    "answers.max_new_tokens": (1, math.inf),
+    "generation.show": (0, 1000),
+    "generation.exact_match": (0, 1000),
+    "generation.max_new_tokens": (1, math.inf),
     "trainer.seed": (0, 2**32 - 1),
     "trainer.data_seed": (0, 2**32 - 1),
     "trainer.max_length": (1, math.inf),
@@ -291,27 +291,27 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "trainer.eval_steps": (1, math.inf),
     "trainer.save_steps": (1, math.inf),
     "trainer.logging_steps": (1, math.inf),
-    "guards.overfitting_gap": (0, math.inf),
-    "guards.grad_norm_above": (0, math.inf),
-    "guards.grad_norm_below": (0, math.inf),
-    "guards.loss_spike": (1, math.inf),
-    "guards.throughput_drop": (0, 1),
-    "guards.plateau": (0, 1),
-    "guards.data_wait": (0, 1),
-    "guards.memory_growth": (0, math.inf),
-    "guards.rank_lag": (0, math.inf),
-    "guards.window": (2, 10_000),
-    "guards.early_stopping_patience": (1, math.inf),
-    "guards.hang_seconds": (1, math.inf),
-    "guards.compare_ranks_every": (1, math.inf),
+    "monitor.overfitting_gap": (0, math.inf),
+    "monitor.grad_norm_above": (0, math.inf),
+    "monitor.grad_norm_below": (0, math.inf),
+    "monitor.loss_spike": (1, math.inf),
+    "monitor.throughput_drop": (0, 1),
+    "monitor.plateau": (0, 1),
+    "monitor.data_wait": (0, 1),
+    "monitor.memory_growth": (0, math.inf),
+    "monitor.rank_lag": (0, math.inf),
+    "monitor.window": (2, 10_000),
+    "monitor.early_stopping_patience": (1, math.inf),
+    "monitor.heartbeat_timeout_seconds": (1, math.inf),
+    "monitor.replica_check_steps": (1, math.inf),
 }
 _MAY_BE_LEFT_OUT = {
     "batch.effective_batch_size",
     "data.examples",
     "data.mean_tokens",
-    "data.validation_at_most",
+    "data.max_eval_samples",
     "data.validation_examples",
-    "guards.early_stopping_patience",
+    "monitor.early_stopping_patience",
 }
 _WHOLE = {"trainer.eval_steps", "trainer.save_steps", "trainer.logging_steps"}  # transformers reads a part as a share
 
@@ -355,17 +355,17 @@ def _check_lists(recipe: Recipe) -> None:
         where = recipe.origins.get(key, f"recipes/{recipe.name}.yaml")
         if not all(isinstance(name, str) and name.strip() for name in names) or (key == "data.train" and not names):
             raise UserError(f"{where}: {key} is {names!r}; wanted names, as in [a.jsonl, b.jsonl]")
-    unknown = [name for name in recipe.guards.stop_on if name not in schema.STOPPING_GUARDS]
+    unknown = [name for name in recipe.monitor.stop_on if name not in schema.STOPPING_GUARDS]
     if unknown:
         raise UserError(
-            f"{recipe.origins.get('guards.stop_on')}: guards.stop_on names {unknown[0]!r}; wanted some of "
+            f"{recipe.origins.get('monitor.stop_on')}: monitor.stop_on names {unknown[0]!r}; wanted some of "
             f"{', '.join(schema.STOPPING_GUARDS)}"
         )
-    if recipe.guards.grad_norm_below >= recipe.guards.grad_norm_above:
-        stated = recipe.origins.get("guards.grad_norm_below") or recipe.origins.get("guards.grad_norm_above")
+    if recipe.monitor.grad_norm_below >= recipe.monitor.grad_norm_above:
+        stated = recipe.origins.get("monitor.grad_norm_below") or recipe.origins.get("monitor.grad_norm_above")
         raise UserError(
-            f"{stated}: guards.grad_norm_below {recipe.guards.grad_norm_below:g} is not below guards.grad_norm_above "
-            f"{recipe.guards.grad_norm_above:g}"
+            f"{stated}: monitor.grad_norm_below {recipe.monitor.grad_norm_below:g} is not below "
+            f"monitor.grad_norm_above {recipe.monitor.grad_norm_above:g}"
         )
     if recipe.lora and recipe.model.add_tokens:
         raise UserError(

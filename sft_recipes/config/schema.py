@@ -52,9 +52,9 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 OWNED_BY_THE_PLAN: dict[str, str] = {
     "output_dir": "the run's name (NAME=)",
     "run_name": "the run's name (NAME=)",
-    "per_device_train_batch_size": "batch.per_device_at_most",
-    "per_device_eval_batch_size": "batch.per_device_at_most",
-    "auto_find_batch_size": "batch.per_device_at_most",
+    "per_device_train_batch_size": "batch.max_per_device_batch_size",
+    "per_device_eval_batch_size": "batch.max_per_device_batch_size",
+    "auto_find_batch_size": "batch.max_per_device_batch_size",
     "gradient_accumulation_steps": "derived from batch.effective_batch_size and the GPUs",
     "warmup_steps": "trainer.warmup_ratio",
     "bf16": "precision",
@@ -137,7 +137,7 @@ class Hardware:
 
     gpus: int = 0
     nodes: int = 1
-    card: str | None = None
+    gpu_type: str | None = None
     mfu: float = 0.35
 
 
@@ -146,15 +146,15 @@ class Model:
     """Which model starts the run.
 
     `from_scratch` builds one from `architecture` with random weights and trains its tokenizer on the run's own
-    training rows; otherwise `name_or_path` is a Hub name or a local folder. `ungated` names a model of the same size
-    that needs no permission. `add_tokens` are special tokens that `chat_template` writes and the tokenizer lacks, as
-    where a base model learns to chat.
+    training rows; otherwise `name_or_path` is a Hub name or a local folder. `open_alternative` names a model of
+    the same size that needs no permission. `add_tokens` are special tokens that `chat_template` writes
+    and the tokenizer lacks, as where a base model learns to chat.
     """
 
     name_or_path: str | None = None
     revision: str | None = None
     license: str | None = None
-    ungated: str | None = None
+    open_alternative: str | None = None
     from_scratch: bool = False
     architecture: dict[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
@@ -169,20 +169,20 @@ class Data:
 
     `examples`, `validation_examples` and `mean_tokens` are the source's own figures; forecasts rest on them. `revision`
     is the commit of the data set on the Hub. Several sources are a list; each has a validation loss of its own.
-    `validation_at_most` caps the examples that an evaluation looks at, a seeded choice. `dropped_at_most` is the share
-    of rows that may be left without a supervised token by `max_length`, `leaked_at_most` the share of validation rows
-    that may stand in training. `retain` are rows of what the model could do before and should not forget: their loss is
-    measured before the first step and at every evaluation, and decides nothing else.
+    `max_eval_samples` caps the examples of an evaluation, a seeded choice. `max_dropped_fraction` is the fraction of
+    rows that `max_length` may leave without a supervised token, `max_overlap` the fraction of validation rows that
+    may also be in training. `retention_eval` are rows of what the model could do before and should not forget: their
+    loss is measured before the first step and at every evaluation, and decides nothing else.
     """
 
     train: str | list[str] = ""
     validation: str | list[str] | None = None
-    retain: str | None = None
+    retention_eval: str | None = None
     revision: str | None = None
-    validation_at_most: int | None = None
+    max_eval_samples: int | None = None
     validation_fraction: float = 0.05
-    dropped_at_most: float = 0.05
-    leaked_at_most: float = 0.0
+    max_dropped_fraction: float = 0.05
+    max_overlap: float = 0.0
     examples: int | None = None
     mean_tokens: int | None = None
     validation_examples: int | None = None
@@ -219,12 +219,12 @@ class Batch:
     """Sizes in rows as the trainer sees them: packed rows where packing is on."""
 
     effective_batch_size: int | None = None
-    per_device_at_most: int = 1
+    max_per_device_batch_size: int = 1
     min_optimizer_steps: int = 20
 
 
 @dataclass(frozen=True)
-class Answers:
+class Generation:
     """Generation on held-out prompts, before and after: how many to print, how many to compare exactly."""
 
     show: int = 3
@@ -233,7 +233,7 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Guards:
+class Monitor:
     """When a run's figures are a warning sign, while it trains and when it is read afterwards; each can be set.
 
     0.1, 10 and 1e-6 are the documents' ("4.1 Key Metrics to Track", "4.2 W&B Integration"); the others are this
@@ -253,9 +253,9 @@ class Guards:
         window: optimizer steps.
         early_stopping_patience: evaluations without a lower validation loss after which the run ends; never where
             none.
-        hang_seconds: a run in which no rank moves for so long is ended, and the rank that the others wait for is named;
-            five times the longest move so far where that is more, and more to load, to save and to publish.
-        compare_ranks_every: optimizer steps after which ranks under DDP compare digests of their weights, which also
+        heartbeat_timeout_seconds: a run without a heartbeat for this long is terminated, and the rank that the others
+            wait for is named; five times the longest interval so far if that is more, and more to load and to save.
+        replica_check_steps: optimizer steps after which ranks under DDP compare digests of their weights, which also
             happens before each save; ranks that differ stop the run.
         stop_on: of loss_spike, exploding_gradients, vanishing_gradients, those that stop the run instead of warning.
     """
@@ -271,8 +271,8 @@ class Guards:
     rank_lag: float = 0.3
     window: int = 10
     early_stopping_patience: int | None = None
-    hang_seconds: float = 300.0
-    compare_ranks_every: int = 100
+    heartbeat_timeout_seconds: float = 300.0
+    replica_check_steps: int = 100
     stop_on: list[str] = field(default_factory=list)
 
 
@@ -286,12 +286,12 @@ class Recipe:
     model: Model
     hardware: Hardware = field(default_factory=Hardware)
     batch: Batch = field(default_factory=Batch)
-    answers: Answers = field(default_factory=Answers)
-    guards: Guards = field(default_factory=Guards)
+    generation: Generation = field(default_factory=Generation)
+    monitor: Monitor = field(default_factory=Monitor)
     lora: Lora | None = None
     parallelism: str = "ddp"
     precision: str = "bf16"
-    outside_range: list[str] = field(default_factory=list)
+    allow_out_of_range: list[str] = field(default_factory=list)
     trainer: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict, compare=False)
 
@@ -309,8 +309,8 @@ SECTIONS: dict[str, type] = {
     "data": Data,
     "lora": Lora,
     "batch": Batch,
-    "answers": Answers,
-    "guards": Guards,
+    "generation": Generation,
+    "monitor": Monitor,
 }
 CHOICES: dict[str, tuple[str, ...]] = {
     "parallelism": ENGINES,

@@ -28,7 +28,7 @@ class Entry:
     one_of: tuple[str, ...]
 
     def allows(self, value: Any) -> bool:
-        """Whether a recipe of this row may hold `value` without saying `outside_range`."""
+        """Whether a recipe of this row may hold `value` without saying `allow_out_of_range`."""
         return value in self.one_of if self.range is None else self.range[0] <= value <= self.range[1]
 
     def wanted(self) -> str:
@@ -148,10 +148,12 @@ def scientific(value: float) -> str:
 
 
 def line(size: str, key: str, value: float) -> str:
-    """`trainer.KEY=VALUE` as one types it, with the `outside_range` that it needs where the row would refuse it."""
+    """Return `trainer.KEY=VALUE`, with the `allow_out_of_range` that it needs if the size class would reject it."""
     rate = scientific(value) if key == "learning_rate" else f"{value:g}"
     said, entry = f"trainer.{key}={rate}", table()[size].cells[key]
-    return said if entry.allows(float(rate)) else f"{said} outside_range=[{key}] (row {size} wants {entry.wanted()})"
+    return (
+        said if entry.allows(float(rate)) else f"{said} allow_out_of_range=[{key}] (row {size} wants {entry.wanted()})"
+    )
 
 
 def check_ranges(recipe: Recipe) -> None:
@@ -161,17 +163,17 @@ def check_ranges(recipe: Recipe) -> None:
         UserError: no such row, or a value outside the row's range.
     """
     row = row_of(recipe)
-    for key in map(str, recipe.outside_range):
+    for key in map(str, recipe.allow_out_of_range):
         if key not in schema.TABLE_KEYS:
             raise UserError(
-                f"{recipe.origins['outside_range']}: outside_range names {key!r}; wanted some of "
+                f"{recipe.origins['allow_out_of_range']}: allow_out_of_range names {key!r}; wanted some of "
                 f"{', '.join(schema.TABLE_KEYS)}{did_you_mean(key, schema.TABLE_KEYS)}"
             )
     for key in schema.TABLE_KEYS:
         value, where = hyperparameter(recipe, key)
         cell = table()[row].cells[key]
-        if key not in recipe.outside_range and not cell.allows(value):
+        if key not in recipe.allow_out_of_range and not cell.allows(value):
             raise UserError(
                 f"{where}: {key} is {value}; row {row} of recipes/sizes.yaml wants {cell.wanted()} "
-                f"(on purpose: outside_range: [{key}])"
+                f"(on purpose: allow_out_of_range: [{key}])"
             )

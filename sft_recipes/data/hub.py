@@ -14,22 +14,24 @@ from sft_recipes.runtime.errors import UserError
 _NOT_NEEDED = ["original/*", "consolidated*", "*.bin", "*.pth", "*.pt", "*.gguf", "*.onnx", "*.msgpack", "*.h5"]
 
 
-def model(name: str, revision: str | None, ungated: str | None = None) -> Path:
+def model(name: str, revision: str | None, open_alternative: str | None = None) -> Path:
     """The folder of a model's files in the Hub's cache, brought there where they are not.
 
     Raises:
         UserError: there is no such model, it is gated, or neither network nor cache has it.
     """
-    return _snapshot(name, revision, "model", "model.name_or_path", _other(ungated))
+    return _snapshot(name, revision, "model", "model.name_or_path", _other(open_alternative))
 
 
-def tokenizer(name: str, revision: str | None, ungated: str | None = None) -> Path:
+def tokenizer(name: str, revision: str | None, open_alternative: str | None = None) -> Path:
     """The folder with a model's configuration, tokenizer and template alone.
 
     Raises:
         UserError: as `model`.
     """
-    return _snapshot(name, revision, "model", "model.name_or_path", _other(ungated), ["*.json", "*.jinja", "*.model"])
+    return _snapshot(
+        name, revision, "model", "model.name_or_path", _other(open_alternative), ["*.json", "*.jinja", "*.model"]
+    )
 
 
 def dataset(name: str, revision: str | None, key: str) -> Path:
@@ -46,8 +48,12 @@ def commit_of(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
 
 
-def _other(ungated: str | None) -> str:
-    return f"; or take {ungated}, which needs no permission: model.name_or_path={ungated}" if ungated else ""
+def _other(open_alternative: str | None) -> str:
+    return (
+        f"; or take {open_alternative}, which needs no permission: model.name_or_path={open_alternative}"
+        if open_alternative
+        else ""
+    )
 
 
 def _snapshot(
@@ -83,6 +89,6 @@ def _snapshot(
         reason = " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__
         raise UserError(
             f"{key}: {name}{f' at {revision[:8]}' if revision else ''} is neither in the Hub's cache nor to be had "
-            f"({reason}); check the network, or bring it beforehand with `make fetch`; where it is gated, accept its "
+            f"({reason}); check the network, or run `make download` before; where it is gated, accept its "
             f"licence on {page} and set HF_TOKEN{other}"
         ) from error

@@ -86,12 +86,12 @@ def look(plan: Plan, prepared: Prepared) -> Rows:
     """The prepared rows of a plan."""
     from datasets import load_from_disk
 
-    folder, model = Path(prepared.folder), plan.sections["model"]
+    folder, model = Path(prepared.folder), plan.sections.model
     return Rows(
         prepared,
         json.loads((folder / "details.json").read_text(encoding="utf-8")),
         load_from_disk(str(folder / "train")),
-        load_tokenizer(prepared.model, model["chat_template"], model["trust_remote_code"], model["add_tokens"]),
+        load_tokenizer(prepared.model, model.chat_template, model.trust_remote_code, model.add_tokens),
     )
 
 

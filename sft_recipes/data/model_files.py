@@ -12,14 +12,16 @@ from sft_recipes.data import hub
 from sft_recipes.runtime.errors import UserError
 
 
-def check_model(name_or_path: str, revision: str | None, trust_remote_code: bool, ungated: str | None = None) -> Path:
+def check_model(
+    name_or_path: str, revision: str | None, trust_remote_code: bool, open_alternative: str | None = None
+) -> Path:
     """The folder of a whole model: a local one, or the Hub's, brought where it is not there.
 
     Raises:
         UserError: no such folder, no config, no weights, a shard missing, or code that would have to run.
     """
     key = "model.name_or_path"
-    folder = _local(name_or_path) or hub.model(name_or_path, revision, ungated)
+    folder = _local(name_or_path) or hub.model(name_or_path, revision, open_alternative)
     config = folder / "config.json"
     if not config.is_file():
         raise UserError(f"{key}: {folder} has no config.json; name the folder that save_pretrained wrote")
@@ -38,13 +40,13 @@ def check_model(name_or_path: str, revision: str | None, trust_remote_code: bool
     return folder
 
 
-def tokenizer_folder(name_or_path: str, revision: str | None, ungated: str | None = None) -> Path:
+def tokenizer_folder(name_or_path: str, revision: str | None, open_alternative: str | None = None) -> Path:
     """The folder with a model's tokenizer, which is all that looking at rows needs; no weights are brought.
 
     Raises:
         UserError: no such folder, or it is not to be had from the Hub.
     """
-    return _local(name_or_path) or hub.tokenizer(name_or_path, revision, ungated)
+    return _local(name_or_path) or hub.tokenizer(name_or_path, revision, open_alternative)
 
 
 def _local(name_or_path: str) -> Path | None:

@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft_recipes.config.schema import Data
+from sft_recipes.config.schema import Model
 from sft_recipes.data import model_files, sources, validate
 from sft_recipes.data.formats import Conversation, conversation_of
 from sft_recipes.data.sources import Source
@@ -73,9 +73,9 @@ def prepare(plan: Plan, store: Path | None = None, rows_alone: bool = False) -> 
     store = store or runs_root() / ".prepared"
     store.mkdir(parents=True, exist_ok=True, mode=0o700)  # it holds the data
     base = _base(plan, rows_alone)
-    data = Data(**plan.sections["data"])
+    data = plan.sections.data
     embedded = store / f"embedded-{_code('toy/toy_dataset.py')[:8]}"
-    parts = ("train", "validation", *(["retain"] if data.retain else []))
+    parts = ("train", "validation", *(["retention_eval"] if data.retention_eval else []))
     named = {part: sources.resolve_all(data, f"data.{part}", embedded) for part in parts}
     folder = store / _key(plan, named, base)
     if wrong := _not_as_written(folder):
@@ -108,11 +108,11 @@ def _not_as_written(folder: Path) -> list[Path]:
 
 def is_at_hand(plan: Plan) -> bool:
     """Whether data and tokenizer lie on this machine, or are made here, so that preparing them asks no network."""
-    model, data = plan.sections["model"], Data(**plan.sections["data"])
-    model_is = model["from_scratch"] or Path(model["name_or_path"]).is_dir()
+    model, data = plan.sections.model, plan.sections.data
+    model_is = model.from_scratch or Path(model.name_or_path).is_dir()
     return model_is and all(
         sources.hub_name(source) is None
-        for source in [*data.training, *data.held_out, *([data.retain] if data.retain else [])]
+        for source in [*data.training, *data.held_out, *([data.retention_eval] if data.retention_eval else [])]
     )
 
 
@@ -121,13 +121,17 @@ def announcement(plan: Plan, details: Mapping[str, Any], seconds: float) -> str:
     train, validation = details["train"], details["validation"]
     packed = f" packed into {details['rows']:,} rows of {plan.max_length}" if plan.packing else ""
     share = train["supervised_tokens"] / max(train["tokens"], 1)
-    retain = details.get("retain")
+    retain = details.get("retention_eval")
     retained = f" and {retain['examples']:,} retain examples" if retain else ""
     said = [
         f"data: {train['examples']:,} training examples{packed}, {train['tokens']:,} tokens, {share:.0%} of them "
         f"supervised; {validation['examples']:,} validation examples{retained}; {seconds:.1f} s"
     ]
-    for name, counts in (("training", train), ("validation", validation), *([("retain", retain)] if retain else [])):
+    for name, counts in (
+        ("training", train),
+        ("validation", validation),
+        *([("retention_eval", retain)] if retain else []),
+    ):
         if counts["cut"]:
             said.append(
                 f"data: {counts['cut']:,} {name} examples were longer than {plan.max_length} tokens and lost their "
@@ -142,23 +146,21 @@ def announcement(plan: Plan, details: Mapping[str, Any], seconds: float) -> str:
 
 def _base(plan: Plan, rows_alone: bool) -> Path | None:
     """The folder that the run's tokenizer is in; None for a recipe that starts from nothing."""
-    model = plan.sections["model"]
-    if model["from_scratch"]:
+    model = plan.sections.model
+    if model.from_scratch:
         return None
     if rows_alone:
-        return model_files.tokenizer_folder(model["name_or_path"], model["revision"], model["ungated"])
-    return model_files.check_model(
-        model["name_or_path"], model["revision"], model["trust_remote_code"], model["ungated"]
-    )
+        return model_files.tokenizer_folder(model.name_or_path, model.revision, model.open_alternative)
+    return model_files.check_model(model.name_or_path, model.revision, model.trust_remote_code, model.open_alternative)
 
 
 def _check_architecture_once(plan: Plan, base: Path, folder: Path) -> None:
     """Building the model to count it takes seconds, so what was found right is remembered."""
-    model = plan.sections["model"]
+    model = plan.sections.model
     remembered = folder / "architecture.json"
-    stated = json.dumps([model["architecture"], str(base)], sort_keys=True)
+    stated = json.dumps([model.architecture, str(base)], sort_keys=True)
     if not remembered.is_file() or remembered.read_text(encoding="utf-8") != stated:
-        model_files.check_architecture(model["architecture"], base, model["trust_remote_code"])
+        model_files.check_architecture(model.architecture, base, model.trust_remote_code)
         remembered.write_text(stated, encoding="utf-8")
 
 
@@ -171,22 +173,22 @@ def _key(plan: Plan, named: Mapping[str, Mapping[str, Source]], base: Path | Non
 
     `named` are the sources of each part that the recipe names: train, validation and, only where it does, retain.
     """
-    model, data = plan.sections["model"], plan.sections["data"]
+    model, data = plan.sections.model, plan.sections.data
     beside, template = _beside_the_weights(base), _given_template(model)
     dated = b"strftime_now" in template.encode() or any(b"strftime_now" in text for text in beside.values())
     here = Path(__file__).parent
     code = sorted(str(path.relative_to(here)) for path in here.rglob("*.py") if path.name not in _NOT_THE_ROWS)
     parts = {
         **{part: [[name, source.fingerprint()] for name, source in of_it.items()] for part, of_it in named.items()},
-        "validation_fraction": data["validation_fraction"],
-        "validation_at_most": data["validation_at_most"],
-        "model": model,
+        "validation_fraction": data.validation_fraction,
+        "max_eval_samples": data.max_eval_samples,
+        "model": asdict(model),
         "tokenizer": {name: hashlib.sha256(text).hexdigest() for name, text in beside.items()},
         "template": template,
         "max_length": plan.max_length,
         "packing": plan.packing,
-        "seed": plan.sections["trainer"]["seed"],
-        "data_seed": plan.sections["trainer"]["data_seed"],
+        "seed": plan.sections.trainer["seed"],
+        "data_seed": plan.sections.trainer["data_seed"],
         "date": plan.created[:10] if dated else None,
         "code": {name: _code(name) for name in code},
         "libraries": {name: metadata.version(name) for name in ("transformers", "tokenizers", "trl", "jinja2")},
@@ -202,9 +204,9 @@ def _beside_the_weights(folder: Path | None) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in files if ".index." not in file.name}
 
 
-def _given_template(model: dict[str, Any]) -> str:
+def _given_template(model: Model) -> str:
     """The template that the recipe gives, or its name where there is no such file, which loading it will say."""
-    name = model["chat_template"] or ""
+    name = model.chat_template or ""
     return Path(name).read_text(encoding="utf-8", errors="replace") if Path(name).is_file() else name
 
 
@@ -221,10 +223,10 @@ def _make(plan: Plan, named: Mapping[str, Mapping[str, Source]], base: Path | No
     transformers.utils.logging.disable_progress_bar()
     started = time.monotonic()
     folder.mkdir(parents=True)
-    model = plan.sections["model"]
+    model = plan.sections.model
     if base is None:
         base = _build(plan, named["train"], bool(named["validation"]), folder / "model")
-    tokenizer = load_tokenizer(str(base), model["chat_template"], model["trust_remote_code"], model["add_tokens"])
+    tokenizer = load_tokenizer(str(base), model.chat_template, model.trust_remote_code, model.add_tokens)
     chat = Chat(tokenizer, datetime.date.fromisoformat(plan.created[:10]))
     labelled = {
         part: {name: label(source, chat, plan.max_length, f"data.{part}", name) for name, source in of_it.items()}
@@ -233,13 +235,13 @@ def _make(plan: Plan, named: Mapping[str, Mapping[str, Source]], base: Path | No
     training, held_out = labelled["train"], labelled["validation"]
     if not held_out:
         training, held_out = _split(plan, training)
-    held_out, retained = _at_most(plan, held_out), _at_most(plan, labelled.get("retain", {}))
+    held_out, retained = _at_most(plan, held_out), _at_most(plan, labelled.get("retention_eval", {}))
     rows, validation_rows = _write_rows(plan, training, held_out, folder)
     retain_rows = _write_retain(plan, retained, folder)
     _write_prompts(plan, chat, named["validation"] or named["train"], held_out, folder / "prompts.jsonl")
     counted = validate.describe(training, held_out, retained)
     everything = [*training.values(), *held_out.values(), *retained.values()]
-    vocabulary = _vocabulary(tokenizer, model["add_tokens"], model_files.embeddings_of(base), everything)
+    vocabulary = _vocabulary(tokenizer, model.add_tokens, model_files.embeddings_of(base), everything)
     notes = [f"{note} ({many:,} rows)" for note, many in counted["noted"].items()] + vocabulary.pop("notes")
     details = {
         **counted,
@@ -302,7 +304,7 @@ def _write_retain(plan: Plan, retained: Mapping[str, Labelled], folder: Path) ->
 
     rows = [to_dataset(one.take(one.trained > 0), plan.max_length, plan.packing) for one in retained.values()]
     for one in rows:
-        one.save_to_disk(folder / "retain")
+        one.save_to_disk(folder / "retention_eval")
     return rows
 
 
@@ -342,7 +344,7 @@ def _build(plan: Plan, train: Mapping[str, Source], all_of_it: bool, folder: Pat
         for conversation, question in zip(conversations, asked.tolist(), strict=True):
             if question not in held_out:
                 texts += [text for message in conversation.messages for text in (message["role"], message["content"])]
-    toy_model.build(plan.sections["model"]["architecture"], texts, folder, plan.sections["trainer"]["seed"])
+    toy_model.build(plan.sections.model.architecture, texts, folder, plan.sections.trainer["seed"])
     return folder
 
 
@@ -365,9 +367,9 @@ def _held_out(plan: Plan, asked: Any, name: str) -> set[int]:
         raise UserError(
             f"data.train: all rows of {name} ask the same, so none can be held out; say data.validation=<a file>"
         )
-    wanted = round(len(questions) * plan.sections["data"]["validation_fraction"])
+    wanted = round(len(questions) * plan.sections.data.validation_fraction)
     return set(
-        random.Random(plan.sections["trainer"]["data_seed"]).sample(questions, min(max(wanted, 1), len(questions) - 1))
+        random.Random(plan.sections.trainer["data_seed"]).sample(questions, min(max(wanted, 1), len(questions) - 1))
     )
 
 
@@ -393,11 +395,11 @@ def _at_most(plan: Plan, held_out: Mapping[str, Labelled]) -> dict[str, Labelled
     """No more examples than the recipe wants to evaluate, each source's share of them, a seeded choice."""
     import numpy
 
-    at_most = plan.sections["data"]["validation_at_most"]
+    at_most = plan.sections.data.max_eval_samples
     many = sum(map(len, held_out.values()))
     if at_most is None or many <= at_most:
         return dict(held_out)
-    generator = numpy.random.default_rng(plan.sections["trainer"]["data_seed"])
+    generator = numpy.random.default_rng(plan.sections.trainer["data_seed"])
     fewer = {}
     for name, one in held_out.items():
         mask = numpy.zeros(len(one), bool)
@@ -411,7 +413,7 @@ def _write_prompts(
 ) -> None:
     """Held-out conversations up to their last answer, a seeded choice, for answers before and after training."""
     wheres = {where for one in held_out.values() for where in one.where}
-    chosen = random.Random(plan.sections["trainer"]["data_seed"]).sample(sorted(wheres), min(len(wheres), _PROMPTS))
+    chosen = random.Random(plan.sections.trainer["data_seed"]).sample(sorted(wheres), min(len(wheres), _PROMPTS))
     wanted, found = set(chosen), {}
     for row in itertools.chain.from_iterable(source.rows() for source in asked.values()):
         if row.where in wanted:

@@ -20,7 +20,7 @@ from sft_recipes.data.toy import toy_dataset
 from sft_recipes.runtime.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
-EMBEDDED = ("embedded:train", "embedded:validation")
+EMBEDDED = ("toy:train", "toy:validation")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Source:
 
 
 def resolve_all(data: Data, key: str, embedded_folder: Path) -> dict[str, Source]:
-    """The sources that `data.train`, `data.validation` or `data.retain` names, each under a short name of its own.
+    """The sources that `data.train`, `data.validation` or `data.retention_eval` names, each under its own short name.
 
     No other source is called `retain`, since the loss of the rows to retain is.
 
@@ -77,14 +77,14 @@ def resolve_all(data: Data, key: str, embedded_folder: Path) -> dict[str, Source
         UserError: as `resolve`, or a source is named twice.
     """
     found: dict[str, Source] = {}
-    retained = [data.retain] if data.retain else []
-    named = {"data.train": data.training, "data.validation": data.held_out, "data.retain": retained}[key]
+    retained = [data.retention_eval] if data.retention_eval else []
+    named = {"data.train": data.training, "data.validation": data.held_out, "data.retention_eval": retained}[key]
     for name in named:
         if named.count(name) > 1:
             raise UserError(f"{key}: {name} is named twice; its rows would count double")
         short = _short(name)
         number = sum(one == short or one.startswith(f"{short}_") for one in found)
-        number += short == "retain" and key != "data.retain"
+        number += short == "retention_eval" and key != "data.retention_eval"
         source = resolve(name, key, embedded_folder, data.revision_of(name))
         found[f"{short}_{number + 1}" if number else short] = source
     return found

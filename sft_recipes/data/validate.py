@@ -84,7 +84,7 @@ def describe(
     noted = Counter(note for one in everything for note in one.notes if note)
     return {
         **{part: _total(counts[part]) for part in parts},
-        **({"retain": asdict(count(*one))} if (one := next(iter(retained.items()), None)) else {}),
+        **({"retention_eval": asdict(count(*one))} if (one := next(iter(retained.items()), None)) else {}),
         "sources": {part: [asdict(one) for one in counts[part]] for part in parts},
         "first_dropped": {part: [_first_dropped(one) for one in sources.values()] for part, sources in parts.items()},
         "duplicates": sum(map(len, training.values())) - len(numpy.unique(_said(training))),
@@ -132,28 +132,28 @@ def check(plan: Plan, details: Mapping[str, Any]) -> None:
         UserError: too many rows without a token to learn from, validation rows that stand in training, rows to retain
             of which nothing is left, or tokens that are new to a model whose embeddings are not trained.
     """
-    data = plan.sections["data"]
+    data = plan.sections.data
     for part, key in (("train", "data.train"), ("validation", "data.validation")):
         for counts, first in zip(details["sources"][part], details["first_dropped"][part], strict=True):
-            if counts["dropped"] > data["dropped_at_most"] * counts["read"]:
+            if counts["dropped"] > data.max_dropped_fraction * counts["read"]:
                 raise UserError(
                     f"{key}: trainer.max_length={plan.max_length} leaves {counts['dropped']} of {counts['read']} rows "
-                    f"without a token to learn from (the first: {first}), more than data.dropped_at_most="
-                    f"{data['dropped_at_most']:g}; say a larger trainer.max_length"
+                    f"without a token to learn from (the first: {first}), more than data.max_dropped_fraction="
+                    f"{data.max_dropped_fraction:g}; say a larger trainer.max_length"
                 )
-    retain = details.get("retain")
+    retain = details.get("retention_eval")
     if retain and not retain["examples"]:
         raise UserError(
-            f"data.retain: trainer.max_length={plan.max_length} leaves none of {retain['read']} rows with a token to "
-            f"measure; say a larger trainer.max_length, or other rows"
+            f"data.retention_eval: trainer.max_length={plan.max_length} leaves none of {retain['read']} rows with a "
+            f"token to measure; say a larger trainer.max_length, or other rows"
         )
     leaked = details["leaks"]
-    if leaked["rows"] > data["leaked_at_most"] * leaked["of"]:
+    if leaked["rows"] > data.max_overlap * leaked["of"]:
         share = math.ceil(1000 * leaked["rows"] / leaked["of"]) / 1000
         raise UserError(
             f"{leaked['where']}: this validation row stands in training too ({leaked['twin']}), and so do "
             f"{leaked['rows'] - 1} others of {leaked['of']}; take them out of one of the two, or say "
-            f"data.leaked_at_most={share:g} if that is meant"
+            f"data.max_overlap={share:g} if that is meant"
         )
     if details["new_tokens"] and plan.method != "full":
         raise UserError(
@@ -168,8 +168,8 @@ def lines(details: Mapping[str, Any]) -> list[str]:
     for part in ("train", "validation"):
         for one in details["sources"][part]:
             said += [f"{part:<12}{one['name']}: {_rows(one)}", *(" " * 12 + line for line in _more(one))]
-    if retain := details.get("retain"):
-        said.append(f"{'retain':<12}{retain['name']}: {_rows(retain)}")
+    if retain := details.get("retention_eval"):
+        said.append(f"{'retention_eval':<12}{retain['name']}: {_rows(retain)}")
     if len(details["sources"]["train"]) > 1 and details["duplicates"]:
         said.append(f"{'twice':<12}{details['duplicates']:,} training rows say what another one of any source says")
     leaked = details["leaks"]

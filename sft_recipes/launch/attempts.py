@@ -8,19 +8,19 @@ from __future__ import annotations
 from typing import Any
 
 from sft_recipes.launch.run_selection import Start
-from sft_recipes.runtime.run_dir import RunFolder, read_json, write_json
+from sft_recipes.runtime.run_dir import RunDir, read_json, write_json
 
 STARTS_AT_MOST = 3
 _KEY = "starts_without_progress"
 
 
-def count(folder: RunFolder) -> None:
+def count(folder: RunDir) -> None:
     """One more start, from the newest whole checkpoint; a newer one than at the last start begins the count anew."""
-    manifest, step = read_json(folder.manifest), folder.newest_whole()
+    manifest, step = read_json(folder.manifest), folder.latest_complete()
     write_json(folder.manifest, {**manifest, _KEY: {"step": step, "count": _counted(manifest, step) + 1}})
 
 
-def forgive(folder: RunFolder) -> None:
+def forgive(folder: RunDir) -> None:
     """The newest start is not counted: it ended as it was asked to."""
     manifest = read_json(folder.manifest)
     if counted := manifest.get(_KEY):
@@ -32,9 +32,9 @@ def refusal(start: Start) -> str | None:
     return None if start.insisted or not start.goes_on else exhausted(start.folder)
 
 
-def exhausted(folder: RunFolder) -> str | None:
+def exhausted(folder: RunDir) -> str | None:
     """That as many starts as may be have brought this run no further, and what to do; None where there is one left."""
-    manifest, step = read_json(folder.manifest), folder.newest_whole()
+    manifest, step = read_json(folder.manifest), folder.latest_complete()
     counted = _counted(manifest, step)
     if counted < STARTS_AT_MOST:
         return None

@@ -18,7 +18,7 @@ from sft_recipes.planner.plan import Plan
 from sft_recipes.planner.save_time import grace_seconds
 from sft_recipes.runtime.errors import UserError
 from sft_recipes.runtime.paths import REPOSITORY
-from sft_recipes.runtime.run_dir import RunFolder, runs_root
+from sft_recipes.runtime.run_dir import RunDir, runs_root
 
 _PORTS_TRIED = 100
 
@@ -29,7 +29,7 @@ def prepare(plan: Path) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Rendezvous:
     """Where the ranks of a start meet: node 0's address, a port of it, and which node this one is."""
 
     address: str
@@ -37,7 +37,7 @@ class Meeting:
     node: int
 
 
-def launch(plan: Plan, folder: RunFolder, program: str = "training.main", meeting: Meeting | None = None) -> list[str]:
+def launch(plan: Plan, folder: RunDir, program: str = "training.main", meeting: Rendezvous | None = None) -> list[str]:
     """The command that starts every rank of this node; `write_engine` must have written its configuration.
 
     Args:
@@ -49,13 +49,13 @@ def launch(plan: Plan, folder: RunFolder, program: str = "training.main", meetin
     command = [sys.executable, "-m", "sft_recipes.training.rank_launcher"]
     command += ["--config_file", str(folder.accelerate_config)]
     if plan.parallelism != "single":  # with one rank too: torchrun's default port is the same for every run
-        at = meeting or Meeting("127.0.0.1", free_port("127.0.0.1"), 0)
+        at = meeting or Rendezvous("127.0.0.1", free_port("127.0.0.1"), 0)
         command += ["--main_process_ip", at.address, "--main_process_port", str(at.port)]
         command += ["--machine_rank", str(at.node)]
     return [*command, "-m", f"sft_recipes.{program}", str(folder.plan)]
 
 
-def links(ranks_here: int, nodes: int, meeting: Meeting, result: Path) -> list[str]:
+def links(ranks_here: int, nodes: int, meeting: Rendezvous, result: Path) -> list[str]:
     """The command by which this node's ranks take part in a sum over those of all nodes, which rank 0 writes down."""
     run = ["torch.distributed.run", "--nnodes", str(nodes), "--node_rank", str(meeting.node)]
     run += ["--master_addr", meeting.address, "--master_port", str(meeting.port)]
@@ -111,7 +111,7 @@ def _deepspeed_file(plan: Plan, config: Mapping[str, Any]) -> Path:
     return file
 
 
-def write_engine(plan: Plan, folder: RunFolder) -> None:
+def write_engine(plan: Plan, folder: RunDir) -> None:
     """Writes the engine's configuration into the run's folder."""
     folder.accelerate_config.write_text(yaml.safe_dump(engine(plan), sort_keys=False), encoding="utf-8")
 

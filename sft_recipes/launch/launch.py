@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from sft_recipes.launch import attempts, command, process_group, ranks, sanity_check
-from sft_recipes.launch.node_launchers import Peers
-from sft_recipes.launch.process_group import Asked
+from sft_recipes.launch.node_launchers import NodeLaunchers
+from sft_recipes.launch.process_group import StopRequest
 from sft_recipes.launch.run_selection import Start
 from sft_recipes.launch.watchdog import Ended
 from sft_recipes.planner import plan as plans
@@ -24,14 +24,14 @@ from sft_recipes.runtime.run_dir import (
     EXIT_NO_PROGRESS,
     EXIT_STOPPED,
     EXIT_USER,
-    RunFolder,
+    RunDir,
     read_json,
     write_json,
 )
 
 
 def carry_out(
-    start: Start, say: Callable[[str], None], lighter: Callable[[], list[str]], peers: Peers | None = None
+    start: Start, say: Callable[[str], None], lighter: Callable[[], list[str]], peers: NodeLaunchers | None = None
 ) -> int:
     """Runs the plan to its end and returns the exit code of the contract.
 
@@ -50,7 +50,11 @@ def carry_out(
 
 
 def _carry_out(
-    start: Start, say: Callable[[str], None], lighter: Callable[[], list[str]], asked: Asked, peers: Peers | None
+    start: Start,
+    say: Callable[[str], None],
+    lighter: Callable[[], list[str]],
+    asked: StopRequest,
+    peers: NodeLaunchers | None,
 ) -> int:
     folder, plan = start.folder, start.plan
     stored = plans.read(folder.plan) if start.goes_on else None
@@ -86,12 +90,12 @@ def _carry_out(
     return code
 
 
-def _train(folder: RunFolder, plan: Plan, asked: Asked, peers: Peers | None) -> int:
+def _train(folder: RunDir, plan: Plan, asked: StopRequest, peers: NodeLaunchers | None) -> int:
     """Starts the ranks, and the exit code of how they ended."""
-    for of_before in (folder.ranks, folder.stacks):
+    for of_before in (folder.ranks, folder.stack_traces):
         shutil.rmtree(of_before, ignore_errors=True)
     attempts.count(folder)
-    ended = ranks.carry_out(plan, folder, "run", asked, peers)
+    ended = ranks.carry_out(plan, folder, "training.main", asked, peers)
     code, error = _outcome(folder, ended)
     if code in (0, EXIT_USER, EXIT_STOPPED):
         attempts.forgive(folder)
@@ -102,11 +106,11 @@ def _train(folder: RunFolder, plan: Plan, asked: Asked, peers: Peers | None) -> 
 
 def _sanity(
     plan: Plan,
-    folder: RunFolder,
+    folder: RunDir,
     say: Callable[[str], None],
     lighter: Callable[[], list[str]],
-    asked: Asked,
-    peers: Peers | None,
+    asked: StopRequest,
+    peers: NodeLaunchers | None,
 ) -> int:
     """Has the plan tried where nothing has tried it yet; what became of that is written into the run's folder."""
     if variables.sanity_is_skipped():
@@ -120,7 +124,7 @@ def _sanity(
 
 
 def try_out(
-    plan: Plan, say: Callable[[str], None], lighter: Callable[[], list[str]], peers: Peers | None = None
+    plan: Plan, say: Callable[[str], None], lighter: Callable[[], list[str]], peers: NodeLaunchers | None = None
 ) -> int:
     """Prepares a plan's data and has the plan tried, whether it was before or not; leaves a receipt and no run.
 
@@ -128,7 +132,7 @@ def try_out(
         UserError: the prepared data does not make a run.
     """
     with tempfile.TemporaryDirectory(prefix="sft-") as place, process_group.listening() as asked:
-        folder = RunFolder(Path(place))
+        folder = RunDir(Path(place))
         plans.write(plan, folder.plan)
         code = prepare(folder.plan, command.environment(plan, os.environ), asked, peers)
         if code:
@@ -137,7 +141,7 @@ def try_out(
         return sanity_check.carry_out(settled, folder.prepared, say, lighter, asked, peers)
 
 
-def prepare(plan: Path, environment: Mapping[str, str], asked: Asked, peers: Peers | None = None) -> int:
+def prepare(plan: Path, environment: Mapping[str, str], asked: StopRequest, peers: NodeLaunchers | None = None) -> int:
     """Prepares the data of the plan in a file; 0, or the exit code of the contract."""
     code = process_group.run(
         command.prepare(plan), environment, asked, meanwhile=peers.goes_missing if peers else None
@@ -154,7 +158,7 @@ def _announcement(start: Start, plan: Plan) -> str:
     return (
         f"{begins} {start.folder.path}: {plan.optimizer_steps} optimizer steps of {plan.effective_batch_size} rows, "
         f"{render.engine_and_ranks(plan)}; of {plan.rows} rows, "
-        f"{plan.rows_left_out_of_an_epoch} are left out of each epoch, other ones each time"
+        f"{plan.dropped_rows_per_epoch} are left out of each epoch, other ones each time"
     )
 
 
@@ -164,8 +168,8 @@ def _settle(plan: Plan, stored: Plan | None, found: dict[str, object]) -> Plan:
         change = plans.differences(stored, settled).get("data_fingerprint")
         if change:
             raise UserError(
-                f"{other_data(plan, *change)}, go on all the same with ACCEPT=data_fingerprint, or begin a run of its "
-                f"own: NAME=…"
+                f"{other_data(plan, *change)}, go on all the same with ALLOW_CHANGE=data_fingerprint, or begin a run "
+                f"of its own: NAME=…"
             )
     return settled
 
@@ -173,18 +177,18 @@ def _settle(plan: Plan, stored: Plan | None, found: dict[str, object]) -> Plan:
 def other_data(plan: Plan, before: str | None, now: str | None) -> str:
     """What is said where a run's data has changed under it, and the first way out."""
     return (
-        f"data.train: {plan.sections['data']['train']} is no longer the data that this run began with "
+        f"data.train: {plan.sections.data.train} is no longer the data that this run began with "
         f"(data_fingerprint {before} -> {now}); put it back"
     )
 
 
-def _forget(folder: RunFolder, start: Start) -> None:
+def _forget(folder: RunDir, start: Start) -> None:
     """Takes the folder of a run that never began away again, so that the corrected command is not another plan's."""
     if not start.goes_on and not folder.numbered("checkpoint"):
         shutil.rmtree(folder.path)
 
 
-def _outcome(folder: RunFolder, ended: Ended) -> tuple[int, str | None]:
+def _outcome(folder: RunDir, ended: Ended) -> tuple[int, str | None]:
     """How a start ended, by its exit code and the line on what was wrong: as rank 0 recorded it, else as it was seen
     from here."""
     recorded = read_json(folder.outcome)
@@ -196,8 +200,8 @@ def _outcome(folder: RunFolder, ended: Ended) -> tuple[int, str | None]:
         print(f"stopped before a new checkpoint was whole; the same command goes on with {folder.name}")
         return EXIT_STOPPED, ended.fault
     error = ended.fault or f"the run ended without an outcome (launcher's exit code {ended.code})"
-    if folder.stacks.is_dir():
-        error += f"; what each rank was doing is in {folder.stacks}"
+    if folder.stack_traces.is_dir():
+        error += f"; what each rank was doing is in {folder.stack_traces}"
     code = EXIT_USER if ended.by_user else EXIT_FAULT
     write_json(folder.manifest, {**manifest, "state": "failed", "exit_code": code, "error": error})
     if ended.by_user:
@@ -208,6 +212,6 @@ def _outcome(folder: RunFolder, ended: Ended) -> tuple[int, str | None]:
     )
 
 
-def shell_line(plan: Plan, folder: RunFolder) -> str:
+def shell_line(plan: Plan, folder: RunDir) -> str:
     """What DRY_RUN=1 prints: the command that would start the ranks."""
     return shlex.join(command.launch(plan, folder))

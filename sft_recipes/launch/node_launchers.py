@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes.launch import network
-from sft_recipes.launch.process_group import Asked
+from sft_recipes.launch.process_group import StopRequest
 from sft_recipes.launch.topology import Allocation
 from sft_recipes.runtime import heartbeat
 from sft_recipes.runtime.errors import UserError
@@ -48,7 +48,7 @@ class Order:
     on_gpus: bool = False
 
 
-class Peers:
+class NodeLaunchers:
     """This parent among those of the other nodes."""
 
     def __init__(self, allocation: Allocation):
@@ -79,7 +79,7 @@ class Peers:
         """What a node has shown, this one too."""
         return self.said if number == self.allocation.rank else self.heard[number]
 
-    def meet(self, hello: dict[str, Any], asked: Asked) -> None:
+    def meet(self, hello: dict[str, Any], asked: StopRequest) -> None:
         """Shows the others what this node has, waits for what they have, and has each try to reach node 0.
 
         Raises:
@@ -107,7 +107,7 @@ class Peers:
         tried: list[str] = self.told(0)["hello"]["addresses"]
         return max(tried, key=lambda address: sum(address in of_one for of_one in reached))
 
-    def _await(self, what: str, asked: Asked, whose: Sequence[int] | None = None) -> None:
+    def _await(self, what: str, asked: StopRequest, whose: Sequence[int] | None = None) -> None:
         began = time.monotonic()
         says_so = began + _SECONDS_IN_SILENCE
         while missing := [n for n in whose or self.others if what not in self.heard.get(n, {})]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import FrameType
 
-from sft_recipes.launch.watchdog import Ended, Watch
+from sft_recipes.launch.watchdog import Ended, Watchdog
 from sft_recipes.runtime import heartbeat
 from sft_recipes.runtime.run_dir import EXIT_STOPPED
 
@@ -24,7 +24,7 @@ _SECONDS_TO_END = 15.0
 
 
 @dataclass
-class Asked:
+class StopRequest:
     """The signals that have asked this process to stop, in their order; what is under way decides what to do."""
 
     numbers: list[int] = field(default_factory=list)
@@ -47,18 +47,18 @@ class StoppedError(Exception):
     """This process was asked to stop before there was anything to stop."""
 
 
-_asked: Asked | None = None
+_asked: StopRequest | None = None
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[Asked]:
+def listening() -> Iterator[StopRequest]:
     """From here on this process is asked, not ended, by SIGTERM, SIGINT and SIGUSR1, and by SIGHUP, which a terminal
     that is closed sends, unless `nohup` has it ignored."""
     global _asked  # noqa: PLW0603  signals are the process's: who listens inside of another hears what that one heard
     if _asked is not None:
         yield _asked
         return
-    asked = _asked = Asked()
+    asked = _asked = StopRequest()
 
     def note(number: int, _frame: FrameType | None) -> None:
         asked.numbers.append(number)
@@ -77,8 +77,8 @@ def listening() -> Iterator[Asked]:
 def run(
     arguments: list[str],
     environment: Mapping[str, str],
-    asked: Asked,
-    watch: Watch | None = None,
+    asked: StopRequest,
+    watch: Watchdog | None = None,
     meanwhile: Callable[[], bool] | None = None,
 ) -> Ended:
     """Runs a command to its end.
@@ -133,7 +133,7 @@ def _nothing_ends() -> bool:
     return False
 
 
-def _wait(process: subprocess.Popen[bytes], asked: Asked, elsewhere: Callable[[], bool]) -> bool:
+def _wait(process: subprocess.Popen[bytes], asked: StopRequest, elsewhere: Callable[[], bool]) -> bool:
     """As `_wait_for_ranks`, of a command without ranks."""
     while _lives(process):
         if asked.numbers or elsewhere():
@@ -142,7 +142,7 @@ def _wait(process: subprocess.Popen[bytes], asked: Asked, elsewhere: Callable[[]
 
 
 def _wait_for_ranks(
-    process: subprocess.Popen[bytes], asked: Asked, watch: Watch, elsewhere: Callable[[], bool]
+    process: subprocess.Popen[bytes], asked: StopRequest, watch: Watchdog, elsewhere: Callable[[], bool]
 ) -> tuple[bool, bool]:
     """Until the launcher of ranks ends; whether the ranks are to be ended since somebody asked, and whether the
     launcher had to be killed."""

@@ -9,14 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sft_recipes.launch import command, network, process_group
-from sft_recipes.launch.command import Meeting
-from sft_recipes.launch.node_launchers import Order, Peers, first_fault
-from sft_recipes.launch.process_group import Asked
-from sft_recipes.launch.watchdog import Ended, Watch
+from sft_recipes.launch.command import Rendezvous
+from sft_recipes.launch.node_launchers import NodeLaunchers, Order, first_fault
+from sft_recipes.launch.process_group import StopRequest
+from sft_recipes.launch.watchdog import Ended, Watchdog
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import UserError
-from sft_recipes.runtime.run_dir import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, RunFolder, read_json
+from sft_recipes.runtime.run_dir import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, RunDir, read_json
 
 LINKS = "links"  # a program without a plan
 _SECONDS_TO_REPORT = 20.0
@@ -25,7 +25,7 @@ _SECONDS_OF_A_SUM = 180.0
 
 
 def carry_out(
-    plan: Plan, folder: RunFolder, program: str, asked: Asked, peers: Peers | None, saves: bool = True
+    plan: Plan, folder: RunDir, program: str, asked: StopRequest, peers: NodeLaunchers | None, saves: bool = True
 ) -> Ended:
     """Starts a program of `sft_recipes.training` on each rank; the plan is in its folder already.
 
@@ -34,7 +34,7 @@ def carry_out(
     """
     command.write_engine(plan, folder)
     if peers is None:
-        watch = Watch(folder, plan, saves)
+        watch = Watchdog(folder, plan, saves)
         return process_group.run(
             command.launch(plan, folder, program), command.environment(plan, os.environ), asked, watch
         )
@@ -44,7 +44,7 @@ def carry_out(
     return _together(order, peers)
 
 
-def sum_over_all(plan: Plan, result: Path, asked: Asked, peers: Peers) -> Ended:
+def sum_over_all(plan: Plan, result: Path, asked: StopRequest, peers: NodeLaunchers) -> Ended:
     """Has the ranks of all nodes sum (`training/links.py`), and rank 0 write what it measured to `result`."""
     port = command.free_port("", peers.allocation.port)
     order = peers.order(LINKS, result, port, plan.world_size // plan.nodes, plan.uses_gpu)
@@ -52,7 +52,7 @@ def sum_over_all(plan: Plan, result: Path, asked: Asked, peers: Peers) -> Ended:
     return _together(order, peers)
 
 
-def follow(peers: Peers, asked: Asked) -> int:
+def follow(peers: NodeLaunchers, asked: StopRequest) -> int:
     """Carries out what node 0 orders until it says to leave: 0, since how the job ended is node 0's to say; 1 where
     node 0 is not heard from any more."""
     done = 0
@@ -77,8 +77,8 @@ def follow(peers: Peers, asked: Asked) -> int:
         peers.look()
 
 
-def _sum(order: Order, peers: Peers, asked: Asked) -> None:
-    result, meeting = Path(order.plan), Meeting(order.address, order.port, peers.allocation.rank)
+def _sum(order: Order, peers: NodeLaunchers, asked: StopRequest) -> None:
+    result, meeting = Path(order.plan), Rendezvous(order.address, order.port, peers.allocation.rank)
     arguments = command.links(order.ranks_here, peers.allocation.nodes, meeting, result)
     log = f"{result.parent}/nccl-%h-%p"
     debug = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,GRAPH,NET", "NCCL_DEBUG_FILE": log}
@@ -97,12 +97,12 @@ def _sum(order: Order, peers: Peers, asked: Asked) -> None:
     peers.report(order, dataclasses.asdict(ended))
 
 
-def _obey(order: Order, plan: Plan, folder: RunFolder, asked: Asked, peers: Peers) -> None:
+def _obey(order: Order, plan: Plan, folder: RunDir, asked: StopRequest, peers: NodeLaunchers) -> None:
     """This node's part, and what becomes of it is told."""
     assert order.program is not None
-    meeting = Meeting(order.address, order.port, peers.allocation.rank)
+    meeting = Rendezvous(order.address, order.port, peers.allocation.rank)
     arguments = command.launch(plan, folder, order.program, meeting)
-    watch = Watch(folder, plan, saves=order.program == "training.main", node=peers.allocation.rank)
+    watch = Watchdog(folder, plan, saves=order.program == "training.main", node=peers.allocation.rank)
     environment = {**_interface(order), **command.environment(plan, os.environ)}
     ended = process_group.run(arguments, environment, asked, watch, _meanwhile(order, peers))
     peers.report(order, dataclasses.asdict(ended))
@@ -115,7 +115,7 @@ def _interface(order: Order) -> dict[str, str]:
     return {"GLOO_SOCKET_IFNAME": name} if name else {}
 
 
-def _meanwhile(order: Order, peers: Peers) -> Callable[[], bool]:
+def _meanwhile(order: Order, peers: NodeLaunchers) -> Callable[[], bool]:
     """Shows that this node lives, and sees whether another one has failed or is gone."""
 
     def elsewhere() -> bool:
@@ -125,7 +125,7 @@ def _meanwhile(order: Order, peers: Peers) -> Callable[[], bool]:
     return elsewhere
 
 
-def _together(order: Order, peers: Peers) -> Ended:
+def _together(order: Order, peers: NodeLaunchers) -> Ended:
     """How all nodes ended, once they have said so."""
     until = time.monotonic() + _SECONDS_TO_REPORT
     while time.monotonic() < until and len(peers.reports(order)) < peers.allocation.nodes and not peers.lost():
@@ -137,13 +137,13 @@ def _together(order: Order, peers: Peers) -> Ended:
     return Ended(**first_fault([reports[number] for number in sorted(reports)]))
 
 
-def _seen(plan_file: Path, peers: Peers) -> tuple[Plan, RunFolder]:
+def _seen(plan_file: Path, peers: NodeLaunchers) -> tuple[Plan, RunDir]:
     """The plan of an order and its folder, once this node sees them with all that they name.
 
     Raises:
         UserError: what it does not see in time.
     """
-    folder = RunFolder(plan_file.parent)
+    folder = RunDir(plan_file.parent)
     until = time.monotonic() + _SECONDS_TO_SEE
     while True:
         found = read_json(folder.prepared)

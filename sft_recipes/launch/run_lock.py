@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from sft_recipes.launch.process_group import Asked
+from sft_recipes.launch.process_group import StopRequest
 from sft_recipes.runtime import heartbeat
 from sft_recipes.runtime.errors import UserError
-from sft_recipes.runtime.run_dir import RunFolder, runs_root
+from sft_recipes.runtime.run_dir import RunDir, runs_root
 
 _SECONDS_TO_BE_GONE = 15.0
 _SECONDS_TO_BE_FREE = 300.0
@@ -22,7 +22,7 @@ _TRIES = 5
 
 
 @contextlib.contextmanager
-def held(folder: RunFolder) -> Iterator[None]:
+def held(folder: RunDir) -> Iterator[None]:
     """Holds the run for this process.
 
     Raises:
@@ -63,7 +63,7 @@ def _taken(lock: TextIO) -> bool:
     return False
 
 
-def _await_the_ranks_of_before(folder: RunFolder) -> None:
+def _await_the_ranks_of_before(folder: RunDir) -> None:
     """Ranks whose parent was killed are killed with it, which takes the system a moment: two ranks must never write the
     same checkpoint.
 
@@ -81,7 +81,7 @@ def _await_the_ranks_of_before(folder: RunFolder) -> None:
         time.sleep(0.1)
 
 
-def is_rank_of(folder: RunFolder, process: int) -> bool:
+def is_rank_of(folder: RunDir, process: int) -> bool:
     """Whether the process with that id is one, and not another that got the id since."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         return f"/{folder.name}/{folder.plan.name}".encode() in Path(f"/proc/{process}/cmdline").read_bytes()
@@ -91,15 +91,15 @@ def is_rank_of(folder: RunFolder, process: int) -> bool:
 def held_by() -> dict[str, str]:
     """The runs that a live process holds, each with that process."""
     locks = runs_root().glob("*/.lock")
-    return {path.parent.name: _holder(path) for path in locks if is_held(RunFolder(path.parent))}
+    return {path.parent.name: _holder(path) for path in locks if is_held(RunDir(path.parent))}
 
 
-def holder(folder: RunFolder) -> str | None:
+def holder(folder: RunDir) -> str | None:
     """The live process that holds a run; None where none does."""
     return _holder(folder.lock) if is_held(folder) else None
 
 
-def is_held(folder: RunFolder) -> bool:
+def is_held(folder: RunDir) -> bool:
     """Whether a live process holds it."""
     try:
         with folder.lock.open("r", encoding="utf-8") as lock:
@@ -111,7 +111,7 @@ def is_held(folder: RunFolder) -> bool:
     return False
 
 
-def await_free(folder: RunFolder, asked: Asked) -> None:
+def await_free(folder: RunDir, asked: StopRequest) -> None:
     """Waits for a start on a node that was cut off, which ends by itself once it hears nothing of the others.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from sft_recipes.planner import plan as plans
@@ -13,7 +13,7 @@ from sft_recipes.planner import rank_change
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.env import library_version
 from sft_recipes.runtime.errors import UserError
-from sft_recipes.runtime.run_dir import RunFolder, all_runs, check_name, read_json, runs_root, write_json
+from sft_recipes.runtime.run_dir import RunDir, all_runs, check_name, read_json, runs_root, write_json
 
 # What a start leaves that was killed before it had a plan.
 _OF_A_START = (".lock", "plan.json.partial")
@@ -24,7 +24,7 @@ class Start:
     """What a start will do: the folder, the plan to carry out, what to tell the user first, and whether to go on was
     insisted on (`--resume`)."""
 
-    folder: RunFolder
+    folder: RunDir
     plan: Plan
     goes_on: bool
     notes: tuple[str, ...] = ()
@@ -32,17 +32,17 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Asked:
+class RunRequest:
     """What a user said of the run to start: its name, that there must be one to go on with, the keys whose change is
     let through, and that the libraries must be those of its last start."""
 
     name: str | None = None
     resume: bool = False
-    accept: tuple[str, ...] = ()
-    strict: bool = False
+    allow_change: tuple[str, ...] = ()
+    strict_versions: bool = False
 
 
-def choose(plan: Plan, asked: Asked, held_by: dict[str, str]) -> Start:
+def choose(plan: Plan, asked: RunRequest, held_by: dict[str, str]) -> Start:
     """Which folder this start works in: a new one, or that of a run which it goes on with.
 
     `held_by` names the runs that a live process holds, with that process.
@@ -51,7 +51,7 @@ def choose(plan: Plan, asked: Asked, held_by: dict[str, str]) -> Start:
         UserError: another plan, a run in use, or nothing to go on with where that was insisted on.
     """
     if asked.name is not None:
-        return _named(plan, RunFolder(runs_root() / check_name(asked.name)), asked, held_by)
+        return _named(plan, RunDir(runs_root() / check_name(asked.name)), asked, held_by)
     ours = [folder for folder in _numbered(plan.recipe) if os.access(folder.path, os.R_OK | os.W_OK | os.X_OK)]
     notes = [note for folder in ours if not folder.path.is_symlink() for note in _put_plan_back(folder)]
     for folder in reversed(all_runs(plan.recipe)):
@@ -64,10 +64,10 @@ def choose(plan: Plan, asked: Asked, held_by: dict[str, str]) -> Start:
             return replace(start, notes=(*notes, *start.notes))
     if asked.resume:
         raise UserError(f"RESUME: no unfinished run of {plan.recipe} in {runs_root()}/; leave RESUME out to begin one")
-    return _begin(RunFolder(runs_root() / f"{plan.recipe}-{_next_number(plan.recipe)}"), plan, tuple(notes))
+    return _begin(RunDir(runs_root() / f"{plan.recipe}-{_next_number(plan.recipe)}"), plan, tuple(notes))
 
 
-def _named(plan: Plan, folder: RunFolder, asked: Asked, held_by: dict[str, str]) -> Start:
+def _named(plan: Plan, folder: RunDir, asked: RunRequest, held_by: dict[str, str]) -> Start:
     if folder.name in held_by:
         raise UserError(
             f"NAME: {folder.name} is being carried out by {held_by[folder.name]}; wait, or take another NAME="
@@ -88,11 +88,11 @@ def _named(plan: Plan, folder: RunFolder, asked: Asked, held_by: dict[str, str])
     return _begin(folder, plan)
 
 
-def _begin(folder: RunFolder, plan: Plan, notes: tuple[str, ...] = ()) -> Start:
+def _begin(folder: RunDir, plan: Plan, notes: tuple[str, ...] = ()) -> Start:
     return Start(folder, replace(plan, run_id=secrets.token_hex(8)), False, notes)
 
 
-def _go_on(plan: Plan, folder: RunFolder, asked: Asked) -> Start:
+def _go_on(plan: Plan, folder: RunDir, asked: RunRequest) -> Start:
     stored = plans.read(folder.plan)
     differ = plans.differences(stored, plan)
     if folder.numbered("checkpoint") and (reason := rank_change.allowed(stored, plan)):
@@ -100,23 +100,23 @@ def _go_on(plan: Plan, folder: RunFolder, asked: Asked) -> Start:
     followed = rank_change.followed(stored, plan)
     others = {_as_typed(key): change for key, change in differ.items() if key not in followed}
     finished = folder.state() == "finished"
-    refused = {key: change for key, change in others.items() if finished or not _is_accepted(key, asked.accept)}
+    refused = {key: change for key, change in others.items() if finished or not _is_accepted(key, asked.allow_change)}
     if refused:
         listed = "; ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in refused.items())
-        accept = f"go on with it all the same: ACCEPT={','.join(refused)}; or "
+        accept = f"go on with it all the same: ALLOW_CHANGE={','.join(refused)}; or "
         raise UserError(
             f"run {folder.name} {'is finished, and had' if finished else 'has'} another plan: {listed} "
             f"({'' if finished else accept}begin a run of its own: NAME=…)"
         )
-    _check_accepted(plan, asked.accept)
-    guards = _other_guards(stored, plan)
-    accepted = sorted({*stored.accepted, *differ, *guards, *asked.accept})
+    _check_accepted(plan, asked.allow_change)
+    guards = _other_monitor(stored, plan)
+    accepted = sorted({*stored.accepted, *differ, *guards, *asked.allow_change})
     taken = replace(plan, created=stored.created, run_id=stored.run_id, accepted=accepted)
     said = "; ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in guards.items())
     notes = (
         _other_ranks(differ, followed),
         f"other guards than at the last start, recorded: {said}" if said else "",
-        *_other_versions(folder, asked.strict),
+        *_other_versions(folder, asked.strict_versions),
     )
     return Start(folder, taken, True, tuple(filter(None, notes)), asked.resume)
 
@@ -142,10 +142,12 @@ def _check_accepted(plan: Plan, accepted: tuple[str, ...]) -> None:
     keys = plans.flat(plan)
     unknown = [one for one in accepted if not any(_is_accepted(_as_typed(key), (one,)) for key in keys)]
     if unknown:
-        raise UserError(f"ACCEPT: {unknown[0]!r} is no key of a plan; say one of those that are listed as changed")
+        raise UserError(
+            f"ALLOW_CHANGE: {unknown[0]!r} is no key of a plan; say one of those that are listed as changed"
+        )
 
 
-def _put_plan_back(folder: RunFolder) -> tuple[str, ...]:
+def _put_plan_back(folder: RunDir) -> tuple[str, ...]:
     """Restores a `plan.json` that is damaged or gone from the newest checkpoint that holds a copy; what to tell.
 
     Raises:
@@ -164,10 +166,14 @@ def _put_plan_back(folder: RunFolder) -> tuple[str, ...]:
     )
 
 
-def _other_guards(stored: Plan, plan: Plan) -> dict[str, tuple[Any, Any]]:
-    """Guards that changed: they change no weight, but perhaps when a run ends, so they are said and not refused."""
-    old, new = stored.sections["guards"], plan.sections["guards"]
-    return {f"guards.{key}": (old.get(key), new.get(key)) for key in sorted(new) if old.get(key) != new.get(key)}
+def _other_monitor(stored: Plan, plan: Plan) -> dict[str, tuple[Any, Any]]:
+    """Monitor that changed: they change no weight, but perhaps when a run ends, so they are said and not refused."""
+    old, new = stored.sections.monitor, plan.sections.monitor
+    return {
+        f"monitor.{field.name}": (getattr(old, field.name), getattr(new, field.name))
+        for field in sorted(fields(new), key=lambda field: field.name)
+        if getattr(old, field.name) != getattr(new, field.name)
+    }
 
 
 def _other_ranks(differ: dict[str, tuple[Any, Any]], followed: set[str]) -> str:
@@ -176,7 +182,7 @@ def _other_ranks(differ: dict[str, tuple[Any, Any]], followed: set[str]) -> str:
     return f"other ranks than at the last start, the effective batch stays, recorded: {listed}" if listed else ""
 
 
-def _other_versions(folder: RunFolder, strict: bool) -> tuple[str, ...]:
+def _other_versions(folder: RunDir, strict: bool) -> tuple[str, ...]:
     """What there is to say where libraries are not those of the run's last start.
 
     Raises:
@@ -189,15 +195,15 @@ def _other_versions(folder: RunFolder, strict: bool) -> tuple[str, ...]:
     if changed and strict:
         raise UserError(
             f"run {folder.name} was trained with other library versions: {changed}; install those again, or leave "
-            f"STRICT out to go on with these"
+            f"STRICT_VERSIONS out to go on with these"
         )
     return (f"other library versions than at the last start, recorded: {changed}",) if changed else ()
 
 
-def _numbered(recipe: str) -> list[RunFolder]:
+def _numbered(recipe: str) -> list[RunDir]:
     """Those that got their name from the recipe, whether their plan can be read or not."""
     found = runs_root().glob(f"{recipe}-*")
-    return [RunFolder(path) for path in found if re.fullmatch(rf"{re.escape(recipe)}-\d+", path.name)]
+    return [RunDir(path) for path in found if re.fullmatch(rf"{re.escape(recipe)}-\d+", path.name)]
 
 
 def _next_number(recipe: str) -> int:

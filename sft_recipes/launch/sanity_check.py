@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes.launch import ranks, run_lock
-from sft_recipes.launch.node_launchers import Peers
-from sft_recipes.launch.process_group import Asked
+from sft_recipes.launch.node_launchers import NodeLaunchers
+from sft_recipes.launch.process_group import StopRequest
 from sft_recipes.launch.watchdog import Ended
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner import render, save_time
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime.run_dir import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, RunFolder, read_json, runs_root, write_json
+from sft_recipes.runtime.run_dir import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, RunDir, read_json, runs_root, write_json
 from sft_recipes.sanity import trial
 
 _TRIAL, _RELOAD = "sanity.worker", "sanity.reload_worker"
@@ -35,8 +35,8 @@ def carry_out(
     prepared: Path,
     say: Callable[[str], None],
     lighter: Callable[[], list[str]],
-    asked: Asked,
-    peers: Peers | None = None,
+    asked: StopRequest,
+    peers: NodeLaunchers | None = None,
 ) -> int:
     """Tries the plan and says what came of it: 0 where all passed, 1 where something failed, 2 for a user's error.
 
@@ -53,7 +53,7 @@ def carry_out(
     _forget_what_was_killed(written.parent)
     short = trial.of(plan)
     with tempfile.TemporaryDirectory(prefix="trial-", dir=written.parent) as place:
-        folder = RunFolder(Path(place))
+        folder = RunDir(Path(place))
         with run_lock.held(folder):
             say(
                 f"sanity: {plan.recipe}, {short.optimizer_steps} steps of {short.effective_batch_size} on {short.rows} "
@@ -65,7 +65,7 @@ def carry_out(
             checks, figures = tried.verdict["checks"], tried.verdict["figures"]
             _show(checks, say, lighter)
             if trial.resumes(plan) and not _failed(checks):
-                again = RunFolder(folder.path / "reload")
+                again = RunDir(folder.path / "reload")
                 again.path.mkdir()
                 reloaded = _launch(_RELOAD, short, again, prepared, asked, peers)
                 if code := _ended_without_verdict(reloaded, written, say):
@@ -79,13 +79,15 @@ def carry_out(
 class _Launch:
     """One part of the sanity check: its folder, how its ranks ended, and what rank 0 wrote."""
 
-    folder: RunFolder
+    folder: RunDir
     ended: Ended
     verdict: dict[str, Any]
     outcome: dict[str, Any]
 
 
-def _launch(program: str, plan: Plan, folder: RunFolder, prepared: Path, asked: Asked, peers: Peers | None) -> _Launch:
+def _launch(
+    program: str, plan: Plan, folder: RunDir, prepared: Path, asked: StopRequest, peers: NodeLaunchers | None
+) -> _Launch:
     """Start the ranks of one part in its own folder, and wait until they have exited."""
     plans.write(plan, folder.plan)
     shutil.copy(prepared, folder.prepared)
@@ -113,20 +115,20 @@ def _ended_without_verdict(launch: _Launch, written: Path, say: Callable[[str], 
     return 0
 
 
-def _keep_stacks(folder: RunFolder, written: Path) -> str:
+def _keep_stacks(folder: RunDir, written: Path) -> str:
     """Puts what each rank was doing beside the receipts, and says where; the trial's own folder is removed."""
     kept = written.with_suffix(".stacks")
     shutil.rmtree(kept, ignore_errors=True)
-    if not folder.stacks.is_dir():
+    if not folder.stack_traces.is_dir():
         return ""
-    shutil.move(folder.stacks, kept)
+    shutil.move(folder.stack_traces, kept)
     return f"; what each rank was doing is in {kept}"
 
 
 def _forget_what_was_killed(place: Path) -> None:
     """Trials that no live process carries out any more; each may hold a checkpoint."""
     for path in place.glob("trial-*"):
-        if not run_lock.is_held(RunFolder(path)):
+        if not run_lock.is_held(RunDir(path)):
             shutil.rmtree(path, ignore_errors=True)
 
 

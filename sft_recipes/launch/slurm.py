@@ -17,8 +17,8 @@ from typing import Any
 
 from sft_recipes.launch import attempts, node_checks, preflight, process_group, ranks, run_lock
 from sft_recipes.launch.node_checks import Finding
-from sft_recipes.launch.node_launchers import Peers
-from sft_recipes.launch.process_group import Asked
+from sft_recipes.launch.node_launchers import NodeLaunchers
+from sft_recipes.launch.process_group import StopRequest
 from sft_recipes.launch.run_selection import Start
 from sft_recipes.launch.topology import Allocation, from_slurm, visible_gpus
 from sft_recipes.planner.plan import Plan
@@ -26,7 +26,7 @@ from sft_recipes.runtime.run_dir import (
     EXIT_FAULT,
     EXIT_STOPPED,
     EXIT_USER,
-    RunFolder,
+    RunDir,
     check_name,
     read_json,
     runs_root,
@@ -39,7 +39,7 @@ _ROOM_BYTES = 2**30  # of /tmp, where libraries compile and unpack
 
 
 @contextlib.contextmanager
-def peers(environment: Mapping[str, str]) -> Iterator[Peers | None]:
+def peers(environment: Mapping[str, str]) -> Iterator[NodeLaunchers | None]:
     """The parents on the other nodes of this job, met; None where there are none.
 
     Raises:
@@ -50,7 +50,7 @@ def peers(environment: Mapping[str, str]) -> Iterator[Peers | None]:
     if allocation is None or allocation.nodes == 1:
         yield None
         return
-    met = Peers(allocation)
+    met = NodeLaunchers(allocation)
     with process_group.listening() as asked:
         here = _what_is_here()
         met.meet({**here, "cuda": preflight.gpu_problem(len(here["gpus"]))}, asked)
@@ -89,7 +89,7 @@ def await_run(name: str | None) -> None:
     """
     allocation = _of_a_batch_job()
     if allocation is not None and name is not None:
-        folder = RunFolder(runs_root() / check_name(name))
+        folder = RunDir(runs_root() / check_name(name))
         if allocation.rank == 0:
             with process_group.listening() as asked:
                 run_lock.await_free(folder, asked)
@@ -104,7 +104,7 @@ def stopped_before_they_met(environment: Mapping[str, str]) -> int:
     return EXIT_STOPPED
 
 
-def follow(peers: Peers) -> int:
+def follow(peers: NodeLaunchers) -> int:
     """This node's part, as node 0 orders it."""
     with process_group.listening() as asked:
         code = ranks.follow(peers, asked)
@@ -124,7 +124,7 @@ def exhausted(start: Start) -> str | None:
     if allocation is None:
         return None
     file = _folder(allocation) / "starts.json"
-    before, step = read_json(file), start.folder.newest_whole()
+    before, step = read_json(file), start.folder.latest_complete()
     at_the_same = (before.get("run"), before.get("step")) == (start.folder.name, step)
     count = 1 + (int(before["count"]) if at_the_same else 0)
     for place in (file.parents[1], file.parent):
@@ -146,7 +146,7 @@ def forget(environment: Mapping[str, str]) -> None:
         shutil.rmtree(_folder(allocation), ignore_errors=True)
 
 
-def unfit(peers: Peers | None, plan: Plan, say: Callable[[str], None]) -> int:
+def unfit(peers: NodeLaunchers | None, plan: Plan, say: Callable[[str], None]) -> int:
     """Looks whether the nodes of a job can carry the plan, each by itself and all together; 0, or the exit code."""
     allocation = _of_a_batch_job()
     if peers is None and allocation is None:
@@ -204,7 +204,7 @@ def named(run: str) -> dict[str, str] | None:
     return found if said and found and found.get("name") == f"sft-{said[1]}" else None
 
 
-def _unreached(peers: Peers, number: int) -> Iterator[Finding]:
+def _unreached(peers: NodeLaunchers, number: int) -> Iterator[Finding]:
     """Whether a node does not reach the place where the ranks meet."""
     if peers.address not in peers.told(number)["reaches"]:
         found = f"does not reach {peers.name(0)} by any of {', '.join(peers.told(0)['hello']['addresses'])}"
@@ -237,7 +237,7 @@ def _no_cuda(findings: Mapping[str, Finding], all_nodes: bool) -> str:
     return f"GPUS: {names}: {first.found}. {first.way_out}{leave_out}"
 
 
-def _sum(peers: Peers, plan: Plan, say: Callable[[str], None], asked: Asked) -> int:
+def _sum(peers: NodeLaunchers, plan: Plan, say: Callable[[str], None], asked: StopRequest) -> int:
     """Has all ranks of all nodes sum, and says how fast and by which way."""
     result = peers.folder / "links.json"
     ended = ranks.sum_over_all(plan, result, asked, peers)

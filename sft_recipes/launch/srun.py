@@ -26,10 +26,10 @@ from sft_recipes.launch.mounts import REPOSITORY, InputError, Mount
 _OPTIONS = {
     "GPUS": "--gpus",
     "PROCESSES": "--processes",
-    "CARD": "--card",
-    "ACCEPT": "--accept",
+    "GPU_TYPE": "--gpu-type",
+    "ALLOW_CHANGE": "--allow-change",
 }
-_FLAGS = {"RESUME": "--resume", "STRICT": "--strict"}
+_FLAGS = {"RESUME": "--resume", "STRICT_VERSIONS": "--strict-versions"}
 _OVERRIDES = {"DATA": "data.train", "VALIDATION": "data.validation"}
 # What an image has a value of its own for, and takes ours instead (pyxis: its own go first otherwise).
 _OURS = ("HF_HOME", "RUNS_DIR", "PYTHONPATH", "SFT_RECIPES_IMAGE")

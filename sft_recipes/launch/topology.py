@@ -18,7 +18,7 @@ from sft_recipes.planner.suggest import nodes_for
 from sft_recipes.runtime import cuda
 from sft_recipes.runtime.env import host_memory_bytes
 from sft_recipes.runtime.errors import UserError
-from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.runtime.run_dir import RunDir
 
 _AMPERE = 8.0
 _SECONDS_TO_ANSWER = 60.0  # of nvidia-smi, which waits for ever for a driver that hangs
@@ -123,7 +123,9 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0])
 
 
-def planned(recipe: Recipe, gpus: int | None, processes: int | None, nodes: int | None, card: str | None) -> Topology:
+def planned(
+    recipe: Recipe, gpus: int | None, processes: int | None, nodes: int | None, gpu_type: str | None
+) -> Topology:
     """The hardware to plan for: what was asked for, else what the recipe names. Looks at no machine."""
     gpus = recipe.hardware.gpus if gpus is None else gpus
     if nodes is None:
@@ -138,10 +140,10 @@ def planned(recipe: Recipe, gpus: int | None, processes: int | None, nodes: int 
         raise UserError(
             f"PROCESSES: {processes} were asked for with {gpus} GPUs; each GPU has one process, leave it out"
         )
-    if card and not gpus:
-        raise UserError(f"CARD: {card} was asked for without GPUs; say GPUS=<a number>, or leave it out")
-    card = card or (recipe.hardware.card if gpus else None)
-    return Topology(gpus=gpus, processes=gpus or processes or 1, nodes=nodes, card=card)
+    if gpu_type and not gpus:
+        raise UserError(f"GPU_TYPE: {gpu_type} was asked for without GPUs; say GPUS=<a number>, or leave it out")
+    gpu_type = gpu_type or (recipe.hardware.gpu_type if gpus else None)
+    return Topology(gpus=gpus, processes=gpus or processes or 1, nodes=nodes, gpu_type=gpu_type)
 
 
 def present(
@@ -149,7 +151,7 @@ def present(
     gpus: int | None,
     processes: int | None,
     nodes: int | None,
-    card: str | None,
+    gpu_type: str | None,
     devices: str | None,
     allocation: Allocation | None = None,
 ) -> Topology:
@@ -163,7 +165,7 @@ def present(
             that is another one than was asked for.
     """
     if allocation is not None and allocation.nodes > 1:
-        return _allocated(recipe, gpus, processes, nodes, card, devices, allocation)
+        return _allocated(recipe, gpus, processes, nodes, gpu_type, devices, allocation)
     here = visible_gpus()
     if allocation is not None and gpus != 0 and len(here) < (allocation.gpus_per_node or 0):
         raise _fewer_than_given(allocation, len(here))
@@ -192,10 +194,10 @@ def present(
     ids = devices.split(",") if devices else [gpu.id for gpu in here[:gpus]]
     used = [gpu for gpu in here if gpu.id in ids]
     _check_generation(recipe, used)
-    _check_memory(card, used)
-    topology = planned(recipe, gpus, processes, nodes, card or card_of(used))
+    _check_memory(gpu_type, used)
+    topology = planned(recipe, gpus, processes, nodes, gpu_type or gpu_type_of(used))
     chosen = devices or (",".join(ids) if 0 < gpus < len(here) else None)
-    return Topology(topology.gpus, topology.processes, 1, topology.card, chosen)
+    return Topology(topology.gpus, topology.processes, 1, topology.gpu_type, chosen)
 
 
 def _fewer_than_given(allocation: Allocation, here: int) -> UserError:
@@ -210,7 +212,7 @@ def _allocated(
     gpus: int | None,
     processes: int | None,
     nodes: int | None,
-    card: str | None,
+    gpu_type: str | None,
     devices: str | None,
     allocation: Allocation,
 ) -> Topology:
@@ -243,10 +245,10 @@ def _allocated(
     if gpus and len(here) < gpus // allocation.nodes:
         raise _fewer_than_given(allocation, len(here))
     _check_generation(recipe, here)
-    _check_memory(card, here)
+    _check_memory(gpu_type, here)
     if not gpus and processes is None:
         processes = allocation.nodes
-    return planned(recipe, gpus, processes, allocation.nodes, card or card_of(here))
+    return planned(recipe, gpus, processes, allocation.nodes, gpu_type or gpu_type_of(here))
 
 
 def _check_generation(recipe: Recipe, gpus: Sequence[Gpu]) -> None:
@@ -268,17 +270,15 @@ def _check_generation(recipe: Recipe, gpus: Sequence[Gpu]) -> None:
         )
 
 
-def _check_memory(card: str | None, gpus: Sequence[Gpu]) -> None:
+def _check_memory(gpu_type: str | None, gpus: Sequence[Gpu]) -> None:
     """Reject GPUs of unknown memory unless the user names it.
 
     Raises:
         UserError: with the variable to set.
     """
     unknown = next((gpu for gpu in gpus if not gpu.memory_mib), None)
-    if card is None and unknown is not None:
-        raise UserError(
-            f"CARD: nvidia-smi reports no memory size for {unknown.name}; set CARD=<GiB that a run may take of it>"
-        )
+    if gpu_type is None and unknown is not None:
+        raise UserError(f"GPU_TYPE: nvidia-smi reports no memory size for {unknown.name}; set GPU_TYPE=<its GiB>")
 
 
 def check_host_memory(plan: Plan) -> None:
@@ -303,7 +303,7 @@ def check_host_memory(plan: Plan) -> None:
         )
 
 
-def check_disk(plan: Plan, folder: RunFolder) -> None:
+def check_disk(plan: Plan, folder: RunDir) -> None:
     """Refuses a run whose folder will outgrow its disk, hours later perhaps.
 
     Raises:
@@ -397,7 +397,7 @@ def _is_number(texts: list[str]) -> bool:
     return len(texts) == 1 and re.fullmatch(r"\d+(\.\d+)?", texts[0]) is not None
 
 
-def card_of(gpus: Sequence[Gpu]) -> str | None:
+def gpu_type_of(gpus: Sequence[Gpu]) -> str | None:
     """What a plan takes for these GPUs: the type of the one with the least memory, or its GiB if it is not in the
     table of GPU types."""
     if not gpus:

@@ -15,8 +15,8 @@ from pathlib import Path
 from sft_recipes.planner.plan import Plan
 from sft_recipes.planner.save_time import seconds_at_most
 from sft_recipes.runtime import heartbeat
-from sft_recipes.runtime.heartbeat import ASKING, Failure, Pulse
-from sft_recipes.runtime.run_dir import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, RunFolder
+from sft_recipes.runtime.heartbeat import ASKING, Failure, Heartbeat
+from sft_recipes.runtime.run_dir import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, RunDir
 
 # Tens of billions of weights from a shared disk, an operator that is compiled first, models that are published.
 LOADING_SECONDS = 1800.0
@@ -40,14 +40,14 @@ _STATES = {"T": "it is stopped by a signal", "t": "a debugger holds it", "D": "i
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a rank may stay where it is, in seconds: the recipe's `guards.hang_seconds`, and what a save takes."""
+    """Seconds without a heartbeat that are allowed: `monitor.heartbeat_timeout_seconds`, and what a save takes."""
 
     hang: float
     save: float
 
 
 @dataclass(frozen=True)
-class Seen:
+class RankStatus:
     """A rank at the last look.
 
     Attributes:
@@ -57,7 +57,7 @@ class Seen:
         alive: when it was last seen alive, by CLOCK_MONOTONIC, in seconds.
     """
 
-    pulse: Pulse
+    pulse: Heartbeat
     state: str
     still: float
     alive: float
@@ -91,7 +91,7 @@ class Ended:
     came_of_others: bool = False
 
 
-def limit(pulse: Pulse, longest: float, limits: Limits) -> float:
+def limit(pulse: Heartbeat, longest: float, limits: Limits) -> float:
     """How long a rank may stay where it is, in seconds.
 
     Args:
@@ -105,7 +105,7 @@ def limit(pulse: Pulse, longest: float, limits: Limits) -> float:
     return max(limits.hang, _TIMES_THE_LONGEST * longest)
 
 
-def hangs(ranks: Sequence[Seen], limits: Limits) -> bool:
+def hangs(ranks: Sequence[RankStatus], limits: Limits) -> bool:
     """Whether no rank moves any more. One that waits for the others has no limit of its own while another does
     something: that one may be saving."""
     busy = [one for one in ranks if one.pulse.doing != "waiting"] or ranks
@@ -113,7 +113,7 @@ def hangs(ranks: Sequence[Seen], limits: Limits) -> bool:
     return bool(busy) and all(one.still > limit(one.pulse, longest, limits) for one in busy)
 
 
-def culprits(ranks: Sequence[Seen]) -> list[Seen]:
+def culprits(ranks: Sequence[RankStatus]) -> list[RankStatus]:
     """Of ranks that hang, those that the others wait for: stopped from outside, else behind the others in what all of
     them do; all, where none stands out."""
     stopped = [one for one in ranks if one.state in _STOPPED]
@@ -122,11 +122,11 @@ def culprits(ranks: Sequence[Seen]) -> list[Seen]:
     return stopped or [one for one in busy or ranks if _how_far(one.pulse) == least]
 
 
-def _how_far(pulse: Pulse) -> tuple[int, int]:
+def _how_far(pulse: Heartbeat) -> tuple[int, int]:
     return pulse.step, pulse.moves
 
 
-def first_to_end(dead: Iterable[Seen]) -> Seen:
+def first_to_end(dead: Iterable[RankStatus]) -> RankStatus:
     """The rank whose end was the first; that of the others came of it."""
     return min(dead, key=lambda one: one.ended)
 
@@ -137,12 +137,12 @@ def waits_for_others(stacks: str) -> bool:
     return "distributed_c10d.py" in of_thread
 
 
-def lost_others(one: Seen) -> bool:
+def lost_others(one: RankStatus) -> bool:
     """Whether a rank failed in what it does with the others: it may be that another one's end came first."""
     return one.failure is not None and re.search(_OF_COLLECTIVES, f"{one.failure.kind} {one.failure.said}") is not None
 
 
-def hang_line(ranks: Sequence[Seen], limits: Limits) -> str:
+def hang_line(ranks: Sequence[RankStatus], limits: Limits) -> str:
     """What is said of ranks that hang."""
     longest = max(one.pulse.longest for one in ranks)
     said = []
@@ -151,10 +151,10 @@ def hang_line(ranks: Sequence[Seen], limits: Limits) -> str:
         said.append(f"{_name(one.pulse)} hangs {_where(one.pulse)} (process {one.pulse.process}{why})")
     most = max(one.still for one in ranks)
     allowed = max(limit(one.pulse, longest, limits) for one in culprits(ranks))
-    return f"{' and '.join(said)}: no move for {most:.0f} s, {allowed:.0f} s are allowed (guards.hang_seconds)"
+    return f"{' and '.join(said)}: no heartbeat {most:.0f} s, allowed {allowed:.0f} (monitor.heartbeat_timeout_seconds)"
 
 
-def death_line(one: Seen, code: int | None) -> str:
+def death_line(one: RankStatus, code: int | None) -> str:
     """What is said of a rank that died.
 
     Args:
@@ -175,15 +175,15 @@ def launcher_line(number: int) -> str:
     return f"the ranks' launcher on {socket.gethostname()} was ended by {_signal(number)}{_cause(number)}"
 
 
-def _waiting(pulse: Pulse) -> Pulse:
+def _waiting(pulse: Heartbeat) -> Heartbeat:
     return replace(pulse, doing="waiting")
 
 
-def _name(pulse: Pulse) -> str:
+def _name(pulse: Heartbeat) -> str:
     return f"rank {pulse.rank} on {socket.gethostname()}"
 
 
-def _where(pulse: Pulse) -> str:
+def _where(pulse: Heartbeat) -> str:
     return _WHERE[pulse.doing].format(step=pulse.step)
 
 
@@ -201,18 +201,18 @@ def _cause(number: int) -> str:
     )
 
 
-class Watch:
+class Watchdog:
     """The ranks of one start on this host, looked at again and again."""
 
-    def __init__(self, folder: RunFolder, plan: Plan, saves: bool = True, node: int = 0):
+    def __init__(self, folder: RunDir, plan: Plan, saves: bool = True, node: int = 0):
         """`saves` says whether the ranks are asked to save where a signal comes; a trial is ended. `node` is which of
         the plan's nodes this host is."""
         self.folder = folder
-        self.limits = Limits(plan.sections["guards"]["hang_seconds"], seconds_at_most(plan))
+        self.limits = Limits(plan.sections.monitor.heartbeat_timeout_seconds, seconds_at_most(plan))
         self.saves = saves
         ranks_here = plan.world_size // plan.nodes
         self.expected = set(range(node * ranks_here, (node + 1) * ranks_here))
-        self.seen: dict[int, Seen] = {}
+        self.seen: dict[int, RankStatus] = {}
         self.hung: str | None = None
         self.ended_for_others = False
         self._several_nodes = plan.nodes > 1
@@ -235,16 +235,16 @@ class Watch:
         seen = {}
         for rank, pulse in pulses.items():
             if heartbeat.place(ranks, rank).exists():  # asked behind its state: it may have ended in between
-                before = self.seen.get(rank) or Seen(pulse, "?", 0.0, now)
+                before = self.seen.get(rank) or RankStatus(pulse, "?", 0.0, now)
                 still = before.still + passed if pulse == before.pulse else 0.0
                 alive = now if states[rank] else before.alive
-                seen[rank] = Seen(pulse, states[rank], still, alive, failures.get(rank))
+                seen[rank] = RankStatus(pulse, states[rank], still, alive, failures.get(rank))
         self.seen = seen
         self._begun |= pulses.keys()
         waits = self.expected - self._begun or not self.seen
         self._missed = self._missed + passed if waits else 0.0
 
-    def died(self) -> list[Seen]:
+    def died(self) -> list[RankStatus]:
         """Ranks that ended before they should."""
         return [one for one in self.seen.values() if one.dead]
 
@@ -261,7 +261,7 @@ class Watch:
             self.hung = f"{what} on {socket.gethostname()} within {self._missed:.0f} s"
         return self.hung is not None
 
-    def _hang(self, ranks: Sequence[Seen]) -> str | None:
+    def _hang(self, ranks: Sequence[RankStatus]) -> str | None:
         """What is said of ranks that hang; where all of them wait for a rank of another node, its own launcher gets the
         time to name it."""
         waiting = self._waiting = self._waiting or self._write_stacks()
@@ -281,7 +281,7 @@ class Watch:
             if one.state not in _STOPPED:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(one.pulse.process, signal.SIGUSR2)
-                    files[rank] = heartbeat.place(self.folder.stacks, rank, ".txt")
+                    files[rank] = heartbeat.place(self.folder.stack_traces, rank, ".txt")
         until = time.monotonic() + _SECONDS_TO_WRITE_STACKS
         while time.monotonic() < until and not all(_is_written(file) for file in files.values()):
             time.sleep(0.05)
@@ -332,12 +332,12 @@ class Watch:
 
     def _keep_written_stacks(self) -> None:
         """Removes the files of ranks that wrote none."""
-        files = list(self.folder.stacks.glob("*.txt"))
+        files = list(self.folder.stack_traces.glob("*.txt"))
         for file in files:
             if not _is_written(file):
                 file.unlink()
         with contextlib.suppress(OSError):  # there are some
-            self.folder.stacks.rmdir()
+            self.folder.stack_traces.rmdir()
 
 
 def _is_written(file: Path) -> bool:

@@ -91,9 +91,9 @@ def inspect(run: Run) -> str:
 
 
 def _line(run: Run, key: str, wanted: str, now: str) -> str:
-    """`trainer.KEY: VALUE`, and `outside_range` where the size row would refuse that value."""
+    """`trainer.KEY: VALUE`, and `allow_out_of_range` where the size row would refuse that value."""
     line = f"`trainer.{key}: {wanted}` (was {now})"
     row = sizes.table().get(str(run.plan.get("size")))
     if row is None or row.cells[key].allows(float(wanted)):
         return line
-    return f"{line}, and `outside_range: [{key}]` since row {run.plan['size']} wants {row.cells[key].wanted()}"
+    return f"{line}, and `allow_out_of_range: [{key}]` since row {run.plan['size']} wants {row.cells[key].wanted()}"

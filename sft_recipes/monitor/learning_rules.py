@@ -79,13 +79,13 @@ def _believable_rise(losses: Sequence[float], width: int, level: float) -> float
 
 def instability(run: Run) -> Finding | None:
     """Several spikes, a hump, or gradients that explode."""
-    spikes = stats.episodes([*_spikes(run), *run.warned("loss_spike")], max(run.guards.window, _interval(run)))
+    spikes = stats.episodes([*_spikes(run), *run.warned("loss_spike")], max(run.monitor.window, _interval(run)))
     signs = []
     if len(spikes) >= max(3, run.last_step / 3000):
         signs.append((spikes[0], f"the loss spiked {len(spikes)} times (steps {_few(spikes)})"))
     high = _above_for_long(run)
     if high is not None:
-        signs.append((high, f"the gradient norm stays above {run.guards.grad_norm_above:g} from step {high}"))
+        signs.append((high, f"the gradient norm stays above {run.monitor.grad_norm_above:g} from step {high}"))
     hump = _hump(run)
     if hump is not None:
         signs.append((hump, f"the training loss rose from step {hump} and came back later"))
@@ -123,7 +123,7 @@ def _spikes(run: Run) -> list[int]:
         before = losses[max(0, place - 20) : place]
         middle = median(before)
         deviation = stats.ROBUST * median([abs(loss - middle) for loss in before])
-        if losses[place] - middle > max(LEAST_LOSS, middle / 4, run.guards.loss_spike * deviation):
+        if losses[place] - middle > max(LEAST_LOSS, middle / 4, run.monitor.loss_spike * deviation):
             found.append(points[place][0])
     return found
 
@@ -136,17 +136,17 @@ def _above_for_long(run: Run) -> int | None:
     """
     points = run.points("grad_norm")
     begin = median(stats.values(points)[:3]) if points else 0.0
-    limit = max(run.guards.grad_norm_above, min(2 * begin, 3 * run.guards.grad_norm_above))
+    limit = max(run.monitor.grad_norm_above, min(2 * begin, 3 * run.monitor.grad_norm_above))
     long = _long(run, stats.stretches(points, lambda norm: norm > limit))
     high = [step for step, norm in points if norm > limit]
     starts = [*long, *high[:1]] if len(high) >= max(5, len(points) / 10) else long
-    unusual = begin <= run.guards.grad_norm_above / 2
+    unusual = begin <= run.monitor.grad_norm_above / 2
     return min([*starts, *(run.warned("exploding_gradients") if unusual else [])], default=None)
 
 
 def _long(run: Run, found: list[Points]) -> list[int]:
     """Where stretches begin that have three lines and the guards' window of steps."""
-    return [part[0][0] for part in found if len(part) >= 3 and part[-1][0] - part[0][0] >= run.guards.window]
+    return [part[0][0] for part in found if len(part) >= 3 and part[-1][0] - part[0][0] >= run.monitor.window]
 
 
 def _hump(run: Run) -> int | None:
@@ -166,7 +166,7 @@ def _hump(run: Run) -> int | None:
 
 def vanishing_gradients(run: Run) -> Finding | None:
     """Gradients so small that no weight moves."""
-    limit = run.guards.grad_norm_below
+    limit = run.monitor.grad_norm_below
     low = _long(run, stats.stretches(run.points("grad_norm"), lambda norm: norm < limit))
     starts = [*low, *run.warned("vanishing_gradients")]
     if not starts:
@@ -199,9 +199,9 @@ def overfitting(run: Run) -> Finding | None:
     gap, gap_before = losses[-1] - trained[-1], losses[since] - trained[since]
     noise = stats.of_median(stats.noise(stats.values(run.points("loss"))), _lines_between(run)) * trained[since]
     noise *= 2 if severity == "red" else 4  # a rise is a second witness
-    grown = gap - gap_before > run.guards.overfitting_gap / (2 if severity == "red" else 1) + noise
+    grown = gap - gap_before > run.monitor.overfitting_gap / (2 if severity == "red" else 1) + noise
     falling = trained[since] - trained[-1] > max(0.02 * trained[since], noise)
-    if gap <= run.guards.overfitting_gap or not grown or not falling:
+    if gap <= run.monitor.overfitting_gap or not grown or not falling:
         return None
     step, moved = evaluations[best][0], "rose" if severity == "red" else "went"
     kept = "final/" if run.state == "finished" else f"best-{step}/"
@@ -282,12 +282,13 @@ def _stands_still(run: Run, after: Points, warmup: int) -> bool:
     validation = stats.values(run.points("eval_loss"))
     moved = abs(1 - min(validation[1:]) / validation[0]) if len(validation) >= 4 and validation[0] > 0 else None
     return not (
-        fall >= run.guards.plateau
+        fall >= run.monitor.plateau
         or end < LEAST_LOSS
         or (accuracy and median(accuracy) > CONVERGED_ACCURACY)
-        or (max(unsure, fall + unsure / 2) > run.guards.plateau if moved is None else moved > run.guards.plateau)
+        or (max(unsure, fall + unsure / 2) > run.monitor.plateau if moved is None else moved > run.monitor.plateau)
         or (
-            _fall_since_the_first_line(run.points("loss"), warmup, end) > 2 * run.guards.plateau and end < STRANGER_LOSS
+            _fall_since_the_first_line(run.points("loss"), warmup, end) > 2 * run.monitor.plateau
+            and end < STRANGER_LOSS
         )
     )
 
@@ -301,7 +302,7 @@ def _fall_since_the_first_line(points: Points, warmup: int, end: float) -> float
 
 def forgetting(run: Run) -> Finding | None:
     """The loss on retained rows is higher than before the first step."""
-    points = run.points("eval_retain_loss")
+    points = run.points("eval_retention_loss")
     before, last = points[0][1], min(stats.values(points[-2:] if len(points) > 2 else points[-1:]))
     if last - before <= max(0.05, 0.05 * before):
         return None
@@ -322,10 +323,10 @@ def forgetting(run: Run) -> Finding | None:
 def _keep_what_was_known(run: Run) -> list[str]:
     data, size = run.section("data"), str(run.plan.get("size"))
     train = data.get("train") or "YOUR_ROWS"
-    kept = ", ".join([*(train if isinstance(train, list) else [train]), str(data.get("retain") or "RETAINED_ROWS")])
-    found = [
-        f"`data.train: [{kept}]`, with rows of that kind that data.retain does not have, so that it stays a measure"
-    ]
+    kept = ", ".join(
+        [*(train if isinstance(train, list) else [train]), str(data.get("retention_eval") or "RETAINED_ROWS")]
+    )
+    found = [f"`data.train: [{kept}]`, with rows that data.retention_eval does not have, so that it stays a measure"]
     if run.plan.get("method") == "full":
         row = f"lora-{size}" if f"lora-{size}" in sizes.table() else "lora-…"
         found.append(f"LoRA, which learns less and forgets less: `size: {row}` and `lora: {{r: 16, alpha: 32}}`")

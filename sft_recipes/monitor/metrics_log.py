@@ -11,10 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.config.schema import Guards
+from sft_recipes.config.schema import Monitor
 from sft_recipes.planner.lr_schedule import learning_rate
 from sft_recipes.runtime.errors import UserError
-from sft_recipes.runtime.run_dir import RunFolder, read_json
+from sft_recipes.runtime.run_dir import RunDir, read_json
 
 Line = dict[str, Any]
 Points = list[tuple[int, float]]
@@ -39,13 +39,13 @@ class Run:
 
     Attributes:
         training: lines of `metrics.jsonl` that have `loss`.
-        validation: lines that have `eval_loss` or another validation loss, such as `eval_retain_loss` at step 0.
+        validation: lines that have `eval_loss` or another validation loss, such as `eval_retention_loss` at step 0.
         samples: `step`, `prompt`, `wanted`, `said`.
         warnings: what the guards saw while it trained: `step`, `rule`, `evidence`.
         final: the summary of a finished run; empty before.
     """
 
-    folder: RunFolder
+    folder: RunDir
     plan: dict[str, Any]
     manifest: dict[str, Any]
     training: list[Line]
@@ -60,10 +60,10 @@ class Run:
         return _object(found)
 
     @cached_property
-    def guards(self) -> Guards:
+    def monitor(self) -> Monitor:
         """The thresholds: the plan's, and the defaults where it has none."""
-        defaults, stored = Guards(), self.section("guards")
-        known = [field.name for field in dataclasses.fields(Guards) if number(stored.get(field.name)) is not None]
+        defaults, stored = Monitor(), self.section("monitor")
+        known = [field.name for field in dataclasses.fields(Monitor) if number(stored.get(field.name)) is not None]
         return dataclasses.replace(defaults, **{name: stored[name] for name in known})
 
     def points(self, key: str) -> Points:
@@ -101,7 +101,7 @@ class Run:
     def sources(self) -> list[str]:
         """The figures `eval_NAME_loss`, each the validation loss of one source; the retained rows' is none of them."""
         keys = dict.fromkeys(key for line in self.validation for key in line)
-        return [key for key in keys if _is_loss(key) and key not in ("eval_loss", "eval_retain_loss")]
+        return [key for key in keys if _is_loss(key) and key not in ("eval_loss", "eval_retention_loss")]
 
     def scheduled(self, step: int) -> float | None:
         """The learning rate that the plan has for what is logged at `step`: the schedule's after `step` - 1 of them.
@@ -134,7 +134,7 @@ class Run:
         return found
 
 
-def read(folder: RunFolder) -> Run:
+def read(folder: RunDir) -> Run:
     """What lies in a run's folder.
 
     Raises:

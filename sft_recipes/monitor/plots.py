@@ -56,7 +56,7 @@ def _loss(run: Run) -> Plot:
     curves = [Curve("training", run.points("loss"), BLUE, "smoothed"), Curve("validation", evaluations, RED, "dots")]
     for key, colour in zip(run.sources, (GREEN, PURPLE, ORANGE, SKY, GREY) * len(run.sources), strict=False):
         curves.append(Curve(f"validation: {key[5:-5]}", run.points(key), colour, "dots"))
-    curves.append(Curve("retained rows", run.points("eval_retain_loss"), "#000000", "dots"))
+    curves.append(Curve("retained rows", run.points("eval_retention_loss"), "#000000", "dots"))
     best = min(evaluations, key=lambda point: point[1], default=None)
     values = stats.values(curves[0].points)
     return Plot(
@@ -78,7 +78,7 @@ def _gap(run: Run) -> Plot:
         "differ.",
         "nats a token",
         [Curve("validation minus training", run.gaps(), PURPLE, "dots")],
-        [(run.guards.overfitting_gap, f"{run.guards.overfitting_gap:g}: too much where it grows"), (0.0, "")],
+        [(run.monitor.overfitting_gap, f"{run.monitor.overfitting_gap:g}: too much where it grows"), (0.0, "")],
     )
 
 
@@ -98,13 +98,13 @@ def _rate(run: Run) -> Plot:
 
 def _gradients(run: Run) -> Plot:
     points = [(step, norm) for step, norm in run.points("grad_norm") if norm > 0]
-    lines = [(run.guards.grad_norm_above, f"{run.guards.grad_norm_above:g}: they explode")]
+    lines = [(run.monitor.grad_norm_above, f"{run.monitor.grad_norm_above:g}: they explode")]
     if points and min(stats.values(points)) < 1e-4:
-        lines.append((run.guards.grad_norm_below, f"{run.guards.grad_norm_below:g}: they vanish"))
+        lines.append((run.monitor.grad_norm_below, f"{run.monitor.grad_norm_below:g}: they vanish"))
     return Plot(
         "Gradient norm",
         "How strongly a step's rows pull at the weights, before clipping. Single peaks are harmless; staying above the "
-        f"upper line they explode, below {run.guards.grad_norm_below:g} they vanish.",
+        f"upper line they explode, below {run.monitor.grad_norm_below:g} they vanish.",
         "norm",
         [Curve("gradient norm", points, BLUE, "smoothed")],
         lines,
@@ -132,7 +132,7 @@ def _speed(run: Run) -> Plot:
         "by padding, the last two by prompts. A lasting fall means that something else holds the run up.",
         "a second",
         [
-            Curve("places", run.points("slots_per_second"), GREY, "smoothed"),
+            Curve("places", run.points("padded_tokens_per_second"), GREY, "smoothed"),
             Curve("tokens", run.points("tokens_per_second"), BLUE, "smoothed"),
             Curve("supervised tokens", run.points("supervised_tokens_per_second"), GREEN, "smoothed"),
         ],
@@ -145,8 +145,8 @@ def _waiting(run: Run) -> Plot:
         "Waiting for data",
         "The share of each step in which the processors had no rows to work on. It should be near zero.",
         "share of a step",
-        [Curve("waiting", run.points("data_wait_share"), ORANGE, "smoothed")],
-        [(run.guards.data_wait, f"{run.guards.data_wait:g}: too much")],
+        [Curve("waiting", run.points("data_wait_fraction"), ORANGE, "smoothed")],
+        [(run.monitor.data_wait, f"{run.monitor.data_wait:g}: too much")],
         from_zero=True,
     )
 

@@ -98,7 +98,7 @@ def _figures(run: Run) -> Iterable[tuple[str, str, str]]:
         yield "supervised tokens seen", f"{supervised:,.0f}", "the answers' tokens, all epochs"
     peak = run.manifest.get("peak_memory_bytes")
     if peak:
-        yield "peak memory of a GPU", f"{peak / GIB:.1f} GiB", str(run.plan.get("card") or "")
+        yield "peak memory of a GPU", f"{peak / GIB:.1f} GiB", str(run.plan.get("gpu_type") or "")
     batch = run.plan.get("effective_batch_size")
     if batch:
         yield (

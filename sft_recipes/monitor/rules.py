@@ -15,7 +15,7 @@ class Rule:
     """One sign: what the documents see in it, what is looked at, and what to do.
 
     Attributes:
-        looks_at: one sentence; `{guard}` stands for the threshold `guards.guard`.
+        looks_at: one sentence; `{guard}` stands for the threshold `monitor.guard`.
         needs: figures of which one has to be there, on `at_least` lines; otherwise the rule is not judged.
         explains: rules that are not reported beside this one, as they show the same cause and would advise otherwise.
         look: the finding, or None where all is well.
@@ -106,9 +106,9 @@ RULES = (
     Rule(
         "forgetting",
         "What the model knew before gets worse",
-        "The loss on `data.retain` rose by 5% and 0.05 since before the first step.",
+        "The loss on `data.retention_eval` rose by 5% and 0.05 since before the first step.",
         "Learning rate twice as low, fewer epochs, rows of that kind among the training data, LoRA.",
-        ("eval_retain_loss",),
+        ("eval_retention_loss",),
         2,
         learning_rules.forgetting,
     ),
@@ -138,7 +138,7 @@ RULES = (
         "Steps wait for data",
         "Half of the steps wait for data for more than {data_wait} of their time.",
         "More loader processes (`trainer.dataloader_num_workers`), rows on a local disk.",
-        ("data_wait_share",),
+        ("data_wait_fraction",),
         5,
         system_rules.input_bound,
         ("throughput_drop",),

@@ -36,7 +36,7 @@ def memory_creep(run: Run) -> Finding | None:
         and max(rises) <= grown / 2
         and parts[-1] - parts[3] >= 0.25 * grown
     )
-    if not parts[0] or grown <= run.guards.memory_growth * parts[0] or not steady:
+    if not parts[0] or grown <= run.monitor.memory_growth * parts[0] or not steady:
         return None
     pace, steps = grown / max(points[-1][0] - points[0][0], 1), run.planned("optimizer_steps") or run.last_step
     at_the_end = parts[-1] + pace * (steps - points[-1][0])
@@ -59,9 +59,9 @@ def memory_creep(run: Run) -> Finding | None:
 
 def input_bound(run: Run) -> Finding | None:
     """Steps that wait for data."""
-    points = _after_the_start(run.points("data_wait_share"))
+    points = _after_the_start(run.points("data_wait_fraction"))
     share = median(stats.values(points))
-    if share <= run.guards.data_wait:
+    if share <= run.monitor.data_wait:
         return None
     now = run.section("trainer").get("dataloader_num_workers") or 0
     wanted = 2 * now or (4 if run.plan.get("gpus") else 1)
@@ -81,9 +81,9 @@ def throughput_drop(run: Run) -> Finding | None:
     """Fewer tokens a second than before, for good."""
     points = _after_the_start(run.points("tokens_per_second"))
     speeds = stats.values(points)
-    usual, limit = max(stats.blocks(speeds, min(10, len(speeds) // 3))), 1 - run.guards.throughput_drop
+    usual, limit = max(stats.blocks(speeds, min(10, len(speeds) // 3))), 1 - run.monitor.throughput_drop
     slow = list(itertools.takewhile(lambda pair: pair[1] < limit * usual, reversed(_smoothed(points, 3))))
-    if len(slow) < 5 or slow[0][0] - slow[-1][0] < run.guards.window:
+    if len(slow) < 5 or slow[0][0] - slow[-1][0] < run.monitor.window:
         return None
     now = median(stats.values(slow))
     return Finding(
@@ -107,7 +107,7 @@ def slow_rank(run: Run) -> Finding | None:
     """One rank that the others wait for."""
     points = _after_the_start(run.points("rank_lag"))
     lag, ranks = median(stats.values(points)), stats.values(_after_the_start(run.points("slowest_rank")))
-    if lag <= run.guards.rank_lag or not ranks:
+    if lag <= run.monitor.rank_lag or not ranks:
         return None
     rank = mode(ranks)
     if ranks.count(rank) < 0.6 * len(ranks):

@@ -92,7 +92,7 @@ class Work:
     one_rank_saves: bool
 
 
-def forecast(work: Work, card: str | None, gpus: int, nodes: int, mfu: float) -> dict[str, float | None] | None:
+def forecast(work: Work, gpu_type: str | None, gpus: int, nodes: int, mfu: float) -> dict[str, float | None] | None:
     """Seconds by part, GPU-hours and money; None where the GPU type's peak FLOP/s are not known.
 
     `mfu` is the assumed share of peak FLOP/s that a GPU executes, that is, MFU of a run that recomputes nothing. It is
@@ -106,7 +106,7 @@ def forecast(work: Work, card: str | None, gpus: int, nodes: int, mfu: float) ->
         UserError: GPU_HOUR_PRICE is no number.
     """
     price = gpu_hour_price()
-    peak = gpu_table.peak_flops(card)
+    peak = gpu_table.peak_flops(gpu_type)
     if peak is None or not gpus:
         return None
     per_second = gpus * peak * mfu

@@ -65,7 +65,7 @@ def options_of(plan: Plan) -> dict[str, Any]:
     Raises:
         UserError: text that is no JSON object.
     """
-    written = plan.sections["trainer"].get("lr_scheduler_kwargs") or {}
+    written = plan.sections.trainer.get("lr_scheduler_kwargs") or {}
     try:
         options = json.loads(written) if isinstance(written, str) else written
     except ValueError:
@@ -86,7 +86,7 @@ def steps_of(plan: Plan) -> tuple[int, int]:
     """
     if plan.optimizer_steps is not None and plan.warmup_steps is not None:
         return plan.optimizer_steps, plan.warmup_steps
-    max_steps: int = plan.sections["trainer"]["max_steps"]
+    max_steps: int = plan.sections.trainer["max_steps"]
     if max_steps > 0:
         return max_steps, batch.warmup_steps(max_steps, plan.warmup_ratio)
     needed = "data.examples=… data.mean_tokens=…" if plan.packing else "data.examples=…"

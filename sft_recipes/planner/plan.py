@@ -12,11 +12,11 @@ from typing import Any
 
 from sft_recipes.config import gpu_types as gpu_table
 from sft_recipes.config.architecture import parameter_count
-from sft_recipes.config.schema import SHARDED, TABLE_KEYS, Lora, Recipe
+from sft_recipes.config.schema import SHARDED, TABLE_KEYS, Batch, Data, Generation, Lora, Model, Monitor, Recipe
 from sft_recipes.config.sizes import hyperparameter, row_of
 from sft_recipes.planner import batch, cost, memory
 from sft_recipes.runtime import units
-from sft_recipes.runtime.atomic_write import write_whole
+from sft_recipes.runtime.atomic_write import write_atomic
 from sft_recipes.runtime.errors import UserError
 
 
@@ -27,7 +27,7 @@ class Topology:
     gpus: int
     processes: int
     nodes: int = 1
-    card: str | None = None
+    gpu_type: str | None = None
     devices: str | None = None
 
 
@@ -48,6 +48,19 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class Sections:
+    """The recipe's sections that a run reads as they were written; `trainer` without the table's keys."""
+
+    model: Model
+    data: Data
+    batch: Batch
+    generation: Generation
+    monitor: Monitor
+    lora: Lora | None
+    trainer: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Plan:
     """A run with every number settled; `settled` is False while rows and steps are estimates.
 
@@ -60,7 +73,7 @@ class Plan:
     recipe: str
     created: str
     size: str
-    size_asked: str
+    requested_size: str
     model: str
     method: str
     parallelism: str
@@ -68,7 +81,7 @@ class Plan:
     gpus: int
     nodes: int
     devices: str | None
-    card: str | None
+    gpu_type: str | None
     world_size: int
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
@@ -85,7 +98,7 @@ class Plan:
     examples: int | None
     rows: int | None
     steps_per_epoch: int | None
-    rows_left_out_of_an_epoch: int | None
+    dropped_rows_per_epoch: int | None
     optimizer_steps: int | None
     warmup_steps: int | None
     examples_per_step: float | None
@@ -102,7 +115,7 @@ class Plan:
     assumed_mfu: float
     forecast: dict[str, float | None] | None
     data_fingerprint: str | None
-    sections: dict[str, dict[str, Any]]
+    sections: Sections
     origins: dict[str, str]
     accepted: list[str]
     notes: list[str] = dataclasses.field(default_factory=list)
@@ -116,13 +129,10 @@ class Plan:
         return self.gpus > 0
 
     @property
-    def no_rank_holds_the_model(self) -> bool:
+    def shards_parameters(self) -> bool:
         """Whether the weights are spread over the ranks."""
         return self.parallelism in SHARDED
 
-
-# The recipe's sections that a run reads as they were written.
-SECTIONS_OF_THE_RUN = ("model", "data", "batch", "answers", "guards")
 
 # What two plans of the same run may differ in: dates, forecasts, and what the data says once it is prepared
 # (the fingerprint of that data is compared instead).
@@ -132,7 +142,7 @@ NOT_COMPARED = {
     "examples",
     "rows",
     "steps_per_epoch",
-    "rows_left_out_of_an_epoch",
+    "dropped_rows_per_epoch",
     "optimizer_steps",
     "warmup_steps",
     "examples_per_step",
@@ -150,7 +160,7 @@ NOT_COMPARED = {
     "notes",
     "fewest_gpus",
     "cheapest_change",
-    "card",
+    "gpu_type",
     "devices",
     "origins",
     "accepted",
@@ -169,13 +179,13 @@ def make(recipe: Recipe, topology: Topology) -> Plan:
     engine = engine_of(recipe, world_size)
     values = {key: hyperparameter(recipe, key)[0] for key in TABLE_KEYS}
     effective = values.pop("effective_batch_size")
-    per_device = batch.per_device_batch_size(effective, recipe.batch.per_device_at_most, world_size)
+    per_device = batch.per_device_batch_size(effective, recipe.batch.max_per_device_batch_size, world_size)
     trainer = recipe.trainer
     plan = Plan(
         recipe=recipe.name,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         size=row_of(recipe),
-        size_asked=recipe.size,
+        requested_size=recipe.size,
         model=_model_name(recipe),
         method=recipe.method,
         parallelism=engine,
@@ -183,7 +193,7 @@ def make(recipe: Recipe, topology: Topology) -> Plan:
         gpus=topology.gpus,
         nodes=topology.nodes,
         devices=topology.devices,
-        card=topology.card,
+        gpu_type=topology.gpu_type,
         world_size=world_size,
         per_device_train_batch_size=per_device,
         gradient_accumulation_steps=batch.gradient_accumulation_steps(effective, per_device, world_size),
@@ -195,7 +205,7 @@ def make(recipe: Recipe, topology: Topology) -> Plan:
         examples=recipe.data.examples,
         rows=None,
         steps_per_epoch=None,
-        rows_left_out_of_an_epoch=None,
+        dropped_rows_per_epoch=None,
         optimizer_steps=None,
         warmup_steps=None,
         examples_per_step=None,
@@ -231,7 +241,7 @@ def _check_attention(recipe: Recipe, topology: Topology) -> None:
 
 def load_of(plan: Plan, architecture: dict[str, Any]) -> memory.Load:
     """What a rank of this plan has to hold."""
-    lora, trainer = plan.sections["lora"], plan.sections["trainer"]
+    lora, trainer = plan.sections.lora, plan.sections.trainer
     return memory.Load(
         architecture=architecture,
         engine=plan.parallelism,
@@ -239,10 +249,10 @@ def load_of(plan: Plan, architecture: dict[str, Any]) -> memory.Load:
         world_size=plan.world_size,
         tokens=plan.per_device_train_batch_size * plan.max_length,
         gradient_checkpointing=trainer["gradient_checkpointing"],
-        lora=Lora(**lora) if lora else None,
+        lora=lora,
         nodes=plan.nodes,
         optimizer=trainer.get("optim", "adamw_torch_fused"),
-        scores_of=plan.max_length if plan.sections["model"]["attention"] == "eager" else 0,
+        scores_of=plan.max_length if plan.sections.model.attention == "eager" else 0,
         accumulates=plan.gradient_accumulation_steps > 1,
         on_cpu=not plan.uses_gpu,
     )
@@ -251,7 +261,7 @@ def load_of(plan: Plan, architecture: dict[str, Any]) -> memory.Load:
 def _with_resources(plan: Plan, architecture: dict[str, Any]) -> Plan:
     """The plan with what the architecture's numbers say of memory and disk; as it is where there are none."""
     load = load_of(plan, architecture)
-    per_gpu, available = memory.bytes_per_gpu(load), gpu_table.memory_bytes(plan.card)
+    per_gpu, available = memory.bytes_per_gpu(load), gpu_table.memory_bytes(plan.gpu_type)
     if per_gpu is None:
         return plan
     return dataclasses.replace(
@@ -277,7 +287,7 @@ def settle(plan: Plan, prepared: Prepared) -> Plan:
         plan = _with_resources(plan, prepared.architecture)
         if plan.fits is False and plan.memory_bytes_per_gpu is not None:
             raise UserError(
-                f"model.name_or_path: {plan.model} {does_not_fit(plan)}. Set batch.per_device_at_most=1, "
+                f"model.name_or_path: {plan.model} {does_not_fit(plan)}. Set batch.max_per_device_batch_size=1, "
                 f"parallelism=zero3, or more GPUs"
             )
     if prepared.rows < plan.effective_batch_size:
@@ -285,7 +295,7 @@ def settle(plan: Plan, prepared: Prepared) -> Plan:
         raise UserError(
             f"data.train: {packed}{prepared.rows} rows, fewer than one effective batch of {plan.effective_batch_size}; "
             f"add examples, or say batch.effective_batch_size={_power_of_two_below(prepared.rows)}"
-            f"{' outside_range=[effective_batch_size]' if plan.size != 'tiny' else ''}"
+            f"{' allow_out_of_range=[effective_batch_size]' if plan.size != 'tiny' else ''}"
             f"{', or trainer.packing=false' if plan.packing and prepared.examples > prepared.rows else ''}"
         )
     settled = dataclasses.replace(
@@ -301,10 +311,10 @@ def settle(plan: Plan, prepared: Prepared) -> Plan:
 
 def does_not_fit(plan: Plan) -> str:
     """What a plan that does not fit needs and what its GPU has."""
-    needs, has = plan.memory_bytes_per_gpu or {}, gpu_table.memory_bytes(plan.card) or 0
+    needs, has = plan.memory_bytes_per_gpu or {}, gpu_table.memory_bytes(plan.gpu_type) or 0
     return (
         f"needs about {needs['total'] / units.GIB:.1f} GiB per GPU and {needs['reserve'] / units.GIB:.1f} GiB of "
-        f"reserve, found {has / units.GIB:.1f} GiB ({plan.card})"
+        f"reserve, found {has / units.GIB:.1f} GiB ({plan.gpu_type})"
     )
 
 
@@ -323,11 +333,11 @@ def differences(old: Plan, new: Plan) -> dict[str, tuple[Any, Any]]:
 
 
 def compared(plan: Plan) -> dict[str, Any]:
-    """What makes a plan the one it is, by dotted name. Guards say what is warned of, not what the weights become."""
+    """What makes a plan the one it is, by dotted name. Monitor say what is warned of, not what the weights become."""
     return {
         key: value
         for key, value in flat(plan).items()
-        if key.split(".")[0] not in NOT_COMPARED and not key.startswith("sections.guards.")
+        if key.split(".")[0] not in NOT_COMPARED and not key.startswith("sections.monitor.")
     }
 
 
@@ -338,7 +348,7 @@ def flat(plan: Plan) -> dict[str, Any]:
 
 def write(plan: Plan, path: Path) -> None:
     """Writes `plan.json` whole or not at all."""
-    write_whole(path, to_json(plan) + "\n")
+    write_atomic(path, to_json(plan) + "\n")
 
 
 def read(path: Path) -> Plan:
@@ -348,8 +358,9 @@ def read(path: Path) -> Plan:
         UserError: the file is missing, cut short, or of another version.
     """
     try:
-        return Plan(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return Plan(**{**stored, "sections": _sections_from_json(stored["sections"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: not a plan that this version wrote ({error}); start under another NAME=") from error
 
 
@@ -383,19 +394,24 @@ def _model_name(recipe: Recipe) -> str:
     return f"{recipe.model.architecture.get('model_type', '?')}, built from scratch"
 
 
-def _sections(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """The recipe's own words that the run reads; the table's keys stand in the plan itself."""
+def _sections(recipe: Recipe) -> Sections:
+    """Return the sections that the run reads; the table's keys are fields of the plan itself."""
     trainer = {key: value for key, value in recipe.trainer.items() if key not in TABLE_KEYS}
-    sections = {name: dataclasses.asdict(getattr(recipe, name)) for name in SECTIONS_OF_THE_RUN}
-    lora = dataclasses.asdict(recipe.lora) if recipe.lora else {}
-    return {**sections, "lora": lora, "trainer": trainer}
+    return Sections(recipe.model, recipe.data, recipe.batch, recipe.generation, recipe.monitor, recipe.lora, trainer)
+
+
+def _sections_from_json(stored: dict[str, Any]) -> Sections:
+    """Return the sections that `to_json` wrote; a TypeError where a key is unknown or missing."""
+    types = {"model": Model, "data": Data, "batch": Batch, "generation": Generation, "monitor": Monitor}
+    sections = {name: section(**stored[name]) for name, section in types.items()}
+    return Sections(**sections, lora=Lora(**stored["lora"]) if stored["lora"] else None, trainer=stored["trainer"])
 
 
 def _origins(recipe: Recipe, topology: Topology) -> dict[str, str]:
     table = {key: hyperparameter(recipe, key)[1] for key in TABLE_KEYS}
     derived = {
         "world_size": "derived: one rank a GPU" if topology.gpus else "derived: ranks on the CPU",
-        "per_device_train_batch_size": "derived: the largest under batch.per_device_at_most that keeps the batch",
+        "per_device_train_batch_size": "derived: largest up to batch.max_per_device_batch_size that keeps the batch",
         "gradient_accumulation_steps": "derived: effective batch / (micro-batch x world size)",
         "optimizer_steps": "derived: whole effective batches an epoch x epochs",
         "warmup_steps": "derived: optimizer steps x warmup_ratio, rounded up",
@@ -416,12 +432,12 @@ def _estimated_rows(recipe: Recipe) -> int | None:
 
 
 def _with_steps(plan: Plan, rows: int | None, examples: int | None) -> Plan:
-    max_steps = plan.sections["trainer"]["max_steps"]
+    max_steps = plan.sections.trainer["max_steps"]
     if rows is None:
         return plan
     per_epoch = batch.steps_per_epoch(rows, plan.effective_batch_size)
     steps = batch.optimizer_steps(per_epoch, plan.num_train_epochs, max_steps)
-    at_least = plan.sections["batch"]["min_optimizer_steps"]
+    at_least = plan.sections.batch.min_optimizer_steps
     if max_steps <= 0 and steps < at_least:
         raise UserError(
             f"batch.min_optimizer_steps: {rows} rows at an effective batch of {plan.effective_batch_size} make {steps} "
@@ -433,7 +449,7 @@ def _with_steps(plan: Plan, rows: int | None, examples: int | None) -> Plan:
         examples=examples,
         rows=rows,
         steps_per_epoch=per_epoch,
-        rows_left_out_of_an_epoch=rows - per_epoch * plan.effective_batch_size,
+        dropped_rows_per_epoch=rows - per_epoch * plan.effective_batch_size,
         optimizer_steps=steps,
         warmup_steps=batch.warmup_steps(steps, plan.warmup_ratio),
         examples_per_step=round(examples / rows * plan.effective_batch_size, 1) if examples else None,
@@ -444,9 +460,9 @@ def _with_steps(plan: Plan, rows: int | None, examples: int | None) -> Plan:
 def _forecast(plan: Plan) -> dict[str, float | None] | None:
     """Time and money of a plan whose steps are known; rows are taken to be full where they are packed. Before the data
     is prepared all tokens count as supervised, an upper bound. In fp32 there is no forecast: the table is bf16's."""
-    data, trainer = plan.sections["data"], plan.sections["trainer"]
-    architecture = plan.sections["model"]["architecture"]
-    mean = min(data["mean_tokens"] or plan.max_length, plan.max_length)
+    data, trainer = plan.sections.data, plan.sections.trainer
+    architecture = plan.sections.model.architecture
+    mean = min(data.mean_tokens or plan.max_length, plan.max_length)
     row_tokens = plan.max_length if plan.packing else mean
     load = load_of(plan, architecture)
     flops = cost.flops_per_token(load, mean, 1.0 if plan.supervised_share is None else plan.supervised_share)
@@ -467,15 +483,15 @@ def _forecast(plan: Plan) -> dict[str, float | None] | None:
         bytes_per_model=load.trained_bytes,
         one_rank_saves=not plan.parallelism.startswith("zero"),
     )
-    return cost.forecast(work, plan.card, plan.gpus, plan.nodes, plan.assumed_mfu)
+    return cost.forecast(work, plan.gpu_type, plan.gpus, plan.nodes, plan.assumed_mfu)
 
 
 def _validation_examples(plan: Plan) -> int | None:
     """Examples that an evaluation looks at; None where nobody has said how many a validation set of its own has."""
-    data = plan.sections["data"]
-    held_out: int = round((plan.examples or 0) * data["validation_fraction"])
-    there: int | None = data["validation_examples"] if data["validation"] else held_out
-    at_most: int | None = data["validation_at_most"]
+    data = plan.sections.data
+    held_out: int = round((plan.examples or 0) * data.validation_fraction)
+    there: int | None = data.validation_examples if data.validation else held_out
+    at_most: int | None = data.max_eval_samples
     return at_most if there is None else min(there, at_most or there)
 
 

@@ -45,7 +45,7 @@ def refusal(saved: Ranks, plan: Plan) -> str | None:
             f"optimizer's state of the other; say parallelism={engine}, which may have another number of ranks, or "
             f"begin a run of its own: NAME=…"
         )
-    optimizer = plan.sections["trainer"].get("optim", _CONVERTED_OPTIMIZERS[0])
+    optimizer = plan.sections.trainer.get("optim", _CONVERTED_OPTIMIZERS[0])
     if converts(saved, now) and optimizer not in _CONVERTED_OPTIMIZERS:
         return (
             f"its checkpoints were saved by {saved}, this start would be {now}, and the state of trainer.optim="

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sft_recipes.config.gpu_types import gpu_type
+from sft_recipes.config.gpu_types import find_gpu_type
 from sft_recipes.planner import save_time
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.units import GIB
@@ -46,7 +46,7 @@ _KEYS = {
     "remote code": "model.trust_remote_code",
     "train data": "data.train",
     "validation data": "data.validation",
-    "retain data": "data.retain",
+    "retain data": "data.retention_eval",
 }
 _DEFAULTED = {"precision", "parallelism", "max length", "packing", "validation data"}
 
@@ -55,12 +55,12 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
     lines = [
         ("recipe", f"{plan.recipe} (row {plan.size}{_nearest(plan)})"),
         ("model", plan.model + (f", {plan.parameters:,} parameters" if plan.parameters else "")),
-        *([("remote code", _REMOTE_CODE)] if plan.sections["model"]["trust_remote_code"] else []),
-        *([("remote code", _KERNEL)] if "/" in plan.sections["model"]["attention"] else []),
+        *([("remote code", _REMOTE_CODE)] if plan.sections.model.trust_remote_code else []),
+        *([("remote code", _KERNEL)] if "/" in plan.sections.model.attention else []),
         ("method", _method(plan)),
-        ("train data", _sources(plan.sections["data"]["train"])),
-        ("validation data", _sources(plan.sections["data"]["validation"]) or _split(plan)),
-        *([("retain data", retain)] if (retain := plan.sections["data"].get("retain")) else []),
+        ("train data", _sources(plan.sections.data.train)),
+        ("validation data", _sources(plan.sections.data.validation) or _split(plan)),
+        *([("retain data", retain)] if (retain := plan.sections.data.retention_eval) else []),
         ("hardware", _hardware(plan)),
         ("parallelism", plan.parallelism),
         ("precision", f"{plan.precision} ({', '.join(f'{k} {v}' for k, v in plan.dtypes.items())})"),
@@ -90,20 +90,21 @@ def _sources(named: str | list[str] | None) -> str:
 
 
 def _nearest(plan: Plan) -> str:
-    return "" if plan.size_asked == plan.size else f", the nearest to {plan.size_asked}"
+    return "" if plan.requested_size == plan.size else f", the nearest to {plan.requested_size}"
 
 
 def _method(plan: Plan) -> str:
     if plan.method == "full":
         return "full fine-tuning"
-    lora = plan.sections["lora"]
-    frozen = f"frozen weights in {lora['quantize'] or plan.precision}"
+    lora = plan.sections.lora
+    assert lora is not None
+    frozen = f"frozen weights in {lora.quantize or plan.precision}"
     trained = f", {plan.trained_parameters:,} parameters trained" if plan.trained_parameters else ""
-    return f"{plan.method}: r {lora['r']}, alpha {lora['alpha']}, {lora['target_modules']}, {frozen}{trained}"
+    return f"{plan.method}: r {lora.r}, alpha {lora.alpha}, {lora.target_modules}, {frozen}{trained}"
 
 
 def _split(plan: Plan) -> str:
-    return f"a seeded {plan.sections['data']['validation_fraction']:.0%} of the training data"
+    return f"a seeded {plan.sections.data.validation_fraction:.0%} of the training data"
 
 
 def _hardware(plan: Plan) -> str:
@@ -114,9 +115,9 @@ def _hardware(plan: Plan) -> str:
 
 def _gpu(plan: Plan) -> str:
     """The GPU type; for one that is not in the table, its memory."""
-    if plan.card is None:
+    if plan.gpu_type is None:
         return "GPU type not given"
-    return plan.card if gpu_type(plan.card) else f"GPU type not in the table, {plan.card} GiB"
+    return plan.gpu_type if find_gpu_type(plan.gpu_type) else f"GPU type not in the table, {plan.gpu_type} GiB"
 
 
 def _estimate(plan: Plan, value: Any) -> str:
@@ -128,7 +129,7 @@ def _estimate(plan: Plan, value: Any) -> str:
 def _rows(plan: Plan) -> str:
     if plan.rows is None or plan.steps_per_epoch is None:
         return _estimate(plan, None)
-    return _estimate(plan, plan.rows) + f"; {plan.rows_left_out_of_an_epoch} left out as the tail of an epoch"
+    return _estimate(plan, plan.rows) + f"; {plan.dropped_rows_per_epoch} left out as the tail of an epoch"
 
 
 def _memory(plan: Plan) -> list[tuple[str, str]]:
@@ -182,7 +183,7 @@ def _forecast(plan: Plan) -> list[tuple[str, str]]:
 def _why_no_forecast(plan: Plan) -> str:
     if plan.precision != "bf16":
         return f"no forecast: the table of GPU types has bf16 FLOP/s, and this plan computes in {plan.precision}"
-    return f"no forecast: peak FLOP/s not known ({_gpu(plan)}; set CARD to one of docs/MODELS.md)"
+    return f"no forecast: peak FLOP/s not known ({_gpu(plan)}; set GPU_TYPE to one of docs/MODELS.md)"
 
 
 def _assumed_share(plan: Plan) -> str:
@@ -194,7 +195,7 @@ def _assumed_share(plan: Plan) -> str:
 def _what_would_fit(plan: Plan) -> list[tuple[str, str]]:
     if plan.fits is None or not plan.uses_gpu:
         return []
-    one = plan.card if gpu_type(plan.card) else f"{plan.card} GiB"
+    one = plan.gpu_type if find_gpu_type(plan.gpu_type) else f"{plan.gpu_type} GiB"
     none = f"no number of {one} holds the recipe unchanged"
     lines = [("fewest GPUs", f"{plan.fewest_gpus} x {one}" if plan.fewest_gpus else none)]
     return lines if plan.fits else [*lines, ("cheapest change", plan.cheapest_change or "none: use a larger GPU")]

@@ -19,10 +19,10 @@ GPUS_PER_NODE = 8
 _STAGES = ("ddp", "zero1", "zero2", "zero3")
 
 
-def smallest_gpu_count(recipe: Recipe, card: str | None) -> int | None:
-    """The fewest GPUs of this card that hold the recipe as it is and keep its batch; None where none do."""
+def smallest_gpu_count(recipe: Recipe, gpu_type: str | None) -> int | None:
+    """The fewest GPUs of this gpu_type that hold the recipe as it is and keep its batch; None where none do."""
     for gpus in batch.world_sizes_that_divide(_effective_batch_size(recipe)):
-        if _fits(recipe, on(gpus, card)):
+        if _fits(recipe, on(gpus, gpu_type)):
             return gpus
     return None
 
@@ -49,7 +49,7 @@ def lighter(recipe: Recipe, topology: Topology, most: int = 2) -> list[str]:
         if where.gpus <= topology.gpus and 0 < _needs(changed, where) <= 0.9 * now
     )
     helps = {
-        "batch.per_device_at_most=1": recipe.batch.per_device_at_most > 1,
+        "batch.max_per_device_batch_size=1": recipe.batch.max_per_device_batch_size > 1,
         "trainer.gradient_checkpointing=true": not recipe.trainer["gradient_checkpointing"],
         f"trainer.max_length={recipe.trainer['max_length'] // 2}": recipe.trainer["max_length"] > 1,
     }
@@ -65,9 +65,9 @@ def _needs(recipe: Recipe, topology: Topology) -> int:
     return forecast["total"] if forecast else 0
 
 
-def on(gpus: int, card: str | None) -> Topology:
+def on(gpus: int, gpu_type: str | None) -> Topology:
     """So many GPUs in nodes of eight."""
-    return Topology(gpus=gpus, processes=gpus, nodes=nodes_for(gpus), card=card)
+    return Topology(gpus=gpus, processes=gpus, nodes=nodes_for(gpus), gpu_type=gpu_type)
 
 
 def nodes_for(gpus: int) -> int:
@@ -95,7 +95,7 @@ def _changes(recipe: Recipe, topology: Topology) -> Iterator[tuple[str, Recipe, 
         yield from _offloaded(recipe, topology, words)
         for lora, said in ((Lora(), "lora.r=16"), (Lora(quantize="nf4"), "lora.quantize=nf4")):
             row = nearest_row((parameter_count(recipe.model.architecture) or 0) / 1e9, "lora")
-            adapted = dataclasses.replace(_under(recipe, "ddp", lora), size=row, outside_range=[])
+            adapted = dataclasses.replace(_under(recipe, "ddp", lora), size=row, allow_out_of_range=[])
             yield from _smaller(adapted, topology, [*words, said, f"size={row}", "parallelism=ddp"])
 
 
@@ -114,11 +114,11 @@ def _more_gpus(
     for gpus in batch.world_sizes_that_divide(_effective_batch_size(recipe)):
         for engine in dict.fromkeys((recipe.parallelism, widest)) if gpus > topology.gpus else ():
             said = [] if engine == recipe.parallelism else [f"parallelism={engine}"]
-            yield from _smaller(_under(recipe, engine), on(gpus, topology.card), [*words, *said, f"GPUS={gpus}"])
+            yield from _smaller(_under(recipe, engine), on(gpus, topology.gpu_type), [*words, *said, f"GPUS={gpus}"])
 
 
 def _smaller(recipe: Recipe, topology: Topology, words: list[str]) -> Iterator[tuple[str, Recipe, Topology]]:
-    at_most = recipe.batch.per_device_at_most
+    at_most = recipe.batch.max_per_device_batch_size
     said = words
     while True:
         if said:
@@ -126,8 +126,8 @@ def _smaller(recipe: Recipe, topology: Topology, words: list[str]) -> Iterator[t
         if at_most == 1:
             return
         at_most = max(at_most // 2, 1)
-        said = [*words, f"batch.per_device_at_most={at_most}"]
-        recipe = dataclasses.replace(recipe, batch=dataclasses.replace(recipe.batch, per_device_at_most=at_most))
+        said = [*words, f"batch.max_per_device_batch_size={at_most}"]
+        recipe = dataclasses.replace(recipe, batch=dataclasses.replace(recipe.batch, max_per_device_batch_size=at_most))
 
 
 def _under(recipe: Recipe, engine: str, lora: Lora | None = None) -> Recipe:

@@ -30,7 +30,7 @@ Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
-class Pulse:
+class Heartbeat:
     """Where a rank stands; rewritten at each move.
 
     Attributes:
@@ -92,16 +92,16 @@ def place(folder: Path, rank: int, suffix: str = "") -> Path:
     return folder / f"{socket.gethostname()}-{rank}{suffix}"
 
 
-def to_bytes(pulse: Pulse) -> bytes:
+def to_bytes(pulse: Heartbeat) -> bytes:
     """A pulse as it is written, always of the same length."""
     written = json.dumps(vars(pulse)).encode().ljust(_PULSE_BYTES)
     assert len(written) == _PULSE_BYTES, written
     return written
 
 
-def pulses(ranks: Path) -> dict[int, Pulse]:
+def pulses(ranks: Path) -> dict[int, Heartbeat]:
     """The pulses of this host's ranks, but for those that ended as they should."""
-    return _read(ranks, "", lambda content: Pulse(**content))
+    return _read(ranks, "", lambda content: Heartbeat(**content))
 
 
 def leave_failure(ranks: Path, failure: Failure) -> None:

@@ -38,7 +38,7 @@ def leave_out_what_is_not_used(plan: Any) -> None:
         modules.setdefault("wandb", None)
     if plan.method == "full":
         modules.setdefault("peft", None)
-    if plan.method == "full" and plan.sections["trainer"].get("optim", "adamw_torch").startswith("adamw_torch"):
+    if plan.method == "full" and plan.sections.trainer.get("optim", "adamw_torch").startswith("adamw_torch"):
         modules.setdefault("bitsandbytes", None)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.runtime.atomic_write import write_whole
+from sft_recipes.runtime.atomic_write import write_atomic
 from sft_recipes.runtime.errors import UserError
 
 EXIT_FAULT, EXIT_USER, EXIT_DIVERGED, EXIT_NO_PROGRESS = 1, 2, 3, 4
@@ -18,7 +18,7 @@ STEPS_PROVED = 2  # behind each save: the second needs the optimizer's state of 
 
 
 @dataclass(frozen=True)
-class RunFolder:
+class RunDir:
     """One run's folder and the names of what lies in it."""
 
     path: Path
@@ -59,9 +59,9 @@ class RunFolder:
         return self.path / "warnings.jsonl"
 
     @property
-    def proof(self) -> Path:
+    def integrity_log(self) -> Path:
         """Digests of what each rank held at a save and in the steps behind it, one JSON object a proved step."""
-        return self.path / "proof.jsonl"
+        return self.path / "integrity.jsonl"
 
     @property
     def tensorboard(self) -> Path:
@@ -94,9 +94,9 @@ class RunFolder:
         return self.path / "merged"
 
     @property
-    def answers(self) -> Path:
+    def generations(self) -> Path:
         """What the model answered to held-out prompts before and after."""
-        return self.path / "answers.json"
+        return self.path / "generations.json"
 
     @property
     def prepared(self) -> Path:
@@ -119,9 +119,9 @@ class RunFolder:
         return self.path / ".ranks"
 
     @property
-    def stacks(self) -> Path:
+    def stack_traces(self) -> Path:
         """What each rank was doing when the run hung or crashed: its Python stacks, named by its host and rank."""
-        return self.path / "stacks"
+        return self.path / "stack_traces"
 
     @property
     def sanity(self) -> Path:
@@ -175,7 +175,7 @@ class RunFolder:
         found = (re.fullmatch(rf"{kind}-(\d+)", path.name) for path in self.path.glob(f"{kind}-*"))
         return sorted(int(match[1]) for match in found if match)
 
-    def newest_whole(self) -> int:
+    def latest_complete(self) -> int:
         """The step of the newest checkpoint that this run has sealed; 0 where there is none."""
         run_id = read_json(self.plan).get("run_id", "")
         records = ((step, read_json(self.checkpoint(step) / "complete.json")) for step in self.numbered("checkpoint"))
@@ -210,7 +210,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes an object whole or not at all."""
-    write_whole(path, json.dumps(content, indent=2) + "\n")
+    write_atomic(path, json.dumps(content, indent=2) + "\n")
 
 
 def check_name(name: str) -> str:
@@ -226,7 +226,7 @@ def check_name(name: str) -> str:
     return name
 
 
-def find(run: str) -> RunFolder:
+def find(run: str) -> RunDir:
     """The folder of a run that is there, by its name or its path.
 
     Raises:
@@ -234,14 +234,14 @@ def find(run: str) -> RunFolder:
     """
     for path in (runs_root() / run, Path(run)):
         if (path / "plan.json").is_file():
-            return RunFolder(path)
+            return RunDir(path)
     there = ", ".join(folder.name for folder in all_runs()) or "none yet"
     raise UserError(f"RUN: no run {run!r} in {runs_root()}/; there are: {there}")
 
 
-def all_runs(recipe: str | None = None) -> list[RunFolder]:
+def all_runs(recipe: str | None = None) -> list[RunDir]:
     """Runs by age of their plan, oldest first."""
-    found = [RunFolder(path.parent) for path in runs_root().glob("*/plan.json") if path.is_file()]
+    found = [RunDir(path.parent) for path in runs_root().glob("*/plan.json") if path.is_file()]
     if recipe is not None:
         found = [folder for folder in found if read_json(folder.plan).get("recipe") == recipe]
     return sorted(found, key=lambda folder: (str(read_json(folder.plan).get("created")), folder.name))

@@ -79,7 +79,7 @@ def first_loss_is_plausible(plan: Plan, record: Any, vocabulary: int) -> Check:
     if not 1e-4 < first < 1.5 * chance:
         way_out = "is model.name_or_path's tokenizer its own, and are its weights whole? is the data already in it?"
         return Check("first loss", False, said, way_out)
-    if not knows_more_than_chance(first, vocabulary) and not plan.sections["model"]["from_scratch"]:
+    if not knows_more_than_chance(first, vocabulary) and not plan.sections.model.from_scratch:
         said += ", so the weights know no more than chance: are they a trained model's?"
     return Check("first loss", True, said)
 
@@ -142,15 +142,15 @@ def evaluation_is_a_number(record: Any, rows: int) -> Check:
 
 def gradients_are_in_range(plan: Plan, record: Any) -> Check:
     """Behind the warm-up, against the documents' bounds."""
-    limits, norms = plan.sections["guards"], record.norms[trial.WARMUP_STEPS :]
+    limits, norms = plan.sections.monitor, record.norms[trial.WARMUP_STEPS :]
     middle = statistics.median(norms)
-    least, most = limits["grad_norm_below"], limits["grad_norm_above"]
+    least, most = limits.grad_norm_below, limits.grad_norm_above
     said = f"{middle:.3g} (median), {max(norms):.3g} at most; wanted {least:g} to {most:g}"
     if least <= middle <= most:
         return Check("gradient norm", True, said)
     way_out = (
         f"lower trainer.learning_rate, or look for rows that are no text; where this model's norms are larger by "
-        f"nature, guards.grad_norm_above={2 * middle:.0f}"
+        f"nature, monitor.grad_norm_above={2 * middle:.0f}"
         if middle > most
         else "see that weights are trained and rows supervised (make inspect)"
     )

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import UserError
-from sft_recipes.runtime.run_dir import RunFolder, read_json
+from sft_recipes.runtime.run_dir import RunDir, read_json
 from sft_recipes.sanity import trial, worker
 from sft_recipes.sanity.checks import Check
-from sft_recipes.sanity.worker import AskedToStopError, RankAloneError, Result, TrialState
+from sft_recipes.sanity.worker import RankAloneError, Result, StopRequestedError, TrialState
 from sft_recipes.training import main, out_of_memory
 
 _DISK = "is the disk of RUNS_DIR full or read-only? a run could not be resumed on this machine"
@@ -32,21 +32,21 @@ class DoesNotLoadError(Exception):
         self.check = check
 
 
-def reload(plan: Plan, folder: RunFolder) -> Result:
+def reload(plan: Plan, folder: RunDir) -> Result:
     """Judge the saved model's answers, where training shards the model, and the steps after the checkpoint. Collective:
     call on every rank; rank 0's result counts.
 
     Raises:
         RankAloneError: something does not load, perhaps on this rank only.
-        AskedToStopError: a signal interrupted the steps.
+        StopRequestedError: a signal interrupted the steps.
     """
     import torch
 
-    tried = RunFolder(folder.path.parent)
+    tried = RunDir(folder.path.parent)
     state = TrialState(**read_json(tried.trial))
     checks: list[Check] = []
     try:
-        if plan.no_rank_holds_the_model and _rank() == 0:
+        if plan.shards_parameters and _rank() == 0:
             checks.append(saved_answers_are_text(plan, tried, state))
             gc.collect()
             if torch.cuda.is_available():
@@ -57,7 +57,7 @@ def reload(plan: Plan, folder: RunFolder) -> Result:
     return checks, {}
 
 
-def saved_answers_are_text(plan: Plan, tried: RunFolder, state: TrialState) -> Check:
+def saved_answers_are_text(plan: Plan, tried: RunDir, state: TrialState) -> Check:
     """Load the saved model on rank 0 and judge its answers; before any process group or trainer exists, so the model is
     not sharded and has the device to itself.
 
@@ -66,12 +66,12 @@ def saved_answers_are_text(plan: Plan, tried: RunFolder, state: TrialState) -> C
     """
     from sft_recipes.data.tokenizer import load_tokenizer
 
-    section, whole = plan.sections["model"], str(tried.checkpoint(trial.SAVED_AT))
+    section, whole = plan.sections.model, str(tried.checkpoint(trial.SAVED_AT))
     try:
         # In the dtype that training computes in: fp32 weights would take twice the memory of the model that answers.
         model = main.load_model(dataclasses.replace(plan, dtypes={"weights": plan.precision}), whole)
         base = read_json(tried.prepared)["model"]
-        tokenizer = load_tokenizer(base, section["chat_template"], section["trust_remote_code"], section["add_tokens"])
+        tokenizer = load_tokenizer(base, section.chat_template, section.trust_remote_code, section.add_tokens)
         model = model.to("cuda" if plan.uses_gpu else "cpu")
         return worker.answers_are_text(plan, worker.prepared_copy(tried), model, tokenizer, state)
     except UserError as error:
@@ -85,17 +85,17 @@ def saved_answers_are_text(plan: Plan, tried: RunFolder, state: TrialState) -> C
         )
 
 
-def checkpoint_resumes(plan: Plan, folder: RunFolder, tried: RunFolder, state: TrialState) -> Check:
+def checkpoint_resumes(plan: Plan, folder: RunDir, tried: RunDir, state: TrialState) -> Check:
     """Resume from the trial's checkpoint; the steps after it must repeat the trial's losses.
 
     Raises:
         DoesNotLoadError: the checkpoint is incomplete or corrupt, or the trainer cannot load it.
-        AskedToStopError: a signal interrupted the steps.
+        StopRequestedError: a signal interrupted the steps.
     """
     name = tried.checkpoint(trial.SAVED_AT).name
     try:
         second = _losses_after_resume(plan, folder, tried)
-    except (AskedToStopError, DoesNotLoadError):
+    except (StopRequestedError, DoesNotLoadError):
         raise
     except Exception as error:
         if out_of_memory.ran_out(error):
@@ -113,7 +113,7 @@ def checkpoint_resumes(plan: Plan, folder: RunFolder, tried: RunFolder, state: T
     return Check("checkpoint", False, said, "a resumed run would not be the same run; report this with `make plan`")
 
 
-def _losses_after_resume(plan: Plan, folder: RunFolder, tried: RunFolder) -> list[float]:
+def _losses_after_resume(plan: Plan, folder: RunDir, tried: RunDir) -> list[float]:
     from sft_recipes.training.checkpoint import resume
 
     arguments = main.configure(plan, folder)

@@ -35,7 +35,7 @@ def of(plan: Plan) -> Plan:
     accumulation = min(plan.gradient_accumulation_steps, 2)
     effective = plan.per_device_train_batch_size * plan.world_size * accumulation
     rows = -(-min(plan.rows or ROWS, ROWS) // effective) * effective
-    kept = {key: value for key, value in plan.sections["trainer"].items() if key not in _NOT_TRIED}
+    kept = {key: value for key, value in plan.sections.trainer.items() if key not in _NOT_TRIED}
     trainer = {**kept, "max_steps": STEPS, "eval_steps": STEPS, "save_steps": SAVED_AT, "logging_steps": 1}
     return dataclasses.replace(
         plan,
@@ -46,13 +46,13 @@ def of(plan: Plan) -> Plan:
         optimizer_steps=STEPS,
         rows=rows,
         steps_per_epoch=rows // effective,
-        rows_left_out_of_an_epoch=0,
-        sections={
-            **plan.sections,
-            "trainer": trainer,
-            "data": {**plan.sections["data"], "retain": None},
-            "guards": {**plan.sections["guards"], "stop_on": [], "early_stopping_patience": None},
-        },
+        dropped_rows_per_epoch=0,
+        sections=dataclasses.replace(
+            plan.sections,
+            trainer=trainer,
+            data=dataclasses.replace(plan.sections.data, retention_eval=None),
+            monitor=dataclasses.replace(plan.sections.monitor, stop_on=[], early_stopping_patience=None),
+        ),
     )
 
 
@@ -68,8 +68,8 @@ def key(plan: Plan) -> str:
     code |= {file: sha256(file) for file in REPOSITORY.glob("*_configs/*")}
     parts = {
         "plan": {name: value for name, value in flat.items() if name != "recipe"},
-        "card": plan.card,
-        "weights": _weights(plan.sections["model"]["name_or_path"]),
+        "gpu_type": plan.gpu_type,
+        "weights": _weights(plan.sections.model.name_or_path),
         "libraries": {name: library_version(name) for name in _LIBRARIES},
         "code": {str(file.relative_to(REPOSITORY)): hashed for file, hashed in code.items()},
     }
@@ -89,7 +89,7 @@ def measured_forecast(plan: Plan, figures: Mapping[str, Any]) -> dict[str, float
         figures: `step_seconds`, `accumulation` of the trial, `validation_rows` of the run, `evaluation_seconds_a_row`,
             `save_seconds` of a checkpoint (None where the trial left it out: then saving is what the plan says).
     """
-    steps, trainer = plan.optimizer_steps or 0, plan.sections["trainer"]
+    steps, trainer = plan.optimizer_steps or 0, plan.sections.trainer
     training = steps * figures["step_seconds"] * plan.gradient_accumulation_steps / figures["accumulation"]
     evaluations = -(-steps // trainer["eval_steps"])
     evaluating = evaluations * figures["validation_rows"] * figures["evaluation_seconds_a_row"]

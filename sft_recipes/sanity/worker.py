@@ -19,7 +19,7 @@ from typing import Any
 
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import UserError
-from sft_recipes.runtime.run_dir import EXIT_STOPPED, RunFolder, read_json, write_json
+from sft_recipes.runtime.run_dir import EXIT_STOPPED, RunDir, read_json, write_json
 from sft_recipes.sanity import checks as judging
 from sft_recipes.sanity import trial
 from sft_recipes.sanity.checks import MEMORY, Check
@@ -49,7 +49,7 @@ class TrialState:
     better_than_chance: bool
 
 
-class AskedToStopError(Exception):
+class StopRequestedError(Exception):
     """A rank was asked to stop, and all of them agreed: there is no verdict on a trial that was cut short."""
 
 
@@ -61,14 +61,14 @@ class RankAloneError(Exception):
         self.checks = checks
 
 
-def execute(plan_file: str, check: Callable[[Plan, RunFolder], Result]) -> None:
+def execute(plan_file: str, check: Callable[[Plan, RunDir], Result]) -> None:
     """Run one part of the sanity check on this rank and write its result; exit with 0 wherever there is one, or the
     user's input was wrong."""
     plan, folder, rank = main.begin(plan_file)
     with rank_heartbeat.until_it_ends():
         try:
             checks, figures = check(plan, folder)
-        except AskedToStopError:
+        except StopRequestedError:
             if rank == 0:
                 write_json(folder.outcome, {"exit_code": EXIT_STOPPED})
             return
@@ -88,16 +88,16 @@ def execute(plan_file: str, check: Callable[[Plan, RunFolder], Result]) -> None:
             _write(folder, checks, figures)
 
 
-def _write(folder: RunFolder, checks: Sequence[Check], figures: dict[str, Any]) -> None:
+def _write(folder: RunDir, checks: Sequence[Check], figures: dict[str, Any]) -> None:
     write_json(folder.verdict, {"checks": [dataclasses.asdict(c) for c in checks], "figures": figures})
 
 
-def carry_out(plan: Plan, folder: RunFolder) -> Result:
+def carry_out(plan: Plan, folder: RunDir) -> Result:
     """The verdict on each part, and what was measured. All ranks take part; rank 0's is the one that counts.
 
     Raises:
         UserError: what a run would refuse as well.
-        AskedToStopError: a signal cut the trial's training short.
+        StopRequestedError: a signal cut the trial's training short.
     """
     from sft_recipes.training.nan_guard import DivergedError
 
@@ -138,7 +138,7 @@ def carry_out(plan: Plan, folder: RunFolder) -> Result:
     state = TrialState(record.losses, parts.ends_of_turn, better_than_chance)
     if sft.accelerator.is_main_process:
         write_json(folder.trial, dataclasses.asdict(state))
-        if not plan.no_rank_holds_the_model:
+        if not plan.shards_parameters:
             model = sft.accelerator.unwrap_model(sft.model)
             with sft.compute_loss_context_manager():  # fp32 weights compute in bf16, as they do in training
                 checks.append(answers_are_text(plan, prepared_copy(folder), model, sft.processing_class, state))
@@ -152,7 +152,7 @@ def _left_out(plan: Plan) -> list[Check]:
     answers = f"left out: under {plan.parallelism} they need a saved model, above 13B minutes"
     checkpoint = "left out: above 13B parameters saving and loading take minutes by themselves"
     return [
-        *([Check("answers", None, answers)] if plan.no_rank_holds_the_model else []),
+        *([Check("answers", None, answers)] if plan.shards_parameters else []),
         Check("checkpoint", None, checkpoint),
     ]
 
@@ -161,28 +161,28 @@ def train(trainer: Any, checkpoint: Path | None = None) -> None:
     """Train to the trial's last step.
 
     Raises:
-        AskedToStopError: a signal cut it short.
+        StopRequestedError: a signal cut it short.
     """
-    from sft_recipes.training.callbacks.graceful_stop import EndedAtStartError
+    from sft_recipes.training.callbacks.graceful_stop import StoppedAtStartError
 
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except EndedAtStartError as error:
-        raise AskedToStopError from error
+    except StoppedAtStartError as error:
+        raise StopRequestedError from error
     if trainer.stopping.stopped:
-        raise AskedToStopError
+        raise StopRequestedError
 
 
 def _rows_of_an_evaluation(details: dict[str, Any]) -> int:
     return int(sum(details["validation_rows"].values()) + details.get("retain_rows", 0))
 
 
-def prepared_copy(folder: RunFolder) -> Path:
+def prepared_copy(folder: RunDir) -> Path:
     """Where the trial's copy of the prepared rows lies."""
     return folder.path / "prepared"
 
 
-def _copy(plan: Plan, folder: RunFolder, state: Any) -> dict[str, Any]:
+def _copy(plan: Plan, folder: RunDir, state: Any) -> dict[str, Any]:
     """A prepared folder of the trial's rows: the longest, others by chance, cycled to whole effective batches. Rows to
     validate on are the same, and a few that are held out."""
     from datasets import concatenate_datasets, load_from_disk
@@ -279,7 +279,7 @@ def answers_are_text(plan: Plan, prepared: Path, model: Any, tokenizer: Any, sta
     prompts = completions.read_prompts(prepared, _PROMPTS, 0)
     if not prompts:
         return Check("answers", None, "left out: no held-out prompts")
-    most = min(plan.sections["answers"]["max_new_tokens"], _NEW_TOKENS)
+    most = min(plan.sections.generation.max_new_tokens, _NEW_TOKENS)
     texts = completions.answer(model, tokenizer, prompts, 0, most, state.ends_of_turn).said
     shown = " | ".join(completions.short(text, 40) or "(nothing)" for text in texts)
     if not state.better_than_chance:

@@ -75,7 +75,7 @@ def driver(
     if not gpus:
         return
     for product in unlisted(gpus):
-        fix = "set CARD to one of docs/MODELS.md to forecast hours"
+        fix = "set GPU_TYPE to one of docs/MODELS.md to forecast hours"
         yield Finding("GPU type", "yellow", f"{product} is not in the table: planned by its memory, without hours", fix)
     yield Finding("driver", "green", version or "version unknown: nvidia-smi does not report it")
     if "error" in seen:
@@ -215,7 +215,7 @@ def hub(answer: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("Hub", "green", "not asked: HF_HUB_OFFLINE is set")
         return
     if "error" in answer:
-        way_out = "bring models and data beforehand (`make fetch`), and set HF_HUB_OFFLINE=1"
+        way_out = "bring models and data beforehand (`make download`), and set HF_HUB_OFFLINE=1"
         yield Finding("Hub", "yellow", f"no answer ({answer['error']})", way_out)
         return
     if answer["status"] == 401:
@@ -224,7 +224,7 @@ def hub(answer: dict[str, Any]) -> Iterator[Finding]:
         )
     elif answer["status"] >= 400:
         yield Finding(
-            "Hub", "yellow", f"it answers with {answer['status']}", "try again, or bring models with `make fetch`"
+            "Hub", "yellow", f"it answers with {answer['status']}", "try again, or bring models with `make download`"
         )
     else:
         token = "its token is good" if answer["token"] else "no HF_TOKEN: models that are not gated"
@@ -270,7 +270,7 @@ def _sum_over_ranks(gpus: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="sft-") as place:
         ranks, result = gpus or 2, Path(place) / "result.json"
         # Not torchrun's --standalone: its ranks meet at this machine's own name, which need not resolve.
-        meeting = command.Meeting("127.0.0.1", command.free_port("127.0.0.1"), 0)
+        meeting = command.Rendezvous("127.0.0.1", command.free_port("127.0.0.1"), 0)
         debug = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,GRAPH,NET", "NCCL_DEBUG_FILE": f"{place}/nccl-%p"}
         quiet = {"OMP_NUM_THREADS": "1", **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})}
         loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}

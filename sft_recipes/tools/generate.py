@@ -10,7 +10,7 @@ from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.env import host_memory_bytes
 from sft_recipes.runtime.errors import UserError
-from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.runtime.units import GIB
 from sft_recipes.training.library_logging import quiet
 
@@ -19,7 +19,7 @@ _MAX_NEW_TOKENS = 256
 _WEIGHTS_SHARE = 0.85
 
 
-def main(folder: RunFolder, prompts: Iterable[str]) -> int:
+def main(folder: RunDir, prompts: Iterable[str]) -> int:
     """Prints one greedy answer per prompt.
 
     Raises:
@@ -33,7 +33,7 @@ def main(folder: RunFolder, prompts: Iterable[str]) -> int:
     from sft_recipes.training import completions
 
     plan = plans.read(folder.plan)
-    tokenizer = load_tokenizer(str(folder.final), None, plan.sections["model"]["trust_remote_code"])
+    tokenizer = load_tokenizer(str(folder.final), None, plan.sections.model.trust_remote_code)
     model = load(plan, folder)
     stop = model.generation_config.eos_token_id
     chat = Chat(tokenizer, datetime.date.today())
@@ -46,7 +46,7 @@ def main(folder: RunFolder, prompts: Iterable[str]) -> int:
     return 0
 
 
-def load(plan: Plan, folder: RunFolder) -> Any:
+def load(plan: Plan, folder: RunDir) -> Any:
     """The published model; adapters on the base that they were trained on, quantized as it was in training.
 
     Raises:
@@ -59,7 +59,7 @@ def load(plan: Plan, folder: RunFolder) -> Any:
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0  # an old driver has GPUs that are of no use
     free = [torch.cuda.mem_get_info(gpu)[0] for gpu in range(gpus)]
-    trust = plan.sections["model"]["trust_remote_code"]
+    trust = plan.sections.model.trust_remote_code
     if plan.method == "full":
         needed = sum(file.stat().st_size for file in folder.final.glob("*.safetensors"))
         model = AutoModelForCausalLM.from_pretrained(

@@ -2,7 +2,7 @@
 and takes the steps behind it again.
 
 Started by `accelerate launch … -m sft_recipes.tools.replay_worker PLAN` in its own folder, never by hand; the run's
-folder is only read. Rank 0 writes `verdict.json`; the steps' digests come into `proof.jsonl`, as in every run.
+folder is only read. Rank 0 writes `verdict.json`; the steps' digests come into `integrity.jsonl`, as in every run.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import TrainingError, UserError
-from sft_recipes.runtime.run_dir import RunFolder, read_json, write_json
+from sft_recipes.runtime.run_dir import RunDir, read_json, write_json
 from sft_recipes.training import main as training_main
 from sft_recipes.training import manifest, rank_heartbeat
 from sft_recipes.training.checkpoint import resume
 
 if TYPE_CHECKING:
-    from sft_recipes.training.checkpoint.resume import Point
+    from sft_recipes.training.checkpoint.resume import ResumePoint
 
 
 def main(plan_file: str) -> None:
@@ -34,12 +34,12 @@ def main(plan_file: str) -> None:
                 write_json(folder.outcome, {"exit_code": code, "error": str(error)})
 
 
-def replay(plan: Plan, folder: RunFolder) -> None:
+def replay(plan: Plan, folder: RunDir) -> None:
     """From the newest whole one of the checkpoints that `replay.json` names, to the step that it names beside it.
 
     Raises:
         UserError: what a run would refuse as well.
-        LostError: none of the checkpoints is whole.
+        NoValidCheckpointError: none of the checkpoints is whole.
     """
     arguments = training_main.configure(plan, folder)
     # Neither changes what a step does: an evaluation draws no random number, and nothing is saved here.
@@ -49,7 +49,7 @@ def replay(plan: Plan, folder: RunFolder) -> None:
     sft = parts.trainer
     asked = read_json(folder.replay)
     point, until, passed_over = _first_whole(asked, plan, sft)
-    sft.proof.take_up(point.record["proof"])
+    sft.proof.restore_state(point.record["proof"])
     loaded = _loaded(point, until, folder, {"passed_over": passed_over, "saved": point.record["proof"]})
     sft.add_callbacks([loaded])
     if sft.accelerator.is_main_process:
@@ -57,18 +57,20 @@ def replay(plan: Plan, folder: RunFolder) -> None:
     sft.train(resume_from_checkpoint=str(point.path))
 
 
-def _first_whole(asked: dict[str, Any], plan: Plan, sft: Any) -> tuple[Point, int, list[str]]:
+def _first_whole(asked: dict[str, Any], plan: Plan, sft: Any) -> tuple[ResumePoint, int, list[str]]:
     """The first whole checkpoint of those asked for, the step to go to, and why others were passed over."""
     passed_over = []
     for step, until in asked["candidates"]:
-        found = resume.look_through(RunFolder(Path(asked["run"])), step, plan.run_id, sft.accelerator)
+        found = resume.look_through(RunDir(Path(asked["run"])), step, plan.run_id, sft.accelerator)
         if not isinstance(found, str):
             return found, until, passed_over
         passed_over.append(f"checkpoint-{step}: {found}")
-    raise resume.LostError(f"{asked['run']}: no checkpoint of this run is whole ({'; '.join(passed_over)})")
+    raise resume.NoValidCheckpointError(
+        f"{asked['run']}: no checkpoint of this run is whole ({'; '.join(passed_over)})"
+    )
 
 
-def _loaded(point: Point, until: int, folder: RunFolder, verdict: dict[str, Any]) -> Any:
+def _loaded(point: ResumePoint, until: int, folder: RunDir, verdict: dict[str, Any]) -> Any:
     """A callback that tells what was loaded, and stops behind the last step that can be compared."""
     from accelerate.utils import gather_object
     from transformers import TrainerCallback

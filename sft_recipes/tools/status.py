@@ -7,13 +7,13 @@ from typing import Any
 
 from sft_recipes.monitor import metrics_log
 from sft_recipes.runtime.errors import UserError
-from sft_recipes.runtime.run_dir import RunFolder, read_json
+from sft_recipes.runtime.run_dir import RunDir, read_json
 
 _STEPS_LOOKED_AT = 20
 _FIGURES = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
 
 
-def facts(folder: RunFolder, held_by: str | None, job: dict[str, str] | None) -> dict[str, Any]:
+def facts(folder: RunDir, held_by: str | None, job: dict[str, str] | None) -> dict[str, Any]:
     """What is known of a run; None for what is not.
 
     Args:
@@ -47,7 +47,7 @@ def facts(folder: RunFolder, held_by: str | None, job: dict[str, str] | None) ->
         "eval_loss": validation[0][1] if validation else None,
         "eval_step": validation[0][0] if validation else None,
         "seconds_left": round((steps - step) * statistics.median(paces)) if going else None,
-        "checkpoint": folder.newest_whole() or None,
+        "checkpoint": folder.latest_complete() or None,
         "error": manifest.get("error"),
     }
 

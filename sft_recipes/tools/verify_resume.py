@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes.launch import command, launch, preflight, process_group, ranks, run_lock, slurm
-from sft_recipes.launch.node_launchers import Peers
-from sft_recipes.launch.process_group import Asked
+from sft_recipes.launch.node_launchers import NodeLaunchers
+from sft_recipes.launch.process_group import StopRequest
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner import render
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import UserError
-from sft_recipes.runtime.run_dir import EXIT_FAULT, EXIT_STOPPED, STEPS_PROVED, RunFolder, read_json, write_json
+from sft_recipes.runtime.run_dir import EXIT_FAULT, EXIT_STOPPED, STEPS_PROVED, RunDir, read_json, write_json
 
 _KINDS = ("weights", "optimizer", "scheduler", "rng")  # as training/digests.py names them
 
@@ -45,7 +45,7 @@ class _EndedError(Exception):
         self.code = code
 
 
-def carry_out(folder: RunFolder, say: Callable[[str], None], peers: Peers | None = None) -> int:
+def carry_out(folder: RunDir, say: Callable[[str], None], peers: NodeLaunchers | None = None) -> int:
     """Takes steps of a run again and says what came of it: 0 where the run resumes exactly, or within what kernels that
     are not deterministic explain; 1 where it does not.
 
@@ -93,9 +93,9 @@ def carry_out(folder: RunFolder, say: Callable[[str], None], peers: Peers | None
     return _tell(folder, first, recorded, say)
 
 
-def _recorded(folder: RunFolder) -> dict[int, dict[str, Any]]:
+def _recorded(folder: RunDir) -> dict[int, dict[str, Any]]:
     """What the run wrote of each proved step."""
-    return {line["step"]: line for line in _lines(folder.proof)}
+    return {line["step"]: line for line in _lines(folder.integrity_log)}
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -106,7 +106,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             return
 
 
-def _candidates(folder: RunFolder, recorded: dict[int, dict[str, Any]]) -> list[tuple[int, int]]:
+def _candidates(folder: RunDir, recorded: dict[int, dict[str, Any]]) -> list[tuple[int, int]]:
     """Checkpoints with the last step behind each that was recorded in a row; first the newest that has such a step.
 
     Raises:
@@ -123,7 +123,7 @@ def _candidates(folder: RunFolder, recorded: dict[int, dict[str, Any]]) -> list[
     return sorted(found, key=lambda one: (one[1] > one[0], one[0]), reverse=True)
 
 
-def _prepare(plan: Plan, place: Path, asked: Asked, peers: Peers | None) -> Path:
+def _prepare(plan: Plan, place: Path, asked: StopRequest, peers: NodeLaunchers | None) -> Path:
     """Where the run's rows lie now: prepared again where they are gone.
 
     Raises:
@@ -133,28 +133,28 @@ def _prepare(plan: Plan, place: Path, asked: Asked, peers: Peers | None) -> Path
     code = launch.prepare(place / "plan.json", command.environment(plan, os.environ), asked, peers)
     if code:
         raise _EndedError(code)
-    found = read_json(RunFolder(place).prepared)
+    found = read_json(RunDir(place).prepared)
     if found["fingerprint"] != plan.data_fingerprint:
         raise UserError(launch.other_data(plan, plan.data_fingerprint, found["fingerprint"]))
-    return RunFolder(place).prepared
+    return RunDir(place).prepared
 
 
 def _replay(
     plan: Plan,
-    folder: RunFolder,
+    folder: RunDir,
     candidates: list[tuple[int, int]],
     prepared: Path,
     place: Path,
-    asked: Asked,
-    peers: Peers | None,
+    asked: StopRequest,
+    peers: NodeLaunchers | None,
 ) -> Replay:
     """Starts the run's own ranks in a folder of their own."""
     place.mkdir()
-    copy = RunFolder(place)
+    copy = RunDir(place)
     plans.write(plan, copy.plan)
     shutil.copy(prepared, copy.prepared)
     write_json(copy.replay, {"run": str(folder.path.absolute()), "candidates": candidates})
-    ended = ranks.carry_out(plan, copy, "verify", asked, peers, saves=False)
+    ended = ranks.carry_out(plan, copy, "tools.replay_worker", asked, peers, saves=False)
     verdict, outcome = read_json(copy.verdict), read_json(copy.outcome)
     if outcome.get("error"):
         print(f"error: {outcome['error']}", file=sys.stderr)
@@ -166,11 +166,11 @@ def _replay(
         print(f"error: {folder.path} could not be resumed: {said}; more is above", file=sys.stderr)
         raise _EndedError(EXIT_FAULT)
     until = dict(candidates)[verdict["step"]]
-    steps = {line["step"]: line for line in _lines(copy.proof) if line["step"] <= until}
+    steps = {line["step"]: line for line in _lines(copy.integrity_log) if line["step"] <= until}
     return Replay(**verdict, steps=steps, start=read_json(copy.manifest)["starts"][-1])
 
 
-def _announcement(folder: RunFolder, plan: Plan, replay: Replay) -> str:
+def _announcement(folder: RunDir, plan: Plan, replay: Replay) -> str:
     where = f"checkpoint-{replay.step} of {folder.name} ({render.engine_and_ranks(plan)})"
     if not replay.steps:
         return f"{where} was loaded as a resume does; no step behind it was recorded to be taken again"
@@ -214,7 +214,7 @@ def _only_bits(replay: Replay, recorded: dict[int, dict[str, Any]]) -> bool:
     return bool(wrong) and wrong <= {"weights", "optimizer", "loss"}
 
 
-def _tell(folder: RunFolder, replay: Replay, recorded: dict[int, dict[str, Any]], say: Callable[[str], None]) -> int:
+def _tell(folder: RunDir, replay: Replay, recorded: dict[int, dict[str, Any]], say: Callable[[str], None]) -> int:
     said = [f"step {replay.step} as loaded: {', '.join(wrong)}"] if (wrong := _wrong(_as_loaded(replay))) else []
     for step, line in sorted(replay.steps.items()):
         if wrong := _wrong(_of_step(line, recorded[step])):
@@ -253,7 +253,7 @@ def _is_within_the_tolerance(
     return True
 
 
-def _other_circumstances(folder: RunFolder, replay: Replay) -> str:
+def _other_circumstances(folder: RunDir, replay: Replay) -> str:
     """What this start has otherwise than the run's newest: machine, threads, versions."""
     starts = read_json(folder.manifest).get("starts", [])
     then = starts[-1] if starts else {}

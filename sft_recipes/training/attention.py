@@ -49,7 +49,7 @@ class Choice:
 
 def loaded_with(plan: Plan) -> str | None:
     """What a model is loaded with: what the recipe names; else transformers' choice, until `settle` has seen it."""
-    asked: str = plan.sections["model"]["attention"]
+    asked: str = plan.sections.model.attention
     if asked == FLASH and importlib.util.find_spec("flash_attn") is None:
         # transformers would take a kernel from the Hub instead, which is code, where the package for it is installed.
         raise UserError(
@@ -75,7 +75,7 @@ def settle(plan: Plan, model: Any) -> Choice:
     Raises:
         UserError: the recipe says `varlen`, and this model or device cannot.
     """
-    asked = plan.sections["model"]["attention"]
+    asked = plan.sections.model.attention
     if asked not in ("auto", VARLEN):
         return Choice(asked, "as the recipe says")
     choice = _hindered(plan, model) or _fastest(plan, model)

@@ -15,7 +15,7 @@ from sft_recipes.planner.memory import NF4_BYTES
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.env import host_memory_bytes
 from sft_recipes.runtime.errors import UserError
-from sft_recipes.runtime.run_dir import RunFolder, read_json
+from sft_recipes.runtime.run_dir import RunDir, read_json
 from sft_recipes.runtime.units import GIB
 from sft_recipes.training.library_logging import quiet
 
@@ -27,14 +27,14 @@ _LIBRARIES_BYTES = GIB  # of a process that has imported torch, transformers and
 
 def quantization(plan: Plan) -> Any:
     """How the frozen weights are loaded: 4-bit NormalFloat with quantized scales (QLoRA), or None for whole ones."""
-    lora = plan.sections["lora"]
-    if not lora.get("quantize"):
+    lora = plan.sections.lora
+    if lora is None or not lora.quantize:
         return None
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=lora["quantize"],
+        bnb_4bit_quant_type=lora.quantize,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16 if plan.precision == "bf16" else torch.float32,
     )
@@ -52,23 +52,23 @@ def configuration(plan: Plan, base: Path) -> Any:
     Args:
         base: the folder that the base model is loaded from.
     """
-    lora = plan.sections["lora"]
+    lora = plan.sections.lora
     if not lora:
         return None
     from peft import LoraConfig
 
     return LoraConfig(
-        r=lora["r"],
-        lora_alpha=lora["alpha"],
-        lora_dropout=lora["dropout"],
-        target_modules=lora["target_modules"],
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
         bias="none",
         task_type="CAUSAL_LM",
-        revision=hub.commit_of(base) or plan.sections["model"]["revision"],
+        revision=hub.commit_of(base) or plan.sections.model.revision,
     )
 
 
-def hold_in_fp32(model: Any, plan: Plan) -> None:
+def cast_trainable_to_fp32(model: Any, plan: Plan) -> None:
     """Puts the adapters in the plan's dtype; TRL makes them bf16 over 4-bit weights, without a master copy.
 
     DeepSpeed casts them itself, and keeps the fp32 master.
@@ -89,7 +89,7 @@ def save_adapters_alone(model: Any, plan: Plan) -> None:
         model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
 
 
-def keep_the_trained_layout(model: Any) -> None:
+def disable_cpu_repack(model: Any) -> None:
     """Has bitsandbytes leave 4-bit weights on a CPU as they are.
 
     On CPUs with AVX512-BF16 its Linear4bit repacks them at the first evaluation (0.50, nn/modules.py, `forward`, since
@@ -101,22 +101,22 @@ def keep_the_trained_layout(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def base_folder(plan: Plan, folder: RunFolder) -> Path:
+def base_folder(plan: Plan, folder: RunDir) -> Path:
     """The folder of the model that a run's adapters were trained on: the recorded one, else the Hub's at that commit.
 
     Raises:
         UserError: the recorded folder is gone, and the model is neither on the Hub nor in its cache.
     """
-    recorded, model = Path(read_json(folder.prepared).get("model", "")), plan.sections["model"]
+    recorded, model = Path(read_json(folder.prepared).get("model", "")), plan.sections.model
     if (recorded / "config.json").is_file():
         return recorded
-    if model["from_scratch"]:
+    if model.from_scratch:
         raise UserError(
             f"RUN: the base model of {folder.name} is gone: found no {recorded}. Start the same recipe with the same "
             f"data again: it builds the same model there"
         )
-    commit = read_json(folder.final / "adapter_config.json").get("revision") or model["revision"]
-    return model_files.check_model(model["name_or_path"], commit, model["trust_remote_code"], model["ungated"])
+    commit = read_json(folder.final / "adapter_config.json").get("revision") or model.revision
+    return model_files.check_model(model.name_or_path, commit, model.trust_remote_code, model.open_alternative)
 
 
 def load_base(plan: Plan, folder: Path, dtype: torch.dtype, device_map: Any) -> Any:
@@ -131,7 +131,7 @@ def load_base(plan: Plan, folder: Path, dtype: torch.dtype, device_map: Any) -> 
         folder,
         dtype=dtype,
         quantization_config=quantization(plan),
-        trust_remote_code=plan.sections["model"]["trust_remote_code"],
+        trust_remote_code=plan.sections.model.trust_remote_code,
         device_map=device_map,
     )
 
@@ -174,7 +174,7 @@ def base_size(folder: Path, trust_remote_code: bool) -> BaseSize:
     return BaseSize(model.num_parameters(), sum(adapted), max(adapted))
 
 
-def merge(folder: RunFolder) -> Path:
+def merge(folder: RunDir) -> Path:
     """Writes `merged/`: the best adapters added to the weights that they were trained on, as one plain model.
 
     Runs on the CPU, so that a model larger than a GPU can be merged. 4-bit weights are dequantized first: the adapters
@@ -195,7 +195,7 @@ def merge(folder: RunFolder) -> Path:
     if folder.merged.is_dir():
         return folder.merged
     base = base_folder(plan, folder)
-    needed = base_size(base, plan.sections["model"]["trust_remote_code"]).merging_bytes(plan)
+    needed = base_size(base, plan.sections.model.trust_remote_code).merging_bytes(plan)
     if needed > (host := host_memory_bytes()):
         raise UserError(
             f"RUN: {folder.name} cannot be merged here: found {host / GIB:.1f} GiB of host memory, expected "
@@ -235,12 +235,12 @@ def _merged(plan: Plan, base_folder: Path, final: Path) -> tuple[Any, str]:
     return merged, f"largest logit {largest:.3g}, largest difference by merging {difference:.2g}"
 
 
-def _save_merged(plan: Plan, folder: RunFolder, merged: Any) -> None:
+def _save_merged(plan: Plan, folder: RunDir, merged: Any) -> None:
     from transformers import AutoTokenizer, GenerationConfig
 
     from sft_recipes.training.checkpoint import checkpoint_format
 
-    trust = plan.sections["model"]["trust_remote_code"]
+    trust = plan.sections.model.trust_remote_code
     partial = folder.saving / folder.merged.name
     merged.generation_config = GenerationConfig.from_pretrained(folder.final)
     merged.save_pretrained(partial)

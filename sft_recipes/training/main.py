@@ -21,16 +21,16 @@ from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime import cuda, env, heartbeat, library_imports
 from sft_recipes.runtime.errors import TrainingError, UserError
-from sft_recipes.runtime.run_dir import EXIT_DIVERGED, EXIT_STOPPED, RunFolder, read_json, write_json
+from sft_recipes.runtime.run_dir import EXIT_DIVERGED, EXIT_STOPPED, RunDir, read_json, write_json
 from sft_recipes.training import manifest, out_of_memory, rank_heartbeat, stop_signal
 from sft_recipes.training.library_logging import quiet
 
 if TYPE_CHECKING:
-    from sft_recipes.training.checkpoint.resume import Point
+    from sft_recipes.training.checkpoint.resume import ResumePoint
     from sft_recipes.training.nan_guard import DivergedError
 
 
-class UnsavedError(TrainingError):
+class SaveFailedError(TrainingError):
     """The trained model could not be written."""
 
 
@@ -58,11 +58,11 @@ def main(plan_file: str) -> None:
                 write_json(folder.outcome, {"exit_code": 1, "error": str(error)})
 
 
-def begin(plan_file: str) -> tuple[Plan, RunFolder, int]:
+def begin(plan_file: str) -> tuple[Plan, RunDir, int]:
     """What every program of a rank begins with: it ends with its launcher, hears signals, is watched, knows plan and
     rank, and has its libraries."""
     heartbeat.end_with_parent(int(os.environ[heartbeat.LAUNCHER]))
-    folder, rank = RunFolder(Path(plan_file).parent), int(os.environ.get("RANK", "0"))
+    folder, rank = RunDir(Path(plan_file).parent), int(os.environ.get("RANK", "0"))
     _write_to_a_log_of_its_own(rank)
     stop_signal.listen()
     rank_heartbeat.begin(folder, rank)
@@ -95,7 +95,7 @@ def leave() -> NoReturn:
     os._exit(0)
 
 
-def train(plan: Plan, folder: RunFolder) -> None:
+def train(plan: Plan, folder: RunDir) -> None:
     """One start of a run, from where its newest whole checkpoint left it.
 
     Raises:
@@ -154,7 +154,7 @@ def train(plan: Plan, folder: RunFolder) -> None:
     sft.say(summary(plan, folder, recorded, before, after))
 
 
-def _newest(plan: Plan, folder: RunFolder, sft: Any) -> Point | None:
+def _newest(plan: Plan, folder: RunDir, sft: Any) -> ResumePoint | None:
     """The whole checkpoint that this start goes on from, and what the user is told of it."""
     from sft_recipes.training.checkpoint import resume
 
@@ -163,33 +163,33 @@ def _newest(plan: Plan, folder: RunFolder, sft: Any) -> Point | None:
         resume.clear(folder, sft.say)
     if point is not None:
         sft.supervised_tokens_seen = point.record["supervised_tokens_seen"]
-        sft.proof.take_up(point.record["proof"])
+        sft.proof.restore_state(point.record["proof"])
         sft.say(f"going on from {point.path.name}")
-    if plan.no_rank_holds_the_model and plan.sections["answers"]["show"]:
+    if plan.shards_parameters and plan.sections.generation.show:
         sft.say(f"no answers are shown while it trains: under {plan.parallelism} no rank holds the whole model")
     return point
 
 
-def _train(plan: Plan, folder: RunFolder, parts: Parts, point: Point | None) -> None:
+def _train(plan: Plan, folder: RunDir, parts: Parts, point: ResumePoint | None) -> None:
     """The steps that are left."""
     from sft_recipes.training.callbacks import alerts
-    from sft_recipes.training.callbacks.graceful_stop import EndedAtStartError
+    from sft_recipes.training.callbacks.graceful_stop import StoppedAtStartError
     from sft_recipes.training.checkpoint import reshard
 
     sft = parts.trainer
     if point is not None:
-        sft.take_up(point.path)
+        sft.restore_state(point.path)
         if point.step == plan.optimizer_steps or alerts.ended_early(plan, sft.state):
-            sft.sum_up()  # the Trainer itself would take one step more
+            sft.write_summary()  # the Trainer itself would take one step more
             return
     if parts.stopping.asked():
         return
     # What the model could do before is measured before its first step; and an evaluation that a stop cut short again.
-    asked = sft.args.eval_on_start or bool(plan.sections["data"]["retain"])
+    asked = sft.args.eval_on_start or bool(plan.sections.data.retention_eval)
     sft.args.eval_on_start = asked if point is None else _evaluation_is_missing(sft)
     try:
         sft.train(resume_from_checkpoint=str(reshard.taken_over(plan, folder, point, sft)) if point else None)
-    except EndedAtStartError:
+    except StoppedAtStartError:
         sft.end_callbacks()
 
 
@@ -201,7 +201,7 @@ def _evaluation_is_missing(sft: Any) -> bool:
     return due and step not in retention.validation_losses(sft.state.log_history)
 
 
-def _stopped(folder: RunFolder, sft: Any, seconds: dict[str, float]) -> None:
+def _stopped(folder: RunDir, sft: Any, seconds: dict[str, float]) -> None:
     """Records a run that was asked to stop."""
     step, saved = sft.state.global_step, read_json(folder.manifest).get("saved_step")
     manifest.end(folder, "stopped", EXIT_STOPPED, steps=step, **seconds)
@@ -210,7 +210,7 @@ def _stopped(folder: RunFolder, sft: Any, seconds: dict[str, float]) -> None:
     sft.say(f"stopped at {where}; the same command goes on from it")
 
 
-def configure(plan: Plan, folder: RunFolder) -> Any:
+def configure(plan: Plan, folder: RunDir) -> Any:
     """The trainer's arguments, once the ranks that were started are the plan's.
 
     Raises:
@@ -247,24 +247,24 @@ class Parts:
     attention: str
 
 
-def build(plan: Plan, folder: RunFolder, arguments: Any, found: dict[str, Any]) -> Parts:
+def build(plan: Plan, folder: RunDir, arguments: Any, found: dict[str, Any]) -> Parts:
     """The trainer over prepared rows, as `prepared.json` found them."""
     from sft_recipes.data.tokenizer import load_tokenizer
     from sft_recipes.training import attention, lora, trainer, vocabulary
-    from sft_recipes.training.callbacks.console import ShowProgress
-    from sft_recipes.training.callbacks.heartbeat_callback import MovePulse
-    from sft_recipes.training.callbacks.strategy_check import CheckEngine
+    from sft_recipes.training.callbacks.console import ConsoleCallback
+    from sft_recipes.training.callbacks.heartbeat_callback import HeartbeatCallback
+    from sft_recipes.training.callbacks.strategy_check import StrategyCheckCallback
 
-    section, base, prepared = plan.sections["model"], found["model"], Path(found["folder"])
-    tokenizer = load_tokenizer(base, section["chat_template"], section["trust_remote_code"], section["add_tokens"])
+    section, base, prepared = plan.sections.model, found["model"], Path(found["folder"])
+    tokenizer = load_tokenizer(base, section.chat_template, section.trust_remote_code, section.add_tokens)
     model = load_model(plan, base)
     way = attention.settle(plan, model)
     details = read_json(prepared / "details.json")
     vocabulary.fit(plan, model, tokenizer, details)
     ends_of_turn = vocabulary.stop_by_itself(model, tokenizer, details)
     rows, held_out, passes = trainer.read_rows(prepared, details, plan.per_device_train_batch_size * plan.world_size)
-    progress = ShowProgress(folder)
-    sft = trainer.ResponseTrainer(
+    progress = ConsoleCallback(folder)
+    sft = trainer.RecipeTrainer(
         plan,
         passes,
         found["architecture"],
@@ -277,32 +277,32 @@ def build(plan: Plan, folder: RunFolder, arguments: Any, found: dict[str, Any]) 
         data_collator=trainer.collator(plan, tokenizer.pad_token_id, way.name),
         peft_config=lora.configuration(plan, Path(base)),
     )
-    sft.add_callbacks([MovePulse(), CheckEngine(plan, folder)])
+    sft.add_callbacks([HeartbeatCallback(), StrategyCheckCallback(plan, folder)])
     return Parts(sft, ends_of_turn, sft.stopping, progress, f"attention  {way}")
 
 
-def watchers(plan: Plan, folder: RunFolder, prepared: Path, parts: Parts) -> list[Any]:
+def watchers(plan: Plan, folder: RunDir, prepared: Path, parts: Parts) -> list[Any]:
     """What keeps, writes, shows and guards a run, in the order in which each is told."""
-    from sft_recipes.training.callbacks.alerts import Guard
-    from sft_recipes.training.callbacks.generation import ShowSamples
-    from sft_recipes.training.callbacks.keep_best import KeepBest
-    from sft_recipes.training.callbacks.metrics import WriteMetrics
-    from sft_recipes.training.callbacks.trackers import TensorBoard, Track, WeightsAndBiases
+    from sft_recipes.training.callbacks.alerts import AlertCallback
+    from sft_recipes.training.callbacks.generation import GenerationCallback
+    from sft_recipes.training.callbacks.keep_best import RetentionCallback
+    from sft_recipes.training.callbacks.metrics import MetricsCallback
+    from sft_recipes.training.callbacks.trackers import TensorBoard, TrackerCallback, WeightsAndBiases
 
     asked = env.reporters()
     trackers: list[Any] = [TensorBoard(plan, folder, parts.trainer.say)] if "tensorboard" in asked else []
     trackers += [WeightsAndBiases(plan, folder, parts.trainer.say)] if "wandb" in asked else []
     return [
-        KeepBest(folder),
-        WriteMetrics(folder, parts.stopping),
-        ShowSamples(plan, folder, prepared, trackers, parts.ends_of_turn),
-        Track(trackers, parts.stopping),
+        RetentionCallback(folder),
+        MetricsCallback(folder, parts.stopping),
+        GenerationCallback(plan, folder, prepared, trackers, parts.ends_of_turn),
+        TrackerCallback(trackers, parts.stopping),
         parts.progress,
-        Guard(plan, folder),
+        AlertCallback(plan, folder),
     ]
 
 
-def _diverged(folder: RunFolder, sft: Any, error: DivergedError, seconds: dict[str, float]) -> None:
+def _diverged(folder: RunDir, sft: Any, error: DivergedError, seconds: dict[str, float]) -> None:
     """Records what was seen, where everybody looks: metrics and trackers, the manifest, the outcome."""
     what = error.what
     norm = {} if what.grad_norm is None else {"grad_norm": what.grad_norm}
@@ -320,7 +320,7 @@ def _diverged(folder: RunFolder, sft: Any, error: DivergedError, seconds: dict[s
 
 
 def _publish(
-    plan: Plan, folder: RunFolder, sft: Any, point: Point | None, copy: Callable[[Path, Path], Any]
+    plan: Plan, folder: RunDir, sft: Any, point: ResumePoint | None, copy: Callable[[Path, Path], Any]
 ) -> dict[str, Any]:
     """Writes `last/` in the dtype of training and `final/`, the best step's weights copied by `copy`; returns the
     run's results.
@@ -328,7 +328,7 @@ def _publish(
     Collective: call on every rank.
 
     Raises:
-        UnsavedError: the disk does not take them; what the run has saved is whole, and a new start tries again.
+        SaveFailedError: the disk does not take them; what the run has saved is whole, and a new start tries again.
     """
     from accelerate.utils import broadcast_object_list
 
@@ -342,7 +342,7 @@ def _publish(
     broadcast_object_list(chosen)
     refused = refused or sft.copy_model(folder.best(chosen[0]) if chosen[0] else folder.last, folder.final, copy)
     if refused:
-        raise UnsavedError(f"{folder.path}: the trained model is not saved: {refused}; the same command tries again")
+        raise SaveFailedError(f"{folder.path}: the trained model is not saved: {refused}; the same command tries again")
     if sft.accelerator.is_main_process:
         retention.forget_all_others(folder, losses, plan.run_id, sft.say)
     return {
@@ -400,16 +400,16 @@ def load_model(plan: Plan, folder: str) -> Any:
 
     from sft_recipes.training import attention, lora
 
-    section = plan.sections["model"]
-    named = section["name_or_path"] or folder
+    section = plan.sections.model
+    named = section.name_or_path or folder
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=lora.loaded_dtype(plan),
             attn_implementation=attention.loaded_with(plan),
             quantization_config=lora.quantization(plan),
-            trust_remote_code=section["trust_remote_code"],
-            allow_all_kernels="/" in section["attention"],  # the recipe names it, by its commit
+            trust_remote_code=section.trust_remote_code,
+            allow_all_kernels="/" in section.attention,  # the recipe names it, by its commit
             output_loading_info=True,
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
@@ -426,19 +426,19 @@ def load_model(plan: Plan, folder: str) -> Any:
             f"model.name_or_path: the weights of {named} lack {absent[0]} and {len(absent) - 1} more, which would be "
             f"random; bring the whole model"
         )
-    if section["name_or_path"] and not Path(section["name_or_path"]).is_dir():
+    if section.name_or_path and not Path(section.name_or_path).is_dir():
         # What adapters name as their base: the Hub's name, not the place of its cache on this machine.
-        model.name_or_path = model.config._name_or_path = section["name_or_path"]
+        model.name_or_path = model.config._name_or_path = section.name_or_path
     return model
 
 
-def summary(plan: Plan, folder: RunFolder, figures: dict[str, Any], before: Any, after: Any) -> str:
+def summary(plan: Plan, folder: RunDir, figures: dict[str, Any], before: Any, after: Any) -> str:
     """The last lines of a run: some answers, what was trained, how well, how long, where it lies, what to type next."""
     from sft_recipes.training import completions
 
     lines = [""]
-    if after is not None and plan.sections["answers"]["show"]:
-        lines += [completions.show(before, after, plan.sections["answers"]["show"]), ""]
+    if after is not None and plan.sections.generation.show:
+        lines += [completions.show(before, after, plan.sections.generation.show), ""]
     tokens, minutes = figures["supervised_tokens_seen"], figures["training_seconds"] / 60
     lines.append(
         f"trained    {plan.model} on {tokens:,} supervised tokens: {figures['steps']} steps in {minutes:.1f} minutes"
@@ -456,24 +456,24 @@ def summary(plan: Plan, folder: RunFolder, figures: dict[str, Any], before: Any,
     return "\n".join(lines)
 
 
-def _before(plan: Plan, folder: RunFolder, sft: Any, prepared: Path, stop: list[int]) -> Any:
+def _before(plan: Plan, folder: RunDir, sft: Any, prepared: Path, stop: list[int]) -> Any:
     """What the model answers before the first step; remembered across a resume."""
     from sft_recipes.training import completions
 
     if not sft.accelerator.is_main_process or plan.parallelism not in ("single", "ddp"):
         return None  # under DeepSpeed and FSDP2 the model is not on its device before the first step
-    if not folder.answers.is_file():
+    if not folder.generations.is_file():
         answered = _answer(plan, sft, prepared, stop)
-        write_json(folder.answers, {"before": asdict(answered) if answered else None})
-    return completions.remembered(read_json(folder.answers).get("before"))
+        write_json(folder.generations, {"before": asdict(answered) if answered else None})
+    return completions.remembered(read_json(folder.generations).get("before"))
 
 
-def _after(plan: Plan, folder: RunFolder, sft: Any, prepared: Path, stop: list[int]) -> Any:
+def _after(plan: Plan, folder: RunDir, sft: Any, prepared: Path, stop: list[int]) -> Any:
     """Answers of the published model to held-out prompts, after training."""
-    if not plan.no_rank_holds_the_model:
+    if not plan.shards_parameters:
         sft.load_weights(folder.final)
     answered = _answer(plan, sft, prepared, stop)
-    write_json(folder.answers, {**read_json(folder.answers), "after": asdict(answered) if answered else None})
+    write_json(folder.generations, {**read_json(folder.generations), "after": asdict(answered) if answered else None})
     return answered
 
 
@@ -481,18 +481,16 @@ def _answer(plan: Plan, sft: Any, prepared: Path, stop: list[int]) -> Any:
     """Answers to held-out prompts; None where none are asked for, or no rank holds the whole model (ZeRO-3, FSDP2)."""
     from sft_recipes.training import completions
 
-    asked = plan.sections["answers"]
-    prompts = completions.read_prompts(prepared, asked["show"], asked["exact_match"])
-    if not prompts or plan.no_rank_holds_the_model:
+    asked = plan.sections.generation
+    prompts = completions.read_prompts(prepared, asked.show, asked.exact_match)
+    if not prompts or plan.shards_parameters:
         return None
     model = sft.accelerator.unwrap_model(sft.model)
     with sft.compute_loss_context_manager():  # fp32 weights compute in bf16 here too: flash attention takes no fp32
-        return completions.answer(
-            model, sft.processing_class, prompts, asked["exact_match"], asked["max_new_tokens"], stop
-        )
+        return completions.answer(model, sft.processing_class, prompts, asked.exact_match, asked.max_new_tokens, stop)
 
 
-def _write_configuration(arguments: Any, folder: RunFolder) -> None:
+def _write_configuration(arguments: Any, folder: RunDir) -> None:
     """The resolved SFTConfig; `to_dict` hides tokens."""
     folder.configuration.write_text(json.dumps(arguments.to_dict(), indent=2, default=str) + "\n", encoding="utf-8")
 

@@ -7,12 +7,13 @@ import os
 import platform
 import socket
 import subprocess
+from dataclasses import asdict
 from typing import Any
 
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.env import library_version
 from sft_recipes.runtime.paths import REPOSITORY
-from sft_recipes.runtime.run_dir import RunFolder, read_json, write_json
+from sft_recipes.runtime.run_dir import RunDir, read_json, write_json
 
 _LIBRARIES = (
     "torch",
@@ -29,7 +30,7 @@ _LIBRARIES = (
 )
 
 
-def begin(folder: RunFolder, plan: Plan) -> None:
+def begin(folder: RunDir, plan: Plan) -> None:
     """Records what is known at a start; what earlier starts of the same run recorded is kept beside it."""
     earlier, sanity = read_json(folder.manifest), read_json(folder.sanity)
     for ended in ("diverged", "error", "takes_less", "exit_code"):
@@ -52,9 +53,9 @@ def begin(folder: RunFolder, plan: Plan) -> None:
                 **_job(),
             },
         ],
-        "data": {"fingerprint": plan.data_fingerprint, **plan.sections["data"]},
+        "data": {"fingerprint": plan.data_fingerprint, **asdict(plan.sections.data)},
         "rows": plan.rows,
-        "rows_left_out_of_an_epoch": plan.rows_left_out_of_an_epoch,
+        "dropped_rows_per_epoch": plan.dropped_rows_per_epoch,
         "optimizer_steps": plan.optimizer_steps,
         "warmup_steps": plan.warmup_steps,
         "accepted": plan.accepted,
@@ -63,7 +64,7 @@ def begin(folder: RunFolder, plan: Plan) -> None:
 
 
 def end(
-    folder: RunFolder, state: str, exit_code: int, seconds: float = 0.0, training_seconds: float = 0.0, **figures: Any
+    folder: RunDir, state: str, exit_code: int, seconds: float = 0.0, training_seconds: float = 0.0, **figures: Any
 ) -> dict[str, Any]:
     """Records how a start ended, and what there is to say of it; its times are added to those of earlier starts."""
     earlier = read_json(folder.manifest)
@@ -74,7 +75,7 @@ def end(
     return content
 
 
-def note(folder: RunFolder, **found: Any) -> None:
+def note(folder: RunDir, **found: Any) -> None:
     """Records something of a run that is under way."""
     write_json(folder.manifest, {**read_json(folder.manifest), **found})
 

@@ -50,7 +50,7 @@ def json_number(value: Any) -> Any:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-class Watch:
+class NanGuard:
     """Looks at the losses of a step on all ranks before its last backward pass, and at the gradients behind it."""
 
     def __init__(self, plan: Plan, prepared: Path, model: torch.nn.Module):

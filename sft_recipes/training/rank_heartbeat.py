@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 from sft_recipes.runtime import heartbeat
 from sft_recipes.runtime.errors import UserError
-from sft_recipes.runtime.heartbeat import Doing, Failure, Pulse
-from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.runtime.heartbeat import Doing, Failure, Heartbeat
+from sft_recipes.runtime.run_dir import RunDir
 
 # A gap between moves tells how slow a machine is where ranks compute, not where they load, save or publish.
 _MEASURED = ("step", "evaluating")
@@ -21,19 +21,19 @@ _MEASURED = ("step", "evaluating")
 class _Pen:
     """The open file that this rank's pulse is written over in."""
 
-    def __init__(self, folder: RunFolder, rank: int):
+    def __init__(self, folder: RunDir, rank: int):
         self.folder = folder
         self.file = heartbeat.place(folder.ranks, rank)
         folder.ranks.mkdir(exist_ok=True)
-        self.pulse = Pulse(rank, os.getpid(), 0, "starting", 0, time.monotonic(), 0.0)
+        self.pulse = Heartbeat(rank, os.getpid(), 0, "starting", 0, time.monotonic(), 0.0)
         partial = self.file.with_name(f".{self.file.name}")
         self.opened = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         self.write()
         partial.replace(self.file)
         # Opened now: a signal handler in C, which a rank that is stuck still has, cannot open files.
-        folder.stacks.mkdir(exist_ok=True)
-        self.stacks = heartbeat.place(folder.stacks, rank, ".txt")
-        stacks = self.stacks.open("w", encoding="utf-8")
+        folder.stack_traces.mkdir(exist_ok=True)
+        self.stack_traces = heartbeat.place(folder.stack_traces, rank, ".txt")
+        stacks = self.stack_traces.open("w", encoding="utf-8")
         faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
         faulthandler.enable(file=stacks)
 
@@ -44,7 +44,7 @@ class _Pen:
 _pen: _Pen | None = None
 
 
-def begin(folder: RunFolder, rank: int) -> None:
+def begin(folder: RunDir, rank: int) -> None:
     """From here on the parent watches this rank."""
     global _pen  # noqa: PLW0603  a process is one rank, and whoever moves it need not know where its pulse lies
     _pen = _Pen(folder, rank)
@@ -61,7 +61,7 @@ def moved(step: int, doing: Doing) -> None:
     before, now = _pen.pulse, time.monotonic()
     longest = max(before.longest, now - before.moved) if before.doing in _MEASURED else before.longest
     moves = before.moves + 1 if step == before.step else 0
-    _pen.pulse = Pulse(before.rank, before.process, step, doing, moves, now, longest)
+    _pen.pulse = Heartbeat(before.rank, before.process, step, doing, moves, now, longest)
     _pen.write()
 
 
@@ -88,7 +88,7 @@ def until_it_ends() -> Iterator[None]:
         _pen.file.unlink(missing_ok=True)
         faulthandler.disable()  # what the interpreter does behind this is not the run's
         faulthandler.unregister(signal.SIGUSR2)
-        _pen.stacks.unlink(missing_ok=True)
+        _pen.stack_traces.unlink(missing_ok=True)
 
 
 def _leave_failure(pen: _Pen, error: BaseException) -> None:

@@ -19,12 +19,12 @@ from types import FrameType
 
 from sft_recipes.runtime import heartbeat, library_imports
 from sft_recipes.runtime.heartbeat import SECONDS_FOR_THE_OTHERS
-from sft_recipes.runtime.run_dir import EXIT_FAULT, EXIT_STOPPED, RunFolder
+from sft_recipes.runtime.run_dir import EXIT_FAULT, EXIT_STOPPED, RunDir
 
 
 def main() -> None:
     """`accelerate launch …` with the arguments that this process got, the last of which is the plan's file."""
-    ranks = RunFolder(Path(sys.argv[-1]).parent).ranks
+    ranks = RunDir(Path(sys.argv[-1]).parent).ranks
     os.environ[heartbeat.LAUNCHER] = str(os.getpid())
     _ask_where_asked(ranks)
     with library_imports.swiftly():

@@ -20,7 +20,7 @@ from sft_recipes.planner.plan import Plan, load_of
 _RANK = ("slots", "attended", "own_seconds", "waited", "allocated", "reserved", "peak", "host")
 
 
-class Meter:
+class ThroughputMeter:
     """Counts between two log lines; `read` gives the figures of all ranks and begins anew."""
 
     def __init__(self, plan: Plan, architecture: Mapping[str, Any], peak_flops: float | None, device: torch.device):
@@ -109,8 +109,8 @@ class Meter:
         of = {name: ranks[:, column] for column, name in enumerate(_RANK)}
         figures = {
             "step_seconds": self._seconds / self._steps,
-            "data_wait_share": float(of["waited"].max()) / self._seconds,
-            "slots_per_second": float(of["slots"].sum()) / self._seconds,
+            "data_wait_fraction": float(of["waited"].max()) / self._seconds,
+            "padded_tokens_per_second": float(of["slots"].sum()) / self._seconds,
             "tokens_per_second": tokens / self._seconds,
             "supervised_tokens_per_second": self._supervised_tokens / self._seconds,
             **self._utilisation(tokens, float(of["attended"].sum())),

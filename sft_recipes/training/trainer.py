@@ -22,15 +22,15 @@ from sft_recipes.config import gpu_types
 from sft_recipes.data.tokenize import IGNORED
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import UserError
-from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.training import attention, lora, rank_heartbeat, strategy
-from sft_recipes.training.callbacks.graceful_stop import CutShortError, EndedAtStartError, StopTogether
-from sft_recipes.training.callbacks.integrity_log import Proof
+from sft_recipes.training.callbacks.graceful_stop import CutShortError, GracefulStopCallback, StoppedAtStartError
+from sft_recipes.training.callbacks.integrity_log import IntegrityCallback
 from sft_recipes.training.checkpoint import checkpoint_format
-from sft_recipes.training.checkpoint.writer import Saving
+from sft_recipes.training.checkpoint.writer import CheckpointWriter
 from sft_recipes.training.integrity import data_order
-from sft_recipes.training.nan_guard import Watch
-from sft_recipes.training.throughput import Meter
+from sft_recipes.training.nan_guard import NanGuard
+from sft_recipes.training.throughput import ThroughputMeter
 
 # TRL scores all positions where there is no Triton, and throws away those that the loss does not look at: on a CPU a
 # quarter of a step of the tiny recipe. As on CUDA, only the supervised ones are scored. This module asks for nothing
@@ -40,16 +40,16 @@ trl.trainer.utils._use_triton = lambda _device: True
 # TRL lays a tile of logits out so wide, also where the vocabulary is narrower.
 _WIDEST_TILE = trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
 
-RETAINED = "retain"  # the source whose loss says what the model forgets, and decides nothing
+RETAINED = "retention_eval"  # the source whose loss says what the model forgets, and decides nothing
 
 
-def sft_config(plan: Plan, folder: RunFolder) -> SFTConfig:
+def sft_config(plan: Plan, folder: RunDir) -> SFTConfig:
     """The plan in TRL's terms; every value that the recipe may not set is set here.
 
     Raises:
         UserError: kernels are asked for that are not installed.
     """
-    trainer = dict(plan.sections["trainer"])
+    trainer = dict(plan.sections.trainer)
     if trainer.get("use_liger_kernel") and importlib.util.find_spec("liger_kernel") is None:
         raise UserError(
             "trainer.use_liger_kernel: liger-kernel is not installed; install it into the virtual environment, or "
@@ -57,7 +57,7 @@ def sft_config(plan: Plan, folder: RunFolder) -> SFTConfig:
         )
     for planned in ("max_length", "packing", "gradient_checkpointing"):
         trainer.pop(planned)
-    checkpointing = plan.sections["trainer"]["gradient_checkpointing"]
+    checkpointing = plan.sections.trainer["gradient_checkpointing"]
     return SFTConfig(
         **{
             "optim": "adamw_torch_fused",
@@ -123,7 +123,7 @@ def _accumulation(plan: Plan) -> dict[str, Any]:
     return {"gradient_accumulation_kwargs": {"sync_each_batch": True}} if plan.parallelism == "fsdp2" else {}
 
 
-class WholeBatches(Sampler[int]):
+class EffectiveBatchSampler(Sampler[int]):
     """Row indices in a seeded order of each epoch, cut to whole effective batches.
 
     The Trainer would let the last optimizer step of an epoch be a smaller one, and accelerate would repeat rows to
@@ -202,7 +202,7 @@ def collator(plan: Plan, pad_token_id: int, way: str) -> RowsCollator | PackedRo
     return PackedRowsCollator(pad_token_id) if plan.packing else RowsCollator(pad_token_id)
 
 
-class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
+class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer over prepared rows: whole effective batches, a validation loss that is a mean over tokens, a stop
     before a step that is no number, and what a step costs.
 
@@ -216,23 +216,23 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
     ):
         self.plan = plan
         self.say: Callable[[str], None] = print
-        self.stopping = StopTogether()
+        self.stopping = GracefulStopCallback()
         arguments["train_dataset"] = data_order.number(arguments["train_dataset"])
         super().__init__(**arguments)
         trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = min(
             _WIDEST_TILE, self.model.config.get_text_config().vocab_size
         )
-        lora.hold_in_fp32(self.model, plan)
-        lora.keep_the_trained_layout(self.model)
+        lora.cast_trainable_to_fp32(self.model, plan)
+        lora.disable_cpu_repack(self.model)
         lora.save_adapters_alone(self.model, plan)
         strategy.reduce_in_fp32(self.accelerator, plan)
         self.remove_callback(PrinterCallback)  # callbacks/progress.py speaks
         self.add_callbacks([self.stopping])
-        self.watch = Watch(plan, prepared, self.model)
-        self.meter = Meter(plan, architecture, peak_flops(plan, self.args.device), self.args.device)
+        self.watch = NanGuard(plan, prepared, self.model)
+        self.meter = ThroughputMeter(plan, architecture, peak_flops(plan, self.args.device), self.args.device)
         self.meter.watch(self.model)
         self._tokens_measured: int | None = None
-        self.saving = Saving(plan, RunFolder(Path(self.args.output_dir)), self.accelerator)
+        self.saving = CheckpointWriter(plan, RunDir(Path(self.args.output_dir)), self.accelerator)
         self.supervised_tokens_seen = 0
         self.evaluate_sources(passes)
         # What TRL's loss does besides has no other way than its own: other losses, the balance of experts.
@@ -243,10 +243,10 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
         self._digest = torch.zeros(1, dtype=torch.int64, device=self.args.device)
         rows = self._get_train_sampler()
         steps_an_epoch = rows.used // plan.effective_batch_size
-        self.proof = Proof(
+        self.proof = IntegrityCallback(
             plan,
             self.saving.folder,
-            data_order.Ledger(rows.order, plan.effective_batch_size, steps_an_epoch),
+            data_order.DataOrderCheck(rows.order, plan.effective_batch_size, steps_an_epoch),
         )
         self.add_callbacks([self.proof])
 
@@ -255,9 +255,9 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
         if data_order.ROW not in self._signature_columns:
             self._signature_columns.append(data_order.ROW)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> WholeBatches:
+    def _get_train_sampler(self, train_dataset: Any = None) -> EffectiveBatchSampler:
         rows = len(self.train_dataset if train_dataset is None else train_dataset)
-        return WholeBatches(rows, self.plan.effective_batch_size, self.args.data_seed, self._epoch)
+        return EffectiveBatchSampler(rows, self.plan.effective_batch_size, self.args.data_seed, self._epoch)
 
     def _epoch(self) -> int:
         return int(self.state.global_step // self.plan.steps_per_epoch) if self.plan.steps_per_epoch else 0
@@ -273,10 +273,10 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
         for callback in self.callback_handler.callbacks:
             getattr(callback, "end", lambda: None)()
 
-    def sum_up(self) -> None:
+    def write_summary(self) -> None:
         """For a run whose last step an earlier start took: those that sum a run up at its end do so now."""
         for callback in self.callback_handler.callbacks:
-            getattr(callback, "sum_up", lambda _state: None)(self.state)
+            getattr(callback, "write_summary", lambda _state: None)(self.state)
 
     def order_of_step(self, taken: int) -> list[int]:
         """The rows of the step behind `taken` steps, as they were dealt out to micro-batches and ranks."""
@@ -342,12 +342,12 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
             metrics: dict[str, float] = super()._evaluate(*arguments, **named)
         except CutShortError as error:
             if self._took_no_step():
-                raise EndedAtStartError from error
+                raise StoppedAtStartError from error
             self.control.should_save = self.control.should_training_stop = True
             self.control.should_evaluate = False  # else the Trainer tries again at the epoch's end, and saves again
             return {}
         if self.control.should_training_stop and self._took_no_step():
-            raise EndedAtStartError
+            raise StoppedAtStartError
         return metrics
 
     def _took_no_step(self) -> bool:
@@ -434,7 +434,7 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
             return {}
         gap = eval_loss - train_loss
         smoothed = self._last_logged("train_eval_gap_smoothed")
-        above = gap > self.plan.sections["guards"]["overfitting_gap"]
+        above = gap > self.plan.sections.monitor.overfitting_gap
         return {
             "train_eval_gap": gap,
             "train_eval_gap_smoothed": gap if smoothed is None else (smoothed + gap) / 2,
@@ -457,7 +457,7 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
             self.saving.under_deepspeed(self.model_wrapped)
 
         def write() -> None:
-            super(ResponseTrainer, self)._save_checkpoint(model, trial)
+            super(RecipeTrainer, self)._save_checkpoint(model, trial)
             if self.accelerator.is_main_process:
                 (partial / TRAINING_ARGS_NAME).unlink(missing_ok=True)
                 if self.is_deepspeed_enabled:
@@ -500,7 +500,7 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
         ranks take part.
 
         The Trainer's pickled arguments are left out, since a model's folder is loaded by others, and so is peft's
-        card of empty headings.
+        gpu_type of empty headings.
         """
         partial = self.saving.folder.saving / target.name
 
@@ -533,7 +533,7 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]
         if self.plan.method != "full":
             self.accelerator.unwrap_model(self.model).generation_config.save_pretrained(folder)
 
-    def take_up(self, whole: Path) -> None:
+    def restore_state(self, whole: Path) -> None:
         """Stands where a checkpoint's step left the run, without its weights, which `train` or `copy_model` bring."""
         self.state = TrainerState.load_from_json(str(whole / "trainer_state.json"))
 
@@ -552,7 +552,7 @@ def peak_flops(plan: Plan, device: torch.device) -> float | None:
         return None
     properties = torch.cuda.get_device_properties(device)
     found = gpu_types.identify(properties.name, properties.total_memory / 2**20)
-    return found.peak_flops if found else gpu_types.peak_flops(plan.card)
+    return found.peak_flops if found else gpu_types.peak_flops(plan.gpu_type)
 
 
 def tokens_digest(batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -623,6 +623,8 @@ def read_rows(prepared: Path, details: dict[str, Any], rows_a_pass: int) -> tupl
     )
     rows_of = dict(details["validation_rows"])
     if details.get("retain_rows"):
-        held_out = concatenate_datasets([held_out, load_from_disk(str(prepared / "retain")).remove_columns("source")])
+        held_out = concatenate_datasets(
+            [held_out, load_from_disk(str(prepared / "retention_eval")).remove_columns("source")]
+        )
         rows_of[RETAINED] = details["retain_rows"]
     return train, *validation_in_passes(held_out, rows_of, rows_a_pass)

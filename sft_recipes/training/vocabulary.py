@@ -25,7 +25,7 @@ def fit(plan: Plan, model: Any, tokenizer: Any, details: dict[str, Any]) -> None
     largest = max(details["largest_token_id"], tokenizer.pad_token_id)
     if largest < embeddings:
         return
-    new = new_tokens(tokenizer, plan.sections["model"]["add_tokens"])
+    new = new_tokens(tokenizer, plan.sections.model.add_tokens)
     if details["largest_known_token_id"] >= embeddings or largest not in new.values():
         raise UserError(
             f"model.name_or_path: the rows hold token ids up to {details['largest_known_token_id']} (padding is "

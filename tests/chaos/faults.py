@@ -91,7 +91,7 @@ def named(inject: Callable[..., list[Result]], *words: str) -> Callable[..., lis
 
 def stopped_rank(chaos: Chaos, name: str, engine: str) -> list[Result]:
     """SIGSTOP: the rank lives and does not move."""
-    process = chaos.start(name, engine, "guards.hang_seconds=5", *STEPS)
+    process = chaos.start(name, engine, "monitor.heartbeat_timeout_seconds=5", *STEPS)
     chaos.wait_for_step(name, process, 10)
     kill(chaos.ranks(name)[1], signal.SIGSTOP)
     result = chaos.ended(name, process)
@@ -200,7 +200,7 @@ def other_versions(chaos: Chaos, name: str, engine: str) -> list[Result]:
     manifest = json.loads(path.read_text())
     manifest["starts"][-1]["versions"]["torch"] = "2.12.0"
     path.write_text(json.dumps(manifest))
-    results.append(chaos.ended(name, chaos.start(name, engine, "--strict", *STEPS)))
+    results.append(chaos.ended(name, chaos.start(name, engine, "--strict-versions", *STEPS)))
     assert results[-1].code == 2 and "torch 2.12.0 -> " in results[-1].said, results[-1].said
     results.append(chaos.complete(name, engine, *STEPS))
     assert "other library versions than at the last start, recorded: torch 2.12.0 -> " in results[-1].said

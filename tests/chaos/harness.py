@@ -20,7 +20,7 @@ from pathlib import Path
 from helpers.processes import commands
 
 from sft_recipes.runtime import heartbeat
-from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.runtime.run_dir import RunDir
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HANG_SECONDS = 300
@@ -35,11 +35,11 @@ SMALL = (
     "num_attention_heads: 2, num_key_value_heads: 2, vocab_size: 512, max_position_embeddings: 512, "
     "tie_word_embeddings: true}",
     "batch.effective_batch_size=4",
-    "batch.per_device_at_most=2",
+    "batch.max_per_device_batch_size=2",
     "trainer.logging_steps=1",
-    "answers.show=0",
-    "answers.exact_match=0",
-    "outside_range=[effective_batch_size]",
+    "generation.show=0",
+    "generation.exact_match=0",
+    "allow_out_of_range=[effective_batch_size]",
 )
 
 
@@ -229,7 +229,7 @@ class Chaos:
 
     def wait_for_new_step(self, name: str, process: subprocess.Popen[str], behind: int) -> None:
         """Until a rank of this start is at a step behind that one, or the start has ended."""
-        ranks, until = RunFolder(self.run(name)).ranks, time.monotonic() + HANG_SECONDS
+        ranks, until = RunDir(self.run(name)).ranks, time.monotonic() + HANG_SECONDS
 
         def steps() -> list[int]:
             return [one.step for one in heartbeat.pulses(ranks).values() if heartbeat.state(one.process)]

@@ -98,7 +98,7 @@ static int reached(const char *call, int at, const char *path) {
     if (strncmp(full, folder, strlen(folder)))
         return 0;
     /* where a rank stands, and what it was doing: read by the parent alone, and gone with the start */
-    if (!strncmp(full + strlen(folder), ".ranks", 6) || !strncmp(full + strlen(folder), "stacks", 6))
+    if (!strncmp(full + strlen(folder), ".ranks", 6) || !strncmp(full + strlen(folder), "stack_traces", 12))
         return 0;
     long n = atomic_fetch_add(&counted, 1) + 1;
     const char *fail_in = getenv("CHAOS_FAIL_IN");

@@ -21,7 +21,7 @@ __all__ = ["base", "engine", "image"]  # fixtures
 # More steps than anybody waits for: every run here is stopped.
 SETTINGS = (
     "trainer.max_steps=800 trainer.eval_steps=400 trainer.save_steps=400 trainer.logging_steps=1 "
-    "data.validation_at_most=20 answers.show=0 answers.exact_match=0"
+    "data.max_eval_samples=20 generation.show=0 generation.exact_match=0"
 )
 # What the CPU's variant may take, in bytes: torch, pyarrow, transformers and bitsandbytes are half of it.
 BUDGET = 2.6e9
@@ -180,7 +180,7 @@ def test_any_id_can_be_mapped(image, tmp_path):
     others.mkdir()
     os.chown(others, SOMEBODY, SOMEBODY)
     mapped = f"{image.variables['CONTAINER_ARGS']} --user {SOMEBODY}:{SOMEBODY}"
-    done = image.make("inspect", "ARGS=data.validation_at_most=20", RUNS_DIR=str(others), CONTAINER_ARGS=mapped)
+    done = image.make("inspect", "ARGS=data.max_eval_samples=20", RUNS_DIR=str(others), CONTAINER_ARGS=mapped)
     assert done.returncode == 0, done.stdout + done.stderr
     written = list(others.rglob("*"))
     assert written and {path.stat().st_uid for path in written} == {SOMEBODY}

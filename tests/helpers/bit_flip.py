@@ -2,7 +2,7 @@
 
 import json
 
-from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.runtime.run_dir import RunDir
 
 FLIP = """
 import os
@@ -40,8 +40,8 @@ def run_with_a_flip(workplace, rows, processes, *overrides, behind_step=-1, befo
     python_path = f"{workplace.path}:{workplace.environment()['PYTHONPATH']}"
     done = workplace.sft(
         "train", "tiny", "--gpus", "0", "--processes", str(processes), "batch.effective_batch_size=6",
-        "batch.per_device_at_most=2", "trainer.max_steps=8", "trainer.eval_steps=8", "trainer.logging_steps=8",
-        "answers.show=0", "answers.exact_match=0", "trainer.max_length=64", f"data.train={rows}", *overrides,
+        "batch.max_per_device_batch_size=2", "trainer.max_steps=8", "trainer.eval_steps=8", "trainer.logging_steps=8",
+        "generation.show=0", "generation.exact_match=0", "trainer.max_length=64", f"data.train={rows}", *overrides,
         PYTHONPATH=python_path,
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
@@ -51,4 +51,4 @@ def run_with_a_flip(workplace, rows, processes, *overrides, behind_step=-1, befo
     assert "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert found["error"] in line and "model.embed_tokens.weight" in line
-    return line, RunFolder(run).numbered("checkpoint")
+    return line, RunDir(run).numbered("checkpoint")

@@ -148,10 +148,10 @@ def _prepared(model, plan, mesh):
     body = model.get_base_model() if plan.method != "full" else model
     model.to_empty(device="cpu")
     body.tie_weights()
-    lora.hold_in_fp32(model, plan)
+    lora.cast_trainable_to_fp32(model, plan)
     body.config._attn_implementation = "varlen"
     model.train()
-    if plan.sections["trainer"]["gradient_checkpointing"]:
+    if plan.sections.trainer["gradient_checkpointing"]:
         model.activation_checkpointing_enable({"use_reentrant": False})
     elif plan.method != "full":
         model.enable_input_require_grads()

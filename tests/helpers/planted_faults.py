@@ -81,7 +81,7 @@ def vanishing_gradients(run):
 
 def forgetting(run):
     run.retain = True
-    return run.change("eval_retain_loss", lambda loss, share: loss * (1 + 0.3 * share))
+    return run.change("eval_retention_loss", lambda loss, share: loss * (1 + 0.3 * share))
 
 
 def leak_on_the_gpu(run):
@@ -95,7 +95,7 @@ def leak_on_the_host(run):
 
 
 def slow_loader(run):
-    return run.change("data_wait_share", lambda *_: 0.35)
+    return run.change("data_wait_fraction", lambda *_: 0.35)
 
 
 def slow_rank(run):

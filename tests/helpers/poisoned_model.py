@@ -45,8 +45,8 @@ def check_that_it_stops(workplace, poisoned_model, write_rows, engine, processes
     done = workplace.sft(
         "train", "tiny", "--gpus", "0", "--processes", str(processes), f"parallelism={engine}", *SHORT,
         *from_model(poisoned_model, f"data.train={train}", f"data.validation={validation}"),
-        "data.leaked_at_most=1", f"trainer.packing={packing}", "trainer.max_steps=15", "trainer.eval_steps=100",
-        "trainer.save_steps=1", "trainer.max_length=64", "batch.per_device_at_most=2",
+        "data.max_overlap=1", f"trainer.packing={packing}", "trainer.max_steps=15", "trainer.eval_steps=100",
+        "trainer.save_steps=1", "trainer.max_length=64", "batch.max_per_device_batch_size=2",
     )  # fmt: skip
     assert done.returncode == 3, done.stdout + done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -23,7 +23,7 @@ from sft_recipes.config import loader
 from sft_recipes.launch import command
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Plan, Topology
-from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.runtime.run_dir import RunDir
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
 MEETING = "10.0.0.1"
@@ -47,8 +47,8 @@ class Case:
 
     def plan(self) -> Plan:
         recipe = loader.load(self.recipe, self.words)
-        card = recipe.hardware.card or "h100-80g"
-        return plans.make(recipe, Topology(self.gpus, self.gpus, self.nodes, card, self.devices))
+        gpu_type = recipe.hardware.gpu_type or "h100-80g"
+        return plans.make(recipe, Topology(self.gpus, self.gpus, self.nodes, gpu_type, self.devices))
 
 
 def cases() -> list[Case]:
@@ -73,7 +73,7 @@ def simulate() -> None:
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
 
 
-def launch(plan: Plan, folder: RunFolder, node: int) -> dict[str, Any]:
+def launch(plan: Plan, folder: RunDir, node: int) -> dict[str, Any]:
     """What accelerate's own program hands to torchrun, or to the one process that it starts."""
     import accelerate.commands.launch as program
     from torch.distributed import run as torchrun
@@ -98,7 +98,7 @@ def launch(plan: Plan, folder: RunFolder, node: int) -> dict[str, Any]:
         return types.SimpleNamespace(wait=lambda: None, returncode=0)
 
     command.write_engine(plan, folder)
-    meeting = command.Meeting(MEETING, PORT, node) if plan.nodes > 1 else None
+    meeting = command.Rendezvous(MEETING, PORT, node) if plan.nodes > 1 else None
     words = command.launch(plan, folder, "run", meeting)
     before, torchrun.run = torchrun.run, catch_torchrun
     program.subprocess = types.SimpleNamespace(Popen=catch_process)  # type: ignore[attr-defined]
@@ -145,7 +145,7 @@ def deepspeed(plan: Plan, config: Any, file: str) -> dict[str, Any]:
 
     filled = HfTrainerDeepSpeedConfig(file)
     filled.trainer_config_process(OfAllRanks(), auto_find_batch_size=False)
-    text = types.SimpleNamespace(hidden_size=plan.sections["model"]["architecture"]["hidden_size"])
+    text = types.SimpleNamespace(hidden_size=plan.sections.model.architecture["hidden_size"])
     filled.trainer_config_finalize(OfAllRanks(), types.SimpleNamespace(config=text), plan.optimizer_steps or 100)
     dist.get_world_size, dist.get_rank = lambda *_: plan.world_size, lambda *_: 0
     found = DeepSpeedConfig(filled.config)
@@ -177,7 +177,7 @@ def main(place: Path) -> dict[str, Any]:
     simulate()
     found: dict[str, Any] = {}
     for number, case in enumerate(cases()):
-        plan, folder = case.plan(), RunFolder(place / str(number))
+        plan, folder = case.plan(), RunDir(place / str(number))
         folder.path.mkdir()
         launched = launch(plan, folder, case.node)
         config = trainer.sft_config(plan, folder)

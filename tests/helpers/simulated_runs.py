@@ -15,7 +15,7 @@ from sft_recipes.planner import batch
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.lr_schedule import learning_rate
 from sft_recipes.planner.plan import Topology
-from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.runtime.run_dir import RunDir
 
 GIB = 2**30
 
@@ -58,7 +58,7 @@ class Simulated:
     def plan(self):
         recipe = loader.load(self.recipe, self.overrides)
         gpus = 0 if self.recipe == "tiny" else recipe.hardware.gpus
-        made = plans.make(recipe, Topology(gpus, 1, recipe.hardware.nodes, recipe.hardware.card))
+        made = plans.make(recipe, Topology(gpus, 1, recipe.hardware.nodes, recipe.hardware.gpu_type))
         return dataclasses.replace(
             made,
             settled=True,
@@ -72,7 +72,7 @@ class Simulated:
         every = max(1, self.steps // self.lines)
         logged = {1, *range(every, self.steps + 1, every)}
         asked = {round(self.steps * part / self.evaluations) for part in range(1, self.evaluations + 1)}
-        found = [{"step": 0, "eval_retain_loss": 0.9}] if self.retain else []
+        found = [{"step": 0, "eval_retention_loss": 0.9}] if self.retain else []
         for step in sorted(logged | asked):
             share = step / self.steps
             if share > self.until:
@@ -88,7 +88,7 @@ class Simulated:
 
     def _training(self, plan, step, share, draw, every) -> dict:
         speed = draw.gauss(1, 0.07) * (0.8 if draw.random() < 0.1 else 1)  # a line with an evaluation is slower
-        options = plan.sections["trainer"].get("lr_scheduler_kwargs") or {}
+        options = plan.sections.trainer.get("lr_scheduler_kwargs") or {}
         rate = learning_rate(
             plan.lr_scheduler_type, plan.learning_rate, plan.warmup_steps, self.steps, step - 1, options
         )
@@ -101,8 +101,8 @@ class Simulated:
             "mean_token_accuracy": self.accuracy + draw.gauss(0, 0.01),
             "supervised_tokens_seen": step * 20_000,
             "step_seconds": 2.0 / speed,
-            "data_wait_share": 0.6 if step == 1 else abs(draw.gauss(0.01, 0.01)),
-            "slots_per_second": 33_000 * speed,
+            "data_wait_fraction": 0.6 if step == 1 else abs(draw.gauss(0.01, 0.01)),
+            "padded_tokens_per_second": 33_000 * speed,
             "tokens_per_second": 32_000 * speed,
             "supervised_tokens_per_second": 20_000 * speed,
             "host_memory_bytes": int(9 * GIB * (1 + 0.05 * min(1, share * 10)) + draw.gauss(0, 0.02) * GIB),
@@ -120,7 +120,7 @@ class Simulated:
         loss = self.loss(share) + self.gap
         line = {"step": step, "eval_loss": loss * draw.gauss(1, 0.003), "eval_mean_token_accuracy": self.accuracy}
         if self.retain:
-            line["eval_retain_loss"] = 0.9 * (1 + 0.02 * share) * draw.gauss(1, 0.003)
+            line["eval_retention_loss"] = 0.9 * (1 + 0.02 * share) * draw.gauss(1, 0.003)
         return line
 
     def _altered(self, line: dict, share: float) -> dict:
@@ -132,7 +132,7 @@ class Simulated:
     def write(self, folder: Path) -> Run:
         """The folder as a run leaves it, and what reading it gives."""
         folder.mkdir(parents=True, exist_ok=True)
-        plan, run = self.plan(), RunFolder(folder)
+        plan, run = self.plan(), RunDir(folder)
         plans.write(plan, run.plan)
         start = {"at": "2026-11-21T06:00:00+00:00", "host": {"name": "node-1", "gpus": ["NVIDIA H100 80GB HBM3"] * 8}}
         start |= {"versions": {"python": "3.11.7", "torch": "2.13.0"}, "code": {"commit": "0e9e39f2", "dirty": False}}

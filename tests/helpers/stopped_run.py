@@ -5,12 +5,12 @@ import shutil
 
 from helpers.workplace import manifest
 
-from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.runtime.run_dir import RunDir
 
 
 def stopped(run, name, step=10):
     """A copy of a run, as a stop behind this step would have left it."""
-    folder = RunFolder(run.parent / name)
+    folder = RunDir(run.parent / name)
     shutil.copytree(run, folder.path)
     for kind, place in (("checkpoint", folder.checkpoint), ("best", folder.best)):
         for later in folder.numbered(kind):

@@ -29,17 +29,17 @@ PLANTED_KEY = "f" * 40  # must be found again nowhere
 
 # The tiny recipe in small: enough steps for two evaluations and two checkpoints.
 SHORT = (
-    "data.validation_at_most=60",
+    "data.max_eval_samples=60",
     "batch.effective_batch_size=8",
-    "batch.per_device_at_most=4",
+    "batch.max_per_device_batch_size=4",
     "trainer.max_length=128",
     "trainer.max_steps=8",
     "trainer.eval_steps=4",
     "trainer.save_steps=4",
     "trainer.logging_steps=1",
-    "answers.show=2",
-    "answers.exact_match=8",
-    "answers.max_new_tokens=4",
+    "generation.show=2",
+    "generation.exact_match=8",
+    "generation.max_new_tokens=4",
 )
 
 SMALL_LLAMA = {

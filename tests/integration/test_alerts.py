@@ -12,9 +12,9 @@ from transformers import TrainerControl
 from sft_recipes.config import loader
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Topology
-from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.training.callbacks import alerts
-from sft_recipes.training.nan_guard import DivergedError, Watch, What
+from sft_recipes.training.nan_guard import DivergedError, NanGuard, What
 
 
 class Ranks:
@@ -38,7 +38,7 @@ def watching(tmp_path, deepspeed=False, skipped=False):
         order_of_step={4: [1, 0], 3: [0, 1]}.__getitem__,
     )  # fmt: skip
     trainer.accelerator.optimizer_step_was_skipped = skipped
-    return Watch(plan, tmp_path, torch.nn.Linear(1, 1)), trainer
+    return NanGuard(plan, tmp_path, torch.nn.Linear(1, 1)), trainer
 
 
 @pytest.mark.parametrize("norm", [float("nan"), float("inf"), -1.0])
@@ -87,7 +87,7 @@ def test_numbers_pass(tmp_path):
 def guard(tmp_path, *overrides, steps=400):
     plan = plans.make(loader.load("tiny", overrides), Topology(gpus=0, processes=1))
     plan = dataclasses.replace(plan, warmup_steps=20, optimizer_steps=steps)
-    subject = alerts.Guard(plan, RunFolder(tmp_path))
+    subject = alerts.AlertCallback(plan, RunDir(tmp_path))
     said = []
     watch = SimpleNamespace(loss=0.0, grad_norm=1.0)
     watch.stopped_by_guard = lambda trainer, what: DivergedError(
@@ -158,7 +158,7 @@ def test_a_guard_stops_the_run_where_the_recipe_says_so(tmp_path, rule):
     losses, norms = falling(400), [1.0] * 400
     losses[250] += 2.0
     norms[300:] = [50.0] * 100
-    subject, _ = guard(tmp_path, f"guards.stop_on=[{rule}]")
+    subject, _ = guard(tmp_path, f"monitor.stop_on=[{rule}]")
     with pytest.raises(DivergedError, match=rule.replace("_", " ")) as raised:
         feed(subject, losses, norms)
     what = raised.value.what
@@ -197,7 +197,7 @@ def test_evaluations_since_the_best_are_counted(losses, since):
 
 
 def test_patience_ends_the_run_on_the_evaluation_that_exceeds_it(tmp_path):
-    subject, _ = guard(tmp_path, "guards.early_stopping_patience=2")
+    subject, _ = guard(tmp_path, "monitor.early_stopping_patience=2")
     history, control = [], TrainerControl()
     for step, loss in ((10, 2.0), (20, 1.5), (30, 1.6), (40, 1.7)):
         assert not control.should_training_stop
@@ -210,11 +210,11 @@ def test_patience_ends_the_run_on_the_evaluation_that_exceeds_it(tmp_path):
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ("guards.stop_on=[loss_spikes]", "guards.stop_on names 'loss_spikes'; wanted some of loss_spike, exploding"),
-        ("guards.window=1", "guards.window is 1; wanted 2 to 10000"),
-        ("guards.loss_spike=x", "guards.loss_spike is 'x'; wanted a number"),
-        ("guards.early_stopping_patience=0", "guards.early_stopping_patience is 0; wanted at least 1"),
-        ("guards.gradnorm=3", "unknown key guards.gradnorm"),
+        ("monitor.stop_on=[loss_spikes]", "monitor.stop_on names 'loss_spikes'; wanted some of loss_spike, exploding"),
+        ("monitor.window=1", "monitor.window is 1; wanted 2 to 10000"),
+        ("monitor.loss_spike=x", "monitor.loss_spike is 'x'; wanted a number"),
+        ("monitor.early_stopping_patience=0", "monitor.early_stopping_patience is 0; wanted at least 1"),
+        ("monitor.gradnorm=3", "unknown key monitor.gradnorm"),
     ],
 )
 def test_a_wrong_threshold_is_refused(workplace, said, message):

@@ -42,12 +42,12 @@ def test_what_is_measured_on_a_gpu_is_as_many_cases_as_were_promised():
 def test_what_is_measured_on_a_gpu_can_be_planned_there(name):
     """So that the first minutes with a GPU are not spent on a refusal; whether it fits is for the run to see."""
     case = ON_A_GPU[name]
-    plan = plans.make(loader.load(case.recipe, case.words), Topology(gpus=1, processes=1, card="h200-141g"))
+    plan = plans.make(loader.load(case.recipe, case.words), Topology(gpus=1, processes=1, gpu_type="h200-141g"))
     assert plan.memory_bytes_per_gpu["total"] > 2**30
     assert plan.fits or "checkpointing" not in name, "refused before it starts"
     tokens = plan.effective_batch_size * plan.max_length
     attended = 2 * bench.MEAN_TOKENS  # the mean over tokens of an example's length, as they are drawn
-    flops = cost.flops_per_token(plans.load_of(plan, plan.sections["model"]["architecture"]), attended)
+    flops = cost.flops_per_token(plans.load_of(plan, plan.sections.model.architecture), attended)
     steps = bench.STEPS if name.startswith("bench") else memory.STEPS
     slowly = 0.25 * gpu_types.peak_flops("h200-141g")
     assert steps * tokens * flops.model / slowly < 530 - 180, "a piece of gpu.sh is cut off, with 180 s to begin in"
@@ -78,7 +78,9 @@ def test_what_is_trained_beside_others_is_a_plan(recipe, tmp_path):
     command = beside._ours(place, tmp_path)
     words = [word for word in command if "=" in word]
     gpus = int(place.on_gpu)
-    plan = plans.make(loader.load(recipe, words), Topology(gpus=gpus, processes=1, card="h200-141g" if gpus else None))
+    plan = plans.make(
+        loader.load(recipe, words), Topology(gpus=gpus, processes=1, gpu_type="h200-141g" if gpus else None)
+    )
     assert (plan.effective_batch_size, plan.per_device_train_batch_size, plan.max_length) == (
         32, 4, beside.length_of(recipe),
     )  # fmt: skip
@@ -112,7 +114,7 @@ def test_seconds_are_read_off_the_lines_of_a_log():
 
 RUN = {
     "plan": {"parallelism": "ddp", "precision": "bf16", "packing": True, "max_length": 2048, "world_size": 2},
-    "versions": {}, "step_seconds": 2.0, "quartiles": [1.9, 2.0, 2.1], "slots_per_second": 1100.0,
+    "versions": {}, "step_seconds": 2.0, "quartiles": [1.9, 2.0, 2.1], "padded_tokens_per_second": 1100.0,
     "tokens_per_second": 1000.0, "supervised_tokens_per_second": 300.0,
     "operations_per_token": {"causal": 6e9, "PaLM": 8e9, "hardware": 8e9}, "peak_bytes": 2**30,
     "planned_bytes": 2**30, "host_bytes": 2**30, "first_step_seconds": 20.0, "data": "prepared anew", "seconds": 60.0,
@@ -171,7 +173,7 @@ def test_a_run_is_measured_and_ended_behind_its_last_step(tmp_path):
     """As on a GPU, where its saves would take more disk and time than the measurement."""
     found = bench.measure(bench.Case("tiny", ("--gpus", "0")), tmp_path, "run")
     assert found["data"] == "prepared anew" and found["step_seconds"] > 0 and found["first_step_seconds"] > 1
-    assert found["slots_per_second"] >= found["tokens_per_second"] > found["supervised_tokens_per_second"] > 0
+    assert found["padded_tokens_per_second"] >= found["tokens_per_second"] > found["supervised_tokens_per_second"] > 0
     assert not (tmp_path / "run" / "final").exists() and not list((tmp_path / "run").glob("checkpoint-*"))
     assert not [one for one in psutil.Process().children(recursive=True) if "sft_recipes" in " ".join(one.cmdline())]
 
@@ -229,8 +231,8 @@ def test_the_most_informative_pieces_for_a_gpu_come_first():
 
 def test_the_first_run_on_a_gpu_can_be_planned_there():
     case = first_run.case(True)
-    for card in ("h100-80g", "h200-141g"):
-        plan = plans.make(loader.load(case.recipe, case.words), Topology(gpus=1, processes=1, card=card))
+    for gpu_type in ("h100-80g", "h200-141g"):
+        plan = plans.make(loader.load(case.recipe, case.words), Topology(gpus=1, processes=1, gpu_type=gpu_type))
         assert plan.fits and plan.world_size == 1
 
 

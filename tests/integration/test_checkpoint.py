@@ -14,7 +14,7 @@ from helpers.workplace import SHORT, manifest, metrics
 
 from sft_recipes.planner import plan as plans
 from sft_recipes.runtime import append_line
-from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.training.checkpoint import checkpoint_format, resume, writer
 
 
@@ -22,7 +22,7 @@ from sft_recipes.training.checkpoint import checkpoint_format, resume, writer
 def run(short_run, tmp_path):
     """A copy of a real run with checkpoints of steps 4 and 8."""
     shutil.copytree(short_run, tmp_path / "run")
-    return RunFolder(tmp_path / "run")
+    return RunDir(tmp_path / "run")
 
 
 def flip(path, bit=None):
@@ -86,7 +86,7 @@ def test_every_harm_to_every_file_is_named_and_the_older_checkpoint_taken(run):
 def test_a_damaged_checkpoint_is_kept_under_another_name(run):
     flip(run.checkpoint(8) / "optimizer.pt")
     _, said = chosen(run)
-    aside = run.path / "put-aside-checkpoint-8-1"
+    aside = run.path / "checkpoint-8.corrupt-1"
     assert said == [f"passing over checkpoint-8: optimizer.pt does not match its checksum; it is kept as {aside.name}"]
     assert (aside / "optimizer.pt").is_file() and not run.checkpoint(8).exists()
 
@@ -139,17 +139,19 @@ def test_a_run_that_lost_all_it_saved_never_starts_from_step_0(run, left):
             cut(run.checkpoint(step) / "model.safetensors")
         else:
             shutil.rmtree(run.checkpoint(step))
-    with pytest.raises(resume.LostError, match="no checkpoint of this run is whole.*nothing was started from step 0"):
+    with pytest.raises(
+        resume.NoValidCheckpointError, match="no checkpoint of this run is whole.*nothing was started from step 0"
+    ):
         chosen(run)
     run.manifest.write_text(json.dumps({**manifest(run.path), "saved_step": None}))  # as where a kill came before it
     if left == "damaged":
-        with pytest.raises(resume.LostError, match="put-aside-checkpoint-8-1 is all there is"):
+        with pytest.raises(resume.NoValidCheckpointError, match="checkpoint-8.corrupt-1 is all there is"):
             chosen(run)
 
 
 def test_an_unfinished_run_goes_on_from_the_older_checkpoint_to_the_same_weights(shared_workplace, short_run):
     """The real start, with the newest damaged; and with both, an error and no step."""
-    run = RunFolder(shared_workplace.runs / "damaged")
+    run = RunDir(shared_workplace.runs / "damaged")
     shutil.copytree(short_run, run.path, ignore=shutil.ignore_patterns("final", "last", ".lock", "best-8"))
     run.manifest.write_text(json.dumps({**manifest(run.path), "state": "running"}))
     flip(run.checkpoint(8) / "model.safetensors")
@@ -160,7 +162,7 @@ def test_an_unfinished_run_goes_on_from_the_older_checkpoint_to_the_same_weights
     assert same(weights(run.last), weights(short_run / "last")) and same(
         weights(run.final), weights(short_run / "final")
     )
-    assert (run.path / "put-aside-checkpoint-8-1").is_dir() and run.checkpoint(8).is_dir()
+    assert (run.path / "checkpoint-8.corrupt-1").is_dir() and run.checkpoint(8).is_dir()
 
     run.manifest.write_text(json.dumps({**manifest(run.path), "state": "running"}))
     for step in (4, 8):
@@ -205,7 +207,7 @@ def test_what_cannot_be_removed_or_renamed_stops_no_start(run, monkeypatch):
     flip(run.checkpoint(8) / "optimizer.pt")
     said, refused = [], PermissionError(1, "Operation not permitted")
     monkeypatch.setattr(shutil, "rmtree", lambda *_a, **_k: (_ for _ in ()).throw(refused))
-    monkeypatch.setattr(checkpoint_format, "put_aside", lambda _folder: (_ for _ in ()).throw(refused))
+    monkeypatch.setattr(checkpoint_format, "quarantine", lambda _folder: (_ for _ in ()).throw(refused))
     resume.clear(run, said.append)
     point, more = chosen(run)
     assert point.step == 4 and "could not be renamed (Operation not permitted)" in more[0]
@@ -233,9 +235,9 @@ def test_publishing_replaces_this_runs_own_and_puts_all_else_aside(tmp_path):
     checkpoint_format.publish(small(tmp_path / ".saving" / "one"), target, removing)
     checkpoint_format.publish(small(tmp_path / ".saving" / "two", b"newer"), target, removing)
     assert (target / "model.safetensors").read_bytes() == b"newer"
-    assert not list(tmp_path.glob("put-aside*")) and not list(removing.iterdir())
+    assert not list(tmp_path.glob("*.corrupt-*")) and not list(removing.iterdir())
     checkpoint_format.publish(small(tmp_path / ".saving" / "three", b"other", "b"), target, removing)
-    assert (tmp_path / "put-aside-checkpoint-4-1" / "model.safetensors").read_bytes() == b"newer"
+    assert (tmp_path / "checkpoint-4.corrupt-1" / "model.safetensors").read_bytes() == b"newer"
 
 
 @pytest.mark.parametrize("engine", ["single", "fsdp2", "zero3"])

@@ -48,13 +48,13 @@ GOOD_ROW = {"prompt": "2 + 2?", "completion": "4"}
         (["train", "tiny", "parallelism=zero9"], "parallelism is 'zero9'; wanted one of"),
         (["train", "tiny", "model.name_or_path=x"], "builds its model from scratch; add model.from_scratch=false"),
         (
-            ["train", "tiny", "trainer.num_train_epochs=.inf", "outside_range=[num_train_epochs]"],
+            ["train", "tiny", "trainer.num_train_epochs=.inf", "allow_out_of_range=[num_train_epochs]"],
             "wanted a finite number",
         ),
         (["train", "tiny", "trainer.max_length="], "trainer.max_length is None; wanted at least 1"),
         (["train", "tiny", "trainer.seed=-1"], "trainer.seed is -1; wanted 0 to"),
-        (["train", "tiny", "data.dropped_at_most=5"], "data.dropped_at_most is 5.0; wanted 0 to 1"),
-        (["train", "tiny", "outside_range=[3]"], "outside_range names '3'"),
+        (["train", "tiny", "data.max_dropped_fraction=5"], "data.max_dropped_fraction is 5.0; wanted 0 to 1"),
+        (["train", "tiny", "allow_out_of_range=[3]"], "allow_out_of_range names '3'"),
         (["train", "tiny", "batch.effective_batch_size=1000000000"], "wanted 1 to 100000"),
         (["train", "tiny", "model.architecture={hidden_size: a}"], "model.architecture.hidden_size is 'a'"),
         (
@@ -69,7 +69,7 @@ GOOD_ROW = {"prompt": "2 + 2?", "completion": "4"}
         (["train", "tiny", "--gups", "1"], "unknown argument '--gups'"),
         (["train"], "the following arguments are required: recipe"),
         (["trian", "tiny"], "invalid choice: 'trian'"),
-        (["plan", "tiny", "--gpus", "1", "--card", "h1000"], "CARD: unknown GPU type: found 'h1000'"),
+        (["plan", "tiny", "--gpus", "1", "--gpu-type", "h1000"], "GPU_TYPE: unknown GPU type: found 'h1000'"),
         (["plan", "tiny", "--gpus", "8", "--nodes", "3"], "8 GPUs do not share evenly over 3 nodes"),
         (["generate", "nobody"], "no run 'nobody'"),
     ],
@@ -178,7 +178,7 @@ def test_a_model_folder_that_is_not_there_is_refused(workplace):
 
 def test_a_hub_model_without_a_network_is_refused_with_both_ways_out(workplace):
     done = workplace.sft("train", "tiny", *MODEL, "model.name_or_path=some/model", HF_HUB_OFFLINE="1")
-    check_refused(done, "some/model is neither in the Hub's cache nor to be had .*make fetch.*set HF_TOKEN$")
+    check_refused(done, "some/model is neither in the Hub's cache nor to be had .*make download.*set HF_TOKEN$")
 
 
 def test_a_run_folder_that_cannot_be_written_is_refused(workplace):
@@ -220,7 +220,7 @@ def test_an_unfinished_run_of_another_plan_is_refused_with_the_ways_out(workplac
         workplace.sft("train", "tiny", *changed), "run tiny-1 has another plan: learning_rate 0.002 -> 0.001"
     )
     assert "; trainer.seed 42 -> 7 (" in line and "NAME=" in line
-    again = workplace.sft("train", "tiny", *changed, "--accept", "learning_rate,seed", "--dry-run")
+    again = workplace.sft("train", "tiny", *changed, "--allow-change", "learning_rate,seed", "--dry-run")
     assert again.returncode == 0, again.stderr
 
 

@@ -14,8 +14,8 @@ from sft_recipes.launch import healthcheck, node_checks, topology
 from sft_recipes.launch.topology import Gpu
 from sft_recipes.planner import plan as plans
 from sft_recipes.runtime import heartbeat
-from sft_recipes.runtime.heartbeat import Pulse
-from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.runtime.heartbeat import Heartbeat
+from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.tools import doctor
 
 CARDS = [Gpu("0", 81559, "NVIDIA H100 80GB HBM3", 9.0), Gpu("1", 81559, "NVIDIA H100 80GB HBM3", 9.0)]
@@ -217,8 +217,8 @@ def test_the_hub_is_asked_with_the_token_and_never_told_of_it(tmp_path):
 
 
 def test_a_container_whose_run_hangs_is_not_healthy(tmp_path, monkeypatch):
-    recipe = loader.load("tiny", ["guards.hang_seconds=60"])
-    folder = RunFolder(tmp_path / "tiny-1")
+    recipe = loader.load("tiny", ["monitor.heartbeat_timeout_seconds=60"])
+    folder = RunDir(tmp_path / "tiny-1")
     folder.ranks.mkdir(parents=True)
     plans.write(plans.make(recipe, plans.Topology(gpus=0, processes=1)), folder.plan)
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
@@ -229,7 +229,7 @@ def test_a_container_whose_run_hangs_is_not_healthy(tmp_path, monkeypatch):
     try:
         held.stdout.readline()
         for ago, hangs in ((1.0, False), (5000.0, True)):
-            pulse = Pulse(0, held.pid, 7, "step", 3, time.monotonic() - ago, 0.1)
+            pulse = Heartbeat(0, held.pid, 7, "step", 3, time.monotonic() - ago, 0.1)
             heartbeat.place(folder.ranks, 0).write_bytes(heartbeat.to_bytes(pulse))
             said = healthcheck.hanging()
             assert bool(said) == hangs and all("tiny-1: rank 0" in line and "hangs in step 7" in line for line in said)

@@ -51,9 +51,9 @@ NO_COMPATIBILITY = (
 )
 
 
-def machine(card="h100-80g", gpus=8, driver="580.95.05", **more):
+def machine(gpu_type="h100-80g", gpus=8, driver="580.95.05", **more):
     """The variables of a machine with these GPUs."""
-    name, memory, capability = {**GPUS, **OTHERS}[card]
+    name, memory, capability = {**GPUS, **OTHERS}[gpu_type]
     return {
         "PATH": f"{FAKES}{os.pathsep}{os.environ['PATH']}", "FAKE_GPUS": str(gpus), "FAKE_GPU_NAME": name,
         "FAKE_GPU_MEMORY": str(memory), "FAKE_GPU_CAPABILITY": capability, "FAKE_GPU_DRIVER": driver,
@@ -65,8 +65,8 @@ def machine(card="h100-80g", gpus=8, driver="580.95.05", **more):
 def on(monkeypatch):
     """Puts this process on a machine with GPUs."""
 
-    def put(card="h100-80g", gpus=8, **more):
-        for name, value in machine(card, gpus, **more).items():
+    def put(gpu_type="h100-80g", gpus=8, **more):
+        for name, value in machine(gpu_type, gpus, **more).items():
             monkeypatch.setenv(name, value)
 
     return put
@@ -98,13 +98,13 @@ def test_sanity_and_verify_resume_are_rejected_as_train_is(workplace, monkeypatc
     assert "is a CPU build" in refused(workplace.sft("sanity", "1b", **asked))
     run = workplace.runs / "1b-1"
     run.mkdir(parents=True)
-    plans.write(plans.make(loader.load("1b"), plans.Topology(1, 1, card="h100-80g")), run / "plan.json")
+    plans.write(plans.make(loader.load("1b"), plans.Topology(1, 1, gpu_type="h100-80g")), run / "plan.json")
     assert "is a CPU build" in refused(workplace.sft("verify-resume", "1b-1", **asked))
 
 
 def test_old_driver_is_rejected_unless_pytorch_can_use_the_gpus(on, monkeypatch, workplace):
     """The driver's version alone rejects nothing: with NVIDIA's forward-compatibility package 570 runs CUDA 13."""
-    plan = plans.make(loader.load("8b"), plans.Topology(8, 8, card="h100-80g"))
+    plan = plans.make(loader.load("8b"), plans.Topology(8, 8, gpu_type="h100-80g"))
     fake = {"PYTHONPATH": str(FAKE_TORCH), "FAKE_TORCH_CUDA": "13.0", "FAKE_TORCH_DEVICES": "8"}
     on(driver="570.86.15", **fake)
     preflight.check_gpus(plan)
@@ -208,10 +208,10 @@ def test_recipe_plans_on_a_machine_as_for_its_hardware(name, on, monkeypatch, tm
     """On one node by `plan` and `train --dry-run`; on several, as each node of a job plans."""
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
     hardware = loader.load(name).hardware
-    on(hardware.card, hardware.gpus // hardware.nodes)
+    on(hardware.gpu_type, hardware.gpus // hardware.nodes)
     assert cli.main(["plan", name, "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
-    assert (planned["gpus"], planned["card"], planned["fits"]) == (hardware.gpus, hardware.card, True)
+    assert (planned["gpus"], planned["gpu_type"], planned["fits"]) == (hardware.gpus, hardware.gpu_type, True)
     allocation = None
     if hardware.nodes > 1:
         allocation = topology.Allocation(7, "0-0", hardware.nodes, 0, "node1", 8, ("127.0.0.1",), 15001)
@@ -227,14 +227,14 @@ def test_recipe_plans_on_a_machine_as_for_its_hardware(name, on, monkeypatch, tm
 
 
 @pytest.mark.parametrize("driver", ["570.86.15", "580.95.05"])
-@pytest.mark.parametrize("card", [*GPUS, *OTHERS])
-def test_doctor_judges_what_pytorch_finds(card, driver, on, monkeypatch):
+@pytest.mark.parametrize("gpu_type", [*GPUS, *OTHERS])
+def test_doctor_judges_what_pytorch_finds(gpu_type, driver, on, monkeypatch):
     """Of every GPU type, with a driver that is too old and one that is not; a CUDA build of PyTorch is simulated."""
-    on(card, 2, driver=driver)
+    on(gpu_type, 2, driver=driver)
     usable = driver.startswith("580")
     seen = {**NONE, "devices": 2 if usable else 0, "warning": "" if usable else TOO_OLD}
     found = {one.check: one for one in doctor.driver(topology.visible_gpus(), 2, cuda.driver_version(), seen)}
-    name, memory, _ = {**GPUS, **OTHERS}[card]
+    name, memory, _ = {**GPUS, **OTHERS}[gpu_type]
     assert found["GPUs"].colour == "green" and f"1: {name}, {memory / 1024:.0f} GiB" in found["GPUs"].found
     assert found["driver"].found == driver and found["CUDA"].colour == ("green" if usable else "red")
     assert usable or "expected 580 or newer for CUDA 13.0" in str(found["CUDA"])
@@ -247,8 +247,8 @@ def test_gpu_of_unknown_memory_needs_a_card(on, capsys, monkeypatch, tmp_path):
     on("unknown", 1, FAKE_GPU_MEMORY="[N/A]", FAKE_GPU_NAME="NVIDIA GB10", FAKE_GPU_MEMORY_USED="[N/A]")
     assert node_checks.used_mib() == {}
     assert cli.main(["train", "1b", "--dry-run"]) == 2
-    assert "CARD: nvidia-smi reports no memory size for NVIDIA GB10; set CARD=<GiB" in capsys.readouterr().err
-    assert cli.main(["train", "1b", "--card", "96", "--dry-run"]) == 0
+    assert "GPU_TYPE: nvidia-smi reports no memory size for NVIDIA GB10; set GPU_TYPE=<GiB" in capsys.readouterr().err
+    assert cli.main(["train", "1b", "--gpu-type", "96", "--dry-run"]) == 0
 
 
 # ---- launches, SFTConfig and DeepSpeed's configuration, with CUDA simulated
@@ -319,12 +319,12 @@ def test_launch_starts_the_strategy_of_the_plan(simulated, case):
 @CASES
 def test_arguments_of_a_rank_are_for_a_gpu(simulated, case):
     plan, found = case.plan(), simulated[case.name]["arguments"]
-    checkpoints = plan.sections["trainer"]["gradient_checkpointing"]
+    checkpoints = plan.sections.trainer["gradient_checkpointing"]
     reentrant = plan.method != "full" and plan.parallelism.startswith("zero3")
     assert found == {
         "bf16": True, "fp16": False, "mixed_precision": "bf16", "tf32": None, "torch_compile": False,
         "use_cpu": False, "device": "cuda:0", "n_gpu": 1,
-        "optim": plan.sections["trainer"].get("optim", "adamw_torch_fused"), "dataloader_pin_memory": True,
+        "optim": plan.sections.trainer.get("optim", "adamw_torch_fused"), "dataloader_pin_memory": True,
         "gradient_checkpointing": checkpoints, "activation_checkpointing": checkpoints,
         "activation_checkpointing_kwargs": {"use_reentrant": reentrant} if checkpoints else None,
         "per_device_train_batch_size": plan.per_device_train_batch_size,

@@ -116,7 +116,7 @@ def served(tmp_path, model_folder):
 def test_what_was_fetched_trains_without_a_network(workplace, served):
     hub = Hub(served)
     home = str(workplace.path / "cache")
-    fetched = workplace.sft("fetch", "tiny", *MODEL, *DATA, HF_ENDPOINT=hub.url, HF_HOME=home)
+    fetched = workplace.sft("download", "tiny", *MODEL, *DATA, HF_ENDPOINT=hub.url, HF_HOME=home)
     assert fetched.returncode == 0, fetched.stderr
     assert "some/model: " in fetched.stdout and "some/rows: " in fetched.stdout
     assert not any("pytorch_model.bin" in path for path in hub.asked), "pickles are not brought"
@@ -141,10 +141,10 @@ import pathlib, sys, torch
 from huggingface_hub import constants
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
-from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.config.schema import UserError
 from sft_recipes.training import generate
-run, commit, prompt = RunFolder(pathlib.Path(sys.argv[1])), sys.argv[2], sys.argv[3]
+run, commit, prompt = RunDir(pathlib.Path(sys.argv[1])), sys.argv[2], sys.argv[3]
 generate.main(run, [prompt])
 ids = torch.arange(20)[None]
 adapted = AutoPeftModelForCausalLM.from_pretrained(run.final)
@@ -179,23 +179,23 @@ def check_offline_use(workplace, run, home):
 def test_rows_to_retain_are_fetched_too(workplace, served):
     shutil.copytree(served / "datasets" / "some" / "rows", served / "datasets" / "some" / "known")
     hub = Hub(served)
-    words = (*DATA, "data.retain=some/known:test_sft")
-    fetched = workplace.sft("fetch", "tiny", *words, HF_ENDPOINT=hub.url, HF_HOME=str(workplace.path / "cache"))
+    words = (*DATA, "data.retention_eval=some/known:test_sft")
+    fetched = workplace.sft("download", "tiny", *words, HF_ENDPOINT=hub.url, HF_HOME=str(workplace.path / "cache"))
     assert fetched.returncode == 0, fetched.stderr
     assert "some/rows: " in fetched.stdout and "some/known: " in fetched.stdout
-    refused = workplace.sft("fetch", "tiny", *DATA, "data.retain=some/gone", HF_ENDPOINT=hub.url)
-    assert refused.returncode == 2 and "error: data.retain: " in refused.stderr
+    refused = workplace.sft("download", "tiny", *DATA, "data.retention_eval=some/gone", HF_ENDPOINT=hub.url)
+    assert refused.returncode == 2 and "error: data.retention_eval: " in refused.stderr
 
 
 def test_without_fetching_the_error_says_so(workplace):
     done = workplace.sft("train", "tiny", *ENGINE, *MODEL, HF_HUB_OFFLINE="1", HF_HOME=str(workplace.path / "empty"))
     assert done.returncode == 2
-    assert "neither in the Hub's cache nor to be had" in done.stderr and "make fetch" in done.stderr
+    assert "neither in the Hub's cache nor to be had" in done.stderr and "make download" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not list(workplace.runs.glob("*/plan.json"))
 
 
-@pytest.mark.parametrize("verb", [("fetch", "8b"), ("train", "8b", "--gpus", "0")], ids=["fetch", "train"])
+@pytest.mark.parametrize("verb", [("download", "8b"), ("train", "8b", "--gpus", "0")], ids=["fetch", "train"])
 def test_a_gated_model_without_a_token_is_refused_with_both_ways_out(workplace, served, verb):
     shutil.copytree(served / "models" / "some" / "model", served / "models" / "meta-llama" / "Llama-3.1-8B-Instruct")
     hub = Hub(served, gated=True)
@@ -222,7 +222,7 @@ def test_a_gated_model_without_a_token_is_refused_with_both_ways_out(workplace, 
 def test_what_the_hub_does_not_have_is_refused_in_one_line(workplace, served, words, message):
     hub = Hub(served)
     done = workplace.sft(
-        "fetch", "tiny", *MODEL, *DATA, *words, HF_ENDPOINT=hub.url, HF_HOME=str(workplace.path / "cache")
+        "download", "tiny", *MODEL, *DATA, *words, HF_ENDPOINT=hub.url, HF_HOME=str(workplace.path / "cache")
     )
     hub.shutdown()
     hub.server_close()

@@ -17,7 +17,7 @@ from sft_recipes.config import loader
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Topology
 from sft_recipes.runtime.errors import TrainingError
-from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.training import attention, stop_signal
 from sft_recipes.training import trainer as trainers
 from sft_recipes.training.checkpoint import checkpoint_format
@@ -32,13 +32,13 @@ def begin(tmp_path, model_folder, tokenizer):
 
     def make(name="run", *overrides, packing=False):
         settings = (
-            "batch.min_optimizer_steps=1", "batch.effective_batch_size=4", "batch.per_device_at_most=2",
+            "batch.min_optimizer_steps=1", "batch.effective_batch_size=4", "batch.max_per_device_batch_size=2",
             "trainer.max_length=64", "trainer.num_train_epochs=2", "trainer.logging_steps=3", "trainer.save_steps=100",
             f"trainer.packing={str(packing).lower()}", *overrides,
         )  # fmt: skip
         plan = plans.make(loader.load("tiny", settings), Topology(gpus=0, processes=1))
         plan = plans.settle(plan, plans.Prepared("f", "x", "m", {}, ROWS, ROWS, 100, 100, 2))
-        folder = RunFolder(tmp_path / name)
+        folder = RunDir(tmp_path / name)
         folder.path.mkdir(exist_ok=True)
         ids = [[5 + n % 50] * (4 + n % 7) for n in range(ROWS)]
         columns = {"input_ids": ids, "labels": ids}
@@ -50,7 +50,7 @@ def begin(tmp_path, model_folder, tokenizer):
         )
         model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
         way = attention.settle(plan, model)
-        return trainers.ResponseTrainer(
+        return trainers.RecipeTrainer(
             plan,
             passes,
             {},
@@ -149,20 +149,20 @@ def test_a_change_in_any_kind_of_state_changes_its_digest_and_no_other(begin):
 
 @pytest.mark.parametrize(
     ("more", "packing"),
-    [((), False), (("batch.per_device_at_most=1",), True), (("trainer.dataloader_num_workers=2",), True)],
+    [((), False), (("batch.max_per_device_batch_size=1",), True), (("trainer.dataloader_num_workers=2",), True)],
 )
 def test_the_ledger_is_the_same_however_rows_are_dealt_out(begin, more, packing):
     subject = begin("run", *more, packing=packing)
     subject.train()
     assert (subject.proof.ledger.steps, subject.state.global_step) == (10, 10)
-    by_hand = data_order.Ledger(subject._get_train_sampler().order, 4, 5)
+    by_hand = data_order.DataOrderCheck(subject._get_train_sampler().order, 4, 5)
     for step in range(10):
         by_hand.saw([{data_order.ROW: torch.tensor(subject.order_of_step(step)[::-1])}])
     by_hand.settle()
     assert subject.proof.ledger.chain == by_hand.chain != ""
 
 
-class Misdealt(trainers.WholeBatches):
+class Misdealt(trainers.EffectiveBatchSampler):
     """A sampler with a fault in its second epoch."""
 
     def __init__(self, real, fault):
@@ -205,18 +205,18 @@ def test_a_row_that_is_used_twice_or_left_out_stops_the_run_and_nothing_is_saved
     subject._get_train_sampler = lambda _rows=None: Misdealt(real, fault)
     with pytest.raises(TrainingError, match=said):
         subject.train()
-    assert RunFolder(subject.saving.folder.path).numbered("checkpoint") == [6]
+    assert RunDir(subject.saving.folder.path).numbered("checkpoint") == [6]
 
 
 def test_an_order_that_deals_a_row_out_twice_is_found():
-    subject = data_order.Ledger(lambda _epoch: torch.tensor([0, 1, 2, 1]), 2, 2)
+    subject = data_order.DataOrderCheck(lambda _epoch: torch.tensor([0, 1, 2, 1]), 2, 2)
     subject.saw([{data_order.ROW: torch.tensor([0, 1])}])
     with pytest.raises(TrainingError, match="epoch 1: its order deals row 1 out 2 times"):
         subject.settle()
 
 
 def proved(trainer):
-    return [json.loads(line) for line in trainer.proof.folder.proof.read_text().splitlines()]
+    return [json.loads(line) for line in trainer.proof.folder.integrity_log.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("step", [3, 5], ids=["in the middle of an epoch", "at its end"])
@@ -229,7 +229,7 @@ def test_the_ledger_and_the_proof_go_on_across_a_resume(begin, step):
     assert {(step, True), (step + 1, False), (step + 2, False)} <= {(line["step"], line["saved"]) for line in lines}
     again = begin("run", *settings)
     point = again.saving.folder.checkpoint(step)
-    again.proof.take_up(checkpoint_format.read(point)["proof"])
+    again.proof.restore_state(checkpoint_format.read(point)["proof"])
     again.train(resume_from_checkpoint=str(point))
     assert (again.proof.ledger.steps, again.proof.ledger.chain) == (8, first.proof.ledger.chain)
     assert proved(again) == [line if line["step"] <= step else {**line, "went_on_from": step} for line in lines]
@@ -245,7 +245,7 @@ def test_a_stop_that_falls_on_an_evaluation_saves_its_step_once(begin, monkeypat
     monkeypatch.setattr(stop_signal, "asked", evaluating)
     subject.train()
     assert saved == [step] and subject.stopping.stopped
-    assert RunFolder(subject.saving.folder.path).newest_whole() == step
+    assert RunDir(subject.saving.folder.path).latest_complete() == step
 
 
 def test_a_resume_that_skips_no_rows_is_found(begin, monkeypatch):
@@ -255,14 +255,14 @@ def test_a_resume_that_skips_no_rows_is_found(begin, monkeypatch):
     monkeypatch.setattr(transformers.trainer, "skip_first_batches", lambda loader, _batches: loader)
     again = begin("run", "trainer.max_steps=8")
     point = again.saving.folder.checkpoint(3)
-    again.proof.take_up(checkpoint_format.read(point)["proof"])
+    again.proof.restore_state(checkpoint_format.read(point)["proof"])
     with pytest.raises(TrainingError, match=r"epoch 1, step 4: rows that are another step's were fed: \d+ \(step 1 of"):
         again.train(resume_from_checkpoint=str(point))
 
 
 def test_a_proof_of_another_step_is_refused(begin):
     subject = begin()
-    subject.proof.take_up({"step": 7, "rows": "x", "ranks": []})
+    subject.proof.restore_state({"step": 7, "rows": "x", "ranks": []})
     with pytest.raises(TrainingError, match="a checkpoint of step 0 holds the proof of step 7"):
         subject.train()
 

@@ -16,7 +16,7 @@ from sft_recipes.planner import plan as plans
 from sft_recipes.planner.memory import NF4_BYTES
 from sft_recipes.runtime import env
 from sft_recipes.runtime.errors import UserError
-from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.runtime.units import GIB
 from sft_recipes.tools import generate
 from sft_recipes.training import lora
@@ -34,7 +34,7 @@ def adapted(shared_workplace, few_rows, tmp_path_factory):
     """A LoRA run in fp32, on two sources, with rows that it should not forget."""
     others = tmp_path_factory.mktemp("rows") / "others.jsonl"
     others.write_text("".join(json.dumps(row) + "\n" for row in toy_dataset.rows(100, True)), encoding="utf-8")
-    words = (*SHORT, SMALL, *ADAPTERS, f"data.train=[{few_rows}, {others}]", f"data.retain={others}")
+    words = (*SHORT, SMALL, *ADAPTERS, f"data.train=[{few_rows}, {others}]", f"data.retention_eval={others}")
     return shared_workplace.trained("tiny", "--name", "lora", *words)
 
 
@@ -79,9 +79,9 @@ def test_each_source_has_a_validation_loss_of_its_own(adapted):
 
 
 def test_what_the_model_should_not_forget_is_measured_before_and_after_and_decides_nothing(adapted):
-    lines = [line for line in metrics(adapted) if "eval_retain_loss" in line]
+    lines = [line for line in metrics(adapted) if "eval_retention_loss" in line]
     assert lines[0]["step"] == 0 and lines[-1]["step"] == manifest(adapted)["steps"] > 0
-    assert len({line["eval_retain_loss"] for line in lines}) == len(lines)
+    assert len({line["eval_retention_loss"] for line in lines}) == len(lines)
     assert manifest(adapted)["best_step"] > 0 and not (adapted / "best-0").exists()
     assert "epoch 0.00  eval_loss " in (adapted / "log.txt").read_text()
 
@@ -108,7 +108,7 @@ def test_the_merged_model_says_what_the_adapted_one_says(shared_workplace, adapt
 
 def test_a_merged_4_bit_run_is_one_plain_16_bit_model(quantized):
     assert manifest(quantized)["dtypes"]["frozen"] == "nf4" and manifest(quantized)["dtypes"]["weights"] == "fp32"
-    lora.merge(RunFolder(quantized))
+    lora.merge(RunDir(quantized))
     merged = load_file(quantized / "merged" / "model.safetensors")
     assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
     config = json.loads((quantized / "merged" / "config.json").read_text())
@@ -118,7 +118,7 @@ def test_a_merged_4_bit_run_is_one_plain_16_bit_model(quantized):
 def test_generate_answers_on_the_4_bit_base_that_was_trained_on(quantized, capsys):
     from bitsandbytes.nn import Linear4bit
 
-    model = generate.load(plans.read(quantized / "plan.json"), RunFolder(quantized))
+    model = generate.load(plans.read(quantized / "plan.json"), RunDir(quantized))
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     assert len(layers) == 2 * 7 and model.get_input_embeddings().weight.dtype == torch.bfloat16
     ids = torch.arange(40)[None]
@@ -127,7 +127,7 @@ def test_generate_answers_on_the_4_bit_base_that_was_trained_on(quantized, capsy
         with model.disable_adapter():
             base = model(input_ids=ids).logits
     assert (adapted - base).abs().max() > 0.1, "the adapters do something"
-    assert generate.main(RunFolder(quantized), ["Please add: 1 + 1"]) == 0
+    assert generate.main(RunDir(quantized), ["Please add: 1 + 1"]) == 0
     assert capsys.readouterr().out.endswith("\n")
 
 
@@ -136,7 +136,7 @@ def test_the_memory_that_generate_and_merge_need_is_counted_without_loading(adap
     linear, embeddings, norms = 2 * (4 * 64 * 64 + 3 * 64 * 128), 2 * 512 * 64, 5 * 64
     for run, loaded in ((adapted, 4 * (linear + embeddings + norms)), (quantized, None)):
         plan = plans.read(run / "plan.json")
-        size = lora.base_size(lora.base_folder(plan, RunFolder(run)), False)
+        size = lora.base_size(lora.base_folder(plan, RunDir(run)), False)
         assert size == lora.BaseSize(linear + embeddings + norms, linear, 64 * 128)
         assert size.loaded_bytes(plan) == (loaded or int(2 * (embeddings + norms) + NF4_BYTES * linear))
     whole = lora.BaseSize(70_553_706_496, 68_451_041_280, 28672 * 8192)  # Llama 3.3 70B
@@ -151,7 +151,7 @@ def test_a_merge_that_does_not_fit_the_hosts_memory_is_rejected_before_loading(a
     monkeypatch.setattr(lora, "load_base", lambda *_a: pytest.fail("the base model was loaded"))
     shutil.copytree(adapted, tmp_path / "run", ignore=shutil.ignore_patterns("merged"))
     with pytest.raises(UserError, match=r"found 0\.5 GiB of host memory, expected 1\.0 GiB or more"):
-        lora.merge(RunFolder(tmp_path / "run"))
+        lora.merge(RunDir(tmp_path / "run"))
     assert not (tmp_path / "run" / "merged").exists()
 
 
@@ -183,12 +183,12 @@ def test_a_from_scratch_base_that_is_gone_is_named(adapted, tmp_path):
     prepared = tmp_path / "run" / "prepared.json"
     prepared.write_text(json.dumps({**json.loads(prepared.read_text()), "model": str(tmp_path / "gone")}))
     with pytest.raises(UserError, match=f"the base model of run is gone: found no {tmp_path / 'gone'}"):
-        lora.base_folder(plans.read(adapted / "plan.json"), RunFolder(tmp_path / "run"))
+        lora.base_folder(plans.read(adapted / "plan.json"), RunDir(tmp_path / "run"))
 
 
 def test_a_run_that_trained_the_whole_model_is_not_merged(short_run):
     with pytest.raises(UserError, match="short trained the whole model"):
-        lora.merge(RunFolder(short_run))
+        lora.merge(RunDir(short_run))
 
 
 def test_saved_adapters_hold_no_embeddings_and_saving_asks_no_hub(model_folder, tmp_path, monkeypatch):
@@ -221,10 +221,10 @@ def gradient(layer):
 
 
 def test_an_evaluation_leaves_4_bit_weights_as_they_were_trained():
-    """Fails where `keep_the_trained_layout` is not called, on a CPU with AVX512-BF16; and says when it is needed no more."""
+    """Fails where `disable_cpu_repack` is not called, on a CPU with AVX512-BF16; and says when it is needed no more."""
     import bitsandbytes
 
-    from sft_recipes.training.lora import keep_the_trained_layout
+    from sft_recipes.training.lora import disable_cpu_repack
 
     def layer():
         torch.manual_seed(0)
@@ -239,9 +239,7 @@ def test_an_evaluation_leaves_4_bit_weights_as_they_were_trained():
     kept, untouched = layer(), layer()
     repacks = untouched.support_avx512bf16_for_cpu
     right = gradient(layer())
-    keep_the_trained_layout(torch.nn.Sequential(kept))
+    disable_cpu_repack(torch.nn.Sequential(kept))
     assert torch.equal(after_an_evaluation(kept), right)
     if repacks:
-        assert after_an_evaluation(untouched) is None, (
-            "bitsandbytes is mended: keep_the_trained_layout is needed no more"
-        )
+        assert after_an_evaluation(untouched) is None, "bitsandbytes is mended: disable_cpu_repack is needed no more"

@@ -43,7 +43,7 @@ def test_answers_to_held_out_prompts_rise_from_nothing_to_nine_in_ten(main_job):
 
 
 def test_every_kind_of_task_is_learned(main_job):
-    answered = json.loads((main_job / "answers.json").read_text())["after"]
+    answered = json.loads((main_job / "generations.json").read_text())["after"]
     assert len(answered["prompts"]) == 400
     right = {}
     for prompt, said in zip(answered["prompts"], answered["said"], strict=True):
@@ -62,7 +62,7 @@ def task(question):
 def test_validation_loss_falls_to_the_best(main_job):
     found = manifest(main_job)
     assert found["best_eval_loss"] < found["first_eval_loss"] / 3
-    assert found["rows_left_out_of_an_epoch"] < json.loads((main_job / "plan.json").read_text())["effective_batch_size"]
+    assert found["dropped_rows_per_epoch"] < json.loads((main_job / "plan.json").read_text())["effective_batch_size"]
 
 
 def test_no_held_out_prompt_stands_in_the_training_file():

@@ -19,13 +19,13 @@ from sft_recipes.config import loader
 from sft_recipes.planner import cost, memory
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Topology
-from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.training import throughput
 from sft_recipes.training.callbacks.metrics import append
 
 ON_A_TRAINING_LINE = {
     "step", "epoch", "loss", "grad_norm", "learning_rate", "mean_token_accuracy", "entropy", "step_seconds",
-    "data_wait_share", "slots_per_second", "tokens_per_second", "supervised_tokens_per_second", "host_memory_bytes",
+    "data_wait_fraction", "padded_tokens_per_second", "tokens_per_second", "supervised_tokens_per_second", "host_memory_bytes",
     "supervised_tokens_seen", "tokens_digest", "num_input_tokens_seen",
 }  # fmt: skip
 GAP = {"train_eval_gap", "train_eval_gap_smoothed", "overfitting_signal"}
@@ -44,8 +44,8 @@ def test_a_line_a_log_step_says_what_the_step_cost(tracked_run):
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert all(line.keys() >= ON_A_TRAINING_LINE for line in lines)
     for line in lines:
-        assert line["slots_per_second"] >= line["tokens_per_second"] > line["supervised_tokens_per_second"] > 0
-        assert 0 <= line["data_wait_share"] < 1 and line["step_seconds"] > 0
+        assert line["padded_tokens_per_second"] >= line["tokens_per_second"] > line["supervised_tokens_per_second"] > 0
+        assert 0 <= line["data_wait_fraction"] < 1 and line["step_seconds"] > 0
     supervised = [line["supervised_tokens_seen"] for line in lines]
     for before, line in zip([0, *supervised], lines, strict=False):
         counted = line["supervised_tokens_per_second"] * line["step_seconds"]
@@ -139,10 +139,10 @@ def test_a_run_that_goes_on_goes_on_in_the_same_wandb_run():
     from sft_recipes.training.callbacks.trackers import run_id
 
     plan = plans.make(loader.load("tiny"), Topology(gpus=0, processes=1))
-    first = run_id(plan, RunFolder(Path("runs/a")))
-    assert first == run_id(dataclasses.replace(plan, optimizer_steps=5), RunFolder(Path("runs/a")))
+    first = run_id(plan, RunDir(Path("runs/a")))
+    assert first == run_id(dataclasses.replace(plan, optimizer_steps=5), RunDir(Path("runs/a")))
     other = dataclasses.replace(plan, created="2020-01-01T00:00:00+00:00")
-    assert len({first, run_id(other, RunFolder(Path("runs/a"))), run_id(plan, RunFolder(Path("runs/b")))}) == 3
+    assert len({first, run_id(other, RunDir(Path("runs/a"))), run_id(plan, RunDir(Path("runs/b")))}) == 3
     assert re.fullmatch(r"a-[0-9a-f]{8}", first)
 
 
@@ -201,9 +201,9 @@ class OneRank:
 def test_mfu_and_hfu_are_the_plans_flops_over_the_data_sheets(checkpointing):
     """One row of 2,048 tokens, 1,024 of them supervised, in a quarter of a second or a little more."""
     recipe = loader.load("8b", [f"trainer.gradient_checkpointing={checkpointing}"])
-    plan = plans.make(recipe, Topology(gpus=1, processes=1, card="h100-80g"))
+    plan = plans.make(recipe, Topology(gpus=1, processes=1, gpu_type="h100-80g"))
     architecture = recipe.model.architecture
-    meter = throughput.Meter(plan, architecture, 989e12, torch.device("cpu"))
+    meter = throughput.ThroughputMeter(plan, architecture, 989e12, torch.device("cpu"))
     meter.step_begins()
     meter.saw([{"input_ids": torch.zeros(1, 2048), "position_ids": torch.arange(2048)[None]}], 1024)
     meter._began -= 0.25
@@ -247,17 +247,17 @@ def test_waiting_for_data_is_told_from_working():
             yield number
 
     plan = plans.make(loader.load("tiny"), Topology(gpus=0, processes=1))
-    meter = throughput.Meter(plan, {}, None, torch.device("cpu"))
+    meter = throughput.ThroughputMeter(plan, {}, None, torch.device("cpu"))
     meter.step_begins()
     assert list(meter.waiting(slow())) == [0, 1, 2]
     time.sleep(0.15)
     meter.step_ends()
-    assert 0.3 < meter.read(OneRank(), 10)["data_wait_share"] < 0.7
+    assert 0.3 < meter.read(OneRank(), 10)["data_wait_fraction"] < 0.7
 
 
 def test_host_memory_is_this_process():
     plan = plans.make(loader.load("tiny"), Topology(gpus=0, processes=1))
-    meter = throughput.Meter(plan, {}, None, torch.device("cpu"))
+    meter = throughput.ThroughputMeter(plan, {}, None, torch.device("cpu"))
     meter.step_begins()
     meter.step_ends()
     pages = int(Path(f"/proc/{os.getpid()}/statm").read_text().split()[1])

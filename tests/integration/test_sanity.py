@@ -13,12 +13,12 @@ from sft_recipes.config import loader
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Topology
 from sft_recipes.runtime import env
-from sft_recipes.runtime.run_dir import RunFolder, write_json
+from sft_recipes.runtime.run_dir import RunDir, write_json
 from sft_recipes.sanity import checks, reload_worker, trial, worker
 from sft_recipes.training import stop_signal
-from sft_recipes.training.trainer import ResponseTrainer
+from sft_recipes.training.trainer import RecipeTrainer
 
-FEW_ANSWERS = ("answers.show=2", "answers.exact_match=0", "answers.max_new_tokens=4")
+FEW_ANSWERS = ("generation.show=2", "generation.exact_match=0", "generation.max_new_tokens=4")
 CHECKS = [
     "rows and masks", "first loss", "loss falls", "numbers", "gradient norm", "peak memory", "evaluation", "answers",
     "checkpoint",
@@ -58,7 +58,7 @@ def test_the_trial_leaves_no_trace_in_the_run(short_run, tracked_run):
 
 def test_the_forecast_is_what_the_steps_took(monkeypatch):
     plan = dataclasses.replace(
-        plans.make(loader.load("8b"), Topology(gpus=8, processes=8, card="h100-80g")),
+        plans.make(loader.load("8b"), Topology(gpus=8, processes=8, gpu_type="h100-80g")),
         optimizer_steps=1001, gradient_accumulation_steps=4,
     )  # fmt: skip
     figures = {
@@ -69,9 +69,7 @@ def test_the_forecast_is_what_the_steps_took(monkeypatch):
     forecast = trial.measured_forecast(plan, figures)
     evaluations, saves = 2, 1  # every 1000 and every 2000 steps, and the last
     models = (
-        (evaluations + 2)
-        * plans.load_of(plan, plan.sections["model"]["architecture"]).trained_bytes
-        / plan.checkpoint_bytes
+        (evaluations + 2) * plans.load_of(plan, plan.sections.model.architecture).trained_bytes / plan.checkpoint_bytes
     )
     seconds = 1001 * 3.0 * 2 + evaluations * 1000 * 0.01 + (saves + models) * 60.0
     assert forecast["seconds"] == pytest.approx(seconds, abs=0.1)
@@ -117,8 +115,8 @@ def carried_out(tmp_path, planned, prepared, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     found = []
     for program, folder in (
-        (worker.carry_out, RunFolder(tmp_path)),
-        (reload_worker.reload, RunFolder(tmp_path / "reload")),
+        (worker.carry_out, RunDir(tmp_path)),
+        (reload_worker.reload, RunDir(tmp_path / "reload")),
     ):
         folder.path.mkdir(exist_ok=True)
         plans.write(planned, folder.plan)
@@ -159,11 +157,11 @@ def test_a_trial_whose_ranks_agreed_to_stop_has_no_verdict(tmp_path, trial_of_fe
     """As where a rank gets the signal that its launcher does not: the steps that it took are no healthy trial's."""
     seen = {"steps": 0}
     monkeypatch.setattr(stop_signal, "asked", lambda: seen["steps"] >= at)
-    step = ResponseTrainer.training_step
+    step = RecipeTrainer.training_step
     monkeypatch.setattr(
-        ResponseTrainer, "training_step", lambda *a, **k: seen.update(steps=seen["steps"] + 1) or step(*a, **k)
+        RecipeTrainer, "training_step", lambda *a, **k: seen.update(steps=seen["steps"] + 1) or step(*a, **k)
     )
-    with pytest.raises(worker.AskedToStopError):
+    with pytest.raises(worker.StopRequestedError):
         carried_out(tmp_path, *trial_of_few_rows, monkeypatch)
 
 
@@ -211,7 +209,7 @@ def test_answers_are_skipped_where_the_unsharded_model_does_not_fit(tmp_path, tr
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", runs_out)
     state = worker.TrialState(losses=[], ends_of_turn=[1], better_than_chance=True)
-    check = reload_worker.saved_answers_are_text(trial_of_few_rows[0], RunFolder(tmp_path), state)
+    check = reload_worker.saved_answers_are_text(trial_of_few_rows[0], RunDir(tmp_path), state)
     assert check.passed is None and "does not fit: rank 0 ran out of memory" in check.said
 
 
@@ -303,13 +301,17 @@ def test_another_weight_file_in_the_same_folder_is_another_plan(tmp_path):
     ("rate", "factor", "said"),
     [
         (2e-5, 2, "trainer.learning_rate=4.0e-5"),
-        (5e-5, 2, "trainer.learning_rate=1.0e-4 outside_range=[learning_rate] (row 7-13b wants 1e-05 to 5e-05)"),
-        (1e-5, 1 / 3, "trainer.learning_rate=3.3e-6 outside_range=[learning_rate] (row 7-13b wants 1e-05 to 5e-05)"),
+        (5e-5, 2, "trainer.learning_rate=1.0e-4 allow_out_of_range=[learning_rate] (row 7-13b wants 1e-05 to 5e-05)"),
+        (
+            1e-5,
+            1 / 3,
+            "trainer.learning_rate=3.3e-6 allow_out_of_range=[learning_rate] (row 7-13b wants 1e-05 to 5e-05)",
+        ),
         (2e-3, 2, "row 7-13b starts from trainer.learning_rate=2.0e-5"),
     ],
 )
 def test_another_rate_is_advised_with_what_lets_it_pass(rate, factor, said):
-    plan = plans.make(loader.load("8b"), Topology(gpus=8, processes=8, card="h100-80g"))
+    plan = plans.make(loader.load("8b"), Topology(gpus=8, processes=8, gpu_type="h100-80g"))
     assert checks.another_rate(dataclasses.replace(plan, learning_rate=rate), factor) == said
 
 
@@ -332,7 +334,7 @@ def test_random_weights_are_told_from_trained_ones_by_chance(loss, knows):
 
 def test_the_trial_keeps_its_own_evaluations_whatever_the_recipe_delays():
     plan = plans.make(loader.load("tiny", ["trainer.eval_delay=500"]), Topology(gpus=0, processes=1))
-    assert "eval_delay" not in trial.of(dataclasses.replace(plan, rows=100)).sections["trainer"]
+    assert "eval_delay" not in trial.of(dataclasses.replace(plan, rows=100)).sections.trainer
 
 
 def test_a_trial_that_was_killed_is_cleared_away_and_a_living_one_is_not(tmp_path):
@@ -341,7 +343,7 @@ def test_a_trial_that_was_killed_is_cleared_away_and_a_living_one_is_not(tmp_pat
     for name in ("trial-dead", "trial-alive"):
         (tmp_path / name / "checkpoint-10").mkdir(parents=True)
     (tmp_path / "receipt.json").write_text("{}")
-    with run_lock.held(RunFolder(tmp_path / "trial-alive")):
+    with run_lock.held(RunDir(tmp_path / "trial-alive")):
         sanity_check._forget_what_was_killed(tmp_path)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["receipt.json", "trial-alive"]
 

@@ -18,8 +18,8 @@ from helpers.workplace import REPOSITORY
 
 from sft_recipes.config import loader
 from sft_recipes.launch import network, node_launchers, process_group, ranks, slurm, topology
-from sft_recipes.launch.node_launchers import Peers
-from sft_recipes.launch.process_group import Asked
+from sft_recipes.launch.node_launchers import NodeLaunchers
+from sft_recipes.launch.process_group import StopRequest
 from sft_recipes.launch.run_selection import Start
 from sft_recipes.launch.topology import Allocation, first_host, from_slurm
 from sft_recipes.planner import plan as plans
@@ -27,7 +27,7 @@ from sft_recipes.planner import save_time
 from sft_recipes.runtime import cuda
 from sft_recipes.runtime.errors import UserError
 from sft_recipes.runtime.heartbeat import ASKING
-from sft_recipes.runtime.run_dir import RunFolder, runs_root
+from sft_recipes.runtime.run_dir import RunDir, runs_root
 
 STEP = {
     "SLURM_JOB_ID": "70123",
@@ -116,7 +116,7 @@ def test_a_step_of_another_shape_is_refused(wrong: Mapping[str, str], said: str)
     ],
 )
 def test_an_allocation_that_is_not_what_was_asked_for_is_refused(asked: dict[str, object], said: str) -> None:
-    given = {"gpus": None, "processes": None, "nodes": None, "card": None, "devices": None, **asked}
+    given = {"gpus": None, "processes": None, "nodes": None, "gpu_type": None, "devices": None, **asked}
     with pytest.raises(UserError, match=said):
         topology.present(loader.load("70b"), **given, allocation=from_slurm(STEP))  # type: ignore[arg-type]
 
@@ -158,14 +158,14 @@ def shown(script: str, *words: str, **variables: str) -> subprocess.CompletedPro
 
 def test_a_dry_run_shows_what_the_job_asks_for_and_what_runs_on_each_node(tmp_path: Path) -> None:
     hostile = "a b'$(touch here)\""
-    done = shown("70b", "trainer.learning_rate=1.0e-5", f"model.name_or_path={hostile}", DATA=hostile, ACCEPT="x")
+    done = shown("70b", "trainer.learning_rate=1.0e-5", f"model.name_or_path={hostile}", DATA=hostile, ALLOW_CHANGE="x")
     assert done.returncode == 0, done.stderr
     asked, _, command = done.stdout.splitlines()
     assert asked.startswith("sbatch --job-name=sft-70b --nodes=4 --ntasks-per-node=1 --gpus-per-node=8 --exclusive")
     words = shlex.split(command)
     assert words[:3] == ["srun", "--kill-on-bad-exit=1", "--export=ALL"]
     assert words[words.index("-m") :] == [
-        "-m", "sft_recipes", "train", "70b", "--name", "70b-JOBID", "--accept", "x", f"data.train={hostile}",
+        "-m", "sft_recipes", "train", "70b", "--name", "70b-JOBID", "--allow-change", "x", f"data.train={hostile}",
         "trainer.learning_rate=1.0e-5", f"model.name_or_path={hostile}",
     ]  # fmt: skip
 
@@ -255,7 +255,7 @@ def test_a_node_that_refuses_its_input_leaves_word_for_the_job(tmp_path: Path) -
 
 def test_a_job_is_started_three_times_without_progress_and_no_more(tmp_path: Path, monkeypatch) -> None:
     plan = plans.make(loader.load("tiny"), topology.planned(loader.load("tiny"), None, None, None, None))
-    folder = RunFolder(tmp_path / "one")
+    folder = RunDir(tmp_path / "one")
     start = Start(folder, plan, goes_on=False)
     assert [slurm.exhausted(start) for _ in range(5)] == [None] * 5  # no job
     for name, value in {**STEP, "RUNS_DIR": str(tmp_path)}.items():
@@ -270,23 +270,25 @@ def test_a_job_is_started_three_times_without_progress_and_no_more(tmp_path: Pat
     (folder.checkpoint(5) / "complete.json").write_text('{"run_id": ""}')
     assert slurm.exhausted(start) is None  # it has come further
     monkeypatch.setenv("SLURM_JOB_ID", "70124")
-    assert slurm.exhausted(Start(RunFolder(tmp_path / "two"), plan, goes_on=False)) is None
+    assert slurm.exhausted(Start(RunDir(tmp_path / "two"), plan, goes_on=False)) is None
 
 
 @pytest.fixture
-def two(tmp_path: Path, monkeypatch) -> tuple[Peers, Peers]:
+def two(tmp_path: Path, monkeypatch) -> tuple[NodeLaunchers, NodeLaunchers]:
     """The parents of two nodes that have met."""
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
     monkeypatch.setattr(node_launchers, "_SECONDS_TO_MEET", 120.0)
-    leader, follower = Peers(allocation(0)), Peers(allocation(1))
-    other = threading.Thread(target=follower.meet, args=[{"cores": 4}, Asked()])
+    leader, follower = NodeLaunchers(allocation(0)), NodeLaunchers(allocation(1))
+    other = threading.Thread(target=follower.meet, args=[{"cores": 4}, StopRequest()])
     other.start()
-    leader.meet({"cores": 8}, Asked())
+    leader.meet({"cores": 8}, StopRequest())
     other.join()
     return leader, follower
 
 
-def test_parents_show_each_other_what_they_have_and_whether_they_reach_node_0(two: tuple[Peers, Peers]) -> None:
+def test_parents_show_each_other_what_they_have_and_whether_they_reach_node_0(
+    two: tuple[NodeLaunchers, NodeLaunchers],
+) -> None:
     leader, follower = two
     assert leader.told(1) == {**leader.told(1), "node": "node2", "hello": {"cores": 4}}
     assert "127.0.0.1" in leader.told(1)["reaches"] and "no.such.host.invalid" not in leader.told(1)["reaches"]
@@ -296,7 +298,7 @@ def test_parents_show_each_other_what_they_have_and_whether_they_reach_node_0(tw
     assert (runs_root() / ".jobs" / "1").stat().st_mode & 0o077 == 0
 
 
-def test_an_order_is_heard_once_and_its_end_is_told(two: tuple[Peers, Peers]) -> None:
+def test_an_order_is_heard_once_and_its_end_is_told(two: tuple[NodeLaunchers, NodeLaunchers]) -> None:
     leader, follower = two
     order = leader.order("run", Path("plan.json"), 15001)
     follower.look(at_once=True)
@@ -323,7 +325,9 @@ def test_a_stop_that_was_asked_for_says_how_an_order_ended_before_an_end_that_no
     assert node_launchers.first_fault([ended[0], ended[2]])["code"] == 1
 
 
-def test_a_parent_that_falls_silent_is_missed_and_one_that_leaves_is_not(two: tuple[Peers, Peers], monkeypatch) -> None:
+def test_a_parent_that_falls_silent_is_missed_and_one_that_leaves_is_not(
+    two: tuple[NodeLaunchers, NodeLaunchers], monkeypatch
+) -> None:
     leader, follower = two
     monkeypatch.setattr(node_launchers, "SECONDS_OF_SILENCE", 0.5)
     monkeypatch.setattr(node_launchers, "_SECONDS_BETWEEN_LOOKS", 0.1)
@@ -337,7 +341,7 @@ def test_a_parent_that_falls_silent_is_missed_and_one_that_leaves_is_not(two: tu
 
 
 def test_a_node_that_is_lost_is_named_and_the_job_started_again(
-    two: tuple[Peers, Peers], tmp_path: Path, monkeypatch
+    two: tuple[NodeLaunchers, NodeLaunchers], tmp_path: Path, monkeypatch
 ) -> None:
     leader, follower = two
     monkeypatch.setenv("SFT_RECIPES_REQUEUE", str(tmp_path / "requeue"))
@@ -349,7 +353,7 @@ def test_a_node_that_is_lost_is_named_and_the_job_started_again(
     assert not follower.misses_its_leader()
 
 
-def test_who_has_said_that_it_leaves_is_ended_by_no_signal(two: tuple[Peers, Peers]) -> None:
+def test_who_has_said_that_it_leaves_is_ended_by_no_signal(two: tuple[NodeLaunchers, NodeLaunchers]) -> None:
     """Slurm would take the signal for how the job ended."""
     follower, before = two[1], {number: signal.getsignal(number) for number in ASKING}
     try:
@@ -369,10 +373,10 @@ def test_who_is_asked_to_stop_does_not_wait_for_the_others(
 ) -> None:
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
     monkeypatch.setattr(node_launchers, "_SECONDS_IN_SILENCE", 0.0)
-    asked = Asked()
+    asked = StopRequest()
     threading.Timer(0.5, asked.numbers.append, [signal.SIGUSR1]).start()
     with pytest.raises(process_group.StoppedError):
-        Peers(allocation(0)).meet({}, asked)
+        NodeLaunchers(allocation(0)).meet({}, asked)
     assert "waiting for node 1 of the job to show itself in" in capsys.readouterr().out
 
 
@@ -380,7 +384,7 @@ def test_a_node_that_is_not_there_is_told_of(tmp_path: Path, monkeypatch) -> Non
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
     monkeypatch.setattr(node_launchers, "_SECONDS_TO_MEET", 0.3)
     with pytest.raises(UserError, match="RUNS_DIR: node2 sees nothing in .* of node 0 of job 1 within"):
-        Peers(allocation(1)).meet({}, Asked())
+        NodeLaunchers(allocation(1)).meet({}, StopRequest())
 
 
 @pytest.mark.parametrize(
@@ -392,7 +396,7 @@ def test_a_node_that_is_not_there_is_told_of(tmp_path: Path, monkeypatch) -> Non
     ],
 )
 def test_a_node_that_is_not_fit_is_named_with_the_way_to_leave_it_out(
-    has: dict[str, object], said: str, two: tuple[Peers, Peers], capsys: pytest.CaptureFixture[str]
+    has: dict[str, object], said: str, two: tuple[NodeLaunchers, NodeLaunchers], capsys: pytest.CaptureFixture[str]
 ) -> None:
     leader, follower = two
     fit = {"cores": 8, "cores_of_all": 8, "gpus": [], "room": 2**40}
@@ -411,7 +415,7 @@ def test_a_node_that_is_not_fit_is_named_with_the_way_to_leave_it_out(
     ("nodes", "ends"), [((1,), "or leave it out: sbatch --exclude=node2"), ((0, 1), "docker/README.md")]
 )
 def test_nodes_without_cuda_end_the_job_with_the_cause(
-    nodes: tuple[int, ...], ends: str, two: tuple[Peers, Peers], capsys: pytest.CaptureFixture[str]
+    nodes: tuple[int, ...], ends: str, two: tuple[NodeLaunchers, NodeLaunchers], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With exit code 2: no step was taken, and what is installed is wrong."""
     fit = {"cores": 8, "cores_of_all": 8, "room": 2**40, "gpus": [{"id": str(n), "used": 4.0} for n in range(8)]}
@@ -438,7 +442,7 @@ def test_where_no_node_reaches_node_0_that_one_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
-    leader, *others = (Peers(allocation(rank, 3)) for rank in range(3))
+    leader, *others = (NodeLaunchers(allocation(rank, 3)) for rank in range(3))
     leader.folder.mkdir(parents=True)
     for one in (leader, *others):
         fit = {"cores": 8, "cores_of_all": 8, "gpus": [], "room": 2**40}
@@ -450,12 +454,14 @@ def test_where_no_node_reaches_node_0_that_one_is_named(
     assert "no node reaches node1: name an address of it that they do reach" in capsys.readouterr().err
 
 
-def test_a_node_that_does_not_see_the_model_says_so(two: tuple[Peers, Peers], tmp_path: Path, monkeypatch) -> None:
+def test_a_node_that_does_not_see_the_model_says_so(
+    two: tuple[NodeLaunchers, NodeLaunchers], tmp_path: Path, monkeypatch
+) -> None:
     leader, follower = two
     monkeypatch.setattr(ranks, "_SECONDS_TO_SEE", 0.2)
     order = leader.order("run", tmp_path / "one" / "plan.json", 15001)
     follower.look(at_once=True)
-    other = threading.Thread(target=ranks.follow, args=[follower, Asked()])
+    other = threading.Thread(target=ranks.follow, args=[follower, StopRequest()])
     other.start()
     leader.report(order, {"code": 0, "fault": None, "by_user": False, "came_of_others": False})
     ended = ranks._together(order, leader)

@@ -23,7 +23,7 @@ from sft_recipes.runtime import library_imports, run_dir
 
 def test_a_runs_folder_holds_what_is_promised(short_run):
     promised = [
-        "plan.json", "manifest.json", "metrics.jsonl", "log.txt", "sft_config.json", "accelerate.yaml", "answers.json",
+        "plan.json", "manifest.json", "metrics.jsonl", "log.txt", "sft_config.json", "accelerate.yaml", "generations.json",
         "outcome.json", "final", "last", "best-4", "best-8", "checkpoint-4", "checkpoint-8",
     ]  # fmt: skip
     assert [name for name in promised if not (short_run / name).exists()] == []
@@ -89,7 +89,7 @@ def test_a_name_that_holds_another_plan_is_refused_with_what_differs(shared_work
     assert done.returncode == 2
     assert "short is finished, and had another plan" in done.stderr and "learning_rate" in done.stderr
     assert "-> 0.001" in done.stderr and "NAME=" in done.stderr
-    assert "ACCEPT" not in done.stderr, "nothing is left to go on with"
+    assert "ALLOW_CHANGE" not in done.stderr, "nothing is left to go on with"
     assert manifest(short_run)["state"] == "finished"
 
 
@@ -167,7 +167,7 @@ LONGER = [word.replace("max_steps=8", "max_steps=24").replace("eval_steps=4", "e
 
 def test_a_run_whose_terminal_is_closed_goes_on_and_ends_with_the_same_weights(shared_workplace, few_rows):
     """Though files beside its checkpoint were harmed meanwhile. What a kill costs: tests/chaos."""
-    words = ["tiny", f"data.train={few_rows}", *LONGER, "trainer.max_length=128", "answers.show=0"]
+    words = ["tiny", f"data.train={few_rows}", *LONGER, "trainer.max_length=128", "generation.show=0"]
     whole = shared_workplace.trained_once("straight", *words[1:])
     run = shared_workplace.runs / "interrupted"
     process = subprocess.Popen(
@@ -182,8 +182,8 @@ def test_a_run_whose_terminal_is_closed_goes_on_and_ends_with_the_same_weights(s
     assert not any(str(run / "plan.json").encode() in command for _, command in commands()), "a process of it is left"
     assert not (run / "final").exists()
     os.truncate(run / "plan.json", 700)
-    os.truncate(run / "answers.json", 0)
-    for name in ("proof.jsonl", "metrics.jsonl"):
+    os.truncate(run / "generations.json", 0)
+    for name in ("integrity.jsonl", "metrics.jsonl"):
         with (run / name).open("ab") as file:
             file.write(b"\x00\xff no line\n")
     again = shared_workplace.sft("train", *words, "--name", run.name)
@@ -259,7 +259,7 @@ def test_the_three_best_are_kept_and_the_earlier_of_equals_wins(tmp_path):
     from sft_recipes.training.checkpoint import checkpoint_format, retention
 
     losses = {4: 3.0, 8: 1.0, 12: 2.0, 16: 1.0, 20: 5.0}
-    folder, said = run_dir.RunFolder(tmp_path), []
+    folder, said = run_dir.RunDir(tmp_path), []
     for step in losses:
         folder.best(step).mkdir()
         (folder.best(step) / "model.safetensors").write_bytes(b"weights")

@@ -9,7 +9,7 @@ import torch
 from sft_recipes.launch import run_lock
 from sft_recipes.planner import plan as plans
 from sft_recipes.runtime.errors import UserError
-from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.tools import verify_resume
 from sft_recipes.tools.verify_resume import Replay
 from sft_recipes.training.checkpoint import checkpoint_format
@@ -47,8 +47,8 @@ def test_a_finished_run_is_shown_to_resume_exactly_however_python_ends(shared_wo
 
 def test_a_run_of_several_nodes_is_tried_on_as_many(short_run, tmp_path):
     """What becomes of it there: tests/slurm."""
-    folder = RunFolder(tmp_path)
-    plans.write(dataclasses.replace(plans.read(RunFolder(short_run).plan), nodes=2), folder.plan)
+    folder = RunDir(tmp_path)
+    plans.write(dataclasses.replace(plans.read(RunDir(short_run).plan), nodes=2), folder.plan)
     with pytest.raises(UserError, match="was trained on 2 nodes.*here there are 1: salloc --nodes=2"):
         verify_resume.carry_out(folder, print)
 
@@ -58,7 +58,7 @@ def test_an_optimizer_that_is_not_the_one_that_was_saved_is_found_though_its_che
 ):
     run = shared_workplace.runs / "altered"
     shutil.copytree(short_run, run, ignore=shutil.ignore_patterns(".lock"))
-    altered = RunFolder(run).checkpoint(4)
+    altered = RunDir(run).checkpoint(4)
     state = torch.load(altered / "optimizer.pt", weights_only=True)
     momentum = state["state"][0]["exp_avg"].view(-1)
     momentum[momentum.abs().argmax()] *= 2  # one bit
@@ -76,13 +76,13 @@ def test_an_optimizer_that_is_not_the_one_that_was_saved_is_found_though_its_che
 def test_a_run_that_is_being_carried_out_is_left_alone(shared_workplace, short_run):
     run = shared_workplace.runs / "held"
     shutil.copytree(short_run, run, ignore=shutil.ignore_patterns(".lock"))
-    with run_lock.held(RunFolder(run)):
+    with run_lock.held(RunDir(run)):
         done = shared_workplace.sft("verify-resume", run.name)
     assert (done.returncode, done.stdout) == (2, "") and "is being carried out by" in done.stderr
 
 
 def test_the_newest_checkpoint_with_a_recorded_step_behind_it_comes_first(tmp_path):
-    folder, recorded = RunFolder(tmp_path), {step: {} for step in (4, 5, 6, 7, 8, 9, 11, 12)}
+    folder, recorded = RunDir(tmp_path), {step: {} for step in (4, 5, 6, 7, 8, 9, 11, 12)}
     with pytest.raises(UserError, match="holds no checkpoint to resume from"):
         verify_resume._candidates(folder, recorded)
     for step in (4, 8, 10, 12):

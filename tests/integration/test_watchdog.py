@@ -28,16 +28,16 @@ from sft_recipes.planner import plan as plans
 from sft_recipes.planner import save_time
 from sft_recipes.runtime import heartbeat, run_dir
 from sft_recipes.runtime.errors import UserError
-from sft_recipes.runtime.heartbeat import Failure, Pulse
-from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.runtime.heartbeat import Failure, Heartbeat
+from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.training import rank_heartbeat
 from sft_recipes.training.deepspeed_ops import HeldByTheKernel
 
 STEPS = 30
 SMALL = (
-    "batch.effective_batch_size=8", "batch.per_device_at_most=4",
+    "batch.effective_batch_size=8", "batch.max_per_device_batch_size=4",
     f"trainer.max_steps={STEPS}", f"trainer.eval_steps={STEPS}", "trainer.save_steps=8", "trainer.logging_steps=10",
-    "trainer.max_length=256", "trainer.packing=false", "answers.show=0", "answers.exact_match=0",
+    "trainer.max_length=256", "trainer.packing=false", "generation.show=0", "generation.exact_match=0",
 )  # fmt: skip
 
 # What a rank does to itself at a step, planted where Python looks before it runs anything.
@@ -65,7 +65,7 @@ class Run:
     """A start of a run as a process, with what it says."""
 
     def __init__(self, workplace, name, *arguments, **variables):
-        self.folder = RunFolder(workplace.runs / name)
+        self.folder = RunDir(workplace.runs / name)
         self.said = workplace.path / f"{name}.txt"
         with self.said.open("w") as said:
             self.process = subprocess.Popen(
@@ -109,12 +109,12 @@ class Run:
         return line
 
     def stopped(self):
-        """Asked to stop, it saved one step on all ranks and left with 75; the step."""
+        """StopRequest to stop, it saved one step on all ranks and left with 75; the step."""
         said = self.ends(75)
         step = manifest(self.folder.path)["steps"]
         assert f"stopped at step {step}, saved" in said
         assert manifest(self.folder.path)["state"] == "stopped"
-        assert self.folder.newest_whole() == step and not self.folder.final.exists()
+        assert self.folder.latest_complete() == step and not self.folder.final.exists()
         return step
 
 
@@ -152,18 +152,18 @@ def test_two_ranks_killed_asked_to_stop_and_halted_end_with_the_weights_of_an_un
         os.kill(there[rank], signal.SIGTERM) if heartbeat.state(there[rank]) else None
     stopped = run.stopped()
 
-    run = start("interrupted-2", 2, "guards.hang_seconds=5")
+    run = start("interrupted-2", 2, "monitor.heartbeat_timeout_seconds=5")
     os.kill(run.at(stopped + 2, 2)[1], signal.SIGSTOP)
     line = run.error(1)
     assert "rank 1 on " in line and "hangs in step " in line and "it is stopped by a signal" in line
     assert "rank 0" not in line
-    (written,) = run.folder.stacks.glob("*-0.txt")
-    assert "most recent call first" in written.read_text() and str(run.folder.stacks) in line
+    (written,) = run.folder.stack_traces.glob("*-0.txt")
+    assert "most recent call first" in written.read_text() and str(run.folder.stack_traces) in line
 
     start("interrupted-2", 2).ends(0)
     ours, theirs = (load_file(one.folder.last / "model.safetensors") for one in (run, straight))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert not run.folder.stacks.exists(), "of an earlier start"
+    assert not run.folder.stack_traces.exists(), "of an earlier start"
 
 
 def test_three_starts_without_progress_are_the_last_until_the_user_insists(start):
@@ -212,7 +212,7 @@ LIMITS = Limits(hang=10.0, save=100.0)
 
 
 def seen(rank=0, step=5, doing="step", moves=3, still=0.0, longest=0.0, state="S", alive=0.0, failed_at=None):
-    at = Pulse(rank, 1000 + rank, step, doing, moves, 0.0, longest)
+    at = Heartbeat(rank, 1000 + rank, step, doing, moves, 0.0, longest)
     failure = None if failed_at is None else Failure(rank, 1000 + rank, step, "ValueError", "odd", failed_at, False)
     return Seen(at, state, still, alive, failure)
 
@@ -283,10 +283,10 @@ def test_the_rank_that_ended_first_is_named_and_not_the_one_that_lost_its_peer()
     ],
 )
 def test_of_ranks_that_ended_before_they_heard_signals_the_one_that_nobody_asked_is_named(tmp_path, codes, code, said):
-    folder = RunFolder(tmp_path)
+    folder = RunDir(tmp_path)
     plan = plans.make(loader.load("tiny"), plans.Topology(gpus=0, processes=2))
     heartbeat.leave_exit_codes(folder.ranks, codes)
-    ended = watchdog.Watch(folder, plan, 0.0).ended(1, False)
+    ended = watchdog.Watchdog(folder, plan, 0.0).ended(1, False)
     assert ended.code == code and re.search(said or "^None$", str(ended.fault))
 
 
@@ -298,7 +298,7 @@ def test_a_data_workers_own_error_is_what_is_said(tmp_path, monkeypatch):
         def __getitem__(self, index):
             raise ValueError(f"row {index} is odd")
 
-    folder = RunFolder(tmp_path)
+    folder = RunDir(tmp_path)
     monkeypatch.setattr(rank_heartbeat, "_pen", None)
     rank_heartbeat.begin(folder, 3)
     rank_heartbeat.moved(7, "step")
@@ -348,14 +348,16 @@ def test_a_data_worker_is_ended_by_its_rank_and_by_nobody_else():
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_command_that_slurm_ends_beside_its_parent_was_asked_to_stop(number):
     command_itself = ["bash", "-c", f"kill -{number} $$"]
-    assert process_group.run(command_itself, os.environ, process_group.Asked()) == watchdog.Ended(run_dir.EXIT_STOPPED)
+    assert process_group.run(command_itself, os.environ, process_group.StopRequest()) == watchdog.Ended(
+        run_dir.EXIT_STOPPED
+    )
     its_child = ["bash", "-c", f"kill -{number} $PPID; exit 1"]
     with process_group.listening() as asked:
         assert process_group.run(its_child, os.environ, asked) == watchdog.Ended(run_dir.EXIT_STOPPED)
 
 
 def test_a_pulse_is_written_over_in_place_and_taken_away_at_a_good_end(tmp_path, monkeypatch):
-    folder = RunFolder(tmp_path)
+    folder = RunDir(tmp_path)
     monkeypatch.setattr(rank_heartbeat, "_pen", None)
     rank_heartbeat.moved(1, "step")  # nobody watches
     rank_heartbeat.begin(folder, 0)
@@ -367,18 +369,18 @@ def test_a_pulse_is_written_over_in_place_and_taken_away_at_a_good_end(tmp_path,
     assert 0 <= now.longest < HANG_SECONDS
     with rank_heartbeat.until_it_ends():
         pass
-    assert heartbeat.pulses(folder.ranks) == {} and list(folder.stacks.iterdir()) == []
+    assert heartbeat.pulses(folder.ranks) == {} and list(folder.stack_traces.iterdir()) == []
 
 
 def test_a_run_whose_ranks_outlived_their_parent_is_not_started_beside_them(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "_SECONDS_TO_BE_GONE", 0.5)
-    folder = RunFolder(tmp_path / "run")
+    folder = RunDir(tmp_path / "run")
     folder.ranks.mkdir(parents=True)
     left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", str(folder.plan)])
     try:
         while not Path(f"/proc/{left.pid}/cmdline").read_bytes():  # the system has not laid out its arguments yet
             time.sleep(0.01)
-        at = Pulse(1, left.pid, 5, "step", 0, 0.0, 0.0)
+        at = Heartbeat(1, left.pid, 5, "step", 0, 0.0, 0.0)
         heartbeat.place(folder.ranks, 1).write_bytes(heartbeat.to_bytes(at))
         with pytest.raises(UserError, match=f"rank 1 of an earlier start of run is still there .process {left.pid}"):
             run_lock.held(folder).__enter__()
@@ -433,7 +435,7 @@ def test_torchs_own_lock_would_still_be_left_behind():
 
 def test_a_launcher_is_given_the_time_that_a_large_save_needs(tmp_path, monkeypatch):
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
-    plan = plans.make(loader.load("70b"), plans.Topology(gpus=32, processes=32, nodes=4, card="h100-80g"))
+    plan = plans.make(loader.load("70b"), plans.Topology(gpus=32, processes=32, nodes=4, gpu_type="h100-80g"))
     by_a_slow_disk = plan.checkpoint_bytes / 4 / 500_000_000
     assert save_time.seconds_at_most(plan) == by_a_slow_disk > 120
     assert "assumed until a sanity run measures it" in save_time.said(plan)
@@ -453,7 +455,7 @@ def test_a_launcher_is_given_the_time_that_a_large_save_needs(tmp_path, monkeypa
 
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
 def test_ranks_on_gpus_get_expandable_segments_unless_the_user_chose(name):
-    plan = plans.make(loader.load("8b"), plans.Topology(gpus=8, processes=8, card="h100-80g"))
+    plan = plans.make(loader.load("8b"), plans.Topology(gpus=8, processes=8, gpu_type="h100-80g"))
     assert command.environment(plan, {})["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     chosen = command.environment(plan, {name: "max_split_size_mb:128"})
     assert {key: value for key, value in chosen.items() if "ALLOC_CONF" in key} == {name: "max_split_size_mb:128"}
@@ -462,7 +464,7 @@ def test_ranks_on_gpus_get_expandable_segments_unless_the_user_chose(name):
 
 
 def test_a_newer_checkpoint_begins_the_count_of_starts_anew(tmp_path):
-    folder = RunFolder(tmp_path)
+    folder = RunDir(tmp_path)
     plan = plans.make(loader.load("tiny"), plans.Topology(gpus=0, processes=1))
     again = Start(folder, plan, goes_on=True)
     for _ in range(3):
@@ -489,7 +491,7 @@ def test_openmp_threads_spin_for_a_bounded_time_unless_the_user_chose(chosen, sp
     """What the command line and every process that it starts see; without a bound, training next to one busy process on
     2 cores hardly moves (benchmarks/threads.py)."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_WAIT"))}
-    code = "import os; from sft_recipes import cli; cli.main(['list']); print(os.environ.get('GOMP_SPINCOUNT'))"
+    code = "import os; from sft_recipes import cli; cli.main(['recipes']); print(os.environ.get('GOMP_SPINCOUNT'))"
     done = subprocess.run(
         [sys.executable, "-c", code], env={**kept, **chosen}, capture_output=True, text=True, check=True
     )

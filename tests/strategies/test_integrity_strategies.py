@@ -58,7 +58,7 @@ def test_a_bit_that_flips_in_a_ranks_optimizer_is_found_there(shared_workplace, 
 
 def test_a_bit_that_flips_between_two_steps_names_one_rank_of_two(workplace, few_rows):
     line, saved = run_with_a_flip(
-        workplace, few_rows, 2, "trainer.save_steps=8", "guards.compare_ranks_every=3", before_step=4
+        workplace, few_rows, 2, "trainer.save_steps=8", "monitor.replica_check_steps=3", before_step=4
     )
     assert "between steps 3 and 4: weights changed in the memory of rank 1 on " in line
     assert saved == []

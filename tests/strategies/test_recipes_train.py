@@ -50,9 +50,9 @@ def test_the_recipe_trains_three_steps_under_its_own_engine(shared_workplace, ro
     run = shared_workplace.trained(
         name, "--name", name, "--gpus", "0", "--processes", "2", "model.name_or_path=", "model.from_scratch=true",
         f"model.architecture={json.dumps(shrunk(recipe))}", f"data.train={rows}",
-        "data.validation=embedded:validation", "data.validation_at_most=50", "trainer.max_length=256",
+        "data.validation=toy:validation", "data.max_eval_samples=50", "trainer.max_length=256",
         "trainer.max_steps=3", "trainer.logging_steps=1", "trainer.eval_steps=2", "trainer.save_steps=2",
-        "answers.show=0",
+        "generation.show=0",
     )  # fmt: skip
     plan, config = (json.loads((run / file).read_text()) for file in ("plan.json", "sft_config.json"))
     assert (plan["parallelism"], plan["method"], plan["precision"]) == (recipe.parallelism, recipe.method, "bf16")

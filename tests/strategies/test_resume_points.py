@@ -7,7 +7,7 @@ from helpers.stopped_run import stopped
 from helpers.trajectories import arguments, data, differences, follow, trained_weights
 from helpers.workplace import manifest, metrics
 
-from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.runtime.run_dir import RunDir
 
 __all__ = ["data", "follow"]  # fixtures
 NOTHING = {"loss": 0.0, "eval_loss": 0.0, "weight": 0.0}
@@ -40,13 +40,13 @@ def gone_on_with(workplace, run, step, *arguments):
 
 def test_at_an_epochs_end_and_with_data_workers_the_rows_are_the_same(shared_workplace, padded, data):
     more = words(data, "padded-10", False, f"{WORKERS}=2")
-    run = gone_on_with(shared_workplace, padded, 10, *more, "--accept", "dataloader_num_workers")
+    run = gone_on_with(shared_workplace, padded, 10, *more, "--allow-change", "dataloader_num_workers")
     assert differences(padded, run) == NOTHING
 
 
 def test_in_the_middle_of_an_epoch_of_packed_rows_with_data_workers_too(shared_workplace, packed, data):
     more = words(data, "packed-18", True, "trainer.save_steps=18", f"{WORKERS}=2")
-    run = gone_on_with(shared_workplace, packed, 18, *more, "--accept", "dataloader_num_workers")
+    run = gone_on_with(shared_workplace, packed, 18, *more, "--allow-change", "dataloader_num_workers")
     assert json.loads((run / "plan.json").read_text())["packing"] and differences(packed, run) == NOTHING
 
 
@@ -65,4 +65,4 @@ def test_a_finished_run_does_nothing(shared_workplace, padded, data):
     done = shared_workplace.sft("train", *words(data, padded.name, False))
     assert done.returncode == 0 and "is finished" in done.stdout
     assert before == {path: path.stat().st_mtime_ns for path in padded.rglob("*") if path.name != ".lock"}
-    assert RunFolder(padded).state() == "finished"
+    assert RunDir(padded).state() == "finished"

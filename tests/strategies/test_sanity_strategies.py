@@ -8,7 +8,7 @@ import sys
 import pytest
 from helpers.workplace import assert_one_trainer_at_a_time, needs_compiler, simulated_device
 
-SMALL = ("trainer.max_length=128", "answers.show=2", "answers.exact_match=0", "answers.max_new_tokens=4")
+SMALL = ("trainer.max_length=128", "generation.show=2", "generation.exact_match=0", "generation.max_new_tokens=4")
 
 
 def lines_of(done, word):
@@ -75,7 +75,7 @@ def failing(workplace, *overrides):
 
 def test_train_stops_before_it_begins_where_the_trial_fails(workplace, few_rows):
     found = failing(
-        workplace, f"data.train={few_rows}", *SMALL, "trainer.learning_rate=2.0", "outside_range=[learning_rate]"
+        workplace, f"data.train={few_rows}", *SMALL, "trainer.learning_rate=2.0", "allow_out_of_range=[learning_rate]"
     )
     assert "loss falls" in found and "the fall is -" in found["loss falls"]
 
@@ -83,7 +83,7 @@ def test_train_stops_before_it_begins_where_the_trial_fails(workplace, few_rows)
 def test_rows_longer_than_memory_allows_fail_for_memory(workplace):
     """The host's memory is the device here; a limit on the processes stands for a small one."""
     done = subprocess.run(
-        [sys.executable, "-m", "sft_recipes", "sanity", "tiny", "batch.per_device_at_most=64",
+        [sys.executable, "-m", "sft_recipes", "sanity", "tiny", "batch.max_per_device_batch_size=64",
          "batch.effective_batch_size=64", "trainer.max_length=2048", "model.attention=eager"],
         cwd=workplace.path, env=workplace.environment(SANITY=""), capture_output=True, text=True, timeout=900,
         check=False, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (7 * 2**30, 7 * 2**30)),

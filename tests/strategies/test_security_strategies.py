@@ -11,7 +11,7 @@ from helpers.pickle_bomb import plant
 from helpers.processes import Seen
 from helpers.workplace import SHORT, manifest, needs_compiler
 
-from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.training.checkpoint import checkpoint_format
 
 # What each loads with pickle (DeepSpeed's TorchCheckpointEngine), and FSDP2 with torch's weights_only.
@@ -52,8 +52,8 @@ def test_no_bomb_in_an_engines_files_goes_off(workplace, few_rows, engine):
     """Each is told by its checksum; a start takes the older checkpoint; FSDP2 runs none with a forged record either."""
     ran = workplace.path / "ran"
     words = ("--name", "bombed", "--gpus", "0", "--processes", "2", f"parallelism={engine}", *SHORT)
-    words += (f"data.train={few_rows}", "data.validation=", "answers.show=0", "answers.exact_match=0")
-    run = RunFolder(workplace.trained("tiny", *words))
+    words += (f"data.train={few_rows}", "data.validation=", "generation.show=0", "generation.exact_match=0")
+    run = RunDir(workplace.trained("tiny", *words))
     keep = workplace.path / "keep"
     shutil.copytree(run.path, keep)
 

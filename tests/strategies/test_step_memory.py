@@ -17,7 +17,7 @@ CASES = {
     "1b": ("1b", 1, (), None),
     "3b": ("3b", 1, (), None),
     "8b": ("8b", 1, ("parallelism=single",), None),
-    "8b, LoRA": ("8b-lora", 1, ("batch.per_device_at_most=2",), 3),
+    "8b, LoRA": ("8b-lora", 1, ("batch.max_per_device_batch_size=2",), 3),
     "8b, FSDP2": ("8b", 8, ("parallelism=fsdp2",), 8),
 }
 ON_ONE_GPU = ("1b", "3b", "8b")
@@ -29,7 +29,7 @@ ON_ONE_GPU = ("1b", "3b", "8b")
 def test_the_peak_of_a_step_is_within_two_percent_of_the_plan(monkeypatch, name, checkpointing):
     recipe_name, gpus, overrides, layers = CASES[name]
     recipe = loader.load(recipe_name, (*overrides, f"trainer.gradient_checkpointing={checkpointing}"))
-    plan = plans.make(recipe, plans.Topology(gpus, gpus, card="h200-141g"))
+    plan = plans.make(recipe, plans.Topology(gpus, gpus, gpu_type="h200-141g"))
     architecture = dict(recipe.model.architecture)
     architecture["num_hidden_layers"] = layers or architecture["num_hidden_layers"]
     planned = memory.bytes_per_gpu(plans.load_of(plan, architecture))

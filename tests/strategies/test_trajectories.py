@@ -18,7 +18,7 @@ from helpers.workplace import HANG_SECONDS, manifest, metrics, needs_compiler
 from safetensors.torch import load_file
 
 from sft_recipes.runtime import heartbeat
-from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.runtime.run_dir import RunDir
 
 __all__ = ["data", "follow"]  # fixtures
 pytestmark = needs_compiler
@@ -105,8 +105,8 @@ def test_another_order_of_rows_is_found_out(follow):
 
 def signalled(run, process):
     """Who may be asked to stop: the parent, the launcher below it, a rank."""
-    ranks = {f"rank {rank}": one.process for rank, one in heartbeat.pulses(RunFolder(run).ranks).items()}
-    return {"parent": process.pid, "launcher": launcher_of(RunFolder(run).plan), **ranks}
+    ranks = {f"rank {rank}": one.process for rank, one in heartbeat.pulses(RunDir(run).ranks).items()}
+    return {"parent": process.pid, "launcher": launcher_of(RunDir(run).plan), **ranks}
 
 
 @pytest.mark.parametrize(

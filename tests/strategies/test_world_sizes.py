@@ -73,7 +73,7 @@ def test_a_zero_checkpoint_is_refused_by_a_start_without_deepspeed(shared_workpl
     folder = stopped(follow("zero2", 2), "refused")
     words = ("tiny", "--name", "refused", *arguments(data, "ddp", 1, False, "fp32"))
     keys = "world_size,parallelism,gradient_accumulation_steps,per_device_train_batch_size,dtypes"
-    done = shared_workplace.sft("train", *words, "--accept", keys)
+    done = shared_workplace.sft("train", *words, "--allow-change", keys)
     assert done.returncode == 2
     assert (
         "zero2 on 2 ranks" in done.stderr and "single on 1 rank" in done.stderr and "parallelism=zero2" in done.stderr

@@ -115,9 +115,9 @@ def test_a_file_that_may_not_be_read_is_refused(lie, chat, name):
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \r\n\n"], ids=["empty", "blank lines"])
-@pytest.mark.parametrize("part", ["train", "validation", "retain"])
+@pytest.mark.parametrize("part", ["train", "validation", "retention_eval"])
 def test_a_file_without_a_row_is_no_data_set(tmp_path, model_folder, write_rows, part, content):
-    files = {key: write_rows([GOOD], f"{key}.jsonl") for key in ("train", "validation", "retain")}
+    files = {key: write_rows([GOOD], f"{key}.jsonl") for key in ("train", "validation", "retention_eval")}
     files[part].write_bytes(content)
     words = [f"model.name_or_path={model_folder}", "model.from_scratch=false", "trainer.max_length=128"]
     words += [f"data.{key}={file}" for key, file in files.items()]

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from sft_recipes.runtime.run_dir import RunFolder
-from sft_recipes.training.callbacks.console import ShowProgress
+from sft_recipes.runtime.run_dir import RunDir
+from sft_recipes.training.callbacks.console import ConsoleCallback
 
 TRAINED = {"loss": 1.2345, "learning_rate": 2e-5, "grad_norm": 0.71, "tokens_per_second": 12345.6}
 EVALUATED = {"eval_loss": 1.1111, "eval_few_loss": 1.0, "eval_others_loss": 1.2}
@@ -19,7 +19,7 @@ EVALUATED = {"eval_loss": 1.1111, "eval_few_loss": 1.0, "eval_others_loss": 1.2}
 
 def follow(folder, rank_0=True):
     """Two log records, an evaluation and a warning, as the Trainer tells them."""
-    view = ShowProgress(RunFolder(folder))
+    view = ConsoleCallback(RunDir(folder))
     state = SimpleNamespace(is_world_process_zero=rank_0, global_step=0, max_steps=2000, epoch=0.0)
     view.on_train_begin(None, state, None)
     for step, logs in (

@@ -27,13 +27,13 @@ from helpers.planted_faults import (
 from helpers.simulated_runs import GIB, Simulated
 from helpers.workplace import REPOSITORY
 
-from sft_recipes.config.schema import Guards
+from sft_recipes.config.schema import Monitor
 from sft_recipes.config.sizes import scientific
 from sft_recipes.monitor.diagnose import diagnose, ruined, text, to_json
 from sft_recipes.monitor.metrics_log import read
 from sft_recipes.monitor.rules import RULES
 from sft_recipes.runtime.errors import UserError
-from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.runtime.run_dir import RunDir
 
 PAGE = REPOSITORY / "docs" / "TROUBLESHOOTING.md"
 
@@ -68,7 +68,7 @@ def one_mild_spike(run):
 
 
 def one_slow_line(run):
-    for key, odd in (("tokens_per_second", 900.0), ("data_wait_share", 0.9), ("rank_lag", 2.0)):
+    for key, odd in (("tokens_per_second", 900.0), ("data_wait_fraction", 0.9), ("rank_lag", 2.0)):
         run.change(key, lambda usual, share, odd=odd: odd if share == 0.9 else usual)
     return run
 
@@ -88,7 +88,7 @@ def large_norms_while_it_warms_up(run):
     return run.change("grad_norm", lambda norm, share: 30.0 if share <= 0.02 else norm)
 
 
-OTHER_SCHEDULES = ("outside_range=[lr_scheduler_type]",)
+OTHER_SCHEDULES = ("allow_out_of_range=[lr_scheduler_type]",)
 HEALTHY = {
     "tiny": (Simulated("tiny", steps=896, lines=36, gpu=False, ranks=False), from_scratch),
     "tiny on many lines": (Simulated("tiny", steps=2000, lines=200, noise=0.1, gpu=False, ranks=False), from_scratch),
@@ -170,13 +170,13 @@ def test_a_run_that_diverged_before_its_first_line_is_diagnosed_all_the_same(tmp
 
 
 def test_a_schedule_that_is_not_known_in_closed_form_is_not_said_to_be_looked_at(tmp_path):
-    run = Simulated("8b", overrides=("trainer.lr_scheduler_type=polynomial", "outside_range=[lr_scheduler_type]"))
+    run = Simulated("8b", overrides=("trainer.lr_scheduler_type=polynomial", "allow_out_of_range=[lr_scheduler_type]"))
     lines = text(run.change("learning_rate", lambda _, share: 1e-3).write(tmp_path), [])
     assert "schedule (scheduled_rate)" in lines[-1] and "schedule" not in lines[-2]
 
 
 def with_rate(rate, recipe="8b", **named):
-    outside = (f"trainer.learning_rate={rate}", "outside_range=[learning_rate]")
+    outside = (f"trainer.learning_rate={rate}", "allow_out_of_range=[learning_rate]")
     return Simulated(recipe, overrides=outside, **named)
 
 
@@ -211,28 +211,36 @@ def test_a_run_that_has_logged_nothing_is_refused_in_one_line(tmp_path):
     run = Simulated("8b", state="running").write(tmp_path)
     run.folder.metrics.unlink()
     with pytest.raises(UserError, match="has logged nothing yet") as refused:
-        read(RunFolder(tmp_path))
+        read(RunDir(tmp_path))
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
     ("disease", "recipe", "line"),
     [
-        (rising_for_good, "8b", "`trainer.learning_rate: 6.7e-6` (was 2.0e-5), and `outside_range: [learning_rate]`"),
+        (
+            rising_for_good,
+            "8b",
+            "`trainer.learning_rate: 6.7e-6` (was 2.0e-5), and `allow_out_of_range: [learning_rate]`",
+        ),
         (rising_for_good, "tiny", "`trainer.learning_rate: 6.7e-4` (was 2.0e-3)"),
         (exploding_gradients, "8b", "`trainer.learning_rate: 1.0e-5` (was 2.0e-5)"),
         (
             exploding_gradients,
             "1b",
-            "`trainer.learning_rate: 2.5e-5` (was 5.0e-5), and `outside_range: [learning_rate]`",
+            "`trainer.learning_rate: 2.5e-5` (was 5.0e-5), and `allow_out_of_range: [learning_rate]`",
         ),
         (exploding_gradients, "1b", "`trainer.warmup_ratio: 0.1` (was 0.05)"),
         (exploding_gradients, "70b", "`trainer.warmup_ratio: 0.05` (was 0.03)"),
         (too_low_a_rate, "8b", "`trainer.learning_rate: 4.0e-5` (was 2.0e-5)"),
-        (too_low_a_rate, "70b", "`trainer.learning_rate: 4.0e-5` (was 2.0e-5), and `outside_range: [learning_rate]`"),
+        (
+            too_low_a_rate,
+            "70b",
+            "`trainer.learning_rate: 4.0e-5` (was 2.0e-5), and `allow_out_of_range: [learning_rate]`",
+        ),
         (memorising, "8b", "`trainer.learning_rate: 1.0e-5` (was 2.0e-5)"),
         (memorising, "8b", "`trainer.num_train_epochs: 2` (was 3)"),
-        (memorising, "8b", "`trainer.weight_decay: 0.05` (was 0.01), and `outside_range: [weight_decay]`"),
+        (memorising, "8b", "`trainer.weight_decay: 0.05` (was 0.01), and `allow_out_of_range: [weight_decay]`"),
         (memorising, "1b", "`trainer.weight_decay: 0.05` (was 0.01)"),
         (forgetting, "8b", "size: lora-7-13b"),
         (slow_loader, "8b", "`trainer.dataloader_num_workers: 4` (was 0)"),
@@ -242,7 +250,7 @@ def test_a_run_that_has_logged_nothing_is_refused_in_one_line(tmp_path):
 def test_advice_is_the_recipes_line_with_its_new_value(disease, recipe, line, tmp_path):
     advice = said(diagnose(disease(Simulated(recipe, lines=200)).write(tmp_path)))
     (found,) = [given for given in advice.splitlines() if line in given]
-    assert ("outside_range" in line) == ("outside_range" in found)
+    assert ("allow_out_of_range" in line) == ("allow_out_of_range" in found)
 
 
 def test_what_is_advised_is_a_recipe_that_loads(tmp_path):
@@ -252,7 +260,7 @@ def test_what_is_advised_is_a_recipe_that_loads(tmp_path):
         for line in said(diagnose(disease(Simulated(recipe, lines=200)).write(tmp_path / str(number)))).splitlines():
             if line.startswith("`trainer.learning_rate"):
                 key, value = line.split("`")[1].split(": ")
-                outside = ["outside_range=[learning_rate]"] if "outside_range" in line else []
+                outside = ["allow_out_of_range=[learning_rate]"] if "allow_out_of_range" in line else []
                 assert loader.load(recipe, [f"{key}={value}", *outside]).trainer["learning_rate"] == float(value)
 
 
@@ -262,7 +270,7 @@ def test_overfitting_is_dated_by_the_best_step_and_says_that_it_is_kept(tmp_path
 
 
 def test_thresholds_are_the_plans(tmp_path):
-    quiet = Simulated("8b", overrides=("guards.data_wait=0.5",))
+    quiet = Simulated("8b", overrides=("monitor.data_wait=0.5",))
     assert diagnose(slow_loader(quiet).write(tmp_path)) == []
 
 
@@ -282,7 +290,7 @@ def test_a_folder_of_another_version_is_read_with_what_it_has(tmp_path):
     bare = read(run.folder)
     assert diagnose(bare) == []
     shown = "\n".join(text(bare, []))
-    assert "not judged, too few figures" in shown and "forgetting (eval_retain_loss)" in shown
+    assert "not judged, too few figures" in shown and "forgetting (eval_retention_loss)" in shown
 
 
 def test_the_text_holds_nothing_that_a_terminal_obeys(tmp_path):
@@ -311,16 +319,16 @@ HEAD = """# Troubleshooting
 
 Both read a run's folder while it trains or after, here or elsewhere. `diagnose --json` prints the findings for machines,
 and leaves with 1 where one is red. A value that is advised outside the range of the recipe's size row comes with the
-`outside_range` that lets it pass. The table is written by `tests/unit/test_diagnose.py` from the rules themselves.
+`allow_out_of_range` that lets it pass. The table is written by `tests/unit/test_diagnose.py` from the rules themselves.
 
 ## What ends a run before there is something to diagnose
 
 | what is seen | what it is | what to do |
 |---|---|---|
 | `error: …`, exit code 2 | the recipe or the data is wrong | the line says what, where, and the way out |
-| out of memory | the plan's estimate was short, or another process holds memory | `make plan` shows the parts; `batch.per_device_at_most: 1`, `trainer.gradient_checkpointing: true`, a sharded engine (`parallelism=zero3`), more GPUs, LoRA |
+| out of memory | the plan's estimate was short, or another process holds memory | `make plan` shows the parts; `batch.max_per_device_batch_size: 1`, `trainer.gradient_checkpointing: true`, a sharded engine (`parallelism=zero3`), more GPUs, LoRA |
 | `rank 1 on … was ended by SIGKILL` | the memory of the host or of its container, or a scheduler | the system's log; the same command goes on from the newest checkpoint |
-| `rank 1 on … hangs in step 7` | no rank moved for `guards.hang_seconds` | `stacks/` in the run's folder says what each rank was doing; the same command goes on; raise the guard where steps are that slow |
+| `rank 1 on … hangs in step 7` | no rank moved for `monitor.heartbeat_timeout_seconds` | `stack_traces/` in the run's folder says what each rank was doing; the same command goes on; raise the guard where steps are that slow |
 | `3 starts in a row have come no further`, exit code 4 | the same fault each time, such as one row | the line says which; mend it, then `RESUME=1` goes on |
 | no line for minutes | the first start compiles, downloads, or loads | `log.txt` in the run's folder |
 | garbled answers, a loss that falls | the loss looks at other words than meant | `make inspect` shows what it looks at |
@@ -335,7 +343,7 @@ explains is not told beside it.
 
 
 def _page():
-    defaults = dataclasses.asdict(Guards())
+    defaults = dataclasses.asdict(Monitor())
     rows = ["| sign | what is looked at | set by | what to do |", "|---|---|---|---|"]
     for rule in RULES:
         keys = [key for _, key, _, _ in string.Formatter().parse(rule.looks_at) if key]

@@ -109,8 +109,11 @@ def test_where_each_value_was_written_is_kept(written):
         (GOOD.replace("size: 7-13b\n", ""), r"size is missing"),
         (GOOD.replace("  train: some/data\n", "  validation: x\n"), r"data.train is missing"),
         (GOOD.replace("  name_or_path: some/model", "  revision: abc"), r"model.name_or_path is missing"),
-        (GOOD + "outside_range: [speed]\n", r"mine.yaml:8: outside_range names 'speed'"),
-        (GOOD + "outside_range: learning_rate\n", r"mine.yaml:8: outside_range is 'learning_rate'; wanted a list"),
+        (GOOD + "allow_out_of_range: [speed]\n", r"mine.yaml:8: allow_out_of_range names 'speed'"),
+        (
+            GOOD + "allow_out_of_range: learning_rate\n",
+            r"mine.yaml:8: allow_out_of_range is 'learning_rate'; wanted a list",
+        ),
         ("size: [7\n", r"mine.yaml:2: not YAML"),
         ("", r"mine.yaml: empty or not a mapping"),
         ("- a\n", r"mine.yaml: empty or not a mapping"),
@@ -123,7 +126,7 @@ def test_a_wrong_recipe_is_refused_with_its_file_and_line(written, text, message
 
 
 def test_a_value_outside_its_row_is_taken_where_the_recipe_says_so_on_purpose(written):
-    recipe = written(GOOD.replace("2e-5", "1e-3") + "outside_range: [learning_rate]\n")
+    recipe = written(GOOD.replace("2e-5", "1e-3") + "allow_out_of_range: [learning_rate]\n")
     assert sizes.hyperparameter(recipe, "learning_rate")[0] == 1e-3
 
 

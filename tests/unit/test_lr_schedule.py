@@ -121,7 +121,7 @@ def test_the_steps_are_the_plans_or_those_that_the_user_said():
 
 
 def test_a_plans_own_schedule_comes_first_and_options_go_where_they_are_taken():
-    linear = ("trainer.lr_scheduler_type=linear", "outside_range=[lr_scheduler_type]", "trainer.max_steps=40")
+    linear = ("trainer.lr_scheduler_type=linear", "allow_out_of_range=[lr_scheduler_type]", "trainer.max_steps=40")
     found = lr_preview.curves(
         plan_of(*linear, 'trainer.lr_scheduler_kwargs={"power": 2.0}'), ["polynomial", "cosine", "polynomial"]
     )

@@ -37,7 +37,7 @@ def test_the_plan_for_machines_carries_the_contract(workplace):
 def test_planning_never_imports_a_heavy_library():
     code = (
         "import sys; from sft_recipes.cli import main; "
-        "[main(words) for words in (['list'], ['plan', 'tiny'], ['plan', 'tiny', '--json'])]; "
+        "[main(words) for words in (['recipes'], ['plan', 'tiny'], ['plan', 'tiny', '--json'])]; "
         "heavy = {'torch', 'transformers', 'trl', 'datasets', 'accelerate', 'numpy', 'rich'} & set(sys.modules); "
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
@@ -64,7 +64,7 @@ def test_steps_and_warm_up_are_estimates_until_the_data_is_prepared():
     settled = plans.settle(plan, prepared(rows=101))
     assert settled.settled
     assert settled.steps_per_epoch == 101 // plan.effective_batch_size
-    assert settled.rows_left_out_of_an_epoch == 101 % plan.effective_batch_size
+    assert settled.dropped_rows_per_epoch == 101 % plan.effective_batch_size
     assert settled.optimizer_steps == settled.steps_per_epoch * plan.num_train_epochs
     assert settled.examples_per_step == 10 * plan.effective_batch_size
     assert settled.supervised_tokens_per_step == 50 * plan.effective_batch_size
@@ -101,11 +101,11 @@ def test_two_plans_of_one_run_differ_in_dates_and_forecasts_at_most():
 
 def test_other_data_or_another_model_takes_the_recipes_own_figures_along():
     plan = tiny("data.train=mine.jsonl")
-    assert plan.optimizer_steps is None and plan.sections["data"]["validation"] is None
+    assert plan.optimizer_steps is None and plan.sections.data.validation is None
     plan = tiny("model.from_scratch=false", "model.name_or_path=some/model")
     assert plan.parameters is None and plan.memory_bytes_per_gpu is None and plan.fits is None
     kept = tiny("data.train=mine.jsonl", "data.validation=held_out.jsonl")
-    assert kept.sections["data"]["validation"] == "held_out.jsonl"
+    assert kept.sections.data.validation == "held_out.jsonl"
 
 
 def test_explain_says_of_every_value_where_it_came_from():

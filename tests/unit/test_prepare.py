@@ -125,7 +125,7 @@ def test_more_dropped_rows_than_the_recipe_allows_are_refused(prepared):
     long_question = [{"prompt": f"{n} " + "word " * 200, "completion": "4"} for n in range(10)]
     with pytest.raises(UserError, match=r"leaves 10 of 70 rows without a token .*rows.jsonl:61\), more than .*=0.05"):
         prepared([*ROWS, *long_question], validation=HELD_OUT)
-    assert prepared([*ROWS, *long_question], "data.dropped_at_most=0.5", validation=HELD_OUT).examples == 60
+    assert prepared([*ROWS, *long_question], "data.max_dropped_fraction=0.5", validation=HELD_OUT).examples == 60
 
 
 def test_a_validation_row_that_stands_in_training_is_refused_with_both_places(prepared):
@@ -134,7 +134,7 @@ def test_a_validation_row_that_stands_in_training_is_refused_with_both_places(pr
         UserError, match=r"held_out.jsonl:5: this validation row .*rows.jsonl:8\), and so do 0 others of 5"
     ):
         prepared(ROWS, validation=[*HELD_OUT, *leaked])
-    tolerated = prepared(ROWS, "data.leaked_at_most=0.2", validation=[*HELD_OUT, *leaked])
+    tolerated = prepared(ROWS, "data.max_overlap=0.2", validation=[*HELD_OUT, *leaked])
     assert details(tolerated)["leaks"]["rows"] == 1
 
 
@@ -206,7 +206,7 @@ def test_a_base_model_learns_the_marks_of_a_template_that_are_new_to_it(prepared
 
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     plan = plans.make(loader.load("tiny", [marks]), Topology(0, 1))
-    grown = load_tokenizer(str(model_folder), str(template), False, plan.sections["model"]["add_tokens"])
+    grown = load_tokenizer(str(model_folder), str(template), False, plan.sections.model.add_tokens)
     vocabulary.fit(plan, model, grown, details(found))
     assert model.get_input_embeddings().num_embeddings == 384 == model.config.vocab_size
     assert 322 in vocabulary.stop_by_itself(model, grown, details(found))
@@ -271,7 +271,7 @@ def test_what_the_contract_refuses_is_refused_also_where_the_rows_are_found_agai
     for _ in range(2):
         with pytest.raises(UserError, match="stands in training too"):
             prepared(ROWS, validation=leaked)
-    assert prepared(ROWS, "data.leaked_at_most=0.2", validation=leaked).examples == 60
+    assert prepared(ROWS, "data.max_overlap=0.2", validation=leaked).examples == 60
 
 
 def test_counts_are_of_the_rows_that_they_stand_beside(prepared):
@@ -334,17 +334,17 @@ def test_rows_to_retain_are_prepared_as_validation_rows_are(prepared, write_rows
     from datasets import load_from_disk
 
     file = write_rows([*KNOWN, ROWS[0]], "known.jsonl")  # a row that stands in training too is no leak
-    found = prepared(ROWS, f"data.retain={file}", "trainer.packing=false", validation=HELD_OUT)
+    found = prepared(ROWS, f"data.retention_eval={file}", "trainer.packing=false", validation=HELD_OUT)
     counted = details(found)
     rows = load_from_disk(f"{found.folder}/retain")
     assert counted["retain_rows"] == len(rows) == 31
-    assert [counted["retain"][key] for key in ("name", "read", "examples", "dropped")] == ["known", 31, 31, 0]
+    assert [counted["retention_eval"][key] for key in ("name", "read", "examples", "dropped")] == ["known", 31, 31, 0]
     assert rows["source"][:] == [f"{file}:{number}" for number in range(1, 32)]
     learned = [id for id in rows[3]["labels"] if id != -100]
     assert tokenizer.decode(learned) == "City 3.<|im_end|>\n"
-    assert counted["retain"]["supervised_tokens"] == sum(id != -100 for row in rows for id in row["labels"])
+    assert counted["retention_eval"]["supervised_tokens"] == sum(id != -100 for row in rows for id in row["labels"])
     assert rows.column_names == load_from_disk(f"{found.folder}/validation").column_names
-    packed = prepared(ROWS, f"data.retain={file}", validation=HELD_OUT)
+    packed = prepared(ROWS, f"data.retention_eval={file}", validation=HELD_OUT)
     assert sum(map(len, load_from_disk(f"{packed.folder}/retain")["source"])) == 31 > details(packed)["retain_rows"]
 
 
@@ -354,22 +354,26 @@ def test_where_nothing_is_to_be_retained_nothing_is_another(prepared, write_rows
     monkeypatch.setattr(prepare, "_key", lambda *given: keys.append(given) or key_of(*given))
     without = prepared(ROWS, validation=HELD_OUT)
     assert list(keys[0][1]) == ["train", "validation"]
-    assert not {"retain", "retain_rows"} & details(without).keys()
-    assert not (prepare.Path(without.folder) / "retain").exists()
-    known = prepared(ROWS, f"data.retain={write_rows(KNOWN, 'known.jsonl')}", validation=HELD_OUT)
-    fewer = prepared(ROWS, f"data.retain={write_rows(KNOWN[1:], 'known.jsonl')}", validation=HELD_OUT)
+    assert not {"retention_eval", "retain_rows"} & details(without).keys()
+    assert not (prepare.Path(without.folder) / "retention_eval").exists()
+    known = prepared(ROWS, f"data.retention_eval={write_rows(KNOWN, 'known.jsonl')}", validation=HELD_OUT)
+    fewer = prepared(ROWS, f"data.retention_eval={write_rows(KNOWN[1:], 'known.jsonl')}", validation=HELD_OUT)
     assert len({one.folder for one in (without, known, fewer)}) == 3
     assert len({one.fingerprint for one in (without, known, fewer)}) == 3
     same = ("examples", "rows", "supervised_tokens", "tokens", "validation_rows", "notes")
     assert all(getattr(without, name) == getattr(known, name) for name in same)
     assert details(known)["train"] == details(without)["train"]
-    assert prepared(ROWS, "data.retain=", validation=HELD_OUT) == without
+    assert prepared(ROWS, "data.retention_eval=", validation=HELD_OUT) == without
 
 
 def test_no_more_rows_to_retain_are_taken_than_are_evaluated_and_the_choice_is_seeded(prepared, write_rows):
     from datasets import load_from_disk
 
-    words = (f"data.retain={write_rows(KNOWN, 'known.jsonl')}", "trainer.packing=false", "data.validation_at_most=7")
+    words = (
+        f"data.retention_eval={write_rows(KNOWN, 'known.jsonl')}",
+        "trainer.packing=false",
+        "data.max_eval_samples=7",
+    )
     found = prepared(ROWS, *words)
     places = [load_from_disk(f"{one.folder}/retain")["source"][:] for one in (
         found, prepared(ROWS, *words, "trainer.max_length=120"), prepared(ROWS, *words, "trainer.data_seed=7"),
@@ -382,12 +386,16 @@ def test_rows_to_retain_of_which_nothing_is_left_are_refused_in_one_line_and_can
     prepared, write_rows, tmp_path, model_folder
 ):
     long_questions = [{"prompt": f"{n} " + "word " * 200, "completion": "4"} for n in range(3)]
-    words = f"data.retain={write_rows(long_questions, 'known.jsonl')}"
+    words = f"data.retention_eval={write_rows(long_questions, 'known.jsonl')}"
     for _ in range(2):
-        with pytest.raises(UserError, match="^data.retain: trainer.max_length=128 leaves none of 3 rows with a token"):
+        with pytest.raises(
+            UserError, match="^data.retention_eval: trainer.max_length=128 leaves none of 3 rows with a token"
+        ):
             prepared(ROWS, words, validation=HELD_OUT)
-    some = prepared(ROWS, f"data.retain={write_rows([*long_questions, *KNOWN], 'known.jsonl')}", validation=HELD_OUT)
-    assert [details(some)["retain"][key] for key in ("read", "examples", "dropped")] == [33, 30, 3]
+    some = prepared(
+        ROWS, f"data.retention_eval={write_rows([*long_questions, *KNOWN], 'known.jsonl')}", validation=HELD_OUT
+    )
+    assert [details(some)["retention_eval"][key] for key in ("read", "examples", "dropped")] == [33, 30, 3]
     plan = plans.make(
         loader.load("tiny", [words, f"data.train={write_rows(ROWS)}", "trainer.max_length=128",
             f"model.name_or_path={model_folder}", "model.from_scratch=false"]), Topology(0, 1))  # fmt: skip
@@ -399,7 +407,7 @@ def test_rows_to_retain_of_which_nothing_is_left_are_refused_in_one_line_and_can
 def test_tokens_of_rows_to_retain_are_among_those_that_the_model_must_know(prepared, write_rows, tokenizer):
     odd = tokenizer.decode([len(tokenizer) - 1])
     largest = max(tokenizer(odd, add_special_tokens=False)["input_ids"])
-    words = f"data.retain={write_rows([{'prompt': 'x', 'completion': odd}], 'known.jsonl')}"
+    words = f"data.retention_eval={write_rows([{'prompt': 'x', 'completion': odd}], 'known.jsonl')}"
     assert details(prepared(ROWS, validation=HELD_OUT))["largest_known_token_id"] < largest
     assert details(prepared(ROWS, words, validation=HELD_OUT))["largest_known_token_id"] == largest
 
@@ -407,16 +415,18 @@ def test_tokens_of_rows_to_retain_are_among_those_that_the_model_must_know(prepa
 def test_a_source_that_is_called_as_the_rows_to_retain_are_gets_another_name(prepared, write_rows):
     found = prepared(ROWS, f"data.validation={write_rows(HELD_OUT, 'retain.jsonl')}")
     assert list(details(found)["validation_rows"]) == ["retain_2"]
-    both = prepared(ROWS, f"data.retain={write_rows(KNOWN, 'retain.jsonl')}", validation=HELD_OUT)
-    assert details(both)["retain"]["name"] == "retain" and list(details(both)["validation_rows"]) == ["held_out"]
+    both = prepared(ROWS, f"data.retention_eval={write_rows(KNOWN, 'retain.jsonl')}", validation=HELD_OUT)
+    assert details(both)["retention_eval"]["name"] == "retention_eval" and list(details(both)["validation_rows"]) == [
+        "held_out"
+    ]
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("missing.jsonl", r"^data.retain: no file or folder '.*missing.jsonl'"),
-        ("rows.txt", r"^data.retain: .*rows.txt is a .txt file; wanted .jsonl"),
-        ("empty.jsonl", r"^data.retain: .*empty.jsonl holds no rows"),
+        ("missing.jsonl", r"^data.retention_eval: no file or folder '.*missing.jsonl'"),
+        ("rows.txt", r"^data.retention_eval: .*rows.txt is a .txt file; wanted .jsonl"),
+        ("empty.jsonl", r"^data.retention_eval: .*empty.jsonl holds no rows"),
         ("bad.jsonl", r"bad.jsonl:2: a row with keys text; wanted"),
     ],
 )
@@ -425,7 +435,7 @@ def test_bad_rows_to_retain_are_refused_with_their_place(prepared, write_rows, t
     write_rows([KNOWN[0], {"text": "x"}], "bad.jsonl")
     (tmp_path / "rows.txt").write_text("x")
     with pytest.raises(UserError, match=message) as raised:
-        prepared(ROWS, f"data.retain={tmp_path / name}", validation=HELD_OUT)
+        prepared(ROWS, f"data.retention_eval={tmp_path / name}", validation=HELD_OUT)
     assert "\n" not in str(raised.value)
     assert not list((tmp_path / "store").glob("*partial*"))
 
@@ -434,14 +444,14 @@ def test_what_is_retained_is_said(prepared, write_rows):
     from sft_recipes.data import validate
 
     file = write_rows([*KNOWN, {"prompt": "Count.", "completion": "1 2 3 4 5 " * 40}], "known.jsonl")
-    plan = plans.make(loader.load("tiny", [f"data.retain={file}", "trainer.max_length=128"]), Topology(0, 1))
+    plan = plans.make(loader.load("tiny", [f"data.retention_eval={file}", "trainer.max_length=128"]), Topology(0, 1))
     assert f"retain data                  {file} " in render.plan_table(plan, explain=True)
-    assert "retain" not in render.plan_table(plans.make(loader.load("tiny"), Topology(0, 1)))
-    counted = details(prepared(ROWS, f"data.retain={file}", validation=HELD_OUT))
+    assert "retention_eval" not in render.plan_table(plans.make(loader.load("tiny"), Topology(0, 1)))
+    counted = details(prepared(ROWS, f"data.retention_eval={file}", validation=HELD_OUT))
     first, cut, *_ = prepare.announcement(plan, counted, 1.0).splitlines()
     assert "; 4 validation examples and 31 retain examples; 1.0 s" in first
     assert cut.startswith("data: 1 retain examples were longer than 128 tokens")
     (line,) = [line for line in validate.lines(counted) if line.startswith("retain ")]
     assert line.startswith("retain      known: 31 rows read, 31 kept; ")
     counted = details(prepared(ROWS, validation=HELD_OUT))
-    assert "retain" not in prepare.announcement(plan, counted, 1.0) + "".join(validate.lines(counted))
+    assert "retention_eval" not in prepare.announcement(plan, counted, 1.0) + "".join(validate.lines(counted))

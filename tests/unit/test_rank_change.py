@@ -8,13 +8,13 @@ import torch
 
 from sft_recipes.config import loader
 from sft_recipes.launch import run_selection
-from sft_recipes.launch.run_selection import Asked
+from sft_recipes.launch.run_selection import RunRequest
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner import rank_change
 from sft_recipes.planner.rank_change import Ranks
 from sft_recipes.runtime import run_dir
 from sft_recipes.runtime.errors import UserError
-from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.training.checkpoint import reshard
 
 
@@ -70,7 +70,7 @@ def test_another_batch_or_another_kind_of_device_needs_consent():
 
 
 def a_run(place, stored, *steps):
-    folder = RunFolder(place / "runs" / "one")
+    folder = RunDir(place / "runs" / "one")
     folder.path.mkdir(parents=True)
     plans.write(dataclasses.replace(stored, run_id="one"), folder.plan)
     for step in steps:
@@ -81,11 +81,11 @@ def a_run(place, stored, *steps):
 def test_a_start_with_other_ranks_goes_on_aloud_and_records_it(tmp_path, monkeypatch):
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
     a_run(tmp_path, plan("zero2", 2), 4)
-    start = run_selection.choose(plan("zero2", 4), Asked("one"), {})
+    start = run_selection.choose(plan("zero2", 4), RunRequest("one"), {})
     assert start.goes_on and start.plan.run_id == "one" and "world_size" in start.plan.accepted
     assert any("world_size 2 -> 4" in note for note in start.notes)
     with pytest.raises(UserError, match=r"learning_rate"):
-        run_selection.choose(plan("zero2", 4, "trainer.learning_rate=1e-3"), Asked("one"), {})
+        run_selection.choose(plan("zero2", 4, "trainer.learning_rate=1e-3"), RunRequest("one"), {})
 
 
 def test_no_consent_makes_one_engine_read_the_others_state(tmp_path, monkeypatch):
@@ -93,9 +93,9 @@ def test_no_consent_makes_one_engine_read_the_others_state(tmp_path, monkeypatch
     folder = a_run(tmp_path, plan("zero2", 2), 4)
     every = tuple(plans.differences(plan("zero2", 2), plan("ddp", 1)))
     with pytest.raises(UserError, match=r"zero2 on 2 ranks.*single on 1 rank.*parallelism=zero2"):
-        run_selection.choose(plan("ddp", 1), Asked("one", accept=every), {})
+        run_selection.choose(plan("ddp", 1), RunRequest("one", accept=every), {})
     folder.checkpoint(4).rmdir()
-    assert run_selection.choose(plan("ddp", 1), Asked("one", accept=every), {}).goes_on, (
+    assert run_selection.choose(plan("ddp", 1), RunRequest("one", accept=every), {}).goes_on, (
         "nothing is saved, nothing is lost"
     )
 
@@ -113,12 +113,12 @@ def test_a_plan_that_is_lost_is_that_of_the_newest_checkpoint(tmp_path, monkeypa
     stored = dataclasses.replace(plan("zero2", 2), run_id="one")
     folder = a_run(tmp_path, stored, 4, 8)
     if name is None:
-        folder = RunFolder(folder.path.rename(folder.path.with_name("tiny-1")))
+        folder = RunDir(folder.path.rename(folder.path.with_name("tiny-1")))
     harm(folder.plan)
     with pytest.raises(UserError, match=r"holds checkpoints, but its plan.json cannot be read.*NAME="):
-        run_selection.choose(plan("zero2", 2), Asked(name), {})
+        run_selection.choose(plan("zero2", 2), RunRequest(name), {})
     with_plan(folder, 4, stored)
-    start = run_selection.choose(plan("zero2", 2), Asked(name), {})
+    start = run_selection.choose(plan("zero2", 2), RunRequest(name), {})
     assert start.goes_on and start.folder == folder and start.plan.run_id == "one"
     assert "it is that of checkpoint-4 again" in start.notes[0] and plans.read(folder.plan) == stored
 
@@ -129,7 +129,7 @@ def test_a_plan_that_is_lost_behind_a_link_stays_as_it_is(tmp_path, monkeypatch)
     folder.plan.unlink()
     elsewhere = folder.path.rename(tmp_path / "elsewhere")
     (tmp_path / "runs" / "tiny-1").symlink_to(elsewhere)
-    assert run_selection.choose(plan("zero2", 2), Asked(), {}).folder.name == "tiny-2"
+    assert run_selection.choose(plan("zero2", 2), RunRequest(), {}).folder.name == "tiny-2"
     assert not (elsewhere / "plan.json").exists()
 
 
@@ -137,15 +137,15 @@ def test_a_change_is_accepted_by_the_name_that_was_typed_and_nothing_by_one_that
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
     folder = a_run(tmp_path, plan("zero2", 2), 4)
     changed = plan("zero2", 2, "trainer.learning_rate=1e-3", "trainer.logging_steps=7")
-    with pytest.raises(UserError, match=r"ACCEPT=learning_rate,trainer.logging_steps; or"):
-        run_selection.choose(changed, Asked("one"), {})
+    with pytest.raises(UserError, match=r"ALLOW_CHANGE=learning_rate,trainer.logging_steps; or"):
+        run_selection.choose(changed, RunRequest("one"), {})
     for keys in (("learning_rate", "logging_steps"), ("trainer.learning_rate", "sections.trainer.logging_steps")):
-        assert run_selection.choose(changed, Asked("one", accept=keys), {}).goes_on
-    with pytest.raises(UserError, match=r"ACCEPT: 'nonsense' is no key"):
-        run_selection.choose(plan("zero2", 2), Asked("one", accept=("nonsense",)), {})
+        assert run_selection.choose(changed, RunRequest("one", accept=keys), {}).goes_on
+    with pytest.raises(UserError, match=r"ALLOW_CHANGE: 'nonsense' is no key"):
+        run_selection.choose(plan("zero2", 2), RunRequest("one", accept=("nonsense",)), {})
     run_dir.write_json(folder.manifest, {"state": "finished"})
     with pytest.raises(UserError, match=r"is finished, and had another plan: learning_rate"):
-        run_selection.choose(changed, Asked("one", accept=("learning_rate", "logging_steps")), {})
+        run_selection.choose(changed, RunRequest("one", accept=("learning_rate", "logging_steps")), {})
 
 
 def test_each_new_rank_draws_numbers_of_its_own_and_the_same_each_time():

@@ -66,14 +66,16 @@ def test_model_and_data_are_pinned_by_commit_and_their_licence_is_named(name):
     recipe = loader.load(name)
     assert re.fullmatch("[0-9a-f]{40}", recipe.model.revision) and re.fullmatch("[0-9a-f]{40}", recipe.data.revision)
     assert recipe.model.license
-    assert bool(recipe.model.ungated) == recipe.model.name_or_path.startswith("meta-llama/"), "Llama alone is gated"
+    assert bool(recipe.model.open_alternative) == recipe.model.name_or_path.startswith("meta-llama/"), (
+        "Llama alone is gated"
+    )
 
 
 @pytest.mark.parametrize("name", LARGE)
 def test_the_ungated_model_works_by_one_override(name):
     recipe = loader.load(name)
-    if recipe.model.ungated:
-        other = loader.load(name, [f"model.name_or_path={recipe.model.ungated}"])
+    if recipe.model.open_alternative:
+        other = loader.load(name, [f"model.name_or_path={recipe.model.open_alternative}"])
         plan = plans.make(other, planned(other, None, None, None, None))
         assert plan.learning_rate == plan_of(name).learning_rate
         assert plan.memory_bytes_per_gpu is None, "the forecast was the other model's"
@@ -84,7 +86,7 @@ def test_a_recipe_fits_its_hardware_and_spends_under_five_percent_on_evaluations
     plan = plan_of(name)
     assert plan.fits and plan.forecast["overhead_share"] < 0.05
     assert plan.parallelism != "fsdp2", "which nothing has run on a GPU yet"
-    assert plan.optimizer_steps >= plan.sections["batch"]["min_optimizer_steps"]
+    assert plan.optimizer_steps >= plan.sections.batch.min_optimizer_steps
 
 
 @pytest.mark.parametrize("name", LARGE)
@@ -111,7 +113,7 @@ def printed(*words):
     return "".join(f"    {line.rstrip()}\n" for line in done.stdout.splitlines())
 
 
-TABLES = (("list",), ("plan", "8b", "--gpus", "1,2,4,8,16", "--card", "a100-80g"))
+TABLES = (("recipes",), ("plan", "8b", "--gpus", "1,2,4,8,16", "--gpu-type", "a100-80g"))
 
 
 @pytest.mark.parametrize("words", TABLES, ids=["recipes", "comparison"])
@@ -126,7 +128,7 @@ def test_the_models_of_the_documentation_are_the_recipes():
         model = loader.load(name).model
         (row,) = [row for row in rows if name in row.split("|")[1].replace(" ", "").split(",")]
         assert model.name_or_path in row and model.revision[:8] in row
-        assert (model.ungated or "it is") in row
+        assert (model.open_alternative or "it is") in row
 
 
 def test_the_engines_table_is_what_was_measured():

@@ -44,10 +44,10 @@ def test_line_separators_inside_a_string_do_not_cut_a_row(tmp_path):
 
 
 def test_the_embedded_set_is_written_once(tmp_path):
-    first = rows_of("embedded:validation", tmp_path / "embedded")
+    first = rows_of("toy:validation", tmp_path / "embedded")
     stamp = (tmp_path / "embedded" / "train.jsonl").stat().st_mtime_ns
     assert len(first) == 400
-    rows_of("embedded:train", tmp_path / "embedded")
+    rows_of("toy:train", tmp_path / "embedded")
     assert (tmp_path / "embedded" / "train.jsonl").stat().st_mtime_ns == stamp
 
 
@@ -97,7 +97,7 @@ def test_a_hub_name_with_a_split_is_told_from_a_path(tmp_path, monkeypatch):
     assert sources.hub_name("HuggingFaceH4/ultrachat_200k:train_sft") == "HuggingFaceH4/ultrachat_200k"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my").mkdir()
-    assert [sources.hub_name(name) for name in ("my/rows", "rows.jsonl", "a/b.jsonl", "embedded:train")] == [None] * 4
+    assert [sources.hub_name(name) for name in ("my/rows", "rows.jsonl", "a/b.jsonl", "toy:train")] == [None] * 4
 
 
 @pytest.mark.parametrize(

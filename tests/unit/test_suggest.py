@@ -18,12 +18,12 @@ from sft_recipes.runtime.errors import UserError
 pytestmark = pytest.mark.usefixtures("no_gpu_mask")
 
 
-def plan(name, gpus, card="h100-80g", *overrides):
-    return plans.make(loader.load(name, overrides), suggest.on(gpus, card))
+def plan(name, gpus, gpu_type="h100-80g", *overrides):
+    return plans.make(loader.load(name, overrides), suggest.on(gpus, gpu_type))
 
 
 @pytest.mark.parametrize(
-    ("name", "card", "fewest"),
+    ("name", "gpu_type", "fewest"),
     [
         ("1b", "l40s-48g", 1),
         ("8b", "h100-80g", 4),
@@ -32,33 +32,35 @@ def plan(name, gpus, card="h100-80g", *overrides):
         ("70b", "24", None),
     ],
 )
-def test_the_fewest_gpus_are_those_below_which_nothing_fits(name, card, fewest):
+def test_the_fewest_gpus_are_those_below_which_nothing_fits(name, gpu_type, fewest):
     recipe = loader.load(name)
-    assert suggest.smallest_gpu_count(recipe, card) == fewest
+    assert suggest.smallest_gpu_count(recipe, gpu_type) == fewest
     if fewest:
         counts = (1, 2, 4, 8, 16, 32)  # all of which keep a batch of 32 or 64
-        assert [gpus for gpus in counts if plan(name, gpus, card).fits] == [gpus for gpus in counts if gpus >= fewest]
+        assert [gpus for gpus in counts if plan(name, gpus, gpu_type).fits] == [
+            gpus for gpus in counts if gpus >= fewest
+        ]
 
 
 @pytest.mark.parametrize(
-    ("name", "gpus", "card", "overrides", "change"),
+    ("name", "gpus", "gpu_type", "overrides", "change"),
     [
         ("8b", 8, "h100-80g", ["trainer.gradient_checkpointing=false", "trainer.max_length=4096"], "trainer.gradient_checkpointing=true"),
-        ("8b", 8, "a100-40g", ["trainer.max_length=4096"], "batch.per_device_at_most=1"),
+        ("8b", 8, "a100-40g", ["trainer.max_length=4096"], "batch.max_per_device_batch_size=1"),
         ("8b", 8, "rtx4090-24g", [], "parallelism=zero3"),
         ("70b", 8, "h100-80g", [], "GPUS=32"),
         ("8b", 1, "h100-80g", [], "GPUS=4"),
         ("8b-lora", 1, "12", [], "lora.quantize=nf4 parallelism=ddp"),
     ],
 )  # fmt: skip
-def test_the_cheapest_change_is_named_and_does_fit(name, gpus, card, overrides, change):
-    recipe, topology = loader.load(name, overrides), suggest.on(gpus, card)
+def test_the_cheapest_change_is_named_and_does_fit(name, gpus, gpu_type, overrides, change):
+    recipe, topology = loader.load(name, overrides), suggest.on(gpus, gpu_type)
     assert plans.make(recipe, topology).fits is False
     said = suggest.cheapest_change(recipe, topology)
     assert said.startswith(change)
     words = dict(word.split("=") for word in said.split())
     more = int(words.pop("GPUS", gpus))
-    assert plan(name, more, card, *overrides, *(f"{key}={value}" for key, value in words.items())).fits is True
+    assert plan(name, more, gpu_type, *overrides, *(f"{key}={value}" for key, value in words.items())).fits is True
 
 
 def test_where_nothing_helps_nothing_is_named():
@@ -187,7 +189,7 @@ def test_a_gpu_that_is_not_in_the_table_is_planned_by_its_memory_without_hours()
     assert unknown.forecast is None and unknown.fits is True
     shown = render.plan_table(unknown)
     assert "8 GPUs on 1 node(s), GPU type not in the table, 48 GiB" in shown
-    assert "no forecast: peak FLOP/s not known (GPU type not in the table, 48 GiB; set CARD to" in shown
+    assert "no forecast: peak FLOP/s not known (GPU type not in the table, 48 GiB; set GPU_TYPE to" in shown
     assert plans.make(loader.load("tiny"), Topology(gpus=0, processes=1)).forecast is None
 
 
@@ -197,7 +199,7 @@ def test_fp32_has_no_forecast_since_the_table_is_of_bf16():
 
 
 def test_the_comparison_keeps_the_batch_on_every_count(workplace):
-    done = workplace.sft("plan", "8b", "--gpus", "1,2,3,4,8,16", "--card", "h100-80g")
+    done = workplace.sft("plan", "8b", "--gpus", "1,2,3,4,8,16", "--gpu-type", "h100-80g")
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in lines[1:6]] == ["1", "2", "4", "8", "16"]
@@ -256,7 +258,7 @@ def test_train_refuses_what_does_not_fit_the_gpus_that_are_here(workplace):
 
 
 @pytest.mark.parametrize(
-    ("gpus", "card"),
+    ("gpus", "gpu_type"),
     [
         ([(81559, "NVIDIA H100 80GB HBM3")], "h100-80g"),
         ([(143771, "NVIDIA H200")], "h200-141g"),
@@ -285,17 +287,17 @@ def test_train_refuses_what_does_not_fit_the_gpus_that_are_here(workplace):
         ([(16303, "NVIDIA Graphics, Device")], "15.9"),
     ],
 )
-def test_the_card_is_what_the_machine_has(workplace, monkeypatch, gpus, card):
+def test_the_card_is_what_the_machine_has(workplace, monkeypatch, gpus, gpu_type):
     from sft_recipes.launch import topology
 
     monkeypatch.setenv("PATH", machine_with(workplace, *gpus))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     here = topology.visible_gpus()
-    assert len(here) == len(gpus) and topology.card_of(here) == card
+    assert len(here) == len(gpus) and topology.gpu_type_of(here) == gpu_type
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert [gpu.id for gpu in topology.visible_gpus()] == ["0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    assert topology.visible_gpus() == [] and topology.card_of([]) is None
+    assert topology.visible_gpus() == [] and topology.gpu_type_of([]) is None
 
 
 @pytest.mark.parametrize(
@@ -332,14 +334,14 @@ def test_the_two_cheapest_changes_that_take_less_are_named():
     needs = [plan("8b", 8, "h100-80g", *change.split()).memory_bytes_per_gpu["total"] for change in ("", *found)]
     assert needs[1] <= 0.9 * needs[0] and needs[2] <= 0.9 * needs[0]
     unknown = loader.load("tiny", ["model.architecture={model_type: gpt2, vocab_size: 1024}"])
-    always = ["batch.per_device_at_most=1", "trainer.gradient_checkpointing=true"]
+    always = ["batch.max_per_device_batch_size=1", "trainer.gradient_checkpointing=true"]
     assert suggest.lighter(unknown, Topology(0, 1)) == always, "nothing is forecast"
 
 
 def test_what_is_offloaded_must_fit_the_nodes_own_memory(workplace):
     path = machine_with(workplace, *[(81559, "NVIDIA H100 80GB HBM3")] * 8)
     done = workplace.sft(
-        "train", "70b", "--gpus", "8", "parallelism=zero3_offload", "batch.per_device_at_most=1", PATH=path
+        "train", "70b", "--gpus", "8", "parallelism=zero3_offload", "batch.max_per_device_batch_size=1", PATH=path
     )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "zero3_offload needs about" in done.stderr and "of this node's own memory" in done.stderr
@@ -355,14 +357,14 @@ def test_4_bit_weights_are_refused_where_they_would_not_be_shared_out(engine):
     ("words", "message"),
     [
         (("--gpus", "1,2", "--nodes", "2"), "NODES: says nothing where GPUS=1,2 compares several"),
-        (("--gpus", "0", "--card", "24"), "CARD: 24 was asked for without GPUs"),
+        (("--gpus", "0", "--gpu-type", "24"), "GPU_TYPE: 24 was asked for without GPUs"),
         (("lora.target_modules=[foo]", "size=lora-7-13b", "lora.r=8"), r"lora.target_modules is \['foo'\]; wanted all-linear"),
         (("lora.target_modules=qproj", "size=lora-7-13b"), "lora.target_modules is 'qproj'; wanted all-linear"),
         (("trainer.eval_steps=1.5",), "trainer.eval_steps is 1.5; wanted a whole number of steps"),
         (("trainer.num_train_epochs=-1",), "trainer.num_train_epochs is -1"),
-        (("trainer.warmup_ratio=5", "outside_range=[warmup_ratio]"), "trainer.warmup_ratio is 5.0; wanted 0 to 1"),
+        (("trainer.warmup_ratio=5", "allow_out_of_range=[warmup_ratio]"), "trainer.warmup_ratio is 5.0; wanted 0 to 1"),
         (("trainer.gradient_accumulation_steps=3",), r"is the plan's to set \(derived from batch.effective_batch_size"),
-        (("trainer.per_device_train_batch_size=3",), "is the plan's to set; say batch.per_device_at_most instead"),
+        (("trainer.per_device_train_batch_size=3",), "is the plan's to set; say batch.max_per_device_batch_size instead"),
         (("--gpus", "3"), "effective_batch_size 32 cannot be shared evenly by 3 GPUs .*these counts can: 1, 2, 4"),
         (("model.architecture={num_key_value_heads: x}",), "num_key_value_heads is 'x'; wanted a whole number"),
         (("model.architecture={head_dim: 1.5}",), "head_dim is 1.5; wanted a whole number"),
@@ -399,7 +401,7 @@ def test_a_size_between_two_rows_takes_the_nearest_and_the_plan_says_so(workplac
     words = ("plan", "7b", "size=20b", "model.architecture={}", "--gpus", "8")
     done = workplace.sft(*words, "--json")
     found = json.loads(done.stdout)
-    assert (found["size"], found["size_asked"], found["learning_rate"]) == ("30-70b", "20b", 2e-5)
+    assert (found["size"], found["requested_size"], found["learning_rate"]) == ("30-70b", "20b", 2e-5)
     assert found["effective_batch_size"] == 64
     assert "7b (row 30-70b, the nearest to 20b)" in workplace.sft(*words).stdout
     assert plan("7b", 8, "h100-80g", "size=18b").size == "7-13b"

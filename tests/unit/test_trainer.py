@@ -17,10 +17,10 @@ from sft_recipes.data.tokenize_rows import arrays
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Topology
 from sft_recipes.runtime.errors import UserError
-from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.training import attention
 from sft_recipes.training import trainer as trainers
-from sft_recipes.training.callbacks.graceful_stop import StopTogether
+from sft_recipes.training.callbacks.graceful_stop import GracefulStopCallback
 
 CONVERSATIONS = [
     [{"role": "user", "content": f"Add {n} and {n}." + " please" * (n % 4)}, {"role": "assistant", "content": f"It is {2 * n}."}]
@@ -59,7 +59,7 @@ def token_losses(model, **inputs):
 
 def make_trainer(tmp_path, model_folder, tokenizer, rows, validation, *overrides):
     settings = (
-        "batch.min_optimizer_steps=1", "batch.effective_batch_size=4", "batch.per_device_at_most=2",
+        "batch.min_optimizer_steps=1", "batch.effective_batch_size=4", "batch.max_per_device_batch_size=2",
         "trainer.max_length=128", "trainer.num_train_epochs=2", *overrides,
     )  # fmt: skip
     plan = plans.make(loader.load("tiny", settings), Topology(gpus=0, processes=1))
@@ -69,13 +69,13 @@ def make_trainer(tmp_path, model_folder, tokenizer, rows, validation, *overrides
     )
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     way = attention.settle(plan, model)
-    return trainers.ResponseTrainer(
+    return trainers.RecipeTrainer(
         plan,
         passes,
         {},
         tmp_path,
         model=model,
-        args=trainers.sft_config(plan, RunFolder(tmp_path)),
+        args=trainers.sft_config(plan, RunDir(tmp_path)),
         train_dataset=rows.remove_columns("source"),
         eval_dataset=validation,
         processing_class=tokenizer,
@@ -144,14 +144,16 @@ def test_packing_loses_no_example_and_no_token(examples):
 
 @pytest.mark.parametrize("rows", [8, 11, 37])
 def test_an_epoch_uses_each_row_once_in_whole_batches_and_drops_another_tail_each_time(rows):
-    sampler, *epochs = [trainers.WholeBatches(rows, 4, 42, lambda epoch=epoch: epoch) for epoch in (0, *range(6))]
+    sampler, *epochs = [
+        trainers.EffectiveBatchSampler(rows, 4, 42, lambda epoch=epoch: epoch) for epoch in (0, *range(6))
+    ]
     epochs = [list(epoch) for epoch in epochs]
     assert all(len(order) == len(set(order)) == len(sampler) == rows // 4 * 4 for order in epochs)
     assert len({tuple(order) for order in epochs}) == 6
     left_out = {frozenset(set(range(rows)) - set(order)) for order in epochs}
     assert len(left_out) > 1 or rows % 4 == 0
     assert list(sampler) == epochs[0]
-    assert list(trainers.WholeBatches(rows, 4, 43, lambda: 0)) != epochs[0]
+    assert list(trainers.EffectiveBatchSampler(rows, 4, 43, lambda: 0)) != epochs[0]
 
 
 def test_a_digest_of_tokens_tells_rows_apart_and_not_how_they_are_dealt_out(examples):
@@ -226,8 +228,8 @@ def test_every_field_that_a_recipe_may_set_reaches_the_configuration(tmp_path):
     }
     assert len(allowed) >= 40
     plan = plans.make(loader.load("tiny"), Topology(gpus=0, processes=1))
-    plan.sections["trainer"].update({**allowed, "gradient_checkpointing": True})
-    arguments = trainers.sft_config(plan, RunFolder(tmp_path))
+    plan.sections.trainer.update({**allowed, "gradient_checkpointing": True})
+    arguments = trainers.sft_config(plan, RunDir(tmp_path))
     # Some the plan settles; the Trainer itself changes others (no pinning without a GPU, enumerations for names).
     reached = {name for name in allowed if getattr(arguments, name) == allowed[name]}
     settled = {"max_length", "packing", "gradient_checkpointing", "dataloader_pin_memory", "debug"}
@@ -415,16 +417,16 @@ def test_rank_without_cuda_names_the_cause(tmp_path, monkeypatch):
     from sft_recipes.training import main
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    plan = plans.make(loader.load("1b"), Topology(gpus=1, processes=1, card="h100-80g"))
+    plan = plans.make(loader.load("1b"), Topology(gpus=1, processes=1, gpu_type="h100-80g"))
     with pytest.raises(
         UserError, match="^GPUS: 1 requested, but (PyTorch|found) .*(TORCH=cuda|nvidia-smi|Install|Update)"
     ):
-        main.configure(plan, RunFolder(tmp_path))
+        main.configure(plan, RunDir(tmp_path))
 
 
 @pytest.mark.parametrize(("began", "now", "none"), [(0, 0, True), (0, 1, False), (7, 7, True), (7, 8, False)])
 def test_a_resumed_run_counts_its_steps_from_where_it_began(began, now, none):
-    stopping = StopTogether()
+    stopping = GracefulStopCallback()
     stopping.on_train_begin(None, SimpleNamespace(global_step=began), None)
     ours = SimpleNamespace(state=SimpleNamespace(global_step=now), stopping=stopping)
-    assert trainers.ResponseTrainer._took_no_step(ours) is none
+    assert trainers.RecipeTrainer._took_no_step(ours) is none

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sft_recipes.data.tokenize import IGNORED
-from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.tools import generate
 from sft_recipes.training.checkpoint import checkpoint_format
 from sft_recipes.training.weight_files import PublishedCopy
@@ -133,11 +133,11 @@ def test_the_held_out_loss_of_the_published_model_is_that_of_the_fp32_model(fine
 def test_the_published_model_answers_in_its_dtype(fine_tuned, capsys):
     plan_dtype = generate.load(*plan_of(fine_tuned)).dtype
     assert plan_dtype == torch.bfloat16
-    assert generate.main(RunFolder(fine_tuned), ["How much is 1 and 1?"]) == 0
+    assert generate.main(RunDir(fine_tuned), ["How much is 1 and 1?"]) == 0
     assert capsys.readouterr().out.endswith("\n")
 
 
 def plan_of(run):
     from sft_recipes.planner import plan as plans
 
-    return plans.read(run / "plan.json"), RunFolder(run)
+    return plans.read(run / "plan.json"), RunDir(run)

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from sft_recipes.config.schema import CONVERGED_ACCURACY
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.training.callbacks.metrics import append
 from sft_recipes.training.checkpoint import retention
 
@@ -24,16 +24,16 @@ _FEWEST_STEPS = 20
 _NOISE = 0.3  # nats: a loss that jumps by less is no spike, however steady it was before
 
 
-class Guard(TrainerCallback):
-    """One warning for each time that a figure leaves its bounds (schema.Guards)."""
+class AlertCallback(TrainerCallback):
+    """One warning for each time that a figure leaves its bounds (schema.Monitor)."""
 
-    def __init__(self, plan: Plan, folder: RunFolder):
+    def __init__(self, plan: Plan, folder: RunDir):
         self.plan = plan
         self.folder = folder
-        self.limits = plan.sections["guards"]
+        self.limits = plan.sections.monitor
         self.trainer: Any = None
         self.losses: deque[float] = deque(maxlen=_USUAL_STEPS)
-        self.norms: deque[float] = deque(maxlen=self.limits["window"])
+        self.norms: deque[float] = deque(maxlen=self.limits.window)
         self.speeds: list[float] = []
         self.first_loss: float | None = None
         self.logged: list[float] = []
@@ -48,17 +48,17 @@ class Guard(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The step's loss against those before it, the gradients' norms against the documents' bounds."""
         loss, norm = self.trainer.watch.loss, self.trainer.watch.grad_norm
-        spike = loss_spike(self.losses, loss, self.limits["loss_spike"])
+        spike = loss_spike(self.losses, loss, self.limits.loss_spike)
         self._judge(state, "loss_spike", spike)
         self.losses.append(loss)
         if norm is None:
             return
         self.norms.append(norm)
-        self._judge(state, "exploding_gradients", self._all_norms(lambda one: one > self.limits["grad_norm_above"]))
-        self._judge(state, "vanishing_gradients", self._all_norms(lambda one: one < self.limits["grad_norm_below"]))
+        self._judge(state, "exploding_gradients", self._all_norms(lambda one: one > self.limits.grad_norm_above))
+        self._judge(state, "vanishing_gradients", self._all_norms(lambda one: one < self.limits.grad_norm_below))
 
     def _all_norms(self, outside: Any) -> str | None:
-        if len(self.norms) < self.limits["window"] or not all(map(outside, self.norms)):
+        if len(self.norms) < self.limits.window or not all(map(outside, self.norms)):
             return None
         middle = statistics.median(self.norms)
         return f"gradient norm {middle:.3g} (median of {len(self.norms)} steps)"
@@ -68,13 +68,13 @@ class Guard(TrainerCallback):
         if not logs or not math.isfinite(logs.get("loss", math.nan)) or state.global_step <= 1:
             return
         self._learn(state.global_step, logs)
-        lines = max(math.ceil(self.limits["window"] / args.logging_steps), 3)
-        self._judge(state, "throughput_drop", throughput_drop(self.speeds, lines, self.limits["throughput_drop"]))
+        lines = max(math.ceil(self.limits.window / args.logging_steps), 3)
+        self._judge(state, "throughput_drop", throughput_drop(self.speeds, lines, self.limits.throughput_drop))
         enough = max(10, math.ceil(0.25 * state.max_steps / args.logging_steps))
-        learned = logs["loss"] < (1 - 2 * self.limits["plateau"]) * (self.first_loss or math.inf)
+        learned = logs["loss"] < (1 - 2 * self.limits.plateau) * (self.first_loss or math.inf)
         converged = logs.get("mean_token_accuracy", 0.0) > CONVERGED_ACCURACY
         if len(self.logged) >= enough and not learned and not converged:
-            self._judge(state, "plateau", plateau(self.logged, self.limits["plateau"]))
+            self._judge(state, "plateau", plateau(self.logged, self.limits.plateau))
 
     def _learn(self, step: int, line: dict[str, Any]) -> None:
         """A log line's figures, to compare later ones with."""
@@ -98,7 +98,7 @@ class Guard(TrainerCallback):
         if rule not in self.outside:
             self._warn(state, rule, evidence)
         self.outside.add(rule)
-        if rule in self.limits["stop_on"]:
+        if rule in self.limits.stop_on:
             raise self.trainer.watch.stopped_by_guard(self.trainer, f"{rule.replace('_', ' ')}: {evidence}")
 
     def _warn(self, state: Any, rule: str, evidence: str) -> None:
@@ -110,7 +110,7 @@ class Guard(TrainerCallback):
 def ended_early(plan: Plan, state: Any) -> bool:
     """Whether validation has not got better for as long as the recipe bears; told by the Trainer's state alone, so that
     a start knows it of a run that was cut off right behind that evaluation."""
-    patience = plan.sections["guards"]["early_stopping_patience"]
+    patience = plan.sections.monitor.early_stopping_patience
     return (
         patience is not None and evaluations_since_the_best(retention.validation_losses(state.log_history)) >= patience
     )

@@ -14,7 +14,7 @@ from rich.text import Text
 from transformers import TrainerCallback
 
 from sft_recipes.runtime import append_line
-from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.runtime.units import GIB
 
 
@@ -29,10 +29,10 @@ class _View(Progress):
         yield Text(self.figures)
 
 
-class ShowProgress(TrainerCallback):
+class ConsoleCallback(TrainerCallback):
     """Speaks at every log and evaluation step."""
 
-    def __init__(self, folder: RunFolder):
+    def __init__(self, folder: RunDir):
         self.log = folder.log
         self.bar: _View | None = None
         self.shown: dict[str, str] = {}

@@ -9,21 +9,21 @@ from typing import Any
 from transformers import TrainerCallback
 
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.training import completions
 from sft_recipes.training.callbacks.metrics import append
 
 
-class ShowSamples(TrainerCallback):
+class GenerationCallback(TrainerCallback):
     """Writes `samples.jsonl`, and hands the answers to the trackers; nothing where no rank holds the model."""
 
-    def __init__(self, plan: Plan, folder: RunFolder, prepared: Path, trackers: Sequence[Any], stop: Sequence[int]):
+    def __init__(self, plan: Plan, folder: RunDir, prepared: Path, trackers: Sequence[Any], stop: Sequence[int]):
         """`stop` are the ids that end an answer."""
         self.folder = folder
         self.trackers = trackers
         self.stop = stop
-        self.most = plan.sections["answers"]["max_new_tokens"]
-        shown = 0 if plan.no_rank_holds_the_model else plan.sections["answers"]["show"]
+        self.most = plan.sections.generation.max_new_tokens
+        shown = 0 if plan.shards_parameters else plan.sections.generation.show
         self.prompts = completions.read_prompts(prepared, shown, 0)
         self.trainer: Any = None
 

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from sft_recipes.training import stop_signal
 
 
-class EndedAtStartError(Exception):
+class StoppedAtStartError(Exception):
     """This start takes no step: all ranks were asked to stop, or the run had come to its end, before the first."""
 
 
@@ -18,7 +18,7 @@ class CutShortError(Exception):
     """An evaluation that all ranks leave at the same pass; the next start makes it again."""
 
 
-class StopTogether(TrainerCallback):
+class GracefulStopCallback(TrainerCallback):
     """Ranks get a signal at different steps, so a rank never acts on its own: the flag is reduced over all, every step.
 
     A rank that saved alone would wait for ever for the others, which wait in the next step's reduction

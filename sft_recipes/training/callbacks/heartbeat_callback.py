@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from sft_recipes.training import rank_heartbeat
 
 
-class MovePulse(TrainerCallback):
+class HeartbeatCallback(TrainerCallback):
     """On every rank, and the same moves on each. Who saves or waits for other ranks says so at that place."""
 
     trainer: Any = None

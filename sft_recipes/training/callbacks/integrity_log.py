@@ -1,4 +1,4 @@
-"""Proves while a run trains: writes `proof.jsonl`, settles the ledger of rows, and compares copies of the weights.
+"""Proves while a run trains: writes `integrity.jsonl`, settles the ledger of rows, and compares copies of the weights.
 
 A step is proved by digests of what each rank held behind it. Those of a save and of the two steps behind it let
 `verify-resume` take the same steps again and compare.
@@ -12,27 +12,27 @@ from transformers import TrainerCallback
 
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import TrainingError
-from sft_recipes.runtime.run_dir import STEPS_PROVED, RunFolder
+from sft_recipes.runtime.run_dir import STEPS_PROVED, RunDir
 from sft_recipes.training.callbacks.metrics import append, forget_behind
 from sft_recipes.training.integrity import fingerprint
-from sft_recipes.training.integrity.data_order import Ledger
-from sft_recipes.training.integrity.replica_check import Replicas
+from sft_recipes.training.integrity.data_order import DataOrderCheck
+from sft_recipes.training.integrity.replica_check import ReplicaCheck
 
 
-class Proof(TrainerCallback):
+class IntegrityCallback(TrainerCallback):
     """What is proved of a run, and where: a trainer has one from its beginning."""
 
-    def __init__(self, plan: Plan, folder: RunFolder, ledger: Ledger):
+    def __init__(self, plan: Plan, folder: RunDir, ledger: DataOrderCheck):
         self.folder = folder
         self.ledger = ledger
-        self.replicas = Replicas() if plan.parallelism == "ddp" else None
-        self.compare_every = plan.sections["guards"]["compare_ranks_every"]
+        self.replicas = ReplicaCheck() if plan.parallelism == "ddp" else None
+        self.compare_every = plan.sections.monitor.replica_check_steps
         self.trainer: Any = None
         self._taken_up: dict[str, Any] = {}
         self._went_on_from: int | None = None
         self._proved_until = 0
 
-    def take_up(self, record: dict[str, Any]) -> None:
+    def restore_state(self, record: dict[str, Any]) -> None:
         """Before a resumed run trains: what `record` gave when its checkpoint was saved; nothing where nothing is known
         of that."""
         self._taken_up = record
@@ -61,12 +61,12 @@ class Proof(TrainerCallback):
         record, step = self._taken_up, state.global_step
         if record and record["step"] != step:
             raise TrainingError(f"a checkpoint of step {step} holds the proof of step {record['step']}: is it a copy?")
-        self.ledger.take_up(step, record.get("rows", ""))
+        self.ledger.restore_state(step, record.get("rows", ""))
         if step:
             self._went_on_from = step
             self._proved_until = step + STEPS_PROVED
         if state.is_world_process_zero:
-            forget_behind(self.folder.proof, step)
+            forget_behind(self.folder.integrity_log, step)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Where copies were compared behind the last step, each rank's must still be what they were."""
@@ -109,5 +109,5 @@ class Proof(TrainerCallback):
         if state.is_world_process_zero:
             line = {"step": state.global_step, "saved": saved, "went_on_from": self._went_on_from}
             line |= {"loss": self.trainer.watch.loss, "rows": self.ledger.chain, "ranks": ranks}
-            append(self.folder.proof, line)
+            append(self.folder.integrity_log, line)
         return ranks

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.training import manifest
 from sft_recipes.training.callbacks.metrics import append
 from sft_recipes.training.checkpoint import checkpoint_format, retention
@@ -14,10 +14,10 @@ from sft_recipes.training.checkpoint import checkpoint_format, retention
 CHECKPOINTS_KEPT = 2
 
 
-class KeepBest(TrainerCallback):
+class RetentionCallback(TrainerCallback):
     """Saves `best-N/` after an evaluation that is among the three best, and sees that the last step is evaluated."""
 
-    def __init__(self, folder: RunFolder):
+    def __init__(self, folder: RunDir):
         self.folder = folder
         self.trainer: Any = None
 

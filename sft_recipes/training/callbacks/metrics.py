@@ -10,17 +10,17 @@ from typing import Any
 from transformers import TrainerCallback
 
 from sft_recipes.runtime import append_line
-from sft_recipes.runtime.atomic_write import write_whole
-from sft_recipes.runtime.run_dir import RunFolder
-from sft_recipes.training.callbacks.graceful_stop import StopTogether
+from sft_recipes.runtime.atomic_write import write_atomic
+from sft_recipes.runtime.run_dir import RunDir
+from sft_recipes.training.callbacks.graceful_stop import GracefulStopCallback
 from sft_recipes.training.checkpoint import retention
 from sft_recipes.training.nan_guard import json_number
 
 
-class WriteMetrics(TrainerCallback):
+class MetricsCallback(TrainerCallback):
     """Appends to `metrics.jsonl`; after a resume it goes on behind the checkpoint's step."""
 
-    def __init__(self, folder: RunFolder, stopping: StopTogether):
+    def __init__(self, folder: RunDir, stopping: GracefulStopCallback):
         self.folder = folder
         self.stopping = stopping
         self.trainer: Any = None
@@ -47,9 +47,9 @@ class WriteMetrics(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The summary of a run that came to its end."""
         if not self.stopping.stopped:
-            self.sum_up(state)
+            self.write_summary(state)
 
-    def sum_up(self, state: Any) -> None:
+    def write_summary(self, state: Any) -> None:
         """The last line: what a run came to that has taken its last step, now or in an earlier start."""
         if state.is_world_process_zero:
             seen = {"supervised_tokens_seen": self.trainer.supervised_tokens_seen}
@@ -72,7 +72,7 @@ def forget_behind(path: Path, step: int) -> None:
     """Cuts off the lines behind a step, which an interrupted start wrote."""
     if path.is_file():
         kept = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if _step(line) <= step]
-        write_whole(path, "".join(f"{line}\n" for line in kept))
+        write_atomic(path, "".join(f"{line}\n" for line in kept))
 
 
 def _step(line: str) -> float:

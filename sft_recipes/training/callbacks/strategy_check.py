@@ -7,14 +7,14 @@ from typing import Any
 from transformers import TrainerCallback
 
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.training import manifest, packing_isolation, strategy
 
 
-class CheckEngine(TrainerCallback):
+class StrategyCheckCallback(TrainerCallback):
     """Looks once the model is prepared for its engine."""
 
-    def __init__(self, plan: Plan, folder: RunFolder):
+    def __init__(self, plan: Plan, folder: RunDir):
         self.plan = plan
         self.folder = folder
         self.trainer: Any = None

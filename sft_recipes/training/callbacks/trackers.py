@@ -24,8 +24,8 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime.run_dir import RunFolder
-from sft_recipes.training.callbacks.graceful_stop import StopTogether
+from sft_recipes.runtime.run_dir import RunDir
+from sft_recipes.training.callbacks.graceful_stop import GracefulStopCallback
 from sft_recipes.training.callbacks.metrics import final
 
 PROJECT = "sft-recipes"
@@ -35,10 +35,10 @@ SECONDS_TO_BEGIN = 20
 SECONDS_TO_END = 30
 
 
-class Track(TrainerCallback):
+class TrackerCallback(TrainerCallback):
     """Hands each log record to the trackers, on rank 0."""
 
-    def __init__(self, trackers: Sequence[Any], stopping: StopTogether):
+    def __init__(self, trackers: Sequence[Any], stopping: GracefulStopCallback):
         self.trackers = trackers
         self.stopping = stopping
         self.trainer: Any = None
@@ -49,7 +49,7 @@ class Track(TrainerCallback):
             for tracker in self.trackers:
                 tracker.begin(state.global_step)
 
-    def sum_up(self, state: Any) -> None:
+    def write_summary(self, state: Any) -> None:
         """The summary of a run whose last step an earlier start took."""
         self.on_train_begin(None, state, None)
         self.on_train_end(None, state, None)
@@ -78,7 +78,7 @@ class Track(TrainerCallback):
 class TensorBoard:
     """Event files in the run's folder."""
 
-    def __init__(self, plan: Plan, folder: RunFolder, say: Callable[[str], None]):
+    def __init__(self, plan: Plan, folder: RunDir, say: Callable[[str], None]):
         self._plan = plan
         self._folder = folder
         self._say = say
@@ -142,7 +142,7 @@ class WeightsAndBiases:
     WANDB_PROJECT, WANDB_NAME, WANDB_ENTITY, WANDB_MODE and WANDB_BASE_URL are W&B's own variables.
     """
 
-    def __init__(self, plan: Plan, folder: RunFolder, say: Callable[[str], None]):
+    def __init__(self, plan: Plan, folder: RunDir, say: Callable[[str], None]):
         self._plan = plan
         self._folder = folder
         self._say = say
@@ -252,6 +252,6 @@ def _connect(url: str) -> None:
 _COLUMNS = ("prompt", "wanted", "said")
 
 
-def run_id(plan: Plan, folder: RunFolder) -> str:
+def run_id(plan: Plan, folder: RunDir) -> str:
     """The same at every start of a run, and another for another run of that name: a plan keeps its date."""
     return f"{folder.name}-{hashlib.sha256(f'{plan.created} {folder.path.absolute()}'.encode()).hexdigest()[:8]}"

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime.atomic_write import sha256, sync, write_whole
-from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.runtime.atomic_write import sha256, sync, write_atomic
+from sft_recipes.runtime.run_dir import RunDir
 
 COMPLETE = "complete.json"
 # What of a checkpoint is the training's, not the model's: whatever else lies there, a model may need to be loaded.
@@ -41,7 +41,7 @@ CANNOT_BE_READ = "cannot be read"
 _SELF = "sha256_of_this_record"
 
 
-class DamagedError(Exception):
+class CorruptCheckpointError(Exception):
     """A folder is not what was saved, and why."""
 
 
@@ -63,7 +63,7 @@ def needed(plan: Plan, step: int) -> set[str]:
         return {*always, "optimizer.bin" if plan.parallelism == "fsdp2" else "optimizer.pt"}
     prefix = f"global_step{step}/{'bf16_' if plan.precision == 'bf16' else ''}zero_pp_rank"
     partitions = {f"{prefix}_{rank}_mp_rank_00_optim_states.pt" for rank in ranks}
-    of_ranks = [f"zero_pp_rank_{rank}_" for rank in ranks] if plan.no_rank_holds_the_model else [""]
+    of_ranks = [f"zero_pp_rank_{rank}_" for rank in ranks] if plan.shards_parameters else [""]
     states = {f"global_step{step}/{of_rank}mp_rank_00_model_states.pt" for of_rank in of_ranks}
     return {*always, *partitions, *states, "latest"}
 
@@ -88,47 +88,47 @@ def seal(folder: Path, record: dict[str, Any]) -> None:
     """Writes the record of a folder whose files are on the disk; without it the folder is not whole."""
     for inner in (path for path in folder.rglob("*") if path.is_dir()):
         sync(inner)
-    write_whole(folder / COMPLETE, _text(record))
+    write_atomic(folder / COMPLETE, _text(record))
 
 
 def read(folder: Path) -> dict[str, Any]:
     """The record of a sealed folder, itself unharmed.
 
     Raises:
-        DamagedError: there is none, or it is not what was written.
+        CorruptCheckpointError: there is none, or it is not what was written.
     """
     try:
         text = (folder / COMPLETE).read_text(encoding="utf-8")
         record = json.loads(text)
         del record[_SELF]
     except FileNotFoundError as error:
-        raise DamagedError(f"it has no {COMPLETE}: it was cut off, or is not this version's") from error
+        raise CorruptCheckpointError(f"it has no {COMPLETE}: it was cut off, or is not this version's") from error
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DamagedError(f"its {COMPLETE} is damaged, or another version's") from error
+        raise CorruptCheckpointError(f"its {COMPLETE} is damaged, or another version's") from error
     if text != _text(record):
-        raise DamagedError(f"its {COMPLETE} is damaged: it does not match its own checksum")
+        raise CorruptCheckpointError(f"its {COMPLETE} is damaged: it does not match its own checksum")
     return dict(record)
 
 
-def belongs(folder: RunFolder, step: int, run_id: str) -> dict[str, Any]:
+def belongs(folder: RunDir, step: int, run_id: str) -> dict[str, Any]:
     """The record of a checkpoint of this run.
 
     Raises:
-        DamagedError: it is of another run or step, or has no record.
+        CorruptCheckpointError: it is of another run or step, or has no record.
     """
     record = read(folder.checkpoint(step))
     if record.get("run_id") != run_id:
-        raise DamagedError(f"it is of another run (id {record.get('run_id')}, this one's is {run_id})")
+        raise CorruptCheckpointError(f"it is of another run (id {record.get('run_id')}, this one's is {run_id})")
     if record.get("step") != step:
-        raise DamagedError(f"it was saved at step {record.get('step')}")
+        raise CorruptCheckpointError(f"it was saved at step {record.get('step')}")
     return record
 
 
-def of_this_run(folder: RunFolder, run_id: str) -> list[int]:
+def of_this_run(folder: RunDir, run_id: str) -> list[int]:
     """Steps whose checkpoints this run has sealed, ascending; what else is there is nobody's here to remove."""
     steps = []
     for step in folder.numbered("checkpoint"):
-        with contextlib.suppress(DamagedError):
+        with contextlib.suppress(CorruptCheckpointError):
             belongs(folder, step, run_id)
             steps.append(step)
     return steps
@@ -178,7 +178,7 @@ def publish(partial: Path, target: Path, removing: Path) -> None:
         if before is not None and before == run_of(partial):
             replaced = _out_of_sight(target, removing)
         else:
-            put_aside(target)
+            quarantine(target)
     try:
         partial.replace(target)
     except OSError:
@@ -190,10 +190,10 @@ def publish(partial: Path, target: Path, removing: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def put_aside(folder: Path) -> Path:
+def quarantine(folder: Path) -> Path:
     """Takes a folder that cannot be trusted out of the way, under a name by which it is found again."""
     number = 1
-    while (aside := folder.with_name(f"put-aside-{folder.name}-{number}")).exists():
+    while (aside := folder.with_name(f"{folder.name}.corrupt-{number}")).exists():
         number += 1
     folder.replace(aside)
     return aside
@@ -240,7 +240,7 @@ def run_of(folder: Path) -> str | None:
     """The run that sealed a folder; None where nothing did."""
     try:
         return read(folder).get("run_id")
-    except DamagedError:
+    except CorruptCheckpointError:
         return None
 
 

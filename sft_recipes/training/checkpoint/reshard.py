@@ -22,9 +22,9 @@ from sft_recipes.planner import rank_change
 from sft_recipes.planner.plan import Plan
 from sft_recipes.planner.rank_change import Ranks
 from sft_recipes.runtime.errors import UserError
-from sft_recipes.runtime.run_dir import RunFolder, read_json, write_json
+from sft_recipes.runtime.run_dir import RunDir, read_json, write_json
 from sft_recipes.runtime.units import GIB
-from sft_recipes.training.checkpoint.resume import Point
+from sft_recipes.training.checkpoint.resume import ResumePoint
 
 _DONE = "resharded.json"
 _STATE = ("fp32", "exp_avg", "exp_avg_sq")  # DeepSpeed's names for what a universal checkpoint has of each weight
@@ -35,7 +35,7 @@ _TIMES_THE_CHECKPOINT = 2
 _BYTES_PER_SECOND_AT_LEAST = 20e6
 
 
-def taken_over(plan: Plan, folder: RunFolder, point: Point, trainer: Any) -> Path:
+def taken_over(plan: Plan, folder: RunDir, point: ResumePoint, trainer: Any) -> Path:
     """The folder that this start loads: the checkpoint itself, or one beside it that was cut for these ranks. All ranks
     take part; the checkpoint has been verified, and is never changed.
 
@@ -62,7 +62,7 @@ def taken_over(plan: Plan, folder: RunFolder, point: Point, trainer: Any) -> Pat
 class TakeOver(TrainerCallback):
     """Once everything has been loaded and before the first step: random numbers, and what DeepSpeed leaves wrong."""
 
-    def __init__(self, point: Point, converted: Path | None):
+    def __init__(self, point: ResumePoint, converted: Path | None):
         self.point = point
         self.converted = converted
         self.trainer: Any = None
@@ -121,7 +121,7 @@ def check(optimizer: torch.optim.Optimizer, universal: Path, accelerator: Any) -
         raise RuntimeError(f"{universal}: the ranks do not hold the state that was saved; nothing was trained")
 
 
-def _convert(point: Point, target: Path, accelerator: Any) -> Path:
+def _convert(point: ResumePoint, target: Path, accelerator: Any) -> Path:
     """A universal checkpoint of DeepSpeed's, with all else that the Trainer reads; made by rank 0, awaited by the
     others without a collective, whose time limit a large model would outlast."""
     from accelerate.utils import broadcast_object_list

@@ -11,17 +11,17 @@ from typing import Any
 
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import TrainingError
-from sft_recipes.runtime.run_dir import RunFolder, read_json
+from sft_recipes.runtime.run_dir import RunDir, read_json
 from sft_recipes.training.checkpoint import checkpoint_format
-from sft_recipes.training.checkpoint.checkpoint_format import DamagedError
+from sft_recipes.training.checkpoint.checkpoint_format import CorruptCheckpointError
 
 
-class LostError(TrainingError):
+class NoValidCheckpointError(TrainingError):
     """The run has saved, and nothing that it saved is whole; never a start from step 0 unasked."""
 
 
 @dataclass(frozen=True)
-class Point:
+class ResumePoint:
     """A whole checkpoint and its record."""
 
     path: Path
@@ -33,13 +33,13 @@ class Point:
         return int(self.record["step"])
 
 
-def newest(plan: Plan, folder: RunFolder, accelerator: Any, say: Callable[[str], None]) -> Point | None:
+def newest(plan: Plan, folder: RunDir, accelerator: Any, say: Callable[[str], None]) -> ResumePoint | None:
     """The newest whole checkpoint of this run; None where it has not saved yet. All ranks take part and choose alike.
 
     What is passed over is said, and never deleted: this run's own is put aside, all else stays where it is.
 
     Raises:
-        LostError: there are checkpoints, or were, and none is whole.
+        NoValidCheckpointError: there are checkpoints, or were, and none is whole.
     """
     from accelerate.utils import broadcast_object_list
 
@@ -48,7 +48,7 @@ def newest(plan: Plan, folder: RunFolder, accelerator: Any, say: Callable[[str],
     passed_over: list[str] = []
     for step in listed[0]:
         found = look_through(folder, step, plan.run_id, accelerator)
-        if isinstance(found, Point):
+        if isinstance(found, ResumePoint):
             return found
         name = folder.checkpoint(step).name
         passed_over.append(f"{name}: {found}")
@@ -59,23 +59,23 @@ def newest(plan: Plan, folder: RunFolder, accelerator: Any, say: Callable[[str],
     broadcast_object_list(lost)
     if passed_over or lost[0]:
         what = "; ".join(passed_over) or lost[0]
-        raise LostError(
+        raise NoValidCheckpointError(
             f"{folder.path}: no checkpoint of this run is whole ({what}); nothing was started from step 0: bring one "
             f"back, or begin a run of its own: NAME=…"
         )
     return None
 
 
-def _what_there_was(folder: RunFolder) -> str | None:
+def _what_there_was(folder: RunDir) -> str | None:
     """Why a run without a checkpoint has had one; None where nothing says so."""
     saved = read_json(folder.manifest).get("saved_step")
-    aside = sorted(path.name for path in folder.path.glob("put-aside-checkpoint-*"))
+    aside = sorted(path.name for path in folder.path.glob("checkpoint-*.corrupt-*"))
     if saved:
         return f"it has saved step {saved}, and no checkpoint is there"
     return f"{aside[-1]} is all there is" if aside else None
 
 
-def clear(folder: RunFolder, say: Callable[[str], None]) -> None:
+def clear(folder: RunDir, say: Callable[[str], None]) -> None:
     """Takes away what an earlier start was writing, or removing, when it ended; for rank 0, before it saves."""
     for path in sorted(folder.saving.glob("*")):
         say(f"{path.name} was cut off while it was written: a kill, or less time to stop than a save takes")
@@ -87,7 +87,7 @@ def clear(folder: RunFolder, say: Callable[[str], None]) -> None:
             say(f"{place} could not be removed ({error.strerror})")
 
 
-def look_through(folder: RunFolder, step: int, run_id: str, accelerator: Any) -> Point | str:
+def look_through(folder: RunDir, step: int, run_id: str, accelerator: Any) -> ResumePoint | str:
     """A checkpoint of a run, looked through by all ranks; else why it is not one to go on from."""
     from accelerate.utils import broadcast_object_list
 
@@ -97,14 +97,14 @@ def look_through(folder: RunFolder, step: int, run_id: str, accelerator: Any) ->
     if isinstance(record, str):
         return record
     damage = _damage_on_any_rank(folder.checkpoint(step), record, accelerator)
-    return damage or Point(folder.checkpoint(step), record)
+    return damage or ResumePoint(folder.checkpoint(step), record)
 
 
-def _record(folder: RunFolder, step: int, run_id: str) -> dict[str, Any] | str:
+def _record(folder: RunDir, step: int, run_id: str) -> dict[str, Any] | str:
     """A checkpoint's record, or why it is not one to go on from."""
     try:
         return checkpoint_format.belongs(folder, step, run_id)
-    except DamagedError as error:
+    except CorruptCheckpointError as error:
         return str(error)
 
 
@@ -120,12 +120,12 @@ def _damage_on_any_rank(path: Path, record: dict[str, Any], accelerator: Any) ->
     return next((one for one in gather_object([mine]) if one), None)
 
 
-def _out_of_the_way(folder: RunFolder, step: int, run_id: str, say: Callable[[str], None]) -> Path | None:
+def _out_of_the_way(folder: RunDir, step: int, run_id: str, say: Callable[[str], None]) -> Path | None:
     """Renames a damaged checkpoint of this run, which would else count as one of the two that are kept."""
     if isinstance(_record(folder, step, run_id), str):
         return None
     try:
-        return checkpoint_format.put_aside(folder.checkpoint(step))
+        return checkpoint_format.quarantine(folder.checkpoint(step))
     except OSError as error:
         say(f"{folder.checkpoint(step)} could not be renamed ({error.strerror})")
         return None

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.training.checkpoint import checkpoint_format
-from sft_recipes.training.checkpoint.checkpoint_format import DamagedError
+from sft_recipes.training.checkpoint.checkpoint_format import CorruptCheckpointError
 
 KEPT = 3
 
@@ -23,7 +23,7 @@ def is_among_the_best(losses: dict[int, float], step: int) -> bool:
     return step in ranked(losses)[:KEPT]
 
 
-def forget_all_others(folder: RunFolder, losses: dict[int, float], run_id: str, say: Callable[[str], None]) -> None:
+def forget_all_others(folder: RunDir, losses: dict[int, float], run_id: str, say: Callable[[str], None]) -> None:
     """Removes this run's weights of steps that are among the best no more, of those that are there: what a full disk
     refused makes no other go. What cannot be removed stays, which is said."""
     ours = [step for step in folder.numbered("best") if checkpoint_format.run_of(folder.best(step)) == run_id]
@@ -33,7 +33,7 @@ def forget_all_others(folder: RunFolder, losses: dict[int, float], run_id: str, 
             checkpoint_format.remove(folder.best(step), folder.removing, say)
 
 
-def step(folder: RunFolder, losses: dict[int, float], run_id: str, say: Callable[[str], None]) -> int | None:
+def step(folder: RunDir, losses: dict[int, float], run_id: str, say: Callable[[str], None]) -> int | None:
     """The step with the lowest validation loss of those whose weights are there and whole; the earliest of equals."""
     for one in ranked(losses):
         if not folder.best(one).is_dir():
@@ -42,7 +42,7 @@ def step(folder: RunFolder, losses: dict[int, float], run_id: str, say: Callable
             record = checkpoint_format.read(folder.best(one))
             harm = None if record.get("run_id") == run_id else "it is another run's"
             harm = harm or checkpoint_format.damage(folder.best(one), record)
-        except DamagedError as error:
+        except CorruptCheckpointError as error:
             harm = str(error)
         if harm is None:
             return one

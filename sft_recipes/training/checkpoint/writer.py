@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime.run_dir import RunFolder
+from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.runtime.units import GIB
 from sft_recipes.training import rank_heartbeat
 from sft_recipes.training.checkpoint import checkpoint_format
@@ -40,10 +40,10 @@ def refused_by_the_disk(error: Exception) -> bool:
     return isinstance(error, (OSError, SafetensorError)) or any(said in str(error) for said in _WRITER_SAYS)
 
 
-class Saving:
+class CheckpointWriter:
     """One rank's part in saving."""
 
-    def __init__(self, plan: Plan, folder: RunFolder, accelerator: Any):
+    def __init__(self, plan: Plan, folder: RunDir, accelerator: Any):
         self.plan = plan
         self.folder = folder
         self.accelerator = accelerator
@@ -134,7 +134,7 @@ class Saving:
         needed = frozenset(checkpoint_format.needed(self.plan, step))
         refused = self.whole(target, write, whole, needed, self.bytes_at_most)
         if refused is not None:
-            self.try_again_at = step + max(int(self.plan.sections["trainer"]["save_steps"]) // 10, 1)
+            self.try_again_at = step + max(int(self.plan.sections.trainer["save_steps"]) // 10, 1)
             return refused
         self.try_again_at = None
         if self.accelerator.is_main_process:

@@ -32,7 +32,7 @@ def carry(examples: Sequence[dict[str, Any]], batch: dict[str, Any]) -> dict[str
     return {**batch, ROW: torch.tensor([example[ROW] for example in examples])} if ROW in examples[0] else batch
 
 
-class Ledger:
+class DataOrderCheck:
     """The steps that were found right so far, and a chain of hashes over the rows of each.
 
     The chain does not depend on how rows were dealt to micro-batches and ranks.
@@ -48,7 +48,7 @@ class Ledger:
         self.steps = 0
         self.chain = ""
 
-    def take_up(self, steps: int, chain: str) -> None:
+    def restore_state(self, steps: int, chain: str) -> None:
         """Goes on behind the steps of an earlier start."""
         self.steps, self.chain = steps, chain
         self._pending.clear()

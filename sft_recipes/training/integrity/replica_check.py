@@ -17,7 +17,7 @@ from sft_recipes.training.integrity import fingerprint
 _PARAMETERS_SHOWN = 3
 
 
-class Replicas:
+class ReplicaCheck:
     """Knows what this rank held when copies were compared last, until its next optimizer step."""
 
     def __init__(self) -> None:
