@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from sft_recipes.config.schema import did_you_mean
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.errors import ConfigError
 from sft_recipes.runtime.units import GIB
 
 _MIB = 1024**2
@@ -90,12 +90,12 @@ def find_gpu_type(name: str | None) -> GpuType | None:
     """The row of this name; None for a number of GiB and where no GPU is named.
 
     Raises:
-        UserError: neither a name in the table nor a number of GiB.
+        ConfigError: neither a name in the table nor a number of GiB.
     """
     if name is None or gib_of(name) is not None:
         return None
     if name not in _BY_NAME:
-        raise UserError(
+        raise ConfigError(
             f"GPU_TYPE: unknown GPU type: found {name!r}, expected a name such as h100-80g, a100-80g, l40s-48g (all: "
             f"docs/MODELS.md), or GiB of memory, such as 80{did_you_mean(name, _BY_NAME)}"
         )
@@ -126,7 +126,7 @@ def memory_bytes(name: str | None) -> int | None:
     """Memory of a named GPU type, or of a number of GiB, as nvidia-smi counts it; None where no GPU is named.
 
     Raises:
-        UserError: neither a name in the table nor a number of GiB.
+        ConfigError: neither a name in the table nor a number of GiB.
     """
     gpu = find_gpu_type(name)
     if gpu is not None:

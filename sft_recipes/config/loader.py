@@ -17,7 +17,7 @@ from sft_recipes.config import schema
 from sft_recipes.config.architecture import DENSE_KEYS, LINEAR_LAYERS
 from sft_recipes.config.schema import Recipe, did_you_mean
 from sft_recipes.config.sizes import COMMAND_LINE, RECIPES, check_ranges
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.errors import ConfigError
 from sft_recipes.runtime.paths import REPOSITORY
 
 
@@ -39,7 +39,7 @@ def load(name: str, overrides: Iterable[str] = ()) -> Recipe:
     """Reads `recipes/NAME.yaml` and lays `key=value` overrides over it.
 
     Raises:
-        UserError: no such recipe, an unknown key, a value of the wrong type or outside its row's range.
+        ConfigError: no such recipe, an unknown key, a value of the wrong type or outside its row's range.
     """
     written = dict(_flatten(_read_yaml(_path_of(name))))
     for override in overrides:
@@ -53,13 +53,13 @@ def load(name: str, overrides: Iterable[str] = ()) -> Recipe:
 
 def _path_of(name: str) -> Path:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-        raise UserError(
+        raise ConfigError(
             f"RECIPE: {name!r} is not the name of a recipe (letters, digits, - and _, no path); "
             f"there are: {', '.join(names())}"
         )
     path = RECIPES / f"{name}.yaml"
     if name == "sizes" or not path.is_file():
-        raise UserError(f"RECIPE: no recipe {name!r}{did_you_mean(name, names())}; there are: {', '.join(names())}")
+        raise ConfigError(f"RECIPE: no recipe {name!r}{did_you_mean(name, names())}; there are: {', '.join(names())}")
     return path
 
 
@@ -71,14 +71,14 @@ def _read_yaml(path: Path) -> yaml.MappingNode:
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except OSError as error:
-        raise UserError(f"{_shown(path)}: cannot be read ({error.strerror})") from error
+        raise ConfigError(f"{_shown(path)}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "not UTF-8 text"
-        raise UserError(f"{_shown(path)}{line}: not YAML: {problem}") from error
+        raise ConfigError(f"{_shown(path)}{line}: not YAML: {problem}") from error
     if not isinstance(node, yaml.MappingNode):
-        raise UserError(
+        raise ConfigError(
             f"{_shown(path)}: empty or not a mapping; a recipe is `key: value` lines, see recipes/tiny.yaml"
         )
     node.start_mark.name = _shown(path)
@@ -93,7 +93,7 @@ def _flatten(node: yaml.MappingNode, prefix: str = "", file: str = "") -> Iterat
         key = f"{prefix}{key_node.value}"
         where = f"{file}:{key_node.start_mark.line + 1}"
         if key in seen:
-            raise UserError(f"{where}: {key} is written twice; remove one")
+            raise ConfigError(f"{where}: {key} is written twice; remove one")
         seen.add(key)
         section = key in schema.SECTIONS or key == "trainer"
         if section and isinstance(value_node, yaml.MappingNode) and value_node.value:
@@ -101,7 +101,7 @@ def _flatten(node: yaml.MappingNode, prefix: str = "", file: str = "") -> Iterat
         elif section and value_node.tag.endswith(":null"):
             continue
         elif section:
-            raise UserError(
+            raise ConfigError(
                 f"{where}: {key} is {_scalar(value_node)!r}; wanted keys below it, `{key}:` and then `  key: value`"
             )
         else:
@@ -135,7 +135,7 @@ def _drop_what_an_override_makes_untrue(written: dict[str, Written]) -> None:
 def _split_override(override: str) -> tuple[str, str]:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"{COMMAND_LINE}: {override!r} is not key=value, for example trainer.learning_rate=1.0e-5")
+        raise ConfigError(f"{COMMAND_LINE}: {override!r} is not key=value, for example trainer.learning_rate=1.0e-5")
     return key, text
 
 
@@ -151,13 +151,15 @@ def _build(name: str, written: Mapping[str, Written]) -> Recipe:
     for key, found in written.items():
         section, _, leaf = key.rpartition(".")
         if section.startswith("model.architecture"):
-            raise UserError(f"{found.where}: write {key} as model.architecture={{{leaf}: …}}, all of its keys together")
+            raise ConfigError(
+                f"{found.where}: write {key} as model.architecture={{{leaf}: …}}, all of its keys together"
+            )
         if section not in sections or (not section and key in (*schema.SECTIONS, "trainer", "name", "origins")):
-            raise UserError(f"{found.where}: unknown key {key}{did_you_mean(key, _known_keys())}")
+            raise ConfigError(f"{found.where}: unknown key {key}{did_you_mean(key, _known_keys())}")
         sections[section][leaf] = _checked(key, section, leaf, found)
     for needed in ("size", "data.train"):
         if needed not in written or written[needed].value in (None, ""):
-            raise UserError(f"recipes/{name}.yaml: {needed} is missing")
+            raise ConfigError(f"recipes/{name}.yaml: {needed} is missing")
     top = sections.pop("")
     trainer = {**schema.TRAINER_DEFAULTS, **sections.pop("trainer")}
     built: dict[str, Any] = {
@@ -187,28 +189,28 @@ def _checked(key: str, section: str, leaf: str, found: Written) -> Any:
     """The value in its right type.
 
     Raises:
-        UserError: the key is unknown or the plan's own, or the value is of another type or none of the choices.
+        ConfigError: the key is unknown or the plan's own, or the value is of another type or none of the choices.
     """
     if section == "trainer":
         if leaf in schema.OWNED_BY_THE_PLAN:
-            raise UserError(f"{found.where}: {key} is the plan's to set{_instead(schema.OWNED_BY_THE_PLAN[leaf])}")
+            raise ConfigError(f"{found.where}: {key} is the plan's to set{_instead(schema.OWNED_BY_THE_PLAN[leaf])}")
         if leaf not in _trainer_keys():
-            raise UserError(f"{found.where}: unknown key {key}{did_you_mean(leaf, _trainer_keys())}")
+            raise ConfigError(f"{found.where}: unknown key {key}{did_you_mean(leaf, _trainer_keys())}")
         kinds = schema.trainer_fields().get(leaf, ["float"])
     else:
         known = _kinds(schema.SECTIONS[section] if section else Recipe)
         if leaf not in known:
-            raise UserError(f"{found.where}: unknown key {key}{did_you_mean(key, _known_keys())}")
+            raise ConfigError(f"{found.where}: unknown key {key}{did_you_mean(key, _known_keys())}")
         kinds = known[leaf]
     value = _coerce(key, kinds, _typed(found, kinds))
     choices = schema.CHOICES.get(key)
     if key == "model.attention" and "/" in str(value) and not schema.KERNEL.fullmatch(str(value)):
-        raise UserError(
+        raise ConfigError(
             f"{found.where}: {key} is {value!r}, a kernel from the Hub, which is code, and nothing says which; write "
             f"owner/name@<the 40 hexadecimal digits of its commit>"
         )
     if choices and value is not None and value not in choices and "/" not in str(value):
-        raise UserError(
+        raise ConfigError(
             f"{found.where}: {key} is {value!r}; wanted one of {', '.join(choices)}{did_you_mean(str(value), choices)}"
         )
     _check_bounds(key, value, found.where)
@@ -241,7 +243,7 @@ def _coerce(key: str, kinds: list[str], found: Written) -> Any:
     if isinstance(value, str) and "float" in kinds and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
         value = float(value)  # YAML 1.1 reads 2e-5 as text: it wants a dot and a sign
     if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{found.where}: {key} is {value}; wanted a finite number")
+        raise ConfigError(f"{found.where}: {key} is {value}; wanted a finite number")
     if type(value).__name__ in kinds or (value is None and "None" in kinds):
         return value
     if isinstance(value, int) and not isinstance(value, bool) and "float" in kinds:
@@ -249,7 +251,7 @@ def _coerce(key: str, kinds: list[str], found: Written) -> Any:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and set(kinds) <= {"str", "None"}:
         return str(value)
     wanted = " or ".join(_SPOKEN[kind] for kind in kinds if kind != "None")
-    raise UserError(f"{found.where}: {key} is {value!r}; wanted {wanted}")
+    raise ConfigError(f"{found.where}: {key} is {value!r}; wanted {wanted}")
 
 
 _SPOKEN = {
@@ -322,27 +324,27 @@ def _check_bounds(key: str, value: Any, where: str) -> None:
     least, most = _BOUNDS[key]
     if value is None or not least <= value <= most:
         wanted = f"at least {least:g}" if most == math.inf else f"{least:g} to {most:g}"
-        raise UserError(f"{where}: {key} is {value}; wanted {wanted}")
+        raise ConfigError(f"{where}: {key} is {value}; wanted {wanted}")
     if key in _WHOLE and value != int(value):
-        raise UserError(f"{where}: {key} is {value}; wanted a whole number of steps")
+        raise ConfigError(f"{where}: {key} is {value}; wanted a whole number of steps")
 
 
 def _check_model(recipe: Recipe) -> None:
     model, where = recipe.model, recipe.origins.get("model.from_scratch", f"recipes/{recipe.name}.yaml")
     if model.from_scratch and model.name_or_path:
         if recipe.origins.get("model.name_or_path") == COMMAND_LINE:
-            raise UserError(
+            raise ConfigError(
                 f"{COMMAND_LINE}: {recipe.name} builds its model from scratch; add model.from_scratch=false "
                 f"to start from {model.name_or_path}"
             )
-        raise UserError(f"{where}: model.from_scratch and model.name_or_path are both set; keep one")
+        raise ConfigError(f"{where}: model.from_scratch and model.name_or_path are both set; keep one")
     if not model.from_scratch and not model.name_or_path:
-        raise UserError(f"recipes/{recipe.name}.yaml: model.name_or_path is missing: a Hub name or a local folder")
+        raise ConfigError(f"recipes/{recipe.name}.yaml: model.name_or_path is missing: a Hub name or a local folder")
     _check_architecture(model.architecture, recipe.origins.get("model.architecture", where))
     if recipe.lora:
         _check_targets(recipe.lora.target_modules, recipe.origins.get("lora.target_modules", where))
     if model.from_scratch and not model.architecture:
-        raise UserError(f"{where}: model.from_scratch needs model.architecture, the numbers of the model's config")
+        raise ConfigError(f"{where}: model.from_scratch needs model.architecture, the numbers of the model's config")
 
 
 def _check_lists(recipe: Recipe) -> None:
@@ -354,21 +356,21 @@ def _check_lists(recipe: Recipe) -> None:
     ):
         where = recipe.origins.get(key, f"recipes/{recipe.name}.yaml")
         if not all(isinstance(name, str) and name.strip() for name in names) or (key == "data.train" and not names):
-            raise UserError(f"{where}: {key} is {names!r}; wanted names, as in [a.jsonl, b.jsonl]")
+            raise ConfigError(f"{where}: {key} is {names!r}; wanted names, as in [a.jsonl, b.jsonl]")
     unknown = [name for name in recipe.monitor.stop_on if name not in schema.STOPPING_GUARDS]
     if unknown:
-        raise UserError(
+        raise ConfigError(
             f"{recipe.origins.get('monitor.stop_on')}: monitor.stop_on names {unknown[0]!r}; wanted some of "
             f"{', '.join(schema.STOPPING_GUARDS)}"
         )
     if recipe.monitor.grad_norm_below >= recipe.monitor.grad_norm_above:
         stated = recipe.origins.get("monitor.grad_norm_below") or recipe.origins.get("monitor.grad_norm_above")
-        raise UserError(
+        raise ConfigError(
             f"{stated}: monitor.grad_norm_below {recipe.monitor.grad_norm_below:g} is not below "
             f"monitor.grad_norm_above {recipe.monitor.grad_norm_above:g}"
         )
     if recipe.lora and recipe.model.add_tokens:
-        raise UserError(
+        raise ConfigError(
             f"{recipe.origins.get('model.add_tokens')}: model.add_tokens gives the model new embeddings, which LoRA "
             f"does not train; take a chat template whose marks the tokenizer has, or full fine-tuning"
         )
@@ -379,13 +381,13 @@ def _check_architecture(architecture: Mapping[str, Any], where: str) -> None:
     for key in (*DENSE_KEYS, "num_key_value_heads", "head_dim"):
         value = architecture.get(key)
         if value is not None and (type(value) is not int or value < 1):
-            raise UserError(f"{where}: model.architecture.{key} is {value!r}; wanted a whole number of at least 1")
+            raise ConfigError(f"{where}: model.architecture.{key} is {value!r}; wanted a whole number of at least 1")
     for key in ("tie_word_embeddings", "attention_bias"):
         if not isinstance(architecture.get(key, False), bool):
-            raise UserError(f"{where}: model.architecture.{key} is {architecture[key]!r}; wanted true or false")
+            raise ConfigError(f"{where}: model.architecture.{key} is {architecture[key]!r}; wanted true or false")
     heads, hidden = architecture.get("num_attention_heads"), architecture.get("hidden_size")
     if heads and hidden and not architecture.get("head_dim") and hidden % heads:
-        raise UserError(
+        raise ConfigError(
             f"{where}: model.architecture: hidden_size {hidden} is no multiple of num_attention_heads {heads}; "
             f"give head_dim"
         )
@@ -393,7 +395,7 @@ def _check_architecture(architecture: Mapping[str, Any], where: str) -> None:
 
 def _check_targets(targets: str | list[Any], where: str) -> None:
     if targets != "all-linear" and (isinstance(targets, str) or not targets or set(targets) - set(LINEAR_LAYERS)):
-        raise UserError(
+        raise ConfigError(
             f"{where}: lora.target_modules is {targets!r}; wanted all-linear or a list of some of "
             f"{', '.join(LINEAR_LAYERS)}"
         )

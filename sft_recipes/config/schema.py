@@ -11,9 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
-# Under these no rank holds the whole model.
-SHARDED = ("zero3", "zero3_offload", "fsdp2")
+from sft_recipes.config.strategies import DATA_PARALLEL, STRATEGIES
+
 PRECISIONS = ("bf16", "fp32")
 QUANTIZATIONS = ("nf4",)
 CONVERGED_ACCURACY = 0.9  # of tokens: what is above has not stalled, it has nothing much left to learn
@@ -289,7 +288,7 @@ class Recipe:
     generation: Generation = field(default_factory=Generation)
     monitor: Monitor = field(default_factory=Monitor)
     lora: Lora | None = None
-    parallelism: str = "ddp"
+    parallelism: str = DATA_PARALLEL.name
     precision: str = "bf16"
     allow_out_of_range: list[str] = field(default_factory=list)
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -313,7 +312,7 @@ SECTIONS: dict[str, type] = {
     "monitor": Monitor,
 }
 CHOICES: dict[str, tuple[str, ...]] = {
-    "parallelism": ENGINES,
+    "parallelism": tuple(STRATEGIES),
     "precision": PRECISIONS,
     "model.attention": ATTENTIONS,
     "lora.quantize": QUANTIZATIONS,

@@ -12,7 +12,7 @@ import yaml
 from sft_recipes.config import schema
 from sft_recipes.config.architecture import parameter_count
 from sft_recipes.config.schema import Recipe, did_you_mean
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.errors import ConfigError
 from sft_recipes.runtime.paths import REPOSITORY
 
 RECIPES = REPOSITORY / "recipes"
@@ -75,7 +75,7 @@ def row_of(recipe: Recipe) -> str:
     """The row of the table that a recipe's `size` stands for: named, or the nearest to a size such as `20b`.
 
     Raises:
-        UserError: no such row, one for another method or another size of model, or a size far from every row.
+        ConfigError: no such row, one for another method or another size of model, or a size far from every row.
     """
     where, rows = recipe.origins["size"], table()
     method = "lora" if recipe.lora else "full"
@@ -85,18 +85,18 @@ def row_of(recipe: Recipe) -> str:
         if rows[nearest].distance(float(sized[1])) <= FARTHEST:
             _check_size(recipe, nearest, method)
             return nearest
-        raise UserError(
+        raise ConfigError(
             f"{where}: size is {recipe.size}, more than {FARTHEST:g} times beyond every row of recipes/sizes.yaml for "
             f"{method} fine-tuning; name a row and say what differs: {', '.join(_rows(method))}"
         )
     if recipe.size not in rows:
-        raise UserError(
+        raise ConfigError(
             f"{where}: size is {recipe.size!r}; wanted a row of recipes/sizes.yaml or billions of parameters such as "
             f"20b: {', '.join(rows)}{did_you_mean(recipe.size, rows)}"
         )
     if rows[recipe.size].method != method and recipe.size != "tiny":
         has = "no lora section" if method == "full" else "a lora section"
-        raise UserError(
+        raise ConfigError(
             f"{where}: row {recipe.size} of recipes/sizes.yaml is for {rows[recipe.size].method} fine-tuning and the "
             f"recipe has {has}; say size: {' or '.join(_rows(method))}"
         )
@@ -125,7 +125,7 @@ def _check_size(recipe: Recipe, row: str, method: str) -> None:
     if row == "tiny" and table()[row].distance(counted / 1e9) <= FARTHEST:
         return
     if nearest != row:
-        raise UserError(
+        raise ConfigError(
             f"{recipe.origins['size']}: size is {recipe.size}, row {row}, but model.architecture has "
             f"{counted / 1e9:.1f} billion parameters, nearest to row {nearest}; say size: {nearest}"
         )
@@ -160,12 +160,12 @@ def check_ranges(recipe: Recipe) -> None:
     """Refuses a value outside its size row unless the recipe says so on purpose.
 
     Raises:
-        UserError: no such row, or a value outside the row's range.
+        ConfigError: no such row, or a value outside the row's range.
     """
     row = row_of(recipe)
     for key in map(str, recipe.allow_out_of_range):
         if key not in schema.TABLE_KEYS:
-            raise UserError(
+            raise ConfigError(
                 f"{recipe.origins['allow_out_of_range']}: allow_out_of_range names {key!r}; wanted some of "
                 f"{', '.join(schema.TABLE_KEYS)}{did_you_mean(key, schema.TABLE_KEYS)}"
             )
@@ -173,7 +173,7 @@ def check_ranges(recipe: Recipe) -> None:
         value, where = hyperparameter(recipe, key)
         cell = table()[row].cells[key]
         if key not in recipe.allow_out_of_range and not cell.allows(value):
-            raise UserError(
+            raise ConfigError(
                 f"{where}: {key} is {value}; row {row} of recipes/sizes.yaml wants {cell.wanted()} "
                 f"(on purpose: allow_out_of_range: [{key}])"
             )

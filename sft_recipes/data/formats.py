@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sft_recipes.data.sources import RawRow, kind, parse, shown
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.errors import DataError
 
 # role and content; an assistant's turn may have reasoning_content and tool_calls besides.
 Message = dict[str, Any]
@@ -57,16 +57,16 @@ def conversation_of(row: RawRow) -> Conversation:
     Between an assistant's call and its answer stand the tools' answers.
 
     Raises:
-        UserError: a row of no known form, or one whose roles or contents are wrong; names file and line.
+        DataError: a row of no known form, or one whose roles or contents are wrong; names file and line.
     """
     values = row.values
     if not isinstance(values, dict):
-        raise UserError(f"{row.where}: the row is a {kind(values)}; wanted an object with {_KNOWN}")
+        raise DataError(f"{row.where}: the row is a {kind(values)}; wanted an object with {_KNOWN}")
     forms = [(keys, read) for keys, read in _FORMS if all(values.get(key) is not None for key in keys)]
     if len(forms) != 1:
         clash = f", which say it {len(forms)} times: keep one of " if forms else "; wanted "
         known = " and ".join("/".join(keys) for keys, _ in forms) if forms else _KNOWN
-        raise UserError(f"{row.where}: a row with keys {_keys(values)}{clash}{known}")
+        raise DataError(f"{row.where}: a row with keys {_keys(values)}{clash}{known}")
     messages = forms[0][1](values, row.where)
     tools = _tools(_first(values, "tools", "functions"), row.where)
     _check_turns(messages, row.where)
@@ -96,13 +96,13 @@ def _with_system(values: dict[str, Any], messages: list[Message], where: str) ->
     if system in (None, ""):
         return messages
     if messages and messages[0]["role"] == "system":
-        raise UserError(f"{where}: the row has a system key and a system turn; which is meant?")
+        raise DataError(f"{where}: the row has a system key and a system turn; which is meant?")
     return [_turn("system", system, where), *messages]
 
 
 def _from_turns(turns: Any, where: str) -> list[Message]:
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise UserError(
+        raise DataError(
             f"{where}: the conversation is a {kind(turns)}; wanted a list of turns, each with role and content, or "
             f"from and value"
         )
@@ -117,7 +117,7 @@ def _message(turn: dict[str, Any], where: str, what: str) -> Message:
     said = turn.get(role_key)
     name = said.lower().replace(" ", "_") if isinstance(said, str) else said
     if not isinstance(name, str) or name not in _ROLES:
-        raise UserError(f"{where}: {what} has {role_key} {shown(said)}; wanted one of {', '.join(_ROLES)}")
+        raise DataError(f"{where}: {what} has {role_key} {shown(said)}; wanted one of {', '.join(_ROLES)}")
     role, content = _ROLES[name], turn.get(content_key)
     if name in _CALLS:
         return {"role": role, "content": "", "tool_calls": _calls(_json(content, where, what), where, what)}
@@ -125,14 +125,14 @@ def _message(turn: dict[str, Any], where: str, what: str) -> Message:
     if turn.get("function_call"):
         calls = _calls(turn["function_call"], where, what)
     if calls and role != "assistant":
-        raise UserError(f"{where}: {what} is the {role}'s and calls a tool; wanted calls in the assistant's turns")
+        raise DataError(f"{where}: {what} is the {role}'s and calls a tool; wanted calls in the assistant's turns")
     text = "" if content is None and calls else _string(content, where, what)
     if role == "assistant" and not calls and "<tool_call>" in text:
         text, calls = _hermes(text, where, what)
     if role == "tool" and (wrapped := _HERMES_RESPONSE.fullmatch(text)):
         text = wrapped[1]
     if role == "assistant" and turn.get("weight") not in (None, 1):
-        raise UserError(
+        raise DataError(
             f"{where}: {what} has weight {shown(turn['weight'])}; every assistant's turn is learned from: leave "
             f"the row out"
         )
@@ -155,7 +155,7 @@ def _hermes(text: str, where: str, what: str) -> tuple[str, list[dict[str, Any]]
         return text, None  # marks around no object are text
     said = text.partition("<tool_call>")[0]
     if rest.strip() != said.strip():
-        raise UserError(
+        raise DataError(
             f"{where}: {what} says {shown(rest.strip()[len(said.strip()) :].strip())} behind or between its calls, and "
             f"templates write calls last; put the text before them"
         )
@@ -168,12 +168,12 @@ def _calls(calls: Any, where: str, what: str) -> list[dict[str, Any]]:
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get("function", call) if isinstance(call, dict) else call
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-            raise UserError(f"{where}: {what} calls a tool without a name; wanted {{'name': …, 'arguments': {{…}}}}")
+            raise DataError(f"{where}: {what} calls a tool without a name; wanted {{'name': …, 'arguments': {{…}}}}")
         arguments = _first(function, "arguments", "parameters")
         if isinstance(arguments, str):
             arguments = _json(arguments or "{}", where, f"{what}'s call of {shown(function['name'])[1:-1]}")
         if not isinstance(arguments, dict | None):
-            raise UserError(
+            raise DataError(
                 f"{where}: {what} calls {shown(function['name'])[1:-1]} with a {kind(arguments)}; wanted arguments as "
                 f"an object"
             )
@@ -192,11 +192,11 @@ def _tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
     if tools in (None, [], {}):
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise UserError(f"{where}: tools is a {kind(tools)}; wanted a list of functions")
+        raise DataError(f"{where}: tools is a {kind(tools)}; wanted a list of functions")
     found = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
     for tool in found:
         if not isinstance(tool["function"], dict) or not isinstance(tool["function"].get("name"), str):
-            raise UserError(f"{where}: a tool has no name; wanted {{'name': …, 'description': …, 'parameters': …}}")
+            raise DataError(f"{where}: a tool has no name; wanted {{'name': …, 'description': …, 'parameters': …}}")
     _check_plain(found, where, "tools")
     return found
 
@@ -232,7 +232,7 @@ def _history(history: Any, where: str) -> list[Message]:
     if history in (None, []):
         return []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise UserError(f"{where}: history is a {kind(history)}; wanted a list of [asked, answered]")
+        raise DataError(f"{where}: history is a {kind(history)}; wanted a list of [asked, answered]")
     return [
         _turn(role, text, where) for pair in history for role, text in zip(("user", "assistant"), pair, strict=True)
     ]
@@ -252,7 +252,7 @@ def _string(content: Any, where: str, what: str) -> str:
     if isinstance(content, list):
         content = _parts(content, where, what)
     if not isinstance(content, str):
-        raise UserError(f"{where}: the content of {what} is {kind(content)}; wanted text")
+        raise DataError(f"{where}: the content of {what} is {kind(content)}; wanted text")
     _check_characters(content, where, what)
     return content
 
@@ -263,7 +263,7 @@ def _parts(parts: list[Any], where: str, what: str) -> Any:
         return parts
     other = next((part["type"] for part in parts if part.get("type") not in (None, "text")), None)
     if other is not None:
-        raise UserError(f"{where}: the content of {what} holds a part of type {shown(other)}; only text is trained on")
+        raise DataError(f"{where}: the content of {what} holds a part of type {shown(other)}; only text is trained on")
     texts = [part.get("text") for part in parts]
     return "".join(texts) if all(isinstance(text, str) for text in texts) else None
 
@@ -272,9 +272,9 @@ def _check_characters(text: str, where: str, what: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: the content of {what} holds a lone surrogate, which is no character") from error
+        raise DataError(f"{where}: the content of {what} holds a lone surrogate, which is no character") from error
     if "\x00" in text:
-        raise UserError(f"{where}: the content of {what} holds a NUL character; the source is broken there")
+        raise DataError(f"{where}: the content of {what} holds a NUL character; the source is broken there")
 
 
 def _check_plain(value: Any, where: str, what: str) -> None:
@@ -282,11 +282,11 @@ def _check_plain(value: Any, where: str, what: str) -> None:
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {what} holds what JSON has not: {error}") from error
+        raise DataError(f"{where}: {what} holds what JSON has not: {error}") from error
     except RecursionError as error:
-        raise UserError(f"{where}: {what} is nested too deep") from error
+        raise DataError(f"{where}: {what} is nested too deep") from error
     if _depth(value) > _DEEPEST:
-        raise UserError(f"{where}: {what} is nested {_depth(value)} deep; wanted at most {_DEEPEST}")
+        raise DataError(f"{where}: {what} is nested {_depth(value)} deep; wanted at most {_DEEPEST}")
     _check_characters(text.replace("\\u0000", "\x00"), where, what)
 
 
@@ -314,21 +314,21 @@ def _check_turns(messages: list[Message], where: str) -> None:
     """An optional system turn; user and assistant alternate; tools answer calls; the assistant has the last word."""
     first = int(bool(messages) and messages[0]["role"] == "system")
     if len(messages) == first:
-        raise UserError(f"{where}: no user and assistant turns; wanted at least one of each")
+        raise DataError(f"{where}: no user and assistant turns; wanted at least one of each")
     before = "the start"
     for number, message in enumerate(messages[first:], start=first + 1):
         role, calls = message["role"], bool(message.get("tool_calls"))
         wanted = _MAY_FOLLOW[before]
         if role not in wanted:
-            raise UserError(
+            raise DataError(
                 f"{where}: turn {number} is the {role}'s; wanted the {' or '.join(f'{one}{_S}' for one in wanted)}: "
                 f"{_RULES.get(role, 'they alternate')}"
             )
         if not message["content"].strip() and role != "tool" and not calls:
-            raise UserError(f"{where}: turn {number}, the {role}'s, is empty")
+            raise DataError(f"{where}: turn {number}, the {role}'s, is empty")
         before = "a call" if calls else role
     if before not in ("assistant", "a call"):
-        raise UserError(f"{where}: the conversation ends with the {before}; wanted an assistant's turn to learn from")
+        raise DataError(f"{where}: the conversation ends with the {before}; wanted an assistant's turn to learn from")
 
 
 _S = "'s"

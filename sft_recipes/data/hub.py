@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.errors import DataError
 
 # The same weights in other formats, and pickles, which nothing here reads.
 _NOT_NEEDED = ["original/*", "consolidated*", "*.bin", "*.pth", "*.pt", "*.gguf", "*.onnx", "*.msgpack", "*.h5"]
@@ -18,7 +18,7 @@ def model(name: str, revision: str | None, open_alternative: str | None = None) 
     """The folder of a model's files in the Hub's cache, brought there where they are not.
 
     Raises:
-        UserError: there is no such model, it is gated, or neither network nor cache has it.
+        DataError: there is no such model, it is gated, or neither network nor cache has it.
     """
     return _snapshot(name, revision, "model", "model.name_or_path", _other(open_alternative))
 
@@ -27,7 +27,7 @@ def tokenizer(name: str, revision: str | None, open_alternative: str | None = No
     """The folder with a model's configuration, tokenizer and template alone.
 
     Raises:
-        UserError: as `model`.
+        DataError: as `model`.
     """
     return _snapshot(
         name, revision, "model", "model.name_or_path", _other(open_alternative), ["*.json", "*.jinja", "*.model"]
@@ -38,7 +38,7 @@ def dataset(name: str, revision: str | None, key: str) -> Path:
     """The folder of a data set's files in the Hub's cache, brought there where they are not.
 
     Raises:
-        UserError: there is no such data set, it is gated, or neither network nor cache has it.
+        DataError: there is no such data set, it is gated, or neither network nor cache has it.
     """
     return _snapshot(name, revision, "dataset", key, "; or say DATA=<a file or folder>")
 
@@ -75,19 +75,19 @@ def _snapshot(
             snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=wanted, ignore_patterns=ignored)
         )
     except GatedRepoError as error:
-        raise UserError(
+        raise DataError(
             f"{key}: {name} is gated and may not be read with this token, or without one; accept its licence on {page} "
             f"and set HF_TOKEN{other}"
         ) from error
     except RevisionNotFoundError as error:
-        raise UserError(f"{key}: {name} has no revision {revision} on the Hub; name a commit of {page}") from error
+        raise DataError(f"{key}: {name} has no revision {revision} on the Hub; name a commit of {page}") from error
     except RepositoryNotFoundError as error:
-        raise UserError(
+        raise DataError(
             f"{key}: no {kind} {name} on the Hub, or a private one; check the name, and HF_TOKEN if it is yours{other}"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__
-        raise UserError(
+        raise DataError(
             f"{key}: {name}{f' at {revision[:8]}' if revision else ''} is neither in the Hub's cache nor to be had "
             f"({reason}); check the network, or run `make download` before; where it is gated, accept its "
             f"licence on {page} and set HF_TOKEN{other}"

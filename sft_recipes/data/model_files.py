@@ -9,7 +9,7 @@ from typing import Any
 
 from sft_recipes.config.architecture import DENSE_KEYS, DENSE_KINDS, parameter_count
 from sft_recipes.data import hub
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.errors import DataError
 
 
 def check_model(
@@ -18,23 +18,23 @@ def check_model(
     """The folder of a whole model: a local one, or the Hub's, brought where it is not there.
 
     Raises:
-        UserError: no such folder, no config, no weights, a shard missing, or code that would have to run.
+        DataError: no such folder, no config, no weights, a shard missing, or code that would have to run.
     """
     key = "model.name_or_path"
     folder = _local(name_or_path) or hub.model(name_or_path, revision, open_alternative)
     config = folder / "config.json"
     if not config.is_file():
-        raise UserError(f"{key}: {folder} has no config.json; name the folder that save_pretrained wrote")
+        raise DataError(f"{key}: {folder} has no config.json; name the folder that save_pretrained wrote")
     if not any(folder.glob("*.safetensors")):
         other = "; weights in *.bin are pickles: convert them to safetensors" if any(folder.glob("*.bin")) else ""
-        raise UserError(f"{key}: {folder} has no weights (*.safetensors){other}")
+        raise DataError(f"{key}: {folder} has no weights (*.safetensors){other}")
     index = folder / "model.safetensors.index.json"
     shards = set(_json_of(index).get("weight_map", {}).values()) if index.is_file() else set()
     missing = sorted(shard for shard in shards if not (folder / shard).is_file())
     if missing:
-        raise UserError(f"{key}: {folder} lacks {', '.join(missing)}, which its index names; bring the whole model")
+        raise DataError(f"{key}: {folder} lacks {', '.join(missing)}, which its index names; bring the whole model")
     if not trust_remote_code and "auto_map" in _json_of(config):
-        raise UserError(
+        raise DataError(
             f"{key}: {folder} wants its own code to run (auto_map); say model.trust_remote_code=true if you trust it"
         )
     return folder
@@ -44,7 +44,7 @@ def tokenizer_folder(name_or_path: str, revision: str | None, open_alternative: 
     """The folder with a model's tokenizer, which is all that looking at rows needs; no weights are brought.
 
     Raises:
-        UserError: no such folder, or it is not to be had from the Hub.
+        DataError: no such folder, or it is not to be had from the Hub.
     """
     return _local(name_or_path) or hub.tokenizer(name_or_path, revision, open_alternative)
 
@@ -59,7 +59,7 @@ def _local(name_or_path: str) -> Path | None:
         or name_or_path.count("/") > 1
         or any(c.isspace() for c in name_or_path)
     ):
-        raise UserError(
+        raise DataError(
             f"model.name_or_path: no folder {name_or_path!r}; name a folder with config.json and weights, or a Hub name"
         )
     return None
@@ -85,7 +85,7 @@ def check_architecture(stated: dict[str, Any], folder: Path, trust_remote_code: 
     """Refuses a recipe whose numbers are not its model's: memory and time were worked out from them.
 
     Raises:
-        UserError: the model's own config says otherwise, or the model has another number of parameters.
+        DataError: the model's own config says otherwise, or the model has another number of parameters.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -96,7 +96,7 @@ def check_architecture(stated: dict[str, Any], folder: Path, trust_remote_code: 
     wrong = [f"{key} {value!r}, not {getattr(config, key, None)!r}" for key, value in stated.items()
              if getattr(config, key, None) != value]  # fmt: skip
     if wrong:
-        raise UserError(
+        raise DataError(
             f"model.architecture: the recipe says {'; '.join(wrong)} as {folder / 'config.json'} does; correct it: "
             f"memory and time are worked out from it"
         )
@@ -104,7 +104,7 @@ def check_architecture(stated: dict[str, Any], folder: Path, trust_remote_code: 
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     counted, planned = model.num_parameters(), parameter_count(stated)
     if planned is not None and counted != planned:
-        raise UserError(
+        raise DataError(
             f"model.architecture: the model has {counted:,} parameters and the plan counts {planned:,}; it is no dense "
             f"Llama-shaped model: leave model.architecture out, and the plan makes no forecast"
         )
@@ -114,7 +114,7 @@ def _json_of(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"model.name_or_path: {file} is not JSON ({error}); bring the whole model") from error
+        raise DataError(f"model.name_or_path: {file} is not JSON ({error}); bring the whole model") from error
     if not isinstance(content, dict):
-        raise UserError(f"model.name_or_path: {file} holds no JSON object; bring the whole model")
+        raise DataError(f"model.name_or_path: {file} holds no JSON object; bring the whole model")
     return content

@@ -31,7 +31,7 @@ from sft_recipes.planner.plan import Plan, Prepared
 from sft_recipes.runtime import library_imports
 from sft_recipes.runtime.atomic_write import sha256, sync
 from sft_recipes.runtime.code_hash import code_hash
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.errors import DataError, UserError
 from sft_recipes.runtime.run_dir import read_json, runs_root, write_json
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def prepare(plan: Plan, store: Path | None = None, rows_alone: bool = False) -> 
             refused.
 
     Raises:
-        UserError: rows, model or tokenizer are not what a run can start from.
+        DataError: rows, model or tokenizer are not what a run can start from.
     """
     store = store or runs_root() / ".prepared"
     store.mkdir(parents=True, exist_ok=True, mode=0o700)  # it holds the data
@@ -338,7 +338,7 @@ def _build(plan: Plan, train: Mapping[str, Source], all_of_it: bool, folder: Pat
     for name, source in train.items():
         conversations = [conversation_of(row) for row in source.rows()]
         if not conversations:
-            raise UserError(f"data.train: {source.named} holds no rows")
+            raise DataError(f"data.train: {source.named} holds no rows")
         asked = asked_digests(conversations)
         held_out = set() if all_of_it else _held_out(plan, asked, name)
         for conversation, question in zip(conversations, asked.tolist(), strict=True):
@@ -364,7 +364,7 @@ def _held_out(plan: Plan, asked: Any, name: str) -> set[int]:
     """The digests of the questions that a seeded split holds out."""
     questions = sorted(set(asked.tolist()))
     if len(questions) < 2:
-        raise UserError(
+        raise DataError(
             f"data.train: all rows of {name} ask the same, so none can be held out; say data.validation=<a file>"
         )
     wanted = round(len(questions) * plan.sections.data.validation_fraction)
@@ -382,7 +382,7 @@ def _split(plan: Plan, training: Mapping[str, Labelled]) -> tuple[dict[str, Labe
     chosen = {name: numpy.isin(one.asked, sorted(held_out)) for name, one in training.items()}
     for name, mask in chosen.items():
         if mask.all():
-            raise UserError(
+            raise DataError(
                 f"data.train: every question of {name} is held out with another source's; say data.validation=<a file>"
             )
     return (

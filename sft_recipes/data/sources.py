@@ -17,7 +17,7 @@ from typing import Any
 from sft_recipes.config.schema import Data
 from sft_recipes.data import hub
 from sft_recipes.data.toy import toy_dataset
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.errors import DataError, UserError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 EMBEDDED = ("toy:train", "toy:validation")
@@ -60,7 +60,7 @@ class Source:
         """All rows in the order in which they are written.
 
         Raises:
-            UserError: a file cannot be read as what its name says, with the line.
+            DataError: a file cannot be read as what its name says, with the line.
         """
         if self.hub_name is not None and self.hub_folder is not None:
             yield from _hub_rows(self.hub_name, self.hub_split, self.hub_folder)
@@ -74,14 +74,14 @@ def resolve_all(data: Data, key: str, embedded_folder: Path) -> dict[str, Source
     No other source is called `retain`, since the loss of the rows to retain is.
 
     Raises:
-        UserError: as `resolve`, or a source is named twice.
+        DataError: as `resolve`, or a source is named twice.
     """
     found: dict[str, Source] = {}
     retained = [data.retention_eval] if data.retention_eval else []
     named = {"data.train": data.training, "data.validation": data.held_out, "data.retention_eval": retained}[key]
     for name in named:
         if named.count(name) > 1:
-            raise UserError(f"{key}: {name} is named twice; its rows would count double")
+            raise DataError(f"{key}: {name} is named twice; its rows would count double")
         short = _short(name)
         number = sum(one == short or one.startswith(f"{short}_") for one in found)
         number += short == "retention_eval" and key != "data.retention_eval"
@@ -110,7 +110,7 @@ def resolve(name: str, key: str, embedded_folder: Path, revision: str | None = N
     """The source that a name stands for; what lies on the Hub is brought, at `revision`.
 
     Raises:
-        UserError: no such file, folder or data set, a kind of file that is not read, or a folder with code or without
+        DataError: no such file, folder or data set, a kind of file that is not read, or a folder with code or without
             data.
     """
     if name in EMBEDDED:
@@ -122,12 +122,12 @@ def resolve(name: str, key: str, embedded_folder: Path, revision: str | None = N
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
     except OSError as error:  # a name too long, a folder above it that may not be entered
-        raise UserError(f"{key}: {shown(name)} cannot be looked at ({error.strerror})") from error
+        raise DataError(f"{key}: {shown(name)} cannot be looked at ({error.strerror})") from error
     if is_folder:
         return Source(files=_files_of(path, key))
     if is_file:
         if path.suffix.lower() not in SUFFIXES:
-            raise UserError(f"{key}: {name} is a {path.suffix or 'nameless'} file; wanted {', '.join(SUFFIXES)}")
+            raise DataError(f"{key}: {name} is a {path.suffix or 'nameless'} file; wanted {', '.join(SUFFIXES)}")
         return Source(files=(path,))
     found = hub_name(name)
     if found:
@@ -136,7 +136,7 @@ def resolve(name: str, key: str, embedded_folder: Path, revision: str | None = N
             hub_split=name.partition(":")[2] or "train",
             hub_folder=hub.dataset(found, revision, key),
         )
-    raise UserError(
+    raise DataError(
         f"{key}: no file or folder {name!r} (a data set on the Hub is named owner/name or owner/name:split)"
     )
 
@@ -144,12 +144,12 @@ def resolve(name: str, key: str, embedded_folder: Path, revision: str | None = N
 def _files_of(folder: Path, key: str) -> tuple[Path, ...]:
     code = sorted(folder.rglob("*.py"))
     if code:
-        raise UserError(
+        raise DataError(
             f"{key}: {folder} holds code ({code[0].name}), which is never run; remove it, or name the data files"
         )
     files = tuple(sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix.lower() in SUFFIXES))
     if not files:
-        raise UserError(f"{key}: folder {folder} holds no data file ({', '.join(SUFFIXES)})")
+        raise DataError(f"{key}: folder {folder} holds no data file ({', '.join(SUFFIXES)})")
     return files
 
 
@@ -157,17 +157,17 @@ def _text(file: Path) -> str:
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
     if content.startswith(b"\xef\xbb\xbf"):
-        raise UserError(f"{file}:1: begins with a byte-order mark; save the file as UTF-8 without one")
+        raise DataError(f"{file}:1: begins with a byte-order mark; save the file as UTF-8 without one")
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{file}:1: begins with a byte-order mark of UTF-16; save the file as UTF-8 without one")
+        raise DataError(f"{file}:1: begins with a byte-order mark of UTF-16; save the file as UTF-8 without one")
     if b"\x00" in content:
-        raise UserError(f"{file}:{_line(content, content.index(0))}: a NUL byte; the file is cut short, or is no text")
+        raise DataError(f"{file}:{_line(content, content.index(0))}: a NUL byte; the file is cut short, or is no text")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(
+        raise DataError(
             f"{file}:{_line(content, error.start)}: not UTF-8 (byte {content[error.start]:#04x}); save it as UTF-8"
         ) from error
 
@@ -215,14 +215,14 @@ def parse(text: str, where: str) -> Any:
     """JSON in which no key stands twice.
 
     Raises:
-        UserError: it is none, or a key does; names `where`.
+        DataError: it is none, or a key does; names `where`.
     """
     try:
         return json.loads(text, object_pairs_hook=_object)
     except _DuplicateKeyError as error:
-        raise UserError(f"{where}: key {shown(str(error))} is written twice in one row; which is meant?") from error
+        raise DataError(f"{where}: key {shown(str(error))} is written twice in one row; which is meant?") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
-        raise UserError(f"{where}: not JSON: {error}") from error
+        raise DataError(f"{where}: not JSON: {error}") from error
 
 
 def _json_lines(file: Path) -> Iterator[RawRow]:
@@ -247,7 +247,7 @@ def _json_file(file: Path) -> Iterator[RawRow]:
         ]
         content = lists[0] if len(lists) == 1 and not _OF_A_ROW & content.keys() else [content]
     if not isinstance(content, list):
-        raise UserError(f"{file}: holds a {kind(content)}; wanted a list of rows")
+        raise DataError(f"{file}: holds a {kind(content)}; wanted a list of rows")
     for number, row in enumerate(content, start=1):
         yield RawRow(row, f"{file}, row {number}")
 
@@ -264,15 +264,15 @@ def _csv_file(file: Path) -> Iterator[RawRow]:
             if not values:
                 continue
             if names and len(values) != len(names):
-                raise UserError(f"{where}: has another number of columns than the header ({', '.join(names)})")
+                raise DataError(f"{where}: has another number of columns than the header ({', '.join(names)})")
             if names:
                 yield RawRow(dict(zip(names, values, strict=True)), where)
             elif len(set(values)) < len(values):
-                raise UserError(f"{where}: a column is named twice in the header ({', '.join(values)})")
+                raise DataError(f"{where}: a column is named twice in the header ({', '.join(values)})")
             else:
                 names = values
     except csv.Error as error:
-        raise UserError(f"{file}:{line}: not CSV: {error}") from error
+        raise DataError(f"{file}:{line}: not CSV: {error}") from error
 
 
 def _parquet_file(file: Path) -> Iterator[RawRow]:
@@ -284,13 +284,13 @@ def _parquet_file(file: Path) -> Iterator[RawRow]:
         parquet = pyarrow.parquet.ParquetFile(file)
         names = parquet.schema_arrow.names
         if len(set(names)) < len(names):
-            raise UserError(f"{file}: a column is named twice ({', '.join(names)})")
+            raise DataError(f"{file}: a column is named twice ({', '.join(names)})")
         for group in parquet.iter_batches():
             for row in group.to_pylist():
                 number += 1
                 yield RawRow(row, f"{file}, row {number}")
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise UserError(f"{file}: not Parquet: {error}") from error
+        raise DataError(f"{file}: not Parquet: {error}") from error
 
 
 def _hub_rows(name: str, split: str, folder: Path) -> Iterator[RawRow]:
@@ -301,7 +301,7 @@ def _hub_rows(name: str, split: str, folder: Path) -> Iterator[RawRow]:
         inside = folder.resolve()
         for file in (file for files in named.values() for file in files):
             if not Path(os.path.normpath(file)).is_relative_to(inside):
-                raise UserError(
+                raise DataError(
                     f"data: {name}'s card names {file}, which is no file of that data set and is not read; take "
                     f"another revision, or bring its files and name the folder"
                 )
@@ -311,7 +311,7 @@ def _hub_rows(name: str, split: str, folder: Path) -> Iterator[RawRow]:
         raise
     except Exception as error:  # a dozen kinds from three libraries: no such split, files that are no data
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
+        raise DataError(
             f"data: {name}:{split} cannot be read ({reason}); name a split that it has, owner/name:split"
         ) from error
 

@@ -17,7 +17,7 @@ from sft_recipes.data.assistant_spans import Skeleton, Skeletons
 from sft_recipes.data.chat_template import OtherwiseError, Template, Tools, UnclearError, training_templates
 from sft_recipes.data.formats import Conversation, Message
 from sft_recipes.data.tokenizer import control_tokens
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.errors import DataError
 
 IGNORED = -100  # the label of a token that the loss does not look at (torch.nn.CrossEntropyLoss.ignore_index)
 
@@ -114,7 +114,7 @@ class Chat:
         Special tokens are not added: the template wrote those that belong there, so there is one BOS, never two.
 
         Raises:
-            UserError: the template refuses a conversation, its assistant's turns cannot be told for certain, or a
+            DataError: the template refuses a conversation, its assistant's turns cannot be told for certain, or a
                 turn ends with no special token.
         """
         placed = [self._place(one) for one in conversations]
@@ -129,7 +129,7 @@ class Chat:
         try:
             text = skeletons.template.render(said, tools, add_generation_prompt=True)
         except UnclearError as error:
-            raise UserError(f"{where}: {error}") from error
+            raise DataError(f"{where}: {error}") from error
         marks, position = [], 0
         for message in said:
             content = message["content"].strip()
@@ -144,7 +144,7 @@ class Chat:
         try:
             source = self.tokenizer.get_chat_template(None, tools)
         except ValueError as error:
-            raise UserError(f"model.name_or_path: {error}") from error
+            raise DataError(f"model.name_or_path: {error}") from error
         if source not in self._by_source:
             special = self.tokenizer.special_tokens_map
             shipped = training_templates().get(source)
@@ -152,7 +152,7 @@ class Chat:
                 template = Template(source, special, self._date)
                 training = Template(shipped, special, self._date) if shipped else None
             except Exception as error:  # a Jinja syntax error, or whatever else its compiler raises
-                raise UserError(f"the chat template is not Jinja: {error}; {_WAY_OUT}") from error
+                raise DataError(f"the chat template is not Jinja: {error}; {_WAY_OUT}") from error
             self._by_source[source] = Skeletons(template, training, self._specials, self._controls)
         return self._by_source[source]
 
@@ -178,7 +178,7 @@ class Chat:
             skeleton, text, spans, slots = self._filled(skeletons, messages, one.tools)
         except UnclearError as error:
             hint = " (it may read </think> in a text as the end of reasoning)" if "</think>" in str(messages) else ""
-            raise UserError(f"{one.where}: {error}{hint}; {_WAY_OUT}") from error
+            raise DataError(f"{one.where}: {error}{hint}; {_WAY_OUT}") from error
         written, note = self._written_by(skeleton, messages, one)
         marks, meant = [], 0
         for (start, end), slot in zip(slots, skeleton.slots, strict=True):
@@ -225,14 +225,14 @@ class Chat:
         for number, message in enumerate(messages):
             found = None if number in open_ else self._controls.search(message["content"])
             if found:
-                raise UserError(
+                raise DataError(
                     f"{one.where}: turn {number + 1} holds {found.group()!r}, a control token, and the chat template "
                     f"renders this row in a way of its own; take the token out of the text"
                 )
         ids = self._ids("x".join(skeleton.literals))
         bos, bos_id = self.tokenizer.bos_token, self.tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos_id, bos_id]:
-            raise UserError(f"{one.where}: the chat template begins with {bos} twice; wanted it once; {_WAY_OUT}")
+            raise DataError(f"{one.where}: the chat template begins with {bos} twice; wanted it once; {_WAY_OUT}")
         note = f"the template writes no {bos}, which the tokenizer puts before other texts"
         written = sum(id in self._control_ids for id in ids), note if self._adds_bos and bos_id not in ids else ""
         if len(self._written) > 4096:
@@ -251,7 +251,7 @@ class Chat:
             if last > first
         )
         if sum(map(self._control_ids.__contains__, ids)) != placed.steering or not self._says(placed, encoding, ids):
-            raise UserError(
+            raise DataError(
                 f"{where}: a text in it holds a control token that this tokenizer cannot write as ordinary tokens; "
                 f"take it out of the row"
             )

@@ -23,7 +23,7 @@ import numpy
 from sft_recipes.data.formats import Conversation, conversation_of, text_of
 from sft_recipes.data.sources import RawRow, Source
 from sft_recipes.data.tokenize import Chat, Example
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.errors import DataError
 from sft_recipes.runtime.heartbeat import end_with_parent
 
 _ROWS_A_CHUNK = 1000
@@ -84,14 +84,14 @@ def label(source: Source, chat: Chat, max_length: int, key: str, name: str) -> L
     """All rows of a source, in their order, on all cores where there are many.
 
     Raises:
-        UserError: a row that is no conversation, or that the template cannot render, in the first thousand that hold
+        DataError: a row that is no conversation, or that the template cannot render, in the first thousand that hold
             one; or there are no rows.
     """
     rows, progress = source.rows(), _Progress(name)
     chunks = _batched(rows)
     first = list(itertools.islice(chunks, 2))
     if not first:
-        raise UserError(f"{key}: {source.named} holds no rows")
+        raise DataError(f"{key}: {source.named} holds no rows")
     if len(first) < 2:
         return together([label_rows(chunk, chat, max_length) for chunk in first])
     return together(list(_on_all_cores(itertools.chain(first, chunks), chat, max_length, progress)))

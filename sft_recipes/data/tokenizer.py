@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.errors import DataError
 
 # Padding tokens that well-known tokenizers hold without naming them as such.
 _PADDING_TOKENS = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")
@@ -26,14 +26,14 @@ def load_tokenizer(
     """The tokenizer with a chat template, and a padding token that is never the end of turn.
 
     Raises:
-        UserError: it cannot be loaded, has no chat template and the recipe gives none, or cannot tell offsets.
+        DataError: it cannot be loaded, has no chat template and the recipe gives none, or cannot tell offsets.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except Exception as error:  # OSError, ValueError, Hub and tokenizer errors alike: it is not to be had
-        raise UserError(
+        raise DataError(
             f"model.name_or_path: the tokenizer of {name_or_path} cannot be loaded "
             f"({(str(error).splitlines() or [type(error).__name__])[0]}); name a "
             f"folder that holds it, or check the Hub name, the network and HF_TOKEN"
@@ -41,12 +41,12 @@ def load_tokenizer(
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
     if not tokenizer.chat_template:
-        raise UserError(
+        raise DataError(
             f"model.name_or_path: the tokenizer of {name_or_path} has no chat template (a base model?); say "
             f"model.chat_template=<a .jinja file>, or take the instruct model"
         )
     if not tokenizer.is_fast:
-        raise UserError(
+        raise DataError(
             f"model.name_or_path: the tokenizer of {name_or_path} is a slow one, which cannot tell where a token "
             f"stands; it needs a tokenizer.json"
         )
@@ -60,7 +60,7 @@ def _read_template(file: str) -> str:
     try:
         return Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"model.chat_template: {file} cannot be read ({error})") from error
+        raise DataError(f"model.chat_template: {file} cannot be read ({error})") from error
 
 
 def new_tokens(tokenizer: Any, add_tokens: Sequence[str]) -> dict[str, int]:

@@ -17,7 +17,7 @@ import numpy
 from sft_recipes.data.assistant_spans import DIFFERS
 from sft_recipes.data.tokenize_rows import Labelled
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.errors import DataError
 
 PERCENTILES = (50, 90, 99, 100)
 
@@ -129,34 +129,34 @@ def check(plan: Plan, details: Mapping[str, Any]) -> None:
     """Refuses prepared data that breaks the contract by more than the recipe tolerates.
 
     Raises:
-        UserError: too many rows without a token to learn from, validation rows that stand in training, rows to retain
+        DataError: too many rows without a token to learn from, validation rows that stand in training, rows to retain
             of which nothing is left, or tokens that are new to a model whose embeddings are not trained.
     """
     data = plan.sections.data
     for part, key in (("train", "data.train"), ("validation", "data.validation")):
         for counts, first in zip(details["sources"][part], details["first_dropped"][part], strict=True):
             if counts["dropped"] > data.max_dropped_fraction * counts["read"]:
-                raise UserError(
+                raise DataError(
                     f"{key}: trainer.max_length={plan.max_length} leaves {counts['dropped']} of {counts['read']} rows "
                     f"without a token to learn from (the first: {first}), more than data.max_dropped_fraction="
                     f"{data.max_dropped_fraction:g}; say a larger trainer.max_length"
                 )
     retain = details.get("retention_eval")
     if retain and not retain["examples"]:
-        raise UserError(
+        raise DataError(
             f"data.retention_eval: trainer.max_length={plan.max_length} leaves none of {retain['read']} rows with a "
             f"token to measure; say a larger trainer.max_length, or other rows"
         )
     leaked = details["leaks"]
     if leaked["rows"] > data.max_overlap * leaked["of"]:
         share = math.ceil(1000 * leaked["rows"] / leaked["of"]) / 1000
-        raise UserError(
+        raise DataError(
             f"{leaked['where']}: this validation row stands in training too ({leaked['twin']}), and so do "
             f"{leaked['rows'] - 1} others of {leaked['of']}; take them out of one of the two, or say "
             f"data.max_overlap={share:g} if that is meant"
         )
     if details["new_tokens"] and plan.method != "full":
-        raise UserError(
+        raise DataError(
             f"model: {', '.join(details['new_tokens'])} is new to the model, and {plan.method} trains no embeddings; "
             f"take a tokenizer that has it, with a token free for padding, or full fine-tuning"
         )

@@ -14,9 +14,10 @@ from typing import Any
 
 import yaml
 
+from sft_recipes.config import strategies
 from sft_recipes.planner.plan import Plan
 from sft_recipes.planner.save_time import grace_seconds
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.paths import REPOSITORY
 from sft_recipes.runtime.run_dir import RunDir, runs_root
 
@@ -48,7 +49,7 @@ def launch(plan: Plan, folder: RunDir, program: str = "training.main", meeting: 
     """
     command = [sys.executable, "-m", "sft_recipes.training.rank_launcher"]
     command += ["--config_file", str(folder.accelerate_config)]
-    if plan.parallelism != "single":  # with one rank too: torchrun's default port is the same for every run
+    if plan.strategy.several_processes:  # with one rank too: torchrun's default port is the same for every run
         at = meeting or Rendezvous("127.0.0.1", free_port("127.0.0.1"), 0)
         command += ["--main_process_ip", at.address, "--main_process_port", str(at.port)]
         command += ["--machine_rank", str(at.node)]
@@ -73,11 +74,11 @@ def engine(plan: Plan) -> dict[str, Any]:
     """The accelerate configuration of this plan: the engine's file with this run's processes filled in.
 
     Raises:
-        UserError: the engine's file is missing or disagrees with its DeepSpeed file.
+        SetupError: the engine's file is missing or disagrees with its DeepSpeed file.
     """
     source = REPOSITORY / "accelerate_configs" / f"{engine_file(plan)}.yaml"
     if not source.is_file():
-        raise UserError(f"parallelism: {plan.parallelism} needs accelerate_configs/{source.name}, which is not there")
+        raise SetupError(f"parallelism: {plan.parallelism} needs accelerate_configs/{source.name}, which is not there")
     config = yaml.safe_load(source.read_text(encoding="utf-8"))
     if "deepspeed_config" in config:
         config["deepspeed_config"]["deepspeed_config_file"] = str(_deepspeed_file(plan, config))
@@ -89,7 +90,7 @@ def engine(plan: Plan) -> dict[str, Any]:
 
 def engine_file(plan: Plan) -> str:
     """The name of the plan's file in accelerate_configs/."""
-    return "cpu" if not plan.uses_gpu and plan.parallelism == "ddp" else plan.parallelism
+    return "cpu" if not plan.uses_gpu and plan.strategy.ddp else plan.parallelism
 
 
 def _deepspeed_file(plan: Plan, config: Mapping[str, Any]) -> Path:
@@ -100,15 +101,22 @@ def _deepspeed_file(plan: Plan, config: Mapping[str, Any]) -> Path:
         zero = json.loads(file.read_text(encoding="utf-8"))["zero_optimization"]
         stage, offloads = int(zero["stage"]), "offload_optimizer" in zero
     except FileNotFoundError as error:
-        raise UserError(f"parallelism: {plan.parallelism} needs {name}, which is not there") from error
+        raise SetupError(f"parallelism: {plan.parallelism} needs {name}, which is not there") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{name}: not a DeepSpeed configuration with zero_optimization.stage ({error})") from error
-    if f"zero{stage}{'_offload' if offloads else ''}" != plan.parallelism:
-        raise UserError(
+        raise SetupError(f"{name}: not a DeepSpeed configuration with zero_optimization.stage ({error})") from error
+    if (stage, offloads) != (plan.strategy.zero_stage, plan.strategy.cpu_offload):
+        raise SetupError(
             f"{name}: says stage {stage}{' with offload' if offloads else ''}, but the plan has parallelism "
-            f"{plan.parallelism}; put the file right, or say parallelism=zero{stage}{'_offload' if offloads else ''}"
+            f"{plan.parallelism}; correct the file, or set parallelism={_name_of(stage, offloads)}"
         )
     return file
+
+
+def _name_of(stage: int, offloads: bool) -> str:
+    try:
+        return strategies.running(zero_stage=stage, cpu_offload=offloads).name
+    except LookupError:
+        return "another"
 
 
 def write_engine(plan: Plan, folder: RunDir) -> None:
@@ -141,7 +149,7 @@ def environment(plan: Plan, inherited: Mapping[str, str]) -> dict[str, str]:
     if not plan.uses_gpu:
         chosen["CUDA_VISIBLE_DEVICES"] = ""
         chosen["DS_ACCELERATOR"] = "cpu"
-        if not plan.parallelism.startswith("zero"):
+        if not plan.strategy.deepspeed:
             chosen["ACCELERATE_USE_CPU"] = "true"
     # On GPUs too: accelerate and torchrun would set 1, and DeepSpeed's Adam for offloaded optimizers runs on the CPU.
     threads = max(len(os.sched_getaffinity(0)) // (plan.world_size // plan.nodes), 1)
@@ -156,4 +164,4 @@ def free_port(address: str, first: int = 0) -> int:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # of a start just before, which has ended
             probe.bind((address, port))
             return int(probe.getsockname()[1])
-    raise UserError(f"MASTER_PORT: ports {first} to {first + _PORTS_TRIED - 1} are all in use here; name another one")
+    raise SetupError(f"MASTER_PORT: ports {first} to {first + _PORTS_TRIED - 1} are all in use here; name another one")

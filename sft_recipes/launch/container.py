@@ -27,6 +27,7 @@ if __name__ == "__main__":  # by a python that knows of no package here
 
 from sft_recipes.launch import mounts
 from sft_recipes.launch.mounts import REPOSITORY, InputError, value
+from sft_recipes.runtime import timeouts
 
 ENGINES = ("docker", "podman")
 # Verbs that compute where there are GPUs; the others need none.
@@ -43,7 +44,6 @@ _OF_THE_HOST = re.compile(
     r"CUDA_VISIBLE_DEVICES|CUDA_VERSION|PYTORCH_NVCC|(CUDA|TRITON|DS|PYTORCH)_(\w+_)?(HOME|ROOT|PATH|DIRS?|DIRECTORY)"
 )
 # A stop waits for a save, which of a large model takes minutes; engines' own 10 seconds would cut it off.
-_SECONDS_TO_STOP = 3600
 _CPU_BASE = "docker.io/library/ubuntu:24.04"  # the distribution of NVIDIA's own images
 _LABELLED = ("torch", "transformers", "trl", "accelerate", "deepspeed")
 
@@ -137,7 +137,7 @@ def _answers(engine: str) -> bool:
 def _ask(command: list[str]) -> str | None:
     """What a command says; None where it fails, or says nothing for a minute."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeouts.CONTAINER_ENGINE)
     except (FileNotFoundError, PermissionError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None
@@ -184,7 +184,7 @@ def _command(engine: str, verb: str, words: list[str], dry: bool) -> list[str]:
     command = [
         engine, "run", "--rm", *_limits(engine, gpus), *_gpu_access(engine, gpus), *_fabric(gpus),
         "--read-only", "--tmpfs", "/tmp:rw,exec,nosuid,nodev,mode=1777",
-        "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--stop-timeout", str(_SECONDS_TO_STOP),
+        "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--stop-timeout", str(timeouts.CONTAINER_STOP),
         "--env", f"SFT_RECIPES_IMAGE={image} {found.strip()}", "--env", "ALLOW_SOCKETS",
     ]  # fmt: skip
     if verb == "smoke":  # of the image alone, as the user that it names

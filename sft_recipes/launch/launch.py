@@ -18,7 +18,7 @@ from sft_recipes.planner import plan as plans
 from sft_recipes.planner import render
 from sft_recipes.planner.plan import Plan, Prepared
 from sft_recipes.runtime import env as variables
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.errors import SetupError, UserError
 from sft_recipes.runtime.run_dir import (
     EXIT_FAULT,
     EXIT_NO_PROGRESS,
@@ -41,7 +41,7 @@ def carry_out(
         peers: the parents on the other nodes, which this one leads.
 
     Raises:
-        UserError: the prepared data does not make a run, or it is not the data that the run began with.
+        SetupError: the prepared data does not make a run, or it is not the data that the run began with.
     """
     if refused := attempts.refusal(start):
         return process_group.fail(refused, EXIT_NO_PROGRESS)
@@ -129,7 +129,7 @@ def try_out(
     """Prepares a plan's data and has the plan tried, whether it was before or not; leaves a receipt and no run.
 
     Raises:
-        UserError: the prepared data does not make a run.
+        SetupError: the prepared data does not make a run.
     """
     with tempfile.TemporaryDirectory(prefix="sft-") as place, process_group.listening() as asked:
         folder = RunDir(Path(place))
@@ -167,7 +167,7 @@ def _settle(plan: Plan, stored: Plan | None, found: dict[str, object]) -> Plan:
     if stored is not None and "data_fingerprint" not in plan.accepted:
         change = plans.differences(stored, settled).get("data_fingerprint")
         if change:
-            raise UserError(
+            raise SetupError(
                 f"{other_data(plan, *change)}, go on all the same with ALLOW_CHANGE=data_fingerprint, or begin a run "
                 f"of its own: NAME=…"
             )

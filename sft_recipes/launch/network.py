@@ -9,7 +9,8 @@ import struct
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-_SECONDS_TO_REACH = 10.0
+from sft_recipes.runtime import timeouts
+
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
@@ -25,7 +26,7 @@ def reached(tried: Sequence[str], port: int) -> list[str]:
 
     def is_reached(address: str) -> bool:
         with contextlib.suppress(OSError):
-            socket.create_connection((address, port), _SECONDS_TO_REACH).close()
+            socket.create_connection((address, port), timeouts.NODE_REACHABLE).close()
             return True
         return False
 

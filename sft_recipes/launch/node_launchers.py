@@ -22,16 +22,9 @@ from typing import Any
 from sft_recipes.launch import network
 from sft_recipes.launch.process_group import StopRequest
 from sft_recipes.launch.topology import Allocation
-from sft_recipes.runtime import heartbeat
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime import heartbeat, timeouts
+from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import EXIT_STOPPED, runs_root
-
-_SECONDS_BETWEEN_LOOKS = 1.0
-_SECONDS_TO_MEET = 600.0  # a node may have to unpack an image first
-_SECONDS_IN_SILENCE = 15.0
-# Of a parent that writes nothing meanwhile; a shared disk that stalls stalls the reader as well, who sees no time pass.
-SECONDS_OF_SILENCE = 60.0
-_SECONDS_TO_LEAVE = 15.0
 
 
 @dataclass(frozen=True)
@@ -83,7 +76,7 @@ class NodeLaunchers:
         """Shows the others what this node has, waits for what they have, and has each try to reach node 0.
 
         Raises:
-            UserError: one of them is not seen.
+            SetupError: one of them is not seen.
             StoppedError: this one was asked to stop before they were.
         """
         for place in (self.folder.parents[1], self.folder.parent, self.folder):
@@ -109,17 +102,17 @@ class NodeLaunchers:
 
     def _await(self, what: str, asked: StopRequest, whose: Sequence[int] | None = None) -> None:
         began = time.monotonic()
-        says_so = began + _SECONDS_IN_SILENCE
+        says_so = began + timeouts.SAY_WAITING_AFTER
         while missing := [n for n in whose or self.others if what not in self.heard.get(n, {})]:
             asked.check()
             if time.monotonic() > says_so:
-                says_so = time.monotonic() + SECONDS_OF_SILENCE
+                says_so = time.monotonic() + timeouts.NODE_SILENT
                 names = ", ".join(map(str, missing))
                 print(f"waiting for node {names} of the job to show itself in {self.folder}", flush=True)
-            if time.monotonic() > began + _SECONDS_TO_MEET:
-                raise UserError(
+            if time.monotonic() > began + timeouts.NODES_MEET:
+                raise SetupError(
                     f"RUNS_DIR: {self.allocation.name} sees nothing in {self.folder} of node "
-                    f"{', '.join(map(str, missing))} of job {self.allocation.job} within {_SECONDS_TO_MEET:.0f} s; "
+                    f"{', '.join(map(str, missing))} of job {self.allocation.job} within {timeouts.NODES_MEET:.0f} s; "
                     f"name a folder on a disk that all nodes share, or look at that node's log"
                 )
             time.sleep(0.1)
@@ -134,7 +127,7 @@ class NodeLaunchers:
         """Shows that this parent lives, and sees what the others show."""
         now = time.monotonic()
         passed = now - self._looked
-        if passed < _SECONDS_BETWEEN_LOOKS and not at_once:
+        if passed < timeouts.POLL_NODES and not at_once:
             return
         self._looked = now
         with contextlib.suppress(OSError):  # what the disk refuses for long, the others take for silence
@@ -143,7 +136,7 @@ class NodeLaunchers:
             content = self._read(number)
             if content is None or content["beat"] == self.heard.get(number, {}).get("beat"):
                 # No more than a little at once: a machine that slept, or a disk that stalled, saw nothing meanwhile.
-                self.silent[number] = self.silent.get(number, 0.0) + min(passed, 2 * _SECONDS_BETWEEN_LOOKS)
+                self.silent[number] = self.silent.get(number, 0.0) + min(passed, 2 * timeouts.POLL_NODES)
             else:
                 self.heard[number], self.silent[number] = content, 0.0
 
@@ -157,7 +150,7 @@ class NodeLaunchers:
         return [
             number
             for number, seconds in self.silent.items()
-            if seconds > SECONDS_OF_SILENCE and not self.heard.get(number, {}).get("left")
+            if seconds > timeouts.NODE_SILENT and not self.heard.get(number, {}).get("left")
         ]
 
     def order(
@@ -187,7 +180,7 @@ class NodeLaunchers:
 
     def misses_its_leader(self) -> bool:
         """Whether node 0 has been silent for longer than what it may do between two orders takes."""
-        return self.silent.get(0, 0.0) > _SECONDS_TO_MEET
+        return self.silent.get(0, 0.0) > timeouts.NODES_MEET
 
     def tell_of_the_lost(self) -> str | None:
         """What is said of nodes that are not heard from, and word for slurm/launch.sh that Slurm should start the job
@@ -198,14 +191,14 @@ class NodeLaunchers:
             Path(word).touch()
         names = ",".join(self.name(number) for number in lost)
         return (
-            f"{names} has not been heard from for {SECONDS_OF_SILENCE:.0f} s; the job is started again, and where it "
+            f"{names} has not been heard from for {timeouts.NODE_SILENT:.0f} s; the job is started again, and where it "
             f"is lost once more: scontrol update jobid={self.allocation.job} excnodelist={names}"
         )
 
     def dismiss(self) -> None:
         """Has the others leave, and waits until they do: srun ends those that are left when this process has failed."""
         self.order(None)
-        until = time.monotonic() + _SECONDS_TO_LEAVE
+        until = time.monotonic() + timeouts.NODES_LEAVE
         while time.monotonic() < until and not all(self.heard.get(n, {}).get("left") for n in self.others):
             time.sleep(0.05)
             self.look(at_once=True)

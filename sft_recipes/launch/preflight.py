@@ -11,10 +11,8 @@ from typing import Any
 
 from sft_recipes.launch import command
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime import cuda
+from sft_recipes.runtime import cuda, timeouts
 from sft_recipes.runtime.paths import REPOSITORY
-
-_SECONDS_TO_ANSWER = 180.0
 
 
 def check_gpus(plan: Plan) -> None:
@@ -46,10 +44,10 @@ def ask_torch(environment: Mapping[str, str], *words: str) -> dict[str, Any]:
     variables = {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     try:
         done = subprocess.run(
-            asked, env=variables, capture_output=True, text=True, check=False, timeout=_SECONDS_TO_ANSWER
+            asked, env=variables, capture_output=True, text=True, check=False, timeout=timeouts.TORCH_PROBE
         )
     except subprocess.TimeoutExpired:
-        return {"error": f"no answer within {_SECONDS_TO_ANSWER:.0f} s"}
+        return {"error": f"no answer within {timeouts.TORCH_PROBE:.0f} s"}
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
     return dict(json.loads(done.stdout.splitlines()[-1]))

@@ -14,13 +14,8 @@ from dataclasses import dataclass, field
 from types import FrameType
 
 from sft_recipes.launch.watchdog import Ended, Watchdog
-from sft_recipes.runtime import heartbeat
+from sft_recipes.runtime import heartbeat, timeouts
 from sft_recipes.runtime.run_dir import EXIT_STOPPED
-
-_SECONDS_BETWEEN_LOOKS = 0.2
-# Of the launcher, once all ranks have been killed: with what the others get, all are gone 15 s after a death.
-_SECONDS_FOR_THE_LAUNCHER = 5.0
-_SECONDS_TO_END = 15.0
 
 
 @dataclass
@@ -112,7 +107,7 @@ def run(
             return Ended(EXIT_STOPPED)  # Slurm asks every process of a job, and this one was ended by that
         ended = Ended(code) if watch is None or code == EXIT_STOPPED else watch.ended(code, killed)
         if ended.code == 0:
-            _await_group(process.pid, _SECONDS_TO_END)
+            _await_group(process.pid, timeouts.PROCESS_GROUP_EXIT)
         return ended
     finally:
         if watch is not None:
@@ -120,7 +115,7 @@ def run(
         _signal_group(process.pid, signal.SIGKILL)
         process.wait()
         if watch is not None:
-            watch.await_gone(_SECONDS_FOR_THE_LAUNCHER)
+            watch.await_gone(timeouts.LAUNCHER_EXIT)
 
 
 def fail(error: str, code: int) -> int:
@@ -159,15 +154,15 @@ def _wait_for_ranks(
         now = time.monotonic()
         if kill_at is None:
             if watch.died():
-                kill_at = now + heartbeat.SECONDS_FOR_THE_OTHERS
+                kill_at = now + timeouts.OTHER_RANKS_EXIT
             elif elsewhere():
                 watch.ended_for_others = True
-                kill_at = now + heartbeat.SECONDS_FOR_THE_OTHERS
+                kill_at = now + timeouts.OTHER_RANKS_EXIT
             elif watch.finds_a_hang():
                 kill_at = now
         if kill_at is not None and now >= kill_at:
             watch.kill()
-            if now >= kill_at + _SECONDS_FOR_THE_LAUNCHER:
+            if now >= kill_at + timeouts.LAUNCHER_EXIT:
                 return False, _signal_group(process.pid, signal.SIGKILL)
     return False, False
 
@@ -175,7 +170,7 @@ def _wait_for_ranks(
 def _lives(process: subprocess.Popen[bytes]) -> bool:
     """Whether it still does after a moment."""
     try:
-        process.wait(_SECONDS_BETWEEN_LOOKS)
+        process.wait(timeouts.POLL_RANKS)
     except subprocess.TimeoutExpired:
         return True
     return False

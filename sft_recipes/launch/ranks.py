@@ -15,13 +15,11 @@ from sft_recipes.launch.process_group import StopRequest
 from sft_recipes.launch.watchdog import Ended, Watchdog
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime import timeouts
+from sft_recipes.runtime.errors import SetupError, UserError
 from sft_recipes.runtime.run_dir import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, RunDir, read_json
 
 LINKS = "links"  # a program without a plan
-_SECONDS_TO_REPORT = 20.0
-_SECONDS_TO_SEE = 60.0
-_SECONDS_OF_A_SUM = 180.0
 
 
 def carry_out(
@@ -84,14 +82,14 @@ def _sum(order: Order, peers: NodeLaunchers, asked: StopRequest) -> None:
     debug = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,GRAPH,NET", "NCCL_DEBUG_FILE": log}
     on_cpu = {} if order.on_gpus else {"CUDA_VISIBLE_DEVICES": ""}
     environment = {**_interface(order), **os.environ, **debug, **on_cpu, "OMP_NUM_THREADS": "1"}
-    until, ends_elsewhere = time.monotonic() + _SECONDS_OF_A_SUM, _meanwhile(order, peers)
+    until, ends_elsewhere = time.monotonic() + timeouts.ALLREDUCE_TEST, _meanwhile(order, peers)
 
     def elsewhere() -> bool:
         return time.monotonic() > until or ends_elsewhere()
 
     ended = process_group.run(arguments, environment, asked, meanwhile=elsewhere)
     if time.monotonic() > until:
-        ended = Ended(EXIT_FAULT, f"no sum on {peers.allocation.name} within {_SECONDS_OF_A_SUM:.0f} s")
+        ended = Ended(EXIT_FAULT, f"no sum on {peers.allocation.name} within {timeouts.ALLREDUCE_TEST:.0f} s")
     elif ended.code == EXIT_STOPPED and not asked.numbers:  # for another node's sake
         ended = Ended(EXIT_FAULT, f"{peers.allocation.name} lost another node", came_of_others=True)
     peers.report(order, dataclasses.asdict(ended))
@@ -127,7 +125,7 @@ def _meanwhile(order: Order, peers: NodeLaunchers) -> Callable[[], bool]:
 
 def _together(order: Order, peers: NodeLaunchers) -> Ended:
     """How all nodes ended, once they have said so."""
-    until = time.monotonic() + _SECONDS_TO_REPORT
+    until = time.monotonic() + timeouts.NODE_REPORT
     while time.monotonic() < until and len(peers.reports(order)) < peers.allocation.nodes and not peers.lost():
         time.sleep(0.1)
         peers.look(at_once=True)
@@ -141,10 +139,10 @@ def _seen(plan_file: Path, peers: NodeLaunchers) -> tuple[Plan, RunDir]:
     """The plan of an order and its folder, once this node sees them with all that they name.
 
     Raises:
-        UserError: what it does not see in time.
+        SetupError: what it does not see in time.
     """
     folder = RunDir(plan_file.parent)
-    until = time.monotonic() + _SECONDS_TO_SEE
+    until = time.monotonic() + timeouts.FILE_VISIBLE
     while True:
         found = read_json(folder.prepared)
         wanted = [
@@ -156,6 +154,6 @@ def _seen(plan_file: Path, peers: NodeLaunchers) -> tuple[Plan, RunDir]:
         if found and not missing:
             return plans.read(plan_file), folder
         if time.monotonic() > until:
-            raise UserError(f"HF_HOME, RUNS_DIR: {(missing or [folder.prepared])[0]}")
+            raise SetupError(f"HF_HOME, RUNS_DIR: {(missing or [folder.prepared])[0]}")
         time.sleep(0.2)
         peers.look()

@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import TextIO
 
 from sft_recipes.launch.process_group import StopRequest
-from sft_recipes.runtime import heartbeat
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime import heartbeat, timeouts
+from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir, runs_root
 
-_SECONDS_TO_BE_GONE = 15.0
-_SECONDS_TO_BE_FREE = 300.0
 _TRIES = 5
 
 
@@ -26,13 +24,13 @@ def held(folder: RunDir) -> Iterator[None]:
     """Holds the run for this process.
 
     Raises:
-        UserError: another live process holds it, ranks of an earlier start live on, or the folder cannot be written.
+        SetupError: another live process holds it, ranks of an earlier start live on, or the folder cannot be written.
     """
     try:
         folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = folder.lock.open("a+", encoding="utf-8")
     except OSError as error:
-        raise UserError(
+        raise SetupError(
             f"NAME: {folder.path} cannot be written ({error.strerror}); make it writable, or say "
             "RUNS_DIR=<another folder>"
         ) from error
@@ -40,12 +38,12 @@ def held(folder: RunDir) -> Iterator[None]:
         try:
             taken = _taken(lock)
         except OSError as error:
-            raise UserError(
+            raise SetupError(
                 f"RUNS_DIR: {folder.path} lies on a disk that locks no files ({error.strerror}), so nothing would keep "
                 f"two starts apart; have it mounted with locks (Lustre: -o flock), or name another folder"
             ) from error
         if not taken:
-            raise UserError(f"NAME: {folder.name} is being carried out by {_holder(folder.lock)}; wait for it")
+            raise SetupError(f"NAME: {folder.name} is being carried out by {_holder(folder.lock)}; wait for it")
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
@@ -68,13 +66,13 @@ def _await_the_ranks_of_before(folder: RunDir) -> None:
     same checkpoint.
 
     Raises:
-        UserError: one is still there, as one that waits for a device in the kernel is.
+        SetupError: one is still there, as one that waits for a device in the kernel is.
     """
-    until = time.monotonic() + _SECONDS_TO_BE_GONE
+    until = time.monotonic() + timeouts.EARLIER_RANKS_EXIT
     while left := [pulse for pulse in heartbeat.pulses(folder.ranks).values() if is_rank_of(folder, pulse.process)]:
         if time.monotonic() > until:
             state = heartbeat.state(left[0].process)
-            raise UserError(
+            raise SetupError(
                 f"NAME: rank {left[0].rank} of an earlier start of {folder.name} is still there (process "
                 f"{left[0].process}, state {state}); end it, or this machine, and say the same again"
             )
@@ -120,10 +118,10 @@ def await_free(folder: RunDir, asked: StopRequest) -> None:
     if not is_held(folder):
         return
     print(
-        f"{folder.name} is still held by {_holder(folder.lock)}; waiting at most {_SECONDS_TO_BE_FREE:.0f} s for it",
+        f"{folder.name} is still held by {_holder(folder.lock)}; waiting at most {timeouts.RUN_LOCK:.0f} s for it",
         flush=True,
     )
-    until = time.monotonic() + _SECONDS_TO_BE_FREE
+    until = time.monotonic() + timeouts.RUN_LOCK
     while is_held(folder) and time.monotonic() < until:
         asked.check()
         time.sleep(0.5)

@@ -12,7 +12,7 @@ from sft_recipes.planner import plan as plans
 from sft_recipes.planner import rank_change
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.env import library_version
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir, all_runs, check_name, read_json, runs_root, write_json
 
 # What a start leaves that was killed before it had a plan.
@@ -48,7 +48,7 @@ def choose(plan: Plan, asked: RunRequest, held_by: dict[str, str]) -> Start:
     `held_by` names the runs that a live process holds, with that process.
 
     Raises:
-        UserError: another plan, a run in use, or nothing to go on with where that was insisted on.
+        SetupError: another plan, a run in use, or nothing to go on with where that was insisted on.
     """
     if asked.name is not None:
         return _named(plan, RunDir(runs_root() / check_name(asked.name)), asked, held_by)
@@ -63,17 +63,17 @@ def choose(plan: Plan, asked: RunRequest, held_by: dict[str, str]) -> Start:
             start = _go_on(plan, folder, asked)
             return replace(start, notes=(*notes, *start.notes))
     if asked.resume:
-        raise UserError(f"RESUME: no unfinished run of {plan.recipe} in {runs_root()}/; leave RESUME out to begin one")
+        raise SetupError(f"RESUME: no unfinished run of {plan.recipe} in {runs_root()}/; leave RESUME out to begin one")
     return _begin(RunDir(runs_root() / f"{plan.recipe}-{_next_number(plan.recipe)}"), plan, tuple(notes))
 
 
 def _named(plan: Plan, folder: RunDir, asked: RunRequest, held_by: dict[str, str]) -> Start:
     if folder.name in held_by:
-        raise UserError(
+        raise SetupError(
             f"NAME: {folder.name} is being carried out by {held_by[folder.name]}; wait, or take another NAME="
         )
     if folder.path.is_symlink():
-        raise UserError(
+        raise SetupError(
             f"NAME: {folder.path} is a link, and a run writes to its own folder alone; take another NAME=, or say "
             f"RUNS_DIR=<the folder that shall hold runs>"
         )
@@ -82,9 +82,9 @@ def _named(plan: Plan, folder: RunDir, asked: RunRequest, held_by: dict[str, str
         start = _go_on(plan, folder, asked)
         return replace(start, notes=(*restored, *start.notes))
     if folder.path.exists() and any(path.name not in _OF_A_START for path in folder.path.iterdir()):
-        raise UserError(f"NAME: {folder.path} is there and is not a run; nothing is overwritten, take another NAME=")
+        raise SetupError(f"NAME: {folder.path} is there and is not a run; nothing is overwritten, take another NAME=")
     if asked.resume:
-        raise UserError(f"RESUME: {folder.path} holds no run to go on with; leave RESUME out to begin it")
+        raise SetupError(f"RESUME: {folder.path} holds no run to go on with; leave RESUME out to begin it")
     return _begin(folder, plan)
 
 
@@ -96,7 +96,7 @@ def _go_on(plan: Plan, folder: RunDir, asked: RunRequest) -> Start:
     stored = plans.read(folder.plan)
     differ = plans.differences(stored, plan)
     if folder.numbered("checkpoint") and (reason := rank_change.allowed(stored, plan)):
-        raise UserError(f"run {folder.name} cannot go on: {reason}")
+        raise SetupError(f"run {folder.name} cannot go on: {reason}")
     followed = rank_change.followed(stored, plan)
     others = {_as_typed(key): change for key, change in differ.items() if key not in followed}
     finished = folder.state() == "finished"
@@ -104,7 +104,7 @@ def _go_on(plan: Plan, folder: RunDir, asked: RunRequest) -> Start:
     if refused:
         listed = "; ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in refused.items())
         accept = f"go on with it all the same: ALLOW_CHANGE={','.join(refused)}; or "
-        raise UserError(
+        raise SetupError(
             f"run {folder.name} {'is finished, and had' if finished else 'has'} another plan: {listed} "
             f"({'' if finished else accept}begin a run of its own: NAME=…)"
         )
@@ -137,12 +137,12 @@ def _is_accepted(key: str, accepted: tuple[str, ...]) -> bool:
 def _check_accepted(plan: Plan, accepted: tuple[str, ...]) -> None:
     """
     Raises:
-        UserError: one of them is no key of a plan.
+        SetupError: one of them is no key of a plan.
     """
     keys = plans.flat(plan)
     unknown = [one for one in accepted if not any(_is_accepted(_as_typed(key), (one,)) for key in keys)]
     if unknown:
-        raise UserError(
+        raise SetupError(
             f"ALLOW_CHANGE: {unknown[0]!r} is no key of a plan; say one of those that are listed as changed"
         )
 
@@ -151,7 +151,7 @@ def _put_plan_back(folder: RunDir) -> tuple[str, ...]:
     """Restores a `plan.json` that is damaged or gone from the newest checkpoint that holds a copy; what to tell.
 
     Raises:
-        UserError: there are checkpoints, and none of them has one.
+        SetupError: there are checkpoints, and none of them has one.
     """
     if read_json(folder.plan) or not folder.numbered("checkpoint"):
         return ()
@@ -160,7 +160,7 @@ def _put_plan_back(folder: RunDir) -> tuple[str, ...]:
         if copy:
             write_json(folder.plan, copy)
             return (f"{folder.plan} could not be read; it is that of checkpoint-{step} again",)
-    raise UserError(
+    raise SetupError(
         f"NAME: {folder.path} holds checkpoints, but its {folder.plan.name} cannot be read, without which nothing goes "
         f"on from them; put it back, or begin a run of its own: NAME=…"
     )
@@ -186,14 +186,14 @@ def _other_versions(folder: RunDir, strict: bool) -> tuple[str, ...]:
     """What there is to say where libraries are not those of the run's last start.
 
     Raises:
-        UserError: they are not, and that was asked to be refused.
+        SetupError: they are not, and that was asked to be refused.
     """
     starts = read_json(folder.manifest).get("starts") or [{}]
     before: dict[str, str] = starts[-1].get("versions", {})
     now = {name: library_version(name) for name in before if name != "python"}
     changed = "; ".join(f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name])
     if changed and strict:
-        raise UserError(
+        raise SetupError(
             f"run {folder.name} was trained with other library versions: {changed}; install those again, or leave "
             f"STRICT_VERSIONS out to go on with these"
         )

@@ -22,6 +22,7 @@ from sft_recipes.launch.process_group import StopRequest
 from sft_recipes.launch.run_selection import Start
 from sft_recipes.launch.topology import Allocation, from_slurm, visible_gpus
 from sft_recipes.planner.plan import Plan
+from sft_recipes.runtime import timeouts
 from sft_recipes.runtime.run_dir import (
     EXIT_FAULT,
     EXIT_STOPPED,
@@ -33,7 +34,6 @@ from sft_recipes.runtime.run_dir import (
     write_json,
 )
 
-_SECONDS_TO_ANSWER = 30.0
 _CUDA = "CUDA"
 _ROOM_BYTES = 2**30  # of /tmp, where libraries compile and unpack
 
@@ -187,7 +187,7 @@ def asked_of_slurm(job: str | None) -> dict[str, str] | None:
     names = ("id", "name", "state", "reason", "ran", "left", "nodes")
     asked = ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%A|%j|%T|%r|%M|%L|%N"]
     try:
-        done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=_SECONDS_TO_ANSWER)
+        done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=timeouts.SLURM_COMMAND)
     except subprocess.TimeoutExpired:
         return None
     rows = [dict(zip(names, line.split("|"), strict=False)) for line in done.stdout.splitlines()]

@@ -15,23 +15,22 @@ from sft_recipes.config.gpu_types import identify
 from sft_recipes.config.schema import Recipe
 from sft_recipes.planner.plan import Plan, Topology
 from sft_recipes.planner.suggest import nodes_for
-from sft_recipes.runtime import cuda
+from sft_recipes.runtime import cuda, timeouts
 from sft_recipes.runtime.env import host_memory_bytes
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.errors import SetupError, UserError
 from sft_recipes.runtime.run_dir import RunDir
 
 _AMPERE = 8.0
-_SECONDS_TO_ANSWER = 60.0  # of nvidia-smi, which waits for ever for a driver that hangs
 
 
 def whole_number(text: str, name: str, least: int) -> int:
     """The number in `text`.
 
     Raises:
-        UserError: it is none, or below `least`.
+        SetupError: it is none, or below `least`.
     """
     if not re.fullmatch(r"[-+]?\d+", text) or int(text) < least:
-        raise UserError(f"{name}: {text!r} is not a whole number of at least {least}")
+        raise SetupError(f"{name}: {text!r} is not a whole number of at least {least}")
     return int(text)
 
 
@@ -69,7 +68,7 @@ def from_slurm(environment: Mapping[str, str]) -> Allocation | None:
     """The allocation of the job step that this process is a task of; None outside of one.
 
     Raises:
-        UserError: the step has another number of tasks than one a node, or nodes with other numbers of GPUs.
+        SetupError: the step has another number of tasks than one a node, or nodes with other numbers of GPUs.
 
     Source: srun(1), "OUTPUT ENVIRONMENT VARIABLES".
     """
@@ -77,14 +76,14 @@ def from_slurm(environment: Mapping[str, str]) -> Allocation | None:
         return None
     nodes, tasks = int(environment["SLURM_STEP_NUM_NODES"]), int(environment["SLURM_STEP_NUM_TASKS"])
     if tasks != nodes:
-        raise UserError(
+        raise SetupError(
             f"Slurm: {tasks} tasks on {nodes} nodes; wanted one a node, which starts the node's ranks: "
             f"--ntasks-per-node=1"
         )
     on_node, altogether = environment.get("SLURM_GPUS_ON_NODE"), environment.get("SLURM_GPUS")
     here = int(on_node) if on_node else None
     if here is not None and (altogether or "").isdigit() and int(altogether or 0) != here * nodes:
-        raise UserError(
+        raise SetupError(
             f"Slurm: {altogether} GPUs on {nodes} nodes are not as many on each; say --gpus-per-node instead of --gpus"
         )
     job = int(environment["SLURM_JOB_ID"])
@@ -112,7 +111,7 @@ def _addresses(environment: Mapping[str, str]) -> tuple[str, ...]:
 def _port(text: str | None) -> int | None:
     port = whole_number(text, "MASTER_PORT", 1) if text else None
     if port is not None and port > _LAST_PORT:
-        raise UserError(f"MASTER_PORT: {port} is no port; wanted 1 to {_LAST_PORT}")
+        raise SetupError(f"MASTER_PORT: {port} is no port; wanted 1 to {_LAST_PORT}")
     return port
 
 
@@ -131,17 +130,17 @@ def planned(
     if nodes is None:
         nodes = recipe.hardware.nodes if gpus == recipe.hardware.gpus else nodes_for(gpus)
     if gpus % nodes:
-        raise UserError(f"GPUS: {gpus} GPUs do not share evenly over {nodes} nodes; say a multiple of {nodes}")
+        raise SetupError(f"GPUS: {gpus} GPUs do not share evenly over {nodes} nodes; say a multiple of {nodes}")
     if not gpus and (processes or 1) % nodes:
-        raise UserError(
+        raise SetupError(
             f"PROCESSES: {processes or 1} on the CPU do not share evenly over {nodes} nodes; say a multiple of {nodes}"
         )
     if processes and gpus:
-        raise UserError(
+        raise SetupError(
             f"PROCESSES: {processes} were asked for with {gpus} GPUs; each GPU has one process, leave it out"
         )
     if gpu_type and not gpus:
-        raise UserError(f"GPU_TYPE: {gpu_type} was asked for without GPUs; say GPUS=<a number>, or leave it out")
+        raise SetupError(f"GPU_TYPE: {gpu_type} was asked for without GPUs; say GPUS=<a number>, or leave it out")
     gpu_type = gpu_type or (recipe.hardware.gpu_type if gpus else None)
     return Topology(gpus=gpus, processes=gpus or processes or 1, nodes=nodes, gpu_type=gpu_type)
 
@@ -161,7 +160,7 @@ def present(
         allocation: what Slurm gave, where this process is a task of a job step.
 
     Raises:
-        UserError: more GPUs than the machine has, no GPU for a recipe that is not made for the CPU, or an allocation
+        SetupError: more GPUs than the machine has, no GPU for a recipe that is not made for the CPU, or an allocation
             that is another one than was asked for.
     """
     if allocation is not None and allocation.nodes > 1:
@@ -170,24 +169,24 @@ def present(
     if allocation is not None and gpus != 0 and len(here) < (allocation.gpus_per_node or 0):
         raise _fewer_than_given(allocation, len(here))
     if nodes and nodes > 1:
-        raise UserError(
+        raise SetupError(
             f"NODES: {nodes} nodes need a launcher on each, which Slurm starts: "
             f"sbatch --nodes={nodes} slurm/{recipe.name}.sh (slurm/README.md)"
         )
     if devices is not None:
         ids = _device_ids(devices, [gpu.id for gpu in here])
         if gpus is not None and gpus != len(ids):
-            raise UserError(f"DEVICES: {devices} names {len(ids)} GPUs, but GPUS={gpus}; say one of the two")
+            raise SetupError(f"DEVICES: {devices} names {len(ids)} GPUs, but GPUS={gpus}; say one of the two")
         gpus = len(ids)
     if gpus is None:
         gpus = 0 if recipe.hardware.gpus == 0 else len(here)
         if gpus == 0 and recipe.hardware.gpus > 0:
             fix = hidden_gpus() or "try `make train` (the tiny recipe), or set GPUS=0 to run it on the CPU"
-            raise UserError(
+            raise SetupError(
                 f"GPUS: recipe {recipe.name} needs {recipe.hardware.gpus} GPUs and this machine has none; {fix}"
             )
     if gpus > len(here):
-        raise UserError(
+        raise SetupError(
             f"GPUS: {gpus} requested, but this machine has {len(here) or 'none'}; "
             f"{hidden_gpus() or f'set GPUS={len(here)}'}"
         )
@@ -219,12 +218,12 @@ def _allocated(
     """The hardware of several nodes, as Slurm gave it: all of its GPUs, or none.
 
     Raises:
-        UserError: that is not what was asked for, or this node has it not.
+        SetupError: that is not what was asked for, or this node has it not.
     """
     if devices is not None:
-        raise UserError(f"DEVICES: {devices} names GPUs of one machine; Slurm says which of each node are the job's")
+        raise SetupError(f"DEVICES: {devices} names GPUs of one machine; Slurm says which of each node are the job's")
     if nodes is not None and nodes != allocation.nodes:
-        raise UserError(
+        raise SetupError(
             f"NODES: {nodes} asked for, and job {allocation.job} has {allocation.nodes}; say the same to both: "
             f"sbatch --nodes={nodes}"
         )
@@ -232,12 +231,12 @@ def _allocated(
     if gpus is None:
         gpus = 0 if recipe.hardware.gpus == 0 else has
         if gpus == 0 and recipe.hardware.gpus > 0:
-            raise UserError(
+            raise SetupError(
                 f"GPUS: recipe {recipe.name} is made for {recipe.hardware.gpus} GPUs and job {allocation.job} has "
                 f"none; say --gpus-per-node to sbatch, or GPUS=0 to run it on the CPU all the same"
             )
     if gpus not in (0, has):
-        raise UserError(
+        raise SetupError(
             f"GPUS: {gpus} asked for, and job {allocation.job} has {allocation.nodes} nodes x "
             f"{allocation.gpus_per_node or 0}; ask Slurm for those that are used: --gpus-per-node"
         )
@@ -255,7 +254,7 @@ def _check_generation(recipe: Recipe, gpus: Sequence[Gpu]) -> None:
     """Refuses bf16 and flash attention where a card is older than Ampere and has neither.
 
     Raises:
-        UserError: with what to use instead.
+        SetupError: with what to use instead.
     """
     old = next((gpu for gpu in gpus if (gpu.compute_capability or _AMPERE) < _AMPERE), None)
     if old is None:
@@ -264,7 +263,7 @@ def _check_generation(recipe: Recipe, gpus: Sequence[Gpu]) -> None:
     asked = {"precision": recipe.precision, "model.attention": recipe.model.attention}
     instead = [f"{key}={good}" for key, (bad, good) in wrong.items() if asked[key] == bad]
     if instead:
-        raise UserError(
+        raise SetupError(
             f"GPUS: {old.name} (compute capability {old.compute_capability}) is older than Ampere and has no "
             f"{' and no '.join(asked[said.partition('=')[0]] for said in instead)}; say {' '.join(instead)}"
         )
@@ -274,29 +273,29 @@ def _check_memory(gpu_type: str | None, gpus: Sequence[Gpu]) -> None:
     """Reject GPUs of unknown memory unless the user names it.
 
     Raises:
-        UserError: with the variable to set.
+        SetupError: with the variable to set.
     """
     unknown = next((gpu for gpu in gpus if not gpu.memory_mib), None)
     if gpu_type is None and unknown is not None:
-        raise UserError(f"GPU_TYPE: nvidia-smi reports no memory size for {unknown.name}; set GPU_TYPE=<its GiB>")
+        raise SetupError(f"GPU_TYPE: nvidia-smi reports no memory size for {unknown.name}; set GPU_TYPE=<its GiB>")
 
 
 def check_host_memory(plan: Plan) -> None:
     """Refuses what this machine's own memory cannot hold, which would end in a killed rank, hours later perhaps.
 
     Raises:
-        UserError: the plan's host memory is more than the machine has.
+        SetupError: the plan's host memory is more than the machine has.
     """
     here = host_memory_bytes()
     needed, per_rank = plan.host_bytes_per_node, plan.memory_bytes_per_gpu
     ranks_here = plan.world_size // plan.nodes
     if per_rank and not plan.uses_gpu and per_rank["total"] * ranks_here > here:
-        raise UserError(
+        raise SetupError(
             f"GPUS: on the CPU {plan.recipe} needs about {per_rank['total'] * ranks_here / 2**30:.0f} GiB of "
             f"memory and this machine has {here / 2**30:.0f} GiB; say GPUS=<a number> where there are GPUs"
         )
     if needed and needed["offload"] and needed["total"] > here:
-        raise UserError(
+        raise SetupError(
             f"parallelism: {plan.parallelism} needs about {needed['total'] / 2**30:.0f} GiB of this node's own memory "
             f"({needed['offload'] / 2**30:.0f} GiB of it for what is offloaded) and it has {here / 2**30:.0f} GiB; "
             f"say parallelism=zero3 with more GPUs, or train adapters (a recipe with lora)"
@@ -307,13 +306,13 @@ def check_disk(plan: Plan, folder: RunDir) -> None:
     """Refuses a run whose folder will outgrow its disk, hours later perhaps.
 
     Raises:
-        UserError: what is free and what the run holds already are less than what it will hold.
+        SetupError: what is free and what the run holds already are less than what it will hold.
     """
     there = next(place for place in (folder.path, *folder.path.absolute().parents) if place.exists())
     held = sum(file.stat().st_size for file in folder.path.rglob("*") if file.is_file())
     free = shutil.disk_usage(there).free
     if plan.disk_bytes and plan.disk_bytes > free + held:
-        raise UserError(
+        raise SetupError(
             f"RUNS_DIR: {plan.recipe} will hold up to {plan.disk_bytes / 2**30:.1f} GiB in {folder.path} (two whole "
             f"checkpoints, one being written, the models) and {free / 2**30:.1f} GiB are free; make room, or say "
             f"RUNS_DIR=<a folder on a larger disk>"
@@ -375,10 +374,10 @@ def nvidia_smi_error() -> str | None:
         return None
     try:
         listed = subprocess.run(
-            ["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False, timeout=_SECONDS_TO_ANSWER
+            ["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False, timeout=timeouts.NVIDIA_SMI
         )
     except subprocess.TimeoutExpired:
-        return f"no answer within {_SECONDS_TO_ANSWER:.0f} s"
+        return f"no answer within {timeouts.NVIDIA_SMI:.0f} s"
     return None if listed.returncode == 0 else " ".join((listed.stdout + listed.stderr).split())[:200]
 
 
@@ -386,7 +385,7 @@ def ask_nvidia(fields: str) -> list[list[str]]:
     """A row of fields a GPU; none where the driver does not answer, or does not know a field."""
     query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
-        listed = subprocess.run(query, capture_output=True, text=True, check=False, timeout=_SECONDS_TO_ANSWER)
+        listed = subprocess.run(query, capture_output=True, text=True, check=False, timeout=timeouts.NVIDIA_SMI)
     except subprocess.TimeoutExpired:
         return []
     lines = listed.stdout.splitlines() if listed.returncode == 0 else []
@@ -415,8 +414,8 @@ def unlisted(gpus: Sequence[Gpu]) -> list[str]:
 def _device_ids(devices: str, here: list[str]) -> list[str]:
     ids = devices.split(",")
     if not re.fullmatch(r"\d+(,\d+)*", devices) or len(set(ids)) != len(ids):
-        raise UserError(f"DEVICES: {devices!r} is not a list of GPU ids, such as 0,2")
+        raise SetupError(f"DEVICES: {devices!r} is not a list of GPU ids, such as 0,2")
     missing = [device for device in ids if device not in here]
     if missing:
-        raise UserError(f"DEVICES: no GPU {', '.join(missing)} here; there are: {', '.join(here) or 'none'}")
+        raise SetupError(f"DEVICES: no GPU {', '.join(missing)} here; there are: {', '.join(here) or 'none'}")
     return ids

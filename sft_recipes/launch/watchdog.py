@@ -14,15 +14,12 @@ from pathlib import Path
 
 from sft_recipes.planner.plan import Plan
 from sft_recipes.planner.save_time import seconds_at_most
-from sft_recipes.runtime import heartbeat
+from sft_recipes.runtime import heartbeat, timeouts
 from sft_recipes.runtime.heartbeat import ASKING, Failure, Heartbeat
 from sft_recipes.runtime.run_dir import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, RunDir
 
 # Tens of billions of weights from a shared disk, an operator that is compiled first, models that are published.
-LOADING_SECONDS = 1800.0
 _TIMES_THE_LONGEST = 5
-_SECONDS_TO_WRITE_STACKS = 2.0
-_SECONDS_FOR_OTHER_NODES = 30.0
 _MOST_AT_ONCE = 1.0
 _WHERE = {
     "starting": "while it started",
@@ -99,7 +96,7 @@ def limit(pulse: Heartbeat, longest: float, limits: Limits) -> float:
             this machine is no hang.
     """
     if pulse.doing in ("starting", "ending"):  # a checkpoint is looked through, and then read
-        return max(LOADING_SECONDS, limits.hang) + 2 * limits.save
+        return max(timeouts.MODEL_LOADING, limits.hang) + 2 * limits.save
     if pulse.doing == "saving":
         return limits.hang + limits.save
     return max(limits.hang, _TIMES_THE_LONGEST * longest)
@@ -255,7 +252,7 @@ class Watchdog:
             self.hung = self._hang(ranks)
             return self.hung is not None
         self._waiting, self.ended_for_others = set(), False  # they moved again
-        if self._missed > max(LOADING_SECONDS, self.limits.hang):
+        if self._missed > max(timeouts.MODEL_LOADING, self.limits.hang):
             absent = ", ".join(map(str, sorted(self.expected - self._begun)))
             what = f"rank {absent} did not begin" if absent else "all ranks have ended, but not their launcher"
             self.hung = f"{what} on {socket.gethostname()} within {self._missed:.0f} s"
@@ -268,7 +265,7 @@ class Watchdog:
         if self._several_nodes and waiting == self.seen.keys():
             still = min(one.still for one in ranks)
             self.ended_for_others, self._waited = True, self._waited or still
-            if still < self._waited + _SECONDS_FOR_OTHER_NODES:
+            if still < self._waited + timeouts.OTHER_NODES_EXIT:
                 return None
         told = [replace(one, pulse=_waiting(one.pulse)) if one.pulse.rank in waiting else one for one in ranks]
         return hang_line(told, self.limits)
@@ -282,7 +279,7 @@ class Watchdog:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(one.pulse.process, signal.SIGUSR2)
                     files[rank] = heartbeat.place(self.folder.stack_traces, rank, ".txt")
-        until = time.monotonic() + _SECONDS_TO_WRITE_STACKS
+        until = time.monotonic() + timeouts.STACK_TRACES
         while time.monotonic() < until and not all(_is_written(file) for file in files.values()):
             time.sleep(0.05)
         written = {rank: file.read_text(encoding="utf-8") for rank, file in files.items() if file.exists()}

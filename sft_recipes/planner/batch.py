@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.errors import ConfigError
 
 
 def per_device_batch_size(effective_batch_size: int, at_most: int, world_size: int) -> int:
@@ -13,13 +13,13 @@ def per_device_batch_size(effective_batch_size: int, at_most: int, world_size: i
     All sizes count rows as the trainer sees them (packed rows where packing is on).
 
     Raises:
-        UserError: no micro-batch does, since the effective batch is no multiple of the GPU count.
+        ConfigError: no micro-batch does, since the effective batch is no multiple of the GPU count.
     """
     for size in range(min(at_most, effective_batch_size), 0, -1):
         if effective_batch_size % (size * world_size) == 0:
             return size
     counts = ", ".join(str(count) for count in world_sizes_that_divide(effective_batch_size))
-    raise UserError(
+    raise ConfigError(
         f"effective_batch_size {effective_batch_size} cannot be shared evenly by {world_size} GPUs or processes; "
         f"these counts can: {counts}"
     )
@@ -31,13 +31,13 @@ def gradient_accumulation_steps(effective_batch_size: int, per_device_batch_size
     All three sizes count rows as the trainer sees them.
 
     Raises:
-        UserError: the effective batch is not a multiple of one forward pass over all ranks.
+        ConfigError: the effective batch is not a multiple of one forward pass over all ranks.
     """
     per_pass = per_device_batch_size * world_size
     steps, remainder = divmod(effective_batch_size, per_pass)
     if remainder or not steps:
         counts = ", ".join(str(count) for count in world_sizes_that_divide(effective_batch_size, per_device_batch_size))
-        raise UserError(
+        raise ConfigError(
             f"effective_batch_size {effective_batch_size} is not a multiple of {per_device_batch_size} per device "
             f"x {world_size} GPUs = {per_pass}; {counts or 'no number of'} GPUs would do"
         )

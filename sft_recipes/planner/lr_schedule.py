@@ -9,7 +9,7 @@ from typing import Any
 
 from sft_recipes.planner import batch
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.errors import ConfigError
 
 # The schedules that are known here, each with the options that it honours.
 _OPTIONS: dict[str, set[str]] = {
@@ -63,7 +63,7 @@ def options_of(plan: Plan) -> dict[str, Any]:
     """`trainer.lr_scheduler_kwargs` as the Trainer reads them, which takes a mapping or its JSON text.
 
     Raises:
-        UserError: text that is no JSON object.
+        ConfigError: text that is no JSON object.
     """
     written = plan.sections.trainer.get("lr_scheduler_kwargs") or {}
     try:
@@ -71,7 +71,7 @@ def options_of(plan: Plan) -> dict[str, Any]:
     except ValueError:
         options = None
     if not isinstance(options, dict):
-        raise UserError(
+        raise ConfigError(
             f"{plan.origins.get('trainer.lr_scheduler_kwargs', 'trainer.lr_scheduler_kwargs')}: "
             f'trainer.lr_scheduler_kwargs is {written!r}; wanted JSON, as in {{"num_cycles": 0.5}}'
         )
@@ -82,7 +82,7 @@ def steps_of(plan: Plan) -> tuple[int, int]:
     """Optimizer steps of the whole run and of its warm-up; estimates where the plan's are.
 
     Raises:
-        UserError: nothing says how many there are before the data is prepared.
+        ConfigError: nothing says how many there are before the data is prepared.
     """
     if plan.optimizer_steps is not None and plan.warmup_steps is not None:
         return plan.optimizer_steps, plan.warmup_steps
@@ -90,7 +90,7 @@ def steps_of(plan: Plan) -> tuple[int, int]:
     if max_steps > 0:
         return max_steps, batch.warmup_steps(max_steps, plan.warmup_ratio)
     needed = "data.examples=… data.mean_tokens=…" if plan.packing else "data.examples=…"
-    raise UserError(
+    raise ConfigError(
         f"{plan.recipe}: how many optimizer steps the run takes is known when its data is prepared; say {needed} for "
         f"an estimate, or trainer.max_steps=…"
     )

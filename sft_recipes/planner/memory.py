@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sft_recipes.config.architecture import adapter_count, block_weights, linear_layers, parameter_count
-from sft_recipes.config.schema import SHARDED, Lora
+from sft_recipes.config.schema import Lora
+from sft_recipes.config.strategies import STRATEGIES, Strategy
 from sft_recipes.runtime.units import GIB
 
 # The reserve: GPU memory that the forecast of a step does not cover. None of it was measured for this project.
@@ -51,7 +52,7 @@ class Load:
     """
 
     architecture: Mapping[str, Any]
-    engine: str
+    parallelism: str
     precision: str
     world_size: int
     tokens: int
@@ -64,9 +65,14 @@ class Load:
     on_cpu: bool = False
 
     @property
+    def strategy(self) -> Strategy:
+        """What is sharded."""
+        return STRATEGIES[self.parallelism]
+
+    @property
     def autocasts(self) -> bool:
         """Whether fp32 weights are cast as they are used."""
-        return self.precision == "bf16" and self.lora is None and self.engine in ("single", "ddp")
+        return self.precision == "bf16" and self.lora is None and self.strategy.replicated
 
     @property
     def gradient_width(self) -> int:
@@ -86,17 +92,17 @@ class Load:
     @property
     def sharded_weights(self) -> int:
         """Over how many ranks the weights are spread."""
-        return self.world_size if self.engine in SHARDED else 1
+        return self.world_size if self.strategy.shards_parameters else 1
 
     @property
     def zero_half(self) -> bool:
         """Whether DeepSpeed holds the weights in bf16 and an fp32 master beside them."""
-        return self.engine.startswith("zero") and self.precision == "bf16"
+        return self.strategy.deepspeed and self.precision == "bf16"
 
     @property
     def stream_half(self) -> bool:
         """Whether what layers pass on is in 16 bits: fp32 weights under autocast pass on fp32."""
-        return self.precision == "bf16" and (self.engine not in ("single", "ddp") or self.lora is not None)
+        return self.precision == "bf16" and (not self.strategy.replicated or self.lora is not None)
 
     @property
     def trained(self) -> int:
@@ -137,12 +143,13 @@ def bytes_per_gpu(load: Load) -> dict[str, int] | None:
     """
     if parameter_count(load.architecture) is None:
         return None
-    optimizer_over = load.world_size if load.engine in ("zero1", "zero2", *SHARDED) else 1
+    optimizer_over = load.world_size if load.strategy.shards_optimizer else 1
     adapters = load.trained_bytes if load.lora else 0
-    offload = load.engine == "zero3_offload"
     held = {
         "weights": (load.model_bytes + adapters) // load.sharded_weights,
-        "optimizer": 0 if offload else (load.moments + 4 * load.zero_half * load.trained) // optimizer_over,
+        "optimizer": 0
+        if load.strategy.cpu_offload
+        else (load.moments + 4 * load.zero_half * load.trained) // optimizer_over,
         "buffers": _buffers(load),
     }
     fullest = max(_phases(load), key=lambda phase: sum(phase.values()))
@@ -190,8 +197,8 @@ class _Amounts:
 
 def _amounts(load: Load) -> _Amounts:
     architecture = load.architecture
-    gradients_over = load.world_size if load.engine in ("zero2", *SHARDED) else 1
-    gradients = 0 if load.engine == "zero3_offload" else 4 * load.trained // gradients_over
+    gradients_over = load.world_size if load.strategy.shards_gradients else 1
+    gradients = 0 if load.strategy.cpu_offload else 4 * load.trained // gradients_over
     layer = load.tokens * activation_bytes(load)
     inputs = load.tokens * architecture["hidden_size"] * (2 if load.stream_half else 4)
     tile, scores = _logits(load)
@@ -200,7 +207,7 @@ def _amounts(load: Load) -> _Amounts:
     last_norm = load.tokens * architecture["hidden_size"] * (12 if load.stream_half else 16)
     return _Amounts(
         gradients=gradients,
-        before=gradients if load.accumulates or load.engine.startswith("zero") else 0,
+        before=gradients if load.accumulates or load.strategy.deepspeed else 0,
         layer=layer,
         moment=load.tokens * _held_for_a_moment(load),
         kept=architecture["num_hidden_layers"] * (inputs if load.gradient_checkpointing else layer),
@@ -214,14 +221,14 @@ def _amounts(load: Load) -> _Amounts:
 def _phases(load: Load) -> list[dict[str, int]]:
     """The phases of a step that may be its peak, each with what is there in addition to what is always held."""
     step = _amounts(load)
-    if load.engine == "fsdp2":
+    if load.strategy.fsdp:
         return _phases_of_fsdp2(load, step)
     architecture, recomputes = load.architecture, load.gradient_checkpointing
     casts, casts_of_a_layer = _casts(load)
     # Where embeddings and output layer are one weight, the latter's gradient waits for the former's to the end.
     waiting = step.embedding if architecture.get("tie_word_embeddings") else 0
     last = 0 if step.before or load.lora else 4 * block_weights(architecture) + step.embedding
-    flat = {"zero2": step.gradients, "zero3": min(step.gradients, 4 * SUB_GROUP)}.get(load.engine, 0)
+    flat = {2: step.gradients, 3: min(step.gradients, 4 * SUB_GROUP)}.get(load.strategy.zero_stage, 0)
     forward = {"gradients": step.before, "activations": step.kept, "logits": step.tile, "buffers": casts}
     scoring = {**forward, "logits": step.tile + step.scores, "buffers": 0 if recomputes else casts}
     top_layer = {
@@ -348,18 +355,18 @@ def _buffers(load: Load) -> int:
     width = 2 if half else 4
     # DeepSpeed makes its buckets for gradients whole, however little is trained: two in stages 1 and 2, of what they
     # are staged in, one in stage 3, of what is sent.
-    if load.engine in ("zero1", "zero2"):
-        staged = 4 if load.engine == "zero1" else width
+    if load.strategy.zero_stage in (1, 2):
+        staged = 4 if load.strategy.zero_stage == 1 else width
         return width * min(parameters, ALLGATHER_BUCKET) + 2 * staged * REDUCE_BUCKET
-    if load.engine in ("zero3", "zero3_offload"):
+    if load.strategy.zero_stage == 3:
         return 2 * width * largest + width * min(parameters, PREFETCH_BUCKET) + 4 * REDUCE_BUCKET
-    if load.engine == "fsdp2":
+    if load.strategy.fsdp:
         # What is gathered and reduced differs from phase to phase. On a CPU gloo keeps copies of what it has not sent:
         # about four layers in real runs (docs/LOG.md: peaks of one small run were 208 to 273 MiB).
         return 4 * width * block_weights(architecture) if load.on_cpu else 0
     quantized = load.lora is not None and load.lora.quantize is not None
     dequantized: int = width * architecture["hidden_size"] * architecture["intermediate_size"] if quantized else 0
-    return dequantized + (4 * load.trained if load.engine == "ddp" else 0)
+    return dequantized + (4 * load.trained if load.strategy.ddp else 0)
 
 
 def host_bytes_per_node(load: Load) -> dict[str, int] | None:
@@ -376,11 +383,11 @@ def host_bytes_per_node(load: Load) -> dict[str, int] | None:
     ranks = max(load.world_size // load.nodes, 1)
     in_fp32 = not load.zero_half and (load.lora is None or load.precision == "fp32")
     loading = ranks * load.model_bytes if in_fp32 else 0
-    gathered = {"zero3": load.model_bytes, "zero3_offload": load.model_bytes, "fsdp2": 12 * load.trained}
+    gathered = 12 * load.trained if load.strategy.fsdp else load.model_bytes if load.strategy.shards_parameters else 0
     parts = {
         "processes": ranks * PROCESS_BYTES,
-        "loading or saving": max(loading, 0 if load.lora else gathered.get(load.engine, 0)),
-        "offload": 16 * load.trained // load.nodes if load.engine == "zero3_offload" else 0,
+        "loading or saving": max(loading, 0 if load.lora else gathered),
+        "offload": 16 * load.trained // load.nodes if load.strategy.cpu_offload else 0,
     }
     return {**parts, "total": sum(parts.values())}
 
@@ -390,7 +397,7 @@ def checkpoint_bytes(load: Load) -> int | None:
     as a model folder and as DeepSpeed's own state, under FSDP2 the fp32 ones twice."""
     if parameter_count(load.architecture) is None:
         return None
-    twice = load.zero_half or load.engine == "fsdp2"
+    twice = load.zero_half or load.strategy.fsdp
     copies = 2 if twice and not load.lora else 1
     return copies * load.trained_bytes + load.moments + 4 * load.zero_half * load.trained
 
@@ -403,15 +410,15 @@ def disk_bytes(load: Load) -> int | None:
     return None if checkpoint is None else 3 * checkpoint + 6 * load.trained_bytes
 
 
-def dtypes(engine: str, precision: str, lora: Lora | None = None) -> dict[str, str]:
+def dtypes(parallelism: str, precision: str, lora: Lora | None = None) -> dict[str, str]:
     """What each kind of number is held in under this engine; the run compares it with what it got.
 
     `weights` are those that are trained; `frozen` those that are not, under LoRA. fp32 weights are their own master
     copy: bf16 weights without one lose most updates at these rates.
     """
-    zero = engine.startswith("zero")
-    compute = "fp32" if precision == "fp32" else "bf16" if zero or engine == "fsdp2" else "bf16 autocast"
-    weights = "bf16" if zero and precision == "bf16" else "fp32"
+    strategy = STRATEGIES[parallelism]
+    compute = "fp32" if precision == "fp32" else "bf16 autocast" if strategy.replicated else "bf16"
+    weights = "bf16" if strategy.deepspeed and precision == "bf16" else "fp32"
     frozen = {} if lora is None else {"frozen": lora.quantize or precision}
     return {
         "weights": weights, **frozen, "master": "fp32", "gradients": "fp32", "reduction": "fp32", "compute": compute

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes.config import gpu_types as gpu_table
+from sft_recipes.config import strategies
 from sft_recipes.config.architecture import parameter_count
-from sft_recipes.config.schema import SHARDED, TABLE_KEYS, Batch, Data, Generation, Lora, Model, Monitor, Recipe
+from sft_recipes.config.schema import TABLE_KEYS, Batch, Data, Generation, Lora, Model, Monitor, Recipe
 from sft_recipes.config.sizes import hyperparameter, row_of
+from sft_recipes.config.strategies import STRATEGIES, Strategy
 from sft_recipes.planner import batch, cost, memory
 from sft_recipes.runtime import units
 from sft_recipes.runtime.atomic_write import write_atomic
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -129,9 +131,14 @@ class Plan:
         return self.gpus > 0
 
     @property
+    def strategy(self) -> Strategy:
+        """The parallelism strategy, with what it shards and supports."""
+        return STRATEGIES[self.parallelism]
+
+    @property
     def shards_parameters(self) -> bool:
         """Whether the weights are spread over the ranks."""
-        return self.parallelism in SHARDED
+        return self.strategy.shards_parameters
 
 
 # What two plans of the same run may differ in: dates, forecasts, and what the data says once it is prepared
@@ -172,11 +179,11 @@ def make(recipe: Recipe, topology: Topology) -> Plan:
     """The plan of this recipe on this hardware.
 
     Raises:
-        UserError: the batch cannot be kept on that many ranks, or there would be too few optimizer steps.
+        ConfigError: the batch cannot be kept on that many ranks, or there would be too few optimizer steps.
     """
     _check_attention(recipe, topology)
     world_size = topology.gpus or topology.processes
-    engine = engine_of(recipe, world_size)
+    parallelism = _strategy_of(recipe, world_size).name
     values = {key: hyperparameter(recipe, key)[0] for key in TABLE_KEYS}
     effective = values.pop("effective_batch_size")
     per_device = batch.per_device_batch_size(effective, recipe.batch.max_per_device_batch_size, world_size)
@@ -188,7 +195,7 @@ def make(recipe: Recipe, topology: Topology) -> Plan:
         requested_size=recipe.size,
         model=_model_name(recipe),
         method=recipe.method,
-        parallelism=engine,
+        parallelism=parallelism,
         precision=recipe.precision,
         gpus=topology.gpus,
         nodes=topology.nodes,
@@ -213,7 +220,7 @@ def make(recipe: Recipe, topology: Topology) -> Plan:
         supervised_share=None,
         parameters=None,
         trained_parameters=None,
-        dtypes=memory.dtypes(engine, recipe.precision, recipe.lora),
+        dtypes=memory.dtypes(parallelism, recipe.precision, recipe.lora),
         memory_bytes_per_gpu=None,
         host_bytes_per_node=None,
         checkpoint_bytes=None,
@@ -233,7 +240,7 @@ def make(recipe: Recipe, topology: Topology) -> Plan:
 def _check_attention(recipe: Recipe, topology: Topology) -> None:
     if recipe.model.attention == "flash_attention_2" and (not topology.gpus or recipe.precision == "fp32"):
         here = "in fp32" if topology.gpus else "on the CPU"
-        raise UserError(
+        raise ConfigError(
             f"model.attention: flash_attention_2 computes in 16 bits on a GPU, and this plan trains {here}; say "
             f"model.attention=auto{', or precision=bf16' if topology.gpus else ''}"
         )
@@ -244,7 +251,7 @@ def load_of(plan: Plan, architecture: dict[str, Any]) -> memory.Load:
     lora, trainer = plan.sections.lora, plan.sections.trainer
     return memory.Load(
         architecture=architecture,
-        engine=plan.parallelism,
+        parallelism=plan.parallelism,
         precision=plan.precision,
         world_size=plan.world_size,
         tokens=plan.per_device_train_batch_size * plan.max_length,
@@ -280,19 +287,19 @@ def settle(plan: Plan, prepared: Prepared) -> Plan:
     """The same plan with what the prepared data decides: rows, steps, warm-up.
 
     Raises:
-        UserError: fewer rows than one effective batch, too few optimizer steps, or a model that does not fit, where
+        ConfigError: fewer rows than one effective batch, too few optimizer steps, or a model that does not fit, where
             the recipe did not say how large it is.
     """
     if plan.memory_bytes_per_gpu is None:
         plan = _with_resources(plan, prepared.architecture)
         if plan.fits is False and plan.memory_bytes_per_gpu is not None:
-            raise UserError(
+            raise ConfigError(
                 f"model.name_or_path: {plan.model} {does_not_fit(plan)}. Set batch.max_per_device_batch_size=1, "
                 f"parallelism=zero3, or more GPUs"
             )
     if prepared.rows < plan.effective_batch_size:
         packed = f"{prepared.examples} examples, packed into " if plan.packing else ""
-        raise UserError(
+        raise ConfigError(
             f"data.train: {packed}{prepared.rows} rows, fewer than one effective batch of {plan.effective_batch_size}; "
             f"add examples, or say batch.effective_batch_size={_power_of_two_below(prepared.rows)}"
             f"{' allow_out_of_range=[effective_batch_size]' if plan.size != 'tiny' else ''}"
@@ -355,13 +362,13 @@ def read(path: Path) -> Plan:
     """The plan in a file that `write` wrote.
 
     Raises:
-        UserError: the file is missing, cut short, or of another version.
+        ConfigError: the file is missing, cut short, or of another version.
     """
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         return Plan(**{**stored, "sections": _sections_from_json(stored["sections"])})
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: not a plan that this version wrote ({error}); start under another NAME=") from error
+        raise ConfigError(f"{path}: not a plan that this version wrote ({error}); start under another NAME=") from error
 
 
 def to_json(plan: Plan) -> str:
@@ -369,23 +376,24 @@ def to_json(plan: Plan) -> str:
     return json.dumps(dataclasses.asdict(plan), indent=2)
 
 
-def engine_of(recipe: Recipe, world_size: int) -> str:
-    """The engine that carries so many ranks.
+def _strategy_of(recipe: Recipe, world_size: int) -> Strategy:
+    """Return the strategy that runs this recipe on this many ranks.
 
     Raises:
-        UserError: it cannot carry the recipe, or that many.
+        ConfigError: it does not support the recipe, or that many ranks.
     """
-    if recipe.lora and recipe.lora.quantize and recipe.parallelism in SHARDED:
-        raise UserError(
-            f"{recipe.origins.get('parallelism', 'parallelism')}: {recipe.parallelism} does not shard 4-bit weights in "
-            f"this stack, each rank would hold them whole; say parallelism=ddp or zero2, or leave lora.quantize out"
+    strategy, where = STRATEGIES[recipe.parallelism], recipe.origins.get("parallelism", "parallelism")
+    if recipe.lora and recipe.lora.quantize and not strategy.supports_quantized_weights:
+        raise ConfigError(
+            f"{where}: {strategy.name} does not shard 4-bit weights, so each rank would hold them whole; set "
+            f"parallelism=ddp or zero2, or leave lora.quantize out"
         )
-    if recipe.parallelism == "single" and world_size > 1:
-        raise UserError(
-            f"{recipe.origins.get('parallelism', 'parallelism')}: parallelism is 'single', which is one process, "
-            f"but {world_size} were asked for; say parallelism=ddp, or GPUS=1"
+    if world_size > 1 and not strategy.several_processes:
+        raise ConfigError(
+            f"{where}: parallelism is {strategy.name!r}, which is one process, found {world_size}; set "
+            f"parallelism=ddp, or GPUS=1"
         )
-    return "single" if recipe.parallelism == "ddp" and world_size == 1 else recipe.parallelism
+    return strategies.for_world_size(recipe.parallelism, world_size)
 
 
 def _model_name(recipe: Recipe) -> str:
@@ -439,7 +447,7 @@ def _with_steps(plan: Plan, rows: int | None, examples: int | None) -> Plan:
     steps = batch.optimizer_steps(per_epoch, plan.num_train_epochs, max_steps)
     at_least = plan.sections.batch.min_optimizer_steps
     if max_steps <= 0 and steps < at_least:
-        raise UserError(
+        raise ConfigError(
             f"batch.min_optimizer_steps: {rows} rows at an effective batch of {plan.effective_batch_size} make {steps} "
             f"optimizer steps, fewer than {at_least}; add examples or epochs"
             f"{', say trainer.packing=false,' if plan.packing else ','} or batch.min_optimizer_steps={max(steps, 1)}"
@@ -481,7 +489,7 @@ def _forecast(plan: Plan) -> dict[str, float | None] | None:
         bytes_per_save=plan.checkpoint_bytes,
         models=evaluations + 2,  # each evaluation of a falling loss is a best one; then last/ and final/
         bytes_per_model=load.trained_bytes,
-        one_rank_saves=not plan.parallelism.startswith("zero"),
+        one_rank_saves=not plan.strategy.deepspeed,
     )
     return cost.forecast(work, plan.gpu_type, plan.gpus, plan.nodes, plan.assumed_mfu)
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sft_recipes.config.strategies import DATA_PARALLEL, STRATEGIES, Strategy
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Plan
 
 # What a plan works out from its ranks while the effective batch stays: how many, where, and how the batch is cut up.
 FOLLOWING = frozenset({"world_size", "gpus", "nodes", "per_device_train_batch_size", "gradient_accumulation_steps"})
-# One process is what `ddp` comes to with one rank, and both keep the whole state in the same files.
-_WHOLE = frozenset({"single", "ddp"})
 # DeepSpeed's conversion looks for Adam's two moments by name; with torch's AdamW it was shown to lose nothing.
 _CONVERTED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 
@@ -19,11 +18,16 @@ _CONVERTED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 class Ranks:
     """Those that saved a checkpoint, or that would go on from it."""
 
-    engine: str
+    parallelism: str
     world_size: int
 
+    @property
+    def strategy(self) -> Strategy:
+        """The parallelism strategy."""
+        return STRATEGIES[self.parallelism]
+
     def __str__(self) -> str:
-        return f"{self.engine} on {self.world_size} rank{'' if self.world_size == 1 else 's'}"
+        return f"{self.parallelism} on {self.world_size} rank{'' if self.world_size == 1 else 's'}"
 
 
 def ranks_of(plan: Plan) -> Ranks:
@@ -38,11 +42,11 @@ def refusal(saved: Ranks, plan: Plan) -> str | None:
     meet a start without DeepSpeed, finds none and begins with an empty optimizer in silence.
     """
     now = ranks_of(plan)
-    if saved.engine != now.engine and not {saved.engine, now.engine} <= _WHOLE:
-        engine = "ddp" if saved.engine == "single" else saved.engine
+    if not now.strategy.reads_checkpoints_of(saved.strategy):
+        usable = saved.strategy if saved.strategy.several_processes else DATA_PARALLEL
         return (
-            f"its checkpoints were saved by {saved}, this start would be {now}, and one engine cannot read the "
-            f"optimizer's state of the other; say parallelism={engine}, which may have another number of ranks, or "
+            f"its checkpoints were saved by {saved}, this start would be {now}, and neither can read the "
+            f"optimizer state of the other; set parallelism={usable.name}, which may have another number of ranks, or "
             f"begin a run of its own: NAME=…"
         )
     optimizer = plan.sections.trainer.get("optim", _CONVERTED_OPTIMIZERS[0])
@@ -57,7 +61,7 @@ def refusal(saved: Ranks, plan: Plan) -> str | None:
 
 def converts(saved: Ranks, now: Ranks) -> bool:
     """Whether these ranks can load what those saved only once it has been cut anew: ZeRO keeps a file for each rank."""
-    return saved.engine.startswith("zero") and saved.world_size != now.world_size
+    return saved.strategy.resharding_converts and saved.world_size != now.world_size
 
 
 def allowed(old: Plan, new: Plan) -> str | None:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from sft_recipes.planner.cost import WRITE_BYTES_PER_SECOND
 from sft_recipes.planner.plan import Plan
+from sft_recipes.runtime import timeouts
 from sft_recipes.runtime.run_dir import read_json, runs_root, write_json
 
 # What a disk of runs takes from a node at the least, where nothing was measured: a SATA SSD, a busy shared file system.
 SLOW_DISK_BYTES_PER_SECOND = 500_000_000
 _TIMES_MEASURED = 3
 _TIMES_LARGER = 1000
-_GRACE_SECONDS = 120  # what a launcher gives its ranks at least, before it kills them
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def seconds_at_most(plan: Plan) -> float:
 
 def grace_seconds(plan: Plan) -> int:
     """What is given to ranks that were asked to stop, before they are killed."""
-    return max(_GRACE_SECONDS, math.ceil(seconds_at_most(plan)))
+    return max(timeouts.MIN_SAVE_GRACE, math.ceil(seconds_at_most(plan)))
 
 
 def said(plan: Plan) -> str:

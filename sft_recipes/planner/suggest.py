@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from sft_recipes.config.architecture import parameter_count
 from sft_recipes.config.schema import Lora, Recipe
 from sft_recipes.config.sizes import hyperparameter, nearest_row
+from sft_recipes.config.strategies import DATA_PARALLEL, OFFLOADED, wider_than
 from sft_recipes.planner import batch
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Topology
@@ -16,7 +17,6 @@ from sft_recipes.runtime import units
 from sft_recipes.runtime.errors import UserError
 
 GPUS_PER_NODE = 8
-_STAGES = ("ddp", "zero1", "zero2", "zero3")
 
 
 def smallest_gpu_count(recipe: Recipe, gpu_type: str | None) -> int | None:
@@ -83,26 +83,29 @@ def _changes(recipe: Recipe, topology: Topology) -> Iterator[tuple[str, Recipe, 
         words = ["trainer.gradient_checkpointing=true"]
         yield words[0], recipe, topology
     yield from _smaller(recipe, topology, words)
-    own = "ddp" if recipe.parallelism == "single" else recipe.parallelism
-    stages = _STAGES[_STAGES.index(own) + 1 :] if own in _STAGES else ()
-    for engine in stages if topology.gpus > 1 else ():
-        yield from _smaller(_under(recipe, engine), topology, [*words, f"parallelism={engine}"])
+    wider = wider_than(recipe.parallelism)
+    for parallelism in wider if topology.gpus > 1 else ():
+        yield from _smaller(_under(recipe, parallelism), topology, [*words, f"parallelism={parallelism}"])
     if recipe.lora and not recipe.lora.quantize:
         lora = dataclasses.replace(recipe.lora, quantize="nf4")
-        yield from _smaller(_under(recipe, "ddp", lora), topology, [*words, "lora.quantize=nf4 parallelism=ddp"])
-    yield from _more_gpus(recipe, topology, words, "zero3" if stages else recipe.parallelism)
+        yield from _smaller(
+            _under(recipe, DATA_PARALLEL.name, lora),
+            topology,
+            [*words, f"lora.quantize=nf4 parallelism={DATA_PARALLEL.name}"],
+        )
+    yield from _more_gpus(recipe, topology, words, wider[-1] if wider else recipe.parallelism)
     if not recipe.lora:
         yield from _offloaded(recipe, topology, words)
         for lora, said in ((Lora(), "lora.r=16"), (Lora(quantize="nf4"), "lora.quantize=nf4")):
             row = nearest_row((parameter_count(recipe.model.architecture) or 0) / 1e9, "lora")
-            adapted = dataclasses.replace(_under(recipe, "ddp", lora), size=row, allow_out_of_range=[])
-            yield from _smaller(adapted, topology, [*words, said, f"size={row}", "parallelism=ddp"])
+            adapted = dataclasses.replace(_under(recipe, DATA_PARALLEL.name, lora), size=row, allow_out_of_range=[])
+            yield from _smaller(adapted, topology, [*words, said, f"size={row}", f"parallelism={DATA_PARALLEL.name}"])
 
 
 def _offloaded(recipe: Recipe, topology: Topology, words: list[str]) -> Iterator[tuple[str, Recipe, Topology]]:
     """With what it asks of the nodes' own memory, which nobody has looked at."""
-    offloaded = _under(recipe, "zero3_offload")
-    for said, changed, where in _smaller(offloaded, topology, [*words, "parallelism=zero3_offload"]):
+    offloaded = _under(recipe, OFFLOADED.name)
+    for said, changed, where in _smaller(offloaded, topology, [*words, f"parallelism={OFFLOADED.name}"]):
         needed = plans.make(changed, where).host_bytes_per_node or {"total": 0}
         yield f"{said} ({needed['total'] / units.GIB:,.0f} GiB of host memory a node)", changed, where
 
@@ -112,9 +115,11 @@ def _more_gpus(
 ) -> Iterator[tuple[str, Recipe, Topology]]:
     """The next larger counts that keep the batch, as it is and with all shared out."""
     for gpus in batch.world_sizes_that_divide(_effective_batch_size(recipe)):
-        for engine in dict.fromkeys((recipe.parallelism, widest)) if gpus > topology.gpus else ():
-            said = [] if engine == recipe.parallelism else [f"parallelism={engine}"]
-            yield from _smaller(_under(recipe, engine), on(gpus, topology.gpu_type), [*words, *said, f"GPUS={gpus}"])
+        for parallelism in dict.fromkeys((recipe.parallelism, widest)) if gpus > topology.gpus else ():
+            said = [] if parallelism == recipe.parallelism else [f"parallelism={parallelism}"]
+            yield from _smaller(
+                _under(recipe, parallelism), on(gpus, topology.gpu_type), [*words, *said, f"GPUS={gpus}"]
+            )
 
 
 def _smaller(recipe: Recipe, topology: Topology, words: list[str]) -> Iterator[tuple[str, Recipe, Topology]]:
@@ -130,9 +135,9 @@ def _smaller(recipe: Recipe, topology: Topology, words: list[str]) -> Iterator[t
         recipe = dataclasses.replace(recipe, batch=dataclasses.replace(recipe.batch, max_per_device_batch_size=at_most))
 
 
-def _under(recipe: Recipe, engine: str, lora: Lora | None = None) -> Recipe:
-    """The recipe under another engine, and with these adapters where they are given."""
-    return dataclasses.replace(recipe, parallelism=engine, lora=lora or recipe.lora)
+def _under(recipe: Recipe, parallelism: str, lora: Lora | None = None) -> Recipe:
+    """The recipe with another strategy, and with these adapters where they are given."""
+    return dataclasses.replace(recipe, parallelism=parallelism, lora=lora or recipe.lora)
 
 
 def _effective_batch_size(recipe: Recipe) -> int:

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime import timeouts
+from sft_recipes.runtime.errors import SetupError
 
 # The first driver branch of each CUDA major version, by "minor version compatibility":
 # https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
 FIRST_DRIVER = {"12": 525, "13": 580}
 _LOADED_DRIVER = Path("/proc/driver/nvidia/version")
-_SECONDS_TO_ANSWER = 60.0
 
 
 def problem(seen: Mapping[str, Any], needed: int, driver: str | None, visible: str | None) -> tuple[str, str] | None:
@@ -59,19 +59,19 @@ def check(seen: Mapping[str, Any], needed: int, environment: Mapping[str, str]) 
         environment: the variables of the processes that need the GPUs.
 
     Raises:
-        UserError: it cannot; with the cause and the fix.
+        SetupError: it cannot; with the cause and the fix.
     """
     if seen.get("devices", 0) >= needed:
         return
     if found := problem(seen, needed, driver_version(), environment.get("CUDA_VISIBLE_DEVICES")):
-        raise UserError(f"GPUS: {needed} requested, but {found[0]}. {found[1]}")
+        raise SetupError(f"GPUS: {needed} requested, but {found[0]}. {found[1]}")
 
 
 def driver_version() -> str | None:
     """The version of the NVIDIA driver, from nvidia-smi or the loaded kernel module; None if there is none."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        answer = subprocess.run(query, capture_output=True, text=True, check=False, timeout=_SECONDS_TO_ANSWER).stdout
+        answer = subprocess.run(query, capture_output=True, text=True, check=False, timeout=timeouts.NVIDIA_SMI).stdout
     except (OSError, subprocess.TimeoutExpired):
         answer = ""
     loaded = _LOADED_DRIVER.read_text(encoding="utf-8") if _LOADED_DRIVER.is_file() else ""

@@ -7,7 +7,7 @@ import os
 from importlib import metadata
 from pathlib import Path
 
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.errors import SetupError
 
 _REPORTERS = ("none", "tensorboard", "wandb")
 _WANDB_MODES = ("", "online", "offline", "disabled", "shared", "dryrun", "run")
@@ -42,16 +42,16 @@ def reporters() -> list[str]:
     """REPORT_TO: where figures go besides `metrics.jsonl`; TensorBoard where nothing is said.
 
     Raises:
-        UserError: a name that is not known.
+        SetupError: a name that is not known.
     """
     asked = [name.strip() for name in (os.environ.get("REPORT_TO") or "tensorboard").split(",")]
     unknown = [name for name in asked if name not in _REPORTERS]
     if unknown:
-        raise UserError(f"REPORT_TO: {unknown[0]!r} is not known; wanted some of {', '.join(_REPORTERS)}")
+        raise SetupError(f"REPORT_TO: {unknown[0]!r} is not known; wanted some of {', '.join(_REPORTERS)}")
     if "none" in asked and len(asked) > 1:
-        raise UserError(f"REPORT_TO: {','.join(asked)} names none and others; say one or the other")
+        raise SetupError(f"REPORT_TO: {','.join(asked)} names none and others; say one or the other")
     if "wandb" in asked and (mode := os.environ.get("WANDB_MODE", "")) not in _WANDB_MODES:
-        raise UserError(f"WANDB_MODE: {mode!r} is not known to W&B; say online, offline or disabled")
+        raise SetupError(f"WANDB_MODE: {mode!r} is not known to W&B; say online, offline or disabled")
     return [name for name in asked if name != "none"]
 
 
@@ -59,11 +59,11 @@ def sanity_is_skipped() -> bool:
     """SANITY=skip: a run starts although nothing has tried it.
 
     Raises:
-        UserError: another word.
+        SetupError: another word.
     """
     asked = os.environ.get("SANITY", "")
     if asked not in ("", "skip"):
-        raise UserError(f"SANITY: {asked!r} is not known; say SANITY=skip, or leave it out")
+        raise SetupError(f"SANITY: {asked!r} is not known; say SANITY=skip, or leave it out")
     return asked == "skip"
 
 
@@ -71,7 +71,7 @@ def gpu_hour_price() -> float | None:
     """GPU_HOUR_PRICE: what an hour of one GPU costs, in the user's money; None where it is not said.
 
     Raises:
-        UserError: it is no number.
+        SetupError: it is no number.
     """
     text = os.environ.get("GPU_HOUR_PRICE")
     if not text:
@@ -81,7 +81,7 @@ def gpu_hour_price() -> float | None:
     except ValueError:
         price = -1.0
     if not 0 <= price < 1e6:
-        raise UserError(f"GPU_HOUR_PRICE: {text!r} is not a price; wanted a number such as 2.50")
+        raise SetupError(f"GPU_HOUR_PRICE: {text!r} is not a price; wanted a number such as 2.50")
     return price
 
 

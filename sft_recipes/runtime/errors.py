@@ -1,11 +1,26 @@
-"""Errors by kind: what the user can fix exits with 2, what stopped a run with 1."""
+"""Errors by kind: what the user can fix exits with 2, what stopped a run with 1.
+
+A message is one line: `<where>: <what is wrong>: found X, expected Y. <how to fix it>`.
+"""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something the user can fix. One line: place, cause, what was found and expected, how to fix it. Exit code 2."""
+    """Something the user can fix. Exit code 2; no optimizer step was taken."""
+
+
+class ConfigError(UserError):
+    """A recipe, an override or a variable is wrong."""
+
+
+class DataError(UserError):
+    """A data file, a row, a tokenizer or a chat template is wrong."""
+
+
+class SetupError(UserError):
+    """The machine, its libraries or the files of a run are not what the run needs."""
 
 
 class TrainingError(Exception):
-    """A failure that is not the user's. One line, exit code 1. Raised on every rank at the same place."""
+    """A failure that is not the user's. Exit code 1. Raised on every rank at the same place."""

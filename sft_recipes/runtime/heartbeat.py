@@ -21,8 +21,6 @@ LAUNCHER = "SFT_LAUNCHER_PROCESS"
 # By these a person or a scheduler asks a run to save and stop.
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-# What ranks get to end by themselves once one of them is gone: most fail at once, some wait for it for ever.
-SECONDS_FOR_THE_OTHERS = 5
 
 Doing = Literal["starting", "step", "waiting", "evaluating", "saving", "ending"]
 _PULSE_BYTES = 256  # always as many: a pulse is written over the last one in place

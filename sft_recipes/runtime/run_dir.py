@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes.runtime.atomic_write import write_atomic
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.errors import SetupError
 
 EXIT_FAULT, EXIT_USER, EXIT_DIVERGED, EXIT_NO_PROGRESS = 1, 2, 3, 4
 EXIT_STOPPED = 75  # saved, not finished: the same command goes on
@@ -197,14 +197,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where the file is not there or was cut short.
 
     Raises:
-        UserError: the file may not be read.
+        SetupError: the file may not be read.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
         return {}
     except PermissionError as error:
-        raise UserError(f"{path}: may not be read by this user; is it another user's run?") from error
+        raise SetupError(f"{path}: may not be read by this user; is it another user's run?") from error
     return content if isinstance(content, dict) else {}
 
 
@@ -217,10 +217,10 @@ def check_name(name: str) -> str:
     """The name, if it can be a folder's.
 
     Raises:
-        UserError: it holds a separator, a leading dot, or characters that a shell reads.
+        SetupError: it holds a separator, a leading dot, or characters that a shell reads.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise UserError(
+        raise SetupError(
             f"NAME: {name!r} cannot name a run; wanted letters, digits, '.', '_' and '-', at most 100, no path"
         )
     return name
@@ -230,13 +230,13 @@ def find(run: str) -> RunDir:
     """The folder of a run that is there, by its name or its path.
 
     Raises:
-        UserError: there is none.
+        SetupError: there is none.
     """
     for path in (runs_root() / run, Path(run)):
         if (path / "plan.json").is_file():
             return RunDir(path)
     there = ", ".join(folder.name for folder in all_runs()) or "none yet"
-    raise UserError(f"RUN: no run {run!r} in {runs_root()}/; there are: {there}")
+    raise SetupError(f"RUN: no run {run!r} in {runs_root()}/; there are: {there}")
 
 
 def all_runs(recipe: str | None = None) -> list[RunDir]:

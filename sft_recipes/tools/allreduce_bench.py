@@ -13,9 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sft_recipes.runtime import timeouts
+
 _BYTES = {"nccl": 256 << 20, "gloo": 4 << 20}
 _TIMES = 10
-_SECONDS_TO_MEET = 120
 
 
 def measure() -> dict[str, Any]:
@@ -32,7 +33,7 @@ def measure() -> dict[str, Any]:
     dist.init_process_group(
         backend,
         device_id=device if backend == "nccl" else None,
-        timeout=datetime.timedelta(seconds=_SECONDS_TO_MEET),
+        timeout=datetime.timedelta(seconds=timeouts.ALLREDUCE_RENDEZVOUS),
     )
     ranks, rank = dist.get_world_size(), dist.get_rank()
     values = torch.full((_BYTES[backend] // 4,), float(rank + 1), device=device)

@@ -20,14 +20,12 @@ from typing import Any
 from sft_recipes.launch import command, preflight
 from sft_recipes.launch.node_checks import OWNED_BY_NOBODY_ELSE, Colour, Finding, all_reduce, ways
 from sft_recipes.launch.topology import Gpu, hidden_gpus, nvidia_smi_error, unlisted, visible_gpus
-from sft_recipes.runtime import cuda
+from sft_recipes.runtime import cuda, timeouts
 from sft_recipes.runtime.env import host_memory_bytes, library_version
 from sft_recipes.runtime.paths import REPOSITORY
 from sft_recipes.runtime.run_dir import runs_root
 
 GIB = 2**30
-_SECONDS_TO_ANSWER = 5.0
-_SECONDS_OF_A_SUM = 180.0
 _SECONDS_OF_CLOCK = 60.0
 
 
@@ -275,9 +273,9 @@ def _sum_over_ranks(gpus: int) -> dict[str, Any]:
         quiet = {"OMP_NUM_THREADS": "1", **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})}
         loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
         environment = {**loopback, **os.environ, **debug, **quiet}
-        done = _run(command.links(ranks, 1, meeting, result), _SECONDS_OF_A_SUM, environment)
+        done = _run(command.links(ranks, 1, meeting, result), timeouts.ALLREDUCE_TEST, environment)
         if done is None:
-            return {"error": f"{ranks} ranks did not sum within {_SECONDS_OF_A_SUM:.0f} s"}
+            return {"error": f"{ranks} ranks did not sum within {timeouts.ALLREDUCE_TEST:.0f} s"}
         if done.returncode:
             said = [line for line in done.stderr.splitlines() if re.match(r"\S*(Error|Exception)\b", line.strip())]
             return {"error": f"{ranks} ranks cannot sum: {said[0].strip() if said else 'they end with an error'}"}
@@ -296,7 +294,7 @@ def _ask_hub() -> dict[str, Any]:
     if token:
         request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
-        with urllib.request.urlopen(request, timeout=_SECONDS_TO_ANSWER) as answer:
+        with urllib.request.urlopen(request, timeout=timeouts.HUB_REQUEST) as answer:
             status, headers = answer.status, answer.headers
     except urllib.error.HTTPError as error:
         status, headers = error.code, error.headers

@@ -9,7 +9,7 @@ from typing import Any
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.env import host_memory_bytes
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.runtime.units import GIB
 from sft_recipes.training.library_logging import quiet
@@ -23,10 +23,10 @@ def main(folder: RunDir, prompts: Iterable[str]) -> int:
     """Prints one greedy answer per prompt.
 
     Raises:
-        UserError: the run has no final model yet, its base model is gone, or no device holds the model.
+        SetupError: the run has no final model yet, its base model is gone, or no device holds the model.
     """
     if not any((folder.final / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise UserError(f"RUN: {folder.path} has no final model yet ({folder.state()}); `make train` goes on with it")
+        raise SetupError(f"RUN: {folder.path} has no final model yet ({folder.state()}); `make train` goes on with it")
     quiet()
     from sft_recipes.data.tokenize import Chat
     from sft_recipes.data.tokenizer import load_tokenizer
@@ -50,7 +50,7 @@ def load(plan: Plan, folder: RunDir) -> Any:
     """The published model; adapters on the base that they were trained on, quantized as it was in training.
 
     Raises:
-        UserError: the base model is gone, or no device holds the model.
+        SetupError: the base model is gone, or no device holds the model.
     """
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -86,7 +86,7 @@ def placement(needed: int, free: Sequence[int], host: int) -> str | dict[str, in
         host: bytes of host memory.
 
     Raises:
-        UserError: the devices do not hold the weights.
+        SetupError: the devices do not hold the weights.
     """
     usable = [_WEIGHTS_SHARE * gpu for gpu in free]
     if usable and needed <= max(usable):
@@ -94,13 +94,13 @@ def placement(needed: int, free: Sequence[int], host: int) -> str | dict[str, in
     if usable and needed <= sum(usable):
         return "auto"
     if usable:
-        raise UserError(
+        raise SetupError(
             f"RUN: the model does not fit: found {sum(free) / GIB:.1f} GiB free on {len(free)} visible GPU(s), "
             f"expected {needed / _WEIGHTS_SHARE / GIB:.1f} GiB. Make more GPUs visible, or answer on the CPU with "
             f"CUDA_VISIBLE_DEVICES="
         )
     if needed > host:
-        raise UserError(
+        raise SetupError(
             f"RUN: the model does not fit: found {host / GIB:.1f} GiB of host memory, expected {needed / GIB:.1f} GiB. "
             f"Use a machine with GPUs or more memory"
         )

@@ -19,7 +19,7 @@ from sft_recipes.launch.process_group import StopRequest
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner import render
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import EXIT_FAULT, EXIT_STOPPED, STEPS_PROVED, RunDir, read_json, write_json
 
 _KINDS = ("weights", "optimizer", "scheduler", "rng")  # as training/digests.py names them
@@ -53,13 +53,13 @@ def carry_out(folder: RunDir, say: Callable[[str], None], peers: NodeLaunchers |
         peers: the parents on the other nodes.
 
     Raises:
-        UserError: a live process holds the run, it has nothing to go on from, or it was trained on another number of
+        SetupError: a live process holds the run, it has nothing to go on from, or it was trained on another number of
             nodes.
     """
     plan = plans.read(folder.plan)
     here = peers.allocation.nodes if peers else 1
     if plan.nodes != here:
-        raise UserError(
+        raise SetupError(
             f"RUN: {folder.name} was trained on {plan.nodes} nodes, and is tried on as many; here there are {here}: "
             f"salloc --nodes={plan.nodes} --exclusive --gpus-per-node={plan.gpus // plan.nodes} "
             f"srun --ntasks-per-node=1 --cpu-bind=none .venv/bin/python -m sft_recipes verify-resume {folder.name}"
@@ -110,7 +110,7 @@ def _candidates(folder: RunDir, recorded: dict[int, dict[str, Any]]) -> list[tup
     """Checkpoints with the last step behind each that was recorded in a row; first the newest that has such a step.
 
     Raises:
-        UserError: the run has no checkpoint.
+        SetupError: the run has no checkpoint.
     """
     found = []
     for step in folder.numbered("checkpoint"):
@@ -119,7 +119,7 @@ def _candidates(folder: RunDir, recorded: dict[int, dict[str, Any]]) -> list[tup
             until += 1
         found.append((step, until))
     if not found:
-        raise UserError(f"RUN: {folder.path} holds no checkpoint to resume from; wait for its first save")
+        raise SetupError(f"RUN: {folder.path} holds no checkpoint to resume from; wait for its first save")
     return sorted(found, key=lambda one: (one[1] > one[0], one[0]), reverse=True)
 
 
@@ -127,7 +127,7 @@ def _prepare(plan: Plan, place: Path, asked: StopRequest, peers: NodeLaunchers |
     """Where the run's rows lie now: prepared again where they are gone.
 
     Raises:
-        UserError: they are not those that the run began with.
+        SetupError: they are not those that the run began with.
     """
     plans.write(plan, place / "plan.json")
     code = launch.prepare(place / "plan.json", command.environment(plan, os.environ), asked, peers)
@@ -135,7 +135,7 @@ def _prepare(plan: Plan, place: Path, asked: StopRequest, peers: NodeLaunchers |
         raise _EndedError(code)
     found = read_json(RunDir(place).prepared)
     if found["fingerprint"] != plan.data_fingerprint:
-        raise UserError(launch.other_data(plan, plan.data_fingerprint, found["fingerprint"]))
+        raise SetupError(launch.other_data(plan, plan.data_fingerprint, found["fingerprint"]))
     return RunDir(place).prepared
 
 

@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.errors import SetupError
 
 FLASH, VARLEN, SDPA = "flash_attention_2", "varlen", "sdpa"
 
@@ -52,12 +52,12 @@ def loaded_with(plan: Plan) -> str | None:
     asked: str = plan.sections.model.attention
     if asked == FLASH and importlib.util.find_spec("flash_attn") is None:
         # transformers would take a kernel from the Hub instead, which is code, where the package for it is installed.
-        raise UserError(
+        raise SetupError(
             "model.attention: flash_attention_2 needs flash-attn, which is not installed; make flash-attn installs it, "
             "or say model.attention=auto"
         )
     if "/" in asked and importlib.util.find_spec("kernels") is None:
-        raise UserError(
+        raise SetupError(
             f"model.attention: {asked} needs the kernels package, which is not installed; say model.attention=auto, or "
             f"install it into the virtual environment"
         )
@@ -73,14 +73,14 @@ def settle(plan: Plan, model: Any) -> Choice:
     """Has the loaded model attend with the fastest way that is right on this device, where the recipe says `auto`.
 
     Raises:
-        UserError: the recipe says `varlen`, and this model or device cannot.
+        SetupError: the recipe says `varlen`, and this model or device cannot.
     """
     asked = plan.sections.model.attention
     if asked not in ("auto", VARLEN):
         return Choice(asked, "as the recipe says")
     choice = _hindered(plan, model) or _fastest(plan, model)
     if asked == VARLEN != choice.name:
-        raise UserError(f"model.attention: varlen cannot be had here: {choice.why}; say model.attention=auto")
+        raise SetupError(f"model.attention: varlen cannot be had here: {choice.why}; say model.attention=auto")
     model.set_attn_implementation(choice.name)
     return choice
 

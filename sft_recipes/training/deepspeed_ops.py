@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.errors import SetupError
 
 
 class HeldByTheKernel:
@@ -58,13 +58,13 @@ def build_operators(plan: Plan) -> None:
     theirs.
 
     Raises:
-        UserError: an operator cannot be built, with the cause and what to install.
+        SetupError: an operator cannot be built, with the cause and what to install.
     """
     for builder in _operators(plan):
         try:
             builder.load(verbose=False)
         except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
-            raise UserError(
+            raise SetupError(
                 f"parallelism: {plan.parallelism} needs DeepSpeed's operator {builder.name}, which cannot be compiled: "
                 f"{_cause(error)}"
             ) from error
@@ -77,7 +77,7 @@ def _operators(plan: Plan) -> Iterator[Any]:
 
     wanted = {
         "ShareMemCommBuilder": not plan.uses_gpu,
-        "CPUAdamBuilder": plan.parallelism == "zero3_offload",
+        "CPUAdamBuilder": plan.strategy.cpu_offload,
     }
     for name in (name for name, needed in wanted.items() if needed):
         builder = get_accelerator().create_op_builder(name)

@@ -14,7 +14,7 @@ from sft_recipes.planner import plan as plans
 from sft_recipes.planner.memory import NF4_BYTES
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.env import host_memory_bytes
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir, read_json
 from sft_recipes.runtime.units import GIB
 from sft_recipes.training.library_logging import quiet
@@ -105,13 +105,13 @@ def base_folder(plan: Plan, folder: RunDir) -> Path:
     """The folder of the model that a run's adapters were trained on: the recorded one, else the Hub's at that commit.
 
     Raises:
-        UserError: the recorded folder is gone, and the model is neither on the Hub nor in its cache.
+        SetupError: the recorded folder is gone, and the model is neither on the Hub nor in its cache.
     """
     recorded, model = Path(read_json(folder.prepared).get("model", "")), plan.sections.model
     if (recorded / "config.json").is_file():
         return recorded
     if model.from_scratch:
-        raise UserError(
+        raise SetupError(
             f"RUN: the base model of {folder.name} is gone: found no {recorded}. Start the same recipe with the same "
             f"data again: it builds the same model there"
         )
@@ -181,15 +181,15 @@ def merge(folder: RunDir) -> Path:
     were trained on those, not on the originals.
 
     Raises:
-        UserError: the run trained no adapters or has no final model, the host has too little memory, or the merged
+        SetupError: the run trained no adapters or has no final model, the host has too little memory, or the merged
             model's logits differ from the adapted one's.
     """
     quiet()
     plan = plans.read(folder.plan)
     if plan.method == "full":
-        raise UserError(f"RUN: {folder.name} trained the whole model, which {folder.final} already is")
+        raise SetupError(f"RUN: {folder.name} trained the whole model, which {folder.final} already is")
     if not (folder.final / "adapter_config.json").is_file():
-        raise UserError(
+        raise SetupError(
             f"RUN: {folder.path} has no final adapters yet ({folder.state()}); `make train` goes on with it"
         )
     if folder.merged.is_dir():
@@ -197,7 +197,7 @@ def merge(folder: RunDir) -> Path:
     base = base_folder(plan, folder)
     needed = base_size(base, plan.sections.model.trust_remote_code).merging_bytes(plan)
     if needed > (host := host_memory_bytes()):
-        raise UserError(
+        raise SetupError(
             f"RUN: {folder.name} cannot be merged here: found {host / GIB:.1f} GiB of host memory, expected "
             f"{needed / GIB:.1f} GiB or more. Merge on a larger machine, or use the adapters in {folder.final} as they "
             f"are: make generate RUN={folder.name}"
@@ -212,7 +212,7 @@ def _merged(plan: Plan, base_folder: Path, final: Path) -> tuple[Any, str]:
     """The merged model, and how far its logits are from the adapted one's.
 
     Raises:
-        UserError: too far.
+        SetupError: too far.
     """
     from peft import PeftModel
 
@@ -228,7 +228,7 @@ def _merged(plan: Plan, base_folder: Path, final: Path) -> tuple[Any, str]:
         after = merged(input_ids=probe).logits.float()
     difference, largest = float((after - before).abs().max()), float(before.abs().max())
     if not difference <= _TOLERANCE[merged.dtype] * largest:
-        raise UserError(
+        raise SetupError(
             f"RUN: the merged model's logits differ from the adapted one's by {difference:.2g} of {largest:.2g}; "
             f"nothing was written"
         )

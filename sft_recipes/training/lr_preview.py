@@ -9,7 +9,7 @@ from typing import Any
 from sft_recipes.config.schema import did_you_mean
 from sft_recipes.planner import lr_schedule
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.errors import SetupError
 from sft_recipes.training.library_logging import quiet
 
 COMPARED = ("cosine", "linear", "constant_with_warmup")  # those that the documents compare
@@ -25,7 +25,7 @@ def curves(plan: Plan, others: Sequence[str] = ()) -> dict[str, list[float]]:
     `trainer.lr_scheduler_kwargs` go to the plan's own schedule and to those of the others that take them.
 
     Raises:
-        UserError: as `rates`, or the number of steps is not known yet.
+        SetupError: as `rates`, or the number of steps is not known yet.
     """
     quiet()
     total_steps, warmup_steps = lr_schedule.steps_of(plan)
@@ -47,7 +47,7 @@ def rates(name: str, peak: float, warmup_steps: int, total_steps: int, options: 
         options: the schedule's own, `trainer.lr_scheduler_kwargs`.
 
     Raises:
-        UserError: no such schedule, one that follows the loss, or options that it lacks or does not take.
+        SetupError: no such schedule, one that follows the loss, or options that it lacks or does not take.
     """
     import torch
     from transformers import get_scheduler
@@ -63,7 +63,7 @@ def rates(name: str, peak: float, warmup_steps: int, total_steps: int, options: 
                 scheduler.step()
             found.append(float(optimizer.param_groups[0]["lr"]))
     except (ArithmeticError, TypeError, ValueError) as error:
-        raise UserError(
+        raise SetupError(
             f"trainer.lr_scheduler_kwargs: {name} over {total_steps} steps, {warmup_steps} of them warm-up, does not "
             f"work with {dict(options)} ({error})"
         ) from error
@@ -74,18 +74,18 @@ def _takes(name: str) -> dict[str, inspect.Parameter]:
     """The options of a schedule.
 
     Raises:
-        UserError: no such schedule, or one that is no function of the step.
+        SetupError: no such schedule, or one that is no function of the step.
     """
     from transformers import SchedulerType
     from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
     known = [kind.value for kind in SchedulerType]
     if name not in known:
-        raise UserError(
+        raise SetupError(
             f"trainer.lr_scheduler_type: no schedule {name!r}{did_you_mean(name, known)}; there are: {', '.join(known)}"
         )
     if name in _FOLLOW_THE_LOSS:
-        raise UserError(
+        raise SetupError(
             f"trainer.lr_scheduler_type: {name} follows the loss, so its rates are known when the run is over; "
             f"wanted one of {', '.join(kind for kind in known if kind not in _FOLLOW_THE_LOSS)}"
         )
@@ -97,12 +97,12 @@ def _check_options(name: str, peak: float, total_steps: int, options: Mapping[st
     takes = _takes(name)
     for key, value in options.items():
         if key not in takes:
-            raise UserError(
+            raise SetupError(
                 f"trainer.lr_scheduler_kwargs: {name} does not take {key!r}{did_you_mean(key, takes)}; it takes "
                 f"{', '.join(takes) or 'none'}"
             )
         if isinstance(value, str) and _is_number(value):
-            raise UserError(
+            raise SetupError(
                 f"trainer.lr_scheduler_kwargs: {key} is the text {value!r}; wanted a number, which YAML reads where it "
                 f"has a dot and a sign, as in 1.0e-6"
             )
@@ -111,7 +111,7 @@ def _check_options(name: str, peak: float, total_steps: int, options: Mapping[st
         missing.append("min_lr")
     if missing:
         example = {"min_lr": f"{peak / 10:.1e}"}.get(missing[0], str(max(total_steps // 10, 1)))
-        raise UserError(
+        raise SetupError(
             f"trainer.lr_scheduler_kwargs: {name} needs {' and '.join(missing)}; say "
             f'trainer.lr_scheduler_kwargs={{"{missing[0]}": {example}}}'
         )

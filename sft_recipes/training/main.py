@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime import cuda, env, heartbeat, library_imports
-from sft_recipes.runtime.errors import TrainingError, UserError
+from sft_recipes.runtime.errors import SetupError, TrainingError, UserError
 from sft_recipes.runtime.run_dir import EXIT_DIVERGED, EXIT_STOPPED, RunDir, read_json, write_json
 from sft_recipes.training import manifest, out_of_memory, rank_heartbeat, stop_signal
 from sft_recipes.training.library_logging import quiet
@@ -71,7 +71,7 @@ def begin(plan_file: str) -> tuple[Plan, RunDir, int]:
         library_imports.leave_out_what_is_not_used(plan)
         quiet()
         importlib.import_module("sft_recipes.training.trainer")
-        if plan.parallelism.startswith("zero"):
+        if plan.strategy.deepspeed:
             library_imports.deepspeed()
     return plan, folder, rank
 
@@ -99,7 +99,7 @@ def train(plan: Plan, folder: RunDir) -> None:
     """One start of a run, from where its newest whole checkpoint left it.
 
     Raises:
-        UserError: the model cannot be loaded, or the ranks are not those of the plan.
+        SetupError: the model cannot be loaded, or the ranks are not those of the plan.
     """
     started = time.monotonic()
     from sft_recipes.training.nan_guard import DivergedError
@@ -214,21 +214,21 @@ def configure(plan: Plan, folder: RunDir) -> Any:
     """The trainer's arguments, once the ranks that were started are the plan's.
 
     Raises:
-        UserError: PyTorch cannot use the GPUs, TRL does not take a value, or the ranks are not those of the plan.
+        SetupError: PyTorch cannot use the GPUs, TRL does not take a value, or the ranks are not those of the plan.
     """
     from sft_recipes.training import deepspeed_ops, strategy, torch_probe, trainer
 
     if plan.uses_gpu:  # not only by the launcher: a node's state may change, and this process may see other devices
         cuda.check(torch_probe.cuda(), plan.gpus // plan.nodes, os.environ)
-    if plan.parallelism.startswith("zero"):
+    if plan.strategy.deepspeed:
         deepspeed_ops.let_no_build_outlive_its_process()
 
     try:
         arguments = trainer.sft_config(plan, folder)
     except (ValueError, TypeError) as error:
-        raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
+        raise SetupError(f"trainer: {str(error).splitlines()[0]}") from error
     check_ranks(plan, arguments.world_size, os.environ)
-    if plan.parallelism.startswith("zero"):
+    if plan.strategy.deepspeed:
         deepspeed_ops.build_operators(plan)
     if plan.uses_gpu or "SLURM_JOB_ID" in os.environ:
         check_cores(plan.world_size // plan.nodes, len(os.sched_getaffinity(0)), os.cpu_count() or 1)
@@ -359,14 +359,14 @@ def check_ranks(plan: Plan, world_size: int, environment: Any) -> None:
     """Stops a run that is not the plan's: accelerate can start one process, or another engine, and say nothing.
 
     Raises:
-        UserError: another number of ranks, or DeepSpeed where the plan has none, or the other way round.
+        SetupError: another number of ranks, or DeepSpeed where the plan has none, or the other way round.
     """
     if world_size != plan.world_size:
-        raise UserError(f"{world_size} ranks were started where the plan has {plan.world_size}; nothing was trained")
+        raise SetupError(f"{world_size} ranks were started where the plan has {plan.world_size}; nothing was trained")
     deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    if deepspeed != plan.parallelism.startswith("zero"):
+    if deepspeed != plan.strategy.deepspeed:
         got = "DeepSpeed" if deepspeed else "no DeepSpeed"
-        raise UserError(
+        raise SetupError(
             f"the launcher started {got} where the plan has parallelism {plan.parallelism}; nothing was trained"
         )
 
@@ -380,10 +380,10 @@ def check_cores(ranks: int, allowed: int, there: int) -> None:
         there: cores of the machine.
 
     Raises:
-        UserError: with where that comes from.
+        SetupError: with where that comes from.
     """
     if allowed < min(ranks, there):
-        raise UserError(
+        raise SetupError(
             f"{ranks} ranks may run on {allowed} of this node's {there} cores; give the task all of them: srun wants "
             f"SRUN_CPUS_PER_TASK (sbatch's --cpus-per-task does not reach it), a container --cpuset-cpus"
         )
@@ -393,7 +393,7 @@ def load_model(plan: Plan, folder: str) -> Any:
     """The model in a local folder, in the dtype that the plan has for its weights.
 
     Raises:
-        UserError: it cannot be loaded, or a weight that it needs is not in its files.
+        SetupError: it cannot be loaded, or a weight that it needs is not in its files.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -416,13 +416,13 @@ def load_model(plan: Plan, folder: str) -> Any:
         if out_of_memory.ran_out(error):
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
+        raise SetupError(
             f"model.name_or_path: {named} cannot be loaded ({reason}); name a folder that save_pretrained wrote, or a "
             f"model on the Hub of a kind that this version of transformers knows"
         ) from error
     absent = [*loaded["missing_keys"], *loaded["mismatched_keys"]]
     if absent:
-        raise UserError(
+        raise SetupError(
             f"model.name_or_path: the weights of {named} lack {absent[0]} and {len(absent) - 1} more, which would be "
             f"random; bring the whole model"
         )
@@ -460,7 +460,7 @@ def _before(plan: Plan, folder: RunDir, sft: Any, prepared: Path, stop: list[int
     """What the model answers before the first step; remembered across a resume."""
     from sft_recipes.training import completions
 
-    if not sft.accelerator.is_main_process or plan.parallelism not in ("single", "ddp"):
+    if not sft.accelerator.is_main_process or not plan.strategy.replicated:
         return None  # under DeepSpeed and FSDP2 the model is not on its device before the first step
     if not folder.generations.is_file():
         answered = _answer(plan, sft, prepared, stop)

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import send_to_device
 
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.errors import SetupError
 
 _TOKENS = 8  # of each of two examples
 # Logits of the second example when the first is another: the same computation on the same shapes, so the same numbers
@@ -26,7 +26,7 @@ def check(plan: Plan, trainer: Any) -> float:
     All ranks take part: sharded weights are gathered from each.
 
     Raises:
-        UserError: they move, so packed examples see each other.
+        SetupError: they move, so packed examples see each other.
     """
     vocabulary = trainer.model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
@@ -35,7 +35,7 @@ def check(plan: Plan, trainer: Any) -> float:
     moved = (logits - _logits(trainer, other, second)).abs().max()
     share = float(moved / logits.abs().max().clamp(min=1e-6))
     if not share < _TOLERANCE:
-        raise UserError(
+        raise SetupError(
             f"model.name_or_path: packed examples see each other in {plan.model} ({type(trainer.model).__name__} does "
             f"not keep them apart by position_ids: logits move by {share:.0%}); say trainer.packing=false"
         )

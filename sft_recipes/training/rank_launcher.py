@@ -17,8 +17,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from sft_recipes.runtime import heartbeat, library_imports
-from sft_recipes.runtime.heartbeat import SECONDS_FOR_THE_OTHERS
+from sft_recipes.runtime import heartbeat, library_imports, timeouts
 from sft_recipes.runtime.run_dir import EXIT_FAULT, EXIT_STOPPED, RunDir
 
 
@@ -34,7 +33,7 @@ def main() -> None:
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     # What torch's agent gives the others where a rank has died, and they wait for it in vain: 30 seconds by default.
-    PContext.close.__defaults__ = (None, SECONDS_FOR_THE_OTHERS)
+    PContext.close.__defaults__ = (None, timeouts.OTHER_RANKS_EXIT)
     try:
         socket.getaddrinfo("localhost", None)
     except socket.gaierror:

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from sft_recipes.config import strategies
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.errors import SetupError
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -21,7 +22,7 @@ def shard_on_the_cpu(plan: Plan) -> None:
     """
     from accelerate import DistributedType, PartialState
 
-    if plan.parallelism == "fsdp2" and not plan.uses_gpu:
+    if plan.strategy.fsdp and not plan.uses_gpu:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
@@ -38,17 +39,17 @@ def check(plan: Plan, trainer: Any) -> dict[str, str]:
     """The dtypes that the prepared model, optimizer and engine have, if they and the engine are the plan's.
 
     Raises:
-        UserError: another engine, or another dtype.
+        SetupError: another engine, or another dtype.
     """
     found = name(trainer)
     if found != plan.parallelism:
-        raise UserError(
+        raise SetupError(
             f"the run got the engine {found} where the plan has parallelism {plan.parallelism}; nothing was trained"
         )
     got = dtypes(trainer)
     wrong = [f"{kind} in {got[kind]}, planned {wanted}" for kind, wanted in plan.dtypes.items() if got[kind] != wanted]
     if wrong:
-        raise UserError(f"the run got other dtypes than its plan: {'; '.join(wrong)}; nothing was trained")
+        raise SetupError(f"the run got other dtypes than its plan: {'; '.join(wrong)}; nothing was trained")
     return got
 
 
@@ -56,13 +57,13 @@ def check_gradients(plan: Plan, trainer: Any) -> None:
     """Looks at the gradients themselves, beside their weights; DeepSpeed keeps its own, looked at above.
 
     Raises:
-        UserError: there are none, or they are in another dtype.
+        SetupError: there are none, or they are in another dtype.
     """
     if trainer.is_deepspeed_enabled:
         return
     found = _one({weight.grad.dtype for weight in trainer.model.parameters() if weight.grad is not None})
     if found != plan.dtypes["gradients"]:
-        raise UserError(
+        raise SetupError(
             f"the run got gradients in {found or 'no dtype'}, planned {plan.dtypes['gradients']}; nothing was trained"
         )
 
@@ -74,10 +75,10 @@ def name(trainer: Any) -> str:
 
     if trainer.is_deepspeed_enabled:
         engine = trainer.model_wrapped
-        return f"zero{int(engine.zero_optimization_stage())}{'_offload' if engine.zero_cpu_offload() else ''}"
-    if isinstance(trainer.model_wrapped, FSDPModule):
-        return "fsdp2"
-    return "ddp" if isinstance(trainer.model_wrapped, DistributedDataParallel) else "single"
+        stage, offload = int(engine.zero_optimization_stage()), bool(engine.zero_cpu_offload())
+        return strategies.running(zero_stage=stage, cpu_offload=offload).name
+    model = trainer.model_wrapped
+    return strategies.running(fsdp=isinstance(model, FSDPModule), ddp=isinstance(model, DistributedDataParallel)).name
 
 
 def dtypes(trainer: Any) -> dict[str, str]:

@@ -21,7 +21,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from sft_recipes.config import gpu_types
 from sft_recipes.data.tokenize import IGNORED
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.training import attention, lora, rank_heartbeat, strategy
 from sft_recipes.training.callbacks.graceful_stop import CutShortError, GracefulStopCallback, StoppedAtStartError
@@ -47,11 +47,11 @@ def sft_config(plan: Plan, folder: RunDir) -> SFTConfig:
     """The plan in TRL's terms; every value that the recipe may not set is set here.
 
     Raises:
-        UserError: kernels are asked for that are not installed.
+        SetupError: kernels are asked for that are not installed.
     """
     trainer = dict(plan.sections.trainer)
     if trainer.get("use_liger_kernel") and importlib.util.find_spec("liger_kernel") is None:
-        raise UserError(
+        raise SetupError(
             "trainer.use_liger_kernel: liger-kernel is not installed; install it into the virtual environment, or "
             "leave it out: TRL's own kernel scores the answers' tokens without it"
         )
@@ -113,14 +113,14 @@ def _checkpointing(on: bool, plan: Plan) -> dict[str, Any]:
     )
     # TRL's own default is to checkpoint, and it is read from the old name: so that one is silenced, not left out.
     off = {"gradient_checkpointing": False} if name == "activation_checkpointing" else {}
-    reentrant = plan.method != "full" and plan.parallelism.startswith("zero3")
+    reentrant = plan.method != "full" and plan.strategy.zero_stage == 3
     return {name: on, **off, **({f"{name}_kwargs": {"use_reentrant": reentrant}} if on else {})}
 
 
 def _accumulation(plan: Plan) -> dict[str, Any]:
     """Under FSDP2 each micro-batch's gradients are shared out at once: kept back until the last one, as accelerate does
     by default, every rank would hold the whole model's."""
-    return {"gradient_accumulation_kwargs": {"sync_each_batch": True}} if plan.parallelism == "fsdp2" else {}
+    return {"gradient_accumulation_kwargs": {"sync_each_batch": True}} if plan.strategy.fsdp else {}
 
 
 class EffectiveBatchSampler(Sampler[int]):

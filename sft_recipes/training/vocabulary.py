@@ -6,7 +6,7 @@ from typing import Any
 
 from sft_recipes.data.tokenizer import new_tokens
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.errors import SetupError
 
 # Embeddings grow to a multiple of this: matrix products over odd widths are slower on GPUs.
 _MULTIPLE = 64
@@ -19,7 +19,7 @@ def fit(plan: Plan, model: Any, tokenizer: Any, details: dict[str, Any]) -> None
         details: of the prepared rows (`details.json`).
 
     Raises:
-        UserError: the rows hold ids that would end in an error of the device.
+        SetupError: the rows hold ids that would end in an error of the device.
     """
     embeddings = model.get_input_embeddings().num_embeddings
     largest = max(details["largest_token_id"], tokenizer.pad_token_id)
@@ -27,7 +27,7 @@ def fit(plan: Plan, model: Any, tokenizer: Any, details: dict[str, Any]) -> None
         return
     new = new_tokens(tokenizer, plan.sections.model.add_tokens)
     if details["largest_known_token_id"] >= embeddings or largest not in new.values():
-        raise UserError(
+        raise SetupError(
             f"model.name_or_path: the rows hold token ids up to {details['largest_known_token_id']} (padding is "
             f"{tokenizer.pad_token_id}), and the model has embeddings for {embeddings}; take the tokenizer of this "
             f"model"

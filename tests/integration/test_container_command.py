@@ -44,7 +44,10 @@ echo "here: $*"
 def machine(tmp_path):
     """A machine with a checkout whose virtual environment does nothing, and with these engines, images and GPUs."""
     checkout, programs = tmp_path / "checkout", tmp_path / "programs"
-    package = [f"sft_recipes/{name}.py" for name in ("__init__", "launch/__init__", "launch/mounts")]
+    package = [
+        f"sft_recipes/{name}.py"
+        for name in ("__init__", "launch/__init__", "launch/mounts", "runtime/__init__", "runtime/timeouts")
+    ]
     for file in (*package, "sft_recipes/launch/container.py", "requirements/requirements.in", "recipes/8b.yaml"):
         (checkout / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REPOSITORY / file, checkout / file)

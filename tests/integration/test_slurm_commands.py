@@ -24,7 +24,7 @@ from sft_recipes.launch.run_selection import Start
 from sft_recipes.launch.topology import Allocation, first_host, from_slurm
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner import save_time
-from sft_recipes.runtime import cuda
+from sft_recipes.runtime import cuda, timeouts
 from sft_recipes.runtime.errors import UserError
 from sft_recipes.runtime.heartbeat import ASKING
 from sft_recipes.runtime.run_dir import RunDir, runs_root
@@ -277,7 +277,7 @@ def test_a_job_is_started_three_times_without_progress_and_no_more(tmp_path: Pat
 def two(tmp_path: Path, monkeypatch) -> tuple[NodeLaunchers, NodeLaunchers]:
     """The parents of two nodes that have met."""
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
-    monkeypatch.setattr(node_launchers, "_SECONDS_TO_MEET", 120.0)
+    monkeypatch.setattr(timeouts, "NODES_MEET", 120.0)
     leader, follower = NodeLaunchers(allocation(0)), NodeLaunchers(allocation(1))
     other = threading.Thread(target=follower.meet, args=[{"cores": 4}, StopRequest()])
     other.start()
@@ -329,8 +329,8 @@ def test_a_parent_that_falls_silent_is_missed_and_one_that_leaves_is_not(
     two: tuple[NodeLaunchers, NodeLaunchers], monkeypatch
 ) -> None:
     leader, follower = two
-    monkeypatch.setattr(node_launchers, "SECONDS_OF_SILENCE", 0.5)
-    monkeypatch.setattr(node_launchers, "_SECONDS_BETWEEN_LOOKS", 0.1)
+    monkeypatch.setattr(timeouts, "NODE_SILENT", 0.5)
+    monkeypatch.setattr(timeouts, "POLL_NODES", 0.1)
     for _ in range(12):
         threading.Event().wait(0.1)
         leader.look()
@@ -346,10 +346,10 @@ def test_a_node_that_is_lost_is_named_and_the_job_started_again(
     leader, follower = two
     monkeypatch.setenv("SFT_RECIPES_REQUEUE", str(tmp_path / "requeue"))
     assert leader.tell_of_the_lost() is None and not (tmp_path / "requeue").exists()
-    leader.silent[1] = node_launchers.SECONDS_OF_SILENCE + 1
+    leader.silent[1] = timeouts.NODE_SILENT + 1
     assert "node2 has not been heard from for 60 s; the job is started again" in str(leader.tell_of_the_lost())
     assert (tmp_path / "requeue").exists()
-    follower.silent[0] = node_launchers.SECONDS_OF_SILENCE + 1  # it may be at something else between two orders
+    follower.silent[0] = timeouts.NODE_SILENT + 1  # it may be at something else between two orders
     assert not follower.misses_its_leader()
 
 
@@ -372,7 +372,7 @@ def test_who_is_asked_to_stop_does_not_wait_for_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
-    monkeypatch.setattr(node_launchers, "_SECONDS_IN_SILENCE", 0.0)
+    monkeypatch.setattr(timeouts, "SAY_WAITING_AFTER", 0.0)
     asked = StopRequest()
     threading.Timer(0.5, asked.numbers.append, [signal.SIGUSR1]).start()
     with pytest.raises(process_group.StoppedError):
@@ -382,7 +382,7 @@ def test_who_is_asked_to_stop_does_not_wait_for_the_others(
 
 def test_a_node_that_is_not_there_is_told_of(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
-    monkeypatch.setattr(node_launchers, "_SECONDS_TO_MEET", 0.3)
+    monkeypatch.setattr(timeouts, "NODES_MEET", 0.3)
     with pytest.raises(UserError, match="RUNS_DIR: node2 sees nothing in .* of node 0 of job 1 within"):
         NodeLaunchers(allocation(1)).meet({}, StopRequest())
 
@@ -458,7 +458,7 @@ def test_a_node_that_does_not_see_the_model_says_so(
     two: tuple[NodeLaunchers, NodeLaunchers], tmp_path: Path, monkeypatch
 ) -> None:
     leader, follower = two
-    monkeypatch.setattr(ranks, "_SECONDS_TO_SEE", 0.2)
+    monkeypatch.setattr(timeouts, "FILE_VISIBLE", 0.2)
     order = leader.order("run", tmp_path / "one" / "plan.json", 15001)
     follower.look(at_once=True)
     other = threading.Thread(target=ranks.follow, args=[follower, StopRequest()])

@@ -26,7 +26,7 @@ from sft_recipes.launch.run_selection import Start
 from sft_recipes.launch.watchdog import Limits, Seen
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner import save_time
-from sft_recipes.runtime import heartbeat, run_dir
+from sft_recipes.runtime import heartbeat, run_dir, timeouts
 from sft_recipes.runtime.errors import UserError
 from sft_recipes.runtime.heartbeat import Failure, Heartbeat
 from sft_recipes.runtime.run_dir import RunDir
@@ -225,8 +225,8 @@ def seen(rank=0, step=5, doing="step", moves=3, still=0.0, longest=0.0, state="S
         ("evaluating", 7.0, 35.0),
         ("waiting", 1.0, 10.0),
         ("saving", 7.0, 110.0),
-        ("starting", 7.0, watchdog.LOADING_SECONDS + 2 * 100),
-        ("ending", 0.0, watchdog.LOADING_SECONDS + 2 * 100),
+        ("starting", 7.0, timeouts.MODEL_LOADING + 2 * 100),
+        ("ending", 0.0, timeouts.MODEL_LOADING + 2 * 100),
     ],
 )
 def test_a_rank_may_stay_where_it_is_for_as_long_as_that_takes_here(doing, longest, seconds):
@@ -373,7 +373,7 @@ def test_a_pulse_is_written_over_in_place_and_taken_away_at_a_good_end(tmp_path,
 
 
 def test_a_run_whose_ranks_outlived_their_parent_is_not_started_beside_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_lock, "_SECONDS_TO_BE_GONE", 0.5)
+    monkeypatch.setattr(timeouts, "EARLIER_RANKS_EXIT", 0.5)
     folder = RunDir(tmp_path / "run")
     folder.ranks.mkdir(parents=True)
     left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", str(folder.plan)])

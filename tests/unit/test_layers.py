@@ -18,7 +18,7 @@ MAY_USE = {
     "torch": ("data/", "training/", "sanity/", "tools/"),
     "transformers": ("data/", "training/", "sanity/", "tools/"),
     "tokenizers": ("data/",),
-    "datasets": ("data/", "training/"),
+    "datasets": ("data/", "training/", "sanity/"),
     "pyarrow": ("data/",),
     "accelerate": ("training/", "sanity/"),
     "deepspeed": ("training/",),

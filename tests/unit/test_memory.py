@@ -5,9 +5,10 @@ import sys
 import pytest
 from helpers.workplace import REPOSITORY
 
-from sft_recipes.config import loader, schema
+from sft_recipes.config import loader
 from sft_recipes.config.architecture import adapter_count, linear_layers, parameter_count
 from sft_recipes.config.schema import Lora
+from sft_recipes.config.strategies import STRATEGIES
 from sft_recipes.planner import memory
 from sft_recipes.planner import plan as plans
 
@@ -73,7 +74,7 @@ def test_an_architecture_without_its_numbers_has_no_forecast():
     assert memory.bytes_per_gpu(nothing) is memory.host_bytes_per_node(nothing) is memory.disk_bytes(nothing) is None
 
 
-ENGINES = [engine for engine in schema.ENGINES if engine != "zero3_offload"]
+ENGINES = [engine for engine in STRATEGIES if engine != "zero3_offload"]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -109,8 +110,7 @@ def test_offloading_moves_16_bytes_a_parameter_to_the_nodes():
 def test_weights_held_in_16_bits_are_mapped_and_fp32_ones_are_each_ranks_own():
     """As benchmarks/loading.py measured."""
     loading = {
-        engine: memory.host_bytes_per_node(load(engine=engine, world=8))["loading or saving"]
-        for engine in schema.ENGINES
+        engine: memory.host_bytes_per_node(load(engine=engine, world=8))["loading or saving"] for engine in STRATEGIES
     }
     assert loading["ddp"] == 8 * 4 * 8_030_261_248 == loading["fsdp2"]
     assert loading["zero1"] == loading["zero2"] == 0
@@ -389,7 +389,7 @@ def test_the_buckets_are_those_of_the_files():
 
 
 def test_the_total_is_the_sum_of_its_parts():
-    for engine in schema.ENGINES:
+    for engine in STRATEGIES:
         parts = memory.bytes_per_gpu(load(engine=engine, world=2, gradient_checkpointing=False))
         assert parts["total"] == sum(parts[name] for name in memory.PARTS)
         assert set(parts) == {*memory.PARTS, "total", "reserve"}

@@ -120,7 +120,7 @@ def test_explain_says_of_every_value_where_it_came_from():
 
 
 def test_a_single_process_engine_on_two_processes_is_refused():
-    with pytest.raises(UserError, match="parallelism is 'single', which is one process, but 2 were asked for"):
+    with pytest.raises(UserError, match="parallelism is 'single', which is one process, found 2"):
         tiny("parallelism=single", processes=2)
 
 

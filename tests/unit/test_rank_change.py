@@ -93,9 +93,9 @@ def test_no_consent_makes_one_engine_read_the_others_state(tmp_path, monkeypatch
     folder = a_run(tmp_path, plan("zero2", 2), 4)
     every = tuple(plans.differences(plan("zero2", 2), plan("ddp", 1)))
     with pytest.raises(UserError, match=r"zero2 on 2 ranks.*single on 1 rank.*parallelism=zero2"):
-        run_selection.choose(plan("ddp", 1), RunRequest("one", accept=every), {})
+        run_selection.choose(plan("ddp", 1), RunRequest("one", allow_change=every), {})
     folder.checkpoint(4).rmdir()
-    assert run_selection.choose(plan("ddp", 1), RunRequest("one", accept=every), {}).goes_on, (
+    assert run_selection.choose(plan("ddp", 1), RunRequest("one", allow_change=every), {}).goes_on, (
         "nothing is saved, nothing is lost"
     )
 
@@ -140,7 +140,7 @@ def test_a_change_is_accepted_by_the_name_that_was_typed_and_nothing_by_one_that
     with pytest.raises(UserError, match=r"ALLOW_CHANGE=learning_rate,trainer.logging_steps; or"):
         run_selection.choose(changed, RunRequest("one"), {})
     for keys in (("learning_rate", "logging_steps"), ("trainer.learning_rate", "sections.trainer.logging_steps")):
-        assert run_selection.choose(changed, RunRequest("one", accept=keys), {}).goes_on
+        assert run_selection.choose(changed, RunRequest("one", allow_change=keys), {}).goes_on
     with pytest.raises(UserError, match=r"ALLOW_CHANGE: 'nonsense' is no key"):
         run_selection.choose(plan("zero2", 2), RunRequest("one", accept=("nonsense",)), {})
     run_dir.write_json(folder.manifest, {"state": "finished"})

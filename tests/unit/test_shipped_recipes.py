@@ -13,6 +13,7 @@ import yaml
 from helpers.workplace import HELPERS, REPOSITORY, Workplace
 
 from sft_recipes.config import loader
+from sft_recipes.config.strategies import STRATEGIES
 from sft_recipes.launch.topology import planned
 from sft_recipes.planner import plan as plans
 
@@ -97,7 +98,7 @@ def test_the_parameters_are_those_of_the_real_architecture(name):
     config = AutoConfig.for_model(**architecture)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    assert architecture.parameter_count(architecture) == model.num_parameters()
+    assert parameter_count(architecture) == model.num_parameters()
 
 
 PUBLISHED = {"1b": 1.23, "3b": 3.21, "7b": 7.61, "8b": 8.03, "13b": 13.7, "32b": 32.8, "70b": 70.6}  # model cards
@@ -162,10 +163,9 @@ def test_the_engines_files_start_several_nodes_without_ssh_and_save_whole_models
 
 
 def test_every_engine_of_the_plan_has_its_files():
-    from sft_recipes.config import schema
     from sft_recipes.launch.command import engine_file
 
-    needed = {*schema.ENGINES, "cpu"}
+    needed = {*STRATEGIES, "cpu"}
     assert {path.stem for path in (REPOSITORY / "accelerate_configs").glob("*.yaml")} == needed
     plan = plans.make(loader.load("tiny"), plans.Topology(gpus=0, processes=2))
     assert engine_file(plan) == "cpu"

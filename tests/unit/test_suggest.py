@@ -349,7 +349,7 @@ def test_what_is_offloaded_must_fit_the_nodes_own_memory(workplace):
 
 @pytest.mark.parametrize("engine", ["zero3", "zero3_offload", "fsdp2"])
 def test_4_bit_weights_are_refused_where_they_would_not_be_shared_out(engine):
-    with pytest.raises(UserError, match=f"{engine} does not shard 4-bit weights .*say parallelism=ddp or zero2"):
+    with pytest.raises(UserError, match=f"{engine} does not shard 4-bit weights .*set parallelism=ddp or zero2"):
         plan("8b-qlora", 8, "h100-80g", f"parallelism={engine}")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.errors import DataError
 
 END_OF_TEXT, START, END, PADDING = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
 
@@ -26,7 +26,7 @@ def build(architecture: Mapping[str, Any], texts: list[str], folder: Path, seed:
     """Writes config, weights and tokenizer to `folder`, which any `from_pretrained` loads.
 
     Raises:
-        UserError: the architecture names no known kind of model, or numbers that it refuses.
+        DataError: the architecture names no known kind of model, or numbers that it refuses.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -39,7 +39,7 @@ def build(architecture: Mapping[str, Any], texts: list[str], folder: Path, seed:
         config = AutoConfig.for_model(architecture["model_type"], **settings, **tokens)
         model = AutoModelForCausalLM.from_config(config)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"model.architecture: no model can be built from it: {error}") from error
+        raise DataError(f"model.architecture: no model can be built from it: {error}") from error
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

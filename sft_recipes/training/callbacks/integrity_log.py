@@ -25,7 +25,7 @@ class IntegrityCallback(TrainerCallback):
     def __init__(self, plan: Plan, folder: RunDir, ledger: DataOrderCheck):
         self.folder = folder
         self.ledger = ledger
-        self.replicas = ReplicaCheck() if plan.parallelism == "ddp" else None
+        self.replicas = ReplicaCheck() if plan.strategy.ddp else None
         self.compare_every = plan.sections.monitor.replica_check_steps
         self.trainer: Any = None
         self._taken_up: dict[str, Any] = {}

@@ -24,15 +24,13 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
 from sft_recipes.planner.plan import Plan
+from sft_recipes.runtime import timeouts
 from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.training.callbacks.graceful_stop import GracefulStopCallback
 from sft_recipes.training.callbacks.metrics import final
 
 PROJECT = "sft-recipes"
 # Bounds on what W&B may take. Training waits for none of them, only the end of a run does, for what is left.
-SECONDS_TO_CONNECT = 3
-SECONDS_TO_BEGIN = 20
-SECONDS_TO_END = 30
 
 
 class TrackerCallback(TrainerCallback):
@@ -179,7 +177,7 @@ class WeightsAndBiases:
         if self._thread is None:
             return
         self._jobs.put(None)
-        self._thread.join(SECONDS_TO_BEGIN + SECONDS_TO_END)
+        self._thread.join(timeouts.TRACKER_INIT + timeouts.TRACKER_FINISH)
         if self._thread.is_alive():
             self._say(
                 f"W&B did not take the last figures in time; send them with: wandb sync {self._folder.path}/wandb/*"
@@ -216,8 +214,8 @@ class WeightsAndBiases:
         import wandb
 
         settings = wandb.Settings(
-            init_timeout=SECONDS_TO_BEGIN,
-            finish_timeout=SECONDS_TO_END,
+            init_timeout=timeouts.TRACKER_INIT,
+            finish_timeout=timeouts.TRACKER_FINISH,
             console="off",
             silent=True,
             save_code=False,
@@ -246,7 +244,7 @@ def _connect(url: str) -> None:
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     if not getproxies():  # a proxy reaches what this machine does not
-        socket.create_connection((parts.hostname or "", port), SECONDS_TO_CONNECT).close()
+        socket.create_connection((parts.hostname or "", port), timeouts.TRACKER_CONNECT).close()
 
 
 _COLUMNS = ("prompt", "wanted", "said")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes.planner.plan import Plan
+from sft_recipes.runtime import timeouts
 from sft_recipes.runtime.atomic_write import sha256, sync, write_atomic
 from sft_recipes.runtime.run_dir import RunDir
 
@@ -35,7 +36,6 @@ TRAINING_STATE = (
 # A rename on one node is seen by the others when their NFS client looks again: 3 to 60 s with its defaults (nfs(5),
 # acdirmin and acdirmax). Transformers withdrew its own rename over it
 # (https://github.com/huggingface/transformers/issues/28119).
-SECONDS_TO_BE_SEEN = 90.0
 # What a disk or another node is to blame for, perhaps for a moment: the files may be as they were saved.
 CANNOT_BE_READ = "cannot be read"
 _SELF = "sha256_of_this_record"
@@ -59,8 +59,8 @@ def needed(plan: Plan, step: int) -> set[str]:
     ranks = range(plan.world_size)
     rng = {f"rng_state_{rank}.pth" for rank in ranks} if plan.world_size > 1 else {"rng_state.pth"}
     always = {"trainer_state.json", "scheduler.pt", *rng}
-    if not plan.parallelism.startswith("zero"):
-        return {*always, "optimizer.bin" if plan.parallelism == "fsdp2" else "optimizer.pt"}
+    if not plan.strategy.deepspeed:
+        return {*always, "optimizer.bin" if plan.strategy.fsdp else "optimizer.pt"}
     prefix = f"global_step{step}/{'bf16_' if plan.precision == 'bf16' else ''}zero_pp_rank"
     partitions = {f"{prefix}_{rank}_mp_rank_00_optim_states.pt" for rank in ranks}
     of_ranks = [f"zero_pp_rank_{rank}_" for rank in ranks] if plan.shards_parameters else [""]
@@ -199,7 +199,7 @@ def quarantine(folder: Path) -> Path:
     return aside
 
 
-def await_seen(path: Path, seconds: float = SECONDS_TO_BE_SEEN) -> bool:
+def await_seen(path: Path, seconds: float = timeouts.CHECKPOINT_VISIBLE) -> bool:
     """Whether a folder that another node has given its name is seen here, in so many seconds at most."""
     until = time.monotonic() + seconds
     while path not in path.parent.iterdir():  # listing the parent has an NFS client look again

@@ -21,7 +21,7 @@ from transformers import TrainerCallback, set_seed
 from sft_recipes.planner import rank_change
 from sft_recipes.planner.plan import Plan
 from sft_recipes.planner.rank_change import Ranks
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir, read_json, write_json
 from sft_recipes.runtime.units import GIB
 from sft_recipes.training.checkpoint.resume import ResumePoint
@@ -40,13 +40,13 @@ def taken_over(plan: Plan, folder: RunDir, point: ResumePoint, trainer: Any) -> 
     take part; the checkpoint has been verified, and is never changed.
 
     Raises:
-        UserError: these ranks cannot go on from it, or the disk has no room.
+        SetupError: these ranks cannot go on from it, or the disk has no room.
     """
     saved = Ranks(point.record["parallelism"], point.record["world_size"])
     now = rank_change.ranks_of(plan)
     refused = rank_change.refusal(saved, plan)
     if refused is not None:
-        raise UserError(f"{point.path}: {refused}")
+        raise SetupError(f"{point.path}: {refused}")
     if saved.world_size == now.world_size:
         return point.path
     trainer.say(f"{point.path.name} was saved by {saved}, this start is {now}: its state is taken over")
@@ -131,7 +131,7 @@ def _convert(point: ResumePoint, target: Path, accelerator: Any) -> Path:
     free = [shutil.disk_usage(point.path).free]
     broadcast_object_list(free)
     if free[0] < needed:
-        raise UserError(
+        raise SetupError(
             f"{point.path}: cutting it for {accelerator.num_processes} ranks takes {needed / GIB:.1f} GiB beside it, "
             f"{free[0] / GIB:.1f} are free; make room, or go on with {point.record['world_size']} ranks"
         )

@@ -18,6 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from sft_recipes.planner.plan import Plan
+from sft_recipes.runtime import timeouts
 from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.runtime.units import GIB
 from sft_recipes.training import rank_heartbeat
@@ -174,7 +175,7 @@ class CheckpointWriter:
         if not checkpoint_format.await_seen(target):
             raise OSError(
                 f"rank {self.accelerator.process_index} does not see {target.name} "
-                f"{checkpoint_format.SECONDS_TO_BE_SEEN:.0f} "
+                f"{timeouts.CHECKPOINT_VISIBLE:.0f} "
                 f"seconds after it was made: is {self.folder.path} on a disk that all nodes share?"
             )
 

@@ -1,0 +1,123 @@
+"""The parallelism strategies: what each shards, how it is started, and what it supports.
+
+The only module that knows a strategy's name; everything else asks for its properties.
+docs/design/extending.md shows how to add one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One value of a recipe's `parallelism`.
+
+    Attributes:
+        name: as recipes write it; `accelerate_configs/NAME.yaml` starts it, and `deepspeed_configs/NAME.json` if it is
+            DeepSpeed's.
+        zero_stage: the ZeRO stage if DeepSpeed runs it, else 0.
+        fsdp: whether torch's `fully_shard` (FSDP2) runs it.
+        ddp: whether torch's DistributedDataParallel runs it.
+        cpu_offload: whether fp32 weights, moments and gradients are kept in host memory.
+        wider: the strategy that shards one thing more and is otherwise the same, if there is one.
+    """
+
+    name: str
+    zero_stage: int = 0
+    fsdp: bool = False
+    ddp: bool = False
+    cpu_offload: bool = False
+    wider: str | None = None
+
+    @property
+    def deepspeed(self) -> bool:
+        """Whether DeepSpeed runs it: bf16 weights with an fp32 master copy, one state file per rank."""
+        return self.zero_stage > 0
+
+    @property
+    def shards_optimizer(self) -> bool:
+        """Whether each rank holds only its part of the optimizer state."""
+        return self.zero_stage >= 1 or self.fsdp
+
+    @property
+    def shards_gradients(self) -> bool:
+        """Whether each rank holds only its part of the gradients."""
+        return self.zero_stage >= 2 or self.fsdp
+
+    @property
+    def shards_parameters(self) -> bool:
+        """Whether each rank holds only its part of the weights, so that no rank holds the whole model."""
+        return self.zero_stage >= 3 or self.fsdp
+
+    @property
+    def replicated(self) -> bool:
+        """Whether every rank holds everything: weights, gradients and optimizer state."""
+        return not self.shards_optimizer
+
+    @property
+    def several_processes(self) -> bool:
+        """Whether it can run more than one process."""
+        return self.ddp or self.shards_optimizer
+
+    @property
+    def supports_quantized_weights(self) -> bool:
+        """Whether frozen 4-bit weights work: none of the libraries shards them, each rank would hold them whole."""
+        return not self.shards_parameters
+
+    @property
+    def resharding_converts(self) -> bool:
+        """Whether a checkpoint for another number of ranks has to be converted first (one state file per rank)."""
+        return self.deepspeed
+
+    def reads_checkpoints_of(self, other: Strategy) -> bool:
+        """Whether it can load the optimizer state that `other` saved; replicated ones save the same files."""
+        return self == other or (self.replicated and other.replicated)
+
+
+_ALL = (
+    Strategy("single"),
+    Strategy("ddp", ddp=True, wider="zero1"),
+    Strategy("zero1", zero_stage=1, wider="zero2"),
+    Strategy("zero2", zero_stage=2, wider="zero3"),
+    Strategy("zero3", zero_stage=3),
+    Strategy("zero3_offload", zero_stage=3, cpu_offload=True),
+    Strategy("fsdp2", fsdp=True),
+)
+STRATEGIES = {strategy.name: strategy for strategy in _ALL}
+
+# What suggestions name by their role.
+ONE_PROCESS = STRATEGIES["single"]
+DATA_PARALLEL = STRATEGIES["ddp"]
+FULLY_SHARDED = STRATEGIES["zero3"]
+OFFLOADED = STRATEGIES["zero3_offload"]
+
+
+def for_world_size(name: str, world_size: int) -> Strategy:
+    """Return the strategy that runs `name` on this many ranks: data parallelism on one rank is a single process."""
+    strategy = STRATEGIES[name]
+    return ONE_PROCESS if strategy.ddp and world_size == 1 else strategy
+
+
+def wider_than(name: str) -> list[str]:
+    """Return the strategies that shard more than `name`, one thing more each."""
+    strategy = STRATEGIES[DATA_PARALLEL.name if name == ONE_PROCESS.name else name]
+    names = []
+    while strategy.wider:
+        names.append(strategy.wider)
+        strategy = STRATEGIES[strategy.wider]
+    return names
+
+
+def running(zero_stage: int = 0, cpu_offload: bool = False, fsdp: bool = False, ddp: bool = False) -> Strategy:
+    """Return the strategy with these properties, to name what a run really got.
+
+    Raises:
+        LookupError: no strategy has them.
+    """
+    found = Strategy("", zero_stage, fsdp, ddp, cpu_offload)
+    for strategy in _ALL:
+        same = (strategy.zero_stage, strategy.fsdp, strategy.ddp, strategy.cpu_offload)
+        if same == (found.zero_stage, found.fsdp, found.ddp, found.cpu_offload):
+            return strategy
+    raise LookupError(f"no strategy with zero_stage={zero_stage}, cpu_offload={cpu_offload}, fsdp={fsdp}, ddp={ddp}")

@@ -1,0 +1,69 @@
+"""Logging for every process: messages as they are to the console, errors to standard error, a copy to `log.txt`.
+
+Modules log to `logging.getLogger(__name__)`. `log.info` prints the message alone, `log.warning` and `log.error` with
+the prefix `warning: ` or `error: `.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from sft_recipes.runtime import append_line
+
+ROOT = logging.getLogger("sft_recipes")
+
+
+class _Plain(logging.Formatter):
+    """The message alone, with its level if it is a warning or an error."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        return prefix + record.getMessage()
+
+
+class ConsoleHandler(logging.Handler):
+    """Writes to the current standard output, errors to standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line and flush it."""
+        stream = sys.stderr if record.levelno >= logging.ERROR else sys.stdout
+        print(self.format(record), file=stream, flush=True)
+
+
+class RunLogHandler(logging.Handler):
+    """Appends to a run's `log.txt`; a full disk ends neither the run nor, once there is space, loses the lines."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path = path
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append one line."""
+        append_line.add(self.path, self.format(record))
+
+
+def to_console() -> None:
+    """Print this process's messages; call once, in the launcher and on rank 0."""
+    _use(ConsoleHandler())
+
+
+def to_file(path: Path) -> None:
+    """Also append this process's messages to a file."""
+    _use(RunLogHandler(path))
+
+
+def _use(handler: logging.Handler) -> None:
+    for present in ROOT.handlers:
+        if type(present) is type(handler):
+            ROOT.removeHandler(present)
+    handler.setFormatter(_Plain())
+    ROOT.addHandler(handler)
+    ROOT.setLevel(logging.INFO)
+    ROOT.propagate = False
+
+
+def silence() -> None:
+    """Drop this process's messages below errors: the other ranks say what rank 0 says."""
+    ROOT.setLevel(logging.ERROR)

@@ -1,0 +1,47 @@
+"""Every timeout, in seconds.
+
+Set by the user instead: `monitor.heartbeat_timeout_seconds` (a rank without a heartbeat).
+"""
+
+from __future__ import annotations
+
+# Other programs.
+NVIDIA_SMI = 60.0  # it waits indefinitely for a driver that hangs
+SLURM_COMMAND = 30.0
+CONTAINER_ENGINE = 60.0
+TORCH_PROBE = 180.0  # a process that imports torch and looks at the GPUs
+HUB_REQUEST = 5.0
+
+# Ranks and their launcher.
+MODEL_LOADING = 1800.0  # from the start of a rank to its first step, and to publish its model
+OTHER_RANKS_EXIT = 5  # once one rank is gone: most fail at once, some wait for it indefinitely
+LAUNCHER_EXIT = 5.0  # once all ranks were killed; with OTHER_RANKS_EXIT all are gone 15 s after a death
+PROCESS_GROUP_EXIT = 15.0
+STACK_TRACES = 2.0  # a rank writes its Python stack traces
+MIN_SAVE_GRACE = 120  # from a stop request to SIGKILL, or longer if a save takes longer
+CONTAINER_STOP = 3600  # from a stop request to the end of the container
+EARLIER_RANKS_EXIT = 15.0  # ranks of an earlier start of the same run
+RUN_LOCK = 300.0  # a requeued job waits for its earlier start to release the run
+POLL_RANKS = 0.2
+
+# Several nodes.
+NODES_MEET = 600.0  # a node may have to unpack an image first
+NODES_LEAVE = 15.0
+NODE_REACHABLE = 10.0
+NODE_REPORT = 20.0  # a node reports how its ranks ended
+# A node launcher that writes nothing; a shared disk that stalls stalls the reader too, for whom no time passes.
+NODE_SILENT = 60.0
+SAY_WAITING_AFTER = 15.0  # a line that says which nodes are missing
+OTHER_NODES_EXIT = 30.0
+FILE_VISIBLE = 60.0  # a file that another node wrote to the shared disk
+CHECKPOINT_VISIBLE = 90.0  # a checkpoint directory that another node renamed
+POLL_NODES = 1.0
+
+# All-reduce test.
+ALLREDUCE_RENDEZVOUS = 120
+ALLREDUCE_TEST = 180.0
+
+# Trackers: training never waits longer for one.
+TRACKER_CONNECT = 3
+TRACKER_INIT = 20
+TRACKER_FINISH = 30
