@@ -142,7 +142,7 @@ def test_a_change_is_accepted_by_the_name_that_was_typed_and_nothing_by_one_that
     for keys in (("learning_rate", "logging_steps"), ("trainer.learning_rate", "sections.trainer.logging_steps")):
         assert run_selection.choose(changed, RunRequest("one", allow_change=keys), {}).goes_on
     with pytest.raises(UserError, match=r"ALLOW_CHANGE: 'nonsense' is no key"):
-        run_selection.choose(plan("zero2", 2), RunRequest("one", accept=("nonsense",)), {})
+        run_selection.choose(plan("zero2", 2), RunRequest("one", allow_change=("nonsense",)), {})
     run_dir.write_json(folder.manifest, {"state": "finished"})
     with pytest.raises(UserError, match=r"is finished, and had another plan: learning_rate"):
         run_selection.choose(changed, RunRequest("one", accept=("learning_rate", "logging_steps")), {})

@@ -13,6 +13,7 @@ import yaml
 from helpers.workplace import HELPERS, REPOSITORY, Workplace
 
 from sft_recipes.config import loader
+from sft_recipes.config.architecture import parameter_count
 from sft_recipes.config.strategies import STRATEGIES
 from sft_recipes.launch.topology import planned
 from sft_recipes.planner import plan as plans
