@@ -20,7 +20,7 @@ MAY_USE = {
     "tokenizers": ("data/",),
     "datasets": ("data/", "training/", "sanity/"),
     "pyarrow": ("data/",),
-    "accelerate": ("training/", "sanity/"),
+    "accelerate": ("training/", "sanity/", "tools/"),
     "deepspeed": ("training/",),
     "trl": ("training/trainer.py",),
     "numpy": ("data/", "training/", "sanity/"),

@@ -145,7 +145,7 @@ def test_a_change_is_accepted_by_the_name_that_was_typed_and_nothing_by_one_that
         run_selection.choose(plan("zero2", 2), RunRequest("one", allow_change=("nonsense",)), {})
     run_dir.write_json(folder.manifest, {"state": "finished"})
     with pytest.raises(UserError, match=r"is finished, and had another plan: learning_rate"):
-        run_selection.choose(changed, RunRequest("one", accept=("learning_rate", "logging_steps")), {})
+        run_selection.choose(changed, RunRequest("one", allow_change=("learning_rate", "logging_steps")), {})
 
 
 def test_each_new_rank_draws_numbers_of_its_own_and_the_same_each_time():
