@@ -26,7 +26,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.jsonl"
         tests = [sys.executable, "-m", "pytest", "tests/strategies/test_trajectories.py", "-k", "fp32 or bf16"]
-        environment = {**os.environ, "ENGINES_REPORT": str(report)}
+        environment = {**os.environ, "STRATEGIES_REPORT": str(report)}
         code = subprocess.run(tests, cwd=machine.HERE.parent, env=environment, check=False).returncode
         rows = [json.loads(line) for line in report.read_text().splitlines()]
     content = {

@@ -1,4 +1,4 @@
-"""Starts real runs, harms them, starts them again, and compares what they come to with a run that nobody harmed."""
+"""Start real runs, inject faults, restart them, and compare the result with an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 HANG_SECONDS = 300
 SECONDS_TO_BE_GONE = 15
 
-# Processes and parallelism of each engine that is tried.
-ENGINES = {"single": (1, "ddp"), "ddp": (2, "ddp"), "zero2": (2, "zero2"), "zero3": (2, "zero3")}
+# Processes and parallelism of each setup.
+SETUPS = {"single": (1, "ddp"), "ddp": (2, "ddp"), "zero2": (2, "zero2"), "zero3": (2, "zero3")}
 
-# One layer, and rows of one kind: what a save writes is all there, a start is short.
+# One layer: a checkpoint has all of its files, and a start is short.
 SMALL = (
     "model.architecture={model_type: llama, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 1, "
     "num_attention_heads: 2, num_key_value_heads: 2, vocab_size: 512, max_position_embeddings: 512, "
@@ -45,49 +45,49 @@ SMALL = (
 
 @dataclass
 class Result:
-    """One start: exit code and what it said."""
+    """One start: exit code and output."""
 
     code: int
-    said: str
+    output: str
 
     def resumed_from(self) -> int:
-        """The step that it went on from; 0 where it began."""
-        found = re.search(r"going on from checkpoint-(\d+)", self.said)
+        """Return the step it resumed from; 0 if it started from the beginning."""
+        found = re.search(r"going on from checkpoint-(\d+)", self.output)
         return int(found[1]) if found else 0
 
 
 @dataclass
 class State:
-    """What a run has come to: bits, not numbers that are near."""
+    """The state of a run, compared bit for bit."""
 
-    rows: dict[int, int] = field(default_factory=dict)  # of each step: the digest of its supervised tokens
+    rows: dict[int, int] = field(default_factory=dict)  # step: digest of its supervised tokens
     losses: dict[int, float] = field(default_factory=dict)
-    checkpoints: dict[int, dict[str, str]] = field(default_factory=dict)  # of each: SHA-256 of each file
+    checkpoints: dict[int, dict[str, str]] = field(default_factory=dict)  # step: SHA-256 of each file
     models: dict[str, str] = field(default_factory=dict)  # final/, last/ and best-N/
 
-    def differences_at_the_end(self, whole: State) -> list[str]:
-        """The same of a run that has ended, which must have each step, the newest checkpoint and both models."""
-        missing = [f"loss of step {step} is missing" for step in whole.losses if step not in self.losses]
-        newest = max(whole.checkpoints, default=0)
+    def differences_at_the_end(self, reference: State) -> list[str]:
+        """Return the differences of a finished run, which must have each step, the latest checkpoint and both models."""
+        missing = [f"loss of step {step} is missing" for step in reference.losses if step not in self.losses]
+        newest = max(reference.checkpoints, default=0)
         missing += [f"checkpoint-{newest} is missing"] if newest and newest not in self.checkpoints else []
         return (
-            self.differences(whole)
+            self.differences(reference)
             + missing
-            + [f"{name}/ is missing" for name in whole.models.keys() - self.models.keys()]
+            + [f"{name}/ is missing" for name in reference.models.keys() - self.models.keys()]
         )
 
-    def differences(self, whole: State) -> list[str]:
-        """Where this differs from an uninterrupted run; what this one has no longer, or not yet, is no difference."""
-        wrong = [f"loss of step {step}" for step in self.losses if self.losses[step] != whole.losses.get(step)]
-        wrong += [f"rows of step {step}" for step in self.rows if self.rows[step] != whole.rows.get(step)]
+    def differences(self, reference: State) -> list[str]:
+        """Return where this differs from an uninterrupted run; what is removed already, or not saved yet, is no difference."""
+        wrong = [f"loss of step {step}" for step in self.losses if self.losses[step] != reference.losses.get(step)]
+        wrong += [f"rows of step {step}" for step in self.rows if self.rows[step] != reference.rows.get(step)]
         for step, files in self.checkpoints.items():
-            there = whole.checkpoints.get(step, {})
-            wrong += [f"checkpoint-{step}/{name}" for name in files if files[name] != there.get(name)]
-        return wrong + [name for name, digest in self.models.items() if digest != whole.models.get(name)]
+            expected = reference.checkpoints.get(step, {})
+            wrong += [f"checkpoint-{step}/{name}" for name in files if files[name] != expected.get(name)]
+        return wrong + [name for name, digest in self.models.items() if digest != reference.models.get(name)]
 
 
 def state_of(run: Path) -> State:
-    """Reads a run's folder."""
+    """Read a run directory."""
     found = State()
     if (run / "metrics.jsonl").is_file():
         for text in (run / "metrics.jsonl").read_text().splitlines():
@@ -96,27 +96,27 @@ def state_of(run: Path) -> State:
                 if "loss" in line:
                     found.losses[line["step"]] = line["loss"]
                     found.rows[line["step"]] = line["tokens_digest"]
-    for sealed in run.glob("checkpoint-*/complete.json"):
+    for marker in run.glob("checkpoint-*/complete.json"):
         with contextlib.suppress(OSError, ValueError):  # it is being removed
-            record = json.loads(sealed.read_text())
-            # The Trainer's state and the proof hold times; all else is the run's own.
+            record = json.loads(marker.read_text())
+            # The Trainer's state holds times.
             found.checkpoints[record["step"]] = {
-                name: of["sha256"] for name, of in record["files"].items() if name != "trainer_state.json"
+                name: file["sha256"] for name, file in record["files"].items() if name != "trainer_state.json"
             }
     for name in ("final", "last", *(path.name for path in run.glob("best-*"))):
-        with contextlib.suppress(FileNotFoundError):  # not there, or being removed
+        with contextlib.suppress(FileNotFoundError):  # missing, or being removed
             found.models[name] = hashlib.sha256((run / name / "model.safetensors").read_bytes()).hexdigest()
     return found
 
 
-def newest_sealed(run: Path) -> int:
-    """The step of the newest checkpoint that is sealed, which a start must go on from; 0 where there is none."""
+def latest_complete(run: Path) -> int:
+    """Return the step of the latest complete checkpoint, from which a start must resume; 0 if there is none."""
     return max((int(path.parent.name.rpartition("-")[2]) for path in run.glob("checkpoint-*/complete.json")), default=0)
 
 
 @dataclass
 class Chaos:
-    """A folder for runs and what is done to them; `seed` decides all that is random."""
+    """A directory of runs and the faults injected into them; `seed` decides everything random."""
 
     place: Path
     seed: int | str = 0
@@ -124,7 +124,7 @@ class Chaos:
     def __post_init__(self) -> None:
         self.place.mkdir(parents=True, exist_ok=True)
         self.random = random.Random(self.seed)
-        self._whole: dict[tuple[str, tuple[str, ...]], State] = {}
+        self._references: dict[tuple[str, tuple[str, ...]], State] = {}
         self.data = self.place / "rows.jsonl"
         if not self.data.is_file():
             from sft_recipes.data.toy import toy_dataset
@@ -133,85 +133,89 @@ class Chaos:
 
     @property
     def runs(self) -> Path:
-        """Where the runs lie."""
+        """The directory of all runs."""
         return self.place / "runs"
 
     def run(self, name: str) -> Path:
-        """A run's folder."""
+        """The directory of one run."""
         return self.runs / name
 
-    def command(self, name: str, engine: str, words: tuple[str, ...]) -> list[str]:
-        """The command that a user would type."""
-        processes, parallelism = ENGINES[engine]
+    def command(self, name: str, setup: str, arguments: tuple[str, ...]) -> list[str]:
+        """The command as a user types it."""
+        processes, parallelism = SETUPS[setup]
         hardware = ["--gpus", "0", "--processes", str(processes), f"parallelism={parallelism}"]
-        options = ["--name", name, *(word for word in words if word.startswith("--"))]
-        values = [f"data.train={self.data}", *SMALL, *(word for word in words if not word.startswith("--"))]
+        options = ["--name", name, *(argument for argument in arguments if argument.startswith("--"))]
+        values = [
+            f"data.train={self.data}",
+            *SMALL,
+            *(argument for argument in arguments if not argument.startswith("--")),
+        ]
         return [sys.executable, "-m", "sft_recipes", "train", "tiny", *hardware, *options, *values]
 
     def environment(self, **variables: str) -> dict[str, str]:
-        """Nothing is tried beforehand and nothing tracked: neither is what is looked at here."""
+        """The environment of a start, without sanity check and trackers."""
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("CHAOS_", "MAKE", "MFLAGS"))}
         ours = {"RUNS_DIR": str(self.runs), "PYTHONPATH": str(REPOSITORY), "REPORT_TO": "none", "SANITY": "skip"}
         return {**kept, "OMP_NUM_THREADS": "1", **ours, **variables}
 
-    def start(self, name: str, engine: str, *words: str, **variables: str) -> subprocess.Popen[str]:
-        """A start, to be harmed while it lives; what it says goes to a file beside the run."""
-        with (self.place / f"{name}.said").open("w") as said:
+    def start(self, name: str, setup: str, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+        """Start a run in the background; its output goes to a file next to the run."""
+        with (self.place / f"{name}.output").open("w") as output:
             return subprocess.Popen(
-                self.command(name, engine, words),
+                self.command(name, setup, arguments),
                 env=self.environment(**variables),
                 stdin=subprocess.DEVNULL,
-                stdout=said,
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 text=True,
             )
 
-    def ended(self, name: str, process: subprocess.Popen[str]) -> Result:
-        """Waits for a start, and until none of its processes is left."""
+    def wait_for_exit(self, name: str, process: subprocess.Popen[str]) -> Result:
+        """Wait until a start and all of its processes have exited."""
         try:
             code = process.wait(HANG_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
-            raise AssertionError(f"{name} hangs: {self.said(name)[-2000:]}") from None
+            raise AssertionError(f"{name} hangs: {self.output(name)[-2000:]}") from None
         until = time.monotonic() + SECONDS_TO_BE_GONE
         while left := self.processes(name):
             assert time.monotonic() < until, f"{name} left processes behind: {left}"
             time.sleep(0.05)
-        return Result(code, self.said(name))
+        return Result(code, self.output(name))
 
-    def said(self, name: str) -> str:
-        """What the newest start of a run has said so far."""
-        return (self.place / f"{name}.said").read_text(errors="replace")
+    def output(self, name: str) -> str:
+        """The output of the latest start of a run so far."""
+        return (self.place / f"{name}.output").read_text(errors="replace")
 
-    def complete(self, name: str, engine: str, *words: str, **variables: str) -> Result:
-        """A start that is left alone, and must come to its end."""
-        result = self.ended(name, self.start(name, engine, *words, **variables))
-        assert result.code == 0, f"{name}: exit code {result.code}: {result.said[-3000:]}"
+    def run_to_end(self, name: str, setup: str, *arguments: str, **variables: str) -> Result:
+        """Start a run without faults; it must finish."""
+        result = self.wait_for_exit(name, self.start(name, setup, *arguments, **variables))
+        assert result.code == 0, f"{name}: exit code {result.code}: {result.output[-3000:]}"
         return result
 
-    def uninterrupted(self, engine: str, *words: str, **variables: str) -> State:
-        """What a run comes to that nobody harms, with every checkpoint that it ever had; made once."""
-        key = (engine, words)
-        if key not in self._whole:
-            name = f"whole-{engine}-{len(self._whole)}"
+    def uninterrupted(self, setup: str, *arguments: str, **variables: str) -> State:
+        """Return the state of an uninterrupted run, with every checkpoint it ever had; trained once."""
+        key = (setup, arguments)
+        if key not in self._references:
+            name = f"reference-{setup}-{len(self._references)}"
             shutil.rmtree(self.run(name), ignore_errors=True)
-            process, seen = self.start(name, engine, *words, **variables), {}
+            process, seen = self.start(name, setup, *arguments, **variables), {}
             while process.poll() is None:
                 seen |= state_of(self.run(name)).checkpoints
                 time.sleep(0.01)
-            result = self.ended(name, process)
-            assert result.code == 0, result.said
-            whole = state_of(self.run(name))
-            whole.checkpoints = seen | whole.checkpoints
-            self._whole[key] = whole
-        return self._whole[key]
+            result = self.wait_for_exit(name, process)
+            assert result.code == 0, result.output
+            reference = state_of(self.run(name))
+            reference.checkpoints = seen | reference.checkpoints
+            self._references[key] = reference
+        return self._references[key]
 
     def processes(self, name: str) -> list[int]:
-        """Every process whose command line names the run's plan: launcher, ranks, data workers."""
+        """Every process with the run's plan in its command line: launcher, ranks, data workers."""
         return [pid for pid, command in commands() if str(self.run(name) / "plan.json").encode() in command]
 
     def ranks(self, name: str) -> dict[int, int]:
-        """Process of each rank that runs."""
+        """Process id of each live rank."""
         found = {}
         for pid, command in commands():
             if b"sft_recipes.training.main" in command and b"training.rank_launcher" not in command:
@@ -219,63 +223,63 @@ class Chaos:
                     continue
                 with contextlib.suppress(OSError):
                     variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-                    rank = next((one[5:] for one in variables if one.startswith(b"RANK=")), b"0")
+                    rank = next((entry[5:] for entry in variables if entry.startswith(b"RANK=")), b"0")
                     found[int(rank)] = pid
         return found
 
     def wait_for_step(self, name: str, process: subprocess.Popen[str], step: int) -> None:
-        """Until a start has logged a step."""
+        """Wait until a start has logged a step."""
         self.wait_for(name, process, lambda: step in state_of(self.run(name)).losses)
 
-    def wait_for_new_step(self, name: str, process: subprocess.Popen[str], behind: int) -> None:
-        """Until a rank of this start is at a step behind that one, or the start has ended."""
+    def wait_for_new_step(self, name: str, process: subprocess.Popen[str], after: int) -> None:
+        """Wait until a rank of this start is past a step, or the start has exited."""
         ranks, until = RunDir(self.run(name)).ranks, time.monotonic() + HANG_SECONDS
 
         def steps() -> list[int]:
             return [one.step for one in heartbeat.pulses(ranks).values() if heartbeat.state(one.process)]
 
-        while process.poll() is None and max(steps(), default=0) <= behind:
-            assert time.monotonic() < until, f"{name} hangs: {self.said(name)[-3000:]}"
+        while process.poll() is None and max(steps(), default=0) <= after:
+            assert time.monotonic() < until, f"{name} hangs: {self.output(name)[-3000:]}"
             time.sleep(0.01)
 
-    def wait_for(self, name: str, process: subprocess.Popen[str], what: Callable[[], object]) -> None:
-        """Until something is so."""
+    def wait_for(self, name: str, process: subprocess.Popen[str], condition: Callable[[], object]) -> None:
+        """Wait until a condition holds."""
         until = time.monotonic() + HANG_SECONDS
-        while not what():
-            assert process.poll() is None, f"{name} ended: {self.said(name)[-3000:]}"
-            assert time.monotonic() < until, f"{name} hangs: {self.said(name)[-3000:]}"
+        while not condition():
+            assert process.poll() is None, f"{name} ended: {self.output(name)[-3000:]}"
+            assert time.monotonic() < until, f"{name} hangs: {self.output(name)[-3000:]}"
             time.sleep(0.01)
 
     def interposer(self) -> Path:
-        """The library that counts and harms file operations (interposer.c), built where there is a compiler."""
+        """The library that counts file operations and makes them fail (interposer.c), compiled on first use."""
         built = self.place / "interposer.so"
         if not built.is_file():
             source = Path(__file__).with_name("interposer.c")
             subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", str(built), str(source), "-ldl"], check=True)
         return built
 
-    def harmed(self, name: str, engine: str, rank: int, **harm: object) -> dict[str, str]:
-        """The variables with which a rank's own file operations are counted, and harmed."""
+    def with_faults(self, name: str, setup: str, rank: int, **faults: object) -> dict[str, str]:
+        """Variables that count a rank's file operations and make some of them fail."""
         log = self.place / f"{name}.operations"
         log.unlink(missing_ok=True)
-        whose = "none" if ENGINES[engine][0] == 1 else str(rank)
-        chosen = {f"CHAOS_{key.upper()}": str(value) for key, value in harm.items()}
+        ranks = "none" if SETUPS[setup][0] == 1 else str(rank)
+        chosen = {f"CHAOS_{key.upper()}": str(value) for key, value in faults.items()}
         return {
             "LD_PRELOAD": str(self.interposer()),
             "CHAOS_FOLDER": str(self.run(name)) + "/",
-            "CHAOS_RANK": whose,
+            "CHAOS_RANK": ranks,
             "CHAOS_LOG": str(log),
             **chosen,
         }
 
     def operations(self, name: str) -> list[tuple[int, str, str, int]]:
-        """What the newest start did to its folder: number, call, path in it, the errno that it got."""
+        """File operations of the latest start: number, call, path in the run directory, errno."""
         log = self.place / f"{name}.operations"
         lines = log.read_text().splitlines() if log.is_file() else []
         return [(int(n), call, path, int(failed)) for n, call, path, failed in (line.split(" ") for line in lines)]
 
 
 def kill(pid: int, number: int = signal.SIGKILL) -> None:
-    """A signal to a process that may have ended."""
+    """Send a signal to a process that may have exited."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)

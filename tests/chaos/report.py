@@ -1,4 +1,4 @@
-"""Writes docs/CHAOS.md from what was found."""
+"""Write docs/CHAOS.md from the results of `make chaos`."""
 
 from __future__ import annotations
 
@@ -9,54 +9,54 @@ from typing import Any
 from chaos.faults import FAULTS
 from chaos.kills import SECONDS
 
-HEAD = """# What was done to runs, and what came of it
+HEAD = """# Fault injection results
 
-Written by `make chaos` (tests/chaos/), on {machine}, seed {seed}; nothing here is edited by hand. Real runs of a small
-model are harmed and started again with the same command (and `--resume`, which says: go on, however many starts came
-no further). Each start must go on from the newest whole checkpoint that is there. *Equal* means, bit by bit: the loss
-and the rows of each step, every file of each checkpoint (but for the times in `trainer_state.json`), the best ones, the
-final and the last model, none of them missing, compared with a run that nobody harmed. Exit codes are those of the
-command, start by start: 1 where a rank was killed, failed or hung (in some rows that is how the run was brought to the
-state that is then harmed), 2 a start that was refused, 4 the third without progress, 75 saved and stopped, -9 the command
-itself was killed; the last start is left alone.
+Written by `make chaos` (tests/chaos/), on {machine}, seed {seed}; not edited by hand. Faults are injected into real runs
+of a small model, which are then restarted with the same command (and `--resume`, which also restarts a run after several
+attempts without progress). Each start must resume from the latest complete checkpoint. *Equal* means bit for bit: loss and
+rows of each step, every file of each checkpoint (except the times in `trainer_state.json`), the best, final and last
+models, none missing, compared with an uninterrupted run. Exit codes are those of the command, one per start: 1 a rank was
+killed, failed or stalled (in some rows to bring the run into the state that the fault needs), 2 a rejected start, 4 the
+third attempt without progress, 75 saved and stopped, -9 the command itself was killed; no fault is injected into the last
+start.
 """
 
 
 def page(
-    found: dict[str, Any], held: dict[str, tuple[str, str]], not_done: dict[str, str], chains: Collection[str]
+    results: dict[str, Any], covered: dict[str, tuple[str, str]], not_covered: dict[str, str], chains: Collection[str]
 ) -> str:
-    """The page; a part that was not run yet, a fault or one of these chains of kills, is said to be missing."""
-    lines = [HEAD.format(**found)]
+    """Return the page; faults and chains of kills that were not run yet are listed as such."""
+    lines = [HEAD.format(**results)]
     lines += [
         "## Faults",
         "",
-        "| | what was done | engine | exit codes of the starts | at the end |",
+        "| | fault | setup | exit codes | result |",
         "|---|---|---|---|---|",
     ]
-    for row in found.get("faults", []):
-        verdict = (
+    for row in results.get("faults", []):
+        result = (
             "equal"
             if not row["differences"]
             else "**differs**: " + "; ".join(row["differences"])[:200].replace("\n", " ")
         )
         lines.append(
-            f"| {row['number']} | {row['what']} | {row['engine']} | {', '.join(map(str, row['codes']))} | {verdict} |"
+            f"| {row['number']} | {row['what']} | {row['setup']} | {', '.join(map(str, row['codes']))} | {result} |"
         )
-    lines += ["", "Held by other tests:", "", "| | fault | where |", "|---|---|---|"]
-    lines += [f"| {number} | {what} | {where} |" for number, (what, where) in held.items() if where]
-    lines += ["", "Not done, or not here:", ""]
-    lines += [f"- {number}: {reason}." for number, reason in not_done.items()]
-    tried = {(row["number"], row["what"], row["engine"]) for row in found.get("faults", [])}
-    missing = [fault for fault in FAULTS if (fault.number, fault.what, fault.engine) not in tried]
-    lines += [f"- {fault.number} ({fault.what}, {fault.engine}): not run yet on this machine." for fault in missing]
-    for name in sorted(set(chains) - found.get("points", {}).keys()):
-        lines.append(f"- The kill at every file operation, {name}: not run to its end yet on this machine.")
-    if "random" not in found:
-        lines.append("- Kills at random instants: not run yet on this machine.")
-    for name, points in found.get("points", {}).items():
+    lines += ["", "Covered by other tests:", "", "| | fault | where |", "|---|---|---|"]
+    lines += [f"| {number} | {what} | {where} |" for number, (what, where) in covered.items()]
+    lines += ["", "Not covered:", ""]
+    lines += [f"- {number}: {reason}." for number, reason in not_covered.items()]
+    run = {(row["number"], row["what"], row["setup"]) for row in results.get("faults", [])}
+    missing = [fault for fault in FAULTS if (fault.number, fault.what, fault.setup) not in run]
+    lines += [f"- {fault.number} ({fault.what}, {fault.setup}): not run yet on this machine." for fault in missing]
+    for name in sorted(set(chains) - results.get("points", {}).keys()):
+        lines.append(f"- Kills at every file operation, {name}: not finished yet on this machine.")
+    if "random" not in results:
+        lines.append("- Kills at random times: not run yet on this machine.")
+    for name, points in results.get("points", {}).items():
         lines += ["", *_points(name, points)]
-    if "random" in found:
-        lines += ["", *_random(found["random"])]
+    if "random" in results:
+        lines += ["", *_random(results["random"])]
     return "\n".join(lines) + "\n"
 
 
@@ -65,15 +65,15 @@ def _points(name: str, points: list[dict[str, Any]]) -> list[str]:
     lines = [
         f"## Killed before every file operation: {name}",
         "",
-        f"{len(points)} kills, {differ} with another outcome than the uninterrupted run. `N` is the step that was being "
-        "saved; the next start, itself killed one operation later, went on from the step named last.",
+        f"{len(points)} kills, {differ} with another result than the uninterrupted run. `N` is the step being saved; the "
+        "next start, itself killed one operation later, resumed from the step in the last but one column.",
         "",
-        "| | operation | file | went on from | so far |",
+        "| | operation | file | resumed from | result |",
         "|---|---|---|---|---|",
     ]
     for point in points:
         back = point["resumed_from"] - point["saving"]
-        origin = "the beginning" if not point["resumed_from"] else "N" if not back else f"N{back:+}"
+        origin = "step 0" if not point["resumed_from"] else "N" if not back else f"N{back:+}"
         lines.append(
             f"| {point['number']} | {point['call']} | `{point['path'] or '.'}` | {origin} | "
             f"{'equal' if not point['differences'] else '**differs**: ' + '; '.join(point['differences'])[:120]} |"
@@ -81,30 +81,30 @@ def _points(name: str, points: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _within(what: str) -> str:
-    first, last = SECONDS[what]
+def _within(event: str) -> str:
+    first, last = SECONDS[event]
     return f"{first:g} to {last:g} s"
 
 
-def _random(found: dict[str, Any]) -> list[str]:
-    kills = found["kills"]
+def _random(results: dict[str, Any]) -> list[str]:
+    kills = results["kills"]
     lost = sorted(max(kill["step"] - kill["resumed_from"], 0) for kill in kills)
     lines = [
-        "## Killed at random instants",
+        "## Killed at random times",
         "",
         f"{len(kills)} kills, half of them {_within('start')} after a start, half {_within('first step')} after its first "
-        f"new step; each was gone on from. Steps lost per kill: median "
-        f"{statistics.median(lost):.0f}, most {lost[-1]}; a checkpoint was saved every 20 steps. Final weights: "
-        f"{'bitwise equal to the uninterrupted run under each engine' if not found['differences'] else 'DIFFER: ' + '; '.join(found['differences'])}.",
+        f"new step; all resumed. Steps lost per kill: median "
+        f"{statistics.median(lost):.0f}, max {lost[-1]}, with a checkpoint every 20 steps. Final weights: "
+        f"{'bitwise equal to the uninterrupted run in each setup' if not results['differences'] else 'DIFFER: ' + '; '.join(results['differences'])}.",
         "",
-        "| engine | killed | kills | steps lost, median | most |",
+        "| setup | killed | kills | steps lost, median | max |",
         "|---|---|---|---|---|",
     ]
     groups: dict[tuple[str, str], list[int]] = {}
     for kill in kills:
-        groups.setdefault((kill["engine"], kill["target"]), []).append(max(kill["step"] - kill["resumed_from"], 0))
+        groups.setdefault((kill["setup"], kill["target"]), []).append(max(kill["step"] - kill["resumed_from"], 0))
     lines += [
-        f"| {engine} | {target} | {len(steps)} | {statistics.median(steps):.0f} | {max(steps)} |"
-        for (engine, target), steps in groups.items()
+        f"| {setup} | {target} | {len(steps)} | {statistics.median(steps):.0f} | {max(steps)} |"
+        for (setup, target), steps in groups.items()
     ]
     return lines

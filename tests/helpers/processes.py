@@ -1,4 +1,4 @@
-"""What the tests see of a real run from outside: its processes, their command lines, what they listen on."""
+"""A real run seen from outside: its processes, their command lines, the addresses they listen on."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from helpers.workplace import HANG_SECONDS
 _LISTENS = "0A"  # TCP_LISTEN in /proc/net/tcp (Linux, include/net/tcp_states.h)
 
 
-def family(process: int) -> list[int]:
-    """A process and all that come from it."""
+def process_tree(process: int) -> list[int]:
+    """Return a process and all of its descendants."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
+        with contextlib.suppress(OSError):  # it has exited
             parent = int(path.read_text().rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(path.parent.name))
-    found = [process]
-    for one in found:
-        found += children.get(one, [])
-    return found
+    tree = [process]
+    for parent in tree:
+        tree += children.get(parent, [])
+    return tree
 
 
 def commands() -> Iterator[tuple[int, bytes]]:
-    """Every process that this user can see, with its words, each ended by a NUL; those that have none left out."""
+    """Yield every visible process with its command line, arguments ended by NUL; without kernel threads."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
+        with contextlib.suppress(OSError):  # it has exited
             if command := path.read_bytes():
                 yield int(path.parent.name), command
 
 
 def launcher_of(plan: Path) -> int:
-    """The process that started the ranks of a run."""
+    """Return the process that started the ranks of a run."""
     return next(
         pid
-        for pid, words in commands()
-        if b"sft_recipes.training.rank_launcher" in words and str(plan).encode() in words
+        for pid, command in commands()
+        if b"sft_recipes.training.rank_launcher" in command and str(plan).encode() in command
     )
 
 
 def command_of(process: int) -> str:
-    """Its words, one behind the other; nothing where it has ended."""
+    """Return the command line of a process; empty if it has exited."""
     try:
         return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
     except OSError:
@@ -55,7 +55,7 @@ def command_of(process: int) -> str:
 
 
 def listening(processes: list[int]) -> set[tuple[str, str]]:
-    """Addresses on which they take TCP connections, each with the command that does."""
+    """Return the addresses on which processes accept TCP connections, each with the command."""
     holder = {}
     for process in processes:
         with contextlib.suppress(OSError):
@@ -73,31 +73,31 @@ def listening(processes: list[int]) -> set[tuple[str, str]]:
 
 
 def _address(text: str) -> str:
-    words = [int(text[place : place + 8], 16) for place in range(0, len(text), 8)]
-    return str(ipaddress.ip_address(b"".join(struct.pack("=I", word) for word in words)))
+    parts = [int(text[place : place + 8], 16) for place in range(0, len(text), 8)]
+    return str(ipaddress.ip_address(b"".join(struct.pack("=I", part) for part in parts)))
 
 
 @dataclass
-class Seen:
-    """What was seen of a command while it ran."""
+class ObservedCommand:
+    """A command under observation: the commands it started and the addresses they listened on."""
 
     process: subprocess.Popen[str]
     commands: set[str] = field(default_factory=set)
     listened: set[tuple[str, str]] = field(default_factory=set)
 
-    def watch(self, until: Callable[[], bool]) -> None:
-        """Looks on until something is so, or the command has ended."""
+    def watch(self, condition: Callable[[], bool]) -> None:
+        """Observe until a condition holds or the command has exited."""
         give_up = time.monotonic() + HANG_SECONDS
-        while self.process.poll() is None and not until():
-            assert time.monotonic() < give_up, "it hangs"
-            processes = family(self.process.pid)
-            self.commands |= {command_of(one) for one in processes}
+        while self.process.poll() is None and not condition():
+            assert time.monotonic() < give_up, "timeout"
+            processes = process_tree(self.process.pid)
+            self.commands |= {command_of(process) for process in processes}
             self.listened |= listening(processes)
             time.sleep(0.3)
 
     @property
-    def reached_from_outside(self) -> set[tuple[str, str]]:
-        """Of what was listened on, all but loopback."""
+    def reachable_from_outside(self) -> set[tuple[str, str]]:
+        """The addresses other than loopback."""
         return {
             (address, command) for address, command in self.listened if not ipaddress.ip_address(address).is_loopback
         }

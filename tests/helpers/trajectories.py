@@ -1,6 +1,6 @@
 """Twenty optimizer steps over two epochs of a prime number of rows of ragged lengths, and how two such runs differ.
 
-Each run is trained once, however many tests look at it.
+Each run is trained once and shared by the tests.
 """
 
 import hashlib
@@ -40,21 +40,23 @@ def data(shared_workplace):
 
 @pytest.fixture(scope="session")
 def follow(shared_workplace, data):
-    """Trains under an engine and returns the run."""
+    """Train with a strategy and return the run."""
 
-    def train(engine, processes, packing=False, precision="fp32", *more):
-        more_words = hashlib.sha256(" ".join(more).encode()).hexdigest()[:8] if more else "plain"
-        name = "-".join([engine, str(processes), "packed" if packing else "padded", precision, more_words])
-        return shared_workplace.trained_once(name, *arguments(data, engine, processes, packing, precision), *more)
+    def train(parallelism, processes, packing=False, precision="fp32", *overrides):
+        key = hashlib.sha256(" ".join(overrides).encode()).hexdigest()[:8] if overrides else "plain"
+        name = "-".join([parallelism, str(processes), "packed" if packing else "padded", precision, key])
+        return shared_workplace.trained_once(
+            name, *arguments(data, parallelism, processes, packing, precision), *overrides
+        )
 
     return train
 
 
-def arguments(data, engine, processes, packing, precision):
-    """What a user would type behind `train tiny --name …`."""
+def arguments(data, parallelism, processes, packing, precision):
+    """The arguments after `train tiny --name …`."""
     source = "many" if packing else "few"
     return [
-        "--gpus", "0", "--processes", str(processes), f"parallelism={engine}",
+        "--gpus", "0", "--processes", str(processes), f"parallelism={parallelism}",
         f"precision={precision}", f"trainer.packing={str(packing).lower()}", f"data.train={data / source}.jsonl",
         f"data.validation={data / 'validation'}.jsonl", *RECIPE,
     ]  # fmt: skip
@@ -72,7 +74,7 @@ def differences(one, several):
             if key in mine:
                 found[key] = max(found[key], abs(theirs[key] - mine[key]) / abs(mine[key]))
     ours, theirs = (trained_weights(run / "last") for run in (one, several))
-    for weights in (ours, theirs):  # a tied architecture's output layer, which DeepSpeed and FSDP2 write as well
+    for weights in (ours, theirs):  # DeepSpeed and FSDP2 also write the output layer of a tied architecture
         tied = weights.pop("lm_head.weight", None)
         assert tied is None or torch.equal(tied, weights["model.embed_tokens.weight"])
     assert ours.keys() == theirs.keys()
@@ -85,8 +87,8 @@ def trained_weights(folder):
     return load_file(adapters if adapters.is_file() else folder / "model.safetensors")
 
 
-def record(**figures):
-    """Keeps what was measured for the documentation, where ENGINES_REPORT names a file."""
-    if os.environ.get("ENGINES_REPORT"):
-        with Path(os.environ["ENGINES_REPORT"]).open("a") as lines:
-            lines.write(json.dumps(figures) + "\n")
+def record(**measured):
+    """Append a measurement for docs and benchmarks/strategies.py to the file STRATEGIES_REPORT, if it is set."""
+    if os.environ.get("STRATEGIES_REPORT"):
+        with Path(os.environ["STRATEGIES_REPORT"]).open("a") as lines:
+            lines.write(json.dumps(measured) + "\n")

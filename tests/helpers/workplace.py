@@ -1,4 +1,4 @@
-"""The command line as a user has it, in an empty folder, and what is read back of a run."""
+"""The command line as a user has it, in an empty directory, and readers of a run."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 HELPERS = REPOSITORY / "tests" / "helpers"
 
-# A hang is a failure, but a slow machine is not: many times what the slowest call takes.
+# A hang is a failure, a slow machine is not: many times the duration of the slowest call.
 HANG_SECONDS = 900
 
-# What `make test` itself was given reaches the tests' environment, and is not meant for the commands that they try.
+# Variables given to `make test` reach the environment of the tests; they are not meant for the commands under test.
 VARIABLES = set(re.findall(r"^VARIABLES := (.*)$", (REPOSITORY / "Makefile").read_text(), re.M)[0].split())
 GIVEN_BY_MAKE = {"MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS", *VARIABLES}
 
-PLANTED_KEY = "f" * 40  # must be found again nowhere
+PLANTED_KEY = "f" * 40  # a secret: must not appear in any output
 
-# The tiny recipe in small: enough steps for two evaluations and two checkpoints.
+# A smaller tiny recipe: steps for two evaluations and two checkpoints.
 SHORT = (
     "data.max_eval_samples=60",
     "batch.effective_batch_size=8",
@@ -60,7 +60,7 @@ needs_compiler = pytest.mark.needs_compiler
 
 @dataclass(frozen=True)
 class Workplace:
-    """An empty folder with runs of its own, and the command line in it."""
+    """An empty directory with its own runs, and the command line in it."""
 
     path: Path
 
@@ -80,7 +80,7 @@ class Workplace:
         }
 
     def sft(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Runs `python -m sft_recipes` and waits for it."""
+        """Run `python -m sft_recipes` and wait for it."""
         return subprocess.run(
             [sys.executable, "-m", "sft_recipes", *arguments],
             cwd=self.path,
@@ -92,9 +92,9 @@ class Workplace:
         )
 
     def trained(self, *arguments: str, **variables: str) -> Path:
-        """Runs `train` to a good end and returns the run's folder.
+        """Run `train`, require exit code 0, and return the run directory.
 
-        Where other tests share the workplace, give `--name`: without it, the newest run is returned.
+        Give `--name` if other tests share the workplace: without it, the latest run is returned.
         """
         done = self.sft("train", *arguments, **variables)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -103,10 +103,10 @@ class Workplace:
         return max(self.runs.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime).parent
 
     def trained_once(self, name: str, *arguments: str, **variables: str) -> Path:
-        """The run of this name: whoever comes first trains it, the others wait, and find it finished."""
+        """Return the run of this name: the first caller trains it, the others wait for it."""
         run = self.runs / name
         with FileLock(self.path / f"{name}.lock"):
-            # Not by another start of it: a test in another process may be at `verify-resume`, which holds the run.
+            # Read the manifest instead of starting it again: another test process may hold the run (verify-resume).
             if not (run / "manifest.json").is_file() or manifest(run)["state"] != "finished":
                 done = self.sft("train", "tiny", "--name", name, *arguments, **variables)
                 assert done.returncode == 0, done.stdout + done.stderr
@@ -114,20 +114,20 @@ class Workplace:
 
 
 def simulated_device(log: Path, size: float = math.inf) -> dict[str, str]:
-    """Variables under which each rank of the sanity check writes to `log` what its tensors hold, and has a device of
-    `size` times what the trial's trainer holds at its peak (simulated_device/sitecustomize.py)."""
+    """Return variables under which each rank of the sanity check logs the bytes its tensors hold, on a device of `size`
+    times the peak of the trial's trainer (simulated_device/sitecustomize.py)."""
     path = os.pathsep.join([str(REPOSITORY), str(HELPERS / "simulated_device")])
     return {"PYTHONPATH": path, "SIMULATED_DEVICE": str(log), "SIMULATED_DEVICE_SIZE": str(size)}
 
 
 def assert_one_trainer_at_a_time(log: Path, ranks: int) -> None:
-    """Each rank builds its second trainer in another process than its first, which holds at most 2% of the first one's
-    peak by then, and no more than 1.05 times that peak until it exits."""
+    """Each rank builds its second trainer in another process than its first; that process holds at most 2% of the first
+    peak before, and at most 1.05 times that peak until it exits."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     for rank in range(ranks):
-        of_rank = [line for line in lines if line["rank"] == rank]
-        assert [line["event"] for line in of_rank] == ["build", "exit", "build", "exit"]
-        _, trial, second, reload = of_rank
+        rank_lines = [line for line in lines if line["rank"] == rank]
+        assert [line["event"] for line in rank_lines] == ["build", "exit", "build", "exit"]
+        _, trial, second, reload = rank_lines
         assert trial["process"] != second["process"] == reload["process"]
         assert second["held"] <= 0.02 * trial["peak"]
         assert 0.1 * trial["peak"] < reload["peak"] <= 1.05 * trial["peak"]

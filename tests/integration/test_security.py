@@ -20,7 +20,7 @@ import torch
 from helpers.checkpoints import chosen
 from helpers.cli_errors import MODEL, check_refused
 from helpers.pickle_bomb import plant
-from helpers.processes import Seen, command_of, family
+from helpers.processes import ObservedCommand, command_of, process_tree
 from helpers.workplace import HANG_SECONDS, PLANTED_KEY, REPOSITORY, SHORT, Workplace, manifest
 
 from sft_recipes.config import loader
@@ -82,7 +82,7 @@ def started(place, environment, *arguments, umask=-1):
             [sys.executable, "-m", "sft_recipes", *arguments],
             cwd=place, env=environment, stdout=said, stderr=subprocess.STDOUT, text=True, umask=umask,
         )  # fmt: skip
-    return Seen(process)
+    return ObservedCommand(process)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def faulty(tmp_path_factory, few_rows):
     seen = started(place, environment, "train", "tiny", *words, f"data.train={ODD}.jsonl", "data.validation=", umask=0)
     try:
         seen.watch(lambda: (place / "runs" / "faulty" / "checkpoint-4").is_dir())
-        ranks = [one for one in family(seen.process.pid) if "-m sft_recipes.training.main" in command_of(one)]
+        ranks = [one for one in process_tree(seen.process.pid) if "-m sft_recipes.training.main" in command_of(one)]
         assert len(ranks) >= 2, (place / "said").read_text()
         os.kill(ranks[-1], signal.SIGABRT)
         seen.watch(lambda: False)
@@ -456,13 +456,13 @@ def test_what_holds_data_and_weights_is_its_owners_alone_whatever_the_umask(faul
 
 
 def test_one_process_is_reached_from_nowhere_else(bombed):
-    assert bombed[1].reached_from_outside == set()
+    assert bombed[1].reachable_from_outside == set()
 
 
 def test_of_several_ranks_torchs_rendezvous_alone_is_reached_from_elsewhere(faulty):
     """Where this fails because there is none, SECURITY.md and README.md have an exception too many."""
     _, seen = faulty
-    ((address, command),) = seen.reached_from_outside
+    ((address, command),) = seen.reachable_from_outside
     assert address == "::" and "-m sft_recipes.training.rank_launcher --config_file" in command
     ranks = {address for address, command in seen.listened if "training.start" not in command}
     assert ranks == {"127.0.0.1"}, "what tensors pass through"
@@ -495,7 +495,7 @@ def test_tensorboard_is_served_to_this_machine_alone(workplace):
         seen.process.kill()
         seen.process.wait()
     assert web_server() == {"127.0.0.1"}, (workplace.path / "said").read_text()
-    assert seen.reached_from_outside == set()
+    assert seen.reachable_from_outside == set()
 
 
 @pytest.mark.parametrize("of", ["faulty", "bombed"])

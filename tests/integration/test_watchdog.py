@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from sft_recipes.config import loader
 from sft_recipes.launch import attempts, command, process_group, run_lock, watchdog
 from sft_recipes.launch.run_selection import Start
-from sft_recipes.launch.watchdog import Limits, Seen
+from sft_recipes.launch.watchdog import Limits, RankStatus
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner import save_time
 from sft_recipes.runtime import heartbeat, run_dir, timeouts
@@ -214,7 +214,7 @@ LIMITS = Limits(hang=10.0, save=100.0)
 def seen(rank=0, step=5, doing="step", moves=3, still=0.0, longest=0.0, state="S", alive=0.0, failed_at=None):
     at = Heartbeat(rank, 1000 + rank, step, doing, moves, 0.0, longest)
     failure = None if failed_at is None else Failure(rank, 1000 + rank, step, "ValueError", "odd", failed_at, False)
-    return Seen(at, state, still, alive, failure)
+    return RankStatus(at, state, still, alive, failure)
 
 
 @pytest.mark.parametrize(

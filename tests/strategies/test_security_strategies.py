@@ -8,7 +8,7 @@ import sys
 import pytest
 from helpers.checkpoints import chosen
 from helpers.pickle_bomb import plant
-from helpers.processes import Seen
+from helpers.processes import ObservedCommand
 from helpers.workplace import SHORT, manifest, needs_compiler
 
 from sft_recipes.runtime.run_dir import RunDir
@@ -37,7 +37,7 @@ def started(workplace, *arguments):
             [sys.executable, "-m", "sft_recipes", "train", "tiny", *arguments], cwd=workplace.path,
             env=workplace.environment(), stdout=said, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
-    seen = Seen(process)
+    seen = ObservedCommand(process)
     try:
         seen.watch(lambda: False)
     finally:
@@ -76,7 +76,7 @@ def test_no_bomb_in_an_engines_files_goes_off(workplace, few_rows, engine):
     seen, said = started(workplace, *words)
     assert seen.process.returncode == 0, said
     assert f"passing over checkpoint-8: {FILES[engine][0]} " in said and "going on from checkpoint-4" in said
-    assert {address for address, command in seen.reached_from_outside if "training.start" not in command} == set()
+    assert {address for address, command in seen.reachable_from_outside if "training.start" not in command} == set()
 
     if engine == "fsdp2":
         bombed("optimizer.bin")
