@@ -126,7 +126,7 @@ def as_many_tokens(name: str, length: int) -> tuple[str, ...]:
 
 
 def ablations(on_gpu: bool) -> dict[str, Case]:
-    """The default, and each knob turned by itself; in docs/LOG.md stands what came of it."""
+    """The default, and each knob turned by itself; in docs/design/decisions.md stands what came of it."""
     name, options, words = ("1b", ("--gpus", "1"), from_scratch("1b")) if on_gpu else ("tiny", (), ())
     recipe = loader.load(name)
     most, recomputes = recipe.batch.max_per_device_batch_size, recipe.trainer["gradient_checkpointing"]
@@ -164,7 +164,7 @@ def from_scratch(name: str) -> tuple[str, ...]:
 
 def write_rows() -> None:
     """Chats as long as those that the recipes are made for, once a machine: their mean is UltraChat's
-    (docs/MODELS.md), their spread a guess: log-normal, so that one in twenty is four times as long as the middle one.
+    (docs/models.md), their spread a guess: log-normal, so that one in twenty is four times as long as the middle one.
     """
     if (ROWS / "validation.jsonl").is_file():
         return

@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/engines.py
 
 Runs the trajectories of `make test-strategies`; writes `results/engines-N-cores.json` with machine and versions,
-and prints its table for docs/ENGINES.md.
+and prints its table for docs/strategies.md.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> int:
 
 
 def table(rows: list[dict]) -> str:
-    """The table of docs/ENGINES.md."""
+    """The table of docs/strategies.md."""
     lines = [
         "| engine | processes | rows | precision | loss | validation loss | a weight |",
         "|---|---|---|---|---|---|---|",

@@ -167,7 +167,7 @@ def _add_recipe(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--gpus", metavar="N", help="GPUs over all nodes; 0 is the CPU")
     verb.add_argument("--processes", metavar="N", help="ranks on the CPU, with --gpus 0")
     verb.add_argument("--nodes", metavar="N")
-    verb.add_argument("--gpu-type", help="GPU type (h100-80g, …: docs/MODELS.md) or GiB of memory")
+    verb.add_argument("--gpu-type", help="GPU type (h100-80g, …: docs/models.md) or GiB of memory")
 
 
 def _recipe(parsed: argparse.Namespace) -> Recipe:

@@ -97,7 +97,7 @@ def find_gpu_type(name: str | None) -> GpuType | None:
     if name not in _BY_NAME:
         raise ConfigError(
             f"GPU_TYPE: unknown GPU type: found {name!r}, expected a name such as h100-80g, a100-80g, l40s-48g (all: "
-            f"docs/MODELS.md), or GiB of memory, such as 80{did_you_mean(name, _BY_NAME)}"
+            f"docs/models.md), or GiB of memory, such as 80{did_you_mean(name, _BY_NAME)}"
         )
     return _BY_NAME[name]
 

@@ -58,7 +58,7 @@ def text(run: Run, findings: list[Finding]) -> list[str]:
             "",
             f"such lines go into recipes/{run.plan.get('recipe')}.yaml, or key=value into ARGS=; more of each ",
         ]
-        lines[-1] += "sign: docs/TROUBLESHOOTING.md"
+        lines[-1] += "sign: docs/troubleshooting.md"
     lines.append(f"looked at: {judged or 'nothing'}")
     lacking = ", ".join(f"{rule.name} ({' or '.join(rule.needs)})" for rule in not_judged(run))
     if lacking:

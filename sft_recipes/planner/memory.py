@@ -362,7 +362,7 @@ def _buffers(load: Load) -> int:
         return 2 * width * largest + width * min(parameters, PREFETCH_BUCKET) + 4 * REDUCE_BUCKET
     if load.strategy.fsdp:
         # What is gathered and reduced differs from phase to phase. On a CPU gloo keeps copies of what it has not sent:
-        # about four layers in real runs (docs/LOG.md: peaks of one small run were 208 to 273 MiB).
+        # about four layers in real runs (docs/design/decisions.md: peaks of one small run were 208 to 273 MiB).
         return 4 * width * block_weights(architecture) if load.on_cpu else 0
     quantized = load.lora is not None and load.lora.quantize is not None
     dequantized: int = width * architecture["hidden_size"] * architecture["intermediate_size"] if quantized else 0

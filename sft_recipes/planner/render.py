@@ -183,7 +183,7 @@ def _forecast(plan: Plan) -> list[tuple[str, str]]:
 def _why_no_forecast(plan: Plan) -> str:
     if plan.precision != "bf16":
         return f"no forecast: the table of GPU types has bf16 FLOP/s, and this plan computes in {plan.precision}"
-    return f"no forecast: peak FLOP/s not known ({_gpu(plan)}; set GPU_TYPE to one of docs/MODELS.md)"
+    return f"no forecast: peak FLOP/s not known ({_gpu(plan)}; set GPU_TYPE to one of docs/models.md)"
 
 
 def _assumed_share(plan: Plan) -> str:

@@ -73,7 +73,7 @@ def driver(
     if not gpus:
         return
     for product in unlisted(gpus):
-        fix = "set GPU_TYPE to one of docs/MODELS.md to forecast hours"
+        fix = "set GPU_TYPE to one of docs/models.md to forecast hours"
         yield Finding("GPU type", "yellow", f"{product} is not in the table: planned by its memory, without hours", fix)
     yield Finding("driver", "green", version or "version unknown: nvidia-smi does not report it")
     if "error" in seen:

@@ -1,6 +1,6 @@
 """The families' chat templates, one by one: which tokens are supervised, and whether the text is that of inference.
 
-`PYTHONPATH=.:tests .venv/bin/python tests/unit/test_chat_template_families.py` writes the table of docs/TEMPLATES.md anew.
+`PYTHONPATH=.:tests .venv/bin/python tests/unit/test_chat_template_families.py` writes the table of docs/chat-templates.md anew.
 """
 
 # ruff: noqa: RUF001  DeepSeek writes its marks with a wide bar
@@ -20,7 +20,7 @@ from sft_recipes.data.formats import Conversation
 from sft_recipes.data.tokenize import IGNORED, Chat
 from sft_recipes.runtime.errors import UserError
 
-PAGE = REPOSITORY / "docs" / "TEMPLATES.md"
+PAGE = REPOSITORY / "docs" / "chat-templates.md"
 BEGIN, END = "<!-- the table: tests/unit/test_chat_template_families.py -->", "<!-- end of the table -->"
 TODAY = datetime.date.today()  # local time, as transformers asks for
 SAID = {

@@ -1,6 +1,6 @@
 """Planted diseases are told by name, and healthy runs are left in peace (monitor.rules, monitor.diagnose).
 
-`PYTHONPATH=.:tests .venv/bin/python tests/unit/test_diagnose.py` writes docs/TROUBLESHOOTING.md anew.
+`PYTHONPATH=.:tests .venv/bin/python tests/unit/test_diagnose.py` writes docs/troubleshooting.md anew.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from sft_recipes.monitor.rules import RULES
 from sft_recipes.runtime.errors import UserError
 from sft_recipes.runtime.run_dir import RunDir
 
-PAGE = REPOSITORY / "docs" / "TROUBLESHOOTING.md"
+PAGE = REPOSITORY / "docs" / "troubleshooting.md"
 
 
 def said(findings):

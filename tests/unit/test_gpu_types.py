@@ -62,7 +62,7 @@ def test_peak_flops_are_those_of_trls_table(gpu):
 
 @pytest.mark.parametrize("gpu", gpu_types.GPU_TYPES, ids=lambda gpu: gpu.name)
 def test_the_page_lists_the_table(gpu):
-    page = (REPOSITORY / "docs" / "MODELS.md").read_text()
+    page = (REPOSITORY / "docs" / "models.md").read_text()
     assert f"| `{gpu.name}` | {gpu.memory_mib / 1024:.1f} | {gpu.tflops:g} | {gpu.source} |" in page
 
 

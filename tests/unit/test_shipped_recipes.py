@@ -124,7 +124,7 @@ def test_the_readmes_tables_are_what_the_commands_print(words):
 
 
 def test_the_models_of_the_documentation_are_the_recipes():
-    text = (REPOSITORY / "docs" / "MODELS.md").read_text()
+    text = (REPOSITORY / "docs" / "models.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     for name in LARGE:
         model = loader.load(name).model
@@ -141,12 +141,12 @@ def test_the_engines_table_is_what_was_measured():
 
     results = json.loads((REPOSITORY / "benchmarks" / "results" / "engines-2-cores.json").read_text())
     assert len(results["rows"]) == 20
-    assert table(results["rows"]) in (REPOSITORY / "docs" / "ENGINES.md").read_text()
+    assert table(results["rows"]) in (REPOSITORY / "docs" / "strategies.md").read_text()
 
 
 def test_the_loading_table_is_what_was_measured():
     results = json.loads((REPOSITORY / "benchmarks" / "results" / "loading-2-cores.json").read_text())
-    text = (REPOSITORY / "docs" / "ENGINES.md").read_text()
+    text = (REPOSITORY / "docs" / "strategies.md").read_text()
     for row in results["rows"]:
         peaks = ", ".join(f"{rank['peak_anonymous_bytes'] / results['model_bytes']:.2f}" for rank in row["ranks"])
         assert f"| `{row['engine']}` | {len(row['ranks'])} | {peaks} |" in text
