@@ -134,7 +134,7 @@ def environment(plan: Plan, inherited: Mapping[str, str]) -> dict[str, str]:
     # Compiled code is kept as pickles, by default in /tmp/torchinductor_USER, which anybody can make before USER does.
     chosen.setdefault("TORCHINDUCTOR_CACHE_DIR", str(runs_root().absolute() / ".prepared" / "compiled"))
     chosen.setdefault("TOKENIZERS_PARALLELISM", "true" if plan.world_size == 1 else "false")
-    # Signals that ask for a stop are passed on by training/start.py, which ends nobody. torch's agent would end its
+    # Signals that ask for a stop are passed on by training/rank_launcher.py, which ends nobody. torch's agent would end its
     # ranks, and kill them 30 seconds later: left to it are those of a closed terminal, and the time that a save needs.
     chosen.setdefault("PET_SHUTDOWN_TIMEOUT", str(grace_seconds(plan)))
     chosen["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"

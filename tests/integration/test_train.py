@@ -249,7 +249,7 @@ def test_deepspeeds_muon_is_compiled_when_it_is_called_and_not_before():
 
 
 def test_accelerate_still_asks_localhost_before_it_starts_ranks():
-    """Why training/start.py is there; fails when accelerate asks no more."""
+    """Why training/rank_launcher.py is there; fails when accelerate asks no more."""
     from accelerate.utils.launch import is_port_in_use
 
     assert '"localhost"' in inspect.getsource(is_port_in_use)

@@ -311,7 +311,7 @@ def test_a_data_workers_own_error_is_what_is_said(tmp_path, monkeypatch):
 
 _WORKERS = """
 import multiprocessing, os, signal, subprocess, time, torch
-from sft_recipes.training import signals
+from sft_recipes.training import stop_signal
 
 class Rows(torch.utils.data.Dataset):
     def __len__(self):
@@ -320,7 +320,7 @@ class Rows(torch.utils.data.Dataset):
     def __getitem__(self, index):
         return os.getpid()
 
-signals.listen()
+stop_signal.listen()
 rows = iter(torch.utils.data.DataLoader(Rows(), num_workers=1))
 worker = int(next(rows))
 for _ in range(20):
@@ -402,7 +402,7 @@ def test_a_stop_that_was_asked_for_between_two_commands_is_heard(tmp_path):
 
 
 def test_torchs_agent_would_wait_half_a_minute_for_ranks_whose_peer_is_gone():
-    """Why training/start.py changes a default of it; fails when that is another one."""
+    """Why training/rank_launcher.py changes a default of it; fails when that is another one."""
     from torch.distributed.elastic.multiprocessing.api import PContext
 
     names = PContext.close.__code__.co_varnames[: PContext.close.__code__.co_argcount]
@@ -413,7 +413,7 @@ def test_a_build_that_was_killed_blocks_nobody(tmp_path):
     """DeepSpeed compiles at a first start; torch's own lock is a file that a killed builder leaves behind."""
     killed = subprocess.run(
         [sys.executable, "-c", "import os, signal, sys\n"
-         "from sft_recipes.training.compiling import HeldByTheKernel\n"
+         "from sft_recipes.training.deepspeed_ops import HeldByTheKernel\n"
          "assert HeldByTheKernel(sys.argv[1]).try_acquire()\n"
          "os.kill(os.getpid(), signal.SIGKILL)", str(tmp_path / "lock")],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, check=False,
@@ -426,7 +426,7 @@ def test_a_build_that_was_killed_blocks_nobody(tmp_path):
 
 
 def test_torchs_own_lock_would_still_be_left_behind():
-    """Why training/compiling.py is there; fails when torch's is the kernel's too."""
+    """Why training/deepspeed_ops.py is there; fails when torch's is the kernel's too."""
     from torch.utils import cpp_extension
 
     assert "FileBaton(" in inspect.getsource(cpp_extension._jit_compile)
