@@ -76,7 +76,8 @@ SECTIONS = (
     (
         "ablations",
         "One knob at a time",
-        "As above, each beside the default of the same round; what was kept and why: [decisions](../docs/design/decisions.md).",
+        "As above, each beside the default of the same round; what was kept and why: "
+        "[decisions](../docs/design/decisions.md).",
         bench.table,
     ),
     (
