@@ -460,7 +460,6 @@ def _schedules(parsed: argparse.Namespace) -> None:
     from sft_recipes.data import prepare
     from sft_recipes.launch.topology import planned
     from sft_recipes.monitor import lr_plot as drawing
-    from sft_recipes.training import lr_preview
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # preparing rows needs no GPU, nor DeepSpeed's warning of none
     if parsed.plot:
@@ -473,7 +472,7 @@ def _schedules(parsed: argparse.Namespace) -> None:
         if prepare.is_at_hand(plan):
             plan = plans.settle(plan, prepare.prepare(plan, rows_alone=True))
     total, warmup = lr_schedule.steps_of(plan)
-    curves = lr_preview.curves(plan, [name for name in parsed.others.split(",") if name])
+    curves = lr_schedule.curves(plan, [name for name in parsed.others.split(",") if name])
     about = "" if plan.settled else "about "
     how = "" if plan.settled else ", an estimate until the data is prepared (RUN=… has a run's own)"
     print(f"{plan.recipe}: {about}{total:,} optimizer steps{how}, {warmup:,} of them warm-up, {plan.lr_scheduler_type}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes.config.schema import Monitor
-from sft_recipes.planner.lr_schedule import learning_rate
+from sft_recipes.planner.lr_schedule import Schedule
 from sft_recipes.runtime.errors import UserError
 from sft_recipes.runtime.run_dir import RunDir, read_json
 
@@ -106,7 +106,7 @@ class Run:
     def scheduled(self, step: int) -> float | None:
         """The learning rate that the plan has for what is logged at `step`: the schedule's after `step` - 1 of them.
 
-        None where the schedule is not known in closed form, or the run went on under another plan than it began with.
+        None if the schedule follows the loss, or the run was resumed under another plan.
         """
         peak, steps, warmup = (self.planned(key) for key in ("learning_rate", "optimizer_steps", "warmup_steps"))
         options = self.section("trainer").get("lr_scheduler_kwargs") or {}
@@ -114,10 +114,11 @@ class Run:
         if peak is None or steps is None or warmup is None or changed & _SETS_THE_SCHEDULE:
             return None
         try:
-            options = json.loads(options) if isinstance(options, str) else options
-        except ValueError:
+            options = _object(json.loads(options) if isinstance(options, str) else options)
+            schedule = Schedule(str(self.plan.get("lr_scheduler_type")), peak, warmup, steps, options)
+            return schedule.learning_rate(step - 1)
+        except (ValueError, UserError):
             return None
-        return learning_rate(str(self.plan.get("lr_scheduler_type")), peak, warmup, steps, step - 1, options)
 
     def warned(self, rule: str) -> list[int]:
         """The steps at which a guard gave this warning."""

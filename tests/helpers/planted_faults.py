@@ -6,7 +6,7 @@ import math
 
 from helpers.simulated_runs import GIB
 
-from sft_recipes.planner.lr_schedule import learning_rate
+from sft_recipes.planner.lr_schedule import Schedule
 
 
 def not_a_number(run):
@@ -115,7 +115,7 @@ def schedule(peak=1.0, warmup=1.0, total=1.0):
 
         def carried_out(_, share):
             step = round(share * run.steps) - 1
-            return learning_rate(plan.lr_scheduler_type, plan.learning_rate * peak, warmup_steps, steps, step, {})
+            return Schedule(plan.lr_scheduler_type, plan.learning_rate * peak, warmup_steps, steps).learning_rate(step)
 
         return run.change("learning_rate", carried_out)
 

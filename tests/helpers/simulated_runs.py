@@ -13,7 +13,7 @@ from sft_recipes.config import loader
 from sft_recipes.monitor.metrics_log import Run, read
 from sft_recipes.planner import batch
 from sft_recipes.planner import plan as plans
-from sft_recipes.planner.lr_schedule import learning_rate
+from sft_recipes.planner.lr_schedule import Schedule
 from sft_recipes.planner.plan import Topology
 from sft_recipes.runtime.run_dir import RunDir
 
@@ -89,15 +89,13 @@ class Simulated:
     def _training(self, plan, step, share, draw, every) -> dict:
         speed = draw.gauss(1, 0.07) * (0.8 if draw.random() < 0.1 else 1)  # a line with an evaluation is slower
         options = plan.sections.trainer.get("lr_scheduler_kwargs") or {}
-        rate = learning_rate(
-            plan.lr_scheduler_type, plan.learning_rate, plan.warmup_steps, self.steps, step - 1, options
-        )
+        schedule = Schedule(plan.lr_scheduler_type, plan.learning_rate, plan.warmup_steps, self.steps, options)
         line = {
             "step": step,
             "epoch": share * plan.num_train_epochs,
             "loss": self.loss(share) * max(0.2, draw.gauss(1, self.noise)),
             "grad_norm": 1.2 * math.exp(draw.gauss(0, 0.35)) * (4 if step == 1 else 1),
-            "learning_rate": rate,
+            "learning_rate": schedule.learning_rate(step - 1),
             "mean_token_accuracy": self.accuracy + draw.gauss(0, 0.01),
             "supervised_tokens_seen": step * 20_000,
             "step_seconds": 2.0 / speed,

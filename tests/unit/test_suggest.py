@@ -347,10 +347,10 @@ def test_what_is_offloaded_must_fit_the_nodes_own_memory(workplace):
     assert "zero3_offload needs about" in done.stderr and "of this node's own memory" in done.stderr
 
 
-@pytest.mark.parametrize("engine", ["zero3", "zero3_offload", "fsdp2"])
-def test_4_bit_weights_are_refused_where_they_would_not_be_shared_out(engine):
-    with pytest.raises(UserError, match=f"{engine} does not shard 4-bit weights .*set parallelism=ddp or zero2"):
-        plan("8b-qlora", 8, "h100-80g", f"parallelism={engine}")
+@pytest.mark.parametrize("strategy", ["zero3", "zero3_offload", "fsdp2"])
+def test_plan_refuses_4_bit_weights_that_would_be_replicated(strategy):
+    with pytest.raises(UserError, match=f"{strategy} does not shard 4-bit weights.*[Ss]et parallelism=ddp or zero2"):
+        plan("8b-qlora", 8, "h100-80g", f"parallelism={strategy}")
 
 
 @pytest.mark.parametrize(
