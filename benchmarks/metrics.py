@@ -103,7 +103,7 @@ def _clock_what_is_added() -> None:
         (metrics.MetricsCallback, ("on_log",)),
         (console.ConsoleCallback, ("on_step_end", "on_log")),
         (graceful_stop.GracefulStopCallback, ("on_step_end",)),
-        (trackers.TensorBoard, ("figures",)),
+        (trackers.TensorBoard, ("on_log",)),
     ):
         for name in names:
             setattr(owner, name, _clocked(getattr(owner, name), f"{owner.__name__}.{name}"))

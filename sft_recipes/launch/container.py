@@ -34,7 +34,8 @@ ENGINES = ("docker", "podman")
 _COMPUTING = ("train", "sanity", "verify-resume", "generate", "merge", "doctor", "smoke")
 # Passed by name, so that no value appears in a command line, which every user of the machine can read.
 _PASSED = re.compile(
-    r"(HF|HUGGING_FACE|HUGGINGFACE|WANDB|NCCL|GLOO|TORCH_NCCL|CUDA|TRITON|DS|PYTORCH)_\w+|FLASH_ATTENTION_DETERMINISTIC|"
+    r"(HF|HUGGING_FACE|HUGGINGFACE|NCCL|GLOO|TORCH_NCCL|CUDA|TRITON|DS|PYTORCH)_\w+|FLASH_ATTENTION_DETERMINISTIC|"
+    r"(WANDB|CLEARML|CODECARBON|COMET|DAGSHUB|MLFLOW|NEPTUNE|SWANLAB|TRACKIO)_\w+|"
     r"OMP_NUM_THREADS|REPORT_TO|SANITY|GPU_HOUR_PRICE|NO_COLOR|COLUMNS|TERM|TZ|(https?|all|no)_proxy|"
     r"(HTTPS?|ALL|NO)_PROXY|SSL_CERT_FILE|SSL_CERT_DIR|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE"
 )

@@ -4,12 +4,28 @@ and containers pass on alike; an empty one is as good as none."""
 from __future__ import annotations
 
 import os
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 
 from sft_recipes.runtime.errors import SetupError
 
-_REPORTERS = ("none", "tensorboard", "wandb")
+# The names of transformers' integrations (integrations/integration_utils.py, 5.23), and the module that each needs.
+_TRACKERS = {
+    "azure_ml": "azureml",
+    "clearml": "clearml",
+    "codecarbon": "codecarbon",
+    "comet_ml": "comet_ml",
+    "dagshub": "dagshub",
+    "dvclive": "dvclive",
+    "flyte": "flytekit",
+    "kubeflow": "transformers",
+    "mlflow": "mlflow",
+    "neptune": "neptune",
+    "swanlab": "swanlab",
+    "tensorboard": "tensorboard",
+    "trackio": "trackio",
+    "wandb": "wandb",
+}
 _WANDB_MODES = ("", "online", "offline", "disabled", "shared", "dryrun", "run")
 # Of control groups, version 2 and 1; `max`, or more than any machine has, where there is none.
 _MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -39,20 +55,24 @@ def silence_telemetry() -> None:
 
 
 def reporters() -> list[str]:
-    """REPORT_TO: where figures go besides `metrics.jsonl`; TensorBoard where nothing is said.
+    """Return the trackers named in REPORT_TO; TensorBoard if it is not set.
 
     Raises:
-        SetupError: a name that is not known.
+        SetupError: a name is unknown or its library is not installed.
     """
-    asked = [name.strip() for name in (os.environ.get("REPORT_TO") or "tensorboard").split(",")]
-    unknown = [name for name in asked if name not in _REPORTERS]
-    if unknown:
-        raise SetupError(f"REPORT_TO: {unknown[0]!r} is not known; wanted some of {', '.join(_REPORTERS)}")
-    if "none" in asked and len(asked) > 1:
-        raise SetupError(f"REPORT_TO: {','.join(asked)} names none and others; say one or the other")
-    if "wandb" in asked and (mode := os.environ.get("WANDB_MODE", "")) not in _WANDB_MODES:
-        raise SetupError(f"WANDB_MODE: {mode!r} is not known to W&B; say online, offline or disabled")
-    return [name for name in asked if name != "none"]
+    names = [name.strip() for name in (os.environ.get("REPORT_TO") or "tensorboard").split(",")]
+    if names == ["none"]:
+        return []
+    available = [name for name, module in _TRACKERS.items() if util.find_spec(module)]
+    for name in names:
+        if name not in available and name != "none":
+            problem = "not installed" if name in _TRACKERS else "not a tracker"
+            raise SetupError(f"REPORT_TO: {name!r} is {problem}. Available: none, {', '.join(available)}")
+    if "none" in names:
+        raise SetupError(f"REPORT_TO: found {','.join(names)}, expected none or trackers. Set one or the other")
+    if "wandb" in names and (mode := os.environ.get("WANDB_MODE", "")) not in _WANDB_MODES:
+        raise SetupError(f"WANDB_MODE: found {mode!r}, expected online, offline or disabled. Set one of them")
+    return names
 
 
 def sanity_is_skipped() -> bool:

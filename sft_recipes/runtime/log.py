@@ -6,6 +6,7 @@ the prefix `warning: ` or `error: `.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from pathlib import Path
@@ -29,7 +30,8 @@ class ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line and flush it."""
         stream = sys.stderr if record.levelno >= logging.ERROR else sys.stdout
-        print(self.format(record), file=stream, flush=True)
+        with contextlib.suppress(OSError):  # a full disk, or a pipe without a reader; log.txt has the line
+            print(self.format(record), file=stream, flush=True)
 
 
 class RunLogHandler(logging.Handler):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime import cuda, env, heartbeat, library_imports
+from sft_recipes.runtime import cuda, env, heartbeat, library_imports, log
 from sft_recipes.runtime.errors import SetupError, TrainingError, UserError
 from sft_recipes.runtime.run_dir import EXIT_DIVERGED, EXIT_STOPPED, RunDir, read_json, write_json
 from sft_recipes.training import manifest, out_of_memory, rank_heartbeat, stop_signal
@@ -28,6 +29,8 @@ from sft_recipes.training.library_logging import quiet
 if TYPE_CHECKING:
     from sft_recipes.training.checkpoint.resume import ResumePoint
     from sft_recipes.training.nan_guard import DivergedError
+
+logger = logging.getLogger(__name__)
 
 
 class SaveFailedError(TrainingError):
@@ -115,7 +118,12 @@ def train(plan: Plan, folder: RunDir) -> None:
     parts = build(plan, folder, arguments, found)
     published = PublishedCopy(Path(found["model"])) if plan.method == "full" else shutil.copy2
     sft = parts.trainer
-    sft.say = parts.progress.say if main else _nothing
+    if main:
+        log.to_console()
+        log.to_file(folder.log)
+    else:
+        log.silence()
+    sft.say = logger.info
     sft.say(parts.attention)
     sft.add_callbacks(watchers(plan, folder, prepared, parts))
     point = _newest(plan, folder, sft)
@@ -283,20 +291,18 @@ def build(plan: Plan, folder: RunDir, arguments: Any, found: dict[str, Any]) -> 
 
 def watchers(plan: Plan, folder: RunDir, prepared: Path, parts: Parts) -> list[Any]:
     """What keeps, writes, shows and guards a run, in the order in which each is told."""
+    from sft_recipes.training.callbacks import trackers
     from sft_recipes.training.callbacks.alerts import AlertCallback
     from sft_recipes.training.callbacks.generation import GenerationCallback
     from sft_recipes.training.callbacks.keep_best import RetentionCallback
     from sft_recipes.training.callbacks.metrics import MetricsCallback
-    from sft_recipes.training.callbacks.trackers import TensorBoard, TrackerCallback, WeightsAndBiases
 
-    asked = env.reporters()
-    trackers: list[Any] = [TensorBoard(plan, folder, parts.trainer.say)] if "tensorboard" in asked else []
-    trackers += [WeightsAndBiases(plan, folder, parts.trainer.say)] if "wandb" in asked else []
+    reporters = trackers.build(env.reporters(), plan, folder, parts.stopping)
     return [
         RetentionCallback(folder),
         MetricsCallback(folder, parts.stopping),
-        GenerationCallback(plan, folder, prepared, trackers, parts.ends_of_turn),
-        TrackerCallback(trackers, parts.stopping),
+        GenerationCallback(plan, folder, prepared, reporters, parts.ends_of_turn),
+        *reporters,
         parts.progress,
         AlertCallback(plan, folder),
     ]
@@ -493,10 +499,6 @@ def _answer(plan: Plan, sft: Any, prepared: Path, stop: list[int]) -> Any:
 def _write_configuration(arguments: Any, folder: RunDir) -> None:
     """The resolved SFTConfig; `to_dict` hides tokens."""
     folder.configuration.write_text(json.dumps(arguments.to_dict(), indent=2, default=str) + "\n", encoding="utf-8")
-
-
-def _nothing(_line: str) -> None:
-    """What the other ranks say."""
 
 
 if __name__ == "__main__":

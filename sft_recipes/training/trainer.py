@@ -63,6 +63,7 @@ def sft_config(plan: Plan, folder: RunDir) -> SFTConfig:
             "optim": "adamw_torch_fused",
             "logging_first_step": True,
             "ddp_find_unused_parameters": False,
+            "project": "sft-recipes",
             "disable_tqdm": True,
             "log_level": "error",
             "log_level_replica": "error",
@@ -96,7 +97,7 @@ def sft_config(plan: Plan, folder: RunDir) -> SFTConfig:
         packing=False,
         padding_free=False,
         dataset_kwargs={"skip_prepare_dataset": True},
-        report_to=[],  # callbacks/trackers.py speaks to them
+        report_to=[],  # callbacks/trackers.py adds them
     )
 
 

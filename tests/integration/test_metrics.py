@@ -1,11 +1,9 @@
 """What a run measures of itself, and what trackers keep of it: read back by their own readers."""
 
-import dataclasses
 import itertools
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import time
@@ -19,7 +17,6 @@ from sft_recipes.config import loader
 from sft_recipes.planner import cost, memory
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Topology
-from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.training import throughput
 from sft_recipes.training.callbacks.metrics import append
 
@@ -135,21 +132,10 @@ def test_no_key_is_found_in_anything_that_a_run_writes(tracked_run):
     assert looked > 30
 
 
-def test_a_run_that_goes_on_goes_on_in_the_same_wandb_run():
-    from sft_recipes.training.callbacks.trackers import run_id
-
-    plan = plans.make(loader.load("tiny"), Topology(gpus=0, processes=1))
-    first = run_id(plan, RunDir(Path("runs/a")))
-    assert first == run_id(dataclasses.replace(plan, optimizer_steps=5), RunDir(Path("runs/a")))
-    other = dataclasses.replace(plan, created="2020-01-01T00:00:00+00:00")
-    assert len({first, run_id(other, RunDir(Path("runs/a"))), run_id(plan, RunDir(Path("runs/b")))}) == 3
-    assert re.fullmatch(r"a-[0-9a-f]{8}", first)
-
-
 def test_a_dead_wandb_does_not_stop_a_run(tracked_run):
     """Nothing listens there; what would be sent lies in the run's folder (test_wandb_reads_its_file_back)."""
     said = (tracked_run / "log.txt").read_text()
-    assert "no W&B run online (" in said and "goes on offline: wandb sync" in said
+    assert "warning: wandb: " in said and "; logging offline. Upload it later: wandb sync" in said
     assert manifest(tracked_run)["state"] == "finished"
 
 
@@ -164,7 +150,7 @@ def test_a_tracker_that_is_not_known_is_refused_before_anything_starts(workplace
 def test_a_mode_that_wandb_does_not_know_is_refused_before_anything_starts(workplace):
     done = workplace.sft("train", "tiny", REPORT_TO="wandb", WANDB_MODE="sometimes")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith("error: WANDB_MODE: 'sometimes' is not known to W&B")
+    assert done.stderr.startswith("error: WANDB_MODE: found 'sometimes', expected online, offline or disabled")
 
 
 def test_numbers_that_json_does_not_have_are_written_as_text(tmp_path):

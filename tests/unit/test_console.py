@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from sft_recipes.runtime import log
 from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.training.callbacks.console import ConsoleCallback
 
@@ -17,8 +18,19 @@ TRAINED = {"loss": 1.2345, "learning_rate": 2e-5, "grad_norm": 0.71, "tokens_per
 EVALUATED = {"eval_loss": 1.1111, "eval_few_loss": 1.0, "eval_others_loss": 1.2}
 
 
+@pytest.fixture(autouse=True)
+def run_log(tmp_path):
+    """The handlers that rank 0 has, `log.txt` in a temporary directory; removed after the test."""
+    handlers, level, propagate = log.ROOT.handlers[:], log.ROOT.level, log.ROOT.propagate
+    log.to_console()
+    log.to_file(tmp_path / "log.txt")
+    yield
+    log.ROOT.handlers[:], log.ROOT.propagate = handlers, propagate
+    log.ROOT.setLevel(level)
+
+
 def follow(folder, rank_0=True):
-    """Two log records, an evaluation and a warning, as the Trainer tells them."""
+    """Two log records, an evaluation and a warning, as the Trainer calls a callback."""
     view = ConsoleCallback(RunDir(folder))
     state = SimpleNamespace(is_world_process_zero=rank_0, global_step=0, max_steps=2000, epoch=0.0)
     view.on_train_begin(None, state, None)
@@ -31,7 +43,7 @@ def follow(folder, rank_0=True):
         view.on_step_end(None, state, None)
         view.on_log(None, state, None, logs=logs)
     if rank_0:
-        view.say("step 20  loss spike: loss 9.000")
+        log.ROOT.info("step 20  loss spike: loss 9.000")
     view.on_train_end(None, state, None)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import re
 import sys
 import time
@@ -16,6 +16,8 @@ from transformers import TrainerCallback
 from sft_recipes.runtime import append_line
 from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.runtime.units import GIB
+
+log = logging.getLogger(__name__)
 
 
 class _View(Progress):
@@ -80,20 +82,11 @@ class ConsoleCallback(TrainerCallback):
             self.bar.stop()
             self.bar = None
 
-    def say(self, text: str) -> None:
-        """A line of its own, above the view, and in the log."""
-        append_line.add(self.log, text)
-        if self.bar is None:
-            with contextlib.suppress(OSError):  # where it goes to is full, or read by nobody any more; the log has it
-                print(text, flush=True)
-        else:
-            self.bar.console.print(text, markup=False, highlight=False)
-
     def _line(self, state: Any, text: str) -> None:
         step, epoch = f"{state.global_step}/{state.max_steps}", state.epoch or 0
         line = f"step {step}  epoch {epoch:.2f}  {text}  left {self._left(state)}"
         if self.bar is None:
-            self.say(line)
+            log.info(line)
             return
         append_line.add(self.log, line)
         self.bar.figures = "  ".join(self.shown.values())

@@ -41,7 +41,7 @@ class GenerationCallback(TrainerCallback):
         for sample in samples:
             append(self.folder.samples, sample)
         for tracker in self.trackers:
-            tracker.samples(state.global_step, samples)
+            tracker.log_samples(state.global_step, samples)
 
 
 def asked(prompt: completions.Prompt) -> str:

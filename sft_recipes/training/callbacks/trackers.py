@@ -1,27 +1,31 @@
-"""Sends figures to TensorBoard and W&B, under the names that transformers gives them there.
+"""Trackers: transformers' own callbacks for the names in REPORT_TO, none of which can end a run.
 
-Neither can stop a run or slow it: TensorBoard's writer is a local file, and W&B is spoken to by a thread of its own,
-which goes on offline where W&B does not answer. `metrics.jsonl` holds the same figures whatever becomes of them.
+`metrics.jsonl` holds the same metrics whatever happens to a tracker.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import html
 import json
+import logging
 import os
-import queue
 import socket
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from transformers import TrainerCallback
-from transformers.integrations.integration_utils import rewrite_logs
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    TensorBoardCallback,
+    WandbCallback,
+    WandbLogModel,
+)
 
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime import timeouts
@@ -29,227 +33,219 @@ from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.training.callbacks.graceful_stop import GracefulStopCallback
 from sft_recipes.training.callbacks.metrics import final
 
-PROJECT = "sft-recipes"
-# Bounds on what W&B may take. Training waits for none of them, only the end of a run does, for what is left.
+log = logging.getLogger(__name__)
+
+# Those that upload weights unless they are configured not to (transformers 5.23, integrations/integration_utils.py).
+_UPLOADS_OFF: dict[str, dict[str, Any]] = {"flyte": {"sync_checkpoints": False}}
+_VARIABLES = {"CLEARML_LOG_MODEL": "FALSE"}
+_SAMPLE_KEYS = ("prompt", "wanted", "said")
+
+
+def build(names: list[str], plan: Plan, folder: RunDir, stopping: GracefulStopCallback) -> list[TrackerCallback]:
+    """Build a guarded callback for each name in REPORT_TO."""
+    for name, value in _VARIABLES.items():
+        os.environ.setdefault(name, value)
+    own: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+    return [
+        TrackerCallback(
+            name,
+            functools.partial(own[name], plan, folder)
+            if name in own
+            else functools.partial(INTEGRATION_TO_CALLBACK[name], **_UPLOADS_OFF.get(name, {})),
+            stopping,
+        )
+        for name in names
+    ]
 
 
 class TrackerCallback(TrainerCallback):
-    """Hands each log record to the trackers, on rank 0."""
+    """Forward the Trainer's events to one tracker, on rank 0; disable the tracker if it raises."""
 
-    def __init__(self, trackers: Sequence[Any], stopping: GracefulStopCallback):
-        self.trackers = trackers
+    def __init__(self, name: str, create: Callable[[], Any], stopping: GracefulStopCallback):
+        self.name = name
         self.stopping = stopping
         self.trainer: Any = None
+        self._create = create
+        self._tracker: Any = None
+        for event in dir(TrainerCallback):
+            if event.startswith("on_") and event not in vars(TrackerCallback):
+                setattr(self, event, functools.partial(self._forward, event))
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Opens them; a resumed run goes on behind its checkpoint's step."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, **context: Any) -> None:
+        """Create the tracker."""
         if state.is_world_process_zero:
-            for tracker in self.trackers:
-                tracker.begin(state.global_step)
+            with self._disabled_if_it_raises():
+                self._tracker = self._create()
+                self._tracker.on_init_end(args, state, control, **context)
+                self._tracker.on_train_begin(args, state, control, **context)
 
-    def write_summary(self, state: Any) -> None:
-        """The summary of a run whose last step an earlier start took."""
-        self.on_train_begin(None, state, None)
-        self.on_train_end(None, state, None)
+    def on_train_end(self, args: Any, state: Any, control: Any, **context: Any) -> None:
+        """Write the summary of a finished run, and close the tracker."""
+        if not self.stopping.stopped:
+            self._forward("write_summary", args, state, control, **context)
+        self._forward("on_train_end", args, state, control, **context)
+        self._tracker = None
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """The figures of a log record."""
-        if state.is_world_process_zero and logs:
-            figures = rewrite_logs({key: value for key, value in logs.items() if isinstance(value, (int, float))})
-            for tracker in self.trackers:
-                tracker.figures(state.global_step, figures)
+    def write_summary(self, _state: Any) -> None:
+        """Write the summary of a run whose last step an earlier attempt took."""
+        context = (self.trainer.args, self.trainer.state, self.trainer.control)
+        self.on_train_begin(*context, model=self.trainer.model)
+        self.on_train_end(*context, model=self.trainer.model)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The summary of a run that came to its end, and the end of all."""
-        if state.is_world_process_zero:
-            for tracker in self.trackers:
-                if not self.stopping.stopped:
-                    tracker.summary(state.global_step, final(state))
-                tracker.end()
+    def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """Log completions of held-out prompts, if the tracker has a page or a table for them."""
+        if hasattr(self._tracker, "log_samples"):
+            with self._disabled_if_it_raises():
+                self._tracker.log_samples(step, samples)
 
     def end(self) -> None:
-        """For a run that did not come to its end."""
-        for tracker in self.trackers:
-            tracker.end()
+        """Close the tracker of a run that did not finish."""
+        trainer = self.trainer
+        self._forward("on_train_end", trainer.args, trainer.state, trainer.control, model=trainer.model)
+        self._tracker = None
 
-
-class TensorBoard:
-    """Event files in the run's folder."""
-
-    def __init__(self, plan: Plan, folder: RunDir, say: Callable[[str], None]):
-        self._plan = plan
-        self._folder = folder
-        self._say = say
-        self._writer: Any = None
-
-    def begin(self, step: int) -> None:
-        """What an interrupted start wrote behind this step is not shown."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        with self._tolerated(step):
-            self._writer = SummaryWriter(str(self._folder.tensorboard), purge_step=step + 1 if step else None)
-            self._writer.add_text("plan", f"```json\n{json.dumps(asdict(self._plan), indent=2)}\n```")
-
-    def figures(self, step: int, figures: dict[str, float]) -> None:
-        """Scalars under their names."""
-        if self._writer is None:
+    def _forward(self, event: str, args: Any, state: Any, control: Any, **context: Any) -> None:
+        if self._tracker is None:
             return
-        with self._tolerated(step):
-            for name, value in figures.items():
-                self._writer.add_scalar(name, value, step)
-            self._writer.flush()
-
-    def samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-        """A text a prompt."""
-        with self._tolerated(step):
-            for number, sample in enumerate(samples) if self._writer else ():
-                parts = (f"**{name}**\n\n{_indented(sample[name])}" for name in ("prompt", "wanted", "said"))
-                self._writer.add_text(f"samples/{number}", "\n\n".join(parts), step)
-
-    def summary(self, step: int, figures: dict[str, float]) -> None:
-        """The documents' names as they are."""
-        self.figures(step, figures)
-
-    def end(self) -> None:
-        """Closes the file."""
-        with contextlib.suppress(OSError):  # what it holds back is lost with a disk that takes no more
-            if self._writer is not None:
-                self._writer.close()
-        self._writer = None
+        with self._disabled_if_it_raises():
+            if event == "write_summary" and not hasattr(self._tracker, event):
+                self._tracker.on_log(args, state, control, logs=final(state), **context)
+            elif event == "write_summary":
+                self._tracker.write_summary(state.global_step, final(state))
+            else:
+                getattr(self._tracker, event)(args, state, control, **context)
 
     @contextlib.contextmanager
-    def _tolerated(self, step: int) -> Iterator[None]:
-        """What the disk refuses costs these curves and nothing else; the writer's thread hands it on, and ends."""
+    def _disabled_if_it_raises(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
-            self._writer = None
-            self._say(
-                f"TensorBoard's figures end at step {step} ({error.strerror}); {self._folder.metrics.name} goes on"
-            )
+        except Exception as error:
+            self._tracker = None
+            log.warning("%s: %s; disabled, metrics.jsonl has all metrics", self.name, _first_line(error))
 
 
-def _indented(text: str) -> str:
-    """As Markdown shows it letter by letter."""
-    return "\n".join(f"    {line}" for line in text.splitlines()) or "    (nothing)"
+class TensorBoard(TensorBoardCallback):  # type: ignore[misc]
+    """Event files in the run's directory; a resumed run purges what an interrupted one wrote after its checkpoint."""
+
+    def __init__(self, plan: Plan, folder: RunDir):
+        super().__init__()
+        self.plan = plan
+        self.logging_dir = str(folder.tensorboard)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **context: Any) -> None:
+        """Open the writer and write the plan."""
+        purge_step = state.global_step + 1 if state.global_step else None
+        self.tb_writer = self._SummaryWriter(self.logging_dir, purge_step=purge_step)
+        super().on_train_begin(args, state, control, **context)
+        self.tb_writer.add_text("plan", f"```json\n{json.dumps(asdict(self.plan), indent=2)}\n```")
+
+    def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """One text per prompt."""
+        for number, sample in enumerate(samples):
+            parts = (f"**{name}**\n\n{_indented(sample[name])}" for name in _SAMPLE_KEYS)
+            self.tb_writer.add_text(f"samples/{number}", "\n\n".join(parts), step)
+
+    def write_summary(self, step: int, summary: dict[str, float]) -> None:
+        """Scalars, under their names as they are."""
+        for name, value in summary.items():
+            self.tb_writer.add_scalar(name, value, step)
 
 
-class WeightsAndBiases:
-    """A run in W&B with an id of its own, so that a start that goes on goes on in the same one.
+class WeightsAndBiases(WandbCallback):  # type: ignore[misc]
+    """A W&B run with a fixed id, which a resumed run continues; offline if W&B cannot be reached.
 
-    WANDB_PROJECT, WANDB_NAME, WANDB_ENTITY, WANDB_MODE and WANDB_BASE_URL are W&B's own variables.
+    WANDB_PROJECT, WANDB_NAME, WANDB_ENTITY, WANDB_MODE, WANDB_BASE_URL and WANDB_LOG_MODEL are W&B's own variables.
     """
 
-    def __init__(self, plan: Plan, folder: RunDir, say: Callable[[str], None]):
-        self._plan = plan
-        self._folder = folder
-        self._say = say
-        self._jobs: queue.Queue[Callable[[Any], None] | None] = queue.Queue()
-        self._thread: threading.Thread | None = None
-
-    def begin(self, step: int) -> None:
-        """Starts the thread that speaks to W&B."""
-        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
-        self._thread.start()
-
-    def figures(self, step: int, figures: dict[str, float]) -> None:
-        """Scalars over `train/global_step`, as transformers has them."""
-        self._jobs.put(lambda run: run.log({**figures, "train/global_step": step}))
-
-    def samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-        """A page of the step's answers."""
-        import wandb
-
-        rows = "".join(
-            "<tr>" + "".join(f"<td><pre>{html.escape(str(sample[name]))}</pre></td>" for name in _COLUMNS) + "</tr>"
-            for sample in samples
-        )
-        head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
-        page = f"<table><tr>{head}</tr>{rows}</table>"
-        self._jobs.put(lambda run: run.log({"samples": wandb.Html(page), "train/global_step": step}))
-
-    def summary(self, step: int, figures: dict[str, float]) -> None:
-        """The documents' names as they are."""
-        self._jobs.put(lambda run: run.summary.update(figures))
-
-    def end(self) -> None:
-        """Waits a bounded time for what is left."""
-        if self._thread is None:
-            return
-        self._jobs.put(None)
-        self._thread.join(timeouts.TRACKER_INIT + timeouts.TRACKER_FINISH)
-        if self._thread.is_alive():
-            self._say(
-                f"W&B did not take the last figures in time; send them with: wandb sync {self._folder.path}/wandb/*"
+    def __init__(self, plan: Plan, folder: RunDir):
+        super().__init__()
+        self.plan = plan
+        self.folder = folder
+        if plan.shards_parameters and self._log_model == WandbLogModel.END:
+            self._log_model = WandbLogModel.FALSE
+            log.warning(
+                "WANDB_LOG_MODEL=end is ignored: %s shards the weights. Set WANDB_LOG_MODEL=checkpoint",
+                plan.parallelism,
             )
-        self._thread = None
 
-    def _work(self) -> None:
-        try:
-            run = self._begin()
-            while (job := self._jobs.get()) is not None:
-                job(run)
-            run.finish()
-        except Exception as error:
-            self._say(f"W&B: {error}; the figures are in {self._folder.metrics}")
-
-    def _begin(self) -> Any:
-        import wandb
-
-        mode = os.environ.pop("WANDB_MODE", "") or "online"  # W&B reads a wrong word from there again
+    def setup(self, args: Any, state: Any, model: Any, **context: Any) -> None:
+        """Start the W&B run, then let transformers add its config."""
+        mode = os.environ.get("WANDB_MODE") or "online"
         try:
             if mode == "online":
                 _connect(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
-            return self._init(mode)
-        except (wandb.errors.Error, OSError, ValueError) as error:  # no answer, no key, a word that W&B does not know
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            self._say(
-                f"no W&B run online ({reason}); the run goes on offline: "
-                f"wandb sync {self._folder.path}/wandb/offline-* sends it"
+            self._start(mode, args.project)
+        except (self._wandb.errors.Error, OSError, ValueError) as error:  # no answer, no key, an invalid setting
+            log.warning(
+                "wandb: %s; logging offline. Upload it later: wandb sync %s/wandb/offline-*",
+                _first_line(error),
+                self.folder.path,
             )
-            wandb.teardown()  # the service holds the run's id for the attempt that failed
-            return self._init("offline")
+            self._wandb.teardown()  # the service holds the run's id for the attempt that failed
+            self._start("offline", args.project)
+        super().setup(args, state, model, **context)
 
-    def _init(self, mode: str) -> Any:
-        import wandb
-
-        settings = wandb.Settings(
-            init_timeout=timeouts.TRACKER_INIT,
-            finish_timeout=timeouts.TRACKER_FINISH,
-            console="off",
-            silent=True,
-            save_code=False,
-        )
-        run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT") or PROJECT,
-            name=os.environ.get("WANDB_NAME") or self._folder.name,
-            id=run_id(self._plan, self._folder),
+    def _start(self, mode: str, project: str) -> None:
+        self._wandb.init(
+            project=os.environ.get("WANDB_PROJECT") or project,
+            name=os.environ.get("WANDB_NAME") or self.folder.name,
+            id=run_id(self.plan, self.folder),
             resume="allow",
-            dir=str(self._folder.path),
-            config=asdict(self._plan),
-            mode=mode,  # type: ignore[arg-type]
-            settings=settings,
+            dir=str(self.folder.path),
+            config=asdict(self.plan),
+            mode=mode,
+            settings=self._wandb.Settings(
+                init_timeout=timeouts.TRACKER_INIT,
+                login_timeout=timeouts.TRACKER_INIT,
+                finish_timeout=timeouts.TRACKER_FINISH,
+                finish_timeout_raises=True,
+                console="off",
+                silent=True,
+                save_code=False,
+            ),
         )
-        run.define_metric("train/global_step")
-        run.define_metric("*", step_metric="train/global_step", step_sync=True)
-        return run
+
+    def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """A page with the step's completions."""
+        rows = "".join(
+            "<tr>" + "".join(f"<td><pre>{html.escape(str(sample[name]))}</pre></td>" for name in _SAMPLE_KEYS) + "</tr>"
+            for sample in samples
+        )
+        head = "".join(f"<th>{name}</th>" for name in _SAMPLE_KEYS)
+        page = self._wandb.Html(f"<table><tr>{head}</tr>{rows}</table>")
+        self._wandb.log({"samples": page, "train/global_step": step})
+
+    def write_summary(self, _step: int, summary: dict[str, float]) -> None:
+        """The run's summary, under the metrics' names as they are."""
+        self._wandb.run.summary.update(summary)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **context: Any) -> None:
+        """Finish the W&B run; a TimeoutError tells that not all of it was uploaded in time."""
+        super().on_train_end(args, state, control, **context)
+        self._wandb.finish()
 
 
 def _connect(url: str) -> None:
-    """Tells in seconds what W&B itself needs its whole time-out for: that nothing listens there.
+    """Fail in seconds if the server does not answer; `wandb.init` takes its complete timeout for that.
 
     Raises:
         OSError: it cannot be reached.
     """
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
-    if not getproxies():  # a proxy reaches what this machine does not
+    if not getproxies():  # a proxy reaches hosts that this machine does not
         socket.create_connection((parts.hostname or "", port), timeouts.TRACKER_CONNECT).close()
 
 
-_COLUMNS = ("prompt", "wanted", "said")
-
-
 def run_id(plan: Plan, folder: RunDir) -> str:
-    """The same at every start of a run, and another for another run of that name: a plan keeps its date."""
+    """The W&B id: the same at every attempt of a run, another for another run of that name (a plan keeps its date)."""
     return f"{folder.name}-{hashlib.sha256(f'{plan.created} {folder.path.absolute()}'.encode()).hexdigest()[:8]}"
+
+
+def _indented(text: str) -> str:
+    """A Markdown code block."""
+    return "\n".join(f"    {line}" for line in text.splitlines()) or "    (nothing)"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
