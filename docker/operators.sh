@@ -1,22 +1,23 @@
 #!/usr/bin/env bash
-# Compiles what the lock has as source alone: DeepSpeed's operators and, for CUDA, flash-attn. For the image's builder:
+# Compiles the packages that the lock has as source only, in the builder of the image: DeepSpeed's operators and, for
+# CUDA, flash-attn.
 #
 #     TORCH=cpu|cuda CUDA_ARCHITECTURES='8.0;9.0' docker/operators.sh VENV
 set -euo pipefail
 
 venv=$1
 requirements=$(cd "$(dirname "${BASH_SOURCE[0]}")/../requirements" && pwd)
-archs='' # before anything is compiled, because a capability may be rejected
+archs='' # before anything is compiled: a capability may be rejected
 if [ "$TORCH" = cuda ] && [ -n "${CUDA_ARCHITECTURES:-}" ]; then
     archs=$("$requirements/flash-attn-archs.sh" "$CUDA_ARCHITECTURES")
 fi
 CXX=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/portable-cxx
 export CXX TORCH_CUDA_ARCH_LIST=${CUDA_ARCHITECTURES:-8.0;9.0}
-# DeepSpeed compiles one file after the other unless it is told; torch looks for ninja on the path.
+# DeepSpeed compiles sequentially by default; torch finds ninja on PATH.
 export DS_ENABLE_NINJA=1 PATH=$venv/bin:$PATH
 if [ -n "${MAX_JOBS:-}" ]; then export MAX_JOBS; else unset MAX_JOBS; fi
 
-# Not from pip's cache: a wheel that was built without operators lies there.
+# Not from pip's cache, which has a wheel without operators.
 build() {
     "$venv/bin/python" -m pip install --quiet --no-cache-dir --no-build-isolation --no-deps --require-hashes \
         --force-reinstall "$@"
@@ -25,7 +26,7 @@ build() {
 lock=$(mktemp)
 trap 'rm -f "$lock"' EXIT
 awk '/^[a-z]/ { keep = /^deepspeed==/ } keep' "$requirements/common.txt" > "$lock"
-if [ "$TORCH" = cpu ]; then # what ZeRO wants; Adam for what a GPU has offloaded wants a GPU
+if [ "$TORCH" = cpu ]; then # the operator of ZeRO; the Adam for CPU offload needs a GPU
     DS_ACCELERATOR=cpu DS_BUILD_OPS=0 DS_BUILD_SHM_COMM=1 build -r "$lock"
     exit
 fi

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Proves an image before hours are spent in it. Run inside of it (`make smoke` does), by a user that is not root, with a
-# root that cannot be written and no network:
+# Tests an image in minutes. `make smoke` runs it inside the image, as a user other than root, with a read-only root file
+# system and without network:
 #
 #     docker/smoke.sh [--cpu] [--no-container] [--record]
 #
-# --cpu     leaves out what needs CUDA; the rest is the same
-# --no-container  outside of an image, from a checkout: does not check that the process is confined, and trains under
-#           zero3_offload only if the operator that it compiles can be (nvcc). PYTHON names the Python (default: python)
-# --record  writes the losses of one process to docker/golden.json instead of comparing with it (a writable checkout)
+# --cpu           skip what needs CUDA
+# --no-container  run from a checkout: skip the check of the confinement, and skip zero3_offload without nvcc, which
+#                 compiles its operator. PYTHON selects the Python (default: python)
+# --record        write the losses of one process to docker/golden.json instead of comparing (needs a writable checkout)
 #
-# Says each step on standard error; one JSON object on standard output at the end; exit code 1 where a step failed.
-# shellcheck disable=SC2329  # steps are called by their names
+# Prints each step to standard error and, at the end, one JSON object to standard output. Exit code 1 if a step failed.
+# shellcheck disable=SC2329  # steps are called by name
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -20,82 +20,82 @@ for argument; do
         --cpu) cpu=1 ;;
         --no-container) confined='' ;;
         --record) record=1 ;;
-        *) echo "error: smoke.sh: unknown argument $argument; it takes --cpu and --no-container" >&2; exit 2 ;;
+        *) echo "error: smoke.sh: unknown argument $argument, expected --cpu, --no-container or --record" >&2; exit 2 ;;
     esac
 done
 if [ -n "$cpu" ]; then
-    gpus=0 engines=(single ddp zero2 zero3 fsdp2)
+    gpus=0 strategies=(single ddp zero2 zero3 fsdp2)
 else
     gpus=$(nvidia-smi --list-gpus 2> /dev/null | grep -c . || true)
-    [ "$gpus" -gt 0 ] || { echo "error: smoke.sh: no GPU here; give the container one, or say --cpu" >&2; exit 2; }
-    engines=(single zero2)
-    [ "$gpus" -eq 1 ] || engines+=(ddp zero1 zero3 fsdp2)
-    [ -z "$confined" ] && ! command -v "${CUDA_HOME:+$CUDA_HOME/bin/}nvcc" > /dev/null || engines+=(zero3_offload)
+    [ "$gpus" -gt 0 ] || { echo "error: smoke.sh: no GPU found. Give the container a GPU, or use --cpu" >&2; exit 2; }
+    strategies=(single zero2)
+    [ "$gpus" -eq 1 ] || strategies+=(ddp zero1 zero3 fsdp2)
+    [ -z "$confined" ] && ! command -v "${CUDA_HOME:+$CUDA_HOME/bin/}nvcc" > /dev/null || strategies+=(zero3_offload)
 fi
-[ -z "$record" ] || engines=(single)
+[ -z "$record" ] || strategies=(single)
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export RUNS_DIR=$work/runs HF_HUB_OFFLINE=1 REPORT_TO=none SANITY=skip
 
-# Twenty steps of the embedded recipe in bf16, the same rows and steps under every engine and number of ranks up to 8.
+# Twenty steps of the built-in recipe in bf16, with the same rows and steps for every strategy and up to 8 ranks.
 settings=(precision=bf16 batch.effective_batch_size=8 batch.max_per_device_batch_size=4 data.max_eval_samples=64
     trainer.max_steps=20 trainer.eval_steps=10 trainer.save_steps=5 trainer.logging_steps=1 generation.show=0
     generation.exact_match=0)
 
 sft() { "$python" -m sft_recipes "$@"; }
 
-words_of() { # ENGINE NAME: sets `words`, what starts that run
-    words=(train tiny --name "$2" "parallelism=$1" "${settings[@]}")
+train_arguments() { # STRATEGY NAME: sets `arguments` of that run
+    arguments=(train tiny --name "$2" "parallelism=$1" "${settings[@]}")
     if [ "$1" = single ]; then
-        words+=(--gpus "$((gpus > 0))")
+        arguments+=(--gpus "$((gpus > 0))")
     elif [ "$gpus" -eq 0 ]; then
-        words+=(--gpus 0 --processes 2)
+        arguments+=(--gpus 0 --processes 2)
     else
-        words+=(--gpus "$gpus")
+        arguments+=(--gpus "$gpus")
     fi
 }
 
 confined() {
     [ "$(id -u)" -ne 0 ] || { echo "runs as root"; return 1; }
-    ! touch /opt/sft-recipes/written 2> /dev/null || { echo "the root file system can be written"; return 1; }
-    ! grep -qvE '^ *(lo:|Inter-|face )' /proc/net/dev || { echo "there is a network"; return 1; }
+    ! touch /opt/sft-recipes/written 2> /dev/null || { echo "the root file system is writable"; return 1; }
+    ! grep -qvE '^ *(lo:|Inter-|face )' /proc/net/dev || { echo "the network is available"; return 1; }
     echo "user $(id -u), root read-only, no network"
 }
 
-engine() { # ENGINE
-    words_of "$1" "$1"
-    sft "${words[@]}"
+train() { # STRATEGY
+    train_arguments "$1" "$1"
+    sft "${arguments[@]}"
     "$python" "$here/smoke.py" compare "$RUNS_DIR/$1" "$here/golden.json"
 }
 
-# Killed outright behind its first save, and started again: it ends as the run did that was not.
+# Kill a run after its first save and resume it: its weights equal those of the uninterrupted run.
 kill_and_resume() {
-    words_of single killed
-    "$python" -m sft_recipes "${words[@]}" &
+    train_arguments single killed
+    "$python" -m sft_recipes "${arguments[@]}" &
     until grep -qs '"step": 8,' "$RUNS_DIR/killed/metrics.jsonl"; do
         kill -0 $! || return 1
         sleep 0.1
     done
     kill -KILL $!
     wait $! 2> /dev/null || true
-    sft "${words[@]}" | tee "$work/resumed"
-    grep -q 'going on from checkpoint-' "$work/resumed"
-    "$python" "$here/smoke.py" same "$RUNS_DIR/killed" "$RUNS_DIR/single"
+    sft "${arguments[@]}" | tee "$work/resumed"
+    grep -q 'from checkpoint-' "$work/resumed"
+    "$python" "$here/smoke.py" compare_resumed "$RUNS_DIR/killed" "$RUNS_DIR/single"
 }
 
 generate() {
-    local said
-    said=$(sft generate single --prompt 'Reverse these digits: 2718')
-    [ -n "$said" ] || { echo "final/ answers with nothing"; return 1; }
-    printf 'answers, after 20 steps: %s\n' "${said//$'\n'/ }"
+    local completion
+    completion=$(sft generate single --prompt 'Reverse these digits: 2718')
+    [ -n "$completion" ] || { echo "empty completion from final/"; return 1; }
+    printf 'completion after 20 steps: %s\n' "${completion//$'\n'/ }"
 }
 
 failed=0
 step() { # NAME COMMAND…
     local name=$1 began=$SECONDS code=0 line
     shift
-    # Not `"$@" || …`, which would have bash go on behind a command that fails inside of it.
+    # Not `"$@" || …`: bash would then continue after a failing command inside of it.
     set +e
     (set -euo pipefail; "$@") > "$work/log" 2>&1
     code=$?
@@ -112,14 +112,14 @@ step() { # NAME COMMAND…
 }
 
 if [ -n "$record" ]; then
-    words_of single single
-    sft "${words[@]}" >&2
+    train_arguments single single
+    sft "${arguments[@]}" >&2
     exec "$python" "$here/smoke.py" record "$RUNS_DIR/single" "$here/golden.json"
 fi
 [ -z "$confined" ] || step confined confined
 step doctor sft doctor --gpus "$gpus"
 [ -n "$cpu" ] || step attention "$python" "$here/smoke.py" attention
-for one in "${engines[@]}"; do step "train: $one" engine "$one"; done
+for strategy in "${strategies[@]}"; do step "train: $strategy" train "$strategy"; done
 step kill-and-resume kill_and_resume
 step generate generate
 "$python" "$here/smoke.py" summary "$work/steps"

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Writes common.txt and cuda.txt: exact versions, with the sha256 of every file,
-# of all that requirements.in asks for directly or indirectly.
+# Writes common.txt and cuda.txt: exact versions, with the sha256 of every file, of
+# the packages in requirements.in and their dependencies.
 #
 #     requirements/lock.sh             # after an edit of requirements.in
-#     requirements/lock.sh --upgrade   # newest versions of what is indirect
+#     requirements/lock.sh --upgrade   # newest versions of the dependencies
 #
 # Needs uv (https://docs.astral.sh/uv) and the network. One resolution serves
 # Python 3.11 and newer on every platform; markers say where a package applies.
 # The versions and hashes already in the two files are kept while they satisfy
-# requirements.in, so a second run changes nothing. cuda.txt takes torch and what
-# only its CUDA build brings (triton, nvidia-*, cuda-*), common.txt the rest.
-# cpu.txt is not written here: see its own comment.
+# requirements.in, so a second run changes nothing. cuda.txt has torch and the
+# dependencies of its CUDA build (triton, nvidia-*, cuda-*), common.txt the rest.
+# cpu.txt is written by hand: see its comment.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 

@@ -25,6 +25,7 @@ from sft_recipes.runtime.units import GIB
 
 if TYPE_CHECKING:
     from sft_recipes.launch.node_launchers import NodeLaunchers
+    from sft_recipes.launch.topology import HardwareRequest
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; the exit code is that of the contract (0 done, 1 a fault, 2 the user's input is wrong)."""
     code = _obey(arguments)
     if code == 2 and (logs := os.environ.get("SFT_RECIPES_LOGS")):
-        Path(logs, "refused").touch()  # slurm/launch.sh: srun ends the other nodes, and says their signal, not this
+        Path(logs, "rejected").touch()  # for slurm/launch.sh: srun may return the signal that killed the other nodes
     return code
 
 
@@ -174,24 +175,24 @@ def _recipe(parsed: argparse.Namespace) -> Recipe:
     return loader.load(parsed.recipe, parsed.overrides)
 
 
-def _numbers(parsed: argparse.Namespace) -> tuple[int | None, int | None, int | None]:
-    from sft_recipes.launch.topology import whole_number
+def _hardware_request(parsed: argparse.Namespace) -> HardwareRequest:
+    from sft_recipes.launch.topology import HardwareRequest, parse_integer
 
-    wanted = (("gpus", 0), ("processes", 1), ("nodes", 1))
+    options = (("gpus", 0), ("processes", 1), ("nodes", 1))
     gpus, processes, nodes = (
-        None if (text := getattr(parsed, name)) is None else whole_number(text, name.upper(), least)
-        for name, least in wanted
+        None if (text := getattr(parsed, name)) is None else parse_integer(text, name.upper(), least)
+        for name, least in options
     )
-    return gpus, processes, nodes
+    return HardwareRequest(gpus, processes, nodes, parsed.gpu_type, getattr(parsed, "devices", None))
 
 
 def _list(_parsed: argparse.Namespace) -> None:
-    from sft_recipes.launch.topology import planned
+    from sft_recipes.launch.topology import plan_topology
 
     rows = [["recipe", "row", "model", "method", "parallelism", "hardware", "memory per GPU", "effective batch"]]
     for name in loader.names():
         recipe = loader.load(name)
-        plan = plans.make(recipe, planned(recipe, None, None, None, None))
+        plan = plans.make(recipe, plan_topology(recipe))
         memory = plan.memory_bytes_per_gpu
         rows.append(
             [
@@ -209,13 +210,13 @@ def _list(_parsed: argparse.Namespace) -> None:
 
 
 def _plan(parsed: argparse.Namespace) -> None:
-    from sft_recipes.launch.topology import planned
+    from sft_recipes.launch.topology import plan_topology
 
     recipe = _recipe(parsed)
     if parsed.gpus and "," in parsed.gpus:
         _compare(parsed, recipe)
         return
-    topology = planned(recipe, *_numbers(parsed), parsed.gpu_type)
+    topology = plan_topology(recipe, _hardware_request(parsed))
     plan = plans.make(recipe, topology)
     plan = dataclasses.replace(
         plan,
@@ -227,7 +228,7 @@ def _plan(parsed: argparse.Namespace) -> None:
 
 def _compare(parsed: argparse.Namespace, recipe: Recipe) -> None:
     """`--gpus 1,2,4,8,16`: the same recipe on each, one line a count."""
-    from sft_recipes.launch.topology import whole_number
+    from sft_recipes.launch.topology import parse_integer
 
     alone = next((name for name in ("nodes", "processes", "explain") if getattr(parsed, name)), None)
     if alone:
@@ -235,7 +236,7 @@ def _compare(parsed: argparse.Namespace, recipe: Recipe) -> None:
     gpu_type = parsed.gpu_type or recipe.hardware.gpu_type
     compared: list[tuple[int, plans.Plan | str]] = []
     for text in parsed.gpus.split(","):
-        gpus = whole_number(text, "GPUS", 1)
+        gpus = parse_integer(text, "GPUS", 1)
         try:
             compared.append((gpus, plans.make(recipe, suggest.on(gpus, gpu_type))))
         except UserError as error:
@@ -249,14 +250,14 @@ def _compare(parsed: argparse.Namespace, recipe: Recipe) -> None:
 
 def _inspect(parsed: argparse.Namespace) -> None:
     from sft_recipes.data import inspect, prepare, validate
-    from sft_recipes.launch.topology import planned, whole_number
+    from sft_recipes.launch.topology import parse_integer, plan_topology
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # looking at rows needs no GPU, nor DeepSpeed's warning of none
-    most = None if parsed.rows is None else whole_number(parsed.rows, "ROWS", 1)
+    most = None if parsed.rows is None else parse_integer(parsed.rows, "ROWS", 1)
     if parsed.html and not Path(parsed.html).absolute().parent.is_dir():
         raise UserError(f"HTML: no folder {Path(parsed.html).parent} to write {Path(parsed.html).name} to")
     recipe = _recipe(parsed)
-    plan = plans.make(recipe, planned(recipe, *_numbers(parsed), parsed.gpu_type))
+    plan = plans.make(recipe, plan_topology(recipe, _hardware_request(parsed)))
     prepared = prepare.prepare(plan, rows_alone=True)
     rows = inspect.look(plan, prepared)
     try:
@@ -280,9 +281,9 @@ def _colours() -> bool:
 
 
 def _topology(parsed: argparse.Namespace, recipe: Recipe) -> Topology:
-    from sft_recipes.launch.topology import from_slurm, present
+    from sft_recipes.launch.topology import available_topology, from_slurm
 
-    return present(recipe, *_numbers(parsed), parsed.gpu_type, parsed.devices, from_slurm(os.environ))
+    return available_topology(recipe, _hardware_request(parsed), from_slurm(os.environ))
 
 
 def _checked(parsed: argparse.Namespace) -> tuple[Recipe, Topology, plans.Plan]:
@@ -312,7 +313,7 @@ def _sanity(parsed: argparse.Namespace) -> int:
 def _train(parsed: argparse.Namespace) -> int:
     from sft_recipes.launch import slurm
 
-    with slurm.listening():
+    with slurm.batch_signals():
         return _on_all_nodes(parsed, _carry_out)
 
 
@@ -322,11 +323,11 @@ def _on_all_nodes(parsed: argparse.Namespace, verb: Callable[[argparse.Namespace
 
     try:
         slurm.await_run(getattr(parsed, "name", None))
-        with slurm.peers(os.environ) as peers:
-            leads = peers is None or peers.leads
+        with slurm.node_launchers(os.environ) as peers:
+            leads = peers is None or peers.is_leader
             code = slurm.follow(peers) if peers and not leads else verb(parsed, peers)
     except process_group.StoppedError:
-        return slurm.stopped_before_they_met(os.environ)
+        return slurm.stopped_before_rendezvous(os.environ)
     if leads and code not in (run_dir.EXIT_FAULT, run_dir.EXIT_STOPPED):
         slurm.forget(os.environ)
     return code
@@ -338,7 +339,7 @@ def _try_out(parsed: argparse.Namespace, peers: NodeLaunchers | None) -> int:
     recipe, topology, plan = _checked(parsed)
     if peers is None:
         preflight.check_gpus(plan)
-    if code := slurm.unfit(peers, plan, _say):
+    if code := slurm.check_nodes(peers, plan, _say):
         return code
     return launch.try_out(plan, _say, lambda: suggest.lighter(recipe, topology), peers)
 
@@ -366,10 +367,10 @@ def _carry_out(parsed: argparse.Namespace, peers: NodeLaunchers | None) -> int:
     if peers is None:
         preflight.check_gpus(plan)
     check_disk(plan, start.folder)
-    if no_further := slurm.exhausted(start):
-        return process_group.fail(no_further, run_dir.EXIT_NO_PROGRESS)
+    if error := slurm.no_progress(start):
+        return process_group.fail(error, run_dir.EXIT_NO_PROGRESS)
     with run_lock.held(start.folder):
-        unfit = slurm.unfit(peers, plan, _say)
+        unfit = slurm.check_nodes(peers, plan, _say)
         return unfit or launch.carry_out(start, _say, lambda: suggest.lighter(recipe, topology), peers)
 
 
@@ -446,19 +447,19 @@ def _status(parsed: argparse.Namespace) -> None:
     try:
         folder = run_dir.find(parsed.run)
     except UserError:
-        if asked := slurm.named(parsed.run):  # it waits for its nodes
+        if asked := slurm.query_job_of_run(parsed.run):  # it waits for its nodes
             print(json.dumps({"job": asked}, indent=2) if parsed.json else status.of_job(asked))
             return
         raise
     starts = run_dir.read_json(folder.manifest).get("starts") or [{}]
-    asked = slurm.asked_of_slurm(starts[-1].get("job", {}).get("id")) or slurm.named(folder.name)
+    asked = slurm.query_job(starts[-1].get("job", {}).get("id")) or slurm.query_job_of_run(folder.name)
     found = status.facts(folder, run_lock.holder(folder), asked)
     print(json.dumps(found, indent=2) if parsed.json else "\n".join(status.text(found)))
 
 
 def _schedules(parsed: argparse.Namespace) -> None:
     from sft_recipes.data import prepare
-    from sft_recipes.launch.topology import planned
+    from sft_recipes.launch.topology import plan_topology
     from sft_recipes.monitor import lr_plot as drawing
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # preparing rows needs no GPU, nor DeepSpeed's warning of none
@@ -468,7 +469,7 @@ def _schedules(parsed: argparse.Namespace) -> None:
         plan = plans.read(run_dir.find(parsed.run).plan)
     else:
         recipe = _recipe(parsed)
-        plan = plans.make(recipe, planned(recipe, *_numbers(parsed), parsed.gpu_type))
+        plan = plans.make(recipe, plan_topology(recipe, _hardware_request(parsed)))
         if prepare.is_at_hand(plan):
             plan = plans.settle(plan, prepare.prepare(plan, rows_alone=True))
     total, warmup = lr_schedule.steps_of(plan)
@@ -483,21 +484,21 @@ def _schedules(parsed: argparse.Namespace) -> None:
 
 
 def _doctor(parsed: argparse.Namespace) -> int:
-    from sft_recipes.launch.topology import whole_number
+    from sft_recipes.launch.topology import parse_integer
     from sft_recipes.tools import doctor
 
-    red = False
-    for finding in doctor.examine(None if parsed.gpus is None else whole_number(parsed.gpus, "GPUS", 0)):
-        _say(json.dumps(dataclasses.asdict(finding)) if parsed.json else str(finding))
-        red = red or finding.colour == "red"
-    return int(red)
+    failed = False
+    for result in doctor.run_checks(None if parsed.gpus is None else parse_integer(parsed.gpus, "GPUS", 0)):
+        _say(json.dumps(dataclasses.asdict(result)) if parsed.json else str(result))
+        failed = failed or result.status == "error"
+    return int(failed)
 
 
 def _tensorboard(parsed: argparse.Namespace) -> int:
     from sft_recipes.launch import command
-    from sft_recipes.launch.topology import whole_number
+    from sft_recipes.launch.topology import parse_integer
 
-    port = whole_number(parsed.port, "PORT", 1)
+    port = parse_integer(parsed.port, "PORT", 1)
     if port > 65535:
         raise UserError(f"PORT: {port} is no port; wanted 1 to 65535")
     arguments = command.tensorboard(port)

@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
+# Generated from the recipe by `python -m sft_recipes.tools.sbatch_header`; do not edit.
 #SBATCH --job-name=sft-32b
-#SBATCH --nodes=2                             # 16 GPUs: 48 GiB of each under ZeRO-3; one node does not hold it
-#SBATCH --ntasks-per-node=1                   # one launcher a node, which starts the node's ranks
+#SBATCH --nodes=2                             # 16 GPUs (h100-80g), forecast 48 GiB per GPU, needs at least 16
+#SBATCH --ntasks-per-node=1                   # one launcher per node, which starts the node's ranks
 #SBATCH --gpus-per-node=8
-#SBATCH --exclusive                           # all of the node's cores and memory: 8 ranks and their data workers
+#SBATCH --exclusive                           # all cores and memory of the node, for 8 ranks and their data workers
 #SBATCH --mem=0
 #SBATCH --time=24:00:00
-#SBATCH --requeue                             # safe: the run goes on from its newest whole checkpoint
-#SBATCH --signal=B:USR1@900                   # seconds before the limit: save, go back into the queue; longer than a save takes
+#SBATCH --requeue                             # safe: the run resumes from its latest valid checkpoint
+#SBATCH --signal=B:USR1@900                   # seconds before the limit: save and requeue; longer than a save takes
 #SBATCH --output=slurm/logs/%x-%j.out
-#SBATCH --open-mode=append                    # a job that starts again writes on
+#SBATCH --open-mode=append                    # a requeued job continues its log
 set -euo pipefail
-exec "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}/slurm/launch.sh" 32b "$@" # sbatch runs a copy elsewhere
+# sbatch runs a copy of this script in another folder.
+exec "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}/slurm/launch.sh" 32b "$@"

@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
+# Generated from the recipe by `python -m sft_recipes.tools.sbatch_header`; do not edit.
 #SBATCH --job-name=sft-8b-lora
-#SBATCH --nodes=1                             # 1 GPU: 20 GiB, a 40 GB card's
-#SBATCH --ntasks-per-node=1                   # one launcher a node, which starts the node's ranks
+#SBATCH --nodes=1                             # 1 GPU (a100-40g), forecast 20 GiB per GPU
+#SBATCH --ntasks-per-node=1                   # one launcher per node, which starts the node's ranks
 #SBATCH --gpus-per-node=1
-#SBATCH --cpus-per-task=8                     # the ranks' and their data workers'
-#SBATCH --mem=64G                             # not the whole node, whose other GPUs are for others
+#SBATCH --cpus-per-task=8                     # for the ranks and their data workers
+#SBATCH --mem=64G                             # a part of the node, whose other GPUs are for other jobs
 #SBATCH --time=24:00:00
-#SBATCH --requeue                             # safe: the run goes on from its newest whole checkpoint
-#SBATCH --signal=B:USR1@300                   # seconds before the limit: save, go back into the queue; longer than a save takes
+#SBATCH --requeue                             # safe: the run resumes from its latest valid checkpoint
+#SBATCH --signal=B:USR1@300                   # seconds before the limit: save and requeue; longer than a save takes
 #SBATCH --output=slurm/logs/%x-%j.out
-#SBATCH --open-mode=append                    # a job that starts again writes on
+#SBATCH --open-mode=append                    # a requeued job continues its log
 set -euo pipefail
-exec "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}/slurm/launch.sh" 8b-lora "$@" # sbatch runs a copy elsewhere
+# sbatch runs a copy of this script in another folder.
+exec "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}/slurm/launch.sh" 8b-lora "$@"

@@ -144,9 +144,9 @@ def try_out(
 def prepare(plan: Path, environment: Mapping[str, str], asked: StopRequest, peers: NodeLaunchers | None = None) -> int:
     """Prepares the data of the plan in a file; 0, or the exit code of the contract."""
     code = process_group.run(
-        command.prepare(plan), environment, asked, meanwhile=peers.goes_missing if peers else None
+        command.prepare(plan), environment, asked, meanwhile=peers.any_node_lost if peers else None
     ).code
-    if peers and (lost := peers.tell_of_the_lost()):
+    if peers and (lost := peers.request_requeue_if_lost()):
         return process_group.fail(lost, EXIT_STOPPED)
     if code == EXIT_STOPPED:
         print("stopped while the data was prepared; nothing was trained, and the same command begins again")

@@ -1,8 +1,8 @@
-"""Speaks with the parents on the other nodes of a start, through files on the disk that all nodes share.
+"""Coordinate the launchers on the nodes of a job through files on the disk that all nodes share.
 
-Each parent writes one file and reads those of the others. A file is written over in place and closed at once, so that
-also NFS shows its newest content to whoever opens it then; a new name would be hidden there for half a minute. Who may
-read the runs may read these, and nobody listens on the network for them.
+Each launcher writes one file and reads those of the others. A file is overwritten in place and closed at once: NFS
+shows its newest content to the next process that opens it, but can hide a new file name for half a minute. Only the
+owner can read these files, and no launcher listens on the network for them.
 """
 
 from __future__ import annotations
@@ -28,212 +28,219 @@ from sft_recipes.runtime.run_dir import EXIT_STOPPED, runs_root
 
 
 @dataclass(frozen=True)
-class Order:
-    """What node 0 has all nodes do next: a program of the ranks, on a plan, who meet at an address; or, without a
-    program, to leave."""
+class NodeCommand:
+    """What the leader (node 0) makes every node run next: a program of the ranks; None makes the followers exit."""
 
     number: int
     program: str | None
     plan: str = ""
     address: str = ""
     port: int = 0
-    ranks_here: int = 0
-    on_gpus: bool = False
+    ranks_per_node: int = 0
+    uses_gpu: bool = False
 
 
 class NodeLaunchers:
-    """This parent among those of the other nodes."""
+    """This node's launcher and those of the other nodes; node 0 is the leader, the others are followers."""
 
     def __init__(self, allocation: Allocation):
         self.allocation = allocation
         self.folder = runs_root().absolute() / ".jobs" / str(allocation.job) / allocation.start
-        self.said: dict[str, Any] = {"node": allocation.name}
-        self.heard: dict[int, dict[str, Any]] = {}
-        self.silent: dict[int, float] = {}
-        self._beat = 0
-        self._looked = time.monotonic()
+        self.own_status: dict[str, Any] = {"node": allocation.name}
+        self.other_statuses: dict[int, dict[str, Any]] = {}
+        self.silent_seconds: dict[int, float] = {}
+        self._heartbeat = 0
+        self._polled_at = time.monotonic()
 
     @property
-    def leads(self) -> bool:
-        """Whether this one decides."""
+    def is_leader(self) -> bool:
+        """Whether this launcher sends the commands."""
         return self.allocation.rank == 0
 
     @property
-    def others(self) -> list[int]:
-        """The other nodes' numbers."""
-        return [number for number in range(self.allocation.nodes) if number != self.allocation.rank]
+    def other_nodes(self) -> list[int]:
+        """Ranks of the other nodes."""
+        return [node for node in range(self.allocation.nodes) if node != self.allocation.rank]
 
-    def name(self, number: int) -> str:
-        """A node's name, once it has been heard."""
-        told = self.said if number == self.allocation.rank else self.heard.get(number, {})
-        return str(told.get("node", f"node {number} of the job"))
+    def node_name(self, node: int) -> str:
+        """Return a node's name, or its rank before its first heartbeat."""
+        status = self.own_status if node == self.allocation.rank else self.other_statuses.get(node, {})
+        return str(status.get("node", f"node {node} of the job"))
 
-    def told(self, number: int) -> dict[str, Any]:
-        """What a node has shown, this one too."""
-        return self.said if number == self.allocation.rank else self.heard[number]
+    def status(self, node: int) -> dict[str, Any]:
+        """Return the latest status that a node published, this one included."""
+        return self.own_status if node == self.allocation.rank else self.other_statuses[node]
 
-    def meet(self, hello: dict[str, Any], asked: StopRequest) -> None:
-        """Shows the others what this node has, waits for what they have, and has each try to reach node 0.
+    def rendezvous(self, node_info: dict[str, Any], asked: StopRequest) -> None:
+        """Publish this node's hardware, wait for that of the others, and let each of them try to reach node 0.
 
         Raises:
-            SetupError: one of them is not seen.
-            StoppedError: this one was asked to stop before they were.
+            SetupError: a node did not appear in time.
+            StoppedError: a stop was requested before all nodes appeared.
         """
         for place in (self.folder.parents[1], self.folder.parent, self.folder):
             place.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if self.leads:
-            with socket.create_server(("", 0)) as door:
-                tried = network.addresses(self.allocation.addresses)
-                self.say(hello={**hello, "door": door.getsockname()[1], "addresses": tried})
-                self.say(reaches=network.reached(tried, door.getsockname()[1]))
-                self._await("reaches", asked)
+        if self.is_leader:
+            with socket.create_server(("", 0)) as server:
+                port = server.getsockname()[1]
+                addresses = network.candidate_addresses(self.allocation.addresses)
+                self.publish(node_info={**node_info, "port": port, "addresses": addresses})
+                self.publish(reachable=network.reachable_addresses(addresses, port))
+                self._await("reachable", asked)
             return
-        self.say(hello=hello)
-        self._await("hello", asked, [0])
-        leader = self.heard[0]["hello"]
-        self.say(reaches=network.reached(leader["addresses"], leader["door"]))
+        self.publish(node_info=node_info)
+        self._await("node_info", asked, [0])
+        leader = self.other_statuses[0]["node_info"]
+        self.publish(reachable=network.reachable_addresses(leader["addresses"], leader["port"]))
 
     @property
-    def address(self) -> str:
-        """Where all ranks meet: the first of node 0's addresses that all nodes reach, or as many of them as can be."""
-        reached = [self.told(number)["reaches"] for number in range(self.allocation.nodes)]
-        tried: list[str] = self.told(0)["hello"]["addresses"]
-        return max(tried, key=lambda address: sum(address in of_one for of_one in reached))
+    def rendezvous_address(self) -> str:
+        """Node 0's first address that all nodes reach, otherwise the one that most of them reach."""
+        reachable = [self.status(node)["reachable"] for node in range(self.allocation.nodes)]
+        addresses: list[str] = self.status(0)["node_info"]["addresses"]
+        return max(addresses, key=lambda address: sum(address in of_node for of_node in reachable))
 
-    def _await(self, what: str, asked: StopRequest, whose: Sequence[int] | None = None) -> None:
+    def _await(self, field: str, asked: StopRequest, nodes: Sequence[int] | None = None) -> None:
         began = time.monotonic()
-        says_so = began + timeouts.SAY_WAITING_AFTER
-        while missing := [n for n in whose or self.others if what not in self.heard.get(n, {})]:
+        next_message = began + timeouts.SAY_WAITING_AFTER
+        while missing := [n for n in nodes or self.other_nodes if field not in self.other_statuses.get(n, {})]:
             asked.check()
-            if time.monotonic() > says_so:
-                says_so = time.monotonic() + timeouts.NODE_SILENT
+            if time.monotonic() > next_message:
+                next_message = time.monotonic() + timeouts.NODE_SILENT
                 names = ", ".join(map(str, missing))
-                print(f"waiting for node {names} of the job to show itself in {self.folder}", flush=True)
+                print(f"waiting for node {names} of the job in {self.folder}", flush=True)
             if time.monotonic() > began + timeouts.NODES_MEET:
                 raise SetupError(
-                    f"RUNS_DIR: {self.allocation.name} sees nothing in {self.folder} of node "
-                    f"{', '.join(map(str, missing))} of job {self.allocation.job} within {timeouts.NODES_MEET:.0f} s; "
-                    f"name a folder on a disk that all nodes share, or look at that node's log"
+                    f"RUNS_DIR: node {', '.join(map(str, missing))} of job {self.allocation.job} did not appear in "
+                    f"{self.folder}, as seen from {self.allocation.name}, within {timeouts.NODES_MEET:.0f} s. Set "
+                    f"RUNS_DIR to a disk that all nodes share, or see that node's log"
                 )
             time.sleep(0.1)
-            self.look(at_once=True)
+            self.poll(force=True)
 
-    def say(self, **what: Any) -> None:
-        """Shows the others something, besides what they were shown before."""
-        self.said.update(what)
+    def publish(self, **fields: Any) -> None:
+        """Add fields to this node's status and write it."""
+        self.own_status.update(fields)
         self._write()
 
-    def look(self, at_once: bool = False) -> None:
-        """Shows that this parent lives, and sees what the others show."""
+    def poll(self, force: bool = False) -> None:
+        """Write this launcher's heartbeat and read the status of the others."""
         now = time.monotonic()
-        passed = now - self._looked
-        if passed < timeouts.POLL_NODES and not at_once:
+        passed = now - self._polled_at
+        if passed < timeouts.POLL_NODES and not force:
             return
-        self._looked = now
-        with contextlib.suppress(OSError):  # what the disk refuses for long, the others take for silence
+        self._polled_at = now
+        with contextlib.suppress(OSError):  # if the disk fails for long, the others report this node as silent
             self._write()
-        for number in self.others:
-            content = self._read(number)
-            if content is None or content["beat"] == self.heard.get(number, {}).get("beat"):
-                # No more than a little at once: a machine that slept, or a disk that stalled, saw nothing meanwhile.
-                self.silent[number] = self.silent.get(number, 0.0) + min(passed, 2 * timeouts.POLL_NODES)
+        for node in self.other_nodes:
+            content = self._read(node)
+            if content is None or content["heartbeat"] == self.other_statuses.get(node, {}).get("heartbeat"):
+                # Bounded: this machine may have slept, or its disk stalled, and then saw no heartbeat meanwhile.
+                self.silent_seconds[node] = self.silent_seconds.get(node, 0.0) + min(passed, 2 * timeouts.POLL_NODES)
             else:
-                self.heard[number], self.silent[number] = content, 0.0
+                self.other_statuses[node], self.silent_seconds[node] = content, 0.0
 
-    def goes_missing(self) -> bool:
-        """Whether one of the others has; shows them that this one has not."""
-        self.look()
-        return bool(self.lost())
-
-    def lost(self) -> list[int]:
-        """Nodes that have not been heard from for too long, and did not say that they leave."""
+    def lost_nodes(self) -> list[int]:
+        """Return the nodes without a heartbeat for too long that did not announce their exit."""
         return [
-            number
-            for number, seconds in self.silent.items()
-            if seconds > timeouts.NODE_SILENT and not self.heard.get(number, {}).get("left")
+            node
+            for node, seconds in self.silent_seconds.items()
+            if seconds > timeouts.NODE_SILENT and not self.other_statuses.get(node, {}).get("exiting")
         ]
 
-    def order(
-        self, program: str | None, plan: Path | None = None, port: int = 0, ranks_here: int = 0, on_gpus: bool = False
-    ) -> Order:
-        """Has the others carry out the same as this node."""
-        number = self.said.get("order", {}).get("number", 0) + 1
-        place = str(plan.absolute()) if plan else ""
-        order = Order(number, program, place, self.address, port, ranks_here, on_gpus)
-        self.say(order=dataclasses.asdict(order))
-        return order
+    def any_node_lost(self) -> bool:
+        """Poll the other nodes; whether one of them is lost."""
+        self.poll()
+        return bool(self.lost_nodes())
 
-    def ordered(self, after: int) -> Order | None:
-        """What node 0 has had ordered since the order of that number."""
-        content = self.heard.get(0, {}).get("order")
-        return Order(**content) if content and content["number"] > after else None
+    def send_command(
+        self,
+        program: str | None,
+        plan: Path | None = None,
+        port: int = 0,
+        ranks_per_node: int = 0,
+        uses_gpu: bool = False,
+    ) -> NodeCommand:
+        """Make the followers run the same program as this node."""
+        number = self.own_status.get("command", {}).get("number", 0) + 1
+        path = str(plan.absolute()) if plan else ""
+        command = NodeCommand(number, program, path, self.rendezvous_address, port, ranks_per_node, uses_gpu)
+        self.publish(command=dataclasses.asdict(command))
+        return command
 
-    def report(self, order: Order, ended: dict[str, Any]) -> None:
-        """Shows how the order ended here."""
-        self.say(ended={"number": order.number, **ended})
+    def next_command(self, after: int) -> NodeCommand | None:
+        """Return the leader's latest command if its number is above `after`."""
+        content = self.other_statuses.get(0, {}).get("command")
+        return NodeCommand(**content) if content and content["number"] > after else None
 
-    def reports(self, order: Order) -> dict[int, dict[str, Any]]:
-        """How the order ended on the nodes that have said so, this one among them."""
-        told = {self.allocation.rank: self.said, **self.heard}
-        ended = {number: dict(content["ended"]) for number, content in told.items() if content.get("ended")}
-        return {number: one for number, one in ended.items() if one.pop("number") == order.number}
+    def publish_result(self, command: NodeCommand, result: dict[str, Any]) -> None:
+        """Publish how the command ended on this node."""
+        self.publish(result={"number": command.number, **result})
 
-    def misses_its_leader(self) -> bool:
-        """Whether node 0 has been silent for longer than what it may do between two orders takes."""
-        return self.silent.get(0, 0.0) > timeouts.NODES_MEET
+    def results(self, command: NodeCommand) -> dict[int, dict[str, Any]]:
+        """Return how the command ended on each node that has published it, this one included."""
+        statuses = {self.allocation.rank: self.own_status, **self.other_statuses}
+        results = {node: dict(status["result"]) for node, status in statuses.items() if status.get("result")}
+        return {node: result for node, result in results.items() if result.pop("number") == command.number}
 
-    def tell_of_the_lost(self) -> str | None:
-        """What is said of nodes that are not heard from, and word for slurm/launch.sh that Slurm should start the job
-        again; None where all are heard."""
-        if not (lost := self.lost()):
+    def leader_lost(self) -> bool:
+        """Whether the leader is silent for longer than its work between two commands can take."""
+        return self.silent_seconds.get(0, 0.0) > timeouts.NODES_MEET
+
+    def request_requeue_if_lost(self) -> str | None:
+        """Return an error for lost nodes, and make slurm/launch.sh requeue the job; None if no node is lost."""
+        if not (lost := self.lost_nodes()):
             return None
-        if word := os.environ.get("SFT_RECIPES_REQUEUE"):
-            Path(word).touch()
-        names = ",".join(self.name(number) for number in lost)
+        if requeue_file := os.environ.get("SFT_RECIPES_REQUEUE"):
+            Path(requeue_file).touch()
+        names = ",".join(self.node_name(node) for node in lost)
         return (
-            f"{names} has not been heard from for {timeouts.NODE_SILENT:.0f} s; the job is started again, and where it "
-            f"is lost once more: scontrol update jobid={self.allocation.job} excnodelist={names}"
+            f"{names}: no heartbeat for {timeouts.NODE_SILENT:.0f} s; the job is requeued. If the node is lost again: "
+            f"scontrol update jobid={self.allocation.job} excnodelist={names}"
         )
 
-    def dismiss(self) -> None:
-        """Has the others leave, and waits until they do: srun ends those that are left when this process has failed."""
-        self.order(None)
+    def release_followers(self) -> None:
+        """Make the followers exit and wait for it: srun kills those that still run when this process fails."""
+        self.send_command(None)
         until = time.monotonic() + timeouts.NODES_LEAVE
-        while time.monotonic() < until and not all(self.heard.get(n, {}).get("left") for n in self.others):
+        while time.monotonic() < until and not all(
+            self.other_statuses.get(n, {}).get("exiting") for n in self.other_nodes
+        ):
             time.sleep(0.05)
-            self.look(at_once=True)
+            self.poll(force=True)
 
-    def leave(self) -> None:
-        """Says that this parent is about to end; what srun sends it from now on changes nothing."""
+    def announce_exit(self) -> None:
+        """Publish that this launcher is about to exit, and ignore the signals that srun sends from now on."""
         for number in heartbeat.ASKING:
             signal.signal(number, signal.SIG_IGN)
-        self.say(left=True)
+        self.publish(exiting=True)
 
-    def _file(self, number: int) -> Path:
-        return self.folder / f"{number}.json"
+    def _file(self, node: int) -> Path:
+        return self.folder / f"{node}.json"
 
     def _write(self) -> None:
-        self._beat += 1
-        content = json.dumps({"beat": self._beat, **self.said, "whole": self._beat}).encode()
-        opened = os.open(self._file(self.allocation.rank), os.O_WRONLY | os.O_CREAT, 0o600)
+        self._heartbeat += 1
+        # The counter is at both ends: a reader detects a file that is being written.
+        content = json.dumps({"heartbeat": self._heartbeat, **self.own_status, "complete": self._heartbeat}).encode()
+        descriptor = os.open(self._file(self.allocation.rank), os.O_WRONLY | os.O_CREAT, 0o600)
         try:
-            os.pwrite(opened, content, 0)
-            os.ftruncate(opened, len(content))
+            os.pwrite(descriptor, content, 0)
+            os.ftruncate(descriptor, len(content))
         finally:
-            os.close(opened)
+            os.close(descriptor)
 
-    def _read(self, number: int) -> dict[str, Any] | None:
-        """What a node shows; None where it has shown nothing, or is writing just now."""
+    def _read(self, node: int) -> dict[str, Any] | None:
+        """Return a node's status; None if its file is missing or incomplete."""
         with contextlib.suppress(OSError, ValueError):
-            content = json.loads(self._file(number).read_bytes())
-            if content["beat"] == content["whole"]:
+            content = json.loads(self._file(node).read_bytes())
+            if content["heartbeat"] == content["complete"]:
                 return dict(content)
         return None
 
 
-def first_fault(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of how an order ended on each node, what the others' ends came of: what went wrong by itself, else a stop that
-    was asked for, else whatever there is."""
-    own = [one for one in reports if one["fault"] and not one["came_of_others"]]
-    asked = [one for one in reports if one["code"] == EXIT_STOPPED and not one["fault"]]
-    return next(iter([*own, *asked, *(one for one in reports if one["code"])]), reports[0])
+def first_failure(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the node result that explains the others: a node's own failure, otherwise a requested stop, otherwise any
+    other nonzero exit code, otherwise the first."""
+    own = [result for result in results if result["fault"] and not result["came_of_others"]]
+    stopped = [result for result in results if result["code"] == EXIT_STOPPED and not result["fault"]]
+    return next(iter([*own, *stopped, *(result for result in results if result["code"])]), results[0])

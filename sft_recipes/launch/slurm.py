@@ -1,5 +1,4 @@
-"""Carries a verb out as a task of a Slurm job: meets the parents on the other nodes, looks whether the nodes are fit,
-counts the job's starts, and asks Slurm what became of it."""
+"""Run a command as a task of a Slurm job: coordinate the nodes, check them, count the job's starts, query Slurm."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes.launch import attempts, node_checks, preflight, process_group, ranks, run_lock
-from sft_recipes.launch.node_checks import Finding
+from sft_recipes.launch.node_checks import CheckResult
 from sft_recipes.launch.node_launchers import NodeLaunchers
 from sft_recipes.launch.process_group import StopRequest
 from sft_recipes.launch.run_selection import Start
@@ -35,59 +34,61 @@ from sft_recipes.runtime.run_dir import (
 )
 
 _CUDA = "CUDA"
-_ROOM_BYTES = 2**30  # of /tmp, where libraries compile and unpack
+_LEAST_TMP_BYTES = 2**30  # libraries compile and unpack in /tmp
 
 
 @contextlib.contextmanager
-def peers(environment: Mapping[str, str]) -> Iterator[NodeLaunchers | None]:
-    """The parents on the other nodes of this job, met; None where there are none.
+def node_launchers(environment: Mapping[str, str]) -> Iterator[NodeLaunchers | None]:
+    """Yield the launchers of this job's nodes after their rendezvous; None on a single node.
 
     Raises:
-        UserError: they are not met.
-        StoppedError: this one was asked to stop before they were.
+        UserError: a node did not appear in time.
+        StoppedError: a stop was requested before all nodes appeared.
     """
     allocation = from_slurm(environment)
     if allocation is None or allocation.nodes == 1:
         yield None
         return
-    met = NodeLaunchers(allocation)
+    launchers = NodeLaunchers(allocation)
     with process_group.listening() as asked:
-        here = _what_is_here()
-        met.meet({**here, "cuda": preflight.gpu_problem(len(here["gpus"]))}, asked)
+        node_info = _node_info()
+        launchers.rendezvous({**node_info, "cuda": preflight.gpu_problem(len(node_info["gpus"]))}, asked)
     try:
-        yield met
+        yield launchers
     finally:
-        if met.leads:
-            met.dismiss()
+        if launchers.is_leader:
+            launchers.release_followers()
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[None]:
-    """In a batch job signals are heard from the first moment on: a scheduler's may come at once, and is no accident.
-    slurm/launch.sh has word of it, since it passes none on before; and where node 0 hears a SIGTERM, that the job is
-    not to come back."""
-    allocation = _of_a_batch_job()
+def batch_signals() -> Iterator[None]:
+    """Handle stop signals of a batch job from the first moment: the scheduler may send one at once.
+
+    Files in SFT_RECIPES_LOGS inform slurm/launch.sh: `.ready-RANK` that this launcher handles signals, since earlier
+    ones would kill it, and `stop-requested` that node 0 received SIGTERM, after which the job is not requeued.
+    """
+    allocation = _batch_allocation()
     if allocation is None:
         yield
         return
-    words = Path(os.environ["SFT_RECIPES_LOGS"])
+    logs = Path(os.environ["SFT_RECIPES_LOGS"])
     with process_group.listening() as asked:
-        (words / f".hears-{allocation.rank}").touch()
+        (logs / f".ready-{allocation.rank}").touch()
         try:
             yield
         finally:
             if allocation.rank == 0 and signal.SIGTERM in asked.numbers:
-                (words / "asked-to-end").touch()
+                (logs / "stop-requested").touch()
 
 
 def await_run(name: str | None) -> None:
-    """Waits until an earlier start of the run, on a node that was cut off, has ended by itself.
+    """Wait until an earlier start of the run, on a node that lost its connection, has exited.
 
     Raises:
-        UserError: the name is none for a run.
-        StoppedError: this process was asked to stop meanwhile.
+        UserError: the name is not valid for a run.
+        StoppedError: a stop was requested meanwhile.
     """
-    allocation = _of_a_batch_job()
+    allocation = _batch_allocation()
     if allocation is not None and name is not None:
         folder = RunDir(runs_root() / check_name(name))
         if allocation.rank == 0:
@@ -95,182 +96,194 @@ def await_run(name: str | None) -> None:
                 run_lock.await_free(folder, asked)
 
 
-def stopped_before_they_met(environment: Mapping[str, str]) -> int:
-    """The exit code; of the other nodes it is 0, since how a job ended is node 0's to say."""
+def stopped_before_rendezvous(environment: Mapping[str, str]) -> int:
+    """Return the exit code; 0 on followers, because node 0 alone reports how a job ended."""
     allocation = from_slurm(environment)
     if allocation is not None and allocation.rank:
         return 0
-    print("stopped before the nodes had met; nothing was trained, and the same command begins again", flush=True)
+    print("stopped before all nodes were ready; no step was taken. Run the same command to start again", flush=True)
     return EXIT_STOPPED
 
 
-def follow(peers: NodeLaunchers) -> int:
-    """This node's part, as node 0 orders it."""
+def follow(launchers: NodeLaunchers) -> int:
+    """Run the leader's commands on this node."""
     with process_group.listening() as asked:
-        code = ranks.follow(peers, asked)
+        code = ranks.follow(launchers, asked)
     if code == 0:
-        peers.leave()
+        launchers.announce_exit()
     return code
 
 
-def _of_a_batch_job() -> Allocation | None:
-    """The allocation where slurm/launch.sh started this, which starts again and again; None by hand."""
+def _batch_allocation() -> Allocation | None:
+    """Return the allocation if slurm/launch.sh started this process, which can be requeued; otherwise None."""
     return from_slurm(os.environ) if os.environ.get("SFT_RECIPES_LOGS") else None
 
 
-def exhausted(start: Start) -> str | None:
-    """Counts a start of the job; where as many as may be have brought the run no further, that, and what to do."""
-    allocation = _of_a_batch_job()
+def no_progress(start: Start) -> str | None:
+    """Count a start of the job; return an error after the last allowed start without a new checkpoint."""
+    allocation = _batch_allocation()
     if allocation is None:
         return None
-    file = _folder(allocation) / "starts.json"
-    before, step = read_json(file), start.folder.latest_complete()
-    at_the_same = (before.get("run"), before.get("step")) == (start.folder.name, step)
-    count = 1 + (int(before["count"]) if at_the_same else 0)
+    file = _job_folder(allocation) / "starts.json"
+    previous, step = read_json(file), start.folder.latest_complete()
+    unchanged = (previous.get("run"), previous.get("step")) == (start.folder.name, step)
+    count = 1 + (int(previous["count"]) if unchanged else 0)
     for place in (file.parents[1], file.parent):
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
     write_json(file, {"run": start.folder.name, "step": step, "count": count})
     if count <= attempts.STARTS_AT_MOST or start.insisted:
         return None
-    at = f"checkpoint-{step}" if step else "its beginning"
+    progress = f"no progress since checkpoint-{step}" if step else "no progress"
     return (
-        f"{start.folder.path}: job {allocation.job} was started {count - 1} times and has come no further than {at}; "
-        f"give it more --time, or see its logs for what ends it; RESUME=1 tries again"
+        f"{start.folder.path}: {progress} after {count - 1} starts of job {allocation.job}. Increase --time, or see "
+        f"its logs for the failure; set RESUME=1 to try again"
     )
 
 
 def forget(environment: Mapping[str, str]) -> None:
-    """The job is not started again, and all nodes have left."""
+    """Remove the job's coordination files; it is not requeued and all nodes have exited."""
     allocation = from_slurm(environment)
     if allocation is not None and allocation.rank == 0:
-        shutil.rmtree(_folder(allocation), ignore_errors=True)
+        shutil.rmtree(_job_folder(allocation), ignore_errors=True)
 
 
-def unfit(peers: NodeLaunchers | None, plan: Plan, say: Callable[[str], None]) -> int:
-    """Looks whether the nodes of a job can carry the plan, each by itself and all together; 0, or the exit code."""
-    allocation = _of_a_batch_job()
-    if peers is None and allocation is None:
+def check_nodes(launchers: NodeLaunchers | None, plan: Plan, say: Callable[[str], None]) -> int:
+    """Check that each node of a job fits the plan and that their ranks can all-reduce; return 0 or the exit code."""
+    allocation = _batch_allocation()
+    if launchers is None and allocation is None:
         return 0
-    if peers is None:
+    if launchers is None:
         assert allocation is not None
-        bad = {allocation.name: list(_wrong(_what_is_here(), plan))}
+        problems = {allocation.name: list(_check_node(_node_info(), plan))}
     else:
-        bad = {
-            peers.name(number): [*_unreached(peers, number), *_wrong(peers.told(number)["hello"], plan)]
-            for number in range(plan.nodes)
+        problems = {
+            launchers.node_name(node): [
+                *_check_reachable(launchers, node),
+                *_check_node(launchers.status(node)["node_info"], plan),
+            ]
+            for node in range(plan.nodes)
         }
-    for name, findings in bad.items():
-        for finding in findings:
-            say(f"{name}: {finding}")
-    if peers and len(peers.others) > 1 and not any(peers.address in peers.told(n)["reaches"] for n in peers.others):
-        leader = peers.name(0)
+    for name, results in problems.items():
+        for result in results:
+            say(f"{name}: {result}")
+    if launchers and len(launchers.other_nodes) > 1 and not _any_node_reaches_leader(launchers):
+        leader = launchers.node_name(0)
         return process_group.fail(
-            f"no node reaches {leader}: name an address of it that they do reach, MASTER_ADDR in slurm/cluster.env, or "
-            f"leave it out: sbatch --exclude={leader}",
+            f"network: no node reaches {leader}. Set MASTER_ADDR in slurm/cluster.env to a reachable address, or "
+            f"exclude it: sbatch --exclude={leader}",
             EXIT_FAULT,
         )
-    if without_cuda := {name: one for name, findings in bad.items() for one in findings if one.check == _CUDA}:
-        return process_group.fail(_no_cuda(without_cuda, all_nodes=len(without_cuda) == len(bad)), EXIT_USER)
-    names = ",".join(name for name, findings in bad.items() if any(one.colour == "red" for one in findings))
+    if without_cuda := {name: r for name, results in problems.items() for r in results if r.check == _CUDA}:
+        return process_group.fail(_no_cuda(without_cuda, all_nodes=len(without_cuda) == len(problems)), EXIT_USER)
+    names = ",".join(name for name, results in problems.items() if any(r.status == "error" for r in results))
     if names:
-        return process_group.fail(f"{names} cannot carry its part; leave it out: sbatch --exclude={names}", EXIT_FAULT)
-    if peers is None or os.environ.get("SANITY") == "skip":
+        return process_group.fail(
+            f"Slurm: node checks failed on {names}. Exclude it: sbatch --exclude={names}", EXIT_FAULT
+        )
+    if launchers is None or os.environ.get("SANITY") == "skip":
         return 0
     with process_group.listening() as asked:
-        return _sum(peers, plan, say, asked)
+        return _check_all_reduce(launchers, plan, say, asked)
 
 
-def asked_of_slurm(job: str | None) -> dict[str, str] | None:
-    """What Slurm says of a job; None where there is no Slurm here, or it has forgotten the job."""
+def query_job(job: str | None) -> dict[str, str] | None:
+    """Return a job's state from squeue; None if there is no Slurm here or it no longer knows the job."""
     if not job or shutil.which("squeue") is None:
         return None
     names = ("id", "name", "state", "reason", "ran", "left", "nodes")
-    asked = ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%A|%j|%T|%r|%M|%L|%N"]
+    squeue = ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%A|%j|%T|%r|%M|%L|%N"]
     try:
-        done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=timeouts.SLURM_COMMAND)
+        done = subprocess.run(squeue, capture_output=True, text=True, check=False, timeout=timeouts.SLURM_COMMAND)
     except subprocess.TimeoutExpired:
         return None
     rows = [dict(zip(names, line.split("|"), strict=False)) for line in done.stdout.splitlines()]
-    found = next((row for row in rows if row["id"] == job), None)  # of an array there is a row for each task
-    if done.returncode or found is None:
+    state = next((row for row in rows if row["id"] == job), None)  # an array has a row for each task
+    if done.returncode or state is None:
         return None
-    return {key: value for key, value in found.items() if value not in ("None", "")}
+    return {key: value for key, value in state.items() if value not in ("None", "")}
 
 
-def named(run: str) -> dict[str, str] | None:
-    """What Slurm says of the job that a run is named after, as slurm/launch.sh names them."""
-    said = re.fullmatch(r"([\w.-]+)-(\d+)", run)
-    found = asked_of_slurm(said[2]) if said else None
-    return found if said and found and found.get("name") == f"sft-{said[1]}" else None
+def query_job_of_run(run: str) -> dict[str, str] | None:
+    """Return the state of the job that a run is named after, as slurm/launch.sh names them."""
+    match = re.fullmatch(r"([\w.-]+)-(\d+)", run)
+    state = query_job(match[2]) if match else None
+    return state if match and state and state.get("name") == f"sft-{match[1]}" else None
 
 
-def _unreached(peers: NodeLaunchers, number: int) -> Iterator[Finding]:
-    """Whether a node does not reach the place where the ranks meet."""
-    if peers.address not in peers.told(number)["reaches"]:
-        found = f"does not reach {peers.name(0)} by any of {', '.join(peers.told(0)['hello']['addresses'])}"
-        yield Finding("network", "red", found, "MASTER_ADDR in slurm/cluster.env names another address")
+def _any_node_reaches_leader(launchers: NodeLaunchers) -> bool:
+    address = launchers.rendezvous_address
+    return any(address in launchers.status(node)["reachable"] for node in launchers.other_nodes)
 
 
-def _wrong(here: dict[str, Any], plan: Plan) -> Iterator[Finding]:
-    """What is wrong with a node, by what it shows."""
-    ranks_here = plan.world_size // plan.nodes
-    if here["cores"] < min(ranks_here, here["cores_of_all"]):
-        found = f"{here['cores']} of {here['cores_of_all']} cores for {ranks_here} ranks"
-        yield Finding("cores", "red", found, "have srun give the task all of the node's: SRUN_CPUS_PER_TASK")
-    if len(here["gpus"]) < plan.gpus // plan.nodes:
-        found = f"{len(here['gpus'])} GPUs, {plan.gpus // plan.nodes} are wanted"
-        yield Finding("GPUs", "red", found, "nvidia-smi on that node says more")
-    if plan.gpus and here.get("cuda"):
-        yield Finding(_CUDA, "red", *here["cuda"])
-    for gpu in here["gpus"] if plan.gpus else []:
-        if gpu["used"] * 2**20 > node_checks.OWNED_BY_NOBODY_ELSE:
-            found = f"GPU {gpu['id']}: {gpu['used'] / 1024:.1f} GiB are taken"
-            yield Finding("GPU memory", "red", found, "a process of an earlier job may be left there")
-    if here["room"] < _ROOM_BYTES:
-        yield Finding("disk: /tmp", "red", f"{here['room'] / 2**30:.2f} GiB free", "make room")
+def _check_reachable(launchers: NodeLaunchers, node: int) -> Iterator[CheckResult]:
+    if launchers.rendezvous_address not in launchers.status(node)["reachable"]:
+        addresses = ", ".join(launchers.status(0)["node_info"]["addresses"])
+        detail = f"cannot connect to {launchers.node_name(0)} at any of {addresses}"
+        yield CheckResult("network", "error", detail, "set MASTER_ADDR in slurm/cluster.env to another address")
 
 
-def _no_cuda(findings: Mapping[str, Finding], all_nodes: bool) -> str:
-    """The error for nodes where PyTorch cannot use the GPUs; leaving nodes out helps only if others are left."""
-    names, first = ",".join(findings), next(iter(findings.values()))
-    leave_out = "" if all_nodes else f", or leave it out: sbatch --exclude={names}"
-    return f"GPUS: {names}: {first.found}. {first.way_out}{leave_out}"
+def _check_node(node_info: dict[str, Any], plan: Plan) -> Iterator[CheckResult]:
+    """Yield the problems of a node, from the information that it published."""
+    ranks_per_node = plan.world_size // plan.nodes
+    if node_info["cores"] < min(ranks_per_node, node_info["cores_total"]):
+        detail = f"{node_info['cores']} of {node_info['cores_total']} cores for {ranks_per_node} ranks"
+        yield CheckResult("cores", "error", detail, "set SRUN_CPUS_PER_TASK to all cores of the node")
+    if len(node_info["gpus"]) < plan.gpus // plan.nodes:
+        detail = f"found {len(node_info['gpus'])}, expected {plan.gpus // plan.nodes}"
+        yield CheckResult("GPUs", "error", detail, "run nvidia-smi on that node")
+    if plan.gpus and node_info.get("cuda"):
+        yield CheckResult(_CUDA, "error", *node_info["cuda"])
+    for gpu in node_info["gpus"] if plan.gpus else []:
+        if gpu["used"] * 2**20 > node_checks.IDLE_GPU_BYTES:
+            detail = f"GPU {gpu['id']}: {gpu['used'] / 1024:.1f} GiB in use"
+            yield CheckResult("GPU memory", "error", detail, "a process of an earlier job may still run there")
+    if node_info["tmp_bytes"] < _LEAST_TMP_BYTES:
+        detail = f"{node_info['tmp_bytes'] / 2**30:.2f} GiB free"
+        yield CheckResult("disk: /tmp", "error", detail, "free at least 1 GiB")
 
 
-def _sum(peers: NodeLaunchers, plan: Plan, say: Callable[[str], None], asked: StopRequest) -> int:
-    """Has all ranks of all nodes sum, and says how fast and by which way."""
-    result = peers.folder / "links.json"
-    ended = ranks.sum_over_all(plan, result, asked, peers)
+def _no_cuda(results: Mapping[str, CheckResult], all_nodes: bool) -> str:
+    """Return the error for nodes where PyTorch cannot use the GPUs; excluding nodes helps only if others are left."""
+    names, first = ",".join(results), next(iter(results.values()))
+    exclude = "" if all_nodes else f", or exclude it: sbatch --exclude={names}"
+    return f"GPUS: {names}: {first.detail}. {first.fix}{exclude}"
+
+
+def _check_all_reduce(launchers: NodeLaunchers, plan: Plan, say: Callable[[str], None], asked: StopRequest) -> int:
+    """Run the all-reduce test over all nodes and print its speed and transports; return 0 or the exit code."""
+    report = launchers.folder / "all_reduce.json"
+    ended = ranks.sum_over_all(plan, report, asked, launchers)
     if ended.code == EXIT_STOPPED:
-        say("stopped while the nodes were tried; nothing was trained, and the same command begins again")
+        say("stopped during the node checks; no step was taken. Run the same command to start again")
         if ended.fault:
             say(ended.fault)
         return EXIT_STOPPED
-    if ended.code or not result.is_file():
+    if ended.code or not report.is_file():
         return process_group.fail(
-            f"the nodes' ranks cannot sum: {ended.fault or 'they end with an error'}; the nodes' logs say more, and "
-            f"what NCCL says is in {peers.folder}; leave out the node that it names: sbatch --exclude=…",
+            f"all-reduce: failed over the nodes: {ended.fault or 'a rank failed'}. See the nodes' logs, and NCCL's in "
+            f"{launchers.folder}; exclude the node that they name: sbatch --exclude=NODE",
             EXIT_FAULT,
         )
-    log = "\n".join(file.read_text(errors="replace") for file in peers.folder.glob("nccl-*"))
-    measured = {**json.loads(result.read_text(encoding="utf-8")), "ways": node_checks.ways(log)}
-    finding = node_checks.all_reduce(measured, plan.gpus, bool(os.environ.get("ALLOW_SOCKETS")))
-    say(str(finding))
-    if finding.colour == "red":
-        return process_group.fail(f"the nodes are not fit: {finding.found}; {finding.way_out}", EXIT_FAULT)
+    log = "\n".join(file.read_text(errors="replace") for file in launchers.folder.glob("nccl-*"))
+    transports = node_checks.find_transports(log)
+    measured = {**json.loads(report.read_text(encoding="utf-8")), "transports": transports}
+    result = node_checks.all_reduce(measured, plan.gpus, bool(os.environ.get("ALLOW_SOCKETS")))
+    say(str(result))
+    if result.status == "error":
+        return process_group.fail(f"all-reduce: {result.detail}. {result.fix}", EXIT_FAULT)
     return 0
 
 
-def _what_is_here() -> dict[str, Any]:
-    """What this node shows the others."""
+def _node_info() -> dict[str, Any]:
+    """Return the hardware of this node, for the checks of the leader."""
     used = node_checks.used_mib()
     return {
         "cores": len(os.sched_getaffinity(0)),
-        "cores_of_all": os.cpu_count() or 1,
+        "cores_total": os.cpu_count() or 1,
         "gpus": [{**asdict(gpu), "used": used.get(gpu.id, 0.0)} for gpu in visible_gpus()],
-        "room": shutil.disk_usage("/tmp").free,
+        "tmp_bytes": shutil.disk_usage("/tmp").free,
     }
 
 
-def _folder(allocation: Allocation) -> Path:
+def _job_folder(allocation: Allocation) -> Path:
     return runs_root() / ".jobs" / str(allocation.job)

@@ -1,11 +1,10 @@
-"""Writes the command by which Slurm starts one launcher on each node of a job, in a container or without one.
+"""Print the srun command that starts one launcher on each node of a job, in a container or without one.
 
-It is run by the machine's own python, which has nothing but its standard library:
+It runs in the machine's system Python, with the standard library only, and prints a shell command line:
 
     python3 -I sft_recipes/launch/srun.py RECIPE [key=value …]
 
-and prints words that a shell reads. What it reads besides: RUNTIME (`local`, `pyxis`, `apptainer`), IMAGE, the
-variables that Make knows of `train`, and Slurm's own.
+It reads RUNTIME (`local`, `pyxis`, `apptainer`), IMAGE, the variables of `make train`, and Slurm's.
 
 Sources: srun(1); https://github.com/NVIDIA/pyxis (usage); apptainer-exec(1).
 """
@@ -17,7 +16,7 @@ import shlex
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # by a python that knows of no package here
+if __name__ == "__main__":  # in a Python without this package installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sft_recipes.launch import mounts
@@ -31,17 +30,17 @@ _OPTIONS = {
 }
 _FLAGS = {"RESUME": "--resume", "STRICT_VERSIONS": "--strict-versions"}
 _OVERRIDES = {"DATA": "data.train", "VALIDATION": "data.validation"}
-# What an image has a value of its own for, and takes ours instead (pyxis: its own go first otherwise).
-_OURS = ("HF_HOME", "RUNS_DIR", "PYTHONPATH", "SFT_RECIPES_IMAGE")
+# Variables that the image also sets, and that must have the job's values (pyxis prefers the image's otherwise).
+_JOB_VARIABLES = ("HF_HOME", "RUNS_DIR", "PYTHONPATH", "SFT_RECIPES_IMAGE")
 
 
 def command(recipe: str, overrides: list[str]) -> list[str]:
-    """The whole command.
+    """Return the srun command line.
 
     Raises:
-        InputError: the runtime, its image or the virtual environment is not there.
+        InputError: the runtime, its image or the virtual environment is missing.
     """
-    words = _verb(recipe, overrides)
+    arguments = _train_arguments(recipe, overrides)
     logs = os.environ.get("SFT_RECIPES_LOGS", "slurm/logs")
     srun = ["srun", "--kill-on-bad-exit=1", "--export=ALL", f"--output={logs.replace('%', '%%')}/node-%n-%N.txt"]
     runtime = os.environ.get("RUNTIME") or "local"
@@ -49,35 +48,35 @@ def command(recipe: str, overrides: list[str]) -> list[str]:
         python = REPOSITORY / ".venv" / "bin" / "python"
         if not python.exists():
             raise InputError(
-                f"RUNTIME: there is no {python}; say `make setup` where the nodes' disk is, or RUNTIME=pyxis or "
-                f"apptainer with IMAGE="
+                f"RUNTIME: file not found: {python}. Run `make setup` on the disk of the nodes, or set RUNTIME=pyxis "
+                f"or apptainer with IMAGE="
             )
-        return [*srun, str(python), "-m", "sft_recipes", *words]
+        return [*srun, str(python), "-m", "sft_recipes", *arguments]
     if runtime not in ("pyxis", "apptainer"):
-        raise InputError(f"RUNTIME: {runtime!r} is not what a job is started with; say local, pyxis or apptainer")
+        raise InputError(f"RUNTIME: found {runtime!r}, expected local, pyxis or apptainer in a job")
     image = _image(runtime)
-    seen = mounts.needed("train", words[1:], dry=bool(os.environ.get("DRY_RUN")))
-    seen.append(Mount(Path(logs).absolute(), writable=True))
-    python_there = ["python", "-m", "sft_recipes", *words]
+    volumes = mounts.required("train", arguments[1:], dry_run=bool(os.environ.get("DRY_RUN")))
+    volumes.append(Mount(Path(logs).absolute(), writable=True))
+    in_image = ["python", "-m", "sft_recipes", *arguments]
     if runtime == "pyxis":
         return [
-            *srun, f"--container-image={image}", f"--container-mounts={','.join(map(str, seen))}",
+            *srun, f"--container-image={image}", f"--container-mounts={','.join(map(str, volumes))}",
             "--no-container-mount-home", "--no-container-remap-root", f"--container-workdir={REPOSITORY}",
-            f"--container-env={','.join(_OURS)}", *python_there,
+            f"--container-env={','.join(_JOB_VARIABLES)}", *in_image,
         ]  # fmt: skip
-    ours = [f"{name}={os.environ[name]}" for name in _OURS if os.environ.get(name)]
+    variables = [f"{name}={os.environ[name]}" for name in _JOB_VARIABLES if os.environ.get(name)]
     return [
         *srun, "apptainer", "exec", *([] if os.environ.get("GPUS") == "0" else ["--nv"]), "--no-home",
-        *(part for mount in seen for part in ("--bind", str(mount))), "--pwd", str(REPOSITORY),
-        *(part for one in ours for part in ("--env", one)), image, *python_there,
+        *(part for mount in volumes for part in ("--bind", str(mount))), "--pwd", str(REPOSITORY),
+        *(part for variable in variables for part in ("--env", variable)), image, *in_image,
     ]  # fmt: skip
 
 
-def _verb(recipe: str, overrides: list[str]) -> list[str]:
-    """What each node's launcher is told."""
+def _train_arguments(recipe: str, overrides: list[str]) -> list[str]:
+    """Return the arguments of each node's launcher."""
     value = {name: os.environ.get(name, "") for name in (*_OPTIONS, *_FLAGS, *_OVERRIDES, "NAME")}
     if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
-        value["RESUME"] = ""  # insisted on once, not again and again
+        value["RESUME"] = ""  # explicit at the first start only; a requeued job resumes anyway
     name = value["NAME"] or f"{recipe}-{os.environ.get('SLURM_JOB_ID', 'JOBID')}"
     return [
         "train", recipe, "--name", name,
@@ -89,14 +88,14 @@ def _verb(recipe: str, overrides: list[str]) -> list[str]:
 
 
 def _image(runtime: str) -> str:
-    """The image that is named; a file must be there, and a registry's name is pyxis's alone to fetch."""
+    """Return IMAGE; a file must exist, and only pyxis can pull from a registry."""
     image = os.environ.get("IMAGE", "")
-    kind = {"pyxis": "a .sqsh file, or a registry's name", "apptainer": "a .sif file"}[runtime]
+    kind = {"pyxis": ".sqsh file, or registry image", "apptainer": ".sif file"}[runtime]
     if not image:
-        raise InputError(f"IMAGE: RUNTIME={runtime} needs one; say IMAGE=<{kind}> (docker/README.md)")
+        raise InputError(f"IMAGE: RUNTIME={runtime} needs one. Set IMAGE=<{kind}> (docker/README.md)")
     is_file = runtime == "apptainer" or image.endswith(".sqsh")
     if is_file and not Path(image).is_file():
-        raise InputError(f"IMAGE: there is no {image}; say IMAGE=<{kind}> (docker/README.md)")
+        raise InputError(f"IMAGE: file not found: {image}. Set IMAGE=<{kind}> (docker/README.md)")
     return str(Path(image).absolute()) if is_file else image
 
 

@@ -1,4 +1,4 @@
-"""Finds out which processes will carry a run: from what was asked for and what the machine has."""
+"""Determine the processes of a run from the request, the recipe, and the hardware of this machine or Slurm job."""
 
 from __future__ import annotations
 
@@ -23,30 +23,41 @@ from sft_recipes.runtime.run_dir import RunDir
 _AMPERE = 8.0
 
 
-def whole_number(text: str, name: str, least: int) -> int:
-    """The number in `text`.
+def parse_integer(text: str, name: str, least: int) -> int:
+    """Parse an integer.
 
     Raises:
-        SetupError: it is none, or below `least`.
+        SetupError: `text` is not an integer, or is below `least`.
     """
     if not re.fullmatch(r"[-+]?\d+", text) or int(text) < least:
-        raise SetupError(f"{name}: {text!r} is not a whole number of at least {least}")
+        raise SetupError(f"{name}: found {text!r}, expected an integer of at least {least}")
     return int(text)
 
 
 @dataclass(frozen=True)
+class HardwareRequest:
+    """The hardware options of a command; None where an option is not given."""
+
+    gpus: int | None = None
+    processes: int | None = None
+    nodes: int | None = None
+    gpu_type: str | None = None
+    devices: str | None = None
+
+
+@dataclass(frozen=True)
 class Allocation:
-    """What Slurm gave to a job step, as one of its nodes sees it.
+    """The nodes of a Slurm job step, as seen from one of them.
 
     Attributes:
-        job: the job's id, which it keeps when it is requeued.
-        start: names this start of the job, the same on all nodes.
-        nodes: how many there are, with one task each.
-        rank: which of them this one is; 0 plans, the others follow.
-        name: this node's, as Slurm knows it.
-        gpus_per_node: None where the job asked for none.
-        addresses: under which the others may reach node 0, the best one first.
-        port: where ranks of a start meet; another job's is another one.
+        job: job id; kept when the job is requeued.
+        start: name of this start of the job; the same on all nodes.
+        nodes: number of nodes, with one task each.
+        rank: rank of this node; node 0 is the leader, the others are followers.
+        name: name of this node in Slurm.
+        gpus_per_node: None if the job requested no GPUs.
+        addresses: addresses of node 0, best first.
+        port: rendezvous port; jobs that run at the same time have different ones.
     """
 
     job: int
@@ -59,16 +70,16 @@ class Allocation:
     port: int
 
 
-# Below the ports that systems hand out by themselves (32768 and above on Linux), above those of known services.
+# Below the ephemeral ports of Linux (32768 and above), above the ports of known services.
 _FIRST_PORT, _PORTS = 15000, 15000
 _LAST_PORT = 65535
 
 
 def from_slurm(environment: Mapping[str, str]) -> Allocation | None:
-    """The allocation of the job step that this process is a task of; None outside of one.
+    """Return the allocation of the job step that this process is a task of; None outside of a job step.
 
     Raises:
-        SetupError: the step has another number of tasks than one a node, or nodes with other numbers of GPUs.
+        SetupError: the step has more or less than one task per node, or the nodes have different numbers of GPUs.
 
     Source: srun(1), "OUTPUT ENVIRONMENT VARIABLES".
     """
@@ -77,14 +88,15 @@ def from_slurm(environment: Mapping[str, str]) -> Allocation | None:
     nodes, tasks = int(environment["SLURM_STEP_NUM_NODES"]), int(environment["SLURM_STEP_NUM_TASKS"])
     if tasks != nodes:
         raise SetupError(
-            f"Slurm: {tasks} tasks on {nodes} nodes; wanted one a node, which starts the node's ranks: "
-            f"--ntasks-per-node=1"
+            f"Slurm: found {tasks} tasks on {nodes} nodes, expected one per node, which starts the node's ranks. "
+            f"Use --ntasks-per-node=1"
         )
-    on_node, altogether = environment.get("SLURM_GPUS_ON_NODE"), environment.get("SLURM_GPUS")
-    here = int(on_node) if on_node else None
-    if here is not None and (altogether or "").isdigit() and int(altogether or 0) != here * nodes:
+    on_node, total = environment.get("SLURM_GPUS_ON_NODE"), environment.get("SLURM_GPUS")
+    gpus_per_node = int(on_node) if on_node else None
+    if gpus_per_node is not None and (total or "").isdigit() and int(total or 0) != gpus_per_node * nodes:
         raise SetupError(
-            f"Slurm: {altogether} GPUs on {nodes} nodes are not as many on each; say --gpus-per-node instead of --gpus"
+            f"Slurm: found {total} GPUs on {nodes} nodes, expected the same number on each. "
+            f"Use --gpus-per-node instead of --gpus"
         )
     job = int(environment["SLURM_JOB_ID"])
     return Allocation(
@@ -93,184 +105,170 @@ def from_slurm(environment: Mapping[str, str]) -> Allocation | None:
         nodes=nodes,
         rank=int(environment["SLURM_NODEID"]),
         name=environment.get("SLURMD_NODENAME") or socket.gethostname(),
-        gpus_per_node=here,
+        gpus_per_node=gpus_per_node,
         addresses=_addresses(environment),
         port=_port(environment.get("MASTER_PORT")) or _FIRST_PORT + job % _PORTS,
     )
 
 
 def _addresses(environment: Mapping[str, str]) -> tuple[str, ...]:
-    """What the user says; else Slurm's name of the node, which need be no host's, and where srun runs, which in a batch
-    job is that node."""
-    if said := environment.get("MASTER_ADDR"):
-        return (said,)
-    launched = environment.get("SLURM_LAUNCH_NODE_IPADDR")
-    return (first_host(environment["SLURM_STEP_NODELIST"]), *([launched] if launched else []))
+    """Return MASTER_ADDR if set. Otherwise Slurm's name of node 0, which need not resolve, and the address of the node
+    that srun runs on, which in a batch job is node 0."""
+    if address := environment.get("MASTER_ADDR"):
+        return (address,)
+    launch_node = environment.get("SLURM_LAUNCH_NODE_IPADDR")
+    return (first_host(environment["SLURM_STEP_NODELIST"]), *([launch_node] if launch_node else []))
 
 
 def _port(text: str | None) -> int | None:
-    port = whole_number(text, "MASTER_PORT", 1) if text else None
+    port = parse_integer(text, "MASTER_PORT", 1) if text else None
     if port is not None and port > _LAST_PORT:
-        raise SetupError(f"MASTER_PORT: {port} is no port; wanted 1 to {_LAST_PORT}")
+        raise SetupError(f"MASTER_PORT: found {port}, expected 1 to {_LAST_PORT}")
     return port
 
 
 def first_host(nodes: str) -> str:
-    """The first name of a list of Slurm's: `node[003-005,9],other` begins with `node003`."""
+    """Return the first name of a Slurm node list: `node003` of `node[003-005,9],other`."""
     first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", nodes)
     assert first is not None, nodes
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0])
 
 
-def planned(
-    recipe: Recipe, gpus: int | None, processes: int | None, nodes: int | None, gpu_type: str | None
-) -> Topology:
-    """The hardware to plan for: what was asked for, else what the recipe names. Looks at no machine."""
-    gpus = recipe.hardware.gpus if gpus is None else gpus
+def plan_topology(recipe: Recipe, request: HardwareRequest | None = None) -> Topology:
+    """Return the hardware to plan for: the requested one, otherwise the recipe's. Checks no machine."""
+    request = request or HardwareRequest()
+    gpus = recipe.hardware.gpus if request.gpus is None else request.gpus
+    nodes, processes = request.nodes, request.processes
     if nodes is None:
         nodes = recipe.hardware.nodes if gpus == recipe.hardware.gpus else nodes_for(gpus)
     if gpus % nodes:
-        raise SetupError(f"GPUS: {gpus} GPUs do not share evenly over {nodes} nodes; say a multiple of {nodes}")
+        raise SetupError(f"GPUS: found {gpus} GPUs on {nodes} nodes, expected a multiple of {nodes}")
     if not gpus and (processes or 1) % nodes:
         raise SetupError(
-            f"PROCESSES: {processes or 1} on the CPU do not share evenly over {nodes} nodes; say a multiple of {nodes}"
+            f"PROCESSES: found {processes or 1} CPU processes on {nodes} nodes, expected a multiple of {nodes}"
         )
     if processes and gpus:
         raise SetupError(
-            f"PROCESSES: {processes} were asked for with {gpus} GPUs; each GPU has one process, leave it out"
+            f"PROCESSES: found {processes} with {gpus} GPUs, expected none: each GPU has one process. Remove PROCESSES"
         )
-    if gpu_type and not gpus:
-        raise SetupError(f"GPU_TYPE: {gpu_type} was asked for without GPUs; say GPUS=<a number>, or leave it out")
-    gpu_type = gpu_type or (recipe.hardware.gpu_type if gpus else None)
+    if request.gpu_type and not gpus:
+        raise SetupError(f"GPU_TYPE: found {request.gpu_type} without GPUs. Set GPUS=<number>, or remove GPU_TYPE")
+    gpu_type = request.gpu_type or (recipe.hardware.gpu_type if gpus else None)
     return Topology(gpus=gpus, processes=gpus or processes or 1, nodes=nodes, gpu_type=gpu_type)
 
 
-def present(
-    recipe: Recipe,
-    gpus: int | None,
-    processes: int | None,
-    nodes: int | None,
-    gpu_type: str | None,
-    devices: str | None,
-    allocation: Allocation | None = None,
-) -> Topology:
-    """The hardware to run on, which must be here.
+def available_topology(recipe: Recipe, request: HardwareRequest, allocation: Allocation | None = None) -> Topology:
+    """Return the hardware to run on, which must be available here.
 
     Args:
-        allocation: what Slurm gave, where this process is a task of a job step.
+        allocation: the Slurm allocation if this process is a task of a job step.
 
     Raises:
-        SetupError: more GPUs than the machine has, no GPU for a recipe that is not made for the CPU, or an allocation
-            that is another one than was asked for.
+        SetupError: the machine or job has other hardware than requested, or no GPU for a recipe that needs one.
     """
     if allocation is not None and allocation.nodes > 1:
-        return _allocated(recipe, gpus, processes, nodes, gpu_type, devices, allocation)
-    here = visible_gpus()
-    if allocation is not None and gpus != 0 and len(here) < (allocation.gpus_per_node or 0):
-        raise _fewer_than_given(allocation, len(here))
-    if nodes and nodes > 1:
+        return _allocated_topology(recipe, request, allocation)
+    available, gpus, devices = visible_gpus(), request.gpus, request.devices
+    if allocation is not None and gpus != 0 and len(available) < (allocation.gpus_per_node or 0):
+        raise _missing_gpus(allocation, len(available))
+    if request.nodes and request.nodes > 1:
         raise SetupError(
-            f"NODES: {nodes} nodes need a launcher on each, which Slurm starts: "
-            f"sbatch --nodes={nodes} slurm/{recipe.name}.sh (slurm/README.md)"
+            f"NODES: found {request.nodes} without a Slurm job, which starts a launcher on each node. Use "
+            f"sbatch --nodes={request.nodes} slurm/{recipe.name}.sh (slurm/README.md)"
         )
     if devices is not None:
-        ids = _device_ids(devices, [gpu.id for gpu in here])
+        ids = _device_ids(devices, [gpu.id for gpu in available])
         if gpus is not None and gpus != len(ids):
-            raise SetupError(f"DEVICES: {devices} names {len(ids)} GPUs, but GPUS={gpus}; say one of the two")
+            raise SetupError(f"DEVICES: found {len(ids)} GPUs in {devices}, expected GPUS={gpus}. Set one of the two")
         gpus = len(ids)
     if gpus is None:
-        gpus = 0 if recipe.hardware.gpus == 0 else len(here)
+        gpus = 0 if recipe.hardware.gpus == 0 else len(available)
         if gpus == 0 and recipe.hardware.gpus > 0:
             fix = hidden_gpus() or "try `make train` (the tiny recipe), or set GPUS=0 to run it on the CPU"
             raise SetupError(
                 f"GPUS: recipe {recipe.name} needs {recipe.hardware.gpus} GPUs and this machine has none; {fix}"
             )
-    if gpus > len(here):
+    if gpus > len(available):
         raise SetupError(
-            f"GPUS: {gpus} requested, but this machine has {len(here) or 'none'}; "
-            f"{hidden_gpus() or f'set GPUS={len(here)}'}"
+            f"GPUS: {gpus} requested, but this machine has {len(available) or 'none'}; "
+            f"{hidden_gpus() or f'set GPUS={len(available)}'}"
         )
-    ids = devices.split(",") if devices else [gpu.id for gpu in here[:gpus]]
-    used = [gpu for gpu in here if gpu.id in ids]
-    _check_generation(recipe, used)
-    _check_memory(gpu_type, used)
-    topology = planned(recipe, gpus, processes, nodes, gpu_type or gpu_type_of(used))
-    chosen = devices or (",".join(ids) if 0 < gpus < len(here) else None)
-    return Topology(topology.gpus, topology.processes, 1, topology.gpu_type, chosen)
+    ids = devices.split(",") if devices else [gpu.id for gpu in available[:gpus]]
+    selected = [gpu for gpu in available if gpu.id in ids]
+    _check_generation(recipe, selected)
+    _check_memory(request.gpu_type, selected)
+    request = replace(request, gpus=gpus, gpu_type=request.gpu_type or gpu_type_of(selected))
+    topology = plan_topology(recipe, request)
+    mask = devices or (",".join(ids) if 0 < gpus < len(available) else None)
+    return Topology(topology.gpus, topology.processes, 1, topology.gpu_type, mask)
 
 
-def _fewer_than_given(allocation: Allocation, here: int) -> UserError:
+def _missing_gpus(allocation: Allocation, available: int) -> UserError:
     return UserError(
-        f"GPUS: Slurm gave {allocation.gpus_per_node} on {allocation.name}, and nvidia-smi lists {here or 'none'} "
-        f"there; leave that node out: sbatch --exclude={allocation.name}"
+        f"GPUS: Slurm allocated {allocation.gpus_per_node} on {allocation.name}, nvidia-smi lists "
+        f"{available or 'none'}. Exclude that node: sbatch --exclude={allocation.name}"
     )
 
 
-def _allocated(
-    recipe: Recipe,
-    gpus: int | None,
-    processes: int | None,
-    nodes: int | None,
-    gpu_type: str | None,
-    devices: str | None,
-    allocation: Allocation,
-) -> Topology:
-    """The hardware of several nodes, as Slurm gave it: all of its GPUs, or none.
+def _allocated_topology(recipe: Recipe, request: HardwareRequest, allocation: Allocation) -> Topology:
+    """Return the hardware of a job of several nodes: all of its GPUs, or none.
 
     Raises:
-        SetupError: that is not what was asked for, or this node has it not.
+        SetupError: the job has other hardware than requested, or this node lacks GPUs.
     """
-    if devices is not None:
-        raise SetupError(f"DEVICES: {devices} names GPUs of one machine; Slurm says which of each node are the job's")
-    if nodes is not None and nodes != allocation.nodes:
+    gpus, job, nodes = request.gpus, allocation.job, allocation.nodes
+    if request.devices is not None:
+        raise SetupError(f"DEVICES: found {request.devices} in a Slurm job, which selects its own GPUs. Remove DEVICES")
+    if request.nodes is not None and request.nodes != nodes:
         raise SetupError(
-            f"NODES: {nodes} asked for, and job {allocation.job} has {allocation.nodes}; say the same to both: "
-            f"sbatch --nodes={nodes}"
+            f"NODES: found {request.nodes}, expected {nodes}, the nodes of job {job}. Use sbatch "
+            f"--nodes={request.nodes}, or remove NODES"
         )
-    has = allocation.nodes * (allocation.gpus_per_node or 0)
+    allocated = nodes * (allocation.gpus_per_node or 0)
     if gpus is None:
-        gpus = 0 if recipe.hardware.gpus == 0 else has
+        gpus = 0 if recipe.hardware.gpus == 0 else allocated
         if gpus == 0 and recipe.hardware.gpus > 0:
             raise SetupError(
-                f"GPUS: recipe {recipe.name} is made for {recipe.hardware.gpus} GPUs and job {allocation.job} has "
-                f"none; say --gpus-per-node to sbatch, or GPUS=0 to run it on the CPU all the same"
+                f"GPUS: recipe {recipe.name} needs {recipe.hardware.gpus} GPUs and job {job} has none. Use sbatch "
+                f"--gpus-per-node, or set GPUS=0 to run it on the CPU"
             )
-    if gpus not in (0, has):
+    if gpus not in (0, allocated):
         raise SetupError(
-            f"GPUS: {gpus} asked for, and job {allocation.job} has {allocation.nodes} nodes x "
-            f"{allocation.gpus_per_node or 0}; ask Slurm for those that are used: --gpus-per-node"
+            f"GPUS: found {gpus}, expected {allocated}: job {job} has {nodes} nodes x {allocation.gpus_per_node or 0}. "
+            f"Use sbatch --gpus-per-node, or remove GPUS"
         )
-    here = visible_gpus() if gpus else []
-    if gpus and len(here) < gpus // allocation.nodes:
-        raise _fewer_than_given(allocation, len(here))
-    _check_generation(recipe, here)
-    _check_memory(gpu_type, here)
-    if not gpus and processes is None:
-        processes = allocation.nodes
-    return planned(recipe, gpus, processes, allocation.nodes, gpu_type or gpu_type_of(here))
+    available = visible_gpus() if gpus else []
+    if gpus and len(available) < gpus // nodes:
+        raise _missing_gpus(allocation, len(available))
+    _check_generation(recipe, available)
+    _check_memory(request.gpu_type, available)
+    processes = nodes if not gpus and request.processes is None else request.processes
+    gpu_type = request.gpu_type or gpu_type_of(available)
+    return plan_topology(recipe, HardwareRequest(gpus, processes, nodes, gpu_type))
 
 
 def _check_generation(recipe: Recipe, gpus: Sequence[Gpu]) -> None:
-    """Refuses bf16 and flash attention where a card is older than Ampere and has neither.
+    """Reject bf16 and flash attention on GPUs older than Ampere, which support neither.
 
     Raises:
-        SetupError: with what to use instead.
+        SetupError: with the settings to use instead.
     """
     old = next((gpu for gpu in gpus if (gpu.compute_capability or _AMPERE) < _AMPERE), None)
     if old is None:
         return
-    wrong = {"precision": ("bf16", "fp32"), "model.attention": ("flash_attention_2", "sdpa")}
-    asked = {"precision": recipe.precision, "model.attention": recipe.model.attention}
-    instead = [f"{key}={good}" for key, (bad, good) in wrong.items() if asked[key] == bad]
-    if instead:
+    replacements = {"precision": ("bf16", "fp32"), "model.attention": ("flash_attention_2", "sdpa")}
+    current = {"precision": recipe.precision, "model.attention": recipe.model.attention}
+    unsupported = [key for key, (value, _) in replacements.items() if current[key] == value]
+    if unsupported:
         raise SetupError(
             f"GPUS: {old.name} (compute capability {old.compute_capability}) is older than Ampere and has no "
-            f"{' and no '.join(asked[said.partition('=')[0]] for said in instead)}; say {' '.join(instead)}"
+            f"{' and no '.join(current[key] for key in unsupported)}. "
+            f"Set {' '.join(f'{key}={replacements[key][1]}' for key in unsupported)}"
         )
 
 
 def _check_memory(gpu_type: str | None, gpus: Sequence[Gpu]) -> None:
-    """Reject GPUs of unknown memory unless the user names it.
+    """Reject GPUs of unknown memory unless GPU_TYPE is set.
 
     Raises:
         SetupError: with the variable to set.
@@ -281,41 +279,41 @@ def _check_memory(gpu_type: str | None, gpus: Sequence[Gpu]) -> None:
 
 
 def check_host_memory(plan: Plan) -> None:
-    """Refuses what this machine's own memory cannot hold, which would end in a killed rank, hours later perhaps.
+    """Reject a plan that exceeds the host memory of this node; a rank would be killed, possibly hours later.
 
     Raises:
-        SetupError: the plan's host memory is more than the machine has.
+        SetupError: the plan needs more host memory than the node has.
     """
-    here = host_memory_bytes()
+    available = host_memory_bytes()
     needed, per_rank = plan.host_bytes_per_node, plan.memory_bytes_per_gpu
-    ranks_here = plan.world_size // plan.nodes
-    if per_rank and not plan.uses_gpu and per_rank["total"] * ranks_here > here:
+    ranks_per_node = plan.world_size // plan.nodes
+    if per_rank and not plan.uses_gpu and per_rank["total"] * ranks_per_node > available:
         raise SetupError(
-            f"GPUS: on the CPU {plan.recipe} needs about {per_rank['total'] * ranks_here / 2**30:.0f} GiB of "
-            f"memory and this machine has {here / 2**30:.0f} GiB; say GPUS=<a number> where there are GPUs"
+            f"GPUS: on the CPU {plan.recipe} needs about {per_rank['total'] * ranks_per_node / 2**30:.0f} GiB of "
+            f"memory, found {available / 2**30:.0f} GiB. Set GPUS=<number> on a machine with GPUs"
         )
-    if needed and needed["offload"] and needed["total"] > here:
+    if needed and needed["offload"] and needed["total"] > available:
         raise SetupError(
-            f"parallelism: {plan.parallelism} needs about {needed['total'] / 2**30:.0f} GiB of this node's own memory "
-            f"({needed['offload'] / 2**30:.0f} GiB of it for what is offloaded) and it has {here / 2**30:.0f} GiB; "
-            f"say parallelism=zero3 with more GPUs, or train adapters (a recipe with lora)"
+            f"parallelism: {plan.parallelism} needs about {needed['total'] / 2**30:.0f} GiB of host memory "
+            f"({needed['offload'] / 2**30:.0f} GiB offloaded), found {available / 2**30:.0f} GiB. Set "
+            f"parallelism=zero3 with more GPUs, or use a recipe with LoRA"
         )
 
 
 def check_disk(plan: Plan, folder: RunDir) -> None:
-    """Refuses a run whose folder will outgrow its disk, hours later perhaps.
+    """Reject a run whose folder would outgrow its disk, possibly hours later.
 
     Raises:
-        SetupError: what is free and what the run holds already are less than what it will hold.
+        SetupError: free space plus the folder's present size is less than the run needs.
     """
-    there = next(place for place in (folder.path, *folder.path.absolute().parents) if place.exists())
+    existing = next(place for place in (folder.path, *folder.path.absolute().parents) if place.exists())
     held = sum(file.stat().st_size for file in folder.path.rglob("*") if file.is_file())
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(existing).free
     if plan.disk_bytes and plan.disk_bytes > free + held:
         raise SetupError(
-            f"RUNS_DIR: {plan.recipe} will hold up to {plan.disk_bytes / 2**30:.1f} GiB in {folder.path} (two whole "
-            f"checkpoints, one being written, the models) and {free / 2**30:.1f} GiB are free; make room, or say "
-            f"RUNS_DIR=<a folder on a larger disk>"
+            f"RUNS_DIR: {plan.recipe} needs up to {plan.disk_bytes / 2**30:.1f} GiB in {folder.path} (three "
+            f"checkpoints while one is written, the models), found {free / 2**30:.1f} GiB free. Free space, or set "
+            f"RUNS_DIR=<folder on a larger disk>"
         )
 
 
@@ -414,8 +412,10 @@ def unlisted(gpus: Sequence[Gpu]) -> list[str]:
 def _device_ids(devices: str, here: list[str]) -> list[str]:
     ids = devices.split(",")
     if not re.fullmatch(r"\d+(,\d+)*", devices) or len(set(ids)) != len(ids):
-        raise SetupError(f"DEVICES: {devices!r} is not a list of GPU ids, such as 0,2")
+        raise SetupError(f"DEVICES: found {devices!r}, expected GPU ids, such as 0,2")
     missing = [device for device in ids if device not in here]
     if missing:
-        raise SetupError(f"DEVICES: no GPU {', '.join(missing)} here; there are: {', '.join(here) or 'none'}")
+        raise SetupError(
+            f"DEVICES: no GPU {', '.join(missing)} on this machine. Available: {', '.join(here) or 'none'}"
+        )
     return ids

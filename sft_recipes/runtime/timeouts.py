@@ -8,7 +8,7 @@ from __future__ import annotations
 # Other programs.
 NVIDIA_SMI = 60.0  # it waits indefinitely for a driver that hangs
 SLURM_COMMAND = 30.0
-CONTAINER_ENGINE = 60.0
+CONTAINER_RUNTIME = 60.0
 TORCH_PROBE = 180.0  # a process that imports torch and looks at the GPUs
 HUB_REQUEST = 5.0
 
@@ -19,7 +19,7 @@ LAUNCHER_EXIT = 5.0  # once all ranks were killed; with OTHER_RANKS_EXIT all are
 PROCESS_GROUP_EXIT = 15.0
 STACK_TRACES = 2.0  # a rank writes its Python stack traces
 MIN_SAVE_GRACE = 120  # from a stop request to SIGKILL, or longer if a save takes longer
-CONTAINER_STOP = 3600  # from a stop request to the end of the container
+CONTAINER_STOP = 3600  # from a stop request to SIGKILL; a save of a large model takes minutes, docker's default is 10 s
 EARLIER_RANKS_EXIT = 15.0  # ranks of an earlier start of the same run
 RUN_LOCK = 300.0  # a requeued job waits for its earlier start to release the run
 POLL_RANKS = 0.2

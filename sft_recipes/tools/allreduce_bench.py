@@ -1,6 +1,6 @@
-"""Sums over all ranks, as training does its gradients, and times that: for `doctor`, and before jobs of several nodes.
+"""Time an all-reduce over all ranks: for `doctor`, and before jobs on several nodes.
 
-Started by torchrun, a process a GPU, or processes on the CPU. Rank 0 writes JSON to the file that is named.
+torchrun starts one process per GPU, or processes on the CPU. Rank 0 writes JSON to the file that is its argument.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 from sft_recipes.runtime import timeouts
 
 _BYTES = {"nccl": 256 << 20, "gloo": 4 << 20}
-_TIMES = 10
+_REPETITIONS = 10
 
 
 def measure() -> dict[str, Any]:
-    """Whether the sum was right, and the bus bandwidth in bytes a second.
+    """Return whether the sum is correct on every rank, and the bus bandwidth in bytes per second.
 
-    The bus bandwidth is what a rank's link carries, 2 (n-1)/n of the bytes a second that are summed: it compares with
-    the link's own figure whatever the number of ranks (nccl-tests, doc/PERFORMANCE.md).
+    The bus bandwidth is what the link of a rank transfers: 2 (n-1)/n of the bytes reduced per second. It is comparable
+    with the link's nominal bandwidth for any number of ranks (nccl-tests, doc/PERFORMANCE.md).
     """
     import torch
     import torch.distributed as dist
@@ -38,28 +38,27 @@ def measure() -> dict[str, Any]:
     ranks, rank = dist.get_world_size(), dist.get_rank()
     values = torch.full((_BYTES[backend] // 4,), float(rank + 1), device=device)
     dist.all_reduce(values)
-    right = bool((values == ranks * (ranks + 1) / 2).all())
+    correct = bool((values == ranks * (ranks + 1) / 2).all())
     values.zero_()
-    _wait(device)
+    _synchronize(device)
     began = time.perf_counter()
-    for _ in range(_TIMES):
+    for _ in range(_REPETITIONS):
         dist.all_reduce(values)
-    _wait(device)
-    seconds = (time.perf_counter() - began) / _TIMES
-    rights = torch.tensor([float(right)], device=device)
-    dist.all_reduce(rights)
+    _synchronize(device)
+    seconds = (time.perf_counter() - began) / _REPETITIONS
+    correct_ranks = torch.tensor([float(correct)], device=device)
+    dist.all_reduce(correct_ranks)
     dist.destroy_process_group()
-    bandwidth = 2 * (ranks - 1) / ranks * _BYTES[backend] / seconds
     return {
         "backend": backend,
         "ranks": ranks,
         "rank": rank,
-        "right": bool(rights == ranks),
-        "bytes_a_second": bandwidth,
+        "correct": bool(correct_ranks == ranks),
+        "bytes_per_second": 2 * (ranks - 1) / ranks * _BYTES[backend] / seconds,
     }
 
 
-def _wait(device: Any) -> None:
+def _synchronize(device: Any) -> None:
     import torch
     import torch.distributed as dist
 
@@ -69,6 +68,6 @@ def _wait(device: Any) -> None:
 
 
 if __name__ == "__main__":
-    found = measure()
-    if found["rank"] == 0:
-        Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")
+    report = measure()
+    if report["rank"] == 0:
+        Path(sys.argv[1]).write_text(json.dumps(report), encoding="utf-8")

@@ -1,5 +1,4 @@
-"""Says whether this machine, or this container, is fit to train: a finding a check, green, yellow or red, with the way
-out."""
+"""Check that this machine or container can train: each check is ok, warning or error, with its fix."""
 
 from __future__ import annotations
 
@@ -18,150 +17,156 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes.launch import command, preflight
-from sft_recipes.launch.node_checks import OWNED_BY_NOBODY_ELSE, Colour, Finding, all_reduce, ways
+from sft_recipes.launch.node_checks import IDLE_GPU_BYTES, CheckResult, Status, all_reduce, find_transports
 from sft_recipes.launch.topology import Gpu, hidden_gpus, nvidia_smi_error, unlisted, visible_gpus
 from sft_recipes.runtime import cuda, timeouts
 from sft_recipes.runtime.env import host_memory_bytes, library_version
 from sft_recipes.runtime.paths import REPOSITORY
 from sft_recipes.runtime.run_dir import runs_root
+from sft_recipes.runtime.units import GIB
 
-GIB = 2**30
-_SECONDS_OF_CLOCK = 60.0
-
-
-def examine(wanted_gpus: int | None) -> Iterator[Finding]:
-    """Every check, in turn; `wanted_gpus` is how many a run would take, None where nobody said."""
-    gpus = visible_gpus()
-    seen = preflight.ask_torch(os.environ, "all")
-    if error := nvidia_smi_error():
-        way_out = "see dmesg; after an update of the driver, restart the machine"
-        yield Finding("driver", "red", f"nvidia-smi fails ({error})", way_out)
-    else:
-        yield from driver(gpus, wanted_gpus, cuda.driver_version(), seen, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    yield from memory_of_gpus(seen.get("gpus", []))
-    yield attention(seen)
-    yield operators(seen, bool(gpus))
-    yield all_reduce(_sum_over_ranks(len(gpus)), len(gpus), bool(os.environ.get("ALLOW_SOCKETS")))
-    yield fabric(len(gpus), int(os.environ.get("NODES") or 1))
-    yield shared_memory(_free_in(Path("/dev/shm")), len(gpus))
-    yield host(host_memory_bytes(), len(os.sched_getaffinity(0)), len(gpus))
-    yield from (disk(name, path, bool(gpus)) for name, path in (("runs", runs_root()), ("hub cache", _hub())))
-    yield from hub(_ask_hub())
-    yield versions("cuda" if seen.get("cuda") else "cpu")
+_MAX_CLOCK_SECONDS = 60.0
 
 
-def driver(
-    gpus: Sequence[Gpu], wanted: int | None, version: str | None, seen: dict[str, Any], visible: str | None = None
-) -> Iterator[Finding]:
-    """The driver, the GPUs, and whether PyTorch can use them.
+def run_checks(requested_gpus: int | None) -> Iterator[CheckResult]:
+    """Yield the result of every check.
 
     Args:
-        wanted: number of GPUs that a run would take; None if not said.
+        requested_gpus: number of GPUs of the run to check for; None if not given.
+    """
+    gpus = visible_gpus()
+    probe = preflight.ask_torch(os.environ, "all")
+    if error := nvidia_smi_error():
+        fix = "see dmesg; after a driver update, restart the machine"
+        yield CheckResult("driver", "error", f"nvidia-smi fails ({error})", fix)
+    else:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        yield from check_driver(gpus, requested_gpus, cuda.driver_version(), probe, visible)
+    yield from check_gpu_memory(probe.get("gpus", []))
+    yield check_flash_attention(probe)
+    yield check_operators(probe, bool(gpus))
+    yield all_reduce(_measure_all_reduce(len(gpus)), len(gpus), bool(os.environ.get("ALLOW_SOCKETS")))
+    yield check_rdma(len(gpus), int(os.environ.get("NODES") or 1))
+    yield check_shared_memory(_free_bytes(Path("/dev/shm")), len(gpus))
+    yield check_host(host_memory_bytes(), len(os.sched_getaffinity(0)), len(gpus))
+    yield check_disk("runs", runs_root(), bool(gpus))
+    yield check_disk("hub cache", _hub_cache(), bool(gpus))
+    yield from check_hub(_query_hub())
+    yield check_versions("cuda" if probe.get("cuda") else "cpu")
+
+
+def check_driver(
+    gpus: Sequence[Gpu], requested: int | None, version: str | None, probe: dict[str, Any], visible: str | None = None
+) -> Iterator[CheckResult]:
+    """Check the GPUs, their driver, and whether PyTorch can use them.
+
+    Args:
+        requested: number of GPUs of the run to check for; None if not given.
         version: of the driver.
-        seen: the report of `training/examine.py`.
+        probe: the report of `training/torch_probe.py`.
         visible: CUDA_VISIBLE_DEVICES; None if unset.
     """
-    if wanted is not None and wanted > len(gpus):
-        way_out = hidden_gpus() or "see nvidia-smi; in a container, give it GPUs (docker/README.md)"
-        yield Finding("GPUs", "red", f"{len(gpus) or 'none'}, and {wanted} are wanted", way_out)
+    if requested is not None and requested > len(gpus):
+        fix = hidden_gpus() or "see nvidia-smi; in a container, give it GPUs (docker/README.md)"
+        yield CheckResult("GPUs", "error", f"found {len(gpus) or 'none'}, expected {requested}", fix)
     elif gpus:
-        yield Finding(
-            "GPUs", "green", ", ".join(f"{gpu.id}: {gpu.name}, {gpu.memory_mib / 1024:.0f} GiB" for gpu in gpus)
-        )
+        detail = ", ".join(f"{gpu.id}: {gpu.name}, {gpu.memory_mib / 1024:.0f} GiB" for gpu in gpus)
+        yield CheckResult("GPUs", "ok", detail)
     else:
-        yield Finding("GPUs", "green", "none: recipes for the CPU")
+        yield CheckResult("GPUs", "ok", "none: CPU recipes only")
     if not gpus:
         return
     for product in unlisted(gpus):
         fix = "set GPU_TYPE to one of docs/models.md to forecast hours"
-        yield Finding("GPU type", "yellow", f"{product} is not in the table: planned by its memory, without hours", fix)
-    yield Finding("driver", "green", version or "version unknown: nvidia-smi does not report it")
-    if "error" in seen:
+        detail = f"{product} is not in the table: planned by its memory, without hours"
+        yield CheckResult("GPU type", "warning", detail, fix)
+    yield CheckResult("driver", "ok", version or "version unknown: nvidia-smi does not report it")
+    if "error" in probe:
         return
-    if found := cuda.problem(seen, len(gpus), version, visible):
-        yield Finding("CUDA", "red", *found)
+    if problem := cuda.problem(probe, len(gpus), version, visible):
+        yield CheckResult("CUDA", "error", *problem)
     else:
-        yield Finding("CUDA", "green", f"PyTorch {seen['torch']} with CUDA {seen['cuda']} finds {seen['devices']}")
+        yield CheckResult("CUDA", "ok", f"PyTorch {probe['torch']} with CUDA {probe['cuda']} finds {probe['devices']}")
 
 
-def memory_of_gpus(gpus: Sequence[dict[str, Any]]) -> Iterator[Finding]:
-    """What others hold of the GPUs, where it is much."""
+def check_gpu_memory(gpus: Sequence[dict[str, Any]]) -> Iterator[CheckResult]:
+    """Check that no other process uses much memory of a GPU."""
     for index, gpu in enumerate(gpus):
-        held = gpu["total"] - gpu["free"]
-        if held > OWNED_BY_NOBODY_ELSE:
-            found = f"GPU {index}: {held / GIB:.1f} of {gpu['total'] / GIB:.1f} GiB are taken"
-            yield Finding("GPU memory", "yellow", found, "`nvidia-smi` lists by whom; or take others: DEVICES=…")
-    if gpus and all(gpu["total"] - gpu["free"] <= OWNED_BY_NOBODY_ELSE for gpu in gpus):
-        yield Finding("GPU memory", "green", "free")
+        used = gpu["total"] - gpu["free"]
+        if used > IDLE_GPU_BYTES:
+            detail = f"GPU {index}: {used / GIB:.1f} of {gpu['total'] / GIB:.1f} GiB in use"
+            yield CheckResult("GPU memory", "warning", detail, "see nvidia-smi for the process; or set DEVICES=…")
+    if gpus and all(gpu["total"] - gpu["free"] <= IDLE_GPU_BYTES for gpu in gpus):
+        yield CheckResult("GPU memory", "ok", "free")
 
 
-# What CUDA and flash-attn report if flash-attn was compiled for other GPUs than this one.
+# Errors of CUDA and flash-attn if flash-attn was compiled for other GPUs than this one.
 _NO_KERNEL = re.compile("no kernel image is available|invalid device function|only supports Ampere GPUs or newer")
 
 
-def attention(seen: dict[str, Any]) -> Finding:
-    """Whether flash-attn is there and right."""
-    if "error" in seen:
-        return Finding("torch", "red", seen["error"], "make setup installs the locked packages")
-    looked = seen["flash_attention"]
-    if looked is None:
-        return Finding("flash-attn", "green", "not looked at: it needs a GPU; torch's own attention is used")
-    if "missing" in looked:
-        way_out = "torch's own attention is used; the image has it (make image)"
-        return Finding("flash-attn", "yellow", f"not there ({looked['missing']})", way_out)
-    if "error" in looked and _NO_KERNEL.search(looked["error"]):
-        capabilities = sorted({gpu["capability"] for gpu in seen.get("gpus", [])})
-        said = f"it has no kernel for compute capability {' or '.join(capabilities)}; torch's own attention is used"
-        fix = f"rebuild it with CUDA_ARCHITECTURES='{';'.join(capabilities)}' to use it (docker/README.md)"
-        return Finding("flash-attn", "yellow", said, "it needs Ampere or newer" if "Ampere" in looked["error"] else fix)
-    if "error" in looked:
-        return Finding("flash-attn", "red", looked["error"], "build it for this GPU: docker/README.md")
-    said = f"off by {looked['forward']:.1e} forward, {looked['backward']:.1e} backward, of {looked['tolerance']:.0e}"
-    # Written so that a NaN is no pass.
-    if not (looked["forward"] <= looked["tolerance"] and looked["backward"] <= looked["tolerance"]):
-        return Finding("flash-attn", "red", f"{said} that are allowed", "say model.attention=sdpa, and report it")
-    return Finding("flash-attn", "green", said)
+def check_flash_attention(probe: dict[str, Any]) -> CheckResult:
+    """Check that flash-attn is installed and correct on this GPU."""
+    if "error" in probe:
+        return CheckResult("torch", "error", probe["error"], "run make setup to install the locked packages")
+    report = probe["flash_attention"]
+    if report is None:
+        return CheckResult("flash-attn", "ok", "not checked: it needs a GPU; PyTorch attention is used")
+    if "missing" in report:
+        fix = "PyTorch attention is used; the image has it (make image)"
+        return CheckResult("flash-attn", "warning", f"not installed ({report['missing']})", fix)
+    if "error" in report and _NO_KERNEL.search(report["error"]):
+        capabilities = sorted({gpu["capability"] for gpu in probe.get("gpus", [])})
+        detail = f"no kernel for compute capability {' or '.join(capabilities)}; PyTorch attention is used"
+        fix = f"rebuild it with CUDA_ARCHITECTURES='{';'.join(capabilities)}' (docker/README.md)"
+        fix = "it needs Ampere or newer" if "Ampere" in report["error"] else fix
+        return CheckResult("flash-attn", "warning", detail, fix)
+    if "error" in report:
+        return CheckResult("flash-attn", "error", report["error"], "build it for this GPU (docker/README.md)")
+    forward, backward, tolerance = report["forward"], report["backward"], report["tolerance"]
+    detail = f"error {forward:.1e} forward, {backward:.1e} backward, tolerance {tolerance:.0e}"
+    if not (forward <= tolerance and backward <= tolerance):  # a NaN fails this
+        return CheckResult("flash-attn", "error", detail, "set model.attention=sdpa, and report it")
+    return CheckResult("flash-attn", "ok", detail)
 
 
-def operators(seen: dict[str, Any], on_gpus: bool) -> Finding:
-    """Whether ZeRO has what it compiles at its first start, or can compile it."""
-    built = seen.get("operators", [])
-    if built:
-        return Finding("operators", "green", f"compiled: {', '.join(built)}")
-    if seen.get("compiler"):
-        return Finding("operators", "green", "compiled at the first start under ZeRO")
-    needs = "offloading" if on_gpus else "ZeRO on the CPU"
-    way_out = f"install g++ and python3-dev where {needs} is wanted"
-    return Finding("operators", "yellow", "not compiled, and no C++ compiler with Python's headers", way_out)
+def check_operators(probe: dict[str, Any], on_gpus: bool) -> CheckResult:
+    """Check that DeepSpeed's operators are compiled, or can be at the first start of ZeRO."""
+    if compiled := probe.get("operators", []):
+        return CheckResult("operators", "ok", f"compiled: {', '.join(compiled)}")
+    if probe.get("compiler"):
+        return CheckResult("operators", "ok", "compiled at the first start of ZeRO")
+    user = "CPU offload" if on_gpus else "ZeRO on the CPU"
+    fix = f"install g++ and python3-dev to use {user}"
+    return CheckResult("operators", "warning", "not compiled, and no C++ compiler with Python's headers", fix)
 
 
-def fabric(gpus: int, nodes: int) -> Finding:
-    """Whether NCCL can use an adapter for RDMA that the machine has; it matters between nodes."""
+def check_rdma(gpus: int, nodes: int) -> CheckResult:
+    """Check that NCCL can use the machine's RDMA adapters; an error only for several nodes."""
     adapters = sorted(path.name for path in Path("/sys/class/infiniband").glob("*"))
     if not adapters:
-        return Finding("RDMA", "green", "no adapter")
-    here = ", ".join(adapters)
-    wrong = _wrong_with_rdma() if gpus else None
-    if wrong is None:
-        return Finding("RDMA", "green", here)
-    found, way_out = wrong
-    return Finding("RDMA", "red" if nodes > 1 else "yellow", f"{here}, but {found}", way_out)
+        return CheckResult("RDMA", "ok", "no adapter")
+    listed = ", ".join(adapters)
+    problem = _rdma_problem() if gpus else None
+    if problem is None:
+        return CheckResult("RDMA", "ok", listed)
+    detail, fix = problem
+    return CheckResult("RDMA", "error" if nodes > 1 else "warning", f"{listed}, but {detail}", fix)
 
 
-def _wrong_with_rdma() -> tuple[str, str] | None:
-    """What keeps this process from it, and the way out."""
+def _rdma_problem() -> tuple[str, str] | None:
+    """Return why this process cannot use RDMA, and the fix."""
     import resource
 
     if not Path("/dev/infiniband").is_dir():
-        return "no /dev/infiniband here", "give it to the container: --device /dev/infiniband"
-    if not _loads("libibverbs.so.1"):
-        return "no libibverbs", "install libibverbs1 and ibverbs-providers"
+        return "/dev/infiniband is missing", "give it to the container: --device /dev/infiniband"
+    if not _can_load("libibverbs.so.1"):
+        return "libibverbs is missing", "install libibverbs1 and ibverbs-providers"
     if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] not in (resource.RLIM_INFINITY, -1):
         return "locked memory is limited", "--ulimit memlock=-1 (ulimit -l unlimited)"
     return None
 
 
-def _loads(library: str) -> bool:
+def _can_load(library: str) -> bool:
     import ctypes
 
     try:
@@ -171,135 +176,137 @@ def _loads(library: str) -> bool:
     return True
 
 
-def shared_memory(number_bytes: int | None, gpus: int) -> Finding:
-    """What NCCL and data workers share."""
-    if number_bytes is None:
-        return Finding("shared memory", "red", "no /dev/shm", "mount it: --shm-size 16g, or --ipc host")
-    said = f"{number_bytes / GIB:.2f} GiB free in /dev/shm"
+def check_shared_memory(free_bytes: int | None, gpus: int) -> CheckResult:
+    """Check the shared memory of NCCL and data workers."""
+    if free_bytes is None:
+        return CheckResult("shared memory", "error", "no /dev/shm", "mount it: --shm-size 16g, or --ipc host")
+    detail = f"{free_bytes / GIB:.2f} GiB free in /dev/shm"
     least = GIB * max(gpus, 1) if gpus > 1 else GIB // 4
-    if number_bytes < least:
-        way_out = f"{least / GIB:.2f} GiB are wanted: --shm-size 16g, or --ipc host"
-        return Finding("shared memory", "red" if gpus > 1 else "yellow", said, way_out)
-    return Finding("shared memory", "green", said)
+    if free_bytes < least:
+        fix = f"expected {least / GIB:.2f} GiB: --shm-size 16g, or --ipc host"
+        return CheckResult("shared memory", "error" if gpus > 1 else "warning", detail, fix)
+    return CheckResult("shared memory", "ok", detail)
 
 
-def host(memory: int, cores: int, gpus: int) -> Finding:
-    """The machine's own memory, and the cores that this process may use."""
-    said = f"{memory / GIB:.0f} GiB of memory, {cores} cores"
+def check_host(memory_bytes: int, cores: int, gpus: int) -> CheckResult:
+    """Check the cores that this process may use against the number of GPUs."""
+    detail = f"{memory_bytes / GIB:.0f} GiB of memory, {cores} cores"
     if cores < gpus:
-        return Finding("host", "red", said, f"{gpus} ranks share them; give the job all of the node's cores")
-    return Finding("host", "green", said)
+        return CheckResult("host", "error", detail, f"{gpus} ranks share them; give the job all cores of the node")
+    return CheckResult("host", "ok", detail)
 
 
-def disk(name: str, path: Path, on_gpus: bool) -> Finding:
-    """Room and permission where runs, or models of the Hub, are kept."""
-    there = next(place for place in (path, *path.absolute().parents) if place.exists())
-    if not os.access(there, os.W_OK | os.X_OK):
-        return Finding(
-            f"disk: {name}", "red", f"{there} cannot be written", "say RUNS_DIR=… (or HF_HOME=…), or make it yours"
-        )
-    free = shutil.disk_usage(there).free
-    said = f"{free / GIB:.0f} GiB free in {path}"
+def check_disk(name: str, path: Path, on_gpus: bool) -> CheckResult:
+    """Check free space and write permission of the folder of runs or of the Hub cache."""
+    existing = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        fix = "set RUNS_DIR=… (or HF_HOME=…), or change its owner"
+        return CheckResult(f"disk: {name}", "error", f"{existing} is not writable", fix)
+    free = shutil.disk_usage(existing).free
+    detail = f"{free / GIB:.0f} GiB free in {path}"
     least = 100 * GIB if on_gpus else GIB
     if free < least:
-        way_out = f"make room; `make plan` says what a run takes (wanted here: {least / GIB:.0f} GiB)"
-        return Finding(f"disk: {name}", "yellow" if on_gpus else "red", said, way_out)
-    return Finding(f"disk: {name}", "green", said)
+        fix = f"expected {least / GIB:.0f} GiB: free space; `make plan` prints the size of a run"
+        return CheckResult(f"disk: {name}", "warning" if on_gpus else "error", detail, fix)
+    return CheckResult(f"disk: {name}", "ok", detail)
 
 
-def hub(answer: dict[str, Any]) -> Iterator[Finding]:
-    """The Hub, its token, and this machine's clock, by the Hub's own."""
+def check_hub(answer: dict[str, Any]) -> Iterator[CheckResult]:
+    """Check the Hub, its token, and this machine's clock against the Hub's."""
     if answer.get("offline"):
-        yield Finding("Hub", "green", "not asked: HF_HUB_OFFLINE is set")
+        yield CheckResult("Hub", "ok", "not checked: HF_HUB_OFFLINE is set")
         return
     if "error" in answer:
-        way_out = "bring models and data beforehand (`make download`), and set HF_HUB_OFFLINE=1"
-        yield Finding("Hub", "yellow", f"no answer ({answer['error']})", way_out)
+        fix = "download models and data first (`make download`), and set HF_HUB_OFFLINE=1"
+        yield CheckResult("Hub", "warning", f"no answer ({answer['error']})", fix)
         return
     if answer["status"] == 401:
-        yield Finding(
-            "Hub", "red", "it does not know this HF_TOKEN", "make another: https://huggingface.co/settings/tokens"
-        )
+        fix = "create one: https://huggingface.co/settings/tokens"
+        yield CheckResult("Hub", "error", "HF_TOKEN is not valid", fix)
     elif answer["status"] >= 400:
-        yield Finding(
-            "Hub", "yellow", f"it answers with {answer['status']}", "try again, or bring models with `make download`"
-        )
+        fix = "try again, or download models first (`make download`)"
+        yield CheckResult("Hub", "warning", f"HTTP status {answer['status']}", fix)
     else:
-        token = "its token is good" if answer["token"] else "no HF_TOKEN: models that are not gated"
-        yield Finding("Hub", "green", f"answers; {token}")
+        token = "HF_TOKEN is valid" if answer["token"] else "no HF_TOKEN: gated models are unavailable"
+        yield CheckResult("Hub", "ok", f"reachable; {token}")
     if answer.get("date") is not None:
-        off = answer["now"] - answer["date"]
-        colour: Colour = "green" if abs(off) < _SECONDS_OF_CLOCK else "red"
-        way_out = "" if colour == "green" else "set it (timedatectl set-ntp true): certificates and tokens depend on it"
-        yield Finding("clock", colour, f"{off:+.0f} s off the Hub's", way_out)
+        offset = answer["now"] - answer["date"]
+        status: Status = "ok" if abs(offset) < _MAX_CLOCK_SECONDS else "error"
+        fix = "" if status == "ok" else "set it (timedatectl set-ntp true): certificates and tokens depend on it"
+        yield CheckResult("clock", status, f"{offset:+.0f} s from the Hub's", fix)
 
 
-def versions(torch_build: str) -> Finding:
-    """Installed packages against the lock."""
-    other, missing = [], []
+def check_versions(torch_build: str) -> CheckResult:
+    """Check the installed packages against the lock."""
+    differ, missing = [], []
     for name, version in locked(torch_build).items():
-        here = library_version(name)
-        if here == "not installed":
+        installed = library_version(name)
+        if installed == "not installed":
             missing.append(name)
-        elif here != version:
-            other.append(f"{name} {here} instead of {version}")
+        elif installed != version:
+            differ.append(f"{name} {installed}, expected {version}")
     if missing:
-        return Finding("versions", "red", f"not installed: {', '.join(missing)}", "make setup")
-    if other:
-        return Finding("versions", "yellow", "; ".join(other), "make setup installs the locked ones")
-    return Finding("versions", "green", f"the lock's {len(locked(torch_build))} packages")
+        return CheckResult("versions", "error", f"not installed: {', '.join(missing)}", "run make setup")
+    if differ:
+        return CheckResult("versions", "warning", "; ".join(differ), "run make setup to install the locked versions")
+    return CheckResult("versions", "ok", f"{len(locked(torch_build))} packages as locked")
 
 
 def locked(torch_build: str) -> dict[str, str]:
-    """Name and version of the packages that the lock has for every Linux machine with this build of torch."""
+    """Return name and version of the packages that the lock installs on every Linux machine with this torch build."""
     lines: list[str] = []
     for name in ("common", torch_build):
         lines += (REPOSITORY / "requirements" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
-    found = {}
+    versions = {}
     for line in lines:
-        pinned = re.match(r"([\w.-]+)==(\S+)(?:\s*;\s*([^\\]*))?", line)
-        if pinned and (not pinned[3] or pinned[3].strip() in ('sys_platform == "linux"', "sys_platform == 'linux'")):
-            found[pinned[1]] = pinned[2]
-    return found
+        pin = re.match(r"([\w.-]+)==(\S+)(?:\s*;\s*([^\\]*))?", line)
+        if pin and (not pin[3] or pin[3].strip() in ('sys_platform == "linux"', "sys_platform == 'linux'")):
+            versions[pin[1]] = pin[2]
+    return versions
 
 
-def _sum_over_ranks(gpus: int) -> dict[str, Any]:
-    """What `training/links.py` measures over the GPUs, or over two processes on the CPU, and NCCL's ways."""
-    with tempfile.TemporaryDirectory(prefix="sft-") as place:
-        ranks, result = gpus or 2, Path(place) / "result.json"
-        # Not torchrun's --standalone: its ranks meet at this machine's own name, which need not resolve.
-        meeting = command.Rendezvous("127.0.0.1", command.free_port("127.0.0.1"), 0)
-        debug = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,GRAPH,NET", "NCCL_DEBUG_FILE": f"{place}/nccl-%p"}
-        quiet = {"OMP_NUM_THREADS": "1", **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})}
+def _measure_all_reduce(gpus: int) -> dict[str, Any]:
+    """Run `tools/allreduce_bench.py` over the GPUs, or over two CPU processes; add NCCL's transports."""
+    with tempfile.TemporaryDirectory(prefix="sft-") as folder:
+        ranks, report = gpus or 2, Path(folder) / "report.json"
+        # Not torchrun's --standalone: its rendezvous uses this machine's host name, which need not resolve.
+        rendezvous = command.Rendezvous("127.0.0.1", command.free_port("127.0.0.1"), 0)
+        debug = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,GRAPH,NET", "NCCL_DEBUG_FILE": f"{folder}/nccl-%p"}
+        overrides = {"OMP_NUM_THREADS": "1", **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})}
         loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-        environment = {**loopback, **os.environ, **debug, **quiet}
-        done = _run(command.links(ranks, 1, meeting, result), timeouts.ALLREDUCE_TEST, environment)
-        if done is None:
-            return {"error": f"{ranks} ranks did not sum within {timeouts.ALLREDUCE_TEST:.0f} s"}
+        environment = {**loopback, **os.environ, **debug, **overrides}
+        try:
+            done = subprocess.run(
+                command.links(ranks, 1, rendezvous, report),
+                capture_output=True, text=True, check=False, timeout=timeouts.ALLREDUCE_TEST, env=environment,
+                cwd=REPOSITORY,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return {"error": f"{ranks} ranks: no all-reduce within {timeouts.ALLREDUCE_TEST:.0f} s"}
         if done.returncode:
-            said = [line for line in done.stderr.splitlines() if re.match(r"\S*(Error|Exception)\b", line.strip())]
-            return {"error": f"{ranks} ranks cannot sum: {said[0].strip() if said else 'they end with an error'}"}
-        log = "\n".join(file.read_text(errors="replace") for file in Path(place).glob("nccl-*"))
-        return {**json.loads(result.read_text(encoding="utf-8")), "ways": ways(log)}
+            errors = [line for line in done.stderr.splitlines() if re.match(r"\S*(Error|Exception)\b", line.strip())]
+            return {"error": f"{ranks} ranks: all-reduce failed: {errors[0].strip() if errors else 'a rank failed'}"}
+        log = "\n".join(file.read_text(errors="replace") for file in Path(folder).glob("nccl-*"))
+        return {**json.loads(report.read_text(encoding="utf-8")), "transports": find_transports(log)}
 
 
-def _ask_hub() -> dict[str, Any]:
+def _query_hub() -> dict[str, Any]:
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false", "no", "off"):
         return {"offline": True}
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     token = (os.environ.get("HF_TOKEN") or _stored_token()).strip()
-    if not re.fullmatch(r"[!-~]*", token):  # what is said of a header that cannot be has it whole
+    if not re.fullmatch(r"[!-~]*", token):  # urllib's error for an invalid header would print the token
         return {"status": 401, "token": True, "date": None}
     request = urllib.request.Request(f"{endpoint}/api/{'whoami-v2' if token else 'models?limit=1'}")
     if token:
         request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
-        with urllib.request.urlopen(request, timeout=timeouts.HUB_REQUEST) as answer:
-            status, headers = answer.status, answer.headers
+        with urllib.request.urlopen(request, timeout=timeouts.HUB_REQUEST) as response:
+            status, headers = response.status, response.headers
     except urllib.error.HTTPError as error:
         status, headers = error.code, error.headers
     except ValueError:
-        return {"error": f"HF_ENDPOINT={endpoint} is no address"}
+        return {"error": f"HF_ENDPOINT={endpoint} is not a URL"}
     except OSError as error:
         return {"error": str(getattr(error, "reason", error)) or type(error).__name__}
     date = email.utils.parsedate_to_datetime(headers["Date"]).timestamp() if headers.get("Date") else None
@@ -307,25 +314,13 @@ def _ask_hub() -> dict[str, Any]:
 
 
 def _stored_token() -> str:
-    file = Path(os.environ.get("HF_TOKEN_PATH") or _hub() / "token")
+    file = Path(os.environ.get("HF_TOKEN_PATH") or _hub_cache() / "token")
     return file.read_text(encoding="utf-8").strip() if file.is_file() and os.access(file, os.R_OK) else ""
 
 
-def _hub() -> Path:
+def _hub_cache() -> Path:
     return Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
 
 
-def _free_in(path: Path) -> int | None:
+def _free_bytes(path: Path) -> int | None:
     return shutil.disk_usage(path).free if path.is_dir() else None
-
-
-def _run(
-    command: list[str], seconds: float = 60.0, environment: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str] | None:
-    """How a command ended; None where it is not there, or did not end in time."""
-    try:
-        return subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=seconds, env=environment, cwd=REPOSITORY
-        )
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return None

@@ -66,7 +66,7 @@ def carry_out(folder: RunDir, say: Callable[[str], None], peers: NodeLaunchers |
         )
     if peers is None:
         preflight.check_gpus(plan)
-    if code := slurm.unfit(peers, plan, say):
+    if code := slurm.check_nodes(peers, plan, say):
         return code
     shared = peers.folder if peers else None
     with (

@@ -227,7 +227,7 @@ def configure(plan: Plan, folder: RunDir) -> Any:
     from sft_recipes.training import deepspeed_ops, strategy, torch_probe, trainer
 
     if plan.uses_gpu:  # not only by the launcher: a node's state may change, and this process may see other devices
-        cuda.check(torch_probe.cuda(), plan.gpus // plan.nodes, os.environ)
+        cuda.check(torch_probe.probe_cuda(), plan.gpus // plan.nodes, os.environ)
     if plan.strategy.deepspeed:
         deepspeed_ops.let_no_build_outlive_its_process()
 

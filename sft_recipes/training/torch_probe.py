@@ -1,6 +1,6 @@
-"""Prints as JSON what PyTorch finds on this machine: GPUs, compiled operators, flash attention.
+"""Print as JSON what PyTorch finds on this machine: GPUs, compiled operators, flash attention.
 
-With the argument `cuda` only what `runtime/cuda.py` needs, which takes no longer than the import of PyTorch.
+With the argument `cuda`, print only the fields that `runtime/cuda.py` needs: no slower than importing PyTorch.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ from pathlib import Path
 from typing import Any
 
 
-def cuda() -> dict[str, Any]:
-    """Report PyTorch's version, the CUDA version of its build (None for a CPU build), the number of GPUs that it can
+def probe_cuda() -> dict[str, Any]:
+    """Return PyTorch's version, the CUDA version of its build (None for a CPU build), the number of GPUs that it can
     use, and its warning if it can use none."""
     import torch
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        # The number of devices alone would not do: NVML counts them also where the driver is too old to use them.
+        # device_count() alone is not enough: NVML also counts GPUs that the driver is too old to use.
         devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    warning = next((str(one.message).removeprefix("CUDA initialization: ") for one in caught), "")
+    warning = next((str(record.message).removeprefix("CUDA initialization: ") for record in caught), "")
     return {"torch": torch.__version__, "cuda": torch.version.cuda, "devices": devices, "warning": warning}
 
 
-def look() -> dict[str, Any]:
-    """What there is: torch's build, its GPUs, DeepSpeed's operators, and whether flash attention is right."""
-    found = cuda()
+def probe() -> dict[str, Any]:
+    """Return PyTorch's build, its GPUs, DeepSpeed's compiled operators, and the errors of flash attention."""
+    report = probe_cuda()
     return {
-        **found,
-        "gpus": [_gpu(index) for index in range(found["devices"])],
-        "operators": _operators(),
+        **report,
+        "gpus": [_probe_gpu(index) for index in range(report["devices"])],
+        "operators": _compiled_operators(),
         "compiler": shutil.which("c++") is not None and Path(sysconfig.get_path("include"), "Python.h").is_file(),
-        "flash_attention": flash_attention() if found["devices"] else None,
+        "flash_attention": probe_flash_attention() if report["devices"] else None,
     }
 
 
-def flash_attention() -> dict[str, Any]:
-    """How far flash-attn's kernel is off on this GPU, or why there is none."""
+def probe_flash_attention() -> dict[str, Any]:
+    """Return the errors of flash-attn's kernel on this GPU, or why it cannot run."""
     if importlib.util.find_spec("flash_attn") is None:
         return {"missing": "flash_attn is not installed"}
     import torch
@@ -51,11 +51,11 @@ def flash_attention() -> dict[str, Any]:
     dtype = torch.bfloat16
     try:
         return {**attention.errors(attention.flash, "cuda", dtype), "tolerance": attention.TOLERANCES[dtype]}
-    except (ImportError, RuntimeError) as error:  # built for another torch, or for other GPUs
+    except (ImportError, RuntimeError) as error:  # compiled for another torch, or for other GPUs
         return {"error": " ".join(str(error).split())[:200]}
 
 
-def _gpu(index: int) -> dict[str, Any]:
+def _probe_gpu(index: int) -> dict[str, Any]:
     import torch
 
     free, total = torch.cuda.mem_get_info(index)
@@ -65,13 +65,13 @@ def _gpu(index: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _operators() -> list[str]:
-    """DeepSpeed's operators that were compiled when it was installed."""
-    found = importlib.util.find_spec("deepspeed")
-    if found is None or found.origin is None:
+def _compiled_operators() -> list[str]:
+    """Return the DeepSpeed operators that were compiled when it was installed."""
+    spec = importlib.util.find_spec("deepspeed")
+    if spec is None or spec.origin is None:
         return []
-    return sorted(path.name.partition(".")[0] for path in Path(found.origin).parent.glob("ops/**/*_op*.so"))
+    return sorted(path.name.partition(".")[0] for path in Path(spec.origin).parent.glob("ops/**/*_op*.so"))
 
 
 if __name__ == "__main__":
-    print(json.dumps(cuda() if sys.argv[1:] == ["cuda"] else look()))
+    print(json.dumps(probe_cuda() if sys.argv[1:] == ["cuda"] else probe()))

@@ -222,7 +222,7 @@ def test_a_full_disk_in_runs_is_told(image, tmp_path):
         done = image.make("train", f"RUNS_DIR={small}", SANITY="skip")
     finally:
         subprocess.run(["umount", small], check=True)
-    assert "Error 2" in done.stderr and "error: RUNS_DIR: tiny will hold up to" in done.stderr, done.stderr
+    assert "Error 2" in done.stderr and "error: RUNS_DIR: tiny needs up to" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("name", ["cuda", "flash-attn", "nvcc"])

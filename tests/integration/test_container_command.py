@@ -1,5 +1,5 @@
-"""Where a verb runs, and the command that takes it into a container. An engine that only answers stands in for docker
-and podman here, and one for nvidia-smi; tests/container/ has a real engine."""
+"""Which runtime a command selects, and the container command line it prints. Scripts replace docker, podman and
+nvidia-smi here; tests/container/ runs a real container runtime."""
 
 import json
 import os
@@ -13,36 +13,34 @@ import pytest
 from helpers.workplace import REPOSITORY
 
 SECRET = "hf_" + "s" * 30
-NASTY = "a b'c\"d$(touch written)`touch written`;&|*é"
+HOSTILE = "a b'c\"d$(touch written)`touch written`;&|*é"
 
-ENGINE = """#!{python}
+CONTAINER_RUNTIME = """#!{python}
 import json, os, sys
-words = sys.argv[1:]
-if words[:1] == ["info"]:
-    if os.environ.get("ENGINE_IS_DOWN"):
+arguments = sys.argv[1:]
+if arguments[:1] == ["info"]:
+    if os.environ.get("RUNTIME_IS_DOWN"):
         sys.exit("Cannot connect to the daemon")
-    print(os.environ.get("ENGINE_OPTIONS", "[]") if "SecurityOptions" in words[-1] else os.environ["ENGINE_KNOWS"])
-elif words == ["--version"]:
-    print(os.environ.get("ENGINE_SAYS", "version 28"))
-elif words[:2] == ["image", "inspect"]:
-    sys.exit(0 if words[-1] in os.environ.get("ENGINE_HAS", "").split() else "no such image")
+    print(os.environ.get("RUNTIME_SECURITY_OPTIONS", "[]") if "SecurityOptions" in arguments[-1] else os.environ["RUNTIME_INFO"])
+elif arguments == ["--version"]:
+    print(os.environ.get("RUNTIME_VERSION", "version 28"))
+elif arguments[:2] == ["image", "inspect"]:
+    sys.exit(0 if arguments[-1] in os.environ.get("RUNTIME_IMAGES", "").split() else "no such image")
 else:
-    print(json.dumps({{"ran": words}}))
+    print(json.dumps({{"ran": arguments}}))
     sys.exit(75)
 """
 NVIDIA_SMI = """#!/bin/sh
-for one in $GPUS_HERE; do echo "$one"; done
+for id in $GPU_IDS; do echo "$id"; done
 """
-
-
-HERE = """#!/bin/sh
-echo "here: $*"
+LOCAL_PYTHON = """#!/bin/sh
+echo "local: $*"
 """
 
 
 @pytest.fixture
 def machine(tmp_path):
-    """A machine with a checkout whose virtual environment does nothing, and with these engines, images and GPUs."""
+    """A checkout whose virtual environment only prints its arguments, with the given runtimes, images and GPUs."""
     checkout, programs = tmp_path / "checkout", tmp_path / "programs"
     package = [
         f"sft_recipes/{name}.py"
@@ -59,26 +57,26 @@ def machine(tmp_path):
         path.chmod(0o755)
 
     executable(checkout / "requirements" / "install.sh", "#!/bin/sh\n")
-    executable(checkout / ".venv" / "bin" / "python", HERE)
-    for needed in ("sh", "bash", "git", "cat", "env"):
-        (programs / needed).symlink_to(shutil.which(needed))
+    executable(checkout / ".venv" / "bin" / "python", LOCAL_PYTHON)
+    for program in ("sh", "bash", "git", "cat", "env"):
+        (programs / program).symlink_to(shutil.which(program))
 
-    def run(*words, engines=("docker", "podman"), gpus="0 1 2 3", images=None, knows='{"nvidia": 1}', **variables):
+    def run(*arguments, runtimes=("docker", "podman"), gpus="0 1 2 3", images=None, info='{"nvidia": 1}', **variables):
         for name in ("docker", "podman", "nvidia-smi", "python"):
             (programs / name).unlink(missing_ok=True)
-        for engine in engines:
-            executable(programs / engine, ENGINE.format(python=sys.executable))
+        for runtime in runtimes:
+            executable(programs / runtime, CONTAINER_RUNTIME.format(python=sys.executable))
         if gpus:
             executable(programs / "nvidia-smi", NVIDIA_SMI)
-        executable(programs / "python", HERE)
+        executable(programs / "python", LOCAL_PYTHON)
         images = "localhost/sft-recipes:cuda localhost/sft-recipes:cpu" if images is None else images
         environment = {
             "PATH": str(programs), "HOME": str(tmp_path / "home"), "RUNS_DIR": str(tmp_path / "runs"),
-            "GPUS_HERE": gpus, "ENGINE_HAS": images, "ENGINE_KNOWS": knows, **variables,
+            "GPU_IDS": gpus, "RUNTIME_IMAGES": images, "RUNTIME_INFO": info, **variables,
         }  # fmt: skip
         module = checkout / "sft_recipes" / "launch" / "container.py"
         return subprocess.run(
-            [sys.executable, "-I", str(module), str(checkout / ".venv"), *words],
+            [sys.executable, "-I", str(module), str(checkout / ".venv"), *arguments],
             cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
 
@@ -91,24 +89,24 @@ def command(done):
 
 
 def values(command, option):
-    return [command[at + 1] for at, word in enumerate(command) if word == option]
+    return [command[at + 1] for at, argument in enumerate(command) if argument == option]
 
 
-def refused(done):
+def error_line(done):
     lines = done.stderr.splitlines()
     assert done.returncode == 2 and done.stdout == "" and lines[-1].startswith("error: "), (done.stdout, done.stderr)
     assert "Traceback" not in done.stderr
     return lines[-1]
 
 
-def test_with_gpus_and_an_engine_it_runs_in_the_image_and_is_that_process(machine):
+def test_train_with_gpus_runs_in_the_image(machine):
     done = machine.run("train", "8b", "--gpus", "2")
-    assert done.returncode == 75, "the engine's own exit code comes back"
+    assert done.returncode == 75, "the exit code of the container runtime is returned"
     assert json.loads(done.stdout)["ran"][:2] == ["run", "--rm"]
-    assert "in a container: docker, localhost/sft-recipes:cuda, GPUs 0,1 (RUNTIME=local" in done.stderr
+    assert "container: docker, localhost/sft-recipes:cuda, GPUs 0,1 (RUNTIME=local" in done.stderr
 
 
-def test_what_is_printed_is_the_whole_command(machine):
+def test_dry_run_prints_the_complete_command(machine):
     printed = command(
         machine.run("train", "8b", "--gpus", "2", "--dry-run", DRY_RUN="1", HF_TOKEN=SECRET, NCCL_DEBUG="INFO")
     )
@@ -125,13 +123,15 @@ def test_what_is_printed_is_the_whole_command(machine):
         f"{machine.path / place}:{machine.path / place}:rw" for place in ("runs", "home/.cache/huggingface")
     } <= set(mounted)
     assert {"HF_TOKEN", "NCCL_DEBUG", f"RUNS_DIR={machine.path / 'runs'}"} <= set(values(printed, "--env"))
-    assert printed[-6:] == ["-m", "sft_recipes", "train", "8b", "--gpus", "2"], "pasted, it trains"
+    assert printed[-6:] == ["-m", "sft_recipes", "train", "8b", "--gpus", "2"], (
+        "without --dry-run: pasted into a shell, it trains"
+    )
 
 
-def test_keys_are_passed_by_name_and_printed_nowhere(machine):
+def test_secrets_are_passed_by_name_and_never_printed(machine):
     variables = {"HF_TOKEN": SECRET, "WANDB_API_KEY": SECRET, "NCCL_SOME": SECRET, "GPUS": "2"}
-    for words in ({"DRY_RUN": "1"}, {}):
-        done = machine.run("train", "8b", "--gpus", "2", **variables, **words)
+    for dry_run in ({"DRY_RUN": "1"}, {}):
+        done = machine.run("train", "8b", "--gpus", "2", **variables, **dry_run)
         assert SECRET not in done.stdout + done.stderr and "WANDB_API_KEY" in done.stdout
 
 
@@ -143,7 +143,7 @@ def test_keys_are_passed_by_name_and_printed_nowhere(machine):
         "FLASH_ATTENTION_DETERMINISTIC", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_NVML_BASED_CUDA_CHECK",
     ],
 )  # fmt: skip
-def test_variables_of_cuda_triton_deepspeed_and_torch_are_passed_by_name(machine, variable):
+def test_library_variables_are_passed_by_name(machine, variable):
     done = machine.run("train", "8b", "--gpus", "2", DRY_RUN="1", **{variable: SECRET})
     assert variable in values(command(done), "--env") and SECRET not in done.stdout + done.stderr
 
@@ -156,7 +156,7 @@ def test_variables_of_cuda_triton_deepspeed_and_torch_are_passed_by_name(machine
         "TRITON_HOME", "PYTORCH_NVCC", "CUDNN_HOME", "XCUDA_LAUNCH_BLOCKING", "LD_LIBRARY_PATH",
     ],
 )  # fmt: skip
-def test_variables_that_describe_the_host_are_not_passed(machine, variable):
+def test_host_variables_are_not_passed(machine, variable):
     printed = command(machine.run("train", "8b", "--gpus", "1", DRY_RUN="1", **{variable: "0"}))
     assert variable not in printed
 
@@ -165,17 +165,17 @@ def test_variables_that_describe_the_host_are_not_passed(machine, variable):
     "variable",
     ["TRITON_CACHE_DIR", "TRITON_DUMP_DIR", "CUDA_CACHE_PATH", "PYTORCH_KERNEL_CACHE_PATH", "CUDA_MPS_PIPE_DIRECTORY"],
 )
-def test_caches_of_compiled_kernels_are_mounted_where_they_are(machine, variable):
-    """The image's own lie in /tmp and are lost with the container."""
+def test_kernel_caches_are_mounted_at_their_path(machine, variable):
+    """The default ones are in /tmp and are lost with the container."""
     folder = machine.path / "caches" / "kernels"
     done = machine.run("train", "tiny", RUNTIME="docker", **{variable: str(folder)})
     ran = json.loads(done.stdout)["ran"]
     assert f"{folder}:{folder}:rw" in values(ran, "--volume") and variable in values(ran, "--env")
-    assert folder.is_dir(), "made as the user: an engine would make it as root"
+    assert folder.is_dir(), "created as the user: a container runtime would create it as root"
 
 
 @pytest.mark.parametrize(
-    ("words", "device", "inside"),
+    ("arguments", "device", "inside"),
     [
         (("--gpus", "4"), "0,1,2,3", ["--gpus", "4"]),
         (("--devices", "0,2"), "0,2", ["--gpus", "2"]),
@@ -183,53 +183,55 @@ def test_caches_of_compiled_kernels_are_mounted_where_they_are(machine, variable
         (("--gpus", "1", "a=b"), "0", ["--gpus", "1", "a=b"]),
     ],
 )
-def test_the_container_gets_just_the_gpus_asked_for(machine, words, device, inside):
-    printed = command(machine.run("train", "8b", *words, DRY_RUN="1"))
+def test_container_gets_the_requested_gpus_only(machine, arguments, device, inside):
+    printed = command(machine.run("train", "8b", *arguments, DRY_RUN="1"))
     assert values(printed, "--gpus")[0] == f'"device={device}"'
     assert printed[printed.index("sft_recipes") + 3 :] == inside and "--devices" not in printed
-    with_cdi = machine.run("train", "8b", *words, DRY_RUN="1", RUNTIME="podman")
-    if with_cdi.returncode == 2:  # this machine describes no devices
-        assert "install the NVIDIA Container Toolkit" in refused(with_cdi)
+    with_cdi = machine.run("train", "8b", *arguments, DRY_RUN="1", RUNTIME="podman")
+    if with_cdi.returncode == 2:  # this machine has no CDI files
+        assert "Install the NVIDIA Container Toolkit" in error_line(with_cdi)
 
 
-def test_a_mask_of_gpus_is_kept(machine):
+def test_cuda_visible_devices_is_applied(machine):
     printed = command(machine.run("train", "8b", "--gpus", "2", DRY_RUN="1", CUDA_VISIBLE_DEVICES="3,1,0"))
     assert values(printed, "--gpus")[0] == '"device=3,1"' and "CUDA_VISIBLE_DEVICES" not in printed
 
 
 @pytest.mark.parametrize(
-    ("verb", "gets"), [("train", True), ("generate", True), ("doctor", True), ("plan", False), ("report", False)]
+    ("name", "gets_gpus"), [("train", True), ("generate", True), ("doctor", True), ("plan", False), ("report", False)]
 )
-def test_every_verb_runs_there_and_only_those_that_compute_get_gpus(machine, verb, gets):
-    printed = command(machine.run(verb, "x", DRY_RUN="1", RUNTIME="docker"))
-    assert ('"device=0,1,2,3"' in printed) == gets and printed[-2:] == [verb, "x"]
+def test_only_gpu_commands_get_gpus(machine, name, gets_gpus):
+    printed = command(machine.run(name, "x", DRY_RUN="1", RUNTIME="docker"))
+    assert ('"device=0,1,2,3"' in printed) == gets_gpus and printed[-2:] == [name, "x"]
 
 
 @pytest.mark.parametrize(
-    ("variables", "words", "where"),
+    ("variables", "arguments", "where"),
     [
         ({}, ("--gpus", "2"), "docker"),
-        ({"engines": ("podman",), "RUNTIME": "podman"}, ("--gpus", "0"), "podman"),
+        ({"runtimes": ("podman",), "RUNTIME": "podman"}, ("--gpus", "0"), "podman"),
         ({"RUNTIME": "podman"}, (), "podman"),
         ({"RUNTIME": "local"}, ("--gpus", "2"), "local"),
         ({}, (), "local"),
         ({}, ("--gpus", "0"), "local"),
-        ({"gpus": ""}, ("--gpus", "2"), "local"),  # where it is refused as ever: this machine has none
-        ({"ENGINE_IS_DOWN": "1"}, ("--gpus", "2"), "local"),
-        ({"engines": ()}, ("--gpus", "2"), "local"),
+        ({"gpus": ""}, ("--gpus", "2"), "local"),  # where the command itself reports that this machine has none
+        ({"RUNTIME_IS_DOWN": "1"}, ("--gpus", "2"), "local"),
+        ({"runtimes": ()}, ("--gpus", "2"), "local"),
     ],
 )
-def test_where_a_verb_runs(machine, variables, words, where):
-    done = machine.run("plan", "tiny", *words, **variables)
+def test_select_runtime(machine, variables, arguments, where):
+    done = machine.run("plan", "tiny", *arguments, **variables)
     if where == "local":
-        assert done.stdout.startswith("here: -m sft_recipes plan tiny"), done.stderr
-        asked_in_vain = words == ("--gpus", "2") and variables.get("gpus", "4") and variables.get("RUNTIME") != "local"
-        assert ("without a container: neither docker nor podman answers here" in done.stderr) == bool(asked_in_vain)
+        assert done.stdout.startswith("local: -m sft_recipes plan tiny"), done.stderr
+        unavailable = (
+            arguments == ("--gpus", "2") and variables.get("gpus", "4") and variables.get("RUNTIME") != "local"
+        )
+        assert ("running without a container: neither docker nor podman" in done.stderr) == bool(unavailable)
     else:
-        assert done.returncode == 75 and f"in a container: {where}," in done.stderr
+        assert done.returncode == 75 and f"container: {where}," in done.stderr
 
 
-def test_data_outside_is_mounted_and_never_silently_absent(machine):
+def test_named_data_and_links_are_mounted(machine):
     outside = machine.path / "elsewhere"
     outside.mkdir()
     rows, second, blob = outside / "my rows.jsonl", outside / "b=2.jsonl", machine.path / "blobs" / "abc"
@@ -241,8 +243,8 @@ def test_data_outside_is_mounted_and_never_silently_absent(machine):
     (model / "model.safetensors").symlink_to(blob)
     link = machine.path / "link.jsonl"
     link.symlink_to(second)
-    words = (f"data.train=[{rows}, '{second}']", f"data.validation={link}", f"model.name_or_path={model}")
-    printed = command(machine.run("train", "tiny", *words, DRY_RUN="1", RUNTIME="podman", VARIANT="cpu", gpus=""))
+    overrides = (f"data.train=[{rows}, '{second}']", f"data.validation={link}", f"model.name_or_path={model}")
+    printed = command(machine.run("train", "tiny", *overrides, DRY_RUN="1", RUNTIME="podman", VARIANT="cpu", gpus=""))
     mounted = {volume.rsplit(":", 1)[0].partition(":")[0] for volume in values(printed, "--volume")}
     assert {str(path) for path in (rows, second, link, model, blob)} <= mounted
     assert all(volume.endswith(":ro") for volume in values(printed, "--volume") if str(outside) in volume)
@@ -252,7 +254,7 @@ def test_data_outside_is_mounted_and_never_silently_absent(machine):
     assert any(volume.startswith(f"{rows}:") for volume in values(relative, "--volume"))
 
 
-def test_more_can_be_mounted(machine):
+def test_mounts_variable(machine):
     (machine.path / "models").mkdir()
     printed = command(
         machine.run("plan", "tiny", DRY_RUN="1", RUNTIME="docker", MOUNTS=f"{machine.path / 'models'}:/etc/ssl")
@@ -260,7 +262,7 @@ def test_more_can_be_mounted(machine):
     assert {f"{machine.path / 'models'}:{machine.path / 'models'}:ro", "/etc/ssl:/etc/ssl:ro"} <= set(
         values(printed, "--volume")
     )
-    assert "MOUNTS: /nowhere: there is no such folder on this machine" in refused(
+    assert "MOUNTS: /nowhere: folder not found" in error_line(
         machine.run("plan", "tiny", RUNTIME="docker", MOUNTS="/nowhere")
     )
 
@@ -269,8 +271,8 @@ def volumes(done):
     return {volume.partition(":")[0] for volume in values(command(done), "--volume")}
 
 
-def test_links_in_a_folder_of_data_lead_somewhere_there_too(machine):
-    """A dangling link would be passed over, and the run train on fewer rows."""
+def test_links_in_data_folder_are_mounted(machine):
+    """A dangling link would be skipped, and the run would train on fewer rows."""
     data, far, farther = (machine.path / name for name in ("data", "far", "farther"))
     for folder in (data / "sub", far, farther):
         folder.mkdir(parents=True)
@@ -285,15 +287,15 @@ def test_links_in_a_folder_of_data_lead_somewhere_there_too(machine):
     assert {str(path) for path in (data, far, farther)} <= seen
 
 
-def test_a_chain_of_links_beside_the_code_is_followed_to_its_end(machine):
+def test_chain_of_links_in_the_checkout_is_mounted(machine):
     (machine.path / "big").mkdir()
     (machine.path / "mid").symlink_to(machine.path / "big")
     (machine.checkout / "data").symlink_to(machine.path / "mid")
-    word = f"data.train={machine.checkout / 'data'}"
-    assert str(machine.path / "mid") in volumes(machine.run("train", "tiny", word, DRY_RUN="1", RUNTIME="docker"))
+    override = f"data.train={machine.checkout / 'data'}"
+    assert str(machine.path / "mid") in volumes(machine.run("train", "tiny", override, DRY_RUN="1", RUNTIME="docker"))
 
 
-def test_what_a_recipe_names_is_there(machine):
+def test_paths_in_recipe_are_mounted(machine):
     rows, held, model = (machine.path / name for name in ("rows.jsonl", "held out.jsonl", "model"))
     for file in (rows, held):
         file.write_text("{}")
@@ -304,7 +306,7 @@ def test_what_a_recipe_names_is_there(machine):
     assert {str(rows), str(held), str(model)} <= volumes(machine.run("train", "mine", DRY_RUN="1", RUNTIME="docker"))
 
 
-def test_a_verb_over_a_run_sees_what_the_run_was_made_of(machine):
+def test_data_and_model_of_a_run_are_mounted(machine):
     run, base, rows = (machine.path / name for name in ("disk/run-1", "base", "rows.jsonl"))
     (run / "final").mkdir(parents=True)
     base.mkdir()
@@ -317,7 +319,7 @@ def test_a_verb_over_a_run_sees_what_the_run_was_made_of(machine):
     assert {f"{run}:{run}:rw", f"{base}:{base}:ro", f"{rows}:{rows}:ro"} <= set(values(printed, "--volume"))
 
 
-def test_home_is_spelled_out(machine):
+def test_home_is_expanded_in_overrides(machine):
     home = machine.path / "home"
     home.mkdir()
     (home / "rows.jsonl").write_text("{}")
@@ -326,7 +328,7 @@ def test_home_is_spelled_out(machine):
     assert f"{home}/rows.jsonl" in {volume.partition(":")[0] for volume in values(printed, "--volume")}
 
 
-def test_nothing_is_made_by_a_dry_run(machine):
+def test_dry_run_creates_nothing(machine):
     before = {path.name for path in machine.path.iterdir()}
     for more in ({"DRY_RUN": "1"}, {}):
         done = machine.run(
@@ -336,38 +338,42 @@ def test_nothing_is_made_by_a_dry_run(machine):
     assert {path.name for path in machine.path.iterdir()} == before
 
 
-def test_a_verb_without_options_for_gpus_takes_them_from_make(machine):
+def test_gpus_of_commands_without_gpu_options(machine):
     printed = command(machine.run("generate", "x", DRY_RUN="1", GPUS="1", DEVICES=""))
     assert printed[0] == "docker" and values(printed, "--gpus") == ['"device=0"'] and printed[-2:] == ["generate", "x"]
     assert values(command(machine.run("smoke", DRY_RUN="1", DEVICES="1,3")), "--gpus") == ['"device=1,3"']
 
 
-def test_standard_input_is_the_containers_for_prompts_alone(machine):
-    """A client in the background that reads the terminal is stopped by it, or turns for ever."""
-    asked = {"DRY_RUN": "1", "RUNTIME": "docker"}
-    assert "--interactive" in command(machine.run("generate", "x", **asked))
-    for words in (("generate", "x", "--prompt", "y"), ("train", "tiny")):
-        assert not {"--interactive", "--tty"} & set(command(machine.run(*words, **asked)))
+def test_only_generate_without_prompt_reads_standard_input(machine):
+    """A background client that reads the terminal is stopped by it, or loops indefinitely."""
+    variables = {"DRY_RUN": "1", "RUNTIME": "docker"}
+    assert "--interactive" in command(machine.run("generate", "x", **variables))
+    for arguments in (("generate", "x", "--prompt", "y"), ("train", "tiny")):
+        assert not {"--interactive", "--tty"} & set(command(machine.run(*arguments, **variables)))
 
 
-def test_rootless_docker_and_podman_by_dockers_name(machine):
-    asked = {"DRY_RUN": "1", "RUNTIME": "docker"}
-    printed = command(machine.run("train", "8b", "--gpus", "1", ENGINE_OPTIONS='["name=rootless"]', **asked))
-    assert values(printed, "--user") == ["0:0"] and not values(printed, "--ulimit"), (
-        "root in there is the user out here"
+def test_rootless_docker_and_podman_named_docker(machine):
+    variables = {"DRY_RUN": "1", "RUNTIME": "docker"}
+    printed = command(
+        machine.run("train", "8b", "--gpus", "1", RUNTIME_SECURITY_OPTIONS='["name=rootless"]', **variables)
     )
-    assert values(command(machine.run("plan", "8b", ENGINE_OPTIONS='["name=userns"]', **asked)), "--userns") == ["host"]
-    assert command(machine.run("plan", "8b", ENGINE_SAYS="podman version 4.3.1", **asked))[0] == "podman"
+    assert values(printed, "--user") == ["0:0"] and not values(printed, "--ulimit"), (
+        "root in the container is the user on the host"
+    )
+    assert values(
+        command(machine.run("plan", "8b", RUNTIME_SECURITY_OPTIONS='["name=userns"]', **variables)), "--userns"
+    ) == ["host"]
+    assert command(machine.run("plan", "8b", RUNTIME_VERSION="podman version 4.3.1", **variables))[0] == "podman"
 
 
-def test_a_container_without_gpus_gets_none_by_its_engines_default(machine):
+def test_container_without_gpus_disables_the_default_of_all_gpus(machine):
     printed = command(machine.run("plan", "8b", DRY_RUN="1", RUNTIME="docker"))
     assert "NVIDIA_VISIBLE_DEVICES=void" in values(printed, "--env")
     cpu = command(machine.run("smoke", DRY_RUN="1", VARIANT="cpu"))
     assert cpu[-1] == "--cpu" and not values(cpu, "--gpus")
 
 
-def test_a_page_that_is_asked_for_can_be_written_and_nothing_beside_it(machine):
+def test_only_the_output_file_is_writable(machine):
     printed = command(machine.run("inspect", "tiny", "--html", "page.html", DRY_RUN="1", RUNTIME="docker"))
     page = machine.path / "page.html"
     assert f"{page}:{page}:rw" in values(printed, "--volume") and f"{machine.path}:{machine.path}:rw" not in printed
@@ -378,66 +384,66 @@ def test_a_page_that_is_asked_for_can_be_written_and_nothing_beside_it(machine):
 
 
 @pytest.mark.parametrize("variable", ["NAME", "DATA", "RUN", "PROMPT", "ARGS"])
-def test_what_is_typed_stays_a_word(machine, variable):
-    option = {"NAME": "--name", "DATA": f"data.train={NASTY}", "RUN": "--run", "PROMPT": "--prompt", "ARGS": NASTY}[
+def test_hostile_value_stays_one_argument(machine, variable):
+    option = {"NAME": "--name", "DATA": f"data.train={HOSTILE}", "RUN": "--run", "PROMPT": "--prompt", "ARGS": HOSTILE}[
         variable
     ]
-    words = [option] if variable in ("DATA", "ARGS") else [option, NASTY]
-    printed = command(machine.run("train", "tiny", *words, DRY_RUN="1", RUNTIME="docker"))
-    assert printed[-len(words) :] == words
+    arguments = [option] if variable in ("DATA", "ARGS") else [option, HOSTILE]
+    printed = command(machine.run("train", "tiny", *arguments, DRY_RUN="1", RUNTIME="docker"))
+    assert printed[-len(arguments) :] == arguments
     assert not (machine.path / "written").exists()
 
 
 @pytest.mark.parametrize("variable", ["IMAGE", "RUNTIME", "VARIANT", "RUNS_DIR", "HF_HOME", "MOUNTS"])
-def test_nothing_typed_is_a_command(machine, variable):
-    wanted = {
+def test_hostile_variable_is_never_run(machine, variable):
+    errors = {
         "IMAGE": "has no image",
-        "RUNTIME": "is not known",
-        "VARIANT": "is not known",
-        "MOUNTS": "there is no such folder",
+        "RUNTIME": "expected local, docker or podman",
+        "VARIANT": "expected cuda or cpu",
+        "MOUNTS": "folder not found",
     }
-    done = machine.run("plan", "tiny", **{"RUNTIME": "docker", "DRY_RUN": "1", variable: NASTY.replace("/", "")})
-    if variable in wanted:
-        assert wanted[variable] in refused(done)
+    done = machine.run("plan", "tiny", **{"RUNTIME": "docker", "DRY_RUN": "1", variable: HOSTILE.replace("/", "")})
+    if variable in errors:
+        assert errors[variable] in error_line(done)
     else:
-        place = machine.path / NASTY
+        place = machine.path / HOSTILE
         assert f"{place}:{place}:rw" in values(command(done), "--volume")
     assert not (machine.path / "written").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "variables", "line"),
+    ("arguments", "variables", "line"),
     [
-        (("--gpus", "9"), {}, "GPUS: 9 asked for, but this machine has 4; say GPUS=4"),
-        (("--gpus", "1"), {"gpus": "", "RUNTIME": "docker", "VARIANT": "cpu"}, "GPUS: 1 asked for, but this machine has none"),
-        (("--devices", "0,7"), {}, "DEVICES: no GPU 7 here; there are: 0, 1, 2, 3"),
-        (("--gpus", "2"), {"images": ""}, "has no image localhost/sft-recipes:cuda; build it with `make image VARIANT=cuda`"),
+        (("--gpus", "9"), {}, "GPUS: 9 requested, but this machine has 4. Set GPUS=4"),
+        (("--gpus", "1"), {"gpus": "", "RUNTIME": "docker", "VARIANT": "cpu"}, "GPUS: 1 requested, but this machine has none"),
+        (("--devices", "0,7"), {}, "DEVICES: no GPU 7 on this machine. Available: 0, 1, 2, 3"),
+        (("--gpus", "2"), {"images": ""}, "has no image localhost/sft-recipes:cuda. Build it with `make image VARIANT=cuda`"),
         (("--gpus", "2"), {"IMAGE": "other:1"}, "IMAGE: docker has no image other:1"),
-        ((), {"RUNTIME": "docker", "ENGINE_IS_DOWN": "1"}, "RUNTIME: docker is here, but its daemon does not answer"),
-        ((), {"RUNTIME": "podman", "engines": ("docker",)}, "RUNTIME: there is no podman here"),
-        ((), {"RUNTIME": "lxc"}, "RUNTIME: 'lxc' is not known; say local, docker or podman"),
-        ((), {"RUNTIME": "apptainer"}, "RUNTIME: apptainer starts a Slurm job's image"),
-        (("--gpus", "2"), {"VARIANT": "rocm"}, "VARIANT: 'rocm' is not known; say cuda or cpu"),
-        (("--gpus", "2"), {"knows": "{}"}, "RUNTIME: docker cannot give GPUs to a container here"),
-        ((), {"RUNTIME": "docker", "RUNS_DIR": "/proc/runs"}, "RUNS_DIR: /proc/runs cannot be made"),
-        ((), {"RUNTIME": "docker", "RUNS_DIR": "/etc"}, "/etc: a container has its own; name a folder in it"),
-        ((), {"RUNTIME": "docker", "RUNS_DIR": "a:b"}, "engines cannot mount a path with a colon in it"),
-        ((), {"RUNTIME": "docker", "CONTAINER_ARGS": "a'b"}, "CONTAINER_ARGS: \"a'b\" cannot be read as words"),
-        ((), {"RUNTIME": "docker", "MOUNTS": "/tmp"}, "MOUNTS: /tmp: a container has its own; name a folder of data"),
+        ((), {"RUNTIME": "docker", "RUNTIME_IS_DOWN": "1"}, "RUNTIME: the docker daemon does not answer"),
+        ((), {"RUNTIME": "podman", "runtimes": ("docker",)}, "RUNTIME: podman is not installed"),
+        ((), {"RUNTIME": "lxc"}, "RUNTIME: found 'lxc', expected local, docker or podman"),
+        ((), {"RUNTIME": "apptainer"}, "RUNTIME: apptainer is for Slurm jobs only"),
+        (("--gpus", "2"), {"VARIANT": "rocm"}, "VARIANT: found 'rocm', expected cuda or cpu"),
+        (("--gpus", "2"), {"info": "{}"}, "RUNTIME: docker has no NVIDIA runtime and no CDI devices"),
+        ((), {"RUNTIME": "docker", "RUNS_DIR": "/proc/runs"}, "RUNS_DIR: cannot create /proc/runs"),
+        ((), {"RUNTIME": "docker", "RUNS_DIR": "/etc"}, "/etc: the image has its own. Use a folder inside it"),
+        ((), {"RUNTIME": "docker", "RUNS_DIR": "a:b"}, "a path with a colon cannot be mounted"),
+        ((), {"RUNTIME": "docker", "CONTAINER_ARGS": "a'b"}, "CONTAINER_ARGS: cannot split \"a'b\" into arguments"),
+        ((), {"RUNTIME": "docker", "MOUNTS": "/tmp"}, "MOUNTS: /tmp: the image has its own. Set MOUNTS to folders of data"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused_in_one_line(machine, words, variables, line):
-    assert line in refused(machine.run("train", "8b", *words, **variables))
+def test_invalid_input_is_rejected_in_one_line(machine, arguments, variables, line):
+    assert line in error_line(machine.run("train", "8b", *arguments, **variables))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_another_users_runs_are_refused(machine):
-    assert "/var belongs to user 0 and is not yours to write" in refused(
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write everywhere")
+def test_runs_folder_of_another_user_is_rejected(machine):
+    assert "/var is not writable and belongs to user 0" in error_line(
         machine.run("train", "tiny", RUNTIME="docker", RUNS_DIR="/var")
     )
 
 
-def test_an_image_is_built_by_the_engine_that_answers(machine):
+def test_build_image_with_available_runtime(machine):
     printed = command(machine.run("image", DRY_RUN="1", BUILD_ARGS="--build-arg 'BASE_IMAGE=my base'"))
     assert (
         printed[:4] == ["env", "DOCKER_BUILDKIT=1", "docker", "build"]
@@ -447,26 +453,26 @@ def test_an_image_is_built_by_the_engine_that_answers(machine):
     assert printed[-3:-1] == ["--build-arg", "BASE_IMAGE=my base"], "the last one counts"
     printed = command(machine.run("image", DRY_RUN="1", RUNTIME="podman", VARIANT="cpu", IMAGE="registry/mine:2"))
     assert printed[0] == "podman" and values(printed, "--tag") == ["registry/mine:2"] and "TORCH=cpu" in printed
-    assert "RUNTIME: neither docker nor podman answers here" in refused(machine.run("image", engines=()))
+    assert "RUNTIME: neither docker nor podman answers" in error_line(machine.run("image", runtimes=()))
     assert "TORCH=cuda" in command(machine.run("image", DRY_RUN="1", gpus="")), "a build host has no GPU"
 
 
-def test_the_smoke_test_sees_the_image_alone(machine):
+def test_smoke_test_mounts_nothing(machine):
     printed = command(machine.run("smoke", DRY_RUN="1", HF_TOKEN=SECRET, CONTAINER_ARGS="--memory '8 g'"))
     assert values(printed, "--network") == ["none"] and not values(printed, "--volume") and "HF_TOKEN" not in printed
     assert values(printed, "--memory") == ["8 g"] and printed[-1] == "/opt/sft-recipes/docker/smoke.sh"
-    assert not values(printed, "--user"), "the image's own"
+    assert not values(printed, "--user"), "the user of the image"
     assert command(machine.run("smoke", DRY_RUN="1", gpus=""))[-1] == "--cpu"
-    assert "the smoke test is the image's" in refused(machine.run("smoke", RUNTIME="local"))
+    assert "the smoke test runs in the image only" in error_line(machine.run("smoke", RUNTIME="local"))
 
 
-def test_inside_the_image_it_runs_there(machine):
+def test_inside_the_image_the_command_runs_directly(machine):
     done = machine.run("plan", "tiny", RUNTIME="docker", SFT_RECIPES_IMAGE="x")
-    assert (done.returncode, done.stdout) == (0, "here: -m sft_recipes plan tiny\n")
+    assert (done.returncode, done.stdout) == (0, "local: -m sft_recipes plan tiny\n")
 
 
-def test_operators_are_compiled_for_any_machine(tmp_path):
-    (tmp_path / "c++").write_text('#!/bin/sh\nfor one; do echo "$one"; done\n')
+def test_portable_cxx_removes_native_instructions(tmp_path):
+    (tmp_path / "c++").write_text('#!/bin/sh\nfor argument; do echo "$argument"; done\n')
     (tmp_path / "c++").chmod(0o755)
     wrapped = [str(REPOSITORY / "docker" / "portable-cxx"), "-march=native", "-D__AVX512__", "-O3", "a b.cpp"]
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}

@@ -1,4 +1,4 @@
-"""What `doctor` says of a machine: of this one, and of what it may be told of others."""
+"""The checks of `doctor`, on this machine and on reports of others."""
 
 import json
 import math
@@ -18,68 +18,68 @@ from sft_recipes.runtime.heartbeat import Heartbeat
 from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.tools import doctor
 
-CARDS = [Gpu("0", 81559, "NVIDIA H100 80GB HBM3", 9.0), Gpu("1", 81559, "NVIDIA H100 80GB HBM3", 9.0)]
-SEEN = {"torch": "2.13.0+cu130", "cuda": "13.0", "devices": 2, "warning": ""}
+GPUS = [Gpu("0", 81559, "NVIDIA H100 80GB HBM3", 9.0), Gpu("1", 81559, "NVIDIA H100 80GB HBM3", 9.0)]
+PROBE = {"torch": "2.13.0+cu130", "cuda": "13.0", "devices": 2, "warning": ""}
 
 
-def test_this_machine_is_examined_and_what_is_red_is_the_exit_code(workplace):
-    """Eight GPUs are wanted where none can be seen; all else is as it is."""
+def test_doctor_fails_without_the_requested_gpus(workplace):
+    """Eight GPUs are requested where none is visible; every other check is as on this machine."""
     done = workplace.sft("doctor", "--json", "--gpus", "8", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
-    found = {one["check"]: one for one in map(json.loads, done.stdout.splitlines())}
+    results = {result["check"]: result for result in map(json.loads, done.stdout.splitlines())}
     assert done.returncode == 1, done.stdout + done.stderr
-    assert {check for check, one in found.items() if one["colour"] == "red"} == {"GPUs"}
-    assert found["GPUs"]["found"] == "none, and 8 are wanted" and "nvidia-smi" in found["GPUs"]["way_out"]
-    assert {"flash-attn", "operators", "shared memory", "host", "disk: runs", "disk: hub cache"} <= found.keys()
-    assert "over 2 ranks (gloo)" in found["all-reduce"]["found"]
-    assert found["versions"]["colour"] == "green" and "packages" in found["versions"]["found"]
-    assert found["Hub"]["found"] == "not asked: HF_HUB_OFFLINE is set"
-    refused = workplace.sft("doctor", "--gpus", "many")
-    assert refused.returncode == 2 and refused.stderr.startswith("error: GPUS: 'many'")
+    assert {check for check, result in results.items() if result["status"] == "error"} == {"GPUs"}
+    assert results["GPUs"]["detail"] == "found none, expected 8" and "nvidia-smi" in results["GPUs"]["fix"]
+    assert {"flash-attn", "operators", "shared memory", "host", "disk: runs", "disk: hub cache"} <= results.keys()
+    assert "over 2 ranks (gloo)" in results["all-reduce"]["detail"]
+    assert results["versions"]["status"] == "ok" and "packages" in results["versions"]["detail"]
+    assert results["Hub"]["detail"] == "not checked: HF_HUB_OFFLINE is set"
+    done = workplace.sft("doctor", "--gpus", "many")
+    assert done.returncode == 2 and done.stderr.startswith("error: GPUS: found 'many', expected an integer")
 
 
 @pytest.mark.parametrize(
-    ("seen", "version", "colour", "says"),
+    ("probe", "version", "status", "text"),
     [
-        (SEEN, "580.65.06", "green", "PyTorch 2.13.0+cu130 with CUDA 13.0 finds 2"),
-        ({**SEEN, "devices": 1}, "580.65.06", "red", "PyTorch finds 1; See `nvidia-smi -L`"),
-        ({**SEEN, "devices": 0}, "535.183.01", "red", "found NVIDIA driver 535.183.01, expected 580 or newer"),
-        ({**SEEN, "cuda": None}, "580.65.06", "red", "is a CPU build, expected a CUDA build"),
+        (PROBE, "580.65.06", "ok", "PyTorch 2.13.0+cu130 with CUDA 13.0 finds 2"),
+        ({**PROBE, "devices": 1}, "580.65.06", "error", "PyTorch finds 1; See `nvidia-smi -L`"),
+        ({**PROBE, "devices": 0}, "535.183.01", "error", "found NVIDIA driver 535.183.01, expected 580 or newer"),
+        ({**PROBE, "cuda": None}, "580.65.06", "error", "is a CPU build, expected a CUDA build"),
     ],
 )
-def test_driver_and_cuda_go_together(seen, version, colour, says):
-    last = list(doctor.driver(CARDS, 2, version, seen))[-1]
-    assert (last.check, last.colour) == ("CUDA", colour) and says in str(last)
+def test_check_driver(probe, version, status, text):
+    last = list(doctor.check_driver(GPUS, 2, version, probe))[-1]
+    assert (last.check, last.status) == ("CUDA", status) and text in str(last)
 
 
-def test_a_gpu_that_is_not_in_the_table_is_reported():
+def test_check_driver_warns_of_unlisted_gpu():
     other = Gpu("0", 60_000, "NVIDIA Graphics Device", 11.0)
-    found = [line for line in doctor.driver([other], 1, "580.65.06", SEEN) if line.check == "GPU type"]
-    assert [line.colour for line in found] == ["yellow"] and "NVIDIA Graphics Device is not in the table" in str(
-        found[0]
-    )
-    assert not any(line.check == "GPU type" for line in doctor.driver(CARDS, 2, "580.65.06", SEEN))
+    (result,) = [r for r in doctor.check_driver([other], 1, "580.65.06", PROBE) if r.check == "GPU type"]
+    assert result.status == "warning" and "NVIDIA Graphics Device is not in the table" in str(result)
+    assert not any(r.check == "GPU type" for r in doctor.check_driver(GPUS, 2, "580.65.06", PROBE))
 
 
-def test_memory_that_others_hold_is_named():
+def test_check_gpu_memory_names_the_gpu_in_use():
     gib = 2**30
-    (one,) = doctor.memory_of_gpus([{"total": 80 * gib, "free": 79.5 * gib}, {"total": 80 * gib, "free": 20 * gib}])
-    assert one.colour == "yellow" and "GPU 1: 60.0 of 80.0 GiB are taken" in str(one)
+    (result,) = doctor.check_gpu_memory(
+        [{"total": 80 * gib, "free": 79.5 * gib}, {"total": 80 * gib, "free": 20 * gib}]
+    )
+    assert result.status == "warning" and "GPU 1: 60.0 of 80.0 GiB in use" in str(result)
 
 
 @pytest.mark.parametrize(
-    ("looked", "colour"),
+    ("report", "status"),
     [
-        (None, "green"),
-        ({"missing": "No module named 'flash_attn'"}, "yellow"),
-        ({"error": "flash_attn_2_cuda.so: undefined symbol: _ZNK3c106SymInt6sym_neERKS0_"}, "red"),
-        ({"forward": 4e-3, "backward": 8e-3, "tolerance": 3e-2}, "green"),
-        ({"forward": 4e-3, "backward": 0.4, "tolerance": 3e-2}, "red"),
-        ({"forward": math.nan, "backward": 8e-3, "tolerance": 3e-2}, "red"),
+        (None, "ok"),
+        ({"missing": "No module named 'flash_attn'"}, "warning"),
+        ({"error": "flash_attn_2_cuda.so: undefined symbol: _ZNK3c106SymInt6sym_neERKS0_"}, "error"),
+        ({"forward": 4e-3, "backward": 8e-3, "tolerance": 3e-2}, "ok"),
+        ({"forward": 4e-3, "backward": 0.4, "tolerance": 3e-2}, "error"),
+        ({"forward": math.nan, "backward": 8e-3, "tolerance": 3e-2}, "error"),
     ],
 )
-def test_flash_attention_must_be_right_where_it_is(looked, colour):
-    finding = doctor.attention({"flash_attention": looked})
-    assert finding.colour == colour and (colour == "green" or finding.way_out)
+def test_check_flash_attention(report, status):
+    result = doctor.check_flash_attention({"flash_attention": report})
+    assert result.status == status and (status == "ok" or result.fix)
 
 
 @pytest.mark.parametrize(
@@ -90,99 +90,104 @@ def test_flash_attention_must_be_right_where_it_is(looked, colour):
         ("FlashAttention only supports Ampere GPUs or newer.", "it needs Ampere or newer"),
     ],
 )
-def test_a_gpu_that_flash_attention_has_no_kernel_for_can_train(error, fix):
-    """`model.attention: auto` passes it over."""
+def test_check_flash_attention_warns_if_gpu_has_no_kernel(error, fix):
+    """`model.attention: auto` skips it."""
     gpus = [{"capability": "8.9"}, {"capability": "12.0"}, {"capability": "8.9"}]
-    finding = doctor.attention({"flash_attention": {"error": error}, "gpus": gpus})
-    assert finding.colour == "yellow" and fix in finding.way_out
-    assert "no kernel for compute capability 12.0 or 8.9; torch's own attention is used" in finding.found
+    result = doctor.check_flash_attention({"flash_attention": {"error": error}, "gpus": gpus})
+    assert result.status == "warning" and fix in result.fix
+    assert result.detail == "no kernel for compute capability 12.0 or 8.9; PyTorch attention is used"
 
 
 # Lines as NCCL 2.2x writes them at NCCL_DEBUG=INFO.
 LOGS = {
-    "direct": "node:1:9 [0] NCCL INFO Channel 00/0 : 0[0] -> 1[1] via P2P/CUMEM/read",
+    "P2P": "node:1:9 [0] NCCL INFO Channel 00/0 : 0[0] -> 1[1] via P2P/CUMEM/read",
     "shared memory": "node:1:9 [0] NCCL INFO Channel 00 : 0[0] -> 1[1] via SHM/direct/direct",
     "InfiniBand or RoCE": "node:1:9 [0] NCCL INFO Channel 00/0 : 8[0] -> 0[0] [receive] via NET/IB/0/GDRDMA",
-    "plain sockets": "node:1:9 [0] NCCL INFO Channel 00/0 : 1[0] -> 0[0] [receive] via NET/Socket/0",
-    "a plugin's network": "node:1:9 [0] NCCL INFO Channel 00/0 : 1[0] -> 0[0] [send] via NET/AWS Libfabric/0/GDRDMA",
-    "NVLink's switch": "node:1:9 [0] NCCL INFO NVLS multicast support is available on dev 0",
-    "by a way that its log does not tell": "node:1:9 [0] NCCL INFO NVLS multicast support is not available on dev 0",
+    "TCP sockets": "node:1:9 [0] NCCL INFO Channel 00/0 : 1[0] -> 0[0] [receive] via NET/Socket/0",
+    "network plugin": "node:1:9 [0] NCCL INFO Channel 00/0 : 1[0] -> 0[0] [send] via NET/AWS Libfabric/0/GDRDMA",
+    "NVLink SHARP": "node:1:9 [0] NCCL INFO NVLS multicast support is available on dev 0",
+    "transport not in the NCCL log": "node:1:9 [0] NCCL INFO NVLS multicast support is not available on dev 0",
 }
 
 
 @pytest.mark.parametrize(
-    ("way", "colour"), list(zip(LOGS, ("green", "yellow", "green", "red", "green", "green", "yellow"), strict=True))
+    ("transport", "status"), list(zip(LOGS, ("ok", "warning", "ok", "error", "ok", "ok", "warning"), strict=True))
 )
-def test_the_way_that_nccl_chose_is_told_and_judged(way, colour):
-    ways = node_checks.ways(f"node:1:9 [0] NCCL INFO Using network Socket\n{LOGS[way]}\n")
-    assert ways == [way] or (ways == [] and way.startswith("by a way"))
-    measured = {"backend": "nccl", "ranks": 2, "right": True, "bytes_a_second": 3e11, "ways": ways}
-    finding = node_checks.all_reduce(measured, 2)
-    assert finding.colour == colour and f"300.0 GB/s over 2 ranks (nccl), {way}" in str(finding)
-    assert node_checks.all_reduce(measured, 2, sockets_allowed=True).colour == ("green" if colour == "red" else colour)
+def test_all_reduce_check_reports_the_transport(transport, status):
+    transports = node_checks.find_transports(f"node:1:9 [0] NCCL INFO Using network Socket\n{LOGS[transport]}\n")
+    assert transports == [transport] or (transports == [] and transport == "transport not in the NCCL log")
+    measured = {"backend": "nccl", "ranks": 2, "correct": True, "bytes_per_second": 3e11, "transports": transports}
+    result = node_checks.all_reduce(measured, 2)
+    assert result.status == status and f"300.0 GB/s over 2 ranks (nccl), {transport}" in str(result)
+    allowed = node_checks.all_reduce(measured, 2, sockets_allowed=True)
+    assert allowed.status == ("ok" if status == "error" else status)
 
 
-def test_rdma_that_cannot_be_used_matters_between_nodes(monkeypatch):
+def test_unusable_rdma_is_an_error_for_several_nodes_only(monkeypatch):
     monkeypatch.setattr(doctor.Path, "glob", lambda self, pattern: iter([doctor.Path("mlx5_0")]))
-    monkeypatch.setattr(doctor, "_wrong_with_rdma", lambda: ("no libibverbs", "install it"))
-    assert [doctor.fabric(*asked).colour for asked in ((0, 1), (8, 1), (8, 2))] == ["green", "yellow", "red"]
+    monkeypatch.setattr(doctor, "_rdma_problem", lambda: ("no libibverbs", "install it"))
+    assert [doctor.check_rdma(gpus, nodes).status for gpus, nodes in ((0, 1), (8, 1), (8, 2))] == [
+        "ok",
+        "warning",
+        "error",
+    ]
 
 
-def test_a_driver_that_does_not_answer_is_red(tmp_path, monkeypatch):
+def test_failing_nvidia_smi_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho Failed to initialize NVML: version mismatch\nexit 18\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     assert topology.nvidia_smi_error() == "Failed to initialize NVML: version mismatch"
-    monkeypatch.setattr(doctor.preflight, "ask_torch", lambda *_: {"error": "not asked"})
-    found = next(doctor.examine(None))
-    assert (found.check, found.colour) == ("driver", "red") and "Failed to initialize NVML" in found.found
+    monkeypatch.setattr(doctor.preflight, "ask_torch", lambda *_: {"error": "not run"})
+    result = next(doctor.run_checks(None))
+    assert (result.check, result.status) == ("driver", "error") and "Failed to initialize NVML" in result.detail
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     assert topology.nvidia_smi_error() is None
 
 
 @pytest.mark.parametrize("token", ["hf_secret\r", "hf_secret\n", "hf_\x00secret", "hf_sécret"])
-def test_a_token_that_cannot_be_sent_is_not_told(monkeypatch, token):
+def test_invalid_token_is_never_printed(monkeypatch, token):
     monkeypatch.setattr(doctor.os, "environ", {"HF_TOKEN": token, "HF_ENDPOINT": "http://127.0.0.1:9", "PATH": ""})
-    said = " ".join(map(str, doctor.hub(doctor._ask_hub())))
-    assert "secret" not in said and "sécret" not in said
+    printed = " ".join(map(str, doctor.check_hub(doctor._query_hub())))
+    assert "secret" not in printed and "sécret" not in printed
 
 
-def test_a_sum_that_is_wrong_or_does_not_come_is_red():
-    assert node_checks.all_reduce({"right": False}, 2).colour == "red"
-    assert "cannot sum" in str(node_checks.all_reduce({"error": "8 ranks cannot sum: NCCL error"}, 8))
+def test_failed_all_reduce_is_an_error():
+    assert node_checks.all_reduce({"correct": False}, 2).status == "error"
+    assert "NCCL error" in str(node_checks.all_reduce({"error": "8 ranks: all-reduce failed: NCCL error"}, 8))
 
 
-def test_shared_memory_disk_cores_and_versions(tmp_path, monkeypatch):
+def test_check_shared_memory_host_disk_and_versions(tmp_path, monkeypatch):
     gib = 2**30
-    assert doctor.shared_memory(gib // 16, 8).colour == "red", "what docker gives where nothing is said"
-    assert doctor.shared_memory(gib // 16, 0).colour == "yellow"
-    assert doctor.shared_memory(64 * gib, 8).colour == doctor.shared_memory(gib, 0).colour == "green"
-    assert doctor.shared_memory(None, 0).colour == "red"
-    assert doctor.host(8 * gib, 1, 8).colour == "red"
-    assert doctor.disk("runs", tmp_path / "not" / "yet", on_gpus=False).colour == "green"
+    assert doctor.check_shared_memory(gib // 16, 8).status == "error", "docker's default"
+    assert doctor.check_shared_memory(gib // 16, 0).status == "warning"
+    assert doctor.check_shared_memory(64 * gib, 8).status == doctor.check_shared_memory(gib, 0).status == "ok"
+    assert doctor.check_shared_memory(None, 0).status == "error"
+    assert doctor.check_host(8 * gib, 1, 8).status == "error"
+    assert doctor.check_disk("runs", tmp_path / "not" / "yet", on_gpus=False).status == "ok"
     monkeypatch.setattr(doctor, "locked", lambda build: {"torch": "1.0", "no-such-package": "1"})
-    assert "not installed: no-such-package" in str(doctor.versions("cpu"))
+    assert "not installed: no-such-package" in str(doctor.check_versions("cpu"))
     monkeypatch.setattr(doctor, "locked", lambda build: {"transformers": "1.0"})
-    assert doctor.versions("cpu").colour == "yellow" and "instead of 1.0" in str(doctor.versions("cpu"))
+    assert doctor.check_versions("cpu").status == "warning" and ", expected 1.0" in str(doctor.check_versions("cpu"))
 
 
 @pytest.mark.parametrize(
-    ("answer", "colours"),
+    ("answer", "statuses"),
     [
-        ({"offline": True}, ["green"]),
-        ({"error": "timed out"}, ["yellow"]),
-        ({"status": 200, "token": True, "date": 1000.0, "now": 1003.0}, ["green", "green"]),
-        ({"status": 401, "token": True, "date": 1000.0, "now": 1003.0}, ["red", "green"]),
-        ({"status": 503, "token": False, "date": None, "now": 1003.0}, ["yellow"]),
-        ({"status": 200, "token": False, "date": 1000.0, "now": 5000.0}, ["green", "red"]),
+        ({"offline": True}, ["ok"]),
+        ({"error": "timed out"}, ["warning"]),
+        ({"status": 200, "token": True, "date": 1000.0, "now": 1003.0}, ["ok", "ok"]),
+        ({"status": 401, "token": True, "date": 1000.0, "now": 1003.0}, ["error", "ok"]),
+        ({"status": 503, "token": False, "date": None, "now": 1003.0}, ["warning"]),
+        ({"status": 200, "token": False, "date": 1000.0, "now": 5000.0}, ["ok", "error"]),
     ],
 )
-def test_the_hub_its_token_and_the_clock(answer, colours):
-    assert [finding.colour for finding in doctor.hub(answer)] == colours
+def test_check_hub_token_and_clock(answer, statuses):
+    assert [result.status for result in doctor.check_hub(answer)] == statuses
 
 
-def test_the_hub_is_asked_with_the_token_and_never_told_of_it(tmp_path):
-    """A server of our own stands for the Hub."""
+def test_check_hub_sends_the_token_and_never_prints_it(tmp_path):
+    """A local server replaces the Hub."""
     server = tmp_path / "hub.py"
     server.write_text(
         "import http.server, sys\n"
@@ -199,8 +204,8 @@ def test_the_hub_is_asked_with_the_token_and_never_told_of_it(tmp_path):
     process = subprocess.Popen([sys.executable, server], stdout=subprocess.PIPE, text=True)
     try:
         endpoint = f"http://127.0.0.1:{process.stdout.readline().strip()}"
-        asked = "from sft_recipes.tools import doctor; print(*doctor.hub(doctor._ask_hub()), sep='\\n')"
-        for token, says in (("good", "answers; its token is good"), ("bad-secret", "does not know this HF_TOKEN")):
+        program = "from sft_recipes.tools import doctor; print(*doctor.check_hub(doctor._query_hub()), sep='\\n')"
+        for token, text in (("good", "reachable; HF_TOKEN is valid"), ("bad-secret", "HF_TOKEN is not valid")):
             environment = {
                 "PATH": "/usr/bin",
                 "HF_ENDPOINT": endpoint,
@@ -208,32 +213,32 @@ def test_the_hub_is_asked_with_the_token_and_never_told_of_it(tmp_path):
                 "PYTHONPATH": str(REPOSITORY),
             }
             done = subprocess.run(
-                [sys.executable, "-c", asked], env=environment, capture_output=True, text=True, check=True
+                [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
             )
-            assert says in done.stdout and "clock" in done.stdout and "bad-secret" not in done.stdout
+            assert text in done.stdout and "clock" in done.stdout and "bad-secret" not in done.stdout
     finally:
         process.kill()
         process.wait()
 
 
-def test_a_container_whose_run_hangs_is_not_healthy(tmp_path, monkeypatch):
+def test_healthcheck_reports_stalled_rank(tmp_path, monkeypatch):
     recipe = loader.load("tiny", ["monitor.heartbeat_timeout_seconds=60"])
     folder = RunDir(tmp_path / "tiny-1")
     folder.ranks.mkdir(parents=True)
     plans.write(plans.make(recipe, plans.Topology(gpus=0, processes=1)), folder.plan)
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
-    held = subprocess.Popen(  # the plan's name stands in a rank's command line
+    held = subprocess.Popen(  # a rank's command line contains the plan's path
         [sys.executable, "-c", "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); "
          "print(flush=True); time.sleep(600)", folder.lock, folder.plan], stdout=subprocess.PIPE,
     )  # fmt: skip
     try:
         held.stdout.readline()
-        for ago, hangs in ((1.0, False), (5000.0, True)):
-            pulse = Heartbeat(0, held.pid, 7, "step", 3, time.monotonic() - ago, 0.1)
-            heartbeat.place(folder.ranks, 0).write_bytes(heartbeat.to_bytes(pulse))
-            said = healthcheck.hanging()
-            assert bool(said) == hangs and all("tiny-1: rank 0" in line and "hangs in step 7" in line for line in said)
+        for seconds_ago, stalled in ((1.0, False), (5000.0, True)):
+            beat = Heartbeat(0, held.pid, 7, "step", 3, time.monotonic() - seconds_ago, 0.1)
+            heartbeat.place(folder.ranks, 0).write_bytes(heartbeat.to_bytes(beat))
+            lines = healthcheck.hanging()
+            assert bool(lines) == stalled and all("tiny-1: rank 0" in line and "step 7" in line for line in lines)
     finally:
         held.kill()
         held.wait()
-    assert healthcheck.hanging() == [], "nobody carries it out any more"
+    assert healthcheck.hanging() == [], "the run has no process any more"

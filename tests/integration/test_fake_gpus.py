@@ -1,5 +1,5 @@
-"""What is done on GPUs, as far as that can be tested without one: a fake nvidia-smi (tests/helpers/fake_gpus) stands for the
-driver, tests/helpers/fake_torch for a CUDA build of PyTorch, and tests/helpers/simulated_cuda.py simulates CUDA for the libraries."""
+"""GPU behavior that can be tested without a GPU: a fake nvidia-smi (tests/helpers/fake_gpus) replaces the driver,
+tests/helpers/fake_torch a CUDA build of PyTorch, and tests/helpers/simulated_cuda.py simulates CUDA for the libraries."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("no_gpu_mask")
 FAKES = HELPERS / "fake_gpus"
 FAKE_TORCH = HELPERS / "fake_torch"
 
-# Of each GPU type of the recipes: as nvidia-smi lists it, MiB, compute capability.
+# For each GPU type of the recipes: name in nvidia-smi, memory in MiB, compute capability.
 GPUS = {
     "h100-80g": ("NVIDIA H100 80GB HBM3", 81559, "9.0"),
     "a100-80g": ("NVIDIA A100-SXM4-80GB", 81920, "8.0"),
@@ -38,7 +38,7 @@ GPUS = {
 OTHERS = {"b200": ("NVIDIA B200", 183359, "10.0"), "unknown": ("NVIDIA Graphics Device", 60000, "11.0")}
 ON_GPUS = [name for name in loader.names() if loader.load(name).hardware.gpus]
 
-# What `training/examine.py` reports of a CUDA build that finds no GPU.
+# Report of `training/torch_probe.py` for a CUDA build that finds no GPU.
 NONE = {"torch": "2.13.0+cu130", "cuda": "13.0", "devices": 0, "warning": ""}
 TOO_OLD = (
     "The NVIDIA driver on your system is too old (found version 12080). Please update your GPU driver by downloading "
@@ -52,7 +52,7 @@ NO_COMPATIBILITY = (
 
 
 def machine(gpu_type="h100-80g", gpus=8, driver="580.95.05", **more):
-    """The variables of a machine with these GPUs."""
+    """Return the environment variables of a machine with these GPUs."""
     name, memory, capability = {**GPUS, **OTHERS}[gpu_type]
     return {
         "PATH": f"{FAKES}{os.pathsep}{os.environ['PATH']}", "FAKE_GPUS": str(gpus), "FAKE_GPU_NAME": name,
@@ -63,7 +63,7 @@ def machine(gpu_type="h100-80g", gpus=8, driver="580.95.05", **more):
 
 @pytest.fixture
 def on(monkeypatch):
-    """Puts this process on a machine with GPUs."""
+    """Set the variables of a machine with GPUs for this process."""
 
     def put(gpu_type="h100-80g", gpus=8, **more):
         for name, value in machine(gpu_type, gpus, **more).items():
@@ -72,7 +72,7 @@ def on(monkeypatch):
     return put
 
 
-def refused(done):
+def error_line(done):
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stdout + done.stderr
     assert done.stderr.startswith("error: GPUS: ")
     return done.stderr
@@ -82,11 +82,11 @@ def refused(done):
 
 
 def test_cpu_build_is_rejected_before_anything_starts(workplace):
-    line = refused(workplace.sft("train", "1b", "--gpus", "1", **machine(gpus=3)))
-    assert "1 requested, but " in line, "the PyTorch that is installed here, whatever its build"
+    line = error_line(workplace.sft("train", "1b", "--gpus", "1", **machine(gpus=3)))
+    assert "1 requested, but " in line, "for any build of the installed PyTorch"
     path = f"{FAKE_TORCH}{os.pathsep}{REPOSITORY}"
     done = workplace.sft("train", "1b", "--gpus", "1", **machine(gpus=3, PYTHONPATH=path, FAKE_TORCH_CUDA=""))
-    assert refused(done) == (
+    assert error_line(done) == (
         "error: GPUS: 1 requested, but PyTorch 2.13.0+cpu is a CPU build, expected a CUDA build. Install it: "
         "TORCH=cuda make setup\n"
     )
@@ -94,12 +94,12 @@ def test_cpu_build_is_rejected_before_anything_starts(workplace):
 
 
 def test_sanity_and_verify_resume_are_rejected_as_train_is(workplace, monkeypatch):
-    asked = machine(gpus=1, PYTHONPATH=f"{FAKE_TORCH}{os.pathsep}{REPOSITORY}", FAKE_TORCH_CUDA="")
-    assert "is a CPU build" in refused(workplace.sft("sanity", "1b", **asked))
+    variables = machine(gpus=1, PYTHONPATH=f"{FAKE_TORCH}{os.pathsep}{REPOSITORY}", FAKE_TORCH_CUDA="")
+    assert "is a CPU build" in error_line(workplace.sft("sanity", "1b", **variables))
     run = workplace.runs / "1b-1"
     run.mkdir(parents=True)
     plans.write(plans.make(loader.load("1b"), plans.Topology(1, 1, gpu_type="h100-80g")), run / "plan.json")
-    assert "is a CPU build" in refused(workplace.sft("verify-resume", "1b-1", **asked))
+    assert "is a CPU build" in error_line(workplace.sft("verify-resume", "1b-1", **variables))
 
 
 def test_old_driver_is_rejected_unless_pytorch_can_use_the_gpus(on, monkeypatch, workplace):
@@ -114,14 +114,14 @@ def test_old_driver_is_rejected_unless_pytorch_can_use_the_gpus(on, monkeypatch,
     with pytest.raises(UserError, match="8 requested, but found NVIDIA driver 570.86.15, expected 580 or newer"):
         preflight.check_gpus(plan)
     assert preflight.gpu_problem(8)[0] == "found NVIDIA driver 570.86.15, expected 580 or newer for CUDA 13.0"
-    assert preflight.gpu_problem(0) is None, "nothing is asked on a node without GPUs"
+    assert preflight.gpu_problem(0) is None, "a node without GPUs is not checked"
     path = {"PYTHONPATH": f"{FAKE_TORCH}{os.pathsep}{REPOSITORY}"}
-    line = refused(workplace.sft("train", "8b", **machine(driver="570.86.15", **{**fake, **none, **path})))
+    line = error_line(workplace.sft("train", "8b", **machine(driver="570.86.15", **{**fake, **none, **path})))
     assert "8 requested, but found NVIDIA driver 570.86.15, expected 580 or newer for CUDA 13.0. Update it" in line
 
 
 @pytest.mark.parametrize(
-    ("seen", "driver", "visible", "problem", "fix"),
+    ("probe", "driver", "visible", "problem", "fix"),
     [
         ({**NONE, "devices": 8}, "570.86.15", None, None, None),
         ({**NONE, "devices": 9}, None, "0,1", None, None),
@@ -139,15 +139,15 @@ def test_old_driver_is_rejected_unless_pytorch_can_use_the_gpus(on, monkeypatch,
         ({"error": "ImportError: libcudart.so.13"}, "580.95.05", None, "does not load (ImportError: lib", "make setup"),
     ],
 )  # fmt: skip
-def test_cause_is_named_with_its_fix(seen, driver, visible, problem, fix):
-    found = cuda.problem(seen, 8, driver, visible)
-    assert (found is None) == (problem is None)
-    if found:
-        assert problem in found[0] and fix in found[1] and len(". ".join(found)) < 240
+def test_cuda_problem_names_cause_and_fix(probe, driver, visible, problem, fix):
+    result = cuda.problem(probe, 8, driver, visible)
+    assert (result is None) == (problem is None)
+    if result:
+        assert problem in result[0] and fix in result[1] and len(". ".join(result)) < 240
 
 
 @pytest.mark.parametrize(
-    ("masked", "words", "says"),
+    ("mask", "options", "error"),
     [
         ("", ("--gpus", "1"), "1 requested, but this machine has none; CUDA_VISIBLE_DEVICES='' leaves 0 of the 4"),
         ("-1", (), "recipe 8b needs 8 GPUs and this machine has none; CUDA_VISIBLE_DEVICES='-1' leaves 0 of the 4"),
@@ -157,12 +157,12 @@ def test_cause_is_named_with_its_fix(seen, driver, visible, problem, fix):
         (None, ("--gpus", "8"), "8 requested, but this machine has 4; set GPUS=4"),
     ],
 )
-def test_hidden_gpus_are_named(on, monkeypatch, capsys, masked, words, says):
+def test_hidden_gpus_are_named(on, monkeypatch, capsys, mask, options, error):
     on(gpus=4)
-    if masked is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", masked)
-    assert cli.main(["train", "8b", *words, "--dry-run"]) == 2
-    assert says in capsys.readouterr().err
+    if mask is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
+    assert cli.main(["train", "8b", *options, "--dry-run"]) == 2
+    assert error in capsys.readouterr().err
 
 
 def test_driver_that_is_broken_or_without_nvidia_smi_is_named(on, monkeypatch, tmp_path):
@@ -192,12 +192,12 @@ def test_setup_keeps_the_build_of_an_existing_environment(tmp_path):
     content = f"cpu {python.resolve()}\n# common\n# cpu\n# cuda\n"
     (tmp_path / "venv" / f".lock-{hashlib.sha256(content.encode()).hexdigest()}").touch()
     kept = {key: value for key, value in os.environ.items() if key != "TORCH"}
-    for torch, code, says in (({}, 0, ""), ({"TORCH": "cuda"}, 2, "was not made by this script")):
+    for torch, code, error in (({}, 0, ""), ({"TORCH": "cuda"}, 2, "was not created by this script")):
         done = subprocess.run(
             ["bash", script, tmp_path / "venv"], env={**kept, **machine(), **torch}, capture_output=True, text=True,
             check=False, timeout=HANG_SECONDS,
         )  # fmt: skip
-        assert (done.returncode, done.stdout) == (code, "") and says in done.stderr, done.stderr
+        assert (done.returncode, done.stdout) == (code, "") and error in done.stderr, done.stderr
 
 
 # ---- plan, dry run and doctor on GPUs
@@ -205,7 +205,7 @@ def test_setup_keeps_the_build_of_an_existing_environment(tmp_path):
 
 @pytest.mark.parametrize("name", ON_GPUS)
 def test_recipe_plans_on_a_machine_as_for_its_hardware(name, on, monkeypatch, tmp_path, capsys):
-    """On one node by `plan` and `train --dry-run`; on several, as each node of a job plans."""
+    """`plan` and `train --dry-run` on one node; the plan of each node of a job on several."""
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
     hardware = loader.load(name).hardware
     on(hardware.gpu_type, hardware.gpus // hardware.nodes)
@@ -215,39 +215,42 @@ def test_recipe_plans_on_a_machine_as_for_its_hardware(name, on, monkeypatch, tm
     allocation = None
     if hardware.nodes > 1:
         allocation = topology.Allocation(7, "0-0", hardware.nodes, 0, "node1", 8, ("127.0.0.1",), 15001)
-    here = topology.present(loader.load(name), None, None, None, None, None, allocation)
+    here = topology.available_topology(loader.load(name), topology.HardwareRequest(), allocation)
     made = json.loads(plans.to_json(plans.make(loader.load(name), here)))
     ours = ("run_id", "created", "fewest_gpus", "cheapest_change", "devices")
     assert {k: v for k, v in made.items() if k not in ours} == {k: v for k, v in planned.items() if k not in ours}
     if allocation is None:
         assert cli.main(["train", name, "--dry-run"]) == 0
-        words = shlex.split(capsys.readouterr().out)
-        assert words[-2:] == ["sft_recipes.training.main", str(tmp_path / "runs" / f"{name}-1" / "plan.json")]
+        arguments = shlex.split(capsys.readouterr().out)
+        assert arguments[-2:] == ["sft_recipes.training.main", str(tmp_path / "runs" / f"{name}-1" / "plan.json")]
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("driver", ["570.86.15", "580.95.05"])
 @pytest.mark.parametrize("gpu_type", [*GPUS, *OTHERS])
-def test_doctor_judges_what_pytorch_finds(gpu_type, driver, on, monkeypatch):
-    """Of every GPU type, with a driver that is too old and one that is not; a CUDA build of PyTorch is simulated."""
+def test_check_driver_for_every_gpu_type(gpu_type, driver, on, monkeypatch):
+    """With a driver that is too old and one that is not; a CUDA build of PyTorch is simulated."""
     on(gpu_type, 2, driver=driver)
     usable = driver.startswith("580")
-    seen = {**NONE, "devices": 2 if usable else 0, "warning": "" if usable else TOO_OLD}
-    found = {one.check: one for one in doctor.driver(topology.visible_gpus(), 2, cuda.driver_version(), seen)}
+    probe = {**NONE, "devices": 2 if usable else 0, "warning": "" if usable else TOO_OLD}
+    checks = doctor.check_driver(topology.visible_gpus(), 2, cuda.driver_version(), probe)
+    results = {result.check: result for result in checks}
     name, memory, _ = {**GPUS, **OTHERS}[gpu_type]
-    assert found["GPUs"].colour == "green" and f"1: {name}, {memory / 1024:.0f} GiB" in found["GPUs"].found
-    assert found["driver"].found == driver and found["CUDA"].colour == ("green" if usable else "red")
-    assert usable or "expected 580 or newer for CUDA 13.0" in str(found["CUDA"])
+    assert results["GPUs"].status == "ok" and f"1: {name}, {memory / 1024:.0f} GiB" in results["GPUs"].detail
+    assert results["driver"].detail == driver and results["CUDA"].status == ("ok" if usable else "error")
+    assert usable or "expected 580 or newer for CUDA 13.0" in str(results["CUDA"])
     assert list(node_checks.used_mib().values()) == [4.0, 4.0]
 
 
-def test_gpu_of_unknown_memory_needs_a_card(on, capsys, monkeypatch, tmp_path):
+def test_gpu_of_unknown_memory_needs_gpu_type(on, capsys, monkeypatch, tmp_path):
     """GB10, which shares the host's memory: nvidia-smi has no size for it."""
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
     on("unknown", 1, FAKE_GPU_MEMORY="[N/A]", FAKE_GPU_NAME="NVIDIA GB10", FAKE_GPU_MEMORY_USED="[N/A]")
     assert node_checks.used_mib() == {}
     assert cli.main(["train", "1b", "--dry-run"]) == 2
-    assert "GPU_TYPE: nvidia-smi reports no memory size for NVIDIA GB10; set GPU_TYPE=<GiB" in capsys.readouterr().err
+    assert (
+        "GPU_TYPE: nvidia-smi reports no memory size for NVIDIA GB10; set GPU_TYPE=<its GiB>" in capsys.readouterr().err
+    )
     assert cli.main(["train", "1b", "--gpu-type", "96", "--dry-run"]) == 0
 
 
@@ -256,7 +259,7 @@ def test_gpu_of_unknown_memory_needs_a_card(on, capsys, monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory):
-    """What the libraries make of every case, by its name."""
+    """Return the arguments, launch and configuration of every case, by name."""
     kept = {key: value for key, value in os.environ.items() if key not in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
     done = subprocess.run(
         [sys.executable, HELPERS / "simulated_cuda.py", tmp_path_factory.mktemp("simulated")],
@@ -277,7 +280,7 @@ def test_every_recipe_and_strategy_is_a_case():
 
 
 @CASES
-def test_launch_is_what_the_plan_says(simulated, case):
+def test_launch_matches_the_plan(simulated, case):
     plan, launched = case.plan(), simulated[case.name]["launch"]
     variables = launched["environment"]
     assert launched["words"][-3:-1] == ["-m", "sft_recipes.training.main"]
@@ -289,7 +292,7 @@ def test_launch_is_what_the_plan_says(simulated, case):
         assert (launched["node"], launched["restarts"]) == (case.node, 0)
         backend, endpoint = launched["rendezvous"]
         address, port = endpoint.split(":")
-        assert backend == "static" and port != "29500", "two runs on one machine would meet there"
+        assert backend == "static" and port != "29500", "two runs on one machine would share it"
         assert (address, port) == ("10.0.0.1", "15001") if plan.nodes > 1 else address == "127.0.0.1"
         assert launched["shutdown_timeout"] == int(variables["PET_SHUTDOWN_TIMEOUT"]) >= 120
     cores = len(os.sched_getaffinity(0))
@@ -334,7 +337,7 @@ def test_arguments_of_a_rank_are_for_a_gpu(simulated, case):
 
 
 @CASES
-def test_deepspeed_resolves_what_the_plan_says(simulated, case):
+def test_deepspeed_configuration_matches_the_plan(simulated, case):
     plan, found = case.plan(), simulated[case.name].get("deepspeed")
     if not plan.parallelism.startswith("zero"):
         assert found is None
@@ -345,7 +348,7 @@ def test_deepspeed_resolves_what_the_plan_says(simulated, case):
         "accumulation": plan.gradient_accumulation_steps, "clipping": plan.max_grad_norm,
         "bf16": True, "fp16": False, "accumulation_dtype": "fp32", "communication_dtype": "torch.float32",
         "stage": stage, "overlaps": True, "reduce_bucket": 200_000_000,
-        "gather_bucket": 200_000_000 if stage < 3 else 500_000_000,  # of stage 3 DeepSpeed's own, which it does not use
+        "gather_bucket": 200_000_000 if stage < 3 else 500_000_000,  # for stage 3 the default, which DeepSpeed does not use
         "prefetch_bucket": 50_000_000, "kept_whole_below": 100_000, "gathers_on_save": stage == 3,
         "offload_pinned": True if plan.parallelism == "zero3_offload" else None,
     }  # fmt: skip

@@ -1,5 +1,4 @@
-"""The GPU architectures that flash-attn is built for, in both scripts that build it. Stub programs record what they are
-called with; nothing is compiled."""
+"""The GPU architectures of both scripts that build flash-attn. Stub programs record their arguments; nothing is compiled."""
 
 import os
 import subprocess
@@ -54,7 +53,7 @@ def build(tmp_path):
         ("9.0;8.7;10.0", "90;80;100"),
     ],
 )
-def test_a_capability_maps_to_the_architecture_of_its_major_version(capabilities, archs):
+def test_capability_maps_to_architecture_of_its_major_version(capabilities, archs):
     done = subprocess.run([MAP, capabilities], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == archs
     for capability in capabilities.split(";"):
@@ -72,7 +71,7 @@ def test_a_capability_maps_to_the_architecture_of_its_major_version(capabilities
         ("8.0;", "found '8.0;'"),
     ],
 )
-def test_both_builds_reject_what_cannot_be_mapped_before_they_compile(build, capabilities, message):
+def test_unsupported_capability_is_rejected_before_compiling(build, capabilities, message):
     for script, variables in ((OUTSIDE, {}), (IMAGE, {"TORCH": "cuda"})):
         done, calls = build(script, CUDA_ARCHITECTURES=capabilities, **variables)
         assert done.returncode == 2 and calls == []
@@ -80,26 +79,26 @@ def test_both_builds_reject_what_cannot_be_mapped_before_they_compile(build, cap
         assert line.startswith("error: CUDA_ARCHITECTURES: ") and message in line
 
 
-def test_outside_the_image_it_is_built_for_the_visible_gpus(build):
+def test_local_build_uses_capabilities_of_visible_gpus(build):
     done, (call,) = build(OUTSIDE, gpus="printf '8.9\\n8.6\\n9.0\\n8.9\\n'")
     assert done.returncode == 0, done.stderr
     assert "archs=80;90 torch=8.6;8.9;9.0 force=TRUE" in call and "flash-attn.txt" in call
     assert "flash-attn: 8.6 -> sm_80, 8.9 -> sm_80, 9.0 -> sm_90" in done.stderr
 
 
-def test_outside_the_image_it_is_built_without_a_gpu_for_what_is_named(build):
+def test_local_build_without_gpu_uses_cuda_architectures(build):
     """As on a login node; TORCH_CUDA_ARCH_LIST is set, without which torch fails with an IndexError there."""
     done, (call,) = build(OUTSIDE, CUDA_ARCHITECTURES="8.6")
     assert done.returncode == 0 and "archs=80 torch=8.6 " in call, done.stderr
 
 
-def test_an_nvidia_smi_without_gpus_is_reported(build):
+def test_local_build_reports_nvidia_smi_without_gpus(build):
     done, calls = build(OUTSIDE, gpus="echo 'No devices were found'; exit 6")
     assert done.returncode == 2 and calls == []
-    assert "nvidia-smi lists no GPU (No devices were found); name what to compile for" in done.stderr
+    assert "nvidia-smi lists no GPU (No devices were found). Set CUDA_ARCHITECTURES" in done.stderr
 
 
-def test_the_image_builds_deepspeed_and_flash_attn_for_its_build_argument(build):
+def test_image_build_uses_cuda_architectures(build):
     done, (deepspeed, flash) = build(IMAGE, TORCH="cuda", CUDA_ARCHITECTURES="8.6;12.0")
     assert done.returncode == 0 and "flash-attn: 8.6 -> sm_80, 12.0 -> sm_120" in done.stderr
     assert "torch=8.6;12.0" in deepspeed and "archs= " in deepspeed
@@ -107,13 +106,13 @@ def test_the_image_builds_deepspeed_and_flash_attn_for_its_build_argument(build)
 
 
 @pytest.mark.parametrize("variables", [{"TORCH": "cuda", "CUDA_ARCHITECTURES": ""}, {"TORCH": "cpu"}])
-def test_an_image_without_flash_attn_builds_deepspeed_alone(build, variables):
+def test_image_without_flash_attn_builds_deepspeed_only(build, variables):
     done, calls = build(IMAGE, **variables)
     assert done.returncode == 0 and len(calls) == 1 and "sm_" not in done.stderr
     assert "flash-attn.txt" not in calls[0]
 
 
-def test_the_images_builder_gets_every_script_that_it_runs():
+def test_dockerfile_copies_every_script_it_runs():
     builder = (REPOSITORY / "docker" / "Dockerfile").read_text().partition("AS runtime")[0]
-    copied = {word for line in builder.splitlines() if line.startswith("COPY ") for word in line.split()[1:]}
+    copied = {path for line in builder.splitlines() if line.startswith("COPY ") for path in line.split()[1:]}
     assert {os.path.relpath(file, REPOSITORY) for file in (MAP, IMAGE)} <= copied

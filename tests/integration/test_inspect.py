@@ -90,7 +90,7 @@ def test_odd_and_too_few_rows_are_shown_without_what_a_terminal_would_obey(share
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (("--html", "no/page.html"), "HTML: no folder no to write page.html to"), (("--rows", "0"), "ROWS: '0' is not a whole number"), (("--rows", "x"), "ROWS: 'x' is not a whole number"), (("data.train=none.jsonl",), "no file or folder 'none.jsonl'"),
+    (("--html", "no/page.html"), "HTML: no folder no to write page.html to"), (("--rows", "0"), "ROWS: found '0', expected an integer"), (("--rows", "x"), "ROWS: found 'x', expected an integer"), (("data.train=none.jsonl",), "no file or folder 'none.jsonl'"),
 ])  # fmt: skip
 def test_what_cannot_be_shown_is_one_line(looked, words, message):
     done = looked(*words)

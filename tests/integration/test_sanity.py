@@ -273,10 +273,10 @@ def test_the_longest_rows_are_among_the_trials(rows, wanted):
 
 @pytest.mark.parametrize("name", loader.names())
 def test_a_trial_is_the_plan_on_few_rows(name):
-    from sft_recipes.launch.topology import planned
+    from sft_recipes.launch.topology import plan_topology
 
     recipe = loader.load(name)
-    plan = dataclasses.replace(plans.make(recipe, planned(recipe, None, None, None, None)), rows=100_000)
+    plan = dataclasses.replace(plans.make(recipe, plan_topology(recipe)), rows=100_000)
     short = trial.of(plan)
     for kept in ("parallelism", "per_device_train_batch_size", "world_size", "learning_rate", "max_length", "dtypes"):
         assert getattr(short, kept) == getattr(plan, kept)

@@ -1,4 +1,4 @@
-"""What a Slurm job is told and what it asks: topology, headers, command lines, and parents that speak with each other."""
+"""Slurm jobs: topology, generated headers, command lines, and the launchers of several nodes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from sft_recipes.launch import network, node_launchers, process_group, ranks, sl
 from sft_recipes.launch.node_launchers import NodeLaunchers
 from sft_recipes.launch.process_group import StopRequest
 from sft_recipes.launch.run_selection import Start
-from sft_recipes.launch.topology import Allocation, first_host, from_slurm
+from sft_recipes.launch.topology import Allocation, HardwareRequest, first_host, from_slurm
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner import save_time
 from sft_recipes.runtime import cuda, timeouts
 from sft_recipes.runtime.errors import UserError
 from sft_recipes.runtime.heartbeat import ASKING
 from sft_recipes.runtime.run_dir import RunDir, runs_root
+from sft_recipes.tools import sbatch_header
 
 STEP = {
     "SLURM_JOB_ID": "70123",
@@ -48,13 +49,12 @@ def allocation(rank: int = 0, nodes: int = 2, number: int = 1) -> Allocation:
 
 
 def header(script: Path) -> dict[str, str]:
-    words = re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?", script.read_text(), re.MULTILINE)
-    return {name: value or "yes" for name, value in words}
+    arguments = re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?", script.read_text(), re.MULTILINE)
+    return {name: value or "yes" for name, value in arguments}
 
 
-def test_a_job_step_is_read_from_slurms_variables() -> None:
-    found = from_slurm(STEP)
-    assert found == Allocation(
+def test_from_slurm_reads_job_step() -> None:
+    assert from_slurm(STEP) == Allocation(
         job=70123,
         start="0-0",
         nodes=4,
@@ -64,21 +64,21 @@ def test_a_job_step_is_read_from_slurms_variables() -> None:
         addresses=("gpu003",),
         port=25123,
     )
-    again = from_slurm({**STEP, "SLURM_RESTART_COUNT": "2", "MASTER_ADDR": "10.1.2.3", "MASTER_PORT": "6000"})
-    assert again is not None
-    assert (again.start, again.addresses, again.port) == ("2-0", ("10.1.2.3",), 6000)
+    requeued = from_slurm({**STEP, "SLURM_RESTART_COUNT": "2", "MASTER_ADDR": "10.1.2.3", "MASTER_PORT": "6000"})
+    assert requeued is not None
+    assert (requeued.start, requeued.addresses, requeued.port) == ("2-0", ("10.1.2.3",), 6000)
     batch = from_slurm({**STEP, "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.3"})
     assert batch is not None and batch.addresses == ("gpu003", "10.0.0.3")
 
 
-def test_a_login_node_a_batch_script_and_a_laptop_are_no_job_step() -> None:
+def test_from_slurm_returns_none_outside_of_a_job_step() -> None:
     assert from_slurm({}) is None
     assert from_slurm({"SLURM_JOB_ID": "1", "SLURM_NODEID": "0", "SLURM_PROCID": "0"}) is None
     assert from_slurm({**STEP, "SLURM_STEP_ID": "batch"}) is None
 
 
 @pytest.mark.parametrize(
-    ("listed", "first"),
+    ("nodes", "first"),
     [
         ("node1", "node1"),
         ("node1,node2", "node1"),
@@ -88,279 +88,286 @@ def test_a_login_node_a_batch_script_and_a_laptop_are_no_job_step() -> None:
         ("a-b-[9,11-12]", "a-b-9"),
     ],
 )
-def test_the_first_host_of_a_list_is_where_ranks_meet(listed: str, first: str) -> None:
-    assert first_host(listed) == first
+def test_first_host(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("variables", "error"),
     [
-        ({"MASTER_PORT": "abc"}, "MASTER_PORT: 'abc' is not a whole number"),
-        ({"MASTER_PORT": "70000"}, "MASTER_PORT: 70000 is no port"),
-        ({"SLURM_STEP_NUM_TASKS": "32"}, "32 tasks on 4 nodes; wanted one a node"),
-        ({"SLURM_GPUS": "28"}, "28 GPUs on 4 nodes are not as many on each"),
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT: found 'abc', expected an integer of at least 1"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT: found 70000, expected 1 to 65535"),
+        ({"SLURM_STEP_NUM_TASKS": "32"}, "found 32 tasks on 4 nodes, expected one per node"),
+        ({"SLURM_GPUS": "28"}, "found 28 GPUs on 4 nodes, expected the same number on each"),
     ],
 )
-def test_a_step_of_another_shape_is_refused(wrong: Mapping[str, str], said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        from_slurm({**STEP, **wrong})
+def test_from_slurm_rejects_invalid_step(variables: Mapping[str, str], error: str) -> None:
+    with pytest.raises(UserError, match=error):
+        from_slurm({**STEP, **variables})
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("request_", "error"),
     [
-        ({"nodes": 8}, "NODES: 8 asked for, and job 70123 has 4; .*sbatch --nodes=8"),
-        ({"gpus": 16}, "GPUS: 16 asked for, and job 70123 has 4 nodes x 8"),
-        ({"devices": "0,1"}, "DEVICES: 0,1 names GPUs of one machine"),
-        ({"gpus": 0, "processes": 6}, "PROCESSES: 6 on the CPU do not share evenly over 4 nodes"),
+        (HardwareRequest(nodes=8), "NODES: found 8, expected 4, the nodes of job 70123. Use sbatch --nodes=8"),
+        (HardwareRequest(gpus=16), "GPUS: found 16, expected 32: job 70123 has 4 nodes x 8"),
+        (HardwareRequest(devices="0,1"), "DEVICES: found 0,1 in a Slurm job"),
+        (HardwareRequest(gpus=0, processes=6), "PROCESSES: found 6 CPU processes on 4 nodes, expected a multiple of 4"),
     ],
 )
-def test_an_allocation_that_is_not_what_was_asked_for_is_refused(asked: dict[str, object], said: str) -> None:
-    given = {"gpus": None, "processes": None, "nodes": None, "gpu_type": None, "devices": None, **asked}
-    with pytest.raises(UserError, match=said):
-        topology.present(loader.load("70b"), **given, allocation=from_slurm(STEP))  # type: ignore[arg-type]
+def test_topology_rejects_request_unlike_allocation(request_: HardwareRequest, error: str) -> None:
+    with pytest.raises(UserError, match=error):
+        topology.available_topology(loader.load("70b"), request_, from_slurm(STEP))
 
 
-def test_several_nodes_without_slurm_are_refused_with_the_way_there_is() -> None:
+def test_topology_rejects_several_nodes_without_slurm() -> None:
     with pytest.raises(UserError, match=r"sbatch --nodes=4 slurm/70b\.sh"):
-        topology.present(loader.load("70b"), None, None, 4, None, None)
+        topology.available_topology(loader.load("70b"), HardwareRequest(nodes=4))
 
 
-def test_every_recipe_has_a_job_that_asks_for_what_its_plan_needs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RUNS_DIR", str(tmp_path))  # not the speed of a save that a run here has measured
+@pytest.mark.parametrize("recipe", loader.names())
+def test_sbatch_script_is_generated_from_the_recipe(recipe: str) -> None:
+    script = REPOSITORY / "slurm" / f"{recipe}.sh"
+    assert script.read_text() == sbatch_header.sbatch_script(recipe), "run python -m sft_recipes.tools.sbatch_header"
+
+
+def test_sbatch_options_match_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path))  # without a save speed measured by a run on this machine
     assert {script.stem for script in HEADERS} == set(loader.names())
     for script in HEADERS:
-        asked, recipe = header(script), loader.load(script.stem)
-        plan = plans.make(recipe, topology.planned(recipe, None, None, None, None))
+        options, recipe = header(script), loader.load(script.stem)
+        plan = plans.make(recipe, topology.plan_topology(recipe))
         if plan.gpus:
-            assert int(asked["nodes"]) * int(asked["gpus-per-node"]) == plan.gpus, script.name
-            assert int(asked["nodes"]) == plan.nodes, script.name
+            assert int(options["nodes"]) * int(options["gpus-per-node"]) == plan.gpus, script.name
+            assert int(options["nodes"]) == plan.nodes, script.name
             assert plan.fits, script.name
-            whole = "exclusive" in asked and asked["mem"] == "0"
-            assert whole == (int(asked["gpus-per-node"]) == 8), script.name
-        lead = int(asked["signal"].removeprefix("B:USR1@"))
+            exclusive = "exclusive" in options and options["mem"] == "0"
+            assert exclusive == (int(options["gpus-per-node"]) == 8), script.name
+        lead = int(options["signal"].removeprefix("B:USR1@"))
         assert lead > 1.5 * save_time.seconds_at_most(plan), script.name
-        assert asked["ntasks-per-node"] == "1" and "requeue" in asked and asked["open-mode"] == "append", script.name
-        assert asked["job-name"] == f"sft-{script.stem}" and asked["output"] == "slurm/logs/%x-%j.out", script.name
-        assert re.search(r"--nodes=\d+ +# \S", script.read_text()), f"{script.name} does not say why that many"
+        assert options["ntasks-per-node"] == "1" and "requeue" in options and options["open-mode"] == "append", (
+            script.name
+        )
+        assert options["job-name"] == f"sft-{script.stem}" and options["output"] == "slurm/logs/%x-%j.out", script.name
+        assert re.search(r"--nodes=\d+ +# \S", script.read_text()), f"{script.name}: no reason for the number of nodes"
         assert script.stat().st_mode & 0o111, script.name
 
 
-def shown(script: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def dry_run(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "RUNTIME", "IMAGE"))}
     return subprocess.run(
-        [str(REPOSITORY / "slurm" / f"{script}.sh"), *words],
+        [str(REPOSITORY / "slurm" / f"{script}.sh"), *arguments],
         capture_output=True, text=True, check=False, env={**kept, "DRY_RUN": "1", **variables},
     )  # fmt: skip
 
 
-def test_a_dry_run_shows_what_the_job_asks_for_and_what_runs_on_each_node(tmp_path: Path) -> None:
+def test_dry_run_prints_sbatch_options_and_node_command(tmp_path: Path) -> None:
     hostile = "a b'$(touch here)\""
-    done = shown("70b", "trainer.learning_rate=1.0e-5", f"model.name_or_path={hostile}", DATA=hostile, ALLOW_CHANGE="x")
+    done = dry_run(
+        "70b", "trainer.learning_rate=1.0e-5", f"model.name_or_path={hostile}", DATA=hostile, ALLOW_CHANGE="x"
+    )
     assert done.returncode == 0, done.stderr
-    asked, _, command = done.stdout.splitlines()
-    assert asked.startswith("sbatch --job-name=sft-70b --nodes=4 --ntasks-per-node=1 --gpus-per-node=8 --exclusive")
-    words = shlex.split(command)
-    assert words[:3] == ["srun", "--kill-on-bad-exit=1", "--export=ALL"]
-    assert words[words.index("-m") :] == [
+    sbatch, _, command = done.stdout.splitlines()
+    assert sbatch.startswith("sbatch --job-name=sft-70b --nodes=4 --ntasks-per-node=1 --gpus-per-node=8 --exclusive")
+    arguments = shlex.split(command)
+    assert arguments[:3] == ["srun", "--kill-on-bad-exit=1", "--export=ALL"]
+    assert arguments[arguments.index("-m") :] == [
         "-m", "sft_recipes", "train", "70b", "--name", "70b-JOBID", "--allow-change", "x", f"data.train={hostile}",
         "trainer.learning_rate=1.0e-5", f"model.name_or_path={hostile}",
     ]  # fmt: skip
 
 
-def test_a_job_trains_what_its_script_says_whatever_the_shell_was_told_last() -> None:
-    assert " train 70b --name 70b-JOBID" in shown("70b", RECIPE="tiny").stdout
+def test_job_ignores_recipe_variable_of_the_shell() -> None:
+    assert " train 70b --name 70b-JOBID" in dry_run("70b", RECIPE="tiny").stdout
 
 
-def test_pyxis_and_apptainer_see_code_runs_and_named_data_and_no_home(tmp_path: Path) -> None:
+def test_pyxis_and_apptainer_mount_code_runs_and_data_without_home(tmp_path: Path) -> None:
     data, image = tmp_path / "my rows.jsonl", tmp_path / "x.sqsh"
     data.touch(), image.touch()
     places = {"RUNS_DIR": str(tmp_path / "runs"), "HF_HOME": str(tmp_path / "hub"), "DATA": str(data)}
-    done = shown("8b", RUNTIME="pyxis", IMAGE=str(image), **places)
-    words = shlex.split(done.stdout.splitlines()[-1])
-    mounted = next(word for word in words if word.startswith("--container-mounts=")).partition("=")[2].split(",")
+    done = dry_run("8b", RUNTIME="pyxis", IMAGE=str(image), **places)
+    arguments = shlex.split(done.stdout.splitlines()[-1])
+    mounted = next(word for word in arguments if word.startswith("--container-mounts=")).partition("=")[2].split(",")
     assert {f"{REPOSITORY}:{REPOSITORY}:ro", f"{data}:{data}:ro"} < set(mounted)
-    assert f"{REPOSITORY}/slurm/logs:{REPOSITORY}/slurm/logs:rw" in mounted  # each rank writes a log of its own
+    assert f"{REPOSITORY}/slurm/logs:{REPOSITORY}/slurm/logs:rw" in mounted  # each rank writes its own log
     assert {f"{tmp_path}/runs:{tmp_path}/runs:rw", f"{tmp_path}/hub:{tmp_path}/hub:rw"} < set(mounted)
-    assert {f"--container-image={image}", "--no-container-mount-home"} < set(words)
-    assert words[words.index("python") :][:4] == ["python", "-m", "sft_recipes", "train"]
-    done = shown("8b", RUNTIME="apptainer", IMAGE=str(image), **places)
-    words = shlex.split(done.stdout.splitlines()[-1])
-    assert words[words.index("apptainer") :][:3] == ["apptainer", "exec", "--nv"] and "--no-home" in words
-    assert f"{tmp_path}/runs:{tmp_path}/runs:rw" in words and str(image) in words
+    assert {f"--container-image={image}", "--no-container-mount-home"} < set(arguments)
+    assert arguments[arguments.index("python") :][:4] == ["python", "-m", "sft_recipes", "train"]
+    done = dry_run("8b", RUNTIME="apptainer", IMAGE=str(image), **places)
+    arguments = shlex.split(done.stdout.splitlines()[-1])
+    assert arguments[arguments.index("apptainer") :][:3] == ["apptainer", "exec", "--nv"] and "--no-home" in arguments
+    assert f"{tmp_path}/runs:{tmp_path}/runs:rw" in arguments and str(image) in arguments
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("variables", "error"),
     [
-        ({"RUNTIME": "docker"}, "RUNTIME: 'docker' is not what a job is started with; say local, pyxis or apptainer"),
+        ({"RUNTIME": "docker"}, "RUNTIME: found 'docker', expected local, pyxis or apptainer in a job"),
         ({"RUNTIME": "pyxis"}, "IMAGE: RUNTIME=pyxis needs one"),
-        ({"RUNTIME": "apptainer", "IMAGE": "/none.sif"}, "IMAGE: there is no /none.sif"),
+        ({"RUNTIME": "apptainer", "IMAGE": "/none.sif"}, "IMAGE: file not found: /none.sif"),
     ],
 )
-def test_a_runtime_that_cannot_be_is_refused_in_a_line(given: dict[str, str], said: str) -> None:
-    done = shown("8b", **given)
+def test_invalid_runtime_or_image_is_rejected_in_one_line(variables: dict[str, str], error: str) -> None:
+    done = dry_run("8b", **variables)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {said}") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {error}") and done.stderr.count("\n") == 1
 
 
-def test_a_dry_run_of_make_slurm_submits_nothing() -> None:
+def test_make_slurm_dry_run_submits_nothing() -> None:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "MAKE", "MFLAGS"))}
-    asked = ["make", "slurm", "RECIPE=70b", "DRY_RUN=1", "NODES=4", "ARGS=trainer.learning_rate=1.0e-5"]
-    done = subprocess.run(asked, cwd=REPOSITORY, capture_output=True, text=True, check=False, env=kept)
+    command = ["make", "slurm", "RECIPE=70b", "DRY_RUN=1", "NODES=4", "ARGS=trainer.learning_rate=1.0e-5"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, env=kept)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].endswith("train 70b --name 70b-JOBID trainer.learning_rate=1.0e-5")
-    inside = shown("8b", SLURM_JOB_ID="1")
-    assert (inside.returncode, inside.stdout) == (2, "") and "DRY_RUN: this is a job already" in inside.stderr
+    inside = dry_run("8b", SLURM_JOB_ID="1")
+    assert (inside.returncode, inside.stdout) == (2, "") and "DRY_RUN: not available inside a job" in inside.stderr
 
 
-def test_gpus_of_a_job_are_slurms_to_give() -> None:
+def test_make_slurm_rejects_gpus() -> None:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "MAKE", "MFLAGS"))}
-    asked = ["make", "slurm", "RECIPE=70b", "GPUS=16"]
-    done = subprocess.run(asked, cwd=REPOSITORY, capture_output=True, text=True, check=False, env=kept)
-    assert done.returncode == 2 and "error: GPUS, DEVICES: Slurm gives a job its GPUs" in done.stderr
+    command = ["make", "slurm", "RECIPE=70b", "GPUS=16"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, env=kept)
+    assert done.returncode == 2 and "error: GPUS, DEVICES: Slurm selects the GPUs of a job" in done.stderr
 
 
-def test_a_job_of_one_node_gets_the_gpus_that_slurm_gave_or_is_refused(monkeypatch) -> None:
+def test_single_node_job_rejects_missing_gpus(monkeypatch) -> None:
     monkeypatch.setattr(
         topology, "visible_gpus", lambda: [topology.Gpu(str(n), 81559, "NVIDIA H100") for n in range(4)]
     )
-    one = from_slurm({**STEP, "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NODEID": "0"})
-    with pytest.raises(UserError, match="Slurm gave 8 on gpu005, and nvidia-smi lists 4 there; .*--exclude=gpu005"):
-        topology.present(loader.load("8b"), None, None, None, None, None, one)
+    allocation_ = from_slurm({**STEP, "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NODEID": "0"})
+    with pytest.raises(UserError, match="Slurm allocated 8 on gpu005, nvidia-smi lists 4.*--exclude=gpu005"):
+        topology.available_topology(loader.load("8b"), HardwareRequest(), allocation_)
 
 
-def test_the_body_of_a_job_by_hand_says_how_it_is_meant() -> None:
-    done = shown("8b", DRY_RUN="")
+def test_job_script_outside_of_slurm_prints_how_to_submit() -> None:
+    done = dry_run("8b", DRY_RUN="")
     assert (done.returncode, done.stdout) == (2, "")
     assert "sbatch slurm/8b.sh" in done.stderr
 
 
-def test_a_recipe_without_a_job_is_refused_with_those_that_have_one() -> None:
+def test_make_slurm_lists_recipes_for_unknown_recipe() -> None:
     done = subprocess.run(
         ["make", "slurm", "RECIPE=9b"], cwd=REPOSITORY, capture_output=True, text=True, check=False, env=os.environ
     )
-    assert "RECIPE: there is no slurm/9b.sh; there are: 13b 1b 32b" in done.stderr
+    assert "RECIPE: slurm/9b.sh not found. Available: 13b 1b 32b" in done.stderr
 
 
-def test_a_node_that_refuses_its_input_leaves_word_for_the_job(tmp_path: Path) -> None:
-    """srun ends the other nodes at once, and its exit code may be their signal's."""
-    words = [sys.executable, "-m", "sft_recipes", "train", "tiny", "--name", "a b"]
+def test_rejected_input_is_recorded_for_the_job(tmp_path: Path) -> None:
+    """srun kills the other nodes at once, and may return the code of their signal."""
+    command = [sys.executable, "-m", "sft_recipes", "train", "tiny", "--name", "a b"]
     environment = {**os.environ, "SFT_RECIPES_LOGS": str(tmp_path)}
-    done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 2 and (tmp_path / "refused").exists()
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 2 and (tmp_path / "rejected").exists()
 
 
-def test_a_job_is_started_three_times_without_progress_and_no_more(tmp_path: Path, monkeypatch) -> None:
-    plan = plans.make(loader.load("tiny"), topology.planned(loader.load("tiny"), None, None, None, None))
+def test_job_without_progress_fails_after_three_starts(tmp_path: Path, monkeypatch) -> None:
+    plan = plans.make(loader.load("tiny"), topology.plan_topology(loader.load("tiny")))
     folder = RunDir(tmp_path / "one")
     start = Start(folder, plan, goes_on=False)
-    assert [slurm.exhausted(start) for _ in range(5)] == [None] * 5  # no job
+    assert [slurm.no_progress(start) for _ in range(5)] == [None] * 5  # outside of a job
     for name, value in {**STEP, "RUNS_DIR": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
-    assert [slurm.exhausted(start) for _ in range(5)] == [None] * 5  # by hand, in a step of one's own
+    assert [slurm.no_progress(start) for _ in range(5)] == [None] * 5  # a step started by hand
     monkeypatch.setenv("SFT_RECIPES_LOGS", str(tmp_path))
-    assert [slurm.exhausted(start) for _ in range(3)] == [None] * 3
-    said = slurm.exhausted(start)
-    assert said is not None and "job 70123 was started 3 times and has come no further than its beginning" in said
-    assert slurm.exhausted(Start(folder, plan, goes_on=True, insisted=True)) is None
+    assert [slurm.no_progress(start) for _ in range(3)] == [None] * 3
+    assert "no progress after 3 starts of job 70123" in str(slurm.no_progress(start))
+    assert slurm.no_progress(Start(folder, plan, goes_on=True, insisted=True)) is None
     folder.checkpoint(5).mkdir(parents=True)
     (folder.checkpoint(5) / "complete.json").write_text('{"run_id": ""}')
-    assert slurm.exhausted(start) is None  # it has come further
+    assert slurm.no_progress(start) is None  # a new checkpoint
     monkeypatch.setenv("SLURM_JOB_ID", "70124")
-    assert slurm.exhausted(Start(RunDir(tmp_path / "two"), plan, goes_on=False)) is None
+    assert slurm.no_progress(Start(RunDir(tmp_path / "two"), plan, goes_on=False)) is None
 
 
 @pytest.fixture
 def two(tmp_path: Path, monkeypatch) -> tuple[NodeLaunchers, NodeLaunchers]:
-    """The parents of two nodes that have met."""
+    """The launchers of two nodes after their rendezvous."""
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
     monkeypatch.setattr(timeouts, "NODES_MEET", 120.0)
     leader, follower = NodeLaunchers(allocation(0)), NodeLaunchers(allocation(1))
-    other = threading.Thread(target=follower.meet, args=[{"cores": 4}, StopRequest()])
-    other.start()
-    leader.meet({"cores": 8}, StopRequest())
-    other.join()
+    thread = threading.Thread(target=follower.rendezvous, args=[{"cores": 4}, StopRequest()])
+    thread.start()
+    leader.rendezvous({"cores": 8}, StopRequest())
+    thread.join()
     return leader, follower
 
 
-def test_parents_show_each_other_what_they_have_and_whether_they_reach_node_0(
+def test_rendezvous_exchanges_node_info_and_reachable_addresses(
     two: tuple[NodeLaunchers, NodeLaunchers],
 ) -> None:
     leader, follower = two
-    assert leader.told(1) == {**leader.told(1), "node": "node2", "hello": {"cores": 4}}
-    assert "127.0.0.1" in leader.told(1)["reaches"] and "no.such.host.invalid" not in leader.told(1)["reaches"]
-    assert leader.address == "127.0.0.1", "Slurm's name for a node need be no host's"
-    assert follower.told(0)["hello"]["cores"] == 8
+    assert leader.status(1) == {**leader.status(1), "node": "node2", "node_info": {"cores": 4}}
+    assert "127.0.0.1" in leader.status(1)["reachable"]
+    assert "no.such.host.invalid" not in leader.status(1)["reachable"]
+    assert leader.rendezvous_address == "127.0.0.1", "Slurm's name of a node need not resolve"
+    assert follower.status(0)["node_info"]["cores"] == 8
     assert not list(runs_root().glob(".jobs/*/*/*.partial"))
     assert (runs_root() / ".jobs" / "1").stat().st_mode & 0o077 == 0
 
 
-def test_an_order_is_heard_once_and_its_end_is_told(two: tuple[NodeLaunchers, NodeLaunchers]) -> None:
+def test_command_is_received_once_and_its_results_are_published(two: tuple[NodeLaunchers, NodeLaunchers]) -> None:
     leader, follower = two
-    order = leader.order("run", Path("plan.json"), 15001)
-    follower.look(at_once=True)
-    assert follower.ordered(after=0) == order
-    assert follower.ordered(after=order.number) is None
-    follower.report(order, {"code": 1, "fault": "rank 1 on node2 is gone", "by_user": False, "came_of_others": False})
-    leader.report(order, {"code": 1, "fault": "rank 0: gloo: lost", "by_user": False, "came_of_others": True})
-    leader.look(at_once=True)
-    assert node_launchers.first_fault(list(leader.reports(order).values()))["fault"] == "rank 1 on node2 is gone"
-    assert order.address == "127.0.0.1"
-    assert leader.reports(leader.order("run", Path("plan.json"), 15001)) == {}
+    command = leader.send_command("run", Path("plan.json"), 15001)
+    follower.poll(force=True)
+    assert follower.next_command(after=0) == command
+    assert follower.next_command(after=command.number) is None
+    follower.publish_result(
+        command, {"code": 1, "fault": "rank 1 on node2 is gone", "by_user": False, "came_of_others": False}
+    )
+    leader.publish_result(command, {"code": 1, "fault": "rank 0: gloo: lost", "by_user": False, "came_of_others": True})
+    leader.poll(force=True)
+    assert node_launchers.first_failure(list(leader.results(command).values()))["fault"] == "rank 1 on node2 is gone"
+    assert command.address == "127.0.0.1"
+    assert leader.results(leader.send_command("run", Path("plan.json"), 15001)) == {}
 
 
-def test_gloo_speaks_through_the_interface_that_leads_to_node_0() -> None:
+def test_gloo_uses_the_interface_towards_node_0() -> None:
     assert network.interface_towards("127.0.0.1") == "lo"
-    own = network.addresses([])[1:]
+    own = network.candidate_addresses([])[1:]
     assert all(network.interface_towards(address) != "lo" for address in own)
     assert network.interface_towards("no.such.host.invalid") is None
 
 
-def test_a_stop_that_was_asked_for_says_how_an_order_ended_before_an_end_that_nobody_explains() -> None:
-    ended = [{"code": code, "fault": None, "by_user": False, "came_of_others": False} for code in (1, 75, 0)]
-    assert node_launchers.first_fault(ended)["code"] == 75
-    assert node_launchers.first_fault([ended[0], ended[2]])["code"] == 1
+def test_first_failure_prefers_requested_stop_to_unexplained_exit() -> None:
+    results = [{"code": code, "fault": None, "by_user": False, "came_of_others": False} for code in (1, 75, 0)]
+    assert node_launchers.first_failure(results)["code"] == 75
+    assert node_launchers.first_failure([results[0], results[2]])["code"] == 1
 
 
-def test_a_parent_that_falls_silent_is_missed_and_one_that_leaves_is_not(
-    two: tuple[NodeLaunchers, NodeLaunchers], monkeypatch
-) -> None:
+def test_silent_node_is_lost_and_exited_node_is_not(two: tuple[NodeLaunchers, NodeLaunchers], monkeypatch) -> None:
     leader, follower = two
     monkeypatch.setattr(timeouts, "NODE_SILENT", 0.5)
     monkeypatch.setattr(timeouts, "POLL_NODES", 0.1)
     for _ in range(12):
         threading.Event().wait(0.1)
-        leader.look()
-    assert leader.lost() == [1]
-    follower.say(left=True)
-    leader.look(at_once=True)
-    assert leader.lost() == []
+        leader.poll()
+    assert leader.lost_nodes() == [1]
+    follower.publish(exiting=True)
+    leader.poll(force=True)
+    assert leader.lost_nodes() == []
 
 
-def test_a_node_that_is_lost_is_named_and_the_job_started_again(
+def test_lost_node_is_named_and_job_requeued(
     two: tuple[NodeLaunchers, NodeLaunchers], tmp_path: Path, monkeypatch
 ) -> None:
     leader, follower = two
     monkeypatch.setenv("SFT_RECIPES_REQUEUE", str(tmp_path / "requeue"))
-    assert leader.tell_of_the_lost() is None and not (tmp_path / "requeue").exists()
-    leader.silent[1] = timeouts.NODE_SILENT + 1
-    assert "node2 has not been heard from for 60 s; the job is started again" in str(leader.tell_of_the_lost())
+    assert leader.request_requeue_if_lost() is None and not (tmp_path / "requeue").exists()
+    leader.silent_seconds[1] = timeouts.NODE_SILENT + 1
+    assert "node2: no heartbeat for 60 s; the job is requeued" in str(leader.request_requeue_if_lost())
     assert (tmp_path / "requeue").exists()
-    follower.silent[0] = timeouts.NODE_SILENT + 1  # it may be at something else between two orders
-    assert not follower.misses_its_leader()
+    follower.silent_seconds[0] = timeouts.NODE_SILENT + 1  # the leader may be busy between two commands
+    assert not follower.leader_lost()
 
 
-def test_who_has_said_that_it_leaves_is_ended_by_no_signal(two: tuple[NodeLaunchers, NodeLaunchers]) -> None:
-    """Slurm would take the signal for how the job ended."""
+def test_exiting_launcher_ignores_signals(two: tuple[NodeLaunchers, NodeLaunchers]) -> None:
+    """Slurm would report the signal as the end of the job."""
     follower, before = two[1], {number: signal.getsignal(number) for number in ASKING}
     try:
         with process_group.listening():
             with process_group.listening():
                 pass
-            follower.leave()
+            follower.announce_exit()
         os.kill(os.getpid(), signal.SIGTERM)
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     finally:
@@ -368,66 +375,69 @@ def test_who_has_said_that_it_leaves_is_ended_by_no_signal(two: tuple[NodeLaunch
             signal.signal(number, handler)
 
 
-def test_who_is_asked_to_stop_does_not_wait_for_the_others(
+def test_stop_request_interrupts_rendezvous(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
     monkeypatch.setattr(timeouts, "SAY_WAITING_AFTER", 0.0)
-    asked = StopRequest()
-    threading.Timer(0.5, asked.numbers.append, [signal.SIGUSR1]).start()
+    stop = StopRequest()
+    threading.Timer(0.5, stop.numbers.append, [signal.SIGUSR1]).start()
     with pytest.raises(process_group.StoppedError):
-        NodeLaunchers(allocation(0)).meet({}, asked)
-    assert "waiting for node 1 of the job to show itself in" in capsys.readouterr().out
+        NodeLaunchers(allocation(0)).rendezvous({}, stop)
+    assert "waiting for node 1 of the job in" in capsys.readouterr().out
 
 
-def test_a_node_that_is_not_there_is_told_of(tmp_path: Path, monkeypatch) -> None:
+def test_rendezvous_times_out_with_the_missing_node(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
     monkeypatch.setattr(timeouts, "NODES_MEET", 0.3)
-    with pytest.raises(UserError, match="RUNS_DIR: node2 sees nothing in .* of node 0 of job 1 within"):
-        NodeLaunchers(allocation(1)).meet({}, StopRequest())
+    with pytest.raises(UserError, match="RUNS_DIR: node 0 of job 1 did not appear in .*, as seen from node2, within"):
+        NodeLaunchers(allocation(1)).rendezvous({}, StopRequest())
 
 
 @pytest.mark.parametrize(
-    ("has", "said"),
+    ("changed", "detail"),
     [
-        ({"cores": 1, "cores_of_all": 64}, "1 of 64 cores for 2 ranks.*SRUN_CPUS_PER_TASK"),
-        ({"room": 0}, "disk: /tmp"),
-        ({"reaches": []}, "does not reach node1 by any of node1, 10.0.0.1"),
+        ({"cores": 1, "cores_total": 64}, "1 of 64 cores for 2 ranks.*SRUN_CPUS_PER_TASK"),
+        ({"tmp_bytes": 0}, "disk: /tmp"),
+        ({"reachable": []}, "cannot connect to node1 at any of node1, 10.0.0.1"),
     ],
 )
-def test_a_node_that_is_not_fit_is_named_with_the_way_to_leave_it_out(
-    has: dict[str, object], said: str, two: tuple[NodeLaunchers, NodeLaunchers], capsys: pytest.CaptureFixture[str]
+def test_node_check_failure_names_the_node_to_exclude(
+    changed: dict[str, object],
+    detail: str,
+    two: tuple[NodeLaunchers, NodeLaunchers],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     leader, follower = two
-    fit = {"cores": 8, "cores_of_all": 8, "gpus": [], "room": 2**40}
-    leader.say(hello={**fit, "addresses": ["node1", "10.0.0.1"]}, reaches=["node1", "10.0.0.1"])
-    follower.say(hello={**fit, **has}, reaches=has.get("reaches", ["10.0.0.1"]))
-    leader.look(at_once=True)
+    info = {"cores": 8, "cores_total": 8, "gpus": [], "tmp_bytes": 2**40}
+    leader.publish(node_info={**info, "addresses": ["node1", "10.0.0.1"]}, reachable=["node1", "10.0.0.1"])
+    follower.publish(node_info={**info, **changed}, reachable=changed.get("reachable", ["10.0.0.1"]))
+    leader.poll(force=True)
     recipe = loader.load("tiny", ["batch.effective_batch_size=4", "parallelism=ddp"])
-    plan = plans.make(recipe, topology.planned(recipe, 0, 4, 2, None))
+    plan = plans.make(recipe, topology.plan_topology(recipe, HardwareRequest(0, 4, 2)))
     lines: list[str] = []
-    assert slurm.unfit(leader, plan, lines.append) == 1
-    assert re.search(f"node2: red .*{said}", "\n".join(lines))
-    assert "node2 cannot carry its part; leave it out: sbatch --exclude=node2" in capsys.readouterr().err
+    assert slurm.check_nodes(leader, plan, lines.append) == 1
+    assert re.search(f"node2: error .*{detail}", "\n".join(lines))
+    assert "node checks failed on node2. Exclude it: sbatch --exclude=node2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("nodes", "ends"), [((1,), "or leave it out: sbatch --exclude=node2"), ((0, 1), "docker/README.md")]
+    ("nodes", "ends"), [((1,), "or exclude it: sbatch --exclude=node2"), ((0, 1), "docker/README.md")]
 )
-def test_nodes_without_cuda_end_the_job_with_the_cause(
+def test_nodes_without_cuda_fail_the_job_with_the_cause(
     nodes: tuple[int, ...], ends: str, two: tuple[NodeLaunchers, NodeLaunchers], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With exit code 2: no step was taken, and what is installed is wrong."""
-    fit = {"cores": 8, "cores_of_all": 8, "room": 2**40, "gpus": [{"id": str(n), "used": 4.0} for n in range(8)]}
-    seen = {"torch": "2.13.0+cu130", "cuda": "13.0", "devices": 0, "warning": ""}
-    for number, one in enumerate(two):
-        found = cuda.problem(seen, 8, "570.86.15", None) if number in nodes else None
-        one.say(hello={**fit, "cuda": found, "addresses": ["node1"]}, reaches=["node1"])
-    two[0].look(at_once=True)
+    """Exit code 2: no step was taken, and the installation is wrong."""
+    info = {"cores": 8, "cores_total": 8, "tmp_bytes": 2**40, "gpus": [{"id": str(n), "used": 4.0} for n in range(8)]}
+    probe = {"torch": "2.13.0+cu130", "cuda": "13.0", "devices": 0, "warning": ""}
+    for number, launchers in enumerate(two):
+        problem = cuda.problem(probe, 8, "570.86.15", None) if number in nodes else None
+        launchers.publish(node_info={**info, "cuda": problem, "addresses": ["node1"]}, reachable=["node1"])
+    two[0].poll(force=True)
     plan = plans.make(loader.load("32b"), plans.Topology(16, 16, 2, "h100-80g"))
     lines: list[str] = []
-    assert slurm.unfit(two[0], plan, lines.append) == 2
-    assert ["red" in line and "CUDA" in line for line in lines] == [True] * len(nodes)
+    assert slurm.check_nodes(two[0], plan, lines.append) == 2
+    assert ["error" in line and "CUDA" in line for line in lines] == [True] * len(nodes)
     names = ",".join(f"node{number + 1}" for number in nodes)
     line = capsys.readouterr().err.strip()
     assert line.startswith(
@@ -435,46 +445,47 @@ def test_nodes_without_cuda_end_the_job_with_the_cause(
     )
     assert line.endswith(ends) and "\n" not in line
     on_the_cpu = plans.make(loader.load("tiny", ["batch.effective_batch_size=16"]), plans.Topology(0, 16, 2))
-    assert not list(slurm._wrong(two[1].told(1)["hello"], on_the_cpu)), "it needs no CUDA"
+    assert not list(slurm._check_node(two[1].status(1)["node_info"], on_the_cpu)), "a CPU run needs no CUDA"
 
 
-def test_where_no_node_reaches_node_0_that_one_is_named(
+def test_unreachable_leader_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
     leader, *others = (NodeLaunchers(allocation(rank, 3)) for rank in range(3))
     leader.folder.mkdir(parents=True)
-    for one in (leader, *others):
-        fit = {"cores": 8, "cores_of_all": 8, "gpus": [], "room": 2**40}
-        one.say(hello={**fit, "addresses": ["10.0.0.1"]}, reaches=["10.0.0.1"] if one is leader else [])
-    leader.look(at_once=True)
+    for launchers in (leader, *others):
+        info = {"cores": 8, "cores_total": 8, "gpus": [], "tmp_bytes": 2**40}
+        reachable = ["10.0.0.1"] if launchers is leader else []
+        launchers.publish(node_info={**info, "addresses": ["10.0.0.1"]}, reachable=reachable)
+    leader.poll(force=True)
     recipe = loader.load("tiny", ["batch.effective_batch_size=6", "parallelism=ddp"])
-    plan = plans.make(recipe, topology.planned(recipe, 0, 3, 3, None))
-    assert slurm.unfit(leader, plan, lambda _line: None) == 1
-    assert "no node reaches node1: name an address of it that they do reach" in capsys.readouterr().err
+    plan = plans.make(recipe, topology.plan_topology(recipe, HardwareRequest(0, 3, 3)))
+    assert slurm.check_nodes(leader, plan, lambda _line: None) == 1
+    assert "no node reaches node1. Set MASTER_ADDR in slurm/cluster.env" in capsys.readouterr().err
 
 
-def test_a_node_that_does_not_see_the_model_says_so(
+def test_node_without_access_to_the_model_reports_it(
     two: tuple[NodeLaunchers, NodeLaunchers], tmp_path: Path, monkeypatch
 ) -> None:
     leader, follower = two
     monkeypatch.setattr(timeouts, "FILE_VISIBLE", 0.2)
-    order = leader.order("run", tmp_path / "one" / "plan.json", 15001)
-    follower.look(at_once=True)
-    other = threading.Thread(target=ranks.follow, args=[follower, StopRequest()])
-    other.start()
-    leader.report(order, {"code": 0, "fault": None, "by_user": False, "came_of_others": False})
-    ended = ranks._together(order, leader)
-    leader.order(None)
-    other.join()
+    command = leader.send_command("run", tmp_path / "one" / "plan.json", 15001)
+    follower.poll(force=True)
+    thread = threading.Thread(target=ranks.follow, args=[follower, StopRequest()])
+    thread.start()
+    leader.publish_result(command, {"code": 0, "fault": None, "by_user": False, "came_of_others": False})
+    ended = ranks._together(command, leader)
+    leader.send_command(None)
+    thread.join()
     assert (ended.code, ended.by_user) == (2, True)
     assert "HF_HOME, RUNS_DIR: " in str(ended.fault) and "which node2 does not see" in str(ended.fault)
 
 
-def test_status_says_where_a_run_stands(short_run: Path) -> None:
-    asked = [sys.executable, "-m", "sft_recipes", "status", str(short_run)]
-    done = subprocess.run(asked, capture_output=True, text=True, check=False, cwd=REPOSITORY)
+def test_status_of_finished_run(short_run: Path) -> None:
+    command = [sys.executable, "-m", "sft_recipes", "status", str(short_run)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)
     assert "finished" in done.stdout and "step       8 of 8" in done.stdout and "eval_loss" in done.stdout
-    done = subprocess.run([*asked, "--json"], capture_output=True, text=True, check=False, cwd=REPOSITORY)
-    found = json.loads(done.stdout)
-    assert (found["state"], found["step"], found["seconds_left"], found["held_by"]) == ("finished", 8, None, None)
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False, cwd=REPOSITORY)
+    status = json.loads(done.stdout)
+    assert (status["state"], status["step"], status["seconds_left"], status["held_by"]) == ("finished", 8, None, None)

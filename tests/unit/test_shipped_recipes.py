@@ -15,7 +15,7 @@ from helpers.workplace import HELPERS, REPOSITORY, Workplace
 from sft_recipes.config import loader
 from sft_recipes.config.architecture import parameter_count
 from sft_recipes.config.strategies import STRATEGIES
-from sft_recipes.launch.topology import planned
+from sft_recipes.launch.topology import plan_topology
 from sft_recipes.planner import plan as plans
 
 GOLDEN = HELPERS / "golden"
@@ -26,7 +26,7 @@ DATED = {"created", "origins", "accepted"}
 
 def plan_of(name):
     recipe = loader.load(name)
-    return plans.make(recipe, planned(recipe, None, None, None, None))
+    return plans.make(recipe, plan_topology(recipe))
 
 
 def resolved(name):
@@ -78,7 +78,7 @@ def test_the_ungated_model_works_by_one_override(name):
     recipe = loader.load(name)
     if recipe.model.open_alternative:
         other = loader.load(name, [f"model.name_or_path={recipe.model.open_alternative}"])
-        plan = plans.make(other, planned(other, None, None, None, None))
+        plan = plans.make(other, plan_topology(other))
         assert plan.learning_rate == plan_of(name).learning_rate
         assert plan.memory_bytes_per_gpu is None, "the forecast was the other model's"
 

@@ -1,4 +1,4 @@
-"""The smoke test's judgement, and the workflows that call it; tests/container/ runs it in the image."""
+"""The smoke test's comparisons, and the workflows that run it; tests/container/ runs it in the image."""
 
 import importlib.util
 import json
@@ -19,14 +19,14 @@ DOCKER = REPOSITORY / "docker"
 
 @pytest.fixture(scope="module")
 def smoke():
-    described = importlib.util.spec_from_file_location("smoke", DOCKER / "smoke.py")
-    module = importlib.util.module_from_spec(described)
-    described.loader.exec_module(module)
+    spec = importlib.util.spec_from_file_location("smoke", DOCKER / "smoke.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 
-def run_of(folder, golden, weights=b"w", gpus=0, **changed):
-    """A run's folder with these losses."""
+def make_run(folder, golden, weights=b"w", gpus=0, **changed):
+    """Create a run folder with these losses."""
     (folder / "last").mkdir(parents=True)
     lines = []
     for key, value in {**golden, **changed}.items():
@@ -44,41 +44,43 @@ def golden():
     return json.loads((DOCKER / "golden.json").read_text())
 
 
-def test_the_golden_run_learns(golden):
+def test_golden_losses_fall(golden):
     losses = [golden[f"loss {step}"] for step in range(1, 21)]
     assert losses[0] == pytest.approx(math.log(1024), abs=1) and losses[-1] < 0.5 * losses[0]
     assert golden["eval_loss 20"] < golden["eval_loss 10"]
 
 
-def test_a_run_like_the_golden_one_passes(smoke, golden, tmp_path):
-    run = run_of(tmp_path / "run", golden, **{"loss 20": golden["loss 20"] * 1.01})
+def test_compare_accepts_small_differences(smoke, golden, tmp_path):
+    run = make_run(tmp_path / "run", golden, **{"loss 20": golden["loss 20"] * 1.01})
     assert "at most 1.0e-02 off" in smoke.compare(run, DOCKER / "golden.json")
 
 
 @pytest.mark.parametrize(
-    ("changed", "says"),
+    ("changed", "error"),
     [
-        ({"loss 3": 9.0}, "loss 3: 9.0000 and not"),
-        ({"eval_loss 20": 2.9}, "eval_loss 20: 2.9000"),
-        ({"loss 7": math.nan}, "are allowed"),
+        ({"loss 3": 9.0}, "loss 3: found 9.0000"),
+        ({"eval_loss 20": 2.9}, "eval_loss 20: found 2.9000"),
+        ({"loss 7": math.nan}, "within 2e-02"),
         ({"loss 20": None}, "not measured: loss 20"),
         ({"eval_loss 10": None}, "not measured: eval_loss 10"),
     ],
 )
-def test_another_training_fails(smoke, golden, tmp_path, changed, says):
-    with pytest.raises(SystemExit, match=re.escape(says)):
-        smoke.compare(run_of(tmp_path / "run", golden, **changed), DOCKER / "golden.json")
+def test_compare_rejects_other_losses(smoke, golden, tmp_path, changed, error):
+    with pytest.raises(SystemExit, match=re.escape(error)):
+        smoke.compare(make_run(tmp_path / "run", golden, **changed), DOCKER / "golden.json")
 
 
-def test_what_is_gone_on_with_must_end_alike(smoke, golden, tmp_path):
-    straight = run_of(tmp_path / "straight", golden)
-    assert "to the bit" in smoke.same(run_of(tmp_path / "equal", golden), straight)
-    with pytest.raises(SystemExit, match="ends with other weights"):
-        smoke.same(run_of(tmp_path / "other", golden, weights=b"v"), straight)
-    on_gpu = run_of(tmp_path / "gpu", golden, weights=b"v", gpus=1)
-    assert "the last loss 0.0e+00 off" in smoke.same(on_gpu, straight), "a GPU's sums have no fixed order"
+def test_compare_resumed(smoke, golden, tmp_path):
+    straight = make_run(tmp_path / "straight", golden)
+    assert "same weights bit for bit" in smoke.compare_resumed(make_run(tmp_path / "equal", golden), straight)
+    with pytest.raises(SystemExit, match="other weights"):
+        smoke.compare_resumed(make_run(tmp_path / "other", golden, weights=b"v"), straight)
+    on_gpu = make_run(tmp_path / "gpu", golden, weights=b"v", gpus=1)
+    assert "last loss differs by 0.0e+00" in smoke.compare_resumed(on_gpu, straight), (
+        "sums on a GPU have no fixed order"
+    )
     with pytest.raises(SystemExit):
-        smoke.same(run_of(tmp_path / "far", golden, weights=b"v", gpus=1, **{"loss 20": 9.0}), straight)
+        smoke.compare_resumed(make_run(tmp_path / "far", golden, weights=b"v", gpus=1, **{"loss 20": 9.0}), straight)
 
 
 NO_KERNEL = "CUDA error: no kernel image is available for execution on the device"
@@ -86,13 +88,16 @@ NO_KERNEL = "CUDA error: no kernel image is available for execution on the devic
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU of compute capability 12.0, by what torch reports of it; kernels are tried on the CPU in its place."""
-    tried = attention.errors
-    monkeypatch.setattr(attention, "errors", lambda kernel, device, dtype, width=64: tried(kernel, "cpu", dtype, width))
+    """A simulated GPU of compute capability 12.0; kernels run on the CPU instead."""
+    measure = attention.errors
+    monkeypatch.setattr(
+        attention, "errors", lambda kernel, device, dtype, width=64: measure(kernel, "cpu", dtype, width)
+    )
 
-    def with_flash_attention(looked, **ways):
-        monkeypatch.setattr(torch_probe, "look", lambda: {"flash_attention": looked, "gpus": [{"capability": "12.0"}]})
-        for name, kernel in ways.items():
+    def with_flash_attention(report, **kernels):
+        probe = {"flash_attention": report, "gpus": [{"capability": "12.0"}]}
+        monkeypatch.setattr(torch_probe, "probe", lambda: probe)
+        for name, kernel in kernels.items():
             monkeypatch.setattr(attention, name, kernel)
 
     return with_flash_attention
@@ -105,69 +110,71 @@ def fails(error):
     return kernel
 
 
-def test_a_gpu_without_a_flash_attention_kernel_falls_back_and_says_so(smoke, gpu):
+def test_gpu_without_flash_attention_kernel_falls_back_to_varlen(smoke, gpu):
     gpu({"error": NO_KERNEL}, flash=fails(NO_KERNEL))
-    said = smoke.attention()
-    assert "no kernel for compute capability 12.0" in said
-    assert f"falling back to varlen (no flash_attention_2: {NO_KERNEL}" in said
+    report = smoke.attention()
+    assert "no kernel for compute capability 12.0" in report
+    assert f"falling back to varlen (no flash_attention_2: {NO_KERNEL}" in report
 
 
-def test_where_no_kernel_is_right_it_falls_back_to_torchs_masked_attention(smoke, gpu):
+def test_gpu_without_any_correct_kernel_falls_back_to_sdpa(smoke, gpu):
     gpu({"error": NO_KERNEL}, flash=fails(NO_KERNEL), varlen=fails("CUDA error: invalid device function"))
     assert "falling back to sdpa (no flash_attention_2: " in smoke.attention()
 
 
-def test_an_image_built_without_flash_attention_falls_back(smoke, gpu):
+def test_image_without_flash_attention_falls_back_to_varlen(smoke, gpu):
     gpu({"missing": "flash_attn is not installed"})
     assert "falling back to varlen (no flash_attention_2: flash_attn is not installed" in smoke.attention()
 
 
 @pytest.mark.parametrize(
-    ("looked", "says"),
+    ("report", "error"),
     [
-        ({"forward": 0.5, "backward": 0.5, "tolerance": 3e-2}, "off by 5.0e-01 forward"),
+        ({"forward": 0.5, "backward": 0.5, "tolerance": 3e-2}, "error 5.0e-01 forward"),
         ({"error": "undefined symbol: _ZNK3c106SymInt6sym_neERKS0_"}, "undefined symbol"),
     ],
 )
-def test_a_flash_attention_that_is_wrong_or_does_not_load_fails(smoke, gpu, looked, says):
-    gpu(looked)
-    with pytest.raises(SystemExit, match=says):
+def test_wrong_flash_attention_fails(smoke, gpu, report, error):
+    gpu(report)
+    with pytest.raises(SystemExit, match=error):
         smoke.attention()
 
 
-def test_what_smoke_py_is_called_with_exists(smoke):
-    """On a GPU a name that is missing is found after the image was built for an hour."""
+def test_functions_that_smoke_sh_calls_exist(smoke):
+    """On a GPU a missing name would only be found after an hour of building the image."""
     called = re.findall(r'smoke\.py" (\w+)', (DOCKER / "smoke.sh").read_text())
-    assert {"compare", "same", "attention", "summary"} <= set(called)
+    assert {"compare", "compare_resumed", "attention", "summary"} <= set(called)
     assert all(callable(getattr(smoke, name)) for name in called)
 
 
-def test_the_summary_is_one_object_wherever_it_is_asked_for(tmp_path):
-    """As smoke.sh asks for it: outside of an image, the package is not on Python's path."""
-    (tmp_path / "steps").write_text("a\t0\t3\tsaid\twell\nb\t1\t2\t\n")
-    words = [sys.executable, str(DOCKER / "smoke.py"), "summary", str(tmp_path / "steps")]
+def test_summary_is_one_json_object(tmp_path):
+    """As smoke.sh calls it: outside of an image, the package is not on Python's path."""
+    (tmp_path / "steps").write_text("a\t0\t3\tlast\tline\nb\t1\t2\t\n")
+    command = [sys.executable, str(DOCKER / "smoke.py"), "summary", str(tmp_path / "steps")]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    told = json.loads(done.stdout)
-    assert not told["passed"] and told["steps"][0] == {"name": "a", "exit_code": 0, "seconds": 3, "said": "said\twell"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout)
+    assert not result["passed"]
+    assert result["steps"][0] == {"name": "a", "exit_code": 0, "seconds": 3, "last_line": "last\tline"}
 
 
 @pytest.mark.parametrize(
-    ("word", "says"), [("--gpu", "unknown argument --gpu"), (None, "no GPU here"), ("--no-container", "no GPU here")]
+    ("argument", "error"),
+    [("--gpu", "unknown argument --gpu"), (None, "no GPU found"), ("--no-container", "no GPU found")],
 )
-def test_the_smoke_test_is_not_begun_where_it_cannot_be(word, says):
-    words = ["bash", str(DOCKER / "smoke.sh"), *([word] if word else [])]
-    done = subprocess.run(words, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and says in done.stderr
+def test_smoke_test_rejects_invalid_input(argument, error):
+    command = ["bash", str(DOCKER / "smoke.sh"), *([argument] if argument else [])]
+    done = subprocess.run(command, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and error in done.stderr
 
 
 @pytest.mark.parametrize("name", ["ci", "gpu", "cuda-build"])
-def test_workflows_pin_what_they_use_and_may_read_alone(name):
+def test_workflows_pin_actions_and_have_read_permission_only(name):
     text = (REPOSITORY / ".github" / "workflows" / f"{name}.yml").read_text()
     workflow = yaml.safe_load(text)
     assert workflow["permissions"] == {"contents": "read"}
-    used = [step["uses"] for job in workflow["jobs"].values() for step in job["steps"] if "uses" in step]
-    assert used and all(re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", one) for one in used)
+    actions = [step["uses"] for job in workflow["jobs"].values() for step in job["steps"] if "uses" in step]
+    assert actions and all(re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", action) for action in actions)
     assert "secrets." not in text and "pull_request_target" not in text
-    assert name == "ci" or "pull_request" not in workflow[True], "no stranger's code on a machine of one's own"
+    assert name == "ci" or "pull_request" not in workflow[True], "no pull request runs on a self-hosted runner"
     assert all(job["timeout-minutes"] for job in workflow["jobs"].values())

@@ -303,9 +303,9 @@ def test_the_card_is_what_the_machine_has(workplace, monkeypatch, gpus, gpu_type
 @pytest.mark.parametrize(
     ("said", "wanted"),
     [
-        ((), "no bf16; say precision=fp32"),
-        (("precision=fp32", "model.attention=flash_attention_2"), "no flash_attention_2; say model.attention=sdpa"),
-        (("model.attention=flash_attention_2",), "no bf16 and no flash_attention_2; say precision=fp32 model.attention=sdpa"),
+        ((), "no bf16. Set precision=fp32"),
+        (("precision=fp32", "model.attention=flash_attention_2"), "no flash_attention_2. Set model.attention=sdpa"),
+        (("model.attention=flash_attention_2",), "no bf16 and no flash_attention_2. Set precision=fp32 model.attention=sdpa"),
     ],
 )  # fmt: skip
 def test_a_gpu_older_than_ampere_is_refused_what_it_does_not_have(workplace, said, wanted):
@@ -325,7 +325,7 @@ def test_a_gpu_as_old_as_that_may_train_in_fp32(workplace):
 def test_offloading_without_the_memory_for_it_is_refused(workplace):
     done = workplace.sft("train", "70b", "--gpus", "0", "parallelism=zero3_offload")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "on the CPU 70b needs about" in done.stderr and "of memory and this machine has" in done.stderr
+    assert "on the CPU 70b needs about" in done.stderr and "GiB of memory, found" in done.stderr
 
 
 def test_the_two_cheapest_changes_that_take_less_are_named():
@@ -344,7 +344,7 @@ def test_what_is_offloaded_must_fit_the_nodes_own_memory(workplace):
         "train", "70b", "--gpus", "8", "parallelism=zero3_offload", "batch.max_per_device_batch_size=1", PATH=path
     )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "zero3_offload needs about" in done.stderr and "of this node's own memory" in done.stderr
+    assert "zero3_offload needs about" in done.stderr and "GiB of host memory" in done.stderr
 
 
 @pytest.mark.parametrize("strategy", ["zero3", "zero3_offload", "fsdp2"])
@@ -357,7 +357,7 @@ def test_plan_refuses_4_bit_weights_that_would_be_replicated(strategy):
     ("words", "message"),
     [
         (("--gpus", "1,2", "--nodes", "2"), "NODES: says nothing where GPUS=1,2 compares several"),
-        (("--gpus", "0", "--gpu-type", "24"), "GPU_TYPE: 24 was asked for without GPUs"),
+        (("--gpus", "0", "--gpu-type", "24"), "GPU_TYPE: found 24 without GPUs"),
         (("lora.target_modules=[foo]", "size=lora-7-13b", "lora.r=8"), r"lora.target_modules is \['foo'\]; wanted all-linear"),
         (("lora.target_modules=qproj", "size=lora-7-13b"), "lora.target_modules is 'qproj'; wanted all-linear"),
         (("trainer.eval_steps=1.5",), "trainer.eval_steps is 1.5; wanted a whole number of steps"),
@@ -379,9 +379,9 @@ def test_what_makes_no_plan_is_refused_in_one_line(workplace, words, message):
 
 
 def test_more_than_eight_gpus_are_several_nodes():
-    from sft_recipes.launch.topology import planned
+    from sft_recipes.launch.topology import HardwareRequest, plan_topology
 
-    nodes = {gpus: planned(loader.load("70b"), gpus, None, None, None).nodes for gpus in (8, 16, 32, 64)}
+    nodes = {gpus: plan_topology(loader.load("70b"), HardwareRequest(gpus)).nodes for gpus in (8, 16, 32, 64)}
     assert nodes == {8: 1, 16: 2, 32: 4, 64: 8}
 
 
