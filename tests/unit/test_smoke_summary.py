@@ -52,7 +52,7 @@ def test_golden_losses_fall(golden):
 
 def test_compare_accepts_small_differences(smoke, golden, tmp_path):
     run = make_run(tmp_path / "run", golden, **{"loss 20": golden["loss 20"] * 1.01})
-    assert "at most 1.0e-02 off" in smoke.compare(run, DOCKER / "golden.json")
+    assert "at most 1.0e-02 from golden" in smoke.compare(run, DOCKER / "golden.json")
 
 
 @pytest.mark.parametrize(
