@@ -44,7 +44,7 @@ import numpy  # noqa: E402
 from sft_recipes.data import packing, tokenize_rows  # noqa: E402
 from sft_recipes.data.formats import conversation_of  # noqa: E402
 from sft_recipes.data.sources import RawRow, Source  # noqa: E402
-from sft_recipes.data.tokenize import IGNORED, Chat  # noqa: E402
+from sft_recipes.data.tokenize import IGNORED, ConversationTokenizer  # noqa: E402
 from sft_recipes.data.toy import toy_dataset, toy_model  # noqa: E402
 from sft_recipes.training.library_logging import quiet  # noqa: E402
 
@@ -262,9 +262,9 @@ def limit(texts: list[str], tokenizer: Any) -> Measured:
 
 def ours_labelling(rows: list[RawRow], tokenizer: Any) -> Measured:
     """From rows in memory to labelled tokens."""
-    chat = Chat(_fresh(tokenizer), TODAY)
+    chat = ConversationTokenizer(_fresh(tokenizer), TODAY)
     with Stopwatch() as watch:
-        parts = [tokenize_rows.label_rows(chunk, chat, MAX_LENGTH) for chunk in _chunks(rows)]
+        parts = [tokenize_rows.tokenize_chunk(chunk, chat, MAX_LENGTH) for chunk in _chunks(rows)]
     return watch.counted(sum(int(part.lengths.sum()) for part in parts))
 
 
@@ -272,10 +272,10 @@ def ours_whole(file: Path, tokenizer: Any, target: Path) -> Measured:
     """From a file to packed rows on disk."""
     tokenizer = _fresh(tokenizer)
     with Stopwatch() as watch:
-        chat = Chat(tokenizer, TODAY)
+        chat = ConversationTokenizer(tokenizer, TODAY)
         rows = Source(files=(file,)).rows()
-        labelled = tokenize_rows.together(
-            [tokenize_rows.label_rows(chunk, chat, MAX_LENGTH) for chunk in _chunks(rows)]
+        labelled = tokenize_rows.concatenate(
+            [tokenize_rows.tokenize_chunk(chunk, chat, MAX_LENGTH) for chunk in _chunks(rows)]
         )
         prepared = packing.to_dataset(labelled, MAX_LENGTH, packing=True)
         prepared.save_to_disk(target)
@@ -335,7 +335,7 @@ def _tokens(prepared: Any) -> int:
 def check_labels(rows: list[Row], tokenizer: Any, folder: Path) -> dict[str, Any]:
     """That ours and both ways of TRL give the same examples; otherwise says how they differ, and ends."""
     raw = [RawRow(row, f"row {number}") for number, row in enumerate(rows, start=1)]
-    labelled = tokenize_rows.label_rows(raw, Chat(tokenizer, TODAY), MAX_LENGTH)
+    labelled = tokenize_rows.tokenize_chunk(raw, ConversationTokenizer(tokenizer, TODAY), MAX_LENGTH)
     ours = _examples(packing.to_dataset(labelled, MAX_LENGTH, packing=False))
     differences = []
     for way in (COMPLETION, ASSISTANT):
@@ -435,10 +435,10 @@ def _ratios(rounds: list[dict[str, Measured]]) -> dict[str, dict[str, float]]:
 
 def measure_all_cores(file: Path, tokenizer: Any, folder: Path) -> dict[str, Any]:
     """Ours on all cores that this process may use, from a file to labelled tokens, and from there to packed rows."""
-    chat, source = Chat(_fresh(tokenizer), TODAY), Source(files=(file,))
+    chat, source = ConversationTokenizer(_fresh(tokenizer), TODAY), Source(files=(file,))
     before = os.times()
     with Stopwatch() as reading:
-        labelled = tokenize_rows.label(source, chat, MAX_LENGTH, "data.train", "the benchmark")
+        labelled = tokenize_rows.tokenize_source(source, chat, MAX_LENGTH, "data.train", "the benchmark")
     after = os.times()
     with Stopwatch() as writing:
         packing.to_dataset(labelled, MAX_LENGTH, packing=True).save_to_disk(folder / "all")
@@ -465,7 +465,7 @@ def measure_packing(many: int, many_for_trl: int) -> dict[str, Any]:
     found = []
     for capacity in CAPACITIES:
         with Stopwatch() as watch:
-            order, sizes = packing.fill(lengths, capacity)
+            order, sizes = packing.pack(lengths, capacity)
         if not (numpy.sort(order) == numpy.arange(many)).all():
             sys.exit(f"ours lost or repeated examples at {capacity}")
         row_starts = numpy.cumsum(sizes) - sizes

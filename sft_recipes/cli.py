@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import json
@@ -258,20 +259,21 @@ def _inspect(parsed: argparse.Namespace) -> None:
         raise UserError(f"HTML: no folder {Path(parsed.html).parent} to write {Path(parsed.html).name} to")
     recipe = _recipe(parsed)
     plan = plans.make(recipe, plan_topology(recipe, _hardware_request(parsed)))
-    prepared = prepare.prepare(plan, rows_alone=True)
-    rows = inspect.look(plan, prepared)
+    with contextlib.redirect_stdout(sys.stderr):  # --json prints rows only
+        prepared = prepare.prepare(plan, rows_only=True)
+    rows = inspect.load_rows(plan, prepared)
     try:
-        validate.check(plan, rows.details)
+        validate.check_limits(plan, rows.details)
         plan, refused = plans.settle(plan, prepared), ""
     except UserError as error:  # the rows can be looked at all the same
         refused = str(error)
-    shown = inspect.json_lines(rows, most) if parsed.json else inspect.text(rows, most or 3, _colours())
+    shown = inspect.to_json(rows, most) if parsed.json else inspect.to_text(rows, most or 3, _colours())
     for line in shown:
         print(line)
-    report = [*inspect.report(plan, rows), *([f"a run is refused: {refused}"] if refused else [])]
+    report = [*inspect.report(plan, rows), *([validate.format_line("error", refused)] if refused else [])]
     print("\n".join(report), file=sys.stderr if parsed.json else sys.stdout)
     if parsed.html:
-        Path(parsed.html).write_text(inspect.page(plan, rows, most or 3), encoding="utf-8")
+        Path(parsed.html).write_text(inspect.to_html(plan, rows, most or 3), encoding="utf-8")
         print(f"written: {parsed.html}", file=sys.stderr)
 
 
@@ -470,8 +472,8 @@ def _schedules(parsed: argparse.Namespace) -> None:
     else:
         recipe = _recipe(parsed)
         plan = plans.make(recipe, plan_topology(recipe, _hardware_request(parsed)))
-        if prepare.is_at_hand(plan):
-            plan = plans.settle(plan, prepare.prepare(plan, rows_alone=True))
+        if prepare.is_local(plan):
+            plan = plans.settle(plan, prepare.prepare(plan, rows_only=True))
     total, warmup = lr_schedule.steps_of(plan)
     curves = lr_schedule.curves(plan, [name for name in parsed.others.split(",") if name])
     about = "" if plan.settled else "about "

@@ -1,4 +1,4 @@
-"""A compiled chat template, given what it sees at inference, and the training templates that TRL ships for some."""
+"""Compiled chat templates with the variables they get at inference, and the training templates that TRL ships."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from sft_recipes.data.formats import Message
 Tools = list[dict[str, Any]] | None
 
 
-class UnclearError(Exception):
-    """The assistant's turns cannot be told for certain; the message says why, without the row's place."""
+class AmbiguousTemplateError(Exception):
+    """The assistant's turns cannot be located with certainty. The message does not name the row."""
 
 
-class OtherwiseError(UnclearError):
-    """The template treats texts by what they say, so a shape's skeleton does not serve; a row's own may."""
+class TemplateMismatchError(AmbiguousTemplateError):
+    """The template depends on what a text contains, so the rendered template of the row's shape does not apply."""
 
 
-class Template:
-    """A compiled chat template, with what it sees besides the conversation.
+class ChatTemplate:
+    """A compiled chat template with its variables.
 
-    Rendering is transformers' own (`apply_chat_template` calls the same two functions); called directly, because only
-    so can a template that asks for today's date get the plan's.
+    Rendering is transformers' own (`apply_chat_template` calls the same two functions), called directly so that a
+    template which writes today's date can get the plan's date.
     """
 
     def __init__(self, source: str, special_tokens: dict[str, str], date: datetime.date):
@@ -35,16 +35,16 @@ class Template:
 
         day = datetime.datetime.combine(date, datetime.time())
         self.source = source
-        self.tagged = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
+        self.has_generation_blocks = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
         self.reads_reasoning = re.search(r"reasoning_content|\.thinking|['\"]thinking['\"]", source) is not None
         self._compiled = _compile_jinja_template(source)
         self._variables: dict[str, Any] = {**special_tokens, "documents": None, "strftime_now": day.strftime}
 
     def render(self, messages: Sequence[Message], tools: Tools, add_generation_prompt: bool = False) -> str:
-        """The conversation as text.
+        """Return the conversation as text.
 
         Raises:
-            UnclearError: the template refuses it.
+            AmbiguousTemplateError: the template raises an error.
         """
         try:
             return str(
@@ -52,31 +52,33 @@ class Template:
                     messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, **self._variables
                 )
             )
-        except Exception as error:  # whatever a program of somebody else's raises
-            raise UnclearError(f"the chat template refuses this conversation: {error}") from error
+        except Exception as error:  # a template can raise any exception
+            raise AmbiguousTemplateError(f"the template raises an error: {error}") from error
 
-    def generation(self, messages: Sequence[Message], tools: Tools) -> tuple[str, list[tuple[int, int]]]:
-        """The conversation as text, and the [start, end) characters of its generation blocks.
+    def render_with_generation_spans(
+        self, messages: Sequence[Message], tools: Tools
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Return the conversation as text and the [start, end) characters of its generation blocks.
 
         Raises:
-            UnclearError: the template refuses it.
+            AmbiguousTemplateError: the template raises an error.
         """
         from transformers.utils.chat_template_utils import _render_with_assistant_indices
 
-        others = {key: value for key, value in self._variables.items() if key != "documents"}
+        variables = {key: value for key, value in self._variables.items() if key != "documents"}
         try:
-            text, found = _render_with_assistant_indices(self._compiled, messages, tools, None, False, **others)
+            text, spans = _render_with_assistant_indices(self._compiled, messages, tools, None, False, **variables)
         except Exception as error:  # as above
-            raise UnclearError(f"the chat template refuses this conversation: {error}") from error
-        return str(text), _joined(found)
+            raise AmbiguousTemplateError(f"the template raises an error: {error}") from error
+        return str(text), _merge_spans(spans)
 
 
 @cache
 def training_templates() -> dict[str, str]:
-    """TRL's training template for each template that it knows, by the template's text.
+    """Return TRL's training template for each template it knows, keyed by that template's text.
 
-    They are read from its files: importing TRL takes seconds. trl.chat_template_utils.get_training_chat_template is
-    the same by a chain of comparisons (tests/unit/test_chat_template_families.py holds the two against each other).
+    They are read from TRL's files: importing TRL takes seconds. `trl.chat_template_utils.get_training_chat_template`
+    selects the same ones (compared in tests/unit/test_chat_template_families.py).
     """
     package = importlib.util.find_spec("trl")
     folder = Path(next(iter((package and package.submodule_search_locations) or [""]))) / "chat_templates"
@@ -88,12 +90,12 @@ def training_templates() -> dict[str, str]:
     }
 
 
-def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Spans without the empty ones, those that touch made one."""
-    joined: list[tuple[int, int]] = []
+def _merge_spans(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Drop empty spans and merge adjacent ones."""
+    merged: list[tuple[int, int]] = []
     for start, end in sorted(spans):
-        if joined and start <= joined[-1][1]:
-            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
         elif end > start:
-            joined.append((start, end))
-    return joined
+            merged.append((start, end))
+    return merged

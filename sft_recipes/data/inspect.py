@@ -1,4 +1,4 @@
-"""Shows what the loss will see: real rows as the trainer gets them, and what became of all of them."""
+"""Displays prepared rows with their loss mask, and the report on all rows, as text, HTML or JSON."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ from sft_recipes.data.tokenize import IGNORED
 from sft_recipes.data.tokenizer import load_tokenizer
 from sft_recipes.planner.plan import Plan, Prepared
 
-_COLOURS = {"supervised": "\033[32m", "read": "\033[2m", "control": "\033[35m", "end": "\033[0m"}
+_COLORS = {"loss": "\033[32m", "context": "\033[2m", "special": "\033[35m", "end": "\033[0m"}
+_SPECIAL_IN_LOSS = "\033[42m\033[30m"
+_LEGEND = {"loss": "in the loss", "context": "not in the loss", "special": "special tokens"}
 _STYLE = (
     "body{font:14px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
     "pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f6f6;padding:1em}"
-    ".supervised{background:#c9efc9}.read{color:#555}.control{color:#a3168c;font-weight:bold}"
+    ".loss{background:#c9efc9}.context{color:#555}.special{color:#a3168c;font-weight:bold}"
 )
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Neighbouring tokens of one kind, as text: whether the loss looks at them, and whether they steer the model."""
+class TextSpan:
+    """The text of adjacent tokens that are all in the loss or not, and all special tokens or not."""
 
     text: str
-    supervised: bool
-    control: bool
+    in_loss: bool
+    special: bool
 
 
 @dataclass(frozen=True)
-class Rows:
+class PreparedRows:
     """Prepared training rows, as the trainer gets them."""
 
     prepared: Prepared
@@ -47,47 +49,47 @@ class Rows:
         return len(self.dataset)
 
     def row(self, number: int) -> dict[str, Any]:
-        """`source`, `input_ids`, `labels` and `position_ids`; the first token of an example is predicted from nothing,
-        so it has no label."""
-        found = self.dataset[number]
-        labels, positions = list(found["labels"]), []
-        for length in found.get("seq_lengths", [len(labels)]):
+        """Return `source`, `input_ids`, `labels` and `position_ids`.
+
+        The first token of an example has no label, because nothing predicts it.
+        """
+        stored = self.dataset[number]
+        labels, positions = list(stored["labels"]), []
+        for length in stored.get("seq_lengths", [len(labels)]):
             labels[len(positions)] = IGNORED
             positions += range(length)
         return {
-            "source": found["source"],
-            "input_ids": found["input_ids"],
+            "source": stored["source"],
+            "input_ids": stored["input_ids"],
             "labels": labels,
             "position_ids": positions,
         }
 
-    def examples(self, number: int) -> Iterator[tuple[str, list[Piece]]]:
-        """Each example of a row: where it was written, and its pieces."""
+    def examples(self, number: int) -> Iterator[tuple[str, list[TextSpan]]]:
+        """Yield the location and the text of each example of a row."""
         row = self.row(number)
         sources = row["source"] if isinstance(row["source"], list) else [row["source"]]
-        starts = [place for place, position in enumerate(row["position_ids"]) if position == 0]
+        starts = [index for index, position in enumerate(row["position_ids"]) if position == 0]
         bounds = zip(starts, [*starts[1:], len(row["labels"])], strict=True)
         for source, (start, end) in zip(sources, bounds, strict=True):
-            yield source, self._pieces(row["input_ids"][start:end], row["labels"][start:end])
+            yield source, self._decode(row["input_ids"][start:end], row["labels"][start:end])
 
-    def _pieces(self, ids: Sequence[int], labels: Sequence[int]) -> list[Piece]:
-        control = set(self.tokenizer.added_tokens_decoder)
-        kinds = [(label != IGNORED, id in control) for id, label in zip(ids, labels, strict=True)]
-        pieces = []
-        for (supervised, is_control), group in itertools.groupby(
-            zip(kinds, ids, strict=True), key=lambda pair: pair[0]
-        ):
+    def _decode(self, ids: Sequence[int], labels: Sequence[int]) -> list[TextSpan]:
+        special_ids = set(self.tokenizer.added_tokens_decoder)
+        kinds = [(label != IGNORED, id in special_ids) for id, label in zip(ids, labels, strict=True)]
+        spans = []
+        for (in_loss, special), group in itertools.groupby(zip(kinds, ids, strict=True), key=lambda pair: pair[0]):
             text = self.tokenizer.decode([id for _, id in group], clean_up_tokenization_spaces=False)
-            pieces.append(Piece(text, supervised, is_control))
-        return pieces
+            spans.append(TextSpan(text, in_loss, special))
+        return spans
 
 
-def look(plan: Plan, prepared: Prepared) -> Rows:
-    """The prepared rows of a plan."""
+def load_rows(plan: Plan, prepared: Prepared) -> PreparedRows:
+    """Load the prepared training rows of a plan."""
     from datasets import load_from_disk
 
     folder, model = Path(prepared.folder), plan.sections.model
-    return Rows(
+    return PreparedRows(
         prepared,
         json.loads((folder / "details.json").read_text(encoding="utf-8")),
         load_from_disk(str(folder / "train")),
@@ -95,112 +97,111 @@ def look(plan: Plan, prepared: Prepared) -> Rows:
     )
 
 
-def json_lines(rows: Rows, most: int | None) -> Iterator[str]:
-    """One object a row: `source` (a list where rows are packed), `input_ids`, `labels`, `position_ids`."""
-    for number in range(len(rows) if most is None else min(most, len(rows))):
+def to_json(rows: PreparedRows, limit: int | None) -> Iterator[str]:
+    """Yield one object per row: `source` (a list if packed), `input_ids`, `labels`, `position_ids`."""
+    for number in range(len(rows) if limit is None else min(limit, len(rows))):
         yield json.dumps(rows.row(number), ensure_ascii=False)
 
 
-def text(rows: Rows, most: int, colour: bool) -> Iterator[str]:
-    """Rows for a terminal; without colours what the loss looks at stands between ⟦ and ⟧."""
-    if colour:
-        yield (
-            f"{_COLOURS['supervised']}the loss looks at this{_COLOURS['end']}, {_COLOURS['read']}the model only reads "
-            f"this{_COLOURS['end']}, {_COLOURS['control']}control tokens{_COLOURS['end']}\n"
-        )
+def to_text(rows: PreparedRows, limit: int, color: bool) -> Iterator[str]:
+    """Yield rows for a terminal; without color, text in the loss is between ⟦ and ⟧."""
+    if color:
+        yield ", ".join(f"{_COLORS[kind]}{name}{_COLORS['end']}" for kind, name in _LEGEND.items()) + "\n"
     else:
-        yield "⟦the loss looks at what stands between these⟧\n"
-    for number in range(min(most, len(rows))):
+        yield f"⟦{_LEGEND['loss']}⟧\n"
+    for number in range(min(limit, len(rows))):
         yield _heading(rows, number)
-        for source, pieces in rows.examples(number):
+        for source, spans in rows.examples(number):
             yield f"-- {source}"
-            for heading, turn in _turns(pieces):
+            for heading, turn in _turns(spans):
                 yield f"» {heading}"
-                yield (_coloured(turn) if colour else _marked(turn)).removesuffix("\n")
+                yield (_with_color(turn) if color else _with_brackets(turn)).removesuffix("\n")
             yield ""
 
 
-def _heading(rows: Rows, number: int) -> str:
+def _heading(rows: PreparedRows, number: int) -> str:
     row = rows.row(number)
-    supervised = sum(label != IGNORED for label in row["labels"])
+    in_loss = sum(label != IGNORED for label in row["labels"])
     packed = f"{len(row['source'])} examples, " if isinstance(row["source"], list) else ""
-    return f"row {number + 1} of {len(rows):,}: {packed}{len(row['labels'])} tokens, {supervised} supervised"
+    return f"row {number + 1} of {len(rows):,}: {packed}{len(row['labels'])} tokens, {in_loss} in the loss"
 
 
-def _turns(pieces: Sequence[Piece]) -> Iterator[tuple[str, list[Piece]]]:
-    """What the model reads and what it learns to say, one behind the other, each with its heading."""
+def _turns(spans: Sequence[TextSpan]) -> Iterator[tuple[str, list[TextSpan]]]:
+    """Yield prompts and answers in order, each with its heading."""
     answers = itertools.count(1)
-    for supervised, group in itertools.groupby(pieces, key=lambda piece: piece.supervised):
-        yield f"answer {next(answers)}" if supervised else "prompt", list(group)
+    for in_loss, group in itertools.groupby(spans, key=lambda span: span.in_loss):
+        yield f"answer {next(answers)}" if in_loss else "prompt", list(group)
 
 
-def _coloured(pieces: Sequence[Piece]) -> str:
-    shown = ""
-    for piece in pieces:
-        kind = "control" if piece.control else "supervised" if piece.supervised else "read"
-        line = "\033[42m\033[30m" if piece.control and piece.supervised else _COLOURS[kind]
-        shown += f"{line}{_visible(piece.text)}{_COLOURS['end']}"
-    return shown
+def _with_color(spans: Sequence[TextSpan]) -> str:
+    colored = ""
+    for span in spans:
+        kind = "special" if span.special else "loss" if span.in_loss else "context"
+        color = _SPECIAL_IN_LOSS if span.special and span.in_loss else _COLORS[kind]
+        colored += f"{color}{_printable(span.text)}{_COLORS['end']}"
+    return colored
 
 
-def _marked(pieces: Sequence[Piece]) -> str:
-    said = "".join(_visible(piece.text) for piece in pieces)
-    inner = said.removesuffix("\n")  # the bracket closes before the line does
-    return f"⟦{inner}⟧{said[len(inner) :]}" if pieces[0].supervised else said
+def _with_brackets(spans: Sequence[TextSpan]) -> str:
+    text = "".join(_printable(span.text) for span in spans)
+    inner = text.removesuffix("\n")  # the bracket closes before the line ends
+    return f"⟦{inner}⟧{text[len(inner) :]}" if spans[0].in_loss else text
 
 
-def _visible(said: str) -> str:
-    """Line ends marked, and nothing that a terminal would obey."""
-    return "".join("⏎\n" if c == "\n" else c if c.isprintable() or c == "\t" else f"\\x{ord(c):02x}" for c in said)
+def _printable(text: str) -> str:
+    """Make line ends visible and escape control characters."""
+    return "".join("⏎\n" if c == "\n" else c if c.isprintable() or c == "\t" else f"\\x{ord(c):02x}" for c in text)
 
 
-def report(plan: Plan, rows: Rows) -> list[str]:
-    """The contract's report, line by line."""
-    lines = [*validate.lines(rows.details), _fill(plan, rows.dataset)]
+def report(plan: Plan, rows: PreparedRows) -> list[str]:
+    """Return the report on all rows, line by line."""
+    lines = [*validate.report_lines(rows.details), _describe_padding(plan, rows.dataset)]
     if plan.settled:
-        lines.append(
-            f"{'a step':<12}{plan.effective_batch_size} rows: about {plan.examples_per_step:,g} examples, "
-            f"{plan.supervised_tokens_per_step:,.0f} supervised tokens; {plan.optimizer_steps:,} steps in all"
+        step = (
+            f"{plan.effective_batch_size} rows, about {plan.examples_per_step:,g} examples and "
+            f"{plan.supervised_tokens_per_step:,.0f} tokens in the loss; {plan.optimizer_steps:,} steps in total"
         )
-    lines.append(f"{'time':<12}{rows.details['seconds']:.1f} s to prepare; kept in {rows.prepared.folder}")
+        lines.append(validate.format_line("step", step))
+    lines.append(validate.format_line("prepared", f"{rows.prepared.folder} ({rows.details['seconds']:.1f} s)"))
     return lines
 
 
-def _fill(plan: Plan, dataset: Any) -> str:
-    """How full the rows are; what unpacked ones are padded by is told from one shuffled epoch."""
+def _describe_padding(plan: Plan, dataset: Any) -> str:
+    """Count padded tokens; those of unpacked rows are estimated from one shuffled epoch."""
     lengths = numpy.concatenate([chunk.value_lengths() for chunk in dataset.data.column("input_ids").chunks])
     tokens, per_device = int(lengths.sum()), plan.per_device_train_batch_size
     if plan.packing:
-        slots = len(lengths) * plan.max_length
-        return (
-            f"{'packing':<12}{len(lengths):,} rows of {plan.max_length:,}, {tokens / slots:.2%} of their tokens are "
-            f"examples'; {slots - tokens:,} are padding"
+        padded = len(lengths) * plan.max_length
+        return validate.format_line(
+            "packing",
+            f"{len(lengths):,} rows of {plan.max_length:,} tokens, {tokens / padded:.2%} full; {padded - tokens:,} "
+            f"padding tokens",
         )
     shuffled = numpy.random.default_rng(0).permutation(lengths)
     batches = numpy.resize(shuffled, (-(-len(shuffled) // per_device), per_device))
     padding = int(batches.max(axis=1).sum()) * per_device - int(batches.sum())
-    return f"{'padding':<12}about {padding:,} tokens an epoch, each row padded to the longest of its {per_device}"
+    longest = f"each micro-batch of {per_device} rows is padded to its longest"
+    return validate.format_line("padding", f"about {padding:,} padding tokens per epoch; {longest}")
 
 
-def page(plan: Plan, rows: Rows, most: int) -> str:
-    """Rows and report as an HTML page that needs nothing else."""
+def to_html(plan: Plan, rows: PreparedRows, limit: int) -> str:
+    """Return rows and report as a self-contained HTML page."""
     parts = []
-    for number in range(min(most, len(rows))):
+    for number in range(min(limit, len(rows))):
         parts.append(f"<h2>{html.escape(_heading(rows, number))}</h2>")
-        for source, pieces in rows.examples(number):
+        for source, spans in rows.examples(number):
             parts.append(f"<h3>{html.escape(source)}</h3>")
-            for heading, turn in _turns(pieces):
-                parts.append(f"<small>{heading}</small><pre>{''.join(_span(piece) for piece in turn)}</pre>")
-    counted = html.escape("\n".join(report(plan, rows)))
+            for heading, turn in _turns(spans):
+                parts.append(f"<small>{heading}</small><pre>{''.join(_html_span(span) for span in turn)}</pre>")
+    lines = html.escape("\n".join(report(plan, rows)))
+    title = f"{html.escape(plan.recipe)}: loss mask"
+    legend = ", ".join(f'<span class="{kind}">{name}</span>' for kind, name in _LEGEND.items())
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(plan.recipe)}: what the loss sees'
-        f"</title><style>{_STYLE}</style><h1>{html.escape(plan.recipe)}: what the loss sees</h1>"
-        f'<p><span class="supervised">the loss looks at this</span>, <span class="read">the model only reads this'
-        f'</span>, <span class="control">control tokens</span></p>{"".join(parts)}<h2>All rows</h2><pre>{counted}</pre>'
-        f"</html>\n"
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
+        f"<h1>{title}</h1><p>{legend}</p>{''.join(parts)}<h2>All rows</h2><pre>{lines}</pre></html>\n"
     )
 
 
-def _span(piece: Piece) -> str:
-    kinds = ["supervised" if piece.supervised else "read", *(["control"] if piece.control else [])]
-    return f'<span class="{" ".join(kinds)}">{html.escape(_visible(piece.text))}</span>'
+def _html_span(span: TextSpan) -> str:
+    kinds = ["loss" if span.in_loss else "context", *(["special"] if span.special else [])]
+    return f'<span class="{" ".join(kinds)}">{html.escape(_printable(span.text))}</span>'

@@ -1,4 +1,4 @@
-"""Fills rows of `max_length` tokens with whole examples, and lays prepared examples out as a data set."""
+"""Packs whole examples into rows of `max_length` tokens, and converts tokenized rows to a dataset."""
 
 from __future__ import annotations
 
@@ -8,76 +8,75 @@ from typing import Any
 import numpy
 
 from sft_recipes.data.tokenize import IGNORED
-from sft_recipes.data.tokenize_rows import Labelled
+from sft_recipes.data.tokenize_rows import TokenizedRows
 
-_TOKENS_A_CHUNK = 2**28  # Arrow counts a list's elements in 32 bits
+_MAX_TOKENS_PER_CHUNK = 2**28  # Arrow counts a list's elements in 32 bits
 
 
-def fill(lengths: numpy.ndarray, capacity: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Which examples stand in which row: greedy best fit over a histogram of lengths.
+def pack(lengths: numpy.ndarray, capacity: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Assign examples to rows by greedy best fit over a histogram of lengths.
 
-    A row begins with the longest example left and takes the longest that still fits until none does. Rows of the same
-    lengths are filled at once, so a million examples take a second. No example is cut.
+    A row begins with the longest example left and takes the longest that still fits until none does. Rows of equal
+    lengths are filled at once, so a million examples take a second. No example is split.
 
     Args:
-        lengths: tokens of each example, [examples], each at most `capacity`.
-        capacity: tokens that a row holds.
+        lengths: tokens per example, [examples], each at most `capacity`.
+        capacity: tokens per row.
 
     Returns:
-        The examples' numbers in the order in which they stand in the rows, [examples], and how many each row has,
-        [rows].
+        The examples' indices in row order, [examples], and the number of examples per row, [rows].
     """
     by_length = numpy.argsort(lengths, kind="stable")
     distinct, first, count = numpy.unique(lengths[by_length], return_index=True, return_counts=True)
-    left = {int(length): int(many) for length, many in zip(distinct, count, strict=True)}
-    taken = {int(length): int(start) for length, start in zip(distinct, first, strict=True)}
-    there = sorted(left)
+    remaining = {int(length): int(number) for length, number in zip(distinct, count, strict=True)}
+    next_index = {int(length): int(start) for length, start in zip(distinct, first, strict=True)}
+    available = sorted(remaining)
     orders, sizes = [], []
-    while there:
+    while available:
         row: list[int] = []
         uses: dict[int, int] = {}
         space = capacity
-        place = len(there) - 1
-        while place >= 0:
-            length = there[place]
-            many = min(space // length if length else left[length], left[length])
-            if many:
-                uses[length] = many
-                row += [length] * many
-                space -= many * length
-            place = min(place, bisect.bisect_right(there, space)) - 1
-        times = min(left[length] // many for length, many in uses.items())
+        position = len(available) - 1
+        while position >= 0:
+            length = available[position]
+            number = min(space // length if length else remaining[length], remaining[length])
+            if number:
+                uses[length] = number
+                row += [length] * number
+                space -= number * length
+            position = min(position, bisect.bisect_right(available, space)) - 1
+        times = min(remaining[length] // number for length, number in uses.items())
         columns = []
-        for length, many in uses.items():
-            start = taken[length]
-            columns.append(by_length[start : start + times * many].reshape(times, many))
-            taken[length] += times * many
-            left[length] -= times * many
-            if not left[length]:
-                del there[bisect.bisect_left(there, length)]
+        for length, number in uses.items():
+            start = next_index[length]
+            columns.append(by_length[start : start + times * number].reshape(times, number))
+            next_index[length] += times * number
+            remaining[length] -= times * number
+            if not remaining[length]:
+                del available[bisect.bisect_left(available, length)]
         orders.append(numpy.concatenate(columns, axis=1).ravel())
         sizes.append(numpy.full(times, len(row)))
     empty = numpy.zeros(0, dtype=numpy.int64)
     return numpy.concatenate([empty, *orders]), numpy.concatenate([empty, *sizes])
 
 
-def to_dataset(examples: Labelled, max_length: int, packing: bool) -> Any:
-    """Rows with `input_ids`, `labels` and `source` (where they were written), and with `seq_lengths` (tokens of each
-    example in the row) where packed; `source` is a list then.
+def to_dataset(examples: TokenizedRows, max_length: int, packing: bool) -> Any:
+    """Return a dataset with `input_ids`, `labels` and `source` (the location).
 
-    No example is cut: each must be at most `max_length` tokens already.
+    Packed rows also have `seq_lengths` (tokens per example), and `source` is a list. No example is split: each must be
+    at most `max_length` tokens long.
     """
     from datasets import Dataset, concatenate_datasets
 
-    many = len(examples.lengths)
+    count = len(examples.lengths)
     order, sizes = (
-        fill(examples.lengths, max_length) if packing else (numpy.arange(many), numpy.ones(many, numpy.int64))
+        pack(examples.lengths, max_length) if packing else (numpy.arange(count), numpy.ones(count, numpy.int64))
     )
     ends = numpy.cumsum(examples.lengths[order])
     row_ends = numpy.cumsum(sizes)
-    chunk_of_row = ends[row_ends - 1] // _TOKENS_A_CHUNK if many else numpy.zeros(0, numpy.int64)
+    chunk_of_row = ends[row_ends - 1] // _MAX_TOKENS_PER_CHUNK if count else numpy.zeros(0, numpy.int64)
     parts = []
-    for chunk in range(int(chunk_of_row[-1]) + 1 if many else 1):
+    for chunk in range(int(chunk_of_row[-1]) + 1 if count else 1):
         rows = numpy.flatnonzero(chunk_of_row == chunk)
         first = row_ends[rows[0]] - sizes[rows[0]] if len(rows) else 0
         last = row_ends[rows[-1]] if len(rows) else 0
@@ -85,7 +84,7 @@ def to_dataset(examples: Labelled, max_length: int, packing: bool) -> Any:
     return concatenate_datasets(parts)
 
 
-def _table(examples: Labelled, order: numpy.ndarray, sizes: numpy.ndarray, packing: bool) -> Any:
+def _table(examples: TokenizedRows, order: numpy.ndarray, sizes: numpy.ndarray, packing: bool) -> Any:
     import pyarrow
     from datasets.table import InMemoryTable
 
@@ -93,11 +92,11 @@ def _table(examples: Labelled, order: numpy.ndarray, sizes: numpy.ndarray, packi
     ends = numpy.cumsum(lengths)
     starts = numpy.cumsum(examples.lengths) - examples.lengths
     token = numpy.arange(int(ends[-1]) if len(ends) else 0) + numpy.repeat(starts[order] - (ends - lengths), lengths)
-    ids = examples.ids[token]
-    labels = numpy.where(examples.supervised[token], ids, numpy.int32(IGNORED))
+    ids = examples.input_ids[token]
+    labels = numpy.where(examples.loss_mask[token], ids, numpy.int32(IGNORED))
     row_of_example = numpy.concatenate([[0], numpy.cumsum(sizes)])
     token_ends = numpy.concatenate([[0], ends])[row_of_example]
-    sources = pyarrow.array([examples.where[number] for number in order], pyarrow.string())
+    sources = pyarrow.array([examples.locations[number] for number in order], pyarrow.string())
 
     def lists(values: Any, bounds: numpy.ndarray) -> Any:
         return pyarrow.ListArray.from_arrays(pyarrow.array(bounds, pyarrow.int32()), values)

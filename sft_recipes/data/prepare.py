@@ -1,8 +1,8 @@
-"""Prepares a plan's data once a node, before any rank starts, and keeps it by what it was made from.
+"""Prepares a plan's data once per node, before any rank starts, and caches it by the content it depends on.
 
 Run as `python -m sft_recipes.data.prepare PLAN`: reads, checks, renders, tokenizes, masks and packs the rows, builds
-the model of a recipe that starts from nothing, and writes `prepared.json` beside the plan. Leaves with 2 where the
-user's input is wrong. A second start with the same data, tokenizer, template, lengths and code finds it all there.
+the model of a from-scratch recipe, and writes `prepared.json` next to the plan. Exits with 2 on invalid input. A later
+run with the same data, tokenizer, template, lengths and code uses the cached result.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import datetime
 import hashlib
 import itertools
 import json
+import logging
 import os
 import random
 import shutil
@@ -24,199 +25,204 @@ from typing import TYPE_CHECKING, Any
 
 from sft_recipes.config.schema import Model
 from sft_recipes.data import model_files, sources, validate
-from sft_recipes.data.formats import Conversation, conversation_of
+from sft_recipes.data.formats import Conversation, Message, conversation_of
 from sft_recipes.data.sources import Source
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Plan, Prepared
 from sft_recipes.runtime import library_imports
+from sft_recipes.runtime import log as run_log
 from sft_recipes.runtime.atomic_write import sha256, sync
 from sft_recipes.runtime.code_hash import code_hash
 from sft_recipes.runtime.errors import DataError, UserError
 from sft_recipes.runtime.run_dir import read_json, runs_root, write_json
 
 if TYPE_CHECKING:
-    from sft_recipes.data.tokenize_rows import Labelled
+    from sft_recipes.data.tokenize import ConversationTokenizer
+    from sft_recipes.data.tokenize_rows import TokenizedRows
 
-_PROMPTS = 1000
+log = logging.getLogger("sft_recipes.data.prepare")  # __name__ is "__main__" in the process that prepares
+
+_MAX_PROMPTS = 1000
 _CHECKSUMS = "checksums.json"
-_NO_WEIGHTS = (".json", ".jinja", ".model", ".txt", ".tiktoken")
-# Modules that do not decide what the rows are: they show or bring what others made.
-_NOT_THE_ROWS = ("inspect.py", "download.py", "hub.py", "model_files.py")
+_TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
+# Modules that do not change the rows.
+_NOT_IN_CACHE_KEY = ("inspect.py", "download.py", "hub.py", "model_files.py")
 
 
 def main(plan_file: str) -> int:
-    """Prepares the data of the plan in `plan_file`; 0, or 2 with one line on standard error."""
+    """Prepare the data of the plan in `plan_file`; return 0, or 2 after one line on standard error."""
+    run_log.to_console()
     path = Path(plan_file)
     try:
         plan, started = plans.read(path), time.monotonic()
         library_imports.leave_out_what_is_not_used(plan)
         prepared = prepare(plan)
         details = json.loads((Path(prepared.folder) / "details.json").read_text(encoding="utf-8"))
-        print(announcement(plan, details, time.monotonic() - started))
-    except (UserError, OSError) as error:  # a disk that is full or closed is the user's to mend
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        for line in summary(plan, details, time.monotonic() - started):
+            log.info("%s", line)
+    except (UserError, OSError) as error:  # a full or unmounted disk is the user's to fix
+        log.error("%s", " ".join(str(error).split()))
         return 2
     write_json(path.with_name("prepared.json"), asdict(prepared))
     return 0
 
 
-def prepare(plan: Plan, store: Path | None = None, rows_alone: bool = False) -> Prepared:
-    """The plan's data, made or found in `store`.
+def prepare(plan: Plan, store: Path | None = None, rows_only: bool = False) -> Prepared:
+    """Return the plan's prepared data, from the cache in `store` if it is there.
 
     Args:
-        rows_alone: to look at rows, whatever they are: the model's tokenizer is enough, and a broken contract is not
-            refused.
+        rows_only: for displaying rows: needs the model's tokenizer only, and skips the checks of model and limits.
 
     Raises:
-        DataError: rows, model or tokenizer are not what a run can start from.
+        DataError: rows, model or tokenizer are invalid.
     """
     store = store or runs_root() / ".prepared"
-    store.mkdir(parents=True, exist_ok=True, mode=0o700)  # it holds the data
-    base = _base(plan, rows_alone)
+    store.mkdir(parents=True, exist_ok=True, mode=0o700)  # it contains the data
+    base = _base_folder(plan, rows_only)
     data = plan.sections.data
-    embedded = store / f"embedded-{_code('toy/toy_dataset.py')[:8]}"
+    toy_folder = store / f"toy-{_code_hash('toy/toy_dataset.py')[:8]}"
     parts = ("train", "validation", *(["retention_eval"] if data.retention_eval else []))
-    named = {part: sources.resolve_all(data, f"data.{part}", embedded) for part in parts}
-    folder = store / _key(plan, named, base)
-    if wrong := _not_as_written(folder):
+    named = {part: sources.resolve_all(data, f"data.{part}", toy_folder) for part in parts}
+    folder = store / _cache_key(plan, named, base)
+    if corrupt := _find_corrupt(folder):
         if folder.exists():
-            print(f"data: {wrong[0]} is not as it was written; it is prepared again", file=sys.stderr)
+            log.warning("data: %s: checksum mismatch. Preparing the data again", corrupt[0])
         partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
         try:
-            _make(plan, named, base, partial)
-            if _not_as_written(folder):  # another start may have made the same meanwhile
+            _prepare_folder(plan, named, base, partial)
+            if _find_corrupt(folder):  # another process may have finished the same meanwhile
                 shutil.rmtree(folder, ignore_errors=True)
                 partial.replace(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    if base and not rows_alone:
+    if base and not rows_only:
         _check_architecture_once(plan, base, folder)
-    if not rows_alone:
-        validate.check(plan, json.loads((folder / "details.json").read_text(encoding="utf-8")))
-    found = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
+    if not rows_only:
+        validate.check_limits(plan, json.loads((folder / "details.json").read_text(encoding="utf-8")))
+    stored = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
     base = base or (folder / "model").resolve()
-    here = {"folder": str(folder.resolve()), "model": str(base), "architecture": model_files.architecture_of(base)}
-    return Prepared(**{**found, **here})
+    local = {"folder": str(folder.resolve()), "model": str(base), "architecture": model_files.architecture_of(base)}
+    return Prepared(**{**stored, **local})
 
 
-def _not_as_written(folder: Path) -> list[Path]:
-    """The files that are not as they were made, or the list of their checksums where there is none."""
-    listed = {folder / name: checksum for name, checksum in read_json(folder / _CHECKSUMS).items()}
-    wrong = [path for path, checksum in listed.items() if not path.is_file() or sha256(path) != checksum]
-    return wrong if listed else [folder / _CHECKSUMS]
+def _find_corrupt(folder: Path) -> list[Path]:
+    """Return the files whose checksum differs, or the list of checksums if it is missing."""
+    checksums = {folder / name: checksum for name, checksum in read_json(folder / _CHECKSUMS).items()}
+    corrupt = [path for path, checksum in checksums.items() if not path.is_file() or sha256(path) != checksum]
+    return corrupt if checksums else [folder / _CHECKSUMS]
 
 
-def is_at_hand(plan: Plan) -> bool:
-    """Whether data and tokenizer lie on this machine, or are made here, so that preparing them asks no network."""
+def is_local(plan: Plan) -> bool:
+    """Return whether data and tokenizer are on this machine, so that preparing them uses no network."""
     model, data = plan.sections.model, plan.sections.data
-    model_is = model.from_scratch or Path(model.name_or_path).is_dir()
-    return model_is and all(
-        sources.hub_name(source) is None
-        for source in [*data.training, *data.held_out, *([data.retention_eval] if data.retention_eval else [])]
+    names = [*data.training, *data.held_out, *([data.retention_eval] if data.retention_eval else [])]
+    return (model.from_scratch or Path(str(model.name_or_path)).is_dir()) and all(
+        sources.hub_name(name) is None for name in names
     )
 
 
-def announcement(plan: Plan, details: Mapping[str, Any], seconds: float) -> str:
-    """One line on what the data came to, and one on each thing that a user should know before the start."""
+def summary(plan: Plan, details: Mapping[str, Any], seconds: float) -> list[str]:
+    """Return one line on the prepared data, and one per thing that a user should know before the run starts."""
     train, validation = details["train"], details["validation"]
-    packed = f" packed into {details['rows']:,} rows of {plan.max_length}" if plan.packing else ""
+    packed = f" packed into {details['rows']:,} rows of {plan.max_length} tokens" if plan.packing else ""
     share = train["supervised_tokens"] / max(train["tokens"], 1)
-    retain = details.get("retention_eval")
-    retained = f" and {retain['examples']:,} retain examples" if retain else ""
-    said = [
-        f"data: {train['examples']:,} training examples{packed}, {train['tokens']:,} tokens, {share:.0%} of them "
-        f"supervised; {validation['examples']:,} validation examples{retained}; {seconds:.1f} s"
+    retention = details.get("retention_eval")
+    retained = f", {retention['examples']:,} retention examples" if retention else ""
+    lines = [
+        f"data: {train['examples']:,} training examples{packed}, {train['tokens']:,} tokens, {share:.0%} in the loss; "
+        f"{validation['examples']:,} validation examples{retained}; {seconds:.1f} s"
     ]
-    for name, counts in (
-        ("training", train),
-        ("validation", validation),
-        *([("retention_eval", retain)] if retain else []),
-    ):
-        if counts["cut"]:
-            said.append(
-                f"data: {counts['cut']:,} {name} examples were longer than {plan.max_length} tokens and lost their "
-                f"ends; {counts['dropped']:,} were dropped, no answer being left; {counts['unanswered']:,} lost an "
-                f"answer with its question (trainer.max_length=… keeps more)"
-            )
-    if train["markers_as_text"]:
-        said.append(f"data: {train['markers_as_text']:,} training rows write control tokens; they are encoded as text")
-    said += [f"data: note: {note}" for note in details["notes"]]
-    return "\n".join(said)
+    parts = {"train": train, "validation": validation, **({"retention_eval": retention} if retention else {})}
+    lines += [
+        f"data: {part}: {stats['truncated']:,} of {stats['rows_read']:,} rows truncated to {plan.max_length} tokens, "
+        f"{stats['dropped']:,} dropped (no token in the loss), {stats['lost_answers']:,} lost an answer "
+        f"(increase trainer.max_length to keep more)"
+        for part, stats in parts.items()
+        if stats["truncated"]
+    ]
+    if count := train["special_tokens_as_text"]:
+        lines.append(f"data: train: {count:,} rows contain special tokens as text, encoded as text")
+    return lines + [f"data: note: {note}" for note in details["notes"]]
 
 
-def _base(plan: Plan, rows_alone: bool) -> Path | None:
-    """The folder that the run's tokenizer is in; None for a recipe that starts from nothing."""
+def _base_folder(plan: Plan, rows_only: bool) -> Path | None:
+    """Return the folder with the run's tokenizer; None for a from-scratch recipe."""
     model = plan.sections.model
     if model.from_scratch:
         return None
-    if rows_alone:
-        return model_files.tokenizer_folder(model.name_or_path, model.revision, model.open_alternative)
-    return model_files.check_model(model.name_or_path, model.revision, model.trust_remote_code, model.open_alternative)
+    return model_files.tokenizer_folder(model) if rows_only else model_files.check_model(model)
 
 
 def _check_architecture_once(plan: Plan, base: Path, folder: Path) -> None:
-    """Building the model to count it takes seconds, so what was found right is remembered."""
+    """Check the architecture, or skip it if it was found right before: building the model to count it takes seconds."""
     model = plan.sections.model
-    remembered = folder / "architecture.json"
+    cached = folder / "architecture.json"
     stated = json.dumps([model.architecture, str(base)], sort_keys=True)
-    if not remembered.is_file() or remembered.read_text(encoding="utf-8") != stated:
+    if not cached.is_file() or cached.read_text(encoding="utf-8") != stated:
         model_files.check_architecture(model.architecture, base, model.trust_remote_code)
-        remembered.write_text(stated, encoding="utf-8")
+        cached.write_text(stated, encoding="utf-8")
 
 
-def _code(file: str) -> str:
+def _code_hash(file: str) -> str:
     return code_hash(Path(__file__).parent / file)
 
 
-def _key(plan: Plan, named: Mapping[str, Mapping[str, Source]], base: Path | None) -> str:
-    """SHA-256 over all that decides the prepared rows: content, tokenizer, template, lengths, code, libraries.
+def _cache_key(plan: Plan, named: Mapping[str, Mapping[str, Source]], base: Path | None) -> str:
+    """Hash everything that determines the prepared rows: content, tokenizer, template, lengths, code, libraries.
 
-    `named` are the sources of each part that the recipe names: train, validation and, only where it does, retain.
+    Args:
+        named: the sources of train, validation and, only if the recipe has them, retention_eval.
     """
     model, data = plan.sections.model, plan.sections.data
-    beside, template = _beside_the_weights(base), _given_template(model)
-    dated = b"strftime_now" in template.encode() or any(b"strftime_now" in text for text in beside.values())
-    here = Path(__file__).parent
-    code = sorted(str(path.relative_to(here)) for path in here.rglob("*.py") if path.name not in _NOT_THE_ROWS)
+    tokenizer, template = _read_tokenizer_files(base), _template_override(model)
+    dated = b"strftime_now" in template.encode() or any(b"strftime_now" in text for text in tokenizer.values())
+    package = Path(__file__).parent
+    code = sorted(
+        str(path.relative_to(package)) for path in package.rglob("*.py") if path.name not in _NOT_IN_CACHE_KEY
+    )
     parts = {
-        **{part: [[name, source.fingerprint()] for name, source in of_it.items()] for part, of_it in named.items()},
+        **{
+            part: [[name, source.fingerprint()] for name, source in part_sources.items()]
+            for part, part_sources in named.items()
+        },
         "validation_fraction": data.validation_fraction,
         "max_eval_samples": data.max_eval_samples,
         "model": asdict(model),
-        "tokenizer": {name: hashlib.sha256(text).hexdigest() for name, text in beside.items()},
+        "tokenizer": {name: hashlib.sha256(text).hexdigest() for name, text in tokenizer.items()},
         "template": template,
         "max_length": plan.max_length,
         "packing": plan.packing,
         "seed": plan.sections.trainer["seed"],
         "data_seed": plan.sections.trainer["data_seed"],
         "date": plan.created[:10] if dated else None,
-        "code": {name: _code(name) for name in code},
+        "code": {name: _code_hash(name) for name in code},
         "libraries": {name: metadata.version(name) for name in ("transformers", "tokenizers", "trl", "jinja2")},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _beside_the_weights(folder: Path | None) -> dict[str, bytes]:
-    """Whatever stands beside a model's weights: configuration, tokenizer, templates."""
+def _read_tokenizer_files(folder: Path | None) -> dict[str, bytes]:
+    """Read every file of a model's folder except its weights: configuration, tokenizer, templates."""
     if folder is None:
         return {}
-    files = sorted(file for file in folder.rglob("*") if file.suffix in _NO_WEIGHTS and file.is_file())
+    files = sorted(file for file in folder.rglob("*") if file.suffix in _TOKENIZER_SUFFIXES and file.is_file())
     return {str(file.relative_to(folder)): file.read_bytes() for file in files if ".index." not in file.name}
 
 
-def _given_template(model: Model) -> str:
-    """The template that the recipe gives, or its name where there is no such file, which loading it will say."""
+def _template_override(model: Model) -> str:
+    """Return the recipe's own template, or its name if there is no such file (loading it then fails)."""
     name = model.chat_template or ""
     return Path(name).read_text(encoding="utf-8", errors="replace") if Path(name).is_file() else name
 
 
-def _make(plan: Plan, named: Mapping[str, Mapping[str, Source]], base: Path | None, folder: Path) -> None:
+def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base: Path | None, folder: Path) -> None:
+    """Prepare the rows of all sources and write them to `folder`."""
     with library_imports.swiftly():
         import datasets
         import transformers.models.auto.tokenization_auto
 
-    from sft_recipes.data.tokenize import Chat
-    from sft_recipes.data.tokenize_rows import label
+    from sft_recipes.data.tokenize import ConversationTokenizer
+    from sft_recipes.data.tokenize_rows import tokenize_source
     from sft_recipes.data.tokenizer import load_tokenizer
 
     datasets.disable_progress_bars()
@@ -225,37 +231,42 @@ def _make(plan: Plan, named: Mapping[str, Mapping[str, Source]], base: Path | No
     folder.mkdir(parents=True)
     model = plan.sections.model
     if base is None:
-        base = _build(plan, named["train"], bool(named["validation"]), folder / "model")
-    tokenizer = load_tokenizer(str(base), model.chat_template, model.trust_remote_code, model.add_tokens)
-    chat = Chat(tokenizer, datetime.date.fromisoformat(plan.created[:10]))
-    labelled = {
-        part: {name: label(source, chat, plan.max_length, f"data.{part}", name) for name, source in of_it.items()}
-        for part, of_it in named.items()
+        base = _build_from_scratch(plan, named["train"], bool(named["validation"]), folder / "model")
+    loaded = load_tokenizer(str(base), model.chat_template, model.trust_remote_code, model.add_tokens)
+    tokenizer = ConversationTokenizer(loaded, datetime.date.fromisoformat(plan.created[:10]))
+    tokenized = {
+        part: {
+            name: tokenize_source(source, tokenizer, plan.max_length, f"data.{part}", name)
+            for name, source in part_sources.items()
+        }
+        for part, part_sources in named.items()
     }
-    training, held_out = labelled["train"], labelled["validation"]
-    if not held_out:
-        training, held_out = _split(plan, training)
-    held_out, retained = _at_most(plan, held_out), _at_most(plan, labelled.get("retention_eval", {}))
-    rows, validation_rows = _write_rows(plan, training, held_out, folder)
-    retain_rows = _write_retain(plan, retained, folder)
-    _write_prompts(plan, chat, named["validation"] or named["train"], held_out, folder / "prompts.jsonl")
-    counted = validate.describe(training, held_out, retained)
-    everything = [*training.values(), *held_out.values(), *retained.values()]
-    vocabulary = _vocabulary(tokenizer, model.add_tokens, model_files.embeddings_of(base), everything)
-    notes = [f"{note} ({many:,} rows)" for note, many in counted["noted"].items()] + vocabulary.pop("notes")
+    training, validation = tokenized["train"], tokenized["validation"]
+    if not validation:
+        training, validation = _split(plan, training)
+    validation = _limit_eval_rows(plan, validation)
+    retention_eval = _limit_eval_rows(plan, tokenized.get("retention_eval", {}))
+    rows, validation_rows = _write_rows(plan, training, validation, folder)
+    retention_rows = _write_retention_eval(plan, retention_eval, folder)
+    _write_prompts(plan, tokenizer, named["validation"] or named["train"], validation, folder / "prompts.jsonl")
+    counted = validate.summarize(training, validation, retention_eval)
+    every_source = [*training.values(), *validation.values(), *retention_eval.values()]
+    vocabulary = _describe_vocabulary(loaded, model.add_tokens, model_files.embeddings_of(base), every_source)
+    notes = [f"{note} ({count:,} rows)" for note, count in counted["template_notes"].items()]
+    notes += vocabulary.pop("notes")
     details = {
         **counted,
         **vocabulary,
-        "end_of_turn": tokenizer.convert_ids_to_tokens(counted["end_of_turn_ids"]),
-        "padding": tokenizer.pad_token,
+        "end_of_turn": loaded.convert_ids_to_tokens(counted["end_of_turn_ids"]),
+        "padding_token": loaded.pad_token,
         "notes": notes,
         "rows": len(rows),
-        "validation_rows": {name: len(part) for name, part in zip(held_out, validation_rows, strict=True)},
-        **({"retain_rows": sum(map(len, retain_rows))} if retained else {}),
+        "validation_rows": {name: len(part) for name, part in zip(validation, validation_rows, strict=True)},
+        **({"retention_eval_rows": sum(map(len, retention_rows))} if retention_eval else {}),
         "seconds": time.monotonic() - started,
     }
     prepared = Prepared(
-        fingerprint=_fingerprint([rows, *validation_rows, *retain_rows]),
+        fingerprint=_fingerprint([rows, *validation_rows, *retention_rows]),
         folder=str(folder),
         model=str(base),
         architecture={},
@@ -268,91 +279,93 @@ def _make(plan: Plan, named: Mapping[str, Mapping[str, Source]], base: Path | No
     )
     write_json(folder / "details.json", details)
     write_json(folder / "prepared.json", asdict(prepared))
-    _seal(folder)
+    _write_checksums(folder)
 
 
-def _seal(folder: Path) -> None:
-    """Has all of it on the disk, and its checksums beside it."""
-    inside = sorted(folder.rglob("*"))
-    for path in inside:
+def _write_checksums(folder: Path) -> None:
+    """Flush a folder to the disk and write its checksums, the commit marker."""
+    paths = sorted(folder.rglob("*"))
+    for path in paths:
         sync(path)
-    files = [path for path in inside if path.is_file()]
+    files = [path for path in paths if path.is_file()]
     write_json(folder / _CHECKSUMS, {str(path.relative_to(folder)): sha256(path) for path in files})
 
 
 def _write_rows(
-    plan: Plan, training: Mapping[str, Labelled], held_out: Mapping[str, Labelled], folder: Path
+    plan: Plan, training: Mapping[str, TokenizedRows], validation: Mapping[str, TokenizedRows], folder: Path
 ) -> tuple[Any, list[Any]]:
-    """Writes the rows in which something is left to learn; the training rows, and each source's validation rows."""
+    """Write the rows with a token in the loss; return the training rows, and each source's validation rows."""
     from datasets import concatenate_datasets
 
     from sft_recipes.data.packing import to_dataset
-    from sft_recipes.data.tokenize_rows import together
+    from sft_recipes.data.tokenize_rows import concatenate
 
-    trained = together([one.take(one.trained > 0) for one in training.values()])
-    validated = [one.take(one.trained > 0) for one in held_out.values()]
-    rows = to_dataset(trained, plan.max_length, plan.packing)
-    validation_rows = [to_dataset(one, plan.max_length, plan.packing) for one in validated]
+    rows = to_dataset(concatenate([_usable(part) for part in training.values()]), plan.max_length, plan.packing)
+    validation_rows = [to_dataset(_usable(part), plan.max_length, plan.packing) for part in validation.values()]
     rows.save_to_disk(folder / "train")
     concatenate_datasets(validation_rows).save_to_disk(folder / "validation")
     return rows, validation_rows
 
 
-def _write_retain(plan: Plan, retained: Mapping[str, Labelled], folder: Path) -> list[Any]:
-    """Writes the rows of what the model should not forget, as the validation rows are; none where none are named."""
+def _usable(rows: TokenizedRows) -> TokenizedRows:
+    return rows.select(rows.supervised_tokens > 0)
+
+
+def _write_retention_eval(plan: Plan, retention_eval: Mapping[str, TokenizedRows], folder: Path) -> list[Any]:
+    """Write the rows of the retention eval set, if there is one, in the form of the validation rows."""
     from sft_recipes.data.packing import to_dataset
 
-    rows = [to_dataset(one.take(one.trained > 0), plan.max_length, plan.packing) for one in retained.values()]
-    for one in rows:
-        one.save_to_disk(folder / "retention_eval")
-    return rows
+    parts = [to_dataset(_usable(rows), plan.max_length, plan.packing) for rows in retention_eval.values()]
+    for dataset in parts:
+        dataset.save_to_disk(folder / "retention_eval")
+    return parts
 
 
-def _vocabulary(
-    tokenizer: Any, add_tokens: list[str], embeddings: int | None, labelled: Sequence[Labelled]
+def _describe_vocabulary(
+    tokenizer: Any, add_tokens: list[str], embeddings: int | None, every_source: Sequence[TokenizedRows]
 ) -> dict[str, Any]:
-    """The largest ids in the rows, of all tokens and of those that are not new, and the tokens for which the model's
-    embeddings have to grow."""
+    """Return the largest ids in the rows, with and without new tokens, and the tokens that need new embeddings."""
     import numpy
 
     from sft_recipes.data.tokenizer import new_tokens
 
     new = new_tokens(tokenizer, add_tokens)
-    ids = numpy.unique(numpy.concatenate([numpy.unique(one.ids) for one in labelled]))
-    grown = [token for token, id in new.items() if embeddings is not None and id >= embeddings]
-    note = f"new tokens {', '.join(grown)}: the model's embeddings grow from {embeddings or 0:,} rows"
+    ids = numpy.unique(numpy.concatenate([numpy.unique(rows.input_ids) for rows in every_source]))
+    without_embedding = [token for token, id in new.items() if embeddings is not None and id >= embeddings]
+    note = (
+        f"new tokens {', '.join(without_embedding)}: the model's embeddings are resized from {embeddings or 0:,} rows"
+    )
     return {
         "largest_token_id": int(ids.max(initial=0)),
         "largest_known_token_id": int(ids[~numpy.isin(ids, list(new.values()))].max(initial=0)),
-        "new_tokens": grown,
-        "notes": [note] if grown else [],
+        "new_tokens": without_embedding,
+        "notes": [note] if without_embedding else [],
     }
 
 
-def _build(plan: Plan, train: Mapping[str, Source], all_of_it: bool, folder: Path) -> Path:
-    """The model of a recipe that starts from nothing; its tokenizer is trained on the training rows."""
-    from sft_recipes.data.tokenize_rows import asked_digests
+def _build_from_scratch(plan: Plan, train: Mapping[str, Source], has_validation: bool, folder: Path) -> Path:
+    """Build the model of a from-scratch recipe; its tokenizer is trained on the training rows."""
+    from sft_recipes.data.tokenize_rows import prompt_digests
     from sft_recipes.data.toy import toy_model
 
     texts = []
     for name, source in train.items():
         conversations = [conversation_of(row) for row in source.rows()]
         if not conversations:
-            raise DataError(f"data.train: {source.named} holds no rows")
-        asked = asked_digests(conversations)
-        held_out = set() if all_of_it else _held_out(plan, asked, name)
-        for conversation, question in zip(conversations, asked.tolist(), strict=True):
-            if question not in held_out:
+            raise DataError(f"data.train: {source.display_name}: found no rows, expected at least one")
+        digests = prompt_digests(conversations)
+        held_out = set() if has_validation else _choose_held_out(plan, digests, name)
+        for conversation, digest in zip(conversations, digests.tolist(), strict=True):
+            if digest not in held_out:
                 texts += [text for message in conversation.messages for text in (message["role"], message["content"])]
     toy_model.build(plan.sections.model.architecture, texts, folder, plan.sections.trainer["seed"])
     return folder
 
 
-def _fingerprint(made: list[Any]) -> str:
-    """SHA-256 over the tokens and labels of the rows, so that a run goes on where code or paths changed and rows did
-    not."""
+def _fingerprint(datasets: list[Any]) -> str:
+    """Hash the rows' tokens and labels, so that a run resumes after changes of code or paths that keep the rows."""
     digest = hashlib.sha256()
-    for rows in made:
+    for rows in datasets:
         for name in ("input_ids", "labels", *(["seq_lengths"] if "seq_lengths" in rows.column_names else [])):
             for chunk in rows.data.column(name).chunks:
                 digest.update(chunk.value_lengths().to_numpy().tobytes())
@@ -360,77 +373,88 @@ def _fingerprint(made: list[Any]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _held_out(plan: Plan, asked: Any, name: str) -> set[int]:
-    """The digests of the questions that a seeded split holds out."""
-    questions = sorted(set(asked.tolist()))
-    if len(questions) < 2:
+def _choose_held_out(plan: Plan, digests: Any, name: str) -> set[int]:
+    """Return the digests of the prompts that a seeded split holds out."""
+    prompts = sorted(set(digests.tolist()))
+    if len(prompts) < 2:
         raise DataError(
-            f"data.train: all rows of {name} ask the same, so none can be held out; say data.validation=<a file>"
+            f"data.train: {name}: found one prompt in all rows, expected two or more to split off validation. "
+            f"Set data.validation=<a file>"
         )
-    wanted = round(len(questions) * plan.sections.data.validation_fraction)
-    return set(
-        random.Random(plan.sections.trainer["data_seed"]).sample(questions, min(max(wanted, 1), len(questions) - 1))
-    )
+    count = round(len(prompts) * plan.sections.data.validation_fraction)
+    generator = random.Random(plan.sections.trainer["data_seed"])
+    return set(generator.sample(prompts, min(max(count, 1), len(prompts) - 1)))
 
 
-def _split(plan: Plan, training: Mapping[str, Labelled]) -> tuple[dict[str, Labelled], dict[str, Labelled]]:
-    """A seeded split of each source, in its written order; conversations with the same opening stay together, over
-    all sources, so that none is trained on in one and asked in another."""
+def _split(
+    plan: Plan, training: Mapping[str, TokenizedRows]
+) -> tuple[dict[str, TokenizedRows], dict[str, TokenizedRows]]:
+    """Split each source by seed, keeping its order. Conversations with the same first prompt stay together over all
+    sources, so that no prompt is trained on in one source and evaluated in another."""
     import numpy
 
-    held_out = set().union(*(_held_out(plan, one.asked, name) for name, one in training.items()))
-    chosen = {name: numpy.isin(one.asked, sorted(held_out)) for name, one in training.items()}
-    for name, mask in chosen.items():
+    held_out = set().union(*(_choose_held_out(plan, rows.prompt_digests, name) for name, rows in training.items()))
+    masks = {name: numpy.isin(rows.prompt_digests, sorted(held_out)) for name, rows in training.items()}
+    for name, mask in masks.items():
         if mask.all():
             raise DataError(
-                f"data.train: every question of {name} is held out with another source's; say data.validation=<a file>"
+                f"data.train: {name}: found all its prompts in another source's validation split. Set "
+                f"data.validation=<a file>"
             )
     return (
-        {name: one.take(~chosen[name]) for name, one in training.items()},
-        {name: one.take(chosen[name]) for name, one in training.items()},
+        {name: rows.select(~masks[name]) for name, rows in training.items()},
+        {name: rows.select(masks[name]) for name, rows in training.items()},
     )
 
 
-def _at_most(plan: Plan, held_out: Mapping[str, Labelled]) -> dict[str, Labelled]:
-    """No more examples than the recipe wants to evaluate, each source's share of them, a seeded choice."""
+def _limit_eval_rows(plan: Plan, rows_by_source: Mapping[str, TokenizedRows]) -> dict[str, TokenizedRows]:
+    """Limit evaluation rows to `data.max_eval_samples`: a seeded choice, each source in proportion."""
     import numpy
 
-    at_most = plan.sections.data.max_eval_samples
-    many = sum(map(len, held_out.values()))
-    if at_most is None or many <= at_most:
-        return dict(held_out)
+    limit = plan.sections.data.max_eval_samples
+    total = sum(map(len, rows_by_source.values()))
+    if limit is None or total <= limit:
+        return dict(rows_by_source)
     generator = numpy.random.default_rng(plan.sections.trainer["data_seed"])
-    fewer = {}
-    for name, one in held_out.items():
-        mask = numpy.zeros(len(one), bool)
-        mask[generator.permutation(len(one))[: max(round(at_most * len(one) / many), 1)]] = True
-        fewer[name] = one.take(mask)
-    return fewer
+    limited = {}
+    for name, rows in rows_by_source.items():
+        mask = numpy.zeros(len(rows), bool)
+        mask[generator.permutation(len(rows))[: max(round(limit * len(rows) / total), 1)]] = True
+        limited[name] = rows.select(mask)
+    return limited
 
 
 def _write_prompts(
-    plan: Plan, chat: Any, asked: Mapping[str, Source], held_out: Mapping[str, Labelled], file: Path
+    plan: Plan,
+    tokenizer: ConversationTokenizer,
+    by_name: Mapping[str, Source],
+    validation: Mapping[str, TokenizedRows],
+    file: Path,
 ) -> None:
-    """Held-out conversations up to their last answer, a seeded choice, for answers before and after training."""
-    wheres = {where for one in held_out.values() for where in one.where}
-    chosen = random.Random(plan.sections.trainer["data_seed"]).sample(sorted(wheres), min(len(wheres), _PROMPTS))
-    wanted, found = set(chosen), {}
-    for row in itertools.chain.from_iterable(source.rows() for source in asked.values()):
-        if row.where in wanted:
-            found[row.where] = conversation_of(row)
+    """Write a seeded choice of validation conversations up to their last answer, for generations during training."""
+    locations = {location for rows in validation.values() for location in rows.locations}
+    generator = random.Random(plan.sections.trainer["data_seed"])
+    chosen = generator.sample(sorted(locations), min(len(locations), _MAX_PROMPTS))
+    remaining, conversations = set(chosen), {}
+    for row in itertools.chain.from_iterable(source.rows() for source in by_name.values()):
+        if row.location in remaining:
+            conversations[row.location] = conversation_of(row)
     with file.open("w", encoding="utf-8") as lines:
-        for where in chosen:
-            *before, answer = found[where].messages
+        for location in chosen:
+            *before, answer = conversations[location].messages
             if answer["content"]:
-                lines.write(json.dumps(_prompt(chat, found[where], before, answer), ensure_ascii=False) + "\n")
+                prompt = _make_prompt(tokenizer, conversations[location], before, answer)
+                lines.write(json.dumps(prompt, ensure_ascii=False) + "\n")
 
 
-def _prompt(chat: Any, one: Conversation, before: list[dict[str, Any]], answer: dict[str, Any]) -> dict[str, Any]:
+def _make_prompt(
+    tokenizer: ConversationTokenizer, conversation: Conversation, before: list[Message], answer: Message
+) -> dict[str, Any]:
     return {
         "messages": before,
         "answer": answer["content"],
-        "answer_tokens": len(chat.tokenizer(answer["content"], add_special_tokens=False)["input_ids"]),
-        "input_ids": chat.prompt(before, one.tools, one.where),
+        "answer_tokens": len(tokenizer.tokenizer(answer["content"], add_special_tokens=False)["input_ids"]),
+        "input_ids": tokenizer.tokenize_prompt(before, conversation.tools, conversation.location),
     }
 
 

@@ -1,8 +1,8 @@
-"""Turns conversations into token ids and labels: what the loss looks at, and what it does not.
+"""Converts conversations to token ids and a loss mask.
 
-The text is what the tokenizer's own chat template renders, so what is trained is what is seen at inference
-(sft_recipes.data.assistant_spans finds the assistant in it). Control tokens are only those that the template writes:
-the same characters in a message become ordinary tokens.
+The text is what the tokenizer's own chat template renders, so training and inference see the same text;
+sft_recipes.data.assistant_spans locates the assistant in it. Only the template writes special tokens: the same
+characters in a message become ordinary tokens.
 """
 
 from __future__ import annotations
@@ -13,282 +13,314 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sft_recipes.data.assistant_spans import Skeleton, Skeletons
-from sft_recipes.data.chat_template import OtherwiseError, Template, Tools, UnclearError, training_templates
+from sft_recipes.data.assistant_spans import RenderedTemplate, RenderedTemplateCache
+from sft_recipes.data.chat_template import (
+    AmbiguousTemplateError,
+    ChatTemplate,
+    TemplateMismatchError,
+    Tools,
+    training_templates,
+)
 from sft_recipes.data.formats import Conversation, Message
-from sft_recipes.data.tokenizer import control_tokens
+from sft_recipes.data.tokenizer import special_tokens
 from sft_recipes.runtime.errors import DataError
 
-IGNORED = -100  # the label of a token that the loss does not look at (torch.nn.CrossEntropyLoss.ignore_index)
+IGNORED = -100  # the label of a token outside the loss (torch.nn.CrossEntropyLoss.ignore_index)
 
 _REASONING = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)  # at the beginning of an answer
-_WAY_OUT = "give a template that can be followed (model.chat_template=<a .jinja file>)"
+_FIX = "Set model.chat_template=<a .jinja file>"
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Token ids, the [start, end) tokens that are the assistant's, and what was met on the way."""
+    """A tokenized conversation.
+
+    Attributes:
+        spans: the assistant's [start, end) tokens.
+        location: file and line of the row.
+        stop_ids: ids of the tokens that end the assistant's turns.
+        note: how the text differs from the text at inference; empty if it does not.
+        span_source: how the assistant spans were found.
+        special_tokens_as_text: a message contains a special token's characters.
+        dropped_reasoning: the template drops the reasoning of earlier turns.
+        shares_prompt_token: the first token of an answer begins in the prompt.
+    """
 
     input_ids: list[int]
     spans: tuple[tuple[int, int], ...]
-    where: str = ""
+    location: str = ""
     stop_ids: frozenset[int] = frozenset()
     note: str = ""
-    how: str = ""
-    markers_as_text: bool = False
+    span_source: str = ""
+    special_tokens_as_text: bool = False
     dropped_reasoning: bool = False
-    shares_a_token: bool = False
+    shares_prompt_token: bool = False
 
     @property
     def labels(self) -> list[int]:
-        """The id where the loss looks, IGNORED elsewhere."""
+        """The token ids in the loss, IGNORED elsewhere."""
         labels = [IGNORED] * len(self.input_ids)
         for start, end in self.spans:
             labels[start:end] = self.input_ids[start:end]
         return labels
 
-    def supervised(self) -> int:
-        """Tokens that the loss looks at; the first of a row is predicted from nothing, so it is none."""
+    def supervised_tokens(self) -> int:
+        """Return the number of tokens in the loss, without the first of the row, which nothing predicts."""
         return sum(end - max(start, 1) for start, end in self.spans)
 
-    def cut(self, length: int) -> Example:
-        """Its first `length` tokens; fewer where those would end in a question whose answer is cut."""
+    def truncate(self, length: int) -> Example:
+        """Return the first `length` tokens, or fewer so that no question is left whose answer is cut off."""
         if len(self.input_ids) <= length:
             return self
         spans = tuple((start, min(end, length)) for start, end in self.spans if start < length)
         end = spans[-1][1] if spans and len(spans) < len(self.spans) else length
-        return Example(self.input_ids[:end], spans, self.where)
+        return Example(self.input_ids[:end], spans, self.location)
 
 
 @dataclass(frozen=True, slots=True)
-class _Placed:
-    """A rendered conversation: the assistant's [start, end) characters, where control tokens begin that are only text
-    (`marks`), and how many control tokens it may hold."""
+class _RenderedConversation:
+    """A rendered conversation.
+
+    Attributes:
+        spans: the assistant's [start, end) characters.
+        escapes: where special tokens begin that are only text.
+        special_token_count: the number of special tokens that its ids may contain.
+    """
 
     text: str
     spans: list[tuple[int, int]]
-    marks: tuple[int, ...] = ()
-    skeleton: Skeleton | None = None
-    steering: int = 0
+    escapes: tuple[int, ...] = ()
+    rendered: RenderedTemplate | None = None
+    special_token_count: int = 0
     note: str = ""
 
-    def masked(self) -> str:
-        """The text with another character at each mark, so that no tokenizer finds a control token there.
+    def escaped_text(self) -> str:
+        """Return the text with a placeholder at each escape, so that no tokenizer finds a special token there.
 
-        Tokenizing in pieces would do for byte-level tokenizers; others put a space before each piece.
+        Tokenizing in pieces would work for byte-level tokenizers; others put a space before each piece.
         """
-        if not self.marks:
+        if not self.escapes:
             return self.text
-        characters, mask = list(self.text), self.mask()
-        for place in self.marks:
-            characters[place] = mask
+        characters, placeholder = list(self.text), self.placeholder()
+        for position in self.escapes:
+            characters[position] = placeholder
         return "".join(characters)
 
-    def mask(self) -> str:
-        """A character for private use that the text does not hold."""
-        return next(mask for mask in map(chr, range(0xE000, 0xF8FF)) if mask not in self.text)
+    def placeholder(self) -> str:
+        """Return a private-use character that is not in the text."""
+        return next(character for character in map(chr, range(0xE000, 0xF8FF)) if character not in self.text)
 
 
-class Chat:
-    """A tokenizer with its template, turning conversations into labelled tokens."""
+class ConversationTokenizer:
+    """A tokenizer with its chat template, from conversations to token ids and assistant spans."""
 
     def __init__(self, tokenizer: Any, date: datetime.date):
-        """`date` is what a template that writes today's date gets, so that a resumed run sees the same tokens."""
+        """Give templates that write today's date `date`, the plan's, so that a resumed run gets the same tokens."""
         self.tokenizer = tokenizer
         self._date = date
         self._encoder = tokenizer.backend_tokenizer  # what tokenizer(…) calls, without its copies of every list
         self._encoder.no_truncation()
         self._encoder.no_padding()
-        specials, controls = control_tokens(tokenizer)
-        self._control_ids = frozenset(tokenizer.convert_tokens_to_ids(sorted(controls)))
-        longest_first = sorted(controls, key=len, reverse=True)
-        self._controls = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self._specials = specials
+        registered, special = special_tokens(tokenizer)
+        self._special_ids = frozenset(tokenizer.convert_tokens_to_ids(sorted(special)))
+        longest_first = sorted(special, key=len, reverse=True)
+        self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._registered = registered
         self._adds_bos = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
-        self._by_source: dict[str, Skeletons] = {}
-        self._written: dict[int, tuple[Skeleton, int, str]] = {}
+        self._by_source: dict[str, RenderedTemplateCache] = {}
+        self._literal_counts: dict[int, tuple[RenderedTemplate, int, str]] = {}
 
-    def label(self, conversations: Sequence[Conversation]) -> list[Example]:
-        """Token ids and the assistant's places in them, end of turn included.
+    def tokenize(self, conversations: Sequence[Conversation]) -> list[Example]:
+        """Tokenize conversations and locate the assistant's tokens in them, end of turn included.
 
-        Special tokens are not added: the template wrote those that belong there, so there is one BOS, never two.
+        Special tokens are not added: the template wrote the ones it needs, so there is one BOS, never two.
 
         Raises:
-            DataError: the template refuses a conversation, its assistant's turns cannot be told for certain, or a
-                turn ends with no special token.
+            DataError: the template rejects a conversation, its assistant turns cannot be located with certainty, or a
+                turn does not end with a special token.
         """
-        placed = [self._place(one) for one in conversations]
-        encoded = self._encode([one.masked() for one in placed])
-        rows = zip(conversations, placed, encoded, strict=True)
-        return [self._example(one.where, place, encoding) for one, place, encoding in rows]
+        rendered = [self._render(conversation) for conversation in conversations]
+        encoded = self._encode([conversation.escaped_text() for conversation in rendered])
+        rows = zip(conversations, rendered, encoded, strict=True)
+        return [self._make_example(conversation.location, *pair) for conversation, *pair in rows]
 
-    def prompt(self, messages: Sequence[Message], tools: Tools = None, where: str = "the prompt") -> list[int]:
-        """Token ids of a conversation that waits for the assistant's answer."""
-        skeletons = self._skeletons(tools)
-        said = [self._as_the_template_has_it(message, skeletons) for message in messages]
+    def tokenize_prompt(
+        self, messages: Sequence[Message], tools: Tools = None, location: str = "the prompt"
+    ) -> list[int]:
+        """Return the token ids of a conversation with the generation prompt.
+
+        Raises:
+            DataError: the template rejects the conversation.
+        """
+        templates = self._templates(tools)
+        prepared = [self._split_reasoning(message, templates) for message in messages]
         try:
-            text = skeletons.template.render(said, tools, add_generation_prompt=True)
-        except UnclearError as error:
-            raise DataError(f"{where}: {error}") from error
-        marks, position = [], 0
-        for message in said:
+            text = templates.template.render(prepared, tools, add_generation_prompt=True)
+        except AmbiguousTemplateError as error:
+            raise DataError(f"{location}: chat template: {error}. {_FIX}") from error
+        escapes, position = [], 0
+        for message in prepared:
             content = message["content"].strip()
-            found = text.find(content, position) if content else -1
-            if found >= 0:
-                marks += [found + match.start() for match in self._controls.finditer(content)]
-                position = found + len(content)
-        placed = _Placed(text, [], tuple(marks))
-        return self._unmasked(placed, self._encode([placed.masked()])[0])[0]
+            start = text.find(content, position) if content else -1
+            if start >= 0:
+                escapes += [start + match.start() for match in self._special_pattern.finditer(content)]
+                position = start + len(content)
+        rendered = _RenderedConversation(text, [], tuple(escapes))
+        return self._unescape(rendered, self._encode([rendered.escaped_text()])[0])[0]
 
-    def _skeletons(self, tools: Tools) -> Skeletons:
+    def _templates(self, tools: Tools) -> RenderedTemplateCache:
         try:
             source = self.tokenizer.get_chat_template(None, tools)
         except ValueError as error:
             raise DataError(f"model.name_or_path: {error}") from error
         if source not in self._by_source:
-            special = self.tokenizer.special_tokens_map
+            variables = self.tokenizer.special_tokens_map
             shipped = training_templates().get(source)
             try:
-                template = Template(source, special, self._date)
-                training = Template(shipped, special, self._date) if shipped else None
-            except Exception as error:  # a Jinja syntax error, or whatever else its compiler raises
-                raise DataError(f"the chat template is not Jinja: {error}; {_WAY_OUT}") from error
-            self._by_source[source] = Skeletons(template, training, self._specials, self._controls)
+                template = ChatTemplate(source, variables, self._date)
+                training = ChatTemplate(shipped, variables, self._date) if shipped else None
+            except Exception as error:  # a Jinja syntax error, or any other error of its compiler
+                raise DataError(f"chat template: not valid Jinja: {error}. {_FIX}") from error
+            self._by_source[source] = RenderedTemplateCache(template, training, self._registered, self._special_pattern)
         return self._by_source[source]
 
     @staticmethod
-    def _as_the_template_has_it(message: Message, skeletons: Skeletons) -> Message:
-        """Reasoning in a field of its own where the template reads one, under both names that templates read."""
+    def _split_reasoning(message: Message, templates: RenderedTemplateCache) -> Message:
+        """Move reasoning to its own field if the template reads one, under both names that templates read."""
         content = message["content"]
-        if skeletons.template.reads_reasoning and message["role"] == "assistant" and "reasoning_content" not in message:
-            written = _REASONING.match(content)
-            if written:
-                message = {**message, "content": content[written.end() :].lstrip("\n")}
-                if written[1].strip():  # an empty block says that there is none
-                    message["reasoning_content"] = written[1].strip("\n")
+        if templates.template.reads_reasoning and message["role"] == "assistant" and "reasoning_content" not in message:
+            match = _REASONING.match(content)
+            if match:
+                message = {**message, "content": content[match.end() :].lstrip("\n")}
+                if match[1].strip():  # an empty block means no reasoning
+                    message["reasoning_content"] = match[1].strip("\n")
         if "reasoning_content" in message:
             return {**message, "thinking": message["reasoning_content"]}  # as apply_chat_template does
         return message
 
-    def _place(self, one: Conversation) -> _Placed:
-        skeletons = self._skeletons(one.tools)
-        messages = [self._as_the_template_has_it(message, skeletons) for message in one.messages]
+    def _render(self, conversation: Conversation) -> _RenderedConversation:
+        templates = self._templates(conversation.tools)
+        messages = [self._split_reasoning(message, templates) for message in conversation.messages]
         try:
-            self._check_calls(messages, one.tools)
-            skeleton, text, spans, slots = self._filled(skeletons, messages, one.tools)
-        except UnclearError as error:
-            hint = " (it may read </think> in a text as the end of reasoning)" if "</think>" in str(messages) else ""
-            raise DataError(f"{one.where}: {error}{hint}; {_WAY_OUT}") from error
-        written, note = self._written_by(skeleton, messages, one)
-        marks, meant = [], 0
-        for (start, end), slot in zip(slots, skeleton.slots, strict=True):
-            if self._controls.search(slot.text(messages)):
-                said = text[start:end]
-                reasoning = _REASONING.match(said) if messages[slot.message]["role"] == "assistant" else None
-                own = {reasoning.start(1) - len("<think>"), reasoning.end(1)} if reasoning else set()
-                found = [match.start() for match in self._controls.finditer(said)]
-                marks += [start + place for place in found if place not in own]
-                meant += sum(place in own for place in found)
-        return _Placed(text, spans, tuple(marks), skeleton, written + meant, note)
+            self._check_calls(messages, conversation.tools)
+            rendered, text, spans, slots = self._fill(templates, messages, conversation.tools)
+        except AmbiguousTemplateError as error:
+            hint = " (does it read </think> in a text as the end of reasoning?)" if "</think>" in str(messages) else ""
+            raise DataError(f"{conversation.location}: chat template: {error}{hint}. {_FIX}") from error
+        literal_count, note = self._count_in_literals(rendered, messages, conversation)
+        escapes, reasoning_count = [], 0
+        for (start, end), slot in zip(slots, rendered.slots, strict=True):
+            if self._special_pattern.search(slot.text(messages)):
+                content = text[start:end]
+                reasoning = _REASONING.match(content) if messages[slot.message]["role"] == "assistant" else None
+                tags = {reasoning.start(1) - len("<think>"), reasoning.end(1)} if reasoning else set()
+                positions = [match.start() for match in self._special_pattern.finditer(content)]
+                escapes += [start + position for position in positions if position not in tags]
+                reasoning_count += sum(position in tags for position in positions)
+        return _RenderedConversation(text, spans, tuple(escapes), rendered, literal_count + reasoning_count, note)
 
-    def _filled(
-        self, skeletons: Skeletons, messages: Sequence[Message], tools: Tools
-    ) -> tuple[Skeleton, str, list[tuple[int, int]], list[tuple[int, int]]]:
-        """A skeleton that gives, filled in, what the template renders; the row's own where its shape's does not."""
-        refused = None
-        for make in (skeletons.of, skeletons.of_this, skeletons.of_training):
+    def _fill(
+        self, templates: RenderedTemplateCache, messages: Sequence[Message], tools: Tools
+    ) -> tuple[RenderedTemplate, str, list[tuple[int, int]], list[tuple[int, int]]]:
+        """Return a rendered template that, once filled, equals the template's output: the shape's, or the row's own."""
+        mismatch = None
+        for make in (templates.for_shape, templates.for_conversation, templates.for_training_template):
             try:
-                skeleton = make(messages, tools)
-                text, spans, slots = skeleton.fill(messages)
-                if text == skeleton.template.render(messages, tools):
-                    return skeleton, text, spans, slots
-            except OtherwiseError as error:
-                refused = refused or error
-        raise refused or UnclearError("the chat template renders this conversation otherwise than others of its shape")
+                rendered = make(messages, tools)
+                text, spans, slots = rendered.fill(messages)
+                if text == rendered.template.render(messages, tools):
+                    return rendered, text, spans, slots
+            except TemplateMismatchError as error:
+                mismatch = mismatch or error
+        raise mismatch or AmbiguousTemplateError(
+            "the template renders this conversation differently from others of its shape"
+        )
 
     def _check_calls(self, messages: Sequence[Message], tools: Tools) -> None:
-        """Calls and tools are written by the template as they are, control tokens in them too."""
-        beside = [[message.get(key) for key in ("tool_calls", "name", "tool_call_id")] for message in messages]
-        for number, said in enumerate([tools, *beside]):
-            found = self._controls.search(str(said)) if said else None
-            if found:
-                called = number and messages[number - 1].get("tool_calls")
-                what = f"the {'call' if called else 'name'} in turn {number}" if number else "a tool's description"
-                raise UnclearError(f"{what} holds {found.group()!r}, a control token")
+        """Check that calls and tools contain no special tokens; the template writes them unescaped."""
+        other_fields = [[message.get(key) for key in ("tool_calls", "name", "tool_call_id")] for message in messages]
+        for number, value in enumerate([tools, *other_fields]):
+            match = self._special_pattern.search(str(value)) if value else None
+            if match:
+                is_call = number and messages[number - 1].get("tool_calls")
+                field = f"turn {number}: tool {'call' if is_call else 'name'}" if number else "tools"
+                raise AmbiguousTemplateError(f"{field}: found the special token {match.group()!r}, expected plain text")
 
-    def _written_by(self, skeleton: Skeleton, messages: Sequence[Message], one: Conversation) -> tuple[int, str]:
-        """How many control tokens the template itself writes, and what to note of them."""
-        known = self._written.get(id(skeleton))
-        if known and known[0] is skeleton:
-            return known[1:]
-        open_ = {slot.message for slot in skeleton.slots}
+    def _count_in_literals(
+        self, rendered: RenderedTemplate, messages: Sequence[Message], conversation: Conversation
+    ) -> tuple[int, str]:
+        """Return how many special tokens the template itself writes, and a note on its BOS."""
+        cached = self._literal_counts.get(id(rendered))
+        if cached and cached[0] is rendered:
+            return cached[1:]
+        with_slot = {slot.message for slot in rendered.slots}
         for number, message in enumerate(messages):
-            found = None if number in open_ else self._controls.search(message["content"])
-            if found:
+            match = None if number in with_slot else self._special_pattern.search(message["content"])
+            if match:
                 raise DataError(
-                    f"{one.where}: turn {number + 1} holds {found.group()!r}, a control token, and the chat template "
-                    f"renders this row in a way of its own; take the token out of the text"
+                    f"{conversation.location}: turn {number + 1}: found the special token {match.group()!r} in a row "
+                    f"that the chat template renders differently from others of its shape. Remove it from the text"
                 )
-        ids = self._ids("x".join(skeleton.literals))
+        ids = self._ids("x".join(rendered.literals))
         bos, bos_id = self.tokenizer.bos_token, self.tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos_id, bos_id]:
-            raise DataError(f"{one.where}: the chat template begins with {bos} twice; wanted it once; {_WAY_OUT}")
-        note = f"the template writes no {bos}, which the tokenizer puts before other texts"
-        written = sum(id in self._control_ids for id in ids), note if self._adds_bos and bos_id not in ids else ""
-        if len(self._written) > 4096:
-            self._written.clear()
-        self._written[id(skeleton)] = (skeleton, *written)
-        return written
+            raise DataError(f"{conversation.location}: chat template: found {bos} twice, expected it once. {_FIX}")
+        note = f"the template writes no {bos}, which the tokenizer adds to other texts"
+        count = sum(id in self._special_ids for id in ids), note if self._adds_bos and bos_id not in ids else ""
+        if len(self._literal_counts) > 4096:
+            self._literal_counts.clear()
+        self._literal_counts[id(rendered)] = (rendered, *count)
+        return count
 
-    def _example(self, where: str, placed: _Placed, encoding: Any) -> Example:
-        skeleton = placed.skeleton
-        assert skeleton is not None
-        ids, index = self._unmasked(placed, encoding) if placed.marks else (encoding.ids, None)
-        tokens = [_tokens(encoding, start, end) for start, end in placed.spans]
-        shared = any(
+    def _make_example(self, location: str, conversation: _RenderedConversation, encoding: Any) -> Example:
+        rendered = conversation.rendered
+        assert rendered is not None
+        ids, index = self._unescape(conversation, encoding) if conversation.escapes else (encoding.ids, None)
+        tokens = [_token_span(encoding, start, end) for start, end in conversation.spans]
+        shares_prompt_token = any(
             encoding.token_to_chars(first)[0] < start
-            for (first, last), (start, _) in zip(tokens, placed.spans, strict=True)
+            for (first, last), (start, _) in zip(tokens, conversation.spans, strict=True)
             if last > first
         )
-        if sum(map(self._control_ids.__contains__, ids)) != placed.steering or not self._says(placed, encoding, ids):
+        special_token_count = sum(map(self._special_ids.__contains__, ids))
+        if special_token_count != conversation.special_token_count or not self._decodes(conversation, encoding, ids):
             raise DataError(
-                f"{where}: a text in it holds a control token that this tokenizer cannot write as ordinary tokens; "
-                f"take it out of the row"
+                f"{location}: found a special token in a text that this tokenizer cannot encode as ordinary tokens. "
+                f"Remove it from the row"
             )
         return Example(
             ids,
             tuple((index[first], index[last]) for first, last in tokens) if index else tuple(tokens),
-            where,
-            frozenset(self.tokenizer.convert_tokens_to_ids(list(skeleton.stops))),
-            "; ".join(filter(None, (skeleton.note, placed.note))),
-            skeleton.how,
-            bool(placed.marks),
-            skeleton.dropped_reasoning > 0,
-            shared,
+            location,
+            frozenset(self.tokenizer.convert_tokens_to_ids(list(rendered.stop_tokens))),
+            "; ".join(filter(None, (rendered.note, conversation.note))),
+            rendered.span_source,
+            bool(conversation.escapes),
+            rendered.dropped_reasoning > 0,
+            shares_prompt_token,
         )
 
-    def _says(self, placed: _Placed, encoding: Any, ids: list[int]) -> bool:
-        """Whether the tokens say what the masked text does, with each mask the character that it stands for."""
-        if not placed.marks:
+    def _decodes(self, conversation: _RenderedConversation, encoding: Any, ids: list[int]) -> bool:
+        """Return whether the ids decode to the escaped text with each placeholder replaced by its character."""
+        if not conversation.escapes:
             return True
-        pieces = self.tokenizer.decode(encoding.ids).split(placed.mask())
-        characters = [placed.text[place] for place in sorted(placed.marks)]
+        pieces = self.tokenizer.decode(encoding.ids).split(conversation.placeholder())
+        characters = [conversation.text[position] for position in sorted(conversation.escapes)]
         if len(pieces) != len(characters) + 1:
-            return False  # a tokenizer that cannot write the mask
-        meant = pieces[0] + "".join(map("".join, zip(characters, pieces[1:], strict=True)))
-        return bool(self.tokenizer.decode(ids) == meant)
+            return False  # the tokenizer cannot encode the placeholder
+        expected = pieces[0] + "".join(map("".join, zip(characters, pieces[1:], strict=True)))
+        return bool(self.tokenizer.decode(ids) == expected)
 
-    def _unmasked(self, placed: _Placed, encoding: Any) -> tuple[list[int], list[int]]:
-        """The tokens with each mask's put back to those of the character that it stands for, and where each old token
-        now is."""
-        masked, ids, index, last = set(placed.marks), [], [], -1
+    def _unescape(self, conversation: _RenderedConversation, encoding: Any) -> tuple[list[int], list[int]]:
+        """Return the ids with each placeholder replaced by its character, and the new index of each id."""
+        escapes, ids, index, last = set(conversation.escapes), [], [], -1
         for token, id in enumerate(encoding.ids):
             start, end = encoding.token_to_chars(token) or (-1, -1)
             index.append(len(ids))
-            if start not in masked or end != start + 1:
+            if start not in escapes or end != start + 1:
                 ids.append(id)
-            elif start != last:  # a mask may be several bytes
-                ids.append(self._encoder.token_to_id(placed.text[start]) or id)
+            elif start != last:  # a placeholder may be several bytes
+                ids.append(self._encoder.token_to_id(conversation.text[start]) or id)
                 last = start
         return ids, [*index, len(ids)]
 
@@ -299,10 +331,10 @@ class Chat:
         return list(self._encoder.encode_batch(texts, add_special_tokens=False))
 
 
-def _tokens(encoding: Any, start: int, end: int) -> tuple[int, int]:
-    """The [first, last + 1) tokens of the characters [start, end); characters that no token owns are passed over.
+def _token_span(encoding: Any, start: int, end: int) -> tuple[int, int]:
+    """Return the [first, last + 1) tokens of the characters [start, end), ignoring characters without a token.
 
-    A token that the first character shares with what stands before it is in; one that reaches beyond the end is not.
+    A token that the first character shares with the text before it is included; one that extends beyond the end is not.
     """
     first, at = None, start
     while at < end and (first := encoding.char_to_token(at)) is None:
@@ -312,8 +344,8 @@ def _tokens(encoding: Any, start: int, end: int) -> tuple[int, int]:
         at -= 1
     if first is None or last is None:
         return 0, 0
-    place = encoding.token_to_chars(last)
-    while last + 1 < len(encoding) and encoding.token_to_chars(last + 1) == place:
+    characters = encoding.token_to_chars(last)
+    while last + 1 < len(encoding) and encoding.token_to_chars(last + 1) == characters:
         last += 1  # the other bytes of a character that is several tokens
     while last >= first and encoding.token_to_chars(last)[1] > end:
         last -= 1

@@ -1,7 +1,7 @@
-"""Labels a source's rows on all cores of the machine, and keeps them as flat arrays.
+"""Tokenizes a source's rows on all CPU cores and stores them as flat arrays.
 
-A row's way is formats, chat, cut to length; what is met on it is counted. Arrays rather than lists of lists: a hundred
-thousand rows are one gigabyte as Python integers, and a few seconds to copy.
+Each row is parsed (formats), tokenized (tokenize) and truncated; what happens to it is counted. Arrays instead of lists
+of lists: a hundred thousand rows take one gigabyte as Python integers, and a few seconds to copy.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import collections
 import hashlib
 import itertools
+import logging
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -22,214 +22,219 @@ import numpy
 
 from sft_recipes.data.formats import Conversation, conversation_of, text_of
 from sft_recipes.data.sources import RawRow, Source
-from sft_recipes.data.tokenize import Chat, Example
+from sft_recipes.data.tokenize import ConversationTokenizer, Example
 from sft_recipes.runtime.errors import DataError
 from sft_recipes.runtime.heartbeat import end_with_parent
 
-_ROWS_A_CHUNK = 1000
-_SECONDS_BETWEEN_LINES = 5
+log = logging.getLogger(__name__)
 
+_ROWS_PER_CHUNK = 1000
+_PROGRESS_INTERVAL = 5  # seconds
 
+_EXAMPLE_FLAGS = ("special_tokens_as_text", "dropped_reasoning", "shares_prompt_token")
 _PER_EXAMPLE = (
-    *("lengths", "whole", "trained", "whole_trained", "unanswered", "said", "asked"),
-    *("markers_as_text", "dropped_reasoning", "shares_a_token"),
+    *("lengths", "full_lengths", "supervised_tokens", "full_supervised_tokens", "lost_answers"),
+    *("row_digests", "prompt_digests", *_EXAMPLE_FLAGS),
 )
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """Examples as flat arrays; those of `lengths` lie one behind the other in `ids` and `supervised`.
+class TokenizedRows:
+    """Examples as flat arrays: those of `lengths` follow each other in `input_ids` and `loss_mask`.
 
-    `lengths` are tokens after the cut to `max_length`, `whole` before it, `trained` and `whole_trained` supervised
-    tokens likewise. `said` and `asked` are digests of a row's text and of its first user turn. `unanswered` marks rows
-    that lost a question whose answer was cut; `markers_as_text`, `dropped_reasoning` and `shares_a_token` mark rows as
-    `Example` does, and `notes` says how a row's text differs from inference, where it does.
+    Attributes:
+        lengths: tokens per example after truncation to `max_length`; `full_lengths` before it.
+        supervised_tokens: tokens in the loss per example after truncation; `full_supervised_tokens` before it.
+        lost_answers: whether truncation removed an answer, and with it its question.
+        row_digests: a hash of each row's text; `prompt_digests` of its first user turn.
+        notes: how each row's text differs from the text at inference; empty if it does not.
+        special_tokens_as_text: as in `Example`, like `dropped_reasoning` and `shares_prompt_token`.
     """
 
-    ids: numpy.ndarray
-    supervised: numpy.ndarray
+    input_ids: numpy.ndarray
+    loss_mask: numpy.ndarray
     lengths: numpy.ndarray
-    whole: numpy.ndarray
-    trained: numpy.ndarray
-    whole_trained: numpy.ndarray
-    unanswered: numpy.ndarray
-    said: numpy.ndarray
-    asked: numpy.ndarray
-    markers_as_text: numpy.ndarray
+    full_lengths: numpy.ndarray
+    supervised_tokens: numpy.ndarray
+    full_supervised_tokens: numpy.ndarray
+    lost_answers: numpy.ndarray
+    row_digests: numpy.ndarray
+    prompt_digests: numpy.ndarray
+    special_tokens_as_text: numpy.ndarray
     dropped_reasoning: numpy.ndarray
-    shares_a_token: numpy.ndarray
-    where: list[str]
+    shares_prompt_token: numpy.ndarray
+    locations: list[str]
     notes: list[str]
     stop_ids: frozenset[int] = frozenset()
-    hows: frozenset[str] = frozenset()
+    span_sources: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def take(self, chosen: numpy.ndarray) -> Labelled:
-        """The examples whose place in `chosen`, a mask, is true."""
-        tokens = numpy.repeat(chosen, self.lengths)
-        return Labelled(
-            ids=self.ids[tokens],
-            supervised=self.supervised[tokens],
-            where=list(itertools.compress(self.where, chosen)),
-            notes=list(itertools.compress(self.notes, chosen)),
+    def select(self, mask: numpy.ndarray) -> TokenizedRows:
+        """Return the examples for which the mask, [examples], is true."""
+        tokens = numpy.repeat(mask, self.lengths)
+        return TokenizedRows(
+            input_ids=self.input_ids[tokens],
+            loss_mask=self.loss_mask[tokens],
+            locations=list(itertools.compress(self.locations, mask)),
+            notes=list(itertools.compress(self.notes, mask)),
             stop_ids=self.stop_ids,
-            hows=self.hows,
-            **{name: getattr(self, name)[chosen] for name in _PER_EXAMPLE},
+            span_sources=self.span_sources,
+            **{name: getattr(self, name)[mask] for name in _PER_EXAMPLE},
         )
 
 
-def label(source: Source, chat: Chat, max_length: int, key: str, name: str) -> Labelled:
-    """All rows of a source, in their order, on all cores where there are many.
+def tokenize_source(
+    source: Source, tokenizer: ConversationTokenizer, max_length: int, key: str, name: str
+) -> TokenizedRows:
+    """Tokenize all rows of a source in order, on all cores if it has more than one chunk.
+
+    Args:
+        key: the recipe key that names the source, for errors.
+        name: the source's short name, for progress.
 
     Raises:
-        DataError: a row that is no conversation, or that the template cannot render, in the first thousand that hold
-            one; or there are no rows.
+        DataError: a row is not a conversation or cannot be rendered (the first chunk with such a row is reported), or
+            the source has no rows.
     """
     rows, progress = source.rows(), _Progress(name)
     chunks = _batched(rows)
     first = list(itertools.islice(chunks, 2))
     if not first:
-        raise DataError(f"{key}: {source.named} holds no rows")
+        raise DataError(f"{key}: {source.display_name}: found no rows, expected at least one")
     if len(first) < 2:
-        return together([label_rows(chunk, chat, max_length) for chunk in first])
-    return together(list(_on_all_cores(itertools.chain(first, chunks), chat, max_length, progress)))
+        return concatenate([tokenize_chunk(chunk, tokenizer, max_length) for chunk in first])
+    return concatenate(list(_on_all_cores(itertools.chain(first, chunks), tokenizer, max_length, progress)))
 
 
 def _batched(rows: Iterable[RawRow]) -> Iterator[tuple[RawRow, ...]]:
-    """itertools.batched, which Python 3.11 has not."""
+    """itertools.batched, which Python 3.11 does not have."""
     rest = iter(rows)
-    while chunk := tuple(itertools.islice(rest, _ROWS_A_CHUNK)):
+    while chunk := tuple(itertools.islice(rest, _ROWS_PER_CHUNK)):
         yield chunk
 
 
-def label_rows(rows: Iterable[RawRow], chat: Chat, max_length: int) -> Labelled:
-    """Rows as labelled examples, in this process."""
+def tokenize_chunk(rows: Iterable[RawRow], tokenizer: ConversationTokenizer, max_length: int) -> TokenizedRows:
+    """Tokenize rows in this process."""
     conversations = [conversation_of(row) for row in rows]
-    examples = chat.label(conversations)
-    return arrays(conversations, examples, max_length)
+    examples = tokenizer.tokenize(conversations)
+    return to_arrays(conversations, examples, max_length)
 
 
-# A worker's own tokenizer and length, which it has from its parent by fork, since sending them costs more than a chunk.
-_WORKS_WITH: dict[str, Any] = {}
+# A worker's tokenizer and length. Workers inherit it by fork, because sending it costs more than tokenizing a chunk.
+_WORKER_STATE: dict[str, Any] = {}
 
 
 def _on_all_cores(
-    chunks: Iterator[tuple[RawRow, ...]], chat: Chat, max_length: int, progress: _Progress
-) -> Iterator[Labelled]:
+    chunks: Iterator[tuple[RawRow, ...]], tokenizer: ConversationTokenizer, max_length: int, progress: _Progress
+) -> Iterator[TokenizedRows]:
     cores = len(os.sched_getaffinity(0))
-    _WORKS_WITH.update(chat=chat, max_length=max_length)
-    waiting: collections.deque[Future[Labelled]] = collections.deque()
-    start = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(cores, start, initializer=_begin, initargs=(os.getpid(),)) as pool:
+    _WORKER_STATE.update(tokenizer=tokenizer, max_length=max_length)
+    pending: collections.deque[Future[TokenizedRows]] = collections.deque()
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(cores, fork, initializer=_start_worker, initargs=(os.getpid(),)) as pool:
         try:
             for chunk in chunks:
-                waiting.append(pool.submit(_work, chunk))
-                while len(waiting) > 3 * cores:  # no more than that in memory at once
-                    yield progress.counted(waiting.popleft().result())
-            while waiting:
-                yield progress.counted(waiting.popleft().result())
+                pending.append(pool.submit(_work, chunk))
+                while len(pending) > 3 * cores:  # bounds the chunks in memory
+                    yield progress.count(pending.popleft().result())
+            while pending:
+                yield progress.count(pending.popleft().result())
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-    progress.end()
+    progress.finish()
 
 
-def _begin(parent: int) -> None:
+def _start_worker(parent: int) -> None:
     end_with_parent(parent)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker is one core
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker uses one core
 
 
-def _work(rows: tuple[RawRow, ...]) -> Labelled:
-    return label_rows(rows, _WORKS_WITH["chat"], _WORKS_WITH["max_length"])
+def _work(rows: tuple[RawRow, ...]) -> TokenizedRows:
+    return tokenize_chunk(rows, _WORKER_STATE["tokenizer"], _WORKER_STATE["max_length"])
 
 
 class _Progress:
-    """Says on standard error how far a long preparation is."""
+    """Logs the progress of a long preparation."""
 
     def __init__(self, name: str):
         self._name, self._rows = name, 0
-        self._started = self._said = time.monotonic()
+        self._started = self._logged = time.monotonic()
 
-    def counted(self, chunk: Labelled) -> Labelled:
+    def count(self, chunk: TokenizedRows) -> TokenizedRows:
         self._rows += len(chunk)
         now = time.monotonic()
-        if now - self._said > _SECONDS_BETWEEN_LINES:
-            self._said = now
-            print(f"data: {self._rows:,} rows of {self._name}, {self._speed(now):,.0f} a second", file=sys.stderr)
+        if now - self._logged > _PROGRESS_INTERVAL:
+            self._logged = now
+            log.info("data: %s: %s rows tokenized, %s rows/s", self._name, f"{self._rows:,}", self._speed(now))
         return chunk
 
-    def end(self) -> None:
-        if self._said > self._started:
+    def finish(self) -> None:
+        if self._logged > self._started:
             speed = self._speed(time.monotonic())
-            print(f"data: all {self._rows:,} rows of {self._name}, {speed:,.0f} a second", file=sys.stderr)
+            log.info("data: %s: all %s rows tokenized, %s rows/s", self._name, f"{self._rows:,}", speed)
 
-    def _speed(self, now: float) -> float:
-        return self._rows / max(now - self._started, 0.001)
+    def _speed(self, now: float) -> str:
+        return f"{self._rows / max(now - self._started, 0.001):,.0f}"
 
 
-def arrays(conversations: list[Conversation], examples: list[Example], max_length: int) -> Labelled:
-    """Conversations and their examples, cut to `max_length` tokens, as flat arrays."""
-    short = [example.cut(max_length) for example in examples]
-    lengths = numpy.array([len(example.input_ids) for example in short], numpy.int64)
-    ids = numpy.fromiter(itertools.chain.from_iterable(one.input_ids for one in short), numpy.int32, int(lengths.sum()))
-    supervised = numpy.zeros(len(ids), bool)
+def to_arrays(conversations: list[Conversation], examples: list[Example], max_length: int) -> TokenizedRows:
+    """Truncate the examples of conversations to `max_length` tokens and store them as flat arrays."""
+    truncated = [example.truncate(max_length) for example in examples]
+    lengths = numpy.array([len(example.input_ids) for example in truncated], numpy.int64)
+    ids = itertools.chain.from_iterable(example.input_ids for example in truncated)
+    input_ids = numpy.fromiter(ids, numpy.int32, int(lengths.sum()))
+    loss_mask = numpy.zeros(len(input_ids), bool)
     start = 0
-    for example in short:
+    for example in truncated:
         for first, last in example.spans:
-            supervised[start + max(first, 1) : start + last] = True
+            loss_mask[start + max(first, 1) : start + last] = True
         start += len(example.input_ids)
-    return Labelled(
-        ids=ids,
-        supervised=supervised,
+    pairs = list(zip(examples, truncated, strict=True))
+    return TokenizedRows(
+        input_ids=input_ids,
+        loss_mask=loss_mask,
         lengths=lengths,
-        whole=numpy.array([len(example.input_ids) for example in examples], numpy.int64),
-        trained=numpy.array([example.supervised() for example in short], numpy.int64),
-        whole_trained=numpy.array([example.supervised() for example in examples], numpy.int64),
-        unanswered=numpy.array([_unanswered(*pair) for pair in zip(examples, short, strict=True)], bool),
-        said=_digests(text_of(one) for one in conversations),
-        asked=asked_digests(conversations),
-        where=[one.where for one in conversations],
+        full_lengths=numpy.array([len(example.input_ids) for example in examples], numpy.int64),
+        supervised_tokens=numpy.array([example.supervised_tokens() for example in truncated], numpy.int64),
+        full_supervised_tokens=numpy.array([example.supervised_tokens() for example in examples], numpy.int64),
+        lost_answers=numpy.array([len(short.spans) < len(full.spans) for full, short in pairs], bool),
+        row_digests=_digests(text_of(conversation) for conversation in conversations),
+        prompt_digests=prompt_digests(conversations),
+        locations=[conversation.location for conversation in conversations],
         stop_ids=frozenset[int]().union(*(example.stop_ids for example in examples)),
         notes=[example.note for example in examples],
-        hows=frozenset(example.how for example in examples),
-        **{
-            name: numpy.array([getattr(example, name) for example in examples], bool)
-            for name in ("markers_as_text", "dropped_reasoning", "shares_a_token")
-        },
+        span_sources=frozenset(example.span_source for example in examples),
+        **{name: numpy.array([getattr(example, name) for example in examples], bool) for name in _EXAMPLE_FLAGS},
     )
 
 
-def _unanswered(whole: Example, short: Example) -> bool:
-    """Whether the cut took an answer; its question went with it."""
-    return len(short.spans) < len(whole.spans)
+def prompt_digests(conversations: Iterable[Conversation]) -> numpy.ndarray:
+    """Return a hash of each conversation's first user turn, with normalized white space."""
+    return _digests(_first_prompt(conversation) for conversation in conversations)
 
 
-def asked_digests(conversations: Iterable[Conversation]) -> numpy.ndarray:
-    """A digest of what each conversation asks first, white space aside."""
-    return _digests(_asked(one) for one in conversations)
-
-
-def _asked(one: Conversation) -> str:
-    first = next((message["content"] for message in one.messages if message["role"] == "user"), "")
+def _first_prompt(conversation: Conversation) -> str:
+    first = next((message["content"] for message in conversation.messages if message["role"] == "user"), "")
     return " ".join(first.split())
 
 
 def _digests(texts: Iterable[str]) -> numpy.ndarray:
-    """64 bits a text: among a million rows two different ones share them once in forty million tries."""
+    """Hash each text to 64 bits: two of a million different rows collide once in forty million tries."""
     joined = b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
     return numpy.frombuffer(joined, numpy.uint64)
 
 
-def together(parts: list[Labelled]) -> Labelled:
-    """Several as one, in their order."""
+def concatenate(parts: list[TokenizedRows]) -> TokenizedRows:
+    """Concatenate parts in order."""
     if not parts:
-        return arrays([], [], 1)
-    joined = ("ids", "supervised", *_PER_EXAMPLE)
-    return Labelled(
-        where=[where for part in parts for where in part.where],
+        return to_arrays([], [], 1)
+    arrays = ("input_ids", "loss_mask", *_PER_EXAMPLE)
+    return TokenizedRows(
+        locations=[location for part in parts for location in part.locations],
         stop_ids=frozenset[int]().union(*(part.stop_ids for part in parts)),
-        hows=frozenset[str]().union(*(part.hows for part in parts)),
+        span_sources=frozenset[str]().union(*(part.span_sources for part in parts)),
         notes=[note for part in parts for note in part.notes],
-        **{name: numpy.concatenate([getattr(part, name) for part in parts]) for name in joined},
+        **{name: numpy.concatenate([getattr(part, name) for part in parts]) for name in arrays},
     )

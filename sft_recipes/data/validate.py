@@ -1,7 +1,7 @@
-"""What the loss will see, counted, and the promises that rows must keep before a GPU is taken.
+"""Counts what prepared rows contain, and rejects them before a GPU is used if they break the recipe's limits.
 
-That each assistant's turn is supervised with its end, and nothing else, is held row by row where rows are rendered
-(sft_recipes.data.assistant_spans, sft_recipes.data.tokenize). Here stands what only all rows together tell.
+Each row's loss mask (every assistant turn with its end of turn, and nothing else) is checked when the row is rendered
+(sft_recipes.data.assistant_spans, sft_recipes.data.tokenize). This module checks what only all rows together show.
 """
 
 from __future__ import annotations
@@ -15,201 +15,219 @@ from typing import Any
 import numpy
 
 from sft_recipes.data.assistant_spans import DIFFERS
-from sft_recipes.data.tokenize_rows import Labelled
+from sft_recipes.data.tokenize_rows import TokenizedRows
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import DataError
 
 PERCENTILES = (50, 90, 99, 100)
+LABEL_WIDTH = 20  # of the first column of a report
 
 
 @dataclass(frozen=True)
-class Counts:
-    """What became of a source's rows; tokens count each example's own, before packing.
+class SourceStats:
+    """Statistics of one source's rows. Tokens are those of the examples, before packing.
 
-    `cut` rows were longer than `max_length` and lost `lost_tokens`, `lost_supervised_tokens` of them supervised;
-    `dropped` ones had nothing left to learn from, `unanswered` ones lost an answer, and with it its question.
-    `duplicates` are rows that say what an earlier one says. `percentiles` are of lengths before the cut.
+    Attributes:
+        rows_read: rows in the source.
+        examples: rows with a token in the loss; the others are `dropped`.
+        truncated: rows longer than `max_length`; they lost `lost_tokens`, of which `lost_supervised_tokens` were in the
+            loss. `lost_answers` of them lost an answer together with its question.
+        duplicates: rows whose text equals an earlier row's.
+        length_percentiles: tokens per row before truncation.
     """
 
     name: str
-    read: int
+    rows_read: int
     examples: int
     dropped: int
-    cut: int
-    unanswered: int
+    truncated: int
+    lost_answers: int
     lost_tokens: int
     lost_supervised_tokens: int
     tokens: int
     supervised_tokens: int
     duplicates: int
-    markers_as_text: int
+    special_tokens_as_text: int
     dropped_reasoning: int
-    shares_a_token: int
-    percentiles: dict[str, int]
+    shares_prompt_token: int
+    length_percentiles: dict[str, int]
 
 
-def count(name: str, labelled: Labelled) -> Counts:
-    """The counts of a source's rows."""
-    kept = labelled.trained > 0
-    percentiles = numpy.percentile(labelled.whole, PERCENTILES) if len(labelled) else [0] * len(PERCENTILES)
-    return Counts(
+def source_stats(name: str, rows: TokenizedRows) -> SourceStats:
+    """Compute the statistics of a source's rows."""
+    usable = rows.supervised_tokens > 0
+    percentiles = numpy.percentile(rows.full_lengths, PERCENTILES) if len(rows) else [0] * len(PERCENTILES)
+    return SourceStats(
         name=name,
-        read=len(labelled),
-        examples=int(kept.sum()),
-        dropped=int((~kept).sum()),
-        cut=int((labelled.whole > labelled.lengths).sum()),
-        unanswered=int((labelled.unanswered & kept).sum()),
-        lost_tokens=int((labelled.whole - labelled.lengths).sum()),
-        lost_supervised_tokens=int((labelled.whole_trained - labelled.trained).sum()),
-        tokens=int(labelled.lengths[kept].sum()),
-        supervised_tokens=int(labelled.trained.sum()),
-        duplicates=len(labelled) - len(numpy.unique(labelled.said)),
-        markers_as_text=int(labelled.markers_as_text.sum()),
-        dropped_reasoning=int(labelled.dropped_reasoning.sum()),
-        shares_a_token=int(labelled.shares_a_token.sum()),
-        percentiles={str(p): int(value) for p, value in zip(PERCENTILES, percentiles, strict=True)},
+        rows_read=len(rows),
+        examples=int(usable.sum()),
+        dropped=int((~usable).sum()),
+        truncated=int((rows.full_lengths > rows.lengths).sum()),
+        lost_answers=int((rows.lost_answers & usable).sum()),
+        lost_tokens=int((rows.full_lengths - rows.lengths).sum()),
+        lost_supervised_tokens=int((rows.full_supervised_tokens - rows.supervised_tokens).sum()),
+        tokens=int(rows.lengths[usable].sum()),
+        supervised_tokens=int(rows.supervised_tokens.sum()),
+        duplicates=len(rows) - len(numpy.unique(rows.row_digests)),
+        special_tokens_as_text=int(rows.special_tokens_as_text.sum()),
+        dropped_reasoning=int(rows.dropped_reasoning.sum()),
+        shares_prompt_token=int(rows.shares_prompt_token.sum()),
+        length_percentiles={str(p): int(value) for p, value in zip(PERCENTILES, percentiles, strict=True)},
     )
 
 
-def describe(
-    training: Mapping[str, Labelled], held_out: Mapping[str, Labelled], retained: Mapping[str, Labelled]
+def summarize(
+    training: Mapping[str, TokenizedRows],
+    validation: Mapping[str, TokenizedRows],
+    retention_eval: Mapping[str, TokenizedRows],
 ) -> dict[str, Any]:
-    """What the rows came to, source by source and in all: the part of `details.json` that the rows alone tell.
+    """Return the part of `details.json` that depends on the rows alone, per source and in total.
 
-    `retain` is there only where the recipe names such rows, which stand in no other count.
+    `retention_eval` is in it only if the recipe names such rows; no total includes them.
     """
-    everything = [*training.values(), *held_out.values()]
-    parts = {"train": training, "validation": held_out}
-    counts = {part: [count(name, one) for name, one in sources.items()] for part, sources in parts.items()}
-    noted = Counter(note for one in everything for note in one.notes if note)
+    parts = {"train": training, "validation": validation}
+    stats = {part: [source_stats(name, rows) for name, rows in sources.items()] for part, sources in parts.items()}
+    retention = [asdict(source_stats(name, rows)) for name, rows in retention_eval.items()]
+    every_source = [*training.values(), *validation.values()]
+    notes = Counter(note for rows in every_source for note in rows.notes if note)
     return {
-        **{part: _total(counts[part]) for part in parts},
-        **({"retention_eval": asdict(count(*one))} if (one := next(iter(retained.items()), None)) else {}),
-        "sources": {part: [asdict(one) for one in counts[part]] for part in parts},
-        "first_dropped": {part: [_first_dropped(one) for one in sources.values()] for part, sources in parts.items()},
-        "duplicates": sum(map(len, training.values())) - len(numpy.unique(_said(training))),
-        "leaks": _leaks(training, held_out),
-        "noted": dict(noted),
-        "rows_that_differ": sum(many for note, many in noted.items() if DIFFERS in note),
-        "end_of_turn_ids": sorted(frozenset[int]().union(*(one.stop_ids for one in everything))),
-        "how": ", ".join(sorted(frozenset[str]().union(*(one.hows for one in everything)))),
+        **{part: _total(stats[part]) for part in parts},
+        **({"retention_eval": retention[0]} if retention else {}),
+        "sources": {part: [asdict(source) for source in stats[part]] for part in parts},
+        "first_dropped": {part: [_first_dropped(rows) for rows in sources.values()] for part, sources in parts.items()},
+        "duplicates": sum(map(len, training.values())) - len(numpy.unique(_all_digests(training))),
+        "overlap": _overlap(training, validation),
+        "template_notes": dict(notes),
+        "mismatched_rows": sum(count for note, count in notes.items() if DIFFERS in note),
+        "end_of_turn_ids": sorted(frozenset[int]().union(*(rows.stop_ids for rows in every_source))),
+        "span_sources": ", ".join(sorted(frozenset[str]().union(*(rows.span_sources for rows in every_source)))),
     }
 
 
-def _total(counts: Sequence[Counts]) -> dict[str, int]:
-    keys = [key for key, kind in Counts.__annotations__.items() if kind == "int"]
-    return {key: sum(getattr(one, key) for one in counts) for key in keys}
+def _total(stats: Sequence[SourceStats]) -> dict[str, int]:
+    keys = [key for key, kind in SourceStats.__annotations__.items() if kind == "int"]
+    return {key: sum(getattr(source, key) for source in stats) for key in keys}
 
 
-def _first_dropped(labelled: Labelled) -> str | None:
-    """Where the first row stands of which nothing to learn from was left."""
-    dropped = numpy.flatnonzero(labelled.trained == 0)
-    return labelled.where[int(dropped[0])] if len(dropped) else None
+def _first_dropped(rows: TokenizedRows) -> str | None:
+    """Return the location of the first row without a token in the loss."""
+    dropped = numpy.flatnonzero(rows.supervised_tokens == 0)
+    return rows.locations[int(dropped[0])] if len(dropped) else None
 
 
-def _leaks(training: Mapping[str, Labelled], held_out: Mapping[str, Labelled]) -> dict[str, Any]:
-    """Validation rows that stand in training, white space aside: how many of how many, and the first pair's places."""
-    train, validation = _said(training), _said(held_out)
-    leaked = numpy.isin(validation, train)
-    found = {"rows": int(leaked.sum()), "of": len(validation), "where": None, "twin": None}
-    if leaked.any():
-        place = int(numpy.flatnonzero(leaked)[0])
-        found["where"] = [where for one in held_out.values() for where in one.where][place]
-        twin = int(numpy.flatnonzero(train == validation[place])[0])
-        found["twin"] = [where for one in training.values() for where in one.where][twin]
-    return found
+def _overlap(training: Mapping[str, TokenizedRows], validation: Mapping[str, TokenizedRows]) -> dict[str, Any]:
+    """Count the validation rows that are also in training, up to white space, and locate the first of them in both."""
+    train_digests, digests = _all_digests(training), _all_digests(validation)
+    shared = numpy.isin(digests, train_digests)
+    overlap = {"rows": int(shared.sum()), "of": len(digests), "location": None, "train_location": None}
+    if shared.any():
+        row = int(numpy.flatnonzero(shared)[0])
+        overlap["location"] = [location for rows in validation.values() for location in rows.locations][row]
+        train_row = int(numpy.flatnonzero(train_digests == digests[row])[0])
+        overlap["train_location"] = [location for rows in training.values() for location in rows.locations][train_row]
+    return overlap
 
 
-def _said(sources: Mapping[str, Labelled]) -> numpy.ndarray:
-    """The digests of all rows of several sources."""
-    return numpy.concatenate([numpy.zeros(0, numpy.uint64), *(one.said for one in sources.values())])
+def _all_digests(sources: Mapping[str, TokenizedRows]) -> numpy.ndarray:
+    """Return the row digests of all sources."""
+    return numpy.concatenate([numpy.zeros(0, numpy.uint64), *(rows.row_digests for rows in sources.values())])
 
 
-def check(plan: Plan, details: Mapping[str, Any]) -> None:
-    """Refuses prepared data that breaks the contract by more than the recipe tolerates.
+def check_limits(plan: Plan, details: Mapping[str, Any]) -> None:
+    """Check prepared rows against the recipe's limits.
+
+    Args:
+        details: of the prepared rows (`details.json`).
 
     Raises:
-        DataError: too many rows without a token to learn from, validation rows that stand in training, rows to retain
-            of which nothing is left, or tokens that are new to a model whose embeddings are not trained.
+        DataError: too many dropped rows, too much train/eval overlap, an empty retention eval set, or new tokens for a
+            method that does not train embeddings.
     """
     data = plan.sections.data
     for part, key in (("train", "data.train"), ("validation", "data.validation")):
-        for counts, first in zip(details["sources"][part], details["first_dropped"][part], strict=True):
-            if counts["dropped"] > data.max_dropped_fraction * counts["read"]:
+        for source, first in zip(details["sources"][part], details["first_dropped"][part], strict=True):
+            if source["dropped"] > data.max_dropped_fraction * source["rows_read"]:
                 raise DataError(
-                    f"{key}: trainer.max_length={plan.max_length} leaves {counts['dropped']} of {counts['read']} rows "
-                    f"without a token to learn from (the first: {first}), more than data.max_dropped_fraction="
-                    f"{data.max_dropped_fraction:g}; say a larger trainer.max_length"
+                    f"{key}: dropped rows (no token in the loss): found {source['dropped']} of {source['rows_read']} "
+                    f"(first: {first}), expected at most data.max_dropped_fraction={data.max_dropped_fraction:g}. "
+                    f"Increase trainer.max_length={plan.max_length}"
                 )
-    retain = details.get("retention_eval")
-    if retain and not retain["examples"]:
+    retention = details.get("retention_eval")
+    if retention and not retention["examples"]:
         raise DataError(
-            f"data.retention_eval: trainer.max_length={plan.max_length} leaves none of {retain['read']} rows with a "
-            f"token to measure; say a larger trainer.max_length, or other rows"
+            f"data.retention_eval: dropped rows (no token in the loss): found all of {retention['rows_read']}. "
+            f"Increase trainer.max_length={plan.max_length}, or name other rows"
         )
-    leaked = details["leaks"]
-    if leaked["rows"] > data.max_overlap * leaked["of"]:
-        share = math.ceil(1000 * leaked["rows"] / leaked["of"]) / 1000
+    overlap = details["overlap"]
+    if overlap["rows"] > data.max_overlap * overlap["of"]:
+        share = math.ceil(1000 * overlap["rows"] / overlap["of"]) / 1000
         raise DataError(
-            f"{leaked['where']}: this validation row stands in training too ({leaked['twin']}), and so do "
-            f"{leaked['rows'] - 1} others of {leaked['of']}; take them out of one of the two, or say "
-            f"data.max_overlap={share:g} if that is meant"
+            f"{overlap['location']}: train/eval overlap: found {overlap['rows']} of {overlap['of']} validation rows in "
+            f"training too (first: {overlap['train_location']}). Remove them, or set data.max_overlap={share:g}"
         )
     if details["new_tokens"] and plan.method != "full":
         raise DataError(
-            f"model: {', '.join(details['new_tokens'])} is new to the model, and {plan.method} trains no embeddings; "
-            f"take a tokenizer that has it, with a token free for padding, or full fine-tuning"
+            f"model: found new tokens {', '.join(details['new_tokens'])}, but {plan.method} does not train embeddings. "
+            f"Use a tokenizer that has them and a free padding token, or full fine-tuning"
         )
 
 
-def lines(details: Mapping[str, Any]) -> list[str]:
-    """The report of prepared data (`details.json`) as a person reads it."""
-    said = []
+def report_lines(details: Mapping[str, Any]) -> list[str]:
+    """Return the report on prepared rows (`details.json`), one `label  value` per line."""
+    lines = []
     for part in ("train", "validation"):
-        for one in details["sources"][part]:
-            said += [f"{part:<12}{one['name']}: {_rows(one)}", *(" " * 12 + line for line in _more(one))]
-    if retain := details.get("retention_eval"):
-        said.append(f"{'retention_eval':<12}{retain['name']}: {_rows(retain)}")
+        for source in details["sources"][part]:
+            lines += [
+                format_line(part, _describe_rows(source)),
+                *(format_line("", line) for line in _describe_more(source)),
+            ]
+    if retention := details.get("retention_eval"):
+        lines.append(format_line("retention_eval", _describe_rows(retention)))
     if len(details["sources"]["train"]) > 1 and details["duplicates"]:
-        said.append(f"{'twice':<12}{details['duplicates']:,} training rows say what another one of any source says")
-    leaked = details["leaks"]
-    twins = f", the first {leaked['where']} and {leaked['twin']}" if leaked["rows"] else ""
-    said.append(f"{'in both':<12}{leaked['rows'] or 'none'}{twins}")
-    ends, cut = ", ".join(details["end_of_turn"]), details["train"]["cut"]
-    whole = "every turn" if not cut else f"every turn but those that the length limit cuts ({cut:,} rows)"
-    said.append(f"{'end of turn':<12}{ends}, supervised in {whole}; padding is {details['padding']}")
-    said += [f"{'note':<12}{note}" for note in details["notes"]]
-    if not details["rows_that_differ"]:
-        said.append(f"{'template':<12}rendered as at inference, byte for byte ({details['how']})")
-    return said
+        lines.append(format_line("duplicates", f"{details['duplicates']:,} training rows over all sources"))
+    overlap = details["overlap"]
+    first = f" (first: {overlap['location']} and {overlap['train_location']})" if overlap["rows"] else ""
+    lines.append(format_line("train/eval overlap", f"{overlap['rows']:,} of {overlap['of']:,} validation rows{first}"))
+    truncated = details["train"]["truncated"]
+    exception = f", except in {truncated:,} truncated rows" if truncated else ""
+    ends = ", ".join(details["end_of_turn"])
+    lines.append(format_line("loss mask", f"assistant turns including {ends}{exception}"))
+    lines.append(format_line("padding token", details["padding_token"]))
+    lines += [format_line("note", note) for note in details["notes"]]
+    if not details["mismatched_rows"]:
+        lines.append(format_line("template", f"rendered as at inference (spans: {details['span_sources']})"))
+    return lines
 
 
-def _rows(one: Mapping[str, Any]) -> str:
-    share = one["supervised_tokens"] / max(one["tokens"], 1)
-    dropped = f", {one['dropped']:,} dropped: nothing to learn from was left of them" if one["dropped"] else ""
+def format_line(label: str, value: str) -> str:
+    """Return a line of a report."""
+    return f"{label:<{LABEL_WIDTH}}{value}"
+
+
+def _describe_rows(source: Mapping[str, Any]) -> str:
+    share = source["supervised_tokens"] / max(source["tokens"], 1)
+    reason = " (no token in the loss)" if source["dropped"] else ""
     return (
-        f"{one['read']:,} rows read, {one['examples']:,} kept{dropped}; {one['tokens']:,} tokens, "
-        f"{one['supervised_tokens']:,} supervised ({share:.0%})"
+        f"{source['name']}: {source['examples']:,} examples; {source['dropped']:,} of {source['rows_read']:,} rows "
+        f"dropped{reason}; {source['tokens']:,} tokens, {source['supervised_tokens']:,} in the loss ({share:.0%})"
     )
 
 
-def _more(one: Mapping[str, Any]) -> list[str]:
-    lengths = ", ".join(
-        f"{value:,} ({'longest' if p == '100' else f'{p}%'})" for p, value in one["percentiles"].items()
-    )
-    more = [f"tokens a row: {lengths}"]
-    if one["cut"]:
-        more.append(
-            f"{one['cut']:,} rows are longer than the limit and lose {one['lost_tokens']:,} tokens, "
-            f"{one['lost_supervised_tokens']:,} of them supervised; {one['unanswered']:,} lose an answer with its "
-            f"question"
+def _describe_more(source: Mapping[str, Any]) -> list[str]:
+    percentiles = source["length_percentiles"].items()
+    lengths = ", ".join(f"{value:,} ({'max' if p == '100' else f'p{p}'})" for p, value in percentiles)
+    lines = [f"tokens per row: {lengths}"]
+    if source["truncated"]:
+        lines.append(
+            f"{source['truncated']:,} rows truncated: {source['lost_tokens']:,} tokens lost, "
+            f"{source['lost_supervised_tokens']:,} of them in the loss; {source['lost_answers']:,} rows lost an answer"
         )
-    if one["duplicates"]:
-        more.append(f"{one['duplicates']:,} rows say what an earlier row says")
-    if one["markers_as_text"]:
-        more.append(f"{one['markers_as_text']:,} rows write control tokens in their text; they were encoded as text")
-    if one["dropped_reasoning"]:
-        more.append(f"{one['dropped_reasoning']:,} rows lose the reasoning of earlier turns, as at inference")
-    if one["shares_a_token"]:
-        more.append(f"{one['shares_a_token']:,} rows have an answer whose first token is partly the prompt's")
-    return more
+    if source["duplicates"]:
+        lines.append(f"{source['duplicates']:,} rows are duplicates of an earlier row")
+    if source["special_tokens_as_text"]:
+        lines.append(f"{source['special_tokens_as_text']:,} rows contain special tokens as text, encoded as text")
+    if source["dropped_reasoning"]:
+        lines.append(f"{source['dropped_reasoning']:,} rows lose the reasoning of earlier turns, as at inference")
+    if source["shares_prompt_token"]:
+        lines.append(f"{source['shares_prompt_token']:,} rows have an answer whose first token begins in the prompt")
+    return lines

@@ -174,7 +174,7 @@ def train(trainer: Any, checkpoint: Path | None = None) -> None:
 
 
 def _rows_of_an_evaluation(details: dict[str, Any]) -> int:
-    return int(sum(details["validation_rows"].values()) + details.get("retain_rows", 0))
+    return int(sum(details["validation_rows"].values()) + details.get("retention_eval_rows", 0))
 
 
 def prepared_copy(folder: RunDir) -> Path:
@@ -199,7 +199,7 @@ def _copy(plan: Plan, folder: RunDir, state: Any) -> dict[str, Any]:
             held_out = validation.select(range(min(_HELD_OUT_ROWS, len(validation))))
             rows.save_to_disk(str(copy / "train"))
             concatenate_datasets([evaluated, held_out]).save_to_disk(str(copy / "validation"))
-            details = {**read_json(prepared / "details.json"), "retain_rows": 0}
+            details = {**read_json(prepared / "details.json"), "retention_eval_rows": 0}
             details["validation_rows"] = {"rows": len(evaluated), "held_out": len(held_out)}
             write_json(copy / "details.json", details)
             shutil.copy(prepared / "prompts.jsonl", copy)

@@ -28,7 +28,7 @@ def main(folder: RunDir, prompts: Iterable[str]) -> int:
     if not any((folder.final / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise SetupError(f"RUN: {folder.path} has no final model yet ({folder.state()}); `make train` goes on with it")
     quiet()
-    from sft_recipes.data.tokenize import Chat
+    from sft_recipes.data.tokenize import ConversationTokenizer
     from sft_recipes.data.tokenizer import load_tokenizer
     from sft_recipes.training import completions
 
@@ -36,9 +36,11 @@ def main(folder: RunDir, prompts: Iterable[str]) -> int:
     tokenizer = load_tokenizer(str(folder.final), None, plan.sections.model.trust_remote_code)
     model = load(plan, folder)
     stop = model.generation_config.eos_token_id
-    chat = Chat(tokenizer, datetime.date.today())
+    conversation_tokenizer = ConversationTokenizer(tokenizer, datetime.date.today())
     for prompt in prompts:
-        ids = chat.prompt([{"role": "user", "content": prompt}])  # special tokens in it are text, as in training
+        ids = conversation_tokenizer.tokenize_prompt(
+            [{"role": "user", "content": prompt}]
+        )  # special tokens in it are text, as in training
         said = completions.generate(
             model, tokenizer, [ids], _MAX_NEW_TOKENS, stop if isinstance(stop, list) else [stop]
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,7 @@ def base_folder(plan: Plan, folder: RunDir) -> Path:
             f"data again: it builds the same model there"
         )
     commit = read_json(folder.final / "adapter_config.json").get("revision") or model.revision
-    return model_files.check_model(model.name_or_path, commit, model.trust_remote_code, model.open_alternative)
+    return model_files.check_model(dataclasses.replace(model, revision=commit))
 
 
 def load_base(plan: Plan, folder: Path, dtype: torch.dtype, device_map: Any) -> Any:

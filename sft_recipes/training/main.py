@@ -268,8 +268,8 @@ def build(plan: Plan, folder: RunDir, arguments: Any, found: dict[str, Any]) -> 
     model = load_model(plan, base)
     way = attention.settle(plan, model)
     details = read_json(prepared / "details.json")
-    vocabulary.fit(plan, model, tokenizer, details)
-    ends_of_turn = vocabulary.stop_by_itself(model, tokenizer, details)
+    vocabulary.resize_embeddings(plan, model, tokenizer, details)
+    ends_of_turn = vocabulary.set_stop_tokens(model, tokenizer, details)
     rows, held_out, passes = trainer.read_rows(prepared, details, plan.per_device_train_batch_size * plan.world_size)
     progress = ConsoleCallback(folder)
     sft = trainer.RecipeTrainer(

@@ -623,9 +623,9 @@ def read_rows(prepared: Path, details: dict[str, Any], rows_a_pass: int) -> tupl
         load_from_disk(str(prepared / part)).remove_columns("source") for part in ("train", "validation")
     )
     rows_of = dict(details["validation_rows"])
-    if details.get("retain_rows"):
+    if details.get("retention_eval_rows"):
         held_out = concatenate_datasets(
             [held_out, load_from_disk(str(prepared / "retention_eval")).remove_columns("source")]
         )
-        rows_of[RETAINED] = details["retain_rows"]
+        rows_of[RETAINED] = details["retention_eval_rows"]
     return train, *validation_in_passes(held_out, rows_of, rows_a_pass)

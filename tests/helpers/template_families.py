@@ -1,10 +1,9 @@
-"""Chat templates of the families that people start from, each with a small tokenizer that has its special tokens.
+"""Chat templates of common model families, each with a small tokenizer that has its special tokens.
 
-The templates of TRL's own folder are read from it; those that it does not hold are written here after the shapes that
-their models' cards publish.
+Templates that TRL ships are read from its folder. The others are written here in the form that the model cards publish.
 """
 
-# ruff: noqa: RUF001  DeepSeek writes its marks with a wide bar
+# ruff: noqa: RUF001  DeepSeek writes its special tokens with a wide bar
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from typing import Any
 
 from sft_recipes.data.toy.toy_model import CHAT_TEMPLATE
 
-# Families whose templates TRL ships, without those that read images: (beginning of text, end of turn).
+# Text families whose templates TRL ships: (beginning of text, end of turn).
 SHIPPED = {
     "cohere": ("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>"),
     "cohere2": ("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>"),
@@ -61,9 +60,9 @@ WRITTEN: dict[str, tuple[str | None, str, str]] = {
     "Llama 3.1, without tools": (
         "<|begin_of_text|>",
         "<|eot_id|>",
-        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set said = messages[0]['content'] | trim %}"
-        "{% set messages = messages[1:] %}{% else %}{% set said = '' %}{% endif %}"
-        "{{ '<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n' + said + '<|eot_id|>' }}"
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] | trim %}"
+        "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
+        "{{ '<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n' + system + '<|eot_id|>' }}"
         "{% for m in messages %}{{ " + _HEADER + " + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
     ),
@@ -71,26 +70,26 @@ WRITTEN: dict[str, tuple[str | None, str, str]] = {
         "<|begin_of_text|>",
         "<|eot_id|>",
         "{{ bos_token }}{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
-        "{% if messages[0]['role'] == 'system' %}{% set said = messages[0]['content'] | trim %}"
-        "{% set messages = messages[1:] %}{% else %}{% set said = '' %}{% endif %}"
-        "{{ '<|start_header_id|>system<|end_header_id|>\n\nToday Date: ' + date_string + '\n\n' + said + '<|eot_id|>' }}"
+        "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] | trim %}"
+        "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
+        "{{ '<|start_header_id|>system<|end_header_id|>\n\nToday Date: ' + date_string + '\n\n' + system + '<|eot_id|>' }}"
         "{% for m in messages %}{{ " + _HEADER + " + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
     ),
     "Llama 2": (
         "<s>",
         "</s>",
-        "{% if messages[0]['role'] == 'system' %}{% set said = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
-        "{% set messages = messages[1:] %}{% else %}{% set said = '' %}{% endif %}{% for m in messages %}"
-        "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + (said if loop.first else '') + m['content'].strip() + ' [/INST]' }}"
+        "{% if messages[0]['role'] == 'system' %}{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
+        "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}{% for m in messages %}"
+        "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + (system if loop.first else '') + m['content'].strip() + ' [/INST]' }}"
         "{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}",
     ),
     "Mistral": (
         "<s>",
         "</s>",
-        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set said = messages[0]['content'] + '\n\n' %}"
-        "{% set messages = messages[1:] %}{% else %}{% set said = '' %}{% endif %}{% for m in messages %}"
-        "{% if m['role'] == 'user' %}{{ '[INST] ' + (said if loop.last or loop.index == messages|length - 1 else '') + m['content'] + '[/INST]' }}"
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] + '\n\n' %}"
+        "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}{% for m in messages %}"
+        "{% if m['role'] == 'user' %}{{ '[INST] ' + (system if loop.last or loop.index == messages|length - 1 else '') + m['content'] + '[/INST]' }}"
         "{% elif m['tool_calls'] %}{{ '[TOOL_CALLS] [' }}{% for call in m['tool_calls'] %}{{ call['function'] | tojson }}"
         "{% if not loop.last %}{{ ', ' }}{% endif %}{% endfor %}{{ ']' + eos_token }}"
         "{% elif m['role'] == 'tool' %}{{ '[TOOL_RESULTS] {\"content\": ' + m['content'] | tojson + '}[/TOOL_RESULTS]' }}"
@@ -109,7 +108,7 @@ WRITTEN: dict[str, tuple[str | None, str, str]] = {
         "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
     ),
-    "SmolLM 3, with blocks of its own": (
+    "SmolLM 3, with generation blocks": (
         None,
         "<|im_end|>",
         "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<|im_start|>assistant\n' }}{% generation %}"
@@ -132,8 +131,8 @@ TOOLS = [
 CALL = [{"type": "function", "function": {"name": "weather", "arguments": {"town": "Zagreb"}}}]
 
 
-def _turns(*said: tuple[str, str]) -> list[dict[str, Any]]:
-    return [{"role": role, "content": content} for role, content in said]
+def _turns(*turns: tuple[str, str]) -> list[dict[str, Any]]:
+    return [{"role": role, "content": content} for role, content in turns]
 
 
 CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]] | None]] = {
@@ -160,13 +159,13 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]] | None
 
 
 def templates_folder() -> Path:
-    found = importlib.util.find_spec("trl")
-    assert found and found.submodule_search_locations
-    return Path(found.submodule_search_locations[0]) / "chat_templates"
+    spec = importlib.util.find_spec("trl")
+    assert spec and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0]) / "chat_templates"
 
 
 def families() -> dict[str, tuple[str | None, str, str]]:
-    """Name: beginning of text, end of turn, template."""
+    """Return beginning of text, end of turn and template per family."""
     shipped = {
         name: (*tokens, (templates_folder() / f"{name}.jinja").read_text(encoding="utf-8"))
         for name, tokens in SHIPPED.items()
@@ -175,16 +174,16 @@ def families() -> dict[str, tuple[str | None, str, str]]:
 
 
 def tokenizer_of(family: str) -> Any:
-    """A byte-level tokenizer with what looks like a marker in the family's template as its tokens."""
+    """Return a byte-level tokenizer with the special tokens of a family's template."""
     from sft_recipes.data.toy.toy_model import train_tokenizer
 
     bos, eos, template = families()[family]
-    marks = set(re.findall(r"<[|｜][^<>{}'\s]{1,40}[|｜]>|<\|[a-z_\"]{1,20}>|<[a-z_]{1,20}\|>", template))
-    marks |= set(re.findall(r"<(?:start|end)_of_turn>|\[[A-Z_]{2,}\]|\[/[A-Z_]{2,}\]|<sop>|\[gMASK\]", template))
-    special = sorted({*marks, *filter(None, (bos, eos))})
+    special = set(re.findall(r"<[|｜][^<>{}'\s]{1,40}[|｜]>|<\|[a-z_\"]{1,20}>|<[a-z_]{1,20}\|>", template))
+    special |= set(re.findall(r"<(?:start|end)_of_turn>|\[[A-Z_]{2,}\]|\[/[A-Z_]{2,}\]|<sop>|\[gMASK\]", template))
+    special_tokens = sorted({*special, *filter(None, (bos, eos))})
     tokenizer = train_tokenizer(["alpha bravo charlie delta echo foxtrot golf 1234567890"] * 20, 400)
-    tokenizer.add_special_tokens({"additional_special_tokens": special})
-    added = [mark for mark in ("<think>", "</think>", "<tool_call>", "</tool_call>") if mark in template]
-    tokenizer.add_tokens(added)  # added, and not special, as in the families that have them
+    tokenizer.add_special_tokens({"additional_special_tokens": special_tokens})
+    added = [tag for tag in ("<think>", "</think>", "<tool_call>", "</tool_call>") if tag in template]
+    tokenizer.add_tokens(added)  # added but not special, as in the families that have them
     tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template = bos, eos, template
     return tokenizer

@@ -85,15 +85,15 @@ def test_what_cannot_be_done_is_refused_before_anything_starts(workplace, argume
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ("", "holds no rows"),
-        ('{"text": "hello"}\n', r"rows.jsonl:1: a row with keys text; wanted messages"),
-        (json.dumps(GOOD_ROW) + "\n" + '{"prompt": "x"\n', r"rows.jsonl:2: not JSON"),
-        (json.dumps(GOOD_ROW) * 2, r"rows.jsonl:1: not JSON"),
+        ("", "found no rows"),
+        ('{"text": "hello"}\n', r"rows.jsonl:1: row keys: found text, expected messages"),
+        (json.dumps(GOOD_ROW) + "\n" + '{"prompt": "x"\n', r"rows.jsonl:2: not valid JSON"),
+        (json.dumps(GOOD_ROW) * 2, r"rows.jsonl:1: not valid JSON"),
         (
             "".join(json.dumps({**GOOD_ROW, "prompt": f"{n}"}) + "\n" for n in range(3)),
             "fewer than one effective batch",
         ),
-        (json.dumps(GOOD_ROW) + "\n", "ask the same"),
+        (json.dumps(GOOD_ROW) + "\n", "one prompt in all rows"),
     ],
     ids=["empty file", "unknown form", "broken line", "two rows on a line", "too few rows", "one row"],
 )
@@ -107,7 +107,7 @@ def test_a_length_that_leaves_no_answer_is_refused(workplace):
     rows = [{"prompt": f"word {n} " * 60, "completion": "4"} for n in range(40)]
     (workplace.path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = workplace.sft("train", "tiny", "data.train=rows.jsonl", "data.validation=", "trainer.max_length=32")
-    check_refused(done, "max_length=32 leaves .* rows without a token to learn from")
+    check_refused(done, "data.train: dropped rows .*max_length=32")
 
 
 @pytest.mark.parametrize(
@@ -115,8 +115,8 @@ def test_a_length_that_leaves_no_answer_is_refused(workplace):
     [
         ("model.safetensors", "has no weights"),
         ("config.json", "has no config.json"),
-        ("chat_template.jinja", "has no chat template .*model.chat_template="),
-        ("tokenizer.json", "the tokenizer of .* cannot be loaded|is a slow one"),
+        ("chat_template.jinja", "found no chat template .*model.chat_template="),
+        ("tokenizer.json", "tokenizer of .*: not loadable|found a slow tokenizer"),
     ],
 )
 def test_a_model_folder_that_lacks_a_part_is_refused_by_its_name(workplace, model_folder, missing, message):
@@ -133,7 +133,7 @@ def test_a_model_that_wants_its_own_code_to_run_is_refused(workplace, model_fold
     shutil.copytree(model_folder, workplace.path / "model")
     config = workplace.path / "model" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "auto_map": {"AutoModel": "evil.Model"}}))
-    check_refused(workplace.sft("train", "tiny", *MODEL, "model.name_or_path=./model"), "wants its own code to run")
+    check_refused(workplace.sft("train", "tiny", *MODEL, "model.name_or_path=./model"), "requires its own code")
 
 
 def test_a_model_whose_files_lack_a_weight_is_never_trained_on_random_numbers(workplace, model_folder, few_rows):

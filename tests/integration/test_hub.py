@@ -1,5 +1,7 @@
-"""Models and data from the Hub: brought once, by name and commit, and then no network. The Hub here is a local server
-that speaks its protocol; the client is the real one."""
+"""Models and datasets are downloaded from the Hub once, by name and commit; later runs use no network.
+
+The Hub is a local server with its protocol; the client is the real one.
+"""
 
 import hashlib
 import json
@@ -17,7 +19,7 @@ from helpers.workplace import SHORT
 from sft_recipes.data.toy import toy_dataset
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-ENGINE = ("--gpus", "0", "parallelism=ddp", "precision=fp32")
+CPU = ("--gpus", "0", "parallelism=ddp", "precision=fp32")
 MODEL = ("model.from_scratch=false", "model.name_or_path=some/model", f"model.revision={COMMIT}")
 DATA = ("data.train=some/rows:train_sft", "data.validation=some/rows:test_sft", f"data.revision={COMMIT}")
 README = """---
@@ -31,11 +33,11 @@ configs:
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves the folders below `root` (`models/OWNER/NAME`, `datasets/OWNER/NAME`) as the Hub does, all at one commit."""
+    """Serves the folders in `root` (`models/OWNER/NAME`, `datasets/OWNER/NAME`) like the Hub, all at one commit."""
 
     def __init__(self, root: Path, gated: bool = False):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.root, self.gated, self.asked = root, gated, []
+        self.root, self.gated, self.requests = root, gated, []
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -50,7 +52,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self):
-        self.server.asked.append(self.path)
+        self.server.requests.append(self.path)
         parts = unquote(urlparse(self.path).path).strip("/").split("/")
         if parts[0] == "api":
             self._api(parts[1:])
@@ -101,7 +103,7 @@ def _oid(path: Path) -> str:
 
 @pytest.fixture
 def served(tmp_path, model_folder):
-    """A root with a model and a data set of two splits."""
+    """A root folder with a model and a dataset of two splits."""
     shutil.copytree(model_folder, tmp_path / "hub" / "models" / "some" / "model")
     (tmp_path / "hub" / "models" / "some" / "model" / "pytorch_model.bin").write_bytes(b"a pickle")
     data = tmp_path / "hub" / "datasets" / "some" / "rows"
@@ -113,37 +115,35 @@ def served(tmp_path, model_folder):
     return tmp_path / "hub"
 
 
-def test_what_was_fetched_trains_without_a_network(workplace, served):
+def test_downloaded_recipe_trains_offline(workplace, served):
     hub = Hub(served)
     home = str(workplace.path / "cache")
-    fetched = workplace.sft("download", "tiny", *MODEL, *DATA, HF_ENDPOINT=hub.url, HF_HOME=home)
-    assert fetched.returncode == 0, fetched.stderr
-    assert "some/model: " in fetched.stdout and "some/rows: " in fetched.stdout
-    assert not any("pytorch_model.bin" in path for path in hub.asked), "pickles are not brought"
-    assert any(COMMIT in path for path in hub.asked), "the revision is asked for"
+    downloaded = workplace.sft("download", "tiny", *MODEL, *DATA, HF_ENDPOINT=hub.url, HF_HOME=home)
+    assert downloaded.returncode == 0, downloaded.stderr
+    assert "some/model: " in downloaded.stdout and "some/rows: " in downloaded.stdout
+    assert not any("pytorch_model.bin" in path for path in hub.requests), "pickles are not downloaded"
+    assert any(COMMIT in path for path in hub.requests), "the revision is requested"
     hub.shutdown()
     hub.server_close()
     snapshots = sorted(path.name for path in Path(home, "hub").glob("*/snapshots/*"))
     assert snapshots == [COMMIT, COMMIT]
-    run = workplace.trained("tiny", *ENGINE, *MODEL, *DATA, "lora.r=2", *SHORT, HF_HUB_OFFLINE="1", HF_HOME=home)
+    run = workplace.trained("tiny", *CPU, *MODEL, *DATA, "lora.r=2", *SHORT, HF_HUB_OFFLINE="1", HF_HOME=home)
     adapters = json.loads((run / "final" / "adapter_config.json").read_text())
-    assert (adapters["base_model_name_or_path"], adapters["revision"]) == ("some/model", COMMIT), (
-        "no path of this machine"
-    )
+    assert (adapters["base_model_name_or_path"], adapters["revision"]) == ("some/model", COMMIT), "not a local path"
     merged = workplace.sft("merge", run.name, HF_HUB_OFFLINE="1", HF_HOME=home)
     assert merged.returncode == 0 and (run / "merged" / "model.safetensors").is_file(), merged.stderr
     check_offline_use(workplace, run, home)
 
 
-# On another machine, whose cache holds the commit elsewhere, with the libraries that a user has, and without the commit.
+# With peft and transformers alone, on a machine whose cache is in another folder, and then without the commit.
 ELSEWHERE = """
 import pathlib, sys, torch
 from huggingface_hub import constants
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 from sft_recipes.runtime.run_dir import RunDir
-from sft_recipes.config.schema import UserError
-from sft_recipes.training import generate
+from sft_recipes.runtime.errors import UserError
+from sft_recipes.tools import generate
 run, commit, prompt = RunDir(pathlib.Path(sys.argv[1])), sys.argv[2], sys.argv[3]
 generate.main(run, [prompt])
 ids = torch.arange(20)[None]
@@ -158,7 +158,7 @@ except UserError as error:
 
 
 def check_offline_use(workplace, run, home):
-    """From a cache that holds the commit and no `refs/main`: adapters answer, and so do those that a user loads."""
+    """Adapters load from a cache that has the commit and no `refs/main`, by this package and by peft alone."""
     assert not list(Path(home).glob("hub/models--*/refs/*"))
     saved = {path.parent.name: json.loads(path.read_text()) for path in run.glob("*/adapter_config.json")}
     assert {"final", "last", "best-8", "checkpoint-8"} <= saved.keys()
@@ -172,57 +172,59 @@ def check_offline_use(workplace, run, home):
         env=workplace.environment(HF_HUB_OFFLINE="1", HF_HOME=str(moved)),
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, answered.stdout), done.stderr
-    refused = done.stderr.splitlines()[-1]
-    assert refused.startswith(f"model.name_or_path: some/model at {COMMIT[:8]} is neither in the Hub's cache")
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith(f"model.name_or_path: some/model at {COMMIT[:8]}: not in the Hub's cache")
 
 
-def test_rows_to_retain_are_fetched_too(workplace, served):
+def test_download_includes_retention_eval(workplace, served):
     shutil.copytree(served / "datasets" / "some" / "rows", served / "datasets" / "some" / "known")
     hub = Hub(served)
-    words = (*DATA, "data.retention_eval=some/known:test_sft")
-    fetched = workplace.sft("download", "tiny", *words, HF_ENDPOINT=hub.url, HF_HOME=str(workplace.path / "cache"))
-    assert fetched.returncode == 0, fetched.stderr
-    assert "some/rows: " in fetched.stdout and "some/known: " in fetched.stdout
-    refused = workplace.sft("download", "tiny", *DATA, "data.retention_eval=some/gone", HF_ENDPOINT=hub.url)
-    assert refused.returncode == 2 and "error: data.retention_eval: " in refused.stderr
+    overrides = (*DATA, "data.retention_eval=some/known:test_sft")
+    downloaded = workplace.sft(
+        "download", "tiny", *overrides, HF_ENDPOINT=hub.url, HF_HOME=str(workplace.path / "cache")
+    )
+    assert downloaded.returncode == 0, downloaded.stderr
+    assert "some/rows: " in downloaded.stdout and "some/known: " in downloaded.stdout
+    missing = workplace.sft("download", "tiny", *DATA, "data.retention_eval=some/gone", HF_ENDPOINT=hub.url)
+    assert missing.returncode == 2 and "error: data.retention_eval: " in missing.stderr
 
 
-def test_without_fetching_the_error_says_so(workplace):
-    done = workplace.sft("train", "tiny", *ENGINE, *MODEL, HF_HUB_OFFLINE="1", HF_HOME=str(workplace.path / "empty"))
+def test_train_offline_without_download_is_rejected(workplace):
+    done = workplace.sft("train", "tiny", *CPU, *MODEL, HF_HUB_OFFLINE="1", HF_HOME=str(workplace.path / "empty"))
     assert done.returncode == 2
-    assert "neither in the Hub's cache nor to be had" in done.stderr and "make download" in done.stderr
+    assert "not in the Hub's cache" in done.stderr and "make download" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not list(workplace.runs.glob("*/plan.json"))
 
 
-@pytest.mark.parametrize("verb", [("download", "8b"), ("train", "8b", "--gpus", "0")], ids=["fetch", "train"])
-def test_a_gated_model_without_a_token_is_refused_with_both_ways_out(workplace, served, verb):
+@pytest.mark.parametrize("command", [("download", "8b"), ("train", "8b", "--gpus", "0")], ids=["download", "train"])
+def test_gated_model_error_names_token_and_alternative(workplace, served, command):
     shutil.copytree(served / "models" / "some" / "model", served / "models" / "meta-llama" / "Llama-3.1-8B-Instruct")
     hub = Hub(served, gated=True)
-    small = "model.architecture={}"  # whose forecast would not let it start on the CPU of a small machine
-    words = (*verb, f"model.revision={COMMIT}", "precision=fp32", small)
-    done = workplace.sft(*words, HF_ENDPOINT=hub.url, HF_HOME=str(workplace.path / "cache"), HF_TOKEN="")
+    small = "model.architecture={}"  # its forecast does not fit a small machine's CPU
+    arguments = (*command, f"model.revision={COMMIT}", "precision=fp32", small)
+    done = workplace.sft(*arguments, HF_ENDPOINT=hub.url, HF_HOME=str(workplace.path / "cache"), HF_TOKEN="")
     hub.shutdown()
     hub.server_close()
     assert done.returncode == 2, done.stdout + done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "meta-llama/Llama-3.1-8B-Instruct is gated" in line and "accept its licence on" in line
+    assert "meta-llama/Llama-3.1-8B-Instruct is gated" in line and "Accept its license on" in line
     assert "HF_TOKEN" in line and "model.name_or_path=Qwen/Qwen2.5-7B-Instruct" in line
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("overrides", "message"),
     [
-        (("model.name_or_path=some/other",), "no model some/other on the Hub, or a private one"),
+        (("model.name_or_path=some/other",), "no public model some/other on the Hub"),
         (("model.revision=" + "f" * 40,), "some/model has no revision ffff"),
-        (("data.train=some/other:train",), "no dataset some/other on the Hub"),
+        (("data.train=some/other:train",), "no public dataset some/other on the Hub"),
     ],
 )
-def test_what_the_hub_does_not_have_is_refused_in_one_line(workplace, served, words, message):
+def test_download_reports_missing_repository(workplace, served, overrides, message):
     hub = Hub(served)
     done = workplace.sft(
-        "download", "tiny", *MODEL, *DATA, *words, HF_ENDPOINT=hub.url, HF_HOME=str(workplace.path / "cache")
+        "download", "tiny", *MODEL, *DATA, *overrides, HF_ENDPOINT=hub.url, HF_HOME=str(workplace.path / "cache")
     )
     hub.shutdown()
     hub.server_close()
@@ -230,24 +232,24 @@ def test_what_the_hub_does_not_have_is_refused_in_one_line(workplace, served, wo
     assert done.returncode == 2 and line.startswith("error: ") and message in line
 
 
-def test_a_model_that_is_not_what_its_recipe_says_is_refused(workplace, model_folder, few_rows):
-    """Numbers of the architecture, and with them the forecast, are checked against the model's own configuration."""
-    words = ("train", "8b", "--gpus", "0", "precision=fp32", "parallelism=ddp")
+def test_train_rejects_architecture_of_another_model(workplace, model_folder, few_rows):
+    """The recipe's architecture, on which the forecast depends, must equal the model's configuration."""
+    arguments = ("train", "8b", "--gpus", "0", "precision=fp32", "parallelism=ddp")
     recipe = ("model.revision=", f"model.name_or_path={model_folder}")
     stated = "{model_type: llama, hidden_size: 64, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 1, vocab_size: 320, tie_word_embeddings: true}"
-    done = workplace.sft(*words, *recipe, f"model.architecture={stated}", f"data.train={few_rows}")
+    done = workplace.sft(*arguments, *recipe, f"model.architecture={stated}", f"data.train={few_rows}")
     assert done.returncode == 2
-    assert "model.architecture: the recipe says hidden_size 64, not 32" in done.stderr
+    assert "model.architecture: found hidden_size 64, expected 32" in done.stderr
     wrong = stated.replace("64, inter", "32, inter").replace(
         "model_type: llama", "model_type: llama, attention_bias: true"
     )
-    done = workplace.sft(*words, *recipe, f"model.architecture={wrong}", f"data.train={few_rows}")
-    assert done.returncode == 2 and "attention_bias True, not False" in done.stderr
+    done = workplace.sft(*arguments, *recipe, f"model.architecture={wrong}", f"data.train={few_rows}")
+    assert done.returncode == 2 and "attention_bias True, expected False" in done.stderr
 
 
-def test_a_model_with_other_parameters_than_the_plan_counts_is_refused(tmp_path):
-    """The numbers agree, and yet the model has biases that the plan does not know of."""
-    from conftest import SMALL_LLAMA
+def test_check_architecture_rejects_other_parameter_count(tmp_path):
+    """The stated values agree, and yet the model has biases that the plan does not count."""
+    from helpers.workplace import SMALL_LLAMA
     from transformers import AutoConfig
 
     from sft_recipes.data.model_files import check_architecture
@@ -256,15 +258,15 @@ def test_a_model_with_other_parameters_than_the_plan_counts_is_refused(tmp_path)
     AutoConfig.for_model(**SMALL_LLAMA).save_pretrained(tmp_path)
     check_architecture(SMALL_LLAMA, tmp_path, False)
     AutoConfig.for_model(**SMALL_LLAMA, mlp_bias=True).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="the model has [0-9,]+ parameters and the plan counts"):
+    with pytest.raises(UserError, match="model.architecture: found [0-9,]+ parameters in the model, expected [0-9,]+"):
         check_architecture(SMALL_LLAMA, tmp_path, False)
 
 
-def test_rows_are_looked_at_without_bringing_the_models_weights(workplace, served):
+def test_inspect_downloads_no_weights(workplace, served):
     hub = Hub(served)
     settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(workplace.path / "cache")}
     shown = workplace.sft("inspect", "tiny", *MODEL, *DATA, "batch.min_optimizer_steps=1", "--rows", "1", **settings)
     assert shown.returncode == 0, shown.stderr
     assert "⟦" in shown.stdout and "-- some/rows:train_sft, row " in shown.stdout
-    assert any("tokenizer.json" in path for path in hub.asked)
-    assert not any(path.startswith("/some/model") and path.endswith(".safetensors") for path in hub.asked)
+    assert any("tokenizer.json" in path for path in hub.requests)
+    assert not any(path.startswith("/some/model") and path.endswith(".safetensors") for path in hub.requests)

@@ -96,7 +96,7 @@ def test_a_template_that_never_trains_the_end_of_turn_is_refused_before_anything
     )
     done = workplace.sft("sanity", "tiny", f"data.train={few_rows}", f"model.chat_template={template}")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "the model would never learn to stop" in done.stderr
+    assert "the model never learns to stop" in done.stderr
 
 
 @pytest.fixture(scope="module")

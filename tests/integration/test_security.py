@@ -26,7 +26,7 @@ from helpers.workplace import HANG_SECONDS, PLANTED_KEY, REPOSITORY, SHORT, Work
 from sft_recipes.config import loader
 from sft_recipes.data import sources
 from sft_recipes.data.formats import Conversation
-from sft_recipes.data.tokenize import Chat
+from sft_recipes.data.tokenize import ConversationTokenizer
 from sft_recipes.data.tokenizer import load_tokenizer
 from sft_recipes.launch import command
 from sft_recipes.planner import plan as plans
@@ -251,7 +251,7 @@ def test_no_code_in_a_models_folder_runs(hostile):
 
     folder, ran = hostile
     plan = plans.make(loader.load("tiny", [*MODEL, f"model.name_or_path={folder}"]), Topology(0, 1))
-    assert model_files.check_model(str(folder), None, False) == folder
+    assert model_files.check_model(plan.sections.model) == folder
     with contextlib.suppress(UserError):  # loaded without its code, or refused for it
         load_tokenizer(str(folder), None, False)
     model = load_model(plan, str(folder))
@@ -264,10 +264,10 @@ def test_a_model_that_is_only_its_own_code_or_pickles_is_refused_and_not_run(wor
     words = ("train", "tiny", *MODEL, f"model.name_or_path={folder}")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "evil.Evil"}}))
-    check_refused(workplace.sft(*words), r"wants its own code to run \(auto_map\); say model.trust_remote_code=true")
+    check_refused(workplace.sft(*words), r"requires its own code \(auto_map\). Set model.trust_remote_code=true")
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").unlink()
-    check_refused(workplace.sft(*words), r"has no weights .*weights in \*.bin are pickles")
+    check_refused(workplace.sft(*words), r"has no weights .*pickled weights \(\*.bin\)")
     assert not ran.exists()
 
 
@@ -305,7 +305,9 @@ def test_a_hostile_template_runs_nothing(tokenizer, tmp_path, monkeypatch, expre
     def says(template):
         tokenizer.chat_template = template
         try:
-            (example,) = Chat(tokenizer, datetime.date(2026, 11, 21)).label([Conversation(messages, "here:1")])
+            (example,) = ConversationTokenizer(tokenizer, datetime.date(2026, 11, 21)).tokenize(
+                [Conversation(messages, "here:1")]
+            )
         except UserError as error:
             return str(error)
         finally:
@@ -313,7 +315,7 @@ def test_a_hostile_template_runs_nothing(tokenizer, tmp_path, monkeypatch, expre
         return tokenizer.decode(example.input_ids)
 
     said = says("{{ " + expression + " }}" + usual)
-    assert said.startswith("here:1: the chat template refuses this conversation") or said == says(usual)
+    assert said.startswith("here:1: chat template: the template raises an error") or said == says(usual)
     assert messages[0] == {"role": "user", "content": "a"} and not list(tmp_path.iterdir())
 
 
@@ -330,7 +332,7 @@ ROW = '{"prompt": "a", "completion": "b"}\n'
 
 def test_a_data_set_with_a_loading_script_is_refused_and_not_run(tmp_path):
     script = f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()"
-    with pytest.raises(UserError, match=r"owner/name:train cannot be read \(Dataset scripts are no longer supported"):
+    with pytest.raises(UserError, match=r"owner/name:train: not readable \(Dataset scripts are no longer supported"):
         list(snapshot(tmp_path / "name", name_py=script, rows_jsonl=ROW).rows())
     assert not (tmp_path / "ran").exists()
 
@@ -339,7 +341,7 @@ def test_a_data_sets_card_names_no_file_of_this_machine(tmp_path):
     (tmp_path / "mine.jsonl").write_text(ROW)
     for named in ("../mine.jsonl", tmp_path / "mine.jsonl"):
         gpu_type = f"---\nconfigs:\n- config_name: default\n  data_files:\n  - {{split: train, path: {named}}}\n---\n"
-        with pytest.raises(UserError, match=r"owner/name's card names .*mine\.jsonl, which is no file of that data"):
+        with pytest.raises(UserError, match=r"owner/name: its dataset card names .*mine\.jsonl, which is not a file"):
             list(snapshot(tmp_path / "name", README_md=gpu_type, rows_jsonl=ROW).rows())
 
 

@@ -1,20 +1,21 @@
-"""The assistant's places are found in templates nobody has seen, or the template is refused: never a wrong place.
+"""Assistant spans are exact for randomly generated templates, or the template is rejected.
 
-Templates are drawn from parts, so what is to be supervised is known without looking at how it is found.
+Templates are drawn from parts, so the expected spans are known independently of the code under test.
 """
 
 import datetime
+import re
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sft_recipes.data.formats import Conversation
-from sft_recipes.data.tokenize import Chat
+from sft_recipes.data.tokenize import ConversationTokenizer
 from sft_recipes.data.toy.toy_model import train_tokenizer
 from sft_recipes.runtime.errors import UserError
 
-MARKS = ("<|a|>", "<|b|>", "<|c|>", "<|d|>", "<|e|>")
+SPECIAL_TOKENS = ("<|a|>", "<|b|>", "<|c|>", "<|d|>", "<|e|>")
 TRIMS = {
     "": lambda text: text,
     " | trim": str.strip,
@@ -28,20 +29,20 @@ CHARACTERS = ("", "\n", " ", "\n\n", ": ", "Answer:", "ab")
 @pytest.fixture(scope="module")
 def tokenizer():
     made = train_tokenizer(["ab Answer: user assistant system"] * 20, 320)
-    made.add_special_tokens({"additional_special_tokens": list(MARKS)})
+    made.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
     made.add_tokens(["<think>", "</think>"])
     return made
 
 
 @st.composite
 def templates(draw):
-    """A template, and what it writes behind an answer: of an earlier turn, and of the last."""
+    """A template, and a function from an answer to the expected text of its span."""
     one_of = lambda *choices: draw(st.sampled_from(choices))  # noqa: E731
     opening = one_of("", "<|endoftext|>", "A default prompt.\n")
     user_header = one_of("<|a|>user\n", "<|a|>", "User: ", "[INST] ", "<|a|>user<|b|>\n\n")
     user_footer = one_of("<|c|>", "<|c|>\n", "\n", " [/INST]", "")
     header = one_of("<|a|>assistant\n", "<|d|>", "<|a|>assistant<|b|>\n\n", "<|d|>\nAnswer:")
-    before = one_of(*CHARACTERS[:4])  # written by the model itself, behind the generation prompt
+    before = one_of(*CHARACTERS[:4])  # written by the model itself, after the generation prompt
     footer = one_of("<|e|>", "<|e|>\n", "\n<|e|>", "<|c|>\n") if draw(st.booleans()) else "<|e|>"
     last = one_of("", "", "<|endoftext|>", "\n")
     user_trim, trim = one_of(*TRIMS), one_of(*TRIMS)
@@ -57,14 +58,16 @@ def templates(draw):
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(templates(), st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3))
-def test_in_a_template_of_any_parts_the_answers_are_found_to_the_character(tokenizer, template, said):
+def test_spans_are_exact_in_generated_templates(tokenizer, template, pairs):
     source, answer = template
     tokenizer.chat_template = source
-    turns = [text for pair in said for text in pair]
+    turns = [text for pair in pairs for text in pair]
     messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
-    (example,) = Chat(tokenizer, datetime.date(2026, 11, 21)).label([Conversation(messages, "here:1")])
-    found = [tokenizer.decode(example.input_ids[start:end]) for start, end in example.spans]
-    assert found == [answer(text, number == len(said) - 1) for number, (_, text) in enumerate(said)]
+    (example,) = ConversationTokenizer(tokenizer, datetime.date(2026, 11, 21)).tokenize(
+        [Conversation(messages, "here:1")]
+    )
+    answers = [tokenizer.decode(example.input_ids[start:end]) for start, end in example.spans]
+    assert answers == [answer(text, number == len(pairs) - 1) for number, (_, text) in enumerate(pairs)]
     assert tokenizer.decode(example.input_ids) == tokenizer.apply_chat_template(messages, tokenize=False)
 
 
@@ -82,17 +85,19 @@ def test_in_a_template_of_any_parts_the_answers_are_found_to_the_character(token
         max_size=12,
     )
 )  # fmt: skip
-def test_a_template_of_rubble_is_refused_or_supervises_the_answers_alone(tokenizer, parts):
+def test_random_template_is_rejected_or_masked_correctly(tokenizer, parts):
     tokenizer.chat_template = "".join(parts)
     messages = [
         {"role": "user", "content": "abba"}, {"role": "assistant", "content": "baab"},
         {"role": "user", "content": "ÄÄÄ"}, {"role": "assistant", "content": "bbbbb"},
     ]  # fmt: skip
     try:
-        (example,) = Chat(tokenizer, datetime.date(2026, 11, 21)).label([Conversation(messages, "here:1")])
+        (example,) = ConversationTokenizer(tokenizer, datetime.date(2026, 11, 21)).tokenize(
+            [Conversation(messages, "here:1")]
+        )
     except UserError as error:
-        assert "here:1" in str(error) or "template" in str(error)
+        assert re.match("(here:1: )?chat template: ", str(error))
         return
-    supervised = "".join(tokenizer.decode(example.input_ids[start:end]) for start, end in example.spans)
-    assert "baab" in supervised and "bbbbb" in supervised
-    assert "abba" not in supervised and "ÄÄÄ" not in supervised
+    in_loss = "".join(tokenizer.decode(example.input_ids[start:end]) for start, end in example.spans)
+    assert "baab" in in_loss and "bbbbb" in in_loss
+    assert "abba" not in in_loss and "ÄÄÄ" not in in_loss

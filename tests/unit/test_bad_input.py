@@ -1,4 +1,4 @@
-"""Whatever lies in a data file becomes examples that can be trusted, or one line that says where it is wrong."""
+"""Any data file becomes correct examples, or one error line with the location."""
 
 import datetime
 import json
@@ -9,14 +9,14 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from helpers.bad_input import CONTROLS, GOOD, REFUSED, TAKEN, lines, table
+from helpers.bad_input import ACCEPTED, GOOD, REJECTED, SPECIAL_TOKENS, lines, table
 from helpers.template_families import tokenizer_of
 from hypothesis import strategies as st
 
 from sft_recipes.config import loader
 from sft_recipes.data import prepare, sources, tokenize_rows
 from sft_recipes.data.formats import conversation_of
-from sft_recipes.data.tokenize import IGNORED, Chat
+from sft_recipes.data.tokenize import IGNORED, ConversationTokenizer
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Topology
 from sft_recipes.runtime.errors import UserError
@@ -25,218 +25,220 @@ MAX_LENGTH = 128
 
 
 @pytest.fixture(scope="module")
-def chat(tokenizer):
-    return Chat(tokenizer, datetime.date(2026, 11, 21))
+def conversation_tokenizer(tokenizer):
+    return ConversationTokenizer(tokenizer, datetime.date(2026, 11, 21))
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder for files that are written over and over."""
+def folder(tmp_path_factory):
+    """A folder for files that are overwritten by each example."""
     return tmp_path_factory.mktemp("fuzz")
 
 
 @pytest.fixture
-def lie(tmp_path, monkeypatch):
-    """Puts a case where the working folder is, so that errors name the file as the case does."""
-    here = tmp_path / "work" / "here"
-    here.mkdir(parents=True)
-    monkeypatch.chdir(here)
+def write_case(tmp_path, monkeypatch):
+    """Writes a case to the working folder, so that errors name the file as the case does."""
+    folder = tmp_path / "work" / "here"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
 
     def put(case):
         if isinstance(case.content, bytes):
-            (here / case.name).write_bytes(case.content)
+            (folder / case.name).write_bytes(case.content)
         elif case.content:
-            case.content(here / case.name)
+            case.content(folder / case.name)
         return case.name
 
     return put
 
 
-def label(name, chat):
-    """A name's way to labels, as preparing goes it."""
-    source = sources.resolve(str(name), "data.train", Path("embedded"))
-    return tokenize_rows.label(source, chat, MAX_LENGTH, "data.train", "rows")
+def tokenize(name, conversation_tokenizer):
+    """Tokenize a source as preparation does."""
+    source = sources.resolve(str(name), "data.train", Path("toy"))
+    return tokenize_rows.tokenize_source(source, conversation_tokenizer, MAX_LENGTH, "data.train", "rows")
 
 
 def conversations(name):
-    return [conversation_of(row) for row in sources.resolve(str(name), "data.train", Path("embedded")).rows()]
+    return [conversation_of(row) for row in sources.resolve(str(name), "data.train", Path("toy")).rows()]
 
 
 def check(example, turns, tokenizer):
-    """The example says what the turns do, character by character, and steers the model only where the template does."""
+    """Check the example's text and loss mask against the turns; only the template's special tokens may be in it."""
     ids, labels = example.input_ids, example.labels
     assert len(labels) == len(ids)
     text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
-    start, end, *others = (tokenizer.convert_tokens_to_ids(token) for token in CONTROLS)
+    start, end, *others = (tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS)
     assert [ids.count(start), ids.count(end)] == [len(turns)] * 2
     assert not set(others) & set(ids)
     ends = [number for number, id in enumerate(ids) if id == end]
-    answered = [role == "assistant" for role, _ in turns]
-    assert [labels[number] == end for number in ends] == answered
+    expected = [role == "assistant" for role, _ in turns]
+    assert [labels[number] == end for number in ends] == expected
     assert start not in labels
-    learned = [id for id in labels if id != IGNORED]
+    in_loss = [id for id in labels if id != IGNORED]
     answers = "".join(f"{content}<|im_end|>\n" for role, content in turns if role == "assistant")
-    assert tokenizer.decode(learned, clean_up_tokenization_spaces=False) == answers
+    assert tokenizer.decode(in_loss, clean_up_tokenization_spaces=False) == answers
 
 
-@pytest.mark.parametrize("case", REFUSED, ids=[case.what for case in REFUSED])
-def test_bad_data_is_refused_with_its_place_in_one_readable_line(case, lie, chat):
+@pytest.mark.parametrize("case", REJECTED, ids=[case.title for case in REJECTED])
+def test_sources_reject_bad_data_with_location(case, write_case, conversation_tokenizer):
     with pytest.raises(UserError) as raised:
-        label(lie(case), chat)
-    said = " ".join(str(raised.value).split())
-    assert re.match(case.message, said), said[:1000]
-    assert len(said) < 1000, "no line that a person reads"
-    assert said.isprintable(), "what a terminal or a log cannot show"
+        tokenize(write_case(case), conversation_tokenizer)
+    message = " ".join(str(raised.value).split())
+    assert re.match(case.message, message), message[:1000]
+    assert len(message) < 1000
+    assert message.isprintable()
 
 
-@pytest.mark.parametrize("case", TAKEN, ids=[case.what for case in TAKEN])
-def test_odd_data_is_taken_as_what_it_says(case, lie, chat, tokenizer):
-    name = lie(case)
-    labelled = label(name, chat)
-    examples = chat.label(conversations(name))
-    assert len(labelled) == len(examples) == len(case.conversations)
+@pytest.mark.parametrize("case", ACCEPTED, ids=[case.title for case in ACCEPTED])
+def test_sources_accept_odd_data(case, write_case, conversation_tokenizer, tokenizer):
+    name = write_case(case)
+    tokenized = tokenize(name, conversation_tokenizer)
+    examples = conversation_tokenizer.tokenize(conversations(name))
+    assert len(tokenized) == len(examples) == len(case.conversations)
     for example, turns in zip(examples, case.conversations, strict=True):
         check(example, turns, tokenizer)
-    assert labelled.whole.tolist() == [len(example.input_ids) for example in examples]
-    assert labelled.lengths.tolist() == [min(len(example.input_ids), MAX_LENGTH) for example in examples]
-    assert labelled.ids.tolist() == [id for example in examples for id in example.input_ids[:MAX_LENGTH]]
-    learned = [label != IGNORED for example in examples for label in example.labels[:MAX_LENGTH]]
-    assert labelled.supervised.tolist() == learned
+    assert tokenized.full_lengths.tolist() == [len(example.input_ids) for example in examples]
+    assert tokenized.lengths.tolist() == [min(len(example.input_ids), MAX_LENGTH) for example in examples]
+    assert tokenized.input_ids.tolist() == [id for example in examples for id in example.input_ids[:MAX_LENGTH]]
+    in_loss = [label != IGNORED for example in examples for label in example.labels[:MAX_LENGTH]]
+    assert tokenized.loss_mask.tolist() == in_loss
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can read every file")
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet"])
-def test_a_file_that_may_not_be_read_is_refused(lie, chat, name):
+def test_sources_reject_unreadable_file(write_case, conversation_tokenizer, name):
     Path(name).write_bytes(table([GOOD]))
     Path(name).chmod(0)
     with pytest.raises(UserError, match=f"{name}: .*[Pp]ermission denied"):
-        label(name, chat)
+        tokenize(name, conversation_tokenizer)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \r\n\n"], ids=["empty", "blank lines"])
 @pytest.mark.parametrize("part", ["train", "validation", "retention_eval"])
-def test_a_file_without_a_row_is_no_data_set(tmp_path, model_folder, write_rows, part, content):
+def test_prepare_rejects_file_without_rows(tmp_path, model_folder, write_rows, part, content):
     files = {key: write_rows([GOOD], f"{key}.jsonl") for key in ("train", "validation", "retention_eval")}
     files[part].write_bytes(content)
-    words = [f"model.name_or_path={model_folder}", "model.from_scratch=false", "trainer.max_length=128"]
-    words += [f"data.{key}={file}" for key, file in files.items()]
-    plan = plans.make(loader.load("tiny", words), Topology(0, 1))
-    with pytest.raises(UserError, match=rf"data\.{part}: .*{part}\.jsonl holds no rows"):
+    overrides = [f"model.name_or_path={model_folder}", "model.from_scratch=false", "trainer.max_length=128"]
+    overrides += [f"data.{key}={file}" for key, file in files.items()]
+    plan = plans.make(loader.load("tiny", overrides), Topology(0, 1))
+    with pytest.raises(UserError, match=rf"data\.{part}: .*{part}\.jsonl: found no rows"):
         prepare.prepare(plan, tmp_path / "store")
 
 
-def called(arguments):
+def with_call(arguments):
     call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": arguments}]}
     return {"messages": [{"role": "user", "content": "x"}, call]}
 
 
-# What is nested, and whether such a row is taken where it is not too deep.
+# Where a row is nested, and whether it is accepted if it is not too deep.
 NESTED = {
     "a content": (lambda deep: {"prompt": deep, "completion": "4"}, False),
     "a role": (lambda deep: {"messages": [{"role": deep, "content": "x"}]}, False),
     "a part": (lambda deep: {"messages": [{"role": "user", "content": [{"type": deep}]}]}, False),
-    "an argument": (lambda deep: called({"a": deep}), False),
-    "arguments in JSON text": (lambda deep: called(json.dumps({"a": deep})), False),
+    "an argument": (lambda deep: with_call({"a": deep}), False),
+    "arguments in JSON text": (lambda deep: with_call(json.dumps({"a": deep})), False),
     "a tool": (lambda deep: {**GOOD, "tools": [{"name": "f", "parameters": deep}]}, True),
     "tools in JSON text": (lambda deep: {**GOOD, "tools": json.dumps([{"name": "f", "parameters": deep}])}, True),
     "another column": (lambda deep: {**GOOD, "meta": deep}, True),
 }
 
 
-@pytest.mark.parametrize(("form", "taken"), NESTED.values(), ids=NESTED)
-def test_nesting_is_read_or_refused_at_every_depth(form, taken, lie, chat):
-    """Near Python's limit a row can be read and yet be too deep for the next step."""
-    limit, found = sys.getrecursionlimit(), []
+@pytest.mark.parametrize(("make_row", "accepted"), NESTED.values(), ids=NESTED)
+def test_sources_handle_every_nesting_depth(make_row, accepted, write_case, conversation_tokenizer):
+    """Near Python's recursion limit a row can be parsed and yet be too deep for the next step."""
+    limit, counts = sys.getrecursionlimit(), []
     for depth in (10, 100, *range(limit - 200, limit + 10)):
-        # Brackets are put into the text: json.dumps has the same limit.
-        text = re.sub(r'\\?"DEEP\\?"', "[" * depth + "]" * depth, json.dumps(form("DEEP")))
+        # Insert the brackets into the text: json.dumps has the same limit.
+        text = re.sub(r'\\?"DEEP\\?"', "[" * depth + "]" * depth, json.dumps(make_row("DEEP")))
         Path("rows.jsonl").write_text(text)
         try:
-            found.append(len(label("rows.jsonl", chat)))
+            counts.append(len(tokenize("rows.jsonl", conversation_tokenizer)))
         except UserError as error:
             assert str(error).startswith("rows.jsonl:1: ")
-    assert (1 in found) == taken
+    assert (1 in counts) == accepted
 
 
-# --- calls and tools, which ChatML does not write ---------------------------------------------------------------------
+# --- calls and tools, which ChatML does not have ---------------------------------------------------------------------
 
 
-def with_a_tool(**texts):
-    """A row in which a tool is called, with a text put somewhere."""
-    said = dict.fromkeys(("user", "description", "argument", "call", "id", "answer", "tool", "assistant"), "x") | texts
-    parameters = {"type": "object", "properties": {"a": {"type": "string", "description": said["description"]}}}
+def with_tool(**texts):
+    """A row with a tool call and these texts in the named fields."""
+    values = (
+        dict.fromkeys(("user", "description", "argument", "call", "id", "answer", "tool", "assistant"), "x") | texts
+    )
+    parameters = {"type": "object", "properties": {"a": {"type": "string", "description": values["description"]}}}
     call = {
         "type": "function",
-        "id": said["id"],
-        "function": {"name": said["call"], "arguments": {"a": said["argument"]}},
+        "id": values["id"],
+        "function": {"name": values["call"], "arguments": {"a": values["argument"]}},
     }
-    # Templates that write the answering tool's name take it from the call where an id says which.
-    named = {} if "tool" in texts else {"tool_call_id": said["id"]}
+    # Templates that write the answering tool's name take it from the call with the same id.
+    named = {} if "tool" in texts else {"tool_call_id": values["id"]}
     return {
         "messages": [
-            {"role": "user", "content": said["user"]},
+            {"role": "user", "content": values["user"]},
             {"role": "assistant", "content": "", "tool_calls": [call]},
-            {"role": "tool", "content": said["answer"], "name": said["tool"], **named},
-            {"role": "assistant", "content": said["assistant"]},
+            {"role": "tool", "content": values["answer"], "name": values["tool"], **named},
+            {"role": "assistant", "content": values["assistant"]},
         ],
-        "tools": [{"name": "x", "description": said["description"], "parameters": parameters}],
+        "tools": [{"name": "x", "description": values["description"], "parameters": parameters}],
     }
 
 
 @pytest.fixture(scope="module", params=["qwen2_5", "gemma4", "muse_glimmer"])
-def chat_with_tools(request):
-    return Chat(tokenizer_of(request.param), datetime.date(2026, 11, 21))
+def tool_tokenizer(request):
+    return ConversationTokenizer(tokenizer_of(request.param), datetime.date(2026, 11, 21))
 
 
-@pytest.mark.parametrize("where", ["user", "description", "argument", "call", "id", "answer", "tool", "assistant"])
-def test_no_text_in_a_call_or_a_tool_steers_the_model_or_the_reader(where, place, chat_with_tools):
-    tokenizer = chat_with_tools.tokenizer
+@pytest.mark.parametrize("field", ["user", "description", "argument", "call", "id", "answer", "tool", "assistant"])
+def test_tool_texts_add_no_special_tokens(field, folder, tool_tokenizer):
+    tokenizer = tool_tokenizer.tokenizer
     added = {id: token.content for id, token in tokenizer.added_tokens_decoder.items()}
-    marks = [text for text in added.values() if re.fullmatch(r"<.+>|\[.+\]", text)]
-    marks_ids = set(tokenizer.convert_tokens_to_ids(marks))
+    special = [text for text in added.values() if re.fullmatch(r"<.+>|\[.+\]", text)]
+    special_ids = set(tokenizer.convert_tokens_to_ids(special))
 
-    def steering(text):
-        write(place / "rows.jsonl", [with_a_tool(**{where: text})])
-        label(place / "rows.jsonl", chat_with_tools)
-        (example,) = chat_with_tools.label(conversations(place / "rows.jsonl"))
-        return [id for id in example.input_ids if id in marks_ids]
+    def special_ids_with(text):
+        write(folder / "rows.jsonl", [with_tool(**{field: text})])
+        tokenize(folder / "rows.jsonl", tool_tokenizer)
+        (example,) = tool_tokenizer.tokenize(conversations(folder / "rows.jsonl"))
+        return [id for id in example.input_ids if id in special_ids]
 
-    plain = steering("x")
+    plain = special_ids_with("x")
     odd = ["qzx0000xzq", "qzx0001xzq", "qzx9999xzq", "\ud800", "\0", "\"'\\", "}}{%", "</tool_call>", "\u2028", '"}']
-    for text in (*marks, *odd, *(f"{mark}{mark}" for mark in marks)):
+    for text in (*special, *odd, *(f"{token}{token}" for token in special)):
         try:
-            assert steering(text) == plain, text
+            assert special_ids_with(text) == plain, text
         except UserError as error:
-            assert str(error).startswith(f"{place / 'rows.jsonl'}:1: ")
+            assert str(error).startswith(f"{folder / 'rows.jsonl'}:1: ")
 
 
 # --- any bytes ------------------------------------------------------------------------------------------------------
 
-# The same examples each time: a change fails by what it does, not by what was drawn.
+# Derandomized: a failure comes from a change of the code, not of the examples.
 fuzz = hypothesis.settings(
     max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck)
 )
 
 
-def outcome(path, chat, tokenizer):
-    """The number of examples that a file becomes, each checked; None where it is refused as it should be."""
+def outcome(path, conversation_tokenizer, tokenizer):
+    """Return the number of a file's examples after checking each; None if the file is rejected with a proper error."""
     try:
-        labelled = label(path, chat)
+        tokenized = tokenize(path, conversation_tokenizer)
     except UserError as error:
         assert str(error).strip() and "Traceback" not in str(error)
         assert str(path) in str(error)
         return None
-    found = conversations(path)
-    examples = chat.label(found)
-    assert len(labelled) == len(examples) == len(found)
-    for one, example in zip(found, examples, strict=True):
-        check(example, [(message["role"], message["content"]) for message in one.messages], tokenizer)
+    expected = conversations(path)
+    examples = conversation_tokenizer.tokenize(expected)
+    assert len(tokenized) == len(examples) == len(expected)
+    for conversation, example in zip(expected, examples, strict=True):
+        check(example, [(message["role"], message["content"]) for message in conversation.messages], tokenizer)
     return len(examples)
 
 
 _ROWS = [GOOD, {"prompt": "<|im_end|> línea 🎉", "completion": "4\n5"}]
-WHOLE_FILES = {
+VALID_FILES = {
     ".jsonl": lines(*_ROWS),
     ".json": json.dumps(_ROWS, ensure_ascii=False).encode(),
     ".csv": b'prompt,completion\r\n2 + 2?,4\r\n<|im_end|>,"a ""b""\n"\r\n',
@@ -246,11 +248,11 @@ WHOLE_FILES = {
 
 @st.composite
 def files(draw):
-    """A suffix, and bytes: any, or those of a good file with some overwritten, put in, or cut off."""
-    suffix = draw(st.sampled_from(sorted(WHOLE_FILES)))
+    """A suffix and bytes: random, or those of a valid file with some overwritten, inserted or cut off."""
+    suffix = draw(st.sampled_from(sorted(VALID_FILES)))
     if draw(st.booleans()):
         return suffix, draw(st.binary(max_size=200))
-    content = bytearray(WHOLE_FILES[suffix])
+    content = bytearray(VALID_FILES[suffix])
     for _ in range(draw(st.integers(0, 3))):
         start = draw(st.integers(0, len(content)))
         end = start + draw(st.sampled_from([0, 1, 1, 1, 5]))
@@ -262,19 +264,21 @@ def files(draw):
 
 @fuzz
 @hypothesis.given(file=files())
-def test_any_bytes_are_rows_or_refused(file, place, chat, tokenizer):
+def test_sources_handle_any_bytes(file, folder, conversation_tokenizer, tokenizer):
     suffix, content = file
-    path = place / f"rows{suffix}"
+    path = folder / f"rows{suffix}"
     path.write_bytes(content)
-    outcome(path, chat, tokenizer)
+    outcome(path, conversation_tokenizer, tokenizer)
 
 
 # --- any JSON ---------------------------------------------------------------------------------------------------------
 
-# Any character at all, lone surrogates and NUL too.
+# Any character, including lone surrogates and NUL.
 texts = st.lists(
     st.one_of(
-        st.sampled_from([*CONTROLS, "<|im_end", "|>", "<", "im_end|>", "<|", "qzx0000xzq", "<tool_call>", "<think>"]),
+        st.sampled_from(
+            [*SPECIAL_TOKENS, "<|im_end", "|>", "<", "im_end|>", "<|", "qzx0000xzq", "<tool_call>", "<think>"]
+        ),
         st.text(max_size=6),
         st.text(st.characters(), max_size=2),
         st.sampled_from(["\ud800", "\x00", "\r\n", " ", "\u2028", "\ufeff"]),
@@ -297,53 +301,55 @@ values = st.recursive(
 )
 
 
-def write(path, rows, ascii_alone=True):
+def write(path, rows, ascii_only=True):
     if path.suffix == ".json":
-        content = json.dumps(rows, ensure_ascii=ascii_alone)
+        content = json.dumps(rows, ensure_ascii=ascii_only)
     else:
-        content = "".join(json.dumps(row, ensure_ascii=ascii_alone) + "\n" for row in rows)
+        content = "".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in rows)
     path.write_bytes(content.encode("utf-8", errors="surrogatepass"))
 
 
 @fuzz
 @hypothesis.given(rows=st.lists(values, max_size=3), suffix=st.sampled_from([".jsonl", ".json"]))
-def test_any_json_is_rows_or_refused(rows, suffix, place, chat, tokenizer):
-    write(place / f"rows{suffix}", rows)
-    outcome(place / f"rows{suffix}", chat, tokenizer)
+def test_sources_handle_any_json(rows, suffix, folder, conversation_tokenizer, tokenizer):
+    write(folder / f"rows{suffix}", rows)
+    outcome(folder / f"rows{suffix}", conversation_tokenizer, tokenizer)
 
 
-# --- rows that are nearly right ---------------------------------------------------------------------------------------
+# --- nearly valid rows ---------------------------------------------------------------------------------------
 
-said = st.one_of(texts.filter(str.strip), st.sampled_from(["2 + 2?", "4"]))
+nonempty = st.one_of(texts.filter(str.strip), st.sampled_from(["2 + 2?", "4"]))
 contents = st.one_of(
-    said,
-    said,
-    st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": said}), min_size=1, max_size=3),
+    nonempty,
+    nonempty,
+    st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": nonempty}), min_size=1, max_size=3),
     values,
 )
-ids_and_names = st.one_of(st.none(), said)
+ids_and_names = st.one_of(st.none(), nonempty)
 tool_calls = st.one_of(
     st.none(),
     st.just([]),
-    st.lists(st.fixed_dictionaries({"name": said, "arguments": st.one_of(values, values.map(json.dumps))}), max_size=2),
+    st.lists(
+        st.fixed_dictionaries({"name": nonempty, "arguments": st.one_of(values, values.map(json.dumps))}), max_size=2
+    ),
     values,
 )
 tools = st.one_of(
     st.none(),
-    st.lists(st.fixed_dictionaries({"name": said, "parameters": values}), max_size=2),
-    st.lists(st.fixed_dictionaries({"name": said, "description": said}), max_size=2).map(json.dumps),
+    st.lists(st.fixed_dictionaries({"name": nonempty, "parameters": values}), max_size=2),
+    st.lists(st.fixed_dictionaries({"name": nonempty, "description": nonempty}), max_size=2).map(json.dumps),
     values,
 )
 
 
 @st.composite
 def turns(draw):
-    """User and assistant in turns, at times with a system, a call and its answer, another role or another turn."""
+    """Alternating user and assistant, sometimes with a system turn, a call and its answer, or an invalid turn."""
     role_key, content_key = draw(st.sampled_from([("role", "content"), ("from", "value")]))
     roles = draw(st.sampled_from([[], [], ["system"]])) + ["user", "assistant"] * draw(st.integers(1, 3))
-    found = [{role_key: role, content_key: draw(said)} for role in roles]
+    drawn = [{role_key: role, content_key: draw(nonempty)} for role in roles]
     while draw(st.integers(0, 2)) == 0:
-        turn = draw(st.sampled_from(found))
+        turn = draw(st.sampled_from(drawn))
         turn |= draw(
             st.one_of(
                 st.fixed_dictionaries({role_key: st.one_of(st.sampled_from(ROLES), values)}),
@@ -354,22 +360,24 @@ def turns(draw):
             )
         )
         if draw(st.integers(0, 3)) == 0:
-            found.insert(
-                draw(st.integers(0, len(found))), {"role": draw(st.sampled_from(ROLES)), "content": draw(contents)}
+            drawn.insert(
+                draw(st.integers(0, len(drawn))), {"role": draw(st.sampled_from(ROLES)), "content": draw(contents)}
             )
-    return found
+    return drawn
 
 
 @st.composite
 def rows(draw):
-    """A row of one of the forms, at times with columns that it may or may not have."""
+    """A row of one of the formats, sometimes with optional or invalid columns."""
     row = draw(
         st.one_of(
             st.fixed_dictionaries({"messages": turns()}),
             st.fixed_dictionaries({"conversations": turns()}),
             st.fixed_dictionaries({"prompt": contents, "completion": contents}),
-            st.fixed_dictionaries({"instruction": said, "input": st.one_of(st.just(""), contents), "output": contents}),
-            st.fixed_dictionaries({"question": contents, "answer": said}),
+            st.fixed_dictionaries(
+                {"instruction": nonempty, "input": st.one_of(st.just(""), contents), "output": contents}
+            ),
+            st.fixed_dictionaries({"question": contents, "answer": nonempty}),
         )
     )
     if draw(st.integers(0, 2)) == 0:
@@ -377,20 +385,21 @@ def rows(draw):
     if draw(st.integers(0, 4)) == 0:
         row["tools"] = draw(tools)
     if draw(st.integers(0, 4)) == 0:
-        row["history"] = draw(st.one_of(st.lists(st.lists(said, min_size=2, max_size=2), max_size=2), values))
+        row["history"] = draw(st.one_of(st.lists(st.lists(nonempty, min_size=2, max_size=2), max_size=2), values))
     if draw(st.integers(0, 9)) == 0:
         row[draw(texts)] = draw(values)
     return row
 
 
-def test_rows_that_are_nearly_right_are_examples_or_refused(place, chat, tokenizer):
-    made = []
+def test_sources_handle_nearly_valid_rows(folder, conversation_tokenizer, tokenizer):
+    outcomes = []
 
     @fuzz
-    @hypothesis.given(drawn=st.lists(rows(), min_size=1, max_size=2), ascii_alone=st.booleans())
-    def each(drawn, ascii_alone):
-        write(place / "rows.jsonl", drawn, ascii_alone)
-        made.append(outcome(place / "rows.jsonl", chat, tokenizer))
+    @hypothesis.given(drawn=st.lists(rows(), min_size=1, max_size=2), ascii_only=st.booleans())
+    def each(drawn, ascii_only):
+        write(folder / "rows.jsonl", drawn, ascii_only)
+        outcomes.append(outcome(folder / "rows.jsonl", conversation_tokenizer, tokenizer))
 
     each()
-    assert len(made) // 8 < sum(number is not None for number in made) < len(made), "nothing was put to the test"
+    accepted = sum(number is not None for number in outcomes)
+    assert len(outcomes) // 8 < accepted < len(outcomes), "the rows must be neither all valid nor all invalid"

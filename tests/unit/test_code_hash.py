@@ -62,7 +62,7 @@ def test_a_docstring_edit_keeps_prepared_rows_and_receipts_and_a_code_edit_does_
     plan = dataclasses.replace(plans.make(loader.load("tiny"), Topology(0, 1)), data_fingerprint="a")
 
     def keys():
-        return prepare._key(plan, {"train": {}, "validation": {}}, None), trial.key(plan)
+        return prepare._cache_key(plan, {"train": {}, "validation": {}}, None), trial.key(plan)
 
     edited = package / "sft_recipes" / "data" / "packing.py"
     text, before = edited.read_text(encoding="utf-8"), keys()

@@ -12,8 +12,8 @@ from sft_recipes.config import loader
 from sft_recipes.config.schema import TABLE_KEYS
 from sft_recipes.data.formats import Conversation
 from sft_recipes.data.packing import to_dataset
-from sft_recipes.data.tokenize import IGNORED, Chat, Example
-from sft_recipes.data.tokenize_rows import arrays
+from sft_recipes.data.tokenize import IGNORED, ConversationTokenizer, Example
+from sft_recipes.data.tokenize_rows import to_arrays
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Topology
 from sft_recipes.runtime.errors import UserError
@@ -33,12 +33,12 @@ def examples(tokenizer):
     import datetime
 
     conversations = [Conversation(messages, f"here:{n}") for n, messages in enumerate(CONVERSATIONS)]
-    return Chat(tokenizer, datetime.date(2026, 11, 21)).label(conversations)
+    return ConversationTokenizer(tokenizer, datetime.date(2026, 11, 21)).tokenize(conversations)
 
 
 def dataset(examples, max_length, packing):
-    said = [Conversation([{"role": "user", "content": "x"}], one.where) for one in examples]
-    return to_dataset(arrays(said, list(examples), max_length), max_length, packing)
+    said = [Conversation([{"role": "user", "content": "x"}], one.location) for one in examples]
+    return to_dataset(to_arrays(said, list(examples), max_length), max_length, packing)
 
 
 @pytest.fixture(scope="module")
