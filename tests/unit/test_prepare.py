@@ -73,7 +73,7 @@ def flip_bit(file):
 @pytest.mark.parametrize(
     "name", ["train/data-*.arrow", "validation/data-*.arrow", "details.json", "prompts.jsonl", "checksums.json"]
 )
-def test_prepare_relocations_corrupt_data(prepared, logged, name, corrupt):
+def test_prepare_replaces_corrupt_data(prepared, logged, name, corrupt):
     first = prepared(ROWS)
     folder = Path(first.folder)
     (file,) = folder.glob(name)

@@ -1,11 +1,10 @@
-"""The data of the embedded recipe: small chats whose every answer follows from the prompt by a rule.
+"""The built-in toy dataset: small chats in which a rule determines each answer from its prompt.
 
-A model with random weights learns these rules within minutes on a CPU, so a run of the whole pipeline can be judged
-by exact match. Nothing is downloaded: `write` draws all rows from a seeded generator.
+A model with random weights learns these rules within minutes on a CPU, so a run of the complete pipeline can be judged
+by exact match. Nothing is downloaded: `write` generates all rows from a seed.
 
-What is held out does not depend on the seed. The checksum of a question's subject (the letters or numbers it is
-about) puts that question, in every phrasing, either into training or into validation, so no user prompt of one file
-that has a subject stands in the other.
+The split does not depend on the seed. The checksum of a question's subject (the letters or numbers it is about) assigns
+the question, in every phrasing, to training or to validation, so the two files share no prompt with a subject.
 """
 
 import json
@@ -20,7 +19,7 @@ TRAIN_ROWS = 12_000
 VALIDATION_ROWS = 400
 HELD_OUT_SHARE = 0.1  # of the subjects of every task
 SYSTEM_SHARE = 0.2
-MULTI_TURN_SHARE = 0.3  # of the rows that do not have several turns by their nature
+MULTI_TURN_SHARE = 0.3  # of the rows of single-turn tasks
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -59,7 +58,7 @@ def _largest(rng: random.Random) -> tuple[str, str]:
 
 
 def _add(rng: random.Random) -> tuple[str, str]:
-    """A sum in which no digit is carried."""
+    """Draw a sum without carry."""
     tens, ones, more = rng.randint(1, 9), rng.randint(0, 8), rng.randint(1, 9)
     more = min(more, 9 - ones)
     return f"{tens}{ones} + {more}", f"{tens}{ones + more}"
@@ -80,7 +79,7 @@ def _count(rng: random.Random) -> tuple[str, str]:
     return _letters(rng, count), str(count)
 
 
-# Per kind of task: the phrasings, and what draws a subject and its answer.
+# Per task: the phrasings, and a function that draws a subject and its answer.
 TASKS: dict[str, tuple[tuple[str, ...], Callable[[random.Random], tuple[str, str]]]] = {
     "reverse": (("Reverse these digits: {}", "Write backwards: {}"), _reverse),
     "sort": (("Sort these digits: {}", "Put these digits in rising order: {}"), _sort),
@@ -99,7 +98,7 @@ def _is_held_out(task: str, subject: str) -> bool:
 
 
 def _draw(rng: random.Random, task: str, held_out: bool) -> tuple[str, str]:
-    """One question of a task and its answer, from the wanted side of the split."""
+    """Draw a question of a task and its answer from one side of the split."""
     phrasings, draw = TASKS[task]
     while True:
         subject, answer = draw(rng)
@@ -108,7 +107,7 @@ def _draw(rng: random.Random, task: str, held_out: bool) -> tuple[str, str]:
 
 
 def _draw_remember(rng: random.Random, held_out: bool) -> tuple[tuple[str, str], tuple[str, str]]:
-    """Two turns: the first tells what a person has, the second asks for it."""
+    """Draw two turns: the first states what a person has, the second asks for it."""
     while True:
         name = f"{rng.choice(FIRST_NAMES)} {rng.choice(LAST_NAMES)}"
         if _is_held_out("remember", name) == held_out:
@@ -117,11 +116,11 @@ def _draw_remember(rng: random.Random, held_out: bool) -> tuple[tuple[str, str],
 
 
 def _row(rng: random.Random, task: str, held_out: bool) -> Row:
-    """A chat whose last turn is of the given task."""
+    """Draw a chat whose last turn is of the given task."""
     others = [_draw(rng, rng.choice(list(TASKS)), held_out) for _ in range(rng.randint(1, 2))]
     if task == "remember":
-        told, asked = _draw_remember(rng, held_out)
-        turns = [told, *others[: rng.randint(0, 1)], asked]
+        fact, question = _draw_remember(rng, held_out)
+        turns = [fact, *others[: rng.randint(0, 1)], question]
     else:
         turns = [*(others if rng.random() < MULTI_TURN_SHARE else ()), _draw(rng, task, held_out)]
     messages = [{"role": "system", "content": rng.choice(SYSTEM_PROMPTS)}] if rng.random() < SYSTEM_SHARE else []
@@ -131,12 +130,12 @@ def _row(rng: random.Random, task: str, held_out: bool) -> Row:
 
 
 def rows(count: int, held_out: bool, seed: int = 0) -> list[Row]:
-    """Rows whose last turns go through all tasks in equal shares, in random order.
+    """Draw rows whose last turns cover all tasks equally, in random order.
 
     Args:
-        count: how many rows.
-        held_out: whether they are for validation; no subject is on both sides.
-        seed: what the draws follow from, together with `held_out`.
+        count: number of rows.
+        held_out: draw validation rows; no subject is in both splits.
+        seed: of the generator, together with `held_out`.
     """
     rng = random.Random(f"{seed} {held_out}")
     tasks = [*TASKS, "remember"]
@@ -146,9 +145,7 @@ def rows(count: int, held_out: bool, seed: int = 0) -> list[Row]:
 
 
 def write(folder: Path, seed: int = 0) -> None:
-    """Write `train.jsonl` and `validation.jsonl` into a folder, made where it is missing.
-
-    Each file takes its name only when it is whole, and replaces one that is there.
+    """Write `train.jsonl` and `validation.jsonl` atomically to a folder, creating it if necessary.
 
     Raises:
         OSError: the folder or a file in it cannot be written.

@@ -1,6 +1,6 @@
-"""Builds the model folder of a recipe that starts from nothing: random weights, and a tokenizer trained on the spot.
+"""Builds a from-scratch model: random weights, and a tokenizer trained on the recipe's rows.
 
-Bytes are the tokenizer's base and its size is the architecture's, so any text fits the same model.
+The tokenizer is byte-level and has the architecture's vocabulary size, so the model accepts any text.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from sft_recipes.runtime.errors import DataError
 
 END_OF_TEXT, START, END, PADDING = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
 
-# ChatML, the form that most open models' templates share.
+# ChatML, which many open models use.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -23,10 +23,10 @@ CHAT_TEMPLATE = (
 
 
 def build(architecture: Mapping[str, Any], texts: list[str], folder: Path, seed: int) -> None:
-    """Writes config, weights and tokenizer to `folder`, which any `from_pretrained` loads.
+    """Write config, weights and tokenizer to `folder`, for `from_pretrained`.
 
     Raises:
-        DataError: the architecture names no known kind of model, or numbers that it refuses.
+        DataError: the architecture has an unknown model type, or values that it rejects.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -39,15 +39,15 @@ def build(architecture: Mapping[str, Any], texts: list[str], folder: Path, seed:
         config = AutoConfig.for_model(architecture["model_type"], **settings, **tokens)
         model = AutoModelForCausalLM.from_config(config)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise DataError(f"model.architecture: no model can be built from it: {error}") from error
+        raise DataError(f"model.architecture: no model can be built: {error}") from error
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Any:
-    """A byte-level BPE tokenizer of at most `vocabulary_size` tokens, with ChatML's markers and template.
+    """Train a byte-level BPE tokenizer of at most `vocabulary_size` tokens, with ChatML's special tokens and template.
 
-    Digits stand alone, as in most open models' tokenizers.
+    Each digit is a token, as in most open models' tokenizers.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
