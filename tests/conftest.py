@@ -34,8 +34,10 @@ def no_gpu_mask(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path) -> Workplace:
-    return Workplace(tmp_path)
+def workplace(tmp_path: Path, shared_workplace: Workplace) -> Workplace:
+    store = shared_workplace.runs / ".prepared"
+    store.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return Workplace(tmp_path, store)
 
 
 @pytest.fixture(scope="session")

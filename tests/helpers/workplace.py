@@ -63,10 +63,15 @@ class Workplace:
     """An empty directory with its own runs, and the command line in it."""
 
     path: Path
+    prepared: Path | None = None  # a store of prepared data that several workplaces share: each data set is made once
 
     @property
     def runs(self) -> Path:
         return self.path / "runs"
+
+    def names(self) -> list[str]:
+        """Return the names in the runs directory, without the prepared data."""
+        return sorted(path.name for path in self.runs.glob("*") if path.name != ".prepared")
 
     def environment(self, **variables: str) -> dict[str, str]:
         kept = {key: value for key, value in os.environ.items() if key not in GIVEN_BY_MAKE}
@@ -81,6 +86,10 @@ class Workplace:
 
     def sft(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run `python -m sft_recipes` and wait for it."""
+        store = self.runs / ".prepared"
+        if self.prepared and not store.exists():
+            self.runs.mkdir(exist_ok=True)
+            store.symlink_to(self.prepared)
         return subprocess.run(
             [sys.executable, "-m", "sft_recipes", *arguments],
             cwd=self.path,

@@ -78,7 +78,7 @@ GOOD_ROW = {"prompt": "2 + 2?", "completion": "4"}
 def test_what_cannot_be_done_is_refused_before_anything_starts(workplace, arguments, message):
     done = workplace.sft(*arguments, CUDA_VISIBLE_DEVICES="")  # as on a machine without GPUs, wherever this runs
     check_refused(done, message)
-    assert not workplace.runs.exists() or not list(workplace.runs.glob("*/plan.json"))
+    assert not list(workplace.runs.glob("*/plan.json"))
     assert not (workplace.path / "x").exists()
 
 
@@ -100,7 +100,7 @@ def test_what_cannot_be_done_is_refused_before_anything_starts(workplace, argume
 def test_data_that_makes_no_run_is_refused_and_leaves_nothing(workplace, rows, message):
     (workplace.path / "rows.jsonl").write_text(rows)
     check_refused(workplace.sft("train", "tiny", "data.train=rows.jsonl", "data.validation="), message)
-    assert [path for path in workplace.runs.glob("*") if path.name != ".prepared"] == []
+    assert workplace.names() == []
 
 
 def test_a_length_that_leaves_no_answer_is_refused(workplace):
@@ -229,7 +229,7 @@ def test_a_dry_run_starts_nothing(workplace):
     assert done.returncode == 0
     command = shlex.split(done.stdout)
     assert "sft_recipes.training.main" in command and command[-1].endswith("tiny-1/plan.json")
-    assert not workplace.runs.exists()
+    assert workplace.names() == []
 
 
 def make(workplace, *arguments):

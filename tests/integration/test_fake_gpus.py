@@ -90,7 +90,7 @@ def test_cpu_build_is_rejected_before_anything_starts(workplace):
         "error: GPUS: 1 requested, but PyTorch 2.13.0+cpu is a CPU build, expected a CUDA build. Install it: "
         "TORCH=cuda make setup\n"
     )
-    assert not workplace.runs.exists(), done.stdout
+    assert workplace.names() == [], done.stdout
 
 
 def test_sanity_and_verify_resume_are_rejected_as_train_is(workplace, monkeypatch):

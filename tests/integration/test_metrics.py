@@ -144,7 +144,7 @@ def test_a_tracker_that_is_not_known_is_refused_before_anything_starts(workplace
     done = workplace.sft("train", "tiny", REPORT_TO=asked)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: REPORT_TO: ")
-    assert not workplace.runs.exists()
+    assert workplace.names() == []
 
 
 def test_a_mode_that_wandb_does_not_know_is_refused_before_anything_starts(workplace):

@@ -382,7 +382,7 @@ def test_a_run_is_named_by_plain_characters_alone(name):
 def test_a_run_folder_that_is_a_link_is_refused_by_name_and_passed_over_without(workplace):
     """Whatever it points to: nothing, somebody's folder, a run."""
     (workplace.path / "elsewhere").mkdir()
-    workplace.runs.mkdir()
+    workplace.runs.mkdir(exist_ok=True)
     for target in ("elsewhere", "nowhere"):
         (workplace.runs / "tiny-1").symlink_to(workplace.path / target)
         check_refused(workplace.sft("train", "tiny", "--name", "tiny-1"), "NAME: .*tiny-1 is a link")
@@ -485,7 +485,7 @@ def test_tensorboard_is_served_to_this_machine_alone(workplace):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    workplace.runs.mkdir()
+    workplace.runs.mkdir(exist_ok=True)
     seen = started(workplace.path, workplace.environment(), "tensorboard", "--port", port)
 
     def web_server():

@@ -247,7 +247,7 @@ def test_train_refuses_what_does_not_fit_the_gpus_that_are_here(workplace):
         r"that fits:", done.stderr,
     )  # fmt: skip
     assert "GPUS=32" not in done.stderr, "more than are here"
-    assert not workplace.runs.exists()
+    assert workplace.names() == []
     path = machine_with(workplace, (24564, "NVIDIA GeForce RTX 4090"))
     done = workplace.sft("train", "3b", "--gpus", "1", PATH=path)
     assert done.returncode == 2 and "found 24.0 GiB (rtx4090-24g)" in done.stderr, "the recipe names a larger GPU"
@@ -313,7 +313,7 @@ def test_a_gpu_older_than_ampere_is_refused_what_it_does_not_have(workplace, sai
     done = workplace.sft("train", "1b", "--gpus", "1", *said, PATH=path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert f"Tesla V100-SXM2-32GB (compute capability 7.0) is older than Ampere and has {wanted}" in done.stderr
-    assert not workplace.runs.exists()
+    assert workplace.names() == []
 
 
 def test_a_gpu_as_old_as_that_may_train_in_fp32(workplace):
