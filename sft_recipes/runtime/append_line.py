@@ -1,4 +1,4 @@
-"""Adds lines to a run's files; a full disk costs the run neither its life nor, once there is room, the lines."""
+"""Append lines to a run's files; a full disk neither ends the run nor, once there is space, loses lines."""
 
 from __future__ import annotations
 
@@ -7,32 +7,31 @@ import os
 import sys
 from pathlib import Path
 
-_waiting: dict[Path, list[str]] = {}
+_pending: dict[Path, list[str]] = {}
 
 
 def add(path: Path, line: str) -> None:
-    """One more line, behind those that the disk has not taken yet; no file ever holds half of one."""
-    lines = [*_waiting.pop(path, []), line]
+    """Append a line, after those that are pending; no file ever holds half a line."""
+    lines = [*_pending.pop(path, []), line]
     try:
-        _add(path, "".join(f"{one}\n" for one in lines).encode())
+        _append(path, "".join(f"{line}\n" for line in lines).encode())
     except OSError as error:
         if len(lines) == 1:
-            with contextlib.suppress(OSError):  # of a log on the same disk
-                print(
-                    f"warning: {path} takes no line ({error.strerror}); kept until it does", file=sys.stderr, flush=True
-                )
-        _waiting[path] = lines
+            with contextlib.suppress(OSError):  # standard error may be a file on the same disk
+                print(f"warning: {path} cannot be written ({error.strerror}); lines are kept in memory",
+                      file=sys.stderr, flush=True)
+        _pending[path] = lines
 
 
-def _add(path: Path, content: bytes) -> None:
+def _append(path: Path, content: bytes) -> None:
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        before = os.fstat(file).st_size
+        size = os.fstat(file).st_size
         try:
             while content:
                 content = content[os.write(file, content) :]
         except OSError:
-            os.ftruncate(file, before)
+            os.ftruncate(file, size)
             raise
     finally:
         os.close(file)

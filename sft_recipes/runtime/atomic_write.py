@@ -1,4 +1,4 @@
-"""Writes files so that they are whole or not there, and still there when the machine loses its power."""
+"""Atomic and durable file writes: complete or absent, also after a power failure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Puts a text in a file's place, in one step."""
+    """Write a file atomically: to `NAME.partial`, fsync, rename, fsync of the directory."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     sync(partial)
@@ -17,13 +17,13 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The checksum of a file's content, in hexadecimal."""
+    """Return the checksum of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
-    """Has the system write a file, or what a folder lists, to its disk."""
+    """Fsync a file or a directory."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)

@@ -1,1 +1,1 @@
-"""Trainer callbacks, one concern per file."""
+"""Trainer callbacks, one per file."""

@@ -1,4 +1,4 @@
-"""Shows how far a run is: a live view on a terminal, plain lines elsewhere and in `log.txt`; rank 0 alone speaks."""
+"""Progress on the console: a live view on a terminal, plain lines elsewhere and in `log.txt`; rank 0 only."""
 
 from __future__ import annotations
 
@@ -21,89 +21,95 @@ log = logging.getLogger(__name__)
 
 
 class _View(Progress):
-    """A bar with the steps, and the newest figures in a line below it, so that neither is cut at 80 columns."""
+    """A progress bar with the latest metrics on a line below it, so that neither is cut at 80 columns."""
 
-    figures = ""
+    metrics = ""
 
     def get_renderables(self) -> Iterator[Any]:
-        """The two lines."""
+        """Yield the two lines."""
         yield self.make_tasks_table(self.tasks)
-        yield Text(self.figures)
+        yield Text(self.metrics)
 
 
 class ConsoleCallback(TrainerCallback):
-    """Speaks at every log and evaluation step."""
+    """Prints a line at every log and evaluation step; on a terminal it updates a view instead.
+
+    Attributes:
+        bar: the live view, on a terminal only.
+        shown: the latest metrics in the view, formatted.
+        started: time and step at which this attempt started, for the remaining time.
+    """
 
     def __init__(self, folder: RunDir):
-        self.log = folder.log
+        self.log_file = folder.log
         self.bar: _View | None = None
         self.shown: dict[str, str] = {}
-        self.began = (0.0, 0)
+        self.started = (0.0, 0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Starts the view where there is a terminal to show it on."""
+        """Start the view if standard output is a terminal."""
         if not state.is_world_process_zero:
             return
-        self.began = (time.monotonic(), state.global_step)
+        self.started = (time.monotonic(), state.global_step)
         if sys.stdout.isatty():
-            self.bar = _View("step", MofNCompleteColumn(), BarColumn(24), "left", TimeRemainingColumn())
-            self.bar.start()
+            self.bar = _View("step", MofNCompleteColumn(), BarColumn(24), "eta", TimeRemainingColumn())
+            self.bar.start()  # lines that are logged meanwhile appear above it
             self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Moves the bar."""
+        """Advance the bar."""
         if self.bar is not None:
             self.shown["epoch"] = f"epoch {state.epoch or 0:.2f}"
-            self.bar.figures = "  ".join(self.shown.values())
+            self.bar.metrics = "  ".join(self.shown.values())
             self.bar.update(self.task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Says loss, learning rate, gradient norm, speed, memory and the time that is left."""
+        """Print loss, learning rate, gradient norm, throughput, memory and the remaining time."""
         if not state.is_world_process_zero or not logs:
             return
         if "loss" in logs:
-            self.shown.update(loss=f"loss {logs['loss']:.4f}", **_cost(logs))
-            said = [self.shown["loss"], f"lr {logs['learning_rate']:.2e}"]
-            said += [f"grad_norm {logs['grad_norm']:.2f}"] if "grad_norm" in logs else []
-            self._line(state, "  ".join([*said, *_cost(logs).values()]))
+            self.shown.update(loss=f"loss {logs['loss']:.4f}", **_throughput_and_memory(logs))
+            parts = [self.shown["loss"], f"lr {logs['learning_rate']:.2e}"]
+            parts += [f"grad_norm {logs['grad_norm']:.2f}"] if "grad_norm" in logs else []
+            self._print(state, "  ".join([*parts, *_throughput_and_memory(logs).values()]))
         if "eval_loss" in logs:
             self.shown["eval_loss"] = f"eval_loss {logs['eval_loss']:.4f}"
             sources = {key[5:-5]: value for key, value in logs.items() if re.fullmatch(r"eval_\w+_loss", key)}
-            each = ", ".join(f"{name} {value:.4f}" for name, value in sources.items())
-            self._line(state, f"{self.shown['eval_loss']}{f' ({each})' if each else ''}")
+            by_source = ", ".join(f"{name} {value:.4f}" for name, value in sources.items())
+            self._print(state, f"{self.shown['eval_loss']}{f' ({by_source})' if by_source else ''}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Takes the view away."""
+        """Stop the view."""
         self.end()
 
     def end(self) -> None:
-        """For a run that did not come to its end, too."""
+        """Stop the view, also of a run that did not finish."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
 
-    def _line(self, state: Any, text: str) -> None:
+    def _print(self, state: Any, text: str) -> None:
         step, epoch = f"{state.global_step}/{state.max_steps}", state.epoch or 0
-        line = f"step {step}  epoch {epoch:.2f}  {text}  left {self._left(state)}"
+        line = f"step {step}  epoch {epoch:.2f}  {text}  eta {self._eta(state)}"
         if self.bar is None:
             log.info(line)
             return
-        append_line.add(self.log, line)
-        self.bar.figures = "  ".join(self.shown.values())
+        append_line.add(self.log_file, line)
+        self.bar.metrics = "  ".join(self.shown.values())
         self.bar.refresh()
 
-    def _left(self, state: Any) -> str:
-        began, first = self.began
-        done = state.global_step - first
-        if done <= 0:
+    def _eta(self, state: Any) -> str:
+        started, first_step = self.started
+        steps = state.global_step - first_step
+        if steps <= 0:
             return "?"
-        seconds = (time.monotonic() - began) / done * (state.max_steps - state.global_step)
+        seconds = (time.monotonic() - started) / steps * (state.max_steps - state.global_step)
         hours, rest = divmod(int(seconds), 3600)
         return f"{hours}:{rest // 60:02}:{rest % 60:02}"
 
 
-def _cost(logs: dict[str, Any]) -> dict[str, str]:
-    """Tokens a second, and the memory at its highest: the GPU's, else this host's process."""
+def _throughput_and_memory(logs: dict[str, Any]) -> dict[str, str]:
+    """Format tokens/s, and the peak memory of the GPU, else of this process."""
     memory = logs.get("memory_peak_bytes", logs.get("host_memory_bytes"))
-    shown = {"speed": f"{logs['tokens_per_second']:,.0f} tok/s"} if "tokens_per_second" in logs else {}
+    shown = {"speed": f"{logs['tokens_per_second']:,.0f} tokens/s"} if "tokens_per_second" in logs else {}
     return {**shown, "memory": f"{memory / GIB:.1f} GiB"} if memory else shown

@@ -1,4 +1,4 @@
-"""Lets the model answer the same held-out prompts at every evaluation, on rank 0."""
+"""Generation: greedy completions of the same held-out prompts at every evaluation, on rank 0."""
 
 from __future__ import annotations
 
@@ -15,28 +15,42 @@ from sft_recipes.training.callbacks.metrics import append
 
 
 class GenerationCallback(TrainerCallback):
-    """Writes `samples.jsonl`, and hands the answers to the trackers; nothing where no rank holds the model."""
+    """Writes `samples.jsonl` and logs the completions to the trackers; inactive if parameters are sharded.
 
-    def __init__(self, plan: Plan, folder: RunDir, prepared: Path, trackers: Sequence[Any], stop: Sequence[int]):
-        """`stop` are the ids that end an answer."""
+    Attributes:
+        stop_token_ids: end a completion.
+        max_new_tokens: limit of a completion (`generation.max_new_tokens`).
+        prompts: held-out prompts (`generation.show`).
+    """
+
+    def __init__(
+        self, plan: Plan, folder: RunDir, prepared: Path, trackers: Sequence[Any], stop_token_ids: Sequence[int]
+    ):
         self.folder = folder
         self.trackers = trackers
-        self.stop = stop
-        self.most = plan.sections.generation.max_new_tokens
-        shown = 0 if plan.shards_parameters else plan.sections.generation.show
-        self.prompts = completions.read_prompts(prepared, shown, 0)
+        self.stop_token_ids = stop_token_ids
+        self.max_new_tokens = plan.sections.generation.max_new_tokens
+        show = 0 if plan.shards_parameters else plan.sections.generation.show
+        self.prompts = completions.read_prompts(prepared, show, 0)
         self.trainer: Any = None
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Greedy answers, so that no random number of the training is used up."""
+        """Generate greedily, so that no random number of the training is used."""
         if not state.is_world_process_zero or not self.prompts:
             return
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        model, tokenizer = self.trainer.accelerator.unwrap_model(self.trainer.model), self.trainer.processing_class
         with self.trainer.compute_loss_context_manager():
-            answered = completions.answer(model, self.trainer.processing_class, self.prompts, 0, self.most, self.stop)
+            answered = completions.answer(
+                model, tokenizer, self.prompts, 0, self.max_new_tokens, self.stop_token_ids
+            )
         samples = [
-            {"step": state.global_step, "prompt": asked(prompt), "wanted": prompt.answer, "said": said}
-            for prompt, said in zip(self.prompts, answered.said, strict=True)
+            {
+                "step": state.global_step,
+                "prompt": format_messages(prompt),
+                "reference": prompt.answer,
+                "completion": completion,
+            }
+            for prompt, completion in zip(self.prompts, answered.said, strict=True)
         ]
         for sample in samples:
             append(self.folder.samples, sample)
@@ -44,6 +58,6 @@ class GenerationCallback(TrainerCallback):
             tracker.log_samples(state.global_step, samples)
 
 
-def asked(prompt: completions.Prompt) -> str:
-    """A prompt's turns as lines."""
+def format_messages(prompt: completions.Prompt) -> str:
+    """Return a prompt's messages, one per line."""
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt.messages)

@@ -1,4 +1,4 @@
-"""Turns a signal on any rank into one decision of all ranks: save this step, then stop."""
+"""Graceful stop: a signal on any rank becomes one decision of all ranks, to save this step and stop."""
 
 from __future__ import annotations
 
@@ -11,38 +11,42 @@ from sft_recipes.training import stop_signal
 
 
 class StoppedAtStartError(Exception):
-    """This start takes no step: all ranks were asked to stop, or the run had come to its end, before the first."""
+    """This attempt takes no step: a stop was requested, or the run ended, before the first."""
 
 
-class CutShortError(Exception):
-    """An evaluation that all ranks leave at the same pass; the next start makes it again."""
+class EvaluationStoppedError(Exception):
+    """All ranks leave an evaluation at the same forward pass; the next attempt repeats it."""
 
 
 class GracefulStopCallback(TrainerCallback):
-    """Ranks get a signal at different steps, so a rank never acts on its own: the flag is reduced over all, every step.
+    """All-reduces the stop request at every step, since ranks receive a signal at different steps.
 
-    A rank that saved alone would wait for ever for the others, which wait in the next step's reduction
-    (transformers' own `enable_jit_checkpoint` does, where signals come 0.13 s apart).
+    A rank that saved alone would wait indefinitely for the others, which wait in the next step's all-reduce
+    (transformers' `enable_jit_checkpoint` does, with signals 0.13 s apart).
+
+    Attributes:
+        stopped: whether a stop was requested before the last step.
+        first_step: the step at which this attempt started; not 0 in a resumed run.
     """
 
     def __init__(self) -> None:
         self.stopped = False
-        self.first_step = 0  # where this process's training began; a resumed run is past 0
+        self.first_step = 0
         self.trainer: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Records the step from which this process trains."""
+        """Record the step at which this attempt starts."""
         self.first_step = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stops all ranks at this step if any was asked to."""
-        if self.asked():
+        """Save and stop at this step if a stop was requested."""
+        if self.stop_requested():
             control.should_save = control.should_training_stop = True
 
-    def asked(self) -> bool:
-        """Whether any rank was asked to stop a run that has steps to come; all ranks take part, and learn the same."""
-        asked = torch.tensor(float(stop_signal.asked()), device=self.trainer.accelerator.device)
-        any_was = bool(self.trainer.accelerator.reduce(asked, "sum").item())
-        stops = any_was and self.trainer.state.global_step < self.trainer.plan.optimizer_steps
-        self.stopped = self.stopped or stops
-        return stops
+    def stop_requested(self) -> bool:
+        """Whether a stop was requested on any rank, and the run has steps left. Collective: call on every rank."""
+        requested = torch.tensor(float(stop_signal.asked()), device=self.trainer.accelerator.device)
+        on_any_rank = bool(self.trainer.accelerator.reduce(requested, "sum").item())
+        stop = on_any_rank and self.trainer.state.global_step < self.trainer.plan.optimizer_steps
+        self.stopped = self.stopped or stop
+        return stop

@@ -1,7 +1,6 @@
-"""Proves while a run trains: writes `integrity.jsonl`, settles the ledger of rows, and compares copies of the weights.
+"""Integrity log: fingerprints of each rank's state, the data-order check, and the replica consistency check.
 
-A step is proved by digests of what each rank held behind it. Those of a save and of the two steps behind it let
-`verify-resume` take the same steps again and compare.
+`integrity.jsonl` has the fingerprints after each save and the next two steps, which `verify-resume` repeats and compares.
 """
 
 from __future__ import annotations
@@ -12,34 +11,40 @@ from transformers import TrainerCallback
 
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import TrainingError
-from sft_recipes.runtime.run_dir import STEPS_PROVED, RunDir
-from sft_recipes.training.callbacks.metrics import append, forget_behind
+from sft_recipes.runtime.run_dir import FINGERPRINTED_STEPS, RunDir
+from sft_recipes.training.callbacks.metrics import append, drop_lines_after
 from sft_recipes.training.integrity import fingerprint
 from sft_recipes.training.integrity.data_order import DataOrderCheck
 from sft_recipes.training.integrity.replica_check import ReplicaCheck
 
 
 class IntegrityCallback(TrainerCallback):
-    """What is proved of a run, and where: a trainer has one from its beginning."""
+    """Writes `integrity.jsonl` and runs the checks; part of every trainer.
 
-    def __init__(self, plan: Plan, folder: RunDir, ledger: DataOrderCheck):
+    Attributes:
+        data_order: the data-order check.
+        replicas: the replica consistency check, under DDP.
+        compare_every: steps between two replica checks (`monitor.replica_check_steps`).
+    """
+
+    def __init__(self, plan: Plan, folder: RunDir, data_order: DataOrderCheck):
         self.folder = folder
-        self.ledger = ledger
+        self.data_order = data_order
         self.replicas = ReplicaCheck() if plan.strategy.ddp else None
         self.compare_every = plan.sections.monitor.replica_check_steps
         self.trainer: Any = None
-        self._taken_up: dict[str, Any] = {}
-        self._went_on_from: int | None = None
-        self._proved_until = 0
+        self._restored: dict[str, Any] = {}
+        self._resumed_from: int | None = None
+        self._fingerprint_until = 0
 
     def restore_state(self, record: dict[str, Any]) -> None:
-        """Before a resumed run trains: what `record` gave when its checkpoint was saved; nothing where nothing is known
-        of that."""
-        self._taken_up = record
+        """Restore what `check_before_save` returned for the checkpoint, before a resumed run trains."""
+        self._restored = record
 
-    def record(self) -> dict[str, Any]:
-        """Proves the step that is about to be saved, before a file of it is written; for the checkpoint to hold. All
-        ranks take part.
+    def check_before_save(self) -> dict[str, Any]:
+        """Check and log the step to be saved, before its first file is written; return what the checkpoint records.
+
+        Collective: call on every rank.
 
         Raises:
             TrainingError: ranks hold different weights, or were fed other rows than the epoch's.
@@ -47,67 +52,67 @@ class IntegrityCallback(TrainerCallback):
         state = self.trainer.state
         if self.replicas:
             self.replicas.compare(self.trainer, state.global_step)
-        self._settle(state)
-        ranks = self._write(state, saved=True)
-        self._proved_until = state.global_step + STEPS_PROVED
-        return {"step": state.global_step, "rows": self.ledger.chain, "ranks": ranks}
+        self._check_rows(state)
+        fingerprints = self._log_fingerprints(state, saved=True)
+        self._fingerprint_until = state.global_step + FINGERPRINTED_STEPS
+        return {"step": state.global_step, "rows_hash": self.data_order.rows_hash, "fingerprints": fingerprints}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Goes on behind the checkpoint's step; what an interrupted start proved behind it is left out.
+        """Continue after the checkpoint's step; drop what an interrupted attempt logged after it.
 
         Raises:
-            TrainingError: the checkpoint's proof is another step's.
+            TrainingError: the checkpoint's record is of another step.
         """
-        record, step = self._taken_up, state.global_step
+        record, step = self._restored, state.global_step
         if record and record["step"] != step:
-            raise TrainingError(f"a checkpoint of step {step} holds the proof of step {record['step']}: is it a copy?")
-        self.ledger.restore_state(step, record.get("rows", ""))
+            raise TrainingError(f"checkpoint of step {step}: its integrity record is of step {record['step']}")
+        self.data_order.restore_state(step, record.get("rows_hash", ""))
         if step:
-            self._went_on_from = step
-            self._proved_until = step + STEPS_PROVED
+            self._resumed_from = step
+            self._fingerprint_until = step + FINGERPRINTED_STEPS
         if state.is_world_process_zero:
-            forget_behind(self.folder.integrity_log, step)
+            drop_lines_after(self.folder.integrity_log, step)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Where copies were compared behind the last step, each rank's must still be what they were."""
+        """Check that no rank's weights changed since they were compared after the last step."""
         if self.replicas:
-            self.replicas.compare_with_before(self.trainer, state.global_step + 1)
+            self.replicas.compare_before_step(self.trainer, state.global_step + 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """What the step left.
+        """Run the checks that are due, and log fingerprints.
 
-        Random numbers are compared here, at a step's end: a resumed run restores them only when it has drawn its first
-        batch (the Trainer's `_load_rng_state`), so at a step's beginning they are others. An evaluation, which a replay
-        does not make, draws none (trainer.evaluation_loop).
+        Random states are compared at the end of a step: a resumed run restores them only after it has drawn its first
+        batch (the Trainer's `_load_rng_state`). An evaluation, which a replay skips, draws no random number
+        (RecipeTrainer.evaluation_loop).
         """
-        proved = state.global_step <= self._proved_until
-        if proved or control.should_log or control.should_save:
-            self._settle(state)
+        fingerprinted = state.global_step <= self._fingerprint_until
+        if fingerprinted or control.should_log or control.should_save:
+            self._check_rows(state)
         if self.replicas and state.global_step % self.compare_every == 0:
             self.replicas.compare(self.trainer, state.global_step)
-        if proved:
-            self._write(state, saved=False)
+        if fingerprinted:
+            self._log_fingerprints(state, saved=False)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Every row of the epoch was used once."""
-        self._settle(state)
+        """Check that every row of the epoch was used once."""
+        self._check_rows(state)
         if not control.should_training_stop:
-            self.ledger.end_epoch(state.global_step)
+            self.data_order.check_epoch_end(state.global_step)
 
-    def _settle(self, state: Any) -> None:
-        self.ledger.settle()
-        if self.ledger.steps != state.global_step:
+    def _check_rows(self, state: Any) -> None:
+        self.data_order.check_pending()
+        if self.data_order.steps != state.global_step:
             raise TrainingError(
-                f"{self.ledger.steps} steps were fed rows, but {state.global_step} were taken; report this"
+                f"rows were fed to {self.data_order.steps} steps, but {state.global_step} were taken; report this"
             )
 
-    def _write(self, state: Any, saved: bool) -> list[dict[str, str]]:
-        """One line; the digests of every rank. All ranks take part."""
+    def _log_fingerprints(self, state: Any, saved: bool) -> list[dict[str, str]]:
+        """Append one line; return the fingerprints of every rank. Collective."""
         from accelerate.utils import gather_object
 
-        ranks: list[dict[str, str]] = gather_object([fingerprint.of_rank(self.trainer)])
+        fingerprints: list[dict[str, str]] = gather_object([fingerprint.of_rank(self.trainer)])
         if state.is_world_process_zero:
-            line = {"step": state.global_step, "saved": saved, "went_on_from": self._went_on_from}
-            line |= {"loss": self.trainer.watch.loss, "rows": self.ledger.chain, "ranks": ranks}
-            append(self.folder.integrity_log, line)
-        return ranks
+            line = {"step": state.global_step, "saved": saved, "resumed_from": self._resumed_from}
+            line |= {"loss": self.trainer.watch.loss, "rows_hash": self.data_order.rows_hash}
+            append(self.folder.integrity_log, {**line, "fingerprints": fingerprints})
+        return fingerprints

@@ -1,7 +1,8 @@
-"""Keeps what a run can go on from and be used with: the two newest checkpoints, the weights of the three best steps."""
+"""Retention: keep the two latest checkpoints, and the weights of the three best steps."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from transformers import TrainerCallback
@@ -11,46 +12,48 @@ from sft_recipes.training import manifest
 from sft_recipes.training.callbacks.metrics import append
 from sft_recipes.training.checkpoint import checkpoint_format, retention
 
+log = logging.getLogger(__name__)
+
 CHECKPOINTS_KEPT = 2
 
 
 class RetentionCallback(TrainerCallback):
-    """Saves `best-N/` after an evaluation that is among the three best, and sees that the last step is evaluated."""
+    """Saves `best-N/` after an evaluation among the three best, and has the last step evaluated."""
 
     def __init__(self, folder: RunDir):
         self.folder = folder
         self.trainer: Any = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The Trainer saves at the last step but evaluates only at multiples of eval_steps; a save that the disk
-        refused is tried again."""
+        """Request an evaluation at the last step, and a new save after a failed one.
+
+        The Trainer saves at the last step, but evaluates only at multiples of eval_steps.
+        """
         if state.global_step >= state.max_steps:
             control.should_evaluate = True
-        if state.global_step == self.trainer.saving.try_again_at:
+        if state.global_step == self.trainer.checkpoint_writer.retry_at_step:
             control.should_save = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
-        """All ranks take part in a save: sharded weights are gathered from each."""
+        """Save the weights if the step is among the best. Collective: sharded weights are gathered from every rank."""
         step = state.global_step
-        if not step or not retention.is_among_the_best(retention.validation_losses(state.log_history), step):
+        if not step or not retention.is_among_best(retention.validation_losses(state.log_history), step):
             return
-        refused = self.trainer.save_weights(self.folder.best(step))
-        if refused:
-            self.trainer.say(f"step {step}  the weights of this step, one of the best, are NOT SAVED: {refused}")
+        if error := self.trainer.save_weights(self.folder.best(step)):
+            log.warning("step %d: %s was not saved: %s", step, self.folder.best(step).name, error)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Once the newest checkpoint is whole, older ones go; until then a start went on from one of them."""
-        saving = self.trainer.saving
-        if not state.is_world_process_zero or saving.try_again_at is not None:
+        """Remove older checkpoints once the latest is complete."""
+        writer = self.trainer.checkpoint_writer
+        if not state.is_world_process_zero or writer.retry_at_step is not None:
             return
-        with saving.tolerated():  # the checkpoint is there; this says so where all of them are lost
+        log.info("saved %s in %.1f s", self.folder.checkpoint(state.global_step).name, writer.save_seconds)
+        with writer.collect_write_errors():  # the checkpoint is complete; this line reveals the loss of all of them
             manifest.note(self.folder, saved_step=state.global_step)
-        figures = {"save_seconds": round(saving.seconds, 3), "save_bytes": saving.bytes_at_most}
-        seen = {"supervised_tokens_seen": self.trainer.supervised_tokens_seen}
-        append(self.folder.metrics, {"step": state.global_step, **figures, **seen})
+        save = {"save_seconds": round(writer.save_seconds, 3), "save_bytes": writer.expected_bytes}
+        tokens = {"supervised_tokens_seen": self.trainer.supervised_tokens_seen}
+        append(self.folder.metrics, {"step": state.global_step, **save, **tokens})
         run_id = self.trainer.plan.run_id
-        retention.forget_all_others(
-            self.folder, retention.validation_losses(state.log_history), run_id, self.trainer.say
-        )
-        for step in checkpoint_format.of_this_run(self.folder, run_id)[:-CHECKPOINTS_KEPT]:
-            checkpoint_format.remove(self.folder.checkpoint(step), self.folder.removing, self.trainer.say)
+        retention.remove_others(self.folder, retention.validation_losses(state.log_history), run_id)
+        for step in checkpoint_format.list_own_checkpoints(self.folder, run_id)[:-CHECKPOINTS_KEPT]:
+            checkpoint_format.remove(self.folder.checkpoint(step), self.folder.removing)

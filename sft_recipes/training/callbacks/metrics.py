@@ -1,4 +1,4 @@
-"""Writes every figure that the Trainer logs to `metrics.jsonl`, one JSON object a log step, on rank 0."""
+"""Metrics log: every metric that the Trainer logs, in `metrics.jsonl`, one JSON object per log step, on rank 0."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sft_recipes.training.nan_guard import json_number
 
 
 class MetricsCallback(TrainerCallback):
-    """Appends to `metrics.jsonl`; after a resume it goes on behind the checkpoint's step."""
+    """Appends to `metrics.jsonl`; a resumed run continues after the checkpoint's step."""
 
     def __init__(self, folder: RunDir, stopping: GracefulStopCallback):
         self.folder = folder
@@ -26,50 +26,50 @@ class MetricsCallback(TrainerCallback):
         self.trainer: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Leaves out what an interrupted start wrote behind the checkpoint that this one goes on from."""
+        """Drop what an interrupted attempt logged after the checkpoint."""
         if state.is_world_process_zero:
             for path in (self.folder.metrics, self.folder.samples, self.folder.warnings):
-                forget_behind(path, state.global_step)
+                drop_lines_after(path, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """On all ranks: the step has ended, they have met (callbacks/stop.py)."""
+        """Stop the step's clock on every rank, after the collective in callbacks/graceful_stop.py."""
         self.trainer.meter.step_ends()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """One line: the step, then whatever was logged."""
+        """Append one line: the step and all numbers."""
         if not state.is_world_process_zero or not logs:
             return
-        figures = {key: value for key, value in logs.items() if isinstance(value, (int, float))}
+        numbers = {key: value for key, value in logs.items() if isinstance(value, (int, float))}
         if "loss" in logs:
-            figures["tokens_digest"] = self.trainer.tokens_digest  # here alone: a curve of it would say nothing
-        append(self.folder.metrics, {"step": state.global_step, **figures})
+            numbers["tokens_digest"] = self.trainer.tokens_digest  # not for trackers: its curve means nothing
+        append(self.folder.metrics, {"step": state.global_step, **numbers})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The summary of a run that came to its end."""
+        """Append the summary of a finished run."""
         if not self.stopping.stopped:
             self.write_summary(state)
 
     def write_summary(self, state: Any) -> None:
-        """The last line: what a run came to that has taken its last step, now or in an earlier start."""
+        """Append the last line of a run whose last step is taken, by this attempt or an earlier one."""
         if state.is_world_process_zero:
-            seen = {"supervised_tokens_seen": self.trainer.supervised_tokens_seen}
-            append(self.folder.metrics, {"step": state.global_step, **final(state), **seen})
+            tokens = {"supervised_tokens_seen": self.trainer.supervised_tokens_seen}
+            append(self.folder.metrics, {"step": state.global_step, **final(state), **tokens})
 
 
 def final(state: Any) -> dict[str, float]:
-    """What a run came to, under the documents' names."""
+    """Return a run's summary, under the SFT guide's names."""
     losses = [loss for loss in retention.validation_losses(state.log_history).values() if math.isfinite(loss)]
-    figures = {"final/total_steps": state.global_step, "final/epochs_completed": state.epoch or 0.0}
-    return {**figures, "final/best_eval_loss": min(losses)} if losses else figures
+    summary = {"final/total_steps": state.global_step, "final/epochs_completed": state.epoch or 0.0}
+    return {**summary, "final/best_eval_loss": min(losses)} if losses else summary
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
-    """One more line; numbers that JSON does not have (NaN, Infinity) are written as text."""
+    """Append one JSON line; NaN and Infinity, which JSON lacks, are written as strings."""
     append_line.add(path, json.dumps({key: json_number(value) for key, value in line.items()}, allow_nan=False))
 
 
-def forget_behind(path: Path, step: int) -> None:
-    """Cuts off the lines behind a step, which an interrupted start wrote."""
+def drop_lines_after(path: Path, step: int) -> None:
+    """Drop the lines after a step, which an interrupted attempt wrote."""
     if path.is_file():
         kept = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if _step(line) <= step]
         write_atomic(path, "".join(f"{line}\n" for line in kept))
@@ -78,5 +78,5 @@ def forget_behind(path: Path, step: int) -> None:
 def _step(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # a line that a kill cut short, or a disk made another of
+    except (ValueError, KeyError, TypeError):  # incomplete, after a kill, or corrupt
         return float("inf")

@@ -1,4 +1,4 @@
-"""Stops a run before its first step where engine, dtypes or the isolation of packed rows are not what was planned."""
+"""Check strategy, dtypes and packing isolation before the first step: they must be as planned."""
 
 from __future__ import annotations
 
@@ -12,25 +12,29 @@ from sft_recipes.training import manifest, packing_isolation, strategy
 
 
 class StrategyCheckCallback(TrainerCallback):
-    """Looks once the model is prepared for its engine."""
+    """Checks the prepared model, and the first gradients.
+
+    Attributes:
+        gradients_checked: whether the first gradients were checked.
+    """
 
     def __init__(self, plan: Plan, folder: RunDir):
         self.plan = plan
         self.folder = folder
         self.trainer: Any = None
-        self.looked = False
+        self.gradients_checked = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """On every rank, since each prepares its own."""
-        got = strategy.check(self.plan, self.trainer)
+        """Check the model on every rank, since each rank prepares its own."""
+        dtypes = strategy.check(self.plan, self.trainer)
         strategy.count_up_again(self.trainer)
         if state.is_world_process_zero:
-            manifest.note(self.folder, dtypes=got)
+            manifest.note(self.folder, dtypes=dtypes)
         if self.plan.packing:
             packing_isolation.check(self.plan, self.trainer)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The first gradients that there are, before they change a weight."""
-        if not self.looked:
+        """Check the first gradients before they change a weight."""
+        if not self.gradients_checked:
             strategy.check_gradients(self.plan, self.trainer)
-            self.looked = True
+            self.gradients_checked = True

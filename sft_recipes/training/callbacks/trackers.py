@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 # Those that upload weights unless they are configured not to (transformers 5.23, integrations/integration_utils.py).
 _UPLOADS_OFF: dict[str, dict[str, Any]] = {"flyte": {"sync_checkpoints": False}}
 _VARIABLES = {"CLEARML_LOG_MODEL": "FALSE"}
-_SAMPLE_KEYS = ("prompt", "wanted", "said")
+_SAMPLE_KEYS = ("prompt", "reference", "completion")
 
 
 def build(names: list[str], plan: Plan, folder: RunDir, stopping: GracefulStopCallback) -> list[TrackerCallback]:

@@ -1,7 +1,7 @@
-"""Knows what makes a saved folder whole: the files that it must hold, their checksums, and the record that is its seal.
+"""Format of a saved directory: required files, checksums, and the commit marker `complete.json`.
 
-A folder is written under `.saving/`, hashed, sealed and only then given its name; nothing in it is read before its
-checksums have been found right.
+A directory is written under `.saving/`, hashed, gets its commit marker, and is then renamed: an atomic write. Nothing in
+it is loaded before its checksums are verified.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import fnmatch
 import hashlib
 import json
+import logging
 import re
 import shutil
 import time
@@ -22,8 +23,10 @@ from sft_recipes.runtime import timeouts
 from sft_recipes.runtime.atomic_write import sha256, sync, write_atomic
 from sft_recipes.runtime.run_dir import RunDir
 
-COMPLETE = "complete.json"
-# What of a checkpoint is the training's, not the model's: whatever else lies there, a model may need to be loaded.
+log = logging.getLogger(__name__)
+
+COMMIT_MARKER = "complete.json"
+# Files of the training state. A model may need any other file of a checkpoint to be loaded.
 TRAINING_STATE = (
     "trainer_state.json",
     "optimizer.*",
@@ -33,29 +36,26 @@ TRAINING_STATE = (
     "global_step*",
     "latest",
 )
-# A rename on one node is seen by the others when their NFS client looks again: 3 to 60 s with its defaults (nfs(5),
-# acdirmin and acdirmax). Transformers withdrew its own rename over it
-# (https://github.com/huggingface/transformers/issues/28119).
-# What a disk or another node is to blame for, perhaps for a moment: the files may be as they were saved.
-CANNOT_BE_READ = "cannot be read"
-_SELF = "sha256_of_this_record"
+# In messages about a disk or another node, where the error may be temporary and the files intact.
+UNREADABLE = "cannot be read"
+_OWN_CHECKSUM = "sha256_of_this_record"
 
 
 class CorruptCheckpointError(Exception):
-    """A folder is not what was saved, and why."""
+    """A directory does not hold what was saved."""
 
 
-def writer(name: str) -> int:
-    """The rank that writes a file of a checkpoint; rank 0 where its name says none.
+def writing_rank(name: str) -> int:
+    """Return the rank that writes a file of a checkpoint; rank 0 if its name has no rank.
 
     Source: the names of transformers (`_save_rng_state`) and DeepSpeed (`_get_zero_ckpt_prefix`).
     """
-    named = re.search(r"(?:^|/)(?:rng_state_|(?:bf16_)?zero_pp_rank_)(\d+)", name)
-    return int(named[1]) if named else 0
+    match = re.search(r"(?:^|/)(?:rng_state_|(?:bf16_)?zero_pp_rank_)(\d+)", name)
+    return int(match[1]) if match else 0
 
 
-def needed(plan: Plan, step: int) -> set[str]:
-    """Files without which a checkpoint would load in silence, or not at all, and end in other weights."""
+def required_files(plan: Plan, step: int) -> set[str]:
+    """Return the files without which a checkpoint does not load, or silently loads other state."""
     ranks = range(plan.world_size)
     rng = {f"rng_state_{rank}.pth" for rank in ranks} if plan.world_size > 1 else {"rng_state.pth"}
     always = {"trainer_state.json", "scheduler.pt", *rng}
@@ -63,120 +63,130 @@ def needed(plan: Plan, step: int) -> set[str]:
         return {*always, "optimizer.bin" if plan.strategy.fsdp else "optimizer.pt"}
     prefix = f"global_step{step}/{'bf16_' if plan.precision == 'bf16' else ''}zero_pp_rank"
     partitions = {f"{prefix}_{rank}_mp_rank_00_optim_states.pt" for rank in ranks}
-    of_ranks = [f"zero_pp_rank_{rank}_" for rank in ranks] if plan.shards_parameters else [""]
-    states = {f"global_step{step}/{of_rank}mp_rank_00_model_states.pt" for of_rank in of_ranks}
+    rank_prefixes = [f"zero_pp_rank_{rank}_" for rank in ranks] if plan.shards_parameters else [""]
+    states = {f"global_step{step}/{prefix}mp_rank_00_model_states.pt" for prefix in rank_prefixes}
     return {*always, *partitions, *states, "latest"}
 
 
-def names(folder: Path) -> list[str]:
-    """Every file of a folder by its path in it, but for the record and what an NFS client leaves (`.nfs…`)."""
-    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    relative = (path.relative_to(folder).as_posix() for path in paths)
-    return sorted(name for name in relative if name != COMPLETE and not Path(name).name.startswith(".nfs"))
+def list_files(directory: Path) -> list[str]:
+    """Return the relative paths of all files, except the commit marker and an NFS client's `.nfs…` files."""
+    paths = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
+    relative = (path.relative_to(directory).as_posix() for path in paths)
+    return sorted(name for name in relative if name != COMMIT_MARKER and not Path(name).name.startswith(".nfs"))
 
 
-def checksums(folder: Path, of: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of files, each written to the disk first."""
-    found = {}
-    for name in of:
-        sync(folder / name)
-        found[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
-    return found
+def compute_checksums(directory: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return size and SHA-256 of files, after an fsync of each."""
+    files = {}
+    for name in names:
+        sync(directory / name)
+        files[name] = {"bytes": (directory / name).stat().st_size, "sha256": sha256(directory / name)}
+    return files
 
 
-def seal(folder: Path, record: dict[str, Any]) -> None:
-    """Writes the record of a folder whose files are on the disk; without it the folder is not whole."""
-    for inner in (path for path in folder.rglob("*") if path.is_dir()):
-        sync(inner)
-    write_atomic(folder / COMPLETE, _text(record))
+def write_commit_marker(directory: Path, record: dict[str, Any]) -> None:
+    """Write the commit marker, after an fsync of all subdirectories; without it the directory is incomplete."""
+    for path in (path for path in directory.rglob("*") if path.is_dir()):
+        sync(path)
+    write_atomic(directory / COMMIT_MARKER, _serialize(record))
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """The record of a sealed folder, itself unharmed.
+def read_commit_marker(directory: Path) -> dict[str, Any]:
+    """Return the record in a directory's commit marker.
 
     Raises:
-        CorruptCheckpointError: there is none, or it is not what was written.
+        CorruptCheckpointError: the marker is missing or corrupt.
     """
     try:
-        text = (folder / COMPLETE).read_text(encoding="utf-8")
+        text = (directory / COMMIT_MARKER).read_text(encoding="utf-8")
         record = json.loads(text)
-        del record[_SELF]
+        del record[_OWN_CHECKSUM]
     except FileNotFoundError as error:
-        raise CorruptCheckpointError(f"it has no {COMPLETE}: it was cut off, or is not this version's") from error
+        raise CorruptCheckpointError(f"no {COMMIT_MARKER}: incomplete, or written by another version") from error
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CorruptCheckpointError(f"its {COMPLETE} is damaged, or another version's") from error
-    if text != _text(record):
-        raise CorruptCheckpointError(f"its {COMPLETE} is damaged: it does not match its own checksum")
+        raise CorruptCheckpointError(f"{COMMIT_MARKER} is corrupt, or written by another version") from error
+    if text != _serialize(record):
+        raise CorruptCheckpointError(f"checksum mismatch in {COMMIT_MARKER}")
     return dict(record)
 
 
-def belongs(folder: RunDir, step: int, run_id: str) -> dict[str, Any]:
-    """The record of a checkpoint of this run.
+def read_run_id(directory: Path) -> str | None:
+    """Return the id of the run that wrote a directory; None without a valid commit marker."""
+    try:
+        return read_commit_marker(directory).get("run_id")
+    except CorruptCheckpointError:
+        return None
+
+
+def read_own_record(folder: RunDir, step: int, run_id: str) -> dict[str, Any]:
+    """Return the record of a checkpoint of this run.
 
     Raises:
-        CorruptCheckpointError: it is of another run or step, or has no record.
+        CorruptCheckpointError: it is of another run or step, or has no valid commit marker.
     """
-    record = read(folder.checkpoint(step))
+    record = read_commit_marker(folder.checkpoint(step))
     if record.get("run_id") != run_id:
-        raise CorruptCheckpointError(f"it is of another run (id {record.get('run_id')}, this one's is {run_id})")
+        raise CorruptCheckpointError(f"of another run: found id {record.get('run_id')}, expected {run_id}")
     if record.get("step") != step:
-        raise CorruptCheckpointError(f"it was saved at step {record.get('step')}")
+        raise CorruptCheckpointError(f"of another step: found {record.get('step')}, expected {step}")
     return record
 
 
-def of_this_run(folder: RunDir, run_id: str) -> list[int]:
-    """Steps whose checkpoints this run has sealed, ascending; what else is there is nobody's here to remove."""
+def list_own_checkpoints(folder: RunDir, run_id: str) -> list[int]:
+    """Return the steps of this run's complete checkpoints, ascending; only these may be removed."""
     steps = []
     for step in folder.numbered("checkpoint"):
         with contextlib.suppress(CorruptCheckpointError):
-            belongs(folder, step, run_id)
+            read_own_record(folder, step, run_id)
             steps.append(step)
     return steps
 
 
-def damage(folder: Path, record: dict[str, Any], of: Collection[str] | None = None) -> str | None:
-    """What is wrong with these files (all, where none are named); None where each is as it was saved.
+def verify_checksums(directory: Path, record: dict[str, Any], names: Collection[str] | None = None) -> str | None:
+    """Return the first difference from what was saved, or None. Bytes are counted and hashed, nothing is unpickled.
 
-    Nothing is unpickled: bytes are counted and hashed.
+    Args:
+        names: the files to verify, all by default.
     """
     files = record["files"]
     try:
-        strangers = sorted(set(names(folder)) - set(files))
-        if strangers:
-            return f"{strangers[0]} was not saved with it"
-        return next((said for name in files if of is None or name in of if (said := _harm(folder, name, files))), None)
+        unknown = sorted(set(list_files(directory)) - set(files))
+        if unknown:
+            return f"{unknown[0]} was not saved with it"
+        chosen = (name for name in files if names is None or name in names)
+        return next((problem for name in chosen if (problem := _verify_file(directory, name, files))), None)
     except OSError as error:
-        return f"{Path(str(error.filename)).name} {CANNOT_BE_READ} ({error.strerror})"
+        return f"{Path(str(error.filename)).name} {UNREADABLE} ({error.strerror})"
 
 
-def _harm(folder: Path, name: str, files: dict[str, Any]) -> str | None:
-    path, saved = folder / name, files[name]
+def _verify_file(directory: Path, name: str, files: dict[str, Any]) -> str | None:
+    path, saved = directory / name, files[name]
     if path.is_symlink() or not path.is_file():
         return f"{name} is missing"
     if path.stat().st_size != saved["bytes"]:
-        return f"{name} has {path.stat().st_size} bytes, {saved['bytes']} were saved"
-    return None if sha256(path) == saved["sha256"] else f"{name} does not match its checksum"
+        return f"size mismatch in {name}: found {path.stat().st_size} bytes, expected {saved['bytes']}"
+    return None if sha256(path) == saved["sha256"] else f"checksum mismatch in {name}"
 
 
-def share(record: dict[str, Any], rank: int, ranks: int) -> list[str]:
-    """The files that a rank looks through, so that all ranks together look through each once, by even bytes."""
+def assign_files(record: dict[str, Any], rank: int, ranks: int) -> list[str]:
+    """Return the files that a rank verifies: each file on one rank, bytes balanced over ranks."""
     files: dict[str, dict[str, int]] = record["files"]
     load = [0] * ranks
-    taken: list[list[str]] = [[] for _ in range(ranks)]
+    assigned: list[list[str]] = [[] for _ in range(ranks)]
     for name in sorted(files, key=lambda name: (-files[name]["bytes"], name)):
         least = load.index(min(load))
-        taken[least].append(name)
+        assigned[least].append(name)
         load[least] += files[name]["bytes"]
-    return taken[rank]
+    return assigned[rank]
 
 
 def publish(partial: Path, target: Path, removing: Path) -> None:
-    """Gives a sealed folder its name; what this run had saved under it is removed, anything else is put aside."""
+    """Rename a complete directory to its final name; replace this run's own, quarantine anything else."""
     replaced = None
     if target.exists() or target.is_symlink():
-        before = run_of(target)
-        if before is not None and before == run_of(partial):
-            replaced = _out_of_sight(target, removing)
+        previous = read_run_id(target)
+        if previous is not None and previous == read_run_id(partial):
+            replaced = _move_to_removing(target, removing)
         else:
             quarantine(target)
     try:
@@ -190,61 +200,55 @@ def publish(partial: Path, target: Path, removing: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def quarantine(folder: Path) -> Path:
-    """Takes a folder that cannot be trusted out of the way, under a name by which it is found again."""
+def quarantine(directory: Path) -> Path:
+    """Rename a corrupt directory to the first free `NAME.corrupt-K`."""
     number = 1
-    while (aside := folder.with_name(f"{folder.name}.corrupt-{number}")).exists():
+    while (renamed := directory.with_name(f"{directory.name}.corrupt-{number}")).exists():
         number += 1
-    folder.replace(aside)
-    return aside
+    directory.replace(renamed)
+    return renamed
 
 
-def await_seen(path: Path, seconds: float = timeouts.CHECKPOINT_VISIBLE) -> bool:
-    """Whether a folder that another node has given its name is seen here, in so many seconds at most."""
-    until = time.monotonic() + seconds
-    while path not in path.parent.iterdir():  # listing the parent has an NFS client look again
-        if time.monotonic() > until:
+def wait_until_visible(path: Path, seconds: float = timeouts.CHECKPOINT_VISIBLE) -> bool:
+    """Wait until a directory that another node renamed is visible on this one; False after the timeout.
+
+    NFS clients cache directory entries for 3 to 60 s by default (nfs(5), acdirmin and acdirmax). Transformers withdrew
+    its own rename because of this (https://github.com/huggingface/transformers/issues/28119).
+    """
+    deadline = time.monotonic() + seconds
+    while path not in path.parent.iterdir():  # listing the directory revalidates the NFS client's cache
+        if time.monotonic() > deadline:
             return False
         time.sleep(0.1)
     return True
 
 
-def remove(folder: Path, removing: Path, say: Callable[[str], None]) -> None:
-    """Removes a folder: out of sight first, so that one cut off half way is never taken for whole. One that cannot be
-    removed stays, which is said."""
+def remove(directory: Path, removing: Path) -> None:
+    """Remove a directory; it is renamed first, so that a half-removed one never looks complete."""
     try:
-        shutil.rmtree(_out_of_sight(folder, removing))
+        shutil.rmtree(_move_to_removing(directory, removing))
     except OSError as error:
-        say(f"{folder} could not be removed ({error.strerror})")
+        log.warning("%s could not be removed (%s)", directory, error.strerror)
 
 
-def _out_of_sight(folder: Path, removing: Path) -> Path:
-    """Moves a folder to where it is removed, in place of what was left there."""
+def _move_to_removing(directory: Path, removing: Path) -> Path:
     removing.mkdir(exist_ok=True)
-    away = removing / folder.name
-    if away.exists():
-        shutil.rmtree(away)
-    folder.replace(away)
-    return away
+    moved = removing / directory.name
+    if moved.exists():
+        shutil.rmtree(moved)
+    directory.replace(moved)
+    return moved
 
 
 def copy_model(source: Path, partial: Path, copy: Callable[[Path, Path], Any] = shutil.copy2) -> None:
-    """Copies a folder's model to another, without its manifest and the training state; `copy` copies one file."""
-    for name in names(source):
+    """Copy a directory's model, without commit marker and training state; `copy` copies one file."""
+    for name in list_files(source):
         if not any(fnmatch.fnmatch(name, pattern) for pattern in TRAINING_STATE):
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             copy(source / name, partial / name)
 
 
-def run_of(folder: Path) -> str | None:
-    """The run that sealed a folder; None where nothing did."""
-    try:
-        return read(folder).get("run_id")
-    except CorruptCheckpointError:
-        return None
-
-
-def _text(record: dict[str, Any]) -> str:
-    """A record as it is written, letter by letter, with its own checksum."""
+def _serialize(record: dict[str, Any]) -> str:
+    """Return a record as JSON, with its own checksum."""
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**record, _SELF: digest}, indent=1) + "\n"
+    return json.dumps({**record, _OWN_CHECKSUM: digest}, indent=1) + "\n"

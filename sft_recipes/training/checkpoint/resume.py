@@ -1,10 +1,9 @@
-"""Chooses what a start goes on from: the newest whole checkpoint of this run, looked through by all ranks together
-before anything in it is loaded."""
+"""Find the latest valid checkpoint of a run; all ranks verify it before anything in it is loaded."""
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,117 +14,120 @@ from sft_recipes.runtime.run_dir import RunDir, read_json
 from sft_recipes.training.checkpoint import checkpoint_format
 from sft_recipes.training.checkpoint.checkpoint_format import CorruptCheckpointError
 
+log = logging.getLogger(__name__)
+
 
 class NoValidCheckpointError(TrainingError):
-    """The run has saved, and nothing that it saved is whole; never a start from step 0 unasked."""
+    """The run has saved, and no checkpoint is valid; it never restarts from step 0 silently."""
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A whole checkpoint and its record."""
+    """A verified checkpoint and the record in its commit marker."""
 
     path: Path
     record: dict[str, Any]
 
     @property
     def step(self) -> int:
-        """Optimizer steps behind it."""
+        """Optimizer steps taken."""
         return int(self.record["step"])
 
 
-def newest(plan: Plan, folder: RunDir, accelerator: Any, say: Callable[[str], None]) -> ResumePoint | None:
-    """The newest whole checkpoint of this run; None where it has not saved yet. All ranks take part and choose alike.
+def find_latest_valid(plan: Plan, folder: RunDir, accelerator: Any) -> ResumePoint | None:
+    """Return the latest valid checkpoint of this run; None if it has not saved yet.
 
-    What is passed over is said, and never deleted: this run's own is put aside, all else stays where it is.
+    Collective: call on every rank. A corrupt checkpoint of this run is quarantined, any other is skipped in place.
 
     Raises:
-        NoValidCheckpointError: there are checkpoints, or were, and none is whole.
+        NoValidCheckpointError: the run has saved, and no checkpoint is valid.
     """
     from accelerate.utils import broadcast_object_list
 
-    listed: list[Any] = [list(reversed(folder.numbered("checkpoint")))]
-    broadcast_object_list(listed)
-    passed_over: list[str] = []
-    for step in listed[0]:
-        found = look_through(folder, step, plan.run_id, accelerator)
-        if isinstance(found, ResumePoint):
-            return found
-        name = folder.checkpoint(step).name
-        passed_over.append(f"{name}: {found}")
-        damaged = accelerator.is_main_process and checkpoint_format.CANNOT_BE_READ not in found
-        aside = _out_of_the_way(folder, step, plan.run_id, say) if damaged else None
-        say(f"passing over {passed_over[-1]}{f'; it is kept as {aside.name}' if aside else ''}")
-    lost: list[Any] = [_what_there_was(folder) if accelerator.is_main_process else None]
+    steps: list[Any] = [list(reversed(folder.numbered("checkpoint")))]
+    broadcast_object_list(steps)
+    skipped: list[str] = []
+    for step in steps[0]:
+        verified = verify_checkpoint(folder, step, plan.run_id, accelerator)
+        if isinstance(verified, ResumePoint):
+            return verified
+        skipped.append(f"{folder.checkpoint(step).name}: {verified}")
+        log.info("skipping %s", skipped[-1])
+        if accelerator.is_main_process and checkpoint_format.UNREADABLE not in verified:
+            _quarantine(folder, step, plan.run_id)
+    lost: list[Any] = [_find_traces(folder) if accelerator.is_main_process else None]
     broadcast_object_list(lost)
-    if passed_over or lost[0]:
-        what = "; ".join(passed_over) or lost[0]
+    if skipped or lost[0]:
+        reason = "; ".join(skipped) or lost[0]
         raise NoValidCheckpointError(
-            f"{folder.path}: no checkpoint of this run is whole ({what}); nothing was started from step 0: bring one "
-            f"back, or begin a run of its own: NAME=…"
+            f"{folder.path}: no valid checkpoint of this run ({reason}). Restore one, or start another run: NAME=…"
         )
     return None
 
 
-def _what_there_was(folder: RunDir) -> str | None:
-    """Why a run without a checkpoint has had one; None where nothing says so."""
-    saved = read_json(folder.manifest).get("saved_step")
-    aside = sorted(path.name for path in folder.path.glob("checkpoint-*.corrupt-*"))
-    if saved:
-        return f"it has saved step {saved}, and no checkpoint is there"
-    return f"{aside[-1]} is all there is" if aside else None
+def _find_traces(folder: RunDir) -> str | None:
+    """Return how a run without a checkpoint shows that it had one; None if it does not."""
+    saved_step = read_json(folder.manifest).get("saved_step")
+    quarantined = sorted(path.name for path in folder.path.glob("checkpoint-*.corrupt-*"))
+    if saved_step:
+        return f"step {saved_step} was saved, found no checkpoint"
+    return f"found only {quarantined[-1]}" if quarantined else None
 
 
-def clear(folder: RunDir, say: Callable[[str], None]) -> None:
-    """Takes away what an earlier start was writing, or removing, when it ended; for rank 0, before it saves."""
+def remove_incomplete(folder: RunDir) -> None:
+    """Remove what an earlier attempt was writing or removing when it ended; on rank 0, before it saves."""
     for path in sorted(folder.saving.glob("*")):
-        say(f"{path.name} was cut off while it was written: a kill, or less time to stop than a save takes")
-    for place in (folder.saving, folder.removing):
+        log.info("removing incomplete %s: the earlier attempt ended while writing it", path.name)
+    for directory in (folder.saving, folder.removing):
         try:
-            if place.exists():
-                shutil.rmtree(place)
+            if directory.exists():
+                shutil.rmtree(directory)
         except OSError as error:
-            say(f"{place} could not be removed ({error.strerror})")
+            log.warning("%s could not be removed (%s)", directory, error.strerror)
 
 
-def look_through(folder: RunDir, step: int, run_id: str, accelerator: Any) -> ResumePoint | str:
-    """A checkpoint of a run, looked through by all ranks; else why it is not one to go on from."""
+def verify_checkpoint(folder: RunDir, step: int, run_id: str, accelerator: Any) -> ResumePoint | str:
+    """Verify a checkpoint on all ranks; return it, or the reason why a run cannot resume from it.
+
+    Collective: call on every rank.
+    """
     from accelerate.utils import broadcast_object_list
 
-    read: list[Any] = [_record(folder, step, run_id) if accelerator.is_main_process else None]
-    broadcast_object_list(read)  # so that all ranks go the same way, whatever each of them sees
-    record: dict[str, Any] | str = read[0]
+    records: list[Any] = [_read_record(folder, step, run_id) if accelerator.is_main_process else None]
+    broadcast_object_list(records)  # every rank takes the same branch, whatever it can read itself
+    record: dict[str, Any] | str = records[0]
     if isinstance(record, str):
         return record
-    damage = _damage_on_any_rank(folder.checkpoint(step), record, accelerator)
-    return damage or ResumePoint(folder.checkpoint(step), record)
+    problem = _verify_on_all_ranks(folder.checkpoint(step), record, accelerator)
+    return problem or ResumePoint(folder.checkpoint(step), record)
 
 
-def _record(folder: RunDir, step: int, run_id: str) -> dict[str, Any] | str:
-    """A checkpoint's record, or why it is not one to go on from."""
+def _read_record(folder: RunDir, step: int, run_id: str) -> dict[str, Any] | str:
     try:
-        return checkpoint_format.belongs(folder, step, run_id)
+        return checkpoint_format.read_own_record(folder, step, run_id)
     except CorruptCheckpointError as error:
         return str(error)
 
 
-def _damage_on_any_rank(path: Path, record: dict[str, Any], accelerator: Any) -> str | None:
-    """Each rank looks through its share of the files."""
+def _verify_on_all_ranks(path: Path, record: dict[str, Any], accelerator: Any) -> str | None:
+    """Verify each file on one rank; return the first problem of any rank."""
     from accelerate.utils import gather_object
 
-    if checkpoint_format.await_seen(path):
-        share = checkpoint_format.share(record, accelerator.process_index, accelerator.num_processes)
-        mine = checkpoint_format.damage(path, record, share)
+    rank = accelerator.process_index
+    if checkpoint_format.wait_until_visible(path):
+        names = checkpoint_format.assign_files(record, rank, accelerator.num_processes)
+        problem = checkpoint_format.verify_checksums(path, record, names)
     else:
-        mine = f"by rank {accelerator.process_index} it {checkpoint_format.CANNOT_BE_READ}: it is not seen"
-    return next((one for one in gather_object([mine]) if one), None)
+        problem = f"not visible on rank {rank}, {checkpoint_format.UNREADABLE}"
+    return next((problem for problem in gather_object([problem]) if problem), None)
 
 
-def _out_of_the_way(folder: RunDir, step: int, run_id: str, say: Callable[[str], None]) -> Path | None:
-    """Renames a damaged checkpoint of this run, which would else count as one of the two that are kept."""
-    if isinstance(_record(folder, step, run_id), str):
-        return None
+def _quarantine(folder: RunDir, step: int, run_id: str) -> None:
+    """Quarantine a corrupt checkpoint of this run, so that retention does not count it."""
+    checkpoint = folder.checkpoint(step)
+    if isinstance(_read_record(folder, step, run_id), str):
+        return
     try:
-        return checkpoint_format.quarantine(folder.checkpoint(step))
+        log.warning("%s quarantined as %s", checkpoint.name, checkpoint_format.quarantine(checkpoint).name)
     except OSError as error:
-        say(f"{folder.checkpoint(step)} could not be renamed ({error.strerror})")
-        return None
+        log.warning("%s could not be renamed (%s)", checkpoint, error.strerror)

@@ -1,7 +1,7 @@
-"""Has all ranks write a folder together, whole or not at all, and outlives a disk that is full.
+"""Atomic writes by all ranks, which survive a full disk.
 
-The libraries below write file after file and wait for each other in between: a rank that raised there would leave the
-others waiting for ever. So what a disk refuses is remembered, every rank comes to the end, and all ranks learn of it.
+The libraries below write file after file, with barriers in between: a rank that raised there would leave the others
+waiting indefinitely. So write errors are collected, every rank reaches the end, and all ranks agree on the result.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from sft_recipes.runtime.units import GIB
 from sft_recipes.training import rank_heartbeat
 from sft_recipes.training.checkpoint import checkpoint_format
 
-# What torch and Rust say of a file that cannot be written (inline_container.cc; std::io::Error).
-_WRITER_SAYS = (
+# In messages of torch and Rust about a file that cannot be written (inline_container.cc; std::io::Error).
+_WRITE_ERRORS = (
     "PytorchStreamWriter",
     "inline_container",
     "Parent directory",
@@ -35,165 +35,176 @@ _WRITER_SAYS = (
 )
 
 
-def refused_by_the_disk(error: Exception) -> bool:
-    """Whether an error is that of a file that cannot be written; torch raises a RuntimeError for it, tokenizers a bare
-    Exception with the words of Rust's I/O errors."""
-    return isinstance(error, (OSError, SafetensorError)) or any(said in str(error) for said in _WRITER_SAYS)
+def is_write_error(error: Exception) -> bool:
+    """Whether a file could not be written: torch raises a RuntimeError for it, tokenizers a bare Exception."""
+    return isinstance(error, (OSError, SafetensorError)) or any(text in str(error) for text in _WRITE_ERRORS)
 
 
 class CheckpointWriter:
-    """One rank's part in saving."""
+    """One rank's part in a collective, atomic write.
+
+    Attributes:
+        retry_at_step: the step at which a failed save is tried again; None after a successful one.
+        expected_bytes: free space required before a save: the plan's estimate, then the size of the last checkpoint.
+        save_seconds: duration of the last save.
+    """
 
     def __init__(self, plan: Plan, folder: RunDir, accelerator: Any):
         self.plan = plan
         self.folder = folder
         self.accelerator = accelerator
-        self.try_again_at: int | None = None
-        self.bytes_at_most = plan.checkpoint_bytes or 0
-        self.seconds = 0.0
-        self._refused: str | None = None
+        self.retry_at_step: int | None = None
+        self.expected_bytes = plan.checkpoint_bytes or 0
+        self.save_seconds = 0.0
+        self._error: str | None = None
 
     @contextlib.contextmanager
-    def tolerated(self) -> Iterator[None]:
-        """What the disk refuses in here fails the save that is under way, and nothing else."""
+    def collect_write_errors(self) -> Iterator[None]:
+        """Turn a write error into a failure of the current save; other errors propagate."""
         try:
             yield
         except Exception as error:
-            if not refused_by_the_disk(error):
+            if not is_write_error(error):
                 raise
-            self._refused = self._refused or f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            self._error = self._error or f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
-    def whole(
+    def write_atomically(
         self,
         target: Path,
         write: Callable[[], None],
         record: dict[str, Any],
-        needed: frozenset[str] = frozenset(),
-        bytes_at_most: int = 0,
+        required: frozenset[str] = frozenset(),
+        expected_bytes: int = 0,
     ) -> str | None:
-        """All ranks write `target`; None where it is there, else why it is not, the same on all ranks.
+        """Write `target` on all ranks; return None on success, else the reason, the same on every rank.
+
+        Collective: call on every rank.
 
         Args:
-            write: writes this rank's files into `.saving/` under the target's name.
-            record: what the seal says besides the files.
-            needed: files without which it is not whole.
-            bytes_at_most: what has to be free on the disk before the first byte.
+            write: writes this rank's files into `.saving/NAME`, NAME being the target's.
+            record: content of the commit marker, in addition to the files.
+            required: files without which the directory is incomplete.
+            expected_bytes: required free space.
         """
-        partial, self._refused = self.folder.saving / target.name, None
+        partial, self._error = self.folder.saving / target.name, None
         rank_heartbeat.moved(int(record["step"]), "saving")
-        with self.tolerated():
+        with self.collect_write_errors():
             if self.accelerator.is_main_process:
-                self._make_room(partial, bytes_at_most)
-        if refused := self._agreed():
-            return refused
-        with self.tolerated():
-            self._must_be_seen(partial)
-        if refused := self._agreed():
-            return refused
-        with self.tolerated():
+                self._create_partial(partial, expected_bytes)
+        if error := self._any_error():
+            return error
+        with self.collect_write_errors():
+            self._check_visible(partial)
+        if error := self._any_error():
+            return error
+        with self.collect_write_errors():
             write()
-        files: dict[str, Any] = {}
-        with self.tolerated():
-            mine = [
-                n
-                for n in checkpoint_format.names(partial)
-                if checkpoint_format.writer(n) == self.accelerator.process_index
-            ]
-            files = checkpoint_format.checksums(partial, mine)
-        found = self._gathered(files)
-        refused = self._agreed() or _missing(needed, found)  # what a disk said is the better reason
-        if refused is None:
-            with self.tolerated():
+        own_files: dict[str, Any] = {}
+        with self.collect_write_errors():
+            rank = self.accelerator.process_index
+            names = checkpoint_format.list_files(partial)
+            own = [name for name in names if checkpoint_format.writing_rank(name) == rank]
+            own_files = checkpoint_format.compute_checksums(partial, own)
+        files = self._gather_files(own_files)
+        error = self._any_error() or _find_missing(required, files)  # a write error is the better reason
+        if error is None:
+            with self.collect_write_errors():
                 if self.accelerator.is_main_process:
-                    checkpoint_format.seal(partial, {**record, "files": found})
+                    checkpoint_format.write_commit_marker(partial, {**record, "files": files})
                     checkpoint_format.publish(partial, target, self.folder.removing)
-            refused = self._agreed()
-        if refused is None:
-            with self.tolerated():
-                self._must_be_seen(target)
-            refused = self._agreed()
+            error = self._any_error()
+        if error is None:
+            with self.collect_write_errors():
+                self._check_visible(target)
+            error = self._any_error()
         elif self.accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)  # what it holds is of no use, and the disk may be full of it
+            shutil.rmtree(partial, ignore_errors=True)  # an incomplete directory may fill the disk
         if self.accelerator.is_main_process:
-            for place in (self.folder.saving, self.folder.removing):
-                with contextlib.suppress(OSError):  # not there, or not empty
-                    place.rmdir()
-        return refused
+            for directory in (self.folder.saving, self.folder.removing):
+                with contextlib.suppress(OSError):  # missing, or not empty
+                    directory.rmdir()
+        return error
 
-    def checkpoint(self, step: int, write: Callable[[], None], record: dict[str, Any]) -> str | None:
-        """A checkpoint of this step; None where it is there, else why it is not, and then `try_again_at` is set."""
-        began = time.perf_counter()
-        whole = {
+    def save_checkpoint(self, step: int, write: Callable[[], None], record: dict[str, Any]) -> str | None:
+        """Write a checkpoint; return None on success, else the reason, and set `retry_at_step`.
+
+        Collective: call on every rank.
+        """
+        started = time.perf_counter()
+        complete_record = {
             "run_id": self.plan.run_id,
-            "plan": dataclasses.asdict(self.plan),  # for a run whose plan.json is lost
+            "plan": dataclasses.asdict(self.plan),  # for a run that lost its plan.json
             "step": step,
             "world_size": self.plan.world_size,
             "parallelism": self.plan.parallelism,
             **record,
         }
         target = self.folder.checkpoint(step)
-        needed = frozenset(checkpoint_format.needed(self.plan, step))
-        refused = self.whole(target, write, whole, needed, self.bytes_at_most)
-        if refused is not None:
-            self.try_again_at = step + max(int(self.plan.sections.trainer["save_steps"]) // 10, 1)
-            return refused
-        self.try_again_at = None
+        required = frozenset(checkpoint_format.required_files(self.plan, step))
+        error = self.write_atomically(target, write, complete_record, required, self.expected_bytes)
+        if error is not None:
+            self.retry_at_step = step + max(int(self.plan.sections.trainer["save_steps"]) // 10, 1)
+            return error
+        self.retry_at_step = None
         if self.accelerator.is_main_process:
-            files = checkpoint_format.read(target)["files"]
-            self.bytes_at_most = sum(file["bytes"] for file in files.values())
-        self.seconds = time.perf_counter() - began
+            files = checkpoint_format.read_commit_marker(target)["files"]
+            self.expected_bytes = sum(file["bytes"] for file in files.values())
+        self.save_seconds = time.perf_counter() - started
         return None
 
-    def under_deepspeed(self, engine: Any) -> None:
-        """DeepSpeed waits for all ranks between its writes, so none of them may raise; its own scripts are left out
-        (`zero_to_fp32.py`: the checkpoint has the model's weights already)."""
-        if getattr(engine, "_sft_tolerates", False):
+    def patch_deepspeed(self, engine: Any) -> None:
+        """Collect write errors in DeepSpeed's checkpoint engine, which has barriers between its writes.
+
+        Its recovery script (`zero_to_fp32.py`) is not copied: the checkpoint has the model's weights.
+        """
+        if getattr(engine, "_sft_collects_write_errors", False):
             return
         write = engine.checkpoint_engine.save
 
-        def save(*arguments: Any, **named: Any) -> None:
-            with self.tolerated():
-                write(*arguments, **named)
+        def save(*args: Any, **kwargs: Any) -> None:
+            with self.collect_write_errors():
+                write(*args, **kwargs)
 
         engine.checkpoint_engine.save = save
         engine._copy_recovery_script = lambda _path: None
         engine.save_checkpoint = functools.partial(engine.save_checkpoint, save_latest=False)
-        engine._sft_tolerates = True
+        engine._sft_collects_write_errors = True
 
-    def _make_room(self, partial: Path, bytes_at_most: int) -> None:
-        """An empty folder to write to, on a disk that has room."""
+    def _create_partial(self, partial: Path, expected_bytes: int) -> None:
+        """Create an empty directory on a disk with enough space."""
         shutil.rmtree(self.folder.removing, ignore_errors=True)
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
         free = shutil.disk_usage(partial).free
-        if free < bytes_at_most:
-            raise OSError(f"{free / GIB:.1f} GiB are free in {self.folder.path}, {bytes_at_most / GIB:.1f} are needed")
-
-    def _must_be_seen(self, target: Path) -> None:
-        """Every rank must be able to write there, and to go on from what was saved."""
-        if not checkpoint_format.await_seen(target):
+        if free < expected_bytes:
             raise OSError(
-                f"rank {self.accelerator.process_index} does not see {target.name} "
-                f"{timeouts.CHECKPOINT_VISIBLE:.0f} "
-                f"seconds after it was made: is {self.folder.path} on a disk that all nodes share?"
+                f"not enough disk space in {self.folder.path}: "
+                f"found {free / GIB:.1f} GiB, expected {expected_bytes / GIB:.1f} GiB"
             )
 
-    def _gathered(self, mine: dict[str, Any]) -> dict[str, Any]:
+    def _check_visible(self, target: Path) -> None:
+        """Every rank writes here, and resumes from here."""
+        if not checkpoint_format.wait_until_visible(target):
+            raise OSError(
+                f"{target.name} is not visible on rank {self.accelerator.process_index} after "
+                f"{timeouts.CHECKPOINT_VISIBLE:.0f} s; put {self.folder.path} on a disk that all nodes share"
+            )
+
+    def _gather_files(self, files: dict[str, Any]) -> dict[str, Any]:
         from accelerate.utils import gather_object
 
-        return {name: of for files in gather_object([mine]) for name, of in files.items()}
+        return {name: file for rank_files in gather_object([files]) for name, file in rank_files.items()}
 
-    def _agreed(self) -> str | None:
-        """What a disk refused any of the ranks; all ranks meet here."""
+    def _any_error(self) -> str | None:
+        """Return the first write error of any rank. Collective."""
         from accelerate.utils import gather_object
 
-        said = [one for one in gather_object([self._refused]) if one]
-        return said[0] if said else None
+        return next((error for error in gather_object([self._error]) if error), None)
 
 
-def _missing(needed: frozenset[str], found: dict[str, Any]) -> str | None:
-    absent = sorted(needed - found.keys())
-    if absent:
-        return f"{absent[0]} was not written"
-    return None if any(name.endswith(".safetensors") for name in found) else "no weights were written"
+def _find_missing(required: frozenset[str], files: dict[str, Any]) -> str | None:
+    missing = sorted(required - files.keys())
+    if missing:
+        return f"{missing[0]} was not written"
+    return None if any(name.endswith(".safetensors") for name in files) else "no weights were written"

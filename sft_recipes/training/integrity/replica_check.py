@@ -1,7 +1,7 @@
-"""Compares the copies of the weights that ranks hold under DDP, and names the rank whose memory or GPU changed its own.
+"""Replica consistency check: compare the weights of all DDP ranks, and name a rank whose memory or GPU changed its own.
 
-All ranks start from the same weights and apply the same gradients, so that their weights never differ in a bit. A bit
-that flips in one rank's memory makes no error: that rank goes on with other gradients, which all ranks then share.
+All ranks start from the same weights and apply the same gradients, so their weights are bitwise equal. A bit flip in one
+rank's memory raises no error: that rank continues with other gradients, which the all-reduce spreads to every rank.
 """
 
 from __future__ import annotations
@@ -18,82 +18,85 @@ _PARAMETERS_SHOWN = 3
 
 
 class ReplicaCheck:
-    """Knows what this rank held when copies were compared last, until its next optimizer step."""
+    """Compares fingerprints of the weights; keeps this rank's own until its next optimizer step."""
 
     def __init__(self) -> None:
         self._compared: dict[str, str] | None = None
 
     def compare(self, trainer: Any, step: int) -> None:
-        """Behind a step. All ranks take part, with a few bytes each.
+        """Compare all ranks after a step. Collective, a few bytes per rank.
 
         Raises:
             TrainingError: the ranks' weights differ.
         """
-        mine = fingerprint.of_each(fingerprint.parameters(trainer.model))
-        every = _gathered(fingerprint.of_all(mine))
-        if len(set(every)) > 1:
-            raise TrainingError(_who_differs(step, every, _gathered(mine), _gathered(socket.gethostname())))
-        self._compared = mine
+        own = fingerprint.of_each(fingerprint.parameters(trainer.model))
+        all_ranks = _gather(fingerprint.of_all(own))
+        if len(set(all_ranks)) > 1:
+            raise TrainingError(_describe_difference(step, all_ranks, _gather(own), _gather(socket.gethostname())))
+        self._compared = own
 
-    def compare_with_before(self, trainer: Any, step: int) -> None:
-        """Before the step that follows a comparison is applied: until then nothing may change a weight, so that a rank
-        whose weights changed is told by itself. All ranks take part.
+    def compare_before_step(self, trainer: Any, step: int) -> None:
+        """Compare each rank with its own earlier fingerprint, before the step after a comparison is applied.
+
+        No weight may change in between, so a rank with changed weights is identified without a majority. Collective.
 
         Raises:
-            TrainingError: a rank's weights are not those that it had.
+            TrainingError: a rank's weights changed.
         """
         if self._compared is None:
             return
-        now = fingerprint.of_each(fingerprint.parameters(trainer.model))
-        changed = [name for name, digest in now.items() if digest != self._compared[name]]
+        current = fingerprint.of_each(fingerprint.parameters(trainer.model))
+        changed = [name for name, value in current.items() if value != self._compared[name]]
         self._compared = None
-        every = _gathered(changed)
-        if any(every):
-            hosts = _gathered(socket.gethostname())
-            ranks = [rank for rank, names in enumerate(every) if names]
+        changed_of_ranks = _gather(changed)
+        if any(changed_of_ranks):
+            hosts = _gather(socket.gethostname())
+            ranks = [rank for rank, names in enumerate(changed_of_ranks) if names]
             raise TrainingError(
-                f"between steps {step - 1} and {step}: weights changed in the memory of "
-                f"{_listed(ranks, hosts)} though no step was taken ({_shown(every[ranks[0]])}); {_way_out(ranks)}"
+                f"between steps {step - 1} and {step}: weights changed in the memory of {_list_ranks(ranks, hosts)} "
+                f"without an optimizer step ({_list_names(changed_of_ranks[ranks[0]])}); {_hint(ranks)}"
             )
 
 
-def minority(every: Sequence[str]) -> list[int]:
-    """The ranks whose digest is not that of more than half of them; all of them where there is no such half."""
-    digest, many = Counter(every).most_common(1)[0]
-    ranks = range(len(every))
-    return [rank for rank in ranks if every[rank] != digest] if 2 * many > len(every) else list(ranks)
+def find_minority(fingerprints: Sequence[str]) -> list[int]:
+    """Return the ranks that differ from more than half of the ranks; all ranks if there is no such majority."""
+    majority, count = Counter(fingerprints).most_common(1)[0]
+    ranks = range(len(fingerprints))
+    return [rank for rank in ranks if fingerprints[rank] != majority] if 2 * count > len(ranks) else list(ranks)
 
 
-def _who_differs(step: int, every: Sequence[str], each: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> str:
-    ranks = minority(every)
-    differ = [name for name in each[0] if len({of_rank[name] for of_rank in each}) > 1]
-    if len(ranks) < len(every):
-        who = f"the weights of {_listed(ranks, hosts)} are not those of the other {len(every) - len(ranks)} ranks"
+def _describe_difference(
+    step: int, fingerprints: Sequence[str], by_name: Sequence[Mapping[str, str]], hosts: Sequence[str]
+) -> str:
+    ranks = find_minority(fingerprints)
+    names = [name for name in by_name[0] if len({rank_values[name] for rank_values in by_name}) > 1]
+    if len(ranks) < len(fingerprints):
+        difference = f"differ from those of the other {len(fingerprints) - len(ranks)} ranks"
     else:
-        who = f"the weights of {_listed(ranks, hosts)} differ, and no majority tells whose are right"
-    return f"step {step}: {who} ({_shown(differ)}); {_way_out(ranks)}"
+        difference = "differ, without a majority"
+    return f"step {step}: the weights of {_list_ranks(ranks, hosts)} {difference} ({_list_names(names)}); {_hint(ranks)}"
 
 
-def _listed(ranks: Sequence[int], hosts: Sequence[str]) -> str:
+def _list_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     return " and ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks)
 
 
-def _shown(names: Sequence[str]) -> str:
+def _list_names(names: Sequence[str]) -> str:
     more = len(names) - _PARAMETERS_SHOWN
     return ", ".join(names[:_PARAMETERS_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def _way_out(ranks: Sequence[int]) -> str:
+def _hint(ranks: Sequence[int]) -> str:
     suspects = "its GPU or memory is" if len(ranks) == 1 else "one of their GPUs or memories is"
     return (
-        f"{suspects} suspect (look at ECC errors and the kernel's log); no checkpoint was written from these weights, "
-        f"the same command goes on from the newest one: leave the suspect out with DEVICES=… or another node"
+        f"{suspects} suspect, these weights are in no checkpoint. Check ECC errors and the kernel log, exclude it with "
+        f"DEVICES=… or another node, and repeat the command to resume"
     )
 
 
-def _gathered(mine: Any) -> list[Any]:
-    """Something small of each rank, on every rank."""
+def _gather(value: Any) -> list[Any]:
+    """Gather a small object of each rank on every rank."""
     from accelerate.utils import gather_object
 
-    found: list[Any] = gather_object([mine])
-    return found
+    values: list[Any] = gather_object([value])
+    return values
