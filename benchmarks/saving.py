@@ -236,7 +236,7 @@ def _verification(bench: Bench, run: Path) -> dict[str, Any]:
 
     folder = RunDir(run)
     path = folder.checkpoint(folder.latest_complete())
-    files = checkpoint_format.read(path)["files"]
+    files = checkpoint_format.read_commit_marker(path)["files"]
     gigabytes = sum(file["bytes"] for file in files.values()) / 1e9
     found: dict[str, Any] = {"bytes": round(gigabytes * 1e9), "seconds_per_gb": {}}
     for temperature in ("warm", "cold"):
@@ -258,7 +258,7 @@ def _verification(bench: Bench, run: Path) -> dict[str, Any]:
                 bench.cannot(f"verification of {run.name}, {temperature}", "the system keeps files in its page cache")
     found["largest_share_of_two"] = round(
         max(
-            sum(files[name]["bytes"] for name in checkpoint_format.share(checkpoint_format.read(path), rank, 2))
+            sum(files[name]["bytes"] for name in checkpoint_format.assign_files({"files": files}, rank, 2))
             for rank in (0, 1)
         )
         / (gigabytes * 1e9), 3,
@@ -267,12 +267,14 @@ def _verification(bench: Bench, run: Path) -> dict[str, Any]:
 
 
 def _look_through(task: tuple[Path, int, int]) -> str | None:
-    """One process's part in `resume.look_through`; what is wrong."""
+    """One process's part in `resume.verify_checkpoint`; what is wrong."""
     from sft_recipes.training.checkpoint import checkpoint_format
 
     path, rank, ranks = task
-    record = checkpoint_format.read(path)
-    return checkpoint_format.damage(path, record, None if ranks == 1 else checkpoint_format.share(record, rank, ranks))
+    record = checkpoint_format.read_commit_marker(path)
+    return checkpoint_format.verify_checksums(
+        path, record, None if ranks == 1 else checkpoint_format.assign_files(record, rank, ranks)
+    )
 
 
 def _files(folder: Path) -> list[Path]:
@@ -472,12 +474,16 @@ def _clock_saves() -> None:
     from sft_recipes.training.checkpoint import checkpoint_format
     from sft_recipes.training.checkpoint.writer import CheckpointWriter
 
-    checkpoint_format.checksums = _clocked(checkpoint_format.checksums, "syncing and hashing")
-    checkpoint_format._sha256 = _clocked(checkpoint_format._sha256, "hashing")
-    checkpoint_format.seal = _clocked(checkpoint_format.seal, "sealing")
+    checkpoint_format.compute_checksums = _clocked(checkpoint_format.compute_checksums, "syncing and hashing")
+    checkpoint_format.sha256 = _clocked(checkpoint_format.sha256, "hashing")
+    checkpoint_format.write_commit_marker = _clocked(checkpoint_format.write_commit_marker, "sealing")
     checkpoint_format.publish = _clocked(checkpoint_format.publish, "sealing")
-    IntegrityCallback.record = _clocked(IntegrityCallback.record, "proving")
-    whole, save, forget = CheckpointWriter.whole, trainer.RecipeTrainer._save_checkpoint, RetentionCallback.on_save
+    IntegrityCallback.check_before_save = _clocked(IntegrityCallback.check_before_save, "proving")
+    whole, save, forget = (
+        CheckpointWriter.write_atomically,
+        trainer.RecipeTrainer._save_checkpoint,
+        RetentionCallback.on_save,
+    )
 
     def whole_clocked(self: Any, target: Path, write: Callable[[], None], *more: Any) -> str | None:
         return whole(self, target, _clocked(write, "writing"), *more)
@@ -487,7 +493,7 @@ def _clock_saves() -> None:
         began = time.perf_counter()
         save(self, model, trial)
         stall = time.perf_counter() - began
-        if self.saving.try_again_at is not None:
+        if self.checkpoint_writer.retry_at_step is not None:
             raise RuntimeError("a save was refused; what the run said before tells why")
         parts = {part: SPENT[part] for part in PARTS}
         parts["syncing"] = SPENT["syncing and hashing"] - SPENT["hashing"]
@@ -499,7 +505,7 @@ def _clock_saves() -> None:
         forget(self, *arguments, **named)
         NOTES[-1]["parts"]["forgetting"] = time.perf_counter() - began
 
-    CheckpointWriter.whole, trainer.RecipeTrainer._save_checkpoint = whole_clocked, save_and_compare
+    CheckpointWriter.write_atomically, trainer.RecipeTrainer._save_checkpoint = whole_clocked, save_and_compare
     RetentionCallback.on_save = forget_clocked
 
 
@@ -533,8 +539,10 @@ def _write_plainly(trainer: Any, folder: Path) -> None:
     from sft_recipes.training.checkpoint import checkpoint_format
 
     rank = trainer.accelerator.process_index
-    saved = checkpoint_format.read(trainer.saving.folder.checkpoint(trainer.state.global_step))["files"]
-    left = sum(file["bytes"] for name, file in saved.items() if checkpoint_format.writer(name) == rank)
+    saved = checkpoint_format.read_commit_marker(
+        trainer.checkpoint_writer.folder.checkpoint(trainer.state.global_step)
+    )["files"]
+    left = sum(file["bytes"] for name, file in saved.items() if checkpoint_format.writing_rank(name) == rank)
     piece = memoryview(_noise())
     with (folder / f"plain-{rank}").open("wb", buffering=0) as file:
         while left > 0:
@@ -567,7 +575,7 @@ def _sync_mine(trainer: Any, folder: Path) -> None:
     from sft_recipes.training.checkpoint import checkpoint_format
 
     for path in _files(folder):
-        if checkpoint_format.writer(path.name) == trainer.accelerator.process_index:
+        if checkpoint_format.writing_rank(path.name) == trainer.accelerator.process_index:
             sync(path)
 
 
@@ -603,10 +611,10 @@ def _clock_agreement() -> None:
     GracefulStopCallback.on_step_end = agree_twice
     fingerprint.of_rank = noted(fingerprint.of_rank, "digest", "of_rank")
     for owner, name in (
-        (IntegrityCallback, "record"),
+        (IntegrityCallback, "check_before_save"),
         (IntegrityCallback, "on_pre_optimizer_step"),
         (IntegrityCallback, "on_step_end"),
-        (DataOrderCheck, "saw"),
+        (DataOrderCheck, "record_batches"),
     ):
         setattr(owner, name, noted(getattr(owner, name), "proof", f"{owner.__name__}.{name}"))
 

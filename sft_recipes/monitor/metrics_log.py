@@ -40,7 +40,7 @@ class Run:
     Attributes:
         training: lines of `metrics.jsonl` that have `loss`.
         validation: lines that have `eval_loss` or another validation loss, such as `eval_retention_loss` at step 0.
-        samples: `step`, `prompt`, `wanted`, `said`.
+        samples: `step`, `prompt`, `reference`, `completion`.
         warnings: what the guards saw while it trained: `step`, `rule`, `evidence`.
         final: the summary of a finished run; empty before.
     """

@@ -158,12 +158,12 @@ def _samples(run: Run) -> Iterable[str]:
     for asked in prompts[:_MOST_PROMPTS]:
         answers = sorted(asked, key=lambda sample: sample["step"])
         rows = "".join(
-            f'<tr><td>{answer["step"]:,}</td><td class="said">{_text(answer.get("said", ""))}</td></tr>'
+            f'<tr><td>{answer["step"]:,}</td><td class="said">{_text(answer.get("completion", ""))}</td></tr>'
             for answer in [*answers[:1], *answers[1:][1 - _MOST_ANSWERS :]]
         )
         yield (
             f'<div class="sample"><h3>Prompt</h3><pre>{_text(answers[0].get("prompt", ""))}</pre><h3>Wanted</h3>'
-            f"<pre>{_text(answers[0].get('wanted', ''))}</pre><table><tr><th>step</th><th>answer</th></tr>{rows}"
+            f"<pre>{_text(answers[0].get('reference', ''))}</pre><table><tr><th>step</th><th>answer</th></tr>{rows}"
             f"</table></div>"
         )
 

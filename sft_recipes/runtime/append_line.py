@@ -18,8 +18,11 @@ def add(path: Path, line: str) -> None:
     except OSError as error:
         if len(lines) == 1:
             with contextlib.suppress(OSError):  # standard error may be a file on the same disk
-                print(f"warning: {path} cannot be written ({error.strerror}); lines are kept in memory",
-                      file=sys.stderr, flush=True)
+                print(
+                    f"warning: {path} cannot be written ({error.strerror}); lines are kept in memory",
+                    file=sys.stderr,
+                    flush=True,
+                )
         _pending[path] = lines
 
 

@@ -14,7 +14,7 @@ from sft_recipes.runtime.errors import SetupError
 
 EXIT_FAULT, EXIT_USER, EXIT_DIVERGED, EXIT_NO_PROGRESS = 1, 2, 3, 4
 EXIT_STOPPED = 75  # saved, not finished: the same command goes on
-STEPS_PROVED = 2  # behind each save: the second needs the optimizer's state of the first too
+FINGERPRINTED_STEPS = 2  # behind each save: the second needs the optimizer's state of the first too
 
 
 @dataclass(frozen=True)

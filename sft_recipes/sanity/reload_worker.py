@@ -120,7 +120,7 @@ def _losses_after_resume(plan: Plan, folder: RunDir, tried: RunDir) -> list[floa
     arguments.eval_strategy = "no"
     prepared = str(worker.prepared_copy(tried))
     parts = main.build(plan, folder, arguments, {**read_json(folder.prepared), "folder": prepared})
-    point = resume.look_through(tried, trial.SAVED_AT, plan.run_id, parts.trainer.accelerator)
+    point = resume.verify_checkpoint(tried, trial.SAVED_AT, plan.run_id, parts.trainer.accelerator)
     if isinstance(point, str):
         name = tried.checkpoint(trial.SAVED_AT).name
         raise DoesNotLoadError(Check("checkpoint", False, f"{name}: {point}", _DISK))

@@ -132,7 +132,7 @@ def carry_out(plan: Plan, folder: RunDir) -> Result:
         "evaluation_seconds_a_row": record.evaluation_seconds / max(record.evaluation_rows, 1),
         "validation_rows": _rows_of_an_evaluation(read_json(Path(found["original"]) / "details.json")),
         "save_seconds": record.save_seconds,
-        "save_bytes": sft.saving.bytes_at_most if record.save_seconds else None,
+        "save_bytes": sft.checkpoint_writer.expected_bytes if record.save_seconds else None,
     }
     better_than_chance = judging.knows_more_than_chance(judging.mean_loss(record.rows[0]), vocabulary)
     state = TrialState(record.losses, parts.ends_of_turn, better_than_chance)

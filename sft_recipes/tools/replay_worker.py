@@ -49,8 +49,8 @@ def replay(plan: Plan, folder: RunDir) -> None:
     sft = parts.trainer
     asked = read_json(folder.replay)
     point, until, passed_over = _first_whole(asked, plan, sft)
-    sft.proof.restore_state(point.record["proof"])
-    loaded = _loaded(point, until, folder, {"passed_over": passed_over, "saved": point.record["proof"]})
+    sft.integrity.restore_state(point.record["integrity"])
+    loaded = _loaded(point, until, folder, {"passed_over": passed_over, "saved": point.record["integrity"]})
     sft.add_callbacks([loaded])
     if sft.accelerator.is_main_process:
         manifest.begin(folder, plan)
@@ -61,7 +61,7 @@ def _first_whole(asked: dict[str, Any], plan: Plan, sft: Any) -> tuple[ResumePoi
     """The first whole checkpoint of those asked for, the step to go to, and why others were passed over."""
     passed_over = []
     for step, until in asked["candidates"]:
-        found = resume.look_through(RunDir(Path(asked["run"])), step, plan.run_id, sft.accelerator)
+        found = resume.verify_checkpoint(RunDir(Path(asked["run"])), step, plan.run_id, sft.accelerator)
         if not isinstance(found, str):
             return found, until, passed_over
         passed_over.append(f"checkpoint-{step}: {found}")

@@ -20,7 +20,7 @@ from sft_recipes.planner import plan as plans
 from sft_recipes.planner import render
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import SetupError
-from sft_recipes.runtime.run_dir import EXIT_FAULT, EXIT_STOPPED, STEPS_PROVED, RunDir, read_json, write_json
+from sft_recipes.runtime.run_dir import EXIT_FAULT, EXIT_STOPPED, FINGERPRINTED_STEPS, RunDir, read_json, write_json
 
 _KINDS = ("weights", "optimizer", "scheduler", "rng")  # as training/digests.py names them
 
@@ -115,7 +115,7 @@ def _candidates(folder: RunDir, recorded: dict[int, dict[str, Any]]) -> list[tup
     found = []
     for step in folder.numbered("checkpoint"):
         until = step
-        while until + 1 in recorded and until < step + STEPS_PROVED:
+        while until + 1 in recorded and until < step + FINGERPRINTED_STEPS:
             until += 1
         found.append((step, until))
     if not found:
@@ -183,13 +183,13 @@ def _span(steps: list[int]) -> str:
 
 def _as_loaded(replay: Replay) -> dict[str, str]:
     """Of each kind of state: `equal`, or on which ranks what was loaded is not what was saved."""
-    return {kind: _equal(kind, replay.saved["ranks"], replay.loaded) for kind in _KINDS}
+    return {kind: _equal(kind, replay.saved["fingerprints"], replay.loaded) for kind in _KINDS}
 
 
 def _of_step(replayed: dict[str, Any], recorded: dict[str, Any]) -> dict[str, str]:
     """Of each kind of state, and of rows and loss: `equal`, or where they differ."""
-    of_ranks = {kind: _equal(kind, recorded["ranks"], replayed["ranks"]) for kind in _KINDS}
-    return of_ranks | {key: "equal" if recorded[key] == replayed[key] else "differs" for key in ("rows", "loss")}
+    of_ranks = {kind: _equal(kind, recorded["fingerprints"], replayed["fingerprints"]) for kind in _KINDS}
+    return of_ranks | {key: "equal" if recorded[key] == replayed[key] else "differs" for key in ("rows_hash", "loss")}
 
 
 def _equal(kind: str, saved: list[dict[str, str]], found: list[dict[str, str]]) -> str:
@@ -224,7 +224,7 @@ def _tell(folder: RunDir, replay: Replay, recorded: dict[int, dict[str, Any]], s
         return EXIT_FAULT
     if not replay.steps:
         say("exact as far as it can be told: all that was loaded is what was saved, bit for bit")
-    elif recorded[max(replay.steps)]["went_on_from"] == replay.step:
+    elif recorded[max(replay.steps)]["resumed_from"] == replay.step:
         say("exact, bit for bit; the steps were recorded by a start that had itself resumed from this checkpoint")
     else:
         say("exact: this run resumes as if it had not stopped, bit for bit")

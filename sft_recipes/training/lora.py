@@ -246,6 +246,9 @@ def _save_merged(plan: Plan, folder: RunDir, merged: Any) -> None:
     merged.generation_config = GenerationConfig.from_pretrained(folder.final)
     merged.save_pretrained(partial)
     AutoTokenizer.from_pretrained(folder.final, trust_remote_code=trust).save_pretrained(partial)
-    sealed = {"run_id": plan.run_id, "files": checkpoint_format.checksums(partial, checkpoint_format.names(partial))}
-    checkpoint_format.seal(partial, sealed)
+    sealed = {
+        "run_id": plan.run_id,
+        "files": checkpoint_format.compute_checksums(partial, checkpoint_format.list_files(partial)),
+    }
+    checkpoint_format.write_commit_marker(partial, sealed)
     checkpoint_format.publish(partial, folder.merged, folder.removing)

@@ -166,13 +166,13 @@ def _newest(plan: Plan, folder: RunDir, sft: Any) -> ResumePoint | None:
     """The whole checkpoint that this start goes on from, and what the user is told of it."""
     from sft_recipes.training.checkpoint import resume
 
-    point = resume.newest(plan, folder, sft.accelerator, sft.say)
+    point = resume.find_latest_valid(plan, folder, sft.accelerator)
     if sft.accelerator.is_main_process:
-        resume.clear(folder, sft.say)
+        resume.remove_incomplete(folder)
     if point is not None:
         sft.supervised_tokens_seen = point.record["supervised_tokens_seen"]
-        sft.proof.restore_state(point.record["proof"])
-        sft.say(f"going on from {point.path.name}")
+        sft.integrity.restore_state(point.record["integrity"])
+        logger.info("resuming from %s", point.path.name)
     if plan.shards_parameters and plan.sections.generation.show:
         sft.say(f"no answers are shown while it trains: under {plan.parallelism} no rank holds the whole model")
     return point
@@ -190,13 +190,13 @@ def _train(plan: Plan, folder: RunDir, parts: Parts, point: ResumePoint | None) 
         if point.step == plan.optimizer_steps or alerts.ended_early(plan, sft.state):
             sft.write_summary()  # the Trainer itself would take one step more
             return
-    if parts.stopping.asked():
+    if parts.stopping.stop_requested():
         return
     # What the model could do before is measured before its first step; and an evaluation that a stop cut short again.
     asked = sft.args.eval_on_start or bool(plan.sections.data.retention_eval)
     sft.args.eval_on_start = asked if point is None else _evaluation_is_missing(sft)
     try:
-        sft.train(resume_from_checkpoint=str(reshard.taken_over(plan, folder, point, sft)) if point else None)
+        sft.train(resume_from_checkpoint=str(reshard.prepare_checkpoint(plan, folder, point, sft)) if point else None)
     except StoppedAtStartError:
         sft.end_callbacks()
 
@@ -344,13 +344,13 @@ def _publish(
     trained = point is None or point.step != step
     refused = sft.save_weights(folder.last) if trained else sft.copy_model(point.path, folder.last)
     losses = retention.validation_losses(sft.state.log_history)
-    chosen = [retention.step(folder, losses, plan.run_id, sft.say) if sft.accelerator.is_main_process else None]
+    chosen = [retention.find_best_step(folder, losses, plan.run_id) if sft.accelerator.is_main_process else None]
     broadcast_object_list(chosen)
     refused = refused or sft.copy_model(folder.best(chosen[0]) if chosen[0] else folder.last, folder.final, copy)
     if refused:
         raise SaveFailedError(f"{folder.path}: the trained model is not saved: {refused}; the same command tries again")
     if sft.accelerator.is_main_process:
-        retention.forget_all_others(folder, losses, plan.run_id, sft.say)
+        retention.remove_others(folder, losses, plan.run_id)
     return {
         "steps": step,
         "first_eval_loss": losses[min(losses)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,13 +25,19 @@ from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.training import attention, lora, rank_heartbeat, strategy
-from sft_recipes.training.callbacks.graceful_stop import CutShortError, GracefulStopCallback, StoppedAtStartError
+from sft_recipes.training.callbacks.graceful_stop import (
+    EvaluationStoppedError,
+    GracefulStopCallback,
+    StoppedAtStartError,
+)
 from sft_recipes.training.callbacks.integrity_log import IntegrityCallback
 from sft_recipes.training.checkpoint import checkpoint_format
 from sft_recipes.training.checkpoint.writer import CheckpointWriter
 from sft_recipes.training.integrity import data_order
 from sft_recipes.training.nan_guard import NanGuard
 from sft_recipes.training.throughput import ThroughputMeter
+
+log = logging.getLogger(__name__)
 
 # TRL scores all positions where there is no Triton, and throws away those that the loss does not look at: on a CPU a
 # quarter of a step of the tiny recipe. As on CUDA, only the supervised ones are scored. This module asks for nothing
@@ -164,7 +171,7 @@ class RowsCollator(DataCollatorForLanguageModeling):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """As TRL's, and `row`, [rows]."""
-        return data_order.carry(examples, super().torch_call(examples))
+        return data_order.keep_row_numbers(examples, super().torch_call(examples))
 
 
 class PackedRowsCollator(DataCollatorForLanguageModeling):
@@ -189,7 +196,7 @@ class PackedRowsCollator(DataCollatorForLanguageModeling):
             batch["input_ids"].append([*example["input_ids"], *[self.pad_token_id] * padding])
             batch["labels"].append([*labels, *[IGNORED] * padding])
             batch["position_ids"].append([*positions, *[0] * padding])  # each padding token an example of its own
-        return data_order.carry(examples, {name: torch.tensor(rows) for name, rows in batch.items()})
+        return data_order.keep_row_numbers(examples, {name: torch.tensor(rows) for name, rows in batch.items()})
 
 
 def collator(plan: Plan, pad_token_id: int, way: str) -> RowsCollator | PackedRowsCollator:
@@ -218,7 +225,7 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
         self.plan = plan
         self.say: Callable[[str], None] = print
         self.stopping = GracefulStopCallback()
-        arguments["train_dataset"] = data_order.number(arguments["train_dataset"])
+        arguments["train_dataset"] = data_order.add_row_numbers(arguments["train_dataset"])
         super().__init__(**arguments)
         trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = min(
             _WIDEST_TILE, self.model.config.get_text_config().vocab_size
@@ -233,7 +240,7 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
         self.meter = ThroughputMeter(plan, architecture, peak_flops(plan, self.args.device), self.args.device)
         self.meter.watch(self.model)
         self._tokens_measured: int | None = None
-        self.saving = CheckpointWriter(plan, RunDir(Path(self.args.output_dir)), self.accelerator)
+        self.checkpoint_writer = CheckpointWriter(plan, RunDir(Path(self.args.output_dir)), self.accelerator)
         self.supervised_tokens_seen = 0
         self.evaluate_sources(passes)
         # What TRL's loss does besides has no other way than its own: other losses, the balance of experts.
@@ -244,12 +251,12 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
         self._digest = torch.zeros(1, dtype=torch.int64, device=self.args.device)
         rows = self._get_train_sampler()
         steps_an_epoch = rows.used // plan.effective_batch_size
-        self.proof = IntegrityCallback(
+        self.integrity = IntegrityCallback(
             plan,
-            self.saving.folder,
+            self.checkpoint_writer.folder,
             data_order.DataOrderCheck(rows.order, plan.effective_batch_size, steps_an_epoch),
         )
-        self.add_callbacks([self.proof])
+        self.add_callbacks([self.integrity])
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -289,7 +296,7 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
             self._tokens_measured = int(self.state.num_input_tokens_seen)  # of earlier starts
         self.meter.step_begins()
         batches, supervised_tokens = super().get_batch_samples(self.meter.waiting(epoch_iterator), *arguments)
-        self.proof.ledger.saw(batches)
+        self.integrity.data_order.record_batches(batches)
         self.supervised_tokens_seen += int(supervised_tokens or 0)
         self.meter.saw(batches, int(supervised_tokens or 0))
         for batch in batches:
@@ -341,7 +348,7 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
         """As the Trainer's; where all ranks are asked to stop, they leave it and save at once."""
         try:
             metrics: dict[str, float] = super()._evaluate(*arguments, **named)
-        except CutShortError as error:
+        except EvaluationStoppedError as error:
             if self._took_no_step():
                 raise StoppedAtStartError from error
             self.control.should_save = self.control.should_training_stop = True
@@ -365,10 +372,10 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
         """As TRL's, and keeps each source's sum of losses and the number of tokens that they were taken over.
 
         Raises:
-            CutShortError: on all ranks, where one was asked to stop and the run has steps to come.
+            EvaluationStoppedError: on all ranks, where one was asked to stop and the run has steps to come.
         """
-        if self.stopping.asked():
-            raise CutShortError
+        if self.stopping.stop_requested():
+            raise EvaluationStoppedError
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         tokens = (inputs["labels"][..., 1:] != IGNORED).sum()
         source = self._source_of_pass[len(self._of_pass)]
@@ -448,14 +455,14 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where the Trainer writes `checkpoint-N`, before it gets its place in the run's folder."""
-        return str(self.saving.folder.saving)
+        return str(self.checkpoint_writer.folder.saving)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """As the Trainer's, whole or not at all, without its pickled arguments, which nothing here loads."""
-        step, proof = self.state.global_step, self.proof.record()
-        partial = self.saving.folder.saving / f"checkpoint-{step}"
+        step, integrity = self.state.global_step, self.integrity.check_before_save()
+        partial = self.checkpoint_writer.folder.saving / f"checkpoint-{step}"
         if self.is_deepspeed_enabled:
-            self.saving.under_deepspeed(self.model_wrapped)
+            self.checkpoint_writer.patch_deepspeed(self.model_wrapped)
 
         def write() -> None:
             super(RecipeTrainer, self)._save_checkpoint(model, trial)
@@ -464,35 +471,38 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
                 if self.is_deepspeed_enabled:
                     (partial / "latest").write_text(f"global_step{step}", encoding="ascii")
 
-        record = {"supervised_tokens_seen": self.supervised_tokens_seen, "proof": proof}
-        refused = self.saving.checkpoint(step, write, record)
+        record = {"supervised_tokens_seen": self.supervised_tokens_seen, "integrity": integrity}
+        refused = self.checkpoint_writer.save_checkpoint(step, write, record)
         if refused:
-            self.say(
-                f"step {step}  NOT SAVED: {refused}; training goes on, and saving is tried again at step "
-                f"{self.saving.try_again_at}"
+            log.warning(
+                "step %d: checkpoint-%d was not saved: %s; next attempt at step %d",
+                step,
+                step,
+                refused,
+                self.checkpoint_writer.retry_at_step,
             )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        with self.saving.tolerated():
+        with self.checkpoint_writer.collect_write_errors():
             super()._save(output_dir, state_dict)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        with self.saving.tolerated():
+        with self.checkpoint_writer.collect_write_errors():
             super()._save_rng_state(output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """As the Trainer's; under FSDP2 every rank takes part in gathering the optimizer's state, also where the disk
         has just refused the weights."""
         if not self.is_fsdp_enabled:
-            with self.saving.tolerated():
+            with self.checkpoint_writer.collect_write_errors():
                 super()._save_optimizer_and_scheduler(output_dir)
             return
         plugin = self.accelerator.state.fsdp_plugin
-        with self.saving.tolerated():
+        with self.checkpoint_writer.collect_write_errors():
             save_fsdp_model(plugin, self.accelerator, self.model, output_dir)
-        with self.saving.tolerated():
+        with self.checkpoint_writer.collect_write_errors():
             save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
-        with self.saving.tolerated():
+        with self.checkpoint_writer.collect_write_errors():
             if self.accelerator.is_main_process:
                 torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
 
@@ -503,7 +513,7 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
         The Trainer's pickled arguments are left out, since a model's folder is loaded by others, and so is peft's
         gpu_type of empty headings.
         """
-        partial = self.saving.folder.saving / target.name
+        partial = self.checkpoint_writer.folder.saving / target.name
 
         def write() -> None:
             self.save_model(str(partial), _internal_call=True)
@@ -512,22 +522,24 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
                     (partial / name).unlink(missing_ok=True)
                 self._add_generation(partial)
 
-        return self.saving.whole(target, write, {"run_id": self.plan.run_id, "step": self.state.global_step})
+        return self.checkpoint_writer.write_atomically(
+            target, write, {"run_id": self.plan.run_id, "step": self.state.global_step}
+        )
 
     def copy_model(self, whole: Path, target: Path, copy: Callable[[Path, Path], Any] = shutil.copy2) -> str | None:
         """Copies the model of a complete, verified folder to `target`; None on success, else the reason of the failure.
 
         Collective: call on every rank. Rank 0 copies, each file with `copy`.
         """
-        step = int(checkpoint_format.read(whole)["step"])
+        step = int(checkpoint_format.read_commit_marker(whole)["step"])
 
         def write() -> None:
             if self.accelerator.is_main_process:
-                partial = self.saving.folder.saving / target.name
+                partial = self.checkpoint_writer.folder.saving / target.name
                 checkpoint_format.copy_model(whole, partial, copy)
                 self._add_generation(partial)
 
-        return self.saving.whole(target, write, {"run_id": self.plan.run_id, "step": step})
+        return self.checkpoint_writer.write_atomically(target, write, {"run_id": self.plan.run_id, "step": step})
 
     def _add_generation(self, folder: Path) -> None:
         """Adapters have no generation configuration of their own, and the ends of turn stand there."""

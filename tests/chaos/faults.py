@@ -192,7 +192,7 @@ def corrupt_checkpoint(corrupt: Callable[[Path], None], *output: str) -> Callabl
         newest = max(state_of(chaos.run(name)).checkpoints)
         corrupt(chaos.run(name) / f"checkpoint-{newest}")
         results.append(chaos.run_to_end(name, setup, "--resume", *STEPS))
-        assert f"passing over checkpoint-{newest}: " in results[-1].output, results[-1].output
+        assert f"skipping checkpoint-{newest}: " in results[-1].output, results[-1].output
         assert all(word in results[-1].output for word in output), results[-1].output
         assert results[-1].resumed_from() < newest
         return results
@@ -244,7 +244,7 @@ def stairs(rank: int, *errors: int) -> Callable[..., list[Result]]:
         result = chaos.run_to_end(name, setup, *STAIRS, **chaos.with_faults(name, setup, rank, stairs=listed))
         failed = [operation for operation in chaos.operations(name) if operation[3]]
         fewest = 15 if rank else 20  # a second rank writes only its own files
-        assert len(failed) > fewest and result.output.count("NOT SAVED: ") > fewest, (
+        assert len(failed) > fewest and result.output.count("was not saved: ") > fewest, (
             len(failed),
             result.output[-2000:],
         )
@@ -319,7 +319,7 @@ FAULTS = [
     Fault("26", "nothing can be removed: EPERM", "single", nothing_removed),
     Fault("27", "a second start on the same run, and a stale lock", "ddp", second_start),
     Fault("28", "one bit of the optimizer state of rank 1", "zero3",
-          corrupt_checkpoint(lambda at: flip(_optimizer_of_rank_1(at)), "does not match its checksum")),
+          corrupt_checkpoint(lambda at: flip(_optimizer_of_rank_1(at)), "checksum mismatch")),
     Fault("30", "the random state of rank 1 is missing", "ddp",
           corrupt_checkpoint(lambda at: (at / "rng_state_1.pth").unlink(), "rng_state_1.pth is missing")),
     Fault("31", "the optimizer state of rank 1 is missing", "zero2",

@@ -52,7 +52,7 @@ class Result:
 
     def resumed_from(self) -> int:
         """Return the step it resumed from; 0 if it started from the beginning."""
-        found = re.search(r"going on from checkpoint-(\d+)", self.output)
+        found = re.search(r"resuming from checkpoint-(\d+)", self.output)
         return int(found[1]) if found else 0
 
 

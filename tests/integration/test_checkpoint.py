@@ -1,4 +1,4 @@
-"""What is saved is whole or not there, and what is gone on from is what was saved."""
+"""Checkpoints are written atomically, and a run resumes only from what was saved."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.checkpoints import chosen
+from helpers.checkpoints import find_checkpoint, logged_lines
 from helpers.saved_weights import same, weights
 from helpers.workplace import SHORT, manifest, metrics
 
@@ -48,117 +48,118 @@ def empty(path):
     path.write_bytes(b"")
 
 
-HARMS = [flip, zero, cut, empty, Path.unlink]
+CORRUPTIONS = [flip, zero, cut, empty, Path.unlink]
 
 
-def test_a_checkpoint_says_what_it_holds(short_run):
-    record = checkpoint_format.read(short_run / "checkpoint-8")
+def test_commit_marker_lists_all_files(short_run):
+    record = checkpoint_format.read_commit_marker(short_run / "checkpoint-8")
     assert record["step"] == 8 and record["run_id"] == plans.read(short_run / "plan.json").run_id
     assert set(record["files"]) == {path.name for path in (short_run / "checkpoint-8").iterdir()} - {"complete.json"}
-    assert "training_args.bin" not in record["files"], "pickled, and nothing here loads it"
+    assert "training_args.bin" not in record["files"], "pickled, and never loaded"
     assert record["supervised_tokens_seen"] == manifest(short_run)["supervised_tokens_seen"]
     assert not (short_run / ".saving").exists() and not (short_run / ".removing").exists()
 
 
-def test_every_harm_to_every_file_is_named_and_the_older_checkpoint_taken(run):
-    """One flipped bit, a zeroed page, one byte less, nothing at all, no file: in each file in turn."""
+def test_resume_skips_a_checkpoint_with_any_corrupt_file(run):
+    """In each file in turn: one flipped bit, a zeroed page, one byte less, an empty file, no file."""
     files = sorted(path.name for path in run.checkpoint(8).iterdir())
     keep = run.path / "keep"
     shutil.copytree(run.checkpoint(8), keep)
     tried = 0
     for name in files:
-        for harm in HARMS:
+        for corrupt in CORRUPTIONS:
             before = (keep / name).read_bytes()
-            harm(run.checkpoint(8) / name)
+            corrupt(run.checkpoint(8) / name)
             if (run.checkpoint(8) / name).is_file() and (run.checkpoint(8) / name).read_bytes() == before:
-                continue  # the page was zero before
-            point, said = chosen(run)
-            assert point.path == run.checkpoint(4), (name, harm.__name__)
-            assert len(said) == 1 and said[0].startswith("passing over checkpoint-8: ") and name in said[0], said
+                continue  # the page was zero already
+            point, lines = find_checkpoint(run)
+            assert point.path == run.checkpoint(4), (name, corrupt.__name__)
+            assert lines[0].startswith("skipping checkpoint-8: ") and name in lines[0], lines
+            assert lines[1:] in ([], ["checkpoint-8 quarantined as checkpoint-8.corrupt-1"])
             for left in run.path.glob("*checkpoint-8*"):
                 shutil.rmtree(left)
             shutil.copytree(keep, run.checkpoint(8))
             tried += 1
     assert tried >= 4 * len(files) >= 40
-    assert chosen(run)[0].path == run.checkpoint(8)
+    assert find_checkpoint(run)[0].path == run.checkpoint(8)
 
 
-def test_a_damaged_checkpoint_is_kept_under_another_name(run):
+def test_corrupt_checkpoint_is_quarantined(run):
     flip(run.checkpoint(8) / "optimizer.pt")
-    _, said = chosen(run)
-    aside = run.path / "checkpoint-8.corrupt-1"
-    assert said == [f"passing over checkpoint-8: optimizer.pt does not match its checksum; it is kept as {aside.name}"]
-    assert (aside / "optimizer.pt").is_file() and not run.checkpoint(8).exists()
+    _, lines = find_checkpoint(run)
+    assert lines == [
+        "skipping checkpoint-8: checksum mismatch in optimizer.pt",
+        "checkpoint-8 quarantined as checkpoint-8.corrupt-1",
+    ]
+    assert (run.path / "checkpoint-8.corrupt-1" / "optimizer.pt").is_file() and not run.checkpoint(8).exists()
 
 
-@pytest.mark.parametrize("harm", ["record", "other files", "a link", "a stranger"])
-def test_what_is_not_as_it_was_saved_is_not_gone_on_from(run, harm):
+@pytest.mark.parametrize("change", ["commit marker", "other file", "symlink", "additional file"])
+def test_resume_skips_a_changed_checkpoint(run, change):
     eight = run.checkpoint(8)
-    if harm == "record":
+    if change == "commit marker":
         record = json.loads((eight / "complete.json").read_text())
         (eight / "complete.json").write_text(json.dumps({**record, "supervised_tokens_seen": 1}))
-    elif harm == "other files":
+    elif change == "other file":
         (eight / "optimizer.pt").write_bytes((run.checkpoint(4) / "optimizer.pt").read_bytes())
-    elif harm == "a link":
+    elif change == "symlink":
         (eight / "optimizer.pt").unlink()
         (eight / "optimizer.pt").symlink_to(run.checkpoint(4) / "optimizer.pt")
     else:
-        (eight / ".metadata").write_bytes(b"a pickle that nobody saved")
-    point, said = chosen(run)
+        (eight / ".metadata").write_bytes(b"a pickle that was not saved")
+    point, lines = find_checkpoint(run)
     assert point.step == 4
     expected = {
-        "record": "complete.json is damaged: it does not match its own checksum",
-        "other files": "optimizer.pt does not match its checksum",
-        "a link": "optimizer.pt is missing",
-        "a stranger": ".metadata was not saved with it",
+        "commit marker": "checksum mismatch in complete.json",
+        "other file": "checksum mismatch in optimizer.pt",
+        "symlink": "optimizer.pt is missing",
+        "additional file": ".metadata was not saved with it",
     }
-    assert expected[harm] in said[0]
+    assert lines[0] == f"skipping checkpoint-8: {expected[change]}"
 
 
-def test_another_runs_checkpoint_is_passed_over_by_its_id_and_stays(run):
+def test_resume_skips_another_runs_checkpoint_in_place(run):
     shutil.copytree(run.checkpoint(8), run.checkpoint(900))
-    record = checkpoint_format.read(run.checkpoint(900))
-    checkpoint_format.seal(run.checkpoint(900), {**record, "run_id": "0123456789abcdef", "step": 900})
-    point, said = chosen(run)
+    record = checkpoint_format.read_commit_marker(run.checkpoint(900))
+    checkpoint_format.write_commit_marker(run.checkpoint(900), {**record, "run_id": "0123456789abcdef", "step": 900})
+    point, lines = find_checkpoint(run)
     assert point.step == 8 and run.checkpoint(900).is_dir()
-    assert said == [
-        f"passing over checkpoint-900: it is of another run (id 0123456789abcdef, this one's is {record['run_id']})"
-    ]
+    assert lines == [f"skipping checkpoint-900: of another run: found id 0123456789abcdef, expected {record['run_id']}"]
 
 
-def test_a_checkpoint_under_another_number_is_passed_over(run):
+def test_resume_skips_a_checkpoint_under_another_number(run):
     run.checkpoint(8).rename(run.checkpoint(900))
-    point, said = chosen(run)
-    assert point.step == 4 and "checkpoint-900: it was saved at step 8" in said[0]
+    point, lines = find_checkpoint(run)
+    assert point.step == 4 and lines == ["skipping checkpoint-900: of another step: found 8, expected 900"]
 
 
-@pytest.mark.parametrize("left", ["damaged", "none"])
-def test_a_run_that_lost_all_it_saved_never_starts_from_step_0(run, left):
+@pytest.mark.parametrize("left", ["corrupt", "none"])
+def test_run_without_a_valid_checkpoint_never_restarts_from_step_0(run, left):
     for step in (4, 8):
-        if left == "damaged":
+        if left == "corrupt":
             cut(run.checkpoint(step) / "model.safetensors")
         else:
             shutil.rmtree(run.checkpoint(step))
-    with pytest.raises(
-        resume.NoValidCheckpointError, match="no checkpoint of this run is whole.*nothing was started from step 0"
-    ):
-        chosen(run)
-    run.manifest.write_text(json.dumps({**manifest(run.path), "saved_step": None}))  # as where a kill came before it
-    if left == "damaged":
-        with pytest.raises(resume.NoValidCheckpointError, match="checkpoint-8.corrupt-1 is all there is"):
-            chosen(run)
+    with pytest.raises(resume.NoValidCheckpointError, match="no valid checkpoint of this run"):
+        find_checkpoint(run)
+    run.manifest.write_text(
+        json.dumps({**manifest(run.path), "saved_step": None})
+    )  # as after a kill before it was written
+    if left == "corrupt":
+        with pytest.raises(resume.NoValidCheckpointError, match=r"found only checkpoint-8\.corrupt-1"):
+            find_checkpoint(run)
 
 
-def test_an_unfinished_run_goes_on_from_the_older_checkpoint_to_the_same_weights(shared_workplace, short_run):
-    """The real start, with the newest damaged; and with both, an error and no step."""
-    run = RunDir(shared_workplace.runs / "damaged")
+def test_resume_from_the_older_checkpoint_gives_the_same_weights(shared_workplace, short_run):
+    """A real run whose latest checkpoint is corrupt; with both corrupt, an error and no step."""
+    run = RunDir(shared_workplace.runs / "corrupt")
     shutil.copytree(short_run, run.path, ignore=shutil.ignore_patterns("final", "last", ".lock", "best-8"))
     run.manifest.write_text(json.dumps({**manifest(run.path), "state": "running"}))
     flip(run.checkpoint(8) / "model.safetensors")
-    done = shared_workplace.sft("train", "tiny", "--name", "damaged", *SHORT)
+    done = shared_workplace.sft("train", "tiny", "--name", "corrupt", *SHORT)
     assert done.returncode == 0, done.stderr
-    assert "passing over checkpoint-8: model.safetensors does not match its checksum" in done.stdout
-    assert "going on from checkpoint-4" in done.stdout
+    assert "skipping checkpoint-8: checksum mismatch in model.safetensors" in done.stdout
+    assert "resuming from checkpoint-4" in done.stdout
     assert same(weights(run.last), weights(short_run / "last")) and same(
         weights(run.final), weights(short_run / "final")
     )
@@ -167,12 +168,12 @@ def test_an_unfinished_run_goes_on_from_the_older_checkpoint_to_the_same_weights
     run.manifest.write_text(json.dumps({**manifest(run.path), "state": "running"}))
     for step in (4, 8):
         (run.checkpoint(step) / "complete.json").unlink()
-    done = shared_workplace.sft("train", "tiny", "--name", "damaged", *SHORT)
+    done = shared_workplace.sft("train", "tiny", "--name", "corrupt", *SHORT)
     assert done.returncode == 1
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
-        f"error: {run.path}: no checkpoint of this run is whole (checkpoint-8: it has no complete.json: it was cut off, "
-        f"or is not this version's; checkpoint-4: it has no complete.json: it was cut off, or is not this version's); "
-        f"nothing was started from step 0: bring one back, or begin a run of its own: NAME=…"
+        f"error: {run.path}: no valid checkpoint of this run (checkpoint-8: no complete.json: incomplete, or written by "
+        f"another version; checkpoint-4: no complete.json: incomplete, or written by another version). Restore one, or "
+        f"start another run: NAME=…"
     ]
     assert run.checkpoint(8).is_dir() and run.checkpoint(4).is_dir() and "Traceback" not in done.stderr
 
@@ -180,13 +181,14 @@ def test_an_unfinished_run_goes_on_from_the_older_checkpoint_to_the_same_weights
 def small(folder, content=b"weights", run_id="a"):
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(content)
-    checkpoint_format.seal(
-        folder, {"run_id": run_id, "step": 4, "files": checkpoint_format.checksums(folder, ["model.safetensors"])}
+    checkpoint_format.write_commit_marker(
+        folder,
+        {"run_id": run_id, "step": 4, "files": checkpoint_format.compute_checksums(folder, ["model.safetensors"])},
     )
     return folder
 
 
-def test_where_the_last_rename_fails_what_was_there_comes_back(tmp_path, monkeypatch):
+def test_publish_restores_the_earlier_directory_if_its_rename_fails(tmp_path, monkeypatch):
     target, removing = tmp_path / "final", tmp_path / ".removing"
     checkpoint_format.publish(small(tmp_path / ".saving" / "one"), target, removing)
     replace = Path.replace
@@ -202,20 +204,21 @@ def test_where_the_last_rename_fails_what_was_there_comes_back(tmp_path, monkeyp
     assert (target / "model.safetensors").read_bytes() == b"weights"
 
 
-def test_what_cannot_be_removed_or_renamed_stops_no_start(run, monkeypatch):
+def test_resume_continues_if_a_directory_cannot_be_removed_or_renamed(run, monkeypatch):
     (run.removing / "checkpoint-2").mkdir(parents=True)
     flip(run.checkpoint(8) / "optimizer.pt")
-    said, refused = [], PermissionError(1, "Operation not permitted")
+    refused = PermissionError(1, "Operation not permitted")
     monkeypatch.setattr(shutil, "rmtree", lambda *_a, **_k: (_ for _ in ()).throw(refused))
     monkeypatch.setattr(checkpoint_format, "quarantine", lambda _folder: (_ for _ in ()).throw(refused))
-    resume.clear(run, said.append)
-    point, more = chosen(run)
-    assert point.step == 4 and "could not be renamed (Operation not permitted)" in more[0]
-    assert said[-1] == f"{run.removing} could not be removed (Operation not permitted)"
+    with logged_lines() as removed:
+        resume.remove_incomplete(run)
+    point, lines = find_checkpoint(run)
+    assert point.step == 4 and lines[1] == f"{run.checkpoint(8)} could not be renamed (Operation not permitted)"
+    assert removed[-1] == f"{run.removing} could not be removed (Operation not permitted)"
 
 
-def test_what_a_disk_does_not_give_back_is_passed_over_and_stays_where_it_is(run, monkeypatch):
-    """It may give it back the next time."""
+def test_resume_skips_an_unreadable_checkpoint_in_place(run, monkeypatch):
+    """A disk error may be temporary."""
     read = checkpoint_format.sha256
 
     def unreadable(path):
@@ -224,13 +227,13 @@ def test_what_a_disk_does_not_give_back_is_passed_over_and_stays_where_it_is(run
         return read(path)
 
     monkeypatch.setattr(checkpoint_format, "sha256", unreadable)
-    point, said = chosen(run)
-    assert point.step == 4 and said == ["passing over checkpoint-8: optimizer.pt cannot be read (Input/output error)"]
+    point, lines = find_checkpoint(run)
+    assert point.step == 4 and lines == ["skipping checkpoint-8: optimizer.pt cannot be read (Input/output error)"]
     monkeypatch.undo()
-    assert chosen(run)[0].step == 8
+    assert find_checkpoint(run)[0].step == 8
 
 
-def test_publishing_replaces_this_runs_own_and_puts_all_else_aside(tmp_path):
+def test_publish_replaces_the_same_runs_directory_and_quarantines_others(tmp_path):
     target, removing = tmp_path / "checkpoint-4", tmp_path / ".removing"
     checkpoint_format.publish(small(tmp_path / ".saving" / "one"), target, removing)
     checkpoint_format.publish(small(tmp_path / ".saving" / "two", b"newer"), target, removing)
@@ -240,46 +243,47 @@ def test_publishing_replaces_this_runs_own_and_puts_all_else_aside(tmp_path):
     assert (tmp_path / "checkpoint-4.corrupt-1" / "model.safetensors").read_bytes() == b"newer"
 
 
-@pytest.mark.parametrize("engine", ["single", "fsdp2", "zero3"])
-def test_of_a_checkpoint_all_that_a_model_may_need_is_copied_and_nothing_else(short_run, tmp_path, engine):
-    plan = dataclasses.replace(plans.read(short_run / "plan.json"), parallelism=engine, precision="fp32")
+@pytest.mark.parametrize("parallelism", ["single", "fsdp2", "zero3"])
+def test_copy_model_copies_the_model_without_training_state(short_run, tmp_path, parallelism):
+    plan = dataclasses.replace(plans.read(short_run / "plan.json"), parallelism=parallelism, precision="fp32")
     model = {"config.json", "model.safetensors", "vocab.json", "merges.txt", "modeling_own.py"}
     model.add("additional_chat_templates/tool_use.jinja")
-    state = checkpoint_format.needed(plan, 4)
+    state = checkpoint_format.required_files(plan, 4)
     for name in model | state | {"complete.json", "global_step4/mp_rank_00_model_states.pt", "pytorch_model_fsdp.bin"}:
-        (tmp_path / "whole" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "whole" / name).write_text(name)
-    checkpoint_format.copy_model(tmp_path / "whole", tmp_path / "copy")
+        (tmp_path / "complete" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "complete" / name).write_text(name)
+    checkpoint_format.copy_model(tmp_path / "complete", tmp_path / "copy")
     assert (
-        set(checkpoint_format.names(tmp_path / "copy")) == model and not (tmp_path / "copy" / "complete.json").exists()
+        set(checkpoint_format.list_files(tmp_path / "copy")) == model
+        and not (tmp_path / "copy" / "complete.json").exists()
     )
 
 
-def test_a_folder_named_on_another_node_is_waited_for_and_not_for_ever(tmp_path):
-    """As a rename is seen late over NFS."""
+def test_wait_until_visible_has_a_timeout(tmp_path):
+    """A rename on another node becomes visible late over NFS."""
     late = threading.Timer(0.5, (tmp_path / "checkpoint-4").mkdir)
     late.start()
-    assert checkpoint_format.await_seen(tmp_path / "checkpoint-4", 30)
-    began = time.monotonic()
-    assert not checkpoint_format.await_seen(tmp_path / "checkpoint-8", 0.3)
-    assert time.monotonic() - began >= 0.3
+    assert checkpoint_format.wait_until_visible(tmp_path / "checkpoint-4", 30)
+    started = time.monotonic()
+    assert not checkpoint_format.wait_until_visible(tmp_path / "checkpoint-8", 0.3)
+    assert time.monotonic() - started >= 0.3
 
 
-def test_ranks_share_a_checkpoints_files_so_that_each_is_looked_through_once():
+def test_each_file_is_verified_by_one_rank():
     files = {"model.safetensors": {"bytes": 900}, "rng_state_0.pth": {"bytes": 1}, "rng_state_1.pth": {"bytes": 1}}
     files |= {f"global_step4/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt": {"bytes": 500} for rank in (0, 1)}
     record = {"files": files, "world_size": 2}
     for ranks in (1, 2, 3, 8):
-        shares = [checkpoint_format.share(record, rank, ranks) for rank in range(ranks)]
-        assert sorted(name for share in shares for name in share) == sorted(files)
+        assigned = [checkpoint_format.assign_files(record, rank, ranks) for rank in range(ranks)]
+        assert sorted(name for names in assigned for name in names) == sorted(files)
     assert (
-        checkpoint_format.share(record, 0, 2)[0] == "model.safetensors"
-        and len(checkpoint_format.share(record, 1, 2)) >= 2
+        checkpoint_format.assign_files(record, 0, 2)[0] == "model.safetensors"
+        and len(checkpoint_format.assign_files(record, 1, 2)) >= 2
     )
 
 
 @pytest.mark.parametrize(
-    ("engine", "ranks", "some"),
+    ("parallelism", "ranks", "some"),
     [
         ("single", 1, {"rng_state.pth", "optimizer.pt"}),
         ("ddp", 2, {"rng_state_1.pth", "optimizer.pt"}),
@@ -287,25 +291,25 @@ def test_ranks_share_a_checkpoints_files_so_that_each_is_looked_through_once():
         ("zero3", 3, {"global_step4/zero_pp_rank_2_mp_rank_00_optim_states.pt", "latest", "rng_state_2.pth"}),
     ],
 )
-def test_every_ranks_files_are_needed(short_run, engine, ranks, some):
-    plan = dataclasses.replace(plans.read(short_run / "plan.json"), parallelism=engine, world_size=ranks)
-    assert some | {"trainer_state.json", "scheduler.pt"} <= checkpoint_format.needed(plan, 4)
+def test_files_of_every_rank_are_required(short_run, parallelism, ranks, some):
+    plan = dataclasses.replace(plans.read(short_run / "plan.json"), parallelism=parallelism, world_size=ranks)
+    assert some | {"trainer_state.json", "scheduler.pt"} <= checkpoint_format.required_files(plan, 4)
 
 
-def test_lines_that_the_disk_refuses_wait_for_it(tmp_path, capfd):
-    """A folder stands where the file should be; then it is gone, as when room was made."""
+def test_append_line_keeps_lines_while_the_file_cannot_be_written(tmp_path, capfd):
+    """First a directory has the file's name; then it is removed, as when space was freed."""
     path = tmp_path / "metrics.jsonl"
     path.mkdir()
     append_line.add(path, "one")
     append_line.add(path, "two")
-    assert "takes no line" in capfd.readouterr().err
+    assert "cannot be written" in capfd.readouterr().err
     path.rmdir()
     append_line.add(path, "three")
     assert path.read_text() == "one\ntwo\nthree\n"
 
 
 @pytest.mark.parametrize(
-    ("error", "is_the_disks"),
+    ("error", "is_write_error"),
     [
         (OSError(28, "No space left on device"), True),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), True),
@@ -313,12 +317,12 @@ def test_lines_that_the_disk_refuses_wait_for_it(tmp_path, capfd):
         (RuntimeError("Connection closed by peer"), False),
     ],
 )
-def test_only_what_a_disk_refused_fails_a_save_alone(error, is_the_disks):
-    assert writer.refused_by_the_disk(error) == is_the_disks
+def test_only_write_errors_are_collected(error, is_write_error):
+    assert writer.is_write_error(error) == is_write_error
 
 
-def test_the_stall_of_each_save_is_in_the_metrics(short_run):
+def test_metrics_have_time_and_size_of_each_save(short_run):
     saves = [line for line in metrics(short_run) if "save_seconds" in line]
     assert [line["step"] for line in saves] == [4, 8]
-    held = sum(path.stat().st_size for path in (short_run / "checkpoint-8").iterdir() if path.name != "complete.json")
-    assert saves[-1]["save_bytes"] == held
+    size = sum(path.stat().st_size for path in (short_run / "checkpoint-8").iterdir() if path.name != "complete.json")
+    assert saves[-1]["save_bytes"] == size

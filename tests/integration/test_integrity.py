@@ -1,4 +1,4 @@
-"""What is proved while a run trains: digests that any changed bit changes, and a ledger of the rows that were fed."""
+"""Integrity checks of a run: fingerprints that change with any bit, the data-order check, the replica check."""
 
 import itertools
 import json
@@ -23,12 +23,12 @@ from sft_recipes.training import trainer as trainers
 from sft_recipes.training.checkpoint import checkpoint_format
 from sft_recipes.training.integrity import data_order, fingerprint, replica_check
 
-ROWS = 23  # five steps of four an epoch; three are left out
+ROWS = 23  # five steps of four per epoch; three are dropped
 
 
 @pytest.fixture
 def begin(tmp_path, model_folder, tokenizer):
-    """Makes a trainer over rows of ragged lengths, for two epochs, in a run's folder."""
+    """Makes a trainer over rows of several lengths, for two epochs, in a run directory."""
 
     def make(name="run", *overrides, packing=False):
         settings = (
@@ -73,52 +73,54 @@ def flip(tensor, element, bit):
     tensor.data.reshape(-1)[element : element + 1].view(of_size).bitwise_xor_(mask)
 
 
-def digest(tensor, name="x"):
+def fingerprint_of(tensor, name="x"):
     return fingerprint.of_each([(name, tensor)])[name]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.uint8])
-def test_every_bit_of_a_tensor_counts(dtype):
+def test_fingerprint_changes_with_every_bit(dtype):
     tensor = torch.arange(1, 12).to(dtype)  # in bytes no multiple of eight, but for int64
-    seen = {digest(tensor)}
+    seen = {fingerprint_of(tensor)}
     for element in range(tensor.numel()):
         for bit in range(8 * tensor.element_size()):
             flip(tensor, element, bit)
-            seen.add(digest(tensor))
+            seen.add(fingerprint_of(tensor))
             flip(tensor, element, bit)
     assert len(seen) == 1 + 8 * tensor.element_size() * tensor.numel()
 
 
-def test_bits_count_in_every_piece_of_a_large_tensor_and_two_flipped_signs_do_not_cancel():
-    tensor = torch.zeros(2 * 2 * fingerprint._WORDS + 3)
-    whole = digest(tensor)
-    ends = [0, 2 * fingerprint._WORDS - 1, 2 * fingerprint._WORDS, tensor.numel() - 1]
-    seen = {whole}
-    for one, other in itertools.combinations(ends, 2):
-        flip(tensor, one, 31)
-        seen.add(digest(tensor))
-        flip(tensor, other, 31)
-        seen.add(digest(tensor))
+def test_fingerprint_changes_in_every_chunk_and_two_flipped_signs_do_not_cancel():
+    tensor = torch.zeros(2 * 2 * fingerprint._CHUNK + 3)
+    original = fingerprint_of(tensor)
+    ends = [0, 2 * fingerprint._CHUNK - 1, 2 * fingerprint._CHUNK, tensor.numel() - 1]
+    seen = {original}
+    for first, second in itertools.combinations(ends, 2):
+        flip(tensor, first, 31)
+        seen.add(fingerprint_of(tensor))
+        flip(tensor, second, 31)
+        seen.add(fingerprint_of(tensor))
         tensor.zero_()
-    assert len(seen) == 1 + 3 + 6, "each flip, and each pair of them, has a digest of its own"
-    assert digest(tensor) == whole
+    assert len(seen) == 1 + 3 + 6, "each flip, and each pair of flips, has a different fingerprint"
+    assert fingerprint_of(tensor) == original
 
 
-def test_order_name_shape_and_kind_count_and_numbers_that_compare_equal_are_told_apart():
+def test_fingerprint_depends_on_order_name_shape_dtype_and_bits():
     tensor = torch.tensor([1.0, 2.0, 3.0, 4.0, 0.0, 6.0])
     others = [
-        digest(tensor[[1, 0, 2, 3, 4, 5]]), digest(tensor[[2, 1, 0, 3, 4, 5]]), digest(tensor, "y"),
-        digest(tensor.reshape(2, 3)), digest(tensor.reshape(3, 2).t()), digest(tensor.view(torch.int32)),
-        digest(torch.tensor([1.0, 2.0, 3.0, 4.0, -0.0, 6.0])), digest(torch.zeros(0)), digest(torch.zeros(())),
-        digest(torch.zeros(1)), digest(torch.tensor([0x7FC00000], dtype=torch.int32).view(torch.float32)),
-        digest(torch.tensor([0x7FC00001], dtype=torch.int32).view(torch.float32)),
+        fingerprint_of(tensor[[1, 0, 2, 3, 4, 5]]), fingerprint_of(tensor[[2, 1, 0, 3, 4, 5]]), fingerprint_of(tensor, "y"),
+        fingerprint_of(tensor.reshape(2, 3)), fingerprint_of(tensor.reshape(3, 2).t()), fingerprint_of(tensor.view(torch.int32)),
+        fingerprint_of(torch.tensor([1.0, 2.0, 3.0, 4.0, -0.0, 6.0])), fingerprint_of(torch.zeros(0)), fingerprint_of(torch.zeros(())),
+        fingerprint_of(torch.zeros(1)), fingerprint_of(torch.tensor([0x7FC00000], dtype=torch.int32).view(torch.float32)),
+        fingerprint_of(torch.tensor([0x7FC00001], dtype=torch.int32).view(torch.float32)),
     ]  # fmt: skip
-    assert len({digest(tensor), *others}) == 13
-    assert digest(tensor.reshape(3, 2).t()) == digest(tensor.reshape(3, 2).t().contiguous()), "memory's order does not"
+    assert len({fingerprint_of(tensor), *others}) == 13
+    assert fingerprint_of(tensor.reshape(3, 2).t()) == fingerprint_of(tensor.reshape(3, 2).t().contiguous()), (
+        "the memory layout does not count"
+    )
 
 
 def changes(trainer):
-    """What can be changed of each kind of state, a bit or a count at a time."""
+    """Changes of each kind of state, one bit or counter at a time."""
     inner = trainer.optimizer.optimizer
     group, weight = inner.param_groups[0], inner.param_groups[0]["params"][0]
     yield "weights", lambda: flip(trainer.model.model.norm.weight, 3, 0)
@@ -132,11 +134,11 @@ def changes(trainer):
     yield "rng", lambda: torch.rand(1)
 
 
-def test_a_change_in_any_kind_of_state_changes_its_digest_and_no_other(begin):
+def test_each_kind_of_state_changes_its_own_fingerprint(begin):
     subject = begin()
     subject.train()
     before = fingerprint.of_rank(subject)
-    assert before == fingerprint.of_rank(subject), "looking changes nothing"
+    assert before == fingerprint.of_rank(subject), "a fingerprint changes nothing"
     assert set(before) == {"weights", "optimizer", "scheduler", "rng"}
     changed = 0
     for kind, change in changes(subject):
@@ -151,18 +153,18 @@ def test_a_change_in_any_kind_of_state_changes_its_digest_and_no_other(begin):
     ("more", "packing"),
     [((), False), (("batch.max_per_device_batch_size=1",), True), (("trainer.dataloader_num_workers=2",), True)],
 )
-def test_the_ledger_is_the_same_however_rows_are_dealt_out(begin, more, packing):
+def test_rows_hash_does_not_depend_on_micro_batches_or_workers(begin, more, packing):
     subject = begin("run", *more, packing=packing)
     subject.train()
-    assert (subject.proof.ledger.steps, subject.state.global_step) == (10, 10)
+    assert (subject.integrity.data_order.steps, subject.state.global_step) == (10, 10)
     by_hand = data_order.DataOrderCheck(subject._get_train_sampler().order, 4, 5)
     for step in range(10):
-        by_hand.saw([{data_order.ROW: torch.tensor(subject.order_of_step(step)[::-1])}])
-    by_hand.settle()
-    assert subject.proof.ledger.chain == by_hand.chain != ""
+        by_hand.record_batches([{data_order.ROW: torch.tensor(subject.order_of_step(step)[::-1])}])
+    by_hand.check_pending()
+    assert subject.integrity.data_order.rows_hash == by_hand.rows_hash != ""
 
 
-class Misdealt(trainers.EffectiveBatchSampler):
+class FaultySampler(trainers.EffectiveBatchSampler):
     """A sampler with a fault in its second epoch."""
 
     def __init__(self, real, fault):
@@ -176,94 +178,101 @@ class Misdealt(trainers.EffectiveBatchSampler):
         return iter(rows)
 
 
-def twice(rows):
+def repeat_row(rows):
     rows[5] = rows[4]
 
 
-def of_another_step(rows):
+def swap_rows(rows):
     rows[5], rows[9] = rows[9], rows[5]
 
 
-def ends_early(rows):
+def end_early(rows):
     del rows[12:]
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "message"),
     [
-        (twice, r"epoch 2, step 7: row (\d+) was fed 2 times \(ranks 0, 0\); left out: \d+;"),
+        (repeat_row, r"epoch 2, step 7: row (\d+) was fed 2 times \(ranks 0, 0\); missing: \d+;"),
         (
-            of_another_step,
-            r"epoch 2, step 7: rows that are another step's were fed: \d+ \(step 3 of the epoch\); left out",
+            swap_rows,
+            r"epoch 2, step 7: rows of other steps were fed: \d+ \(step 3 of the epoch\); missing",
         ),
-        (ends_early, r"epoch 2 ended behind 3 of its 5 steps, its other rows were left out"),
+        (end_early, r"epoch 2 ended after 3 of 5 steps, its other rows were skipped"),
     ],
 )
-def test_a_row_that_is_used_twice_or_left_out_stops_the_run_and_nothing_is_saved_from_it(begin, fault, said):
+def test_data_order_check_stops_the_run_before_a_save(begin, fault, message):
     subject = begin("run", "trainer.save_steps=6")
     real = subject._get_train_sampler()
-    subject._get_train_sampler = lambda _rows=None: Misdealt(real, fault)
-    with pytest.raises(TrainingError, match=said):
+    subject._get_train_sampler = lambda _rows=None: FaultySampler(real, fault)
+    with pytest.raises(TrainingError, match=message):
         subject.train()
-    assert RunDir(subject.saving.folder.path).numbered("checkpoint") == [6]
+    assert RunDir(subject.checkpoint_writer.folder.path).numbered("checkpoint") == [6]
 
 
-def test_an_order_that_deals_a_row_out_twice_is_found():
+def test_data_order_check_rejects_an_order_with_a_repeated_row():
     subject = data_order.DataOrderCheck(lambda _epoch: torch.tensor([0, 1, 2, 1]), 2, 2)
-    subject.saw([{data_order.ROW: torch.tensor([0, 1])}])
-    with pytest.raises(TrainingError, match="epoch 1: its order deals row 1 out 2 times"):
-        subject.settle()
+    subject.record_batches([{data_order.ROW: torch.tensor([0, 1])}])
+    with pytest.raises(TrainingError, match="epoch 1: its order uses row 1 2 times"):
+        subject.check_pending()
 
 
-def proved(trainer):
-    return [json.loads(line) for line in trainer.proof.folder.integrity_log.read_text().splitlines()]
+def integrity_lines(trainer):
+    return [json.loads(line) for line in trainer.integrity.folder.integrity_log.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("step", [3, 5], ids=["in the middle of an epoch", "at its end"])
-def test_the_ledger_and_the_proof_go_on_across_a_resume(begin, step):
-    """The second start takes the same steps again, proves them again, and finds the same bits."""
+def test_resumed_run_has_the_same_fingerprints(begin, step):
+    """The second attempt repeats the same steps and logs the same fingerprints."""
     settings = (f"trainer.save_steps={step}", "trainer.max_steps=8")
     first = begin("run", *settings)
     first.train()
-    lines = proved(first)
+    lines = integrity_lines(first)
     assert {(step, True), (step + 1, False), (step + 2, False)} <= {(line["step"], line["saved"]) for line in lines}
     again = begin("run", *settings)
-    point = again.saving.folder.checkpoint(step)
-    again.proof.restore_state(checkpoint_format.read(point)["proof"])
+    point = again.checkpoint_writer.folder.checkpoint(step)
+    again.integrity.restore_state(checkpoint_format.read_commit_marker(point)["integrity"])
     again.train(resume_from_checkpoint=str(point))
-    assert (again.proof.ledger.steps, again.proof.ledger.chain) == (8, first.proof.ledger.chain)
-    assert proved(again) == [line if line["step"] <= step else {**line, "went_on_from": step} for line in lines]
+    assert (again.integrity.data_order.steps, again.integrity.data_order.rows_hash) == (
+        8,
+        first.integrity.data_order.rows_hash,
+    )
+    assert integrity_lines(again) == [
+        line if line["step"] <= step else {**line, "resumed_from": step} for line in lines
+    ]
 
 
 @pytest.mark.parametrize("step", [2, 5], ids=["in the middle of an epoch", "at its end"])
-def test_a_stop_that_falls_on_an_evaluation_saves_its_step_once(begin, monkeypatch, step):
-    """The Trainer asks twice at an epoch's end whether there is something to evaluate and to save."""
+def test_stop_during_an_evaluation_saves_once(begin, monkeypatch, step):
+    """At the end of an epoch the Trainer evaluates and saves in two places."""
     subject = begin("run", "trainer.eval_steps=1", "trainer.max_steps=8")
-    save, saved = subject.saving.checkpoint, []
-    monkeypatch.setattr(subject.saving, "checkpoint", lambda at, *more: saved.append(at) or save(at, *more))
+    save, saved = subject.checkpoint_writer.save_checkpoint, []
+    monkeypatch.setattr(
+        subject.checkpoint_writer, "save_checkpoint", lambda at, *more: saved.append(at) or save(at, *more)
+    )
     evaluating = lambda: subject.state.global_step == step and not subject.model.training  # noqa: E731
     monkeypatch.setattr(stop_signal, "asked", evaluating)
     subject.train()
     assert saved == [step] and subject.stopping.stopped
-    assert RunDir(subject.saving.folder.path).latest_complete() == step
+    assert RunDir(subject.checkpoint_writer.folder.path).latest_complete() == step
 
 
-def test_a_resume_that_skips_no_rows_is_found(begin, monkeypatch):
-    """As where accelerate's loader forgot how far the epoch was."""
+def test_data_order_check_finds_a_resume_that_skips_no_rows(begin, monkeypatch):
+    """As if accelerate's loader had lost the position in the epoch."""
     first = begin("run", "trainer.save_steps=3", "trainer.max_steps=4")
     first.train()
     monkeypatch.setattr(transformers.trainer, "skip_first_batches", lambda loader, _batches: loader)
     again = begin("run", "trainer.max_steps=8")
-    point = again.saving.folder.checkpoint(3)
-    again.proof.restore_state(checkpoint_format.read(point)["proof"])
-    with pytest.raises(TrainingError, match=r"epoch 1, step 4: rows that are another step's were fed: \d+ \(step 1 of"):
+    point = again.checkpoint_writer.folder.checkpoint(3)
+    again.integrity.restore_state(checkpoint_format.read_commit_marker(point)["integrity"])
+    with pytest.raises(TrainingError, match=r"epoch 1, step 4: rows of other steps were fed: \d+ \(step 1 of"):
         again.train(resume_from_checkpoint=str(point))
 
 
-def test_a_proof_of_another_step_is_refused(begin):
+def test_integrity_record_of_another_step_is_rejected(begin):
     subject = begin()
-    subject.proof.restore_state({"step": 7, "rows": "x", "ranks": []})
-    with pytest.raises(TrainingError, match="a checkpoint of step 0 holds the proof of step 7"):
+    subject.integrity.restore_state({"step": 7, "rows_hash": "x", "fingerprints": []})
+    with pytest.raises(TrainingError, match="checkpoint of step 0: its integrity record is of step 7"):
         subject.train()
 
 
@@ -278,11 +287,11 @@ def test_a_proof_of_another_step_is_refused(begin):
         ("abaaca", [1, 4]),
     ],
 )
-def test_the_ranks_that_differ_from_more_than_half_are_named_and_all_where_there_is_no_half(held, ranks):
-    assert replica_check.minority(list(held)) == ranks
+def test_find_minority(held, ranks):
+    assert replica_check.find_minority(list(held)) == ranks
 
 
-def test_a_bit_that_flips_on_one_rank_of_three_is_found_before_it_is_saved_and_the_rank_is_named(workplace, few_rows):
+def test_replica_check_names_the_rank_with_a_bit_flip_before_a_save(workplace, few_rows):
     line, saved = run_with_a_flip(workplace, few_rows, 3, "trainer.save_steps=2", behind_step=3)
-    assert "step 4: the weights of rank 1 on " in line and "are not those of the other 2 ranks" in line
+    assert "step 4: the weights of rank 1 on " in line and "differ from those of the other 2 ranks" in line
     assert saved == [2]

@@ -169,13 +169,13 @@ def test_a_checkpoint_that_does_not_load_fails_for_it(tmp_path, trial_of_few_row
     """The optimizer's state is cut short, as a disk does that lies about what it has written."""
     from sft_recipes.training.checkpoint import checkpoint_format
 
-    seal = checkpoint_format.seal
+    seal = checkpoint_format.write_commit_marker
 
     def cut_short(folder, record):
         seal(folder, record)
         (folder / "optimizer.pt").write_bytes((folder / "optimizer.pt").read_bytes()[:1000])
 
-    monkeypatch.setattr(checkpoint_format, "seal", cut_short)
+    monkeypatch.setattr(checkpoint_format, "write_commit_marker", cut_short)
     found = carried_out(tmp_path, *trial_of_few_rows, monkeypatch)
     assert {name for name, check in found.items() if check.passed is False} == {"checkpoint"}
     assert "checkpoint-10: optimizer.pt has 1000 bytes" in found["checkpoint"].said
@@ -185,17 +185,17 @@ def test_a_checkpoint_that_lost_the_optimizers_state_fails_for_other_losses(tmp_
     """What was saved is whole, and is not what the optimizer held."""
     from sft_recipes.training.checkpoint import checkpoint_format
 
-    seal = checkpoint_format.seal
+    seal = checkpoint_format.write_commit_marker
 
     def lose(folder, record):
         state = torch.load(folder / "optimizer.pt")
         for one in state["state"].values():
             one["exp_avg"].zero_()
         torch.save(state, folder / "optimizer.pt")
-        record["files"].update(checkpoint_format.checksums(folder, ["optimizer.pt"]))
+        record["files"].update(checkpoint_format.compute_checksums(folder, ["optimizer.pt"]))
         seal(folder, record)
 
-    monkeypatch.setattr(checkpoint_format, "seal", lose)
+    monkeypatch.setattr(checkpoint_format, "write_commit_marker", lose)
     found = carried_out(tmp_path, *trial_of_few_rows, monkeypatch)
     assert found["checkpoint"].passed is False and "checkpoint-10 resumes: losses " in found["checkpoint"].said
 

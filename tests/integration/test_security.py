@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.checkpoints import chosen
+from helpers.checkpoints import find_checkpoint
 from helpers.cli_errors import MODEL, check_refused
 from helpers.pickle_bomb import plant
 from helpers.processes import ObservedCommand, command_of, process_tree
@@ -164,16 +164,16 @@ def test_a_checkpoint_with_a_bomb_is_passed_over_by_name(short_run, tmp_path, na
     run = RunDir(tmp_path / "run")
     shutil.copytree(short_run, run.path)
     plant(run.checkpoint(8) / name, tmp_path / "ran")
-    point, said = chosen(run)
-    assert point.step == 4 and said[0].startswith(f"passing over checkpoint-8: {name} ")
+    point, lines = find_checkpoint(run)
+    assert point.step == 4 and re.match(rf"skipping checkpoint-8: .*{re.escape(name)}\b", lines[0]), lines
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_start_goes_on_from_an_older_checkpoint_and_no_bomb_goes_off(bombed):
     place, _ = bombed
     said = (place / "said").read_text()
-    assert "passing over checkpoint-8: .metadata was not saved with it" in said
-    assert "going on from checkpoint-4" in said
+    assert "skipping checkpoint-8: .metadata was not saved with it" in said
+    assert "resuming from checkpoint-4" in said
     assert not (place / "ran").exists()
 
 
@@ -210,11 +210,11 @@ def test_what_the_trainer_loads_runs_nothing_even_where_the_record_is_forged(tra
         if name == "pytorch_model.bin":
             (eight / "model.safetensors").unlink()
         plant(eight / name, tmp_path / "ran")
-        record = checkpoint_format.read(eight)
-        checkpoint_format.seal(
-            eight, {**record, "files": checkpoint_format.checksums(eight, checkpoint_format.names(eight))}
+        record = checkpoint_format.read_commit_marker(eight)
+        checkpoint_format.write_commit_marker(
+            eight, {**record, "files": checkpoint_format.compute_checksums(eight, checkpoint_format.list_files(eight))}
         )
-        assert chosen(run)[0].step == 8
+        assert find_checkpoint(run)[0].step == 8
         with pytest.raises(Exception, match=refuses) as raised:
             getattr(sft, load)(str(eight))
         assert name == "model.safetensors" or isinstance(raised.value, pickle.UnpicklingError)

@@ -189,7 +189,7 @@ def test_a_run_whose_terminal_is_closed_goes_on_and_ends_with_the_same_weights(s
     again = shared_workplace.sft("train", *words, "--name", run.name)
     assert again.returncode == 0, again.stderr
     assert "plan.json could not be read; it is that of checkpoint-" in again.stdout
-    assert "going on from checkpoint-" in again.stdout
+    assert "resuming from checkpoint-" in again.stdout
     assert same(weights(run / "final"), weights(whole / "final"))
     assert same(weights(run / "last"), weights(whole / "last"))
     steps = [line["step"] for line in metrics(run) if "loss" in line]
@@ -255,36 +255,39 @@ def test_accelerate_still_asks_localhost_before_it_starts_ranks():
     assert '"localhost"' in inspect.getsource(is_port_in_use)
 
 
-def test_the_three_best_are_kept_and_the_earlier_of_equals_wins(tmp_path):
+def test_retention_keeps_the_three_best_and_the_earlier_of_equal_ones(tmp_path):
+    from helpers.checkpoints import logged_lines
+
     from sft_recipes.training.checkpoint import checkpoint_format, retention
 
     losses = {4: 3.0, 8: 1.0, 12: 2.0, 16: 1.0, 20: 5.0}
-    folder, said = run_dir.RunDir(tmp_path), []
+    folder = run_dir.RunDir(tmp_path)
     for step in losses:
         folder.best(step).mkdir()
         (folder.best(step) / "model.safetensors").write_bytes(b"weights")
-        checkpoint_format.seal(
+        checkpoint_format.write_commit_marker(
             folder.best(step),
             {
                 "step": step,
                 "run_id": "a",
-                "files": checkpoint_format.checksums(folder.best(step), ["model.safetensors"]),
+                "files": checkpoint_format.compute_checksums(folder.best(step), ["model.safetensors"]),
             },
         )
-    retention.forget_all_others(folder, losses, "another run", said.append)
-    assert folder.numbered("best") == list(losses), "nobody's here to remove"
-    retention.forget_all_others(folder, losses, "a", said.append)
-    assert folder.numbered("best") == [8, 12, 16] and not said
-    assert retention.step(folder, losses, "a", said.append) == 8
-    assert retention.step(folder, {**losses, 12: float("nan")}, "a", said.append) == 8
-    (folder.best(8) / "model.safetensors").write_bytes(b"weighty")
-    assert retention.step(folder, losses, "a", said.append) == 16
-    assert said == ["passing over best-8: model.safetensors does not match its checksum"]
-    assert not retention.is_among_the_best(losses, 20)
-    refused = {**losses, 24: 0.5, 28: 0.4, 32: 0.3}  # better ones, which a full disk did not take
-    retention.forget_all_others(folder, refused, "a", said.append)
+    retention.remove_others(folder, losses, "another run")
+    assert folder.numbered("best") == list(losses), "not this run's to remove"
+    retention.remove_others(folder, losses, "a")
     assert folder.numbered("best") == [8, 12, 16]
-    assert retention.step(folder, {}, "a", said.append) is None
+    assert retention.find_best_step(folder, losses, "a") == 8
+    assert retention.find_best_step(folder, {**losses, 12: float("nan")}, "a") == 8
+    (folder.best(8) / "model.safetensors").write_bytes(b"weighty")
+    with logged_lines() as lines:
+        assert retention.find_best_step(folder, losses, "a") == 16
+    assert lines == ["skipping best-8: checksum mismatch in model.safetensors"]
+    assert not retention.is_among_best(losses, 20)
+    refused = {**losses, 24: 0.5, 28: 0.4, 32: 0.3}  # better ones, which were not saved
+    retention.remove_others(folder, refused, "a")
+    assert folder.numbered("best") == [8, 12, 16]
+    assert retention.find_best_step(folder, {}, "a") is None
 
 
 def test_a_run_cut_off_behind_its_last_checkpoint_takes_no_step_more(shared_workplace, short_run):
@@ -293,7 +296,7 @@ def test_a_run_cut_off_behind_its_last_checkpoint_takes_no_step_more(shared_work
     shutil.copytree(short_run, run, ignore=shutil.ignore_patterns("final", "last", ".lock"))
     (run / "manifest.json").write_text(json.dumps({**manifest(run), "state": "running"}))
     done = shared_workplace.sft("train", "tiny", "--name", "cut-off", *SHORT)
-    assert done.returncode == 0 and "going on from checkpoint-8" in done.stdout, done.stderr
+    assert done.returncode == 0 and "resuming from checkpoint-8" in done.stdout, done.stderr
     assert same(weights(run / "last"), weights(short_run / "last"))
     assert same(weights(run / "final"), weights(short_run / "final"))
     assert max(line["step"] for line in metrics(run)) == 8

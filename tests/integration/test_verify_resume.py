@@ -63,8 +63,10 @@ def test_an_optimizer_that_is_not_the_one_that_was_saved_is_found_though_its_che
     momentum = state["state"][0]["exp_avg"].view(-1)
     momentum[momentum.abs().argmax()] *= 2  # one bit
     torch.save(state, altered / "optimizer.pt")
-    record = checkpoint_format.read(altered)
-    checkpoint_format.seal(altered, {**record, "files": checkpoint_format.checksums(altered, record["files"])})
+    record = checkpoint_format.read_commit_marker(altered)
+    checkpoint_format.write_commit_marker(
+        altered, {**record, "files": checkpoint_format.compute_checksums(altered, record["files"])}
+    )
     done = shared_workplace.sft("verify-resume", "altered")
     assert done.returncode == 1, done.stdout + done.stderr
     (loaded, fifth, _sixth), verdict = table(done)
@@ -96,13 +98,19 @@ def state(weights="w", optimizer="o", rng="r"):
 
 def lines(*losses, weights="w"):
     return {
-        step: {"step": step, "loss": loss, "rows": "c", "ranks": [state(weights), state()], "went_on_from": None}
+        step: {
+            "step": step,
+            "loss": loss,
+            "rows_hash": "c",
+            "fingerprints": [state(weights), state()],
+            "resumed_from": None,
+        }
         for step, loss in enumerate(losses, start=5)
     }
 
 
 def replayed(steps, loaded=()):
-    return Replay(4, {"ranks": [state(), state()]}, list(loaded) or [state(), state()], steps, [], {})
+    return Replay(4, {"fingerprints": [state(), state()]}, list(loaded) or [state(), state()], steps, [], {})
 
 
 @pytest.mark.parametrize(
@@ -129,7 +137,7 @@ def test_where_kernels_differ_from_time_to_time_the_losses_must_lie_within_what_
 def test_other_rows_or_random_numbers_are_never_explained_by_kernels():
     recorded = lines(2.0, 1.5)
     assert not verify_resume._only_bits(replayed(recorded), recorded)
-    for key, value in (("rows", "d"), ("ranks", [state(), state(rng="q")])):
+    for key, value in (("rows_hash", "d"), ("fingerprints", [state(), state(rng="q")])):
         assert not verify_resume._only_bits(replayed({**recorded, 6: {**recorded[6], key: value}}), recorded)
 
 

@@ -33,7 +33,7 @@ def words(data, name, packing, *more):
 def gone_on_with(workplace, run, step, *arguments):
     folder = stopped(run, arguments[2], step)
     done = workplace.sft("train", *arguments)
-    assert done.returncode == 0 and f"going on from checkpoint-{step}" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and f"resuming from checkpoint-{step}" in done.stdout, done.stdout + done.stderr
     assert manifest(folder.path)["best_step"] == manifest(run)["best_step"]
     return folder.path
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers.checkpoints import chosen
+from helpers.checkpoints import find_checkpoint
 from helpers.pickle_bomb import plant
 from helpers.processes import ObservedCommand
 from helpers.workplace import SHORT, manifest, needs_compiler
@@ -69,13 +69,15 @@ def test_no_bomb_in_an_engines_files_goes_off(workplace, few_rows, engine):
     for name in FILES[engine]:
         known = bombed(name)
         assert known != (name in ("latest_universal", "optimizer_0/.metadata")), "what the engine saves has other names"
-        point, said = chosen(run)
-        assert point.step == 4 and said[0].startswith(f"passing over checkpoint-8: {name} ")
+        point, lines = find_checkpoint(run)
+        assert point.step == 4 and lines[0].startswith("skipping checkpoint-8: ") and name in lines[0], lines
 
     bombed(FILES[engine][0])
     seen, said = started(workplace, *words)
     assert seen.process.returncode == 0, said
-    assert f"passing over checkpoint-8: {FILES[engine][0]} " in said and "going on from checkpoint-4" in said
+    assert (
+        f"skipping checkpoint-8: size mismatch in {FILES[engine][0]}: " in said and "resuming from checkpoint-4" in said
+    )
     assert {address for address, command in seen.reachable_from_outside if "training.start" not in command} == set()
 
     if engine == "fsdp2":
@@ -83,11 +85,11 @@ def test_no_bomb_in_an_engines_files_goes_off(workplace, few_rows, engine):
         shutil.rmtree(run.checkpoint(8))  # of the last step: nothing of the training's state would be loaded
         four = run.checkpoint(4)
         plant(four / "optimizer.bin", ran)
-        record = checkpoint_format.read(four)
-        checkpoint_format.seal(
-            four, {**record, "files": checkpoint_format.checksums(four, checkpoint_format.names(four))}
+        record = checkpoint_format.read_commit_marker(four)
+        checkpoint_format.write_commit_marker(
+            four, {**record, "files": checkpoint_format.compute_checksums(four, checkpoint_format.list_files(four))}
         )
         seen, said = started(workplace, *words)
-        assert seen.process.returncode == 1 and "going on from checkpoint-4" in said
+        assert seen.process.returncode == 1 and "resuming from checkpoint-4" in said
         assert "Weights only load failed" in said
     assert not ran.exists()

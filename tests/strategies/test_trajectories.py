@@ -141,7 +141,7 @@ def test_stopped_at_half_time_and_resumed_it_ends_as_if_it_had_gone_straight(
     stopped_at = manifest(run)["steps"]
     assert 12 <= stopped_at < 20
     done = shared_workplace.sft("train", *words)
-    assert done.returncode == 0 and f"going on from checkpoint-{stopped_at}" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and f"resuming from checkpoint-{stopped_at}" in done.stdout, done.stdout + done.stderr
     assert max(differences(straight, run).values()) == 0.0
     assert manifest(run)["best_step"] == manifest(straight)["best_step"]
     ours, theirs = (trained_weights(folder / "final") for folder in (straight, run))

@@ -34,10 +34,12 @@ def test_cut_anew_for_as_many_ranks_a_run_loses_no_bit(shared_workplace, follow,
     run = follow(engine, 2, False, precision, *more)
     name = f"same-{engine}-{precision}{'-lora' if more else ''}"
     folder = stopped(run, name)
-    checkpoint_format.seal(folder.checkpoint(10), {**checkpoint_format.read(folder.checkpoint(10)), "world_size": 3})
+    checkpoint_format.write_commit_marker(
+        folder.checkpoint(10), {**checkpoint_format.read_commit_marker(folder.checkpoint(10)), "world_size": 3}
+    )
     words = ("tiny", "--name", name, *arguments(data, engine, 2, False, precision), *more)
     again = shared_workplace.sft("train", *words)
-    assert again.returncode == 0 and "its state is taken over" in again.stdout, again.stdout + again.stderr
+    assert again.returncode == 0 and "resharding checkpoint" in again.stdout, again.stdout + again.stderr
     assert differences(run, folder.path) == {"loss": 0.0, "eval_loss": 0.0, "weight": 0.0}
 
 
@@ -57,7 +59,7 @@ def test_with_other_ranks_a_run_ends_as_it_would_have(shared_workplace, follow, 
     words = ("tiny", "--name", name, *arguments(data, engine, new, False, "fp32"))
     done = shared_workplace.sft("train", *words)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"world_size {old} -> {new}" in done.stdout and "going on from checkpoint-10" in done.stdout
+    assert f"world_size {old} -> {new}" in done.stdout and "resuming from checkpoint-10" in done.stdout
     plan = json.loads(folder.plan.read_text())
     assert plan["world_size"] == new and plan["effective_batch_size"] == 8 and "world_size" in plan["accepted"]
     assert before == {path: path.stat().st_mtime_ns for path in folder.checkpoint(10).rglob("*")}

@@ -148,11 +148,11 @@ def test_a_change_is_accepted_by_the_name_that_was_typed_and_nothing_by_one_that
         run_selection.choose(changed, RunRequest("one", allow_change=("learning_rate", "logging_steps")), {})
 
 
-def test_each_new_rank_draws_numbers_of_its_own_and_the_same_each_time():
-    taking_over = reshard.TakeOver(SimpleNamespace(step=10), None)
+def test_reshard_seeds_each_rank_differently_and_reproducibly():
+    callback = reshard.ReshardCallback(SimpleNamespace(step=10), None)
 
     def drawn(rank, seed=42):
-        taking_over.on_train_begin(SimpleNamespace(seed=seed, process_index=rank), None, None)
+        callback.on_train_begin(SimpleNamespace(seed=seed, process_index=rank), None, None)
         return torch.rand(4).tolist()
 
     assert drawn(0) == drawn(0)
@@ -188,7 +188,7 @@ def test_what_deepspeed_leaves_wrong_under_zero3_is_put_right():
     for state in loaded.state.values():
         state["step"] = shared
     loaded.param_groups[1]["weight_decay"] = 0.1
-    reshard.mend(loaded, saved)
+    reshard.fix_loaded_state(loaded, saved)
     for optimizer in (straight, loaded):
         step(optimizer)
         step(optimizer)
@@ -197,7 +197,7 @@ def test_what_deepspeed_leaves_wrong_under_zero3_is_put_right():
 
 
 class Alone:
-    """What `reshard.check` asks of accelerate, for one process."""
+    """What `reshard.verify_loaded_state` asks of accelerate, for one process."""
 
     process_index, num_processes, device = 0, 1, "cpu"
 
@@ -213,7 +213,7 @@ def test_a_state_that_is_not_the_one_saved_stops_the_start(tmp_path):
         torch.save({"param": weight.detach()}, folder / "fp32.pt")
         for name in ("exp_avg", "exp_avg_sq"):
             torch.save({"param": state[name]}, folder / f"{name}.pt")
-    reshard.check(optimizer, tmp_path, Alone())
+    reshard.verify_loaded_state(optimizer, tmp_path, Alone())
     state["exp_avg"][3] += 1e-8
     with pytest.raises(RuntimeError, match="do not hold the state that was saved"):
-        reshard.check(optimizer, tmp_path, Alone())
+        reshard.verify_loaded_state(optimizer, tmp_path, Alone())

@@ -100,7 +100,9 @@ def test_no_two_drawings_share_an_id_that_something_refers_to(tmp_path):
 
 def test_data_is_text_and_never_markup(tmp_path):
     hostile = "<script>alert('1')</script>\x1b[2J\x00"
-    run = not_a_number(Simulated("8b", samples=[{"step": 0, "prompt": hostile, "wanted": hostile, "said": hostile}]))
+    run = not_a_number(
+        Simulated("8b", samples=[{"step": 0, "prompt": hostile, "reference": hostile, "completion": hostile}])
+    )
     run.manifest["diverged"]["rows"] = [f"{hostile}.jsonl:1"]
     made = written(run.write(tmp_path / "a&<b>"))
     shown = Page(made)
@@ -119,7 +121,7 @@ def test_names_of_sources_are_text_in_the_drawings_too(tmp_path):
 
 def test_answers_are_shown_by_prompt_and_step(tmp_path):
     samples = [
-        {"step": step, "prompt": prompt, "wanted": "42", "said": f"{prompt} {step}"}
+        {"step": step, "prompt": prompt, "reference": "42", "completion": f"{prompt} {step}"}
         for step in range(0, 1000, 50)
         for prompt in ("twelve and thirty", "six times seven")
     ]

@@ -118,7 +118,12 @@ def test_final_is_published_in_the_base_models_dtype_and_checkpoints_stay_fp32(f
         assert dtypes == {torch.float32}, kept
     configs = {name: json.loads((fine_tuned / name / "config.json").read_text()) for name in ("final", best)}
     assert (configs["final"]["dtype"], configs[best]["dtype"]) == ("bfloat16", "float32")
-    assert checkpoint_format.damage(fine_tuned / "final", checkpoint_format.read(fine_tuned / "final")) is None
+    assert (
+        checkpoint_format.verify_checksums(
+            fine_tuned / "final", checkpoint_format.read_commit_marker(fine_tuned / "final")
+        )
+        is None
+    )
 
 
 def test_the_held_out_loss_of_the_published_model_is_that_of_the_fp32_model(fine_tuned):

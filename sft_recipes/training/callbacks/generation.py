@@ -40,9 +40,7 @@ class GenerationCallback(TrainerCallback):
             return
         model, tokenizer = self.trainer.accelerator.unwrap_model(self.trainer.model), self.trainer.processing_class
         with self.trainer.compute_loss_context_manager():
-            answered = completions.answer(
-                model, tokenizer, self.prompts, 0, self.max_new_tokens, self.stop_token_ids
-            )
+            answered = completions.answer(model, tokenizer, self.prompts, 0, self.max_new_tokens, self.stop_token_ids)
         samples = [
             {
                 "step": state.global_step,

@@ -1,6 +1,6 @@
 """Integrity log: fingerprints of each rank's state, the data-order check, and the replica consistency check.
 
-`integrity.jsonl` has the fingerprints after each save and the next two steps, which `verify-resume` repeats and compares.
+`integrity.jsonl` has the fingerprints after each save and the next two steps, for `verify-resume` to compare.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Format of a saved directory: required files, checksums, and the commit marker `complete.json`.
 
-A directory is written under `.saving/`, hashed, gets its commit marker, and is then renamed: an atomic write. Nothing in
-it is loaded before its checksums are verified.
+A directory is written under `.saving/`, hashed, gets its commit marker, and is then renamed: an atomic write. Nothing
+in it is loaded before its checksums are verified.
 """
 
 from __future__ import annotations

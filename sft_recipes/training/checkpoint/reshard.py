@@ -80,9 +80,7 @@ class ReshardCallback(TrainerCallback):
         if self.resharded is not None:
             optimizer = self.trainer.model_wrapped.optimizer.optimizer  # torch's, inside of DeepSpeed's
             fix_loaded_state(optimizer, read_json(self.resharded / _DONE)["groups"])
-            verify_loaded_state(
-                optimizer, self.resharded / f"global_step{self.point.step}", self.trainer.accelerator
-            )
+            verify_loaded_state(optimizer, self.resharded / f"global_step{self.point.step}", self.trainer.accelerator)
             self.trainer.accelerator.wait_for_everyone()
             if state.is_world_process_zero:
                 shutil.rmtree(self.resharded)
@@ -126,7 +124,9 @@ def verify_loaded_state(optimizer: torch.optim.Optimizer, universal: Path, accel
     sums = torch.tensor([saved % _MODULUS, loaded % _MODULUS], dtype=torch.int64, device=accelerator.device)
     saved, loaded = (total % _MODULUS for total in accelerator.reduce(sums, "sum").tolist())
     if saved != loaded:
-        raise RuntimeError(f"{universal}: resharding failed: the loaded state is not the saved one; nothing was trained")
+        raise RuntimeError(
+            f"{universal}: resharding failed: the loaded state is not the saved one; nothing was trained"
+        )
 
 
 def _reshard(point: ResumePoint, target: Path, accelerator: Any) -> Path:

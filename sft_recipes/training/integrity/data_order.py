@@ -1,8 +1,8 @@
 """Data-order check: the rows fed to each optimizer step are the rows that the epoch's order assigns to it.
 
-Rows carry their number from the dataset through sampler, workers and collator into the batch. A step's rows are compared
-over all ranks and micro-batches, so a row that is used twice, skipped, or fed to two ranks is found, whichever component
-caused it. Ranks exchange row numbers at each log line, save and end of an epoch, in one collective.
+Rows keep their number from the dataset through sampler, workers and collator into the batch. A step's rows are
+compared over all ranks and micro-batches, so a row that is used twice, skipped, or fed to two ranks is found, whichever
+component caused it. Ranks exchange row numbers at each log line, save and end of an epoch, in one collective.
 """
 
 from __future__ import annotations

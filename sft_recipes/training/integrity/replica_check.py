@@ -1,7 +1,7 @@
 """Replica consistency check: compare the weights of all DDP ranks, and name a rank whose memory or GPU changed its own.
 
-All ranks start from the same weights and apply the same gradients, so their weights are bitwise equal. A bit flip in one
-rank's memory raises no error: that rank continues with other gradients, which the all-reduce spreads to every rank.
+All ranks start from the same weights and apply the same gradients, so their weights are bitwise equal. A bit flip in
+one rank's memory raises no error: that rank continues with other gradients, which the all-reduce spreads to all.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def _describe_difference(
         difference = f"differ from those of the other {len(fingerprints) - len(ranks)} ranks"
     else:
         difference = "differ, without a majority"
-    return f"step {step}: the weights of {_list_ranks(ranks, hosts)} {difference} ({_list_names(names)}); {_hint(ranks)}"
+    return (
+        f"step {step}: the weights of {_list_ranks(ranks, hosts)} {difference} ({_list_names(names)}); {_hint(ranks)}"
+    )
 
 
 def _list_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
