@@ -17,7 +17,7 @@ if os.environ.get("RANK") == "1":
     def count(optimizer, *_):
         global steps, weight
         steps, weight = steps + 1, optimizer.param_groups[0]["params"][0]
-        if steps == {behind_step}:
+        if steps == {after_step}:
             flip()
 
     def flip():
@@ -34,9 +34,9 @@ if os.environ.get("RANK") == "1":
 """
 
 
-def run_with_a_flip(workplace, rows, processes, *overrides, behind_step=-1, before_step=-1):
+def run_with_a_flip(workplace, rows, processes, *overrides, after_step=-1, before_step=-1):
     """A real run; one bit of one weight flips in the memory of rank 1."""
-    (workplace.path / "sitecustomize.py").write_text(FLIP.format(behind_step=behind_step, before_step=before_step))
+    (workplace.path / "sitecustomize.py").write_text(FLIP.format(after_step=after_step, before_step=before_step))
     python_path = f"{workplace.path}:{workplace.environment()['PYTHONPATH']}"
     done = workplace.sft(
         "train", "tiny", "--gpus", "0", "--processes", str(processes), "batch.effective_batch_size=6",

@@ -1,4 +1,4 @@
-"""A copy of a run as a stop after a given step would have left it."""
+"""A copy of a run, as after a stop at a given step."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from sft_recipes.runtime.run_dir import RunDir
 
 
 def stopped(run, name, step=10):
-    """A copy of a run, as a stop behind this step would have left it."""
+    """A copy of a run, as after a stop at this step."""
     folder = RunDir(run.parent / name)
     shutil.copytree(run, folder.path)
     for kind, place in (("checkpoint", folder.checkpoint), ("best", folder.best)):

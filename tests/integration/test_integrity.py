@@ -292,6 +292,6 @@ def test_find_minority(held, ranks):
 
 
 def test_replica_check_names_the_rank_with_a_bit_flip_before_a_save(workplace, few_rows):
-    line, saved = run_with_a_flip(workplace, few_rows, 3, "trainer.save_steps=2", behind_step=3)
+    line, saved = run_with_a_flip(workplace, few_rows, 3, "trainer.save_steps=2", after_step=3)
     assert "step 4: the weights of rank 1 on " in line and "differ from those of the other 2 ranks" in line
     assert saved == [2]

@@ -1,4 +1,4 @@
-"""What a run measures of itself, and what trackers keep of it: read back by their own readers."""
+"""Metrics of a run, and the trackers' files, read by the trackers' own readers."""
 
 import itertools
 import json
@@ -36,7 +36,7 @@ def evaluations(run):
     return [line for line in metrics(run) if "eval_loss" in line]
 
 
-def test_a_line_a_log_step_says_what_the_step_cost(tracked_run):
+def test_training_lines_have_throughput_and_tokens(tracked_run):
     lines = training_lines(tracked_run)
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert all(line.keys() >= ON_A_TRAINING_LINE for line in lines)
@@ -52,7 +52,7 @@ def test_a_line_a_log_step_says_what_the_step_cost(tracked_run):
         assert counted == pytest.approx(line["num_input_tokens_seen"] - before["num_input_tokens_seen"])
 
 
-def test_the_gap_is_between_validation_and_the_last_training_loss(tracked_run):
+def test_train_eval_gap_uses_the_last_training_loss(tracked_run):
     trained = {line["step"]: line["loss"] for line in training_lines(tracked_run)}
     smoothed = None
     for line in evaluations(tracked_run):
@@ -65,21 +65,21 @@ def test_the_gap_is_between_validation_and_the_last_training_loss(tracked_run):
     assert [line["step"] for line in evaluations(tracked_run)] == [4, 8]
 
 
-def test_the_last_line_sums_the_run_up_under_the_documents_names(tracked_run):
+def test_last_line_is_the_summary(tracked_run):
     last = metrics(tracked_run)[-1]
     assert last["final/total_steps"] == 8
     assert last["final/best_eval_loss"] == min(line["eval_loss"] for line in evaluations(tracked_run))
     assert last["final/epochs_completed"] == pytest.approx(training_lines(tracked_run)[-1]["epoch"])
 
 
-def test_the_same_prompts_are_answered_at_every_evaluation(tracked_run):
+def test_samples_have_the_same_prompts_at_every_evaluation(tracked_run):
     samples = [json.loads(line) for line in (tracked_run / "samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [4, 4, 8, 8]
     assert [sample["prompt"] for sample in samples[:2]] == [sample["prompt"] for sample in samples[2:]]
-    assert all(sample.keys() == {"step", "prompt", "wanted", "said"} for sample in samples)
+    assert all(sample.keys() == {"step", "prompt", "reference", "completion"} for sample in samples)
 
 
-def test_tensorboard_reads_its_files_back(tracked_run):
+def test_tensorboard_files(tracked_run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     read = EventAccumulator(str(tracked_run / "tensorboard"), size_guidance={"tensors": 0})
@@ -91,19 +91,19 @@ def test_tensorboard_reads_its_files_back(tracked_run):
     losses = {event.step: event.value for event in read.Scalars("train/loss")}
     assert losses == pytest.approx({line["step"]: line["loss"] for line in training_lines(tracked_run)}, rel=1e-6)
     text = read.Tensors("samples/0/text_summary")
-    assert [event.step for event in text] == [4, 8] and b"wanted" in text[0].tensor_proto.string_val[0]
+    assert [event.step for event in text] == [4, 8] and b"reference" in text[0].tensor_proto.string_val[0]
     assert b'"recipe": "tiny"' in read.Tensors("plan/text_summary")[0].tensor_proto.string_val[0]
 
 
 def wandb_records(run, kind):
-    """The records of one kind in a run's newest W&B file, by W&B's own reader."""
+    """The records of one kind in a run's latest W&B file, by W&B's own reader."""
     newest = max((run / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
     reader = Path(sys.executable).with_name("wandb")
     read = subprocess.run([reader, "leet", "inspect", newest, "--json"], capture_output=True, text=True, check=True)
     return [record[kind] for record in map(json.loads, read.stdout.splitlines()) if record["type"] == kind]
 
 
-def test_wandb_reads_its_file_back(tracked_run):
+def test_wandb_file(tracked_run):
     rows = [record["item"] for record in wandb_records(tracked_run, "history")]
     losses = {row["train/global_step"]: row["train/loss"] for row in rows if "train/loss" in row}
     assert losses == pytest.approx({line["step"]: line["loss"] for line in training_lines(tracked_run)})
@@ -123,37 +123,37 @@ def test_wandb_reads_its_file_back(tracked_run):
     assert (config["recipe"], config["effective_batch_size"]) == ("tiny", 8)
 
 
-def test_no_key_is_found_in_anything_that_a_run_writes(tracked_run):
-    looked = 0
+def test_finished_run_leaks_no_key(tracked_run):
+    files = 0
     for path in tracked_run.rglob("*"):
         if path.is_file():
-            looked += 1
+            files += 1
             assert PLANTED_KEY.encode() not in path.read_bytes(), path
-    assert looked > 30
+    assert files > 30
 
 
-def test_a_dead_wandb_does_not_stop_a_run(tracked_run):
-    """Nothing listens there; what would be sent lies in the run's folder (test_wandb_reads_its_file_back)."""
-    said = (tracked_run / "log.txt").read_text()
-    assert "warning: wandb: " in said and "; logging offline. Upload it later: wandb sync" in said
+def test_wandb_logs_offline_if_unreachable(tracked_run):
+    """Nothing listens on that port; the file for a later upload is in the run directory (test_wandb_file)."""
+    log = (tracked_run / "log.txt").read_text()
+    assert "warning: wandb: " in log and "; logging offline. Upload it later: wandb sync" in log
     assert manifest(tracked_run)["state"] == "finished"
 
 
-@pytest.mark.parametrize("asked", ["tensorbord", "tensorboard,wanb", "none,wandb", ","])
-def test_a_tracker_that_is_not_known_is_refused_before_anything_starts(workplace, asked):
-    done = workplace.sft("train", "tiny", REPORT_TO=asked)
+@pytest.mark.parametrize("names", ["tensorbord", "tensorboard,wanb", "none,wandb", ","])
+def test_unknown_tracker_is_rejected_before_the_run(workplace, names):
+    done = workplace.sft("train", "tiny", REPORT_TO=names)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: REPORT_TO: ")
     assert workplace.names() == []
 
 
-def test_a_mode_that_wandb_does_not_know_is_refused_before_anything_starts(workplace):
+def test_unknown_wandb_mode_is_rejected_before_the_run(workplace):
     done = workplace.sft("train", "tiny", REPORT_TO="wandb", WANDB_MODE="sometimes")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: WANDB_MODE: found 'sometimes', expected online, offline or disabled")
 
 
-def test_numbers_that_json_does_not_have_are_written_as_text(tmp_path):
+def test_nan_and_inf_are_written_as_strings(tmp_path):
     path = tmp_path / "metrics.jsonl"
     append(path, {"step": 3, "loss": math.nan, "grad_norm": math.inf, "other": -math.inf, "fine": 1.5})
 
@@ -165,26 +165,26 @@ def test_numbers_that_json_does_not_have_are_written_as_text(tmp_path):
 
 
 @pytest.mark.parametrize("lengths", [[[5, 3], [8]], [[1, 1, 1], [2]]])
-def test_attention_is_counted_by_the_lengths_that_examples_have(lengths):
+def test_attended_counts_by_example_length(lengths):
     positions = torch.tensor(
         [[p for length in row for p in range(length)] for row in lengths if sum(row) == sum(lengths[0])]
     )
-    wanted = sum(length * (length + 1) // 2 for row in lengths if sum(row) == sum(lengths[0]) for length in row)
-    assert int(throughput.attended({"position_ids": positions})) == wanted
+    expected = sum(length * (length + 1) // 2 for row in lengths if sum(row) == sum(lengths[0]) for length in row)
+    assert int(throughput.attended({"position_ids": positions})) == expected
     alone = [length for row in lengths for length in row]
     mask = torch.tensor([[1] * length + [0] * (max(alone) - length) for length in alone])
     assert int(throughput.attended({"attention_mask": mask})) == sum(length * (length + 1) // 2 for length in alone)
 
 
 class OneRank:
-    """accelerate's gather where there is one rank."""
+    """accelerate's `gather` on one rank."""
 
     def gather(self, tensor):
         return tensor
 
 
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
-def test_mfu_and_hfu_are_the_plans_flops_over_the_data_sheets(checkpointing):
+def test_mfu_and_hfu(checkpointing):
     """One row of 2,048 tokens, 1,024 of them supervised, in a quarter of a second or a little more."""
     recipe = loader.load("8b", [f"trainer.gradient_checkpointing={checkpointing}"])
     plan = plans.make(recipe, Topology(gpus=1, processes=1, gpu_type="h100-80g"))
@@ -194,22 +194,22 @@ def test_mfu_and_hfu_are_the_plans_flops_over_the_data_sheets(checkpointing):
     meter.saw([{"input_ids": torch.zeros(1, 2048), "position_ids": torch.arange(2048)[None]}], 1024)
     meter._began -= 0.25
     meter.step_ends()
-    figures = meter.read(OneRank(), 2048)
-    seconds = figures["step_seconds"]
+    values = meter.read(OneRank(), 2048)
+    seconds = values["step_seconds"]
     layers, output, attention = 32 * 218_103_808, 525_336_576, 2 * 32 * 4096 * 2049
     model = 6 * (layers + output / 2) + 3 * attention
-    assert figures["mfu"] == pytest.approx(model * 2048 / seconds / 989e12)
+    assert values["mfu"] == pytest.approx(model * 2048 / seconds / 989e12)
     again = output + attention / 2  # logits of half the tokens, attention scores
     if checkpointing == "true":
         again += 2 * (layers - 32 * 58_720_256) + attention
-    assert figures["hfu"] == pytest.approx((model + again) * 2048 / seconds / 989e12)
+    assert values["hfu"] == pytest.approx((model + again) * 2048 / seconds / 989e12)
     n, attention = plan.parameters, 12 * 32 * 4096 * 2048
-    assert figures["mfu_palm"] == pytest.approx((6 * n + attention) * 2048 / seconds / 989e12)
-    assert meter.read(OneRank(), 0) == {}, "a second line without a step between"
+    assert values["mfu_palm"] == pytest.approx((6 * n + attention) * 2048 / seconds / 989e12)
+    assert meter.read(OneRank(), 0) == {}, "a second line without a step in between"
 
 
-def test_trls_own_formula_agrees_where_it_counts_the_same():
-    """TRL counts attention over the whole row, ours over what a causal mask leaves; the rest must be equal."""
+def test_flops_agree_with_trl():
+    """TRL counts attention over the complete row, ours below the causal mask; the rest must be equal."""
     from transformers import LlamaConfig
     from trl.trainer.utils import adjusted_mfu, compute_flops_per_token
 
@@ -220,13 +220,13 @@ def test_trls_own_formula_agrees_where_it_counts_the_same():
     assert cost.flops_per_token(load, 2048).model == pytest.approx(theirs, rel=1e-3)
 
 
-def test_the_slowest_rank_is_named_with_its_lag():
+def test_slowest_rank_and_lag():
     assert throughput._lag([1.0, 1.5, 1.0, 1.0]) == {"slowest_rank": 1, "rank_lag": pytest.approx(0.5)}
     assert throughput._lag([2.0, 1.0]) == {"slowest_rank": 0, "rank_lag": pytest.approx(1.0)}
     assert throughput._lag([2.0]) == {}
 
 
-def test_waiting_for_data_is_told_from_working():
+def test_data_wait_fraction():
     def slow():
         for number in range(3):
             time.sleep(0.05)
@@ -241,7 +241,7 @@ def test_waiting_for_data_is_told_from_working():
     assert 0.3 < meter.read(OneRank(), 10)["data_wait_fraction"] < 0.7
 
 
-def test_host_memory_is_this_process():
+def test_host_memory_is_of_this_process():
     plan = plans.make(loader.load("tiny"), Topology(gpus=0, processes=1))
     meter = throughput.ThroughputMeter(plan, {}, None, torch.device("cpu"))
     meter.step_begins()

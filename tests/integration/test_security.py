@@ -1,4 +1,4 @@
-"""What SECURITY.md promises: nothing that is loaded runs, nothing that is secret is kept, nothing listens or leaves."""
+"""The promises of SECURITY.md: loaded files run no code, keys are not written, nothing listens or is sent."""
 
 import contextlib
 import datetime
@@ -32,16 +32,16 @@ from sft_recipes.launch import command
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner import render
 from sft_recipes.planner.plan import Topology
-from sft_recipes.runtime import env as variables
+from sft_recipes.runtime import env
 from sft_recipes.runtime import run_dir
 from sft_recipes.runtime.errors import UserError
 from sft_recipes.runtime.run_dir import RunDir, read_json
 from sft_recipes.training.checkpoint import checkpoint_format
 
 SECRETS = dict.fromkeys(("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"), PLANTED_KEY)
-# What a shell would run, split or drop, in a name that every file system takes.
+# Characters that a shell interprets, in a name that is valid on every file system.
 ODD = 'it\'s; $(touch ran) `touch ran` & "a" *'
-# Every Python process of a run writes down whom its sockets speak to, and which names it asks for.
+# Every Python process of a run records the peers of its sockets, and the names that it resolves.
 LISTENER = """
 import os, sys
 
@@ -54,12 +54,12 @@ def hear(event, arguments):
 
 sys.addaudithook(hear)
 """
-# This machine, by its own name too (torch's launcher asks for that), and sockets that are files.
+# This machine, also by its host name (torch's launcher resolves it), and Unix sockets.
 HERE = re.compile(rf"socket\.\w+ (\(?'(localhost|127\.0\.0\.1|::1|{re.escape(socket.gethostname())})'|b?'/)")
 
 
 def started(place, environment, *arguments, umask=-1):
-    """A command in a folder of its own, in which some libraries' names stand for other programs."""
+    """A command in its own directory, which has modules with the names of libraries."""
     hooks = place / "hooks"
     hooks.mkdir()
     (hooks / "sitecustomize.py").write_text(LISTENER)
@@ -72,24 +72,24 @@ def started(place, environment, *arguments, umask=-1):
         "PYTHONPATH": os.pathsep.join([str(hooks), str(REPOSITORY)]),
         "HOME": str(place / "home"),
         "TMPDIR": str(place / "tmp"),
-        # What would keep the libraries silent whatever this project does.
+        # These would disable telemetry whatever this project does.
         **dict.fromkeys(("CI", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK"), ""),
     }
     for name in ("HF_HUB_DISABLE_TELEMETRY", "WANDB_ERROR_REPORTING"):
         environment.pop(name, None)
-    with (place / "said").open("w") as said:
+    with (place / "output").open("w") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "sft_recipes", *arguments],
-            cwd=place, env=environment, stdout=said, stderr=subprocess.STDOUT, text=True, umask=umask,
+            cwd=place, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True, umask=umask,
         )  # fmt: skip
     return ObservedCommand(process)
 
 
 @pytest.fixture(scope="module")
-def faulty(tmp_path_factory, few_rows):
-    """Two ranks with secrets in their environment and a shell's characters in every path, under umask 000; when there
-    is a checkpoint, one rank aborts."""
-    place = tmp_path_factory.mktemp("faulty") / ODD
+def failed_run(tmp_path_factory, few_rows):
+    """Two ranks with secrets in their environment and shell characters in every path, with umask 000; after a
+    checkpoint, one rank aborts."""
+    place = tmp_path_factory.mktemp("failed_run") / ODD
     place.mkdir()
     shutil.copy(few_rows, place / f"{ODD}.jsonl")
     environment = Workplace(place).environment(REPORT_TO="tensorboard", **SECRETS)
@@ -99,7 +99,7 @@ def faulty(tmp_path_factory, few_rows):
         "--processes",
         "2",
         "--name",
-        "faulty",
+        "failed_run",
         *SHORT,
         "trainer.max_steps=1000",
         "generation.show=0",
@@ -107,21 +107,21 @@ def faulty(tmp_path_factory, few_rows):
     )
     seen = started(place, environment, "train", "tiny", *words, f"data.train={ODD}.jsonl", "data.validation=", umask=0)
     try:
-        seen.watch(lambda: (place / "runs" / "faulty" / "checkpoint-4").is_dir())
+        seen.watch(lambda: (place / "runs" / "failed_run" / "checkpoint-4").is_dir())
         ranks = [one for one in process_tree(seen.process.pid) if "-m sft_recipes.training.main" in command_of(one)]
-        assert len(ranks) >= 2, (place / "said").read_text()
+        assert len(ranks) >= 2, (place / "output").read_text()
         os.kill(ranks[-1], signal.SIGABRT)
         seen.watch(lambda: False)
     finally:
         seen.process.kill()
         seen.process.wait()
-    assert seen.process.returncode == 1, (place / "said").read_text()
+    assert seen.process.returncode == 1, (place / "output").read_text()
     return place, seen
 
 
 @pytest.fixture(scope="module")
 def bombed(shared_workplace, short_run, tmp_path_factory):
-    """One process that goes on where the newest checkpoint is full of bombs, with both trackers, under umask 077."""
+    """One process that resumes a run whose latest checkpoint has pickle bombs, with both trackers and umask 077."""
     run, place = RunDir(shared_workplace.runs / "bombed"), tmp_path_factory.mktemp("bombed")
     shutil.copytree(short_run, run.path, ignore=shutil.ignore_patterns("final", "last", ".lock", "best-8"))
     run.manifest.write_text(json.dumps({**manifest(run.path), "state": "running"}))
@@ -135,11 +135,11 @@ def bombed(shared_workplace, short_run, tmp_path_factory):
     finally:
         seen.process.kill()
         seen.process.wait()
-    assert seen.process.returncode == 0, (place / "said").read_text()
+    assert seen.process.returncode == 0, (place / "output").read_text()
     return place, seen
 
 
-def test_every_promise_names_a_test_that_is_there():
+def test_security_md_names_existing_tests():
     said = (REPOSITORY / "SECURITY.md").read_text()
     named = set(re.findall(r"`(test_\w+)`", said))
     assert len(named) >= 15 and [name for name in named if name not in globals()] == []
@@ -147,11 +147,11 @@ def test_every_promise_names_a_test_that_is_there():
     assert len(files) >= 5 and [file for file in files if not (REPOSITORY / file).is_file()] == []
 
 
-# --- what is loaded ---------------------------------------------------------------------------------------------------
+# --- loaded files --------------------------------------------------------------------------------------------------
 
 
-def test_a_bomb_goes_off_where_pickles_are_trusted(tmp_path):
-    """Else the tests below would show nothing."""
+def test_pickle_bomb_runs_if_trusted(tmp_path):
+    """Otherwise the tests below could not fail."""
     plant(tmp_path / "file", tmp_path / "ran")
     torch.load(tmp_path / "file", weights_only=False)
     assert (tmp_path / "ran").is_dir()
@@ -160,7 +160,7 @@ def test_a_bomb_goes_off_where_pickles_are_trusted(tmp_path):
 @pytest.mark.parametrize(
     "name", ["rng_state.pth", "optimizer.pt", "scheduler.pt", "training_args.bin", ".metadata", "pytorch_model.bin"]
 )
-def test_a_checkpoint_with_a_bomb_is_passed_over_by_name(short_run, tmp_path, name):
+def test_resume_skips_checkpoint_with_pickle_bomb(short_run, tmp_path, name):
     run = RunDir(tmp_path / "run")
     shutil.copytree(short_run, run.path)
     plant(run.checkpoint(8) / name, tmp_path / "ran")
@@ -169,11 +169,11 @@ def test_a_checkpoint_with_a_bomb_is_passed_over_by_name(short_run, tmp_path, na
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_start_goes_on_from_an_older_checkpoint_and_no_bomb_goes_off(bombed):
+def test_resume_from_older_checkpoint_runs_no_pickle_bomb(bombed):
     place, _ = bombed
-    said = (place / "said").read_text()
-    assert "skipping checkpoint-8: .metadata was not saved with it" in said
-    assert "resuming from checkpoint-4" in said
+    output = (place / "output").read_text()
+    assert "skipping checkpoint-8: .metadata was not saved with it" in output
+    assert "resuming from checkpoint-4" in output
     assert not (place / "ran").exists()
 
 
@@ -191,7 +191,7 @@ def trainer(short_run, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("name", "load", "refuses"),
+    ("name", "load", "message"),
     [
         ("optimizer.pt", "_load_optimizer_and_scheduler", "Weights only load failed"),
         ("scheduler.pt", "_load_optimizer_and_scheduler", "Weights only load failed"),
@@ -200,7 +200,7 @@ def trainer(short_run, tmp_path_factory):
         ("pytorch_model.bin", "_load_from_checkpoint", "Weights only load failed"),
     ],
 )
-def test_what_the_trainer_loads_runs_nothing_even_where_the_record_is_forged(trainer, tmp_path, name, load, refuses):
+def test_trainer_runs_no_pickle_with_forged_commit_marker(trainer, tmp_path, name, load, message):
     run, sft = trainer
     eight = run.checkpoint(8)
     keep = tmp_path / "keep"
@@ -215,7 +215,7 @@ def test_what_the_trainer_loads_runs_nothing_even_where_the_record_is_forged(tra
             eight, {**record, "files": checkpoint_format.compute_checksums(eight, checkpoint_format.list_files(eight))}
         )
         assert find_checkpoint(run)[0].step == 8
-        with pytest.raises(Exception, match=refuses) as raised:
+        with pytest.raises(Exception, match=message) as raised:
             getattr(sft, load)(str(eight))
         assert name == "model.safetensors" or isinstance(raised.value, pickle.UnpicklingError)
         assert not (tmp_path / "ran").exists()
@@ -226,7 +226,7 @@ def test_what_the_trainer_loads_runs_nothing_even_where_the_record_is_forged(tra
 
 @pytest.fixture
 def hostile(model_folder, tmp_path):
-    """A model with code wherever a library has looked for some, and the file that it would write."""
+    """A model with code wherever a library has searched for code, and the file that the code would write."""
     folder, ran = tmp_path / "model", tmp_path / "ran"
     shutil.copytree(model_folder, folder)
     code = f"import pathlib; pathlib.Path({str(ran)!r}).touch()\nclass Evil: pass\ndef generate(*_, **__): pass\n"
@@ -244,8 +244,8 @@ def hostile(model_folder, tmp_path):
     return folder, ran
 
 
-def test_no_code_in_a_models_folder_runs(hostile):
-    """Not by its tokenizer, its generation, its attention (CVE-2026-4372), or weights that are pickles."""
+def test_model_directory_code_does_not_run(hostile):
+    """Not through its tokenizer, generation, attention (CVE-2026-4372), or pickled weights."""
     from sft_recipes.data import model_files
     from sft_recipes.training.main import load_model
 
@@ -259,7 +259,7 @@ def test_no_code_in_a_models_folder_runs(hostile):
     assert type(model).__module__.startswith("transformers.") and not ran.exists()
 
 
-def test_a_model_that_is_only_its_own_code_or_pickles_is_refused_and_not_run(workplace, hostile):
+def test_model_of_custom_code_or_pickles_is_rejected(workplace, hostile):
     folder, ran = hostile
     words = ("train", "tiny", *MODEL, f"model.name_or_path={folder}")
     config = json.loads((folder / "config.json").read_text())
@@ -271,7 +271,7 @@ def test_a_model_that_is_only_its_own_code_or_pickles_is_refused_and_not_run(wor
     assert not ran.exists()
 
 
-def test_the_plan_says_that_a_models_own_code_runs():
+def test_plan_shows_remote_code():
     asked = loader.load("tiny", [*MODEL, "model.name_or_path=some/model", "model.trust_remote_code=true"])
     plan = plans.make(asked, Topology(0, 1))
     assert re.search(r"^remote code +the model's own Python runs.* +command line", render.plan_table(plan, True), re.M)
@@ -296,8 +296,8 @@ def test_the_plan_says_that_a_models_own_code_runs():
         "self.__init__.__globals__",
     ],
 )
-def test_a_hostile_template_runs_nothing(tokenizer, tmp_path, monkeypatch, expression):
-    """It is refused, or what it asked for is nothing."""
+def test_chat_template_is_sandboxed(tokenizer, tmp_path, monkeypatch, expression):
+    """It is rejected, or renders to nothing."""
     monkeypatch.chdir(tmp_path)
     usual = tokenizer.chat_template
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -320,7 +320,7 @@ def test_a_hostile_template_runs_nothing(tokenizer, tmp_path, monkeypatch, expre
 
 
 def snapshot(folder, **files):
-    """A data set's folder as the Hub's cache has it."""
+    """A dataset's directory as in the Hub's cache."""
     for name, content in files.items():
         (folder / name.replace("_", ".")).parent.mkdir(exist_ok=True)
         (folder / name.replace("_", ".")).write_text(content)
@@ -330,14 +330,14 @@ def snapshot(folder, **files):
 ROW = '{"prompt": "a", "completion": "b"}\n'
 
 
-def test_a_data_set_with_a_loading_script_is_refused_and_not_run(tmp_path):
+def test_dataset_loading_script_is_rejected(tmp_path):
     script = f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()"
     with pytest.raises(UserError, match=r"owner/name:train: not readable \(Dataset scripts are no longer supported"):
         list(snapshot(tmp_path / "name", name_py=script, rows_jsonl=ROW).rows())
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_data_sets_card_names_no_file_of_this_machine(tmp_path):
+def test_dataset_card_cannot_name_local_files(tmp_path):
     (tmp_path / "mine.jsonl").write_text(ROW)
     for named in ("../mine.jsonl", tmp_path / "mine.jsonl"):
         gpu_type = f"---\nconfigs:\n- config_name: default\n  data_files:\n  - {{split: train, path: {named}}}\n---\n"
@@ -345,7 +345,7 @@ def test_a_data_sets_card_names_no_file_of_this_machine(tmp_path):
             list(snapshot(tmp_path / "name", README_md=gpu_type, rows_jsonl=ROW).rows())
 
 
-def test_control_tokens_that_a_user_types_are_text_to_the_model(shared_workplace, short_run, monkeypatch, capsys):
+def test_special_tokens_in_prompts_are_text(shared_workplace, short_run, monkeypatch, capsys):
     """As they are in training (tests/unit/test_tokenize.py, tests/unit/test_bad_input.py, tests/unit/test_assistant_spans.py)."""
     from sft_recipes.tools import generate
     from sft_recipes.training import completions
@@ -374,13 +374,13 @@ def test_control_tokens_that_a_user_types_are_text_to_the_model(shared_workplace
 @pytest.mark.parametrize(
     "name", ["..", ".", "../x", "a/b", "/tmp/x", "~", "-x", ".x", "a;b", "$(x)", "`x`", "a\nb", "a b", "", "x" * 101]
 )
-def test_a_run_is_named_by_plain_characters_alone(name):
+def test_run_name_allows_plain_characters_only(name):
     with pytest.raises(UserError, match="cannot name a run"):
         run_dir.check_name(name)
 
 
-def test_a_run_folder_that_is_a_link_is_refused_by_name_and_passed_over_without(workplace):
-    """Whatever it points to: nothing, somebody's folder, a run."""
+def test_symlinked_run_directory_is_rejected(workplace):
+    """Whatever its target: nothing, another directory, a run."""
     (workplace.path / "elsewhere").mkdir()
     workplace.runs.mkdir(exist_ok=True)
     for target in ("elsewhere", "nowhere"):
@@ -394,28 +394,28 @@ def test_a_run_folder_that_is_a_link_is_refused_by_name_and_passed_over_without(
     assert [path.name for path in (workplace.path / "elsewhere").iterdir()] == ["plan.json"]
 
 
-def test_no_character_of_a_path_reaches_a_shell_and_no_file_beside_it_is_a_library(faulty):
-    place, _ = faulty
-    assert (place / "runs" / "faulty" / "checkpoint-4").is_dir(), "it ran"
+def test_paths_reach_no_shell_and_local_files_are_not_imported(failed_run):
+    place, _ = failed_run
+    assert (place / "runs" / "failed_run" / "checkpoint-4").is_dir(), "the run started"
     assert not list(place.rglob("ran")) and not Path("ran").exists()
-    assert not list((place / "tmp").glob("torchinductor*")), "code that is compiled is read back from elsewhere"
+    assert not list((place / "tmp").glob("torchinductor*")), "compiled code is cached elsewhere"
 
 
 # --- secrets ----------------------------------------------------------------------------------------------------------
 
 
-def holders(*places):
-    """Files with the planted key, and how many were looked through."""
+def find_leaks(*places):
+    """Files with the planted key, and how many were read."""
     files = [path for place in places for path in place.rglob("*") if path.is_file()]
     return [path for path in files if PLANTED_KEY.encode() in path.read_bytes()], len(files)
 
 
-def test_no_key_is_in_what_a_run_writes_says_or_types_where_a_rank_aborts(faulty):
-    """tests/integration/test_metrics.py looks through a run that came to its end, with W&B."""
-    place, seen = faulty
-    found, looked = holders(place)
-    assert found == [] and looked > 30
-    run = RunDir(place / "runs" / "faulty")
+def test_failed_run_leaks_no_key(failed_run):
+    """tests/integration/test_metrics.py has a finished run with W&B."""
+    place, seen = failed_run
+    leaks, files = find_leaks(place)
+    assert leaks == [] and files > 30
+    run = RunDir(place / "runs" / "failed_run")
     assert run.state() == "failed"
     assert any("Fatal Python error: Aborted" in path.read_text() for path in run.stack_traces.iterdir()), (
         "a crash report"
@@ -430,58 +430,62 @@ def test_no_key_is_in_what_a_run_writes_says_or_types_where_a_rank_aborts(faulty
     assert not any(PLANTED_KEY in command for command in seen.commands)
 
 
-def test_no_key_is_left_by_a_run_that_goes_on_with_both_trackers(bombed, shared_workplace):
+def test_resumed_run_with_trackers_leaks_no_key(bombed, shared_workplace):
     place, seen = bombed
-    found, looked = holders(place, shared_workplace.runs / "bombed")
-    assert found == [] and looked > 40
+    leaks, files = find_leaks(place, shared_workplace.runs / "bombed")
+    assert leaks == [] and files > 40
     assert any("wandb-core" in command for command in seen.commands)
     assert not any(PLANTED_KEY in command for command in seen.commands)
 
 
-def test_a_dry_run_shows_no_key(workplace):
+def test_dry_run_leaks_no_key(workplace):
     done = workplace.sft("train", "tiny", "--dry-run", REPORT_TO="wandb", **SECRETS)
     assert done.returncode == 0 and PLANTED_KEY not in done.stdout + done.stderr
 
 
-# --- who may read -----------------------------------------------------------------------------------------------------
+# --- permissions ------------------------------------------------------------------------------------------------------
 
 
-def test_what_holds_data_and_weights_is_its_owners_alone_whatever_the_umask(faulty, bombed, shared_workplace):
-    loose, _ = faulty
-    folders = [loose / "runs" / "faulty", loose / "runs" / ".prepared"]
+def test_data_and_weights_are_private_with_any_umask(failed_run, bombed, shared_workplace):
+    loose, _ = failed_run
+    folders = [loose / "runs" / "failed_run", loose / "runs" / ".prepared"]
     folders += [shared_workplace.runs / name for name in ("short", ".prepared", ".sanity")]
     assert [oct(folder.stat().st_mode & 0o777) for folder in folders] == ["0o700"] * 5
-    assert (loose / "runs" / "faulty" / "plan.json").stat().st_mode & 0o077, "umask 000 held, the folder guards"
+    assert (loose / "runs" / "failed_run" / "plan.json").stat().st_mode & 0o077, (
+        "umask 000 applied, the directory protects it"
+    )
 
 
-# --- what listens, and what leaves ------------------------------------------------------------------------------------
+# --- network ---------------------------------------------------------------------------------------------------------
 
 
-def test_one_process_is_reached_from_nowhere_else(bombed):
+def test_single_process_is_not_reachable(bombed):
     assert bombed[1].reachable_from_outside == set()
 
 
-def test_of_several_ranks_torchs_rendezvous_alone_is_reached_from_elsewhere(faulty):
-    """Where this fails because there is none, SECURITY.md and README.md have an exception too many."""
-    _, seen = faulty
+def test_only_rendezvous_is_reachable_with_several_ranks(failed_run):
+    """If it is not reachable any more, remove the exception from SECURITY.md and README.md."""
+    _, seen = failed_run
     ((address, command),) = seen.reachable_from_outside
     assert address == "::" and "-m sft_recipes.training.rank_launcher --config_file" in command
     ranks = {address for address, command in seen.listened if "training.start" not in command}
-    assert ranks == {"127.0.0.1"}, "what tensors pass through"
+    assert ranks == {"127.0.0.1"}, "the ranks' own sockets"
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_ranks_of_one_machine_are_told_to_stay_on_it(nodes):
-    """GPUs too, which are not here: that NCCL listens is not seen, that it is told is."""
+def test_ranks_of_one_node_use_loopback(nodes):
+    """Also for GPUs, which this machine lacks: NCCL's variables are checked, not its sockets."""
     plan = plans.make(
         loader.load("70b"), Topology(gpus=8 * nodes, processes=8 * nodes, nodes=nodes, gpu_type="h100-80g")
     )
-    told = command.environment(plan, {})
-    assert {told.get(name) for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")} == {"lo" if nodes == 1 else None}
+    environment = command.environment(plan, {})
+    assert {environment.get(name) for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")} == {
+        "lo" if nodes == 1 else None
+    }
 
 
-def test_tensorboard_is_served_to_this_machine_alone(workplace):
-    """Its data server listens too, at whatever `localhost` resolves to: 127.0.0.1 or ::1."""
+def test_tensorboard_serves_localhost_only(workplace):
+    """Its data server listens too, where `localhost` resolves to: 127.0.0.1 or ::1."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -496,31 +500,31 @@ def test_tensorboard_is_served_to_this_machine_alone(workplace):
     finally:
         seen.process.kill()
         seen.process.wait()
-    assert web_server() == {"127.0.0.1"}, (workplace.path / "said").read_text()
+    assert web_server() == {"127.0.0.1"}, (workplace.path / "output").read_text()
     assert seen.reachable_from_outside == set()
 
 
-@pytest.mark.parametrize("of", ["faulty", "bombed"])
-def test_no_library_reports_on_its_use(request, of):
-    """No name is looked up and nothing sent but on this machine, by any Python process of a run."""
+@pytest.mark.parametrize("of", ["failed_run", "bombed"])
+def test_no_telemetry_is_sent(request, of):
+    """No Python process of a run resolves a name or sends anything outside of this machine."""
     place, _ = request.getfixturevalue(of)
     heard = (place / "heard").read_text().splitlines() if (place / "heard").exists() else []
     assert [line for line in heard if not HERE.match(line)] == []
     assert heard, "torch's launcher asks for localhost, and W&B was asked for at 127.0.0.1"
 
 
-def test_who_wants_to_report_may(monkeypatch):
+def test_telemetry_can_be_enabled(monkeypatch):
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "0")
     monkeypatch.delenv("WANDB_ERROR_REPORTING", raising=False)
-    variables.silence_telemetry()
+    env.silence_telemetry()
     assert (os.environ["HF_HUB_DISABLE_TELEMETRY"], os.environ.pop("WANDB_ERROR_REPORTING")) == ("0", "false")
 
 
-# --- what is installed ------------------------------------------------------------------------------------------------
+# --- installation --------------------------------------------------------------------------------------------------
 
 
 def locked(file):
-    """Each requirement of a lock, its version, and the hashes that it may have."""
+    """Each requirement of a lock file, its version, and its allowed hashes."""
     text = (REPOSITORY / "requirements" / file).read_text().replace("\\\n", " ")
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith((" ", "#"))]
     found = [
@@ -530,8 +534,8 @@ def locked(file):
     return [(named[1], tuple(map(int, named[2].strip(".").split("."))), hashes) for named, hashes in found]
 
 
-def test_every_locked_package_has_hashes_and_none_is_of_a_version_with_a_known_hole():
-    """The floors and their reasons: SECURITY.md."""
+def test_locked_packages_have_hashes_and_fixed_versions():
+    """Minimum versions and their reasons: SECURITY.md."""
     floors = {"torch": (2, 10), "transformers": (5, 3), "jinja2": (3, 1, 6), "datasets": (4,)}
     packages = [one for file in ("common.txt", "cpu.txt", "cuda.txt") for one in locked(file)]
     assert len(packages) > 100 and [name for name, _, hashes in packages if not hashes] == []
@@ -544,7 +548,7 @@ def test_every_locked_package_has_hashes_and_none_is_of_a_version_with_a_known_h
 
 
 def wheel(folder):
-    """A package of one empty module, and its hash."""
+    """A package with one empty module, and its hash."""
     path = folder / "packaging-1.0-py3-none-any.whl"
     about = "packaging-1.0.dist-info"
     with zipfile.ZipFile(path, "w") as file:
@@ -555,8 +559,8 @@ def wheel(folder):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_a_lock_with_one_altered_hash_installs_nothing(tmp_path):
-    """The real script, over a lock of one package that lies on the disk."""
+def test_lock_with_altered_hash_installs_nothing(tmp_path):
+    """The real script, with a lock file of one local package."""
     right = wheel(tmp_path)
     wrong = f"{int(right[0], 16) ^ 1:x}{right[1:]}"
     (tmp_path / "requirements").mkdir()

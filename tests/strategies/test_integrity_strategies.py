@@ -1,4 +1,4 @@
-"""What is proved under each engine: a run resumes bit for bit, and a bit that flips on one rank shows. Slow."""
+"""Under each strategy a run resumes bit for bit, and a bit flip on one rank is found. Slow."""
 
 import pytest
 from helpers.bit_flip import run_with_a_flip
@@ -18,10 +18,10 @@ if os.environ.get("RANK") == "1":
     flipped = []
 
     def flip(optimizer, *_):
-        found = [value["exp_avg"] for value in optimizer.state.values() if "exp_avg" in value]
-        local = [one.to_local() if hasattr(one, "to_local") else one for one in found]
-        # Before it loads, torch takes a step with gradients of nothing (_init_optim_state): that one is overwritten.
-        stepped = [one for one in local if one.any()]
+        moments = [value["exp_avg"] for value in optimizer.state.values() if "exp_avg" in value]
+        local = [moment.to_local() if hasattr(moment, "to_local") else moment for moment in moments]
+        # Before it loads, torch takes a step with zero gradients (_init_optim_state), whose state is overwritten.
+        stepped = [moment for moment in local if moment.any()]
         if stepped and not flipped:
             stepped[-1].view(torch.int32).view(-1)[0] ^= 1 << 3
             flipped.append(True)
@@ -37,15 +37,15 @@ if os.environ.get("RANK") == "1":
         *((engine, "bf16") for engine in ("zero1", "zero3", "fsdp2")),
     ],
 )
-def test_a_run_resumes_exactly(shared_workplace, follow, engine, precision):
-    """In bf16 of packed rows, as those runs are there anyway; in fp32 test_trajectories.py resumes each engine too."""
+def test_run_resumes_exactly(shared_workplace, follow, engine, precision):
+    """In bf16 with packed rows, as other tests use these runs too; test_trajectories.py resumes each strategy in fp32."""
     run = follow(engine, 2, precision == "bf16", precision)
     done = shared_workplace.sft("verify-resume", run.name)
     assert done.returncode == 0 and "exact: this run resumes as if" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
-def test_a_bit_that_flips_in_a_ranks_optimizer_is_found_there(shared_workplace, follow, tmp_path, engine):
+def test_verify_resume_names_the_rank_with_a_bit_flip(shared_workplace, follow, tmp_path, engine):
     run = follow(engine, 2)
     (tmp_path / "sitecustomize.py").write_text(FLIP)
     python_path = f"{tmp_path}:{shared_workplace.environment()['PYTHONPATH']}"
@@ -56,7 +56,7 @@ def test_a_bit_that_flips_in_a_ranks_optimizer_is_found_there(shared_workplace, 
     assert "differs (rank 1)" in first, first
 
 
-def test_a_bit_that_flips_between_two_steps_names_one_rank_of_two(workplace, few_rows):
+def test_replica_check_names_one_of_two_ranks_between_steps(workplace, few_rows):
     line, saved = run_with_a_flip(
         workplace, few_rows, 2, "trainer.save_steps=8", "monitor.replica_check_steps=3", before_step=4
     )

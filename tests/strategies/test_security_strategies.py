@@ -1,4 +1,4 @@
-"""Bombs in the files that DeepSpeed and FSDP2 save; `make test` has those of one process."""
+"""Pickle bombs in the files that DeepSpeed and FSDP2 save; tests/integration/test_security.py has one process."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from helpers.workplace import SHORT, manifest, needs_compiler
 from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.training.checkpoint import checkpoint_format
 
-# What each loads with pickle (DeepSpeed's TorchCheckpointEngine), and FSDP2 with torch's weights_only.
+# Files that are loaded with pickle (DeepSpeed's TorchCheckpointEngine), under FSDP2 with torch's weights_only.
 FILES = {
     "zero2": [
         "global_step8/zero_pp_rank_1_mp_rank_00_optim_states.pt",
@@ -31,11 +31,11 @@ FILES = {
 
 
 def started(workplace, *arguments):
-    """A start to its end, and what was seen of it; what it said."""
-    with (workplace.path / "said").open("w") as said:
+    """Run a command to its end; return the observed processes, and the output."""
+    with (workplace.path / "output").open("w") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "sft_recipes", "train", "tiny", *arguments], cwd=workplace.path,
-            env=workplace.environment(), stdout=said, stderr=subprocess.STDOUT, text=True,
+            env=workplace.environment(), stdout=output, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
     seen = ObservedCommand(process)
     try:
@@ -43,13 +43,13 @@ def started(workplace, *arguments):
     finally:
         process.kill()
         process.wait()
-    return seen, (workplace.path / "said").read_text()
+    return seen, (workplace.path / "output").read_text()
 
 
 @needs_compiler
 @pytest.mark.parametrize("engine", FILES)
-def test_no_bomb_in_an_engines_files_goes_off(workplace, few_rows, engine):
-    """Each is told by its checksum; a start takes the older checkpoint; FSDP2 runs none with a forged record either."""
+def test_no_pickle_bomb_in_sharded_files_runs(workplace, few_rows, engine):
+    """The checksum reveals each; the run resumes from the older checkpoint; with a forged commit marker FSDP2 runs none."""
     ran = workplace.path / "ran"
     words = ("--name", "bombed", "--gpus", "0", "--processes", "2", f"parallelism={engine}", *SHORT)
     words += (f"data.train={few_rows}", "data.validation=", "generation.show=0", "generation.exact_match=0")
@@ -68,15 +68,18 @@ def test_no_bomb_in_an_engines_files_goes_off(workplace, few_rows, engine):
 
     for name in FILES[engine]:
         known = bombed(name)
-        assert known != (name in ("latest_universal", "optimizer_0/.metadata")), "what the engine saves has other names"
+        assert known != (name in ("latest_universal", "optimizer_0/.metadata")), (
+            "the strategy saves files with other names"
+        )
         point, lines = find_checkpoint(run)
         assert point.step == 4 and lines[0].startswith("skipping checkpoint-8: ") and name in lines[0], lines
 
     bombed(FILES[engine][0])
-    seen, said = started(workplace, *words)
-    assert seen.process.returncode == 0, said
+    seen, output = started(workplace, *words)
+    assert seen.process.returncode == 0, output
     assert (
-        f"skipping checkpoint-8: size mismatch in {FILES[engine][0]}: " in said and "resuming from checkpoint-4" in said
+        f"skipping checkpoint-8: size mismatch in {FILES[engine][0]}: " in output
+        and "resuming from checkpoint-4" in output
     )
     assert {address for address, command in seen.reachable_from_outside if "training.start" not in command} == set()
 
@@ -89,7 +92,7 @@ def test_no_bomb_in_an_engines_files_goes_off(workplace, few_rows, engine):
         checkpoint_format.write_commit_marker(
             four, {**record, "files": checkpoint_format.compute_checksums(four, checkpoint_format.list_files(four))}
         )
-        seen, said = started(workplace, *words)
-        assert seen.process.returncode == 1 and "resuming from checkpoint-4" in said
-        assert "Weights only load failed" in said
+        seen, output = started(workplace, *words)
+        assert seen.process.returncode == 1 and "resuming from checkpoint-4" in output
+        assert "Weights only load failed" in output
     assert not ran.exists()

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live view on a terminal, plain lines elsewhere, rank 0 alone."""
+"""Console of a run: a live view on a terminal, plain lines elsewhere, on rank 0 only."""
 
 import contextlib
 import fcntl
@@ -47,25 +47,25 @@ def follow(folder, rank_0=True):
     view.on_train_end(None, state, None)
 
 
-def test_lines_where_there_is_no_terminal_and_in_the_log(tmp_path, capsys):
+def test_console_prints_lines_without_a_terminal(tmp_path, capsys):
     follow(tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert lines == (tmp_path / "log.txt").read_text().splitlines()
     assert lines[0].startswith(
-        "step 10/2000  epoch 0.01  loss 1.2345  lr 2.00e-05  grad_norm 0.71  12,346 tok/s  5.0 GiB  left "
+        "step 10/2000  epoch 0.01  loss 1.2345  lr 2.00e-05  grad_norm 0.71  12,346 tokens/s  5.0 GiB  eta "
     )
     assert "0.5 GiB" in lines[1] and "eval_loss 1.1111 (few 1.0000, others 1.2000)" in lines[2]
     assert lines[3] == "step 20  loss spike: loss 9.000" and len(lines) == 4
 
 
-def test_rank_0_alone_speaks(tmp_path, capsys):
+def test_console_prints_on_rank_0_only(tmp_path, capsys):
     follow(tmp_path, rank_0=False)
     assert capsys.readouterr().out == "" and not (tmp_path / "log.txt").exists()
 
 
 @pytest.mark.parametrize("columns", [80, 200])
-def test_a_terminal_shows_steps_and_figures_uncut(tmp_path, monkeypatch, columns):
-    """A real one of that width; what a resized window, or a pipe, has is not cut either."""
+def test_terminal_view_fits_the_width(tmp_path, monkeypatch, columns):
+    """A real pseudo-terminal of that width."""
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     monkeypatch.setenv("TERM", "xterm")
@@ -74,12 +74,12 @@ def test_a_terminal_shows_steps_and_figures_uncut(tmp_path, monkeypatch, columns
         monkeypatch.setattr(sys, "stdout", terminal)
         follow(tmp_path)
     shown = b""
-    with contextlib.suppress(OSError):  # at the end of what was written, of which the kernel hands on a piece a read
+    with contextlib.suppress(OSError):  # at the end of the output; a read returns a part of it
         while True:
             shown += os.read(ours, 65536)
     os.close(ours)
     shown = shown.decode()
-    assert "20/2000" in shown and "left" in shown
-    assert "loss 1.2345  12,346 tok/s  0.5 GiB" in shown and "eval_loss 1.1111" in shown
+    assert "20/2000" in shown and "eta" in shown
+    assert "loss 1.2345  12,346 tokens/s  0.5 GiB" in shown and "eval_loss 1.1111" in shown
     assert "loss spike: loss 9.000" in shown
     assert len((tmp_path / "log.txt").read_text().splitlines()) == 4

@@ -1,4 +1,4 @@
-"""Trackers named in REPORT_TO: which are accepted, what each is sent, and what happens if one raises."""
+"""Trackers named in REPORT_TO: accepted names, forwarded events, and a tracker that raises."""
 
 import dataclasses
 import importlib.util
@@ -24,7 +24,7 @@ RECORDS = ({"loss": 2.0}, {"loss": 1.0}, {"loss": 0.5})
 
 
 class Recorder(TrainerCallback):
-    """A tracker that keeps what it is sent, and raises at the loss 1.0 if it is told to."""
+    """A tracker that keeps what it is sent, and raises at the loss 1.0 if `raises`."""
 
     sent, raises = [], False
 

@@ -128,6 +128,6 @@ def _quarantine(folder: RunDir, step: int, run_id: str) -> None:
     if isinstance(_read_record(folder, step, run_id), str):
         return
     try:
-        log.warning("%s quarantined as %s", checkpoint.name, checkpoint_format.quarantine(checkpoint).name)
+        log.info("%s quarantined as %s", checkpoint.name, checkpoint_format.quarantine(checkpoint).name)
     except OSError as error:
         log.warning("%s could not be renamed (%s)", checkpoint, error.strerror)
