@@ -32,8 +32,7 @@ from sft_recipes.launch import command
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner import render
 from sft_recipes.planner.plan import Topology
-from sft_recipes.runtime import env
-from sft_recipes.runtime import run_dir
+from sft_recipes.runtime import env, run_dir
 from sft_recipes.runtime.errors import UserError
 from sft_recipes.runtime.run_dir import RunDir, read_json
 from sft_recipes.training.checkpoint import checkpoint_format
