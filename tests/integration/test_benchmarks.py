@@ -189,7 +189,7 @@ def test_what_cannot_be_measured_is_said_in_one_line(tmp_path):
         (["beside.py", "--rows", tmp_path], "has no validation.jsonl"),
         (["beside.py", "--steps", "7"], "--steps: 7"),
         (["metrics.py", "--device", "cuda"], "no GPU that is known is here"),
-        (["gpu.sh", "attention"], "no GPU that is known is here"),
+        (["gpu.sh", "attention"], "gpu.sh: found no GPU"),
     ):
         python = [] if words[0].endswith(".sh") else [sys.executable]
         command = [*python, REPOSITORY / "benchmarks" / words[0], *words[1:]]
