@@ -70,7 +70,7 @@ def measure(engine: str, ranks: int, model: Path, folder: Path) -> list[dict[str
     plan = plans.make(recipe, Topology(gpus=0, processes=ranks))
     run = RunDir(folder)
     plans.write(plan, run.plan)
-    command.write_engine(plan, run)
+    command.write_accelerate_config(plan, run)
     start = command.launch(plan, run)
     start = [*start[: start.index("sft_recipes.training.main") - 1], __file__, "rank", str(model), str(folder)]
     subprocess.run(start, check=True, cwd=REPOSITORY, env=command.environment(plan, os.environ))

@@ -385,7 +385,7 @@ def _fault(bench: Bench, kind: str, name: str, ranks: int, rank: int) -> dict[st
         process.kill()
         process.wait()
     said = bench.said(name).read_text()
-    wanted = rf"rank {rank} on \S+ {'was ended by SIGKILL' if kind == 'death' else 'hangs'}"
+    wanted = rf"rank {rank} on \S+: {'killed by SIGKILL' if kind == 'death' else 'no heartbeat'}"
     if process.returncode != 1 or not re.search(wanted, said):
         raise RuntimeError(f"{name} left with {process.returncode} and did not say what was wrong: {said}")
     times = {"seconds_until_said": seen, "seconds_until_no_process_was_left": gone}
@@ -405,7 +405,7 @@ def _await_step(bench: Bench, name: str, process: subprocess.Popen[bytes], ranks
 
     folder, until = RunDir(bench.run(name)), time.monotonic() + HANG_SECONDS
     while time.monotonic() < until and process.poll() is None:
-        there = {rank: one.process for rank, one in heartbeat.pulses(folder.ranks).items() if one.step >= step}
+        there = {rank: beat.pid for rank, beat in heartbeat.read_heartbeats(folder.ranks).items() if beat.step >= step}
         if len(there) == ranks:
             return there
         time.sleep(0.01)

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -22,11 +23,15 @@ from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Topology
 from sft_recipes.runtime import env, run_dir
 from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.log import to_console
 from sft_recipes.runtime.units import GIB
 
 if TYPE_CHECKING:
     from sft_recipes.launch.node_launchers import NodeLaunchers
     from sft_recipes.launch.topology import HardwareRequest
+
+
+log = logging.getLogger(__name__)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _obey(arguments: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that knows ASCII alone still gets its line
+    to_console()
     env.silence_telemetry()
     env.limit_thread_spin()
     try:
@@ -321,14 +327,14 @@ def _train(parsed: argparse.Namespace) -> int:
 
 def _on_all_nodes(parsed: argparse.Namespace, verb: Callable[[argparse.Namespace, NodeLaunchers | None], int]) -> int:
     """Has node 0 of a Slurm job decide, and the others follow; elsewhere there is this machine alone."""
-    from sft_recipes.launch import process_group, slurm
+    from sft_recipes.launch import slurm, stop_request
 
     try:
         slurm.await_run(getattr(parsed, "name", None))
         with slurm.node_launchers(os.environ) as peers:
             leads = peers is None or peers.is_leader
             code = slurm.follow(peers) if peers and not leads else verb(parsed, peers)
-    except process_group.StoppedError:
+    except stop_request.StoppedError:
         return slurm.stopped_before_rendezvous(os.environ)
     if leads and code not in (run_dir.EXIT_FAULT, run_dir.EXIT_STOPPED):
         slurm.forget(os.environ)
@@ -341,45 +347,47 @@ def _try_out(parsed: argparse.Namespace, peers: NodeLaunchers | None) -> int:
     recipe, topology, plan = _checked(parsed)
     if peers is None:
         preflight.check_gpus(plan)
-    if code := slurm.check_nodes(peers, plan, _say):
+    if code := slurm.check_nodes(peers, plan):
         return code
-    return launch.try_out(plan, _say, lambda: suggest.lighter(recipe, topology), peers)
+    return launch.run_sanity_check(plan, lambda: suggest.lighter(recipe, topology), peers)
 
 
 def _carry_out(parsed: argparse.Namespace, peers: NodeLaunchers | None) -> int:
-    from sft_recipes.launch import launch, preflight, process_group, run_lock, slurm
+    from sft_recipes.launch import launch, preflight, run_lock, slurm
     from sft_recipes.launch.topology import check_disk
 
     if parsed.name is not None:
         run_dir.check_name(parsed.name)
     recipe, topology, plan = _checked(parsed)
     allow_change = tuple(key for key in parsed.allow_change.split(",") if key)
-    asked = run_selection.RunRequest(parsed.name, parsed.resume, allow_change, parsed.strict_versions)
-    start = run_selection.choose(plan, asked, run_lock.held_by())
+    request = run_selection.RunRequest(parsed.name, parsed.resume, allow_change, parsed.strict_versions)
+    start = run_selection.select(plan, request, run_lock.locked_runs())
+    run = start.run_dir
     for note in start.notes:
-        _say(note)
-    if start.folder.state() == "finished":
-        if start.folder.final.is_dir():
-            _say(f"{start.folder.path} is finished; its model is in {start.folder.final} (another run: NAME=…)")
+        log.info(note)
+    if run.state() == "finished":
+        if run.final.is_dir():
+            log.info(f"{run.path} is finished; its model is in {run.final} (start another run with NAME=…)")
             return 0
-        _say(f"{start.folder.path} is finished, but {start.folder.final} is gone: it is written again")
+        log.info(f"{run.path} is finished, but {run.final} is missing: writing it again")
     if parsed.dry_run:
-        print(launch.shell_line(plan, start.folder))
+        print(launch.dry_run_command(plan, run))
         return 0
     if peers is None:
         preflight.check_gpus(plan)
-    check_disk(plan, start.folder)
+    check_disk(plan, run)
     if error := slurm.no_progress(start):
-        return process_group.fail(error, run_dir.EXIT_NO_PROGRESS)
-    with run_lock.held(start.folder):
-        unfit = slurm.check_nodes(peers, plan, _say)
-        return unfit or launch.carry_out(start, _say, lambda: suggest.lighter(recipe, topology), peers)
+        log.error(error)
+        return run_dir.EXIT_NO_PROGRESS
+    with run_lock.lock(run):
+        code = slurm.check_nodes(peers, plan)
+        return code or launch.start_run(start, lambda: suggest.lighter(recipe, topology), peers)
 
 
 def _replay(parsed: argparse.Namespace, peers: NodeLaunchers | None) -> int:
     from sft_recipes.tools import verify_resume
 
-    return verify_resume.carry_out(run_dir.find(parsed.run), _say, peers)
+    return verify_resume.run(run_dir.find(parsed.run), peers)
 
 
 def _way_out(recipe: Recipe, topology: Topology) -> str:

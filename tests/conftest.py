@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from helpers.workplace import PLANTED_KEY, SHORT, SMALL_LLAMA, Workplace, simulated_device
 
-from sft_recipes.runtime import env
+from sft_recipes.runtime import env, log
 
 env.limit_thread_spin()  # before any test imports torch
 
@@ -102,3 +102,12 @@ def write_rows(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         return path
 
     yield write
+
+
+@pytest.fixture
+def console(capsys: pytest.CaptureFixture[str]) -> Iterator[pytest.CaptureFixture[str]]:
+    """Print log messages as the command line does; `capsys`, to read them."""
+    log.to_console()
+    yield capsys
+    log.ROOT.handlers.clear()
+    log.ROOT.propagate = True

@@ -24,7 +24,7 @@ from sft_recipes.data.formats import Conversation, conversation_of, text_of
 from sft_recipes.data.sources import RawRow, Source
 from sft_recipes.data.tokenize import ConversationTokenizer, Example
 from sft_recipes.runtime.errors import DataError
-from sft_recipes.runtime.heartbeat import end_with_parent
+from sft_recipes.runtime.heartbeat import die_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ def _on_all_cores(
 
 
 def _start_worker(parent: int) -> None:
-    end_with_parent(parent)
+    die_with_parent(parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker uses one core
 
 

@@ -1,58 +1,62 @@
-"""Counts the starts of a run that brought it no further, so that what ends each of them does not go on for ever.
-
-The count is written before the ranks start, so it is there also where nobody was left to say how a start ended.
-"""
+"""Counts attempts of a run without progress, and refuses another one after three."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from sft_recipes.launch.run_selection import Start
+from sft_recipes.launch.run_selection import RunStart
 from sft_recipes.runtime.run_dir import RunDir, read_json, write_json
 
-STARTS_AT_MOST = 3
-_KEY = "starts_without_progress"
+MAX_ATTEMPTS = 3
+_KEY = "attempts_without_progress"
 
 
-def count(folder: RunDir) -> None:
-    """One more start, from the newest whole checkpoint; a newer one than at the last start begins the count anew."""
-    manifest, step = read_json(folder.manifest), folder.latest_complete()
-    write_json(folder.manifest, {**manifest, _KEY: {"step": step, "count": _counted(manifest, step) + 1}})
+def count_attempts(record: Mapping[str, Any] | None, step: int) -> int:
+    """Attempts in a record `{"step": …, "count": …}`; 0 if the latest checkpoint is now another one."""
+    return int(record["count"]) if record and record.get("step") == step else 0
 
 
-def forgive(folder: RunDir) -> None:
-    """The newest start is not counted: it ended as it was asked to."""
-    manifest = read_json(folder.manifest)
-    if counted := manifest.get(_KEY):
-        write_json(folder.manifest, {**manifest, _KEY: {**counted, "count": counted["count"] - 1}})
+def record_attempt(run_dir: RunDir) -> None:
+    """Count an attempt from the latest complete checkpoint. Call before the ranks start, so that an attempt also counts
+    if its launcher is killed."""
+    manifest, step = read_json(run_dir.manifest), run_dir.latest_complete()
+    count = count_attempts(manifest.get(_KEY), step) + 1
+    write_json(run_dir.manifest, {**manifest, _KEY: {"step": step, "count": count}})
 
 
-def refusal(start: Start) -> str | None:
-    """Why there is no further start; None where there is one, or where the user insists on it."""
-    return None if start.insisted or not start.goes_on else exhausted(start.folder)
+def discard_attempt(run_dir: RunDir) -> None:
+    """Do not count the latest attempt: it succeeded, or stopped at a request."""
+    manifest = read_json(run_dir.manifest)
+    if record := manifest.get(_KEY):
+        write_json(run_dir.manifest, {**manifest, _KEY: {**record, "count": record["count"] - 1}})
 
 
-def exhausted(folder: RunDir) -> str | None:
-    """That as many starts as may be have brought this run no further, and what to do; None where there is one left."""
-    manifest, step = read_json(folder.manifest), folder.latest_complete()
-    counted = _counted(manifest, step)
-    if counted < STARTS_AT_MOST:
+def check_attempts(start: RunStart) -> str | None:
+    """Error if there is no attempt left; None if there is one, or at an explicit `--resume`."""
+    return None if start.explicit_resume or not start.resumes else no_progress_error(start.run_dir)
+
+
+def no_progress_error(run_dir: RunDir) -> str | None:
+    """Error if the run has used all its attempts without progress, else None."""
+    manifest, step = read_json(run_dir.manifest), run_dir.latest_complete()
+    count = count_attempts(manifest.get(_KEY), step)
+    if count < MAX_ATTEMPTS:
         return None
-    at = f"checkpoint-{step}" if step else "its beginning"
     return (
-        f"{folder.path}: {counted} starts in a row have come no further than {at}; the last one: "
-        f"{_how_it_ended(manifest)}; `make diagnose RUN={folder.name}`, mend the cause, then RESUME=1 goes on"
+        f"{run_dir.path}: {count} attempts without progress from {starting_point(step)}; last error: "
+        f"{_last_error(manifest)}. Run `make diagnose RUN={run_dir.name}`, fix the cause, then resume with RESUME=1"
     )
 
 
-def _counted(manifest: dict[str, Any], step: int) -> int:
-    before = manifest.get(_KEY) or {}
-    return int(before["count"]) if before.get("step") == step else 0
+def starting_point(step: int) -> str:
+    """`checkpoint-N`, or `the start`."""
+    return f"checkpoint-{step}" if step else "the start"
 
 
-def _how_it_ended(manifest: dict[str, Any]) -> str:
+def _last_error(manifest: dict[str, Any]) -> str:
     diverged = manifest.get("diverged")
     if diverged:
         rows = f", rows {', '.join(diverged['rows'])}" if diverged.get("rows") else ""
         return f"diverged at step {diverged['step']}{rows}"
-    return str(manifest.get("error") or "was cut off with all its processes")
+    return str(manifest.get("error") or "all processes were killed")

@@ -1,19 +1,21 @@
-"""Carries a start through: lock, data, ranks, outcome. Stays as the parent, so that signals and exit codes pass."""
+"""Runs a plan: data preparation, sanity check, ranks, result. Stays the parent of all, for signals and exit codes."""
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from sft_recipes.launch import attempts, command, process_group, ranks, sanity_check
 from sft_recipes.launch.node_launchers import NodeLaunchers
-from sft_recipes.launch.process_group import StopRequest
-from sft_recipes.launch.run_selection import Start
-from sft_recipes.launch.watchdog import Ended
+from sft_recipes.launch.run_context import RunContext
+from sft_recipes.launch.run_selection import RunStart
+from sft_recipes.launch.stop_request import handle_stop_signals
+from sft_recipes.launch.watchdog import LaunchResult
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner import render
 from sft_recipes.planner.plan import Plan, Prepared
@@ -29,189 +31,187 @@ from sft_recipes.runtime.run_dir import (
     write_json,
 )
 
+log = logging.getLogger(__name__)
 
-def carry_out(
-    start: Start, say: Callable[[str], None], lighter: Callable[[], list[str]], peers: NodeLaunchers | None = None
-) -> int:
-    """Runs the plan to its end and returns the exit code of the contract.
+
+def start_run(start: RunStart, suggest_cheaper: Callable[[], list[str]], nodes: NodeLaunchers | None = None) -> int:
+    """Run a plan to its end.
 
     Args:
-        say: shows a line to the user.
-        lighter: the cheapest changes that take less memory, asked for where it ran out.
-        peers: the parents on the other nodes, which this one leads.
+        suggest_cheaper: returns the cheapest changes that need less memory; called if a rank runs out of it.
+        nodes: the node launchers, led by this one; None on one machine.
+
+    Returns:
+        Exit code.
 
     Raises:
-        SetupError: the prepared data does not make a run, or it is not the data that the run began with.
+        SetupError: the prepared data does not suit the plan, or differs from the data of the run's earlier attempts.
     """
-    if refused := attempts.refusal(start):
-        return process_group.fail(refused, EXIT_NO_PROGRESS)
-    with process_group.listening() as asked:
-        return _carry_out(start, say, lighter, asked, peers)
+    if error := attempts.check_attempts(start):
+        log.error(error)
+        return EXIT_NO_PROGRESS
+    with handle_stop_signals() as stop_request:
+        return _run(start, RunContext(start.run_dir, start.plan, stop_request, nodes, suggest_cheaper))
 
 
-def _carry_out(
-    start: Start,
-    say: Callable[[str], None],
-    lighter: Callable[[], list[str]],
-    asked: StopRequest,
-    peers: NodeLaunchers | None,
-) -> int:
-    folder, plan = start.folder, start.plan
-    stored = plans.read(folder.plan) if start.goes_on else None
-    plans.write(plan if stored is None else stored, folder.plan)
-    incoming = folder.path / "plan.next.json"
-    plans.write(plan, incoming)
-    code = prepare(incoming, command.environment(plan, os.environ), asked, peers)
+def _run(start: RunStart, context: RunContext) -> int:
+    run_dir = context.run_dir
+    stored = plans.read(run_dir.plan) if start.resumes else None
+    plans.write(context.plan if stored is None else stored, run_dir.plan)
+    next_plan = run_dir.path / "plan.next.json"
+    plans.write(context.plan, next_plan)
+    code = prepare_data(context, next_plan)
     if code:
-        incoming.unlink()
-        _forget(folder, start)
+        next_plan.unlink()
+        _remove_unstarted(start)
         return code
     try:
-        settled = _settle(plan, stored, read_json(folder.prepared))
+        settled = _settle(context.plan, stored, read_json(run_dir.prepared))
     except UserError:
-        incoming.unlink()
-        _forget(folder, start)
+        next_plan.unlink()
+        _remove_unstarted(start)
         raise
-    incoming.unlink()
-    folder.outcome.unlink(missing_ok=True)
-    code = _sanity(settled, folder, say, lighter, asked, peers)
+    next_plan.unlink()
+    run_dir.outcome.unlink(missing_ok=True)
+    context = context.within(run_dir, settled)
+    code = _check_sanity(context)
     if code:
-        _forget(folder, start)
+        _remove_unstarted(start)
         return code
-    plans.write(settled, folder.plan)  # not before: what a trial refuses is not what the run goes on with
-    say(_announcement(start, settled))
-    code = _train(folder, settled, asked, peers)
+    plans.write(settled, run_dir.plan)  # not earlier: a run never resumes with a plan that failed its sanity check
+    log.info(_start_message(start, settled))
+    code = _train(context)
     if code == EXIT_USER:
-        _forget(folder, start)
-    if read_json(folder.outcome).get("out_of_memory"):
-        takes_less = lighter()
-        write_json(folder.manifest, {**read_json(folder.manifest), "takes_less": takes_less})
-        say(f"the cheapest changes that take less: {'; or '.join(takes_less)}")
+        _remove_unstarted(start)
+    if read_json(run_dir.outcome).get("out_of_memory"):
+        changes = context.suggest_cheaper()
+        write_json(run_dir.manifest, {**read_json(run_dir.manifest), "takes_less": changes})
+        log.info("to reduce memory, cheapest first: %s", "; or ".join(changes))
     return code
 
 
-def _train(folder: RunDir, plan: Plan, asked: StopRequest, peers: NodeLaunchers | None) -> int:
-    """Starts the ranks, and the exit code of how they ended."""
-    for of_before in (folder.ranks, folder.stack_traces):
-        shutil.rmtree(of_before, ignore_errors=True)
-    attempts.count(folder)
-    ended = ranks.carry_out(plan, folder, "training.main", asked, peers)
-    code, error = _outcome(folder, ended)
+def _train(context: RunContext) -> int:
+    """Run the ranks, and return the exit code."""
+    run_dir = context.run_dir
+    for leftover in (run_dir.ranks, run_dir.stack_traces):
+        shutil.rmtree(leftover, ignore_errors=True)
+    attempts.record_attempt(run_dir)
+    result = ranks.run_ranks(context, "training.main")
+    code, error = _read_outcome(run_dir, result)
     if code in (0, EXIT_USER, EXIT_STOPPED):
-        attempts.forgive(folder)
-    elif exhausted := attempts.exhausted(folder):
-        code, error = EXIT_NO_PROGRESS, exhausted
-    return process_group.fail(error, code) if error else code
-
-
-def _sanity(
-    plan: Plan,
-    folder: RunDir,
-    say: Callable[[str], None],
-    lighter: Callable[[], list[str]],
-    asked: StopRequest,
-    peers: NodeLaunchers | None,
-) -> int:
-    """Has the plan tried where nothing has tried it yet; what became of that is written into the run's folder."""
-    if variables.sanity_is_skipped():
-        write_json(folder.sanity, {"skipped": True})
-        return 0
-    receipt = sanity_check.receipt(plan)
-    code = 0 if receipt.is_file() else sanity_check.carry_out(plan, folder.prepared, say, lighter, asked, peers)
-    if not code:
-        write_json(folder.sanity, {"receipt": str(receipt)})
+        attempts.discard_attempt(run_dir)
+    elif no_progress := attempts.no_progress_error(run_dir):
+        code, error = EXIT_NO_PROGRESS, no_progress
+    if error:
+        log.error(error)
     return code
 
 
-def try_out(
-    plan: Plan, say: Callable[[str], None], lighter: Callable[[], list[str]], peers: NodeLaunchers | None = None
-) -> int:
-    """Prepares a plan's data and has the plan tried, whether it was before or not; leaves a receipt and no run.
+def _check_sanity(context: RunContext) -> int:
+    """Run the sanity check unless a result is cached, and record the result's path in the run directory."""
+    run_dir = context.run_dir
+    if variables.sanity_is_skipped():
+        write_json(run_dir.sanity, {"skipped": True})
+        return 0
+    cached = sanity_check.cached_result(context.plan)
+    if cached.is_file():
+        log.info("sanity check passed (cached: %s)", cached)
+    elif code := sanity_check.run(context, run_dir.prepared):
+        return code
+    write_json(run_dir.sanity, {"result": str(cached)})
+    return 0
+
+
+def run_sanity_check(plan: Plan, suggest_cheaper: Callable[[], list[str]], nodes: NodeLaunchers | None = None) -> int:
+    """Prepare a plan's data and run the sanity check, even if a result is cached; creates no run.
 
     Raises:
-        SetupError: the prepared data does not make a run.
+        SetupError: the prepared data does not suit the plan.
     """
-    with tempfile.TemporaryDirectory(prefix="sft-") as place, process_group.listening() as asked:
-        folder = RunDir(Path(place))
-        plans.write(plan, folder.plan)
-        code = prepare(folder.plan, command.environment(plan, os.environ), asked, peers)
+    with tempfile.TemporaryDirectory(prefix="sft-") as directory, handle_stop_signals() as stop_request:
+        run_dir = RunDir(Path(directory))
+        context = RunContext(run_dir, plan, stop_request, nodes, suggest_cheaper)
+        plans.write(plan, run_dir.plan)
+        code = prepare_data(context, run_dir.plan)
         if code:
             return code
-        settled = _settle(plan, None, read_json(folder.prepared))
-        return sanity_check.carry_out(settled, folder.prepared, say, lighter, asked, peers)
+        settled = _settle(plan, None, read_json(run_dir.prepared))
+        return sanity_check.run(context.within(run_dir, settled), run_dir.prepared)
 
 
-def prepare(plan: Path, environment: Mapping[str, str], asked: StopRequest, peers: NodeLaunchers | None = None) -> int:
-    """Prepares the data of the plan in a file; 0, or the exit code of the contract."""
+def prepare_data(context: RunContext, plan_file: Path) -> int:
+    """Prepare the data of the plan in a file, and return 0 or the exit code."""
+    nodes = context.nodes
+    environment = command.environment(context.plan, os.environ)
+    peer_failed = nodes.any_node_lost if nodes else None
     code = process_group.run(
-        command.prepare(plan), environment, asked, meanwhile=peers.any_node_lost if peers else None
+        command.prepare(plan_file), environment, context.stop_request, peer_failed=peer_failed
     ).code
-    if peers and (lost := peers.request_requeue_if_lost()):
-        return process_group.fail(lost, EXIT_STOPPED)
+    if nodes and (lost := nodes.request_requeue_if_lost()):
+        log.error(lost)
+        return EXIT_STOPPED
     if code == EXIT_STOPPED:
-        print("stopped while the data was prepared; nothing was trained, and the same command begins again")
+        log.info("stopped during data preparation, before training; run the same command to start again")
     return code if code in (0, EXIT_USER, EXIT_STOPPED) else EXIT_FAULT
 
 
-def _announcement(start: Start, plan: Plan) -> str:
-    begins = "going on with" if start.goes_on else "starting"
+def _start_message(start: RunStart, plan: Plan) -> str:
+    step = start.run_dir.latest_complete()
+    action = "resuming" if start.resumes else "starting"
+    checkpoint = f" from checkpoint-{step}" if step else ""
     return (
-        f"{begins} {start.folder.path}: {plan.optimizer_steps} optimizer steps of {plan.effective_batch_size} rows, "
-        f"{render.engine_and_ranks(plan)}; of {plan.rows} rows, "
-        f"{plan.dropped_rows_per_epoch} are left out of each epoch, other ones each time"
+        f"{action} {start.run_dir.path}{checkpoint}: {plan.optimizer_steps} optimizer steps, effective batch "
+        f"{plan.effective_batch_size}, {render.engine_and_ranks(plan)}; {plan.dropped_rows_per_epoch} of {plan.rows} "
+        f"rows dropped per epoch (drop_last, reshuffled each epoch)"
     )
 
 
-def _settle(plan: Plan, stored: Plan | None, found: dict[str, object]) -> Plan:
-    settled = plans.settle(plan, Prepared(**found))  # type: ignore[arg-type]
+def _settle(plan: Plan, stored: Plan | None, prepared: dict[str, object]) -> Plan:
+    settled = plans.settle(plan, Prepared(**prepared))  # type: ignore[arg-type]
     if stored is not None and "data_fingerprint" not in plan.accepted:
         change = plans.differences(stored, settled).get("data_fingerprint")
         if change:
             raise SetupError(
-                f"{other_data(plan, *change)}, go on all the same with ALLOW_CHANGE=data_fingerprint, or begin a run "
-                f"of its own: NAME=…"
+                f"{data_changed_message(plan, *change)}, resume with ALLOW_CHANGE=data_fingerprint, or start a new run "
+                f"with NAME=…"
             )
     return settled
 
 
-def other_data(plan: Plan, before: str | None, now: str | None) -> str:
-    """What is said where a run's data has changed under it, and the first way out."""
+def data_changed_message(plan: Plan, before: str | None, now: str | None) -> str:
+    """Error if a run's data has changed, with the first fix."""
     return (
-        f"data.train: {plan.sections.data.train} is no longer the data that this run began with "
-        f"(data_fingerprint {before} -> {now}); put it back"
+        f"data.train: {plan.sections.data.train} changed since the run started (data_fingerprint {before} -> {now}). "
+        f"Restore the data"
     )
 
 
-def _forget(folder: RunDir, start: Start) -> None:
-    """Takes the folder of a run that never began away again, so that the corrected command is not another plan's."""
-    if not start.goes_on and not folder.numbered("checkpoint"):
-        shutil.rmtree(folder.path)
+def _remove_unstarted(start: RunStart) -> None:
+    """Remove the directory of a run that never started, so that the corrected command does not find another plan."""
+    if not start.resumes and not start.run_dir.numbered("checkpoint"):
+        shutil.rmtree(start.run_dir.path)
 
 
-def _outcome(folder: RunDir, ended: Ended) -> tuple[int, str | None]:
-    """How a start ended, by its exit code and the line on what was wrong: as rank 0 recorded it, else as it was seen
-    from here."""
-    recorded = read_json(folder.outcome)
-    if "exit_code" in recorded:
-        return int(recorded["exit_code"]), recorded.get("error")
-    manifest = read_json(folder.manifest)
-    if ended.code == EXIT_STOPPED:
-        write_json(folder.manifest, {**manifest, "state": "stopped", "exit_code": EXIT_STOPPED})
-        print(f"stopped before a new checkpoint was whole; the same command goes on with {folder.name}")
-        return EXIT_STOPPED, ended.fault
-    error = ended.fault or f"the run ended without an outcome (launcher's exit code {ended.code})"
-    if folder.stack_traces.is_dir():
-        error += f"; what each rank was doing is in {folder.stack_traces}"
-    code = EXIT_USER if ended.by_user else EXIT_FAULT
-    write_json(folder.manifest, {**manifest, "state": "failed", "exit_code": code, "error": error})
-    if ended.by_user:
+def _read_outcome(run_dir: RunDir, result: LaunchResult) -> tuple[int, str | None]:
+    """Exit code and error of the attempt: as rank 0 recorded it, else from the result of the ranks."""
+    outcome = read_json(run_dir.outcome)
+    if "exit_code" in outcome:
+        return int(outcome["exit_code"]), outcome.get("error")
+    manifest = read_json(run_dir.manifest)
+    if result.code == EXIT_STOPPED:
+        write_json(run_dir.manifest, {**manifest, "state": "stopped", "exit_code": EXIT_STOPPED})
+        log.info("stopped before a new checkpoint was complete; run the same command to resume %s", run_dir.name)
+        return EXIT_STOPPED, result.error
+    error = result.error or f"the ranks recorded no outcome (exit code of their launcher: {result.code})"
+    if run_dir.stack_traces.is_dir():
+        error += f"; stack traces: {run_dir.stack_traces}"
+    code = EXIT_USER if result.user_error else EXIT_FAULT
+    write_json(run_dir.manifest, {**manifest, "state": "failed", "exit_code": code, "error": error})
+    if result.user_error:
         return code, error
-    return code, (
-        f"{folder.path}: {error}; what it said last is above and in {folder.log}; the same command goes on from its "
-        f"newest checkpoint"
-    )
+    return code, f"{run_dir.path}: {error}. See the log above and in {run_dir.log}; run the same command to resume"
 
 
-def shell_line(plan: Plan, folder: RunDir) -> str:
-    """What DRY_RUN=1 prints: the command that would start the ranks."""
-    return shlex.join(command.launch(plan, folder))
+def dry_run_command(plan: Plan, run_dir: RunDir) -> str:
+    """The command that would start the ranks, for `--dry-run`."""
+    return shlex.join(command.launch(plan, run_dir))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import signal
 import socket
@@ -20,11 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes.launch import network
-from sft_recipes.launch.process_group import StopRequest
+from sft_recipes.launch.stop_request import StopRequest
 from sft_recipes.launch.topology import Allocation
 from sft_recipes.runtime import heartbeat, timeouts
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import EXIT_STOPPED, runs_root
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class NodeLaunchers:
         """Return the latest status that a node published, this one included."""
         return self.own_status if node == self.allocation.rank else self.other_statuses[node]
 
-    def rendezvous(self, node_info: dict[str, Any], asked: StopRequest) -> None:
+    def rendezvous(self, node_info: dict[str, Any], stop_request: StopRequest) -> None:
         """Publish this node's hardware, wait for that of the others, and let each of them try to reach node 0.
 
         Raises:
@@ -86,10 +89,10 @@ class NodeLaunchers:
                 addresses = network.candidate_addresses(self.allocation.addresses)
                 self.publish(node_info={**node_info, "port": port, "addresses": addresses})
                 self.publish(reachable=network.reachable_addresses(addresses, port))
-                self._await("reachable", asked)
+                self._await("reachable", stop_request)
             return
         self.publish(node_info=node_info)
-        self._await("node_info", asked, [0])
+        self._await("node_info", stop_request, [0])
         leader = self.other_statuses[0]["node_info"]
         self.publish(reachable=network.reachable_addresses(leader["addresses"], leader["port"]))
 
@@ -100,15 +103,15 @@ class NodeLaunchers:
         addresses: list[str] = self.status(0)["node_info"]["addresses"]
         return max(addresses, key=lambda address: sum(address in of_node for of_node in reachable))
 
-    def _await(self, field: str, asked: StopRequest, nodes: Sequence[int] | None = None) -> None:
+    def _await(self, field: str, stop_request: StopRequest, nodes: Sequence[int] | None = None) -> None:
         began = time.monotonic()
         next_message = began + timeouts.SAY_WAITING_AFTER
         while missing := [n for n in nodes or self.other_nodes if field not in self.other_statuses.get(n, {})]:
-            asked.check()
+            stop_request.check()
             if time.monotonic() > next_message:
                 next_message = time.monotonic() + timeouts.NODE_SILENT
                 names = ", ".join(map(str, missing))
-                print(f"waiting for node {names} of the job in {self.folder}", flush=True)
+                log.info(f"waiting for node {names} of the job in {self.folder}")
             if time.monotonic() > began + timeouts.NODES_MEET:
                 raise SetupError(
                     f"RUNS_DIR: node {', '.join(map(str, missing))} of job {self.allocation.job} did not appear in "
@@ -211,7 +214,7 @@ class NodeLaunchers:
 
     def announce_exit(self) -> None:
         """Publish that this launcher is about to exit, and ignore the signals that srun sends from now on."""
-        for number in heartbeat.ASKING:
+        for number in heartbeat.STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         self.publish(exiting=True)
 
@@ -241,6 +244,6 @@ class NodeLaunchers:
 def first_failure(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the node result that explains the others: a node's own failure, otherwise a requested stop, otherwise any
     other nonzero exit code, otherwise the first."""
-    own = [result for result in results if result["fault"] and not result["came_of_others"]]
-    stopped = [result for result in results if result["code"] == EXIT_STOPPED and not result["fault"]]
+    own = [result for result in results if result["error"] and not result["lost_peer"]]
+    stopped = [result for result in results if result["code"] == EXIT_STOPPED and not result["error"]]
     return next(iter([*own, *stopped, *(result for result in results if result["code"])]), results[0])

@@ -23,28 +23,28 @@ def check_gpus(plan: Plan) -> None:
     """
     if plan.uses_gpu:
         environment = command.environment(plan, os.environ)
-        cuda.check(ask_torch(environment), plan.gpus // plan.nodes, environment)
+        cuda.check(probe_torch(environment), plan.gpus // plan.nodes, environment)
 
 
 def gpu_problem(needed: int) -> tuple[str, str] | None:
-    """Why PyTorch cannot use as many GPUs on this machine, and the fix; None if it can."""
+    """Return why PyTorch cannot use this number of GPUs on this machine, and the fix; None if it can."""
     if not needed:
         return None
-    return cuda.problem(ask_torch(os.environ), needed, cuda.driver_version(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return cuda.problem(probe_torch(os.environ), needed, cuda.driver_version(), os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
-def ask_torch(environment: Mapping[str, str], *words: str) -> dict[str, Any]:
-    """What `training/examine.py` reports, in a separate process, since a launcher does not import PyTorch.
+def probe_torch(environment: Mapping[str, str], *arguments: str) -> dict[str, Any]:
+    """Return the report of `training/torch_probe.py`, run as a process since a launcher does not import PyTorch.
 
     Args:
-        words: the arguments of that program (default: only what `runtime/cuda.py` needs).
+        arguments: of that program (default: only what `runtime/cuda.py` needs).
     """
-    asked = [sys.executable, "-m", "sft_recipes.training.torch_probe", *(words or ("cuda",))]
+    command = [sys.executable, "-m", "sft_recipes.training.torch_probe", *(arguments or ("cuda",))]
     paths = [str(REPOSITORY), environment.get("PYTHONPATH", "")]
     variables = {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     try:
         done = subprocess.run(
-            asked, env=variables, capture_output=True, text=True, check=False, timeout=timeouts.TORCH_PROBE
+            command, env=variables, capture_output=True, text=True, check=False, timeout=timeouts.TORCH_PROBE
         )
     except subprocess.TimeoutExpired:
         return {"error": f"no answer within {timeouts.TORCH_PROBE:.0f} s"}

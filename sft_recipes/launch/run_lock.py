@@ -1,9 +1,10 @@
-"""Holds a run's folder for one process; the system lets go of it when the process ends, however it ends."""
+"""Locks a run directory for one process; the kernel releases the lock when the process exits for any reason."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import socket
 import time
@@ -11,97 +12,100 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from sft_recipes.launch.process_group import StopRequest
+from sft_recipes.launch.stop_request import StopRequest
 from sft_recipes.runtime import heartbeat, timeouts
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir, runs_root
 
+log = logging.getLogger(__name__)
 _TRIES = 5
 
 
 @contextlib.contextmanager
-def held(folder: RunDir) -> Iterator[None]:
-    """Holds the run for this process.
+def lock(run_dir: RunDir) -> Iterator[None]:
+    """Lock the run for this process.
 
     Raises:
-        SetupError: another live process holds it, ranks of an earlier start live on, or the folder cannot be written.
+        SetupError: another live process holds the lock, ranks of an earlier attempt still run, or the directory is not
+            writable.
     """
     try:
-        folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = folder.lock.open("a+", encoding="utf-8")
+        run_dir.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file = run_dir.lock.open("a+", encoding="utf-8")
     except OSError as error:
         raise SetupError(
-            f"NAME: {folder.path} cannot be written ({error.strerror}); make it writable, or say "
-            "RUNS_DIR=<another folder>"
+            f"NAME: {run_dir.path} is not writable ({error.strerror}). Make it writable, or set another RUNS_DIR"
         ) from error
-    with lock:
+    with file:
         try:
-            taken = _taken(lock)
+            acquired = _acquire(file)
         except OSError as error:
             raise SetupError(
-                f"RUNS_DIR: {folder.path} lies on a disk that locks no files ({error.strerror}), so nothing would keep "
-                f"two starts apart; have it mounted with locks (Lustre: -o flock), or name another folder"
+                f"RUNS_DIR: {run_dir.path} is on a file system without file locks ({error.strerror}), so two processes "
+                f"could write to one run. Mount it with locks (Lustre: -o flock), or set another RUNS_DIR"
             ) from error
-        if not taken:
-            raise SetupError(f"NAME: {folder.name} is being carried out by {_holder(folder.lock)}; wait for it")
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
-        _await_the_ranks_of_before(folder)
+        if not acquired:
+            raise SetupError(f"NAME: {run_dir.name} is in use by {_holder(run_dir.lock)}. Wait for it")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        _wait_for_earlier_ranks(run_dir)
         yield
 
 
-def _taken(lock: TextIO) -> bool:
-    """Whether the lock is ours now; one who only looks whether it is held has it for a moment."""
+def _acquire(file: TextIO) -> bool:
+    """Try to acquire the lock; a process that only checks whether it is held has it for a moment."""
     for _ in range(_TRIES):
         with contextlib.suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         time.sleep(0.05)
     return False
 
 
-def _await_the_ranks_of_before(folder: RunDir) -> None:
-    """Ranks whose parent was killed are killed with it, which takes the system a moment: two ranks must never write the
-    same checkpoint.
+def _wait_for_earlier_ranks(run_dir: RunDir) -> None:
+    """Wait until the ranks of a killed launcher are gone, which the kernel kills with it: two ranks must never write
+    the same checkpoint.
 
     Raises:
-        SetupError: one is still there, as one that waits for a device in the kernel is.
+        SetupError: one still runs, for example in an uninterruptible wait for a device.
     """
     until = time.monotonic() + timeouts.EARLIER_RANKS_EXIT
-    while left := [pulse for pulse in heartbeat.pulses(folder.ranks).values() if is_rank_of(folder, pulse.process)]:
+    while running := [
+        beat for beat in heartbeat.read_heartbeats(run_dir.ranks).values() if is_rank_of(run_dir, beat.pid)
+    ]:
         if time.monotonic() > until:
-            state = heartbeat.state(left[0].process)
+            rank = running[0]
             raise SetupError(
-                f"NAME: rank {left[0].rank} of an earlier start of {folder.name} is still there (process "
-                f"{left[0].process}, state {state}); end it, or this machine, and say the same again"
+                f"NAME: rank {rank.rank} of an earlier attempt of {run_dir.name} still runs (pid {rank.pid}, state "
+                f"{heartbeat.process_state(rank.pid)}). Kill it, or reboot the machine, and run the same command again"
             )
         time.sleep(0.1)
 
 
-def is_rank_of(folder: RunDir, process: int) -> bool:
-    """Whether the process with that id is one, and not another that got the id since."""
+def is_rank_of(run_dir: RunDir, pid: int) -> bool:
+    """Whether the process is a rank of the run, and not a later process with the same id."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return f"/{folder.name}/{folder.plan.name}".encode() in Path(f"/proc/{process}/cmdline").read_bytes()
+        return f"/{run_dir.name}/{run_dir.plan.name}".encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
     return False
 
 
-def held_by() -> dict[str, str]:
-    """The runs that a live process holds, each with that process."""
+def locked_runs() -> dict[str, str]:
+    """Runs that a live process holds, each with that process."""
     locks = runs_root().glob("*/.lock")
-    return {path.parent.name: _holder(path) for path in locks if is_held(RunDir(path.parent))}
+    return {path.parent.name: _holder(path) for path in locks if is_locked(RunDir(path.parent))}
 
 
-def holder(folder: RunDir) -> str | None:
-    """The live process that holds a run; None where none does."""
-    return _holder(folder.lock) if is_held(folder) else None
+def holder(run_dir: RunDir) -> str | None:
+    """Live process that holds the run; None if there is none."""
+    return _holder(run_dir.lock) if is_locked(run_dir) else None
 
 
-def is_held(folder: RunDir) -> bool:
-    """Whether a live process holds it."""
+def is_locked(run_dir: RunDir) -> bool:
+    """Whether a live process holds the run."""
     try:
-        with folder.lock.open("r", encoding="utf-8") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with run_dir.lock.open("r", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
     except BlockingIOError:
@@ -109,26 +113,23 @@ def is_held(folder: RunDir) -> bool:
     return False
 
 
-def await_free(folder: RunDir, asked: StopRequest) -> None:
-    """Waits for a start on a node that was cut off, which ends by itself once it hears nothing of the others.
+def wait_until_free(run_dir: RunDir, stop_request: StopRequest) -> None:
+    """Wait for an attempt on a node that lost its connection, which exits once it misses the other nodes.
 
     Raises:
-        StoppedError: this process was asked to stop meanwhile.
+        StoppedError: a stop was requested meanwhile.
     """
-    if not is_held(folder):
+    if not is_locked(run_dir):
         return
-    print(
-        f"{folder.name} is still held by {_holder(folder.lock)}; waiting at most {timeouts.RUN_LOCK:.0f} s for it",
-        flush=True,
-    )
+    log.info("waiting up to %.0f s for %s, held by %s", timeouts.RUN_LOCK, run_dir.name, _holder(run_dir.lock))
     until = time.monotonic() + timeouts.RUN_LOCK
-    while is_held(folder) and time.monotonic() < until:
-        asked.check()
+    while is_locked(run_dir) and time.monotonic() < until:
+        stop_request.check()
         time.sleep(0.5)
 
 
-def _holder(lock: Path) -> str:
+def _holder(path: Path) -> str:
     try:
-        return lock.read_text(encoding="utf-8") or "another process"
+        return path.read_text(encoding="utf-8") or "another process"
     except OSError:
         return "another process"

@@ -1,4 +1,4 @@
-"""Which run directory a start works in: a new one, or that of an unfinished run, which it resumes."""
+"""Selects the run directory of an attempt: a new one, or that of an unfinished run, which it resumes."""
 
 from __future__ import annotations
 
@@ -15,26 +15,36 @@ from sft_recipes.runtime.env import library_version
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir, all_runs, check_name, read_json, runs_root, write_json
 
-# What a start leaves that was killed before it had a plan.
-_OF_A_START = (".lock", "plan.json.partial")
+# Files of an attempt that was killed before it had a plan.
+_WITHOUT_PLAN = (".lock", "plan.json.partial")
 
 
 @dataclass(frozen=True)
-class Start:
-    """What a start will do: the folder, the plan to carry out, what to tell the user first, and whether to go on was
-    insisted on (`--resume`)."""
+class RunStart:
+    """An attempt that is about to start.
 
-    folder: RunDir
+    Attributes:
+        resumes: whether it resumes an unfinished run.
+        notes: lines to print first.
+        explicit_resume: whether the user passed `--resume`.
+    """
+
+    run_dir: RunDir
     plan: Plan
-    goes_on: bool
+    resumes: bool
     notes: tuple[str, ...] = ()
-    insisted: bool = False
+    explicit_resume: bool = False
 
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What a user said of the run to start: its name, that there must be one to go on with, the keys whose change is
-    let through, and that the libraries must be those of its last start."""
+    """Options of `train` about the run.
+
+    Attributes:
+        resume: fail if there is no run to resume.
+        allow_change: keys of the plan that may differ from the run's plan.
+        strict_versions: fail if library versions differ from those of the latest attempt.
+    """
 
     name: str | None = None
     resume: bool = False
@@ -42,132 +52,134 @@ class RunRequest:
     strict_versions: bool = False
 
 
-def choose(plan: Plan, asked: RunRequest, held_by: dict[str, str]) -> Start:
-    """Which folder this start works in: a new one, or that of a run which it goes on with.
+def select(plan: Plan, request: RunRequest, locked: dict[str, str]) -> RunStart:
+    """Select the run directory for a plan.
 
-    `held_by` names the runs that a live process holds, with that process.
+    Args:
+        locked: names of runs that a live process holds, with that process.
 
     Raises:
-        SetupError: another plan, a run in use, or nothing to go on with where that was insisted on.
+        SetupError: the run has another plan or is in use, or `--resume` finds nothing to resume.
     """
-    if asked.name is not None:
-        return _named(plan, RunDir(runs_root() / check_name(asked.name)), asked, held_by)
-    ours = [folder for folder in _numbered(plan.recipe) if os.access(folder.path, os.R_OK | os.W_OK | os.X_OK)]
-    notes = [note for folder in ours if not folder.path.is_symlink() for note in _put_plan_back(folder)]
-    for folder in reversed(all_runs(plan.recipe)):
-        if folder.name in held_by:
-            notes.append(f"passing over {folder.name}, which {held_by[folder.name]} is carrying out")
-        elif folder.path.is_symlink():
-            notes.append(f"passing over {folder.name}, which is a link and no folder of a run")
-        elif folder.state() != "finished":
-            start = _go_on(plan, folder, asked)
+    if request.name is not None:
+        return _select_named(plan, RunDir(runs_root() / check_name(request.name)), request, locked)
+    usable = [run for run in _numbered(plan.recipe) if os.access(run.path, os.R_OK | os.W_OK | os.X_OK)]
+    notes = [note for run in usable if not run.path.is_symlink() for note in _restore_plan(run)]
+    for run in reversed(all_runs(plan.recipe)):
+        if run.name in locked:
+            notes.append(f"skipping {run.name}: in use by {locked[run.name]}")
+        elif run.path.is_symlink():
+            notes.append(f"skipping {run.name}: a symbolic link, not a run directory")
+        elif run.state() != "finished":
+            start = _resume(plan, run, request)
             return replace(start, notes=(*notes, *start.notes))
-    if asked.resume:
-        raise SetupError(f"RESUME: no unfinished run of {plan.recipe} in {runs_root()}/; leave RESUME out to begin one")
-    return _begin(RunDir(runs_root() / f"{plan.recipe}-{_next_number(plan.recipe)}"), plan, tuple(notes))
+    if request.resume:
+        raise SetupError(f"RESUME: no unfinished run of {plan.recipe} in {runs_root()}/. Start one without RESUME")
+    return _start_new(RunDir(runs_root() / f"{plan.recipe}-{_next_number(plan.recipe)}"), plan, tuple(notes))
 
 
-def _named(plan: Plan, folder: RunDir, asked: RunRequest, held_by: dict[str, str]) -> Start:
-    if folder.name in held_by:
+def _select_named(plan: Plan, run: RunDir, request: RunRequest, locked: dict[str, str]) -> RunStart:
+    if run.name in locked:
+        raise SetupError(f"NAME: {run.name} is in use by {locked[run.name]}. Wait for it, or set another NAME")
+    if run.path.is_symlink():
         raise SetupError(
-            f"NAME: {folder.name} is being carried out by {held_by[folder.name]}; wait, or take another NAME="
+            f"NAME: {run.path} is a symbolic link, and a run only writes to its own directory. Set another NAME, or "
+            f"RUNS_DIR=<the folder for runs>"
         )
-    if folder.path.is_symlink():
-        raise SetupError(
-            f"NAME: {folder.path} is a link, and a run writes to its own folder alone; take another NAME=, or say "
-            f"RUNS_DIR=<the folder that shall hold runs>"
-        )
-    restored = _put_plan_back(folder)
-    if folder.plan.is_file():
-        start = _go_on(plan, folder, asked)
+    restored = _restore_plan(run)
+    if run.plan.is_file():
+        start = _resume(plan, run, request)
         return replace(start, notes=(*restored, *start.notes))
-    if folder.path.exists() and any(path.name not in _OF_A_START for path in folder.path.iterdir()):
-        raise SetupError(f"NAME: {folder.path} is there and is not a run; nothing is overwritten, take another NAME=")
-    if asked.resume:
-        raise SetupError(f"RESUME: {folder.path} holds no run to go on with; leave RESUME out to begin it")
-    return _begin(folder, plan)
+    if run.path.exists() and any(path.name not in _WITHOUT_PLAN for path in run.path.iterdir()):
+        raise SetupError(f"NAME: {run.path} exists and is not a run. Nothing is overwritten: set another NAME")
+    if request.resume:
+        raise SetupError(f"RESUME: {run.path} has no run to resume. Start one without RESUME")
+    return _start_new(run, plan)
 
 
-def _begin(folder: RunDir, plan: Plan, notes: tuple[str, ...] = ()) -> Start:
-    return Start(folder, replace(plan, run_id=secrets.token_hex(8)), False, notes)
+def _start_new(run: RunDir, plan: Plan, notes: tuple[str, ...] = ()) -> RunStart:
+    return RunStart(run, replace(plan, run_id=secrets.token_hex(8)), False, notes)
 
 
-def _go_on(plan: Plan, folder: RunDir, asked: RunRequest) -> Start:
-    stored = plans.read(folder.plan)
-    differ = plans.differences(stored, plan)
-    if folder.numbered("checkpoint") and (reason := rank_change.allowed(stored, plan)):
-        raise SetupError(f"run {folder.name} cannot go on: {reason}")
+def _resume(plan: Plan, run: RunDir, request: RunRequest) -> RunStart:
+    stored = plans.read(run.plan)
+    differences = plans.differences(stored, plan)
+    if run.numbered("checkpoint") and (reason := rank_change.allowed(stored, plan)):
+        raise SetupError(f"run {run.name} cannot resume: {reason}")
     followed = rank_change.followed(stored, plan)
-    others = {_as_typed(key): change for key, change in differ.items() if key not in followed}
-    finished = folder.state() == "finished"
-    refused = {key: change for key, change in others.items() if finished or not _is_accepted(key, asked.allow_change)}
-    if refused:
-        listed = "; ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in refused.items())
-        accept = f"go on with it all the same: ALLOW_CHANGE={','.join(refused)}; or "
-        raise SetupError(
-            f"run {folder.name} {'is finished, and had' if finished else 'has'} another plan: {listed} "
-            f"({'' if finished else accept}begin a run of its own: NAME=…)"
-        )
-    _check_accepted(plan, asked.allow_change)
-    guards = _other_monitor(stored, plan)
-    accepted = sorted({*stored.accepted, *differ, *guards, *asked.allow_change})
-    taken = replace(plan, created=stored.created, run_id=stored.run_id, accepted=accepted)
-    said = "; ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in guards.items())
+    changes = {_user_key(key): change for key, change in differences.items() if key not in followed}
+    finished = run.state() == "finished"
+    rejected = {
+        key: change for key, change in changes.items() if finished or not _is_allowed(key, request.allow_change)
+    }
+    if rejected:
+        fix = "Start a new run with NAME=…"
+        if not finished:
+            fix = f"Resume it with ALLOW_CHANGE={','.join(rejected)}, or start a new run with NAME=…"
+        state = "is finished and has" if finished else "has"
+        raise SetupError(f"run {run.name} {state} another plan: {_list_changes(rejected)}. {fix}")
+    _check_allowed_keys(plan, request.allow_change)
+    monitor = _monitor_changes(stored, plan)
+    accepted = sorted({*stored.accepted, *differences, *monitor, *request.allow_change})
+    resumed = replace(plan, created=stored.created, run_id=stored.run_id, accepted=accepted)
+    ranks = {key: differences[key] for key in sorted(followed)}
     notes = (
-        _other_ranks(differ, followed),
-        f"other guards than at the last start, recorded: {said}" if said else "",
-        *_other_versions(folder, asked.strict_versions),
+        f"ranks changed since the last attempt, same effective batch: {_list_changes(ranks)}" if ranks else "",
+        f"monitor settings changed since the last attempt: {_list_changes(monitor)}" if monitor else "",
+        *_version_notes(run, request.strict_versions),
     )
-    return Start(folder, taken, True, tuple(filter(None, notes)), asked.resume)
+    return RunStart(run, resumed, True, tuple(filter(None, notes)), request.resume)
 
 
-def _as_typed(key: str) -> str:
-    """A plan's key as a user writes it."""
+def _list_changes(changes: dict[str, tuple[Any, Any]]) -> str:
+    return "; ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changes.items())
+
+
+def _user_key(key: str) -> str:
+    """A key of the plan as a user writes it."""
     return key.removeprefix("sections.")
 
 
-def _is_accepted(key: str, accepted: tuple[str, ...]) -> bool:
-    """Whether one of them names the key, with or without the section that it stands in, or all that is below it."""
+def _is_allowed(key: str, allowed: tuple[str, ...]) -> bool:
+    """Whether a name in `allowed` is the key, with or without its section, or a prefix of it."""
     return any(
-        key == one or key.endswith(f".{one}") or one.endswith(f".{key}") or key.startswith(f"{one}.")
-        for one in accepted
+        key == name or key.endswith(f".{name}") or name.endswith(f".{key}") or key.startswith(f"{name}.")
+        for name in allowed
     )
 
 
-def _check_accepted(plan: Plan, accepted: tuple[str, ...]) -> None:
+def _check_allowed_keys(plan: Plan, allowed: tuple[str, ...]) -> None:
     """
     Raises:
-        SetupError: one of them is no key of a plan.
+        SetupError: a name is not a key of a plan.
     """
     keys = plans.flat(plan)
-    unknown = [one for one in accepted if not any(_is_accepted(_as_typed(key), (one,)) for key in keys)]
+    unknown = [name for name in allowed if not any(_is_allowed(_user_key(key), (name,)) for key in keys)]
     if unknown:
-        raise SetupError(
-            f"ALLOW_CHANGE: {unknown[0]!r} is no key of a plan; say one of those that are listed as changed"
-        )
+        raise SetupError(f"ALLOW_CHANGE: {unknown[0]!r} is not a key of a plan. Use keys listed as changed")
 
 
-def _put_plan_back(folder: RunDir) -> tuple[str, ...]:
-    """Restores a `plan.json` that is damaged or gone from the newest checkpoint that holds a copy; what to tell.
+def _restore_plan(run: RunDir) -> tuple[str, ...]:
+    """Restore a corrupt or missing `plan.json` from the latest checkpoint with a copy; return lines to print.
 
     Raises:
-        SetupError: there are checkpoints, and none of them has one.
+        SetupError: there are checkpoints, and none of them has a copy.
     """
-    if read_json(folder.plan) or not folder.numbered("checkpoint"):
+    if read_json(run.plan) or not run.numbered("checkpoint"):
         return ()
-    for step in reversed(folder.numbered("checkpoint")):
-        copy = read_json(folder.checkpoint(step) / "complete.json").get("plan")
+    for step in reversed(run.numbered("checkpoint")):
+        copy = read_json(run.checkpoint(step) / "complete.json").get("plan")
         if copy:
-            write_json(folder.plan, copy)
-            return (f"{folder.plan} could not be read; it is that of checkpoint-{step} again",)
+            write_json(run.plan, copy)
+            return (f"{run.plan} was missing or corrupt: restored from checkpoint-{step}",)
     raise SetupError(
-        f"NAME: {folder.path} holds checkpoints, but its {folder.plan.name} cannot be read, without which nothing goes "
-        f"on from them; put it back, or begin a run of its own: NAME=…"
+        f"NAME: {run.path} has checkpoints, but its {run.plan.name} is missing or corrupt, and nothing can resume "
+        f"without it. Restore it, or start a new run with NAME=…"
     )
 
 
-def _other_monitor(stored: Plan, plan: Plan) -> dict[str, tuple[Any, Any]]:
-    """Monitor that changed: they change no weight, but perhaps when a run ends, so they are said and not refused."""
+def _monitor_changes(stored: Plan, plan: Plan) -> dict[str, tuple[Any, Any]]:
+    """Changes of `monitor`: printed and not rejected, since they change no weight, but perhaps when a run ends."""
     old, new = stored.sections.monitor, plan.sections.monitor
     return {
         f"monitor.{field.name}": (getattr(old, field.name), getattr(new, field.name))
@@ -176,35 +188,29 @@ def _other_monitor(stored: Plan, plan: Plan) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _other_ranks(differ: dict[str, tuple[Any, Any]], followed: set[str]) -> str:
-    """What there is to say where the run goes on with other ranks."""
-    listed = "; ".join(f"{key} {differ[key][0]} -> {differ[key][1]}" for key in sorted(followed))
-    return f"other ranks than at the last start, the effective batch stays, recorded: {listed}" if listed else ""
-
-
-def _other_versions(folder: RunDir, strict: bool) -> tuple[str, ...]:
-    """What there is to say where libraries are not those of the run's last start.
+def _version_notes(run: RunDir, strict: bool) -> tuple[str, ...]:
+    """Lines to print if library versions differ from those of the latest attempt.
 
     Raises:
-        SetupError: they are not, and that was asked to be refused.
+        SetupError: they differ, and `strict` is set.
     """
-    starts = read_json(folder.manifest).get("starts") or [{}]
+    starts = read_json(run.manifest).get("starts") or [{}]
     before: dict[str, str] = starts[-1].get("versions", {})
     now = {name: library_version(name) for name in before if name != "python"}
     changed = "; ".join(f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name])
     if changed and strict:
         raise SetupError(
-            f"run {folder.name} was trained with other library versions: {changed}; install those again, or leave "
-            f"STRICT_VERSIONS out to go on with these"
+            f"run {run.name} was trained with other library versions: {changed}. Install those, or resume with the "
+            f"present ones without STRICT_VERSIONS"
         )
-    return (f"other library versions than at the last start, recorded: {changed}",) if changed else ()
+    return (f"library versions changed since the last attempt: {changed}",) if changed else ()
 
 
 def _numbered(recipe: str) -> list[RunDir]:
-    """Those that got their name from the recipe, whether their plan can be read or not."""
-    found = runs_root().glob(f"{recipe}-*")
-    return [RunDir(path) for path in found if re.fullmatch(rf"{re.escape(recipe)}-\d+", path.name)]
+    """Runs named after the recipe, including those without a readable plan."""
+    paths = runs_root().glob(f"{recipe}-*")
+    return [RunDir(path) for path in paths if re.fullmatch(rf"{re.escape(recipe)}-\d+", path.name)]
 
 
 def _next_number(recipe: str) -> int:
-    return 1 + max((int(folder.name.rpartition("-")[2]) for folder in _numbered(recipe)), default=0)
+    return 1 + max((int(run.name.rpartition("-")[2]) for run in _numbered(recipe)), default=0)

@@ -1,182 +1,177 @@
-"""Tries a settled plan before it becomes a run: starts the trial on a copy, then new processes that reload its
-checkpoint; shows the verdict, keeps the receipt."""
+"""Runs the sanity check of a settled plan: a trial run on a copy, then processes that reload its checkpoint; prints the
+checks and caches the result."""
 
 from __future__ import annotations
 
 import datetime
+import logging
 import shutil
-import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sft_recipes.launch import ranks, run_lock
-from sft_recipes.launch.node_launchers import NodeLaunchers
-from sft_recipes.launch.process_group import StopRequest
-from sft_recipes.launch.watchdog import Ended
+from sft_recipes.launch.run_context import RunContext
+from sft_recipes.launch.watchdog import LaunchResult
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner import render, save_time
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.run_dir import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, RunDir, read_json, runs_root, write_json
 from sft_recipes.sanity import trial
 
+log = logging.getLogger(__name__)
 _TRIAL, _RELOAD = "sanity.worker", "sanity.reload_worker"
+_LABELS = {True: "PASS", False: "FAIL", None: "SKIP"}
+_NAME_WIDTH = 14
 
 
-def receipt(plan: Plan) -> Path:
-    """Where the receipt of this plan, data and environment lies, once the trial has passed."""
-    return runs_root() / ".sanity" / f"{trial.key(plan)}.json"
+def cached_result(plan: Plan) -> Path:
+    """Path of the cached result for this plan, data and environment; it exists once the sanity check has passed."""
+    return runs_root() / ".sanity" / f"{trial.cache_key(plan)}.json"
 
 
-def carry_out(
-    plan: Plan,
-    prepared: Path,
-    say: Callable[[str], None],
-    lighter: Callable[[], list[str]],
-    asked: StopRequest,
-    peers: NodeLaunchers | None = None,
-) -> int:
-    """Tries the plan and says what came of it: 0 where all passed, 1 where something failed, 2 for a user's error.
+def run(context: RunContext, prepared: Path) -> int:
+    """Run the sanity check of the context's plan, which must be settled. A stop request terminates it: there is nothing
+    to save.
 
     Args:
-        plan: settled.
-        prepared: the run's `prepared.json`, which is read alone.
-        lighter: the cheapest changes that take less memory, asked for where it ran out.
-        asked: whoever asks for a stop has the trial ended, since it has nothing to save.
-        peers: the parents on the other nodes.
+        prepared: the run's `prepared.json`; only read.
+
+    Returns:
+        0 if every check passed, 1 if one failed, 2 for a user error, 75 if stopped.
     """
-    written = receipt(plan)
-    written.parent.mkdir(parents=True, exist_ok=True)
-    written.parent.chmod(0o700)  # receipts quote the data
-    _forget_what_was_killed(written.parent)
-    short = trial.of(plan)
-    with tempfile.TemporaryDirectory(prefix="trial-", dir=written.parent) as place:
-        folder = RunDir(Path(place))
-        with run_lock.held(folder):
-            say(
-                f"sanity: {plan.recipe}, {short.optimizer_steps} steps of {short.effective_batch_size} on {short.rows} "
-                f"rows, the longest among them, {render.engine_and_ranks(plan)}; on a copy (SANITY=skip leaves it out)"
+    plan, result_file = context.plan, cached_result(context.plan)
+    result_file.parent.mkdir(parents=True, exist_ok=True)
+    result_file.parent.chmod(0o700)  # results quote the data
+    _remove_killed_trials(result_file.parent)
+    short = trial.trial_plan(plan)
+    with tempfile.TemporaryDirectory(prefix="trial-", dir=result_file.parent) as directory:
+        run_dir = RunDir(Path(directory))
+        with run_lock.lock(run_dir):
+            log.info(
+                f"sanity check: {plan.recipe}, {short.optimizer_steps} steps, effective batch "
+                f"{short.effective_batch_size}, {short.rows} rows including the longest, "
+                f"{render.engine_and_ranks(plan)} (skip with SANITY=skip)"
             )
-            tried = _launch(_TRIAL, short, folder, prepared, asked, peers)
-            if code := _ended_without_verdict(tried, written, say):
+            part = _run_part(_TRIAL, context.within(run_dir, short), prepared)
+            if code := _report_without_result(part, result_file):
                 return code
-            checks, figures = tried.verdict["checks"], tried.verdict["figures"]
-            _show(checks, say, lighter)
-            if trial.resumes(plan) and not _failed(checks):
-                again = RunDir(folder.path / "reload")
-                again.path.mkdir()
-                reloaded = _launch(_RELOAD, short, again, prepared, asked, peers)
-                if code := _ended_without_verdict(reloaded, written, say):
+            checks, measured = part.result["checks"], part.result["measured"]
+            _report_checks(checks, context)
+            if trial.checks_resume(plan) and not _count_failed(checks):
+                reload_dir = RunDir(run_dir.path / "reload")
+                reload_dir.path.mkdir()
+                reload_part = _run_part(_RELOAD, context.within(reload_dir, short), prepared)
+                if code := _report_without_result(reload_part, result_file):
                     return code
-                _show(reloaded.verdict["checks"], say, lighter)
-                checks = [*checks, *reloaded.verdict["checks"]]
-    return _conclude(plan, {"checks": checks, "figures": figures}, written, say)
+                _report_checks(reload_part.result["checks"], context)
+                checks = [*checks, *reload_part.result["checks"]]
+    return _report_result(plan, {"checks": checks, "measured": measured}, result_file)
 
 
 @dataclass(frozen=True)
-class _Launch:
-    """One part of the sanity check: its folder, how its ranks ended, and what rank 0 wrote."""
+class _Part:
+    """One part of the sanity check: its directory, how its ranks ended, and what rank 0 wrote."""
 
-    folder: RunDir
-    ended: Ended
-    verdict: dict[str, Any]
+    run_dir: RunDir
+    ended: LaunchResult
+    result: dict[str, Any]
     outcome: dict[str, Any]
 
 
-def _launch(
-    program: str, plan: Plan, folder: RunDir, prepared: Path, asked: StopRequest, peers: NodeLaunchers | None
-) -> _Launch:
-    """Start the ranks of one part in its own folder, and wait until they have exited."""
-    plans.write(plan, folder.plan)
-    shutil.copy(prepared, folder.prepared)
-    ended = ranks.carry_out(plan, folder, program, asked, peers, saves=False)
-    return _Launch(folder, ended, read_json(folder.verdict), read_json(folder.outcome))
+def _run_part(program: str, context: RunContext, prepared: Path) -> _Part:
+    """Run the ranks of one part in its own directory."""
+    run_dir = context.run_dir
+    plans.write(context.plan, run_dir.plan)
+    shutil.copy(prepared, run_dir.prepared)
+    ended = ranks.run_ranks(context, program, can_save=False)
+    return _Part(run_dir, ended, read_json(run_dir.result), read_json(run_dir.outcome))
 
 
-def _ended_without_verdict(launch: _Launch, written: Path, say: Callable[[str], None]) -> int:
-    """Report a part that has no verdict; its exit code, 0 where it has one."""
-    ended, outcome = launch.ended, launch.outcome
-    stacks = _keep_stacks(launch.folder, written)
+def _report_without_result(part: _Part, result_file: Path) -> int:
+    """Report a part that has no result, and return the exit code; 0 if it has one."""
+    ended, outcome = part.ended, part.outcome
+    stack_traces = _keep_stack_traces(part.run_dir, result_file)
     if EXIT_STOPPED in (ended.code, outcome.get("exit_code")):
-        say("stopped while the plan was tried; nothing was trained, and the same command begins again")
-        if ended.fault:
-            say(ended.fault)
+        if ended.error:
+            log.info(ended.error)
+        log.info("stopped during the sanity check, before training; run the same command to start again")
         return EXIT_STOPPED
-    wrong = outcome.get("error") or (ended.fault if ended.by_user else None)
-    if wrong:
-        print(f"error: {wrong}", file=sys.stderr)
+    user_error = outcome.get("error") or (ended.error if ended.user_error else None)
+    if user_error:
+        log.error(user_error)
         return EXIT_USER
-    if not launch.verdict:
-        said = ended.fault or f"the trial ended without a verdict (exit code {ended.code})"
-        print(f"error: the trial: {said}{stacks}; what it said is above, SANITY=skip leaves it out", file=sys.stderr)
+    if not part.result:
+        error = ended.error or f"no result (exit code {ended.code})"
+        log.error(f"sanity check: {error}{stack_traces}. See the log above; skip the check with SANITY=skip")
         return EXIT_FAULT
     return 0
 
 
-def _keep_stacks(folder: RunDir, written: Path) -> str:
-    """Puts what each rank was doing beside the receipts, and says where; the trial's own folder is removed."""
-    kept = written.with_suffix(".stacks")
+def _keep_stack_traces(run_dir: RunDir, result_file: Path) -> str:
+    """Move stack traces next to the cached results, since the trial's directory is removed; return where they are."""
+    kept = result_file.with_suffix(".stacks")
     shutil.rmtree(kept, ignore_errors=True)
-    if not folder.stack_traces.is_dir():
+    if not run_dir.stack_traces.is_dir():
         return ""
-    shutil.move(folder.stack_traces, kept)
-    return f"; what each rank was doing is in {kept}"
+    shutil.move(run_dir.stack_traces, kept)
+    return f"; stack traces: {kept}"
 
 
-def _forget_what_was_killed(place: Path) -> None:
-    """Trials that no live process carries out any more; each may hold a checkpoint."""
-    for path in place.glob("trial-*"):
-        if not run_lock.is_held(RunDir(path)):
+def _remove_killed_trials(directory: Path) -> None:
+    """Remove trials that no live process holds; each may hold a checkpoint."""
+    for path in directory.glob("trial-*"):
+        if not run_lock.is_locked(RunDir(path)):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _failed(checks: list[dict[str, Any]]) -> int:
+def _count_failed(checks: list[dict[str, Any]]) -> int:
     return sum(check["passed"] is False for check in checks)
 
 
-def _show(checks: list[dict[str, Any]], say: Callable[[str], None], lighter: Callable[[], list[str]]) -> None:
-    """Print a line per check, and what to do where it failed."""
+def _report_checks(checks: list[dict[str, Any]], context: RunContext) -> None:
+    """Print a line per check, and the fix of a failed one."""
     for check in checks:
-        word = {True: "PASS", False: "FAIL", None: "  - "}[check["passed"]]
-        say(f"{word}  {check['name']:<15} {check['said']}")
+        log.info(_line(_LABELS[check["passed"]], check["name"], check["detail"]))
         if check["passed"] is False:
-            say(f"      {'':<15} what to do: {check['way_out'] or '; or '.join(lighter())}")
+            log.info(_line("", "", f"fix: {check['fix'] or '; or '.join(context.suggest_cheaper())}"))
 
 
-def _conclude(plan: Plan, verdict: dict[str, Any], written: Path, say: Callable[[str], None]) -> int:
-    """Print the forecast and the result, and write the receipt if every check passed."""
-    failed = _failed(verdict["checks"])
-    forecast = trial.measured_forecast(plan, verdict["figures"]) if verdict["figures"] else None
+def _line(label: str, name: str, text: str) -> str:
+    return f"{label:<4}  {name:<{_NAME_WIDTH}}  {text}"
+
+
+def _report_result(plan: Plan, result: dict[str, Any], result_file: Path) -> int:
+    """Print the forecast and the result, and cache the result if every check passed."""
+    measured, failed = result["measured"], _count_failed(result["checks"])
+    forecast = trial.measured_forecast(plan, measured) if measured else None
     if forecast:
-        say(f"      {'forecast':<15} {_forecast(plan, verdict['figures'], forecast)}")
+        log.info(_line("", "forecast", _forecast(plan, measured, forecast)))
     if failed:
-        say(f"sanity: {failed} of {len(verdict['checks'])} failed; nothing was trained")
+        log.info(f"sanity check failed: {failed} of {len(result['checks'])} checks; training not started")
         return EXIT_FAULT
-    if verdict["figures"].get("save_bytes"):
+    if measured.get("save_bytes"):
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes")
-        save_time.remember(verdict["figures"]["save_bytes"], verdict["figures"]["save_seconds"], now)
-    write_json(written, {"recipe": plan.recipe, **verdict, "forecast": forecast, "plan": plans.compared(plan)})
-    say(f"sanity: passed; receipt {written}")
+        save_time.remember(measured["save_bytes"], measured["save_seconds"], now)
+    write_json(result_file, {"recipe": plan.recipe, **result, "forecast": forecast, "plan": plans.compared(plan)})
+    log.info(f"sanity check passed (result: {result_file})")
     return 0
 
 
-def _forecast(plan: Plan, figures: dict[str, Any], forecast: dict[str, Any]) -> str:
-    """What the whole run will take, beside what the plan had said."""
-    said = [f"{figures['tokens_per_second']:,.0f} tokens/s: {_hours(forecast['seconds'])} for the whole run"]
+def _forecast(plan: Plan, measured: dict[str, Any], forecast: dict[str, Any]) -> str:
+    """Forecast of the run from the trial's speed, and the plan's own forecast."""
+    parts = [f"{measured['tokens_per_second']:,.0f} tokens/s, {_duration(forecast['seconds'])} for the run"]
     if forecast["gpu_hours"] is not None:
-        said.append(f"{forecast['gpu_hours']:,.1f} GPU-hours")
+        parts.append(f"{forecast['gpu_hours']:,.1f} GPU-hours")
     if forecast["money"] is not None:
-        said.append(f"{forecast['money']:,.2f} at the given price")
+        parts.append(f"cost {forecast['money']:,.2f}")
     if plan.forecast and plan.forecast["seconds"]:
         money = plan.forecast["money"]
-        said.append(
-            f"the plan said {_hours(plan.forecast['seconds'])}, {plan.forecast['gpu_hours']:,.1f} GPU-hours"
-            f"{'' if money is None else f', {money:,.2f}'}"
-        )
-    return ", ".join(said)
+        planned = f"plan: {_duration(plan.forecast['seconds'])}, {plan.forecast['gpu_hours']:,.1f} GPU-hours"
+        parts.append(f"({planned}{'' if money is None else f', cost {money:,.2f}'})")
+    return ", ".join(parts)
 
 
-def _hours(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.launch import attempts, node_checks, preflight, process_group, ranks, run_lock
+from sft_recipes.launch import attempts, node_checks, preflight, ranks, run_lock
 from sft_recipes.launch.node_checks import CheckResult
 from sft_recipes.launch.node_launchers import NodeLaunchers
-from sft_recipes.launch.process_group import StopRequest
-from sft_recipes.launch.run_selection import Start
+from sft_recipes.launch.run_selection import RunStart
+from sft_recipes.launch.stop_request import StopRequest, handle_stop_signals
 from sft_recipes.launch.topology import Allocation, from_slurm, visible_gpus
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime import timeouts
@@ -33,6 +34,7 @@ from sft_recipes.runtime.run_dir import (
     write_json,
 )
 
+log = logging.getLogger(__name__)
 _CUDA = "CUDA"
 _LEAST_TMP_BYTES = 2**30  # libraries compile and unpack in /tmp
 
@@ -50,9 +52,9 @@ def node_launchers(environment: Mapping[str, str]) -> Iterator[NodeLaunchers | N
         yield None
         return
     launchers = NodeLaunchers(allocation)
-    with process_group.listening() as asked:
+    with handle_stop_signals() as stop_request:
         node_info = _node_info()
-        launchers.rendezvous({**node_info, "cuda": preflight.gpu_problem(len(node_info["gpus"]))}, asked)
+        launchers.rendezvous({**node_info, "cuda": preflight.gpu_problem(len(node_info["gpus"]))}, stop_request)
     try:
         yield launchers
     finally:
@@ -72,12 +74,12 @@ def batch_signals() -> Iterator[None]:
         yield
         return
     logs = Path(os.environ["SFT_RECIPES_LOGS"])
-    with process_group.listening() as asked:
+    with handle_stop_signals() as stop_request:
         (logs / f".ready-{allocation.rank}").touch()
         try:
             yield
         finally:
-            if allocation.rank == 0 and signal.SIGTERM in asked.numbers:
+            if allocation.rank == 0 and signal.SIGTERM in stop_request.signals:
                 (logs / "stop-requested").touch()
 
 
@@ -92,8 +94,8 @@ def await_run(name: str | None) -> None:
     if allocation is not None and name is not None:
         folder = RunDir(runs_root() / check_name(name))
         if allocation.rank == 0:
-            with process_group.listening() as asked:
-                run_lock.await_free(folder, asked)
+            with handle_stop_signals() as stop_request:
+                run_lock.wait_until_free(folder, stop_request)
 
 
 def stopped_before_rendezvous(environment: Mapping[str, str]) -> int:
@@ -101,14 +103,14 @@ def stopped_before_rendezvous(environment: Mapping[str, str]) -> int:
     allocation = from_slurm(environment)
     if allocation is not None and allocation.rank:
         return 0
-    print("stopped before all nodes were ready; no step was taken. Run the same command to start again", flush=True)
+    log.info("stopped before all nodes were ready; no step was taken. Run the same command to start again")
     return EXIT_STOPPED
 
 
 def follow(launchers: NodeLaunchers) -> int:
     """Run the leader's commands on this node."""
-    with process_group.listening() as asked:
-        code = ranks.follow(launchers, asked)
+    with handle_stop_signals() as stop_request:
+        code = ranks.follow(launchers, stop_request)
     if code == 0:
         launchers.announce_exit()
     return code
@@ -119,23 +121,26 @@ def _batch_allocation() -> Allocation | None:
     return from_slurm(os.environ) if os.environ.get("SFT_RECIPES_LOGS") else None
 
 
-def no_progress(start: Start) -> str | None:
-    """Count a start of the job; return an error after the last allowed start without a new checkpoint."""
+def no_progress(start: RunStart) -> str | None:
+    """Count a start of the job; return an error after the last allowed start without a new checkpoint.
+
+    `attempts.py` counts attempts whose ranks ran and were not stopped; this count also has the starts that ended before
+    (nodes, data, sanity check), when the run may have no directory yet, and those stopped before a save.
+    """
     allocation = _batch_allocation()
     if allocation is None:
         return None
     file = _job_folder(allocation) / "starts.json"
-    previous, step = read_json(file), start.folder.latest_complete()
-    unchanged = (previous.get("run"), previous.get("step")) == (start.folder.name, step)
-    count = 1 + (int(previous["count"]) if unchanged else 0)
+    previous, run, step = read_json(file), start.run_dir, start.run_dir.latest_complete()
+    count = attempts.count_attempts(previous if previous.get("run") == run.name else None, step) + 1
     for place in (file.parents[1], file.parent):
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_json(file, {"run": start.folder.name, "step": step, "count": count})
-    if count <= attempts.STARTS_AT_MOST or start.insisted:
+    write_json(file, {"run": run.name, "step": step, "count": count})
+    if count <= attempts.MAX_ATTEMPTS or start.explicit_resume:
         return None
     progress = f"no progress since checkpoint-{step}" if step else "no progress"
     return (
-        f"{start.folder.path}: {progress} after {count - 1} starts of job {allocation.job}. Increase --time, or see "
+        f"{run.path}: {progress} after {count - 1} starts of job {allocation.job}. Increase --time, or see "
         f"its logs for the failure; set RESUME=1 to try again"
     )
 
@@ -147,7 +152,7 @@ def forget(environment: Mapping[str, str]) -> None:
         shutil.rmtree(_job_folder(allocation), ignore_errors=True)
 
 
-def check_nodes(launchers: NodeLaunchers | None, plan: Plan, say: Callable[[str], None]) -> int:
+def check_nodes(launchers: NodeLaunchers | None, plan: Plan) -> int:
     """Check that each node of a job fits the plan and that their ranks can all-reduce; return 0 or the exit code."""
     allocation = _batch_allocation()
     if launchers is None and allocation is None:
@@ -165,25 +170,25 @@ def check_nodes(launchers: NodeLaunchers | None, plan: Plan, say: Callable[[str]
         }
     for name, results in problems.items():
         for result in results:
-            say(f"{name}: {result}")
+            log.info(f"{name}: {result}")
     if launchers and len(launchers.other_nodes) > 1 and not _any_node_reaches_leader(launchers):
         leader = launchers.node_name(0)
-        return process_group.fail(
+        log.error(
             f"network: no node reaches {leader}. Set MASTER_ADDR in slurm/cluster.env to a reachable address, or "
-            f"exclude it: sbatch --exclude={leader}",
-            EXIT_FAULT,
+            f"exclude it: sbatch --exclude={leader}"
         )
+        return EXIT_FAULT
     if without_cuda := {name: r for name, results in problems.items() for r in results if r.check == _CUDA}:
-        return process_group.fail(_no_cuda(without_cuda, all_nodes=len(without_cuda) == len(problems)), EXIT_USER)
+        log.error(_no_cuda(without_cuda, all_nodes=len(without_cuda) == len(problems)))
+        return EXIT_USER
     names = ",".join(name for name, results in problems.items() if any(r.status == "error" for r in results))
     if names:
-        return process_group.fail(
-            f"Slurm: node checks failed on {names}. Exclude it: sbatch --exclude={names}", EXIT_FAULT
-        )
+        log.error(f"Slurm: node checks failed on {names}. Exclude it: sbatch --exclude={names}")
+        return EXIT_FAULT
     if launchers is None or os.environ.get("SANITY") == "skip":
         return 0
-    with process_group.listening() as asked:
-        return _check_all_reduce(launchers, plan, say, asked)
+    with handle_stop_signals() as stop_request:
+        return _check_all_reduce(launchers, plan, stop_request)
 
 
 def query_job(job: str | None) -> dict[str, str] | None:
@@ -249,28 +254,29 @@ def _no_cuda(results: Mapping[str, CheckResult], all_nodes: bool) -> str:
     return f"GPUS: {names}: {first.detail}. {first.fix}{exclude}"
 
 
-def _check_all_reduce(launchers: NodeLaunchers, plan: Plan, say: Callable[[str], None], asked: StopRequest) -> int:
+def _check_all_reduce(launchers: NodeLaunchers, plan: Plan, stop_request: StopRequest) -> int:
     """Run the all-reduce test over all nodes and print its speed and transports; return 0 or the exit code."""
     report = launchers.folder / "all_reduce.json"
-    ended = ranks.sum_over_all(plan, report, asked, launchers)
+    ended = ranks.run_allreduce_test(plan, report, stop_request, launchers)
     if ended.code == EXIT_STOPPED:
-        say("stopped during the node checks; no step was taken. Run the same command to start again")
-        if ended.fault:
-            say(ended.fault)
+        log.info("stopped during the node checks; no step was taken. Run the same command to start again")
+        if ended.error:
+            log.info(ended.error)
         return EXIT_STOPPED
     if ended.code or not report.is_file():
-        return process_group.fail(
-            f"all-reduce: failed over the nodes: {ended.fault or 'a rank failed'}. See the nodes' logs, and NCCL's in "
-            f"{launchers.folder}; exclude the node that they name: sbatch --exclude=NODE",
-            EXIT_FAULT,
+        log.error(
+            f"all-reduce: failed over the nodes: {ended.error or 'a rank failed'}. See the nodes' logs, and NCCL's in "
+            f"{launchers.folder}; exclude the node that they name: sbatch --exclude=NODE"
         )
-    log = "\n".join(file.read_text(errors="replace") for file in launchers.folder.glob("nccl-*"))
-    transports = node_checks.find_transports(log)
+        return EXIT_FAULT
+    nccl_log = "\n".join(file.read_text(errors="replace") for file in launchers.folder.glob("nccl-*"))
+    transports = node_checks.find_transports(nccl_log)
     measured = {**json.loads(report.read_text(encoding="utf-8")), "transports": transports}
     result = node_checks.all_reduce(measured, plan.gpus, bool(os.environ.get("ALLOW_SOCKETS")))
-    say(str(result))
+    log.info(str(result))
     if result.status == "error":
-        return process_group.fail(f"all-reduce: {result.detail}. {result.fix}", EXIT_FAULT)
+        log.error(f"all-reduce: {result.detail}. {result.fix}")
+        return EXIT_FAULT
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What the processes of a run know of each other: whose child each is, and where each rank stands (its pulse)."""
+"""Heartbeats, failures and exit codes that ranks leave for their launcher, as files in the run directory."""
 
 from __future__ import annotations
 
@@ -15,143 +15,142 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-# The launcher's process id, for its ranks: one that is somebody else's child by then has lost it already.
-LAUNCHER = "SFT_LAUNCHER_PROCESS"
+# Environment variable with the launcher's process id: a rank whose parent is another process has already lost it.
+LAUNCHER_PID = "SFT_LAUNCHER_PID"
 
-# By these a person or a scheduler asks a run to save and stop.
-ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Signals by which a user or a scheduler requests that a run saves and stops.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-Doing = Literal["starting", "step", "waiting", "evaluating", "saving", "ending"]
-_PULSE_BYTES = 256  # always as many: a pulse is written over the last one in place
+Activity = Literal["starting", "step", "waiting", "evaluating", "saving", "ending"]
+_HEARTBEAT_BYTES = 256  # fixed: a heartbeat overwrites the previous one in place
 Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """Where a rank stands; rewritten at each move.
+    """Progress of a rank, rewritten at each beat.
 
     Attributes:
-        process: its id on its host.
-        step: the optimizer step that it is in.
-        doing: `starting` until the first step, `ending` behind the last one; `waiting` for other ranks.
-        moves: how many there were in this step. Ranks make the same moves, so one that has made fewer is behind.
-        moved: when the last one was, by CLOCK_MONOTONIC, in seconds.
-        longest: the longest time between two moves while it trained or evaluated, in seconds.
+        pid: process id on its host.
+        step: current optimizer step.
+        activity: `starting` until the first step, `ending` after the last one, `waiting` for other ranks.
+        beats: number of beats in this step. All ranks beat at the same places, so the rank with fewer is behind.
+        beat_at: time of the latest beat, in seconds of CLOCK_MONOTONIC.
+        longest_gap: longest time between two beats while training or evaluating, in seconds.
     """
 
     rank: int
-    process: int
+    pid: int
     step: int
-    doing: Doing
-    moves: int
-    moved: float
-    longest: float
+    activity: Activity
+    beats: int
+    beat_at: float
+    longest_gap: float
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The exception that ended a rank.
+    """Exception that ended a rank.
 
     Attributes:
-        kind: its class.
-        said: its first line; a data worker's own last one.
-        at: when it left the rank's program, by CLOCK_MONOTONIC, in seconds.
-        by_user: whether it says what the user got wrong, rather than a fault.
+        kind: class of the exception.
+        message: its first line; for an exception of a data worker also the worker's last line.
+        failed_at: when it left the rank's main program, in seconds of CLOCK_MONOTONIC.
+        user_error: whether it is a `UserError`.
     """
 
     rank: int
-    process: int
+    pid: int
     step: int
     kind: str
-    said: str
-    at: float
-    by_user: bool
+    message: str
+    failed_at: float
+    user_error: bool
 
 
-def end_with_parent(parent: int) -> None:
-    """Has the kernel kill this process when its parent dies, however it dies; Linux alone can.
+def die_with_parent(parent: int) -> None:
+    """Have the kernel send SIGKILL to this process when its parent exits, for any reason. Linux only.
 
-    Called by a process for itself, also between fork and exec. Killed, not asked: a rank that went on saving would
-    meet the next start of its run in the same folder.
+    SIGKILL and not SIGTERM: a rank that is still saving would collide with the next attempt in the same run directory.
+    Safe to call between fork and exec.
 
     Args:
-        parent: the id of the process that started this one.
+        parent: process id of the parent.
     """
     if not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the call took effect
+    if os.getppid() != parent:  # it exited before the call took effect
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def place(folder: Path, rank: int, suffix: str = "") -> Path:
-    """A rank's own file in a folder; the host is in its name, since process ids are a host's own."""
-    return folder / f"{socket.gethostname()}-{rank}{suffix}"
+def rank_file(directory: Path, rank: int, suffix: str = "") -> Path:
+    """Path of a rank's file; it includes the host name, since process ids are per host."""
+    return directory / f"{socket.gethostname()}-{rank}{suffix}"
 
 
-def to_bytes(pulse: Heartbeat) -> bytes:
-    """A pulse as it is written, always of the same length."""
-    written = json.dumps(vars(pulse)).encode().ljust(_PULSE_BYTES)
-    assert len(written) == _PULSE_BYTES, written
-    return written
+def encode(heartbeat: Heartbeat) -> bytes:
+    """Encode a heartbeat as JSON, padded to a fixed length."""
+    content = json.dumps(vars(heartbeat)).encode().ljust(_HEARTBEAT_BYTES)
+    assert len(content) == _HEARTBEAT_BYTES, content
+    return content
 
 
-def pulses(ranks: Path) -> dict[int, Heartbeat]:
-    """The pulses of this host's ranks, but for those that ended as they should."""
-    return _read(ranks, "", lambda content: Heartbeat(**content))
+def read_heartbeats(ranks_dir: Path) -> dict[int, Heartbeat]:
+    """Read the heartbeats of this host's ranks; ranks that exited normally have none."""
+    return _read(ranks_dir, "", lambda content: Heartbeat(**content))
 
 
-def leave_failure(ranks: Path, failure: Failure) -> None:
-    """Leaves word of what ended a rank, whole or not at all."""
-    file = place(ranks, failure.rank, ".failure")
+def write_failure(ranks_dir: Path, failure: Failure) -> None:
+    """Record the exception that ended a rank (atomic write)."""
+    file = rank_file(ranks_dir, failure.rank, ".failure")
     partial = file.with_name(f".{file.name}")
     partial.write_text(json.dumps(vars(failure)), encoding="utf-8")
     partial.replace(file)
 
 
-def failures(ranks: Path) -> dict[int, Failure]:
-    """What ended ranks of this host."""
-    return _read(ranks, ".failure", lambda content: Failure(**content))
+def read_failures(ranks_dir: Path) -> dict[int, Failure]:
+    """Read the exceptions that ended ranks of this host."""
+    return _read(ranks_dir, ".failure", lambda content: Failure(**content))
 
 
-def leave_exit_codes(ranks: Path, codes: dict[int, int]) -> None:
-    """Leaves word of how those ranks of this host ended that did not leave with 0; a signal is a negative code."""
-    ranks.mkdir(exist_ok=True)
-    place_of_codes(ranks).write_text(json.dumps(codes), encoding="utf-8")
+def write_exit_codes(ranks_dir: Path, codes: dict[int, int]) -> None:
+    """Record the exit codes other than 0 of this host's ranks; a signal is a negative code."""
+    ranks_dir.mkdir(exist_ok=True)
+    _exit_codes_file(ranks_dir).write_text(json.dumps(codes), encoding="utf-8")
 
 
-def exit_codes(ranks: Path) -> dict[int, int] | None:
-    """How ranks of this host ended, all others having left with 0; None where their launcher left no word."""
-    with contextlib.suppress(FileNotFoundError, ValueError):  # a launcher that is killed leaves none, or half of one
-        content = json.loads(place_of_codes(ranks).read_text(encoding="utf-8"))
+def read_exit_codes(ranks_dir: Path) -> dict[int, int] | None:
+    """Read the exit codes other than 0 of this host's ranks; None if their launcher recorded none."""
+    with contextlib.suppress(FileNotFoundError, ValueError):  # a launcher that is killed writes nothing, or half
+        content = json.loads(_exit_codes_file(ranks_dir).read_text(encoding="utf-8"))
         return {int(rank): int(code) for rank, code in content.items()}
     return None
 
 
-def place_of_codes(ranks: Path) -> Path:
-    """The file in which this host's launcher says how its ranks ended."""
-    return ranks / f"{socket.gethostname()}.ended"
+def _exit_codes_file(ranks_dir: Path) -> Path:
+    return ranks_dir / f"{socket.gethostname()}.ended"
 
 
-def ask_to_stop(ranks: Path) -> bool:
-    """Asks the ranks of this host to save and stop; False, and nobody is asked, where none has taken a step to save."""
-    there = pulses(ranks).values()
-    if all(pulse.doing == "starting" for pulse in there):
+def request_stop(ranks_dir: Path) -> bool:
+    """Send SIGTERM to this host's ranks, which save and exit; return False and send nothing before the first step."""
+    heartbeats = read_heartbeats(ranks_dir).values()
+    if all(heartbeat.activity == "starting" for heartbeat in heartbeats):
         return False
-    for pulse in there:
+    for heartbeat in heartbeats:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pulse.process, signal.SIGTERM)
+            os.kill(heartbeat.pid, signal.SIGTERM)
     return True
 
 
-def state(process: int) -> str:
-    """The letter of a process's state in proc(5): R runs, S sleeps, D waits for a disk or device, T is stopped by a
-    signal; empty where it is gone, or is a zombie, whom nothing wakes. Without /proc a living one is `?`."""
-    stat = Path(f"/proc/{process}/stat")
+def process_state(pid: int) -> str:
+    """Return the state letter of a process in proc(5): R running, S sleeping, D waiting for a disk or device, T stopped
+    by a signal; empty if it exited or is a zombie. Without /proc it is `?` for a live process."""
+    stat = Path(f"/proc/{pid}/stat")
     if not stat.parent.parent.joinpath("self").exists():
         with contextlib.suppress(ProcessLookupError):
-            os.kill(process, 0)
+            os.kill(pid, 0)
             return "?"
         return ""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -160,14 +159,13 @@ def state(process: int) -> str:
     return ""
 
 
-def _read(ranks: Path, suffix: str, build: Callable[[dict[str, Any]], Record]) -> dict[int, Record]:
-    """Records of this host's ranks, by rank. One that is being written over just now is left out: it is there again at
-    the next look."""
-    found = {}
+def _read(ranks_dir: Path, suffix: str, build: Callable[[dict[str, Any]], Record]) -> dict[int, Record]:
+    """Read records of this host's ranks, by rank; a record that is being overwritten is skipped until the next poll."""
+    records = {}
     host = f"{socket.gethostname()}-"
-    for file in ranks.glob(f"{host}*{suffix}"):
+    for file in ranks_dir.glob(f"{host}*{suffix}"):
         rank = file.name.removeprefix(host).removesuffix(suffix)
         with contextlib.suppress(FileNotFoundError, ValueError):
             if rank.isdigit():
-                found[int(rank)] = build(json.loads(file.read_text(encoding="utf-8")))
-    return found
+                records[int(rank)] = build(json.loads(file.read_text(encoding="utf-8")))
+    return records

@@ -125,13 +125,13 @@ class RunDir:
 
     @property
     def sanity(self) -> Path:
-        """Which receipt of the sanity gate this start rests on, or that it was skipped."""
+        """Path of the sanity check's result, or that the check was skipped."""
         return self.path / "sanity.json"
 
     @property
-    def verdict(self) -> Path:
-        """What a trial of the sanity gate, or a replay, came to; in a folder of its own."""
-        return self.path / "verdict.json"
+    def result(self) -> Path:
+        """Result of a sanity check or a replay, in its own directory."""
+        return self.path / "result.json"
 
     @property
     def trial(self) -> Path:

@@ -1,4 +1,4 @@
-"""Judges a trial of the sanity gate: one check a question, each PASS or FAIL with figures and what to do."""
+"""The checks of a trial: each passes, fails with a fix, or is skipped with a reason."""
 
 from __future__ import annotations
 
@@ -18,35 +18,39 @@ from sft_recipes.runtime.units import GIB
 from sft_recipes.sanity import trial
 from sft_recipes.training import out_of_memory
 
-_NOTHING_TO_LEARN = 0.05  # nats a token
-_SURE = 3.0  # standard errors that the fall of the loss must exceed
-_DEVICE_SHARE = 0.95  # of the device's memory: what is left is for what the trial did not meet
-MEMORY = "peak memory"  # the parent, which knows the recipe, says what would take less
+_ALREADY_LEARNED = 0.05  # nats per token
+_MIN_STANDARD_ERRORS = 3.0  # by which the loss must fall
+_MAX_MEMORY_FRACTION = 0.95  # of the device: the rest is for batches that the trial did not contain
+MEMORY = "peak memory"  # the launcher, which has the recipe, adds the fix
 
 
 @dataclass(frozen=True)
 class Check:
-    """One part of the verdict: `passed` is None where it was left out, which `said` gives the reason of; `way_out` is
-    what to do where it failed."""
+    """Result of one check.
+
+    Attributes:
+        passed: None if it was skipped; `detail` has the reason.
+        fix: of a failed check.
+    """
 
     name: str
     passed: bool | None
-    said: str
-    way_out: str = ""
+    detail: str
+    fix: str = ""
 
 
-def rows_are_right(sft: Any, ends_of_turn: Sequence[int]) -> Check:
-    """What the loss looks at, in batches as the model gets them: labels are the tokens themselves, some are supervised,
-    and ends of turn are among them (not in each row: one that was cut has lost its own). All ranks judge alike."""
+def check_loss_mask(trainer: Any, end_of_turn_ids: Sequence[int]) -> Check:
+    """Check the batches that the model gets: labels equal their tokens, some are supervised, and end-of-turn tokens are
+    among them (not in each row: a truncated one has lost its own). Collective: same result on every rank."""
     import torch
 
     from sft_recipes.data.tokenize import IGNORED
     from sft_recipes.training.completions import short
 
-    ends = torch.tensor(list(ends_of_turn), device=sft.args.device)
-    counts = torch.zeros(4, dtype=torch.int64, device=sft.args.device)
-    shown = ""
-    for batch in sft.get_train_dataloader():
+    ends = torch.tensor(list(end_of_turn_ids), device=trainer.args.device)
+    counts = torch.zeros(4, dtype=torch.int64, device=trainer.args.device)
+    excerpt = ""
+    for batch in trainer.get_train_dataloader():
         ids, labels = batch["input_ids"].to(ends.device), batch["labels"].to(ends.device)
         supervised = labels != IGNORED
         counts += torch.stack(
@@ -57,152 +61,149 @@ def rows_are_right(sft: Any, ends_of_turn: Sequence[int]) -> Check:
                 torch.isin(labels, ends).sum(),
             ]
         )
-        shown = shown or short(sft.processing_class.decode(ids[0][supervised[0]].tolist()))
-    many, of, others, ended = sft.accelerator.reduce(counts, "sum").tolist()
-    way_out = "see the rows with `make inspect`; look at the data's roles and at model.chat_template"
-    if not many:
-        return Check("rows and masks", False, f"all {of:,} labels are masked: nothing would be learned", way_out)
-    if others:
-        return Check("rows and masks", False, f"{others:,} labels are other tokens than their row's own", way_out)
-    if not ended:
-        names = ", ".join(sft.processing_class.convert_ids_to_tokens(list(ends_of_turn)))
-        said = f"no end of turn ({names}) is supervised: the model would never learn to stop"
-        return Check("rows and masks", False, said, way_out)
-    return Check("rows and masks", True, f"{many:,} of {of:,} tokens are supervised, {ended:,} ends of turn: {shown}")
+        excerpt = excerpt or short(trainer.processing_class.decode(ids[0][supervised[0]].tolist()))
+    n_supervised, n_labels, n_wrong, n_ends = trainer.accelerator.reduce(counts, "sum").tolist()
+    name, fix = "loss mask", "see the rows with `make inspect`; check the roles of the data and model.chat_template"
+    if not n_supervised:
+        return Check(name, False, f"all {n_labels:,} labels are masked: nothing to learn", fix)
+    if n_wrong:
+        return Check(name, False, f"{n_wrong:,} labels differ from the tokens of their row", fix)
+    if not n_ends:
+        ends_of_turn = ", ".join(trainer.processing_class.convert_ids_to_tokens(list(end_of_turn_ids)))
+        detail = f"no end-of-turn token ({ends_of_turn}) is supervised: the model would never learn to stop"
+        return Check(name, False, detail, fix)
+    detail = f"{n_supervised:,} of {n_labels:,} tokens supervised, {n_ends:,} end-of-turn tokens: {excerpt}"
+    return Check(name, True, detail)
 
 
-def first_loss_is_plausible(plan: Plan, record: Any, vocabulary: int) -> Check:
-    """The loss before the first step against chance, ln(vocabulary): what a model that knows nothing has, and what one
-    whose tokens or weights are not its own exceeds."""
-    first, chance = mean_loss(record.rows[0]), math.log(vocabulary)
-    said = f"{first:.3f} before the first step; chance over {vocabulary:,} tokens is {chance:.2f}"
-    if not 1e-4 < first < 1.5 * chance:
-        way_out = "is model.name_or_path's tokenizer its own, and are its weights whole? is the data already in it?"
-        return Check("first loss", False, said, way_out)
-    if not knows_more_than_chance(first, vocabulary) and not plan.sections.model.from_scratch:
-        said += ", so the weights know no more than chance: are they a trained model's?"
-    return Check("first loss", True, said)
+def check_initial_loss(plan: Plan, record: Any, vocabulary_size: int) -> Check:
+    """Check the loss before the first step against chance, ln(vocabulary size): random weights have it, and a model
+    with the wrong tokenizer or weights exceeds it."""
+    loss, chance = mean_loss(record.losses_per_pass[0]), math.log(vocabulary_size)
+    detail = f"{loss:.3f} before the first step; chance over {vocabulary_size:,} tokens is {chance:.2f}"
+    if not 1e-4 < loss < 1.5 * chance:
+        fix = "check that model.name_or_path has its own tokenizer and complete weights, and has not seen this data"
+        return Check("initial loss", False, detail, fix)
+    if not is_better_than_chance(loss, vocabulary_size) and not plan.sections.model.from_scratch:
+        detail += "; no better than chance: check that the weights are those of a trained model"
+    return Check("initial loss", True, detail)
 
 
 def mean_loss(passes: Any) -> float:
-    """Over the tokens of all passes on all ranks, [ranks, passes, 2]."""
+    """Mean per token over all passes on all ranks, of a tensor [ranks, passes, 2] (sum of losses, tokens)."""
     return float(passes[..., 0].sum() / passes[..., 1].sum())
 
 
-def knows_more_than_chance(loss: float, vocabulary: int) -> bool:
-    """Whether a loss is a trained model's: random weights have ln(vocabulary), or little less by luck."""
-    return loss <= 0.95 * math.log(vocabulary)
+def is_better_than_chance(loss: float, vocabulary_size: int) -> bool:
+    """Whether a loss is that of a trained model: random weights have ln(vocabulary size), or slightly less."""
+    return loss <= 0.95 * math.log(vocabulary_size)
 
 
-def loss_falls(plan: Plan, record: Any) -> Check:
-    """On the very rows that were trained on, before and after: each pass is its own measure, so what differs between
-    rows is no noise."""
-    before, after = (passes[..., 0] / passes[..., 1].clamp(min=1) for passes in (record.rows[0], record.rows[-1]))
-    falls = [
-        fall
-        for fall, tokens in zip(
-            (before - after).flatten().tolist(), record.rows[0][..., 1].flatten().tolist(), strict=True
-        )
-        if tokens
-    ]
+def check_loss_falls(plan: Plan, record: Any) -> Check:
+    """Check that the loss falls on the rows that were trained on. Passes are compared pairwise, so differences between
+    rows are not noise."""
+    first, last = record.losses_per_pass[0], record.losses_per_pass[-1]
+    before, after = (passes[..., 0] / passes[..., 1].clamp(min=1) for passes in (first, last))
+    pairs = zip((before - after).flatten().tolist(), first[..., 1].flatten().tolist(), strict=True)
+    falls = [fall for fall, tokens in pairs if tokens]
     mean = statistics.fmean(falls)
     error = statistics.stdev(falls) / math.sqrt(len(falls)) if len(falls) > 1 else 0.0
-    said = (
-        f"{mean_loss(record.rows[0]):.4f} -> {mean_loss(record.rows[-1]):.4f} on the same rows in "
-        f"{len(record.losses)} steps at {plan.learning_rate:.1e}; the fall is {mean:.2g}, its standard error "
-        f"{error:.1g}"
+    detail = (
+        f"{mean_loss(first):.3f} -> {mean_loss(last):.3f} in {len(record.losses)} steps at learning rate "
+        f"{plan.learning_rate:.1e} (fall {mean:.2g}, standard error {error:.1g}, same rows)"
     )
-    if mean > _SURE * error and mean > 0:
-        return Check("loss falls", True, said)
-    if mean_loss(record.rows[0]) < _NOTHING_TO_LEARN and mean > -_SURE * error:
-        return Check("loss falls", None, f"not judged, the model knows these rows already: {said}")
-    rises = mean < -_SURE * error
-    way_out = (
-        f"it rises: lower the rate, {another_rate(plan, 1 / 3)}"
+    if mean > _MIN_STANDARD_ERRORS * error and mean > 0:
+        return Check("loss falls", True, detail)
+    rises = mean < -_MIN_STANDARD_ERRORS * error
+    if mean_loss(first) < _ALREADY_LEARNED and not rises:
+        return Check("loss falls", None, f"the model has already learned these rows: {detail}")
+    fix = (
+        f"lower the learning rate: {suggest_learning_rate(plan, 1 / 3)}"
         if rises
-        else f"raise the rate, {another_rate(plan, 2)}"
+        else f"raise the learning rate: {suggest_learning_rate(plan, 2)}"
     )
-    return Check("loss falls", False, said, way_out)
+    return Check("loss falls", False, detail, fix)
 
 
-def another_rate(plan: Plan, factor: float) -> str:
-    """Another learning rate; where this one is outside its row of the table, the one that the row starts from."""
+def suggest_learning_rate(plan: Plan, factor: float) -> str:
+    """The learning rate times a factor; outside the range of the size class, the start value of that class."""
     entry = sizes.table()[plan.size].cells["learning_rate"]
     if entry.range is None or not entry.allows(plan.learning_rate):
-        return f"row {plan.size} starts from {sizes.line(plan.size, 'learning_rate', entry.start)}"
+        return f"{sizes.line(plan.size, 'learning_rate', entry.start)} (start value of size class {plan.size})"
     return sizes.line(plan.size, "learning_rate", plan.learning_rate * factor)
 
 
-def evaluation_is_a_number(record: Any, rows: int) -> Check:
-    """Of the held-out rows, behind the last step."""
-    loss = record.evaluated[-1]
-    way_out = "look at the rows of data.validation with `make inspect`"
-    return Check("evaluation", math.isfinite(loss), f"loss {loss:.4f} over {rows} held-out rows", way_out)
+def check_evaluation(record: Any, rows: int) -> Check:
+    """Check that the loss on the held-out rows is finite after the last step."""
+    loss = record.eval_losses[-1]
+    fix = "see the rows of data.validation with `make inspect`"
+    return Check("evaluation", math.isfinite(loss), f"loss {loss:.4f} on {rows} held-out rows", fix)
 
 
-def gradients_are_in_range(plan: Plan, record: Any) -> Check:
-    """Behind the warm-up, against the documents' bounds."""
-    limits, norms = plan.sections.monitor, record.norms[trial.WARMUP_STEPS :]
-    middle = statistics.median(norms)
+def check_gradient_norm(plan: Plan, record: Any) -> Check:
+    """Check gradient norms after the warmup against the bounds of the SFT guide."""
+    limits, norms = plan.sections.monitor, record.grad_norms[trial.WARMUP_STEPS :]
+    median = statistics.median(norms)
     least, most = limits.grad_norm_below, limits.grad_norm_above
-    said = f"{middle:.3g} (median), {max(norms):.3g} at most; wanted {least:g} to {most:g}"
-    if least <= middle <= most:
-        return Check("gradient norm", True, said)
-    way_out = (
-        f"lower trainer.learning_rate, or look for rows that are no text; where this model's norms are larger by "
-        f"nature, monitor.grad_norm_above={2 * middle:.0f}"
-        if middle > most
-        else "see that weights are trained and rows supervised (make inspect)"
+    detail = f"median {median:.3g}, max {max(norms):.3g}; expected {least:g} to {most:g}"
+    if least <= median <= most:
+        return Check("gradient norm", True, detail)
+    fix = (
+        f"lower trainer.learning_rate, or remove rows that are not text; if norms of this model are always this large, "
+        f"set monitor.grad_norm_above={2 * median:.0f}"
+        if median > most
+        else "check that weights are trainable and rows supervised (make inspect)"
     )
-    return Check("gradient norm", False, said, way_out)
+    return Check("gradient norm", False, detail, fix)
 
 
-def memory_is_enough(plan: Plan, sft: Any) -> Check:
-    """The most that a rank held, against its device; and what its tensors took, against the plan's total, which has no
-    allocator's reserve in it."""
+def check_memory(plan: Plan, trainer: Any) -> Check:
+    """Check the peak memory of the ranks against their device, and compare what tensors took with the plan's total,
+    which excludes memory that the allocator reserves."""
     import torch
     from accelerate.utils import gather
 
+    device = trainer.args.device
     on_gpu = torch.cuda.is_available() and plan.uses_gpu
-    here = host_memory_bytes() // plan.world_size
-    device = torch.cuda.get_device_properties(sft.args.device).total_memory if on_gpu else here
+    host_share = host_memory_bytes() // plan.world_size
+    total = torch.cuda.get_device_properties(device).total_memory if on_gpu else host_share
     reserved = torch.cuda.max_memory_reserved() if on_gpu else out_of_memory.peak_of_the_host()
-    mine = [reserved, torch.cuda.max_memory_allocated() if on_gpu else 0]
-    ranks = gather(torch.tensor([mine], dtype=torch.float64, device=sft.args.device)).reshape(-1, 2)
+    local = [reserved, torch.cuda.max_memory_allocated() if on_gpu else 0]
+    ranks = gather(torch.tensor([local], dtype=torch.float64, device=device)).reshape(-1, 2)
     peak, allocated = (int(number) for number in ranks.max(0).values)
-    said = f"{peak / GIB:.2f} GiB at the peak of {device / GIB:.1f} per rank"
+    detail = f"{peak / GIB:.2f} of {total / GIB:.1f} GiB per rank"
     planned = (plan.memory_bytes_per_gpu or {}).get("total")
     if planned and on_gpu:
-        said += f"; {allocated / GIB:.2f} GiB allocated, {allocated / planned:.2f} times the plan's {planned / GIB:.2f}"
-    return Check(MEMORY, peak <= _DEVICE_SHARE * device, said)
+        detail += f"; {allocated / GIB:.2f} GiB allocated, {allocated / planned:.2f} x the plan's {planned / GIB:.2f}"
+    return Check(MEMORY, peak <= _MAX_MEMORY_FRACTION * total, detail)
 
 
-def garbled(text: str) -> str | None:
-    """What is wrong with an answer as text; None where nothing is.
+def find_garbled(text: str) -> str | None:
+    """Return why a completion is not text; None if it is.
 
-    Three signs, each far from what any language or code has: nothing at all; more than a tenth of the characters
-    unprintable or undecodable; in a text of 20 words or more, one word making up more than half of them; in one of 100
-    characters or more, ten times less information than its length (zlib).
+    Four signs, each far from any language or code: empty; more than a tenth of the characters unprintable or
+    undecodable; one word making up more than half of 20 words or more, or one character more than 80% of 40 characters
+    or more; in 100 bytes or more, ten times less information than its length (zlib).
     """
     if not text.strip():
-        return "nothing is said"
-    odd = sum(map(_is_no_text, text))
-    if odd > 0.1 * len(text):
-        return "characters that are no text"
+        return "empty"
+    unprintable = sum(map(_is_unprintable, text))
+    if unprintable > 0.1 * len(text):
+        return "unprintable characters"
     words = text.split()
     if len(words) >= 20 and Counter(words).most_common(1)[0][1] > 0.5 * len(words):
-        return "one word again and again"
+        return "one word repeated"
     encoded = text.encode()
     commonest = Counter(text).most_common(1)[0][1]
     if len(text) >= 40 and commonest > 0.8 * len(text):
-        return "the same again and again"
+        return "repetition"
     if len(encoded) >= 100 and len(zlib.compress(encoded, 9)) < 0.1 * len(encoded) + 12:
-        return "the same again and again"
+        return "repetition"
     return None
 
 
-def _is_no_text(character: str) -> bool:
-    """Control characters, private and unassigned ones, and what could not be decoded; not line ends and joiners."""
+def _is_unprintable(character: str) -> bool:
+    """Control, private, unassigned and undecodable characters; line ends and joiners are printable."""
     if character in "\n\r\t":
         return False
     return unicodedata.category(character) in ("Cc", "Cn", "Co", "Cs") or character == "\N{REPLACEMENT CHARACTER}"

@@ -1,7 +1,7 @@
-"""The main program of every rank of the sanity check's second part: reloads what the trial saved, in new processes.
+"""Main program of every rank of the sanity check's second part: reloads the trial's checkpoint in new processes.
 
-Started by `accelerate launch … -m sft_recipes.sanity.reload_worker PLAN` in `reload/` of the trial's folder, never by
-hand, once the trial's processes (`sanity.py`) have exited and freed their memory. Rank 0 writes `verdict.json`.
+Started by `accelerate launch … -m sft_recipes.sanity.reload_worker PLAN` in `reload/` of the trial's directory, never
+by hand, after the trial's processes (`worker.py`) have exited and freed their memory. Rank 0 writes `result.json`.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from sft_recipes.sanity.checks import Check
 from sft_recipes.sanity.worker import RankAloneError, Result, StopRequestedError, TrialState
 from sft_recipes.training import main, out_of_memory
 
-_DISK = "is the disk of RUNS_DIR full or read-only? a run could not be resumed on this machine"
+_DISK = "check that the disk of RUNS_DIR is writable and not full; a run could not resume on this machine"
 
 
 class DoesNotLoadError(Exception):
-    """What the trial saved cannot be loaded."""
+    """A file that the trial saved does not load."""
 
     def __init__(self, check: Check):
-        super().__init__(check.said)
+        super().__init__(check.detail)
         self.check = check
 
 
-def reload(plan: Plan, folder: RunDir) -> Result:
-    """Judge the saved model's answers, where training shards the model, and the steps after the checkpoint. Collective:
-    call on every rank; rank 0's result counts.
+def reload(plan: Plan, run_dir: RunDir) -> Result:
+    """Check completions of the saved model, if training shards it, and the steps after the checkpoint. Collective: call
+    on every rank; rank 0's result counts.
 
     Raises:
         RankAloneError: something does not load, perhaps on this rank only.
@@ -42,87 +42,86 @@ def reload(plan: Plan, folder: RunDir) -> Result:
     """
     import torch
 
-    tried = RunDir(folder.path.parent)
-    state = TrialState(**read_json(tried.trial))
+    trial_dir = RunDir(run_dir.path.parent)
+    state = TrialState(**read_json(trial_dir.trial))
     checks: list[Check] = []
     try:
         if plan.shards_parameters and _rank() == 0:
-            checks.append(saved_answers_are_text(plan, tried, state))
+            checks.append(check_saved_completions(plan, trial_dir, state))
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # for the trainer, and for other processes on this GPU
-        checks.append(checkpoint_resumes(plan, folder, tried, state))
+        checks.append(check_resume(plan, run_dir, trial_dir, state))
     except DoesNotLoadError as error:
         raise RankAloneError([*checks, error.check]) from error
     return checks, {}
 
 
-def saved_answers_are_text(plan: Plan, tried: RunDir, state: TrialState) -> Check:
-    """Load the saved model on rank 0 and judge its answers; before any process group or trainer exists, so the model is
-    not sharded and has the device to itself.
+def check_saved_completions(plan: Plan, trial_dir: RunDir, state: TrialState) -> Check:
+    """Load the saved model on rank 0 and check its completions; before any process group or trainer exists, so the
+    model is not sharded and has the device to itself.
 
     Raises:
-        DoesNotLoadError: the checkpoint does not hold the model.
+        DoesNotLoadError: the checkpoint does not contain the model.
     """
     from sft_recipes.data.tokenizer import load_tokenizer
 
-    section, whole = plan.sections.model, str(tried.checkpoint(trial.SAVED_AT))
+    section, checkpoint = plan.sections.model, str(trial_dir.checkpoint(trial.SAVED_AT))
     try:
-        # In the dtype that training computes in: fp32 weights would take twice the memory of the model that answers.
-        model = main.load_model(dataclasses.replace(plan, dtypes={"weights": plan.precision}), whole)
-        base = read_json(tried.prepared)["model"]
+        # In the dtype that training computes in: fp32 weights would need twice the memory.
+        model = main.load_model(dataclasses.replace(plan, dtypes={"weights": plan.precision}), checkpoint)
+        base = read_json(trial_dir.prepared)["model"]
         tokenizer = load_tokenizer(base, section.chat_template, section.trust_remote_code, section.add_tokens)
         model = model.to("cuda" if plan.uses_gpu else "cpu")
-        return worker.answers_are_text(plan, worker.prepared_copy(tried), model, tokenizer, state)
+        return worker.check_completions(plan, worker.copied_rows(trial_dir), model, tokenizer, state)
     except UserError as error:
-        raise DoesNotLoadError(Check("answers", False, str(error), _DISK)) from error
+        raise DoesNotLoadError(Check("completions", False, str(error), _DISK)) from error
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory.ran_out(error):
             raise
         reason = out_of_memory.what_ran_out(plan, 0, error)
-        return Check(
-            "answers", None, f"skipped: the unsharded model, which training never builds, does not fit: {reason}"
-        )
+        return Check("completions", None, f"the unsharded model, which training never builds, does not fit: {reason}")
 
 
-def checkpoint_resumes(plan: Plan, folder: RunDir, tried: RunDir, state: TrialState) -> Check:
+def check_resume(plan: Plan, run_dir: RunDir, trial_dir: RunDir, state: TrialState) -> Check:
     """Resume from the trial's checkpoint; the steps after it must repeat the trial's losses.
 
     Raises:
         DoesNotLoadError: the checkpoint is incomplete or corrupt, or the trainer cannot load it.
         StopRequestedError: a signal interrupted the steps.
     """
-    name = tried.checkpoint(trial.SAVED_AT).name
+    name = trial_dir.checkpoint(trial.SAVED_AT).name
     try:
-        second = _losses_after_resume(plan, folder, tried)
+        resumed = _losses_after_resume(plan, run_dir, trial_dir)
     except (StopRequestedError, DoesNotLoadError):
         raise
     except Exception as error:
         if out_of_memory.ran_out(error):
-            said = f"resuming from {name}: {out_of_memory.what_ran_out(plan, _rank(), error)}"
-            raise DoesNotLoadError(Check("checkpoint", False, said)) from error
+            detail = f"resuming from {name}: {out_of_memory.what_ran_out(plan, _rank(), error)}"
+            raise DoesNotLoadError(Check("checkpoint", False, detail)) from error
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         raise DoesNotLoadError(Check("checkpoint", False, f"{name} does not load: {reason}", _DISK)) from error
-    first = state.losses[trial.SAVED_AT :]
+    expected = state.losses[trial.SAVED_AT :]
     tolerance = 1e-5 if plan.precision == "fp32" else 1e-2
-    said = f"{name} resumes: losses {_numbers(second)} after it, {_numbers(first)} in the trial"
-    if len(first) == len(second) and all(
-        math.isclose(one, other, rel_tol=tolerance) for one, other in zip(first, second, strict=True)
-    ):
-        return Check("checkpoint", True, said)
-    return Check("checkpoint", False, said, "a resumed run would not be the same run; report this with `make plan`")
+    equal = len(expected) == len(resumed) and all(
+        math.isclose(loss, other, rel_tol=tolerance) for loss, other in zip(expected, resumed, strict=True)
+    )
+    if equal:
+        return Check("checkpoint", True, f"{name} resumes with the same losses: {_numbers(resumed)}")
+    detail = f"{name} resumes with other losses: found {_numbers(resumed)}, expected {_numbers(expected)}"
+    return Check("checkpoint", False, detail, "a resumed run would differ; report this with the output of `make plan`")
 
 
-def _losses_after_resume(plan: Plan, folder: RunDir, tried: RunDir) -> list[float]:
+def _losses_after_resume(plan: Plan, run_dir: RunDir, trial_dir: RunDir) -> list[float]:
     from sft_recipes.training.checkpoint import resume
 
-    arguments = main.configure(plan, folder)
+    arguments = main.configure(plan, run_dir)
     arguments.eval_strategy = "no"
-    prepared = str(worker.prepared_copy(tried))
-    parts = main.build(plan, folder, arguments, {**read_json(folder.prepared), "folder": prepared})
-    point = resume.verify_checkpoint(tried, trial.SAVED_AT, plan.run_id, parts.trainer.accelerator)
+    rows = str(worker.copied_rows(trial_dir))
+    parts = main.build(plan, run_dir, arguments, {**read_json(run_dir.prepared), "folder": rows})
+    point = resume.verify_checkpoint(trial_dir, trial.SAVED_AT, plan.run_id, parts.trainer.accelerator)
     if isinstance(point, str):
-        name = tried.checkpoint(trial.SAVED_AT).name
+        name = trial_dir.checkpoint(trial.SAVED_AT).name
         raise DoesNotLoadError(Check("checkpoint", False, f"{name}: {point}", _DISK))
     record = worker.recorder()
     parts.trainer.add_callbacks([record])

@@ -1,8 +1,9 @@
-"""Derives from a settled plan the short trial that the sanity gate carries out, and what its receipt is for."""
+"""Derives the trial of the sanity check from a settled plan, the key of its cached result, and its forecast."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -16,26 +17,27 @@ from sft_recipes.runtime.code_hash import code_hash
 from sft_recipes.runtime.env import gpu_hour_price, library_version
 from sft_recipes.runtime.paths import REPOSITORY
 
-STEPS = 12  # two to warm up, ten at the recipe's rate
+STEPS = 12  # two of warmup, ten at the recipe's learning rate
 WARMUP_STEPS = 2
-SAVED_AT = STEPS - 2  # the last two are taken again from it: the second of them needs the optimizer's state too
+SAVED_AT = STEPS - 2  # the last two steps are repeated from it: the second of them needs the optimizer state too
 ROWS, LONGEST = 64, 16
-# Saving and loading a larger one takes minutes by itself.
-RESUMED_AT_MOST = 14_500_000_000  # parameters: models of the 13B class have up to 14
-# Of the trainer's fields, those that would keep the trial from its own schedule and evaluations.
-_NOT_TRIED = ("lr_scheduler_kwargs", "eval_delay", "eval_on_start")
+MAX_RESUMED_PARAMETERS = 14_500_000_000  # the 13B class has up to 14 billion; a larger model saves for minutes
+# Trainer fields that would replace the trial's own schedule and evaluations.
+_IGNORED_FIELDS = ("lr_scheduler_kwargs", "eval_delay", "eval_on_start")
 _LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets", "deepspeed", "peft", "bitsandbytes")
+# Code that decides what a sanity check does. command.py sets the environment of the ranks.
+_CODE = ("config", "planner", "data", "training", "sanity", "runtime", "launch/command.py")
 
 
-def of(plan: Plan) -> Plan:
-    """The plan's own engine, ranks, micro-batch and rate, for `STEPS` steps.
+def trial_plan(plan: Plan) -> Plan:
+    """Reduce a plan to `STEPS` steps, with its parallelism, ranks, micro-batch and learning rate.
 
-    Accumulation is there where the plan has it, but of two micro-batches, which takes the same path and memory.
+    A plan with gradient accumulation keeps two micro-batches: the same code path and memory.
     """
     accumulation = min(plan.gradient_accumulation_steps, 2)
     effective = plan.per_device_train_batch_size * plan.world_size * accumulation
     rows = -(-min(plan.rows or ROWS, ROWS) // effective) * effective
-    kept = {key: value for key, value in plan.sections.trainer.items() if key not in _NOT_TRIED}
+    kept = {key: value for key, value in plan.sections.trainer.items() if key not in _IGNORED_FIELDS}
     trainer = {**kept, "max_steps": STEPS, "eval_steps": STEPS, "save_steps": SAVED_AT, "logging_steps": 1}
     return dataclasses.replace(
         plan,
@@ -56,50 +58,62 @@ def of(plan: Plan) -> Plan:
     )
 
 
-def resumes(plan: Plan) -> bool:
-    """Whether the trial also saves, loads and goes on."""
-    return (plan.parameters or 0) <= RESUMED_AT_MOST
+def checks_resume(plan: Plan) -> bool:
+    """Whether the trial saves a checkpoint, reloads it and resumes."""
+    return (plan.parameters or 0) <= MAX_RESUMED_PARAMETERS
 
 
-def key(plan: Plan) -> str:
-    """SHA-256 over what a receipt is for: plan, data, libraries, and this package's code."""
+def cache_key(plan: Plan) -> str:
+    """SHA-256 of what a result depends on: plan, data, model files, libraries, code and configuration files."""
     flat = plans.compared(plan)
-    code = {file: code_hash(file) for file in (REPOSITORY / "sft_recipes").rglob("*.py")}
-    code |= {file: sha256(file) for file in REPOSITORY.glob("*_configs/*")}
     parts = {
         "plan": {name: value for name, value in flat.items() if name != "recipe"},
         "gpu_type": plan.gpu_type,
-        "weights": _weights(plan.sections.model.name_or_path),
+        "weights": _model_files(plan.sections.model.name_or_path),
         "libraries": {name: library_version(name) for name in _LIBRARIES},
-        "code": {str(file.relative_to(REPOSITORY)): hashed for file, hashed in code.items()},
+        "code": code_hashes(REPOSITORY),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _weights(model: str | None) -> list[tuple[str, int, int]]:
-    """Name, size and date of a local model's files; what lies on the Hub is known by its revision."""
+@functools.cache
+def code_hashes(repository: Path) -> dict[str, str]:
+    """Hash the code and configuration files that a sanity check depends on, once per process."""
+    package = repository / "sft_recipes"
+    modules = [module for part in _CODE for module in (_modules(package / part))]
+    hashes = {module: code_hash(module) for module in modules}
+    hashes |= {file: sha256(file) for file in repository.glob("*_configs/*")}
+    return {str(file.relative_to(repository)): digest for file, digest in hashes.items()}
+
+
+def _modules(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(path.rglob("*.py"))
+
+
+def _model_files(model: str | None) -> list[tuple[str, int, int]]:
+    """Name, size and date of a local model's files; a model on the Hub is identified by its revision."""
     files = sorted(Path(model).glob("*")) if model and Path(model).is_dir() else []
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
 
 
-def measured_forecast(plan: Plan, figures: Mapping[str, Any]) -> dict[str, float | None]:
-    """The whole run's seconds, GPU-hours and money, from what the trial's steps, evaluation and save took.
+def measured_forecast(plan: Plan, measured: Mapping[str, Any]) -> dict[str, float | None]:
+    """Forecast seconds, GPU-hours and cost of the run from the trial's steps, evaluation and save.
 
     Args:
-        figures: `step_seconds`, `accumulation` of the trial, `validation_rows` of the run, `evaluation_seconds_a_row`,
-            `save_seconds` of a checkpoint (None where the trial left it out: then saving is what the plan says).
+        measured: `step_seconds` and `accumulation` of the trial, `eval_rows` of the run, `eval_seconds_per_row`,
+            `save_seconds` of a checkpoint (None if the trial saved none: then the plan's forecast counts).
     """
     steps, trainer = plan.optimizer_steps or 0, plan.sections.trainer
-    training = steps * figures["step_seconds"] * plan.gradient_accumulation_steps / figures["accumulation"]
+    training = steps * measured["step_seconds"] * plan.gradient_accumulation_steps / measured["accumulation"]
     evaluations = -(-steps // trainer["eval_steps"])
-    evaluating = evaluations * figures["validation_rows"] * figures["evaluation_seconds_a_row"]
+    evaluating = evaluations * measured["eval_rows"] * measured["eval_seconds_per_row"]
     saves = -(-steps // trainer["save_steps"])
-    # Weights of best steps are saved too, at most after each evaluation, and the last and the best at the end.
-    bytes_a_weight = 2 if plan.dtypes["weights"] == "bf16" else 4
-    models = (evaluations + 2) * (plan.trained_parameters or 0) * bytes_a_weight / (plan.checkpoint_bytes or 1)
+    # The weights of the best steps are saved too, at most after each evaluation, and the last and best at the end.
+    bytes_per_weight = 2 if plan.dtypes["weights"] == "bf16" else 4
+    models = (evaluations + 2) * (plan.trained_parameters or 0) * bytes_per_weight / (plan.checkpoint_bytes or 1)
     saving = (
-        (saves + models) * figures["save_seconds"]
-        if figures["save_seconds"] is not None
+        (saves + models) * measured["save_seconds"]
+        if measured["save_seconds"] is not None
         else (plan.forecast or {}).get("saving_seconds") or 0.0
     )
     seconds = training + evaluating + saving

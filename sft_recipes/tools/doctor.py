@@ -35,7 +35,7 @@ def run_checks(requested_gpus: int | None) -> Iterator[CheckResult]:
         requested_gpus: number of GPUs of the run to check for; None if not given.
     """
     gpus = visible_gpus()
-    probe = preflight.ask_torch(os.environ, "all")
+    probe = preflight.probe_torch(os.environ, "all")
     if error := nvidia_smi_error():
         fix = "see dmesg; after a driver update, restart the machine"
         yield CheckResult("driver", "error", f"nvidia-smi fails ({error})", fix)
@@ -277,7 +277,7 @@ def _measure_all_reduce(gpus: int) -> dict[str, Any]:
         environment = {**loopback, **os.environ, **debug, **overrides}
         try:
             done = subprocess.run(
-                command.links(ranks, 1, rendezvous, report),
+                command.allreduce_test(ranks, 1, rendezvous, report),
                 capture_output=True, text=True, check=False, timeout=timeouts.ALLREDUCE_TEST, env=environment,
                 cwd=REPOSITORY,
             )  # fmt: skip

@@ -1,8 +1,8 @@
-"""The main program of every rank of `verify-resume`: loads a run's checkpoint as a resume does, tells what was loaded,
-and takes the steps behind it again.
+"""Main program of every rank of `verify-resume`: loads a run's checkpoint as a resume does, records the fingerprints of
+the loaded state, and repeats the steps after it.
 
-Started by `accelerate launch … -m sft_recipes.tools.replay_worker PLAN` in its own folder, never by hand; the run's
-folder is only read. Rank 0 writes `verdict.json`; the steps' digests come into `integrity.jsonl`, as in every run.
+Started by `accelerate launch … -m sft_recipes.tools.replay_worker PLAN` in its own directory, never by hand; the run
+directory is only read. Rank 0 writes `result.json`; the fingerprints of the steps go to `integrity.jsonl`, as in a run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import TrainingError, UserError
-from sft_recipes.runtime.run_dir import RunDir, read_json, write_json
+from sft_recipes.runtime.run_dir import EXIT_FAULT, EXIT_USER, RunDir, read_json, write_json
 from sft_recipes.training import main as training_main
 from sft_recipes.training import manifest, rank_heartbeat
 from sft_recipes.training.checkpoint import resume
@@ -23,63 +23,60 @@ if TYPE_CHECKING:
 
 
 def main(plan_file: str) -> None:
-    """Takes the steps again; leaves with 0 wherever there is a verdict, or a reason why there is none."""
-    plan, folder, rank = training_main.begin(plan_file)
-    with rank_heartbeat.until_it_ends():
+    """Repeat the steps; exit with 0 if there is a result, or an error in `outcome.json`."""
+    plan, run_dir, rank = training_main.begin(plan_file)
+    with rank_heartbeat.record_exit():
         try:
-            replay(plan, folder)
-        except (UserError, TrainingError) as error:  # on all ranks alike
+            replay(plan, run_dir)
+        except (UserError, TrainingError) as error:  # the same on all ranks
             if rank == 0:
-                code = 2 if isinstance(error, UserError) else 1
-                write_json(folder.outcome, {"exit_code": code, "error": str(error)})
+                code = EXIT_USER if isinstance(error, UserError) else EXIT_FAULT
+                write_json(run_dir.outcome, {"exit_code": code, "error": str(error)})
 
 
-def replay(plan: Plan, folder: RunDir) -> None:
-    """From the newest whole one of the checkpoints that `replay.json` names, to the step that it names beside it.
+def replay(plan: Plan, run_dir: RunDir) -> None:
+    """Resume from the first valid checkpoint in `replay.json`, and train to the step given there.
 
     Raises:
-        UserError: what a run would refuse as well.
-        NoValidCheckpointError: none of the checkpoints is whole.
+        UserError: a run would fail with it too.
+        NoValidCheckpointError: none of the checkpoints is valid.
     """
-    arguments = training_main.configure(plan, folder)
+    arguments = training_main.configure(plan, run_dir)
     # Neither changes what a step does: an evaluation draws no random number, and nothing is saved here.
     arguments.eval_strategy = arguments.save_strategy = "no"
     arguments.eval_on_start = False
-    parts = training_main.build(plan, folder, arguments, read_json(folder.prepared))
-    sft = parts.trainer
-    asked = read_json(folder.replay)
-    point, until, passed_over = _first_whole(asked, plan, sft)
-    sft.integrity.restore_state(point.record["integrity"])
-    loaded = _loaded(point, until, folder, {"passed_over": passed_over, "saved": point.record["integrity"]})
-    sft.add_callbacks([loaded])
-    if sft.accelerator.is_main_process:
-        manifest.begin(folder, plan)
-    sft.train(resume_from_checkpoint=str(point.path))
+    trainer = training_main.build(plan, run_dir, arguments, read_json(run_dir.prepared)).trainer
+    request = read_json(run_dir.replay)
+    point, until, skipped = _find_valid_checkpoint(request, plan, trainer)
+    trainer.integrity.restore_state(point.record["integrity"])
+    recorder = _loaded_state_recorder(point, until, run_dir, {"skipped": skipped, "saved": point.record["integrity"]})
+    trainer.add_callbacks([recorder])
+    if trainer.accelerator.is_main_process:
+        manifest.begin(run_dir, plan)
+    trainer.train(resume_from_checkpoint=str(point.path))
 
 
-def _first_whole(asked: dict[str, Any], plan: Plan, sft: Any) -> tuple[ResumePoint, int, list[str]]:
-    """The first whole checkpoint of those asked for, the step to go to, and why others were passed over."""
-    passed_over = []
-    for step, until in asked["candidates"]:
-        found = resume.verify_checkpoint(RunDir(Path(asked["run"])), step, plan.run_id, sft.accelerator)
-        if not isinstance(found, str):
-            return found, until, passed_over
-        passed_over.append(f"checkpoint-{step}: {found}")
-    raise resume.NoValidCheckpointError(
-        f"{asked['run']}: no checkpoint of this run is whole ({'; '.join(passed_over)})"
-    )
+def _find_valid_checkpoint(request: dict[str, Any], plan: Plan, trainer: Any) -> tuple[ResumePoint, int, list[str]]:
+    """Find the first valid checkpoint; return it, the step to train to, and why others were skipped."""
+    skipped = []
+    for step, until in request["candidates"]:
+        point = resume.verify_checkpoint(RunDir(Path(request["run"])), step, plan.run_id, trainer.accelerator)
+        if not isinstance(point, str):
+            return point, until, skipped
+        skipped.append(f"checkpoint-{step}: {point}")
+    raise resume.NoValidCheckpointError(f"{request['run']}: no valid checkpoint of this run ({'; '.join(skipped)})")
 
 
-def _loaded(point: ResumePoint, until: int, folder: RunDir, verdict: dict[str, Any]) -> Any:
-    """A callback that tells what was loaded, and stops behind the last step that can be compared."""
+def _loaded_state_recorder(point: ResumePoint, until: int, run_dir: RunDir, result: dict[str, Any]) -> Any:
+    """Return a callback that writes the result, and stops after the last step that can be compared."""
     from accelerate.utils import gather_object
     from transformers import TrainerCallback
 
     from sft_recipes.training.integrity import fingerprint
 
-    class Loaded(TrainerCallback):  # type: ignore[misc]
-        """When all is loaded but random numbers, which the Trainer restores from the same file once it has drawn the
-        first batch, or before the first batch of an epoch."""
+    class LoadedStateRecorder(TrainerCallback):  # type: ignore[misc]
+        """At the start of training all state is loaded, except random number states: the Trainer restores these from
+        the same file after the first batch, or before the first batch of an epoch."""
 
         trainer: Any = None
 
@@ -87,13 +84,13 @@ def _loaded(point: ResumePoint, until: int, folder: RunDir, verdict: dict[str, A
             self.trainer._load_rng_state(str(point.path))
             ranks = gather_object([fingerprint.of_rank(self.trainer)])
             if state.is_world_process_zero:
-                write_json(folder.verdict, {**verdict, "step": point.step, "loaded": ranks})
+                write_json(run_dir.result, {**result, "step": point.step, "loaded": ranks})
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            # Where nothing is to be compared the first step is thrown away: the Trainer takes one at least.
+            # Without a step to compare, the first one is discarded: the Trainer takes at least one.
             control.should_training_stop = state.global_step >= until
 
-    return Loaded()
+    return LoadedStateRecorder()
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class SaveFailedError(TrainingError):
 def main(plan_file: str) -> None:
     """Carries out the plan; leaves with 0 also where the user's input was wrong, which the outcome tells."""
     plan, folder, rank = begin(plan_file)
-    with rank_heartbeat.until_it_ends():
+    with rank_heartbeat.record_exit():
         try:
             train(plan, folder)
         except UserError as error:
@@ -64,11 +64,11 @@ def main(plan_file: str) -> None:
 def begin(plan_file: str) -> tuple[Plan, RunDir, int]:
     """What every program of a rank begins with: it ends with its launcher, hears signals, is watched, knows plan and
     rank, and has its libraries."""
-    heartbeat.end_with_parent(int(os.environ[heartbeat.LAUNCHER]))
+    heartbeat.die_with_parent(int(os.environ[heartbeat.LAUNCHER_PID]))
     folder, rank = RunDir(Path(plan_file).parent), int(os.environ.get("RANK", "0"))
     _write_to_a_log_of_its_own(rank)
-    stop_signal.listen()
-    rank_heartbeat.begin(folder, rank)
+    stop_signal.handle()
+    rank_heartbeat.start(folder, rank)
     plan = plans.read(folder.plan)
     with library_imports.swiftly():
         library_imports.leave_out_what_is_not_used(plan)
@@ -153,7 +153,7 @@ def train(plan: Plan, folder: RunDir) -> None:
     if parts.stopping.stopped:
         _stopped(folder, sft, seconds())
         return
-    rank_heartbeat.moved(sft.state.global_step, "ending")
+    rank_heartbeat.beat(sft.state.global_step, "ending")
     after = _after(plan, folder, sft, prepared, parts.ends_of_turn)
     figures["exact_match_before"] = before.exact_match if before else None
     figures["exact_match_after"] = after.exact_match if after else None

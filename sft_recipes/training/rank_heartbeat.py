@@ -1,4 +1,4 @@
-"""Leaves word of where this rank stands and of what ended it, for the parent that watches from outside."""
+"""Writes this rank's heartbeat, and the exception that ended it, for the watchdog in the launcher."""
 
 from __future__ import annotations
 
@@ -11,93 +11,100 @@ from collections.abc import Iterator
 
 from sft_recipes.runtime import heartbeat
 from sft_recipes.runtime.errors import UserError
-from sft_recipes.runtime.heartbeat import Doing, Failure, Heartbeat
+from sft_recipes.runtime.heartbeat import Activity, Failure, Heartbeat
 from sft_recipes.runtime.run_dir import RunDir
 
-# A gap between moves tells how slow a machine is where ranks compute, not where they load, save or publish.
+# Gaps between beats measure how slow a machine is while ranks compute, not while they load, save or publish.
 _MEASURED = ("step", "evaluating")
 
 
-class _Pen:
-    """The open file that this rank's pulse is written over in."""
+class _HeartbeatWriter:
+    """Open file in which this rank's heartbeat is overwritten."""
 
-    def __init__(self, folder: RunDir, rank: int):
-        self.folder = folder
-        self.file = heartbeat.place(folder.ranks, rank)
-        folder.ranks.mkdir(exist_ok=True)
-        self.pulse = Heartbeat(rank, os.getpid(), 0, "starting", 0, time.monotonic(), 0.0)
+    def __init__(self, run_dir: RunDir, rank: int):
+        self.run_dir = run_dir
+        self.file = heartbeat.rank_file(run_dir.ranks, rank)
+        run_dir.ranks.mkdir(exist_ok=True)
+        self.latest = Heartbeat(rank, os.getpid(), 0, "starting", 0, time.monotonic(), 0.0)
         partial = self.file.with_name(f".{self.file.name}")
-        self.opened = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        self.descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         self.write()
         partial.replace(self.file)
-        # Opened now: a signal handler in C, which a rank that is stuck still has, cannot open files.
-        folder.stack_traces.mkdir(exist_ok=True)
-        self.stack_traces = heartbeat.place(folder.stack_traces, rank, ".txt")
-        stacks = self.stack_traces.open("w", encoding="utf-8")
-        faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
-        faulthandler.enable(file=stacks)
+        # Opened now: a signal handler in C, which works in a stalled rank too, cannot open files.
+        run_dir.stack_traces.mkdir(exist_ok=True)
+        self.stack_trace = heartbeat.rank_file(run_dir.stack_traces, rank, ".txt")
+        stream = self.stack_trace.open("w", encoding="utf-8")
+        faulthandler.register(signal.SIGUSR2, file=stream, all_threads=True)
+        faulthandler.enable(file=stream)
 
     def write(self) -> None:
-        os.pwrite(self.opened, heartbeat.to_bytes(self.pulse), 0)
+        os.pwrite(self.descriptor, heartbeat.encode(self.latest), 0)
 
 
-_pen: _Pen | None = None
+_writer: _HeartbeatWriter | None = None
 
 
-def begin(folder: RunDir, rank: int) -> None:
-    """From here on the parent watches this rank."""
-    global _pen  # noqa: PLW0603  a process is one rank, and whoever moves it need not know where its pulse lies
-    _pen = _Pen(folder, rank)
+def start(run_dir: RunDir, rank: int) -> None:
+    """Start this rank's heartbeat."""
+    global _writer  # noqa: PLW0603  a process is one rank, and the callers of beat() do not know the run directory
+    _writer = _HeartbeatWriter(run_dir, rank)
 
 
-def moved(step: int, doing: Doing) -> None:
-    """Says that this rank has come to something new; nothing where nobody watches.
+def beat(step: int, activity: Activity) -> None:
+    """Record progress of this rank; does nothing before `start`.
 
     Args:
-        step: the optimizer step that it is in, or has just taken.
+        step: current optimizer step, or the one just taken.
     """
-    if _pen is None:
+    if _writer is None:
         return
-    before, now = _pen.pulse, time.monotonic()
-    longest = max(before.longest, now - before.moved) if before.doing in _MEASURED else before.longest
-    moves = before.moves + 1 if step == before.step else 0
-    _pen.pulse = Heartbeat(before.rank, before.process, step, doing, moves, now, longest)
-    _pen.write()
+    previous, now = _writer.latest, time.monotonic()
+    gap = now - previous.beat_at if previous.activity in _MEASURED else 0.0
+    beats = previous.beats + 1 if step == previous.step else 0
+    _writer.latest = Heartbeat(previous.rank, previous.pid, step, activity, beats, now, max(previous.longest_gap, gap))
+    _writer.write()
 
 
 @contextlib.contextmanager
-def until_it_ends() -> Iterator[None]:
-    """What a rank carries out: it takes its pulse away where it ends as it should, and leaves word of what ended it
-    where it does not. The parent tells a user's error, so there is no traceback of it.
+def record_exit() -> Iterator[None]:
+    """Remove this rank's heartbeat at a normal exit, and record the exception otherwise; the launcher reports a
+    `UserError`, so it is not raised further.
 
-    Not by `atexit`: a rank that leaves in the middle with exit code 0 has not ended as it should, and the others wait
-    for it.
+    `atexit` cannot do this: a rank that leaves early with exit code 0 did not end normally, and the others wait for it.
     """
     try:
         yield
     except UserError as error:
-        if _pen is None:
+        if _writer is None:
             raise
-        _leave_failure(_pen, error)
+        _write_failure(_writer, error)
         return
     except BaseException as error:  # SystemExit too
-        if _pen is not None:
-            _leave_failure(_pen, error)
+        if _writer is not None:
+            _write_failure(_writer, error)
         raise
-    if _pen is not None:
-        _pen.file.unlink(missing_ok=True)
-        faulthandler.disable()  # what the interpreter does behind this is not the run's
+    if _writer is not None:
+        _writer.file.unlink(missing_ok=True)
+        faulthandler.disable()  # a crash of the interpreter after this does not concern the run
         faulthandler.unregister(signal.SIGUSR2)
-        _pen.stack_traces.unlink(missing_ok=True)
+        _writer.stack_trace.unlink(missing_ok=True)
 
 
-def _leave_failure(pen: _Pen, error: BaseException) -> None:
+def _write_failure(writer: _HeartbeatWriter, error: BaseException) -> None:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # torch wraps a data worker's exception: the first line says that there was one, the last one which.
-    of_worker = len(lines) > 1 and "in DataLoader worker process" in lines[0]
-    said = f"{lines[0]} {lines[-1]}" if of_worker else "".join(lines[:1])
-    at = pen.pulse
-    failure = Failure(
-        at.rank, at.process, at.step, type(error).__name__, said[:500], time.monotonic(), isinstance(error, UserError)
+    # torch wraps the exception of a data worker: the first line names the worker, the last one the exception.
+    in_worker = len(lines) > 1 and "in DataLoader worker process" in lines[0]
+    message = f"{lines[0]} {lines[-1]}" if in_worker else "".join(lines[:1])
+    latest = writer.latest
+    heartbeat.write_failure(
+        writer.run_dir.ranks,
+        Failure(
+            latest.rank,
+            latest.pid,
+            latest.step,
+            type(error).__name__,
+            message[:500],
+            time.monotonic(),
+            isinstance(error, UserError),
+        ),
     )
-    heartbeat.leave_failure(pen.folder.ranks, failure)

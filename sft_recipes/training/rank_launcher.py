@@ -1,10 +1,10 @@
-"""Starts accelerate's own launcher, passes on to the ranks that they are asked to stop, and says how they ended.
+"""Runs `accelerate launch`, forwards stop requests to the ranks, and records their exit codes.
 
-Accelerate alone would end ranks that are asked to stop: at once where there is one, after a while where there are more
-(torch's agent), whether they have saved or not. Of a rank that failed it tells the parent no more than that one did.
+Accelerate alone terminates its ranks at a stop signal, whether they have saved or not: one rank at once, several after
+a timeout (torch's agent). It also reports only that a rank failed, not how.
 
-Before it starts several ranks, accelerate asks `localhost` whether the port is in use, and dies where there is no
-`/etc/hosts` that says what that is (a minimal container). The launcher has chosen a free port, so the question is moot.
+Before it starts several ranks, accelerate checks on `localhost` whether the port is in use, and fails without an
+`/etc/hosts` that defines it (minimal containers). The check is skipped there: the launcher has chosen a free port.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from sft_recipes.runtime.run_dir import EXIT_FAULT, EXIT_STOPPED, RunDir
 
 
 def main() -> None:
-    """`accelerate launch …` with the arguments that this process got, the last of which is the plan's file."""
-    ranks = RunDir(Path(sys.argv[-1]).parent).ranks
-    os.environ[heartbeat.LAUNCHER] = str(os.getpid())
-    _ask_where_asked(ranks)
+    """Run `accelerate launch` with this process's arguments, the last of which is the plan file."""
+    ranks_dir = RunDir(Path(sys.argv[-1]).parent).ranks
+    os.environ[heartbeat.LAUNCHER_PID] = str(os.getpid())
+    _forward_stop_signals(ranks_dir)
     with library_imports.swiftly():
         import accelerate.utils.launch
-        from accelerate.commands import launch  # not the command line of all its verbs, which imports them all
+        from accelerate.commands import launch  # not the command line of all its commands, which imports them all
         from torch.distributed.elastic.multiprocessing.api import PContext
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # What torch's agent gives the others where a rank has died, and they wait for it in vain: 30 seconds by default.
+    # Seconds that torch's agent waits for the other ranks after one has died: 30 by default.
     PContext.close.__defaults__ = (None, timeouts.OTHER_RANKS_EXIT)
     try:
         socket.getaddrinfo("localhost", None)
@@ -46,20 +46,20 @@ def main() -> None:
         codes = {0: error.returncode}
     else:
         codes = {}
-    heartbeat.leave_exit_codes(ranks, codes)
+    heartbeat.write_exit_codes(ranks_dir, codes)
     sys.exit(EXIT_FAULT if codes else 0)
 
 
-def _ask_where_asked(ranks: Path) -> None:
-    """The signals that ask for a stop go to the ranks, which save together and end by themselves; where none has taken
-    a step there is nothing to save, and they end with this process."""
+def _forward_stop_signals(ranks_dir: Path) -> None:
+    """Forward stop signals to the ranks, which save together and exit; before their first step there is nothing to
+    save, and they are terminated with this process."""
 
-    def ask(_number: int, _frame: FrameType | None) -> None:
-        if not heartbeat.ask_to_stop(ranks):
-            os._exit(EXIT_STOPPED)  # an exception would have torch's agent wait for the ranks
+    def forward(_number: int, _frame: FrameType | None) -> None:
+        if not heartbeat.request_stop(ranks_dir):
+            os._exit(EXIT_STOPPED)  # after an exception torch's agent would wait for the ranks
 
-    for number in heartbeat.ASKING:
-        signal.signal(number, ask)
+    for number in heartbeat.STOP_SIGNALS:
+        signal.signal(number, forward)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Hears that this rank is asked to stop, from its first moment on, and leaves the decision to all ranks together."""
+"""Remembers that this rank received a stop signal; all ranks decide together when to stop."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ import signal
 import threading
 from types import FrameType
 
-from sft_recipes.runtime.heartbeat import ASKING
+from sft_recipes.runtime.heartbeat import STOP_SIGNALS
 
-_asked = False
+_requested = False
 
 
-def listen() -> None:
-    """From here on a signal is remembered, and those that this rank forks heed it alone."""
-    for number in ASKING:
+def handle() -> None:
+    """Remember stop signals from now on, and have forked children accept SIGTERM from this rank only."""
+    for number in STOP_SIGNALS:
         signal.signal(number, _remember)
-    os.register_at_fork(after_in_child=heed_the_rank_alone)
+    os.register_at_fork(after_in_child=accept_sigterm_of_parent_only)
 
 
-def heed_the_rank_alone() -> None:
-    """Has a child of a rank, such as a data worker, end by SIGTERM where that is the rank's, and stay where it is not.
+def accept_sigterm_of_parent_only() -> None:
+    """Have a child of a rank, such as a data worker, exit at its rank's SIGTERM and ignore any other.
 
-    A scheduler asks every process of a job to stop, and a rank whose data worker is gone fails instead of saving. torch
-    has its workers die of a SIGTERM that is not their rank's, so none of their threads gets to hear it but one.
+    A scheduler signals every process of a job, and a rank whose data worker is gone fails instead of saving. torch's
+    workers exit at any SIGTERM, so the signal is blocked in all their threads but one.
     """
     rank = os.getppid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # threads that are begun from here on take that over
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # inherited by threads that start after this
 
     def wait() -> None:
         while signal.sigwaitinfo([signal.SIGTERM]).si_pid != rank:
@@ -36,11 +36,11 @@ def heed_the_rank_alone() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def asked() -> bool:
-    """Whether this rank was asked to stop."""
-    return _asked
+def requested() -> bool:
+    """Return whether this rank received a stop signal."""
+    return _requested
 
 
 def _remember(_number: int, _frame: FrameType | None) -> None:
-    global _asked  # noqa: PLW0603  a signal handler has no other way to leave word
-    _asked = True
+    global _requested  # noqa: PLW0603  a signal handler returns no value
+    _requested = True

@@ -310,9 +310,9 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
         else:
             loss = super().compute_loss(model, inputs, *arguments, **named)
         if model.training:
-            rank_heartbeat.moved(self.state.global_step + 1, "waiting")
+            rank_heartbeat.beat(self.state.global_step + 1, "waiting")
             self.watch.saw(self, loss)
-            rank_heartbeat.moved(self.state.global_step + 1, "step")
+            rank_heartbeat.beat(self.state.global_step + 1, "step")
         return loss
 
     def _loss(self, model: Any, inputs: dict[str, Any], supervised_tokens: torch.Tensor) -> torch.Tensor:

@@ -236,7 +236,9 @@ class Chaos:
         ranks, until = RunDir(self.run(name)).ranks, time.monotonic() + HANG_SECONDS
 
         def steps() -> list[int]:
-            return [one.step for one in heartbeat.pulses(ranks).values() if heartbeat.state(one.process)]
+            return [
+                beat.step for beat in heartbeat.read_heartbeats(ranks).values() if heartbeat.process_state(beat.pid)
+            ]
 
         while process.poll() is None and max(steps(), default=0) <= after:
             assert time.monotonic() < until, f"{name} hangs: {self.output(name)[-3000:]}"

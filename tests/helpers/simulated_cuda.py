@@ -97,7 +97,7 @@ def launch(plan: Plan, folder: RunDir, node: int) -> dict[str, Any]:
         caught.update(words=words[1:], environment=env)
         return types.SimpleNamespace(wait=lambda: None, returncode=0)
 
-    command.write_engine(plan, folder)
+    command.write_accelerate_config(plan, folder)
     meeting = command.Rendezvous(MEETING, PORT, node) if plan.nodes > 1 else None
     words = command.launch(plan, folder, "run", meeting)
     before, torchrun.run = torchrun.run, catch_torchrun

@@ -205,10 +205,10 @@ def test_a_run_in_use_is_refused_by_name_and_passed_over_without_one(workplace):
         fcntl.flock(lock, fcntl.LOCK_EX)
         lock.write("process 1 on elsewhere")
         lock.flush()
-        check_refused(workplace.sft("train", "tiny", "--name", "tiny-1"), "being carried out by process 1 on elsewhere")
+        check_refused(workplace.sft("train", "tiny", "--name", "tiny-1"), "in use by process 1 on elsewhere")
         dry = workplace.sft("train", "tiny", "--dry-run")
         assert dry.returncode == 0, dry.stderr
-        assert "passing over tiny-1" in dry.stdout and "tiny-2" in dry.stdout
+        assert "skipping tiny-1" in dry.stdout and "tiny-2" in dry.stdout
 
 
 def test_an_unfinished_run_of_another_plan_is_refused_with_the_ways_out(workplace):

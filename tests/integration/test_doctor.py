@@ -138,7 +138,7 @@ def test_failing_nvidia_smi_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     assert topology.nvidia_smi_error() == "Failed to initialize NVML: version mismatch"
-    monkeypatch.setattr(doctor.preflight, "ask_torch", lambda *_: {"error": "not run"})
+    monkeypatch.setattr(doctor.preflight, "probe_torch", lambda *_: {"error": "not run"})
     result = next(doctor.run_checks(None))
     assert (result.check, result.status) == ("driver", "error") and "Failed to initialize NVML" in result.detail
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
@@ -235,10 +235,12 @@ def test_healthcheck_reports_stalled_rank(tmp_path, monkeypatch):
         held.stdout.readline()
         for seconds_ago, stalled in ((1.0, False), (5000.0, True)):
             beat = Heartbeat(0, held.pid, 7, "step", 3, time.monotonic() - seconds_ago, 0.1)
-            heartbeat.place(folder.ranks, 0).write_bytes(heartbeat.to_bytes(beat))
-            lines = healthcheck.hanging()
-            assert bool(lines) == stalled and all("tiny-1: rank 0" in line and "step 7" in line for line in lines)
+            heartbeat.rank_file(folder.ranks, 0).write_bytes(heartbeat.encode(beat))
+            lines = healthcheck.find_stalled_runs()
+            assert bool(lines) == stalled and all(
+                "tiny-1: rank 0" in line and "for 5000 s in step 7" in line for line in lines
+            )
     finally:
         held.kill()
         held.wait()
-    assert healthcheck.hanging() == [], "the run has no process any more"
+    assert healthcheck.find_stalled_runs() == [], "the run has no process any more"

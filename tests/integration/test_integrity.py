@@ -251,7 +251,7 @@ def test_stop_during_an_evaluation_saves_once(begin, monkeypatch, step):
         subject.checkpoint_writer, "save_checkpoint", lambda at, *more: saved.append(at) or save(at, *more)
     )
     evaluating = lambda: subject.state.global_step == step and not subject.model.training  # noqa: E731
-    monkeypatch.setattr(stop_signal, "asked", evaluating)
+    monkeypatch.setattr(stop_signal, "requested", evaluating)
     subject.train()
     assert saved == [step] and subject.stopping.stopped
     assert RunDir(subject.checkpoint_writer.folder.path).latest_complete() == step

@@ -389,7 +389,7 @@ def test_symlinked_run_directory_is_rejected(workplace):
     (workplace.runs / "tiny-1").symlink_to(workplace.path / "elsewhere")
     (workplace.path / "elsewhere" / "plan.json").write_text(workplace.sft("plan", "tiny", "--json").stdout)
     done = workplace.sft("train", "tiny", "--dry-run")
-    assert "passing over tiny-1, which is a link" in done.stdout and "tiny-2/plan.json" in done.stdout
+    assert "skipping tiny-1: a symbolic link" in done.stdout and "tiny-2/plan.json" in done.stdout
     assert [path.name for path in (workplace.path / "elsewhere").iterdir()] == ["plan.json"]
 
 

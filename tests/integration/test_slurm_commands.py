@@ -17,16 +17,16 @@ import pytest
 from helpers.workplace import REPOSITORY
 
 from sft_recipes.config import loader
-from sft_recipes.launch import network, node_launchers, process_group, ranks, slurm, topology
+from sft_recipes.launch import network, node_launchers, ranks, slurm, topology
 from sft_recipes.launch.node_launchers import NodeLaunchers
-from sft_recipes.launch.process_group import StopRequest
-from sft_recipes.launch.run_selection import Start
+from sft_recipes.launch.run_selection import RunStart
+from sft_recipes.launch.stop_request import StoppedError, StopRequest, handle_stop_signals
 from sft_recipes.launch.topology import Allocation, HardwareRequest, first_host, from_slurm
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner import save_time
 from sft_recipes.runtime import cuda, timeouts
 from sft_recipes.runtime.errors import UserError
-from sft_recipes.runtime.heartbeat import ASKING
+from sft_recipes.runtime.heartbeat import STOP_SIGNALS
 from sft_recipes.runtime.run_dir import RunDir, runs_root
 from sft_recipes.tools import sbatch_header
 
@@ -263,7 +263,7 @@ def test_rejected_input_is_recorded_for_the_job(tmp_path: Path) -> None:
 def test_job_without_progress_fails_after_three_starts(tmp_path: Path, monkeypatch) -> None:
     plan = plans.make(loader.load("tiny"), topology.plan_topology(loader.load("tiny")))
     folder = RunDir(tmp_path / "one")
-    start = Start(folder, plan, goes_on=False)
+    start = RunStart(folder, plan, resumes=False)
     assert [slurm.no_progress(start) for _ in range(5)] == [None] * 5  # outside of a job
     for name, value in {**STEP, "RUNS_DIR": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
@@ -271,12 +271,12 @@ def test_job_without_progress_fails_after_three_starts(tmp_path: Path, monkeypat
     monkeypatch.setenv("SFT_RECIPES_LOGS", str(tmp_path))
     assert [slurm.no_progress(start) for _ in range(3)] == [None] * 3
     assert "no progress after 3 starts of job 70123" in str(slurm.no_progress(start))
-    assert slurm.no_progress(Start(folder, plan, goes_on=True, insisted=True)) is None
+    assert slurm.no_progress(RunStart(folder, plan, resumes=True, explicit_resume=True)) is None
     folder.checkpoint(5).mkdir(parents=True)
     (folder.checkpoint(5) / "complete.json").write_text('{"run_id": ""}')
     assert slurm.no_progress(start) is None  # a new checkpoint
     monkeypatch.setenv("SLURM_JOB_ID", "70124")
-    assert slurm.no_progress(Start(RunDir(tmp_path / "two"), plan, goes_on=False)) is None
+    assert slurm.no_progress(RunStart(RunDir(tmp_path / "two"), plan, resumes=False)) is None
 
 
 @pytest.fixture
@@ -312,11 +312,11 @@ def test_command_is_received_once_and_its_results_are_published(two: tuple[NodeL
     assert follower.next_command(after=0) == command
     assert follower.next_command(after=command.number) is None
     follower.publish_result(
-        command, {"code": 1, "fault": "rank 1 on node2 is gone", "by_user": False, "came_of_others": False}
+        command, {"code": 1, "error": "rank 1 on node2 is gone", "user_error": False, "lost_peer": False}
     )
-    leader.publish_result(command, {"code": 1, "fault": "rank 0: gloo: lost", "by_user": False, "came_of_others": True})
+    leader.publish_result(command, {"code": 1, "error": "rank 0: gloo: lost", "user_error": False, "lost_peer": True})
     leader.poll(force=True)
-    assert node_launchers.first_failure(list(leader.results(command).values()))["fault"] == "rank 1 on node2 is gone"
+    assert node_launchers.first_failure(list(leader.results(command).values()))["error"] == "rank 1 on node2 is gone"
     assert command.address == "127.0.0.1"
     assert leader.results(leader.send_command("run", Path("plan.json"), 15001)) == {}
 
@@ -329,7 +329,7 @@ def test_gloo_uses_the_interface_towards_node_0() -> None:
 
 
 def test_first_failure_prefers_requested_stop_to_unexplained_exit() -> None:
-    results = [{"code": code, "fault": None, "by_user": False, "came_of_others": False} for code in (1, 75, 0)]
+    results = [{"code": code, "error": None, "user_error": False, "lost_peer": False} for code in (1, 75, 0)]
     assert node_launchers.first_failure(results)["code"] == 75
     assert node_launchers.first_failure([results[0], results[2]])["code"] == 1
 
@@ -362,10 +362,10 @@ def test_lost_node_is_named_and_job_requeued(
 
 def test_exiting_launcher_ignores_signals(two: tuple[NodeLaunchers, NodeLaunchers]) -> None:
     """Slurm would report the signal as the end of the job."""
-    follower, before = two[1], {number: signal.getsignal(number) for number in ASKING}
+    follower, before = two[1], {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
-        with process_group.listening():
-            with process_group.listening():
+        with handle_stop_signals():
+            with handle_stop_signals():
                 pass
             follower.announce_exit()
         os.kill(os.getpid(), signal.SIGTERM)
@@ -376,15 +376,15 @@ def test_exiting_launcher_ignores_signals(two: tuple[NodeLaunchers, NodeLauncher
 
 
 def test_stop_request_interrupts_rendezvous(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
     monkeypatch.setattr(timeouts, "SAY_WAITING_AFTER", 0.0)
     stop = StopRequest()
     threading.Timer(0.5, stop.numbers.append, [signal.SIGUSR1]).start()
-    with pytest.raises(process_group.StoppedError):
+    with pytest.raises(StoppedError):
         NodeLaunchers(allocation(0)).rendezvous({}, stop)
-    assert "waiting for node 1 of the job in" in capsys.readouterr().out
+    assert "waiting for node 1 of the job in" in console.readouterr().out
 
 
 def test_rendezvous_times_out_with_the_missing_node(tmp_path: Path, monkeypatch) -> None:
@@ -406,7 +406,7 @@ def test_node_check_failure_names_the_node_to_exclude(
     changed: dict[str, object],
     detail: str,
     two: tuple[NodeLaunchers, NodeLaunchers],
-    capsys: pytest.CaptureFixture[str],
+    console: pytest.CaptureFixture[str],
 ) -> None:
     leader, follower = two
     info = {"cores": 8, "cores_total": 8, "gpus": [], "tmp_bytes": 2**40}
@@ -415,17 +415,17 @@ def test_node_check_failure_names_the_node_to_exclude(
     leader.poll(force=True)
     recipe = loader.load("tiny", ["batch.effective_batch_size=4", "parallelism=ddp"])
     plan = plans.make(recipe, topology.plan_topology(recipe, HardwareRequest(0, 4, 2)))
-    lines: list[str] = []
-    assert slurm.check_nodes(leader, plan, lines.append) == 1
-    assert re.search(f"node2: error .*{detail}", "\n".join(lines))
-    assert "node checks failed on node2. Exclude it: sbatch --exclude=node2" in capsys.readouterr().err
+    assert slurm.check_nodes(leader, plan) == 1
+    printed = console.readouterr()
+    assert re.search(f"node2: error .*{detail}", printed.out)
+    assert "node checks failed on node2. Exclude it: sbatch --exclude=node2" in printed.err
 
 
 @pytest.mark.parametrize(
     ("nodes", "ends"), [((1,), "or exclude it: sbatch --exclude=node2"), ((0, 1), "docker/README.md")]
 )
 def test_nodes_without_cuda_fail_the_job_with_the_cause(
-    nodes: tuple[int, ...], ends: str, two: tuple[NodeLaunchers, NodeLaunchers], capsys: pytest.CaptureFixture[str]
+    nodes: tuple[int, ...], ends: str, two: tuple[NodeLaunchers, NodeLaunchers], console: pytest.CaptureFixture[str]
 ) -> None:
     """Exit code 2: no step was taken, and the installation is wrong."""
     info = {"cores": 8, "cores_total": 8, "tmp_bytes": 2**40, "gpus": [{"id": str(n), "used": 4.0} for n in range(8)]}
@@ -435,11 +435,11 @@ def test_nodes_without_cuda_fail_the_job_with_the_cause(
         launchers.publish(node_info={**info, "cuda": problem, "addresses": ["node1"]}, reachable=["node1"])
     two[0].poll(force=True)
     plan = plans.make(loader.load("32b"), plans.Topology(16, 16, 2, "h100-80g"))
-    lines: list[str] = []
-    assert slurm.check_nodes(two[0], plan, lines.append) == 2
-    assert ["error" in line and "CUDA" in line for line in lines] == [True] * len(nodes)
+    assert slurm.check_nodes(two[0], plan) == 2
+    printed = console.readouterr()
+    assert ["error" in line and "CUDA" in line for line in printed.out.splitlines()] == [True] * len(nodes)
     names = ",".join(f"node{number + 1}" for number in nodes)
-    line = capsys.readouterr().err.strip()
+    line = printed.err.strip()
     assert line.startswith(
         f"error: GPUS: {names}: found NVIDIA driver 570.86.15, expected 580 or newer for CUDA 13.0. "
     )
@@ -449,7 +449,7 @@ def test_nodes_without_cuda_fail_the_job_with_the_cause(
 
 
 def test_unreachable_leader_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
     leader, *others = (NodeLaunchers(allocation(rank, 3)) for rank in range(3))
@@ -461,8 +461,8 @@ def test_unreachable_leader_is_named(
     leader.poll(force=True)
     recipe = loader.load("tiny", ["batch.effective_batch_size=6", "parallelism=ddp"])
     plan = plans.make(recipe, topology.plan_topology(recipe, HardwareRequest(0, 3, 3)))
-    assert slurm.check_nodes(leader, plan, lambda _line: None) == 1
-    assert "no node reaches node1. Set MASTER_ADDR in slurm/cluster.env" in capsys.readouterr().err
+    assert slurm.check_nodes(leader, plan) == 1
+    assert "no node reaches node1. Set MASTER_ADDR in slurm/cluster.env" in console.readouterr().err
 
 
 def test_node_without_access_to_the_model_reports_it(
@@ -474,12 +474,12 @@ def test_node_without_access_to_the_model_reports_it(
     follower.poll(force=True)
     thread = threading.Thread(target=ranks.follow, args=[follower, StopRequest()])
     thread.start()
-    leader.publish_result(command, {"code": 0, "fault": None, "by_user": False, "came_of_others": False})
-    ended = ranks._together(command, leader)
+    leader.publish_result(command, {"code": 0, "error": None, "user_error": False, "lost_peer": False})
+    ended = ranks._collect_results(command, leader)
     leader.send_command(None)
     thread.join()
-    assert (ended.code, ended.by_user) == (2, True)
-    assert "HF_HOME, RUNS_DIR: " in str(ended.fault) and "which node2 does not see" in str(ended.fault)
+    assert (ended.code, ended.user_error) == (2, True)
+    assert "HF_HOME, RUNS_DIR: " in str(ended.error) and "not visible on node2" in str(ended.error)
 
 
 def test_status_of_finished_run(short_run: Path) -> None:

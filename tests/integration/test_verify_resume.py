@@ -1,4 +1,4 @@
-"""`verify-resume` on real runs: what resumes exactly, and what does not."""
+"""`verify-resume` on real runs that resume exactly, and on altered ones."""
 
 import dataclasses
 import shutil
@@ -22,14 +22,14 @@ def files(folder):
 
 
 def table(done):
-    """The lines of the table behind their steps, and the verdict."""
+    """First three rows of the table, and the last line."""
     lines = done.stdout.splitlines()
     first = next(number for number, line in enumerate(lines) if line.startswith("step  "))
     return [line.rstrip() for line in lines[first + 1 : first + 4]], lines[-1]
 
 
-def test_a_finished_run_is_shown_to_resume_exactly_however_python_ends(shared_workplace, short_run, tmp_path):
-    """Under each engine: tests/strategies/test_integrity_strategies.py. A rank may be aborted when its work is done."""
+def test_finished_run_resumes_exactly(shared_workplace, short_run, tmp_path):
+    """Also if Python aborts at its exit. Each strategy: tests/strategies/test_integrity_strategies.py."""
     (tmp_path / "sitecustomize.py").write_text(
         "import atexit, os, sys\n"
         "if sys.orig_argv[1:3] == ['-m', 'sft_recipes.tools.replay_worker']:\n    atexit.register(os.abort)"
@@ -38,24 +38,23 @@ def test_a_finished_run_is_shown_to_resume_exactly_however_python_ends(shared_wo
     python_path = f"{tmp_path}:{shared_workplace.environment()['PYTHONPATH']}"
     done = shared_workplace.sft("verify-resume", short_run.name, PYTHONPATH=python_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    (loaded, *steps), verdict = table(done)
-    assert loaded == "4, as loaded  equal    equal      equal      equal"
-    assert steps == [f"{step}             {EQUAL}" for step in (5, 6)]
-    assert verdict == "exact: this run resumes as if it had not stopped, bit for bit"
-    assert files(short_run) == before, "it is only read"
+    assert "resumed short from checkpoint-4 (single on 1 CPU process), repeated steps 5 to 6" in done.stdout
+    (loaded, *steps), result = table(done)
+    assert loaded == "4 (loaded)  equal    equal      equal      equal"
+    assert steps == [f"{step}           {EQUAL}" for step in (5, 6)]
+    assert result == "exact: bit for bit equal to the uninterrupted run"
+    assert files(short_run) == before, "the run directory is only read"
 
 
-def test_a_run_of_several_nodes_is_tried_on_as_many(short_run, tmp_path):
-    """What becomes of it there: tests/slurm."""
+def test_run_of_several_nodes_needs_as_many(short_run, tmp_path):
+    """On two nodes: tests/slurm."""
     folder = RunDir(tmp_path)
     plans.write(dataclasses.replace(plans.read(RunDir(short_run).plan), nodes=2), folder.plan)
-    with pytest.raises(UserError, match="was trained on 2 nodes.*here there are 1: salloc --nodes=2"):
-        verify_resume.carry_out(folder, print)
+    with pytest.raises(UserError, match="was trained on 2 nodes.*: found 1. Run salloc --nodes=2"):
+        verify_resume.run(folder)
 
 
-def test_an_optimizer_that_is_not_the_one_that_was_saved_is_found_though_its_checksums_match(
-    shared_workplace, short_run
-):
+def test_altered_optimizer_state_with_valid_checksums_is_found(shared_workplace, short_run):
     run = shared_workplace.runs / "altered"
     shutil.copytree(short_run, run, ignore=shutil.ignore_patterns(".lock"))
     altered = RunDir(run).checkpoint(4)
@@ -69,27 +68,27 @@ def test_an_optimizer_that_is_not_the_one_that_was_saved_is_found_though_its_che
     )
     done = shared_workplace.sft("verify-resume", "altered")
     assert done.returncode == 1, done.stdout + done.stderr
-    (loaded, fifth, _sixth), verdict = table(done)
-    assert loaded.split() == ["4,", "as", "loaded", "equal", "differs", "equal", "equal"]
+    (loaded, fifth, _sixth), result = table(done)
+    assert loaded.split() == ["4", "(loaded)", "equal", "differs", "equal", "equal"]
     assert fifth.split() == ["5", "differs", "differs", "equal", "equal", "equal", "equal"]
-    assert verdict.startswith("not exact: step 4 as loaded: optimizer; step 5: weights, optimizer; step 6: ")
+    assert result.startswith("not exact: checkpoint-4 as loaded: optimizer; step 5: weights, optimizer; step 6: ")
 
 
-def test_a_run_that_is_being_carried_out_is_left_alone(shared_workplace, short_run):
+def test_run_in_use_is_rejected(shared_workplace, short_run):
     run = shared_workplace.runs / "held"
     shutil.copytree(short_run, run, ignore=shutil.ignore_patterns(".lock"))
-    with run_lock.held(RunDir(run)):
+    with run_lock.lock(RunDir(run)):
         done = shared_workplace.sft("verify-resume", run.name)
-    assert (done.returncode, done.stdout) == (2, "") and "is being carried out by" in done.stderr
+    assert (done.returncode, done.stdout) == (2, "") and "is in use by" in done.stderr
 
 
-def test_the_newest_checkpoint_with_a_recorded_step_behind_it_comes_first(tmp_path):
+def test_latest_checkpoint_with_recorded_steps_comes_first(tmp_path):
     folder, recorded = RunDir(tmp_path), {step: {} for step in (4, 5, 6, 7, 8, 9, 11, 12)}
-    with pytest.raises(UserError, match="holds no checkpoint to resume from"):
-        verify_resume._candidates(folder, recorded)
+    with pytest.raises(UserError, match="has no checkpoint to resume from"):
+        verify_resume._find_candidates(folder, recorded)
     for step in (4, 8, 10, 12):
         folder.checkpoint(step).mkdir()
-    assert verify_resume._candidates(folder, recorded) == [(10, 12), (8, 9), (4, 6), (12, 12)]
+    assert verify_resume._find_candidates(folder, recorded) == [(10, 12), (8, 9), (4, 6), (12, 12)]
 
 
 def state(weights="w", optimizer="o", rng="r"):
@@ -121,28 +120,25 @@ def replayed(steps, loaded=()):
         (lines(2.0, 1.5 + 1e-7, weights="x"), lines(2.0, 1.5 + 1e-7, weights="x"), False),
         (lines(2.0, 1.5, weights="x"), lines(2.0, 1.5, weights="x"), False),
     ],
-    ids=["as near as two replays", "further away", "two replays are the same", "other weights, the same each time"],
+    ids=["as close as two replays", "further away", "equal replays", "other weights, equal replays"],
 )
-def test_where_kernels_differ_from_time_to_time_the_losses_must_lie_within_what_was_measured(first, second, within):
-    said = []
+def test_differing_losses_must_be_within_measured_tolerance(console, first, second, within):
     recorded = lines(2.0, 1.5)
-    assert verify_resume._only_bits(replayed(first), recorded)
-    found = verify_resume._is_within_the_tolerance(replayed(first), replayed(second), recorded, said.append)
-    assert found is within
-    assert ("within the tolerance that was measured" in said[-1]) is within and "two replays differ by up to" in said[
-        -1
-    ]
+    assert verify_resume._differs_in_sums_only(replayed(first), recorded)
+    assert verify_resume._is_within_tolerance(replayed(first), replayed(second), recorded) is within
+    result = console.readouterr().out.splitlines()[-1]
+    assert ("within the measured tolerance" in result) is within and "two replays from each other by up to" in result
 
 
-def test_other_rows_or_random_numbers_are_never_explained_by_kernels():
+def test_differing_rows_or_random_numbers_are_not_tolerated():
     recorded = lines(2.0, 1.5)
-    assert not verify_resume._only_bits(replayed(recorded), recorded)
+    assert not verify_resume._differs_in_sums_only(replayed(recorded), recorded)
     for key, value in (("rows_hash", "d"), ("fingerprints", [state(), state(rng="q")])):
-        assert not verify_resume._only_bits(replayed({**recorded, 6: {**recorded[6], key: value}}), recorded)
+        assert not verify_resume._differs_in_sums_only(replayed({**recorded, 6: {**recorded[6], key: value}}), recorded)
 
 
-def test_the_rank_that_differs_is_named(tmp_path):
+def test_table_names_the_rank_that_differs():
     recorded = lines(2.0, 1.5)
-    found = replayed(lines(2.0, 1.5, weights="x"), loaded=[state(), state(optimizer="p")])
-    assert verify_resume._table(found, recorded)[1][2] == "differs (rank 1)"
-    assert verify_resume._table(found, recorded)[2][1] == "differs (rank 0)"
+    replay = replayed(lines(2.0, 1.5, weights="x"), loaded=[state(), state(optimizer="p")])
+    assert verify_resume._comparison_table(replay, recorded)[1][2] == "differs (rank 1)"
+    assert verify_resume._comparison_table(replay, recorded)[2][1] == "differs (rank 0)"

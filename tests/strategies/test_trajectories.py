@@ -105,7 +105,7 @@ def test_another_order_of_rows_is_found_out(follow):
 
 def signalled(run, process):
     """Who may be asked to stop: the parent, the launcher below it, a rank."""
-    ranks = {f"rank {rank}": one.process for rank, one in heartbeat.pulses(RunDir(run).ranks).items()}
+    ranks = {f"rank {rank}": beat.pid for rank, beat in heartbeat.read_heartbeats(RunDir(run).ranks).items()}
     return {"parent": process.pid, "launcher": launcher_of(RunDir(run).plan), **ranks}
 
 

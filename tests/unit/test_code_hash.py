@@ -54,6 +54,7 @@ def package(tmp_path, monkeypatch):
     for folder in ("sft_recipes", "accelerate_configs", "deepspeed_configs"):
         shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(trial, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(trial, "code_hashes", trial.code_hashes.__wrapped__)  # it hashes once per process
     monkeypatch.setattr(prepare, "__file__", str(tmp_path / "sft_recipes" / "data" / "prepare.py"))
     return tmp_path
 
@@ -62,7 +63,7 @@ def test_a_docstring_edit_keeps_prepared_rows_and_receipts_and_a_code_edit_does_
     plan = dataclasses.replace(plans.make(loader.load("tiny"), Topology(0, 1)), data_fingerprint="a")
 
     def keys():
-        return prepare._cache_key(plan, {"train": {}, "validation": {}}, None), trial.key(plan)
+        return prepare._cache_key(plan, {"train": {}, "validation": {}}, None), trial.cache_key(plan)
 
     edited = package / "sft_recipes" / "data" / "packing.py"
     text, before = edited.read_text(encoding="utf-8"), keys()
@@ -75,7 +76,7 @@ def test_a_docstring_edit_keeps_prepared_rows_and_receipts_and_a_code_edit_does_
 
 def test_a_changed_configuration_file_needs_another_receipt(package):
     plan = plans.make(loader.load("tiny"), Topology(0, 1))
-    before = trial.key(plan)
+    before = trial.cache_key(plan)
     file = next(Path(package / "deepspeed_configs").glob("*.json"))
     file.write_text(file.read_text() + "\n")
-    assert trial.key(plan) != before
+    assert trial.cache_key(plan) != before

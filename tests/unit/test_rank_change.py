@@ -81,11 +81,11 @@ def a_run(place, stored, *steps):
 def test_a_start_with_other_ranks_goes_on_aloud_and_records_it(tmp_path, monkeypatch):
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
     a_run(tmp_path, plan("zero2", 2), 4)
-    start = run_selection.choose(plan("zero2", 4), RunRequest("one"), {})
-    assert start.goes_on and start.plan.run_id == "one" and "world_size" in start.plan.accepted
+    start = run_selection.select(plan("zero2", 4), RunRequest("one"), {})
+    assert start.resumes and start.plan.run_id == "one" and "world_size" in start.plan.accepted
     assert any("world_size 2 -> 4" in note for note in start.notes)
     with pytest.raises(UserError, match=r"learning_rate"):
-        run_selection.choose(plan("zero2", 4, "trainer.learning_rate=1e-3"), RunRequest("one"), {})
+        run_selection.select(plan("zero2", 4, "trainer.learning_rate=1e-3"), RunRequest("one"), {})
 
 
 def test_no_consent_makes_one_engine_read_the_others_state(tmp_path, monkeypatch):
@@ -93,9 +93,9 @@ def test_no_consent_makes_one_engine_read_the_others_state(tmp_path, monkeypatch
     folder = a_run(tmp_path, plan("zero2", 2), 4)
     every = tuple(plans.differences(plan("zero2", 2), plan("ddp", 1)))
     with pytest.raises(UserError, match=r"zero2 on 2 ranks.*single on 1 rank.*parallelism=zero2"):
-        run_selection.choose(plan("ddp", 1), RunRequest("one", allow_change=every), {})
+        run_selection.select(plan("ddp", 1), RunRequest("one", allow_change=every), {})
     folder.checkpoint(4).rmdir()
-    assert run_selection.choose(plan("ddp", 1), RunRequest("one", allow_change=every), {}).goes_on, (
+    assert run_selection.select(plan("ddp", 1), RunRequest("one", allow_change=every), {}).resumes, (
         "nothing is saved, nothing is lost"
     )
 
@@ -115,12 +115,12 @@ def test_a_plan_that_is_lost_is_that_of_the_newest_checkpoint(tmp_path, monkeypa
     if name is None:
         folder = RunDir(folder.path.rename(folder.path.with_name("tiny-1")))
     harm(folder.plan)
-    with pytest.raises(UserError, match=r"holds checkpoints, but its plan.json cannot be read.*NAME="):
-        run_selection.choose(plan("zero2", 2), RunRequest(name), {})
+    with pytest.raises(UserError, match=r"has checkpoints, but its plan.json is missing or corrupt.*NAME="):
+        run_selection.select(plan("zero2", 2), RunRequest(name), {})
     with_plan(folder, 4, stored)
-    start = run_selection.choose(plan("zero2", 2), RunRequest(name), {})
-    assert start.goes_on and start.folder == folder and start.plan.run_id == "one"
-    assert "it is that of checkpoint-4 again" in start.notes[0] and plans.read(folder.plan) == stored
+    start = run_selection.select(plan("zero2", 2), RunRequest(name), {})
+    assert start.resumes and start.run_dir == folder and start.plan.run_id == "one"
+    assert "restored from checkpoint-4" in start.notes[0] and plans.read(folder.plan) == stored
 
 
 def test_a_plan_that_is_lost_behind_a_link_stays_as_it_is(tmp_path, monkeypatch):
@@ -129,7 +129,7 @@ def test_a_plan_that_is_lost_behind_a_link_stays_as_it_is(tmp_path, monkeypatch)
     folder.plan.unlink()
     elsewhere = folder.path.rename(tmp_path / "elsewhere")
     (tmp_path / "runs" / "tiny-1").symlink_to(elsewhere)
-    assert run_selection.choose(plan("zero2", 2), RunRequest(), {}).folder.name == "tiny-2"
+    assert run_selection.select(plan("zero2", 2), RunRequest(), {}).run_dir.name == "tiny-2"
     assert not (elsewhere / "plan.json").exists()
 
 
@@ -137,15 +137,15 @@ def test_a_change_is_accepted_by_the_name_that_was_typed_and_nothing_by_one_that
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
     folder = a_run(tmp_path, plan("zero2", 2), 4)
     changed = plan("zero2", 2, "trainer.learning_rate=1e-3", "trainer.logging_steps=7")
-    with pytest.raises(UserError, match=r"ALLOW_CHANGE=learning_rate,trainer.logging_steps; or"):
-        run_selection.choose(changed, RunRequest("one"), {})
+    with pytest.raises(UserError, match=r"ALLOW_CHANGE=learning_rate,trainer.logging_steps, or"):
+        run_selection.select(changed, RunRequest("one"), {})
     for keys in (("learning_rate", "logging_steps"), ("trainer.learning_rate", "sections.trainer.logging_steps")):
-        assert run_selection.choose(changed, RunRequest("one", allow_change=keys), {}).goes_on
-    with pytest.raises(UserError, match=r"ALLOW_CHANGE: 'nonsense' is no key"):
-        run_selection.choose(plan("zero2", 2), RunRequest("one", allow_change=("nonsense",)), {})
+        assert run_selection.select(changed, RunRequest("one", allow_change=keys), {}).resumes
+    with pytest.raises(UserError, match=r"ALLOW_CHANGE: 'nonsense' is not a key"):
+        run_selection.select(plan("zero2", 2), RunRequest("one", allow_change=("nonsense",)), {})
     run_dir.write_json(folder.manifest, {"state": "finished"})
-    with pytest.raises(UserError, match=r"is finished, and had another plan: learning_rate"):
-        run_selection.choose(changed, RunRequest("one", allow_change=("learning_rate", "logging_steps")), {})
+    with pytest.raises(UserError, match=r"is finished and has another plan: learning_rate"):
+        run_selection.select(changed, RunRequest("one", allow_change=("learning_rate", "logging_steps")), {})
 
 
 def test_reshard_seeds_each_rank_differently_and_reproducibly():

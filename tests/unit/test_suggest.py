@@ -415,25 +415,23 @@ def test_a_recipe_whose_architecture_belongs_to_another_row_is_refused():
 
 
 @pytest.mark.parametrize("content", ['{"zero_optimization": {"stage": 2}}', "{", "{}"])
-def test_an_engine_whose_files_disagree_is_refused(tmp_path, monkeypatch, content):
+def test_strategy_files_must_agree(tmp_path, monkeypatch, content):
     from sft_recipes.launch import command
 
     (tmp_path / "accelerate_configs").mkdir()
     (tmp_path / "deepspeed_configs").mkdir()
     zero3 = plan("70b", 32)
     monkeypatch.setattr(command, "REPOSITORY", tmp_path)
-    with pytest.raises(UserError, match="needs accelerate_configs/zero3.yaml, which is not there"):
-        command.engine(zero3)
+    with pytest.raises(UserError, match="needs accelerate_configs/zero3.yaml: not found"):
+        command.accelerate_config(zero3)
     text = (REPOSITORY / "accelerate_configs" / "zero3.yaml").read_text()
     (tmp_path / "accelerate_configs" / "zero3.yaml").write_text(text)
-    with pytest.raises(UserError, match="zero3 needs deepspeed_configs/zero3.json, which is not there"):
-        command.engine(zero3)
+    with pytest.raises(UserError, match="zero3 needs deepspeed_configs/zero3.json: not found"):
+        command.accelerate_config(zero3)
     (tmp_path / "deepspeed_configs" / "zero3.json").write_text(content)
-    wanted = (
-        "says stage 2, but the plan has parallelism zero3" if "stage" in content else "not a DeepSpeed configuration"
-    )
-    with pytest.raises(UserError, match=wanted):
-        command.engine(zero3)
+    expected = "found stage 2, expected that of parallelism zero3" if "stage" in content else "not a DeepSpeed config"
+    with pytest.raises(UserError, match=expected):
+        command.accelerate_config(zero3)
 
 
 def test_the_memory_is_the_machines_unless_its_container_may_take_less(tmp_path, monkeypatch):

@@ -45,7 +45,7 @@ class GracefulStopCallback(TrainerCallback):
 
     def stop_requested(self) -> bool:
         """Whether a stop was requested on any rank, and the run has steps left. Collective: call on every rank."""
-        requested = torch.tensor(float(stop_signal.asked()), device=self.trainer.accelerator.device)
+        requested = torch.tensor(float(stop_signal.requested()), device=self.trainer.accelerator.device)
         on_any_rank = bool(self.trainer.accelerator.reduce(requested, "sum").item())
         stop = on_any_rank and self.trainer.state.global_step < self.trainer.plan.optimizer_steps
         self.stopped = self.stopped or stop

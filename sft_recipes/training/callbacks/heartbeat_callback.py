@@ -16,36 +16,36 @@ class HeartbeatCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Model, rows and optimizer are there."""
-        rank_heartbeat.moved(state.global_step + 1, "step")
+        rank_heartbeat.beat(state.global_step + 1, "step")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The first micro-batch is there."""
-        rank_heartbeat.moved(state.global_step + 1, "step")
+        rank_heartbeat.beat(state.global_step + 1, "step")
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A micro-batch's gradients are added."""
-        rank_heartbeat.moved(state.global_step + 1, "step")
+        rank_heartbeat.beat(state.global_step + 1, "step")
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """All gradients are there."""
-        rank_heartbeat.moved(state.global_step + 1, "step")
+        rank_heartbeat.beat(state.global_step + 1, "step")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The step is taken."""
-        rank_heartbeat.moved(state.global_step, "step")
+        rank_heartbeat.beat(state.global_step, "step")
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A forward pass of an evaluation."""
-        rank_heartbeat.moved(state.global_step, "evaluating")
+        rank_heartbeat.beat(state.global_step, "evaluating")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The evaluation is over."""
-        rank_heartbeat.moved(state.global_step, "step")
+        rank_heartbeat.beat(state.global_step, "step")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The checkpoint is written."""
-        rank_heartbeat.moved(state.global_step, "step")
+        rank_heartbeat.beat(state.global_step, "step")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """What is left is to publish and to answer."""
-        rank_heartbeat.moved(state.global_step, "ending")
+        rank_heartbeat.beat(state.global_step, "ending")

@@ -87,7 +87,7 @@ class CheckpointWriter:
             expected_bytes: required free space.
         """
         partial, self._error = self.folder.saving / target.name, None
-        rank_heartbeat.moved(int(record["step"]), "saving")
+        rank_heartbeat.beat(int(record["step"]), "saving")
         with self.collect_write_errors():
             if self.accelerator.is_main_process:
                 self._create_partial(partial, expected_bytes)
