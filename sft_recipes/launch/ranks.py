@@ -54,7 +54,7 @@ def run_allreduce_test(plan: Plan, result: Path, stop_request: StopRequest, node
 
 
 def follow(nodes: NodeLaunchers, stop_request: StopRequest) -> int:
-    """Run the commands of node 0 until the one to exit; return 0, since node 0 reports the result, or 1 if it is lost."""
+    """Run the commands of node 0 until it sends the one to exit; return 0, or 1 if node 0 is lost."""
     done = 0
     while True:
         if node_command := nodes.next_command(done):
