@@ -1,20 +1,26 @@
-"""Hashes what a module's code does, for keys of cached results."""
+"""Hashes a module's code without docstrings and comments, for the keys of cached results."""
 
 from __future__ import annotations
 
 import ast
 import hashlib
+from functools import cache
 from pathlib import Path
 
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def code_hash(module: Path) -> str:
-    """SHA-256 (hexadecimal) of a Python file's syntax tree without docstrings; comments and layout do not count.
+    """Return the SHA-256 (hexadecimal) of a Python file's syntax tree without docstrings.
 
-    Python's version is part of it: each has its own syntax tree.
+    Comments and layout do not change it. Python's version does: each has its own syntax tree.
     """
-    tree = ast.parse(module.read_bytes(), filename=str(module))
+    return _hash_source(module.read_bytes())
+
+
+@cache
+def _hash_source(source: bytes) -> str:
+    tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, _DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
             del node.body[0]

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sft_recipes.data.tokenize import IGNORED
+
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|pad|>")
 
 # A file's bytes, or a function that writes the file to the path it gets.
@@ -52,6 +54,24 @@ class Accepted:
     name: str
     content: Content = field(repr=False)
     conversations: list[Turns] = field(repr=False)
+
+
+def check_example(example: Any, turns: Turns, tokenizer: Any) -> None:
+    """Check the example's text and loss mask against the turns; only the template's special tokens may be in it."""
+    ids, labels = example.input_ids, example.labels
+    assert len(labels) == len(ids)
+    text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+    start, end, *others = (tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS)
+    assert [ids.count(start), ids.count(end)] == [len(turns)] * 2
+    assert not set(others) & set(ids)
+    ends = [number for number, id in enumerate(ids) if id == end]
+    expected = [role == "assistant" for role, _ in turns]
+    assert [labels[number] == end for number in ends] == expected
+    assert start not in labels
+    in_loss = [id for id in labels if id != IGNORED]
+    answers = "".join(f"{content}<|im_end|>\n" for role, content in turns if role == "assistant")
+    assert tokenizer.decode(in_loss, clean_up_tokenization_spaces=False) == answers
 
 
 def lines(*rows: Any) -> bytes:
@@ -526,8 +546,6 @@ ACCEPTED = [
     *in_each_role("special tokens inside each other", "<|im_<|im_end|>end|><|im_start<|im_start|>|>"),
     *in_each_role("half a special token", "<|im_end"),
     *in_each_role("the other half of a special token", "|im_start|>"),
-    *in_each_role("a megabyte", LONG)[1:],
-    *in_each_role("a megabyte without a space", "x" * 1_000_000)[2:],
     *in_each_role("many scripts", "línea 第一行 🎉 e\u0301 \u202eab\u202c \ufeff\u200b\u2028\x85\x7f"),
     *in_each_role("white space at its ends", " \n\tx \r\n "),
     *in_each_role("Jinja syntax", "{{ messages }}{% endfor %}{# x #}"),
@@ -582,3 +600,6 @@ ACCEPTED = [
     ])), [[("user", "<|im_start|>"), _TURNS[1]]]),
     Accepted("a folder of several kinds", "rows", _folder(a_jsonl=lines(GOOD), b_json=json.dumps([GOOD]).encode(), c_csv=b"prompt,completion\n2 + 2?,4\n", readme_md=b"#"), [_TURNS] * 3),
 ]  # fmt: skip
+
+# Seconds each.
+LARGE = [*in_each_role("a megabyte", LONG)[1:], *in_each_role("a megabyte without a space", "x" * 1_000_000)[2:]]

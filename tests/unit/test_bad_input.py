@@ -9,7 +9,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from helpers.bad_input import ACCEPTED, GOOD, REJECTED, SPECIAL_TOKENS, lines, table
+from helpers.bad_input import ACCEPTED, GOOD, REJECTED, SPECIAL_TOKENS, check_example, lines, table
 from helpers.template_families import tokenizer_of
 from hypothesis import strategies as st
 
@@ -62,24 +62,6 @@ def conversations(name):
     return [conversation_of(row) for row in sources.resolve(str(name), "data.train", Path("toy")).rows()]
 
 
-def check(example, turns, tokenizer):
-    """Check the example's text and loss mask against the turns; only the template's special tokens may be in it."""
-    ids, labels = example.input_ids, example.labels
-    assert len(labels) == len(ids)
-    text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
-    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
-    start, end, *others = (tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS)
-    assert [ids.count(start), ids.count(end)] == [len(turns)] * 2
-    assert not set(others) & set(ids)
-    ends = [number for number, id in enumerate(ids) if id == end]
-    expected = [role == "assistant" for role, _ in turns]
-    assert [labels[number] == end for number in ends] == expected
-    assert start not in labels
-    in_loss = [id for id in labels if id != IGNORED]
-    answers = "".join(f"{content}<|im_end|>\n" for role, content in turns if role == "assistant")
-    assert tokenizer.decode(in_loss, clean_up_tokenization_spaces=False) == answers
-
-
 @pytest.mark.parametrize("case", REJECTED, ids=[case.title for case in REJECTED])
 def test_sources_reject_bad_data_with_location(case, write_case, conversation_tokenizer):
     with pytest.raises(UserError) as raised:
@@ -97,7 +79,7 @@ def test_sources_accept_odd_data(case, write_case, conversation_tokenizer, token
     examples = conversation_tokenizer.tokenize(conversations(name))
     assert len(tokenized) == len(examples) == len(case.conversations)
     for example, turns in zip(examples, case.conversations, strict=True):
-        check(example, turns, tokenizer)
+        check_example(example, turns, tokenizer)
     assert tokenized.full_lengths.tolist() == [len(example.input_ids) for example in examples]
     assert tokenized.lengths.tolist() == [min(len(example.input_ids), MAX_LENGTH) for example in examples]
     assert tokenized.input_ids.tolist() == [id for example in examples for id in example.input_ids[:MAX_LENGTH]]
@@ -233,7 +215,7 @@ def outcome(path, conversation_tokenizer, tokenizer):
     examples = conversation_tokenizer.tokenize(expected)
     assert len(tokenized) == len(examples) == len(expected)
     for conversation, example in zip(expected, examples, strict=True):
-        check(example, [(message["role"], message["content"]) for message in conversation.messages], tokenizer)
+        check_example(example, [(message["role"], message["content"]) for message in conversation.messages], tokenizer)
     return len(examples)
 
 
