@@ -167,24 +167,6 @@ def test_duplicates_are_counted_and_rows_have_their_location(prepared):
     assert [len(row["source"]) for row in rows] == [len(row["seq_lengths"]) for row in rows]
 
 
-def test_prepare_in_several_processes_gives_same_rows(prepared, monkeypatch):
-    from sft_recipes.data import tokenize_rows
-
-    single = prepared(ROWS, validation=HELD_OUT)
-    monkeypatch.setattr(tokenize_rows, "_ROWS_PER_CHUNK", 7)
-    monkeypatch.setattr(prepare, "_cache_key", lambda *_: "again")
-    several = prepared(ROWS, validation=HELD_OUT)
-    assert several.folder != single.folder and several.fingerprint == single.fingerprint
-
-
-def test_prepare_names_first_bad_row_in_several_processes(prepared, monkeypatch):
-    from sft_recipes.data import tokenize_rows
-
-    monkeypatch.setattr(tokenize_rows, "_ROWS_PER_CHUNK", 5)
-    with pytest.raises(UserError, match=r"rows.jsonl:34: turn 2: assistant content: found no text"):
-        prepared([*ROWS[:33], {"prompt": "a", "completion": " "}, *ROWS[33:50], {"prompt": "b"}], validation=HELD_OUT)
-
-
 def test_new_tokens_resize_embeddings(prepared, tmp_path, model_folder, tokenizer):
     template = tmp_path / "mine.jinja"
     template.write_text(
