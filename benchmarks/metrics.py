@@ -131,7 +131,6 @@ def _ours(folder: Path, plan: Any, found: Any) -> Any:
 
     folder.mkdir()
     parts = main.build(plan, RunDir(folder), main.configure(plan, RunDir(folder)), asdict(found))
-    parts.trainer.say = parts.progress.say
     watchers = main.watchers(plan, RunDir(folder), Path(found.folder), parts)
     parts.trainer.add_callbacks([one for one in watchers if type(one).__name__ != "RetentionCallback"])
     return parts.trainer

@@ -419,10 +419,10 @@ def _download(parsed: argparse.Namespace) -> None:
 
 def _merge(parsed: argparse.Namespace) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # merging is on the CPU, and bitsandbytes and peft prefer a visible GPU
-    from sft_recipes.training import lora
+    from sft_recipes.tools import merge_adapters
 
     folder = run_dir.find(parsed.run)
-    _say(f"model      {lora.merge(folder)}, which `make generate` and transformers load")
+    _say(f"model      {merge_adapters.merge(folder)}, which `make generate` and transformers load")
 
 
 def _verify_resume(parsed: argparse.Namespace) -> int:

@@ -41,7 +41,7 @@ POLL_NODES = 1.0
 ALLREDUCE_RENDEZVOUS = 120
 ALLREDUCE_TEST = 180.0
 
-# Trackers: training never waits longer for one.
+# Trackers.
 TRACKER_CONNECT = 3
 TRACKER_INIT = 20
 TRACKER_FINISH = 30

@@ -1,4 +1,4 @@
-"""Low-rank adapters: how the frozen model is loaded, what is added to it, and how the two become one model again."""
+"""Low-rank adapters: how the frozen model is loaded, and what is added to it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,11 @@ from typing import Any
 import torch
 
 from sft_recipes.data import hub, model_files
-from sft_recipes.planner import plan as plans
 from sft_recipes.planner.memory import NF4_BYTES
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime.env import host_memory_bytes
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir, read_json
 from sft_recipes.runtime.units import GIB
-from sft_recipes.training.library_logging import quiet
-
-# Of the largest logit: what rounding explains when an adapter is added to weights of that precision.
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 _LIBRARIES_BYTES = GIB  # of a process that has imported torch, transformers and peft; an estimate
 
@@ -173,82 +167,3 @@ def base_size(folder: Path, trust_remote_code: bool) -> BaseSize:
     layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     adapted = [layer.weight.numel() for layer in layers if layer is not model.get_output_embeddings()]
     return BaseSize(model.num_parameters(), sum(adapted), max(adapted))
-
-
-def merge(folder: RunDir) -> Path:
-    """Writes `merged/`: the best adapters added to the weights that they were trained on, as one plain model.
-
-    Runs on the CPU, so that a model larger than a GPU can be merged. 4-bit weights are dequantized first: the adapters
-    were trained on those, not on the originals.
-
-    Raises:
-        SetupError: the run trained no adapters or has no final model, the host has too little memory, or the merged
-            model's logits differ from the adapted one's.
-    """
-    quiet()
-    plan = plans.read(folder.plan)
-    if plan.method == "full":
-        raise SetupError(f"RUN: {folder.name} trained the whole model, which {folder.final} already is")
-    if not (folder.final / "adapter_config.json").is_file():
-        raise SetupError(
-            f"RUN: {folder.path} has no final adapters yet ({folder.state()}); `make train` goes on with it"
-        )
-    if folder.merged.is_dir():
-        return folder.merged
-    base = base_folder(plan, folder)
-    needed = base_size(base, plan.sections.model.trust_remote_code).merging_bytes(plan)
-    if needed > (host := host_memory_bytes()):
-        raise SetupError(
-            f"RUN: {folder.name} cannot be merged here: found {host / GIB:.1f} GiB of host memory, expected "
-            f"{needed / GIB:.1f} GiB or more. Merge on a larger machine, or use the adapters in {folder.final} as they "
-            f"are: make generate RUN={folder.name}"
-        )
-    merged, said = _merged(plan, base, folder.final)
-    _save_merged(plan, folder, merged)
-    print(f"merged     {folder.merged} ({said})")
-    return folder.merged
-
-
-def _merged(plan: Plan, base_folder: Path, final: Path) -> tuple[Any, str]:
-    """The merged model, and how far its logits are from the adapted one's.
-
-    Raises:
-        SetupError: too far.
-    """
-    from peft import PeftModel
-
-    dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
-    base = load_base(plan, base_folder, dtype, {"": "cpu"})
-    if plan.method == "qlora":
-        base = base.dequantize(dtype)
-    adapted = PeftModel.from_pretrained(base, final, torch_device="cpu").eval()
-    probe = torch.arange(min(64, base.config.vocab_size))[None]
-    with torch.no_grad():
-        before = adapted(input_ids=probe).logits.float()
-        merged = adapted.merge_and_unload()
-        after = merged(input_ids=probe).logits.float()
-    difference, largest = float((after - before).abs().max()), float(before.abs().max())
-    if not difference <= _TOLERANCE[merged.dtype] * largest:
-        raise SetupError(
-            f"RUN: the merged model's logits differ from the adapted one's by {difference:.2g} of {largest:.2g}; "
-            f"nothing was written"
-        )
-    return merged, f"largest logit {largest:.3g}, largest difference by merging {difference:.2g}"
-
-
-def _save_merged(plan: Plan, folder: RunDir, merged: Any) -> None:
-    from transformers import AutoTokenizer, GenerationConfig
-
-    from sft_recipes.training.checkpoint import checkpoint_format
-
-    trust = plan.sections.model.trust_remote_code
-    partial = folder.saving / folder.merged.name
-    merged.generation_config = GenerationConfig.from_pretrained(folder.final)
-    merged.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(folder.final, trust_remote_code=trust).save_pretrained(partial)
-    sealed = {
-        "run_id": plan.run_id,
-        "files": checkpoint_format.compute_checksums(partial, checkpoint_format.list_files(partial)),
-    }
-    checkpoint_format.write_commit_marker(partial, sealed)
-    checkpoint_format.publish(partial, folder.merged, folder.removing)

@@ -18,7 +18,7 @@ from sft_recipes.runtime import env
 from sft_recipes.runtime.errors import UserError
 from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.runtime.units import GIB
-from sft_recipes.tools import generate
+from sft_recipes.tools import generate, merge_adapters
 from sft_recipes.training import lora
 
 ADAPTERS = ("lora.r=4", "trainer.learning_rate=5e-3", "trainer.max_steps=4", "trainer.packing=false")
@@ -108,7 +108,7 @@ def test_the_merged_model_says_what_the_adapted_one_says(shared_workplace, adapt
 
 def test_a_merged_4_bit_run_is_one_plain_16_bit_model(quantized):
     assert manifest(quantized)["dtypes"]["frozen"] == "nf4" and manifest(quantized)["dtypes"]["weights"] == "fp32"
-    lora.merge(RunDir(quantized))
+    merge_adapters.merge(RunDir(quantized))
     merged = load_file(quantized / "merged" / "model.safetensors")
     assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
     config = json.loads((quantized / "merged" / "config.json").read_text())
@@ -151,7 +151,7 @@ def test_a_merge_that_does_not_fit_the_hosts_memory_is_rejected_before_loading(a
     monkeypatch.setattr(lora, "load_base", lambda *_a: pytest.fail("the base model was loaded"))
     shutil.copytree(adapted, tmp_path / "run", ignore=shutil.ignore_patterns("merged"))
     with pytest.raises(UserError, match=r"found 0\.5 GiB of host memory, expected 1\.0 GiB or more"):
-        lora.merge(RunDir(tmp_path / "run"))
+        merge_adapters.merge(RunDir(tmp_path / "run"))
     assert not (tmp_path / "run" / "merged").exists()
 
 
@@ -187,8 +187,8 @@ def test_a_from_scratch_base_that_is_gone_is_named(adapted, tmp_path):
 
 
 def test_a_run_that_trained_the_whole_model_is_not_merged(short_run):
-    with pytest.raises(UserError, match="short trained the whole model"):
-        lora.merge(RunDir(short_run))
+    with pytest.raises(UserError, match="short has no adapters: full fine-tuning"):
+        merge_adapters.merge(RunDir(short_run))
 
 
 def test_saved_adapters_hold_no_embeddings_and_saving_asks_no_hub(model_folder, tmp_path, monkeypatch):
