@@ -1,4 +1,4 @@
-"""The same recipe, seed and data under every engine: the same training, step by step, and the same after a stop.
+"""The same recipe, seed and data under each strategy: the same training, step by step, and the same after a resume.
 
 Slow: `make test-strategies`.
 """
@@ -41,12 +41,12 @@ def check(reference, run, engine, processes, packing, precision):
 
 
 @pytest.mark.parametrize(("engine", "processes"), [*((engine, 2) for engine in SEVERAL), ("ddp", 4)])
-def test_every_engine_follows_one_process_in_fp32(follow, engine, processes):
+def test_strategies_follow_one_process_in_fp32(follow, engine, processes):
     """Of padded rows; packed ones are those in bf16, below."""
     check(follow("single", 1), follow(engine, processes), engine, processes, False, "fp32")
 
 
-def test_adam_on_the_cpu_goes_on_behind_any_step_as_if_it_had_not_stopped():
+def test_cpu_adam_resumes_exactly_after_any_step():
     """Without counting its steps again, weights differ behind 25 of these 59 steps. Here, where the operator has just been
     compiled: another process would wait for that."""
     from types import SimpleNamespace
@@ -77,11 +77,11 @@ def test_adam_on_the_cpu_goes_on_behind_any_step_as_if_it_had_not_stopped():
 
 
 @pytest.mark.parametrize("engine", SEVERAL)
-def test_every_engine_follows_one_process_in_bf16(follow, engine):
+def test_strategies_follow_one_process_in_bf16(follow, engine):
     check(follow("single", 1, True, "bf16"), follow(engine, 2, True, "bf16"), engine, 2, True, "bf16")
 
 
-def test_the_runs_are_what_they_are_meant_to_be(follow):
+def test_compared_runs_have_distinct_rows_and_learn(follow):
     for packing, precision, rows in ((False, "fp32", 83), (True, "bf16", 97)):
         run = follow("single", 1, packing, precision)
         plan = json.loads((run / "plan.json").read_text())
@@ -89,11 +89,11 @@ def test_the_runs_are_what_they_are_meant_to_be(follow):
         assert plan["optimizer_steps"] == (24 if packing else 20) and plan["num_train_epochs"] == 2
         lines = [line for line in metrics(run) if "loss" in line]
         assert len({line["tokens_digest"] for line in lines}) == len(lines)
-        assert lines[-1]["loss"] < lines[0]["loss"] - 1, "it learns, so that a wrong step would show"
+        assert lines[-1]["loss"] < lines[0]["loss"] - 1, "the loss falls, so that a wrong step would show"
 
 
-def test_another_order_of_rows_is_found_out(follow):
-    """The comparison can fail, and finds nothing between two runs of one plan."""
+def test_other_order_of_rows_is_detected(follow):
+    """The comparison can fail, and finds no difference between two runs of one plan."""
     again = follow("single", 1, False, "fp32", "trainer.data_seed=42")
     assert differences(follow("single", 1), again) == {"loss": 0.0, "eval_loss": 0.0, "weight": 0.0}
     other = follow("single", 1, False, "fp32", "trainer.data_seed=43")
@@ -103,44 +103,42 @@ def test_another_order_of_rows_is_found_out(follow):
     assert not digests[0] & digests[1]
 
 
-def signalled(run, process):
-    """Who may be asked to stop: the parent, the launcher below it, a rank."""
+def find_pids(run, process):
+    """Processes that may get a stop signal: the command, the launcher of the ranks, a rank."""
     ranks = {f"rank {rank}": beat.pid for rank, beat in heartbeat.read_heartbeats(RunDir(run).ranks).items()}
-    return {"parent": process.pid, "launcher": launcher_of(RunDir(run).plan), **ranks}
+    return {"command": process.pid, "launcher": launcher_of(RunDir(run).plan), **ranks}
 
 
 @pytest.mark.parametrize(
-    ("engine", "asked", "more"),
+    ("engine", "target", "more"),
     [
-        ("single", "parent", ()), ("ddp", "rank 1", ()), ("zero2", "rank 1", ()), ("zero3", "rank 0", ()),
-        ("zero3_offload", "parent", ()), ("fsdp2", "launcher", ()),
+        ("single", "command", ()), ("ddp", "rank 1", ()), ("zero2", "rank 1", ()), ("zero3", "rank 0", ()),
+        ("zero3_offload", "command", ()), ("fsdp2", "launcher", ()),
         ("zero2", "launcher", ("lora.r=4",)), ("zero3", "rank 1", ("lora.r=4",)),
     ],
 )  # fmt: skip
-def test_stopped_at_half_time_and_resumed_it_ends_as_if_it_had_gone_straight(
-    shared_workplace, follow, data, engine, asked, more
-):
-    """Stopped in the second epoch, so that the order of rows behind a resume is tried too; and saved every 10 steps."""
+def test_stopped_run_resumes_to_the_same_end(shared_workplace, follow, data, engine, target, more):
+    """Stopped in the second epoch, which also checks the order of rows after a resume; saved every 10 steps."""
     count = 1 if engine == "single" else 2
     straight = follow(engine, count, False, "fp32", *more)
     name = f"stopped-{engine}{'-lora' if more else ''}"
-    words = ["tiny", "--name", name, *arguments(data, engine, count, False, "fp32"), *more]
+    options = ["tiny", "--name", name, *arguments(data, engine, count, False, "fp32"), *more]
     run = shared_workplace.runs / name
     process = subprocess.Popen(
-        [sys.executable, "-m", "sft_recipes", "train", *words], cwd=shared_workplace.path,
+        [sys.executable, "-m", "sft_recipes", "train", *options], cwd=shared_workplace.path,
         env=shared_workplace.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     until = time.monotonic() + HANG_SECONDS
     while not ((run / "metrics.jsonl").is_file() and '"step": 12,' in (run / "metrics.jsonl").read_text()):
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < until, "hangs"
+        assert time.monotonic() < until, "timeout"
         time.sleep(0.01)
-    os.kill(signalled(run, process)[asked], signal.SIGTERM)
-    said = process.communicate(timeout=HANG_SECONDS)[0]
-    assert process.returncode == 75, said
+    os.kill(find_pids(run, process)[target], signal.SIGTERM)
+    output = process.communicate(timeout=HANG_SECONDS)[0]
+    assert process.returncode == 75, output
     stopped_at = manifest(run)["steps"]
     assert 12 <= stopped_at < 20
-    done = shared_workplace.sft("train", *words)
+    done = shared_workplace.sft("train", *options)
     assert done.returncode == 0 and f"resuming from checkpoint-{stopped_at}" in done.stdout, done.stdout + done.stderr
     assert max(differences(straight, run).values()) == 0.0
     assert manifest(run)["best_step"] == manifest(straight)["best_step"]
@@ -149,7 +147,7 @@ def test_stopped_at_half_time_and_resumed_it_ends_as_if_it_had_gone_straight(
 
 
 @pytest.mark.parametrize("engine", SEVERAL)
-def test_final_is_whole_and_holds_the_best_steps_weights(follow, engine):
+def test_final_is_complete_and_has_the_best_weights(follow, engine):
     """In plain transformers: no tensor missing, none unexpected, each equal to what the engine had trained."""
     from transformers import AutoModelForCausalLM
 
@@ -167,7 +165,7 @@ def test_final_is_whole_and_holds_the_best_steps_weights(follow, engine):
     ("engine", "quantize"),
     [*((engine, "") for engine in ("ddp", "zero2", "zero3", "fsdp2")), ("ddp", "nf4"), ("zero2", "nf4")],
 )
-def test_adapters_train_alike_under_every_engine(follow, engine, quantize):
+def test_adapters_train_alike_under_each_strategy(follow, engine, quantize):
     """At twice this learning rate bf16's rounding grows to 6e-3 of a loss within the twenty steps."""
     more = (
         "lora.r=4", "trainer.learning_rate=5e-3", f"lora.quantize={quantize}", "trainer.gradient_checkpointing=true",
@@ -179,7 +177,7 @@ def test_adapters_train_alike_under_every_engine(follow, engine, quantize):
     for mine, theirs in zip(left, right, strict=True):
         assert mine["tokens_digest"] == theirs["tokens_digest"]
         assert theirs["loss"] == pytest.approx(mine["loss"], rel=TOLERANCE["bf16"])
-    assert left[-1]["loss"] < left[0]["loss"] - 0.5, "adapters that learn nothing would agree too"
+    assert left[-1]["loss"] < left[0]["loss"] - 0.5, "adapters that do not learn would agree too"
     adapters = load_file(several / "final" / "adapter_model.safetensors")
     assert len(adapters) == 2 * 7 * 2 and all(tensor.abs().sum() > 0 for tensor in adapters.values())
     assert manifest(several)["dtypes"]["frozen"] == (quantize or "bf16")
