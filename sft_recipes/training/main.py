@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sft_recipes.training.checkpoint.resume import ResumePoint
     from sft_recipes.training.nan_guard import DivergedError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("sft_recipes.training.main")  # __name__ is "__main__" in a rank
 
 
 class SaveFailedError(TrainingError):
