@@ -180,7 +180,7 @@ def weights_of(optimizer):
     return [weight.tolist() for group in optimizer.param_groups for weight in group["params"]]
 
 
-def test_what_deepspeed_leaves_wrong_under_zero3_is_put_right():
+def test_fix_loaded_state_restores_groups_and_step_counters():
     """One step counter for all weights, and the first group's settings for every group."""
     straight, loaded = trained([0.1, 0.0]), trained([0.1, 0.0])
     saved = [{key: value for key, value in group.items() if key != "params"} for group in loaded.param_groups]
@@ -205,7 +205,7 @@ class Alone:
         return tensor
 
 
-def test_a_state_that_is_not_the_one_saved_stops_the_start(tmp_path):
+def test_reshard_rejects_state_that_was_not_saved(tmp_path):
     optimizer = trained([0.1, 0.0])
     for number, (weight, state) in enumerate(optimizer.state.items()):
         folder = tmp_path / "zero" / f"weight-{number}"
@@ -215,5 +215,5 @@ def test_a_state_that_is_not_the_one_saved_stops_the_start(tmp_path):
             torch.save({"param": state[name]}, folder / f"{name}.pt")
     reshard.verify_loaded_state(optimizer, tmp_path, Alone())
     state["exp_avg"][3] += 1e-8
-    with pytest.raises(RuntimeError, match="do not hold the state that was saved"):
+    with pytest.raises(RuntimeError, match="the loaded state is not the saved one"):
         reshard.verify_loaded_state(optimizer, tmp_path, Alone())
