@@ -120,7 +120,9 @@ def recipe_keys() -> Iterator[str]:
             rows.append((*row, entries.get(field.name, "")) if entries else row)
         yield table(header, iter(rows))
     yield "### `trainer:`\n\nAny other field of `trl.SFTConfig`, by its own name. Defaults:\n"
-    yield table(("key", "default"), ((f"`trainer.{k}`", f"`{str(v).lower()}`") for k, v in schema.TRAINER_DEFAULTS.items()))
+    yield table(
+        ("key", "default"), ((f"`trainer.{k}`", f"`{str(v).lower()}`") for k, v in schema.TRAINER_DEFAULTS.items())
+    )
     yield "Fields that a recipe may not set, with what sets them:\n"
     yield table(("field", "set by"), ((f"`{k}`", v) for k, v in schema.OWNED_BY_THE_PLAN.items()))
 
@@ -173,11 +175,19 @@ def page() -> str:
     """Return the page."""
     parts = [HEAD, "## Make\n", "```text", *help_lines(), "```\n", "## Commands\n", *commands(cli._parser())]
     parts += ["## Recipe keys\n", *recipe_keys()]
-    parts += ["## Values of `parallelism`\n", table(("value", "sharded"), strategy_rows()), "Details: [strategies](strategies.md).\n"]
+    parts += [
+        "## Values of `parallelism`\n",
+        table(("value", "sharded"), strategy_rows()),
+        "Details: [strategies](strategies.md).\n",
+    ]
     parts += ["## Exit codes\n", table(("code", "meaning"), exit_codes())]
     parts += ["Make itself exits with 0 or 2 only; call `python -m sft_recipes` where the code matters.\n"]
     parts += ["## Run directory\n", "In `runs/NAME/`, or `$RUNS_DIR/NAME/`:\n", table(("name", "content"), run_files())]
-    parts += ["## `plan --json`\n", "Fields:\n", ", ".join(f"`{f.name}`" for f in dataclasses.fields(plans.Plan)) + ".\n"]
+    parts += [
+        "## `plan --json`\n",
+        "Fields:\n",
+        ", ".join(f"`{f.name}`" for f in dataclasses.fields(plans.Plan)) + ".\n",
+    ]
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -186,7 +196,10 @@ def main(arguments: list[str]) -> int:
     if "--check" in arguments:
         if PAGE.read_text(encoding="utf-8") == page():
             return 0
-        print(f"docs/reference.md is stale: run .venv/bin/python {Path(__file__).relative_to(REPOSITORY)}", file=sys.stderr)
+        print(
+            f"docs/reference.md is stale: run .venv/bin/python {Path(__file__).relative_to(REPOSITORY)}",
+            file=sys.stderr,
+        )
         return 1
     PAGE.write_text(page(), encoding="utf-8")
     return 0

@@ -14,6 +14,14 @@ from sft_recipes.runtime.errors import SetupError
 
 EXIT_FAULT, EXIT_USER, EXIT_DIVERGED, EXIT_NO_PROGRESS = 1, 2, 3, 4
 EXIT_STOPPED = 75  # saved, not finished: the same command goes on
+EXIT_CODES = {  # docs/reference.md lists them
+    0: "finished",
+    1: "error; a failed sanity check; an error found by `diagnose` or `doctor`",
+    2: "wrong input; no optimizer step was taken",
+    3: "diverged: NaN/Inf loss or gradient, or an alert in `monitor.stop_on`",
+    4: "three attempts without progress (no new checkpoint)",
+    75: "stopped early with a complete checkpoint; the same command resumes",
+}
 FINGERPRINTED_STEPS = 2  # behind each save: the second needs the optimizer's state of the first too
 
 
