@@ -19,7 +19,7 @@ HARDWARE = $${GPUS:+--gpus "$$GPUS"} $${NODES:+--nodes "$$NODES"} $${PROCESSES:+
 	$${GPU_TYPE:+--gpu-type "$$GPU_TYPE"}
 OVERRIDES = $${DATA:+"data.train=$$DATA"} $${VALIDATION:+"data.validation=$$VALIDATION"} $${ARGS:-}
 
-.PHONY: help setup flash-attn image smoke doctor recipes plan schedules inspect download sanity train verify-resume diagnose report status slurm tensorboard generate merge test test-unit test-fake-gpus test-strategies test-container test-slurm test-cuda-build chaos bench test-latest lint lock
+.PHONY: help setup flash-attn image smoke doctor recipes plan schedules inspect download sanity train verify-resume diagnose report status slurm tensorboard generate merge test test-unit test-fake-gpus test-strategies test-container test-slurm test-cuda-build chaos bench test-latest docs lint lock
 
 help: ## print this list
 	@echo 'Usage: make TARGET [VARIABLE=value ...], for example: make train RECIPE=8b GPUS=8'
@@ -159,13 +159,25 @@ test-latest: ## recipe tests with the latest package versions, in .venv-latest
 	@.venv-latest/bin/python -m pytest tests/unit/test_schema.py tests/unit/test_shipped_recipes.py tests/unit/test_trainer.py \
 		tests/strategies/test_recipes_train.py
 
-lint: setup ## ruff, mypy, shellcheck, hadolint
+# In its own environment: the locked packages of the site are not needed to train.
+docs: setup ## build the documentation as a site in .site/; broken links fail
+	@cmp -s requirements/docs.txt .venv-docs/docs.txt || { rm -rf .venv-docs; $(PYTHON) -m venv .venv-docs; \
+		.venv-docs/bin/python -m pip install --quiet --require-hashes -r requirements/docs.txt; cp requirements/docs.txt .venv-docs; }
+	@NO_MKDOCS_2_WARNING=true .venv-docs/bin/python -m mkdocs build --strict --quiet
+
+# Everything is to be free of replaced phrases; what follows is already.
+CHECKED_TERMS := README.md CONTRIBUTING.md docs docker/README.md slurm/README.md .github
+
+lint: setup ## ruff, mypy, shellcheck, hadolint, replaced phrases, stale reference, links of the documentation
 	@$(PYTHON) -m ruff format --check .
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m mypy
 	@shopt -s nullglob; if [ -x $(VENV)/bin/shellcheck ]; then \
 		$(VENV)/bin/shellcheck requirements/*.sh slurm/*.sh docker/*.sh docker/portable-cxx benchmarks/*.sh benchmarks/peers/*.sh .ci/run .ci/fresh-machine; fi
 	@$(VENV)/bin/hadolint docker/Dockerfile
+	@$(PYTHON) docs/scripts/check_terms.py $(CHECKED_TERMS)
+	@$(PYTHON) docs/scripts/write_reference.py --check
+	@$(MAKE) --no-print-directory docs
 
 lock: ## resolve requirements/requirements.in again (needs uv)
 	@requirements/lock.sh

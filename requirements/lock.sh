@@ -34,3 +34,6 @@ if grep -E '^torch==' cpu.txt | grep -vqE "^$torch(\+cpu)? "; then
     echo "lock.sh: cpu.txt is not for $torch; write its new version and hashes by hand" >&2
     exit 1
 fi
+
+uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+    --default-index https://pypi.org/simple "$@" --output-file docs.txt docs.in # for `make docs`

@@ -115,12 +115,16 @@ def printed(*words):
     return "".join(f"    {line.rstrip()}\n" for line in done.stdout.splitlines())
 
 
-TABLES = (("recipes",), ("plan", "8b", "--gpus", "1,2,4,8,16", "--gpu-type", "a100-80g"))
+TABLES = {  # page: command whose output is between the markers
+    "README.md": ("recipes",),
+    "docs/recipes.md": ("plan", "8b", "--gpus", "1,2,4,8,16", "--gpu-type", "a100-80g"),
+}
+BEGIN, END = "tests/unit/test_shipped_recipes.py writes this -->\n", "\n<!-- end of the"
 
 
-@pytest.mark.parametrize("words", TABLES, ids=["recipes", "comparison"])
-def test_the_readmes_tables_are_what_the_commands_print(words):
-    assert printed(*words) in (REPOSITORY / "README.md").read_text()
+@pytest.mark.parametrize(("page", "words"), TABLES.items(), ids=["recipes", "comparison"])
+def test_tables_of_the_pages_are_what_the_commands_print(page, words):
+    assert f"{BEGIN}\n{printed(*words)}{END}" in (REPOSITORY / page).read_text(), f"run python {__file__}"
 
 
 def test_the_models_of_the_documentation_are_the_recipes():
@@ -174,10 +178,9 @@ def test_every_engine_of_the_plan_has_its_files():
 
 if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
-    readme = REPOSITORY / "README.md"
-    for table in TABLES:
-        header = printed(*table).splitlines()[0].split()[:2]
-        old = re.search(rf"( {{4}}{header[0]} +{header[1]} .*\n(?: {{4}}.*\n)+)", readme.read_text())
-        readme.write_text(readme.read_text().replace(old[1], printed(*table)))
+    for name, command in TABLES.items():
+        page = REPOSITORY / name
+        head, _, rest = page.read_text().partition(BEGIN)
+        page.write_text(f"{head}{BEGIN}\n{printed(*command)}{END}{rest.partition(END)[2]}")
     for recipe_name in NAMES:
         (GOLDEN / f"{recipe_name}.json").write_text(json.dumps(resolved(recipe_name), indent=2) + "\n")
