@@ -22,7 +22,7 @@ EXEMPTION = "language: ok"  # at the end of a line
 EXCLUDED = re.compile(
     r"LICENSE|requirements/.*\.txt|.*\.(json|jsonl|svg|png|lock|jinja)|docs/CHAOS\.md|docs/design/glossary\.md"
 )
-RELEASED = re.compile(r"## \[?v?\d")  # a released version's heading in CHANGELOG.md: what follows is history
+NEXT_HEADING = re.compile(r"^## (?!Unreleased)", re.M)  # in CHANGELOG.md: everything from there on is history
 
 
 def read_terms(glossary: str) -> list[tuple[re.Pattern[str], str]]:
@@ -57,8 +57,8 @@ def read_text(path: str) -> str:
         text = (REPOSITORY / path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return ""
-    if path == "CHANGELOG.md" and (released := RELEASED.search(text)):
-        return text[: released.start()]
+    if path == "CHANGELOG.md" and (history := NEXT_HEADING.search(text)):
+        return text[: history.start()]
     return text
 
 
