@@ -172,7 +172,7 @@ def test_truncated_checkpoint_fails_checkpoint_check(tmp_path, trial_of_few_rows
     monkeypatch.setattr(checkpoint_format, "write_commit_marker", truncate)
     results = run_in_process(tmp_path, *trial_of_few_rows, monkeypatch)
     assert {name for name, check in results.items() if check.passed is False} == {"checkpoint"}
-    assert "checkpoint-10: optimizer.pt has 1000 bytes" in results["checkpoint"].detail
+    assert "checkpoint-10: size mismatch in optimizer.pt: found 1000 bytes" in results["checkpoint"].detail
 
 
 def test_lost_optimizer_state_fails_checkpoint_check(tmp_path, trial_of_few_rows, monkeypatch):
