@@ -1,4 +1,4 @@
-"""The CUDA lock on a machine without a driver: everything that it installs can be imported, and so can this project."""
+"""The CUDA lock on a machine without a driver: all installed packages and all modules of this project can be imported."""
 
 import subprocess
 import sys
@@ -12,11 +12,11 @@ import torch
 import sft_recipes
 from sft_recipes.tools.doctor import locked
 assert torch.version.cuda is not None and not torch.cuda.is_available()
-wanted = {name.lower().replace("_", "-") for name in locked("cuda")}
+locked_names = {name.lower().replace("_", "-") for name in locked("cuda")}
 names = {
     module for module, packages in importlib.metadata.packages_distributions().items()
     if module.isidentifier() and not module.startswith("_")
-    and any(package.lower().replace("_", "-") in wanted for package in packages)
+    and any(package.lower().replace("_", "-") in locked_names for package in packages)
 }
 names |= {module.name for module in pkgutil.walk_packages(sft_recipes.__path__, "sft_recipes.")}
 names -= {name for name in names if name.endswith("__main__")}
@@ -30,7 +30,7 @@ print(len(names), "modules", *failed, sep="\\n")
 """
 
 
-def test_everything_is_imported_without_a_driver():
+def test_every_module_imports_without_a_driver():
     done = subprocess.run(
         [sys.executable, "-c", IMPORT], cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=900
     )
@@ -40,7 +40,7 @@ def test_everything_is_imported_without_a_driver():
     assert int(lines[count]) > 150 and lines[count + 2 :] == []
 
 
-def test_the_build_of_torch_is_the_one_for_cuda_that_the_lock_names():
+def test_torch_is_the_locked_cuda_build():
     import torch
 
     locked = (REPOSITORY / "requirements" / "cuda.txt").read_text()

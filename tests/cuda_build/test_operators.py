@@ -1,5 +1,5 @@
-"""DeepSpeed's operators as the image's builder compiles them, and flash-attn's sources with its own setup.py, by nvcc from
-the package index."""
+"""Compile DeepSpeed's operators as the image does, and flash-attn's sources with its setup.py, with nvcc from the package
+index."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from helpers import cuda_toolkit
 from helpers.workplace import REPOSITORY
 
 VENV = Path(sys.prefix)
-# Loads both extension modules without a GPU, and takes a step of the one for the CPU next to torch's own AdamW.
+# Loads both extension modules without a GPU, and compares steps of CPU Adam with torch's AdamW.
 LOAD = """
 import importlib.util, pathlib, deepspeed, torch
 folder = pathlib.Path(deepspeed.__file__).parent
 def load(name):
     (file,) = folder.rglob(f"{name}.*so")
-    described = importlib.util.spec_from_file_location(name, file)
-    module = importlib.util.module_from_spec(described)
-    described.loader.exec_module(module)
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module, file
 fused, file = load("fused_adam_op")
 assert callable(fused.multi_tensor_adam)
@@ -30,17 +30,17 @@ print(file)
 adam, _ = load("cpu_adam_op")
 torch.manual_seed(0)
 weights, gradients = torch.randn(1000), torch.randn(1000)
-ours, moments = weights.clone(), (torch.zeros(1000), torch.zeros(1000))
+deepspeed_weights, moments = weights.clone(), (torch.zeros(1000), torch.zeros(1000))
 adam.create_adam(0, 1e-3, 0.9, 0.95, 1e-8, 0.1, True, False)
-theirs = torch.nn.Parameter(weights.clone())
-optimizer = torch.optim.AdamW([theirs], lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+torch_weights = torch.nn.Parameter(weights.clone())
+optimizer = torch.optim.AdamW([torch_weights], lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
 for step in (1, 2, 3):
-    adam.adam_update(0, step, 1e-3, 0.9, 0.95, 1e-8, 0.1, True, ours, gradients, *moments)
-    theirs.grad = gradients.clone()
+    adam.adam_update(0, step, 1e-3, 0.9, 0.95, 1e-8, 0.1, True, deepspeed_weights, gradients, *moments)
+    torch_weights.grad = gradients.clone()
     optimizer.step()
-print(float((ours - theirs).abs().max()))
+print(float((deepspeed_weights - torch_weights).abs().max()))
 """
-# Runs flash-attn's setup.py with a few of its sources, so that flags, include paths and linking are its own.
+# Runs flash-attn's setup.py with a few of its sources: flags, include paths and linking are those of a complete build.
 SETUP = """
 import runpy, sys
 import torch.utils.cpp_extension as extension
@@ -53,8 +53,8 @@ extension.CUDAExtension = chosen
 sys.argv[1:] = ["build_ext", "--build-lib", sys.argv[1], "--build-temp", sys.argv[1] + "/temp"]
 runpy.run_path("setup.py", run_name="__main__")
 """
-# The C++ side, which calls torch, and the forward kernel of causal attention in bf16 for the narrowest heads, which is
-# the fastest to compile of those that training takes.
+# The C++ file that calls torch, and the forward kernel of causal attention in bf16 with the smallest head dimension, the
+# fastest to compile of those that training uses.
 SOURCES = ("csrc/flash_attn/flash_api.cpp", "csrc/flash_attn/src/flash_fwd_hdim32_bf16_causal_sm80.cu")
 
 
@@ -70,17 +70,17 @@ def run(command, folder, **variables):
     return done
 
 
-def test_the_compiler_is_the_locked_one(tmp_path):
+def test_nvcc_is_the_locked_version(tmp_path):
     environment = cuda_toolkit.environment(tmp_path)
     assert shutil.which("nvcc", path=environment["PATH"]) == str(cuda_toolkit.HOME / "bin" / "nvcc")
     locked = (REPOSITORY / "requirements" / "nvcc.txt").read_text()
     version = locked.partition("nvidia-cuda-nvcc==")[2].split()[0]
     assert f"V{version}" in run(["nvcc", "--version"], tmp_path).stdout
-    asked = "from torch.utils.cpp_extension import CUDA_HOME; print(CUDA_HOME)"
-    assert run([sys.executable, "-c", asked], tmp_path).stdout.strip() == str(cuda_toolkit.HOME)
+    program = "from torch.utils.cpp_extension import CUDA_HOME; print(CUDA_HOME)"
+    assert run([sys.executable, "-c", program], tmp_path).stdout.strip() == str(cuda_toolkit.HOME)
 
 
-def test_deepspeeds_operators_compile_and_load_without_a_driver(tmp_path):
+def test_deepspeed_operators_compile_and_load(tmp_path):
     run([REPOSITORY / "docker" / "operators.sh", VENV], tmp_path, TORCH="cuda", CUDA_ARCHITECTURES="")
     file, error = run([sys.executable, "-c", LOAD], tmp_path, DS_ACCELERATOR="cpu").stdout.splitlines()[-2:]
     assert cuda_toolkit.architectures(Path(file)) == {"sm_80", "sm_90"}
@@ -89,11 +89,20 @@ def test_deepspeeds_operators_compile_and_load_without_a_driver(tmp_path):
 
 @pytest.fixture(scope="module")
 def flash_attn(tmp_path_factory):
-    """The locked source of flash-attn, its hash checked by pip."""
+    """Download and unpack the locked source of flash-attn; pip checks its hash."""
     folder = tmp_path_factory.mktemp("flash-attn")
     locked = REPOSITORY / "requirements" / "flash-attn.txt"
-    get = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation", "--require-hashes"]
-    run([*get, "--dest", folder, "-r", locked], folder, FLASH_ATTENTION_SKIP_CUDA_BUILD="TRUE")
+    download = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--require-hashes",
+    ]
+    run([*download, "--dest", folder, "-r", locked], folder, FLASH_ATTENTION_SKIP_CUDA_BUILD="TRUE")
     (archive,) = folder.glob("flash_attn-*.tar.gz")
     with tarfile.open(archive) as packed:
         packed.extractall(folder, filter="data")
@@ -101,12 +110,12 @@ def flash_attn(tmp_path_factory):
 
 
 def test_flash_attn_compiles_for_the_mapped_architecture(flash_attn, tmp_path):
-    """For an RTX 4090, whose own name flash-attn drops."""
+    """For an RTX 4090, whose own architecture flash-attn drops."""
     mapped = run([REPOSITORY / "requirements" / "flash-attn-archs.sh", "8.9"], tmp_path).stdout.strip()
     setup = tmp_path / "build.py"
     setup.write_text(SETUP.replace("{kept}", repr(SOURCES)).replace("{count}", str(len(SOURCES))))
     variables = {"FLASH_ATTENTION_FORCE_BUILD": "TRUE", "FLASH_ATTN_CUDA_ARCHS": mapped, "NVCC_THREADS": "1"}
-    # No TORCH_CUDA_ARCH_LIST: flash-attn's own flags must be enough where no GPU is visible.
+    # No TORCH_CUDA_ARCH_LIST: flash-attn's flags must be enough without a visible GPU.
     run(["env", "-C", flash_attn, sys.executable, setup, tmp_path / "built"], tmp_path, **variables)
     (library,) = (tmp_path / "built").glob("flash_attn_2_cuda*.so")
     assert cuda_toolkit.architectures(library) == {"sm_80"}

@@ -17,7 +17,7 @@ from trl.kernels import chunked_logprob
 
 INTEGERS = {"mm_stride", "vocab_start", "n_cols"}
 POINTERS = {"mm_ptr": "*bf16", "targets_ptr": "*i64"}
-# What SFT's loss asks for, and everything that the kernels can do.
+# The options of the SFT loss, and all options of the kernels.
 FORWARD = {"ENTROPY": True, "LOG_SUM_SQ_PROBS": False, "MEAN_LOGITS": False, "IS_TOP1": True, "SOFTCAP": False}
 BACKWARD = {"LOGPROB_GRAD": True, "ENTROPY_GRAD": False, "SOFTCAP": False}
 KERNELS = {
@@ -29,7 +29,7 @@ KERNELS = {
 
 
 def source(kernel, flags):
-    """The kernel with the types that its caller passes on a GPU."""
+    """Return the kernel with the types that its caller passes on a GPU."""
     constants = {f"HAS_{name}": value for name, value in flags.items()} | {"BLOCK_SIZE": chunked_logprob._BLOCK_SIZE}
     types = {}
     for parameter in kernel.params:
@@ -39,26 +39,26 @@ def source(kernel, flags):
             types[parameter.name] = POINTERS.get(parameter.name, "*fp32")
         else:
             types[parameter.name] = "i32" if parameter.name in INTEGERS else "fp32"
-    positions = {(at,): constants.pop(p.name) for at, p in enumerate(kernel.params) if p.is_constexpr}
+    positions = {(index,): constants.pop(p.name) for index, p in enumerate(kernel.params) if p.is_constexpr}
     assert not constants, f"the kernel has no {constants}"
     return ASTSource(fn=kernel, signature=types, constexprs=positions)
 
 
 @pytest.mark.parametrize("architecture", [80, 89, 90, 100, 120])
 @pytest.mark.parametrize("name", KERNELS)
-def test_the_loss_kernels_compile_to_machine_code(name, architecture, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))  # nothing that was compiled before
+def test_loss_kernels_compile_to_machine_code(name, architecture, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))  # without earlier builds
     compiled = triton.compile(source(*KERNELS[name]), target=GPUTarget("cuda", architecture, 32))
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     listed = subprocess.run([cuda_toolkit.CUOBJDUMP, "-elf", cubin], capture_output=True, text=True, check=True).stdout
     assert f"sm_{architecture}" in listed and KERNELS[name][0].__name__ in listed
-    assert compiled.metadata.shared < 48 * 1024, "more shared memory than a block gets without asking"
+    assert compiled.metadata.shared < 48 * 1024, "more shared memory than a block gets by default"
 
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """Results by case of interpret.py, a separate process because Triton decides at import whether it compiles."""
+    """Return the results of triton_interpreter.py, a separate process: Triton selects its mode at import."""
     script = HELPERS / "triton_interpreter.py"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
@@ -75,7 +75,7 @@ def interpreted():
         ("bfloat16, softcap None", 5e-2, 2e-2),  # the logits are rounded to 2^-8 of values up to about 6
     ],
 )
-def test_the_loss_kernels_give_what_float64_gives(interpreted, case, both, outputs, gradients):
+def test_loss_kernels_match_float64(interpreted, case, both, outputs, gradients):
     result = interpreted[f"{case}, {both}"]
     assert result["launches"] == {"_forward_kernel": 3, "_backward_kernel": 3}, "three chunks of the vocabulary"
     errors = result["errors"]

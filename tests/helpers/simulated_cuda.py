@@ -1,5 +1,5 @@
-"""Prints what the libraries make of plans for GPUs, as JSON, with CUDA simulated: the launches by accelerate and
-torchrun, SFTConfig, and the configuration that DeepSpeed resolves.
+"""Print as JSON, for plans on GPUs and with CUDA simulated: the launches by accelerate and torchrun, SFTConfig, and the
+configuration that DeepSpeed resolves.
 
 A separate program, because the simulation replaces functions of torch.cuda for the whole process.
 
@@ -25,17 +25,17 @@ from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Plan, Topology
 from sft_recipes.runtime.run_dir import RunDir
 
-ENGINES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
-MEETING = "10.0.0.1"
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
+LEADER_ADDRESS = "10.0.0.1"
 PORT = 15001
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A plan on GPUs, and which of its nodes starts its ranks."""
+    """A plan on GPUs, and the node whose launch is simulated."""
 
     recipe: str
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
     gpus: int
     nodes: int
     node: int = 0
@@ -43,10 +43,12 @@ class Case:
 
     @property
     def name(self) -> str:
-        return " ".join([self.recipe, *self.words, f"{self.gpus}x{self.nodes}", f"node{self.node}", self.devices or ""])
+        return " ".join(
+            [self.recipe, *self.overrides, f"{self.gpus}x{self.nodes}", f"node{self.node}", self.devices or ""]
+        )
 
     def plan(self) -> Plan:
-        recipe = loader.load(self.recipe, self.words)
+        recipe = loader.load(self.recipe, self.overrides)
         gpu_type = recipe.hardware.gpu_type or "h100-80g"
         return plans.make(recipe, Topology(self.gpus, self.gpus, self.nodes, gpu_type, self.devices))
 
@@ -54,34 +56,34 @@ class Case:
 def cases() -> list[Case]:
     """Every recipe on its own hardware, and every strategy on one GPU, on one node and on two."""
     hardware = {name: loader.load(name).hardware for name in loader.names()}
-    own = [Case(name, (), found.gpus, found.nodes) for name, found in hardware.items() if found.gpus]
+    own = [Case(name, (), planned.gpus, planned.nodes) for name, planned in hardware.items() if planned.gpus]
     strategies = [
-        Case("8b", (f"parallelism={engine}",), *size) for engine in ENGINES for size in ((8, 1), (16, 2, 0), (16, 2, 1))
+        Case("8b", (f"parallelism={name}",), *size) for name in STRATEGIES for size in ((8, 1), (16, 2, 0), (16, 2, 1))
     ]
-    one_gpu = [Case("1b", (f"parallelism={engine}",), 1, 1) for engine in ("single", "zero2", "fsdp2")]
+    one_gpu = [Case("1b", (f"parallelism={name}",), 1, 1) for name in ("single", "zero2", "fsdp2")]
     return [*own, *strategies, *one_gpu, Case("1b", (), 1, 1, devices="2"), Case("1b", (), 2, 1, devices="0,2")]
 
 
 def simulate() -> None:
-    """Replace what the libraries ask of torch.cuda by the answers of a machine with H100s."""
+    """Replace functions of torch.cuda by the results of a machine with H100s."""
     properties = types.SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0, total_memory=80 * 2**30)
-    answers = {
+    results = {
         "is_available": True, "device_count": 1, "is_bf16_supported": True, "set_device": None, "current_device": 0,
         "get_device_capability": (9, 0), "get_device_name": properties.name, "get_device_properties": properties,
     }  # fmt: skip
-    for name, answer in answers.items():
-        setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    for name, result in results.items():
+        setattr(torch.cuda, name, lambda *_, result=result, **__: result)
 
 
 def launch(plan: Plan, folder: RunDir, node: int) -> dict[str, Any]:
-    """What accelerate's own program hands to torchrun, or to the one process that it starts."""
+    """Return what accelerate's launcher passes to torchrun, or to the one process that it starts."""
     import accelerate.commands.launch as program
     from torch.distributed import run as torchrun
 
     caught: dict[str, Any] = {}
 
-    def catch_torchrun(arguments: Any) -> None:
-        config, _, words = torchrun.config_from_args(arguments)
+    def catch_torchrun(parsed: Any) -> None:
+        config, _, arguments = torchrun.config_from_args(parsed)
         caught.update(
             nodes=[config.min_nodes, config.max_nodes],
             ranks_per_node=config.nproc_per_node,
@@ -89,21 +91,21 @@ def launch(plan: Plan, folder: RunDir, node: int) -> dict[str, Any]:
             rendezvous=[config.rdzv_backend, config.rdzv_endpoint],
             restarts=config.max_restarts,
             shutdown_timeout=config.shutdown_timeout,
-            words=words,
+            arguments=arguments,
             environment=dict(os.environ),
         )
 
-    def catch_process(words: list[str], env: dict[str, str]) -> Any:
-        caught.update(words=words[1:], environment=env)
+    def catch_process(arguments: list[str], env: dict[str, str]) -> Any:
+        caught.update(arguments=arguments[1:], environment=env)
         return types.SimpleNamespace(wait=lambda: None, returncode=0)
 
     command.write_accelerate_config(plan, folder)
-    meeting = command.Rendezvous(MEETING, PORT, node) if plan.nodes > 1 else None
-    words = command.launch(plan, folder, "run", meeting)
+    meeting = command.Rendezvous(LEADER_ADDRESS, PORT, node) if plan.nodes > 1 else None
+    command_line = command.launch(plan, folder, "run", meeting)
     before, torchrun.run = torchrun.run, catch_torchrun
     program.subprocess = types.SimpleNamespace(Popen=catch_process)  # type: ignore[attr-defined]
     with _environment(command.environment(plan, os.environ)):
-        sys.argv = ["accelerate-launch", *words[words.index("sft_recipes.training.rank_launcher") + 1 :]]
+        sys.argv = ["accelerate-launch", *command_line[command_line.index("sft_recipes.training.rank_launcher") + 1 :]]
         program.main()
     torchrun.run = before
     return caught
@@ -121,18 +123,18 @@ def _environment(variables: dict[str, str]) -> Any:
 
 
 def arguments(config: Any) -> dict[str, Any]:
-    """Those that decide what is computed on a GPU, and how."""
+    """Return the arguments that affect computation on a GPU."""
     names = (
         "bf16", "fp16", "use_cpu", "n_gpu", "tf32", "optim", "mixed_precision", "dataloader_pin_memory",
         "gradient_checkpointing", "activation_checkpointing", "activation_checkpointing_kwargs", "torch_compile",
         "per_device_train_batch_size", "gradient_accumulation_steps", "ddp_find_unused_parameters", "max_grad_norm",
     )  # fmt: skip
-    found = {name: getattr(config, name) for name in names}
-    return {**found, "optim": str(config.optim.value), "device": str(config.device)}
+    values = {name: getattr(config, name) for name in names}
+    return {**values, "optim": str(config.optim.value), "device": str(config.device)}
 
 
 def deepspeed(plan: Plan, config: Any, file: str) -> dict[str, Any]:
-    """DeepSpeed's configuration once transformers has filled in the file that the launch names."""
+    """Return DeepSpeed's configuration after transformers has filled in the file of the launch."""
     import deepspeed.comm as dist
     from deepspeed.runtime.config import DeepSpeedConfig
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
@@ -148,23 +150,23 @@ def deepspeed(plan: Plan, config: Any, file: str) -> dict[str, Any]:
     text = types.SimpleNamespace(hidden_size=plan.sections.model.architecture["hidden_size"])
     filled.trainer_config_finalize(OfAllRanks(), types.SimpleNamespace(config=text), plan.optimizer_steps or 100)
     dist.get_world_size, dist.get_rank = lambda *_: plan.world_size, lambda *_: 0
-    found = DeepSpeedConfig(filled.config)
-    zero = found.zero_config
+    resolved = DeepSpeedConfig(filled.config)
+    zero = resolved.zero_config
     return {
-        "train_batch": found.train_batch_size,
-        "micro_batch": found.train_micro_batch_size_per_gpu,
-        "accumulation": found.gradient_accumulation_steps,
-        "bf16": found.bfloat16_config.enabled,
-        "fp16": found.float16_config.enabled,
-        "clipping": found.gradient_clipping,
-        "accumulation_dtype": found.grad_accum_dtype,
-        "communication_dtype": str(found.communication_data_type),
+        "train_batch": resolved.train_batch_size,
+        "micro_batch": resolved.train_micro_batch_size_per_gpu,
+        "accumulation": resolved.gradient_accumulation_steps,
+        "bf16": resolved.bfloat16_config.enabled,
+        "fp16": resolved.float16_config.enabled,
+        "clipping": resolved.gradient_clipping,
+        "accumulation_dtype": resolved.grad_accum_dtype,
+        "communication_dtype": str(resolved.communication_data_type),
         "stage": int(zero.stage),
         "overlaps": zero.overlap_comm,
         "reduce_bucket": int(zero.reduce_bucket_size),
         "gather_bucket": int(zero.allgather_bucket_size),
         "prefetch_bucket": int(zero.prefetch_bucket_size),
-        "kept_whole_below": int(zero.param_persistence_threshold),
+        "persistence_threshold": int(zero.param_persistence_threshold),
         "offload_pinned": zero.offload_optimizer.pin_memory if zero.offload_optimizer else None,
         "gathers_on_save": zero.gather_16bit_weights_on_model_save,
     }
@@ -175,17 +177,17 @@ def main(place: Path) -> dict[str, Any]:
     from sft_recipes.training import trainer  # first: bitsandbytes does not load where CUDA is only simulated
 
     simulate()
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for number, case in enumerate(cases()):
         plan, folder = case.plan(), RunDir(place / str(number))
         folder.path.mkdir()
         launched = launch(plan, folder, case.node)
         config = trainer.sft_config(plan, folder)
-        found[case.name] = {"launch": launched, "arguments": arguments(config)}
+        results[case.name] = {"launch": launched, "arguments": arguments(config)}
         if plan.parallelism.startswith("zero"):
             file = launched["environment"]["ACCELERATE_DEEPSPEED_CONFIG_FILE"]
-            found[case.name]["deepspeed"] = deepspeed(plan, config, file)
-    return found
+            results[case.name]["deepspeed"] = deepspeed(plan, config, file)
+    return results
 
 
 if __name__ == "__main__":

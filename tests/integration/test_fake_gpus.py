@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.simulated_cuda import ENGINES, cases
+from helpers.simulated_cuda import STRATEGIES, cases
 from helpers.workplace import HANG_SECONDS, HELPERS, REPOSITORY
 
 from sft_recipes import cli
@@ -276,14 +276,14 @@ def test_every_recipe_and_strategy_is_a_case():
     plans_ = [case.plan() for case in cases()]
     assert {plan.recipe for plan in plans_} >= set(ON_GPUS)
     for nodes in (1, 2):
-        assert {plan.parallelism for plan in plans_ if plan.nodes == nodes} >= set(ENGINES)
+        assert {plan.parallelism for plan in plans_ if plan.nodes == nodes} >= set(STRATEGIES)
 
 
 @CASES
 def test_launch_matches_the_plan(simulated, case):
     plan, launched = case.plan(), simulated[case.name]["launch"]
     variables = launched["environment"]
-    assert launched["words"][-3:-1] == ["-m", "sft_recipes.training.main"]
+    assert launched["arguments"][-3:-1] == ["-m", "sft_recipes.training.main"]
     if plan.parallelism == "single":
         assert "rendezvous" not in launched and variables["ACCELERATE_USE_CPU"] == "False"
     else:
@@ -349,6 +349,6 @@ def test_deepspeed_configuration_matches_the_plan(simulated, case):
         "bf16": True, "fp16": False, "accumulation_dtype": "fp32", "communication_dtype": "torch.float32",
         "stage": stage, "overlaps": True, "reduce_bucket": 200_000_000,
         "gather_bucket": 200_000_000 if stage < 3 else 500_000_000,  # for stage 3 the default, which DeepSpeed does not use
-        "prefetch_bucket": 50_000_000, "kept_whole_below": 100_000, "gathers_on_save": stage == 3,
+        "prefetch_bucket": 50_000_000, "persistence_threshold": 100_000, "gathers_on_save": stage == 3,
         "offload_pinned": True if plan.parallelism == "zero3_offload" else None,
     }  # fmt: skip

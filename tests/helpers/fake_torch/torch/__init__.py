@@ -1,4 +1,4 @@
-"""Answers like a build of PyTorch that the FAKE_TORCH_* variables describe, as far as `training/examine.py cuda` asks."""
+"""A fake PyTorch build with the properties in the FAKE_TORCH_* variables, for `training/torch_probe.py cuda`."""
 
 import os
 import warnings
