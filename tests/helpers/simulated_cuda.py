@@ -1,7 +1,7 @@
 """Print as JSON, for plans on GPUs and with CUDA simulated: the launches by accelerate and torchrun, SFTConfig, and the
 configuration that DeepSpeed resolves.
 
-A separate program, because the simulation replaces functions of torch.cuda for the whole process.
+A separate program, because the simulation replaces functions of torch.cuda for the entire process.
 
     python tests/helpers/simulated_cuda.py FOLDER
 """

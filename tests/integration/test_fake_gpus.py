@@ -311,12 +311,12 @@ def test_launch_starts_the_strategy_of_the_plan(simulated, case):
     if zero:
         assert Path(variables["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).name == f"{plan.parallelism}.json"
         assert variables["ACCELERATE_DEEPSPEED_ZERO3_INIT"] == str(plan.parallelism.startswith("zero3")).lower()
-    wanted = {
+    expected = {
         "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_RESHARD_AFTER_FORWARD": "true",
         "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
         "FSDP_OFFLOAD_PARAMS": "false", "FSDP_ACTIVATION_CHECKPOINTING": "false",
     }  # fmt: skip
-    assert {name: variables.get(name) for name in wanted} == (wanted if fsdp else dict.fromkeys(wanted))
+    assert {name: variables.get(name) for name in expected} == (expected if fsdp else dict.fromkeys(expected))
 
 
 @CASES

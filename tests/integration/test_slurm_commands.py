@@ -187,7 +187,11 @@ def test_pyxis_and_apptainer_mount_code_runs_and_data_without_home(tmp_path: Pat
     places = {"RUNS_DIR": str(tmp_path / "runs"), "HF_HOME": str(tmp_path / "hub"), "DATA": str(data)}
     done = dry_run("8b", RUNTIME="pyxis", IMAGE=str(image), **places)
     arguments = shlex.split(done.stdout.splitlines()[-1])
-    mounted = next(word for word in arguments if word.startswith("--container-mounts=")).partition("=")[2].split(",")
+    mounted = (
+        next(argument for argument in arguments if argument.startswith("--container-mounts="))
+        .partition("=")[2]
+        .split(",")
+    )
     assert {f"{REPOSITORY}:{REPOSITORY}:ro", f"{data}:{data}:ro"} < set(mounted)
     assert f"{REPOSITORY}/slurm/logs:{REPOSITORY}/slurm/logs:rw" in mounted  # each rank writes its own log
     assert {f"{tmp_path}/runs:{tmp_path}/runs:rw", f"{tmp_path}/hub:{tmp_path}/hub:rw"} < set(mounted)
