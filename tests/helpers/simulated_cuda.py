@@ -101,7 +101,7 @@ def launch(plan: Plan, folder: RunDir, node: int) -> dict[str, Any]:
 
     command.write_accelerate_config(plan, folder)
     meeting = command.Rendezvous(LEADER_ADDRESS, PORT, node) if plan.nodes > 1 else None
-    command_line = command.launch(plan, folder, "run", meeting)
+    command_line = command.launch(plan, folder, "training.main", meeting)
     before, torchrun.run = torchrun.run, catch_torchrun
     program.subprocess = types.SimpleNamespace(Popen=catch_process)  # type: ignore[attr-defined]
     with _environment(command.environment(plan, os.environ)):
