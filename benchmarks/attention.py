@@ -129,7 +129,7 @@ def _batch(way: str, length: int, packed: bool, device: str) -> dict[str, Any]:
         while sum(lengths) < length:
             lengths.append(min(draw.randint(MEAN_EXAMPLE // 3, MEAN_EXAMPLE * 5 // 3), length - sum(lengths)))
     ids = [draw.randrange(1024) for _ in range(length)]
-    plan = plans.make(loader.load("tiny"), plans.Topology(gpus=0, processes=1))
+    plan = plans.resolve(loader.load("tiny"), plans.Topology(gpus=0, processes=1))
     row = {"input_ids": ids, "labels": ids, "seq_lengths": lengths, "row": 0}
     batch = trainer.collator(plan, 0, way)([row])
     return send_to_device({key: batch[key] for key in batch if key not in ("labels", "row")}, device)

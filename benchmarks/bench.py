@@ -116,7 +116,7 @@ def cases(on_gpu: bool) -> dict[str, Case]:
 def as_many_tokens(name: str, length: int) -> tuple[str, ...]:
     """Rows of this length, as many that a step and a forward pass have the tokens that the recipe's own have."""
     recipe = loader.load(name)
-    plan = plans.make(recipe, plans.Topology(gpus=1, processes=1))
+    plan = plans.resolve(recipe, plans.Topology(gpus=1, processes=1))
     rows = {
         "effective_batch_size": plan.effective_batch_size,
         "max_per_device_batch_size": recipe.batch.max_per_device_batch_size,
@@ -316,7 +316,7 @@ def _operations(plan: Plan, prepared: Path) -> dict[str, float | None]:
     attended = sum(length * (length + 1) for length in lengths) / sum(lengths)
     architecture = plan.sections.model.architecture
     supervised = 1.0 if plan.supervised_share is None else plan.supervised_share
-    flops = cost.flops_per_token(plans.load_of(plan, architecture), attended, supervised)
+    flops = cost.flops_per_token(plans.memory_inputs(plan, architecture), attended, supervised)
     return {
         "causal": flops and flops.model,
         "PaLM": cost.palm_flops_per_token(architecture, plan.max_length),

@@ -245,7 +245,7 @@ def _prepare(folder: Path, asked: argparse.Namespace) -> tuple[Place, Path]:
     words = from_scratch(asked.recipe) if asked.recipe != "tiny" else ()
     data = (f"data.train={rows}/train.jsonl", f"data.validation={rows}/validation.jsonl")
     loaded = loader.load(asked.recipe, [*words, *data, f"trainer.max_length={length_of(asked.recipe)}"])
-    prepared = prepare.prepare(plans.make(loaded, plans.Topology(gpus=0, processes=1)), folder / "prepared")
+    prepared = prepare.prepare(plans.resolve(loaded, plans.Topology(gpus=0, processes=1)), folder / "prepared")
     details = json.loads((Path(prepared.folder) / "details.json").read_text())
     examples_a_row = round(details["train"]["examples"] / details["rows"])
     place = Place(asked.recipe, rows, Path(str(prepared.model)), asked.steps, examples_a_row)

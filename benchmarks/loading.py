@@ -67,7 +67,7 @@ def measure(engine: str, ranks: int, model: Path, folder: Path) -> list[dict[str
     folder.mkdir()
     words = ["model.from_scratch=false", f"model.name_or_path={model}", f"parallelism={engine}", "precision=bf16"]
     recipe = loader.load("tiny", [*words, "batch.effective_batch_size=4"])
-    plan = plans.make(recipe, Topology(gpus=0, processes=ranks))
+    plan = plans.resolve(recipe, Topology(gpus=0, processes=ranks))
     run = RunDir(folder)
     plans.write(plan, run.plan)
     command.write_accelerate_config(plan, run)

@@ -84,9 +84,9 @@ def _prepare(place: Path, device: str, recipe: str, changed: dict[str, Any], wor
     quiet()
     architecture = json.dumps({**loader.load(recipe).model.architecture, **changed})
     loaded = loader.load("tiny", [*OVERRIDES, f"model.architecture={architecture}", *words])
-    plan = plans.make(loaded, Topology(gpus=1 if device == "cuda" else 0, processes=1))
+    plan = plans.resolve(loaded, Topology(gpus=1 if device == "cuda" else 0, processes=1))
     found = prepare(plan, place / "prepared")
-    return plans.settle(plan, found), found
+    return plans.with_prepared_data(plan, found), found
 
 
 def _clock_what_is_added() -> None:

@@ -63,7 +63,7 @@ class Row:
     @property
     def planned(self) -> dict[str, int]:
         """What the plan says of the same model, strategy and tokens."""
-        load = memory.Load(
+        load = memory.MemoryInputs(
             ARCHITECTURES[self.model], self.engine, "bf16", self.gpus, self.tokens, gradient_checkpointing=True,
             lora=self.lora, accumulates=self.accumulates,
         )  # fmt: skip

@@ -30,7 +30,7 @@ MODULE = "sft_recipes.training.trainer"
 PLAN = (
     "from sft_recipes.config import loader; from sft_recipes.planner import plan; "
     "from sft_recipes.runtime import library_imports; "
-    "plan = plan.make(loader.load('tiny'), plan.Topology(gpus=0, processes=1)); "
+    "plan = plan.resolve(loader.load('tiny'), plan.Topology(gpus=0, processes=1)); "
 )
 END = f"import {MODULE}, time; print(time.time())"
 SWIFTLY = f"\nwith library_imports.swiftly():\n    import {MODULE}\nimport time; print(time.time())"

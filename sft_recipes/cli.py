@@ -199,7 +199,7 @@ def _list(_parsed: argparse.Namespace) -> None:
     rows = [["recipe", "row", "model", "method", "parallelism", "hardware", "memory per GPU", "effective batch"]]
     for name in loader.names():
         recipe = loader.load(name)
-        plan = plans.make(recipe, plan_topology(recipe))
+        plan = plans.resolve(recipe, plan_topology(recipe))
         memory = plan.memory_bytes_per_gpu
         rows.append(
             [
@@ -213,7 +213,7 @@ def _list(_parsed: argparse.Namespace) -> None:
                 str(plan.effective_batch_size),
             ]
         )
-    print(render.table(rows))
+    print(render.format_table(rows))
 
 
 def _plan(parsed: argparse.Namespace) -> None:
@@ -224,13 +224,13 @@ def _plan(parsed: argparse.Namespace) -> None:
         _compare(parsed, recipe)
         return
     topology = plan_topology(recipe, _hardware_request(parsed))
-    plan = plans.make(recipe, topology)
+    plan = plans.resolve(recipe, topology)
     plan = dataclasses.replace(
         plan,
         fewest_gpus=suggest.smallest_gpu_count(recipe, topology.gpu_type) if plan.fits is not None else None,
         cheapest_change=suggest.cheapest_change(recipe, topology) if plan.fits is False else None,
     )
-    print(plans.to_json(plan) if parsed.json else render.plan_table(plan, parsed.explain))
+    print(plans.to_json(plan) if parsed.json else render.format_plan(plan, parsed.explain))
 
 
 def _compare(parsed: argparse.Namespace, recipe: Recipe) -> None:
@@ -245,14 +245,14 @@ def _compare(parsed: argparse.Namespace, recipe: Recipe) -> None:
     for text in parsed.gpus.split(","):
         gpus = parse_integer(text, "GPUS", 1)
         try:
-            compared.append((gpus, plans.make(recipe, suggest.on(gpus, gpu_type))))
+            compared.append((gpus, plans.resolve(recipe, suggest.topology_for(gpus, gpu_type))))
         except UserError as error:
             compared.append((gpus, str(error)))
     if parsed.json:
         content = [{"gpus": n, "refused": p} if isinstance(p, str) else dataclasses.asdict(p) for n, p in compared]
         print(json.dumps(content, indent=2))
     else:
-        print(render.comparison(compared))
+        print(render.format_comparison(compared))
 
 
 def _inspect(parsed: argparse.Namespace) -> None:
@@ -264,13 +264,13 @@ def _inspect(parsed: argparse.Namespace) -> None:
     if parsed.html and not Path(parsed.html).absolute().parent.is_dir():
         raise UserError(f"HTML: no folder {Path(parsed.html).parent} to write {Path(parsed.html).name} to")
     recipe = _recipe(parsed)
-    plan = plans.make(recipe, plan_topology(recipe, _hardware_request(parsed)))
+    plan = plans.resolve(recipe, plan_topology(recipe, _hardware_request(parsed)))
     with contextlib.redirect_stdout(sys.stderr):  # --json prints rows only
         prepared = prepare.prepare(plan, rows_only=True)
     rows = inspect.load_rows(plan, prepared)
     try:
         validate.check_limits(plan, rows.details)
-        plan, refused = plans.settle(plan, prepared), ""
+        plan, refused = plans.with_prepared_data(plan, prepared), ""
     except UserError as error:  # the rows can be looked at all the same
         refused = str(error)
     shown = inspect.to_json(rows, most) if parsed.json else inspect.to_text(rows, most or 3, _colours())
@@ -302,13 +302,13 @@ def _checked(parsed: argparse.Namespace) -> tuple[Recipe, Topology, plans.Plan]:
     env.sanity_is_skipped()
     recipe = _recipe(parsed)
     topology = _topology(parsed, recipe)
-    plan = plans.make(recipe, topology)
+    plan = plans.resolve(recipe, topology)
     check_host_memory(plan)
     for product in unlisted(visible_gpus() if plan.gpu_type and find_gpu_type(plan.gpu_type) is None else []):
         _say(f"{product} is not in the table of GPU types: planned by its memory, {plan.gpu_type} GiB, without hours")
     if plan.fits is False:
         raise UserError(
-            f"recipe {recipe.name} {plans.does_not_fit(plan)}. The cheapest change that fits: "
+            f"recipe {recipe.name} {plans.describe_shortage(plan)}. The cheapest change that fits: "
             f"{_way_out(recipe, topology)} (`make plan RECIPE={recipe.name}` shows the parts)"
         )
     return recipe, topology, plan
@@ -349,7 +349,7 @@ def _try_out(parsed: argparse.Namespace, peers: NodeLaunchers | None) -> int:
         preflight.check_gpus(plan)
     if code := slurm.check_nodes(peers, plan):
         return code
-    return launch.run_sanity_check(plan, lambda: suggest.lighter(recipe, topology), peers)
+    return launch.run_sanity_check(plan, lambda: suggest.lighter_overrides(recipe, topology), peers)
 
 
 def _carry_out(parsed: argparse.Namespace, peers: NodeLaunchers | None) -> int:
@@ -381,7 +381,7 @@ def _carry_out(parsed: argparse.Namespace, peers: NodeLaunchers | None) -> int:
         return run_dir.EXIT_NO_PROGRESS
     with run_lock.lock(run):
         code = slurm.check_nodes(peers, plan)
-        return code or launch.start_run(start, lambda: suggest.lighter(recipe, topology), peers)
+        return code or launch.start_run(start, lambda: suggest.lighter_overrides(recipe, topology), peers)
 
 
 def _replay(parsed: argparse.Namespace, peers: NodeLaunchers | None) -> int:
@@ -479,13 +479,13 @@ def _schedules(parsed: argparse.Namespace) -> None:
         plan = plans.read(run_dir.find(parsed.run).plan)
     else:
         recipe = _recipe(parsed)
-        plan = plans.make(recipe, plan_topology(recipe, _hardware_request(parsed)))
+        plan = plans.resolve(recipe, plan_topology(recipe, _hardware_request(parsed)))
         if prepare.is_local(plan):
-            plan = plans.settle(plan, prepare.prepare(plan, rows_only=True))
+            plan = plans.with_prepared_data(plan, prepare.prepare(plan, rows_only=True))
     total, warmup = lr_schedule.steps_of(plan)
     curves = lr_schedule.curves(plan, [name for name in parsed.others.split(",") if name])
-    about = "" if plan.settled else "about "
-    how = "" if plan.settled else ", an estimate until the data is prepared (RUN=… has a run's own)"
+    about = "" if plan.data_prepared else "about "
+    how = "" if plan.data_prepared else ", an estimate until the data is prepared (RUN=… has a run's own)"
     print(f"{plan.recipe}: {about}{total:,} optimizer steps{how}, {warmup:,} of them warm-up, {plan.lr_scheduler_type}")
     print(drawing.table(curves, warmup))
     if parsed.plot:

@@ -40,7 +40,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Row:
+class SizeClass:
     """One size class of the hyperparameter table: billions of parameters, the method that it is for, its cells."""
 
     smallest: float
@@ -54,11 +54,11 @@ class Row:
 
 
 @cache
-def table() -> dict[str, Row]:
+def size_classes() -> dict[str, SizeClass]:
     """The hyperparameter table, row by row."""
     rows = yaml.safe_load((RECIPES / "sizes.yaml").read_text(encoding="utf-8"))
     return {
-        name: Row(
+        name: SizeClass(
             smallest=cells["parameters"][0],
             largest=cells["parameters"][1],
             method=cells.get("method", "full"),
@@ -71,17 +71,17 @@ def table() -> dict[str, Row]:
     }
 
 
-def row_of(recipe: Recipe) -> str:
+def size_class_of(recipe: Recipe) -> str:
     """The row of the table that a recipe's `size` stands for: named, or the nearest to a size such as `20b`.
 
     Raises:
         ConfigError: no such row, one for another method or another size of model, or a size far from every row.
     """
-    where, rows = recipe.origins["size"], table()
+    where, rows = recipe.origins["size"], size_classes()
     method = "lora" if recipe.lora else "full"
     sized = re.fullmatch(r"(\d+(?:\.\d+)?)[bB]", recipe.size)
     if sized and float(sized[1]) > 0:
-        nearest = nearest_row(float(sized[1]), method)
+        nearest = nearest_size_class(float(sized[1]), method)
         if rows[nearest].distance(float(sized[1])) <= FARTHEST:
             _check_size(recipe, nearest, method)
             return nearest
@@ -108,12 +108,12 @@ FARTHEST = 2.0  # a size so many times beyond the table is in no row of it
 
 
 def _rows(method: str) -> list[str]:
-    return [name for name, row in table().items() if row.method == method and name != "tiny"]
+    return [name for name, row in size_classes().items() if row.method == method and name != "tiny"]
 
 
-def nearest_row(billions: float, method: str) -> str:
+def nearest_size_class(billions: float, method: str) -> str:
     """The row for a model of so many billions of parameters."""
-    return min(_rows(method), key=lambda name: table()[name].distance(billions))
+    return min(_rows(method), key=lambda name: size_classes()[name].distance(billions))
 
 
 def _check_size(recipe: Recipe, row: str, method: str) -> None:
@@ -121,8 +121,8 @@ def _check_size(recipe: Recipe, row: str, method: str) -> None:
     counted = parameter_count(recipe.model.architecture)
     if counted is None or recipe.origins.get("model.architecture") == COMMAND_LINE:
         return
-    nearest = nearest_row(counted / 1e9, method)
-    if row == "tiny" and table()[row].distance(counted / 1e9) <= FARTHEST:
+    nearest = nearest_size_class(counted / 1e9, method)
+    if row == "tiny" and size_classes()[row].distance(counted / 1e9) <= FARTHEST:
         return
     if nearest != row:
         raise ConfigError(
@@ -137,8 +137,8 @@ def hyperparameter(recipe: Recipe, key: str) -> tuple[Any, str]:
     own = recipe.batch.effective_batch_size if key == "effective_batch_size" else recipe.trainer.get(key)
     if own is not None:
         return own, recipe.origins[dotted]
-    row = row_of(recipe)
-    return table()[row].cells[key].start, f"recipes/sizes.yaml, row {row}"
+    row = size_class_of(recipe)
+    return size_classes()[row].cells[key].start, f"recipes/sizes.yaml, row {row}"
 
 
 def scientific(value: float) -> str:
@@ -147,10 +147,10 @@ def scientific(value: float) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
-def line(size: str, key: str, value: float) -> str:
+def override_line(size: str, key: str, value: float) -> str:
     """Return `trainer.KEY=VALUE`, with the `allow_out_of_range` that it needs if the size class would reject it."""
     rate = scientific(value) if key == "learning_rate" else f"{value:g}"
-    said, entry = f"trainer.{key}={rate}", table()[size].cells[key]
+    said, entry = f"trainer.{key}={rate}", size_classes()[size].cells[key]
     return (
         said if entry.allows(float(rate)) else f"{said} allow_out_of_range=[{key}] (row {size} wants {entry.wanted()})"
     )
@@ -162,7 +162,7 @@ def check_ranges(recipe: Recipe) -> None:
     Raises:
         ConfigError: no such row, or a value outside the row's range.
     """
-    row = row_of(recipe)
+    row = size_class_of(recipe)
     for key in map(str, recipe.allow_out_of_range):
         if key not in schema.TABLE_KEYS:
             raise ConfigError(
@@ -171,7 +171,7 @@ def check_ranges(recipe: Recipe) -> None:
             )
     for key in schema.TABLE_KEYS:
         value, where = hyperparameter(recipe, key)
-        cell = table()[row].cells[key]
+        cell = size_classes()[row].cells[key]
         if key not in recipe.allow_out_of_range and not cell.allows(value):
             raise ConfigError(
                 f"{where}: {key} is {value}; row {row} of recipes/sizes.yaml wants {cell.wanted()} "

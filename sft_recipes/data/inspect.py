@@ -156,7 +156,7 @@ def _printable(text: str) -> str:
 def report(plan: Plan, rows: PreparedRows) -> list[str]:
     """Return the report on all rows, line by line."""
     lines = [*validate.report_lines(rows.details), _describe_padding(plan, rows.dataset)]
-    if plan.settled:
+    if plan.data_prepared:
         step = (
             f"{plan.effective_batch_size} rows, about {plan.examples_per_step:,g} examples and "
             f"{plan.supervised_tokens_per_step:,.0f} tokens in the loss; {plan.optimizer_steps:,} steps in total"

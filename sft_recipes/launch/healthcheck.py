@@ -8,7 +8,7 @@ import time
 from sft_recipes.launch import run_lock
 from sft_recipes.launch.watchdog import Limits, RankStatus, all_stalled, stall_message
 from sft_recipes.planner import plan as plans
-from sft_recipes.planner.save_time import seconds_at_most
+from sft_recipes.planner.save_time import max_save_seconds
 from sft_recipes.runtime import heartbeat
 from sft_recipes.runtime.run_dir import RunDir, runs_root
 
@@ -19,7 +19,7 @@ def find_stalled_runs() -> list[str]:
     for name in run_lock.locked_runs():
         run_dir = RunDir(runs_root() / name)
         plan = plans.read(run_dir.plan)
-        limits = Limits(plan.sections.monitor.heartbeat_timeout_seconds, seconds_at_most(plan))
+        limits = Limits(plan.sections.monitor.heartbeat_timeout_seconds, max_save_seconds(plan))
         now = time.monotonic()
         ranks = [
             RankStatus(beat, heartbeat.process_state(beat.pid), now - beat.beat_at, now)

@@ -161,15 +161,15 @@ def _start_message(start: RunStart, plan: Plan) -> str:
     checkpoint = f" from checkpoint-{step}" if step else ""
     return (
         f"{action} {start.run_dir.path}{checkpoint}: {plan.optimizer_steps} optimizer steps, effective batch "
-        f"{plan.effective_batch_size}, {render.engine_and_ranks(plan)}; {plan.dropped_rows_per_epoch} of {plan.rows} "
+        f"{plan.effective_batch_size}, {render.strategy_and_ranks(plan)}; {plan.dropped_rows_per_epoch} of {plan.rows} "
         f"rows dropped per epoch (drop_last, reshuffled each epoch)"
     )
 
 
 def _settle(plan: Plan, stored: Plan | None, prepared: dict[str, object]) -> Plan:
-    settled = plans.settle(plan, Prepared(**prepared))  # type: ignore[arg-type]
-    if stored is not None and "data_fingerprint" not in plan.accepted:
-        change = plans.differences(stored, settled).get("data_fingerprint")
+    settled = plans.with_prepared_data(plan, Prepared(**prepared))  # type: ignore[arg-type]
+    if stored is not None and "data_fingerprint" not in plan.allowed_changes:
+        change = plans.find_differences(stored, settled).get("data_fingerprint")
         if change:
             raise SetupError(
                 f"{data_changed_message(plan, *change)}, resume with ALLOW_CHANGE=data_fingerprint, or start a new run "

@@ -103,10 +103,10 @@ def _start_new(run: RunDir, plan: Plan, notes: tuple[str, ...] = ()) -> RunStart
 
 def _resume(plan: Plan, run: RunDir, request: RunRequest) -> RunStart:
     stored = plans.read(run.plan)
-    differences = plans.differences(stored, plan)
-    if run.numbered("checkpoint") and (reason := rank_change.allowed(stored, plan)):
+    differences = plans.find_differences(stored, plan)
+    if run.numbered("checkpoint") and (reason := rank_change.plan_incompatibility(stored, plan)):
         raise SetupError(f"run {run.name} cannot resume: {reason}")
-    followed = rank_change.followed(stored, plan)
+    followed = rank_change.implied_changes(stored, plan)
     changes = {_user_key(key): change for key, change in differences.items() if key not in followed}
     finished = run.state() == "finished"
     rejected = {
@@ -120,8 +120,8 @@ def _resume(plan: Plan, run: RunDir, request: RunRequest) -> RunStart:
         raise SetupError(f"run {run.name} {state} another plan: {_list_changes(rejected)}. {fix}")
     _check_allowed_keys(plan, request.allow_change)
     monitor = _monitor_changes(stored, plan)
-    accepted = sorted({*stored.accepted, *differences, *monitor, *request.allow_change})
-    resumed = replace(plan, created=stored.created, run_id=stored.run_id, accepted=accepted)
+    accepted = sorted({*stored.allowed_changes, *differences, *monitor, *request.allow_change})
+    resumed = replace(plan, created=stored.created, run_id=stored.run_id, allowed_changes=accepted)
     ranks = {key: differences[key] for key in sorted(followed)}
     notes = (
         f"ranks changed since the last attempt, same effective batch: {_list_changes(ranks)}" if ranks else "",
@@ -153,7 +153,7 @@ def _check_allowed_keys(plan: Plan, allowed: tuple[str, ...]) -> None:
     Raises:
         SetupError: a name is not a key of a plan.
     """
-    keys = plans.flat(plan)
+    keys = plans.flat_values(plan)
     unknown = [name for name in allowed if not any(_is_allowed(_user_key(key), (name,)) for key in keys)]
     if unknown:
         raise SetupError(f"ALLOW_CHANGE: {unknown[0]!r} is not a key of a plan. Use keys listed as changed")

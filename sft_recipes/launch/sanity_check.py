@@ -52,7 +52,7 @@ def run(context: RunContext, prepared: Path) -> int:
             log.info(
                 f"sanity check: {plan.recipe}, {short.optimizer_steps} steps, effective batch "
                 f"{short.effective_batch_size}, {short.rows} rows including the longest, "
-                f"{render.engine_and_ranks(plan)} (skip with SANITY=skip)"
+                f"{render.strategy_and_ranks(plan)} (skip with SANITY=skip)"
             )
             part = _run_part(_TRIAL, context.within(run_dir, short), prepared)
             if code := _report_without_result(part, result_file):
@@ -153,8 +153,10 @@ def _report_result(plan: Plan, result: dict[str, Any], result_file: Path) -> int
         return EXIT_FAULT
     if measured.get("save_bytes"):
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes")
-        save_time.remember(measured["save_bytes"], measured["save_seconds"], now)
-    write_json(result_file, {"recipe": plan.recipe, **result, "forecast": forecast, "plan": plans.compared(plan)})
+        save_time.record_speed(measured["save_bytes"], measured["save_seconds"], now)
+    write_json(
+        result_file, {"recipe": plan.recipe, **result, "forecast": forecast, "plan": plans.comparable_values(plan)}
+    )
     log.info(f"sanity check passed (result: {result_file})")
     return 0
 

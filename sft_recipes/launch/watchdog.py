@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sft_recipes.planner.plan import Plan
-from sft_recipes.planner.save_time import seconds_at_most
+from sft_recipes.planner.save_time import max_save_seconds
 from sft_recipes.runtime import heartbeat, timeouts
 from sft_recipes.runtime.heartbeat import STOP_SIGNALS, Failure, Heartbeat
 from sft_recipes.runtime.run_dir import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, RunDir
@@ -207,7 +207,7 @@ class Watchdog:
             node: index of this host among the plan's nodes.
         """
         self.run_dir = run_dir
-        self.limits = Limits(plan.sections.monitor.heartbeat_timeout_seconds, seconds_at_most(plan))
+        self.limits = Limits(plan.sections.monitor.heartbeat_timeout_seconds, max_save_seconds(plan))
         self.can_save = can_save
         ranks_here = plan.world_size // plan.nodes
         self.expected = set(range(node * ranks_here, (node + 1) * ranks_here))

@@ -35,7 +35,7 @@ def rate(run: Run, factor: float) -> str:
 
 def rate_of_the_row(run: Run) -> str:
     """The learning rate that the size row starts from."""
-    start = sizes.table()[str(run.plan["size"])].cells["learning_rate"].start
+    start = sizes.size_classes()[str(run.plan["size"])].cells["learning_rate"].start
     line = _line(run, "learning_rate", sizes.scientific(start), sizes.scientific(run.plan["learning_rate"]))
     return f"{line}, where row {run.plan['size']} starts"
 
@@ -45,7 +45,7 @@ def longer_warmup(run: Run) -> list[str]:
     now = run.plan.get("warmup_ratio")
     if not isinstance(now, (int, float)):
         return []
-    row = sizes.table().get(str(run.plan.get("size")))
+    row = sizes.size_classes().get(str(run.plan.get("size")))
     most = (row.cells["warmup_ratio"].range or [0, math.inf])[1] if row else math.inf
     wanted = min(max(2 * now, 0.03), most)
     return [_line(run, "warmup_ratio", f"{wanted:g}", f"{now:g}")] if wanted > now else []
@@ -93,7 +93,7 @@ def inspect(run: Run) -> str:
 def _line(run: Run, key: str, wanted: str, now: str) -> str:
     """`trainer.KEY: VALUE`, and `allow_out_of_range` where the size row would refuse that value."""
     line = f"`trainer.{key}: {wanted}` (was {now})"
-    row = sizes.table().get(str(run.plan.get("size")))
+    row = sizes.size_classes().get(str(run.plan.get("size")))
     if row is None or row.cells[key].allows(float(wanted)):
         return line
     return f"{line}, and `allow_out_of_range: [{key}]` since row {run.plan['size']} wants {row.cells[key].wanted()}"

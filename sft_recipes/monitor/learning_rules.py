@@ -107,7 +107,7 @@ def instability(run: Run) -> Finding | None:
 def _beyond_its_row(run: Run) -> float:
     """How many times the learning rate is above the highest of its size row, or below the lowest (then below 1); 1
     within the row, and where nearly every token is right already."""
-    row, rate = sizes.table().get(str(run.plan.get("size"))), run.plan.get("learning_rate")
+    row, rate = sizes.size_classes().get(str(run.plan.get("size"))), run.plan.get("learning_rate")
     right = stats.values(run.points("mean_token_accuracy"))[-3:]
     if row is None or not isinstance(rate, (int, float)) or (right and median(right) > CONVERGED_ACCURACY):
         return 1.0
@@ -328,7 +328,7 @@ def _keep_what_was_known(run: Run) -> list[str]:
     )
     found = [f"`data.train: [{kept}]`, with rows that data.retention_eval does not have, so that it stays a measure"]
     if run.plan.get("method") == "full":
-        row = f"lora-{size}" if f"lora-{size}" in sizes.table() else "lora-…"
+        row = f"lora-{size}" if f"lora-{size}" in sizes.size_classes() else "lora-…"
         found.append(f"LoRA, which learns less and forgets less: `size: {row}` and `lora: {{r: 16, alpha: 32}}`")
     return found
 

@@ -28,7 +28,7 @@ def table(curves: Mapping[str, Sequence[float]], warmup_steps: int) -> str:
     rows += [
         [f"{step:,}", *(f"{rates[step]:.2e}" for rates in curves.values())] for step in _told(total_steps, warmup_steps)
     ]
-    return render.table(rows)
+    return render.format_table(rows)
 
 
 def _told(total_steps: int, warmup_steps: int) -> list[int]:

@@ -85,7 +85,7 @@ class Run:
     def planned(self, key: str) -> Any:
         """A number that the data settles, such as `optimizer_steps`: the plan's, else what the manifest recorded."""
         recorded = self.manifest.get(key)
-        return self.plan.get(key) if self.plan.get("settled", True) or recorded is None else recorded
+        return self.plan.get(key) if self.plan.get("data_prepared", True) or recorded is None else recorded
 
     @property
     def last_step(self) -> int:
@@ -110,7 +110,7 @@ class Run:
         """
         peak, steps, warmup = (self.planned(key) for key in ("learning_rate", "optimizer_steps", "warmup_steps"))
         options = self.section("trainer").get("lr_scheduler_kwargs") or {}
-        changed = {str(key).split(".")[-1] for key in self.plan.get("accepted") or []}
+        changed = {str(key).split(".")[-1] for key in self.plan.get("allowed_changes") or []}
         if peak is None or steps is None or warmup is None or changed & _SETS_THE_SCHEDULE:
             return None
         try:

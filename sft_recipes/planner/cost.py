@@ -8,7 +8,7 @@ from typing import Any
 
 from sft_recipes.config import gpu_types as gpu_table
 from sft_recipes.config.architecture import adapter_count, block_weights, linear_layers, parameter_count
-from sft_recipes.planner.memory import Load
+from sft_recipes.planner.memory import MemoryInputs
 from sft_recipes.runtime.env import gpu_hour_price
 
 WRITE_BYTES_PER_SECOND = 2_000_000_000  # of one node to the disk of its runs; an assumption
@@ -29,7 +29,7 @@ class Flops:
     hardware: float
 
 
-def flops_per_token(load: Load, mean_length: float, supervised_share: float = 1.0) -> Flops | None:
+def flops_per_token(load: MemoryInputs, mean_length: float, supervised_share: float = 1.0) -> Flops | None:
     """FLOPs per token of matrix multiplications; None where the architecture's numbers are not given.
 
     Forward pass: 2 for each weight of the decoder layers and adapters, 2 x vocabulary x width in the output layer for

@@ -43,7 +43,7 @@ NF4_BYTES = 0.5 + 0.127 / 8
 
 
 @dataclass(frozen=True)
-class Load:
+class MemoryInputs:
     """What a rank has to hold: the model, how it is trained, and one micro-batch.
 
     `tokens` are those of one micro-batch, padding included; `scores_of` how many others a token is scored against,
@@ -128,7 +128,7 @@ class Load:
         return parameters * (2 if self.zero_half or frozen_half else 4)
 
 
-def bytes_per_gpu(load: Load) -> dict[str, int] | None:
+def bytes_per_gpu(load: MemoryInputs) -> dict[str, int] | None:
     """Peak memory of one rank by part, in bytes, at the phase of a step when their sum is largest; an estimate to
     decide with, not a measurement. `total` is that sum, `reserve` what must stay free in addition.
 
@@ -158,7 +158,7 @@ def bytes_per_gpu(load: Load) -> dict[str, int] | None:
     return {**parts, "total": total, "reserve": reserve_bytes(load, total)}
 
 
-def reserve_bytes(load: Load, total: int) -> int:
+def reserve_bytes(load: MemoryInputs, total: int) -> int:
     """GPU memory to leave free on top of the forecast `total`: driver, CUDA context, NCCL, fragmentation. 0 on the CPU.
 
     The constants above name the source of each part.
@@ -195,7 +195,7 @@ class _Amounts:
     hidden_gradient: int
 
 
-def _amounts(load: Load) -> _Amounts:
+def _amounts(load: MemoryInputs) -> _Amounts:
     architecture = load.architecture
     gradients_over = load.world_size if load.strategy.shards_gradients else 1
     gradients = 0 if load.strategy.cpu_offload else 4 * load.trained // gradients_over
@@ -218,7 +218,7 @@ def _amounts(load: Load) -> _Amounts:
     )
 
 
-def _phases(load: Load) -> list[dict[str, int]]:
+def _phases(load: MemoryInputs) -> list[dict[str, int]]:
     """The phases of a step that may be its peak, each with what is there in addition to what is always held."""
     step = _amounts(load)
     if load.strategy.fsdp:
@@ -248,7 +248,7 @@ def _phases(load: Load) -> list[dict[str, int]]:
     return [forward, scoring, top_layer, bottom_layer, embeddings, optimizing]
 
 
-def _phases_of_fsdp2(load: Load, step: _Amounts) -> list[dict[str, int]]:
+def _phases_of_fsdp2(load: MemoryInputs, step: _Amounts) -> list[dict[str, int]]:
     """The phases of a step under FSDP2, with what is gathered and reduced in each.
 
     The units are accelerate's (1.15, utils/fsdp_utils.py, `fsdp2_prepare_model`): the embeddings, each decoder layer,
@@ -287,7 +287,7 @@ def _phases_of_fsdp2(load: Load, step: _Amounts) -> list[dict[str, int]]:
     return [forward, scoring, top_layer, bottom_layer, bottom_reduction, embeddings, optimizing]
 
 
-def _logits(load: Load) -> tuple[int, int]:
+def _logits(load: MemoryInputs) -> tuple[int, int]:
     """Scoring, all tokens taken to be answers': a tile of logits, with autocast's copy of the weights that make it; and
     what its backward pass takes besides: fp32 gradients of the hidden states and, unless it is frozen, of the output
     layer, which are then made what that is held in."""
@@ -302,7 +302,7 @@ def _logits(load: Load) -> tuple[int, int]:
     return tile, scores
 
 
-def _casts(load: Load) -> tuple[int, int]:
+def _casts(load: MemoryInputs) -> tuple[int, int]:
     """Autocast's bf16 copies of linear layers: of all, from the forward pass on, and of one, as the backward pass goes
     by it. Embeddings are looked up as they are."""
     if not load.autocasts:
@@ -311,7 +311,7 @@ def _casts(load: Load) -> tuple[int, int]:
     return load.architecture["num_hidden_layers"] * block, block
 
 
-def activation_bytes(load: Load) -> int:
+def activation_bytes(load: MemoryInputs) -> int:
     """Bytes that one decoder layer keeps of one token for its backward pass, without checkpointing.
 
     Counted over transformers' own layers by the tensors that autograd saves (tests/unit/test_memory.py counts them):
@@ -332,7 +332,7 @@ def activation_bytes(load: Load) -> int:
     return int((stream + (5 if load.lora else 0)) * hidden + 8 * inner + 4 * key_values + besides)
 
 
-def _held_for_a_moment(load: Load) -> int:
+def _held_for_a_moment(load: MemoryInputs) -> int:
     """Bytes per token while a layer's MLP goes backward: gradients of what it multiplied, and of the stream.
 
     Adapters on its last product also hold an fp32 copy of that product's input.
@@ -346,7 +346,7 @@ def _held_for_a_moment(load: Load) -> int:
     return int((6 if load.lora else 4) * inner + 7.5 * hidden)
 
 
-def _buffers(load: Load) -> int:
+def _buffers(load: MemoryInputs) -> int:
     """Communication and casts, in bytes."""
     parameters, architecture = parameter_count(load.architecture), load.architecture
     assert parameters is not None
@@ -369,7 +369,7 @@ def _buffers(load: Load) -> int:
     return dequantized + (4 * load.trained if load.strategy.ddp else 0)
 
 
-def host_bytes_per_node(load: Load) -> dict[str, int] | None:
+def host_bytes_per_node(load: MemoryInputs) -> dict[str, int] | None:
     """Memory of one node's main board by part, in bytes; an estimate.
 
     Loading, as benchmarks/loading.py measured it: weights that are held in 16 bits are mapped from their files, or
@@ -392,7 +392,7 @@ def host_bytes_per_node(load: Load) -> dict[str, int] | None:
     return {**parts, "total": sum(parts.values())}
 
 
-def checkpoint_bytes(load: Load) -> int | None:
+def checkpoint_bytes(load: MemoryInputs) -> int | None:
     """One whole checkpoint: what is trained, and for it master and moments; under ZeRO the 16-bit weights twice,
     as a model folder and as DeepSpeed's own state, under FSDP2 the fp32 ones twice."""
     if parameter_count(load.architecture) is None:
@@ -402,7 +402,7 @@ def checkpoint_bytes(load: Load) -> int | None:
     return copies * load.trained_bytes + load.moments + 4 * load.zero_half * load.trained
 
 
-def disk_bytes(load: Load) -> int | None:
+def disk_bytes(load: MemoryInputs) -> int | None:
     """The most that a run's folder holds: two checkpoints and the one being written, the three best and the one being
     written, last/ and final/. final/ counts as large as last/; it is half as large if the base model is in 16 bits,
     which its files tell and a plan does not read."""

@@ -14,7 +14,7 @@ from sft_recipes.config import gpu_types as gpu_table
 from sft_recipes.config import strategies
 from sft_recipes.config.architecture import parameter_count
 from sft_recipes.config.schema import TABLE_KEYS, Batch, Data, Generation, Lora, Model, Monitor, Recipe
-from sft_recipes.config.sizes import hyperparameter, row_of
+from sft_recipes.config.sizes import hyperparameter, size_class_of
 from sft_recipes.config.strategies import STRATEGIES, Strategy
 from sft_recipes.planner import batch, cost, memory
 from sft_recipes.runtime import units
@@ -64,7 +64,7 @@ class Sections:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run with every number settled; `settled` is False while rows and steps are estimates.
+    """A run with every number settled; `data_prepared` is False while rows and steps are estimates.
 
     `notes` say what prepared data showed, such as a template that trains on other text than it renders at inference.
     `fewest_gpus` and `cheapest_change` say what would fit; the command `plan` works them out (planner/suggest.py).
@@ -96,7 +96,7 @@ class Plan:
     max_grad_norm: float
     max_length: int
     packing: bool
-    settled: bool
+    data_prepared: bool
     examples: int | None
     rows: int | None
     steps_per_epoch: int | None
@@ -119,7 +119,7 @@ class Plan:
     data_fingerprint: str | None
     sections: Sections
     origins: dict[str, str]
-    accepted: list[str]
+    allowed_changes: list[str]
     notes: list[str] = dataclasses.field(default_factory=list)
     fewest_gpus: int | None = None
     cheapest_change: str | None = None
@@ -145,7 +145,7 @@ class Plan:
 # (the fingerprint of that data is compared instead).
 NOT_COMPARED = {
     "created",
-    "settled",
+    "data_prepared",
     "examples",
     "rows",
     "steps_per_epoch",
@@ -170,12 +170,12 @@ NOT_COMPARED = {
     "gpu_type",
     "devices",
     "origins",
-    "accepted",
+    "allowed_changes",
     "run_id",
 }
 
 
-def make(recipe: Recipe, topology: Topology) -> Plan:
+def resolve(recipe: Recipe, topology: Topology) -> Plan:
     """The plan of this recipe on this hardware.
 
     Raises:
@@ -191,7 +191,7 @@ def make(recipe: Recipe, topology: Topology) -> Plan:
     plan = Plan(
         recipe=recipe.name,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        size=row_of(recipe),
+        size=size_class_of(recipe),
         requested_size=recipe.size,
         model=_model_name(recipe),
         method=recipe.method,
@@ -208,7 +208,7 @@ def make(recipe: Recipe, topology: Topology) -> Plan:
         **values,
         max_length=trainer["max_length"],
         packing=trainer["packing"],
-        settled=False,
+        data_prepared=False,
         examples=recipe.data.examples,
         rows=None,
         steps_per_epoch=None,
@@ -231,7 +231,7 @@ def make(recipe: Recipe, topology: Topology) -> Plan:
         data_fingerprint=None,
         sections=_sections(recipe),
         origins=_origins(recipe, topology),
-        accepted=[],
+        allowed_changes=[],
     )
     plan = _with_resources(plan, recipe.model.architecture)
     return _with_steps(plan, _estimated_rows(recipe), recipe.data.examples)
@@ -246,10 +246,10 @@ def _check_attention(recipe: Recipe, topology: Topology) -> None:
         )
 
 
-def load_of(plan: Plan, architecture: dict[str, Any]) -> memory.Load:
+def memory_inputs(plan: Plan, architecture: dict[str, Any]) -> memory.MemoryInputs:
     """What a rank of this plan has to hold."""
     lora, trainer = plan.sections.lora, plan.sections.trainer
-    return memory.Load(
+    return memory.MemoryInputs(
         architecture=architecture,
         parallelism=plan.parallelism,
         precision=plan.precision,
@@ -267,7 +267,7 @@ def load_of(plan: Plan, architecture: dict[str, Any]) -> memory.Load:
 
 def _with_resources(plan: Plan, architecture: dict[str, Any]) -> Plan:
     """The plan with what the architecture's numbers say of memory and disk; as it is where there are none."""
-    load = load_of(plan, architecture)
+    load = memory_inputs(plan, architecture)
     per_gpu, available = memory.bytes_per_gpu(load), gpu_table.memory_bytes(plan.gpu_type)
     if per_gpu is None:
         return plan
@@ -283,7 +283,7 @@ def _with_resources(plan: Plan, architecture: dict[str, Any]) -> Plan:
     )
 
 
-def settle(plan: Plan, prepared: Prepared) -> Plan:
+def with_prepared_data(plan: Plan, prepared: Prepared) -> Plan:
     """The same plan with what the prepared data decides: rows, steps, warm-up.
 
     Raises:
@@ -294,7 +294,7 @@ def settle(plan: Plan, prepared: Prepared) -> Plan:
         plan = _with_resources(plan, prepared.architecture)
         if plan.fits is False and plan.memory_bytes_per_gpu is not None:
             raise ConfigError(
-                f"model.name_or_path: {plan.model} {does_not_fit(plan)}. Set batch.max_per_device_batch_size=1, "
+                f"model.name_or_path: {plan.model} {describe_shortage(plan)}. Set batch.max_per_device_batch_size=1, "
                 f"parallelism=zero3, or more GPUs"
             )
     if prepared.rows < plan.effective_batch_size:
@@ -307,7 +307,7 @@ def settle(plan: Plan, prepared: Prepared) -> Plan:
         )
     settled = dataclasses.replace(
         plan,
-        settled=True,
+        data_prepared=True,
         data_fingerprint=prepared.fingerprint,
         notes=prepared.notes,
         supervised_tokens_per_step=round(prepared.supervised_tokens / prepared.rows * plan.effective_batch_size, 1),
@@ -316,7 +316,7 @@ def settle(plan: Plan, prepared: Prepared) -> Plan:
     return _with_steps(settled, prepared.rows, prepared.examples)
 
 
-def does_not_fit(plan: Plan) -> str:
+def describe_shortage(plan: Plan) -> str:
     """What a plan that does not fit needs and what its GPU has."""
     needs, has = plan.memory_bytes_per_gpu or {}, gpu_table.memory_bytes(plan.gpu_type) or 0
     return (
@@ -325,12 +325,12 @@ def does_not_fit(plan: Plan) -> str:
     )
 
 
-def differences(old: Plan, new: Plan) -> dict[str, tuple[Any, Any]]:
+def find_differences(old: Plan, new: Plan) -> dict[str, tuple[Any, Any]]:
     """What differs between two plans of one run, by dotted name; nothing where the run may go on.
 
     The fingerprint of the data is left out while one of the two has not prepared it yet.
     """
-    left, right = compared(old), compared(new)
+    left, right = comparable_values(old), comparable_values(new)
     unknown = {"data_fingerprint"} if not (old.data_fingerprint and new.data_fingerprint) else set()
     return {
         key: (left.get(key), right.get(key))
@@ -339,16 +339,16 @@ def differences(old: Plan, new: Plan) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def compared(plan: Plan) -> dict[str, Any]:
+def comparable_values(plan: Plan) -> dict[str, Any]:
     """What makes a plan the one it is, by dotted name. Monitor say what is warned of, not what the weights become."""
     return {
         key: value
-        for key, value in flat(plan).items()
+        for key, value in flat_values(plan).items()
         if key.split(".")[0] not in NOT_COMPARED and not key.startswith("sections.monitor.")
     }
 
 
-def flat(plan: Plan) -> dict[str, Any]:
+def flat_values(plan: Plan) -> dict[str, Any]:
     """Every value of a plan, by dotted name."""
     return _flat(dataclasses.asdict(plan))
 
@@ -472,7 +472,7 @@ def _forecast(plan: Plan) -> dict[str, float | None] | None:
     architecture = plan.sections.model.architecture
     mean = min(data.mean_tokens or plan.max_length, plan.max_length)
     row_tokens = plan.max_length if plan.packing else mean
-    load = load_of(plan, architecture)
+    load = memory_inputs(plan, architecture)
     flops = cost.flops_per_token(load, mean, 1.0 if plan.supervised_share is None else plan.supervised_share)
     validation = _validation_examples(plan)
     if flops is None or not plan.optimizer_steps or plan.checkpoint_bytes is None or validation is None:

@@ -9,7 +9,9 @@ from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Plan
 
 # What a plan works out from its ranks while the effective batch stays: how many, where, and how the batch is cut up.
-FOLLOWING = frozenset({"world_size", "gpus", "nodes", "per_device_train_batch_size", "gradient_accumulation_steps"})
+DERIVED_FROM_RANKS = frozenset(
+    {"world_size", "gpus", "nodes", "per_device_train_batch_size", "gradient_accumulation_steps"}
+)
 # DeepSpeed's conversion looks for Adam's two moments by name; with torch's AdamW it was shown to lose nothing.
 _CONVERTED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 
@@ -35,7 +37,7 @@ def ranks_of(plan: Plan) -> Ranks:
     return Ranks(plan.parallelism, plan.world_size)
 
 
-def refusal(saved: Ranks, plan: Plan) -> str | None:
+def incompatibility(saved: Ranks, plan: Plan) -> str | None:
     """Why a checkpoint of some ranks cannot be gone on from by those of a plan, and the way out; None where it can.
 
     An engine keeps the optimizer's state in a form of its own. Another one fails to read it or, where DeepSpeed's files
@@ -50,7 +52,7 @@ def refusal(saved: Ranks, plan: Plan) -> str | None:
             f"begin a run of its own: NAME=…"
         )
     optimizer = plan.sections.trainer.get("optim", _CONVERTED_OPTIMIZERS[0])
-    if converts(saved, now) and optimizer not in _CONVERTED_OPTIMIZERS:
+    if needs_resharding(saved, now) and optimizer not in _CONVERTED_OPTIMIZERS:
         return (
             f"its checkpoints were saved by {saved}, this start would be {now}, and the state of trainer.optim="
             f"{optimizer} cannot be cut for other ranks; go on with {saved.world_size}, or begin a run of its own: "
@@ -59,24 +61,24 @@ def refusal(saved: Ranks, plan: Plan) -> str | None:
     return None
 
 
-def converts(saved: Ranks, now: Ranks) -> bool:
+def needs_resharding(saved: Ranks, now: Ranks) -> bool:
     """Whether these ranks can load what those saved only once it has been cut anew: ZeRO keeps a file for each rank."""
     return saved.strategy.resharding_converts and saved.world_size != now.world_size
 
 
-def allowed(old: Plan, new: Plan) -> str | None:
+def plan_incompatibility(old: Plan, new: Plan) -> str | None:
     """Why the ranks of a new plan cannot go on with a run of the old one; None where they can."""
-    return refusal(ranks_of(old), new)
+    return incompatibility(ranks_of(old), new)
 
 
-def followed(old: Plan, new: Plan) -> set[str]:
-    """What of `plans.differences` only follows from another number of ranks, and needs nobody's consent.
+def implied_changes(old: Plan, new: Plan) -> set[str]:
+    """What of `plans.find_differences` only follows from another number of ranks, and needs nobody's consent.
 
     Empty where the ranks are as many, where they cannot go on, where the effective batch is another, and between CPU
     and GPU, which no tolerance was measured for.
     """
-    differ = plans.differences(old, new)
+    differ = plans.find_differences(old, new)
     same_kind = old.uses_gpu == new.uses_gpu and "effective_batch_size" not in differ
-    if old.world_size == new.world_size or not same_kind or allowed(old, new) is not None:
+    if old.world_size == new.world_size or not same_kind or plan_incompatibility(old, new) is not None:
         return set()
-    return differ.keys() & (FOLLOWING | {"parallelism"})
+    return differ.keys() & (DERIVED_FROM_RANKS | {"parallelism"})

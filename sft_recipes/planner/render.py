@@ -11,14 +11,14 @@ from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.units import GIB
 
 
-def engine_and_ranks(plan: Plan) -> str:
+def strategy_and_ranks(plan: Plan) -> str:
     """`zero2 on 8 GPUs`, `single on 1 CPU process`."""
     several = plan.world_size > 1
     ranks = ("GPUs" if several else "GPU") if plan.uses_gpu else f"CPU process{'es' if several else ''}"
     return f"{plan.parallelism} on {plan.world_size} {ranks}"
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
+def format_table(rows: Sequence[Sequence[str]]) -> str:
     """Columns padded to their widest cell, two spaces apart."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
@@ -26,9 +26,9 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def plan_table(plan: Plan, explain: bool = False) -> str:
+def format_plan(plan: Plan, explain: bool = False) -> str:
     """The plan as a person reads it; with `explain`, where each value came from."""
-    return table([[name, text] + ([_origin(plan, name)] if explain else []) for name, text in _lines(plan)])
+    return format_table([[name, text] + ([_origin(plan, name)] if explain else []) for name, text in _lines(plan)])
 
 
 def _origin(plan: Plan, name: str) -> str:
@@ -123,7 +123,7 @@ def _gpu(plan: Plan) -> str:
 def _estimate(plan: Plan, value: Any) -> str:
     if value is None:
         return "known when the data is prepared"
-    return f"{value:,}" + ("" if plan.settled else " (estimate, settled when the data is prepared)")
+    return f"{value:,}" + ("" if plan.data_prepared else " (estimate, settled when the data is prepared)")
 
 
 def _rows(plan: Plan) -> str:
@@ -144,7 +144,7 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
         lines.append(("host memory a node", _parts(plan.host_bytes_per_node)))
     if plan.disk_bytes and plan.checkpoint_bytes:
         lines.append(("disk", f"{_gib(plan.disk_bytes)} at most; a whole checkpoint is {_gib(plan.checkpoint_bytes)}"))
-        lines.append(("a save", save_time.said(plan)))
+        lines.append(("a save", save_time.describe(plan)))
     if plan.fits is not None:
         lines.append(("fits", f"{'yes' if plan.fits else 'no'} ({_gpu(plan)})"))
     return lines
@@ -201,7 +201,7 @@ def _what_would_fit(plan: Plan) -> list[tuple[str, str]]:
     return lines if plan.fits else [*lines, ("cheapest change", plan.cheapest_change or "none: use a larger GPU")]
 
 
-def comparison(plans: Sequence[tuple[int, Plan | str]]) -> str:
+def format_comparison(plans: Sequence[tuple[int, Plan | str]]) -> str:
     """One line a GPU count: the plan, or why there is none."""
     rows = [["GPUs", "engine", "micro-batch", "accumulation", "memory per GPU", "fits", "hours", "GPU-hours"]]
     refused = []
@@ -222,4 +222,4 @@ def comparison(plans: Sequence[tuple[int, Plan | str]]) -> str:
                 f"{forecast['gpu_hours']:,.0f}" if forecast else "?",
             ]
         )
-    return "\n".join([table(rows), *refused])
+    return "\n".join([format_table(rows), *refused])

@@ -18,7 +18,7 @@ _TIMES_LARGER = 1000
 
 
 @dataclass(frozen=True)
-class Speed:
+class DiskSpeed:
     """Bytes a second from a step's end to a sealed checkpoint, hashing and syncing included; `measured` is the date."""
 
     bytes_per_second: float
@@ -29,29 +29,29 @@ def _file() -> Path:
     return runs_root() / ".saving.json"
 
 
-def speed(plan: Plan) -> Speed:
+def disk_speed(plan: Plan) -> DiskSpeed:
     """What the newest sanity run measured on the disk of the runs; an assumption where there was none, or its save was
     so small beside this plan's that it tells how long a save takes to begin."""
     found = read_json(_file())
     if found.get("seconds") and found["bytes"] * _TIMES_LARGER >= (plan.checkpoint_bytes or 0):
-        return Speed(found["bytes"] / found["seconds"], str(found["measured"]))
-    return Speed(WRITE_BYTES_PER_SECOND, None)
+        return DiskSpeed(found["bytes"] / found["seconds"], str(found["measured"]))
+    return DiskSpeed(WRITE_BYTES_PER_SECOND, None)
 
 
-def remember(saved_bytes: int, seconds: float, date: str) -> None:
+def record_speed(saved_bytes: int, seconds: float, date: str) -> None:
     """Keeps what a sanity run measured."""
     _file().parent.mkdir(parents=True, exist_ok=True)
     write_json(_file(), {"bytes": saved_bytes, "seconds": round(seconds, 3), "measured": date})
 
 
-def seconds(plan: Plan) -> float | None:
+def save_seconds(plan: Plan) -> float | None:
     """How long a save of this plan takes; None where its bytes are not known."""
-    return None if plan.checkpoint_bytes is None else plan.checkpoint_bytes / speed(plan).bytes_per_second
+    return None if plan.checkpoint_bytes is None else plan.checkpoint_bytes / disk_speed(plan).bytes_per_second
 
 
-def seconds_at_most(plan: Plan) -> float:
+def max_save_seconds(plan: Plan) -> float:
     """What a save may take before it is taken for a hang: by a slow disk, or three times what was measured."""
-    measured = seconds(plan) if speed(plan).measured else None
+    measured = save_seconds(plan) if disk_speed(plan).measured else None
     return max(
         (plan.checkpoint_bytes or 0) / plan.nodes / SLOW_DISK_BYTES_PER_SECOND, _TIMES_MEASURED * (measured or 0.0)
     )
@@ -59,12 +59,12 @@ def seconds_at_most(plan: Plan) -> float:
 
 def grace_seconds(plan: Plan) -> int:
     """What is given to ranks that were asked to stop, before they are killed."""
-    return max(timeouts.MIN_SAVE_GRACE, math.ceil(seconds_at_most(plan)))
+    return max(timeouts.MIN_SAVE_GRACE, math.ceil(max_save_seconds(plan)))
 
 
-def said(plan: Plan) -> str:
+def describe(plan: Plan) -> str:
     """A line of the plan."""
-    took, found = seconds(plan), speed(plan)
+    took, found = save_seconds(plan), disk_speed(plan)
     if took is None:
         return "not known: model.architecture is not given"
     source = (

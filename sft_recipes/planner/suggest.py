@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from sft_recipes.config.architecture import parameter_count
 from sft_recipes.config.schema import Lora, Recipe
-from sft_recipes.config.sizes import hyperparameter, nearest_row
+from sft_recipes.config.sizes import hyperparameter, nearest_size_class
 from sft_recipes.config.strategies import DATA_PARALLEL, OFFLOADED, wider_than
 from sft_recipes.planner import batch
 from sft_recipes.planner import plan as plans
@@ -22,7 +22,7 @@ GPUS_PER_NODE = 8
 def smallest_gpu_count(recipe: Recipe, gpu_type: str | None) -> int | None:
     """The fewest GPUs of this gpu_type that hold the recipe as it is and keep its batch; None where none do."""
     for gpus in batch.world_sizes_that_divide(_effective_batch_size(recipe)):
-        if _fits(recipe, on(gpus, gpu_type)):
+        if _fits(recipe, topology_for(gpus, gpu_type)):
             return gpus
     return None
 
@@ -39,7 +39,7 @@ def cheapest_change(recipe: Recipe, topology: Topology, most_gpus: int | None = 
     return None
 
 
-def lighter(recipe: Recipe, topology: Topology, most: int = 2) -> list[str]:
+def lighter_overrides(recipe: Recipe, topology: Topology, most: int = 2) -> list[str]:
     """The cheapest changes on these GPUs whose forecast is at least a tenth smaller, for a run that ran out of memory
     although it was to fit; where nothing is forecast, what always helps and is not in force yet."""
     now = _needs(recipe, topology)
@@ -59,13 +59,13 @@ def lighter(recipe: Recipe, topology: Topology, most: int = 2) -> list[str]:
 def _needs(recipe: Recipe, topology: Topology) -> int:
     """Forecast bytes a GPU; 0 where the stack cannot carry it."""
     try:
-        forecast = plans.make(recipe, topology).memory_bytes_per_gpu
+        forecast = plans.resolve(recipe, topology).memory_bytes_per_gpu
     except UserError:
         return 0
     return forecast["total"] if forecast else 0
 
 
-def on(gpus: int, gpu_type: str | None) -> Topology:
+def topology_for(gpus: int, gpu_type: str | None) -> Topology:
     """So many GPUs in nodes of eight."""
     return Topology(gpus=gpus, processes=gpus, nodes=nodes_for(gpus), gpu_type=gpu_type)
 
@@ -97,7 +97,7 @@ def _changes(recipe: Recipe, topology: Topology) -> Iterator[tuple[str, Recipe, 
     if not recipe.lora:
         yield from _offloaded(recipe, topology, words)
         for lora, said in ((Lora(), "lora.r=16"), (Lora(quantize="nf4"), "lora.quantize=nf4")):
-            row = nearest_row((parameter_count(recipe.model.architecture) or 0) / 1e9, "lora")
+            row = nearest_size_class((parameter_count(recipe.model.architecture) or 0) / 1e9, "lora")
             adapted = dataclasses.replace(_under(recipe, DATA_PARALLEL.name, lora), size=row, allow_out_of_range=[])
             yield from _smaller(adapted, topology, [*words, said, f"size={row}", f"parallelism={DATA_PARALLEL.name}"])
 
@@ -106,7 +106,7 @@ def _offloaded(recipe: Recipe, topology: Topology, words: list[str]) -> Iterator
     """With what it asks of the nodes' own memory, which nobody has looked at."""
     offloaded = _under(recipe, OFFLOADED.name)
     for said, changed, where in _smaller(offloaded, topology, [*words, f"parallelism={OFFLOADED.name}"]):
-        needed = plans.make(changed, where).host_bytes_per_node or {"total": 0}
+        needed = plans.resolve(changed, where).host_bytes_per_node or {"total": 0}
         yield f"{said} ({needed['total'] / units.GIB:,.0f} GiB of host memory a node)", changed, where
 
 
@@ -118,7 +118,7 @@ def _more_gpus(
         for parallelism in dict.fromkeys((recipe.parallelism, widest)) if gpus > topology.gpus else ():
             said = [] if parallelism == recipe.parallelism else [f"parallelism={parallelism}"]
             yield from _smaller(
-                _under(recipe, parallelism), on(gpus, topology.gpu_type), [*words, *said, f"GPUS={gpus}"]
+                _under(recipe, parallelism), topology_for(gpus, topology.gpu_type), [*words, *said, f"GPUS={gpus}"]
             )
 
 
@@ -147,6 +147,6 @@ def _effective_batch_size(recipe: Recipe) -> int:
 def _fits(recipe: Recipe, topology: Topology) -> bool:
     """Whether it fits and the stack can carry it."""
     try:
-        return plans.make(recipe, topology).fits is True
+        return plans.resolve(recipe, topology).fits is True
     except UserError:
         return False

@@ -65,7 +65,7 @@ def checks_resume(plan: Plan) -> bool:
 
 def cache_key(plan: Plan) -> str:
     """SHA-256 of what a result depends on: plan, data, model files, libraries, code and configuration files."""
-    flat = plans.compared(plan)
+    flat = plans.comparable_values(plan)
     parts = {
         "plan": {name: value for name, value in flat.items() if name != "recipe"},
         "gpu_type": plan.gpu_type,

@@ -23,7 +23,7 @@ _COMMENT_COLUMN = 46
 def sbatch_script(recipe: str) -> str:
     """Return the content of slurm/RECIPE.sh."""
     loaded = loader.load(recipe)
-    plan = plans.make(loaded, plan_topology(loaded))
+    plan = plans.resolve(loaded, plan_topology(loaded))
     fewest = suggest.smallest_gpu_count(loaded, plan.gpu_type) if plan.gpus else None
     lines = [
         f"#SBATCH --{option}".ljust(_COMMENT_COLUMN) + (f"# {why}" if why else "")

@@ -95,7 +95,7 @@ def run(run_dir: RunDir, nodes: NodeLaunchers | None = None) -> int:
             for reason in first.skipped:
                 log.info("skipping %s", reason)
             log.info(_replay_message(run_dir, plan, first))
-            log.info(render.table(_comparison_table(first, recorded)))
+            log.info(render.format_table(_comparison_table(first, recorded)))
             if not _differing(_compare_loaded(first)) and _differs_in_sums_only(first, recorded):
                 second = _replay(context, run_dir, [(first.step, max(first.steps))], "second")
                 if _is_within_tolerance(first, second, recorded):
@@ -179,7 +179,7 @@ def _replay_message(run_dir: RunDir, plan: Plan, replay: Replay) -> str:
     repeated = "no recorded step after it"
     if steps:
         repeated = f"repeated step {steps[0]}" if len(steps) == 1 else f"repeated steps {steps[0]} to {steps[-1]}"
-    return f"resumed {run_dir.name} from checkpoint-{replay.step} ({render.engine_and_ranks(plan)}), {repeated}"
+    return f"resumed {run_dir.name} from checkpoint-{replay.step} ({render.strategy_and_ranks(plan)}), {repeated}"
 
 
 def _compare_loaded(replay: Replay) -> dict[str, str]:
@@ -245,7 +245,7 @@ def _is_within_tolerance(first: Replay, second: Replay, recorded: dict[int, dict
         rows.append([str(step), *(f"{value:.9f}" for value in (loss, *replayed))])
         tolerance = max(tolerance, abs(replayed[0] - replayed[1]))
         deviation = max(deviation, min(abs(loss - value) for value in replayed))
-    log.info(render.table(rows))
+    log.info(render.format_table(rows))
     measured = f"recorded losses deviate by up to {deviation:.3g}, two replays from each other by up to {tolerance:.3g}"
     if first.steps == second.steps or deviation > tolerance:
         log.info(f"more than the tolerance of this machine: {measured}")

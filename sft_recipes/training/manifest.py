@@ -58,7 +58,7 @@ def begin(folder: RunDir, plan: Plan) -> None:
         "dropped_rows_per_epoch": plan.dropped_rows_per_epoch,
         "optimizer_steps": plan.optimizer_steps,
         "warmup_steps": plan.warmup_steps,
-        "accepted": plan.accepted,
+        "allowed_changes": plan.allowed_changes,
     }
     write_json(folder.manifest, content)
 

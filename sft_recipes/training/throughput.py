@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from sft_recipes.planner import cost
-from sft_recipes.planner.plan import Plan, load_of
+from sft_recipes.planner.plan import Plan, memory_inputs
 
 # What a rank sends, in this order.
 _RANK = ("slots", "attended", "own_seconds", "waited", "allocated", "reserved", "peak", "host")
@@ -136,7 +136,7 @@ class ThroughputMeter:
         """MFU and HFU with the plan's count of FLOPs (planner.cost), for the lengths and supervised tokens that the
         steps had; and MFU by PaLM's formula, which counts attention over whole rows and all weights. Shares of one."""
         tokens = max(tokens, 1)
-        load = load_of(self._plan, dict(self._architecture))
+        load = memory_inputs(self._plan, dict(self._architecture))
         flops = cost.flops_per_token(load, 2 * attended_tokens / tokens, self._supervised_tokens / tokens)
         palm = cost.palm_flops_per_token(self._architecture, self._plan.max_length)
         if self._peak_flops is None or flops is None or palm is None:

@@ -50,7 +50,7 @@ class Case:
     def plan(self) -> Plan:
         recipe = loader.load(self.recipe, self.overrides)
         gpu_type = recipe.hardware.gpu_type or "h100-80g"
-        return plans.make(recipe, Topology(self.gpus, self.gpus, self.nodes, gpu_type, self.devices))
+        return plans.resolve(recipe, Topology(self.gpus, self.gpus, self.nodes, gpu_type, self.devices))
 
 
 def cases() -> list[Case]:

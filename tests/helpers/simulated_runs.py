@@ -58,10 +58,10 @@ class Simulated:
     def plan(self):
         recipe = loader.load(self.recipe, self.overrides)
         gpus = 0 if self.recipe == "tiny" else recipe.hardware.gpus
-        made = plans.make(recipe, Topology(gpus, 1, recipe.hardware.nodes, recipe.hardware.gpu_type))
+        made = plans.resolve(recipe, Topology(gpus, 1, recipe.hardware.nodes, recipe.hardware.gpu_type))
         return dataclasses.replace(
             made,
-            settled=True,
+            data_prepared=True,
             optimizer_steps=self.steps,
             steps_per_epoch=max(1, math.ceil(self.steps / made.num_train_epochs)),
             warmup_steps=batch.warmup_steps(self.steps, made.warmup_ratio),

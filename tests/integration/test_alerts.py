@@ -29,7 +29,7 @@ class Ranks:
 def watching(tmp_path, deepspeed=False, skipped=False):
     from datasets import Dataset
 
-    plan = plans.make(loader.load("tiny"), Topology(gpus=0, processes=1))
+    plan = plans.resolve(loader.load("tiny"), Topology(gpus=0, processes=1))
     Dataset.from_list([{"input_ids": [1, 2], "source": f"a.jsonl:{n}"} for n in (1, 2)]).save_to_disk(
         tmp_path / "train"
     )
@@ -85,7 +85,7 @@ def test_numbers_pass(tmp_path):
 
 
 def guard(tmp_path, *overrides, steps=400):
-    plan = plans.make(loader.load("tiny", overrides), Topology(gpus=0, processes=1))
+    plan = plans.resolve(loader.load("tiny", overrides), Topology(gpus=0, processes=1))
     plan = dataclasses.replace(plan, warmup_steps=20, optimizer_steps=steps)
     subject = alerts.AlertCallback(plan, RunDir(tmp_path))
     said = []

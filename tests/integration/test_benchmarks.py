@@ -42,12 +42,12 @@ def test_what_is_measured_on_a_gpu_is_as_many_cases_as_were_promised():
 def test_what_is_measured_on_a_gpu_can_be_planned_there(name):
     """So that the first minutes with a GPU are not spent on a refusal; whether it fits is for the run to see."""
     case = ON_A_GPU[name]
-    plan = plans.make(loader.load(case.recipe, case.words), Topology(gpus=1, processes=1, gpu_type="h200-141g"))
+    plan = plans.resolve(loader.load(case.recipe, case.words), Topology(gpus=1, processes=1, gpu_type="h200-141g"))
     assert plan.memory_bytes_per_gpu["total"] > 2**30
     assert plan.fits or "checkpointing" not in name, "refused before it starts"
     tokens = plan.effective_batch_size * plan.max_length
     attended = 2 * bench.MEAN_TOKENS  # the mean over tokens of an example's length, as they are drawn
-    flops = cost.flops_per_token(plans.load_of(plan, plan.sections.model.architecture), attended)
+    flops = cost.flops_per_token(plans.memory_inputs(plan, plan.sections.model.architecture), attended)
     steps = bench.STEPS if name.startswith("bench") else memory.STEPS
     slowly = 0.25 * gpu_types.peak_flops("h200-141g")
     assert steps * tokens * flops.model / slowly < 530 - 180, "a piece of gpu.sh is cut off, with 180 s to begin in"
@@ -78,7 +78,7 @@ def test_what_is_trained_beside_others_is_a_plan(recipe, tmp_path):
     command = beside._ours(place, tmp_path)
     words = [word for word in command if "=" in word]
     gpus = int(place.on_gpu)
-    plan = plans.make(
+    plan = plans.resolve(
         loader.load(recipe, words), Topology(gpus=gpus, processes=1, gpu_type="h200-141g" if gpus else None)
     )
     assert (plan.effective_batch_size, plan.per_device_train_batch_size, plan.max_length) == (
@@ -232,7 +232,7 @@ def test_the_most_informative_pieces_for_a_gpu_come_first():
 def test_the_first_run_on_a_gpu_can_be_planned_there():
     case = first_run.case(True)
     for gpu_type in ("h100-80g", "h200-141g"):
-        plan = plans.make(loader.load(case.recipe, case.words), Topology(gpus=1, processes=1, gpu_type=gpu_type))
+        plan = plans.resolve(loader.load(case.recipe, case.words), Topology(gpus=1, processes=1, gpu_type=gpu_type))
         assert plan.fits and plan.world_size == 1
 
 

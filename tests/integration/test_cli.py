@@ -157,7 +157,7 @@ def test_a_model_whose_files_lack_a_weight_is_never_trained_on_random_numbers(wo
     )
     assert "bring the whole model" in line
     file.write_bytes(file.read_bytes()[:1000])
-    plan = plans.make(loader.load("tiny", [*MODEL, f"model.name_or_path={file.parent}"]), plans.Topology(0, 1))
+    plan = plans.resolve(loader.load("tiny", [*MODEL, f"model.name_or_path={file.parent}"]), plans.Topology(0, 1))
     with pytest.raises(UserError, match="model cannot be loaded"):
         load_model(plan, str(file.parent))
     assert not list(workplace.runs.glob("*/plan.json")), "the corrected command would be another plan's"

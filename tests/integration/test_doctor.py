@@ -225,7 +225,7 @@ def test_healthcheck_reports_stalled_rank(tmp_path, monkeypatch):
     recipe = loader.load("tiny", ["monitor.heartbeat_timeout_seconds=60"])
     folder = RunDir(tmp_path / "tiny-1")
     folder.ranks.mkdir(parents=True)
-    plans.write(plans.make(recipe, plans.Topology(gpus=0, processes=1)), folder.plan)
+    plans.write(plans.resolve(recipe, plans.Topology(gpus=0, processes=1)), folder.plan)
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
     held = subprocess.Popen(  # a rank's command line contains the plan's path
         [sys.executable, "-c", "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); "

@@ -98,13 +98,13 @@ def test_sanity_and_verify_resume_are_rejected_as_train_is(workplace, monkeypatc
     assert "is a CPU build" in error_line(workplace.sft("sanity", "1b", **variables))
     run = workplace.runs / "1b-1"
     run.mkdir(parents=True)
-    plans.write(plans.make(loader.load("1b"), plans.Topology(1, 1, gpu_type="h100-80g")), run / "plan.json")
+    plans.write(plans.resolve(loader.load("1b"), plans.Topology(1, 1, gpu_type="h100-80g")), run / "plan.json")
     assert "is a CPU build" in error_line(workplace.sft("verify-resume", "1b-1", **variables))
 
 
 def test_old_driver_is_rejected_unless_pytorch_can_use_the_gpus(on, monkeypatch, workplace):
     """The driver's version alone rejects nothing: with NVIDIA's forward-compatibility package 570 runs CUDA 13."""
-    plan = plans.make(loader.load("8b"), plans.Topology(8, 8, gpu_type="h100-80g"))
+    plan = plans.resolve(loader.load("8b"), plans.Topology(8, 8, gpu_type="h100-80g"))
     fake = {"PYTHONPATH": str(FAKE_TORCH), "FAKE_TORCH_CUDA": "13.0", "FAKE_TORCH_DEVICES": "8"}
     on(driver="570.86.15", **fake)
     preflight.check_gpus(plan)
@@ -216,7 +216,7 @@ def test_recipe_plans_on_a_machine_as_for_its_hardware(name, on, monkeypatch, tm
     if hardware.nodes > 1:
         allocation = topology.Allocation(7, "0-0", hardware.nodes, 0, "node1", 8, ("127.0.0.1",), 15001)
     here = topology.available_topology(loader.load(name), topology.HardwareRequest(), allocation)
-    made = json.loads(plans.to_json(plans.make(loader.load(name), here)))
+    made = json.loads(plans.to_json(plans.resolve(loader.load(name), here)))
     ours = ("run_id", "created", "fewest_gpus", "cheapest_change", "devices")
     assert {k: v for k, v in made.items() if k not in ours} == {k: v for k, v in planned.items() if k not in ours}
     if allocation is None:

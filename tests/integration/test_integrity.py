@@ -36,8 +36,8 @@ def begin(tmp_path, model_folder, tokenizer):
             "trainer.max_length=64", "trainer.num_train_epochs=2", "trainer.logging_steps=3", "trainer.save_steps=100",
             f"trainer.packing={str(packing).lower()}", *overrides,
         )  # fmt: skip
-        plan = plans.make(loader.load("tiny", settings), Topology(gpus=0, processes=1))
-        plan = plans.settle(plan, plans.Prepared("f", "x", "m", {}, ROWS, ROWS, 100, 100, 2))
+        plan = plans.resolve(loader.load("tiny", settings), Topology(gpus=0, processes=1))
+        plan = plans.with_prepared_data(plan, plans.Prepared("f", "x", "m", {}, ROWS, ROWS, 100, 100, 2))
         folder = RunDir(tmp_path / name)
         folder.path.mkdir(exist_ok=True)
         ids = [[5 + n % 50] * (4 + n % 7) for n in range(ROWS)]

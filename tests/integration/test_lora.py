@@ -196,7 +196,7 @@ def test_saved_adapters_hold_no_embeddings_and_saving_asks_no_hub(model_folder, 
     from peft import get_peft_model
     from peft.utils import save_and_load
 
-    plan = plans.make(loader.load("tiny", ("lora.r=2",)), plans.Topology(gpus=0, processes=1))
+    plan = plans.resolve(loader.load("tiny", ("lora.r=2",)), plans.Topology(gpus=0, processes=1))
 
     def asked_by(prepare):
         asked = []

@@ -187,7 +187,7 @@ class OneRank:
 def test_mfu_and_hfu(checkpointing):
     """One row of 2,048 tokens, 1,024 of them supervised, in a quarter of a second or a little more."""
     recipe = loader.load("8b", [f"trainer.gradient_checkpointing={checkpointing}"])
-    plan = plans.make(recipe, Topology(gpus=1, processes=1, gpu_type="h100-80g"))
+    plan = plans.resolve(recipe, Topology(gpus=1, processes=1, gpu_type="h100-80g"))
     architecture = recipe.model.architecture
     meter = throughput.ThroughputMeter(plan, architecture, 989e12, torch.device("cpu"))
     meter.step_begins()
@@ -216,7 +216,7 @@ def test_flops_agree_with_trl():
     architecture = loader.load("8b").model.architecture
     config = LlamaConfig(**{key: value for key, value in architecture.items() if key != "model_type"})
     theirs = compute_flops_per_token(config, 2048) * adjusted_mfu(1.0, config, 2048)
-    load = memory.Load(architecture, "single", "bf16", 1, 2048, gradient_checkpointing=True)
+    load = memory.MemoryInputs(architecture, "single", "bf16", 1, 2048, gradient_checkpointing=True)
     assert cost.flops_per_token(load, 2048).model == pytest.approx(theirs, rel=1e-3)
 
 
@@ -232,7 +232,7 @@ def test_data_wait_fraction():
             time.sleep(0.05)
             yield number
 
-    plan = plans.make(loader.load("tiny"), Topology(gpus=0, processes=1))
+    plan = plans.resolve(loader.load("tiny"), Topology(gpus=0, processes=1))
     meter = throughput.ThroughputMeter(plan, {}, None, torch.device("cpu"))
     meter.step_begins()
     assert list(meter.waiting(slow())) == [0, 1, 2]
@@ -242,7 +242,7 @@ def test_data_wait_fraction():
 
 
 def test_host_memory_is_of_this_process():
-    plan = plans.make(loader.load("tiny"), Topology(gpus=0, processes=1))
+    plan = plans.resolve(loader.load("tiny"), Topology(gpus=0, processes=1))
     meter = throughput.ThroughputMeter(plan, {}, None, torch.device("cpu"))
     meter.step_begins()
     meter.step_ends()

@@ -24,7 +24,9 @@ def test_prepare_imports_no_heavy_library_for_cached_rows(tmp_path, write_rows, 
     """Importing them would delay every later start by seconds."""
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
     overrides = [f"data.train={write_rows(ROWS)}", "trainer.max_length=128"]
-    (tmp_path / "plan.json").write_text(json.dumps(asdict(plans.make(loader.load("tiny", overrides), Topology(0, 1)))))
+    (tmp_path / "plan.json").write_text(
+        json.dumps(asdict(plans.resolve(loader.load("tiny", overrides), Topology(0, 1))))
+    )
     script = (
         "import sys; from sft_recipes.data import prepare; assert not prepare.main(sys.argv[1]); "
         "print('torch' in sys.modules, 'transformers' in sys.modules)"
@@ -37,7 +39,9 @@ def test_prepare_imports_no_heavy_library_for_cached_rows(tmp_path, write_rows, 
 def test_prepare_reports_error_in_one_line(tmp_path, write_rows, monkeypatch):
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
     overrides = [f"data.train={write_rows([*ROWS, {'text': 'x'}])}", "trainer.max_length=128"]
-    (tmp_path / "plan.json").write_text(json.dumps(asdict(plans.make(loader.load("tiny", overrides), Topology(0, 1)))))
+    (tmp_path / "plan.json").write_text(
+        json.dumps(asdict(plans.resolve(loader.load("tiny", overrides), Topology(0, 1))))
+    )
     command = [sys.executable, "-m", "sft_recipes.data.prepare", str(tmp_path / "plan.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")

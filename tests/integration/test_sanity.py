@@ -58,7 +58,7 @@ def test_sanity_check_does_not_change_the_run(short_run, tracked_run):
 
 def test_forecast_adds_up_measured_times(monkeypatch):
     plan = dataclasses.replace(
-        plans.make(loader.load("8b"), Topology(gpus=8, processes=8, gpu_type="h100-80g")),
+        plans.resolve(loader.load("8b"), Topology(gpus=8, processes=8, gpu_type="h100-80g")),
         optimizer_steps=1001, gradient_accumulation_steps=4,
     )  # fmt: skip
     measured = {
@@ -68,7 +68,9 @@ def test_forecast_adds_up_measured_times(monkeypatch):
     forecast = trial.measured_forecast(plan, measured)
     evaluations, saves = 2, 1  # every 1000 and every 2000 steps, and the last
     models = (
-        (evaluations + 2) * plans.load_of(plan, plan.sections.model.architecture).trained_bytes / plan.checkpoint_bytes
+        (evaluations + 2)
+        * plans.memory_inputs(plan, plan.sections.model.architecture).trained_bytes
+        / plan.checkpoint_bytes
     )
     seconds = 1001 * 3.0 * 2 + evaluations * 1000 * 0.01 + (saves + models) * 60.0
     assert forecast["seconds"] == pytest.approx(seconds, abs=0.1)
@@ -104,9 +106,9 @@ def trial_of_few_rows(shared_workplace, few_rows, tmp_path_factory):
     from sft_recipes.data.prepare import prepare
 
     settings = [f"data.train={few_rows}", "trainer.max_length=128", "batch.effective_batch_size=2", *FEW_COMPLETIONS]
-    plan = plans.make(loader.load("tiny", settings), Topology(gpus=0, processes=1))
+    plan = plans.resolve(loader.load("tiny", settings), Topology(gpus=0, processes=1))
     prepared = prepare(plan, tmp_path_factory.mktemp("store"))
-    return trial.trial_plan(plans.settle(plan, prepared)), prepared
+    return trial.trial_plan(plans.with_prepared_data(plan, prepared)), prepared
 
 
 def run_in_process(tmp_path, planned, prepared, monkeypatch):
@@ -270,7 +272,7 @@ def test_trial_plan_keeps_what_it_checks(name):
     from sft_recipes.launch.topology import plan_topology
 
     recipe = loader.load(name)
-    plan = dataclasses.replace(plans.make(recipe, plan_topology(recipe)), rows=100_000)
+    plan = dataclasses.replace(plans.resolve(recipe, plan_topology(recipe)), rows=100_000)
     short = trial.trial_plan(plan)
     for kept in ("parallelism", "per_device_train_batch_size", "world_size", "learning_rate", "max_length", "dtypes"):
         assert getattr(short, kept) == getattr(plan, kept)
@@ -284,7 +286,7 @@ def test_cache_key_depends_on_weight_files(tmp_path):
     model.mkdir()
     (model / "model.safetensors").write_bytes(b"1")
     overrides = ["model.from_scratch=false", "model.architecture={}", f"model.name_or_path={model}"]
-    plan = plans.make(loader.load("tiny", overrides), Topology(gpus=0, processes=1))
+    plan = plans.resolve(loader.load("tiny", overrides), Topology(gpus=0, processes=1))
     before = trial.cache_key(plan)
     assert trial.cache_key(plan) == before
     (model / "model.safetensors").write_bytes(b"22")
@@ -305,14 +307,14 @@ def test_cache_key_depends_on_weight_files(tmp_path):
     ],
 )
 def test_suggested_learning_rate_includes_allow_out_of_range(rate, factor, suggestion):
-    plan = plans.make(loader.load("8b"), Topology(gpus=8, processes=8, gpu_type="h100-80g"))
+    plan = plans.resolve(loader.load("8b"), Topology(gpus=8, processes=8, gpu_type="h100-80g"))
     assert checks.suggest_learning_rate(dataclasses.replace(plan, learning_rate=rate), factor) == suggestion
 
 
 def test_forecast_of_unknown_architecture():
     overrides = ["model.from_scratch=false", "model.architecture={}", "model.name_or_path=/somewhere"]
     plan = dataclasses.replace(
-        plans.make(loader.load("tiny", overrides), Topology(gpus=0, processes=1)), optimizer_steps=10
+        plans.resolve(loader.load("tiny", overrides), Topology(gpus=0, processes=1)), optimizer_steps=10
     )
     measured = {
         "step_seconds": 3.0, "accumulation": 1, "eval_rows": 10, "eval_seconds_per_row": 0.1, "save_seconds": 2.0,
@@ -326,7 +328,7 @@ def test_better_than_chance(loss, expected):
 
 
 def test_trial_plan_ignores_eval_delay():
-    plan = plans.make(loader.load("tiny", ["trainer.eval_delay=500"]), Topology(gpus=0, processes=1))
+    plan = plans.resolve(loader.load("tiny", ["trainer.eval_delay=500"]), Topology(gpus=0, processes=1))
     assert "eval_delay" not in trial.trial_plan(dataclasses.replace(plan, rows=100)).sections.trainer
 
 
@@ -342,7 +344,7 @@ def test_killed_trials_are_removed(tmp_path):
 
 
 def test_cache_key_depends_on_plan_data_and_libraries(monkeypatch):
-    plan = dataclasses.replace(plans.make(loader.load("tiny"), Topology(gpus=0, processes=1)), data_fingerprint="a")
+    plan = dataclasses.replace(plans.resolve(loader.load("tiny"), Topology(gpus=0, processes=1)), data_fingerprint="a")
     same = dataclasses.replace(plan, created="2020-01-01T00:00:00+00:00", notes=["x"])
     others = [
         dataclasses.replace(plan, data_fingerprint="b"),

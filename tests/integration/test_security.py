@@ -249,7 +249,7 @@ def test_model_directory_code_does_not_run(hostile):
     from sft_recipes.training.main import load_model
 
     folder, ran = hostile
-    plan = plans.make(loader.load("tiny", [*MODEL, f"model.name_or_path={folder}"]), Topology(0, 1))
+    plan = plans.resolve(loader.load("tiny", [*MODEL, f"model.name_or_path={folder}"]), Topology(0, 1))
     assert model_files.check_model(plan.sections.model) == folder
     with contextlib.suppress(UserError):  # loaded without its code, or refused for it
         load_tokenizer(str(folder), None, False)
@@ -272,9 +272,9 @@ def test_model_of_custom_code_or_pickles_is_rejected(workplace, hostile):
 
 def test_plan_shows_remote_code():
     asked = loader.load("tiny", [*MODEL, "model.name_or_path=some/model", "model.trust_remote_code=true"])
-    plan = plans.make(asked, Topology(0, 1))
-    assert re.search(r"^remote code +the model's own Python runs.* +command line", render.plan_table(plan, True), re.M)
-    assert "remote code" not in render.plan_table(plans.make(loader.load("tiny"), Topology(0, 1)))
+    plan = plans.resolve(asked, Topology(0, 1))
+    assert re.search(r"^remote code +the model's own Python runs.* +command line", render.format_plan(plan, True), re.M)
+    assert "remote code" not in render.format_plan(plans.resolve(loader.load("tiny"), Topology(0, 1)))
 
 
 @pytest.mark.parametrize(
@@ -474,7 +474,7 @@ def test_only_rendezvous_is_reachable_with_several_ranks(failed_run):
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_ranks_of_one_node_use_loopback(nodes):
     """Also for GPUs, which this machine lacks: NCCL's variables are checked, not its sockets."""
-    plan = plans.make(
+    plan = plans.resolve(
         loader.load("70b"), Topology(gpus=8 * nodes, processes=8 * nodes, nodes=nodes, gpu_type="h100-80g")
     )
     environment = command.environment(plan, {})

@@ -136,7 +136,7 @@ def test_sbatch_options_match_the_plan(tmp_path: Path, monkeypatch: pytest.Monke
     assert {script.stem for script in HEADERS} == set(loader.names())
     for script in HEADERS:
         options, recipe = header(script), loader.load(script.stem)
-        plan = plans.make(recipe, topology.plan_topology(recipe))
+        plan = plans.resolve(recipe, topology.plan_topology(recipe))
         if plan.gpus:
             assert int(options["nodes"]) * int(options["gpus-per-node"]) == plan.gpus, script.name
             assert int(options["nodes"]) == plan.nodes, script.name
@@ -144,7 +144,7 @@ def test_sbatch_options_match_the_plan(tmp_path: Path, monkeypatch: pytest.Monke
             exclusive = "exclusive" in options and options["mem"] == "0"
             assert exclusive == (int(options["gpus-per-node"]) == 8), script.name
         lead = int(options["signal"].removeprefix("B:USR1@"))
-        assert lead > 1.5 * save_time.seconds_at_most(plan), script.name
+        assert lead > 1.5 * save_time.max_save_seconds(plan), script.name
         assert options["ntasks-per-node"] == "1" and "requeue" in options and options["open-mode"] == "append", (
             script.name
         )
@@ -265,7 +265,7 @@ def test_rejected_input_is_recorded_for_the_job(tmp_path: Path) -> None:
 
 
 def test_job_without_progress_fails_after_three_starts(tmp_path: Path, monkeypatch) -> None:
-    plan = plans.make(loader.load("tiny"), topology.plan_topology(loader.load("tiny")))
+    plan = plans.resolve(loader.load("tiny"), topology.plan_topology(loader.load("tiny")))
     folder = RunDir(tmp_path / "one")
     start = RunStart(folder, plan, resumes=False)
     assert [slurm.no_progress(start) for _ in range(5)] == [None] * 5  # outside of a job
@@ -418,7 +418,7 @@ def test_node_check_failure_names_the_node_to_exclude(
     follower.publish(node_info={**info, **changed}, reachable=changed.get("reachable", ["10.0.0.1"]))
     leader.poll(force=True)
     recipe = loader.load("tiny", ["batch.effective_batch_size=4", "parallelism=ddp"])
-    plan = plans.make(recipe, topology.plan_topology(recipe, HardwareRequest(0, 4, 2)))
+    plan = plans.resolve(recipe, topology.plan_topology(recipe, HardwareRequest(0, 4, 2)))
     assert slurm.check_nodes(leader, plan) == 1
     printed = console.readouterr()
     assert re.search(f"node2: error .*{detail}", printed.out)
@@ -438,7 +438,7 @@ def test_nodes_without_cuda_fail_the_job_with_the_cause(
         problem = cuda.problem(probe, 8, "570.86.15", None) if number in nodes else None
         launchers.publish(node_info={**info, "cuda": problem, "addresses": ["node1"]}, reachable=["node1"])
     two[0].poll(force=True)
-    plan = plans.make(loader.load("32b"), plans.Topology(16, 16, 2, "h100-80g"))
+    plan = plans.resolve(loader.load("32b"), plans.Topology(16, 16, 2, "h100-80g"))
     assert slurm.check_nodes(two[0], plan) == 2
     printed = console.readouterr()
     assert ["error" in line and "CUDA" in line for line in printed.out.splitlines()] == [True] * len(nodes)
@@ -448,7 +448,7 @@ def test_nodes_without_cuda_fail_the_job_with_the_cause(
         f"error: GPUS: {names}: found NVIDIA driver 570.86.15, expected 580 or newer for CUDA 13.0. "
     )
     assert line.endswith(ends) and "\n" not in line
-    on_the_cpu = plans.make(loader.load("tiny", ["batch.effective_batch_size=16"]), plans.Topology(0, 16, 2))
+    on_the_cpu = plans.resolve(loader.load("tiny", ["batch.effective_batch_size=16"]), plans.Topology(0, 16, 2))
     assert not list(slurm._check_node(two[1].status(1)["node_info"], on_the_cpu)), "a CPU run needs no CUDA"
 
 
@@ -464,7 +464,7 @@ def test_unreachable_leader_is_named(
         launchers.publish(node_info={**info, "addresses": ["10.0.0.1"]}, reachable=reachable)
     leader.poll(force=True)
     recipe = loader.load("tiny", ["batch.effective_batch_size=6", "parallelism=ddp"])
-    plan = plans.make(recipe, topology.plan_topology(recipe, HardwareRequest(0, 3, 3)))
+    plan = plans.resolve(recipe, topology.plan_topology(recipe, HardwareRequest(0, 3, 3)))
     assert slurm.check_nodes(leader, plan) == 1
     assert "no node reaches node1. Set MASTER_ADDR in slurm/cluster.env" in console.readouterr().err
 

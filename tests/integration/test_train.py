@@ -43,7 +43,7 @@ def test_manifest_describes_the_run(short_run):
 def test_plan_equals_trainer_configuration(short_run):
     plan = json.loads((short_run / "plan.json").read_text())
     config = json.loads((short_run / "sft_config.json").read_text())
-    assert plan["settled"] and plan["data_fingerprint"]
+    assert plan["data_prepared"] and plan["data_fingerprint"]
     for key in ("learning_rate", "gradient_accumulation_steps", "weight_decay", "max_grad_norm", "max_length"):
         assert config[key] == plan[key], key
     assert config["warmup_steps"] == plan["warmup_steps"]
@@ -211,7 +211,7 @@ def test_rank_imports_only_what_its_plan_uses(monkeypatch):
     """Also fails if a new version of a library needs one of the others."""
     code = (
         "import gc, sys; from sft_recipes.config import loader; from sft_recipes.planner import plan; from sft_recipes.runtime import library_imports; "
-        "made = plan.make(loader.load('tiny'), plan.Topology(gpus=0, processes=1)); "
+        "made = plan.resolve(loader.load('tiny'), plan.Topology(gpus=0, processes=1)); "
         "swiftly = library_imports.swiftly(); swiftly.__enter__(); library_imports.leave_out_what_is_not_used(made); "
         "import sft_recipes.training.trainer; swiftly.__exit__(None, None, None); "
         "print([name for name in ('bitsandbytes', 'peft', 'wandb') if sys.modules.get(name)], "
@@ -227,7 +227,7 @@ def test_rank_imports_only_what_its_plan_uses(monkeypatch):
     for reporters, method, expected in (("wandb", "full", {"bitsandbytes", "peft"}), ("none", "qlora", {"wandb"})):
         left_out.clear()
         monkeypatch.setenv("REPORT_TO", reporters)
-        plan = dataclasses.replace(plans.make(tiny, plans.Topology(gpus=0, processes=1)), method=method)
+        plan = dataclasses.replace(plans.resolve(tiny, plans.Topology(gpus=0, processes=1)), method=method)
         library_imports.leave_out_what_is_not_used(plan)
         assert left_out == dict.fromkeys(expected)
 
@@ -310,7 +310,7 @@ def test_ranks_must_match_the_plan():
     from sft_recipes.runtime.errors import UserError
     from sft_recipes.training.main import check_ranks
 
-    plan = plans.make(loader.load("tiny"), plans.Topology(gpus=0, processes=2))
+    plan = plans.resolve(loader.load("tiny"), plans.Topology(gpus=0, processes=2))
     check_ranks(plan, 2, {})
     with pytest.raises(UserError, match="1 ranks were started where the plan has 2"):
         check_ranks(plan, 1, {})

@@ -296,7 +296,7 @@ def test_first_failure_is_reported_not_the_lost_peer():
 )
 def test_failure_before_first_heartbeat_names_rank_without_stop_signal(tmp_path, codes, code, error):
     folder = RunDir(tmp_path)
-    plan = plans.make(loader.load("tiny"), plans.Topology(gpus=0, processes=2))
+    plan = plans.resolve(loader.load("tiny"), plans.Topology(gpus=0, processes=2))
     heartbeat.write_exit_codes(folder.ranks, codes)
     result = watchdog.Watchdog(folder, plan).result(1, False)
     assert result.code == code and re.search(error or "^None$", str(result.error))
@@ -446,37 +446,37 @@ def test_torch_build_lock_is_a_plain_file():
 
 def test_shutdown_timeout_covers_a_large_save(tmp_path, monkeypatch):
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
-    plan = plans.make(loader.load("70b"), plans.Topology(gpus=32, processes=32, nodes=4, gpu_type="h100-80g"))
+    plan = plans.resolve(loader.load("70b"), plans.Topology(gpus=32, processes=32, nodes=4, gpu_type="h100-80g"))
     slow_disk_seconds = plan.checkpoint_bytes / 4 / 500_000_000
-    assert save_time.seconds_at_most(plan) == slow_disk_seconds > 120
-    assert "assumed until a sanity run measures it" in save_time.said(plan)
-    save_time.remember(2_000_000, 1.0, "2026-01-01")
-    assert save_time.seconds_at_most(plan) == slow_disk_seconds, "a measurement of a much smaller save is ignored"
-    save_time.remember(plan.checkpoint_bytes // 100, 10.0, "2026-01-02")
-    assert save_time.seconds(plan) == pytest.approx(
+    assert save_time.max_save_seconds(plan) == slow_disk_seconds > 120
+    assert "assumed until a sanity run measures it" in save_time.describe(plan)
+    save_time.record_speed(2_000_000, 1.0, "2026-01-01")
+    assert save_time.max_save_seconds(plan) == slow_disk_seconds, "a measurement of a much smaller save is ignored"
+    save_time.record_speed(plan.checkpoint_bytes // 100, 10.0, "2026-01-02")
+    assert save_time.save_seconds(plan) == pytest.approx(
         1000
-    ) and "measured by the sanity run of 2026-01-02" in save_time.said(plan)
-    assert save_time.seconds_at_most(plan) == pytest.approx(3000)
+    ) and "measured by the sanity run of 2026-01-02" in save_time.describe(plan)
+    assert save_time.max_save_seconds(plan) == pytest.approx(3000)
     variables = command.environment(plan, {})
     assert float(variables["PET_SHUTDOWN_TIMEOUT"]) >= 3000
-    tiny = plans.make(loader.load("tiny"), plans.Topology(gpus=0, processes=1))
+    tiny = plans.resolve(loader.load("tiny"), plans.Topology(gpus=0, processes=1))
     assert command.environment(tiny, {})["PET_SHUTDOWN_TIMEOUT"] == "120"
     assert not any(number.name in variables["PET_SIGNALS_TO_HANDLE"] for number in heartbeat.STOP_SIGNALS)
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
 def test_gpu_ranks_use_expandable_segments_by_default(name):
-    plan = plans.make(loader.load("8b"), plans.Topology(gpus=8, processes=8, gpu_type="h100-80g"))
+    plan = plans.resolve(loader.load("8b"), plans.Topology(gpus=8, processes=8, gpu_type="h100-80g"))
     assert command.environment(plan, {})["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     chosen = command.environment(plan, {name: "max_split_size_mb:128"})
     assert {key: value for key, value in chosen.items() if "ALLOC_CONF" in key} == {name: "max_split_size_mb:128"}
-    tiny = plans.make(loader.load("tiny"), plans.Topology(gpus=0, processes=1))
+    tiny = plans.resolve(loader.load("tiny"), plans.Topology(gpus=0, processes=1))
     assert "PYTORCH_ALLOC_CONF" not in command.environment(tiny, {})
 
 
 def test_newer_checkpoint_resets_attempts(tmp_path):
     folder = RunDir(tmp_path)
-    plan = plans.make(loader.load("tiny"), plans.Topology(gpus=0, processes=1))
+    plan = plans.resolve(loader.load("tiny"), plans.Topology(gpus=0, processes=1))
     again = RunStart(folder, plan, resumes=True)
     for _ in range(3):
         assert attempts.check_attempts(again) is None

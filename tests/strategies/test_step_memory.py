@@ -29,10 +29,10 @@ ON_ONE_GPU = ("1b", "3b", "8b")
 def test_the_peak_of_a_step_is_within_two_percent_of_the_plan(monkeypatch, name, checkpointing):
     recipe_name, gpus, overrides, layers = CASES[name]
     recipe = loader.load(recipe_name, (*overrides, f"trainer.gradient_checkpointing={checkpointing}"))
-    plan = plans.make(recipe, plans.Topology(gpus, gpus, gpu_type="h200-141g"))
+    plan = plans.resolve(recipe, plans.Topology(gpus, gpus, gpu_type="h200-141g"))
     architecture = dict(recipe.model.architecture)
     architecture["num_hidden_layers"] = layers or architecture["num_hidden_layers"]
-    planned = memory.bytes_per_gpu(plans.load_of(plan, architecture))
+    planned = memory.bytes_per_gpu(plans.memory_inputs(plan, architecture))
     simulate_cuda(monkeypatch)
     tracked = peak_bytes(plan, architecture)
     parts = {part: round(number / GIB, 2) for part, number in planned.items()}

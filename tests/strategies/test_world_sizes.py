@@ -61,7 +61,7 @@ def test_run_resumes_on_other_world_size(shared_workplace, follow, data, paralle
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"world_size {old} -> {new}" in done.stdout and "resuming from checkpoint-10" in done.stdout
     plan = json.loads(folder.plan.read_text())
-    assert plan["world_size"] == new and plan["effective_batch_size"] == 8 and "world_size" in plan["accepted"]
+    assert plan["world_size"] == new and plan["effective_batch_size"] == 8 and "world_size" in plan["allowed_changes"]
     assert before == {path: path.stat().st_mtime_ns for path in folder.checkpoint(10).rglob("*")}
     assert not folder.saving.exists(), "the resharded state is removed after loading"
     deviations = differences(run, folder.path)

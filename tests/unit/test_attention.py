@@ -25,7 +25,7 @@ SMALL = {
 
 
 def a_plan(*words, gpus=0):
-    return plans.make(loader.load("tiny", words), Topology(gpus=gpus, processes=1))
+    return plans.resolve(loader.load("tiny", words), Topology(gpus=gpus, processes=1))
 
 
 def a_model(kind=LlamaConfig, **changed):
@@ -255,7 +255,7 @@ def test_a_kernel_of_the_hub_is_taken_by_its_commit_alone():
         with pytest.raises(UserError, match="a kernel from the Hub, which is code, and nothing says which; write own"):
             a_plan(f"model.attention={name}")
     plan = a_plan(f"model.attention={KERNEL}")
-    assert "a kernel from the Hub runs, unseen and unchecked" in render.plan_table(plan)
+    assert "a kernel from the Hub runs, unseen and unchecked" in render.format_plan(plan)
     with pytest.raises(UserError, match="flash-attn2@0123456789.* needs the kernels package, which is not installed"):
         attention.loaded_with(plan)
     assert attention.takes_bounds(KERNEL)

@@ -103,7 +103,7 @@ def test_prepare_rejects_file_without_rows(tmp_path, model_folder, write_rows, p
     files[part].write_bytes(content)
     overrides = [f"model.name_or_path={model_folder}", "model.from_scratch=false", "trainer.max_length=128"]
     overrides += [f"data.{key}={file}" for key, file in files.items()]
-    plan = plans.make(loader.load("tiny", overrides), Topology(0, 1))
+    plan = plans.resolve(loader.load("tiny", overrides), Topology(0, 1))
     with pytest.raises(UserError, match=rf"data\.{part}: .*{part}\.jsonl: found no rows"):
         prepare.prepare(plan, tmp_path / "store")
 
@@ -126,7 +126,7 @@ NESTED = {
 }
 
 
-@pytest.mark.parametrize(("make_row", "accepted"), NESTED.values(), ids=NESTED)
+@pytest.mark.parametrize(("make_row", "allowed_changes"), NESTED.values(), ids=NESTED)
 def test_sources_handle_every_nesting_depth(make_row, accepted, write_case, conversation_tokenizer):
     """Near Python's recursion limit a row can be parsed and yet be too deep for the next step."""
     limit, counts = sys.getrecursionlimit(), []

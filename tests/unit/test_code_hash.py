@@ -60,7 +60,7 @@ def package(tmp_path, monkeypatch):
 
 
 def test_a_docstring_edit_keeps_prepared_rows_and_receipts_and_a_code_edit_does_not(package):
-    plan = dataclasses.replace(plans.make(loader.load("tiny"), Topology(0, 1)), data_fingerprint="a")
+    plan = dataclasses.replace(plans.resolve(loader.load("tiny"), Topology(0, 1)), data_fingerprint="a")
 
     def keys():
         return prepare._cache_key(plan, {"train": {}, "validation": {}}, None), trial.cache_key(plan)
@@ -75,7 +75,7 @@ def test_a_docstring_edit_keeps_prepared_rows_and_receipts_and_a_code_edit_does_
 
 
 def test_a_changed_configuration_file_needs_another_receipt(package):
-    plan = plans.make(loader.load("tiny"), Topology(0, 1))
+    plan = plans.resolve(loader.load("tiny"), Topology(0, 1))
     before = trial.cache_key(plan)
     file = next(Path(package / "deepspeed_configs").glob("*.json"))
     file.write_text(file.read_text() + "\n")

@@ -277,7 +277,7 @@ def test_thresholds_are_the_plans(tmp_path):
 def test_a_run_that_went_on_under_another_rate_is_not_held_against_the_new_one(tmp_path):
     run = schedule(peak=3)(Simulated("8b")).write(tmp_path)
     plan = json.loads(run.folder.plan.read_text())
-    run.folder.plan.write_text(json.dumps({**plan, "accepted": ["learning_rate"]}))
+    run.folder.plan.write_text(json.dumps({**plan, "allowed_changes": ["learning_rate"]}))
     assert diagnose(read(run.folder)) == []
 
 

@@ -40,7 +40,7 @@ trainer:
 
 @pytest.mark.parametrize("row", DOCUMENTS)
 def test_the_table_is_the_documents(row):
-    table = sizes.table()[row].cells
+    table = sizes.size_classes()[row].cells
     keys = ("learning_rate", "effective_batch_size", "num_train_epochs", "warmup_ratio", "weight_decay")
     assert tuple(table[key].range for key in keys) == DOCUMENTS[row]
     assert table["max_grad_norm"].range == [1.0, 1.0]
@@ -49,7 +49,7 @@ def test_the_table_is_the_documents(row):
 
 
 def test_every_row_starts_inside_its_own_ranges():
-    cells = [(name, key, cell) for name, row in sizes.table().items() for key, cell in row.cells.items()]
+    cells = [(name, key, cell) for name, row in sizes.size_classes().items() for key, cell in row.cells.items()]
     assert len(cells) == 7 * 7
     assert [(row, key) for row, key, cell in cells if not cell.allows(cell.start)] == []
 

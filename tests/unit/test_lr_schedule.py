@@ -45,7 +45,7 @@ CASES = [(name, options) for name, cases in OPTIONS.items() for options in cases
 
 
 def plan_of(*overrides):
-    return plans.make(loader.load("tiny", overrides), Topology(0, 1))
+    return plans.resolve(loader.load("tiny", overrides), Topology(0, 1))
 
 
 def stepped(schedule):

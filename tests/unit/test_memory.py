@@ -51,7 +51,7 @@ def test_parameters_are_those_that_the_models_cards_state(architecture, publishe
 
 def load(architecture=None, engine="ddp", world=1, **changes):
     facts = {"precision": "bf16", "tokens": 2048, "gradient_checkpointing": True, **changes}
-    return memory.Load(LLAMA_8B if architecture is None else architecture, engine, world_size=world, **facts)
+    return memory.MemoryInputs(LLAMA_8B if architecture is None else architecture, engine, world_size=world, **facts)
 
 
 def test_qwen_3_has_norms_of_queries_and_keys():
@@ -182,7 +182,7 @@ def test_an_8_bit_optimizer_takes_a_quarter_of_fp32_moments_but_for_embeddings()
     moments = 2 * 8_030_261_248 + 6 * embeddings
     assert full["optimizer"] == 8 * 8_030_261_248 and eighth["optimizer"] == moments
     assert full["total"] - eighth["total"] == 6 * (8_030_261_248 - embeddings)
-    plan = plans.make(
+    plan = plans.resolve(
         loader.load("8b", ("parallelism=single", "trainer.optim=adamw_8bit")),
         plans.Topology(1, 1, gpu_type="h200-141g"),
     )
@@ -208,7 +208,7 @@ def test_the_trainer_has_embeddings_keep_moments_in_fp32(tmp_path):
 
 def test_eager_attention_keeps_its_scores():
     plain, eager = (
-        plans.make(loader.load("1b", (f"model.attention={way}",)), plans.Topology(1, 1, gpu_type="h200-141g"))
+        plans.resolve(loader.load("1b", (f"model.attention={way}",)), plans.Topology(1, 1, gpu_type="h200-141g"))
         for way in ("auto", "eager")
     )
     rows, heads, length = eager.per_device_train_batch_size, 32, eager.max_length
@@ -404,7 +404,7 @@ def test_the_reserve_is_driver_context_nccl_and_fragmentation():
 
 def test_a_plan_fits_where_its_reserve_fits_too():
     """3b on one GPU takes 54.9 GiB, and 4.1 must stay free."""
-    needs = plans.make(loader.load("3b"), plans.Topology(1, 1, gpu_type="80")).memory_bytes_per_gpu
+    needs = plans.resolve(loader.load("3b"), plans.Topology(1, 1, gpu_type="80")).memory_bytes_per_gpu
     both = (needs["total"] + needs["reserve"]) / 2**30
     for gpu_type, fits in ((both + 0.01, True), (both - 0.01, False), (needs["total"] / 2**30 + 0.01, False)):
-        assert plans.make(loader.load("3b"), plans.Topology(1, 1, gpu_type=f"{gpu_type:.4f}")).fits is fits
+        assert plans.resolve(loader.load("3b"), plans.Topology(1, 1, gpu_type=f"{gpu_type:.4f}")).fits is fits

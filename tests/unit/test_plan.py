@@ -20,7 +20,7 @@ CONTRACT = (
 
 
 def tiny(*overrides, processes=1):
-    return plans.make(loader.load("tiny", overrides), Topology(gpus=0, processes=processes))
+    return plans.resolve(loader.load("tiny", overrides), Topology(gpus=0, processes=processes))
 
 
 def prepared(rows, **changes):
@@ -60,9 +60,9 @@ def test_a_broken_plan_is_refused_in_one_line(tmp_path, content):
 
 def test_steps_and_warm_up_are_estimates_until_the_data_is_prepared():
     plan = tiny()
-    assert not plan.settled
-    settled = plans.settle(plan, prepared(rows=101))
-    assert settled.settled
+    assert not plan.data_prepared
+    settled = plans.with_prepared_data(plan, prepared(rows=101))
+    assert settled.data_prepared
     assert settled.steps_per_epoch == 101 // plan.effective_batch_size
     assert settled.dropped_rows_per_epoch == 101 % plan.effective_batch_size
     assert settled.optimizer_steps == settled.steps_per_epoch * plan.num_train_epochs
@@ -72,12 +72,12 @@ def test_steps_and_warm_up_are_estimates_until_the_data_is_prepared():
 
 def test_fewer_rows_than_one_effective_batch_are_refused_before_anything_loads():
     with pytest.raises(UserError, match="1 rows, fewer than one effective batch"):
-        plans.settle(tiny(), prepared(rows=1))
+        plans.with_prepared_data(tiny(), prepared(rows=1))
 
 
 def test_fewer_steps_than_the_recipe_wants_are_refused_with_the_way_out():
     with pytest.raises(UserError, match=r"fewer than 1000; add examples or epochs.*batch.min_optimizer_steps="):
-        plans.settle(tiny("batch.min_optimizer_steps=1000"), prepared(rows=100))
+        plans.with_prepared_data(tiny("batch.min_optimizer_steps=1000"), prepared(rows=100))
 
 
 def test_the_same_batch_is_kept_on_two_processes():
@@ -90,13 +90,13 @@ def test_the_same_batch_is_kept_on_two_processes():
 
 
 def test_two_plans_of_one_run_differ_in_dates_and_forecasts_at_most():
-    old, new = tiny(), plans.settle(tiny(), prepared(rows=101))
-    assert plans.differences(old, dataclasses.replace(new, created="another day")) == {}
-    assert plans.differences(old, tiny("trainer.learning_rate=1e-3")) == {
+    old, new = tiny(), plans.with_prepared_data(tiny(), prepared(rows=101))
+    assert plans.find_differences(old, dataclasses.replace(new, created="another day")) == {}
+    assert plans.find_differences(old, tiny("trainer.learning_rate=1e-3")) == {
         "learning_rate": (old.learning_rate, 1e-3),
     }
     other_data = dataclasses.replace(new, data_fingerprint="g")
-    assert plans.differences(new, other_data) == {"data_fingerprint": ("f", "g")}
+    assert plans.find_differences(new, other_data) == {"data_fingerprint": ("f", "g")}
 
 
 def test_other_data_or_another_model_takes_the_recipes_own_figures_along():
@@ -110,12 +110,12 @@ def test_other_data_or_another_model_takes_the_recipes_own_figures_along():
 
 def test_explain_says_of_every_value_where_it_came_from():
     plan = tiny("trainer.learning_rate=1e-3")
-    lines = {line.split("  ")[0]: line for line in render.plan_table(plan, explain=True).splitlines()}
+    lines = {line.split("  ")[0]: line for line in render.format_plan(plan, explain=True).splitlines()}
     assert lines["learning rate"].endswith("command line")
     assert lines["max grad norm"].endswith("recipes/sizes.yaml, row tiny")
     assert "recipes/tiny.yaml:" in lines["train data"]
     assert lines["gradient accumulation steps"].endswith("derived: effective batch / (micro-batch x world size)")
-    without = render.plan_table(plan).splitlines()
+    without = render.format_plan(plan).splitlines()
     assert len(without) == len(lines)
 
 

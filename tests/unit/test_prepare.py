@@ -26,7 +26,7 @@ def prepared(tmp_path, model_folder, write_rows):
     def run(rows, *overrides, validation=None):
         keys = [f"data.train={write_rows(rows)}", f"model.name_or_path={model_folder}", "model.from_scratch=false"]
         keys.append(f"data.validation={write_rows(validation, 'held_out.jsonl') if validation else ''}")
-        plan = plans.make(loader.load("tiny", [*keys, "trainer.max_length=128", *overrides]), Topology(0, 1))
+        plan = plans.resolve(loader.load("tiny", [*keys, "trainer.max_length=128", *overrides]), Topology(0, 1))
         return prepare.prepare(plan, tmp_path / "store")
 
     return run
@@ -194,7 +194,7 @@ def test_new_tokens_resize_embeddings(prepared, tmp_path, model_folder, tokenize
     from sft_recipes.training import vocabulary
 
     model = AutoModelForCausalLM.from_pretrained(model_folder)
-    plan = plans.make(loader.load("tiny", [new_tokens]), Topology(0, 1))
+    plan = plans.resolve(loader.load("tiny", [new_tokens]), Topology(0, 1))
     grown = load_tokenizer(str(model_folder), str(template), False, plan.sections.model.add_tokens)
     vocabulary.resize_embeddings(plan, model, grown, details(result))
     assert model.get_input_embeddings().num_embeddings == 384 == model.config.vocab_size
@@ -231,7 +231,7 @@ def test_prepare_rows_only_needs_no_weights(prepared, tmp_path, model_folder, wr
         "model.from_scratch=false",
         f"model.name_or_path={bare}",
     ]
-    plan = plans.make(loader.load("tiny", [*overrides, "trainer.max_length=128"]), Topology(0, 1))
+    plan = plans.resolve(loader.load("tiny", [*overrides, "trainer.max_length=128"]), Topology(0, 1))
     assert prepare.prepare(plan, tmp_path / "store", rows_only=True).examples == 57
     with pytest.raises(UserError, match="bare has no weights"):
         prepare.prepare(plan, tmp_path / "store")
@@ -244,7 +244,7 @@ def test_dated_template_uses_date_of_plan(tmp_path, model_folder, write_rows):
     template.write_text("{{ strftime_now('%d %b %Y') + '\n' }}" + CHAT_TEMPLATE)
     overrides = [f"data.train={write_rows(ROWS)}", "data.validation=", f"model.name_or_path={model_folder}"]
     overrides += ["model.from_scratch=false", "trainer.max_length=128", f"model.chat_template={template}"]
-    plan = plans.make(loader.load("tiny", overrides), Topology(0, 1))
+    plan = plans.resolve(loader.load("tiny", overrides), Topology(0, 1))
     first, again, tomorrow = (
         prepare.prepare(dataclasses.replace(plan, created=f"2026-11-{day}T23:59:59+00:00"), tmp_path / store)
         for day, store in ((21, "a"), (21, "b"), (22, "a"))
@@ -302,7 +302,7 @@ def test_lora_rejects_new_padding_token_of_cached_rows(tmp_path, model_folder, w
         f"model.name_or_path={folder}",
     ]
     for extra in ([], ["lora.r=2"]):
-        plan = plans.make(loader.load("tiny", [*overrides, *extra, "trainer.max_length=128"]), Topology(0, 1))
+        plan = plans.resolve(loader.load("tiny", [*overrides, *extra, "trainer.max_length=128"]), Topology(0, 1))
         if not extra:
             assert "new tokens <|pad|>" in prepare.prepare(plan, tmp_path / "store").notes[0]
             continue
@@ -388,7 +388,7 @@ def test_prepare_rejects_empty_retention_eval(prepared, write_rows, tmp_path, mo
         ROWS, f"data.retention_eval={write_rows([*long_questions, *KNOWN], 'known.jsonl')}", validation=HELD_OUT
     )
     assert [details(some)["retention_eval"][key] for key in ("rows_read", "examples", "dropped")] == [33, 30, 3]
-    plan = plans.make(
+    plan = plans.resolve(
         loader.load("tiny", [overrides, f"data.train={write_rows(ROWS)}", "trainer.max_length=128",
             f"model.name_or_path={model_folder}", "model.from_scratch=false"]), Topology(0, 1))  # fmt: skip
     write_rows(long_questions, "known.jsonl")
@@ -436,9 +436,9 @@ def test_reports_include_retention_eval(prepared, write_rows):
     from sft_recipes.data import validate
 
     file = write_rows([*KNOWN, {"prompt": "Count.", "completion": "1 2 3 4 5 " * 40}], "known.jsonl")
-    plan = plans.make(loader.load("tiny", [f"data.retention_eval={file}", "trainer.max_length=128"]), Topology(0, 1))
-    assert f"retain data                  {file} " in render.plan_table(plan, explain=True)
-    assert "retention_eval" not in render.plan_table(plans.make(loader.load("tiny"), Topology(0, 1)))
+    plan = plans.resolve(loader.load("tiny", [f"data.retention_eval={file}", "trainer.max_length=128"]), Topology(0, 1))
+    assert f"retain data                  {file} " in render.format_plan(plan, explain=True)
+    assert "retention_eval" not in render.format_plan(plans.resolve(loader.load("tiny"), Topology(0, 1)))
     counted = details(prepared(ROWS, f"data.retention_eval={file}", validation=HELD_OUT))
     first, truncated, *_ = prepare.summary(plan, counted, 1.0)
     assert "; 4 validation examples, 31 retention examples; 1.0 s" in first

@@ -20,23 +20,23 @@ from sft_recipes.training.checkpoint import reshard
 
 def plan(engine="ddp", processes=2, *more):
     words = [f"parallelism={engine}", "batch.effective_batch_size=8", *more]
-    return plans.make(loader.load("tiny", words), plans.Topology(0, processes))
+    return plans.resolve(loader.load("tiny", words), plans.Topology(0, processes))
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"])
 @pytest.mark.parametrize(("old", "new"), [(1, 2), (2, 1), (2, 4)])
 def test_another_number_of_ranks_under_the_same_engine_needs_nobodys_consent(engine, old, new):
-    assert rank_change.allowed(plan(engine, old), plan(engine, new)) is None
+    assert rank_change.plan_incompatibility(plan(engine, old), plan(engine, new)) is None
     assert (
-        rank_change.followed(plan(engine, old), plan(engine, new))
-        == plans.differences(plan(engine, old), plan(engine, new)).keys()
+        rank_change.implied_changes(plan(engine, old), plan(engine, new))
+        == plans.find_differences(plan(engine, old), plan(engine, new)).keys()
     )
 
 
 def test_only_zeros_state_has_to_be_cut_anew():
-    assert rank_change.converts(Ranks("zero2", 2), Ranks("zero2", 4))
-    assert not rank_change.converts(Ranks("zero2", 2), Ranks("zero2", 2))
-    assert not rank_change.converts(Ranks("fsdp2", 2), Ranks("fsdp2", 4))
+    assert rank_change.needs_resharding(Ranks("zero2", 2), Ranks("zero2", 4))
+    assert not rank_change.needs_resharding(Ranks("zero2", 2), Ranks("zero2", 2))
+    assert not rank_change.needs_resharding(Ranks("fsdp2", 2), Ranks("fsdp2", 4))
 
 
 @pytest.mark.parametrize(
@@ -50,23 +50,23 @@ def test_only_zeros_state_has_to_be_cut_anew():
     ],
 )
 def test_another_engine_is_refused_with_both_numbers_and_the_remedy(old, new, remedy):
-    said = rank_change.allowed(plan(*old), plan(*new))
+    said = rank_change.plan_incompatibility(plan(*old), plan(*new))
     assert f"on {old[1]} rank" in said and f"on {new[1]} rank" in said and remedy in said
-    assert rank_change.followed(plan(*old), plan(*new)) == set()
+    assert rank_change.implied_changes(plan(*old), plan(*new)) == set()
 
 
 def test_an_optimizer_whose_state_was_never_converted_keeps_its_ranks():
     eight_bit = "trainer.optim=adamw_8bit"
-    said = rank_change.allowed(plan("zero2", 2, eight_bit), plan("zero2", 4, eight_bit))
+    said = rank_change.plan_incompatibility(plan("zero2", 2, eight_bit), plan("zero2", 4, eight_bit))
     assert "adamw_8bit" in said and "on 2 ranks" in said and "on 4 ranks" in said
-    assert rank_change.allowed(plan("ddp", 2, eight_bit), plan("ddp", 4, eight_bit)) is None
+    assert rank_change.plan_incompatibility(plan("ddp", 2, eight_bit), plan("ddp", 4, eight_bit)) is None
 
 
 def test_another_batch_or_another_kind_of_device_needs_consent():
-    assert rank_change.followed(plan("zero2", 2), plan("zero2", 4, "batch.effective_batch_size=16")) == set()
+    assert rank_change.implied_changes(plan("zero2", 2), plan("zero2", 4, "batch.effective_batch_size=16")) == set()
     on_gpus = dataclasses.replace(plan("zero2", 4), gpus=4)
-    assert rank_change.followed(plan("zero2", 2), on_gpus) == set()
-    assert rank_change.followed(plan("zero2", 2), plan("zero2", 2)) == set()
+    assert rank_change.implied_changes(plan("zero2", 2), on_gpus) == set()
+    assert rank_change.implied_changes(plan("zero2", 2), plan("zero2", 2)) == set()
 
 
 def a_run(place, stored, *steps):
@@ -82,7 +82,7 @@ def test_a_start_with_other_ranks_goes_on_aloud_and_records_it(tmp_path, monkeyp
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
     a_run(tmp_path, plan("zero2", 2), 4)
     start = run_selection.select(plan("zero2", 4), RunRequest("one"), {})
-    assert start.resumes and start.plan.run_id == "one" and "world_size" in start.plan.accepted
+    assert start.resumes and start.plan.run_id == "one" and "world_size" in start.plan.allowed_changes
     assert any("world_size 2 -> 4" in note for note in start.notes)
     with pytest.raises(UserError, match=r"learning_rate"):
         run_selection.select(plan("zero2", 4, "trainer.learning_rate=1e-3"), RunRequest("one"), {})
@@ -91,7 +91,7 @@ def test_a_start_with_other_ranks_goes_on_aloud_and_records_it(tmp_path, monkeyp
 def test_no_consent_makes_one_engine_read_the_others_state(tmp_path, monkeypatch):
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
     folder = a_run(tmp_path, plan("zero2", 2), 4)
-    every = tuple(plans.differences(plan("zero2", 2), plan("ddp", 1)))
+    every = tuple(plans.find_differences(plan("zero2", 2), plan("ddp", 1)))
     with pytest.raises(UserError, match=r"zero2 on 2 ranks.*single on 1 rank.*parallelism=zero2"):
         run_selection.select(plan("ddp", 1), RunRequest("one", allow_change=every), {})
     folder.checkpoint(4).rmdir()

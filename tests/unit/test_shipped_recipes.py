@@ -21,12 +21,12 @@ from sft_recipes.planner import plan as plans
 GOLDEN = HELPERS / "golden"
 NAMES = loader.names()
 LARGE = [name for name in NAMES if name != "tiny"]
-DATED = {"created", "origins", "accepted"}
+DATED = {"created", "origins", "allowed_changes"}
 
 
 def plan_of(name):
     recipe = loader.load(name)
-    return plans.make(recipe, plan_topology(recipe))
+    return plans.resolve(recipe, plan_topology(recipe))
 
 
 def resolved(name):
@@ -78,7 +78,7 @@ def test_the_ungated_model_works_by_one_override(name):
     recipe = loader.load(name)
     if recipe.model.open_alternative:
         other = loader.load(name, [f"model.name_or_path={recipe.model.open_alternative}"])
-        plan = plans.make(other, plan_topology(other))
+        plan = plans.resolve(other, plan_topology(other))
         assert plan.learning_rate == plan_of(name).learning_rate
         assert plan.memory_bytes_per_gpu is None, "the forecast was the other model's"
 
@@ -172,7 +172,7 @@ def test_every_engine_of_the_plan_has_its_files():
 
     needed = {*STRATEGIES, "cpu"}
     assert {path.stem for path in (REPOSITORY / "accelerate_configs").glob("*.yaml")} == needed
-    plan = plans.make(loader.load("tiny"), plans.Topology(gpus=0, processes=2))
+    plan = plans.resolve(loader.load("tiny"), plans.Topology(gpus=0, processes=2))
     assert engine_file(plan) == "cpu"
 
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("no_gpu_mask")
 
 
 def plan(name, gpus, gpu_type="h100-80g", *overrides):
-    return plans.make(loader.load(name, overrides), suggest.on(gpus, gpu_type))
+    return plans.resolve(loader.load(name, overrides), suggest.topology_for(gpus, gpu_type))
 
 
 @pytest.mark.parametrize(
@@ -54,8 +54,8 @@ def test_the_fewest_gpus_are_those_below_which_nothing_fits(name, gpu_type, fewe
     ],
 )  # fmt: skip
 def test_the_cheapest_change_is_named_and_does_fit(name, gpus, gpu_type, overrides, change):
-    recipe, topology = loader.load(name, overrides), suggest.on(gpus, gpu_type)
-    assert plans.make(recipe, topology).fits is False
+    recipe, topology = loader.load(name, overrides), suggest.topology_for(gpus, gpu_type)
+    assert plans.resolve(recipe, topology).fits is False
     said = suggest.cheapest_change(recipe, topology)
     assert said.startswith(change)
     words = dict(word.split("=") for word in said.split())
@@ -64,14 +64,14 @@ def test_the_cheapest_change_is_named_and_does_fit(name, gpus, gpu_type, overrid
 
 
 def test_where_nothing_helps_nothing_is_named():
-    assert suggest.cheapest_change(loader.load("70b"), suggest.on(8, "2")) is None
+    assert suggest.cheapest_change(loader.load("70b"), suggest.topology_for(8, "2")) is None
 
 
 LLAMA_1B, LLAMA_8B = (loader.load(name).model.architecture for name in ("1b", "8b"))
 
 
 def flops(architecture, mean_length, supervised_share=1.0, lora=None, checkpointing=False):
-    load = memory.Load(architecture, "single", "bf16", 1, 2048, checkpointing, lora=lora)
+    load = memory.MemoryInputs(architecture, "single", "bf16", 1, 2048, checkpointing, lora=lora)
     return cost.flops_per_token(load, mean_length, supervised_share)
 
 
@@ -156,7 +156,7 @@ def test_time_and_money_follow_from_the_assumed_mfu(monkeypatch):
     assert forecast["money"] == pytest.approx(forecast["gpu_hours"] * 2.5, abs=0.02)
     parts = ("training_seconds", "evaluation_seconds", "saving_seconds")
     assert forecast["seconds"] == pytest.approx(sum(forecast[part] for part in parts), abs=0.2)
-    half = plans.make(loader.load("8b", ["hardware.mfu=0.175"]), suggest.on(8, "h100-80g")).forecast
+    half = plans.resolve(loader.load("8b", ["hardware.mfu=0.175"]), suggest.topology_for(8, "h100-80g")).forecast
     assert half["training_seconds"] == pytest.approx(2 * forecast["training_seconds"], rel=1e-3)
     kept = plan("8b", 8, "h100-80g", "trainer.gradient_checkpointing=false").forecast
     less = flops(LLAMA_8B, 1374).hardware / per_token.hardware
@@ -169,13 +169,13 @@ def test_prepared_data_lowers_the_forecast_by_the_tokens_that_are_not_supervised
     unknown = plan("1b", 1, "l40s-48g")
     assert unknown.supervised_share is None
     prepared = plans.Prepared("f", "x", "m", LLAMA_1B, 207_865, 139_457, 150_000_000, 250_000_000, 1000)
-    settled = plans.settle(unknown, prepared)
+    settled = plans.with_prepared_data(unknown, prepared)
     assert settled.supervised_share == 0.6
     shares = [flops(LLAMA_1B, 1374, share, checkpointing=True).hardware for share in (1.0, 0.6)]
     hours = [one.forecast["training_seconds"] / one.optimizer_steps for one in (unknown, settled)]
     assert hours[1] / hours[0] == pytest.approx(shares[1] / shares[0], rel=1e-3)
-    assert "all tokens supervised, an upper bound" in render.plan_table(unknown)
-    assert "60% of tokens supervised" in render.plan_table(settled)
+    assert "all tokens supervised, an upper bound" in render.format_plan(unknown)
+    assert "60% of tokens supervised" in render.format_plan(settled)
 
 
 def test_a_price_that_is_none_is_refused(monkeypatch):
@@ -187,15 +187,15 @@ def test_a_price_that_is_none_is_refused(monkeypatch):
 def test_a_gpu_that_is_not_in_the_table_is_planned_by_its_memory_without_hours():
     unknown = plan("8b", 8, "48")
     assert unknown.forecast is None and unknown.fits is True
-    shown = render.plan_table(unknown)
+    shown = render.format_plan(unknown)
     assert "8 GPUs on 1 node(s), GPU type not in the table, 48 GiB" in shown
     assert "no forecast: peak FLOP/s not known (GPU type not in the table, 48 GiB; set GPU_TYPE to" in shown
-    assert plans.make(loader.load("tiny"), Topology(gpus=0, processes=1)).forecast is None
+    assert plans.resolve(loader.load("tiny"), Topology(gpus=0, processes=1)).forecast is None
 
 
 def test_fp32_has_no_forecast_since_the_table_is_of_bf16():
     single = plan("1b", 1, "h100-80g", "precision=fp32")
-    assert single.forecast is None and "this plan computes in fp32" in render.plan_table(single)
+    assert single.forecast is None and "this plan computes in fp32" in render.format_plan(single)
 
 
 def test_the_comparison_keeps_the_batch_on_every_count(workplace):
@@ -329,13 +329,13 @@ def test_offloading_without_the_memory_for_it_is_refused(workplace):
 
 
 def test_the_two_cheapest_changes_that_take_less_are_named():
-    found = suggest.lighter(loader.load("8b"), suggest.on(8, "h100-80g"))
+    found = suggest.lighter_overrides(loader.load("8b"), suggest.topology_for(8, "h100-80g"))
     assert len(found) == 2
     needs = [plan("8b", 8, "h100-80g", *change.split()).memory_bytes_per_gpu["total"] for change in ("", *found)]
     assert needs[1] <= 0.9 * needs[0] and needs[2] <= 0.9 * needs[0]
     unknown = loader.load("tiny", ["model.architecture={model_type: gpt2, vocab_size: 1024}"])
     always = ["batch.max_per_device_batch_size=1", "trainer.gradient_checkpointing=true"]
-    assert suggest.lighter(unknown, Topology(0, 1)) == always, "nothing is forecast"
+    assert suggest.lighter_overrides(unknown, Topology(0, 1)) == always, "nothing is forecast"
 
 
 def test_what_is_offloaded_must_fit_the_nodes_own_memory(workplace):
@@ -387,13 +387,13 @@ def test_more_than_eight_gpus_are_several_nodes():
 
 def test_a_model_whose_size_the_recipe_does_not_say_is_weighed_once_it_is_here():
     recipe = loader.load("8b", ["model.name_or_path=some/model", "data.train=rows.jsonl"])
-    unknown = plans.make(recipe, suggest.on(1, "h100-80g"))
+    unknown = plans.resolve(recipe, suggest.topology_for(1, "h100-80g"))
     assert unknown.fits is None
     architecture = loader.load("8b").model.architecture
     found = plans.Prepared("f", "x", "m", architecture, 9000, 9000, 9000, 90000, 10)
     with pytest.raises(UserError, match=r"some/model needs about .* GiB per GPU and .* GiB of reserve, found 79.6 GiB"):
-        plans.settle(unknown, found)
-    fitting = plans.settle(plans.make(recipe, suggest.on(8, "h100-80g")), found)
+        plans.with_prepared_data(unknown, found)
+    fitting = plans.with_prepared_data(plans.resolve(recipe, suggest.topology_for(8, "h100-80g")), found)
     assert fitting.fits is True and fitting.parameters == 8_030_261_248
 
 
@@ -411,7 +411,7 @@ def test_a_recipe_whose_architecture_belongs_to_another_row_is_refused():
     recipe = loader.load("8b")
     for size, row in (("1-3b", "1-3b"), ("70b", "30-70b"), ("tiny", "tiny")):
         with pytest.raises(UserError, match=f"size is {size}, row {row}, but model.architecture has 8.0 billion"):
-            sizes.row_of(dataclasses.replace(recipe, size=size))
+            sizes.size_class_of(dataclasses.replace(recipe, size=size))
 
 
 @pytest.mark.parametrize("content", ['{"zero_optimization": {"stage": 2}}', "{", "{}"])

@@ -39,7 +39,7 @@ class Recorder(TrainerCallback):
 
 @pytest.fixture
 def plan():
-    return plans.make(loader.load("tiny"), Topology(gpus=0, processes=1))
+    return plans.resolve(loader.load("tiny"), Topology(gpus=0, processes=1))
 
 
 def run_with(tracker, rank_0=True, stopped=False):

@@ -62,8 +62,10 @@ def make_trainer(tmp_path, model_folder, tokenizer, rows, validation, *overrides
         "batch.min_optimizer_steps=1", "batch.effective_batch_size=4", "batch.max_per_device_batch_size=2",
         "trainer.max_length=128", "trainer.num_train_epochs=2", *overrides,
     )  # fmt: skip
-    plan = plans.make(loader.load("tiny", settings), Topology(gpus=0, processes=1))
-    plan = plans.settle(plan, plans.Prepared("f", "x", "m", {}, len(rows), len(rows), 100, 100, len(validation)))
+    plan = plans.resolve(loader.load("tiny", settings), Topology(gpus=0, processes=1))
+    plan = plans.with_prepared_data(
+        plan, plans.Prepared("f", "x", "m", {}, len(rows), len(rows), 100, 100, len(validation))
+    )
     validation, passes = trainers.validation_in_passes(
         validation, {"rows": len(validation)}, plan.per_device_train_batch_size
     )
@@ -227,7 +229,7 @@ def test_every_field_that_a_recipe_may_set_reaches_the_configuration(tmp_path):
         if name in defaults and name not in TABLE_KEYS and isinstance(defaults[name], bool | int | float | str)
     }
     assert len(allowed) >= 40
-    plan = plans.make(loader.load("tiny"), Topology(gpus=0, processes=1))
+    plan = plans.resolve(loader.load("tiny"), Topology(gpus=0, processes=1))
     plan.sections.trainer.update({**allowed, "gradient_checkpointing": True})
     arguments = trainers.sft_config(plan, RunDir(tmp_path))
     # Some the plan settles; the Trainer itself changes others (no pinning without a GPU, enumerations for names).
@@ -417,7 +419,7 @@ def test_rank_without_cuda_names_the_cause(tmp_path, monkeypatch):
     from sft_recipes.training import main
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    plan = plans.make(loader.load("1b"), Topology(gpus=1, processes=1, gpu_type="h100-80g"))
+    plan = plans.resolve(loader.load("1b"), Topology(gpus=1, processes=1, gpu_type="h100-80g"))
     with pytest.raises(
         UserError, match="^GPUS: 1 requested, but (PyTorch|found) .*(TORCH=cuda|nvidia-smi|Install|Update)"
     ):

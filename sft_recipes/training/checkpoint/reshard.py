@@ -47,14 +47,14 @@ def prepare_checkpoint(plan: Plan, folder: RunDir, point: ResumePoint, trainer: 
     """
     saved = Ranks(point.record["parallelism"], point.record["world_size"])
     current = rank_change.ranks_of(plan)
-    refusal = rank_change.refusal(saved, plan)
+    refusal = rank_change.incompatibility(saved, plan)
     if refusal is not None:
         raise SetupError(f"{point.path}: {refusal}")
     if saved.world_size == current.world_size:
         return point.path
     log.info("resharding %s from %s to %s", point.path.name, saved, current)
     resharded = None
-    if rank_change.converts(saved, current):
+    if rank_change.needs_resharding(saved, current):
         resharded = _reshard(point, folder.saving / f"resharded-{point.step}", trainer.accelerator)
         # Read when DeepSpeed's engine is built: https://www.deepspeed.ai/docs/config-json (checkpoint options).
         trainer.accelerator.state.deepspeed_plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
