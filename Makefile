@@ -166,7 +166,7 @@ docs: setup ## build the documentation as a site in .site/; broken links fail
 	@NO_MKDOCS_2_WARNING=true .venv-docs/bin/python -m mkdocs build --strict --quiet
 
 # Everything is to be free of replaced phrases; what follows is already.
-CHECKED_TERMS := README.md CONTRIBUTING.md docs docker/README.md slurm/README.md .github
+CHECKED_TERMS := README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md docs docker/README.md slurm/README.md .github
 
 lint: setup ## ruff, mypy, shellcheck, hadolint, replaced phrases, stale reference, links of the documentation
 	@$(PYTHON) -m ruff format --check .
