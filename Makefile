@@ -173,7 +173,7 @@ lint: setup ## ruff, mypy, shellcheck, hadolint, replaced phrases, stale referen
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m mypy
 	@shopt -s nullglob; if [ -x $(VENV)/bin/shellcheck ]; then \
-		$(VENV)/bin/shellcheck requirements/*.sh slurm/*.sh docker/*.sh docker/portable-cxx benchmarks/*.sh benchmarks/peers/*.sh .ci/run .ci/fresh-machine; fi
+		$(VENV)/bin/shellcheck requirements/*.sh slurm/*.sh docker/*.sh docker/portable-cxx benchmarks/*.sh benchmarks/baselines/*.sh .ci/run .ci/fresh-machine; fi
 	@$(VENV)/bin/hadolint docker/Dockerfile
 	@$(PYTHON) docs/scripts/check_terms.py $(CHECKED_TERMS)
 	@$(PYTHON) docs/scripts/write_reference.py --check

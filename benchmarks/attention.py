@@ -166,7 +166,7 @@ def _peak_bytes(model: Any, batch: dict[str, Any]) -> int | None:
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as tracker:
         _pass(model, batch)
-    return machine.most_held(tracker)
+    return machine.peak_allocated(tracker)
 
 
 if __name__ == "__main__":

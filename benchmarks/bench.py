@@ -1,19 +1,19 @@
-"""Measures whole training through the real road, from the command to the last step: how fast, with how much memory.
+"""Measure end-to-end training, from the command to the last step: throughput and memory.
 
-    make bench                                                    # what this machine can carry
+    make bench                                                    # every case that fits this machine
     .venv/bin/python benchmarks/bench.py [CASE …] [--repeats 3] [--again]
-    .venv/bin/python benchmarks/bench.py --ablations              # one knob turned at a time, beside the default
+    .venv/bin/python benchmarks/bench.py --ablations              # one option changed at a time
 
-A case is one `train RECIPE` of 25 steps on a model that is built from its configuration, of which the first five are
-left out; it is repeated, in turn with the other cases. Each run that is done is written at once to
-`results/bench-MACHINE.json` (`ablations-MACHINE.json`); where some are there of the same commit, the rest is measured,
-unless `--again` says to begin anew. On a GPU a run is ended behind its last step, before it saves: checkpoints of 8B
-want 200 GB of disk, and what a save costs is `saving.py`'s to say.
+A case is one `train RECIPE` of 25 steps on a model with random weights; the first five steps are left out. Cases
+alternate over the repeats. Each completed run is written at once to `results/bench-MACHINE.json` (ablations:
+`ablations-MACHINE.json`); runs of the same commit are kept and only missing ones measured, unless `--again` is set.
+On a GPU a run is terminated after its last step, before it saves: checkpoints of 8B need 200 GB of disk, and
+`saving.py` measures the cost of a save.
 
 FLOPs per token are counted in two ways: causal (`planner/cost.py`: weights that are multiplied, the output layer for
 supervised tokens, causal attention by the lengths that examples have) and by PaLM's formula (arXiv:2204.02311, appendix
-B: all weights, attention over whole rows). They are shares of the data sheet's bf16 FLOP/s, and of what one large
-matrix product reaches here. HFU counts what is computed again, too.
+B: all weights, attention over whole rows). Utilization is relative to the data sheet's bf16 FLOP/s, and to
+what one large matrix product reaches on this machine. HFU includes recomputed activations.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ from sft_recipes.planner.plan import Plan  # noqa: E402
 STEPS, WARM_UP = 25, 5
 ROWS, MEAN_TOKENS = Path(tempfile.gettempdir()) / f"sft-recipes-benchmark-rows-{os.getuid()}", 1374
 DEFAULT = "as shipped"
+CACHED, PREPARED = "found", "prepared anew"  # keys of the results files  # language: ok
+_DATA = {CACHED: "cached", PREPARED: "prepared"}
 SHORT = (
     "trainer.eval_steps=1000", "trainer.save_steps=1000", "trainer.logging_steps=1", "generation.show=0",
     "generation.exact_match=0", "data.max_eval_samples=50", "batch.min_optimizer_steps=1",
@@ -126,12 +128,12 @@ def as_many_tokens(name: str, length: int) -> tuple[str, ...]:
 
 
 def ablations(on_gpu: bool) -> dict[str, Case]:
-    """The default, and each knob turned by itself; in docs/design/decisions.md stands what came of it."""
+    """The default, and one changed option per case; docs/design/decisions.md has the conclusions."""
     name, options, words = ("1b", ("--gpus", "1"), from_scratch("1b")) if on_gpu else ("tiny", (), ())
     recipe = loader.load(name)
     most, recomputes = recipe.batch.max_per_device_batch_size, recipe.trainer["gradient_checkpointing"]
     larger = () if on_gpu else (f"batch.effective_batch_size={2 * most}", "allow_out_of_range=[effective_batch_size]")
-    turned: dict[str, tuple[str, ...]] = {
+    changed: dict[str, tuple[str, ...]] = {
         DEFAULT: (),
         "masked attention (sdpa)": ("model.attention=sdpa",),
         "eager attention": ("model.attention=eager",),
@@ -145,14 +147,14 @@ def ablations(on_gpu: bool) -> dict[str, Case]:
         "a data worker": ("trainer.dataloader_num_workers=1",),
     }
     if on_gpu:
-        turned["attention by varlen"] = ("model.attention=varlen",)
-        turned["ZeRO-2"], turned["FSDP2"] = ("parallelism=zero2",), ("parallelism=fsdp2",)
-        turned["Liger's kernels"] = ("trainer.use_liger_kernel=true",)
-    return {said: Case(name, options, (*words, *more)) for said, more in turned.items()}
+        changed["attention by varlen"] = ("model.attention=varlen",)
+        changed["ZeRO-2"], changed["FSDP2"] = ("parallelism=zero2",), ("parallelism=fsdp2",)
+        changed["Liger's kernels"] = ("trainer.use_liger_kernel=true",)
+    return {label: Case(name, options, (*words, *more)) for label, more in changed.items()}
 
 
 def from_scratch(name: str) -> tuple[str, ...]:
-    """What has a recipe train its architecture from random weights, on rows that need no network."""
+    """Overrides that train a recipe's architecture from random weights, on generated rows."""
     architecture = {
         **loader.load(name).model.architecture, "max_position_embeddings": 16384, "dtype": "bfloat16"
     }  # fmt: skip
@@ -181,31 +183,31 @@ def write_rows() -> None:
 
 
 def main() -> int:
-    """Measures what is asked for; 1 where a run failed, whose last words stand in the file."""
+    """Measure the requested cases; return 1 if a run failed, whose last line is in the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE")
     parser.add_argument("--repeats", type=machine.at_least_one, default=3)
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--ablations", action="store_true")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     card = gpu_type_of(visible_gpus())
-    known = ablations(card is not None) if asked.ablations else cases(card is not None)
-    if unknown := [name for name in asked.cases if name not in known]:
-        print(f"error: no case {unknown[0]!r} here; there are: {'; '.join(known)}", file=sys.stderr)
+    known = ablations(card is not None) if options.ablations else cases(card is not None)
+    if unknown := [name for name in options.cases if name not in known]:
+        print(f"error: CASE: unknown case: found {unknown[0]!r}, expected one of: {'; '.join(known)}", file=sys.stderr)
         return 2
-    target = machine.results("ablations" if asked.ablations else "bench", card)
+    target = machine.results("ablations" if options.ablations else "bench", card)
     content, now = machine.begun(target), machine.commit()
     if "operations_per_second" not in content:
         content = {**content, **_device(card), "steps": {"all": STEPS, "left out": WARM_UP}, "runs": {}}
     if card:
         write_rows()
-    wanted, failed = asked.cases or list(known), set()
-    for name in wanted:
-        if asked.again or content["rows"].get(name, {}).get("commit") != now:
+    names, failed = options.cases or list(known), set()
+    for name in names:
+        if options.again or content["rows"].get(name, {}).get("commit") != now:
             content["runs"].pop(name, None)
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(asked.repeats):
-            for name in wanted:
+        for number in range(options.repeats):
+            for name in names:
                 if name in failed or len(content["runs"].get(name, [])) > number:
                     continue
                 found = measure(known[name], Path(folder), f"{list(known).index(name)}-{number}")
@@ -217,14 +219,14 @@ def main() -> int:
                     row = summary(content["runs"][name], content["operations_per_second"])
                     content["rows"][name] = {"commit": now, **row}
                 machine.write(target, content)
-                print(f"{name:28} {found.get('step_seconds', 'failed')} s a step", flush=True)
+                print(f"{name:28} {found.get('step_seconds', 'failed')} s per step", flush=True)
     print(table(content))
     print(f"written: {target.relative_to(REPOSITORY)}")
     return int(bool(failed))
 
 
 def _device(card: str | None) -> dict[str, Any]:
-    """What a large matrix product reaches here, and what the data sheet promises."""
+    """FLOP/s of a large matrix product on this machine, and of the data sheet."""
     product = subprocess.run([sys.executable, "-c", _PRODUCT], capture_output=True, text=True, check=True)
     return {
         "gpus": ask_nvidia("name,driver_version,clocks.sm,clocks.max.sm,power.limit") if card else [],
@@ -238,9 +240,10 @@ def _device(card: str | None) -> dict[str, Any]:
 def train(
     case: Case, runs: Path, name: str, steps: int, environment: Mapping[str, str]
 ) -> tuple[int, str, float, float]:
-    """A case's run: its exit code, what it said, seconds to its first step's figures, seconds in all.
+    """Run a case.
 
-    On a GPU it is ended behind its last step, which counts as 0.
+    Returns: exit code, output, seconds to the first log line, seconds in total. On a GPU the run is terminated after
+        its last step, which counts as exit code 0.
     """
     command = [sys.executable, "-m", "sft_recipes", "train", case.recipe, "--name", name, *case.options, *SHORT]
     on_gpu, lines, began, first = "--gpus" in case.options, runs / name / "metrics.jsonl", time.monotonic(), 0.0
@@ -264,16 +267,16 @@ def train(
 
 
 def _end(pid: int) -> None:
-    """Kills a process and all that it began."""
+    """Kill a process and its children."""
     root = psutil.Process(pid)
-    all_of_it = [root, *root.children(recursive=True)]
-    for one in all_of_it:
-        one.kill()
-    psutil.wait_procs(all_of_it)
+    processes = [root, *root.children(recursive=True)]
+    for process in processes:
+        process.kill()
+    psutil.wait_procs(processes)
 
 
 def measure(case: Case, runs: Path, name: str) -> dict[str, Any]:
-    """One run: its medians over the steps behind the warm-up; or its exit code and last words, where it failed."""
+    """One run: medians over the steps after the warm-up; or exit code and last line if it failed."""
     already = set(runs.rglob("prepared.json"))
     code, said, first, seconds = train(case, runs, name, STEPS, {})
     folder = runs / name
@@ -297,14 +300,13 @@ def measure(case: Case, runs: Path, name: str) -> dict[str, Any]:
         "planned_bytes": (plan["memory_bytes_per_gpu"] or {}).get("total") if plan["gpus"] else None,
         "host_bytes": max(line["host_memory_bytes"] for line in steps),
         "first_step_seconds": first,
-        "data": "found" if Path(prepared["folder"]) / "prepared.json" in already else "prepared anew",
+        "data": CACHED if Path(prepared["folder"]) / "prepared.json" in already else PREPARED,
         "seconds": seconds,
     }
 
 
 def _operations(plan: Plan, prepared: Path) -> dict[str, float | None]:
-    """FLOPs of forward and backward pass for one token that is not padding, counted in two ways, and what the hardware
-    executes."""
+    """FLOPs of forward and backward pass per token without padding: causal, by PaLM's formula, and executed."""
     from datasets import load_from_disk
 
     rows = load_from_disk(str(prepared / "train"))
@@ -325,10 +327,10 @@ def _operations(plan: Plan, prepared: Path) -> dict[str, float | None]:
 
 
 def summary(rows: list[dict[str, Any]], per_second: dict[str, float | None]) -> dict[str, Any]:
-    """Of the repeats of a case: medians, the spread, and shares of what the device can."""
+    """Summarize the repeats of a case: medians, spread, utilization."""
     first, medians = rows[0], sorted(row["step_seconds"] for row in rows)
     tokens = statistics.median(row["tokens_per_second"] for row in rows)
-    # The product runs on all cores of a CPU, which its ranks share; of GPUs each rank has one.
+    # The product uses all cores of a CPU, which its ranks share; each rank has its own GPU.
     devices = first["plan"]["world_size"] if first["peak_bytes"] else 1
     utilization = {
         f"{count}, {denominator}": round(tokens * operations / (able * devices), 4)
@@ -358,7 +360,7 @@ def summary(rows: list[dict[str, Any]], per_second: dict[str, float | None]) -> 
 
 
 def _first(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Seconds to the first step's figures, by whether the data had to be prepared."""
+    """Seconds to the first log line, by whether the data was prepared or cached."""
     of: dict[str, list[float]] = {}
     for row in rows:
         of.setdefault(row["data"], []).append(row["first_step_seconds"])
@@ -366,10 +368,10 @@ def _first(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def table(content: dict[str, Any]) -> str:
-    """A results file as a table; where the default is among the rows, with the ratio to it."""
+    """A results file as a table, with the ratio to the default if that is a row."""
     lines = [
-        "| case | runs | step, s (least to most) | tokens/s | slots/s | supervised/s | MFU of product, of sheet "
-        "| by PaLM's count | HFU | peak memory | first step, s |",
+        "| case | runs | step, s (least to most) | tokens/s | padded tokens/s | supervised tokens/s "
+        "| MFU of product, of data sheet | MFU (PaLM) | HFU | peak memory | first step, s |",
         "|" + "---|" * 11,
     ]
     for name, row in content["rows"].items():
@@ -379,24 +381,24 @@ def table(content: dict[str, Any]) -> str:
         seconds, memory = row["step_seconds"], row["peak_bytes"] or row["host_bytes"]
         lines.append(
             f"| {name} | {row['repeats']} | {seconds['median']:.3f} ({seconds['least']:.3f} to {seconds['most']:.3f}) "
-            f"| {row['tokens_per_second']:,.0f}{_beside_the_default(row, content['rows'])} "
+            f"| {row['tokens_per_second']:,.0f}{_relative_to_default(row, content['rows'])} "
             f"| {row['padded_tokens_per_second']:,.0f} | {row['supervised_tokens_per_second']:,.0f} "
             f"| {_shares(row['mfu'], 'causal')} | {_shares(row['mfu'], 'PaLM')} | {_shares(row['hfu'], 'causal')} "
             f"| {memory / 2**30:.1f} GiB "
-            f"| {', '.join(f'{seconds:.1f} ({data})' for data, seconds in row['first_step_seconds'].items())} |"
+            f"| {', '.join(f'{seconds:.1f} ({_DATA[data]})' for data, seconds in row['first_step_seconds'].items())} |"
         )
     return "\n".join(lines)
 
 
 def _shares(of: dict[str, float], count: str) -> str:
-    """Of the measured product and, where there is one, of the data sheet."""
+    """Utilization relative to the measured product and, if there is one, to the data sheet."""
     return ", ".join(
         f"{of[key]:.1%}" for key in (f"{count}, matrix product, measured", f"{count}, data sheet") if key in of
     )
 
 
-def _beside_the_default(row: dict[str, Any], rows: dict[str, Any]) -> str:
-    """How many times the default's tokens a second: the middle of the ratios within a round."""
+def _relative_to_default(row: dict[str, Any], rows: dict[str, Any]) -> str:
+    """Throughput relative to the default: the median of the ratios within a round."""
     if DEFAULT not in rows or "failed" in rows[DEFAULT]:
         return ""
     key = "tokens_per_second_of_each_run"

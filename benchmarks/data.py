@@ -8,7 +8,7 @@ must give the same tokens and labels. Then every way prepares the same rows on t
 of several rounds, so that a machine that slows down slows all of them; ratios are taken within a round. Last, ours
 alone prepares all rows on all cores. Writes `results/data-N-cores.json`, which names the machine, and prints tables.
 
-What the figures do not hold against TRL: its rows are a data set in memory already, as `messages` or `prompt` and
+Favorable to TRL: its rows are a data set in memory already, as `messages` or `prompt` and
 `completion`, and only `SFTTrainer._prepare_dataset` is timed. `ours, whole` reads JSONL and writes packed rows to disk.
 """
 
@@ -84,8 +84,8 @@ class Measured:
     processor_seconds: float
     how: str = ""
 
-    def figures(self) -> dict[str, Any]:
-        """As the results file has it."""
+    def to_json(self) -> dict[str, Any]:
+        """The entry of the results file."""
         found: dict[str, Any] = {
             "tokens_per_second": round(self.tokens / self.seconds),
             "seconds": round(self.seconds, 4),
@@ -149,7 +149,7 @@ def main() -> None:
             "tokens": next(iter(rounds[0].values())).tokens,
             "median_tokens_per_second": {way: _median(rounds, way) for way in rounds[0]},
             "median_ratios": ratios,
-            "rounds": [{way: measured.figures() for way, measured in one.items()} for one in rounds],
+            "rounds": [{way: measured.to_json() for way, measured in one.items()} for one in rounds],
         },
         "all_cores": every_core,
         "packing": packed,
@@ -180,7 +180,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _rows(many: int) -> tuple[list[Row], dict[str, Any]]:
-    """Rows of one question and one answer, repeated to as many as wanted, each with a number of its own."""
+    """Rows of one question and one answer, repeated up to the requested number, each with a unique number."""
     file = os.environ.get("SFT_GSM8K")
     if file:
         content = Path(file).read_bytes()
@@ -512,7 +512,7 @@ def _flat_tokens(rows: Any) -> int:
     return sum(len(chunk.flatten()) for chunk in rows.data.column("input_ids").chunks)
 
 
-# What is told
+# Output
 
 
 def _tables(content: dict[str, Any]) -> str:
@@ -526,7 +526,7 @@ def _tables(content: dict[str, Any]) -> str:
     for way, speed in one["median_tokens_per_second"].items():
         ratios = "".join(f"{one['median_ratios'][way].get(other, 1.0):>24.2f}" for other in against)
         lines.append(f"{way:24}{speed:>12,}{ratios}")
-    shares = [way["processor_seconds"] / way["seconds"] for figures in one["rounds"] for way in figures.values()]
+    shares = [way["processor_seconds"] / way["seconds"] for rounds in one["rounds"] for way in rounds.values()]
     busy = every["processor_seconds"] / every["labelling_seconds"]
     lines += [
         f"each had {min(shares):.2f} to {max(shares):.2f} processors",

@@ -1,4 +1,4 @@
-"""How far each engine strays from one process with the same batch, and how far it may: tests/strategies, recorded.
+"""Differences of each parallelism strategy from one process with the same batch, as tests/strategies measures them.
 
     .venv/bin/python benchmarks/engines.py
 
@@ -22,7 +22,7 @@ LIBRARIES = ("torch", "transformers", "trl", "accelerate", "deepspeed")
 
 
 def main() -> int:
-    """Runs the tests, writes the results, prints the table; the tests' exit code."""
+    """Run the tests, write the results, print the table; return the tests' exit code."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.jsonl"
         tests = [sys.executable, "-m", "pytest", "tests/strategies/test_trajectories.py", "-k", "fp32 or bf16"]
@@ -43,13 +43,13 @@ def main() -> int:
 def table(rows: list[dict]) -> str:
     """The table of docs/strategies.md."""
     lines = [
-        "| engine | processes | rows | precision | loss | validation loss | a weight |",
+        "| strategy | processes | rows | precision | loss | validation loss | a weight |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         packed = "packed" if row["packing"] else "padded"
-        figures = " | ".join(f"{row[key]:.1e}" for key in ("loss", "eval_loss", "weight"))
-        lines.append(f"| {row['engine']} | {row['processes']} | {packed} | {row['precision']} | {figures} |")
+        differences = " | ".join(f"{row[key]:.1e}" for key in ("loss", "eval_loss", "weight"))
+        lines.append(f"| {row['engine']} | {row['processes']} | {packed} | {row['precision']} | {differences} |")
     return "\n".join(lines)
 
 

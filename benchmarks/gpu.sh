@@ -8,8 +8,8 @@
 #
 # Exit code and seconds of a task are written to benchmarks/results/.gpu/NAME, its measurements to the JSON files in
 # benchmarks/results. A task is killed after 530 s; a failed one runs again only by its NAME. Durations on a GPU are not
-# measured: no task has been run on one. PYTHON selects another Python than .venv's; PYTHONPATH is kept. PEERS is the
-# folder of benchmarks/peers/install.sh; without it the comparisons have no other trainers. TMPDIR needs 40 GB for recipe
+# measured: no task has been run on one. PYTHON selects another Python than .venv's; PYTHONPATH is kept. BASELINES is the
+# folder of benchmarks/baselines/install.sh; without it the comparisons have no other trainers. TMPDIR needs 40 GB for recipe
 # 1b, and 80 GB for the comparisons with 8b-lora and its random weights; recipe 8b is planned for a GPU of 141 GB, and its
 # tasks fail at once on a smaller one.
 set -uo pipefail
@@ -27,15 +27,15 @@ export PYTHON=$python # for docker/smoke.sh too
 
 tasks=() # NAME|QUESTION|COMMAND, in which python is $python|CASE, the last argument of the command
 add() { tasks+=("$1|$2|$3|${4:-}"); }
-cases=$("$python" - "${PEERS:-}" << 'PYTHON'
+cases=$("$python" - "${BASELINES:-}" << 'PYTHON'
 import sys
 
 sys.path[:0] = ["benchmarks", "."]
-import bench, beside, memory
+import bench, comparison, memory
 
 groups = {
     "bench": bench.cases(True), "ablations": bench.ablations(True), "memory": memory.cases(True),
-    "beside": beside.installed(sys.argv[1]),
+    "comparison": comparison.installed(sys.argv[1]),
 }
 print(*(f"{group}|{name}" for group, names in groups.items() for name in names), sep="\n")
 PYTHON
@@ -68,10 +68,10 @@ add memory-8b__4k__checkpointing "$memory" "$(py memory.py)" '8b, 4k, checkpoint
 add bench-8b__4k "$speed" "$bench" '8b, 4k'
 add bench-1b__4k__activations_kept 'what does activation checkpointing cost?' "$bench" '1b, 4k, activations kept'
 add step 'what does a step cost compared with a minimal training loop?' "$(py metrics.py --device cuda 3)"
-each ablation 'what does one knob cost or save?' "$(py bench.py --ablations --repeats 1)" ablations
+each ablation 'what does one option cost or save?' "$(py bench.py --ablations --repeats 1)" ablations
 for recipe in 1b 8b-lora; do
-    each "beside-$recipe" 'how fast compared with other trainers?' \
-        "$(py beside.py --rounds 1 --recipe $recipe ${PEERS:+--peers $PEERS})" beside
+    each "comparison-$recipe" 'how fast compared with other trainers?' \
+        "$(py comparison.py --rounds 1 --recipe $recipe ${BASELINES:+--baselines $BASELINES})" comparison
 done
 # The rest of each kind.
 each memory "$memory" "$(py memory.py)" memory

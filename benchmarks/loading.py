@@ -4,7 +4,7 @@
 
 Loading alone, through the run's own `load_model`, without optimizer. What counts is anonymous memory, sampled every
 5 ms: the pages of the weights' files are mapped and the system takes them back when it needs them. On a CPU a rank's
-own shard lies in that memory too; on a GPU it does not.
+own shard is in that memory too; on a GPU it is not.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def rank(model: Path, folder: Path) -> None:
     held = sum(parameter.data.numel() * parameter.data.element_size() for parameter in model_here.parameters())
     shard = sum(getattr(parameter, "ds_tensor", parameter).numel() * 2 for parameter in model_here.parameters())
     after = memory()
-    figures = {
+    result = {
         "peak_anonymous_bytes": peak["RssAnon"] - before["RssAnon"],
         "anonymous_bytes_after": after["RssAnon"] - before["RssAnon"],
         "peak_file_bytes": peak["RssFile"] - before["RssFile"],
@@ -116,7 +116,7 @@ def rank(model: Path, folder: Path) -> None:
         "own_parameter_bytes": shard,
         "seconds": round(seconds, 2),
     }
-    (folder / f"rank-{arguments.process_index}.json").write_text(json.dumps(figures))
+    (folder / f"rank-{arguments.process_index}.json").write_text(json.dumps(result))
 
 
 def memory() -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Says which machine and code a results file was measured on, and what its processor's memory was asked for."""
+"""The machine and commit of a results file, and peak allocations on the CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-WRITTEN_HERE = ("results", "plots", "README.md")  # by the measurements themselves
+GENERATED = ("results", "plots", "README.md")
 
 
 def described() -> dict[str, object]:
@@ -19,27 +19,27 @@ def described() -> dict[str, object]:
 
 
 def commit() -> str:
-    """The checkout's commit, with `-dirty` where code differs from it; `unknown` where this is no checkout."""
-    found = _git("rev-parse", "HEAD")
-    changed = _git("status", "--porcelain", "--", ":/", *(f":(exclude){name}" for name in WRITTEN_HERE))
-    return f"{found}-dirty" if changed else found or "unknown"
+    """The checkout's commit, with `-dirty` if there are uncommitted changes; `unknown` outside a checkout."""
+    revision = _git("rev-parse", "HEAD")
+    changed = _git("status", "--porcelain", "--", ":/", *(f":(exclude){name}" for name in GENERATED))
+    return f"{revision}-dirty" if changed else revision or "unknown"
 
 
-def _git(*words: str) -> str:
-    asked = subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True, check=False)
-    return asked.stdout.strip()
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
 def python_path(*folders: Path) -> str:
-    """PYTHONPATH of a process that imports from these folders, then from the user's own: its packages may be there."""
+    """PYTHONPATH with these folders before those of this process."""
     return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def at_least_one(word: str) -> int:
-    """A command line's number of times.
+    """Parse a positive number; argparse reports the error.
 
     Raises:
-        ValueError: it is none; argparse says so.
+        ValueError: not a positive integer.
     """
     number = int(word)
     if number < 1:
@@ -48,13 +48,12 @@ def at_least_one(word: str) -> int:
 
 
 def results(kind: str, card: str | None) -> Path:
-    """The file of what was measured on this machine."""
+    """The results file of this machine."""
     return HERE / "results" / f"{kind}-{card or f'{os.cpu_count()}-cores'}.json"
 
 
 def begun(target: Path, again: bool = False, **circumstances: Any) -> dict[str, Any]:
-    """What a results file holds already, where it is of this machine and of these circumstances; else, and where it is
-    to be had `again`, a new one's beginning."""
+    """The results of this machine under these circumstances; if there are none, or with `again`, an empty file."""
     circumstances["machine"] = described()
     content: dict[str, Any] = json.loads(target.read_text()) if target.is_file() and not again else {}
     if all(content.get(key) == value for key, value in circumstances.items()):
@@ -63,7 +62,7 @@ def begun(target: Path, again: bool = False, **circumstances: Any) -> dict[str, 
 
 
 def write(target: Path, content: dict[str, Any]) -> None:
-    """Writes a results file, all of it or nothing."""
+    """Write a results file atomically."""
     partial = target.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=2) + "\n")
     partial.replace(target)
@@ -74,9 +73,12 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def most_held(tracker: Any, within: str | None = None) -> int:
-    """The largest sum of allocations, in bytes, that a stopped `torch.profiler.profile(profile_memory=True)` of the CPU
-    saw since it was started: at any time, or `within` the one event of this name."""
+def peak_allocated(tracker: Any, within: str | None = None) -> int:
+    """The peak of allocations, in bytes, in a stopped `torch.profiler.profile(profile_memory=True)` of the CPU.
+
+    Args:
+        within: count only during the event of this name.
+    """
     events = tracker.profiler.kineto_results.events()
     spans = [(event.start_ns(), event.end_ns()) for event in events if event.name() == within]
     held = most = 0

@@ -1,11 +1,11 @@
-"""Memory as the plan tells it beforehand, beside what real runs then took: recipes trained six steps.
+"""Compare the plan's memory forecast with the peaks of real runs of six steps.
 
     .venv/bin/python benchmarks/memory.py [CASE …] [--again]
 
-On a CPU the tiny recipe, four times as wide, under every engine, where a rank's allocations are tracked one by one by
-torch's profiler: the largest sum while steps were taken. On a GPU recipes of 1B to 8B from random weights, by
-`max_memory_allocated`; the runs are ended behind their last step. Each run goes the real road. Each case that is done
-is written at once to `results/memory-MACHINE.json`, and not run again at the same commit but with `--again`.
+On a CPU the tiny recipe, four times as wide, with every parallelism strategy, by torch's profiler: the largest sum of
+allocations of a rank during training steps. On a GPU recipes of 1B to 8B from random weights, by
+`max_memory_allocated`; runs are terminated after their last step. Each completed case is written at once to
+`results/memory-MACHINE.json`, and repeated at the same commit only with `--again`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from sft_recipes.launch.topology import gpu_type_of, visible_gpus
 
 WIDER = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 2}
 STEPS = 6
-# Python runs a module of this name, where it finds one, before anything else. It tracks the allocations of one rank,
-# and writes what they came to when the rank leaves.
+# Python imports a sitecustomize module first. This one tracks the allocations of rank 0, and writes the peak at exit.
 _TRACKER = f"""
 import os, sys
 if "sft_recipes.training.main" in sys.orig_argv and os.environ.get("RANK", "0") == "0":
@@ -44,14 +43,14 @@ if "sft_recipes.training.main" in sys.orig_argv and os.environ.get("RANK", "0") 
     def write(code):
         tracker.stop()
         with open(os.environ["TRACKED"], "w") as file:
-            print(machine.most_held(tracker, "training"), file=file)
+            print(machine.peak_allocated(tracker, "training"), file=file)
         leave(code)
     Trainer._inner_training_loop, os._exit = named, write
 """
 
 
 def cases(on_gpu: bool) -> dict[str, Case]:
-    """What is measured, by name."""
+    """The cases by name."""
     if not on_gpu:
         architecture = {**loader.load("tiny").model.architecture, **WIDER}
         words = (f"model.architecture={json.dumps(architecture)}",)
@@ -70,9 +69,9 @@ def cases(on_gpu: bool) -> dict[str, Case]:
     for name in ("1b", "3b", "8b-lora", "8b"):
         for length in (2048, 4096, 8192):
             for recomputes in (True,) if name == "8b" else (True, False):
-                said = f"{name}, {length // 1024}k{', checkpointing' if recomputes else ''}"
+                label = f"{name}, {length // 1024}k{', checkpointing' if recomputes else ''}"
                 words = (f"trainer.max_length={length}", f"trainer.gradient_checkpointing={str(recomputes).lower()}")
-                found[said] = Case(name, ("--gpus", "1"), (*from_scratch(name), *words, *ON_ONE_GPU.get(name, ())))
+                found[label] = Case(name, ("--gpus", "1"), (*from_scratch(name), *words, *ON_ONE_GPU.get(name, ())))
     found["1b, 2k, fp32"] = Case(
         "1b", ("--gpus", "1"), (*from_scratch("1b"), "trainer.max_length=2048", "precision=fp32")
     )
@@ -80,15 +79,15 @@ def cases(on_gpu: bool) -> dict[str, Case]:
 
 
 def main() -> int:
-    """Measures what is asked for; 1 where a run failed, whose reason stands in the file."""
+    """Measure the requested cases; return 1 if a run failed, whose error is in the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE")
     parser.add_argument("--again", action="store_true")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     card = gpu_type_of(visible_gpus())
     known = cases(card is not None)
-    if unknown := [name for name in asked.cases if name not in known]:
-        print(f"error: no case {unknown[0]!r} here; there are: {'; '.join(known)}", file=sys.stderr)
+    if unknown := [name for name in options.cases if name not in known]:
+        print(f"error: CASE: unknown case: found {unknown[0]!r}, expected one of: {'; '.join(known)}", file=sys.stderr)
         return 2
     target = machine.results("memory", card)
     content, now = machine.begun(target), machine.commit()
@@ -96,9 +95,9 @@ def main() -> int:
         write_rows()
     failed = False
     with tempfile.TemporaryDirectory() as runs:
-        for number, name in enumerate(asked.cases or known):
+        for number, name in enumerate(options.cases or known):
             before = content["rows"].get(name, {})
-            if before.get("commit") == now and "failed" not in before and not asked.again:
+            if before.get("commit") == now and "failed" not in before and not options.again:
                 continue
             found = content["rows"][name] = {"commit": now, **measure(known[name], card, Path(runs), str(number))}
             failed |= "failed" in found
@@ -109,16 +108,16 @@ def main() -> int:
 
 
 def measure(case: Case, card: str | None, runs: Path, name: str) -> dict[str, Any]:
-    """A few steps of a case: forecast and peak in bytes, and their ratio; or what it failed with."""
+    """A few steps of a case: forecast and peak in bytes, and their ratio; or its error."""
     tracked, environment = runs / f"{name}.bytes", {"REPORT_TO": "none"}
     if card:
         case = Case(case.recipe, (*case.options, "--gpu-type", card), case.words)
     else:
         (runs / "sitecustomize.py").write_text(_TRACKER)
         environment["TRACKED"] = str(tracked)
-    code, said, _, _ = train(case, runs, name, STEPS, environment)
+    code, output, _, _ = train(case, runs, name, STEPS, environment)
     if code:
-        return {"failed": code, "said": said.strip().splitlines()[-1][:300]}
+        return {"failed": code, "said": output.strip().splitlines()[-1][:300]}
     plan, manifest = (json.loads((runs / name / f"{kind}.json").read_text()) for kind in ("plan", "manifest"))
     planned = plan["memory_bytes_per_gpu"]
     lines = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]

@@ -1,13 +1,13 @@
-"""Measures what a step pays beside a bare loop: ours, and SFTTrainer's with our batches, attention and scoring.
+"""Measure the overhead of a training step over a minimal loop, for this project and for TRL's SFTTrainer.
 
     .venv/bin/python benchmarks/metrics.py [--device cuda] [ROUNDS]
 
-Before each step of a trainer a bare loop takes one of its own, on a model, an optimizer and batches that were made
-before: forward over the supervised positions, backward, clip, step, nothing else. Both meet the same noise of the
-machine, and what is told is the middle ratio of the pairs. Besides, what this project adds to a step (counts, meter,
-guards, digest, trackers at log steps) is clocked function by function: exact on the CPU, where nothing runs behind a
-call's back. Both trainers log at every tenth step, to TensorBoard too. What a step pays hardly grows with the model, so
-a wider one stands beside the tiny. Writes `results/metrics-HOST.json`.
+Before each step of a trainer a minimal loop takes one step, with a separate model and optimizer and prepared batches:
+forward over the supervised positions, backward, clip, step. Noise of the machine affects both, and the median ratio of
+the pairs is reported. Also, what this project adds to a step (counts, meter, alerts, digest, trackers at log steps) is
+timed function by function: exact on the CPU, where calls are synchronous. SFTTrainer gets our batches, attention and
+scoring. Both trainers log at every tenth step, to TensorBoard too. The overhead hardly grows with the model, so a wider
+one is measured too. Writes `results/metrics-HOST.json`.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ SPENT: dict[str, float] = defaultdict(float)
 
 
 def main() -> int:
-    """Alternates rounds of both trainers and writes the results file; 2 where the device is not there."""
+    """Alternate rounds of both trainers and write the results file; return 2 if the device is not available."""
     parser = argparse.ArgumentParser()
     parser.add_argument("rounds", nargs="?", type=machine.at_least_one, default=6)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parsed = parser.parse_args()
     if parsed.device == "cuda" and gpu_type_of(visible_gpus()) is None:
-        print("error: --device: no GPU that is known is here; say --device cpu", file=sys.stderr)
+        print("error: --device: no supported GPU found. Set --device cpu", file=sys.stderr)
         return 2
     if parsed.device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -66,7 +66,7 @@ def main() -> int:
             prepared = _prepare(Path(place), parsed.device, *of)
             for number in range(parsed.rounds):
                 for name, build in (("stock", _stock), ("ours", _ours)):
-                    loop = _Bare(_ours(Path(place) / f"bare-{name}-{number}", *prepared))
+                    loop = _MinimalLoop(_ours(Path(place) / f"bare-{name}-{number}", *prepared))
                     pairs[name] += _pairs(build(Path(place) / f"{name}-{number}", *prepared), loop)
                 print(size, {name: f"{_ratio(steps):.3f}" for name, steps in pairs.items()}, flush=True)
         rows[size] = _summary(parsed.rounds * STEPS, pairs)
@@ -90,7 +90,7 @@ def _prepare(place: Path, device: str, recipe: str, changed: dict[str, Any], wor
 
 
 def _clock_what_is_added() -> None:
-    """A stopwatch round each function that this project adds to a step; reductions over ranks are not met here."""
+    """Time each function that this project adds to a step; reductions over ranks are not included."""
     from sft_recipes.training import trainer
     from sft_recipes.training.callbacks import alerts, console, graceful_stop, metrics, trackers
     from sft_recipes.training.nan_guard import NanGuard
@@ -162,8 +162,8 @@ def _stock(folder: Path, plan: Any, found: Any) -> Any:
     return stock
 
 
-class _Bare:
-    """A loop over the model and batches of a trainer that is never begun."""
+class _MinimalLoop:
+    """A minimal training loop over the model and batches of a trainer that is never started."""
 
     def __init__(self, subject: Any):
         loader = iter(subject.get_train_dataloader())
@@ -202,14 +202,14 @@ def _wait_for(subject: Any) -> None:
         torch.cuda.synchronize()
 
 
-def _pairs(subject: Any, loop: _Bare) -> list[tuple[float, float]]:
-    """Seconds of each step of a short training and of the bare one before it, the first ones left out."""
+def _pairs(subject: Any, loop: _MinimalLoop) -> list[tuple[float, float]]:
+    """Seconds of each step of a short training and of the minimal step before it, without the first ones."""
     from transformers import TrainerCallback
 
     steps: list[tuple[float, float]] = []
 
     class Stopwatch(TrainerCallback):  # type: ignore[misc]
-        """From a step's beginning to the next one's, what is logged in between included."""
+        """From the start of a step to that of the next, logging included."""
 
         began: float | None = None
 
@@ -258,7 +258,7 @@ def _write(parsed: argparse.Namespace, rows: dict[str, Any]) -> None:
 def table(content: dict[str, Any]) -> str:
     """The rows as a table."""
     lines = [
-        "| | a bare step, ms | ours | TRL's own trainer | what this project adds, of a step |",
+        "| | minimal step, ms | this project | TRL's trainer | added by this project, share of a step |",
         "|---|---|---|---|---|",
     ]
     for name, row in content["rows"].items():

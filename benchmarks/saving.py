@@ -1,12 +1,12 @@
-"""Measures what it costs that nothing is lost: saves, their verification, all ranks' agreement, how soon a fault shows.
+"""Measure the cost of saves, verification, stop agreement and integrity checks, and the time to detect faults.
 
     .venv/bin/python benchmarks/saving.py [--device cuda] [--disk FOLDER] [--smoke]
 
-Every figure is of runs that `python -m sft_recipes train` starts; their ranks are watched from a `sitecustomize.py`
-that Python runs before anything else. What is compared is done by the same ranks on the same disk between two steps:
-each save has beside it a plain write and fsync of as many bytes as each rank wrote, and the stock trainer's own save of
-the same state (no sync, no checksum, no seal), so that the machine's noise falls out of the ratios.
-Writes `results/saving-HOST.json`, but not with `--smoke`, which goes all of the way in small. About 8 minutes.
+All runs are started by `python -m sft_recipes train`; a `sitecustomize.py`, which Python imports first, times their
+ranks. The baselines run on the same ranks and disk between two steps: each save is compared with a plain write and
+fsync of the same number of bytes, and with the stock trainer's save of the same state (no sync, checksum or manifest),
+so that noise of the machine affects all of them.
+Writes `results/saving-HOST.json`, but not with `--smoke`, which does everything at a small size. About 8 minutes.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ REPOSITORY = HERE.parent
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "deepspeed")
 HANG_SECONDS = 300
 
-# Where the ranks of a run write what they measure, and which of the two things that is.
-FIGURES, WATCHED = "BENCHMARK_FIGURES", "BENCHMARK_WATCHED"
+# Variables: the folder for the measurements of the ranks, and what they measure.
+MEASUREMENTS, WATCHED = "BENCHMARK_MEASUREMENTS", "BENCHMARK_WATCHED"
 PLANT = """
 import sys
 if "sft_recipes.training.main" in sys.orig_argv and "sft_recipes.training.rank_launcher" not in sys.orig_argv:
@@ -52,7 +52,7 @@ PARTS = ("proving", "writing", "syncing", "hashing", "sealing", "agreeing", "for
 PIECE_BYTES = 16 * 2**20
 
 QUIET = ("generation.show=0", "generation.exact_match=0", "trainer.eval_steps=100000")
-# Rows that are prepared in a moment; a step over them is short beside a save.
+# Rows that are prepared at once; a step over them is short compared with a save.
 FEW_ROWS = ("batch.effective_batch_size=4", "batch.max_per_device_batch_size=2", "trainer.packing=false")
 
 
@@ -62,7 +62,7 @@ class Size:
 
     Attributes:
         width: of the model whose checkpoints are saved; 512 makes 160 MB a checkpoint, 270 under ZeRO.
-        saves: of each engine, behind a first one that is left out.
+        saves: per strategy, after a first one that is left out.
         cycle: steps from one save of the tiny recipe to the next.
     """
 
@@ -99,16 +99,16 @@ class Bench:
         return self.place / "runs" / name
 
     def start(self, name: str, ranks: int, *overrides: str, watched: str = "") -> subprocess.Popen[bytes]:
-        """A run as a user starts it; what it says goes to `NAME.txt`."""
-        import machine  # beside this script, which the ranks import from elsewhere
+        """Start a run as a user does; its output goes to `NAME.txt`."""
+        import machine  # in this folder, which is not on the path of the ranks
 
         hardware = ["--gpus", "0", "--processes", str(ranks)] if self.device == "cpu" else ["--gpus", str(ranks)]
-        figures = self.place / f"{name}-figures"
-        figures.mkdir()
+        measurements = self.place / f"{name}-measurements"
+        measurements.mkdir()
         planted = [self.plant] if watched else []
         environment = {
             **os.environ, "RUNS_DIR": str(self.place / "runs"), "REPORT_TO": "none", "SANITY": "skip",
-            "PYTHONPATH": machine.python_path(REPOSITORY, *planted), FIGURES: str(figures), WATCHED: watched,
+            "PYTHONPATH": machine.python_path(REPOSITORY, *planted), MEASUREMENTS: str(measurements), WATCHED: watched,
         }  # fmt: skip
         with self.said(name).open("w") as said:
             return subprocess.Popen(
@@ -125,7 +125,7 @@ class Bench:
         process = self.start(name, ranks, *overrides, watched=watched)
         if process.wait():
             raise RuntimeError(f"{name} left with {process.returncode}: {self.said(name).read_text()}")
-        lines = (self.place / f"{name}-figures" / "0.jsonl").read_text().splitlines()
+        lines = (self.place / f"{name}-measurements" / "0.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
 
     def cannot(self, what: str, why: str) -> None:
@@ -150,13 +150,13 @@ def main() -> None:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(dir=parsed.disk, prefix="sft-saving-") as place:
         bench = Bench(Path(place), parsed.device, SMOKE if parsed.smoke else Size())
-        figures = {
+        sections = {
             **_saves_and_verification(bench),
             "agreement_and_proof": _agreement(bench),
             "deaths": _faults(bench, "death", bench.size.deaths),
             "hangs": _faults(bench, "hang", bench.size.hangs),
         }
-        result = {**_circumstances(parsed), **figures, "not_measured": bench.not_measured}
+        result = {**_circumstances(parsed), **sections, "not_measured": bench.not_measured}
     result["seconds"] = round(time.monotonic() - began)
     print(json.dumps(result, indent=2))
     if not parsed.smoke:
@@ -189,17 +189,17 @@ def _saves_and_verification(bench: Bench) -> dict[str, Any]:
 
 
 def _saves(bench: Bench, name: str, engine: str, ranks: int) -> dict[str, Any]:
-    """The stall of each save, its parts, and what else writes as much beside it."""
+    """The stall of each save, its parts, and the baselines."""
     steps = bench.size.saves + 1
-    figures = bench.watch(
+    saves = bench.watch(
         name, ranks, f"parallelism={engine}", f"data.train={bench.rows}", *FEW_ROWS, _larger(bench.size.width),
         f"trainer.max_steps={steps}", "trainer.save_steps=1", watched="saves",
     )  # fmt: skip
     recorded = [json.loads(line) for line in (bench.run(name) / "metrics.jsonl").read_text().splitlines()]
     by_step = {line["step"]: line for line in recorded if "save_seconds" in line}
-    if len(figures) != steps or by_step.keys() != {one["step"] for one in figures}:
-        raise RuntimeError(f"{name}: {len(figures)} saves were watched, {len(by_step)} recorded, {steps} are wanted")
-    measured = [(one, by_step[one["step"]]["save_seconds"]) for one in figures[1:]]  # the first one warms up
+    if len(saves) != steps or by_step.keys() != {one["step"] for one in saves}:
+        raise RuntimeError(f"{name}: found {len(saves)} watched and {len(by_step)} recorded saves, expected {steps}")
+    measured = [(one, by_step[one["step"]]["save_seconds"]) for one in saves[1:]]  # the first one warms up
     saved_bytes = by_step[steps]["save_bytes"]
     return {
         "saves": len(measured),
@@ -229,8 +229,8 @@ def _larger(width: int) -> str:
 
 
 def _verification(bench: Bench, run: Path) -> dict[str, Any]:
-    """Seconds a gigabyte of looking through a checkpoint before it is loaded, by one process and by two as a resume
-    shares it, from the page cache and from the disk."""
+    """Seconds per gigabyte to verify a checkpoint before it is loaded, by one process and by two as in a resume, from
+    the page cache and from the disk."""
     from sft_recipes.runtime.run_dir import RunDir
     from sft_recipes.training.checkpoint import checkpoint_format
 
@@ -362,8 +362,8 @@ def _faults(bench: Bench, kind: str, repeats: int) -> dict[str, Any]:
     for number in range(repeats):
         found.append(_fault(bench, kind, f"{kind}-{number}", ranks, (ranks - 1 - number) % ranks))
         print(kind, json.dumps(found[-1]), flush=True)
-    figures = {key: [one[key] for one in found] for key in found[0] if key != "rank"}
-    worst = {key: {"median": _median(seconds), "worst": max(seconds)} for key, seconds in figures.items()}
+    seconds_by_key = {key: [one[key] for one in found] for key in found[0] if key != "rank"}
+    worst = {key: {"median": _median(seconds), "worst": max(seconds)} for key, seconds in seconds_by_key.items()}
     return {"processes": ranks, "repeats": repeats, **worst}
 
 
@@ -447,7 +447,7 @@ def watch_this_rank() -> None:
 
     quiet()
     {"saves": _clock_saves, "agreement": _clock_agreement}[os.environ[WATCHED]]()
-    atexit.register(_write_notes, Path(os.environ[FIGURES]) / f"{os.environ.get('RANK', '0')}.jsonl")
+    atexit.register(_write_notes, Path(os.environ[MEASUREMENTS]) / f"{os.environ.get('RANK', '0')}.jsonl")
 
 
 def _write_notes(file: Path) -> None:
@@ -467,7 +467,7 @@ def _clocked(function: Callable[..., Any], part: str) -> Callable[..., Any]:
 
 
 def _clock_saves() -> None:
-    """A stopwatch round each part of a save, and beside each save what else writes as much."""
+    """Time each part of a save, and the baselines after each save."""
     from sft_recipes.training import trainer
     from sft_recipes.training.callbacks.integrity_log import IntegrityCallback
     from sft_recipes.training.callbacks.keep_best import RetentionCallback
@@ -580,8 +580,7 @@ def _sync_mine(trainer: Any, folder: Path) -> None:
 
 
 def _clock_agreement() -> None:
-    """A stopwatch round the ranks' agreement, and once more behind it, where no rank waits for another; and round all
-    that proves. Rank 0's clock."""
+    """Time the ranks' agreement, once more when no rank waits for another, and the integrity checks. Rank 0's clock."""
     from sft_recipes.training.callbacks.graceful_stop import GracefulStopCallback
     from sft_recipes.training.callbacks.integrity_log import IntegrityCallback
     from sft_recipes.training.integrity import fingerprint
@@ -619,16 +618,16 @@ def _clock_agreement() -> None:
         setattr(owner, name, noted(getattr(owner, name), "proof", f"{owner.__name__}.{name}"))
 
 
-# How figures are told.
+# Summaries.
 
 
-def _spread(figures: list[float]) -> dict[str, float]:
+def _spread(values: list[float]) -> dict[str, float]:
     """Median and 95th percentile, by nearest rank."""
-    return {"p50": _median(figures), "p95": round(sorted(figures)[math.ceil(0.95 * len(figures)) - 1], 4)}
+    return {"p50": _median(values), "p95": round(sorted(values)[math.ceil(0.95 * len(values)) - 1], 4)}
 
 
-def _median(figures: list[float]) -> float:
-    return round(statistics.median(figures), 4)
+def _median(values: list[float]) -> float:
+    return round(statistics.median(values), 4)
 
 
 def _milliseconds(seconds: float) -> float:
@@ -642,7 +641,7 @@ def _gpus() -> int:
 
 
 def _circumstances(parsed: argparse.Namespace) -> dict[str, Any]:
-    import machine  # beside this script, which the ranks import from elsewhere
+    import machine  # in this folder, which is not on the path of the ranks
 
     return {
         "machine": machine.described(),

@@ -3,7 +3,7 @@ its first step, where the sanity check runs before it (two starts of the ranks) 
 
     .venv/bin/python benchmarks/start.py [--rounds 7] [--trains 3]
 
-Each row is a process of its own, in turn with the others, so that the ratios are of one machine in one hour. Writes
+Each row is a separate process; rows alternate, so that noise of the machine affects all of them. Writes
 `results/start-HOST.json`.
 """
 
@@ -41,7 +41,7 @@ VARIANTS = {
     + "library_imports.leave_out_what_is_not_used(plan)"
     + SWIFTLY,
 }
-# The process that starts the ranks: accelerate's command line imports all of its verbs, of which one is wanted.
+# The process that starts the ranks: accelerate's command line imports all of its subcommands, of which one is needed.
 LAUNCHER = (
     "from sft_recipes.runtime import library_imports\n"
     "with library_imports.swiftly():\n    import {}\nimport time; print(time.time())"

@@ -447,7 +447,7 @@ def _diagnose(parsed: argparse.Namespace) -> int:
         print(diagnose.to_json(findings))
     else:
         print("\n".join(diagnose.text(run, findings)))
-    return int(diagnose.ruined(findings))
+    return int(diagnose.has_errors(findings))
 
 
 def _status(parsed: argparse.Namespace) -> None:
@@ -458,7 +458,7 @@ def _status(parsed: argparse.Namespace) -> None:
         folder = run_dir.find(parsed.run)
     except UserError:
         if asked := slurm.query_job_of_run(parsed.run):  # it waits for its nodes
-            print(json.dumps({"job": asked}, indent=2) if parsed.json else status.of_job(asked))
+            print(json.dumps({"job": asked}, indent=2) if parsed.json else status.job_line(asked))
             return
         raise
     starts = run_dir.read_json(folder.manifest).get("starts") or [{}]

@@ -1,1 +1,1 @@
-"""From metrics to findings: alert rules, live and offline, plots and the report."""
+"""Rules over metrics, for the running job and for `diagnose`; plots and the report page."""

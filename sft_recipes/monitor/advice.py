@@ -1,11 +1,10 @@
-"""What a rule tells: a finding, and the recipe's line to change with the value that this run's plan makes of it."""
+"""The finding of a rule, and its advice: the recipe line to change, with a value computed from the run's plan."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from sft_recipes.config import sizes
 from sft_recipes.monitor.metrics_log import Run
@@ -13,9 +12,14 @@ from sft_recipes.monitor.metrics_log import Run
 
 @dataclass(frozen=True)
 class Finding:
-    """A sign that a rule found: since which step, the figures that show it, and what to do, the first thing first.
+    """One issue of a run.
 
-    `severity` is red for what ruins a run, yellow for what wastes it.
+    Attributes:
+        rule: the name of the rule.
+        severity: `error` if it ruins the run, `warning` if it wastes time or quality.
+        step: the optimizer step at which it begins; None if unknown.
+        evidence: the measured values.
+        advice: what to change, most effective first.
     """
 
     rule: str
@@ -25,75 +29,75 @@ class Finding:
     advice: list[str]
 
 
-def rate(run: Run, factor: float) -> str:
-    """The learning rate `factor` times as high."""
+def scale_learning_rate(run: Run, factor: float) -> str:
+    """The learning rate times `factor`."""
     peak = run.plan.get("learning_rate")
     if not isinstance(peak, (int, float)):
-        return f"`trainer.learning_rate`: {factor:.2g} times what it is"
-    return _line(run, "learning_rate", sizes.scientific(peak * factor), sizes.scientific(peak))
+        return f"`trainer.learning_rate`: multiply by {factor:.2g}"
+    return _recipe_line(run, "learning_rate", sizes.scientific(peak * factor), sizes.scientific(peak))
 
 
-def rate_of_the_row(run: Run) -> str:
-    """The learning rate that the size row starts from."""
-    start = sizes.size_classes()[str(run.plan["size"])].cells["learning_rate"].start
-    line = _line(run, "learning_rate", sizes.scientific(start), sizes.scientific(run.plan["learning_rate"]))
-    return f"{line}, where row {run.plan['size']} starts"
+def default_learning_rate(run: Run) -> str:
+    """The default learning rate of the size class."""
+    default = sizes.size_classes()[str(run.plan["size"])].cells["learning_rate"].start
+    line = _recipe_line(run, "learning_rate", sizes.scientific(default), sizes.scientific(run.plan["learning_rate"]))
+    return f"{line}, the default of size class {run.plan['size']}"
 
 
 def longer_warmup(run: Run) -> list[str]:
-    """Twice the warm-up, as far as the size row's range goes; nothing where it is there already."""
-    now = run.plan.get("warmup_ratio")
-    if not isinstance(now, (int, float)):
+    """Twice the warm-up, at most the size class's highest; empty if it is reached already."""
+    ratio = run.plan.get("warmup_ratio")
+    if not isinstance(ratio, (int, float)):
         return []
-    row = sizes.size_classes().get(str(run.plan.get("size")))
-    most = (row.cells["warmup_ratio"].range or [0, math.inf])[1] if row else math.inf
-    wanted = min(max(2 * now, 0.03), most)
-    return [_line(run, "warmup_ratio", f"{wanted:g}", f"{now:g}")] if wanted > now else []
+    size = sizes.size_classes().get(str(run.plan.get("size")))
+    highest = (size.cells["warmup_ratio"].range or [0, math.inf])[1] if size else math.inf
+    longer = min(max(2 * ratio, 0.03), highest)
+    return [_recipe_line(run, "warmup_ratio", f"{longer:g}", f"{ratio:g}")] if longer > ratio else []
 
 
 def fewer_epochs(run: Run, step: int) -> list[str]:
-    """As many epochs as the run had done at `step`; whole ones where it had done one."""
-    most = run.section("trainer").get("max_steps", -1)
-    if isinstance(most, int) and most > 0:
-        return [f"`trainer.max_steps: {step}` (was {most})"] if 0 < step < most else []
-    now, per_epoch = run.plan.get("num_train_epochs"), run.planned("steps_per_epoch")
-    if not isinstance(now, (int, float)) or not per_epoch or step <= 0:
+    """The epochs completed at `step`, rounded up to full epochs after the first."""
+    max_steps = run.section("trainer").get("max_steps", -1)
+    if isinstance(max_steps, int) and max_steps > 0:
+        return [f"`trainer.max_steps: {step}` (was {max_steps})"] if 0 < step < max_steps else []
+    planned, per_epoch = run.plan.get("num_train_epochs"), run.planned("steps_per_epoch")
+    if not isinstance(planned, (int, float)) or not per_epoch or step <= 0:
         return []
     done = step / per_epoch
-    wanted = math.ceil(round(done, 2)) if done > 1 else math.ceil(done * 10) / 10
-    return [_line(run, "num_train_epochs", f"{wanted:g}", f"{now:g}")] if wanted < now else []
+    epochs = math.ceil(round(done, 2)) if done > 1 else math.ceil(done * 10) / 10
+    return [_recipe_line(run, "num_train_epochs", f"{epochs:g}", f"{planned:g}")] if epochs < planned else []
 
 
 def more_weight_decay(run: Run) -> list[str]:
-    """The documents' 0.05 to 0.1: the first of them that is more than now."""
-    now = run.plan.get("weight_decay")
-    wanted = next((value for value in (0.05, 0.1) if isinstance(now, (int, float)) and value > now), None)
-    return [] if wanted is None else [_line(run, "weight_decay", f"{wanted:g}", f"{now:g}")]
+    """The lower of the SFT guide's 0.05 and 0.1 that is above the present value."""
+    decay = run.plan.get("weight_decay")
+    higher = next((value for value in (0.05, 0.1) if isinstance(decay, (int, float)) and value > decay), None)
+    return [] if higher is None else [_recipe_line(run, "weight_decay", f"{higher:g}", f"{decay:g}")]
 
 
-def rows(run: Run, found: Sequence[Any] = ()) -> str:
-    """Which rows to look at, or how to look at rows where none are named."""
-    if not found:
-        return f"look at the rows, an odd one may be the cause: `{inspect(run)}`"
-    listed = ", ".join(str(place) for place in found[:5])
-    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-    return f"look at the rows of that step, and mend them or take them out: {listed}{more}"
+def check_rows(run: Run, rows: Sequence[object] = ()) -> str:
+    """The rows to check, or the command that prints rows."""
+    if not rows:
+        return f"check the data for unusual rows: `{inspect_command(run)}`"
+    more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+    return f"fix or remove the rows of that step: {', '.join(map(str, rows[:5]))}{more}"
 
 
-def go_on(run: Run) -> str:
-    """The command that goes on from the newest checkpoint."""
+def resume_command(run: Run) -> str:
+    """The command that resumes from the latest checkpoint."""
     return f"make train RECIPE={run.plan.get('recipe')} NAME={run.folder.name} RESUME=1"
 
 
-def inspect(run: Run) -> str:
-    """The command that shows what the loss sees."""
+def inspect_command(run: Run) -> str:
+    """The command that prints rows with their loss mask."""
     return f"make inspect RECIPE={run.plan.get('recipe')}"
 
 
-def _line(run: Run, key: str, wanted: str, now: str) -> str:
-    """`trainer.KEY: VALUE`, and `allow_out_of_range` where the size row would refuse that value."""
-    line = f"`trainer.{key}: {wanted}` (was {now})"
-    row = sizes.size_classes().get(str(run.plan.get("size")))
-    if row is None or row.cells[key].allows(float(wanted)):
+def _recipe_line(run: Run, key: str, value: str, present: str) -> str:
+    """`trainer.KEY: VALUE`, and the `allow_out_of_range` that a value outside the size class's range needs."""
+    line = f"`trainer.{key}: {value}` (was {present})"
+    size = sizes.size_classes().get(str(run.plan.get("size")))
+    if size is None or size.cells[key].allows(float(value)):
         return line
-    return f"{line}, and `allow_out_of_range: [{key}]` since row {run.plan['size']} wants {row.cells[key].wanted()}"
+    expected = size.cells[key].wanted()
+    return f"{line}, and `allow_out_of_range: [{key}]` (size class {run.plan['size']}: {expected})"

@@ -1,71 +1,82 @@
-"""Asks every rule about a run, leaves out what another finding explains, and says the result to people and machines."""
+"""Apply every rule to a run, drop findings that another explains, and print the result for people and programs."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 
 from sft_recipes.monitor.advice import Finding
+from sft_recipes.monitor.detectors import Alert
+from sft_recipes.monitor.learning_rules import alerts_of
 from sft_recipes.monitor.metrics_log import Run
 from sft_recipes.monitor.rules import RULES, Rule
 
+_MAX_ALERTS = 5  # printed
+
 
 def diagnose(run: Run) -> list[Finding]:
-    """What is wrong with a run, the gravest first; nothing where all is well."""
-    judged = [(rule, rule.look(run)) for rule in RULES if rule.judges(run)]
-    explained = {name for rule, finding in judged if finding for name in rule.explains}
-    found = [finding for rule, finding in judged if finding and rule.name not in explained]
-    return sorted(found, key=lambda finding: finding.severity != "red")
+    """The findings of a run, errors first; empty if it is healthy."""
+    results = [(rule, rule.find(run)) for rule in RULES if rule.has_data(run)]
+    explained = {name for rule, finding in results if finding for name in rule.explains}
+    findings = [finding for rule, finding in results if finding and rule.name not in explained]
+    return sorted(findings, key=lambda finding: finding.severity != "error")
 
 
-def healthy(findings: list[Finding]) -> bool:
-    """Whether no rule found anything."""
-    return not findings
+def has_errors(findings: Sequence[Finding]) -> bool:
+    """Whether a finding ruins the run: `diagnose` then exits with 1."""
+    return any(finding.severity == "error" for finding in findings)
 
 
-def ruined(findings: list[Finding]) -> bool:
-    """Whether one of them ruins the run: what `diagnose` leaves with 1 for."""
-    return any(finding.severity == "red" for finding in findings)
+def skipped_rules(run: Run) -> list[Rule]:
+    """The rules for whose metrics the run has no or too few values."""
+    return [rule for rule in RULES if not rule.has_data(run)]
 
 
-def not_judged(run: Run) -> list[Rule]:
-    """The rules whose figures this run does not have, or has too few of."""
-    return [rule for rule in RULES if not rule.judges(run)]
+def alerts_without_finding(run: Run, findings: Sequence[Finding]) -> list[Alert]:
+    """Alerts, recorded live or on the log lines, of rules that have no finding: such as a single loss spike."""
+    spikes = [
+        alert
+        for rule in RULES
+        if rule.per_step and rule.detect
+        for alert in alerts_of(run, rule.detect, rule.metrics[0])
+    ]
+    alerts = {(alert.rule, alert.step): alert for alert in [*spikes, *run.alerts]}
+    reported = {finding.rule for finding in findings}
+    explained = {name for rule in RULES if rule.name in reported for name in rule.explains}
+    return sorted(
+        (alert for alert in alerts.values() if alert.rule not in reported | explained), key=lambda alert: alert.step
+    )
 
 
-def to_json(findings: list[Finding]) -> str:
+def to_json(findings: Sequence[Finding]) -> str:
     """`{"healthy": bool, "findings": [{"rule", "severity", "step", "evidence", "advice"}]}`."""
-    found = [dataclasses.asdict(finding) for finding in findings]
-    return json.dumps({"healthy": healthy(findings), "findings": found}, indent=2)
+    return json.dumps({"healthy": not findings, "findings": [*map(dataclasses.asdict, findings)]}, indent=2)
 
 
-def progress(run: Run) -> str:
-    """How far the run is: `tiny-1, finished, step 896 of 896`."""
-    return f"{run.folder.name}, {run.state}, step {run.last_step:,} of {run.planned('optimizer_steps') or '?'}"
-
-
-def text(run: Run, findings: list[Finding]) -> list[str]:
-    """The diagnosis for a terminal; its first line says whether the run is healthy."""
-    judged = ", ".join(rule.name for rule in RULES if rule.judges(run))
-    count = f"{len(findings)} finding{'s' if len(findings) > 1 else ''}"
-    lines = [f"all quiet: {progress(run)}" if healthy(findings) else f"not healthy, {count}: {progress(run)}"]
+def text(run: Run, findings: Sequence[Finding]) -> list[str]:
+    """The diagnosis as lines for a terminal; the first one has the result."""
+    total = run.planned("optimizer_steps")
+    progress = f"{run.state}, step {run.last_step:,} of {f'{total:,}' if total else '?'}"
+    count = f"{len(findings) or 'no'} issue{'' if len(findings) == 1 else 's'} found"
+    lines = [f"{count} in {run.folder.name} ({progress})"]
     for finding in findings:
-        since = "" if finding.step is None else f", since step {finding.step:,}"
-        lines += ["", f"{finding.severity}  {finding.rule}{since}: {finding.evidence}"]
-        lines += [f"     -> {said}" for said in finding.advice]
+        since = "" if finding.step is None else f" at step {finding.step:,}"
+        lines += ["", f"{finding.severity}: {finding.rule}{since}: {finding.evidence}"]
+        lines += [f"     -> {step}" for step in finding.advice]
     if findings:
-        lines += [
-            "",
-            f"such lines go into recipes/{run.plan.get('recipe')}.yaml, or key=value into ARGS=; more of each ",
-        ]
-        lines[-1] += "sign: docs/troubleshooting.md"
-    lines.append(f"looked at: {judged or 'nothing'}")
-    lacking = ", ".join(f"{rule.name} ({' or '.join(rule.needs)})" for rule in not_judged(run))
-    if lacking:
-        lines.append(f"not judged, too few figures: {lacking}")
+        recipe = f"recipes/{run.plan.get('recipe')}.yaml"
+        lines += ["", f'apply: in {recipe}, or as ARGS="key=value"; all rules: docs/troubleshooting.md']
+    alerts = alerts_without_finding(run, findings)
+    shown = [f"step {alert.step:,} {alert.rule}: {alert.evidence}" for alert in alerts[:_MAX_ALERTS]]
+    shown += [f"{len(alerts) - _MAX_ALERTS} more in {run.folder.warnings}"] if len(alerts) > _MAX_ALERTS else []
+    lines += [f"Alerts: {'; '.join(shown)}"] if shown else []
+    lines.append(f"Checked: {', '.join(rule.name for rule in RULES if rule.has_data(run)) or 'none'}")
+    skipped = ", ".join(f"{rule.name} ({' or '.join(rule.metrics)})" for rule in skipped_rules(run))
+    lines += [f"Skipped (not enough data): {skipped}"] if skipped else []
     return [printable(line) for line in lines]
 
 
-def printable(said: str) -> str:
-    """Nothing that a terminal would obey: what a run read may hold anything."""
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in said)
+def printable(line: str) -> str:
+    """Escape control characters: values read from a run may contain terminal sequences."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)

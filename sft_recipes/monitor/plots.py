@@ -1,4 +1,4 @@
-"""Draws a run's curves as small SVGs that stand inside a page: few points, text as text, nothing to load."""
+"""Plot a run's metrics as small inline SVGs: few points, text as text, no external resources."""
 
 from __future__ import annotations
 
@@ -10,63 +10,66 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from sft_recipes.monitor import stats
-from sft_recipes.monitor.metrics_log import Points, Run, number
+from sft_recipes.monitor import detectors, stats
+from sft_recipes.monitor.metrics_log import Run
+from sft_recipes.monitor.stats import Points
 from sft_recipes.runtime.units import GIB
 
-# Okabe and Ito's colours, which people of every colour vision tell apart (https://jfly.uni-koeln.de/color/).
+# Okabe and Ito's palette, safe for color-blind readers (https://jfly.uni-koeln.de/color/).
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8a8f98",
 )  # fmt: skip
-MOST_POINTS = 800  # of a curve: more than a screen has columns to show them in
+MAX_POINTS = 800  # per curve: more than a screen has columns
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Figures over steps, drawn as a `line`, `dots` on one, `marks` without, or `smoothed` over the raw ones."""
+    """A metric over steps: a `line`, one with `dots`, `points` without a line, or `smoothed` over the raw values."""
 
     label: str
     points: Points
-    colour: str
+    color: str
     kind: str = "line"
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One drawing: what it shows, how to read it, its curves, `lines` that are thresholds, `marks` that are steps."""
+    """One plot: title, caption, axis label, curves, thresholds (value, label), events (step, label, color)."""
 
     title: str
-    reading: str
+    caption: str
     unit: str
     curves: Sequence[Curve]
-    lines: Sequence[tuple[float, str]] = ()
-    marks: Sequence[tuple[int, str, str]] = ()
+    thresholds: Sequence[tuple[float, str]] = ()
+    events: Sequence[tuple[int, str, str]] = ()
     log: bool = False
     from_zero: bool = False
 
 
 def plots(run: Run) -> list[Plot]:
-    """What can be drawn of a run; a plot whose figures it does not have is left out."""
-    found = [_loss(run), _gap(run), _rate(run), _gradients(run), _accuracy(run), _speed(run), _waiting(run)]
-    return [plot for plot in [*found, _memory(run), _utilisation(run)] if any(curve.points for curve in plot.curves)]
+    """The plots of a run; those whose metrics it does not have are left out."""
+    learning = [_loss(run), _gap(run), _learning_rate(run), _gradient_norm(run), _accuracy(run)]
+    system = [_throughput(run), _data_wait(run), _memory(run), _utilization(run)]
+    return [plot for plot in [*learning, *system] if any(curve.points for curve in plot.curves)]
 
 
 def _loss(run: Run) -> Plot:
     evaluations = run.points("eval_loss")
     curves = [Curve("training", run.points("loss"), BLUE, "smoothed"), Curve("validation", evaluations, RED, "dots")]
-    for key, colour in zip(run.sources, (GREEN, PURPLE, ORANGE, SKY, GREY) * len(run.sources), strict=False):
-        curves.append(Curve(f"validation: {key[5:-5]}", run.points(key), colour, "dots"))
-    curves.append(Curve("retained rows", run.points("eval_retention_loss"), "#000000", "dots"))
+    for key, color in zip(run.source_losses, (GREEN, PURPLE, ORANGE, SKY, GREY) * len(run.source_losses), strict=False):
+        curves.append(Curve(f"validation: {key[5:-5]}", run.points(key), color, "dots"))
+    curves.append(Curve("retention set", run.points("eval_retention_loss"), "#000000", "dots"))
     best = min(evaluations, key=lambda point: point[1], default=None)
     values = stats.values(curves[0].points)
     return Plot(
         "Loss",
-        "How badly the model predicts the answers, on rows that it is trained on and on rows that it never sees. Both "
-        "should fall; where validation rises while training falls, the rows are learnt by heart. The best step is what "
-        "final/ holds.",
-        "nats a token",
+        "Cross-entropy of the completions, on training rows and on validation rows. Both should fall; a rising "
+        "validation loss with a falling training loss is overfitting. final/ is the best step.",
+        "nats per token",
         curves,
-        marks=[(best[0], f"best: {best[1]:.4g} at step {best[0]:,}", RED), *_broken(run)] if best else _broken(run),
+        events=[(best[0], f"best: {best[1]:.4g} at step {best[0]:,}", RED), *_non_finite(run)]
+        if best
+        else _non_finite(run),
         log=bool(values) and min(values) > 0 and max(values) > 30 * min(values),
     )
 
@@ -74,41 +77,39 @@ def _loss(run: Run) -> Plot:
 def _gap(run: Run) -> Plot:
     return Plot(
         "Gap between validation and training loss",
-        "Above the line and growing, the model learns the rows by heart. Standing still it only says that the two sets "
-        "differ.",
-        "nats a token",
-        [Curve("validation minus training", run.gaps(), PURPLE, "dots")],
-        [(run.monitor.overfitting_gap, f"{run.monitor.overfitting_gap:g}: too much where it grows"), (0.0, "")],
+        "Above the line and growing: overfitting. A constant gap only shows that the two sets differ.",
+        "nats per token",
+        [Curve("validation minus training", run.train_eval_gaps(), PURPLE, "dots")],
+        [(run.monitor.overfitting_gap, f"{run.monitor.overfitting_gap:g}: overfitting if it grows"), (0.0, "")],
     )
 
 
-def _rate(run: Run) -> Plot:
+def _learning_rate(run: Run) -> Plot:
     logged, steps = run.points("learning_rate"), run.planned("optimizer_steps") or 0
     shown = sorted({1 + round(part * (steps - 1) / 400) for part in range(401)}) if steps > 1 else []
-    planned = [(step, rate) for step in shown if (rate := run.scheduled(step)) is not None]
+    planned = [(step, rate) for step in shown if (rate := run.scheduled_learning_rate(step)) is not None]
     return Plot(
         "Learning rate",
-        "How far each step moves the weights: it rises while the run warms up, then falls. The dots, as logged, should "
-        "lie on the line, as planned.",
+        "Rises during warm-up, then falls. The logged points should be on the planned line.",
         "learning rate",
-        [Curve("planned", planned, ORANGE), Curve("logged", logged, BLUE, "marks")] if logged else [],
+        [Curve("planned", planned, ORANGE), Curve("logged", logged, BLUE, "points")] if logged else [],
         from_zero=True,
     )
 
 
-def _gradients(run: Run) -> Plot:
+def _gradient_norm(run: Run) -> Plot:
     points = [(step, norm) for step, norm in run.points("grad_norm") if norm > 0]
-    lines = [(run.monitor.grad_norm_above, f"{run.monitor.grad_norm_above:g}: they explode")]
+    lines = [(run.monitor.grad_norm_above, f"{run.monitor.grad_norm_above:g}: exploding")]
     if points and min(stats.values(points)) < 1e-4:
-        lines.append((run.monitor.grad_norm_below, f"{run.monitor.grad_norm_below:g}: they vanish"))
+        lines.append((run.monitor.grad_norm_below, f"{run.monitor.grad_norm_below:g}: vanishing"))
     return Plot(
         "Gradient norm",
-        "How strongly a step's rows pull at the weights, before clipping. Single peaks are harmless; staying above the "
-        f"upper line they explode, below {run.monitor.grad_norm_below:g} they vanish.",
+        "Before clipping. Single peaks are harmless; gradients that stay above the upper line explode, below "
+        f"{run.monitor.grad_norm_below:g} they vanish.",
         "norm",
         [Curve("gradient norm", points, BLUE, "smoothed")],
         lines,
-        marks=_broken(run),
+        events=_non_finite(run),
         log=True,
     )
 
@@ -116,7 +117,7 @@ def _gradients(run: Run) -> Plot:
 def _accuracy(run: Run) -> Plot:
     return Plot(
         "Token accuracy",
-        "The share of the answers' tokens that the model would have chosen itself.",
+        "The share of the completion tokens that the model predicts as the most likely token.",
         "share",
         [
             Curve("training", run.points("mean_token_accuracy"), BLUE, "smoothed"),
@@ -125,14 +126,14 @@ def _accuracy(run: Run) -> Plot:
     )
 
 
-def _speed(run: Run) -> Plot:
+def _throughput(run: Run) -> Plot:
     return Plot(
         "Throughput",
-        "Places in the batches, tokens in them, and tokens that the loss looks at, each a second. The first two differ "
-        "by padding, the last two by prompts. A lasting fall means that something else holds the run up.",
-        "a second",
+        "Padded tokens (batch size times length), tokens, and supervised tokens (in the loss). The first two differ by "
+        "padding, the last two by prompts. A lasting drop has a cause outside of the training code.",
+        "tokens/s",
         [
-            Curve("places", run.points("padded_tokens_per_second"), GREY, "smoothed"),
+            Curve("padded tokens", run.points("padded_tokens_per_second"), GREY, "smoothed"),
             Curve("tokens", run.points("tokens_per_second"), BLUE, "smoothed"),
             Curve("supervised tokens", run.points("supervised_tokens_per_second"), GREEN, "smoothed"),
         ],
@@ -140,38 +141,37 @@ def _speed(run: Run) -> Plot:
     )
 
 
-def _waiting(run: Run) -> Plot:
+def _data_wait(run: Run) -> Plot:
     return Plot(
         "Waiting for data",
-        "The share of each step in which the processors had no rows to work on. It should be near zero.",
-        "share of a step",
+        "The share of each step that waits for the data loader. It should be near zero.",
+        "share of step time",
         [Curve("waiting", run.points("data_wait_fraction"), ORANGE, "smoothed")],
-        [(run.monitor.data_wait, f"{run.monitor.data_wait:g}: too much")],
+        [(run.monitor.data_wait, f"{run.monitor.data_wait:g}: input bound")],
         from_zero=True,
     )
 
 
 def _memory(run: Run) -> Plot:
     names = {"peak": RED, "reserved": GREY, "allocated": BLUE}
-    curves = [Curve(name, _gib(run.points(f"memory_{name}_bytes")), colour) for name, colour in names.items()]
+    curves = [Curve(name, _gib(run.points(f"memory_{name}_bytes")), color) for name, color in names.items()]
     return Plot(
         "Memory",
-        "What a GPU holds, and what the process holds on the host. Level is good, steps at evaluations are usual; a "
-        "steady climb is a leak.",
+        "Memory per GPU, and of the process on the host. Jumps at evaluations are usual; steady growth is a leak.",
         "GiB",
         [*curves, Curve("host", _gib(run.points("host_memory_bytes")), GREEN)],
         from_zero=True,
     )
 
 
-def _utilisation(run: Run) -> Plot:
-    names = {"mfu": ("MFU", BLUE), "mfu_palm": ("MFU by PaLM's formula", SKY), "hfu": ("HFU", ORANGE)}
+def _utilization(run: Run) -> Plot:
+    names = {"mfu": ("MFU", BLUE), "mfu_palm": ("MFU (PaLM)", SKY), "hfu": ("HFU", ORANGE)}
     return Plot(
-        "Use of the GPUs' arithmetic",
-        "The share of the card's peak that the model's own arithmetic takes (MFU), and with what checkpointing "
-        "computes twice (HFU). 0.3 to 0.5 is usual for full fine-tuning.",
-        "share of the peak",
-        [Curve(label, run.points(key), colour, "smoothed") for key, (label, colour) in names.items()],
+        "FLOPs utilization",
+        "The share of the GPU's peak FLOP/s used by the model (MFU), and including activation recomputation (HFU). 0.3 "
+        "to 0.5 is usual for full fine-tuning.",
+        "share of peak",
+        [Curve(label, run.points(key), color, "smoothed") for key, (label, color) in names.items()],
         from_zero=True,
     )
 
@@ -180,50 +180,46 @@ def _gib(points: Points) -> Points:
     return [(step, value / GIB) for step, value in points]
 
 
-def _broken(run: Run) -> list[tuple[int, str, str]]:
-    """Where the loss or the gradient norm stopped being a number."""
-    for line in run.training:
-        if any(
-            not math.isfinite(value) for key in ("loss", "grad_norm") if (value := number(line.get(key))) is not None
-        ):
-            return [(line["step"], f"not a number from step {line['step']:,}", "#000000")]
-    return []
+def _non_finite(run: Run) -> list[tuple[int, str, str]]:
+    """The first step with a NaN/Inf loss or gradient norm."""
+    step = next((line["step"] for line in run.training if detectors.non_finite(line)), None)
+    return [] if step is None else [(step, f"NaN/Inf at step {step:,}", "#000000")]
 
 
 def thinned(points: Points) -> Points:
-    """At most MOST_POINTS of them: of each stretch its lowest and its highest, so that peaks stay."""
-    if len(points) <= MOST_POINTS:
+    """At most MAX_POINTS points: the lowest and the highest of each stretch, so that peaks stay."""
+    if len(points) <= MAX_POINTS:
         return points
-    stretch, found = math.ceil(2 * len(points) / MOST_POINTS), []
+    stretch, kept = math.ceil(2 * len(points) / MAX_POINTS), []
     for start in range(0, len(points), stretch):
         part = points[start : start + stretch]
-        found += sorted({min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])})
-    return found
+        kept += sorted({min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])})
+    return kept
 
 
 def svg(plot: Plot, last_step: int) -> str:
-    """The drawing as an `<svg>` element, `last_step` optimizer steps wide."""
+    """The plot as an `<svg>` element, with `last_step` optimizer steps on the x axis."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # language: ok
 
     style: dict[Any, Any] = {
         "svg.fonttype": "none",
-        "svg.hashsalt": plot.title,  # ids that two drawings of one page do not share
+        "svg.hashsalt": plot.title,  # two plots on one page share no id
         "font.family": "sans-serif",
         "font.size": 10,
         "path.simplify": True,
         "path.simplify_threshold": 0.5,
         "axes.formatter.useoffset": False,
-        "text.parse_math": False,  # a source may be named after a price
+        "text.parse_math": False,  # a data source may have $ in its name
     }
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(8.4, 3.1), layout="constrained", facecolor="white")
-        FigureCanvasSVG(figure)
-        _draw(figure.add_subplot(), plot, last_step)
-        written = io.StringIO()
-        figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return _stand_alone(written.getvalue(), plot.title)
+        drawing = Figure(figsize=(8.4, 3.1), layout="constrained", facecolor="white")  # language: ok
+        FigureCanvasSVG(drawing)
+        _draw(drawing.add_subplot(), plot, last_step)
+        buffer = io.StringIO()
+        drawing.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return _minimize(buffer.getvalue(), plot.title)
 
 
 def _draw(axes: Any, plot: Plot, last_step: int) -> None:
@@ -231,21 +227,21 @@ def _draw(axes: Any, plot: Plot, last_step: int) -> None:
 
     for curve in plot.curves:
         _draw_curve(axes, curve)
-    for height, label in plot.lines:
+    for height, label in plot.thresholds:
         axes.axhline(height, color="#444444", linewidth=1, linestyle=(0, (4, 3)))
-        place = {"xy": (0.995, height), "xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
-        axes.annotate(label, **place, xytext=(0, 3), textcoords="offset points", fontsize=8.5, color="#444444")
-    for step, label, colour in plot.marks:
-        axes.axvline(step, color=colour, linewidth=1.2, linestyle=(0, (1, 2)), label=label)
+        position = {"xy": (0.995, height), "xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+        axes.annotate(label, **position, xytext=(0, 3), textcoords="offset points", fontsize=8.5, color="#444444")
+    for step, label, color in plot.events:
+        axes.axvline(step, color=color, linewidth=1.2, linestyle=(0, (1, 2)), label=label)
     axes.margins(y=0.1)
     if plot.log:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))  # labels where there is room
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))  # labels if they fit
     elif plot.from_zero:
         axes.set_ylim(bottom=0)
     axes.set_xlim(0, max(last_step, 1) * 1.01)
-    axes.set_xlabel("optimizer steps")
+    axes.set_xlabel("optimizer step")
     axes.set_ylabel(plot.unit)
     axes.grid(color="#e6e8eb", linewidth=0.7)
     axes.set_axisbelow(True)
@@ -260,19 +256,19 @@ def _draw_curve(axes: Any, curve: Curve) -> None:
     steps, values = zip(*thinned(curve.points), strict=True)
     if curve.kind == "dots":
         size = 4 if len(steps) <= 60 else 2
-        axes.plot(steps, values, color=curve.colour, linewidth=1.2, marker="o", markersize=size, label=curve.label)
-    elif curve.kind == "marks":
-        axes.plot(steps, values, color=curve.colour, linestyle="", marker="o", markersize=3, label=curve.label)
+        axes.plot(steps, values, color=curve.color, linewidth=1.2, marker="o", markersize=size, label=curve.label)
+    elif curve.kind == "points":
+        axes.plot(steps, values, color=curve.color, linestyle="", marker="o", markersize=3, label=curve.label)
     elif curve.kind == "smoothed" and len(curve.points) >= 12:
-        axes.plot(steps, values, color=curve.colour, linewidth=0.8, alpha=0.3)
-        axes.plot(*zip(*_smoothed(curve.points), strict=True), color=curve.colour, linewidth=1.8, label=curve.label)
+        axes.plot(steps, values, color=curve.color, linewidth=0.8, alpha=0.3)
+        axes.plot(*zip(*_smoothed(curve.points), strict=True), color=curve.color, linewidth=1.8, label=curve.label)
     else:
-        axes.plot(steps, values, color=curve.colour, linewidth=1.6, label=curve.label)
+        axes.plot(steps, values, color=curve.color, linewidth=1.6, label=curve.label)
 
 
 def _smoothed(points: Points) -> Points:
-    """The medians of twentieths of the run, moving; of a long run first those of its stretches."""
-    stretch = math.ceil(2 * len(points) / MOST_POINTS)
+    """The moving median over a twentieth of the run; a long run is first reduced to medians of stretches."""
+    stretch = math.ceil(2 * len(points) / MAX_POINTS)
     parts = [points[start : start + stretch] for start in range(0, len(points), stretch)]
     medians = [(part[len(part) // 2][0], median(stats.values(part))) for part in parts]
     width = max(len(medians) // 20, 5)
@@ -280,13 +276,13 @@ def _smoothed(points: Points) -> Points:
     return list(zip([step for step, _ in medians[width // 2 :]], smoothed, strict=False))
 
 
-def _stand_alone(written: str, title: str) -> str:
-    """Without what a page does not need: prolog, metadata, namespaces, and ids that nothing refers to."""
-    inner = written[written.index("<svg") :]
+def _minimize(document: str, title: str) -> str:
+    """Remove what an inline SVG does not need: prolog, metadata, namespaces, and unused ids."""
+    inner = document[document.index("<svg") :]
     inner = re.sub(r"<metadata>.*?</metadata>", "", inner, flags=re.DOTALL)
     inner = re.sub(r'\s(xmlns(:\w+)?|version)="[^"]*"', "", inner).replace("xlink:href", "href")
     used = set(re.findall(r"#([\w-]+)", inner))
-    inner = re.sub(r'\sid="([^"]*)"', lambda found: found[0] if found[1] in used else "", inner)
+    inner = re.sub(r'\sid="([^"]*)"', lambda match: match[0] if match[1] in used else "", inner)
     inner = re.sub(r'(<svg [^>]*?)\swidth="[^"]*"', r"\1", inner, count=1)
     inner = re.sub(r'(<svg [^>]*?)\sheight="[^"]*"', r"\1", inner, count=1)
     return inner.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1).replace("\n", " ").strip()

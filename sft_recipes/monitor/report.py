@@ -1,4 +1,4 @@
-"""Writes a run as one page that a newcomer can read and that needs nothing else: diagnosis, curves, samples, plan."""
+"""Render a run as one self-contained HTML page: diagnosis, metrics, completions, plan, environment."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 
 from sft_recipes.monitor import plots
 from sft_recipes.monitor.advice import Finding
-from sft_recipes.monitor.diagnose import healthy, not_judged
+from sft_recipes.monitor.diagnose import alerts_without_finding, skipped_rules
 from sft_recipes.monitor.metrics_log import Run
 from sft_recipes.monitor.rules import RULES
 from sft_recipes.runtime.units import GIB
 
-_MOST_PROMPTS, _MOST_ANSWERS = 12, 8  # of each prompt the first answer and the newest
+_MAX_PROMPTS, _MAX_COMPLETIONS = 12, 8  # per prompt the first completion and the latest
+_MAX_ALERTS = 5
 _STYLE = """
 :root{color-scheme:light}
 html{background:#f4f5f7}
@@ -24,33 +25,33 @@ h1{font-size:1.9rem;margin:0;overflow-wrap:anywhere}h2{font-size:1.25rem;margin:
 .under{color:#59636e;margin:.2rem 0 1.4rem}
 .state{font-size:.85rem;font-weight:600;padding:.15rem .6rem;border-radius:1rem;vertical-align:middle;background:#dde1e6;color:#1c2128}
 .finished{background:#d3efe4;color:#00543d}.diverged,.failed{background:#fbdccb;color:#8a3300}.running{background:#d4e8f5;color:#004a75}
-.figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(13.5rem,1fr));gap:.7rem}
-.figures div,figure,.sample,details,.finding{background:#fff;border:1px solid #dfe3e8;border-radius:.5rem;padding:.7rem .9rem}
-.figures .wide{grid-column:span 2}.wide b{font-size:1rem}.figures b{display:block;font-size:1.2rem;overflow-wrap:anywhere}.figures span{color:#59636e;font-size:.85rem}.figures small{color:#59636e}
-.finding{border-left:.4rem solid #009E73;margin:.7rem 0}.finding.red{border-left-color:#D55E00}.finding.yellow{border-left-color:#E69F00}
+.metrics{display:grid;grid-template-columns:repeat(auto-fill,minmax(13.5rem,1fr));gap:.7rem}
+.metrics div,.plot,.sample,details,.finding{background:#fff;border:1px solid #dfe3e8;border-radius:.5rem;padding:.7rem .9rem}
+.metrics .wide{grid-column:span 2}.wide b{font-size:1rem}.metrics b{display:block;font-size:1.2rem;overflow-wrap:anywhere}.metrics span{color:#59636e;font-size:.85rem}.metrics small{color:#59636e}
+.finding{border-left:.4rem solid #009E73;margin:.7rem 0}.finding.error{border-left-color:#D55E00}.finding.warning{border-left-color:#E69F00}
 .finding p{margin:.3rem 0}.finding ol{margin:.3rem 0;padding-left:1.3rem}.label{text-transform:uppercase;font-size:.75rem;font-weight:700;letter-spacing:.04em;margin-left:.5rem;color:#59636e}
-figure{margin:0 0 1rem}figure svg{display:block;width:100%;height:auto;background:#fff}figcaption{color:#59636e;font-size:.9rem}
+.plot{margin:0 0 1rem}.plot svg{display:block;width:100%;height:auto;background:#fff}.caption{margin:0;color:#59636e;font-size:.9rem}
 table{border-collapse:collapse;width:100%;font-size:.9rem}td,th{text-align:left;vertical-align:top;padding:.3rem .6rem .3rem 0;border-top:1px solid #e6e8eb;overflow-wrap:anywhere;white-space:pre-wrap}
 th{font-weight:600;color:#59636e;border-top:0}td:first-child{width:14rem}.sample td:first-child{width:6rem}
-.sample{margin:0 0 1rem}.said{font:13px/1.5 ui-monospace,monospace}pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:.3rem 0;font:13px/1.5 ui-monospace,monospace}
+.sample{margin:0 0 1rem}.completion{font:13px/1.5 ui-monospace,monospace}pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:.3rem 0;font:13px/1.5 ui-monospace,monospace}
 code{font:13px ui-monospace,monospace;background:#eef0f3;padding:.05rem .3rem;border-radius:.25rem;overflow-wrap:anywhere}
 details{margin:0 0 1rem}summary{cursor:pointer;font-weight:600}
-@media print{html{background:#fff}figure,.sample,.finding{break-inside:avoid}}
+@media print{html{background:#fff}.plot,.sample,.finding{break-inside:avoid}}
 """  # noqa: E501
 
 
 def page(run: Run, findings: Sequence[Finding]) -> str:
-    """The page as HTML; everything that comes from data is escaped."""
-    name, model = _text(run.folder.name), run.plan.get("model") or "a model that the plan does not name"
+    """Return the page as HTML; all text that comes from data is escaped."""
+    name, model = _text(run.folder.name), run.plan.get("model") or "unknown model"
     parts = [
         f'<h1>{name} <span class="state {_text(run.state)}">{_text(run.state)}</span></h1>',
         f'<p class="under">{_text(model)}; recipe {_text(run.plan.get("recipe", "?"))}, {_text(_method(run))}</p>',
-        f'<div class="figures">{"".join(_figure(*figure) for figure in _figures(run))}</div>',
+        f'<div class="metrics">{"".join(_tile(*metric) for metric in _metrics(run))}</div>',
         f"<h2>Diagnosis</h2>{_diagnosis(run, findings)}",
-        f"<h2>Curves</h2>{''.join(_plot(plot, run) for plot in plots.plots(run))}",
+        f"<h2>Metrics</h2>{''.join(_plot(plot, run) for plot in plots.plots(run))}",
         *_samples(run),
-        f"<h2>Plan and environment</h2>{_details('The plan, and where each value came from', _plan(run))}",
-        _details("The environment, start by start", _environment(run)),
+        f"<h2>Plan and environment</h2>{_details('Plan, with the origin of each value', _plan(run))}",
+        _details("Environment of each attempt", _environment(run)),
     ]
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
@@ -59,9 +60,9 @@ def page(run: Run, findings: Sequence[Finding]) -> str:
     )
 
 
-def _text(said: Any) -> str:
-    """Escaped, and control characters shown instead of obeyed."""
-    return html.escape("".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in str(said)))
+def _text(value: Any) -> str:
+    """Escape HTML and control characters."""
+    return html.escape("".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in str(value)))
 
 
 def _method(run: Run) -> str:
@@ -70,13 +71,13 @@ def _method(run: Run) -> str:
     )
 
 
-def _figure(label: str, value: str, note: str) -> str:
+def _tile(label: str, value: str, note: str) -> str:
     wide = ' class="wide"' if len(value) > 18 else ""
     return f"<div{wide}><span>{_text(label)}</span><b>{_text(value)}</b><small>{_text(note)}</small></div>"
 
 
-def _figures(run: Run) -> Iterable[tuple[str, str, str]]:
-    """Label, value and note of what a person asks first."""
+def _metrics(run: Run) -> Iterable[tuple[str, str, str]]:
+    """Label, value and note of the main results."""
     steps, done = run.planned("optimizer_steps"), run.last_step
     yield "optimizer steps", f"{done:,}", f"of {steps:,} planned" if steps else ""
     for _, epoch in run.points("epoch")[-1:]:
@@ -85,20 +86,20 @@ def _figures(run: Run) -> Iterable[tuple[str, str, str]]:
         points = run.points(key)
         if points:
             step, value = min(points, key=lambda point: point[1]) if key == "eval_loss" else points[-1]
-            noted = f"best, at step {step:,}" if key == "eval_loss" else "last"
-            yield label, f"{value:.4g}", f"{noted}; first {points[0][1]:.4g}"
+            which = f"best, at step {step:,}" if key == "eval_loss" else "last"
+            yield label, f"{value:.4g}", f"{which}; first {points[0][1]:.4g}"
     before, after = (run.manifest.get(f"exact_match_{when}") for when in ("before", "after"))
     if isinstance(after, float):
-        yield "held-out answers exactly right", f"{after:.1%}", f"before {before:.1%}" if before is not None else ""
+        yield "exact match", f"{after:.1%}", f"before training {before:.1%}" if before is not None else ""
     seconds = run.manifest.get("training_seconds")
     if seconds:
-        yield "training time", _duration(seconds), f"{_duration(run.manifest.get('wall_seconds', seconds))} in all"
+        yield "training time", _duration(seconds), f"{_duration(run.manifest.get('wall_seconds', seconds))} in total"
     supervised = max((value for _, value in run.points("supervised_tokens_seen")), default=0)
     if supervised:
-        yield "supervised tokens seen", f"{supervised:,.0f}", "the answers' tokens, all epochs"
+        yield "supervised tokens seen", f"{supervised:,.0f}", "tokens in the loss, all epochs"
     peak = run.manifest.get("peak_memory_bytes")
     if peak:
-        yield "peak memory of a GPU", f"{peak / GIB:.1f} GiB", str(run.plan.get("gpu_type") or "")
+        yield "peak memory per GPU", f"{peak / GIB:.1f} GiB", str(run.plan.get("gpu_type") or "")
     batch = run.plan.get("effective_batch_size")
     if batch:
         yield (
@@ -119,58 +120,59 @@ def _duration(seconds: float) -> str:
 
 def _diagnosis(run: Run, findings: Sequence[Finding]) -> str:
     titles = {rule.name: rule.title for rule in RULES}
-    lacking = ", ".join(rule.title.lower() for rule in not_judged(run))
-    judged = len(RULES) - len(not_judged(run))
-    note = f"<p>{judged} of {len(RULES)} signs could be looked for."
-    note += f" Not judged, for too few figures: {_text(lacking)}.</p>" if lacking else "</p>"
-    if healthy(list(findings)):
-        return f'<div class="finding"><h3>All quiet</h3><p>None of the known warning signs is there.</p>{note}</div>'
+    skipped = skipped_rules(run)
+    note = f"<p>{len(RULES) - len(skipped)} of {len(RULES)} rules checked."
+    note += f" Skipped (not enough data): {_text(', '.join(rule.name for rule in skipped))}.</p>" if skipped else "</p>"
+    for alert in alerts_without_finding(run, findings)[:_MAX_ALERTS]:
+        note += f"<p>Alert at step {alert.step:,}: {_text(alert.rule)}: {_text(alert.evidence)}</p>"
+    if not findings:
+        return f'<div class="finding"><h3>No issues found</h3>{note}</div>'
     return "".join(_finding(finding, titles.get(finding.rule, finding.rule)) for finding in findings) + note
 
 
 def _finding(finding: Finding, title: str) -> str:
-    since = "" if finding.step is None else f", since step {finding.step:,}"
+    since = "" if finding.step is None else f", step {finding.step:,}"
     evidence = finding.evidence[:1].upper() + finding.evidence[1:]
-    said = "".join(f"<li>{_recipe_line(line)}</li>" for line in finding.advice)
+    steps = "".join(f"<li>{_advice(line)}</li>" for line in finding.advice)
     return (
         f'<div class="finding {_text(finding.severity)}"><h3>{_text(title)}<span class="label">'
-        f"{_text(finding.severity)}{since}</span></h3><p>{_text(evidence)}.</p><p>What to do, the first thing "
-        f"first:</p><ol>{said}</ol></div>"
+        f"{_text(finding.severity)}{since}</span></h3><p>{_text(evidence)}.</p><p>Advice, most effective "
+        f"first:</p><ol>{steps}</ol></div>"
     )
 
 
-def _recipe_line(line: str) -> str:
-    """A piece of advice, its recipe's lines and commands as code."""
+def _advice(line: str) -> str:
+    """A line of advice, with recipe lines and commands as code."""
     return re.sub("`([^`]+)`", r"<code>\1</code>", _text(line))
 
 
 def _plot(plot: plots.Plot, run: Run) -> str:
-    drawn = plots.svg(plot, max(run.last_step, run.planned("optimizer_steps") or 0))
-    return f"<figure><h3>{_text(plot.title)}</h3>{drawn}<figcaption>{_text(plot.reading)}</figcaption></figure>"
+    svg = plots.svg(plot, max(run.last_step, run.planned("optimizer_steps") or 0))
+    return f'<div class="plot"><h3>{_text(plot.title)}</h3>{svg}<p class="caption">{_text(plot.caption)}</p></div>'
 
 
 def _samples(run: Run) -> Iterable[str]:
-    """The same prompts, and what the model answered step by step."""
-    told = sorted(run.samples, key=lambda sample: str(sample.get("prompt")))
-    prompts = [list(group) for _, group in itertools.groupby(told, key=lambda sample: str(sample.get("prompt")))]
+    """Completions of the same prompts over the steps."""
+    samples = sorted(run.samples, key=lambda sample: str(sample.get("prompt")))
+    prompts = [list(group) for _, group in itertools.groupby(samples, key=lambda sample: str(sample.get("prompt")))]
     if prompts:
-        yield "<h2>Answers over time</h2><p>The same held-out prompts, answered as the model was at each step.</p>"
-    for asked in prompts[:_MOST_PROMPTS]:
-        answers = sorted(asked, key=lambda sample: sample["step"])
+        yield "<h2>Completions</h2><p>Greedy completions of the same held-out prompts at each evaluation.</p>"
+    for group in prompts[:_MAX_PROMPTS]:
+        completions = sorted(group, key=lambda sample: sample["step"])
         rows = "".join(
-            f'<tr><td>{answer["step"]:,}</td><td class="said">{_text(answer.get("completion", ""))}</td></tr>'
-            for answer in [*answers[:1], *answers[1:][1 - _MOST_ANSWERS :]]
+            f'<tr><td>{sample["step"]:,}</td><td class="completion">{_text(sample.get("completion", ""))}</td></tr>'
+            for sample in [*completions[:1], *completions[1:][1 - _MAX_COMPLETIONS :]]
         )
         yield (
-            f'<div class="sample"><h3>Prompt</h3><pre>{_text(answers[0].get("prompt", ""))}</pre><h3>Wanted</h3>'
-            f"<pre>{_text(answers[0].get('reference', ''))}</pre><table><tr><th>step</th><th>answer</th></tr>{rows}"
-            f"</table></div>"
+            f'<div class="sample"><h3>Prompt</h3><pre>{_text(completions[0].get("prompt", ""))}</pre><h3>Reference</h3>'
+            f"<pre>{_text(completions[0].get('reference', ''))}</pre><table><tr><th>step</th><th>completion</th></tr>"
+            f"{rows}</table></div>"
         )
 
 
 def _details(title: str, rows: Iterable[Sequence[str]]) -> str:
-    written = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<details><summary>{_text(title)}</summary><table>{written}</table></details>"
+    cells = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<details><summary>{_text(title)}</summary><table>{cells}</table></details>"
 
 
 def _plan(run: Run) -> Iterable[tuple[str, str, str]]:
@@ -181,8 +183,8 @@ def _plan(run: Run) -> Iterable[tuple[str, str, str]]:
 
 
 def _environment(run: Run) -> Iterable[tuple[str, str]]:
-    for number, start in enumerate(run.manifest.get("starts") or [], 1):
-        yield from ((f"start {number}: {key}", str(value)) for key, value in _flat(start))
+    for number, attempt in enumerate(run.manifest.get("starts") or [], 1):
+        yield from ((f"attempt {number}: {key}", str(value)) for key, value in _flat(attempt))
 
 
 def _flat(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:

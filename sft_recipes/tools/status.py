@@ -1,4 +1,4 @@
-"""Says where a run stands: its state and that of its job, the newest figures, and how long it will take."""
+"""Report the status of a run: its state, its Slurm job, the latest metrics, and the remaining time."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from sft_recipes.monitor import metrics_log
 from sft_recipes.runtime.errors import UserError
 from sft_recipes.runtime.run_dir import RunDir, read_json
 
-_STEPS_LOOKED_AT = 20
-_FIGURES = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
+_RECENT_LINES = 20  # whose median step time gives the remaining time
+_METRICS = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
 
 
 def facts(folder: RunDir, held_by: str | None, job: dict[str, str] | None) -> dict[str, Any]:
-    """What is known of a run; None for what is not.
+    """Collect the status of a run; unknown values are None.
 
     Args:
-        held_by: the live process that carries it out.
-        job: what Slurm says of the run's newest job.
+        held_by: the live process that executes the run.
+        job: Slurm's record of the run's latest job.
     """
     manifest, plan = read_json(folder.manifest), read_json(folder.plan)
     state = folder.state()
     if held_by is None and state == "running":
-        state = "cut off"
+        state = "interrupted"
     elif held_by is not None and state != "running":
         state = "starting"
     try:
         run = metrics_log.read(folder)
-    except UserError:  # nothing is logged yet
+    except UserError:  # nothing logged yet
         run = None
     last = run.training[-1] if run and run.training else {}
     validation = run.points("eval_loss")[-1:] if run else []
     step, steps = run.last_step if run else 0, manifest.get("optimizer_steps") or plan.get("optimizer_steps")
-    paces = [pace for _, pace in run.points("step_seconds")[-_STEPS_LOOKED_AT:]] if run else []
-    going = steps is not None and paces and state in ("running", "stopped", "cut off", "starting")
+    step_seconds = [seconds for _, seconds in run.points("step_seconds")[-_RECENT_LINES:]] if run else []
+    unfinished = steps is not None and step_seconds and state in ("running", "stopped", "interrupted", "starting")
     return {
         "run": str(folder.path),
         "state": state,
@@ -43,45 +43,41 @@ def facts(folder: RunDir, held_by: str | None, job: dict[str, str] | None) -> di
         "step": step,
         "optimizer_steps": steps,
         "epoch": last.get("epoch"),
-        **{key: last.get(key) for key in _FIGURES},
+        **{key: last.get(key) for key in _METRICS},
         "eval_loss": validation[0][1] if validation else None,
         "eval_step": validation[0][0] if validation else None,
-        "seconds_left": round((steps - step) * statistics.median(paces)) if going else None,
+        "seconds_left": round((steps - step) * statistics.median(step_seconds)) if unfinished else None,
         "checkpoint": folder.latest_complete() or None,
         "error": manifest.get("error"),
     }
 
 
-def text(found: dict[str, Any]) -> list[str]:
-    """The facts as lines for a person."""
-    lines = [f"run        {found['run']}: {found['state']}{_by(found['held_by'])}"]
-    if found["job"]:
-        lines.append(of_job(found["job"]))
-    of = f" of {found['optimizer_steps']:,}" if found["optimizer_steps"] else ""
-    epoch = f", epoch {found['epoch']:.2f}" if found["epoch"] is not None else ""
-    kept = f"checkpoint-{found['checkpoint']} is the newest whole one" if found["checkpoint"] else "none saved yet"
-    lines.append(f"step       {found['step']:,}{of}{epoch}; {kept}")
-    shown = [f"{key} {found[key]:.4g}" for key in _FIGURES if isinstance(found[key], float)]
-    if found["eval_loss"] is not None:
-        shown.append(f"eval_loss {found['eval_loss']:.4g} at step {found['eval_step']:,}")
-    if shown:
-        lines.append(f"last       {', '.join(shown)}")
-    if found["seconds_left"] is not None:
-        lines.append(f"left       {_duration(found['seconds_left'])} of training")
-    if found["error"]:
-        lines.append(f"error      {found['error']}")
+def text(status: dict[str, Any]) -> list[str]:
+    """The status as `key: value` lines."""
+    process = f" ({status['held_by']})" if status["held_by"] else ""
+    lines = [f"run: {status['run']}", f"state: {status['state']}{process}"]
+    if status["job"]:
+        lines.append(job_line(status["job"]))
+    total = f" of {status['optimizer_steps']:,}" if status["optimizer_steps"] else ""
+    epoch = f", epoch {status['epoch']:.2f}" if status["epoch"] is not None else ""
+    lines.append(f"step: {status['step']:,}{total}{epoch}")
+    checkpoint = f"checkpoint-{status['checkpoint']}" if status["checkpoint"] else "none"
+    lines.append(f"checkpoint: {checkpoint}")
+    lines += [f"{key}: {status[key]:.4g}" for key in _METRICS if isinstance(status[key], float)]
+    if status["eval_loss"] is not None:
+        lines.append(f"eval_loss: {status['eval_loss']:.4g} (step {status['eval_step']:,})")
+    if status["seconds_left"] is not None:
+        lines.append(f"eta: {_duration(status['seconds_left'])}")
+    if status["error"]:
+        lines.append(f"error: {status['error']}")
     return lines
 
 
-def of_job(job: dict[str, str]) -> str:
-    """What Slurm says of a job, as a line."""
-    return f"job        {', '.join(f'{key} {value}' for key, value in job.items() if value)}"
-
-
-def _by(held_by: str | None) -> str:
-    return f", carried out by {held_by}" if held_by else ""
+def job_line(job: dict[str, str]) -> str:
+    """Slurm's record of a job as a line."""
+    return f"job: {', '.join(f'{key} {value}' for key, value in job.items() if value)}"
 
 
 def _duration(seconds: float) -> str:
     minutes = round(seconds / 60)
-    return f"about {minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"about {max(minutes, 1)} min"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{max(minutes, 1)} min"

@@ -187,7 +187,7 @@ def _train(plan: Plan, folder: RunDir, parts: Parts, point: ResumePoint | None) 
     sft = parts.trainer
     if point is not None:
         sft.restore_state(point.path)
-        if point.step == plan.optimizer_steps or alerts.ended_early(plan, sft.state):
+        if point.step == plan.optimizer_steps or alerts.is_stopped_early(plan, sft.state):
             sft.write_summary()  # the Trainer itself would take one step more
             return
     if parts.stopping.stop_requested():

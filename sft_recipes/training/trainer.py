@@ -21,6 +21,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from sft_recipes.config import gpu_types
 from sft_recipes.data.tokenize import IGNORED
+from sft_recipes.monitor.detectors import exceeds_overfitting_gap
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir
@@ -442,11 +443,10 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
             return {}
         gap = eval_loss - train_loss
         smoothed = self._last_logged("train_eval_gap_smoothed")
-        above = gap > self.plan.sections.monitor.overfitting_gap
         return {
             "train_eval_gap": gap,
             "train_eval_gap_smoothed": gap if smoothed is None else (smoothed + gap) / 2,
-            "overfitting_signal": float(above),
+            "overfitting_signal": float(exceeds_overfitting_gap(gap, self.plan.sections.monitor)),
         }
 
     def _last_logged(self, key: str) -> float | None:

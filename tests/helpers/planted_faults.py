@@ -1,4 +1,4 @@
-"""Changes to a simulated run that make it ill, each with the rule that must find it."""
+"""Faults planted in a simulated run, each with the rule that must find it."""
 
 from __future__ import annotations
 
@@ -9,48 +9,47 @@ from helpers.simulated_runs import GIB
 from sft_recipes.planner.lr_schedule import Schedule
 
 
-def not_a_number(run):
+def nan_loss(run):
     """The loss is NaN at a step, and the run stops there."""
     run.state, run.until = "diverged", 0.401
-    places = ["my.jsonl:17", "my.jsonl:18"]
     run.manifest["diverged"] = {
         "step": 400,
-        "what": "the loss is no number",
+        "what": "NaN/Inf loss",
         "loss": "NaN",
         "grad_norm": 3.1,
-        "rows": places,
+        "rows": ["my.jsonl:17", "my.jsonl:18"],
     }
     return run.change("loss", lambda loss, share: math.nan if share >= 0.4 else loss)
 
 
-def gradient_not_a_number(run):
+def infinite_gradient(run):
     return run.change("grad_norm", lambda norm, share: math.inf if share >= 0.9 else norm)
 
 
-def rising_for_good(run):
-    """Too high a rate: the loss falls, then climbs and stays; validation goes with it."""
+def rising_permanently(run):
+    """Learning rate too high: the training and validation loss fall, then rise and stay there."""
     for key in ("loss", "eval_loss"):
         run.change(key, lambda loss, share: loss + 2.5 * min(1, max(0, share - 0.3) * 10))
     return run.change("grad_norm", lambda norm, share: norm * (20 if share > 0.3 else 1))
 
 
-def never_below_its_beginning(run):
+def above_first_loss(run):
     return run.change("loss", lambda loss, share: loss * (5 if share > 1 / run.steps else 1))
 
 
-def too_low_a_rate(run):
+def too_low_learning_rate(run):
     run.begin, run.end, run.noise = 2.5, 2.49, min(run.noise, 0.05)
     return run
 
 
-def stuck_at_a_strangers_loss(run):
-    """From scratch: the frequencies of tokens are learnt during warm-up, nothing after it."""
+def stuck_after_warmup(run):
+    """From scratch: token frequencies are learned during warm-up, nothing after it."""
     run.loss = lambda share: 7.2 - 1.2 * min(1, share * 12)
     return run
 
 
-def memorising(run):
-    """Tiny data, many epochs: training goes to nothing, validation turns and climbs."""
+def memorizing(run):
+    """Tiny data, many epochs: training loss falls to zero, validation loss turns and rises."""
     run.change("loss", lambda loss, share: loss * (1 - 0.75 * max(0, share - 0.3)))
     return run.change("eval_loss", lambda loss, share: loss * (1 + 0.6 * max(0, share - 0.4)))
 
@@ -60,13 +59,13 @@ def spiking(run):
     return run.change("loss", lambda loss, share: loss * (3 if any(abs(share - at) < half for at in high) else 1))
 
 
-def warned_of_spikes(run):
-    """Lines that are means of many steps hide spikes; the guards see each step."""
+def recorded_spikes(run):
+    """Log lines are means of many steps and hide spikes; live alerts cover each step."""
     run.warnings = [{"step": step, "rule": "loss_spike", "evidence": "x"} for step in (210, 211, 480, 770)]
     return run
 
 
-def rising_and_coming_back(run):
+def loss_hump(run):
     return run.change("loss", lambda loss, share: loss * (1 + 1.2 * max(0, 1 - abs(share - 0.4) / 0.12)))
 
 
@@ -84,17 +83,17 @@ def forgetting(run):
     return run.change("eval_retention_loss", lambda loss, share: loss * (1 + 0.3 * share))
 
 
-def leak_on_the_gpu(run):
+def gpu_memory_leak(run):
     run.gpu = True
     return run.change("memory_allocated_bytes", lambda held, share: held + int(12 * GIB * share))
 
 
-def leak_on_the_host(run):
+def host_memory_leak(run):
     run.gpu = False
     return run.change("host_memory_bytes", lambda held, share: int(held * (1 + 0.4 * share)))
 
 
-def slow_loader(run):
+def slow_data_loader(run):
     return run.change("data_wait_fraction", lambda *_: 0.35)
 
 
@@ -107,17 +106,17 @@ def throughput_drop(run):
 
 
 def schedule(peak=1.0, warmup=1.0, total=1.0):
-    """Carries out another schedule than the plan's."""
+    """Log another schedule than the plan's."""
 
     def plant(run):
         plan = run.plan()
         warmup_steps, steps = round(plan.warmup_steps * warmup), round(run.steps * total)
 
-        def carried_out(_, share):
+        def scheduled(_, share):
             step = round(share * run.steps) - 1
             return Schedule(plan.lr_scheduler_type, plan.learning_rate * peak, warmup_steps, steps).learning_rate(step)
 
-        return run.change("learning_rate", carried_out)
+        return run.change("learning_rate", scheduled)
 
     return plant
 
@@ -128,33 +127,33 @@ def out_of_memory(run):
     return run
 
 
-DISEASES = {
-    "memory that ran out": (out_of_memory, "fault"),
-    "a NaN row": (not_a_number, "divergence"),
-    "a gradient that is infinite": (gradient_not_a_number, "divergence"),
-    "too high a rate, the loss rises and stays": (rising_for_good, "divergence"),
-    "too high a rate from the first step on": (never_below_its_beginning, "divergence"),
-    "too low a rate": (too_low_a_rate, "plateau"),
-    "stuck after warm-up": (stuck_at_a_strangers_loss, "plateau"),
-    "tiny data for many epochs": (memorising, "overfitting"),
-    "spikes in the lines": (spiking, "instability"),
-    "spikes that the guards saw": (warned_of_spikes, "instability"),
-    "a hump": (rising_and_coming_back, "instability"),
-    "exploding gradients": (exploding_gradients, "instability"),
+FAULTS = {
+    "out of memory": (out_of_memory, "failure"),
+    "NaN loss": (nan_loss, "divergence"),
+    "infinite gradient": (infinite_gradient, "divergence"),
+    "loss rises permanently": (rising_permanently, "divergence"),
+    "loss above its first value": (above_first_loss, "divergence"),
+    "learning rate too low": (too_low_learning_rate, "plateau"),
+    "stuck after warm-up": (stuck_after_warmup, "plateau"),
+    "tiny data for many epochs": (memorizing, "overfitting"),
+    "spikes in log lines": (spiking, "loss_spike"),
+    "spikes recorded live": (recorded_spikes, "loss_spike"),
+    "hump": (loss_hump, "instability"),
+    "exploding gradients": (exploding_gradients, "exploding_gradients"),
     "vanishing gradients": (vanishing_gradients, "vanishing_gradients"),
     "forgetting": (forgetting, "forgetting"),
-    "a leak on the GPU": (leak_on_the_gpu, "memory_creep"),
-    "a leak on the host": (leak_on_the_host, "memory_creep"),
-    "a slow loader": (slow_loader, "input_bound"),
-    "one slow rank": (slow_rank, "slow_rank"),
-    "a run that becomes slower": (throughput_drop, "throughput_drop"),
-    "a peak three times too high": (schedule(peak=3), "schedule"),
+    "GPU memory leak": (gpu_memory_leak, "memory_growth"),
+    "host memory leak": (host_memory_leak, "memory_growth"),
+    "slow data loader": (slow_data_loader, "input_bound"),
+    "slow rank": (slow_rank, "slow_rank"),
+    "throughput drop": (throughput_drop, "throughput_drop"),
+    "peak three times too high": (schedule(peak=3), "schedule"),
     "no warm-up": (schedule(warmup=0), "schedule"),
-    "a schedule over twice the steps": (schedule(total=2), "schedule"),
+    "schedule over twice the steps": (schedule(total=2), "schedule"),
 }
 
 
-def as_it_is(run):
+def unchanged(run):
     return run
 
 

@@ -1,4 +1,4 @@
-"""Writes the folders of runs that never were: a plan of the real planner, and figures with the noise that real ones have."""
+"""Write run directories of simulated runs: a plan of the real planner, and metrics with realistic noise."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GIB = 2**30
 
 @dataclass
 class Simulated:
-    """A healthy run until a test changes its figures; `until` is the share of its planned steps that was done."""
+    """A healthy run until a test changes its metrics; `until` is the completed share of the planned steps."""
 
     recipe: str = "8b"
     steps: int = 1000
@@ -46,12 +46,12 @@ class Simulated:
     changes: list = field(default_factory=list)
 
     def loss(self, share: float) -> float:
-        """Most of the way early, the rest slowly, as fine-tunes go."""
+        """Falls fast at first, then slowly, as in fine-tuning."""
         fallen = 0.6 * (1 - math.exp(-share * 12)) + 0.4 * share
         return self.begin * (self.end / self.begin) ** fallen
 
     def change(self, key: str, value) -> Simulated:
-        """Wherever a line has `key`, `value(what it is, share of the run)` takes its place."""
+        """Replace `key` of each line by `value(present value, share of the run)`."""
         self.changes.append((key, value))
         return self
 
@@ -71,20 +71,20 @@ class Simulated:
         draw = random.Random(self.seed)
         every = max(1, self.steps // self.lines)
         logged = {1, *range(every, self.steps + 1, every)}
-        asked = {round(self.steps * part / self.evaluations) for part in range(1, self.evaluations + 1)}
-        found = [{"step": 0, "eval_retention_loss": 0.9}] if self.retain else []
-        for step in sorted(logged | asked):
+        evaluated = {round(self.steps * part / self.evaluations) for part in range(1, self.evaluations + 1)}
+        lines = [{"step": 0, "eval_retention_loss": 0.9}] if self.retain else []
+        for step in sorted(logged | evaluated):
             share = step / self.steps
             if share > self.until:
                 break
             if step in logged:
-                found.append(self._altered(self._training(plan, step, share, draw, every), share))
-            if step in asked:
-                found.append(self._altered(self._validation(step, share, draw), share))
+                lines.append(self._altered(self._training(plan, step, share, draw, every), share))
+            if step in evaluated:
+                lines.append(self._altered(self._validation(step, share, draw), share))
         if self.state == "finished":
-            best = min((line["eval_loss"] for line in found if "eval_loss" in line), default=None)
-            found.append({"step": self.steps, "final/total_steps": self.steps, "final/best_eval_loss": best})
-        return found
+            best = min((line["eval_loss"] for line in lines if "eval_loss" in line), default=None)
+            lines.append({"step": self.steps, "final/total_steps": self.steps, "final/best_eval_loss": best})
+        return lines
 
     def _training(self, plan, step, share, draw, every) -> dict:
         speed = draw.gauss(1, 0.07) * (0.8 if draw.random() < 0.1 else 1)  # a line with an evaluation is slower
@@ -128,7 +128,7 @@ class Simulated:
         return line
 
     def write(self, folder: Path) -> Run:
-        """The folder as a run leaves it, and what reading it gives."""
+        """Write the run directory, and read it."""
         folder.mkdir(parents=True, exist_ok=True)
         plan, run = self.plan(), RunDir(folder)
         plans.write(plan, run.plan)
@@ -141,12 +141,12 @@ class Simulated:
             (run.warnings, self.warnings),
             (run.samples, self.samples),
         ):
-            path.write_text("".join(json.dumps(spelled(line)) + "\n" for line in lines))
+            path.write_text("".join(json.dumps(with_text_for_non_finite(line)) + "\n" for line in lines))
         return read(run)
 
 
-def spelled(line: dict) -> dict:
-    """As a run writes numbers that are none, so that every line is valid JSON."""
+def with_text_for_non_finite(line: dict) -> dict:
+    """NaN and Inf as text, as in `metrics.jsonl`, so that every line is valid JSON."""
     names = {math.inf: "Infinity", -math.inf: "-Infinity"}
     return {
         key: value if not isinstance(value, float) or math.isfinite(value) else names.get(value, "NaN")

@@ -489,7 +489,7 @@ def test_node_without_access_to_the_model_reports_it(
 def test_status_of_finished_run(short_run: Path) -> None:
     command = [sys.executable, "-m", "sft_recipes", "status", str(short_run)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)
-    assert "finished" in done.stdout and "step       8 of 8" in done.stdout and "eval_loss" in done.stdout
+    assert "finished" in done.stdout and "step: 8 of 8" in done.stdout and "eval_loss" in done.stdout
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False, cwd=REPOSITORY)
     status = json.loads(done.stdout)
     assert (status["state"], status["step"], status["seconds_left"], status["held_by"]) == ("finished", 8, None, None)

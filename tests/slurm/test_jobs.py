@@ -66,7 +66,7 @@ def test_two_nodes_match_a_single_process(site: Site, single_process: Path, stra
     status = site.cluster.run(
         ".venv/bin/python", "-m", "sft_recipes", "status", f"four-{strategy}", folder=site.checkout
     )
-    assert f"job        id {job}, name sft-tiny, state COMPLETED" in status.stdout, status.stdout + status.stderr
+    assert f"job: id {job}, name sft-tiny, state COMPLETED" in status.stdout, status.stdout + status.stderr
 
 
 def test_nodes_are_checked_before_the_first_step(site: Site) -> None:

@@ -386,14 +386,14 @@ def test_a_tile_of_logits_is_no_wider_than_the_vocabulary(tmp_path, model_folder
 def test_trl_itself_would_lay_out_a_tile_as_wide_as_it_is_told(monkeypatch):
     """The reason why it is told otherwise; fails when it no longer does, and its width can be left alone."""
     monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
-    from machine import most_held
+    from machine import peak_allocated
     from torch.profiler import ProfilerActivity, profile
     from trl.kernels import ChunkedLogProbFunction
 
     states, weight, answers = torch.zeros(100, 8), torch.zeros(64, 8), torch.zeros(100, dtype=torch.int64)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as tracker:
         ChunkedLogProbFunction.apply(states, weight, None, answers, 1.0, 32_768, None, 1.0, ())
-    assert most_held(tracker) > 100 * 32_768 * 4
+    assert peak_allocated(tracker) > 100 * 32_768 * 4
 
 
 def test_loss_accuracy_and_entropy_are_those_of_trl(tmp_path, model_folder, tokenizer, examples):

@@ -1,10 +1,10 @@
-"""The documents' training script, repaired as far as today's libraries want it and no further: what a user would have.
+"""The SFT guide's training script, with the changes that current libraries require.
 
-    python documents.py MODEL ROWS OUTPUT KEY=VALUE …
+    python sft_guide.py MODEL ROWS OUTPUT KEY=VALUE …
 
 Kept: bf16 weights, packing, activation checkpointing, a loss over all tokens, the best model at the end. Changed: the
-names of arguments that are gone (`max_seq_length`, `warmup_ratio`, `torch_dtype`), TensorBoard for W&B, which wants
-an account; torch's attention where flash-attn is not installed, and the CPU where there is no GPU.
+names of removed arguments (`max_seq_length`, `warmup_ratio`, `torch_dtype`), TensorBoard for W&B, which needs an
+account; torch's attention if flash-attn is not installed, and the CPU if there is no GPU.
 """
 
 import sys
@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import is_flash_attn_2_available
 from trl import SFTConfig, SFTTrainer
 
-model_folder, rows, output, *said = sys.argv[1:]
+model_folder, rows, output, *arguments = sys.argv[1:]
 values = {
-    key: float(value) if "." in value or "e" in value else int(value) for key, value in (s.split("=") for s in said)
+    key: float(value) if "." in value or "e" in value else int(value)
+    for key, value in (argument.split("=") for argument in arguments)
 }
 rank, alpha = values.pop("lora_r", None), values.pop("lora_alpha", None)
 tokenizer = AutoTokenizer.from_pretrained(model_folder)
