@@ -47,7 +47,7 @@ def main() -> None:
     errors, absent = {}, {}
     for name, kernel in (("varlen", attention.varlen), ("flash_attention_2", attention.flash)):
         try:
-            errors[name] = attention.errors(kernel, device, dtype)
+            errors[name] = attention.measure_errors(kernel, device, dtype)
         except (ImportError, RuntimeError, TypeError) as missing:
             absent[name] = " ".join(str(missing).split())[:200]
     models = {name: _model(name, device, dtype) for name in WAYS if name not in absent}
@@ -121,7 +121,7 @@ def _batch(way: str, length: int, packed: bool, device: str) -> dict[str, Any]:
     """One row as a run collates it for a way."""
     from accelerate.utils import send_to_device
 
-    from sft_recipes.training import trainer
+    from sft_recipes.training import dataset
 
     draw, lengths = random.Random(0), [length]
     if packed:
@@ -131,7 +131,7 @@ def _batch(way: str, length: int, packed: bool, device: str) -> dict[str, Any]:
     ids = [draw.randrange(1024) for _ in range(length)]
     plan = plans.resolve(loader.load("tiny"), plans.Topology(gpus=0, processes=1))
     row = {"input_ids": ids, "labels": ids, "seq_lengths": lengths, "row": 0}
-    batch = trainer.collator(plan, 0, way)([row])
+    batch = dataset.make_collator(plan, 0, way)([row])
     return send_to_device({key: batch[key] for key in batch if key not in ("labels", "row")}, device)
 
 

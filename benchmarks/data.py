@@ -46,7 +46,7 @@ from sft_recipes.data.formats import conversation_of  # noqa: E402
 from sft_recipes.data.sources import RawRow, Source  # noqa: E402
 from sft_recipes.data.tokenize import IGNORED, ConversationTokenizer  # noqa: E402
 from sft_recipes.data.toy import toy_dataset, toy_model  # noqa: E402
-from sft_recipes.training.library_logging import quiet  # noqa: E402
+from sft_recipes.training.library_logging import silence_libraries  # noqa: E402
 
 LIBRARIES = ("tokenizers", "transformers", "datasets", "trl", "torch", "numpy", "pyarrow", "jinja2")
 MAX_LENGTH = 4096
@@ -121,7 +121,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         tempfile.tempdir = name  # where `datasets` keeps what it does not cache
         os.environ["HF_DATASETS_CACHE"] = str(Path(name) / "cache")
-        quiet()
+        silence_libraries()
         import datasets
 
         datasets.disable_caching()
@@ -310,7 +310,7 @@ def through_trl(rows: Any, way: str, tokenizer: Any, folder: Path, packed: bool 
         **loss,
     )
     trainer = Timed(model=model, args=settings, train_dataset=rows, processing_class=tokenizer)
-    return trainer.prepared, trainer.watch.counted(_tokens(trainer.prepared))
+    return trainer.prepared, trainer.nan_guard.counted(_tokens(trainer.prepared))
 
 
 def _for_trl(rows: Iterable[Row], way: str) -> Any:

@@ -79,15 +79,16 @@ def measure(engine: str, ranks: int, model: Path, folder: Path) -> list[dict[str
 
 def rank(model: Path, folder: Path) -> None:
     """What each rank of the measured program does."""
-    from sft_recipes.training.library_logging import quiet
+    from sft_recipes.training.library_logging import silence_libraries
 
-    quiet()
-    from sft_recipes.training import main, strategy, trainer
+    silence_libraries()
+    from sft_recipes.training import model as training_model
+    from sft_recipes.training import patches, sft_config
 
     plan = plans.read(folder / "plan.json")
     plan.sections.model.architecture = {}
-    arguments = trainer.sft_config(plan, RunDir(folder))
-    strategy.shard_on_the_cpu(plan)
+    arguments = sft_config.make_sft_config(plan, RunDir(folder))
+    patches.apply_to_process_group(plan)
     before = memory()
     peak = dict(before)
     loaded = threading.Event()
@@ -101,7 +102,7 @@ def rank(model: Path, folder: Path) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     started = time.monotonic()
-    model_here = main.load_model(plan, str(model))
+    model_here = training_model.load_model(plan, str(model))
     seconds = time.monotonic() - started
     loaded.set()
     watcher.join()

@@ -79,9 +79,9 @@ def _prepare(place: Path, device: str, recipe: str, changed: dict[str, Any], wor
     from sft_recipes.data.prepare import prepare
     from sft_recipes.planner import plan as plans
     from sft_recipes.planner.plan import Topology
-    from sft_recipes.training.library_logging import quiet
+    from sft_recipes.training.library_logging import silence_libraries
 
-    quiet()
+    silence_libraries()
     architecture = json.dumps({**loader.load(recipe).model.architecture, **changed})
     loaded = loader.load("tiny", [*OVERRIDES, f"model.architecture={architecture}", *words])
     plan = plans.resolve(loaded, Topology(gpus=1 if device == "cuda" else 0, processes=1))
@@ -97,8 +97,8 @@ def _clock_what_is_added() -> None:
     from sft_recipes.training.throughput import ThroughputMeter
 
     for owner, names in (
-        (NanGuard, ("_look", "saw", "gradients")),
-        (ThroughputMeter, ("_before_forward", "_after_forward", "step_begins", "saw", "step_ends", "read")),
+        (NanGuard, ("_record_non_finite", "check_loss", "check_gradients")),
+        (ThroughputMeter, ("_before_forward", "_after_forward", "begin_step", "add_batches", "end_step", "read")),
         (alerts.AlertCallback, ("on_step_end", "on_log")),
         (metrics.MetricsCallback, ("on_log",)),
         (console.ConsoleCallback, ("on_step_end", "on_log")),
@@ -131,7 +131,7 @@ def _ours(folder: Path, plan: Any, found: Any) -> Any:
 
     folder.mkdir()
     parts = main.build(plan, RunDir(folder), main.configure(plan, RunDir(folder)), asdict(found))
-    watchers = main.watchers(plan, RunDir(folder), Path(found.folder), parts)
+    watchers = main.make_callbacks(plan, RunDir(folder), Path(found.folder), parts)
     parts.trainer.add_callbacks([one for one in watchers if type(one).__name__ != "RetentionCallback"])
     return parts.trainer
 
@@ -143,7 +143,8 @@ def _stock(folder: Path, plan: Any, found: Any) -> Any:
 
     from sft_recipes.data.tokenizer import load_tokenizer
     from sft_recipes.runtime.run_dir import RunDir, read_json
-    from sft_recipes.training import attention, main, trainer
+    from sft_recipes.training import attention, dataset, main
+    from sft_recipes.training import model as training_model
 
     folder.mkdir()
     arguments = main.configure(plan, RunDir(folder))
@@ -151,12 +152,12 @@ def _stock(folder: Path, plan: Any, found: Any) -> Any:
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder)
     tokenizer = load_tokenizer(found.model, None, False)
     details = read_json(Path(found.folder) / "details.json")
-    rows, _, _ = trainer.read_rows(Path(found.folder), details, plan.per_device_train_batch_size)
-    model = main.load_model(plan, found.model)
-    way = attention.settle(plan, model).name
+    rows, _, _ = dataset.read_rows(Path(found.folder), details, plan.per_device_train_batch_size)
+    model = training_model.load_model(plan, found.model)
+    way = attention.select(plan, model).name
     stock = SFTTrainer(
         model, arguments, train_dataset=rows, processing_class=tokenizer,
-        data_collator=trainer.collator(plan, tokenizer.pad_token_id, way),
+        data_collator=dataset.make_collator(plan, tokenizer.pad_token_id, way),
     )  # fmt: skip
     stock.remove_callback(PrinterCallback)
     return stock

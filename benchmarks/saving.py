@@ -443,9 +443,9 @@ SPENT: dict[str, float] = defaultdict(float)
 
 def watch_this_rank() -> None:
     """Called in each rank before its program runs; notes are written when it ends."""
-    from sft_recipes.training.library_logging import quiet
+    from sft_recipes.training.library_logging import silence_libraries
 
-    quiet()
+    silence_libraries()
     {"saves": _clock_saves, "agreement": _clock_agreement}[os.environ[WATCHED]]()
     atexit.register(_write_notes, Path(os.environ[MEASUREMENTS]) / f"{os.environ.get('RANK', '0')}.jsonl")
 

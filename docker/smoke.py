@@ -64,7 +64,7 @@ def attention() -> str:
     import torch
 
     from sft_recipes.tools.doctor import check_flash_attention
-    from sft_recipes.training.attention import fastest
+    from sft_recipes.training.attention import find_fastest
     from sft_recipes.training.torch_probe import probe
 
     result = check_flash_attention(probe())
@@ -72,7 +72,7 @@ def attention() -> str:
         sys.exit(str(result))
     if result.status == "ok":
         return f"flash-attn: {result.detail}"
-    return f"flash-attn: {result.detail}; falling back to {fastest('cuda', torch.bfloat16)}"
+    return f"flash-attn: {result.detail}; falling back to {find_fastest('cuda', torch.bfloat16)}"
 
 
 def summary(steps: Path) -> str:

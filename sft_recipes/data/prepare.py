@@ -55,7 +55,6 @@ def main(plan_file: str) -> int:
     path = Path(plan_file)
     try:
         plan, started = plans.read(path), time.monotonic()
-        library_imports.leave_out_what_is_not_used(plan)
         prepared = prepare(plan)
         details = json.loads((Path(prepared.folder) / "details.json").read_text(encoding="utf-8"))
         for line in summary(plan, details, time.monotonic() - started):
@@ -217,7 +216,7 @@ def _template_override(model: Model) -> str:
 
 def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base: Path | None, folder: Path) -> None:
     """Prepare the rows of all sources and write them to `folder`."""
-    with library_imports.swiftly():
+    with library_imports.without_garbage_collection():
         import datasets
         import transformers.models.auto.tokenization_auto
 

@@ -33,7 +33,7 @@ def divergence(run: Run) -> Finding | None:
         record = run.manifest.get("diverged") or {}
         values = f"loss {record.get('loss', '?')}, gradient norm {record.get('grad_norm', '?')}"
         step, rows = record.get("step"), record.get("rows") or []
-        evidence = f"the run was stopped: {record.get('what', 'NaN/Inf loss')} ({values})"
+        evidence = f"the run was stopped: {record.get('reason', 'NaN/Inf loss')} ({values})"
         evidence += f"; rows of that step: {', '.join(map(str, rows[:5]))}" if rows else ""
     else:
         step, evidence = _first_non_finite(run) or _risen(run)

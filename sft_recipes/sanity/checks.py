@@ -45,11 +45,11 @@ def check_loss_mask(trainer: Any, end_of_turn_ids: Sequence[int]) -> Check:
     import torch
 
     from sft_recipes.data.tokenize import IGNORED
-    from sft_recipes.training.completions import short
+    from sft_recipes.training.completions import excerpt
 
     ends = torch.tensor(list(end_of_turn_ids), device=trainer.args.device)
     counts = torch.zeros(4, dtype=torch.int64, device=trainer.args.device)
-    excerpt = ""
+    shown = ""
     for batch in trainer.get_train_dataloader():
         ids, labels = batch["input_ids"].to(ends.device), batch["labels"].to(ends.device)
         supervised = labels != IGNORED
@@ -61,7 +61,7 @@ def check_loss_mask(trainer: Any, end_of_turn_ids: Sequence[int]) -> Check:
                 torch.isin(labels, ends).sum(),
             ]
         )
-        excerpt = excerpt or short(trainer.processing_class.decode(ids[0][supervised[0]].tolist()))
+        shown = shown or excerpt(trainer.processing_class.decode(ids[0][supervised[0]].tolist()))
     n_supervised, n_labels, n_wrong, n_ends = trainer.accelerator.reduce(counts, "sum").tolist()
     name, fix = "loss mask", "see the rows with `make inspect`; check the roles of the data and model.chat_template"
     if not n_supervised:
@@ -72,7 +72,7 @@ def check_loss_mask(trainer: Any, end_of_turn_ids: Sequence[int]) -> Check:
         ends_of_turn = ", ".join(trainer.processing_class.convert_ids_to_tokens(list(end_of_turn_ids)))
         detail = f"no end-of-turn token ({ends_of_turn}) is supervised: the model would never learn to stop"
         return Check(name, False, detail, fix)
-    detail = f"{n_supervised:,} of {n_labels:,} tokens supervised, {n_ends:,} end-of-turn tokens: {excerpt}"
+    detail = f"{n_supervised:,} of {n_labels:,} tokens supervised, {n_ends:,} end-of-turn tokens: {shown}"
     return Check(name, True, detail)
 
 
@@ -167,7 +167,7 @@ def check_memory(plan: Plan, trainer: Any) -> Check:
     on_gpu = torch.cuda.is_available() and plan.uses_gpu
     host_share = host_memory_bytes() // plan.world_size
     total = torch.cuda.get_device_properties(device).total_memory if on_gpu else host_share
-    reserved = torch.cuda.max_memory_reserved() if on_gpu else out_of_memory.peak_of_the_host()
+    reserved = torch.cuda.max_memory_reserved() if on_gpu else out_of_memory.peak_host_memory_bytes()
     local = [reserved, torch.cuda.max_memory_allocated() if on_gpu else 0]
     ranks = gather(torch.tensor([local], dtype=torch.float64, device=device)).reshape(-1, 2)
     peak, allocated = (int(number) for number in ranks.max(0).values)

@@ -65,11 +65,12 @@ def check_saved_completions(plan: Plan, trial_dir: RunDir, state: TrialState) ->
         DoesNotLoadError: the checkpoint does not contain the model.
     """
     from sft_recipes.data.tokenizer import load_tokenizer
+    from sft_recipes.training.model import load_model
 
     section, checkpoint = plan.sections.model, str(trial_dir.checkpoint(trial.SAVED_AT))
     try:
         # In the dtype that training computes in: fp32 weights would need twice the memory.
-        model = main.load_model(dataclasses.replace(plan, dtypes={"weights": plan.precision}), checkpoint)
+        model = load_model(dataclasses.replace(plan, dtypes={"weights": plan.precision}), checkpoint)
         base = read_json(trial_dir.prepared)["model"]
         tokenizer = load_tokenizer(base, section.chat_template, section.trust_remote_code, section.add_tokens)
         model = model.to("cuda" if plan.uses_gpu else "cpu")
@@ -77,9 +78,9 @@ def check_saved_completions(plan: Plan, trial_dir: RunDir, state: TrialState) ->
     except UserError as error:
         raise DoesNotLoadError(Check("completions", False, str(error), _DISK)) from error
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory.ran_out(error):
+        if not out_of_memory.is_out_of_memory(error):
             raise
-        reason = out_of_memory.what_ran_out(plan, 0, error)
+        reason = out_of_memory.describe(plan, 0, error)
         return Check("completions", None, f"the unsharded model, which training never builds, does not fit: {reason}")
 
 
@@ -96,8 +97,8 @@ def check_resume(plan: Plan, run_dir: RunDir, trial_dir: RunDir, state: TrialSta
     except (StopRequestedError, DoesNotLoadError):
         raise
     except Exception as error:
-        if out_of_memory.ran_out(error):
-            detail = f"resuming from {name}: {out_of_memory.what_ran_out(plan, _rank(), error)}"
+        if out_of_memory.is_out_of_memory(error):
+            detail = f"resuming from {name}: {out_of_memory.describe(plan, _rank(), error)}"
             raise DoesNotLoadError(Check("checkpoint", False, detail)) from error
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         raise DoesNotLoadError(Check("checkpoint", False, f"{name} does not load: {reason}", _DISK)) from error
@@ -139,4 +140,4 @@ def _numbers(losses: Sequence[float]) -> str:
 
 if __name__ == "__main__":
     worker.execute(sys.argv[1], reload)
-    main.leave()
+    main.exit_process()

@@ -75,9 +75,9 @@ def execute(plan_file: str, run_checks: Callable[[Plan, RunDir], Result]) -> Non
                 write_json(run_dir.outcome, {"exit_code": EXIT_USER, "error": str(error)})
             raise
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory.ran_out(error):
+            if not out_of_memory.is_out_of_memory(error):
                 raise
-            _write_result(run_dir, [Check(MEMORY, False, out_of_memory.what_ran_out(plan, rank, error))], {})
+            _write_result(run_dir, [Check(MEMORY, False, out_of_memory.describe(plan, rank, error))], {})
             sys.exit(1)  # the other ranks wait in a collective: the launcher terminates them
         except RankAloneError as error:
             _write_result(run_dir, error.checks, {})
@@ -105,15 +105,15 @@ def run_trial(plan: Plan, run_dir: RunDir) -> Result:
     trainer, record = parts.trainer, recorder()
     vocabulary_size = int(trainer.model.config.get_text_config().vocab_size)
     trainer.add_callbacks([record])
-    results = [checks.check_loss_mask(trainer, parts.ends_of_turn)]
+    results = [checks.check_loss_mask(trainer, parts.end_of_turn_ids)]
     if not results[0].passed:
         return results, {}
     arguments.eval_on_start = True
     try:
         train(trainer)
     except DivergedError as error:
-        fix = f"check {', '.join(error.what.rows) or 'the rows'}, or lower trainer.learning_rate"
-        return [*results, Check("finite values", False, f"step {error.what.step}: {error}", fix)], {}
+        fix = f"check {', '.join(error.divergence.rows) or 'the rows'}, or lower trainer.learning_rate"
+        return [*results, Check("finite values", False, f"step {error.divergence.step}: {error}", fix)], {}
     results += [
         checks.check_initial_loss(plan, record, vocabulary_size),
         checks.check_loss_falls(plan, record),
@@ -134,7 +134,7 @@ def run_trial(plan: Plan, run_dir: RunDir) -> Result:
         "save_bytes": trainer.checkpoint_writer.expected_bytes if record.save_seconds else None,
     }
     better_than_chance = checks.is_better_than_chance(checks.mean_loss(record.losses_per_pass[0]), vocabulary_size)
-    state = TrialState(record.losses, parts.ends_of_turn, better_than_chance)
+    state = TrialState(record.losses, parts.end_of_turn_ids, better_than_chance)
     if trainer.accelerator.is_main_process:
         write_json(run_dir.trial, dataclasses.asdict(state))
         if not plan.shards_parameters:
@@ -243,7 +243,7 @@ def recorder() -> Any:
             self._step_end = 0.0
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.trainer.meter.step_ends()
+            self.trainer.meter.end_step()
             self._step_end = time.perf_counter()
             control.should_save = state.global_step == trial.SAVED_AT and trial.checks_resume(self.trainer.plan)
 
@@ -274,8 +274,8 @@ def check_completions(plan: Plan, prepared: Path, model: Any, tokenizer: Any, st
     if not prompts:
         return Check("completions", None, "no held-out prompts")
     max_new_tokens = min(plan.sections.generation.max_new_tokens, _MAX_NEW_TOKENS)
-    texts = completions.answer(model, tokenizer, prompts, 0, max_new_tokens, state.end_of_turn_ids).said
-    excerpts = " | ".join(completions.short(text, 40) or "(empty)" for text in texts)
+    texts = completions.complete_prompts(model, tokenizer, prompts, 0, max_new_tokens, state.end_of_turn_ids).texts
+    excerpts = " | ".join(completions.excerpt(text, 40) or "(empty)" for text in texts)
     if not state.better_than_chance:
         return Check("completions", None, f"the initial weights were no better than chance: {excerpts}")
     reasons = [reason for text in texts if (reason := checks.find_garbled(text))]
@@ -287,4 +287,4 @@ def check_completions(plan: Plan, prepared: Path, model: Any, tokenizer: Any, st
 
 if __name__ == "__main__":
     execute(sys.argv[1], run_trial)
-    main.leave()
+    main.exit_process()

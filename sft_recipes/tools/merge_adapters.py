@@ -16,7 +16,7 @@ from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.runtime.units import GIB
 from sft_recipes.training import lora
 from sft_recipes.training.checkpoint import checkpoint_format
-from sft_recipes.training.library_logging import quiet
+from sft_recipes.training.library_logging import silence_libraries
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def merge(folder: RunDir) -> Path:
         SetupError: the run trained no adapters or has no final model, the host has too little memory, or the merged
             model's logits differ from the adapted model's.
     """
-    quiet()
+    silence_libraries()
     plan = plans.read(folder.plan)
     if plan.method == "full":
         raise SetupError(f"RUN: {folder.name} has no adapters: full fine-tuning. Use {folder.final}")
@@ -44,8 +44,8 @@ def merge(folder: RunDir) -> Path:
         )
     if folder.merged.is_dir():
         return folder.merged
-    base = lora.base_folder(plan, folder)
-    required = lora.base_size(base, plan.sections.model.trust_remote_code).merging_bytes(plan)
+    base = lora.find_base_folder(plan, folder)
+    required = lora.measure_base(base, plan.sections.model.trust_remote_code).merging_bytes(plan)
     if required > (host := host_memory_bytes()):
         raise SetupError(
             f"RUN: {folder.name} cannot be merged here: found {host / GIB:.1f} GiB of host memory, expected "

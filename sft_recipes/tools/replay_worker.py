@@ -95,4 +95,4 @@ def _loaded_state_recorder(point: ResumePoint, until: int, run_dir: RunDir, resu
 
 if __name__ == "__main__":
     main(sys.argv[1])
-    training_main.leave()
+    training_main.exit_process()

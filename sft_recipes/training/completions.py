@@ -1,21 +1,24 @@
-"""Lets a model answer held-out prompts, greedily, and counts how many answers are exactly right."""
+"""Greedy completions of held-out prompts, before and after training, and their exact match."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-_PROMPTS_A_BATCH = 64
+from sft_recipes.planner.plan import Plan
+from sft_recipes.runtime.run_dir import RunDir, read_json, write_json
+
+_PROMPTS_PER_BATCH = 64
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A held-out conversation up to its last answer."""
+    """A held-out conversation up to its last assistant turn; `answer` is that turn, the reference."""
 
     messages: list[dict[str, str]]
     answer: str
@@ -24,59 +27,111 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Answered:
-    """What a model said to held-out prompts; `exact_match` is None where no answers were to be compared."""
+class Completions:
+    """A model's completions of prompts; `exact_match` is None if none were compared."""
 
     prompts: list[Prompt]
-    said: list[str]
+    texts: list[str]
     exact_match: float | None
     compared: int
 
 
-def remembered(content: dict[str, Any] | None) -> Answered | None:
-    """What `asdict` made of it."""
+@dataclass(frozen=True)
+class HeldOut:
+    """Completes a run's held-out prompts before and after training, on rank 0.
+
+    Args:
+        prepared: folder of the prepared rows.
+        stop: token ids that end a completion.
+    """
+
+    plan: Plan
+    folder: RunDir
+    prepared: Path
+    trainer: Any
+    stop: Sequence[int]
+
+    def complete_before_training(self) -> Completions | None:
+        """Complete the prompts before the first step; a resume reads the stored completions.
+
+        Under DeepSpeed and FSDP2 the model is not on its device before the first step.
+        """
+        if not self.trainer.accelerator.is_main_process or not self.plan.strategy.replicated:
+            return None
+        if not self.folder.generations.is_file():
+            self._write(before=self._complete())
+        return from_json(read_json(self.folder.generations).get("before"))
+
+    def complete_after_training(self) -> Completions | None:
+        """Complete the prompts with the published weights."""
+        if not self.plan.shards_parameters:
+            self.trainer.load_weights(self.folder.final)
+        completed = self._complete()
+        self._write(**read_json(self.folder.generations), after=completed)
+        return completed
+
+    def _write(self, **completed: Any) -> None:
+        content = {key: asdict(value) if isinstance(value, Completions) else value for key, value in completed.items()}
+        write_json(self.folder.generations, content)
+
+    def _complete(self) -> Completions | None:
+        """Complete the prompts; None without prompts, or if parameters are sharded (ZeRO-3, FSDP2)."""
+        section = self.plan.sections.generation
+        prompts = read_prompts(self.prepared, section.show, section.exact_match)
+        if not prompts or self.plan.shards_parameters:
+            return None
+        trainer = self.trainer
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        with trainer.compute_loss_context_manager():  # fp32 weights compute in bf16: flash attention takes no fp32
+            return complete_prompts(
+                model, trainer.processing_class, prompts, section.exact_match, section.max_new_tokens, self.stop
+            )
+
+
+def from_json(content: dict[str, Any] | None) -> Completions | None:
+    """Return the completions that `asdict` made `content` of."""
     if content is None:
         return None
-    return Answered(**{**content, "prompts": [Prompt(**prompt) for prompt in content["prompts"]]})
+    return Completions(**{**content, "prompts": [Prompt(**prompt) for prompt in content["prompts"]]})
 
 
 def read_prompts(prepared: Path, show: int, exact_match: int) -> list[Prompt]:
-    """As many held-out prompts as are to be shown or compared."""
+    """Read the held-out prompts that are shown or compared."""
     lines = (prepared / "prompts.jsonl").read_text(encoding="utf-8").split("\n")
     return [Prompt(**json.loads(line)) for line in lines[: max(show, exact_match)] if line]
 
 
-def answer(
+def complete_prompts(
     model: Any, tokenizer: Any, prompts: list[Prompt], exact_match: int, max_new_tokens: int, stop: Sequence[int]
-) -> Answered:
-    """The model's greedy answers; `exact_match` is the share of the first so many that equal the data's, to the letter.
+) -> Completions:
+    """Complete prompts greedily; `exact_match` is the share of the first `exact_match` that equal their reference.
 
-    White space at both ends is left out of the comparison, and so are answers longer than `max_new_tokens`.
+    The comparison ignores white space at both ends, and skips references longer than `max_new_tokens`.
     """
     was_training = model.training
     model.eval()
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index].input_ids))
-    said = [""] * len(prompts)
-    for first in range(0, len(by_length), _PROMPTS_A_BATCH):
-        batch = by_length[first : first + _PROMPTS_A_BATCH]
-        texts = generate(model, tokenizer, [prompts[index].input_ids for index in batch], max_new_tokens, stop)
-        for index, text in zip(batch, texts, strict=True):
-            said[index] = text
+    texts = [""] * len(prompts)
+    for first in range(0, len(by_length), _PROMPTS_PER_BATCH):
+        batch = by_length[first : first + _PROMPTS_PER_BATCH]
+        generated = generate(model, tokenizer, [prompts[index].input_ids for index in batch], max_new_tokens, stop)
+        for index, text in zip(batch, generated, strict=True):
+            texts[index] = text
     model.train(was_training)
-    pairs = list(zip(prompts, said, strict=True))[:exact_match]
+    pairs = list(zip(prompts, texts, strict=True))[:exact_match]
     compared = [(prompt, text) for prompt, text in pairs if prompt.answer_tokens < max_new_tokens]
-    right = sum(prompt.answer.strip() == text.strip() for prompt, text in compared)
-    return Answered(prompts, said, right / len(compared) if compared else None, len(compared))
+    correct = sum(prompt.answer.strip() == text.strip() for prompt, text in compared)
+    return Completions(prompts, texts, correct / len(compared) if compared else None, len(compared))
 
 
 def generate(
     model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, stop: Sequence[int]
 ) -> list[str]:
-    """Greedy answers to tokenized prompts, without special tokens.
+    """Generate greedily from tokenized prompts; the texts have no special tokens.
 
     Args:
         prompts: token ids of each, of any lengths; padded on the left here.
-        stop: ids that end an answer.
+        stop: token ids that end a completion.
     """
     longest = max(map(len, prompts))
     padding = tokenizer.pad_token_id
@@ -98,20 +153,20 @@ def generate(
     return list(tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True))
 
 
-def show(before: Answered | None, after: Answered, shown: int) -> str:
-    """A few prompts with what was wanted and what was said before and after."""
+def format_examples(before: Completions | None, after: Completions, count: int) -> str:
+    """Format the first prompts with their reference and the completions before and after training."""
     blocks = []
-    for index, (prompt, said) in enumerate(zip(after.prompts[:shown], after.said, strict=False)):
-        turns = [f"  {message['role']:<9} {short(message['content'])}" for message in prompt.messages]
-        turns.append(f"  wanted    {short(prompt.answer)}")
+    for index, (prompt, text) in enumerate(zip(after.prompts[:count], after.texts, strict=False)):
+        lines = [f"  {message['role']:<9}  {excerpt(message['content'])}" for message in prompt.messages]
+        lines.append(f"  reference  {excerpt(prompt.answer)}")
         if before is not None:
-            turns.append(f"  before    {short(before.said[index])}")
-        turns.append(f"  after     {short(said)}")
-        blocks.append("\n".join(turns))
+            lines.append(f"  before     {excerpt(before.texts[index])}")
+        lines.append(f"  after      {excerpt(text)}")
+        blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
 
-def short(text: str, most: int = 100) -> str:
-    """A text in one line of at most so many characters, without what a terminal would obey."""
+def excerpt(text: str, max_length: int = 100) -> str:
+    """Return a text on one line of at most `max_length` characters, without terminal control characters."""
     line = " ".join("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text).split())
-    return line if len(line) <= most else line[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    return line if len(line) <= max_length else line[: max_length - 1] + "\N{HORIZONTAL ELLIPSIS}"

@@ -1,13 +1,7 @@
-"""Compiles DeepSpeed's operators before they are needed, and keeps a rank killed meanwhile from blocking later starts.
-
-torch guards a build by a file that is there; whoever is killed leaves it, and all others wait for its end for ever
-(https://github.com/pytorch/pytorch/issues/189245). The kernel's own lock, which torch takes from its next release on
-(https://github.com/pytorch/pytorch/pull/190543), goes with the process that held it.
-"""
+"""Compiles the DeepSpeed operators of a plan before DeepSpeed needs them."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
@@ -20,73 +14,41 @@ from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import SetupError
 
 
-class HeldByTheKernel:
-    """In place of torch.utils.file_baton.FileBaton: whoever has it builds, the others wait."""
-
-    def __init__(self, lock_file_path: str, *_: object, **__: object):
-        self._file = os.open(f"{lock_file_path}.held", os.O_RDWR | os.O_CREAT, 0o600)
-
-    def try_acquire(self) -> bool:
-        """Whether this process builds."""
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def wait(self) -> None:
-        """Until the process that builds has ended its build, or itself."""
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-        self.release()
-
-    def release(self) -> None:
-        """Lets the others go on."""
-        os.close(self._file)
-
-
-def let_no_build_outlive_its_process() -> None:
-    """Has torch build extensions under such a lock, in this process."""
-    import torch.utils.cpp_extension
-
-    torch.utils.cpp_extension.FileBaton = HeldByTheKernel
-
-
 def build_operators(plan: Plan) -> None:
-    """Loads the operators that DeepSpeed needs for this plan, compiling those that are not built yet.
+    """Load the operators that DeepSpeed needs for this plan; compile those that are not built yet.
 
-    DeepSpeed would build them while it loads the model or prepares the optimizer, and a failure would look like one of
-    theirs.
+    DeepSpeed would build them while it loads the model or prepares the optimizer, and a failure would look like theirs.
 
     Raises:
-        SetupError: an operator cannot be built, with the cause and what to install.
+        SetupError: an operator cannot be built; with the cause and the fix.
     """
     for builder in _operators(plan):
         try:
             builder.load(verbose=False)
         except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
             raise SetupError(
-                f"parallelism: {plan.parallelism} needs DeepSpeed's operator {builder.name}, which cannot be compiled: "
+                f"parallelism: {plan.parallelism} needs DeepSpeed's operator {builder.name}, which failed to compile: "
                 f"{_cause(error)}"
             ) from error
 
 
 def _operators(plan: Plan) -> Iterator[Any]:
-    """Builders of the plan's operators: the shared-memory all-reduce on CPUs, Adam on the CPU for offload."""
+    """Yield the builders: the shared-memory all-reduce on CPUs, CPU Adam for offload."""
     import deepspeed.ops
     from deepspeed.accelerator import get_accelerator
 
-    wanted = {
+    needed = {
         "ShareMemCommBuilder": not plan.uses_gpu,
         "CPUAdamBuilder": plan.strategy.cpu_offload,
     }
-    for name in (name for name, needed in wanted.items() if needed):
+    for name in (name for name, is_needed in needed.items() if is_needed):
         builder = get_accelerator().create_op_builder(name)
         if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME, True):
             yield builder
 
 
 def _cause(error: Exception) -> str:
-    """Why a build failed and the fix, in one line."""
+    """Return the cause of a failed build and the fix, on one line."""
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
         return f"found no C++ compiler ({compiler}). Install g++ and python3-dev, or set parallelism=ddp"

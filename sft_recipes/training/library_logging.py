@@ -1,4 +1,4 @@
-"""Leaves out what the libraries say to programmers, so that a command's own lines can be read; errors still show."""
+"""Silences the libraries' warnings and progress bars; errors still show."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 import warnings
 
 
-def quiet() -> None:
-    """Called before the heavy libraries are imported, since some of them speak as they are."""
+def silence_libraries() -> None:
+    """Silence warnings; call before the heavy libraries are imported, since some warn at import."""
     for category in (FutureWarning, UserWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
     for name in ("bitsandbytes", "DeepSpeed", "deepspeed"):

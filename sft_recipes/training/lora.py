@@ -1,9 +1,8 @@
-"""Low-rank adapters: how the frozen model is loaded, and what is added to it."""
+"""Low-rank adapters: loading and quantizing the base model, and the adapter configuration."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir, read_json
 from sft_recipes.runtime.units import GIB
 
-_LIBRARIES_BYTES = GIB  # of a process that has imported torch, transformers and peft; an estimate
+_LIBRARIES_BYTES = GIB  # a process that has imported torch, transformers and peft; an estimate
 
 
-def quantization(plan: Plan) -> Any:
-    """How the frozen weights are loaded: 4-bit NormalFloat with quantized scales (QLoRA), or None for whole ones."""
+def quantization_config(plan: Plan) -> Any:
+    """Return the configuration of 4-bit NormalFloat weights with quantized scales (QLoRA); None if not quantized."""
     lora = plan.sections.lora
     if lora is None or not lora.quantize:
         return None
@@ -36,16 +35,16 @@ def quantization(plan: Plan) -> Any:
 
 
 def loaded_dtype(plan: Plan) -> torch.dtype:
-    """The dtype that the model's weights are loaded in, apart from quantized ones."""
-    held = plan.dtypes.get("frozen", plan.dtypes["weights"])
-    return torch.float32 if held == "fp32" else torch.bfloat16
+    """Return the dtype of the model's weights when loaded, except quantized ones."""
+    dtype = plan.dtypes.get("frozen", plan.dtypes["weights"])
+    return torch.float32 if dtype == "fp32" else torch.bfloat16
 
 
-def configuration(plan: Plan, base: Path) -> Any:
-    """peft's LoraConfig of the plan, with the commit of the base model; None for full fine-tuning.
+def make_lora_config(plan: Plan, base: Path) -> Any:
+    """Return peft's LoraConfig with the base model's commit; None for full fine-tuning.
 
     Args:
-        base: the folder that the base model is loaded from.
+        base: folder of the base model.
     """
     lora = plan.sections.lora
     if not lora:
@@ -64,9 +63,9 @@ def configuration(plan: Plan, base: Path) -> Any:
 
 
 def cast_trainable_to_fp32(model: Any, plan: Plan) -> None:
-    """Puts the adapters in the plan's dtype; TRL makes them bf16 over 4-bit weights, without a master copy.
+    """Cast the adapters to fp32 if the plan says so; TRL makes them bf16 over 4-bit weights, without master weights.
 
-    DeepSpeed casts them itself, and keeps the fp32 master.
+    DeepSpeed casts them itself, and keeps fp32 master weights.
     """
     if plan.method != "full" and plan.dtypes["weights"] == "fp32":
         for parameter in model.parameters():
@@ -74,33 +73,11 @@ def cast_trainable_to_fp32(model: Any, plan: Plan) -> None:
                 parameter.data = parameter.data.float()
 
 
-def save_adapters_alone(model: Any, plan: Plan) -> None:
-    """Keeps the frozen embeddings out of saved adapters, and every save off the network.
-
-    peft (0.21, utils/save_and_load.py, `save_embedding_layers="auto"`) looks up the base model's vocabulary on the Hub
-    at `main` at each save. Embeddings that a new padding token made larger would be saved too, and then fit no base.
-    """
-    if plan.method != "full":
-        model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
-
-
-def disable_cpu_repack(model: Any) -> None:
-    """Has bitsandbytes leave 4-bit weights on a CPU as they are.
-
-    On CPUs with AVX512-BF16 its Linear4bit repacks them at the first evaluation (0.50, nn/modules.py, `forward`, since
-    https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1804), and no gradient passes through them in any later
-    step: adapters below the last layers then train on what comes round by the residual stream, in silence.
-    """
-    for module in model.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False
-
-
-def base_folder(plan: Plan, folder: RunDir) -> Path:
-    """The folder of the model that a run's adapters were trained on: the recorded one, else the Hub's at that commit.
+def find_base_folder(plan: Plan, folder: RunDir) -> Path:
+    """Return the folder of the base model of a run's adapters: the recorded one, else the Hub's at that commit.
 
     Raises:
-        SetupError: the recorded folder is gone, and the model is neither on the Hub nor in its cache.
+        SetupError: the recorded folder does not exist, and the model is neither on the Hub nor in its cache.
     """
     recorded, model = Path(read_json(folder.prepared).get("model", "")), plan.sections.model
     if (recorded / "config.json").is_file():
@@ -115,17 +92,17 @@ def base_folder(plan: Plan, folder: RunDir) -> Path:
 
 
 def load_base(plan: Plan, folder: Path, dtype: torch.dtype, device_map: Any) -> Any:
-    """The base model in a folder, quantized as it was in training.
+    """Load the base model in a folder, quantized as in training.
 
     Args:
-        device_map: as `from_pretrained` takes it.
+        device_map: passed to `from_pretrained`.
     """
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
-        quantization_config=quantization(plan),
+        quantization_config=quantization_config(plan),
         trust_remote_code=plan.sections.model.trust_remote_code,
         device_map=device_map,
     )
@@ -133,23 +110,23 @@ def load_base(plan: Plan, folder: Path, dtype: torch.dtype, device_map: Any) -> 
 
 @dataclass(frozen=True)
 class BaseSize:
-    """Numbers of weights of a base model: all, those of its linear layers, and those of the largest of these."""
+    """Numbers of weights of a base model: all, in linear layers, and in the largest linear layer."""
 
     weights: int
     linear: int
     largest: int
 
     def loaded_bytes(self, plan: Plan) -> int:
-        """Bytes of the model as `load_base` holds it."""
+        """Return bytes of the model as loaded by `load_base`."""
         width = loaded_dtype(plan).itemsize
         quantized = self.linear if plan.method == "qlora" else 0
         return int(width * (self.weights - quantized) + NF4_BYTES * quantized)
 
     def merging_bytes(self, plan: Plan) -> int:
-        """Peak host memory of `merge`, in bytes.
+        """Return the peak host memory of `merge`, in bytes.
 
-        The merged model, and with QLoRA the 4-bit weights, which transformers keeps until all are dequantized; three
-        fp32 tensors of the largest layer, in which adapters are multiplied out; the libraries. Weight files are mapped,
+        The merged model; with QLoRA the 4-bit weights, which transformers keeps until all are dequantized; three fp32
+        tensors of the largest layer, in which adapters are multiplied; the libraries. Weight files are memory-mapped
         and their pages reclaimed; saving copies nothing.
         """
         width = 2 if plan.precision == "bf16" else 4
@@ -157,8 +134,8 @@ class BaseSize:
         return int(width * self.weights + quantized + 3 * 4 * self.largest + _LIBRARIES_BYTES)
 
 
-def base_size(folder: Path, trust_remote_code: bool) -> BaseSize:
-    """Counts the weights of the model in a folder without loading them."""
+def measure_base(folder: Path, trust_remote_code: bool) -> BaseSize:
+    """Count the weights of the model in a folder without loading them."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)

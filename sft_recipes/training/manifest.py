@@ -1,4 +1,4 @@
-"""Records what a run was: code, versions, host, data, tokens, losses, and how it ended."""
+"""Writes `manifest.json`: code, versions, host, data, tokens, losses and outcome of a run."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _LIBRARIES = (
 
 
 def begin(folder: RunDir, plan: Plan) -> None:
-    """Records what is known at a start; what earlier starts of the same run recorded is kept beside it."""
+    """Record the start of an attempt; the records of earlier attempts are kept."""
     earlier, sanity = read_json(folder.manifest), read_json(folder.sanity)
-    for ended in ("diverged", "error", "takes_less", "exit_code"):
-        earlier.pop(ended, None)  # how an earlier start ended
+    for key in ("diverged", "error", "takes_less", "exit_code"):
+        earlier.pop(key, None)  # outcome of an earlier attempt
     content = {
         **earlier,
         "run": folder.name,
@@ -47,7 +47,7 @@ def begin(folder: RunDir, plan: Plan) -> None:
                 "at": _now(),
                 "host": _host(),
                 "versions": _versions(),
-                "code": code(),
+                "code": read_code_version(),
                 "sanity": sanity,
                 **_image(),
                 **_job(),
@@ -64,24 +64,24 @@ def begin(folder: RunDir, plan: Plan) -> None:
 
 
 def end(
-    folder: RunDir, state: str, exit_code: int, seconds: float = 0.0, training_seconds: float = 0.0, **figures: Any
+    folder: RunDir, state: str, exit_code: int, seconds: float = 0.0, training_seconds: float = 0.0, **results: Any
 ) -> dict[str, Any]:
-    """Records how a start ended, and what there is to say of it; its times are added to those of earlier starts."""
+    """Record the end of an attempt and its results; its times are added to those of earlier attempts."""
     earlier = read_json(folder.manifest)
-    figures["wall_seconds"] = round(earlier.get("wall_seconds", 0.0) + seconds, 1)
-    figures["training_seconds"] = round(earlier.get("training_seconds", 0.0) + training_seconds, 1)
-    content = {**earlier, **figures, "state": state, "exit_code": exit_code, "ended": _now()}
+    results["wall_seconds"] = round(earlier.get("wall_seconds", 0.0) + seconds, 1)
+    results["training_seconds"] = round(earlier.get("training_seconds", 0.0) + training_seconds, 1)
+    content = {**earlier, **results, "state": state, "exit_code": exit_code, "ended": _now()}
     write_json(folder.manifest, content)
     return content
 
 
-def note(folder: RunDir, **found: Any) -> None:
-    """Records something of a run that is under way."""
-    write_json(folder.manifest, {**read_json(folder.manifest), **found})
+def update(folder: RunDir, **values: Any) -> None:
+    """Record values of a running attempt."""
+    write_json(folder.manifest, {**read_json(folder.manifest), **values})
 
 
 def peak_memory() -> dict[str, int]:
-    """The most memory that PyTorch took of this rank's GPU, in bytes; nothing on the CPU."""
+    """Return the peak memory that PyTorch reserved on this rank's GPU, in bytes; nothing on a CPU."""
     import torch
 
     return {"peak_memory_bytes": torch.cuda.max_memory_reserved()} if torch.cuda.is_available() else {}
@@ -108,36 +108,36 @@ def _versions() -> dict[str, str]:
 
 
 def _job() -> dict[str, Any]:
-    """The Slurm job that this start is part of, its nodes, and how often it was started again."""
+    """Return the Slurm job of this attempt, its nodes and its number of restarts."""
     names = {"id": "SLURM_JOB_ID", "name": "SLURM_JOB_NAME", "nodes": "SLURM_JOB_NODELIST"}
-    found = {key: os.environ[name] for key, name in names.items() if os.environ.get(name)}
+    job = {key: os.environ[name] for key, name in names.items() if os.environ.get(name)}
     restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    return {"job": {**found, "restarts": restarts}} if "id" in found else {}
+    return {"job": {**job, "restarts": restarts}} if "id" in job else {}
 
 
 def _image() -> dict[str, str]:
-    """The image that this start was carried out in, if in one."""
+    """Return the container image of this attempt, if it runs in one."""
     image = os.environ.get("SFT_RECIPES_IMAGE")
     return {"image": image} if image else {}
 
 
-def _of_the_image() -> str:
+def _revision_of_image() -> str:
     file = REPOSITORY / "REVISION"
     return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
 
 
-def code() -> dict[str, Any]:
-    """The commit, and whether the working tree differs from it; unknown where this is no git checkout."""
+def read_code_version() -> dict[str, Any]:
+    """Return the commit, and whether the working tree differs from it; None if unknown."""
 
     def git(*arguments: str) -> str | None:
         try:
-            asked = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+            done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False)
         except FileNotFoundError:
             return None
-        return asked.stdout.strip() if asked.returncode == 0 else None
+        return done.stdout.strip() if done.returncode == 0 else None
 
     commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
-    if commit is None and (told := os.environ.get("SFT_RECIPES_REVISION") or _of_the_image()):
-        commit, _, changed = told.partition("-")  # launch/container.py and docker/Dockerfile write it
+    if commit is None and (revision := os.environ.get("SFT_RECIPES_REVISION") or _revision_of_image()):
+        commit, _, changed = revision.partition("-")  # launch/container.py and docker/Dockerfile write it
         return {"commit": commit, "dirty": bool(changed)}
     return {"commit": commit, "dirty": None if status is None else bool(status)}

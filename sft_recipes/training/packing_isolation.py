@@ -1,7 +1,7 @@
-"""Sees on the real model, engine and attention that packed examples do not see each other.
+"""Verifies on the loaded model that packing does not leak attention across examples.
 
-Isolation rests on what a model's code makes of `position_ids`. Models that mix tokens in other ways than attention (a
-convolution, a recurrent state), or whose attention does not read them, let one example see another, and say nothing.
+Isolation depends on how a model's code uses `position_ids`. Models that mix tokens by a convolution or a recurrent
+state, or whose attention ignores them, leak one example into another silently.
 """
 
 from __future__ import annotations
@@ -14,36 +14,36 @@ from accelerate.utils import send_to_device
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import SetupError
 
-_TOKENS = 8  # of each of two examples
-# Logits of the second example when the first is another: the same computation on the same shapes, so the same numbers
-# but for a kernel that sums in another order. A leak moves them by about their own size.
+_TOKENS = 8  # per example
+# Relative change of the second example's logits when the first example changes. The same computation on the same shapes
+# gives the same numbers, up to the order of summation; a leak changes them by about their size.
 _TOLERANCE = 1e-2
 
 
 def check(plan: Plan, trainer: Any) -> float:
-    """How much the second example's logits move when the first example changes, as a share of their size.
+    """Return the relative change of the second example's logits when the first example changes.
 
-    All ranks take part: sharded weights are gathered from each.
+    Collective: call on every rank, since parameters may be sharded.
 
     Raises:
-        SetupError: they move, so packed examples see each other.
+        SetupError: they change, so packed examples attend to each other.
     """
     vocabulary = trainer.model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     first, other, second = torch.randint(0, vocabulary, (3, _TOKENS), generator=generator)
     logits = _logits(trainer, first, second)
-    moved = (logits - _logits(trainer, other, second)).abs().max()
-    share = float(moved / logits.abs().max().clamp(min=1e-6))
-    if not share < _TOLERANCE:
+    difference = (logits - _logits(trainer, other, second)).abs().max()
+    change = float(difference / logits.abs().max().clamp(min=1e-6))
+    if not change < _TOLERANCE:
         raise SetupError(
-            f"model.name_or_path: packed examples see each other in {plan.model} ({type(trainer.model).__name__} does "
-            f"not keep them apart by position_ids: logits move by {share:.0%}); say trainer.packing=false"
+            f"model.name_or_path: packing leaks across examples in {plan.model} ({type(trainer.model).__name__} does "
+            f"not isolate them by position_ids: logits change by {change:.0%}). Set trainer.packing=false"
         )
-    return share
+    return change
 
 
 def _logits(trainer: Any, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Logits of `second` behind `first` in one row, [tokens, vocabulary], fp32."""
+    """Return the logits of `second` after `first` in one row, [tokens, vocabulary], fp32."""
     collated = trainer.data_collator(
         [
             {
@@ -61,5 +61,5 @@ def _logits(trainer: Any, first: torch.Tensor, second: torch.Tensor) -> torch.Te
     with torch.no_grad(), trainer.compute_loss_context_manager():
         logits = model(**inputs, use_cache=False).logits
     model.train(training)
-    found: torch.Tensor = logits[0, -len(second) :].float()
-    return found
+    second_logits: torch.Tensor = logits[0, -len(second) :].float()
+    return second_logits

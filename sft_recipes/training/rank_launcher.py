@@ -2,23 +2,20 @@
 
 Accelerate alone terminates its ranks at a stop signal, whether they have saved or not: one rank at once, several after
 a timeout (torch's agent). It also reports only that a rank failed, not how.
-
-Before it starts several ranks, accelerate checks on `localhost` whether the port is in use, and fails without an
-`/etc/hosts` that defines it (minimal containers). The check is skipped there: the launcher has chosen a free port.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from types import FrameType
 
-from sft_recipes.runtime import heartbeat, library_imports, timeouts
+from sft_recipes.runtime import heartbeat, library_imports
 from sft_recipes.runtime.run_dir import EXIT_FAULT, EXIT_STOPPED, RunDir
+from sft_recipes.training import patches
 
 
 def main() -> None:
@@ -26,18 +23,12 @@ def main() -> None:
     ranks_dir = RunDir(Path(sys.argv[-1]).parent).ranks
     os.environ[heartbeat.LAUNCHER_PID] = str(os.getpid())
     _forward_stop_signals(ranks_dir)
-    with library_imports.swiftly():
-        import accelerate.utils.launch
+    with library_imports.without_garbage_collection():
         from accelerate.commands import launch  # not the command line of all its commands, which imports them all
-        from torch.distributed.elastic.multiprocessing.api import PContext
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # Seconds that torch's agent waits for the other ranks after one has died: 30 by default.
-    PContext.close.__defaults__ = (None, timeouts.OTHER_RANKS_EXIT)
-    try:
-        socket.getaddrinfo("localhost", None)
-    except socket.gaierror:
-        accelerate.utils.launch.is_port_in_use = lambda _port: False
+    patches.shorten_wait_for_other_ranks()
+    patches.skip_port_check_without_localhost()
     try:
         launch.main()
     except ChildFailedError as error:  # of several ranks

@@ -50,7 +50,7 @@ def probe_flash_attention() -> dict[str, Any]:
 
     dtype = torch.bfloat16
     try:
-        return {**attention.errors(attention.flash, "cuda", dtype), "tolerance": attention.TOLERANCES[dtype]}
+        return {**attention.measure_errors(attention.flash, "cuda", dtype), "tolerance": attention.TOLERANCES[dtype]}
     except (ImportError, RuntimeError) as error:  # compiled for another torch, or for other GPUs
         return {"error": " ".join(str(error).split())[:200]}
 

@@ -1,4 +1,4 @@
-"""Reads the headers of weight files (*.safetensors) and publishes fp32 weights in the base model's dtype."""
+"""Copies safetensors files with fp32 weights converted to the base model's dtype."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ INDEX = "model.safetensors.index.json"
 class PublishedCopy:
     """Copies the files of a trained model with fp32 weights converted to the dtypes of the base model's files.
 
-    A weight without a counterpart in the base takes the dtype of most of the base's weights. Nothing is widened: ZeRO
-    saves bf16 whatever the base's dtype is. Only one tensor at a time is in memory.
+    A weight that the base does not have gets the dtype of most of the base's weights. Nothing is widened: ZeRO saves
+    bf16 for any dtype of the base. One tensor at a time is in memory.
     """
 
     def __init__(self, base: Path):
@@ -35,9 +35,9 @@ class PublishedCopy:
         self._default = weights.most_common(1)[0][0]
 
     def __call__(self, source: Path, target: Path) -> None:
-        """Copies one file."""
+        """Copy one file."""
         if source.suffix == ".safetensors" and any(
-            self._published(name, entry) for name, entry in _header(source).items()
+            self._published_dtype(name, entry) for name, entry in _header(source).items()
         ):
             self._copy_weights(source, target)
         elif source.name == "config.json" and self._default in _HALF:
@@ -48,20 +48,20 @@ class PublishedCopy:
             shutil.copyfile(source, target)
         shutil.copymode(source, target)
 
-    def _published(self, name: str, entry: dict[str, Any]) -> str | None:
-        """The dtype to convert a tensor to; None to keep its own."""
-        wanted = self._dtypes.get(name, self._default)
-        return wanted if entry["dtype"] == "F32" and wanted in _HALF else None
+    def _published_dtype(self, name: str, entry: dict[str, Any]) -> str | None:
+        """Return the dtype to convert a tensor to; None to keep it."""
+        dtype = self._dtypes.get(name, self._default)
+        return dtype if entry["dtype"] == "F32" and dtype in _HALF else None
 
     def _layout(self, source: Path) -> dict[str, dict[str, Any]]:
-        """The header of the published file. Wider dtypes come first, so that every tensor is aligned."""
+        """Return the header of the published file. Wider dtypes come first, so that every tensor is aligned."""
         published: dict[str, dict[str, Any]] = {}
         for name, entry in _header(source).items():
             first, end = entry["data_offsets"]
-            half = self._published(name, entry)
+            half = self._published_dtype(name, entry)
             size = (end - first) // 2 if half else end - first
             published[name] = {"dtype": half or entry["dtype"], "shape": entry["shape"], "size": size}
-        width = {name: of["size"] // max(math.prod(of["shape"]), 1) for name, of in published.items()}
+        width = {name: entry["size"] // max(math.prod(entry["shape"]), 1) for name, entry in published.items()}
         offset, layout = 0, {}
         for name in sorted(published, key=lambda name: (-width[name], name)):
             size = published[name].pop("size")
@@ -81,7 +81,7 @@ class PublishedCopy:
                 file.write(tensor.reshape(-1).view(torch.uint8).numpy())
 
     def _with_dtype(self, config: dict[str, Any]) -> dict[str, Any]:
-        """A configuration, and those nested in it, with the dtype of most published weights."""
+        """Return a configuration with the dtype of most published weights, also in nested configurations."""
         name = str(_HALF[self._default]).removeprefix("torch.")
         return {
             key: self._with_dtype(value)
@@ -91,9 +91,9 @@ class PublishedCopy:
         }
 
     def _with_size(self, index: dict[str, Any], folder: Path) -> dict[str, Any]:
-        """An index with the bytes of the published weights."""
+        """Return an index with the size of the published weights."""
         files = {folder / name for name in index["weight_map"].values()}
-        size = sum(max(of["data_offsets"][1] for of in self._layout(file).values()) for file in files)
+        size = sum(max(entry["data_offsets"][1] for entry in self._layout(file).values()) for file in files)
         return {**index, "metadata": {**index["metadata"], "total_size": size}}
 
 
@@ -103,9 +103,9 @@ def _copy_json(source: Path, target: Path, change: Callable[[dict[str, Any]], di
 
 
 def _header(file: Path) -> dict[str, dict[str, Any]]:
-    """The dtype, shape and place of each tensor in a file, without its data."""
-    with file.open("rb") as opened:
-        (length,) = struct.unpack("<Q", opened.read(8))
-        header: dict[str, dict[str, Any]] = json.loads(opened.read(length))
+    """Read the dtype, shape and offsets of each tensor in a file, without its data."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
     header.pop("__metadata__", None)
     return header

@@ -1,11 +1,11 @@
-"""Tracks the memory of one optimizer step of a plan with real shapes, without a GPU and without the memory.
+"""Tracks the memory of one optimizer step of a plan with real shapes, without a GPU and without that memory.
 
 The model is transformers' own, with the plan's adapters or FSDP2 units and TRL's scoring. Its tensors are fake: they
 have shapes, dtypes and storages of the right size, and no data (torch._subclasses.fake_tensor). torch's MemTracker sums
-the storages, rounded up to 512 bytes as CUDA's caching allocator does. Context, NCCL and fragmentation are not seen.
+the storages, rounded up to 512 bytes as CUDA's caching allocator does. Context, NCCL and fragmentation are excluded.
 
-Fake tensors are on the device "cpu", since "cuda" needs a CUDA build. `simulate_cuda` and `_InPlace` make up for what
-the CPU would allocate and a GPU does not, and the other way round; each names its source.
+Fake tensors are on the device "cpu", since "cuda" needs a CUDA build. `simulate_cuda` and `_InPlace` compensate for
+differences in allocation between CPU and GPU; each names its source.
 """
 
 import types
@@ -25,16 +25,16 @@ from sft_recipes.training import attention, lora
 
 
 class _TritonKernel:
-    """TRL's Triton kernels read and write tiles in place, and allocate nothing (trl/kernels/chunked_logprob.py)."""
+    """TRL's Triton kernels read and write in place, and allocate nothing (trl/kernels/chunked_logprob.py)."""
 
     def __getitem__(self, _grid):
         return lambda *_, **__: None
 
 
 class _Scoring:
-    """Scores the supervised positions, all here, picked out of the hidden states as on a GPU.
+    """Scores the supervised positions (all of them), selected from the hidden states as on a GPU.
 
-    There it is `hidden_states[mask]` (trl/trainer/utils.py, `_fused_forward`), whose size depends on data, which fake
+    A GPU computes `hidden_states[mask]` (trl/trainer/utils.py, `_fused_forward`), whose size depends on data, which fake
     tensors do not have. Selecting by index copies as much, forward and backward.
     """
 
@@ -45,7 +45,7 @@ class _Scoring:
 
 
 class _Tracker(MemTracker):
-    """MemTracker without the hooks that tell gradients from other tensors, which fail on frozen weights."""
+    """MemTracker without the hooks that identify gradients, which fail on frozen weights."""
 
     def _track_module_params_and_buffers(self, module, install_grad_hooks=True):
         return super()._track_module_params_and_buffers(module, install_grad_hooks=False)
@@ -69,7 +69,7 @@ class _InPlace(TorchDispatchMode):
 
 
 def simulate_cuda(monkeypatch):
-    """Has TRL and the attention take the paths that they take on a GPU."""
+    """Have TRL and the attention take their GPU code paths."""
     monkeypatch.setattr(chunked_logprob, "_use_triton", lambda _device: True)
     monkeypatch.setattr(chunked_logprob, "_forward_kernel", _TritonKernel())
     monkeypatch.setattr(chunked_logprob, "_backward_kernel", _TritonKernel())
@@ -82,16 +82,16 @@ def simulate_cuda(monkeypatch):
     monkeypatch.setattr(attention, "varlen", _varlen)
 
 
-def _varlen(queries, keys, values, bounds, longest, scale=None):
+def _varlen(queries, keys, values, boundaries, longest, scale=None):
     grouped = queries.shape[1] != keys.shape[1]
     return varlen_attn(
-        queries, keys, values, bounds, bounds, longest, longest,
+        queries, keys, values, boundaries, boundaries, longest, longest,
         scale=scale, window_size=(-1, 0), enable_gqa=grouped,
     )  # fmt: skip
 
 
 def peak_bytes(plan, architecture):
-    """The most that one rank of this plan allocates in an optimizer step, with `simulate_cuda` in force.
+    """Return the peak allocation of one rank in an optimizer step; call `simulate_cuda` before.
 
     Under FSDP2 until the end of the last backward pass: in the optimizer's step, which allocates nothing on a GPU,
     DTensor's sharding propagation would count tensors of global shapes.
@@ -105,14 +105,14 @@ def peak_bytes(plan, architecture):
             model = _prepared(model, plan, mesh)
             trained = [weight for weight in model.parameters() if weight.requires_grad]
             optimizer = torch.optim.AdamW(trained, fused=True)
-            for weight in trained:  # the moments are there from the second step on
+            for weight in trained:  # Adam's moments exist from the second step on
                 weight.grad = torch.zeros_like(weight)
             optimizer.step()
             optimizer.zero_grad()
             ids = torch.zeros(1, tokens, dtype=torch.long)
-            bounds = torch.zeros(plan.per_device_train_batch_size + 1, dtype=torch.int32)
-            batch = {"input_ids": ids, "labels": ids, "position_ids": ids, "cu_seq_lens_q": bounds}
-            batch |= {"cu_seq_lens_k": bounds, "max_length_q": plan.max_length, "max_length_k": plan.max_length}
+            boundaries = torch.zeros(plan.per_device_train_batch_size + 1, dtype=torch.int32)
+            batch = {"input_ids": ids, "labels": ids, "position_ids": ids, "cu_seq_lens_q": boundaries}
+            batch |= {"cu_seq_lens_k": boundaries, "max_length_q": plan.max_length, "max_length_k": plan.max_length}
             tracker = _Tracker()
             tracker.track_external(model, optimizer)
             with tracker, _InPlace(output_layer):
@@ -132,19 +132,19 @@ def peak_bytes(plan, architecture):
 
 
 def _without_storage(plan, architecture):
-    """The model with the plan's adapters, on the device "meta"."""
+    """Return the model with the plan's adapters, on the device "meta"."""
     frozen = plan.method != "full"
     with torch.device("meta"):
         config = transformers.AutoConfig.for_model(**architecture)
         dtype = torch.bfloat16 if frozen else torch.float32
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         if frozen:
-            model = peft.get_peft_model(model, lora.configuration(plan, Path("model")))
+            model = peft.get_peft_model(model, lora.make_lora_config(plan, Path("model")))
     return model
 
 
 def _prepared(model, plan, mesh):
-    """The model with storage of fake tensors, as the trainer prepares it."""
+    """Return the model with storage of fake tensors, as the trainer prepares it."""
     body = model.get_base_model() if plan.method != "full" else model
     model.to_empty(device="cpu")
     body.tie_weights()
@@ -160,7 +160,7 @@ def _prepared(model, plan, mesh):
 
 
 def _mesh(ranks):
-    """Ranks of which only this one exists; collectives do nothing."""
+    """Return a mesh of ranks of which only this one exists; collectives do nothing."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -169,7 +169,7 @@ def _mesh(ranks):
 
 
 def _sharded(model, mesh):
-    """The model in accelerate's FSDP2 units, by accelerate_configs/fsdp2.yaml and training/engine.py."""
+    """Return the model in accelerate's FSDP2 units, by accelerate_configs/fsdp2.yaml and training/patches.py."""
     from accelerate.utils import FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
     from torch.distributed.fsdp import MixedPrecisionPolicy

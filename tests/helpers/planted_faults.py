@@ -14,7 +14,7 @@ def nan_loss(run):
     run.state, run.until = "diverged", 0.401
     run.manifest["diverged"] = {
         "step": 400,
-        "what": "NaN/Inf loss",
+        "reason": "NaN/Inf loss",
         "loss": "NaN",
         "grad_norm": 3.1,
         "rows": ["my.jsonl:17", "my.jsonl:18"],

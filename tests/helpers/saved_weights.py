@@ -1,4 +1,4 @@
-"""Weights of a saved model, and whether two models hold the same bits."""
+"""Loads the weights of a saved model, and compares two models bit for bit."""
 
 import torch
 from safetensors.torch import load_file

@@ -174,7 +174,7 @@ def deepspeed(plan: Plan, config: Any, file: str) -> dict[str, Any]:
 
 def main(place: Path) -> dict[str, Any]:
     os.environ["DS_ACCELERATOR"] = "cuda"
-    from sft_recipes.training import trainer  # first: bitsandbytes does not load where CUDA is only simulated
+    from sft_recipes.training import sft_config, trainer  # noqa: F401  bitsandbytes does not load with simulated CUDA
 
     simulate()
     results: dict[str, Any] = {}
@@ -182,7 +182,7 @@ def main(place: Path) -> dict[str, Any]:
         plan, folder = case.plan(), RunDir(place / str(number))
         folder.path.mkdir()
         launched = launch(plan, folder, case.node)
-        config = trainer.sft_config(plan, folder)
+        config = sft_config.make_sft_config(plan, folder)
         results[case.name] = {"launch": launched, "arguments": arguments(config)}
         if plan.parallelism.startswith("zero"):
             file = launched["environment"]["ACCELERATE_DEEPSPEED_CONFIG_FILE"]

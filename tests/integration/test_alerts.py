@@ -15,7 +15,7 @@ from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Topology
 from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.training.callbacks import alerts
-from sft_recipes.training.nan_guard import DivergedError, NanGuard, What
+from sft_recipes.training.nan_guard import DivergedError, Divergence, NanGuard
 
 
 class Ranks:
@@ -36,7 +36,7 @@ def make_nan_guard(tmp_path, deepspeed=False, skipped=False):
     )
     trainer = SimpleNamespace(
         accelerator=Ranks(), is_deepspeed_enabled=deepspeed, state=SimpleNamespace(global_step=4),
-        order_of_step={4: [1, 0], 3: [0, 1]}.__getitem__,
+        rows_of_step={4: [1, 0], 3: [0, 1]}.__getitem__,
     )  # fmt: skip
     trainer.accelerator.optimizer_step_was_skipped = skipped
     return NanGuard(plan, tmp_path, torch.nn.Linear(1, 1)), trainer
@@ -46,23 +46,23 @@ def make_nan_guard(tmp_path, deepspeed=False, skipped=False):
 def test_nan_guard_stops_on_non_finite_gradients(tmp_path, norm):
     """DeepSpeed reports -1."""
     watch, trainer = make_nan_guard(tmp_path)
-    watch.saw(trainer, torch.tensor(1.5))
-    with pytest.raises(DivergedError, match="the gradients are no numbers") as raised:
-        watch.gradients(trainer, torch.tensor(norm))
-    assert raised.value.what.step == 5 and raised.value.what.rows == ["a.jsonl:2", "a.jsonl:1"]
+    watch.check_loss(trainer, torch.tensor(1.5))
+    with pytest.raises(DivergedError, match="the gradients are NaN or Inf") as raised:
+        watch.check_gradients(trainer, torch.tensor(norm))
+    assert raised.value.divergence.step == 5 and raised.value.divergence.rows == ["a.jsonl:2", "a.jsonl:1"]
 
 
 def test_nan_guard_stops_on_step_skipped_by_deepspeed(tmp_path):
     watch, trainer = make_nan_guard(tmp_path, deepspeed=True, skipped=True)
-    watch.saw(trainer, torch.tensor(1.5))
-    with pytest.raises(DivergedError, match="the gradients are no numbers"):
-        watch.gradients(trainer, 0.7)
+    watch.check_loss(trainer, torch.tensor(1.5))
+    with pytest.raises(DivergedError, match="the gradients are NaN or Inf"):
+        watch.check_gradients(trainer, 0.7)
 
 
 def test_stop_names_rows_of_the_applied_step(tmp_path):
     watch, trainer = make_nan_guard(tmp_path)
-    watch.saw(trainer, torch.tensor(9.5))
-    what = watch.stopped_by_guard(trainer, "loss spike: 9.5").what
+    watch.check_loss(trainer, torch.tensor(9.5))
+    what = watch.stop_by_alert(trainer, "loss spike: 9.5").divergence
     assert (what.step, what.applied, what.loss, what.rows) == (4, True, 9.5, ["a.jsonl:1", "a.jsonl:2"])
 
 
@@ -80,8 +80,8 @@ def test_resume_compares_with_earlier_log_lines(tmp_path):
 
 def test_nan_guard_accepts_finite_values(tmp_path):
     watch, trainer = make_nan_guard(tmp_path)
-    watch.saw(trainer, torch.tensor(1.5))
-    watch.gradients(trainer, torch.tensor(0.7))
+    watch.check_loss(trainer, torch.tensor(1.5))
+    watch.check_gradients(trainer, torch.tensor(0.7))
     assert (watch.loss, watch.grad_norm) == (1.5, pytest.approx(0.7))
 
 
@@ -101,10 +101,10 @@ def make_callback(tmp_path, *overrides, steps=400):
     plan = dataclasses.replace(plan, warmup_steps=20, optimizer_steps=steps)
     callback = alerts.AlertCallback(plan, RunDir(tmp_path))
     watch = SimpleNamespace(loss=0.0, grad_norm=1.0)
-    watch.stopped_by_guard = lambda trainer, what: DivergedError(
-        What(trainer.step, what, watch.loss, watch.grad_norm, ["a.jsonl:9"], applied=True)
+    watch.stop_by_alert = lambda trainer, what: DivergedError(
+        Divergence(trainer.step, what, watch.loss, watch.grad_norm, ["a.jsonl:9"], applied=True)
     )
-    callback.trainer = SimpleNamespace(watch=watch)
+    callback.trainer = SimpleNamespace(nan_guard=watch)
     lines = Lines()
     alerts.log.handlers = [lines]
     return callback, lines.printed
@@ -115,8 +115,8 @@ def feed(callback, losses, norms=None, logging_steps=1, **logged):
     arguments = SimpleNamespace(logging_steps=logging_steps)
     for step, loss in enumerate(losses, start=1):
         state = SimpleNamespace(global_step=step, max_steps=len(losses), is_world_process_zero=True, log_history=[])
-        callback.trainer.watch.loss = loss
-        callback.trainer.watch.grad_norm = norms[step - 1] if norms else 1.0
+        callback.trainer.nan_guard.loss = loss
+        callback.trainer.nan_guard.grad_norm = norms[step - 1] if norms else 1.0
         callback.trainer.step = step
         callback.on_step_end(arguments, state, None)
         line = {"loss": loss, **{key: values[step - 1] for key, values in logged.items()}}
@@ -174,7 +174,7 @@ def test_stop_on_stops_the_run(tmp_path, rule):
     callback, _ = make_callback(tmp_path, f"monitor.stop_on=[{rule}]")
     with pytest.raises(DivergedError, match=rule.replace("_", " ")) as raised:
         feed(callback, losses, norms)
-    what = raised.value.what
+    what = raised.value.divergence
     assert what.step == {"loss_spike": 251, "exploding_gradients": 310}[rule]
     assert what.applied and what.rows == ["a.jsonl:9"], "rows of the last applied step"
 
@@ -239,7 +239,7 @@ def test_invalid_threshold_is_rejected(workplace, override, message):
 @pytest.mark.parametrize("flat", [False, True], ids=["batch of rows", "one flat row"])
 def test_nan_guard_finds_examples_in_either_layout(flat):
     """Two packed rows of 5 and 4 tokens; the loss of the second row's first example (2 tokens) is NaN."""
-    from sft_recipes.training.nan_guard import _of_row, _of_the_row
+    from sft_recipes.training.nan_guard import _mask_of_row, _places_in_row
 
     rows = [
         {"input_ids": [0] * 5, "source": ["a:1", "a:2"], "seq_lengths": [3, 2]},
@@ -247,8 +247,8 @@ def test_nan_guard_finds_examples_in_either_layout(flat):
     ]
     broken = torch.zeros(1, 8, dtype=torch.bool) if flat else torch.zeros(2, 4, dtype=torch.bool)
     broken[(0, 5) if flat else (1, 0)] = True
-    examples = [_of_row(rows[place], _of_the_row(broken, rows, [0, 1], 0, place)) for place in (0, 1)]
+    examples = [_places_in_row(rows[place], _mask_of_row(broken, rows, [0, 1], 0, place)) for place in (0, 1)]
     assert examples == [[], ["a:3"]]
     alone = torch.zeros(1, 4, dtype=torch.bool)
     alone[0, 3] = True
-    assert _of_row(rows[0], _of_the_row(alone, rows, [0], 0, 0)) == ["a:2"], "a micro-batch of one row"
+    assert _places_in_row(rows[0], _mask_of_row(alone, rows, [0], 0, 0)) == ["a:2"], "a micro-batch of one row"

@@ -144,7 +144,7 @@ def test_a_model_whose_files_lack_a_weight_is_never_trained_on_random_numbers(wo
     from sft_recipes.config import loader
     from sft_recipes.planner import plan as plans
     from sft_recipes.runtime.errors import UserError
-    from sft_recipes.training.main import load_model
+    from sft_recipes.training.model import load_model
 
     shutil.copytree(model_folder, workplace.path / "model")
     file = workplace.path / "model" / "model.safetensors"
@@ -155,7 +155,7 @@ def test_a_model_whose_files_lack_a_weight_is_never_trained_on_random_numbers(wo
     line = check_refused_late(
         done, "the weights of ./model lack model.layers.1.mlp.* and 2 more, which would be random"
     )
-    assert "bring the whole model" in line
+    assert "Use a complete copy of the model" in line
     file.write_bytes(file.read_bytes()[:1000])
     plan = plans.resolve(loader.load("tiny", [*MODEL, f"model.name_or_path={file.parent}"]), plans.Topology(0, 1))
     with pytest.raises(UserError, match="model cannot be loaded"):

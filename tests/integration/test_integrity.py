@@ -18,7 +18,7 @@ from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Topology
 from sft_recipes.runtime.errors import TrainingError
 from sft_recipes.runtime.run_dir import RunDir
-from sft_recipes.training import attention, stop_signal
+from sft_recipes.training import attention, dataset, sft_config, stop_signal
 from sft_recipes.training import trainer as trainers
 from sft_recipes.training.checkpoint import checkpoint_format
 from sft_recipes.training.integrity import data_order, fingerprint, replica_check
@@ -45,22 +45,22 @@ def begin(tmp_path, model_folder, tokenizer):
         if packing:
             columns["seq_lengths"] = [[2, len(row) - 2] for row in ids]
         rows = Dataset.from_dict(columns)
-        validation, passes = trainers.validation_in_passes(
+        validation, passes = dataset.split_into_passes(
             rows.select([0, 1]), {"rows": 2}, plan.per_device_train_batch_size
         )
         model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-        way = attention.settle(plan, model)
+        way = attention.select(plan, model)
         return trainers.RecipeTrainer(
             plan,
             passes,
             {},
             folder.path,
             model=model,
-            args=trainers.sft_config(plan, folder),
+            args=sft_config.make_sft_config(plan, folder),
             train_dataset=rows,
             eval_dataset=validation,
             processing_class=tokenizer,
-            data_collator=trainers.collator(plan, tokenizer.pad_token_id, way.name),
+            data_collator=dataset.make_collator(plan, tokenizer.pad_token_id, way.name),
         )
 
     return make
@@ -159,12 +159,12 @@ def test_rows_hash_does_not_depend_on_micro_batches_or_workers(begin, more, pack
     assert (subject.integrity.data_order.steps, subject.state.global_step) == (10, 10)
     by_hand = data_order.DataOrderCheck(subject._get_train_sampler().order, 4, 5)
     for step in range(10):
-        by_hand.record_batches([{data_order.ROW: torch.tensor(subject.order_of_step(step)[::-1])}])
+        by_hand.record_batches([{data_order.ROW: torch.tensor(subject.rows_of_step(step)[::-1])}])
     by_hand.check_pending()
     assert subject.integrity.data_order.rows_hash == by_hand.rows_hash != ""
 
 
-class FaultySampler(trainers.EffectiveBatchSampler):
+class FaultySampler(dataset.EffectiveBatchSampler):
     """A sampler with a fault in its second epoch."""
 
     def __init__(self, real, fault):

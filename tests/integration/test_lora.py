@@ -1,4 +1,4 @@
-"""Adapters: what is saved, what merging gives, and what bitsandbytes does to 4-bit weights on some CPUs."""
+"""Adapters: saved files, losses per source, merging, and loading for generation."""
 
 import json
 import shutil
@@ -10,7 +10,6 @@ from helpers.workplace import SHORT, manifest, metrics
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from sft_recipes.config import loader
 from sft_recipes.data.toy import toy_dataset
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.memory import NF4_BYTES
@@ -31,16 +30,16 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def adapted(shared_workplace, few_rows, tmp_path_factory):
-    """A LoRA run in fp32, on two sources, with rows that it should not forget."""
+    """A LoRA run in fp32, on two sources, with a retention eval set."""
     others = tmp_path_factory.mktemp("rows") / "others.jsonl"
     others.write_text("".join(json.dumps(row) + "\n" for row in toy_dataset.rows(100, True)), encoding="utf-8")
-    words = (*SHORT, SMALL, *ADAPTERS, f"data.train=[{few_rows}, {others}]", f"data.retention_eval={others}")
-    return shared_workplace.trained("tiny", "--name", "lora", *words)
+    overrides = (*SHORT, SMALL, *ADAPTERS, f"data.train=[{few_rows}, {others}]", f"data.retention_eval={others}")
+    return shared_workplace.trained("tiny", "--name", "lora", *overrides)
 
 
 @pytest.fixture(scope="module")
 def quantized(shared_workplace, few_rows):
-    """A QLoRA run, evaluated in its middle."""
+    """A QLoRA run, evaluated after half its steps."""
     return shared_workplace.trained(
         "tiny",
         "--name",
@@ -54,31 +53,31 @@ def quantized(shared_workplace, few_rows):
     )
 
 
-def test_final_holds_adapters_alone_and_what_generation_needs(adapted):
-    held = {path.name for path in (adapted / "final").iterdir()}
-    assert {"adapter_model.safetensors", "adapter_config.json", "generation_config.json", "tokenizer.json"} <= held
-    assert not held & {"model.safetensors", "training_args.bin", "README.md"}
+def test_final_has_adapters_tokenizer_and_generation_config(adapted):
+    files = {path.name for path in (adapted / "final").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "generation_config.json", "tokenizer.json"} <= files
+    assert not files & {"model.safetensors", "training_args.bin", "README.md"}
     saved = load_file(adapted / "final" / "adapter_model.safetensors")
     assert len(saved) == 2 * 7 * 2 and all(tensor.dtype == torch.float32 for tensor in saved.values())
     plan = json.loads((adapted / "plan.json").read_text())
     assert plan["trained_parameters"] == sum(tensor.numel() for tensor in saved.values())
 
 
-def test_each_source_has_a_validation_loss_of_its_own(adapted):
+def test_each_source_has_a_validation_loss(adapted):
     prepared = json.loads((adapted / "prepared.json").read_text())
     counted = json.loads((Path(prepared["folder"]) / "details.json").read_text())["sources"]["validation"]
-    tokens = {one["name"]: one["supervised_tokens"] for one in counted}
+    tokens = {source["name"]: source["supervised_tokens"] for source in counted}
     assert tokens.keys() == {"few", "others"} and min(tokens.values()) > 0
     evaluated = [line for line in metrics(adapted) if "eval_loss" in line]
     assert evaluated
     for line in evaluated:
-        weighted = sum(line[f"eval_{name}_loss"] * many for name, many in tokens.items()) / sum(tokens.values())
+        weighted = sum(line[f"eval_{name}_loss"] * count for name, count in tokens.items()) / sum(tokens.values())
         assert line["eval_loss"] == pytest.approx(weighted, rel=1e-6)
         assert line["eval_few_loss"] != line["eval_others_loss"]
     assert "(few " in (adapted / "log.txt").read_text()
 
 
-def test_what_the_model_should_not_forget_is_measured_before_and_after_and_decides_nothing(adapted):
+def test_retention_loss_is_measured_before_and_after(adapted):
     lines = [line for line in metrics(adapted) if "eval_retention_loss" in line]
     assert lines[0]["step"] == 0 and lines[-1]["step"] == manifest(adapted)["steps"] > 0
     assert len({line["eval_retention_loss"] for line in lines}) == len(lines)
@@ -86,14 +85,14 @@ def test_what_the_model_should_not_forget_is_measured_before_and_after_and_decid
     assert "epoch 0.00  eval_loss " in (adapted / "log.txt").read_text()
 
 
-def answers(folder):
-    """The logits of a few tokens from a folder, in plain transformers."""
+def logits_of(folder):
+    """Return the logits of a few tokens from a folder, in plain transformers."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         return model(input_ids=torch.arange(40)[None]).logits
 
 
-def test_the_merged_model_says_what_the_adapted_one_says(shared_workplace, adapted):
+def test_merged_model_has_logits_of_adapted_model(shared_workplace, adapted):
     done = shared_workplace.sft("merge", "lora")
     assert done.returncode == 0 and "merged" in done.stdout, done.stderr
     merged = load_file(adapted / "merged" / "model.safetensors")
@@ -101,12 +100,12 @@ def test_the_merged_model_says_what_the_adapted_one_says(shared_workplace, adapt
     assert merged.keys() == base.keys()
     changed = [name for name in merged if not torch.equal(merged[name], base[name])]
     assert len(changed) == 2 * 7 and all("_proj" in name for name in changed)
-    torch.testing.assert_close(answers(adapted / "merged"), answers(adapted / "final"), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_of(adapted / "merged"), logits_of(adapted / "final"), rtol=1e-4, atol=1e-4)
     base_folder = json.loads((adapted / "prepared.json").read_text())["model"]
-    assert (answers(adapted / "final") - answers(base_folder)).abs().max() > 0.1, "the adapters do something"
+    assert (logits_of(adapted / "final") - logits_of(base_folder)).abs().max() > 0.1, "the adapters have no effect"
 
 
-def test_a_merged_4_bit_run_is_one_plain_16_bit_model(quantized):
+def test_merged_qlora_run_is_a_bf16_model(quantized):
     assert manifest(quantized)["dtypes"]["frozen"] == "nf4" and manifest(quantized)["dtypes"]["weights"] == "fp32"
     merge_adapters.merge(RunDir(quantized))
     merged = load_file(quantized / "merged" / "model.safetensors")
@@ -115,10 +114,10 @@ def test_a_merged_4_bit_run_is_one_plain_16_bit_model(quantized):
     assert "quantization_config" not in config
 
 
-def test_generate_answers_on_the_4_bit_base_that_was_trained_on(quantized, capsys):
+def test_generate_uses_the_4_bit_base(quantized, capsys):
     from bitsandbytes.nn import Linear4bit
 
-    model = generate.load(plans.read(quantized / "plan.json"), RunDir(quantized))
+    model = generate.load_final_model(plans.read(quantized / "plan.json"), RunDir(quantized))
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     assert len(layers) == 2 * 7 and model.get_input_embeddings().weight.dtype == torch.bfloat16
     ids = torch.arange(40)[None]
@@ -126,17 +125,17 @@ def test_generate_answers_on_the_4_bit_base_that_was_trained_on(quantized, capsy
         adapted = model(input_ids=ids).logits
         with model.disable_adapter():
             base = model(input_ids=ids).logits
-    assert (adapted - base).abs().max() > 0.1, "the adapters do something"
+    assert (adapted - base).abs().max() > 0.1, "the adapters have no effect"
     assert generate.main(RunDir(quantized), ["Please add: 1 + 1"]) == 0
     assert capsys.readouterr().out.endswith("\n")
 
 
-def test_the_memory_that_generate_and_merge_need_is_counted_without_loading(adapted, quantized):
+def test_memory_of_generate_and_merge_is_counted_without_loading(adapted, quantized):
     """Weights of 2 layers of 4 x 64 x 64 and 3 x 64 x 128, embeddings and output layer of 512 x 64, and five norms."""
     linear, embeddings, norms = 2 * (4 * 64 * 64 + 3 * 64 * 128), 2 * 512 * 64, 5 * 64
     for run, loaded in ((adapted, 4 * (linear + embeddings + norms)), (quantized, None)):
         plan = plans.read(run / "plan.json")
-        size = lora.base_size(lora.base_folder(plan, RunDir(run)), False)
+        size = lora.measure_base(lora.find_base_folder(plan, RunDir(run)), False)
         assert size == lora.BaseSize(linear + embeddings + norms, linear, 64 * 128)
         assert size.loaded_bytes(plan) == (loaded or int(2 * (embeddings + norms) + NF4_BYTES * linear))
     whole = lora.BaseSize(70_553_706_496, 68_451_041_280, 28672 * 8192)  # Llama 3.3 70B
@@ -144,7 +143,7 @@ def test_the_memory_that_generate_and_merge_need_is_counted_without_loading(adap
     assert whole.merging_bytes(plan) / GIB == pytest.approx(167.9, abs=0.1)
 
 
-def test_a_merge_that_does_not_fit_the_hosts_memory_is_rejected_before_loading(adapted, tmp_path, monkeypatch):
+def test_merge_is_rejected_if_host_memory_is_too_small(adapted, tmp_path, monkeypatch):
     limit = tmp_path / "memory.max"
     limit.write_text(str(GIB // 2))
     monkeypatch.setattr(env, "_MEMORY_LIMITS", (limit,))
@@ -162,8 +161,8 @@ def test_a_merge_that_does_not_fit_the_hosts_memory_is_rejected_before_loading(a
         (68, (79, 79), "auto"),
     ],
 )  # fmt: skip
-def test_a_model_goes_to_one_gpu_that_holds_it_else_to_all_else_to_the_cpu(needed, free, device_map):
-    assert generate.placement(needed * GIB, [gpu * GIB for gpu in free], 200 * GIB) == device_map
+def test_device_map_is_one_gpu_all_gpus_or_cpu(needed, free, device_map):
+    assert generate.choose_device_map(needed * GIB, [gpu * GIB for gpu in free], 200 * GIB) == device_map
 
 
 @pytest.mark.parametrize(
@@ -173,73 +172,19 @@ def test_a_model_goes_to_one_gpu_that_holds_it_else_to_all_else_to_the_cpu(neede
         ((), r"found 100\.0 GiB of host memory, expected 131\.0 GiB"),
     ],
 )
-def test_a_model_that_no_device_holds_is_rejected_with_what_it_needs(free, message):
+def test_model_that_fits_no_device_is_rejected(free, message):
     with pytest.raises(UserError, match=message):
-        generate.placement(131 * GIB, [gpu * GIB for gpu in free], 100 * GIB)
+        generate.choose_device_map(131 * GIB, [gpu * GIB for gpu in free], 100 * GIB)
 
 
-def test_a_from_scratch_base_that_is_gone_is_named(adapted, tmp_path):
+def test_missing_from_scratch_base_is_named(adapted, tmp_path):
     shutil.copytree(adapted, tmp_path / "run")
     prepared = tmp_path / "run" / "prepared.json"
     prepared.write_text(json.dumps({**json.loads(prepared.read_text()), "model": str(tmp_path / "gone")}))
     with pytest.raises(UserError, match=f"the base model of run is gone: found no {tmp_path / 'gone'}"):
-        lora.base_folder(plans.read(adapted / "plan.json"), RunDir(tmp_path / "run"))
+        lora.find_base_folder(plans.read(adapted / "plan.json"), RunDir(tmp_path / "run"))
 
 
-def test_a_run_that_trained_the_whole_model_is_not_merged(short_run):
+def test_full_fine_tuning_run_is_not_merged(short_run):
     with pytest.raises(UserError, match="short has no adapters: full fine-tuning"):
         merge_adapters.merge(RunDir(short_run))
-
-
-def test_saved_adapters_hold_no_embeddings_and_saving_asks_no_hub(model_folder, tmp_path, monkeypatch):
-    """peft itself does both for a base of the Hub: once its embeddings grew, and at every save."""
-    from peft import get_peft_model
-    from peft.utils import save_and_load
-
-    plan = plans.resolve(loader.load("tiny", ("lora.r=2",)), plans.Topology(gpus=0, processes=1))
-
-    def asked_by(prepare):
-        asked = []
-        monkeypatch.setattr(save_and_load, "check_file_exists_on_hf_hub", lambda name, _file: asked.append(name))
-        model = AutoModelForCausalLM.from_pretrained(model_folder)
-        model.resize_token_embeddings(384)
-        model.name_or_path = "some/model"
-        adapted = get_peft_model(model, lora.configuration(plan, model_folder))
-        prepare(adapted)
-        adapted.save_pretrained(tmp_path)
-        return asked
-
-    assert asked_by(lambda _model: None) == ["some/model"], "peft asks no more: save_adapters_alone is needed no more"
-    assert asked_by(lambda model: lora.save_adapters_alone(model, plan)) == []
-    assert all(".lora_" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
-
-
-def gradient(layer):
-    inputs = torch.linspace(-1, 1, 128).repeat(2, 1).requires_grad_()
-    layer(inputs).square().sum().backward()
-    return inputs.grad
-
-
-def test_an_evaluation_leaves_4_bit_weights_as_they_were_trained():
-    """Fails where `disable_cpu_repack` is not called, on a CPU with AVX512-BF16; and says when it is needed no more."""
-    import bitsandbytes
-
-    from sft_recipes.training.lora import disable_cpu_repack
-
-    def layer():
-        torch.manual_seed(0)
-        made = bitsandbytes.nn.Linear4bit(128, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-        return made.to("cpu").train()
-
-    def after_an_evaluation(subject):
-        with torch.no_grad():
-            subject.eval()(torch.ones(1, 128))
-        return gradient(subject.train())
-
-    kept, untouched = layer(), layer()
-    repacks = untouched.support_avx512bf16_for_cpu
-    right = gradient(layer())
-    disable_cpu_repack(torch.nn.Sequential(kept))
-    assert torch.equal(after_an_evaluation(kept), right)
-    if repacks:
-        assert after_an_evaluation(untouched) is None, "bitsandbytes is mended: disable_cpu_repack is needed no more"

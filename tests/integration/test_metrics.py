@@ -170,10 +170,12 @@ def test_attended_counts_by_example_length(lengths):
         [[p for length in row for p in range(length)] for row in lengths if sum(row) == sum(lengths[0])]
     )
     expected = sum(length * (length + 1) // 2 for row in lengths if sum(row) == sum(lengths[0]) for length in row)
-    assert int(throughput.attended({"position_ids": positions})) == expected
+    assert int(throughput.count_attended_pairs({"position_ids": positions})) == expected
     alone = [length for row in lengths for length in row]
     mask = torch.tensor([[1] * length + [0] * (max(alone) - length) for length in alone])
-    assert int(throughput.attended({"attention_mask": mask})) == sum(length * (length + 1) // 2 for length in alone)
+    assert int(throughput.count_attended_pairs({"attention_mask": mask})) == sum(
+        length * (length + 1) // 2 for length in alone
+    )
 
 
 class OneRank:
@@ -190,10 +192,10 @@ def test_mfu_and_hfu(checkpointing):
     plan = plans.resolve(recipe, Topology(gpus=1, processes=1, gpu_type="h100-80g"))
     architecture = recipe.model.architecture
     meter = throughput.ThroughputMeter(plan, architecture, 989e12, torch.device("cpu"))
-    meter.step_begins()
-    meter.saw([{"input_ids": torch.zeros(1, 2048), "position_ids": torch.arange(2048)[None]}], 1024)
-    meter._began -= 0.25
-    meter.step_ends()
+    meter.begin_step()
+    meter.add_batches([{"input_ids": torch.zeros(1, 2048), "position_ids": torch.arange(2048)[None]}], 1024)
+    meter._step_start -= 0.25
+    meter.end_step()
     values = meter.read(OneRank(), 2048)
     seconds = values["step_seconds"]
     layers, output, attention = 32 * 218_103_808, 525_336_576, 2 * 32 * 4096 * 2049
@@ -221,9 +223,9 @@ def test_flops_agree_with_trl():
 
 
 def test_slowest_rank_and_lag():
-    assert throughput._lag([1.0, 1.5, 1.0, 1.0]) == {"slowest_rank": 1, "rank_lag": pytest.approx(0.5)}
-    assert throughput._lag([2.0, 1.0]) == {"slowest_rank": 0, "rank_lag": pytest.approx(1.0)}
-    assert throughput._lag([2.0]) == {}
+    assert throughput._rank_lag([1.0, 1.5, 1.0, 1.0]) == {"slowest_rank": 1, "rank_lag": pytest.approx(0.5)}
+    assert throughput._rank_lag([2.0, 1.0]) == {"slowest_rank": 0, "rank_lag": pytest.approx(1.0)}
+    assert throughput._rank_lag([2.0]) == {}
 
 
 def test_data_wait_fraction():
@@ -234,18 +236,18 @@ def test_data_wait_fraction():
 
     plan = plans.resolve(loader.load("tiny"), Topology(gpus=0, processes=1))
     meter = throughput.ThroughputMeter(plan, {}, None, torch.device("cpu"))
-    meter.step_begins()
-    assert list(meter.waiting(slow())) == [0, 1, 2]
+    meter.begin_step()
+    assert list(meter.time_batches(slow())) == [0, 1, 2]
     time.sleep(0.15)
-    meter.step_ends()
+    meter.end_step()
     assert 0.3 < meter.read(OneRank(), 10)["data_wait_fraction"] < 0.7
 
 
 def test_host_memory_is_of_this_process():
     plan = plans.resolve(loader.load("tiny"), Topology(gpus=0, processes=1))
     meter = throughput.ThroughputMeter(plan, {}, None, torch.device("cpu"))
-    meter.step_begins()
-    meter.step_ends()
+    meter.begin_step()
+    meter.end_step()
     pages = int(Path(f"/proc/{os.getpid()}/statm").read_text().split()[1])
     resident = pages * os.sysconf("SC_PAGE_SIZE")
     assert meter.read(OneRank(), 1)["host_memory_bytes"] == pytest.approx(resident, rel=0.1)

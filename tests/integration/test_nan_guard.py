@@ -1,9 +1,9 @@
-"""A run whose loss is no number: stopped on all ranks before the step, with the row that it came from."""
+"""A NaN loss stops every rank before the optimizer step and names its row."""
 
-from helpers.poisoned_model import check_that_it_stops
+from helpers.poisoned_model import check_nan_stops_run, poisoned_model
+
+__all__ = ["poisoned_model"]  # a fixture
 
 
-def test_a_loss_that_is_no_number_stops_all_ranks_before_the_step_and_names_the_row(
-    workplace, poisoned_model, write_rows
-):
-    check_that_it_stops(workplace, poisoned_model, write_rows, "ddp", 2, "false")
+def test_nan_loss_stops_every_rank_and_names_row(workplace, poisoned_model, write_rows):
+    check_nan_stops_run(workplace, poisoned_model, write_rows, "ddp", 2, "false")

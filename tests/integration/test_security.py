@@ -246,7 +246,7 @@ def hostile(model_folder, tmp_path):
 def test_model_directory_code_does_not_run(hostile):
     """Not through its tokenizer, generation, attention (CVE-2026-4372), or pickled weights."""
     from sft_recipes.data import model_files
-    from sft_recipes.training.main import load_model
+    from sft_recipes.training.model import load_model
 
     folder, ran = hostile
     plan = plans.resolve(loader.load("tiny", [*MODEL, f"model.name_or_path={folder}"]), Topology(0, 1))

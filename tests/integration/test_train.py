@@ -1,7 +1,5 @@
 """Small real runs of the tiny recipe: files of a run, names, interruption and resume."""
 
-import dataclasses
-import inspect
 import json
 import os
 import shutil
@@ -18,7 +16,7 @@ from helpers.workplace import HANG_SECONDS, REPOSITORY, SHORT, manifest, metrics
 
 from sft_recipes.config import loader
 from sft_recipes.planner import plan as plans
-from sft_recipes.runtime import library_imports, run_dir
+from sft_recipes.runtime import run_dir
 
 
 def test_run_directory_is_complete(short_run):
@@ -207,54 +205,17 @@ def metrics_so_far(run):
     return [line for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
 
 
-def test_rank_imports_only_what_its_plan_uses(monkeypatch):
-    """Also fails if a new version of a library needs one of the others."""
+def test_libraries_stay_importable_and_objects_frozen_after_import():
+    """No library is hidden from models with remote code."""
     code = (
-        "import gc, sys; from sft_recipes.config import loader; from sft_recipes.planner import plan; from sft_recipes.runtime import library_imports; "
-        "made = plan.resolve(loader.load('tiny'), plan.Topology(gpus=0, processes=1)); "
-        "swiftly = library_imports.swiftly(); swiftly.__enter__(); library_imports.leave_out_what_is_not_used(made); "
-        "import sft_recipes.training.trainer; swiftly.__exit__(None, None, None); "
-        "print([name for name in ('bitsandbytes', 'peft', 'wandb') if sys.modules.get(name)], "
-        "'torch._inductor.compile_fx' in sys.modules, gc.isenabled(), gc.get_freeze_count() > 100_000)"
+        "import gc, importlib; from sft_recipes.runtime import library_imports\n"
+        "with library_imports.without_garbage_collection():\n    import sft_recipes.training.trainer\n"
+        "print([importlib.import_module(name).__name__ for name in ('bitsandbytes', 'peft', 'wandb')], "
+        "gc.isenabled(), gc.get_freeze_count() > 100_000)"
     )
-    environment = {**os.environ, "REPORT_TO": "tensorboard", "PYTHONPATH": str(REPOSITORY)}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.split("\n")[-2] == "[] False True True", done.stdout + done.stderr
-
-    left_out = {}
-    monkeypatch.setattr(library_imports.sys, "modules", left_out)
-    tiny = loader.load("tiny")
-    for reporters, method, expected in (("wandb", "full", {"bitsandbytes", "peft"}), ("none", "qlora", {"wandb"})):
-        left_out.clear()
-        monkeypatch.setenv("REPORT_TO", reporters)
-        plan = dataclasses.replace(plans.resolve(tiny, plans.Topology(gpus=0, processes=1)), method=method)
-        library_imports.leave_out_what_is_not_used(plan)
-        assert left_out == dict.fromkeys(expected)
-
-
-def test_deepspeed_muon_is_compiled_at_its_first_call():
-    """Also fails if DeepSpeed stops importing torch's compiler."""
-    code = (
-        "import inspect, sys, torch; from sft_recipes.runtime import library_imports; library_imports.deepspeed(); "
-        "from deepspeed.runtime.zero.muon import original_muon as muon; "
-        "from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as stage3; "
-        "print('@compiler.compile()' in inspect.getsource(muon), 'import MuonWithAuxAdam' in inspect.getsource(stage3)); "
-        "print('torch._inductor.compile_fx' in sys.modules); "
-        "torch.compile = lambda function: print('compiled:', function.__name__) or function; "
-        "[muon.zeropower_via_newtonschulz5(torch.eye(2), 1) for _ in range(2)]"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.splitlines()[-3:] == ["True True", "False", "compiled: zeropower_via_newtonschulz5"], (
-        done.stdout + done.stderr
-    )
-
-
-def test_accelerate_checks_the_port_on_localhost():
-    """Why training/rank_launcher.py replaces the check; fails if accelerate changes it."""
-    from accelerate.utils.launch import is_port_in_use
-
-    assert '"localhost"' in inspect.getsource(is_port_in_use)
+    assert done.stdout.split("\n")[-2] == "['bitsandbytes', 'peft', 'wandb'] True True", done.stdout + done.stderr
 
 
 def test_retention_keeps_three_best_and_earlier_step_wins_ties(tmp_path):
@@ -312,9 +273,9 @@ def test_ranks_must_match_the_plan():
 
     plan = plans.resolve(loader.load("tiny"), plans.Topology(gpus=0, processes=2))
     check_ranks(plan, 2, {})
-    with pytest.raises(UserError, match="1 ranks were started where the plan has 2"):
+    with pytest.raises(UserError, match="ranks: found 1, expected 2 as in the plan"):
         check_ranks(plan, 1, {})
-    with pytest.raises(UserError, match="started DeepSpeed where the plan has parallelism ddp"):
+    with pytest.raises(UserError, match="found a launch with DeepSpeed, expected ddp as in the plan"):
         check_ranks(plan, 2, {"ACCELERATE_USE_DEEPSPEED": "true"})
 
 
@@ -324,7 +285,7 @@ def test_ranks_need_as_many_cores():
 
     for ranks, allowed, there in ((8, 64, 64), (8, 8, 64), (4, 2, 2), (1, 1, 64)):
         check_cores(ranks, allowed, there)
-    with pytest.raises(UserError, match="8 ranks may run on 1 of this node's 64 cores; .*SRUN_CPUS_PER_TASK"):
+    with pytest.raises(UserError, match="cores: found 1 of 64 for 8 ranks of this node. .*SRUN_CPUS_PER_TASK"):
         check_cores(8, 1, 64)
 
 

@@ -4,7 +4,6 @@ A run of two ranks is interrupted several times in different ways, and must end 
 """
 
 import dataclasses
-import inspect
 import os
 import re
 import shutil
@@ -32,7 +31,6 @@ from sft_recipes.runtime.errors import UserError
 from sft_recipes.runtime.heartbeat import Failure, Heartbeat
 from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.training import rank_heartbeat
-from sft_recipes.training.deepspeed_ops import HeldByTheKernel
 
 STEPS = 30
 SMALL = (
@@ -410,38 +408,6 @@ def test_stop_request_between_two_commands_is_honored(tmp_path):
         touched = tmp_path / "touched"
         result = process_group.run([shutil.which("touch"), str(touched)], os.environ, stop_request)
     assert result.code == 75 and not touched.exists()
-
-
-def test_torch_agent_waits_30_seconds_by_default():
-    """Why training/rank_launcher.py changes this default; fails if torch changes it."""
-    from torch.distributed.elastic.multiprocessing.api import PContext
-
-    names = PContext.close.__code__.co_varnames[: PContext.close.__code__.co_argcount]
-    assert names == ("self", "death_sig", "timeout") and PContext.close.__defaults__ == (None, 30)
-
-
-def test_killed_build_releases_its_lock(tmp_path):
-    """DeepSpeed compiles at its first use; torch's own lock is a file that a killed build leaves."""
-    killed = subprocess.run(
-        [sys.executable, "-c", "import os, signal, sys\n"
-         "from sft_recipes.training.deepspeed_ops import HeldByTheKernel\n"
-         "assert HeldByTheKernel(sys.argv[1]).try_acquire()\n"
-         "os.kill(os.getpid(), signal.SIGKILL)", str(tmp_path / "lock")],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, check=False,
-    )  # fmt: skip
-    assert killed.returncode == -signal.SIGKILL
-    first, second = HeldByTheKernel(str(tmp_path / "lock")), HeldByTheKernel(str(tmp_path / "lock"))
-    assert first.try_acquire() and not second.try_acquire()
-    first.release()
-    second.wait()
-
-
-def test_torch_build_lock_is_a_plain_file():
-    """Why training/deepspeed_ops.py replaces it; fails if torch uses a lock that the kernel releases."""
-    from torch.utils import cpp_extension
-
-    assert "FileBaton(" in inspect.getsource(cpp_extension._jit_compile)
-    assert "O_EXCL" in inspect.getsource(cpp_extension.FileBaton.try_acquire)
 
 
 def test_shutdown_timeout_covers_a_large_save(tmp_path, monkeypatch):

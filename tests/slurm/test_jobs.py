@@ -286,5 +286,5 @@ def test_make_slurm_submits_and_prints_the_output_of_the_job(
 ) -> None:
     assert make_slurm.returncode == 0, make_slurm.stdout + make_slurm.stderr
     assert re.search(r"submitted; output: /\S+/slurm/logs/sft-tiny-\d+.out", make_slurm.stdout)
-    assert "trained    llama, built from scratch" in make_slurm.stdout
+    assert "trained      llama, built from scratch" in make_slurm.stdout
     assert manifest(uninterrupted)["state"] == "finished"

@@ -1,4 +1,4 @@
-"""Under every engine a bf16 base model gives a bf16 final/, converted from the fp32 weights of the best step."""
+"""A bf16 base model gives a bf16 final/, converted from the weights of the best step, under each strategy."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 
 @pytest.mark.parametrize(
-    ("engine", "precision", "trained"),
+    ("strategy", "precision", "trained"),
     [
         ("ddp", "bf16", torch.float32),
         ("fsdp2", "bf16", torch.float32),
@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM
     ],
 )
 def test_final_has_the_dtype_of_the_base_model(
-    shared_workplace, model_folder, few_rows, tmp_path, engine, precision, trained
+    shared_workplace, model_folder, few_rows, tmp_path, strategy, precision, trained
 ):
     base = tmp_path / "base"
     shutil.copytree(model_folder, base)
     AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).save_pretrained(base)
     run = shared_workplace.trained(
-        "tiny", "--name", f"published-{engine}", "--gpus", "0", "--processes", "2", f"parallelism={engine}",
+        "tiny", "--name", f"published-{strategy}", "--gpus", "0", "--processes", "2", f"parallelism={strategy}",
         f"precision={precision}", "model.from_scratch=false", "model.architecture={}", f"model.name_or_path={base}",
         f"data.train={few_rows}", *SHORT,
     )  # fmt: skip

@@ -1,7 +1,7 @@
-"""A loss that is no number, under each engine; `make test` has DDP."""
+"""A NaN loss under each strategy; tests/integration has DDP."""
 
 import pytest
-from helpers.poisoned_model import check_that_it_stops, poisoned_model
+from helpers.poisoned_model import check_nan_stops_run, poisoned_model
 from helpers.workplace import needs_compiler
 
 __all__ = ["poisoned_model"]  # a fixture
@@ -9,7 +9,7 @@ __all__ = ["poisoned_model"]  # a fixture
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("engine", "processes", "packing"),
+    ("strategy", "processes", "packing"),
     [
         ("single", 1, "true"),
         ("zero2", 2, "false"),
@@ -17,7 +17,5 @@ __all__ = ["poisoned_model"]  # a fixture
         ("fsdp2", 2, "true"),
     ],
 )
-def test_a_loss_that_is_no_number_stops_the_run_under_every_engine(
-    workplace, poisoned_model, write_rows, engine, processes, packing
-):
-    check_that_it_stops(workplace, poisoned_model, write_rows, engine, processes, packing)
+def test_nan_loss_stops_run_under_strategy(workplace, poisoned_model, write_rows, strategy, processes, packing):
+    check_nan_stops_run(workplace, poisoned_model, write_rows, strategy, processes, packing)

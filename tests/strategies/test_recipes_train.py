@@ -1,4 +1,4 @@
-"""Every shipped recipe is run, not only parsed: its architecture shrunk to two thin layers, under its own engine."""
+"""Every shipped recipe trains, with its architecture shrunk to two thin layers, under its own strategy."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from sft_recipes.data.toy import toy_dataset
 pytestmark = needs_compiler
 
 NAMES = [name for name in loader.names() if name != "tiny"]
-# A vocabulary of its own, thin layers, and multiples of 64, which 4-bit blocks want; the rest is the recipe's.
+# A small vocabulary and thin layers, in multiples of 64 for 4-bit blocks; all else is the recipe's.
 THIN = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -24,7 +24,7 @@ THIN = {
 }
 
 
-def shrunk(recipe):
+def shrink(recipe):
     architecture = {**recipe.model.architecture, **THIN, "max_position_embeddings": 512}
     grouped = recipe.model.architecture["num_key_value_heads"] < recipe.model.architecture["num_attention_heads"]
     architecture["num_key_value_heads"] = 2 if grouped else 4
@@ -32,24 +32,24 @@ def shrunk(recipe):
     return architecture
 
 
-def test_there_is_a_recipe_of_every_size():
+def test_recipes_cover_every_size():
     assert NAMES == ["1b", "3b", "7b", "8b", "8b-lora", "8b-qlora", "13b", "32b", "70b", "70b-lora", "70b-qlora"]
 
 
 @pytest.fixture(scope="session")
 def rows(shared_workplace):
-    """1,500 conversations: each architecture prepares its own."""
+    """1,500 conversations; each architecture prepares them separately."""
     file = shared_workplace.path / "for-recipes.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in toy_dataset.rows(1500, held_out=False)))
     return file
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_recipe_trains_three_steps_under_its_own_engine(shared_workplace, rows, name):
+def test_recipe_trains_three_steps(shared_workplace, rows, name):
     recipe = loader.load(name)
     run = shared_workplace.trained(
         name, "--name", name, "--gpus", "0", "--processes", "2", "model.name_or_path=", "model.from_scratch=true",
-        f"model.architecture={json.dumps(shrunk(recipe))}", f"data.train={rows}",
+        f"model.architecture={json.dumps(shrink(recipe))}", f"data.train={rows}",
         "data.validation=toy:validation", "data.max_eval_samples=50", "trainer.max_length=256",
         "trainer.max_steps=3", "trainer.logging_steps=1", "trainer.eval_steps=2", "trainer.save_steps=2",
         "generation.show=0",
@@ -65,12 +65,14 @@ def test_the_recipe_trains_three_steps_under_its_own_engine(shared_workplace, ro
     batch = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"] * 2
     assert batch == plan["effective_batch_size"]
     losses = [line["loss"] for line in metrics(run) if "loss" in line]
-    assert len(losses) == 3 and all(abs(loss - math.log(THIN["vocab_size"])) < 0.5 for loss in losses), "no guess"
+    assert len(losses) == 3 and all(abs(loss - math.log(THIN["vocab_size"])) < 0.5 for loss in losses), (
+        "not the loss of random weights"
+    )
     if recipe.lora:
         adapters = load_file(run / "final" / "adapter_model.safetensors")
-        assert all(tensor.abs().sum() > 0 for tensor in adapters.values()), "B starts at zero, and was trained"
+        assert all(tensor.abs().sum() > 0 for tensor in adapters.values()), "B starts at zero"
     else:
-        started = load_file(json.loads((run / "prepared.json").read_text())["model"] + "/model.safetensors")
-        ended = load_file(run / "final" / "model.safetensors")
-        moved = [name for name in started if not torch.equal(started[name].to(ended[name].dtype), ended[name])]
-        assert len(moved) > len(started) / 2, "weights that were trained"
+        before = load_file(json.loads((run / "prepared.json").read_text())["model"] + "/model.safetensors")
+        after = load_file(run / "final" / "model.safetensors")
+        changed = [name for name in before if not torch.equal(before[name].to(after[name].dtype), after[name])]
+        assert len(changed) > len(before) / 2

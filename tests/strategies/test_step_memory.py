@@ -1,7 +1,7 @@
-"""The plan's memory against one optimizer step on fake tensors of the real shapes, within 2%.
+"""The plan's memory forecast against one optimizer step on fake tensors of the real shapes, within 2%.
 
-This compares the forecast with what torch, transformers, peft, accelerate and TRL allocate; not with a GPU, whose
-driver, context, NCCL and fragmentation the plan's reserve stands for.
+This compares the forecast with the allocations of torch, transformers, peft, accelerate and TRL; the plan's reserve
+covers the driver, context, NCCL and fragmentation of a GPU.
 """
 
 import pytest
@@ -12,7 +12,7 @@ from sft_recipes.planner import memory
 from sft_recipes.planner import plan as plans
 
 GIB = 2**30
-# Recipe, GPUs, overrides, and decoder layers where not all are needed to see every phase of a step.
+# Recipe, GPUs, overrides, and number of decoder layers if fewer show every phase of a step.
 CASES = {
     "1b": ("1b", 1, (), None),
     "3b": ("3b", 1, (), None),
@@ -20,13 +20,13 @@ CASES = {
     "8b, LoRA": ("8b-lora", 1, ("batch.max_per_device_batch_size=2",), 3),
     "8b, FSDP2": ("8b", 8, ("parallelism=fsdp2",), 8),
 }
-ON_ONE_GPU = ("1b", "3b", "8b")
+ONE_GPU = ("1b", "3b", "8b")
 
 
 @pytest.mark.parametrize(
-    ("name", "checkpointing"), [*((name, "true") for name in CASES), *((name, "false") for name in ON_ONE_GPU)]
+    ("name", "checkpointing"), [*((name, "true") for name in CASES), *((name, "false") for name in ONE_GPU)]
 )
-def test_the_peak_of_a_step_is_within_two_percent_of_the_plan(monkeypatch, name, checkpointing):
+def test_step_peak_is_within_two_percent_of_plan(monkeypatch, name, checkpointing):
     recipe_name, gpus, overrides, layers = CASES[name]
     recipe = loader.load(recipe_name, (*overrides, f"trainer.gradient_checkpointing={checkpointing}"))
     plan = plans.resolve(recipe, plans.Topology(gpus, gpus, gpu_type="h200-141g"))

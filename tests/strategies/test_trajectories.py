@@ -66,7 +66,7 @@ def test_cpu_adam_resumes_exactly_after_any_step():
                 adam.load_state_dict(state)
                 wrapped = SimpleNamespace(optimizer=SimpleNamespace(optimizer=adam))
                 if counting:
-                    strategy.count_up_again(SimpleNamespace(is_deepspeed_enabled=True, model_wrapped=wrapped))
+                    strategy.restore_cpu_adam_steps(SimpleNamespace(is_deepspeed_enabled=True, model_wrapped=wrapped))
             weight.grad = torch.randn(1000, generator=chance)
             adam.step()
         return weight.detach()

@@ -22,7 +22,7 @@ MAY_USE = {
     "pyarrow": ("data/",),
     "accelerate": ("training/", "sanity/", "tools/"),
     "deepspeed": ("training/",),
-    "trl": ("training/trainer.py",),
+    "trl": ("training/trainer.py", "training/dataset.py", "training/sft_config.py", "training/patches.py"),
     "numpy": ("data/", "training/", "sanity/"),
     "rich": ("training/callbacks/",),
     "matplotlib": ("monitor/",),

@@ -89,7 +89,7 @@ NO_KERNEL = "CUDA error: no kernel image is available for execution on the devic
 @pytest.fixture
 def gpu(monkeypatch):
     """A simulated GPU of compute capability 12.0; kernels run on the CPU instead."""
-    measure = attention.errors
+    measure = attention.measure_errors
     monkeypatch.setattr(
         attention, "errors", lambda kernel, device, dtype, width=64: measure(kernel, "cpu", dtype, width)
     )

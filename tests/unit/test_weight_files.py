@@ -1,4 +1,4 @@
-"""The published model has the base model's dtype; everything else about it is what was trained."""
+"""`final/` has the base model's dtype, and the trained weights."""
 
 import json
 import shutil
@@ -17,8 +17,8 @@ from sft_recipes.training.checkpoint import checkpoint_format
 from sft_recipes.training.weight_files import PublishedCopy
 
 
-def folder_of(path, tensors, **more):
-    """A model folder of one file per dictionary of tensors, with an index where there are several."""
+def write_model(path, tensors, **more):
+    """Write a model folder with one file per dictionary of tensors, and an index."""
     path.mkdir()
     files = {f"model-{number}.safetensors": of for number, of in enumerate(tensors)}
     for name, of in files.items():
@@ -32,14 +32,14 @@ def folder_of(path, tensors, **more):
     return path
 
 
-def published(base, source, target):
+def publish(base, source, target):
     target.mkdir()
     checkpoint_format.copy_model(source, target, PublishedCopy(base))
     return {name: tensor for file in target.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def test_each_fp32_weight_gets_the_dtype_that_it_has_in_the_base(tmp_path):
-    """`scale` is fp32 in the base too, `new` is not in it; `half` and `ids` are not fp32 to begin with."""
+def test_fp32_weights_get_the_dtype_of_the_base(tmp_path):
+    """`scale` is fp32 in the base too, `new` is not in it; `half` and `ids` are not fp32 before."""
     torch.manual_seed(0)
     trained = [
         {"layer": torch.randn(3, 5), "scale": torch.randn(7), "one": torch.tensor(2.5)},
@@ -47,8 +47,8 @@ def test_each_fp32_weight_gets_the_dtype_that_it_has_in_the_base(tmp_path):
     ]
     base = {"layer": torch.zeros(3, 5), "one": torch.tensor(0.0), "half": torch.zeros(3)}
     base = {**{name: tensor.bfloat16() for name, tensor in base.items()}, "scale": torch.zeros(7)}
-    source = folder_of(tmp_path / "source", trained, text_config={"dtype": "float32", "vocab_size": 4})
-    result = published(folder_of(tmp_path / "base", [base]), source, tmp_path / "final")
+    source = write_model(tmp_path / "source", trained, text_config={"dtype": "float32", "vocab_size": 4})
+    result = publish(write_model(tmp_path / "base", [base]), source, tmp_path / "final")
     everything = {**trained[0], **trained[1]}
     dtypes = dict.fromkeys(("layer", "one", "new", "half"), torch.bfloat16)
     dtypes |= {"scale": torch.float32, "ids": torch.int64}
@@ -64,12 +64,12 @@ def test_each_fp32_weight_gets_the_dtype_that_it_has_in_the_base(tmp_path):
 @pytest.mark.parametrize(
     ("base", "trained"), [("float32", "float32"), ("float32", "bfloat16"), ("float16", "bfloat16"), ("bfloat16",) * 2]
 )
-def test_nothing_is_widened_and_what_needs_no_change_is_copied_byte_for_byte(tmp_path, base, trained):
-    """ZeRO saves bf16 whatever the base is."""
-    held = folder_of(tmp_path / "base", [{"layer": torch.zeros(3, 5, dtype=getattr(torch, base))}])
-    source = folder_of(tmp_path / "source", [{"layer": torch.ones(3, 5, dtype=getattr(torch, trained))}])
+def test_nothing_is_widened_and_unchanged_files_are_copied(tmp_path, base, trained):
+    """ZeRO saves bf16 for any base."""
+    base_folder = write_model(tmp_path / "base", [{"layer": torch.zeros(3, 5, dtype=getattr(torch, base))}])
+    source = write_model(tmp_path / "source", [{"layer": torch.ones(3, 5, dtype=getattr(torch, trained))}])
     (source / "config.json").write_text(json.dumps({"dtype": trained}))
-    published(held, source, tmp_path / "final")
+    publish(base_folder, source, tmp_path / "final")
     for name in ("model-0.safetensors", "config.json"):
         content = [(folder / name).read_bytes() for folder in (source, tmp_path / "final")]
         assert json.loads(content[0]) == json.loads(content[1]) if name == "config.json" else content[0] == content[1]
@@ -77,7 +77,7 @@ def test_nothing_is_widened_and_what_needs_no_change_is_copied_byte_for_byte(tmp
 
 @pytest.fixture(scope="module")
 def bf16_base(model_folder, tmp_path_factory):
-    """The small model in bf16, as pretrained models are published."""
+    """The small model in bf16, as pretrained models are."""
     folder = tmp_path_factory.mktemp("models") / "bf16"
     shutil.copytree(model_folder, folder)
     AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).save_pretrained(folder)
@@ -87,8 +87,13 @@ def bf16_base(model_folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def fine_tuned(shared_workplace, bf16_base, few_rows):
     """That model, fully fine-tuned on one process: fp32 weights under bf16 autocast."""
-    words = ("model.from_scratch=false", "model.architecture={}", f"model.name_or_path={bf16_base}", "precision=bf16")
-    return shared_workplace.trained_once("fine-tuned", *words, *SHORT, f"data.train={few_rows}")
+    overrides = (
+        "model.from_scratch=false",
+        "model.architecture={}",
+        f"model.name_or_path={bf16_base}",
+        "precision=bf16",
+    )
+    return shared_workplace.trained_once("fine-tuned", *overrides, *SHORT, f"data.train={few_rows}")
 
 
 def held_out_loss(model, run):
@@ -107,7 +112,7 @@ def held_out_loss(model, run):
     return total / tokens
 
 
-def test_final_is_published_in_the_base_models_dtype_and_checkpoints_stay_fp32(fine_tuned):
+def test_final_has_dtype_of_base_and_checkpoints_stay_fp32(fine_tuned):
     best = f"best-{manifest(fine_tuned)['best_step']}"
     final = load_file(fine_tuned / "final" / "model.safetensors")
     trained = load_file(fine_tuned / best / "model.safetensors")
@@ -126,7 +131,7 @@ def test_final_is_published_in_the_base_models_dtype_and_checkpoints_stay_fp32(f
     )
 
 
-def test_the_held_out_loss_of_the_published_model_is_that_of_the_fp32_model(fine_tuned):
+def test_final_has_held_out_loss_of_the_fp32_model(fine_tuned):
     def loss(name):
         return held_out_loss(AutoModelForCausalLM.from_pretrained(fine_tuned / name, dtype=torch.float32), fine_tuned)
 
@@ -135,8 +140,8 @@ def test_the_held_out_loss_of_the_published_model_is_that_of_the_fp32_model(fine
     assert trained == pytest.approx(manifest(fine_tuned)["best_eval_loss"], rel=0.02), "measured on the same rows"
 
 
-def test_the_published_model_answers_in_its_dtype(fine_tuned, capsys):
-    plan_dtype = generate.load(*plan_of(fine_tuned)).dtype
+def test_generate_loads_final_in_its_dtype(fine_tuned, capsys):
+    plan_dtype = generate.load_final_model(*plan_of(fine_tuned)).dtype
     assert plan_dtype == torch.bfloat16
     assert generate.main(RunDir(fine_tuned), ["How much is 1 and 1?"]) == 0
     assert capsys.readouterr().out.endswith("\n")

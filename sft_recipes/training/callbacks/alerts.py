@@ -46,7 +46,7 @@ class AlertCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Apply the rules of single optimizer steps."""
-        values = {"loss": self.trainer.watch.loss, "grad_norm": self.trainer.watch.grad_norm}
+        values = {"loss": self.trainer.nan_guard.loss, "grad_norm": self.trainer.nan_guard.grad_norm}
         self._report(state, self.steps.add(state.global_step, values))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
@@ -67,7 +67,7 @@ class AlertCallback(TrainerCallback):
             self._record(state, alert)
             if alert.rule in self.plan.sections.monitor.stop_on:
                 reason = f"{alert.rule.replace('_', ' ')}: {alert.evidence}"
-                raise self.trainer.watch.stopped_by_guard(self.trainer, reason)
+                raise self.trainer.nan_guard.stop_by_alert(self.trainer, reason)
 
     def _record(self, state: Any, alert: Alert) -> None:
         if state.is_world_process_zero:

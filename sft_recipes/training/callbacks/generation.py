@@ -40,7 +40,9 @@ class GenerationCallback(TrainerCallback):
             return
         model, tokenizer = self.trainer.accelerator.unwrap_model(self.trainer.model), self.trainer.processing_class
         with self.trainer.compute_loss_context_manager():
-            answered = completions.answer(model, tokenizer, self.prompts, 0, self.max_new_tokens, self.stop_token_ids)
+            answered = completions.complete_prompts(
+                model, tokenizer, self.prompts, 0, self.max_new_tokens, self.stop_token_ids
+            )
         samples = [
             {
                 "step": state.global_step,
@@ -48,7 +50,7 @@ class GenerationCallback(TrainerCallback):
                 "reference": prompt.answer,
                 "completion": completion,
             }
-            for prompt, completion in zip(self.prompts, answered.said, strict=True)
+            for prompt, completion in zip(self.prompts, answered.texts, strict=True)
         ]
         for sample in samples:
             append(self.folder.samples, sample)

@@ -113,6 +113,6 @@ class IntegrityCallback(TrainerCallback):
         fingerprints: list[dict[str, str]] = gather_object([fingerprint.of_rank(self.trainer)])
         if state.is_world_process_zero:
             line = {"step": state.global_step, "saved": saved, "resumed_from": self._resumed_from}
-            line |= {"loss": self.trainer.watch.loss, "rows_hash": self.data_order.rows_hash}
+            line |= {"loss": self.trainer.nan_guard.loss, "rows_hash": self.data_order.rows_hash}
             append(self.folder.integrity_log, {**line, "fingerprints": fingerprints})
         return fingerprints

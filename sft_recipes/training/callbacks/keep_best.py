@@ -49,7 +49,7 @@ class RetentionCallback(TrainerCallback):
             return
         log.info("saved %s in %.1f s", self.folder.checkpoint(state.global_step).name, writer.save_seconds)
         with writer.collect_write_errors():  # the checkpoint is complete; this line reveals the loss of all of them
-            manifest.note(self.folder, saved_step=state.global_step)
+            manifest.update(self.folder, saved_step=state.global_step)
         save = {"save_seconds": round(writer.save_seconds, 3), "save_bytes": writer.expected_bytes}
         tokens = {"supervised_tokens_seen": self.trainer.supervised_tokens_seen}
         append(self.folder.metrics, {"step": state.global_step, **save, **tokens})

@@ -33,7 +33,7 @@ class MetricsCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stop the step's clock on every rank, after the collective in callbacks/graceful_stop.py."""
-        self.trainer.meter.step_ends()
+        self.trainer.meter.end_step()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Append one line: the step and all numbers."""

@@ -27,9 +27,9 @@ class StrategyCheckCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Check the model on every rank, since each rank prepares its own."""
         dtypes = strategy.check(self.plan, self.trainer)
-        strategy.count_up_again(self.trainer)
+        strategy.restore_cpu_adam_steps(self.trainer)
         if state.is_world_process_zero:
-            manifest.note(self.folder, dtypes=dtypes)
+            manifest.update(self.folder, dtypes=dtypes)
         if self.plan.packing:
             packing_isolation.check(self.plan, self.trainer)
 

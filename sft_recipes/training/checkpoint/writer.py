@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -151,24 +150,6 @@ class CheckpointWriter:
             self.expected_bytes = sum(file["bytes"] for file in files.values())
         self.save_seconds = time.perf_counter() - started
         return None
-
-    def patch_deepspeed(self, engine: Any) -> None:
-        """Collect write errors in DeepSpeed's checkpoint engine, which has barriers between its writes.
-
-        Its recovery script (`zero_to_fp32.py`) is not copied: the checkpoint has the model's weights.
-        """
-        if getattr(engine, "_sft_collects_write_errors", False):
-            return
-        write = engine.checkpoint_engine.save
-
-        def save(*args: Any, **kwargs: Any) -> None:
-            with self.collect_write_errors():
-                write(*args, **kwargs)
-
-        engine.checkpoint_engine.save = save
-        engine._copy_recovery_script = lambda _path: None
-        engine.save_checkpoint = functools.partial(engine.save_checkpoint, save_latest=False)
-        engine._sft_collects_write_errors = True
 
     def _create_partial(self, partial: Path, expected_bytes: int) -> None:
         """Create an empty directory on a disk with enough space."""

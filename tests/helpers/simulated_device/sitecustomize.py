@@ -34,11 +34,11 @@ def simulate(run):
         device.write("build")
         return build(*arguments)
 
-    def leave(leave):
+    def exit_process(exit_process):
         device.write("exit")
-        leave()
+        exit_process()
 
-    for wrapper in (begin, build, leave):
+    for wrapper in (begin, build, exit_process):
         original = getattr(run, wrapper.__name__)
         setattr(run, wrapper.__name__, functools.partial(wrapper, original))
 

@@ -1,0 +1,255 @@
+"""Every change to a library's code or private state, with its reason and the condition for its removal.
+
+`apply` patches the process, `apply_to_process_group` and `apply_to_trainer` what exists only later. `rank_launcher`
+applies its own two. tests/unit/test_patches.py fails once a library no longer needs its patch. Heavy libraries are
+imported inside the functions: the launcher imports this module before torch.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import importlib
+import os
+import socket
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from sft_recipes.planner.plan import Plan
+from sft_recipes.runtime import timeouts
+
+_LOGITS_CHUNK = 32_768  # TRL's default, in columns
+
+
+def apply(plan: Plan) -> None:
+    """Patch this process for a plan; call once, before the trainer's arguments are built."""
+    if plan.strategy.deepspeed:
+        defer_muon_compilation()
+        lock_builds_with_flock()
+
+
+def apply_to_process_group(plan: Plan) -> None:
+    """Patch accelerate's state; call after the process group exists and before the trainer is built."""
+    if plan.strategy.fsdp and not plan.uses_gpu:
+        enable_fsdp2_on_cpu()
+
+
+def apply_to_trainer(plan: Plan, trainer: Any) -> None:
+    """Patch TRL for a trainer's model, the model itself and accelerate's FSDP plugin."""
+    score_supervised_positions_only()
+    limit_logits_chunk(trainer.model.config.get_text_config().vocab_size)
+    disable_cpu_repack(trainer.model)
+    if plan.method != "full":
+        save_adapters_without_embeddings(trainer.model)
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plan.precision == "bf16":
+        reduce_gradients_in_fp32(plugin)
+
+
+def score_supervised_positions_only() -> None:
+    """Have TRL compute logits at supervised positions only on a CPU too, as it does on CUDA.
+
+    Changes: `trl.trainer.utils._use_triton`, used there to choose the positions only; the kernels use their own.
+    Source: trl/trainer/utils.py, `_fused_forward` ("Elsewhere … every position is scored instead").
+    Versions: trl 1.16. Without it scoring takes a quarter of a step of the tiny recipe.
+    Remove when: `_fused_forward` scores only valid positions on a CPU.
+    """
+    import trl.trainer.utils
+
+    trl.trainer.utils._use_triton = lambda _device: True
+
+
+def limit_logits_chunk(vocabulary_size: int) -> None:
+    """Have TRL allocate a chunk of logits no wider than the vocabulary.
+
+    Changes: `trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE`.
+    Source: trl/kernels/chunked_logprob.py, which allocates [positions, chunk size] for any vocabulary.
+    Versions: trl 1.16.
+    Remove when: the kernel limits the chunk to the vocabulary.
+    """
+    import trl.trainer.utils
+
+    trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = min(_LOGITS_CHUNK, vocabulary_size)
+
+
+def defer_muon_compilation() -> None:
+    """Import DeepSpeed with Muon's functions compiled at their first call instead of at import.
+
+    Every ZeRO optimizer imports Muon, to test whether it is one, and that imports torch's compiler: over 1 s per rank.
+    Changes: `deepspeed.runtime.compiler.compile`, while `original_muon` is imported.
+    Source: deepspeed/runtime/zero/muon/original_muon.py (`@compiler.compile()`), imported by zero/stage3.py.
+    Versions: deepspeed 0.19.
+    Remove when: importing deepspeed.runtime.zero.stage3 does not import torch._inductor.
+    """
+    compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
+    original = compiler.compile
+    compiler.compile = lambda: _compile_at_first_call
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = original
+
+
+def _compile_at_first_call(function: Callable[..., Any]) -> Callable[..., Any]:
+    torch: Any = importlib.import_module("torch")
+
+    @functools.cache
+    def compiled() -> Callable[..., Any]:
+        return torch.compile(function)  # type: ignore[no-any-return]
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return compiled()(*args, **kwargs)
+
+    return call
+
+
+class FlockBaton:
+    """Replacement for `torch.utils.file_baton.FileBaton`: the process that holds the lock builds, the others wait."""
+
+    def __init__(self, lock_file_path: str, *_: object, **__: object):
+        self._descriptor = os.open(f"{lock_file_path}.held", os.O_RDWR | os.O_CREAT, 0o600)
+
+    def try_acquire(self) -> bool:
+        """Return whether this process builds."""
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def wait(self) -> None:
+        """Wait until the process that builds has finished or exited."""
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        self.release()
+
+    def release(self) -> None:
+        """Release the lock."""
+        os.close(self._descriptor)
+
+
+def lock_builds_with_flock() -> None:
+    """Have torch lock extension builds with flock, which the kernel releases when the process exits.
+
+    torch's lock is a file. A killed builder leaves it, and every later start waits for it indefinitely.
+    Changes: `torch.utils.cpp_extension.FileBaton`.
+    Source: https://github.com/pytorch/pytorch/issues/189245
+    Versions: torch 2.13 and earlier; fixed by https://github.com/pytorch/pytorch/pull/190543.
+    Remove when: `FileBaton.try_acquire` no longer creates its file with O_EXCL.
+    """
+    import torch.utils.cpp_extension
+
+    torch.utils.cpp_extension.FileBaton = FlockBaton
+
+
+def enable_fsdp2_on_cpu() -> None:
+    """Have accelerate use FSDP2 over gloo; torch's `fully_shard` supports it.
+
+    accelerate reads the FSDP settings only for MULTI_GPU, and silently uses DDP for MULTI_CPU.
+    Changes: `accelerate.PartialState._shared_state["distributed_type"]`.
+    Source: accelerate/state.py, `AcceleratorState.__init__`.
+    Versions: accelerate 1.15.
+    Remove when: `AcceleratorState` reads ACCELERATE_USE_FSDP for MULTI_CPU too.
+    """
+    from accelerate import DistributedType, PartialState
+
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def reduce_gradients_in_fp32(plugin: Any) -> None:
+    """Have FSDP2 compute in bf16 and reduce gradients in fp32.
+
+    Changes: `mixed_precision_policy` of accelerate's FSDP plugin, after accelerate has set it.
+    Source: accelerate/utils/dataclasses.py, `FullyShardedDataParallelPlugin.set_mixed_precision`: reduces in bf16 too.
+    Versions: accelerate 1.15.
+    Remove when: accelerate's configuration files can set the reduce dtype.
+    """
+    import torch
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
+def disable_cpu_repack(model: Any) -> None:
+    """Have bitsandbytes keep the layout of 4-bit weights on a CPU.
+
+    On CPUs with AVX512-BF16, Linear4bit repacks them at the first evaluation, and no gradient passes through them in
+    any later step: adapters below the last layers then silently train on the gradient of the residual stream only.
+    Changes: `support_avx512bf16_for_cpu` of the model's Linear4bit modules.
+    Source: bitsandbytes/nn/modules.py, `Linear4bit.forward`, since
+        https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1804
+    Versions: bitsandbytes 0.50.
+    Remove when: a gradient passes through Linear4bit on such a CPU after an evaluation.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+
+
+def save_adapters_without_embeddings(model: Any) -> None:
+    """Keep the frozen embeddings out of saved adapters, and every save off the network.
+
+    peft looks up the base model's vocabulary on the Hub, at `main`, at each save. It would also save embeddings that a
+    new padding token enlarged, which then fit no base model.
+    Changes: `save_pretrained` of this model: `save_embedding_layers=False` instead of "auto".
+    Source: peft/utils/save_and_load.py, `get_peft_model_state_dict`.
+    Versions: peft 0.21.
+    Remove when: the Trainer passes `save_embedding_layers`, or peft's "auto" asks no Hub.
+    """
+    model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
+
+
+def tolerate_disk_errors(engine: Any, tolerated: Callable[[], AbstractContextManager[None]]) -> None:
+    """Have a DeepSpeed engine save inside a context that catches disk errors, without its extra files.
+
+    DeepSpeed waits for all ranks between its writes, so a rank that raises leaves the others waiting. The checkpoint
+    has the model's weights already, so it needs no `zero_to_fp32.py`; `latest` is written with the other files.
+    Changes: the engine's `checkpoint_engine.save`, `_copy_recovery_script` and `save_checkpoint`.
+    Source: deepspeed/runtime/engine.py, `save_checkpoint` and `_save_zero_checkpoint`.
+    Versions: deepspeed 0.19.
+    Remove when: the Trainer passes `save_latest`, and DeepSpeed synchronizes the ranks after a failed write.
+    """
+    if getattr(engine, "_tolerates_disk_errors", False):
+        return
+    write = engine.checkpoint_engine.save
+
+    def save(*args: Any, **kwargs: Any) -> None:
+        with tolerated():
+            write(*args, **kwargs)
+
+    engine.checkpoint_engine.save = save
+    engine._copy_recovery_script = lambda _path: None
+    engine.save_checkpoint = functools.partial(engine.save_checkpoint, save_latest=False)
+    engine._tolerates_disk_errors = True
+
+
+def shorten_wait_for_other_ranks() -> None:
+    """Have torch's agent wait `timeouts.OTHER_RANKS_EXIT` for the other ranks after one has died.
+
+    They wait in a collective for the dead rank.
+    Changes: the default `timeout` of `PContext.close` (30 seconds).
+    Source: torch/distributed/elastic/multiprocessing/api.py; the agent does not pass the argument.
+    Versions: torch 2.13.
+    Remove when: torchrun has an option for it.
+    """
+    from torch.distributed.elastic.multiprocessing.api import PContext
+
+    PContext.close.__defaults__ = (None, timeouts.OTHER_RANKS_EXIT)
+
+
+def skip_port_check_without_localhost() -> None:
+    """Skip accelerate's check for a free port where `localhost` does not resolve.
+
+    accelerate fails without an `/etc/hosts` that defines it (minimal containers). The launcher has chosen a free port.
+    Changes: `accelerate.utils.launch.is_port_in_use`.
+    Source: accelerate/utils/launch.py (`s.connect_ex(("localhost", port))`).
+    Versions: accelerate 1.15.
+    Remove when: accelerate checks 127.0.0.1, or does not check.
+    """
+    import accelerate.utils.launch
+
+    try:
+        socket.getaddrinfo("localhost", None)
+    except socket.gaierror:
+        accelerate.utils.launch.is_port_in_use = lambda _port: False

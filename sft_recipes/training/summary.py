@@ -1,0 +1,32 @@
+"""The last lines of a finished run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sft_recipes.planner.plan import Plan
+from sft_recipes.runtime.run_dir import RunDir
+
+
+def format_summary(plan: Plan, folder: RunDir, results: dict[str, Any]) -> str:
+    """Return what was trained, how well, and the next command, one `key  value` per line.
+
+    Args:
+        results: content of `manifest.json`.
+    """
+    best = "no complete best step, final/ is the last step"
+    if results["best_step"] is not None:
+        best = f"{results['best_eval_loss']:.4f} best (step {results['best_step']})"
+    tokens, minutes = results["supervised_tokens_seen"], results["training_seconds"] / 60
+    lines = {
+        "trained": f"{plan.model}, {results['steps']} steps, {tokens:,} supervised tokens, {minutes:.1f} minutes",
+        "eval_loss": f"{results['first_eval_loss']:.4f} first, {best}",
+    }
+    if results["exact_match_after"] is not None:
+        before = results["exact_match_before"]
+        start = f"{before:.3f} before, " if before is not None else ""
+        compared = results["exact_match_prompts"]
+        lines["exact_match"] = f"{start}{results['exact_match_after']:.3f} after, {compared} held-out prompts"
+    lines["model"] = f"{folder.final} (best step), {folder.last.name}/ (last step)"
+    lines["next"] = f"make generate RUN={folder.name} PROMPT='...'"
+    return "\n".join(f"{key:<11}  {value}" for key, value in lines.items())
