@@ -1,4 +1,4 @@
-"""Reads the command line, the only module that does, and calls the room that answers."""
+"""The command line: one table of commands, each a function that parses nothing else."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sft_recipes.config import loader
 from sft_recipes.config.gpu_types import find_gpu_type
@@ -36,146 +37,151 @@ log = logging.getLogger(__name__)
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}; `python -m sft_recipes --help` lists the verbs")
+        raise UserError(f"{self.prog}: {message}. List the commands with `python -m sft_recipes --help`")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb; the exit code is that of the contract (0 done, 1 a fault, 2 the user's input is wrong)."""
-    code = _obey(arguments)
+    """Run one command and return its exit code (docs/reference.md)."""
+    code = _run_command(arguments)
     if code == 2 and (logs := os.environ.get("SFT_RECIPES_LOGS")):
         Path(logs, "rejected").touch()  # for slurm/launch.sh: srun may return the signal that killed the other nodes
     return code
 
 
-def _obey(arguments: Sequence[str] | None) -> int:
+def _run_command(arguments: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that knows ASCII alone still gets its line
+        stream.reconfigure(errors="replace")  # an ASCII terminal still gets its line
     to_console()
     env.silence_telemetry()
     env.limit_thread_spin()
     try:
-        parser = _parser()
+        parser = build_parser()
         parsed, rest = parser.parse_known_args(arguments)
-        _take_overrides(parser, parsed, rest)
-        return int(parsed.verb(parsed) or 0)
+        _add_overrides(parser, parsed, rest)
+        return int(parsed.run_command(parsed) or 0)
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        log.error(" ".join(str(error).split()))
         return 2
     except BrokenPipeError:  # `… | head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        log.error(error)
         return 2 if error.errno in (errno.ENAMETOOLONG, errno.EACCES, errno.EROFS) else 1
 
 
-def _take_overrides(parser: argparse.ArgumentParser, parsed: argparse.Namespace, rest: list[str]) -> None:
-    """argparse stops taking `key=value` at the first option; those behind it are taken here."""
-    unknown = [word for word in rest if "=" not in word or word.startswith("-") or not hasattr(parsed, "overrides")]
+def _add_overrides(parser: argparse.ArgumentParser, parsed: argparse.Namespace, rest: list[str]) -> None:
+    """Add the `key=value` after the first option to the overrides: argparse stops collecting them there."""
+    unknown = [text for text in rest if "=" not in text or text.startswith("-") or not hasattr(parsed, "overrides")]
     if unknown:
         parser.error(f"unknown argument {unknown[0]!r}")
     if rest:
         parsed.overrides += rest
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="sft_recipes", description=__doc__, allow_abbrev=False)
-    verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
+@dataclass(frozen=True)
+class _Argument:
+    """One argument of `ArgumentParser.add_argument`."""
 
-    verb = verbs.add_parser("recipes", help="the recipes in a table")
-    verb.set_defaults(verb=_list)
+    name: str
+    options: dict[str, Any]
 
-    verb = verbs.add_parser("plan", help="settle every number of a run; starts nothing")
-    _add_recipe(verb)
-    verb.add_argument("--json", action="store_true", help="for machines")
-    verb.add_argument("--explain", action="store_true", help="where each value came from")
-    verb.set_defaults(verb=_plan)
 
-    verb = verbs.add_parser("inspect", help="what the loss will see: real rows, and what became of all of them")
-    _add_recipe(verb)
-    verb.add_argument("--rows", metavar="N", help="rows to show (default: 3; with --json all)")
-    verb.add_argument("--html", metavar="FILE", help="write a page")
-    verb.add_argument("--json", action="store_true", help="for machines: an object a row; the report to standard error")
-    verb.set_defaults(verb=_inspect)
+def _argument(name: str, help_text: str, **options: Any) -> _Argument:
+    return _Argument(name, {"help": help_text, **options})
 
-    verb = verbs.add_parser(
-        "sanity", help="tries a run on a few rows before GPUs are taken for hours; leaves a receipt"
-    )
-    _add_recipe(verb)
-    verb.add_argument("--devices", metavar="0,2", help="GPUs by id")
-    verb.set_defaults(verb=_sanity)
 
-    verb = verbs.add_parser("train", help="the run; goes on with an unfinished one of the same plan")
-    _add_recipe(verb)
-    verb.add_argument("--devices", metavar="0,2", help="GPUs by id")
-    verb.add_argument("--name", help="the run's name (default: RECIPE-N)")
-    verb.add_argument("--resume", action="store_true", help="an error where there is nothing to go on with")
-    verb.add_argument(
-        "--allow-change", default="", metavar="KEY,…", help="go on although these differ from the run's plan"
-    )
-    verb.add_argument(
-        "--strict-versions", action="store_true", help="refuse to go on with other versions of the libraries"
-    )
-    verb.add_argument("--dry-run", action="store_true", help="print the command that would start the ranks")
-    verb.set_defaults(verb=_train)
+def _flag(name: str, help_text: str) -> _Argument:
+    return _argument(name, help_text, action="store_true")
 
-    verb = verbs.add_parser("report", help="a page on a run: curves, samples, plan, diagnosis")
-    verb.add_argument("run", help="a run's name or folder")
-    verb.set_defaults(verb=_report)
 
-    verb = verbs.add_parser("diagnose", help="what is wrong with a run, on what evidence, and what to change")
-    verb.add_argument("run", help="a run's name or folder")
-    verb.add_argument("--json", action="store_true", help="for machines")
-    verb.set_defaults(verb=_diagnose)
+_RUN = _argument("run", "name or directory of a run")
+_JSON = _flag("--json", "print JSON")
+_RECIPE = (
+    _argument("recipe", "name of a recipe (`recipes` lists them)"),
+    _argument("overrides", "a recipe key and its value: trainer.learning_rate=1.0e-5", nargs="*", metavar="key=value"),
+)
+_HARDWARE = (
+    *_RECIPE,
+    _argument("--gpus", "GPUs over all nodes; 0 runs on the CPU", metavar="N"),
+    _argument("--processes", "ranks on the CPU, with --gpus 0", metavar="N"),
+    _argument("--nodes", "nodes", metavar="N"),
+    _argument("--gpu-type", "GPU type (h100-80g, …: docs/models.md) or GiB of memory"),
+)
+_DEVICES = _argument("--devices", "GPUs by id", metavar="0,2")
 
-    verb = verbs.add_parser("status", help="where a run stands: its job, last figures, time left")
-    verb.add_argument("run", help="a run's name or folder")
-    verb.add_argument("--json", action="store_true", help="for machines")
-    verb.set_defaults(verb=_status)
 
-    verb = verbs.add_parser("schedules", help="learning-rate curves for a recipe's own number of steps")
-    _add_recipe(verb)
-    verb.add_argument("--run", help="a run, whose own number of steps is taken")
-    verb.add_argument("--with", dest="others", default="", metavar="NAME,…", help="other schedules of transformers")
-    verb.add_argument("--plot", metavar="FILE", help="a .png or .svg to draw them to")
-    verb.set_defaults(verb=_schedules)
+@dataclass(frozen=True)
+class Command:
+    """One command: its name, one line of help, its function and its arguments."""
 
-    verb = verbs.add_parser("tensorboard", help="serves the figures of all runs on this machine alone")
-    verb.add_argument("--port", default="6006")
-    verb.set_defaults(verb=_tensorboard)
+    name: str
+    help: str
+    run: Callable[[argparse.Namespace], int | None]
+    arguments: Iterable[_Argument] = ()
 
-    verb = verbs.add_parser("generate", help="let what was trained answer")
-    verb.add_argument("run", help="a run's name or folder")
-    verb.add_argument("--prompt", help="one prompt (default: lines from standard input)")
-    verb.set_defaults(verb=_generate)
 
-    verb = verbs.add_parser("download", help="bring model, tokenizer and data; the run then needs no network")
-    verb.add_argument("recipe", help="a name from `list`")
-    verb.add_argument("overrides", nargs="*", metavar="key=value")
-    verb.set_defaults(verb=_download)
+def commands() -> list[Command]:
+    """Return all commands in the order of `--help`."""
+    return [
+        Command("recipes", "list the recipes", _list_recipes),
+        Command(
+            "plan", "print every number of a run without starting it", _plan,
+            (*_HARDWARE, _JSON, _flag("--explain", "print the source of each value")),
+        ),
+        Command(
+            "inspect", "show tokenized rows with their loss mask, and what happened to all rows", _inspect,
+            (*_HARDWARE, _argument("--rows", "rows to show (default: 3; all with --json)", metavar="N"),
+             _argument("--html", "also write an HTML page", metavar="FILE"),
+             _flag("--json", "print one JSON object per row; the report goes to standard error")),
+        ),
+        Command("download", "download model, tokenizer and data of a recipe", _download, _RECIPE),
+        Command("sanity", "run the sanity check of a plan and cache its result", _sanity, (*_HARDWARE, _DEVICES)),
+        Command(
+            "train", "start a run, or resume an unfinished one of the same plan", _train,
+            (*_HARDWARE, _DEVICES, _argument("--name", "name of the run (default: RECIPE-N)"),
+             _flag("--resume", "fail if there is no run to resume; ignore earlier attempts without progress"),
+             _argument("--allow-change", "resume although these keys of the plan changed", default="", metavar="KEY,…"),
+             _flag("--strict-versions", "fail if library versions differ from the last start"),
+             _flag("--dry-run", "print the command that starts the ranks")),
+        ),
+        Command("status", "print state, latest metrics and remaining time of a run", _status, (_RUN, _JSON)),
+        Command("diagnose", "find problems of a run, with evidence and the change to make", _diagnose, (_RUN, _JSON)),
+        Command("report", "write an HTML report of a run", _report, (_RUN,)),
+        Command("verify-resume", "prove bit for bit that a run resumes exactly", _verify_resume, (_RUN,)),
+        Command(
+            "schedules", "print learning rates over the steps of a recipe or run", _schedules,
+            (*_HARDWARE, _argument("--run", "take plan and steps of this run"),
+             _argument("--with", "schedules to compare with", dest="others", default="", metavar="NAME,…"),
+             _argument("--plot", "write a .png or .svg", metavar="FILE")),
+        ),
+        Command(
+            "tensorboard", "serve the metrics of all runs on localhost", _tensorboard,
+            (_argument("--port", "port", default="6006"),),
+        ),
+        Command(
+            "generate", "generate completions with a trained model", _generate,
+            (_RUN, _argument("--prompt", "one prompt (default: one per line of standard input)")),
+        ),
+        Command("merge", "merge LoRA adapters into their base model", _merge, (_RUN,)),
+        Command(
+            "doctor", "check this machine; exit code 1 on an error", _doctor,
+            (_argument("--gpus", "GPUs that a run would use", metavar="N"),
+             _flag("--json", "print one JSON object per check")),
+        ),
+    ]  # fmt: skip
 
-    verb = verbs.add_parser("verify-resume", help="proves that a run resumes exactly: takes recorded steps of it again")
-    verb.add_argument("run", help="a run's name or folder")
-    verb.set_defaults(verb=_verify_resume)
 
-    verb = verbs.add_parser("doctor", help="is this machine fit; exit code 1 where something is red")
-    verb.add_argument("--gpus", metavar="N", help="how many a run would take")
-    verb.add_argument("--json", action="store_true", help="for machines: an object a finding")
-    verb.set_defaults(verb=_doctor)
-
-    verb = verbs.add_parser("merge", help="adapters and the model that they were trained on as one model")
-    verb.add_argument("run", help="a run's name or folder")
-    verb.set_defaults(verb=_merge)
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = _Parser(prog="sft_recipes", description="Supervised fine-tuning recipes", allow_abbrev=False)
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    for command in commands():
+        subparser = subparsers.add_parser(command.name, help=command.help, description=command.help)
+        for argument in command.arguments:
+            subparser.add_argument(argument.name, **argument.options)
+        subparser.set_defaults(run_command=command.run)
     return parser
-
-
-def _add_recipe(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("recipe", help="a name from `list`")
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help="trainer.learning_rate=1.0e-5")
-    verb.add_argument("--gpus", metavar="N", help="GPUs over all nodes; 0 is the CPU")
-    verb.add_argument("--processes", metavar="N", help="ranks on the CPU, with --gpus 0")
-    verb.add_argument("--nodes", metavar="N")
-    verb.add_argument("--gpu-type", help="GPU type (h100-80g, …: docs/models.md) or GiB of memory")
 
 
 def _recipe(parsed: argparse.Namespace) -> Recipe:
@@ -193,10 +199,10 @@ def _hardware_request(parsed: argparse.Namespace) -> HardwareRequest:
     return HardwareRequest(gpus, processes, nodes, parsed.gpu_type, getattr(parsed, "devices", None))
 
 
-def _list(_parsed: argparse.Namespace) -> None:
+def _list_recipes(_parsed: argparse.Namespace) -> None:
     from sft_recipes.launch.topology import plan_topology
 
-    rows = [["recipe", "row", "model", "method", "parallelism", "hardware", "memory per GPU", "effective batch"]]
+    rows = [["recipe", "size class", "model", "method", "parallelism", "hardware", "memory per GPU", "effective batch"]]
     for name in loader.names():
         recipe = loader.load(name)
         plan = plans.resolve(recipe, plan_topology(recipe))
@@ -205,7 +211,7 @@ def _list(_parsed: argparse.Namespace) -> None:
             [
                 name,
                 plan.size,
-                recipe.model.name_or_path or "built from scratch",
+                recipe.model.name_or_path or "from scratch",
                 plan.method,
                 plan.parallelism,
                 f"{plan.gpus} x {plan.gpu_type}" if plan.gpus else "CPU",
@@ -234,12 +240,15 @@ def _plan(parsed: argparse.Namespace) -> None:
 
 
 def _compare(parsed: argparse.Namespace, recipe: Recipe) -> None:
-    """`--gpus 1,2,4,8,16`: the same recipe on each, one line a count."""
+    """Print the plan on each of several GPU counts (`--gpus 1,2,4,8,16`), one line each."""
     from sft_recipes.launch.topology import parse_integer
 
-    alone = next((name for name in ("nodes", "processes", "explain") if getattr(parsed, name)), None)
-    if alone:
-        raise UserError(f"{alone.upper()}: says nothing where GPUS={parsed.gpus} compares several; name one count")
+    unused = next((name for name in ("nodes", "processes", "explain") if getattr(parsed, name)), None)
+    if unused:
+        raise UserError(
+            f"{unused.upper()}: has no effect when GPUS={parsed.gpus} compares several counts. Set one count, or leave "
+            f"{unused.upper()} out"
+        )
     gpu_type = parsed.gpu_type or recipe.hardware.gpu_type
     compared: list[tuple[int, plans.Plan | str]] = []
     for text in parsed.gpus.split(","):
@@ -249,7 +258,7 @@ def _compare(parsed: argparse.Namespace, recipe: Recipe) -> None:
         except UserError as error:
             compared.append((gpus, str(error)))
     if parsed.json:
-        content = [{"gpus": n, "refused": p} if isinstance(p, str) else dataclasses.asdict(p) for n, p in compared]
+        content = [{"gpus": n, "rejected": p} if isinstance(p, str) else dataclasses.asdict(p) for n, p in compared]
         print(json.dumps(content, indent=2))
     else:
         print(render.format_comparison(compared))
@@ -259,10 +268,10 @@ def _inspect(parsed: argparse.Namespace) -> None:
     from sft_recipes.data import inspect, prepare, validate
     from sft_recipes.launch.topology import parse_integer, plan_topology
 
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # looking at rows needs no GPU, nor DeepSpeed's warning of none
-    most = None if parsed.rows is None else parse_integer(parsed.rows, "ROWS", 1)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # rows need no GPU; avoids DeepSpeed's warning
+    max_rows = None if parsed.rows is None else parse_integer(parsed.rows, "ROWS", 1)
     if parsed.html and not Path(parsed.html).absolute().parent.is_dir():
-        raise UserError(f"HTML: no folder {Path(parsed.html).parent} to write {Path(parsed.html).name} to")
+        raise UserError(f"HTML: directory {Path(parsed.html).parent} does not exist. Create it, or set another path")
     recipe = _recipe(parsed)
     plan = plans.resolve(recipe, plan_topology(recipe, _hardware_request(parsed)))
     with contextlib.redirect_stdout(sys.stderr):  # --json prints rows only
@@ -270,21 +279,21 @@ def _inspect(parsed: argparse.Namespace) -> None:
     rows = inspect.load_rows(plan, prepared)
     try:
         validate.check_limits(plan, rows.details)
-        plan, refused = plans.with_prepared_data(plan, prepared), ""
-    except UserError as error:  # the rows can be looked at all the same
-        refused = str(error)
-    shown = inspect.to_json(rows, most) if parsed.json else inspect.to_text(rows, most or 3, _colours())
-    for line in shown:
+        plan, rejection = plans.with_prepared_data(plan, prepared), ""
+    except UserError as error:  # the rows are shown although they cannot be trained
+        rejection = str(error)
+    lines = inspect.to_json(rows, max_rows) if parsed.json else inspect.to_text(rows, max_rows or 3, _use_color())
+    for line in lines:
         print(line)
-    report = [*inspect.report(plan, rows), *([validate.format_line("error", refused)] if refused else [])]
+    report = [*inspect.report(plan, rows), *([validate.format_line("error", rejection)] if rejection else [])]
     print("\n".join(report), file=sys.stderr if parsed.json else sys.stdout)
     if parsed.html:
-        Path(parsed.html).write_text(inspect.to_html(plan, rows, most or 3), encoding="utf-8")
-        print(f"written: {parsed.html}", file=sys.stderr)
+        Path(parsed.html).write_text(inspect.to_html(plan, rows, max_rows or 3), encoding="utf-8")
+        print(f"wrote {parsed.html}", file=sys.stderr)
 
 
-def _colours() -> bool:
-    """Whether standard output is a terminal that has not been told otherwise (no-color.org)."""
+def _use_color() -> bool:
+    """Whether standard output is a terminal, and NO_COLOR is not set (no-color.org)."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
@@ -294,8 +303,12 @@ def _topology(parsed: argparse.Namespace, recipe: Recipe) -> Topology:
     return available_topology(recipe, _hardware_request(parsed), from_slurm(os.environ))
 
 
-def _checked(parsed: argparse.Namespace) -> tuple[Recipe, Topology, plans.Plan]:
-    """The plan on the hardware that is here, once the hardware can carry it."""
+def _resolve_here(parsed: argparse.Namespace) -> tuple[Recipe, Topology, plans.Plan]:
+    """Return recipe, topology and plan on this machine's hardware.
+
+    Raises:
+        UserError: the plan does not fit.
+    """
     from sft_recipes.launch.topology import check_host_memory, unlisted, visible_gpus
 
     env.reporters()
@@ -305,60 +318,64 @@ def _checked(parsed: argparse.Namespace) -> tuple[Recipe, Topology, plans.Plan]:
     plan = plans.resolve(recipe, topology)
     check_host_memory(plan)
     for product in unlisted(visible_gpus() if plan.gpu_type and find_gpu_type(plan.gpu_type) is None else []):
-        _say(f"{product} is not in the table of GPU types: planned by its memory, {plan.gpu_type} GiB, without hours")
+        log.info(
+            f"{product} is not in the table of GPU types: planned with {plan.gpu_type} GiB, without a time forecast"
+        )
     if plan.fits is False:
         raise UserError(
-            f"recipe {recipe.name} {plans.describe_shortage(plan)}. The cheapest change that fits: "
-            f"{_way_out(recipe, topology)} (`make plan RECIPE={recipe.name}` shows the parts)"
+            f"recipe {recipe.name} {plans.describe_shortage(plan)}. Cheapest change that fits: "
+            f"{_suggest_fix(recipe, topology)} (`make plan RECIPE={recipe.name}` lists the parts)"
         )
     return recipe, topology, plan
 
 
 def _sanity(parsed: argparse.Namespace) -> int:
-    return _on_all_nodes(parsed, _try_out)
+    return _on_all_nodes(parsed, _check_sanity)
 
 
 def _train(parsed: argparse.Namespace) -> int:
     from sft_recipes.launch import slurm
 
     with slurm.batch_signals():
-        return _on_all_nodes(parsed, _carry_out)
+        return _on_all_nodes(parsed, _start_run)
 
 
-def _on_all_nodes(parsed: argparse.Namespace, verb: Callable[[argparse.Namespace, NodeLaunchers | None], int]) -> int:
-    """Has node 0 of a Slurm job decide, and the others follow; elsewhere there is this machine alone."""
+def _on_all_nodes(
+    parsed: argparse.Namespace, command: Callable[[argparse.Namespace, NodeLaunchers | None], int]
+) -> int:
+    """Run a command on node 0 of a Slurm job and follow it on the others; outside of Slurm, run it here."""
     from sft_recipes.launch import slurm, stop_request
 
     try:
         slurm.await_run(getattr(parsed, "name", None))
-        with slurm.node_launchers(os.environ) as peers:
-            leads = peers is None or peers.is_leader
-            code = slurm.follow(peers) if peers and not leads else verb(parsed, peers)
+        with slurm.node_launchers(os.environ) as nodes:
+            leader = nodes is None or nodes.is_leader
+            code = slurm.follow(nodes) if nodes and not leader else command(parsed, nodes)
     except stop_request.StoppedError:
         return slurm.stopped_before_rendezvous(os.environ)
-    if leads and code not in (run_dir.EXIT_FAULT, run_dir.EXIT_STOPPED):
+    if leader and code not in (run_dir.EXIT_FAULT, run_dir.EXIT_STOPPED):
         slurm.forget(os.environ)
     return code
 
 
-def _try_out(parsed: argparse.Namespace, peers: NodeLaunchers | None) -> int:
+def _check_sanity(parsed: argparse.Namespace, nodes: NodeLaunchers | None) -> int:
     from sft_recipes.launch import launch, preflight, slurm
 
-    recipe, topology, plan = _checked(parsed)
-    if peers is None:
+    recipe, topology, plan = _resolve_here(parsed)
+    if nodes is None:
         preflight.check_gpus(plan)
-    if code := slurm.check_nodes(peers, plan):
+    if code := slurm.check_nodes(nodes, plan):
         return code
-    return launch.run_sanity_check(plan, lambda: suggest.lighter_overrides(recipe, topology), peers)
+    return launch.run_sanity_check(plan, lambda: suggest.lighter_overrides(recipe, topology), nodes)
 
 
-def _carry_out(parsed: argparse.Namespace, peers: NodeLaunchers | None) -> int:
+def _start_run(parsed: argparse.Namespace, nodes: NodeLaunchers | None) -> int:
     from sft_recipes.launch import launch, preflight, run_lock, slurm
     from sft_recipes.launch.topology import check_disk
 
     if parsed.name is not None:
         run_dir.check_name(parsed.name)
-    recipe, topology, plan = _checked(parsed)
+    recipe, topology, plan = _resolve_here(parsed)
     allow_change = tuple(key for key in parsed.allow_change.split(",") if key)
     request = run_selection.RunRequest(parsed.name, parsed.resume, allow_change, parsed.strict_versions)
     start = run_selection.select(plan, request, run_lock.locked_runs())
@@ -373,30 +390,30 @@ def _carry_out(parsed: argparse.Namespace, peers: NodeLaunchers | None) -> int:
     if parsed.dry_run:
         print(launch.dry_run_command(plan, run))
         return 0
-    if peers is None:
+    if nodes is None:
         preflight.check_gpus(plan)
     check_disk(plan, run)
     if error := slurm.no_progress(start):
         log.error(error)
         return run_dir.EXIT_NO_PROGRESS
     with run_lock.lock(run):
-        code = slurm.check_nodes(peers, plan)
-        return code or launch.start_run(start, lambda: suggest.lighter_overrides(recipe, topology), peers)
+        code = slurm.check_nodes(nodes, plan)
+        return code or launch.start_run(start, lambda: suggest.lighter_overrides(recipe, topology), nodes)
 
 
-def _replay(parsed: argparse.Namespace, peers: NodeLaunchers | None) -> int:
+def _replay(parsed: argparse.Namespace, nodes: NodeLaunchers | None) -> int:
     from sft_recipes.tools import verify_resume
 
-    return verify_resume.run(run_dir.find(parsed.run), peers)
+    return verify_resume.run(run_dir.find(parsed.run), nodes)
 
 
-def _way_out(recipe: Recipe, topology: Topology) -> str:
-    """What this machine's GPUs can carry; else how many would be needed."""
+def _suggest_fix(recipe: Recipe, topology: Topology) -> str:
+    """Return the cheapest change for this machine's GPUs, else the number of GPUs needed."""
     from sft_recipes.launch.topology import visible_gpus
 
-    here = suggest.cheapest_change(recipe, topology, most_gpus=len(visible_gpus()))
+    change = suggest.cheapest_change(recipe, topology, most_gpus=len(visible_gpus()))
     fewest = suggest.smallest_gpu_count(recipe, topology.gpu_type)
-    return here or (f"{fewest} GPUs, more than are here" if fewest else "none, take a larger gpu_type")
+    return change or (f"{fewest} GPUs, more than this machine has" if fewest else "none, use a larger GPU type")
 
 
 def _generate(parsed: argparse.Namespace) -> int:
@@ -412,17 +429,17 @@ def _download(parsed: argparse.Namespace) -> None:
 
     downloaded = download.download(_recipe(parsed))
     for name, folder in downloaded:
-        _say(f"{name}: {folder}")
+        log.info(f"{name}: {folder}")
     if not downloaded:
-        _say("nothing to download: model and data are local")
+        log.info("nothing to download: model and data are local")
 
 
 def _merge(parsed: argparse.Namespace) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # merging is on the CPU, and bitsandbytes and peft prefer a visible GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # merges on the CPU; bitsandbytes and peft prefer a visible GPU
     from sft_recipes.tools import merge_adapters
 
     folder = run_dir.find(parsed.run)
-    _say(f"model      {merge_adapters.merge(folder)}, which `make generate` and transformers load")
+    log.info(f"model      {merge_adapters.merge(folder)} (for `make generate` and transformers)")
 
 
 def _verify_resume(parsed: argparse.Namespace) -> int:
@@ -435,7 +452,7 @@ def _report(parsed: argparse.Namespace) -> None:
     folder = run_dir.find(parsed.run)
     run = metrics_log.read(folder)
     folder.report.write_text(report.page(run, diagnose.diagnose(run)), encoding="utf-8")
-    _say(f"report     {folder.report}")
+    log.info(f"report     {folder.report}")
 
 
 def _diagnose(parsed: argparse.Namespace) -> int:
@@ -457,24 +474,24 @@ def _status(parsed: argparse.Namespace) -> None:
     try:
         folder = run_dir.find(parsed.run)
     except UserError:
-        if asked := slurm.query_job_of_run(parsed.run):  # it waits for its nodes
-            print(json.dumps({"job": asked}, indent=2) if parsed.json else status.job_line(asked))
+        if job := slurm.query_job_of_run(parsed.run):  # it waits for its nodes
+            print(json.dumps({"job": job}, indent=2) if parsed.json else status.job_line(job))
             return
         raise
     starts = run_dir.read_json(folder.manifest).get("starts") or [{}]
-    asked = slurm.query_job(starts[-1].get("job", {}).get("id")) or slurm.query_job_of_run(folder.name)
-    found = status.facts(folder, run_lock.holder(folder), asked)
-    print(json.dumps(found, indent=2) if parsed.json else "\n".join(status.text(found)))
+    job = slurm.query_job(starts[-1].get("job", {}).get("id")) or slurm.query_job_of_run(folder.name)
+    facts = status.facts(folder, run_lock.holder(folder), job)
+    print(json.dumps(facts, indent=2) if parsed.json else "\n".join(status.text(facts)))
 
 
 def _schedules(parsed: argparse.Namespace) -> None:
     from sft_recipes.data import prepare
     from sft_recipes.launch.topology import plan_topology
-    from sft_recipes.monitor import lr_plot as drawing
+    from sft_recipes.monitor import lr_plot
 
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # preparing rows needs no GPU, nor DeepSpeed's warning of none
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # rows need no GPU; avoids DeepSpeed's warning
     if parsed.plot:
-        drawing.check_path(Path(parsed.plot))
+        lr_plot.check_path(Path(parsed.plot))
     if parsed.run:
         plan = plans.read(run_dir.find(parsed.run).plan)
     else:
@@ -484,13 +501,12 @@ def _schedules(parsed: argparse.Namespace) -> None:
             plan = plans.with_prepared_data(plan, prepare.prepare(plan, rows_only=True))
     total, warmup = lr_schedule.steps_of(plan)
     curves = lr_schedule.curves(plan, [name for name in parsed.others.split(",") if name])
-    about = "" if plan.data_prepared else "about "
-    how = "" if plan.data_prepared else ", an estimate until the data is prepared (RUN=… has a run's own)"
-    print(f"{plan.recipe}: {about}{total:,} optimizer steps{how}, {warmup:,} of them warm-up, {plan.lr_scheduler_type}")
-    print(drawing.table(curves, warmup))
+    estimate = "" if plan.data_prepared else " (estimated until the data is prepared; RUN=… takes those of a run)"
+    print(f"{plan.recipe}: {plan.lr_scheduler_type}, {total:,} optimizer steps{estimate}, {warmup:,} warm-up steps")
+    print(lr_plot.table(curves, warmup))
     if parsed.plot:
-        drawing.plot(curves, warmup, plan.learning_rate, plan.recipe, Path(parsed.plot))
-        _say(f"plot       {parsed.plot}")
+        lr_plot.plot(curves, warmup, plan.learning_rate, plan.recipe, Path(parsed.plot))
+        log.info(f"plot       {parsed.plot}")
 
 
 def _doctor(parsed: argparse.Namespace) -> int:
@@ -499,7 +515,7 @@ def _doctor(parsed: argparse.Namespace) -> int:
 
     failed = False
     for result in doctor.run_checks(None if parsed.gpus is None else parse_integer(parsed.gpus, "GPUS", 0)):
-        _say(json.dumps(dataclasses.asdict(result)) if parsed.json else str(result))
+        print(json.dumps(dataclasses.asdict(result)) if parsed.json else str(result), flush=True)
         failed = failed or result.status == "error"
     return int(failed)
 
@@ -510,10 +526,6 @@ def _tensorboard(parsed: argparse.Namespace) -> int:
 
     port = parse_integer(parsed.port, "PORT", 1)
     if port > 65535:
-        raise UserError(f"PORT: {port} is no port; wanted 1 to 65535")
+        raise UserError(f"PORT: found {port}, expected 1 to 65535. Set another port")
     arguments = command.tensorboard(port)
     os.execv(arguments[0], arguments)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)

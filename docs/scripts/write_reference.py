@@ -173,7 +173,7 @@ def run_files() -> Iterator[tuple[str, ...]]:
 
 def page() -> str:
     """Return the page."""
-    parts = [HEAD, "## Make\n", "```text", *help_lines(), "```\n", "## Commands\n", *commands(cli._parser())]
+    parts = [HEAD, "## Make\n", "```text", *help_lines(), "```\n", "## Commands\n", *commands(cli.build_parser())]
     parts += ["## Recipe keys\n", *recipe_keys()]
     parts += [
         "## Values of `parallelism`\n",
