@@ -1,4 +1,4 @@
-"""Lets `python -m sft_recipes VERB …` reach the command line."""
+"""Entry point of `python -m sft_recipes COMMAND …`."""
 
 import sys
 

@@ -7,19 +7,19 @@ from typing import Any
 
 from sft_recipes.config.schema import Lora
 
-# Llama-shaped decoders, whose weights parameter_count counts.
+# Llama-shaped decoders that parameter_count supports.
 DENSE_KINDS = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
 
 
 DENSE_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
-# Of a decoder block, by the names that Llama, Qwen and OLMo share.
+# Linear layers of a decoder block; Llama, Qwen and OLMo share the names.
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def linear_layers(architecture: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """The linear layers of one decoder block: name, then inputs and outputs."""
+    """Return the linear layers of one decoder block: name to (inputs, outputs)."""
     hidden, inner = architecture["hidden_size"], architecture["intermediate_size"]
     heads = architecture["num_attention_heads"]
     head_dim = architecture.get("head_dim") or hidden // heads
@@ -36,15 +36,15 @@ def linear_layers(architecture: Mapping[str, Any]) -> dict[str, tuple[int, int]]
 
 
 def block_weights(architecture: Mapping[str, Any]) -> int:
-    """Weights of the linear layers of one decoder block, without biases."""
+    """Return the number of weights in the linear layers of one decoder block, without biases."""
     return sum(inputs * outputs for inputs, outputs in linear_layers(architecture).values())
 
 
 def parameter_count(architecture: Mapping[str, Any]) -> int | None:
-    """Weights of a dense Llama-shaped decoder: grouped-query attention, gated MLP, RMS norms.
+    """Return the parameters of a dense Llama-shaped decoder: grouped-query attention, gated MLP, RMS norms.
 
-    Knows what Qwen 2 (biases of q, k, v), Qwen 3 and OLMo 2 (norms of q and k) have besides. Returns None where the
-    recipe does not give the numbers that this takes.
+    Includes the biases of q, k, v in Qwen 2 and the norms of q and k in Qwen 3 and OLMo 2. None if the recipe lacks the
+    dimensions.
     """
     if any(key not in architecture for key in DENSE_KEYS):
         return None
@@ -63,7 +63,7 @@ def parameter_count(architecture: Mapping[str, Any]) -> int | None:
 
 
 def adapter_count(architecture: Mapping[str, Any], lora: Lora) -> int | None:
-    """Weights of the adapters: r x (inputs + outputs) of each adapted layer."""
+    """Return the parameters of the adapters: r x (inputs + outputs) of each adapted layer."""
     if parameter_count(architecture) is None:
         return None
     layers = linear_layers(architecture)

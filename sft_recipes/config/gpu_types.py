@@ -87,7 +87,7 @@ _BY_NAME = {gpu.name: gpu for gpu in GPU_TYPES}
 
 
 def find_gpu_type(name: str | None) -> GpuType | None:
-    """The row of this name; None for a number of GiB and where no GPU is named.
+    """Return the GPU type of this name; None for a number of GiB or no name.
 
     Raises:
         ConfigError: neither a name in the table nor a number of GiB.
@@ -103,12 +103,12 @@ def find_gpu_type(name: str | None) -> GpuType | None:
 
 
 def gib_of(name: str) -> float | None:
-    """GiB of a GPU that is given by its memory alone; None for a name."""
+    """Return the GiB of a GPU given by its memory; None for a name."""
     return float(name) if re.fullmatch(r"\d+(\.\d+)?", name) and float(name) > 0 else None
 
 
 def identify(product: str, memory_mib: float) -> GpuType | None:
-    """The row of a GPU that nvidia-smi or torch reports; None for one that is not in the table, and for a MIG slice."""
+    """Return the type of a GPU that nvidia-smi or torch reports; None if not in the table, or a MIG slice."""
     if re.search(r"\bMIG\b", product):
         return None
     return next(
@@ -123,7 +123,7 @@ def identify(product: str, memory_mib: float) -> GpuType | None:
 
 
 def memory_bytes(name: str | None) -> int | None:
-    """Memory of a named GPU type, or of a number of GiB, as nvidia-smi counts it; None where no GPU is named.
+    """Return the memory of a GPU type or a number of GiB, as nvidia-smi counts it; None if no GPU is named.
 
     Raises:
         ConfigError: neither a name in the table nor a number of GiB.
@@ -136,6 +136,6 @@ def memory_bytes(name: str | None) -> int | None:
 
 
 def peak_flops(name: str | None) -> float | None:
-    """Dense bf16 FLOP/s of a named GPU type; None where only its memory is known."""
+    """Return the dense bf16 FLOP/s of a GPU type; None if only its memory is known."""
     gpu = find_gpu_type(name)
     return gpu.peak_flops if gpu else None

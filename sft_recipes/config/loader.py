@@ -1,4 +1,4 @@
-"""Finds a recipe, reads it strictly, lays the user's `key=value` over it, and keeps where each value was written."""
+"""Read and validate recipes: YAML, `key=value` overrides, and the file and line of each value."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from sft_recipes.runtime.paths import REPOSITORY
 
 
 @dataclass(frozen=True)
-class Written:
-    """A value and the place where somebody wrote it, such as `recipes/8b.yaml:12` or `command line`."""
+class Setting:
+    """A value and where it was written: `recipes/8b.yaml:12` or `command line`."""
 
     value: Any
     where: str
 
 
 def names() -> list[str]:
-    """Every shipped recipe, smallest model first as the names sort by their number."""
-    found = [path.stem for path in RECIPES.glob("*.yaml") if path.stem != "sizes"]
-    return sorted(found, key=lambda name: (float((re.match(r"\d+", name) or ["0"])[0]), name))
+    """Return the shipped recipes, ordered by the number in their names."""
+    recipes = [path.stem for path in RECIPES.glob("*.yaml") if path.stem != "sizes"]
+    return sorted(recipes, key=lambda name: (float((re.match(r"\d+", name) or ["0"])[0]), name))
 
 
 def load(name: str, overrides: Iterable[str] = ()) -> Recipe:
-    """Reads `recipes/NAME.yaml` and lays `key=value` overrides over it.
+    """Read `recipes/NAME.yaml` and apply `key=value` overrides.
 
     Raises:
-        ConfigError: no such recipe, an unknown key, a value of the wrong type or outside its row's range.
+        ConfigError: no such recipe, an unknown key, a value of the wrong type or outside the range of its size class.
     """
-    written = dict(_flatten(_read_yaml(_path_of(name))))
+    settings = dict(_flatten(_read_yaml(_path_of(name))))
     for override in overrides:
         key, text = _split_override(override)
-        written[key] = Written(text, COMMAND_LINE)
-    _drop_what_an_override_makes_untrue(written)
-    recipe = _build(name, written)
+        settings[key] = Setting(text, COMMAND_LINE)
+    _drop_invalidated(settings)
+    recipe = _build(name, settings)
     check_ranges(recipe)
     return recipe
 
@@ -54,12 +54,14 @@ def load(name: str, overrides: Iterable[str] = ()) -> Recipe:
 def _path_of(name: str) -> Path:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise ConfigError(
-            f"RECIPE: {name!r} is not the name of a recipe (letters, digits, - and _, no path); "
-            f"there are: {', '.join(names())}"
+            f"RECIPE: not a recipe name: found {name!r}, expected letters, digits, - and _, no path: "
+            f"one of {', '.join(names())}"
         )
     path = RECIPES / f"{name}.yaml"
     if name == "sizes" or not path.is_file():
-        raise ConfigError(f"RECIPE: no recipe {name!r}{did_you_mean(name, names())}; there are: {', '.join(names())}")
+        raise ConfigError(
+            f"RECIPE: no recipe {name!r}: expected one of {', '.join(names())}{did_you_mean(name, names())}"
+        )
     return path
 
 
@@ -78,22 +80,20 @@ def _read_yaml(path: Path) -> yaml.MappingNode:
         problem = getattr(error, "problem", None) or "not UTF-8 text"
         raise ConfigError(f"{_shown(path)}{line}: not YAML: {problem}") from error
     if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(
-            f"{_shown(path)}: empty or not a mapping; a recipe is `key: value` lines, see recipes/tiny.yaml"
-        )
+        raise ConfigError(f"{_shown(path)}: empty or not a mapping: expected `key: value` lines. See recipes/tiny.yaml")
     node.start_mark.name = _shown(path)
     return node
 
 
-def _flatten(node: yaml.MappingNode, prefix: str = "", file: str = "") -> Iterator[tuple[str, Written]]:
-    """Dotted keys with their values and lines; a key written twice is an error that YAML itself lets pass."""
+def _flatten(node: yaml.MappingNode, prefix: str = "", file: str = "") -> Iterator[tuple[str, Setting]]:
+    """Yield dotted keys with their values and lines; a duplicate key is an error here, though YAML allows it."""
     file = file or node.start_mark.name
     seen: set[str] = set()
     for key_node, value_node in node.value:
         key = f"{prefix}{key_node.value}"
         where = f"{file}:{key_node.start_mark.line + 1}"
         if key in seen:
-            raise ConfigError(f"{where}: {key} is written twice; remove one")
+            raise ConfigError(f"{where}: duplicate key {key}. Remove one")
         seen.add(key)
         section = key in schema.SECTIONS or key == "trainer"
         if section and isinstance(value_node, yaml.MappingNode) and value_node.value:
@@ -102,10 +102,11 @@ def _flatten(node: yaml.MappingNode, prefix: str = "", file: str = "") -> Iterat
             continue
         elif section:
             raise ConfigError(
-                f"{where}: {key} is {_scalar(value_node)!r}; wanted keys below it, `{key}:` and then `  key: value`"
+                f"{where}: {key}: found {_scalar(value_node)!r}, expected a section: "
+                f"`{key}:` and below it `  key: value`"
             )
         else:
-            yield key, Written(_scalar(value_node), where)
+            yield key, Setting(_scalar(value_node), where)
 
 
 def _scalar(node: yaml.Node) -> Any:
@@ -116,9 +117,9 @@ def _scalar(node: yaml.Node) -> Any:
         loader.dispose()
 
 
-def _drop_what_an_override_makes_untrue(written: dict[str, Written]) -> None:
-    """Other data than the recipe's has other counts and another validation; another model, other dimensions."""
-    for replaced, untrue in (
+def _drop_invalidated(settings: dict[str, Setting]) -> None:
+    """Drop what the recipe states of data or a model that an override replaces: counts, validation, dimensions."""
+    for replaced, invalidated in (
         ("data.validation", ("data.validation_examples",)),
         (
             "data.train",
@@ -126,48 +127,50 @@ def _drop_what_an_override_makes_untrue(written: dict[str, Written]) -> None:
         ),
         ("model.name_or_path", ("model.architecture", "model.revision", "model.license", "model.open_alternative")),
     ):
-        if replaced in written and written[replaced].where == COMMAND_LINE:
-            for key in untrue:
-                if key in written and written[key].where != COMMAND_LINE:
-                    del written[key]
+        if replaced in settings and settings[replaced].where == COMMAND_LINE:
+            for key in invalidated:
+                if key in settings and settings[key].where != COMMAND_LINE:
+                    del settings[key]
 
 
 def _split_override(override: str) -> tuple[str, str]:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"{COMMAND_LINE}: {override!r} is not key=value, for example trainer.learning_rate=1.0e-5")
+        raise ConfigError(
+            f"{COMMAND_LINE}: found {override!r}, expected key=value, for example trainer.learning_rate=1.0e-5"
+        )
     return key, text
 
 
 @cache
 def _kinds(section: type) -> dict[str, list[str]]:
-    """The keys of a section and the kinds of value each takes, such as `["str", "None"]` for `str | None`."""
+    """Return the keys of a section and the types of each, such as `["str", "None"]` for `str | None`."""
     fields = dataclasses.fields(section)
     return {field.name: [kind.partition("[")[0] for kind in str(field.type).split(" | ")] for field in fields}
 
 
-def _build(name: str, written: Mapping[str, Written]) -> Recipe:
+def _build(name: str, settings: Mapping[str, Setting]) -> Recipe:
     sections: dict[str, dict[str, Any]] = {section: {} for section in (*schema.SECTIONS, "trainer", "")}
-    for key, found in written.items():
+    for key, setting in settings.items():
         section, _, leaf = key.rpartition(".")
         if section.startswith("model.architecture"):
             raise ConfigError(
-                f"{found.where}: write {key} as model.architecture={{{leaf}: …}}, all of its keys together"
+                f"{setting.where}: {key}: set all keys of model.architecture together: model.architecture={{{leaf}: …}}"
             )
         if section not in sections or (not section and key in (*schema.SECTIONS, "trainer", "name", "origins")):
-            raise ConfigError(f"{found.where}: unknown key {key}{did_you_mean(key, _known_keys())}")
-        sections[section][leaf] = _checked(key, section, leaf, found)
+            raise ConfigError(f"{setting.where}: unknown key {key}{did_you_mean(key, _known_keys())}")
+        sections[section][leaf] = _validate(key, section, leaf, setting)
     for needed in ("size", "data.train"):
-        if needed not in written or written[needed].value in (None, ""):
-            raise ConfigError(f"recipes/{name}.yaml: {needed} is missing")
+        if needed not in settings or settings[needed].value in (None, ""):
+            raise ConfigError(f"recipes/{name}.yaml: {needed} is missing. Add it")
     top = sections.pop("")
     trainer = {**schema.TRAINER_DEFAULTS, **sections.pop("trainer")}
-    built: dict[str, Any] = {
+    typed: dict[str, Any] = {
         section: schema.SECTIONS[section](**values) if values or section != "lora" else None
         for section, values in sections.items()
     }
     recipe = Recipe(
-        name=name, **top, **built, trainer=trainer, origins={key: found.where for key, found in written.items()}
+        name=name, **top, **typed, trainer=trainer, origins={key: setting.where for key, setting in settings.items()}
     )
     _check_model(recipe)
     _check_lists(recipe)
@@ -185,84 +188,85 @@ def _trainer_keys() -> list[str]:
     return sorted(allowed - set(schema.OWNED_BY_THE_PLAN))
 
 
-def _checked(key: str, section: str, leaf: str, found: Written) -> Any:
-    """The value in its right type.
+def _validate(key: str, section: str, leaf: str, setting: Setting) -> Any:
+    """Return the value in the type of its key.
 
     Raises:
-        ConfigError: the key is unknown or the plan's own, or the value is of another type or none of the choices.
+        ConfigError: the key is unknown or set by the plan, or the value has another type or is not one of the choices.
     """
     if section == "trainer":
         if leaf in schema.OWNED_BY_THE_PLAN:
-            raise ConfigError(f"{found.where}: {key} is the plan's to set{_instead(schema.OWNED_BY_THE_PLAN[leaf])}")
+            raise ConfigError(f"{setting.where}: {key} is set by the plan{_hint(schema.OWNED_BY_THE_PLAN[leaf])}")
         if leaf not in _trainer_keys():
-            raise ConfigError(f"{found.where}: unknown key {key}{did_you_mean(leaf, _trainer_keys())}")
+            raise ConfigError(f"{setting.where}: unknown key {key}{did_you_mean(leaf, _trainer_keys())}")
         kinds = schema.trainer_fields().get(leaf, ["float"])
     else:
         known = _kinds(schema.SECTIONS[section] if section else Recipe)
         if leaf not in known:
-            raise ConfigError(f"{found.where}: unknown key {key}{did_you_mean(key, _known_keys())}")
+            raise ConfigError(f"{setting.where}: unknown key {key}{did_you_mean(key, _known_keys())}")
         kinds = known[leaf]
-    value = _coerce(key, kinds, _typed(found, kinds))
+    value = _coerce(key, kinds, _parse(setting, kinds))
     choices = schema.CHOICES.get(key)
     if key == "model.attention" and "/" in str(value) and not schema.KERNEL.fullmatch(str(value)):
         raise ConfigError(
-            f"{found.where}: {key} is {value!r}, a kernel from the Hub, which is code, and nothing says which; write "
-            f"owner/name@<the 40 hexadecimal digits of its commit>"
+            f"{setting.where}: {key}: kernel without a commit: found {value!r}, expected "
+            f"owner/name@<40 hexadecimal digits of its commit>, because a kernel is code"
         )
     if choices and value is not None and value not in choices and "/" not in str(value):
         raise ConfigError(
-            f"{found.where}: {key} is {value!r}; wanted one of {', '.join(choices)}{did_you_mean(str(value), choices)}"
+            f"{setting.where}: {key}: found {value!r}, expected one of {', '.join(choices)}"
+            f"{did_you_mean(str(value), choices)}"
         )
-    _check_bounds(key, value, found.where)
+    _check_bounds(key, value, setting.where)
     return value
 
 
-def _instead(said: str) -> str:
-    """The way out, or why there is none."""
-    return f" ({said})" if said.startswith(("fixed: ", "derived ")) else f"; say {said} instead"
+def _hint(owner: str) -> str:
+    """Return what to set instead, or why nothing can be set."""
+    return f" ({owner})" if owner.startswith(("fixed: ", "derived ")) else f". Set {owner} instead"
 
 
-def _typed(found: Written, kinds: list[str]) -> Written:
-    """What the command line said, read as YAML reads a recipe's value; text stays as it was typed."""
-    if found.where != COMMAND_LINE:
-        return found
-    if not found.value:
-        return Written(None, COMMAND_LINE)
-    opens = {"list": "[", "dict": "{"}
-    structured = any(kind in kinds and found.value.startswith(mark) for kind, mark in opens.items())
+def _parse(setting: Setting, kinds: list[str]) -> Setting:
+    """Parse a value of the command line as YAML, like a recipe's; keep text unchanged."""
+    if setting.where != COMMAND_LINE:
+        return setting
+    if not setting.value:
+        return Setting(None, COMMAND_LINE)
+    brackets = {"list": "[", "dict": "{"}
+    structured = any(kind in kinds and setting.value.startswith(bracket) for kind, bracket in brackets.items())
     if "str" in kinds and not structured:
-        return found
+        return setting
     try:
-        return Written(yaml.safe_load(found.value), COMMAND_LINE)
+        return Setting(yaml.safe_load(setting.value), COMMAND_LINE)
     except (yaml.YAMLError, ValueError):
-        return found
+        return setting
 
 
-def _coerce(key: str, kinds: list[str], found: Written) -> Any:
-    value = found.value
+def _coerce(key: str, kinds: list[str], setting: Setting) -> Any:
+    value = setting.value
     if isinstance(value, str) and "float" in kinds and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
-        value = float(value)  # YAML 1.1 reads 2e-5 as text: it wants a dot and a sign
+        value = float(value)  # YAML 1.1 reads 2e-5 as text: it needs a dot and a sign
     if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{found.where}: {key} is {value}; wanted a finite number")
+        raise ConfigError(f"{setting.where}: {key}: found {value}, expected a finite number")
     if type(value).__name__ in kinds or (value is None and "None" in kinds):
         return value
     if isinstance(value, int) and not isinstance(value, bool) and "float" in kinds:
         return float(value)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and set(kinds) <= {"str", "None"}:
         return str(value)
-    wanted = " or ".join(_SPOKEN[kind] for kind in kinds if kind != "None")
-    raise ConfigError(f"{found.where}: {key} is {value!r}; wanted {wanted}")
+    expected = " or ".join(_KIND_NAMES[kind] for kind in kinds if kind != "None")
+    raise ConfigError(f"{setting.where}: {key}: found {value!r}, expected {expected}")
 
 
-_SPOKEN = {
+_KIND_NAMES = {
     "str": "text",
-    "int": "a whole number",
+    "int": "an integer",
     "float": "a number",
     "bool": "true or false",
     "dict": "a mapping",
     "list": "a list",
 }
-# Least and most of the numbers that have such; the most of a batch only keeps the arithmetic finite.
+# Lowest and highest values; the highest of a batch only keeps the arithmetic finite.
 _BOUNDS: dict[str, tuple[float, float]] = {
     "batch.effective_batch_size": (1, 100_000),
     "batch.max_per_device_batch_size": (1, 100_000),
@@ -307,7 +311,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "monitor.heartbeat_timeout_seconds": (1, math.inf),
     "monitor.replica_check_steps": (1, math.inf),
 }
-_MAY_BE_LEFT_OUT = {
+_OPTIONAL = {
     "batch.effective_batch_size",
     "data.examples",
     "data.mean_tokens",
@@ -315,18 +319,22 @@ _MAY_BE_LEFT_OUT = {
     "data.validation_examples",
     "monitor.early_stopping_patience",
 }
-_WHOLE = {"trainer.eval_steps", "trainer.save_steps", "trainer.logging_steps"}  # transformers reads a part as a share
+_INTEGERS = {
+    "trainer.eval_steps",
+    "trainer.save_steps",
+    "trainer.logging_steps",
+}  # transformers reads a fraction as a ratio of all steps
 
 
 def _check_bounds(key: str, value: Any, where: str) -> None:
-    if key not in _BOUNDS or (value is None and key in _MAY_BE_LEFT_OUT):
+    if key not in _BOUNDS or (value is None and key in _OPTIONAL):
         return
-    least, most = _BOUNDS[key]
-    if value is None or not least <= value <= most:
-        wanted = f"at least {least:g}" if most == math.inf else f"{least:g} to {most:g}"
-        raise ConfigError(f"{where}: {key} is {value}; wanted {wanted}")
-    if key in _WHOLE and value != int(value):
-        raise ConfigError(f"{where}: {key} is {value}; wanted a whole number of steps")
+    lowest, highest = _BOUNDS[key]
+    if value is None or not lowest <= value <= highest:
+        expected = f"at least {lowest:g}" if highest == math.inf else f"{lowest:g} to {highest:g}"
+        raise ConfigError(f"{where}: {key}: found {value}, expected {expected}")
+    if key in _INTEGERS and value != int(value):
+        raise ConfigError(f"{where}: {key}: found {value}, expected an integer number of steps")
 
 
 def _check_model(recipe: Recipe) -> None:
@@ -334,21 +342,25 @@ def _check_model(recipe: Recipe) -> None:
     if model.from_scratch and model.name_or_path:
         if recipe.origins.get("model.name_or_path") == COMMAND_LINE:
             raise ConfigError(
-                f"{COMMAND_LINE}: {recipe.name} builds its model from scratch; add model.from_scratch=false "
+                f"{COMMAND_LINE}: {recipe.name} builds its model from scratch. Add model.from_scratch=false "
                 f"to start from {model.name_or_path}"
             )
-        raise ConfigError(f"{where}: model.from_scratch and model.name_or_path are both set; keep one")
+        raise ConfigError(f"{where}: model.from_scratch and model.name_or_path are both set. Remove one")
     if not model.from_scratch and not model.name_or_path:
-        raise ConfigError(f"recipes/{recipe.name}.yaml: model.name_or_path is missing: a Hub name or a local folder")
+        raise ConfigError(
+            f"recipes/{recipe.name}.yaml: model.name_or_path is missing. Set a Hub name or a local folder"
+        )
     _check_architecture(model.architecture, recipe.origins.get("model.architecture", where))
     if recipe.lora:
         _check_targets(recipe.lora.target_modules, recipe.origins.get("lora.target_modules", where))
     if model.from_scratch and not model.architecture:
-        raise ConfigError(f"{where}: model.from_scratch needs model.architecture, the numbers of the model's config")
+        raise ConfigError(
+            f"{where}: model.from_scratch needs model.architecture. Add the numbers of the model's config"
+        )
 
 
 def _check_lists(recipe: Recipe) -> None:
-    """Lists of names: some of each, all of them text."""
+    """Check the lists of names, and settings that exclude each other."""
     for key, names in (
         ("data.train", recipe.data.training),
         ("data.validation", recipe.data.held_out),
@@ -356,46 +368,46 @@ def _check_lists(recipe: Recipe) -> None:
     ):
         where = recipe.origins.get(key, f"recipes/{recipe.name}.yaml")
         if not all(isinstance(name, str) and name.strip() for name in names) or (key == "data.train" and not names):
-            raise ConfigError(f"{where}: {key} is {names!r}; wanted names, as in [a.jsonl, b.jsonl]")
+            raise ConfigError(f"{where}: {key}: found {names!r}, expected names such as [a.jsonl, b.jsonl]")
     unknown = [name for name in recipe.monitor.stop_on if name not in schema.STOPPING_GUARDS]
     if unknown:
         raise ConfigError(
-            f"{recipe.origins.get('monitor.stop_on')}: monitor.stop_on names {unknown[0]!r}; wanted some of "
+            f"{recipe.origins.get('monitor.stop_on')}: monitor.stop_on: found {unknown[0]!r}, expected some of "
             f"{', '.join(schema.STOPPING_GUARDS)}"
         )
     if recipe.monitor.grad_norm_below >= recipe.monitor.grad_norm_above:
-        stated = recipe.origins.get("monitor.grad_norm_below") or recipe.origins.get("monitor.grad_norm_above")
+        origin = recipe.origins.get("monitor.grad_norm_below") or recipe.origins.get("monitor.grad_norm_above")
         raise ConfigError(
-            f"{stated}: monitor.grad_norm_below {recipe.monitor.grad_norm_below:g} is not below "
-            f"monitor.grad_norm_above {recipe.monitor.grad_norm_above:g}"
+            f"{origin}: monitor.grad_norm_below: found {recipe.monitor.grad_norm_below:g}, expected less than "
+            f"monitor.grad_norm_above, {recipe.monitor.grad_norm_above:g}"
         )
     if recipe.lora and recipe.model.add_tokens:
         raise ConfigError(
-            f"{recipe.origins.get('model.add_tokens')}: model.add_tokens gives the model new embeddings, which LoRA "
-            f"does not train; take a chat template whose marks the tokenizer has, or full fine-tuning"
+            f"{recipe.origins.get('model.add_tokens')}: model.add_tokens adds embeddings, which LoRA does not train. "
+            f"Use a chat template whose special tokens the tokenizer has, or full fine-tuning"
         )
 
 
 def _check_architecture(architecture: Mapping[str, Any], where: str) -> None:
-    """The numbers that forecasts are made from; others are the model's own affair."""
+    """Check the numbers that forecasts use; transformers checks the others."""
     for key in (*DENSE_KEYS, "num_key_value_heads", "head_dim"):
         value = architecture.get(key)
         if value is not None and (type(value) is not int or value < 1):
-            raise ConfigError(f"{where}: model.architecture.{key} is {value!r}; wanted a whole number of at least 1")
+            raise ConfigError(f"{where}: model.architecture.{key}: found {value!r}, expected an integer of at least 1")
     for key in ("tie_word_embeddings", "attention_bias"):
         if not isinstance(architecture.get(key, False), bool):
-            raise ConfigError(f"{where}: model.architecture.{key} is {architecture[key]!r}; wanted true or false")
+            raise ConfigError(f"{where}: model.architecture.{key}: found {architecture[key]!r}, expected true or false")
     heads, hidden = architecture.get("num_attention_heads"), architecture.get("hidden_size")
     if heads and hidden and not architecture.get("head_dim") and hidden % heads:
         raise ConfigError(
-            f"{where}: model.architecture: hidden_size {hidden} is no multiple of num_attention_heads {heads}; "
-            f"give head_dim"
+            f"{where}: model.architecture.hidden_size: found {hidden}, expected a multiple of num_attention_heads "
+            f"{heads}. Set head_dim"
         )
 
 
 def _check_targets(targets: str | list[Any], where: str) -> None:
     if targets != "all-linear" and (isinstance(targets, str) or not targets or set(targets) - set(LINEAR_LAYERS)):
         raise ConfigError(
-            f"{where}: lora.target_modules is {targets!r}; wanted all-linear or a list of some of "
+            f"{where}: lora.target_modules: found {targets!r}, expected all-linear or a list of "
             f"{', '.join(LINEAR_LAYERS)}"
         )

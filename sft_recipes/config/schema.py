@@ -1,4 +1,4 @@
-"""Says what a recipe may contain: its sections, their keys and types, and the error that a wrong one raises."""
+"""The schema of a recipe: sections, keys, types, defaults."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from sft_recipes.config.strategies import DATA_PARALLEL, STRATEGIES
 
 PRECISIONS = ("bf16", "fp32")
 QUANTIZATIONS = ("nf4",)
-CONVERGED_ACCURACY = 0.9  # of tokens: what is above has not stalled, it has nothing much left to learn
+CONVERGED_ACCURACY = 0.9  # token accuracy above which a flat loss is convergence, not a plateau
 STOPPING_GUARDS = ("loss_spike", "exploding_gradients", "vanishing_gradients")
 ATTENTIONS = ("auto", "eager", "sdpa", "varlen", "flash_attention_2")
-# Or a kernel from the Hub, which is code from elsewhere: the commit says which.
+# Or a kernel from the Hub, which is code: pinned by its commit.
 KERNEL = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
 
-# The rows of the hyperparameter table hold these, under the names of the documents (recipes/sizes.yaml).
-# warmup_ratio is no SFTConfig field any more; the plan turns it into whole warm-up steps.
+# Keys of the hyperparameter table (recipes/sizes.yaml), named as in the SFT guide.
+# SFTConfig no longer has warmup_ratio; the plan computes warm-up steps from it.
 TABLE_KEYS = (
     "learning_rate",
     "effective_batch_size",
@@ -33,7 +33,7 @@ TABLE_KEYS = (
     "lr_scheduler_type",
 )
 
-# What every run starts from where neither the recipe nor its row of the table says otherwise.
+# Defaults for what neither the recipe nor its size class sets.
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_length": 2048,
     "packing": True,
@@ -46,8 +46,8 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "data_seed": 42,
 }
 
-# SFTConfig fields that a recipe may not set, because the plan works them out or the trainer's correctness rests on
-# them; each with the place where the thing is said instead.
+# SFTConfig fields that a recipe may not set, because the plan derives them or correctness depends on them; each with
+# what to set instead, or why it is fixed.
 OWNED_BY_THE_PLAN: dict[str, str] = {
     "output_dir": "the run's name (NAME=)",
     "run_name": "the run's name (NAME=)",
@@ -66,22 +66,22 @@ OWNED_BY_THE_PLAN: dict[str, str] = {
     "eval_strategy": "trainer.eval_steps",
     "save_strategy": "trainer.save_steps",
     "logging_strategy": "trainer.logging_steps",
-    "save_total_limit": "fixed: two whole checkpoints, weights of the three best",
-    "save_only_model": "fixed: two whole checkpoints, weights of the three best",
+    "save_total_limit": "fixed: the two latest checkpoints, weights of the three best",
+    "save_only_model": "fixed: the two latest checkpoints, weights of the three best",
     "load_best_model_at_end": "fixed: final/ is the best",
     "metric_for_best_model": "fixed: eval_loss",
     "greater_is_better": "fixed: eval_loss",
     "average_tokens_across_devices": "fixed: the loss is a mean over the tokens of all ranks",
-    "assistant_only_loss": "fixed: the loss looks at the assistant's turns alone",
-    "completion_only_loss": "fixed: the loss looks at the assistant's turns alone",
+    "assistant_only_loss": "fixed: only assistant turns are in the loss",
+    "completion_only_loss": "fixed: only assistant turns are in the loss",
     "dataset_kwargs": "fixed: rows are prepared before the trainer starts",
-    "packing_strategy": "fixed: whole examples are packed, none is cut in two",
+    "packing_strategy": "fixed: examples are packed without splitting them",
     "eval_packing": "trainer.packing",
     "padding_free": "trainer.packing",
     "remove_unused_columns": "fixed: rows are prepared before the trainer starts",
-    "train_sampling_strategy": "fixed: whole effective batches from a seeded order",
-    "dataloader_drop_last": "fixed: whole effective batches from a seeded order",
-    "logging_nan_inf_filter": "fixed: a loss that is no number shows as what it is",
+    "train_sampling_strategy": "fixed: complete effective batches in a seeded order",
+    "dataloader_drop_last": "fixed: complete effective batches in a seeded order",
+    "logging_nan_inf_filter": "fixed: NaN/Inf losses are logged as such",
     "include_num_input_tokens_seen": "fixed: tokens are always counted",
     "activation_checkpointing": "trainer.gradient_checkpointing",
     "activation_checkpointing_kwargs": "fixed: checkpointing is non-reentrant",
@@ -99,18 +99,18 @@ OWNED_BY_THE_PLAN: dict[str, str] = {
         ),
         "fixed: rows are prepared before the trainer starts",
     ),
-    "enable_jit_checkpoint": "fixed: a signal saves one step on all ranks",
-    "ignore_data_skip": "fixed: a resumed run sees the rows that are left",
+    "enable_jit_checkpoint": "fixed: a signal saves the same step on all ranks",
+    "ignore_data_skip": "fixed: a resumed run continues with the remaining rows",
     "report_to": "the environment variable REPORT_TO",
     "model_init_kwargs": "model.*",
     "chat_template_path": "model.chat_template",
     "trust_remote_code": "model.trust_remote_code",
-    "do_train": "the verb",
-    "do_eval": "the verb",
-    "do_predict": "the verb",
+    "do_train": "the command",
+    "do_eval": "the command",
+    "do_predict": "the command",
     "resume_from_checkpoint": "RESUME=1",
     "parallelism_config": "parallelism",
-    "local_rank": "the launcher's",
+    "local_rank": "fixed: set by the launcher",
     **dict.fromkeys(
         (
             "push_to_hub",
@@ -121,17 +121,19 @@ OWNED_BY_THE_PLAN: dict[str, str] = {
             "hub_always_push",
             "hub_revision",
         ),
-        "nothing: no run uploads anything",
+        "fixed: runs upload nothing",
     ),
 }
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """The hardware that a recipe was written for, and the share of its arithmetic that forecasts count on.
+    """The hardware of a recipe.
 
-    0.35 is a guess below the 0.42 to 0.48 that the best public tables reach (llm-foundry's
-    scripts/train/benchmarking); nothing here has measured it.
+    Attributes:
+        gpus: over all nodes; 0 is the CPU.
+        mfu: assumed share of peak FLOP/s in forecasts. 0.35 is a guess below the 0.42 to 0.48 of the best published
+            tables (llm-foundry's scripts/train/benchmarking); not measured in this project.
     """
 
     gpus: int = 0
@@ -142,12 +144,14 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Model:
-    """Which model starts the run.
+    """The model to fine-tune.
 
-    `from_scratch` builds one from `architecture` with random weights and trains its tokenizer on the run's own
-    training rows; otherwise `name_or_path` is a Hub name or a local folder. `open_alternative` names a model of
-    the same size that needs no permission. `add_tokens` are special tokens that `chat_template` writes
-    and the tokenizer lacks, as where a base model learns to chat.
+    Attributes:
+        name_or_path: Hub name or local folder.
+        open_alternative: a model of the same size without a license gate.
+        from_scratch: build the model from `architecture` with random weights, and train a tokenizer on the training
+            rows.
+        add_tokens: special tokens that `chat_template` writes and the tokenizer lacks, such as those of a base model.
     """
 
     name_or_path: str | None = None
@@ -164,14 +168,17 @@ class Model:
 
 @dataclass(frozen=True)
 class Data:
-    """Which rows are trained and validated on.
+    """Training and validation data.
 
-    `examples`, `validation_examples` and `mean_tokens` are the source's own figures; forecasts rest on them. `revision`
-    is the commit of the data set on the Hub. Several sources are a list; each has a validation loss of its own.
-    `max_eval_samples` caps the examples of an evaluation, a seeded choice. `max_dropped_fraction` is the fraction of
-    rows that `max_length` may leave without a supervised token, `max_overlap` the fraction of validation rows that
-    may also be in training. `retention_eval` are rows of what the model could do before and should not forget: their
-    loss is measured before the first step and at every evaluation, and decides nothing else.
+    Attributes:
+        train: one source, or a list; each source has its own validation loss.
+        retention_eval: rows that measure forgetting: their loss is logged before the first step and at every
+            evaluation, and affects nothing else.
+        revision: commit of the dataset on the Hub.
+        max_eval_samples: examples per evaluation, a seeded sample.
+        max_dropped_fraction: fraction of rows that `max_length` may leave without a supervised token.
+        max_overlap: fraction of validation rows that may also be in training.
+        examples: size of the source, for forecasts; so are `mean_tokens` and `validation_examples`.
     """
 
     train: str | list[str] = ""
@@ -187,24 +194,24 @@ class Data:
     validation_examples: int | None = None
 
     def revision_of(self, source: str) -> str | None:
-        """The commit to take `source` at, where it lies on the Hub: `revision` is the training data set's."""
+        """Return the Hub commit of `source`: `revision` belongs to the training dataset."""
         return self.revision if self.training[0].partition(":")[0] == source.partition(":")[0] else None
 
     @property
     def training(self) -> list[str]:
-        """The sources of the training rows."""
+        """Sources of the training rows."""
         return [self.train] if isinstance(self.train, str) else self.train
 
     @property
     def held_out(self) -> list[str]:
-        """The sources of the validation rows; none where a part of the training rows is held out."""
+        """Sources of the validation rows; empty if part of the training rows is held out."""
         return [self.validation] if isinstance(self.validation, str) else self.validation or []
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters on frozen weights (arXiv:2106.09685), which are 4-bit where `quantize` says nf4 (QLoRA,
-    arXiv:2305.14314). `target_modules` is `all-linear` or a list of the layers' own names."""
+    """Low-rank adapters on frozen weights (arXiv:2106.09685); `quantize: nf4` makes those 4-bit (QLoRA,
+    arXiv:2305.14314). `target_modules` is `all-linear` or a list of layer names."""
 
     r: int = 16
     alpha: int = 32
@@ -215,7 +222,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class Batch:
-    """Sizes in rows as the trainer sees them: packed rows where packing is on."""
+    """Sizes in rows of the trainer: packed rows if packing is on."""
 
     effective_batch_size: int | None = None
     max_per_device_batch_size: int = 1
@@ -224,7 +231,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Generation:
-    """Generation on held-out prompts, before and after: how many to print, how many to compare exactly."""
+    """Generation on held-out prompts before and after training: how many to print, and to score by exact match."""
 
     show: int = 3
     exact_match: int = 0
@@ -233,29 +240,29 @@ class Generation:
 
 @dataclass(frozen=True)
 class Monitor:
-    """When a run's figures are a warning sign, while it trains and when it is read afterwards; each can be set.
+    """Thresholds of alerts, during training and in `diagnose`.
 
-    0.1, 10 and 1e-6 are the documents' ("4.1 Key Metrics to Track", "4.2 W&B Integration"); the others are this
-    project's. A loss that is no number always stops the run.
+    0.1, 10 and 1e-6 are from the SFT guide ("4.1 Key Metrics to Track", "4.2 W&B Integration"); the others are this
+    project's. A NaN/Inf loss always stops the run.
 
     Attributes:
         overfitting_gap: validation loss above training loss by more than this.
-        grad_norm_above: gradients explode where their norm stays above this for `window` optimizer steps.
-        grad_norm_below: gradients vanish where it stays below this for `window` optimizer steps.
-        loss_spike: a step's loss so many robust standard deviations (1.4826 x median deviation) above the median of
-            the steps before it.
-        throughput_drop: the share of its usual tokens a second that a run loses over `window` optimizer steps.
-        plateau: the training loss fell by less than this share of itself since warm-up.
-        data_wait: the share of a step that waits for data.
-        memory_growth: the share by which memory grows while rows stay as long as they were.
-        rank_lag: one rank works this share longer on a step than the others.
+        grad_norm_above: gradients explode if their norm stays above this for `window` optimizer steps.
+        grad_norm_below: gradients vanish if it stays below this for `window` optimizer steps.
+        loss_spike: loss of a step, in robust standard deviations (1.4826 x median deviation) above the median of the
+            steps before it.
+        throughput_drop: fraction of the usual tokens/s that a run loses over `window` optimizer steps.
+        plateau: the training loss fell by less than this fraction since warm-up.
+        data_wait: fraction of a step spent waiting for data.
+        memory_growth: fraction by which memory grows although row lengths do not.
+        rank_lag: fraction by which one rank is slower on a step than the others.
         window: optimizer steps.
-        early_stopping_patience: evaluations without a lower validation loss after which the run ends; never where
-            none.
+        early_stopping_patience: evaluations without a lower validation loss after which the run ends; None disables
+            it.
         heartbeat_timeout_seconds: a run without a heartbeat for this long is terminated, and the rank that the others
             wait for is named; five times the longest interval so far if that is more, and more to load and to save.
-        replica_check_steps: optimizer steps after which ranks under DDP compare digests of their weights, which also
-            happens before each save; ranks that differ stop the run.
+        replica_check_steps: optimizer steps between replica consistency checks under DDP, which also run before each
+            save; replicas that differ stop the run.
         stop_on: of loss_spike, exploding_gradients, vanishing_gradients, those that stop the run instead of warning.
     """
 
@@ -277,7 +284,7 @@ class Monitor:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A page that a person reads, once it has been checked; `origins` says where each value was written."""
+    """A validated recipe; `origins` has the file and line of each value."""
 
     name: str
     size: str
@@ -296,7 +303,7 @@ class Recipe:
 
     @property
     def method(self) -> str:
-        """`full`, `lora`, or `qlora` where the frozen weights are 4-bit."""
+        """`full`, `lora`, or `qlora` if the frozen weights are 4-bit."""
         if self.lora is None:
             return "full"
         return "qlora" if self.lora.quantize else "lora"
@@ -321,12 +328,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 @cache
 def trainer_fields() -> dict[str, list[str]]:
-    """SFTConfig's fields and the kinds of value each takes, as written down by `python tests/unit/test_schema.py`."""
+    """Return SFTConfig's fields and their types, recorded by `python tests/unit/test_schema.py`."""
     fields: dict[str, list[str]] = json.loads(Path(__file__).with_name("trainer_fields.json").read_text())
     return fields
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean x?` for the nearest of `known`, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return `; did you mean x?` for the nearest of `known`, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""

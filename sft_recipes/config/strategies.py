@@ -62,7 +62,7 @@ class Strategy:
 
     @property
     def supports_quantized_weights(self) -> bool:
-        """Whether frozen 4-bit weights work: none of the libraries shards them, each rank would hold them whole."""
+        """Whether frozen 4-bit weights work: no library shards them, so each rank would hold a complete copy."""
         return not self.shards_parameters
 
     @property
@@ -86,7 +86,7 @@ _ALL = (
 )
 STRATEGIES = {strategy.name: strategy for strategy in _ALL}
 
-# What suggestions name by their role.
+# Strategies that suggestions name by role.
 ONE_PROCESS = STRATEGIES["single"]
 DATA_PARALLEL = STRATEGIES["ddp"]
 FULLY_SHARDED = STRATEGIES["zero3"]
@@ -110,14 +110,13 @@ def wider_than(name: str) -> list[str]:
 
 
 def running(zero_stage: int = 0, cpu_offload: bool = False, fsdp: bool = False, ddp: bool = False) -> Strategy:
-    """Return the strategy with these properties, to name what a run really got.
+    """Return the strategy with these properties, to name what a run uses.
 
     Raises:
         LookupError: no strategy has them.
     """
-    found = Strategy("", zero_stage, fsdp, ddp, cpu_offload)
     for strategy in _ALL:
-        same = (strategy.zero_stage, strategy.fsdp, strategy.ddp, strategy.cpu_offload)
-        if same == (found.zero_stage, found.fsdp, found.ddp, found.cpu_offload):
+        properties = (strategy.zero_stage, strategy.cpu_offload, strategy.fsdp, strategy.ddp)
+        if properties == (zero_stage, cpu_offload, fsdp, ddp):
             return strategy
     raise LookupError(f"no strategy with zero_stage={zero_stage}, cpu_offload={cpu_offload}, fsdp={fsdp}, ddp={ddp}")

@@ -16,6 +16,7 @@ from sft_recipes.data import validate
 from sft_recipes.data.tokenize import IGNORED
 from sft_recipes.data.tokenizer import load_tokenizer
 from sft_recipes.planner.plan import Plan, Prepared
+from sft_recipes.runtime.text import escape_unprintable
 
 _COLORS = {"loss": "\033[32m", "context": "\033[2m", "special": "\033[35m", "end": "\033[0m"}
 _SPECIAL_IN_LOSS = "\033[42m\033[30m"
@@ -150,7 +151,7 @@ def _with_brackets(spans: Sequence[TextSpan]) -> str:
 
 def _printable(text: str) -> str:
     """Make line ends visible and escape control characters."""
-    return "".join("⏎\n" if c == "\n" else c if c.isprintable() or c == "\t" else f"\\x{ord(c):02x}" for c in text)
+    return escape_unprintable(text.replace("\n", "⏎\n"), keep="\n\t")
 
 
 def report(plan: Plan, rows: PreparedRows) -> list[str]:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sft_recipes.runtime.paths import hf_home
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Commands whose first argument is a run.
 RUN_COMMANDS = ("verify-resume", "diagnose", "report", "status", "generate", "merge")
@@ -58,8 +60,7 @@ def runs_folder() -> Path:
 
 def hub_folder() -> Path:
     """Return the Hub's cache folder, as `huggingface_hub` determines it."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return normalize(os.environ.get("HF_HOME") or f"{cache}/huggingface")
+    return hf_home()
 
 
 def normalize(path: str | Path) -> Path:

@@ -30,7 +30,9 @@ def gpu_problem(needed: int) -> tuple[str, str] | None:
     """Return why PyTorch cannot use this number of GPUs on this machine, and the fix; None if it can."""
     if not needed:
         return None
-    return cuda.problem(probe_torch(os.environ), needed, cuda.driver_version(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return cuda.find_problem(
+        probe_torch(os.environ), needed, cuda.driver_version(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    )
 
 
 def probe_torch(environment: Mapping[str, str], *arguments: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from sft_recipes.planner import plan as plans
 from sft_recipes.planner import render, save_time
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.run_dir import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, RunDir, read_json, runs_root, write_json
+from sft_recipes.runtime.units import format_duration
 from sft_recipes.sanity import trial
 
 log = logging.getLogger(__name__)
@@ -163,17 +164,13 @@ def _report_result(plan: Plan, result: dict[str, Any], result_file: Path) -> int
 
 def _forecast(plan: Plan, measured: dict[str, Any], forecast: dict[str, Any]) -> str:
     """Forecast of the run from the trial's speed, and the plan's own forecast."""
-    parts = [f"{measured['tokens_per_second']:,.0f} tokens/s, {_duration(forecast['seconds'])} for the run"]
+    parts = [f"{measured['tokens_per_second']:,.0f} tokens/s, {format_duration(forecast['seconds'])} for the run"]
     if forecast["gpu_hours"] is not None:
         parts.append(f"{forecast['gpu_hours']:,.1f} GPU-hours")
     if forecast["money"] is not None:
         parts.append(f"cost {forecast['money']:,.2f}")
     if plan.forecast and plan.forecast["seconds"]:
         money = plan.forecast["money"]
-        planned = f"plan: {_duration(plan.forecast['seconds'])}, {plan.forecast['gpu_hours']:,.1f} GPU-hours"
+        planned = f"plan: {format_duration(plan.forecast['seconds'])}, {plan.forecast['gpu_hours']:,.1f} GPU-hours"
         parts.append(f"({planned}{'' if money is None else f', cost {money:,.2f}'})")
     return ", ".join(parts)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"

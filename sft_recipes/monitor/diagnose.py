@@ -11,6 +11,7 @@ from sft_recipes.monitor.detectors import Alert
 from sft_recipes.monitor.learning_rules import alerts_of
 from sft_recipes.monitor.metrics_log import Run
 from sft_recipes.monitor.rules import RULES, Rule
+from sft_recipes.runtime.text import escape_unprintable
 
 _MAX_ALERTS = 5  # printed
 
@@ -74,9 +75,4 @@ def text(run: Run, findings: Sequence[Finding]) -> list[str]:
     lines.append(f"Checked: {', '.join(rule.name for rule in RULES if rule.has_data(run)) or 'none'}")
     skipped = ", ".join(f"{rule.name} ({' or '.join(rule.metrics)})" for rule in skipped_rules(run))
     lines += [f"Skipped (not enough data): {skipped}"] if skipped else []
-    return [printable(line) for line in lines]
-
-
-def printable(line: str) -> str:
-    """Escape control characters: values read from a run may contain terminal sequences."""
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
+    return [escape_unprintable(line) for line in lines]

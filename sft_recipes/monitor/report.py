@@ -13,7 +13,8 @@ from sft_recipes.monitor.advice import Finding
 from sft_recipes.monitor.diagnose import alerts_without_finding, skipped_rules
 from sft_recipes.monitor.metrics_log import Run
 from sft_recipes.monitor.rules import RULES
-from sft_recipes.runtime.units import GIB
+from sft_recipes.runtime.text import escape_unprintable, flatten
+from sft_recipes.runtime.units import GIB, format_duration
 
 _MAX_PROMPTS, _MAX_COMPLETIONS = 12, 8  # per prompt the first completion and the latest
 _MAX_ALERTS = 5
@@ -62,7 +63,7 @@ def page(run: Run, findings: Sequence[Finding]) -> str:
 
 def _text(value: Any) -> str:
     """Escape HTML and control characters."""
-    return html.escape("".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in str(value)))
+    return html.escape(escape_unprintable(str(value), keep="\n\t"))
 
 
 def _method(run: Run) -> str:
@@ -93,7 +94,11 @@ def _metrics(run: Run) -> Iterable[tuple[str, str, str]]:
         yield "exact match", f"{after:.1%}", f"before training {before:.1%}" if before is not None else ""
     seconds = run.manifest.get("training_seconds")
     if seconds:
-        yield "training time", _duration(seconds), f"{_duration(run.manifest.get('wall_seconds', seconds))} in total"
+        yield (
+            "training time",
+            format_duration(seconds),
+            f"{format_duration(run.manifest.get('wall_seconds', seconds))} in total",
+        )
     supervised = max((value for _, value in run.points("supervised_tokens_seen")), default=0)
     if supervised:
         yield "supervised tokens seen", f"{supervised:,.0f}", "tokens in the loss, all epochs"
@@ -111,11 +116,6 @@ def _metrics(run: Run) -> Iterable[tuple[str, str, str]]:
     train = data.get("train", "?")
     shown = ", ".join(train) if isinstance(train, list) else str(train)
     yield "data", shown, f"{run.plan['examples']:,} examples" if run.plan.get("examples") else ""
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
 
 
 def _diagnosis(run: Run, findings: Sequence[Finding]) -> str:
@@ -177,19 +177,15 @@ def _details(title: str, rows: Iterable[Sequence[str]]) -> str:
 
 def _plan(run: Run) -> Iterable[tuple[str, str, str]]:
     origins = run.plan.get("origins") or {}
-    for key, value in _flat({key: value for key, value in run.plan.items() if key != "origins"}):
+    for key, value in flatten(
+        {key: value for key, value in run.plan.items() if key != "origins"}, keep_empty=True
+    ).items():
         short = key.removeprefix("sections.")
         yield short, str(value), str(origins.get(short) or origins.get(f"trainer.{short}") or "")
 
 
 def _environment(run: Run) -> Iterable[tuple[str, str]]:
     for number, attempt in enumerate(run.manifest.get("starts") or [], 1):
-        yield from ((f"attempt {number}: {key}", str(value)) for key, value in _flat(attempt))
-
-
-def _flat(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    if not isinstance(value, dict) or not value:
-        yield prefix, value
-        return
-    for key, inner in value.items():
-        yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+        yield from (
+            (f"attempt {number}: {key}", str(value)) for key, value in flatten(attempt, keep_empty=True).items()
+        )

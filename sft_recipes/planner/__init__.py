@@ -1,1 +1,1 @@
-"""From a recipe and the hardware to a plan: batch, memory, cost, learning rates. Pure; never imports torch."""
+"""Resolve a recipe for given hardware into a plan: batch, memory, cost, learning rates. Never imports torch."""

@@ -1,4 +1,4 @@
-"""The arithmetic of the effective batch: micro-batch, accumulation, steps, warm-up. Rows, never tokens."""
+"""Effective batch arithmetic, in rows: micro-batch, gradient accumulation, optimizer steps, warm-up."""
 
 from __future__ import annotations
 
@@ -7,45 +7,45 @@ import math
 from sft_recipes.runtime.errors import ConfigError
 
 
-def per_device_batch_size(effective_batch_size: int, at_most: int, world_size: int) -> int:
-    """The largest micro-batch under its ceiling that keeps the effective batch on this many GPUs.
+def per_device_batch_size(effective_batch_size: int, max_size: int, world_size: int) -> int:
+    """Return the largest micro-batch up to `max_size` that keeps the effective batch on this many ranks.
 
-    All sizes count rows as the trainer sees them (packed rows where packing is on).
+    All sizes are rows of the trainer (packed rows if packing is on).
 
     Raises:
-        ConfigError: no micro-batch does, since the effective batch is no multiple of the GPU count.
+        ConfigError: the effective batch is not a multiple of the number of ranks.
     """
-    for size in range(min(at_most, effective_batch_size), 0, -1):
+    for size in range(min(max_size, effective_batch_size), 0, -1):
         if effective_batch_size % (size * world_size) == 0:
             return size
     counts = ", ".join(str(count) for count in world_sizes_that_divide(effective_batch_size))
     raise ConfigError(
-        f"effective_batch_size {effective_batch_size} cannot be shared evenly by {world_size} GPUs or processes; "
-        f"these counts can: {counts}"
+        f"effective_batch_size: found {effective_batch_size}, expected a multiple of {world_size} GPUs or processes. "
+        f"Use one of these numbers: {counts}"
     )
 
 
 def gradient_accumulation_steps(effective_batch_size: int, per_device_batch_size: int, world_size: int) -> int:
-    """Micro-batches that each rank sums before one optimizer step.
+    """Return the micro-batches per rank and optimizer step.
 
-    All three sizes count rows as the trainer sees them.
+    All three sizes are rows of the trainer.
 
     Raises:
-        ConfigError: the effective batch is not a multiple of one forward pass over all ranks.
+        ConfigError: the effective batch is not a multiple of one forward pass of all ranks.
     """
     per_pass = per_device_batch_size * world_size
     steps, remainder = divmod(effective_batch_size, per_pass)
     if remainder or not steps:
         counts = ", ".join(str(count) for count in world_sizes_that_divide(effective_batch_size, per_device_batch_size))
         raise ConfigError(
-            f"effective_batch_size {effective_batch_size} is not a multiple of {per_device_batch_size} per device "
-            f"x {world_size} GPUs = {per_pass}; {counts or 'no number of'} GPUs would do"
+            f"effective_batch_size: found {effective_batch_size}, expected a multiple of {per_pass} "
+            f"({per_device_batch_size} per device x {world_size} GPUs). Use {counts or 'no number of'} GPUs"
         )
     return steps
 
 
 def world_sizes_that_divide(effective_batch_size: int, per_device_batch_size: int = 1) -> list[int]:
-    """GPU counts on which the effective batch is a whole number of forward passes."""
+    """Return the GPU counts on which the effective batch is a multiple of a forward pass of all ranks."""
     per_device, remainder = divmod(effective_batch_size, per_device_batch_size)
     if remainder:
         return []
@@ -53,20 +53,20 @@ def world_sizes_that_divide(effective_batch_size: int, per_device_batch_size: in
 
 
 def steps_per_epoch(rows: int, effective_batch_size: int) -> int:
-    """Whole effective batches in an epoch; the tail that fills none is left out of that epoch."""
+    """Return the complete effective batches per epoch; the remaining rows are dropped in that epoch (drop_last)."""
     return rows // effective_batch_size
 
 
 def optimizer_steps(steps_per_epoch: int, num_train_epochs: float, max_steps: int = -1) -> int:
-    """Optimizer steps of the whole run; `max_steps` above 0 decides alone, as it does for the Trainer."""
+    """Return the optimizer steps of the run; `max_steps` above 0 overrides epochs, as in the Trainer."""
     return max_steps if max_steps > 0 else math.ceil(steps_per_epoch * num_train_epochs)
 
 
 def warmup_steps(optimizer_steps: int, warmup_ratio: float) -> int:
-    """Steps over which the learning rate rises from 0, rounded up as transformers rounds a ratio."""
+    """Return the warm-up steps, rounded up as transformers does."""
     return math.ceil(optimizer_steps * warmup_ratio)
 
 
 def packed_rows(examples: int, mean_tokens: float, max_length: int) -> int:
-    """An estimate of the rows that packing makes, taking rows to be full (best-fit packing reaches 99.6% and more)."""
+    """Estimate the packed rows, assuming full rows (best-fit packing fills 99.6% or more)."""
     return math.ceil(examples * min(mean_tokens, max_length) / max_length)

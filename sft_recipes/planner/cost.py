@@ -1,4 +1,4 @@
-"""Forecasts a run's time, GPU-hours and money from its arithmetic; stated assumptions, no measurement."""
+"""Forecast time, GPU-hours and cost of a run from its FLOPs; assumptions are stated, nothing is measured."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ WRITE_BYTES_PER_SECOND = 2_000_000_000  # of one node to the disk of its runs; a
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs for one token that is not padding.
+    """FLOPs per token, padding excluded.
 
     Attributes:
-        forward: the forward pass, which is what an evaluation runs.
+        forward: the forward pass, as in evaluation.
         model: forward and backward pass, each operation once: the numerator of MFU.
-        hardware: what the GPU executes, recomputation included: the numerator of HFU.
+        hardware: executed by the GPU, recomputation included: the numerator of HFU.
     """
 
     forward: float
@@ -30,7 +30,7 @@ class Flops:
 
 
 def flops_per_token(load: MemoryInputs, mean_length: float, supervised_share: float = 1.0) -> Flops | None:
-    """FLOPs per token of matrix multiplications; None where the architecture's numbers are not given.
+    """Return the FLOPs per token of matrix multiplications; None if the architecture is not given.
 
     Forward pass: 2 for each weight of the decoder layers and adapters, 2 x vocabulary x width in the output layer for
     each supervised token (only those are scored), and 2 x layers x width x length for causal attention, half of what
@@ -41,7 +41,7 @@ def flops_per_token(load: MemoryInputs, mean_length: float, supervised_share: fl
     kernels/chunked_logprob.py, `backward`); the attention scores, by flash attention's backward pass (arXiv:2205.14135,
     as torch/utils/flop_counter.py counts it); and with activation checkpointing each decoder layer, but for its last
     matrix product, at which torch's checkpoint stops because nothing after it is needed (`set_checkpoint_early_stop`);
-    with adapters on that product it is needed. tests/unit/test_suggest.py compares it with torch's FLOP counter.
+    adapters on that product need it. tests/unit/test_suggest.py compares it with torch's FLOP counter.
 
     Args:
         load: model, adapters and activation checkpointing.
@@ -67,8 +67,10 @@ def flops_per_token(load: MemoryInputs, mean_length: float, supervised_share: fl
 
 
 def palm_flops_per_token(architecture: Mapping[str, Any], tokens_per_row: int) -> float | None:
-    """6N + 12 x layers x width x length of the row: what most published MFU counts (PaLM, arXiv:2204.02311, appendix
-    B). It counts the embedding's look-up and attention to tokens that a causal mask hides."""
+    """Return 6N + 12 x layers x width x row length, as in most published MFU (PaLM, arXiv:2204.02311, appendix B).
+
+    It includes the embedding look-up and attention to tokens that the causal mask hides.
+    """
     parameters = parameter_count(architecture)
     if parameters is None:
         return None
@@ -79,7 +81,7 @@ def palm_flops_per_token(architecture: Mapping[str, Any], tokens_per_row: int) -
 
 @dataclass(frozen=True)
 class Work:
-    """What a run does, in counts."""
+    """Amounts of work in a run."""
 
     flops: Flops
     train_tokens: float
@@ -93,17 +95,17 @@ class Work:
 
 
 def forecast(work: Work, gpu_type: str | None, gpus: int, nodes: int, mfu: float) -> dict[str, float | None] | None:
-    """Seconds by part, GPU-hours and money; None where the GPU type's peak FLOP/s are not known.
+    """Return seconds by part, GPU-hours and cost; None if the peak FLOP/s of the GPU type are not known.
 
-    `mfu` is the assumed share of peak FLOP/s that a GPU executes, that is, MFU of a run that recomputes nothing. It is
-    stated for that case because the published tables are: llm-foundry's 40 to 46% for 1B to 13B on H100 at 2,048 tokens
+    `mfu` is the assumed share of peak FLOP/s that a GPU executes, that is, the MFU without recomputation, as in
+    published tables: llm-foundry's 40 to 46% for 1B to 13B on H100 at 2,048 tokens
     have activation checkpointing off (mosaicml/llm-foundry, scripts/train/benchmarking). Seconds are hardware FLOPs /
-    (peak x `mfu`), so recomputation takes its time; `mfu` of the result is what the run's own metrics would show.
+    (peak x `mfu`), so recomputation takes its time; `mfu` of the result is comparable to the metrics of the run.
 
-    A checkpoint is written by all nodes together where the ranks write shards of it, a model by one rank.
+    Sharded checkpoints are written by all nodes together, a model by one rank.
 
     Raises:
-        UserError: GPU_HOUR_PRICE is no number.
+        UserError: GPU_HOUR_PRICE is not a price.
     """
     price = gpu_hour_price()
     peak = gpu_table.peak_flops(gpu_type)

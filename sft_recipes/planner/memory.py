@@ -1,4 +1,4 @@
-"""Works out parameters, memory and disk from the numbers of an architecture, before anything is loaded."""
+"""Forecast memory and disk from the dimensions of an architecture, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -29,26 +29,28 @@ FRAGMENTATION = 0.05
 # What the files in deepspeed_configs/ say, in elements; a test compares them.
 ALLGATHER_BUCKET = REDUCE_BUCKET = 200_000_000
 PREFETCH_BUCKET = 50_000_000
-SUB_GROUP = 1_000_000_000  # DeepSpeed's default: ZeRO-3 takes its step so many elements at a time
+SUB_GROUP = 1_000_000_000  # DeepSpeed's default: elements per ZeRO-3 optimizer step
 
-# The trainer builds logits tile by tile, tokens by vocabulary (TRL 1.16, kernels/chunked_logprob.py, trainer/utils.py).
-LOGIT_TILE = (4096, 32_768)
+# The trainer computes logits in chunks, tokens x vocabulary (TRL 1.16, kernels/chunked_logprob.py, trainer/utils.py).
+LOGIT_CHUNK = (4096, 32_768)
 PROCESS_BYTES = 4 * GIB  # a rank's libraries, CUDA context and pinned batches in host memory; an estimate
 
-# What a rank's memory is told by.
+# Parts of a rank's memory.
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "step")
 
-# 4-bit NormalFloat: half a byte, and a quantized scale for each 64 weights (arXiv:2305.14314, 0.127 bits a weight).
+# 4-bit NormalFloat: half a byte, and a quantized scale for each 64 weights (arXiv:2305.14314, 0.127 bits per weight).
 NF4_BYTES = 0.5 + 0.127 / 8
 
 
 @dataclass(frozen=True)
 class MemoryInputs:
-    """What a rank has to hold: the model, how it is trained, and one micro-batch.
+    """What the memory of a rank depends on.
 
-    `tokens` are those of one micro-batch, padding included; `scores_of` how many others a token is scored against,
-    where the scores are kept: eager attention keeps a row's, no other way does. `accumulates` says whether a step is
-    of several micro-batches, `on_cpu` whether there is no GPU whose kernels need less.
+    Attributes:
+        tokens: tokens per micro-batch, padding included.
+        scores_of: attention scores kept per token and head: the row length under eager attention, else 0.
+        accumulates: whether a step has several micro-batches.
+        on_cpu: no GPU, whose kernels need less memory.
     """
 
     architecture: Mapping[str, Any]
@@ -66,59 +68,61 @@ class MemoryInputs:
 
     @property
     def strategy(self) -> Strategy:
-        """What is sharded."""
+        """The parallelism strategy."""
         return STRATEGIES[self.parallelism]
 
     @property
     def autocasts(self) -> bool:
-        """Whether fp32 weights are cast as they are used."""
+        """Whether fp32 weights are cast to bf16 on use."""
         return self.precision == "bf16" and self.lora is None and self.strategy.replicated
 
     @property
     def gradient_width(self) -> int:
-        """Bytes of a gradient as the backward pass makes it."""
+        """Bytes per element of a gradient in the backward pass."""
         return 2 if self.precision == "bf16" and not self.autocasts else 4
 
     @property
     def moments(self) -> int:
-        """Bytes of the two moments of all weights that are trained: in fp32, or in 8 bits by bitsandbytes' optimizers
-        (the factors of its blocks of 256 add under 4% to those), for which the Trainer has embeddings keep theirs in
-        fp32. Other optimizers are forecast as AdamW, which most of them stay below."""
+        """Bytes of Adam's two moments for all trained weights: fp32, or 8-bit with bitsandbytes' optimizers.
+
+        8-bit: the scales of its blocks of 256 add under 4%; the Trainer keeps those of embeddings in fp32. Other
+        optimizers are forecast as AdamW; most need less.
+        """
         if "8bit" not in self.optimizer:
             return 8 * self.trained
         embedding = 0 if self.lora else self.architecture["vocab_size"] * self.architecture["hidden_size"]
         return 2 * self.trained + 6 * int(embedding)
 
     @property
-    def sharded_weights(self) -> int:
-        """Over how many ranks the weights are spread."""
+    def weight_shards(self) -> int:
+        """Number of shards of the weights."""
         return self.world_size if self.strategy.shards_parameters else 1
 
     @property
     def zero_half(self) -> bool:
-        """Whether DeepSpeed holds the weights in bf16 and an fp32 master beside them."""
+        """Whether DeepSpeed keeps bf16 weights and fp32 master weights."""
         return self.strategy.deepspeed and self.precision == "bf16"
 
     @property
     def stream_half(self) -> bool:
-        """Whether what layers pass on is in 16 bits: fp32 weights under autocast pass on fp32."""
+        """Whether hidden states between layers are 16-bit; under autocast with fp32 weights they are fp32."""
         return self.precision == "bf16" and (not self.strategy.replicated or self.lora is not None)
 
     @property
     def trained(self) -> int:
-        """Weights that get gradients."""
+        """Number of trained weights."""
         count = adapter_count(self.architecture, self.lora) if self.lora else parameter_count(self.architecture)
         assert count is not None
         return count
 
     @property
     def trained_bytes(self) -> int:
-        """Those weights in the dtype that they are held in, the master copy not counted; a saved model's size."""
+        """Bytes of the trained weights in their dtype, without master weights; the size of a saved model."""
         return self.trained * (2 if self.zero_half else 4)
 
     @property
     def model_bytes(self) -> int:
-        """The whole model in the dtypes that it is held in, without adapters."""
+        """Bytes of the complete model in its dtypes, without adapters."""
         parameters = parameter_count(self.architecture)
         assert parameters is not None
         if self.lora and self.lora.quantize:
@@ -129,39 +133,37 @@ class MemoryInputs:
 
 
 def bytes_per_gpu(load: MemoryInputs) -> dict[str, int] | None:
-    """Peak memory of one rank by part, in bytes, at the phase of a step when their sum is largest; an estimate to
-    decide with, not a measurement. `total` is that sum, `reserve` what must stay free in addition.
+    """Estimate the peak memory of one rank by part, in bytes, in the phase of a step with the largest sum.
 
-    Weights, gradients and optimizer state follow the dtypes of `dtypes`; AdamW's two moments are fp32 everywhere but in
-    an 8-bit optimizer.
-    Activations: what a layer keeps for its backward pass; with checkpointing, each layer's input and one whole layer.
-    Logits: what scoring takes, and what the embeddings' gradients take besides their place among the gradients.
-    Buffers: DDP's gradient buckets; ZeRO's buckets for gradients and gathered weights; gathered layers or
-    embeddings under ZeRO-3 and FSDP2; autocast's bf16 copies of the weights; a dequantized layer under QLoRA. `step` is
-    what ZeRO's optimizer step takes: its gradients once more, laid out flat. AdamW is the fused one, which needs no
-    copies.
+    `total` is that sum, `reserve` must stay free in addition. Weights, gradients and optimizer state have the dtypes of
+    `dtypes`; AdamW's two moments are fp32 except in an 8-bit optimizer.
+    Activations: what layers keep for their backward pass; with checkpointing, each layer's input and one full layer.
+    Logits: loss computation, and temporary gradients of the embeddings.
+    Buffers: DDP's gradient buckets; ZeRO's buckets for gradients and gathered weights; gathered layers or embeddings
+    under ZeRO-3 and FSDP2; autocast's bf16 copies of the weights; a dequantized layer under QLoRA.
+    Step: a flat copy of the gradients in ZeRO's optimizer step. Fused AdamW needs no copies.
     """
     if parameter_count(load.architecture) is None:
         return None
     optimizer_over = load.world_size if load.strategy.shards_optimizer else 1
     adapters = load.trained_bytes if load.lora else 0
     held = {
-        "weights": (load.model_bytes + adapters) // load.sharded_weights,
+        "weights": (load.model_bytes + adapters) // load.weight_shards,
         "optimizer": 0
         if load.strategy.cpu_offload
         else (load.moments + 4 * load.zero_half * load.trained) // optimizer_over,
         "buffers": _buffers(load),
     }
-    fullest = max(_phases(load), key=lambda phase: sum(phase.values()))
-    parts = {name: held.get(name, 0) + fullest.get(name, 0) for name in PARTS}
+    peak = max(_phases(load), key=lambda phase: sum(phase.values()))
+    parts = {name: held.get(name, 0) + peak.get(name, 0) for name in PARTS}
     total = sum(parts.values())
     return {**parts, "total": total, "reserve": reserve_bytes(load, total)}
 
 
 def reserve_bytes(load: MemoryInputs, total: int) -> int:
-    """GPU memory to leave free on top of the forecast `total`: driver, CUDA context, NCCL, fragmentation. 0 on the CPU.
+    """Return the GPU memory to leave free in addition to `total`: driver, CUDA context, NCCL, fragmentation; 0 on CPU.
 
-    The constants above name the source of each part.
+    The constants above cite the source of each part.
     """
     if load.on_cpu:
         return 0
@@ -170,18 +172,20 @@ def reserve_bytes(load: MemoryInputs, total: int) -> int:
 
 @dataclass(frozen=True)
 class _Amounts:
-    """What the phases of a step are made of, in bytes.
+    """Amounts in the phases of a step, in bytes.
 
     Attributes:
-        gradients: all of this rank's, as they are kept.
-        before: those that are there when a backward pass begins. A plain optimizer and FSDP2 free them after each step,
-            so a step of one micro-batch begins without.
-        layer: activations that one decoder layer keeps; `moment`: what its backward pass holds for a moment.
+        gradients: stored by this rank.
+        before: stored when a backward pass begins. A plain optimizer and FSDP2 free them after each step, so a step of
+            one micro-batch begins with none.
+        layer: activations that one decoder layer keeps.
+        moment: temporaries of the backward pass of a layer.
         kept: activations of all layers at the end of the forward pass.
-        tile, scores: see `_logits`; `tile` includes what the last norm keeps, and the hidden states that are scored.
-        embedding: a gradient of the embeddings or the output layer, as autograd makes it; 0 if frozen.
-        hidden_gradient: the scoring's gradient of the hidden states, which adapters see in fp32 in the top layer too;
-            without adapters it is gone by the phase's peak.
+        chunk: logits of one chunk (`_logits`), activations of the last norm, and the hidden states in the loss.
+        scores: gradients of the loss computation (`_logits`).
+        embedding: a gradient of the embeddings or the output layer from autograd; 0 if frozen.
+        hidden_gradient: gradient of the last hidden states, fp32 in the top layer with adapters; without adapters it
+            is freed before the peak of the phase.
     """
 
     gradients: int
@@ -189,7 +193,7 @@ class _Amounts:
     layer: int
     moment: int
     kept: int
-    tile: int
+    chunk: int
     scores: int
     embedding: int
     hidden_gradient: int
@@ -201,7 +205,7 @@ def _amounts(load: MemoryInputs) -> _Amounts:
     gradients = 0 if load.strategy.cpu_offload else 4 * load.trained // gradients_over
     layer = load.tokens * activation_bytes(load)
     inputs = load.tokens * architecture["hidden_size"] * (2 if load.stream_half else 4)
-    tile, scores = _logits(load)
+    chunk, scores = _logits(load)
     # Its input, the normalized input, its output, and the scored positions picked out of that: 4 bytes each in an fp32
     # stream; 2 bytes each in a 16-bit one, and the input in fp32 too.
     last_norm = load.tokens * architecture["hidden_size"] * (12 if load.stream_half else 16)
@@ -209,9 +213,9 @@ def _amounts(load: MemoryInputs) -> _Amounts:
         gradients=gradients,
         before=gradients if load.accumulates or load.strategy.deepspeed else 0,
         layer=layer,
-        moment=load.tokens * _held_for_a_moment(load),
+        moment=load.tokens * _backward_temporaries(load),
         kept=architecture["num_hidden_layers"] * (inputs if load.gradient_checkpointing else layer),
-        tile=tile + last_norm,
+        chunk=chunk + last_norm,
         scores=scores,
         embedding=0 if load.lora else load.gradient_width * architecture["vocab_size"] * architecture["hidden_size"],
         hidden_gradient=4 * load.tokens * architecture["hidden_size"] if load.lora else 0,
@@ -219,7 +223,7 @@ def _amounts(load: MemoryInputs) -> _Amounts:
 
 
 def _phases(load: MemoryInputs) -> list[dict[str, int]]:
-    """The phases of a step that may be its peak, each with what is there in addition to what is always held."""
+    """Return the phases of a step that can be its peak, each with what it needs in addition to the constant parts."""
     step = _amounts(load)
     if load.strategy.fsdp:
         return _phases_of_fsdp2(load, step)
@@ -229,8 +233,8 @@ def _phases(load: MemoryInputs) -> list[dict[str, int]]:
     waiting = step.embedding if architecture.get("tie_word_embeddings") else 0
     last = 0 if step.before or load.lora else 4 * block_weights(architecture) + step.embedding
     flat = {2: step.gradients, 3: min(step.gradients, 4 * SUB_GROUP)}.get(load.strategy.zero_stage, 0)
-    forward = {"gradients": step.before, "activations": step.kept, "logits": step.tile, "buffers": casts}
-    scoring = {**forward, "logits": step.tile + step.scores, "buffers": 0 if recomputes else casts}
+    forward = {"gradients": step.before, "activations": step.kept, "logits": step.chunk, "buffers": casts}
+    scoring = {**forward, "logits": step.chunk + step.scores, "buffers": 0 if recomputes else casts}
     top_layer = {
         "gradients": step.before,
         "activations": step.kept + step.moment + (step.layer if recomputes else 0),
@@ -249,7 +253,7 @@ def _phases(load: MemoryInputs) -> list[dict[str, int]]:
 
 
 def _phases_of_fsdp2(load: MemoryInputs, step: _Amounts) -> list[dict[str, int]]:
-    """The phases of a step under FSDP2, with what is gathered and reduced in each.
+    """Return the phases of a step under FSDP2, with what each gathers and reduces.
 
     The units are accelerate's (1.15, utils/fsdp_utils.py, `fsdp2_prepare_model`): the embeddings, each decoder layer,
     and the last norm with the output layer, which stays gathered from the forward pass until its gradients are reduced.
@@ -264,9 +268,9 @@ def _phases_of_fsdp2(load: MemoryInputs, step: _Amounts) -> list[dict[str, int]]
     reduced = 0 if load.lora else 4
     down = 0 if load.lora else width * architecture["intermediate_size"] * inputs  # the first gradient of a layer
     forward = {
-        "gradients": step.before, "activations": step.kept, "logits": step.tile, "buffers": 2 * width * ends
+        "gradients": step.before, "activations": step.kept, "logits": step.chunk, "buffers": 2 * width * ends
     }  # fmt: skip
-    scoring = {**forward, "logits": step.tile + step.scores, "buffers": width * (ends + block)}
+    scoring = {**forward, "logits": step.chunk + step.scores, "buffers": width * (ends + block)}
     top_layer = {
         "gradients": max(step.before, reduced * ends // ranks),
         "activations": step.kept + step.moment + (step.layer if load.gradient_checkpointing else 0),
@@ -288,23 +292,27 @@ def _phases_of_fsdp2(load: MemoryInputs, step: _Amounts) -> list[dict[str, int]]
 
 
 def _logits(load: MemoryInputs) -> tuple[int, int]:
-    """Scoring, all tokens taken to be answers': a tile of logits, with autocast's copy of the weights that make it; and
-    what its backward pass takes besides: fp32 gradients of the hidden states and, unless it is frozen, of the output
-    layer, which are then made what that is held in."""
+    """Return the bytes of the loss computation with all tokens in the loss: a chunk of logits, and its gradients.
+
+    The chunk includes autocast's copy of the output weights. The gradients are fp32: of the hidden states and, unless
+    frozen, of the output layer, which are then cast to its dtype.
+    """
     hidden, vocabulary = load.architecture["hidden_size"], load.architecture["vocab_size"]
-    width, columns = 2 if load.precision == "bf16" else 4, min(vocabulary, LOGIT_TILE[1])
-    tile = width * min(load.tokens, LOGIT_TILE[0]) * columns + (2 * columns * hidden if load.autocasts else 0)
+    width, columns = 2 if load.precision == "bf16" else 4, min(vocabulary, LOGIT_CHUNK[1])
+    chunk = width * min(load.tokens, LOGIT_CHUNK[0]) * columns + (2 * columns * hidden if load.autocasts else 0)
     scores = 4 * load.tokens * hidden
     if load.on_cpu and load.precision == "bf16":  # only a GPU multiplies 16 bits into 32
         scores += 4 * columns * hidden
     if load.lora is None:
         scores += (4 + (2 if load.gradient_width == 2 else 0)) * vocabulary * hidden
-    return tile, scores
+    return chunk, scores
 
 
 def _casts(load: MemoryInputs) -> tuple[int, int]:
-    """Autocast's bf16 copies of linear layers: of all, from the forward pass on, and of one, as the backward pass goes
-    by it. Embeddings are looked up as they are."""
+    """Return the bytes of autocast's bf16 copies of linear layers: of all, and of one decoder layer.
+
+    The forward pass makes all; the backward pass needs one layer at a time. Embeddings are not cast.
+    """
     if not load.autocasts:
         return 0, 0
     block = 2 * block_weights(load.architecture)
@@ -312,33 +320,33 @@ def _casts(load: MemoryInputs) -> tuple[int, int]:
 
 
 def activation_bytes(load: MemoryInputs) -> int:
-    """Bytes that one decoder layer keeps of one token for its backward pass, without checkpointing.
+    """Return the bytes per token that one decoder layer keeps for its backward pass, without checkpointing.
 
-    Counted over transformers' own layers by the tensors that autograd saves (tests/unit/test_memory.py counts them):
-    the MLP's four inner ones, keys and values twice, and what norms, projections and adapters keep of the stream.
-    Fused attention keeps no scores; eager attention keeps them in fp32 and, in mixed precision, in 16 bits too.
+    Counted from the tensors that autograd saves in transformers' layers (tests/unit/test_memory.py): the MLP's four
+    inner ones, keys and values twice, and what norms, projections and adapters keep of the hidden states. Fused
+    attention keeps no scores; eager attention keeps them in fp32 and, in mixed precision, also in 16 bits.
     """
     architecture = load.architecture
     hidden, inner = architecture["hidden_size"], architecture["intermediate_size"]
     key_values = linear_layers(architecture)["k_proj"][1]
-    besides = architecture["num_attention_heads"] * load.scores_of * (4 if load.precision == "fp32" else 6)
+    extra = architecture["num_attention_heads"] * load.scores_of * (4 if load.precision == "fp32" else 6)
     if architecture.get("model_type") == "olmo2":  # norms of queries, keys and both outputs
-        besides += (8 if load.lora else 20) * hidden
-    if load.on_cpu:  # examples are attended one by one, and laid end to end again
-        besides += (4 if load.precision == "fp32" else 2) * hidden
+        extra += (8 if load.lora else 20) * hidden
+    if load.on_cpu:  # attention per example, then concatenated again
+        extra += (4 if load.precision == "fp32" else 2) * hidden
     if load.precision == "fp32":
-        return int((24 if load.lora else 32) * hidden + 16 * inner + 8 * key_values + besides)  # frozen norms keep less
+        return int((24 if load.lora else 32) * hidden + 16 * inner + 8 * key_values + extra)  # frozen norms keep less
     stream = 20 if load.stream_half else 30
-    return int((stream + (5 if load.lora else 0)) * hidden + 8 * inner + 4 * key_values + besides)
+    return int((stream + (5 if load.lora else 0)) * hidden + 8 * inner + 4 * key_values + extra)
 
 
-def _held_for_a_moment(load: MemoryInputs) -> int:
-    """Bytes per token while a layer's MLP goes backward: gradients of what it multiplied, and of the stream.
+def _backward_temporaries(load: MemoryInputs) -> int:
+    """Return the bytes per token of temporaries in the backward pass of an MLP: gradients of its inner products.
 
-    Adapters on its last product also hold an fp32 copy of that product's input.
+    Adapters on the last product also keep an fp32 copy of its input.
 
-    Measured as activations are (the peak of a pass beyond what is kept), for MLPs at least 2.5 times as wide as the
-    stream, and on fake tensors of the recipes' shapes (tests/strategies/test_step_memory.py).
+    Measured like activations (the peak of a pass beyond what is kept), for MLPs at least 2.5 times as wide as the
+    hidden states, and on fake tensors of the recipes' shapes (tests/strategies/test_step_memory.py).
     """
     hidden, inner = load.architecture["hidden_size"], load.architecture["intermediate_size"]
     if load.precision == "fp32":
@@ -347,21 +355,21 @@ def _held_for_a_moment(load: MemoryInputs) -> int:
 
 
 def _buffers(load: MemoryInputs) -> int:
-    """Communication and casts, in bytes."""
+    """Return the bytes of communication buffers and dequantized weights."""
     parameters, architecture = parameter_count(load.architecture), load.architecture
     assert parameters is not None
     half = load.precision == "bf16"
     largest: int = max(block_weights(architecture), architecture["vocab_size"] * architecture["hidden_size"])
     width = 2 if half else 4
-    # DeepSpeed makes its buckets for gradients whole, however little is trained: two in stages 1 and 2, of what they
-    # are staged in, one in stage 3, of what is sent.
+    # DeepSpeed's gradient buckets have a fixed size, also for few trained weights: two in the staging dtype in stages
+    # 1 and 2, one in the communication dtype in stage 3.
     if load.strategy.zero_stage in (1, 2):
         staged = 4 if load.strategy.zero_stage == 1 else width
         return width * min(parameters, ALLGATHER_BUCKET) + 2 * staged * REDUCE_BUCKET
     if load.strategy.zero_stage == 3:
         return 2 * width * largest + width * min(parameters, PREFETCH_BUCKET) + 4 * REDUCE_BUCKET
     if load.strategy.fsdp:
-        # What is gathered and reduced differs from phase to phase. On a CPU gloo keeps copies of what it has not sent:
+        # Gathers and reductions are counted per phase. On CPU gloo keeps copies of what it has not sent:
         # about four layers in real runs (docs/design/decisions.md: peaks of one small run were 208 to 273 MiB).
         return 4 * width * block_weights(architecture) if load.on_cpu else 0
     quantized = load.lora is not None and load.lora.quantize is not None
@@ -370,12 +378,12 @@ def _buffers(load: MemoryInputs) -> int:
 
 
 def host_bytes_per_node(load: MemoryInputs) -> dict[str, int] | None:
-    """Memory of one node's main board by part, in bytes; an estimate.
+    """Estimate the host memory of one node by part, in bytes.
 
-    Loading, as benchmarks/loading.py measured it: weights that are held in 16 bits are mapped from their files, or
-    under ZeRO-3 shared out as they are read; those held in fp32 are each rank's own copy until they are on its GPU,
-    under FSDP2 too. Saving: ZeRO-3 gathers the 16-bit weights on rank 0, FSDP2 the fp32 weights and the optimizer
-    state. Offload: fp32 weights, two moments and gradients of the node's share.
+    Loading, as measured by benchmarks/loading.py: 16-bit weights are mapped from their files, or under ZeRO-3 sharded
+    while reading; fp32 weights are copied by each rank until they are on its GPU, under FSDP2 too. Saving: ZeRO-3
+    gathers the 16-bit weights on rank 0, FSDP2 the fp32 weights and the optimizer state. Offload: fp32 weights, two
+    moments and gradients of the node's shards.
     """
     parameters = parameter_count(load.architecture)
     if parameters is None:
@@ -393,8 +401,10 @@ def host_bytes_per_node(load: MemoryInputs) -> dict[str, int] | None:
 
 
 def checkpoint_bytes(load: MemoryInputs) -> int | None:
-    """One whole checkpoint: what is trained, and for it master and moments; under ZeRO the 16-bit weights twice,
-    as a model folder and as DeepSpeed's own state, under FSDP2 the fp32 ones twice."""
+    """Return the bytes of a checkpoint: trained weights, master weights and moments.
+
+    Weights are saved twice under ZeRO (16-bit: model files and DeepSpeed's state) and under FSDP2 (fp32).
+    """
     if parameter_count(load.architecture) is None:
         return None
     twice = load.zero_half or load.strategy.fsdp
@@ -403,18 +413,20 @@ def checkpoint_bytes(load: MemoryInputs) -> int | None:
 
 
 def disk_bytes(load: MemoryInputs) -> int | None:
-    """The most that a run's folder holds: two checkpoints and the one being written, the three best and the one being
-    written, last/ and final/. final/ counts as large as last/; it is half as large if the base model is in 16 bits,
-    which its files tell and a plan does not read."""
+    """Return the maximum size of a run directory: two checkpoints, three best models, one of each being written, last/
+    and final/.
+
+    final/ counts like last/; it is half the size if the base model is 16-bit, which a plan does not read.
+    """
     checkpoint = checkpoint_bytes(load)
     return None if checkpoint is None else 3 * checkpoint + 6 * load.trained_bytes
 
 
 def dtypes(parallelism: str, precision: str, lora: Lora | None = None) -> dict[str, str]:
-    """What each kind of number is held in under this engine; the run compares it with what it got.
+    """Return the dtypes under this strategy; the run checks them.
 
-    `weights` are those that are trained; `frozen` those that are not, under LoRA. fp32 weights are their own master
-    copy: bf16 weights without one lose most updates at these rates.
+    `weights` are trained; `frozen` are not, under LoRA. fp32 weights are the master weights themselves: bf16 weights
+    without master weights lose most updates at these learning rates.
     """
     strategy = STRATEGIES[parallelism]
     compute = "fp32" if precision == "fp32" else "bf16 autocast" if strategy.replicated else "bf16"

@@ -1,4 +1,4 @@
-"""Settles every number of a run: from a recipe and the hardware to the plan that the run carries out."""
+"""Resolve a recipe for given hardware into the plan of a run: every number derived, with its origin."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from sft_recipes.planner import batch, cost, memory
 from sft_recipes.runtime import units
 from sft_recipes.runtime.atomic_write import write_atomic
 from sft_recipes.runtime.errors import ConfigError
+from sft_recipes.runtime.text import flatten
 
 
 @dataclass(frozen=True)
 class Topology:
-    """The processes that carry a run: `gpus` over all nodes, 0 for the CPU with `processes` ranks."""
+    """The processes of a run: `gpus` over all nodes; 0 means CPU with `processes` ranks."""
 
     gpus: int
     processes: int
@@ -35,7 +36,7 @@ class Topology:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What only the data can tell, known once it has been prepared."""
+    """Results of data preparation."""
 
     fingerprint: str
     folder: str
@@ -51,7 +52,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Sections:
-    """The recipe's sections that a run reads as they were written; `trainer` without the table's keys."""
+    """The recipe's sections that a run reads unchanged; `trainer` without the keys of the hyperparameter table."""
 
     model: Model
     data: Data
@@ -64,12 +65,16 @@ class Sections:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run with every number settled; `data_prepared` is False while rows and steps are estimates.
+    """A resolved recipe.
 
-    `notes` say what prepared data showed, such as a template that trains on other text than it renders at inference.
-    `fewest_gpus` and `cheapest_change` say what would fit; the command `plan` works them out (planner/suggest.py).
-    `origins` gives the source of each number: a file and line, a size class, the command line, or derived. `run_id`
-    is drawn when the plan becomes a run and identifies what the run saves.
+    Attributes:
+        data_prepared: False while rows and steps are estimates.
+        notes: findings of data preparation, such as a train/inference template mismatch.
+        fewest_gpus: the fewest GPUs that fit, computed by the command `plan` (planner/suggest.py), as
+            `cheapest_change` is.
+        origins: the source of each number: file and line, size class, command line, or derived.
+        allowed_changes: keys that differ from the plan that the run started with (`--allow-change`).
+        run_id: random, set when the run is created; identifies what the run saves.
     """
 
     recipe: str
@@ -137,12 +142,12 @@ class Plan:
 
     @property
     def shards_parameters(self) -> bool:
-        """Whether the weights are spread over the ranks."""
+        """Whether the weights are sharded."""
         return self.strategy.shards_parameters
 
 
-# What two plans of the same run may differ in: dates, forecasts, and what the data says once it is prepared
-# (the fingerprint of that data is compared instead).
+# Fields in which two plans of one run may differ: dates, forecasts, and results of data preparation (whose fingerprint
+# is compared instead).
 NOT_COMPARED = {
     "created",
     "data_prepared",
@@ -155,7 +160,7 @@ NOT_COMPARED = {
     "examples_per_step",
     "supervised_tokens_per_step",
     "supervised_share",
-    "parameters",  # a model that the recipe does not describe is counted when its data is prepared
+    "parameters",  # counted during data preparation if the recipe has no architecture
     "trained_parameters",
     "memory_bytes_per_gpu",
     "host_bytes_per_node",
@@ -176,10 +181,10 @@ NOT_COMPARED = {
 
 
 def resolve(recipe: Recipe, topology: Topology) -> Plan:
-    """The plan of this recipe on this hardware.
+    """Resolve a recipe for this hardware.
 
     Raises:
-        ConfigError: the batch cannot be kept on that many ranks, or there would be too few optimizer steps.
+        ConfigError: the effective batch does not fit the number of ranks, or there are too few optimizer steps.
     """
     _check_attention(recipe, topology)
     world_size = topology.gpus or topology.processes
@@ -239,15 +244,15 @@ def resolve(recipe: Recipe, topology: Topology) -> Plan:
 
 def _check_attention(recipe: Recipe, topology: Topology) -> None:
     if recipe.model.attention == "flash_attention_2" and (not topology.gpus or recipe.precision == "fp32"):
-        here = "in fp32" if topology.gpus else "on the CPU"
+        actual = "fp32" if topology.gpus else "CPU"
         raise ConfigError(
-            f"model.attention: flash_attention_2 computes in 16 bits on a GPU, and this plan trains {here}; say "
-            f"model.attention=auto{', or precision=bf16' if topology.gpus else ''}"
+            f"model.attention: flash_attention_2 needs 16 bits on a GPU: found {actual}. Set model.attention=auto"
+            f"{' or precision=bf16' if topology.gpus else ''}"
         )
 
 
 def memory_inputs(plan: Plan, architecture: dict[str, Any]) -> memory.MemoryInputs:
-    """What a rank of this plan has to hold."""
+    """Return what the memory of a rank of this plan depends on."""
     lora, trainer = plan.sections.lora, plan.sections.trainer
     return memory.MemoryInputs(
         architecture=architecture,
@@ -266,7 +271,7 @@ def memory_inputs(plan: Plan, architecture: dict[str, Any]) -> memory.MemoryInpu
 
 
 def _with_resources(plan: Plan, architecture: dict[str, Any]) -> Plan:
-    """The plan with what the architecture's numbers say of memory and disk; as it is where there are none."""
+    """Return the plan with memory and disk forecasts; unchanged if the architecture is not given."""
     load = memory_inputs(plan, architecture)
     per_gpu, available = memory.bytes_per_gpu(load), gpu_table.memory_bytes(plan.gpu_type)
     if per_gpu is None:
@@ -284,11 +289,11 @@ def _with_resources(plan: Plan, architecture: dict[str, Any]) -> Plan:
 
 
 def with_prepared_data(plan: Plan, prepared: Prepared) -> Plan:
-    """The same plan with what the prepared data decides: rows, steps, warm-up.
+    """Return the plan with the numbers that follow from prepared data: rows, steps, warm-up.
 
     Raises:
-        ConfigError: fewer rows than one effective batch, too few optimizer steps, or a model that does not fit, where
-            the recipe did not say how large it is.
+        ConfigError: fewer rows than one effective batch, too few optimizer steps, or a model that does not fit (if the
+            recipe has no architecture).
     """
     if plan.memory_bytes_per_gpu is None:
         plan = _with_resources(plan, prepared.architecture)
@@ -300,12 +305,13 @@ def with_prepared_data(plan: Plan, prepared: Prepared) -> Plan:
     if prepared.rows < plan.effective_batch_size:
         packed = f"{prepared.examples} examples, packed into " if plan.packing else ""
         raise ConfigError(
-            f"data.train: {packed}{prepared.rows} rows, fewer than one effective batch of {plan.effective_batch_size}; "
-            f"add examples, or say batch.effective_batch_size={_power_of_two_below(prepared.rows)}"
+            f"data.train: fewer than one effective batch: found {packed}{prepared.rows} rows, expected "
+            f"{plan.effective_batch_size}. Add examples, or set "
+            f"batch.effective_batch_size={_power_of_two_below(prepared.rows)}"
             f"{' allow_out_of_range=[effective_batch_size]' if plan.size != 'tiny' else ''}"
             f"{', or trainer.packing=false' if plan.packing and prepared.examples > prepared.rows else ''}"
         )
-    settled = dataclasses.replace(
+    updated = dataclasses.replace(
         plan,
         data_prepared=True,
         data_fingerprint=prepared.fingerprint,
@@ -313,11 +319,11 @@ def with_prepared_data(plan: Plan, prepared: Prepared) -> Plan:
         supervised_tokens_per_step=round(prepared.supervised_tokens / prepared.rows * plan.effective_batch_size, 1),
         supervised_share=round(prepared.supervised_tokens / prepared.tokens, 4),
     )
-    return _with_steps(settled, prepared.rows, prepared.examples)
+    return _with_steps(updated, prepared.rows, prepared.examples)
 
 
 def describe_shortage(plan: Plan) -> str:
-    """What a plan that does not fit needs and what its GPU has."""
+    """Return the memory that a plan needs and what its GPU has."""
     needs, has = plan.memory_bytes_per_gpu or {}, gpu_table.memory_bytes(plan.gpu_type) or 0
     return (
         f"needs about {needs['total'] / units.GIB:.1f} GiB per GPU and {needs['reserve'] / units.GIB:.1f} GiB of "
@@ -326,9 +332,9 @@ def describe_shortage(plan: Plan) -> str:
 
 
 def find_differences(old: Plan, new: Plan) -> dict[str, tuple[Any, Any]]:
-    """What differs between two plans of one run, by dotted name; nothing where the run may go on.
+    """Return the differences between two plans of one run by dotted name; empty if the run can resume.
 
-    The fingerprint of the data is left out while one of the two has not prepared it yet.
+    The data fingerprint is compared only if both plans have one.
     """
     left, right = comparable_values(old), comparable_values(new)
     unknown = {"data_fingerprint"} if not (old.data_fingerprint and new.data_fingerprint) else set()
@@ -340,7 +346,7 @@ def find_differences(old: Plan, new: Plan) -> dict[str, tuple[Any, Any]]:
 
 
 def comparable_values(plan: Plan) -> dict[str, Any]:
-    """What makes a plan the one it is, by dotted name. Monitor say what is warned of, not what the weights become."""
+    """Return the values that identify a plan, by dotted name; `monitor` is left out, it does not affect the weights."""
     return {
         key: value
         for key, value in flat_values(plan).items()
@@ -349,30 +355,30 @@ def comparable_values(plan: Plan) -> dict[str, Any]:
 
 
 def flat_values(plan: Plan) -> dict[str, Any]:
-    """Every value of a plan, by dotted name."""
-    return _flat(dataclasses.asdict(plan))
+    """Return every value of a plan, by dotted name."""
+    return flatten(dataclasses.asdict(plan))
 
 
 def write(plan: Plan, path: Path) -> None:
-    """Writes `plan.json` whole or not at all."""
+    """Write `plan.json` atomically."""
     write_atomic(path, to_json(plan) + "\n")
 
 
 def read(path: Path) -> Plan:
-    """The plan in a file that `write` wrote.
+    """Read a plan.
 
     Raises:
-        ConfigError: the file is missing, cut short, or of another version.
+        ConfigError: the file is missing, incomplete, or of another version.
     """
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         return Plan(**{**stored, "sections": _sections_from_json(stored["sections"])})
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{path}: not a plan that this version wrote ({error}); start under another NAME=") from error
+        raise ConfigError(f"{path}: not a plan of this version ({error}). Start another run with NAME=…") from error
 
 
 def to_json(plan: Plan) -> str:
-    """The plan as indented JSON."""
+    """Return the plan as indented JSON."""
     return json.dumps(dataclasses.asdict(plan), indent=2)
 
 
@@ -385,13 +391,12 @@ def _strategy_of(recipe: Recipe, world_size: int) -> Strategy:
     strategy, where = STRATEGIES[recipe.parallelism], recipe.origins.get("parallelism", "parallelism")
     if recipe.lora and recipe.lora.quantize and not strategy.supports_quantized_weights:
         raise ConfigError(
-            f"{where}: {strategy.name} does not shard 4-bit weights, so each rank would hold them whole; set "
-            f"parallelism=ddp or zero2, or leave lora.quantize out"
+            f"{where}: {strategy.name} does not shard 4-bit weights: each rank would hold all of them. Set "
+            f"parallelism=ddp or zero2, or remove lora.quantize"
         )
     if world_size > 1 and not strategy.several_processes:
         raise ConfigError(
-            f"{where}: parallelism is {strategy.name!r}, which is one process, found {world_size}; set "
-            f"parallelism=ddp, or GPUS=1"
+            f"{where}: parallelism {strategy.name} runs one process: found {world_size}. Set parallelism=ddp, or GPUS=1"
         )
     return strategies.for_world_size(recipe.parallelism, world_size)
 
@@ -418,10 +423,10 @@ def _sections_from_json(stored: dict[str, Any]) -> Sections:
 def _origins(recipe: Recipe, topology: Topology) -> dict[str, str]:
     table = {key: hyperparameter(recipe, key)[1] for key in TABLE_KEYS}
     derived = {
-        "world_size": "derived: one rank a GPU" if topology.gpus else "derived: ranks on the CPU",
+        "world_size": "derived: one rank per GPU" if topology.gpus else "derived: ranks on the CPU",
         "per_device_train_batch_size": "derived: largest up to batch.max_per_device_batch_size that keeps the batch",
         "gradient_accumulation_steps": "derived: effective batch / (micro-batch x world size)",
-        "optimizer_steps": "derived: whole effective batches an epoch x epochs",
+        "optimizer_steps": "derived: complete effective batches per epoch x epochs",
         "warmup_steps": "derived: optimizer steps x warmup_ratio, rounded up",
     }
     defaults = {
@@ -445,12 +450,12 @@ def _with_steps(plan: Plan, rows: int | None, examples: int | None) -> Plan:
         return plan
     per_epoch = batch.steps_per_epoch(rows, plan.effective_batch_size)
     steps = batch.optimizer_steps(per_epoch, plan.num_train_epochs, max_steps)
-    at_least = plan.sections.batch.min_optimizer_steps
-    if max_steps <= 0 and steps < at_least:
+    minimum = plan.sections.batch.min_optimizer_steps
+    if max_steps <= 0 and steps < minimum:
         raise ConfigError(
-            f"batch.min_optimizer_steps: {rows} rows at an effective batch of {plan.effective_batch_size} make {steps} "
-            f"optimizer steps, fewer than {at_least}; add examples or epochs"
-            f"{', say trainer.packing=false,' if plan.packing else ','} or batch.min_optimizer_steps={max(steps, 1)}"
+            f"batch.min_optimizer_steps: {rows} rows with an effective batch of {plan.effective_batch_size}: found "
+            f"{steps} optimizer steps, expected {minimum}. Add examples or epochs, or set "
+            f"{'trainer.packing=false or ' if plan.packing else ''}batch.min_optimizer_steps={max(steps, 1)}"
         )
     counted = dataclasses.replace(
         plan,
@@ -466,8 +471,10 @@ def _with_steps(plan: Plan, rows: int | None, examples: int | None) -> Plan:
 
 
 def _forecast(plan: Plan) -> dict[str, float | None] | None:
-    """Time and money of a plan whose steps are known; rows are taken to be full where they are packed. Before the data
-    is prepared all tokens count as supervised, an upper bound. In fp32 there is no forecast: the table is bf16's."""
+    """Return time and cost of a plan whose steps are known; None in fp32, for which there is no table of FLOP/s.
+
+    Packed rows count as full. Before data preparation all tokens count as supervised, an upper bound.
+    """
     data, trainer = plan.sections.data, plan.sections.trainer
     architecture = plan.sections.model.architecture
     mean = min(data.mean_tokens or plan.max_length, plan.max_length)
@@ -487,7 +494,7 @@ def _forecast(plan: Plan) -> dict[str, float | None] | None:
         tokens_per_evaluation=validation * mean,
         saves=math.ceil(plan.optimizer_steps / trainer["save_steps"]),
         bytes_per_save=plan.checkpoint_bytes,
-        models=evaluations + 2,  # each evaluation of a falling loss is a best one; then last/ and final/
+        models=evaluations + 2,  # with a falling loss each evaluation saves a best model; then last/ and final/
         bytes_per_model=load.trained_bytes,
         one_rank_saves=not plan.strategy.deepspeed,
     )
@@ -495,22 +502,13 @@ def _forecast(plan: Plan) -> dict[str, float | None] | None:
 
 
 def _validation_examples(plan: Plan) -> int | None:
-    """Examples that an evaluation looks at; None where nobody has said how many a validation set of its own has."""
+    """Return the examples per evaluation; None if the size of a separate validation set is not given."""
     data = plan.sections.data
     held_out: int = round((plan.examples or 0) * data.validation_fraction)
-    there: int | None = data.validation_examples if data.validation else held_out
-    at_most: int | None = data.max_eval_samples
-    return at_most if there is None else min(there, at_most or there)
+    examples: int | None = data.validation_examples if data.validation else held_out
+    limit: int | None = data.max_eval_samples
+    return limit if examples is None else min(examples, limit or examples)
 
 
 def _power_of_two_below(number: int) -> int:
     return 1 << max(number.bit_length() - 1, 0)
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat.update(_flat(inner, f"{prefix}.{key}" if prefix else key))
-    return flat

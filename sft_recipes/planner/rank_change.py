@@ -1,4 +1,4 @@
-"""Says whether a run may go on with other ranks than those that saved it, and which numbers of its plan then follow."""
+"""Decide whether a run can resume on other ranks than those that saved it, and which plan values follow from that."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from sft_recipes.config.strategies import DATA_PARALLEL, STRATEGIES, Strategy
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Plan
 
-# What a plan works out from its ranks while the effective batch stays: how many, where, and how the batch is cut up.
+# Plan values derived from the ranks while the effective batch stays the same.
 DERIVED_FROM_RANKS = frozenset(
     {"world_size", "gpus", "nodes", "per_device_train_batch_size", "gradient_accumulation_steps"}
 )
-# DeepSpeed's conversion looks for Adam's two moments by name; with torch's AdamW it was shown to lose nothing.
-_CONVERTED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+# DeepSpeed's conversion finds Adam's two moments by name; tested without loss with torch's AdamW only.
+_RESHARDABLE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Those that saved a checkpoint, or that would go on from it."""
+    """The ranks that saved a checkpoint, or that resume from it."""
 
     parallelism: str
     world_size: int
@@ -33,49 +33,47 @@ class Ranks:
 
 
 def ranks_of(plan: Plan) -> Ranks:
-    """The ranks that carry a plan."""
+    """Return the ranks of a plan."""
     return Ranks(plan.parallelism, plan.world_size)
 
 
 def incompatibility(saved: Ranks, plan: Plan) -> str | None:
-    """Why a checkpoint of some ranks cannot be gone on from by those of a plan, and the way out; None where it can.
+    """Return why the ranks of a plan cannot resume a checkpoint of other ranks, and the fix; None if they can.
 
-    An engine keeps the optimizer's state in a form of its own. Another one fails to read it or, where DeepSpeed's files
-    meet a start without DeepSpeed, finds none and begins with an empty optimizer in silence.
+    Each strategy has its own format of optimizer state. Another strategy fails to load it or, given DeepSpeed files
+    without DeepSpeed, silently starts with an empty optimizer.
     """
     now = ranks_of(plan)
     if not now.strategy.reads_checkpoints_of(saved.strategy):
         usable = saved.strategy if saved.strategy.several_processes else DATA_PARALLEL
         return (
-            f"its checkpoints were saved by {saved}, this start would be {now}, and neither can read the "
-            f"optimizer state of the other; set parallelism={usable.name}, which may have another number of ranks, or "
-            f"begin a run of its own: NAME=…"
+            f"its checkpoints were saved by {saved}, and {now} cannot load their optimizer state. Set "
+            f"parallelism={usable.name}, on any number of ranks, or start another run with NAME=…"
         )
-    optimizer = plan.sections.trainer.get("optim", _CONVERTED_OPTIMIZERS[0])
-    if needs_resharding(saved, now) and optimizer not in _CONVERTED_OPTIMIZERS:
+    optimizer = plan.sections.trainer.get("optim", _RESHARDABLE_OPTIMIZERS[0])
+    if needs_resharding(saved, now) and optimizer not in _RESHARDABLE_OPTIMIZERS:
         return (
-            f"its checkpoints were saved by {saved}, this start would be {now}, and the state of trainer.optim="
-            f"{optimizer} cannot be cut for other ranks; go on with {saved.world_size}, or begin a run of its own: "
-            f"NAME=…"
+            f"its checkpoints were saved by {saved}, and the state of trainer.optim={optimizer} cannot be "
+            f"resharded for {now}. Resume on {saved.world_size} ranks, or start another run with NAME=…"
         )
     return None
 
 
 def needs_resharding(saved: Ranks, now: Ranks) -> bool:
-    """Whether these ranks can load what those saved only once it has been cut anew: ZeRO keeps a file for each rank."""
+    """Return whether the checkpoint must be resharded before loading: ZeRO writes one state file per rank."""
     return saved.strategy.resharding_converts and saved.world_size != now.world_size
 
 
 def plan_incompatibility(old: Plan, new: Plan) -> str | None:
-    """Why the ranks of a new plan cannot go on with a run of the old one; None where they can."""
+    """Return why the ranks of a new plan cannot resume a run of the old one; None if they can."""
     return incompatibility(ranks_of(old), new)
 
 
 def implied_changes(old: Plan, new: Plan) -> set[str]:
-    """What of `plans.find_differences` only follows from another number of ranks, and needs nobody's consent.
+    """Return the keys of `plans.find_differences` that follow from another number of ranks and need no consent.
 
-    Empty where the ranks are as many, where they cannot go on, where the effective batch is another, and between CPU
-    and GPU, which no tolerance was measured for.
+    Empty if the number of ranks is the same, if they cannot resume, if the effective batch differs, and between CPU and
+    GPU, for which no tolerance was measured.
     """
     differ = plans.find_differences(old, new)
     same_kind = old.uses_gpu == new.uses_gpu and "effective_batch_size" not in differ

@@ -1,4 +1,4 @@
-"""Prints plans and recipes for people: tables in plain text, the same on a terminal and in a log."""
+"""Format plans and recipes as plain-text tables."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from sft_recipes.runtime.units import GIB
 
 
 def strategy_and_ranks(plan: Plan) -> str:
-    """`zero2 on 8 GPUs`, `single on 1 CPU process`."""
-    several = plan.world_size > 1
-    ranks = ("GPUs" if several else "GPU") if plan.uses_gpu else f"CPU process{'es' if several else ''}"
+    """Return for example `zero2 on 8 GPUs` or `single on 1 CPU process`."""
+    plural = plan.world_size > 1
+    ranks = ("GPUs" if plural else "GPU") if plan.uses_gpu else f"CPU process{'es' if plural else ''}"
     return f"{plan.parallelism} on {plan.world_size} {ranks}"
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to their widest cell, two spaces apart."""
+    """Format columns padded to their widest cell, two spaces apart."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -27,7 +27,7 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def format_plan(plan: Plan, explain: bool = False) -> str:
-    """The plan as a person reads it; with `explain`, where each value came from."""
+    """Format a plan, one value per line; with `explain`, the origin of each."""
     return format_table([[name, text] + ([_origin(plan, name)] if explain else []) for name, text in _lines(plan)])
 
 
@@ -39,28 +39,30 @@ def _origin(plan: Plan, name: str) -> str:
     return "default" if name in _DEFAULTED else "derived"
 
 
-_KERNEL = "a kernel from the Hub runs, unseen and unchecked, as this user (model.attention)"
-_REMOTE_CODE = "the model's own Python runs, unseen and unchecked, as this user (model.trust_remote_code)"
+_KERNEL = "runs a kernel from the Hub as this user, unchecked (model.attention)"
+_REMOTE_CODE = "runs Python of the model repository as this user, unchecked (model.trust_remote_code)"
 _KEYS = {
     "model": "model.name_or_path",
     "remote code": "model.trust_remote_code",
     "train data": "data.train",
     "validation data": "data.validation",
-    "retain data": "data.retention_eval",
+    "retention eval": "data.retention_eval",
+    "size class": "size",
 }
 _DEFAULTED = {"precision", "parallelism", "max length", "packing", "validation data"}
 
 
 def _lines(plan: Plan) -> list[tuple[str, str]]:
     lines = [
-        ("recipe", f"{plan.recipe} (row {plan.size}{_nearest(plan)})"),
+        ("recipe", plan.recipe),
+        ("size class", plan.size + _nearest(plan)),
         ("model", plan.model + (f", {plan.parameters:,} parameters" if plan.parameters else "")),
         *([("remote code", _REMOTE_CODE)] if plan.sections.model.trust_remote_code else []),
         *([("remote code", _KERNEL)] if "/" in plan.sections.model.attention else []),
         ("method", _method(plan)),
         ("train data", _sources(plan.sections.data.train)),
         ("validation data", _sources(plan.sections.data.validation) or _split(plan)),
-        *([("retain data", retain)] if (retain := plan.sections.data.retention_eval) else []),
+        *([("retention eval", source)] if (source := plan.sections.data.retention_eval) else []),
         ("hardware", _hardware(plan)),
         ("parallelism", plan.parallelism),
         ("precision", f"{plan.precision} ({', '.join(f'{k} {v}' for k, v in plan.dtypes.items())})"),
@@ -78,19 +80,19 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
         ("max grad norm", f"{plan.max_grad_norm:g}"),
         ("optimizer steps", _estimate(plan, plan.optimizer_steps)),
         ("warmup steps", _estimate(plan, plan.warmup_steps)),
-        ("rows an epoch", _rows(plan)),
+        ("rows per epoch", _rows(plan)),
         ("examples per step", _estimate(plan, plan.examples_per_step)),
         ("supervised tokens per step", _estimate(plan, plan.supervised_tokens_per_step)),
     ]
     return lines + _memory(plan) + _forecast(plan) + _what_would_fit(plan)
 
 
-def _sources(named: str | list[str] | None) -> str:
-    return ", ".join(named) if isinstance(named, list) else named or ""
+def _sources(sources: str | list[str] | None) -> str:
+    return ", ".join(sources) if isinstance(sources, list) else sources or ""
 
 
 def _nearest(plan: Plan) -> str:
-    return "" if plan.requested_size == plan.size else f", the nearest to {plan.requested_size}"
+    return "" if plan.requested_size == plan.size else f" (nearest to {plan.requested_size})"
 
 
 def _method(plan: Plan) -> str:
@@ -114,7 +116,7 @@ def _hardware(plan: Plan) -> str:
 
 
 def _gpu(plan: Plan) -> str:
-    """The GPU type; for one that is not in the table, its memory."""
+    """Return the GPU type, or its memory if the type is not in the table."""
     if plan.gpu_type is None:
         return "GPU type not given"
     return plan.gpu_type if find_gpu_type(plan.gpu_type) else f"GPU type not in the table, {plan.gpu_type} GiB"
@@ -122,29 +124,29 @@ def _gpu(plan: Plan) -> str:
 
 def _estimate(plan: Plan, value: Any) -> str:
     if value is None:
-        return "known when the data is prepared"
-    return f"{value:,}" + ("" if plan.data_prepared else " (estimate, settled when the data is prepared)")
+        return "unknown until the data is prepared"
+    return f"{value:,}" + ("" if plan.data_prepared else " (estimate until the data is prepared)")
 
 
 def _rows(plan: Plan) -> str:
     if plan.rows is None or plan.steps_per_epoch is None:
         return _estimate(plan, None)
-    return _estimate(plan, plan.rows) + f"; {plan.dropped_rows_per_epoch} left out as the tail of an epoch"
+    return _estimate(plan, plan.rows) + f"; {plan.dropped_rows_per_epoch} dropped (drop_last, reshuffled each epoch)"
 
 
 def _memory(plan: Plan) -> list[tuple[str, str]]:
     if plan.memory_bytes_per_gpu is None:
-        return [("memory", "not known: model.architecture is not given")]
+        return [("memory", "unknown: model.architecture is not given")]
     where = "GPU" if plan.uses_gpu else "process"
-    lines = [(f"memory per {where}", _parts(plan.memory_bytes_per_gpu, " at the peak of a step"))]
+    lines = [(f"memory per {where}", _parts(plan.memory_bytes_per_gpu, " peak"))]
     if reserve := plan.memory_bytes_per_gpu["reserve"]:
         kept_for = "driver, CUDA context, NCCL" if plan.world_size > 1 else "driver, CUDA context"
         lines.append(("reserve per GPU", f"{_gib(reserve)}: {kept_for} and allocator fragmentation, estimated"))
     if plan.host_bytes_per_node and plan.uses_gpu:
-        lines.append(("host memory a node", _parts(plan.host_bytes_per_node)))
+        lines.append(("host memory per node", _parts(plan.host_bytes_per_node)))
     if plan.disk_bytes and plan.checkpoint_bytes:
-        lines.append(("disk", f"{_gib(plan.disk_bytes)} at most; a whole checkpoint is {_gib(plan.checkpoint_bytes)}"))
-        lines.append(("a save", save_time.describe(plan)))
+        lines.append(("disk", f"at most {_gib(plan.disk_bytes)}; {_gib(plan.checkpoint_bytes)} per checkpoint"))
+        lines.append(("time per save", save_time.describe(plan)))
     if plan.fits is not None:
         lines.append(("fits", f"{'yes' if plan.fits else 'no'} ({_gpu(plan)})"))
     return lines
@@ -164,26 +166,26 @@ def _gib(number_bytes: float) -> str:
 
 
 def _forecast(plan: Plan) -> list[tuple[str, str]]:
-    found = plan.forecast
-    if found is None:
+    forecast = plan.forecast
+    if forecast is None:
         known = plan.uses_gpu and plan.parameters and plan.optimizer_steps
         return [("time", _why_no_forecast(plan))] if known else []
-    hours, money = (found["seconds"] or 0) / 3600, found["money"]
+    hours, money = (forecast["seconds"] or 0) / 3600, forecast["money"]
     price = "" if money is None else f", {money:,.2f} at GPU_HOUR_PRICE"
     return [
         (
             "time",
-            f"{hours:.1f} hours, {found['gpu_hours']:,.0f} GPU-hours{price}; forecast at {found['hfu']:.0%} of peak "
-            f"FLOP/s ({found['mfu']:.0%} MFU and what is recomputed){_assumed_share(plan)}",
+            f"{hours:.1f} hours, {forecast['gpu_hours']:,.0f} GPU-hours{price}; forecast at {forecast['hfu']:.0%} "
+            f"of peak FLOP/s ({forecast['mfu']:.0%} MFU plus recomputation){_assumed_share(plan)}",
         ),
-        ("evaluations and saves", f"{found['overhead_share']:.1%} of that time, saves at 2 GB/s a node"),
+        ("evaluations and saves", f"{forecast['overhead_share']:.1%} of that time, saves at 2 GB/s per node"),
     ]
 
 
 def _why_no_forecast(plan: Plan) -> str:
     if plan.precision != "bf16":
-        return f"no forecast: the table of GPU types has bf16 FLOP/s, and this plan computes in {plan.precision}"
-    return f"no forecast: peak FLOP/s not known ({_gpu(plan)}; set GPU_TYPE to one of docs/models.md)"
+        return f"no forecast: the table of GPU types has bf16 FLOP/s only, and the precision is {plan.precision}"
+    return f"no forecast: unknown peak FLOP/s ({_gpu(plan)}; set GPU_TYPE to one of docs/models.md)"
 
 
 def _assumed_share(plan: Plan) -> str:
@@ -195,15 +197,15 @@ def _assumed_share(plan: Plan) -> str:
 def _what_would_fit(plan: Plan) -> list[tuple[str, str]]:
     if plan.fits is None or not plan.uses_gpu:
         return []
-    one = plan.gpu_type if find_gpu_type(plan.gpu_type) else f"{plan.gpu_type} GiB"
-    none = f"no number of {one} holds the recipe unchanged"
-    lines = [("fewest GPUs", f"{plan.fewest_gpus} x {one}" if plan.fewest_gpus else none)]
+    gpu = plan.gpu_type if find_gpu_type(plan.gpu_type) else f"{plan.gpu_type} GiB"
+    none = f"no number of {gpu} fits the unchanged recipe"
+    lines = [("fewest GPUs", f"{plan.fewest_gpus} x {gpu}" if plan.fewest_gpus else none)]
     return lines if plan.fits else [*lines, ("cheapest change", plan.cheapest_change or "none: use a larger GPU")]
 
 
 def format_comparison(plans: Sequence[tuple[int, Plan | str]]) -> str:
-    """One line a GPU count: the plan, or why there is none."""
-    rows = [["GPUs", "engine", "micro-batch", "accumulation", "memory per GPU", "fits", "hours", "GPU-hours"]]
+    """Format one line per GPU count: the plan, or the error."""
+    rows = [["GPUs", "parallelism", "micro-batch", "accumulation", "memory per GPU", "fits", "hours", "GPU-hours"]]
     refused = []
     for gpus, plan in plans:
         if isinstance(plan, str):

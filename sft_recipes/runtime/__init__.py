@@ -1,1 +1,1 @@
-"""What the launcher and the ranks share: run directory, heartbeat, files, environment, errors. Standard library."""
+"""Shared by launcher and ranks: run directory, heartbeat, files, environment, errors. Standard library only."""

@@ -1,4 +1,4 @@
-"""Says why PyTorch cannot use the GPUs of this machine: its build, the driver, or the devices that it may see."""
+"""Diagnose why PyTorch cannot use the GPUs of this machine: its build, the driver, or the visible devices."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ FIRST_DRIVER = {"12": 525, "13": 580}
 _LOADED_DRIVER = Path("/proc/driver/nvidia/version")
 
 
-def problem(seen: Mapping[str, Any], needed: int, driver: str | None, visible: str | None) -> tuple[str, str] | None:
-    """Find out why PyTorch cannot use as many GPUs as needed.
+def find_problem(
+    seen: Mapping[str, Any], needed: int, driver: str | None, visible: str | None
+) -> tuple[str, str] | None:
+    """Return why PyTorch cannot use as many GPUs as needed.
 
-    PyTorch's own report decides, not the version of the driver: with NVIDIA's forward-compatibility package a driver of
+    PyTorch's report decides, not the driver version: with NVIDIA's forward-compatibility package a driver of
     an older branch runs CUDA 13 on data-center GPUs.
 
     Args:
@@ -55,32 +57,32 @@ def check(seen: Mapping[str, Any], needed: int, environment: Mapping[str, str]) 
     """Check that PyTorch can use as many GPUs as needed.
 
     Args:
-        seen: as for `problem`.
+        seen: as for `find_problem`.
         environment: the variables of the processes that need the GPUs.
 
     Raises:
-        SetupError: it cannot; with the cause and the fix.
+        SetupError: with the cause and the fix.
     """
     if seen.get("devices", 0) >= needed:
         return
-    if found := problem(seen, needed, driver_version(), environment.get("CUDA_VISIBLE_DEVICES")):
-        raise SetupError(f"GPUS: {needed} requested, but {found[0]}. {found[1]}")
+    if problem := find_problem(seen, needed, driver_version(), environment.get("CUDA_VISIBLE_DEVICES")):
+        raise SetupError(f"GPUS: {needed} requested, but {problem[0]}. {problem[1]}")
 
 
 def driver_version() -> str | None:
     """The version of the NVIDIA driver, from nvidia-smi or the loaded kernel module; None if there is none."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        answer = subprocess.run(query, capture_output=True, text=True, check=False, timeout=timeouts.NVIDIA_SMI).stdout
+        output = subprocess.run(query, capture_output=True, text=True, check=False, timeout=timeouts.NVIDIA_SMI).stdout
     except (OSError, subprocess.TimeoutExpired):
-        answer = ""
+        output = ""
     loaded = _LOADED_DRIVER.read_text(encoding="utf-8") if _LOADED_DRIVER.is_file() else ""
-    found = re.match(r"(\d+\.[\d.]+)", answer) or re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", loaded)
-    return found[1] if found else None
+    version = re.match(r"(\d+\.[\d.]+)", output) or re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", loaded)
+    return version[1] if version else None
 
 
 def _reported(warning: str) -> str:
-    """PyTorch's own words, as a short addition to a line."""
+    """Return PyTorch's warning, shortened."""
     error = re.search(r"Error \d+: [^(\n]+", warning)
     short = error[0].strip() if error else re.split(r"\. |\(Trig", warning)[0].strip()
     return f" (PyTorch reports: {short[:100]})" if short else ""

@@ -1,5 +1,7 @@
-"""Reads what a run finds around it: the machine's memory and libraries, and the environment variables that Make, sbatch
-and containers pass on alike; an empty one is as good as none."""
+"""Environment variables, host memory and library versions.
+
+Make, sbatch and containers pass the same variables; an empty variable counts as unset.
+"""
 
 from __future__ import annotations
 
@@ -27,29 +29,29 @@ _TRACKERS = {
     "wandb": "wandb",
 }
 _WANDB_MODES = ("", "online", "offline", "disabled", "shared", "dryrun", "run")
-# Of control groups, version 2 and 1; `max`, or more than any machine has, where there is none.
+# Memory limits of cgroups v2 and v1; `max` or a huge number means no limit.
 _MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _TELEMETRY_OFF = {
     "HF_HUB_DISABLE_TELEMETRY": "1",  # TRL reports every trainer by huggingface_hub (trl/trainer/base_trainer.py)
-    "WANDB_ERROR_REPORTING": "false",  # W&B's client reports on itself (wandb/analytics); a run's figures are not that
+    "WANDB_ERROR_REPORTING": "false",  # W&B's client reports its own errors (wandb/analytics); metrics are not affected
 }
 
-# How often a waiting OpenMP thread of libgomp spins before it sleeps. With the default, 300000, training on 2 cores
-# hardly moves next to one busy process. A smaller bound costs more alone and saves more: benchmarks/threads.py.
+# Spins of a waiting OpenMP thread of libgomp before it sleeps. With the default, 300000, training on 2 cores makes
+# little progress next to one busy process. A smaller bound is slower alone and faster then: benchmarks/threads.py.
 SPIN_COUNT = "2000"
 
 
 def limit_thread_spin() -> None:
-    """Bounds how long OpenMP threads spin, here and in processes started from here, unless the user chose a policy.
+    """Limit how long OpenMP threads spin, in this process and its children, unless OMP_WAIT_POLICY is set.
 
-    Must run before torch is imported: libgomp reads its variables once, when it is loaded.
+    Call before importing torch: libgomp reads its variables once, on load.
     """
     if not os.environ.get("OMP_WAIT_POLICY"):
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
 def silence_telemetry() -> None:
-    """Has no library report on its use from this process or those that it starts; what the user has set stays."""
+    """Disable the telemetry of libraries in this process and its children; keep variables that are set."""
     for name, value in _TELEMETRY_OFF.items():
         os.environ.setdefault(name, value)
 
@@ -76,22 +78,22 @@ def reporters() -> list[str]:
 
 
 def sanity_is_skipped() -> bool:
-    """SANITY=skip: a run starts although nothing has tried it.
+    """Return whether SANITY=skip is set: start runs without a sanity check.
 
     Raises:
-        SetupError: another word.
+        SetupError: another value.
     """
-    asked = os.environ.get("SANITY", "")
-    if asked not in ("", "skip"):
-        raise SetupError(f"SANITY: {asked!r} is not known; say SANITY=skip, or leave it out")
-    return asked == "skip"
+    value = os.environ.get("SANITY", "")
+    if value not in ("", "skip"):
+        raise SetupError(f"SANITY: found {value!r}, expected skip or nothing. Set SANITY=skip, or unset it")
+    return value == "skip"
 
 
 def gpu_hour_price() -> float | None:
-    """GPU_HOUR_PRICE: what an hour of one GPU costs, in the user's money; None where it is not said.
+    """Return GPU_HOUR_PRICE, the price of an hour of one GPU in any currency; None if unset.
 
     Raises:
-        SetupError: it is no number.
+        SetupError: it is not a price.
     """
     text = os.environ.get("GPU_HOUR_PRICE")
     if not text:
@@ -101,19 +103,19 @@ def gpu_hour_price() -> float | None:
     except ValueError:
         price = -1.0
     if not 0 <= price < 1e6:
-        raise SetupError(f"GPU_HOUR_PRICE: {text!r} is not a price; wanted a number such as 2.50")
+        raise SetupError(f"GPU_HOUR_PRICE: found {text!r}, expected a price such as 2.50")
     return price
 
 
 def host_memory_bytes() -> int:
-    """The memory that this machine has, or that its container may take."""
+    """Return the memory of this machine, or the limit of its container."""
     limits = (file.read_text(encoding="utf-8").strip() for file in _MEMORY_LIMITS if file.is_file())
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([machine, *(int(one) for one in limits if one.isdigit())])
+    return min([machine, *(int(limit) for limit in limits if limit.isdigit())])
 
 
 def library_version(name: str) -> str:
-    """The installed version of a library, or `not installed`."""
+    """Return the installed version of a library, or `not installed`."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something the user can fix. Exit code 2; no optimizer step was taken."""
+    """An error that the user can fix. Exit code 2; no optimizer step was taken."""
 
 
 class ConfigError(UserError):
@@ -19,8 +19,8 @@ class DataError(UserError):
 
 
 class SetupError(UserError):
-    """The machine, its libraries or the files of a run are not what the run needs."""
+    """The machine, its libraries or the files of a run do not meet the requirements."""
 
 
 class TrainingError(Exception):
-    """A failure that is not the user's. Exit code 1. Raised on every rank at the same place."""
+    """A failure not caused by user input. Exit code 1. Raised on every rank at the same place."""

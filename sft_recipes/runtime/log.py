@@ -1,4 +1,4 @@
-"""Logging for every process: messages as they are to the console, errors to standard error, a copy to `log.txt`.
+"""Logging of every process: messages to the console, errors to standard error, a copy to `log.txt`.
 
 Modules log to `logging.getLogger(__name__)`. `log.info` prints the message alone, `log.warning` and `log.error` with
 the prefix `warning: ` or `error: `.
@@ -17,7 +17,7 @@ ROOT = logging.getLogger("sft_recipes")
 
 
 class _Plain(logging.Formatter):
-    """The message alone, with its level if it is a warning or an error."""
+    """The message without a prefix, except for the level of warnings and errors."""
 
     def format(self, record: logging.LogRecord) -> str:
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
@@ -25,7 +25,7 @@ class _Plain(logging.Formatter):
 
 
 class ConsoleHandler(logging.Handler):
-    """Writes to the current standard output, errors to standard error."""
+    """Write to the current standard output, errors to standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line and flush it."""
@@ -35,7 +35,7 @@ class ConsoleHandler(logging.Handler):
 
 
 class RunLogHandler(logging.Handler):
-    """Appends to a run's `log.txt`; a full disk ends neither the run nor, once there is space, loses the lines."""
+    """Append to a run's `log.txt`; a full disk neither ends the run nor loses lines once there is space."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -67,5 +67,5 @@ def _use(handler: logging.Handler) -> None:
 
 
 def silence() -> None:
-    """Drop this process's messages below errors: the other ranks say what rank 0 says."""
+    """Drop this process's messages below errors: rank 0 logs for all ranks."""
     ROOT.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Knows the layout of `runs/`: what lies where in a run's folder, and which folder a start goes on with."""
+"""The layout of `runs/` and of a run directory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sft_recipes.runtime.atomic_write import write_atomic
 from sft_recipes.runtime.errors import SetupError
 
 EXIT_FAULT, EXIT_USER, EXIT_DIVERGED, EXIT_NO_PROGRESS = 1, 2, 3, 4
-EXIT_STOPPED = 75  # saved, not finished: the same command goes on
+EXIT_STOPPED = 75  # stopped early with a complete checkpoint: the same command resumes
 EXIT_CODES = {  # docs/reference.md lists them
     0: "finished",
     1: "error; a failed sanity check; an error found by `diagnose` or `doctor`",
@@ -22,12 +22,12 @@ EXIT_CODES = {  # docs/reference.md lists them
     4: "three attempts without progress (no new checkpoint)",
     75: "stopped early with a complete checkpoint; the same command resumes",
 }
-FINGERPRINTED_STEPS = 2  # behind each save: the second needs the optimizer's state of the first too
+FINGERPRINTED_STEPS = 2  # recorded after each save: the second also depends on the optimizer state after the first
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """One run's folder and the names of what lies in it."""
+    """A run directory and its files."""
 
     path: Path
 
@@ -38,37 +38,37 @@ class RunDir:
 
     @property
     def plan(self) -> Path:
-        """The plan, written by the launcher before anything starts."""
+        """The plan, written by the launcher before the ranks start."""
         return self.path / "plan.json"
 
     @property
     def manifest(self) -> Path:
-        """What became of the run: versions, data, tokens, losses, state."""
+        """Versions, data, tokens, losses and state of the run."""
         return self.path / "manifest.json"
 
     @property
     def outcome(self) -> Path:
-        """How the newest start ended: its exit code and, for a user's error, the line."""
+        """How the latest attempt ended: its exit code and, for a user error, the message."""
         return self.path / "outcome.json"
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a log step."""
+        """One JSON object per log step."""
         return self.path / "metrics.jsonl"
 
     @property
     def samples(self) -> Path:
-        """What the model answered to the same held-out prompts at each evaluation, one JSON object an answer."""
+        """Generations for the same held-out prompts at each evaluation, one JSON object each."""
         return self.path / "samples.jsonl"
 
     @property
     def warnings(self) -> Path:
-        """What the guards saw, one JSON object a warning."""
+        """Alerts, one JSON object each."""
         return self.path / "warnings.jsonl"
 
     @property
     def integrity_log(self) -> Path:
-        """Digests of what each rank held at a save and in the steps behind it, one JSON object a proved step."""
+        """Fingerprints of each rank's state at a save and in the steps after it, one JSON object per recorded step."""
         return self.path / "integrity.jsonl"
 
     @property
@@ -78,12 +78,12 @@ class RunDir:
 
     @property
     def report(self) -> Path:
-        """The page that `report` writes."""
+        """The HTML report."""
         return self.path / "report.html"
 
     @property
     def log(self) -> Path:
-        """What rank 0 said, in plain lines."""
+        """The log of rank 0."""
         return self.path / "log.txt"
 
     @property
@@ -93,22 +93,22 @@ class RunDir:
 
     @property
     def last(self) -> Path:
-        """The model as the last step left it."""
+        """The model after the last step."""
         return self.path / "last"
 
     @property
     def merged(self) -> Path:
-        """The best adapters and their base as one model, once `merge` has written it."""
+        """The best adapters merged into their base model, written by `merge`."""
         return self.path / "merged"
 
     @property
     def generations(self) -> Path:
-        """What the model answered to held-out prompts before and after."""
+        """Generations for held-out prompts before and after training."""
         return self.path / "generations.json"
 
     @property
     def prepared(self) -> Path:
-        """Where the prepared data lies, and what it counts."""
+        """Location and counts of the prepared data."""
         return self.path / "prepared.json"
 
     @property
@@ -118,17 +118,17 @@ class RunDir:
 
     @property
     def accelerate_config(self) -> Path:
-        """The engine's launch shape for this run's hardware."""
+        """The accelerate configuration of this run."""
         return self.path / "accelerate.yaml"
 
     @property
     def ranks(self) -> Path:
-        """Where the ranks of this start stand: each one's pulse, named by its host and rank."""
+        """Heartbeats of the ranks, one file each, named by host and rank."""
         return self.path / ".ranks"
 
     @property
     def stack_traces(self) -> Path:
-        """What each rank was doing when the run hung or crashed: its Python stacks, named by its host and rank."""
+        """Python stack traces of each rank when the run stalled or crashed, named by host and rank."""
         return self.path / "stack_traces"
 
     @property
@@ -143,113 +143,111 @@ class RunDir:
 
     @property
     def trial(self) -> Path:
-        """What the sanity check's trial leaves for the processes that reload its checkpoint."""
+        """Written by the trial of the sanity check for the processes that reload its checkpoint."""
         return self.path / "trial.json"
 
     @property
     def replay(self) -> Path:
-        """Which checkpoints of which run a replay may go on from, and to which step; in the replay's own folder."""
+        """The run, checkpoints and steps of a replay; in the directory of the replay."""
         return self.path / "replay.json"
 
     @property
     def lock(self) -> Path:
-        """Held by the process that carries the run."""
+        """Locked by the launcher of the run."""
         return self.path / ".lock"
 
     @property
     def saving(self) -> Path:
-        """What is being written now, under the name that it will have; what lies here was cut off."""
+        """Files being written, under their final names; leftovers here are incomplete."""
         return self.path / ".saving"
 
     @property
     def removing(self) -> Path:
-        """What is being removed, out of sight first: a folder that is there is whole."""
+        """Directories being removed: moved here first, so that every checkpoint outside is complete."""
         return self.path / ".removing"
 
     def checkpoint(self, step: int) -> Path:
-        """The whole checkpoint of a step."""
+        """Return the path of the checkpoint of a step."""
         return self.path / f"checkpoint-{step}"
 
     def best(self, step: int) -> Path:
-        """The weights of a step that was among the best."""
+        """Return the path of the weights of a step that was among the best."""
         return self.path / f"best-{step}"
 
     def step_of(self, checkpoint: Path) -> int:
-        """The step of a `checkpoint-N`."""
+        """Return the step of a `checkpoint-N`."""
         return int(checkpoint.name.rpartition("-")[2])
 
     def numbered(self, kind: str) -> list[int]:
-        """Steps for which `checkpoint-N` or `best-N` folders are there, ascending."""
-        found = (re.fullmatch(rf"{kind}-(\d+)", path.name) for path in self.path.glob(f"{kind}-*"))
-        return sorted(int(match[1]) for match in found if match)
+        """Return the steps of the `checkpoint-N` or `best-N` directories, ascending."""
+        matches = (re.fullmatch(rf"{kind}-(\d+)", path.name) for path in self.path.glob(f"{kind}-*"))
+        return sorted(int(match[1]) for match in matches if match)
 
     def latest_complete(self) -> int:
-        """The step of the newest checkpoint that this run has sealed; 0 where there is none."""
+        """Return the step of the latest complete checkpoint of this run; 0 if there is none."""
         run_id = read_json(self.plan).get("run_id", "")
         records = ((step, read_json(self.checkpoint(step) / "complete.json")) for step in self.numbered("checkpoint"))
-        sealed = (step for step, record in records if record and record.get("run_id", "") == run_id)
-        return max(sealed, default=0)
+        complete = (step for step, record in records if record and record.get("run_id", "") == run_id)
+        return max(complete, default=0)
 
     def state(self) -> str:
-        """`new`, `running` (or cut off), `stopped`, `failed`, `diverged` or `finished`."""
+        """Return `new`, `running` (or killed), `stopped`, `failed`, `diverged` or `finished`."""
         state = read_json(self.manifest).get("state", "new")
         return str(state)
 
 
 def runs_root() -> Path:
-    """Where runs lie: `runs/` in the current folder, or RUNS_DIR."""
+    """Return RUNS_DIR, or `runs/` in the current directory."""
     return Path(os.environ.get("RUNS_DIR") or "runs")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where the file is not there or was cut short.
+    """Return the object in a JSON file; empty if the file is missing or incomplete.
 
     Raises:
-        SetupError: the file may not be read.
+        SetupError: no permission to read the file.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
         return {}
     except PermissionError as error:
-        raise SetupError(f"{path}: may not be read by this user; is it another user's run?") from error
+        raise SetupError(f"{path}: permission denied. Choose another run, or ask its owner for access") from error
     return content if isinstance(content, dict) else {}
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes an object whole or not at all."""
+    """Write an object atomically."""
     write_atomic(path, json.dumps(content, indent=2) + "\n")
 
 
 def check_name(name: str) -> str:
-    """The name, if it can be a folder's.
+    """Return the name of a run if it is valid.
 
     Raises:
-        SetupError: it holds a separator, a leading dot, or characters that a shell reads.
+        SetupError: it has a separator, a leading dot, or characters with a meaning in shells.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise SetupError(
-            f"NAME: {name!r} cannot name a run; wanted letters, digits, '.', '_' and '-', at most 100, no path"
-        )
+        raise SetupError(f"NAME: found {name!r}, expected at most 100 letters, digits, '.', '_' and '-', no path")
     return name
 
 
 def find(run: str) -> RunDir:
-    """The folder of a run that is there, by its name or its path.
+    """Return an existing run, by its name or path.
 
     Raises:
-        SetupError: there is none.
+        SetupError: no such run.
     """
     for path in (runs_root() / run, Path(run)):
         if (path / "plan.json").is_file():
             return RunDir(path)
-    there = ", ".join(folder.name for folder in all_runs()) or "none yet"
-    raise SetupError(f"RUN: no run {run!r} in {runs_root()}/; there are: {there}")
+    names = ", ".join(folder.name for folder in all_runs()) or "none yet"
+    raise SetupError(f"RUN: no run {run!r} in {runs_root()}/: expected one of: {names}")
 
 
 def all_runs(recipe: str | None = None) -> list[RunDir]:
-    """Runs by age of their plan, oldest first."""
-    found = [RunDir(path.parent) for path in runs_root().glob("*/plan.json") if path.is_file()]
+    """Return the runs, oldest plan first."""
+    folders = [RunDir(path.parent) for path in runs_root().glob("*/plan.json") if path.is_file()]
     if recipe is not None:
-        found = [folder for folder in found if read_json(folder.plan).get("recipe") == recipe]
-    return sorted(found, key=lambda folder: (str(read_json(folder.plan).get("created")), folder.name))
+        folders = [folder for folder in folders if read_json(folder.plan).get("recipe") == recipe]
+    return sorted(folders, key=lambda folder: (str(read_json(folder.plan).get("created")), folder.name))

@@ -9,12 +9,12 @@ from __future__ import annotations
 NVIDIA_SMI = 60.0  # it waits indefinitely for a driver that hangs
 SLURM_COMMAND = 30.0
 CONTAINER_RUNTIME = 60.0
-TORCH_PROBE = 180.0  # a process that imports torch and looks at the GPUs
+TORCH_PROBE = 180.0  # a process that imports torch and lists the GPUs
 HUB_REQUEST = 5.0
 
 # Ranks and their launcher.
 MODEL_LOADING = 1800.0  # from the start of a rank to its first step, and to publish its model
-OTHER_RANKS_EXIT = 5  # once one rank is gone: most fail at once, some wait for it indefinitely
+OTHER_RANKS_EXIT = 5  # after one rank ended: most others fail at once, some wait for it indefinitely
 LAUNCHER_EXIT = 5.0  # once all ranks were killed; with OTHER_RANKS_EXIT all are gone 15 s after a death
 PROCESS_GROUP_EXIT = 15.0
 STACK_TRACES = 2.0  # a rank writes its Python stack traces

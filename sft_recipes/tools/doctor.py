@@ -21,7 +21,7 @@ from sft_recipes.launch.node_checks import IDLE_GPU_BYTES, CheckResult, Status, 
 from sft_recipes.launch.topology import Gpu, hidden_gpus, nvidia_smi_error, unlisted, visible_gpus
 from sft_recipes.runtime import cuda, timeouts
 from sft_recipes.runtime.env import host_memory_bytes, library_version
-from sft_recipes.runtime.paths import REPOSITORY
+from sft_recipes.runtime.paths import REPOSITORY, hf_home
 from sft_recipes.runtime.run_dir import runs_root
 from sft_recipes.runtime.units import GIB
 
@@ -83,7 +83,7 @@ def check_driver(
     yield CheckResult("driver", "ok", version or "version unknown: nvidia-smi does not report it")
     if "error" in probe:
         return
-    if problem := cuda.problem(probe, len(gpus), version, visible):
+    if problem := cuda.find_problem(probe, len(gpus), version, visible):
         yield CheckResult("CUDA", "error", *problem)
     else:
         yield CheckResult("CUDA", "ok", f"PyTorch {probe['torch']} with CUDA {probe['cuda']} finds {probe['devices']}")
@@ -319,7 +319,7 @@ def _stored_token() -> str:
 
 
 def _hub_cache() -> Path:
-    return Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    return hf_home()
 
 
 def _free_bytes(path: Path) -> int | None:

@@ -8,6 +8,7 @@ from typing import Any
 from sft_recipes.monitor import metrics_log
 from sft_recipes.runtime.errors import UserError
 from sft_recipes.runtime.run_dir import RunDir, read_json
+from sft_recipes.runtime.units import format_duration
 
 _RECENT_LINES = 20  # whose median step time gives the remaining time
 _METRICS = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
@@ -67,7 +68,7 @@ def text(status: dict[str, Any]) -> list[str]:
     if status["eval_loss"] is not None:
         lines.append(f"eval_loss: {status['eval_loss']:.4g} (step {status['eval_step']:,})")
     if status["seconds_left"] is not None:
-        lines.append(f"eta: {_duration(status['seconds_left'])}")
+        lines.append(f"eta: {format_duration(status['seconds_left'])}")
     if status["error"]:
         lines.append(f"error: {status['error']}")
     return lines
@@ -76,8 +77,3 @@ def text(status: dict[str, Any]) -> list[str]:
 def job_line(job: dict[str, str]) -> str:
     """Slurm's record of a job as a line."""
     return f"job: {', '.join(f'{key} {value}' for key, value in job.items() if value)}"
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{max(minutes, 1)} min"

@@ -1,10 +1,10 @@
-"""The contract of a user's error: one line on standard error, exit code 2, no traceback."""
+"""User errors: one line on standard error, exit code 2, no traceback."""
 
 import re
 
 
 def check_refused(done, message):
-    """Checks the contract of a user's error and returns its line."""
+    """Check that a command failed with a user error, and return its line."""
     assert done.returncode == 2, done.stdout + done.stderr
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr

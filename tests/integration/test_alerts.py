@@ -223,10 +223,13 @@ def test_early_stopping_after_patience(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("monitor.stop_on=[loss_spikes]", "monitor.stop_on names 'loss_spikes'; wanted some of loss_spike, exploding"),
-        ("monitor.window=1", "monitor.window is 1; wanted 2 to 10000"),
-        ("monitor.loss_spike=x", "monitor.loss_spike is 'x'; wanted a number"),
-        ("monitor.early_stopping_patience=0", "monitor.early_stopping_patience is 0; wanted at least 1"),
+        (
+            "monitor.stop_on=[loss_spikes]",
+            "monitor.stop_on: found 'loss_spikes', expected some of loss_spike, exploding",
+        ),
+        ("monitor.window=1", "monitor.window: found 1, expected 2 to 10000"),
+        ("monitor.loss_spike=x", "monitor.loss_spike: found 'x', expected a number"),
+        ("monitor.early_stopping_patience=0", "monitor.early_stopping_patience: found 0, expected at least 1"),
         ("monitor.gradnorm=3", "unknown key monitor.gradnorm"),
     ],
 )

@@ -140,7 +140,7 @@ def test_old_driver_is_rejected_unless_pytorch_can_use_the_gpus(on, monkeypatch,
     ],
 )  # fmt: skip
 def test_cuda_problem_names_cause_and_fix(probe, driver, visible, problem, fix):
-    result = cuda.problem(probe, 8, driver, visible)
+    result = cuda.find_problem(probe, 8, driver, visible)
     assert (result is None) == (problem is None)
     if result:
         assert problem in result[0] and fix in result[1] and len(". ".join(result)) < 240

@@ -92,7 +92,7 @@ def test_inspect_escapes_control_characters_and_reports_error(shared_workplace, 
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (("--html", "no/page.html"), "HTML: no folder no to write page.html to"), (("--rows", "0"), "ROWS: found '0', expected an integer"), (("--rows", "x"), "ROWS: found 'x', expected an integer"), (("data.train=none.jsonl",), "no file or folder 'none.jsonl'"),
+    (("--html", "no/page.html"), "HTML: directory no does not exist"), (("--rows", "0"), "ROWS: found '0', expected an integer"), (("--rows", "x"), "ROWS: found 'x', expected an integer"), (("data.train=none.jsonl",), "no file or folder 'none.jsonl'"),
 ])  # fmt: skip
 def test_inspect_rejects_arguments(inspect, arguments, message):
     done = inspect(*arguments)

@@ -51,7 +51,9 @@ def test_prepare_reports_error_in_one_line(tmp_path, write_rows, monkeypatch):
 
 def prepare_rows(rows, store, write_rows, model_folder):
     overrides = [f"data.train={write_rows(rows)}", f"model.name_or_path={model_folder}", "model.from_scratch=false"]
-    plan = plans.make(loader.load("tiny", [*overrides, "data.validation=", "trainer.max_length=128"]), Topology(0, 1))
+    plan = plans.resolve(
+        loader.load("tiny", [*overrides, "data.validation=", "trainer.max_length=128"]), Topology(0, 1)
+    )
     return prepare.prepare(plan, store)
 
 

@@ -297,11 +297,15 @@ def test_cache_key_depends_on_weight_files(tmp_path):
     ("rate", "factor", "suggestion"),
     [
         (2e-5, 2, "trainer.learning_rate=4.0e-5"),
-        (5e-5, 2, "trainer.learning_rate=1.0e-4 allow_out_of_range=[learning_rate] (row 7-13b wants 1e-05 to 5e-05)"),
+        (
+            5e-5,
+            2,
+            "trainer.learning_rate=1.0e-4 allow_out_of_range=[learning_rate] (size class 7-13b allows 1e-05 to 5e-05)",
+        ),
         (
             1e-5,
             1 / 3,
-            "trainer.learning_rate=3.3e-6 allow_out_of_range=[learning_rate] (row 7-13b wants 1e-05 to 5e-05)",
+            "trainer.learning_rate=3.3e-6 allow_out_of_range=[learning_rate] (size class 7-13b allows 1e-05 to 5e-05)",
         ),
         (2e-3, 2, "trainer.learning_rate=2.0e-5 (start value of size class 7-13b)"),
     ],

@@ -435,7 +435,7 @@ def test_nodes_without_cuda_fail_the_job_with_the_cause(
     info = {"cores": 8, "cores_total": 8, "tmp_bytes": 2**40, "gpus": [{"id": str(n), "used": 4.0} for n in range(8)]}
     probe = {"torch": "2.13.0+cu130", "cuda": "13.0", "devices": 0, "warning": ""}
     for number, launchers in enumerate(two):
-        problem = cuda.problem(probe, 8, "570.86.15", None) if number in nodes else None
+        problem = cuda.find_problem(probe, 8, "570.86.15", None) if number in nodes else None
         launchers.publish(node_info={**info, "cuda": problem, "addresses": ["node1"]}, reachable=["node1"])
     two[0].poll(force=True)
     plan = plans.resolve(loader.load("32b"), plans.Topology(16, 16, 2, "h100-80g"))

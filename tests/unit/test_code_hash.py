@@ -1,4 +1,4 @@
-"""Cached rows and receipts are found again after an edit of a docstring or comment, and not after one of code."""
+"""Cache keys of prepared data and sanity results ignore edits of docstrings and comments, but not of code."""
 
 import dataclasses
 import shutil
@@ -39,7 +39,7 @@ class One:
         ('"""Counts."""', 'print("""Counts.""")', False),
     ],
 )
-def test_code_hash_ignores_docstrings_comments_and_layout_alone(tmp_path, old, new, same):
+def test_code_hash_ignores_docstrings_comments_and_layout(tmp_path, old, new, same):
     assert MODULE.count(old) == 1
     hashes = []
     for name, text in (("before.py", MODULE), ("after.py", MODULE.replace(old, new))):
@@ -50,7 +50,7 @@ def test_code_hash_ignores_docstrings_comments_and_layout_alone(tmp_path, old, n
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A copy of the package whose code the keys are made of."""
+    """A copy of the package whose code the keys depend on."""
     for folder in ("sft_recipes", "accelerate_configs", "deepspeed_configs"):
         shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(trial, "REPOSITORY", tmp_path)
@@ -59,7 +59,7 @@ def package(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_docstring_edit_keeps_prepared_rows_and_receipts_and_a_code_edit_does_not(package):
+def test_cache_keys_ignore_docstring_edits(package):
     plan = dataclasses.replace(plans.resolve(loader.load("tiny"), Topology(0, 1)), data_fingerprint="a")
 
     def keys():
@@ -74,7 +74,7 @@ def test_a_docstring_edit_keeps_prepared_rows_and_receipts_and_a_code_edit_does_
     assert all(now != earlier for now, earlier in zip(keys(), before, strict=True))
 
 
-def test_a_changed_configuration_file_needs_another_receipt(package):
+def test_cache_key_depends_on_strategy_files(package):
     plan = plans.resolve(loader.load("tiny"), Topology(0, 1))
     before = trial.cache_key(plan)
     file = next(Path(package / "deepspeed_configs").glob("*.json"))

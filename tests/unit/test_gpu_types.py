@@ -1,4 +1,4 @@
-"""The table of GPU types: against TRL's, against the page that lists it, and in an error."""
+"""The table of GPU types: equal to TRL's and to docs/models.md; errors."""
 
 import pytest
 from helpers.workplace import REPOSITORY
@@ -41,12 +41,12 @@ PRODUCTS = {
 DIFFERS_FROM_TRL = {"a10g-24g"}  # TRL takes the A10's 125 TFLOP/s; the A10G's data sheet says 70
 
 
-def test_every_gpu_type_has_a_product_name_here():
+def test_every_gpu_type_has_a_product_name():
     assert list(PRODUCTS) == [gpu.name for gpu in gpu_types.GPU_TYPES]
 
 
 @pytest.mark.parametrize("gpu", gpu_types.GPU_TYPES, ids=lambda gpu: gpu.name)
-def test_a_gpu_is_identified_by_its_product_name_and_memory(gpu):
+def test_gpu_is_identified_by_name_and_memory(gpu):
     product = PRODUCTS[gpu.name]
     for reported in (gpu.memory_mib, 0.975 * gpu.memory_mib):  # nvidia-smi's, and what torch sees of it
         assert gpu_types.identify(product, reported) is gpu
@@ -54,19 +54,19 @@ def test_a_gpu_is_identified_by_its_product_name_and_memory(gpu):
 
 
 @pytest.mark.parametrize("gpu", gpu_types.GPU_TYPES, ids=lambda gpu: gpu.name)
-def test_peak_flops_are_those_of_trls_table(gpu):
+def test_peak_flops_equal_trl(gpu):
     theirs = get_peak_flops(PRODUCTS[gpu.name], "bfloat16")
     if theirs is not None and gpu.name not in DIFFERS_FROM_TRL:
         assert gpu.peak_flops == pytest.approx(theirs, rel=0.01)
 
 
 @pytest.mark.parametrize("gpu", gpu_types.GPU_TYPES, ids=lambda gpu: gpu.name)
-def test_the_page_lists_the_table(gpu):
+def test_docs_list_the_gpu_types(gpu):
     page = (REPOSITORY / "docs" / "models.md").read_text()
     assert f"| `{gpu.name}` | {gpu.memory_mib / 1024:.1f} | {gpu.tflops:g} | {gpu.source} |" in page
 
 
-def test_a_gpu_is_given_by_name_or_by_gib():
+def test_gpu_type_is_a_name_or_gib():
     assert gpu_types.memory_bytes("h100-80g") == 81_559 * 2**20 and gpu_types.memory_bytes("80") == 80 * 2**30
     assert gpu_types.peak_flops("h100-80g") == 989e12 and gpu_types.peak_flops("h100-pcie-80g") == 756e12
     assert gpu_types.memory_bytes(None) is gpu_types.peak_flops(None) is gpu_types.peak_flops("80") is None

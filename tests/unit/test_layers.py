@@ -12,7 +12,7 @@ LAYERS = (
     "__main__", "cli", "tools", "launch", "sanity", "training", "data", "monitor", "planner", "config", "runtime",
     "__init__",
 )  # fmt: skip
-# launch starts training as a subprocess; data and monitor do not know of each other.
+# launch starts training as a subprocess; data and monitor do not import each other.
 NEVER = {("launch", "training"), ("launch", "data"), ("launch", "monitor"), ("data", "monitor")}
 MAY_USE = {
     "torch": ("data/", "training/", "sanity/", "tools/"),

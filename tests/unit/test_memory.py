@@ -45,16 +45,16 @@ def llama(**changes):
         ),
     ],
 )
-def test_parameters_are_those_that_the_models_cards_state(architecture, published):
+def test_parameter_counts_equal_model_cards(architecture, published):
     assert parameter_count(architecture) == published
 
 
-def load(architecture=None, engine="ddp", world=1, **changes):
+def load(architecture=None, strategy="ddp", world=1, **changes):
     facts = {"precision": "bf16", "tokens": 2048, "gradient_checkpointing": True, **changes}
-    return memory.MemoryInputs(LLAMA_8B if architecture is None else architecture, engine, world_size=world, **facts)
+    return memory.MemoryInputs(LLAMA_8B if architecture is None else architecture, strategy, world_size=world, **facts)
 
 
-def test_qwen_3_has_norms_of_queries_and_keys():
+def test_parameter_count_of_qwen_3_includes_qk_norms():
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -68,24 +68,24 @@ def test_qwen_3_has_norms_of_queries_and_keys():
     assert parameter_count(architecture) == model.num_parameters()
 
 
-def test_an_architecture_without_its_numbers_has_no_forecast():
+def test_memory_is_unknown_without_architecture():
     assert parameter_count({"model_type": "llama"}) is None
     nothing = load({"model_type": "llama"}, world=8)
     assert memory.bytes_per_gpu(nothing) is memory.host_bytes_per_node(nothing) is memory.disk_bytes(nothing) is None
 
 
-ENGINES = [engine for engine in STRATEGIES if engine != "zero3_offload"]
+ENGINES = [strategy for strategy in STRATEGIES if strategy != "zero3_offload"]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_mixed_precision_adamw_holds_16_to_18_bytes_a_parameter_over_all_gpus(engine):
-    parts = memory.bytes_per_gpu(load(engine=engine))
+@pytest.mark.parametrize("strategy", ENGINES)
+def test_adamw_needs_16_to_18_bytes_per_parameter(strategy):
+    parts = memory.bytes_per_gpu(load(strategy=strategy))
     held = parts["weights"] + parts["gradients"] + parts["optimizer"]
-    assert held == (18 if engine.startswith("zero") else 16) * 8_030_261_248
+    assert held == (18 if strategy.startswith("zero") else 16) * 8_030_261_248
 
 
 @pytest.mark.parametrize(
-    ("engine", "shared_out"),
+    ("strategy", "shared_out"),
     [
         ("zero1", ["optimizer"]),
         ("zero2", ["gradients", "optimizer"]),
@@ -93,55 +93,56 @@ def test_mixed_precision_adamw_holds_16_to_18_bytes_a_parameter_over_all_gpus(en
         ("fsdp2", ["weights", "gradients", "optimizer"]),
     ],
 )
-def test_each_engine_shares_out_what_it_names(engine, shared_out):
-    one, eight = (memory.bytes_per_gpu(load(engine=engine, world=world)) for world in (1, 8))
+def test_strategies_shard_what_they_name(strategy, shared_out):
+    one, eight = (memory.bytes_per_gpu(load(strategy=strategy, world=world)) for world in (1, 8))
     for part in ("weights", "gradients", "optimizer"):
         assert eight[part] == (one[part] // 8 if part in shared_out else one[part]), part
 
 
-def test_offloading_moves_16_bytes_a_parameter_to_the_nodes():
-    parts = memory.bytes_per_gpu(load(engine="zero3_offload", world=8))
+def test_offload_moves_16_bytes_per_parameter_to_host():
+    parts = memory.bytes_per_gpu(load(strategy="zero3_offload", world=8))
     assert parts["gradients"] == parts["optimizer"] == 0
-    assert memory.host_bytes_per_node(load(engine="zero3_offload", world=8))["offload"] == 16 * 8_030_261_248
-    assert memory.host_bytes_per_node(load(engine="zero3_offload", world=16, nodes=2))["offload"] == 8 * 8_030_261_248
-    assert memory.host_bytes_per_node(load(engine="zero3", world=8))["offload"] == 0
+    assert memory.host_bytes_per_node(load(strategy="zero3_offload", world=8))["offload"] == 16 * 8_030_261_248
+    assert memory.host_bytes_per_node(load(strategy="zero3_offload", world=16, nodes=2))["offload"] == 8 * 8_030_261_248
+    assert memory.host_bytes_per_node(load(strategy="zero3", world=8))["offload"] == 0
 
 
-def test_weights_held_in_16_bits_are_mapped_and_fp32_ones_are_each_ranks_own():
+def test_host_memory_of_loading_fp32_weights_is_per_rank():
     """As benchmarks/loading.py measured."""
     loading = {
-        engine: memory.host_bytes_per_node(load(engine=engine, world=8))["loading or saving"] for engine in STRATEGIES
+        strategy: memory.host_bytes_per_node(load(strategy=strategy, world=8))["loading or saving"]
+        for strategy in STRATEGIES
     }
     assert loading["ddp"] == 8 * 4 * 8_030_261_248 == loading["fsdp2"]
     assert loading["zero1"] == loading["zero2"] == 0
     assert loading["zero3"] == 2 * 8_030_261_248, "gathered for a save"
 
 
-def test_deepspeeds_own_estimate_of_zero_3_is_the_plans():
-    """Their estimate is 18 bytes a parameter over the GPUs and four times the largest layer, without activations."""
+def test_memory_equals_deepspeed_estimate_of_zero3():
+    """Their estimate is 18 bytes per parameter over the GPUs plus four times the largest layer, without activations."""
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 
     parameters, largest, gpus = 8_030_261_248, 128256 * 4096, 8
     _, theirs, _ = estimate_zero3_model_states_mem_needs(
         parameters, largest, num_gpus_per_node=gpus, cpu_offload=False, cpu_offload_params=False, zero_init=True
     )
-    ours = memory.bytes_per_gpu(load(engine="zero3", world=gpus))
+    ours = memory.bytes_per_gpu(load(strategy="zero3", world=gpus))
     held = ours["weights"] + ours["gradients"] + ours["optimizer"]
     assert held == pytest.approx(18 * parameters / gpus)
     assert held + ours["buffers"] == pytest.approx(theirs, rel=0.1)
 
 
-def test_deepspeeds_own_estimate_of_zero_2_is_the_plans():
+def test_memory_equals_deepspeed_estimate_of_zero2():
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
     parameters = 8_030_261_248
     _, theirs = estimate_zero2_model_states_mem_needs(parameters, num_gpus_per_node=8, cpu_offload=False)
-    ours = memory.bytes_per_gpu(load(engine="zero2", world=8))
+    ours = memory.bytes_per_gpu(load(strategy="zero2", world=8))
     held = ours["weights"] + ours["gradients"] + ours["optimizer"]
     assert held == pytest.approx(theirs, rel=0.15), "theirs counts gradients in 16 bits and whole"
 
 
-def test_adapters_are_counted_as_peft_counts_them(tiny_config):
+def test_adapter_count_equals_peft(tiny_config):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -164,7 +165,7 @@ def tiny_config():
     return AutoConfig.for_model(**SMALL_LLAMA)
 
 
-def test_frozen_weights_take_two_bytes_and_4_bit_ones_about_half_of_one():
+def test_frozen_weights_need_two_bytes_or_half_a_byte():
     full, lora, qlora = (
         memory.bytes_per_gpu(load(lora=lora)) for lora in (None, Lora(), Lora(quantize="nf4"))
     )  # fmt: skip
@@ -176,7 +177,7 @@ def test_frozen_weights_take_two_bytes_and_4_bit_ones_about_half_of_one():
     assert lora["optimizer"] == qlora["optimizer"] == 8 * adapters
 
 
-def test_an_8_bit_optimizer_takes_a_quarter_of_fp32_moments_but_for_embeddings():
+def test_8_bit_optimizer_needs_a_quarter_except_embeddings():
     full, eighth = (memory.bytes_per_gpu(load(optimizer=name)) for name in ("adamw_torch_fused", "adamw_8bit"))
     embeddings = 128_256 * 4096
     moments = 2 * 8_030_261_248 + 6 * embeddings
@@ -190,8 +191,8 @@ def test_an_8_bit_optimizer_takes_a_quarter_of_fp32_moments_but_for_embeddings()
     assert memory.checkpoint_bytes(load(optimizer="adamw_8bit")) == 4 * 8_030_261_248 + moments
 
 
-def test_the_trainer_has_embeddings_keep_moments_in_fp32(tmp_path):
-    """The real optimizer; what the forecast of 8 bits rests on."""
+def test_trainer_keeps_fp32_moments_of_embeddings(tmp_path):
+    """The real optimizer, on which the forecast of 8 bits depends."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -206,19 +207,21 @@ def test_the_trainer_has_embeddings_keep_moments_in_fp32(tmp_path):
     assert kinds["lm_head.weight"] == kinds["model.layers.0.mlp.up_proj.weight"] == torch.uint8
 
 
-def test_eager_attention_keeps_its_scores():
+def test_eager_attention_keeps_scores():
     plain, eager = (
-        plans.resolve(loader.load("1b", (f"model.attention={way}",)), plans.Topology(1, 1, gpu_type="h200-141g"))
-        for way in ("auto", "eager")
+        plans.resolve(
+            loader.load("1b", (f"model.attention={implementation}",)), plans.Topology(1, 1, gpu_type="h200-141g")
+        )
+        for implementation in ("auto", "eager")
     )
     rows, heads, length = eager.per_device_train_batch_size, 32, eager.max_length
     more = eager.memory_bytes_per_gpu["activations"] - plain.memory_bytes_per_gpu["activations"]
-    assert more == rows * heads * length**2 * 6  # of one layer: the others are computed again
+    assert more == rows * heads * length**2 * 6  # of one layer: the others are recomputed
 
 
-def test_a_whole_70b_checkpoint_is_about_a_terabyte():
+def test_70b_checkpoint_is_about_a_terabyte():
     llama_70b = llama(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64)
-    assert memory.checkpoint_bytes(load(llama_70b, engine="zero3", world=32)) == pytest.approx(1.1e12, rel=0.05)
+    assert memory.checkpoint_bytes(load(llama_70b, strategy="zero3", world=32)) == pytest.approx(1.1e12, rel=0.05)
 
 
 # Few, because a CPU without bf16 instructions takes a hundred times as long for a product in bf16 as in fp32.
@@ -231,8 +234,8 @@ SHAPES = {
 }  # fmt: skip
 
 
-def kept_for_the_backward_pass(architecture, dtype, autocast, lora, way="sdpa", tokens=TOKENS):
-    """Bytes a token and layer, from the storages that autograd saves: three layers less one, over two."""
+def kept_for_the_backward_pass(architecture, dtype, autocast, lora, implementation="sdpa", tokens=TOKENS):
+    """Bytes per token and layer, from the storages that autograd saves: three layers minus one, over two."""
     import contextlib
 
     import torch
@@ -241,7 +244,9 @@ def kept_for_the_backward_pass(architecture, dtype, autocast, lora, way="sdpa", 
 
     kept = []
     for layers in (1, 3):
-        config = AutoConfig.for_model(**architecture, num_hidden_layers=layers, vocab_size=64, attn_implementation=way)
+        config = AutoConfig.for_model(
+            **architecture, num_hidden_layers=layers, vocab_size=64, attn_implementation=implementation
+        )
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
         body = model.model
         if lora:
@@ -254,7 +259,7 @@ def kept_for_the_backward_pass(architecture, dtype, autocast, lora, way="sdpa", 
             if storage.data_ptr() not in weights:
                 storages[storage.data_ptr()] = (storage.nbytes(), tensor.detach())
 
-        # Nothing goes backward, so the hook returns nothing: a node that saved its own output would never be freed.
+        # There is no backward pass, so the hook returns nothing: a node that saved its own output would never be freed.
         context = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), context:
             body(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
@@ -262,26 +267,26 @@ def kept_for_the_backward_pass(architecture, dtype, autocast, lora, way="sdpa", 
     return (kept[1] - kept[0]) / 2 / tokens
 
 
-@pytest.mark.parametrize("engine", ["zero2", "ddp", "fp32", "lora", "lora in fp32"])
+@pytest.mark.parametrize("strategy", ["zero2", "ddp", "fp32", "lora", "lora in fp32"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_activations_are_those_that_autograd_keeps(name, engine):
+def test_activations_equal_saved_tensors(name, strategy):
     import torch
 
     architecture = {"model_type": name.split(",")[0], **SHAPES[name]}
-    lora = Lora() if "lora" in engine else None
-    precision = "fp32" if "fp32" in engine else "bf16"
-    planned = load(architecture, "zero2" if engine == "zero2" else "ddp", precision=precision, lora=lora)
-    dtype = torch.bfloat16 if engine in ("zero2", "lora") else torch.float32
-    counted = kept_for_the_backward_pass(architecture, dtype, engine in ("ddp", "lora"), lora)
-    # Autocast's own copies of the weights, which autograd keeps too, are counted among the buffers.
-    casts = 2 * sum(a * b for a, b in linear_layers(architecture).values()) / TOKENS if engine == "ddp" else 0
+    lora = Lora() if "lora" in strategy else None
+    precision = "fp32" if "fp32" in strategy else "bf16"
+    planned = load(architecture, "zero2" if strategy == "zero2" else "ddp", precision=precision, lora=lora)
+    dtype = torch.bfloat16 if strategy in ("zero2", "lora") else torch.float32
+    counted = kept_for_the_backward_pass(architecture, dtype, strategy in ("ddp", "lora"), lora)
+    # Autocast's copies of the weights, which autograd also keeps, count as buffers.
+    casts = 2 * sum(a * b for a, b in linear_layers(architecture).values()) / TOKENS if strategy == "ddp" else 0
     assert memory.activation_bytes(planned) == pytest.approx(counted - casts, rel=0.08)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("inner", [1408, 2816])
-def test_the_peak_of_a_backward_pass_of_adapters_is_what_is_planned(inner, precision):
-    """Of one layer: what it keeps, what it holds for a moment, and fp32 gradients of the hidden states (`logits`)."""
+def test_peak_of_adapter_backward_pass_equals_plan(inner, precision):
+    """Of one layer: what it keeps, its temporaries, and fp32 gradients of the hidden states (`logits`)."""
     import contextlib
 
     import torch
@@ -320,9 +325,9 @@ def test_the_peak_of_a_backward_pass_of_adapters_is_what_is_planned(inner, preci
         (False, "fp32", False, True),
     ],
 )
-def test_the_peak_of_a_step_is_what_is_planned(monkeypatch, tied, precision, recomputes, accumulates):
+def test_peak_of_step_equals_plan(monkeypatch, tied, precision, recomputes, accumulates):
     """Of the model with TRL's scoring and the fused AdamW, by tracked allocations; benchmarks/memory.py has whole runs,
-    under every engine."""
+    under every strategy."""
     import torch
     import trl.trainer.utils
     from torch.profiler import ProfilerActivity, profile
@@ -342,7 +347,7 @@ def test_the_peak_of_a_step_is_what_is_planned(monkeypatch, tied, precision, rec
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     tokens = torch.arange(TOKENS)[None]
     labels = torch.where(tokens % 16 == 0, tokens, -100)
-    gc.collect()  # what another test has left, and the tracker knows, is not to be freed while it looks
+    gc.collect()  # free what other tests left before the tracker starts
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as tracker:
         for _ in range(2):
             for _ in range(1 + accumulates):
@@ -357,30 +362,31 @@ def test_the_peak_of_a_step_is_what_is_planned(monkeypatch, tied, precision, rec
     assert peak_allocated(tracker) == pytest.approx(parts["total"] - parts["weights"], rel=0.08)
 
 
-@pytest.mark.parametrize("engine", ["zero2", "ddp", "fp32"])
-def test_scores_are_those_that_autograd_keeps(engine):
+@pytest.mark.parametrize("strategy", ["zero2", "ddp", "fp32"])
+def test_attention_scores_equal_saved_tensors(strategy):
     import torch
 
     architecture = {"model_type": "llama", **SHAPES["llama"], "hidden_size": 128, "intermediate_size": 64}
     many = 512  # so that scores are most of what eager attention keeps
     precision, dtype = (
-        ("fp32" if engine == "fp32" else "bf16"),
-        (torch.bfloat16 if engine == "zero2" else torch.float32),
+        ("fp32" if strategy == "fp32" else "bf16"),
+        (torch.bfloat16 if strategy == "zero2" else torch.float32),
     )
     counted = [
-        kept_for_the_backward_pass(architecture, dtype, engine == "ddp", None, way, many) for way in ("eager", "sdpa")
+        kept_for_the_backward_pass(architecture, dtype, strategy == "ddp", None, implementation, many)
+        for implementation in ("eager", "sdpa")
     ]
     planned = [
         memory.activation_bytes(
-            load(architecture, "zero2" if engine == "zero2" else "ddp", precision=precision, **scores)
+            load(architecture, "zero2" if strategy == "zero2" else "ddp", precision=precision, **scores)
         )
         for scores in ({"scores_of": many}, {})
     ]
-    # Besides, eager attention keeps keys and values once for each head that shares them.
+    # Eager attention also keeps keys and values once for each head that shares them.
     assert planned[0] - planned[1] == pytest.approx(counted[0] - counted[1], rel=0.1)
 
 
-def test_the_buckets_are_those_of_the_files():
+def test_buckets_equal_deepspeed_configs():
     for name in ("zero1", "zero2", "zero3", "zero3_offload"):
         zero = json.loads((REPOSITORY / "deepspeed_configs" / f"{name}.json").read_text())["zero_optimization"]
         assert zero["reduce_bucket_size"] == memory.REDUCE_BUCKET
@@ -388,22 +394,22 @@ def test_the_buckets_are_those_of_the_files():
         assert zero.get("stage3_prefetch_bucket_size", memory.PREFETCH_BUCKET) == memory.PREFETCH_BUCKET
 
 
-def test_the_total_is_the_sum_of_its_parts():
-    for engine in STRATEGIES:
-        parts = memory.bytes_per_gpu(load(engine=engine, world=2, gradient_checkpointing=False))
+def test_memory_total_is_the_sum_of_parts():
+    for strategy in STRATEGIES:
+        parts = memory.bytes_per_gpu(load(strategy=strategy, world=2, gradient_checkpointing=False))
         assert parts["total"] == sum(parts[name] for name in memory.PARTS)
         assert set(parts) == {*memory.PARTS, "total", "reserve"}
 
 
-def test_the_reserve_is_driver_context_nccl_and_fragmentation():
+def test_reserve_is_driver_context_nccl_and_fragmentation():
     one, two, cpu = (memory.bytes_per_gpu(load(world=world, on_cpu=cpu)) for world, cpu in ((1, 0), (2, 0), (2, 1)))
     assert one["reserve"] == pytest.approx((0.8 + 0.6) * 2**30 + 0.05 * one["total"], abs=3)
     assert two["reserve"] == pytest.approx((0.8 + 0.6 + 1.0) * 2**30 + 0.05 * two["total"], abs=3)
     assert cpu["reserve"] == 0
 
 
-def test_a_plan_fits_where_its_reserve_fits_too():
-    """3b on one GPU takes 54.9 GiB, and 4.1 must stay free."""
+def test_plan_fits_only_with_its_reserve():
+    """3b on one GPU needs 54.9 GiB, and 4.1 must stay free."""
     needs = plans.resolve(loader.load("3b"), plans.Topology(1, 1, gpu_type="80")).memory_bytes_per_gpu
     both = (needs["total"] + needs["reserve"]) / 2**30
     for gpu_type, fits in ((both + 0.01, True), (both - 0.01, False), (needs["total"] / 2**30 + 0.01, False)):

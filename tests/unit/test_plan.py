@@ -28,16 +28,16 @@ def prepared(rows, **changes):
     return Prepared(**{**facts, "supervised_tokens": rows * 50, "tokens": rows * 400, "validation_rows": 5, **changes})
 
 
-def test_the_plan_for_machines_carries_the_contract(workplace):
+def test_plan_json_has_the_keys_of_the_contract(workplace):
     done = workplace.sft("plan", "tiny", "--json")
     assert done.returncode == 0
     assert [key for key in CONTRACT if key not in json.loads(done.stdout)] == []
 
 
-def test_planning_never_imports_a_heavy_library():
+def test_plan_imports_no_heavy_library():
     code = (
         "import sys; from sft_recipes.cli import main; "
-        "[main(words) for words in (['recipes'], ['plan', 'tiny'], ['plan', 'tiny', '--json'])]; "
+        "[main(arguments) for arguments in (['recipes'], ['plan', 'tiny'], ['plan', 'tiny', '--json'])]; "
         "heavy = {'torch', 'transformers', 'trl', 'datasets', 'accelerate', 'numpy', 'rich'} & set(sys.modules); "
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
@@ -45,20 +45,20 @@ def test_planning_never_imports_a_heavy_library():
     assert done.returncode == 0, done.stderr
 
 
-def test_a_plan_written_and_read_is_the_same_plan(tmp_path):
+def test_plan_round_trips_through_json(tmp_path):
     plan = tiny("trainer.learning_rate=1e-3")
     plans.write(plan, tmp_path / "plan.json")
     assert plans.read(tmp_path / "plan.json") == plan
 
 
 @pytest.mark.parametrize("content", ["", "{", "{}", "[]"])
-def test_a_broken_plan_is_refused_in_one_line(tmp_path, content):
+def test_plan_read_refuses_broken_file(tmp_path, content):
     (tmp_path / "plan.json").write_text(content)
-    with pytest.raises(UserError, match="not a plan that this version wrote"):
+    with pytest.raises(UserError, match="not a plan of this version"):
         plans.read(tmp_path / "plan.json")
 
 
-def test_steps_and_warm_up_are_estimates_until_the_data_is_prepared():
+def test_plan_steps_are_estimates_until_data_is_prepared():
     plan = tiny()
     assert not plan.data_prepared
     settled = plans.with_prepared_data(plan, prepared(rows=101))
@@ -70,17 +70,17 @@ def test_steps_and_warm_up_are_estimates_until_the_data_is_prepared():
     assert settled.supervised_tokens_per_step == 50 * plan.effective_batch_size
 
 
-def test_fewer_rows_than_one_effective_batch_are_refused_before_anything_loads():
-    with pytest.raises(UserError, match="1 rows, fewer than one effective batch"):
+def test_plan_refuses_fewer_rows_than_one_batch():
+    with pytest.raises(UserError, match="fewer than one effective batch: found .*1 rows, expected 2"):
         plans.with_prepared_data(tiny(), prepared(rows=1))
 
 
-def test_fewer_steps_than_the_recipe_wants_are_refused_with_the_way_out():
-    with pytest.raises(UserError, match=r"fewer than 1000; add examples or epochs.*batch.min_optimizer_steps="):
+def test_plan_refuses_too_few_steps_and_names_the_fix():
+    with pytest.raises(UserError, match=r"expected 1000. Add examples or epochs.*batch.min_optimizer_steps="):
         plans.with_prepared_data(tiny("batch.min_optimizer_steps=1000"), prepared(rows=100))
 
 
-def test_the_same_batch_is_kept_on_two_processes():
+def test_plan_keeps_batch_on_two_processes():
     one, two = tiny(), tiny(processes=2)
     assert one.effective_batch_size == two.effective_batch_size
     for plan in (one, two):
@@ -89,7 +89,7 @@ def test_the_same_batch_is_kept_on_two_processes():
     assert (one.parallelism, two.parallelism) == ("single", "ddp")
 
 
-def test_two_plans_of_one_run_differ_in_dates_and_forecasts_at_most():
+def test_plan_differences_ignore_dates_and_forecasts():
     old, new = tiny(), plans.with_prepared_data(tiny(), prepared(rows=101))
     assert plans.find_differences(old, dataclasses.replace(new, created="another day")) == {}
     assert plans.find_differences(old, tiny("trainer.learning_rate=1e-3")) == {
@@ -99,7 +99,7 @@ def test_two_plans_of_one_run_differ_in_dates_and_forecasts_at_most():
     assert plans.find_differences(new, other_data) == {"data_fingerprint": ("f", "g")}
 
 
-def test_other_data_or_another_model_takes_the_recipes_own_figures_along():
+def test_override_of_data_or_model_drops_its_numbers():
     plan = tiny("data.train=mine.jsonl")
     assert plan.optimizer_steps is None and plan.sections.data.validation is None
     plan = tiny("model.from_scratch=false", "model.name_or_path=some/model")
@@ -108,28 +108,28 @@ def test_other_data_or_another_model_takes_the_recipes_own_figures_along():
     assert kept.sections.data.validation == "held_out.jsonl"
 
 
-def test_explain_says_of_every_value_where_it_came_from():
+def test_explain_prints_origin_of_every_value():
     plan = tiny("trainer.learning_rate=1e-3")
     lines = {line.split("  ")[0]: line for line in render.format_plan(plan, explain=True).splitlines()}
     assert lines["learning rate"].endswith("command line")
-    assert lines["max grad norm"].endswith("recipes/sizes.yaml, row tiny")
+    assert lines["max grad norm"].endswith("recipes/sizes.yaml, size class tiny")
     assert "recipes/tiny.yaml:" in lines["train data"]
     assert lines["gradient accumulation steps"].endswith("derived: effective batch / (micro-batch x world size)")
     without = render.format_plan(plan).splitlines()
     assert len(without) == len(lines)
 
 
-def test_a_single_process_engine_on_two_processes_is_refused():
-    with pytest.raises(UserError, match="parallelism is 'single', which is one process, found 2"):
+def test_plan_refuses_single_on_two_processes():
+    with pytest.raises(UserError, match="parallelism single runs one process: found 2"):
         tiny("parallelism=single", processes=2)
 
 
-def test_weights_are_never_bf16_without_a_master_copy():
-    engines = [
-        tiny(f"parallelism={engine}", f"precision={precision}", processes=2)
-        for engine in ("ddp", "zero1", "zero2", "zero3")
+def test_bf16_weights_have_fp32_master_weights():
+    strategies = [
+        tiny(f"parallelism={strategy}", f"precision={precision}", processes=2)
+        for strategy in ("ddp", "zero1", "zero2", "zero3")
         for precision in ("bf16", "fp32")
     ]
-    assert len(engines) == 8
-    assert all(plan.dtypes["weights"] == "fp32" or plan.dtypes["master"] == "fp32" for plan in engines)
-    assert all(plan.dtypes["gradients"] == plan.dtypes["reduction"] == "fp32" for plan in engines)
+    assert len(strategies) == 8
+    assert all(plan.dtypes["weights"] == "fp32" or plan.dtypes["master"] == "fp32" for plan in strategies)
+    assert all(plan.dtypes["gradients"] == plan.dtypes["reduction"] == "fp32" for plan in strategies)

@@ -437,7 +437,7 @@ def test_reports_include_retention_eval(prepared, write_rows):
 
     file = write_rows([*KNOWN, {"prompt": "Count.", "completion": "1 2 3 4 5 " * 40}], "known.jsonl")
     plan = plans.resolve(loader.load("tiny", [f"data.retention_eval={file}", "trainer.max_length=128"]), Topology(0, 1))
-    assert f"retain data                  {file} " in render.format_plan(plan, explain=True)
+    assert f"retention eval               {file} " in render.format_plan(plan, explain=True)
     assert "retention_eval" not in render.format_plan(plans.resolve(loader.load("tiny"), Topology(0, 1)))
     counted = details(prepared(ROWS, f"data.retention_eval={file}", validation=HELD_OUT))
     first, truncated, *_ = prepare.summary(plan, counted, 1.0)

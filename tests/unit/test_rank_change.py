@@ -1,4 +1,4 @@
-"""Which ranks may go on from which, what a plan may then differ in unasked, and what is put right before the first step."""
+"""Resuming on other ranks: which may, which plan changes follow without consent, what resharding fixes."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -18,22 +18,22 @@ from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.training.checkpoint import reshard
 
 
-def plan(engine="ddp", processes=2, *more):
-    words = [f"parallelism={engine}", "batch.effective_batch_size=8", *more]
-    return plans.resolve(loader.load("tiny", words), plans.Topology(0, processes))
+def plan(strategy="ddp", processes=2, *more):
+    arguments = [f"parallelism={strategy}", "batch.effective_batch_size=8", *more]
+    return plans.resolve(loader.load("tiny", arguments), plans.Topology(0, processes))
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"])
 @pytest.mark.parametrize(("old", "new"), [(1, 2), (2, 1), (2, 4)])
-def test_another_number_of_ranks_under_the_same_engine_needs_nobodys_consent(engine, old, new):
-    assert rank_change.plan_incompatibility(plan(engine, old), plan(engine, new)) is None
+def test_other_world_size_of_same_strategy_needs_no_consent(strategy, old, new):
+    assert rank_change.plan_incompatibility(plan(strategy, old), plan(strategy, new)) is None
     assert (
-        rank_change.implied_changes(plan(engine, old), plan(engine, new))
-        == plans.find_differences(plan(engine, old), plan(engine, new)).keys()
+        rank_change.implied_changes(plan(strategy, old), plan(strategy, new))
+        == plans.find_differences(plan(strategy, old), plan(strategy, new)).keys()
     )
 
 
-def test_only_zeros_state_has_to_be_cut_anew():
+def test_only_zero_state_needs_resharding():
     assert rank_change.needs_resharding(Ranks("zero2", 2), Ranks("zero2", 4))
     assert not rank_change.needs_resharding(Ranks("zero2", 2), Ranks("zero2", 2))
     assert not rank_change.needs_resharding(Ranks("fsdp2", 2), Ranks("fsdp2", 4))
@@ -49,20 +49,20 @@ def test_only_zeros_state_has_to_be_cut_anew():
         (("zero3_offload", 2), ("zero3", 4), "parallelism=zero3_offload"),
     ],
 )
-def test_another_engine_is_refused_with_both_numbers_and_the_remedy(old, new, remedy):
-    said = rank_change.plan_incompatibility(plan(*old), plan(*new))
-    assert f"on {old[1]} rank" in said and f"on {new[1]} rank" in said and remedy in said
+def test_other_strategy_is_refused_with_fix(old, new, remedy):
+    reason = rank_change.plan_incompatibility(plan(*old), plan(*new))
+    assert f"on {old[1]} rank" in reason and f"on {new[1]} rank" in reason and remedy in reason
     assert rank_change.implied_changes(plan(*old), plan(*new)) == set()
 
 
-def test_an_optimizer_whose_state_was_never_converted_keeps_its_ranks():
+def test_optimizer_that_cannot_be_resharded_keeps_its_ranks():
     eight_bit = "trainer.optim=adamw_8bit"
-    said = rank_change.plan_incompatibility(plan("zero2", 2, eight_bit), plan("zero2", 4, eight_bit))
-    assert "adamw_8bit" in said and "on 2 ranks" in said and "on 4 ranks" in said
+    reason = rank_change.plan_incompatibility(plan("zero2", 2, eight_bit), plan("zero2", 4, eight_bit))
+    assert "adamw_8bit" in reason and "on 2 ranks" in reason and "on 4 ranks" in reason
     assert rank_change.plan_incompatibility(plan("ddp", 2, eight_bit), plan("ddp", 4, eight_bit)) is None
 
 
-def test_another_batch_or_another_kind_of_device_needs_consent():
+def test_other_batch_or_device_needs_consent():
     assert rank_change.implied_changes(plan("zero2", 2), plan("zero2", 4, "batch.effective_batch_size=16")) == set()
     on_gpus = dataclasses.replace(plan("zero2", 4), gpus=4)
     assert rank_change.implied_changes(plan("zero2", 2), on_gpus) == set()
@@ -78,7 +78,7 @@ def a_run(place, stored, *steps):
     return folder
 
 
-def test_a_start_with_other_ranks_goes_on_aloud_and_records_it(tmp_path, monkeypatch):
+def test_resume_on_other_ranks_is_logged_and_recorded(tmp_path, monkeypatch):
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
     a_run(tmp_path, plan("zero2", 2), 4)
     start = run_selection.select(plan("zero2", 4), RunRequest("one"), {})
@@ -88,7 +88,7 @@ def test_a_start_with_other_ranks_goes_on_aloud_and_records_it(tmp_path, monkeyp
         run_selection.select(plan("zero2", 4, "trainer.learning_rate=1e-3"), RunRequest("one"), {})
 
 
-def test_no_consent_makes_one_engine_read_the_others_state(tmp_path, monkeypatch):
+def test_allow_change_does_not_permit_other_strategy(tmp_path, monkeypatch):
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
     folder = a_run(tmp_path, plan("zero2", 2), 4)
     every = tuple(plans.find_differences(plan("zero2", 2), plan("ddp", 1)))
@@ -108,7 +108,7 @@ def with_plan(folder, step, stored):
 
 @pytest.mark.parametrize("harm", [lambda file: file.unlink(), lambda file: file.write_text(file.read_text()[:700])])
 @pytest.mark.parametrize("name", ["one", None])
-def test_a_plan_that_is_lost_is_that_of_the_newest_checkpoint(tmp_path, monkeypatch, harm, name):
+def test_lost_plan_is_restored_from_latest_checkpoint(tmp_path, monkeypatch, harm, name):
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
     stored = dataclasses.replace(plan("zero2", 2), run_id="one")
     folder = a_run(tmp_path, stored, 4, 8)
@@ -123,7 +123,7 @@ def test_a_plan_that_is_lost_is_that_of_the_newest_checkpoint(tmp_path, monkeypa
     assert "restored from checkpoint-4" in start.notes[0] and plans.read(folder.plan) == stored
 
 
-def test_a_plan_that_is_lost_behind_a_link_stays_as_it_is(tmp_path, monkeypatch):
+def test_lost_plan_of_linked_checkpoint_is_not_restored(tmp_path, monkeypatch):
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
     folder = a_run(tmp_path, plan("zero2", 2), 4)
     folder.plan.unlink()
@@ -133,7 +133,7 @@ def test_a_plan_that_is_lost_behind_a_link_stays_as_it_is(tmp_path, monkeypatch)
     assert not (elsewhere / "plan.json").exists()
 
 
-def test_a_change_is_accepted_by_the_name_that_was_typed_and_nothing_by_one_that_is_none(tmp_path, monkeypatch):
+def test_allow_change_matches_exact_keys(tmp_path, monkeypatch):
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
     folder = a_run(tmp_path, plan("zero2", 2), 4)
     changed = plan("zero2", 2, "trainer.learning_rate=1e-3", "trainer.logging_steps=7")
@@ -160,7 +160,7 @@ def test_reshard_seeds_each_rank_differently_and_reproducibly():
 
 
 def trained(weight_decays):
-    """AdamW behind one step, a group for each weight decay."""
+    """AdamW after one step, a group for each weight decay."""
     generator = torch.Generator().manual_seed(1)
     weights = [torch.nn.Parameter(torch.rand(8, generator=generator)) for _ in weight_decays]
     groups = [{"params": [one], "weight_decay": decay} for one, decay in zip(weights, weight_decays, strict=True)]
@@ -197,7 +197,7 @@ def test_fix_loaded_state_restores_groups_and_step_counters():
 
 
 class Alone:
-    """What `reshard.verify_loaded_state` asks of accelerate, for one process."""
+    """The parts of accelerate that `reshard.verify_loaded_state` uses, for one process."""
 
     process_index, num_processes, device = 0, 1, "cpu"
 

@@ -135,7 +135,7 @@ def test_completions_are_grouped_by_prompt_and_step(tmp_path):
 def test_page_lists_plan_origins_and_environment(tmp_path):
     shown = Page(render(Simulated("8b", overrides=("trainer.learning_rate=1.0e-5",)).write(tmp_path))).text
     assert "learning_rate 1e-05 command line" in shown
-    assert "num_train_epochs 3 recipes/sizes.yaml, row 7-13b" in shown
+    assert "num_train_epochs 3 recipes/sizes.yaml, size class 7-13b" in shown
     assert "attempt 1: versions.torch 2.13.0" in shown and "NVIDIA H100 80GB HBM3" in shown
 
 

@@ -1,4 +1,4 @@
-"""Run as a program, this file writes `trainer_fields.json` anew from the installed TRL."""
+"""Fields of the schema. Run as a program, this file regenerates `trainer_fields.json` from the installed TRL."""
 
 import dataclasses
 import json
@@ -23,11 +23,11 @@ def installed_fields() -> dict[str, list[str]]:
     return {field.name: kinds(field.type) for field in fields}
 
 
-def test_the_names_that_a_recipe_may_set_are_those_of_the_installed_trl():
+def test_trainer_fields_match_installed_trl():
     assert schema.trainer_fields() == installed_fields()
 
 
-def test_whatever_the_plan_owns_is_a_field_that_exists():
+def test_fields_owned_by_the_plan_exist():
     names = set(installed_fields())
     assert len(schema.OWNED_BY_THE_PLAN) > 30
     assert set(schema.OWNED_BY_THE_PLAN) <= names

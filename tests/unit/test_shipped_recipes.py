@@ -1,7 +1,7 @@
-"""The shipped recipes: short, pinned, within their rows and their hardware, and each resolved value committed.
+"""Shipped recipes are short, pinned, within their size class and hardware, and resolve to the committed plans.
 
-Run as a program, this file writes `tests/helpers/golden/` and the README's tables anew; what a changed row of `sizes.yaml` moves
-is then seen in the diff.
+Run as a program, this file regenerates `tests/helpers/golden/` and the tables of README.md. The diff then shows what a
+change of `sizes.yaml` affects.
 """
 
 import json
@@ -35,25 +35,25 @@ def resolved(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_resolved_values_are_those_that_were_committed(name, monkeypatch):
-    """`python tests/unit/test_shipped_recipes.py` writes them anew."""
+def test_plans_equal_golden_files(name, monkeypatch):
+    """`python tests/unit/test_shipped_recipes.py` regenerates them."""
     monkeypatch.delenv("GPU_HOUR_PRICE", raising=False)
     assert resolved(name) == json.loads((GOLDEN / f"{name}.json").read_text())
 
 
-def test_no_golden_file_is_left_of_a_recipe_that_is_gone():
+def test_golden_files_belong_to_recipes():
     assert sorted(path.stem for path in GOLDEN.glob("*.json")) == sorted(NAMES)
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_a_recipe_is_read_in_a_minute(name):
+def test_recipes_are_short(name):
     lines = (REPOSITORY / "recipes" / f"{name}.yaml").read_text().splitlines()
     assert 20 <= len(lines) <= 40
-    assert re.search(r"#     make (train|plan) RECIPE=" + name, lines[1]), "the command stands on top"
+    assert re.search(r"#     make (train|plan) RECIPE=" + name, lines[1]), "the first lines state the command"
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_the_line_of_the_row_says_what_the_row_says(name):
+def test_recipe_comment_states_its_size_class(name):
     plan = plan_of(name)
     found = re.search(
         r"size: \S+ +# learning rate (\S+), batch (\d+), (\d+) epoch",
@@ -64,7 +64,7 @@ def test_the_line_of_the_row_says_what_the_row_says(name):
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_model_and_data_are_pinned_by_commit_and_their_licence_is_named(name):
+def test_recipes_pin_revisions_and_name_licenses(name):
     recipe = loader.load(name)
     assert re.fullmatch("[0-9a-f]{40}", recipe.model.revision) and re.fullmatch("[0-9a-f]{40}", recipe.data.revision)
     assert recipe.model.license
@@ -74,7 +74,7 @@ def test_model_and_data_are_pinned_by_commit_and_their_licence_is_named(name):
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_the_ungated_model_works_by_one_override(name):
+def test_open_alternative_works_by_one_override(name):
     recipe = loader.load(name)
     if recipe.model.open_alternative:
         other = loader.load(name, [f"model.name_or_path={recipe.model.open_alternative}"])
@@ -84,7 +84,7 @@ def test_the_ungated_model_works_by_one_override(name):
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_a_recipe_fits_its_hardware_and_spends_under_five_percent_on_evaluations_and_saves(name):
+def test_recipes_fit_with_under_5_percent_overhead(name):
     plan = plan_of(name)
     assert plan.fits and plan.forecast["overhead_share"] < 0.05
     assert plan.parallelism != "fsdp2", "which nothing has run on a GPU yet"
@@ -92,7 +92,7 @@ def test_a_recipe_fits_its_hardware_and_spends_under_five_percent_on_evaluations
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_the_parameters_are_those_of_the_real_architecture(name):
+def test_parameter_counts_equal_real_models(name):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     architecture = loader.load(name).model.architecture
@@ -106,12 +106,12 @@ PUBLISHED = {"1b": 1.23, "3b": 3.21, "7b": 7.61, "8b": 8.03, "13b": 13.7, "32b":
 
 
 @pytest.mark.parametrize(("name", "billions"), PUBLISHED.items())
-def test_the_parameters_are_those_that_the_models_cards_state(name, billions):
+def test_recipe_parameters_equal_model_cards(name, billions):
     assert plan_of(name).parameters / 1e9 == pytest.approx(billions, rel=0.005)
 
 
-def printed(*words):
-    done = Workplace(REPOSITORY).sft(*words)
+def printed(*arguments):
+    done = Workplace(REPOSITORY).sft(*arguments)
     return "".join(f"    {line.rstrip()}\n" for line in done.stdout.splitlines())
 
 
@@ -122,12 +122,12 @@ TABLES = {  # page: command whose output is between the markers
 BEGIN, END = "tests/unit/test_shipped_recipes.py writes this -->\n", "\n<!-- end of the"
 
 
-@pytest.mark.parametrize(("page", "words"), TABLES.items(), ids=["recipes", "comparison"])
-def test_tables_of_the_pages_are_what_the_commands_print(page, words):
-    assert f"{BEGIN}\n{printed(*words)}{END}" in (REPOSITORY / page).read_text(), f"run python {__file__}"
+@pytest.mark.parametrize(("page", "arguments"), TABLES.items(), ids=["recipes", "comparison"])
+def test_tables_of_pages_equal_output(page, arguments):
+    assert f"{BEGIN}\n{printed(*arguments)}{END}" in (REPOSITORY / page).read_text(), f"run python {__file__}"
 
 
-def test_the_models_of_the_documentation_are_the_recipes():
+def test_docs_list_the_models_of_recipes():
     text = (REPOSITORY / "docs" / "models.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     for name in LARGE:
@@ -137,7 +137,7 @@ def test_the_models_of_the_documentation_are_the_recipes():
         assert (model.open_alternative or "it is") in row
 
 
-def test_the_engines_table_is_what_was_measured():
+def test_strategy_table_equals_measurements():
     import sys
 
     sys.path.insert(0, str(REPOSITORY / "benchmarks"))
@@ -148,7 +148,7 @@ def test_the_engines_table_is_what_was_measured():
     assert table(results["rows"]) in (REPOSITORY / "docs" / "strategies.md").read_text()
 
 
-def test_the_loading_table_is_what_was_measured():
+def test_loading_table_equals_measurements():
     results = json.loads((REPOSITORY / "benchmarks" / "results" / "loading-2-cores.json").read_text())
     text = (REPOSITORY / "docs" / "strategies.md").read_text()
     for row in results["rows"]:
@@ -158,7 +158,7 @@ def test_the_loading_table_is_what_was_measured():
             assert max(rank["peak_anonymous_bytes"] for rank in row["ranks"]) < results["model_bytes"]
 
 
-def test_the_engines_files_start_several_nodes_without_ssh_and_save_whole_models():
+def test_strategy_files_support_several_nodes_and_full_models():
     for stage in ("zero1", "zero2", "zero3", "zero3_offload"):
         launch = yaml.safe_load((REPOSITORY / "accelerate_configs" / f"{stage}.yaml").read_text())["deepspeed_config"]
         assert launch["deepspeed_multinode_launcher"] == "standard"
@@ -167,13 +167,13 @@ def test_the_engines_files_start_several_nodes_without_ssh_and_save_whole_models
         assert launch["zero3_init_flag"] is stage.startswith("zero3")
 
 
-def test_every_engine_of_the_plan_has_its_files():
-    from sft_recipes.launch.command import engine_file
+def test_strategies_have_their_files():
+    from sft_recipes.launch.command import accelerate_config_name
 
     needed = {*STRATEGIES, "cpu"}
     assert {path.stem for path in (REPOSITORY / "accelerate_configs").glob("*.yaml")} == needed
     plan = plans.resolve(loader.load("tiny"), plans.Topology(gpus=0, processes=2))
-    assert engine_file(plan) == "cpu"
+    assert accelerate_config_name(plan) == "cpu"
 
 
 if __name__ == "__main__":

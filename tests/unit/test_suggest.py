@@ -1,4 +1,4 @@
-"""What a size needs: the fewest GPUs, the cheapest change that fits, time and money."""
+"""Suggestions and forecasts: the fewest GPUs, the cheapest change that fits, time and cost."""
 
 import dataclasses
 import json
@@ -32,11 +32,11 @@ def plan(name, gpus, gpu_type="h100-80g", *overrides):
         ("70b", "24", None),
     ],
 )
-def test_the_fewest_gpus_are_those_below_which_nothing_fits(name, gpu_type, fewest):
+def test_fewest_gpus_is_the_smallest_that_fits(name, gpu_type, fewest):
     recipe = loader.load(name)
     assert suggest.smallest_gpu_count(recipe, gpu_type) == fewest
     if fewest:
-        counts = (1, 2, 4, 8, 16, 32)  # all of which keep a batch of 32 or 64
+        counts = (1, 2, 4, 8, 16, 32)  # all keep a batch of 32 or 64
         assert [gpus for gpus in counts if plan(name, gpus, gpu_type).fits] == [
             gpus for gpus in counts if gpus >= fewest
         ]
@@ -53,17 +53,17 @@ def test_the_fewest_gpus_are_those_below_which_nothing_fits(name, gpu_type, fewe
         ("8b-lora", 1, "12", [], "lora.quantize=nf4 parallelism=ddp"),
     ],
 )  # fmt: skip
-def test_the_cheapest_change_is_named_and_does_fit(name, gpus, gpu_type, overrides, change):
+def test_cheapest_change_fits(name, gpus, gpu_type, overrides, change):
     recipe, topology = loader.load(name, overrides), suggest.topology_for(gpus, gpu_type)
     assert plans.resolve(recipe, topology).fits is False
-    said = suggest.cheapest_change(recipe, topology)
-    assert said.startswith(change)
-    words = dict(word.split("=") for word in said.split())
-    more = int(words.pop("GPUS", gpus))
-    assert plan(name, more, gpu_type, *overrides, *(f"{key}={value}" for key, value in words.items())).fits is True
+    suggestion = suggest.cheapest_change(recipe, topology)
+    assert suggestion.startswith(change)
+    arguments = dict(word.split("=") for word in suggestion.split())
+    more = int(arguments.pop("GPUS", gpus))
+    assert plan(name, more, gpu_type, *overrides, *(f"{key}={value}" for key, value in arguments.items())).fits is True
 
 
-def test_where_nothing_helps_nothing_is_named():
+def test_cheapest_change_is_none_if_nothing_helps():
     assert suggest.cheapest_change(loader.load("70b"), suggest.topology_for(8, "2")) is None
 
 
@@ -93,8 +93,8 @@ def test_flops_per_token_by_hand():
     assert flops({}, 2048) is None
 
 
-def test_the_output_layer_is_charged_for_supervised_tokens_only():
-    """Charged for every token, a 1B at 60% supervised has 9% more model FLOPs than it computes."""
+def test_flops_of_output_layer_count_supervised_tokens_only():
+    """Counting every token, a 1B with 60% supervised has 9% more model FLOPs than it computes."""
     whole, scored = flops(LLAMA_1B, 2048).model, flops(LLAMA_1B, 2048, 0.6).model
     assert whole - scored == pytest.approx(0.4 * 6 * 128_256 * 2048)
     assert whole / scored == pytest.approx(1.09, abs=0.01)
@@ -103,8 +103,8 @@ def test_the_output_layer_is_charged_for_supervised_tokens_only():
 @pytest.mark.parametrize("share", [1.0, 0.25])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("lora", [None, Lora(r=8)])
-def test_flops_are_those_that_torch_counts(monkeypatch, lora, checkpointing, share):
-    """Of a real forward and backward pass with TRL's scoring. Of causal attention torch counts the hidden half too."""
+def test_flops_equal_torch_flop_counter(monkeypatch, lora, checkpointing, share):
+    """A real forward and backward pass with TRL's loss. torch also counts the masked half of causal attention."""
     import torch
     import trl.trainer.utils
     from peft import LoraConfig, get_peft_model
@@ -143,7 +143,7 @@ def test_flops_are_those_that_torch_counts(monkeypatch, lora, checkpointing, sha
     assert forward.get_total_flops() + backward.get_total_flops() == pytest.approx(512 * planned.hardware, rel=1e-3)
 
 
-def test_time_and_money_follow_from_the_assumed_mfu(monkeypatch):
+def test_forecast_follows_from_assumed_mfu(monkeypatch):
     """8b at 35% of 989 TFLOP/s: 41 billion model FLOPs per token, 52 executed with activation checkpointing."""
     monkeypatch.setenv("GPU_HOUR_PRICE", "2.50")
     forecast = plan("8b", 8).forecast
@@ -165,7 +165,7 @@ def test_time_and_money_follow_from_the_assumed_mfu(monkeypatch):
     assert kept["evaluation_seconds"] == forecast["evaluation_seconds"]
 
 
-def test_prepared_data_lowers_the_forecast_by_the_tokens_that_are_not_supervised():
+def test_forecast_uses_supervised_share_of_prepared_data():
     unknown = plan("1b", 1, "l40s-48g")
     assert unknown.supervised_share is None
     prepared = plans.Prepared("f", "x", "m", LLAMA_1B, 207_865, 139_457, 150_000_000, 250_000_000, 1000)
@@ -178,42 +178,42 @@ def test_prepared_data_lowers_the_forecast_by_the_tokens_that_are_not_supervised
     assert "60% of tokens supervised" in render.format_plan(settled)
 
 
-def test_a_price_that_is_none_is_refused(monkeypatch):
+def test_gpu_hour_price_refuses_non_prices(monkeypatch):
     monkeypatch.setenv("GPU_HOUR_PRICE", "cheap")
-    with pytest.raises(UserError, match="GPU_HOUR_PRICE: 'cheap' is not a price"):
+    with pytest.raises(UserError, match="GPU_HOUR_PRICE: found 'cheap', expected a price"):
         plan("8b", 8)
 
 
-def test_a_gpu_that_is_not_in_the_table_is_planned_by_its_memory_without_hours():
+def test_unlisted_gpu_is_planned_by_memory_without_hours():
     unknown = plan("8b", 8, "48")
     assert unknown.forecast is None and unknown.fits is True
     shown = render.format_plan(unknown)
     assert "8 GPUs on 1 node(s), GPU type not in the table, 48 GiB" in shown
-    assert "no forecast: peak FLOP/s not known (GPU type not in the table, 48 GiB; set GPU_TYPE to" in shown
+    assert "no forecast: unknown peak FLOP/s (GPU type not in the table, 48 GiB; set GPU_TYPE to" in shown
     assert plans.resolve(loader.load("tiny"), Topology(gpus=0, processes=1)).forecast is None
 
 
-def test_fp32_has_no_forecast_since_the_table_is_of_bf16():
+def test_forecast_is_none_in_fp32():
     single = plan("1b", 1, "h100-80g", "precision=fp32")
-    assert single.forecast is None and "this plan computes in fp32" in render.format_plan(single)
+    assert single.forecast is None and "the precision is fp32" in render.format_plan(single)
 
 
-def test_the_comparison_keeps_the_batch_on_every_count(workplace):
+def test_comparison_keeps_batch_on_every_gpu_count(workplace):
     done = workplace.sft("plan", "8b", "--gpus", "1,2,3,4,8,16", "--gpu-type", "h100-80g")
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in lines[1:6]] == ["1", "2", "4", "8", "16"]
-    assert lines[6].startswith("3 GPUs: effective_batch_size 32 cannot be shared evenly by 3")
+    assert lines[6].startswith("3 GPUs: effective_batch_size: found 32, expected a multiple of 3")
     listed = json.loads(workplace.sft("plan", "8b", "--gpus", "1,2,3,4,8,16", "--json").stdout)
     batches = [
         one["world_size"] * one["per_device_train_batch_size"] * one["gradient_accumulation_steps"]
         for one in listed
-        if "refused" not in one
+        if "error" not in one
     ]
     assert batches == [32] * 5
 
 
-def test_a_plan_that_does_not_fit_says_so_and_what_would(workplace):
+def test_plan_that_does_not_fit_names_what_would(workplace):
     done = workplace.sft("plan", "70b", "--gpus", "8")
     assert done.returncode == 0
     found = dict(line.split("  ", 1) for line in done.stdout.splitlines())
@@ -225,7 +225,7 @@ def test_a_plan_that_does_not_fit_says_so_and_what_would(workplace):
 
 
 def machine_with(workplace, *gpus):
-    """The PATH of a machine with these GPUs, played by an nvidia-smi that lists them; nothing gets so far as to use one."""
+    """Return a PATH with an nvidia-smi that lists these GPUs; no test uses one."""
     smi = workplace.path / "bin" / "nvidia-smi"
     smi.parent.mkdir(exist_ok=True)
     listed = "\n".join(f"{number}, {mib}, {name}" for number, (mib, name, *_) in enumerate(gpus))
@@ -238,7 +238,7 @@ def machine_with(workplace, *gpus):
     return f"{smi.parent}:/usr/bin:/bin"
 
 
-def test_train_refuses_what_does_not_fit_the_gpus_that_are_here(workplace):
+def test_train_refuses_plan_that_does_not_fit(workplace):
     path = machine_with(workplace, *[(81559, "NVIDIA H100 80GB HBM3")] * 8)
     done = workplace.sft("train", "70b", "--gpus", "8", PATH=path)
     assert (done.returncode, done.stdout) == (2, "")
@@ -254,7 +254,7 @@ def test_train_refuses_what_does_not_fit_the_gpus_that_are_here(workplace):
     path = machine_with(workplace, (20475, "NVIDIA Graphics Device"))
     done = workplace.sft("train", "8b-qlora", "--gpus", "1", "--dry-run", PATH=path)
     assert done.returncode == 0, done.stderr
-    assert "NVIDIA Graphics Device is not in the table of GPU types: planned by its memory, 20.0 GiB" in done.stdout
+    assert "NVIDIA Graphics Device is not in the table of GPU types: planned with 20.0 GiB" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_train_refuses_what_does_not_fit_the_gpus_that_are_here(workplace):
         ([(16303, "NVIDIA Graphics, Device")], "15.9"),
     ],
 )
-def test_the_card_is_what_the_machine_has(workplace, monkeypatch, gpus, gpu_type):
+def test_gpu_type_is_detected(workplace, monkeypatch, gpus, gpu_type):
     from sft_recipes.launch import topology
 
     monkeypatch.setenv("PATH", machine_with(workplace, *gpus))
@@ -301,34 +301,34 @@ def test_the_card_is_what_the_machine_has(workplace, monkeypatch, gpus, gpu_type
 
 
 @pytest.mark.parametrize(
-    ("said", "wanted"),
+    ("overrides", "expected"),
     [
         ((), "no bf16. Set precision=fp32"),
         (("precision=fp32", "model.attention=flash_attention_2"), "no flash_attention_2. Set model.attention=sdpa"),
         (("model.attention=flash_attention_2",), "no bf16 and no flash_attention_2. Set precision=fp32 model.attention=sdpa"),
     ],
 )  # fmt: skip
-def test_a_gpu_older_than_ampere_is_refused_what_it_does_not_have(workplace, said, wanted):
+def test_gpu_before_ampere_is_refused_bf16(workplace, overrides, expected):
     path = machine_with(workplace, (32768, "Tesla V100-SXM2-32GB", "7.0"))
-    done = workplace.sft("train", "1b", "--gpus", "1", *said, PATH=path)
+    done = workplace.sft("train", "1b", "--gpus", "1", *overrides, PATH=path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert f"Tesla V100-SXM2-32GB (compute capability 7.0) is older than Ampere and has {wanted}" in done.stderr
+    assert f"Tesla V100-SXM2-32GB (compute capability 7.0) is older than Ampere and has {expected}" in done.stderr
     assert workplace.names() == []
 
 
-def test_a_gpu_as_old_as_that_may_train_in_fp32(workplace):
+def test_gpu_before_ampere_trains_in_fp32(workplace):
     path = machine_with(workplace, (81559, "Tesla of much memory", "7.5"))
     done = workplace.sft("train", "1b", "--gpus", "1", "precision=fp32", "--dry-run", PATH=path)
     assert done.returncode == 0, done.stderr
 
 
-def test_offloading_without_the_memory_for_it_is_refused(workplace):
+def test_offload_without_host_memory_is_refused(workplace):
     done = workplace.sft("train", "70b", "--gpus", "0", "parallelism=zero3_offload")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "on the CPU 70b needs about" in done.stderr and "GiB of memory, found" in done.stderr
 
 
-def test_the_two_cheapest_changes_that_take_less_are_named():
+def test_lighter_overrides_need_less_memory():
     found = suggest.lighter_overrides(loader.load("8b"), suggest.topology_for(8, "h100-80g"))
     assert len(found) == 2
     needs = [plan("8b", 8, "h100-80g", *change.split()).memory_bytes_per_gpu["total"] for change in ("", *found)]
@@ -338,7 +338,7 @@ def test_the_two_cheapest_changes_that_take_less_are_named():
     assert suggest.lighter_overrides(unknown, Topology(0, 1)) == always, "nothing is forecast"
 
 
-def test_what_is_offloaded_must_fit_the_nodes_own_memory(workplace):
+def test_offload_must_fit_host_memory_of_each_node(workplace):
     path = machine_with(workplace, *[(81559, "NVIDIA H100 80GB HBM3")] * 8)
     done = workplace.sft(
         "train", "70b", "--gpus", "8", "parallelism=zero3_offload", "batch.max_per_device_batch_size=1", PATH=path
@@ -354,38 +354,38 @@ def test_plan_refuses_4_bit_weights_that_would_be_replicated(strategy):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
-        (("--gpus", "1,2", "--nodes", "2"), "NODES: says nothing where GPUS=1,2 compares several"),
+        (("--gpus", "1,2", "--nodes", "2"), "NODES: has no effect when GPUS=1,2 compares several"),
         (("--gpus", "0", "--gpu-type", "24"), "GPU_TYPE: found 24 without GPUs"),
-        (("lora.target_modules=[foo]", "size=lora-7-13b", "lora.r=8"), r"lora.target_modules is \['foo'\]; wanted all-linear"),
-        (("lora.target_modules=qproj", "size=lora-7-13b"), "lora.target_modules is 'qproj'; wanted all-linear"),
-        (("trainer.eval_steps=1.5",), "trainer.eval_steps is 1.5; wanted a whole number of steps"),
-        (("trainer.num_train_epochs=-1",), "trainer.num_train_epochs is -1"),
-        (("trainer.warmup_ratio=5", "allow_out_of_range=[warmup_ratio]"), "trainer.warmup_ratio is 5.0; wanted 0 to 1"),
-        (("trainer.gradient_accumulation_steps=3",), r"is the plan's to set \(derived from batch.effective_batch_size"),
-        (("trainer.per_device_train_batch_size=3",), "is the plan's to set; say batch.max_per_device_batch_size instead"),
-        (("--gpus", "3"), "effective_batch_size 32 cannot be shared evenly by 3 GPUs .*these counts can: 1, 2, 4"),
-        (("model.architecture={num_key_value_heads: x}",), "num_key_value_heads is 'x'; wanted a whole number"),
-        (("model.architecture={head_dim: 1.5}",), "head_dim is 1.5; wanted a whole number"),
-        (("model.architecture={tie_word_embeddings: 'false'}",), "tie_word_embeddings is 'false'; wanted true or false"),
-        (("model.architecture={hidden_size: 16, num_attention_heads: 32}",), "hidden_size 16 is no multiple of"),
+        (("lora.target_modules=[foo]", "size=lora-7-13b", "lora.r=8"), r"lora.target_modules: found \['foo'\], expected all-linear"),
+        (("lora.target_modules=qproj", "size=lora-7-13b"), "lora.target_modules: found 'qproj', expected all-linear"),
+        (("trainer.eval_steps=1.5",), "trainer.eval_steps: found 1.5, expected an integer number of steps"),
+        (("trainer.num_train_epochs=-1",), "trainer.num_train_epochs: found -1"),
+        (("trainer.warmup_ratio=5", "allow_out_of_range=[warmup_ratio]"), "trainer.warmup_ratio: found 5.0, expected 0 to 1"),
+        (("trainer.gradient_accumulation_steps=3",), r"is set by the plan \(derived from batch.effective_batch_size"),
+        (("trainer.per_device_train_batch_size=3",), "is set by the plan. Set batch.max_per_device_batch_size instead"),
+        (("--gpus", "3"), "found 32, expected a multiple of 3 GPUs .*numbers: 1, 2, 4"),
+        (("model.architecture={num_key_value_heads: x}",), "num_key_value_heads: found 'x', expected an integer"),
+        (("model.architecture={head_dim: 1.5}",), "head_dim: found 1.5, expected an integer"),
+        (("model.architecture={tie_word_embeddings: 'false'}",), "tie_word_embeddings: found 'false', expected true or false"),
+        (("model.architecture={hidden_size: 16, num_attention_heads: 32}",), "hidden_size: found 16, expected a multiple of"),
     ],
 )  # fmt: skip
-def test_what_makes_no_plan_is_refused_in_one_line(workplace, words, message):
-    done = workplace.sft("plan", "8b", *words)
+def test_plan_refuses_in_one_line(workplace, arguments, message):
+    done = workplace.sft("plan", "8b", *arguments)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert re.search(message, done.stderr), done.stderr
 
 
-def test_more_than_eight_gpus_are_several_nodes():
+def test_more_than_eight_gpus_need_several_nodes():
     from sft_recipes.launch.topology import HardwareRequest, plan_topology
 
     nodes = {gpus: plan_topology(loader.load("70b"), HardwareRequest(gpus)).nodes for gpus in (8, 16, 32, 64)}
     assert nodes == {8: 1, 16: 2, 32: 4, 64: 8}
 
 
-def test_a_model_whose_size_the_recipe_does_not_say_is_weighed_once_it_is_here():
+def test_memory_of_model_without_architecture_is_forecast_after_preparation():
     recipe = loader.load("8b", ["model.name_or_path=some/model", "data.train=rows.jsonl"])
     unknown = plans.resolve(recipe, suggest.topology_for(1, "h100-80g"))
     assert unknown.fits is None
@@ -397,20 +397,23 @@ def test_a_model_whose_size_the_recipe_does_not_say_is_weighed_once_it_is_here()
     assert fitting.fits is True and fitting.parameters == 8_030_261_248
 
 
-def test_a_size_between_two_rows_takes_the_nearest_and_the_plan_says_so(workplace):
-    words = ("plan", "7b", "size=20b", "model.architecture={}", "--gpus", "8")
-    done = workplace.sft(*words, "--json")
+def test_size_between_classes_takes_the_nearest(workplace):
+    arguments = ("plan", "7b", "size=20b", "model.architecture={}", "--gpus", "8")
+    done = workplace.sft(*arguments, "--json")
     found = json.loads(done.stdout)
     assert (found["size"], found["requested_size"], found["learning_rate"]) == ("30-70b", "20b", 2e-5)
     assert found["effective_batch_size"] == 64
-    assert "7b (row 30-70b, the nearest to 20b)" in workplace.sft(*words).stdout
+    assert "30-70b (nearest to 20b)" in workplace.sft(*arguments).stdout
     assert plan("7b", 8, "h100-80g", "size=18b").size == "7-13b"
 
 
-def test_a_recipe_whose_architecture_belongs_to_another_row_is_refused():
+def test_size_class_must_match_architecture():
     recipe = loader.load("8b")
     for size, row in (("1-3b", "1-3b"), ("70b", "30-70b"), ("tiny", "tiny")):
-        with pytest.raises(UserError, match=f"size is {size}, row {row}, but model.architecture has 8.0 billion"):
+        with pytest.raises(
+            UserError,
+            match=f"size: found {size} .size class {row}., expected 7-13b: model.architecture has 8.0 billion",
+        ):
             sizes.size_class_of(dataclasses.replace(recipe, size=size))
 
 
@@ -434,7 +437,7 @@ def test_strategy_files_must_agree(tmp_path, monkeypatch, content):
         command.accelerate_config(zero3)
 
 
-def test_the_memory_is_the_machines_unless_its_container_may_take_less(tmp_path, monkeypatch):
+def test_host_memory_is_limited_by_the_container(tmp_path, monkeypatch):
     """No file, as on bare machines; `max`, as in containers without a limit; a limit."""
     limit = tmp_path / "memory.max"
     monkeypatch.setattr(env, "_MEMORY_LIMITS", (limit,))

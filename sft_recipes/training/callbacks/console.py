@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from sft_recipes.runtime import append_line
 from sft_recipes.runtime.run_dir import RunDir
-from sft_recipes.runtime.units import GIB
+from sft_recipes.runtime.units import GIB, format_duration
 
 log = logging.getLogger(__name__)
 
@@ -104,8 +104,7 @@ class ConsoleCallback(TrainerCallback):
         if steps <= 0:
             return "?"
         seconds = (time.monotonic() - started) / steps * (state.max_steps - state.global_step)
-        hours, rest = divmod(int(seconds), 3600)
-        return f"{hours}:{rest // 60:02}:{rest % 60:02}"
+        return format_duration(seconds)
 
 
 def _throughput_and_memory(logs: dict[str, Any]) -> dict[str, str]:
