@@ -97,7 +97,7 @@ def make_collator(plan: Plan, pad_token_id: int, attention_name: str) -> Numbere
 
 
 def fill_last_pass(validation: Any, rows_per_pass: int) -> Any:
-    """Fill validation rows to complete passes over all ranks, with rows that have no tokens in the loss.
+    """Fill validation rows to complete passes of all ranks, with rows that have no tokens in the loss.
 
     accelerate would fill them with rows from the beginning, which would then count twice.
 

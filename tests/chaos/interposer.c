@@ -64,7 +64,7 @@ static int is_meant(void) {
         if (!command[i])
             command[i] = ' ';
     int rank_is = rank && !strcmp(rank, mine ? mine : "none");
-    /* the launcher's command line names the program too, behind its own */
+    /* the launcher's command line contains the program too, after its own name */
     return meant = rank_is && strstr(command, "sft_recipes.training.main") && !strstr(command, "training.rank_launcher");
 }
 
