@@ -208,7 +208,7 @@ def test_comparison_keeps_batch_on_every_gpu_count(workplace):
     batches = [
         one["world_size"] * one["per_device_train_batch_size"] * one["gradient_accumulation_steps"]
         for one in listed
-        if "error" not in one
+        if "rejected" not in one
     ]
     assert batches == [32] * 5
 
