@@ -28,13 +28,13 @@ GOOD_ROW = {"prompt": "2 + 2?", "completion": "4"}
         (["train", "tiny", "--gpus", "8"], "GPUS: 8 requested, but this machine has none; "),
         (["train", "tiny", "--gpus", "eight"], "GPUS: found 'eight', expected an integer"),
         (["train", "tiny", "--gpus", "-1"], "GPUS: found '-1', expected an integer of at least 0"),
-        (["train", "tiny", "--gpus", "0", "--nodes", "2"], "NODES: 2 nodes"),
+        (["train", "tiny", "--gpus", "0", "--nodes", "2"], "NODES: found 2 without a Slurm job"),
         (["train", "tiny", "--processes", "0"], "PROCESSES: found '0', expected an integer of at least 1"),
         (
             ["train", "tiny", "--gpus", "0", "--processes", "3"],
             "expected a multiple of 3 .* numbers: 1, 2",
         ),
-        (["train", "tiny", "--devices", "0,x"], "DEVICES: '0,x' is not a list of GPU ids"),
+        (["train", "tiny", "--devices", "0,x"], "DEVICES: found '0,x', expected GPU ids"),
         (["train", "tiny", "--devices", "0"], "DEVICES: no GPU 0 on this machine"),
         (["train", "tiny", "--nodes", "2"], "NODES: found 2 without a Slurm job"),
         (["train", "tiny", "--resume"], "RESUME: no unfinished run of tiny"),
@@ -181,20 +181,20 @@ def test_train_refuses_missing_model_folder(workplace):
 
 def test_train_refuses_hub_model_offline(workplace):
     done = workplace.sft("train", "tiny", *MODEL, "model.name_or_path=some/model", HF_HUB_OFFLINE="1")
-    check_refused(done, "some/model is neither in the Hub's cache nor to be had .*make download.*set HF_TOKEN$")
+    check_refused(done, "some/model: not in the Hub's cache and not downloadable .*make download.*HF_TOKEN")
 
 
 def test_train_refuses_unwritable_runs_dir(workplace):
     file = workplace.path / "file"
     file.write_text("")
     done = workplace.sft("train", "tiny", RUNS_DIR=str(file / "runs"))
-    check_refused(done, "cannot be written .*RUNS_DIR=")
+    check_refused(done, "is not writable .*RUNS_DIR")
 
 
 def test_train_never_overwrites_other_folders(workplace):
     (workplace.runs / "mine").mkdir(parents=True)
     (workplace.runs / "mine" / "thesis.txt").write_text("years of work")
-    check_refused(workplace.sft("train", "tiny", "--name", "mine"), "is there and is not a run; nothing is overwritten")
+    check_refused(workplace.sft("train", "tiny", "--name", "mine"), "exists and is not a run. Nothing is overwritten")
     assert (workplace.runs / "mine" / "thesis.txt").read_text() == "years of work"
 
 
@@ -222,7 +222,7 @@ def test_resume_refuses_other_plan_and_names_the_fix(workplace):
     line = check_refused(
         workplace.sft("train", "tiny", *changed), "run tiny-1 has another plan: learning_rate 0.002 -> 0.001"
     )
-    assert "; trainer.seed 42 -> 7 (" in line and "NAME=" in line
+    assert "; trainer.seed 42 -> 7. Resume it with ALLOW_CHANGE=" in line and "NAME=" in line
     again = workplace.sft("train", "tiny", *changed, "--allow-change", "learning_rate,seed", "--dry-run")
     assert again.returncode == 0, again.stderr
 

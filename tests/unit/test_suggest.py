@@ -243,7 +243,7 @@ def test_train_refuses_plan_that_does_not_fit(workplace):
     done = workplace.sft("train", "70b", "--gpus", "8", PATH=path)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.search(
-        r"needs about 164\.2 GiB per GPU and 10\.6 GiB of reserve, found 79\.6 GiB \(h100-80g\)\. The cheapest change "
+        r"needs about 164\.2 GiB per GPU and 10\.6 GiB of reserve, found 79\.6 GiB \(h100-80g\)\. Cheapest change "
         r"that fits:", done.stderr,
     )  # fmt: skip
     assert "GPUS=32" not in done.stderr, "more than are here"
