@@ -22,7 +22,7 @@ class GpuType:
     """One row of the table.
 
     Attributes:
-        name: what GPU_TYPE and `hardware.gpu_type` take.
+        name: value of GPU_TYPE and `hardware.gpu_type`.
         pattern: regular expression for the product name that nvidia-smi and torch report, matched without case.
         memory_mib: `memory.total` of nvidia-smi, ECC on where the type has it.
         tflops: dense bf16 matrix multiplication with fp32 accumulation, in 1e12 FLOP/s, without sparsity.
@@ -50,7 +50,7 @@ _GA102 = "NVIDIA Ampere GA102 architecture whitepaper, appendix A"
 _ADA = "NVIDIA Ada GPU architecture whitepaper, appendix A"
 _RTX_BLACKWELL = "NVIDIA RTX Blackwell GPU architecture whitepaper, appendix A"
 
-# Several rows of one type go from the special to the general: the first that matches is taken. Memory is what
+# Rows with overlapping patterns are ordered from specific to general: the first match is used. Memory is what
 # nvidia-smi prints on such machines. FLOP/s of data sheets that count sparsity are halved.
 GPU_TYPES: tuple[GpuType, ...] = (
     GpuType("gb300-288g", r"\bGB300\b", 284_208, 2500, "NVIDIA GB300 NVL72 data sheet, over 72 GPUs; TRL's table"),

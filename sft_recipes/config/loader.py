@@ -23,7 +23,7 @@ from sft_recipes.runtime.paths import REPOSITORY
 
 @dataclass(frozen=True)
 class Setting:
-    """A value and where it was written: `recipes/8b.yaml:12` or `command line`."""
+    """A value and its origin: `recipes/8b.yaml:12` or `command line`."""
 
     value: Any
     where: str
@@ -65,7 +65,7 @@ def _path_of(name: str) -> Path:
     return path
 
 
-def _shown(path: Path) -> str:
+def _display(path: Path) -> str:
     return str(path.relative_to(REPOSITORY)) if path.is_relative_to(REPOSITORY) else str(path)
 
 
@@ -73,15 +73,17 @@ def _read_yaml(path: Path) -> yaml.MappingNode:
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except OSError as error:
-        raise ConfigError(f"{_shown(path)}: cannot be read ({error.strerror})") from error
+        raise ConfigError(f"{_display(path)}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "not UTF-8 text"
-        raise ConfigError(f"{_shown(path)}{line}: not YAML: {problem}") from error
+        raise ConfigError(f"{_display(path)}{line}: not YAML: {problem}") from error
     if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{_shown(path)}: empty or not a mapping: expected `key: value` lines. See recipes/tiny.yaml")
-    node.start_mark.name = _shown(path)
+        raise ConfigError(
+            f"{_display(path)}: empty or not a mapping: expected `key: value` lines. See recipes/tiny.yaml"
+        )
+    node.start_mark.name = _display(path)
     return node
 
 
@@ -160,9 +162,9 @@ def _build(name: str, settings: Mapping[str, Setting]) -> Recipe:
         if section not in sections or (not section and key in (*schema.SECTIONS, "trainer", "name", "origins")):
             raise ConfigError(f"{setting.where}: unknown key {key}{did_you_mean(key, _known_keys())}")
         sections[section][leaf] = _validate(key, section, leaf, setting)
-    for needed in ("size", "data.train"):
-        if needed not in settings or settings[needed].value in (None, ""):
-            raise ConfigError(f"recipes/{name}.yaml: {needed} is missing. Add it")
+    for required in ("size", "data.train"):
+        if required not in settings or settings[required].value in (None, ""):
+            raise ConfigError(f"recipes/{name}.yaml: required key {required} is missing. Add it")
     top = sections.pop("")
     trainer = {**schema.TRAINER_DEFAULTS, **sections.pop("trainer")}
     typed: dict[str, Any] = {
@@ -201,10 +203,10 @@ def _validate(key: str, section: str, leaf: str, setting: Setting) -> Any:
             raise ConfigError(f"{setting.where}: unknown key {key}{did_you_mean(leaf, _trainer_keys())}")
         kinds = schema.trainer_fields().get(leaf, ["float"])
     else:
-        known = _kinds(schema.SECTIONS[section] if section else Recipe)
-        if leaf not in known:
+        keys = _kinds(schema.SECTIONS[section] if section else Recipe)
+        if leaf not in keys:
             raise ConfigError(f"{setting.where}: unknown key {key}{did_you_mean(key, _known_keys())}")
-        kinds = known[leaf]
+        kinds = keys[leaf]
     value = _coerce(key, kinds, _parse(setting, kinds))
     choices = schema.CHOICES.get(key)
     if key == "model.attention" and "/" in str(value) and not schema.KERNEL.fullmatch(str(value)):
@@ -222,8 +224,8 @@ def _validate(key: str, section: str, leaf: str, setting: Setting) -> Any:
 
 
 def _hint(owner: str) -> str:
-    """Return what to set instead, or why nothing can be set."""
-    return f" ({owner})" if owner.startswith(("fixed: ", "derived ")) else f". Set {owner} instead"
+    """Return the key or variable to set instead, or why the field is fixed."""
+    return f" ({owner})" if owner.startswith("fixed: ") else f". Set {owner} instead"
 
 
 def _parse(setting: Setting, kinds: list[str]) -> Setting:

@@ -47,14 +47,14 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 # SFTConfig fields that a recipe may not set, because the plan derives them or correctness depends on them; each with
-# what to set instead, or why it is fixed.
+# the key or variable to set instead, or why it is fixed.
 OWNED_BY_THE_PLAN: dict[str, str] = {
-    "output_dir": "the run's name (NAME=)",
-    "run_name": "the run's name (NAME=)",
+    "output_dir": "NAME=",
+    "run_name": "NAME=",
     "per_device_train_batch_size": "batch.max_per_device_batch_size",
     "per_device_eval_batch_size": "batch.max_per_device_batch_size",
     "auto_find_batch_size": "batch.max_per_device_batch_size",
-    "gradient_accumulation_steps": "derived from batch.effective_batch_size and the GPUs",
+    "gradient_accumulation_steps": "batch.effective_batch_size",
     "warmup_steps": "trainer.warmup_ratio",
     "bf16": "precision",
     "fp16": "precision",
@@ -101,13 +101,13 @@ OWNED_BY_THE_PLAN: dict[str, str] = {
     ),
     "enable_jit_checkpoint": "fixed: a signal saves the same step on all ranks",
     "ignore_data_skip": "fixed: a resumed run continues with the remaining rows",
-    "report_to": "the environment variable REPORT_TO",
-    "model_init_kwargs": "model.*",
+    "report_to": "REPORT_TO=",
+    "model_init_kwargs": "the keys of model",
     "chat_template_path": "model.chat_template",
     "trust_remote_code": "model.trust_remote_code",
-    "do_train": "the command",
-    "do_eval": "the command",
-    "do_predict": "the command",
+    "do_train": "fixed: set by the command",
+    "do_eval": "fixed: set by the command",
+    "do_predict": "fixed: set by the command",
     "resume_from_checkpoint": "RESUME=1",
     "parallelism_config": "parallelism",
     "local_rank": "fixed: set by the launcher",
@@ -260,7 +260,7 @@ class Monitor:
         early_stopping_patience: evaluations without a lower validation loss after which the run ends; None disables
             it.
         heartbeat_timeout_seconds: a run without a heartbeat for this long is terminated, and the rank that the others
-            wait for is named; five times the longest interval so far if that is more, and more to load and to save.
+            wait for is named; five times the longest interval so far if that is more, and longer to load and to save.
         replica_check_steps: optimizer steps between replica consistency checks under DDP, which also run before each
             save; replicas that differ stop the run.
         stop_on: of loss_spike, exploding_gradients, vanishing_gradients, those that stop the run instead of warning.

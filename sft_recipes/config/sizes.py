@@ -20,8 +20,8 @@ COMMAND_LINE = "command line"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One hyperparameter of a size class: the value to start from, and the values allowed."""
+class HyperparameterRange:
+    """The values of a hyperparameter that a size class allows, and its default."""
 
     start: Any
     range: list[float] | None
@@ -47,13 +47,13 @@ class SizeClass:
         smallest: billions of parameters.
         largest: billions of parameters.
         method: `full` or `lora`.
-        entries: hyperparameters by key.
+        ranges: by key of the table.
     """
 
     smallest: float
     largest: float
     method: str
-    entries: dict[str, Entry]
+    ranges: dict[str, HyperparameterRange]
 
     def distance(self, billions: float) -> float:
         """Return the factor between this number of parameters and the nearest in the size class; 1 inside it."""
@@ -63,18 +63,20 @@ class SizeClass:
 @cache
 def size_classes() -> dict[str, SizeClass]:
     """Return the size classes by name."""
-    stored = yaml.safe_load((RECIPES / "sizes.yaml").read_text(encoding="utf-8"))
+    table = yaml.safe_load((RECIPES / "sizes.yaml").read_text(encoding="utf-8"))
     return {
         name: SizeClass(
             smallest=values["parameters"][0],
             largest=values["parameters"][1],
             method=values.get("method", "full"),
-            entries={
-                key: Entry(values[key]["start"], values[key].get("range"), tuple(values[key].get("one_of", ())))
+            ranges={
+                key: HyperparameterRange(
+                    values[key]["start"], values[key].get("range"), tuple(values[key].get("one_of", ()))
+                )
                 for key in schema.TABLE_KEYS
             },
         )
-        for name, values in stored.items()
+        for name, values in table.items()
     }
 
 
@@ -86,10 +88,10 @@ def size_class_of(recipe: Recipe) -> str:
     """
     where, classes = recipe.origins["size"], size_classes()
     method = "lora" if recipe.lora else "full"
-    sized = re.fullmatch(r"(\d+(?:\.\d+)?)[bB]", recipe.size)
-    if sized and float(sized[1]) > 0:
-        nearest = nearest_size_class(float(sized[1]), method)
-        if classes[nearest].distance(float(sized[1])) <= MAX_DISTANCE:
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)[bB]", recipe.size)
+    if number and float(number[1]) > 0:
+        nearest = nearest_size_class(float(number[1]), method)
+        if classes[nearest].distance(float(number[1])) <= MAX_DISTANCE:
             _check_size(recipe, nearest, method)
             return nearest
         raise ConfigError(
@@ -102,10 +104,10 @@ def size_class_of(recipe: Recipe) -> str:
             f"recipes/sizes.yaml: {', '.join(classes)}{did_you_mean(recipe.size, classes)}"
         )
     if classes[recipe.size].method != method and recipe.size != "tiny":
-        has = "no lora section" if method == "full" else "a lora section"
+        sections = "no lora section, expected one" if method == "full" else "a lora section, expected none"
         raise ConfigError(
-            f"{where}: size class {recipe.size} is for {classes[recipe.size].method} fine-tuning, and the recipe "
-            f"has {has}. Set size: {' or '.join(_names(method))}"
+            f"{where}: size class {recipe.size} is for {classes[recipe.size].method} fine-tuning: found {sections}. "
+            f"Set size: {' or '.join(_names(method))}"
         )
     _check_size(recipe, recipe.size, method)
     return recipe.size
@@ -125,16 +127,16 @@ def nearest_size_class(billions: float, method: str) -> str:
 
 def _check_size(recipe: Recipe, size: str, method: str) -> None:
     """Reject a size class that does not fit `model.architecture`, unless the latter is from the command line."""
-    counted = parameter_count(recipe.model.architecture)
-    if counted is None or recipe.origins.get("model.architecture") == COMMAND_LINE:
+    parameters = parameter_count(recipe.model.architecture)
+    if parameters is None or recipe.origins.get("model.architecture") == COMMAND_LINE:
         return
-    nearest = nearest_size_class(counted / 1e9, method)
-    if size == "tiny" and size_classes()[size].distance(counted / 1e9) <= MAX_DISTANCE:
+    nearest = nearest_size_class(parameters / 1e9, method)
+    if size == "tiny" and size_classes()[size].distance(parameters / 1e9) <= MAX_DISTANCE:
         return
     if nearest != size:
         raise ConfigError(
             f"{recipe.origins['size']}: size: found {recipe.size} (size class {size}), expected {nearest}: "
-            f"model.architecture has {counted / 1e9:.1f} billion parameters. Set size: {nearest}"
+            f"model.architecture has {parameters / 1e9:.1f} billion parameters. Set size: {nearest}"
         )
 
 
@@ -145,7 +147,7 @@ def hyperparameter(recipe: Recipe, key: str) -> tuple[Any, str]:
     if value is not None:
         return value, recipe.origins[dotted]
     size = size_class_of(recipe)
-    return size_classes()[size].entries[key].start, f"recipes/sizes.yaml, size class {size}"
+    return size_classes()[size].ranges[key].start, f"recipes/sizes.yaml, size class {size}"
 
 
 def scientific(value: float) -> str:
@@ -157,10 +159,10 @@ def scientific(value: float) -> str:
 def override_line(size: str, key: str, value: float) -> str:
     """Return `trainer.KEY=VALUE`, with the `allow_out_of_range` that it needs if the size class would reject it."""
     rate = scientific(value) if key == "learning_rate" else f"{value:g}"
-    override, entry = f"trainer.{key}={rate}", size_classes()[size].entries[key]
-    if entry.allows(float(rate)):
+    override, limits = f"trainer.{key}={rate}", size_classes()[size].ranges[key]
+    if limits.allows(float(rate)):
         return override
-    return f"{override} allow_out_of_range=[{key}] (size class {size} allows {entry.describe()})"
+    return f"{override} allow_out_of_range=[{key}] (size class {size} allows {limits.describe()})"
 
 
 def check_ranges(recipe: Recipe) -> None:
@@ -178,9 +180,9 @@ def check_ranges(recipe: Recipe) -> None:
             )
     for key in schema.TABLE_KEYS:
         value, where = hyperparameter(recipe, key)
-        entry = size_classes()[size].entries[key]
-        if key not in recipe.allow_out_of_range and not entry.allows(value):
+        limits = size_classes()[size].ranges[key]
+        if key not in recipe.allow_out_of_range and not limits.allows(value):
             raise ConfigError(
-                f"{where}: {key} of size class {size}: found {value}, expected {entry.describe()}. "
+                f"{where}: {key} of size class {size}: found {value}, expected {limits.describe()}. "
                 f"To use it on purpose, set allow_out_of_range=[{key}]"
             )

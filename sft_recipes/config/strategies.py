@@ -20,7 +20,7 @@ class Strategy:
         fsdp: whether torch's `fully_shard` (FSDP2) runs it.
         ddp: whether torch's DistributedDataParallel runs it.
         cpu_offload: whether fp32 weights, moments and gradients are kept in host memory.
-        wider: the strategy that shards one thing more and is otherwise the same, if there is one.
+        wider: the strategy that also shards the next of optimizer state, gradients, weights; None if no such strategy.
     """
 
     name: str
@@ -47,12 +47,12 @@ class Strategy:
 
     @property
     def shards_parameters(self) -> bool:
-        """Whether each rank holds only its part of the weights, so that no rank holds the whole model."""
+        """Whether each rank holds only its part of the weights, so that no rank holds the complete model."""
         return self.zero_stage >= 3 or self.fsdp
 
     @property
     def replicated(self) -> bool:
-        """Whether every rank holds everything: weights, gradients and optimizer state."""
+        """Whether every rank holds the complete weights, gradients and optimizer state."""
         return not self.shards_optimizer
 
     @property
@@ -100,7 +100,7 @@ def for_world_size(name: str, world_size: int) -> Strategy:
 
 
 def wider_than(name: str) -> list[str]:
-    """Return the strategies that shard more than `name`, one thing more each."""
+    """Return the strategies that shard more than `name`, in order."""
     strategy = STRATEGIES[DATA_PARALLEL.name if name == ONE_PROCESS.name else name]
     names = []
     while strategy.wider:

@@ -39,7 +39,7 @@ def scale_learning_rate(run: Run, factor: float) -> str:
 
 def default_learning_rate(run: Run) -> str:
     """The default learning rate of the size class."""
-    default = sizes.size_classes()[str(run.plan["size"])].entries["learning_rate"].start
+    default = sizes.size_classes()[str(run.plan["size"])].ranges["learning_rate"].start
     line = _recipe_line(run, "learning_rate", sizes.scientific(default), sizes.scientific(run.plan["learning_rate"]))
     return f"{line}, the default of size class {run.plan['size']}"
 
@@ -50,7 +50,7 @@ def longer_warmup(run: Run) -> list[str]:
     if not isinstance(ratio, (int, float)):
         return []
     size = sizes.size_classes().get(str(run.plan.get("size")))
-    highest = (size.entries["warmup_ratio"].range or [0, math.inf])[1] if size else math.inf
+    highest = (size.ranges["warmup_ratio"].range or [0, math.inf])[1] if size else math.inf
     longer = min(max(2 * ratio, 0.03), highest)
     return [_recipe_line(run, "warmup_ratio", f"{longer:g}", f"{ratio:g}")] if longer > ratio else []
 
@@ -97,7 +97,7 @@ def _recipe_line(run: Run, key: str, value: str, present: str) -> str:
     """`trainer.KEY: VALUE`, and the `allow_out_of_range` that a value outside the size class's range needs."""
     line = f"`trainer.{key}: {value}` (was {present})"
     size = sizes.size_classes().get(str(run.plan.get("size")))
-    if size is None or size.entries[key].allows(float(value)):
+    if size is None or size.ranges[key].allows(float(value)):
         return line
-    expected = size.entries[key].describe()
+    expected = size.ranges[key].describe()
     return f"{line}, and `allow_out_of_range: [{key}]` (size class {run.plan['size']}: {expected})"

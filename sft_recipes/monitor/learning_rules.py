@@ -123,7 +123,7 @@ def _range_ratio(run: Run) -> float:
     size, rate = sizes.size_classes().get(str(run.plan.get("size"))), run.plan.get("learning_rate")
     if size is None or not isinstance(rate, (int, float)) or detectors.is_converged(run, 3):
         return 1.0
-    lowest, highest = size.entries["learning_rate"].range or (rate, rate)
+    lowest, highest = size.ranges["learning_rate"].range or (rate, rate)
     return max(rate / highest, 1.0) if rate >= lowest else rate / lowest
 
 

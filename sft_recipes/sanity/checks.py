@@ -127,7 +127,7 @@ def check_loss_falls(plan: Plan, record: Any) -> Check:
 
 def suggest_learning_rate(plan: Plan, factor: float) -> str:
     """The learning rate times a factor; outside the range of the size class, the start value of that class."""
-    entry = sizes.size_classes()[plan.size].entries["learning_rate"]
+    entry = sizes.size_classes()[plan.size].ranges["learning_rate"]
     if entry.range is None or not entry.allows(plan.learning_rate):
         return f"{sizes.override_line(plan.size, 'learning_rate', entry.start)} (start value of size class {plan.size})"
     return sizes.override_line(plan.size, "learning_rate", plan.learning_rate * factor)

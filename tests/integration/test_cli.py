@@ -47,7 +47,7 @@ GOOD_ROW = {"prompt": "2 + 2?", "completion": "4"}
         ),
         (["train", "tiny", "trainer.learning_rate=fast"], "trainer.learning_rate: found 'fast', expected a number"),
         (["train", "tiny", "trainer.lr=1e-3"], "unknown key trainer.lr"),
-        (["train", "tiny", "trainer.output_dir=x"], "trainer.output_dir is set by the plan. Set the run's name"),
+        (["train", "tiny", "trainer.output_dir=x"], "trainer.output_dir is set by the plan. Set NAME= instead"),
         (["train", "tiny", "parallelism=zero9"], "parallelism: found 'zero9', expected one of"),
         (["train", "tiny", "model.name_or_path=x"], "builds its model from scratch. Add model.from_scratch=false"),
         (
@@ -78,7 +78,7 @@ GOOD_ROW = {"prompt": "2 + 2?", "completion": "4"}
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_cli_refuses_before_start(workplace, arguments, message):
+def test_cli_rejects_before_start(workplace, arguments, message):
     done = workplace.sft(*arguments, CUDA_VISIBLE_DEVICES="")  # as on a machine without GPUs
     check_refused(done, message)
     assert not list(workplace.runs.glob("*/plan.json"))
@@ -100,13 +100,13 @@ def test_cli_refuses_before_start(workplace, arguments, message):
     ],
     ids=["empty file", "unknown form", "broken line", "two rows on a line", "too few rows", "one row"],
 )
-def test_train_refuses_bad_data_and_leaves_nothing(workplace, rows, message):
+def test_train_rejects_bad_data_and_leaves_nothing(workplace, rows, message):
     (workplace.path / "rows.jsonl").write_text(rows)
     check_refused(workplace.sft("train", "tiny", "data.train=rows.jsonl", "data.validation="), message)
     assert workplace.names() == []
 
 
-def test_train_refuses_max_length_without_supervised_tokens(workplace):
+def test_train_rejects_max_length_without_supervised_tokens(workplace):
     rows = [{"prompt": f"word {n} " * 60, "completion": "4"} for n in range(40)]
     (workplace.path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = workplace.sft("train", "tiny", "data.train=rows.jsonl", "data.validation=", "trainer.max_length=32")
@@ -122,7 +122,7 @@ def test_train_refuses_max_length_without_supervised_tokens(workplace):
         ("tokenizer.json", "tokenizer of .*: not loadable|found a slow tokenizer"),
     ],
 )
-def test_train_refuses_incomplete_model_folder(workplace, model_folder, missing, message):
+def test_train_rejects_incomplete_model_folder(workplace, model_folder, missing, message):
     import shutil
 
     shutil.copytree(model_folder, workplace.path / "model")
@@ -130,7 +130,7 @@ def test_train_refuses_incomplete_model_folder(workplace, model_folder, missing,
     check_refused(workplace.sft("train", "tiny", *MODEL, "model.name_or_path=./model"), message)
 
 
-def test_train_refuses_remote_code(workplace, model_folder):
+def test_train_rejects_remote_code(workplace, model_folder):
     import shutil
 
     shutil.copytree(model_folder, workplace.path / "model")
@@ -139,7 +139,7 @@ def test_train_refuses_remote_code(workplace, model_folder):
     check_refused(workplace.sft("train", "tiny", *MODEL, "model.name_or_path=./model"), "requires its own code")
 
 
-def test_train_refuses_missing_weights(workplace, model_folder, few_rows):
+def test_train_rejects_missing_weights(workplace, model_folder, few_rows):
     import shutil
 
     from safetensors.torch import load_file, save_file
@@ -151,10 +151,10 @@ def test_train_refuses_missing_weights(workplace, model_folder, few_rows):
 
     shutil.copytree(model_folder, workplace.path / "model")
     file = workplace.path / "model" / "model.safetensors"
-    kept = {name: tensor for name, tensor in load_file(file).items() if "layers.1.mlp" not in name}
-    save_file(kept, file, metadata={"format": "pt"})
-    words = ("train", "tiny", *MODEL, "model.name_or_path=./model", f"data.train={few_rows}")
-    done = workplace.sft(*words)
+    tensors = {name: tensor for name, tensor in load_file(file).items() if "layers.1.mlp" not in name}
+    save_file(tensors, file, metadata={"format": "pt"})
+    arguments = ("train", "tiny", *MODEL, "model.name_or_path=./model", f"data.train={few_rows}")
+    done = workplace.sft(*arguments)
     line = check_refused_late(
         done, "the weights of ./model lack model.layers.1.mlp.* and 2 more, which would be random"
     )
@@ -175,16 +175,16 @@ def check_refused_late(done, message):
     return lines[0]
 
 
-def test_train_refuses_missing_model_folder(workplace):
+def test_train_rejects_missing_model_folder(workplace):
     check_refused(workplace.sft("train", "tiny", *MODEL, "model.name_or_path=./nowhere"), "no folder './nowhere'")
 
 
-def test_train_refuses_hub_model_offline(workplace):
+def test_train_rejects_hub_model_offline(workplace):
     done = workplace.sft("train", "tiny", *MODEL, "model.name_or_path=some/model", HF_HUB_OFFLINE="1")
     check_refused(done, "some/model: not in the Hub's cache and not downloadable .*make download.*HF_TOKEN")
 
 
-def test_train_refuses_unwritable_runs_dir(workplace):
+def test_train_rejects_unwritable_runs_dir(workplace):
     file = workplace.path / "file"
     file.write_text("")
     done = workplace.sft("train", "tiny", RUNS_DIR=str(file / "runs"))
@@ -198,7 +198,7 @@ def test_train_never_overwrites_other_folders(workplace):
     assert (workplace.runs / "mine" / "thesis.txt").read_text() == "years of work"
 
 
-def test_locked_run_is_refused_by_name_and_skipped_without(workplace):
+def test_locked_run_is_rejected_by_name_and_skipped_without(workplace):
     import fcntl
 
     plan = workplace.sft("plan", "tiny", "--json").stdout
@@ -214,7 +214,7 @@ def test_locked_run_is_refused_by_name_and_skipped_without(workplace):
         assert "skipping tiny-1" in dry.stdout and "tiny-2" in dry.stdout
 
 
-def test_resume_refuses_other_plan_and_names_the_fix(workplace):
+def test_resume_rejects_other_plan_and_names_the_fix(workplace):
     plan = workplace.sft("plan", "tiny", "--json").stdout
     (workplace.runs / "tiny-1").mkdir(parents=True)
     (workplace.runs / "tiny-1" / "plan.json").write_text(plan)
@@ -284,5 +284,5 @@ def test_small_model_matches_its_architecture(model_folder):
 
     from sft_recipes.config.architecture import parameter_count
 
-    held = sum(tensor.numel() for tensor in load_file(model_folder / "model.safetensors").values())
-    assert held == parameter_count(SMALL_LLAMA)
+    parameters = sum(tensor.numel() for tensor in load_file(model_folder / "model.safetensors").values())
+    assert parameters == parameter_count(SMALL_LLAMA)

@@ -57,7 +57,7 @@ def test_recipe_trains_three_steps(shared_workplace, rows, name):
     plan, config = (json.loads((run / file).read_text()) for file in ("plan.json", "sft_config.json"))
     assert (plan["parallelism"], plan["method"], plan["precision"]) == (recipe.parallelism, recipe.method, "bf16")
     assert manifest(run)["dtypes"].items() >= plan["dtypes"].items()
-    for key in sizes.size_classes()[plan["size"]].entries:
+    for key in sizes.size_classes()[plan["size"]].ranges:
         value = sizes.hyperparameter(recipe, key)[0]
         assert plan[key] == value
         if key in config:

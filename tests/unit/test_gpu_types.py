@@ -7,7 +7,7 @@ from trl.trainer.utils import get_peak_flops
 from sft_recipes.config import gpu_types
 from sft_recipes.runtime.errors import UserError
 
-# What nvidia-smi and torch call each type.
+# Product names that nvidia-smi and torch report.
 PRODUCTS = {
     "gb300-288g": "NVIDIA GB300",
     "gb200-186g": "NVIDIA GB200",
@@ -38,7 +38,7 @@ PRODUCTS = {
     "rtx4080-16g": "NVIDIA GeForce RTX 4080",
     "rtx3090-24g": "NVIDIA GeForce RTX 3090",
 }
-DIFFERS_FROM_TRL = {"a10g-24g"}  # TRL takes the A10's 125 TFLOP/s; the A10G's data sheet says 70
+DIFFERS_FROM_TRL = {"a10g-24g"}  # TRL takes the A10's 125 TFLOP/s; the A10G's data sheet has 70
 
 
 def test_every_gpu_type_has_a_product_name():
@@ -48,16 +48,16 @@ def test_every_gpu_type_has_a_product_name():
 @pytest.mark.parametrize("gpu", gpu_types.GPU_TYPES, ids=lambda gpu: gpu.name)
 def test_gpu_is_identified_by_name_and_memory(gpu):
     product = PRODUCTS[gpu.name]
-    for reported in (gpu.memory_mib, 0.975 * gpu.memory_mib):  # nvidia-smi's, and what torch sees of it
+    for reported in (gpu.memory_mib, 0.975 * gpu.memory_mib):  # reported by nvidia-smi and by torch
         assert gpu_types.identify(product, reported) is gpu
     assert gpu_types.identify(product, gpu.memory_mib / 2) is not gpu, "a slice of it"
 
 
 @pytest.mark.parametrize("gpu", gpu_types.GPU_TYPES, ids=lambda gpu: gpu.name)
 def test_peak_flops_equal_trl(gpu):
-    theirs = get_peak_flops(PRODUCTS[gpu.name], "bfloat16")
-    if theirs is not None and gpu.name not in DIFFERS_FROM_TRL:
-        assert gpu.peak_flops == pytest.approx(theirs, rel=0.01)
+    expected = get_peak_flops(PRODUCTS[gpu.name], "bfloat16")
+    if expected is not None and gpu.name not in DIFFERS_FROM_TRL:
+        assert gpu.peak_flops == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("gpu", gpu_types.GPU_TYPES, ids=lambda gpu: gpu.name)

@@ -6,7 +6,7 @@ from helpers.workplace import REPOSITORY
 from sft_recipes.config import loader, sizes
 from sft_recipes.runtime.errors import UserError
 
-DOCUMENTS = {
+SFT_GUIDE = {
     # size class: learning rate, effective batch, epochs, warm-up ratio, weight decay
     "1-3b": ([5e-5, 1e-4], [16, 32], [3, 5], [0.05, 0.1], [0.01, 0.1]),
     "7-13b": ([1e-5, 5e-5], [32, 64], [2, 3], [0.03, 0.1], [0.01, 0.01]),
@@ -15,7 +15,7 @@ DOCUMENTS = {
 
 
 @pytest.fixture
-def written(tmp_path, monkeypatch):
+def load_recipe(tmp_path, monkeypatch):
     """Write a recipe `mine` into a copy of the recipes folder, and load it."""
 
     def load(text, *overrides):
@@ -38,20 +38,20 @@ trainer:
 """
 
 
-@pytest.mark.parametrize("row", DOCUMENTS)
-def test_size_classes_equal_the_sft_guide(row):
-    table = sizes.size_classes()[row].entries
+@pytest.mark.parametrize("size", SFT_GUIDE)
+def test_size_classes_equal_the_sft_guide(size):
+    ranges = sizes.size_classes()[size].ranges
     keys = ("learning_rate", "effective_batch_size", "num_train_epochs", "warmup_ratio", "weight_decay")
-    assert tuple(table[key].range for key in keys) == DOCUMENTS[row]
-    assert table["max_grad_norm"].range == [1.0, 1.0]
-    assert table["lr_scheduler_type"].one_of == ("cosine",)
-    assert table["learning_rate"].start == (5e-5 if row == "1-3b" else 2e-5)
+    assert tuple(ranges[key].range for key in keys) == SFT_GUIDE[size]
+    assert ranges["max_grad_norm"].range == [1.0, 1.0]
+    assert ranges["lr_scheduler_type"].one_of == ("cosine",)
+    assert ranges["learning_rate"].start == (5e-5 if size == "1-3b" else 2e-5)
 
 
 def test_size_class_starts_inside_its_ranges():
-    cells = [(name, key, cell) for name, row in sizes.size_classes().items() for key, cell in row.entries.items()]
-    assert len(cells) == 7 * 7
-    assert [(row, key) for row, key, cell in cells if not cell.allows(cell.start)] == []
+    ranges = [(name, key, value) for name, size in sizes.size_classes().items() for key, value in size.ranges.items()]
+    assert len(ranges) == 7 * 7
+    assert [(name, key) for name, key, value in ranges if not value.allows(value.start)] == []
 
 
 def test_loader_reads_every_shipped_recipe():
@@ -60,13 +60,13 @@ def test_loader_reads_every_shipped_recipe():
     assert [loader.load(name).name for name in names] == names
 
 
-def test_loader_reads_exponent_without_dot(written):
-    assert written(GOOD).trainer["learning_rate"] == 2e-5
-    assert written(GOOD, "trainer.learning_rate=3E-5").trainer["learning_rate"] == 3e-5
+def test_loader_reads_exponent_without_dot(load_recipe):
+    assert load_recipe(GOOD).trainer["learning_rate"] == 2e-5
+    assert load_recipe(GOOD, "trainer.learning_rate=3E-5").trainer["learning_rate"] == 3e-5
 
 
-def test_loader_records_origins(written):
-    recipe = written(GOOD, "trainer.num_train_epochs=2")
+def test_loader_records_origins(load_recipe):
+    recipe = load_recipe(GOOD, "trainer.num_train_epochs=2")
     assert recipe.origins["trainer.learning_rate"].endswith("mine.yaml:7")
     assert recipe.origins["trainer.num_train_epochs"] == "command line"
     assert sizes.hyperparameter(recipe, "weight_decay") == (0.01, "recipes/sizes.yaml, size class 7-13b")
@@ -109,9 +109,12 @@ def test_loader_records_origins(written):
         (GOOD.replace("7-13b", "0b"), r"mine.yaml:1: size: found '0b', expected a number"),
         (
             GOOD.replace("7-13b", "lora-7-13b"),
-            r"mine.yaml:1: size class lora-7-13b .* no lora section. Set size: .*7-13b",
+            r"mine.yaml:1: size class lora-7-13b is for lora .* found no lora section, .* Set size: .*7-13b",
         ),
-        (GOOD + "lora: {r: 8}\n", r"mine.yaml:1: size class 7-13b .* a lora section. Set size: .*lora-7-13b"),
+        (
+            GOOD + "lora: {r: 8}\n",
+            r"mine.yaml:1: size class 7-13b is for full .* found a lora section, .* Set size: .*lora-7-13b",
+        ),
         (GOOD + "lora: {}\n", r"mine.yaml:8: lora: found {}, expected a section"),
         (GOOD + "lora: {quantize: int8}\n", r"mine.yaml:8: lora.quantize: found 'int8', expected one of nf4"),
         (GOOD + "lora: {r: 0}\n", r"mine.yaml:8: lora.r: found 0, expected 1 to 100000"),
@@ -128,21 +131,21 @@ def test_loader_records_origins(written):
         ("- a\n", r"mine.yaml: empty or not a mapping"),
     ],
 )
-def test_loader_refuses_with_file_and_line(written, text, message):
-    with pytest.raises(UserError, match=message) as refused:
-        written(text)
-    assert "\n" not in str(refused.value)
+def test_loader_rejects_with_file_and_line(load_recipe, text, message):
+    with pytest.raises(UserError, match=message) as error:
+        load_recipe(text)
+    assert "\n" not in str(error.value)
 
 
-def test_allow_out_of_range_permits_value(written):
-    recipe = written(GOOD.replace("2e-5", "1e-3") + "allow_out_of_range: [learning_rate]\n")
+def test_allow_out_of_range_permits_value(load_recipe):
+    recipe = load_recipe(GOOD.replace("2e-5", "1e-3") + "allow_out_of_range: [learning_rate]\n")
     assert sizes.hyperparameter(recipe, "learning_rate")[0] == 1e-3
 
 
 @pytest.mark.parametrize(
     "name", ["../tiny", "/etc/passwd", "tiny;ls", "$(ls)", "", "sizes", "tiny.yaml", "a b", "`id`"]
 )
-def test_loader_refuses_invalid_recipe_name(name):
+def test_loader_rejects_invalid_recipe_name(name):
     with pytest.raises(UserError, match="RECIPE: "):
         loader.load(name)
 
@@ -153,6 +156,6 @@ def test_loader_suggests_nearest_recipe():
 
 
 @pytest.mark.parametrize("override", ["learning_rate", "=3", "trainer.learning_rate", "trainer.=1", "trainer=1"])
-def test_loader_refuses_malformed_override(override):
+def test_loader_rejects_malformed_override(override):
     with pytest.raises(UserError, match="command line: "):
         loader.load("tiny", [override])

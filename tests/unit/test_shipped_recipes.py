@@ -21,7 +21,7 @@ from sft_recipes.planner import plan as plans
 GOLDEN = HELPERS / "golden"
 NAMES = loader.names()
 LARGE = [name for name in NAMES if name != "tiny"]
-DATED = {"created", "origins", "allowed_changes"}
+UNSTABLE_KEYS = {"created", "origins", "allowed_changes"}
 
 
 def plan_of(name):
@@ -31,7 +31,7 @@ def plan_of(name):
 
 def resolved(name):
     content = json.loads(plans.to_json(plan_of(name)))
-    return {key: value for key, value in content.items() if key not in DATED}
+    return {key: value for key, value in content.items() if key not in UNSTABLE_KEYS}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -55,11 +55,11 @@ def test_recipes_are_short(name):
 @pytest.mark.parametrize("name", LARGE)
 def test_recipe_comment_states_its_size_class(name):
     plan = plan_of(name)
-    found = re.search(
+    match = re.search(
         r"size: \S+ +# learning rate (\S+), batch (\d+), (\d+) epoch",
         (REPOSITORY / "recipes" / f"{name}.yaml").read_text(),
     )
-    stated = (float(found[1]), int(found[2]), float(found[3]))
+    stated = (float(match[1]), int(match[2]), float(match[3]))
     assert stated == (plan.learning_rate, plan.effective_batch_size, plan.num_train_epochs)
 
 
@@ -80,14 +80,14 @@ def test_open_alternative_works_by_one_override(name):
         other = loader.load(name, [f"model.name_or_path={recipe.model.open_alternative}"])
         plan = plans.resolve(other, plan_topology(other))
         assert plan.learning_rate == plan_of(name).learning_rate
-        assert plan.memory_bytes_per_gpu is None, "the forecast was the other model's"
+        assert plan.memory_bytes_per_gpu is None, "forecast of the replaced model"
 
 
 @pytest.mark.parametrize("name", LARGE)
 def test_recipes_fit_with_under_5_percent_overhead(name):
     plan = plan_of(name)
     assert plan.fits and plan.forecast["overhead_share"] < 0.05
-    assert plan.parallelism != "fsdp2", "which nothing has run on a GPU yet"
+    assert plan.parallelism != "fsdp2", "fsdp2 has not run on a GPU yet"
     assert plan.optimizer_steps >= plan.sections.batch.min_optimizer_steps
 
 
@@ -170,8 +170,8 @@ def test_strategy_files_support_several_nodes_and_full_models():
 def test_strategies_have_their_files():
     from sft_recipes.launch.command import accelerate_config_name
 
-    needed = {*STRATEGIES, "cpu"}
-    assert {path.stem for path in (REPOSITORY / "accelerate_configs").glob("*.yaml")} == needed
+    expected = {*STRATEGIES, "cpu"}
+    assert {path.stem for path in (REPOSITORY / "accelerate_configs").glob("*.yaml")} == expected
     plan = plans.resolve(loader.load("tiny"), plans.Topology(gpus=0, processes=2))
     assert accelerate_config_name(plan) == "cpu"
 

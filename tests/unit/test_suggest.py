@@ -363,7 +363,7 @@ def test_plan_refuses_4_bit_weights_that_would_be_replicated(strategy):
         (("trainer.eval_steps=1.5",), "trainer.eval_steps: found 1.5, expected an integer number of steps"),
         (("trainer.num_train_epochs=-1",), "trainer.num_train_epochs: found -1"),
         (("trainer.warmup_ratio=5", "allow_out_of_range=[warmup_ratio]"), "trainer.warmup_ratio: found 5.0, expected 0 to 1"),
-        (("trainer.gradient_accumulation_steps=3",), r"is set by the plan \(derived from batch.effective_batch_size"),
+        (("trainer.gradient_accumulation_steps=3",), "is set by the plan. Set batch.effective_batch_size instead"),
         (("trainer.per_device_train_batch_size=3",), "is set by the plan. Set batch.max_per_device_batch_size instead"),
         (("--gpus", "3"), "found 32, expected a multiple of 3 GPUs .*numbers: 1, 2, 4"),
         (("model.architecture={num_key_value_heads: x}",), "num_key_value_heads: found 'x', expected an integer"),
