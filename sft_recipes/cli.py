@@ -353,7 +353,7 @@ def _on_all_nodes(
             code = slurm.follow(nodes) if nodes and not leader else command(parsed, nodes)
     except stop_request.StoppedError:
         return slurm.stopped_before_rendezvous(os.environ)
-    if leader and code not in (run_dir.EXIT_FAULT, run_dir.EXIT_STOPPED):
+    if leader and code not in (run_dir.EXIT_ERROR, run_dir.EXIT_STOPPED):
         slurm.forget(os.environ)
     return code
 
@@ -411,7 +411,7 @@ def _suggest_fix(recipe: Recipe, topology: Topology) -> str:
     """Return the cheapest change for this machine's GPUs, else the number of GPUs needed."""
     from sft_recipes.launch.topology import visible_gpus
 
-    change = suggest.cheapest_change(recipe, topology, most_gpus=len(visible_gpus()))
+    change = suggest.cheapest_change(recipe, topology, max_gpus=len(visible_gpus()))
     fewest = suggest.smallest_gpu_count(recipe, topology.gpu_type)
     return change or (f"{fewest} GPUs, more than this machine has" if fewest else "none, use a larger GPU type")
 

@@ -22,7 +22,7 @@ from sft_recipes.planner.plan import Plan, Prepared
 from sft_recipes.runtime import env as variables
 from sft_recipes.runtime.errors import SetupError, UserError
 from sft_recipes.runtime.run_dir import (
-    EXIT_FAULT,
+    EXIT_ERROR,
     EXIT_NO_PROGRESS,
     EXIT_STOPPED,
     EXIT_USER,
@@ -152,7 +152,7 @@ def prepare_data(context: RunContext, plan_file: Path) -> int:
         return EXIT_STOPPED
     if code == EXIT_STOPPED:
         log.info("stopped during data preparation, before training; run the same command to start again")
-    return code if code in (0, EXIT_USER, EXIT_STOPPED) else EXIT_FAULT
+    return code if code in (0, EXIT_USER, EXIT_STOPPED) else EXIT_ERROR
 
 
 def _start_message(start: RunStart, plan: Plan) -> str:
@@ -161,7 +161,7 @@ def _start_message(start: RunStart, plan: Plan) -> str:
     checkpoint = f" from checkpoint-{step}" if step else ""
     return (
         f"{action} {start.run_dir.path}{checkpoint}: {plan.optimizer_steps} optimizer steps, effective batch "
-        f"{plan.effective_batch_size}, {render.strategy_and_ranks(plan)}; {plan.dropped_rows_per_epoch} of {plan.rows} "
+        f"{plan.effective_batch_size}, {render.describe_ranks(plan)}; {plan.dropped_rows_per_epoch} of {plan.rows} "
         f"rows dropped per epoch (drop_last, reshuffled each epoch)"
     )
 
@@ -205,7 +205,7 @@ def _read_outcome(run_dir: RunDir, result: LaunchResult) -> tuple[int, str | Non
     error = result.error or f"the ranks recorded no outcome (exit code of their launcher: {result.code})"
     if run_dir.stack_traces.is_dir():
         error += f"; stack traces: {run_dir.stack_traces}"
-    code = EXIT_USER if result.user_error else EXIT_FAULT
+    code = EXIT_USER if result.user_error else EXIT_ERROR
     write_json(run_dir.manifest, {**manifest, "state": "failed", "exit_code": code, "error": error})
     if result.user_error:
         return code, error

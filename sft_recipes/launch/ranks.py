@@ -19,7 +19,7 @@ from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime import timeouts
 from sft_recipes.runtime.errors import SetupError, UserError
-from sft_recipes.runtime.run_dir import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, RunDir, read_json
+from sft_recipes.runtime.run_dir import EXIT_ERROR, EXIT_STOPPED, EXIT_USER, RunDir, read_json
 
 log = logging.getLogger(__name__)
 ALLREDUCE_TEST = "allreduce_test"  # a program without a plan
@@ -75,7 +75,7 @@ def follow(nodes: NodeLaunchers, stop_request: StopRequest) -> int:
             _run_command(node_command, RunContext(run_dir, plan, stop_request, nodes))
         if nodes.leader_lost():
             log.error(f"{nodes.node_name(0)} (leader): no heartbeat for {timeouts.NODES_MEET:.0f} s")
-            return EXIT_FAULT
+            return EXIT_ERROR
         time.sleep(0.1)
         nodes.poll()
 
@@ -98,9 +98,9 @@ def _run_allreduce_test(node_command: NodeCommand, nodes: NodeLaunchers, stop_re
     ended = process_group.run(arguments, environment, stop_request, peer_failed=timed_out_or_peer_failed)
     if time.monotonic() > until:
         error = f"{nodes.allocation.name}: all-reduce test did not finish within {timeouts.ALLREDUCE_TEST:.0f} s"
-        ended = LaunchResult(EXIT_FAULT, error)
+        ended = LaunchResult(EXIT_ERROR, error)
     elif ended.code == EXIT_STOPPED and not stop_request.requested:  # because of another node
-        ended = LaunchResult(EXIT_FAULT, f"{nodes.allocation.name}: lost another node", lost_peer=True)
+        ended = LaunchResult(EXIT_ERROR, f"{nodes.allocation.name}: lost another node", lost_peer=True)
     nodes.publish_result(node_command, dataclasses.asdict(ended))
 
 

@@ -17,7 +17,7 @@ from sft_recipes.launch.watchdog import LaunchResult
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner import render, save_time
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime.run_dir import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, RunDir, read_json, runs_root, write_json
+from sft_recipes.runtime.run_dir import EXIT_ERROR, EXIT_STOPPED, EXIT_USER, RunDir, read_json, runs_root, write_json
 from sft_recipes.runtime.units import format_duration
 from sft_recipes.sanity import trial
 
@@ -53,7 +53,7 @@ def run(context: RunContext, prepared: Path) -> int:
             log.info(
                 f"sanity check: {plan.recipe}, {short.optimizer_steps} steps, effective batch "
                 f"{short.effective_batch_size}, {short.rows} rows including the longest, "
-                f"{render.strategy_and_ranks(plan)} (skip with SANITY=skip)"
+                f"{render.describe_ranks(plan)} (skip with SANITY=skip)"
             )
             part = _run_part(_TRIAL, context.within(run_dir, short), prepared)
             if code := _report_without_result(part, result_file):
@@ -106,7 +106,7 @@ def _report_without_result(part: _Part, result_file: Path) -> int:
     if not part.result:
         error = ended.error or f"no result (exit code {ended.code})"
         log.error(f"sanity check: {error}{stack_traces}. See the log above; skip the check with SANITY=skip")
-        return EXIT_FAULT
+        return EXIT_ERROR
     return 0
 
 
@@ -151,7 +151,7 @@ def _report_result(plan: Plan, result: dict[str, Any], result_file: Path) -> int
         log.info(_line("", "forecast", _forecast(plan, measured, forecast)))
     if failed:
         log.info(f"sanity check failed: {failed} of {len(result['checks'])} checks; training not started")
-        return EXIT_FAULT
+        return EXIT_ERROR
     if measured.get("save_bytes"):
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes")
         save_time.record_speed(measured["save_bytes"], measured["save_seconds"], now)

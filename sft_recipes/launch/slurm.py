@@ -24,7 +24,7 @@ from sft_recipes.launch.topology import Allocation, from_slurm, visible_gpus
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime import timeouts
 from sft_recipes.runtime.run_dir import (
-    EXIT_FAULT,
+    EXIT_ERROR,
     EXIT_STOPPED,
     EXIT_USER,
     RunDir,
@@ -177,14 +177,14 @@ def check_nodes(launchers: NodeLaunchers | None, plan: Plan) -> int:
             f"network: no node reaches {leader}. Set MASTER_ADDR in slurm/cluster.env to a reachable address, or "
             f"exclude it: sbatch --exclude={leader}"
         )
-        return EXIT_FAULT
+        return EXIT_ERROR
     if without_cuda := {name: r for name, results in problems.items() for r in results if r.check == _CUDA}:
         log.error(_no_cuda(without_cuda, all_nodes=len(without_cuda) == len(problems)))
         return EXIT_USER
     names = ",".join(name for name, results in problems.items() if any(r.status == "error" for r in results))
     if names:
         log.error(f"Slurm: node checks failed on {names}. Exclude it: sbatch --exclude={names}")
-        return EXIT_FAULT
+        return EXIT_ERROR
     if launchers is None or os.environ.get("SANITY") == "skip":
         return 0
     with handle_stop_signals() as stop_request:
@@ -268,7 +268,7 @@ def _check_all_reduce(launchers: NodeLaunchers, plan: Plan, stop_request: StopRe
             f"all-reduce: failed over the nodes: {ended.error or 'a rank failed'}. See the nodes' logs, and NCCL's in "
             f"{launchers.folder}; exclude the node that they name: sbatch --exclude=NODE"
         )
-        return EXIT_FAULT
+        return EXIT_ERROR
     nccl_log = "\n".join(file.read_text(errors="replace") for file in launchers.folder.glob("nccl-*"))
     transports = node_checks.find_transports(nccl_log)
     measured = {**json.loads(report.read_text(encoding="utf-8")), "transports": transports}
@@ -276,7 +276,7 @@ def _check_all_reduce(launchers: NodeLaunchers, plan: Plan, stop_request: StopRe
     log.info(str(result))
     if result.status == "error":
         log.error(f"all-reduce: {result.detail}. {result.fix}")
-        return EXIT_FAULT
+        return EXIT_ERROR
     return 0
 
 

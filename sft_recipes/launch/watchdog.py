@@ -16,7 +16,7 @@ from sft_recipes.planner.plan import Plan
 from sft_recipes.planner.save_time import max_save_seconds
 from sft_recipes.runtime import heartbeat, timeouts
 from sft_recipes.runtime.heartbeat import STOP_SIGNALS, Failure, Heartbeat
-from sft_recipes.runtime.run_dir import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, RunDir
+from sft_recipes.runtime.run_dir import EXIT_ERROR, EXIT_STOPPED, EXIT_USER, RunDir
 
 _GAP_FACTOR = 5  # times the longest gap between two beats so far: slow steps are not a stall
 _MAX_POLL_SECONDS = 1.0  # counted per poll: a machine that slept, or a paused container, did not observe a stall
@@ -316,11 +316,11 @@ class Watchdog:
         self.poll()
         self._remove_empty_stack_traces()
         if self.stall is not None:
-            return LaunchResult(EXIT_FAULT, self.stall, lost_peer=self.stopped_for_peer)
+            return LaunchResult(EXIT_ERROR, self.stall, lost_peer=self.stopped_for_peer)
         if launcher_code < 0 and not launcher_was_killed:
             if -launcher_code in STOP_SIGNALS:  # before it had installed its signal handlers
                 return LaunchResult(EXIT_STOPPED)
-            return LaunchResult(EXIT_FAULT, launcher_message(-launcher_code))
+            return LaunchResult(EXIT_ERROR, launcher_message(-launcher_code))
         codes = heartbeat.read_exit_codes(self.run_dir.ranks)
         not_started = {rank: code for rank, code in (codes or {}).items() if rank not in self._started}
         if not_started:
@@ -332,7 +332,7 @@ class Watchdog:
         if first.failure is not None and first.failure.user_error:
             return LaunchResult(EXIT_USER, first.failure.message, user_error=True)
         message = failure_message(first, None if codes is None else codes.get(first.heartbeat.rank, 0))
-        return LaunchResult(EXIT_FAULT, message, lost_peer=self.stopped_for_peer or lost_peer(first))
+        return LaunchResult(EXIT_ERROR, message, lost_peer=self.stopped_for_peer or lost_peer(first))
 
     def _remove_empty_stack_traces(self) -> None:
         for file in list(self.run_dir.stack_traces.glob("*.txt")):
@@ -356,4 +356,4 @@ def _failed_before_start(codes: Mapping[int, int]) -> LaunchResult:
         return LaunchResult(EXIT_STOPPED)
     rank, code = min(failed.items())
     ended = f"killed by {_signal_name(-code)}{_cause(-code)}" if code < 0 else f"exited with code {code}"
-    return LaunchResult(EXIT_FAULT, f"rank {rank} on {socket.gethostname()}: {ended} before its first heartbeat")
+    return LaunchResult(EXIT_ERROR, f"rank {rank} on {socket.gethostname()}: {ended} before its first heartbeat")

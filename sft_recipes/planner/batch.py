@@ -21,7 +21,7 @@ def per_device_batch_size(effective_batch_size: int, max_size: int, world_size: 
     counts = ", ".join(str(count) for count in world_sizes_that_divide(effective_batch_size))
     raise ConfigError(
         f"effective_batch_size: found {effective_batch_size}, expected a multiple of {world_size} GPUs or processes. "
-        f"Use one of these numbers: {counts}"
+        f"Set GPUS (or PROCESSES) to one of {counts}"
     )
 
 
@@ -39,7 +39,7 @@ def gradient_accumulation_steps(effective_batch_size: int, per_device_batch_size
         counts = ", ".join(str(count) for count in world_sizes_that_divide(effective_batch_size, per_device_batch_size))
         raise ConfigError(
             f"effective_batch_size: found {effective_batch_size}, expected a multiple of {per_pass} "
-            f"({per_device_batch_size} per device x {world_size} GPUs). Use {counts or 'no number of'} GPUs"
+            f"({per_device_batch_size} per device x {world_size} GPUs). Set GPUS to one of {counts or 'none'}"
         )
     return steps
 

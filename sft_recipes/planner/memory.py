@@ -11,22 +11,22 @@ from sft_recipes.config.schema import Lora
 from sft_recipes.config.strategies import STRATEGIES, Strategy
 from sft_recipes.runtime.units import GIB
 
-# The reserve: GPU memory that the forecast of a step does not cover. None of it was measured for this project.
-# The driver keeps the difference between nvidia-smi's total and what CUDA hands out: 0.7 GiB of a B200 (183,359 MiB,
+# The reserve: GPU memory that the forecast of a step does not cover. Published values, not measured in this project.
+# The driver keeps the difference between nvidia-smi's total and CUDA's: 0.7 GiB of a B200 (183,359 MiB,
 # and 178.35 GiB in pytorch/ao#4002), 0.5 of an H100, 0.8 of an A100.
 DRIVER_BYTES = int(0.8 * GIB)
 # A process's CUDA context is 426 MiB with torch 2.10 and CUDA 13 (unslothai/unsloth-zoo#1053); loaded kernels and
-# cuBLAS workspaces (32 MiB for each handle and stream on Hopper) come to it.
+# cuBLAS workspaces (32 MiB per handle and stream on Hopper) are added.
 CONTEXT_BYTES = int(0.6 * GIB)
 # NCCL's buffers. On 8 H100 they and the context were 1.06 GB outside of PyTorch, with one communicator and without
 # all-to-all (NVIDIA/nccl#1685); DeepSpeed makes a second communicator.
 NCCL_BYTES = int(1.0 * GIB)
-# Memory that the caching allocator holds and cannot use. With expandable segments, which the launcher turns on, what
-# remains is between streams (verl-project/verl#3020); without them 10 to 60% were published (meta-pytorch/torchtune
-# #1185, arXiv:2401.08156).
+# Fragmentation of the caching allocator. With expandable segments, which the launcher enables, it remains between
+# streams (verl-project/verl#3020); without them 10 to 60% were published (meta-pytorch/torchtune#1185,
+# arXiv:2401.08156).
 FRAGMENTATION = 0.05
 
-# What the files in deepspeed_configs/ say, in elements; a test compares them.
+# The values in deepspeed_configs/, in elements; a test compares them.
 ALLGATHER_BUCKET = REDUCE_BUCKET = 200_000_000
 PREFETCH_BUCKET = 50_000_000
 SUB_GROUP = 1_000_000_000  # DeepSpeed's default: elements per ZeRO-3 optimizer step
@@ -38,13 +38,13 @@ PROCESS_BYTES = 4 * GIB  # a rank's libraries, CUDA context and pinned batches i
 # Parts of a rank's memory.
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "step")
 
-# 4-bit NormalFloat: half a byte, and a quantized scale for each 64 weights (arXiv:2305.14314, 0.127 bits per weight).
+# 4-bit NormalFloat: half a byte, and a quantized scale per 64 weights (arXiv:2305.14314, 0.127 bits per weight).
 NF4_BYTES = 0.5 + 0.127 / 8
 
 
 @dataclass(frozen=True)
 class MemoryInputs:
-    """What the memory of a rank depends on.
+    """Inputs of the memory forecast of a rank.
 
     Attributes:
         tokens: tokens per micro-batch, padding included.
@@ -145,17 +145,17 @@ def bytes_per_gpu(load: MemoryInputs) -> dict[str, int] | None:
     """
     if parameter_count(load.architecture) is None:
         return None
-    optimizer_over = load.world_size if load.strategy.shards_optimizer else 1
+    optimizer_shards = load.world_size if load.strategy.shards_optimizer else 1
     adapters = load.trained_bytes if load.lora else 0
-    held = {
+    constant = {
         "weights": (load.model_bytes + adapters) // load.weight_shards,
         "optimizer": 0
         if load.strategy.cpu_offload
-        else (load.moments + 4 * load.zero_half * load.trained) // optimizer_over,
+        else (load.moments + 4 * load.zero_half * load.trained) // optimizer_shards,
         "buffers": _buffers(load),
     }
     peak = max(_phases(load), key=lambda phase: sum(phase.values()))
-    parts = {name: held.get(name, 0) + peak.get(name, 0) for name in PARTS}
+    parts = {name: constant.get(name, 0) + peak.get(name, 0) for name in PARTS}
     total = sum(parts.values())
     return {**parts, "total": total, "reserve": reserve_bytes(load, total)}
 
@@ -171,16 +171,16 @@ def reserve_bytes(load: MemoryInputs, total: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Amounts:
-    """Amounts in the phases of a step, in bytes.
+class _StepBytes:
+    """Memory in the phases of a step, in bytes.
 
     Attributes:
         gradients: stored by this rank.
         before: stored when a backward pass begins. A plain optimizer and FSDP2 free them after each step, so a step of
             one micro-batch begins with none.
-        layer: activations that one decoder layer keeps.
-        moment: temporaries of the backward pass of a layer.
-        kept: activations of all layers at the end of the forward pass.
+        layer: activations that one decoder layer saves for its backward pass.
+        temporary: temporaries of the backward pass of a layer.
+        saved: activations of all layers at the end of the forward pass.
         chunk: logits of one chunk (`_logits`), activations of the last norm, and the hidden states in the loss.
         scores: gradients of the loss computation (`_logits`).
         embedding: a gradient of the embeddings or the output layer from autograd; 0 if frozen.
@@ -191,30 +191,30 @@ class _Amounts:
     gradients: int
     before: int
     layer: int
-    moment: int
-    kept: int
+    temporary: int
+    saved: int
     chunk: int
     scores: int
     embedding: int
     hidden_gradient: int
 
 
-def _amounts(load: MemoryInputs) -> _Amounts:
+def _step_bytes(load: MemoryInputs) -> _StepBytes:
     architecture = load.architecture
-    gradients_over = load.world_size if load.strategy.shards_gradients else 1
-    gradients = 0 if load.strategy.cpu_offload else 4 * load.trained // gradients_over
+    gradient_shards = load.world_size if load.strategy.shards_gradients else 1
+    gradients = 0 if load.strategy.cpu_offload else 4 * load.trained // gradient_shards
     layer = load.tokens * activation_bytes(load)
     inputs = load.tokens * architecture["hidden_size"] * (2 if load.stream_half else 4)
     chunk, scores = _logits(load)
-    # Its input, the normalized input, its output, and the scored positions picked out of that: 4 bytes each in an fp32
-    # stream; 2 bytes each in a 16-bit one, and the input in fp32 too.
+    # Its input, the normalized input, its output, and the scored positions of the output: 4 bytes each if the
+    # hidden states are fp32; 2 bytes each if they are 16-bit, plus the input in fp32.
     last_norm = load.tokens * architecture["hidden_size"] * (12 if load.stream_half else 16)
-    return _Amounts(
+    return _StepBytes(
         gradients=gradients,
         before=gradients if load.accumulates or load.strategy.deepspeed else 0,
         layer=layer,
-        moment=load.tokens * _backward_temporaries(load),
-        kept=architecture["num_hidden_layers"] * (inputs if load.gradient_checkpointing else layer),
+        temporary=load.tokens * _backward_temporaries(load),
+        saved=architecture["num_hidden_layers"] * (inputs if load.gradient_checkpointing else layer),
         chunk=chunk + last_norm,
         scores=scores,
         embedding=0 if load.lora else load.gradient_width * architecture["vocab_size"] * architecture["hidden_size"],
@@ -223,27 +223,27 @@ def _amounts(load: MemoryInputs) -> _Amounts:
 
 
 def _phases(load: MemoryInputs) -> list[dict[str, int]]:
-    """Return the phases of a step that can be its peak, each with what it needs in addition to the constant parts."""
-    step = _amounts(load)
+    """Return the phases of a step that can be its peak, each with its bytes in addition to the constant parts."""
+    step = _step_bytes(load)
     if load.strategy.fsdp:
         return _phases_of_fsdp2(load, step)
     architecture, recomputes = load.architecture, load.gradient_checkpointing
     casts, casts_of_a_layer = _casts(load)
-    # Where embeddings and output layer are one weight, the latter's gradient waits for the former's to the end.
+    # With tied embeddings, the gradient of the output layer stays allocated until that of the embeddings exists.
     waiting = step.embedding if architecture.get("tie_word_embeddings") else 0
     last = 0 if step.before or load.lora else 4 * block_weights(architecture) + step.embedding
     flat = {2: step.gradients, 3: min(step.gradients, 4 * SUB_GROUP)}.get(load.strategy.zero_stage, 0)
-    forward = {"gradients": step.before, "activations": step.kept, "logits": step.chunk, "buffers": casts}
+    forward = {"gradients": step.before, "activations": step.saved, "logits": step.chunk, "buffers": casts}
     scoring = {**forward, "logits": step.chunk + step.scores, "buffers": 0 if recomputes else casts}
     top_layer = {
         "gradients": step.before,
-        "activations": step.kept + step.moment + (step.layer if recomputes else 0),
+        "activations": step.saved + step.temporary + (step.layer if recomputes else 0),
         "logits": (waiting if step.before else step.embedding) + step.hidden_gradient,
         "buffers": casts_of_a_layer if recomputes else casts,
     }
     bottom_layer = {
         "gradients": step.gradients - last,
-        "activations": step.layer + step.moment,
+        "activations": step.layer + step.temporary,
         "logits": waiting,
         "buffers": casts_of_a_layer,
     }
@@ -252,28 +252,28 @@ def _phases(load: MemoryInputs) -> list[dict[str, int]]:
     return [forward, scoring, top_layer, bottom_layer, embeddings, optimizing]
 
 
-def _phases_of_fsdp2(load: MemoryInputs, step: _Amounts) -> list[dict[str, int]]:
-    """Return the phases of a step under FSDP2, with what each gathers and reduces.
+def _phases_of_fsdp2(load: MemoryInputs, step: _StepBytes) -> list[dict[str, int]]:
+    """Return the phases of a step under FSDP2, with the bytes that each gathers and reduces.
 
     The units are accelerate's (1.15, utils/fsdp_utils.py, `fsdp2_prepare_model`): the embeddings, each decoder layer,
     and the last norm with the output layer, which stays gathered from the forward pass until its gradients are reduced.
-    torch gathers the next unit while one computes, reduces gradients in fp32, and keeps the input of a reduction until
-    the next one (torch 2.13, distributed/fsdp/_fully_shard/_fsdp_param_group.py, `post_backward`).
+    torch gathers the next unit during the computation of one, reduces gradients in fp32, and keeps the input of a
+    reduction until the next one (torch 2.13, distributed/fsdp/_fully_shard/_fsdp_param_group.py, `post_backward`).
     """
     architecture, ranks = load.architecture, load.world_size
     width = 2 if load.precision == "bf16" else 4
     block, inputs = block_weights(architecture), architecture["hidden_size"]
-    ends = architecture["vocab_size"] * inputs  # of the embeddings, or of the output layer
+    ends = architecture["vocab_size"] * inputs  # weights of the embeddings, or of the output layer
     untied = not architecture.get("tie_word_embeddings")
     reduced = 0 if load.lora else 4
     down = 0 if load.lora else width * architecture["intermediate_size"] * inputs  # the first gradient of a layer
     forward = {
-        "gradients": step.before, "activations": step.kept, "logits": step.chunk, "buffers": 2 * width * ends
+        "gradients": step.before, "activations": step.saved, "logits": step.chunk, "buffers": 2 * width * ends
     }  # fmt: skip
     scoring = {**forward, "logits": step.chunk + step.scores, "buffers": width * (ends + block)}
     top_layer = {
         "gradients": max(step.before, reduced * ends // ranks),
-        "activations": step.kept + step.moment + (step.layer if load.gradient_checkpointing else 0),
+        "activations": step.saved + step.temporary + (step.layer if load.gradient_checkpointing else 0),
         "logits": step.hidden_gradient,
         "buffers": 2 * width * block + reduced * ends,
     }
@@ -281,7 +281,7 @@ def _phases_of_fsdp2(load: MemoryInputs, step: _Amounts) -> list[dict[str, int]]
     next_unit = width * ends if untied and not load.lora else 0  # frozen embeddings are not gathered for a gradient
     bottom_layer = {
         "gradients": max(but_last, 0),
-        "activations": step.layer + step.moment,
+        "activations": step.layer + step.temporary,
         "buffers": width * block + next_unit + down + reduced * block,
     }
     own = 0 if load.lora else width
@@ -301,7 +301,7 @@ def _logits(load: MemoryInputs) -> tuple[int, int]:
     width, columns = 2 if load.precision == "bf16" else 4, min(vocabulary, LOGIT_CHUNK[1])
     chunk = width * min(load.tokens, LOGIT_CHUNK[0]) * columns + (2 * columns * hidden if load.autocasts else 0)
     scores = 4 * load.tokens * hidden
-    if load.on_cpu and load.precision == "bf16":  # only a GPU multiplies 16 bits into 32
+    if load.on_cpu and load.precision == "bf16":  # only GPUs have 16-bit matmuls with 32-bit output
         scores += 4 * columns * hidden
     if load.lora is None:
         scores += (4 + (2 if load.gradient_width == 2 else 0)) * vocabulary * hidden
@@ -323,7 +323,7 @@ def activation_bytes(load: MemoryInputs) -> int:
     """Return the bytes per token that one decoder layer keeps for its backward pass, without checkpointing.
 
     Counted from the tensors that autograd saves in transformers' layers (tests/unit/test_memory.py): the MLP's four
-    inner ones, keys and values twice, and what norms, projections and adapters keep of the hidden states. Fused
+    inner ones, keys and values twice, and the hidden states in norms, projections and adapters. Fused
     attention keeps no scores; eager attention keeps them in fp32 and, in mixed precision, also in 16 bits.
     """
     architecture = load.architecture
@@ -345,7 +345,7 @@ def _backward_temporaries(load: MemoryInputs) -> int:
 
     Adapters on the last product also keep an fp32 copy of its input.
 
-    Measured like activations (the peak of a pass beyond what is kept), for MLPs at least 2.5 times as wide as the
+    Measured like activations (the peak of a pass beyond saved activations), for MLPs at least 2.5 times as wide as the
     hidden states, and on fake tensors of the recipes' shapes (tests/strategies/test_step_memory.py).
     """
     hidden, inner = load.architecture["hidden_size"], load.architecture["intermediate_size"]
@@ -369,7 +369,7 @@ def _buffers(load: MemoryInputs) -> int:
     if load.strategy.zero_stage == 3:
         return 2 * width * largest + width * min(parameters, PREFETCH_BUCKET) + 4 * REDUCE_BUCKET
     if load.strategy.fsdp:
-        # Gathers and reductions are counted per phase. On CPU gloo keeps copies of what it has not sent:
+        # Gathers and reductions are counted per phase. On CPU gloo keeps copies of unsent data:
         # about four layers in real runs (docs/design/decisions.md: peaks of one small run were 208 to 273 MiB).
         return 4 * width * block_weights(architecture) if load.on_cpu else 0
     quantized = load.lora is not None and load.lora.quantize is not None

@@ -246,13 +246,13 @@ def _check_attention(recipe: Recipe, topology: Topology) -> None:
     if recipe.model.attention == "flash_attention_2" and (not topology.gpus or recipe.precision == "fp32"):
         actual = "fp32" if topology.gpus else "CPU"
         raise ConfigError(
-            f"model.attention: flash_attention_2 needs 16 bits on a GPU: found {actual}. Set model.attention=auto"
+            f"model.attention: flash_attention_2: found {actual}, expected 16 bits on a GPU. Set model.attention=auto"
             f"{' or precision=bf16' if topology.gpus else ''}"
         )
 
 
 def memory_inputs(plan: Plan, architecture: dict[str, Any]) -> memory.MemoryInputs:
-    """Return what the memory of a rank of this plan depends on."""
+    """Return the inputs of the memory forecast of this plan."""
     lora, trainer = plan.sections.lora, plan.sections.trainer
     return memory.MemoryInputs(
         architecture=architecture,
@@ -306,7 +306,7 @@ def with_prepared_data(plan: Plan, prepared: Prepared) -> Plan:
         packed = f"{prepared.examples} examples, packed into " if plan.packing else ""
         raise ConfigError(
             f"data.train: fewer than one effective batch: found {packed}{prepared.rows} rows, expected "
-            f"{plan.effective_batch_size}. Add examples, or set "
+            f"{plan.effective_batch_size} or more. Add examples, or set "
             f"batch.effective_batch_size={_power_of_two_below(prepared.rows)}"
             f"{' allow_out_of_range=[effective_batch_size]' if plan.size != 'tiny' else ''}"
             f"{', or trainer.packing=false' if plan.packing and prepared.examples > prepared.rows else ''}"
@@ -323,7 +323,7 @@ def with_prepared_data(plan: Plan, prepared: Prepared) -> Plan:
 
 
 def describe_shortage(plan: Plan) -> str:
-    """Return the memory that a plan needs and what its GPU has."""
+    """Describe the memory that a plan needs and that of its GPU."""
     needs, has = plan.memory_bytes_per_gpu or {}, gpu_table.memory_bytes(plan.gpu_type) or 0
     return (
         f"needs about {needs['total'] / units.GIB:.1f} GiB per GPU and {needs['reserve'] / units.GIB:.1f} GiB of "
@@ -346,7 +346,7 @@ def find_differences(old: Plan, new: Plan) -> dict[str, tuple[Any, Any]]:
 
 
 def comparable_values(plan: Plan) -> dict[str, Any]:
-    """Return the values that identify a plan, by dotted name; `monitor` is left out, it does not affect the weights."""
+    """Return the values that identify a plan, by dotted name; without `monitor`, which does not affect the weights."""
     return {
         key: value
         for key, value in flat_values(plan).items()
@@ -374,7 +374,9 @@ def read(path: Path) -> Plan:
         stored = json.loads(path.read_text(encoding="utf-8"))
         return Plan(**{**stored, "sections": _sections_from_json(stored["sections"])})
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{path}: not a plan of this version ({error}). Start another run with NAME=…") from error
+        raise ConfigError(
+            f"{path}: not a plan of this version: found {error}. Start another run with NAME=…"
+        ) from error
 
 
 def to_json(plan: Plan) -> str:
@@ -391,12 +393,13 @@ def _strategy_of(recipe: Recipe, world_size: int) -> Strategy:
     strategy, where = STRATEGIES[recipe.parallelism], recipe.origins.get("parallelism", "parallelism")
     if recipe.lora and recipe.lora.quantize and not strategy.supports_quantized_weights:
         raise ConfigError(
-            f"{where}: {strategy.name} does not shard 4-bit weights: each rank would hold all of them. Set "
-            f"parallelism=ddp or zero2, or remove lora.quantize"
+            f"{where}: {strategy.name} does not shard 4-bit weights: found lora.quantize={recipe.lora.quantize}, "
+            f"expected none. Set parallelism=ddp or zero2, or remove lora.quantize"
         )
     if world_size > 1 and not strategy.several_processes:
         raise ConfigError(
-            f"{where}: parallelism {strategy.name} runs one process: found {world_size}. Set parallelism=ddp, or GPUS=1"
+            f"{where}: parallelism {strategy.name}: found {world_size} processes, expected 1. "
+            f"Set parallelism=ddp, or GPUS=1"
         )
     return strategies.for_world_size(recipe.parallelism, world_size)
 
@@ -454,7 +457,7 @@ def _with_steps(plan: Plan, rows: int | None, examples: int | None) -> Plan:
     if max_steps <= 0 and steps < minimum:
         raise ConfigError(
             f"batch.min_optimizer_steps: {rows} rows with an effective batch of {plan.effective_batch_size}: found "
-            f"{steps} optimizer steps, expected {minimum}. Add examples or epochs, or set "
+            f"{steps} optimizer steps, expected {minimum} or more. Add examples or epochs, or set "
             f"{'trainer.packing=false or ' if plan.packing else ''}batch.min_optimizer_steps={max(steps, 1)}"
         )
     counted = dataclasses.replace(

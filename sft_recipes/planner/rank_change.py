@@ -70,13 +70,13 @@ def plan_incompatibility(old: Plan, new: Plan) -> str | None:
 
 
 def implied_changes(old: Plan, new: Plan) -> set[str]:
-    """Return the keys of `plans.find_differences` that follow from another number of ranks and need no consent.
+    """Return the keys of `plans.find_differences` that follow from the ranks and need no `--allow-change`.
 
     Empty if the number of ranks is the same, if they cannot resume, if the effective batch differs, and between CPU and
     GPU, for which no tolerance was measured.
     """
-    differ = plans.find_differences(old, new)
-    same_kind = old.uses_gpu == new.uses_gpu and "effective_batch_size" not in differ
+    differences = plans.find_differences(old, new)
+    same_kind = old.uses_gpu == new.uses_gpu and "effective_batch_size" not in differences
     if old.world_size == new.world_size or not same_kind or plan_incompatibility(old, new) is not None:
         return set()
-    return differ.keys() & (DERIVED_FROM_RANKS | {"parallelism"})
+    return differences.keys() & (DERIVED_FROM_RANKS | {"parallelism"})

@@ -11,11 +11,14 @@ from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.units import GIB
 
 
-def strategy_and_ranks(plan: Plan) -> str:
-    """Return for example `zero2 on 8 GPUs` or `single on 1 CPU process`."""
+def describe_ranks(plan: Plan) -> str:
+    """Return strategy and ranks: `zero2 on 8 GPUs`, `ddp, 2 processes on CPU`, `single process on CPU`."""
+    if not plan.strategy.several_processes:
+        return f"single process on {'1 GPU' if plan.uses_gpu else 'CPU'}"
     plural = plan.world_size > 1
-    ranks = ("GPUs" if plural else "GPU") if plan.uses_gpu else f"CPU process{'es' if plural else ''}"
-    return f"{plan.parallelism} on {plan.world_size} {ranks}"
+    if plan.uses_gpu:
+        return f"{plan.parallelism} on {plan.world_size} GPU{'s' if plural else ''}"
+    return f"{plan.parallelism}, {plan.world_size} process{'es' if plural else ''} on CPU"
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
@@ -118,7 +121,7 @@ def _hardware(plan: Plan) -> str:
 def _gpu(plan: Plan) -> str:
     """Return the GPU type, or its memory if the type is not in the table."""
     if plan.gpu_type is None:
-        return "GPU type not given"
+        return "GPU type not set"
     return plan.gpu_type if find_gpu_type(plan.gpu_type) else f"GPU type not in the table, {plan.gpu_type} GiB"
 
 
@@ -131,17 +134,18 @@ def _estimate(plan: Plan, value: Any) -> str:
 def _rows(plan: Plan) -> str:
     if plan.rows is None or plan.steps_per_epoch is None:
         return _estimate(plan, None)
-    return _estimate(plan, plan.rows) + f"; {plan.dropped_rows_per_epoch} dropped (drop_last, reshuffled each epoch)"
+    dropped = f"{plan.dropped_rows_per_epoch} of {plan.rows} rows dropped per epoch (drop_last, reshuffled each epoch)"
+    return f"{_estimate(plan, plan.rows)}; {dropped}"
 
 
 def _memory(plan: Plan) -> list[tuple[str, str]]:
     if plan.memory_bytes_per_gpu is None:
-        return [("memory", "unknown: model.architecture is not given")]
+        return [("memory", "unknown: model.architecture is not set")]
     where = "GPU" if plan.uses_gpu else "process"
     lines = [(f"memory per {where}", _parts(plan.memory_bytes_per_gpu, " peak"))]
     if reserve := plan.memory_bytes_per_gpu["reserve"]:
-        kept_for = "driver, CUDA context, NCCL" if plan.world_size > 1 else "driver, CUDA context"
-        lines.append(("reserve per GPU", f"{_gib(reserve)}: {kept_for} and allocator fragmentation, estimated"))
+        covers = "driver, CUDA context, NCCL" if plan.world_size > 1 else "driver, CUDA context"
+        lines.append(("reserve per GPU", f"{_gib(reserve)}: {covers} and allocator fragmentation, estimated"))
     if plan.host_bytes_per_node and plan.uses_gpu:
         lines.append(("host memory per node", _parts(plan.host_bytes_per_node)))
     if plan.disk_bytes and plan.checkpoint_bytes:
@@ -206,10 +210,10 @@ def _what_would_fit(plan: Plan) -> list[tuple[str, str]]:
 def format_comparison(plans: Sequence[tuple[int, Plan | str]]) -> str:
     """Format one line per GPU count: the plan, or the error."""
     rows = [["GPUs", "parallelism", "micro-batch", "accumulation", "memory per GPU", "fits", "hours", "GPU-hours"]]
-    refused = []
+    errors = []
     for gpus, plan in plans:
         if isinstance(plan, str):
-            refused.append(f"{gpus} GPUs: {plan}")
+            errors.append(f"{gpus} GPUs: {plan}")
             continue
         memory, forecast = plan.memory_bytes_per_gpu, plan.forecast
         rows.append(
@@ -224,4 +228,4 @@ def format_comparison(plans: Sequence[tuple[int, Plan | str]]) -> str:
                 f"{forecast['gpu_hours']:,.0f}" if forecast else "?",
             ]
         )
-    return "\n".join([format_table(rows), *refused])
+    return "\n".join([format_table(rows), *errors])

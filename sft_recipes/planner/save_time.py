@@ -69,7 +69,7 @@ def describe(plan: Plan) -> str:
     """Return the line of the printed plan."""
     duration, speed = save_seconds(plan), disk_speed(plan)
     if duration is None:
-        return "unknown: model.architecture is not given"
+        return "unknown: model.architecture is not set"
     source = f"measured by the sanity check of {speed.measured}" if speed.measured else "assumed until a sanity check"
     return (
         f"{format_duration(duration)} at {speed.bytes_per_second / 1e9:.2g} GB/s, {source}; "

@@ -27,22 +27,22 @@ def smallest_gpu_count(recipe: Recipe, gpu_type: str | None) -> int | None:
     return None
 
 
-def cheapest_change(recipe: Recipe, topology: Topology, most_gpus: int | None = None) -> str | None:
-    """Return the cheapest change that makes the recipe fit on at most `most_gpus` GPUs.
+def cheapest_change(recipe: Recipe, topology: Topology, max_gpus: int | None = None) -> str | None:
+    """Return the cheapest change that makes the recipe fit on at most `max_gpus` GPUs.
 
     In order of cost: recomputed activations, smaller micro-batches, more sharding, 4-bit weights under adapters, more
     GPUs, offloading, adapters instead of all weights.
     """
     for overrides, changed, target in _changes(recipe, topology):
-        if (most_gpus is None or target.gpus <= most_gpus) and _fits(changed, target):
+        if (max_gpus is None or target.gpus <= max_gpus) and _fits(changed, target):
             return overrides
     return None
 
 
-def lighter_overrides(recipe: Recipe, topology: Topology, most: int = 2) -> list[str]:
+def lighter_overrides(recipe: Recipe, topology: Topology, limit: int = 2) -> list[str]:
     """Return the cheapest changes on these GPUs that need at least 10% less memory, for a run that ran out of memory.
 
-    Without a forecast: what always helps and is not set yet.
+    Without a forecast: general changes that are not set yet.
     """
     current = _forecast_bytes(recipe, topology)
     lighter = (
@@ -55,7 +55,7 @@ def lighter_overrides(recipe: Recipe, topology: Topology, most: int = 2) -> list
         "trainer.gradient_checkpointing=true": not recipe.trainer["gradient_checkpointing"],
         f"trainer.max_length={recipe.trainer['max_length'] // 2}": recipe.trainer["max_length"] > 1,
     }
-    return list(itertools.islice(lighter, most)) or [key for key, available in fallbacks.items() if available][:most]
+    return list(itertools.islice(lighter, limit)) or [key for key, available in fallbacks.items() if available][:limit]
 
 
 def _forecast_bytes(recipe: Recipe, topology: Topology) -> int:

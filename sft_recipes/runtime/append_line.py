@@ -1,4 +1,4 @@
-"""Append lines to a run's files; a full disk neither ends the run nor, once there is space, loses lines."""
+"""Append lines to a run's files; on a full disk the run continues and lines stay in memory until space is free."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _pending: dict[Path, list[str]] = {}
 
 
 def add(path: Path, line: str) -> None:
-    """Append a line, after those that are pending; no file ever holds half a line."""
+    """Append a line after pending ones; an incomplete line is truncated again."""
     lines = [*_pending.pop(path, []), line]
     try:
         _append(path, "".join(f"{line}\n" for line in lines).encode())

@@ -1,4 +1,4 @@
-"""Hashes a module's code without docstrings and comments, for the keys of cached results."""
+"""Hash a module's code without docstrings and comments, for the keys of cached results."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ _LOADED_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def find_problem(
-    seen: Mapping[str, Any], needed: int, driver: str | None, visible: str | None
+    report: Mapping[str, Any], needed: int, driver: str | None, visible: str | None
 ) -> tuple[str, str] | None:
     """Return why PyTorch cannot use as many GPUs as needed.
 
@@ -26,7 +26,7 @@ def find_problem(
     an older branch runs CUDA 13 on data-center GPUs.
 
     Args:
-        seen: the report of `training/examine.py`, or an `error` if there is none.
+        report: the report of `training/examine.py`, or an `error` if there is none.
         needed: number of GPUs.
         driver: version of the NVIDIA driver, as `driver_version` returns it.
         visible: CUDA_VISIBLE_DEVICES of the processes that need the GPUs; None if unset.
@@ -34,43 +34,43 @@ def find_problem(
     Returns:
         The problem and its fix; None if there is none.
     """
-    if "error" in seen:
-        return f"PyTorch does not load ({seen['error']})", "Install the locked packages: make setup"
-    if seen["cuda"] is None:
-        return f"PyTorch {seen['torch']} is a CPU build, expected a CUDA build", "Install it: TORCH=cuda make setup"
-    if seen["devices"] >= needed:
+    if "error" in report:
+        return f"PyTorch does not load ({report['error']})", "Install the locked packages: make setup"
+    if report["cuda"] is None:
+        return f"PyTorch {report['torch']} is a CPU build, expected a CUDA build", "Install it: TORCH=cuda make setup"
+    if report["devices"] >= needed:
         return None
-    first = FIRST_DRIVER.get(seen["cuda"].partition(".")[0])
-    reported = _reported(seen["warning"])
-    expected = f"expected {first or 'one'} or newer for CUDA {seen['cuda']}"
+    first = FIRST_DRIVER.get(report["cuda"].partition(".")[0])
+    reported = _reported(report["warning"])
+    expected = f"expected {first or 'one'} or newer for CUDA {report['cuda']}"
     if driver is None:
         return f"found no NVIDIA driver, {expected}{reported}", "Install it; in a container, see docker/README.md"
-    if not seen["devices"] and first and int(driver.partition(".")[0]) < first:
+    if not report["devices"] and first and int(driver.partition(".")[0]) < first:
         fix = "Update it; for forward compatibility on data-center GPUs see docker/README.md"
         return f"found NVIDIA driver {driver}, {expected}{reported if 'Error' in reported else ''}", fix
     masked = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible!r}"
     fix = "See `nvidia-smi -L`, CUDA_VISIBLE_DEVICES and dmesg"
-    return f"PyTorch finds {seen['devices'] or 'none'}{masked}{reported}", fix
+    return f"PyTorch finds {report['devices'] or 'none'}{masked}{reported}", fix
 
 
-def check(seen: Mapping[str, Any], needed: int, environment: Mapping[str, str]) -> None:
+def check(report: Mapping[str, Any], needed: int, environment: Mapping[str, str]) -> None:
     """Check that PyTorch can use as many GPUs as needed.
 
     Args:
-        seen: as for `find_problem`.
+        report: as for `find_problem`.
         environment: the variables of the processes that need the GPUs.
 
     Raises:
         SetupError: with the cause and the fix.
     """
-    if seen.get("devices", 0) >= needed:
+    if report.get("devices", 0) >= needed:
         return
-    if problem := find_problem(seen, needed, driver_version(), environment.get("CUDA_VISIBLE_DEVICES")):
+    if problem := find_problem(report, needed, driver_version(), environment.get("CUDA_VISIBLE_DEVICES")):
         raise SetupError(f"GPUS: {needed} requested, but {problem[0]}. {problem[1]}")
 
 
 def driver_version() -> str | None:
-    """The version of the NVIDIA driver, from nvidia-smi or the loaded kernel module; None if there is none."""
+    """Return the NVIDIA driver version from nvidia-smi or the loaded kernel module; None without a driver."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         output = subprocess.run(query, capture_output=True, text=True, check=False, timeout=timeouts.NVIDIA_SMI).stdout

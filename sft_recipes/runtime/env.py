@@ -103,7 +103,7 @@ def gpu_hour_price() -> float | None:
     except ValueError:
         price = -1.0
     if not 0 <= price < 1e6:
-        raise SetupError(f"GPU_HOUR_PRICE: found {text!r}, expected a price such as 2.50")
+        raise SetupError(f"GPU_HOUR_PRICE: found {text!r}, expected a price. Set for example GPU_HOUR_PRICE=2.50")
     return price
 
 

@@ -1,4 +1,4 @@
-"""Errors by kind: what the user can fix exits with 2, what stopped a run with 1.
+"""Errors by kind: errors that the user can fix exit with 2, failures of a run with 1.
 
 A message is one line: `<where>: <what is wrong>: found X, expected Y. <how to fix it>`.
 """

@@ -35,7 +35,7 @@ class ConsoleHandler(logging.Handler):
 
 
 class RunLogHandler(logging.Handler):
-    """Append to a run's `log.txt`; a full disk neither ends the run nor loses lines once there is space."""
+    """Append to a run's `log.txt`; on a full disk lines stay in memory until space is free."""
 
     def __init__(self, path: Path):
         super().__init__()

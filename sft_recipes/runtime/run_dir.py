@@ -12,7 +12,7 @@ from typing import Any
 from sft_recipes.runtime.atomic_write import write_atomic
 from sft_recipes.runtime.errors import SetupError
 
-EXIT_FAULT, EXIT_USER, EXIT_DIVERGED, EXIT_NO_PROGRESS = 1, 2, 3, 4
+EXIT_ERROR, EXIT_USER, EXIT_DIVERGED, EXIT_NO_PROGRESS = 1, 2, 3, 4
 EXIT_STOPPED = 75  # stopped early with a complete checkpoint: the same command resumes
 EXIT_CODES = {  # docs/reference.md lists them
     0: "finished",
@@ -212,7 +212,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
         return {}
     except PermissionError as error:
-        raise SetupError(f"{path}: permission denied. Choose another run, or ask its owner for access") from error
+        raise SetupError(
+            f"{path}: found no read permission, expected a run of this user. Set another NAME=, or ask its owner"
+        ) from error
     return content if isinstance(content, dict) else {}
 
 
@@ -228,7 +230,9 @@ def check_name(name: str) -> str:
         SetupError: it has a separator, a leading dot, or characters with a meaning in shells.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise SetupError(f"NAME: found {name!r}, expected at most 100 letters, digits, '.', '_' and '-', no path")
+        raise SetupError(
+            f"NAME: found {name!r}, expected at most 100 letters, digits, '.', '_' and '-', no path. Set NAME=…"
+        )
     return name
 
 

@@ -29,7 +29,7 @@ NODES_MEET = 600.0  # a node may have to unpack an image first
 NODES_LEAVE = 15.0
 NODE_REACHABLE = 10.0
 NODE_REPORT = 20.0  # a node reports how its ranks ended
-# A node launcher that writes nothing; a shared disk that stalls stalls the reader too, for whom no time passes.
+# A node launcher without output; while the shared disk stalls, the timer of its reader does not advance.
 NODE_SILENT = 60.0
 SAY_WAITING_AFTER = 15.0  # a line that says which nodes are missing
 OTHER_NODES_EXIT = 30.0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import TrainingError, UserError
-from sft_recipes.runtime.run_dir import EXIT_FAULT, EXIT_USER, RunDir, read_json, write_json
+from sft_recipes.runtime.run_dir import EXIT_ERROR, EXIT_USER, RunDir, read_json, write_json
 from sft_recipes.training import main as training_main
 from sft_recipes.training import manifest, rank_heartbeat
 from sft_recipes.training.checkpoint import resume
@@ -30,7 +30,7 @@ def main(plan_file: str) -> None:
             replay(plan, run_dir)
         except (UserError, TrainingError) as error:  # the same on all ranks
             if rank == 0:
-                code = EXIT_USER if isinstance(error, UserError) else EXIT_FAULT
+                code = EXIT_USER if isinstance(error, UserError) else EXIT_ERROR
                 write_json(run_dir.outcome, {"exit_code": code, "error": str(error)})
 
 

@@ -20,7 +20,7 @@ from sft_recipes.planner import plan as plans
 from sft_recipes.planner import render
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import SetupError
-from sft_recipes.runtime.run_dir import EXIT_FAULT, EXIT_STOPPED, FINGERPRINTED_STEPS, RunDir, read_json, write_json
+from sft_recipes.runtime.run_dir import EXIT_ERROR, EXIT_STOPPED, FINGERPRINTED_STEPS, RunDir, read_json, write_json
 
 log = logging.getLogger(__name__)
 _KINDS = ("weights", "optimizer", "scheduler", "rng")  # as in training/integrity/fingerprint.py
@@ -168,7 +168,7 @@ def _replay(context: RunContext, run_dir: RunDir, candidates: list[tuple[int, in
     if ended.code or not result:
         error = ended.error or f"exit code {ended.code}"
         log.error(f"{run_dir.path} could not be resumed: {error}. See the log above")
-        raise _ReplayFailedError(EXIT_FAULT)
+        raise _ReplayFailedError(EXIT_ERROR)
     until = dict(candidates)[result["step"]]
     steps = {line["step"]: line for line in _lines(replay_dir.integrity_log) if line["step"] <= until}
     return Replay(**result, steps=steps, start=read_json(replay_dir.manifest)["starts"][-1])
@@ -179,7 +179,7 @@ def _replay_message(run_dir: RunDir, plan: Plan, replay: Replay) -> str:
     repeated = "no recorded step after it"
     if steps:
         repeated = f"repeated step {steps[0]}" if len(steps) == 1 else f"repeated steps {steps[0]} to {steps[-1]}"
-    return f"resumed {run_dir.name} from checkpoint-{replay.step} ({render.strategy_and_ranks(plan)}), {repeated}"
+    return f"resumed {run_dir.name} from checkpoint-{replay.step} ({render.describe_ranks(plan)}), {repeated}"
 
 
 def _compare_loaded(replay: Replay) -> dict[str, str]:
@@ -226,7 +226,7 @@ def _report(run_dir: RunDir, replay: Replay, recorded: dict[int, dict[str, Any]]
             differences.append(f"step {step}: {', '.join(kinds)}")
     if differences:
         log.info(f"not exact: {'; '.join(differences)}{_environment_changes(run_dir, replay)}")
-        return EXIT_FAULT
+        return EXIT_ERROR
     if not replay.steps:
         log.info("exact: the loaded state equals the saved state bit for bit; no step was compared")
     elif recorded[max(replay.steps)]["resumed_from"] == replay.step:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from sft_recipes.runtime import heartbeat, library_imports
-from sft_recipes.runtime.run_dir import EXIT_FAULT, EXIT_STOPPED, RunDir
+from sft_recipes.runtime.run_dir import EXIT_ERROR, EXIT_STOPPED, RunDir
 from sft_recipes.training import patches
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     else:
         codes = {}
     heartbeat.write_exit_codes(ranks_dir, codes)
-    sys.exit(EXIT_FAULT if codes else 0)
+    sys.exit(EXIT_ERROR if codes else 0)
 
 
 def _forward_stop_signals(ranks_dir: Path) -> None:

@@ -32,7 +32,7 @@ GOOD_ROW = {"prompt": "2 + 2?", "completion": "4"}
         (["train", "tiny", "--processes", "0"], "PROCESSES: found '0', expected an integer of at least 1"),
         (
             ["train", "tiny", "--gpus", "0", "--processes", "3"],
-            "expected a multiple of 3 .* numbers: 1, 2",
+            "expected a multiple of 3 .* to one of 1, 2",
         ),
         (["train", "tiny", "--devices", "0,x"], "DEVICES: found '0,x', expected GPU ids"),
         (["train", "tiny", "--devices", "0"], "DEVICES: no GPU 0 on this machine"),

@@ -239,7 +239,7 @@ def test_verify_resume_on_two_nodes(site: Site, uninterrupted: Path) -> None:
     verify = (".venv/bin/python", "-m", "sft_recipes", "verify-resume", "uninterrupted")
     done = site.cluster.run("salloc", "--nodes=2", "srun", "--ntasks-per-node=1", *verify, folder=site.checkout)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "resumed uninterrupted from checkpoint-45 (ddp on 2 CPU processes)" in done.stdout
+    assert "resumed uninterrupted from checkpoint-45 (ddp, 2 processes on CPU)" in done.stdout
     assert "exact: bit for bit equal to the uninterrupted run" in done.stdout
     job = re.search(r"Granted job allocation (\d+)", done.stderr)
     assert job is not None and not (site.runs / ".jobs" / job[1]).exists(), "the files of its launchers are removed"

@@ -206,7 +206,7 @@ def test_missing_flash_attention_is_rejected_with_the_fix():
 
 
 def test_plan_rejects_flash_attention_on_cpu_and_in_fp32():
-    with pytest.raises(UserError, match="computes in 16 bits on a GPU, and this plan trains on the CPU; say model.at"):
+    with pytest.raises(UserError, match="found .*, expected 16 bits on a GPU. Set model.at"):
         make_plan("model.attention=flash_attention_2")
     with pytest.raises(UserError, match="trains in fp32; say model.attention=auto, or precision=bf16"):
         make_plan("model.attention=flash_attention_2", "precision=fp32", gpus=1)

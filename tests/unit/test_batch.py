@@ -18,13 +18,15 @@ def test_batch_of_the_four_configurations_of_the_sft_guide(per_device, accumulat
 
 def test_batch_refuses_gpu_count_and_names_those_that_fit():
     with pytest.raises(
-        UserError, match="found 32, expected a multiple of 3 .* Use one of these numbers: 1, 2, 4, 8, 16, 32"
+        UserError, match="found 32, expected a multiple of 3 .* Set GPUS .* to one of 1, 2, 4, 8, 16, 32"
     ):
         batch.per_device_batch_size(32, 4, 3)
 
 
 def test_accumulation_refuses_micro_batch_and_names_gpu_counts():
-    with pytest.raises(UserError, match=r"expected a multiple of 12 \(4 per device x 3 GPUs\). Use 1, 2, 4, 8 GPUs"):
+    with pytest.raises(
+        UserError, match=r"expected a multiple of 12 \(4 per device x 3 GPUs\). Set GPUS to one of 1, 2, 4, 8"
+    ):
         batch.gradient_accumulation_steps(32, 4, 3)
 
 
