@@ -76,7 +76,7 @@ def test_plan_refuses_fewer_rows_than_one_batch():
 
 
 def test_plan_refuses_too_few_steps_and_names_the_fix():
-    with pytest.raises(UserError, match=r"expected 1000. Add examples or epochs.*batch.min_optimizer_steps="):
+    with pytest.raises(UserError, match=r"expected 1000 or more. Add examples or epochs.*batch.min_optimizer_steps="):
         plans.with_prepared_data(tiny("batch.min_optimizer_steps=1000"), prepared(rows=100))
 
 
