@@ -165,9 +165,6 @@ docs: setup ## build the documentation as a site in .site/; broken links fail
 		.venv-docs/bin/python -m pip install --quiet --require-hashes -r requirements/docs.txt; cp requirements/docs.txt .venv-docs; }
 	@NO_MKDOCS_2_WARNING=true .venv-docs/bin/python -m mkdocs build --strict --quiet
 
-# Everything is to be free of replaced phrases; what follows is already.
-CHECKED_TERMS := README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md docs docker/README.md slurm/README.md .github
-
 lint: setup ## ruff, mypy, shellcheck, hadolint, replaced phrases, stale reference, links of the documentation
 	@$(PYTHON) -m ruff format --check .
 	@$(PYTHON) -m ruff check .
@@ -175,7 +172,7 @@ lint: setup ## ruff, mypy, shellcheck, hadolint, replaced phrases, stale referen
 	@shopt -s nullglob; if [ -x $(VENV)/bin/shellcheck ]; then \
 		$(VENV)/bin/shellcheck requirements/*.sh slurm/*.sh docker/*.sh docker/portable-cxx benchmarks/*.sh benchmarks/baselines/*.sh .ci/run .ci/fresh-machine; fi
 	@$(VENV)/bin/hadolint docker/Dockerfile
-	@$(PYTHON) docs/scripts/check_terms.py $(CHECKED_TERMS)
+	@$(PYTHON) docs/scripts/check_terms.py
 	@$(PYTHON) docs/scripts/write_reference.py --check
 	@$(MAKE) --no-print-directory docs
 

@@ -106,7 +106,12 @@ def test_generate_answers_a_prompt(shared_workplace, short_run):
 
 
 @pytest.mark.parametrize(
-    "parallelism", ["ddp", "fsdp2", *(pytest.param(f"zero{kind}", marks=needs_compiler) for kind in ("2", "3"))]
+    "parallelism",
+    [
+        "ddp",
+        "fsdp2",
+        *(pytest.param(f"zero{kind}", marks=needs_compiler) for kind in ("2", "3")),  # language: ok, pytest
+    ],
 )
 def test_two_ranks_follow_one_with_the_same_batch(shared_workplace, short_run, parallelism):
     """Each kind of strategy; zero1, zero3_offload, and all in bf16, packed and resumed: tests/strategies."""

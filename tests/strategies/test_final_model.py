@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
     [
         ("ddp", "bf16", torch.float32),
         ("fsdp2", "bf16", torch.float32),
-        pytest.param("zero2", "fp32", torch.float32, marks=needs_compiler),
-        pytest.param("zero3", "bf16", torch.bfloat16, marks=needs_compiler),
+        pytest.param("zero2", "fp32", torch.float32, marks=needs_compiler),  # language: ok, pytest
+        pytest.param("zero3", "bf16", torch.bfloat16, marks=needs_compiler),  # language: ok, pytest
     ],
 )
 def test_final_has_the_dtype_of_the_base_model(

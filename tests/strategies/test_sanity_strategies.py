@@ -20,9 +20,9 @@ def lines_of(done, label):
     [
         ("single", "fp32"),
         ("ddp", "fp32"),
-        pytest.param("zero2", "fp32", marks=needs_compiler),
-        pytest.param("zero3", "bf16", marks=needs_compiler),
-        pytest.param("zero3_offload", "bf16", marks=needs_compiler),
+        pytest.param("zero2", "fp32", marks=needs_compiler),  # language: ok, pytest
+        pytest.param("zero3", "bf16", marks=needs_compiler),  # language: ok, pytest
+        pytest.param("zero3_offload", "bf16", marks=needs_compiler),  # language: ok, pytest
         ("fsdp2", "bf16"),
     ],
 )
