@@ -163,7 +163,7 @@ test-latest: ## recipe tests with the latest package versions, in .venv-latest
 docs: setup ## build the documentation as a site in .site/; broken links fail
 	@cmp -s requirements/docs.txt .venv-docs/docs.txt || { rm -rf .venv-docs; $(PYTHON) -m venv .venv-docs; \
 		.venv-docs/bin/python -m pip install --quiet --require-hashes -r requirements/docs.txt; cp requirements/docs.txt .venv-docs; }
-	@NO_MKDOCS_2_WARNING=true .venv-docs/bin/python -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=true .venv-docs/bin/python -m mkdocs build --strict
 
 lint: setup ## ruff, mypy, shellcheck, hadolint, replaced phrases, stale reference, links of the documentation
 	@$(PYTHON) -m ruff format --check .
