@@ -85,6 +85,12 @@ def begin(plan_file: str) -> tuple[Plan, RunDir, int]:
     rank_heartbeat.start(folder, rank)
     plan = plans.read(folder.plan)
     with library_imports.without_garbage_collection():
+        library_imports.skip_unused_libraries(
+            plan.method,
+            plan.sections.trainer.get("optim", "adamw_torch_fused"),
+            env.reporters(),
+            plan.sections.model.trust_remote_code,
+        )
         silence_libraries()
         importlib.import_module("sft_recipes.training.trainer")
         patches.apply(plan)

@@ -44,7 +44,14 @@ def machine(tmp_path):
     checkout, programs = tmp_path / "checkout", tmp_path / "programs"
     package = [
         f"sft_recipes/{name}.py"
-        for name in ("__init__", "launch/__init__", "launch/mounts", "runtime/__init__", "runtime/timeouts")
+        for name in (
+            "__init__",
+            "launch/__init__",
+            "launch/mounts",
+            "runtime/__init__",
+            "runtime/paths",
+            "runtime/timeouts",
+        )
     ]
     for file in (*package, "sft_recipes/launch/container.py", "requirements/requirements.in", "recipes/8b.yaml"):
         (checkout / file).parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from helpers.workplace import HANG_SECONDS, REPOSITORY, SHORT, manifest, metrics
 
 from sft_recipes.config import loader
 from sft_recipes.planner import plan as plans
-from sft_recipes.runtime import run_dir
+from sft_recipes.runtime import library_imports, run_dir
 
 
 def test_run_directory_is_complete(short_run):
@@ -210,8 +210,33 @@ def metrics_so_far(run):
     return [line for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
 
 
+@pytest.mark.parametrize(("method", "trackers", "remote_code", "skipped"), [
+    ("full", ["tensorboard"], False, ["wandb", "peft", "bitsandbytes"]),
+    ("full", ["wandb"], False, ["peft", "bitsandbytes"]),
+    ("qlora", ["tensorboard"], False, ["wandb"]),
+    ("full", ["tensorboard"], True, []),
+])  # fmt: skip
+def test_unused_libraries_are_skipped_except_for_remote_code(monkeypatch, method, trackers, remote_code, skipped):
+    modules = {}
+    monkeypatch.setattr(library_imports.sys, "modules", modules)
+    found = library_imports.skip_unused_libraries(method, "adamw_torch_fused", trackers, remote_code)
+    assert found == skipped and modules == dict.fromkeys(skipped)
+
+
+def test_trainer_imports_without_unused_libraries():
+    """Fails too if a library starts to need one of them."""
+    code = (
+        "import sys; from sft_recipes.runtime import library_imports\n"
+        "library_imports.skip_unused_libraries('full', 'adamw_torch_fused', ['tensorboard'], False)\n"
+        "import sft_recipes.training.trainer\n"
+        "print([name for name in ('bitsandbytes', 'peft', 'wandb') if sys.modules.get(name)])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split("\n")[-2] == "[]", done.stdout + done.stderr
+
+
 def test_libraries_stay_importable_and_objects_frozen_after_import():
-    """No library is hidden from models with remote code."""
     code = (
         "import gc, importlib; from sft_recipes.runtime import library_imports\n"
         "with library_imports.without_garbage_collection():\n    import sft_recipes.training.trainer\n"
