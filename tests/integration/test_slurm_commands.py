@@ -385,7 +385,7 @@ def test_stop_request_interrupts_rendezvous(
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
     monkeypatch.setattr(timeouts, "SAY_WAITING_AFTER", 0.0)
     stop = StopRequest()
-    threading.Timer(0.5, stop.numbers.append, [signal.SIGUSR1]).start()
+    threading.Timer(0.5, stop.signals.append, [signal.SIGUSR1]).start()
     with pytest.raises(StoppedError):
         NodeLaunchers(allocation(0)).rendezvous({}, stop)
     assert "waiting for node 1 of the job in" in console.readouterr().out
