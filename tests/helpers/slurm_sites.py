@@ -14,7 +14,7 @@ from helpers.slurm_cluster import Cluster, cluster
 from helpers.workplace import REPOSITORY, SHORT, metrics
 from safetensors.numpy import load_file
 
-_TIMEOUT_SECONDS = 400.0  # of a wait that takes half a minute on an idle machine
+_TIMEOUT_SECONDS = 900.0  # a wait takes half a minute on an idle machine; the first ZeRO start compiles an operator
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 # Two ranks, one per node, and enough steps to interrupt a run in the middle.
 LONGER = (*SHORT, "trainer.max_steps=60", "trainer.eval_steps=30", "trainer.save_steps=15")
