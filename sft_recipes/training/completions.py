@@ -67,7 +67,7 @@ class HeldOut:
         if not self.plan.shards_parameters:
             self.trainer.load_weights(self.folder.final)
         completed = self._complete()
-        self._write(**read_json(self.folder.generations), after=completed)
+        self._write(**{**read_json(self.folder.generations), "after": completed})  # a resumed run may have one
         return completed
 
     def _write(self, **completed: Any) -> None:

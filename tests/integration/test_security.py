@@ -273,7 +273,9 @@ def test_model_of_custom_code_or_pickles_is_rejected(workplace, hostile):
 def test_plan_shows_remote_code():
     asked = loader.load("tiny", [*MODEL, "model.name_or_path=some/model", "model.trust_remote_code=true"])
     plan = plans.resolve(asked, Topology(0, 1))
-    assert re.search(r"^remote code +the model's own Python runs.* +command line", render.format_plan(plan, True), re.M)
+    assert re.search(
+        r"^remote code +runs Python of the model repository.* +command line", render.format_plan(plan, True), re.M
+    )
     assert "remote code" not in render.format_plan(plans.resolve(loader.load("tiny"), Topology(0, 1)))
 
 
@@ -384,7 +386,7 @@ def test_symlinked_run_directory_is_rejected(workplace):
     workplace.runs.mkdir(exist_ok=True)
     for target in ("elsewhere", "nowhere"):
         (workplace.runs / "tiny-1").symlink_to(workplace.path / target)
-        check_refused(workplace.sft("train", "tiny", "--name", "tiny-1"), "NAME: .*tiny-1 is a link")
+        check_refused(workplace.sft("train", "tiny", "--name", "tiny-1"), "NAME: .*tiny-1 is a symbolic link")
         (workplace.runs / "tiny-1").unlink()
     (workplace.runs / "tiny-1").symlink_to(workplace.path / "elsewhere")
     (workplace.path / "elsewhere" / "plan.json").write_text(workplace.sft("plan", "tiny", "--json").stdout)
@@ -467,7 +469,7 @@ def test_only_rendezvous_is_reachable_with_several_ranks(failed_run):
     _, seen = failed_run
     ((address, command),) = seen.reachable_from_outside
     assert address == "::" and "-m sft_recipes.training.rank_launcher --config_file" in command
-    ranks = {address for address, command in seen.listened if "training.start" not in command}
+    ranks = {address for address, command in seen.listened if "training.rank_launcher" not in command}
     assert ranks == {"127.0.0.1"}, "the ranks' own sockets"
 
 

@@ -208,7 +208,9 @@ def test_missing_flash_attention_is_rejected_with_the_fix():
 def test_plan_rejects_flash_attention_on_cpu_and_in_fp32():
     with pytest.raises(UserError, match="found .*, expected 16 bits on a GPU. Set model.at"):
         make_plan("model.attention=flash_attention_2")
-    with pytest.raises(UserError, match="trains in fp32; say model.attention=auto, or precision=bf16"):
+    with pytest.raises(
+        UserError, match="found fp32, expected 16 bits on a GPU. Set model.attention=auto or precision=bf16"
+    ):
         make_plan("model.attention=flash_attention_2", "precision=fp32", gpus=1)
 
 
@@ -254,10 +256,12 @@ KERNEL = f"kernels-community/flash-attn2@{'0123456789' * 4}"
 def test_hub_kernel_needs_a_commit():
     """A kernel is code."""
     for name in (KERNEL.partition("@")[0], KERNEL[:-1], f"{KERNEL}0"):
-        with pytest.raises(UserError, match="a kernel from the Hub, which is code, and nothing says which; write own"):
+        with pytest.raises(
+            UserError, match="kernel without a commit: found .*, expected owner/name@<40 hexadecimal digits"
+        ):
             make_plan(f"model.attention={name}")
     plan = make_plan(f"model.attention={KERNEL}")
-    assert "a kernel from the Hub runs, unseen and unchecked" in render.format_plan(plan)
+    assert "runs a kernel from the Hub as this user, unchecked" in render.format_plan(plan)
     with pytest.raises(UserError, match="flash-attn2@0123456789.* needs the kernels package, which is not installed"):
         attention.implementation_to_load(plan)
     assert attention.takes_boundaries(KERNEL)
