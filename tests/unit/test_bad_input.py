@@ -126,7 +126,7 @@ NESTED = {
 }
 
 
-@pytest.mark.parametrize(("make_row", "allowed_changes"), NESTED.values(), ids=NESTED)
+@pytest.mark.parametrize(("make_row", "accepted"), NESTED.values(), ids=NESTED)
 def test_sources_handle_every_nesting_depth(make_row, accepted, write_case, conversation_tokenizer):
     """Near Python's recursion limit a row can be parsed and yet be too deep for the next step."""
     limit, counts = sys.getrecursionlimit(), []
