@@ -81,7 +81,9 @@ def test_no_pickle_bomb_in_sharded_files_runs(workplace, few_rows, engine):
         f"skipping checkpoint-8: size mismatch in {FILES[engine][0]}: " in output
         and "resuming from checkpoint-4" in output
     )
-    assert {address for address, command in seen.reachable_from_outside if "training.rank_launcher" not in command} == set()
+    assert {
+        address for address, command in seen.reachable_from_outside if "training.rank_launcher" not in command
+    } == set()
 
     if engine == "fsdp2":
         bombed("optimizer.bin")
