@@ -91,7 +91,7 @@ def gpu(monkeypatch):
     """A simulated GPU of compute capability 12.0; kernels run on the CPU instead."""
     measure = attention.measure_errors
     monkeypatch.setattr(
-        attention, "errors", lambda kernel, device, dtype, width=64: measure(kernel, "cpu", dtype, width)
+        attention, "measure_errors", lambda kernel, device, dtype, width=64: measure(kernel, "cpu", dtype, width)
     )
 
     def with_flash_attention(report, **kernels):
