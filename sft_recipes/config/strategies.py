@@ -89,7 +89,6 @@ STRATEGIES = {strategy.name: strategy for strategy in _ALL}
 # Strategies that suggestions name by role.
 ONE_PROCESS = STRATEGIES["single"]
 DATA_PARALLEL = STRATEGIES["ddp"]
-FULLY_SHARDED = STRATEGIES["zero3"]
 OFFLOADED = STRATEGIES["zero3_offload"]
 
 

@@ -26,8 +26,9 @@ if __name__ == "__main__":  # in a Python without this package installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sft_recipes.launch import mounts
-from sft_recipes.launch.mounts import REPOSITORY, InputError, option_value
+from sft_recipes.launch.mounts import InputError, option_value
 from sft_recipes.runtime import timeouts
+from sft_recipes.runtime.paths import REPOSITORY, hf_home
 
 CONTAINER_RUNTIMES = ("docker", "podman")
 # Commands that use the GPUs if the machine has them; the others need none.
@@ -204,7 +205,7 @@ def _run_command(runtime: str, command: str, arguments: list[str], dry_run: bool
         *(["--interactive"] if command == "generate" and "--prompt" not in arguments else []),  # one prompt per line
         *(part for mount in mounts.required(command, arguments, dry_run) for part in ("--volume", str(mount))),
         *(part for name in sorted(os.environ) if _is_passed(name) for part in ("--env", name)),
-        "--env", f"RUNS_DIR={mounts.runs_folder()}", "--env", f"HF_HOME={mounts.hub_folder()}",
+        "--env", f"RUNS_DIR={mounts.runs_folder()}", "--env", f"HF_HOME={hf_home()}",
         "--env", f"PYTHONPATH={REPOSITORY}",
         "--env", f"SFT_RECIPES_REVISION={_revision()}", "--workdir", str(REPOSITORY),
         *_extra_options("CONTAINER_ARGS"), image, "python", "-m", "sft_recipes", command, *map(_expand_home, arguments),

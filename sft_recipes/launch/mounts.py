@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.runtime.paths import hf_home
+from sft_recipes.runtime.paths import REPOSITORY, hf_home
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 # Commands whose first argument is a run.
 RUN_COMMANDS = ("verify-resume", "diagnose", "report", "status", "generate", "merge")
 # Variables that name folders to mount read-write, and files and folders to mount read-only.
@@ -56,11 +55,6 @@ class Mount:
 def runs_folder() -> Path:
     """Return the folder of all runs."""
     return normalize(os.environ.get("RUNS_DIR") or str(REPOSITORY / "runs"))
-
-
-def hub_folder() -> Path:
-    """Return the Hub's cache folder, as `huggingface_hub` determines it."""
-    return hf_home()
 
 
 def normalize(path: str | Path) -> Path:
@@ -124,7 +118,7 @@ def _follow_link(path: Path) -> Path | None:
 def _variable_paths() -> Iterator[tuple[str, Path, bool]]:
     """Yield variable name, path, and whether it is written to."""
     yield "RUNS_DIR", runs_folder(), True
-    yield "HF_HOME", hub_folder(), True
+    yield "HF_HOME", hf_home(), True
     yield from ((name, normalize(os.environ[name]), True) for name in WRITTEN if os.environ.get(name))
     yield from (
         (name, normalize(os.environ[name]), False)

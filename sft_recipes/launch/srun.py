@@ -20,7 +20,8 @@ if __name__ == "__main__":  # in a Python without this package installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sft_recipes.launch import mounts
-from sft_recipes.launch.mounts import REPOSITORY, InputError, Mount
+from sft_recipes.launch.mounts import InputError, Mount
+from sft_recipes.runtime.paths import REPOSITORY
 
 _OPTIONS = {
     "GPUS": "--gpus",

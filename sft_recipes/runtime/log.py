@@ -57,11 +57,8 @@ def to_file(path: Path) -> None:
 
 
 def _use(handler: logging.Handler) -> None:
-    for present in ROOT.handlers:
-        if type(present) is type(handler):
-            ROOT.removeHandler(present)
     handler.setFormatter(_Plain())
-    ROOT.addHandler(handler)
+    ROOT.handlers = [present for present in ROOT.handlers if type(present) is not type(handler)] + [handler]
     ROOT.setLevel(logging.INFO)
     ROOT.propagate = False
 

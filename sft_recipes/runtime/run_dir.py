@@ -16,11 +16,11 @@ EXIT_ERROR, EXIT_USER, EXIT_DIVERGED, EXIT_NO_PROGRESS = 1, 2, 3, 4
 EXIT_STOPPED = 75  # stopped early with a complete checkpoint: the same command resumes
 EXIT_CODES = {  # docs/reference.md lists them
     0: "finished",
-    1: "error; a failed sanity check; an error found by `diagnose` or `doctor`",
-    2: "wrong input; no optimizer step was taken",
-    3: "diverged: NaN/Inf loss or gradient, or an alert in `monitor.stop_on`",
-    4: "three attempts without progress (no new checkpoint)",
-    75: "stopped early with a complete checkpoint; the same command resumes",
+    EXIT_ERROR: "error; a failed sanity check; an error found by `diagnose` or `doctor`",
+    EXIT_USER: "wrong input; no optimizer step was taken",
+    EXIT_DIVERGED: "diverged: NaN/Inf loss or gradient, or an alert in `monitor.stop_on`",
+    EXIT_NO_PROGRESS: "three attempts without progress (no new checkpoint)",
+    EXIT_STOPPED: "stopped early with a complete checkpoint; the same command resumes",
 }
 FINGERPRINTED_STEPS = 2  # recorded after each save: the second also depends on the optimizer state after the first
 
@@ -173,10 +173,6 @@ class RunDir:
     def best(self, step: int) -> Path:
         """Return the path of the weights of a step that was among the best."""
         return self.path / f"best-{step}"
-
-    def step_of(self, checkpoint: Path) -> int:
-        """Return the step of a `checkpoint-N`."""
-        return int(checkpoint.name.rpartition("-")[2])
 
     def numbered(self, kind: str) -> list[int]:
         """Return the steps of the `checkpoint-N` or `best-N` directories, ascending."""

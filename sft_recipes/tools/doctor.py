@@ -21,7 +21,7 @@ from sft_recipes.launch.node_checks import IDLE_GPU_BYTES, CheckResult, Status, 
 from sft_recipes.launch.topology import Gpu, hidden_gpus, nvidia_smi_error, unlisted, visible_gpus
 from sft_recipes.runtime import cuda, timeouts
 from sft_recipes.runtime.env import host_memory_bytes, library_version
-from sft_recipes.runtime.paths import REPOSITORY, hf_home
+from sft_recipes.runtime.paths import REPOSITORY, hf_home, hub_cache
 from sft_recipes.runtime.run_dir import runs_root
 from sft_recipes.runtime.units import GIB
 
@@ -50,7 +50,7 @@ def run_checks(requested_gpus: int | None) -> Iterator[CheckResult]:
     yield check_shared_memory(_free_bytes(Path("/dev/shm")), len(gpus))
     yield check_host(host_memory_bytes(), len(os.sched_getaffinity(0)), len(gpus))
     yield check_disk("runs", runs_root(), bool(gpus))
-    yield check_disk("hub cache", _hub_cache(), bool(gpus))
+    yield check_disk("hub cache", hub_cache(), bool(gpus))
     yield from check_hub(_query_hub())
     yield check_versions("cuda" if probe.get("cuda") else "cpu")
 
@@ -314,12 +314,8 @@ def _query_hub() -> dict[str, Any]:
 
 
 def _stored_token() -> str:
-    file = Path(os.environ.get("HF_TOKEN_PATH") or _hub_cache() / "token")
+    file = Path(os.environ.get("HF_TOKEN_PATH") or hf_home() / "token")
     return file.read_text(encoding="utf-8").strip() if file.is_file() and os.access(file, os.R_OK) else ""
-
-
-def _hub_cache() -> Path:
-    return hf_home()
 
 
 def _free_bytes(path: Path) -> int | None:

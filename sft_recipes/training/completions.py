@@ -59,7 +59,7 @@ class HeldOut:
         if not self.trainer.accelerator.is_main_process or not self.plan.strategy.replicated:
             return None
         if not self.folder.generations.is_file():
-            self._write(before=self._complete())
+            self._store("before", self._complete())
         return from_json(read_json(self.folder.generations).get("before"))
 
     def complete_after_training(self) -> Completions | None:
@@ -67,12 +67,12 @@ class HeldOut:
         if not self.plan.shards_parameters:
             self.trainer.load_weights(self.folder.final)
         completed = self._complete()
-        self._write(**{**read_json(self.folder.generations), "after": completed})  # a resumed run may have one
+        self._store("after", completed)
         return completed
 
-    def _write(self, **completed: Any) -> None:
-        content = {key: asdict(value) if isinstance(value, Completions) else value for key, value in completed.items()}
-        write_json(self.folder.generations, content)
+    def _store(self, key: str, completed: Completions | None) -> None:
+        stored = read_json(self.folder.generations)
+        write_json(self.folder.generations, {**stored, key: asdict(completed) if completed else None})
 
     def _complete(self) -> Completions | None:
         """Complete the prompts; None without prompts, or if parameters are sharded (ZeRO-3, FSDP2)."""

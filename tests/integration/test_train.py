@@ -223,6 +223,14 @@ def test_unused_libraries_are_skipped_except_for_remote_code(monkeypatch, method
     assert found == skipped and modules == dict.fromkeys(skipped)
 
 
+def last_line_of(code):
+    """Run code in a new Python process, and return the last line that it prints."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout, done.stderr
+    return done.stdout.split("\n")[-2]
+
+
 def test_trainer_imports_without_unused_libraries():
     """Fails too if a library starts to need one of them."""
     code = (
@@ -231,9 +239,7 @@ def test_trainer_imports_without_unused_libraries():
         "import sft_recipes.training.trainer\n"
         "print([name for name in ('bitsandbytes', 'peft', 'wandb') if sys.modules.get(name)])"
     )
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.split("\n")[-2] == "[]", done.stdout + done.stderr
+    assert last_line_of(code) == "[]"
 
 
 def test_libraries_stay_importable_and_objects_frozen_after_import():
@@ -243,9 +249,7 @@ def test_libraries_stay_importable_and_objects_frozen_after_import():
         "print([importlib.import_module(name).__name__ for name in ('bitsandbytes', 'peft', 'wandb')], "
         "gc.isenabled(), gc.get_freeze_count() > 100_000)"
     )
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.split("\n")[-2] == "['bitsandbytes', 'peft', 'wandb'] True True", done.stdout + done.stderr
+    assert last_line_of(code) == "['bitsandbytes', 'peft', 'wandb'] True True"
 
 
 def test_retention_keeps_three_best_and_earlier_step_wins_ties(tmp_path):
