@@ -200,7 +200,7 @@ def _read_outcome(run_dir: RunDir, result: LaunchResult) -> tuple[int, str | Non
     manifest = read_json(run_dir.manifest)
     if result.code == EXIT_STOPPED:
         write_json(run_dir.manifest, {**manifest, "state": "stopped", "exit_code": EXIT_STOPPED})
-        log.info("stopped before a new checkpoint was complete; run the same command to resume %s", run_dir.name)
+        log.info("stopped before a new checkpoint was complete; %s", run_dir.describe_restart())
         return EXIT_STOPPED, result.error
     error = result.error or f"the ranks recorded no outcome (exit code of their launcher: {result.code})"
     if run_dir.stack_traces.is_dir():
@@ -209,7 +209,7 @@ def _read_outcome(run_dir: RunDir, result: LaunchResult) -> tuple[int, str | Non
     write_json(run_dir.manifest, {**manifest, "state": "failed", "exit_code": code, "error": error})
     if result.user_error:
         return code, error
-    return code, f"{run_dir.path}: {error}. See the log above and in {run_dir.log}; run the same command to resume"
+    return code, f"{run_dir.path}: {error}. See the log above and in {run_dir.log}; {run_dir.describe_restart()}"
 
 
 def dry_run_command(plan: Plan, run_dir: RunDir) -> str:

@@ -17,6 +17,9 @@ from sft_recipes.runtime.run_dir import RunDir, all_runs, check_name, read_json,
 
 # Files of an attempt that was killed before it had a plan.
 _WITHOUT_PLAN = (".lock", "plan.json.partial")
+# Keys in which runs of the same model and data are equal; a run that differs is only resumed by its name.
+_MODEL_KEYS = ("name_or_path", "revision", "from_scratch", "architecture")
+_DATA_KEYS = ("train", "validation", "retention_eval", "revision")
 
 
 @dataclass(frozen=True)
@@ -64,17 +67,27 @@ def select(plan: Plan, request: RunRequest, locked: dict[str, str]) -> RunStart:
     if request.name is not None:
         return _select_named(plan, RunDir(runs_root() / check_name(request.name)), request, locked)
     usable = [run for run in _numbered(plan.recipe) if os.access(run.path, os.R_OK | os.W_OK | os.X_OK)]
+    left: dict[str, str] = {}
     notes = [note for run in usable if not run.path.is_symlink() for note in _restore_plan(run)]
     for run in reversed(all_runs(plan.recipe)):
         if run.name in locked:
             notes.append(f"skipping {run.name}: in use by {locked[run.name]}")
         elif run.path.is_symlink():
             notes.append(f"skipping {run.name}: a symbolic link, not a run directory")
+        elif run.state() != "finished" and (other := _other_inputs(plans.read(run.plan), plan)):
+            left[run.name] = other
         elif run.state() != "finished":
             start = _resume(plan, run, request)
             return replace(start, notes=(*notes, *start.notes))
+    if left:
+        name, other = next(iter(left.items()))
+        more = f" (also {', '.join(list(left)[1:])})" if len(left) > 1 else ""
+        notes.append(f"not resuming {name}{more}: {other}. Resume it with its own settings and NAME={name}")
     if request.resume:
-        raise SetupError(f"RESUME: no unfinished run of {plan.recipe} in {runs_root()}/. Start one without RESUME")
+        raise SetupError(
+            f"RESUME: no unfinished run of {plan.recipe} with this model and data in {runs_root()}/. "
+            f"{notes[-1] if left else 'Start one without RESUME'}"
+        )
     return _start_new(RunDir(runs_root() / f"{plan.recipe}-{_next_number(plan.recipe)}"), plan, tuple(notes))
 
 
@@ -129,6 +142,22 @@ def _resume(plan: Plan, run: RunDir, request: RunRequest) -> RunStart:
         *_version_notes(run, request.strict_versions),
     )
     return RunStart(run, resumed, True, tuple(filter(None, notes)), request.resume)
+
+
+def _other_inputs(stored: Plan, plan: Plan) -> str:
+    """Return the first difference between model or data of a run and of the plan; empty if there is none."""
+    old, new = _inputs(stored), _inputs(plan)
+    changed = [f"{key} {old[key]!r} -> {value!r}" for key, value in new.items() if old[key] != value]
+    return changed[0] if changed else ""
+
+
+def _inputs(plan: Plan) -> dict[str, Any]:
+    model, data = plan.sections.model, plan.sections.data
+    return {
+        "method": plan.method,
+        **{f"model.{key}": getattr(model, key) for key in _MODEL_KEYS},
+        **{f"data.{key}": getattr(data, key) for key in _DATA_KEYS},
+    }
 
 
 def _list_changes(changes: dict[str, tuple[Any, Any]]) -> str:

@@ -53,7 +53,7 @@ RULES = (
         "The run ended with an error",
         "The state and the error that the run recorded: out of memory, a rank that died, an exception.",
         "Read the end of `log.txt`; if memory ran out, the listed changes use less. The same command resumes from the "
-        "latest checkpoint.",
+        "latest checkpoint, if there is one.",
         (),
         0,
         system_rules.failure,

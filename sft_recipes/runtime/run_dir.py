@@ -186,6 +186,12 @@ class RunDir:
         complete = (step for step, record in records if record and record.get("run_id", "") == run_id)
         return max(complete, default=0)
 
+    def describe_restart(self) -> str:
+        """Return what the same command does after this attempt: resume, or start from step 0 without a checkpoint."""
+        if step := self.latest_complete():
+            return f"run the same command to resume from checkpoint-{step}"
+        return "no checkpoint is complete: the same command starts again from step 0"
+
     def state(self) -> str:
         """Return `new`, `running` (or killed), `stopped`, `failed`, `diverged` or `finished`."""
         state = read_json(self.manifest).get("state", "new")

@@ -411,8 +411,8 @@ def record_stop(folder: RunDir, trainer: Any, seconds: dict[str, float]) -> None
     step, saved = trainer.state.global_step, read_json(folder.manifest).get("saved_step")
     manifest.end(folder, "stopped", EXIT_STOPPED, steps=step, **seconds)
     write_json(folder.outcome, {"exit_code": EXIT_STOPPED})
-    state = "saved" if saved == step else f"latest checkpoint: step {saved or 0}"
-    log.info("stopped at step %d, %s; repeat the command to resume", step, state)
+    restart = "saved; repeat the command to resume" if saved == step else folder.describe_restart()
+    log.info("stopped at step %d, %s", step, restart)
 
 
 def record_result(

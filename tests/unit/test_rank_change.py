@@ -217,3 +217,31 @@ def test_reshard_rejects_state_that_was_not_saved(tmp_path):
     state["exp_avg"][3] += 1e-8
     with pytest.raises(RuntimeError, match="the loaded state is not the saved one"):
         reshard.verify_loaded_state(optimizer, tmp_path, Alone())
+
+
+def test_run_of_other_model_or_data_is_only_resumed_by_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
+    for number, override in ((1, "data.train=a.jsonl"), (2, "data.train=b.jsonl"), (3, "lora.r=4")):
+        folder = RunDir(tmp_path / "runs" / f"tiny-{number}")
+        folder.path.mkdir(parents=True)
+        stored = dataclasses.replace(plan("zero2", 2, override), run_id=str(number), created=f"2026-01-0{number}")
+        plans.write(stored, folder.plan)
+    start = run_selection.select(plan("zero2", 2, "data.train=c.jsonl"), RunRequest(), {})
+    assert (start.run_dir.name, start.resumes) == ("tiny-4", False)
+    assert start.notes == (
+        "not resuming tiny-3 (also tiny-2, tiny-1): method 'lora' -> 'full'. Resume it with its own settings and NAME=tiny-3",
+    )
+    older = run_selection.select(plan("zero2", 2, "data.train=a.jsonl"), RunRequest(), {})
+    assert (older.run_dir.name, older.resumes) == ("tiny-1", True), "of this model and data"
+    with pytest.raises(UserError, match=r"no unfinished run of tiny with this model and data.*NAME=tiny-3"):
+        run_selection.select(plan("zero2", 2), RunRequest(resume=True), {})
+    with pytest.raises(UserError, match=r"tiny-2 has another plan: data.train 'b.jsonl' -> 'c.jsonl'"):
+        run_selection.select(plan("zero2", 2, "data.train=c.jsonl"), RunRequest("tiny-2"), {})
+
+
+def test_restart_names_the_checkpoint_only_if_there_is_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
+    folder = a_run(tmp_path, plan("zero2", 2), 4)
+    assert folder.describe_restart() == "no checkpoint is complete: the same command starts again from step 0"
+    with_plan(folder, 4, plan("zero2", 2))
+    assert folder.describe_restart() == "run the same command to resume from checkpoint-4"

@@ -92,7 +92,7 @@ def _hint(ranks: Sequence[int]) -> str:
     suspects = "its GPU or memory is" if len(ranks) == 1 else "one of their GPUs or memories is"
     return (
         f"{suspects} suspect, these weights are in no checkpoint. Check ECC errors and the kernel log, exclude it with "
-        f"DEVICES=… or another node, and repeat the command to resume"
+        f"DEVICES=… or another node, and repeat the command"
     )
 
 
