@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-VARIABLES := RECIPE GPUS NODES PROCESSES DEVICES DATA VALIDATION NAME RESUME ALLOW_CHANGE STRICT_VERSIONS GPU_TYPE RUN ROWS HTML PLOT WITH PORT PROMPT DRY_RUN SANITY REPORT_TO GPU_HOUR_PRICE ARGS RUNTIME IMAGE VARIANT MOUNTS CONTAINER_ARGS BUILD_ARGS WHEEL
+VARIABLES := RECIPE GPUS NODES PROCESSES DEVICES DATA VALIDATION NAME RESUME ALLOW_CHANGE STRICT_VERSIONS GPU_TYPE RUN ROWS HTML PLOT WITH PORT PROMPT DRY_RUN SANITY INIT_FROM OVERFIT REPORT_TO GPU_HOUR_PRICE ARGS RUNTIME IMAGE VARIANT MOUNTS CONTAINER_ARGS BUILD_ARGS WHEEL
 RECIPE ?= tiny
 
 # Make expands $(…) in the user's values; the raw text goes to the environment, and the shell quotes it.
@@ -17,6 +17,7 @@ PYTHON := $(VENV)/bin/python
 SFT = set -f; exec "$$(command -v python3 python3.12 python3.11 | head -n 1)" -I sft_recipes/launch/container.py "$(VENV)"
 HARDWARE = $${GPUS:+--gpus "$$GPUS"} $${NODES:+--nodes "$$NODES"} $${PROCESSES:+--processes "$$PROCESSES"} \
 	$${GPU_TYPE:+--gpu-type "$$GPU_TYPE"}
+TRAINING = $(HARDWARE) $${INIT_FROM:+--init-from "$$INIT_FROM"} $${OVERFIT:+--overfit}
 OVERRIDES = $${DATA:+"data.train=$$DATA"} $${VALIDATION:+"data.validation=$$VALIDATION"} $${ARGS:-}
 
 .PHONY: help setup flash-attn image smoke doctor recipes plan schedules inspect download sanity train verify-resume diagnose report status slurm tensorboard generate merge test test-unit test-fake-gpus test-strategies test-container test-slurm test-cuda-build chaos bench test-latest docs lint lock
@@ -42,6 +43,8 @@ help: ## print this list
 		'ALLOW_CHANGE     keys that may differ from the plan of the resumed run: KEY,KEY' \
 		'STRICT_VERSIONS  fail if library versions differ from those of the resumed run' \
 		'SANITY=skip      train without the sanity check' \
+		'INIT_FROM        name of a finished run: start a new one from its last weights (more epochs, other data)' \
+		'OVERFIT=1        smoke test: train on eight rows until the loss approaches zero, else fail' \
 		'REPORT_TO        trackers: tensorboard (default), wandb, mlflow, ..., none' \
 		'GPU_HOUR_PRICE   price of one GPU hour, to forecast cost' \
 		'PROMPT           prompt for generate (default: standard input, one per line)' \
@@ -74,23 +77,23 @@ recipes: ## list the recipes
 	@$(SFT) recipes
 
 plan: ## resolve a plan, start nothing: RECIPE GPUS NODES DATA (ARGS=--explain)
-	@$(SFT) plan "$$RECIPE" $(HARDWARE) $(OVERRIDES)
+	@$(SFT) plan "$$RECIPE" $(TRAINING) $(OVERRIDES)
 
 schedules: ## table and plot of learning-rate schedules: RECIPE GPUS RUN PLOT WITH DATA
 	@mkdir -p "$${RUNS_DIR:-runs}"; $(SFT) schedules "$$RECIPE" $(HARDWARE) $${RUN:+--run "$$RUN"} --plot "$${PLOT:-$${RUNS_DIR:-runs}/schedules-$$RECIPE.png}" \
 		$${WITH:+--with "$$WITH"} $(OVERRIDES)
 
 inspect: ## show tokens and loss mask of rows: RECIPE DATA ROWS HTML (ARGS=--json)
-	@$(SFT) inspect "$$RECIPE" $(HARDWARE) $${ROWS:+--rows "$$ROWS"} $${HTML:+--html "$$HTML"} $(OVERRIDES)
+	@$(SFT) inspect "$$RECIPE" $(TRAINING) $${ROWS:+--rows "$$ROWS"} $${HTML:+--html "$$HTML"} $(OVERRIDES)
 
 download: ## download model, tokenizer and data for offline runs: RECIPE DATA VALIDATION
 	@$(SFT) download "$$RECIPE" $(OVERRIDES)
 
 sanity: ## run the sanity check, which train also runs: RECIPE GPUS DEVICES DATA
-	@$(SFT) sanity "$$RECIPE" $(HARDWARE) $${DEVICES:+--devices "$$DEVICES"} $(OVERRIDES)
+	@$(SFT) sanity "$$RECIPE" $(TRAINING) $${DEVICES:+--devices "$$DEVICES"} $(OVERRIDES)
 
 train: ## start a run, or resume an unfinished one: RECIPE GPUS DATA NAME RESUME
-	@$(SFT) train "$$RECIPE" $(HARDWARE) $${DEVICES:+--devices "$$DEVICES"} $${NAME:+--name "$$NAME"} \
+	@$(SFT) train "$$RECIPE" $(TRAINING) $${DEVICES:+--devices "$$DEVICES"} $${NAME:+--name "$$NAME"} \
 		$${RESUME:+--resume} $${ALLOW_CHANGE:+--allow-change "$$ALLOW_CHANGE"} $${STRICT_VERSIONS:+--strict-versions} $${DRY_RUN:+--dry-run} $(OVERRIDES)
 
 verify-resume: ## repeat recorded steps of a run and compare bit for bit: RUN

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from sft_recipes.config import loader
 from sft_recipes.config.gpu_types import find_gpu_type
 from sft_recipes.config.schema import Recipe
-from sft_recipes.launch import run_selection
+from sft_recipes.launch import parent_run, run_selection
 from sft_recipes.planner import lr_schedule, render, suggest
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Topology
@@ -108,6 +108,11 @@ _HARDWARE = (
     _argument("--nodes", "nodes", metavar="N"),
     _argument("--gpu-type", "GPU type (h100-80g, …: docs/models.md) or GiB of memory"),
 )
+_TRAINING = (
+    *_HARDWARE,
+    _argument("--init-from", "start a new run from the last weights of this finished one", metavar="NAME"),
+    _flag("--overfit", "train and validate on eight rows; fail unless the loss approaches zero"),
+)
 _DEVICES = _argument("--devices", "GPUs by id", metavar="0,2")
 
 
@@ -127,19 +132,19 @@ def commands() -> list[Command]:
         Command("recipes", "list the recipes", _list_recipes),
         Command(
             "plan", "print every number of a run without starting it", _plan,
-            (*_HARDWARE, _JSON, _flag("--explain", "print the source of each value")),
+            (*_TRAINING, _JSON, _flag("--explain", "print the source of each value")),
         ),
         Command(
             "inspect", "show tokenized rows with their loss mask, and what happened to all rows", _inspect,
-            (*_HARDWARE, _argument("--rows", "rows to show (default: 3; all with --json)", metavar="N"),
+            (*_TRAINING, _argument("--rows", "rows to show (default: 3; all with --json)", metavar="N"),
              _argument("--html", "also write an HTML page", metavar="FILE"),
              _flag("--json", "print one JSON object per row; the report goes to standard error")),
         ),
         Command("download", "download model, tokenizer and data of a recipe", _download, _RECIPE),
-        Command("sanity", "run the sanity check of a plan and cache its result", _sanity, (*_HARDWARE, _DEVICES)),
+        Command("sanity", "run the sanity check of a plan and cache its result", _sanity, (*_TRAINING, _DEVICES)),
         Command(
             "train", "start a run, or resume an unfinished one of the same plan", _train,
-            (*_HARDWARE, _DEVICES, _argument("--name", "name of the run (default: RECIPE-N)"),
+            (*_TRAINING, _DEVICES, _argument("--name", "name of the run (default: RECIPE-N)"),
              _flag("--resume", "fail if there is no run to resume; ignore earlier attempts without progress"),
              _argument("--allow-change", "resume although these keys of the plan changed", default="", metavar="KEY,…"),
              _flag("--strict-versions", "fail if library versions differ from the last start"),
@@ -185,7 +190,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _recipe(parsed: argparse.Namespace) -> Recipe:
-    return loader.load(parsed.recipe, parsed.overrides)
+    return loader.load(parsed.recipe, parsed.overrides, getattr(parsed, "overfit", False))
+
+
+def _resolve(parsed: argparse.Namespace, recipe: Recipe, topology: Topology) -> plans.Plan:
+    """Return the plan, with the run that `--init-from` names."""
+    plan = plans.resolve(recipe, topology)
+    return parent_run.start_from(plan, parsed.init_from) if parsed.init_from else plan
 
 
 def _hardware_request(parsed: argparse.Namespace) -> HardwareRequest:
@@ -230,7 +241,7 @@ def _plan(parsed: argparse.Namespace) -> None:
         _compare(parsed, recipe)
         return
     topology = plan_topology(recipe, _hardware_request(parsed))
-    plan = plans.resolve(recipe, topology)
+    plan = _resolve(parsed, recipe, topology)
     plan = dataclasses.replace(
         plan,
         fewest_gpus=suggest.smallest_gpu_count(recipe, topology.gpu_type) if plan.fits is not None else None,
@@ -273,7 +284,7 @@ def _inspect(parsed: argparse.Namespace) -> None:
     if parsed.html and not Path(parsed.html).absolute().parent.is_dir():
         raise UserError(f"HTML: directory {Path(parsed.html).parent} does not exist. Create it, or set another path")
     recipe = _recipe(parsed)
-    plan = plans.resolve(recipe, plan_topology(recipe, _hardware_request(parsed)))
+    plan = _resolve(parsed, recipe, plan_topology(recipe, _hardware_request(parsed)))
     with contextlib.redirect_stdout(sys.stderr):  # --json prints rows only
         prepared = prepare.prepare(plan, rows_only=True)
     rows = inspect.load_rows(plan, prepared)
@@ -315,7 +326,7 @@ def _resolve_here(parsed: argparse.Namespace) -> tuple[Recipe, Topology, plans.P
     env.sanity_is_skipped()
     recipe = _recipe(parsed)
     topology = _topology(parsed, recipe)
-    plan = plans.resolve(recipe, topology)
+    plan = _resolve(parsed, recipe, topology)
     check_host_memory(plan)
     for product in unlisted(visible_gpus() if plan.gpu_type and find_gpu_type(plan.gpu_type) is None else []):
         log.info(
@@ -385,7 +396,7 @@ def _start_run(parsed: argparse.Namespace, nodes: NodeLaunchers | None) -> int:
     if run.state() == "finished":
         if run.final.is_dir():
             log.info(f"{run.path} is finished; its model is in {run.final} (start another run with NAME=…)")
-            return 0
+            return int(run_dir.read_json(run.manifest).get("exit_code", 0))
         log.info(f"{run.path} is finished, but {run.final} is missing: writing it again")
     if parsed.dry_run:
         print(launch.dry_run_command(plan, run))

@@ -35,13 +35,15 @@ def names() -> list[str]:
     return sorted(recipes, key=lambda name: (float((re.match(r"\d+", name) or ["0"])[0]), name))
 
 
-def load(name: str, overrides: Iterable[str] = ()) -> Recipe:
-    """Read `recipes/NAME.yaml` and apply `key=value` overrides.
+def load(name: str, overrides: Iterable[str] = (), overfit: bool = False) -> Recipe:
+    """Read `recipes/NAME.yaml` and apply `key=value` overrides, over the settings of OVERFIT=1 with `overfit`.
 
     Raises:
         ConfigError: no such recipe, an unknown key, a value of the wrong type or outside the range of its size class.
     """
     settings = dict(_flatten(_read_yaml(_path_of(name))))
+    if overfit:
+        settings |= {key: Setting(value, schema.OVERFIT) for key, value in schema.OVERFIT_SETTINGS.items()}
     for override in overrides:
         key, text = _split_override(override)
         settings[key] = Setting(text, COMMAND_LINE)
@@ -284,6 +286,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "data.mean_tokens": (1, math.inf),
     "data.max_dropped_fraction": (0, 1),
     "data.max_overlap": (0, 1),
+    "data.overfit_rows": (1, 1000),
     "data.validation_fraction": (0.0001, 0.9999),
     "generation.show": (0, 1000),
     "generation.exact_match": (0, 1000),
@@ -317,6 +320,7 @@ _OPTIONAL = {
     "batch.effective_batch_size",
     "data.examples",
     "data.mean_tokens",
+    "data.overfit_rows",
     "data.max_eval_samples",
     "data.validation_examples",
     "monitor.early_stopping_patience",
@@ -371,6 +375,12 @@ def _check_lists(recipe: Recipe) -> None:
         where = recipe.origins.get(key, f"recipes/{recipe.name}.yaml")
         if not all(isinstance(name, str) and name.strip() for name in names) or (key == "data.train" and not names):
             raise ConfigError(f"{where}: {key}: found {names!r}, expected names such as [a.jsonl, b.jsonl]")
+    if recipe.data.overfit_rows and (recipe.data.validation or recipe.data.retention_eval):
+        key = "data.validation" if recipe.data.validation else "data.retention_eval"
+        raise ConfigError(
+            f"{recipe.origins[key]}: {key}: found {getattr(recipe.data, key[5:])}, expected none with OVERFIT, which "
+            f"validates on the training rows. Leave one of the two out"
+        )
     unknown = [name for name in recipe.monitor.stop_on if name not in schema.STOPPING_GUARDS]
     if unknown:
         raise ConfigError(

@@ -46,6 +46,19 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "data_seed": 42,
 }
 
+# OVERFIT=1, a smoke test: the loss on a handful of rows approaches zero, or the run fails.
+OVERFIT = "OVERFIT=1"
+OVERFIT_LOSS = 0.1  # per token
+OVERFIT_SETTINGS: dict[str, Any] = {
+    "data.overfit_rows": 8,
+    "data.validation": None,
+    "data.retention_eval": None,
+    "data.examples": None,
+    "trainer.max_steps": 200,
+    "trainer.eval_steps": 50,
+    "trainer.save_steps": 200,
+}
+
 # SFTConfig fields that a recipe may not set, because the plan derives them or correctness depends on them; each with
 # the key or variable to set instead, or why it is fixed.
 OWNED_BY_THE_PLAN: dict[str, str] = {
@@ -178,6 +191,7 @@ class Data:
         max_eval_samples: examples per evaluation, a seeded sample.
         max_dropped_fraction: fraction of rows that `max_length` may leave without a supervised token.
         max_overlap: fraction of validation rows that may also be in training.
+        overfit_rows: train and validate on this many rows, the first of the first source; set by OVERFIT=1.
         examples: size of the source, for forecasts; so are `mean_tokens` and `validation_examples`.
     """
 
@@ -189,6 +203,7 @@ class Data:
     validation_fraction: float = 0.05
     max_dropped_fraction: float = 0.05
     max_overlap: float = 0.0
+    overfit_rows: int | None = None
     examples: int | None = None
     mean_tokens: int | None = None
     validation_examples: int | None = None

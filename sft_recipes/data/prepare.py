@@ -7,6 +7,7 @@ run with the same data, tokenizer, template, lengths and code uses the cached re
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
 import itertools
@@ -27,6 +28,7 @@ from sft_recipes.config.schema import Model
 from sft_recipes.data import model_files, sources, validate
 from sft_recipes.data.formats import Conversation, Message, conversation_of
 from sft_recipes.data.sources import Source
+from sft_recipes.planner import batch
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Plan, Prepared
 from sft_recipes.runtime import library_imports
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("sft_recipes.data.prepare")  # __name__ is "__main__" in the process that prepares
 
 _MAX_PROMPTS = 1000
+_OVERFIT_CANDIDATES = 10  # rows read per row to overfit: some may have no token in the loss
 _CHECKSUMS = "checksums.json"
 _TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 # Modules that do not change the rows.
@@ -94,7 +97,7 @@ def prepare(plan: Plan, store: Path | None = None, rows_only: bool = False) -> P
                 partial.replace(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    if base and not rows_only:
+    if base and not rows_only and not plan.parent:
         _check_architecture_once(plan, base, folder)
     if not rows_only:
         validate.check_limits(plan, json.loads((folder / "details.json").read_text(encoding="utf-8")))
@@ -145,8 +148,14 @@ def summary(plan: Plan, details: Mapping[str, Any], seconds: float) -> list[str]
 
 
 def _base_folder(plan: Plan, rows_only: bool) -> Path | None:
-    """Return the folder with the run's tokenizer; None for a from-scratch recipe."""
+    """Return the folder with the run's tokenizer; None for a from-scratch recipe.
+
+    It is that of the run that this one starts from: `last/`, or for adapters the base model that was built for it.
+    """
     model = plan.sections.model
+    if plan.parent and (plan.method == "full" or model.from_scratch):
+        folder = plan.parent.last if plan.method == "full" else Path(read_json(plan.parent.prepared).get("model", ""))
+        return model_files.check_model(dataclasses.replace(model, name_or_path=str(folder)))
     if model.from_scratch:
         return None
     return model_files.tokenizer_folder(model) if rows_only else model_files.check_model(model)
@@ -186,6 +195,7 @@ def _cache_key(plan: Plan, named: Mapping[str, Mapping[str, Source]], base: Path
         },
         "validation_fraction": data.validation_fraction,
         "max_eval_samples": data.max_eval_samples,
+        "overfit": [data.overfit_rows, plan.effective_batch_size] if data.overfit_rows else None,
         "model": asdict(model),
         "tokenizer": {name: hashlib.sha256(text).hexdigest() for name, text in tokenizer.items()},
         "template": template,
@@ -228,24 +238,30 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
     transformers.utils.logging.disable_progress_bar()
     started = time.monotonic()
     folder.mkdir(parents=True)
-    model = plan.sections.model
+    model, overfit_rows = plan.sections.model, plan.sections.data.overfit_rows
     if base is None:
-        base = _build_from_scratch(plan, named["train"], bool(named["validation"]), folder / "model")
+        splits = not named["validation"] and not overfit_rows
+        base = _build_from_scratch(plan, named["train"], splits, folder / "model")
     loaded = load_tokenizer(str(base), model.chat_template, model.trust_remote_code, model.add_tokens)
     tokenizer = ConversationTokenizer(loaded, datetime.date.fromisoformat(plan.created[:10]))
+    max_rows = _OVERFIT_CANDIDATES * overfit_rows if overfit_rows else None
     tokenized = {
         part: {
-            name: tokenize_source(source, tokenizer, plan.max_length, f"data.{part}", name)
+            name: tokenize_source(source, tokenizer, plan.max_length, f"data.{part}", name, max_rows)
             for name, source in part_sources.items()
         }
         for part, part_sources in named.items()
     }
     training, validation = tokenized["train"], tokenized["validation"]
-    if not validation:
-        training, validation = _split(plan, training)
-    validation = _limit_eval_rows(plan, validation)
+    if overfit_rows:
+        training = validation = _select_first(training, overfit_rows)
+    else:
+        if not validation:
+            training, validation = _split(plan, training)
+        validation = _limit_eval_rows(plan, validation)
     retention_eval = _limit_eval_rows(plan, tokenized.get("retention_eval", {}))
     rows, validation_rows = _write_rows(plan, training, validation, folder)
+    repeats = len(rows) / max(sum(map(len, validation_rows)), 1) if overfit_rows else 1
     retention_rows = _write_retention_eval(plan, retention_eval, folder)
     _write_prompts(plan, tokenizer, named["validation"] or named["train"], validation, folder / "prompts.jsonl")
     counted = validate.summarize(training, validation, retention_eval)
@@ -269,16 +285,23 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
         folder=str(folder),
         model=str(base),
         architecture={},
-        examples=counted["train"]["examples"],
+        examples=round(repeats * counted["train"]["examples"]),
         rows=len(rows),
-        supervised_tokens=counted["train"]["supervised_tokens"],
-        tokens=counted["train"]["tokens"],
+        supervised_tokens=round(repeats * counted["train"]["supervised_tokens"]),
+        tokens=round(repeats * counted["train"]["tokens"]),
         validation_rows=sum(map(len, validation_rows)),
         notes=notes,
     )
     write_json(folder / "details.json", details)
     write_json(folder / "prepared.json", asdict(prepared))
     _write_checksums(folder)
+
+
+def _select_first(training: Mapping[str, TokenizedRows], count: int) -> dict[str, TokenizedRows]:
+    """Return the first rows of the first source with a token in the loss; all of its rows if none has one."""
+    name, rows = next(iter(training.items()))
+    usable = rows.supervised_tokens > 0
+    return {name: rows.select(usable & (usable.cumsum() <= count)) if usable.any() else rows}
 
 
 def _write_checksums(folder: Path) -> None:
@@ -300,6 +323,9 @@ def _write_rows(
     from sft_recipes.data.tokenize_rows import concatenate
 
     rows = to_dataset(concatenate([_usable(part) for part in training.values()]), plan.max_length, plan.packing)
+    if plan.sections.data.overfit_rows and len(rows):
+        count = batch.fill_effective_batch(len(rows), plan.effective_batch_size)
+        rows = rows.select([index % len(rows) for index in range(count)])
     validation_rows = [to_dataset(_usable(part), plan.max_length, plan.packing) for part in validation.values()]
     rows.save_to_disk(folder / "train")
     concatenate_datasets(validation_rows).save_to_disk(folder / "validation")
@@ -342,8 +368,12 @@ def _describe_vocabulary(
     }
 
 
-def _build_from_scratch(plan: Plan, train: Mapping[str, Source], has_validation: bool, folder: Path) -> Path:
-    """Build the model of a from-scratch recipe; its tokenizer is trained on the training rows."""
+def _build_from_scratch(plan: Plan, train: Mapping[str, Source], splits: bool, folder: Path) -> Path:
+    """Build the model of a from-scratch recipe; its tokenizer is trained on the training rows.
+
+    Args:
+        splits: whether validation rows are split off `train`.
+    """
     from sft_recipes.data.tokenize_rows import prompt_digests
     from sft_recipes.data.toy import toy_model
 
@@ -353,7 +383,7 @@ def _build_from_scratch(plan: Plan, train: Mapping[str, Source], has_validation:
         if not conversations:
             raise DataError(f"data.train: {source.display_name}: found no rows, expected at least one")
         digests = prompt_digests(conversations)
-        held_out = set() if has_validation else _choose_held_out(plan, digests, name)
+        held_out = _choose_held_out(plan, digests, name) if splits else set()
         for conversation, digest in zip(conversations, digests.tolist(), strict=True):
             if digest not in held_out:
                 texts += [text for message in conversation.messages for text in (message["role"], message["content"])]
@@ -438,6 +468,8 @@ def _write_prompts(
     for row in itertools.chain.from_iterable(source.rows() for source in by_name.values()):
         if row.location in remaining:
             conversations[row.location] = conversation_of(row)
+            if len(conversations) == len(remaining):
+                break
     with file.open("w", encoding="utf-8") as lines:
         for location in chosen:
             *before, answer = conversations[location].messages

@@ -86,19 +86,20 @@ class TokenizedRows:
 
 
 def tokenize_source(
-    source: Source, tokenizer: ConversationTokenizer, max_length: int, key: str, name: str
+    source: Source, tokenizer: ConversationTokenizer, max_length: int, key: str, name: str, max_rows: int | None = None
 ) -> TokenizedRows:
     """Tokenize all rows of a source in order, on all cores if it has more than one chunk.
 
     Args:
         key: the recipe key that names the source, for errors.
         name: the source's short name, for progress.
+        max_rows: read only the first rows.
 
     Raises:
         DataError: a row is not a conversation or cannot be rendered (the first chunk with such a row is reported), or
             the source has no rows.
     """
-    rows, progress = source.rows(), _Progress(name)
+    rows, progress = itertools.islice(source.rows(), max_rows), _Progress(name)
     chunks = _batched(rows)
     first = list(itertools.islice(chunks, 2))
     if not first:

@@ -19,7 +19,7 @@ from sft_recipes.runtime.run_dir import RunDir, all_runs, check_name, read_json,
 _WITHOUT_PLAN = (".lock", "plan.json.partial")
 # Keys in which runs of the same model and data are equal; a run that differs is only resumed by its name.
 _MODEL_KEYS = ("name_or_path", "revision", "from_scratch", "architecture")
-_DATA_KEYS = ("train", "validation", "retention_eval", "revision")
+_DATA_KEYS = ("train", "validation", "retention_eval", "revision", "overfit_rows")
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,7 @@ def _inputs(plan: Plan) -> dict[str, Any]:
     model, data = plan.sections.model, plan.sections.data
     return {
         "method": plan.method,
+        "init_from": plan.init_from and plan.init_from["run"],
         **{f"model.{key}": getattr(model, key) for key in _MODEL_KEYS},
         **{f"data.{key}": getattr(data, key) for key in _DATA_KEYS},
     }

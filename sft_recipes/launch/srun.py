@@ -28,8 +28,9 @@ _OPTIONS = {
     "PROCESSES": "--processes",
     "GPU_TYPE": "--gpu-type",
     "ALLOW_CHANGE": "--allow-change",
+    "INIT_FROM": "--init-from",
 }
-_FLAGS = {"RESUME": "--resume", "STRICT_VERSIONS": "--strict-versions"}
+_FLAGS = {"RESUME": "--resume", "STRICT_VERSIONS": "--strict-versions", "OVERFIT": "--overfit"}
 _OVERRIDES = {"DATA": "data.train", "VALIDATION": "data.validation"}
 # Variables that the image also sets, and that must have the job's values (pyxis prefers the image's otherwise).
 _JOB_VARIABLES = ("HF_HOME", "RUNS_DIR", "PYTHONPATH", "SFT_RECIPES_IMAGE")

@@ -112,6 +112,8 @@ def _metrics(run: Run) -> Iterable[tuple[str, str, str]]:
             f"{batch} rows",
             f"{run.plan.get('world_size', '?')} ranks, {run.plan.get('parallelism')}",
         )
+    if parent := run.plan.get("init_from"):
+        yield "initial weights", str(parent["run"]), f"its last step, {parent['step']:,}"
     data = run.section("data")
     train = data.get("train", "?")
     shown = ", ".join(train) if isinstance(train, list) else str(train)

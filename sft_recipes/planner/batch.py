@@ -57,6 +57,11 @@ def steps_per_epoch(rows: int, effective_batch_size: int) -> int:
     return rows // effective_batch_size
 
 
+def fill_effective_batch(rows: int, effective_batch_size: int) -> int:
+    """Return the rows after repeating a few to complete effective batches."""
+    return math.ceil(rows / effective_batch_size) * effective_batch_size
+
+
 def optimizer_steps(steps_per_epoch: int, num_train_epochs: float, max_steps: int = -1) -> int:
     """Return the optimizer steps of the run; `max_steps` above 0 overrides epochs, as in the Trainer."""
     return max_steps if max_steps > 0 else math.ceil(steps_per_epoch * num_train_epochs)

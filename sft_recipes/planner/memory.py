@@ -381,9 +381,9 @@ def host_bytes_per_node(load: MemoryInputs) -> dict[str, int] | None:
     """Estimate the host memory of one node by part, in bytes.
 
     Loading, as measured by benchmarks/loading.py: 16-bit weights are mapped from their files, or under ZeRO-3 sharded
-    while reading; fp32 weights are copied by each rank until they are on its GPU, under FSDP2 too. Saving: ZeRO-3
-    gathers the 16-bit weights on rank 0, FSDP2 the fp32 weights and the optimizer state. Offload: fp32 weights, two
-    moments and gradients of the node's shards.
+    while reading; fp32 weights are copied by each rank until they are on its GPU, under FSDP2 too. Saving: rank 0 has
+    the fp32 master weights under ZeRO, FSDP2 gathers the fp32 weights and the optimizer state. Offload: fp32 weights,
+    two moments and gradients of the node's shards.
     """
     parameters = parameter_count(load.architecture)
     if parameters is None:
@@ -391,7 +391,8 @@ def host_bytes_per_node(load: MemoryInputs) -> dict[str, int] | None:
     ranks = max(load.world_size // load.nodes, 1)
     in_fp32 = not load.zero_half and (load.lora is None or load.precision == "fp32")
     loading = ranks * load.model_bytes if in_fp32 else 0
-    gathered = 12 * load.trained if load.strategy.fsdp else load.model_bytes if load.strategy.shards_parameters else 0
+    saved = 4 * load.trained if load.zero_half else load.model_bytes if load.strategy.shards_parameters else 0
+    gathered = 12 * load.trained if load.strategy.fsdp else saved
     parts = {
         "processes": ranks * PROCESS_BYTES,
         "loading or saving": max(loading, 0 if load.lora else gathered),
@@ -419,7 +420,9 @@ def disk_bytes(load: MemoryInputs) -> int | None:
     final/ counts like last/; it is half the size if the base model is 16-bit, which a plan does not read.
     """
     checkpoint = checkpoint_bytes(load)
-    return None if checkpoint is None else 3 * checkpoint + 6 * load.trained_bytes
+    if checkpoint is None:
+        return None
+    return 3 * checkpoint + 5 * load.trained_bytes + 4 * load.trained  # last/ has the fp32 weights
 
 
 def dtypes(parallelism: str, precision: str, lora: Lora | None = None) -> dict[str, str]:

@@ -17,9 +17,10 @@ from sft_recipes.config.schema import TABLE_KEYS, Batch, Data, Generation, Lora,
 from sft_recipes.config.sizes import hyperparameter, size_class_of
 from sft_recipes.config.strategies import STRATEGIES, Strategy
 from sft_recipes.planner import batch, cost, memory
-from sft_recipes.runtime import units
+from sft_recipes.runtime import run_dir, units
 from sft_recipes.runtime.atomic_write import write_atomic
 from sft_recipes.runtime.errors import ConfigError
+from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.runtime.text import flatten
 
 
@@ -74,6 +75,7 @@ class Plan:
             `cheapest_change` is.
         origins: the source of each number: file and line, size class, command line, or derived.
         allowed_changes: keys that differ from the plan that the run started with (`--allow-change`).
+        init_from: run, run_id and step of the last weights that the run starts from (`--init-from`).
         run_id: random, set when the run is created; identifies what the run saves.
     """
 
@@ -129,6 +131,12 @@ class Plan:
     fewest_gpus: int | None = None
     cheapest_change: str | None = None
     run_id: str = ""
+    init_from: dict[str, Any] | None = None
+
+    @property
+    def parent(self) -> RunDir | None:
+        """The run of `init_from`."""
+        return run_dir.find(self.init_from["run"], "INIT_FROM") if self.init_from else None
 
     @property
     def uses_gpu(self) -> bool:
@@ -440,6 +448,10 @@ def _origins(recipe: Recipe, topology: Topology) -> dict[str, str]:
 
 def _estimated_rows(recipe: Recipe) -> int | None:
     data, trainer = recipe.data, recipe.trainer
+    if data.overfit_rows:
+        packed = batch.packed_rows(data.overfit_rows, data.mean_tokens or trainer["max_length"], trainer["max_length"])
+        rows = packed if trainer["packing"] else data.overfit_rows
+        return batch.fill_effective_batch(rows, hyperparameter(recipe, "effective_batch_size")[0])
     if data.examples is None or not trainer["packing"]:
         return data.examples
     if data.mean_tokens is None:
@@ -507,7 +519,7 @@ def _forecast(plan: Plan) -> dict[str, float | None] | None:
 def _validation_examples(plan: Plan) -> int | None:
     """Return the examples per evaluation; None if the size of a separate validation set is not given."""
     data = plan.sections.data
-    held_out: int = round((plan.examples or 0) * data.validation_fraction)
+    held_out: int = data.overfit_rows or round((plan.examples or 0) * data.validation_fraction)
     examples: int | None = data.validation_examples if data.validation else held_out
     limit: int | None = data.max_eval_samples
     return limit if examples is None else min(examples, limit or examples)

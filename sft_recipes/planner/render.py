@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sft_recipes.config.gpu_types import find_gpu_type
+from sft_recipes.config.schema import OVERFIT_LOSS
 from sft_recipes.planner import save_time
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.units import GIB
@@ -51,6 +52,7 @@ _KEYS = {
     "validation data": "data.validation",
     "retention eval": "data.retention_eval",
     "size class": "size",
+    "overfit": "data.overfit_rows",
 }
 _DEFAULTED = {"precision", "parallelism", "max length", "packing", "validation data"}
 
@@ -60,11 +62,17 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
         ("recipe", plan.recipe),
         ("size class", plan.size + _nearest(plan)),
         ("model", plan.model + (f", {plan.parameters:,} parameters" if plan.parameters else "")),
+        *(
+            [("initial weights", f"{plan.init_from['run']}, its last step {plan.init_from['step']:,}")]
+            if plan.init_from
+            else []
+        ),
         *([("remote code", _REMOTE_CODE)] if plan.sections.model.trust_remote_code else []),
         *([("remote code", _KERNEL)] if "/" in plan.sections.model.attention else []),
         ("method", _method(plan)),
         ("train data", _sources(plan.sections.data.train)),
         ("validation data", _sources(plan.sections.data.validation) or _split(plan)),
+        *([("overfit", _overfit(plan))] if plan.sections.data.overfit_rows else []),
         *([("retention eval", source)] if (source := plan.sections.data.retention_eval) else []),
         ("hardware", _hardware(plan)),
         ("parallelism", plan.parallelism),
@@ -108,7 +116,13 @@ def _method(plan: Plan) -> str:
     return f"{plan.method}: r {lora.r}, alpha {lora.alpha}, {lora.target_modules}, {frozen}{trained}"
 
 
+def _overfit(plan: Plan) -> str:
+    return f"first {plan.sections.data.overfit_rows} rows, repeated each step; expects a loss below {OVERFIT_LOSS}"
+
+
 def _split(plan: Plan) -> str:
+    if plan.sections.data.overfit_rows:
+        return "the training rows"
     return f"a seeded {plan.sections.data.validation_fraction:.0%} of the training data"
 
 

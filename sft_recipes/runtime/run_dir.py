@@ -238,8 +238,11 @@ def check_name(name: str) -> str:
     return name
 
 
-def find(run: str) -> RunDir:
+def find(run: str, variable: str = "RUN") -> RunDir:
     """Return an existing run, by its name or path.
+
+    Args:
+        variable: that names it, for the error.
 
     Raises:
         SetupError: no such run.
@@ -248,7 +251,7 @@ def find(run: str) -> RunDir:
         if (path / "plan.json").is_file():
             return RunDir(path)
     names = ", ".join(folder.name for folder in all_runs()) or "none yet"
-    raise SetupError(f"RUN: no run {run!r} in {runs_root()}/: expected one of: {names}")
+    raise SetupError(f"{variable}: no run {run!r} in {runs_root()}/: expected one of: {names}")
 
 
 def all_runs(recipe: str | None = None) -> list[RunDir]:

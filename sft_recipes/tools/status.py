@@ -41,6 +41,7 @@ def facts(folder: RunDir, held_by: str | None, job: dict[str, str] | None) -> di
         "state": state,
         "held_by": held_by,
         "job": job,
+        "init_from": plan.get("init_from"),
         "step": step,
         "optimizer_steps": steps,
         "epoch": last.get("epoch"),
@@ -59,6 +60,8 @@ def text(status: dict[str, Any]) -> list[str]:
     lines = [f"run: {status['run']}", f"state: {status['state']}{process}"]
     if status["job"]:
         lines.append(job_line(status["job"]))
+    if status["init_from"]:
+        lines.append(f"init_from: {status['init_from']['run']} (step {status['init_from']['step']:,})")
     total = f" of {status['optimizer_steps']:,}" if status["optimizer_steps"] else ""
     epoch = f", epoch {status['epoch']:.2f}" if status["epoch"] is not None else ""
     lines.append(f"step: {status['step']:,}{total}{epoch}")

@@ -137,7 +137,8 @@ def train(plan: Plan, folder: RunDir) -> None:
     else:
         run_log.silence()
     setup = build(plan, folder, arguments, data)
-    copy_file = PublishedCopy(Path(data["model"])) if plan.method == "full" else shutil.copy2
+    base = plan.parent.final if plan.parent else Path(data["model"])  # whose dtypes final/ gets
+    copy_file = PublishedCopy(base) if plan.method == "full" else shutil.copy2
     trainer = setup.trainer
     log.info(setup.attention)
     trainer.add_callbacks(make_callbacks(plan, folder, Path(data["folder"]), setup))
@@ -231,11 +232,13 @@ def build(plan: Plan, folder: RunDir, arguments: Any, data: dict[str, Any]) -> T
         SetupError: the model cannot be loaded, or does not fit the rows.
     """
     from sft_recipes.data.tokenizer import load_tokenizer
-    from sft_recipes.training import dataset, lora, model
+    from sft_recipes.training import dataset, initial_weights, lora, model
     from sft_recipes.training.callbacks.heartbeat_callback import HeartbeatCallback
     from sft_recipes.training.callbacks.strategy_check import StrategyCheckCallback
     from sft_recipes.training.trainer import RecipeTrainer
 
+    if plan.parent:
+        initial_weights.verify(plan.parent.last, arguments.distributed_state)
     section, base, prepared = plan.sections.model, data["model"], Path(data["folder"])
     details = read_json(prepared / "details.json")
     tokenizer = load_tokenizer(base, section.chat_template, section.trust_remote_code, section.add_tokens)
@@ -256,6 +259,10 @@ def build(plan: Plan, folder: RunDir, arguments: Any, data: dict[str, Any]) -> T
         peft_config=lora.make_lora_config(plan, Path(base)),
     )
     trainer.add_callbacks([HeartbeatCallback(), StrategyCheckCallback(plan, folder)])
+    if plan.parent and plan.method != "full":
+        trainer.load_weights(plan.parent.last)
+    if plan.parent and plan.dtypes["weights"] != plan.dtypes["master"]:
+        trainer.add_callbacks([initial_weights.MasterWeightsCallback(plan.parent.last)])
     return TrainingSetup(trainer, built.end_of_turn_ids, f"attention: {built.attention}")
 
 
@@ -352,7 +359,7 @@ def publish(
     checkpoint: ResumePoint | None,
     copy_file: Callable[[Path, Path], Any],
 ) -> dict[str, Any]:
-    """Write `last/` in the dtype of training and `final/`, the best step's weights copied by `copy_file`.
+    """Write `last/` in fp32 and `final/`, the best step's weights copied by `copy_file`.
 
     Collective: call on every rank.
 
@@ -367,7 +374,9 @@ def publish(
     from sft_recipes.training.checkpoint import retention
 
     step, is_main = trainer.state.global_step, trainer.accelerator.is_main_process
-    if checkpoint is None or checkpoint.step != step:
+    if plan.dtypes["weights"] != plan.dtypes["master"] and step in folder.numbered("checkpoint"):
+        failure = trainer.save_weights(folder.last, masters_of=folder.checkpoint(step))
+    elif checkpoint is None or checkpoint.step != step:
         failure = trainer.save_weights(folder.last)
     else:
         failure = trainer.copy_model(checkpoint.path, folder.last)
@@ -383,6 +392,7 @@ def publish(
     return {
         "steps": step,
         "first_eval_loss": losses[min(losses)],
+        "last_eval_loss": losses[max(losses)],
         "best_step": best,
         "best_eval_loss": losses.get(best),
         "tokens_seen": int(trainer.state.num_input_tokens_seen),
@@ -424,8 +434,10 @@ def record_result(
     results["exact_match_before"] = before.exact_match if before else None
     results["exact_match_after"] = after.exact_match if after else None
     results["exact_match_prompts"] = after.compared if after else 0
-    recorded = manifest.end(folder, "finished", 0, **results, **manifest.peak_memory())
-    write_json(folder.outcome, {"exit_code": 0})
+    error = summary.describe_overfit_failure(plan, folder, results)
+    code = 1 if error else 0
+    recorded = manifest.end(folder, "finished", code, **results, **manifest.peak_memory())
+    write_json(folder.outcome, {"exit_code": code, **({"error": error} if error else {})})
     if after is not None and plan.sections.generation.show:
         log.info("\n%s", completions.format_examples(before, after, plan.sections.generation.show))
     log.info("\n%s", summary.format_summary(plan, folder, recorded))

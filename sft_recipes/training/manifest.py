@@ -54,6 +54,7 @@ def begin(folder: RunDir, plan: Plan) -> None:
             },
         ],
         "data": {"fingerprint": plan.data_fingerprint, **asdict(plan.sections.data)},
+        **({"init_from": plan.init_from} if plan.init_from else {}),
         "rows": plan.rows,
         "dropped_rows_per_epoch": plan.dropped_rows_per_epoch,
         "optimizer_steps": plan.optimizer_steps,

@@ -4,8 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from sft_recipes.config.schema import OVERFIT_LOSS
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.run_dir import RunDir
+
+
+def describe_overfit_failure(plan: Plan, folder: RunDir, results: dict[str, Any]) -> str | None:
+    """Return the error of a run that should overfit (OVERFIT=1) and has not; None for any other."""
+    loss = results["last_eval_loss"]
+    if plan.sections.data.overfit_rows is None or loss < OVERFIT_LOSS:
+        return None
+    return (
+        f"{folder.path}: overfit: found loss {loss:.4f} after {results['steps']} steps, expected below {OVERFIT_LOSS}. "
+        f"Set trainer.max_steps={2 * results['steps']} or another trainer.learning_rate, or check the rows "
+        f"(`make inspect OVERFIT=1`): equal prompts with different answers, a wrong loss mask"
+    )
 
 
 def format_summary(plan: Plan, folder: RunDir, results: dict[str, Any]) -> str:
@@ -27,6 +40,8 @@ def format_summary(plan: Plan, folder: RunDir, results: dict[str, Any]) -> str:
         start = f"{before:.3f} before, " if before is not None else ""
         compared = results["exact_match_prompts"]
         lines["exact_match"] = f"{start}{results['exact_match_after']:.3f} after, {compared} held-out prompts"
+    if rows := plan.sections.data.overfit_rows:
+        lines["overfit"] = f"loss {results['last_eval_loss']:.4f} on at most {rows} rows, expected below {OVERFIT_LOSS}"
     lines["model"] = f"{folder.final} (best step), {folder.last.name}/ (last step)"
     lines["next"] = f"make generate RUN={folder.name} PROMPT='...'"
     return "\n".join(f"{key:<11}  {value}" for key, value in lines.items())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,7 +21,7 @@ from sft_recipes.config import gpu_types
 from sft_recipes.data.tokenize import IGNORED
 from sft_recipes.monitor.detectors import exceeds_overfitting_gap
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime.run_dir import RunDir
+from sft_recipes.runtime.run_dir import RunDir, read_json, write_json
 from sft_recipes.training import lora, patches, rank_heartbeat
 from sft_recipes.training.callbacks.graceful_stop import (
     EvaluationStoppedError,
@@ -328,16 +330,22 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
             if self.accelerator.is_main_process:
                 torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
 
-    def save_weights(self, target: Path) -> str | None:
+    def save_weights(self, target: Path, masters_of: Path | None = None) -> str | None:
         """Save the model and its tokenizer atomically to `target`; None on success, else the reason of the failure.
 
         Collective: call on every rank. Leaves out the Trainer's pickled arguments, since others load a model's folder,
         and peft's model card with empty headings.
+
+        Args:
+            masters_of: save the fp32 master weights in this DeepSpeed checkpoint instead of the 16-bit weights.
         """
         partial = self.checkpoint_writer.folder.saving / target.name
 
         def write() -> None:
-            self.save_model(str(partial), _internal_call=True)
+            if masters_of is None:
+                self.save_model(str(partial), _internal_call=True)
+            elif self.accelerator.is_main_process:
+                self._save_masters(masters_of, partial)
             if self.accelerator.is_main_process:
                 for name in (TRAINING_ARGS_NAME, "README.md"):
                     (partial / name).unlink(missing_ok=True)
@@ -346,6 +354,18 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
         return self.checkpoint_writer.write_atomically(
             target, write, {"run_id": self.plan.run_id, "step": self.state.global_step}
         )
+
+    def _save_masters(self, checkpoint: Path, target: Path) -> None:
+        from deepspeed.utils import zero_to_fp32
+
+        frozen = self.plan.method != "full"
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            masters = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(
+                str(checkpoint), exclude_frozen_parameters=frozen
+            )
+        self._save(str(target), state_dict=masters)
+        if config := read_json(target / "config.json"):
+            write_json(target / "config.json", {**config, "dtype": "float32"})
 
     def copy_model(self, source: Path, target: Path, copy: Callable[[Path, Path], Any] = shutil.copy2) -> str | None:
         """Copy the model of a complete, verified folder to `target`; None on success, else the reason of the failure.

@@ -249,7 +249,7 @@ def make(workplace, *arguments):
 @pytest.mark.parametrize(
     ("variable", "value"),
     [("DATA", "$(touch x)y"), ("DATA", "a'b\"c d"), ("DATA", "`id`.jsonl"), ("DATA", "a;b|c"), ("RECIPE", "$(touch x)"),
-     ("NAME", "a b;c"), ("GPUS", "$HOME")],
+     ("NAME", "a b;c"), ("INIT_FROM", "a b;c"), ("GPUS", "$HOME")],
 )  # fmt: skip
 def test_make_passes_variables_verbatim(workplace, variable, value):
     done = make(workplace, "train", f"{variable}={value}")
@@ -270,13 +270,20 @@ def test_make_help_lists_targets_and_variables(workplace):
 
 def test_make_plan_uses_its_variables(workplace):
     done = make(
-        workplace, "plan", "RECIPE=tiny", "GPUS=0", "PROCESSES=2", "DATA=x y.jsonl", "ARGS=--json trainer.seed=7"
+        workplace,
+        "plan",
+        "RECIPE=tiny",
+        "GPUS=0",
+        "PROCESSES=2",
+        "DATA=x y.jsonl",
+        "OVERFIT=1",
+        "ARGS=--json trainer.seed=7",
     )
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     assert plan["world_size"] == 2
     assert plan["sections"]["data"]["train"] == "x y.jsonl" and not plan["sections"]["data"]["validation"]
-    assert plan["sections"]["trainer"]["seed"] == 7
+    assert plan["sections"]["trainer"]["seed"] == 7 and plan["sections"]["data"]["overfit_rows"] == 8
 
 
 def test_small_model_matches_its_architecture(model_folder):

@@ -164,15 +164,17 @@ def dry_run(script: str, *arguments: str, **variables: str) -> subprocess.Comple
 def test_dry_run_prints_sbatch_options_and_node_command(tmp_path: Path) -> None:
     hostile = "a b'$(touch here)\""
     done = dry_run(
-        "70b", "trainer.learning_rate=1.0e-5", f"model.name_or_path={hostile}", DATA=hostile, ALLOW_CHANGE="x"
-    )
+        "70b", "trainer.learning_rate=1.0e-5", f"model.name_or_path={hostile}", DATA=hostile, ALLOW_CHANGE="x",
+        INIT_FROM="p", OVERFIT="1",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     sbatch, _, command = done.stdout.splitlines()
     assert sbatch.startswith("sbatch --job-name=sft-70b --nodes=4 --ntasks-per-node=1 --gpus-per-node=8 --exclusive")
     arguments = shlex.split(command)
     assert arguments[:3] == ["srun", "--kill-on-bad-exit=1", "--export=ALL"]
     assert arguments[arguments.index("-m") :] == [
-        "-m", "sft_recipes", "train", "70b", "--name", "70b-JOBID", "--allow-change", "x", f"data.train={hostile}",
+        "-m", "sft_recipes", "train", "70b", "--name", "70b-JOBID", "--allow-change", "x",
+        "--init-from", "p", "--overfit", f"data.train={hostile}",
         "trainer.learning_rate=1.0e-5", f"model.name_or_path={hostile}",
     ]  # fmt: skip
 

@@ -332,3 +332,29 @@ def test_accelerate_launch_cpu_starts_one_process(shared_workplace):
         capture_output=True, text=True, check=False, cwd=REPOSITORY,
     )  # fmt: skip
     assert done.stdout.split() == ["ranks", "1"], done.stderr
+
+
+def test_run_starts_from_the_last_weights_of_another(shared_workplace, short_run):
+    """At a learning rate of almost zero, so that the weights stay, and the smoke test of overfitting fails."""
+    rate = ("trainer.learning_rate=1e-12", "allow_out_of_range=[learning_rate]")
+    steps = ("trainer.max_steps=2", "generation.show=0", "generation.exact_match=0", "trainer.max_length=128")
+    done = shared_workplace.sft("train", "tiny", "--name", "child", "--init-from", "short", "--overfit", *steps, *rate)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "overfit: found loss" in done.stderr and "after 2 steps, expected below 0.1" in done.stderr
+    child = shared_workplace.runs / "child"
+    parent = {"run": "short", "run_id": json.loads((short_run / "plan.json").read_text())["run_id"], "step": 8}
+    assert manifest(child)["init_from"] == parent
+    before, after = weights(short_run / "last"), weights(child / "last")
+    assert before.keys() == after.keys()
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-9)
+    again = shared_workplace.sft("train", "tiny", "--name", "child", "--init-from", "short", "--overfit", *steps, *rate)
+    assert (again.returncode, "is finished" in again.stdout) == (1, True), "as the first time"
+    assert "init_from: short (step 8)" in shared_workplace.sft("status", "child").stdout
+
+
+def test_overfit_reaches_a_loss_near_zero(shared_workplace):
+    done = shared_workplace.sft("train", "tiny", "--name", "overfit", "--overfit", "trainer.max_length=128")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert manifest(shared_workplace.runs / "overfit")["last_eval_loss"] < 0.1
+    assert "expected below 0.1" in done.stdout

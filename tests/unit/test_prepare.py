@@ -447,3 +447,19 @@ def test_reports_include_retention_eval(prepared, write_rows):
     assert line.startswith("retention_eval      known: 31 examples; 0 of 31 rows dropped; ")
     counted = details(prepared(ROWS, validation=HELD_OUT))
     assert "retention" not in "".join([*prepare.summary(plan, counted, 1.0), *validate.report_lines(counted)])
+
+
+@pytest.mark.parametrize(
+    ("rows", "packing", "expected"), [(ROWS, "false", 16), (ROWS[:1], "true", 16), (ROWS, "true", 16)]
+)
+def test_overfit_repeats_a_few_rows_to_the_effective_batch(tmp_path, model_folder, write_rows, rows, packing, expected):
+    from datasets import load_from_disk
+
+    keys = [f"data.train={write_rows(rows)}", f"model.name_or_path={model_folder}", "model.from_scratch=false"]
+    keys += ["trainer.max_length=128", f"trainer.packing={packing}", "batch.effective_batch_size=16"]
+    plan = plans.resolve(loader.load("tiny", keys, overfit=True), Topology(0, 1))
+    data = prepare.prepare(plan, tmp_path / "store")
+    train, validation = (load_from_disk(str(Path(data.folder) / part)) for part in ("train", "validation"))
+    assert (len(train), details(data)["train"]["examples"]) == (expected, min(len(rows), 8))
+    assert {tuple(row) for row in train["input_ids"]} == {tuple(row) for row in validation["input_ids"]}
+    assert plans.with_prepared_data(plan, data).optimizer_steps == 200

@@ -98,7 +98,7 @@ def verify_checkpoint(folder: RunDir, step: int, run_id: str, accelerator: Any) 
     record: dict[str, Any] | str = records[0]
     if isinstance(record, str):
         return record
-    problem = _verify_on_all_ranks(folder.checkpoint(step), record, accelerator)
+    problem = verify_on_all_ranks(folder.checkpoint(step), record, accelerator)
     return problem or ResumePoint(folder.checkpoint(step), record)
 
 
@@ -109,8 +109,8 @@ def _read_record(folder: RunDir, step: int, run_id: str) -> dict[str, Any] | str
         return str(error)
 
 
-def _verify_on_all_ranks(path: Path, record: dict[str, Any], accelerator: Any) -> str | None:
-    """Verify each file on one rank; return the first problem of any rank."""
+def verify_on_all_ranks(path: Path, record: dict[str, Any], accelerator: Any) -> str | None:
+    """Verify each file on one rank; return the first problem of any rank. Collective: call on every rank."""
     from accelerate.utils import gather_object
 
     rank = accelerator.process_index
