@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import replace
 
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime import run_dir
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import read_json
-from sft_recipes.runtime.text import flatten
 
-_MODEL_KEYS = ("name_or_path", "revision", "from_scratch", "architecture", "chat_template", "add_tokens")
+# What weights, tokenizer and template depend on, by the names of a plan.
+_MODEL_KEYS = ["name_or_path", "revision", "from_scratch", "architecture", "chat_template", "add_tokens"]
+_SAME = ("method", "model", "sections.lora", *(f"sections.model.{key}" for key in _MODEL_KEYS))
 
 
 def start_from(plan: Plan, name: str) -> Plan:
@@ -28,19 +28,11 @@ def start_from(plan: Plan, name: str) -> Plan:
             f"INIT_FROM: {run.name}: found state {run.state()}, expected a finished run with last/ and final/. Finish "
             f"it with NAME={run.name}, or name another run"
         )
-    old, new = _model_and_method(stored), _model_and_method(plan)
-    for key in {**old, **new}:
-        if old.get(key) != new.get(key):
-            raise SetupError(
-                f"INIT_FROM: {run.name} has another model or method: {key}: found {new.get(key)!r}, expected "
-                f"{old.get(key)!r} as in that run. Use the same recipe and {key}, or name another run"
-            )
+    differences = plans.find_differences(stored, plan)
+    for key in (key for key in differences if key.startswith(_SAME) and key != "sections.lora.dropout"):
+        old, new = differences[key]
+        raise SetupError(
+            f"INIT_FROM: {run.name} has another model or method: {key.removeprefix('sections.')}: found {new!r}, "
+            f"expected {old!r} as in that run. Use the same recipe and settings, or name another run"
+        )
     return replace(plan, init_from={"run": name, "run_id": stored.run_id, "step": last["step"]})
-
-
-def _model_and_method(plan: Plan) -> dict[str, Any]:
-    """Return what weights, tokenizer and template depend on, by dotted name."""
-    lora = asdict(plan.sections.lora) if plan.sections.lora else {}
-    lora.pop("dropout", None)
-    model = {key: getattr(plan.sections.model, key) for key in _MODEL_KEYS}
-    return flatten({"method": plan.method, "model": model, "lora": lora})

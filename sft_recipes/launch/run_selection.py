@@ -17,9 +17,14 @@ from sft_recipes.runtime.run_dir import RunDir, all_runs, check_name, read_json,
 
 # Files of an attempt that was killed before it had a plan.
 _WITHOUT_PLAN = (".lock", "plan.json.partial")
-# Keys in which runs of the same model and data are equal; a run that differs is only resumed by its name.
-_MODEL_KEYS = ("name_or_path", "revision", "from_scratch", "architecture")
-_DATA_KEYS = ("train", "validation", "retention_eval", "revision", "overfit_rows")
+# Values that are equal in runs of the same model and data, by the names of a plan; most telling first.
+_MODEL_KEYS = ["name_or_path", "revision", "from_scratch", "architecture"]
+_DATA_KEYS = ["train", "validation", "retention_eval", "revision", "overfit_rows"]
+_INPUTS = (
+    *("method", "init_from.run", "model"),
+    *(f"sections.model.{key}" for key in _MODEL_KEYS),
+    *(f"sections.data.{key}" for key in _DATA_KEYS),
+)
 
 
 @dataclass(frozen=True)
@@ -146,19 +151,9 @@ def _resume(plan: Plan, run: RunDir, request: RunRequest) -> RunStart:
 
 def _other_inputs(stored: Plan, plan: Plan) -> str:
     """Return the first difference between model or data of a run and of the plan; empty if there is none."""
-    old, new = _inputs(stored), _inputs(plan)
-    changed = [f"{key} {old[key]!r} -> {value!r}" for key, value in new.items() if old[key] != value]
-    return changed[0] if changed else ""
-
-
-def _inputs(plan: Plan) -> dict[str, Any]:
-    model, data = plan.sections.model, plan.sections.data
-    return {
-        "method": plan.method,
-        "init_from": plan.init_from and plan.init_from["run"],
-        **{f"model.{key}": getattr(model, key) for key in _MODEL_KEYS},
-        **{f"data.{key}": getattr(data, key) for key in _DATA_KEYS},
-    }
+    differences = plans.find_differences(stored, plan)
+    changed = (key for name in _INPUTS for key in differences if key.startswith(name))
+    return next((_list_changes({_user_key(key): differences[key]}) for key in changed), "")
 
 
 def _list_changes(changes: dict[str, tuple[Any, Any]]) -> str:

@@ -40,7 +40,10 @@ def test_init_from_records_the_parent(finished):
     ("overrides", "key"),
     [
         (("model.chat_template=other.jinja",), "model.chat_template: found 'other.jinja', expected None"),
-        (("model.from_scratch=false", "model.name_or_path=other"), "model.name_or_path: found 'other', expected None"),
+        (
+            ("model.from_scratch=false", "model.name_or_path=other"),
+            "model: found 'other', expected 'llama, built from scratch'",
+        ),
         (("lora.r=4",), "method: found 'lora', expected 'full'"),
         (("model.architecture={model_type: llama, hidden_size: 64}",), "hidden_size: found 64, expected 128"),
     ],
