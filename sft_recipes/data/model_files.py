@@ -22,6 +22,11 @@ def check_model(model: Model) -> Path:
     key = "model.name_or_path"
     folder = _local_folder(str(model.name_or_path)) or hub.download_model(model)
     config = folder / "config.json"
+    if (folder / "adapter_config.json").is_file():
+        raise DataError(
+            f"{key}: {folder}: found adapters (adapter_config.json), expected a model. Merge them into their base "
+            f"model, for a run of this repository by `make merge RUN=<run>`, and name the merged folder"
+        )
     if not config.is_file():
         raise DataError(f"{key}: {folder} has no config.json. Name a folder that save_pretrained wrote")
     if not any(folder.glob("*.safetensors")):

@@ -7,6 +7,7 @@ run with the same data, tokenizer, template, lengths and code uses the cached re
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -18,14 +19,14 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft_recipes.config.schema import Model
-from sft_recipes.data import model_files, sources, validate
+from sft_recipes.data import model_files, sources, tokenizer_files, validate
 from sft_recipes.data.formats import Conversation, Message, conversation_of
 from sft_recipes.data.sources import Source
 from sft_recipes.planner import batch
@@ -46,6 +47,7 @@ log = logging.getLogger("sft_recipes.data.prepare")  # __name__ is "__main__" in
 
 _MAX_PROMPTS = 1000
 _OVERFIT_CANDIDATES = 10  # rows read per row to overfit: some may have no token in the loss
+_SAMPLED_ROWS = 200  # of each source, for the comparison of tokenizers
 _CHECKSUMS = "checksums.json"
 _TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 # Modules that do not change the rows.
@@ -232,7 +234,7 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
 
     from sft_recipes.data.tokenize import ConversationTokenizer
     from sft_recipes.data.tokenize_rows import tokenize_source
-    from sft_recipes.data.tokenizer import load_tokenizer
+    from sft_recipes.data.tokenizer import FIX_MISTRAL_REGEX, load_tokenizer
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
@@ -243,6 +245,10 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
         splits = not named["validation"] and not overfit_rows
         base = _build_from_scratch(plan, named["train"], splits, folder / "model")
     loaded = load_tokenizer(str(base), model.chat_template, model.trust_remote_code, model.add_tokens)
+    (folder / tokenizer_files.FOLDER).mkdir()
+    tokenizer_notes = tokenizer_files.save(
+        loaded, base, folder / tokenizer_files.FOLDER, _sample_texts(named), model.trust_remote_code
+    )
     tokenizer = ConversationTokenizer(loaded, datetime.date.fromisoformat(plan.created[:10]))
     max_rows = _OVERFIT_CANDIDATES * overfit_rows if overfit_rows else None
     tokenized = {
@@ -268,12 +274,17 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
     every_source = [*training.values(), *validation.values(), *retention_eval.values()]
     vocabulary = _describe_vocabulary(loaded, model.add_tokens, model_files.embeddings_of(base), every_source)
     notes = [f"{note} ({count:,} rows)" for note, count in counted["template_notes"].items()]
-    notes += vocabulary.pop("notes")
+    notes += vocabulary.pop("notes") + tokenizer_notes
     details = {
         **counted,
         **vocabulary,
         "end_of_turn": loaded.convert_ids_to_tokens(counted["end_of_turn_ids"]),
         "padding_token": loaded.pad_token,
+        "tokenizer": {
+            "class": type(loaded).__name__,
+            FIX_MISTRAL_REGEX: loaded.init_kwargs.get(FIX_MISTRAL_REGEX),
+            "notes": tokenizer_notes,
+        },
         "notes": notes,
         "rows": len(rows),
         "validation_rows": {name: len(part) for name, part in zip(validation, validation_rows, strict=True)},
@@ -302,6 +313,22 @@ def _select_first(training: Mapping[str, TokenizedRows], count: int) -> dict[str
     name, rows = next(iter(training.items()))
     usable = rows.supervised_tokens > 0
     return {name: rows.select(usable & (usable.cumsum() <= count)) if usable.any() else rows}
+
+
+def _sample_texts(named: Mapping[str, Mapping[str, Source]]) -> Iterator[str]:
+    """Yield the texts of the first rows of each source."""
+
+    def texts(value: Any) -> Iterator[str]:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, list | dict):
+            for inner in value.values() if isinstance(value, dict) else value:
+                yield from texts(inner)
+
+    for source in (source for part_sources in named.values() for source in part_sources.values()):
+        with contextlib.suppress(DataError, RecursionError):  # reading all rows reports it
+            for row in itertools.islice(source.rows(), _SAMPLED_ROWS):
+                yield from texts(row.values)
 
 
 def _write_checksums(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Loads a tokenizer, chooses its padding token and lists its special tokens."""
+"""Loads a tokenizer from its `tokenizer.json`, chooses its padding token and lists its special tokens."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sft_recipes.runtime.env import library_version
 from sft_recipes.runtime.errors import DataError
 
 # Padding tokens that well-known tokenizers have without naming them as such.
@@ -18,6 +19,8 @@ _HTML = re.compile(
     r"</?(table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i|u|s|sub|sup|code|p|br|li|ul|ol)>"
 )
 NEW_PADDING_TOKEN = "<|pad|>"
+# Transformers' name for its correction of the pre-tokenizer of Mistral's tokenizers.
+FIX_MISTRAL_REGEX = "fix_mistral_regex"
 
 
 def load_tokenizer(
@@ -28,15 +31,11 @@ def load_tokenizer(
     Raises:
         DataError: it cannot be loaded, has no chat template and the recipe gives none, or reports no offsets.
     """
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        tokenizer = _load_from_files(Path(name_or_path), trust_remote_code)
     except Exception as error:  # OSError, ValueError, errors of the Hub and of the tokenizer
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"model.name_or_path: tokenizer of {name_or_path}: not loadable ({reason}). Name a folder that has it, or "
-            f"check the Hub name, the network and HF_TOKEN"
+            f"model.name_or_path: tokenizer of {name_or_path}: {_explain(Path(name_or_path), error)}"
         ) from error
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
@@ -54,6 +53,49 @@ def load_tokenizer(
         tokenizer.add_special_tokens({"additional_special_tokens": [*add_tokens]}, replace_extra_special_tokens=False)
     _set_padding_token(tokenizer)
     return tokenizer
+
+
+def _load_from_files(folder: Path, trust_remote_code: bool) -> Any:
+    """Load a tokenizer that gives the ids of its `tokenizer.json`.
+
+    Transformers 5 builds many tokenizers from their class and ignores the normalizer and pre-tokenizer in the file
+    (`TokenizersBackend.convert_to_native_format`). Its correction of Mistral's regex is applied where it applies: not
+    to a vocabulary with numbers of several digits, which Mistral's regex never merges.
+    """
+    from transformers import AutoTokenizer, TokenizersBackend
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    built_in = type(tokenizer).__module__.startswith("transformers.")
+    if not built_in or not (folder / "tokenizer.json").is_file():
+        return tokenizer
+    class_tokens = tokenizer.special_tokens_map  # a class has some that no file names
+    announced = getattr(getattr(tokenizer, "backend_tokenizer", None), FIX_MISTRAL_REGEX, None) is False
+    decided = FIX_MISTRAL_REGEX in tokenizer.init_kwargs
+    fix = {FIX_MISTRAL_REGEX: "10" not in tokenizer.get_vocab()} if announced and not decided else {}
+    if type(tokenizer) is not TokenizersBackend or fix:
+        tokenizer = TokenizersBackend.from_pretrained(folder, **class_tokens, **fix)
+    return tokenizer
+
+
+def _explain(folder: Path, error: Exception) -> str:
+    """Return why a tokenizer did not load, and the fix."""
+    vocabulary = next((name for name in ("tokenizer.model", "tiktoken.model") if (folder / name).is_file()), None)
+    if vocabulary and not (folder / "tokenizer.json").is_file():
+        packages = ["tiktoken"] if vocabulary == "tiktoken.model" else ["sentencepiece", "protobuf"]
+        missing = [name for name in packages if library_version(name) == "not installed"]
+        problem = f"package {', '.join(missing)} is not installed" if missing else f"not readable: {_first_line(error)}"
+        return (
+            f"found {vocabulary}, expected tokenizer.json: {problem}. Use a copy of the model with tokenizer.json, or "
+            f"run `pip install {' '.join(packages)}`"
+        )
+    return (
+        f"not loadable ({_first_line(error)}). Name a folder that has it, or check the Hub name, the network and "
+        f"HF_TOKEN"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _read_template(file: str) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sft_recipes.data import tokenizer_files
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import UserError
 from sft_recipes.runtime.run_dir import EXIT_STOPPED, EXIT_USER, RunDir, read_json, write_json
@@ -201,6 +202,7 @@ def _copy_rows(plan: Plan, run_dir: RunDir, state: Any) -> dict[str, Any]:
             details["validation_rows"] = {"rows": len(evaluated), "held_out": len(held_out)}
             write_json(copy / "details.json", details)
             shutil.copy(original / "prompts.jsonl", copy)
+            shutil.copytree(original / tokenizer_files.FOLDER, copy / tokenizer_files.FOLDER)
     return {**prepared, "folder": str(copy), "original": str(original)}
 
 

@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 
+from sft_recipes.data import tokenizer_files
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.env import host_memory_bytes
 from sft_recipes.runtime.errors import SetupError
-from sft_recipes.runtime.run_dir import RunDir
+from sft_recipes.runtime.run_dir import RunDir, read_json, write_json
 from sft_recipes.runtime.units import GIB
 from sft_recipes.training import lora
 from sft_recipes.training.checkpoint import checkpoint_format
 from sft_recipes.training.library_logging import silence_libraries
+from sft_recipes.training.weight_files import PublishedCopy
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +55,7 @@ def merge(folder: RunDir) -> Path:
             f"make generate RUN={folder.name}"
         )
     merged, difference = _merge(plan, base, folder.final)
-    _save(plan, folder, merged)
+    _save(plan, folder, base, merged)
     log.info("merged %s: %s", folder.merged, difference)
     return folder.merged
 
@@ -86,14 +88,15 @@ def _merge(plan: Plan, base_folder: Path, final: Path) -> tuple[Any, str]:
     return merged, f"largest logit {largest:.3g}, largest difference {difference:.2g}"
 
 
-def _save(plan: Plan, folder: RunDir, merged: Any) -> None:
-    from transformers import AutoTokenizer, GenerationConfig
+def _save(plan: Plan, folder: RunDir, base: Path, merged: Any) -> None:
+    from transformers import GenerationConfig
 
-    trust = plan.sections.model.trust_remote_code
     partial = folder.saving / folder.merged.name
     merged.generation_config = GenerationConfig.from_pretrained(folder.final)
     merged.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(folder.final, trust_remote_code=trust).save_pretrained(partial)
+    config = PublishedCopy(base).published_config(read_json(partial / "config.json"))
+    write_json(partial / "config.json", config)
+    tokenizer_files.copy_files(folder.final, partial)
     files = checkpoint_format.compute_checksums(partial, checkpoint_format.list_files(partial))
     checkpoint_format.write_commit_marker(partial, {"run_id": plan.run_id, "files": files})
     checkpoint_format.publish(partial, folder.merged, folder.removing)

@@ -133,6 +133,7 @@ def train(plan: Plan, folder: RunDir) -> None:
         run_log.to_console()
         run_log.to_file(folder.log)
         manifest.begin(folder, plan)
+        manifest.update(folder, tokenizer=read_json(Path(data["folder"]) / "details.json").get("tokenizer"))
         _write_sft_config(arguments, folder)
     else:
         run_log.silence()
@@ -143,6 +144,7 @@ def train(plan: Plan, folder: RunDir) -> None:
     log.info(setup.attention)
     trainer.add_callbacks(make_callbacks(plan, folder, Path(data["folder"]), setup))
     checkpoint = find_checkpoint(plan, folder, trainer)
+    trainer.check_first_save()
     held_out = completions.HeldOut(plan, folder, Path(data["folder"]), trainer, setup.end_of_turn_ids)
     before = held_out.complete_before_training()
 

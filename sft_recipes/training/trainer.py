@@ -18,9 +18,11 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from sft_recipes.config import gpu_types
+from sft_recipes.data import tokenizer_files
 from sft_recipes.data.tokenize import IGNORED
 from sft_recipes.monitor.detectors import exceeds_overfitting_gap
 from sft_recipes.planner.plan import Plan
+from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir, read_json, write_json
 from sft_recipes.training import lora, patches, rank_heartbeat
 from sft_recipes.training.callbacks.graceful_stop import (
@@ -59,6 +61,7 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
         patches.apply_to_trainer(plan, self)
         self.remove_callback(PrinterCallback)  # callbacks/console.py prints
         self.add_callbacks([self.stopping])
+        self._tokenizer_folder = prepared / tokenizer_files.FOLDER
         self.nan_guard = NanGuard(plan, prepared, self.model)
         self.meter = ThroughputMeter(plan, architecture, peak_flops(plan, self.args.device), self.args.device)
         self.meter.hook(self.model)
@@ -309,6 +312,30 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         with self.checkpoint_writer.collect_write_errors():
             super()._save(output_dir, state_dict)
+            if self.args.should_save:
+                self._copy_tokenizer(Path(str(output_dir)))
+
+    def _copy_tokenizer(self, folder: Path) -> None:
+        tokenizer_files.copy_files(self._tokenizer_folder, folder)
+
+    def check_first_save(self) -> None:
+        """Try before the first step what the first save needs. Collective: call on every rank.
+
+        Raises:
+            SetupError: it would fail.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+
+        def save(folder: Path) -> None:
+            model.save_pretrained(folder, state_dict={})
+            self._copy_tokenizer(folder)
+            self._add_generation_config(folder)
+
+        if reason := self.checkpoint_writer.check_first_save(save):
+            raise SetupError(
+                f"{self.checkpoint_writer.folder.path}: the first save would fail: {reason}. No step was taken. "
+                f"Correct that file of the model, or free disk space"
+            )
 
     def _save_rng_state(self, output_dir: str) -> None:
         with self.checkpoint_writer.collect_write_errors():

@@ -27,6 +27,7 @@ class PublishedCopy:
     """
 
     def __init__(self, base: Path):
+        self._base = base
         entries = [pair for file in sorted(base.glob("*.safetensors")) for pair in _header(file).items()]
         weights: Counter[str] = Counter()
         for _, entry in entries:
@@ -40,13 +41,44 @@ class PublishedCopy:
             self._published_dtype(name, entry) for name, entry in _header(source).items()
         ):
             self._copy_weights(source, target)
-        elif source.name == "config.json" and self._default in _HALF:
-            _copy_json(source, target, self._with_dtype)
+        elif source.name == "config.json":
+            _copy_json(source, target, self.published_config)
         elif source.name == INDEX:
             _copy_json(source, target, lambda index: self._with_size(index, source.parent))
         else:
             shutil.copyfile(source, target)
         shutil.copymode(source, target)
+
+    def published_config(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """Return the base model's own configuration with what training changed: vocabulary size, dtype, quantization.
+
+        Transformers writes one of its own version, with the switches of the training run (`use_cache`, router losses).
+
+        Args:
+            saved: configuration of the trained model as Transformers wrote it.
+        """
+        own = json.loads((self._base / "config.json").read_text(encoding="utf-8"))
+        if any(own.get(key, saved.get(key)) != saved.get(key) for key in ("model_type", "architectures")):
+            own = saved  # a part of the base was trained, as a model of another class
+        if "quantization_config" not in saved:
+            own.pop("quantization_config", None)  # loaded dequantized
+        dtype = str(_HALF.get(self._default, torch.float32)).removeprefix("torch.")
+        if saved.get("dtype", "float32") != "float32":  # ZeRO's; fp32 weights get the base's dtype
+            dtype, is_changed = saved["dtype"], saved["dtype"] != dtype
+        else:
+            is_changed = own is saved
+
+        def with_changes(config: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
+            changes = {"vocab_size": trained.get("vocab_size")}
+            changes |= {"dtype": dtype, "torch_dtype": dtype} if is_changed else {}
+            return {
+                key: with_changes(value, trained.get(key) or {})
+                if isinstance(value, dict)
+                else (changes.get(key) or value)
+                for key, value in config.items()
+            }
+
+        return with_changes(own, saved)
 
     def _published_dtype(self, name: str, entry: dict[str, Any]) -> str | None:
         """Return the dtype to convert a tensor to; None to keep it."""
@@ -79,16 +111,6 @@ class PublishedCopy:
                 tensor = weights.get_tensor(name)
                 tensor = tensor.to(_HALF.get(entry["dtype"], tensor.dtype))
                 file.write(tensor.reshape(-1).view(torch.uint8).numpy())
-
-    def _with_dtype(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return a configuration with the dtype of most published weights, also in nested configurations."""
-        name = str(_HALF[self._default]).removeprefix("torch.")
-        return {
-            key: self._with_dtype(value)
-            if isinstance(value, dict)
-            else (name if key == "dtype" and value == "float32" else value)
-            for key, value in config.items()
-        }
 
     def _with_size(self, index: dict[str, Any], folder: Path) -> dict[str, Any]:
         """Return an index with the size of the published weights."""

@@ -17,7 +17,7 @@ from sft_recipes.training.checkpoint import checkpoint_format
 from sft_recipes.training.weight_files import PublishedCopy
 
 
-def write_model(path, tensors, **more):
+def write_model(path, tensors, dtype="float32", **more):
     """Write a model folder with one file per dictionary of tensors, and an index."""
     path.mkdir()
     files = {f"model-{number}.safetensors": of for number, of in enumerate(tensors)}
@@ -28,7 +28,7 @@ def write_model(path, tensors, **more):
         "weight_map": {tensor: name for name, of in files.items() for tensor in of},
     }
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    (path / "config.json").write_text(json.dumps({"dtype": "float32", **more}))
+    (path / "config.json").write_text(json.dumps({"dtype": dtype, **more}))
     return path
 
 
@@ -48,14 +48,17 @@ def test_fp32_weights_get_the_dtype_of_the_base(tmp_path):
     base = {"layer": torch.zeros(3, 5), "one": torch.tensor(0.0), "half": torch.zeros(3)}
     base = {**{name: tensor.bfloat16() for name, tensor in base.items()}, "scale": torch.zeros(7)}
     source = write_model(tmp_path / "source", trained, text_config={"dtype": "float32", "vocab_size": 4})
-    result = publish(write_model(tmp_path / "base", [base]), source, tmp_path / "final")
+    config = {"torch_dtype": "bfloat16", "use_cache": True, "text_config": {"torch_dtype": "bfloat16", "vocab_size": 3}}
+    base_folder = write_model(tmp_path / "base", [base])
+    (base_folder / "config.json").write_text(json.dumps(config))
+    result = publish(base_folder, source, tmp_path / "final")
     everything = {**trained[0], **trained[1]}
     dtypes = dict.fromkeys(("layer", "one", "new", "half"), torch.bfloat16)
     dtypes |= {"scale": torch.float32, "ids": torch.int64}
     assert {name: tensor.dtype for name, tensor in result.items()} == dtypes
     assert all(torch.equal(result[name], everything[name].to(dtype)) for name, dtype in dtypes.items())
-    config = json.loads((tmp_path / "final" / "config.json").read_text())
-    assert config == {"dtype": "bfloat16", "text_config": {"dtype": "bfloat16", "vocab_size": 4}}
+    config["text_config"]["vocab_size"] = 4
+    assert json.loads((tmp_path / "final" / "config.json").read_text()) == config
     index = json.loads((tmp_path / "final" / "model.safetensors.index.json").read_text())
     assert index["metadata"] == {"total_size": sum(t.nbytes for t in result.values()), "total_parameters": 1}
     assert index["weight_map"] == json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
@@ -66,7 +69,7 @@ def test_fp32_weights_get_the_dtype_of_the_base(tmp_path):
 )
 def test_nothing_is_widened_and_unchanged_files_are_copied(tmp_path, base, trained):
     """ZeRO saves bf16 for any base."""
-    base_folder = write_model(tmp_path / "base", [{"layer": torch.zeros(3, 5, dtype=getattr(torch, base))}])
+    base_folder = write_model(tmp_path / "base", [{"layer": torch.zeros(3, 5, dtype=getattr(torch, base))}], base)
     source = write_model(tmp_path / "source", [{"layer": torch.ones(3, 5, dtype=getattr(torch, trained))}])
     (source / "config.json").write_text(json.dumps({"dtype": trained}))
     publish(base_folder, source, tmp_path / "final")

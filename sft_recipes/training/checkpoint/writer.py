@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -66,6 +67,27 @@ class CheckpointWriter:
             if not is_write_error(error):
                 raise
             self._error = self._error or f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+    def check_first_save(self, save: Callable[[Path], None]) -> str | None:
+        """Try what the first save needs in addition to the weights; return why it would fail, the same on every rank.
+
+        Collective: call on every rank.
+
+        Args:
+            save: writes the other files of a model to a folder; called on the main process.
+        """
+        self._error = None
+        if self.accelerator.is_main_process:
+            try:
+                self.folder.saving.mkdir(exist_ok=True)
+                self._check_space(self.expected_bytes)
+                with tempfile.TemporaryDirectory(dir=self.folder.saving, ignore_cleanup_errors=True) as partial:
+                    save(Path(partial))
+            except Exception as error:  # also of a library that rejects its own values when it saves them
+                self._error = " ".join(str(error).split())[:200] or type(error).__name__
+            with contextlib.suppress(OSError):
+                self.folder.saving.rmdir()
+        return self._any_error()
 
     def write_atomically(
         self,
@@ -157,7 +179,10 @@ class CheckpointWriter:
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
-        free = shutil.disk_usage(partial).free
+        self._check_space(expected_bytes)
+
+    def _check_space(self, expected_bytes: int) -> None:
+        free = shutil.disk_usage(self.folder.saving).free
         if free < expected_bytes:
             raise OSError(
                 f"not enough disk space in {self.folder.path}: "
