@@ -12,6 +12,8 @@ from sft_recipes.config.schema import Model
 from sft_recipes.data import hub
 from sft_recipes.runtime.errors import DataError
 
+_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
+
 
 def check_model(model: Model) -> Path:
     """Return the folder of a complete model, local or in the Hub's cache; download what is missing.
@@ -33,8 +35,13 @@ def check_model(model: Model) -> Path:
         hint = ". Convert the pickled weights (*.bin) to safetensors" if any(folder.glob("*.bin")) else ""
         raise DataError(f"{key}: {folder} has no weights (*.safetensors){hint}")
     index = folder / "model.safetensors.index.json"
-    shards = set(_read_json(index).get("weight_map", {}).values()) if index.is_file() else set()
-    missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            _read_json(folder / name)  # Transformers ignores an invalid generation configuration
+    shards = _read_json(index).get("weight_map") if index.is_file() else {}
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise DataError(f"{key}: {index}: found no weight_map from weights to files. Copy the complete model")
+    missing = sorted({shard for shard in shards.values() if not (folder / shard).is_file()})
     if missing:
         raise DataError(f"{key}: {folder} lacks {', '.join(missing)} of its index. Copy the complete model")
     if not model.trust_remote_code and "auto_map" in _read_json(config):
@@ -70,18 +77,22 @@ def _local_folder(name_or_path: str) -> Path | None:
 
 
 def architecture_of(folder: Path) -> dict[str, Any]:
-    """Return the configuration values that forecasts need; empty for a model type that they do not support."""
+    """Return the configuration values that forecasts need; empty for a type or values they do not support."""
     config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if config.get("model_type") not in DENSE_KINDS:
         return {}
-    keys = (*DENSE_KEYS, "model_type", "num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias")
-    return {key: config[key] for key in keys if config.get(key) is not None}
+    sizes = {key: config[key] for key in (*DENSE_KEYS, *_OPTIONAL_SIZES) if config.get(key) is not None}
+    if any(type(value) is not int or value < 1 for value in sizes.values()):
+        return {}  # loading the model reports it
+    flags = {key: config[key] for key in ("tie_word_embeddings", "attention_bias") if config.get(key) is not None}
+    return {**sizes, **flags, "model_type": config["model_type"]}
 
 
 def embeddings_of(folder: Path) -> int | None:
     """Return the vocabulary size in a model's configuration."""
     config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    size = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
+    text = config.get("text_config")
+    size = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
     return size if isinstance(size, int) else None
 
 
@@ -114,7 +125,7 @@ def check_architecture(stated: dict[str, Any], folder: Path, trust_remote_code: 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"model.name_or_path: {file}: not valid JSON ({error}). Copy the complete model") from error
     if not isinstance(content, dict):
         raise DataError(f"model.name_or_path: {file}: found no JSON object. Copy the complete model")

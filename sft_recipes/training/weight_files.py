@@ -52,7 +52,7 @@ class PublishedCopy:
     def published_config(self, saved: dict[str, Any]) -> dict[str, Any]:
         """Return the base model's own configuration with what training changed: vocabulary size, dtype, quantization.
 
-        Transformers writes one of its own version, with the switches of the training run (`use_cache`, router losses).
+        Transformers writes one in its current form, with the switches of the training run (`use_cache`, router losses).
 
         Args:
             saved: configuration of the trained model as Transformers wrote it.
