@@ -68,10 +68,10 @@ def _load_from_files(folder: Path, trust_remote_code: bool) -> Any:
     built_in = type(tokenizer).__module__.startswith("transformers.")
     if not built_in or not (folder / "tokenizer.json").is_file():
         return tokenizer
-    class_tokens = tokenizer.special_tokens_map  # a class has some that no file names
+    class_tokens: dict[str, Any] = tokenizer.special_tokens_map  # a class has some that no file names
     announced = getattr(getattr(tokenizer, "backend_tokenizer", None), FIX_MISTRAL_REGEX, None) is False
     decided = FIX_MISTRAL_REGEX in tokenizer.init_kwargs
-    fix = {FIX_MISTRAL_REGEX: "10" not in tokenizer.get_vocab()} if announced and not decided else {}
+    fix: dict[str, Any] = {FIX_MISTRAL_REGEX: "10" not in tokenizer.get_vocab()} if announced and not decided else {}
     if type(tokenizer) is not TokenizersBackend or fix:
         tokenizer = TokenizersBackend.from_pretrained(folder, **class_tokens, **fix)
     return tokenizer
