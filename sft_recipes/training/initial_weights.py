@@ -19,7 +19,7 @@ from sft_recipes.training.checkpoint.checkpoint_format import CorruptCheckpointE
 
 
 def verify(folder: Path, process: Any) -> None:
-    """Verify the checksums of the weights. Collective: call on every rank.
+    """Verify checksums and dtype of the weights. Collective: call on every rank.
 
     Args:
         process: accelerate's state, with this rank and the number of ranks.
@@ -32,6 +32,10 @@ def verify(folder: Path, process: Any) -> None:
         problem = resume.verify_on_all_ranks(folder, record, process)
     except CorruptCheckpointError as error:
         problem = str(error)
+    for file in [] if problem else sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            if "BF16" in {weights.get_slice(name).get_dtype() for name in weights.keys()}:  # noqa: SIM118  no mapping
+                problem = f"found bf16 weights in {file.name}, expected fp32: the last checkpoint was not saved"
     if problem:
         raise SetupError(f"INIT_FROM: {folder}: {problem}. Restore it, or start from another run")
 

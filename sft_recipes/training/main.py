@@ -373,10 +373,11 @@ def publish(
     """
     from accelerate.utils import broadcast_object_list
 
-    from sft_recipes.training.checkpoint import retention
+    from sft_recipes.training.checkpoint import checkpoint_format, retention
 
     step, is_main = trainer.state.global_step, trainer.accelerator.is_main_process
-    if plan.dtypes["weights"] != plan.dtypes["master"] and step in folder.numbered("checkpoint"):
+    own = checkpoint_format.list_own_checkpoints(folder, plan.run_id)
+    if plan.dtypes["weights"] != plan.dtypes["master"] and step in own:
         failure = trainer.save_weights(folder.last, masters_of=folder.checkpoint(step))
     elif checkpoint is None or checkpoint.step != step:
         failure = trainer.save_weights(folder.last)
