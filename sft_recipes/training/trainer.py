@@ -324,16 +324,19 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
         Raises:
             SetupError: it would fail.
         """
-        model = self.accelerator.unwrap_model(self.model)
+        model, writer = self.accelerator.unwrap_model(self.model), self.checkpoint_writer
+        if not writer.expected_bytes:  # a model without a forecast: at least its weights
+            sizes = ((getattr(weight, "ds_numel", weight.numel()), weight) for weight in model.parameters())
+            writer.expected_bytes = sum(size * weight.element_size() for size, weight in sizes if weight.requires_grad)
 
         def save(folder: Path) -> None:
             model.save_pretrained(folder, state_dict={})
             self._copy_tokenizer(folder)
             self._add_generation_config(folder)
 
-        if reason := self.checkpoint_writer.check_first_save(save):
+        if reason := writer.check_first_save(save):
             raise SetupError(
-                f"{self.checkpoint_writer.folder.path}: the first save would fail: {reason}. No step was taken. "
+                f"{writer.folder.path}: the first save would fail: {reason}. No step was taken. "
                 f"Correct that file of the model, or free disk space"
             )
 

@@ -414,3 +414,20 @@ def test_took_no_step_counts_from_the_resumed_step(first, now, none):
     stopping.on_train_begin(None, SimpleNamespace(global_step=first), None)
     trainer = SimpleNamespace(state=SimpleNamespace(global_step=now), stopping=stopping)
     assert trainers.RecipeTrainer._took_no_step(trainer) is none
+
+
+def test_first_save_is_tried_before_step_1(tmp_path, model_folder, tokenizer, examples):
+    rows = make_rows(examples, 128, packing=False)
+    subject = make_trainer(tmp_path / "run", model_folder, tokenizer, rows, rows)
+    (tmp_path / "run" / "tokenizer").mkdir(parents=True)
+    tokenizer.save_pretrained(tmp_path / "run" / "tokenizer")
+    subject.check_first_save()
+    assert subject.checkpoint_writer.expected_bytes > 0
+    subject.checkpoint_writer.expected_bytes = 2**60
+    with pytest.raises(UserError, match="the first save would fail: not enough disk space.* No step was taken"):
+        subject.check_first_save()
+    subject.checkpoint_writer.expected_bytes = 1
+    subject.model.generation_config.temperature = 0.5
+    with pytest.raises(UserError, match="the first save would fail: GenerationConfig is invalid"):
+        subject.check_first_save()
+    assert not (tmp_path / "run" / ".saving").exists()

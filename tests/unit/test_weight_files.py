@@ -8,7 +8,7 @@ import torch
 from datasets import load_from_disk
 from helpers.workplace import SHORT, manifest
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sft_recipes.data.tokenize import IGNORED
 from sft_recipes.runtime.run_dir import RunDir
@@ -154,3 +154,41 @@ def plan_of(run):
     from sft_recipes.planner import plan as plans
 
     return plans.read(run / "plan.json"), RunDir(run)
+
+
+SMALL_MODEL = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16,
+    "num_key_value_heads": 1, "vocab_size": 128, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": None,
+}  # fmt: skip
+EXPERTS = {"num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+FAMILIES = {
+    "llama": {}, "mistral": {}, "qwen2": {}, "qwen3": {}, "olmo2": {}, "phi3": {}, "smollm3": {}, "granite": {},
+    "gemma2": {"query_pre_attn_scalar": 16}, "gemma3_text": {}, "cohere": {}, "glm4": {},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2}, "mixtral": EXPERTS, "qwen3_moe": EXPERTS, "gpt_oss": EXPERTS,
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("changed", [set(), {"vocab_size"}], ids=["same vocabulary", "new tokens"])
+def test_config_of_final_is_the_bases_but_for_what_training_changed(tmp_path, family, changed):
+    """The base is as Transformers 4 wrote it, in bf16; the trained model is as this version saves it, in fp32."""
+    config = AutoConfig.for_model(family, **SMALL_MODEL, **FAMILIES[family])
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    own = json.loads((tmp_path / "base" / "config.json").read_text())
+    own = {**own, "torch_dtype": own.pop("dtype"), "transformers_version": "4.51.0", "a_key_of_the_base": [1]}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(own))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    model.config.use_cache, model.config.pad_token_id = False, 3  # as TRL and the Trainer set them
+    if "num_experts_per_tok" in FAMILIES[family]:
+        model.config.output_router_logits = True
+    if changed:
+        model.resize_token_embeddings(192)
+    model.save_pretrained(tmp_path / "trained")
+    publish(tmp_path / "base", tmp_path / "trained", tmp_path / "final")
+    final = json.loads((tmp_path / "final" / "config.json").read_text())
+    assert {key for key in own.keys() | final.keys() if own.get(key, "none") != final.get(key, "none")} == changed
+    loaded, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "final", output_loading_info=True)
+    assert not loading["missing_keys"] and loaded.dtype == torch.bfloat16
+    assert loaded.get_input_embeddings().num_embeddings == (192 if changed else 128)
