@@ -287,6 +287,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "data.max_dropped_fraction": (0, 1),
     "data.max_overlap": (0, 1),
     "data.overfit_rows": (1, 1000),
+    "data.max_rejected_fraction": (0, 1),
     "data.validation_fraction": (0.0001, 0.9999),
     "generation.show": (0, 1000),
     "generation.exact_match": (0, 1000),
@@ -368,13 +369,15 @@ def _check_model(recipe: Recipe) -> None:
 def _check_lists(recipe: Recipe) -> None:
     """Check the lists of names, and settings that exclude each other."""
     for key, names in (
-        ("data.train", recipe.data.training),
-        ("data.validation", recipe.data.held_out),
+        ("data.train", _names_of(recipe.data.train)),
+        ("data.validation", _names_of(recipe.data.validation)),
+        ("data.ignore_columns", recipe.data.ignore_columns),
         ("model.add_tokens", recipe.model.add_tokens),
     ):
         where = recipe.origins.get(key, f"recipes/{recipe.name}.yaml")
         if not all(isinstance(name, str) and name.strip() for name in names) or (key == "data.train" and not names):
             raise ConfigError(f"{where}: {key}: found {names!r}, expected names such as [a.jsonl, b.jsonl]")
+    _check_sources(recipe)
     if recipe.data.overfit_rows and (recipe.data.validation or recipe.data.retention_eval):
         key = "data.validation" if recipe.data.validation else "data.retention_eval"
         raise ConfigError(
@@ -398,6 +401,51 @@ def _check_lists(recipe: Recipe) -> None:
             f"{recipe.origins.get('model.add_tokens')}: model.add_tokens adds embeddings, which LoRA does not train. "
             f"Use a chat template whose special tokens the tokenizer has, or full fine-tuning"
         )
+
+
+def _names_of(sources: Any) -> list[Any]:
+    """Return the paths of a list of sources."""
+    entries = sources if isinstance(sources, list) else [sources] if sources else []
+    return [entry.get("path") if isinstance(entry, dict) else entry for entry in entries]
+
+
+def _check_sources(recipe: Recipe) -> None:
+    """Check the entries of `data.train` and `data.validation` that have keys, and every column mapping."""
+    data = recipe.data
+    kinds = _kinds(schema.DataSource)
+    for part, entries in (("data.train", data.train), ("data.validation", data.validation)):
+        where = recipe.origins.get(part, "")
+        for entry in entries if isinstance(entries, list) else []:
+            for key, value in entry.items() if isinstance(entry, dict) else ():
+                if key not in kinds:
+                    raise ConfigError(f"{where}: {part}: unknown key {key}{did_you_mean(str(key), kinds)}")
+                _coerce(f"{part}: {key}", kinds[key], Setting(value, where))
+                if key == "columns":
+                    _check_columns(value, f"{where}: {part}: columns")
+                if key == "weight" and (part != "data.train" or not 0 < value <= 100):
+                    expected = "a number above 0, at most 100" if part == "data.train" else "no weight"
+                    raise ConfigError(f"{where}: {part}: weight: found {value}, expected {expected}")
+    _check_columns(data.columns, f"{recipe.origins.get('data.columns')}: data.columns")
+    if reserved := {"messages", "tools", "add_generation_prompt"} & set(data.chat_template_kwargs):
+        raise ConfigError(
+            f"{recipe.origins.get('data.chat_template_kwargs')}: data.chat_template_kwargs: found {min(reserved)}, "
+            f"which is set for each row. Remove it"
+        )
+
+
+def _check_columns(columns: Mapping[str, Any], where: str) -> None:
+    for target, template in columns.items():
+        if target not in schema.COLUMN_TARGETS:
+            known = ", ".join(schema.COLUMN_TARGETS)
+            raise ConfigError(f"{where}: found the target {target!r}, expected one of {known}")
+        try:
+            names = [name for _, name in schema.column_pieces(template) if name]
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{where}.{target}: not a format string: {error}. Example: '{{question}}'") from error
+        if not names and target not in ("system", "prompt"):
+            raise ConfigError(f"{where}.{target}: found {template!r}, expected a column name in braces: '{{answer}}'")
+    if columns and not ({"prompt", "completion"} <= columns.keys() or {"messages", "conversations"} & columns.keys()):
+        raise ConfigError(f"{where}: found {', '.join(columns)}, expected prompt and completion, or messages")
 
 
 def _check_architecture(architecture: Mapping[str, Any], where: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import string
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,6 +19,8 @@ QUANTIZATIONS = ("nf4",)
 CONVERGED_ACCURACY = 0.9  # token accuracy above which a flat loss is convergence, not a plateau
 STOPPING_GUARDS = ("loss_spike", "exploding_gradients", "vanishing_gradients")
 ATTENTIONS = ("auto", "eager", "sdpa", "varlen", "flash_attention_2")
+# Targets of data.columns.
+COLUMN_TARGETS = ("system", "prompt", "completion", "messages", "conversations", "tools", "chat_template_kwargs")
 # Or a kernel from the Hub, which is code: pinned by its commit.
 KERNEL = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
 
@@ -180,13 +183,35 @@ class Model:
 
 
 @dataclass(frozen=True)
+class DataSource:
+    """One entry of `data.train` or `data.validation`, with what applies to it alone.
+
+    Attributes:
+        path: file, folder, or Hub dataset (owner/name or owner/name:split).
+        columns: as `Data.columns`, like `ignore_columns` and `chat_template_kwargs`; replaces it for this source.
+        weight: uses of each row per epoch. The fraction is a seeded choice of rows, a different one each epoch.
+    """
+
+    path: str
+    columns: dict[str, str] = field(default_factory=dict)
+    ignore_columns: list[str] = field(default_factory=list)
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class Data:
     """Training and validation data.
 
     Attributes:
-        train: one source, or a list; each source has its own validation loss.
+        train: one source, or a list of sources (names, or the keys of `DataSource`); each has its own validation loss.
         retention_eval: rows that measure forgetting: their loss is logged before the first step and at every
             evaluation, and affects nothing else.
+        columns: a format string with column names in braces for each of system, prompt, completion, messages,
+            conversations, tools. Rows are then read by these alone.
+        ignore_columns: columns that may be left out although their names say that they change what a row means.
+        chat_template_kwargs: variables for the chat template; a row's own column of this name overrides them.
+        max_rejected_fraction: fraction of a source's rows that may be rejected; they are left out and reported.
         revision: commit of the dataset on the Hub.
         max_eval_samples: examples per evaluation, a seeded sample.
         max_dropped_fraction: fraction of rows that `max_length` may leave without a supervised token.
@@ -195,10 +220,14 @@ class Data:
         examples: size of the source, for forecasts; so are `mean_tokens` and `validation_examples`.
     """
 
-    train: str | list[str] = ""
-    validation: str | list[str] | None = None
+    train: str | list[Any] = ""
+    validation: str | list[Any] | None = None
     retention_eval: str | None = None
     revision: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    ignore_columns: list[str] = field(default_factory=list)
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    max_rejected_fraction: float = 0.0
     max_eval_samples: int | None = None
     validation_fraction: float = 0.05
     max_dropped_fraction: float = 0.05
@@ -208,19 +237,31 @@ class Data:
     mean_tokens: int | None = None
     validation_examples: int | None = None
 
-    def revision_of(self, source: str) -> str | None:
-        """Return the Hub commit of `source`: `revision` belongs to the training dataset."""
-        return self.revision if self.training[0].partition(":")[0] == source.partition(":")[0] else None
+    def revision_of(self, path: str) -> str | None:
+        """Return the Hub commit of a source: `revision` belongs to the training dataset."""
+        return self.revision if self.training[0].path.partition(":")[0] == path.partition(":")[0] else None
 
     @property
-    def training(self) -> list[str]:
+    def training(self) -> list[DataSource]:
         """Sources of the training rows."""
-        return [self.train] if isinstance(self.train, str) else self.train
+        return self._sources(self.train)
 
     @property
-    def held_out(self) -> list[str]:
+    def held_out(self) -> list[DataSource]:
         """Sources of the validation rows; empty if part of the training rows is held out."""
-        return [self.validation] if isinstance(self.validation, str) else self.validation or []
+        return self._sources(self.validation)
+
+    @property
+    def retention(self) -> list[DataSource]:
+        """The source of the retention eval set, if there is one."""
+        return self._sources(self.retention_eval)
+
+    def _sources(self, named: str | list[Any] | None) -> list[DataSource]:
+        shared = {key: getattr(self, key) for key in ("columns", "ignore_columns", "chat_template_kwargs")}
+        entries = named if isinstance(named, list) else [named] if named else []
+        return [
+            DataSource(**{**shared, **(entry if isinstance(entry, dict) else {"path": entry})}) for entry in entries
+        ]
 
 
 @dataclass(frozen=True)
@@ -346,6 +387,20 @@ def trainer_fields() -> dict[str, list[str]]:
     """Return SFTConfig's fields and their types, recorded by `python tests/unit/test_schema.py`."""
     fields: dict[str, list[str]] = json.loads(Path(__file__).with_name("trainer_fields.json").read_text())
     return fields
+
+
+def column_pieces(template: str) -> list[tuple[str, str | None]]:
+    """Split a format string of `data.columns` into pairs of literal text and column name.
+
+    Raises:
+        ValueError: it is not a format string, or a field is more than a column name.
+    """
+    pieces = []
+    for literal, name, spec, conversion in string.Formatter().parse(template):
+        if name is not None and (not name or spec or conversion or re.search(r"[.\[\]{}]", name)):
+            raise ValueError(f"found the field {{{name}}}, expected a plain column name in braces")
+        pieces.append((literal, name))
+    return pieces
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -115,36 +115,45 @@ class RenderedTemplateCache:
         self.special_tokens = special_tokens
         self._by_shape: dict[Any, RenderedTemplate] = {}
 
-    def for_shape(self, messages: Sequence[Message], tools: Tools) -> RenderedTemplate:
+    def for_shape(
+        self, messages: Sequence[Message], tools: Tools, untrained: frozenset[int] = frozenset()
+    ) -> RenderedTemplate:
         """Return the rendered template for conversations of this shape.
+
+        Args:
+            untrained: numbers of the assistant messages that get no span; the first message is 0.
 
         Raises:
             AmbiguousTemplateError: the assistant's turns cannot be located, or do not end with a special token.
         """
-        shape = _shape(messages, tools)
+        shape = (_shape(messages, tools), untrained)
         if shape not in self._by_shape:
             if len(self._by_shape) >= self._MAX_SIZE:
                 self._by_shape.clear()
-            self._by_shape[shape] = self._make(messages, tools, lambda message: True)
+            self._by_shape[shape] = self._make(_ProbedConversation(messages, tools, untrained))
         return self._by_shape[shape]
 
-    def for_conversation(self, messages: Sequence[Message], tools: Tools) -> RenderedTemplate:
+    def for_conversation(
+        self, messages: Sequence[Message], tools: Tools, untrained: frozenset[int] = frozenset()
+    ) -> RenderedTemplate:
         """Return the rendered template of this conversation alone, with slots for the assistant's texts only."""
-        return self._make(messages, tools, lambda message: message["role"] == "assistant")
+        return self._make(_ProbedConversation(messages, tools, untrained, only_assistant=True))
 
-    def for_training_template(self, messages: Sequence[Message], tools: Tools) -> RenderedTemplate:
+    def for_training_template(
+        self, messages: Sequence[Message], tools: Tools, untrained: frozenset[int] = frozenset()
+    ) -> RenderedTemplate:
         """Return the rendered TRL training template, which keeps what the inference template drops."""
         if self.training is None:
             raise TemplateMismatchError("the template renders this conversation differently from others of its shape")
-        return self._from_differing_trl_template(_ProbedConversation(messages, tools, lambda message: True))
+        return self._from_differing_trl_template(_ProbedConversation(messages, tools, untrained))
 
-    def _make(self, messages: Sequence[Message], tools: Tools, has_slot: Callable[[Message], bool]) -> RenderedTemplate:
+    def _make(self, probed: _ProbedConversation) -> RenderedTemplate:
         strategies = [self._from_blocks(self.template, OWN_BLOCKS, "")] if self.template.has_generation_blocks else []
         if not strategies:
             strategies = [self._from_trl_template] if self.training else []
             strategies.append(self._from_comparison)
             strategies += [self._from_differing_trl_template] if self.training else []
-        probed, failure = _ProbedConversation(messages, tools, has_slot), None
+        failure = None
         for strategy in strategies:
             try:
                 return strategy(probed)
@@ -169,7 +178,8 @@ class RenderedTemplateCache:
         self, tagged: ChatTemplate, span_source: str, note: str, rendered_by: ChatTemplate | None = None
     ) -> Callable[[_ProbedConversation], RenderedTemplate]:
         def strategy(probed: _ProbedConversation) -> RenderedTemplate:
-            text, spans = tagged.render_with_generation_spans(probed.plain, probed.tools)
+            text, blocks = tagged.render_with_generation_spans(probed.plain, probed.tools)
+            spans = [block for block in blocks if probed.is_block_trained(text, *block)]
             return self._split(rendered_by or tagged, probed, text, spans, span_source, note)
 
         return strategy
@@ -179,9 +189,7 @@ class RenderedTemplateCache:
         text = self.template.render(probed.plain, probed.tools)
         probed.check_all_rendered(text)
         spans = [
-            (self._find_start(probed, text, number), self._find_end(probed, text, number))
-            for number, message in enumerate(probed.plain)
-            if message["role"] == "assistant"
+            (self._find_start(probed, text, number), self._find_end(probed, text, number)) for number in probed.trained
         ]
         return self._split(self.template, probed, text, spans, COMPARED, "")
 
@@ -242,8 +250,8 @@ class RenderedTemplateCache:
         Others do not end a generation: the end of one call of several, or of the reasoning (gpt-oss: <|end|>).
         """
         tokens = []
-        for number, message in enumerate(probed.plain):
-            if message["role"] == "assistant" and (message.get("tool_calls") or number == len(probed.plain) - 1):
+        for number in probed.trained:
+            if probed.plain[number].get("tool_calls") or number == len(probed.plain) - 1:
                 ends = [match.end() for match in matches if probed.message_of(match) == number]
                 tails = [(position, end) for position in ends for start, end in spans if start <= position <= end]
                 tokens += self._trailing_stop_tokens(text[slice(*max(tails))])[:1]
@@ -298,10 +306,9 @@ class RenderedTemplateCache:
     def _note_on_prompt(self, probed: _ProbedConversation, text: str) -> str:
         """Return what the generation prompts have and the rows do not; empty if the rows contain the prompts."""
         rests = []
-        for number, message in enumerate(probed.plain):
-            if message["role"] == "assistant":
-                prompt = self.template.render(probed.plain[:number], probed.tools, add_generation_prompt=True)
-                rests.append(prompt[_common_length(prompt, text) :])
+        for number in probed.trained:
+            prompt = self.template.render(probed.plain[:number], probed.tools, add_generation_prompt=True)
+            rests.append(prompt[_common_length(prompt, text) :])
         rest = next(filter(None, rests), "")
         return f"at inference the generation prompt ends with {rest!r}, which these rows do not contain" if rest else ""
 
@@ -320,22 +327,20 @@ class RenderedTemplateCache:
                 raise AmbiguousTemplateError(f"the row contains {match.group()!r}, which is reserved for probing")
             number, field = probed.probes[match.group()]
             span = next(((a, b) for a, b in spans if a <= match.start() and match.end() <= b), None)
-            is_assistant = probed.plain[number]["role"] == "assistant"
-            if span and not is_assistant:
+            is_trained = number in probed.trained
+            if span and not is_trained:
                 role = probed.plain[number]["role"]
                 raise AmbiguousTemplateError(f"turn {number + 1}: the generation block contains the {role}'s text")
-            if is_assistant and not span and field in ("content", "reasoning_content"):
+            if is_trained and not span and field in ("content", "reasoning_content"):
                 raise AmbiguousTemplateError(f"turn {number + 1}: the generation block omits the assistant's text")
             if span:
                 tails[number] = (match.end(), span[1])
                 traced.add(match.group())
         for probe, (number, field) in probed.probes.items():
             # A call's name may also be in the header of the tool's answer, which is not the assistant's.
-            if field.startswith("call ") and probe not in traced:
+            if field.startswith("call ") and probe not in traced and number in probed.trained:
                 raise AmbiguousTemplateError(f"turn {number + 1}: the generation block omits the tool call")
-        for number, message in enumerate(probed.plain):
-            if message["role"] != "assistant":
-                continue
+        for number in probed.trained:
             start, end = tails.get(number, (0, 0))
             if not self._trailing_stop_tokens(text[start:end]):
                 following = text[start : start + 16].partition("qzx")[0]
@@ -358,10 +363,22 @@ def _note_on_tools(template: ChatTemplate, probed: _ProbedConversation, text: st
 
 
 class _ProbedConversation:
-    """A conversation with a probe string in place of every text: `plain`, and `padded` with white space around."""
+    """A conversation with a probe string in place of every text: `plain`, and `padded` with white space around.
 
-    def __init__(self, messages: Sequence[Message], tools: Tools, has_slot: Callable[[Message], bool]):
+    Attributes:
+        trained: numbers of the assistant messages that are in the loss; the first message is 0.
+    """
+
+    def __init__(
+        self, messages: Sequence[Message], tools: Tools, untrained: frozenset[int], only_assistant: bool = False
+    ):
+        def has_slot(message: Message) -> bool:
+            return not only_assistant or message["role"] == "assistant"
+
         self.tools = tools
+        self.untrained = untrained
+        assistant = (number for number, message in enumerate(messages) if message["role"] == "assistant")
+        self.trained = [number for number in assistant if number not in untrained]
         self.probes: dict[str, tuple[int, str]] = {}
         self.plain, self.padded = (
             [self._replace(number, message, padded) if has_slot(message) else dict(message)
@@ -372,6 +389,21 @@ class _ProbedConversation:
 
     def message_of(self, match: re.Match[str]) -> int:
         return self.probes[match.group()][0] if match.group() in self.probes else -1
+
+    def is_block_trained(self, text: str, start: int, end: int) -> bool:
+        """Return whether the turns in a generation block, [start, end) characters, are in the loss.
+
+        Raises:
+            AmbiguousTemplateError: some are and some are not.
+        """
+        numbers = {self.message_of(match) for match in _PROBE.finditer(text, start, end)}
+        untrained = numbers & self.untrained
+        if untrained and untrained != numbers:
+            raise AmbiguousTemplateError(
+                f"turn {min(untrained) + 1}: found in one generation block with a turn in the loss, so it cannot be "
+                f"left out of the loss"
+            )
+        return not untrained
 
     def check_all_rendered(self, text: str) -> None:
         """Check that every probe is in `text`; templates drop old reasoning by design, all else would be lost silently.

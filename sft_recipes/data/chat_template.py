@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,17 @@ class ChatTemplate:
     template which writes today's date can get the plan's date.
     """
 
-    def __init__(self, source: str, special_tokens: dict[str, str], date: datetime.date):
+    def __init__(self, source: str, variables: Mapping[str, Any], date: datetime.date):
+        """Compile `source`; `variables` are the tokenizer's special tokens and the row's chat_template_kwargs."""
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         day = datetime.datetime.combine(date, datetime.time())
         self.source = source
         self.has_generation_blocks = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
         self.reads_reasoning = re.search(r"reasoning_content|\.thinking|['\"]thinking['\"]", source) is not None
+        self.reads_call_ids = re.search(r"tool_call_id|\.id\b|\[['\"]id['\"]\]", source) is not None
         self._compiled = _compile_jinja_template(source)
-        self._variables: dict[str, Any] = {**special_tokens, "documents": None, "strftime_now": day.strftime}
+        self._variables: dict[str, Any] = {"documents": None, **variables, "strftime_now": day.strftime}
 
     def render(self, messages: Sequence[Message], tools: Tools, add_generation_prompt: bool = False) -> str:
         """Return the conversation as text.
@@ -65,9 +67,10 @@ class ChatTemplate:
         """
         from transformers.utils.chat_template_utils import _render_with_assistant_indices
 
-        variables = {key: value for key, value in self._variables.items() if key != "documents"}
+        variables = dict(self._variables)
+        documents = variables.pop("documents")
         try:
-            text, spans = _render_with_assistant_indices(self._compiled, messages, tools, None, False, **variables)
+            text, spans = _render_with_assistant_indices(self._compiled, messages, tools, documents, False, **variables)
         except Exception as error:  # as above
             raise AmbiguousTemplateError(f"the template raises an error: {error}") from error
         return str(text), _merge_spans(spans)

@@ -19,10 +19,9 @@ def download(recipe: Recipe) -> list[tuple[str, Path]]:
     model, data = recipe.model, recipe.data
     if model.name_or_path:
         downloaded.append((model.name_or_path, check_model(model)))
-    names = [(name, "data.train") for name in data.training] + [(name, "data.validation") for name in data.held_out]
-    names += [(data.retention_eval, "data.retention_eval")] if data.retention_eval else []
-    for name, key in names:
-        dataset = sources.hub_name(name)
+    parts = {"data.train": data.training, "data.validation": data.held_out, "data.retention_eval": data.retention}
+    for key, source in ((key, source) for key, part in parts.items() for source in part):
+        dataset = sources.hub_name(source.path)
         if dataset and dataset not in dict(downloaded):
             downloaded.append((dataset, hub.download_dataset(dataset, data.revision_of(dataset), key)))
     return downloaded

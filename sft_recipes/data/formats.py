@@ -4,24 +4,46 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-from sft_recipes.data.sources import RawRow, parse_json, shorten, type_name
+from sft_recipes.config.schema import DataSource
+from sft_recipes.data import columns
+from sft_recipes.data.sources import RawRow, Source, parse_json, shorten, type_name
 from sft_recipes.runtime.errors import DataError
 
 # role and content; an assistant message may also have reasoning_content and tool_calls.
 Message = dict[str, Any]
 
+TRAILING = "turns after the last answer dropped"
+GREETING = "assistant turns before the first user turn: context, not in the loss"
+REPEATED = "consecutive turns of one role"
+LATER_SYSTEM = "system turns after the first turn"
+NO_RESULT = "tool calls without a result"
+NOT_TRAINED = "no assistant turn in the loss: not used"
+
 
 @dataclass(frozen=True)
 class Conversation:
-    """Checked messages, the tools they may call, and the location of the row."""
+    """Checked messages, the tools they may call, and the location of the row.
+
+    Attributes:
+        untrained: numbers of the assistant messages that are context only; the first message is 0.
+        template_kwargs: the chat template's variables for this row.
+        columns: the row's columns that have a value.
+        ignored_keys: keys of its messages that are not read.
+        conventions: what was applied to make the row a conversation.
+    """
 
     messages: list[Message]
     location: str
     tools: list[dict[str, Any]] | None = None
+    untrained: frozenset[int] = frozenset()
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    columns: tuple[str, ...] = ()
+    ignored_keys: tuple[str, ...] = ()
+    conventions: tuple[str, ...] = ()
 
 
 _ROLES = {
@@ -44,54 +66,77 @@ _ROLES = {
 }
 _CALL_ROLES = ("function_call", "tool_call")  # ShareGPT's roles whose text is the call itself
 _ROLE_KEYS = (("role", "content"), ("from", "value"), ("role", "value"), ("from", "content"))
-_FORMAT_NAMES = "messages, conversations, prompt/completion, instruction/input/output, or question/answer"
+_FLAGS = ("train", "trainable", "loss", "weight", "loss_weight")  # whether an assistant turn is in the loss
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _MAX_DEPTH = 200  # of calls and tools; far below Python's recursion limit, which templates' own recursion would reach
 _HERMES_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 _HERMES_RESPONSE = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
 
 
-def conversation_of(row: RawRow) -> Conversation:
-    """Convert a row to a conversation: an optional system turn, then user and assistant alternate, the assistant last.
+def conversation_of(row: RawRow, settings: DataSource | None = None) -> Conversation:
+    """Convert a row to a conversation: system, user, assistant and tool turns, the last an assistant's.
 
-    The tools' answers are between an assistant's call and its answer.
+    Common deviations from an alternating order are kept or repaired, and named in `conventions`; the chat template
+    decides whether it can render them.
 
     Raises:
         DataError: the row has an unknown format, or its roles or contents are invalid; names file and line.
+        ColumnError: a column would be ignored although it changes what the row means.
     """
-    values = row.values
-    if not isinstance(values, dict):
-        raise DataError(f"{row.location}: row: found {type_name(values)}, expected an object with {_FORMAT_NAMES}")
-    formats = [(keys, read) for keys, read in _FORMATS if all(values.get(key) is not None for key in keys)]
-    if len(formats) > 1:
-        matching = " and ".join("/".join(keys) for keys, _ in formats)
+    settings = settings or DataSource("")
+    if isinstance(row.values, DataError):
+        raise row.values
+    if not isinstance(row.values, dict):
         raise DataError(
-            f"{row.location}: row keys: found {_describe_keys(values)}, which match {len(formats)} formats. Keep one "
-            f"of {matching}"
+            f"{row.location}: row: found {type_name(row.values)}, expected an object with {columns.FORMAT_NAMES}"
         )
-    if not formats:
-        raise DataError(f"{row.location}: row keys: found {_describe_keys(values)}, expected {_FORMAT_NAMES}")
-    messages = formats[0][1](values, row.location)
+    names = columns.names_with_values(row.values)
+    ignored_keys: list[str] = []
+    try:
+        selection = columns.select_columns(names, settings)
+        values = columns.map_columns(row.values, settings.columns) if settings.columns else row.values
+        reader = _READERS[selection.format[0]]
+        messages = reader(values, selection.format, row.location)
+        for message in messages:
+            for key in message.pop("ignored", ()):
+                columns.check_message_key(key, settings)
+                ignored_keys.append(key)
+    except DataError as error:
+        if str(error).startswith(f"{row.location}: "):
+            raise
+        nulls = [name for name in columns.REQUIRED if name in row.values and row.values[name] is None]
+        hint = f" (null: {', '.join(nulls)})" if nulls and not isinstance(error, columns.ColumnError) else ""
+        raise type(error)(f"{row.location}: {error}{hint}") from None
+    messages = _with_system(values, messages, row.location)
     tools = _read_tools(_first_set(values, "tools", "functions"), row.location)
-    _check_turns(messages, row.location)
-    return Conversation(messages, row.location, tools)
+    template_kwargs = _read_template_kwargs(values.get("chat_template_kwargs"), settings, row.location)
+    conventions = _arrange_turns(messages, row.location)
+    untrained = frozenset(number for number, message in enumerate(messages) if message.pop("trained", True) is False)
+    if all(message["role"] != "assistant" or number in untrained for number, message in enumerate(messages)):
+        conventions.append(NOT_TRAINED)
+    return Conversation(
+        messages, row.location, tools, untrained, template_kwargs, names, tuple(ignored_keys), tuple(conventions)
+    )
+
+
+def read_conversations(source: Source) -> Iterator[Conversation]:
+    """Yield the conversations of a source, without the rows that are rejected (`tokenize_source` reports those)."""
+    for row in source.rows():
+        try:
+            conversation = conversation_of(row, source.settings)
+        except DataError:
+            continue
+        yield conversation
 
 
 def text_of(conversation: Conversation) -> str:
     """Return everything in the conversation with normalized white space; equal for duplicate rows."""
-    parts = [conversation.tools or ""]
+    parts: list[Any] = [conversation.tools or "", conversation.template_kwargs or ""]
+    parts += [str(sorted(conversation.untrained))] if conversation.untrained else []
     for message in conversation.messages:
         parts += [message["role"], *(message[key] for key in ("reasoning_content", "content") if message.get(key))]
         parts.append(message.get("tool_calls") or "")
     return " ".join(" ".join(part if isinstance(part, str) else json.dumps(part) for part in parts).split())
-
-
-def _read_messages(values: dict[str, Any], location: str) -> list[Message]:
-    return _with_system(values, _read_turns(values["messages"], location), location)
-
-
-def _read_conversations(values: dict[str, Any], location: str) -> list[Message]:
-    return _with_system(values, _read_turns(values["conversations"], location), location)
 
 
 def _with_system(values: dict[str, Any], messages: list[Message], location: str) -> list[Message]:
@@ -105,6 +150,8 @@ def _with_system(values: dict[str, Any], messages: list[Message], location: str)
 
 
 def _read_turns(turns: Any, location: str) -> list[Message]:
+    if isinstance(turns, str) and turns.lstrip().startswith("["):
+        turns = parse_json(turns, f"{location}: turns")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         inner = next((turn for turn in turns if not isinstance(turn, dict)), None) if isinstance(turns, list) else None
         kind = f"a list with {type_name(inner)}" if isinstance(turns, list) else type_name(turns)
@@ -122,8 +169,11 @@ def _read_turn(turn: dict[str, Any], location: str, name: str) -> Message:
     if not isinstance(alias, str) or alias not in _ROLES:
         raise DataError(f"{location}: {name}: {role_key}: found {shorten(given)}, expected one of {', '.join(_ROLES)}")
     role, content = _ROLES[alias], turn.get(content_key)
+    flags = {"trained": trained} if (trained := _read_flags(turn, role, location, name)) is not None else {}
+    ignored = {"ignored": keys} if (keys := [key for key in turn if key not in _KEYS and turn[key] is not None]) else {}
     if alias in _CALL_ROLES:
-        return {"role": role, "content": "", "tool_calls": _read_calls(_json(content, location, name), location, name)}
+        calls = _read_calls(_json(content, location, name), location, name)
+        return {"role": role, "content": "", "tool_calls": calls, **flags, **ignored}
     calls = _read_calls(turn.get("tool_calls"), location, name) if turn.get("tool_calls") else None
     if turn.get("function_call"):
         calls = _read_calls(turn["function_call"], location, name)
@@ -134,12 +184,7 @@ def _read_turn(turn: dict[str, Any], location: str, name: str) -> Message:
         text, calls = _read_hermes_calls(text, location, name)
     if role == "tool" and (wrapped := _HERMES_RESPONSE.fullmatch(text)):
         text = wrapped[1]
-    if role == "assistant" and turn.get("weight") not in (None, 1):
-        raise DataError(
-            f"{location}: {name}: weight: found {shorten(turn['weight'])}, expected 1 (every assistant turn is in the "
-            f"loss). Remove the row"
-        )
-    message: Message = {"role": role, "content": text}
+    message: Message = {"role": role, "content": text, **flags, **ignored}
     reasoning_key = next((key for key in _REASONING_KEYS if turn.get(key)), None)
     if reasoning_key is not None and role == "assistant":
         message["reasoning_content"] = _read_text(turn[reasoning_key], location, f"{name}: {reasoning_key}")
@@ -149,6 +194,39 @@ def _read_turn(turn: dict[str, Any], location: str, name: str) -> Message:
         keys = [key for key in ("name", "tool_call_id") if turn.get(key)]
         message |= {key: _read_text(turn[key], location, f"{name}: {key}") for key in keys}
     return message
+
+
+def _read_flags(turn: dict[str, Any], role: str, location: str, name: str) -> bool | None:
+    """Return whether a turn's own flags put it in the loss; None if it has none.
+
+    Other roles than the assistant are never in the loss, so a flag that asks for it is rejected.
+    """
+    flags = {key: turn[key] for key in _FLAGS if turn.get(key) is not None}
+    for key, value in flags.items():
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise DataError(f"{location}: {name}: {key}: found {shorten(value)}, expected 0 or 1, true or false")
+    if len({bool(value) for value in flags.values()}) > 1:
+        raise DataError(f"{location}: {name}: found {flags}, which contradict each other. Keep one of them")
+    if not flags or role == "assistant":
+        return bool(next(iter(flags.values()))) if flags else None
+    if any(flags.values()) and role in ("user", "tool"):
+        raise DataError(
+            f"{location}: {name}: {next(iter(flags))}: found true in a {role} turn, expected it in assistant turns "
+            f"only. Remove the flag: this text is never in the loss"
+        )
+    return None
+
+
+def _read_template_kwargs(given: Any, settings: DataSource, location: str) -> dict[str, Any]:
+    """Return the template's variables: the row's over the recipe's."""
+    given = _json(given, location, "chat_template_kwargs") if given else {}
+    if not isinstance(given, dict) or any(key in given for key in ("messages", "tools", "add_generation_prompt")):
+        raise DataError(
+            f"{location}: chat_template_kwargs: found {shorten(given)}, expected an object without messages, tools and "
+            f"add_generation_prompt"
+        )
+    _check_json(given, location, "chat_template_kwargs")
+    return {**settings.chat_template_kwargs, **given}
 
 
 def _read_hermes_calls(text: str, location: str, name: str) -> tuple[str, list[dict[str, Any]] | None]:
@@ -217,21 +295,30 @@ def _json(text: Any, location: str, name: str) -> Any:
     return parse_json(text, f"{location}: {name}") if isinstance(text, str) else text
 
 
-def _read_prompt_completion(values: dict[str, Any], location: str) -> list[Message]:
-    messages = []
-    for role, key in (("user", "prompt"), ("assistant", "completion")):
+def _read_messages(values: dict[str, Any], names: tuple[str, ...], location: str) -> list[Message]:
+    return _read_turns(values[names[0]], location)
+
+
+def _read_pair(values: dict[str, Any], names: tuple[str, ...], location: str) -> list[Message]:
+    """Read a prompt and an answer, each a text or a list of turns; the prompt's turns are not in the loss."""
+    turns = []
+    for role, key in zip(("user", "assistant"), names, strict=True):
         side = values[key]
-        messages += _read_turns(side, location) if isinstance(side, list) else [_make_turn(role, side, key, location)]
-    return _with_system(values, messages, location)
+        is_turns = isinstance(side, list) and all(isinstance(turn, dict) and "type" not in turn for turn in side)
+        read = _read_turns(side, location) if is_turns else [_make_turn(role, side, key, location)]
+        if role == "user":
+            read = [{**turn, "trained": False} if turn["role"] == "assistant" else turn for turn in read]
+        turns += read
+    return turns
 
 
-def _read_instruction(values: dict[str, Any], location: str) -> list[Message]:
+def _read_instruction(values: dict[str, Any], names: tuple[str, ...], location: str) -> list[Message]:
     instruction = _read_text(values["instruction"], location, "instruction")
-    context = values.get("input")
-    if context not in (None, ""):
-        instruction = f"{instruction}\n\n{_read_text(context, location, 'input')}"
-    turns = [{"role": "user", "content": instruction}, _make_turn("assistant", values["output"], "output", location)]
-    return _with_system(values, [*_read_history(values.get("history"), location), *turns], location)
+    extra = next((key for key in ("input", "context") if values.get(key) not in (None, "")), None)
+    if extra:
+        instruction = f"{instruction}\n\n{_read_text(values[extra], location, extra)}"
+    turns = [{"role": "user", "content": instruction}, _make_turn("assistant", values[names[1]], names[1], location)]
+    return [*_read_history(values.get("history"), location), *turns]
 
 
 def _read_history(history: Any, location: str) -> list[Message]:
@@ -246,14 +333,6 @@ def _read_history(history: Any, location: str) -> list[Message]:
         for pair in history
         for role, text in zip(("user", "assistant"), pair, strict=True)
     ]
-
-
-def _read_question_answer(values: dict[str, Any], location: str) -> list[Message]:
-    turns = [
-        _make_turn("user", values["question"], "question", location),
-        _make_turn("assistant", values["answer"], "answer", location),
-    ]
-    return _with_system(values, turns, location)
 
 
 def _make_turn(role: str, content: Any, key: str, location: str) -> Message:
@@ -276,7 +355,7 @@ def _join_parts(parts: list[Any], location: str, name: str) -> Any:
     other = next((part["type"] for part in parts if part.get("type") not in (None, "text")), None)
     if other is not None:
         raise DataError(f"{location}: {name}: found a part of type {shorten(other)}, expected text parts only")
-    texts = [part.get("text") for part in parts]
+    texts = [_first_set(part, "text", "value", "content") for part in parts]
     return "".join(texts) if all(isinstance(text, str) for text in texts) else None
 
 
@@ -316,52 +395,55 @@ def _depth(value: Any) -> int:
     return depth
 
 
-def _describe_keys(values: dict[str, Any]) -> str:
-    """Return a row's keys for an error message."""
-    names = [shorten(key)[1:-1] for key in list(values)[:10]]
-    return ", ".join(names) + (f" and {len(values) - 10} others" if len(values) > 10 else "") or "none"
+def _arrange_turns(messages: list[Message], location: str) -> list[str]:
+    """Apply the conventions for turns that do not alternate, in place, and return the names of those applied.
 
-
-def _check_turns(messages: list[Message], location: str) -> None:
-    """Check the order of roles: an optional system turn, user and assistant alternate, tools answer calls, an assistant
-    turn is last."""
-    first = int(bool(messages) and messages[0]["role"] == "system")
-    if len(messages) == first:
-        raise DataError(f"{location}: turns: found no user and assistant turns, expected at least one of each")
-    previous = "start"
-    for number, message in enumerate(messages[first:], start=first + 1):
+    Raises:
+        DataError: a turn without text, a tool's answer without a call, or no assistant turn.
+    """
+    conventions = []
+    while messages and messages[-1]["role"] in ("user", "tool"):
+        if not any(message["role"] == "assistant" for message in messages):
+            break
+        messages.pop()
+        conventions = [TRAILING]
+    previous, first_user = "", False
+    for number, message in enumerate(messages, start=1):
         role, calls = message["role"], bool(message.get("tool_calls"))
-        expected = _MAY_FOLLOW[previous]
-        if role not in expected:
+        if role == "tool" and previous not in ("call", "tool"):
             raise DataError(
-                f"{location}: turn {number}: role: found {role}, expected {' or '.join(expected)} "
-                f"({_ORDER_RULES.get(role, 'user and assistant alternate')})"
+                f"{location}: turn {number}: role: found tool after {previous or 'no turn'}, expected it after a tool "
+                f"call. Add the call, or remove the turn"
             )
-        if not message["content"].strip() and role != "tool" and not calls:
+        if not message["content"].strip() and role not in ("tool", "system") and not calls:
             raise DataError(f"{location}: turn {number}: {role} content: found no text, expected some")
+        if role == "assistant" and not first_user:
+            message["trained"] = False
+            conventions.append(GREETING)
+        if role == previous and role != "tool":
+            conventions.append(REPEATED)
+        if role == "system" and number > 1:
+            conventions.append(LATER_SYSTEM)
+        if previous == "call" and role != "tool":
+            conventions.append(NO_RESULT)
+        first_user = first_user or role == "user"
         previous = "call" if calls else role
-    if previous not in ("assistant", "call"):
-        raise DataError(f"{location}: last turn: role: found {previous}, expected assistant")
+    if not messages or not any(message["role"] == "assistant" for message in messages):
+        found = f"{messages[-1]['role']} last and no assistant turn" if messages else "none"
+        raise DataError(f"{location}: turns: found {found}, expected user and assistant turns")
+    if messages[-1]["role"] != "assistant":
+        raise DataError(f"{location}: last turn: role: found {messages[-1]['role']}, expected assistant")
+    return list(dict.fromkeys(conventions))
 
 
-_MAY_FOLLOW = {
-    "start": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user",),
-    "call": ("tool",),
-    "tool": ("assistant", "tool"),
+_KEYS = {
+    *(key for keys in _ROLE_KEYS for key in keys),
+    *("tool_calls", "function_call", "name", "tool_call_id"),
+    *_FLAGS,
+    *_REASONING_KEYS,
 }
-_ORDER_RULES = {"tool": "a tool turn follows a tool call", "system": "the system turn is first"}
-
-
-_FORMATS: tuple[tuple[tuple[str, ...], Callable[[dict[str, Any], str], list[Message]]], ...] = (
-    (("messages",), _read_messages),
-    (("conversations",), _read_conversations),
-    (
-        ("conversation",),
-        lambda values, location: _read_conversations({**values, "conversations": values["conversation"]}, location),
-    ),
-    (("prompt", "completion"), _read_prompt_completion),
-    (("instruction", "output"), _read_instruction),
-    (("question", "answer"), _read_question_answer),
-)
+_READERS: dict[str, Callable[[dict[str, Any], tuple[str, ...], str], list[Message]]] = {
+    **dict.fromkeys(("messages", "conversations", "conversation"), _read_messages),
+    **dict.fromkeys(("prompt", "question", "query"), _read_pair),
+    "instruction": _read_instruction,
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Iterable
 from typing import Any
 
 import numpy
@@ -58,6 +59,11 @@ def pack(lengths: numpy.ndarray, capacity: int) -> tuple[numpy.ndarray, numpy.nd
         sizes.append(numpy.full(times, len(row)))
     empty = numpy.zeros(0, dtype=numpy.int64)
     return numpy.concatenate([empty, *orders]), numpy.concatenate([empty, *sizes])
+
+
+def rows_per_epoch(weights: Iterable[tuple[int, float]]) -> int:
+    """Return the number of rows that an epoch uses of sources with these numbers of rows and weights."""
+    return sum(count * int(weight) + round(count * (weight % 1)) for count, weight in weights)
 
 
 def to_dataset(examples: TokenizedRows, max_length: int, packing: bool) -> Any:

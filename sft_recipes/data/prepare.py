@@ -19,7 +19,7 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft_recipes.config.schema import Model
 from sft_recipes.data import model_files, sources, tokenizer_files, validate
-from sft_recipes.data.formats import Conversation, Message, conversation_of
+from sft_recipes.data.formats import Conversation, Message, conversation_of, read_conversations
 from sft_recipes.data.sources import Source
 from sft_recipes.planner import batch
 from sft_recipes.planner import plan as plans
@@ -119,9 +119,9 @@ def _find_corrupt(folder: Path) -> list[Path]:
 def is_local(plan: Plan) -> bool:
     """Return whether data and tokenizer are on this machine, so that preparing them uses no network."""
     model, data = plan.sections.model, plan.sections.data
-    names = [*data.training, *data.held_out, *([data.retention_eval] if data.retention_eval else [])]
+    named = [*data.training, *data.held_out, *data.retention]
     return (model.from_scratch or Path(str(model.name_or_path)).is_dir()) and all(
-        sources.hub_name(name) is None for name in names
+        sources.hub_name(source.path) is None for source in named
     )
 
 
@@ -136,6 +136,12 @@ def summary(plan: Plan, details: Mapping[str, Any], seconds: float) -> list[str]
         f"data: {train['examples']:,} training examples{packed}, {train['tokens']:,} tokens, {share:.0%} in the loss; "
         f"{validation['examples']:,} validation examples{retained}; {seconds:.1f} s"
     ]
+    if details["source_weights"]:
+        names = [
+            f"{source['name']} {rows:,} x {weight:g}"
+            for source, (rows, weight) in zip(details["sources"]["train"], details["source_weights"], strict=True)
+        ]
+        lines.append(f"data: rows per epoch (rows x weight): {', '.join(names)}")
     parts = {"train": train, "validation": validation, **({"retention_eval": retention} if retention else {})}
     lines += [
         f"data: {part}: {stats['truncated']:,} of {stats['rows_read']:,} rows truncated to {plan.max_length} tokens, "
@@ -146,6 +152,7 @@ def summary(plan: Plan, details: Mapping[str, Any], seconds: float) -> list[str]
     ]
     if count := train["special_tokens_as_text"]:
         lines.append(f"data: train: {count:,} rows contain special tokens as text, encoded as text")
+    lines += [f"data: {line}" for line in validate.reading_lines(details)]
     return lines + [f"data: note: {note}" for note in details["notes"]]
 
 
@@ -232,6 +239,7 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
         import datasets
         import transformers.models.auto.tokenization_auto
 
+    from sft_recipes.data.packing import rows_per_epoch
     from sft_recipes.data.tokenize import ConversationTokenizer
     from sft_recipes.data.tokenize_rows import tokenize_source
     from sft_recipes.data.tokenizer import FIX_MISTRAL_REGEX, load_tokenizer
@@ -240,7 +248,8 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
     transformers.utils.logging.disable_progress_bar()
     started = time.monotonic()
     folder.mkdir(parents=True)
-    model, overfit_rows = plan.sections.model, plan.sections.data.overfit_rows
+    model, data = plan.sections.model, plan.sections.data
+    overfit_rows = data.overfit_rows
     if base is None:
         splits = not named["validation"] and not overfit_rows
         base = _build_from_scratch(plan, named["train"], splits, folder / "model")
@@ -253,10 +262,16 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
     max_rows = _OVERFIT_CANDIDATES * overfit_rows if overfit_rows else None
     tokenized = {
         part: {
-            name: tokenize_source(source, tokenizer, plan.max_length, f"data.{part}", name, max_rows)
+            name: tokenize_source(
+                source, tokenizer, plan.max_length, f"data.{part}", name, data.max_rejected_fraction, max_rows
+            )
             for name, source in part_sources.items()
         }
         for part, part_sources in named.items()
+    }
+    reading = {
+        part: {name: rows.report.describe(named[part][name].settings) for name, rows in part_rows.items()}
+        for part, part_rows in tokenized.items()
     }
     training, validation = tokenized["train"], tokenized["validation"]
     if overfit_rows:
@@ -266,18 +281,34 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
             training, validation = _split(plan, training)
         validation = _limit_eval_rows(plan, validation)
     retention_eval = _limit_eval_rows(plan, tokenized.get("retention_eval", {}))
-    rows, validation_rows = _write_rows(plan, training, validation, folder)
-    repeats = len(rows) / max(sum(map(len, validation_rows)), 1) if overfit_rows else 1
+    counted = validate.summarize(training, validation, retention_eval)
+    if not counted["train"]["examples"] or not counted["validation"]["examples"]:
+        validate.check_limits(plan, {**counted, "new_tokens": []})  # no row can be shown or trained
+    rows, rows_by_source, validation_rows = _write_rows(plan, training, validation, folder)
+    weights = _source_weights(plan, rows_by_source, training)
+    repeats = len(rows) / max(sum(map(len, validation_rows)), 1) if overfit_rows else 1.0
+    shares = [weight for _, weight in weights] or [repeats] * len(training)
+    weighted = {  # per epoch
+        key: round(sum(share * source[key] for share, source in zip(shares, counted["sources"]["train"], strict=True)))
+        for key in ("examples", "supervised_tokens", "tokens")
+    }
     retention_rows = _write_retention_eval(plan, retention_eval, folder)
     _write_prompts(plan, tokenizer, named["validation"] or named["train"], validation, folder / "prompts.jsonl")
-    counted = validate.summarize(training, validation, retention_eval)
     every_source = [*training.values(), *validation.values(), *retention_eval.values()]
     vocabulary = _describe_vocabulary(loaded, model.add_tokens, model_files.embeddings_of(base), every_source)
     notes = [f"{note} ({count:,} rows)" for note, count in counted["template_notes"].items()]
     notes += vocabulary.pop("notes") + tokenizer_notes
+    if data.chat_template_kwargs:
+        stated = json.dumps(data.chat_template_kwargs)
+        notes.append(f"the chat template gets {stated}: pass it at inference too (chat_template_kwargs)")
     details = {
         **counted,
         **vocabulary,
+        "reading": reading,
+        "files": {
+            part: {name: source.file_names() for name, source in part_sources.items()}
+            for part, part_sources in named.items()
+        },
         "end_of_turn": loaded.convert_ids_to_tokens(counted["end_of_turn_ids"]),
         "padding_token": loaded.pad_token,
         "tokenizer": {
@@ -287,19 +318,18 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
         },
         "notes": notes,
         "rows": len(rows),
+        "source_weights": weights,
         "validation_rows": {name: len(part) for name, part in zip(validation, validation_rows, strict=True)},
         **({"retention_eval_rows": sum(map(len, retention_rows))} if retention_eval else {}),
         "seconds": time.monotonic() - started,
     }
     prepared = Prepared(
-        fingerprint=_fingerprint([rows, *validation_rows, *retention_rows]),
+        fingerprint=_fingerprint([rows, *validation_rows, *retention_rows], weights),
         folder=str(folder),
         model=str(base),
         architecture={},
-        examples=round(repeats * counted["train"]["examples"]),
-        rows=len(rows),
-        supervised_tokens=round(repeats * counted["train"]["supervised_tokens"]),
-        tokens=round(repeats * counted["train"]["tokens"]),
+        rows=rows_per_epoch(weights) if weights else len(rows),
+        **weighted,
         validation_rows=sum(map(len, validation_rows)),
         notes=notes,
     )
@@ -342,21 +372,53 @@ def _write_checksums(folder: Path) -> None:
 
 def _write_rows(
     plan: Plan, training: Mapping[str, TokenizedRows], validation: Mapping[str, TokenizedRows], folder: Path
-) -> tuple[Any, list[Any]]:
-    """Write the rows with a token in the loss; return the training rows, and each source's validation rows."""
+) -> tuple[Any, list[int], list[Any]]:
+    """Write the rows with a token in the loss.
+
+    Returns:
+        The training rows; how many of each source, or of all together without weights; each source's validation rows.
+    """
     from datasets import concatenate_datasets
 
     from sft_recipes.data.packing import to_dataset
     from sft_recipes.data.tokenize_rows import concatenate
 
-    rows = to_dataset(concatenate([_usable(part) for part in training.values()]), plan.max_length, plan.packing)
+    usable = [_usable(part) for part in training.values()]
+    groups = usable if _is_weighted(plan) else [concatenate(usable)]  # a row of two sources has no weight
+    parts = [to_dataset(group, plan.max_length, plan.packing) for group in groups]
+    rows = concatenate_datasets(parts)
     if plan.sections.data.overfit_rows and len(rows):
         count = batch.fill_effective_batch(len(rows), plan.effective_batch_size)
         rows = rows.select([index % len(rows) for index in range(count)])
     validation_rows = [to_dataset(_usable(part), plan.max_length, plan.packing) for part in validation.values()]
     rows.save_to_disk(folder / "train")
     concatenate_datasets(validation_rows).save_to_disk(folder / "validation")
-    return rows, validation_rows
+    return rows, [len(part) for part in parts], validation_rows
+
+
+def _is_weighted(plan: Plan) -> bool:
+    data = plan.sections.data
+    return not data.overfit_rows and any(source.weight != 1 for source in data.training)
+
+
+def _source_weights(plan: Plan, rows_by_source: list[int], names: Iterable[str]) -> list[tuple[int, float]]:
+    """Return rows and weight of each training source; empty without weights.
+
+    Raises:
+        DataError: a weight is so small that no row of its source is used.
+    """
+    from sft_recipes.data.packing import rows_per_epoch
+
+    if not _is_weighted(plan):
+        return []
+    weights = [(rows, source.weight) for rows, source in zip(rows_by_source, plan.sections.data.training, strict=True)]
+    for name, part in zip(names, weights, strict=True):
+        if not rows_per_epoch([part]):
+            raise DataError(
+                f"data.train: {name}: weight: found {part[1]:g} of {part[0]} rows, which uses no row. Set a weight of "
+                f"{1 / max(part[0], 1):.2g} or more, or remove the source"
+            )
+    return weights
 
 
 def _usable(rows: TokenizedRows) -> TokenizedRows:
@@ -401,15 +463,18 @@ def _build_from_scratch(plan: Plan, train: Mapping[str, Source], splits: bool, f
     Args:
         splits: whether validation rows are split off `train`.
     """
-    from sft_recipes.data.tokenize_rows import prompt_digests
+    from sft_recipes.data.tokenize_rows import prompt_digests, row_digests, split_digests
     from sft_recipes.data.toy import toy_model
 
     texts = []
     for name, source in train.items():
-        conversations = [conversation_of(row) for row in source.rows()]
+        conversations = list(read_conversations(source))
         if not conversations:
+            first = next(source.rows(), None)
+            if first is not None:
+                conversation_of(first, source.settings)  # raises its error
             raise DataError(f"data.train: {source.display_name}: found no rows, expected at least one")
-        digests = prompt_digests(conversations)
+        digests = split_digests(prompt_digests(conversations), row_digests(conversations))
         held_out = _choose_held_out(plan, digests, name) if splits else set()
         for conversation, digest in zip(conversations, digests.tolist(), strict=True):
             if digest not in held_out:
@@ -418,9 +483,10 @@ def _build_from_scratch(plan: Plan, train: Mapping[str, Source], splits: bool, f
     return folder
 
 
-def _fingerprint(datasets: list[Any]) -> str:
-    """Hash the rows' tokens and labels, so that a run resumes after changes of code or paths that keep the rows."""
-    digest = hashlib.sha256()
+def _fingerprint(datasets: list[Any], weights: list[tuple[int, float]]) -> str:
+    """Hash the rows' tokens and labels and their weights, so that a run resumes after changes of code or paths that
+    keep the rows."""
+    digest = hashlib.sha256(json.dumps(weights).encode() if weights else b"")
     for rows in datasets:
         for name in ("input_ids", "labels", *(["seq_lengths"] if "seq_lengths" in rows.column_names else [])):
             for chunk in rows.data.column(name).chunks:
@@ -434,7 +500,7 @@ def _choose_held_out(plan: Plan, digests: Any, name: str) -> set[int]:
     prompts = sorted(set(digests.tolist()))
     if len(prompts) < 2:
         raise DataError(
-            f"data.train: {name}: found one prompt in all rows, expected two or more to split off validation. "
+            f"data.train: {name}: found one text in all rows, expected two or more to split off validation. "
             f"Set data.validation=<a file>"
         )
     count = round(len(prompts) * plan.sections.data.validation_fraction)
@@ -449,8 +515,11 @@ def _split(
     sources, so that no prompt is trained on in one source and evaluated in another."""
     import numpy
 
-    held_out = set().union(*(_choose_held_out(plan, rows.prompt_digests, name) for name, rows in training.items()))
-    masks = {name: numpy.isin(rows.prompt_digests, sorted(held_out)) for name, rows in training.items()}
+    from sft_recipes.data.tokenize_rows import split_digests
+
+    digests = {name: split_digests(rows.prompt_digests, rows.row_digests) for name, rows in training.items()}
+    held_out = set().union(*(_choose_held_out(plan, part, name) for name, part in digests.items()))
+    masks = {name: numpy.isin(part, sorted(held_out)) for name, part in digests.items()}
     for name, mask in masks.items():
         if mask.all():
             raise DataError(
@@ -492,15 +561,16 @@ def _write_prompts(
     generator = random.Random(plan.sections.trainer["data_seed"])
     chosen = generator.sample(sorted(locations), min(len(locations), _MAX_PROMPTS))
     remaining, conversations = set(chosen), {}
-    for row in itertools.chain.from_iterable(source.rows() for source in by_name.values()):
-        if row.location in remaining:
-            conversations[row.location] = conversation_of(row)
+    for source in by_name.values():
+        for row in source.rows():
+            if row.location in remaining:
+                conversations[row.location] = conversation_of(row, source.settings)
             if len(conversations) == len(remaining):
                 break
     with file.open("w", encoding="utf-8") as lines:
         for location in chosen:
             *before, answer = conversations[location].messages
-            if answer["content"]:
+            if answer["content"] and len(before) not in conversations[location].untrained:
                 prompt = _make_prompt(tokenizer, conversations[location], before, answer)
                 lines.write(json.dumps(prompt, ensure_ascii=False) + "\n")
 
@@ -512,7 +582,9 @@ def _make_prompt(
         "messages": before,
         "answer": answer["content"],
         "answer_tokens": len(tokenizer.tokenizer(answer["content"], add_special_tokens=False)["input_ids"]),
-        "input_ids": tokenizer.tokenize_prompt(before, conversation.tools, conversation.location),
+        "input_ids": tokenizer.tokenize_prompt(
+            before, conversation.tools, conversation.location, conversation.template_kwargs
+        ),
     }
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.config.schema import Data
+from sft_recipes.config.schema import Data, DataSource
 from sft_recipes.data import hub
 from sft_recipes.data.toy import toy_dataset
 from sft_recipes.runtime.errors import DataError, UserError
@@ -25,7 +26,10 @@ TOY_NAMES = ("toy:train", "toy:validation")
 
 @dataclass(frozen=True)
 class RawRow:
-    """A row as its file has it, and its location: `file:line`, or `file, row N` for formats without lines."""
+    """A row as its file has it, and its location: `file:line`, or `file, row N` for formats without lines.
+
+    `values` is a DataError if the row cannot be parsed but the rows after it can.
+    """
 
     values: Any
     location: str
@@ -33,17 +37,25 @@ class RawRow:
 
 @dataclass(frozen=True)
 class Source:
-    """The files of one dataset name: local ones, or a split of a Hub dataset in the Hub's cache."""
+    """The files of one dataset name: local ones, or a split of a Hub dataset in the Hub's cache.
+
+    Attributes:
+        files: data files, or the folder that `Dataset.save_to_disk` wrote.
+        settings: how the recipe says to read it.
+    """
 
     files: tuple[Path, ...] = ()
     hub_name: str | None = None
     hub_split: str = "train"
     hub_folder: Path | None = None
+    settings: DataSource = field(default_factory=lambda: DataSource(""))
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of the files' contents, or of name, split and commit of a Hub dataset."""
+        """Return the SHA-256 of the files' contents, or of name, split and commit of a Hub dataset, and of the settings
+        that change what is read."""
         digest = hashlib.sha256()
-        for file in self.files:
+        digest.update(json.dumps({**asdict(self.settings), "path": ""}, sort_keys=True).encode())
+        for file in itertools.chain.from_iterable(sorted(f.iterdir()) if f.is_dir() else [f] for f in self.files):
             digest.update(os.fsencode(file))  # rows have their location
             with file.open("rb") as content:
                 digest.update(hashlib.file_digest(content, "sha256").digest())
@@ -56,6 +68,10 @@ class Source:
         """The Hub name or the files' paths, for messages."""
         return self.hub_name or ", ".join(str(file) for file in self.files)
 
+    def file_names(self) -> list[str]:
+        """Return the files that are read if a folder was named; none for a single file or a Hub dataset."""
+        return [] if [str(file) for file in self.files] == [self.settings.path] else [str(file) for file in self.files]
+
     def rows(self) -> Iterator[RawRow]:
         """Yield all rows in file order.
 
@@ -65,7 +81,7 @@ class Source:
         if self.hub_name is not None and self.hub_folder is not None:
             yield from _hub_rows(self.hub_name, self.hub_split, self.hub_folder)
         for file in self.files:
-            yield from _READERS[file.suffix.lower()](file)
+            yield from _saved_rows(file) if file.is_dir() else _READERS[file.suffix.lower()](file)
 
 
 def resolve_all(data: Data, key: str, toy_folder: Path) -> dict[str, Source]:
@@ -76,18 +92,32 @@ def resolve_all(data: Data, key: str, toy_folder: Path) -> dict[str, Source]:
     Raises:
         DataError: as `resolve`, or a source is named twice.
     """
-    sources: dict[str, Source] = {}
-    retention = [data.retention_eval] if data.retention_eval else []
-    names = {"data.train": data.training, "data.validation": data.held_out, "data.retention_eval": retention}[key]
-    for name in names:
-        if names.count(name) > 1:
-            raise DataError(f"{key}: {name}: found {names.count(name)} times, expected once. Remove the duplicate")
-        short = _short_name(name)
-        number = sum(other == short or other.startswith(f"{short}_") for other in sources)
+    resolved: dict[str, Source] = {}
+    parts = {"data.train": data.training, "data.validation": data.held_out, "data.retention_eval": data.retention}
+    named = parts[key]
+    if key == "data.validation" and not named and len(data.training) == 1:
+        validation = _validation_split_of(data.training[0], key)
+        return {_short_name(data.training[0].path): validation} if validation else {}
+    for settings in named:
+        count = sum(other.path == settings.path for other in named)
+        if count > 1:
+            raise DataError(f"{key}: {settings.path}: found {count} times, expected once. Remove the duplicate")
+        short = _short_name(settings.path)
+        number = sum(other == short or other.startswith(f"{short}_") for other in resolved)
         number += short == "retention_eval" and key != "data.retention_eval"
-        source = resolve(name, key, toy_folder, data.revision_of(name))
-        sources[f"{short}_{number + 1}" if number else short] = source
-    return sources
+        source = resolve(settings.path, key, toy_folder, data.revision_of(settings.path))
+        resolved[f"{short}_{number + 1}" if number else short] = replace(source, settings=settings)
+    return resolved
+
+
+def _validation_split_of(settings: DataSource, key: str) -> Source | None:
+    """Return the validation or test split of the folder that is the only training source; None if it has none."""
+    folder = Path(os.path.expanduser(settings.path))  # noqa: PTH111  Path's own raises for an unknown user
+    if settings.path in TOY_NAMES or not folder.is_dir():
+        return None
+    splits = _splits_of(folder, key)
+    split = next((name for name in ("validation", "test") if name in splits and "train" in splits), None)
+    return Source(files=splits[split], settings=replace(settings, weight=1.0)) if split else None
 
 
 def _short_name(name: str) -> str:
@@ -124,6 +154,9 @@ def resolve(name: str, key: str, toy_folder: Path, revision: str | None = None) 
         raise DataError(f"{key}: {shorten(name)}: not accessible ({error.strerror})") from error
     if is_folder:
         return Source(files=_files_of(path, key))
+    folder, _, split = os.path.expanduser(name).rpartition(":")  # noqa: PTH111  as above
+    if folder and Path(folder).is_dir() and not is_file:
+        return Source(files=_files_of(Path(folder), key, split))
     if is_file:
         if path.suffix.lower() not in SUFFIXES:
             raise DataError(f"{key}: {name}: file type: found {path.suffix or 'none'}, expected {', '.join(SUFFIXES)}")
@@ -140,16 +173,53 @@ def resolve(name: str, key: str, toy_folder: Path, revision: str | None = None) 
     )
 
 
-def _files_of(folder: Path, key: str) -> tuple[Path, ...]:
+def _files_of(folder: Path, key: str, split: str | None = None) -> tuple[Path, ...]:
+    """Return the files of a folder's split: of `split` if it is named, else of the one that `key` is for."""
+    splits = _splits_of(folder, key)
+    wanted = (split,) if split else ("train",) if key == "data.train" else ("validation", "test")
+    files = next((splits[name] for name in wanted if name in splits), None)
+    if files is None and not split and len(splits) == 1 and key != "data.train":
+        files = next(iter(splits.values()))
+    if files is None:
+        found = ", ".join(splits)
+        raise DataError(
+            f"{key}: folder {folder}: found the splits {found}, expected {' or '.join(wanted)}. Name one: "
+            f"{folder}:{next(iter(splits))}"
+        )
+    return files
+
+
+def _splits_of(folder: Path, key: str) -> dict[str, tuple[Path, ...]]:
+    """Return the files of each split, named by file or subfolder as on the Hub; one split train if none is named.
+
+    Raises:
+        DataError: the folder contains code, or no data.
+    """
+    from datasets.data_files import DataFilesList, EmptyDatasetError, get_data_patterns
+
+    if (folder / "dataset_dict.json").is_file():
+        names = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8")).get("splits", [])
+        return {name: (folder / name,) for name in names}
+    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        return {"train": (folder,)}
     code = sorted(folder.rglob("*.py"))
     if code:
         raise DataError(
             f"{key}: {folder} contains code ({code[0].name}), which is never run. Remove it, or name the data files"
         )
-    files = tuple(sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix.lower() in SUFFIXES))
-    if not files:
+    splits = {}
+    try:
+        for split, patterns in get_data_patterns(str(folder)).items():
+            names = DataFilesList.from_patterns(patterns, base_path=str(folder))
+            relative = (os.path.relpath(name, folder.absolute()) for name in names)
+            files = tuple(folder / name for name in relative if Path(name).suffix.lower() in SUFFIXES)
+            if files:
+                splits[str(split)] = files
+    except (EmptyDatasetError, FileNotFoundError):
+        pass  # reported below
+    if not splits:
         raise DataError(f"{key}: folder {folder}: found no data file, expected {', '.join(SUFFIXES)}")
-    return files
+    return splits
 
 
 def _read_text(file: Path) -> str:
@@ -157,8 +227,6 @@ def _read_text(file: Path) -> str:
         content = file.read_bytes()
     except OSError as error:
         raise DataError(f"{file}: not readable ({error.strerror})") from error
-    if content.startswith(b"\xef\xbb\xbf"):
-        raise DataError(f"{file}:1: found a byte-order mark, expected none. Save the file as UTF-8 without it")
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{file}:1: encoding: found UTF-16, expected UTF-8. Save the file as UTF-8 without BOM")
     if b"\x00" in content:
@@ -167,7 +235,7 @@ def _read_text(file: Path) -> str:
             f"binary: replace it"
         )
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig")  # a byte-order mark is not part of the text
     except UnicodeDecodeError as error:
         line, byte = _line_at(content, error.start), content[error.start]
         raise DataError(
@@ -230,11 +298,15 @@ def parse_json(text: str, location: str) -> Any:
         raise DataError(f"{location}: not valid JSON: {error}") from error
 
 
-def _jsonl_rows(file: Path) -> Iterator[RawRow]:
-    for number, line in enumerate(_read_text(file).split("\n"), start=1):
+def _line_rows(file: Path, text: str) -> Iterator[RawRow]:
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             location = f"{file}:{number}"
-            yield RawRow(parse_json(line, location), location)
+            try:
+                values = parse_json(line, location)
+            except DataError as error:
+                values = error
+            yield RawRow(values, location)
 
 
 # Keys of a row whose value may be a list of objects without being a list of rows.
@@ -242,8 +314,18 @@ _ROW_KEYS = {"messages", "conversations", "conversation", "prompt", "instruction
 
 
 def _json_rows(file: Path) -> Iterator[RawRow]:
+    """Read JSON lines or one JSON document, whichever the content is."""
     text = _read_text(file)
-    if not text.strip():
+    first, _, rest = text.strip().partition("\n")
+    is_document = file.suffix.lower() == ".json" or first.startswith("[")
+    try:
+        has_lines = isinstance(json.loads(first), dict | list) and bool(rest)
+    except (ValueError, RecursionError):
+        has_lines = False
+    if has_lines or not is_document:
+        yield from _line_rows(file, text)
+        return
+    if not first:
         return
     content = parse_json(text, str(file))
     if isinstance(content, dict):
@@ -269,8 +351,9 @@ def _csv_rows(file: Path) -> Iterator[RawRow]:
             if not values:
                 continue
             if names and len(values) != len(names):
-                raise DataError(f"{location}: columns: found {len(values)}, expected {len(names)} ({', '.join(names)})")
-            if names:
+                expected = f"expected {len(names)} ({', '.join(names)})"
+                yield RawRow(DataError(f"{location}: columns: found {len(values)}, {expected}"), location)
+            elif names:
                 yield RawRow(dict(zip(names, values, strict=True)), location)
             elif len(set(values)) < len(values):
                 raise DataError(f"{location}: header: found a column twice ({', '.join(values)}). Rename one of them")
@@ -285,17 +368,54 @@ def _parquet_rows(file: Path) -> Iterator[RawRow]:
     import pyarrow.parquet
 
     try:
-        number = 0
         parquet = pyarrow.parquet.ParquetFile(file)
         names = parquet.schema_arrow.names
         if len(set(names)) < len(names):
             raise DataError(f"{file}: schema: found a column twice ({', '.join(names)}). Rename one of them")
-        for group in parquet.iter_batches():
-            for row in group.to_pylist():
-                number += 1
-                yield RawRow(row, f"{file}, row {number}")
+        yield from _arrow_rows(parquet.iter_batches(), str(file))
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{file}: not valid Parquet: {error}") from error
+
+
+def _arrow_rows(batches: Any, name: str) -> Iterator[RawRow]:
+    """Yield the rows of Arrow batches without the nulls that Arrow writes where rows have different keys."""
+    number = 0
+    for batch in batches:
+        for row in batch.to_pylist():
+            number += 1
+            yield RawRow({field.name: _from_arrow(row[field.name], field.type) for field in batch.schema},
+                         f"{name}, row {number}")  # fmt: skip
+
+
+def _from_arrow(value: Any, kind: Any) -> Any:
+    """Return a value without the null fields of its structs, and with its JSON parsed (`datasets.Json`)."""
+    import pyarrow
+
+    if value is None or not pyarrow.types.is_nested(kind):
+        if isinstance(kind, pyarrow.JsonType) and isinstance(value, str):
+            return json.loads(value)
+        return value
+    if pyarrow.types.is_struct(kind):
+        return {
+            field.name: _from_arrow(value[field.name], field.type) for field in kind if value[field.name] is not None
+        }
+    if isinstance(value, list) and not pyarrow.types.is_map(kind):
+        return [_from_arrow(item, kind.value_type) for item in value]
+    return value
+
+
+def _saved_rows(folder: Path) -> Iterator[RawRow]:
+    """Read a folder that `Dataset.save_to_disk` wrote."""
+    from datasets import load_from_disk
+
+    try:
+        dataset = load_from_disk(str(folder))
+        yield from _arrow_rows(dataset.with_format("arrow").iter(1000), str(folder))
+    except UserError:
+        raise
+    except Exception as error:  # of pyarrow, of datasets, of its JSON files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{folder}: not readable as a saved dataset ({reason}). Save it again") from error
 
 
 def _hub_rows(name: str, split: str, folder: Path) -> Iterator[RawRow]:
@@ -310,8 +430,8 @@ def _hub_rows(name: str, split: str, folder: Path) -> Iterator[RawRow]:
                     f"data: {name}: its dataset card names {file}, which is not a file of this dataset. Set another "
                     f"data.revision, or download the files and name their folder"
                 )
-        for number, row in enumerate(load_dataset(str(folder), split=split), start=1):
-            yield RawRow(row, f"{name}:{split}, row {number}")
+        batches = load_dataset(str(folder), split=split).with_format("arrow").iter(1000)
+        yield from _arrow_rows(batches, f"{name}:{split}")
     except UserError:
         raise
     except Exception as error:  # a dozen types from three libraries: no such split, files that are not data
@@ -321,4 +441,4 @@ def _hub_rows(name: str, split: str, folder: Path) -> Iterator[RawRow]:
         ) from error
 
 
-_READERS = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+_READERS = {".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}

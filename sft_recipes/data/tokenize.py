@@ -8,8 +8,10 @@ characters in a message become ordinary tokens.
 from __future__ import annotations
 
 import datetime
+import hashlib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +30,7 @@ from sft_recipes.runtime.errors import DataError
 IGNORED = -100  # the label of a token outside the loss (torch.nn.CrossEntropyLoss.ignore_index)
 
 _REASONING = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)  # at the beginning of an answer
+_MAX_TEMPLATES = 256  # rows may have template variables of their own
 _FIX = "Set model.chat_template=<a .jinja file>"
 
 
@@ -44,6 +47,7 @@ class Example:
         special_tokens_as_text: a message contains a special token's characters.
         dropped_reasoning: the template drops the reasoning of earlier turns.
         shares_prompt_token: the first token of an answer begins in the prompt.
+        generated_call_ids: its tool calls got ids that the row does not have.
     """
 
     input_ids: list[int]
@@ -55,6 +59,7 @@ class Example:
     special_tokens_as_text: bool = False
     dropped_reasoning: bool = False
     shares_prompt_token: bool = False
+    generated_call_ids: bool = False
 
     @property
     def labels(self) -> list[int]:
@@ -85,6 +90,7 @@ class _RenderedConversation:
         spans: the assistant's [start, end) characters.
         escapes: where special tokens begin that are only text.
         special_token_count: the number of special tokens that its ids may contain.
+        generated_call_ids: as in `Example`.
     """
 
     text: str
@@ -93,6 +99,7 @@ class _RenderedConversation:
     rendered: RenderedTemplate | None = None
     special_token_count: int = 0
     note: str = ""
+    generated_call_ids: bool = False
 
     def escaped_text(self) -> str:
         """Return the text with a placeholder at each escape, so that no tokenizer finds a special token there.
@@ -127,7 +134,7 @@ class ConversationTokenizer:
         self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._registered = registered
         self._adds_bos = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
-        self._by_source: dict[str, RenderedTemplateCache] = {}
+        self._by_source: dict[tuple[str, str], RenderedTemplateCache] = {}
         self._literal_counts: dict[int, tuple[RenderedTemplate, int, str]] = {}
 
     def tokenize(self, conversations: Sequence[Conversation]) -> list[Example]:
@@ -139,23 +146,37 @@ class ConversationTokenizer:
             DataError: the template rejects a conversation, its assistant turns cannot be located with certainty, or a
                 turn does not end with a special token.
         """
-        rendered = [self._render(conversation) for conversation in conversations]
-        encoded = self._encode([conversation.escaped_text() for conversation in rendered])
-        rows = zip(conversations, rendered, encoded, strict=True)
-        return [self._make_example(conversation.location, *pair) for conversation, *pair in rows]
+        examples = self.tokenize_or_reject(conversations)
+        return [_raise_rejection(example) for example in examples]
+
+    def tokenize_or_reject(self, conversations: Sequence[Conversation]) -> list[Example | DataError]:
+        """Tokenize conversations as `tokenize`; a rejected one is its error."""
+        rendered = [_try(self._render, conversation) for conversation in conversations]
+        accepted = [conversation for conversation in rendered if not isinstance(conversation, DataError)]
+        encoded = iter(self._encode([conversation.escaped_text() for conversation in accepted]))
+        return [
+            row if isinstance(row, DataError) else _try(self._make_example, conversation.location, row, next(encoded))
+            for conversation, row in zip(conversations, rendered, strict=True)
+        ]
 
     def tokenize_prompt(
-        self, messages: Sequence[Message], tools: Tools = None, location: str = "the prompt"
+        self,
+        messages: Sequence[Message],
+        tools: Tools = None,
+        location: str = "the prompt",
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Return the token ids of a conversation with the generation prompt.
 
         Raises:
             DataError: the template rejects the conversation.
         """
-        templates = self._templates(tools)
+        templates = self._templates(tools, template_kwargs or {})
         prepared = [self._split_reasoning(message, templates) for message in messages]
         try:
-            text = templates.template.render(prepared, tools, add_generation_prompt=True)
+            prepared, text, _ = _with_ids_if_needed(
+                prepared, templates, lambda given: templates.template.render(given, tools, add_generation_prompt=True)
+            )
         except AmbiguousTemplateError as error:
             raise DataError(f"{location}: chat template: {error}. {_FIX}") from error
         escapes, position = [], 0
@@ -168,21 +189,24 @@ class ConversationTokenizer:
         rendered = _RenderedConversation(text, [], tuple(escapes))
         return self._unescape(rendered, self._encode([rendered.escaped_text()])[0])[0]
 
-    def _templates(self, tools: Tools) -> RenderedTemplateCache:
+    def _templates(self, tools: Tools, template_kwargs: Mapping[str, Any]) -> RenderedTemplateCache:
         try:
             source = self.tokenizer.get_chat_template(None, tools)
         except ValueError as error:
             raise DataError(f"model.name_or_path: {error}") from error
-        if source not in self._by_source:
-            variables = self.tokenizer.special_tokens_map
+        key = source, json.dumps(template_kwargs, sort_keys=True) if template_kwargs else ""
+        if key not in self._by_source:
+            if len(self._by_source) >= _MAX_TEMPLATES:
+                self._by_source.clear()
+            variables = {**self.tokenizer.special_tokens_map, **template_kwargs}
             shipped = training_templates().get(source)
             try:
                 template = ChatTemplate(source, variables, self._date)
                 training = ChatTemplate(shipped, variables, self._date) if shipped else None
             except Exception as error:  # a Jinja syntax error, or any other error of its compiler
                 raise DataError(f"chat template: not valid Jinja: {error}. {_FIX}") from error
-            self._by_source[source] = RenderedTemplateCache(template, training, self._registered, self._special_pattern)
-        return self._by_source[source]
+            self._by_source[key] = RenderedTemplateCache(template, training, self._registered, self._special_pattern)
+        return self._by_source[key]
 
     @staticmethod
     def _split_reasoning(message: Message, templates: RenderedTemplateCache) -> Message:
@@ -199,11 +223,14 @@ class ConversationTokenizer:
         return message
 
     def _render(self, conversation: Conversation) -> _RenderedConversation:
-        templates = self._templates(conversation.tools)
+        templates = self._templates(conversation.tools, conversation.template_kwargs)
         messages = [self._split_reasoning(message, templates) for message in conversation.messages]
         try:
             self._check_calls(messages, conversation.tools)
-            rendered, text, spans, slots = self._fill(templates, messages, conversation.tools)
+            messages, filled, generated_ids = _with_ids_if_needed(
+                messages, templates, lambda given: self._fill(templates, given, conversation)
+            )
+            rendered, text, spans, slots = filled
         except AmbiguousTemplateError as error:
             hint = " (does it read </think> in a text as the end of reasoning?)" if "</think>" in str(messages) else ""
             raise DataError(f"{conversation.location}: chat template: {error}{hint}. {_FIX}") from error
@@ -217,18 +244,19 @@ class ConversationTokenizer:
                 positions = [match.start() for match in self._special_pattern.finditer(content)]
                 escapes += [start + position for position in positions if position not in tags]
                 reasoning_count += sum(position in tags for position in positions)
-        return _RenderedConversation(text, spans, tuple(escapes), rendered, literal_count + reasoning_count, note)
+        special_tokens = literal_count + reasoning_count
+        return _RenderedConversation(text, spans, tuple(escapes), rendered, special_tokens, note, generated_ids)
 
     def _fill(
-        self, templates: RenderedTemplateCache, messages: Sequence[Message], tools: Tools
+        self, templates: RenderedTemplateCache, messages: Sequence[Message], conversation: Conversation
     ) -> tuple[RenderedTemplate, str, list[tuple[int, int]], list[tuple[int, int]]]:
         """Return a rendered template that, once filled, equals the template's output: the shape's, or the row's own."""
         mismatch = None
         for make in (templates.for_shape, templates.for_conversation, templates.for_training_template):
             try:
-                rendered = make(messages, tools)
+                rendered = make(messages, conversation.tools, conversation.untrained)
                 text, spans, slots = rendered.fill(messages)
-                if text == rendered.template.render(messages, tools):
+                if text == rendered.template.render(messages, conversation.tools):
                     return rendered, text, spans, slots
             except TemplateMismatchError as error:
                 mismatch = mismatch or error
@@ -298,6 +326,7 @@ class ConversationTokenizer:
             bool(conversation.escapes),
             rendered.dropped_reasoning > 0,
             shares_prompt_token,
+            conversation.generated_call_ids,
         )
 
     def _decodes(self, conversation: _RenderedConversation, encoding: Any, ids: list[int]) -> bool:
@@ -329,6 +358,74 @@ class ConversationTokenizer:
 
     def _encode(self, texts: list[str]) -> list[Any]:
         return list(self._encoder.encode_batch(texts, add_special_tokens=False))
+
+
+def _try(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return the function's result, or the DataError that it raises."""
+    try:
+        return function(*arguments)
+    except DataError as error:
+        return error
+
+
+def _raise_rejection(example: Example | DataError) -> Example:
+    if isinstance(example, DataError):
+        raise example
+    return example
+
+
+def _with_ids_if_needed(
+    messages: list[Message], templates: RenderedTemplateCache, render: Callable[[list[Message]], Any]
+) -> tuple[list[Message], Any, bool]:
+    """Return the messages, what `render` returns for them, and whether their tool calls got generated ids.
+
+    They do if the template reads ids and the row has none, or if it rejects those of the row.
+    """
+    generated = templates.template.reads_call_ids and _lacks_call_ids(messages)
+    messages = _with_call_ids(messages, keep=True) if generated else messages
+    try:
+        return messages, render(messages), generated
+    except AmbiguousTemplateError:
+        if not templates.template.reads_call_ids or not any(message.get("tool_calls") for message in messages):
+            raise
+    messages = _with_call_ids(messages, keep=False)
+    return messages, render(messages), True
+
+
+def _lacks_call_ids(messages: Sequence[Message]) -> bool:
+    """Return whether a tool call has no id, or a tool's answer no id of its call."""
+    calls = (call for message in messages for call in message.get("tool_calls", ()))
+    answers = (message for message in messages if message["role"] == "tool")
+    return any("id" not in call for call in calls) or any("tool_call_id" not in answer for answer in answers)
+
+
+def _with_call_ids(messages: Sequence[Message], keep: bool) -> list[Message]:
+    """Return the messages with an id in each tool call and its answer: nine letters and digits, as Mistral's templates
+    require.
+
+    An answer without an id belongs to the next unanswered call of its name, or of any name.
+
+    Args:
+        keep: keep the ids that the row has.
+    """
+    result, open_calls = [], []
+    for number, message in enumerate(messages):
+        if message.get("tool_calls"):
+            calls = []
+            for index, call in enumerate(message["tool_calls"]):
+                text = json.dumps([number, index, call["function"]], sort_keys=True)
+                new = call["id"] if keep and "id" in call else hashlib.sha256(text.encode()).hexdigest()[:9]
+                open_calls.append((call.get("id"), call["function"]["name"], new))
+                calls.append({**call, "id": new})
+            message = {**message, "tool_calls": calls}
+        elif message["role"] == "tool" and open_calls:
+            by_id = [call for call in open_calls if call[0] and call[0] == message.get("tool_call_id")]
+            by_name = [call for call in open_calls if call[1] == message.get("name")]
+            answered = (by_id or by_name or open_calls)[0]
+            open_calls.remove(answered)
+            message = {**message, "tool_call_id": answered[2]}
+        result.append(message)
+    return result
 
 
 def _token_span(encoding: Any, start: int, end: int) -> tuple[int, int]:

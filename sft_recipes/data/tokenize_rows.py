@@ -10,16 +10,19 @@ import collections
 import hashlib
 import itertools
 import logging
+import math
 import multiprocessing
 import os
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy
 
+from sft_recipes.config.schema import DataSource
+from sft_recipes.data.columns import ColumnError, ReadingReport
 from sft_recipes.data.formats import Conversation, conversation_of, text_of
 from sft_recipes.data.sources import RawRow, Source
 from sft_recipes.data.tokenize import ConversationTokenizer, Example
@@ -49,6 +52,7 @@ class TokenizedRows:
         row_digests: a hash of each row's text; `prompt_digests` of its first user turn.
         notes: how each row's text differs from the text at inference; empty if it does not.
         special_tokens_as_text: as in `Example`, like `dropped_reasoning` and `shares_prompt_token`.
+        report: what was read of the source; of all its rows, not of a selection.
     """
 
     input_ids: numpy.ndarray
@@ -67,6 +71,7 @@ class TokenizedRows:
     notes: list[str]
     stop_ids: frozenset[int] = frozenset()
     span_sources: frozenset[str] = frozenset()
+    report: ReadingReport = field(default_factory=ReadingReport)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -81,32 +86,61 @@ class TokenizedRows:
             notes=list(itertools.compress(self.notes, mask)),
             stop_ids=self.stop_ids,
             span_sources=self.span_sources,
+            report=self.report,
             **{name: getattr(self, name)[mask] for name in _PER_EXAMPLE},
         )
 
 
 def tokenize_source(
-    source: Source, tokenizer: ConversationTokenizer, max_length: int, key: str, name: str, max_rows: int | None = None
+    source: Source,
+    tokenizer: ConversationTokenizer,
+    max_length: int,
+    key: str,
+    name: str,
+    max_rejected: float = 0.0,
+    max_rows: int | None = None,
 ) -> TokenizedRows:
     """Tokenize all rows of a source in order, on all cores if it has more than one chunk.
 
     Args:
         key: the recipe key that names the source, for errors.
         name: the source's short name, for progress.
+        max_rejected: fraction of rows that may be rejected.
         max_rows: read only the first rows.
 
     Raises:
-        DataError: a row is not a conversation or cannot be rendered (the first chunk with such a row is reported), or
-            the source has no rows.
+        DataError: more rows than that are not conversations or cannot be rendered, or the source has no rows.
+        ColumnError: a column would be ignored although it changes what a row means.
     """
     rows, progress = itertools.islice(source.rows(), max_rows), _Progress(name)
     chunks = _batched(rows)
     first = list(itertools.islice(chunks, 2))
     if not first:
         raise DataError(f"{key}: {source.display_name}: found no rows, expected at least one")
+    settings = source.settings
     if len(first) < 2:
-        return concatenate([tokenize_chunk(chunk, tokenizer, max_length) for chunk in first])
-    return concatenate(list(_on_all_cores(itertools.chain(first, chunks), tokenizer, max_length, progress)))
+        tokenized = concatenate([tokenize_chunk(chunk, tokenizer, max_length, settings) for chunk in first])
+    else:
+        begun = tokenize_chunk(first[0], tokenizer, max_length, settings)
+        if begun.report.rejected_rows > len(first[0]) / 2:  # the source is another than expected: do not read all of it
+            _check_rejected(begun.report, max_rejected)
+        rest = _on_all_cores(itertools.chain(first[1:], chunks), tokenizer, max_length, settings, progress)
+        tokenized = concatenate([begun, *rest])
+    _check_rejected(tokenized.report, max_rejected)
+    return tokenized
+
+
+def _check_rejected(report: ReadingReport, max_rejected: float) -> None:
+    """Check the fraction of rejected rows.
+
+    Raises:
+        DataError: it is above `max_rejected`; names the first one.
+    """
+    rejected, rows = report.rejected_rows, report.rows
+    if rejected > max_rejected * rows:
+        share = math.ceil(1000 * rejected / rows) / 1000
+        advice = f"; data.max_rejected_fraction={share:g} leaves them out" if rejected < rows else ""
+        raise DataError(f"{report.error} ({rejected:,} of {rows:,} rows rejected{advice})")
 
 
 def _batched(rows: Iterable[RawRow]) -> Iterator[tuple[RawRow, ...]]:
@@ -116,11 +150,37 @@ def _batched(rows: Iterable[RawRow]) -> Iterator[tuple[RawRow, ...]]:
         yield chunk
 
 
-def tokenize_chunk(rows: Iterable[RawRow], tokenizer: ConversationTokenizer, max_length: int) -> TokenizedRows:
-    """Tokenize rows in this process."""
-    conversations = [conversation_of(row) for row in rows]
-    examples = tokenizer.tokenize(conversations)
-    return to_arrays(conversations, examples, max_length)
+def tokenize_chunk(
+    rows: Iterable[RawRow], tokenizer: ConversationTokenizer, max_length: int, settings: DataSource
+) -> TokenizedRows:
+    """Tokenize rows in this process; rejected rows are counted in the report.
+
+    Raises:
+        ColumnError: a column would be ignored although it changes what a row means.
+    """
+    report, conversations = ReadingReport(), []
+    for row in rows:
+        report.rows += 1
+        try:
+            conversations.append(conversation_of(row, settings))
+        except ColumnError:
+            raise
+        except DataError as error:
+            report.reject(row.location, error)
+    accepted = []
+    for conversation, example in zip(conversations, tokenizer.tokenize_or_reject(conversations), strict=True):
+        report.columns[conversation.columns] += 1
+        report.message_keys.update(conversation.ignored_keys)
+        if isinstance(example, DataError):
+            report.reject(conversation.location, example)
+            continue
+        accepted.append((conversation, example))
+        for convention in conversation.conventions:
+            report.apply(convention, conversation.location)
+        if example.generated_call_ids:
+            report.apply("tool call ids generated", conversation.location)
+    arrays = to_arrays([conversation for conversation, _ in accepted], [example for _, example in accepted], max_length)
+    return replace(arrays, report=report)
 
 
 # A worker's tokenizer and length. Workers inherit it by fork, because sending it costs more than tokenizing a chunk.
@@ -128,10 +188,14 @@ _WORKER_STATE: dict[str, Any] = {}
 
 
 def _on_all_cores(
-    chunks: Iterator[tuple[RawRow, ...]], tokenizer: ConversationTokenizer, max_length: int, progress: _Progress
+    chunks: Iterator[tuple[RawRow, ...]],
+    tokenizer: ConversationTokenizer,
+    max_length: int,
+    settings: DataSource,
+    progress: _Progress,
 ) -> Iterator[TokenizedRows]:
     cores = len(os.sched_getaffinity(0))
-    _WORKER_STATE.update(tokenizer=tokenizer, max_length=max_length)
+    _WORKER_STATE.update(tokenizer=tokenizer, max_length=max_length, settings=settings)
     pending: collections.deque[Future[TokenizedRows]] = collections.deque()
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(cores, fork, initializer=_start_worker, initargs=(os.getpid(),)) as pool:
@@ -153,7 +217,7 @@ def _start_worker(parent: int) -> None:
 
 
 def _work(rows: tuple[RawRow, ...]) -> TokenizedRows:
-    return tokenize_chunk(rows, _WORKER_STATE["tokenizer"], _WORKER_STATE["max_length"])
+    return tokenize_chunk(rows, **_WORKER_STATE)
 
 
 class _Progress:
@@ -201,7 +265,7 @@ def to_arrays(conversations: list[Conversation], examples: list[Example], max_le
         supervised_tokens=numpy.array([example.supervised_tokens() for example in truncated], numpy.int64),
         full_supervised_tokens=numpy.array([example.supervised_tokens() for example in examples], numpy.int64),
         lost_answers=numpy.array([len(short.spans) < len(full.spans) for full, short in pairs], bool),
-        row_digests=_digests(text_of(conversation) for conversation in conversations),
+        row_digests=row_digests(conversations),
         prompt_digests=prompt_digests(conversations),
         locations=[conversation.location for conversation in conversations],
         stop_ids=frozenset[int]().union(*(example.stop_ids for example in examples)),
@@ -214,6 +278,16 @@ def to_arrays(conversations: list[Conversation], examples: list[Example], max_le
 def prompt_digests(conversations: Iterable[Conversation]) -> numpy.ndarray:
     """Return a hash of each conversation's first user turn, with normalized white space."""
     return _digests(_first_prompt(conversation) for conversation in conversations)
+
+
+def row_digests(conversations: Iterable[Conversation]) -> numpy.ndarray:
+    """Return a hash of each conversation's text, with normalized white space."""
+    return _digests(text_of(conversation) for conversation in conversations)
+
+
+def split_digests(prompts: numpy.ndarray, rows: numpy.ndarray) -> numpy.ndarray:
+    """Return what a validation split is drawn from: the prompts, or the rows if all have the same prompt."""
+    return prompts if len(numpy.unique(prompts)) > 1 else rows
 
 
 def _first_prompt(conversation: Conversation) -> str:
@@ -237,5 +311,6 @@ def concatenate(parts: list[TokenizedRows]) -> TokenizedRows:
         stop_ids=frozenset[int]().union(*(part.stop_ids for part in parts)),
         span_sources=frozenset[str]().union(*(part.span_sources for part in parts)),
         notes=[note for part in parts for note in part.notes],
+        report=ReadingReport.merge(part.report for part in parts),
         **{name: numpy.concatenate([getattr(part, name) for part in parts]) for name in arrays},
     )

@@ -20,6 +20,7 @@ from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import DataError
 
 PERCENTILES = (50, 90, 99, 100)
+_FILES_SHOWN = 8
 LABEL_WIDTH = 20  # of the first column of a report
 
 
@@ -29,7 +30,9 @@ class SourceStats:
 
     Attributes:
         rows_read: rows in the source.
-        examples: rows with a token in the loss; the others are `dropped`.
+        examples: rows with a token in the loss.
+        untrained: rows whose turns are all context; they are not used.
+        dropped: other rows without a token in the loss: `max_length` cuts it off.
         truncated: rows longer than `max_length`; they lost `lost_tokens`, of which `lost_supervised_tokens` were in the
             loss. `lost_answers` of them lost an answer together with its question.
         duplicates: rows whose text equals an earlier row's.
@@ -39,6 +42,7 @@ class SourceStats:
     name: str
     rows_read: int
     examples: int
+    untrained: int
     dropped: int
     truncated: int
     lost_answers: int
@@ -56,12 +60,14 @@ class SourceStats:
 def source_stats(name: str, rows: TokenizedRows) -> SourceStats:
     """Compute the statistics of a source's rows."""
     usable = rows.supervised_tokens > 0
+    untrained = rows.full_supervised_tokens == 0
     percentiles = numpy.percentile(rows.full_lengths, PERCENTILES) if len(rows) else [0] * len(PERCENTILES)
     return SourceStats(
         name=name,
         rows_read=len(rows),
         examples=int(usable.sum()),
-        dropped=int((~usable).sum()),
+        untrained=int(untrained.sum()),
+        dropped=int((~usable & ~untrained).sum()),
         truncated=int((rows.full_lengths > rows.lengths).sum()),
         lost_answers=int((rows.lost_answers & usable).sum()),
         lost_tokens=int((rows.full_lengths - rows.lengths).sum()),
@@ -111,7 +117,7 @@ def _total(stats: Sequence[SourceStats]) -> dict[str, int]:
 
 def _first_dropped(rows: TokenizedRows) -> str | None:
     """Return the location of the first row without a token in the loss."""
-    dropped = numpy.flatnonzero(rows.supervised_tokens == 0)
+    dropped = numpy.flatnonzero((rows.supervised_tokens == 0) & (rows.full_supervised_tokens > 0))
     return rows.locations[int(dropped[0])] if len(dropped) else None
 
 
@@ -152,6 +158,8 @@ def check_limits(plan: Plan, details: Mapping[str, Any]) -> None:
                     f"(first: {first}), expected at most data.max_dropped_fraction={data.max_dropped_fraction:g}. "
                     f"Increase trainer.max_length={plan.max_length}"
                 )
+        if not sum(source["examples"] for source in details["sources"][part]):
+            raise DataError(f"{key}: found no row with an assistant turn in the loss, expected at least one")
     retention = details.get("retention_eval")
     if retention and not retention["examples"]:
         raise DataError(
@@ -181,6 +189,7 @@ def report_lines(details: Mapping[str, Any]) -> list[str]:
                 format_line(part, _describe_rows(source)),
                 *(format_line("", line) for line in _describe_more(source)),
             ]
+    lines += [format_line("read", line) for line in reading_lines(details)]
     if retention := details.get("retention_eval"):
         lines.append(format_line("retention_eval", _describe_rows(retention)))
     if len(details["sources"]["train"]) > 1 and details["duplicates"]:
@@ -197,6 +206,31 @@ def report_lines(details: Mapping[str, Any]) -> list[str]:
     if not details["mismatched_rows"]:
         lines.append(format_line("template", f"rendered as at inference (spans: {details['span_sources']})"))
     return lines
+
+
+def reading_lines(details: Mapping[str, Any]) -> list[str]:
+    """Return what was read of each source: files of a folder, columns, conventions, rejected rows."""
+    lines = []
+    for part, sources in details["reading"].items():
+        for name, reading in sources.items():
+            label = f"{part}: {name}"
+            if files := details["files"][part][name]:
+                more = f" and {len(files) - _FILES_SHOWN} more" if len(files) > _FILES_SHOWN else ""
+                lines.append(f"{label}: files {', '.join(files[:_FILES_SHOWN])}{more}")
+            used = ", ".join(_describe_column(column, reading["rows"]) for column in reading["used"])
+            ignored = ", ".join(f"{name} ({count:,})" for name, count in reading["ignored"].items())
+            lines.append(f"{label}: columns {used}; ignored: {ignored or 'none'}")
+            for convention, (count, first) in reading["conventions"].items():
+                lines.append(f"{label}: {count:,} rows: {convention} (first: {first})")
+            for reason, (count, first) in reading["rejected"].items():
+                lines.append(f"{label}: {count:,} of {reading['rows']:,} rows rejected: {reason} (first: {first})")
+    return lines
+
+
+def _describe_column(column: Mapping[str, Any], rows: int) -> str:
+    purpose = f" as {column['as']}" if column["as"] != column["column"] else ""
+    count = f" ({column['rows']:,})" if column["rows"] != rows else ""
+    return f"{column['column']}{purpose}{count}"
 
 
 def format_line(label: str, value: str) -> str:

@@ -180,10 +180,8 @@ def _settle(plan: Plan, stored: Plan | None, prepared: dict[str, object]) -> Pla
 
 def data_changed_message(plan: Plan, before: str | None, now: str | None) -> str:
     """Error if a run's data has changed, with the first fix."""
-    return (
-        f"data.train: {plan.sections.data.train} changed since the run started (data_fingerprint {before} -> {now}). "
-        f"Restore the data"
-    )
+    named = ", ".join(source.path for source in plan.sections.data.training)
+    return f"data.train: {named} changed since the run started (data_fingerprint {before} -> {now}). Restore the data"
 
 
 def _remove_unstarted(start: RunStart) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sft_recipes.config.gpu_types import find_gpu_type
-from sft_recipes.config.schema import OVERFIT_LOSS
+from sft_recipes.config.schema import OVERFIT_LOSS, DataSource
 from sft_recipes.planner import save_time
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.units import GIB
@@ -70,8 +70,8 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
         *([("remote code", _REMOTE_CODE)] if plan.sections.model.trust_remote_code else []),
         *([("remote code", _KERNEL)] if "/" in plan.sections.model.attention else []),
         ("method", _method(plan)),
-        ("train data", _sources(plan.sections.data.train)),
-        ("validation data", _sources(plan.sections.data.validation) or _split(plan)),
+        ("train data", _sources(plan.sections.data.training)),
+        ("validation data", _sources(plan.sections.data.held_out) or _split(plan)),
         *([("overfit", _overfit(plan))] if plan.sections.data.overfit_rows else []),
         *([("retention eval", source)] if (source := plan.sections.data.retention_eval) else []),
         ("hardware", _hardware(plan)),
@@ -98,8 +98,9 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
     return lines + _memory(plan) + _forecast(plan) + _what_would_fit(plan)
 
 
-def _sources(sources: str | list[str] | None) -> str:
-    return ", ".join(sources) if isinstance(sources, list) else sources or ""
+def _sources(sources: list[DataSource]) -> str:
+    weights = (f" (weight {source.weight:g})" if source.weight != 1 else "" for source in sources)
+    return ", ".join(f"{source.path}{weight}" for source, weight in zip(sources, weights, strict=True))
 
 
 def _nearest(plan: Plan) -> str:

@@ -198,7 +198,7 @@ def _copy_rows(plan: Plan, run_dir: RunDir, state: Any) -> dict[str, Any]:
             held_out = validation.select(range(min(_HELD_OUT_ROWS, len(validation))))
             rows.save_to_disk(str(copy / "train"))
             concatenate_datasets([evaluated, held_out]).save_to_disk(str(copy / "validation"))
-            details = {**read_json(original / "details.json"), "retention_eval_rows": 0}
+            details = {**read_json(original / "details.json"), "retention_eval_rows": 0, "source_weights": []}
             details["validation_rows"] = {"rows": len(evaluated), "held_out": len(held_out)}
             write_json(copy / "details.json", details)
             shutil.copy(original / "prompts.jsonl", copy)

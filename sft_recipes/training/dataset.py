@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch.utils.data import Sampler
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from sft_recipes.data.packing import rows_per_epoch
 from sft_recipes.data.tokenize import IGNORED
 from sft_recipes.planner.plan import Plan
 from sft_recipes.training import attention
@@ -24,14 +26,29 @@ class EffectiveBatchSampler(Sampler[int]):
     The Trainer would take a smaller last step in an epoch, and accelerate would repeat rows to fill a rank. Here each
     row is used at most once per epoch, every step has a complete effective batch, and a step has the same rows on any
     number of ranks. The dropped tail differs between epochs.
+
+    With source weights, each row of a source is used floor(weight) times per epoch, and a seeded part of them once
+    more, a different one each epoch.
     """
 
-    def __init__(self, rows: int, effective_batch_size: int, seed: int, epoch: Callable[[], int]):
+    def __init__(
+        self,
+        rows: int,
+        effective_batch_size: int,
+        seed: int,
+        epoch: Callable[[], int],
+        weights: Sequence[tuple[int, float]] = (),
+    ):
         """Set up; `epoch` is called when an epoch begins: accelerate does not pass the epoch to the sampler of a loader
-        that skips rows after a resume (https://github.com/huggingface/accelerate/issues/2823)."""
-        self.rows = rows
+        that skips rows after a resume (https://github.com/huggingface/accelerate/issues/2823).
+
+        Args:
+            weights: rows and weight of each source in order; empty if each row is used once per epoch.
+        """
+        self.weights = list(weights) or [(rows, 1.0)]
+        self.rows = rows_per_epoch(self.weights)
         self.effective_batch_size = effective_batch_size
-        self.used = rows // effective_batch_size * effective_batch_size
+        self.used = self.rows // effective_batch_size * effective_batch_size
         self.seed = seed
         self.epoch = epoch
 
@@ -41,7 +58,23 @@ class EffectiveBatchSampler(Sampler[int]):
     def order(self, epoch: int) -> torch.Tensor:
         """Return the rows of an epoch in order, [rows used]."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return torch.randperm(self.rows, generator=generator)[: self.used]
+        return self._weighted_rows(epoch)[torch.randperm(self.rows, generator=generator)[: self.used]]
+
+    def _weighted_rows(self, epoch: int) -> torch.Tensor:
+        """Return the rows that an epoch uses, each as often as it is used, [self.rows]."""
+        parts, first = [], 0
+        for count, weight in self.weights:
+            rows = torch.arange(first, first + count)
+            again = rows_per_epoch([(count, weight % 1)])
+            permuted = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed)) if again else rows
+            window = (epoch * again + torch.arange(again)) % count  # consecutive epochs take consecutive parts
+            parts += [rows.repeat(int(weight)), rows[permuted[window]]]
+            first += count
+        return torch.cat(parts)
+
+    def most_uses(self) -> torch.Tensor:
+        """Return how often each row may be used in an epoch, [rows of all sources]."""
+        return torch.cat([torch.full((count,), math.ceil(weight)) for count, weight in self.weights])
 
     def rows_of_step(self, step: int) -> list[int]:
         """Return the rows of an optimizer step; the first step is 0."""

@@ -8,6 +8,7 @@ import platform
 import socket
 import subprocess
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from sft_recipes.planner.plan import Plan
@@ -53,8 +54,12 @@ def begin(folder: RunDir, plan: Plan) -> None:
                 **_job(),
             },
         ],
-        "data": {"fingerprint": plan.data_fingerprint, **asdict(plan.sections.data)},
         **({"init_from": plan.init_from} if plan.init_from else {}),
+        "data": {
+            "fingerprint": plan.data_fingerprint,
+            **asdict(plan.sections.data),
+            "reading": read_json(Path(read_json(folder.prepared).get("folder", "")) / "details.json").get("reading"),
+        },
         "rows": plan.rows,
         "dropped_rows_per_epoch": plan.dropped_rows_per_epoch,
         "optimizer_steps": plan.optimizer_steps,

@@ -55,6 +55,7 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
     ):
         self.plan = plan
         self.stopping = GracefulStopCallback()
+        self.source_weights = read_json(prepared / "details.json").get("source_weights", [])
         arguments["train_dataset"] = data_order.add_row_numbers(arguments["train_dataset"])
         super().__init__(**arguments)
         lora.cast_trainable_to_fp32(self.model, plan)
@@ -80,7 +81,7 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
         self.integrity = IntegrityCallback(
             plan,
             self.checkpoint_writer.folder,
-            data_order.DataOrderCheck(sampler.order, plan.effective_batch_size, steps_per_epoch),
+            data_order.DataOrderCheck(sampler.order, plan.effective_batch_size, steps_per_epoch, sampler.most_uses()),
         )
         self.add_callbacks([self.integrity])
 
@@ -91,7 +92,8 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EffectiveBatchSampler:
         rows = len(self.train_dataset if train_dataset is None else train_dataset)
-        return EffectiveBatchSampler(rows, self.plan.effective_batch_size, self.args.data_seed, self._epoch)
+        batch, seed = self.plan.effective_batch_size, self.args.data_seed
+        return EffectiveBatchSampler(rows, batch, seed, self._epoch, self.source_weights)
 
     def _epoch(self) -> int:
         return int(self.state.global_step // self.plan.steps_per_epoch) if self.plan.steps_per_epoch else 0

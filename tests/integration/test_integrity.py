@@ -14,10 +14,11 @@ from helpers.bit_flip import run_with_a_flip
 from transformers import AutoModelForCausalLM
 
 from sft_recipes.config import loader
+from sft_recipes.data.packing import rows_per_epoch
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Topology
 from sft_recipes.runtime.errors import TrainingError
-from sft_recipes.runtime.run_dir import RunDir
+from sft_recipes.runtime.run_dir import RunDir, write_json
 from sft_recipes.training import attention, dataset, sft_config, stop_signal
 from sft_recipes.training import trainer as trainers
 from sft_recipes.training.checkpoint import checkpoint_format
@@ -30,16 +31,18 @@ ROWS = 23  # five steps of four per epoch; three are dropped
 def begin(tmp_path, model_folder, tokenizer):
     """Makes a trainer over rows of several lengths, for two epochs, in a run directory."""
 
-    def make(name="run", *overrides, packing=False):
+    def make(name="run", *overrides, packing=False, weights=()):
         settings = (
             "batch.min_optimizer_steps=1", "batch.effective_batch_size=4", "batch.max_per_device_batch_size=2",
             "trainer.max_length=64", "trainer.num_train_epochs=2", "trainer.logging_steps=3", "trainer.save_steps=100",
             f"trainer.packing={str(packing).lower()}", *overrides,
         )  # fmt: skip
         plan = plans.resolve(loader.load("tiny", settings), Topology(gpus=0, processes=1))
-        plan = plans.with_prepared_data(plan, plans.Prepared("f", "x", "m", {}, ROWS, ROWS, 100, 100, 2))
+        rows_used = rows_per_epoch(weights or [(ROWS, 1)])
+        plan = plans.with_prepared_data(plan, plans.Prepared("f", "x", "m", {}, ROWS, rows_used, 100, 100, 2))
         folder = RunDir(tmp_path / name)
         folder.path.mkdir(exist_ok=True)
+        write_json(folder.path / "details.json", {"source_weights": weights})
         ids = [[5 + n % 50] * (4 + n % 7) for n in range(ROWS)]
         columns = {"input_ids": ids, "labels": ids}
         if packing:
@@ -221,15 +224,19 @@ def integrity_lines(trainer):
     return [json.loads(line) for line in trainer.integrity.folder.integrity_log.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("step", [3, 5], ids=["in the middle of an epoch", "at its end"])
-def test_resumed_run_has_the_same_fingerprints(begin, step):
+@pytest.mark.parametrize(
+    ("step", "weights"),
+    [(3, ()), (5, ()), (3, [(13, 2.5), (10, 0.5)])],
+    ids=["in the middle of an epoch", "at its end", "with source weights"],
+)
+def test_resumed_run_has_the_same_fingerprints(begin, step, weights):
     """The second attempt repeats the same steps and logs the same fingerprints."""
     settings = (f"trainer.save_steps={step}", "trainer.max_steps=8")
-    first = begin("run", *settings)
+    first = begin("run", *settings, weights=weights)
     first.train()
     lines = integrity_lines(first)
     assert {(step, True), (step + 1, False), (step + 2, False)} <= {(line["step"], line["saved"]) for line in lines}
-    again = begin("run", *settings)
+    again = begin("run", *settings, weights=weights)
     point = again.checkpoint_writer.folder.checkpoint(step)
     again.integrity.restore_state(checkpoint_format.read_commit_marker(point)["integrity"])
     again.train(resume_from_checkpoint=str(point))

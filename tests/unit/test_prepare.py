@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from datasets import load_from_disk
 
 from sft_recipes.config import loader
 from sft_recipes.data import prepare
@@ -463,3 +464,42 @@ def test_overfit_repeats_a_few_rows_to_the_effective_batch(tmp_path, model_folde
     assert (len(train), details(data)["train"]["examples"]) == (expected, min(len(rows), 8))
     assert {tuple(row) for row in train["input_ids"]} == {tuple(row) for row in validation["input_ids"]}
     assert plans.with_prepared_data(plan, data).optimizer_steps == 200
+
+
+def test_weights_are_part_of_rows_steps_and_fingerprint(prepared, tmp_path, write_rows):
+    other = write_rows([{"prompt": f"Name {n}", "completion": f"It is {n}."} for n in range(20)], "other.jsonl")
+
+    def weighted(first, second):
+        sources = f"[{{path: {tmp_path / 'rows.jsonl'}, weight: {first}}}, {{path: {other}, weight: {second}}}]"
+        return prepared(ROWS, f"data.train={sources}", validation=HELD_OUT)
+
+    plain, twice = weighted(1, 1), weighted(2.5, 0.5)
+    counts = [rows for rows, _ in details(twice)["source_weights"]]
+    assert details(plain)["source_weights"] == []
+    assert twice.rows == 2 * counts[0] + round(counts[0] / 2) + round(counts[1] / 2)
+    assert twice.examples == 60 * 2.5 + 20 * 0.5
+    assert len({plain.fingerprint, twice.fingerprint, weighted(2.5, 0.6).fingerprint}) == 3
+    rows = load_from_disk(str(Path(twice.folder) / "train"))["source"]
+    assert [len({Path(place).name[:1] for place in row}) for row in rows] == [1] * sum(counts), "packed separately"
+    with pytest.raises(UserError, match=r"data.train: other: weight: found 0.01 of \d rows, which uses no row"):
+        weighted(1, 0.01)
+
+
+def test_what_was_read_is_reported(prepared, tmp_path):
+    rows = [*ROWS, {"prompt": "last?", "completion": ""}]
+    report = details(prepared([{**row, "id": 1} for row in rows], "data.max_rejected_fraction=0.1"))["reading"]["train"]
+    assert report["rows"]["ignored"] == {"id": 60}
+    assert [count for count, _ in report["rows"]["rejected"].values()] == [1]
+
+
+def test_rows_without_a_trained_turn_are_left_out(prepared):
+    untrained = {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a", "train": False}]}
+    found = details(prepared([*ROWS, untrained], validation=HELD_OUT))
+    assert (found["train"]["examples"], found["train"]["untrained"], found["train"]["dropped"]) == (60, 1, 0)
+    with pytest.raises(UserError, match="data.train: found no row with an assistant turn in the loss"):
+        prepared([untrained, untrained], validation=HELD_OUT)
+
+
+def test_rows_with_one_prompt_are_split_by_text(prepared):
+    found = details(prepared([{**row, "prompt": "Count."} for row in ROWS]))
+    assert found["validation"]["examples"] == 3

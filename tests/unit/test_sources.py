@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from sft_recipes.config.schema import Data
 from sft_recipes.data import sources
 from sft_recipes.data.formats import conversation_of
 from sft_recipes.runtime.errors import UserError
@@ -13,7 +14,11 @@ MESSAGES = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "conten
 
 def rows_of(path, toy_folder=None):
     source = sources.resolve(str(path), "data.train", toy_folder or path.parent / "toy")
-    return list(source.rows())
+    rows = list(source.rows())
+    for row in rows:
+        if isinstance(row.values, UserError):
+            raise row.values
+    return rows
 
 
 def test_sources_read_same_rows_from_every_file_type(tmp_path):
@@ -57,11 +62,10 @@ def test_toy_dataset_is_written_once(tmp_path):
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"a": 1}\n{"a": \n', r"a.jsonl:2: not valid JSON"),
-        ("a.jsonl", b'\xef\xbb\xbf{"a": 1}\n', r"a.jsonl:1: found a byte-order mark"),
         ("a.jsonl", b'{"a": 1}\n{"a": "\x00"}\n', r"a.jsonl:2: found a NUL byte"),
         ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"a.jsonl:2: encoding: found byte 0xff, expected UTF-8"),
         ("a.jsonl", b'{"a": 1, "a": 2}\n', r"a.jsonl:1: key 'a': found twice"),
-        ("a.jsonl", b"[" * 100_000 + b"\n", r"a.jsonl:1: not valid JSON"),
+        ("a.jsonl", b"[" * 100_000 + b"\n", r"a.jsonl: not valid JSON"),
         ("a.json", b'"text"', r"a.json: found a string, expected a list of rows"),
         ("a.json", b'[{"a": 1},', r"a.json: not valid JSON"),
         ("a.csv", b"a,b\n1,2,3\n", r"a.csv:2: columns: found 3, expected 2 \(a, b\)"),
@@ -138,17 +142,15 @@ def test_conversation_of_keeps_system_and_input():
         ([1, 2], "row: found a list, expected an object"),
         ({"text": "hello"}, "row keys: found text, expected messages"),
         ({}, "row keys: found none"),
-        ({"prompt": "a", "completion": None}, "row keys: found prompt, completion"),
+        ({"prompt": "a", "completion": None}, "row keys: found prompt, "),
         ({"messages": "hello"}, "turns: found a string, expected a list"),
-        ({"messages": []}, "turns: found no user and assistant turns"),
-        ({"messages": [{"role": "system", "content": "x"}]}, "turns: found no user and assistant turns"),
+        ({"messages": []}, "turns: found none, expected user and assistant turns"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "turns: found system last and no assistant turn"),
         ({"messages": [{"role": "oracle", "content": "x"}]}, "turn 1: role: found 'oracle', expected one of"),
         ({"messages": [{"role": "user"}]}, "turn 1: content: found null, expected a string"),
         ({"messages": [{"role": "user", "content": 3}]}, "turn 1: content: found a number, expected a string"),
-        ({"messages": MESSAGES[:1]}, "last turn: role: found user"),
-        ({"messages": MESSAGES[1:]}, "turn 1: role: found assistant, expected user ."),
-        ({"messages": MESSAGES + MESSAGES[1:]}, "turn 3: role: found assistant, expected user ."),
-        ({"messages": [*MESSAGES, {"role": "system", "content": "x"}]}, "turn 3: role: found system, expected user ."),
+        ({"messages": MESSAGES[:1]}, "turns: found user last and no assistant turn"),
+        ({"messages": [*MESSAGES, {"role": "system", "content": "x"}]}, "last turn: role: found system"),
         ({"prompt": "a", "completion": " \n"}, "turn 2: assistant content: found no text"),
         ({"prompt": "a", "completion": "\ud800"}, "a lone surrogate"),
     ],
@@ -156,3 +158,54 @@ def test_conversation_of_keeps_system_and_input():
 def test_conversation_of_rejects_row(row, message):
     with pytest.raises(UserError, match=f"here:7: .*{message}"):
         conversation_of(sources.RawRow(row, "here:7"))
+
+
+def split_names(tmp_path, key, name="data"):
+    found = sources.resolve_all(Data(train=str(tmp_path / name)), key, tmp_path)
+    return {short: [str(file.relative_to(tmp_path)) for file in source.files] for short, source in found.items()}
+
+
+def test_folder_splits_are_named_as_on_the_hub(tmp_path):
+    for name in ("train.jsonl", "test.jsonl", ".ipynb_checkpoints/train-checkpoint.jsonl", "README.md"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_text(json.dumps({"prompt": name, "completion": "x"}))
+    assert split_names(tmp_path, "data.train") == {"data": ["data/train.jsonl"]}
+    assert split_names(tmp_path, "data.validation") == {"data": ["data/test.jsonl"]}
+    (tmp_path / "data" / "valid.jsonl").write_text("{}")
+    assert split_names(tmp_path, "data.validation") == {"data": ["data/valid.jsonl"]}
+    for name in ("train", "dev"):
+        (tmp_path / "other" / name).mkdir(parents=True)
+        (tmp_path / "other" / name / "part.jsonl").write_text("{}")
+    assert split_names(tmp_path, "data.train", "other") == {"other": ["other/train/part.jsonl"]}
+    assert split_names(tmp_path, "data.validation", "other") == {"other": ["other/dev/part.jsonl"]}
+    named = sources.resolve(f"{tmp_path / 'data'}:test", "data.train", tmp_path)
+    assert [row.values["prompt"] for row in named.rows()] == ["test.jsonl"]
+    (tmp_path / "data" / "train.jsonl").unlink()
+    (tmp_path / "data" / "valid.jsonl").unlink()
+    with pytest.raises(UserError, match=r"data.train: .*found the splits .*test, expected train. Name one: "):
+        sources.resolve(str(tmp_path / "data"), "data.train", tmp_path)
+
+
+def test_saved_datasets_and_json_columns_are_read(tmp_path):
+    from datasets import Dataset, DatasetDict, Features, Json, Value
+
+    arguments = [{"text": "hi"}, {"x": 1, "unset": None}]
+    features = Features({"prompt": Value("string"), "tools": Json()})
+    rows = Dataset.from_list([{"prompt": "a", "tools": one} for one in arguments], features=features)
+    DatasetDict(train=rows, test=rows.select([1])).save_to_disk(str(tmp_path / "data"))
+    rows.to_parquet(str(tmp_path / "rows.parquet"))
+    assert split_names(tmp_path, "data.validation") == {"data": ["data/test"]}
+    for name in ("data", "data/train", "rows.parquet"):
+        read = sources.resolve(str(tmp_path / name), "data.train", tmp_path).rows()
+        assert [row.values["tools"] for row in read] == arguments, "a null in JSON is the row's own"
+
+
+def test_nulls_that_arrow_writes_are_removed(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    calls = [[{"name": "say", "arguments": {"text": "hi"}}], [{"name": "move", "arguments": {"x": 1}}], None]
+    rows = [{"messages": [{"role": "assistant", "content": "", "tool_calls": one}]} for one in calls]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    read = [row.values["messages"][0].get("tool_calls") for row in rows_of(tmp_path / "rows.parquet")]
+    assert read == calls

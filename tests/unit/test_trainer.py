@@ -156,6 +156,20 @@ def test_sampler_uses_each_row_once_and_drops_a_new_tail_per_epoch(rows):
     assert list(dataset.EffectiveBatchSampler(rows, 4, 43, lambda: 0)) != epochs[0]
 
 
+def test_sampler_uses_rows_as_often_as_their_weights_say():
+    weights = [(10, 2.5), (6, 1.0), (20, 0.25)]
+    sampler = dataset.EffectiveBatchSampler(36, 4, 42, lambda: 0, weights)
+    assert sampler.used == sampler.rows == 25 + 6 + 5 + 0 // 4 * 4
+    uses = [torch.bincount(sampler.order(epoch), minlength=36) for epoch in range(4)]
+    for count in uses:
+        assert sorted(set(count[:10].tolist())) == [2, 3] and count[:10].sum() == 25
+        assert set(count[10:16].tolist()) == {1}
+        assert count[16:].sum() == 5 and bool((count <= sampler.most_uses()).all())
+    assert sum(uses)[16:].tolist() == [1] * 20, "the fraction is other rows in each epoch"
+    assert sum(uses[:2])[:10].tolist() == [5] * 10
+    assert not torch.equal(sampler.order(0), sampler.order(1))
+
+
 def test_tokens_digest_depends_on_rows_not_on_batching(examples):
     def digest(rows, micro_batch, padded_to):
         total = 0

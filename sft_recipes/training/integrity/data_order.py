@@ -40,9 +40,21 @@ class DataOrderCheck:
         rows_hash: hash chain over the rows of these steps.
     """
 
-    def __init__(self, epoch_order: Callable[[int], torch.Tensor], rows_per_step: int, steps_per_epoch: int):
-        """`epoch_order` returns the rows of an epoch (the first is 0) in the order of use."""
+    def __init__(
+        self,
+        epoch_order: Callable[[int], torch.Tensor],
+        rows_per_step: int,
+        steps_per_epoch: int,
+        most_uses: torch.Tensor | None = None,
+    ):
+        """Set up.
+
+        Args:
+            epoch_order: returns the rows of an epoch (the first is 0) in the order of use.
+            most_uses: how often each row may be used in an epoch, [rows]; once if None.
+        """
         self._epoch_order = epoch_order
+        self._most_uses = most_uses
         self._rows_per_step = rows_per_step
         self._steps_per_epoch = steps_per_epoch
         self._cached_order: tuple[int, torch.Tensor] | None = None
@@ -95,9 +107,10 @@ class DataOrderCheck:
         """Return an epoch's order, cached: a long one takes time to draw."""
         if self._cached_order is None or self._cached_order[0] != epoch:
             order = self._epoch_order(epoch)
-            count, row = torch.bincount(order).max(0)
-            if count > 1:
-                raise TrainingError(f"epoch {epoch + 1}: its order uses row {row} {count} times; {REPORT}")
+            uses = torch.bincount(order)
+            excess, row = (uses - (1 if self._most_uses is None else self._most_uses[: len(uses)])).max(0)
+            if excess > 0:
+                raise TrainingError(f"epoch {epoch + 1}: its order uses row {row} {uses[row]} times; {REPORT}")
             self._cached_order = (epoch, order)
         return self._cached_order[1]
 
@@ -119,15 +132,15 @@ def _describe_difference(
     rows_of_ranks: Sequence[list[int]], expected: Sequence[int], order: torch.Tensor, rows_per_step: int
 ) -> str:
     """List repeated rows with their ranks, rows of other steps, and missing rows."""
-    counts = Counter(row for rows in rows_of_ranks for row in rows)
+    counts, planned = Counter(row for rows in rows_of_ranks for row in rows), Counter(expected)
     parts = []
-    for row in sorted(row for row, count in counts.items() if count > 1)[:_ROWS_SHOWN]:
+    for row in sorted(row for row, count in counts.items() if count > max(planned[row], 1))[:_ROWS_SHOWN]:
         ranks = [str(rank) for rank, rows in enumerate(rows_of_ranks) for _ in range(rows.count(row))]
         parts.append(f"row {row} was fed {counts[row]} times (ranks {', '.join(ranks)})")
     unexpected = sorted(counts.keys() - set(expected))
     if unexpected:
         parts.append(f"rows of other steps were fed: {_list_rows(unexpected, order, rows_per_step)}")
-    missing = sorted(set(expected) - counts.keys())
+    missing = sorted((planned - counts).elements())
     if missing:
         shown = ", ".join(map(str, missing[:_ROWS_SHOWN]))
         more = f" and {len(missing) - _ROWS_SHOWN} more" if len(missing) > _ROWS_SHOWN else ""

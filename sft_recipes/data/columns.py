@@ -1,0 +1,262 @@
+"""Chooses which columns of a row are read, and accounts for every other one.
+
+A passage, a system prompt or a label that is not read changes what is trained. So each source lists its columns with
+counts, and a column whose name says that it changes the meaning is rejected until the recipe maps it (`data.columns`)
+or names it in `data.ignore_columns`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from sft_recipes.config.schema import DataSource, column_pieces
+from sft_recipes.runtime.errors import DataError
+
+# Formats of rows: the columns that identify each. Any of them may also have the columns in _OPTIONAL.
+FORMATS: tuple[tuple[str, ...], ...] = (
+    ("messages",),
+    ("conversations",),
+    ("conversation",),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("question", "answer"),
+    ("question", "response"),
+    ("query", "response"),
+    ("query", "answer"),
+)
+FORMAT_NAMES = (
+    "messages, conversations, prompt/completion, instruction/input/output, question/answer, or query/response"
+)
+REQUIRED = tuple(dict.fromkeys(name for names in FORMATS for name in names))
+_OPTIONAL = ("system", "tools", "functions", "chat_template_kwargs")
+_OPTIONAL_OF_INSTRUCTIONS = ("input", "history")
+# Words of column names that say that the column changes what a row means, with what to do about it.
+_MAP = "Map it with data.columns, such as {{prompt: '{{{name}}}\\n\\n{{question}}', completion: '{{answer}}'}}"
+_TEXT_ONLY = "Only text is trained: remove these rows"
+_PREFERENCE = "It is a preference set: filter the rows to good answers"
+_MEANINGFUL = {
+    **dict.fromkeys(("context", "contexts", "passage", "passages", "document", "documents", "background"), _MAP),
+    **dict.fromkeys(("evidence", "knowledge", "input", "history"), _MAP),
+    **dict.fromkeys(("system", "developer", "persona"), "Map it with data.columns: system: '{{{name}}}'"),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _TEXT_ONLY),
+    **dict.fromkeys(("label", "labels", "rejected", "chosen", "preference"), _PREFERENCE),
+}
+_METADATA = re.compile(r"(id|ids|len|length|count|num|size|tokens?|lang|language|type|date|time|hash)$")
+_EMPTY: tuple[Any, ...] = (None, "", [], {})
+
+
+class ColumnError(DataError):
+    """The columns of a source are not what its recipe says; no fraction of rejected rows allows it."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is read of rows that have the same columns.
+
+    Attributes:
+        format: one of FORMATS, after mapping.
+        used: each column that is read, with what it is read as.
+        ignored: the columns that are not read.
+    """
+
+    format: tuple[str, ...]
+    used: Mapping[str, str]
+    ignored: tuple[str, ...]
+
+
+@dataclass
+class ReadingReport:
+    """What was read of a source: rows by their columns, conventions that were applied, and rejected rows.
+
+    Attributes:
+        columns: rows by the names of their columns that have a value.
+        message_keys: messages by their keys that are not read.
+        conventions: rows by the convention that was applied to them, with the location of the first.
+        rejected: rows by the reason of their rejection, with the location of the first.
+        error: the first rejection.
+    """
+
+    rows: int = 0
+    columns: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    message_keys: Counter[str] = field(default_factory=Counter)
+    conventions: dict[str, tuple[int, str]] = field(default_factory=dict)
+    rejected: dict[str, tuple[int, str]] = field(default_factory=dict)
+    error: str | None = None
+
+    def reject(self, location: str, error: DataError) -> None:
+        """Count a rejected row."""
+        reason = str(error).removeprefix(f"{location}: ").partition(". ")[0]
+        _count(self.rejected, re.sub(r"\d+", "N", reason)[:160], 1, location)
+        self.error = self.error or str(error)
+
+    def apply(self, convention: str, location: str) -> None:
+        """Count a row that a convention was applied to."""
+        _count(self.conventions, convention, 1, location)
+
+    @property
+    def rejected_rows(self) -> int:
+        """Number of rejected rows."""
+        return sum(count for count, _ in self.rejected.values())
+
+    @staticmethod
+    def merge(reports: Iterable[ReadingReport]) -> ReadingReport:
+        """Return the sum of reports in order."""
+        merged = ReadingReport()
+        for report in reports:
+            merged.rows += report.rows
+            merged.columns += report.columns
+            merged.message_keys += report.message_keys
+            merged.error = merged.error or report.error
+            for name in ("conventions", "rejected"):
+                for reason, (count, first) in getattr(report, name).items():
+                    _count(getattr(merged, name), reason, count, first)
+        return merged
+
+    def describe(self, settings: DataSource) -> dict[str, Any]:
+        """Return the report as plain values for `details.json` and the manifest."""
+        used: Counter[tuple[str, str]] = Counter()
+        ignored: Counter[str] = Counter()
+        for names, rows in self.columns.items():
+            selection = select_columns(names, settings)
+            used.update(dict.fromkeys(selection.used.items(), rows))
+            ignored.update(dict.fromkeys(selection.ignored, rows))
+        ignored.update({f"messages[].{key}": count for key, count in self.message_keys.items()})
+        return {
+            "rows": self.rows,
+            "used": [{"column": column, "as": purpose, "rows": rows} for (column, purpose), rows in used.items()],
+            "ignored": dict(ignored.most_common()),
+            "conventions": {name: list(value) for name, value in self.conventions.items()},
+            "rejected": {name: list(value) for name, value in self.rejected.items()},
+        }
+
+
+def _count(counts: dict[str, tuple[int, str]], name: str, number: int, first: str) -> None:
+    known = counts.get(name, (0, first))
+    counts[name] = (known[0] + number, known[1])
+
+
+def names_with_values(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of a row's columns that are not null or, if no format needs them, not empty."""
+    return tuple(
+        name for name, value in values.items() if value is not None and (value not in _EMPTY or name in REQUIRED)
+    )
+
+
+def select_columns(names: tuple[str, ...], settings: DataSource) -> Selection:
+    """Return what is read of rows with these columns (those of `names_with_values`, and those of the format).
+
+    Raises:
+        ColumnError: a column that changes the meaning of a row would be ignored.
+        DataError: no format, or several, match.
+    """
+    frozen = tuple(settings.columns.items()), tuple(settings.ignore_columns)
+    return _select(names, *frozen)
+
+
+@lru_cache(maxsize=4096)
+def _select(names: tuple[str, ...], mapping: tuple[tuple[str, str], ...], ignore: tuple[str, ...]) -> Selection:
+    used = {}
+    for target, template in mapping:
+        used.update({name: target for _, name in column_pieces(template) if name in names})
+    targets = tuple(target for target, _ in mapping) or names
+    formats = [keys for keys in FORMATS if all(key in targets for key in keys)]
+    if len(formats) > 1:
+        matching = " and ".join("/".join(keys) for keys in formats)
+        raise DataError(
+            f"row keys: found {describe_keys(names)}, which match {len(formats)} formats. Keep one of {matching}, or "
+            f"set data.columns"
+        )
+    if not formats:
+        raise DataError(_describe_unknown(names, bool(mapping)))
+    if not mapping:
+        optional = (*_OPTIONAL, *(_OPTIONAL_OF_INSTRUCTIONS if formats[0][0] == "instruction" else ()))
+        if formats[0] == ("instruction", "response") and "input" not in names:
+            optional = (*optional, "context")  # as Dolly
+        used = {name: name for name in names if name in (*formats[0], *optional)}
+    ignored = tuple(name for name in names if name not in used)
+    for name in ignored:
+        if name not in ignore and (advice := _advice_on(name)):
+            raise ColumnError(
+                f"column {name}: found values that would be ignored, although they may change what the row means. "
+                f"{advice}, or set data.ignore_columns=[{name}]"
+            )
+    return Selection(formats[0], used, ignored)
+
+
+def _advice_on(name: str) -> str | None:
+    words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
+    if not words or (len(words) > 1 and _METADATA.fullmatch(words[-1])):
+        return None
+    advice = next((_MEANINGFUL[word] for word in words if word in _MEANINGFUL), None)
+    return advice.format(name=name) if advice else None
+
+
+def check_message_key(key: str, settings: DataSource) -> None:
+    """Check that a message's key that is not read does not change its meaning.
+
+    Raises:
+        ColumnError: its name says that it does.
+    """
+    if key not in settings.ignore_columns and (advice := _advice_on(key)) and advice != _PREFERENCE:
+        raise ColumnError(
+            f"message key {key}: found a value that would be ignored. {advice}, or set data.ignore_columns=[{key}]"
+        )
+
+
+def _describe_unknown(names: tuple[str, ...], mapped: bool) -> str:
+    fix = "Map them with data.columns, such as {prompt: '{question}', completion: '{answer}'}"
+    if "text" in names and not mapped:
+        fix = (
+            "For plain text set data.columns={prompt: 'Continue.', completion: '{text}'}; text with turns in it: "
+            "convert it to messages"
+        )
+    elif {"chosen", "rejected"} & set(names):
+        chosen = "{prompt: '{prompt}', completion: '{chosen}'}" if "prompt" in names else "{messages: '{chosen}'}"
+        fix = f"It is a preference set: to train on its good answers set data.columns={chosen}"
+    return f"row keys: found {describe_keys(names)}, expected {FORMAT_NAMES}. {fix}"
+
+
+def describe_keys(names: tuple[str, ...]) -> str:
+    """Return a row's keys for an error message."""
+    shown = [repr(name[:61])[1:-1][:60] for name in names[:10]]
+    return ", ".join(shown) + (f" and {len(names) - 10} others" if len(names) > 10 else "") or "none"
+
+
+def map_columns(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """Return the mapped columns of a row: a value itself if the format is one column, else text.
+
+    Raises:
+        DataError: the row has none of a format's columns, or a value that is not text is put into text.
+    """
+    mapped = {}
+    for target, template in columns.items():
+        pieces = column_pieces(template)
+        names = [name for _, name in pieces if name]
+        if names and not any(name in values for name in names):
+            raise DataError(
+                f"row keys: found {describe_keys(tuple(values))}, expected {', '.join(names)} of data.columns.{target}"
+            )
+        if not names and template in values:
+            raise DataError(
+                f"data.columns.{target}: found the name of a column, expected it in braces. Set '{{{template}}}'"
+            )
+        if pieces == [("", names[0] if names else None)]:
+            mapped[target] = values.get(names[0])
+            continue
+        parts = []
+        for literal, name in pieces:
+            value = "" if name is None or values.get(name) is None else values[name]
+            if not isinstance(value, str | int | float):
+                raise DataError(f"column {name}: found {type(value).__name__}, expected text for data.columns.{target}")
+            parts += [literal, str(value)]
+        text = "".join(parts)
+        empty = any(values.get(name) in _EMPTY for name in names)
+        mapped[target] = text.strip() if empty else text  # no separator without what it separates
+    return mapped
