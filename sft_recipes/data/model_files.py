@@ -107,13 +107,19 @@ def check_architecture(stated: dict[str, Any], folder: Path, trust_remote_code: 
 
     if not stated:
         return
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of any kind: the file may hold anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(
+            f"model.name_or_path: {folder / 'config.json'}: no model can be built ({reason}). Copy the complete model"
+        ) from error
     wrong = [key for key, value in stated.items() if getattr(config, key, None) != value]
     if wrong:
         values = (f"{key} {stated[key]!r}, expected {getattr(config, key, None)!r}" for key in wrong)
         raise DataError(f"model.architecture: found {'; '.join(values)} ({folder / 'config.json'}). Correct the recipe")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     counted, planned = model.num_parameters(), parameter_count(stated)
     if planned is not None and counted != planned:
         raise DataError(

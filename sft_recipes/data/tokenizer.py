@@ -19,6 +19,8 @@ _HTML = re.compile(
     r"</?(table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i|u|s|sub|sup|code|p|br|li|ul|ol)>"
 )
 NEW_PADDING_TOKEN = "<|pad|>"
+# Other vocabularies that Transformers converts for any class.
+_VOCABULARIES = ("tokenizer.model", "tiktoken.model")
 # Transformers' name for its correction of the pre-tokenizer of Mistral's tokenizers.
 FIX_MISTRAL_REGEX = "fix_mistral_regex"
 
@@ -66,7 +68,13 @@ def _load_from_files(folder: Path, trust_remote_code: bool) -> Any:
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     built_in = type(tokenizer).__module__.startswith("transformers.")
-    if not built_in or not (folder / "tokenizer.json").is_file():
+    if not built_in:
+        return tokenizer
+    if not (folder / "tokenizer.json").is_file():
+        files = {name for key, name in tokenizer.vocab_files_names.items() if key != "tokenizer_file"}
+        has_files = bool(files) and all((folder / name).is_file() for name in files)
+        if not has_files and not any((folder / name).is_file() for name in _VOCABULARIES):
+            raise ValueError("it has no vocabulary, and the class of the tokenizer would have an empty one")
         return tokenizer
     class_tokens: dict[str, Any] = tokenizer.special_tokens_map  # a class has some that no file names
     announced = getattr(getattr(tokenizer, "backend_tokenizer", None), FIX_MISTRAL_REGEX, None) is False
@@ -79,7 +87,7 @@ def _load_from_files(folder: Path, trust_remote_code: bool) -> Any:
 
 def _explain(folder: Path, error: Exception) -> str:
     """Return why a tokenizer did not load, and the fix."""
-    vocabulary = next((name for name in ("tokenizer.model", "tiktoken.model") if (folder / name).is_file()), None)
+    vocabulary = next((name for name in _VOCABULARIES if (folder / name).is_file()), None)
     if vocabulary and not (folder / "tokenizer.json").is_file():
         packages = ["tiktoken"] if vocabulary == "tiktoken.model" else ["sentencepiece", "protobuf"]
         missing = [name for name in packages if library_version(name) == "not installed"]

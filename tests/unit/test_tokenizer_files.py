@@ -148,3 +148,27 @@ def test_sentencepiece_file_alone_names_the_packages(folder, tmp_path):
         UserError, match=r"found tokenizer.model, expected tokenizer.json: .*`pip install sentencepiece"
     ):
         load_tokenizer(str(path), None, False)
+
+
+@pytest.mark.parametrize("named", ["LlamaTokenizer", "Qwen2Tokenizer", "GPT2Tokenizer", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("left", [None, "vocab.json"])
+def test_tokenizer_without_vocabulary_is_rejected(folder, named, left):
+    """Transformers 5 builds one with an empty vocabulary, or without merges."""
+    path = folder(digits(), tokenizer_class=named)
+    vocabulary = read(path / "tokenizer.json")["model"]["vocab"]
+    (path / "tokenizer.json").unlink()
+    if left:
+        (path / left).write_text(json.dumps(vocabulary))
+    with pytest.raises(UserError, match="tokenizer of .* not loadable"):
+        load_tokenizer(str(path), None, False)
+
+
+def test_vocabulary_and_merges_without_tokenizer_json_are_read(folder, tmp_path):
+    """As GPT-2's first files; the saved files have a tokenizer.json, and load again with the same ids."""
+    path = folder(digits(), tokenizer_class="GPT2Tokenizer")
+    content = read(path / "tokenizer.json")["model"]
+    (path / "vocab.json").write_text(json.dumps(content["vocab"]))
+    (path / "merges.txt").write_text("#version: 0.2\n2 0\n")
+    (path / "tokenizer.json").unlink()
+    tokenizer, target, _ = saved(path, tmp_path)
+    assert ids(tokenizer) == raw_ids(target / "tokenizer.json") == ids(AutoTokenizer.from_pretrained(target))
