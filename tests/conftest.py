@@ -51,8 +51,8 @@ def shared_workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 
 @pytest.fixture(scope="session")
 def short_run(shared_workplace: Workplace) -> Path:
-    """The tiny recipe, eight steps, one process; the sanity gate goes before it, as for a user."""
-    counted = simulated_device(shared_workplace.path / "device.jsonl")
+    """The tiny recipe, eight steps, one process, after the sanity check on a device just large enough for one trainer."""
+    counted = simulated_device(shared_workplace.path / "device.jsonl", size=1.05)
     return shared_workplace.trained_once("short", *SHORT, SANITY="", **counted)
 
 

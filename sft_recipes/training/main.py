@@ -89,6 +89,7 @@ def begin(plan_file: str) -> tuple[Plan, RunDir, int]:
             plan.method,
             plan.sections.trainer.get("optim", "adamw_torch_fused"),
             env.reporters(),
+            plan.strategy.deepspeed,
             plan.sections.model.trust_remote_code,
         )
         silence_libraries()

@@ -1,7 +1,7 @@
 """Runs `accelerate launch`, forwards stop requests to the ranks, and records their exit codes.
 
-Accelerate alone terminates its ranks at a stop signal, whether they have saved or not: one rank at once, several after
-a timeout (torch's agent). It also reports only that a rank failed, not how.
+Accelerate alone terminates its ranks at a stop signal, whether they have saved or not, after a timeout (torch's agent).
+It also reports only that a rank failed, not how. One process is started without it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,29 @@ from sft_recipes.training import patches
 
 
 def main() -> None:
-    """Run `accelerate launch` with this process's arguments, the last of which is the plan file."""
+    """Run the ranks; the arguments are those of `accelerate launch`, the last of which is the plan file."""
     ranks_dir = RunDir(Path(sys.argv[-1]).parent).ranks
     os.environ[heartbeat.LAUNCHER_PID] = str(os.getpid())
     _forward_stop_signals(ranks_dir)
+    codes = _run_several_processes() if "--main_process_port" in sys.argv else _run_one_process()
+    heartbeat.write_exit_codes(ranks_dir, codes)
+    sys.exit(EXIT_ERROR if codes else 0)
+
+
+def _run_one_process() -> dict[int, int]:
+    """Run the program of a single rank; return its exit code unless 0.
+
+    `accelerate launch` would import torch, which takes seconds, to set these two variables (accelerate/utils/launch.py,
+    `prepare_simple_launcher_cmd_env`); the trainer sets the precision.
+    """
+    program = sys.argv[sys.argv.index("-m") :]
+    variables = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "no"}
+    code = subprocess.run([sys.executable, *program], env={**os.environ, **variables}, check=False).returncode
+    return {0: code} if code else {}
+
+
+def _run_several_processes() -> dict[int, int]:
+    """Run `accelerate launch`; return the exit codes of ranks that failed."""
     with library_imports.without_garbage_collection():
         from accelerate.commands import launch  # not the command line of all its commands, which imports them all
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -31,14 +50,9 @@ def main() -> None:
     patches.skip_port_check_without_localhost()
     try:
         launch.main()
-    except ChildFailedError as error:  # of several ranks
-        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-    except subprocess.CalledProcessError as error:  # of one
-        codes = {0: error.returncode}
-    else:
-        codes = {}
-    heartbeat.write_exit_codes(ranks_dir, codes)
-    sys.exit(EXIT_ERROR if codes else 0)
+    except ChildFailedError as error:
+        return {rank: failure.exitcode for rank, failure in error.failures.items()}
+    return {}
 
 
 def _forward_stop_signals(ranks_dir: Path) -> None:

@@ -15,10 +15,10 @@ COVERED: dict[str, tuple[str, str]] = {
     "38": ("resumed at the end of an epoch, inside one, inside an accumulation, at the last step, after the end",
            "tests/strategies/test_trajectories.py, tests/integration/test_train.py; the random kills (three steps make an epoch here)"),
     "40, 41": ("bad lines and roles", "tests/unit/test_bad_input.py"),
-    "42, 43": ("rows without a supervised token, fewer rows than a batch", "tests/integration/test_cli.py, tests/unit/test_assistant_spans.py"),
+    "42, 43": ("rows without a supervised token, fewer rows than a batch", "tests/integration/test_prepare_process.py, tests/unit/test_assistant_spans.py"),
     "44": ("special tokens in texts", "tests/unit/test_tokenize.py, tests/unit/test_assistant_spans.py"),
     "45": ("NaN on one rank", "tests/integration/test_nan_guard.py, tests/strategies/test_nan_guard_strategies.py"),
-    "46": ("a bit flipped in one rank's weights", "tests/integration/test_integrity.py"),
+    "46": ("a bit flipped in one rank's weights", "tests/strategies/test_integrity_strategies.py"),
     "47 to 53": ("what is loaded, stored and listened on", "tests/integration/test_security.py, tests/strategies/test_security_strategies.py"),
 }  # fmt: skip
 

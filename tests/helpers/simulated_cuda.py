@@ -80,6 +80,8 @@ def launch(plan: Plan, folder: RunDir, node: int) -> dict[str, Any]:
     import accelerate.commands.launch as program
     from torch.distributed import run as torchrun
 
+    from sft_recipes.training import rank_launcher
+
     caught: dict[str, Any] = {}
 
     def catch_torchrun(parsed: Any) -> None:
@@ -95,18 +97,18 @@ def launch(plan: Plan, folder: RunDir, node: int) -> dict[str, Any]:
             environment=dict(os.environ),
         )
 
-    def catch_process(arguments: list[str], env: dict[str, str]) -> Any:
+    def catch_process(arguments: list[str], env: dict[str, str], check: bool) -> Any:
         caught.update(arguments=arguments[1:], environment=env)
-        return types.SimpleNamespace(wait=lambda: None, returncode=0)
+        return types.SimpleNamespace(returncode=0)
 
     command.write_accelerate_config(plan, folder)
     meeting = command.Rendezvous(LEADER_ADDRESS, PORT, node) if plan.nodes > 1 else None
     command_line = command.launch(plan, folder, "training.main", meeting)
     before, torchrun.run = torchrun.run, catch_torchrun
-    program.subprocess = types.SimpleNamespace(Popen=catch_process)  # type: ignore[attr-defined]
+    rank_launcher.subprocess = types.SimpleNamespace(run=catch_process)  # type: ignore[attr-defined]
     with _environment(command.environment(plan, os.environ)):
         sys.argv = ["accelerate-launch", *command_line[command_line.index("sft_recipes.training.rank_launcher") + 1 :]]
-        program.main()
+        (program.main if plan.strategy.several_processes else rank_launcher._run_one_process)()
     torchrun.run = before
     return caught
 

@@ -7,10 +7,24 @@ import shlex
 import subprocess
 
 import pytest
-from helpers.cli_errors import MODEL, check_refused
+from helpers.cli_errors import check_refused
 from helpers.workplace import REPOSITORY, SMALL_LLAMA, VARIABLES
 
-GOOD_ROW = {"prompt": "2 + 2?", "completion": "4"}
+from sft_recipes import cli
+
+
+@pytest.fixture
+def in_process(workplace, monkeypatch, capfd):
+    """Function that runs the command line in this process, as on a machine without GPUs."""
+    for name, value in workplace.environment(CUDA_VISIBLE_DEVICES="").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(workplace.path)
+
+    def run(*arguments):
+        code = cli.main(arguments)
+        return subprocess.CompletedProcess(arguments, code, *capfd.readouterr())
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -78,110 +92,10 @@ GOOD_ROW = {"prompt": "2 + 2?", "completion": "4"}
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_cli_rejects_before_start(workplace, arguments, message):
-    done = workplace.sft(*arguments, CUDA_VISIBLE_DEVICES="")  # as on a machine without GPUs
-    check_refused(done, message)
+def test_cli_rejects_before_start(workplace, in_process, arguments, message):
+    check_refused(in_process(*arguments), message)
     assert not list(workplace.runs.glob("*/plan.json"))
     assert not (workplace.path / "x").exists()
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ("", "found no rows"),
-        ('{"text": "hello"}\n', r"rows.jsonl:1: row keys: found text, expected messages"),
-        (json.dumps(GOOD_ROW) + "\n" + '{"prompt": "x"\n', r"rows.jsonl:2: not valid JSON"),
-        (json.dumps(GOOD_ROW) * 2, r"rows.jsonl:1: not valid JSON"),
-        (
-            "".join(json.dumps({**GOOD_ROW, "prompt": f"{n}"}) + "\n" for n in range(3)),
-            "fewer than one effective batch",
-        ),
-        (json.dumps(GOOD_ROW) + "\n", "one prompt in all rows"),
-    ],
-    ids=["empty file", "unknown form", "broken line", "two rows on a line", "too few rows", "one row"],
-)
-def test_train_rejects_bad_data_and_leaves_nothing(workplace, rows, message):
-    (workplace.path / "rows.jsonl").write_text(rows)
-    check_refused(workplace.sft("train", "tiny", "data.train=rows.jsonl", "data.validation="), message)
-    assert workplace.names() == []
-
-
-def test_train_rejects_max_length_without_supervised_tokens(workplace):
-    rows = [{"prompt": f"word {n} " * 60, "completion": "4"} for n in range(40)]
-    (workplace.path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = workplace.sft("train", "tiny", "data.train=rows.jsonl", "data.validation=", "trainer.max_length=32")
-    check_refused(done, "data.train: dropped rows .*max_length=32")
-
-
-@pytest.mark.parametrize(
-    ("missing", "message"),
-    [
-        ("model.safetensors", "has no weights"),
-        ("config.json", "has no config.json"),
-        ("chat_template.jinja", "found no chat template .*model.chat_template="),
-        ("tokenizer.json", "tokenizer of .*: not loadable|found a slow tokenizer"),
-    ],
-)
-def test_train_rejects_incomplete_model_folder(workplace, model_folder, missing, message):
-    import shutil
-
-    shutil.copytree(model_folder, workplace.path / "model")
-    (workplace.path / "model" / missing).unlink()
-    check_refused(workplace.sft("train", "tiny", *MODEL, "model.name_or_path=./model"), message)
-
-
-def test_train_rejects_remote_code(workplace, model_folder):
-    import shutil
-
-    shutil.copytree(model_folder, workplace.path / "model")
-    config = workplace.path / "model" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "auto_map": {"AutoModel": "evil.Model"}}))
-    check_refused(workplace.sft("train", "tiny", *MODEL, "model.name_or_path=./model"), "requires its own code")
-
-
-def test_train_rejects_missing_weights(workplace, model_folder, few_rows):
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
-    from sft_recipes.config import loader
-    from sft_recipes.planner import plan as plans
-    from sft_recipes.runtime.errors import UserError
-    from sft_recipes.training.model import load_model
-
-    shutil.copytree(model_folder, workplace.path / "model")
-    file = workplace.path / "model" / "model.safetensors"
-    tensors = {name: tensor for name, tensor in load_file(file).items() if "layers.1.mlp" not in name}
-    save_file(tensors, file, metadata={"format": "pt"})
-    arguments = ("train", "tiny", *MODEL, "model.name_or_path=./model", f"data.train={few_rows}")
-    done = workplace.sft(*arguments)
-    line = check_refused_late(
-        done, "the weights of ./model lack model.layers.1.mlp.* and 2 more, which would be random"
-    )
-    assert "Use a complete copy of the model" in line
-    file.write_bytes(file.read_bytes()[:1000])
-    plan = plans.resolve(loader.load("tiny", [*MODEL, f"model.name_or_path={file.parent}"]), plans.Topology(0, 1))
-    with pytest.raises(UserError, match="model cannot be loaded"):
-        load_model(plan, str(file.parent))
-    assert not list(workplace.runs.glob("*/plan.json")), "the corrected command would be another plan's"
-
-
-def check_refused_late(done, message):
-    """As `check_refused`, for errors after the ranks started, with other lines on standard output."""
-    assert done.returncode == 2, done.stdout + done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and re.search(message, lines[0]), done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    return lines[0]
-
-
-def test_train_rejects_missing_model_folder(workplace):
-    check_refused(workplace.sft("train", "tiny", *MODEL, "model.name_or_path=./nowhere"), "no folder './nowhere'")
-
-
-def test_train_rejects_hub_model_offline(workplace):
-    done = workplace.sft("train", "tiny", *MODEL, "model.name_or_path=some/model", HF_HUB_OFFLINE="1")
-    check_refused(done, "some/model: not in the Hub's cache and not downloadable .*make download.*HF_TOKEN")
 
 
 def test_train_rejects_unwritable_runs_dir(workplace):

@@ -10,7 +10,6 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from helpers.bit_flip import run_with_a_flip
 from transformers import AutoModelForCausalLM
 
 from sft_recipes.config import loader
@@ -296,9 +295,3 @@ def test_integrity_record_of_another_step_is_rejected(begin):
 )
 def test_find_minority(held, ranks):
     assert replica_check.find_minority(list(held)) == ranks
-
-
-def test_replica_check_names_the_rank_with_a_bit_flip_before_a_save(workplace, few_rows):
-    line, saved = run_with_a_flip(workplace, few_rows, 3, "trainer.save_steps=2", after_step=3)
-    assert "step 4: the weights of rank 1 on " in line and "differ from those of the other 2 ranks" in line
-    assert saved == [2]

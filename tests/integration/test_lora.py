@@ -47,6 +47,7 @@ def quantized(shared_workplace, few_rows):
         *SHORT,
         SMALL,
         *ADAPTERS,
+        f"data.train={few_rows}",
         "lora.quantize=nf4",
         "precision=bf16",
         "trainer.eval_steps=2",

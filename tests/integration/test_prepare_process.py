@@ -1,14 +1,17 @@
-"""Preparation in its own process before any rank starts, and in several worker processes."""
+"""Preparation in its own process before any rank starts, what `train` rejects then, and several worker processes."""
 
 import datetime
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
 
 import pytest
 from helpers.bad_input import IN_SEVERAL_PROCESSES
+from helpers.cli_errors import MODEL, check_refused
+from safetensors.torch import load_file, save_file
 
 from sft_recipes.config import loader
 from sft_recipes.data import prepare, sources, tokenize_rows
@@ -16,6 +19,7 @@ from sft_recipes.data.tokenize import ConversationTokenizer
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Topology
 from sft_recipes.runtime.errors import UserError
+from sft_recipes.training.model import load_model
 
 ROWS = [{"prompt": f"How much is {n} and {n}?", "completion": f"It is {2 * n}."} for n in range(60)]
 
@@ -80,3 +84,74 @@ def test_tokenize_source_names_first_bad_row_of_thousands(tmp_path, tokenizer, m
     with pytest.raises(UserError) as raised:
         tokenize_rows.tokenize_source(source, conversation_tokenizer, 128, "data.train", "rows")
     assert re.match(case.message, str(raised.value))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (json.dumps(ROWS[0]) + "\n" + '{"prompt": "x"\n', r"rows.jsonl:2: not valid JSON"),
+        ("".join(json.dumps(row) + "\n" for row in ROWS[:3]), "fewer than one effective batch"),
+    ],
+    ids=["broken line", "too few rows"],
+)
+def test_train_rejects_bad_data_and_leaves_nothing(workplace, rows, message):
+    """More: tests/unit/test_bad_input.py."""
+    (workplace.path / "rows.jsonl").write_text(rows)
+    check_refused(workplace.sft("train", "tiny", "data.train=rows.jsonl", "data.validation="), message)
+    assert workplace.names() == []
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("model.safetensors", "has no weights"),
+        ("config.json", "has no config.json"),
+    ],
+)
+def test_train_rejects_incomplete_model_folder(workplace, model_folder, missing, message):
+    shutil.copytree(model_folder, workplace.path / "model")
+    (workplace.path / "model" / missing).unlink()
+    check_refused(workplace.sft("train", "tiny", *MODEL, "model.name_or_path=./model"), message)
+
+
+def test_train_rejects_remote_code(workplace, model_folder):
+    shutil.copytree(model_folder, workplace.path / "model")
+    config = workplace.path / "model" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "auto_map": {"AutoModel": "evil.Model"}}))
+    check_refused(workplace.sft("train", "tiny", *MODEL, "model.name_or_path=./model"), "requires its own code")
+
+
+def test_train_rejects_missing_weights(workplace, model_folder, few_rows):
+    shutil.copytree(model_folder, workplace.path / "model")
+    file = workplace.path / "model" / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(file).items() if "layers.1.mlp" not in name}
+    save_file(tensors, file, metadata={"format": "pt"})
+    arguments = ("train", "tiny", *MODEL, "model.name_or_path=./model", f"data.train={few_rows}")
+    done = workplace.sft(*arguments)
+    line = check_refused_late(
+        done, "the weights of ./model lack model.layers.1.mlp.* and 2 more, which would be random"
+    )
+    assert "Use a complete copy of the model" in line
+    file.write_bytes(file.read_bytes()[:1000])
+    plan = plans.resolve(loader.load("tiny", [*MODEL, f"model.name_or_path={file.parent}"]), Topology(0, 1))
+    with pytest.raises(UserError, match="model cannot be loaded"):
+        load_model(plan, str(file.parent))
+    assert not list(workplace.runs.glob("*/plan.json")), "the corrected command would be another plan's"
+
+
+def check_refused_late(done, message):
+    """As `check_refused`, for errors after the ranks started, with other lines on standard output."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and re.search(message, lines[0]), done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    return lines[0]
+
+
+def test_train_rejects_missing_model_folder(workplace):
+    check_refused(workplace.sft("train", "tiny", *MODEL, "model.name_or_path=./nowhere"), "no folder './nowhere'")
+
+
+def test_train_rejects_hub_model_offline(workplace):
+    done = workplace.sft("train", "tiny", *MODEL, "model.name_or_path=some/model", HF_HUB_OFFLINE="1")
+    check_refused(done, "some/model: not in the Hub's cache and not downloadable .*make download.*HF_TOKEN")

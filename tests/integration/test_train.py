@@ -200,26 +200,23 @@ def test_run_of_closed_terminal_resumes_to_the_same_weights(shared_workplace, fe
     assert steps == list(range(1, 25)), "a step is logged twice or is missing"
     assert metrics(run)[-1]["supervised_tokens_seen"] == metrics(straight)[-1]["supervised_tokens_seen"]
 
-    shutil.rmtree(run / "final")
-    done = shared_workplace.sft("train", *arguments, "--name", run.name)
-    assert done.returncode == 0 and "final is missing: writing it again" in done.stdout, done.stdout + done.stderr
-    assert same(weights(run / "final"), weights(straight / "final"))
-
 
 def metrics_so_far(run):
     return [line for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
 
 
-@pytest.mark.parametrize(("method", "trackers", "remote_code", "skipped"), [
-    ("full", ["tensorboard"], False, ["wandb", "peft", "bitsandbytes"]),
-    ("full", ["wandb"], False, ["peft", "bitsandbytes"]),
-    ("qlora", ["tensorboard"], False, ["wandb"]),
-    ("full", ["tensorboard"], True, []),
+@pytest.mark.parametrize(("method", "trackers", "deepspeed", "remote_code", "skipped"), [
+    ("full", ["tensorboard"], False, False, ["wandb", "peft", "deepspeed", "bitsandbytes"]),
+    ("full", ["wandb"], True, False, ["peft", "bitsandbytes"]),
+    ("qlora", ["tensorboard"], False, False, ["wandb", "deepspeed"]),
+    ("full", ["tensorboard"], False, True, []),
 ])  # fmt: skip
-def test_unused_libraries_are_skipped_except_for_remote_code(monkeypatch, method, trackers, remote_code, skipped):
+def test_unused_libraries_are_skipped_except_for_remote_code(
+    monkeypatch, method, trackers, deepspeed, remote_code, skipped
+):
     modules = {}
     monkeypatch.setattr(library_imports.sys, "modules", modules)
-    found = library_imports.skip_unused_libraries(method, "adamw_torch_fused", trackers, remote_code)
+    found = library_imports.skip_unused_libraries(method, "adamw_torch_fused", trackers, deepspeed, remote_code)
     assert found == skipped and modules == dict.fromkeys(skipped)
 
 
@@ -235,9 +232,9 @@ def test_trainer_imports_without_unused_libraries():
     """Fails too if a library starts to need one of them."""
     code = (
         "import sys; from sft_recipes.runtime import library_imports\n"
-        "library_imports.skip_unused_libraries('full', 'adamw_torch_fused', ['tensorboard'], False)\n"
+        "library_imports.skip_unused_libraries('full', 'adamw_torch_fused', ['tensorboard'], False, False)\n"
         "import sft_recipes.training.trainer\n"
-        "print([name for name in ('bitsandbytes', 'peft', 'wandb') if sys.modules.get(name)])"
+        "print([name for name in ('bitsandbytes', 'deepspeed', 'peft', 'wandb') if sys.modules.get(name)])"
     )
     assert last_line_of(code) == "[]"
 
@@ -287,13 +284,13 @@ def test_retention_keeps_three_best_and_earlier_step_wins_ties(tmp_path):
     assert retention.find_best_step(folder, {}, "a") is None
 
 
-def test_run_killed_after_last_checkpoint_takes_no_step(shared_workplace, short_run):
-    """The Trainer alone would take a ninth step of eight."""
+def test_missing_final_is_written_again_without_a_step(shared_workplace, short_run):
+    """The Trainer alone would take a ninth step of eight. Stopped at its last step: tests/strategies."""
     run = shared_workplace.runs / "cut-off"
     shutil.copytree(short_run, run, ignore=shutil.ignore_patterns("final", "last", ".lock"))
-    (run / "manifest.json").write_text(json.dumps({**manifest(run), "state": "running"}))
     done = shared_workplace.sft("train", "tiny", "--name", "cut-off", *SHORT)
     assert done.returncode == 0 and "resuming from checkpoint-8" in done.stdout, done.stderr
+    assert "final is missing: writing it again" in done.stdout
     assert f"resuming {run} from checkpoint-8: 8 optimizer steps, effective batch 8, " in done.stdout
     assert same(weights(run / "last"), weights(short_run / "last"))
     assert same(weights(run / "final"), weights(short_run / "final"))

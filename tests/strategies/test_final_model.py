@@ -10,6 +10,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 
+@pytest.fixture(scope="module")
+def base(model_folder, tmp_path_factory):
+    """The small model in bf16."""
+    folder = tmp_path_factory.mktemp("bf16") / "base"
+    shutil.copytree(model_folder, folder)
+    AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("strategy", "precision", "trained"),
     [
@@ -19,12 +28,7 @@ from transformers import AutoModelForCausalLM
         pytest.param("zero3", "bf16", torch.bfloat16, marks=needs_compiler),  # language: ok, pytest
     ],
 )
-def test_final_has_the_dtype_of_the_base_model(
-    shared_workplace, model_folder, few_rows, tmp_path, strategy, precision, trained
-):
-    base = tmp_path / "base"
-    shutil.copytree(model_folder, base)
-    AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).save_pretrained(base)
+def test_final_has_the_dtype_of_the_base_model(shared_workplace, base, few_rows, strategy, precision, trained):
     run = shared_workplace.trained(
         "tiny", "--name", f"published-{strategy}", "--gpus", "0", "--processes", "2", f"parallelism={strategy}",
         f"precision={precision}", "model.from_scratch=false", "model.architecture={}", f"model.name_or_path={base}",

@@ -38,9 +38,9 @@ def test_recipes_cover_every_size():
 
 @pytest.fixture(scope="session")
 def rows(shared_workplace):
-    """1,500 conversations; each architecture prepares them separately."""
+    """900 conversations; each architecture prepares them separately."""
     file = shared_workplace.path / "for-recipes.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in toy_dataset.rows(1500, held_out=False)))
+    file.write_text("".join(json.dumps(row) + "\n" for row in toy_dataset.rows(900, held_out=False)))
     return file
 
 
@@ -50,7 +50,7 @@ def test_recipe_trains_three_steps(shared_workplace, rows, name):
     run = shared_workplace.trained(
         name, "--name", name, "--gpus", "0", "--processes", "2", "model.name_or_path=", "model.from_scratch=true",
         f"model.architecture={json.dumps(shrink(recipe))}", f"data.train={rows}",
-        "data.validation=toy:validation", "data.max_eval_samples=50", "trainer.max_length=256",
+        "data.validation=toy:validation", "data.max_eval_samples=20", "trainer.max_length=128",
         "trainer.max_steps=3", "trainer.logging_steps=1", "trainer.eval_steps=2", "trainer.save_steps=2",
         "generation.show=0",
     )  # fmt: skip

@@ -48,7 +48,7 @@ def test_resharding_loses_no_bit(shared_workplace, follow, data, parallelism, pr
     [
         *(("zero1", 2, 1), ("zero2", 1, 2)),
         *(("zero3", 2, 1), ("zero3", 2, 4), ("zero3_offload", 2, 1)),
-        *(("ddp", 1, 2), ("ddp", 2, 1), ("fsdp2", 2, 1)),
+        *(("ddp", 2, 1), ("fsdp2", 2, 1)),
     ],
 )
 def test_run_resumes_on_other_world_size(shared_workplace, follow, data, parallelism, old, new):

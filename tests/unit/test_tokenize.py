@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import shutil
 
 import pytest
 
@@ -251,6 +252,12 @@ def test_template_gets_date_of_plan(trained):
     assert trained.decode(tokenize(with_template(trained, template), *TEXTS["one turn"]).input_ids).startswith(
         "21 Nov 2026\n"
     )
+
+
+def test_load_tokenizer_requires_its_file(model_folder, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer.json"))
+    with pytest.raises(UserError, match="tokenizer of .*: not loadable|found a slow tokenizer"):
+        load_tokenizer(str(tmp_path / "model"), None, False)
 
 
 def test_load_tokenizer_requires_chat_template(trained, tmp_path):
