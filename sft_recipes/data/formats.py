@@ -169,11 +169,15 @@ def _read_turn(turn: dict[str, Any], location: str, name: str) -> Message:
     if not isinstance(alias, str) or alias not in _ROLES:
         raise DataError(f"{location}: {name}: {role_key}: found {shorten(given)}, expected one of {', '.join(_ROLES)}")
     role, content = _ROLES[alias], turn.get(content_key)
-    flags = {"trained": trained} if (trained := _read_flags(turn, role, location, name)) is not None else {}
-    ignored = {"ignored": keys} if (keys := [key for key in turn if key not in _KEYS and turn[key] is not None]) else {}
+    others: dict[str, Any] = {}
+    if len(turn) > 2:  # most turns are a role and a content
+        if (trained := _read_flags(turn, role, location, name)) is not None:
+            others["trained"] = trained
+        if ignored := [key for key in turn if key not in _KEYS and turn[key] is not None]:
+            others["ignored"] = ignored
     if alias in _CALL_ROLES:
         calls = _read_calls(_json(content, location, name), location, name)
-        return {"role": role, "content": "", "tool_calls": calls, **flags, **ignored}
+        return {"role": role, "content": "", "tool_calls": calls, **others}
     calls = _read_calls(turn.get("tool_calls"), location, name) if turn.get("tool_calls") else None
     if turn.get("function_call"):
         calls = _read_calls(turn["function_call"], location, name)
@@ -184,7 +188,7 @@ def _read_turn(turn: dict[str, Any], location: str, name: str) -> Message:
         text, calls = _read_hermes_calls(text, location, name)
     if role == "tool" and (wrapped := _HERMES_RESPONSE.fullmatch(text)):
         text = wrapped[1]
-    message: Message = {"role": role, "content": text, **flags, **ignored}
+    message: Message = {"role": role, "content": text, **others}
     reasoning_key = next((key for key in _REASONING_KEYS if turn.get(key)), None)
     if reasoning_key is not None and role == "assistant":
         message["reasoning_content"] = _read_text(turn[reasoning_key], location, f"{name}: {reasoning_key}")
@@ -219,7 +223,9 @@ def _read_flags(turn: dict[str, Any], role: str, location: str, name: str) -> bo
 
 def _read_template_kwargs(given: Any, settings: DataSource, location: str) -> dict[str, Any]:
     """Return the template's variables: the row's over the recipe's."""
-    given = _json(given, location, "chat_template_kwargs") if given else {}
+    if not given:
+        return settings.chat_template_kwargs
+    given = _json(given, location, "chat_template_kwargs")
     if not isinstance(given, dict) or any(key in given for key in ("messages", "tools", "add_generation_prompt")):
         raise DataError(
             f"{location}: chat_template_kwargs: found {shorten(given)}, expected an object without messages, tools and "
