@@ -358,6 +358,11 @@ def _check_model(recipe: Recipe) -> None:
             f"recipes/{recipe.name}.yaml: model.name_or_path is missing. Set a Hub name or a local folder"
         )
     _check_architecture(model.architecture, recipe.origins.get("model.architecture", where))
+    if recipe.lora and recipe.lora.experts and recipe.lora.dropout:
+        raise ConfigError(
+            f"{recipe.origins.get('lora.dropout', where)}: lora.dropout: found {recipe.lora.dropout:g}, expected 0 "
+            f"with lora.experts, whose adapters have no dropout. Set lora.dropout=0"
+        )
     if recipe.lora:
         _check_targets(recipe.lora.target_modules, recipe.origins.get("lora.target_modules", where))
     if model.from_scratch and not model.architecture:

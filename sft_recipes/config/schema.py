@@ -267,12 +267,18 @@ class Data:
 @dataclass(frozen=True)
 class Lora:
     """Low-rank adapters on frozen weights (arXiv:2106.09685); `quantize: nf4` makes those 4-bit (QLoRA,
-    arXiv:2305.14314). `target_modules` is `all-linear` or a list of layer names."""
+    arXiv:2305.14314).
+
+    Attributes:
+        target_modules: `all-linear` or a list of layer names.
+        experts: adapt fused experts too, the weights of all experts of a layer in one parameter; without dropout.
+    """
 
     r: int = 16
     alpha: int = 32
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
+    experts: bool = False
     quantize: str | None = None
 
 

@@ -171,7 +171,7 @@ def _describe_padding(plan: Plan, dataset: Any) -> str:
     """Count padded tokens; those of unpacked rows are estimated from one shuffled epoch."""
     lengths = numpy.concatenate([chunk.value_lengths() for chunk in dataset.data.column("input_ids").chunks])
     tokens, per_device = int(lengths.sum()), plan.per_device_train_batch_size
-    if plan.packing:
+    if "seq_lengths" in dataset.column_names:
         padded = len(lengths) * plan.max_length
         return validate.format_line(
             "packing",

@@ -20,13 +20,13 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft_recipes.config.schema import Model
-from sft_recipes.data import model_files, sources, tokenizer_files, validate
+from sft_recipes.data import model_files, model_layers, sources, tokenizer_files, validate
 from sft_recipes.data.formats import Conversation, Message, conversation_of, read_conversations
 from sft_recipes.data.sources import Source
 from sft_recipes.planner import batch
@@ -61,6 +61,7 @@ def main(plan_file: str) -> int:
     try:
         plan, started = plans.read(path), time.monotonic()
         prepared = prepare(plan)
+        plan = replace(plan, packing=plan.packing and prepared.packing)
         details = json.loads((Path(prepared.folder) / "details.json").read_text(encoding="utf-8"))
         for line in summary(plan, details, time.monotonic() - started):
             log.info("%s", line)
@@ -253,6 +254,10 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
     if base is None:
         splits = not named["validation"] and not overfit_rows
         base = _build_from_scratch(plan, named["train"], splits, folder / "model")
+    config = model_layers.load_config(base, model.trust_remote_code)
+    model_notes = model_layers.check_positions(plan, config) if config else []
+    leak = model_layers.find_leak(plan, config) if config and plan.packing else None
+    plan = replace(plan, packing=plan.packing and not leak)
     loaded = load_tokenizer(str(base), model.chat_template, model.trust_remote_code, model.add_tokens)
     (folder / tokenizer_files.FOLDER).mkdir()
     tokenizer_notes = tokenizer_files.save(
@@ -297,7 +302,8 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
     every_source = [*training.values(), *validation.values(), *retention_eval.values()]
     vocabulary = _describe_vocabulary(loaded, model.add_tokens, model_files.embeddings_of(base), every_source)
     notes = [f"{note} ({count:,} rows)" for note, count in counted["template_notes"].items()]
-    notes += vocabulary.pop("notes") + tokenizer_notes
+    notes += [*vocabulary.pop("notes"), *tokenizer_notes, *model_notes]
+    notes += [model_layers.describe_unpacked(leak, plan, weighted)] if leak else []
     if data.chat_template_kwargs:
         stated = json.dumps(data.chat_template_kwargs)
         notes.append(f"the chat template gets {stated}: pass it at inference too (chat_template_kwargs)")
@@ -332,6 +338,7 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
         **weighted,
         validation_rows=sum(map(len, validation_rows)),
         notes=notes,
+        packing=plan.packing,
     )
     write_json(folder / "details.json", details)
     write_json(folder / "prepared.json", asdict(prepared))

@@ -37,7 +37,7 @@ class Topology:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Results of data preparation."""
+    """Results of data preparation; `packing` is false if the rows may not be packed for this model."""
 
     fingerprint: str
     folder: str
@@ -49,6 +49,7 @@ class Prepared:
     tokens: int
     validation_rows: int
     notes: list[str] = dataclasses.field(default_factory=list)
+    packing: bool = True
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,7 @@ NOT_COMPARED = {
     "dropped_rows_per_epoch",
     "optimizer_steps",
     "warmup_steps",
+    "packing",  # data preparation may turn it off; sections.trainer has the recipe's
     "examples_per_step",
     "supervised_tokens_per_step",
     "supervised_share",
@@ -303,6 +305,7 @@ def with_prepared_data(plan: Plan, prepared: Prepared) -> Plan:
         ConfigError: fewer rows than one effective batch, too few optimizer steps, or a model that does not fit (if the
             recipe has no architecture).
     """
+    plan = dataclasses.replace(plan, packing=plan.packing and prepared.packing)
     if plan.memory_bytes_per_gpu is None:
         plan = _with_resources(plan, prepared.architecture)
         if plan.fits is False and plan.memory_bytes_per_gpu is not None:
@@ -409,7 +412,13 @@ def _strategy_of(recipe: Recipe, world_size: int) -> Strategy:
             f"{where}: parallelism {strategy.name}: found {world_size} processes, expected 1. "
             f"Set parallelism=ddp, or GPUS=1"
         )
-    return strategies.for_world_size(recipe.parallelism, world_size)
+    strategy = strategies.for_world_size(recipe.parallelism, world_size)
+    if recipe.lora and recipe.lora.experts and strategy.shards_parameters:
+        raise ConfigError(
+            f"{where}: {strategy.name} shards parameters, which lora.experts adapts whole: found {strategy.name}, "
+            f"expected ddp or zero2. Set parallelism=ddp, or remove lora.experts"
+        )
+    return strategy
 
 
 def _model_name(recipe: Recipe) -> str:

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from sft_recipes.data import model_layers
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import SetupError
 
@@ -27,9 +28,6 @@ FLASH, VARLEN, SDPA = "flash_attention_2", "varlen", "sdpa"
 # Error of an element relative to the largest, against the definition in float64. In bf16 two kernels that round
 # differently differ by about 4e-3 (8 bits), their gradients by 1e-2, in fp32 by 1e-6; a wrong mask or scale by 0.1.
 TOLERANCES = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
-
-# Names of attention dropout in model configurations.
-_DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
 
 # (queries, keys, values, boundaries, longest, scale) -> output; the first three and the output [tokens, heads, width].
 Kernel = Callable[..., torch.Tensor]
@@ -91,20 +89,8 @@ def select(plan: Plan, model: Any) -> Choice:
 def _masked_fallback(plan: Plan, model: Any) -> Choice | None:
     """Return transformers' masked attention if the model needs what implementations with boundaries do not support."""
     masked: str = model.config._attn_implementation
-    text = model.config.get_text_config()
-    window = text.sliding_window if getattr(text, "use_sliding_window", True) and hasattr(text, "sliding_window") else 0
-    kinds = {*(getattr(text, "layer_types", None) or ["full_attention"])}
-    reasons = {
-        "transformers supports no other for this model": masked != SDPA,
-        "its code implements attention itself": not model._supports_attention_backend,
-        f"sliding window of {window} tokens": window and window < plan.max_length,
-        f"layers of type {' and '.join(sorted(kinds - {'full_attention'}))}": kinds
-        - {"full_attention", "sliding_attention"},
-        "logit soft-capping": getattr(text, "attn_logit_softcapping", None),
-        "attention dropout": any(getattr(text, name, 0.0) for name in _DROPOUTS),
-        "no flash kernel for fp32 on a GPU": plan.uses_gpu and plan.precision == "fp32",
-    }
-    return next((Choice(masked, reason) for reason, holds in reasons.items() if holds), None)
+    reason = model_layers.masked_attention_reason(plan, model.config, model, masked)
+    return Choice(masked, reason) if reason else None
 
 
 def _fastest_for_model(plan: Plan, model: Any) -> Choice:

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from sft_recipes.data import hub, model_files
+from sft_recipes.data import hub, model_files, model_layers
 from sft_recipes.planner.memory import NF4_BYTES
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir, read_json
 from sft_recipes.runtime.units import GIB
+from sft_recipes.training import parameter_table
 
 _LIBRARIES_BYTES = GIB  # a process that has imported torch, transformers and peft; an estimate
 
@@ -40,26 +41,42 @@ def loaded_dtype(plan: Plan) -> torch.dtype:
     return torch.float32 if dtype == "fp32" else torch.bfloat16
 
 
-def make_lora_config(plan: Plan, base: Path) -> Any:
+def make_lora_config(plan: Plan, base: Path, model: Any = None) -> Any:
     """Return peft's LoraConfig with the base model's commit; None for full fine-tuning.
 
     Args:
         base: folder of the base model.
+        model: the loaded model, for `lora.experts`.
+
+    Raises:
+        SetupError: `lora.experts`, and the model has no fused experts.
     """
     lora = plan.sections.lora
     if not lora:
         return None
+    fused = [] if model is None else list(parameter_table.fused_experts(model))
+    if lora.experts and not fused:
+        raise SetupError(f"lora.experts: {plan.model} has no fused experts. Remove lora.experts")
     from peft import LoraConfig
 
+    targets = lora.target_modules
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
+        target_modules=_linear_layers(model) if fused and targets == "all-linear" else targets,
+        target_parameters=fused if lora.experts else None,
         bias="none",
         task_type="CAUSAL_LM",
         revision=hub.commit_of(base) or plan.sections.model.revision,
     )
+
+
+def _linear_layers(model: Any) -> list[str]:
+    """Return the names that `all-linear` stands for: peft would add the experts and routers of some models."""
+    layers = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    head = {name for name, module in model.named_modules() if module is model.get_output_embeddings()}
+    return sorted({name.rpartition(".")[2] for name in layers - head})
 
 
 def cast_trainable_to_fp32(model: Any, plan: Plan) -> None:
@@ -134,13 +151,25 @@ class BaseSize:
         return int(width * self.weights + quantized + 3 * 4 * self.largest + _LIBRARIES_BYTES)
 
 
+def check_quantizable(plan: Plan, folder: Path) -> None:
+    """Check that 4-bit weights are what the memory forecast counts: bitsandbytes quantizes linear layers only.
+
+    Raises:
+        SetupError: QLoRA of a model with fused experts.
+    """
+    trusted = plan.sections.model.trust_remote_code
+    config = model_layers.load_config(folder, trusted) if plan.method == "qlora" else None
+    if config and (fused := parameter_table.fused_experts(model_layers.build_on_meta(config, trusted))):
+        size = sum(fused.values()) * loaded_dtype(plan).itemsize
+        raise SetupError(
+            f"lora.quantize: {plan.model} has fused experts, which would not be quantized: found {size / GIB:.2g} GiB "
+            f"in {plan.precision}, expected linear layers only. Remove lora.quantize"
+        )
+
+
 def measure_base(folder: Path, trust_remote_code: bool) -> BaseSize:
     """Count the weights of the model in a folder without loading them."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model = model_layers.build_on_meta(model_layers.load_config(folder, trust_remote_code), trust_remote_code)
     layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     adapted = [layer.weight.numel() for layer in layers if layer is not model.get_output_embeddings()]
     return BaseSize(model.num_parameters(), sum(adapted), max(adapted))

@@ -123,7 +123,7 @@ def train(plan: Plan, folder: RunDir) -> None:
         SetupError: the model cannot be loaded, or the ranks are not the plan's.
         TrainingError: the run stopped with an error that is the same on all ranks.
     """
-    from sft_recipes.training import completions
+    from sft_recipes.training import completions, parameter_table
     from sft_recipes.training.weight_files import PublishedCopy
 
     started = time.monotonic()
@@ -143,6 +143,11 @@ def train(plan: Plan, folder: RunDir) -> None:
     copy_file = PublishedCopy(base) if plan.method == "full" else shutil.copy2
     trainer = setup.trainer
     log.info(setup.attention)
+    table = parameter_table.count(trainer.model)
+    for line in parameter_table.lines(plan, table):
+        log.info(line)
+    if is_main:
+        manifest.update(folder, parameters=table)
     trainer.add_callbacks(make_callbacks(plan, folder, Path(data["folder"]), setup))
     checkpoint = find_checkpoint(plan, folder, trainer)
     trainer.check_first_save()
@@ -259,7 +264,7 @@ def build(plan: Plan, folder: RunDir, arguments: Any, data: dict[str, Any]) -> T
         eval_dataset=validation,
         processing_class=tokenizer,
         data_collator=dataset.make_collator(plan, tokenizer.pad_token_id, built.attention.name),
-        peft_config=lora.make_lora_config(plan, Path(base)),
+        peft_config=lora.make_lora_config(plan, Path(base), built.model),
     )
     trainer.add_callbacks([HeartbeatCallback(), StrategyCheckCallback(plan, folder)])
     if plan.parent and plan.method != "full":

@@ -48,6 +48,7 @@ def load_model(plan: Plan, folder: str) -> Any:
     section = plan.sections.model
     name = section.name_or_path or folder
     try:
+        lora.check_quantizable(plan, Path(folder))
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=lora.loaded_dtype(plan),

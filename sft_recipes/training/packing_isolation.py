@@ -1,7 +1,7 @@
 """Verifies on the loaded model that packing does not leak attention across examples.
 
-Isolation depends on how a model's code uses `position_ids`. Models that mix tokens by a convolution or a recurrent
-state, or whose attention ignores them, leak one example into another silently.
+Isolation depends on how a model's code uses `position_ids`. Models whose attention ignores them leak one example into
+another silently. Data preparation does not pack rows for known layers with a state (data/model_layers.py).
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import SetupError
 
 _TOKENS = 8  # per example
-# Relative change of the second example's logits when the first example changes. The same computation on the same shapes
-# gives the same numbers, up to the order of summation; a leak changes them by about their size.
-_TOLERANCE = 1e-2
+# Relative change of the second example's logits when the first example changes: near the noise of the dtype. The same
+# computation gives the same numbers, up to the order of summation (experts get batches of other sizes); a convolution
+# over the boundary changed them by 4e-4 to 1e-2 in untrained models.
+_TOLERANCES = {"fp32": 1e-4, "bf16": 1e-2}
 
 
 def check(plan: Plan, trainer: Any) -> float:
@@ -34,10 +35,10 @@ def check(plan: Plan, trainer: Any) -> float:
     logits = _logits(trainer, first, second)
     difference = (logits - _logits(trainer, other, second)).abs().max()
     change = float(difference / logits.abs().max().clamp(min=1e-6))
-    if not change < _TOLERANCE:
+    if not change < _TOLERANCES[plan.precision]:
         raise SetupError(
             f"model.name_or_path: packing leaks across examples in {plan.model} ({type(trainer.model).__name__} does "
-            f"not isolate them by position_ids: logits change by {change:.0%}). Set trainer.packing=false"
+            f"not isolate them: the largest logit changes by {change:.1e}). Set trainer.packing=false"
         )
     return change
 

@@ -12,8 +12,8 @@ import functools
 import importlib
 import os
 import socket
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from sft_recipes.planner.plan import Plan
@@ -169,6 +169,27 @@ def reduce_gradients_in_fp32(plugin: Any) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
+@contextmanager
+def keep_model_config(config: Any) -> Iterator[None]:
+    """Undo the trainers' changes to a model's configuration, which is saved with it; name its experts for TRL.
+
+    Changes: `use_cache`, `output_router_logits` and `router_aux_loss_coef` get their values back; `num_experts` becomes
+        an alias of `num_local_experts` in the configuration's class.
+    Source: transformers/trainer.py and trl/trainer/sft_trainer.py (`__init__`), which also pass the first two to every
+        forward pass; trl/trainer/utils.py, `_fused_forward`, reads `num_experts`, which Granite and Phi have not.
+    Versions: transformers 5.23, trl 1.16.
+    Remove when: a trainer leaves the configuration alone, and Granite's has `num_experts`.
+    """
+    text = config.get_text_config()
+    names = ("use_cache", "output_router_logits", "router_aux_loss_coef")
+    kept = [(part, name, getattr(part, name)) for part in (config, text) for name in names if hasattr(part, name)]
+    if hasattr(text, "num_local_experts") and not hasattr(text, "num_experts"):
+        type(text).attribute_map = {**type(text).attribute_map, "num_experts": "num_local_experts"}
+    yield
+    for part, name, value in kept:
+        setattr(part, name, value)
 
 
 def disable_cpu_repack(model: Any) -> None:

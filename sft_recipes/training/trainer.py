@@ -24,7 +24,7 @@ from sft_recipes.monitor.detectors import exceeds_overfitting_gap
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir, read_json, write_json
-from sft_recipes.training import lora, patches, rank_heartbeat
+from sft_recipes.training import lora, parameter_table, patches, rank_heartbeat
 from sft_recipes.training.callbacks.graceful_stop import (
     EvaluationStoppedError,
     GracefulStopCallback,
@@ -57,7 +57,12 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
         self.stopping = GracefulStopCallback()
         self.source_weights = read_json(prepared / "details.json").get("source_weights", [])
         arguments["train_dataset"] = data_order.add_row_numbers(arguments["train_dataset"])
-        super().__init__(**arguments)
+        with patches.keep_model_config(arguments["model"].config):
+            if not parameter_table.count(arguments["model"]).get("experts"):
+                if arguments["args"].router_aux_loss_coef:
+                    raise SetupError(f"trainer.router_aux_loss_coef: {plan.model} has no experts. Remove it")
+                arguments["args"].router_aux_loss_coef = 0.0  # else TRL goes by the class: some have no experts
+            super().__init__(**arguments)
         lora.cast_trainable_to_fp32(self.model, plan)
         patches.apply_to_trainer(plan, self)
         self.remove_callback(PrinterCallback)  # callbacks/console.py prints
@@ -166,6 +171,12 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
             self._flops_per_token = int(super().floating_point_ops({"input_ids": torch.zeros(1)}))
         return int(self._flops_per_token * inputs["input_ids"].numel())
 
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Create the optimizer, and check that it has every trained parameter."""
+        optimizer = super().create_optimizer(model)
+        parameter_table.check_optimizer(self.model if model is None else model, optimizer)
+        return optimizer
+
     def _get_grad_norm(self, *arguments: Any, **named: Any) -> Any:
         """Get the gradient norm; stop before the optimizer step if it is not finite."""
         norm = super()._get_grad_norm(*arguments, **named)
@@ -204,7 +215,9 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
         """
         if self.stopping.stop_requested():
             raise EvaluationStoppedError
+        balances, self.aux_loss_enabled = self.aux_loss_enabled, False  # the loss of the tokens only
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        self.aux_loss_enabled = balances
         tokens = (inputs["labels"][..., 1:] != IGNORED).sum()
         source = self._source_of_pass[len(self._sums_per_pass)]
         self._sums_per_pass.append(torch.stack([loss.double() * tokens, tokens.double()]).cpu())

@@ -64,6 +64,15 @@ def test_final_has_adapters_tokenizer_and_generation_config(adapted):
     assert plan["trained_parameters"] == sum(tensor.numel() for tensor in saved.values())
 
 
+def test_trained_and_frozen_parameters_are_logged_and_recorded(adapted):
+    table, log = manifest(adapted)["parameters"], (adapted / "log.txt").read_text()
+    trained = {kind: numbers["trained"] for kind, numbers in table.items() if numbers["trained"]}
+    assert trained.keys() == {"attention", "mlp"}
+    assert sum(trained.values()) == json.loads((adapted / "plan.json").read_text())["trained_parameters"]
+    frozen = sum(numbers["frozen"] for numbers in table.values())
+    assert f"trained parameters: {sum(trained.values()):,} (mlp " in log and f"frozen parameters: {frozen:,} (" in log
+
+
 def test_each_source_has_a_validation_loss(adapted):
     prepared = json.loads((adapted / "prepared.json").read_text())
     counted = json.loads((Path(prepared["folder"]) / "details.json").read_text())["sources"]["validation"]

@@ -307,9 +307,10 @@ def test_labels_equal_stock_trl(tmp_path, model_folder, tokenizer, examples, mod
     assert masked == [(example.input_ids, example.labels) for example in examples]
 
 
-def test_packing_is_rejected_for_a_recurrent_model(tmp_path, model_folder, tokenizer, examples):
-    """Attention isolates examples by position ids; a recurrent state ignores them."""
-    from transformers import MambaConfig, MambaForCausalLM
+@pytest.mark.parametrize("layers", ["recurrent", "convolution"])
+def test_packing_is_rejected_for_a_model_with_state(tmp_path, model_folder, tokenizer, examples, layers):
+    """Attention isolates examples by position ids; a recurrent state and a convolution ignore them."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM, MambaConfig, MambaForCausalLM
 
     from sft_recipes.runtime.errors import UserError
     from sft_recipes.training import packing_isolation
@@ -318,11 +319,14 @@ def test_packing_is_rejected_for_a_recurrent_model(tmp_path, model_folder, token
     subject = make_trainer(tmp_path, model_folder, tokenizer, rows, rows)
     subject.model_wrapped = subject.model
     assert packing_isolation.check(subject.plan, subject) < 1e-6
-    leaky = MambaForCausalLM(MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2, state_size=4))
+    sizes = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2}
+    if layers == "recurrent":
+        leaky = MambaForCausalLM(MambaConfig(state_size=4, **sizes))
+    else:
+        heads = {"intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+        leaky = Lfm2ForCausalLM(Lfm2Config(layer_types=["conv", "full_attention"], **heads, **sizes))
     subject.model = subject.model_wrapped = leaky
-    with pytest.raises(
-        UserError, match=r"packing leaks across examples in .*MambaForCausalLM .*Set trainer.packing=false"
-    ):
+    with pytest.raises(UserError, match=r"packing leaks across examples in .*ForCausalLM .*Set trainer.packing=false"):
         packing_isolation.check(subject.plan, subject)
 
 

@@ -30,7 +30,7 @@ class StrategyCheckCallback(TrainerCallback):
         strategy.restore_cpu_adam_steps(self.trainer)
         if state.is_world_process_zero:
             manifest.update(self.folder, dtypes=dtypes)
-        if self.plan.packing:
+        if self.plan.packing or getattr(self.trainer.data_collator, "padding_free", False):  # rows are concatenated
             packing_isolation.check(self.plan, self.trainer)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:

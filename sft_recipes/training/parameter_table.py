@@ -1,0 +1,100 @@
+"""Counts a model's parameters by kind of module, trained and frozen, and finds fused experts."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from sft_recipes.planner.plan import Plan
+from sft_recipes.runtime.errors import SetupError
+
+# The first pattern that a parameter's name matches decides its kind; names as in transformers 5.
+_KINDS = (
+    ("norms", r"(norm|ln_)\w*\.(weight|bias)$"),
+    ("embeddings", r"embed|\bw[tp]e\b|lm_head"),
+    ("router", r"\.(router|gate|gating|shared_expert_gate)\."),
+    ("mlp", r"shared_(expert|mlp)"),  # every token passes them
+    ("experts", r"expert"),
+    ("recurrent", r"mamba|conv|linear_attn|ssm|recurrent|A_log|dt_bias"),
+    ("attention", r"attn|attention"),
+    ("mlp", r"mlp|feed_forward|ffn"),
+)
+
+Table = dict[str, dict[str, int]]
+
+
+def count(model: Any) -> Table:
+    """Return the numbers of `trained` and `frozen` parameters by kind; tied weights count once, sharded ones whole."""
+    table: Table = {}
+    for name, parameter in model.named_parameters():
+        numbers = table.setdefault(_kind(name, parameter), {"trained": 0, "frozen": 0})
+        numbers["trained" if parameter.requires_grad else "frozen"] += _size(parameter)
+    return table
+
+
+def total(table: Table, state: str) -> int:
+    """Return the sum over all kinds; `state` is `trained` or `frozen`."""
+    return sum(numbers[state] for numbers in table.values())
+
+
+def lines(plan: Plan, table: Table) -> list[str]:
+    """Return the table as lines of the log, and one about experts that adapters leave frozen."""
+    described = []
+    for state in ("trained", "frozen"):
+        kinds = sorted(((numbers[state], kind) for kind, numbers in table.items() if numbers[state]), reverse=True)
+        if kinds:
+            by_size = ", ".join(f"{kind} {number:,}" for number, kind in kinds)
+            described.append(f"{state} parameters: {total(table, state):,} ({by_size})")
+    experts = table.get("experts")
+    if plan.method != "full" and experts and not experts["trained"]:
+        described.append(
+            f"experts stay frozen: {experts['frozen']:,} parameters, {experts['frozen'] / total(table, 'frozen'):.0%} "
+            f"of the model. Set lora.experts=true to adapt them"
+        )
+    return described
+
+
+def fused_experts(model: Any) -> dict[str, int]:
+    """Return the parameters that hold the weights of all experts of a layer, by `module.name`, with their total size.
+
+    They are no linear layers: neither peft's `all-linear` nor bitsandbytes sees them.
+    """
+    fused: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if len(_shape(parameter)) == 3 and _kind(name, parameter) == "experts":
+            suffix = ".".join(name.split(".")[-2:])
+            fused[suffix] = fused.get(suffix, 0) + _size(parameter)
+    return fused
+
+
+def check_optimizer(model: Any, optimizer: Any) -> None:
+    """Check that the optimizer, before it is sharded, has every trained parameter.
+
+    Raises:
+        SetupError: it lacks some.
+    """
+    received = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    missing = [name for name, parameter in trained if id(parameter) not in received]
+    if missing:
+        raise SetupError(
+            f"trainer.optim: the optimizer lacks trained parameters: found {len(trained) - len(missing)} tensors, "
+            f"expected {len(trained)} (first: {missing[0]}). Set trainer.optim=adamw_torch_fused"
+        )
+
+
+def _kind(name: str, parameter: Any) -> str:
+    shape = _shape(parameter)
+    if len(shape) == 3 and shape[1] > 1:  # a depthwise convolution has one channel
+        return "experts"
+    return next((kind for kind, pattern in _KINDS if re.search(pattern, name)), "other")
+
+
+def _shape(parameter: Any) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _size(parameter: Any) -> int:
+    """Return the number of elements, also of a weight that ZeRO-3 shards or bitsandbytes packs."""
+    size = int(getattr(parameter, "ds_numel", parameter.numel()))
+    return size * 2 * parameter.element_size() if type(parameter).__name__ == "Params4bit" else size
