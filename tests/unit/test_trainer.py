@@ -325,6 +325,12 @@ def test_packing_is_rejected_for_a_model_with_state(tmp_path, model_folder, toke
     else:
         heads = {"intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
         leaky = Lfm2ForCausalLM(Lfm2Config(layer_types=["conv", "full_attention"], **heads, **sizes))
+        subject.model = subject.model_wrapped = leaky
+        with pytest.raises(
+            UserError, match=r" mixes packed examples \(.*causal_conv1d.*\). Set trainer.packing=false$"
+        ):
+            packing_isolation.check(subject.plan, subject)
+        subject.data_collator = dataset.PackedRowsCollator(tokenizer.pad_token_id)  # as with masked attention
     subject.model = subject.model_wrapped = leaky
     with pytest.raises(UserError, match=r"packing leaks across examples in .*ForCausalLM .*Set trainer.packing=false"):
         packing_isolation.check(subject.plan, subject)
