@@ -247,6 +247,7 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     started = time.monotonic()
     folder.mkdir(parents=True)
     model, data = plan.sections.model, plan.sections.data
