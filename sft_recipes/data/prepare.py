@@ -60,6 +60,8 @@ def main(plan_file: str) -> int:
     path = Path(plan_file)
     try:
         plan, started = plans.read(path), time.monotonic()
+        # Rows need none of them, whatever the run needs. DeepSpeed would also print a warning.
+        library_imports.skip_unused_libraries("full", "adamw_torch", [], False, plan.sections.model.trust_remote_code)
         prepared = prepare(plan)
         plan = replace(plan, packing=plan.packing and prepared.packing)
         details = json.loads((Path(prepared.folder) / "details.json").read_text(encoding="utf-8"))
