@@ -89,7 +89,7 @@ def test_tokenize_source_names_first_bad_row_of_thousands(tmp_path, tokenizer, m
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (json.dumps(ROWS[0]) + "\n" + '{"prompt": "x"\n', r"rows.jsonl:2: not valid JSON"),
+        ("".join(json.dumps(row) + "\n" for row in ROWS[:2]) + '{"prompt": "x"\n', r"rows.jsonl:3: not valid JSON"),
         ("".join(json.dumps(row) + "\n" for row in ROWS[:3]), "fewer than one effective batch"),
     ],
     ids=["broken line", "too few rows"],
