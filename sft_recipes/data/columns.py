@@ -37,14 +37,12 @@ FORMAT_NAMES = (
 REQUIRED = tuple(dict.fromkeys(name for names in FORMATS for name in names))
 _OPTIONAL = ("system", "tools", "functions", "chat_template_kwargs")
 _OPTIONAL_OF_INSTRUCTIONS = ("input", "history")
-# Words of column names that say that the column changes what a row means, with what to do about it.
-_MAP = "Map it with data.columns, such as {{prompt: '{{{name}}}\\n\\n{{question}}', completion: '{{answer}}'}}"
-_TEXT_ONLY = "Only text is trained: remove these rows"
-_PREFERENCE = "It is a preference set: filter the rows to good answers"
+# Words of column names that say that the column changes what a row means.
+_CONTEXT, _SYSTEM, _TEXT_ONLY, _PREFERENCE = "context", "system", "text only", "preference"
 _MEANINGFUL = {
-    **dict.fromkeys(("context", "contexts", "passage", "passages", "document", "documents", "background"), _MAP),
-    **dict.fromkeys(("evidence", "knowledge", "input", "history"), _MAP),
-    **dict.fromkeys(("system", "developer", "persona"), "Map it with data.columns: system: '{{{name}}}'"),
+    **dict.fromkeys(("context", "contexts", "passage", "passages", "document", "documents", "background"), _CONTEXT),
+    **dict.fromkeys(("evidence", "knowledge", "input", "history"), _CONTEXT),
+    **dict.fromkeys(("system", "developer", "persona"), _SYSTEM),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _TEXT_ONLY),
     **dict.fromkeys(("label", "labels", "rejected", "chosen", "preference"), _PREFERENCE),
 }
@@ -182,20 +180,35 @@ def _select(names: tuple[str, ...], mapping: tuple[tuple[str, str], ...], ignore
         used = {name: name for name in names if name in (*formats[0], *optional)}
     ignored = tuple(name for name in names if name not in used)
     for name in ignored:
-        if name not in ignore and (advice := _advice_on(name)):
+        if name not in ignore and (kind := _kind_of(name)):
             raise ColumnError(
                 f"column {name}: found values that would be ignored, although they may change what the row means. "
-                f"{advice}, or set data.ignore_columns=[{name}]"
+                f"{_advise(name, kind, formats[0])}, or set data.ignore_columns=[{name}]"
             )
     return Selection(formats[0], used, ignored)
 
 
-def _advice_on(name: str) -> str | None:
+def _kind_of(name: str) -> str | None:
+    """Return how a column of this name changes what a row means; None if it does not."""
     words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
     if not words or (len(words) > 1 and _METADATA.fullmatch(words[-1])):
         return None
-    advice = next((_MEANINGFUL[word] for word in words if word in _MEANINGFUL), None)
-    return advice.format(name=name) if advice else None
+    return next((_MEANINGFUL[word] for word in words if word in _MEANINGFUL), None)
+
+
+def _advise(name: str, kind: str, format: tuple[str, ...]) -> str:
+    if kind == _TEXT_ONLY:
+        return "Only text is trained: remove these rows"
+    if kind == _PREFERENCE:
+        return "It is a preference set: filter the rows to good answers"
+    if kind == _CONTEXT and len(format) == 1:
+        return "Put it into the messages"
+    before = f"{{{name}}}\\n\\n" if kind == _CONTEXT else ""
+    targets = ("prompt", "completion") if len(format) == 2 else ("messages",)
+    columns = {"system": f"{{{name}}}"} if kind == _SYSTEM else {}
+    columns |= {target: f"{{{column}}}" for target, column in zip(targets, format, strict=True)}
+    columns[targets[0]] = before + columns[targets[0]]
+    return "Set data.columns={" + ", ".join(f'{target}: "{template}"' for target, template in columns.items()) + "}"
 
 
 def check_message_key(key: str, settings: DataSource) -> None:
@@ -204,7 +217,9 @@ def check_message_key(key: str, settings: DataSource) -> None:
     Raises:
         ColumnError: its name says that it does.
     """
-    if key not in settings.ignore_columns and (advice := _advice_on(key)) and advice != _PREFERENCE:
+    kind = _kind_of(key)
+    if kind and kind != _PREFERENCE and key not in settings.ignore_columns:
+        advice = _advise(key, kind, ("messages",)) if kind == _TEXT_ONLY else "Put it into the message's content"
         raise ColumnError(
             f"message key {key}: found a value that would be ignored. {advice}, or set data.ignore_columns=[{key}]"
         )

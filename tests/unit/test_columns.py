@@ -145,8 +145,16 @@ def test_invalid_column_mapping_is_rejected(columns, message):
 @pytest.mark.parametrize(
     ("values", "advice"),
     [
-        (QUESTION, "column context: .*data.columns, such as {prompt: '{context}"),
-        ({"system_prompt": "s", "question": "a", "answer": "b"}, "column system_prompt: .*system: '{system_prompt}'"),
+        (QUESTION, r'column context: .*data.columns={prompt: "{context}\\n\\n{question}", completion: "{answer}"}'),
+        (
+            {"system_prompt": "s", "question": "a", "answer": "b"},
+            'column system_prompt: .*system: "{system_prompt}", prompt: "{question}", c',
+        ),
+        ({"messages": [USER, ANSWER], "context": "c"}, "column context: .*Put it into the messages"),
+        (
+            {"messages": [USER, ANSWER], "persona": "c"},
+            'column persona: .*{system: "{persona}", messages: "{messages}"}',
+        ),
         ({"messages": [USER, ANSWER], "images": ["a.jpg"]}, "column images: .*Only text is trained"),
         ({"messages": [USER, ANSWER], "label": False}, "column label: .*preference set"),
         ({"messages": [{**USER, "images": ["a.jpg"]}, ANSWER]}, "message key images: .*Only text is trained"),
@@ -156,7 +164,7 @@ def test_invalid_column_mapping_is_rejected(columns, message):
 def test_columns_that_change_the_meaning_are_rejected_until_named(values, advice):
     with pytest.raises(UserError, match=f"here:1: {advice}"):
         convert(values)
-    ignored = ["context", "system_prompt", "images", "label", "retrieved_documents"]
+    ignored = ["context", "persona", "system_prompt", "images", "label", "retrieved_documents"]
     assert convert(values, ignore_columns=ignored).messages[-1]["role"] == "assistant"
     metadata = {"prompt": "a", "completion": "b", "document_id": 7, "context_length": 3, "images": [], "system": ""}
     assert convert(metadata).messages[0]["content"] == "a"
