@@ -18,6 +18,7 @@ Message = dict[str, Any]
 
 TRAILING = "turns after the last answer dropped"
 GREETING = "assistant turns before the first user turn: context, not in the loss"
+CONTEXT_TURNS = "assistant turns marked as context or in the prompt: not in the loss"
 REPEATED = "consecutive turns of one role"
 LATER_SYSTEM = "system turns after the first turn"
 NO_RESULT = "tool calls without a result"
@@ -110,7 +111,9 @@ def conversation_of(row: RawRow, settings: DataSource | None = None) -> Conversa
     messages = _with_system(values, messages, row.location)
     tools = _read_tools(_first_set(values, "tools", "functions"), row.location)
     template_kwargs = _read_template_kwargs(values.get("chat_template_kwargs"), settings, row.location)
-    conventions = _arrange_turns(messages, row.location)
+    has_context_turns = any(message.get("trained") is False for message in messages)
+    conventions = [CONTEXT_TURNS] if has_context_turns else []
+    conventions += _arrange_turns(messages, row.location)
     untrained = frozenset(number for number, message in enumerate(messages) if message.pop("trained", True) is False)
     if all(message["role"] != "assistant" or number in untrained for number, message in enumerate(messages)):
         conventions.append(NOT_TRAINED)

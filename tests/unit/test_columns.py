@@ -49,6 +49,7 @@ def test_flagged_turns_are_context_only(chatml, key, form):
         ]
     conversation = convert({form: turns})
     assert in_loss(chatml, conversation) == "4<|im_end|>\n"
+    assert conversation.conventions == ("assistant turns marked as context or in the prompt: not in the loss",)
     example = chatml.tokenize([conversation])[0]
     assert "BAD" in chatml.tokenizer.decode(example.input_ids), "it stays in the context"
 
