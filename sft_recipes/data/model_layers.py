@@ -24,8 +24,8 @@ def load_config(folder: Path, trust_remote_code: bool) -> Any:
 
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, ImportError):
-        return None  # loading the model reports it
+    except Exception:  # of any kind: the file may hold anything; loading the model reports it
+        return None
 
 
 def build_on_meta(config: Any, trust_remote_code: bool) -> Any:

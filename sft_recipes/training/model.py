@@ -58,6 +58,8 @@ def load_model(plan: Plan, folder: str) -> Any:
             allow_all_kernels="/" in section.attention,  # the recipe names the kernel, with its commit
             output_loading_info=True,
         )
+    except SetupError:
+        raise
     except Exception as error:  # of any kind: the files may hold anything
         if out_of_memory.is_out_of_memory(error):
             raise

@@ -56,8 +56,9 @@ class Accepted:
     conversations: list[Turns] = field(repr=False)
 
 
-def check_example(example: Any, turns: Turns, tokenizer: Any) -> None:
+def check_example(example: Any, turns: Turns, tokenizer: Any, untrained: frozenset[int] = frozenset()) -> None:
     """Check the example's text and loss mask against the turns; only the template's special tokens may be in it."""
+    in_loss = [role == "assistant" and number not in untrained for number, (role, _) in enumerate(turns)]
     ids, labels = example.input_ids, example.labels
     assert len(labels) == len(ids)
     text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
@@ -66,12 +67,11 @@ def check_example(example: Any, turns: Turns, tokenizer: Any) -> None:
     assert [ids.count(start), ids.count(end)] == [len(turns)] * 2
     assert not set(others) & set(ids)
     ends = [number for number, id in enumerate(ids) if id == end]
-    expected = [role == "assistant" for role, _ in turns]
-    assert [labels[number] == end for number in ends] == expected
+    assert [labels[number] == end for number in ends] == in_loss
     assert start not in labels
-    in_loss = [id for id in labels if id != IGNORED]
-    answers = "".join(f"{content}<|im_end|>\n" for role, content in turns if role == "assistant")
-    assert tokenizer.decode(in_loss, clean_up_tokenization_spaces=False) == answers
+    supervised = [id for id in labels if id != IGNORED]
+    answers = "".join(f"{content}<|im_end|>\n" for (_, content), trained in zip(turns, in_loss, strict=True) if trained)
+    assert tokenizer.decode(supervised, clean_up_tokenization_spaces=False) == answers
 
 
 def lines(*rows: Any) -> bytes:

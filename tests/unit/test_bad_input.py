@@ -215,7 +215,8 @@ def outcome(path, conversation_tokenizer, tokenizer):
     examples = conversation_tokenizer.tokenize(expected)
     assert len(tokenized) == len(examples) == len(expected)
     for conversation, example in zip(expected, examples, strict=True):
-        check_example(example, [(message["role"], message["content"]) for message in conversation.messages], tokenizer)
+        turns = [(message["role"], message["content"]) for message in conversation.messages]
+        check_example(example, turns, tokenizer, conversation.untrained)
     return len(examples)
 
 
