@@ -199,6 +199,9 @@ def _kind_of(name: str) -> str | None:
 def _advise(name: str, kind: str, format: tuple[str, ...]) -> str:
     if kind == _TEXT_ONLY:
         return "Only text is trained: remove these rows"
+    if kind == _PREFERENCE and "chosen" in name and len(format) == 1:
+        columns = f'{{prompt: "{{{format[0]}}}", completion: "{{{name}}}"}}'
+        return f"To train on the chosen answers set data.columns={columns} and data.ignore_columns of the rejected ones"
     if kind == _PREFERENCE:
         return "It is a preference set: filter the rows to good answers"
     if kind == _CONTEXT and len(format) == 1:
@@ -232,8 +235,12 @@ def _describe_unknown(names: tuple[str, ...], mapped: bool) -> str:
             "For plain text set data.columns={prompt: 'Continue.', completion: '{text}'}; text with turns in it: "
             "convert it to messages"
         )
-    elif {"chosen", "rejected"} & set(names):
-        chosen = "{prompt: '{prompt}', completion: '{chosen}'}" if "prompt" in names else "{messages: '{chosen}'}"
+    elif chosen := next((name for name in names if "chosen" in name), ""):
+        chosen = (
+            f"{{prompt: '{{prompt}}', completion: '{{{chosen}}}'}}"
+            if "prompt" in names
+            else f"{{messages: '{{{chosen}}}'}}"
+        )
         fix = f"It is a preference set: to train on its good answers set data.columns={chosen}"
     return f"row keys: found {describe_keys(names)}, expected {FORMAT_NAMES}. {fix}"
 

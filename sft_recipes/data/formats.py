@@ -312,13 +312,18 @@ def _read_pair(values: dict[str, Any], names: tuple[str, ...], location: str) ->
     """Read a prompt and an answer, each a text or a list of turns; the prompt's turns are not in the loss."""
     turns = []
     for role, key in zip(("user", "assistant"), names, strict=True):
-        side = values[key]
+        side = [values[key]] if _is_turn(values[key]) else values[key]
         is_turns = isinstance(side, list) and all(isinstance(turn, dict) and "type" not in turn for turn in side)
         read = _read_turns(side, location) if is_turns else [_make_turn(role, side, key, location)]
         if role == "user":
             read = [{**turn, "trained": False} if turn["role"] == "assistant" else turn for turn in read]
         turns += read
     return turns
+
+
+def _is_turn(value: Any) -> bool:
+    """Return whether a value is one turn, as preference sets write their answers."""
+    return isinstance(value, dict) and any(keys[0] in value and keys[1] in value for keys in _ROLE_KEYS)
 
 
 def _read_instruction(values: dict[str, Any], names: tuple[str, ...], location: str) -> list[Message]:

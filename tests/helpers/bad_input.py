@@ -348,7 +348,7 @@ CONVERSATIONS = [
     row("a prompt with a wrong role", {"prompt": [{"role": "oracle", "content": "x"}], "completion": "4"}, "turn 1: role: found 'oracle'"),
     row("a prompt of texts", {"prompt": ["2 + 2?"], "completion": "4"}, "prompt: found a list, expected a string"),
     row("a prompt that is a number", {"prompt": 2, "completion": "4"}, "prompt: found a number, expected a string"),
-    row("a completion that is an object", {"prompt": "2 + 2?", "completion": ASSISTANT}, "completion: found an object"),
+    row("a completion that is an object", {"prompt": "2 + 2?", "completion": {"text": "4"}}, "completion: found an object"),
     row("a completion of the user", {"prompt": [USER], "completion": [USER]}, "turns: found user last and no assistant turn"),
     row("an empty completion", {"prompt": "2 + 2?", "completion": ""}, "turn 2: assistant content: found no text"),
     row("a prompt of white space", {"prompt": "\n", "completion": "4"}, "turn 1: user content: found no text"),

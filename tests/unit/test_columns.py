@@ -156,6 +156,7 @@ def test_invalid_column_mapping_is_rejected(columns, message):
             {"messages": [USER, ANSWER], "persona": "c"},
             'column persona: .*{system: "{persona}", messages: "{messages}"}',
         ),
+        ({"messages": [USER], "chosen": ANSWER}, r'column chosen: .*{prompt: "{messages}", completion: "{chosen}"}'),
         ({"messages": [USER, ANSWER], "images": ["a.jpg"]}, "column images: .*Only text is trained"),
         ({"messages": [USER, ANSWER], "label": False}, "column label: .*preference set"),
         ({"messages": [{**USER, "images": ["a.jpg"]}, ANSWER]}, "message key images: .*Only text is trained"),
@@ -165,6 +166,10 @@ def test_invalid_column_mapping_is_rejected(columns, message):
 def test_columns_that_change_the_meaning_are_rejected_until_named(values, advice):
     with pytest.raises(UserError, match=f"here:1: {advice}"):
         convert(values)
+    if "chosen" in values:
+        mapped = convert(values, columns={"prompt": "{messages}", "completion": "{chosen}"})
+        assert mapped.messages == [USER, ANSWER]
+        return
     ignored = ["context", "persona", "system_prompt", "images", "label", "retrieved_documents"]
     assert convert(values, ignore_columns=ignored).messages[-1]["role"] == "assistant"
     metadata = {"prompt": "a", "completion": "b", "document_id": 7, "context_length": 3, "images": [], "system": ""}
