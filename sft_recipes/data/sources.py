@@ -70,7 +70,8 @@ class Source:
 
     def file_names(self) -> list[str]:
         """Return the files that are read if a folder was named; none for a single file or a Hub dataset."""
-        return [] if [str(file) for file in self.files] == [self.settings.path] else [str(file) for file in self.files]
+        names = [str(file) for file in self.files]
+        return [] if names == [self.settings.path] or self.settings.path in TOY_NAMES else names
 
     def rows(self) -> Iterator[RawRow]:
         """Yield all rows in file order.

@@ -121,7 +121,7 @@ def tokenize_source(
     if len(first) < 2:
         tokenized = concatenate([tokenize_chunk(chunk, tokenizer, max_length, settings) for chunk in first])
     else:
-        begun = tokenize_chunk(first[0], tokenizer, max_length, settings)
+        begun = progress.count(tokenize_chunk(first[0], tokenizer, max_length, settings))
         if begun.report.rejected_rows > len(first[0]) / 2:  # the source is another than expected: do not read all of it
             _check_rejected(begun.report, max_rejected)
         rest = _on_all_cores(itertools.chain(first[1:], chunks), tokenizer, max_length, settings, progress)
