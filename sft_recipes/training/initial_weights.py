@@ -35,7 +35,8 @@ def verify(folder: Path, process: Any) -> None:
     for file in [] if problem else sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as weights:
             if "BF16" in {weights.get_slice(name).get_dtype() for name in weights.keys()}:  # noqa: SIM118  no mapping
-                problem = f"found bf16 weights in {file.name}, expected fp32: the last checkpoint was not saved"
+                cause = "a run under zero1 in bf16, or its last checkpoint was not saved"
+                problem = f"found bf16 weights in {file.name}, expected fp32: {cause}"
     if problem:
         raise SetupError(f"INIT_FROM: {folder}: {problem}. Restore it, or start from another run")
 

@@ -383,7 +383,8 @@ def publish(
 
     step, is_main = trainer.state.global_step, trainer.accelerator.is_main_process
     own = checkpoint_format.list_own_checkpoints(folder, plan.run_id)
-    if plan.dtypes["weights"] != plan.dtypes["master"] and step in own:
+    has_masters = plan.strategy.zero_stage > 1  # DeepSpeed's zero_to_fp32 does not read ZeRO-1's bf16 checkpoints
+    if plan.dtypes["weights"] != plan.dtypes["master"] and step in own and has_masters:
         failure = trainer.save_weights(folder.last, masters_of=folder.checkpoint(step))
     elif checkpoint is None or checkpoint.step != step:
         failure = trainer.save_weights(folder.last)
