@@ -76,6 +76,18 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def bf16_model_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That model in bf16, as pretrained models are."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "bf16"
+    shutil.copytree(model_folder, folder)
+    AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tokenizer(model_folder: Path):
     from sft_recipes.data.tokenizer import load_tokenizer
 

@@ -374,8 +374,8 @@ def _check_model(recipe: Recipe) -> None:
 def _check_lists(recipe: Recipe) -> None:
     """Check the lists of names, and settings that exclude each other."""
     for key, names in (
-        ("data.train", _names_of(recipe.data.train)),
-        ("data.validation", _names_of(recipe.data.validation)),
+        ("data.train", schema.source_paths(recipe.data.train)),
+        ("data.validation", schema.source_paths(recipe.data.validation)),
         ("data.ignore_columns", recipe.data.ignore_columns),
         ("model.add_tokens", recipe.model.add_tokens),
     ):
@@ -408,12 +408,6 @@ def _check_lists(recipe: Recipe) -> None:
         )
 
 
-def _names_of(sources: Any) -> list[Any]:
-    """Return the paths of a list of sources."""
-    entries = sources if isinstance(sources, list) else [sources] if sources else []
-    return [entry.get("path") if isinstance(entry, dict) else entry for entry in entries]
-
-
 def _check_sources(recipe: Recipe) -> None:
     """Check the entries of `data.train` and `data.validation` that have keys, and every column mapping."""
     data = recipe.data
@@ -427,15 +421,18 @@ def _check_sources(recipe: Recipe) -> None:
                 _coerce(f"{part}: {key}", kinds[key], Setting(value, where))
                 if key == "columns":
                     _check_columns(value, f"{where}: {part}: columns")
+                if key == "chat_template_kwargs":
+                    _check_template_kwargs(value, f"{where}: {part}")
                 if key == "weight" and (part != "data.train" or not 0 < value <= 100):
                     expected = "a number above 0, at most 100" if part == "data.train" else "no weight"
                     raise ConfigError(f"{where}: {part}: weight: found {value}, expected {expected}")
     _check_columns(data.columns, f"{recipe.origins.get('data.columns')}: data.columns")
-    if reserved := {"messages", "tools", "add_generation_prompt"} & set(data.chat_template_kwargs):
-        raise ConfigError(
-            f"{recipe.origins.get('data.chat_template_kwargs')}: data.chat_template_kwargs: found {min(reserved)}, "
-            f"which is set for each row. Remove it"
-        )
+    _check_template_kwargs(data.chat_template_kwargs, f"{recipe.origins.get('data.chat_template_kwargs')}: data")
+
+
+def _check_template_kwargs(given: Mapping[str, Any], where: str) -> None:
+    if reserved := schema.RESERVED_TEMPLATE_VARIABLES & set(given):
+        raise ConfigError(f"{where}.chat_template_kwargs: found {min(reserved)}, which is set for each row. Remove it")
 
 
 def _check_columns(columns: Mapping[str, Any], where: str) -> None:

@@ -21,6 +21,8 @@ STOPPING_GUARDS = ("loss_spike", "exploding_gradients", "vanishing_gradients")
 ATTENTIONS = ("auto", "eager", "sdpa", "varlen", "flash_attention_2")
 # Targets of data.columns.
 COLUMN_TARGETS = ("system", "prompt", "completion", "messages", "conversations", "tools", "chat_template_kwargs")
+# Template variables that are set for each row; chat_template_kwargs may not.
+RESERVED_TEMPLATE_VARIABLES = frozenset(("messages", "tools", "add_generation_prompt"))
 # Or a kernel from the Hub, which is code: pinned by its commit.
 KERNEL = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
 
@@ -393,6 +395,12 @@ def trainer_fields() -> dict[str, list[str]]:
     """Return SFTConfig's fields and their types, recorded by `python tests/unit/test_schema.py`."""
     fields: dict[str, list[str]] = json.loads(Path(__file__).with_name("trainer_fields.json").read_text())
     return fields
+
+
+def source_paths(named: Any) -> list[Any]:
+    """Return the path of each entry of `data.train` or `data.validation`: a name, or a list of names and mappings."""
+    entries = named if isinstance(named, list) else [named] if named else []
+    return [entry.get("path") if isinstance(entry, dict) else entry for entry in entries]
 
 
 def column_pieces(template: str) -> list[tuple[str, str | None]]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from sft_recipes.config.schema import DataSource
+from sft_recipes.config.schema import RESERVED_TEMPLATE_VARIABLES, DataSource
 from sft_recipes.data import columns
 from sft_recipes.data.sources import RawRow, Source, parse_json, shorten, type_name
 from sft_recipes.runtime.errors import DataError
@@ -229,7 +229,7 @@ def _read_template_kwargs(given: Any, settings: DataSource, location: str) -> di
     if not given:
         return settings.chat_template_kwargs
     given = _json(given, location, "chat_template_kwargs")
-    if not isinstance(given, dict) or any(key in given for key in ("messages", "tools", "add_generation_prompt")):
+    if not isinstance(given, dict) or RESERVED_TEMPLATE_VARIABLES & given.keys():
         raise DataError(
             f"{location}: chat_template_kwargs: found {shorten(given)}, expected an object without messages, tools and "
             f"add_generation_prompt"

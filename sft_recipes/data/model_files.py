@@ -9,7 +9,7 @@ from typing import Any
 
 from sft_recipes.config.architecture import DENSE_KEYS, DENSE_KINDS, parameter_count
 from sft_recipes.config.schema import Model
-from sft_recipes.data import hub
+from sft_recipes.data import hub, model_layers
 from sft_recipes.runtime.errors import DataError
 
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
@@ -102,15 +102,13 @@ def check_architecture(stated: dict[str, Any], folder: Path, trust_remote_code: 
     Raises:
         DataError: the model's config differs, or the model has another number of parameters.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     if not stated:
         return
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = model_layers.build_on_meta(config, trust_remote_code)
     except Exception as error:  # of any kind: the file may hold anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DataError(

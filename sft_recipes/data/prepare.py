@@ -207,6 +207,7 @@ def _cache_key(plan: Plan, named: Mapping[str, Mapping[str, Source]], base: Path
         },
         "validation_fraction": data.validation_fraction,
         "max_eval_samples": data.max_eval_samples,
+        "max_rejected_fraction": data.max_rejected_fraction,
         "overfit": [data.overfit_rows, plan.effective_batch_size] if data.overfit_rows else None,
         "model": asdict(model),
         "tokenizer": {name: hashlib.sha256(text).hexdigest() for name, text in tokenizer.items()},
@@ -244,7 +245,6 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
 
     from sft_recipes.data.packing import rows_per_epoch
     from sft_recipes.data.tokenize import ConversationTokenizer
-    from sft_recipes.data.tokenize_rows import tokenize_source
     from sft_recipes.data.tokenizer import FIX_MISTRAL_REGEX, load_tokenizer
 
     datasets.disable_progress_bars()
@@ -267,16 +267,7 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
         loaded, base, folder / tokenizer_files.FOLDER, _sample_texts(named), model.trust_remote_code
     )
     tokenizer = ConversationTokenizer(loaded, datetime.date.fromisoformat(plan.created[:10]))
-    max_rows = _OVERFIT_CANDIDATES * overfit_rows if overfit_rows else None
-    tokenized = {
-        part: {
-            name: tokenize_source(
-                source, tokenizer, plan.max_length, f"data.{part}", name, data.max_rejected_fraction, max_rows
-            )
-            for name, source in part_sources.items()
-        }
-        for part, part_sources in named.items()
-    }
+    tokenized = _tokenize_sources(plan, named, tokenizer)
     reading = {
         part: {name: rows.report.describe(named[part][name].settings) for name, rows in part_rows.items()}
         for part, part_rows in tokenized.items()
@@ -295,18 +286,14 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
     rows, rows_by_source, validation_rows = _write_rows(plan, training, validation, folder)
     weights = _source_weights(plan, rows_by_source, training)
     repeats = len(rows) / max(sum(map(len, validation_rows)), 1) if overfit_rows else 1.0
-    shares = [weight for _, weight in weights] or [repeats] * len(training)
-    weighted = {  # per epoch
-        key: round(sum(share * source[key] for share, source in zip(shares, counted["sources"]["train"], strict=True)))
-        for key in ("examples", "supervised_tokens", "tokens")
-    }
+    per_epoch = _count_per_epoch(counted["sources"]["train"], [weight for _, weight in weights], repeats)
     retention_rows = _write_retention_eval(plan, retention_eval, folder)
     _write_prompts(plan, tokenizer, named["validation"] or named["train"], validation, folder / "prompts.jsonl")
     every_source = [*training.values(), *validation.values(), *retention_eval.values()]
     vocabulary = _describe_vocabulary(loaded, model.add_tokens, model_files.embeddings_of(base), every_source)
     notes = [f"{note} ({count:,} rows)" for note, count in counted["template_notes"].items()]
     notes += [*vocabulary.pop("notes"), *tokenizer_notes, *model_notes]
-    notes += [model_layers.describe_unpacked(leak, plan, weighted)] if leak else []
+    notes += [model_layers.describe_unpacked(leak, plan, per_epoch)] if leak else []
     if data.chat_template_kwargs:
         stated = json.dumps(data.chat_template_kwargs)
         notes.append(f"the chat template gets {stated}: pass it at inference too (chat_template_kwargs)")
@@ -338,7 +325,7 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
         model=str(base),
         architecture={},
         rows=rows_per_epoch(weights) if weights else len(rows),
-        **weighted,
+        **per_epoch,
         validation_rows=sum(map(len, validation_rows)),
         notes=notes,
         packing=plan.packing,
@@ -346,6 +333,39 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
     write_json(folder / "details.json", details)
     write_json(folder / "prepared.json", asdict(prepared))
     _write_checksums(folder)
+
+
+def _tokenize_sources(
+    plan: Plan, named: Mapping[str, Mapping[str, Source]], tokenizer: ConversationTokenizer
+) -> dict[str, dict[str, TokenizedRows]]:
+    """Tokenize the rows of each source of each part; only the first candidates with OVERFIT."""
+    from sft_recipes.data.tokenize_rows import tokenize_source
+
+    data = plan.sections.data
+    max_rows = _OVERFIT_CANDIDATES * data.overfit_rows if data.overfit_rows else None
+    return {
+        part: {
+            name: tokenize_source(
+                source, tokenizer, plan.max_length, f"data.{part}", name, data.max_rejected_fraction, max_rows
+            )
+            for name, source in part_sources.items()
+        }
+        for part, part_sources in named.items()
+    }
+
+
+def _count_per_epoch(sources: Sequence[Mapping[str, int]], weights: Sequence[float], repeats: float) -> dict[str, int]:
+    """Return the examples and tokens that an epoch uses.
+
+    Args:
+        sources: statistics of each training source.
+        weights: of each source; empty without weights, and each row is then used `repeats` times.
+    """
+    shares = weights or [repeats] * len(sources)
+    return {
+        key: round(sum(share * source[key] for share, source in zip(shares, sources, strict=True)))
+        for key in ("examples", "supervised_tokens", "tokens")
+    }
 
 
 def _select_first(training: Mapping[str, TokenizedRows], count: int) -> dict[str, TokenizedRows]:

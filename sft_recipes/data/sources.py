@@ -113,7 +113,7 @@ def resolve_all(data: Data, key: str, toy_folder: Path) -> dict[str, Source]:
 
 def _validation_split_of(settings: DataSource, key: str) -> Source | None:
     """Return the validation or test split of the folder that is the only training source; None if it has none."""
-    folder = Path(os.path.expanduser(settings.path))  # noqa: PTH111  Path's own raises for an unknown user
+    folder = _expand(settings.path)
     if settings.path in TOY_NAMES or not folder.is_dir():
         return None
     splits = _splits_of(folder, key)
@@ -128,9 +128,13 @@ def _short_name(name: str) -> str:
     return re.sub(r"\W+", "_", stem).strip("_") or "data"
 
 
+def _expand(name: str) -> Path:
+    return Path(os.path.expanduser(name))  # noqa: PTH111  Path's own raises for an unknown user
+
+
 def hub_name(name: str) -> str | None:
     """Return the Hub dataset that a name refers to, without its split; None for local names."""
-    path = Path(os.path.expanduser(name))  # noqa: PTH111  Path's own raises for an unknown user
+    path = _expand(name)
     if name in TOY_NAMES or path.exists() or path.suffix.lower() in SUFFIXES or path.parent.is_dir():
         return None
     match = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([\w.-]+))?", name)
@@ -148,14 +152,14 @@ def resolve(name: str, key: str, toy_folder: Path, revision: str | None = None) 
             toy_folder.mkdir(parents=True, exist_ok=True)
             toy_dataset.write(toy_folder)
         return Source(files=(toy_folder / f"{name.partition(':')[2]}.jsonl",))
-    path = Path(os.path.expanduser(name))  # noqa: PTH111  Path's own raises for an unknown user
+    path = _expand(name)
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
     except OSError as error:  # the name is too long, or a parent folder may not be entered
         raise DataError(f"{key}: {shorten(name)}: not accessible ({error.strerror})") from error
     if is_folder:
         return Source(files=_files_of(path, key))
-    folder, _, split = os.path.expanduser(name).rpartition(":")  # noqa: PTH111  as above
+    folder, _, split = str(path).rpartition(":")
     if folder and Path(folder).is_dir() and not is_file:
         return Source(files=_files_of(Path(folder), key, split))
     if is_file:

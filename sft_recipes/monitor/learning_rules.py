@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from sft_recipes.config import sizes
+from sft_recipes.config.schema import source_paths
 from sft_recipes.monitor import advice, detectors, stats
 from sft_recipes.monitor.advice import Finding
 from sft_recipes.monitor.detectors import LOSS_FLOOR, Alert, Detector
@@ -268,10 +269,7 @@ def forgetting(run: Run) -> Finding | None:
 
 def _rehearse_or_use_lora(run: Run) -> list[str]:
     data, size = run.section("data"), str(run.plan.get("size"))
-    train = data.get("train") or "YOUR_ROWS"
-    entries = train if isinstance(train, list) else [train]
-    named = [entry["path"] if isinstance(entry, dict) else entry for entry in entries]
-    sources = [*named, str(data.get("retention_eval") or "RETENTION_ROWS")]
+    sources = [*source_paths(data.get("train") or "YOUR_ROWS"), str(data.get("retention_eval") or "RETENTION_ROWS")]
     steps = [f"`data.train: [{', '.join(sources)}]`, with rows that are not in data.retention_eval"]
     if run.plan.get("method") == "full":
         lora = f"lora-{size}" if f"lora-{size}" in sizes.size_classes() else "lora-…"

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from sft_recipes.config.schema import source_paths
 from sft_recipes.monitor import plots
 from sft_recipes.monitor.advice import Finding
 from sft_recipes.monitor.diagnose import alerts_without_finding, skipped_rules
@@ -115,8 +116,7 @@ def _metrics(run: Run) -> Iterable[tuple[str, str, str]]:
     if parent := run.plan.get("init_from"):
         yield "initial weights", str(parent["run"]), f"its last step, {parent['step']:,}"
     data = run.section("data")
-    train = data.get("train", "?")
-    shown = ", ".join(train) if isinstance(train, list) else str(train)
+    shown = ", ".join(map(str, source_paths(data.get("train", "?"))))
     yield "data", shown, f"{run.plan['examples']:,} examples" if run.plan.get("examples") else ""
 
 

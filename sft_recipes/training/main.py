@@ -134,7 +134,6 @@ def train(plan: Plan, folder: RunDir) -> None:
         run_log.to_console()
         run_log.to_file(folder.log)
         manifest.begin(folder, plan)
-        manifest.update(folder, tokenizer=read_json(Path(data["folder"]) / "details.json").get("tokenizer"))
         _write_sft_config(arguments, folder)
     else:
         run_log.silence()
@@ -367,7 +366,7 @@ def publish(
     checkpoint: ResumePoint | None,
     copy_file: Callable[[Path, Path], Any],
 ) -> dict[str, Any]:
-    """Write `last/` in fp32 and `final/`, the best step's weights copied by `copy_file`.
+    """Write `last/`, in fp32 where the strategy exports it, and `final/`, the best step copied by `copy_file`.
 
     Collective: call on every rank.
 
@@ -383,8 +382,8 @@ def publish(
 
     step, is_main = trainer.state.global_step, trainer.accelerator.is_main_process
     own = checkpoint_format.list_own_checkpoints(folder, plan.run_id)
-    has_masters = plan.strategy.zero_stage > 1  # DeepSpeed's zero_to_fp32 does not read ZeRO-1's bf16 checkpoints
-    if plan.dtypes["weights"] != plan.dtypes["master"] and step in own and has_masters:
+    is_16_bit = plan.dtypes["weights"] != plan.dtypes["master"]
+    if is_16_bit and plan.strategy.exports_master_weights and step in own:
         failure = trainer.save_weights(folder.last, masters_of=folder.checkpoint(step))
     elif checkpoint is None or checkpoint.step != step:
         failure = trainer.save_weights(folder.last)

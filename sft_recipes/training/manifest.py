@@ -34,6 +34,7 @@ _LIBRARIES = (
 def begin(folder: RunDir, plan: Plan) -> None:
     """Record the start of an attempt; the records of earlier attempts are kept."""
     earlier, sanity = read_json(folder.manifest), read_json(folder.sanity)
+    details = read_json(Path(read_json(folder.prepared).get("folder", "")) / "details.json")
     for key in ("diverged", "error", "takes_less", "exit_code"):
         earlier.pop(key, None)  # outcome of an earlier attempt
     content = {
@@ -58,8 +59,9 @@ def begin(folder: RunDir, plan: Plan) -> None:
         "data": {
             "fingerprint": plan.data_fingerprint,
             **asdict(plan.sections.data),
-            "reading": read_json(Path(read_json(folder.prepared).get("folder", "")) / "details.json").get("reading"),
+            "reading": details.get("reading"),
         },
+        "tokenizer": details.get("tokenizer"),
         "rows": plan.rows,
         "dropped_rows_per_epoch": plan.dropped_rows_per_epoch,
         "optimizer_steps": plan.optimizer_steps,

@@ -1,22 +1,12 @@
 """A bf16 base model gives a bf16 final/, converted from the weights of the best step, under each strategy."""
 
 import json
-import shutil
 
 import pytest
 import torch
 from helpers.workplace import SHORT, manifest, needs_compiler
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-
-
-@pytest.fixture(scope="module")
-def base(model_folder, tmp_path_factory):
-    """The small model in bf16."""
-    folder = tmp_path_factory.mktemp("bf16") / "base"
-    shutil.copytree(model_folder, folder)
-    AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize(
@@ -28,10 +18,12 @@ def base(model_folder, tmp_path_factory):
         pytest.param("zero3", "bf16", torch.bfloat16, marks=needs_compiler),  # language: ok, pytest
     ],
 )
-def test_final_has_the_dtype_of_the_base_model(shared_workplace, base, few_rows, strategy, precision, trained):
+def test_final_has_the_dtype_of_the_base_model(
+    shared_workplace, bf16_model_folder, few_rows, strategy, precision, trained
+):
     run = shared_workplace.trained(
         "tiny", "--name", f"published-{strategy}", "--gpus", "0", "--processes", "2", f"parallelism={strategy}",
-        f"precision={precision}", "model.from_scratch=false", "model.architecture={}", f"model.name_or_path={base}",
+        f"precision={precision}", "model.from_scratch=false", "model.architecture={}", f"model.name_or_path={bf16_model_folder}",
         f"data.train={few_rows}", *SHORT,
     )  # fmt: skip
     final, best = (

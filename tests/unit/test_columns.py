@@ -143,6 +143,15 @@ def test_invalid_column_mapping_is_rejected(columns, message):
         loader.load("tiny", [f"data.columns={columns}"])
 
 
+def test_reserved_template_variables_are_rejected_for_all_rows_and_for_one_source():
+    for override in (
+        "data.chat_template_kwargs={tools: []}",
+        "data.train=[{path: a.jsonl, chat_template_kwargs: {tools: []}}]",
+    ):
+        with pytest.raises(UserError, match="chat_template_kwargs: found tools, which is set for each row"):
+            loader.load("tiny", [override])
+
+
 @pytest.mark.parametrize(
     ("values", "advice"),
     [

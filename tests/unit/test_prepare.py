@@ -490,6 +490,8 @@ def test_what_was_read_is_reported(prepared, tmp_path):
     report = details(prepared([{**row, "id": 1} for row in rows], "data.max_rejected_fraction=0.1"))["reading"]["train"]
     assert report["rows"]["ignored"] == {"id": 60}
     assert [count for count, _ in report["rows"]["rejected"].values()] == [1]
+    with pytest.raises(UserError, match="1 of 61 rows rejected"):  # rows that were cached with a larger fraction
+        prepared([{**row, "id": 1} for row in rows])
 
 
 def test_rows_without_a_trained_turn_are_left_out(prepared):

@@ -111,6 +111,12 @@ def test_page_escapes_data(tmp_path):
     assert "\x1b" not in source and "\x00" not in source
 
 
+def test_page_names_the_paths_of_sources_with_settings(tmp_path):
+    run = Simulated("8b").write(tmp_path)
+    run.section("data")["train"] = [{"path": "a.jsonl", "weight": 2.0}, "b.jsonl"]
+    assert "a.jsonl, b.jsonl" in Page(render(run)).texts
+
+
 def test_plots_escape_source_names(tmp_path):
     run = Simulated("8b").write(tmp_path)
     for line in run.validation:

@@ -1,7 +1,6 @@
 """`final/` has the base model's dtype, and the trained weights."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -79,21 +78,12 @@ def test_nothing_is_widened_and_unchanged_files_are_copied(tmp_path, base, train
 
 
 @pytest.fixture(scope="module")
-def bf16_base(model_folder, tmp_path_factory):
-    """The small model in bf16, as pretrained models are."""
-    folder = tmp_path_factory.mktemp("models") / "bf16"
-    shutil.copytree(model_folder, folder)
-    AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def fine_tuned(shared_workplace, bf16_base, few_rows):
+def fine_tuned(shared_workplace, bf16_model_folder, few_rows):
     """That model, fully fine-tuned on one process: fp32 weights under bf16 autocast."""
     overrides = (
         "model.from_scratch=false",
         "model.architecture={}",
-        f"model.name_or_path={bf16_base}",
+        f"model.name_or_path={bf16_model_folder}",
         "precision=bf16",
     )
     return shared_workplace.trained_once("fine-tuned", *overrides, *SHORT, f"data.train={few_rows}")
