@@ -85,6 +85,16 @@ def attribute_docs(documented: type) -> dict[str, str]:
     return entries
 
 
+def type_of(field: dataclasses.Field[object]) -> str:
+    """Return a field's type with its bounds: `float (ge=0, le=1)`."""
+    bounds = {"Fraction": "float (ge=0, le=1)", "Size": "int (ge=1, le=100_000)", "Name": "str"}
+    bounds |= {"Count": "int (ge=1)", "NonNegativeFloat": "float (ge=0)", "Columns": "dict[str, str]"}
+    bounds |= {"TemplateVariables": "dict[str, Any]", "StoppingAlert": "str"}
+    text = re.sub(r"Annotated\[(.*), AfterValidator\(.*?\)\]", r"\1", str(field.type))
+    text = re.sub(r"Annotated\[(\w+), Field\((.*?)\)\]", r"\1 (\2)", text)
+    return re.sub(r"\w+", lambda word: bounds.get(word[0], word[0]), text)
+
+
 def default_of(field: dataclasses.Field[object]) -> str:
     """Return how a field's default is written in YAML."""
     if field.default is not dataclasses.MISSING:
@@ -105,8 +115,7 @@ def recipe_keys() -> Iterator[str]:
     yield "### At the top\n"
     rows = []
     for field in top:
-        choices = schema.CHOICES.get(field.name)
-        meaning = documented.get(field.name) or (f"one of {', '.join(choices)}" if choices else TOP_KEYS[field.name])
+        meaning = documented.get(field.name) or TOP_KEYS[field.name]
         rows.append((f"`{field.name}`", default_of(field) if field.name != "trainer" else "", meaning))
     yield table(("key", "default", "meaning"), iter(rows))
     for name, section in schema.SECTIONS.items():
@@ -116,7 +125,7 @@ def recipe_keys() -> Iterator[str]:
         header: tuple[str, ...] = ("key", "type", "default", "meaning") if entries else ("key", "type", "default")
         rows = []
         for field in dataclasses.fields(section):
-            row: tuple[str, ...] = (f"`{name}.{field.name}`", f"`{field.type}`", default_of(field))
+            row: tuple[str, ...] = (f"`{name}.{field.name}`", f"`{type_of(field)}`", default_of(field))
             rows.append((*row, entries.get(field.name, "")) if entries else row)
         yield table(header, iter(rows))
     yield "### `trainer:`\n\nAny other field of `trl.SFTConfig`, by its own name. Defaults:\n"
@@ -129,6 +138,8 @@ def recipe_keys() -> Iterator[str]:
 
 TOP_KEYS = {
     "size": "a size class of `recipes/sizes.yaml`, or a size such as `20b`, which selects the nearest",
+    "parallelism": f"one of {', '.join(strategies.STRATEGIES)}",
+    "precision": "one of bf16, fp32",
     "allow_out_of_range": "keys that may be outside the range of the size class",
     "trainer": "fields of `trl.SFTConfig`: below",
 }

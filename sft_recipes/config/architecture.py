@@ -14,10 +14,6 @@ DENSE_KINDS = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
 DENSE_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
-# Linear layers of a decoder block; Llama, Qwen and OLMo share the names.
-LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
 def linear_layers(architecture: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     """Return the linear layers of one decoder block: name to (inputs, outputs)."""
     hidden, inner = architecture["hidden_size"], architecture["intermediate_size"]

@@ -10,7 +10,6 @@ from sft_recipes.runtime.errors import ConfigError
 from sft_recipes.runtime.units import GIB
 
 _MIB = 1024**2
-_TERA = 1e12
 
 # Drivers and torch report a few percent less memory than the table, a GPU with ECC off 6.7% more. Editions with other
 # memory have the same product name and are outside of this range.
@@ -36,14 +35,9 @@ class GpuType:
     source: str
 
     @property
-    def memory_bytes(self) -> int:
-        """Memory as nvidia-smi reports it."""
-        return self.memory_mib * _MIB
-
-    @property
     def peak_flops(self) -> float:
         """FLOP/s."""
-        return self.tflops * _TERA
+        return self.tflops * 1e12
 
 
 _GA102 = "NVIDIA Ampere GA102 architecture whitepaper, appendix A"
@@ -92,7 +86,7 @@ def find_gpu_type(name: str | None) -> GpuType | None:
     Raises:
         ConfigError: neither a name in the table nor a number of GiB.
     """
-    if name is None or gib_of(name) is not None:
+    if name is None or re.fullmatch(r"\d+(\.\d+)?", name):
         return None
     if name not in _BY_NAME:
         raise ConfigError(
@@ -102,24 +96,13 @@ def find_gpu_type(name: str | None) -> GpuType | None:
     return _BY_NAME[name]
 
 
-def gib_of(name: str) -> float | None:
-    """Return the GiB of a GPU given by its memory; None for a name."""
-    return float(name) if re.fullmatch(r"\d+(\.\d+)?", name) and float(name) > 0 else None
-
-
 def identify(product: str, memory_mib: float) -> GpuType | None:
     """Return the type of a GPU that nvidia-smi or torch reports; None if not in the table, or a MIG slice."""
-    if re.search(r"\bMIG\b", product):
-        return None
-    return next(
-        (
-            gpu
-            for gpu in GPU_TYPES
-            if re.search(gpu.pattern, product, re.IGNORECASE)
-            and _SMALLEST * gpu.memory_mib <= memory_mib <= _LARGEST * gpu.memory_mib
-        ),
-        None,
-    )
+    for gpu in GPU_TYPES if not re.search(r"\bMIG\b", product) else ():
+        in_range = _SMALLEST * gpu.memory_mib <= memory_mib <= _LARGEST * gpu.memory_mib
+        if in_range and re.search(gpu.pattern, product, re.IGNORECASE):
+            return gpu
+    return None
 
 
 def memory_bytes(name: str | None) -> int | None:
@@ -129,10 +112,7 @@ def memory_bytes(name: str | None) -> int | None:
         ConfigError: neither a name in the table nor a number of GiB.
     """
     gpu = find_gpu_type(name)
-    if gpu is not None:
-        return gpu.memory_bytes
-    gib = gib_of(name) if name else None
-    return None if gib is None else int(gib * GIB)
+    return gpu.memory_mib * _MIB if gpu else int(float(name) * GIB) if name else None
 
 
 def peak_flops(name: str | None) -> float | None:

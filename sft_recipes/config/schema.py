@@ -10,21 +10,27 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Union, get_type_hints
+
+from pydantic import AfterValidator, Field, NonNegativeFloat
 
 from sft_recipes.config.strategies import DATA_PARALLEL, STRATEGIES
 
-PRECISIONS = ("bf16", "fp32")
-QUANTIZATIONS = ("nf4",)
+# Types of keys, with their bounds; the largest Size only keeps the arithmetic finite.
+Count = Annotated[int, Field(ge=1)]
+Size = Annotated[int, Field(ge=1, le=100_000)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Name = Annotated[str, Field(pattern=r"\S")]
+
 CONVERGED_ACCURACY = 0.9  # token accuracy above which a flat loss is convergence, not a plateau
-STOPPING_GUARDS = ("loss_spike", "exploding_gradients", "vanishing_gradients")
 ATTENTIONS = ("auto", "eager", "sdpa", "varlen", "flash_attention_2")
+# Linear layers of a decoder block; Llama, Qwen and OLMo share the names.
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Targets of data.columns.
 COLUMN_TARGETS = ("system", "prompt", "completion", "messages", "conversations", "tools", "chat_template_kwargs")
 # Template variables that are set for each row; chat_template_kwargs may not.
 RESERVED_TEMPLATE_VARIABLES = frozenset(("messages", "tools", "add_generation_prompt"))
-# Or a kernel from the Hub, which is code: pinned by its commit.
-KERNEL = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
 
 # Keys of the hyperparameter table (recipes/sizes.yaml), named as in the SFT guide.
 # SFTConfig no longer has warmup_ratio; the plan computes warm-up steps from it.
@@ -50,6 +56,15 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "seed": 42,
     "data_seed": 42,
 }
+# Fields of SFTConfig with narrower types than its own. transformers reads a fraction of steps as a ratio of all steps.
+TRAINER_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("max_length", "eval_steps", "save_steps", "logging_steps"), Count),
+    **dict.fromkeys(("seed", "data_seed"), Seed),
+    "learning_rate": Annotated[float, Field(ge=1e-12, le=10)],
+    "num_train_epochs": Annotated[float, Field(ge=0.001, le=10_000)],
+    "warmup_ratio": Fraction,
+    "weight_decay": Annotated[float, Field(ge=0, le=10)],
+}
 
 # OVERFIT=1, a smoke test: the loss on a handful of rows approaches zero, or the run fails.
 OVERFIT = "OVERFIT=1"
@@ -64,84 +79,97 @@ OVERFIT_SETTINGS: dict[str, Any] = {
     "trainer.save_steps": 200,
 }
 
-# SFTConfig fields that a recipe may not set, because the plan derives them or correctness depends on them; each with
-# the key or variable to set instead, or why it is fixed.
-OWNED_BY_THE_PLAN: dict[str, str] = {
-    "output_dir": "NAME=",
-    "run_name": "NAME=",
-    "per_device_train_batch_size": "batch.max_per_device_batch_size",
-    "per_device_eval_batch_size": "batch.max_per_device_batch_size",
-    "auto_find_batch_size": "batch.max_per_device_batch_size",
-    "gradient_accumulation_steps": "batch.effective_batch_size",
-    "warmup_steps": "trainer.warmup_ratio",
-    "bf16": "precision",
-    "fp16": "precision",
-    "use_cpu": "GPUS=0",
-    "deepspeed": "parallelism",
-    "fsdp": "parallelism",
-    "fsdp_config": "parallelism",
-    "accelerator_config": "parallelism",
-    "eval_strategy": "trainer.eval_steps",
-    "save_strategy": "trainer.save_steps",
-    "logging_strategy": "trainer.logging_steps",
-    "save_total_limit": "fixed: the two latest checkpoints, weights of the three best",
-    "save_only_model": "fixed: the two latest checkpoints, weights of the three best",
-    "load_best_model_at_end": "fixed: final/ is the best",
-    "metric_for_best_model": "fixed: eval_loss",
-    "greater_is_better": "fixed: eval_loss",
-    "average_tokens_across_devices": "fixed: the loss is a mean over the tokens of all ranks",
-    "assistant_only_loss": "fixed: only assistant turns are in the loss",
-    "completion_only_loss": "fixed: only assistant turns are in the loss",
-    "dataset_kwargs": "fixed: rows are prepared before the trainer starts",
-    "packing_strategy": "fixed: examples are packed without splitting them",
-    "eval_packing": "trainer.packing",
-    "padding_free": "trainer.packing",
-    "remove_unused_columns": "fixed: rows are prepared before the trainer starts",
-    "train_sampling_strategy": "fixed: complete effective batches in a seeded order",
-    "dataloader_drop_last": "fixed: complete effective batches in a seeded order",
-    "logging_nan_inf_filter": "fixed: NaN/Inf losses are logged as such",
-    "include_num_input_tokens_seen": "fixed: tokens are always counted",
-    "activation_checkpointing": "trainer.gradient_checkpointing",
-    "activation_checkpointing_kwargs": "fixed: checkpointing is non-reentrant",
-    "gradient_checkpointing_kwargs": "fixed: checkpointing is non-reentrant",
-    **dict.fromkeys(
-        (
-            "dataset_text_field",
-            "dataset_num_proc",
-            "shuffle_dataset",
-            "truncation_mode",
-            "pad_to_multiple_of",
-            "length_column_name",
-            "eos_token",
-            "pad_token",
-        ),
-        "fixed: rows are prepared before the trainer starts",
-    ),
-    "enable_jit_checkpoint": "fixed: a signal saves the same step on all ranks",
-    "ignore_data_skip": "fixed: a resumed run continues with the remaining rows",
-    "report_to": "REPORT_TO=",
-    "model_init_kwargs": "the keys of model",
-    "chat_template_path": "model.chat_template",
-    "trust_remote_code": "model.trust_remote_code",
-    "do_train": "fixed: set by the command",
-    "do_eval": "fixed: set by the command",
-    "do_predict": "fixed: set by the command",
-    "resume_from_checkpoint": "RESUME=1",
-    "parallelism_config": "parallelism",
-    "local_rank": "fixed: set by the launcher",
-    **dict.fromkeys(
-        (
-            "push_to_hub",
-            "hub_token",
-            "hub_private_repo",
-            "hub_model_id",
-            "hub_strategy",
-            "hub_always_push",
-            "hub_revision",
-        ),
-        "fixed: runs upload nothing",
-    ),
+# SFTConfig fields that a recipe may not set, because the plan derives them or correctness depends on them; by the key
+# or variable to set instead, or why they are fixed.
+_OWNERS = {
+    "NAME=": "output_dir run_name",
+    "RESUME=1": "resume_from_checkpoint",
+    "GPUS=0": "use_cpu",
+    "REPORT_TO=": "report_to",
+    "batch.max_per_device_batch_size": "per_device_train_batch_size per_device_eval_batch_size auto_find_batch_size",
+    "batch.effective_batch_size": "gradient_accumulation_steps",
+    "precision": "bf16 fp16",
+    "parallelism": "deepspeed fsdp fsdp_config accelerator_config parallelism_config",
+    "the keys of model": "model_init_kwargs",
+    "model.chat_template": "chat_template_path",
+    "model.trust_remote_code": "trust_remote_code",
+    "trainer.warmup_ratio": "warmup_steps",
+    "trainer.eval_steps": "eval_strategy",
+    "trainer.save_steps": "save_strategy",
+    "trainer.logging_steps": "logging_strategy",
+    "trainer.packing": "eval_packing padding_free",
+    "trainer.gradient_checkpointing": "activation_checkpointing",
+    "fixed: checkpointing is non-reentrant": "activation_checkpointing_kwargs gradient_checkpointing_kwargs",
+    "fixed: the two latest checkpoints, weights of the three best": "save_total_limit save_only_model",
+    "fixed: final/ is the best": "load_best_model_at_end",
+    "fixed: eval_loss": "metric_for_best_model greater_is_better",
+    "fixed: the loss is a mean over the tokens of all ranks": "average_tokens_across_devices",
+    "fixed: only assistant turns are in the loss": "assistant_only_loss completion_only_loss",
+    "fixed: examples are packed without splitting them": "packing_strategy",
+    "fixed: rows are prepared before the trainer starts": "dataset_kwargs remove_unused_columns dataset_text_field "
+    "dataset_num_proc shuffle_dataset truncation_mode pad_to_multiple_of length_column_name eos_token pad_token",
+    "fixed: complete effective batches in a seeded order": "train_sampling_strategy dataloader_drop_last",
+    "fixed: NaN/Inf losses are logged as such": "logging_nan_inf_filter",
+    "fixed: tokens are always counted": "include_num_input_tokens_seen",
+    "fixed: a signal saves the same step on all ranks": "enable_jit_checkpoint",
+    "fixed: a resumed run continues with the remaining rows": "ignore_data_skip",
+    "fixed: set by the command": "do_train do_eval do_predict",
+    "fixed: set by the launcher": "local_rank",
+    "fixed: runs upload nothing": "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push "
+    "hub_revision",
 }
+OWNED_BY_THE_PLAN = {field: owner for owner, fields in _OWNERS.items() for field in fields.split()}
+
+
+def _check_name(name: str, names: tuple[str, ...]) -> str:
+    if name not in names:
+        raise ValueError(f"found {name!r}, expected one of {', '.join(names)}{did_you_mean(name, names)}")
+    return name
+
+
+def _one_of(*names: str) -> AfterValidator:
+    return AfterValidator(lambda name: _check_name(name, names))
+
+
+def _check_attention(name: str) -> str:
+    if "/" not in name or re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}", name):
+        return name if "/" in name else _check_name(name, ATTENTIONS)
+    raise ValueError(
+        f"kernel without a commit: found {name!r}, expected owner/name@<40 hexadecimal digits of its commit>, because "
+        f"a kernel is code"
+    )
+
+
+def _check_columns(columns: dict[str, str]) -> dict[str, str]:
+    for target, template in columns.items():
+        if target not in COLUMN_TARGETS:
+            raise ValueError(f"found the target {target!r}, expected one of {', '.join(COLUMN_TARGETS)}")
+        try:
+            names = [name for _, name in column_pieces(template) if name]
+        except ValueError as error:
+            raise ValueError(f"{target}: not a format string: {error}. Example: '{{question}}'") from error
+        if not names and target not in ("system", "prompt"):
+            raise ValueError(f"{target}: found {template!r}, expected a column name in braces: '{{answer}}'")
+    if columns and not ({"prompt", "completion"} <= columns.keys() or {"messages", "conversations"} & columns.keys()):
+        raise ValueError(f"found {', '.join(columns)}, expected prompt and completion, or messages")
+    return columns
+
+
+def _check_template_variables(variables: dict[str, Any]) -> dict[str, Any]:
+    if reserved := RESERVED_TEMPLATE_VARIABLES & set(variables):
+        raise ValueError(f"found {min(reserved)}, which is set for each row. Remove it")
+    return variables
+
+
+def _check_targets(targets: str | list[str]) -> str | list[str]:
+    if targets != "all-linear" and (isinstance(targets, str) or not targets or set(targets) - set(LINEAR_LAYERS)):
+        raise ValueError(f"found {targets!r}, expected all-linear or a list of {', '.join(LINEAR_LAYERS)}")
+    return targets
+
+
+StoppingAlert = Literal["loss_spike", "exploding_gradients", "vanishing_gradients"]
+Columns = Annotated[dict[str, str], AfterValidator(_check_columns)]
+TemplateVariables = Annotated[dict[str, Any], AfterValidator(_check_template_variables)]
 
 
 @dataclass(frozen=True)
@@ -154,10 +182,10 @@ class Hardware:
             tables (llm-foundry's scripts/train/benchmarking); not measured in this project.
     """
 
-    gpus: int = 0
-    nodes: int = 1
+    gpus: Annotated[int, Field(ge=0, le=100_000)] = 0
+    nodes: Size = 1
     gpu_type: str | None = None
-    mfu: float = 0.35
+    mfu: Annotated[float, Field(ge=0.01, le=1)] = 0.35
 
 
 @dataclass(frozen=True)
@@ -179,8 +207,8 @@ class Model:
     from_scratch: bool = False
     architecture: dict[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
-    add_tokens: list[str] = field(default_factory=list)
-    attention: str = "auto"
+    add_tokens: list[Name] = field(default_factory=list)
+    attention: Annotated[str, AfterValidator(_check_attention)] = "auto"
     trust_remote_code: bool = False
 
 
@@ -194,11 +222,11 @@ class DataSource:
         weight: uses of each row per epoch. The fraction is a seeded choice of rows, a different one each epoch.
     """
 
-    path: str
-    columns: dict[str, str] = field(default_factory=dict)
-    ignore_columns: list[str] = field(default_factory=list)
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    weight: float = 1.0
+    path: Name
+    columns: Columns = field(default_factory=dict)
+    ignore_columns: list[Name] = field(default_factory=list)
+    chat_template_kwargs: TemplateVariables = field(default_factory=dict)
+    weight: Annotated[float, Field(gt=0, le=100)] = 1.0
 
 
 @dataclass(frozen=True)
@@ -222,22 +250,22 @@ class Data:
         examples: size of the source, for forecasts; so are `mean_tokens` and `validation_examples`.
     """
 
-    train: str | list[Any] = ""
-    validation: str | list[Any] | None = None
-    retention_eval: str | None = None
+    train: Name | list[Name | dict[str, Any]] = ""
+    validation: Name | list[Name | dict[str, Any]] | None = None
+    retention_eval: Name | None = None
     revision: str | None = None
-    columns: dict[str, str] = field(default_factory=dict)
-    ignore_columns: list[str] = field(default_factory=list)
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    max_rejected_fraction: float = 0.0
-    max_eval_samples: int | None = None
-    validation_fraction: float = 0.05
-    max_dropped_fraction: float = 0.05
-    max_overlap: float = 0.0
-    overfit_rows: int | None = None
-    examples: int | None = None
-    mean_tokens: int | None = None
-    validation_examples: int | None = None
+    columns: Columns = field(default_factory=dict)
+    ignore_columns: list[Name] = field(default_factory=list)
+    chat_template_kwargs: TemplateVariables = field(default_factory=dict)
+    max_rejected_fraction: Fraction = 0.0
+    max_eval_samples: Count | None = None
+    validation_fraction: Annotated[float, Field(ge=0.0001, le=0.9999)] = 0.05
+    max_dropped_fraction: Fraction = 0.05
+    max_overlap: Fraction = 0.0
+    overfit_rows: Annotated[int, Field(ge=1, le=1000)] | None = None
+    examples: Count | None = None
+    mean_tokens: Count | None = None
+    validation_examples: Count | None = None
 
     def revision_of(self, path: str) -> str | None:
         """Return the Hub commit of a source: `revision` belongs to the training dataset."""
@@ -261,9 +289,7 @@ class Data:
     def _sources(self, named: str | list[Any] | None) -> list[DataSource]:
         shared = {key: getattr(self, key) for key in ("columns", "ignore_columns", "chat_template_kwargs")}
         entries = named if isinstance(named, list) else [named] if named else []
-        return [
-            DataSource(**{**shared, **(entry if isinstance(entry, dict) else {"path": entry})}) for entry in entries
-        ]
+        return [DataSource(**(shared | (entry if isinstance(entry, dict) else {"path": entry}))) for entry in entries]
 
 
 @dataclass(frozen=True)
@@ -276,30 +302,30 @@ class Lora:
         experts: adapt fused experts too, the weights of all experts of a layer in one parameter; without dropout.
     """
 
-    r: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
-    target_modules: str | list[str] = "all-linear"
+    r: Size = 16
+    alpha: Count = 32
+    dropout: Annotated[float, Field(ge=0, le=0.99)] = 0.0
+    target_modules: Annotated[str | list[str], AfterValidator(_check_targets)] = "all-linear"
     experts: bool = False
-    quantize: str | None = None
+    quantize: Literal["nf4"] | None = None
 
 
 @dataclass(frozen=True)
 class Batch:
     """Sizes in rows of the trainer: packed rows if packing is on."""
 
-    effective_batch_size: int | None = None
-    max_per_device_batch_size: int = 1
-    min_optimizer_steps: int = 20
+    effective_batch_size: Size | None = None
+    max_per_device_batch_size: Size = 1
+    min_optimizer_steps: Count = 20
 
 
 @dataclass(frozen=True)
 class Generation:
     """Generation on held-out prompts before and after training: how many to print, and to score by exact match."""
 
-    show: int = 3
-    exact_match: int = 0
-    max_new_tokens: int = 64
+    show: Annotated[int, Field(ge=0, le=1000)] = 3
+    exact_match: Annotated[int, Field(ge=0, le=1000)] = 0
+    max_new_tokens: Count = 64
 
 
 @dataclass(frozen=True)
@@ -330,20 +356,20 @@ class Monitor:
         stop_on: of loss_spike, exploding_gradients, vanishing_gradients, those that stop the run instead of warning.
     """
 
-    overfitting_gap: float = 0.1
-    grad_norm_above: float = 10.0
-    grad_norm_below: float = 1e-6
-    loss_spike: float = 10.0
-    throughput_drop: float = 0.5
-    plateau: float = 0.02
-    data_wait: float = 0.2
-    memory_growth: float = 0.1
-    rank_lag: float = 0.3
-    window: int = 10
-    early_stopping_patience: int | None = None
-    heartbeat_timeout_seconds: float = 300.0
-    replica_check_steps: int = 100
-    stop_on: list[str] = field(default_factory=list)
+    overfitting_gap: NonNegativeFloat = 0.1
+    grad_norm_above: NonNegativeFloat = 10.0
+    grad_norm_below: NonNegativeFloat = 1e-6
+    loss_spike: Annotated[float, Field(ge=1)] = 10.0
+    throughput_drop: Fraction = 0.5
+    plateau: Fraction = 0.02
+    data_wait: Fraction = 0.2
+    memory_growth: NonNegativeFloat = 0.1
+    rank_lag: NonNegativeFloat = 0.3
+    window: Annotated[int, Field(ge=2, le=10_000)] = 10
+    early_stopping_patience: Count | None = None
+    heartbeat_timeout_seconds: Annotated[float, Field(ge=1)] = 300.0
+    replica_check_steps: Count = 100
+    stop_on: list[StoppingAlert] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -359,9 +385,9 @@ class Recipe:
     generation: Generation = field(default_factory=Generation)
     monitor: Monitor = field(default_factory=Monitor)
     lora: Lora | None = None
-    parallelism: str = DATA_PARALLEL.name
-    precision: str = "bf16"
-    allow_out_of_range: list[str] = field(default_factory=list)
+    parallelism: Annotated[str, _one_of(*STRATEGIES)] = DATA_PARALLEL.name
+    precision: Literal["bf16", "fp32"] = "bf16"
+    allow_out_of_range: list[Annotated[str, _one_of(*TABLE_KEYS)]] = field(default_factory=list)
     trainer: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict, compare=False)
 
@@ -382,12 +408,22 @@ SECTIONS: dict[str, type] = {
     "generation": Generation,
     "monitor": Monitor,
 }
-CHOICES: dict[str, tuple[str, ...]] = {
-    "parallelism": tuple(STRATEGIES),
-    "precision": PRECISIONS,
-    "model.attention": ATTENTIONS,
-    "lora.quantize": QUANTIZATIONS,
-}
+
+
+@cache
+def key_types() -> dict[str, Any]:
+    """Return the type of every key of a recipe by its dotted name, those of SFTConfig as `trainer_fields` has them."""
+    kinds = {"str": str, "int": int, "float": float, "bool": bool, "dict": dict[str, Any], "list": list[Any]}
+    trainer = {
+        field: Union[tuple(kinds.get(kind) for kind in accepted)]  # noqa: UP007
+        for field, accepted in trainer_fields().items()
+        if field not in OWNED_BY_THE_PLAN
+    }
+    top = get_type_hints(Recipe, include_extras=True)
+    types = {key: top[key] for key in top.keys() - {*SECTIONS, "name", "origins", "trainer"}}
+    for section, fields in SECTIONS.items():
+        types |= {f"{section}.{key}": type for key, type in get_type_hints(fields, include_extras=True).items()}
+    return types | {f"trainer.{field}": type for field, type in (trainer | TRAINER_TYPES).items()}
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -24,8 +25,8 @@ class HyperparameterRange:
     """The values of a hyperparameter that a size class allows, and its default."""
 
     start: Any
-    range: list[float] | None
-    one_of: tuple[str, ...]
+    range: list[float] | None = None
+    one_of: Sequence[str] = ()
 
     def allows(self, value: Any) -> bool:
         """Return whether a recipe of this size class may set `value` without `allow_out_of_range`."""
@@ -69,12 +70,7 @@ def size_classes() -> dict[str, SizeClass]:
             smallest=values["parameters"][0],
             largest=values["parameters"][1],
             method=values.get("method", "full"),
-            ranges={
-                key: HyperparameterRange(
-                    values[key]["start"], values[key].get("range"), tuple(values[key].get("one_of", ()))
-                )
-                for key in schema.TABLE_KEYS
-            },
+            ranges={key: HyperparameterRange(**values[key]) for key in schema.TABLE_KEYS},
         )
         for name, values in table.items()
     }
@@ -84,33 +80,33 @@ def size_class_of(recipe: Recipe) -> str:
     """Return the size class of a recipe's `size`: by name, or the nearest to a number of parameters such as `20b`.
 
     Raises:
-        ConfigError: no such size class, one for another method or model size, or a size far from all of them.
+        ConfigError: no such size class, one for another method or number of parameters, or a size far from all of them.
     """
-    where, classes = recipe.origins["size"], size_classes()
-    method = "lora" if recipe.lora else "full"
+    where, method = recipe.origins["size"], "lora" if recipe.lora else "full"
     number = re.fullmatch(r"(\d+(?:\.\d+)?)[bB]", recipe.size)
-    if number and float(number[1]) > 0:
-        nearest = nearest_size_class(float(number[1]), method)
-        if classes[nearest].distance(float(number[1])) <= MAX_DISTANCE:
-            _check_size(recipe, nearest, method)
-            return nearest
+    billions = float(number[1]) if number else 0.0
+    size = nearest_size_class(billions, method) if billions else recipe.size
+    if size not in (*_names(method), "tiny"):
         raise ConfigError(
-            f"{where}: size: found {recipe.size}, expected at most {MAX_DISTANCE:g} times beyond a size class for "
-            f"{method} fine-tuning. Set size to one of {', '.join(_names(method))} and the values that differ"
+            f"{where}: size: found {recipe.size!r}, expected a number of parameters such as 20b, or a size class for "
+            f"{'LoRA' if recipe.lora else 'a recipe without a lora section'}: {', '.join(_names(method))}"
+            f"{did_you_mean(recipe.size, _names(method))}"
         )
-    if recipe.size not in classes:
+    if billions and size_classes()[size].distance(billions) > MAX_DISTANCE:
         raise ConfigError(
-            f"{where}: size: found {recipe.size!r}, expected a number of parameters such as 20b or a size class of "
-            f"recipes/sizes.yaml: {', '.join(classes)}{did_you_mean(recipe.size, classes)}"
+            f"{where}: size: found {recipe.size}, expected at most {MAX_DISTANCE:g} times beyond a size class. Set "
+            f"size to one of {', '.join(_names(method))} and the values that differ"
         )
-    if classes[recipe.size].method != method and recipe.size != "tiny":
-        sections = "no lora section, expected one" if method == "full" else "a lora section, expected none"
+    parameters = parameter_count(recipe.model.architecture)
+    if parameters is None or recipe.origins.get("model.architecture") == COMMAND_LINE:
+        return size
+    nearest = nearest_size_class(parameters / 1e9, method)
+    if size != nearest and not (size == "tiny" and size_classes()[size].distance(parameters / 1e9) <= MAX_DISTANCE):
         raise ConfigError(
-            f"{where}: size class {recipe.size} is for {classes[recipe.size].method} fine-tuning: found {sections}. "
-            f"Set size: {' or '.join(_names(method))}"
+            f"{where}: size: found {recipe.size} (size class {size}), expected {nearest}: model.architecture has "
+            f"{parameters / 1e9:.1f} billion parameters. Set size: {nearest}"
         )
-    _check_size(recipe, recipe.size, method)
-    return recipe.size
+    return size
 
 
 MAX_DISTANCE = 2.0  # times beyond the nearest size class
@@ -123,21 +119,6 @@ def _names(method: str) -> list[str]:
 def nearest_size_class(billions: float, method: str) -> str:
     """Return the size class for a model with this number of parameters, in billions."""
     return min(_names(method), key=lambda name: size_classes()[name].distance(billions))
-
-
-def _check_size(recipe: Recipe, size: str, method: str) -> None:
-    """Reject a size class that does not fit `model.architecture`, unless the latter is from the command line."""
-    parameters = parameter_count(recipe.model.architecture)
-    if parameters is None or recipe.origins.get("model.architecture") == COMMAND_LINE:
-        return
-    nearest = nearest_size_class(parameters / 1e9, method)
-    if size == "tiny" and size_classes()[size].distance(parameters / 1e9) <= MAX_DISTANCE:
-        return
-    if nearest != size:
-        raise ConfigError(
-            f"{recipe.origins['size']}: size: found {recipe.size} (size class {size}), expected {nearest}: "
-            f"model.architecture has {parameters / 1e9:.1f} billion parameters. Set size: {nearest}"
-        )
 
 
 def hyperparameter(recipe: Recipe, key: str) -> tuple[Any, str]:
@@ -172,12 +153,6 @@ def check_ranges(recipe: Recipe) -> None:
         ConfigError: no such size class, or a value outside its range.
     """
     size = size_class_of(recipe)
-    for key in map(str, recipe.allow_out_of_range):
-        if key not in schema.TABLE_KEYS:
-            raise ConfigError(
-                f"{recipe.origins['allow_out_of_range']}: allow_out_of_range: found {key!r}, expected some of "
-                f"{', '.join(schema.TABLE_KEYS)}{did_you_mean(key, schema.TABLE_KEYS)}"
-            )
     for key in schema.TABLE_KEYS:
         value, where = hyperparameter(recipe, key)
         limits = size_classes()[size].ranges[key]

@@ -20,7 +20,6 @@ class Strategy:
         fsdp: whether torch's `fully_shard` (FSDP2) runs it.
         ddp: whether torch's DistributedDataParallel runs it.
         cpu_offload: whether fp32 weights, moments and gradients are kept in host memory.
-        wider: the strategy that also shards the next of optimizer state, gradients, weights; None if no such strategy.
     """
 
     name: str
@@ -28,7 +27,6 @@ class Strategy:
     fsdp: bool = False
     ddp: bool = False
     cpu_offload: bool = False
-    wider: str | None = None
 
     @property
     def deepspeed(self) -> bool:
@@ -66,16 +64,6 @@ class Strategy:
         """Whether it can run more than one process."""
         return self.ddp or self.shards_optimizer
 
-    @property
-    def supports_quantized_weights(self) -> bool:
-        """Whether frozen 4-bit weights work: no library shards them, so each rank would hold a complete copy."""
-        return not self.shards_parameters
-
-    @property
-    def resharding_converts(self) -> bool:
-        """Whether a checkpoint for another number of ranks has to be converted first (one state file per rank)."""
-        return self.deepspeed
-
     def reads_checkpoints_of(self, other: Strategy) -> bool:
         """Whether it can load the optimizer state that `other` saved; replicated ones save the same files."""
         return self == other or (self.replicated and other.replicated)
@@ -83,9 +71,9 @@ class Strategy:
 
 _ALL = (
     Strategy("single"),
-    Strategy("ddp", ddp=True, wider="zero1"),
-    Strategy("zero1", zero_stage=1, wider="zero2"),
-    Strategy("zero2", zero_stage=2, wider="zero3"),
+    Strategy("ddp", ddp=True),
+    Strategy("zero1", zero_stage=1),
+    Strategy("zero2", zero_stage=2),
     Strategy("zero3", zero_stage=3),
     Strategy("zero3_offload", zero_stage=3, cpu_offload=True),
     Strategy("fsdp2", fsdp=True),
@@ -106,12 +94,12 @@ def for_world_size(name: str, world_size: int) -> Strategy:
 
 def wider_than(name: str) -> list[str]:
     """Return the strategies that shard more than `name`, in order."""
-    strategy = STRATEGIES[DATA_PARALLEL.name if name == ONE_PROCESS.name else name]
-    names = []
-    while strategy.wider:
-        names.append(strategy.wider)
-        strategy = STRATEGIES[strategy.wider]
-    return names
+    order = [
+        DATA_PARALLEL.name,
+        *(strategy.name for strategy in _ALL if strategy.deepspeed and not strategy.cpu_offload),
+    ]
+    name = DATA_PARALLEL.name if name == ONE_PROCESS.name else name
+    return order[order.index(name) + 1 :] if name in order else []
 
 
 def running(zero_stage: int = 0, cpu_offload: bool = False, fsdp: bool = False, ddp: bool = False) -> Strategy:
@@ -120,8 +108,8 @@ def running(zero_stage: int = 0, cpu_offload: bool = False, fsdp: bool = False, 
     Raises:
         LookupError: no strategy has them.
     """
+    properties = (zero_stage, cpu_offload, fsdp, ddp)
     for strategy in _ALL:
-        properties = (strategy.zero_stage, strategy.cpu_offload, strategy.fsdp, strategy.ddp)
-        if properties == (zero_stage, cpu_offload, fsdp, ddp):
+        if properties == (strategy.zero_stage, strategy.cpu_offload, strategy.fsdp, strategy.ddp):
             return strategy
-    raise LookupError(f"no strategy with zero_stage={zero_stage}, cpu_offload={cpu_offload}, fsdp={fsdp}, ddp={ddp}")
+    raise LookupError(f"no strategy with zero_stage, cpu_offload, fsdp, ddp = {properties}")

@@ -402,7 +402,7 @@ def _strategy_of(recipe: Recipe, world_size: int) -> Strategy:
         ConfigError: it does not support the recipe, or that many ranks.
     """
     strategy, where = STRATEGIES[recipe.parallelism], recipe.origins.get("parallelism", "parallelism")
-    if recipe.lora and recipe.lora.quantize and not strategy.supports_quantized_weights:
+    if recipe.lora and recipe.lora.quantize and strategy.shards_parameters:
         raise ConfigError(
             f"{where}: {strategy.name} does not shard 4-bit weights: found lora.quantize={recipe.lora.quantize}, "
             f"expected none. Set parallelism=ddp or zero2, or remove lora.quantize"

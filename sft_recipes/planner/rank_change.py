@@ -61,7 +61,7 @@ def incompatibility(saved: Ranks, plan: Plan) -> str | None:
 
 def needs_resharding(saved: Ranks, now: Ranks) -> bool:
     """Return whether the checkpoint must be resharded before loading: ZeRO writes one state file per rank."""
-    return saved.strategy.resharding_converts and saved.world_size != now.world_size
+    return saved.strategy.deepspeed and saved.world_size != now.world_size
 
 
 def plan_incompatibility(old: Plan, new: Plan) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import string
+import typing
 
 import pytest
 from helpers.planted_faults import (
@@ -197,7 +198,7 @@ def test_single_spike_is_listed_without_finding(tmp_path):
 
 
 def test_stop_on_accepts_the_rules_of_single_steps():
-    assert set(schema.STOPPING_GUARDS) == {rule.name for rule in LIVE if rule.per_step}
+    assert set(typing.get_args(schema.StoppingAlert)) == {rule.name for rule in LIVE if rule.per_step}
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

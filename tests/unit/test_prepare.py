@@ -205,7 +205,7 @@ def test_new_tokens_resize_embeddings(prepared, tmp_path, model_folder, tokenize
 
 
 def test_loader_rejects_add_tokens_with_lora():
-    with pytest.raises(UserError, match="model.add_tokens adds embeddings, which LoRA does not train"):
+    with pytest.raises(UserError, match="model.add_tokens: adds embeddings, which LoRA does not train"):
         loader.load("8b-lora", ["model.add_tokens=['<|mine|>']"])
 
 

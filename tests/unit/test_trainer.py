@@ -8,7 +8,7 @@ from datasets import Dataset
 from helpers.workplace import REPOSITORY
 from transformers import AutoModelForCausalLM
 
-from sft_recipes.config import loader
+from sft_recipes.config import loader, schema
 from sft_recipes.config.schema import TABLE_KEYS
 from sft_recipes.data.formats import Conversation
 from sft_recipes.data.packing import to_dataset
@@ -235,7 +235,7 @@ def test_sft_config_gets_every_allowed_field(tmp_path):
     defaults = {field.name: field.default for field in dataclasses.fields(SFTConfig) if field.init}
     allowed = {
         name: defaults[name]
-        for name in loader._trainer_keys()
+        for name in (key.removeprefix("trainer.") for key in schema.key_types())
         if name in defaults and name not in TABLE_KEYS and isinstance(defaults[name], bool | int | float | str)
     }
     assert len(allowed) >= 40
