@@ -318,7 +318,8 @@ def _operations(plan: Plan, prepared: Path) -> dict[str, float | None]:
     attended = sum(length * (length + 1) for length in lengths) / sum(lengths)
     architecture = plan.sections.model.architecture
     supervised = 1.0 if plan.supervised_share is None else plan.supervised_share
-    flops = cost.flops_per_token(plans.memory_inputs(plan, architecture), attended, supervised)
+    load = plans.memory_inputs(plan, architecture)
+    flops = cost.flops_per_token(load, attended, supervised) if load else None
     return {
         "causal": flops and flops.model,
         "PaLM": cost.palm_flops_per_token(architecture, plan.max_length),

@@ -67,9 +67,7 @@ class Row:
             ARCHITECTURES[self.model], self.engine, "bf16", self.gpus, self.tokens, gradient_checkpointing=True,
             lora=self.lora, accumulates=self.accumulates,
         )  # fmt: skip
-        parts = memory.bytes_per_gpu(load)
-        assert parts is not None
-        return parts
+        return memory.bytes_per_gpu(load)
 
 
 _TRL = "[TRL v1.4](https://github.com/huggingface/trl/releases/tag/v1.4.0)"

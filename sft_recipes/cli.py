@@ -10,8 +10,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,6 +18,7 @@ from sft_recipes.config import loader
 from sft_recipes.config.gpu_types import find_gpu_type
 from sft_recipes.config.schema import Recipe
 from sft_recipes.launch import parent_run, run_selection
+from sft_recipes.launch import topology as topologies
 from sft_recipes.planner import lr_schedule, render, suggest
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Topology
@@ -29,8 +29,6 @@ from sft_recipes.runtime.units import GIB
 
 if TYPE_CHECKING:
     from sft_recipes.launch.node_launchers import NodeLaunchers
-    from sft_recipes.launch.topology import HardwareRequest
-
 
 log = logging.getLogger(__name__)
 
@@ -79,20 +77,30 @@ def _add_overrides(parser: argparse.ArgumentParser, parsed: argparse.Namespace, 
         parsed.overrides += rest
 
 
-@dataclass(frozen=True)
-class _Argument:
-    """One argument of `ArgumentParser.add_argument`."""
-
-    name: str
-    options: dict[str, Any]
+_Argument = tuple[str, dict[str, Any]]  # name and options of `ArgumentParser.add_argument`
 
 
 def _argument(name: str, help_text: str, **options: Any) -> _Argument:
-    return _Argument(name, {"help": help_text, **options})
+    return name, {"help": help_text, **options}
 
 
 def _flag(name: str, help_text: str) -> _Argument:
     return _argument(name, help_text, action="store_true")
+
+
+def _integer(name: str, least: int, help_text: str, **options: Any) -> _Argument:
+    return _argument(
+        name, help_text, type=lambda text: topologies.parse_integer(text, name[2:].upper(), least), **options
+    )
+
+
+def _gpu_counts(text: str) -> int | list[int]:
+    counts = text.split(",")
+    return (
+        [topologies.parse_integer(count, "GPUS", 1) for count in counts]
+        if len(counts) > 1
+        else topologies.parse_integer(text, "GPUS", 0)
+    )
 
 
 _RUN = _argument("run", "name or directory of a run")
@@ -103,9 +111,9 @@ _RECIPE = (
 )
 _HARDWARE = (
     *_RECIPE,
-    _argument("--gpus", "GPUs over all nodes; 0 runs on the CPU", metavar="N"),
-    _argument("--processes", "ranks on the CPU, with --gpus 0", metavar="N"),
-    _argument("--nodes", "nodes", metavar="N"),
+    _argument("--gpus", "GPUs over all nodes; 0 is the CPU; for plan also 1,2,4", type=_gpu_counts, metavar="N"),
+    _integer("--processes", 1, "ranks on the CPU, with --gpus 0", metavar="N"),
+    _integer("--nodes", 1, "nodes", metavar="N"),
     _argument("--gpu-type", "GPU type (h100-80g, …: docs/models.md) or GiB of memory"),
 )
 _TRAINING = (
@@ -116,63 +124,53 @@ _TRAINING = (
 _DEVICES = _argument("--devices", "GPUs by id", metavar="0,2")
 
 
-@dataclass(frozen=True)
-class Command:
-    """One command: its name, one line of help, its function and its arguments."""
-
-    name: str
-    help: str
-    run: Callable[[argparse.Namespace], int | None]
-    arguments: Iterable[_Argument] = ()
-
-
-def commands() -> list[Command]:
-    """Return all commands in the order of `--help`."""
+def commands() -> list[tuple[Any, ...]]:
+    """Return all commands in the order of `--help`: name, one line of help, function, arguments."""
     return [
-        Command("recipes", "list the recipes", _list_recipes),
-        Command(
-            "plan", "print every number of a run without starting it", _plan,
-            (*_TRAINING, _JSON, _flag("--explain", "print the source of each value")),
+        ("recipes", "list the recipes", _list_recipes),
+        (
+            "plan", "print every number of a run without starting it", _plan, *_TRAINING, _JSON,
+            _flag("--explain", "print the source of each value"),
         ),
-        Command(
-            "inspect", "show tokenized rows with their loss mask, and what happened to all rows", _inspect,
-            (*_TRAINING, _argument("--rows", "rows to show (default: 3; all with --json)", metavar="N"),
-             _argument("--html", "also write an HTML page", metavar="FILE"),
-             _flag("--json", "print one JSON object per row; the report goes to standard error")),
+        (
+            "inspect", "show tokenized rows with their loss mask, and what happened to all rows", _inspect, *_TRAINING,
+            _integer("--rows", 1, "rows to show (default: 3; all with --json)", metavar="N"),
+            _argument("--html", "also write an HTML page", metavar="FILE"),
+            _flag("--json", "print one JSON object per row; the report goes to standard error"),
         ),
-        Command("download", "download model, tokenizer and data of a recipe", _download, _RECIPE),
-        Command("sanity", "run the sanity check of a plan and cache its result", _sanity, (*_TRAINING, _DEVICES)),
-        Command(
-            "train", "start a run, or resume an unfinished one of the same plan", _train,
-            (*_TRAINING, _DEVICES, _argument("--name", "name of the run (default: RECIPE-N)"),
-             _flag("--resume", "fail if there is no run to resume; ignore earlier attempts without progress"),
-             _argument("--allow-change", "resume although these keys of the plan changed", default="", metavar="KEY,…"),
-             _flag("--strict-versions", "fail if library versions differ from the last start"),
-             _flag("--dry-run", "print the command that starts the ranks")),
+        ("download", "download model, tokenizer and data of a recipe", _download, *_RECIPE),
+        ("sanity", "run the sanity check of a plan and cache its result", _sanity, *_TRAINING, _DEVICES),
+        (
+            "train", "start a run, or resume an unfinished one of the same plan", _train, *_TRAINING, _DEVICES,
+            _argument("--name", "name of the run (default: RECIPE-N)"),
+            _flag("--resume", "fail if there is no run to resume; ignore earlier attempts without progress"),
+            _argument("--allow-change", "resume although these keys of the plan changed", default="", metavar="KEY,…"),
+            _flag("--strict-versions", "fail if library versions differ from the last start"),
+            _flag("--dry-run", "print the command that starts the ranks"),
         ),
-        Command("status", "print state, latest metrics and remaining time of a run", _status, (_RUN, _JSON)),
-        Command("diagnose", "find problems of a run, with evidence and the change to make", _diagnose, (_RUN, _JSON)),
-        Command("report", "write an HTML report of a run", _report, (_RUN,)),
-        Command("verify-resume", "prove bit for bit that a run resumes exactly", _verify_resume, (_RUN,)),
-        Command(
-            "schedules", "print learning rates over the steps of a recipe or run", _schedules,
-            (*_HARDWARE, _argument("--run", "take plan and steps of this run"),
-             _argument("--with", "schedules to compare with", dest="others", default="", metavar="NAME,…"),
-             _argument("--plot", "write a .png or .svg", metavar="FILE")),
+        ("status", "print state, latest metrics and remaining time of a run", _status, _RUN, _JSON),
+        ("diagnose", "find problems of a run, with evidence and the change to make", _diagnose, _RUN, _JSON),
+        ("report", "write an HTML report of a run", _report, _RUN),
+        ("verify-resume", "prove bit for bit that a run resumes exactly", _verify_resume, _RUN),
+        (
+            "schedules", "print learning rates over the steps of a recipe or run", _schedules, *_HARDWARE,
+            _argument("--run", "take plan and steps of this run"),
+            _argument("--with", "schedules to compare with", dest="others", default="", metavar="NAME,…"),
+            _argument("--plot", "write a .png or .svg", metavar="FILE"),
         ),
-        Command(
+        (
             "tensorboard", "serve the metrics of all runs on localhost", _tensorboard,
-            (_argument("--port", "port", default="6006"),),
+            _integer("--port", 1, "port", default="6006"),
         ),
-        Command(
-            "generate", "generate completions with a trained model", _generate,
-            (_RUN, _argument("--prompt", "one prompt (default: one per line of standard input)")),
+        (
+            "generate", "generate completions with a trained model", _generate, _RUN,
+            _argument("--prompt", "one prompt (default: one per line of standard input)"),
         ),
-        Command("merge", "merge LoRA adapters into their base model", _merge, (_RUN,)),
-        Command(
+        ("merge", "merge LoRA adapters into their base model", _merge, _RUN),
+        (
             "doctor", "check this machine; exit code 1 on an error", _doctor,
-            (_argument("--gpus", "GPUs that a run would use", metavar="N"),
-             _flag("--json", "print one JSON object per check")),
+            _integer("--gpus", 0, "GPUs that a run would use", metavar="N"),
+            _flag("--json", "print one JSON object per check"),
         ),
     ]  # fmt: skip
 
@@ -181,11 +179,11 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = _Parser(prog="sft_recipes", description="Supervised fine-tuning recipes", allow_abbrev=False)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
-    for command in commands():
-        subparser = subparsers.add_parser(command.name, help=command.help, description=command.help)
-        for argument in command.arguments:
-            subparser.add_argument(argument.name, **argument.options)
-        subparser.set_defaults(run_command=command.run)
+    for name, help_text, run_command, *arguments in commands():
+        subparser = subparsers.add_parser(name, help=help_text, description=help_text)
+        for argument, options in arguments:
+            subparser.add_argument(argument, **options)
+        subparser.set_defaults(run_command=run_command)
     return parser
 
 
@@ -199,48 +197,31 @@ def _resolve(parsed: argparse.Namespace, recipe: Recipe, topology: Topology) -> 
     return parent_run.start_from(plan, parsed.init_from) if parsed.init_from else plan
 
 
-def _hardware_request(parsed: argparse.Namespace) -> HardwareRequest:
-    from sft_recipes.launch.topology import HardwareRequest, parse_integer
-
-    options = (("gpus", 0), ("processes", 1), ("nodes", 1))
-    gpus, processes, nodes = (
-        None if (text := getattr(parsed, name)) is None else parse_integer(text, name.upper(), least)
-        for name, least in options
-    )
-    return HardwareRequest(gpus, processes, nodes, parsed.gpu_type, getattr(parsed, "devices", None))
+def _hardware_request(parsed: argparse.Namespace) -> topologies.HardwareRequest:
+    if isinstance(parsed.gpus, list):
+        raise UserError(f"GPUS: found {parsed.gpus}, expected one number; only plan compares several")
+    devices = getattr(parsed, "devices", None)
+    return topologies.HardwareRequest(parsed.gpus, parsed.processes, parsed.nodes, parsed.gpu_type, devices)
 
 
 def _list_recipes(_parsed: argparse.Namespace) -> None:
-    from sft_recipes.launch.topology import plan_topology
-
     rows = [["recipe", "size class", "model", "method", "parallelism", "hardware", "memory per GPU", "effective batch"]]
     for name in loader.names():
         recipe = loader.load(name)
-        plan = plans.resolve(recipe, plan_topology(recipe))
-        memory = plan.memory_bytes_per_gpu
-        rows.append(
-            [
-                name,
-                plan.size,
-                recipe.model.name_or_path or "from scratch",
-                plan.method,
-                plan.parallelism,
-                f"{plan.gpus} x {plan.gpu_type}" if plan.gpus else "CPU",
-                f"{memory['total'] / GIB:.0f} GiB" if memory and plan.gpus else "",
-                str(plan.effective_batch_size),
-            ]
-        )
+        plan = plans.resolve(recipe, topologies.plan_topology(recipe))
+        hardware = f"{plan.gpus} x {plan.gpu_type}" if plan.gpus else "CPU"
+        memory = f"{(plan.memory_bytes_per_gpu or {'total': 0})['total'] / GIB:.0f} GiB" if plan.gpus else ""
+        model, batch = recipe.model.name_or_path or "from scratch", str(plan.effective_batch_size)
+        rows.append([name, plan.size, model, plan.method, plan.parallelism, hardware, memory, batch])
     print(render.format_table(rows))
 
 
 def _plan(parsed: argparse.Namespace) -> None:
-    from sft_recipes.launch.topology import plan_topology
-
     recipe = _recipe(parsed)
-    if parsed.gpus and "," in parsed.gpus:
+    if isinstance(parsed.gpus, list):
         _compare(parsed, recipe)
         return
-    topology = plan_topology(recipe, _hardware_request(parsed))
+    topology = topologies.plan_topology(recipe, _hardware_request(parsed))
     plan = _resolve(parsed, recipe, topology)
     plan = dataclasses.replace(
         plan,
@@ -252,20 +233,13 @@ def _plan(parsed: argparse.Namespace) -> None:
 
 def _compare(parsed: argparse.Namespace, recipe: Recipe) -> None:
     """Print the plan on each of several GPU counts (`--gpus 1,2,4,8,16`), one line each."""
-    from sft_recipes.launch.topology import parse_integer
-
-    unused = next((name for name in ("nodes", "processes", "explain") if getattr(parsed, name)), None)
-    if unused:
-        raise UserError(
-            f"{unused.upper()}: has no effect when GPUS={parsed.gpus} compares several counts. Set one count, or leave "
-            f"{unused.upper()} out"
-        )
-    gpu_type = parsed.gpu_type or recipe.hardware.gpu_type
+    if parsed.nodes or parsed.processes:
+        raise UserError("NODES, PROCESSES: have no effect when GPUS compares several counts. Remove them")
     compared: list[tuple[int, plans.Plan | str]] = []
-    for text in parsed.gpus.split(","):
-        gpus = parse_integer(text, "GPUS", 1)
+    for gpus in parsed.gpus:
         try:
-            compared.append((gpus, plans.resolve(recipe, suggest.topology_for(gpus, gpu_type))))
+            topology = suggest.topology_for(gpus, parsed.gpu_type or recipe.hardware.gpu_type)
+            compared.append((gpus, plans.resolve(recipe, topology)))
         except UserError as error:
             compared.append((gpus, str(error)))
     if parsed.json:
@@ -277,14 +251,12 @@ def _compare(parsed: argparse.Namespace, recipe: Recipe) -> None:
 
 def _inspect(parsed: argparse.Namespace) -> None:
     from sft_recipes.data import inspect, prepare, validate
-    from sft_recipes.launch.topology import parse_integer, plan_topology
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # rows need no GPU; avoids DeepSpeed's warning
-    max_rows = None if parsed.rows is None else parse_integer(parsed.rows, "ROWS", 1)
     if parsed.html and not Path(parsed.html).absolute().parent.is_dir():
         raise UserError(f"HTML: directory {Path(parsed.html).parent} does not exist. Create it, or set another path")
     recipe = _recipe(parsed)
-    plan = _resolve(parsed, recipe, plan_topology(recipe, _hardware_request(parsed)))
+    plan = _resolve(parsed, recipe, topologies.plan_topology(recipe, _hardware_request(parsed)))
     with contextlib.redirect_stdout(sys.stderr):  # --json prints rows only
         prepared = prepare.prepare(plan, rows_only=True)
     rows = inspect.load_rows(plan, prepared)
@@ -293,25 +265,19 @@ def _inspect(parsed: argparse.Namespace) -> None:
         plan, rejection = plans.with_prepared_data(plan, prepared), ""
     except UserError as error:  # the rows are shown although they cannot be trained
         rejection = str(error)
-    lines = inspect.to_json(rows, max_rows) if parsed.json else inspect.to_text(rows, max_rows or 3, _use_color())
+    use_color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # no-color.org
+    lines = inspect.to_json(rows, parsed.rows) if parsed.json else inspect.to_text(rows, parsed.rows or 3, use_color)
     for line in lines:
         print(line)
     report = [*inspect.report(plan, rows), *([validate.format_line("error", rejection)] if rejection else [])]
     print("\n".join(report), file=sys.stderr if parsed.json else sys.stdout)
     if parsed.html:
-        Path(parsed.html).write_text(inspect.to_html(plan, rows, max_rows or 3), encoding="utf-8")
+        Path(parsed.html).write_text(inspect.to_html(plan, rows, parsed.rows or 3), encoding="utf-8")
         print(f"wrote {parsed.html}", file=sys.stderr)
 
 
-def _use_color() -> bool:
-    """Whether standard output is a terminal, and NO_COLOR is not set (no-color.org)."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-
-
 def _topology(parsed: argparse.Namespace, recipe: Recipe) -> Topology:
-    from sft_recipes.launch.topology import available_topology, from_slurm
-
-    return available_topology(recipe, _hardware_request(parsed), from_slurm(os.environ))
+    return topologies.available_topology(recipe, _hardware_request(parsed), topologies.from_slurm(os.environ))
 
 
 def _resolve_here(parsed: argparse.Namespace) -> tuple[Recipe, Topology, plans.Plan]:
@@ -320,15 +286,15 @@ def _resolve_here(parsed: argparse.Namespace) -> tuple[Recipe, Topology, plans.P
     Raises:
         UserError: the plan does not fit.
     """
-    from sft_recipes.launch.topology import check_host_memory, unlisted, visible_gpus
-
     env.reporters()
     env.sanity_is_skipped()
     recipe = _recipe(parsed)
     topology = _topology(parsed, recipe)
     plan = _resolve(parsed, recipe, topology)
-    check_host_memory(plan)
-    for product in unlisted(visible_gpus() if plan.gpu_type and find_gpu_type(plan.gpu_type) is None else []):
+    topologies.check_host_memory(plan)
+    for product in topologies.unlisted(
+        topologies.visible_gpus() if plan.gpu_type and find_gpu_type(plan.gpu_type) is None else []
+    ):
         log.info(
             f"{product} is not in the table of GPU types: planned with {plan.gpu_type} GiB, without a time forecast"
         )
@@ -382,7 +348,6 @@ def _check_sanity(parsed: argparse.Namespace, nodes: NodeLaunchers | None) -> in
 
 def _start_run(parsed: argparse.Namespace, nodes: NodeLaunchers | None) -> int:
     from sft_recipes.launch import launch, preflight, run_lock, slurm
-    from sft_recipes.launch.topology import check_disk
 
     if parsed.name is not None:
         run_dir.check_name(parsed.name)
@@ -403,7 +368,7 @@ def _start_run(parsed: argparse.Namespace, nodes: NodeLaunchers | None) -> int:
         return 0
     if nodes is None:
         preflight.check_gpus(plan)
-    check_disk(plan, run)
+    topologies.check_disk(plan, run)
     if error := slurm.no_progress(start):
         log.error(error)
         return run_dir.EXIT_NO_PROGRESS
@@ -420,9 +385,7 @@ def _replay(parsed: argparse.Namespace, nodes: NodeLaunchers | None) -> int:
 
 def _suggest_fix(recipe: Recipe, topology: Topology) -> str:
     """Return the cheapest change for this machine's GPUs, else the number of GPUs needed."""
-    from sft_recipes.launch.topology import visible_gpus
-
-    change = suggest.cheapest_change(recipe, topology, max_gpus=len(visible_gpus()))
+    change = suggest.cheapest_change(recipe, topology, max_gpus=len(topologies.visible_gpus()))
     fewest = suggest.smallest_gpu_count(recipe, topology.gpu_type)
     return change or (f"{fewest} GPUs, more than this machine has" if fewest else "none, use a larger GPU type")
 
@@ -497,7 +460,6 @@ def _status(parsed: argparse.Namespace) -> None:
 
 def _schedules(parsed: argparse.Namespace) -> None:
     from sft_recipes.data import prepare
-    from sft_recipes.launch.topology import plan_topology
     from sft_recipes.monitor import lr_plot
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # rows need no GPU; avoids DeepSpeed's warning
@@ -507,7 +469,7 @@ def _schedules(parsed: argparse.Namespace) -> None:
         plan = plans.read(run_dir.find(parsed.run).plan)
     else:
         recipe = _recipe(parsed)
-        plan = plans.resolve(recipe, plan_topology(recipe, _hardware_request(parsed)))
+        plan = plans.resolve(recipe, topologies.plan_topology(recipe, _hardware_request(parsed)))
         if prepare.is_local(plan):
             plan = plans.with_prepared_data(plan, prepare.prepare(plan, rows_only=True))
     total, warmup = lr_schedule.steps_of(plan)
@@ -521,11 +483,10 @@ def _schedules(parsed: argparse.Namespace) -> None:
 
 
 def _doctor(parsed: argparse.Namespace) -> int:
-    from sft_recipes.launch.topology import parse_integer
     from sft_recipes.tools import doctor
 
     failed = False
-    for result in doctor.run_checks(None if parsed.gpus is None else parse_integer(parsed.gpus, "GPUS", 0)):
+    for result in doctor.run_checks(parsed.gpus):
         print(json.dumps(dataclasses.asdict(result)) if parsed.json else str(result), flush=True)
         failed = failed or result.status == "error"
     return int(failed)
@@ -533,10 +494,8 @@ def _doctor(parsed: argparse.Namespace) -> int:
 
 def _tensorboard(parsed: argparse.Namespace) -> int:
     from sft_recipes.launch import command
-    from sft_recipes.launch.topology import parse_integer
 
-    port = parse_integer(parsed.port, "PORT", 1)
-    if port > 65535:
-        raise UserError(f"PORT: found {port}, expected 1 to 65535. Set another port")
-    arguments = command.tensorboard(port)
+    if parsed.port > 65535:
+        raise UserError(f"PORT: found {parsed.port}, expected 1 to 65535. Set another port")
+    arguments = command.tensorboard(parsed.port)
     os.execv(arguments[0], arguments)

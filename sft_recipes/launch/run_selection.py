@@ -122,7 +122,7 @@ def _start_new(run: RunDir, plan: Plan, notes: tuple[str, ...] = ()) -> RunStart
 def _resume(plan: Plan, run: RunDir, request: RunRequest) -> RunStart:
     stored = plans.read(run.plan)
     differences = plans.find_differences(stored, plan)
-    if run.numbered("checkpoint") and (reason := rank_change.plan_incompatibility(stored, plan)):
+    if run.numbered("checkpoint") and (reason := rank_change.incompatibility(rank_change.ranks_of(stored), plan)):
         raise SetupError(f"run {run.name} cannot resume: {reason}")
     followed = rank_change.implied_changes(stored, plan)
     changes = {_user_key(key): change for key, change in differences.items() if key not in followed}

@@ -18,43 +18,16 @@ def per_device_batch_size(effective_batch_size: int, max_size: int, world_size: 
     for size in range(min(max_size, effective_batch_size), 0, -1):
         if effective_batch_size % (size * world_size) == 0:
             return size
-    counts = ", ".join(str(count) for count in world_sizes_that_divide(effective_batch_size))
+    counts = ", ".join(map(str, world_sizes_that_divide(effective_batch_size)))
     raise ConfigError(
         f"effective_batch_size: found {effective_batch_size}, expected a multiple of {world_size} GPUs or processes. "
         f"Set GPUS (or PROCESSES) to one of {counts}"
     )
 
 
-def gradient_accumulation_steps(effective_batch_size: int, per_device_batch_size: int, world_size: int) -> int:
-    """Return the micro-batches per rank and optimizer step.
-
-    All three sizes are rows of the trainer.
-
-    Raises:
-        ConfigError: the effective batch is not a multiple of one forward pass of all ranks.
-    """
-    per_pass = per_device_batch_size * world_size
-    steps, remainder = divmod(effective_batch_size, per_pass)
-    if remainder or not steps:
-        counts = ", ".join(str(count) for count in world_sizes_that_divide(effective_batch_size, per_device_batch_size))
-        raise ConfigError(
-            f"effective_batch_size: found {effective_batch_size}, expected a multiple of {per_pass} "
-            f"({per_device_batch_size} per device x {world_size} GPUs). Set GPUS to one of {counts or 'none'}"
-        )
-    return steps
-
-
-def world_sizes_that_divide(effective_batch_size: int, per_device_batch_size: int = 1) -> list[int]:
-    """Return the GPU counts on which the effective batch is a multiple of a forward pass of all ranks."""
-    per_device, remainder = divmod(effective_batch_size, per_device_batch_size)
-    if remainder:
-        return []
-    return [count for count in range(1, per_device + 1) if per_device % count == 0]
-
-
-def steps_per_epoch(rows: int, effective_batch_size: int) -> int:
-    """Return the complete effective batches per epoch; the remaining rows are dropped in that epoch (drop_last)."""
-    return rows // effective_batch_size
+def world_sizes_that_divide(effective_batch_size: int) -> list[int]:
+    """Return the GPU counts of which the effective batch is a multiple."""
+    return [count for count in range(1, effective_batch_size + 1) if effective_batch_size % count == 0]
 
 
 def fill_effective_batch(rows: int, effective_batch_size: int) -> int:

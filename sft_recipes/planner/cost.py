@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sft_recipes.config import gpu_types as gpu_table
-from sft_recipes.config.architecture import adapter_count, block_weights, linear_layers, parameter_count
+from sft_recipes.config.architecture import linear_layers, parameter_count
+from sft_recipes.config.gpu_types import peak_flops
 from sft_recipes.planner.memory import MemoryInputs
 from sft_recipes.runtime.env import gpu_hour_price
+
+if TYPE_CHECKING:
+    from sft_recipes.planner.plan import Plan
 
 WRITE_BYTES_PER_SECOND = 2_000_000_000  # of one node to the disk of its runs; an assumption
 
@@ -29,8 +33,8 @@ class Flops:
     hardware: float
 
 
-def flops_per_token(load: MemoryInputs, mean_length: float, supervised_share: float = 1.0) -> Flops | None:
-    """Return the FLOPs per token of matrix multiplications; None if the architecture is not given.
+def flops_per_token(load: MemoryInputs, mean_length: float, supervised_share: float = 1.0) -> Flops:
+    """Return the FLOPs per token of matrix multiplications.
 
     Forward pass: 2 for each weight of the decoder layers and adapters, 2 x vocabulary x width in the output layer for
     each supervised token (only those are scored), and 2 x layers x width x length for causal attention, half of what
@@ -49,19 +53,15 @@ def flops_per_token(load: MemoryInputs, mean_length: float, supervised_share: fl
         supervised_share: supervised tokens / tokens.
     """
     architecture = load.architecture
-    if parameter_count(architecture) is None:
-        return None
-    layers, products = architecture["num_hidden_layers"], linear_layers(architecture)
-    adapters = (adapter_count(architecture, load.lora) or 0) if load.lora else 0
-    linear = 2.0 * layers * block_weights(architecture)
-    attention = 2.0 * layers * products["q_proj"][1] * mean_length
-    logits = 2.0 * architecture["vocab_size"] * architecture["hidden_size"] * supervised_share
+    adapters = load.trained if load.lora else 0
+    linear = 2.0 * load.layers * load.block
+    attention = 2.0 * load.layers * linear_layers(architecture)["q_proj"][1] * mean_length
+    logits = 2.0 * load.ends * supervised_share
     forward = linear + 2.0 * adapters + attention + logits
     backward = (1 if load.lora else 2) * (linear + logits) + 4.0 * adapters + 2 * attention
     recomputed = logits + attention / 2
     if load.gradient_checkpointing:
-        inputs, outputs = products["down_proj"]
-        skipped = 0.0 if load.lora else 2.0 * layers * inputs * outputs
+        skipped = 0.0 if load.lora else 2.0 * load.layers * load.inner * load.hidden
         recomputed += linear + 2.0 * adapters + attention - skipped
     return Flops(forward, forward + backward, forward + backward + recomputed)
 
@@ -79,54 +79,52 @@ def palm_flops_per_token(architecture: Mapping[str, Any], tokens_per_row: int) -
     return 6 * parameters + attention
 
 
-@dataclass(frozen=True)
-class Work:
-    """Amounts of work in a run."""
+def forecast(plan: Plan, load: MemoryInputs) -> dict[str, float | None] | None:
+    """Return seconds by part, GPU-hours and cost of a plan whose steps are known.
 
-    flops: Flops
-    train_tokens: float
-    evaluations: int
-    tokens_per_evaluation: float
-    saves: int
-    bytes_per_save: int
-    models: int
-    bytes_per_model: int
-    one_rank_saves: bool
+    None without GPUs of known bf16 FLOP/s, in fp32, and without the number of validation examples.
 
+    `plan.assumed_mfu` is the assumed share of peak FLOP/s that a GPU executes, that is, the MFU without recomputation,
+    as in published tables: llm-foundry's 40 to 46% for 1B to 13B on H100 at 2,048 tokens have activation checkpointing
+    off (mosaicml/llm-foundry, scripts/train/benchmarking). Seconds are hardware FLOPs / (peak x share), so
+    recomputation takes its time; `mfu` of the result is comparable to the metrics of the run.
 
-def forecast(work: Work, gpu_type: str | None, gpus: int, nodes: int, mfu: float) -> dict[str, float | None] | None:
-    """Return seconds by part, GPU-hours and cost; None if the peak FLOP/s of the GPU type are not known.
-
-    `mfu` is the assumed share of peak FLOP/s that a GPU executes, that is, the MFU without recomputation, as in
-    published tables: llm-foundry's 40 to 46% for 1B to 13B on H100 at 2,048 tokens
-    have activation checkpointing off (mosaicml/llm-foundry, scripts/train/benchmarking). Seconds are hardware FLOPs /
-    (peak x `mfu`), so recomputation takes its time; `mfu` of the result is comparable to the metrics of the run.
-
-    Sharded checkpoints are written by all nodes together, a model by one rank.
+    Packed rows count as full. Before data preparation all tokens count as supervised, an upper bound. Sharded
+    checkpoints are written by all nodes together, a model by one rank.
 
     Raises:
         UserError: GPU_HOUR_PRICE is not a price.
     """
-    price = gpu_hour_price()
-    peak = gpu_table.peak_flops(gpu_type)
-    if peak is None or not gpus:
+    price, peak, data, trainer = gpu_hour_price(), peak_flops(plan.gpu_type), plan.sections.data, plan.sections.trainer
+    held_out = data.overfit_rows or round((plan.examples or 0) * data.validation_fraction)
+    validation = data.validation_examples if data.validation else held_out
+    if data.max_eval_samples is not None:
+        validation = min(data.max_eval_samples, validation or data.max_eval_samples)
+    steps, saved = plan.optimizer_steps, plan.checkpoint_bytes
+    if peak is None or not plan.gpus or plan.precision != "bf16" or validation is None or not steps or not saved:
         return None
-    per_second = gpus * peak * mfu
-    training = work.train_tokens * work.flops.hardware / per_second
-    evaluating = work.evaluations * work.tokens_per_evaluation * work.flops.forward / per_second
-    saving = work.saves * work.bytes_per_save / (WRITE_BYTES_PER_SECOND * (1 if work.one_rank_saves else nodes))
-    saving += work.models * work.bytes_per_model / WRITE_BYTES_PER_SECOND
+    mean = min(data.mean_tokens or plan.max_length, plan.max_length)
+    flops = flops_per_token(load, mean, 1.0 if plan.supervised_share is None else plan.supervised_share)
+    per_second = plan.gpus * peak * plan.assumed_mfu
+    row_tokens = plan.max_length if plan.packing else mean
+    training = steps * plan.effective_batch_size * row_tokens * flops.hardware / per_second
+    evaluations = math.ceil(steps / trainer["eval_steps"])
+    evaluating = evaluations * validation * mean * flops.forward / per_second
+    writers = plan.nodes if plan.strategy.deepspeed else 1
+    saving = math.ceil(steps / trainer["save_steps"]) * saved / (WRITE_BYTES_PER_SECOND * writers)
+    # With a falling loss each evaluation saves a best model; then last/ and final/.
+    saving += (evaluations + 2) * load.trained_bytes / WRITE_BYTES_PER_SECOND
     seconds = training + evaluating + saving
-    gpu_hours = seconds * gpus / 3600
+    gpu_hours = seconds * plan.gpus / 3600
     return {
-        "hfu": mfu,
-        "mfu": round(mfu * work.flops.model / work.flops.hardware, 4),
+        "hfu": plan.assumed_mfu,
+        "mfu": round(plan.assumed_mfu * flops.model / flops.hardware, 4),
         "training_seconds": round(training, 1),
         "evaluation_seconds": round(evaluating, 1),
         "saving_seconds": round(saving, 1),
         "seconds": round(seconds, 1),
-        "overhead_share": round((evaluating + saving) / seconds, 4) if seconds else 0.0,
-        "tokens_per_second_per_gpu": round(per_second / gpus / work.flops.hardware, 1),
+        "overhead_share": round((evaluating + saving) / seconds, 4),
+        "tokens_per_second_per_gpu": round(per_second / plan.gpus / flops.hardware, 1),
         "gpu_hours": round(gpu_hours, 2),
         "money": None if price is None else round(gpu_hours * price, 2),
     }

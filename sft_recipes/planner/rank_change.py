@@ -64,11 +64,6 @@ def needs_resharding(saved: Ranks, now: Ranks) -> bool:
     return saved.strategy.deepspeed and saved.world_size != now.world_size
 
 
-def plan_incompatibility(old: Plan, new: Plan) -> str | None:
-    """Return why the ranks of a new plan cannot resume a run of the old one; None if they can."""
-    return incompatibility(ranks_of(old), new)
-
-
 def implied_changes(old: Plan, new: Plan) -> set[str]:
     """Return the keys of `plans.find_differences` that follow from the ranks and need no `--allow-change`.
 
@@ -77,6 +72,6 @@ def implied_changes(old: Plan, new: Plan) -> set[str]:
     """
     differences = plans.find_differences(old, new)
     same_kind = old.uses_gpu == new.uses_gpu and "effective_batch_size" not in differences
-    if old.world_size == new.world_size or not same_kind or plan_incompatibility(old, new) is not None:
+    if old.world_size == new.world_size or not same_kind or incompatibility(ranks_of(old), new) is not None:
         return set()
     return differences.keys() & (DERIVED_FROM_RANKS | {"parallelism"})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 from sft_recipes.planner.cost import WRITE_BYTES_PER_SECOND
@@ -14,31 +13,22 @@ from sft_recipes.runtime.units import format_duration
 
 # Lower bound per node without a measurement: a SATA SSD, a busy shared file system.
 SLOW_DISK_BYTES_PER_SECOND = 500_000_000
-_TIMES_MEASURED = 3
-_TIMES_LARGER = 1000
-
-
-@dataclass(frozen=True)
-class DiskSpeed:
-    """Bytes per second of a save, hashing and fsync included; `measured` is the date, None if assumed."""
-
-    bytes_per_second: float
-    measured: str | None
 
 
 def _file() -> Path:
     return runs_root() / ".saving.json"
 
 
-def disk_speed(plan: Plan) -> DiskSpeed:
-    """Return the disk speed that the latest sanity check measured, else an assumption.
+def _disk_speed(plan: Plan) -> tuple[float, str | None]:
+    """Return the bytes per second that the latest sanity check measured, hashing and fsync included, and its date;
+    otherwise an assumption, and None.
 
     Saves under 1/1000 of this plan's size measure latency, so they are ignored.
     """
     record = read_json(_file())
-    if record.get("seconds") and record["bytes"] * _TIMES_LARGER >= (plan.checkpoint_bytes or 0):
-        return DiskSpeed(record["bytes"] / record["seconds"], str(record["measured"]))
-    return DiskSpeed(WRITE_BYTES_PER_SECOND, None)
+    if record.get("seconds") and record["bytes"] * 1000 >= (plan.checkpoint_bytes or 0):
+        return record["bytes"] / record["seconds"], str(record["measured"])
+    return WRITE_BYTES_PER_SECOND, None
 
 
 def record_speed(saved_bytes: int, seconds: float, date: str) -> None:
@@ -49,15 +39,13 @@ def record_speed(saved_bytes: int, seconds: float, date: str) -> None:
 
 def save_seconds(plan: Plan) -> float | None:
     """Return the expected seconds per save; None if the checkpoint size is not known."""
-    return None if plan.checkpoint_bytes is None else plan.checkpoint_bytes / disk_speed(plan).bytes_per_second
+    return None if plan.checkpoint_bytes is None else plan.checkpoint_bytes / _disk_speed(plan)[0]
 
 
 def max_save_seconds(plan: Plan) -> float:
     """Return the seconds after which a save counts as stalled: a slow disk, or three times the measurement."""
-    measured = save_seconds(plan) if disk_speed(plan).measured else None
-    return max(
-        (plan.checkpoint_bytes or 0) / plan.nodes / SLOW_DISK_BYTES_PER_SECOND, _TIMES_MEASURED * (measured or 0.0)
-    )
+    slow = (plan.checkpoint_bytes or 0) / plan.nodes / SLOW_DISK_BYTES_PER_SECOND
+    return max(slow, 3 * (save_seconds(plan) or 0.0)) if _disk_speed(plan)[1] else slow
 
 
 def grace_seconds(plan: Plan) -> int:
@@ -67,11 +55,9 @@ def grace_seconds(plan: Plan) -> int:
 
 def describe(plan: Plan) -> str:
     """Return the line of the printed plan."""
-    duration, speed = save_seconds(plan), disk_speed(plan)
-    if duration is None:
-        return "unknown: model.architecture is not set"
-    source = f"measured by the sanity check of {speed.measured}" if speed.measured else "assumed until a sanity check"
+    speed, measured = _disk_speed(plan)
+    source = f"measured by the sanity check of {measured}" if measured else "assumed until a sanity check"
     return (
-        f"{format_duration(duration)} at {speed.bytes_per_second / 1e9:.2g} GB/s, {source}; "
+        f"{format_duration(save_seconds(plan) or 0)} at {speed / 1e9:.2g} GB/s, {source}; "
         f"SIGKILL {grace_seconds(plan)} s after a stop request"
     )

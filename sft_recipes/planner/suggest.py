@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 from sft_recipes.config.architecture import parameter_count
 from sft_recipes.config.schema import Lora, Recipe
@@ -13,7 +14,6 @@ from sft_recipes.config.strategies import DATA_PARALLEL, OFFLOADED, wider_than
 from sft_recipes.planner import batch
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Topology
-from sft_recipes.runtime import units
 from sft_recipes.runtime.errors import UserError
 
 GPUS_PER_NODE = 8
@@ -33,9 +33,9 @@ def cheapest_change(recipe: Recipe, topology: Topology, max_gpus: int | None = N
     In order of cost: recomputed activations, smaller micro-batches, more sharding, 4-bit weights under adapters, more
     GPUs, offloading, adapters instead of all weights.
     """
-    for overrides, changed, target in _changes(recipe, topology):
+    for text, changed, target in _changes(recipe, topology):
         if (max_gpus is None or target.gpus <= max_gpus) and _fits(changed, target):
-            return overrides
+            return text
     return None
 
 
@@ -46,25 +46,22 @@ def lighter_overrides(recipe: Recipe, topology: Topology, limit: int = 2) -> lis
     """
     current = _forecast_bytes(recipe, topology)
     lighter = (
-        overrides
-        for overrides, changed, target in (_changes(recipe, topology) if current else ())
+        text
+        for text, changed, target in (_changes(recipe, topology) if current else ())
         if target.gpus <= topology.gpus and 0 < _forecast_bytes(changed, target) <= 0.9 * current
     )
-    fallbacks = {
-        "batch.max_per_device_batch_size=1": recipe.batch.max_per_device_batch_size > 1,
-        "trainer.gradient_checkpointing=true": not recipe.trainer["gradient_checkpointing"],
-        f"trainer.max_length={recipe.trainer['max_length'] // 2}": recipe.trainer["max_length"] > 1,
-    }
-    return list(itertools.islice(lighter, limit)) or [key for key, available in fallbacks.items() if available][:limit]
+    general = ["batch.max_per_device_batch_size=1"] if recipe.batch.max_per_device_batch_size > 1 else []
+    general += [] if recipe.trainer["gradient_checkpointing"] else ["trainer.gradient_checkpointing=true"]
+    general += [f"trainer.max_length={recipe.trainer['max_length'] // 2}"]
+    return list(itertools.islice(lighter, limit)) or general[:limit]
 
 
 def _forecast_bytes(recipe: Recipe, topology: Topology) -> int:
     """Return the forecast bytes per GPU; 0 if the plan is invalid."""
     try:
-        forecast = plans.resolve(recipe, topology).memory_bytes_per_gpu
+        return (plans.resolve(recipe, topology).memory_bytes_per_gpu or {"total": 0})["total"]
     except UserError:
         return 0
-    return forecast["total"] if forecast else 0
 
 
 def topology_for(gpus: int, gpu_type: str | None) -> Topology:
@@ -78,80 +75,51 @@ def nodes_for(gpus: int) -> int:
 
 
 def _changes(recipe: Recipe, topology: Topology) -> Iterator[tuple[str, Recipe, Topology]]:
-    """Yield each change with its overrides; each may also shrink the micro-batch, which costs little speed."""
-    overrides: list[str] = []
-    if not recipe.trainer["gradient_checkpointing"]:
-        recipe = dataclasses.replace(recipe, trainer={**recipe.trainer, "gradient_checkpointing": True})
-        overrides = ["trainer.gradient_checkpointing=true"]
-        yield overrides[0], recipe, topology
-    yield from _with_smaller_batches(recipe, topology, overrides)
-    wider = wider_than(recipe.parallelism)
-    for parallelism in wider if topology.gpus > 1 else ():
-        yield from _with_smaller_batches(
-            _with_strategy(recipe, parallelism), topology, [*overrides, f"parallelism={parallelism}"]
-        )
+    """Yield each change as a user writes it, with what it changes; each may also shrink the micro-batch, which costs
+    little speed."""
+    largest = recipe.batch.max_per_device_batch_size
+    sizes = [largest >> halvings for halvings in range(largest.bit_length())]
+    for overrides, size in itertools.product(_candidates(recipe, topology), sizes):
+        change = overrides | ({"batch.max_per_device_batch_size": size} if size < largest else {})
+        if change:
+            gpus = change.get("GPUS")
+            target = topology_for(gpus, topology.gpu_type) if gpus else topology
+            yield " ".join(f"{key}={_text(value)}" for key, value in change.items()), _with(recipe, change), target
+
+
+def _candidates(recipe: Recipe, topology: Topology) -> Iterator[dict[str, Any]]:
+    """Yield overrides in order of cost."""
+    base: dict[str, Any] = {} if recipe.trainer["gradient_checkpointing"] else {"trainer.gradient_checkpointing": True}
+    wider, ddp = wider_than(recipe.parallelism), {"parallelism": DATA_PARALLEL.name}
+    yield base
+    yield from (base | {"parallelism": name} for name in wider if topology.gpus > 1)
     if recipe.lora and not recipe.lora.quantize:
-        lora = dataclasses.replace(recipe.lora, quantize="nf4")
-        yield from _with_smaller_batches(
-            _with_strategy(recipe, DATA_PARALLEL.name, lora),
-            topology,
-            [*overrides, f"lora.quantize=nf4 parallelism={DATA_PARALLEL.name}"],
-        )
-    yield from _more_gpus(recipe, topology, overrides, wider[-1] if wider else recipe.parallelism)
-    if not recipe.lora:
-        yield from _offloaded(recipe, topology, overrides)
-        for lora, override in ((Lora(), "lora.r=16"), (Lora(quantize="nf4"), "lora.quantize=nf4")):
-            size = nearest_size_class((parameter_count(recipe.model.architecture) or 0) / 1e9, "lora")
-            adapted = dataclasses.replace(
-                _with_strategy(recipe, DATA_PARALLEL.name, lora), size=size, allow_out_of_range=[]
-            )
-            yield from _with_smaller_batches(
-                adapted, topology, [*overrides, override, f"size={size}", f"parallelism={DATA_PARALLEL.name}"]
-            )
-
-
-def _offloaded(recipe: Recipe, topology: Topology, overrides: list[str]) -> Iterator[tuple[str, Recipe, Topology]]:
-    """Yield offloading, with the host memory that it needs, which is not checked here."""
-    offloaded = _with_strategy(recipe, OFFLOADED.name)
-    for text, changed, target in _with_smaller_batches(
-        offloaded, topology, [*overrides, f"parallelism={OFFLOADED.name}"]
-    ):
-        needed = plans.resolve(changed, target).host_bytes_per_node or {"total": 0}
-        yield f"{text} ({needed['total'] / units.GIB:,.0f} GiB of host memory per node)", changed, target
-
-
-def _more_gpus(
-    recipe: Recipe, topology: Topology, overrides: list[str], widest: str
-) -> Iterator[tuple[str, Recipe, Topology]]:
-    """Yield the larger GPU counts that keep the batch, with the same strategy and the one that shards most."""
+        yield base | {"lora.quantize": "nf4"} | ddp
     for gpus in batch.world_sizes_that_divide(_effective_batch_size(recipe)):
-        for parallelism in dict.fromkeys((recipe.parallelism, widest)) if gpus > topology.gpus else ():
-            strategy = [] if parallelism == recipe.parallelism else [f"parallelism={parallelism}"]
-            yield from _with_smaller_batches(
-                _with_strategy(recipe, parallelism),
-                topology_for(gpus, topology.gpu_type),
-                [*overrides, *strategy, f"GPUS={gpus}"],
-            )
+        if gpus > topology.gpus:
+            yield base | {"GPUS": gpus}
+            yield from (base | {"parallelism": widest, "GPUS": gpus} for widest in wider[-1:])
+    if not recipe.lora:
+        yield base | {"parallelism": OFFLOADED.name}
+        size = nearest_size_class((parameter_count(recipe.model.architecture) or 0) / 1e9, "lora")
+        yield base | {"lora.r": 16, "size": size} | ddp
+        yield base | {"lora.quantize": "nf4", "size": size} | ddp
 
 
-def _with_smaller_batches(
-    recipe: Recipe, topology: Topology, overrides: list[str]
-) -> Iterator[tuple[str, Recipe, Topology]]:
-    size = recipe.batch.max_per_device_batch_size
-    current = overrides
-    while True:
-        if current:
-            yield " ".join(current), recipe, topology
-        if size == 1:
-            return
-        size = max(size // 2, 1)
-        current = [*overrides, f"batch.max_per_device_batch_size={size}"]
-        recipe = dataclasses.replace(recipe, batch=dataclasses.replace(recipe.batch, max_per_device_batch_size=size))
+def _with(recipe: Recipe, change: dict[str, Any]) -> Recipe:
+    for key, value in change.items():
+        section, _, leaf = key.rpartition(".")
+        changed: dict[str, Any] = {} if key == "GPUS" else {key: value}
+        if section:
+            old: Any = getattr(recipe, section) or Lora()
+            new = old | {leaf: value} if section == "trainer" else dataclasses.replace(old, **{leaf: value})
+            changed = {section: new}
+        recipe = dataclasses.replace(recipe, **changed)
+    return recipe
 
 
-def _with_strategy(recipe: Recipe, parallelism: str, lora: Lora | None = None) -> Recipe:
-    """Return the recipe with another strategy, and with these adapters if given."""
-    return dataclasses.replace(recipe, parallelism=parallelism, lora=lora or recipe.lora)
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _effective_batch_size(recipe: Recipe) -> int:

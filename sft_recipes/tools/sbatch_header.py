@@ -15,9 +15,7 @@ from sft_recipes.runtime.paths import REPOSITORY
 from sft_recipes.runtime.units import GIB
 
 _GPUS_OF_A_NODE = 8
-_CPU_NODES = 2  # a recipe without GPUs tests the cluster: do the nodes reach each other and the same disk?
 _CORES_PER_GPU = 8
-_COMMENT_COLUMN = 46
 
 
 def sbatch_script(recipe: str) -> str:
@@ -25,69 +23,50 @@ def sbatch_script(recipe: str) -> str:
     loaded = loader.load(recipe)
     plan = plans.resolve(loaded, plan_topology(loaded))
     fewest = suggest.smallest_gpu_count(loaded, plan.gpu_type) if plan.gpus else None
-    lines = [
-        f"#SBATCH --{option}".ljust(_COMMENT_COLUMN) + (f"# {why}" if why else "")
+    options = "".join(
+        (f"#SBATCH --{option}".ljust(46) + f"# {why}" if why else f"#SBATCH --{option}") + "\n"
         for option, why in _options(plan, fewest)
-    ]
-    return "\n".join(
-        [
-            "#!/usr/bin/env bash",
-            "# Generated from the recipe by `python -m sft_recipes.tools.sbatch_header`; do not edit.",
-            *(line.rstrip() for line in lines),
-            "set -euo pipefail",
-            "# sbatch runs a copy of this script in another folder.",
-            f'exec "${{SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}/slurm/launch.sh" {recipe} "$@"',
-            "",
-        ]
     )
+    return f"""#!/usr/bin/env bash
+# Generated from the recipe by `python -m sft_recipes.tools.sbatch_header`; do not edit.
+{options}set -euo pipefail
+# sbatch runs a copy of this script in another folder.
+exec "${{SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}/slurm/launch.sh" {recipe} "$@"
+"""
 
 
 def _options(plan: Plan, fewest: int | None) -> Iterator[tuple[str, str]]:
     """Yield each sbatch option and its comment."""
-    yield f"job-name=sft-{plan.recipe}", ""
-    yield from _node_options(plan, fewest)
-    yield f"time={'24:00:00' if plan.gpus else '00:30:00'}", ""
-    yield "requeue", "safe: the run resumes from its latest valid checkpoint"
-    yield (
-        f"signal=B:USR1@{_signal_seconds(plan)}",
-        "seconds before the limit: save and requeue; longer than a save takes",
-    )
-    yield "output=slurm/logs/%x-%j.out", ""
-    yield "open-mode=append", "a requeued job continues its log"
-
-
-def _node_options(plan: Plan, fewest: int | None) -> Iterator[tuple[str, str]]:
     one_launcher = ("ntasks-per-node=1", "one launcher per node, which starts the node's ranks")
-    if not plan.gpus:
-        yield f"nodes={_CPU_NODES}", "tests the cluster without a GPU"
+    yield f"job-name=sft-{plan.recipe}", ""
+    if plan.gpus:
+        gpus_per_node, memory = plan.gpus // plan.nodes, (plan.memory_bytes_per_gpu or {"total": 0})["total"] / GIB
+        size = f"{plan.gpus} GPU{'s' if plan.gpus > 1 else ''} ({plan.gpu_type}), forecast {memory:.0f} GiB per GPU"
+        yield f"nodes={plan.nodes}", size + (f", needs at least {fewest}" if plan.gpus > 1 else "")
+        yield one_launcher
+        yield f"gpus-per-node={gpus_per_node}", ""
+        if gpus_per_node == _GPUS_OF_A_NODE:
+            yield "exclusive", f"all cores and memory of the node, for {gpus_per_node} ranks and their data workers"
+            yield "mem=0", ""
+        else:
+            # Six times the forecast, or the page cache of the bf16 weights, at least 64 GiB.
+            forecast = (plan.host_bytes_per_node or {"total": 0})["total"]
+            gib = 32 * max(2, round(max(6 * forecast, 2 * (plan.parameters or 0)) / GIB / 32))
+            yield f"cpus-per-task={_CORES_PER_GPU * gpus_per_node}", "for the ranks and their data workers"
+            yield f"mem={gib}G", "a part of the node, whose other GPUs are for other jobs"
+    else:
+        yield "nodes=2", "tests the cluster without a GPU"
         yield one_launcher
         yield "cpus-per-task=2", ""
         yield "mem=8G", ""
-        return
-    gpus_per_node = plan.gpus // plan.nodes
-    memory = f"{plan.memory_bytes_per_gpu['total'] / GIB:.0f} GiB per GPU" if plan.memory_bytes_per_gpu else ""
-    size = f"{plan.gpus} GPU{'s' if plan.gpus > 1 else ''} ({plan.gpu_type}), forecast {memory}"
-    yield f"nodes={plan.nodes}", size + (f", needs at least {fewest}" if plan.gpus > 1 else "")
-    yield one_launcher
-    yield f"gpus-per-node={gpus_per_node}", ""
-    if gpus_per_node == _GPUS_OF_A_NODE:
-        yield "exclusive", f"all cores and memory of the node, for {gpus_per_node} ranks and their data workers"
-        yield "mem=0", ""
-    else:
-        yield f"cpus-per-task={_CORES_PER_GPU * gpus_per_node}", "for the ranks and their data workers"
-        yield f"mem={_host_gib(plan)}G", "a part of the node, whose other GPUs are for other jobs"
-
-
-def _host_gib(plan: Plan) -> int:
-    """Return GiB for a part of a node: six times the forecast, or the page cache of the bf16 weights, at least 64."""
-    forecast = (plan.host_bytes_per_node or {"total": 0})["total"]
-    return 32 * max(2, round(max(6 * forecast, 2 * (plan.parameters or 0)) / GIB / 32))
-
-
-def _signal_seconds(plan: Plan) -> int:
-    """Return 1.5 times a save on a slow disk, in steps of five minutes; on the CPU one minute."""
+    yield f"time={'24:00:00' if plan.gpus else '00:30:00'}", ""
+    yield "requeue", "safe: the run resumes from its latest valid checkpoint"
+    # 1.5 times a save on a slow disk, in steps of five minutes; on the CPU one minute.
     save = (plan.checkpoint_bytes or 0) / plan.nodes / SLOW_DISK_BYTES_PER_SECOND
-    return 300 * max(1, math.ceil(1.5 * save / 300)) if plan.gpus else 60
+    seconds = 300 * max(1, math.ceil(1.5 * save / 300)) if plan.gpus else 60
+    yield f"signal=B:USR1@{seconds}", "seconds before the limit: save and requeue; longer than a save takes"
+    yield "output=slurm/logs/%x-%j.out", ""
+    yield "open-mode=append", "a requeued job continues its log"
 
 
 def main() -> None:

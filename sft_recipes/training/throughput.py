@@ -141,10 +141,10 @@ class ThroughputMeter:
         steps; and MFU by PaLM's formula, which counts attention over full rows and all weights. Fractions of 1."""
         tokens = max(tokens, 1)
         load = memory_inputs(self._plan, dict(self._architecture))
-        flops = cost.flops_per_token(load, 2 * attended_tokens / tokens, self._supervised_tokens / tokens)
         palm = cost.palm_flops_per_token(self._architecture, self._plan.max_length)
-        if self._peak_flops is None or flops is None or palm is None:
+        if self._peak_flops is None or load is None or palm is None:
             return {}
+        flops = cost.flops_per_token(load, 2 * attended_tokens / tokens, self._supervised_tokens / tokens)
         peak_per_token = self._peak_flops * self._plan.world_size * self._seconds / tokens
         return {
             "mfu": flops.model / peak_per_token,

@@ -13,7 +13,6 @@ def test_batch_of_the_four_configurations_of_the_sft_guide(per_device, accumulat
     effective = per_device * accumulation * gpus
     assert effective == {1: 32, 4: 64, 8: 128}[gpus]
     assert batch.per_device_batch_size(effective, per_device, gpus) == per_device
-    assert batch.gradient_accumulation_steps(effective, per_device, gpus) == accumulation
 
 
 def test_batch_refuses_gpu_count_and_names_those_that_fit():
@@ -23,13 +22,6 @@ def test_batch_refuses_gpu_count_and_names_those_that_fit():
         batch.per_device_batch_size(32, 4, 3)
 
 
-def test_accumulation_refuses_micro_batch_and_names_gpu_counts():
-    with pytest.raises(
-        UserError, match=r"expected a multiple of 12 \(4 per device x 3 GPUs\). Set GPUS to one of 1, 2, 4, 8"
-    ):
-        batch.gradient_accumulation_steps(32, 4, 3)
-
-
 @given(effective=st.integers(1, 512), at_most=st.integers(1, 64), world_size=st.integers(1, 64))
 def test_batch_is_kept_exactly_or_refused(effective, at_most, world_size):
     try:
@@ -37,8 +29,7 @@ def test_batch_is_kept_exactly_or_refused(effective, at_most, world_size):
     except UserError:
         assert effective % world_size
         return
-    accumulation = batch.gradient_accumulation_steps(effective, per_device, world_size)
-    assert per_device * accumulation * world_size == effective
+    assert effective % (per_device * world_size) == 0
     assert 1 <= per_device <= at_most
     larger = range(per_device + 1, min(at_most, effective) + 1)
     assert not any(effective % (size * world_size) == 0 for size in larger)
@@ -51,10 +42,9 @@ def test_suggested_world_sizes_keep_the_batch(effective):
     assert all(batch.per_device_batch_size(effective, 8, count) for count in counts)
 
 
-def test_steps_per_epoch_packed_and_unpacked():
-    rows = batch.packed_rows(7473, mean_tokens=168, max_length=2048)
-    assert batch.steps_per_epoch(rows, 32) == 19
-    assert batch.steps_per_epoch(7473, 32) == 233
+def test_packed_rows_are_full():
+    assert batch.packed_rows(7473, mean_tokens=168, max_length=2048) == 614
+    assert batch.packed_rows(10, mean_tokens=5000, max_length=2048) == 10
 
 
 def test_warmup_steps_round_up_like_transformers():

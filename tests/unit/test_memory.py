@@ -70,8 +70,8 @@ def test_parameter_count_of_qwen_3_includes_qk_norms():
 
 def test_memory_is_unknown_without_architecture():
     assert parameter_count({"model_type": "llama"}) is None
-    nothing = load({"model_type": "llama"}, world=8)
-    assert memory.bytes_per_gpu(nothing) is memory.host_bytes_per_node(nothing) is memory.disk_bytes(nothing) is None
+    plan = plans.resolve(loader.load("tiny", ["model.architecture={model_type: llama}"]), plans.Topology(0, 1))
+    assert plan.memory_bytes_per_gpu is plan.host_bytes_per_node is plan.disk_bytes is plan.forecast is None
 
 
 ENGINES = [strategy for strategy in STRATEGIES if strategy != "zero3_offload"]
