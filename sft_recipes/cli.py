@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sft_recipes.config import loader
-from sft_recipes.config.gpu_types import find_gpu_type
 from sft_recipes.config.schema import Recipe
 from sft_recipes.launch import parent_run, run_selection
 from sft_recipes.launch import topology as topologies
@@ -89,18 +88,14 @@ def _flag(name: str, help_text: str) -> _Argument:
 
 
 def _integer(name: str, least: int, help_text: str, **options: Any) -> _Argument:
-    return _argument(
-        name, help_text, type=lambda text: topologies.parse_integer(text, name[2:].upper(), least), **options
-    )
+    variable = name.removeprefix("--").upper()
+    return _argument(name, help_text, type=lambda text: topologies.parse_integer(text, variable, least), **options)
 
 
 def _gpu_counts(text: str) -> int | list[int]:
     counts = text.split(",")
-    return (
-        [topologies.parse_integer(count, "GPUS", 1) for count in counts]
-        if len(counts) > 1
-        else topologies.parse_integer(text, "GPUS", 0)
-    )
+    numbers = [topologies.parse_integer(count, "GPUS", 1 if len(counts) > 1 else 0) for count in counts]
+    return numbers if len(numbers) > 1 else numbers[0]
 
 
 _RUN = _argument("run", "name or directory of a run")
@@ -292,12 +287,6 @@ def _resolve_here(parsed: argparse.Namespace) -> tuple[Recipe, Topology, plans.P
     topology = _topology(parsed, recipe)
     plan = _resolve(parsed, recipe, topology)
     topologies.check_host_memory(plan)
-    for product in topologies.unlisted(
-        topologies.visible_gpus() if plan.gpu_type and find_gpu_type(plan.gpu_type) is None else []
-    ):
-        log.info(
-            f"{product} is not in the table of GPU types: planned with {plan.gpu_type} GiB, without a time forecast"
-        )
     if plan.fits is False:
         raise UserError(
             f"recipe {recipe.name} {plans.describe_shortage(plan)}. Cheapest change that fits: "

@@ -100,21 +100,16 @@ _OWNERS = {
     "trainer.packing": "eval_packing padding_free",
     "trainer.gradient_checkpointing": "activation_checkpointing",
     "fixed: checkpointing is non-reentrant": "activation_checkpointing_kwargs gradient_checkpointing_kwargs",
-    "fixed: the two latest checkpoints, weights of the three best": "save_total_limit save_only_model",
-    "fixed: final/ is the best": "load_best_model_at_end",
-    "fixed: eval_loss": "metric_for_best_model greater_is_better",
-    "fixed: the loss is a mean over the tokens of all ranks": "average_tokens_across_devices",
-    "fixed: only assistant turns are in the loss": "assistant_only_loss completion_only_loss",
-    "fixed: examples are packed without splitting them": "packing_strategy",
+    "fixed: the two latest checkpoints, weights of the three best by eval_loss": "save_total_limit save_only_model "
+    "load_best_model_at_end metric_for_best_model greater_is_better enable_jit_checkpoint",
+    "fixed: the loss is a mean over the tokens of all ranks, logged as it is": "average_tokens_across_devices "
+    "logging_nan_inf_filter include_num_input_tokens_seen",
     "fixed: rows are prepared before the trainer starts": "dataset_kwargs remove_unused_columns dataset_text_field "
-    "dataset_num_proc shuffle_dataset truncation_mode pad_to_multiple_of length_column_name eos_token pad_token",
-    "fixed: complete effective batches in a seeded order": "train_sampling_strategy dataloader_drop_last",
-    "fixed: NaN/Inf losses are logged as such": "logging_nan_inf_filter",
-    "fixed: tokens are always counted": "include_num_input_tokens_seen",
-    "fixed: a signal saves the same step on all ranks": "enable_jit_checkpoint",
-    "fixed: a resumed run continues with the remaining rows": "ignore_data_skip",
-    "fixed: set by the command": "do_train do_eval do_predict",
-    "fixed: set by the launcher": "local_rank",
+    "dataset_num_proc shuffle_dataset truncation_mode pad_to_multiple_of length_column_name eos_token pad_token "
+    "packing_strategy assistant_only_loss completion_only_loss",
+    "fixed: complete effective batches in a seeded order": "train_sampling_strategy dataloader_drop_last "
+    "ignore_data_skip",
+    "fixed: set by the command": "do_train do_eval do_predict local_rank",
     "fixed: runs upload nothing": "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push "
     "hub_revision",
 }

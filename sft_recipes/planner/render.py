@@ -83,9 +83,8 @@ def _lines(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "hardware", on_gpus if plan.uses_gpu else f"CPU, {plan.world_size} process{plural}"
     yield "parallelism", plan.parallelism
     yield "precision", f"{plan.precision} ({', '.join(f'{k} {v}' for k, v in plan.dtypes.items())})"
-    yield "world size", str(plan.world_size)
-    yield "per device train batch size", str(plan.per_device_train_batch_size)
-    yield "gradient accumulation steps", str(plan.gradient_accumulation_steps)
+    for key in ("world_size", "per_device_train_batch_size", "gradient_accumulation_steps"):
+        yield key.replace("_", " "), str(getattr(plan, key))
     yield "effective batch size", f"{plan.effective_batch_size} {'packed rows' if plan.packing else 'rows'}"
     yield "max length", f"{plan.max_length} tokens"
     yield "packing", "on" if plan.packing else "off"

@@ -84,7 +84,11 @@ def _changes(recipe: Recipe, topology: Topology) -> Iterator[tuple[str, Recipe, 
         if change:
             gpus = change.get("GPUS")
             target = topology_for(gpus, topology.gpu_type) if gpus else topology
-            yield " ".join(f"{key}={_text(value)}" for key, value in change.items()), _with(recipe, change), target
+            yield (
+                " ".join(f"{key}={str(value).lower()}" for key, value in change.items()),
+                _with(recipe, change),
+                target,
+            )
 
 
 def _candidates(recipe: Recipe, topology: Topology) -> Iterator[dict[str, Any]]:
@@ -116,10 +120,6 @@ def _with(recipe: Recipe, change: dict[str, Any]) -> Recipe:
             changed = {section: new}
         recipe = dataclasses.replace(recipe, **changed)
     return recipe
-
-
-def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _effective_batch_size(recipe: Recipe) -> int:
