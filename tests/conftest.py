@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from helpers.workplace import PLANTED_KEY, SHORT, SMALL_LLAMA, Workplace, simulated_device
 
+from sft_recipes import cli
 from sft_recipes.runtime import env, log
 
 env.limit_thread_spin()  # before any test imports torch
@@ -38,6 +40,23 @@ def workplace(tmp_path: Path, shared_workplace: Workplace) -> Workplace:
     store = shared_workplace.runs / ".prepared"
     store.mkdir(parents=True, exist_ok=True, mode=0o700)
     return Workplace(tmp_path, store)
+
+
+@pytest.fixture
+def in_process(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Function that runs the command line in this process, as on a machine without GPUs unless PATH is given."""
+    monkeypatch.chdir(workplace.path)
+
+    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        for name, value in workplace.environment(**variables).items():
+            monkeypatch.setenv(name, value)
+        if "PATH" not in variables:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        return subprocess.CompletedProcess(arguments, cli.main(arguments), *capfd.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -233,8 +233,8 @@ def test_early_stopping_after_patience(tmp_path):
         ("monitor.gradnorm=3", "unknown key monitor.gradnorm"),
     ],
 )
-def test_invalid_threshold_is_rejected(workplace, override, message):
-    done = workplace.sft("plan", "tiny", override)
+def test_invalid_threshold_is_rejected(in_process, override, message):
+    done = in_process("plan", "tiny", override)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert message in done.stderr
 

@@ -10,22 +10,6 @@ import pytest
 from helpers.cli_errors import check_refused
 from helpers.workplace import REPOSITORY, SMALL_LLAMA, VARIABLES
 
-from sft_recipes import cli
-
-
-@pytest.fixture
-def in_process(workplace, monkeypatch, capfd):
-    """Function that runs the command line in this process, as on a machine without GPUs."""
-    for name, value in workplace.environment(CUDA_VISIBLE_DEVICES="").items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.chdir(workplace.path)
-
-    def run(*arguments):
-        code = cli.main(arguments)
-        return subprocess.CompletedProcess(arguments, code, *capfd.readouterr())
-
-    return run
-
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -98,51 +82,51 @@ def test_cli_rejects_before_start(workplace, in_process, arguments, message):
     assert not (workplace.path / "x").exists()
 
 
-def test_train_rejects_unwritable_runs_dir(workplace):
+def test_train_rejects_unwritable_runs_dir(workplace, in_process):
     file = workplace.path / "file"
     file.write_text("")
-    done = workplace.sft("train", "tiny", RUNS_DIR=str(file / "runs"))
+    done = in_process("train", "tiny", RUNS_DIR=str(file / "runs"))
     check_refused(done, "is not writable .*RUNS_DIR")
 
 
-def test_train_never_overwrites_other_folders(workplace):
+def test_train_never_overwrites_other_folders(workplace, in_process):
     (workplace.runs / "mine").mkdir(parents=True)
     (workplace.runs / "mine" / "thesis.txt").write_text("years of work")
-    check_refused(workplace.sft("train", "tiny", "--name", "mine"), "exists and is not a run. Nothing is overwritten")
+    check_refused(in_process("train", "tiny", "--name", "mine"), "exists and is not a run. Nothing is overwritten")
     assert (workplace.runs / "mine" / "thesis.txt").read_text() == "years of work"
 
 
-def test_locked_run_is_rejected_by_name_and_skipped_without(workplace):
+def test_locked_run_is_rejected_by_name_and_skipped_without(workplace, in_process):
     import fcntl
 
-    plan = workplace.sft("plan", "tiny", "--json").stdout
+    plan = in_process("plan", "tiny", "--json").stdout
     (workplace.runs / "tiny-1").mkdir(parents=True)
     (workplace.runs / "tiny-1" / "plan.json").write_text(plan)
     with (workplace.runs / "tiny-1" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         lock.write("process 1 on elsewhere")
         lock.flush()
-        check_refused(workplace.sft("train", "tiny", "--name", "tiny-1"), "in use by process 1 on elsewhere")
-        dry = workplace.sft("train", "tiny", "--dry-run")
+        check_refused(in_process("train", "tiny", "--name", "tiny-1"), "in use by process 1 on elsewhere")
+        dry = in_process("train", "tiny", "--dry-run")
         assert dry.returncode == 0, dry.stderr
         assert "skipping tiny-1" in dry.stdout and "tiny-2" in dry.stdout
 
 
-def test_resume_rejects_other_plan_and_names_the_fix(workplace):
-    plan = workplace.sft("plan", "tiny", "--json").stdout
+def test_resume_rejects_other_plan_and_names_the_fix(workplace, in_process):
+    plan = in_process("plan", "tiny", "--json").stdout
     (workplace.runs / "tiny-1").mkdir(parents=True)
     (workplace.runs / "tiny-1" / "plan.json").write_text(plan)
     changed = ("trainer.learning_rate=1e-3", "trainer.seed=7")
     line = check_refused(
-        workplace.sft("train", "tiny", *changed), "run tiny-1 has another plan: learning_rate 0.002 -> 0.001"
+        in_process("train", "tiny", *changed), "run tiny-1 has another plan: learning_rate 0.002 -> 0.001"
     )
     assert "; trainer.seed 42 -> 7. Resume it with ALLOW_CHANGE=" in line and "NAME=" in line
-    again = workplace.sft("train", "tiny", *changed, "--allow-change", "learning_rate,seed", "--dry-run")
+    again = in_process("train", "tiny", *changed, "--allow-change", "learning_rate,seed", "--dry-run")
     assert again.returncode == 0, again.stderr
 
 
-def test_dry_run_starts_nothing(workplace):
-    done = workplace.sft("train", "tiny", "--dry-run")
+def test_dry_run_starts_nothing(workplace, in_process):
+    done = in_process("train", "tiny", "--dry-run")
     assert done.returncode == 0
     command = shlex.split(done.stdout)
     assert "sft_recipes.training.main" in command and command[-1].endswith("tiny-1/plan.json")

@@ -28,8 +28,8 @@ def prepared(rows, **changes):
     return Prepared(**{**facts, "supervised_tokens": rows * 50, "tokens": rows * 400, "validation_rows": 5, **changes})
 
 
-def test_plan_json_has_the_keys_of_the_contract(workplace):
-    done = workplace.sft("plan", "tiny", "--json")
+def test_plan_json_has_the_keys_of_the_contract(in_process):
+    done = in_process("plan", "tiny", "--json")
     assert done.returncode == 0
     assert [key for key in CONTRACT if key not in json.loads(done.stdout)] == []
 

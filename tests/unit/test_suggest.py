@@ -199,13 +199,13 @@ def test_forecast_is_none_in_fp32():
     assert single.forecast is None and "of docs/models.md, found fp32, h100-80g" in render.format_plan(single)
 
 
-def test_comparison_keeps_batch_on_every_gpu_count(workplace):
-    done = workplace.sft("plan", "8b", "--gpus", "1,2,3,4,8,16", "--gpu-type", "h100-80g")
+def test_comparison_keeps_batch_on_every_gpu_count(in_process):
+    done = in_process("plan", "8b", "--gpus", "1,2,3,4,8,16", "--gpu-type", "h100-80g")
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in lines[1:6]] == ["1", "2", "4", "8", "16"]
     assert lines[6].startswith("3 GPUs: effective_batch_size: found 32, expected a multiple of 3")
-    listed = json.loads(workplace.sft("plan", "8b", "--gpus", "1,2,3,4,8,16", "--json").stdout)
+    listed = json.loads(in_process("plan", "8b", "--gpus", "1,2,3,4,8,16", "--json").stdout)
     batches = [
         one["world_size"] * one["per_device_train_batch_size"] * one["gradient_accumulation_steps"]
         for one in listed
@@ -214,14 +214,14 @@ def test_comparison_keeps_batch_on_every_gpu_count(workplace):
     assert batches == [32] * 5
 
 
-def test_plan_that_does_not_fit_names_what_would(workplace):
-    done = workplace.sft("plan", "70b", "--gpus", "8")
+def test_plan_that_does_not_fit_names_what_would(in_process):
+    done = in_process("plan", "70b", "--gpus", "8")
     assert done.returncode == 0
     found = dict(line.split("  ", 1) for line in done.stdout.splitlines())
     assert found["fits"].strip() == "no (h100-80g)"
     assert "driver, CUDA context, NCCL and allocator fragmentation" in found["reserve per GPU"]
     assert found["fewest GPUs"].strip() == "32 x h100-80g" and found["cheapest change"].strip().startswith("GPUS=32")
-    listed = json.loads(workplace.sft("plan", "70b", "--gpus", "8", "--json").stdout)
+    listed = json.loads(in_process("plan", "70b", "--gpus", "8", "--json").stdout)
     assert (listed["fits"], listed["fewest_gpus"], listed["cheapest_change"]) == (False, 32, "GPUS=32")
 
 
@@ -239,9 +239,9 @@ def machine_with(workplace, *gpus):
     return f"{smi.parent}:/usr/bin:/bin"
 
 
-def test_train_refuses_plan_that_does_not_fit(workplace):
+def test_train_refuses_plan_that_does_not_fit(workplace, in_process):
     path = machine_with(workplace, *[(81559, "NVIDIA H100 80GB HBM3")] * 8)
-    done = workplace.sft("train", "70b", "--gpus", "8", PATH=path)
+    done = in_process("train", "70b", "--gpus", "8", PATH=path)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.search(
         r"needs about 164\.2 GiB per GPU and 10\.6 GiB of reserve, found 79\.6 GiB \(h100-80g\)\. Cheapest change "
@@ -250,10 +250,10 @@ def test_train_refuses_plan_that_does_not_fit(workplace):
     assert "GPUS=32" not in done.stderr, "more than are here"
     assert workplace.names() == []
     path = machine_with(workplace, (24564, "NVIDIA GeForce RTX 4090"))
-    done = workplace.sft("train", "3b", "--gpus", "1", PATH=path)
+    done = in_process("train", "3b", "--gpus", "1", PATH=path)
     assert done.returncode == 2 and "found 24.0 GiB (rtx4090-24g)" in done.stderr, "the recipe names a larger GPU"
     path = machine_with(workplace, (20475, "NVIDIA Graphics Device"))
-    done = workplace.sft("train", "8b-qlora", "--gpus", "1", "--dry-run", PATH=path)
+    done = in_process("train", "8b-qlora", "--gpus", "1", "--dry-run", PATH=path)
     assert done.returncode == 0, done.stderr
 
 
@@ -308,22 +308,22 @@ def test_gpu_type_is_detected(workplace, monkeypatch, gpus, gpu_type):
         (("model.attention=flash_attention_2",), "no bf16 and no flash_attention_2. Set precision=fp32 model.attention=sdpa"),
     ],
 )  # fmt: skip
-def test_gpu_before_ampere_is_refused_bf16(workplace, overrides, expected):
+def test_gpu_before_ampere_is_refused_bf16(workplace, in_process, overrides, expected):
     path = machine_with(workplace, (32768, "Tesla V100-SXM2-32GB", "7.0"))
-    done = workplace.sft("train", "1b", "--gpus", "1", *overrides, PATH=path)
+    done = in_process("train", "1b", "--gpus", "1", *overrides, PATH=path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert f"Tesla V100-SXM2-32GB (compute capability 7.0) is older than Ampere and has {expected}" in done.stderr
     assert workplace.names() == []
 
 
-def test_gpu_before_ampere_trains_in_fp32(workplace):
+def test_gpu_before_ampere_trains_in_fp32(workplace, in_process):
     path = machine_with(workplace, (81559, "Tesla of much memory", "7.5"))
-    done = workplace.sft("train", "1b", "--gpus", "1", "precision=fp32", "--dry-run", PATH=path)
+    done = in_process("train", "1b", "--gpus", "1", "precision=fp32", "--dry-run", PATH=path)
     assert done.returncode == 0, done.stderr
 
 
-def test_offload_without_host_memory_is_refused(workplace):
-    done = workplace.sft("train", "70b", "--gpus", "0", "parallelism=zero3_offload")
+def test_offload_without_host_memory_is_refused(in_process):
+    done = in_process("train", "70b", "--gpus", "0", "parallelism=zero3_offload")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "on the CPU 70b needs about" in done.stderr and "GiB of memory, found" in done.stderr
 
@@ -338,9 +338,9 @@ def test_lighter_overrides_need_less_memory():
     assert suggest.lighter_overrides(unknown, Topology(0, 1)) == always, "nothing is forecast"
 
 
-def test_offload_must_fit_host_memory_of_each_node(workplace):
+def test_offload_must_fit_host_memory_of_each_node(workplace, in_process):
     path = machine_with(workplace, *[(81559, "NVIDIA H100 80GB HBM3")] * 8)
-    done = workplace.sft(
+    done = in_process(
         "train", "70b", "--gpus", "8", "parallelism=zero3_offload", "batch.max_per_device_batch_size=1", PATH=path
     )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
@@ -372,8 +372,8 @@ def test_plan_refuses_4_bit_weights_that_would_be_replicated(strategy):
         (("model.architecture={hidden_size: 16, num_attention_heads: 32}",), "hidden_size: found 16, expected a multiple of"),
     ],
 )  # fmt: skip
-def test_plan_refuses_in_one_line(workplace, arguments, message):
-    done = workplace.sft("plan", "8b", *arguments)
+def test_plan_refuses_in_one_line(in_process, arguments, message):
+    done = in_process("plan", "8b", *arguments)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert re.search(message, done.stderr), done.stderr
 
@@ -397,13 +397,13 @@ def test_memory_of_model_without_architecture_is_forecast_after_preparation():
     assert fitting.fits is True and fitting.parameters == 8_030_261_248
 
 
-def test_size_between_classes_takes_the_nearest(workplace):
+def test_size_between_classes_takes_the_nearest(in_process):
     arguments = ("plan", "7b", "size=20b", "model.architecture={}", "--gpus", "8")
-    done = workplace.sft(*arguments, "--json")
+    done = in_process(*arguments, "--json")
     found = json.loads(done.stdout)
     assert (found["size"], found["requested_size"], found["learning_rate"]) == ("30-70b", "20b", 2e-5)
     assert found["effective_batch_size"] == 64
-    assert "30-70b (nearest to 20b)" in workplace.sft(*arguments).stdout
+    assert "30-70b (nearest to 20b)" in in_process(*arguments).stdout
     assert plan("7b", 8, "h100-80g", "size=18b").size == "7-13b"
 
 
