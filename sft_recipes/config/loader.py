@@ -169,7 +169,7 @@ def _build(name: str, settings: Mapping[str, Setting]) -> Recipe:
 
 # What is expected where pydantic finds an error of this type.
 _EXPECTED = {
-    "string_type": "text",
+    "string_type": "text (numbers in quotes)",
     "string_pattern_mismatch": "a name",
     "int_type": "an integer",
     "float_type": "a number",
