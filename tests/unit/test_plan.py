@@ -120,7 +120,7 @@ def test_explain_prints_origin_of_every_value():
 
 
 def test_plan_refuses_single_on_two_processes():
-    with pytest.raises(UserError, match="parallelism single: found 2 processes, expected 1"):
+    with pytest.raises(UserError, match="parallelism: single: found 2 processes, expected 1"):
         tiny("parallelism=single", processes=2)
 
 
