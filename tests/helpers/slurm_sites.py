@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers.slurm_cluster import Cluster, cluster
-from helpers.workplace import REPOSITORY, SHORT, metrics
+from helpers.workplace import FEW_STEPS, REPOSITORY, metrics
 from safetensors.numpy import load_file
 
 _TIMEOUT_SECONDS = 900.0  # a wait takes half a minute on an idle machine; the first ZeRO start compiles an operator
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 # Two ranks, one per node, and enough steps to interrupt a run in the middle.
-LONGER = (*SHORT, "trainer.max_steps=60", "trainer.eval_steps=30", "trainer.save_steps=15")
+LONGER = (*FEW_STEPS, "trainer.max_steps=60", "trainer.eval_steps=30", "trainer.save_steps=15")
 
 
 @dataclass(frozen=True)

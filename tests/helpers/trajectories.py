@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.workplace import metrics
+from helpers.workplace import SMALL_ARCHITECTURE, metrics
 from safetensors.torch import load_file
 
 from sft_recipes.data.toy import toy_dataset
@@ -58,7 +58,7 @@ def arguments(data, parallelism, processes, packing, precision):
     return [
         "--gpus", "0", "--processes", str(processes), f"parallelism={parallelism}",
         f"precision={precision}", f"trainer.packing={str(packing).lower()}", f"data.train={data / source}.jsonl",
-        f"data.validation={data / 'validation'}.jsonl", *RECIPE,
+        f"data.validation={data / 'validation'}.jsonl", *RECIPE, SMALL_ARCHITECTURE,
     ]  # fmt: skip
 
 

@@ -12,7 +12,16 @@ import pytest
 import torch
 from helpers.processes import commands
 from helpers.saved_weights import same, weights
-from helpers.workplace import HANG_SECONDS, REPOSITORY, SHORT, manifest, metrics, needs_compiler
+from helpers.workplace import (
+    FEW_STEPS,
+    HANG_SECONDS,
+    REPOSITORY,
+    SHORT,
+    SMALL_ARCHITECTURE,
+    manifest,
+    metrics,
+    needs_compiler,
+)
 
 from sft_recipes.config import loader
 from sft_recipes.planner import plan as plans
@@ -164,7 +173,9 @@ def wait_for(condition, process):
         time.sleep(0.05)
 
 
-LONGER = [option.replace("max_steps=8", "max_steps=24").replace("eval_steps=4", "eval_steps=12") for option in SHORT]
+LONGER = [
+    option.replace("max_steps=8", "max_steps=24").replace("eval_steps=4", "eval_steps=12") for option in FEW_STEPS
+]
 
 
 def test_run_of_closed_terminal_resumes_to_the_same_weights(shared_workplace, few_rows):
@@ -335,6 +346,7 @@ def test_run_starts_from_the_last_weights_of_another(shared_workplace, short_run
     """At a learning rate of almost zero, so that the weights stay, and the smoke test of overfitting fails."""
     rate = ("trainer.learning_rate=1e-12", "allow_out_of_range=[learning_rate]")
     steps = ("trainer.max_steps=2", "generation.show=0", "generation.exact_match=0", "trainer.max_length=128")
+    steps += (SMALL_ARCHITECTURE,)
     done = shared_workplace.sft("train", "tiny", "--name", "child", "--init-from", "short", "--overfit", *steps, *rate)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "overfit: found loss" in done.stderr and "after 2 steps, expected below 0.1" in done.stderr

@@ -23,8 +23,8 @@ def test_final_has_the_dtype_of_the_base_model(
 ):
     run = shared_workplace.trained(
         "tiny", "--name", f"published-{strategy}", "--gpus", "0", "--processes", "2", f"parallelism={strategy}",
-        f"precision={precision}", "model.from_scratch=false", "model.architecture={}", f"model.name_or_path={bf16_model_folder}",
-        f"data.train={few_rows}", *SHORT,
+        f"precision={precision}", *SHORT, "model.from_scratch=false", "model.architecture={}",
+        f"model.name_or_path={bf16_model_folder}", f"data.train={few_rows}",
     )  # fmt: skip
     final, best = (
         load_file(run / name / "model.safetensors") for name in ("final", f"best-{manifest(run)['best_step']}")

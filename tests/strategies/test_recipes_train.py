@@ -16,11 +16,11 @@ pytestmark = needs_compiler
 NAMES = [name for name in loader.names() if name != "tiny"]
 # A small vocabulary and thin layers, in multiples of 64 for 4-bit blocks; all else is the recipe's.
 THIN = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "vocab_size": 600,
+    "vocab_size": 512,
 }
 
 
@@ -50,7 +50,7 @@ def test_recipe_trains_three_steps(shared_workplace, rows, name):
     run = shared_workplace.trained(
         name, "--name", name, "--gpus", "0", "--processes", "2", "model.name_or_path=", "model.from_scratch=true",
         f"model.architecture={json.dumps(shrink(recipe))}", f"data.train={rows}",
-        "data.validation=toy:validation", "data.max_eval_samples=20", "trainer.max_length=128",
+        "data.validation=toy:validation", "data.max_eval_samples=20", "trainer.max_length=64",
         "trainer.max_steps=3", "trainer.logging_steps=1", "trainer.eval_steps=2", "trainer.save_steps=2",
         "generation.show=0",
     )  # fmt: skip

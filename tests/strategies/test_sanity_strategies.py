@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers.workplace import assert_one_trainer_at_a_time, needs_compiler, simulated_device
+from helpers.workplace import SMALL_ARCHITECTURE, assert_one_trainer_at_a_time, needs_compiler, simulated_device
 
 SMALL = ("trainer.max_length=128", "generation.show=2", "generation.exact_match=0", "generation.max_new_tokens=4")
 
@@ -30,7 +30,8 @@ def test_trial_passes_under_each_strategy(workplace, few_rows, parallelism, prec
     log = workplace.path / "device.jsonl"
     done = workplace.sft(
         "sanity", "tiny", "--gpus", "0", "--processes", "2", f"parallelism={parallelism}", f"precision={precision}",
-        f"data.train={few_rows}", *SMALL, **simulated_device(log, size=1.05),
+        f"data.train={few_rows}", *SMALL, *([SMALL_ARCHITECTURE] if precision == "bf16" else []),
+        **simulated_device(log, size=1.05),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert {"loss falls", "finite values", "evaluation", "checkpoint"} <= set(lines_of(done, "PASS"))

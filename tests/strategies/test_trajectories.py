@@ -166,8 +166,6 @@ def test_adapters_train_alike_under_each_strategy(follow, engine, quantize):
     """At twice this learning rate bf16's rounding grows to 6e-3 of a loss within the twenty steps."""
     more = (
         "lora.r=4", "trainer.learning_rate=5e-3", f"lora.quantize={quantize}", "trainer.gradient_checkpointing=true",
-        "model.architecture={model_type: llama, hidden_size: 128, intermediate_size: 256, num_hidden_layers: 2, "
-        "num_attention_heads: 2, vocab_size: 1024, max_position_embeddings: 512, initializer_range: 0.08}",
     )  # fmt: skip
     one, several = follow("single", 1, False, "bf16", *more), follow(engine, 2, False, "bf16", *more)
     left, right = ([line for line in metrics(run) if "loss" in line] for run in (one, several))

@@ -86,7 +86,7 @@ def fine_tuned(shared_workplace, bf16_model_folder, few_rows):
         f"model.name_or_path={bf16_model_folder}",
         "precision=bf16",
     )
-    return shared_workplace.trained_once("fine-tuned", *overrides, *SHORT, f"data.train={few_rows}")
+    return shared_workplace.trained_once("fine-tuned", *SHORT, *overrides, f"data.train={few_rows}")
 
 
 def held_out_loss(model, run):
