@@ -438,7 +438,7 @@ def _status(parsed: argparse.Namespace) -> None:
         folder = run_dir.find(parsed.run)
     except UserError:
         if job := slurm.query_job_of_run(parsed.run):  # it waits for its nodes
-            print(json.dumps({"job": job}, indent=2) if parsed.json else status.job_line(job))
+            print(json.dumps({"job": job}, indent=2) if parsed.json else f"job: {status.job_line(job)}")
             return
         raise
     starts = run_dir.read_json(folder.manifest).get("starts") or [{}]

@@ -11,6 +11,7 @@ from sft_recipes.config.architecture import DENSE_KEYS, DENSE_KINDS, parameter_c
 from sft_recipes.config.schema import Model
 from sft_recipes.data import hub, model_layers
 from sft_recipes.runtime.errors import DataError
+from sft_recipes.runtime.paths import check_links, mount_hint
 
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
 
@@ -64,6 +65,7 @@ def _local_folder(name_or_path: str) -> Path | None:
     """Return the local folder of a name; None if it can only be a Hub name."""
     folder = Path(os.path.expanduser(name_or_path))  # noqa: PTH111  Path's own raises for an unknown user
     if folder.is_dir():
+        check_links(folder, "model.name_or_path")
         return folder
     if (
         name_or_path.startswith((".", "/", "~"))
@@ -72,6 +74,7 @@ def _local_folder(name_or_path: str) -> Path | None:
     ):
         raise DataError(
             f"model.name_or_path: no folder {name_or_path!r}. Name a folder with config.json and weights, or a Hub name"
+            f"{mount_hint()}"
         )
     return None
 

@@ -19,6 +19,7 @@ from sft_recipes.config.schema import Data, DataSource
 from sft_recipes.data import hub
 from sft_recipes.data.toy import toy_dataset
 from sft_recipes.runtime.errors import DataError, UserError
+from sft_recipes.runtime.paths import check_links, mount_hint
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 TOY_NAMES = ("toy:train", "toy:validation")
@@ -175,6 +176,7 @@ def resolve(name: str, key: str, toy_folder: Path, revision: str | None = None) 
         )
     raise DataError(
         f"{key}: no file or folder {name!r}. Name a file, a folder or a Hub dataset (owner/name or owner/name:split)"
+        f"{mount_hint()}"
     )
 
 
@@ -198,10 +200,11 @@ def _splits_of(folder: Path, key: str) -> dict[str, tuple[Path, ...]]:
     """Return the files of each split, named by file or subfolder as on the Hub; one split train if none is named.
 
     Raises:
-        DataError: the folder contains code, or no data.
+        DataError: the folder contains code or a broken link, or no data.
     """
     from datasets.data_files import DataFilesList, EmptyDatasetError, get_data_patterns
 
+    check_links(folder, key)
     if (folder / "dataset_dict.json").is_file():
         names = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8")).get("splits", [])
         return {name: (folder / name,) for name in names}

@@ -20,7 +20,7 @@ if __name__ == "__main__":  # in a Python without this package installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sft_recipes.launch import mounts
-from sft_recipes.launch.mounts import InputError, Mount
+from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.paths import REPOSITORY
 
 _OPTIONS = {
@@ -40,7 +40,7 @@ def command(recipe: str, overrides: list[str]) -> list[str]:
     """Return the srun command line.
 
     Raises:
-        InputError: the runtime, its image or the virtual environment is missing.
+        SetupError: the runtime, its image or the virtual environment is missing.
     """
     arguments = _train_arguments(recipe, overrides)
     logs = os.environ.get("SFT_RECIPES_LOGS", "slurm/logs")
@@ -49,27 +49,27 @@ def command(recipe: str, overrides: list[str]) -> list[str]:
     if runtime == "local":
         python = REPOSITORY / ".venv" / "bin" / "python"
         if not python.exists():
-            raise InputError(
+            raise SetupError(
                 f"RUNTIME: file not found: {python}. Run `make setup` on the disk of the nodes, or set RUNTIME=pyxis "
                 f"or apptainer with IMAGE="
             )
         return [*srun, str(python), "-m", "sft_recipes", *arguments]
     if runtime not in ("pyxis", "apptainer"):
-        raise InputError(f"RUNTIME: found {runtime!r}, expected local, pyxis or apptainer in a job")
+        raise SetupError(f"RUNTIME: found {runtime!r}, expected local, pyxis or apptainer in a job")
     image = _image(runtime)
-    volumes = mounts.required("train", arguments[1:], dry_run=bool(os.environ.get("DRY_RUN")))
-    volumes.append(Mount(Path(logs).absolute(), writable=True))
+    folder = Path(logs).absolute()
+    volumes = [*mounts.volumes(arguments[1:], not os.environ.get("DRY_RUN")), f"{folder}:{folder}:rw"]
     in_image = ["python", "-m", "sft_recipes", *arguments]
     if runtime == "pyxis":
         return [
-            *srun, f"--container-image={image}", f"--container-mounts={','.join(map(str, volumes))}",
+            *srun, f"--container-image={image}", f"--container-mounts={','.join(volumes)}",
             "--no-container-mount-home", "--no-container-remap-root", f"--container-workdir={REPOSITORY}",
             f"--container-env={','.join(_JOB_VARIABLES)}", *in_image,
         ]  # fmt: skip
     variables = [f"{name}={os.environ[name]}" for name in _JOB_VARIABLES if os.environ.get(name)]
     return [
         *srun, "apptainer", "exec", *([] if os.environ.get("GPUS") == "0" else ["--nv"]), "--no-home",
-        *(part for mount in volumes for part in ("--bind", str(mount))), "--pwd", str(REPOSITORY),
+        *(part for mount in volumes for part in ("--bind", mount)), "--pwd", str(REPOSITORY),
         *(part for variable in variables for part in ("--env", variable)), image, *in_image,
     ]  # fmt: skip
 
@@ -94,16 +94,16 @@ def _image(runtime: str) -> str:
     image = os.environ.get("IMAGE", "")
     kind = {"pyxis": ".sqsh file, or registry image", "apptainer": ".sif file"}[runtime]
     if not image:
-        raise InputError(f"IMAGE: RUNTIME={runtime} needs one. Set IMAGE=<{kind}> (docker/README.md)")
+        raise SetupError(f"IMAGE: RUNTIME={runtime} needs one. Set IMAGE=<{kind}> (docker/README.md)")
     is_file = runtime == "apptainer" or image.endswith(".sqsh")
     if is_file and not Path(image).is_file():
-        raise InputError(f"IMAGE: file not found: {image}. Set IMAGE=<{kind}> (docker/README.md)")
+        raise SetupError(f"IMAGE: file not found: {image}. Set IMAGE=<{kind}> (docker/README.md)")
     return str(Path(image).absolute()) if is_file else image
 
 
 if __name__ == "__main__":
     try:
         print(shlex.join(command(sys.argv[1], sys.argv[2:])))
-    except InputError as error:
+    except SetupError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

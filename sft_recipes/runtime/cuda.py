@@ -26,7 +26,7 @@ def find_problem(
     an older branch runs CUDA 13 on data-center GPUs.
 
     Args:
-        report: the report of `training/examine.py`, or an `error` if there is none.
+        report: the report of `training/torch_probe.py`, or an `error` if there is none.
         needed: number of GPUs.
         driver: version of the NVIDIA driver, as `driver_version` returns it.
         visible: CUDA_VISIBLE_DEVICES of the processes that need the GPUs; None if unset.
@@ -40,14 +40,15 @@ def find_problem(
         return f"PyTorch {report['torch']} is a CPU build, expected a CUDA build", "Install it: TORCH=cuda make setup"
     if report["devices"] >= needed:
         return None
-    first = FIRST_DRIVER.get(report["cuda"].partition(".")[0])
-    reported = _reported(report["warning"])
+    first = FIRST_DRIVER.get(report["cuda"].partition(".")[0], 0)
     expected = f"expected {first or 'one'} or newer for CUDA {report['cuda']}"
+    warning = report["warning"].partition(" (Trig")[0][-70:]
+    reported = f" (PyTorch reports: …{warning})" if warning else ""
     if driver is None:
         return f"found no NVIDIA driver, {expected}{reported}", "Install it; in a container, see docker/README.md"
-    if not report["devices"] and first and int(driver.partition(".")[0]) < first:
+    if not report["devices"] and int(driver.partition(".")[0]) < first:
         fix = "Update it; for forward compatibility on data-center GPUs see docker/README.md"
-        return f"found NVIDIA driver {driver}, {expected}{reported if 'Error' in reported else ''}", fix
+        return f"found NVIDIA driver {driver}, {expected}{reported}", fix
     masked = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible!r}"
     fix = "See `nvidia-smi -L`, CUDA_VISIBLE_DEVICES and dmesg"
     return f"PyTorch finds {report['devices'] or 'none'}{masked}{reported}", fix
@@ -79,10 +80,3 @@ def driver_version() -> str | None:
     loaded = _LOADED_DRIVER.read_text(encoding="utf-8") if _LOADED_DRIVER.is_file() else ""
     version = re.match(r"(\d+\.[\d.]+)", output) or re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", loaded)
     return version[1] if version else None
-
-
-def _reported(warning: str) -> str:
-    """Return PyTorch's warning, shortened."""
-    error = re.search(r"Error \d+: [^(\n]+", warning)
-    short = error[0].strip() if error else re.split(r"\. |\(Trig", warning)[0].strip()
-    return f" (PyTorch reports: {short[:100]})" if short else ""

@@ -13,6 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from sft_recipes.runtime import timeouts
 
 _BYTES = {"nccl": 256 << 20, "gloo": 4 << 20}
@@ -25,49 +28,30 @@ def measure() -> dict[str, Any]:
     The bus bandwidth is what the link of a rank transfers: 2 (n-1)/n of the bytes reduced per second. It is comparable
     with the link's nominal bandwidth for any number of ranks (nccl-tests, doc/PERFORMANCE.md).
     """
-    import torch
-    import torch.distributed as dist
-
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if backend == "nccl" else torch.device("cpu")
+    on_gpu = torch.cuda.is_available()
+    backend, device = ("nccl", f"cuda:{os.environ['LOCAL_RANK']}") if on_gpu else ("gloo", "cpu")
     dist.init_process_group(
         backend,
-        device_id=device if backend == "nccl" else None,
+        device_id=torch.device(device) if on_gpu else None,
         timeout=datetime.timedelta(seconds=timeouts.ALLREDUCE_RENDEZVOUS),
     )
-    ranks, rank = dist.get_world_size(), dist.get_rank()
-    values = torch.full((_BYTES[backend] // 4,), float(rank + 1), device=device)
+    ranks = dist.get_world_size()
+    values = torch.full((_BYTES[backend] // 4,), float(dist.get_rank() + 1), device=device)
     dist.all_reduce(values)
-    correct = bool((values == ranks * (ranks + 1) / 2).all())
-    values.zero_()
-    _synchronize(device)
+    correct = (values == ranks * (ranks + 1) / 2).all().float()
+    dist.all_reduce(correct)  # its item() waits for the GPU
+    all_correct = correct.item() == ranks
+    values.zero_()[0].item()
     began = time.perf_counter()
     for _ in range(_REPETITIONS):
         dist.all_reduce(values)
-    _synchronize(device)
-    seconds = (time.perf_counter() - began) / _REPETITIONS
-    correct_ranks = torch.tensor([float(correct)], device=device)
-    dist.all_reduce(correct_ranks)
-    dist.destroy_process_group()
-    return {
-        "backend": backend,
-        "ranks": ranks,
-        "rank": rank,
-        "correct": bool(correct_ranks == ranks),
-        "bytes_per_second": 2 * (ranks - 1) / ranks * _BYTES[backend] / seconds,
-    }
-
-
-def _synchronize(device: Any) -> None:
-    import torch
-    import torch.distributed as dist
-
-    dist.barrier()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    values[0].item()
+    speed = 2 * (ranks - 1) / ranks * _BYTES[backend] * _REPETITIONS / (time.perf_counter() - began)
+    return {"backend": backend, "ranks": ranks, "correct": all_correct, "bytes_per_second": speed}
 
 
 if __name__ == "__main__":
     report = measure()
-    if report["rank"] == 0:
+    if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(report), encoding="utf-8")
+    dist.destroy_process_group()

@@ -32,7 +32,7 @@ def facts(folder: RunDir, held_by: str | None, job: dict[str, str] | None) -> di
     except UserError:  # nothing logged yet
         run = None
     last = run.training[-1] if run and run.training else {}
-    validation = run.points("eval_loss")[-1:] if run else []
+    eval_step, eval_loss = next(reversed(run.points("eval_loss")), (None, None)) if run else (None, None)
     step, steps = run.last_step if run else 0, manifest.get("optimizer_steps") or plan.get("optimizer_steps")
     step_seconds = [seconds for _, seconds in run.points("step_seconds")[-_RECENT_LINES:]] if run else []
     unfinished = steps is not None and step_seconds and state in ("running", "stopped", "interrupted", "starting")
@@ -46,8 +46,8 @@ def facts(folder: RunDir, held_by: str | None, job: dict[str, str] | None) -> di
         "optimizer_steps": steps,
         "epoch": last.get("epoch"),
         **{key: last.get(key) for key in _METRICS},
-        "eval_loss": validation[0][1] if validation else None,
-        "eval_step": validation[0][0] if validation else None,
+        "eval_loss": eval_loss,
+        "eval_step": eval_step,
         "seconds_left": round((steps - step) * statistics.median(step_seconds)) if unfinished else None,
         "checkpoint": folder.latest_complete() or None,
         "error": manifest.get("error"),
@@ -55,28 +55,22 @@ def facts(folder: RunDir, held_by: str | None, job: dict[str, str] | None) -> di
 
 
 def text(status: dict[str, Any]) -> list[str]:
-    """The status as `key: value` lines."""
-    process = f" ({status['held_by']})" if status["held_by"] else ""
-    lines = [f"run: {status['run']}", f"state: {status['state']}{process}"]
-    if status["job"]:
-        lines.append(job_line(status["job"]))
-    if status["init_from"]:
-        lines.append(f"init_from: {status['init_from']['run']} (step {status['init_from']['step']:,})")
-    total = f" of {status['optimizer_steps']:,}" if status["optimizer_steps"] else ""
-    epoch = f", epoch {status['epoch']:.2f}" if status["epoch"] is not None else ""
-    lines.append(f"step: {status['step']:,}{total}{epoch}")
-    checkpoint = f"checkpoint-{status['checkpoint']}" if status["checkpoint"] else "none"
-    lines.append(f"checkpoint: {checkpoint}")
-    lines += [f"{key}: {status[key]:.4g}" for key in _METRICS if isinstance(status[key], float)]
-    if status["eval_loss"] is not None:
-        lines.append(f"eval_loss: {status['eval_loss']:.4g} (step {status['eval_step']:,})")
-    if status["seconds_left"] is not None:
-        lines.append(f"eta: {format_duration(status['seconds_left'])}")
-    if status["error"]:
-        lines.append(f"error: {status['error']}")
-    return lines
+    """The status as `key: value` lines, without unknown values."""
+    held_by, parent, seconds = status["held_by"], status["init_from"], status["seconds_left"]
+    lines = {
+        "run": status["run"],
+        "state": f"{status['state']} ({held_by})" if held_by else status["state"],
+        "job": job_line(status["job"]) if status["job"] else None,
+        "init_from": f"{parent['run']} (step {parent['step']:,})" if parent else None,
+        "step": f"{status['step']:,} of {status['optimizer_steps'] or 0:,}",
+        "checkpoint": f"checkpoint-{status['checkpoint']}" if status["checkpoint"] else "none",
+        **{key: f"{status[key]:.4g}" for key in ("epoch", *_METRICS, "eval_loss") if isinstance(status[key], float)},
+        "eta": format_duration(seconds) if seconds is not None else None,
+        "error": status["error"],
+    }
+    return [f"{key}: {value}" for key, value in lines.items() if value is not None]
 
 
 def job_line(job: dict[str, str]) -> str:
-    """Slurm's record of a job as a line."""
-    return f"job: {', '.join(f'{key} {value}' for key, value in job.items() if value)}"
+    """Slurm's record of a job, in one line."""
+    return ", ".join(f"{key} {value}" for key, value in job.items() if value)

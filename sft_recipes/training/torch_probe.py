@@ -31,10 +31,12 @@ def probe_cuda() -> dict[str, Any]:
 def probe() -> dict[str, Any]:
     """Return PyTorch's build, its GPUs, DeepSpeed's compiled operators, and the errors of flash attention."""
     report = probe_cuda()
+    spec = importlib.util.find_spec("deepspeed")
+    operators = Path(spec.origin or "").parent.glob("ops/**/*_op*.so") if spec else []
     return {
         **report,
         "gpus": [_probe_gpu(index) for index in range(report["devices"])],
-        "operators": _compiled_operators(),
+        "operators": sorted(path.name.partition(".")[0] for path in operators),  # compiled when it was installed
         "compiler": shutil.which("c++") is not None and Path(sysconfig.get_path("include"), "Python.h").is_file(),
         "flash_attention": probe_flash_attention() if report["devices"] else None,
     }
@@ -52,25 +54,14 @@ def probe_flash_attention() -> dict[str, Any]:
     try:
         return {**attention.measure_errors(attention.flash, "cuda", dtype), "tolerance": attention.TOLERANCES[dtype]}
     except (ImportError, RuntimeError) as error:  # compiled for another torch, or for other GPUs
-        return {"error": " ".join(str(error).split())[:200]}
+        return {"error": " ".join(str(error).split())[:200], "loads": not isinstance(error, ImportError)}
 
 
 def _probe_gpu(index: int) -> dict[str, Any]:
     import torch
 
     free, total = torch.cuda.mem_get_info(index)
-    major, minor = torch.cuda.get_device_capability(index)
-    return {
-        "name": torch.cuda.get_device_name(index), "capability": f"{major}.{minor}", "free": free, "total": total,
-    }  # fmt: skip
-
-
-def _compiled_operators() -> list[str]:
-    """Return the DeepSpeed operators that were compiled when it was installed."""
-    spec = importlib.util.find_spec("deepspeed")
-    if spec is None or spec.origin is None:
-        return []
-    return sorted(path.name.partition(".")[0] for path in Path(spec.origin).parent.glob("ops/**/*_op*.so"))
+    return {"capability": "{}.{}".format(*torch.cuda.get_device_capability(index)), "free": free, "total": total}
 
 
 if __name__ == "__main__":

@@ -83,10 +83,7 @@ def test_image_size_and_labels(image):
         ["git", "rev-parse", "HEAD"], cwd=image.checkout, capture_output=True, text=True, check=True
     )
     assert labels["org.opencontainers.image.revision"].startswith(commit.stdout.strip())
-    assert labels["sft-recipes.version.torch"] == doctor.locked("cpu")["torch"].partition("+")[0]
     assert inspected["Config"]["User"] == "10000:10000" and inspected["Config"]["Entrypoint"] == ["/usr/bin/tini", "--"]
-    assert inspected["Healthcheck"]["Test"][-1] == "sft_recipes.launch.healthcheck"
-    assert image.run("python", "-m", "sft_recipes.launch.healthcheck") == "healthy\n"
 
 
 def test_installed_packages_equal_the_lock(image):
@@ -212,7 +209,7 @@ def test_named_data_is_mounted_and_missing_data_rejected(image, runs, tmp_path):
     done = image.make(*command, RUNS_DIR=str(runs))
     assert "my 'rows'.jsonl:1" in done.stdout, done.stdout + done.stderr
     missing = image.make("inspect", "DATA=/nowhere/rows.jsonl", RUNS_DIR=str(runs))
-    assert "error: data.train" in missing.stderr and "Error 2" in missing.stderr
+    assert "error: data.train" in missing.stderr and "MOUNTS=" in missing.stderr and "Error 2" in missing.stderr
 
 
 def test_too_small_disk_is_rejected(image, tmp_path):

@@ -44,7 +44,7 @@ class Image:
 
     def run(self, *arguments: str) -> str:
         """Return the standard output of a command in the image."""
-        command = ["podman", "run", "--rm", "--no-healthcheck", self.name, *arguments]
+        command = ["podman", "run", "--rm", self.name, *arguments]
         done = subprocess.run(
             command, env=self.variables, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
         )

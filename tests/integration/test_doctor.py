@@ -2,20 +2,15 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
-import time
 
 import pytest
 from helpers.workplace import REPOSITORY
 
-from sft_recipes.config import loader
-from sft_recipes.launch import healthcheck, node_checks, topology
+from sft_recipes.launch import node_checks, topology
 from sft_recipes.launch.topology import Gpu
-from sft_recipes.planner import plan as plans
-from sft_recipes.runtime import heartbeat
-from sft_recipes.runtime.heartbeat import Heartbeat
-from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.tools import doctor
 
 GPUS = [Gpu("0", 81559, "NVIDIA H100 80GB HBM3", 9.0), Gpu("1", 81559, "NVIDIA H100 80GB HBM3", 9.0)]
@@ -29,7 +24,7 @@ def test_doctor_fails_without_the_requested_gpus(workplace):
     assert done.returncode == 1, done.stdout + done.stderr
     assert {check for check, result in results.items() if result["status"] == "error"} == {"GPUs"}
     assert results["GPUs"]["detail"] == "found none, expected 8" and "nvidia-smi" in results["GPUs"]["fix"]
-    assert {"flash-attn", "operators", "shared memory", "host", "disk: runs", "disk: hub cache"} <= results.keys()
+    assert {"flash-attn", "operators", "shared memory", "disk: runs", "disk: hub cache"} <= results.keys()
     assert "over 2 ranks (gloo)" in results["all-reduce"]["detail"]
     assert results["versions"]["status"] == "ok" and "packages" in results["versions"]["detail"]
     assert results["Hub"]["detail"] == "not checked: HF_HUB_OFFLINE is set"
@@ -60,10 +55,9 @@ def test_check_driver_warns_of_unlisted_gpu():
 
 def test_check_gpu_memory_names_the_gpu_in_use():
     gib = 2**30
-    (result,) = doctor.check_gpu_memory(
-        [{"total": 80 * gib, "free": 79.5 * gib}, {"total": 80 * gib, "free": 20 * gib}]
-    )
-    assert result.status == "warning" and "GPU 1: 60.0 of 80.0 GiB in use" in str(result)
+    result = doctor.check_gpu_memory([{"total": 80 * gib, "free": 79.5 * gib}, {"total": 80 * gib, "free": 20 * gib}])
+    assert result.status == "warning" and "in use on GPU 1: 60.0 GiB; see nvidia-smi" in str(result)
+    assert doctor.check_gpu_memory([{"total": 80 * gib, "free": 79.5 * gib}]).status == "ok"
 
 
 @pytest.mark.parametrize(
@@ -71,7 +65,8 @@ def test_check_gpu_memory_names_the_gpu_in_use():
     [
         (None, "ok"),
         ({"missing": "No module named 'flash_attn'"}, "warning"),
-        ({"error": "flash_attn_2_cuda.so: undefined symbol: _ZNK3c106SymInt6sym_neERKS0_"}, "error"),
+        ({"error": "flash_attn_2_cuda.so: undefined symbol: _ZNK3c106SymInt6sym_neERKS0_", "loads": False}, "error"),
+        ({"error": "CUDA error: no kernel image is available for execution on the device", "loads": True}, "warning"),
         ({"forward": 4e-3, "backward": 8e-3, "tolerance": 3e-2}, "ok"),
         ({"forward": 4e-3, "backward": 0.4, "tolerance": 3e-2}, "error"),
         ({"forward": math.nan, "backward": 8e-3, "tolerance": 3e-2}, "error"),
@@ -82,20 +77,13 @@ def test_check_flash_attention(report, status):
     assert result.status == status and (status == "ok" or result.fix)
 
 
-@pytest.mark.parametrize(
-    ("error", "fix"),
-    [
-        ("CUDA error: no kernel image is available for execution on the device", "CUDA_ARCHITECTURES='12.0;8.9'"),
-        ("CUDA error: invalid device function", "CUDA_ARCHITECTURES='12.0;8.9'"),
-        ("FlashAttention only supports Ampere GPUs or newer.", "it needs Ampere or newer"),
-    ],
-)
-def test_check_flash_attention_warns_if_gpu_has_no_kernel(error, fix):
+def test_check_flash_attention_names_gpu_without_kernel():
     """`model.attention: auto` skips it."""
     gpus = [{"capability": "8.9"}, {"capability": "12.0"}, {"capability": "8.9"}]
-    result = doctor.check_flash_attention({"flash_attention": {"error": error}, "gpus": gpus})
-    assert result.status == "warning" and fix in result.fix
-    assert result.detail == "no kernel for compute capability 12.0 or 8.9; PyTorch attention is used"
+    report = {"error": "FlashAttention only supports Ampere GPUs or newer.", "loads": True}
+    result = doctor.check_flash_attention({"flash_attention": report, "gpus": gpus})
+    assert result.status == "warning" and "CUDA_ARCHITECTURES='12.0;8.9'" in result.fix
+    assert "cannot run on compute capability 12.0;8.9 (FlashAttention only supports Ampere" in result.detail
 
 
 # Lines as NCCL 2.2x writes them at NCCL_DEBUG=INFO.
@@ -123,14 +111,10 @@ def test_all_reduce_check_reports_the_transport(transport, status):
     assert allowed.status == ("ok" if status == "error" else status)
 
 
-def test_unusable_rdma_is_an_error_for_several_nodes_only(monkeypatch):
+def test_unusable_rdma_is_a_warning_on_gpus_only(monkeypatch):
     monkeypatch.setattr(doctor.Path, "glob", lambda self, pattern: iter([doctor.Path("mlx5_0")]))
     monkeypatch.setattr(doctor, "_rdma_problem", lambda: ("no libibverbs", "install it"))
-    assert [doctor.check_rdma(gpus, nodes).status for gpus, nodes in ((0, 1), (8, 1), (8, 2))] == [
-        "ok",
-        "warning",
-        "error",
-    ]
+    assert [doctor.check_rdma(gpus).status for gpus in (0, 8)] == ["ok", "warning"]
 
 
 def test_failing_nvidia_smi_is_an_error(tmp_path, monkeypatch):
@@ -145,45 +129,22 @@ def test_failing_nvidia_smi_is_an_error(tmp_path, monkeypatch):
     assert topology.nvidia_smi_error() is None
 
 
-@pytest.mark.parametrize("token", ["hf_secret\r", "hf_secret\n", "hf_\x00secret", "hf_sécret"])
-def test_invalid_token_is_never_printed(monkeypatch, token):
-    monkeypatch.setattr(doctor.os, "environ", {"HF_TOKEN": token, "HF_ENDPOINT": "http://127.0.0.1:9", "PATH": ""})
-    printed = " ".join(map(str, doctor.check_hub(doctor._query_hub())))
-    assert "secret" not in printed and "sécret" not in printed
-
-
 def test_failed_all_reduce_is_an_error():
     assert node_checks.all_reduce({"correct": False}, 2).status == "error"
     assert "NCCL error" in str(node_checks.all_reduce({"error": "8 ranks: all-reduce failed: NCCL error"}, 8))
 
 
-def test_check_shared_memory_host_disk_and_versions(tmp_path, monkeypatch):
+def test_check_shared_memory_disk_and_versions(tmp_path, monkeypatch):
     gib = 2**30
     assert doctor.check_shared_memory(gib // 16, 8).status == "error", "docker's default"
     assert doctor.check_shared_memory(gib // 16, 0).status == "warning"
     assert doctor.check_shared_memory(64 * gib, 8).status == doctor.check_shared_memory(gib, 0).status == "ok"
-    assert doctor.check_shared_memory(None, 0).status == "error"
-    assert doctor.check_host(8 * gib, 1, 8).status == "error"
     assert doctor.check_disk("runs", tmp_path / "not" / "yet", on_gpus=False).status == "ok"
     monkeypatch.setattr(doctor, "locked", lambda build: {"torch": "1.0", "no-such-package": "1"})
-    assert "not installed: no-such-package" in str(doctor.check_versions("cpu"))
+    assert "no-such-package not installed, expected 1" in str(result := doctor.check_versions("cpu"))
+    assert result.status == "error"
     monkeypatch.setattr(doctor, "locked", lambda build: {"transformers": "1.0"})
     assert doctor.check_versions("cpu").status == "warning" and ", expected 1.0" in str(doctor.check_versions("cpu"))
-
-
-@pytest.mark.parametrize(
-    ("answer", "statuses"),
-    [
-        ({"offline": True}, ["ok"]),
-        ({"error": "timed out"}, ["warning"]),
-        ({"status": 200, "token": True, "date": 1000.0, "now": 1003.0}, ["ok", "ok"]),
-        ({"status": 401, "token": True, "date": 1000.0, "now": 1003.0}, ["error", "ok"]),
-        ({"status": 503, "token": False, "date": None, "now": 1003.0}, ["warning"]),
-        ({"status": 200, "token": False, "date": 1000.0, "now": 5000.0}, ["ok", "error"]),
-    ],
-)
-def test_check_hub_token_and_clock(answer, statuses):
-    assert [result.status for result in doctor.check_hub(answer)] == statuses
 
 
 def test_check_hub_sends_the_token_and_never_prints_it(tmp_path):
@@ -193,54 +154,43 @@ def test_check_hub_sends_the_token_and_never_prints_it(tmp_path):
         "import http.server, sys\n"
         "class Hub(http.server.BaseHTTPRequestHandler):\n"
         "    def do_GET(self):\n"
-        "        good = self.headers['Authorization'] == 'Bearer good'\n"
-        "        self.send_response(200 if good and self.path == '/api/whoami-v2' else 401)\n"
+        "        token = self.headers['Authorization']\n"
+        "        known = (token, self.path) in (('Bearer good', '/api/whoami-v2'), (None, '/api/models?limit=1'))\n"
+        "        self.send_response(200 if known else 503 if token == 'Bearer busy' else 401)\n"
         "        self.end_headers()\n"
         "    def log_message(self, *_): pass\n"
         "server = http.server.HTTPServer(('127.0.0.1', 0), Hub)\n"
         "print(server.server_port, flush=True)\n"
         "server.serve_forever()\n"
     )
+    program = (
+        "import os, sys; from sft_recipes.tools import doctor\n"
+        "for token in sys.argv[1:]:\n"
+        "    os.environ['HF_TOKEN'] = token; print(doctor.check_hub())\n"
+        "from huggingface_hub import constants\n"
+        "constants.ENDPOINT = 'http://127.0.0.1:9'; print(doctor.check_hub())\n"
+        "constants.ENDPOINT = 'no URL'; print(doctor.check_hub())\n"
+        "constants.HF_HUB_OFFLINE = True; print(doctor.check_hub())\n"
+    )
     process = subprocess.Popen([sys.executable, server], stdout=subprocess.PIPE, text=True)
     try:
-        endpoint = f"http://127.0.0.1:{process.stdout.readline().strip()}"
-        program = "from sft_recipes.tools import doctor; print(*doctor.check_hub(doctor._query_hub()), sep='\\n')"
-        for token, text in (("good", "reachable; HF_TOKEN is valid"), ("bad-secret", "HF_TOKEN is not valid")):
-            environment = {
-                "PATH": "/usr/bin",
-                "HF_ENDPOINT": endpoint,
-                "HF_TOKEN": token,
-                "PYTHONPATH": str(REPOSITORY),
-            }
-            done = subprocess.run(
-                [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
-            )
-            assert text in done.stdout and "clock" in done.stdout and "bad-secret" not in done.stdout
+        environment = {
+            "PATH": "/usr/bin", "HF_ENDPOINT": f"http://127.0.0.1:{process.stdout.readline().strip()}",
+            "HF_HOME": str(tmp_path), "PYTHONPATH": str(REPOSITORY),
+        }  # fmt: skip
+        tokens = ("good", "", "bad-secret", "busy", "hf_secret\r", "hf_s\x7fecret", "hf_sécret")
+        done = subprocess.run(
+            [sys.executable, "-c", program, *tokens], env=environment, capture_output=True, text=True, check=True
+        )
     finally:
         process.kill()
         process.wait()
-
-
-def test_healthcheck_reports_stalled_rank(tmp_path, monkeypatch):
-    recipe = loader.load("tiny", ["monitor.heartbeat_timeout_seconds=60"])
-    folder = RunDir(tmp_path / "tiny-1")
-    folder.ranks.mkdir(parents=True)
-    plans.write(plans.resolve(recipe, plans.Topology(gpus=0, processes=1)), folder.plan)
-    monkeypatch.setenv("RUNS_DIR", str(tmp_path))
-    held = subprocess.Popen(  # a rank's command line contains the plan's path
-        [sys.executable, "-c", "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); "
-         "print(flush=True); time.sleep(600)", folder.lock, folder.plan], stdout=subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        held.stdout.readline()
-        for seconds_ago, stalled in ((1.0, False), (5000.0, True)):
-            beat = Heartbeat(0, held.pid, 7, "step", 3, time.monotonic() - seconds_ago, 0.1)
-            heartbeat.rank_file(folder.ranks, 0).write_bytes(heartbeat.encode(beat))
-            lines = healthcheck.find_stalled_runs()
-            assert bool(lines) == stalled and all(
-                "tiny-1: rank 0" in line and "for 5000 s in step 7" in line for line in lines
-            )
-    finally:
-        held.kill()
-        held.wait()
-    assert healthcheck.find_stalled_runs() == [], "the run has no process any more"
+    lines = done.stdout.splitlines()
+    expected = [
+        "ok .*reachable; HF_TOKEN is valid", "ok .*no HF_TOKEN: gated models are unavailable", "error .*HF_TOKEN is not valid",
+        r"warning .*no answer \(503\)", "error .*not valid", "error|warning", "error|warning", "warning .*no answer",
+        "warning .*no answer", "ok .*not checked",
+    ]  # fmt: skip
+    assert len(lines) == len(expected), done.stdout
+    assert [line for line, pattern in zip(lines, expected, strict=True) if not re.match(pattern, line)] == []
+    assert "secret" not in done.stdout + done.stderr and "sécret" not in done.stdout + done.stderr
