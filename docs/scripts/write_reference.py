@@ -9,7 +9,6 @@ With --check nothing is written; exit code 1 if the page is stale.
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
 import inspect
 import re
@@ -167,17 +166,10 @@ def exit_codes() -> Iterator[tuple[str, ...]]:
 
 
 def run_files() -> Iterator[tuple[str, ...]]:
-    """Yield what a run directory contains: the properties of RunDir that are a name in it, with their docstrings."""
-    (definition,) = [
-        node
-        for node in ast.parse(inspect.getsource(run_dir)).body
-        if isinstance(node, ast.ClassDef) and node.name == "RunDir"
-    ]
-    for function in definition.body:
-        if isinstance(function, ast.FunctionDef) and isinstance(function.body[-1], ast.Return):
-            names = re.fullmatch(r"self\.path / '([^']+)'", ast.unparse(function.body[-1].value or ast.Constant("")))
-            if names:
-                yield f"`{names[1]}`", (ast.get_docstring(function) or "").partition("\n\n")[0]
+    """Yield what a run directory contains."""
+    for entry in vars(run_dir.RunDir).values():
+        if isinstance(entry, run_dir.Entry):
+            yield f"`{entry.name}`", entry.content
     yield "`checkpoint-N/`", "A checkpoint; the two latest are kept. `complete.json` in it has sizes and SHA-256."
     yield "`best-N/`", "Weights of the three best evaluated steps."
 

@@ -35,7 +35,6 @@ from sft_recipes.planner.plan import Plan, Prepared
 from sft_recipes.runtime import library_imports
 from sft_recipes.runtime import log as run_log
 from sft_recipes.runtime.atomic_write import sha256, sync
-from sft_recipes.runtime.code_hash import code_hash
 from sft_recipes.runtime.errors import DataError, UserError
 from sft_recipes.runtime.run_dir import read_json, runs_root, write_json
 
@@ -184,7 +183,7 @@ def _check_architecture_once(plan: Plan, base: Path, folder: Path) -> None:
 
 
 def _code_hash(file: str) -> str:
-    return code_hash(Path(__file__).parent / file)
+    return sha256(Path(__file__).parent / file)
 
 
 def _cache_key(plan: Plan, named: Mapping[str, Mapping[str, Source]], base: Path | None) -> str:

@@ -11,23 +11,11 @@ from pathlib import Path
 
 from sft_recipes.runtime.errors import SetupError
 
-# The names of transformers' integrations (integrations/integration_utils.py, 5.23), and the module that each needs.
-_TRACKERS = {
-    "azure_ml": "azureml",
-    "clearml": "clearml",
-    "codecarbon": "codecarbon",
-    "comet_ml": "comet_ml",
-    "dagshub": "dagshub",
-    "dvclive": "dvclive",
-    "flyte": "flytekit",
-    "kubeflow": "transformers",
-    "mlflow": "mlflow",
-    "neptune": "neptune",
-    "swanlab": "swanlab",
-    "tensorboard": "tensorboard",
-    "trackio": "trackio",
-    "wandb": "wandb",
-}
+# Those of transformers' integrations (integrations/integration_utils.py, 5.23) that are named as their module.
+_TRACKERS = (
+    "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "mlflow", "neptune", "swanlab", "tensorboard", "trackio",
+    "wandb",
+)  # fmt: skip
 _WANDB_MODES = ("", "online", "offline", "disabled", "shared", "dryrun", "run")
 # Memory limits of cgroups v2 and v1; `max` or a huge number means no limit.
 _MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -60,18 +48,17 @@ def reporters() -> list[str]:
     """Return the trackers named in REPORT_TO; TensorBoard if it is not set.
 
     Raises:
-        SetupError: a name is unknown or its library is not installed.
+        SetupError: a name is unknown, or its library is not installed.
     """
     names = [name.strip() for name in (os.environ.get("REPORT_TO") or "tensorboard").split(",")]
     if names == ["none"]:
         return []
-    available = [name for name, module in _TRACKERS.items() if util.find_spec(module)]
+    installed = [name for name in _TRACKERS if util.find_spec(name)]
     for name in names:
-        if name not in available and name != "none":
-            problem = "not installed" if name in _TRACKERS else "not a tracker"
-            raise SetupError(f"REPORT_TO: {name!r} is {problem}. Available: none, {', '.join(available)}")
-    if "none" in names:
-        raise SetupError(f"REPORT_TO: found {','.join(names)}, expected none or trackers. Set one or the other")
+        if name not in installed:
+            raise SetupError(
+                f"REPORT_TO: {name!r} is no installed tracker. Set none, or some of {', '.join(installed)}"
+            )
     if "wandb" in names and (mode := os.environ.get("WANDB_MODE", "")) not in _WANDB_MODES:
         raise SetupError(f"WANDB_MODE: found {mode!r}, expected online, offline or disabled. Set one of them")
     return names

@@ -24,22 +24,19 @@ def without_garbage_collection() -> Iterator[None]:
 
 def skip_unused_libraries(
     method: str, optimizer: str, trackers: list[str], deepspeed: bool, trust_remote_code: bool
-) -> list[str]:
-    """Keep transformers, TRL and peft from importing each installed library, and return the names that are skipped.
+) -> None:
+    """Keep transformers, TRL and peft from importing each installed library.
 
     peft, bitsandbytes, DeepSpeed and the W&B client cost 4 s of CPU time per process, used or not. None in
     `sys.modules` is a module that cannot be imported (https://docs.python.org/3/reference/import.html#the-module-cache).
     Nothing is skipped for a model with remote code, which may import any library.
     """
-    if trust_remote_code:
-        return []
     unused = {
         "wandb": "wandb" not in trackers,
         "peft": method == "full",
         "deepspeed": not deepspeed,
         "bitsandbytes": method == "full" and optimizer.startswith("adamw_torch"),
     }
-    skipped = [name for name, is_unused in unused.items() if is_unused and name not in sys.modules]
-    for name in skipped:
-        sys.modules[name] = None  # type: ignore[assignment]
-    return skipped
+    for name, is_unused in unused.items():
+        if is_unused and not trust_remote_code:
+            sys.modules.setdefault(name, None)  # type: ignore[arg-type]

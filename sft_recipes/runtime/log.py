@@ -11,9 +11,8 @@ import logging
 import sys
 from pathlib import Path
 
-from sft_recipes.runtime import append_line
-
 ROOT = logging.getLogger("sft_recipes")
+logging.raiseExceptions = False  # on a full disk a line is lost, without a traceback for each
 
 
 class _Plain(logging.Formatter):
@@ -34,18 +33,6 @@ class ConsoleHandler(logging.Handler):
             print(self.format(record), file=stream, flush=True)
 
 
-class RunLogHandler(logging.Handler):
-    """Append to a run's `log.txt`; on a full disk lines stay in memory until space is free."""
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self.path = path
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Append one line."""
-        append_line.add(self.path, self.format(record))
-
-
 def to_console() -> None:
     """Print this process's messages; call once, in the launcher and on rank 0."""
     _use(ConsoleHandler())
@@ -53,7 +40,7 @@ def to_console() -> None:
 
 def to_file(path: Path) -> None:
     """Also append this process's messages to a file."""
-    _use(RunLogHandler(path))
+    _use(logging.FileHandler(path, encoding="utf-8", delay=True))
 
 
 def _use(handler: logging.Handler) -> None:

@@ -25,146 +25,53 @@ EXIT_CODES = {  # docs/reference.md lists them
 FINGERPRINTED_STEPS = 2  # recorded after each save: the second also depends on the optimizer state after the first
 
 
+class Entry:
+    """A file or folder of a run directory, and its content (docs/reference.md lists them)."""
+
+    def __init__(self, name: str, content: str):
+        self.name, self.content = name, content
+
+    def __get__(self, run_dir: RunDir, _: type) -> Path:
+        return run_dir.path / self.name
+
+
 @dataclass(frozen=True)
 class RunDir:
     """A run directory and its files."""
 
     path: Path
 
+    plan = Entry("plan.json", "The plan, written by the launcher before the ranks start.")
+    manifest = Entry("manifest.json", "Versions, data, tokens, losses and state of the run.")
+    outcome = Entry("outcome.json", "How the latest attempt ended: its exit code and, for a user error, the message.")
+    metrics = Entry("metrics.jsonl", "One JSON object per log step.")
+    samples = Entry("samples.jsonl", "Generations for held-out prompts at each evaluation, as JSON lines.")
+    warnings = Entry("warnings.jsonl", "Alerts, as JSON lines.")
+    integrity_log = Entry("integrity.jsonl", "Fingerprints of each rank's state in recorded steps.")
+    tensorboard = Entry("tensorboard", "TensorBoard's event files.")
+    report = Entry("report.html", "The HTML report.")
+    log = Entry("log.txt", "The log of rank 0.")
+    final = Entry("final", "The best model.")
+    last = Entry("last", "The model after the last step.")
+    merged = Entry("merged", "The best adapters merged into their base model, written by `merge`.")
+    generations = Entry("generations.json", "Generations for held-out prompts before and after training.")
+    prepared = Entry("prepared.json", "Location and counts of the prepared data.")
+    configuration = Entry("sft_config.json", "The resolved trl.SFTConfig, every field.")
+    accelerate_config = Entry("accelerate.yaml", "The accelerate configuration of this run.")
+    ranks = Entry(".ranks", "Heartbeats of the ranks, one file each, named by host and rank.")
+    stack_traces = Entry("stack_traces", "Python stack traces of each rank when the run stalled or crashed.")
+    sanity = Entry("sanity.json", "Path of the sanity check's result, or that the check was skipped.")
+    result = Entry("result.json", "Result of a sanity check or a replay, in its own directory.")
+    trial = Entry("trial.json", "Written by the trial of the sanity check for the reload of its checkpoint.")
+    replay = Entry("replay.json", "The run, checkpoints and steps of a replay; in the directory of the replay.")
+    lock = Entry(".lock", "Locked by the launcher of the run.")
+    saving = Entry(".saving", "Files being written, under their final names; leftovers here are incomplete.")
+    removing = Entry(".removing", "Directories being removed, so that every checkpoint outside is complete.")
+
     @property
     def name(self) -> str:
         """The run's name."""
         return self.path.name
-
-    @property
-    def plan(self) -> Path:
-        """The plan, written by the launcher before the ranks start."""
-        return self.path / "plan.json"
-
-    @property
-    def manifest(self) -> Path:
-        """Versions, data, tokens, losses and state of the run."""
-        return self.path / "manifest.json"
-
-    @property
-    def outcome(self) -> Path:
-        """How the latest attempt ended: its exit code and, for a user error, the message."""
-        return self.path / "outcome.json"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object per log step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def samples(self) -> Path:
-        """Generations for the same held-out prompts at each evaluation, one JSON object each."""
-        return self.path / "samples.jsonl"
-
-    @property
-    def warnings(self) -> Path:
-        """Alerts, one JSON object each."""
-        return self.path / "warnings.jsonl"
-
-    @property
-    def integrity_log(self) -> Path:
-        """Fingerprints of each rank's state at a save and in the steps after it, one JSON object per recorded step."""
-        return self.path / "integrity.jsonl"
-
-    @property
-    def tensorboard(self) -> Path:
-        """TensorBoard's event files."""
-        return self.path / "tensorboard"
-
-    @property
-    def report(self) -> Path:
-        """The HTML report."""
-        return self.path / "report.html"
-
-    @property
-    def log(self) -> Path:
-        """The log of rank 0."""
-        return self.path / "log.txt"
-
-    @property
-    def final(self) -> Path:
-        """The best model."""
-        return self.path / "final"
-
-    @property
-    def last(self) -> Path:
-        """The model after the last step."""
-        return self.path / "last"
-
-    @property
-    def merged(self) -> Path:
-        """The best adapters merged into their base model, written by `merge`."""
-        return self.path / "merged"
-
-    @property
-    def generations(self) -> Path:
-        """Generations for held-out prompts before and after training."""
-        return self.path / "generations.json"
-
-    @property
-    def prepared(self) -> Path:
-        """Location and counts of the prepared data."""
-        return self.path / "prepared.json"
-
-    @property
-    def configuration(self) -> Path:
-        """The resolved trl.SFTConfig, every field."""
-        return self.path / "sft_config.json"
-
-    @property
-    def accelerate_config(self) -> Path:
-        """The accelerate configuration of this run."""
-        return self.path / "accelerate.yaml"
-
-    @property
-    def ranks(self) -> Path:
-        """Heartbeats of the ranks, one file each, named by host and rank."""
-        return self.path / ".ranks"
-
-    @property
-    def stack_traces(self) -> Path:
-        """Python stack traces of each rank when the run stalled or crashed, named by host and rank."""
-        return self.path / "stack_traces"
-
-    @property
-    def sanity(self) -> Path:
-        """Path of the sanity check's result, or that the check was skipped."""
-        return self.path / "sanity.json"
-
-    @property
-    def result(self) -> Path:
-        """Result of a sanity check or a replay, in its own directory."""
-        return self.path / "result.json"
-
-    @property
-    def trial(self) -> Path:
-        """Written by the trial of the sanity check for the processes that reload its checkpoint."""
-        return self.path / "trial.json"
-
-    @property
-    def replay(self) -> Path:
-        """The run, checkpoints and steps of a replay; in the directory of the replay."""
-        return self.path / "replay.json"
-
-    @property
-    def lock(self) -> Path:
-        """Locked by the launcher of the run."""
-        return self.path / ".lock"
-
-    @property
-    def saving(self) -> Path:
-        """Files being written, under their final names; leftovers here are incomplete."""
-        return self.path / ".saving"
-
-    @property
-    def removing(self) -> Path:
-        """Directories being removed: moved here first, so that every checkpoint outside is complete."""
-        return self.path / ".removing"
 
     def checkpoint(self, step: int) -> Path:
         """Return the path of the checkpoint of a step."""
