@@ -256,25 +256,17 @@ def _verification(bench: Bench, run: Path) -> dict[str, Any]:
                 found["seconds_per_gb"][f"{temperature}, {processes} process{'es' * (processes > 1)}"] = _spread(times)
             else:
                 bench.cannot(f"verification of {run.name}, {temperature}", "the system keeps files in its page cache")
-    found["largest_share_of_two"] = round(
-        max(
-            sum(files[name]["bytes"] for name in checkpoint_format.assign_files({"files": files}, rank, 2))
-            for rank in (0, 1)
-        )
-        / (gigabytes * 1e9), 3,
-    )  # fmt: skip
+    sizes = sorted((file["bytes"] for file in files.values()), reverse=True)
+    found["largest_share_of_two"] = round(sum(sizes[::2]) / sum(sizes), 3)
     return found
 
 
 def _look_through(task: tuple[Path, int, int]) -> str | None:
-    """One process's part in `resume.verify_checkpoint`; what is wrong."""
+    """One process's part in `resume.verify_on_all_ranks`; what is wrong."""
     from sft_recipes.training.checkpoint import checkpoint_format
 
     path, rank, ranks = task
-    record = checkpoint_format.read_commit_marker(path)
-    return checkpoint_format.verify_checksums(
-        path, record, None if ranks == 1 else checkpoint_format.assign_files(record, rank, ranks)
-    )
+    return checkpoint_format.verify_checksums(path, checkpoint_format.read_commit_marker(path), rank, ranks)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -592,7 +584,7 @@ def _clock_agreement() -> None:
         began = time.perf_counter()
         on_step_end(self, args, state, *arguments, **named)
         met = time.perf_counter()
-        self.asked()
+        self.stop_requested()
         aligned = time.perf_counter() - met
         step[0] = state.global_step
         NOTES.append({"step": step[0], "began": began, "asked": met - began, "aligned": aligned})
@@ -611,7 +603,6 @@ def _clock_agreement() -> None:
     fingerprint.of_rank = noted(fingerprint.of_rank, "digest", "of_rank")
     for owner, name in (
         (IntegrityCallback, "check_before_save"),
-        (IntegrityCallback, "on_pre_optimizer_step"),
         (IntegrityCallback, "on_step_end"),
         (DataOrderCheck, "record_batches"),
     ):

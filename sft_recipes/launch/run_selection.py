@@ -144,7 +144,7 @@ def _resume(plan: Plan, run: RunDir, request: RunRequest) -> RunStart:
     notes = (
         f"ranks changed since the last attempt, same effective batch: {_list_changes(ranks)}" if ranks else "",
         f"monitor settings changed since the last attempt: {_list_changes(monitor)}" if monitor else "",
-        *_version_notes(run, request.strict_versions),
+        *version_notes(run, request.strict_versions),
     )
     return RunStart(run, resumed, True, tuple(filter(None, notes)), request.resume)
 
@@ -213,8 +213,8 @@ def _monitor_changes(stored: Plan, plan: Plan) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _version_notes(run: RunDir, strict: bool) -> tuple[str, ...]:
-    """Lines to print if library versions differ from those of the latest attempt.
+def version_notes(run: RunDir, strict: bool) -> tuple[str, ...]:
+    """Return lines to print if library versions differ from those of the latest attempt.
 
     Raises:
         SetupError: they differ, and `strict` is set.

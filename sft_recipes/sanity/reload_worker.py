@@ -120,10 +120,9 @@ def _losses_after_resume(plan: Plan, run_dir: RunDir, trial_dir: RunDir) -> list
     arguments.eval_strategy = "no"
     rows = str(worker.copied_rows(trial_dir))
     parts = main.build(plan, run_dir, arguments, {**read_json(run_dir.prepared), "folder": rows})
-    point = resume.verify_checkpoint(trial_dir, trial.SAVED_AT, plan.run_id, parts.trainer.accelerator)
-    if isinstance(point, str):
-        name = trial_dir.checkpoint(trial.SAVED_AT).name
-        raise DoesNotLoadError(Check("checkpoint", False, f"{name}: {point}", _DISK))
+    point, skipped = resume.find_valid(trial_dir, [trial.SAVED_AT], plan.run_id, parts.trainer.accelerator)
+    if point is None:
+        raise DoesNotLoadError(Check("checkpoint", False, skipped[0], _DISK))
     record = worker.recorder()
     parts.trainer.add_callbacks([record])
     worker.train(parts.trainer, point.path)

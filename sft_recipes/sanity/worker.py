@@ -113,8 +113,8 @@ def run_trial(plan: Plan, run_dir: RunDir) -> Result:
     try:
         train(trainer)
     except DivergedError as error:
-        fix = f"check {', '.join(error.divergence.rows) or 'the rows'}, or lower trainer.learning_rate"
-        return [*results, Check("finite values", False, f"step {error.divergence.step}: {error}", fix)], {}
+        fix = f"check {', '.join(error.rows) or 'the rows'}, or lower trainer.learning_rate"
+        return [*results, Check("finite values", False, f"step {error.step}: {error}", fix)], {}
     results += [
         checks.check_initial_loss(plan, record, vocabulary_size),
         checks.check_loss_falls(plan, record),

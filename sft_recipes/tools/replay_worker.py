@@ -9,17 +9,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import TrainingError, UserError
 from sft_recipes.runtime.run_dir import EXIT_ERROR, EXIT_USER, RunDir, read_json, write_json
 from sft_recipes.training import main as training_main
-from sft_recipes.training import manifest, rank_heartbeat
-from sft_recipes.training.checkpoint import resume
-
-if TYPE_CHECKING:
-    from sft_recipes.training.checkpoint.resume import ResumePoint
+from sft_recipes.training import rank_heartbeat
 
 
 def main(plan_file: str) -> None:
@@ -41,56 +37,45 @@ def replay(plan: Plan, run_dir: RunDir) -> None:
         UserError: a run would fail with it too.
         NoValidCheckpointError: none of the checkpoints is valid.
     """
+    from accelerate.utils import gather_object
+    from transformers import TrainerCallback
+
+    from sft_recipes.training.checkpoint import resume
+    from sft_recipes.training.integrity import fingerprint
+
     arguments = training_main.configure(plan, run_dir)
     # Neither changes what a step does: an evaluation draws no random number, and nothing is saved here.
     arguments.eval_strategy = arguments.save_strategy = "no"
     arguments.eval_on_start = False
     trainer = training_main.build(plan, run_dir, arguments, read_json(run_dir.prepared)).trainer
     request = read_json(run_dir.replay)
-    point, until, skipped = _find_valid_checkpoint(request, plan, trainer)
-    trainer.integrity.restore_state(point.record["integrity"])
-    recorder = _loaded_state_recorder(point, until, run_dir, {"skipped": skipped, "saved": point.record["integrity"]})
-    trainer.add_callbacks([recorder])
-    if trainer.accelerator.is_main_process:
-        manifest.begin(run_dir, plan)
-    trainer.train(resume_from_checkpoint=str(point.path))
-
-
-def _find_valid_checkpoint(request: dict[str, Any], plan: Plan, trainer: Any) -> tuple[ResumePoint, int, list[str]]:
-    """Find the first valid checkpoint; return it, the step to train to, and why others were skipped."""
-    skipped = []
-    for step, until in request["candidates"]:
-        point = resume.verify_checkpoint(RunDir(Path(request["run"])), step, plan.run_id, trainer.accelerator)
-        if not isinstance(point, str):
-            return point, until, skipped
-        skipped.append(f"checkpoint-{step}: {point}")
-    raise resume.NoValidCheckpointError(f"{request['run']}: no valid checkpoint of this run ({'; '.join(skipped)})")
-
-
-def _loaded_state_recorder(point: ResumePoint, until: int, run_dir: RunDir, result: dict[str, Any]) -> Any:
-    """Return a callback that writes the result, and stops after the last step that can be compared."""
-    from accelerate.utils import gather_object
-    from transformers import TrainerCallback
-
-    from sft_recipes.training.integrity import fingerprint
+    until = dict(request["candidates"])
+    point, skipped = resume.find_valid(RunDir(Path(request["run"])), list(until), plan.run_id, trainer.accelerator)
+    if point is None:
+        raise resume.NoValidCheckpointError(f"{request['run']}: no valid checkpoint of this run ({'; '.join(skipped)})")
+    integrity = point.record["integrity"]
+    trainer.integrity.data_order.rows_hash = integrity["rows_hash"]
 
     class LoadedStateRecorder(TrainerCallback):  # type: ignore[misc]
-        """At the start of training all state is loaded, except random number states: the Trainer restores these from
-        the same file after the first batch, or before the first batch of an epoch."""
+        """Writes the result at the start of training, and stops after the last step that can be compared.
 
-        trainer: Any = None
+        All state is loaded then, except random number states: the Trainer restores these from the same file after the
+        first batch, or before the first batch of an epoch.
+        """
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.trainer._load_rng_state(str(point.path))
-            ranks = gather_object([fingerprint.of_rank(self.trainer)])
+            trainer._load_rng_state(str(point.path))
+            loaded = gather_object([fingerprint.of_rank(trainer)])
             if state.is_world_process_zero:
-                write_json(run_dir.result, {**result, "step": point.step, "loaded": ranks})
+                result = {"step": point.step, "saved": integrity["fingerprints"], "loaded": loaded, "skipped": skipped}
+                write_json(run_dir.result, result)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             # Without a step to compare, the first one is discarded: the Trainer takes at least one.
-            control.should_training_stop = state.global_step >= until
+            control.should_training_stop = state.global_step >= until[point.step]
 
-    return LoadedStateRecorder()
+    trainer.add_callbacks([LoadedStateRecorder()])
+    trainer.train(resume_from_checkpoint=str(point.path))
 
 
 if __name__ == "__main__":

@@ -7,24 +7,26 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.launch import launch, preflight, ranks, run_lock, slurm
+from sft_recipes.launch import launch, preflight, ranks, run_lock, run_selection, slurm
 from sft_recipes.launch.node_launchers import NodeLaunchers
 from sft_recipes.launch.run_context import RunContext
 from sft_recipes.launch.stop_request import handle_stop_signals
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner import render
-from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import EXIT_ERROR, EXIT_STOPPED, FINGERPRINTED_STEPS, RunDir, read_json, write_json
 
 log = logging.getLogger(__name__)
 _KINDS = ("weights", "optimizer", "scheduler", "rng")  # as in training/integrity/fingerprint.py
-_EQUAL = "equal"
+_VALUES = {"rows": "rows_hash", "loss": "loss"}
+_SUMS = {"weights", "optimizer", "loss"}  # what another order of summation changes
+
+Steps = dict[int, dict[str, Any]]  # lines of an integrity log
 
 
 @dataclass(frozen=True)
@@ -33,27 +35,17 @@ class Replay:
 
     Attributes:
         step: of the checkpoint.
-        saved: record of the checkpoint, with the fingerprints of each rank.
+        saved: fingerprints of each rank in the checkpoint.
         loaded: fingerprints of each rank after loading.
-        steps: integrity log of the repeated steps.
         skipped: `checkpoint-N: reason` of each skipped checkpoint.
-        start: manifest entry of the replay (host, library versions).
+        steps: integrity log of the repeated steps.
     """
 
     step: int
-    saved: dict[str, Any]
+    saved: list[dict[str, str]]
     loaded: list[dict[str, str]]
-    steps: dict[int, dict[str, Any]]
     skipped: list[str]
-    start: dict[str, Any]
-
-
-class _ReplayFailedError(Exception):
-    """A replay without a result; its exit code."""
-
-    def __init__(self, code: int):
-        super().__init__(code)
-        self.code = code
+    steps: Steps
 
 
 def run(run_dir: RunDir, nodes: NodeLaunchers | None = None) -> int:
@@ -66,7 +58,8 @@ def run(run_dir: RunDir, nodes: NodeLaunchers | None = None) -> int:
         0 if the run resumes exactly, or within the measured tolerance of non-deterministic kernels; 1 if not.
 
     Raises:
-        SetupError: a live process holds the run, it has no checkpoint, or it was trained on another number of nodes.
+        SetupError: a live process holds the run, it has no checkpoint, its data has changed, or it was trained on
+            another number of nodes.
     """
     plan = plans.read(run_dir.plan)
     node_count = nodes.allocation.nodes if nodes else 1
@@ -86,73 +79,56 @@ def run(run_dir: RunDir, nodes: NodeLaunchers | None = None) -> int:
         tempfile.TemporaryDirectory(prefix="sft-", dir=shared) as directory,
         handle_stop_signals() as stop_request,
     ):
-        context = RunContext(RunDir(Path(directory)), plan, stop_request, nodes)
-        recorded = _read_recorded(run_dir)
+        context, recorded = RunContext(RunDir(Path(directory)), plan, stop_request, nodes), _read_log(run_dir)
         candidates = _find_candidates(run_dir, recorded)
-        try:
-            _prepare(context)
-            first = _replay(context, run_dir, candidates, "first")
-            for reason in first.skipped:
-                log.info("skipping %s", reason)
-            log.info(_replay_message(run_dir, plan, first))
-            log.info(render.format_table(_comparison_table(first, recorded)))
-            if not _differing(_compare_loaded(first)) and _differs_in_sums_only(first, recorded):
-                second = _replay(context, run_dir, [(first.step, max(first.steps))], "second")
-                if _is_within_tolerance(first, second, recorded):
-                    return 0
-        except _ReplayFailedError as error:
-            return error.code
-    return _report(run_dir, first, recorded)
+        plans.write(plan, context.run_dir.plan)
+        if code := launch.prepare_data(context, context.run_dir.plan):
+            return code
+        fingerprint = read_json(context.run_dir.prepared)["fingerprint"]
+        if fingerprint != plan.data_fingerprint:
+            raise SetupError(launch.data_changed_message(plan, plan.data_fingerprint, fingerprint))
+        first = _replay(context, run_dir, candidates, "first")
+        if isinstance(first, int):
+            return first
+        for note in (*(f"skipping {reason}" for reason in first.skipped), *run_selection.version_notes(run_dir, False)):
+            log.info(note)
+        repeated = (
+            f"repeated steps {' to '.join(map(str, first.steps))}" if first.steps else "no recorded step after it"
+        )
+        log.info(f"resumed {run_dir.name} from checkpoint-{first.step} ({render.describe_ranks(plan)}), {repeated}")
+        states, kinds = compare(first, recorded), (*_KINDS, *_VALUES)
+        rows = [[state, *(results.get(kind, "") for kind in kinds)] for state, results in states.items()]
+        log.info(render.format_table([["step", *kinds], *rows]))
+        if not differs_in_sums_only(states):
+            return _report(first, recorded, states)
+        second = _replay(context, run_dir, [(first.step, max(first.steps))], "second")
+        return second if isinstance(second, int) else check_tolerance(first, second, recorded)
 
 
-def _read_recorded(run_dir: RunDir) -> dict[int, dict[str, Any]]:
-    """The run's integrity log, by step."""
-    return {line["step"]: line for line in _lines(run_dir.integrity_log)}
+def _read_log(run_dir: RunDir) -> Steps:
+    """Return a run's integrity log by step, without a last line that a killed process has not completed."""
+    text = run_dir.integrity_log.read_text(encoding="utf-8") if run_dir.integrity_log.is_file() else ""
+    lines = [json.loads(line) for line in text.rpartition("\n")[0].splitlines()]
+    return {line["step"]: line for line in lines}
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            yield json.loads(line)
-        except ValueError:  # the process was killed while writing it
-            return
-
-
-def _find_candidates(run_dir: RunDir, recorded: dict[int, dict[str, Any]]) -> list[tuple[int, int]]:
-    """Checkpoints, each with the last consecutive recorded step after it; the latest one with such a step first.
+def _find_candidates(run_dir: RunDir, recorded: Steps) -> list[tuple[int, int]]:
+    """Return the checkpoints, each with the last consecutive recorded step after it; the latest one with such a step
+    first.
 
     Raises:
         SetupError: the run has no checkpoint.
     """
-    candidates = []
-    for step in run_dir.numbered("checkpoint"):
-        until = step
-        while until + 1 in recorded and until < step + FINGERPRINTED_STEPS:
-            until += 1
-        candidates.append((step, until))
-    if not candidates:
+    steps = run_dir.numbered("checkpoint")
+    if not steps:
         raise SetupError(f"RUN: {run_dir.path} has no checkpoint to resume from. Wait for its first save")
+    later = {step: range(step + 1, step + 1 + FINGERPRINTED_STEPS) for step in steps}
+    candidates = [(step, step + len(list(takewhile(recorded.__contains__, later[step])))) for step in steps]
     return sorted(candidates, key=lambda candidate: (candidate[1] > candidate[0], candidate[0]), reverse=True)
 
 
-def _prepare(context: RunContext) -> None:
-    """Prepare the run's data in the context's directory; cached rows are used.
-
-    Raises:
-        SetupError: the data differs from that of the run.
-    """
-    plan, run_dir = context.plan, context.run_dir
-    plans.write(plan, run_dir.plan)
-    code = launch.prepare_data(context, run_dir.plan)
-    if code:
-        raise _ReplayFailedError(code)
-    fingerprint = read_json(run_dir.prepared)["fingerprint"]
-    if fingerprint != plan.data_fingerprint:
-        raise SetupError(launch.data_changed_message(plan, plan.data_fingerprint, fingerprint))
-
-
-def _replay(context: RunContext, run_dir: RunDir, candidates: list[tuple[int, int]], name: str) -> Replay:
-    """Run the ranks of the run in a directory of the context."""
+def _replay(context: RunContext, run_dir: RunDir, candidates: list[tuple[int, int]], name: str) -> Replay | int:
+    """Run the ranks of the run in a directory of the context; return an exit code if there is no result."""
     replay_dir = RunDir(context.run_dir.path / name)
     replay_dir.path.mkdir()
     plans.write(context.plan, replay_dir.plan)
@@ -162,70 +138,58 @@ def _replay(context: RunContext, run_dir: RunDir, candidates: list[tuple[int, in
     result, outcome = read_json(replay_dir.result), read_json(replay_dir.outcome)
     if outcome.get("error"):
         log.error(outcome["error"])
-        raise _ReplayFailedError(int(outcome["exit_code"]))
+        return int(outcome["exit_code"])
     if ended.code == EXIT_STOPPED:
-        raise _ReplayFailedError(EXIT_STOPPED)
+        return EXIT_STOPPED
     if ended.code or not result:
         error = ended.error or f"exit code {ended.code}"
         log.error(f"{run_dir.path} could not be resumed: {error}. See the log above")
-        raise _ReplayFailedError(EXIT_ERROR)
+        return EXIT_ERROR
     until = dict(candidates)[result["step"]]
-    steps = {line["step"]: line for line in _lines(replay_dir.integrity_log) if line["step"] <= until}
-    return Replay(**result, steps=steps, start=read_json(replay_dir.manifest)["starts"][-1])
+    steps = {step: line for step, line in _read_log(replay_dir).items() if step <= until}
+    return Replay(**result, steps=steps)
 
 
-def _replay_message(run_dir: RunDir, plan: Plan, replay: Replay) -> str:
-    steps = sorted(replay.steps)
-    repeated = "no recorded step after it"
-    if steps:
-        repeated = f"repeated step {steps[0]}" if len(steps) == 1 else f"repeated steps {steps[0]} to {steps[-1]}"
-    return f"resumed {run_dir.name} from checkpoint-{replay.step} ({render.describe_ranks(plan)}), {repeated}"
+def compare(replay: Replay, recorded: Steps) -> dict[str, dict[str, str]]:
+    """Compare the loaded state and each repeated step with what the run recorded.
+
+    Returns:
+        Per state and kind: `equal`, `differs`, or `differs` with the ranks.
+    """
+    loaded = _compare({"fingerprints": replay.saved}, {"fingerprints": replay.loaded})
+    steps = {str(step): _compare(recorded[step], line) for step, line in replay.steps.items()}
+    return {f"{replay.step} (loaded)": loaded, **steps}
 
 
-def _compare_loaded(replay: Replay) -> dict[str, str]:
-    """Compare the loaded state with the saved state, by kind: `equal`, or the ranks that differ."""
-    return {kind: _compare(kind, replay.saved["fingerprints"], replay.loaded) for kind in _KINDS}
+def _compare(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    results = {}
+    for kind in _KINDS:
+        pairs = enumerate(zip(before["fingerprints"], now["fingerprints"], strict=True))
+        differing = [str(rank) for rank, (a, b) in pairs if a[kind] != b[kind]]
+        some = f" (rank {', '.join(differing)})" if len(differing) < len(now["fingerprints"]) else ""
+        results[kind] = f"differs{some}" if differing else "equal"
+    for name, key in _VALUES.items():
+        if key in now:
+            results[name] = "equal" if before[key] == now[key] else "differs"
+    return results
 
 
-def _compare_step(replayed: dict[str, Any], recorded: dict[str, Any]) -> dict[str, str]:
-    """Compare a step with its record: each kind of state, rows and loss."""
-    state = {kind: _compare(kind, recorded["fingerprints"], replayed["fingerprints"]) for kind in _KINDS}
-    return state | {key: _EQUAL if recorded[key] == replayed[key] else "differs" for key in ("rows_hash", "loss")}
+def differing(states: dict[str, dict[str, str]]) -> dict[str, list[str]]:
+    """Return the kinds that differ, by state."""
+    kinds = {state: [kind for kind in row if row[kind] != "equal"] for state, row in states.items()}
+    return {state: names for state, names in kinds.items() if names}
 
 
-def _compare(kind: str, saved: list[dict[str, str]], actual: list[dict[str, str]]) -> str:
-    differing = [rank for rank, (a, b) in enumerate(zip(saved, actual, strict=True)) if a[kind] != b[kind]]
-    if not differing:
-        return _EQUAL
-    return "differs" if len(differing) == len(saved) else f"differs (rank {', '.join(map(str, differing))})"
+def differs_in_sums_only(states: dict[str, dict[str, str]]) -> bool:
+    """Return whether only repeated steps differ, in what another order of summation explains."""
+    kinds = differing(states)
+    return bool(kinds) and all(state.isdigit() and set(names) <= _SUMS for state, names in kinds.items())
 
 
-def _differing(comparison: dict[str, str]) -> list[str]:
-    return [kind for kind, result in comparison.items() if result != _EQUAL]
-
-
-def _comparison_table(replay: Replay, recorded: dict[int, dict[str, Any]]) -> list[list[str]]:
-    rows = [["step", *_KINDS, "rows", "loss"], [f"{replay.step} (loaded)", *_compare_loaded(replay).values(), "", ""]]
-    for step, line in sorted(replay.steps.items()):
-        rows.append([str(step), *_compare_step(line, recorded[step]).values()])
-    return rows
-
-
-def _differs_in_sums_only(replay: Replay, recorded: dict[int, dict[str, Any]]) -> bool:
-    """Whether steps differ only in what another order of summation explains: weights, optimizer and loss."""
-    kinds = {kind for step, line in replay.steps.items() for kind in _differing(_compare_step(line, recorded[step]))}
-    return bool(kinds) and kinds <= {"weights", "optimizer", "loss"}
-
-
-def _report(run_dir: RunDir, replay: Replay, recorded: dict[int, dict[str, Any]]) -> int:
+def _report(replay: Replay, recorded: Steps, states: dict[str, dict[str, str]]) -> int:
     """Print the result, and return the exit code."""
-    loaded = _differing(_compare_loaded(replay))
-    differences = [f"checkpoint-{replay.step} as loaded: {', '.join(loaded)}"] if loaded else []
-    for step, line in sorted(replay.steps.items()):
-        if kinds := _differing(_compare_step(line, recorded[step])):
-            differences.append(f"step {step}: {', '.join(kinds)}")
-    if differences:
-        log.info(f"not exact: {'; '.join(differences)}{_environment_changes(run_dir, replay)}")
+    if kinds := differing(states):
+        log.info("not exact: " + "; ".join(f"step {state}: {', '.join(names)}" for state, names in kinds.items()))
         return EXIT_ERROR
     if not replay.steps:
         log.info("exact: the loaded state equals the saved state bit for bit; no step was compared")
@@ -236,32 +200,18 @@ def _report(run_dir: RunDir, replay: Replay, recorded: dict[int, dict[str, Any]]
     return 0
 
 
-def _is_within_tolerance(first: Replay, second: Replay, recorded: dict[int, dict[str, Any]]) -> bool:
-    """Whether the recorded losses are as close to a replay as two replays are to each other. Two replays that are equal
-    bit for bit explain no difference."""
-    rows, tolerance, deviation = [["step", "recorded loss", "first replay", "second replay"]], 0.0, 0.0
-    for step in sorted(first.steps):
-        loss, *replayed = (line["loss"] for line in (recorded[step], first.steps[step], second.steps[step]))
-        rows.append([str(step), *(f"{value:.9f}" for value in (loss, *replayed))])
-        tolerance = max(tolerance, abs(replayed[0] - replayed[1]))
-        deviation = max(deviation, min(abs(loss - value) for value in replayed))
-    log.info(render.format_table(rows))
-    measured = f"recorded losses deviate by up to {deviation:.3g}, two replays from each other by up to {tolerance:.3g}"
-    if first.steps == second.steps or deviation > tolerance:
-        log.info(f"more than the tolerance of this machine: {measured}")
-        return False
-    log.info(f"not bit for bit, but within the measured tolerance of non-deterministic kernels: {measured}")
-    return True
+def check_tolerance(first: Replay, second: Replay, recorded: Steps) -> int:
+    """Compare the recorded losses with a replay, and two replays with each other; return the exit code.
 
-
-def _environment_changes(run_dir: RunDir, replay: Replay) -> str:
-    """How host and library versions differ from the latest attempt of the run."""
-    starts = read_json(run_dir.manifest).get("starts", [])
-    latest = starts[-1] if starts else {}
-    changed = [
-        f"{name} {before.get(name)} -> {now}"
-        for part in ("host", "versions")
-        for name, now in replay.start[part].items()
-        if (before := latest.get(part, {})) and before.get(name) != now
-    ]
-    return f" (changed since the run: {'; '.join(changed)})" if changed else ""
+    Two replays that are equal bit for bit explain no difference.
+    """
+    losses = [[steps[step]["loss"] for steps in (recorded, first.steps, second.steps)] for step in first.steps]
+    deviation = max(min(abs(loss - one), abs(loss - other)) for loss, one, other in losses)
+    tolerance = max(abs(one - other) for _, one, other in losses)
+    exceeded = first.steps == second.steps or deviation > tolerance
+    log.info(
+        f"{'not exact: more than' if exceeded else 'not bit for bit, but within'} the measured tolerance of "
+        f"non-deterministic kernels: recorded losses deviate by up to {deviation:.3g}, two replays from each other by "
+        f"up to {tolerance:.3g}"
+    )
+    return EXIT_ERROR if exceeded else 0

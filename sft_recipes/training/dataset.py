@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,10 +70,6 @@ class EffectiveBatchSampler(Sampler[int]):
             parts += [rows.repeat(int(weight)), rows[permuted[window]]]
             first += count
         return torch.cat(parts)
-
-    def most_uses(self) -> torch.Tensor:
-        """Return how often each row may be used in an epoch, [rows of all sources]."""
-        return torch.cat([torch.full((count,), math.ceil(weight)) for count, weight in self.weights])
 
     def rows_of_step(self, step: int) -> list[int]:
         """Return the rows of an optimizer step; the first step is 0."""

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sft_recipes.data import hub, model_files, model_layers
-from sft_recipes.planner.memory import NF4_BYTES
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir, read_json
 from sft_recipes.runtime.units import GIB
 from sft_recipes.training import parameter_table
-
-_LIBRARIES_BYTES = GIB  # a process that has imported torch, transformers and peft; an estimate
 
 
 def quantization_config(plan: Plan) -> Any:
@@ -125,32 +121,6 @@ def load_base(plan: Plan, folder: Path, dtype: torch.dtype, device_map: Any) -> 
     )
 
 
-@dataclass(frozen=True)
-class BaseSize:
-    """Numbers of weights of a base model: all, in linear layers, and in the largest linear layer."""
-
-    weights: int
-    linear: int
-    largest: int
-
-    def loaded_bytes(self, plan: Plan) -> int:
-        """Return bytes of the model as loaded by `load_base`."""
-        width = loaded_dtype(plan).itemsize
-        quantized = self.linear if plan.method == "qlora" else 0
-        return int(width * (self.weights - quantized) + NF4_BYTES * quantized)
-
-    def merging_bytes(self, plan: Plan) -> int:
-        """Return the peak host memory of `merge`, in bytes.
-
-        The merged model; with QLoRA the 4-bit weights, which transformers keeps until all are dequantized; three fp32
-        tensors of the largest layer, in which adapters are multiplied; the libraries. Weight files are memory-mapped
-        and their pages reclaimed; saving copies nothing.
-        """
-        width = 2 if plan.precision == "bf16" else 4
-        quantized = NF4_BYTES * self.linear if plan.method == "qlora" else 0
-        return int(width * self.weights + quantized + 3 * 4 * self.largest + _LIBRARIES_BYTES)
-
-
 def check_quantizable(plan: Plan, folder: Path) -> None:
     """Check that 4-bit weights are what the memory forecast counts: bitsandbytes quantizes linear layers only.
 
@@ -165,11 +135,3 @@ def check_quantizable(plan: Plan, folder: Path) -> None:
             f"lora.quantize: {plan.model} has fused experts, which would not be quantized: found {size / GIB:.2g} GiB "
             f"in {plan.precision}, expected linear layers only. Remove lora.quantize"
         )
-
-
-def measure_base(folder: Path, trust_remote_code: bool) -> BaseSize:
-    """Count the weights of the model in a folder without loading them."""
-    model = model_layers.build_on_meta(model_layers.load_config(folder, trust_remote_code), trust_remote_code)
-    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    adapted = [layer.weight.numel() for layer in layers if layer is not model.get_output_embeddings()]
-    return BaseSize(model.num_parameters(), sum(adapted), max(adapted))

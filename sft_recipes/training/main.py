@@ -302,7 +302,7 @@ def find_checkpoint(plan: Plan, folder: RunDir, trainer: Any) -> ResumePoint | N
         resume.remove_incomplete(folder)
     if checkpoint is not None:
         trainer.supervised_tokens_seen = checkpoint.record["supervised_tokens_seen"]
-        trainer.integrity.restore_state(checkpoint.record["integrity"])
+        trainer.integrity.data_order.rows_hash = checkpoint.record["integrity"]["rows_hash"]
         log.info("resuming from %s", checkpoint.path.name)
     if plan.shards_parameters and plan.sections.generation.show:
         log.info("generation: off during training, since %s shards the parameters", plan.parallelism)
@@ -381,7 +381,7 @@ def publish(
     from sft_recipes.training.checkpoint import checkpoint_format, retention
 
     step, is_main = trainer.state.global_step, trainer.accelerator.is_main_process
-    own = checkpoint_format.list_own_checkpoints(folder, plan.run_id)
+    own = checkpoint_format.list_own(folder, "checkpoint", plan.run_id)
     is_16_bit = plan.dtypes["weights"] != plan.dtypes["master"]
     if is_16_bit and plan.strategy.exports_master_weights and step in own:
         failure = trainer.save_weights(folder.last, masters_of=folder.checkpoint(step))
@@ -411,17 +411,16 @@ def publish(
 
 def record_divergence(folder: RunDir, trainer: Any, error: DivergedError, seconds: dict[str, float]) -> None:
     """Record a divergence in metrics, trackers, manifest and outcome."""
-    divergence = error.divergence
-    norm = {} if divergence.grad_norm is None else {"grad_norm": divergence.grad_norm}
-    metrics = {"loss": divergence.loss, **norm, "learning_rate": trainer._get_learning_rate()}
-    trainer.state.global_step = divergence.step
+    norm = {} if error.grad_norm is None else {"grad_norm": error.grad_norm}
+    metrics = {"loss": error.loss, **norm, "learning_rate": trainer._get_learning_rate()}
+    trainer.state.global_step = error.step
     trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, metrics)
     trainer.end_callbacks()
-    steps = divergence.step if divergence.applied else divergence.step - 1
+    steps = error.step if error.applied else error.step - 1
     manifest.end(folder, "diverged", EXIT_DIVERGED, steps=steps, diverged=error.record(), **seconds)
-    applied = "stopped by the monitor after the step" if divergence.applied else "no rank applied the step"
-    rows = f"; rows: {', '.join(divergence.rows)}" if divergence.rows else ""
-    line = f"{folder.path}: step {divergence.step}: {error}; {applied}{rows}. Run `make diagnose RUN={folder.name}`"
+    applied = "stopped by the monitor after the step" if error.applied else "no rank applied the step"
+    rows = f"; rows: {', '.join(error.rows)}" if error.rows else ""
+    line = f"{folder.path}: step {error.step}: {error}; {applied}{rows}. Run `make diagnose RUN={folder.name}`"
     write_json(folder.outcome, {"exit_code": EXIT_DIVERGED, "error": line})
 
 

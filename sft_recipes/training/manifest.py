@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import platform
@@ -16,57 +17,41 @@ from sft_recipes.runtime.env import library_version
 from sft_recipes.runtime.paths import REPOSITORY
 from sft_recipes.runtime.run_dir import RunDir, read_json, write_json
 
-_LIBRARIES = (
-    "torch",
-    "transformers",
-    "trl",
-    "accelerate",
-    "datasets",
-    "deepspeed",
-    "peft",
-    "bitsandbytes",
-    "tokenizers",
-    "wandb",
-    "tensorboard",
+_STACK = ("torch", "transformers", "trl", "accelerate", "datasets", "deepspeed", "peft", "bitsandbytes", "tokenizers")
+_FROM_PLAN = (
+    "recipe",
+    "init_from",
+    "rows",
+    "dropped_rows_per_epoch",
+    "optimizer_steps",
+    "warmup_steps",
+    "allowed_changes",
 )
+_JOB = {"id": "SLURM_JOB_ID", "name": "SLURM_JOB_NAME", "nodes": "SLURM_JOB_NODELIST"}
 
 
 def begin(folder: RunDir, plan: Plan) -> None:
     """Record the start of an attempt; the records of earlier attempts are kept."""
-    earlier, sanity = read_json(folder.manifest), read_json(folder.sanity)
-    details = read_json(Path(read_json(folder.prepared).get("folder", "")) / "details.json")
+    earlier, prepared = read_json(folder.manifest), Path(read_json(folder.prepared).get("folder", ""))
+    details = read_json(prepared / "details.json")
     for key in ("diverged", "error", "takes_less", "exit_code"):
         earlier.pop(key, None)  # outcome of an earlier attempt
+    start = {"at": _now(), "host": _host(), "versions": _versions(), "code": read_code_version()}
+    start["sanity"] = read_json(folder.sanity)
+    if image := os.environ.get("SFT_RECIPES_IMAGE"):
+        start["image"] = image
+    if job := {key: os.environ[name] for key, name in _JOB.items() if os.environ.get(name)}:
+        start["job"] = {**job, "restarts": int(os.environ.get("SLURM_RESTART_COUNT") or 0)}
+    data = {"fingerprint": plan.data_fingerprint, **asdict(plan.sections.data), "reading": details.get("reading")}
     content = {
         **earlier,
         "run": folder.name,
-        "recipe": plan.recipe,
         "state": "running",
-        "began": earlier.get("began", _now()),
-        "starts": [
-            *earlier.get("starts", []),
-            {
-                "at": _now(),
-                "host": _host(),
-                "versions": _versions(),
-                "code": read_code_version(),
-                "sanity": sanity,
-                **_image(),
-                **_job(),
-            },
-        ],
-        **({"init_from": plan.init_from} if plan.init_from else {}),
-        "data": {
-            "fingerprint": plan.data_fingerprint,
-            **asdict(plan.sections.data),
-            "reading": details.get("reading"),
-        },
+        "began": earlier.get("began", start["at"]),
+        "starts": [*earlier.get("starts", []), start],
+        "data": data,
         "tokenizer": details.get("tokenizer"),
-        "rows": plan.rows,
-        "dropped_rows_per_epoch": plan.dropped_rows_per_epoch,
-        "optimizer_steps": plan.optimizer_steps,
-        "warmup_steps": plan.warmup_steps,
-        "allowed_changes": plan.allowed_changes,
+        **{key: getattr(plan, key) for key in _FROM_PLAN},
     }
     write_json(folder.manifest, content)
 
@@ -103,49 +88,27 @@ def _host() -> dict[str, Any]:
     import torch
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {
-        "name": socket.gethostname(),
-        "system": platform.platform(),
-        "gpus": gpus,
-        "threads": torch.get_num_threads(),
-    }
+    threads = torch.get_num_threads()
+    return {"name": socket.gethostname(), "system": platform.platform(), "gpus": gpus, "threads": threads}
 
 
 def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: library_version(name) for name in _LIBRARIES}}
-
-
-def _job() -> dict[str, Any]:
-    """Return the Slurm job of this attempt, its nodes and its number of restarts."""
-    names = {"id": "SLURM_JOB_ID", "name": "SLURM_JOB_NAME", "nodes": "SLURM_JOB_NODELIST"}
-    job = {key: os.environ[name] for key, name in names.items() if os.environ.get(name)}
-    restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    return {"job": {**job, "restarts": restarts}} if "id" in job else {}
-
-
-def _image() -> dict[str, str]:
-    """Return the container image of this attempt, if it runs in one."""
-    image = os.environ.get("SFT_RECIPES_IMAGE")
-    return {"image": image} if image else {}
-
-
-def _revision_of_image() -> str:
-    file = REPOSITORY / "REVISION"
-    return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+    return {"python": platform.python_version(), **{name: library_version(name) for name in _STACK}}
 
 
 def read_code_version() -> dict[str, Any]:
     """Return the commit, and whether the working tree differs from it; None if unknown."""
+    commit, status = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
+    if commit is not None:
+        return {"commit": commit, "dirty": None if status is None else bool(status)}
+    file = REPOSITORY / "REVISION"  # launch/container.py and docker/Dockerfile write the commit of an image
+    revision = os.environ.get("SFT_RECIPES_REVISION") or (file.read_text(encoding="utf-8") if file.is_file() else "")
+    commit, _, changed = revision.strip().partition("-")
+    return {"commit": commit or None, "dirty": bool(changed) if commit else None}
 
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
 
-    commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
-    if commit is None and (revision := os.environ.get("SFT_RECIPES_REVISION") or _revision_of_image()):
-        commit, _, changed = revision.partition("-")  # launch/container.py and docker/Dockerfile write it
-        return {"commit": commit, "dirty": bool(changed)}
-    return {"commit": commit, "dirty": None if status is None else bool(status)}
+def _git(*arguments: str) -> str | None:
+    with contextlib.suppress(FileNotFoundError, subprocess.CalledProcessError):
+        output = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+        return output.strip()
+    return None

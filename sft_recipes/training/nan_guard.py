@@ -7,7 +7,7 @@ The Trainer would log another loss and take the step (`logging_nan_inf_filter`),
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,14 @@ from sft_recipes.planner.plan import Plan
 _MAX_ROWS_SHOWN = 20
 
 
-@dataclass(frozen=True)
-class Divergence:
-    """Step and reason of a divergence, whether that step was applied, and its rows as places in the user's files."""
+@dataclass(eq=False)
+class DivergedError(Exception):
+    """The run diverged: exit code 3. Raised on every rank at the same step.
+
+    Attributes:
+        rows: of the step, as places in the user's files.
+        applied: whether the step was applied.
+    """
 
     step: int
     reason: str
@@ -30,17 +35,12 @@ class Divergence:
     rows: list[str]
     applied: bool = False
 
-
-class DivergedError(Exception):
-    """The run diverged: exit code 3. Raised on every rank at the same step."""
-
-    def __init__(self, divergence: Divergence):
-        super().__init__(divergence.reason)
-        self.divergence = divergence
+    def __str__(self) -> str:
+        return self.reason
 
     def record(self) -> dict[str, Any]:
         """Return the entry of the manifest."""
-        return {key: json_number(value) for key, value in asdict(self.divergence).items()}
+        return {key: json_number(value) for key, value in asdict(self).items()}
 
 
 def json_number(value: Any) -> Any:
@@ -85,8 +85,8 @@ class NanGuard:
         self.loss = total / trainer.accelerator.num_processes
         if non_finite:
             self.grad_norm = None  # this step has none
-            rows = self._rows(trainer, trainer.state.global_step, torch.isfinite(losses).tolist())
-            raise self._diverged(trainer.state.global_step + 1, "the loss is NaN or Inf", rows)
+            suspects = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+            raise self.diverged(trainer, "the loss is NaN or Inf", suspects)
         self._losses.clear()
         self._non_finite.clear()
 
@@ -99,68 +99,57 @@ class NanGuard:
         full_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         self.grad_norm = None if full_norm is None else float(full_norm)
         skipped = trainer.is_deepspeed_enabled and trainer.accelerator.optimizer_step_was_skipped
-        if skipped or (self.grad_norm is not None and not (math.isfinite(self.grad_norm) and self.grad_norm >= 0)):
-            rows = self._rows(trainer, trainer.state.global_step, [])
-            raise self._diverged(trainer.state.global_step + 1, "the gradients are NaN or Inf", rows)
+        if skipped or (self.grad_norm is not None and not 0 <= self.grad_norm < math.inf):
+            raise self.diverged(trainer, "the gradients are NaN or Inf")
 
-    def stop_by_alert(self, trainer: Any, reason: str) -> DivergedError:
-        """Return the error for an alert that stops the run after an applied step. Collective: call on every rank."""
-        step = trainer.state.global_step
-        return self._diverged(step, reason, self._rows(trainer, step - 1, []), applied=True)
-
-    def _diverged(self, step: int, reason: str, rows_of_rank: list[str], applied: bool = False) -> DivergedError:
-        from accelerate.utils import gather_object
-
-        rows = list(dict.fromkeys(gather_object(rows_of_rank)))
-        hidden = len(rows) - _MAX_ROWS_SHOWN
-        shown = rows[:_MAX_ROWS_SHOWN] + ([f"and {hidden} more"] if hidden > 0 else [])
-        return DivergedError(Divergence(step, reason, self.loss, self.grad_norm, shown, applied))
-
-    def _rows(self, trainer: Any, steps_taken: int, finite: Sequence[bool]) -> list[str]:
-        """Return the places of this rank's examples with non-finite losses, in the step after `steps_taken` steps; of
-        all its rows if their losses are unknown.
+    def diverged(
+        self, trainer: Any, reason: str, suspects: Iterable[int] | None = None, applied: bool = False
+    ) -> DivergedError:
+        """Return the error with the rows of the step. Collective: call on every rank.
 
         Args:
-            finite: per micro-batch, whether its loss is finite.
+            suspects: this rank's micro-batches with non-finite losses; None if they are not known.
+            applied: the step was applied, and an alert stops the run.
+        """
+        from accelerate.utils import gather_object
+
+        steps_before = trainer.state.global_step - applied
+        rows = list(dict.fromkeys(gather_object(list(self._find_rows(trainer, steps_before, suspects)))))
+        if len(rows) > _MAX_ROWS_SHOWN:
+            rows[_MAX_ROWS_SHOWN:] = [f"and {len(rows) - _MAX_ROWS_SHOWN} more"]
+        return DivergedError(steps_before + 1, reason, self.loss, self.grad_norm, rows, applied)
+
+    def _find_rows(self, trainer: Any, steps_before: int, suspects: Iterable[int] | None) -> Iterator[str]:
+        """Yield the places of this rank's examples with non-finite predictions in a step.
+
+        Args:
+            suspects: the micro-batches with non-finite losses; None yields all rows of the step.
         """
         from datasets import load_from_disk
 
-        plan = self._plan
-        rows = load_from_disk(str(self._prepared / "train"))
-        order = trainer.rows_of_step(steps_taken)
-        size, ranks = plan.per_device_train_batch_size, trainer.accelerator.num_processes
-        places: list[str] = []
-        for number in range(plan.gradient_accumulation_steps):
-            known = number < len(finite)
-            if known and finite[number]:
-                continue
+        rows, order = load_from_disk(str(self._prepared / "train")), trainer.rows_of_step(steps_before)
+        size, ranks = self._plan.per_device_train_batch_size, trainer.accelerator.num_processes
+        for number in range(self._plan.gradient_accumulation_steps) if suspects is None else suspects:
             first = (number * ranks + trainer.accelerator.process_index) * size
-            mask = self._non_finite[number].cpu() if known and number < len(self._non_finite) else None
-            for index, row in enumerate(order[first : first + size]):
-                places += _places_in_row(
-                    rows[row], None if mask is None else _mask_of_row(mask, rows, order, first, index)
-                )
-        return places
+            batch = [rows[row] for row in order[first : first + size]]
+            known = suspects is not None and number < len(self._non_finite)
+            yield from find_places(batch, self._non_finite[number].cpu() if known else None)
 
 
-def _mask_of_row(mask: torch.Tensor, rows: Any, order: Sequence[int], first: int, index: int) -> list[bool]:
-    """Return the mask of one row of a micro-batch, whose rows are stacked, or concatenated (padding-free)."""
-    if mask.shape[0] > 1 or (index == 0 and len(mask[0]) < len(rows[order[first]]["input_ids"])):
-        return list(mask[index].tolist())
-    start = sum(len(rows[row]["input_ids"]) for row in order[first : first + index])
-    return list(mask[0, start : start + len(rows[order[first + index]]["input_ids"])].tolist())
+def find_places(batch: list[dict[str, Any]], non_finite: torch.Tensor | None) -> Iterator[str]:
+    """Yield the places of a micro-batch's examples; with a mask only of the marked ones.
 
-
-def _places_in_row(row: dict[str, Any], mask: list[bool] | None) -> list[str]:
-    """Return the places of a row's examples; with a mask only of the marked ones."""
-    places = [row["source"]] if isinstance(row["source"], str) else list(row["source"])
-    if mask is None:
-        return places
-    if len(places) == 1:
-        return places if any(mask) else []
-    marked, end = [], 0
-    for place, length in zip(places, row["seq_lengths"], strict=True):
-        if any(mask[end : end + length]):
-            marked.append(place)
-        end += length
-    return marked
+    Args:
+        non_finite: mask of the rows, stacked or concatenated (padding-free), [batch or 1, length - 1].
+    """
+    start = 0
+    for index, row in enumerate(batch):
+        packed = not isinstance(row["source"], str)
+        lengths = row["seq_lengths"] if packed else [len(row["input_ids"])]
+        stacked = non_finite is not None and len(non_finite) > 1
+        first = 0 if stacked else start
+        for place, length in zip(row["source"] if packed else [row["source"]], lengths, strict=True):
+            if non_finite is None or non_finite[index if stacked else 0, first : first + length].any():
+                yield place
+            first += length
+        start += len(row["input_ids"])

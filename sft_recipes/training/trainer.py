@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
         self.integrity = IntegrityCallback(
             plan,
             self.checkpoint_writer.folder,
-            data_order.DataOrderCheck(sampler.order, plan.effective_batch_size, steps_per_epoch, sampler.most_uses()),
+            data_order.DataOrderCheck(sampler.order, plan.effective_batch_size, steps_per_epoch),
         )
         self.add_callbacks([self.integrity])
 
@@ -334,26 +335,21 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
         tokenizer_files.copy_files(self._tokenizer_folder, folder)
 
     def check_first_save(self) -> None:
-        """Try before the first step what the first save needs. Collective: call on every rank.
+        """Try before the first step to save what a model's folder has in addition to the weights.
 
         Raises:
-            SetupError: it would fail.
+            SetupError: a library rejects values that it saves.
         """
-        model, writer = self.accelerator.unwrap_model(self.model), self.checkpoint_writer
-        if not writer.expected_bytes:  # a model without a forecast: at least its weights
-            sizes = ((getattr(weight, "ds_numel", weight.numel()), weight) for weight in model.parameters())
-            writer.expected_bytes = sum(size * weight.element_size() for size, weight in sizes if weight.requires_grad)
-
-        def save(folder: Path) -> None:
-            model.save_pretrained(folder, state_dict={})
-            self._copy_tokenizer(folder)
-            self._add_generation_config(folder)
-
-        if reason := writer.check_first_save(save):
-            raise SetupError(
-                f"{writer.folder.path}: the first save would fail: {reason}. No step was taken. "
-                f"Correct that file of the model, or free disk space"
-            )
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict={})
+                self._add_generation_config(Path(folder))
+            except ValueError as error:
+                reason = " ".join(str(error).split())[:200]
+                raise SetupError(
+                    f"{self.plan.model}: the first save would fail: {reason}. No step was taken. Correct that file of "
+                    f"the model"
+                ) from error
 
     def _save_rng_state(self, output_dir: str) -> None:
         with self.checkpoint_writer.collect_write_errors():

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
-import struct
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
+
+from sft_recipes.runtime.run_dir import read_json, write_json
 
 # The 16-bit dtypes by their names in the format (https://github.com/huggingface/safetensors#format).
 _HALF = {"BF16": torch.bfloat16, "F16": torch.float16}
@@ -23,31 +23,41 @@ class PublishedCopy:
     """Copies the files of a trained model with fp32 weights converted to the dtypes of the base model's files.
 
     A weight that the base does not have gets the dtype of most of the base's weights. Nothing is widened: ZeRO saves
-    bf16 for any dtype of the base. One tensor at a time is in memory.
+    bf16 for any dtype of the base. The converted weights of one file are in memory.
     """
 
     def __init__(self, base: Path):
         self._base = base
-        entries = [pair for file in sorted(base.glob("*.safetensors")) for pair in _header(file).items()]
-        weights: Counter[str] = Counter()
-        for _, entry in entries:
-            weights[entry["dtype"]] += math.prod(entry["shape"])
-        self._dtypes = {name: entry["dtype"] for name, entry in entries}
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._sizes: dict[str, int] = {}
+        weights: Counter[torch.dtype] = Counter()
+        for file in base.glob("*.safetensors"):
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  no mapping
+                    part = tensors.get_slice(name)
+                    self._dtypes[name] = _HALF.get(part.get_dtype(), torch.float32)
+                    weights[self._dtypes[name]] += torch.Size(part.get_shape()).numel()
         self._default = weights.most_common(1)[0][0]
 
     def __call__(self, source: Path, target: Path) -> None:
         """Copy one file."""
-        if source.suffix == ".safetensors" and any(
-            self._published_dtype(name, entry) for name, entry in _header(source).items()
-        ):
-            self._copy_weights(source, target)
+        if source.suffix == ".safetensors":
+            with safe_open(source, "pt") as file:
+                tensors = {name: self._convert(name, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+                save_file(tensors, target, file.metadata())
+            self._sizes[source.name] = sum(tensor.nbytes for tensor in tensors.values())
         elif source.name == "config.json":
-            _copy_json(source, target, self.published_config)
-        elif source.name == INDEX:
-            _copy_json(source, target, lambda index: self._with_size(index, source.parent))
+            write_json(target, self.published_config(read_json(source)))
+        elif source.name == INDEX:  # after the weights, in the order of names
+            index = read_json(source)
+            index["metadata"]["total_size"] = sum(self._sizes.values())
+            write_json(target, index)
         else:
             shutil.copyfile(source, target)
         shutil.copymode(source, target)
+
+    def _convert(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._dtypes.get(name, self._default)) if tensor.dtype == torch.float32 else tensor
 
     def published_config(self, saved: dict[str, Any]) -> dict[str, Any]:
         """Return the base model's own configuration with what training changed: vocabulary size, dtype, quantization.
@@ -62,72 +72,17 @@ class PublishedCopy:
             own = saved  # a part of the base was trained, as a model of another class
         if "quantization_config" not in saved:
             own.pop("quantization_config", None)  # loaded dequantized
-        dtype = str(_HALF.get(self._default, torch.float32)).removeprefix("torch.")
-        if saved.get("dtype", "float32") != "float32":  # ZeRO's; fp32 weights get the base's dtype
-            dtype, is_changed = saved["dtype"], saved["dtype"] != dtype
-        else:
-            is_changed = own is saved
-
-        def with_changes(config: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
-            changes = {"vocab_size": trained.get("vocab_size")}
-            changes |= {"dtype": dtype, "torch_dtype": dtype} if is_changed else {}
-            return {
-                key: with_changes(value, trained.get(key) or {})
-                if isinstance(value, dict)
-                else (changes.get(key) or value)
-                for key, value in config.items()
-            }
-
-        return with_changes(own, saved)
-
-    def _published_dtype(self, name: str, entry: dict[str, Any]) -> str | None:
-        """Return the dtype to convert a tensor to; None to keep it."""
-        dtype = self._dtypes.get(name, self._default)
-        return dtype if entry["dtype"] == "F32" and dtype in _HALF else None
-
-    def _layout(self, source: Path) -> dict[str, dict[str, Any]]:
-        """Return the header of the published file. Wider dtypes come first, so that every tensor is aligned."""
-        published: dict[str, dict[str, Any]] = {}
-        for name, entry in _header(source).items():
-            first, end = entry["data_offsets"]
-            half = self._published_dtype(name, entry)
-            size = (end - first) // 2 if half else end - first
-            published[name] = {"dtype": half or entry["dtype"], "shape": entry["shape"], "size": size}
-        width = {name: entry["size"] // max(math.prod(entry["shape"]), 1) for name, entry in published.items()}
-        offset, layout = 0, {}
-        for name in sorted(published, key=lambda name: (-width[name], name)):
-            size = published[name].pop("size")
-            layout[name] = {**published[name], "data_offsets": [offset, offset + size]}
-            offset += size
-        return layout
-
-    def _copy_weights(self, source: Path, target: Path) -> None:
-        layout = self._layout(source)
-        with safe_open(source, framework="pt") as weights, target.open("wb") as file:
-            text = json.dumps({"__metadata__": weights.metadata() or {"format": "pt"}, **layout}).encode()
-            text += b" " * (-len(text) % 8)
-            file.write(struct.pack("<Q", len(text)) + text)
-            for name, entry in layout.items():
-                tensor = weights.get_tensor(name)
-                tensor = tensor.to(_HALF.get(entry["dtype"], tensor.dtype))
-                file.write(tensor.reshape(-1).view(torch.uint8).numpy())
-
-    def _with_size(self, index: dict[str, Any], folder: Path) -> dict[str, Any]:
-        """Return an index with the size of the published weights."""
-        files = {folder / name for name in index["weight_map"].values()}
-        size = sum(max(entry["data_offsets"][1] for entry in self._layout(file).values()) for file in files)
-        return {**index, "metadata": {**index["metadata"], "total_size": size}}
+        dtype = saved.get("dtype", "float32")  # fp32 weights get the base's; ZeRO saves its own
+        dtype = str(self._default).removeprefix("torch.") if dtype == "float32" else dtype
+        return _with_changes(own, saved, {"dtype": dtype, "torch_dtype": dtype})
 
 
-def _copy_json(source: Path, target: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    content = change(json.loads(source.read_text(encoding="utf-8")))
-    target.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _header(file: Path) -> dict[str, dict[str, Any]]:
-    """Read the dtype, shape and offsets of each tensor in a file, without its data."""
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    return header
+def _with_changes(config: dict[str, Any], trained: dict[str, Any], changes: dict[str, str]) -> dict[str, Any]:
+    """Return a configuration and those in it with the changes, and the vocabulary sizes of the trained one."""
+    values = {**changes, "vocab_size": trained.get("vocab_size")}
+    return {
+        key: _with_changes(value, trained.get(key) or {}, changes)
+        if isinstance(value, dict)
+        else values.get(key) or value
+        for key, value in config.items()
+    }

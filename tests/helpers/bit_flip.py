@@ -1,4 +1,4 @@
-"""A run in which one bit of one weight flips in the memory of rank 1."""
+"""A run on three ranks in which one bit of one weight flips in the memory of rank 1."""
 
 import json
 
@@ -9,37 +9,26 @@ import os
 
 if os.environ.get("RANK") == "1":
     import torch
-    from torch.nn.modules.module import register_module_forward_pre_hook
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     steps = 0
 
-    def count(optimizer, *_):
-        global steps, weight
-        steps, weight = steps + 1, optimizer.param_groups[0]["params"][0]
-        if steps == {after_step}:
-            flip()
-
-    def flip():
-        weight.data.view(torch.int32).view(-1)[7] ^= 1 << 3
-
-    def before_a_forward_pass(*_):
+    def flip(optimizer, *_):
         global steps
-        if steps == {before_step} - 1:
-            steps += 100
-            flip()
+        steps += 1
+        if steps == 3:
+            optimizer.param_groups[0]["params"][0].data.view(torch.int32).view(-1)[7] ^= 1 << 3
 
-    register_optimizer_step_post_hook(count)
-    register_module_forward_pre_hook(before_a_forward_pass)
+    register_optimizer_step_post_hook(flip)
 """
 
 
-def run_with_a_flip(workplace, rows, processes, *overrides, after_step=-1, before_step=-1):
-    """A real run; one bit of one weight flips in the memory of rank 1."""
-    (workplace.path / "sitecustomize.py").write_text(FLIP.format(after_step=after_step, before_step=before_step))
+def run_with_a_flip(workplace, rows, *overrides):
+    """A real run; after step 3 one bit of one weight flips in the memory of rank 1."""
+    (workplace.path / "sitecustomize.py").write_text(FLIP)
     python_path = f"{workplace.path}:{workplace.environment()['PYTHONPATH']}"
     done = workplace.sft(
-        "train", "tiny", "--gpus", "0", "--processes", str(processes), "batch.effective_batch_size=6",
+        "train", "tiny", "--gpus", "0", "--processes", "3", "batch.effective_batch_size=6",
         "batch.max_per_device_batch_size=2", "trainer.max_steps=8", "trainer.eval_steps=8", "trainer.logging_steps=8",
         "generation.show=0", "generation.exact_match=0", "trainer.max_length=64", f"data.train={rows}", *overrides,
         PYTHONPATH=python_path,
@@ -50,5 +39,5 @@ def run_with_a_flip(workplace, rows, processes, *overrides, after_step=-1, befor
     assert (found["state"], found["exit_code"]) == ("failed", 1)
     assert "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert found["error"] in line and "model.embed_tokens.weight" in line
+    assert found["error"] in line
     return line, RunDir(run).numbered("checkpoint")

@@ -15,7 +15,7 @@ from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Topology
 from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.training.callbacks import alerts
-from sft_recipes.training.nan_guard import DivergedError, Divergence, NanGuard
+from sft_recipes.training.nan_guard import DivergedError, NanGuard, find_places
 
 
 class Ranks:
@@ -49,7 +49,7 @@ def test_nan_guard_stops_on_non_finite_gradients(tmp_path, norm):
     watch.check_loss(trainer, torch.tensor(1.5))
     with pytest.raises(DivergedError, match="the gradients are NaN or Inf") as raised:
         watch.check_gradients(trainer, torch.tensor(norm))
-    assert raised.value.divergence.step == 5 and raised.value.divergence.rows == ["a.jsonl:2", "a.jsonl:1"]
+    assert raised.value.step == 5 and raised.value.rows == ["a.jsonl:2", "a.jsonl:1"]
 
 
 def test_nan_guard_stops_on_step_skipped_by_deepspeed(tmp_path):
@@ -62,7 +62,7 @@ def test_nan_guard_stops_on_step_skipped_by_deepspeed(tmp_path):
 def test_stop_names_rows_of_the_applied_step(tmp_path):
     watch, trainer = make_nan_guard(tmp_path)
     watch.check_loss(trainer, torch.tensor(9.5))
-    what = watch.stop_by_alert(trainer, "loss spike: 9.5").divergence
+    what = watch.diverged(trainer, "loss spike: 9.5", applied=True)
     assert (what.step, what.applied, what.loss, what.rows) == (4, True, 9.5, ["a.jsonl:1", "a.jsonl:2"])
 
 
@@ -101,8 +101,8 @@ def make_callback(tmp_path, *overrides, steps=400):
     plan = dataclasses.replace(plan, warmup_steps=20, optimizer_steps=steps)
     callback = alerts.AlertCallback(plan, RunDir(tmp_path))
     watch = SimpleNamespace(loss=0.0, grad_norm=1.0)
-    watch.stop_by_alert = lambda trainer, what: DivergedError(
-        Divergence(trainer.step, what, watch.loss, watch.grad_norm, ["a.jsonl:9"], applied=True)
+    watch.diverged = lambda trainer, what, applied: DivergedError(
+        trainer.step, what, watch.loss, watch.grad_norm, ["a.jsonl:9"], applied
     )
     callback.trainer = SimpleNamespace(nan_guard=watch)
     lines = Lines()
@@ -174,7 +174,7 @@ def test_stop_on_stops_the_run(tmp_path, rule):
     callback, _ = make_callback(tmp_path, f"monitor.stop_on=[{rule}]")
     with pytest.raises(DivergedError, match=rule.replace("_", " ")) as raised:
         feed(callback, losses, norms)
-    what = raised.value.divergence
+    what = raised.value
     assert what.step == {"loss_spike": 251, "exploding_gradients": 310}[rule]
     assert what.applied and what.rows == ["a.jsonl:9"], "rows of the last applied step"
 
@@ -242,16 +242,14 @@ def test_invalid_threshold_is_rejected(in_process, override, message):
 @pytest.mark.parametrize("flat", [False, True], ids=["batch of rows", "one flat row"])
 def test_nan_guard_finds_examples_in_either_layout(flat):
     """Two packed rows of 5 and 4 tokens; the loss of the second row's first example (2 tokens) is NaN."""
-    from sft_recipes.training.nan_guard import _mask_of_row, _places_in_row
-
     rows = [
         {"input_ids": [0] * 5, "source": ["a:1", "a:2"], "seq_lengths": [3, 2]},
         {"input_ids": [0] * 4, "source": ["a:3", "a:4"], "seq_lengths": [2, 2]},
     ]
     broken = torch.zeros(1, 8, dtype=torch.bool) if flat else torch.zeros(2, 4, dtype=torch.bool)
     broken[(0, 5) if flat else (1, 0)] = True
-    examples = [_places_in_row(rows[place], _mask_of_row(broken, rows, [0, 1], 0, place)) for place in (0, 1)]
-    assert examples == [[], ["a:3"]]
+    assert list(find_places(rows, broken)) == ["a:3"]
     alone = torch.zeros(1, 4, dtype=torch.bool)
     alone[0, 3] = True
-    assert _places_in_row(rows[0], _mask_of_row(alone, rows, [0], 0, 0)) == ["a:2"], "a micro-batch of one row"
+    assert list(find_places(rows[:1], alone)) == ["a:2"], "a micro-batch of one row"
+    assert list(find_places(rows, None)) == ["a:1", "a:2", "a:3", "a:4"]

@@ -76,7 +76,7 @@ def flip(tensor, element, bit):
 
 
 def fingerprint_of(tensor, name="x"):
-    return fingerprint.of_each([(name, tensor)])[name]
+    return fingerprint.of({name: tensor})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.uint8])
@@ -162,7 +162,7 @@ def test_rows_hash_does_not_depend_on_micro_batches_or_workers(begin, more, pack
     by_hand = data_order.DataOrderCheck(subject._get_train_sampler().order, 4, 5)
     for step in range(10):
         by_hand.record_batches([{data_order.ROW: torch.tensor(subject.rows_of_step(step)[::-1])}])
-    by_hand.check_pending()
+    by_hand.check_pending(10)
     assert subject.integrity.data_order.rows_hash == by_hand.rows_hash != ""
 
 
@@ -195,11 +195,8 @@ def end_early(rows):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (repeat_row, r"epoch 2, step 7: row (\d+) was fed 2 times \(ranks 0, 0\); missing: \d+;"),
-        (
-            swap_rows,
-            r"epoch 2, step 7: rows of other steps were fed: \d+ \(step 3 of the epoch\); missing",
-        ),
+        (repeat_row, r"epoch 2, step 7: fed rows \[\d+\], repeated or of other steps, instead of \[\d+\]"),
+        (swap_rows, r"epoch 2, step 7: fed rows \[\d+\], repeated or of other steps, instead of \[\d+\]"),
         (end_early, r"epoch 2 ended after 3 of 5 steps, its other rows were skipped"),
     ],
 )
@@ -212,15 +209,13 @@ def test_data_order_check_stops_the_run_before_a_save(begin, fault, message):
     assert RunDir(subject.checkpoint_writer.folder.path).numbered("checkpoint") == [6]
 
 
-def test_data_order_check_rejects_an_order_with_a_repeated_row():
-    subject = data_order.DataOrderCheck(lambda _epoch: torch.tensor([0, 1, 2, 1]), 2, 2)
-    subject.record_batches([{data_order.ROW: torch.tensor([0, 1])}])
-    with pytest.raises(TrainingError, match="epoch 1: its order uses row 1 2 times"):
-        subject.check_pending()
-
-
 def integrity_lines(trainer):
     return [json.loads(line) for line in trainer.integrity.folder.integrity_log.read_text().splitlines()]
+
+
+def restore_rows_hash(trainer, point):
+    record = checkpoint_format.read_commit_marker(point)
+    trainer.integrity.data_order.rows_hash = record["integrity"]["rows_hash"]
 
 
 @pytest.mark.parametrize(
@@ -237,7 +232,7 @@ def test_resumed_run_has_the_same_fingerprints(begin, step, weights):
     assert {(step, True), (step + 1, False), (step + 2, False)} <= {(line["step"], line["saved"]) for line in lines}
     again = begin("run", *settings, weights=weights)
     point = again.checkpoint_writer.folder.checkpoint(step)
-    again.integrity.restore_state(checkpoint_format.read_commit_marker(point)["integrity"])
+    restore_rows_hash(again, point)
     again.train(resume_from_checkpoint=str(point))
     assert (again.integrity.data_order.steps, again.integrity.data_order.rows_hash) == (
         8,
@@ -270,16 +265,9 @@ def test_data_order_check_finds_a_resume_that_skips_no_rows(begin, monkeypatch):
     monkeypatch.setattr(transformers.trainer, "skip_first_batches", lambda loader, _batches: loader)
     again = begin("run", "trainer.max_steps=8")
     point = again.checkpoint_writer.folder.checkpoint(3)
-    again.integrity.restore_state(checkpoint_format.read_commit_marker(point)["integrity"])
-    with pytest.raises(TrainingError, match=r"epoch 1, step 4: rows of other steps were fed: \d+ \(step 1 of"):
+    restore_rows_hash(again, point)
+    with pytest.raises(TrainingError, match=r"epoch 1, step 4: fed rows \[\d+, \d+, "):
         again.train(resume_from_checkpoint=str(point))
-
-
-def test_integrity_record_of_another_step_is_rejected(begin):
-    subject = begin()
-    subject.integrity.restore_state({"step": 7, "rows_hash": "x", "fingerprints": []})
-    with pytest.raises(TrainingError, match="checkpoint of step 0: its integrity record is of step 7"):
-        subject.train()
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from sft_recipes.data.toy import toy_dataset
 from sft_recipes.planner import plan as plans
-from sft_recipes.planner.memory import NF4_BYTES
-from sft_recipes.runtime import env
 from sft_recipes.runtime.errors import UserError
 from sft_recipes.runtime.run_dir import RunDir
-from sft_recipes.runtime.units import GIB
 from sft_recipes.tools import generate, merge_adapters
 from sft_recipes.training import lora
 
@@ -138,53 +135,6 @@ def test_generate_uses_the_4_bit_base(quantized, capsys):
     assert (adapted - base).abs().max() > 0.1, "the adapters have no effect"
     assert generate.main(RunDir(quantized), ["Please add: 1 + 1"]) == 0
     assert capsys.readouterr().out.endswith("\n")
-
-
-def test_memory_of_generate_and_merge_is_counted_without_loading(adapted, quantized):
-    """Weights of 2 layers of 4 x 64 x 64 and 3 x 64 x 128, embeddings and output layer of 512 x 64, and five norms."""
-    linear, embeddings, norms = 2 * (4 * 64 * 64 + 3 * 64 * 128), 2 * 512 * 64, 5 * 64
-    for run, loaded in ((adapted, 4 * (linear + embeddings + norms)), (quantized, None)):
-        plan = plans.read(run / "plan.json")
-        size = lora.measure_base(lora.find_base_folder(plan, RunDir(run)), False)
-        assert size == lora.BaseSize(linear + embeddings + norms, linear, 64 * 128)
-        assert size.loaded_bytes(plan) == (loaded or int(2 * (embeddings + norms) + NF4_BYTES * linear))
-    whole = lora.BaseSize(70_553_706_496, 68_451_041_280, 28672 * 8192)  # Llama 3.3 70B
-    assert whole.loaded_bytes(plan) / GIB == pytest.approx(36.8, abs=0.1)
-    assert whole.merging_bytes(plan) / GIB == pytest.approx(167.9, abs=0.1)
-
-
-def test_merge_is_rejected_if_host_memory_is_too_small(adapted, tmp_path, monkeypatch):
-    limit = tmp_path / "memory.max"
-    limit.write_text(str(GIB // 2))
-    monkeypatch.setattr(env, "_MEMORY_LIMITS", (limit,))
-    monkeypatch.setattr(lora, "load_base", lambda *_a: pytest.fail("the base model was loaded"))
-    shutil.copytree(adapted, tmp_path / "run", ignore=shutil.ignore_patterns("merged"))
-    with pytest.raises(UserError, match=r"found 0\.5 GiB of host memory, expected 1\.0 GiB or more"):
-        merge_adapters.merge(RunDir(tmp_path / "run"))
-    assert not (tmp_path / "run" / "merged").exists()
-
-
-@pytest.mark.parametrize(
-    ("needed", "free", "device_map"),
-    [
-        (131, (), {"": "cpu"}), (16, (79,), {"": 0}), (37, (20, 79), {"": 1}), (131, (79, 79), "auto"),
-        (68, (79, 79), "auto"),
-    ],
-)  # fmt: skip
-def test_device_map_is_one_gpu_all_gpus_or_cpu(needed, free, device_map):
-    assert generate.choose_device_map(needed * GIB, [gpu * GIB for gpu in free], 200 * GIB) == device_map
-
-
-@pytest.mark.parametrize(
-    ("free", "message"),
-    [
-        ((79,), r"found 79\.0 GiB free on 1 visible GPU\(s\), expected 154\.1 GiB\. Make more GPUs visible"),
-        ((), r"found 100\.0 GiB of host memory, expected 131\.0 GiB"),
-    ],
-)
-def test_model_that_fits_no_device_is_rejected(free, message):
-    with pytest.raises(UserError, match=message):
-        generate.choose_device_map(131 * GIB, [gpu * GIB for gpu in free], 100 * GIB)
 
 
 def test_missing_from_scratch_base_is_named(adapted, tmp_path):

@@ -288,7 +288,7 @@ def test_retention_keeps_three_best_and_earlier_step_wins_ties(tmp_path):
     with logged_lines() as lines:
         assert retention.find_best_step(folder, losses, "a") == 16
     assert lines == ["skipping best-8: checksum mismatch in model.safetensors"]
-    assert not retention.is_among_best(losses, 20)
+    assert 20 not in retention.rank_steps(losses)[: retention.BEST_KEPT]
     refused = {**losses, 24: 0.5, 28: 0.4, 32: 0.3}  # better ones, which were not saved
     retention.remove_others(folder, refused, "a")
     assert folder.numbered("best") == [8, 12, 16]

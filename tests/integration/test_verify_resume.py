@@ -71,7 +71,7 @@ def test_altered_optimizer_state_with_valid_checksums_is_found(shared_workplace,
     (loaded, fifth, _sixth), result = table(done)
     assert loaded.split() == ["4", "(loaded)", "equal", "differs", "equal", "equal"]
     assert fifth.split() == ["5", "differs", "differs", "equal", "equal", "equal", "equal"]
-    assert result.startswith("not exact: checkpoint-4 as loaded: optimizer; step 5: weights, optimizer; step 6: ")
+    assert result.startswith("not exact: step 4 (loaded): optimizer; step 5: weights, optimizer; step 6: ")
 
 
 def test_run_in_use_is_rejected(shared_workplace, short_run):
@@ -109,7 +109,7 @@ def lines(*losses, weights="w"):
 
 
 def replayed(steps, loaded=()):
-    return Replay(4, {"fingerprints": [state(), state()]}, list(loaded) or [state(), state()], steps, [], {})
+    return Replay(4, [state(), state()], list(loaded) or [state(), state()], [], steps)
 
 
 @pytest.mark.parametrize(
@@ -124,21 +124,25 @@ def replayed(steps, loaded=()):
 )
 def test_differing_losses_must_be_within_measured_tolerance(console, first, second, within):
     recorded = lines(2.0, 1.5)
-    assert verify_resume._differs_in_sums_only(replayed(first), recorded)
-    assert verify_resume._is_within_tolerance(replayed(first), replayed(second), recorded) is within
+    assert verify_resume.differs_in_sums_only(verify_resume.compare(replayed(first), recorded))
+    assert verify_resume.check_tolerance(replayed(first), replayed(second), recorded) == (0 if within else 1)
     result = console.readouterr().out.splitlines()[-1]
     assert ("within the measured tolerance" in result) is within and "two replays from each other by up to" in result
 
 
 def test_differing_rows_or_random_numbers_are_not_tolerated():
     recorded = lines(2.0, 1.5)
-    assert not verify_resume._differs_in_sums_only(replayed(recorded), recorded)
+    assert not verify_resume.differs_in_sums_only(verify_resume.compare(replayed(recorded), recorded))
     for key, value in (("rows_hash", "d"), ("fingerprints", [state(), state(rng="q")])):
-        assert not verify_resume._differs_in_sums_only(replayed({**recorded, 6: {**recorded[6], key: value}}), recorded)
+        replay = replayed({**recorded, 6: {**recorded[6], key: value}})
+        assert not verify_resume.differs_in_sums_only(verify_resume.compare(replay, recorded))
+    loaded = replayed(lines(2.0, 1.5, weights="x"), loaded=[state(weights="x"), state()])
+    assert not verify_resume.differs_in_sums_only(verify_resume.compare(loaded, recorded))
 
 
-def test_table_names_the_rank_that_differs():
+def test_comparison_names_the_rank_that_differs():
     recorded = lines(2.0, 1.5)
-    replay = replayed(lines(2.0, 1.5, weights="x"), loaded=[state(), state(optimizer="p")])
-    assert verify_resume._comparison_table(replay, recorded)[1][2] == "differs (rank 1)"
-    assert verify_resume._comparison_table(replay, recorded)[2][1] == "differs (rank 0)"
+    states = verify_resume.compare(
+        replayed(lines(2.0, 1.5, weights="x"), loaded=[state(), state(optimizer="p")]), recorded
+    )
+    assert states["4 (loaded)"]["optimizer"] == "differs (rank 1)" and states["5"]["weights"] == "differs (rank 0)"

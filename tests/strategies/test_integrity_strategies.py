@@ -54,20 +54,12 @@ def test_verify_resume_names_the_rank_with_a_bit_flip(shared_workplace, follow, 
     python_path = f"{tmp_path}:{shared_workplace.environment()['PYTHONPATH']}"
     done = shared_workplace.sft("verify-resume", run.name, PYTHONPATH=python_path)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "not exact: " in done.stdout and "as loaded:" not in done.stdout
+    assert "not exact: " in done.stdout and "(loaded): " not in done.stdout
     first = next(line for line in done.stdout.splitlines() if line.startswith("11  "))
     assert "differs (rank 1)" in first, first
 
 
-def test_replica_check_names_one_of_two_ranks_between_steps(workplace, few_rows):
-    line, saved = run_with_a_flip(
-        workplace, few_rows, 2, "trainer.save_steps=8", "monitor.replica_check_steps=3", before_step=4
-    )
-    assert "between steps 3 and 4: weights changed in the memory of rank 1 on " in line
-    assert saved == []
-
-
 def test_replica_check_names_the_rank_with_a_bit_flip_before_a_save(workplace, few_rows):
-    line, saved = run_with_a_flip(workplace, few_rows, 3, "trainer.save_steps=2", after_step=3)
+    line, saved = run_with_a_flip(workplace, few_rows, "trainer.save_steps=2")
     assert "step 4: the weights of rank 1 on " in line and "differ from those of the other 2 ranks" in line
     assert saved == [2]

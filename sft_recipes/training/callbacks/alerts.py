@@ -67,7 +67,7 @@ class AlertCallback(TrainerCallback):
             self._record(state, alert)
             if alert.rule in self.plan.sections.monitor.stop_on:
                 reason = f"{alert.rule.replace('_', ' ')}: {alert.evidence}"
-                raise self.trainer.nan_guard.stop_by_alert(self.trainer, reason)
+                raise self.trainer.nan_guard.diverged(self.trainer, reason, applied=True)
 
     def _record(self, state: Any, alert: Alert) -> None:
         if state.is_world_process_zero:

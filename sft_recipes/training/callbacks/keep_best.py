@@ -36,8 +36,8 @@ class RetentionCallback(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
         """Save the weights if the step is among the best. Collective: sharded weights are gathered from every rank."""
-        step = state.global_step
-        if not step or not retention.is_among_best(retention.validation_losses(state.log_history), step):
+        step, losses = state.global_step, retention.validation_losses(state.log_history)
+        if step not in retention.rank_steps(losses)[: retention.BEST_KEPT]:
             return
         if error := self.trainer.save_weights(self.folder.best(step)):
             log.warning("step %d: %s was not saved: %s", step, self.folder.best(step).name, error)
@@ -55,5 +55,5 @@ class RetentionCallback(TrainerCallback):
         append(self.folder.metrics, {"step": state.global_step, **save, **tokens})
         run_id = self.trainer.plan.run_id
         retention.remove_others(self.folder, retention.validation_losses(state.log_history), run_id)
-        for step in checkpoint_format.list_own_checkpoints(self.folder, run_id)[:-CHECKPOINTS_KEPT]:
+        for step in checkpoint_format.list_own(self.folder, "checkpoint", run_id)[:-CHECKPOINTS_KEPT]:
             checkpoint_format.remove(self.folder.checkpoint(step), self.folder.removing)

@@ -1,4 +1,4 @@
-"""Format of a saved directory: required files, checksums, and the commit marker `complete.json`.
+"""Format of a saved directory: checksums, required files, and the commit marker `complete.json`.
 
 A directory is written under `.saving/`, hashed, gets its commit marker, and is then renamed: an atomic write. Nothing
 in it is loaded before its checksums are verified.
@@ -6,7 +6,6 @@ in it is loaded before its checksums are verified.
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import hashlib
 import json
@@ -14,7 +13,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,8 @@ log = logging.getLogger(__name__)
 
 COMMIT_MARKER = "complete.json"
 # Files of the training state. A model may need any other file of a checkpoint to be loaded.
-TRAINING_STATE = (
-    "trainer_state.json",
-    "optimizer.*",
-    "scheduler.pt",
-    "rng_state*",
-    "pytorch_model_fsdp.bin",
-    "global_step*",
-    "latest",
+TRAINING_STATE = re.compile(
+    r"trainer_state\.json|optimizer\..*|scheduler\.pt|rng_state.*|pytorch_model_fsdp\.bin|global_step.*|latest"
 )
 # In messages about a disk or another node, where the error may be temporary and the files intact.
 UNREADABLE = "cannot be read"
@@ -54,18 +47,14 @@ def writing_rank(name: str) -> int:
     return int(match[1]) if match else 0
 
 
-def required_files(plan: Plan, step: int) -> set[str]:
-    """Return the files without which a checkpoint does not load, or silently loads other state."""
-    ranks = range(plan.world_size)
-    rng = {f"rng_state_{rank}.pth" for rank in ranks} if plan.world_size > 1 else {"rng_state.pth"}
-    always = {"trainer_state.json", "scheduler.pt", *rng}
-    if not plan.strategy.deepspeed:
-        return {*always, "optimizer.bin" if plan.strategy.fsdp else "optimizer.pt"}
-    prefix = f"global_step{step}/{'bf16_' if plan.precision == 'bf16' else ''}zero_pp_rank"
-    partitions = {f"{prefix}_{rank}_mp_rank_00_optim_states.pt" for rank in ranks}
-    rank_prefixes = [f"zero_pp_rank_{rank}_" for rank in ranks] if plan.shards_parameters else [""]
-    states = {f"global_step{step}/{prefix}mp_rank_00_model_states.pt" for prefix in rank_prefixes}
-    return {*always, *partitions, *states, "latest"}
+def find_missing(plan: Plan, names: Iterable[str]) -> str | None:
+    """Return the first kind of file that a checkpoint lacks: it would not load, or silently load other state."""
+    ranks, expected = plan.world_size, {"*.safetensors": 1, "trainer_state.json": 1, "scheduler.pt": 1}
+    expected |= {"rng_state*.pth": ranks, "*optim*": ranks if plan.strategy.deepspeed else 1}
+    for pattern, count in expected.items():
+        if len(fnmatch.filter(names, pattern)) < count:
+            return f"{pattern} was not written on every rank" if count > 1 else f"{pattern} was not written"
+    return None
 
 
 def list_files(directory: Path) -> list[str]:
@@ -91,113 +80,81 @@ def write_commit_marker(directory: Path, record: dict[str, Any]) -> None:
     write_atomic(directory / COMMIT_MARKER, _serialize(record))
 
 
-def read_commit_marker(directory: Path) -> dict[str, Any]:
+def read_commit_marker(directory: Path, **expected: Any) -> dict[str, Any]:
     """Return the record in a directory's commit marker.
 
+    Args:
+        expected: required values of the record, such as `run_id` and `step`.
+
     Raises:
-        CorruptCheckpointError: the marker is missing or corrupt.
+        CorruptCheckpointError: the marker is missing or corrupt, or the directory is another run's or step's.
     """
     try:
         text = (directory / COMMIT_MARKER).read_text(encoding="utf-8")
-        record = json.loads(text)
+        record: dict[str, Any] = json.loads(text)
         del record[_OWN_CHECKSUM]
-    except FileNotFoundError as error:
-        raise CorruptCheckpointError(f"no {COMMIT_MARKER}: incomplete, or written by another version") from error
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CorruptCheckpointError(f"{COMMIT_MARKER} is corrupt, or written by another version") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptCheckpointError(f"no valid {COMMIT_MARKER}: incomplete, or written by another version") from error
     if text != _serialize(record):
         raise CorruptCheckpointError(f"checksum mismatch in {COMMIT_MARKER}")
-    return dict(record)
+    for key, value in expected.items():
+        if record.get(key) != value:
+            raise CorruptCheckpointError(f"{key} mismatch: found {record.get(key)}, expected {value}")
+    return record
 
 
-def read_run_id(directory: Path) -> str | None:
-    """Return the id of the run that wrote a directory; None without a valid commit marker."""
+def list_own(folder: RunDir, kind: str, run_id: str) -> list[int]:
+    """Return the steps of this run's complete `checkpoint-N` or `best-N`, ascending; only these may be removed."""
+    return [step for step in folder.numbered(kind) if _read_run_id(folder.path / f"{kind}-{step}") == run_id]
+
+
+def _read_run_id(directory: Path) -> Any:
     try:
         return read_commit_marker(directory).get("run_id")
     except CorruptCheckpointError:
         return None
 
 
-def read_own_record(folder: RunDir, step: int, run_id: str) -> dict[str, Any]:
-    """Return the record of a checkpoint of this run.
-
-    Raises:
-        CorruptCheckpointError: it is of another run or step, or has no valid commit marker.
-    """
-    record = read_commit_marker(folder.checkpoint(step))
-    if record.get("run_id") != run_id:
-        raise CorruptCheckpointError(f"of another run: found id {record.get('run_id')}, expected {run_id}")
-    if record.get("step") != step:
-        raise CorruptCheckpointError(f"of another step: found {record.get('step')}, expected {step}")
-    return record
+def verify(directory: Path, **expected: Any) -> str | None:
+    """Return the first difference of a directory from what was saved, or None; see `read_commit_marker`."""
+    try:
+        return verify_checksums(directory, read_commit_marker(directory, **expected))
+    except CorruptCheckpointError as error:
+        return str(error)
 
 
-def list_own_checkpoints(folder: RunDir, run_id: str) -> list[int]:
-    """Return the steps of this run's complete checkpoints, ascending; only these may be removed."""
-    steps = []
-    for step in folder.numbered("checkpoint"):
-        with contextlib.suppress(CorruptCheckpointError):
-            read_own_record(folder, step, run_id)
-            steps.append(step)
-    return steps
+def verify_checksums(directory: Path, record: dict[str, Any], rank: int = 0, ranks: int = 1) -> str | None:
+    """Return the first difference of this rank's part of the files from what was saved, or None.
 
-
-def verify_checksums(directory: Path, record: dict[str, Any], names: Collection[str] | None = None) -> str | None:
-    """Return the first difference from what was saved, or None. Bytes are counted and hashed, nothing is unpickled.
-
-    Args:
-        names: the files to verify, all by default.
+    Bytes are counted and hashed, nothing is unpickled.
     """
     files = record["files"]
     try:
-        unknown = sorted(set(list_files(directory)) - set(files))
-        if unknown:
-            return f"{unknown[0]} was not saved with it"
-        chosen = (name for name in files if names is None or name in names)
-        return next((problem for name in chosen if (problem := _verify_file(directory, name, files))), None)
+        if unknown := set(list_files(directory)) - set(files):
+            return f"{min(unknown)} was not saved with it"
+        for name in sorted(files, key=lambda name: (-files[name]["bytes"], name))[rank::ranks]:
+            path, saved = directory / name, files[name]
+            if path.is_symlink() or not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != saved["bytes"]:
+                return f"size mismatch in {name}: found {path.stat().st_size} bytes, expected {saved['bytes']}"
+            if sha256(path) != saved["sha256"]:
+                return f"checksum mismatch in {name}"
     except OSError as error:
         return f"{Path(str(error.filename)).name} {UNREADABLE} ({error.strerror})"
-
-
-def _verify_file(directory: Path, name: str, files: dict[str, Any]) -> str | None:
-    path, saved = directory / name, files[name]
-    if path.is_symlink() or not path.is_file():
-        return f"{name} is missing"
-    if path.stat().st_size != saved["bytes"]:
-        return f"size mismatch in {name}: found {path.stat().st_size} bytes, expected {saved['bytes']}"
-    return None if sha256(path) == saved["sha256"] else f"checksum mismatch in {name}"
-
-
-def assign_files(record: dict[str, Any], rank: int, ranks: int) -> list[str]:
-    """Return the files that a rank verifies: each file on one rank, bytes balanced over ranks."""
-    files: dict[str, dict[str, int]] = record["files"]
-    load = [0] * ranks
-    assigned: list[list[str]] = [[] for _ in range(ranks)]
-    for name in sorted(files, key=lambda name: (-files[name]["bytes"], name)):
-        least = load.index(min(load))
-        assigned[least].append(name)
-        load[least] += files[name]["bytes"]
-    return assigned[rank]
+    return None
 
 
 def publish(partial: Path, target: Path, removing: Path) -> None:
     """Rename a complete directory to its final name; replace this run's own, quarantine anything else."""
-    replaced = None
     if target.exists() or target.is_symlink():
-        previous = read_run_id(target)
-        if previous is not None and previous == read_run_id(partial):
-            replaced = _move_to_removing(target, removing)
+        if _read_run_id(target) == read_commit_marker(partial)["run_id"]:
+            _move_to_removing(target, removing)
         else:
             quarantine(target)
-    try:
-        partial.replace(target)
-    except OSError:
-        if replaced is not None:
-            replaced.replace(target)
-        raise
+    partial.replace(target)
     sync(target.parent)
-    if replaced is not None:
-        shutil.rmtree(replaced, ignore_errors=True)
+    shutil.rmtree(removing, ignore_errors=True)
 
 
 def quarantine(directory: Path) -> Path:
@@ -205,8 +162,7 @@ def quarantine(directory: Path) -> Path:
     number = 1
     while (renamed := directory.with_name(f"{directory.name}.corrupt-{number}")).exists():
         number += 1
-    directory.replace(renamed)
-    return renamed
+    return directory.replace(renamed)
 
 
 def wait_until_visible(path: Path, seconds: float = timeouts.CHECKPOINT_VISIBLE) -> bool:
@@ -216,7 +172,9 @@ def wait_until_visible(path: Path, seconds: float = timeouts.CHECKPOINT_VISIBLE)
     its own rename because of this (https://github.com/huggingface/transformers/issues/28119).
     """
     deadline = time.monotonic() + seconds
-    while path not in path.parent.iterdir():  # listing the directory revalidates the NFS client's cache
+    while (
+        not path.parent.is_dir() or path not in path.parent.iterdir()
+    ):  # listing the directory revalidates the NFS client's cache
         if time.monotonic() > deadline:
             return False
         time.sleep(0.1)
@@ -226,24 +184,22 @@ def wait_until_visible(path: Path, seconds: float = timeouts.CHECKPOINT_VISIBLE)
 def remove(directory: Path, removing: Path) -> None:
     """Remove a directory; it is renamed first, so that a half-removed one never looks complete."""
     try:
-        shutil.rmtree(_move_to_removing(directory, removing))
+        _move_to_removing(directory, removing)
+        shutil.rmtree(removing)
     except OSError as error:
         log.warning("%s could not be removed (%s)", directory, error.strerror)
 
 
-def _move_to_removing(directory: Path, removing: Path) -> Path:
+def _move_to_removing(directory: Path, removing: Path) -> None:
     removing.mkdir(exist_ok=True)
-    moved = removing / directory.name
-    if moved.exists():
-        shutil.rmtree(moved)
-    directory.replace(moved)
-    return moved
+    shutil.rmtree(removing / directory.name, ignore_errors=True)
+    directory.replace(removing / directory.name)
 
 
 def copy_model(source: Path, partial: Path, copy: Callable[[Path, Path], Any] = shutil.copy2) -> None:
     """Copy a directory's model, without commit marker and training state; `copy` copies one file."""
     for name in list_files(source):
-        if not any(fnmatch.fnmatch(name, pattern) for pattern in TRAINING_STATE):
+        if not TRAINING_STATE.fullmatch(name):
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             copy(source / name, partial / name)
 

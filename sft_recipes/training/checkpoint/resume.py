@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,74 +38,62 @@ class ResumePoint:
 def find_latest_valid(plan: Plan, folder: RunDir, accelerator: Any) -> ResumePoint | None:
     """Return the latest valid checkpoint of this run; None if it has not saved yet.
 
-    Collective: call on every rank. A corrupt checkpoint of this run is quarantined, any other is skipped in place.
+    Collective: call on every rank. A corrupt checkpoint of this run is quarantined, so that retention does not count
+    it; any other is skipped in place.
 
     Raises:
         NoValidCheckpointError: the run has saved, and no checkpoint is valid.
     """
     from accelerate.utils import broadcast_object_list
 
-    steps: list[Any] = [list(reversed(folder.numbered("checkpoint")))]
-    broadcast_object_list(steps)
-    skipped: list[str] = []
-    for step in steps[0]:
-        verified = verify_checkpoint(folder, step, plan.run_id, accelerator)
-        if isinstance(verified, ResumePoint):
-            return verified
-        skipped.append(f"{folder.checkpoint(step).name}: {verified}")
-        log.info("skipping %s", skipped[-1])
-        if accelerator.is_main_process and checkpoint_format.UNREADABLE not in verified:
-            _quarantine(folder, step, plan.run_id)
-    lost: list[Any] = [_find_traces(folder) if accelerator.is_main_process else None]
-    broadcast_object_list(lost)
-    if skipped or lost[0]:
-        reason = "; ".join(skipped) or lost[0]
+    traces: list[Any] = [sorted(path.name for path in folder.path.glob("checkpoint-*"))]
+    if not traces[0] and (saved := read_json(folder.manifest).get("saved_step")):
+        traces = [[f"step {saved} in manifest.json"]]
+    broadcast_object_list(traces)
+    steps = folder.numbered("checkpoint")[::-1]
+    point, skipped = find_valid(folder, steps, plan.run_id, accelerator, quarantine=True)
+    if point is None and traces[0]:
+        reason = "; ".join(skipped) or f"found only {', '.join(traces[0])}"
         raise NoValidCheckpointError(
             f"{folder.path}: no valid checkpoint of this run ({reason}). Restore one, or start another run: NAME=…"
         )
-    return None
+    return point
 
 
-def _find_traces(folder: RunDir) -> str | None:
-    """Return how a run without a checkpoint shows that it had one; None if it does not."""
-    saved_step = read_json(folder.manifest).get("saved_step")
-    quarantined = sorted(path.name for path in folder.path.glob("checkpoint-*.corrupt-*"))
-    if saved_step:
-        return f"step {saved_step} was saved, found no checkpoint"
-    return f"found only {quarantined[-1]}" if quarantined else None
+def find_valid(
+    folder: RunDir, steps: Sequence[int], run_id: str, accelerator: Any, quarantine: bool = False
+) -> tuple[ResumePoint | None, list[str]]:
+    """Return the first valid checkpoint of these steps, and `checkpoint-N: reason` of each skipped one.
 
+    Collective: call on every rank; the main process reads the commit markers.
 
-def remove_incomplete(folder: RunDir) -> None:
-    """Remove what an earlier attempt was writing or removing when it ended; on rank 0, before it saves."""
-    for path in sorted(folder.saving.glob("*")):
-        log.info("removing incomplete %s: the earlier attempt ended while writing it", path.name)
-    for directory in (folder.saving, folder.removing):
-        try:
-            if directory.exists():
-                shutil.rmtree(directory)
-        except OSError as error:
-            log.warning("%s could not be removed (%s)", directory, error.strerror)
-
-
-def verify_checkpoint(folder: RunDir, step: int, run_id: str, accelerator: Any) -> ResumePoint | str:
-    """Verify a checkpoint on all ranks; return it, or the reason why a run cannot resume from it.
-
-    Collective: call on every rank.
+    Args:
+        quarantine: rename corrupt checkpoints of this run.
     """
     from accelerate.utils import broadcast_object_list
 
-    records: list[Any] = [_read_record(folder, step, run_id) if accelerator.is_main_process else None]
+    records: list[Any] = [{step: _read_record(folder, step, run_id) for step in steps}]
     broadcast_object_list(records)  # every rank takes the same branch, whatever it can read itself
-    record: dict[str, Any] | str = records[0]
-    if isinstance(record, str):
-        return record
-    problem = verify_on_all_ranks(folder.checkpoint(step), record, accelerator)
-    return problem or ResumePoint(folder.checkpoint(step), record)
+    skipped = []
+    for step, record in records[0].items():
+        path = folder.checkpoint(step)
+        is_own = isinstance(record, dict)
+        problem = verify_on_all_ranks(path, record, accelerator) if is_own else record
+        if problem is None:
+            return ResumePoint(path, record), skipped
+        skipped.append(f"{path.name}: {problem}")
+        log.info("skipping %s", skipped[-1])
+        if quarantine and is_own and accelerator.is_main_process and checkpoint_format.UNREADABLE not in problem:
+            try:
+                log.info("%s quarantined as %s", path.name, checkpoint_format.quarantine(path).name)
+            except OSError as error:
+                log.warning("%s could not be renamed (%s)", path, error.strerror)
+    return None, skipped
 
 
 def _read_record(folder: RunDir, step: int, run_id: str) -> dict[str, Any] | str:
     try:
-        return checkpoint_format.read_own_record(folder, step, run_id)
+        return checkpoint_format.read_commit_marker(folder.checkpoint(step), run_id=run_id, step=step)
     except CorruptCheckpointError as error:
         return str(error)
 
@@ -115,19 +104,15 @@ def verify_on_all_ranks(path: Path, record: dict[str, Any], accelerator: Any) ->
 
     rank = accelerator.process_index
     if checkpoint_format.wait_until_visible(path):
-        names = checkpoint_format.assign_files(record, rank, accelerator.num_processes)
-        problem = checkpoint_format.verify_checksums(path, record, names)
+        problem = checkpoint_format.verify_checksums(path, record, rank, accelerator.num_processes)
     else:
         problem = f"not visible on rank {rank}, {checkpoint_format.UNREADABLE}"
     return next((problem for problem in gather_object([problem]) if problem), None)
 
 
-def _quarantine(folder: RunDir, step: int, run_id: str) -> None:
-    """Quarantine a corrupt checkpoint of this run, so that retention does not count it."""
-    checkpoint = folder.checkpoint(step)
-    if isinstance(_read_record(folder, step, run_id), str):
-        return
-    try:
-        log.info("%s quarantined as %s", checkpoint.name, checkpoint_format.quarantine(checkpoint).name)
-    except OSError as error:
-        log.warning("%s could not be renamed (%s)", checkpoint, error.strerror)
+def remove_incomplete(folder: RunDir) -> None:
+    """Remove what an earlier attempt was writing or removing when it ended; on rank 0, before it saves."""
+    for path in sorted(folder.saving.glob("*")):
+        log.info("removing incomplete %s: the earlier attempt ended while writing it", path.name)
+    for directory in (folder.saving, folder.removing):
+        shutil.rmtree(directory, ignore_errors=True)
