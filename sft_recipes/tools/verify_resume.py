@@ -92,17 +92,28 @@ def run(run_dir: RunDir, nodes: NodeLaunchers | None = None) -> int:
             return first
         for note in (*(f"skipping {reason}" for reason in first.skipped), *run_selection.version_notes(run_dir, False)):
             log.info(note)
-        repeated = (
-            f"repeated steps {' to '.join(map(str, first.steps))}" if first.steps else "no recorded step after it"
-        )
-        log.info(f"resumed {run_dir.name} from checkpoint-{first.step} ({render.describe_ranks(plan)}), {repeated}")
+        steps = f"steps {' to '.join(map(str, first.steps))}" if first.steps else "no recorded step"
+        ranked = render.describe_ranks(plan)
+        log.info(f"resumed {run_dir.name} from checkpoint-{first.step} ({ranked}), repeated {steps}")
         states, kinds = compare(first, recorded), (*_KINDS, *_VALUES)
         rows = [[state, *(results.get(kind, "") for kind in kinds)] for state, results in states.items()]
         log.info(render.format_table([["step", *kinds], *rows]))
+        differing = find_differing(states)
+        if not differing:
+            log.info(f"exact: bit for bit equal to {_describe_reference(first, recorded)}")
+            return 0
         if not differs_in_sums_only(states):
-            return _report(first, recorded, states)
+            log.info(f"not exact: different {', '.join(kind for kind in kinds if kind in differing)}")
+            return EXIT_ERROR
         second = _replay(context, run_dir, [(first.step, max(first.steps))], "second")
         return second if isinstance(second, int) else check_tolerance(first, second, recorded)
+
+
+def _describe_reference(replay: Replay, recorded: Steps) -> str:
+    if not replay.steps:
+        return "the saved state; no step was compared"
+    resumed = recorded[max(replay.steps)]["resumed_from"] == replay.step
+    return "steps of an attempt that had itself resumed from this checkpoint" if resumed else "the uninterrupted run"
 
 
 def _read_log(run_dir: RunDir) -> Steps:
@@ -139,12 +150,10 @@ def _replay(context: RunContext, run_dir: RunDir, candidates: list[tuple[int, in
     if outcome.get("error"):
         log.error(outcome["error"])
         return int(outcome["exit_code"])
-    if ended.code == EXIT_STOPPED:
-        return EXIT_STOPPED
     if ended.code or not result:
-        error = ended.error or f"exit code {ended.code}"
-        log.error(f"{run_dir.path} could not be resumed: {error}. See the log above")
-        return EXIT_ERROR
+        if ended.code != EXIT_STOPPED:
+            log.error(f"{run_dir.path} could not be resumed: {ended.error or ended.code}. See the log above")
+        return ended.code or EXIT_ERROR
     until = dict(candidates)[result["step"]]
     steps = {step: line for step, line in _read_log(replay_dir).items() if step <= until}
     return Replay(**result, steps=steps)
@@ -174,30 +183,15 @@ def _compare(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     return results
 
 
-def differing(states: dict[str, dict[str, str]]) -> dict[str, list[str]]:
-    """Return the kinds that differ, by state."""
-    kinds = {state: [kind for kind in row if row[kind] != "equal"] for state, row in states.items()}
-    return {state: names for state, names in kinds.items() if names}
+def find_differing(states: dict[str, dict[str, str]]) -> set[str]:
+    """Return the kinds that differ in any state."""
+    return {kind for results in states.values() for kind, result in results.items() if result != "equal"}
 
 
 def differs_in_sums_only(states: dict[str, dict[str, str]]) -> bool:
     """Return whether only repeated steps differ, in what another order of summation explains."""
-    kinds = differing(states)
-    return bool(kinds) and all(state.isdigit() and set(names) <= _SUMS for state, names in kinds.items())
-
-
-def _report(replay: Replay, recorded: Steps, states: dict[str, dict[str, str]]) -> int:
-    """Print the result, and return the exit code."""
-    if kinds := differing(states):
-        log.info("not exact: " + "; ".join(f"step {state}: {', '.join(names)}" for state, names in kinds.items()))
-        return EXIT_ERROR
-    if not replay.steps:
-        log.info("exact: the loaded state equals the saved state bit for bit; no step was compared")
-    elif recorded[max(replay.steps)]["resumed_from"] == replay.step:
-        log.info("exact: bit for bit equal to steps of an attempt that had itself resumed from this checkpoint")
-    else:
-        log.info("exact: bit for bit equal to the uninterrupted run")
-    return 0
+    loaded = next(iter(states.values()))
+    return set(loaded.values()) == {"equal"} and find_differing(states) <= _SUMS
 
 
 def check_tolerance(first: Replay, second: Replay, recorded: Steps) -> int:
@@ -210,8 +204,7 @@ def check_tolerance(first: Replay, second: Replay, recorded: Steps) -> int:
     tolerance = max(abs(one - other) for _, one, other in losses)
     exceeded = first.steps == second.steps or deviation > tolerance
     log.info(
-        f"{'not exact: more than' if exceeded else 'not bit for bit, but within'} the measured tolerance of "
-        f"non-deterministic kernels: recorded losses deviate by up to {deviation:.3g}, two replays from each other by "
-        f"up to {tolerance:.3g}"
+        f"not bit for bit, {'and not' if exceeded else 'but'} within the measured tolerance of non-deterministic "
+        f"kernels: recorded losses deviate by up to {deviation:.3g}, two replays from each other by {tolerance:.3g}"
     )
     return EXIT_ERROR if exceeded else 0

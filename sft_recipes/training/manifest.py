@@ -18,15 +18,7 @@ from sft_recipes.runtime.paths import REPOSITORY
 from sft_recipes.runtime.run_dir import RunDir, read_json, write_json
 
 _STACK = ("torch", "transformers", "trl", "accelerate", "datasets", "deepspeed", "peft", "bitsandbytes", "tokenizers")
-_FROM_PLAN = (
-    "recipe",
-    "init_from",
-    "rows",
-    "dropped_rows_per_epoch",
-    "optimizer_steps",
-    "warmup_steps",
-    "allowed_changes",
-)
+_FROM_PLAN = ("recipe", "init_from", "rows", "dropped_rows_per_epoch", "optimizer_steps", "allowed_changes")
 _JOB = {"id": "SLURM_JOB_ID", "name": "SLURM_JOB_NAME", "nodes": "SLURM_JOB_NODELIST"}
 
 
@@ -36,24 +28,17 @@ def begin(folder: RunDir, plan: Plan) -> None:
     details = read_json(prepared / "details.json")
     for key in ("diverged", "error", "takes_less", "exit_code"):
         earlier.pop(key, None)  # outcome of an earlier attempt
-    start = {"at": _now(), "host": _host(), "versions": _versions(), "code": read_code_version()}
+    versions = {"python": platform.python_version(), **{name: library_version(name) for name in _STACK}}
+    start = {"at": _now(), "host": _host(), "versions": versions, "code": read_code_version()}
     start["sanity"] = read_json(folder.sanity)
     if image := os.environ.get("SFT_RECIPES_IMAGE"):
         start["image"] = image
     if job := {key: os.environ[name] for key, name in _JOB.items() if os.environ.get(name)}:
         start["job"] = {**job, "restarts": int(os.environ.get("SLURM_RESTART_COUNT") or 0)}
     data = {"fingerprint": plan.data_fingerprint, **asdict(plan.sections.data), "reading": details.get("reading")}
-    content = {
-        **earlier,
-        "run": folder.name,
-        "state": "running",
-        "began": earlier.get("began", start["at"]),
-        "starts": [*earlier.get("starts", []), start],
-        "data": data,
-        "tokenizer": details.get("tokenizer"),
-        **{key: getattr(plan, key) for key in _FROM_PLAN},
-    }
-    write_json(folder.manifest, content)
+    content = {**earlier, "run": folder.name, "state": "running", "began": earlier.get("began", start["at"])}
+    content |= {"starts": [*earlier.get("starts", []), start], "data": data, "tokenizer": details.get("tokenizer")}
+    write_json(folder.manifest, content | {key: getattr(plan, key) for key in _FROM_PLAN})
 
 
 def end(
@@ -90,10 +75,6 @@ def _host() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     threads = torch.get_num_threads()
     return {"name": socket.gethostname(), "system": platform.platform(), "gpus": gpus, "threads": threads}
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: library_version(name) for name in _STACK}}
 
 
 def read_code_version() -> dict[str, Any]:

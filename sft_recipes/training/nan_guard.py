@@ -7,7 +7,7 @@ The Trainer would log another loss and take the step (`logging_nan_inf_filter`),
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,14 +79,11 @@ class NanGuard:
         self._losses.append(loss.detach())
         if not trainer.accelerator.sync_gradients:
             return
-        losses = torch.stack(self._losses).double()
-        sums = torch.stack([losses.sum(), (~torch.isfinite(losses)).sum().double()])
-        total, non_finite = trainer.accelerator.reduce(sums, "sum").tolist()
-        self.loss = total / trainer.accelerator.num_processes
-        if non_finite:
+        total = trainer.accelerator.reduce(torch.stack(self._losses).double().sum(), "sum")
+        self.loss = float(total) / trainer.accelerator.num_processes
+        if not math.isfinite(self.loss):
             self.grad_norm = None  # this step has none
-            suspects = (~torch.isfinite(losses)).nonzero().flatten().tolist()
-            raise self.diverged(trainer, "the loss is NaN or Inf", suspects)
+            raise self.diverged(trainer, "the loss is NaN or Inf")
         self._losses.clear()
         self._non_finite.clear()
 
@@ -102,38 +99,31 @@ class NanGuard:
         if skipped or (self.grad_norm is not None and not 0 <= self.grad_norm < math.inf):
             raise self.diverged(trainer, "the gradients are NaN or Inf")
 
-    def diverged(
-        self, trainer: Any, reason: str, suspects: Iterable[int] | None = None, applied: bool = False
-    ) -> DivergedError:
+    def diverged(self, trainer: Any, reason: str, applied: bool = False) -> DivergedError:
         """Return the error with the rows of the step. Collective: call on every rank.
 
         Args:
-            suspects: this rank's micro-batches with non-finite losses; None if they are not known.
             applied: the step was applied, and an alert stops the run.
         """
         from accelerate.utils import gather_object
 
         steps_before = trainer.state.global_step - applied
-        rows = list(dict.fromkeys(gather_object(list(self._find_rows(trainer, steps_before, suspects)))))
+        rows = list(dict.fromkeys(gather_object(list(self._find_rows(trainer, steps_before)))))
         if len(rows) > _MAX_ROWS_SHOWN:
             rows[_MAX_ROWS_SHOWN:] = [f"and {len(rows) - _MAX_ROWS_SHOWN} more"]
         return DivergedError(steps_before + 1, reason, self.loss, self.grad_norm, rows, applied)
 
-    def _find_rows(self, trainer: Any, steps_before: int, suspects: Iterable[int] | None) -> Iterator[str]:
-        """Yield the places of this rank's examples with non-finite predictions in a step.
-
-        Args:
-            suspects: the micro-batches with non-finite losses; None yields all rows of the step.
-        """
+    def _find_rows(self, trainer: Any, steps_before: int) -> Iterator[str]:
+        """Yield the places of this rank's examples with non-finite predictions in a step; of all that it used if the
+        loss was finite."""
         from datasets import load_from_disk
 
         rows, order = load_from_disk(str(self._prepared / "train")), trainer.rows_of_step(steps_before)
         size, ranks = self._plan.per_device_train_batch_size, trainer.accelerator.num_processes
-        for number in range(self._plan.gradient_accumulation_steps) if suspects is None else suspects:
+        for number in range(self._plan.gradient_accumulation_steps):
             first = (number * ranks + trainer.accelerator.process_index) * size
             batch = [rows[row] for row in order[first : first + size]]
-            known = suspects is not None and number < len(self._non_finite)
-            yield from find_places(batch, self._non_finite[number].cpu() if known else None)
+            yield from find_places(batch, self._non_finite[number].cpu() if self._non_finite else None)
 
 
 def find_places(batch: list[dict[str, Any]], non_finite: torch.Tensor | None) -> Iterator[str]:

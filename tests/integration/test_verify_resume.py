@@ -71,7 +71,7 @@ def test_altered_optimizer_state_with_valid_checksums_is_found(shared_workplace,
     (loaded, fifth, _sixth), result = table(done)
     assert loaded.split() == ["4", "(loaded)", "equal", "differs", "equal", "equal"]
     assert fifth.split() == ["5", "differs", "differs", "equal", "equal", "equal", "equal"]
-    assert result.startswith("not exact: step 4 (loaded): optimizer; step 5: weights, optimizer; step 6: ")
+    assert result == "not exact: different weights, optimizer, loss"
 
 
 def test_run_in_use_is_rejected(shared_workplace, short_run):
@@ -127,12 +127,13 @@ def test_differing_losses_must_be_within_measured_tolerance(console, first, seco
     assert verify_resume.differs_in_sums_only(verify_resume.compare(replayed(first), recorded))
     assert verify_resume.check_tolerance(replayed(first), replayed(second), recorded) == (0 if within else 1)
     result = console.readouterr().out.splitlines()[-1]
-    assert ("within the measured tolerance" in result) is within and "two replays from each other by up to" in result
+    assert ("but within the measured tolerance" in result) is within
+    assert "two replays from each other by" in result
 
 
-def test_differing_rows_or_random_numbers_are_not_tolerated():
+def test_differing_rows_random_numbers_or_loaded_state_are_not_tolerated():
     recorded = lines(2.0, 1.5)
-    assert not verify_resume.differs_in_sums_only(verify_resume.compare(replayed(recorded), recorded))
+    assert verify_resume.find_differing(verify_resume.compare(replayed(recorded), recorded)) == set()
     for key, value in (("rows_hash", "d"), ("fingerprints", [state(), state(rng="q")])):
         replay = replayed({**recorded, 6: {**recorded[6], key: value}})
         assert not verify_resume.differs_in_sums_only(verify_resume.compare(replay, recorded))

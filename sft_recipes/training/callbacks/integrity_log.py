@@ -21,14 +21,13 @@ class IntegrityCallback(TrainerCallback):
 
     Attributes:
         data_order: the data-order check; its hash is restored before a resumed run trains.
-        compare_every: steps between two replica checks under DDP (`monitor.replica_check_steps`).
+        replica_check_steps: steps between two replica checks; 0 without DDP.
     """
 
     def __init__(self, plan: Plan, folder: RunDir, data_order: DataOrderCheck):
         self.folder = folder
         self.data_order = data_order
-        self.has_replicas = plan.strategy.ddp
-        self.compare_every = plan.sections.monitor.replica_check_steps
+        self.replica_check_steps = plan.sections.monitor.replica_check_steps if plan.strategy.ddp else 0
         self.trainer: Any = None
         self._resumed_from: int | None = None
         self._fingerprint_until = 0
@@ -42,7 +41,7 @@ class IntegrityCallback(TrainerCallback):
             TrainingError: ranks hold different weights, or were fed other rows than the epoch's.
         """
         step = self.trainer.state.global_step
-        if self.has_replicas:
+        if self.replica_check_steps:
             replica_check.compare(self.trainer, step)
         self.data_order.check_pending(step)
         self._fingerprint_until = step + FINGERPRINTED_STEPS
@@ -67,16 +66,14 @@ class IntegrityCallback(TrainerCallback):
         fingerprinted = state.global_step <= self._fingerprint_until
         if fingerprinted or control.should_log or control.should_save:
             self.data_order.check_pending(state.global_step)
-        if self.has_replicas and state.global_step % self.compare_every == 0:
+        if self.replica_check_steps and state.global_step % self.replica_check_steps == 0:
             replica_check.compare(self.trainer, state.global_step)
         if fingerprinted:
             self._log_fingerprints(state.global_step, saved=False)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Check that every row of the epoch was used once."""
-        self.data_order.check_pending(state.global_step)
-        if not control.should_training_stop:
-            self.data_order.check_epoch_end(state.global_step)
+        self.data_order.check_pending(state.global_step, epoch_ended=not control.should_training_stop)
 
     def _log_fingerprints(self, step: int, saved: bool) -> list[dict[str, str]]:
         """Append one line; return the fingerprints of every rank. Collective."""

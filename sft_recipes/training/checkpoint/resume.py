@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list, gather_object
+
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import TrainingError
 from sft_recipes.runtime.run_dir import RunDir, read_json
@@ -44,8 +46,6 @@ def find_latest_valid(plan: Plan, folder: RunDir, accelerator: Any) -> ResumePoi
     Raises:
         NoValidCheckpointError: the run has saved, and no checkpoint is valid.
     """
-    from accelerate.utils import broadcast_object_list
-
     traces: list[Any] = [sorted(path.name for path in folder.path.glob("checkpoint-*"))]
     if not traces[0] and (saved := read_json(folder.manifest).get("saved_step")):
         traces = [[f"step {saved} in manifest.json"]]
@@ -70,8 +70,6 @@ def find_valid(
     Args:
         quarantine: rename corrupt checkpoints of this run.
     """
-    from accelerate.utils import broadcast_object_list
-
     records: list[Any] = [{step: _read_record(folder, step, run_id) for step in steps}]
     broadcast_object_list(records)  # every rank takes the same branch, whatever it can read itself
     skipped = []
@@ -100,8 +98,6 @@ def _read_record(folder: RunDir, step: int, run_id: str) -> dict[str, Any] | str
 
 def verify_on_all_ranks(path: Path, record: dict[str, Any], accelerator: Any) -> str | None:
     """Verify each file on one rank; return the first problem of any rank. Collective: call on every rank."""
-    from accelerate.utils import gather_object
-
     rank = accelerator.process_index
     if checkpoint_format.wait_until_visible(path):
         problem = checkpoint_format.verify_checksums(path, record, rank, accelerator.num_processes)

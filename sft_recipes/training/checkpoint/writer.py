@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
+
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime import timeouts
 from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.runtime.units import GIB
 from sft_recipes.training import out_of_memory, rank_heartbeat
@@ -68,15 +69,12 @@ class CheckpointWriter:
         rank_heartbeat.beat(int(record["step"]), "saving")
 
         def hash_files() -> None:
-            own = (
-                name
-                for name in checkpoint_format.list_files(partial)
-                if checkpoint_format.writing_rank(name) == self.accelerator.process_index
-            )
+            names, rank = checkpoint_format.list_files(partial), self.accelerator.process_index
+            own = (name for name in names if checkpoint_format.writing_rank(name) == rank)
             files.update(checkpoint_format.compute_checksums(partial, own))
 
         def commit() -> None:
-            for rank_files in self._gather(files):
+            for rank_files in gather_object([files]):
                 files.update(rank_files)
             if checkpoint_bytes is not None:
                 self.expected_bytes = sum(file["bytes"] for file in files.values())
@@ -107,14 +105,11 @@ class CheckpointWriter:
         Collective: call on every rank.
         """
         started, plan = time.perf_counter(), self.plan
-        record = {
-            "run_id": plan.run_id,
-            "plan": dataclasses.asdict(plan),  # for a run that lost its plan.json
-            "step": step,
-            "world_size": plan.world_size,
+        record = {**record, "run_id": plan.run_id, "step": step, "world_size": plan.world_size}
+        record |= {
             "parallelism": plan.parallelism,
-            **record,
-        }
+            "plan": dataclasses.asdict(plan),
+        }  # for a run that lost its plan.json
         error = self.write_atomically(self.folder.checkpoint(step), write, record, self.expected_bytes)
         self.retry_at_step = step + max(int(plan.sections.trainer["save_steps"]) // 10, 1) if error else None
         self.save_seconds = time.perf_counter() - started
@@ -126,25 +121,14 @@ class CheckpointWriter:
             shutil.rmtree(directory, ignore_errors=True)
         partial.mkdir(parents=True)
         if (free := shutil.disk_usage(partial).free) < expected_bytes:
-            raise OSError(
-                f"not enough disk space in {self.folder.path}: "
-                f"found {free / GIB:.1f} GiB, expected {expected_bytes / GIB:.1f} GiB"
-            )
+            raise OSError(f"not enough disk space: found {free / GIB:.1f} GiB, expected {expected_bytes / GIB:.1f} GiB")
 
     def _check_visible(self, partial: Path) -> None:
         """Every rank writes here, and resumes from this disk."""
         if not checkpoint_format.wait_until_visible(partial):
-            raise OSError(
-                f"{partial.name} is not visible on rank {self.accelerator.process_index} after "
-                f"{timeouts.CHECKPOINT_VISIBLE:.0f} s; put {self.folder.path} on a disk that all nodes share"
-            )
-
-    def _gather(self, value: Any) -> list[Any]:
-        from accelerate.utils import gather_object
-
-        values: list[Any] = gather_object([value])
-        return values
+            rank = self.accelerator.process_index
+            raise OSError(f"{partial} is not visible on rank {rank}: use a disk that all nodes share")
 
     def _any_error(self) -> str | None:
         """Return the first error of any rank. Collective."""
-        return next((error for error in self._gather(self._error) if error), None)
+        return next((error for error in gather_object([self._error]) if error), None)

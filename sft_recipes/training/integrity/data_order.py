@@ -59,11 +59,11 @@ class DataOrderCheck:
         if rows := [row for batch in batches for row in batch.pop(ROW).tolist()]:
             self._pending.append(rows)
 
-    def check_pending(self, steps_taken: int) -> None:
+    def check_pending(self, steps_taken: int, epoch_ended: bool = False) -> None:
         """Check the steps recorded since the last call. Collective: call on every rank.
 
         Raises:
-            TrainingError: a step was fed other rows than its epoch's order assigns to it, or none.
+            TrainingError: a step was fed other rows than its epoch's order assigns to it, or an epoch ended early.
         """
         from accelerate.utils import gather_object
 
@@ -73,6 +73,10 @@ class DataOrderCheck:
             self._check_step(sorted(row for rows in rows_of_ranks for row in rows))
         if self.steps != steps_taken:
             raise TrainingError(f"rows were fed to {self.steps} steps, but {steps_taken} were taken. {_REPORT}")
+        epochs, step = divmod(steps_taken, self._steps_per_epoch)
+        if epoch_ended and step:
+            end = f"epoch {epochs + 1} ended after {step} of {self._steps_per_epoch} steps"
+            raise TrainingError(f"{end}, its other rows were skipped. {_REPORT}")
 
     def _check_step(self, fed: list[int]) -> None:
         epoch, step = divmod(self.steps, self._steps_per_epoch)
@@ -87,16 +91,3 @@ class DataOrderCheck:
                 f"instead of {missing[:_ROWS_SHOWN]} (counted from 0 as prepared); in no checkpoint. {_REPORT}"
             )
         self.rows_hash = hashlib.sha256(f"{self.rows_hash} {self.steps} {fed}".encode()).hexdigest()[:32]
-
-    def check_epoch_end(self, steps_taken: int) -> None:
-        """Check that the steps, the last of which ended an epoch, are complete epochs.
-
-        Raises:
-            TrainingError: the epoch ended early.
-        """
-        epochs, remainder = divmod(steps_taken, self._steps_per_epoch)
-        if remainder:
-            raise TrainingError(
-                f"epoch {epochs + 1} ended after {remainder} of {self._steps_per_epoch} steps, its other rows were "
-                f"skipped. {_REPORT}"
-            )
