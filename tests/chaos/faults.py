@@ -314,7 +314,7 @@ FAULTS = [
     Fault("18, 20", "each file operation of rank 0 in a save fails in turn: ENOSPC", "zero2",
           stairs(0, errno.ENOSPC), STAIRS),
     Fault("21", "the file that names DeepSpeed's latest state is empty", "zero2",
-          corrupt_checkpoint(lambda at: (at / "latest").write_text(""), "latest has 0 bytes")),
+          corrupt_checkpoint(lambda at: (at / "latest").write_text(""), "size mismatch in latest: found 0 bytes")),
     Fault("23", "a leftover partial directory of the step that is saved next", "zero3", leftover_partial),
     Fault("26", "nothing can be removed: EPERM", "single", nothing_removed),
     Fault("27", "a second start on the same run, and a stale lock", "ddp", second_start),
