@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-VARIABLES := RECIPE GPUS NODES PROCESSES DEVICES DATA VALIDATION NAME RESUME ALLOW_CHANGE STRICT_VERSIONS GPU_TYPE RUN ROWS HTML PLOT WITH PORT PROMPT DRY_RUN SANITY INIT_FROM OVERFIT REPORT_TO GPU_HOUR_PRICE ARGS RUNTIME IMAGE VARIANT MOUNTS CONTAINER_ARGS BUILD_ARGS WHEEL
+VARIABLES := RECIPE GPUS NODES PROCESSES DEVICES DATA VALIDATION NAME RESUME ALLOW_CHANGE STRICT_VERSIONS GPU_TYPE RUN ROWS PLOT WITH PORT PROMPT DRY_RUN SANITY INIT_FROM OVERFIT REPORT_TO GPU_HOUR_PRICE ARGS RUNTIME IMAGE VARIANT MOUNTS CONTAINER_ARGS BUILD_ARGS WHEEL
 RECIPE ?= tiny
 
 # Make expands $(…) in the user's values; the raw text goes to the environment, and the shell quotes it.
@@ -48,7 +48,7 @@ help: ## print this list
 		'REPORT_TO        trackers: tensorboard (default), wandb, mlflow, ..., none' \
 		'GPU_HOUR_PRICE   price of one GPU hour, to forecast cost' \
 		'PROMPT           prompt for generate (default: standard input, one per line)' \
-		'ROWS HTML        for inspect: number of rows, HTML file to write' \
+		'ROWS             for inspect: number of rows' \
 		'PLOT WITH        for schedules: .png or .svg file to write, other schedules to compare' \
 		'PORT             port for tensorboard' \
 		'RUNTIME          local, docker or podman (default: a container if GPUs are requested)' \
@@ -83,8 +83,8 @@ schedules: ## table and plot of learning-rate schedules: RECIPE GPUS RUN PLOT WI
 	@mkdir -p "$${RUNS_DIR:-runs}"; $(SFT) schedules "$$RECIPE" $(HARDWARE) $${RUN:+--run "$$RUN"} --plot "$${PLOT:-$${RUNS_DIR:-runs}/schedules-$$RECIPE.png}" \
 		$${WITH:+--with "$$WITH"} $(OVERRIDES)
 
-inspect: ## show tokens and loss mask of rows: RECIPE DATA ROWS HTML (ARGS=--json)
-	@$(SFT) inspect "$$RECIPE" $(TRAINING) $${ROWS:+--rows "$$ROWS"} $${HTML:+--html "$$HTML"} $(OVERRIDES)
+inspect: ## show tokens and loss mask of rows: RECIPE DATA ROWS (ARGS=--json)
+	@$(SFT) inspect "$$RECIPE" $(TRAINING) $${ROWS:+--rows "$$ROWS"} $(OVERRIDES)
 
 download: ## download model, tokenizer and data for offline runs: RECIPE DATA VALIDATION
 	@$(SFT) download "$$RECIPE" $(OVERRIDES)

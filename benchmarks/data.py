@@ -40,6 +40,8 @@ sys.path.insert(0, str(REPOSITORY))
 
 import machine  # noqa: E402
 import numpy  # noqa: E402
+import pyarrow  # noqa: E402
+import pyarrow.compute  # noqa: E402
 
 from sft_recipes.data import packing, tokenize_rows  # noqa: E402
 from sft_recipes.data.formats import conversation_of  # noqa: E402
@@ -265,7 +267,7 @@ def ours_labelling(rows: list[RawRow], tokenizer: Any) -> Measured:
     chat = ConversationTokenizer(_fresh(tokenizer), TODAY)
     with Stopwatch() as watch:
         parts = [tokenize_rows.tokenize_chunk(chunk, chat, MAX_LENGTH) for chunk in _chunks(rows)]
-    return watch.counted(sum(int(part.lengths.sum()) for part in parts))
+    return watch.counted(sum(pyarrow.compute.sum(part["length"]).as_py() for part in parts))
 
 
 def ours_whole(file: Path, tokenizer: Any, target: Path) -> Measured:
@@ -274,9 +276,8 @@ def ours_whole(file: Path, tokenizer: Any, target: Path) -> Measured:
     with Stopwatch() as watch:
         chat = ConversationTokenizer(tokenizer, TODAY)
         rows = Source(files=(file,)).rows()
-        labelled = tokenize_rows.concatenate(
-            [tokenize_rows.tokenize_chunk(chunk, chat, MAX_LENGTH) for chunk in _chunks(rows)]
-        )
+        chunks = [tokenize_rows.tokenize_chunk(chunk, chat, MAX_LENGTH) for chunk in _chunks(rows)]
+        labelled = pyarrow.concat_tables(chunks)
         prepared = packing.to_dataset(labelled, MAX_LENGTH, packing=True)
         prepared.save_to_disk(target)
     return watch.counted(_tokens(prepared))
@@ -442,7 +443,7 @@ def measure_all_cores(file: Path, tokenizer: Any, folder: Path) -> dict[str, Any
     after = os.times()
     with Stopwatch() as writing:
         packing.to_dataset(labelled, MAX_LENGTH, packing=True).save_to_disk(folder / "all")
-    tokens = int(labelled.lengths.sum())
+    tokens = pyarrow.compute.sum(labelled["length"]).as_py()
     return {
         "cores": len(os.sched_getaffinity(0)),
         "rows": len(labelled),
@@ -499,7 +500,6 @@ def _packed(way: str, capacity: int, tokens: int, examples: int, rows: int, watc
 
 def _dummies(lengths: numpy.ndarray) -> Any:
     """Examples of these lengths whose ids are all nought."""
-    import pyarrow
     from datasets import Dataset
     from datasets.table import InMemoryTable
 

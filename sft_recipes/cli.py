@@ -130,7 +130,6 @@ def commands() -> list[tuple[Any, ...]]:
         (
             "inspect", "show tokenized rows with their loss mask, and what happened to all rows", _inspect, *_TRAINING,
             _integer("--rows", 1, "rows to show (default: 3; all with --json)", metavar="N"),
-            _argument("--html", "also write an HTML page", metavar="FILE"),
             _flag("--json", "print one JSON object per row; the report goes to standard error"),
         ),
         ("download", "download model, tokenizer and data of a recipe", _download, *_RECIPE),
@@ -248,8 +247,6 @@ def _inspect(parsed: argparse.Namespace) -> None:
     from sft_recipes.data import inspect, prepare, validate
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # rows need no GPU; avoids DeepSpeed's warning
-    if parsed.html and not Path(parsed.html).absolute().parent.is_dir():
-        raise UserError(f"HTML: directory {Path(parsed.html).parent} does not exist. Create it, or set another path")
     recipe = _recipe(parsed)
     plan = _resolve(parsed, recipe, topologies.plan_topology(recipe, _hardware_request(parsed)))
     with contextlib.redirect_stdout(sys.stderr):  # --json prints rows only
@@ -260,15 +257,11 @@ def _inspect(parsed: argparse.Namespace) -> None:
         plan, rejection = plans.with_prepared_data(plan, prepared), ""
     except UserError as error:  # the rows are shown although they cannot be trained
         rejection = str(error)
-    use_color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # no-color.org
-    lines = inspect.to_json(rows, parsed.rows) if parsed.json else inspect.to_text(rows, parsed.rows or 3, use_color)
+    lines = inspect.to_json(rows, parsed.rows) if parsed.json else inspect.to_text(rows, parsed.rows or 3)
     for line in lines:
         print(line)
     report = [*inspect.report(plan, rows), *([validate.format_line("error", rejection)] if rejection else [])]
     print("\n".join(report), file=sys.stderr if parsed.json else sys.stdout)
-    if parsed.html:
-        Path(parsed.html).write_text(inspect.to_html(plan, rows, parsed.rows or 3), encoding="utf-8")
-        print(f"wrote {parsed.html}", file=sys.stderr)
 
 
 def _topology(parsed: argparse.Namespace, recipe: Recipe) -> Topology:
@@ -448,10 +441,8 @@ def _status(parsed: argparse.Namespace) -> None:
 
 
 def _schedules(parsed: argparse.Namespace) -> None:
-    from sft_recipes.data import prepare
     from sft_recipes.monitor import lr_plot
 
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # rows need no GPU; avoids DeepSpeed's warning
     if parsed.plot:
         lr_plot.check_path(Path(parsed.plot))
     if parsed.run:
@@ -459,8 +450,6 @@ def _schedules(parsed: argparse.Namespace) -> None:
     else:
         recipe = _recipe(parsed)
         plan = plans.resolve(recipe, topologies.plan_topology(recipe, _hardware_request(parsed)))
-        if prepare.is_local(plan):
-            plan = plans.with_prepared_data(plan, prepare.prepare(plan, rows_only=True))
     total, warmup = lr_schedule.steps_of(plan)
     curves = lr_schedule.curves(plan, [name for name in parsed.others.split(",") if name])
     estimate = "" if plan.data_prepared else " (estimated until the data is prepared; RUN=… takes those of a run)"

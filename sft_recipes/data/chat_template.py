@@ -19,10 +19,6 @@ class AmbiguousTemplateError(Exception):
     """The assistant's turns cannot be located with certainty. The message does not name the row."""
 
 
-class TemplateMismatchError(AmbiguousTemplateError):
-    """The template depends on what a text contains, so the rendered template of the row's shape does not apply."""
-
-
 class ChatTemplate:
     """A compiled chat template with its variables.
 

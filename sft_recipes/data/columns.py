@@ -8,28 +8,18 @@ or names it in `data.ignore_columns`.
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from sft_recipes.config.schema import DataSource, column_pieces
 from sft_recipes.runtime.errors import DataError
 
 # Formats of rows: the columns that identify each. Any of them may also have the columns in _OPTIONAL.
 FORMATS: tuple[tuple[str, ...], ...] = (
-    ("messages",),
-    ("conversations",),
-    ("conversation",),
-    ("prompt", "completion"),
-    ("prompt", "response"),
-    ("instruction", "output"),
-    ("instruction", "response"),
-    ("question", "answer"),
-    ("question", "response"),
-    ("query", "response"),
-    ("query", "answer"),
+    *(("messages",), ("conversations",), ("conversation",)),
+    *(("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("instruction", "response")),
+    *(("question", "answer"), ("question", "response"), ("query", "response"), ("query", "answer")),
 )
 FORMAT_NAMES = (
     "messages, conversations, prompt/completion, instruction/input/output, question/answer, or query/response"
@@ -54,8 +44,7 @@ class ColumnError(DataError):
     """The columns of a source are not what its recipe says; no fraction of rejected rows allows it."""
 
 
-@dataclass(frozen=True)
-class Selection:
+class Selection(NamedTuple):
     """What is read of rows that have the same columns.
 
     Attributes:
@@ -67,77 +56,6 @@ class Selection:
     format: tuple[str, ...]
     used: Mapping[str, str]
     ignored: tuple[str, ...]
-
-
-@dataclass
-class ReadingReport:
-    """What was read of a source: rows by their columns, conventions that were applied, and rejected rows.
-
-    Attributes:
-        columns: rows by the names of their columns that have a value.
-        message_keys: messages by their keys that are not read.
-        conventions: rows by the convention that was applied to them, with the location of the first.
-        rejected: rows by the reason of their rejection, with the location of the first.
-        error: the first rejection.
-    """
-
-    rows: int = 0
-    columns: Counter[tuple[str, ...]] = field(default_factory=Counter)
-    message_keys: Counter[str] = field(default_factory=Counter)
-    conventions: dict[str, tuple[int, str]] = field(default_factory=dict)
-    rejected: dict[str, tuple[int, str]] = field(default_factory=dict)
-    error: str | None = None
-
-    def reject(self, location: str, error: DataError) -> None:
-        """Count a rejected row."""
-        reason = str(error).removeprefix(f"{location}: ").partition(". ")[0]
-        _count(self.rejected, re.sub(r"\d+", "N", reason)[:160], 1, location)
-        self.error = self.error or str(error)
-
-    def apply(self, convention: str, location: str) -> None:
-        """Count a row that a convention was applied to."""
-        _count(self.conventions, convention, 1, location)
-
-    @property
-    def rejected_rows(self) -> int:
-        """Number of rejected rows."""
-        return sum(count for count, _ in self.rejected.values())
-
-    @staticmethod
-    def merge(reports: Iterable[ReadingReport]) -> ReadingReport:
-        """Return the sum of reports in order."""
-        merged = ReadingReport()
-        for report in reports:
-            merged.rows += report.rows
-            merged.columns += report.columns
-            merged.message_keys += report.message_keys
-            merged.error = merged.error or report.error
-            for name in ("conventions", "rejected"):
-                for reason, (count, first) in getattr(report, name).items():
-                    _count(getattr(merged, name), reason, count, first)
-        return merged
-
-    def describe(self, settings: DataSource) -> dict[str, Any]:
-        """Return the report as plain values for `details.json` and the manifest."""
-        used: Counter[tuple[str, str]] = Counter()
-        ignored: Counter[str] = Counter()
-        for names, rows in self.columns.items():
-            selection = select_columns(names, settings)
-            used.update(dict.fromkeys(selection.used.items(), rows))
-            ignored.update(dict.fromkeys(selection.ignored, rows))
-        ignored.update({f"messages[].{key}": count for key, count in self.message_keys.items()})
-        return {
-            "rows": self.rows,
-            "used": [{"column": column, "as": purpose, "rows": rows} for (column, purpose), rows in used.items()],
-            "ignored": dict(ignored.most_common()),
-            "conventions": {name: list(value) for name, value in self.conventions.items()},
-            "rejected": {name: list(value) for name, value in self.rejected.items()},
-        }
-
-
-def _count(counts: dict[str, tuple[int, str]], name: str, number: int, first: str) -> None:
-    known = counts.get(name, (0, first))
-    counts[name] = (known[0] + number, known[1])
 
 
 def names_with_values(values: Mapping[str, Any]) -> tuple[str, ...]:
@@ -154,8 +72,7 @@ def select_columns(names: tuple[str, ...], settings: DataSource) -> Selection:
         ColumnError: a column that changes the meaning of a row would be ignored.
         DataError: no format, or several, match.
     """
-    frozen = tuple(settings.columns.items()), tuple(settings.ignore_columns)
-    return _select(names, *frozen)
+    return _select(names, tuple(settings.columns.items()), tuple(settings.ignore_columns))
 
 
 @lru_cache(maxsize=4096)
@@ -199,19 +116,17 @@ def _kind_of(name: str) -> str | None:
 def _advise(name: str, kind: str, format: tuple[str, ...]) -> str:
     if kind == _TEXT_ONLY:
         return "Only text is trained: remove these rows"
-    if kind == _PREFERENCE and "chosen" in name and len(format) == 1:
-        columns = f'{{prompt: "{{{format[0]}}}", completion: "{{{name}}}"}}'
-        return f"To train on the chosen answers set data.columns={columns} and data.ignore_columns of the rejected ones"
     if kind == _PREFERENCE:
-        return "It is a preference set: filter the rows to good answers"
+        return "It is a preference set: filter the rows to good answers, or map the good ones with data.columns"
     if kind == _CONTEXT and len(format) == 1:
         return "Put it into the messages"
-    before = f"{{{name}}}\\n\\n" if kind == _CONTEXT else ""
-    targets = ("prompt", "completion") if len(format) == 2 else ("messages",)
-    columns = {"system": f"{{{name}}}"} if kind == _SYSTEM else {}
-    columns |= {target: f"{{{column}}}" for target, column in zip(targets, format, strict=True)}
-    columns[targets[0]] = before + columns[targets[0]]
-    return "Set data.columns={" + ", ".join(f'{target}: "{template}"' for target, template in columns.items()) + "}"
+    targets = dict(zip(("prompt", "completion") if len(format) == 2 else ("messages",), format, strict=True))
+    columns = [f'{target}: "{{{column}}}"' for target, column in targets.items()]
+    if kind == _SYSTEM:
+        columns.insert(0, f'system: "{{{name}}}"')
+    else:
+        columns[0] = columns[0].replace('"', f'"{{{name}}}\\n\\n', 1)
+    return f"Set data.columns={{{', '.join(columns)}}}"
 
 
 def check_message_key(key: str, settings: DataSource) -> None:
@@ -235,13 +150,6 @@ def _describe_unknown(names: tuple[str, ...], mapped: bool) -> str:
             "For plain text set data.columns={prompt: 'Continue.', completion: '{text}'}; text with turns in it: "
             "convert it to messages"
         )
-    elif chosen := next((name for name in names if "chosen" in name), ""):
-        chosen = (
-            f"{{prompt: '{{prompt}}', completion: '{{{chosen}}}'}}"
-            if "prompt" in names
-            else f"{{messages: '{{{chosen}}}'}}"
-        )
-        fix = f"It is a preference set: to train on its good answers set data.columns={chosen}"
     return f"row keys: found {describe_keys(names)}, expected {FORMAT_NAMES}. {fix}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,29 +47,19 @@ class Conversation:
     conventions: tuple[str, ...] = ()
 
 
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
-}
 _CALL_ROLES = ("function_call", "tool_call")  # ShareGPT's roles whose text is the call itself
+_ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", *_CALL_ROLES), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response"), "tool"),
+}
 _ROLE_KEYS = (("role", "content"), ("from", "value"), ("role", "value"), ("from", "content"))
 _FLAGS = ("train", "trainable", "loss", "weight", "loss_weight")  # whether an assistant turn is in the loss
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-_MAX_DEPTH = 200  # of calls and tools; far below Python's recursion limit, which templates' own recursion would reach
+_CALL_KEYS = ("tool_calls", "function_call", "name", "tool_call_id")
+_KEYS = {*_ROLE_KEYS[0], *_ROLE_KEYS[1], *_CALL_KEYS, *_FLAGS, *_REASONING_KEYS}
+_MAX_DEPTH = 100  # of calls and tools; far below Python's recursion limit, which templates' own recursion would reach
 _HERMES_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 _HERMES_RESPONSE = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
 
@@ -84,41 +74,46 @@ def conversation_of(row: RawRow, settings: DataSource | None = None) -> Conversa
         DataError: the row has an unknown format, or its roles or contents are invalid; names file and line.
         ColumnError: a column would be ignored although it changes what the row means.
     """
-    settings = settings or DataSource("")
     if isinstance(row.values, DataError):
         raise row.values
-    if not isinstance(row.values, dict):
-        raise DataError(
-            f"{row.location}: row: found {type_name(row.values)}, expected an object with {columns.FORMAT_NAMES}"
-        )
-    names = columns.names_with_values(row.values)
-    ignored_keys: list[str] = []
     try:
-        selection = columns.select_columns(names, settings)
-        values = columns.map_columns(row.values, settings.columns) if settings.columns else row.values
-        reader = _READERS[selection.format[0]]
-        messages = reader(values, selection.format, row.location)
-        for message in messages:
-            for key in message.pop("ignored", ()):
-                columns.check_message_key(key, settings)
-                ignored_keys.append(key)
+        return _convert(row, settings or DataSource(""))
     except DataError as error:
-        if str(error).startswith(f"{row.location}: "):
-            raise
-        nulls = [name for name in columns.REQUIRED if name in row.values and row.values[name] is None]
-        hint = f" (null: {', '.join(nulls)})" if nulls and not isinstance(error, columns.ColumnError) else ""
-        raise type(error)(f"{row.location}: {error}{hint}") from None
-    messages = _with_system(values, messages, row.location)
-    tools = _read_tools(_first_set(values, "tools", "functions"), row.location)
-    template_kwargs = _read_template_kwargs(values.get("chat_template_kwargs"), settings, row.location)
-    has_context_turns = any(message.get("trained") is False for message in messages)
-    conventions = [CONTEXT_TURNS] if has_context_turns else []
-    conventions += _arrange_turns(messages, row.location)
+        raise type(error)(f"{row.location}: {error}") from error
+    except RecursionError as error:
+        raise DataError(f"{row.location}: nesting: expected at most {_MAX_DEPTH} levels") from error
+
+
+def _convert(row: RawRow, settings: DataSource) -> Conversation:
+    given = row.values
+    if not isinstance(given, dict):
+        raise DataError(f"row: found {type_name(given)}, expected an object with {columns.FORMAT_NAMES}")
+    names = columns.names_with_values(given)
+    try:
+        format = columns.select_columns(names, settings).format
+    except columns.ColumnError:
+        raise
+    except DataError as error:
+        nulls = [name for name in columns.REQUIRED if name in given and given[name] is None]
+        raise DataError(f"{error} (null: {', '.join(nulls)})" if nulls else str(error)) from error
+    values = columns.map_columns(given, settings.columns) if settings.columns else given
+    messages = _read_messages(values, format)
+    ignored_keys = tuple(key for message in messages for key in message.pop("ignored", ()))
+    for key in ignored_keys:
+        columns.check_message_key(key, settings)
+    if (system := values.get("system")) not in (None, ""):  # as ShareGPT and Alpaca files have it
+        if messages and messages[0]["role"] == "system":
+            raise DataError("system prompt: found a system key and a system turn. Keep one of them")
+        messages.insert(0, _make_turn("system", system, "system"))
+    conventions = [CONTEXT_TURNS] if any(message.get("trained") is False for message in messages) else []
+    tools = _read_tools(_first_set(values, "tools", "functions"))
+    template_kwargs = _read_template_kwargs(values.get("chat_template_kwargs"), settings)
+    conventions += _arrange_turns(messages)
     untrained = frozenset(number for number, message in enumerate(messages) if message.pop("trained", True) is False)
     if all(message["role"] != "assistant" or number in untrained for number, message in enumerate(messages)):
         conventions.append(NOT_TRAINED)
     return Conversation(
-        messages, row.location, tools, untrained, template_kwargs, names, tuple(ignored_keys), tuple(conventions)
+        messages, row.location, tools, untrained, template_kwargs, names, ignored_keys, tuple(conventions)
     )
 
 
@@ -142,68 +137,102 @@ def text_of(conversation: Conversation) -> str:
     return " ".join(" ".join(part if isinstance(part, str) else json.dumps(part) for part in parts).split())
 
 
-def _with_system(values: dict[str, Any], messages: list[Message], location: str) -> list[Message]:
-    """Prepend the system turn that ShareGPT and Alpaca files may have in a separate key."""
-    system = values.get("system")
-    if system in (None, ""):
-        return messages
-    if messages and messages[0]["role"] == "system":
-        raise DataError(f"{location}: system prompt: found a system key and a system turn. Keep one of them")
-    return [_make_turn("system", system, "system", location), *messages]
+def _read_messages(values: dict[str, Any], format: tuple[str, ...]) -> list[Message]:
+    """Read the turns of a row by its format; in pairs, the prompt's turns are not in the loss."""
+    if len(format) == 1:
+        return _read_turns(values[format[0]])
+    prompt, answer = values[format[0]], values[format[1]]
+    if format[0] == "instruction":
+        instruction = _read_text(prompt, "instruction")
+        extra = next((key for key in ("input", "context") if values.get(key) not in (None, "")), None)
+        if extra:
+            instruction = f"{instruction}\n\n{_read_text(values[extra], extra)}"
+        before = [*_read_history(values.get("history")), {"role": "user", "content": instruction}]
+        return [*before, _make_turn("assistant", answer, format[1])]
+    before = [
+        {**turn, "trained": False} if turn["role"] == "assistant" else turn
+        for turn in _read_side("user", prompt, format[0])
+    ]
+    return [*before, *_read_side("assistant", answer, format[1])]
 
 
-def _read_turns(turns: Any, location: str) -> list[Message]:
+def _read_side(role: str, side: Any, key: str) -> list[Message]:
+    """Read a prompt or an answer: a text, a list of turns, or one turn as preference sets write their answers."""
+    if isinstance(side, dict) and any(keys[0] in side and keys[1] in side for keys in _ROLE_KEYS):
+        side = [side]
+    is_turns = isinstance(side, list) and all(isinstance(turn, dict) and "type" not in turn for turn in side)
+    return _read_turns(side) if is_turns else [_make_turn(role, side, key)]
+
+
+def _read_history(history: Any) -> list[Message]:
+    """Convert Alpaca's earlier turns: a list of [prompt, answer]."""
+    if history in (None, []):
+        return []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise DataError(f"history: found {_kind(history)}, expected a list of [prompt, answer]")
+    return [
+        _make_turn(role, text, "history")
+        for pair in history
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+
+
+def _kind(value: Any) -> str:
+    return "a list of other values" if isinstance(value, list) else type_name(value)
+
+
+def _make_turn(role: str, content: Any, key: str) -> Message:
+    return {"role": role, "content": _read_text(content, key)}
+
+
+def _read_turns(turns: Any) -> list[Message]:
     if isinstance(turns, str) and turns.lstrip().startswith("["):
-        turns = parse_json(turns, f"{location}: turns")
+        turns = parse_json(turns, "turns")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         inner = next((turn for turn in turns if not isinstance(turn, dict)), None) if isinstance(turns, list) else None
         kind = f"a list with {type_name(inner)}" if isinstance(turns, list) else type_name(turns)
-        raise DataError(f"{location}: turns: found {kind}, expected a list of objects with role and content")
-    return [_read_turn(turn, location, f"turn {number}") for number, turn in enumerate(turns, start=1)]
+        raise DataError(f"turns: found {kind}, expected a list of objects with role and content")
+    return [_read_turn(turn, f"turn {number}") for number, turn in enumerate(turns, start=1)]
 
 
-def _read_turn(turn: dict[str, Any], location: str, name: str) -> Message:
+def _read_turn(turn: dict[str, Any], name: str) -> Message:
     role_key, content_key = next(
         (keys for keys in _ROLE_KEYS if keys[0] in turn and keys[1] in turn),
         ("from", "value") if "from" in turn else ("role", "content"),
     )
     given = turn.get(role_key)
-    alias = given.lower().replace(" ", "_") if isinstance(given, str) else given
-    if not isinstance(alias, str) or alias not in _ROLES:
-        raise DataError(f"{location}: {name}: {role_key}: found {shorten(given)}, expected one of {', '.join(_ROLES)}")
+    alias = given.lower().replace(" ", "_") if isinstance(given, str) else ""
+    if alias not in _ROLES:
+        raise DataError(f"{name}: {role_key}: found {shorten(given)}, expected one of {', '.join(_ROLES)}")
     role, content = _ROLES[alias], turn.get(content_key)
-    others: dict[str, Any] = {}
+    message: Message = {"role": role}
     if len(turn) > 2:  # most turns are a role and a content
-        if (trained := _read_flags(turn, role, location, name)) is not None:
-            others["trained"] = trained
+        if (trained := _read_flags(turn, role, name)) is not None:
+            message["trained"] = trained
         if ignored := [key for key in turn if key not in _KEYS and turn[key] is not None]:
-            others["ignored"] = ignored
+            message["ignored"] = ignored
+    calls = _read_calls(turn.get("function_call") or turn.get("tool_calls") or [], name)
     if alias in _CALL_ROLES:
-        calls = _read_calls(_json(content, location, name), location, name)
-        return {"role": role, "content": "", "tool_calls": calls, **others}
-    calls = _read_calls(turn.get("tool_calls"), location, name) if turn.get("tool_calls") else None
-    if turn.get("function_call"):
-        calls = _read_calls(turn["function_call"], location, name)
+        calls, content = _read_calls(_json(content, name), name), ""
     if calls and role != "assistant":
-        raise DataError(f"{location}: {name}: tool call: found in a {role} turn, expected in assistant turns only")
-    text = "" if content is None and calls else _read_text(content, location, f"{name}: content")
+        raise DataError(f"{name}: tool call: found in a {role} turn, expected in assistant turns only")
+    text = "" if content is None and calls else _read_text(content, f"{name}: content")
     if role == "assistant" and not calls and "<tool_call>" in text:
-        text, calls = _read_hermes_calls(text, location, name)
+        text, calls = _read_hermes_calls(text, name)
     if role == "tool" and (wrapped := _HERMES_RESPONSE.fullmatch(text)):
         text = wrapped[1]
-    message: Message = {"role": role, "content": text, **others}
+    message["content"] = text
     reasoning_key = next((key for key in _REASONING_KEYS if turn.get(key)), None)
     if reasoning_key is not None and role == "assistant":
-        message["reasoning_content"] = _read_text(turn[reasoning_key], location, f"{name}: {reasoning_key}")
+        message["reasoning_content"] = _read_text(turn[reasoning_key], f"{name}: {reasoning_key}")
     if calls:
         message["tool_calls"] = calls
     if role == "tool":
-        keys = [key for key in ("name", "tool_call_id") if turn.get(key)]
-        message |= {key: _read_text(turn[key], location, f"{name}: {key}") for key in keys}
+        message |= {key: _read_text(turn[key], f"{name}: {key}") for key in ("name", "tool_call_id") if turn.get(key)}
     return message
 
 
-def _read_flags(turn: dict[str, Any], role: str, location: str, name: str) -> bool | None:
+def _read_flags(turn: dict[str, Any], role: str, name: str) -> bool | None:
     """Return whether a turn's own flags put it in the loss; None if it has none.
 
     Other roles than the assistant are never in the loss, so a flag that asks for it is rejected.
@@ -211,86 +240,80 @@ def _read_flags(turn: dict[str, Any], role: str, location: str, name: str) -> bo
     flags = {key: turn[key] for key in _FLAGS if turn.get(key) is not None}
     for key, value in flags.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
-            raise DataError(f"{location}: {name}: {key}: found {shorten(value)}, expected 0 or 1, true or false")
+            raise DataError(f"{name}: {key}: found {shorten(value)}, expected 0 or 1, true or false")
+        if role in ("user", "tool") and value:
+            raise DataError(
+                f"{name}: {key}: found true in a {role} turn, expected it in assistant turns only. Remove the flag: "
+                f"this text is never in the loss"
+            )
     if len({bool(value) for value in flags.values()}) > 1:
-        raise DataError(f"{location}: {name}: found {flags}, which contradict each other. Keep one of them")
-    if not flags or role == "assistant":
-        return bool(next(iter(flags.values()))) if flags else None
-    if any(flags.values()) and role in ("user", "tool"):
-        raise DataError(
-            f"{location}: {name}: {next(iter(flags))}: found true in a {role} turn, expected it in assistant turns "
-            f"only. Remove the flag: this text is never in the loss"
-        )
-    return None
+        raise DataError(f"{name}: found {flags}, which contradict each other. Keep one of them")
+    return bool(next(iter(flags.values()))) if flags and role == "assistant" else None
 
 
-def _read_template_kwargs(given: Any, settings: DataSource, location: str) -> dict[str, Any]:
+def _read_template_kwargs(given: Any, settings: DataSource) -> dict[str, Any]:
     """Return the template's variables: the row's over the recipe's."""
     if not given:
         return settings.chat_template_kwargs
-    given = _json(given, location, "chat_template_kwargs")
+    given = _json(given, "chat_template_kwargs")
     if not isinstance(given, dict) or RESERVED_TEMPLATE_VARIABLES & given.keys():
         raise DataError(
-            f"{location}: chat_template_kwargs: found {shorten(given)}, expected an object without messages, tools and "
+            f"chat_template_kwargs: found {shorten(given)}, expected an object without messages, tools and "
             f"add_generation_prompt"
         )
-    _check_json(given, location, "chat_template_kwargs")
+    _check_json(given, "chat_template_kwargs")
     return {**settings.chat_template_kwargs, **given}
 
 
-def _read_hermes_calls(text: str, location: str, name: str) -> tuple[str, list[dict[str, Any]] | None]:
+def _read_hermes_calls(text: str, name: str) -> tuple[str, list[dict[str, Any]]]:
     """Split off the calls between <tool_call> tags, as the Hermes datasets write them."""
     calls = _HERMES_CALL.findall(text)
     rest = _HERMES_CALL.sub("", text)
     if not calls or "<tool_call>" in rest:
-        return text, None  # tags around anything but an object are text
-    before = text.partition("<tool_call>")[0]
-    if rest.strip() != before.strip():
-        after = shorten(rest.strip()[len(before.strip()) :].strip())
+        return text, []  # tags around anything but an object are text
+    before = text.partition("<tool_call>")[0].strip()
+    if rest.strip() != before:
         raise DataError(
-            f"{location}: {name}: found {after} after a tool call, expected calls last, as chat templates write them. "
-            f"Move the text before the calls"
+            f"{name}: found {shorten(rest.strip()[len(before) :].strip())} after a tool call, expected calls last, as "
+            f"chat templates write them. Move the text before the calls"
         )
-    return before.strip(), _read_calls([_json(call, location, name) for call in calls], location, name)
+    return before, _read_calls([_json(call, name) for call in calls], name)
 
 
-def _read_calls(calls: Any, location: str, name: str) -> list[dict[str, Any]]:
+def _read_calls(calls: Any, name: str) -> list[dict[str, Any]]:
     """Convert tool calls to the form that chat templates document: a name, and arguments as an object."""
     converted = []
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get("function", call) if isinstance(call, dict) else call
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-            raise DataError(f"{location}: {name}: tool call: found no name, expected {{'name': …, 'arguments': {{…}}}}")
+        given = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(given, str) or not given.strip():
+            raise DataError(f"{name}: tool call: found no name, expected {{'name': …, 'arguments': {{…}}}}")
+        argument_name = f"{name}: arguments of {shorten(given)[1:-1]}"
         arguments = _first_set(function, "arguments", "parameters")
-        argument_name = f"{name}: arguments of {shorten(function['name'])[1:-1]}"
-        if isinstance(arguments, str):
-            arguments = _json(arguments or "{}", location, argument_name)
-        if not isinstance(arguments, dict | None):
-            raise DataError(f"{location}: {argument_name}: found {type_name(arguments)}, expected an object")
-        converted_call = {"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
+        arguments = _json("{}" if arguments in (None, "") else arguments, argument_name)
+        if not isinstance(arguments, dict):
+            raise DataError(f"{argument_name}: found {type_name(arguments)}, expected an object")
+        converted_call = {"type": "function", "function": {"name": given, "arguments": arguments}}
         if isinstance(call.get("id"), str):
             converted_call["id"] = call["id"]
-        _check_json(converted_call, location, f"{name}: tool call")
+        _check_json(converted_call, f"{name}: tool call")
         converted.append(converted_call)
     return converted
 
 
-def _read_tools(tools: Any, location: str) -> list[dict[str, Any]] | None:
+def _read_tools(tools: Any) -> list[dict[str, Any]] | None:
     """Convert the tools that a row offers to {"type": "function", "function": {…}}."""
     if isinstance(tools, str):
-        tools = _json(tools, location, "tools") if tools.strip() else None
+        tools = _json(tools, "tools") if tools.strip() else None
     if tools in (None, [], {}):
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        kind = "a list of other values" if isinstance(tools, list) else type_name(tools)
-        raise DataError(f"{location}: tools: found {kind}, expected a list of functions")
+        raise DataError(f"tools: found {_kind(tools)}, expected a list of functions")
     converted = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
     for tool in converted:
         if not isinstance(tool["function"], dict) or not isinstance(tool["function"].get("name"), str):
-            raise DataError(
-                f"{location}: tools: found a tool without a name, expected {{'name': …, 'parameters': {{…}}}}"
-            )
-    _check_json(converted, location, "tools")
+            raise DataError("tools: found a tool without a name, expected {'name': …, 'parameters': {…}}")
+    _check_json(converted, "tools")
     return converted
 
 
@@ -299,126 +322,61 @@ def _first_set(values: dict[str, Any], *keys: str) -> Any:
     return next((values[key] for key in keys if values.get(key) is not None), None)
 
 
-def _json(text: Any, location: str, name: str) -> Any:
+def _json(text: Any, name: str) -> Any:
     """Parse JSON that a row holds as a string."""
-    return parse_json(text, f"{location}: {name}") if isinstance(text, str) else text
+    return parse_json(text, name) if isinstance(text, str) else text
 
 
-def _read_messages(values: dict[str, Any], names: tuple[str, ...], location: str) -> list[Message]:
-    return _read_turns(values[names[0]], location)
-
-
-def _read_pair(values: dict[str, Any], names: tuple[str, ...], location: str) -> list[Message]:
-    """Read a prompt and an answer, each a text or a list of turns; the prompt's turns are not in the loss."""
-    turns = []
-    for role, key in zip(("user", "assistant"), names, strict=True):
-        side = [values[key]] if _is_turn(values[key]) else values[key]
-        is_turns = isinstance(side, list) and all(isinstance(turn, dict) and "type" not in turn for turn in side)
-        read = _read_turns(side, location) if is_turns else [_make_turn(role, side, key, location)]
-        if role == "user":
-            read = [{**turn, "trained": False} if turn["role"] == "assistant" else turn for turn in read]
-        turns += read
-    return turns
-
-
-def _is_turn(value: Any) -> bool:
-    """Return whether a value is one turn, as preference sets write their answers."""
-    return isinstance(value, dict) and any(keys[0] in value and keys[1] in value for keys in _ROLE_KEYS)
-
-
-def _read_instruction(values: dict[str, Any], names: tuple[str, ...], location: str) -> list[Message]:
-    instruction = _read_text(values["instruction"], location, "instruction")
-    extra = next((key for key in ("input", "context") if values.get(key) not in (None, "")), None)
-    if extra:
-        instruction = f"{instruction}\n\n{_read_text(values[extra], location, extra)}"
-    turns = [{"role": "user", "content": instruction}, _make_turn("assistant", values[names[1]], names[1], location)]
-    return [*_read_history(values.get("history"), location), *turns]
-
-
-def _read_history(history: Any, location: str) -> list[Message]:
-    """Convert Alpaca's earlier turns: a list of [prompt, answer]."""
-    if history in (None, []):
-        return []
-    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        kind = "a list of other values" if isinstance(history, list) else type_name(history)
-        raise DataError(f"{location}: history: found {kind}, expected a list of [prompt, answer]")
-    return [
-        _make_turn(role, text, "history", location)
-        for pair in history
-        for role, text in zip(("user", "assistant"), pair, strict=True)
-    ]
-
-
-def _make_turn(role: str, content: Any, key: str, location: str) -> Message:
-    return {"role": role, "content": _read_text(content, location, key)}
-
-
-def _read_text(content: Any, location: str, name: str) -> str:
-    if isinstance(content, list):
-        content = _join_parts(content, location, name)
+def _read_text(content: Any, name: str) -> str:
+    """Read a text, or OpenAI's list of content parts if all are text."""
+    if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
+        other = next((part["type"] for part in content if part.get("type") not in (None, "text")), None)
+        if other is not None:
+            raise DataError(f"{name}: found a part of type {shorten(other)}, expected text parts only")
+        texts = [_first_set(part, "text", "value", "content") for part in content]
+        content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
     if not isinstance(content, str):
-        raise DataError(f"{location}: {name}: found {type_name(content)}, expected a string")
-    _check_characters(content, location, name)
+        raise DataError(f"{name}: found {type_name(content)}, expected a string")
+    _check_characters(content, name)
     return content
 
 
-def _join_parts(parts: list[Any], location: str, name: str) -> Any:
-    """Join OpenAI's list of content parts, if all are text."""
-    if not parts or not all(isinstance(part, dict) for part in parts):
-        return parts
-    other = next((part["type"] for part in parts if part.get("type") not in (None, "text")), None)
-    if other is not None:
-        raise DataError(f"{location}: {name}: found a part of type {shorten(other)}, expected text parts only")
-    texts = [_first_set(part, "text", "value", "content") for part in parts]
-    return "".join(texts) if all(isinstance(text, str) for text in texts) else None
-
-
-def _check_characters(text: str, location: str, name: str) -> None:
+def _check_characters(text: str, name: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(f"{location}: {name}: found a lone surrogate, expected valid Unicode. Remove it") from error
+        raise DataError(f"{name}: found a lone surrogate, expected valid Unicode. Remove it") from error
     if "\x00" in text:
-        raise DataError(f"{location}: {name}: found a NUL character, expected text. Remove it")
+        raise DataError(f"{name}: found a NUL character, expected text. Remove it")
 
 
-def _check_json(value: Any, location: str, name: str) -> None:
+def _check_json(value: Any, name: str) -> None:
     """Check that a value can be written as JSON: Parquet has more types, and the parser reads deeper nesting."""
+    level, depth = [value], 0
+    while level and depth < _MAX_DEPTH:
+        depth += 1
+        lists = (outer.values() if isinstance(outer, dict) else outer for outer in level)
+        level = [inner for outer in lists for inner in outer if isinstance(inner, dict | list)]
+    if level:
+        raise DataError(f"{name}: nesting: expected at most {_MAX_DEPTH} levels")
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise DataError(f"{location}: {name}: not representable as JSON: {error}") from error
-    except RecursionError as error:
-        raise DataError(f"{location}: {name}: nesting: expected at most {_MAX_DEPTH} levels") from error
-    if _depth(value) > _MAX_DEPTH:
-        raise DataError(f"{location}: {name}: nesting: found {_depth(value)} levels, expected at most {_MAX_DEPTH}")
-    _check_characters(text.replace("\\u0000", "\x00"), location, name)
+        raise DataError(f"{name}: not representable as JSON: {error}") from error
+    _check_characters(text.replace("\\u0000", "\x00"), name)
 
 
-def _depth(value: Any) -> int:
-    """Return the nesting depth of lists and objects."""
-    depth, level = 0, [value]
-    while level:
-        depth += 1
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-    return depth
-
-
-def _arrange_turns(messages: list[Message], location: str) -> list[str]:
+def _arrange_turns(messages: list[Message]) -> list[str]:
     """Apply the conventions for turns that do not alternate, in place, and return the names of those applied.
 
     Raises:
         DataError: a turn without text, a tool's answer without a call, or no assistant turn.
     """
+    if not any(message["role"] == "assistant" for message in messages):
+        found = f"{messages[-1]['role']} last and no assistant turn" if messages else "none"
+        raise DataError(f"turns: found {found}, expected user and assistant turns")
     conventions = []
-    while messages and messages[-1]["role"] in ("user", "tool"):
-        if not any(message["role"] == "assistant" for message in messages):
-            break
+    while messages[-1]["role"] in ("user", "tool"):
         messages.pop()
         conventions = [TRAILING]
     previous, first_user = "", False
@@ -426,11 +384,11 @@ def _arrange_turns(messages: list[Message], location: str) -> list[str]:
         role, calls = message["role"], bool(message.get("tool_calls"))
         if role == "tool" and previous not in ("call", "tool"):
             raise DataError(
-                f"{location}: turn {number}: role: found tool after {previous or 'no turn'}, expected it after a tool "
-                f"call. Add the call, or remove the turn"
+                f"turn {number}: role: found tool after {previous or 'no turn'}, expected it after a tool call. Add "
+                f"the call, or remove the turn"
             )
         if not message["content"].strip() and role not in ("tool", "system") and not calls:
-            raise DataError(f"{location}: turn {number}: {role} content: found no text, expected some")
+            raise DataError(f"turn {number}: {role} content: found no text, expected some")
         if role == "assistant" and not first_user:
             message["trained"] = False
             conventions.append(GREETING)
@@ -442,22 +400,6 @@ def _arrange_turns(messages: list[Message], location: str) -> list[str]:
             conventions.append(NO_RESULT)
         first_user = first_user or role == "user"
         previous = "call" if calls else role
-    if not messages or not any(message["role"] == "assistant" for message in messages):
-        found = f"{messages[-1]['role']} last and no assistant turn" if messages else "none"
-        raise DataError(f"{location}: turns: found {found}, expected user and assistant turns")
     if messages[-1]["role"] != "assistant":
-        raise DataError(f"{location}: last turn: role: found {messages[-1]['role']}, expected assistant")
+        raise DataError(f"last turn: role: found {messages[-1]['role']}, expected assistant")
     return list(dict.fromkeys(conventions))
-
-
-_KEYS = {
-    *(key for keys in _ROLE_KEYS for key in keys),
-    *("tool_calls", "function_call", "name", "tool_call_id"),
-    *_FLAGS,
-    *_REASONING_KEYS,
-}
-_READERS: dict[str, Callable[[dict[str, Any], tuple[str, ...], str], list[Message]]] = {
-    **dict.fromkeys(("messages", "conversations", "conversation"), _read_messages),
-    **dict.fromkeys(("prompt", "question", "query"), _read_pair),
-    "instruction": _read_instruction,
-}

@@ -16,23 +16,19 @@ _IGNORED_FILES = ["original/*", "consolidated*", "*.bin", "*.pth", "*.pt", "*.gg
 _TOKENIZER_FILES = ["*.json", "*.jinja", "*.model"]
 
 
-def download_model(model: Model) -> Path:
+def download_model(model: Model, only_tokenizer: bool = False) -> Path:
     """Return the cached folder of a model's files; download what is missing.
+
+    Args:
+        only_tokenizer: only configuration, tokenizer and template, without weights.
 
     Raises:
         DataError: the model does not exist or is gated, or neither network nor cache has it.
     """
-    return _snapshot(str(model.name_or_path), model.revision, "model", "model.name_or_path", _alternative(model))
-
-
-def download_tokenizer(model: Model) -> Path:
-    """Return the cached folder of a model's configuration, tokenizer and template, without its weights.
-
-    Raises:
-        DataError: as `download_model`.
-    """
-    name, alternative = str(model.name_or_path), _alternative(model)
-    return _snapshot(name, model.revision, "model", "model.name_or_path", alternative, _TOKENIZER_FILES)
+    other = model.open_alternative
+    alternative = f", or use the open model: model.name_or_path={other}" if other else ""
+    patterns = _TOKENIZER_FILES if only_tokenizer else None
+    return _snapshot(str(model.name_or_path), model.revision, "model", "model.name_or_path", alternative, patterns)
 
 
 def download_dataset(name: str, revision: str | None, key: str) -> Path:
@@ -44,7 +40,7 @@ def download_dataset(name: str, revision: str | None, key: str) -> Path:
     Raises:
         DataError: the dataset does not exist or is gated, or neither network nor cache has it.
     """
-    return _snapshot(name, revision, "dataset", key, ", or set DATA=<a file or folder>")
+    return _snapshot(name, revision, "dataset", key, ", or set DATA=<a file or folder>", None)
 
 
 def commit_of(folder: Path) -> str | None:
@@ -52,22 +48,10 @@ def commit_of(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
 
 
-def _alternative(model: Model) -> str:
-    open_alternative = model.open_alternative
-    return f", or use the open model: model.name_or_path={open_alternative}" if open_alternative else ""
-
-
 def _snapshot(
-    name: str, revision: str | None, kind: str, key: str, alternative: str, patterns: list[str] | None = None
+    name: str, revision: str | None, kind: str, key: str, alternative: str, patterns: list[str] | None
 ) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors, snapshot_download
 
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
     ignored = _IGNORED_FILES if kind == "model" else None
@@ -75,18 +59,18 @@ def _snapshot(
         return Path(
             snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=patterns, ignore_patterns=ignored)
         )
-    except GatedRepoError as error:
+    except errors.GatedRepoError as error:
         raise DataError(
             f"{key}: {name} is gated and this token has no access. Accept its license on {page} and set HF_TOKEN"
             f"{alternative}"
         ) from error
-    except RevisionNotFoundError as error:
+    except errors.RevisionNotFoundError as error:
         raise DataError(f"{key}: {name} has no revision {revision} on the Hub. Name a commit of {page}") from error
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         raise DataError(
             f"{key}: no public {kind} {name} on the Hub. Check the name, set HF_TOKEN if it is private{alternative}"
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__
         raise DataError(
             f"{key}: {name}{f' at {revision[:8]}' if revision else ''}: not in the Hub's cache and not downloadable "

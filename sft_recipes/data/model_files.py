@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.config.architecture import DENSE_KEYS, DENSE_KINDS, parameter_count
+from sft_recipes.config.architecture import DENSE_KEYS, DENSE_KINDS
 from sft_recipes.config.schema import Model
 from sft_recipes.data import hub, model_layers
 from sft_recipes.runtime.errors import DataError
@@ -22,34 +23,36 @@ def check_model(model: Model) -> Path:
     Raises:
         DataError: no such folder, no config, no weights, a missing shard, or code that would have to run.
     """
-    key = "model.name_or_path"
     folder = _local_folder(str(model.name_or_path)) or hub.download_model(model)
-    config = folder / "config.json"
+    if problem := _find_problem(folder, model.trust_remote_code):
+        raise DataError(f"model.name_or_path: {folder}{problem}")
+    return folder
+
+
+def _find_problem(folder: Path, trust_remote_code: bool) -> str | None:
+    """Return what a model's folder lacks, and the fix."""
     if (folder / "adapter_config.json").is_file():
-        raise DataError(
-            f"{key}: {folder}: found adapters (adapter_config.json), expected a model. Merge them into their base "
-            f"model, for a run of this repository by `make merge RUN=<run>`, and name the merged folder"
+        return (
+            ": found adapters (adapter_config.json), expected a model. Merge them into their base model, for a run of "
+            "this repository by `make merge RUN=<run>`, and name the merged folder"
         )
-    if not config.is_file():
-        raise DataError(f"{key}: {folder} has no config.json. Name a folder that save_pretrained wrote")
+    if not (folder / "config.json").is_file():
+        return " has no config.json. Name a folder that save_pretrained wrote"
     if not any(folder.glob("*.safetensors")):
         hint = ". Convert the pickled weights (*.bin) to safetensors" if any(folder.glob("*.bin")) else ""
-        raise DataError(f"{key}: {folder} has no weights (*.safetensors){hint}")
+        return f" has no weights (*.safetensors){hint}"
     index = folder / "model.safetensors.index.json"
     for name in ("generation_config.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             _read_json(folder / name)  # Transformers ignores an invalid generation configuration
     shards = _read_json(index).get("weight_map") if index.is_file() else {}
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-        raise DataError(f"{key}: {index}: found no weight_map from weights to files. Copy the complete model")
-    missing = sorted({shard for shard in shards.values() if not (folder / shard).is_file()})
-    if missing:
-        raise DataError(f"{key}: {folder} lacks {', '.join(missing)} of its index. Copy the complete model")
-    if not model.trust_remote_code and "auto_map" in _read_json(config):
-        raise DataError(
-            f"{key}: {folder} requires its own code (auto_map). Set model.trust_remote_code=true if you trust it"
-        )
-    return folder
+        return f"/{index.name}: found no weight_map from weights to files. Copy the complete model"
+    if missing := sorted({shard for shard in shards.values() if not (folder / shard).is_file()}):
+        return f" lacks {', '.join(missing)} of its index. Copy the complete model"
+    if not trust_remote_code and "auto_map" in _read_json(folder / "config.json"):
+        return " requires its own code (auto_map). Set model.trust_remote_code=true if you trust it"
+    return None
 
 
 def tokenizer_folder(model: Model) -> Path:
@@ -58,7 +61,7 @@ def tokenizer_folder(model: Model) -> Path:
     Raises:
         DataError: no such folder, or the Hub does not have it.
     """
-    return _local_folder(str(model.name_or_path)) or hub.download_tokenizer(model)
+    return _local_folder(str(model.name_or_path)) or hub.download_model(model, only_tokenizer=True)
 
 
 def _local_folder(name_or_path: str) -> Path | None:
@@ -67,11 +70,7 @@ def _local_folder(name_or_path: str) -> Path | None:
     if folder.is_dir():
         check_links(folder, "model.name_or_path")
         return folder
-    if (
-        name_or_path.startswith((".", "/", "~"))
-        or name_or_path.count("/") > 1
-        or any(c.isspace() for c in name_or_path)
-    ):
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name_or_path):
         raise DataError(
             f"model.name_or_path: no folder {name_or_path!r}. Name a folder with config.json and weights, or a Hub name"
             f"{mount_hint()}"
@@ -103,30 +102,13 @@ def check_architecture(stated: dict[str, Any], folder: Path, trust_remote_code: 
     """Check that the recipe's architecture, which memory and time are computed from, is the model's.
 
     Raises:
-        DataError: the model's config differs, or the model has another number of parameters.
+        DataError: the model's config differs.
     """
-    from transformers import AutoConfig
-
-    if not stated:
-        return
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        model = model_layers.build_on_meta(config, trust_remote_code)
-    except Exception as error:  # of any kind: the file may hold anything
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DataError(
-            f"model.name_or_path: {folder / 'config.json'}: no model can be built ({reason}). Copy the complete model"
-        ) from error
+    config = model_layers.load_config(folder, trust_remote_code) if stated else None
     wrong = [key for key, value in stated.items() if getattr(config, key, None) != value]
     if wrong:
         values = (f"{key} {stated[key]!r}, expected {getattr(config, key, None)!r}" for key in wrong)
         raise DataError(f"model.architecture: found {'; '.join(values)} ({folder / 'config.json'}). Correct the recipe")
-    counted, planned = model.num_parameters(), parameter_count(stated)
-    if planned is not None and counted != planned:
-        raise DataError(
-            f"model.architecture: found {counted:,} parameters in the model, expected {planned:,}: it is not a dense "
-            f"Llama-like model. Remove model.architecture; the plan then has no forecast"
-        )
 
 
 def _read_json(file: Path) -> dict[str, Any]:

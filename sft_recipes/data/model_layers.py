@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,17 +87,6 @@ def masked_attention_reason(plan: Plan, config: Any, model: Any, implementation:
         "no flash kernel for fp32 on a GPU": plan.uses_gpu and plan.precision == "fp32",
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
-
-
-def describe_unpacked(leak: str, plan: Plan, train: Mapping[str, Any]) -> str:
-    """Describe why rows are not packed, and the cost; `train` has counts from data preparation."""
-    packed = max(-(-train["tokens"] // plan.max_length), 1)
-    return (
-        f"packing is off: {leak}. {train['examples']:,} rows per epoch "
-        f"instead of about {packed:,}, each padded to the longest of its micro-batch; an effective batch has "
-        f"{plan.effective_batch_size:,} examples instead of about "
-        f"{plan.effective_batch_size * train['examples'] / packed:,.0f}"
-    )
 
 
 def check_positions(plan: Plan, config: Any) -> list[str]:

@@ -7,9 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy
-
-from sft_recipes.data.tokenize import IGNORED
-from sft_recipes.data.tokenize_rows import TokenizedRows
+import pyarrow
 
 _MAX_TOKENS_PER_CHUNK = 2**28  # Arrow counts a list's elements in 32 bits
 
@@ -66,52 +64,42 @@ def rows_per_epoch(weights: Iterable[tuple[int, float]]) -> int:
     return sum(count * int(weight) + round(count * (weight % 1)) for count, weight in weights)
 
 
-def to_dataset(examples: TokenizedRows, max_length: int, packing: bool) -> Any:
+def to_dataset(examples: pyarrow.Table, max_length: int, packing: bool) -> Any:
     """Return a dataset with `input_ids`, `labels` and `source` (the location).
 
     Packed rows also have `seq_lengths` (tokens per example), and `source` is a list. No example is split: each must be
     at most `max_length` tokens long.
+
+    Args:
+        examples: a table of `tokenize_rows.SCHEMA`.
     """
     from datasets import Dataset, concatenate_datasets
+    from datasets.table import InMemoryTable
 
-    count = len(examples.lengths)
-    order, sizes = (
-        pack(examples.lengths, max_length) if packing else (numpy.arange(count), numpy.ones(count, numpy.int64))
-    )
-    ends = numpy.cumsum(examples.lengths[order])
+    lengths = examples["length"].to_numpy()
+    order, sizes = pack(lengths, max_length) if packing else (numpy.arange(len(lengths)), numpy.ones_like(lengths))
     row_ends = numpy.cumsum(sizes)
-    chunk_of_row = ends[row_ends - 1] // _MAX_TOKENS_PER_CHUNK if count else numpy.zeros(0, numpy.int64)
-    parts = []
-    for chunk in range(int(chunk_of_row[-1]) + 1 if count else 1):
-        rows = numpy.flatnonzero(chunk_of_row == chunk)
-        first = row_ends[rows[0]] - sizes[rows[0]] if len(rows) else 0
-        last = row_ends[rows[-1]] if len(rows) else 0
-        parts.append(Dataset(_table(examples, order[first:last], sizes[rows], packing)))
+    tokens = numpy.cumsum(lengths[order])[row_ends - 1]
+    cuts = numpy.flatnonzero(numpy.diff(tokens // _MAX_TOKENS_PER_CHUNK)) + 1
+    chunks = zip(numpy.split(order, row_ends[cuts - 1]), numpy.split(sizes, cuts), strict=True)
+    parts = [Dataset(InMemoryTable(_rows(examples.take(order), sizes, packing))) for order, sizes in chunks]
     return concatenate_datasets(parts)
 
 
-def _table(examples: TokenizedRows, order: numpy.ndarray, sizes: numpy.ndarray, packing: bool) -> Any:
-    import pyarrow
-    from datasets.table import InMemoryTable
+def _rows(examples: pyarrow.Table, sizes: numpy.ndarray, packing: bool) -> pyarrow.Table:
+    """Join examples in order to rows of these sizes, in examples."""
 
-    lengths = examples.lengths[order]
-    ends = numpy.cumsum(lengths)
-    starts = numpy.cumsum(examples.lengths) - examples.lengths
-    token = numpy.arange(int(ends[-1]) if len(ends) else 0) + numpy.repeat(starts[order] - (ends - lengths), lengths)
-    ids = examples.input_ids[token]
-    labels = numpy.where(examples.loss_mask[token], ids, numpy.int32(IGNORED))
-    row_of_example = numpy.concatenate([[0], numpy.cumsum(sizes)])
-    token_ends = numpy.concatenate([[0], ends])[row_of_example]
-    sources = pyarrow.array([examples.locations[number] for number in order], pyarrow.string())
-
-    def lists(values: Any, bounds: numpy.ndarray) -> Any:
+    def lists(values: pyarrow.Array, bounds: numpy.ndarray) -> pyarrow.Array:
         return pyarrow.ListArray.from_arrays(pyarrow.array(bounds, pyarrow.int32()), values)
 
+    lengths = examples["length"].to_numpy()
+    ends = numpy.concatenate([[0], numpy.cumsum(sizes)])
+    token_ends = numpy.concatenate([[0], numpy.cumsum(lengths)])[ends]
+    sources = examples["location"].combine_chunks()
     columns = {
-        "input_ids": lists(pyarrow.array(ids, pyarrow.int32()), token_ends),
-        "labels": lists(pyarrow.array(labels, pyarrow.int32()), token_ends),
-        "source": lists(sources, row_of_example) if packing else sources,
+        **{name: lists(examples[name].combine_chunks().flatten(), token_ends) for name in ("input_ids", "labels")},
+        "source": lists(sources, ends) if packing else sources,
     }
     if packing:
-        columns["seq_lengths"] = lists(pyarrow.array(lengths, pyarrow.int32()), row_of_example)
-    return InMemoryTable(pyarrow.table(columns))
+        columns["seq_lengths"] = lists(pyarrow.array(lengths, pyarrow.int32()), ends)
+    return pyarrow.table(columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -80,26 +81,29 @@ class Source:
         Raises:
             DataError: a file is not what its suffix says, with the line.
         """
-        if self.hub_name is not None and self.hub_folder is not None:
-            yield from _hub_rows(self.hub_name, self.hub_split, self.hub_folder)
+        if self.hub_folder is not None:
+            yield from _dataset_rows(self.hub_folder, self.hub_name or "", self.hub_split)
         for file in self.files:
-            yield from _saved_rows(file) if file.is_dir() else _READERS[file.suffix.lower()](file)
+            yield from _dataset_rows(file, "", "") if file.is_dir() else _READERS[file.suffix.lower()](file)
 
 
 def resolve_all(data: Data, key: str, toy_folder: Path) -> dict[str, Source]:
     """Return the sources of `data.train`, `data.validation` or `data.retention_eval`, each under its own short name.
 
+    Without a validation source, it is the validation or test split of the only training source, if that is a folder.
     No validation source is named `retention_eval`: that is the name of the retention eval set's loss.
 
     Raises:
         DataError: as `resolve`, or a source is named twice.
     """
-    resolved: dict[str, Source] = {}
     parts = {"data.train": data.training, "data.validation": data.held_out, "data.retention_eval": data.retention}
     named = parts[key]
     if key == "data.validation" and not named and len(data.training) == 1:
-        validation = _validation_split_of(data.training[0], key)
-        return {_short_name(data.training[0].path): validation} if validation else {}
+        only = data.training[0]
+        splits = _splits_of(_expand(only.path), key) if _expand(only.path).is_dir() else {}
+        split = next((name for name in ("validation", "test") if name in splits and "train" in splits), None)
+        return {_short_name(only.path): Source(splits[split], settings=replace(only, weight=1.0))} if split else {}
+    resolved: dict[str, Source] = {}
     for settings in named:
         count = sum(other.path == settings.path for other in named)
         if count > 1:
@@ -110,16 +114,6 @@ def resolve_all(data: Data, key: str, toy_folder: Path) -> dict[str, Source]:
         source = resolve(settings.path, key, toy_folder, data.revision_of(settings.path))
         resolved[f"{short}_{number + 1}" if number else short] = replace(source, settings=settings)
     return resolved
-
-
-def _validation_split_of(settings: DataSource, key: str) -> Source | None:
-    """Return the validation or test split of the folder that is the only training source; None if it has none."""
-    folder = _expand(settings.path)
-    if settings.path in TOY_NAMES or not folder.is_dir():
-        return None
-    splits = _splits_of(folder, key)
-    split = next((name for name in ("validation", "test") if name in splits and "train" in splits), None)
-    return Source(files=splits[split], settings=replace(settings, weight=1.0)) if split else None
 
 
 def _short_name(name: str) -> str:
@@ -158,22 +152,15 @@ def resolve(name: str, key: str, toy_folder: Path, revision: str | None = None) 
         is_folder, is_file = path.is_dir(), path.is_file()
     except OSError as error:  # the name is too long, or a parent folder may not be entered
         raise DataError(f"{key}: {shorten(name)}: not accessible ({error.strerror})") from error
-    if is_folder:
-        return Source(files=_files_of(path, key))
     folder, _, split = str(path).rpartition(":")
-    if folder and Path(folder).is_dir() and not is_file:
-        return Source(files=_files_of(Path(folder), key, split))
+    if is_folder or (folder and Path(folder).is_dir() and not is_file):
+        return Source(_files_of(path, key) if is_folder else _files_of(Path(folder), key, split))
+    if is_file and path.suffix.lower() not in SUFFIXES:
+        raise DataError(f"{key}: {name}: file type: found {path.suffix or 'none'}, expected {', '.join(SUFFIXES)}")
     if is_file:
-        if path.suffix.lower() not in SUFFIXES:
-            raise DataError(f"{key}: {name}: file type: found {path.suffix or 'none'}, expected {', '.join(SUFFIXES)}")
-        return Source(files=(path,))
-    dataset = hub_name(name)
-    if dataset:
-        return Source(
-            hub_name=dataset,
-            hub_split=name.partition(":")[2] or "train",
-            hub_folder=hub.download_dataset(dataset, revision, key),
-        )
+        return Source((path,))
+    if dataset := hub_name(name):
+        return Source((), dataset, name.partition(":")[2] or "train", hub.download_dataset(dataset, revision, key))
     raise DataError(
         f"{key}: no file or folder {name!r}. Name a file, a folder or a Hub dataset (owner/name or owner/name:split)"
         f"{mount_hint()}"
@@ -216,56 +203,41 @@ def _splits_of(folder: Path, key: str) -> dict[str, tuple[Path, ...]]:
             f"{key}: {folder} contains code ({code[0].name}), which is never run. Remove it, or name the data files"
         )
     splits = {}
-    try:
+    with contextlib.suppress(EmptyDatasetError, FileNotFoundError):  # reported below
         for split, patterns in get_data_patterns(str(folder)).items():
             names = DataFilesList.from_patterns(patterns, base_path=str(folder))
             relative = (os.path.relpath(name, folder.absolute()) for name in names)
-            files = tuple(folder / name for name in relative if Path(name).suffix.lower() in SUFFIXES)
-            if files:
+            if files := tuple(folder / name for name in relative if Path(name).suffix.lower() in SUFFIXES):
                 splits[str(split)] = files
-    except (EmptyDatasetError, FileNotFoundError):
-        pass  # reported below
     if not splits:
         raise DataError(f"{key}: folder {folder}: found no data file, expected {', '.join(SUFFIXES)}")
     return splits
 
 
 def _read_text(file: Path) -> str:
+    def line_at(position: int) -> int:
+        return content.count(b"\n", 0, position) + 1
+
     try:
         content = file.read_bytes()
     except OSError as error:
         raise DataError(f"{file}: not readable ({error.strerror})") from error
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{file}:1: encoding: found UTF-16, expected UTF-8. Save the file as UTF-8 without BOM")
     if b"\x00" in content:
-        raise DataError(
-            f"{file}:{_line_at(content, content.index(0))}: found a NUL byte, expected text. The file is truncated or "
-            f"binary: replace it"
-        )
+        line = line_at(content.index(0))
+        raise DataError(f"{file}:{line}: found a NUL byte, expected UTF-8 text. Save it as UTF-8, or replace it")
     try:
         return content.decode("utf-8-sig")  # a byte-order mark is not part of the text
     except UnicodeDecodeError as error:
-        line, byte = _line_at(content, error.start), content[error.start]
         raise DataError(
-            f"{file}:{line}: encoding: found byte {byte:#04x}, expected UTF-8. Save the file as UTF-8"
+            f"{file}:{line_at(error.start)}: encoding: found byte {content[error.start]:#04x}, expected UTF-8. Save "
+            f"the file as UTF-8"
         ) from error
-
-
-def _line_at(content: bytes, position: int) -> int:
-    return content.count(b"\n", 0, position) + 1
 
 
 def type_name(value: Any) -> str:
     """Return JSON's name of a value's type, with its article."""
-    names = {
-        "NoneType": "null",
-        "list": "a list",
-        "dict": "an object",
-        "str": "a string",
-        "int": "a number",
-        "float": "a number",
-        "bool": "a boolean",
-    }
+    names = {"NoneType": "null", "list": "a list", "dict": "an object", "str": "a string", "bool": "a boolean"}
+    names |= dict.fromkeys(("int", "float"), "a number")
     return names.get(type(value).__name__, type(value).__name__)
 
 
@@ -278,15 +250,12 @@ def shorten(value: Any, length: int = 60) -> str:
     return text if len(text) <= length + 2 else f"{text[:length]}…"
 
 
-class _DuplicateKeyError(ValueError):
-    pass
-
-
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
-        raise _DuplicateKeyError(next(name for name in names if names.count(name) > 1))
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"key {shorten(twice)}: found twice in one object, expected once. Remove one of them")
     return values
 
 
@@ -298,10 +267,8 @@ def parse_json(text: str, location: str) -> Any:
     """
     try:
         return json.loads(text, object_pairs_hook=_unique_keys)
-    except _DuplicateKeyError as error:
-        raise DataError(
-            f"{location}: key {shorten(str(error))}: found twice in one object, expected once. Remove one of them"
-        ) from error
+    except DataError as error:
+        raise DataError(f"{location}: {error}") from error
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits is a plain ValueError
         raise DataError(f"{location}: not valid JSON: {error}") from error
 
@@ -412,41 +379,28 @@ def _from_arrow(value: Any, kind: Any) -> Any:
     return value
 
 
-def _saved_rows(folder: Path) -> Iterator[RawRow]:
-    """Read a folder that `Dataset.save_to_disk` wrote."""
-    from datasets import load_from_disk
+def _dataset_rows(folder: Path, hub_name: str, split: str) -> Iterator[RawRow]:
+    """Read a folder that `Dataset.save_to_disk` wrote, or a split of a Hub dataset in the Hub's cache."""
+    from datasets import load_dataset, load_dataset_builder, load_from_disk
 
+    name = f"{hub_name}:{split}" if hub_name else str(folder)
     try:
-        dataset = load_from_disk(str(folder))
-        yield from _arrow_rows(dataset.with_format("arrow").iter(1000), str(folder))
-    except UserError:
-        raise
-    except Exception as error:  # of pyarrow, of datasets, of its JSON files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{folder}: not readable as a saved dataset ({reason}). Save it again") from error
-
-
-def _hub_rows(name: str, split: str, folder: Path) -> Iterator[RawRow]:
-    from datasets import load_dataset, load_dataset_builder
-
-    try:
-        data_files = load_dataset_builder(str(folder)).config.data_files or {}
-        dataset_folder = folder.resolve()
-        for file in (file for files in data_files.values() for file in files):
-            if not Path(os.path.normpath(file)).is_relative_to(dataset_folder):
-                raise DataError(
-                    f"data: {name}: its dataset card names {file}, which is not a file of this dataset. Set another "
-                    f"data.revision, or download the files and name their folder"
-                )
-        batches = load_dataset(str(folder), split=split).with_format("arrow").iter(1000)
-        yield from _arrow_rows(batches, f"{name}:{split}")
+        if hub_name:
+            data_files = load_dataset_builder(str(folder)).config.data_files or {}
+            for file in itertools.chain.from_iterable(data_files.values()):
+                if not Path(os.path.normpath(file)).is_relative_to(folder.resolve()):
+                    raise DataError(
+                        f"data: {hub_name}: its dataset card names {file}, which is not a file of this dataset. Set "
+                        f"another data.revision, or download the files and name their folder"
+                    )
+        dataset = load_dataset(str(folder), split=split) if hub_name else load_from_disk(str(folder))
+        yield from _arrow_rows(dataset.with_format("arrow").iter(1000), name)
     except UserError:
         raise
     except Exception as error:  # a dozen types from three libraries: no such split, files that are not data
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            f"data: {name}:{split}: not readable ({reason}). Name an existing split, as owner/name:split"
-        ) from error
+        fix = "Name an existing split, as owner/name:split" if hub_name else "Save it again"
+        raise DataError(f"data: {name}: not readable as a dataset ({reason}). {fix}") from error
 
 
 _READERS = {".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}

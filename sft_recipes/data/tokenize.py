@@ -11,18 +11,12 @@ import datetime
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from sft_recipes.data.assistant_spans import RenderedTemplate, RenderedTemplateCache
-from sft_recipes.data.chat_template import (
-    AmbiguousTemplateError,
-    ChatTemplate,
-    TemplateMismatchError,
-    Tools,
-    training_templates,
-)
+from sft_recipes.data.assistant_spans import Layout, RenderedRow, SpanFinder
+from sft_recipes.data.chat_template import AmbiguousTemplateError, ChatTemplate, Tools, training_templates
 from sft_recipes.data.formats import Conversation, Message
 from sft_recipes.data.tokenizer import special_tokens
 from sft_recipes.runtime.errors import DataError
@@ -31,6 +25,7 @@ IGNORED = -100  # the label of a token outside the loss (torch.nn.CrossEntropyLo
 
 _REASONING = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)  # at the beginning of an answer
 _MAX_TEMPLATES = 256  # rows may have template variables of their own
+_PLACEHOLDER = 0xEF00  # the first of some private-use characters
 _FIX = "Set model.chat_template=<a .jinja file>"
 
 
@@ -46,7 +41,6 @@ class Example:
         span_source: how the assistant spans were found.
         special_tokens_as_text: a message contains a special token's characters.
         dropped_reasoning: the template drops the reasoning of earlier turns.
-        shares_prompt_token: the first token of an answer begins in the prompt.
         generated_call_ids: its tool calls got ids that the row does not have.
     """
 
@@ -58,7 +52,6 @@ class Example:
     span_source: str = ""
     special_tokens_as_text: bool = False
     dropped_reasoning: bool = False
-    shares_prompt_token: bool = False
     generated_call_ids: bool = False
 
     @property
@@ -83,39 +76,21 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
-class _RenderedConversation:
+class _Row:
     """A rendered conversation.
 
     Attributes:
-        spans: the assistant's [start, end) characters.
-        escapes: where special tokens begin that are only text.
-        special_token_count: the number of special tokens that its ids may contain.
+        text: with a placeholder in place of the first character of each special token that is only text, so that no
+            tokenizer finds it. Tokenizing in pieces would work for byte-level tokenizers only.
+        is_escaped: there are placeholders.
+        found: the assistant's spans; None for a prompt.
         generated_call_ids: as in `Example`.
     """
 
     text: str
-    spans: list[tuple[int, int]]
-    escapes: tuple[int, ...] = ()
-    rendered: RenderedTemplate | None = None
-    special_token_count: int = 0
-    note: str = ""
-    generated_call_ids: bool = False
-
-    def escaped_text(self) -> str:
-        """Return the text with a placeholder at each escape, so that no tokenizer finds a special token there.
-
-        Tokenizing in pieces would work for byte-level tokenizers; others put a space before each piece.
-        """
-        if not self.escapes:
-            return self.text
-        characters, placeholder = list(self.text), self.placeholder()
-        for position in self.escapes:
-            characters[position] = placeholder
-        return "".join(characters)
-
-    def placeholder(self) -> str:
-        """Return a private-use character that is not in the text."""
-        return next(character for character in map(chr, range(0xE000, 0xF8FF)) if character not in self.text)
+    is_escaped: bool
+    found: RenderedRow | None
+    generated_call_ids: bool
 
 
 class ConversationTokenizer:
@@ -129,75 +104,50 @@ class ConversationTokenizer:
         self._encoder.no_truncation()
         self._encoder.no_padding()
         registered, special = special_tokens(tokenizer)
+        self._stop_tokens = _matching(registered)
         self._special_ids = frozenset(tokenizer.convert_tokens_to_ids(sorted(special)))
-        longest_first = sorted(special, key=len, reverse=True)
-        self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self._registered = registered
+        self._special_pattern = _matching(special)
+        characters = sorted({token[0] for token in special})
+        self._placeholders = {character: chr(_PLACEHOLDER + index) for index, character in enumerate(characters)}
+        self._originals = {ord(placeholder): character for character, placeholder in self._placeholders.items()}
         self._adds_bos = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
-        self._by_source: dict[tuple[str, str], RenderedTemplateCache] = {}
-        self._literal_counts: dict[int, tuple[RenderedTemplate, int, str]] = {}
+        self._finders: dict[tuple[str, str], SpanFinder] = {}
+        self._literal_counts: dict[Layout, tuple[int, str]] = {}
 
-    def tokenize(self, conversations: Sequence[Conversation]) -> list[Example]:
+    def tokenize(self, conversations: Sequence[Conversation]) -> list[Example | DataError]:
         """Tokenize conversations and locate the assistant's tokens in them, end of turn included.
 
         Special tokens are not added: the template wrote the ones it needs, so there is one BOS, never two.
 
-        Raises:
-            DataError: the template rejects a conversation, its assistant turns cannot be located with certainty, or a
-                turn does not end with a special token.
+        Returns:
+            For each an example, or an error: the template rejects it, its assistant turns cannot be located with
+            certainty, or a turn does not end with a special token.
         """
-        examples = self.tokenize_or_reject(conversations)
-        return [_raise_rejection(example) for example in examples]
-
-    def tokenize_or_reject(self, conversations: Sequence[Conversation]) -> list[Example | DataError]:
-        """Tokenize conversations as `tokenize`; a rejected one is its error."""
-        rendered = [_try(self._render, conversation) for conversation in conversations]
-        accepted = [conversation for conversation in rendered if not isinstance(conversation, DataError)]
-        encoded = iter(self._encode([conversation.escaped_text() for conversation in accepted]))
+        rows = [_try(self._render, conversation) for conversation in conversations]
+        encodings = iter(self._encode([row.text for row in rows if isinstance(row, _Row)]))
         return [
-            row if isinstance(row, DataError) else _try(self._make_example, conversation.location, row, next(encoded))
-            for conversation, row in zip(conversations, rendered, strict=True)
+            _try(self._make_example, conversation.location, row, next(encodings)) if isinstance(row, _Row) else row
+            for conversation, row in zip(conversations, rows, strict=True)
         ]
 
-    def tokenize_prompt(
-        self,
-        messages: Sequence[Message],
-        tools: Tools = None,
-        location: str = "the prompt",
-        template_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[int]:
+    def tokenize_prompt(self, conversation: Conversation) -> list[int]:
         """Return the token ids of a conversation with the generation prompt.
 
         Raises:
             DataError: the template rejects the conversation.
         """
-        templates = self._templates(tools, template_kwargs or {})
-        prepared = [self._split_reasoning(message, templates) for message in messages]
-        try:
-            prepared, text, _ = _with_ids_if_needed(
-                prepared, templates, lambda given: templates.template.render(given, tools, add_generation_prompt=True)
-            )
-        except AmbiguousTemplateError as error:
-            raise DataError(f"{location}: chat template: {error}. {_FIX}") from error
-        escapes, position = [], 0
-        for message in prepared:
-            content = message["content"].strip()
-            start = text.find(content, position) if content else -1
-            if start >= 0:
-                escapes += [start + match.start() for match in self._special_pattern.finditer(content)]
-                position = start + len(content)
-        rendered = _RenderedConversation(text, [], tuple(escapes))
-        return self._unescape(rendered, self._encode([rendered.escaped_text()])[0])[0]
+        row = self._render(conversation, is_prompt=True)
+        return self._unescape(row, self._encode([row.text])[0])[0]
 
-    def _templates(self, tools: Tools, template_kwargs: Mapping[str, Any]) -> RenderedTemplateCache:
+    def _finder(self, tools: Tools, template_kwargs: Mapping[str, Any]) -> SpanFinder:
         try:
             source = self.tokenizer.get_chat_template(None, tools)
         except ValueError as error:
             raise DataError(f"model.name_or_path: {error}") from error
         key = source, json.dumps(template_kwargs, sort_keys=True) if template_kwargs else ""
-        if key not in self._by_source:
-            if len(self._by_source) >= _MAX_TEMPLATES:
-                self._by_source.clear()
+        if key not in self._finders:
+            if len(self._finders) >= _MAX_TEMPLATES:
+                self._finders.clear()
             variables = {**self.tokenizer.special_tokens_map, **template_kwargs}
             shipped = training_templates().get(source)
             try:
@@ -205,159 +155,134 @@ class ConversationTokenizer:
                 training = ChatTemplate(shipped, variables, self._date) if shipped else None
             except Exception as error:  # a Jinja syntax error, or any other error of its compiler
                 raise DataError(f"chat template: not valid Jinja: {error}. {_FIX}") from error
-            self._by_source[key] = RenderedTemplateCache(template, training, self._registered, self._special_pattern)
-        return self._by_source[key]
+            self._finders[key] = SpanFinder(
+                template, training, self._stop_tokens, self._special_pattern, self._originals
+            )
+        return self._finders[key]
 
-    @staticmethod
-    def _split_reasoning(message: Message, templates: RenderedTemplateCache) -> Message:
-        """Move reasoning to its own field if the template reads one, under both names that templates read."""
-        content = message["content"]
-        if templates.template.reads_reasoning and message["role"] == "assistant" and "reasoning_content" not in message:
-            match = _REASONING.match(content)
-            if match:
-                message = {**message, "content": content[match.end() :].lstrip("\n")}
-                if match[1].strip():  # an empty block means no reasoning
-                    message["reasoning_content"] = match[1].strip("\n")
-        if "reasoning_content" in message:
-            return {**message, "thinking": message["reasoning_content"]}  # as apply_chat_template does
-        return message
-
-    def _render(self, conversation: Conversation) -> _RenderedConversation:
-        templates = self._templates(conversation.tools, conversation.template_kwargs)
-        messages = [self._split_reasoning(message, templates) for message in conversation.messages]
+    def _render(self, conversation: Conversation, is_prompt: bool = False) -> _Row:
+        finder = self._finder(conversation.tools, conversation.template_kwargs)
+        messages = [_split_reasoning(message, finder.template) for message in conversation.messages]
+        failure: Exception | None = None
         try:
             self._check_calls(messages, conversation.tools)
-            messages, filled, generated_ids = _with_ids_if_needed(
-                messages, templates, lambda given: self._fill(templates, given, conversation)
-            )
-            rendered, text, spans, slots = filled
+            for given, generated_ids in _with_possible_ids(messages, finder.template):
+                escaped = [self._escape(message) for message in given]
+                try:
+                    if is_prompt:
+                        text = finder.template.render(escaped, conversation.tools, add_generation_prompt=True)
+                        return _Row(text, escaped != given, None, generated_ids)
+                    found = finder.find(replace(conversation, messages=given), escaped)
+                    self._count_in_literals(found.layout)
+                    return _Row(found.text, escaped != given, found, generated_ids)
+                except AmbiguousTemplateError as error:
+                    failure = error
+            raise failure or AmbiguousTemplateError("")
         except AmbiguousTemplateError as error:
-            hint = " (does it read </think> in a text as the end of reasoning?)" if "</think>" in str(messages) else ""
-            raise DataError(f"{conversation.location}: chat template: {error}{hint}. {_FIX}") from error
-        literal_count, note = self._count_in_literals(rendered, messages, conversation)
-        escapes, reasoning_count = [], 0
-        for (start, end), slot in zip(slots, rendered.slots, strict=True):
-            if self._special_pattern.search(slot.text(messages)):
-                content = text[start:end]
-                reasoning = _REASONING.match(content) if messages[slot.message]["role"] == "assistant" else None
-                tags = {reasoning.start(1) - len("<think>"), reasoning.end(1)} if reasoning else set()
-                positions = [match.start() for match in self._special_pattern.finditer(content)]
-                escapes += [start + position for position in positions if position not in tags]
-                reasoning_count += sum(position in tags for position in positions)
-        special_tokens = literal_count + reasoning_count
-        return _RenderedConversation(text, spans, tuple(escapes), rendered, special_tokens, note, generated_ids)
-
-    def _fill(
-        self, templates: RenderedTemplateCache, messages: Sequence[Message], conversation: Conversation
-    ) -> tuple[RenderedTemplate, str, list[tuple[int, int]], list[tuple[int, int]]]:
-        """Return a rendered template that, once filled, equals the template's output: the shape's, or the row's own."""
-        mismatch = None
-        for make in (templates.for_shape, templates.for_conversation, templates.for_training_template):
-            try:
-                rendered = make(messages, conversation.tools, conversation.untrained)
-                text, spans, slots = rendered.fill(messages)
-                if text == rendered.template.render(messages, conversation.tools):
-                    return rendered, text, spans, slots
-            except TemplateMismatchError as error:
-                mismatch = mismatch or error
-        raise mismatch or AmbiguousTemplateError(
-            "the template renders this conversation differently from others of its shape"
-        )
+            raise DataError(f"{conversation.location}: chat template: {error}. {_FIX}") from error
 
     def _check_calls(self, messages: Sequence[Message], tools: Tools) -> None:
         """Check that calls and tools contain no special tokens; the template writes them unescaped."""
-        other_fields = [[message.get(key) for key in ("tool_calls", "name", "tool_call_id")] for message in messages]
-        for number, value in enumerate([tools, *other_fields]):
-            match = self._special_pattern.search(str(value)) if value else None
-            if match:
-                is_call = number and messages[number - 1].get("tool_calls")
-                field = f"turn {number}: tool {'call' if is_call else 'name'}" if number else "tools"
-                raise AmbiguousTemplateError(f"{field}: found the special token {match.group()!r}, expected plain text")
+        fields = [("tools", tools)]
+        for number, message in enumerate(messages, start=1):
+            kind = "call" if message.get("tool_calls") else "name"
+            values = [message.get(key) for key in ("tool_calls", "name", "tool_call_id")]
+            fields.append((f"turn {number}: tool {kind}", values if any(values) else None))
+        for name, value in fields:
+            if value and (match := self._special_pattern.search(str(value))):
+                raise AmbiguousTemplateError(f"{name}: found the special token {match.group()!r}, expected plain text")
 
-    def _count_in_literals(
-        self, rendered: RenderedTemplate, messages: Sequence[Message], conversation: Conversation
-    ) -> tuple[int, str]:
-        """Return how many special tokens the template itself writes, and a note on its BOS."""
-        cached = self._literal_counts.get(id(rendered))
-        if cached and cached[0] is rendered:
-            return cached[1:]
-        with_slot = {slot.message for slot in rendered.slots}
-        for number, message in enumerate(messages):
-            match = None if number in with_slot else self._special_pattern.search(message["content"])
-            if match:
-                raise DataError(
-                    f"{conversation.location}: turn {number + 1}: found the special token {match.group()!r} in a row "
-                    f"that the chat template renders differently from others of its shape. Remove it from the text"
-                )
-        ids = self._ids("x".join(rendered.literals))
-        bos, bos_id = self.tokenizer.bos_token, self.tokenizer.bos_token_id
-        if bos is not None and ids[:2] == [bos_id, bos_id]:
-            raise DataError(f"{conversation.location}: chat template: found {bos} twice, expected it once. {_FIX}")
-        note = f"the template writes no {bos}, which the tokenizer adds to other texts"
-        count = sum(id in self._special_ids for id in ids), note if self._adds_bos and bos_id not in ids else ""
-        if len(self._literal_counts) > 4096:
-            self._literal_counts.clear()
-        self._literal_counts[id(rendered)] = (rendered, *count)
-        return count
+    def _escape(self, message: Message) -> Message:
+        """Return a message with a placeholder at each special token in its texts, except in the tags of reasoning."""
+        escaped = dict(message)
+        for field in ("content", "reasoning_content", "thinking"):
+            if text := message.get(field):
+                tags = _REASONING.match(text) if field == "content" and message["role"] == "assistant" else None
+                kept = (tags.start(1) - len("<think>"), tags.end(1)) if tags else ()
 
-    def _make_example(self, location: str, conversation: _RenderedConversation, encoding: Any) -> Example:
-        rendered = conversation.rendered
-        assert rendered is not None
-        ids, index = self._unescape(conversation, encoding) if conversation.escapes else (encoding.ids, None)
-        tokens = [_token_span(encoding, start, end) for start, end in conversation.spans]
-        shares_prompt_token = any(
-            encoding.token_to_chars(first)[0] < start
-            for (first, last), (start, _) in zip(tokens, conversation.spans, strict=True)
-            if last > first
-        )
-        special_token_count = sum(map(self._special_ids.__contains__, ids))
-        if special_token_count != conversation.special_token_count or not self._decodes(conversation, encoding, ids):
+                def escape(match: re.Match[str], kept: tuple[int, ...] = kept) -> str:
+                    token = match.group()
+                    return token if match.start() in kept else self._placeholders[token[0]] + token[1:]
+
+                escaped[field] = self._special_pattern.sub(escape, text)
+        return escaped
+
+    def _count_in_literals(self, layout: Layout) -> tuple[int, str]:
+        """Return how many special tokens the template itself writes, and a note on its BOS.
+
+        Raises:
+            AmbiguousTemplateError: it writes BOS twice.
+        """
+        if layout not in self._literal_counts:
+            if len(self._literal_counts) > 4096:
+                self._literal_counts.clear()
+            ids = self._encode(["x".join(layout.literals)])[0].ids
+            bos, bos_id = self.tokenizer.bos_token, self.tokenizer.bos_token_id
+            if bos is not None and ids[:2] == [bos_id, bos_id]:
+                raise AmbiguousTemplateError(f"found {bos} twice, expected it once")
+            note = f"the template writes no {bos}, which the tokenizer adds to other texts"
+            count = sum(id in self._special_ids for id in ids)
+            self._literal_counts[layout] = count, note if self._adds_bos and bos_id not in ids else ""
+        return self._literal_counts[layout]
+
+    def _make_example(self, location: str, row: _Row, encoding: Any) -> Example:
+        assert row.found is not None
+        layout = row.found.layout
+        ids, index = self._unescape(row, encoding)
+        tokens = [_token_span(encoding, start, end) for start, end in row.found.spans]
+        count, note = self._count_in_literals(layout)
+        if row.is_escaped or "<think>" in row.text:
+            count += sum(len(self._special_pattern.findall(text)) for text in row.found.texts)  # the tags of reasoning
+        if sum(map(self._special_ids.__contains__, ids)) != count or not self._decodes(row, encoding.ids, ids):
             raise DataError(
                 f"{location}: found a special token in a text that this tokenizer cannot encode as ordinary tokens. "
                 f"Remove it from the row"
             )
         return Example(
             ids,
-            tuple((index[first], index[last]) for first, last in tokens) if index else tuple(tokens),
+            tuple((index[first], index[last]) for first, last in tokens),
             location,
-            frozenset(self.tokenizer.convert_tokens_to_ids(list(rendered.stop_tokens))),
-            "; ".join(filter(None, (rendered.note, conversation.note))),
-            rendered.span_source,
-            bool(conversation.escapes),
-            rendered.dropped_reasoning > 0,
-            shares_prompt_token,
-            conversation.generated_call_ids,
+            frozenset(self.tokenizer.convert_tokens_to_ids(list(layout.stop_tokens))),
+            "; ".join(filter(None, (layout.note, note))),
+            layout.span_source,
+            row.is_escaped,
+            layout.dropped_reasoning,
+            row.generated_call_ids,
         )
 
-    def _decodes(self, conversation: _RenderedConversation, encoding: Any, ids: list[int]) -> bool:
+    def _decodes(self, row: _Row, escaped_ids: list[int], ids: list[int]) -> bool:
         """Return whether the ids decode to the escaped text with each placeholder replaced by its character."""
-        if not conversation.escapes:
+        if not row.is_escaped:
             return True
-        pieces = self.tokenizer.decode(encoding.ids).split(conversation.placeholder())
-        characters = [conversation.text[position] for position in sorted(conversation.escapes)]
-        if len(pieces) != len(characters) + 1:
-            return False  # the tokenizer cannot encode the placeholder
-        expected = pieces[0] + "".join(map("".join, zip(characters, pieces[1:], strict=True)))
-        return bool(self.tokenizer.decode(ids) == expected)
+        decoded = self.tokenizer.decode(escaped_ids)
+        counts = [sum(text.count(chr(code)) for code in self._originals) for text in (decoded, row.text)]
+        return counts[0] == counts[1] and self.tokenizer.decode(ids) == decoded.translate(self._originals)
 
-    def _unescape(self, conversation: _RenderedConversation, encoding: Any) -> tuple[list[int], list[int]]:
+    def _unescape(self, row: _Row, encoding: Any) -> tuple[list[int], Sequence[int]]:
         """Return the ids with each placeholder replaced by its character, and the new index of each id."""
-        escapes, ids, index, last = set(conversation.escapes), [], [], -1
+        if not row.is_escaped:
+            return encoding.ids, range(len(encoding.ids) + 1)
+        ids: list[int] = []
+        index: list[int] = []
+        last = -1
         for token, id in enumerate(encoding.ids):
             start, end = encoding.token_to_chars(token) or (-1, -1)
             index.append(len(ids))
-            if start not in escapes or end != start + 1:
+            original = self._originals.get(ord(row.text[start])) if end == start + 1 else None
+            if original is None:
                 ids.append(id)
             elif start != last:  # a placeholder may be several bytes
-                ids.append(self._encoder.token_to_id(conversation.text[start]) or id)
+                ids.append(self._encoder.token_to_id(original) or id)
                 last = start
         return ids, [*index, len(ids)]
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self._encode([text])[0].ids)
-
     def _encode(self, texts: list[str]) -> list[Any]:
         return list(self._encoder.encode_batch(texts, add_special_tokens=False))
+
+
+def _matching(tokens: set[str]) -> re.Pattern[str]:
+    """Return a pattern that matches any of the tokens, the longest first."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
 def _try(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -368,45 +293,36 @@ def _try(function: Callable[..., Any], *arguments: Any) -> Any:
         return error
 
 
-def _raise_rejection(example: Example | DataError) -> Example:
-    if isinstance(example, DataError):
-        raise example
-    return example
+def _split_reasoning(message: Message, template: ChatTemplate) -> Message:
+    """Move reasoning to its own field if the template reads one, under both names that templates read."""
+    is_split = message["role"] != "assistant" or "reasoning_content" in message
+    if template.reads_reasoning and not is_split and (match := _REASONING.match(message["content"])):
+        message = {**message, "content": message["content"][match.end() :].lstrip("\n")}
+        if match[1].strip():  # an empty block means no reasoning
+            message["reasoning_content"] = match[1].strip("\n")
+    if "reasoning_content" in message:
+        return {**message, "thinking": message["reasoning_content"]}  # as apply_chat_template does
+    return message
 
 
-def _with_ids_if_needed(
-    messages: list[Message], templates: RenderedTemplateCache, render: Callable[[list[Message]], Any]
-) -> tuple[list[Message], Any, bool]:
-    """Return the messages, what `render` returns for them, and whether their tool calls got generated ids.
+def _with_possible_ids(messages: list[Message], template: ChatTemplate) -> Iterator[tuple[list[Message], bool]]:
+    """Yield the messages as they are, and with generated ids of their calls; the flag says which.
 
-    They do if the template reads ids and the row has none, or if it rejects those of the row.
+    They need generated ones if the template reads ids and the row has none, or if it rejects those of the row.
     """
-    generated = templates.template.reads_call_ids and _lacks_call_ids(messages)
-    messages = _with_call_ids(messages, keep=True) if generated else messages
-    try:
-        return messages, render(messages), generated
-    except AmbiguousTemplateError:
-        if not templates.template.reads_call_ids or not any(message.get("tool_calls") for message in messages):
-            raise
-    messages = _with_call_ids(messages, keep=False)
-    return messages, render(messages), True
+    calls = [call for message in messages for call in message.get("tool_calls", ())]
+    answers = [message for message in messages if message["role"] == "tool"]
+    lacking = any("id" not in call for call in calls) or any("tool_call_id" not in answer for answer in answers)
+    if not (template.reads_call_ids and lacking):
+        yield messages, False
+    if template.reads_call_ids and calls:
+        yield _with_call_ids(messages), True
 
 
-def _lacks_call_ids(messages: Sequence[Message]) -> bool:
-    """Return whether a tool call has no id, or a tool's answer no id of its call."""
-    calls = (call for message in messages for call in message.get("tool_calls", ()))
-    answers = (message for message in messages if message["role"] == "tool")
-    return any("id" not in call for call in calls) or any("tool_call_id" not in answer for answer in answers)
-
-
-def _with_call_ids(messages: Sequence[Message], keep: bool) -> list[Message]:
-    """Return the messages with an id in each tool call and its answer: nine letters and digits, as Mistral's templates
-    require.
+def _with_call_ids(messages: Sequence[Message]) -> list[Message]:
+    """Return the messages with new ids for calls and answers: nine letters and digits, as Mistral's templates require.
 
     An answer without an id belongs to the next unanswered call of its name, or of any name.
-
-    Args:
-        keep: keep the ids that the row has.
     """
     result, open_calls = [], []
     for number, message in enumerate(messages):
@@ -414,7 +330,7 @@ def _with_call_ids(messages: Sequence[Message], keep: bool) -> list[Message]:
             calls = []
             for index, call in enumerate(message["tool_calls"]):
                 text = json.dumps([number, index, call["function"]], sort_keys=True)
-                new = call["id"] if keep and "id" in call else hashlib.sha256(text.encode()).hexdigest()[:9]
+                new = hashlib.sha256(text.encode()).hexdigest()[:9]
                 open_calls.append((call.get("id"), call["function"]["name"], new))
                 calls.append({**call, "id": new})
             message = {**message, "tool_calls": calls}
@@ -433,12 +349,10 @@ def _token_span(encoding: Any, start: int, end: int) -> tuple[int, int]:
 
     A token that the first character shares with the text before it is included; one that extends beyond the end is not.
     """
-    first, at = None, start
-    while at < end and (first := encoding.char_to_token(at)) is None:
-        at += 1
-    last, at = None, end
-    while at > start and (last := encoding.char_to_token(at - 1)) is None:
-        at -= 1
+    found = (encoding.char_to_token(at) for at in range(start, end))
+    first = next((token for token in found if token is not None), None)
+    found = (encoding.char_to_token(at) for at in reversed(range(start, end)))
+    last = next((token for token in found if token is not None), None)
     if first is None or last is None:
         return 0, 0
     characters = encoding.token_to_chars(last)

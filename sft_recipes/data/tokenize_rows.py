@@ -1,7 +1,7 @@
-"""Tokenizes a source's rows on all CPU cores and stores them as flat arrays.
+"""Tokenizes a source's rows on all CPU cores into an Arrow table, one row each.
 
-Each row is parsed (formats), tokenized (tokenize) and truncated; what happens to it is counted. Arrays instead of lists
-of lists: a hundred thousand rows take one gigabyte as Python integers, and a few seconds to copy.
+Each row is parsed (formats), tokenized (tokenize) and truncated. A rejected row is in the table with its error only, so
+that all that happened to the rows of a source can be counted from it.
 """
 
 from __future__ import annotations
@@ -9,23 +9,27 @@ from __future__ import annotations
 import collections
 import hashlib
 import itertools
+import json
 import logging
 import math
 import multiprocessing
 import os
+import re
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy
+import pyarrow
+import pyarrow.compute
 
 from sft_recipes.config.schema import DataSource
-from sft_recipes.data.columns import ColumnError, ReadingReport
+from sft_recipes.data.columns import ColumnError, select_columns
 from sft_recipes.data.formats import Conversation, conversation_of, text_of
 from sft_recipes.data.sources import RawRow, Source
-from sft_recipes.data.tokenize import ConversationTokenizer, Example
+from sft_recipes.data.tokenize import IGNORED, ConversationTokenizer, Example
 from sft_recipes.runtime.errors import DataError
 from sft_recipes.runtime.heartbeat import die_with_parent
 
@@ -33,62 +37,23 @@ log = logging.getLogger(__name__)
 
 _ROWS_PER_CHUNK = 1000
 _PROGRESS_INTERVAL = 5  # seconds
+_EXAMPLE_FLAGS = ("special_tokens_as_text", "dropped_reasoning")
 
-_EXAMPLE_FLAGS = ("special_tokens_as_text", "dropped_reasoning", "shares_prompt_token")
-_PER_EXAMPLE = (
-    *("lengths", "full_lengths", "supervised_tokens", "full_supervised_tokens", "lost_answers"),
-    *("row_digests", "prompt_digests", *_EXAMPLE_FLAGS),
+# Lengths are tokens after truncation to `max_length`; `full_…` before it. `supervised_tokens` are those in the loss.
+# `lost_answers`: truncation removed an answer, and with it its question. `note`: how the text differs from the text at
+# inference. The digests are hashes of the row's text and of its first user turn. Flags are as in `Example`.
+SCHEMA = pyarrow.schema(
+    {
+        **dict.fromkeys(("location", "error", "note", "span_source"), pyarrow.string()),
+        **dict.fromkeys(("columns", "ignored_keys"), pyarrow.string()),  # lists as JSON: a name may be no UTF-8
+        "conventions": pyarrow.list_(pyarrow.string()),
+        **dict.fromkeys(("input_ids", "labels", "stop_ids"), pyarrow.large_list(pyarrow.int32())),
+        **dict.fromkeys(("length", "full_length"), pyarrow.int64()),
+        **dict.fromkeys(("supervised_tokens", "full_supervised_tokens"), pyarrow.int64()),
+        **dict.fromkeys(("row_digest", "prompt_digest"), pyarrow.uint64()),
+        **dict.fromkeys(("lost_answers", *_EXAMPLE_FLAGS), pyarrow.bool_()),
+    }
 )
-
-
-@dataclass(frozen=True)
-class TokenizedRows:
-    """Examples as flat arrays: those of `lengths` follow each other in `input_ids` and `loss_mask`.
-
-    Attributes:
-        lengths: tokens per example after truncation to `max_length`; `full_lengths` before it.
-        supervised_tokens: tokens in the loss per example after truncation; `full_supervised_tokens` before it.
-        lost_answers: whether truncation removed an answer, and with it its question.
-        row_digests: a hash of each row's text; `prompt_digests` of its first user turn.
-        notes: how each row's text differs from the text at inference; empty if it does not.
-        special_tokens_as_text: as in `Example`, like `dropped_reasoning` and `shares_prompt_token`.
-        report: what was read of the source; of all its rows, not of a selection.
-    """
-
-    input_ids: numpy.ndarray
-    loss_mask: numpy.ndarray
-    lengths: numpy.ndarray
-    full_lengths: numpy.ndarray
-    supervised_tokens: numpy.ndarray
-    full_supervised_tokens: numpy.ndarray
-    lost_answers: numpy.ndarray
-    row_digests: numpy.ndarray
-    prompt_digests: numpy.ndarray
-    special_tokens_as_text: numpy.ndarray
-    dropped_reasoning: numpy.ndarray
-    shares_prompt_token: numpy.ndarray
-    locations: list[str]
-    notes: list[str]
-    stop_ids: frozenset[int] = frozenset()
-    span_sources: frozenset[str] = frozenset()
-    report: ReadingReport = field(default_factory=ReadingReport)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def select(self, mask: numpy.ndarray) -> TokenizedRows:
-        """Return the examples for which the mask, [examples], is true."""
-        tokens = numpy.repeat(mask, self.lengths)
-        return TokenizedRows(
-            input_ids=self.input_ids[tokens],
-            loss_mask=self.loss_mask[tokens],
-            locations=list(itertools.compress(self.locations, mask)),
-            notes=list(itertools.compress(self.notes, mask)),
-            stop_ids=self.stop_ids,
-            span_sources=self.span_sources,
-            report=self.report,
-            **{name: getattr(self, name)[mask] for name in _PER_EXAMPLE},
-        )
 
 
 def tokenize_source(
@@ -99,7 +64,7 @@ def tokenize_source(
     name: str,
     max_rejected: float = 0.0,
     max_rows: int | None = None,
-) -> TokenizedRows:
+) -> pyarrow.Table:
     """Tokenize all rows of a source in order, on all cores if it has more than one chunk.
 
     Args:
@@ -108,107 +73,125 @@ def tokenize_source(
         max_rejected: fraction of rows that may be rejected.
         max_rows: read only the first rows.
 
+    Returns:
+        A table of SCHEMA, rejected rows included.
+
     Raises:
         DataError: more rows than that are not conversations or cannot be rendered, or the source has no rows.
         ColumnError: a column would be ignored although it changes what a row means.
     """
-    rows, progress = itertools.islice(source.rows(), max_rows), _Progress(name)
-    chunks = _batched(rows)
-    first = list(itertools.islice(chunks, 2))
+    rows = itertools.islice(source.rows(), max_rows)
+    chunks = iter(lambda: list(itertools.islice(rows, _ROWS_PER_CHUNK)), [])
+    work = (tokenizer, max_length, source.settings)
+    first, second = next(chunks, None), next(chunks, None)
     if not first:
         raise DataError(f"{key}: {source.display_name}: found no rows, expected at least one")
-    settings = source.settings
-    if len(first) < 2:
-        tokenized = concatenate([tokenize_chunk(chunk, tokenizer, max_length, settings) for chunk in first])
-    else:
-        begun = progress.count(tokenize_chunk(first[0], tokenizer, max_length, settings))
-        if begun.report.rejected_rows > len(first[0]) / 2:  # the source is another than expected: do not read all of it
-            _check_rejected(begun.report, max_rejected)
-        rest = _on_all_cores(itertools.chain(first[1:], chunks), tokenizer, max_length, settings, progress)
-        tokenized = concatenate([begun, *rest])
-    _check_rejected(tokenized.report, max_rejected)
-    return tokenized
+    tables = [tokenize_chunk(first, *work)]
+    if second:
+        # If most are rejected, the source is another than expected: do not read all of it.
+        _check_rejected(tables[0], max(max_rejected, 0.5))
+        rest = _on_all_cores(itertools.chain([second], chunks), work)
+        tables += _with_progress(rest, name, len(first))
+    table = pyarrow.concat_tables(tables)
+    _check_rejected(table, max_rejected)
+    return table
 
 
-def _check_rejected(report: ReadingReport, max_rejected: float) -> None:
+def accepted(table: pyarrow.Table) -> pyarrow.Table:
+    """Return the rows that are not rejected."""
+    return table.filter(pyarrow.compute.is_null(table["error"]))
+
+
+def _check_rejected(table: pyarrow.Table, max_rejected: float) -> None:
     """Check the fraction of rejected rows.
 
     Raises:
         DataError: it is above `max_rejected`; names the first one.
     """
-    rejected, rows = report.rejected_rows, report.rows
+    rows, rejected = len(table), len(table) - table["error"].null_count
     if rejected > max_rejected * rows:
         share = math.ceil(1000 * rejected / rows) / 1000
         advice = f"; data.max_rejected_fraction={share:g} leaves them out" if rejected < rows else ""
-        raise DataError(f"{report.error} ({rejected:,} of {rows:,} rows rejected{advice})")
-
-
-def _batched(rows: Iterable[RawRow]) -> Iterator[tuple[RawRow, ...]]:
-    """itertools.batched, which Python 3.11 does not have."""
-    rest = iter(rows)
-    while chunk := tuple(itertools.islice(rest, _ROWS_PER_CHUNK)):
-        yield chunk
+        error = table["error"].drop_null()[0]
+        raise DataError(f"{error} ({rejected:,} of {rows:,} rows rejected{advice})")
 
 
 def tokenize_chunk(
-    rows: Iterable[RawRow], tokenizer: ConversationTokenizer, max_length: int, settings: DataSource
-) -> TokenizedRows:
-    """Tokenize rows in this process; rejected rows are counted in the report.
+    rows: Iterable[RawRow], tokenizer: ConversationTokenizer, max_length: int, settings: DataSource | None = None
+) -> pyarrow.Table:
+    """Tokenize rows in this process.
 
     Raises:
         ColumnError: a column would be ignored although it changes what a row means.
     """
-    report, conversations = ReadingReport(), []
+    records: list[dict[str, Any]] = []
+    conversations = []
     for row in rows:
-        report.rows += 1
         try:
-            conversations.append(conversation_of(row, settings))
+            conversation = conversation_of(row, settings)
         except ColumnError:
             raise
         except DataError as error:
-            report.reject(row.location, error)
-    accepted = []
-    for conversation, example in zip(conversations, tokenizer.tokenize_or_reject(conversations), strict=True):
-        report.columns[conversation.columns] += 1
-        report.message_keys.update(conversation.ignored_keys)
+            records.append({"location": row.location, "error": _utf_8(error)})
+        else:
+            conversations.append(conversation)
+            names = {"columns": conversation.columns, "ignored_keys": conversation.ignored_keys}
+            records.append({"location": row.location, **{key: json.dumps(value) for key, value in names.items()}})
+    parsed = [record for record in records if "error" not in record]
+    examples = tokenizer.tokenize(conversations)
+    for record, conversation, example in zip(parsed, conversations, examples, strict=True):
         if isinstance(example, DataError):
-            report.reject(conversation.location, example)
-            continue
-        accepted.append((conversation, example))
-        for convention in conversation.conventions:
-            report.apply(convention, conversation.location)
-        if example.generated_call_ids:
-            report.apply("tool call ids generated", conversation.location)
-    arrays = to_arrays([conversation for conversation, _ in accepted], [example for _, example in accepted], max_length)
-    return replace(arrays, report=report)
+            record["error"] = _utf_8(example)
+        else:
+            record |= to_record(conversation, example, max_length)
+    return pyarrow.Table.from_pylist(records, schema=SCHEMA)
 
 
-# A worker's tokenizer and length. Workers inherit it by fork, because sending it costs more than tokenizing a chunk.
-_WORKER_STATE: dict[str, Any] = {}
+def to_record(conversation: Conversation, example: Example, max_length: int) -> dict[str, Any]:
+    """Truncate an example to `max_length` tokens; return the columns of SCHEMA that an accepted row has."""
+    short = example.truncate(max_length)
+    generated = ("tool call ids generated",) if example.generated_call_ids else ()
+    return {
+        "conventions": (*conversation.conventions, *generated),
+        "input_ids": short.input_ids,
+        "labels": [IGNORED, *short.labels[1:]],  # nothing predicts the first token
+        "length": len(short.input_ids),
+        "full_length": len(example.input_ids),
+        "supervised_tokens": short.supervised_tokens(),
+        "full_supervised_tokens": example.supervised_tokens(),
+        "lost_answers": len(short.spans) < len(example.spans),
+        "row_digest": _digest(text_of(conversation)),
+        "prompt_digest": _digest(_first_prompt(conversation)),
+        "note": _utf_8(example.note),
+        "span_source": example.span_source,
+        "stop_ids": sorted(example.stop_ids),
+        **{name: getattr(example, name) for name in _EXAMPLE_FLAGS},
+    }
 
 
-def _on_all_cores(
-    chunks: Iterator[tuple[RawRow, ...]],
-    tokenizer: ConversationTokenizer,
-    max_length: int,
-    settings: DataSource,
-    progress: _Progress,
-) -> Iterator[TokenizedRows]:
+def _utf_8(text: Any) -> str:
+    """Return a text that Arrow can store: a tokenizer's files and a row may have lone surrogates."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
+
+
+# What a worker tokenizes with. Workers inherit it by fork, because sending it costs more than tokenizing a chunk.
+_WORK: list[Any] = []
+
+
+def _on_all_cores(chunks: Iterator[list[RawRow]], work: tuple[Any, ...]) -> Iterator[pyarrow.Table]:
     cores = len(os.sched_getaffinity(0))
-    _WORKER_STATE.update(tokenizer=tokenizer, max_length=max_length, settings=settings)
-    pending: collections.deque[Future[TokenizedRows]] = collections.deque()
+    _WORK[:] = work
+    pending: collections.deque[Future[pyarrow.Table]] = collections.deque()
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(cores, fork, initializer=_start_worker, initargs=(os.getpid(),)) as pool:
         try:
             for chunk in chunks:
-                pending.append(pool.submit(_work, chunk))
+                pending.append(pool.submit(_tokenize, chunk))
                 while len(pending) > 3 * cores:  # bounds the chunks in memory
-                    yield progress.count(pending.popleft().result())
-            while pending:
-                yield progress.count(pending.popleft().result())
+                    yield pending.popleft().result()
+            yield from (future.result() for future in pending)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-    progress.finish()
 
 
 def _start_worker(parent: int) -> None:
@@ -216,78 +199,59 @@ def _start_worker(parent: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker uses one core
 
 
-def _work(rows: tuple[RawRow, ...]) -> TokenizedRows:
-    return tokenize_chunk(rows, **_WORKER_STATE)
+def _tokenize(rows: list[RawRow]) -> pyarrow.Table:
+    return tokenize_chunk(rows, *_WORK)
 
 
-class _Progress:
-    """Logs the progress of a long preparation."""
-
-    def __init__(self, name: str):
-        self._name, self._rows = name, 0
-        self._started = self._logged = time.monotonic()
-
-    def count(self, chunk: TokenizedRows) -> TokenizedRows:
-        self._rows += len(chunk)
-        now = time.monotonic()
-        if now - self._logged > _PROGRESS_INTERVAL:
-            self._logged = now
-            log.info("data: %s: %s rows tokenized, %s rows/s", self._name, f"{self._rows:,}", self._speed(now))
-        return chunk
-
-    def finish(self) -> None:
-        if self._logged > self._started:
-            speed = self._speed(time.monotonic())
-            log.info("data: %s: all %s rows tokenized, %s rows/s", self._name, f"{self._rows:,}", speed)
-
-    def _speed(self, now: float) -> str:
-        return f"{self._rows / max(now - self._started, 0.001):,.0f}"
+def _with_progress(tables: Iterable[pyarrow.Table], name: str, rows: int) -> Iterator[pyarrow.Table]:
+    """Log the progress of a long preparation."""
+    started = logged = time.monotonic()
+    for table in tables:
+        rows, now = rows + len(table), time.monotonic()
+        if now - logged > _PROGRESS_INTERVAL:
+            logged = now
+            log.info("data: %s: %s rows tokenized, %s rows/s", name, f"{rows:,}", f"{rows / (now - started):,.0f}")
+        yield table
 
 
-def to_arrays(conversations: list[Conversation], examples: list[Example], max_length: int) -> TokenizedRows:
-    """Truncate the examples of conversations to `max_length` tokens and store them as flat arrays."""
-    truncated = [example.truncate(max_length) for example in examples]
-    lengths = numpy.array([len(example.input_ids) for example in truncated], numpy.int64)
-    ids = itertools.chain.from_iterable(example.input_ids for example in truncated)
-    input_ids = numpy.fromiter(ids, numpy.int32, int(lengths.sum()))
-    loss_mask = numpy.zeros(len(input_ids), bool)
-    start = 0
-    for example in truncated:
-        for first, last in example.spans:
-            loss_mask[start + max(first, 1) : start + last] = True
-        start += len(example.input_ids)
-    pairs = list(zip(examples, truncated, strict=True))
-    return TokenizedRows(
-        input_ids=input_ids,
-        loss_mask=loss_mask,
-        lengths=lengths,
-        full_lengths=numpy.array([len(example.input_ids) for example in examples], numpy.int64),
-        supervised_tokens=numpy.array([example.supervised_tokens() for example in truncated], numpy.int64),
-        full_supervised_tokens=numpy.array([example.supervised_tokens() for example in examples], numpy.int64),
-        lost_answers=numpy.array([len(short.spans) < len(full.spans) for full, short in pairs], bool),
-        row_digests=row_digests(conversations),
-        prompt_digests=prompt_digests(conversations),
-        locations=[conversation.location for conversation in conversations],
-        stop_ids=frozenset[int]().union(*(example.stop_ids for example in examples)),
-        notes=[example.note for example in examples],
-        span_sources=frozenset(example.span_source for example in examples),
-        **{name: numpy.array([getattr(example, name) for example in examples], bool) for name in _EXAMPLE_FLAGS},
-    )
+def describe_reading(table: pyarrow.Table, source: Source) -> dict[str, Any]:
+    """Return what was read of a source as plain values for `details.json` and the manifest.
+
+    These are its files, rows by the columns that are read or ignored, and rows by convention and by reason of
+    rejection, with the location of the first.
+    """
+    used: Counter[tuple[str, str]] = Counter()
+    ignored: Counter[str] = Counter()
+    for names, rows in Counter(table["columns"].drop_null().to_pylist()).items():
+        selection = select_columns(tuple(json.loads(names)), source.settings)
+        used.update(dict.fromkeys(selection.used.items(), rows))
+        ignored.update(dict.fromkeys(selection.ignored, rows))
+    for keys, rows in Counter(table["ignored_keys"].drop_null().to_pylist()).items():
+        for key in json.loads(keys):
+            ignored[f"messages[].{key}"] += rows
+    conventions: dict[str, list[Any]] = {}
+    rejected: dict[str, list[Any]] = {}
+    for row in table.select(["location", "conventions", "error"]).to_pylist():
+        location, error = row["location"], row["error"]
+        for convention in row["conventions"] or ():
+            conventions.setdefault(convention, [0, location])[0] += 1
+        if error is not None:
+            reason = re.sub(r"\d+", "N", error.removeprefix(f"{location}: ").partition(". ")[0])[:160]
+            rejected.setdefault(reason, [0, location])[0] += 1
+    return {
+        "files": source.file_names(),
+        "rows": len(table),
+        "used": [{"column": column, "as": purpose, "rows": rows} for (column, purpose), rows in used.items()],
+        "ignored": dict(ignored.most_common()),
+        "conventions": conventions,
+        "rejected": rejected,
+    }
 
 
-def prompt_digests(conversations: Iterable[Conversation]) -> numpy.ndarray:
-    """Return a hash of each conversation's first user turn, with normalized white space."""
-    return _digests(_first_prompt(conversation) for conversation in conversations)
-
-
-def row_digests(conversations: Iterable[Conversation]) -> numpy.ndarray:
-    """Return a hash of each conversation's text, with normalized white space."""
-    return _digests(text_of(conversation) for conversation in conversations)
-
-
-def split_digests(prompts: numpy.ndarray, rows: numpy.ndarray) -> numpy.ndarray:
+def split_digests(table: pyarrow.Table) -> numpy.ndarray:
     """Return what a validation split is drawn from: the prompts, or the rows if all have the same prompt."""
-    return prompts if len(numpy.unique(prompts)) > 1 else rows
+    prompts = table["prompt_digest"].to_numpy()
+    return prompts if len(numpy.unique(prompts)) > 1 else table["row_digest"].to_numpy()
 
 
 def _first_prompt(conversation: Conversation) -> str:
@@ -295,22 +259,6 @@ def _first_prompt(conversation: Conversation) -> str:
     return " ".join(first.split())
 
 
-def _digests(texts: Iterable[str]) -> numpy.ndarray:
-    """Hash each text to 64 bits: two of a million different rows collide once in forty million tries."""
-    joined = b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
-    return numpy.frombuffer(joined, numpy.uint64)
-
-
-def concatenate(parts: list[TokenizedRows]) -> TokenizedRows:
-    """Concatenate parts in order."""
-    if not parts:
-        return to_arrays([], [], 1)
-    arrays = ("input_ids", "loss_mask", *_PER_EXAMPLE)
-    return TokenizedRows(
-        locations=[location for part in parts for location in part.locations],
-        stop_ids=frozenset[int]().union(*(part.stop_ids for part in parts)),
-        span_sources=frozenset[str]().union(*(part.span_sources for part in parts)),
-        notes=[note for part in parts for note in part.notes],
-        report=ReadingReport.merge(part.report for part in parts),
-        **{name: numpy.concatenate([getattr(part, name) for part in parts]) for name in arrays},
-    )
+def _digest(text: str) -> int:
+    """Hash a text to 64 bits: two of a million different rows collide once in forty million tries."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.runtime.env import library_version
 from sft_recipes.runtime.errors import DataError
 
 # Padding tokens that well-known tokenizers have without naming them as such.
@@ -87,23 +86,15 @@ def _load_from_files(folder: Path, trust_remote_code: bool) -> Any:
 
 def _explain(folder: Path, error: Exception) -> str:
     """Return why a tokenizer did not load, and the fix."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     vocabulary = next((name for name in _VOCABULARIES if (folder / name).is_file()), None)
     if vocabulary and not (folder / "tokenizer.json").is_file():
-        packages = ["tiktoken"] if vocabulary == "tiktoken.model" else ["sentencepiece", "protobuf"]
-        missing = [name for name in packages if library_version(name) == "not installed"]
-        problem = f"package {', '.join(missing)} is not installed" if missing else f"not readable: {_first_line(error)}"
+        packages = "tiktoken" if vocabulary == "tiktoken.model" else "sentencepiece protobuf"
         return (
-            f"found {vocabulary}, expected tokenizer.json: {problem}. Use a copy of the model with tokenizer.json, or "
-            f"run `pip install {' '.join(packages)}`"
+            f"found {vocabulary}, expected tokenizer.json: {reason}. Use a copy of the model with tokenizer.json, or "
+            f"run `pip install {packages}`"
         )
-    return (
-        f"not loadable ({_first_line(error)}). Name a folder that has it, or check the Hub name, the network and "
-        f"HF_TOKEN"
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"not loadable ({reason}). Name a folder that has it, or check the Hub name, the network and HF_TOKEN"
 
 
 def _read_template(file: str) -> str:

@@ -130,19 +130,16 @@ def _add_changes(tokenizer: Any, loaded: Any, config: dict[str, Any], folder: Pa
     if FIX_MISTRAL_REGEX in tokenizer.init_kwargs:
         config[FIX_MISTRAL_REGEX] = tokenizer.init_kwargs[FIX_MISTRAL_REGEX]
     saved = getattr(loaded, "special_tokens_map", {})
-    tokens = {key: token for key, token in tokenizer.special_tokens_map.items() if saved.get(key) != token}
-    config |= tokens
-    if tokens and (folder / _SPECIAL_TOKENS).is_file():
-        _write(folder / _SPECIAL_TOKENS, {**read_json(folder / _SPECIAL_TOKENS), **tokens})
+    if any(saved.get(key) != token for key, token in tokenizer.special_tokens_map.items()):
+        config |= tokenizer.special_tokens_map
+        (folder / _SPECIAL_TOKENS).unlink(missing_ok=True)  # of Transformers 4, which prefers it
     if tokenizer.extra_special_tokens != getattr(loaded, "extra_special_tokens", None):
         name = "extra_special_tokens" if "extra_special_tokens" in config else "additional_special_tokens"
         config[name] = list(map(str, tokenizer.extra_special_tokens))
     if tokenizer.chat_template != getattr(loaded, "chat_template", None):
         shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
-        if "chat_template" in config:
-            config["chat_template"] = tokenizer.chat_template
-        if (folder / _TEMPLATE).is_file() or "chat_template" not in config:
-            (folder / _TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")
+        config.pop("chat_template", None)
+        (folder / _TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")
     if config != before:
         _write(folder / _CONFIG, config)
 

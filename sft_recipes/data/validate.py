@@ -8,135 +8,114 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy
+import pyarrow
+import pyarrow.compute
 
 from sft_recipes.data.assistant_spans import DIFFERS
-from sft_recipes.data.tokenize_rows import TokenizedRows
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import DataError
 
 PERCENTILES = (50, 90, 99, 100)
 _FILES_SHOWN = 8
-LABEL_WIDTH = 20  # of the first column of a report
+_NOTED = {
+    "duplicates": "are duplicates of an earlier row",
+    "special_tokens_as_text": "contain special tokens as text, encoded as text",
+    "dropped_reasoning": "lose the reasoning of earlier turns, as at inference",
+}
+
+Sources = Mapping[str, pyarrow.Table]  # of `tokenize_rows.SCHEMA`, by the source's short name
 
 
-@dataclass(frozen=True)
-class SourceStats:
-    """Statistics of one source's rows. Tokens are those of the examples, before packing.
+def source_stats(name: str, rows: pyarrow.Table) -> dict[str, Any]:
+    """Return statistics of a source's rows. Tokens are those of the examples, before packing.
 
-    Attributes:
-        rows_read: rows in the source.
-        examples: rows with a token in the loss.
-        untrained: rows whose turns are all context; they are not used.
-        dropped: other rows without a token in the loss: `max_length` cuts it off.
-        truncated: rows longer than `max_length`; they lost `lost_tokens`, of which `lost_supervised_tokens` were in the
-            loss. `lost_answers` of them lost an answer together with its question.
-        duplicates: rows whose text equals an earlier row's.
-        length_percentiles: tokens per row before truncation.
+    `examples` have a token in the loss. The turns of `untrained` rows are all context; they are not used. `dropped` are
+    the others without a token in the loss: `max_length` cuts it off. `truncated` rows are longer; they lost tokens, and
+    `lost_answers` of them an answer together with its question.
     """
-
-    name: str
-    rows_read: int
-    examples: int
-    untrained: int
-    dropped: int
-    truncated: int
-    lost_answers: int
-    lost_tokens: int
-    lost_supervised_tokens: int
-    tokens: int
-    supervised_tokens: int
-    duplicates: int
-    special_tokens_as_text: int
-    dropped_reasoning: int
-    shares_prompt_token: int
-    length_percentiles: dict[str, int]
-
-
-def source_stats(name: str, rows: TokenizedRows) -> SourceStats:
-    """Compute the statistics of a source's rows."""
-    usable = rows.supervised_tokens > 0
-    untrained = rows.full_supervised_tokens == 0
-    percentiles = numpy.percentile(rows.full_lengths, PERCENTILES) if len(rows) else [0] * len(PERCENTILES)
-    return SourceStats(
-        name=name,
-        rows_read=len(rows),
-        examples=int(usable.sum()),
-        untrained=int(untrained.sum()),
-        dropped=int((~usable & ~untrained).sum()),
-        truncated=int((rows.full_lengths > rows.lengths).sum()),
-        lost_answers=int((rows.lost_answers & usable).sum()),
-        lost_tokens=int((rows.full_lengths - rows.lengths).sum()),
-        lost_supervised_tokens=int((rows.full_supervised_tokens - rows.supervised_tokens).sum()),
-        tokens=int(rows.lengths[usable].sum()),
-        supervised_tokens=int(rows.supervised_tokens.sum()),
-        duplicates=len(rows) - len(numpy.unique(rows.row_digests)),
-        special_tokens_as_text=int(rows.special_tokens_as_text.sum()),
-        dropped_reasoning=int(rows.dropped_reasoning.sum()),
-        shares_prompt_token=int(rows.shares_prompt_token.sum()),
-        length_percentiles={str(p): int(value) for p, value in zip(PERCENTILES, percentiles, strict=True)},
-    )
+    column = {key: rows[key].to_numpy() for key in rows.column_names if pyarrow.types.is_primitive(rows[key].type)}
+    usable, untrained = column["supervised_tokens"] > 0, column["full_supervised_tokens"] == 0
+    percentiles = numpy.percentile(column["full_length"], PERCENTILES) if len(rows) else [0] * len(PERCENTILES)
+    counts = {
+        "rows_read": len(rows),
+        "examples": usable.sum(),
+        "untrained": untrained.sum(),
+        "dropped": (~usable & ~untrained).sum(),
+        "truncated": (column["full_length"] > column["length"]).sum(),
+        "lost_answers": (column["lost_answers"] & usable).sum(),
+        "lost_tokens": (column["full_length"] - column["length"]).sum(),
+        "lost_supervised_tokens": (column["full_supervised_tokens"] - column["supervised_tokens"]).sum(),
+        "tokens": column["length"][usable].sum(),
+        "supervised_tokens": column["supervised_tokens"].sum(),
+        "duplicates": len(rows) - len(numpy.unique(column["row_digest"])),
+        **{key: column[key].sum() for key in ("special_tokens_as_text", "dropped_reasoning")},
+    }
+    lengths = {str(percentile): int(value) for percentile, value in zip(PERCENTILES, percentiles, strict=True)}
+    return {"name": name, **{key: int(count) for key, count in counts.items()}, "length_percentiles": lengths}
 
 
-def summarize(
-    training: Mapping[str, TokenizedRows],
-    validation: Mapping[str, TokenizedRows],
-    retention_eval: Mapping[str, TokenizedRows],
-) -> dict[str, Any]:
+def summarize(training: Sources, validation: Sources, retention_eval: Sources) -> dict[str, Any]:
     """Return the part of `details.json` that depends on the rows alone, per source and in total.
 
     `retention_eval` is in it only if the recipe names such rows; no total includes them.
     """
     parts = {"train": training, "validation": validation}
     stats = {part: [source_stats(name, rows) for name, rows in sources.items()] for part, sources in parts.items()}
-    retention = [asdict(source_stats(name, rows)) for name, rows in retention_eval.items()]
-    every_source = [*training.values(), *validation.values()]
-    notes = Counter(note for rows in every_source for note in rows.notes if note)
+    retention = [source_stats(name, rows) for name, rows in retention_eval.items()]
+    every_row = pyarrow.concat_tables([*training.values(), *validation.values()])
+    notes = Counter(note for note in every_row["note"].to_pylist() if note)
+    stop_ids = pyarrow.compute.unique(pyarrow.compute.list_flatten(every_row["stop_ids"])).to_pylist()
     return {
-        **{part: _total(stats[part]) for part in parts},
+        **{part: _total(sources) for part, sources in stats.items()},
         **({"retention_eval": retention[0]} if retention else {}),
-        "sources": {part: [asdict(source) for source in stats[part]] for part in parts},
+        "sources": stats,
         "first_dropped": {part: [_first_dropped(rows) for rows in sources.values()] for part, sources in parts.items()},
-        "duplicates": sum(map(len, training.values())) - len(numpy.unique(_all_digests(training))),
         "overlap": _overlap(training, validation),
         "template_notes": dict(notes),
         "mismatched_rows": sum(count for note, count in notes.items() if DIFFERS in note),
-        "end_of_turn_ids": sorted(frozenset[int]().union(*(rows.stop_ids for rows in every_source))),
-        "span_sources": ", ".join(sorted(frozenset[str]().union(*(rows.span_sources for rows in every_source)))),
+        "end_of_turn_ids": sorted(stop_ids),
+        "span_sources": ", ".join(sorted(every_row["span_source"].unique().to_pylist())),
     }
 
 
-def _total(stats: Sequence[SourceStats]) -> dict[str, int]:
-    keys = [key for key, kind in SourceStats.__annotations__.items() if kind == "int"]
-    return {key: sum(getattr(source, key) for source in stats) for key in keys}
+def _total(stats: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for source in stats:
+        total.update({key: count for key, count in source.items() if isinstance(count, int)})
+    return dict(total)
 
 
-def _first_dropped(rows: TokenizedRows) -> str | None:
+def _first_dropped(rows: pyarrow.Table) -> str | None:
     """Return the location of the first row without a token in the loss."""
-    dropped = numpy.flatnonzero((rows.supervised_tokens == 0) & (rows.full_supervised_tokens > 0))
-    return rows.locations[int(dropped[0])] if len(dropped) else None
+    left, full = (rows[key].to_numpy() for key in ("supervised_tokens", "full_supervised_tokens"))
+    dropped = numpy.flatnonzero((left == 0) & (full > 0))
+    return rows["location"][int(dropped[0])].as_py() if len(dropped) else None
 
 
-def _overlap(training: Mapping[str, TokenizedRows], validation: Mapping[str, TokenizedRows]) -> dict[str, Any]:
+def _overlap(training: Sources, validation: Sources) -> dict[str, Any]:
     """Count the validation rows that are also in training, up to white space, and locate the first of them in both."""
-    train_digests, digests = _all_digests(training), _all_digests(validation)
+    train_digests, digests = _digests(training), _digests(validation)
     shared = numpy.isin(digests, train_digests)
     overlap = {"rows": int(shared.sum()), "of": len(digests), "location": None, "train_location": None}
     if shared.any():
         row = int(numpy.flatnonzero(shared)[0])
-        overlap["location"] = [location for rows in validation.values() for location in rows.locations][row]
-        train_row = int(numpy.flatnonzero(train_digests == digests[row])[0])
-        overlap["train_location"] = [location for rows in training.values() for location in rows.locations][train_row]
+        overlap["location"] = _location(validation, row)
+        overlap["train_location"] = _location(training, int(numpy.flatnonzero(train_digests == digests[row])[0]))
     return overlap
 
 
-def _all_digests(sources: Mapping[str, TokenizedRows]) -> numpy.ndarray:
+def _location(sources: Sources, row: int) -> str:
+    return str(pyarrow.concat_tables(sources.values())["location"][row])
+
+
+def _digests(sources: Sources) -> numpy.ndarray:
     """Return the row digests of all sources."""
-    return numpy.concatenate([numpy.zeros(0, numpy.uint64), *(rows.row_digests for rows in sources.values())])
+    digests = (rows["row_digest"].to_numpy() for rows in sources.values())
+    return numpy.concatenate([numpy.zeros(0, numpy.uint64), *digests])
 
 
 def check_limits(plan: Plan, details: Mapping[str, Any]) -> None:
@@ -150,16 +129,17 @@ def check_limits(plan: Plan, details: Mapping[str, Any]) -> None:
             method that does not train embeddings.
     """
     data = plan.sections.data
-    for part, key in (("train", "data.train"), ("validation", "data.validation")):
+    for part in ("train", "validation"):
         for source, first in zip(details["sources"][part], details["first_dropped"][part], strict=True):
             if source["dropped"] > data.max_dropped_fraction * source["rows_read"]:
                 raise DataError(
-                    f"{key}: dropped rows (no token in the loss): found {source['dropped']} of {source['rows_read']} "
-                    f"(first: {first}), expected at most data.max_dropped_fraction={data.max_dropped_fraction:g}. "
-                    f"Increase trainer.max_length={plan.max_length}"
+                    f"data.{part}: dropped rows (no token in the loss): found {source['dropped']} of "
+                    f"{source['rows_read']} (first: {first}), expected at most "
+                    f"data.max_dropped_fraction={data.max_dropped_fraction:g}. Increase "
+                    f"trainer.max_length={plan.max_length}"
                 )
-        if not sum(source["examples"] for source in details["sources"][part]):
-            raise DataError(f"{key}: found no row with an assistant turn in the loss, expected at least one")
+        if not details[part].get("examples"):
+            raise DataError(f"data.{part}: found no row with an assistant turn in the loss, expected at least one")
     retention = details.get("retention_eval")
     if retention and not retention["examples"]:
         raise DataError(
@@ -185,36 +165,29 @@ def report_lines(details: Mapping[str, Any]) -> list[str]:
     lines = []
     for part in ("train", "validation"):
         for source in details["sources"][part]:
-            lines += [
-                format_line(part, _describe_rows(source)),
-                *(format_line("", line) for line in _describe_more(source)),
-            ]
-    lines += [format_line("read", line) for line in reading_lines(details)]
+            percentiles = source["length_percentiles"].items()
+            lengths = ", ".join(f"{value:,} ({'max' if p == '100' else f'p{p}'})" for p, value in percentiles)
+            lines += [(part, _describe_rows(source)), ("", f"tokens per row: {lengths}")]
     if retention := details.get("retention_eval"):
-        lines.append(format_line("retention_eval", _describe_rows(retention)))
-    if len(details["sources"]["train"]) > 1 and details["duplicates"]:
-        lines.append(format_line("duplicates", f"{details['duplicates']:,} training rows over all sources"))
+        lines.append(("retention_eval", _describe_rows(retention)))
     overlap = details["overlap"]
     first = f" (first: {overlap['location']} and {overlap['train_location']})" if overlap["rows"] else ""
-    lines.append(format_line("train/eval overlap", f"{overlap['rows']:,} of {overlap['of']:,} validation rows{first}"))
-    truncated = details["train"]["truncated"]
-    exception = f", except in {truncated:,} truncated rows" if truncated else ""
-    ends = ", ".join(details["end_of_turn"])
-    lines.append(format_line("loss mask", f"assistant turns including {ends}{exception}"))
-    lines.append(format_line("padding token", details["padding_token"]))
-    lines += [format_line("note", note) for note in details["notes"]]
+    lines += [("read", line) for line in reading_lines(details)]
+    lines.append(("train/eval overlap", f"{overlap['rows']:,} of {overlap['of']:,} validation rows{first}"))
+    lines.append(("loss mask", f"assistant turns including {', '.join(details['end_of_turn'])}"))
+    lines.append(("padding token", details["padding_token"]))
     if not details["mismatched_rows"]:
-        lines.append(format_line("template", f"rendered as at inference (spans: {details['span_sources']})"))
-    return lines
+        lines.append(("template", f"rendered as at inference (spans: {details['span_sources']})"))
+    return [format_line(label, value) for label, value in lines]
 
 
 def reading_lines(details: Mapping[str, Any]) -> list[str]:
-    """Return what was read of each source: files of a folder, columns, conventions, rejected rows."""
+    """Return what a user should know of the rows: columns, conventions, rejected and truncated rows, notes."""
     lines = []
     for part, sources in details["reading"].items():
         for name, reading in sources.items():
             label = f"{part}: {name}"
-            if files := details["files"][part][name]:
+            if files := reading["files"]:
                 more = f" and {len(files) - _FILES_SHOWN} more" if len(files) > _FILES_SHOWN else ""
                 lines.append(f"{label}: files {', '.join(files[:_FILES_SHOWN])}{more}")
             used = ", ".join(_describe_column(column, reading["rows"]) for column in reading["used"])
@@ -224,7 +197,16 @@ def reading_lines(details: Mapping[str, Any]) -> list[str]:
                 lines.append(f"{label}: {count:,} rows: {convention} (first: {first})")
             for reason, (count, first) in reading["rejected"].items():
                 lines.append(f"{label}: {count:,} of {reading['rows']:,} rows rejected: {reason} (first: {first})")
-    return lines
+    for part in ("train", "validation", "retention_eval"):
+        stats = details.get(part, {})
+        if stats.get("truncated"):
+            lines.append(
+                f"{part}: {stats['truncated']:,} of {stats['rows_read']:,} rows truncated (increase trainer.max_length "
+                f"to keep more): {stats['lost_tokens']:,} tokens lost, {stats['lost_supervised_tokens']:,} of them in "
+                f"the loss; {stats['lost_answers']:,} rows lost an answer, {stats['dropped']:,} dropped"
+            )
+        lines += [f"{part}: {stats[key]:,} rows {text}" for key, text in _NOTED.items() if stats.get(key)]
+    return lines + [f"note: {note}" for note in details["notes"]]
 
 
 def _describe_column(column: Mapping[str, Any], rows: int) -> str:
@@ -235,7 +217,7 @@ def _describe_column(column: Mapping[str, Any], rows: int) -> str:
 
 def format_line(label: str, value: str) -> str:
     """Return a line of a report."""
-    return f"{label:<{LABEL_WIDTH}}{value}"
+    return f"{label:<20}{value}"
 
 
 def _describe_rows(source: Mapping[str, Any]) -> str:
@@ -245,23 +227,3 @@ def _describe_rows(source: Mapping[str, Any]) -> str:
         f"{source['name']}: {source['examples']:,} examples; {source['dropped']:,} of {source['rows_read']:,} rows "
         f"dropped{reason}; {source['tokens']:,} tokens, {source['supervised_tokens']:,} in the loss ({share:.0%})"
     )
-
-
-def _describe_more(source: Mapping[str, Any]) -> list[str]:
-    percentiles = source["length_percentiles"].items()
-    lengths = ", ".join(f"{value:,} ({'max' if p == '100' else f'p{p}'})" for p, value in percentiles)
-    lines = [f"tokens per row: {lengths}"]
-    if source["truncated"]:
-        lines.append(
-            f"{source['truncated']:,} rows truncated: {source['lost_tokens']:,} tokens lost, "
-            f"{source['lost_supervised_tokens']:,} of them in the loss; {source['lost_answers']:,} rows lost an answer"
-        )
-    if source["duplicates"]:
-        lines.append(f"{source['duplicates']:,} rows are duplicates of an earlier row")
-    if source["special_tokens_as_text"]:
-        lines.append(f"{source['special_tokens_as_text']:,} rows contain special tokens as text, encoded as text")
-    if source["dropped_reasoning"]:
-        lines.append(f"{source['dropped_reasoning']:,} rows lose the reasoning of earlier turns, as at inference")
-    if source["shares_prompt_token"]:
-        lines.append(f"{source['shares_prompt_token']:,} rows have an answer whose first token begins in the prompt")
-    return lines

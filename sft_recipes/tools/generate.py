@@ -24,6 +24,7 @@ def main(folder: RunDir, prompts: Iterable[str]) -> int:
     if not any((folder.final / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise SetupError(f"RUN: {folder.path} has no final model yet ({folder.state()}). Run `make train` to resume it")
     silence_libraries()
+    from sft_recipes.data.formats import Conversation
     from sft_recipes.data.tokenize import ConversationTokenizer
     from sft_recipes.data.tokenizer import load_tokenizer
     from sft_recipes.training import completions
@@ -35,7 +36,7 @@ def main(folder: RunDir, prompts: Iterable[str]) -> int:
     conversation_tokenizer = ConversationTokenizer(tokenizer, datetime.date.today())
     for prompt in prompts:
         # Special tokens in a prompt are text, as in training.
-        ids = conversation_tokenizer.tokenize_prompt([{"role": "user", "content": prompt}])
+        ids = conversation_tokenizer.tokenize_prompt(Conversation([{"role": "user", "content": prompt}], "the prompt"))
         stop_ids = stop if isinstance(stop, list) else [stop]
         (text,) = completions.generate(model, tokenizer, [ids], _MAX_NEW_TOKENS, stop_ids)
         print(text, flush=True)

@@ -241,8 +241,7 @@ def test_train_rejects_architecture_of_another_model(workplace, model_folder, fe
     assert "model.architecture: found hidden_size 64, expected 32" in done.stderr
 
 
-def test_check_architecture_rejects_other_parameter_count(tmp_path):
-    """The stated values agree, and yet the model has biases that the plan does not count."""
+def test_check_architecture_compares_with_defaults(tmp_path):
     from helpers.workplace import SMALL_LLAMA
     from transformers import AutoConfig
 
@@ -253,9 +252,6 @@ def test_check_architecture_rejects_other_parameter_count(tmp_path):
     check_architecture(SMALL_LLAMA, tmp_path, False)
     with pytest.raises(UserError, match="attention_bias True, expected False"):
         check_architecture({**SMALL_LLAMA, "attention_bias": True}, tmp_path, False)
-    AutoConfig.for_model(**SMALL_LLAMA, mlp_bias=True).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="model.architecture: found [0-9,]+ parameters in the model, expected [0-9,]+"):
-        check_architecture(SMALL_LLAMA, tmp_path, False)
 
 
 def test_inspect_downloads_no_weights(workplace, served):

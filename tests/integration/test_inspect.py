@@ -1,6 +1,5 @@
 """`inspect` shows rows with their loss mask as the trainer gets them, and a report on all rows."""
 
-import html
 import json
 import re
 
@@ -18,13 +17,8 @@ def rows(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    return tmp_path_factory.mktemp("page") / "page.html"
-
-
-@pytest.fixture(scope="module")
-def shown(inspect, page):
-    return inspect("--rows", "2", "--html", str(page))
+def shown(inspect):
+    return inspect("--rows", "2")
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +37,9 @@ def test_inspect_brackets_tokens_in_the_loss(shown):
     turns = r"^-- .*sums\.jsonl:\d+\n» prompt\n<\|im_start\|>user⏎\nHow much.*\n.*⏎\n» answer 1\n⟦It is"
     assert re.search(turns, shown.stdout, re.MULTILINE)
     assert "\033" not in shown.stdout
-    for text in ("57 examples; 0 of 57 rows dropped", "3 examples; 0 of 3 rows dropped", "in the loss (", "tokens per row: ", "% full; ",
+    for text in ("57 examples; 0 of 57 rows dropped", "3 examples; 0 of 3 rows dropped", "in the loss (", "tokens per row: ", "% full\n",
                  "train/eval overlap  0 of 3 validation rows\n", "loss mask           assistant turns including <|im_end|>\n",
-                 "\nstep                2 rows, ", "\nprepared            "):  # fmt: skip
+                 "\nprepared            "):  # fmt: skip
         assert text in shown.stdout, text
 
 
@@ -67,32 +61,20 @@ def test_inspect_json_has_rows_of_trainer(inspect, rows, tokenizer):
     assert "rows dropped" in done.stderr and "rows dropped" not in done.stdout
 
 
-def test_inspect_html_marks_tokens_in_the_loss(shown, page):
-    assert shown.returncode == 0
-    content = page.read_text()
-    in_loss = re.findall(r'<span class="loss">(.*?)</span>', content, re.DOTALL)[1:]
-    assert in_loss and all(re.fullmatch(r"It is \d+\.|⏎\n", html.unescape(text)) for text in in_loss)
-    assert 'class="loss special">&lt;|im_end|&gt;' in content and "rows dropped" in content
-    assert "http" not in content
-
-
 def test_inspect_escapes_control_characters_and_reports_error(shared_workplace, tmp_path, model_folder):
     path = tmp_path / "rows.jsonl"
     path.write_text(
         "".join(json.dumps({"prompt": f"\x1b[2J{n}", "completion": "<b>a</b>\x07"}) + "\n" for n in range(9))
     )
     model = (f"model.name_or_path={model_folder}", "model.from_scratch=false", f"data.train={path}")
-    shown = shared_workplace.sft(
-        "inspect", "tiny", *model, *OVERRIDES, "batch.effective_batch_size=64", "--html", str(tmp_path / "page.html")
-    )
+    shown = shared_workplace.sft("inspect", "tiny", *model, *OVERRIDES, "batch.effective_batch_size=64")
     assert shown.returncode == 0, shown.stderr
     assert "\\x1b[2J" in shown.stdout and "\x1b" not in shown.stdout and "\x07" not in shown.stdout
     assert re.search(r"^error  .*data.train: .*effective batch", shown.stdout, re.MULTILINE)
-    assert "&lt;b&gt;a" in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (("--html", "no/page.html"), "HTML: directory no does not exist"), (("--rows", "0"), "ROWS: found '0', expected an integer"), (("--rows", "x"), "ROWS: found 'x', expected an integer"), (("data.train=none.jsonl",), "no file or folder 'none.jsonl'"),
+    (("--rows", "0"), "ROWS: found '0', expected an integer"), (("data.train=none.jsonl",), "no file or folder 'none.jsonl'"),
 ])  # fmt: skip
 def test_inspect_rejects_arguments(inspect, arguments, message):
     done = inspect(*arguments)

@@ -4,10 +4,11 @@ import datetime
 
 import pytest
 from helpers.bad_input import LARGE, check_example
+from helpers.examples import tokenize_all
 
 from sft_recipes.data import sources, tokenize_rows
 from sft_recipes.data.formats import conversation_of
-from sft_recipes.data.tokenize import IGNORED, ConversationTokenizer
+from sft_recipes.data.tokenize import ConversationTokenizer
 
 MAX_LENGTH = 128
 
@@ -19,12 +20,11 @@ def test_tokenize_large_rows(case, tmp_path, tokenizer):
     conversation_tokenizer = ConversationTokenizer(tokenizer, datetime.date(2026, 11, 21))
     rows = list(sources.resolve(str(path), "data.train", tmp_path / "toy").rows())
     conversations = [conversation_of(row) for row in rows]
-    examples = conversation_tokenizer.tokenize(conversations)
+    examples = tokenize_all(conversation_tokenizer, conversations)
     assert len(examples) == len(case.conversations)
     for example, turns in zip(examples, case.conversations, strict=True):
         check_example(example, turns, tokenizer)
-    tokenized = tokenize_rows.to_arrays(conversations, examples, MAX_LENGTH)
-    assert tokenized.full_lengths.tolist() == [len(example.input_ids) for example in examples]
-    assert tokenized.input_ids.tolist() == [id for example in examples for id in example.input_ids[:MAX_LENGTH]]
-    in_loss = [label != IGNORED for example in examples for label in example.labels[:MAX_LENGTH]]
-    assert tokenized.loss_mask.tolist() == in_loss
+    records = [tokenize_rows.to_record(*pair, MAX_LENGTH) for pair in zip(conversations, examples, strict=True)]
+    assert [record["full_length"] for record in records] == [len(example.input_ids) for example in examples]
+    assert [record["input_ids"] for record in records] == [example.input_ids[:MAX_LENGTH] for example in examples]
+    assert [record["labels"] for record in records] == [example.labels[:MAX_LENGTH] for example in examples]

@@ -14,7 +14,7 @@ from helpers.cli_errors import MODEL, check_refused
 from safetensors.torch import load_file, save_file
 
 from sft_recipes.config import loader
-from sft_recipes.data import prepare, sources, tokenize_rows
+from sft_recipes.data import model_files, prepare, sources, tokenize_rows
 from sft_recipes.data.tokenize import ConversationTokenizer
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Topology
@@ -24,33 +24,26 @@ from sft_recipes.training.model import load_model
 ROWS = [{"prompt": f"How much is {n} and {n}?", "completion": f"It is {2 * n}."} for n in range(60)]
 
 
-def test_prepare_imports_no_heavy_library_for_cached_rows(tmp_path, write_rows, monkeypatch):
-    """Importing them would delay every later start by seconds."""
+def test_prepare_process(tmp_path, write_rows, monkeypatch):
+    """An error is one line; cached rows need no heavy library, whose import would delay every later start by seconds."""
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
-    overrides = [f"data.train={write_rows(ROWS)}", "trainer.max_length=128"]
-    (tmp_path / "plan.json").write_text(
-        json.dumps(asdict(plans.resolve(loader.load("tiny", overrides), Topology(0, 1))))
-    )
+    for name, rows in (("good", ROWS), ("bad", [*ROWS, {"text": "x"}])):
+        overrides = [f"data.train={write_rows(rows, f'{name}.jsonl')}", "trainer.max_length=128"]
+        plan = plans.resolve(loader.load("tiny", overrides), Topology(0, 1))
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "plan.json").write_text(json.dumps(asdict(plan)))
     script = (
-        "import sys; from sft_recipes.data import prepare; assert not prepare.main(sys.argv[1]); "
-        "print('torch' in sys.modules, 'transformers' in sys.modules)"
+        "import sys; from sft_recipes.data import prepare; codes = [prepare.main(plan) for plan in sys.argv[1:]]; "
+        "print(codes, 'torch' in sys.modules, 'transformers' in sys.modules)"
     )
-    command = [sys.executable, "-c", script, str(tmp_path / "plan.json")]
-    outputs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2)]
-    assert [output.splitlines()[-1] for output in outputs] == ["True True", "False False"]
-
-
-def test_prepare_reports_error_in_one_line(tmp_path, write_rows, monkeypatch):
-    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
-    overrides = [f"data.train={write_rows([*ROWS, {'text': 'x'}])}", "trainer.max_length=128"]
-    (tmp_path / "plan.json").write_text(
-        json.dumps(asdict(plans.resolve(loader.load("tiny", overrides), Topology(0, 1))))
+    good, bad = (str(tmp_path / name / "plan.json") for name in ("good", "bad"))
+    first, cached = (
+        subprocess.run([sys.executable, "-c", script, *files], capture_output=True, text=True, check=True)
+        for files in ((good, bad), (good,))
     )
-    command = [sys.executable, "-m", "sft_recipes.data.prepare", str(tmp_path / "plan.json")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"error: {tmp_path}/rows.jsonl:61: row keys: found text, expected messages")
-    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "prepared.json").exists()
+    assert [done.stdout.splitlines()[-1] for done in (first, cached)] == ["[0, 2] True True", "[0] False False"]
+    assert first.stderr.startswith(f"error: {tmp_path}/bad.jsonl:61: row keys: found text, expected messages")
+    assert len(first.stderr.splitlines()) == 1 and not (tmp_path / "bad" / "prepared.json").exists()
 
 
 def prepare_rows(rows, store, write_rows, model_folder):
@@ -101,6 +94,10 @@ def test_train_rejects_bad_data_and_leaves_nothing(workplace, rows, message):
     assert workplace.names() == []
 
 
+def check(folder):
+    model_files.check_model(loader.load("tiny", [*MODEL, f"model.name_or_path={folder}"]).model)
+
+
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
@@ -108,17 +105,21 @@ def test_train_rejects_bad_data_and_leaves_nothing(workplace, rows, message):
         ("config.json", "has no config.json"),
     ],
 )
-def test_train_rejects_incomplete_model_folder(workplace, model_folder, missing, message):
-    shutil.copytree(model_folder, workplace.path / "model")
-    (workplace.path / "model" / missing).unlink()
-    check_refused(workplace.sft("train", "tiny", *MODEL, "model.name_or_path=./model"), message)
+def test_check_model_rejects_incomplete_folder(tmp_path, model_folder, missing, message):
+    shutil.copytree(model_folder, tmp_path / "model")
+    (tmp_path / "model" / missing).unlink()
+    with pytest.raises(UserError, match=message):
+        check(tmp_path / "model")
 
 
-def test_train_rejects_remote_code(workplace, model_folder):
-    shutil.copytree(model_folder, workplace.path / "model")
-    config = workplace.path / "model" / "config.json"
+def test_check_model_rejects_remote_code_and_missing_folder(tmp_path, model_folder):
+    shutil.copytree(model_folder, tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "auto_map": {"AutoModel": "evil.Model"}}))
-    check_refused(workplace.sft("train", "tiny", *MODEL, "model.name_or_path=./model"), "requires its own code")
+    with pytest.raises(UserError, match="requires its own code"):
+        check(tmp_path / "model")
+    with pytest.raises(UserError, match="no folder './nowhere'"):
+        check("./nowhere")
 
 
 def test_train_rejects_missing_weights(workplace, model_folder, few_rows):
@@ -146,10 +147,6 @@ def check_refused_late(done, message):
     assert len(lines) == 1 and re.search(message, lines[0]), done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     return lines[0]
-
-
-def test_train_rejects_missing_model_folder(workplace):
-    check_refused(workplace.sft("train", "tiny", *MODEL, "model.name_or_path=./nowhere"), "no folder './nowhere'")
 
 
 def test_train_rejects_hub_model_offline(workplace):

@@ -19,6 +19,7 @@ import pytest
 import torch
 from helpers.checkpoints import find_checkpoint
 from helpers.cli_errors import MODEL, check_refused
+from helpers.examples import tokenize_all
 from helpers.pickle_bomb import plant
 from helpers.processes import ObservedCommand, command_of, process_tree
 from helpers.workplace import HANG_SECONDS, PLANTED_KEY, REPOSITORY, SHORT, Workplace, manifest
@@ -306,8 +307,8 @@ def test_chat_template_is_sandboxed(tokenizer, tmp_path, monkeypatch, expression
     def says(template):
         tokenizer.chat_template = template
         try:
-            (example,) = ConversationTokenizer(tokenizer, datetime.date(2026, 11, 21)).tokenize(
-                [Conversation(messages, "here:1")]
+            (example,) = tokenize_all(
+                ConversationTokenizer(tokenizer, datetime.date(2026, 11, 21)), [Conversation(messages, "here:1")]
             )
         except UserError as error:
             return str(error)

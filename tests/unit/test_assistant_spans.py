@@ -7,6 +7,7 @@ import datetime
 import re
 
 import pytest
+from helpers.examples import tokenize_all
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -63,8 +64,8 @@ def test_spans_are_exact_in_generated_templates(tokenizer, template, pairs):
     tokenizer.chat_template = source
     turns = [text for pair in pairs for text in pair]
     messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
-    (example,) = ConversationTokenizer(tokenizer, datetime.date(2026, 11, 21)).tokenize(
-        [Conversation(messages, "here:1")]
+    (example,) = tokenize_all(
+        ConversationTokenizer(tokenizer, datetime.date(2026, 11, 21)), [Conversation(messages, "here:1")]
     )
     answers = [tokenizer.decode(example.input_ids[start:end]) for start, end in example.spans]
     assert answers == [answer(text, number == len(pairs) - 1) for number, (_, text) in enumerate(pairs)]
@@ -92,8 +93,8 @@ def test_random_template_is_rejected_or_masked_correctly(tokenizer, parts):
         {"role": "user", "content": "ÄÄÄ"}, {"role": "assistant", "content": "bbbbb"},
     ]  # fmt: skip
     try:
-        (example,) = ConversationTokenizer(tokenizer, datetime.date(2026, 11, 21)).tokenize(
-            [Conversation(messages, "here:1")]
+        (example,) = tokenize_all(
+            ConversationTokenizer(tokenizer, datetime.date(2026, 11, 21)), [Conversation(messages, "here:1")]
         )
     except UserError as error:
         assert re.match("(here:1: )?chat template: ", str(error))

@@ -10,13 +10,14 @@ from pathlib import Path
 import hypothesis
 import pytest
 from helpers.bad_input import ACCEPTED, GOOD, REJECTED, SPECIAL_TOKENS, check_example, lines, table
+from helpers.examples import tokenize_all
 from helpers.template_families import tokenizer_of
 from hypothesis import strategies as st
 
 from sft_recipes.config import loader
 from sft_recipes.data import prepare, sources, tokenize_rows
 from sft_recipes.data.formats import conversation_of
-from sft_recipes.data.tokenize import IGNORED, ConversationTokenizer
+from sft_recipes.data.tokenize import ConversationTokenizer
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Topology
 from sft_recipes.runtime.errors import UserError
@@ -76,15 +77,14 @@ def test_sources_reject_bad_data_with_location(case, write_case, conversation_to
 def test_sources_accept_odd_data(case, write_case, conversation_tokenizer, tokenizer):
     name = write_case(case)
     tokenized = tokenize(name, conversation_tokenizer)
-    examples = conversation_tokenizer.tokenize(conversations(name))
+    examples = tokenize_all(conversation_tokenizer, conversations(name))
     assert len(tokenized) == len(examples) == len(case.conversations)
     for example, turns in zip(examples, case.conversations, strict=True):
         check_example(example, turns, tokenizer)
-    assert tokenized.full_lengths.tolist() == [len(example.input_ids) for example in examples]
-    assert tokenized.lengths.tolist() == [min(len(example.input_ids), MAX_LENGTH) for example in examples]
-    assert tokenized.input_ids.tolist() == [id for example in examples for id in example.input_ids[:MAX_LENGTH]]
-    in_loss = [label != IGNORED for example in examples for label in example.labels[:MAX_LENGTH]]
-    assert tokenized.loss_mask.tolist() == in_loss
+    assert tokenized["full_length"].to_pylist() == [len(example.input_ids) for example in examples]
+    assert tokenized["length"].to_pylist() == [min(len(example.input_ids), MAX_LENGTH) for example in examples]
+    assert tokenized["input_ids"].to_pylist() == [example.input_ids[:MAX_LENGTH] for example in examples]
+    assert tokenized["labels"].to_pylist() == [example.labels[:MAX_LENGTH] for example in examples]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root can read every file")
@@ -183,7 +183,7 @@ def test_tool_texts_add_no_special_tokens(field, folder, tool_tokenizer):
     def special_ids_with(text):
         write(folder / "rows.jsonl", [with_tool(**{field: text})])
         tokenize(folder / "rows.jsonl", tool_tokenizer)
-        (example,) = tool_tokenizer.tokenize(conversations(folder / "rows.jsonl"))
+        (example,) = tokenize_all(tool_tokenizer, conversations(folder / "rows.jsonl"))
         return [id for id in example.input_ids if id in special_ids]
 
     plain = special_ids_with("x")
@@ -212,7 +212,7 @@ def outcome(path, conversation_tokenizer, tokenizer):
         assert str(path) in str(error)
         return None
     expected = conversations(path)
-    examples = conversation_tokenizer.tokenize(expected)
+    examples = tokenize_all(conversation_tokenizer, expected)
     assert len(tokenized) == len(examples) == len(expected)
     for conversation, example in zip(expected, examples, strict=True):
         turns = [(message["role"], message["content"]) for message in conversation.messages]

@@ -12,6 +12,7 @@ import functools
 import itertools
 
 import pytest
+from helpers.examples import tokenize_all
 from helpers.template_families import CONVERSATIONS, SHIPPED, WITH_IMAGES, families, templates_folder, tokenizer_of
 from helpers.workplace import REPOSITORY
 
@@ -36,12 +37,18 @@ SPAN_SOURCES = {
 
 
 @functools.cache
+def tokenizers(family):
+    """Return the tokenizer of a family; nothing may change it."""
+    return tokenizer_of(family)
+
+
+@functools.cache
 def tokenized(family, kind):
     """Return the tokenizer, the example (or the error), and the text at inference."""
-    tokenizer = tokenizer_of(family)
+    tokenizer = tokenizers(family)
     messages, tools = CONVERSATIONS[kind]
     try:
-        (example,) = ConversationTokenizer(tokenizer, TODAY).tokenize([Conversation(messages, "here:1", tools)])
+        (example,) = tokenize_all(ConversationTokenizer(tokenizer, TODAY), [Conversation(messages, "here:1", tools)])
     except UserError as error:
         return tokenizer, str(error), None
     try:
@@ -122,9 +129,9 @@ def test_template_date_is_fixed_by_plan():
     tokenizer = tokenizer_of("Llama 3.2, with today's date")
     conversation = Conversation(CONVERSATIONS["one turn"][0], "here:1")
     day = datetime.date(2026, 11, 21)
-    (example,) = ConversationTokenizer(tokenizer, day).tokenize([conversation])
+    (example,) = tokenize_all(ConversationTokenizer(tokenizer, day), [conversation])
     assert "Today Date: 21 Nov 2026" in tokenizer.decode(example.input_ids)
-    assert ConversationTokenizer(tokenizer, day).tokenize([conversation])[0].input_ids == example.input_ids
+    assert tokenize_all(ConversationTokenizer(tokenizer, day), [conversation])[0].input_ids == example.input_ids
 
 
 def test_templates_page_is_current():

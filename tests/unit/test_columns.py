@@ -1,9 +1,11 @@
 """Which columns and turns of a row are trained: mapping, accounting, flags, conventions, rejected rows."""
 
+import dataclasses
 import datetime
 import json
 
 import pytest
+from helpers.examples import tokenize_all
 
 from sft_recipes.config import loader
 from sft_recipes.config.schema import DataSource
@@ -25,7 +27,7 @@ def convert(values, **settings):
 
 def in_loss(conversation_tokenizer, conversation):
     """The text in the loss, by the ids of the labels."""
-    example = conversation_tokenizer.tokenize([conversation])[0]
+    example = tokenize_all(conversation_tokenizer, [conversation])[0]
     return conversation_tokenizer.tokenizer.decode([label for label in example.labels if label != IGNORED])
 
 
@@ -50,7 +52,7 @@ def test_flagged_turns_are_context_only(chatml, key, form):
     conversation = convert({form: turns})
     assert in_loss(chatml, conversation) == "4<|im_end|>\n"
     assert conversation.conventions == ("assistant turns marked as context or in the prompt: not in the loss",)
-    example = chatml.tokenize([conversation])[0]
+    example = tokenize_all(chatml, [conversation])[0]
     assert "BAD" in chatml.tokenizer.decode(example.input_ids), "it stays in the context"
 
 
@@ -102,9 +104,9 @@ def test_template_variables_reach_the_template(chatml):
         ({**row, "chat_template_kwargs": {"mode": "mine"}}, {"chat_template_kwargs": {"mode": "all"}}, "mine"),
     ):
         conversation = convert(values, **settings)
-        ids = tokenizer.tokenize([conversation])[0].input_ids
+        ids = tokenize_all(tokenizer, [conversation])[0].input_ids
         assert tokenizer.tokenizer.decode(ids).startswith(f"{expected}<|im_start|>")
-        prompt = tokenizer.tokenize_prompt(conversation.messages[:1], template_kwargs=conversation.template_kwargs)
+        prompt = tokenizer.tokenize_prompt(dataclasses.replace(conversation, messages=conversation.messages[:1]))
         assert ids[: len(prompt)] == prompt, "as at inference"
     with pytest.raises(UserError, match="chat_template_kwargs: found .*tools"):
         convert({**row, "chat_template_kwargs": {"tools": []}})
@@ -165,7 +167,7 @@ def test_reserved_template_variables_are_rejected_for_all_rows_and_for_one_sourc
             {"messages": [USER, ANSWER], "persona": "c"},
             'column persona: .*{system: "{persona}", messages: "{messages}"}',
         ),
-        ({"messages": [USER], "chosen": ANSWER}, r'column chosen: .*{prompt: "{messages}", completion: "{chosen}"}'),
+        ({"messages": [USER], "chosen": ANSWER}, "column chosen: .*preference set"),
         ({"messages": [USER, ANSWER], "images": ["a.jpg"]}, "column images: .*Only text is trained"),
         ({"messages": [USER, ANSWER], "label": False}, "column label: .*preference set"),
         ({"messages": [{**USER, "images": ["a.jpg"]}, ANSWER]}, "message key images: .*Only text is trained"),
@@ -190,7 +192,7 @@ def read(tmp_path, chatml, rows, max_rejected=0.0, **settings):
     file.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
     source = Source(files=(file,), settings=DataSource(str(file), **settings))
     tokenized = tokenize_rows.tokenize_source(source, chatml, 128, "data.train", "rows", max_rejected)
-    return tokenized, tokenized.report.describe(source.settings)
+    return tokenize_rows.accepted(tokenized), tokenize_rows.describe_reading(tokenized, source)
 
 
 def test_every_column_and_message_key_is_accounted_for(tmp_path, chatml):
@@ -237,7 +239,7 @@ def test_call_ids_are_generated_where_the_template_needs_them(chatml):
         call["id"] = f"c{number}"
         short["messages"][3 - number]["tool_call_id"] = f"c{number}"
     for values in (without, short):
-        example = tokenizer.tokenize([convert(values)])[0]
+        example = tokenize_all(tokenizer, [convert(values)])[0]
         lines = tokenizer.tokenizer.decode(example.input_ids).split("<|im_end|>")
         ids = {line.split()[2]: line.split()[1] for line in lines[1:3]}
         assert [line.split()[1] for line in lines[3:5]] == [ids["second"], ids["first"]], "answers have their call's id"

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+from helpers.examples import tokenize_all
 
 from sft_recipes.data.formats import Conversation
 from sft_recipes.data.tokenize import IGNORED, ConversationTokenizer
@@ -46,7 +47,7 @@ def with_template(tokenizer, template=CHAT_TEMPLATE):
 
 
 def tokenize(conversation_tokenizer, *turns):
-    return conversation_tokenizer.tokenize([conversation(*turns)])[0]
+    return tokenize_all(conversation_tokenizer, [conversation(*turns)])[0]
 
 
 @pytest.mark.parametrize("turns", TEXTS.values(), ids=TEXTS)
@@ -84,7 +85,7 @@ def test_injected_special_tokens_stay_text(trained, speaker, injected):
 def test_tokenize_prompt_is_prefix_of_row(trained):
     conversation_tokenizer = with_template(trained)
     turns = [("user", "x <|im_end|> y"), ("assistant", "z")]
-    prompt = conversation_tokenizer.tokenize_prompt(messages(turns[:1]))
+    prompt = conversation_tokenizer.tokenize_prompt(conversation(*turns[:1]))
     assert tokenize(conversation_tokenizer, *turns).input_ids[: len(prompt)] == prompt
 
 
@@ -153,7 +154,7 @@ def test_loss_mask_with_tokens_across_span_bounds():
         with_template(tokenizer, template), ("user", "u"), ("assistant", "a"), ("user", "u"), ("assistant", "b")
     )
     spans = [tokenizer.convert_ids_to_tokens(example.input_ids[start:end]) for start, end in example.spans]
-    assert spans == [[":a", "E"], ["b", "E", " "]] and example.shares_prompt_token
+    assert spans == [[":a", "E"], ["b", "E", " "]]
 
 
 def test_reasoning_moves_to_field_of_template(trained):
@@ -206,7 +207,7 @@ def test_truncate_keeps_labels_aligned(trained):
         ("{% for m in messages %}{% if m['role'] != 'user' or loop.first %}{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}",
          "turn 3: the template omits the user's text"),
         ("{% for m in messages %}{{ '<|im_start|>' + m['content'] | upper + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}",
-         "the template omits the"),
+         "the template modifies the texts"),
         ("{% for m in messages %}{{ '<|im_start|>' }}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% endfor %}",
          "turn 1: the generation block contains the user's text"),
         ("{% for m in messages %}{{ '<|im_start|>' }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>' }}{% endfor %}",
@@ -228,23 +229,46 @@ def test_tokenize_rejects_template(trained, template, message):
         trained.bos_token = None
 
 
-def test_tokenize_falls_back_to_template_of_one_row(trained):
-    """Templates depend on texts: a system prompt that disables reasoning, a user turn that is a tool's answer."""
+def test_loss_mask_of_template_that_depends_on_texts(trained):
+    """A system prompt that disables reasoning, a user turn that is a tool's answer."""
     template = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
         "{% if m['role'] == 'assistant' and '/think' in messages[0]['content'] %}{{ 'Hm. ' }}{% endif %}"
         "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     conversation_tokenizer = with_template(trained, template)
-    plain, other = conversation_tokenizer.tokenize(
-        [conversation(("user", "a"), ("assistant", "b")), conversation(("user", "a /think"), ("assistant", "b"))]
+    plain, other = tokenize_all(
+        conversation_tokenizer,
+        [conversation(("user", "a"), ("assistant", "b")), conversation(("user", "a /think"), ("assistant", "b"))],
     )
     assert [trained.decode(example.input_ids[slice(*example.spans[0])]) for example in (plain, other)] == [
         "b<|im_end|>\n",
         "Hm. b<|im_end|>\n",
     ]
-    with pytest.raises(UserError, match="turn 1: found the special token '<.im_end.>' in a row"):
-        tokenize(conversation_tokenizer, ("user", "<|im_end|> /think"), ("assistant", "b"))
+    escaped = tokenize(conversation_tokenizer, ("user", "<|im_end|> /think"), ("assistant", "b"))
+    assert trained.decode(escaped.input_ids[slice(*escaped.spans[0])]) == "Hm. b<|im_end|>\n"
+    assert escaped.input_ids.count(trained.convert_tokens_to_ids("<|im_end|>")) == 2
+    answers = CHAT_TEMPLATE.replace(
+        "message['role'] +", "('tool' if message['content'].startswith('answer') else message['role']) +"
+    )
+    example = tokenize(with_template(trained, answers), ("user", "answer: 4"), ("assistant", "b"))
+    assert trained.decode(example.input_ids).startswith("<|im_start|>tool\nanswer: 4<|im_end|>\n")
+    assert trained.decode(example.input_ids[slice(*example.spans[0])]) == "b<|im_end|>\n"
+
+
+def test_text_that_the_template_omits_is_rejected_after_rows_without_it(trained):
+    """Rows with the same rendered text share a layout, but not what they lose."""
+    conversation_tokenizer = with_template(trained)
+    turns = messages([("user", "u"), ("assistant", "a")])
+    reasoned = [turns[0], {**turns[1], "reasoning_content": "hm"}]
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    for lost, message in (
+        (reasoned, "the reasoning"),
+        ([turns[0], {**turns[1], "tool_calls": [call]}], "the tool call"),
+    ):
+        assert tokenize_all(conversation_tokenizer, [Conversation(turns, "here:1")])
+        with pytest.raises(UserError, match=f"turn 2: the template omits {message}"):
+            tokenize_all(conversation_tokenizer, [Conversation(lost, "here:2")])
 
 
 def test_template_gets_date_of_plan(trained):

@@ -2,9 +2,11 @@
 
 from types import SimpleNamespace
 
+import pyarrow
 import pytest
 import torch
 from datasets import Dataset
+from helpers.examples import tokenize_all
 from helpers.workplace import REPOSITORY
 from transformers import AutoModelForCausalLM
 
@@ -13,7 +15,7 @@ from sft_recipes.config.schema import TABLE_KEYS
 from sft_recipes.data.formats import Conversation
 from sft_recipes.data.packing import to_dataset
 from sft_recipes.data.tokenize import IGNORED, ConversationTokenizer, Example
-from sft_recipes.data.tokenize_rows import to_arrays
+from sft_recipes.data.tokenize_rows import SCHEMA, to_record
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Topology
 from sft_recipes.runtime.errors import UserError
@@ -33,12 +35,13 @@ def examples(tokenizer):
     import datetime
 
     conversations = [Conversation(messages, f"here:{n}") for n, messages in enumerate(CONVERSATIONS)]
-    return ConversationTokenizer(tokenizer, datetime.date(2026, 11, 21)).tokenize(conversations)
+    return tokenize_all(ConversationTokenizer(tokenizer, datetime.date(2026, 11, 21)), conversations)
 
 
 def make_rows(examples, max_length, packing):
-    conversations = [Conversation([{"role": "user", "content": "x"}], example.location) for example in examples]
-    return to_dataset(to_arrays(conversations, list(examples), max_length), max_length, packing)
+    conversation = Conversation([{"role": "user", "content": "x"}], "")
+    records = [{**to_record(conversation, one, max_length), "location": one.location} for one in examples]
+    return to_dataset(pyarrow.Table.from_pylist(records, schema=SCHEMA), max_length, packing)
 
 
 @pytest.fixture(scope="module")

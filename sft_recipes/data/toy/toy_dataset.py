@@ -10,7 +10,7 @@ the question, in every phrasing, to training or to validation, so the two files 
 import json
 import random
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 Row = dict[str, list[dict[str, str]]]
@@ -37,58 +37,36 @@ def _letters(rng: random.Random, count: int) -> str:
     return " ".join(rng.choices(ALPHABET, k=count))
 
 
-def _reverse(rng: random.Random) -> tuple[str, str]:
-    digits = _digits(rng, 4)
-    return digits, digits[::-1]
+def _four_digits(rng: random.Random) -> str:
+    return _digits(rng, 4)
 
 
-def _sort(rng: random.Random) -> tuple[str, str]:
-    digits = rng.sample("0123456789", 3)
-    return "".join(digits), "".join(sorted(digits))
-
-
-def _spell(rng: random.Random) -> tuple[str, str]:
-    digits = _digits(rng, 4)
-    return digits, " ".join(DIGIT_WORDS[int(digit)] for digit in digits)
-
-
-def _largest(rng: random.Random) -> tuple[str, str]:
-    digits = _digits(rng, 4)
-    return digits, max(digits)
-
-
-def _add(rng: random.Random) -> tuple[str, str]:
-    """Draw a sum without carry."""
+def _sum_without_carry(rng: random.Random) -> str:
     tens, ones, more = rng.randint(1, 9), rng.randint(0, 8), rng.randint(1, 9)
-    more = min(more, 9 - ones)
-    return f"{tens}{ones} + {more}", f"{tens}{ones + more}"
+    return f"{tens}{ones} + {min(more, 9 - ones)}"
 
 
-def _capitals(rng: random.Random) -> tuple[str, str]:
-    letters = _letters(rng, 4)
-    return letters, letters.upper()
-
-
-def _last(rng: random.Random) -> tuple[str, str]:
-    letters = _letters(rng, rng.randint(3, 6))
-    return letters, letters[-1]
-
-
-def _count(rng: random.Random) -> tuple[str, str]:
-    count = rng.randint(2, 7)
-    return _letters(rng, count), str(count)
-
-
-# Per task: the phrasings, and a function that draws a subject and its answer.
-TASKS: dict[str, tuple[tuple[str, ...], Callable[[random.Random], tuple[str, str]]]] = {
-    "reverse": (("Reverse these digits: {}", "Write backwards: {}"), _reverse),
-    "sort": (("Sort these digits: {}", "Put these digits in rising order: {}"), _sort),
-    "spell": (("Spell out these digits: {}", "Write digit by digit in words: {}"), _spell),
-    "largest": (("What is the largest digit of this number: {}", "Which digit is largest here: {}"), _largest),
-    "add": (("Add these numbers: {}", "What is the sum: {}"), _add),
-    "capitals": (("Write these letters in capitals: {}", "Make these upper case: {}"), _capitals),
-    "last": (("What is the last letter here: {}", "Which letter comes last: {}"), _last),
-    "count": (("How many letters are here: {}", "Count these letters: {}"), _count),
+# The phrasings of each task's questions.
+TASKS = {
+    "reverse": ("Reverse these digits: {}", "Write backwards: {}"),
+    "sort": ("Sort these digits: {}", "Put these digits in rising order: {}"),
+    "spell": ("Spell out these digits: {}", "Write digit by digit in words: {}"),
+    "largest": ("What is the largest digit of this number: {}", "Which digit is largest here: {}"),
+    "add": ("Add these numbers: {}", "What is the sum: {}"),
+    "capitals": ("Write these letters in capitals: {}", "Make these upper case: {}"),
+    "last": ("What is the last letter here: {}", "Which letter comes last: {}"),
+    "count": ("How many letters are here: {}", "Count these letters: {}"),
+}
+# How each task draws a subject and answers it.
+_RULES: dict[str, tuple[Callable[[random.Random], str], Callable[[str], str]]] = {
+    "reverse": (_four_digits, lambda digits: digits[::-1]),
+    "sort": (lambda rng: "".join(rng.sample("0123456789", 3)), lambda digits: "".join(sorted(digits))),
+    "spell": (_four_digits, lambda digits: " ".join(DIGIT_WORDS[int(digit)] for digit in digits)),
+    "largest": (_four_digits, max),
+    "add": (_sum_without_carry, lambda terms: str(sum(map(int, terms.split(" + "))))),
+    "capitals": (lambda rng: _letters(rng, 4), str.upper),
+    "last": (lambda rng: _letters(rng, rng.randint(3, 6)), lambda letters: letters[-1]),
+    "count": (lambda rng: _letters(rng, rng.randint(2, 7)), lambda letters: str(len(letters.split()))),
 }
 REMEMBER = ("What does {} have?", "Tell me what {} has.")
 
@@ -99,11 +77,11 @@ def _is_held_out(task: str, subject: str) -> bool:
 
 def _draw(rng: random.Random, task: str, held_out: bool) -> tuple[str, str]:
     """Draw a question of a task and its answer from one side of the split."""
-    phrasings, draw = TASKS[task]
+    draw, answer = _RULES[task]
     while True:
-        subject, answer = draw(rng)
+        subject = draw(rng)
         if _is_held_out(task, subject) == held_out:
-            return rng.choice(phrasings).format(subject), answer
+            return rng.choice(TASKS[task]).format(subject), answer(subject)
 
 
 def _draw_remember(rng: random.Random, held_out: bool) -> tuple[tuple[str, str], tuple[str, str]]:
@@ -151,11 +129,7 @@ def write(folder: Path, seed: int = 0) -> None:
         OSError: the folder or a file in it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _write_lines(folder / "train.jsonl", rows(TRAIN_ROWS, held_out=False, seed=seed))
-    _write_lines(folder / "validation.jsonl", rows(VALIDATION_ROWS, held_out=True, seed=seed))
-
-
-def _write_lines(path: Path, lines: Iterable[Row]) -> None:
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    unfinished.replace(path)
+    for name, count in (("train", TRAIN_ROWS), ("validation", VALIDATION_ROWS)):
+        unfinished, lines = folder / f"{name}.jsonl.tmp", rows(count, held_out=name == "validation", seed=seed)
+        unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        unfinished.replace(folder / f"{name}.jsonl")
