@@ -98,7 +98,7 @@ def _clock_what_is_added() -> None:
 
     for owner, names in (
         (NanGuard, ("_record_non_finite", "check_loss", "check_gradients")),
-        (ThroughputMeter, ("_before_forward", "_after_forward", "begin_step", "add_batches", "end_step", "read")),
+        (ThroughputMeter, ("begin_step", "add_batches", "end_step", "read")),
         (alerts.AlertCallback, ("on_step_end", "on_log")),
         (metrics.MetricsCallback, ("on_log",)),
         (console.ConsoleCallback, ("on_step_end", "on_log")),
@@ -128,10 +128,12 @@ def _ours(folder: Path, plan: Any, found: Any) -> Any:
 
     from sft_recipes.runtime.run_dir import RunDir
     from sft_recipes.training import main
+    from sft_recipes.training.completions import HeldOut
 
     folder.mkdir()
     parts = main.build(plan, RunDir(folder), main.configure(plan, RunDir(folder)), asdict(found))
-    watchers = main.make_callbacks(plan, RunDir(folder), Path(found.folder), parts)
+    held_out = HeldOut(plan, RunDir(folder), Path(found.folder), parts.trainer, parts.end_of_turn_ids)
+    watchers = main.make_callbacks(plan, RunDir(folder), held_out)
     parts.trainer.add_callbacks([one for one in watchers if type(one).__name__ != "RetentionCallback"])
     return parts.trainer
 

@@ -340,7 +340,6 @@ class Monitor:
         plateau: the training loss fell by less than this fraction since warm-up.
         data_wait: fraction of a step spent waiting for data.
         memory_growth: fraction by which memory grows although row lengths do not.
-        rank_lag: fraction by which one rank is slower on a step than the others.
         window: optimizer steps.
         early_stopping_patience: evaluations without a lower validation loss after which the run ends; None disables
             it.
@@ -359,7 +358,6 @@ class Monitor:
     plateau: Fraction = 0.02
     data_wait: Fraction = 0.2
     memory_growth: NonNegativeFloat = 0.1
-    rank_lag: NonNegativeFloat = 0.3
     window: Annotated[int, Field(ge=2, le=10_000)] = 10
     early_stopping_patience: Count | None = None
     heartbeat_timeout_seconds: Annotated[float, Field(ge=1)] = 300.0

@@ -1,90 +1,34 @@
 """Detect alerts in series of metrics: the one definition of each live rule, for the running job and for `diagnose`.
 
-A detector is a pure function: it evaluates the end of a series and returns evidence, or None. Thresholds are
-`config.schema.Monitor`. The alert callback adds every step and log line as it arrives; `replay` adds the lines that a
-run has logged in the same order, so that one series gives the same alerts in both.
+A detector is a pure function with the name of its rule: it evaluates the end of a series and returns evidence, or None.
+Thresholds are `config.schema.Monitor`. The alert callback adds every step and log line as it arrives; `replay` adds the
+lines that a run has logged in the same order, so that one series gives the same alerts in both.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
-from sft_recipes.config.schema import CONVERGED_ACCURACY, Monitor
+from sft_recipes.config.schema import CONVERGED_ACCURACY
 from sft_recipes.monitor import stats
-from sft_recipes.monitor.stats import Points
+from sft_recipes.monitor.metrics_log import Alert, MetricSeries, Points
 
 LOSS_FLOOR = 0.1  # nats per token: a smaller move is no rise, and below this loss there is nothing left to learn
-SPIKE_FLOOR = 0.3  # nats per token: a smaller jump is no spike
 SPIKE_HISTORY = (20, 50)  # fewest and most losses that a loss is compared with
-SPEED_HISTORY = 100  # log lines whose median is the usual throughput
-UNTRAINED_LOSS = 4.0  # nats per token: a model that knows its language is below
+_SPIKE_FLOOR = 0.3  # nats per token: a smaller jump is no spike
+_SPEED_HISTORY = 100  # log lines whose median is the usual throughput
+_UNTRAINED_LOSS = 4.0  # nats per token: a model that knows its language is below
 
-
-class Metrics(Protocol):
-    """The metrics of a run up to now: a running job's, or those read from a run directory."""
-
-    @property
-    def monitor(self) -> Monitor:
-        """The thresholds."""
-
-    @property
-    def warmup_steps(self) -> int:
-        """Optimizer steps over which the learning rate rises."""
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the complete run."""
-
-    def points(self, key: str) -> Points:
-        """The finite values of a metric with their steps, ascending."""
-
-
-class Detector(Protocol):
-    """Evidence if the end of the series breaks a rule; the function has the rule's name."""
-
-    __name__: str
-
-    def __call__(self, metrics: Metrics, /) -> str | None:
-        """Evaluate the end of the series."""
-
-
-@dataclass
-class MetricSeries:
-    """Metrics that are added while a run trains."""
-
-    monitor: Monitor
-    warmup_steps: int
-    total_steps: int
-    _points: dict[str, Points] = field(default_factory=dict)
-
-    def points(self, key: str) -> Points:
-        """The finite values of a metric with their steps."""
-        return self._points.setdefault(key, [])
-
-    def add(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Append the finite numbers among the metrics of a step."""
-        for key, value in metrics.items():
-            if isinstance(value, (int, float)) and math.isfinite(value):
-                self.points(key).append((step, float(value)))
-
-
-@dataclass(frozen=True)
-class Alert:
-    """The first of consecutive steps at which a detector holds."""
-
-    rule: str
-    step: int
-    evidence: str
+Detector = Callable[[MetricSeries], str | None]
 
 
 class AlertStream:
     """Run detectors over metrics as they arrive, and report each condition once until it has ended."""
 
-    def __init__(self, detectors: Mapping[str, Detector], series: MetricSeries):
+    def __init__(self, detectors: Sequence[Detector], series: MetricSeries):
         self.detectors = detectors
         self.series = series
         self._active: set[str] = set()
@@ -92,136 +36,119 @@ class AlertStream:
     def add(self, step: int, metrics: Mapping[str, Any]) -> list[Alert]:
         """Append the metrics of a step, and return the alerts that begin there."""
         self.series.add(step, metrics)
-        evidence = {rule: detect(self.series) for rule, detect in self.detectors.items()}
-        alerts = [Alert(rule, step, text) for rule, text in evidence.items() if text and rule not in self._active]
-        self._active = {rule for rule, text in evidence.items() if text}
-        return alerts
+        alerts = [Alert(detect.__name__, step, text) for detect in self.detectors if (text := detect(self.series))]
+        started = [alert for alert in alerts if alert.rule not in self._active]
+        self._active = {alert.rule for alert in alerts}
+        return started
 
 
-def replay(metrics: Metrics, detect: Detector, key: str) -> list[Alert]:
-    """The alerts of a detector, whose name is the rule's, on the values of one metric in their order."""
-    series = MetricSeries(metrics.monitor, metrics.warmup_steps, metrics.total_steps)
-    stream = AlertStream({detect.__name__: detect}, series)
-    return [alert for step, value in metrics.points(key) for alert in stream.add(step, {key: value})]
+def replay(run: MetricSeries, detect: Detector, key: str) -> list[Alert]:
+    """The alerts of a detector on the values of one metric in their order."""
+    stream = AlertStream([detect], MetricSeries(run.monitor, run.warmup_steps, run.total_steps))
+    return [alert for step, value in run.points(key) for alert in stream.add(step, {key: value})]
 
 
-def loss_spike(metrics: Metrics) -> str | None:
+def loss_spike(series: MetricSeries) -> str | None:
     """A loss above the median of those before it, by a robust z-score.
 
     The running job has the loss of each optimizer step. A log line has the mean of `logging_steps` of them, in which
     only a large spike shows; `diagnose` therefore reads the recorded alerts too.
     """
-    points = metrics.points("loss")
+    points = series.points("loss")
     fewest, most = SPIKE_HISTORY
     before = stats.values(points[-most - 1 : -1])
-    if len(before) < fewest or points[-1][1] - min(before) <= SPIKE_FLOOR:
+    if len(before) < fewest or points[-1][1] - min(before) <= _SPIKE_FLOOR:
         return None
     loss, usual = points[-1][1], median(before)
     deviation = stats.ROBUST * median(abs(value - usual) for value in before)
-    above = loss - usual
-    if above <= max(SPIKE_FLOOR, metrics.monitor.loss_spike * deviation):
+    if loss - usual <= max(_SPIKE_FLOOR, series.monitor.loss_spike * deviation):
         return None
-    score = above / deviation if deviation else math.inf
+    score = (loss - usual) / deviation if deviation else math.inf
     return f"loss {loss:.3f}, {score:.0f} robust deviations above the median {usual:.3f} of the {len(before)} before"
 
 
-def exploding_gradients(metrics: Metrics) -> str | None:
+def exploding_gradients(series: MetricSeries) -> str | None:
     """Gradient norms above `grad_norm_above` for `window` steps, or on every tenth of the last hundred values.
 
     A model whose first norms are near the limit has a higher one: they have to grow, or be three times above it. The
     running job has the norm of each optimizer step, a log line that of its last step.
     """
-    points, above = metrics.points("grad_norm"), metrics.monitor.grad_norm_above
+    points, above = series.points("grad_norm"), series.monitor.grad_norm_above
     if len(points) < 3:
         return None
-    first = median(stats.values(points[:3]))
-    limit = max(above, min(2 * first, 3 * above))
-    recent = _sustained(points, metrics.monitor.window, lambda norm: norm > limit)
-    if recent:
+    limit = max(above, min(2 * median(stats.values(points[:3])), 3 * above))
+    if recent := _sustained(points, series.monitor.window, lambda norm: norm > limit):
         return f"gradient norm {median(recent):.3g} (median of {len(recent)} values), above {limit:g}"
     last = stats.values(points[-100:])
     high = sum(norm > limit for norm in last)
     return f"gradient norm above {limit:g} in {high} of {len(last)} values" if high >= max(5, len(last) / 10) else None
 
 
-def vanishing_gradients(metrics: Metrics) -> str | None:
+def vanishing_gradients(series: MetricSeries) -> str | None:
     """Gradient norms below `grad_norm_below` for `window` steps: no weight changes."""
-    limit = metrics.monitor.grad_norm_below
-    recent = _sustained(metrics.points("grad_norm"), metrics.monitor.window, lambda norm: norm < limit)
+    limit = series.monitor.grad_norm_below
+    recent = _sustained(series.points("grad_norm"), series.monitor.window, lambda norm: norm < limit)
     return f"gradient norm {median(recent):.3g} (median of {len(recent)} values), below {limit:g}" if recent else None
 
 
-def throughput_drop(metrics: Metrics) -> str | None:
+def throughput_drop(series: MetricSeries) -> str | None:
     """Tokens per second below their usual by `throughput_drop`, on every log line of `window` steps."""
-    points = metrics.points("tokens_per_second")
-    count = _recent(points, metrics.monitor.window)
-    before = stats.values(points[-count - SPEED_HISTORY : -count])
+    points = series.points("tokens_per_second")
+    count = _recent(points, series.monitor.window)
+    before = stats.values(points[-count - _SPEED_HISTORY : -count])
     if len(before) < 2 * count:
         return None
-    now, share = max(stats.values(points[-count:])), 1 - metrics.monitor.throughput_drop
-    if now >= share * max(before):  # the median is no higher
-        return None
-    usual = median(before)
-    return f"{now:,.0f} tokens/s, usually {usual:,.0f}" if now < share * usual else None
+    now, usual = max(stats.values(points[-count:])), median(before)
+    lost = now < (1 - series.monitor.throughput_drop) * usual
+    return f"{now:,.0f} tokens/s, usually {usual:,.0f}" if lost else None
 
 
-def plateau(metrics: Metrics) -> str | None:
+def plateau(series: MetricSeries) -> str | None:
     """A loss that has fallen by less than `plateau` since warm-up, beyond its noise, and had not fallen before.
 
     Validation losses, where there are four, decide instead of the noise. Not a plateau: a loss below 0.1
     nats per token, tokens that are nearly all predicted, and a model that learned most of its task during warm-up.
     """
-    share, points = metrics.monitor.plateau, metrics.points("loss")
-    after = [point for point in points if point[0] > metrics.warmup_steps]
-    if len(after) < 12 or after[-1][0] - after[0][0] < max(20, metrics.total_steps / 4):
+    share, points = series.monitor.plateau, series.points("loss")
+    after = [point for point in points if point[0] > series.warmup_steps]
+    if len(after) < 12 or after[-1][0] - after[0][0] < max(20, series.total_steps / 4):
         return None
     losses, part = stats.values(after), len(after) // 3
     begin, _, end = stats.blocks(losses, 3)
     fall = _fall(begin, end)
-    if fall >= share or end < LOSS_FLOOR or is_converged(metrics, part):
+    if fall >= share or end < LOSS_FLOOR or is_converged(series, part):
         return None
-    validation = stats.values(metrics.points("eval_loss"))
+    validation = stats.values(series.points("eval_loss"))
     if len(validation) >= 4 and validation[0] > 0:
         still = abs(1 - min(validation[1:]) / validation[0]) <= share
     else:
-        unsure = 2 * math.sqrt(2) * stats.of_median(stats.noise(losses), part)
+        unsure = 2 * math.sqrt(2) * stats.noise_of_median(losses, part)
         still = max(unsure, fall + unsure / 2) <= share
-    early = [loss for step, loss in points if step <= metrics.warmup_steps / 2]
+    early = [loss for step, loss in points if step <= series.warmup_steps / 2]
     first = median(early if len(early) >= 3 else stats.values(points[:3]))
-    learned = _fall(first, end) > 2 * share and end < UNTRAINED_LOSS
-    return fall_since_warmup(metrics) if still and not learned else None
+    learned = _fall(first, end) > 2 * share and end < _UNTRAINED_LOSS
+    return fall_since_warmup(series) if still and not learned else None
 
 
-def fall_since_warmup(metrics: Metrics) -> str:
+def fall_since_warmup(series: MetricSeries) -> str:
     """The training loss after warm-up and now, as text."""
-    begin, _, end = stats.blocks([loss for step, loss in metrics.points("loss") if step > metrics.warmup_steps], 3)
+    begin, _, end = stats.blocks([loss for step, loss in series.points("loss") if step > series.warmup_steps], 3)
     return f"since warm-up the training loss fell by {_fall(begin, end):.1%}, from {begin:.3g} to {end:.3g}"
 
 
-def is_converged(metrics: Metrics, lines: int) -> bool:
+def is_converged(series: MetricSeries, lines: int) -> bool:
     """Whether nearly every token of the last log lines is predicted."""
-    accuracy = stats.values(metrics.points("mean_token_accuracy"))[-lines:]
+    accuracy = stats.values(series.points("mean_token_accuracy"))[-lines:]
     return bool(accuracy) and median(accuracy) > CONVERGED_ACCURACY
 
 
-def exceeds_overfitting_gap(gap: float, monitor: Monitor) -> bool:
-    """Whether validation loss is above training loss by more than `overfitting_gap`: `overfitting_signal` of a line.
-
-    `diagnose` also requires that the gap grows while training loss falls; a constant gap is no overfitting.
-    """
-    return gap > monitor.overfitting_gap
-
-
-def non_finite(metrics: Mapping[str, Any]) -> str | None:
+def non_finite(line: Mapping[str, Any]) -> str | None:
     """The first of loss, gradient norm and validation loss that is NaN or Inf, as text.
 
     The running job stops before such a step is applied (`training.nan_guard`); a log line keeps what it measured.
     """
-    for key in ("loss", "grad_norm", "eval_loss"):
-        value = metrics.get(key)
-        if isinstance(value, float) and not math.isfinite(value):
-            return f"{key} is {value}"
-    return None
+    values = ((key, line.get(key)) for key in ("loss", "grad_norm", "eval_loss"))
+    return next((f"{k} is {v}" for k, v in values if isinstance(v, float) and not math.isfinite(v)), None)
 
 
 def _fall(begin: float, end: float) -> float:
@@ -229,7 +156,7 @@ def _fall(begin: float, end: float) -> float:
     return 1 - end / max(begin, 1e-8)
 
 
-def _recent(points: Sequence[tuple[int, float]], window: int) -> int:
+def _recent(points: Points, window: int) -> int:
     """How many points the last `window` steps have; three where they have fewer."""
     count = 3
     while count < len(points) and points[-count - 1][0] > points[-1][0] - window:

@@ -6,14 +6,11 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from sft_recipes.monitor.advice import Finding
-from sft_recipes.monitor.detectors import Alert
-from sft_recipes.monitor.learning_rules import alerts_of
-from sft_recipes.monitor.metrics_log import Run
-from sft_recipes.monitor.rules import RULES, Rule
+from sft_recipes.monitor.metrics_log import Alert, Run
+from sft_recipes.monitor.rules import RULES, Finding, Rule
 from sft_recipes.runtime.text import escape_unprintable
 
-_MAX_ALERTS = 5  # printed
+MAX_ALERTS = 5  # shown
 
 
 def diagnose(run: Run) -> list[Finding]:
@@ -35,19 +32,10 @@ def skipped_rules(run: Run) -> list[Rule]:
 
 
 def alerts_without_finding(run: Run, findings: Sequence[Finding]) -> list[Alert]:
-    """Alerts, recorded live or on the log lines, of rules that have no finding: such as a single loss spike."""
-    spikes = [
-        alert
-        for rule in RULES
-        if rule.per_step and rule.detect
-        for alert in alerts_of(run, rule.detect, rule.metrics[0])
-    ]
-    alerts = {(alert.rule, alert.step): alert for alert in [*spikes, *run.alerts]}
+    """Alerts of rules that have no finding, recorded live: such as a single loss spike."""
     reported = {finding.rule for finding in findings}
     explained = {name for rule in RULES if rule.name in reported for name in rule.explains}
-    return sorted(
-        (alert for alert in alerts.values() if alert.rule not in reported | explained), key=lambda alert: alert.step
-    )
+    return [alert for alert in run.alerts if alert.rule not in reported | explained]
 
 
 def to_json(findings: Sequence[Finding]) -> str:
@@ -57,10 +45,9 @@ def to_json(findings: Sequence[Finding]) -> str:
 
 def text(run: Run, findings: Sequence[Finding]) -> list[str]:
     """The diagnosis as lines for a terminal; the first one has the result."""
-    total = run.planned("optimizer_steps")
-    progress = f"{run.state}, step {run.last_step:,} of {f'{total:,}' if total else '?'}"
     count = f"{len(findings) or 'no'} issue{'' if len(findings) == 1 else 's'} found"
-    lines = [f"{count} in {run.folder.name} ({progress})"]
+    total = run.plan.get("optimizer_steps") or "?"
+    lines = [f"{count} in {run.folder.name} ({run.state}, step {run.last_step} of {total})"]
     for finding in findings:
         since = "" if finding.step is None else f" at step {finding.step:,}"
         lines += ["", f"{finding.severity}: {finding.rule}{since}: {finding.evidence}"]
@@ -69,9 +56,9 @@ def text(run: Run, findings: Sequence[Finding]) -> list[str]:
         recipe = f"recipes/{run.plan.get('recipe')}.yaml"
         lines += ["", f'apply: in {recipe}, or as ARGS="key=value"; all rules: docs/troubleshooting.md']
     alerts = alerts_without_finding(run, findings)
-    shown = [f"step {alert.step:,} {alert.rule}: {alert.evidence}" for alert in alerts[:_MAX_ALERTS]]
-    shown += [f"{len(alerts) - _MAX_ALERTS} more in {run.folder.warnings}"] if len(alerts) > _MAX_ALERTS else []
-    lines += [f"Alerts: {'; '.join(shown)}"] if shown else []
+    shown = [f"step {alert.step:,} {alert.rule}: {alert.evidence}" for alert in alerts[:MAX_ALERTS]]
+    more = [f"{len(alerts) - MAX_ALERTS} more in {run.folder.warnings}"] if len(alerts) > MAX_ALERTS else []
+    lines += [f"Alerts: {'; '.join([*shown, *more])}"] if shown else []
     lines.append(f"Checked: {', '.join(rule.name for rule in RULES if rule.has_data(run)) or 'none'}")
     skipped = ", ".join(f"{rule.name} ({' or '.join(rule.metrics)})" for rule in skipped_rules(run))
     lines += [f"Skipped (not enough data): {skipped}"] if skipped else []

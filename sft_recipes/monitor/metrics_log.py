@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,102 +14,92 @@ from statistics import median
 from typing import Any
 
 from sft_recipes.config.schema import Monitor
-from sft_recipes.monitor.detectors import Alert
-from sft_recipes.monitor.stats import Points
-from sft_recipes.planner.lr_schedule import Schedule
+from sft_recipes.planner import lr_schedule
 from sft_recipes.runtime.errors import UserError
 from sft_recipes.runtime.run_dir import RunDir, read_json
 
 Line = dict[str, Any]
+Points = list[tuple[int, float]]  # step and value, steps ascending
 
 # NaN and Inf are written as text, so that each line is valid JSON.
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-_FINAL = "final/"
-_CHANGES_THE_SCHEDULE = {
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "num_train_epochs",
-    "max_steps",
-    "warmup_ratio",
-    "effective_batch_size",
-}
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run directory's files, lines ordered by step; of lines with the same step the last counts.
+class Alert:
+    """The first of consecutive steps at which a detector holds."""
+
+    rule: str
+    step: int
+    evidence: str
+
+
+@dataclass
+class MetricSeries:
+    """The metrics of a run up to now, added while it trains.
 
     Attributes:
-        training: lines of `metrics.jsonl` that have `loss`.
-        validation: lines that have `eval_loss` or another validation loss, such as `eval_retention_loss` at step 0.
+        monitor: the thresholds.
+        warmup_steps: optimizer steps over which the learning rate rises.
+        total_steps: optimizer steps of the complete run.
+    """
+
+    monitor: Monitor
+    warmup_steps: int
+    total_steps: int
+    _points: dict[str, Points] = dataclasses.field(default_factory=dict, kw_only=True)
+
+    def points(self, key: str) -> Points:
+        """The finite values of a metric with their steps."""
+        return self._points.setdefault(key, [])
+
+    def add(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append the finite numbers among the metrics of a step."""
+        for key, value in metrics.items():
+            if is_finite(value):
+                self.points(key).append((step, float(value)))
+
+
+@dataclass
+class Run(MetricSeries):
+    """A run directory's files.
+
+    Attributes:
+        lines: of `metrics.jsonl`, one per step; of values with the same step and key the last counts.
         samples: `step`, `prompt`, `reference`, `completion`.
         alerts: what the alert callback recorded while the run trained.
-        final: the summary of a finished run; empty before.
     """
 
     folder: RunDir
     plan: dict[str, Any]
     manifest: dict[str, Any]
-    training: list[Line]
-    validation: list[Line]
+    lines: list[Line]
     samples: list[Line]
     alerts: list[Alert]
-    final: Line
-
-    def section(self, name: str) -> dict[str, Any]:
-        """A section of the recipe in the plan; empty if the plan has none."""
-        return _dict(_dict(self.plan.get("sections")).get(name))
-
-    @cached_property
-    def monitor(self) -> Monitor:
-        """The thresholds of the plan, and the defaults where it has none."""
-        defaults, stored = Monitor(), self.section("monitor")
-        known = [field.name for field in dataclasses.fields(Monitor) if as_float(stored.get(field.name)) is not None]
-        return dataclasses.replace(defaults, **{name: stored[name] for name in known})
-
-    @property
-    def warmup_steps(self) -> int:
-        """Optimizer steps over which the learning rate rises; 0 if not recorded."""
-        return self.planned("warmup_steps") or 0
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the complete run; if not recorded, the latest step."""
-        return self.planned("optimizer_steps") or self.last_step
 
     def points(self, key: str) -> Points:
-        """The finite values of a metric with their steps.
+        """The finite values of a metric with their steps, read once.
 
         `scheduled_learning_rate` is the plan's, at the steps at which a learning rate was logged.
         """
-        if key == "scheduled_learning_rate":
-            logged = (step for step, _ in self.points("learning_rate"))
-            return [(step, rate) for step in logged if (rate := self.scheduled_learning_rate(step)) is not None]
         if key not in self._points:
-            lines = self.validation if key.startswith("eval_") else self.training
-            self._points[key] = [(line["step"], float(line[key])) for line in lines if _is_finite(line.get(key))]
+            logged = [(line["step"], float(line[key])) for line in self.lines if is_finite(line.get(key))]
+            self._points[key] = logged if key != "scheduled_learning_rate" else self._scheduled_learning_rates()
         return self._points[key]
 
-    @cached_property
-    def _points(self) -> dict[str, Points]:
-        """Series already read: rules and plots request the same ones of runs with up to a hundred thousand lines."""
-        return {}
-
-    def planned(self, key: str) -> Any:
-        """A number that depends on the prepared data, such as `optimizer_steps`: the plan's, else the manifest's."""
-        recorded = self.manifest.get(key)
-        return self.plan.get(key) if self.plan.get("data_prepared", True) or recorded is None else recorded
+    def section(self, name: str) -> dict[str, Any]:
+        """A section of the recipe in the plan; empty if the plan has none."""
+        return self.plan.get("sections", {}).get(name) or {}
 
     @property
     def last_step(self) -> int:
         """The latest optimizer step that was logged."""
-        return max((lines[-1]["step"] for lines in (self.training, self.validation) if lines), default=0)
+        return self.lines[-1]["step"] if self.lines else 0
 
     @property
     def log_interval(self) -> int:
         """The usual number of steps between two log lines."""
-        steps = [line["step"] for line in self.training]
+        steps = [step for step, _ in self.points("loss")]
         return int(median(after - before for before, after in itertools.pairwise(steps))) if steps[1:] else 1
 
     @property
@@ -120,35 +110,17 @@ class Run:
     @cached_property
     def source_losses(self) -> list[str]:
         """The metrics `eval_NAME_loss` of single data sources, without that of the retention set."""
-        keys = dict.fromkeys(key for line in self.validation for key in line)
-        return [key for key in keys if _is_loss(key) and key not in ("eval_loss", "eval_retention_loss")]
+        keys = dict.fromkeys(key for line in self.lines for key in line)
+        return [key for key in keys if _is_loss(key) and key not in ("loss", "eval_loss", "eval_retention_loss")]
 
-    def scheduled_learning_rate(self, step: int) -> float | None:
-        """The plan's learning rate for what is logged at `step`: the schedule after `step` - 1 optimizer steps.
-
-        None if the schedule follows the loss, or the run was resumed under another plan.
-        """
-        peak, steps, warmup = (self.planned(key) for key in ("learning_rate", "optimizer_steps", "warmup_steps"))
-        options = self.section("trainer").get("lr_scheduler_kwargs") or {}
-        changed = {str(key).split(".")[-1] for key in self.plan.get("allowed_changes") or []}
-        if peak is None or steps is None or warmup is None or changed & _CHANGES_THE_SCHEDULE:
-            return None
-        try:
-            options = _dict(json.loads(options) if isinstance(options, str) else options)
-            schedule = Schedule(str(self.plan.get("lr_scheduler_type")), peak, warmup, steps, options)
-            return schedule.learning_rate(step - 1)
-        except (ValueError, UserError):
-            return None
-
-    def train_eval_gaps(self) -> Points:
-        """Validation loss minus the latest training loss logged up to that step."""
-        losses, gaps, index, latest = self.points("loss"), [], 0, None
-        for step, eval_loss in self.points("eval_loss"):
-            while index < len(losses) and losses[index][0] <= step:
-                latest, index = losses[index][1], index + 1
-            if latest is not None:
-                gaps.append((step, eval_loss - latest))
-        return gaps
+    def _scheduled_learning_rates(self) -> Points:
+        """The schedule after s - 1 optimizer steps for each logged step s; empty after a resume with another plan."""
+        peak, steps, warmup = (self.plan.get(key) for key in ("learning_rate", "optimizer_steps", "warmup_steps"))
+        name, options = self.plan.get("lr_scheduler_type"), lr_schedule.options_of(self.section("trainer"))
+        if None in (peak, steps, warmup) or name not in lr_schedule.SCHEDULES or self.plan.get("allowed_changes"):
+            return []
+        schedule = lr_schedule.Schedule(name, peak, warmup, steps, options)
+        return [(step, schedule.learning_rate(step - 1)) for step, _ in self.points("learning_rate")]
 
 
 def read(folder: RunDir) -> Run:
@@ -157,68 +129,50 @@ def read(folder: RunDir) -> Run:
     Raises:
         UserError: nothing has been logged yet, or a file is not readable.
     """
-    lines = list(_lines(folder.metrics))
-    run = Run(
-        folder=folder,
-        plan=read_json(folder.plan),
-        manifest=read_json(folder.manifest),
-        training=_by_step(line for line in lines if "loss" in line),
-        validation=_by_step(line for line in lines if any(_is_loss(key) for key in line)),
-        samples=list(_lines(folder.samples)),
-        alerts=[
-            Alert(str(line.get("rule")), line["step"], str(line.get("evidence"))) for line in _lines(folder.warnings)
-        ],
-        final=next((line for line in reversed(lines) if any(key.startswith(_FINAL) for key in line)), {}),
-    )
-    if not run.training and not run.validation and run.state not in ("diverged", "failed"):
+    plan, manifest = read_json(folder.plan), read_json(folder.manifest)
+    # Not known to a plan of unprepared data.
+    plan |= {key: manifest[key] for key in ("optimizer_steps", "warmup_steps") if manifest.get(key) is not None}
+    merged: dict[int, Line] = {}
+    for line in _lines(folder.metrics):
+        merged.setdefault(line["step"], {}).update(line)
+    lines = [merged[step] for step in sorted(merged)]
+    if not any(_is_loss(key) for line in lines for key in line) and manifest.get("state") not in ("diverged", "failed"):
         raise UserError(
             f"{folder.path}: nothing logged yet: {folder.metrics.name} has no line with a loss. "
             f"Wait for the first log step, or read {folder.log}"
         )
-    return run
+    stored = plan.get("sections", {}).get("monitor") or {}
+    known = {field.name for field in dataclasses.fields(Monitor)}
+    return Run(
+        Monitor(**{key: value for key, value in stored.items() if key in known}),
+        plan.get("warmup_steps") or 0,
+        plan.get("optimizer_steps") or (lines[-1]["step"] if lines else 0),
+        folder=folder,
+        plan=plan,
+        manifest=manifest,
+        lines=lines,
+        samples=list(_lines(folder.samples)),
+        alerts=[
+            Alert(str(line.get("rule")), line["step"], str(line.get("evidence"))) for line in _lines(folder.warnings)
+        ],
+    )
 
 
-def as_float(value: Any) -> float | None:
-    """A metric as a float, NaN and Inf included; None if it is not a number."""
-    if isinstance(value, str):
-        return _NOT_FINITE.get(value)
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+def is_finite(value: Any) -> bool:
+    """Whether a metric is a number other than NaN and Inf."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _is_loss(key: str) -> bool:
-    return key.startswith("eval_") and key.endswith("_loss")
-
-
-def _is_finite(value: Any) -> bool:
-    number = as_float(value)
-    return number is not None and math.isfinite(number)
+    return key == "loss" or (key.startswith("eval_") and key.endswith("_loss"))
 
 
 def _lines(path: Path) -> Iterator[Line]:
     """The JSON objects that have a step; an incomplete line (interrupted write) is skipped."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}. Read it as the user who owns the run") from error
-    for json_line in text.split("\n"):
+    for json_line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
         try:
             line = json.loads(json_line)
         except ValueError:
             continue
-        if isinstance(line, dict) and type(line.get("step")) is int:
-            yield {
-                key: _NOT_FINITE.get(value, value) if isinstance(value, str) else value for key, value in line.items()
-            }
-
-
-def _by_step(lines: Iterator[Line]) -> list[Line]:
-    merged: dict[int, Line] = {}
-    for line in lines:
-        merged[line["step"]] = {**merged.get(line["step"], {}), **line}
-    return [merged[step] for step in sorted(merged)]
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            yield {key: _NOT_FINITE.get(str(value), value) for key, value in line.items()}

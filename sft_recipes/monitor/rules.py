@@ -1,18 +1,432 @@
-"""The table of rules: what each measures, which metrics and thresholds it needs, whether it runs live, and its advice.
+"""The rules of `diagnose`: one function each, which returns a finding with evidence and advice, and the table of them.
 
-To add an alert: its detector in `detectors`, its finding in `learning_rules` or `system_rules`, its threshold in
-`config.schema.Monitor`, and its row here.
+The first paragraph of a rule's docstring is its condition, the second its advice in short; `{key}` is the threshold
+`monitor.key`. tests/unit/test_diagnose.py writes docs/troubleshooting.md from them. Metrics are noisy: a finding has to
+exceed the scatter of the run's own log lines.
+
+To add an alert: its threshold in `config.schema.Monitor`, its detector in `detectors` if it runs live, its finding and
+its row here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import bisect
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
+from typing import get_args
 
-from sft_recipes.monitor import detectors, learning_rules, system_rules
-from sft_recipes.monitor.advice import Finding
-from sft_recipes.monitor.detectors import Detector
-from sft_recipes.monitor.metrics_log import Run
+from sft_recipes.config import sizes
+from sft_recipes.config.schema import StoppingAlert, source_paths
+from sft_recipes.monitor import detectors, stats
+from sft_recipes.monitor.detectors import LOSS_FLOOR, Detector
+from sft_recipes.monitor.metrics_log import Alert, Run
+from sft_recipes.runtime.units import GIB
+
+_OUT_OF_RANGE = 3.0  # a learning rate this many times outside the range of its size class is reported
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One issue of a run.
+
+    Attributes:
+        rule: the name of the rule.
+        severity: `error` if it ruins the run, `warning` if it wastes time or quality.
+        step: the optimizer step at which it begins; None if unknown.
+        evidence: the measured values.
+        advice: what to change, most effective first.
+    """
+
+    rule: str
+    severity: str
+    step: int | None
+    evidence: str
+    advice: list[str]
+
+
+def failure(run: Run) -> Finding | None:
+    """The state and the error that the run recorded: out of memory, a rank that died, an exception.
+
+    Read the end of `log.txt`; if memory ran out, the listed changes use less. The same command resumes from the latest
+    checkpoint, if there is one.
+    """
+    if run.state != "failed":
+        return None
+    error = str(run.manifest.get("error") or f"exit code {run.manifest.get('exit_code', '?')}")
+    changes = [f"uses less memory: `{change}`" for change in run.manifest.get("takes_less") or []]
+    advice = [*changes, f"read the end of {run.folder.log}", f"resume: {_resume_command(run)}"]
+    return Finding("failure", "error", run.last_step or None, error, advice)
+
+
+def divergence(run: Run) -> Finding | None:
+    """Loss or gradient norm is NaN/Inf (live: `nan_guard` stops the run); or the smoothed training loss ends 15% and
+    six standard deviations above its own lowest, or 30% above its first value.
+
+    Divide the learning rate by three; check the rows of that step, which the run names.
+    """
+    advice = [*_scale_learning_rate(run, 1 / 3), _check_rows(run)]
+    if run.state == "diverged":
+        record = run.manifest.get("diverged") or {}
+        values = f"loss {record.get('loss', '?')}, gradient norm {record.get('grad_norm', '?')}"
+        evidence = f"the run was stopped: {record.get('reason', 'NaN/Inf loss')} ({values})"
+        if rows := ", ".join(map(str, record.get("rows", [])[:5])):
+            evidence += f"; rows of that step: {rows}"
+            advice = [f"fix or remove the rows of that step: {rows}", *advice[:-1]]
+        return Finding("divergence", "error", record.get("step"), evidence, advice)
+    for line in run.lines:
+        if evidence := detectors.non_finite(line):
+            return Finding("divergence", "error", line["step"], evidence, advice)
+    points, losses = run.points("loss"), stats.values(run.points("loss"))
+    if len(losses) < 6:
+        return None
+    smoothed = _smoothed_loss(run)
+    (_, end), (step, lowest) = smoothed[-1], min(smoothed, key=lambda point: point[1])
+    if end - lowest > max(LOSS_FLOOR, lowest * _rise_share(run, 6)):  # six, as the lowest of many values is low
+        evidence = f"training loss rose from {lowest:.3g} to {end:.3g} and did not return"
+        return Finding("divergence", "error", step, evidence, advice)
+    if end - losses[0] > max(LOSS_FLOOR, losses[0] * max(0.3, 6 * stats.noise(losses))):
+        evidence = f"training loss started at {losses[0]:.3g} and stays at {end:.3g}"
+        return Finding("divergence", "error", points[0][0], evidence, advice)
+    return None
+
+
+def schedule(run: Run) -> Finding | None:
+    """The learning rate of every log line against the plan's schedule, to a relative 1e-6.
+
+    Find what else sets it; `make schedules` prints the plan's curve.
+    """
+    curve = f"find what else sets it; the plan's curve: `make schedules RECIPE={run.plan.get('recipe')}`"
+    logged = zip(run.points("learning_rate"), run.points("scheduled_learning_rate"), strict=True)
+    for (step, rate), (_, planned) in logged:
+        # A cosine's end is a difference of nearly equal numbers: the second term.
+        if abs(rate - planned) > 1e-6 * abs(planned) + 1e-9 * run.plan["learning_rate"]:
+            evidence = f"the learning rate at step {step} is {rate:.4g}, expected {planned:.4g}"
+            return Finding("schedule", "error", step, evidence, [curve])
+    return None
+
+
+def vanishing_gradients(run: Run) -> Finding | None:
+    """The gradient norm stays below {grad_norm_below} for {window} steps, at least three values.
+
+    Check the loss mask (`make inspect`), that parameters are trained, and the precision.
+    """
+    advice = [
+        f"check the loss mask: assistant tokens must be in the loss: `make inspect RECIPE={run.plan.get('recipe')}`",
+        f"check that parameters are trained: trained_parameters is {run.plan.get('trained_parameters')}",
+        "check the precision: run with `precision: fp32` to distinguish rounding from a detached graph",
+    ]
+    return _first_alert(run, detectors.vanishing_gradients, "grad_norm", "error", advice)
+
+
+def exploding_gradients(run: Run) -> Finding | None:
+    """The gradient norm stays above {grad_norm_above} for {window} steps, at least three values, or is above it on
+    every tenth of the last hundred; the limit is up to three times higher if the first norms are near it.
+
+    Halve the learning rate, or use the default of the size class; a longer warm-up; check the rows.
+    """
+    return _first_alert(run, detectors.exploding_gradients, "grad_norm", "error", _lower_rate_and_check(run))
+
+
+def loss_spike(run: Run) -> Finding | None:
+    """The loss is 0.3 and {loss_spike} robust standard deviations above the median of up to 50 before it. Live: each
+    such step is an alert. `diagnose`: three separate alerts are a finding; fewer are only listed.
+
+    Halve the learning rate, or use the default of the size class; a longer warm-up; check the rows.
+    """
+    alerts = alerts_of(run, detectors.loss_spike, "loss")
+    steps, apart = sorted({alert.step for alert in alerts}), max(run.monitor.window, run.log_interval)
+    spikes = steps[:1] + [step for before, step in itertools.pairwise(steps) if step - before > apart]
+    if len(spikes) < max(3, run.last_step / 3000):
+        return None
+    shown = ", ".join(map(str, spikes[:5])) + (", …" if len(spikes) > 5 else "")
+    evidence = f"{len(spikes)} loss spikes (steps {shown}); the first: {alerts[0].evidence}"
+    return Finding("loss_spike", "error", spikes[0], evidence, _lower_rate_and_check(run))
+
+
+def instability(run: Run) -> Finding | None:
+    """A smoothed training loss that rises and returns; or a learning rate three times the highest of its size class,
+    while the model is not converged.
+
+    Halve the learning rate, or use the default of the size class; a longer warm-up; check the rows.
+    """
+    evidence, hump, ratio = [], _hump(run), _range_ratio(run)
+    if hump is not None:
+        evidence.append(f"the training loss rose at step {hump} and returned later")
+    if ratio >= _OUT_OF_RANGE:
+        evidence.append(f"the learning rate is {ratio:.0f} times the highest of size class {run.plan['size']}")
+    if not evidence:
+        return None
+    severity = "warning" if hump is None and ratio < 3 * _OUT_OF_RANGE else "error"
+    first = 1 if ratio >= _OUT_OF_RANGE else hump
+    return Finding("instability", severity, first, "; ".join(evidence), _lower_rate_and_check(run))
+
+
+def overfitting(run: Run) -> Finding | None:
+    """Validation loss ends 2% and more than its noise above its best, training loss keeps falling, and the gap between
+    them is above {overfitting_gap} and grows (a warning if validation has only stopped falling). A gap that does not
+    grow is no finding. Live: `overfitting_signal` in the log is the gap alone.
+
+    In this order: learning rate two to three times lower, fewer epochs, weight decay 0.05 to 0.1, more data. `final/`
+    is the best step already.
+    """
+    evaluations, points = run.points("eval_loss"), run.points("loss")
+    losses, trained = stats.values(evaluations), stats.values(points)
+    if len(losses) < 3 or len(trained) < 3:
+        return None
+    best = losses.index(min(losses))
+    rises = _rises_from(losses, best)
+    since, severity = (best, "error") if rises else (len(losses) // 2, "warning")
+    if not rises and not _has_stopped_falling(losses, since):
+        return None
+    lines = min(max(len(trained) // len(losses), 3), 20)  # training lines between two evaluations
+    ends = [max(bisect.bisect_right(points, (step, math.inf)), 1) for step, _ in evaluations]
+    training = [median(trained[max(0, end - lines) : end]) for end in ends]
+    gap, gap_before = losses[-1] - training[-1], losses[since] - training[since]
+    # A rise is independent evidence: half of the growth, and of the noise, is enough.
+    noise = stats.noise_of_median(trained, lines) * training[since] * (2 if rises else 4)
+    grown = gap - gap_before > run.monitor.overfitting_gap / (2 if rises else 1) + noise
+    falling = training[since] - training[-1] > max(0.02 * training[since], noise)
+    if gap <= run.monitor.overfitting_gap or not grown or not falling:
+        return None
+    step = evaluations[best][0]
+    evidence = (
+        f"validation loss {'rose' if rises else 'went'} from {losses[since]:.3g} (step {evaluations[since][0]}) to "
+        f"{losses[-1]:.3g}, training loss fell from {training[since]:.3g} to {training[-1]:.3g}, the gap grew to "
+        f"{gap:.2g}; {'final/' if run.state == 'finished' else f'best-{step}/'} is the best step, {step}"
+    )
+    advice = [
+        *_scale_learning_rate(run, 1 / 2),
+        *_fewer_epochs(run, step),
+        *_change(run, "weight_decay", lambda decay: next((higher for higher in (0.05, 0.1) if higher > decay), decay)),
+        "more data, and more varied: data.train takes a list of sources",
+    ]
+    return Finding("overfitting", severity, step, evidence, advice)
+
+
+def forgetting(run: Run) -> Finding | None:
+    """The loss on `data.retention_eval` rose by 5% and 0.05 compared with before the first step.
+
+    Halve the learning rate, fewer epochs, similar rows in the training data, LoRA.
+    """
+    points = run.points("eval_retention_loss")
+    (_, before), (last_step, last) = points[0], points[-1]
+    limit = before + max(0.05, 0.05 * before)
+    if min(stats.values(points[1:][-2:])) <= limit:
+        return None
+    since = next(step for step, loss in points if loss > limit)
+    retained = source_paths(run.section("data").get("retention_eval") or "data.retention_eval")
+    advice = [
+        *_scale_learning_rate(run, 1 / 2),
+        *_fewer_epochs(run, since),
+        f"add 5% to 10% rows like those of {', '.join(retained)} to data.train",
+    ]
+    if run.plan.get("method") == "full" and run.plan.get("size") != "tiny":
+        lora = f"`size: lora-{run.plan.get('size')}` and `lora: {{r: 16, alpha: 32}}`"
+        advice.append(f"LoRA, which learns less and forgets less: {lora}")
+    evidence = f"the loss on the retention set was {before:.3g} before training, {last:.3g} at step {last_step}"
+    return Finding("forgetting", "error", since, evidence, advice)
+
+
+def plateau(run: Run) -> Finding | None:
+    """The training loss fell by less than {plateau} of itself since warm-up, validation no more, and little before; or
+    the learning rate is a third or less of the lowest of its size class, while the model is not converged. A loss near
+    zero is no plateau.
+
+    Double the learning rate, or use the default of the size class.
+    """
+    after = [point for point in run.points("loss") if point[0] > run.warmup_steps]
+    ratio, check = _range_ratio(run), f"or check that the data can be learned: {_inspect_command(run)}"
+    if ratio <= 1 / _OUT_OF_RANGE and len(after) >= 3 and after[-1][1] >= LOSS_FLOOR:
+        low = f"the learning rate is {1 / ratio:.0f} times below the lowest of size class {run.plan['size']}"
+        severity = "warning" if ratio > 1 / (3 * _OUT_OF_RANGE) else "error"
+        evidence = f"{detectors.fall_since_warmup(run)}; {low}"
+        return Finding("plateau", severity, after[0][0], evidence, [*_default_learning_rate(run), check])
+    advice = [*_scale_learning_rate(run, 2), check]
+    if evidence := detectors.plateau(run):
+        return Finding("plateau", "error", after[0][0], evidence, advice)
+    recorded = next((alert for alert in run.alerts if alert.rule == "plateau"), None)  # it fell later
+    return Finding("plateau", "warning", recorded.step, recorded.evidence, advice) if recorded else None
+
+
+def memory_growth(run: Run) -> Finding | None:
+    """GPU memory (else host memory) grows steadily by more than {memory_growth} of itself; a jump at an evaluation is
+    no finding.
+
+    Find what keeps tensors between steps; a restart from the latest checkpoint frees memory.
+    """
+    kind = "GPU" if len(run.points("memory_allocated_bytes")) >= 12 else "host"
+    points = run.points("memory_allocated_bytes" if kind == "GPU" else "host_memory_bytes")
+    points = points[len(points) // 10 :]  # caches fill during the first lines
+    parts = stats.blocks(stats.values(points), 6)
+    growth, rises = parts[-1] - parts[0], [after - before for before, after in itertools.pairwise(parts)]
+    # One or two jumps are an allocator that settles at an evaluation.
+    steady = sum(rise > 0.05 * growth for rise in rises) >= 4 and max(rises) <= growth / 2
+    if growth <= run.monitor.memory_growth * parts[0] or not steady or parts[-1] - parts[3] < 0.25 * growth:
+        return None
+    evidence = (
+        f"{kind} memory grows steadily, from {parts[0] / GIB:.2f} to {parts[-1] / GIB:.2f} GiB "
+        f"({growth / parts[0]:.0%})"
+    )
+    advice = [
+        "find what keeps tensors or rows between steps: a custom callback, a list to which losses are appended",
+        f"until the cause is fixed, restart from the latest checkpoint: {_resume_command(run)}",
+    ]
+    return Finding("memory_growth", "error", points[0][0], evidence, advice)
+
+
+def input_bound(run: Run) -> Finding | None:
+    """Half of the steps wait for data for more than {data_wait} of their time.
+
+    More data loader workers (`trainer.dataloader_num_workers`), rows on a local disk.
+    """
+    points = run.points("data_wait_fraction")
+    points = points[min(2, len(points) // 4) :]  # caches fill during the first lines
+    if (share := median(stats.values(points))) <= run.monitor.data_wait:
+        return None
+    workers = run.section("trainer").get("dataloader_num_workers") or 0
+    advice = [
+        f"`trainer.dataloader_num_workers: {2 * workers or 4}` (was {workers})",
+        "rows on a local disk instead of a network file system: set HF_HOME, or data.train to a local file",
+    ]
+    evidence = f"half of the steps wait for data for {share:.0%} of their time or more"
+    return Finding("input_bound", "warning", points[0][0], evidence, advice)
+
+
+def throughput_drop(run: Run) -> Finding | None:
+    """Tokens per second are {throughput_drop} below the median of the lines before, on every log line of {window}
+    steps, at least three.
+
+    Check what else runs on the node and whether the GPU throttles; resume on another node.
+    """
+    advice = [
+        "check what else runs on the node, and whether the GPU throttles: `nvidia-smi -q -d PERFORMANCE,CLOCK`",
+        f"resume on another node from the latest checkpoint: {_resume_command(run)}",
+    ]
+    return _first_alert(run, detectors.throughput_drop, "tokens_per_second", "warning", advice)
+
+
+def alerts_of(run: Run, detect: Detector, key: str) -> list[Alert]:
+    """The alerts of a detector: those recorded while the run trained, and those on its log lines, by step."""
+    recorded = [alert for alert in run.alerts if alert.rule == detect.__name__]
+    return sorted([*recorded, *detectors.replay(run, detect, key)], key=lambda alert: alert.step)
+
+
+def _first_alert(run: Run, detect: Detector, key: str, severity: str, advice: list[str]) -> Finding | None:
+    alerts = alerts_of(run, detect, key)
+    return Finding(detect.__name__, severity, alerts[0].step, alerts[0].evidence, advice) if alerts else None
+
+
+def _smoothing_width(run: Run) -> int:
+    """Lines to smooth the loss over: a tenth of the run, 3 to 50."""
+    lines = len(run.points("loss"))
+    return min(max(lines // 10, 5 if lines >= 10 else 3), 50)
+
+
+def _smoothed_loss(run: Run) -> list[tuple[int, float]]:
+    """The moving median of the loss, each with the last step that it covers."""
+    points, width = run.points("loss"), _smoothing_width(run)
+    return list(zip([step for step, _ in points[width - 1 :]], stats.smooth(stats.values(points), width), strict=True))
+
+
+def _rise_share(run: Run, deviations: float) -> float:
+    """The share by which the smoothed loss has to be above its lowest: 15%, or that many standard deviations."""
+    return max(0.15, deviations * stats.noise_of_median(stats.values(run.points("loss")), _smoothing_width(run)))
+
+
+def _hump(run: Run) -> int | None:
+    """The first step at which the smoothed loss is above its lowest so far, beyond its noise."""
+    if len(run.points("loss")) < 20:
+        return None
+    smoothed = _smoothed_loss(run)
+    share = _rise_share(run, 8)  # the highest of many windows against the lowest of many
+    lows = itertools.accumulate(stats.values(smoothed), min)
+    for (first_step, _), (_, loss), lowest in zip(run.points("loss"), smoothed, lows, strict=False):
+        if loss - lowest > max(LOSS_FLOOR, lowest * share):
+            return first_step
+    return None
+
+
+def _rises_from(losses: Sequence[float], best: int) -> bool:
+    """Whether validation loss ends above its best; by more if only one evaluation follows."""
+    after = losses[best + 1 :][-2:] or losses[-1:]
+    share = 0.02 if len(after) == 2 else 0.05
+    return sum(after) / len(after) - losses[best] > max(share, share * losses[best], 4 * stats.zigzag(losses))
+
+
+def _has_stopped_falling(losses: Sequence[float], middle: int) -> bool:
+    fall = losses[middle] - min(losses[middle:])
+    return len(losses) >= 6 and fall <= max(0.01 * losses[middle], 2 * stats.zigzag(losses))
+
+
+def _range_ratio(run: Run) -> float:
+    """The learning rate relative to its size class's range: above 1 over the highest, below 1 under the lowest.
+
+    1 within the range, and where nearly every token is predicted already.
+    """
+    size, rate = sizes.size_classes().get(str(run.plan.get("size"))), run.plan.get("learning_rate")
+    if size is None or rate is None or detectors.is_converged(run, 3):
+        return 1.0
+    lowest, highest = size.ranges["learning_rate"].range or (rate, rate)
+    return float(max(rate / highest, 1.0) if rate >= lowest else rate / lowest)
+
+
+def _change(run: Run, key: str, new: Callable[[float], float], note: str = "") -> list[str]:
+    """`trainer.KEY: VALUE`, and the `allow_out_of_range` that a value outside the size class's range needs; nothing if
+    the plan has no such value, or the new one is the same."""
+    size, present = sizes.size_classes().get(str(run.plan.get("size"))), run.plan.get(key)
+    if size is None or present is None or (value := new(present)) == present:
+        return []
+    old_text, text = (
+        sizes.scientific(number) if key == "learning_rate" else f"{number:g}" for number in (present, value)
+    )
+    line = f"`trainer.{key}: {text}` (was {old_text}){note}"
+    if size.ranges[key].allows(float(text)):
+        return [line]
+    expected = f"size class {run.plan['size']}: {size.ranges[key].describe()}"
+    return [f"{line}, and `allow_out_of_range: [{key}]` ({expected})"]
+
+
+def _scale_learning_rate(run: Run, factor: float) -> list[str]:
+    return _change(run, "learning_rate", lambda rate: rate * factor)
+
+
+def _default_learning_rate(run: Run) -> list[str]:
+    size = run.plan["size"]
+    default = sizes.size_classes()[size].ranges["learning_rate"].start
+    return _change(run, "learning_rate", lambda _: default, f", the default of size class {size}")
+
+
+def _fewer_epochs(run: Run, step: int) -> list[str]:
+    """The epochs completed at `step`, rounded up."""
+    per_epoch = run.plan.get("steps_per_epoch")
+    if not per_epoch or run.section("trainer").get("max_steps", -1) > 0:
+        return []
+    done = max(math.ceil(step / per_epoch - 0.01), 1)
+    return _change(run, "num_train_epochs", lambda planned: min(planned, done))
+
+
+def _lower_rate_and_check(run: Run) -> list[str]:
+    """A lower learning rate, twice the warm-up if the size class allows that, and a look at the rows."""
+    lower = _default_learning_rate(run) if _range_ratio(run) > 1 else _scale_learning_rate(run, 1 / 2)
+    size = sizes.size_classes().get(str(run.plan.get("size")))
+    highest = (size.ranges["warmup_ratio"].range or [0, math.inf])[1] if size else 0
+    warmup = _change(run, "warmup_ratio", lambda ratio: max(ratio, min(max(2 * ratio, 0.03), highest)))
+    return [*lower, *warmup, _check_rows(run)]
+
+
+def _check_rows(run: Run) -> str:
+    return f"check the data for unusual rows: {_inspect_command(run)}"
+
+
+def _inspect_command(run: Run) -> str:
+    return f"`make inspect RECIPE={run.plan.get('recipe')}`"
+
+
+def _resume_command(run: Run) -> str:
+    return f"`make train RECIPE={run.plan.get('recipe')} NAME={run.folder.name} RESUME=1`"
 
 
 @dataclass(frozen=True)
@@ -20,194 +434,53 @@ class Rule:
     """One rule.
 
     Attributes:
-        name: as in findings, in `warnings.jsonl` and in `monitor.stop_on`.
-        measures: one sentence; `{key}` is the threshold `monitor.key`.
-        advice: what to do, in short; a finding has the values.
+        find: the finding of a run that has been read, or None; the function has the rule's name.
         metrics: one of these must have `min_points` values, or `diagnose` skips the rule.
-        find: the finding of a run that has been read, or None.
         explains: rules whose findings are dropped where this one has one: same cause, other advice.
         detect: the detector of a rule that also runs live, or None.
-        per_step: whether it runs live after every optimizer step; else at every log line.
     """
 
-    name: str
-    title: str
-    measures: str
-    advice: str
-    metrics: tuple[str, ...]
-    min_points: int
     find: Callable[[Run], Finding | None]
-    explains: tuple[str, ...] = ()
+    title: str
+    metrics: Sequence[str] = ()
+    min_points: int = 0
+    explains: Sequence[str] = ()
     detect: Detector | None = None
-    per_step: bool = False
+
+    @property
+    def name(self) -> str:
+        """As in findings, in `warnings.jsonl` and in `monitor.stop_on`."""
+        return self.find.__name__
+
+    @property
+    def per_step(self) -> bool:
+        """Whether it runs live after every optimizer step; else at every log line."""
+        return self.name in get_args(StoppingAlert)
 
     def has_data(self, run: Run) -> bool:
         """Whether the run has enough values of the rule's metrics."""
         return any(len(run.points(key)) >= self.min_points for key in self.metrics) or not self.metrics
 
 
+_UNSTABLE = ("loss_spike", "instability", "plateau")
+_GRADIENTS = ("exploding_gradients", "vanishing_gradients")
 # In the order of findings: what ended the run, what makes its metrics unreliable, then the rest.
 RULES = (
+    Rule(failure, "The run ended with an error"),
     Rule(
-        "failure",
-        "The run ended with an error",
-        "The state and the error that the run recorded: out of memory, a rank that died, an exception.",
-        "Read the end of `log.txt`; if memory ran out, the listed changes use less. The same command resumes from the "
-        "latest checkpoint, if there is one.",
-        (),
-        0,
-        system_rules.failure,
-    ),
-    Rule(
-        "divergence",
+        divergence,
         "The loss is NaN/Inf, or rises permanently",
-        "Loss or gradient norm is NaN/Inf (live: `nan_guard` stops the run); or the smoothed training loss ends 15% "
-        "and six standard deviations above its own lowest, or 30% above its first value.",
-        "Divide the learning rate by three; check the rows of that step, which the run names.",
-        (),
-        0,
-        learning_rules.divergence,
-        (
-            "loss_spike",
-            "exploding_gradients",
-            "instability",
-            "vanishing_gradients",
-            "overfitting",
-            "plateau",
-            "forgetting",
-        ),
+        explains=(*_UNSTABLE, *_GRADIENTS, "overfitting", "forgetting"),
     ),
-    Rule(
-        "schedule",
-        "The learning rate is not the plan's",
-        "The learning rate of every log line against the plan's schedule, to a relative 1e-6.",
-        "Find what else sets it; `make schedules` prints the plan's curve.",
-        ("scheduled_learning_rate",),
-        1,
-        learning_rules.schedule,
-        ("plateau",),
-    ),
-    Rule(
-        "vanishing_gradients",
-        "Vanishing gradients",
-        "The gradient norm stays below {grad_norm_below} for {window} steps, at least three values.",
-        "Check the loss mask (`make inspect`), that parameters are trained, and the precision.",
-        ("grad_norm",),
-        3,
-        learning_rules.vanishing_gradients,
-        ("plateau",),
-        detectors.vanishing_gradients,
-        per_step=True,
-    ),
-    Rule(
-        "exploding_gradients",
-        "Exploding gradients",
-        "The gradient norm stays above {grad_norm_above} for {window} steps, at least three values, or is above it on "
-        "every tenth of the last hundred; the limit is up to three times higher if the first norms are near it.",
-        "Halve the learning rate, or use the default of the size class; a longer warm-up; check the rows.",
-        ("grad_norm",),
-        3,
-        learning_rules.exploding_gradients,
-        ("loss_spike", "instability", "plateau"),
-        detectors.exploding_gradients,
-        per_step=True,
-    ),
-    Rule(
-        "loss_spike",
-        "Loss spikes",
-        "The loss is 0.3 and {loss_spike} robust standard deviations above the median of up to 50 before it. Live: "
-        "each such step is an alert. `diagnose`: three separate alerts are a finding; fewer are only listed.",
-        "Halve the learning rate, or use the default of the size class; a longer warm-up; check the rows.",
-        ("loss",),
-        detectors.SPIKE_HISTORY[0] + 1,
-        learning_rules.loss_spike,
-        ("instability", "plateau"),
-        detectors.loss_spike,
-        per_step=True,
-    ),
-    Rule(
-        "instability",
-        "Unstable training",
-        "A smoothed training loss that rises and returns; or a learning rate three times the highest of its size "
-        "class, while the model is not converged.",
-        "Halve the learning rate, or use the default of the size class; a longer warm-up; check the rows.",
-        ("loss",),
-        6,
-        learning_rules.instability,
-        ("plateau",),
-    ),
-    Rule(
-        "overfitting",
-        "Overfitting",
-        "Validation loss ends 2% and more than its noise above its best, training loss keeps falling, and the gap "
-        "between them is above {overfitting_gap} and grows (a warning if validation has only stopped falling). A gap "
-        "that does not grow is no finding. Live: `overfitting_signal` in the log is the gap alone.",
-        "In this order: learning rate two to three times lower, fewer epochs, weight decay 0.05 to 0.1, more data. "
-        "`final/` is the best step already.",
-        ("eval_loss",),
-        3,
-        learning_rules.overfitting,
-    ),
-    Rule(
-        "forgetting",
-        "Forgetting",
-        "The loss on `data.retention_eval` rose by 5% and 0.05 compared with before the first step.",
-        "Halve the learning rate, fewer epochs, similar rows in the training data, LoRA.",
-        ("eval_retention_loss",),
-        2,
-        learning_rules.forgetting,
-    ),
-    Rule(
-        "plateau",
-        "The loss does not fall",
-        "The training loss fell by less than {plateau} of itself since warm-up, validation no more, and little before; "
-        "or the learning rate is a third or less of the lowest of its size class, while the model is not converged. A "
-        "loss near zero is no plateau.",
-        "Double the learning rate, or use the default of the size class.",
-        ("loss",),
-        12,
-        learning_rules.plateau,
-        detect=detectors.plateau,
-    ),
-    Rule(
-        "memory_growth",
-        "Memory grows",
-        "GPU memory (else host memory) grows steadily by more than {memory_growth} of itself; a jump at an evaluation "
-        "is no finding.",
-        "Find what keeps tensors between steps; a restart from the latest checkpoint frees memory.",
-        ("memory_allocated_bytes", "host_memory_bytes"),
-        14,
-        system_rules.memory_growth,
-    ),
-    Rule(
-        "input_bound",
-        "Steps wait for data",
-        "Half of the steps wait for data for more than {data_wait} of their time.",
-        "More data loader workers (`trainer.dataloader_num_workers`), rows on a local disk.",
-        ("data_wait_fraction",),
-        5,
-        system_rules.input_bound,
-        ("throughput_drop",),
-    ),
-    Rule(
-        "slow_rank",
-        "One rank is slow",
-        "One rank takes more than {rank_lag} longer per step than the others, on most lines the same rank.",
-        "Check that rank's GPU and node, or exclude it.",
-        ("rank_lag",),
-        5,
-        system_rules.slow_rank,
-        ("throughput_drop",),
-    ),
-    Rule(
-        "throughput_drop",
-        "Throughput drops",
-        "Tokens per second are {throughput_drop} below the median of the lines before, on every log line of {window} "
-        "steps, at least three.",
-        "Check what else runs on the node and whether the GPU throttles; resume on another node.",
-        ("tokens_per_second",),
-        9,
-        system_rules.throughput_drop,
-        detect=detectors.throughput_drop,
-    ),
+    Rule(schedule, "The learning rate is not the plan's", ["scheduled_learning_rate"], 1, ["plateau"]),
+    Rule(vanishing_gradients, "Vanishing gradients", ["grad_norm"], 3, ["plateau"], detectors.vanishing_gradients),
+    Rule(exploding_gradients, "Exploding gradients", ["grad_norm"], 3, _UNSTABLE, detectors.exploding_gradients),
+    Rule(loss_spike, "Loss spikes", ["loss"], 21, ["instability", "plateau"], detectors.loss_spike),
+    Rule(instability, "Unstable training", ["loss"], 6, ["plateau"]),
+    Rule(overfitting, "Overfitting", ["eval_loss"], 3),
+    Rule(forgetting, "Forgetting", ["eval_retention_loss"], 2),
+    Rule(plateau, "The loss does not fall", ["loss"], 12, detect=detectors.plateau),
+    Rule(memory_growth, "Memory grows", ["memory_allocated_bytes", "host_memory_bytes"], 14),
+    Rule(input_bound, "Steps wait for data", ["data_wait_fraction"], 5, ["throughput_drop"]),
+    Rule(throughput_drop, "Throughput drops", ["tokens_per_second"], 9, detect=detectors.throughput_drop),
 )

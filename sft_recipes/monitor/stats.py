@@ -7,8 +7,6 @@ import math
 from collections.abc import Sequence
 from statistics import median
 
-Points = list[tuple[int, float]]  # step and value, steps ascending
-
 ROBUST = 1.4826  # median deviations in a standard deviation of normal noise
 
 
@@ -35,9 +33,9 @@ def noise(numbers: Sequence[float]) -> float:
     return ROBUST * median(bends) / math.sqrt(6) if bends else math.inf
 
 
-def of_median(spread: float, count: int) -> float:
-    """The standard deviation of a median of `count` values with standard deviation `spread`."""
-    return 1.2533 * spread / math.sqrt(max(count, 1))
+def noise_of_median(numbers: Sequence[float], count: int) -> float:
+    """The relative standard deviation of a median of `count` of the numbers."""
+    return 1.2533 * noise(numbers) / math.sqrt(max(count, 1))
 
 
 def zigzag(numbers: Sequence[float]) -> float:
@@ -48,9 +46,3 @@ def zigzag(numbers: Sequence[float]) -> float:
         if before * after < 0 and index != lowest:
             turns.append(min(abs(before), abs(after)))
     return median(turns) if turns else 0.0
-
-
-def episodes(steps: Sequence[int], apart: int) -> list[int]:
-    """The first step of each group of steps that follow one another within `apart` steps."""
-    ordered = sorted(set(steps))
-    return ordered[:1] + [step for before, step in itertools.pairwise(ordered) if step - before > apart]

@@ -15,7 +15,7 @@ from sft_recipes.config.architecture import parameter_count
 from sft_recipes.config.schema import TABLE_KEYS, Recipe
 from sft_recipes.config.sizes import hyperparameter, size_class_of
 from sft_recipes.config.strategies import STRATEGIES, Strategy
-from sft_recipes.planner import batch, cost, memory
+from sft_recipes.planner import batch, cost, lr_schedule, memory
 from sft_recipes.runtime import run_dir, units
 from sft_recipes.runtime.atomic_write import write_atomic
 from sft_recipes.runtime.errors import ConfigError
@@ -170,11 +170,13 @@ def resolve(recipe: Recipe, topology: Topology) -> Plan:
     """Resolve a recipe for this hardware.
 
     Raises:
-        ConfigError: the effective batch does not fit the number of ranks, or there are too few optimizer steps.
+        ConfigError: the effective batch does not fit the number of ranks, there are too few optimizer steps, or the
+            learning-rate schedule is unknown.
     """
     world_size, trainer = topology.gpus or topology.processes, recipe.trainer
     _check_support(recipe, topology, world_size)
     values = {key: hyperparameter(recipe, key)[0] for key in TABLE_KEYS}
+    lr_schedule.check(values["lr_scheduler_type"], lr_schedule.options_of(trainer))
     effective = values["effective_batch_size"]
     per_device = batch.per_device_batch_size(effective, recipe.batch.max_per_device_batch_size, world_size)
     parallelism = strategies.for_world_size(recipe.parallelism, world_size).name

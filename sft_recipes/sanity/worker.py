@@ -272,11 +272,11 @@ def check_completions(plan: Plan, prepared: Path, model: Any, tokenizer: Any, st
     """Check greedy completions of held-out prompts."""
     from sft_recipes.training import completions
 
-    prompts = completions.read_prompts(prepared, _PROMPTS, 0)
+    prompts = completions.read_prompts(prepared, _PROMPTS)
     if not prompts:
         return Check("completions", None, "no held-out prompts")
     max_new_tokens = min(plan.sections.generation.max_new_tokens, _MAX_NEW_TOKENS)
-    texts = completions.complete_prompts(model, tokenizer, prompts, 0, max_new_tokens, state.end_of_turn_ids).texts
+    texts = completions.complete_prompts(model, tokenizer, prompts, max_new_tokens, state.end_of_turn_ids)
     excerpts = " | ".join(completions.excerpt(text, 40) or "(empty)" for text in texts)
     if not state.better_than_chance:
         return Check("completions", None, f"the initial weights were no better than chance: {excerpts}")

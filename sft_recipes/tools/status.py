@@ -31,7 +31,7 @@ def facts(folder: RunDir, held_by: str | None, job: dict[str, str] | None) -> di
         run = metrics_log.read(folder)
     except UserError:  # nothing logged yet
         run = None
-    last = run.training[-1] if run and run.training else {}
+    last = next((line for line in reversed(run.lines) if "loss" in line), {}) if run else {}
     eval_step, eval_loss = next(reversed(run.points("eval_loss")), (None, None)) if run else (None, None)
     step, steps = run.last_step if run else 0, manifest.get("optimizer_steps") or plan.get("optimizer_steps")
     step_seconds = [seconds for _, seconds in run.points("step_seconds")[-_RECENT_LINES:]] if run else []

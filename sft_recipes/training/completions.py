@@ -12,6 +12,7 @@ import torch
 
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.run_dir import RunDir, read_json, write_json
+from sft_recipes.runtime.text import escape_unprintable
 
 _PROMPTS_PER_BATCH = 64
 
@@ -38,7 +39,7 @@ class Completions:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Completes a run's held-out prompts before and after training, on rank 0.
+    """Completes a run's held-out prompts before, during and after training, on rank 0.
 
     Args:
         prepared: folder of the prepared rows.
@@ -59,14 +60,15 @@ class HeldOut:
         if not self.trainer.accelerator.is_main_process or not self.plan.strategy.replicated:
             return None
         if not self.folder.generations.is_file():
-            self._store("before", self._complete())
-        return from_json(read_json(self.folder.generations).get("before"))
+            self._store("before", self.complete(self.plan.sections.generation.exact_match))
+        before = read_json(self.folder.generations).get("before")
+        return Completions(**before | {"prompts": [Prompt(**p) for p in before["prompts"]]}) if before else None
 
     def complete_after_training(self) -> Completions | None:
         """Complete the prompts with the published weights."""
         if not self.plan.shards_parameters:
             self.trainer.load_weights(self.folder.final)
-        completed = self._complete()
+        completed = self.complete(self.plan.sections.generation.exact_match)
         self._store("after", completed)
         return completed
 
@@ -74,54 +76,39 @@ class HeldOut:
         stored = read_json(self.folder.generations)
         write_json(self.folder.generations, {**stored, key: asdict(completed) if completed else None})
 
-    def _complete(self) -> Completions | None:
-        """Complete the prompts; None without prompts, or if parameters are sharded (ZeRO-3, FSDP2)."""
-        section = self.plan.sections.generation
-        prompts = read_prompts(self.prepared, section.show, section.exact_match)
+    def complete(self, exact_match: int = 0) -> Completions | None:
+        """Complete the prompts that are shown or compared; None without prompts, or if parameters are sharded."""
+        section, trainer = self.plan.sections.generation, self.trainer
+        prompts = read_prompts(self.prepared, max(section.show, exact_match))
         if not prompts or self.plan.shards_parameters:
             return None
-        trainer = self.trainer
         model = trainer.accelerator.unwrap_model(trainer.model)
         with trainer.compute_loss_context_manager():  # fp32 weights compute in bf16: flash attention takes no fp32
-            return complete_prompts(
-                model, trainer.processing_class, prompts, section.exact_match, section.max_new_tokens, self.stop
-            )
+            texts = complete_prompts(model, trainer.processing_class, prompts, section.max_new_tokens, self.stop)
+        pairs = list(zip(prompts, texts, strict=True))[:exact_match]
+        # A longer reference cannot be equal; white space at both ends does not count.
+        compared = [(prompt, text) for prompt, text in pairs if prompt.answer_tokens < section.max_new_tokens]
+        correct = sum(prompt.answer.strip() == text.strip() for prompt, text in compared)
+        return Completions(prompts, texts, correct / len(compared) if compared else None, len(compared))
 
 
-def from_json(content: dict[str, Any] | None) -> Completions | None:
-    """Return the completions that `asdict` made `content` of."""
-    if content is None:
-        return None
-    return Completions(**{**content, "prompts": [Prompt(**prompt) for prompt in content["prompts"]]})
-
-
-def read_prompts(prepared: Path, show: int, exact_match: int) -> list[Prompt]:
-    """Read the held-out prompts that are shown or compared."""
+def read_prompts(prepared: Path, count: int) -> list[Prompt]:
+    """Read the first held-out prompts."""
     lines = (prepared / "prompts.jsonl").read_text(encoding="utf-8").split("\n")
-    return [Prompt(**json.loads(line)) for line in lines[: max(show, exact_match)] if line]
+    return [Prompt(**json.loads(line)) for line in lines[:count] if line]
 
 
 def complete_prompts(
-    model: Any, tokenizer: Any, prompts: list[Prompt], exact_match: int, max_new_tokens: int, stop: Sequence[int]
-) -> Completions:
-    """Complete prompts greedily; `exact_match` is the share of the first `exact_match` that equal their reference.
-
-    The comparison ignores white space at both ends, and skips references longer than `max_new_tokens`.
-    """
-    was_training = model.training
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int, stop: Sequence[int]
+) -> list[str]:
+    """Complete prompts greedily, so that no random number of the training is used."""
+    was_training, texts = model.training, []
     model.eval()
-    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index].input_ids))
-    texts = [""] * len(prompts)
-    for first in range(0, len(by_length), _PROMPTS_PER_BATCH):
-        batch = by_length[first : first + _PROMPTS_PER_BATCH]
-        generated = generate(model, tokenizer, [prompts[index].input_ids for index in batch], max_new_tokens, stop)
-        for index, text in zip(batch, generated, strict=True):
-            texts[index] = text
+    for first in range(0, len(prompts), _PROMPTS_PER_BATCH):
+        batch = [prompt.input_ids for prompt in prompts[first : first + _PROMPTS_PER_BATCH]]
+        texts += generate(model, tokenizer, batch, max_new_tokens, stop)
     model.train(was_training)
-    pairs = list(zip(prompts, texts, strict=True))[:exact_match]
-    compared = [(prompt, text) for prompt, text in pairs if prompt.answer_tokens < max_new_tokens]
-    correct = sum(prompt.answer.strip() == text.strip() for prompt, text in compared)
-    return Completions(prompts, texts, correct / len(compared) if compared else None, len(compared))
+    return texts
 
 
 def generate(
@@ -133,24 +120,17 @@ def generate(
         prompts: token ids of each, of any lengths; padded on the left here.
         stop: token ids that end a completion.
     """
-    longest = max(map(len, prompts))
-    padding = tokenizer.pad_token_id
-    ids = torch.tensor([[padding] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
     with torch.no_grad():
         output = model.generate(
-            ids,
-            attention_mask=mask,
+            **batch,
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
             eos_token_id=list(stop),
-            pad_token_id=padding,
+            pad_token_id=tokenizer.pad_token_id,
             use_cache=True,
         )
-    return list(tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True))
+    return list(tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
 def format_examples(before: Completions | None, after: Completions, count: int) -> str:
@@ -168,5 +148,5 @@ def format_examples(before: Completions | None, after: Completions, count: int) 
 
 def excerpt(text: str, max_length: int = 100) -> str:
     """Return a text on one line of at most `max_length` characters, without terminal control characters."""
-    line = " ".join("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text).split())
+    line = escape_unprintable(" ".join(text.split()))
     return line if len(line) <= max_length else line[: max_length - 1] + "\N{HORIZONTAL ELLIPSIS}"

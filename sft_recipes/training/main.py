@@ -29,7 +29,7 @@ from sft_recipes.training.library_logging import silence_libraries
 
 if TYPE_CHECKING:
     from sft_recipes.training.checkpoint.resume import ResumePoint
-    from sft_recipes.training.completions import Completions
+    from sft_recipes.training.completions import Completions, HeldOut
     from sft_recipes.training.nan_guard import DivergedError
 
 log = logging.getLogger("sft_recipes.training.main")  # __name__ is "__main__" in a rank
@@ -147,10 +147,10 @@ def train(plan: Plan, folder: RunDir) -> None:
         log.info(line)
     if is_main:
         manifest.update(folder, parameters=table)
-    trainer.add_callbacks(make_callbacks(plan, folder, Path(data["folder"]), setup))
+    held_out = completions.HeldOut(plan, folder, Path(data["folder"]), trainer, setup.end_of_turn_ids)
+    trainer.add_callbacks(make_callbacks(plan, folder, held_out))
     checkpoint = find_checkpoint(plan, folder, trainer)
     trainer.check_first_save()
-    held_out = completions.HeldOut(plan, folder, Path(data["folder"]), trainer, setup.end_of_turn_ids)
     before = held_out.complete_before_training()
 
     training_started = time.monotonic()
@@ -273,7 +273,7 @@ def build(plan: Plan, folder: RunDir, arguments: Any, data: dict[str, Any]) -> T
     return TrainingSetup(trainer, built.end_of_turn_ids, f"attention: {built.attention}")
 
 
-def make_callbacks(plan: Plan, folder: RunDir, prepared: Path, setup: TrainingSetup) -> list[Any]:
+def make_callbacks(plan: Plan, folder: RunDir, held_out: HeldOut) -> list[Any]:
     """Return the callbacks of a run, in the order in which they are called."""
     from sft_recipes.training.callbacks import trackers
     from sft_recipes.training.callbacks.alerts import AlertCallback
@@ -282,13 +282,14 @@ def make_callbacks(plan: Plan, folder: RunDir, prepared: Path, setup: TrainingSe
     from sft_recipes.training.callbacks.keep_best import RetentionCallback
     from sft_recipes.training.callbacks.metrics import MetricsCallback
 
-    reporters = trackers.build(env.reporters(), plan, folder, setup.trainer.stopping)
+    stopping = held_out.trainer.stopping
+    reporters = trackers.build(env.reporters(), plan, folder, stopping)
     return [
         RetentionCallback(folder),
-        MetricsCallback(folder, setup.trainer.stopping),
-        GenerationCallback(plan, folder, prepared, reporters, setup.end_of_turn_ids),
+        MetricsCallback(folder, stopping),
+        GenerationCallback(held_out, reporters),
         *reporters,
-        ConsoleCallback(folder),
+        ConsoleCallback(),
         AlertCallback(plan, folder),
     ]
 

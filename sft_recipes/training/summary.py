@@ -35,13 +35,10 @@ def format_summary(plan: Plan, folder: RunDir, results: dict[str, Any]) -> str:
         "trained": f"{plan.model}, {results['steps']} steps, {tokens:,} supervised tokens, {minutes:.1f} minutes",
         "eval_loss": f"{results['first_eval_loss']:.4f} first, {best}",
     }
-    if results["exact_match_after"] is not None:
-        before = results["exact_match_before"]
+    if (after := results["exact_match_after"]) is not None:
+        before, prompts = results["exact_match_before"], results["exact_match_prompts"]
         start = f"{before:.3f} before, " if before is not None else ""
-        compared = results["exact_match_prompts"]
-        lines["exact_match"] = f"{start}{results['exact_match_after']:.3f} after, {compared} held-out prompts"
-    if rows := plan.sections.data.overfit_rows:
-        lines["overfit"] = f"loss {results['last_eval_loss']:.4f} on at most {rows} rows, expected below {OVERFIT_LOSS}"
+        lines["exact_match"] = f"{start}{after:.3f} after, {prompts} held-out prompts"
     lines["model"] = f"{folder.final} (best step), {folder.last.name}/ (last step)"
     lines["next"] = f"make generate RUN={folder.name} PROMPT='...'"
     return "\n".join(f"{key:<11}  {value}" for key, value in lines.items())

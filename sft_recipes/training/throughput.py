@@ -16,8 +16,9 @@ import torch
 from sft_recipes.planner import cost
 from sft_recipes.planner.plan import Plan, memory_inputs
 
-# Measurements of a rank, in the order of the gathered tensor.
-_COLUMNS = ("padded_tokens", "attended", "forward_seconds", "data_wait", "allocated", "reserved", "peak", "host")
+# Sums of a rank since the last log line, and its memory; gathered as one row of a tensor.
+_SUMS = ("padded_tokens", "attended", "data_wait")
+_MEMORY = ("memory_allocated_bytes", "memory_reserved_bytes", "memory_peak_bytes", "host_memory_bytes")
 
 
 class ThroughputMeter:
@@ -29,41 +30,12 @@ class ThroughputMeter:
         self._architecture = architecture
         self._peak_flops = peak_flops
         self._device = device
-        self._process = psutil.Process()
         self._step_start = 0.0
-        self._forward_start: Any = None
-        self._forwards: list[tuple[Any, Any]] = []
         self._reset()
 
     def _reset(self) -> None:
-        self._steps = 0
-        self._seconds = 0.0
-        self._data_wait = 0.0
-        self._forward_seconds = 0.0
-        self._supervised_tokens = 0
-        self._padded_tokens = 0
-        self._attended = torch.zeros((), dtype=torch.int64, device=self._device)
-
-    def hook(self, model: torch.nn.Module) -> None:
-        """Time the forward passes of training: the part of a step in which no rank waits for another, unless parameters
-        are sharded."""
-        model.register_forward_pre_hook(self._before_forward)
-        model.register_forward_hook(self._after_forward)
-
-    def _before_forward(self, model: torch.nn.Module, _inputs: Any) -> None:
-        self._forward_start = self._now() if model.training else None
-
-    def _after_forward(self, _model: torch.nn.Module, _inputs: Any, _output: Any) -> None:
-        if self._forward_start is not None:
-            self._forwards.append((self._forward_start, self._now()))
-
-    def _now(self) -> Any:
-        """Return a timestamp in the order of this device's work, without waiting for a GPU."""
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        self._steps, self._seconds, self._supervised_tokens = 0, 0.0, 0
+        self._sums: dict[str, Any] = dict.fromkeys(_SUMS, 0)
 
     def begin_step(self) -> None:
         """Start timing a step, before its first batch is requested."""
@@ -71,30 +43,23 @@ class ThroughputMeter:
 
     def time_batches(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Yield the same batches, and count the time until each is available as data wait."""
-        while True:
-            start = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            finally:
-                self._data_wait += time.perf_counter() - start
+        start = time.perf_counter()
+        for batch in batches:
+            self._sums["data_wait"] += time.perf_counter() - start
             yield batch
+            start = time.perf_counter()
 
     def add_batches(self, batches: list[dict[str, torch.Tensor]], supervised_tokens: int) -> None:
         """Count the step's micro-batches on this rank, and its supervised tokens over all ranks."""
         self._supervised_tokens += supervised_tokens
         for batch in batches:
-            self._padded_tokens += batch["input_ids"].numel()
-            self._attended += count_attended_pairs(batch)
+            self._sums["padded_tokens"] += batch["input_ids"].numel()
+            self._sums["attended"] += count_attended_pairs(batch)  # a tensor: read at log lines only
 
     def end_step(self) -> None:
         """Stop timing, after the ranks have synchronized at the step's end."""
         self._steps += 1
         self._seconds += time.perf_counter() - self._step_start
-        for start, end in self._forwards:
-            self._forward_seconds += end - start if self._device.type != "cuda" else start.elapsed_time(end) / 1000
-        self._forwards.clear()
 
     def read(self, accelerator: Any, tokens: int) -> dict[str, float]:
         """Return the metrics since the last call; nothing without a step. Collective: call on every rank.
@@ -104,53 +69,34 @@ class ThroughputMeter:
         """
         if not self._steps:
             return {}
-        rank = torch.tensor([self._measure_rank()], dtype=torch.float64, device=self._device)
-        ranks = accelerator.gather(rank).reshape(-1, len(_COLUMNS)).cpu()
-        column = {name: ranks[:, index] for index, name in enumerate(_COLUMNS)}
+        memory = (torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), torch.cuda.max_memory_allocated())
+        measured = [float(value) for value in (*self._sums.values(), *memory, psutil.Process().memory_info().rss)]
+        gathered = accelerator.gather(torch.tensor([measured], dtype=torch.float64, device=self._device))
+        columns = gathered.reshape(-1, len(measured)).T.tolist()
+        ranks = dict(zip((*_SUMS, *_MEMORY), columns, strict=True))
         metrics = {
             "step_seconds": self._seconds / self._steps,
-            "data_wait_fraction": float(column["data_wait"].max()) / self._seconds,
-            "padded_tokens_per_second": float(column["padded_tokens"].sum()) / self._seconds,
+            "data_wait_fraction": max(ranks["data_wait"]) / self._seconds,
+            "padded_tokens_per_second": sum(ranks["padded_tokens"]) / self._seconds,
             "tokens_per_second": tokens / self._seconds,
             "supervised_tokens_per_second": self._supervised_tokens / self._seconds,
-            **self._utilization(tokens, float(column["attended"].sum())),
-            **_rank_lag((column["forward_seconds"] + column["data_wait"]).tolist()),
-            "host_memory_bytes": int(column["host"].max()),
+            **self._utilization(tokens, sum(ranks["attended"])),
+            **{name: int(max(ranks[name])) for name in _MEMORY if max(ranks[name])},
         }
-        if self._device.type == "cuda":
-            metrics.update(
-                {f"memory_{name}_bytes": int(column[name].max()) for name in ("allocated", "reserved", "peak")}
-            )
         self._reset()
         return metrics
-
-    def _measure_rank(self) -> list[float]:
-        on_gpu = self._device.type == "cuda"
-        memory = (
-            [torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), torch.cuda.max_memory_allocated()]
-            if on_gpu
-            else [0, 0, 0]
-        )
-        host = self._process.memory_info().rss
-        return [
-            self._padded_tokens, float(self._attended), self._forward_seconds, self._data_wait, *memory, host,
-        ]  # fmt: skip
 
     def _utilization(self, tokens: int, attended_tokens: float) -> dict[str, float]:
         """Return MFU and HFU with the plan's FLOP count (planner.cost), for the lengths and supervised tokens of the
         steps; and MFU by PaLM's formula, which counts attention over full rows and all weights. Fractions of 1."""
-        tokens = max(tokens, 1)
-        load = memory_inputs(self._plan, dict(self._architecture))
+        tokens, load = max(tokens, 1), memory_inputs(self._plan, dict(self._architecture))
         palm = cost.palm_flops_per_token(self._architecture, self._plan.max_length)
         if self._peak_flops is None or load is None or palm is None:
             return {}
         flops = cost.flops_per_token(load, 2 * attended_tokens / tokens, self._supervised_tokens / tokens)
         peak_per_token = self._peak_flops * self._plan.world_size * self._seconds / tokens
-        return {
-            "mfu": flops.model / peak_per_token,
-            "mfu_palm": palm / peak_per_token,
-            "hfu": flops.hardware / peak_per_token,
-        }
+        counts = {"mfu": flops.model, "mfu_palm": palm, "hfu": flops.hardware}
+        return {name: count / peak_per_token for name, count in counts.items()}
 
 
 def count_attended_pairs(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -159,14 +105,3 @@ def count_attended_pairs(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return (batch["position_ids"] + 1).sum()
     lengths = batch["attention_mask"].sum(-1)
     return (lengths * (lengths + 1) // 2).sum()
-
-
-def _rank_lag(seconds: list[float]) -> dict[str, float]:
-    """Return the rank with the longest time until the ranks first synchronize, and its excess over the median of the
-    others, as a fraction."""
-    if len(seconds) < 2:
-        return {}
-    slowest = max(range(len(seconds)), key=seconds.__getitem__)
-    others = sorted(seconds[:slowest] + seconds[slowest + 1 :])
-    median = others[len(others) // 2]
-    return {"slowest_rank": slowest, "rank_lag": seconds[slowest] / median - 1 if median else 0.0}

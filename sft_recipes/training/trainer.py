@@ -21,7 +21,6 @@ from trl import SFTTrainer
 from sft_recipes.config import gpu_types
 from sft_recipes.data import tokenizer_files
 from sft_recipes.data.tokenize import IGNORED
-from sft_recipes.monitor.detectors import exceeds_overfitting_gap
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir, read_json, write_json
@@ -71,7 +70,6 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
         self._tokenizer_folder = prepared / tokenizer_files.FOLDER
         self.nan_guard = NanGuard(plan, prepared, self.model)
         self.meter = ThroughputMeter(plan, architecture, peak_flops(plan, self.args.device), self.args.device)
-        self.meter.hook(self.model)
         self._tokens_measured: int | None = None
         self.checkpoint_writer = CheckpointWriter(plan, RunDir(Path(self.args.output_dir)), self.accelerator)
         self.supervised_tokens_seen = 0
@@ -289,7 +287,7 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
         return {
             "train_eval_gap": gap,
             "train_eval_gap_smoothed": gap if smoothed is None else (smoothed + gap) / 2,
-            "overfitting_signal": float(exceeds_overfitting_gap(gap, self.plan.sections.monitor)),
+            "overfitting_signal": float(gap > self.plan.sections.monitor.overfitting_gap),
         }
 
     def _last_logged(self, key: str) -> float | None:

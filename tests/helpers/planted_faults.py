@@ -97,10 +97,6 @@ def slow_data_loader(run):
     return run.change("data_wait_fraction", lambda *_: 0.35)
 
 
-def slow_rank(run):
-    return run.change("rank_lag", lambda *_: 0.5).change("slowest_rank", lambda *_: 5)
-
-
 def throughput_drop(run):
     return run.change("tokens_per_second", lambda speed, share: speed * (0.4 if share > 0.7 else 1))
 
@@ -145,7 +141,6 @@ FAULTS = {
     "GPU memory leak": (gpu_memory_leak, "memory_growth"),
     "host memory leak": (host_memory_leak, "memory_growth"),
     "slow data loader": (slow_data_loader, "input_bound"),
-    "slow rank": (slow_rank, "slow_rank"),
     "throughput drop": (throughput_drop, "throughput_drop"),
     "peak three times too high": (schedule(peak=3), "schedule"),
     "no warm-up": (schedule(warmup=0), "schedule"),

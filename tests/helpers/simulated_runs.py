@@ -33,7 +33,6 @@ class Simulated:
     overrides: tuple[str, ...] = ()
     state: str = "finished"
     gpu: bool = True
-    ranks: bool = True
     retain: bool = False
     begin: float = 1.4
     end: float = 1.1
@@ -81,6 +80,8 @@ class Simulated:
                 lines.append(self._altered(self._training(plan, step, share, draw, every), share))
             if step in evaluated:
                 lines.append(self._altered(self._validation(step, share, draw), share))
+                trained = next((line["loss"] for line in reversed(lines) if "loss" in line), None)
+                lines[-1] |= {"train_eval_gap": lines[-1]["eval_loss"] - trained} if trained is not None else {}
         if self.state == "finished":
             best = min((line["eval_loss"] for line in lines if "eval_loss" in line), default=None)
             lines.append({"step": self.steps, "final/total_steps": self.steps, "final/best_eval_loss": best})
@@ -110,8 +111,6 @@ class Simulated:
             line |= {"memory_allocated_bytes": int(held), "memory_reserved_bytes": int(1.3 * held)}
             line |= {"memory_peak_bytes": int(1.25 * held), "mfu": 0.42 * speed, "mfu_palm": 0.44 * speed}
             line |= {"hfu": 0.55 * speed}
-        if self.ranks:
-            line |= {"slowest_rank": draw.randrange(8), "rank_lag": abs(draw.gauss(0.03, 0.02))}
         return line
 
     def _validation(self, step, share, draw) -> dict:

@@ -222,12 +222,6 @@ def test_flops_agree_with_trl():
     assert cost.flops_per_token(load, 2048).model == pytest.approx(theirs, rel=1e-3)
 
 
-def test_slowest_rank_and_lag():
-    assert throughput._rank_lag([1.0, 1.5, 1.0, 1.0]) == {"slowest_rank": 1, "rank_lag": pytest.approx(0.5)}
-    assert throughput._rank_lag([2.0, 1.0]) == {"slowest_rank": 0, "rank_lag": pytest.approx(1.0)}
-    assert throughput._rank_lag([2.0]) == {}
-
-
 def test_data_wait_fraction():
     def slow():
         for number in range(3):

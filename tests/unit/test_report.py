@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from html.parser import HTMLParser
 
@@ -9,7 +10,6 @@ import pytest
 from helpers.planted_faults import FAULTS, from_scratch, memorizing, nan_loss, unchanged
 from helpers.simulated_runs import Simulated
 
-from sft_recipes.monitor import plots
 from sft_recipes.monitor.diagnose import diagnose
 from sft_recipes.monitor.metrics_log import read
 from sft_recipes.monitor.report import page
@@ -25,15 +25,17 @@ TITLES = [
     "Memory",
     "FLOPs utilization",
 ]
-VOID_ELEMENTS = {"meta", "path", "use", "br"}
+VOID_ELEMENTS = {"meta", "path", "use", "br", "img"}
+IMAGE = "data:image/svg+xml;base64,"
 
 
 class Page(HTMLParser):
-    """Parse a page: elements, attributes, text; every element must be closed in order."""
+    """Parse a page and its embedded plots: elements, attributes, text; every element must be closed in order."""
 
     def __init__(self, source: str):
         super().__init__()
         self.open, self.tags, self.attributes, self.texts, self.headings = [], [], [], [], []
+        self.plots = {}
         self.feed(source)
         self.close()
         assert self.open == []
@@ -43,6 +45,12 @@ class Page(HTMLParser):
         self.attributes += attributes
         if tag not in VOID_ELEMENTS:
             self.open.append(tag)
+        if tag == "img" and (source := dict(attributes)["src"]).startswith(IMAGE):
+            plot = base64.b64decode(source.removeprefix(IMAGE)).decode()
+            self.plots[dict(attributes)["alt"]] = plot
+            inner = Page(plot[plot.index("<svg") :])
+            self.tags += inner.tags
+            self.texts += inner.texts
 
     def handle_startendtag(self, tag, attributes):
         self.tags.append(tag)
@@ -69,33 +77,26 @@ def render(run):
 def test_page_plots_every_metric(tmp_path):
     shown = Page(render(Simulated("8b", retain=True).write(tmp_path)))
     assert [heading for heading in shown.headings if heading in TITLES] == TITLES
-    assert shown.tags.count("svg") == shown.attributes.count(("class", "caption")) == len(TITLES)
+    assert list(shown.plots) == TITLES and shown.attributes.count(("class", "caption")) == len(TITLES)
     for label in ("training", "validation", "retention set", "planned", "logged", "supervised tokens", "HFU"):
         assert label in shown.texts
 
 
 def test_page_omits_plots_without_data(tmp_path):
-    shown = Page(render(from_scratch(Simulated("tiny", gpu=False, ranks=False)).write(tmp_path)))
+    shown = Page(render(from_scratch(Simulated("tiny", gpu=False)).write(tmp_path)))
     assert [heading for heading in shown.headings if heading in TITLES] == TITLES[:-1]
     assert "reserved" not in shown.texts
 
 
 def test_page_loads_no_resources(tmp_path):
     shown = Page(render(memorizing(Simulated("8b")).write(tmp_path)))
-    assert not {"script", "link", "img", "iframe", "object", "image"} & set(shown.tags)
-    references = [
-        value for name, value in shown.attributes if name.endswith(("href", "src")) or "url(" in (value or "")
-    ]
-    assert references and all(value.startswith("#") or re.search(r"url\(#", value) for value in references)
+    assert not {"script", "link", "iframe", "object", "image"} & set(shown.tags)
+    references = [value for name, value in shown.attributes if name in ("href", "src")]
+    assert references and all(value.startswith(IMAGE) for value in references)
     assert "http" not in " ".join(value for _, value in shown.attributes if value)
-
-
-def test_plots_share_no_ids(tmp_path):
-    shown = Page(render(Simulated("8b").write(tmp_path)))
-    ids = [value for name, value in shown.attributes if name == "id"]
-    used = {value.removeprefix("#") for name, value in shown.attributes if name == "href"}
-    assert used and used <= set(ids)
-    assert len(ids) == len(set(ids))
+    for plot in shown.plots.values():
+        references = re.findall(r'(?:href="|url\()([^")]+)', plot)
+        assert references and all(reference.startswith("#") for reference in references)
 
 
 def test_page_escapes_data(tmp_path):
@@ -119,8 +120,8 @@ def test_page_names_the_paths_of_sources_with_settings(tmp_path):
 
 def test_plots_escape_source_names(tmp_path):
     run = Simulated("8b").write(tmp_path)
-    for line in run.validation:
-        line["eval_<i>$5_$6_loss"] = 1.0
+    for line in run.lines:
+        line |= {"eval_<i>$5_$6_loss": 1.0} if "eval_loss" in line else {}
     shown = Page(render(run))
     assert "validation: <i>$5_$6" in shown.texts and "i" not in shown.tags
 
@@ -155,14 +156,14 @@ def test_diagnosis_precedes_plots(fault, tmp_path):
 
 
 def test_page_of_healthy_run(tmp_path):
-    run = unchanged(Simulated("8b", ranks=False)).write(tmp_path)
+    run = unchanged(Simulated("8b")).write(tmp_path)
     shown = Page(render(run)).text
-    assert "No issues found" in shown and "12 of 14 rules checked" in shown and "1,000" in shown
+    assert "No issues found" in shown and "12 of 13 rules checked" in shown and "1,000" in shown
 
 
 def test_page_of_run_with_one_log_line(tmp_path):
     run = Simulated("8b", state="running", until=0.001).write(tmp_path)
-    assert len(run.training) == 1
+    assert len(run.points("loss")) == 1
     assert "Loss" in Page(render(run)).headings
 
 
@@ -174,11 +175,13 @@ def test_page_of_run_that_diverged_before_first_log_line(tmp_path):
     assert "svg" not in shown.tags and "he run was stopped" in shown.text
 
 
-def test_page_of_100k_log_lines_is_small_and_keeps_peaks(tmp_path):
-    run = Simulated("8b", steps=100_000, lines=100_000, evaluations=1000)
+def test_page_of_many_log_lines_is_small_and_keeps_peaks(tmp_path):
+    run = Simulated("8b", steps=20_000, lines=20_000, evaluations=1000)
     run.change("loss", lambda loss, share: 77.0 if share == 0.5 else loss)
     run = run.write(tmp_path)
-    assert len(run.training) == 100_000
-    assert len(render(run)) < 3_000_000
-    kept = plots.thinned(run.points("loss"))
-    assert len(kept) <= plots.MAX_POINTS and (50_000, 77.0) in kept
+    assert len(run.points("loss")) == 20_000
+    source = render(run)
+    assert len(source) < 1_000_000
+    curve = max(re.findall(r'<path d="(M[^"]+)"', Page(source).plots["Loss"]), key=len)
+    heights = sorted(float(height) for height in re.findall(r"[ML] [\d.]+ ([\d.]+)", curve))
+    assert heights[0] < heights[1] - 50, "one peak, far above all other losses"

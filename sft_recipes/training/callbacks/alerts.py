@@ -12,7 +12,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from sft_recipes.monitor.detectors import Alert, AlertStream, MetricSeries
+from sft_recipes.monitor.detectors import AlertStream
+from sft_recipes.monitor.metrics_log import Alert, MetricSeries
 from sft_recipes.monitor.rules import RULES
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.run_dir import RunDir
@@ -29,14 +30,13 @@ class AlertCallback(TrainerCallback):
         self.plan = plan
         self.folder = folder
         self.trainer: Any = None
-        self.steps = self._stream(plan, per_step=True)
-        self.log_lines = self._stream(plan, per_step=False)
-
-    @staticmethod
-    def _stream(plan: Plan, per_step: bool) -> AlertStream:
-        detectors = {rule.name: rule.detect for rule in RULES if rule.detect and rule.per_step == per_step}
-        series = MetricSeries(plan.sections.monitor, plan.warmup_steps or 0, plan.optimizer_steps or 0)
-        return AlertStream(detectors, series)
+        self.steps, self.log_lines = (
+            AlertStream(
+                [rule.detect for rule in RULES if rule.detect and rule.per_step == per_step],
+                MetricSeries(plan.sections.monitor, plan.warmup_steps or 0, plan.optimizer_steps or 0),
+            )
+            for per_step in (True, False)
+        )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Restore the log lines of earlier attempts. Losses of single steps are not logged; norms are."""
@@ -57,23 +57,19 @@ class AlertCallback(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Finish the run where the validation loss has not improved for `early_stopping_patience` evaluations."""
         if is_stopped_early(self.plan, state) and not control.should_training_stop:
-            count = evaluations_since_best(retention.validation_losses(state.log_history))
-            evidence = f"eval_loss has not improved for {count} evaluations; the run ends"
-            self._record(state, Alert("early_stopping", state.global_step, evidence))
+            patience = self.plan.sections.monitor.early_stopping_patience
+            evidence = f"eval_loss has not improved for {patience} evaluations; the run ends"
+            self._report(state, [Alert("early_stopping", state.global_step, evidence)])
             control.should_training_stop = True
 
     def _report(self, state: Any, alerts: Iterable[Alert]) -> None:
         for alert in alerts:
-            self._record(state, alert)
+            reason = f"{alert.rule.replace('_', ' ')}: {alert.evidence}"
+            if state.is_world_process_zero:
+                append(self.folder.warnings, {"step": alert.step, "rule": alert.rule, "evidence": alert.evidence})
+                log.warning("step %d: %s", alert.step, reason)
             if alert.rule in self.plan.sections.monitor.stop_on:
-                reason = f"{alert.rule.replace('_', ' ')}: {alert.evidence}"
                 raise self.trainer.nan_guard.diverged(self.trainer, reason, applied=True)
-
-    def _record(self, state: Any, alert: Alert) -> None:
-        if state.is_world_process_zero:
-            line = {"step": alert.step, "rule": alert.rule, "evidence": alert.evidence}
-            append(self.folder.warnings, line)
-            log.warning("step %d: %s: %s", alert.step, alert.rule.replace("_", " "), alert.evidence)
 
 
 def is_stopped_early(plan: Plan, state: Any) -> bool:
@@ -91,8 +87,5 @@ def evaluations_since_best(losses: dict[int, float]) -> int:
     Args:
         losses: validation loss by step.
     """
-    steps = sorted(losses)
-    if not steps:
-        return 0
-    best = min(steps, key=lambda step: (losses[step] if math.isfinite(losses[step]) else math.inf, step))
-    return len(steps) - 1 - steps.index(best)
+    best = (retention.rank_steps(losses) or sorted(losses))[:1]
+    return sum(step > best[0] for step in losses) if best else 0

@@ -8,16 +8,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import html
 import json
 import logging
 import os
-import socket
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import (
@@ -35,27 +32,19 @@ from sft_recipes.training.callbacks.metrics import final
 
 log = logging.getLogger(__name__)
 
-# Those that upload weights unless they are configured not to (transformers 5.23, integrations/integration_utils.py).
-_UPLOADS_OFF: dict[str, dict[str, Any]] = {"flyte": {"sync_checkpoints": False}}
-_VARIABLES = {"CLEARML_LOG_MODEL": "FALSE"}
 _SAMPLE_KEYS = ("prompt", "reference", "completion")
 
 
 def build(names: list[str], plan: Plan, folder: RunDir, stopping: GracefulStopCallback) -> list[TrackerCallback]:
     """Build a guarded callback for each name in REPORT_TO."""
-    for name, value in _VARIABLES.items():
-        os.environ.setdefault(name, value)
-    own: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
-    return [
-        TrackerCallback(
-            name,
-            functools.partial(own[name], plan, folder)
-            if name in own
-            else functools.partial(INTEGRATION_TO_CALLBACK[name], **_UPLOADS_OFF.get(name, {})),
-            stopping,
-        )
-        for name in names
-    ]
+    # ClearML and Flyte upload weights unless they are configured not to (transformers 5.23).
+    os.environ.setdefault("CLEARML_LOG_MODEL", "FALSE")
+    create: dict[str, Callable[[], Any]] = {
+        "tensorboard": functools.partial(TensorBoard, plan, folder),
+        "wandb": functools.partial(WeightsAndBiases, plan, folder),
+        "flyte": functools.partial(INTEGRATION_TO_CALLBACK["flyte"], sync_checkpoints=False),
+    }
+    return [TrackerCallback(name, create.get(name, INTEGRATION_TO_CALLBACK[name]), stopping) for name in names]
 
 
 class TrackerCallback(TrainerCallback):
@@ -82,21 +71,17 @@ class TrackerCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **context: Any) -> None:
         """Write the summary of a finished run, and close the tracker."""
         if not self.stopping.stopped:
-            self._forward("write_summary", args, state, control, **context)
+            if hasattr(self._tracker, "log_summary"):
+                self._forward("log_summary", state.global_step, final(state))
+            else:
+                self._forward("on_log", args, state, control, logs=final(state), **context)
         self._forward("on_train_end", args, state, control, **context)
         self._tracker = None
-
-    def write_summary(self, _state: Any) -> None:
-        """Write the summary of a run whose last step an earlier attempt took."""
-        context = (self.trainer.args, self.trainer.state, self.trainer.control)
-        self.on_train_begin(*context, model=self.trainer.model)
-        self.on_train_end(*context, model=self.trainer.model)
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Log completions of held-out prompts, if the tracker has a page or a table for them."""
         if hasattr(self._tracker, "log_samples"):
-            with self._disabled_if_it_raises():
-                self._tracker.log_samples(step, samples)
+            self._forward("log_samples", step, samples)
 
     def end(self) -> None:
         """Close the tracker of a run that did not finish."""
@@ -104,16 +89,10 @@ class TrackerCallback(TrainerCallback):
         self._forward("on_train_end", trainer.args, trainer.state, trainer.control, model=trainer.model)
         self._tracker = None
 
-    def _forward(self, event: str, args: Any, state: Any, control: Any, **context: Any) -> None:
-        if self._tracker is None:
-            return
-        with self._disabled_if_it_raises():
-            if event == "write_summary" and not hasattr(self._tracker, event):
-                self._tracker.on_log(args, state, control, logs=final(state), **context)
-            elif event == "write_summary":
-                self._tracker.write_summary(state.global_step, final(state))
-            else:
-                getattr(self._tracker, event)(args, state, control, **context)
+    def _forward(self, method: str, *arguments: Any, **context: Any) -> None:
+        if self._tracker is not None:
+            with self._disabled_if_it_raises():
+                getattr(self._tracker, method)(*arguments, **context)
 
     @contextlib.contextmanager
     def _disabled_if_it_raises(self) -> Iterator[None]:
@@ -140,12 +119,12 @@ class TensorBoard(TensorBoardCallback):  # type: ignore[misc]
         self.tb_writer.add_text("plan", f"```json\n{json.dumps(asdict(self.plan), indent=2)}\n```")
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-        """One text per prompt."""
+        """One text per prompt, as Markdown code blocks."""
         for number, sample in enumerate(samples):
-            parts = (f"**{name}**\n\n{_indented(sample[name])}" for name in _SAMPLE_KEYS)
+            parts = [f"**{key}**\n\n{textwrap.indent(str(sample[key]), '    ')}" for key in _SAMPLE_KEYS]
             self.tb_writer.add_text(f"samples/{number}", "\n\n".join(parts), step)
 
-    def write_summary(self, step: int, summary: dict[str, float]) -> None:
+    def log_summary(self, step: int, summary: dict[str, float]) -> None:
         """Scalars, under their names as they are."""
         for name, value in summary.items():
             self.tb_writer.add_scalar(name, value, step)
@@ -163,29 +142,23 @@ class WeightsAndBiases(WandbCallback):  # type: ignore[misc]
         self.folder = folder
         if plan.shards_parameters and self._log_model == WandbLogModel.END:
             self._log_model = WandbLogModel.FALSE
-            log.warning(
-                "WANDB_LOG_MODEL=end is ignored: %s shards the weights. Set WANDB_LOG_MODEL=checkpoint",
-                plan.parallelism,
-            )
+            log.warning("WANDB_LOG_MODEL=end: ignored, since %s shards the weights", plan.parallelism)
 
     def setup(self, args: Any, state: Any, model: Any, **context: Any) -> None:
         """Start the W&B run, then let transformers add its config."""
         mode = os.environ.get("WANDB_MODE") or "online"
         try:
-            if mode == "online":
-                _connect(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
             self._start(mode, args.project)
         except (self._wandb.errors.Error, OSError, ValueError) as error:  # no answer, no key, an invalid setting
-            log.warning(
-                "wandb: %s; logging offline. Upload it later: wandb sync %s/wandb/offline-*",
-                _first_line(error),
-                self.folder.path,
-            )
+            sync = f"wandb sync {self.folder.path}/wandb/offline-*"
+            log.warning("wandb: %s; logging offline. Upload it later: %s", _first_line(error), sync)
             self._wandb.teardown()  # the service holds the run's id for the attempt that failed
             self._start("offline", args.project)
         super().setup(args, state, model, **context)
 
     def _start(self, mode: str, project: str) -> None:
+        limits = {"init_timeout": timeouts.TRACKER_INIT, "login_timeout": timeouts.TRACKER_INIT}
+        finish = {"finish_timeout": timeouts.TRACKER_FINISH, "finish_timeout_raises": True}
         self._wandb.init(
             project=os.environ.get("WANDB_PROJECT") or project,
             name=os.environ.get("WANDB_NAME") or self.folder.name,
@@ -194,28 +167,15 @@ class WeightsAndBiases(WandbCallback):  # type: ignore[misc]
             dir=str(self.folder.path),
             config=asdict(self.plan),
             mode=mode,
-            settings=self._wandb.Settings(
-                init_timeout=timeouts.TRACKER_INIT,
-                login_timeout=timeouts.TRACKER_INIT,
-                finish_timeout=timeouts.TRACKER_FINISH,
-                finish_timeout_raises=True,
-                console="off",
-                silent=True,
-                save_code=False,
-            ),
+            settings=self._wandb.Settings(**limits, **finish, console="off", silent=True, save_code=False),
         )
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-        """A page with the step's completions."""
-        rows = "".join(
-            "<tr>" + "".join(f"<td><pre>{html.escape(str(sample[name]))}</pre></td>" for name in _SAMPLE_KEYS) + "</tr>"
-            for sample in samples
-        )
-        head = "".join(f"<th>{name}</th>" for name in _SAMPLE_KEYS)
-        page = self._wandb.Html(f"<table><tr>{head}</tr>{rows}</table>")
-        self._wandb.log({"samples": page, "train/global_step": step})
+        """A table with the step's completions."""
+        table = self._wandb.Table(list(_SAMPLE_KEYS), [[sample[key] for key in _SAMPLE_KEYS] for sample in samples])
+        self._wandb.log({"samples": table, "train/global_step": step})
 
-    def write_summary(self, _step: int, summary: dict[str, float]) -> None:
+    def log_summary(self, _step: int, summary: dict[str, float]) -> None:
         """The run's summary, under the metrics' names as they are."""
         self._wandb.run.summary.update(summary)
 
@@ -225,26 +185,9 @@ class WeightsAndBiases(WandbCallback):  # type: ignore[misc]
         self._wandb.finish()
 
 
-def _connect(url: str) -> None:
-    """Fail in seconds if the server does not answer; `wandb.init` takes its complete timeout for that.
-
-    Raises:
-        OSError: it cannot be reached.
-    """
-    parts = urlsplit(url)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    if not getproxies():  # a proxy reaches hosts that this machine does not
-        socket.create_connection((parts.hostname or "", port), timeouts.TRACKER_CONNECT).close()
-
-
 def run_id(plan: Plan, folder: RunDir) -> str:
     """The W&B id: the same at every attempt of a run, another for another run of that name (a plan keeps its date)."""
     return f"{folder.name}-{hashlib.sha256(f'{plan.created} {folder.path.absolute()}'.encode()).hexdigest()[:8]}"
-
-
-def _indented(text: str) -> str:
-    """A Markdown code block."""
-    return "\n".join(f"    {line}" for line in text.splitlines()) or "    (nothing)"
 
 
 def _first_line(error: Exception) -> str:
