@@ -192,7 +192,10 @@ def _validate(prefix: str, key: str, value: Any, types: Mapping[str, Any]) -> An
         ConfigError: the key is unknown, or the value has another type or is out of bounds.
     """
     if key not in types:
-        raise ConfigError(f"{prefix}unknown key {key}{did_you_mean(key, types)}")
+        section, _, leaf = key.rpartition(".")
+        siblings = [name.removeprefix(f"{section}.") for name in types if section and name.startswith(f"{section}.")]
+        near = did_you_mean(leaf, siblings) if siblings else did_you_mean(key, types)
+        raise ConfigError(f"{prefix}unknown key {key}{near}")
     try:
         return TypeAdapter(types[key], config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(value)
     except ValidationError as invalid:

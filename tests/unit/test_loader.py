@@ -77,7 +77,7 @@ def test_loader_records_origins(load_recipe):
     [
         (
             GOOD + "  lerning_rate: 1\n",
-            r"mine.yaml:8: unknown key trainer.lerning_rate; did you mean trainer.learning_rate\?",
+            r"mine.yaml:8: unknown key trainer.lerning_rate; did you mean learning_rate\?",
         ),
         (GOOD + "optimizer: x\n", r"mine.yaml:8: unknown key optimizer"),
         (GOOD.replace("name_or_path", "name"), r"mine.yaml:3: unknown key model.name"),
