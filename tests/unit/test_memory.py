@@ -51,7 +51,8 @@ def test_parameter_counts_equal_model_cards(architecture, published):
 
 def load(architecture=None, strategy="ddp", world=1, **changes):
     facts = {"precision": "bf16", "tokens": 2048, "gradient_checkpointing": True, **changes}
-    return memory.MemoryInputs(LLAMA_8B if architecture is None else architecture, strategy, world_size=world, **facts)
+    dimensions = {"num_hidden_layers": 1, "vocab_size": 64, **(LLAMA_8B if architecture is None else architecture)}
+    return memory.MemoryInputs(dimensions, strategy, world_size=world, **facts)
 
 
 def test_parameter_count_of_qwen_3_includes_qk_norms():
