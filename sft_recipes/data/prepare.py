@@ -42,6 +42,7 @@ from sft_recipes.planner.plan import Plan, Prepared
 from sft_recipes.runtime import library_imports
 from sft_recipes.runtime import log as run_log
 from sft_recipes.runtime.atomic_write import sha256, sync
+from sft_recipes.runtime.code_hash import code_hash
 from sft_recipes.runtime.errors import DataError, UserError
 from sft_recipes.runtime.run_dir import read_json, runs_root, write_json
 
@@ -170,7 +171,7 @@ def _cache_key(plan: Plan, named: Mapping[str, Mapping[str, Source]], base: Path
         "plan": [plan.max_length, plan.packing, plan.effective_batch_size if data.overfit_rows else None],
         "seeds": [plan.sections.trainer["seed"], plan.sections.trainer["data_seed"]],
         "date": plan.created[:10] if dated else None,
-        "code": [sha256(file) for file in sorted(package.rglob("*.py"))],
+        "code": [code_hash(file) for file in sorted(package.rglob("*.py"))],
         "libraries": {name: metadata.version(name) for name in ("transformers", "tokenizers", "trl", "jinja2")},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -13,6 +13,7 @@ from typing import Any
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.atomic_write import sha256
+from sft_recipes.runtime.code_hash import code_hash
 from sft_recipes.runtime.env import gpu_hour_price, library_version
 from sft_recipes.runtime.paths import REPOSITORY
 
@@ -80,7 +81,9 @@ def code_hashes(repository: Path) -> dict[str, str]:
     """Hash the code and configuration files that a sanity check depends on, once per process."""
     package = repository / "sft_recipes"
     modules = [module for part in _CODE for module in (_modules(package / part))]
-    return {str(file.relative_to(repository)): sha256(file) for file in (*modules, *repository.glob("*_configs/*"))}
+    hashes = {module: code_hash(module) for module in modules}
+    hashes |= {file: sha256(file) for file in repository.glob("*_configs/*")}
+    return {str(file.relative_to(repository)): digest for file, digest in hashes.items()}
 
 
 def _modules(path: Path) -> list[Path]:

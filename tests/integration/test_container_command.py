@@ -145,12 +145,14 @@ def test_secrets_are_passed_by_name_and_never_printed(machine):
 
 def test_only_listed_variables_are_passed(machine):
     passed = (
-        "CUDA_LAUNCH_BLOCKING",
-        "CUDA_DEVICE_MAX_CONNECTIONS",
-        "FLASH_ATTENTION_DETERMINISTIC",
-        "PYTORCH_ALLOC_CONF",
-    )
-    of_the_host = ("CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDA_VERSION", "LD_LIBRARY_PATH", "XHF_TOKEN", "PYTHONSTARTUP")
+        "CUDA_LAUNCH_BLOCKING", "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_MODULE_LOADING", "FLASH_ATTENTION_DETERMINISTIC",
+        "PYTORCH_ALLOC_CONF", "PYTORCH_NVML_BASED_CUDA_CHECK", "TRITON_INTERPRET", "DS_ACCELERATOR",
+        "DS_BUILD_FUSED_ADAM",
+    )  # fmt: skip
+    of_the_host = (
+        "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDA_PATH", "CUDA_BIN_PATH", "CUDA_TOOLKIT_ROOT_DIR", "CUDA_VERSION",
+        "CUDA_MPS_LOG_DIRECTORY", "TRITON_PTXAS_PATH", "PYTORCH_NVCC", "LD_LIBRARY_PATH", "XHF_TOKEN", "PYTHONSTARTUP",
+    )  # fmt: skip
     done = machine.run("train", "8b", GPUS="1", DRY_RUN="1", **dict.fromkeys((*passed, *of_the_host), "1"))
     names = set(values(command(done), "--env"))
     assert set(passed) <= names and not set(of_the_host) & names
