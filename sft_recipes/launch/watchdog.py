@@ -10,7 +10,6 @@ import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from sft_recipes.planner.plan import Plan
 from sft_recipes.planner.save_time import max_save_seconds
@@ -18,20 +17,10 @@ from sft_recipes.runtime import heartbeat, timeouts
 from sft_recipes.runtime.heartbeat import STOP_SIGNALS, Failure, Heartbeat
 from sft_recipes.runtime.run_dir import EXIT_ERROR, EXIT_STOPPED, EXIT_USER, RunDir
 
-_GAP_FACTOR = 5  # times the longest gap between two beats so far: slow steps are not a stall
 _MAX_POLL_SECONDS = 1.0  # counted per poll: a machine that slept, or a paused container, did not observe a stall
-_ACTIVITY = {
-    "starting": "while starting",
-    "step": "in step {step}",
-    "waiting": "in step {step}, waiting for other ranks",
-    "evaluating": "in the evaluation at step {step}",
-    "saving": "while saving step {step}",
-    "ending": "after step {step}, while finishing",
-}
 # In the errors of gloo, NCCL and torch's store after a peer is gone.
 _COLLECTIVE_ERRORS = r"(?i)gloo|nccl|connection|broken pipe|\bstore\b|DistBackend|DistNetwork|DistStore"
-_STOPPED = ("T", "t")
-_STATES = {"T": "stopped by a signal", "t": "held by a debugger", "D": "waiting for a disk or a device"}
+_STATES = {"T": ", stopped by a signal", "t": ", held by a debugger", "D": ", waiting for a disk or a device"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +29,12 @@ class Limits:
 
     stall: float
     save: float
+
+    def of(self, activity: str) -> float:
+        """Seconds without a new heartbeat that are allowed in an activity."""
+        if activity in ("starting", "ending"):  # a checkpoint is verified, and then read
+            return max(timeouts.MODEL_LOADING, self.stall) + 2 * self.save
+        return self.stall + (self.save if activity == "saving" else 0)
 
 
 @dataclass(frozen=True)
@@ -68,6 +63,17 @@ class RankStatus:
         """Earliest time of the end. A rank that fails because a peer is gone raises its exception later than that."""
         return self.failure.failed_at if self.failure else self.last_alive
 
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Step and beats in it."""
+        return self.heartbeat.step, self.heartbeat.beats
+
+    @property
+    def place(self) -> str:
+        """The step, and the activity unless it is the step itself."""
+        activity = "" if self.heartbeat.activity == "step" else f", {self.heartbeat.activity}"
+        return f"in step {self.heartbeat.step}{activity}"
+
 
 @dataclass(frozen=True)
 class LaunchResult:
@@ -86,39 +92,18 @@ class LaunchResult:
     lost_peer: bool = False
 
 
-def heartbeat_timeout(heartbeat: Heartbeat, longest_gap: float, limits: Limits) -> float:
-    """Seconds without a new heartbeat that are allowed in the current activity.
-
-    Args:
-        longest_gap: longest time between two beats of any rank so far, in seconds.
-    """
-    if heartbeat.activity in ("starting", "ending"):  # a checkpoint is verified, and then read
-        return max(timeouts.MODEL_LOADING, limits.stall) + 2 * limits.save
-    if heartbeat.activity == "saving":
-        return limits.stall + limits.save
-    return max(limits.stall, _GAP_FACTOR * longest_gap)
-
-
 def all_stalled(ranks: Sequence[RankStatus], limits: Limits) -> bool:
     """Whether every rank is stalled. Ranks that wait for others have no limit while one is busy: it may be saving."""
     busy = [rank for rank in ranks if rank.heartbeat.activity != "waiting"] or ranks
-    longest_gap = max((rank.heartbeat.longest_gap for rank in ranks), default=0.0)
-    return bool(busy) and all(
-        rank.stalled_seconds > heartbeat_timeout(rank.heartbeat, longest_gap, limits) for rank in busy
-    )
+    return bool(busy) and all(rank.stalled_seconds > limits.of(rank.heartbeat.activity) for rank in busy)
 
 
 def find_stalled_ranks(ranks: Sequence[RankStatus]) -> list[RankStatus]:
-    """Of stalled ranks, those that the others wait for: stopped by a signal, else with the least progress; all ranks
-    if progress is equal."""
-    stopped = [rank for rank in ranks if rank.state in _STOPPED]
-    busy = [rank for rank in ranks if rank.heartbeat.activity != "waiting"]
-    least = min((_progress(rank.heartbeat) for rank in busy or ranks), default=None)
-    return stopped or [rank for rank in busy or ranks if _progress(rank.heartbeat) == least]
-
-
-def _progress(heartbeat: Heartbeat) -> tuple[int, int]:
-    return heartbeat.step, heartbeat.beats
+    """Of stalled ranks, those that the others wait for: stopped by a signal, else with the least progress of those
+    that do not wait."""
+    stopped = [rank for rank in ranks if rank.state in ("T", "t")]
+    busy = [rank for rank in ranks if rank.heartbeat.activity != "waiting"] or ranks
+    return stopped or [rank for rank in busy if rank.progress == min(other.progress for other in busy)]
 
 
 def find_first_failure(died: Iterable[RankStatus]) -> RankStatus:
@@ -141,15 +126,12 @@ def lost_peer(rank: RankStatus) -> bool:
 def stall_message(ranks: Sequence[RankStatus], limits: Limits) -> str:
     """Error for stalled ranks."""
     stalled = find_stalled_ranks(ranks)
-    longest_gap = max(rank.heartbeat.longest_gap for rank in ranks)
-    limit = max(heartbeat_timeout(rank.heartbeat, longest_gap, limits) for rank in stalled)
-    lines = []
-    for rank in stalled:
-        state = f", {_STATES[rank.state]}" if rank.state in _STATES else ""
-        lines.append(
-            f"{_name(rank.heartbeat)}: no heartbeat for {rank.stalled_seconds:.0f} s {_activity(rank.heartbeat)} "
-            f"(pid {rank.heartbeat.pid}{state})"
-        )
+    lines = [
+        f"{_name(rank.heartbeat.rank)}: no heartbeat for {rank.stalled_seconds:.0f} s {rank.place} (pid "
+        f"{rank.heartbeat.pid}{_STATES.get(rank.state, '')})"
+        for rank in stalled
+    ]
+    limit = max(limits.of(rank.heartbeat.activity) for rank in stalled)
     return f"{'; '.join(lines)}; limit {limit:.0f} s (monitor.heartbeat_timeout_seconds)"
 
 
@@ -159,42 +141,29 @@ def failure_message(rank: RankStatus, code: int | None) -> str:
     Args:
         code: exit code that its launcher recorded, negative for a signal; None if the launcher is gone too.
     """
-    name, activity = _name(rank.heartbeat), _activity(rank.heartbeat)
+    name = _name(rank.heartbeat.rank)
     if rank.failure is not None and rank.failure.kind != "SystemExit":
-        return f"{name}: failed {activity}: {rank.failure.kind}: {rank.failure.message}"
+        return f"{name}: failed {rank.place}: {rank.failure.kind}: {rank.failure.message}"
     if code is None:
-        return f"{name}: process is gone, {activity}"
-    if code < 0:
-        return f"{name}: killed by {_signal_name(-code)} {activity}{_cause(-code)}"
-    return f"{name}: exited with code {code} {activity}, before the end of the run"
-
-
-def launcher_message(number: int) -> str:
-    """Error for a launcher that was killed by a signal."""
-    return f"launcher of the ranks on {socket.gethostname()}: killed by {_signal_name(number)}{_cause(number)}"
+        return f"{name}: process is gone, {rank.place}"
+    return f"{name}: {_end(code, rank.place)}{', before the end of the run' if code >= 0 else ''}"
 
 
 def _waiting(heartbeat: Heartbeat) -> Heartbeat:
     return replace(heartbeat, activity="waiting")
 
 
-def _name(heartbeat: Heartbeat) -> str:
-    return f"rank {heartbeat.rank} on {socket.gethostname()}"
+def _name(rank: int) -> str:
+    return f"rank {rank} on {socket.gethostname()}"
 
 
-def _activity(heartbeat: Heartbeat) -> str:
-    return _ACTIVITY[heartbeat.activity].format(step=heartbeat.step)
-
-
-def _signal_name(number: int) -> str:
-    known = {known.value for known in signal.Signals}
-    return signal.Signals(number).name if number in known else f"signal {number}"
-
-
-def _cause(number: int) -> str:
-    if number != signal.SIGKILL:
-        return ""
-    return " (not sent by sft_recipes; usually the out-of-memory killer of the host or of the container)"
+def _end(code: int, place: str) -> str:
+    """How a process ended: its exit code, or the signal that killed it, and where."""
+    if code >= 0:
+        return f"exited with code {code} {place}"
+    name = {known.value: known.name for known in signal.Signals}.get(-code, f"signal {-code}")
+    cause = " (not sent by sft_recipes; usually the out-of-memory killer of the host or of the container)"
+    return f"killed by {name} {place}{cause if name == 'SIGKILL' else ''}"
 
 
 class Watchdog:
@@ -276,19 +245,14 @@ class Watchdog:
         return stall_message(classified, self.limits)
 
     def _write_stack_traces(self) -> set[int]:
-        """Have each rank write its Python stack trace, except one that a signal stopped, which cannot; return the ranks
-        that are in a collective."""
-        files = {}
-        for rank, status in self.ranks.items():
-            if status.state not in _STOPPED:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(status.heartbeat.pid, signal.SIGUSR2)
-                    files[rank] = heartbeat.rank_file(self.run_dir.stack_traces, rank, ".txt")
-        until = time.monotonic() + timeouts.STACK_TRACES
-        while time.monotonic() < until and not all(_is_written(file) for file in files.values()):
-            time.sleep(0.05)
-        written = {rank: file.read_text(encoding="utf-8") for rank, file in files.items() if file.exists()}
-        return {rank for rank, stack_trace in written.items() if is_in_collective(stack_trace)}
+        """Have each rank write its Python stack trace; return the ranks that are in a collective. One that a signal
+        stopped writes none."""
+        for status in self.ranks.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(status.heartbeat.pid, signal.SIGUSR2)
+        time.sleep(timeouts.STACK_TRACES)
+        files = {rank: heartbeat.rank_file(self.run_dir.stack_traces, rank, ".txt") for rank in self.ranks}
+        return {rank for rank, file in files.items() if file.exists() and is_in_collective(file.read_text("utf-8"))}
 
     def kill_ranks(self) -> None:
         """Kill the ranks that have not ended normally, with their children: each may lead a process group."""
@@ -300,10 +264,8 @@ class Watchdog:
 
     def wait_until_gone(self, seconds: float) -> None:
         """Wait until the processes of killed ranks are gone, at most this long."""
-        until = time.monotonic() + seconds
-        while time.monotonic() < until and any(
-            heartbeat.process_state(rank.heartbeat.pid) for rank in self.ranks.values()
-        ):
+        until, pids = time.monotonic() + seconds, [rank.heartbeat.pid for rank in self.ranks.values()]
+        while time.monotonic() < until and any(map(heartbeat.process_state, pids)):
             time.sleep(0.05)
 
     def result(self, launcher_code: int, launcher_was_killed: bool) -> LaunchResult:
@@ -320,7 +282,8 @@ class Watchdog:
         if launcher_code < 0 and not launcher_was_killed:
             if -launcher_code in STOP_SIGNALS:  # before it had installed its signal handlers
                 return LaunchResult(EXIT_STOPPED)
-            return LaunchResult(EXIT_ERROR, launcher_message(-launcher_code))
+            end = _end(launcher_code, f"on {socket.gethostname()}")
+            return LaunchResult(EXIT_ERROR, f"launcher of the ranks: {end}")
         codes = heartbeat.read_exit_codes(self.run_dir.ranks)
         not_started = {rank: code for rank, code in (codes or {}).items() if rank not in self._started}
         if not_started:
@@ -336,16 +299,11 @@ class Watchdog:
 
     def _remove_empty_stack_traces(self) -> None:
         for file in list(self.run_dir.stack_traces.glob("*.txt")):
-            if not _is_written(file):
-                file.unlink()
+            with contextlib.suppress(FileNotFoundError):
+                if not file.stat().st_size:
+                    file.unlink()
         with contextlib.suppress(OSError):  # it is not empty
             self.run_dir.stack_traces.rmdir()
-
-
-def _is_written(file: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return file.stat().st_size > 0
-    return True  # the rank removed it
 
 
 def _failed_before_start(codes: Mapping[int, int]) -> LaunchResult:
@@ -355,5 +313,4 @@ def _failed_before_start(codes: Mapping[int, int]) -> LaunchResult:
     if not failed:
         return LaunchResult(EXIT_STOPPED)
     rank, code = min(failed.items())
-    ended = f"killed by {_signal_name(-code)}{_cause(-code)}" if code < 0 else f"exited with code {code}"
-    return LaunchResult(EXIT_ERROR, f"rank {rank} on {socket.gethostname()}: {ended} before its first heartbeat")
+    return LaunchResult(EXIT_ERROR, f"{_name(rank)}: {_end(code, 'before its first heartbeat')}")

@@ -21,7 +21,6 @@ LAUNCHER_PID = "SFT_LAUNCHER_PID"
 # Signals by which a user or a scheduler requests that a run saves and stops.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-
 Activity = Literal["starting", "step", "waiting", "evaluating", "saving", "ending"]
 _HEARTBEAT_BYTES = 256  # fixed: a heartbeat overwrites the previous one in place
 Record = TypeVar("Record")
@@ -36,8 +35,6 @@ class Heartbeat:
         step: current optimizer step.
         activity: `starting` until the first step, `ending` after the last one, `waiting` for other ranks.
         beats: number of beats in this step. All ranks beat at the same places, so the rank with fewer is behind.
-        beat_at: time of the latest beat, in seconds of CLOCK_MONOTONIC.
-        longest_gap: longest time between two beats while training or evaluating, in seconds.
     """
 
     rank: int
@@ -45,8 +42,6 @@ class Heartbeat:
     step: int
     activity: Activity
     beats: int
-    beat_at: float
-    longest_gap: float
 
 
 @dataclass(frozen=True)
@@ -55,14 +50,11 @@ class Failure:
 
     Attributes:
         kind: class of the exception.
-        message: its first line; for an exception of a data worker also the worker's last line.
+        message: its first and its last line.
         failed_at: when it left the rank's main program, in seconds of CLOCK_MONOTONIC.
         user_error: whether it is a `UserError`.
     """
 
-    rank: int
-    pid: int
-    step: int
     kind: str
     message: str
     failed_at: float
@@ -102,35 +94,33 @@ def read_heartbeats(ranks_dir: Path) -> dict[int, Heartbeat]:
     return _read(ranks_dir, "", lambda content: Heartbeat(**content))
 
 
-def write_failure(ranks_dir: Path, failure: Failure) -> None:
-    """Record the exception that ended a rank (atomic write)."""
-    file = rank_file(ranks_dir, failure.rank, ".failure")
-    partial = file.with_name(f".{file.name}")
-    partial.write_text(json.dumps(vars(failure)), encoding="utf-8")
-    partial.replace(file)
-
-
 def read_failures(ranks_dir: Path) -> dict[int, Failure]:
     """Read the exceptions that ended ranks of this host."""
     return _read(ranks_dir, ".failure", lambda content: Failure(**content))
 
 
+def read_exit_codes(ranks_dir: Path) -> dict[int, int] | None:
+    """Read the exit codes other than 0 of this host's ranks; None if their launcher, killed, recorded none."""
+    launchers = _read(ranks_dir, ".codes", lambda content: {int(rank): code for rank, code in content.items()})
+    return launchers.get(0)
+
+
+def write_failure(ranks_dir: Path, rank: int, failure: Failure) -> None:
+    """Record the exception that ended a rank."""
+    _write(rank_file(ranks_dir, rank, ".failure"), vars(failure))
+
+
 def write_exit_codes(ranks_dir: Path, codes: dict[int, int]) -> None:
     """Record the exit codes other than 0 of this host's ranks; a signal is a negative code."""
     ranks_dir.mkdir(exist_ok=True)
-    _exit_codes_file(ranks_dir).write_text(json.dumps(codes), encoding="utf-8")
+    _write(rank_file(ranks_dir, 0, ".codes"), codes)
 
 
-def read_exit_codes(ranks_dir: Path) -> dict[int, int] | None:
-    """Read the exit codes other than 0 of this host's ranks; None if their launcher recorded none."""
-    with contextlib.suppress(FileNotFoundError, ValueError):  # a launcher that is killed writes nothing, or half
-        content = json.loads(_exit_codes_file(ranks_dir).read_text(encoding="utf-8"))
-        return {int(rank): int(code) for rank, code in content.items()}
-    return None
-
-
-def _exit_codes_file(ranks_dir: Path) -> Path:
-    return ranks_dir / f"{socket.gethostname()}.ended"
+def _write(file: Path, content: dict[Any, Any]) -> None:
+    """Write a record atomically, without fsync: it is of use while the launcher runs."""
+    partial = file.with_name(f".{file.name}")
+    partial.write_text(json.dumps(content), encoding="utf-8")
+    partial.replace(file)
 
 
 def request_stop(ranks_dir: Path) -> bool:
@@ -147,15 +137,12 @@ def request_stop(ranks_dir: Path) -> bool:
 def process_state(pid: int) -> str:
     """Return the state letter of a process in proc(5): R running, S sleeping, D waiting for a disk or device, T stopped
     by a signal; empty if it exited or is a zombie. Without /proc it is `?` for a live process."""
-    stat = Path(f"/proc/{pid}/stat")
-    if not stat.parent.parent.joinpath("self").exists():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, 0)
-            return "?"
-        return ""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        letter = stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
-        return "" if letter in "ZX" else letter
+        if Path("/proc/self").exists():
+            stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+            return stat.rpartition(")")[2].split()[0].strip("ZX")
+        os.kill(pid, 0)
+        return "?"
     return ""
 
 

@@ -8,14 +8,12 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 from sft_recipes.runtime import heartbeat
 from sft_recipes.runtime.errors import UserError
 from sft_recipes.runtime.heartbeat import Activity, Failure, Heartbeat
 from sft_recipes.runtime.run_dir import RunDir
-
-# Gaps between beats measure how slow a machine is while ranks compute, not while they load, save or publish.
-_MEASURED = ("step", "evaluating")
 
 
 class _HeartbeatWriter:
@@ -24,21 +22,19 @@ class _HeartbeatWriter:
     def __init__(self, run_dir: RunDir, rank: int):
         self.run_dir = run_dir
         self.file = heartbeat.rank_file(run_dir.ranks, rank)
-        run_dir.ranks.mkdir(exist_ok=True)
-        self.latest = Heartbeat(rank, os.getpid(), 0, "starting", 0, time.monotonic(), 0.0)
-        partial = self.file.with_name(f".{self.file.name}")
-        self.descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        self.write()
-        partial.replace(self.file)
-        # Opened now: a signal handler in C, which works in a stalled rank too, cannot open files.
-        run_dir.stack_traces.mkdir(exist_ok=True)
         self.stack_trace = heartbeat.rank_file(run_dir.stack_traces, rank, ".txt")
+        for folder in (run_dir.ranks, run_dir.stack_traces):
+            folder.mkdir(exist_ok=True)
+        self.descriptor = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        self.write(Heartbeat(rank, os.getpid(), 0, "starting", 0))
+        # Opened now: a signal handler in C, which works in a stalled rank too, cannot open files.
         stream = self.stack_trace.open("w", encoding="utf-8")
         faulthandler.register(signal.SIGUSR2, file=stream, all_threads=True)
         faulthandler.enable(file=stream)
 
-    def write(self) -> None:
-        os.pwrite(self.descriptor, heartbeat.encode(self.latest), 0)
+    def write(self, latest: Heartbeat) -> None:
+        self.latest = latest
+        os.pwrite(self.descriptor, heartbeat.encode(latest), 0)
 
 
 _writer: _HeartbeatWriter | None = None
@@ -56,13 +52,9 @@ def beat(step: int, activity: Activity) -> None:
     Args:
         step: current optimizer step, or the one just taken.
     """
-    if _writer is None:
-        return
-    previous, now = _writer.latest, time.monotonic()
-    gap = now - previous.beat_at if previous.activity in _MEASURED else 0.0
-    beats = previous.beats + 1 if step == previous.step else 0
-    _writer.latest = Heartbeat(previous.rank, previous.pid, step, activity, beats, now, max(previous.longest_gap, gap))
-    _writer.write()
+    if _writer is not None:
+        beats = _writer.latest.beats + 1 if step == _writer.latest.step else 0
+        _writer.write(replace(_writer.latest, step=step, activity=activity, beats=beats))
 
 
 @contextlib.contextmanager
@@ -74,37 +66,18 @@ def record_exit() -> Iterator[None]:
     """
     try:
         yield
-    except UserError as error:
-        if _writer is None:
-            raise
-        _write_failure(_writer, error)
-        return
     except BaseException as error:  # SystemExit too
         if _writer is not None:
-            _write_failure(_writer, error)
-        raise
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            # The first line of torch's error of a data worker names the worker, the last one the exception.
+            message = " … ".join(dict.fromkeys((*lines[:1], *lines[-1:])))[:500]
+            failure = Failure(type(error).__name__, message, time.monotonic(), isinstance(error, UserError))
+            heartbeat.write_failure(_writer.run_dir.ranks, _writer.latest.rank, failure)
+        if _writer is None or not isinstance(error, UserError):
+            raise
+        return
     if _writer is not None:
         _writer.file.unlink(missing_ok=True)
         faulthandler.disable()  # a crash of the interpreter after this does not concern the run
         faulthandler.unregister(signal.SIGUSR2)
         _writer.stack_trace.unlink(missing_ok=True)
-
-
-def _write_failure(writer: _HeartbeatWriter, error: BaseException) -> None:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # torch wraps the exception of a data worker: the first line names the worker, the last one the exception.
-    in_worker = len(lines) > 1 and "in DataLoader worker process" in lines[0]
-    message = f"{lines[0]} {lines[-1]}" if in_worker else "".join(lines[:1])
-    latest = writer.latest
-    heartbeat.write_failure(
-        writer.run_dir.ranks,
-        Failure(
-            latest.rank,
-            latest.pid,
-            latest.step,
-            type(error).__name__,
-            message[:500],
-            time.monotonic(),
-            isinstance(error, UserError),
-        ),
-    )

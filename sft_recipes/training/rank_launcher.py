@@ -22,7 +22,15 @@ def main() -> None:
     """Run the ranks; the arguments are those of `accelerate launch`, the last of which is the plan file."""
     ranks_dir = RunDir(Path(sys.argv[-1]).parent).ranks
     os.environ[heartbeat.LAUNCHER_PID] = str(os.getpid())
-    _forward_stop_signals(ranks_dir)
+
+    def forward(_number: int, _frame: FrameType | None) -> None:
+        """Forward a stop signal to the ranks, which save together and exit; before their first step there is nothing to
+        save, and they are terminated with this process."""
+        if not heartbeat.request_stop(ranks_dir):
+            os._exit(EXIT_STOPPED)  # after an exception torch's agent would wait for the ranks
+
+    for number in heartbeat.STOP_SIGNALS:
+        signal.signal(number, forward)
     codes = _run_several_processes() if "--main_process_port" in sys.argv else _run_one_process()
     heartbeat.write_exit_codes(ranks_dir, codes)
     sys.exit(EXIT_ERROR if codes else 0)
@@ -53,18 +61,6 @@ def _run_several_processes() -> dict[int, int]:
     except ChildFailedError as error:
         return {rank: failure.exitcode for rank, failure in error.failures.items()}
     return {}
-
-
-def _forward_stop_signals(ranks_dir: Path) -> None:
-    """Forward stop signals to the ranks, which save together and exit; before their first step there is nothing to
-    save, and they are terminated with this process."""
-
-    def forward(_number: int, _frame: FrameType | None) -> None:
-        if not heartbeat.request_stop(ranks_dir):
-            os._exit(EXIT_STOPPED)  # after an exception torch's agent would wait for the ranks
-
-    for number in heartbeat.STOP_SIGNALS:
-        signal.signal(number, forward)
 
 
 if __name__ == "__main__":

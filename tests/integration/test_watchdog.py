@@ -175,7 +175,7 @@ def test_three_attempts_without_progress_need_explicit_resume(start):
     run = start("poisoned", 1)
     run.wait_for_step(3, 1)
     os.kill(run.launcher(), signal.SIGKILL)
-    assert "launcher of the ranks on " in run.error(1)
+    assert "launcher of the ranks: killed by SIGKILL on " in run.error(1)
 
     run = start("poisoned", 1)
     os.kill(run.wait_for_step(3, 1)[0], signal.SIGSTOP)  # so that it does not save
@@ -210,28 +210,15 @@ def test_stop_before_first_step_terminates_at_once(start):
 LIMITS = Limits(stall=10.0, save=100.0)
 
 
-def status(
-    rank=0, step=5, activity="step", beats=3, stalled=0.0, longest_gap=0.0, state="S", last_alive=0.0, failed_at=None
-):
-    beat = Heartbeat(rank, 1000 + rank, step, activity, beats, 0.0, longest_gap)
-    failure = None if failed_at is None else Failure(rank, 1000 + rank, step, "ValueError", "odd", failed_at, False)
-    return RankStatus(beat, state, stalled, last_alive, failure)
+def status(rank=0, step=5, activity="step", beats=3, stalled=0.0, state="S", last_alive=0.0, failed_at=None):
+    failure = None if failed_at is None else Failure("ValueError", "odd", failed_at, False)
+    return RankStatus(Heartbeat(rank, 1000 + rank, step, activity, beats), state, stalled, last_alive, failure)
 
 
-@pytest.mark.parametrize(
-    ("activity", "longest_gap", "seconds"),
-    [
-        ("step", 0.0, 10.0),
-        ("step", 7.0, 35.0),
-        ("evaluating", 7.0, 35.0),
-        ("waiting", 1.0, 10.0),
-        ("saving", 7.0, 110.0),
-        ("starting", 7.0, timeouts.MODEL_LOADING + 2 * 100),
-        ("ending", 0.0, timeouts.MODEL_LOADING + 2 * 100),
-    ],
-)
-def test_heartbeat_timeout_depends_on_activity_and_speed(activity, longest_gap, seconds):
-    assert watchdog.heartbeat_timeout(status(activity=activity).heartbeat, longest_gap, LIMITS) == seconds
+def test_heartbeat_timeout_depends_on_activity():
+    loading = timeouts.MODEL_LOADING + 2 * 100
+    seconds = {"step": 10, "evaluating": 10, "waiting": 10, "saving": 110, "starting": loading, "ending": loading}
+    assert {activity: LIMITS.of(activity) for activity in seconds} == seconds
 
 
 STALLS = {
@@ -245,15 +232,13 @@ STALLS = {
     "all waiting": ([status(rank, activity="waiting", stalled=11) for rank in (0, 1)], [0, 1]),
     "none, one saves": ([status(0, activity="saving", stalled=60), status(1, activity="waiting", stalled=60)], []),
     "save too long": ([status(0, activity="saving", stalled=111), status(1, activity="waiting", stalled=111)], [0]),
-    "none, slow steps": ([status(0, stalled=11, longest_gap=4.0), status(1, stalled=11)], []),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", STALLS)
-def test_stalled_ranks_are_those_that_others_wait_for(case):
-    ranks, expected = STALLS[case]
-    stalled = watchdog.find_stalled_ranks(ranks) if watchdog.all_stalled(ranks, LIMITS) else []
-    assert [rank.heartbeat.rank for rank in stalled] == expected
+def test_stalled_ranks_are_those_that_others_wait_for():
+    for case, (ranks, expected) in STALLS.items():
+        stalled = watchdog.find_stalled_ranks(ranks) if watchdog.all_stalled(ranks, LIMITS) else []
+        assert [rank.heartbeat.rank for rank in stalled] == expected, case
 
 
 def test_stall_message_names_rank_step_and_limit():
@@ -281,7 +266,7 @@ def test_first_failure_is_reported_not_the_lost_peer():
     assert watchdog.find_first_failure([later, failed]) is failed
     assert "rank 1 on " in (line := watchdog.failure_message(failed, 1)) and "in step 5: ValueError: odd" in line
     assert "exited with code 0 in step 5, before the end" in watchdog.failure_message(killed, 0)
-    assert "killed by SIGSEGV in step 5" in watchdog.failure_message(killed, -11)
+    assert "killed by SIGSEGV in step 5, saving" in watchdog.failure_message(status(activity="saving", state=""), -11)
 
 
 @pytest.mark.parametrize(
@@ -315,8 +300,8 @@ def test_data_worker_error_is_recorded(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="row 0 is odd"), rank_heartbeat.record_exit():
         next(iter(torch.utils.data.DataLoader(Rows(), num_workers=1)))
     failure = heartbeat.read_failures(folder.ranks)[3]
-    assert (failure.kind, failure.step, failure.user_error) == ("ValueError", 7, False)
-    assert failure.message == "Caught ValueError in DataLoader worker process 0. ValueError: row 0 is odd"
+    assert (failure.kind, failure.user_error) == ("ValueError", False)
+    assert failure.message == "Caught ValueError in DataLoader worker process 0. … ValueError: row 0 is odd"
 
 
 _WORKERS = """
@@ -374,7 +359,6 @@ def test_heartbeat_is_overwritten_and_removed_at_normal_exit(tmp_path, monkeypat
         rank_heartbeat.beat(123_456_789, "evaluating")
     latest = heartbeat.read_heartbeats(folder.ranks)[0]
     assert (latest.pid, latest.step, latest.activity, latest.beats) == (os.getpid(), 123_456_789, "evaluating", 2)
-    assert 0 <= latest.longest_gap < HANG_SECONDS
     with rank_heartbeat.record_exit():
         pass
     assert heartbeat.read_heartbeats(folder.ranks) == {} and list(folder.stack_traces.iterdir()) == []
@@ -388,7 +372,7 @@ def test_run_with_ranks_of_earlier_attempt_is_not_started(tmp_path, monkeypatch)
     try:
         while not Path(f"/proc/{left.pid}/cmdline").read_bytes():  # the kernel has not set its arguments yet
             time.sleep(0.01)
-        beat = Heartbeat(1, left.pid, 5, "step", 0, 0.0, 0.0)
+        beat = Heartbeat(1, left.pid, 5, "step", 0)
         heartbeat.rank_file(folder.ranks, 1).write_bytes(heartbeat.encode(beat))
         with pytest.raises(UserError, match=f"rank 1 of an earlier attempt of run still runs .pid {left.pid}"):
             run_lock.lock(folder).__enter__()
