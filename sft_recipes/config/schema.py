@@ -344,7 +344,7 @@ class Monitor:
         early_stopping_patience: evaluations without a lower validation loss after which the run ends; None disables
             it.
         heartbeat_timeout_seconds: a run without a heartbeat for this long is terminated, and the rank that the others
-            wait for is named; five times the longest interval so far if that is more, and longer to load and to save.
+            wait for is named; longer to load and to save. Raise it if a micro-batch takes that long.
         replica_check_steps: optimizer steps between replica consistency checks under DDP, which also run before each
             save; replicas that differ stop the run.
         stop_on: of loss_spike, exploding_gradients, vanishing_gradients, those that stop the run instead of warning.
