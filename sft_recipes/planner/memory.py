@@ -277,14 +277,15 @@ def host_bytes_per_node(load: MemoryInputs) -> dict[str, int]:
     """Estimate the host memory of one node by part, in bytes.
 
     Loading, as measured by benchmarks/loading.py: 16-bit weights are mapped from their files, or under ZeRO-3 sharded
-    while reading; fp32 weights are copied by each rank until they are on its GPU, under FSDP2 too. Saving: rank 0 has
-    the fp32 master weights under ZeRO, FSDP2 gathers the fp32 weights and the optimizer state. Offload: fp32 weights,
-    two moments and gradients of the node's shards.
+    while reading; fp32 weights are copied by each rank until they are on its GPU, under FSDP2 too. Saving: sharded
+    weights are gathered, under FSDP2 the optimizer state too; under ZeRO-1 and 2 each rank copies its weights
+    (accelerate's `get_state_dict`), and rank 0 has the fp32 master weights for `last/`. Offload: fp32 weights, two
+    moments and gradients of the node's shards.
     """
     strategy, ranks = load.strategy, max(load.world_size // load.nodes, 1)
     in_fp32 = not load.zero_half and (load.lora is None or load.precision == "fp32")
-    saved = load.master_bytes or (load.model_bytes if strategy.shards_parameters else 0)
-    gathered = 12 * load.trained if strategy.fsdp else saved
+    copies = 1 if strategy.shards_parameters else ranks if load.zero_half else 0
+    gathered = 12 * load.trained if strategy.fsdp else max(copies * load.model_bytes, load.master_bytes)
     parts = {
         "processes": ranks * PROCESS_BYTES,
         "loading or saving": max(ranks * load.model_bytes if in_fp32 else 0, 0 if load.lora else gathered),
