@@ -91,7 +91,6 @@ def _prepare(place: Path, device: str, recipe: str, changed: dict[str, Any], wor
 
 def _clock_what_is_added() -> None:
     """Time each function that this project adds to a step; reductions over ranks are not included."""
-    from sft_recipes.training import trainer
     from sft_recipes.training.callbacks import alerts, console, graceful_stop, metrics, trackers
     from sft_recipes.training.nan_guard import NanGuard
     from sft_recipes.training.throughput import ThroughputMeter
@@ -107,7 +106,6 @@ def _clock_what_is_added() -> None:
     ):
         for name in names:
             setattr(owner, name, _clocked(getattr(owner, name), f"{owner.__name__}.{name}"))
-    trainer.tokens_digest = _clocked(trainer.tokens_digest, "tokens_digest")
 
 
 def _clocked(function: Any, name: str) -> Any:
@@ -131,11 +129,11 @@ def _ours(folder: Path, plan: Any, found: Any) -> Any:
     from sft_recipes.training.completions import HeldOut
 
     folder.mkdir()
-    parts = main.build(plan, RunDir(folder), main.configure(plan, RunDir(folder)), asdict(found))
-    held_out = HeldOut(plan, RunDir(folder), Path(found.folder), parts.trainer, parts.end_of_turn_ids)
+    trainer = main.build(plan, RunDir(folder), main.configure(plan, RunDir(folder)), asdict(found))
+    held_out = HeldOut(plan, RunDir(folder), Path(found.folder), trainer, trainer.end_of_turn_ids)
     watchers = main.make_callbacks(plan, RunDir(folder), held_out)
-    parts.trainer.add_callbacks([one for one in watchers if type(one).__name__ != "RetentionCallback"])
-    return parts.trainer
+    trainer.add_callbacks([one for one in watchers if type(one).__name__ != "RetentionCallback"])
+    return trainer
 
 
 def _stock(folder: Path, plan: Any, found: Any) -> Any:

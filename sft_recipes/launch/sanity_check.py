@@ -22,7 +22,6 @@ from sft_recipes.runtime.units import format_duration
 from sft_recipes.sanity import trial
 
 log = logging.getLogger(__name__)
-_TRIAL, _RELOAD = "sanity.worker", "sanity.reload_worker"
 _LABELS = {True: "PASS", False: "FAIL", None: "SKIP"}
 _NAME_WIDTH = 14
 
@@ -55,15 +54,15 @@ def run(context: RunContext, prepared: Path) -> int:
                 f"{short.effective_batch_size}, {short.rows} rows including the longest, "
                 f"{render.describe_ranks(plan)} (skip with SANITY=skip)"
             )
-            part = _run_part(_TRIAL, context.within(run_dir, short), prepared)
+            part = _run_part(context.within(run_dir, short), prepared)
             if code := _report_without_result(part, result_file):
                 return code
             checks, measured = part.result["checks"], part.result["measured"]
             _report_checks(checks, context)
             if trial.checks_resume(plan) and not _count_failed(checks):
-                reload_dir = RunDir(run_dir.path / "reload")
+                reload_dir = RunDir(run_dir.path / trial.RELOAD)
                 reload_dir.path.mkdir()
-                reload_part = _run_part(_RELOAD, context.within(reload_dir, short), prepared)
+                reload_part = _run_part(context.within(reload_dir, short), prepared)
                 if code := _report_without_result(reload_part, result_file):
                     return code
                 _report_checks(reload_part.result["checks"], context)
@@ -81,12 +80,12 @@ class _Part:
     outcome: dict[str, Any]
 
 
-def _run_part(program: str, context: RunContext, prepared: Path) -> _Part:
+def _run_part(context: RunContext, prepared: Path) -> _Part:
     """Run the ranks of one part in its own directory."""
     run_dir = context.run_dir
     plans.write(context.plan, run_dir.plan)
     shutil.copy(prepared, run_dir.prepared)
-    ended = ranks.run_ranks(context, program, can_save=False)
+    ended = ranks.run_ranks(context, "sanity.worker", can_save=False)
     return _Part(run_dir, ended, read_json(run_dir.result), read_json(run_dir.outcome))
 
 
@@ -99,10 +98,9 @@ def _report_without_result(part: _Part, result_file: Path) -> int:
             log.info(ended.error)
         log.info("stopped during the sanity check, before training; run the same command to start again")
         return EXIT_STOPPED
-    user_error = outcome.get("error") or (ended.error if ended.user_error else None)
-    if user_error:
-        log.error(user_error)
-        return EXIT_USER
+    if error := outcome.get("error") or (ended.error if ended.user_error else None):
+        log.error(error)
+        return int(outcome.get("exit_code", EXIT_USER))
     if not part.result:
         error = ended.error or f"no result (exit code {ended.code})"
         log.error(f"sanity check: {error}{stack_traces}. See the log above; skip the check with SANITY=skip")

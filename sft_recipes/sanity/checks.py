@@ -6,8 +6,6 @@ import math
 import statistics
 import unicodedata
 import zlib
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +20,7 @@ _ALREADY_LEARNED = 0.05  # nats per token
 _MIN_STANDARD_ERRORS = 3.0  # by which the loss must fall
 _MAX_MEMORY_FRACTION = 0.95  # of the device: the rest is for batches that the trial did not contain
 MEMORY = "peak memory"  # the launcher, which has the recipe, adds the fix
+_PROMPTS, _MAX_NEW_TOKENS = 3, 48
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Check:
     fix: str = ""
 
 
-def check_loss_mask(trainer: Any, end_of_turn_ids: Sequence[int]) -> Check:
+def check_loss_mask(trainer: Any) -> Check:
     """Check the batches that the model gets: labels equal their tokens, some are supervised, and end-of-turn tokens are
     among them (not in each row: a truncated one has lost its own). Collective: same result on every rank."""
     import torch
@@ -47,51 +46,38 @@ def check_loss_mask(trainer: Any, end_of_turn_ids: Sequence[int]) -> Check:
     from sft_recipes.data.tokenize import IGNORED
     from sft_recipes.training.completions import excerpt
 
-    ends = torch.tensor(list(end_of_turn_ids), device=trainer.args.device)
-    counts = torch.zeros(4, dtype=torch.int64, device=trainer.args.device)
-    shown = ""
+    tokenizer, device = trainer.processing_class, trainer.args.device
+    ends = torch.tensor(trainer.end_of_turn_ids, device=device)
+    counts, shown = torch.zeros(4, dtype=torch.int64, device=device), ""
     for batch in trainer.get_train_dataloader():
-        ids, labels = batch["input_ids"].to(ends.device), batch["labels"].to(ends.device)
-        supervised = labels != IGNORED
-        counts += torch.stack(
-            [
-                supervised.sum(),
-                supervised.new_tensor(labels.numel(), dtype=torch.int64),
-                (supervised & (labels != ids)).sum(),
-                torch.isin(labels, ends).sum(),
-            ]
-        )
-        shown = shown or excerpt(trainer.processing_class.decode(ids[0][supervised[0]].tolist()))
+        ids, labels = batch["input_ids"].to(device), batch["labels"].to(device)
+        supervised, size = labels != IGNORED, torch.tensor(labels.numel(), device=device)
+        wrong, is_end = (supervised & (labels != ids)).sum(), torch.isin(labels, ends).sum()
+        counts += torch.stack([supervised.sum(), size, wrong, is_end])
+        shown = shown or excerpt(tokenizer.decode(ids[0][supervised[0]].tolist()))
     n_supervised, n_labels, n_wrong, n_ends = trainer.accelerator.reduce(counts, "sum").tolist()
-    name, fix = "loss mask", "see the rows with `make inspect`; check the roles of the data and model.chat_template"
+    problem = ""
     if not n_supervised:
-        return Check(name, False, f"all {n_labels:,} labels are masked: nothing to learn", fix)
-    if n_wrong:
-        return Check(name, False, f"{n_wrong:,} labels differ from the tokens of their row", fix)
-    if not n_ends:
-        ends_of_turn = ", ".join(trainer.processing_class.convert_ids_to_tokens(list(end_of_turn_ids)))
-        detail = f"no end-of-turn token ({ends_of_turn}) is supervised: the model would never learn to stop"
-        return Check(name, False, detail, fix)
+        problem = f"all {n_labels:,} labels are masked: nothing to learn"
+    elif n_wrong:
+        problem = f"{n_wrong:,} labels differ from the tokens of their row"
+    elif not n_ends:
+        names = ", ".join(tokenizer.convert_ids_to_tokens(trainer.end_of_turn_ids))
+        problem = f"no end-of-turn token ({names}) is supervised: the model would never learn to stop"
     detail = f"{n_supervised:,} of {n_labels:,} tokens supervised, {n_ends:,} end-of-turn tokens: {shown}"
-    return Check(name, True, detail)
+    fix = "see the rows with `make inspect`; check the roles of the data and model.chat_template"
+    return Check("loss mask", not problem, problem or detail, fix)
 
 
-def check_initial_loss(plan: Plan, record: Any, vocabulary_size: int) -> Check:
+def check_initial_loss(plan: Plan, loss: float, vocabulary_size: int) -> Check:
     """Check the loss before the first step against chance, ln(vocabulary size): random weights have it, and a model
     with the wrong tokenizer or weights exceeds it."""
-    loss, chance = mean_loss(record.losses_per_pass[0]), math.log(vocabulary_size)
+    chance = math.log(vocabulary_size)
     detail = f"{loss:.3f} before the first step; chance over {vocabulary_size:,} tokens is {chance:.2f}"
-    if not 1e-4 < loss < 1.5 * chance:
-        fix = "check that model.name_or_path has its own tokenizer and complete weights, and has not seen this data"
-        return Check("initial loss", False, detail, fix)
     if not is_better_than_chance(loss, vocabulary_size) and not plan.sections.model.from_scratch:
         detail += "; no better than chance: check that the weights are those of a trained model"
-    return Check("initial loss", True, detail)
-
-
-def mean_loss(passes: Any) -> float:
-    """Mean per token over all passes on all ranks, of a tensor [ranks, passes, 2] (sum of losses, tokens)."""
-    return float(passes[..., 0].sum() / passes[..., 1].sum())
+    fix = "check that model.name_or_path has its own tokenizer and complete weights, and has not seen this data"
+    return Check("initial loss", 1e-4 < loss < 1.5 * chance, detail, fix)
 
 
 def is_better_than_chance(loss: float, vocabulary_size: int) -> bool:
@@ -99,30 +85,33 @@ def is_better_than_chance(loss: float, vocabulary_size: int) -> bool:
     return loss <= 0.95 * math.log(vocabulary_size)
 
 
-def check_loss_falls(plan: Plan, record: Any) -> Check:
+def check_loss_falls(plan: Plan, first: Any, last: Any) -> Check:
     """Check that the loss falls on the rows that were trained on. Passes are compared pairwise, so differences between
-    rows are not noise."""
-    first, last = record.losses_per_pass[0], record.losses_per_pass[-1]
-    before, after = (passes[..., 0] / passes[..., 1].clamp(min=1) for passes in (first, last))
-    pairs = zip((before - after).flatten().tolist(), first[..., 1].flatten().tolist(), strict=True)
-    falls = [fall for fall, tokens in pairs if tokens]
+    rows are not noise.
+
+    Args:
+        first: evaluation before the first step, [ranks, passes, 2]: sum of losses and number of tokens.
+        last: evaluation after the last step.
+    """
+    from sft_recipes.training.trainer import mean_loss
+
+    falls = [
+        ((before - after) / tokens).item()
+        for (before, tokens), (after, _) in zip(first.flatten(0, 1), last.flatten(0, 1), strict=True)
+        if tokens
+    ]
     mean = statistics.fmean(falls)
     error = statistics.stdev(falls) / math.sqrt(len(falls)) if len(falls) > 1 else 0.0
     detail = (
-        f"{mean_loss(first):.3f} -> {mean_loss(last):.3f} in {len(record.losses)} steps at learning rate "
+        f"{mean_loss(first):.3f} -> {mean_loss(last):.3f} in {trial.STEPS} steps at learning rate "
         f"{plan.learning_rate:.1e} (fall {mean:.2g}, standard error {error:.1g}, same rows)"
     )
-    if mean > _MIN_STANDARD_ERRORS * error and mean > 0:
-        return Check("loss falls", True, detail)
     rises = mean < -_MIN_STANDARD_ERRORS * error
-    if mean_loss(first) < _ALREADY_LEARNED and not rises:
+    passed = mean > _MIN_STANDARD_ERRORS * error and mean > 0
+    if not passed and not rises and mean_loss(first) < _ALREADY_LEARNED:
         return Check("loss falls", None, f"the model has already learned these rows: {detail}")
-    fix = (
-        f"lower the learning rate: {suggest_learning_rate(plan, 1 / 3)}"
-        if rises
-        else f"raise the learning rate: {suggest_learning_rate(plan, 2)}"
-    )
-    return Check("loss falls", False, detail, fix)
+    fix = f"{'lower' if rises else 'raise'} the learning rate: {suggest_learning_rate(plan, 1 / 3 if rises else 2)}"
+    return Check("loss falls", passed, detail, fix)
 
 
 def suggest_learning_rate(plan: Plan, factor: float) -> str:
@@ -133,28 +122,18 @@ def suggest_learning_rate(plan: Plan, factor: float) -> str:
     return sizes.override_line(plan.size, "learning_rate", plan.learning_rate * factor)
 
 
-def check_evaluation(record: Any, rows: int) -> Check:
-    """Check that the loss on the held-out rows is finite after the last step."""
-    loss = record.eval_losses[-1]
-    fix = "see the rows of data.validation with `make inspect`"
-    return Check("evaluation", math.isfinite(loss), f"loss {loss:.4f} on {rows} held-out rows", fix)
-
-
-def check_gradient_norm(plan: Plan, record: Any) -> Check:
+def check_gradient_norm(plan: Plan, grad_norms: list[float]) -> Check:
     """Check gradient norms after the warmup against the bounds of the SFT guide."""
-    limits, norms = plan.sections.monitor, record.grad_norms[trial.WARMUP_STEPS :]
-    median = statistics.median(norms)
-    least, most = limits.grad_norm_below, limits.grad_norm_above
-    detail = f"median {median:.3g}, max {max(norms):.3g}; expected {least:g} to {most:g}"
-    if least <= median <= most:
-        return Check("gradient norm", True, detail)
+    limits, norms = plan.sections.monitor, grad_norms[trial.WARMUP_STEPS :]
+    median, least, most = statistics.median(norms), limits.grad_norm_below, limits.grad_norm_above
     fix = (
         f"lower trainer.learning_rate, or remove rows that are not text; if norms of this model are always this large, "
         f"set monitor.grad_norm_above={2 * median:.0f}"
         if median > most
         else "check that weights are trainable and rows supervised (make inspect)"
     )
-    return Check("gradient norm", False, detail, fix)
+    detail = f"median {median:.3g}, max {max(norms):.3g}; expected {least:g} to {most:g}"
+    return Check("gradient norm", least <= median <= most, detail, fix)
 
 
 def check_memory(plan: Plan, trainer: Any) -> Check:
@@ -164,46 +143,58 @@ def check_memory(plan: Plan, trainer: Any) -> Check:
     from accelerate.utils import gather
 
     device = trainer.args.device
-    on_gpu = torch.cuda.is_available() and plan.uses_gpu
-    host_share = host_memory_bytes() // plan.world_size
-    total = torch.cuda.get_device_properties(device).total_memory if on_gpu else host_share
-    reserved = torch.cuda.max_memory_reserved() if on_gpu else out_of_memory.peak_host_memory_bytes()
-    local = [reserved, torch.cuda.max_memory_allocated() if on_gpu else 0]
+    if plan.uses_gpu:
+        total = torch.cuda.get_device_properties(device).total_memory
+        local = [torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()]
+    else:
+        total = host_memory_bytes() // plan.world_size
+        local = [out_of_memory.peak_host_memory_bytes(), 0]
     ranks = gather(torch.tensor([local], dtype=torch.float64, device=device)).reshape(-1, 2)
-    peak, allocated = (int(number) for number in ranks.max(0).values)
+    peak, allocated = ranks.max(0).values.tolist()
     detail = f"{peak / GIB:.2f} of {total / GIB:.1f} GiB per rank"
     planned = (plan.memory_bytes_per_gpu or {}).get("total")
-    if planned and on_gpu:
+    if planned and plan.uses_gpu:
         detail += f"; {allocated / GIB:.2f} GiB allocated, {allocated / planned:.2f} x the plan's {planned / GIB:.2f}"
     return Check(MEMORY, peak <= _MAX_MEMORY_FRACTION * total, detail)
 
 
-def find_garbled(text: str) -> str | None:
-    """Return why a completion is not text; None if it is.
+def check_completions(plan: Plan, trainer: Any, prepared: Any, better_than_chance: bool) -> Check:
+    """Check greedy completions of held-out prompts. Collective: parameters may be sharded, so every rank generates.
 
-    Four signs, each far from any language or code: empty; more than a tenth of the characters unprintable or
-    undecodable; one word making up more than half of 20 words or more, or one character more than 80% of 40 characters
-    or more; in 100 bytes or more, ten times less information than its length (zlib).
+    Args:
+        prepared: folder of the prepared rows.
+        better_than_chance: whether the model was, before the first step; the completions are only shown otherwise.
     """
+    from sft_recipes.training import completions
+
+    if plan.shards_parameters and not trial.checks_resume(plan):
+        detail = f"each token gathers all parameters under {plan.parallelism}: minutes above 13B parameters"
+        return Check("completions", None, detail)
+    prompts = completions.read_prompts(prepared, _PROMPTS, 0)
+    if not prompts:
+        return Check("completions", None, "no held-out prompts")
+    model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
+    stop = trainer.end_of_turn_ids
+    max_new_tokens = min(plan.sections.generation.max_new_tokens, _MAX_NEW_TOKENS)
+    with trainer.compute_loss_context_manager():  # fp32 weights compute in bf16, as in training
+        texts = completions.complete_prompts(model, tokenizer, prompts, 0, max_new_tokens, stop).texts
+    excerpts = " | ".join(completions.excerpt(text, 40) or "(empty)" for text in texts)
+    if not better_than_chance:
+        return Check("completions", None, f"the initial weights were no better than chance: {excerpts}")
+    reasons = [reason for text in texts if (reason := find_garbled(text))]
+    fix = "lower trainer.learning_rate, or check that model.chat_template is the model's own"
+    passed = len(reasons) * 2 <= len(texts)
+    return Check("completions", passed, excerpts if passed else f"{reasons[0]}: {excerpts}", fix)
+
+
+def find_garbled(text: str) -> str | None:
+    """Return why a completion is not text; None if it is: empty; more than a tenth of the characters unprintable or
+    undecodable; or, in 40 bytes or more, ten times less information than its length (zlib)."""
     if not text.strip():
         return "empty"
-    unprintable = sum(map(_is_unprintable, text))
-    if unprintable > 0.1 * len(text):
+    unprintable = [c for c in text if c not in "\n\r\t" and unicodedata.category(c) in ("Cc", "Cn", "Co", "Cs")]
+    if len(unprintable) + text.count("\N{REPLACEMENT CHARACTER}") > 0.1 * len(text):
         return "unprintable characters"
-    words = text.split()
-    if len(words) >= 20 and Counter(words).most_common(1)[0][1] > 0.5 * len(words):
-        return "one word repeated"
     encoded = text.encode()
-    commonest = Counter(text).most_common(1)[0][1]
-    if len(text) >= 40 and commonest > 0.8 * len(text):
-        return "repetition"
-    if len(encoded) >= 100 and len(zlib.compress(encoded, 9)) < 0.1 * len(encoded) + 12:
-        return "repetition"
-    return None
-
-
-def _is_unprintable(character: str) -> bool:
-    """Control, private, unassigned and undecodable characters; line ends and joiners are printable."""
-    if character in "\n\r\t":
-        return False
-    return unicodedata.category(character) in ("Cc", "Cn", "Co", "Cs") or character == "\N{REPLACEMENT CHARACTER}"
+    repeats = len(encoded) >= 40 and len(zlib.compress(encoded, 9)) < 0.1 * len(encoded) + 12
+    return "repetition" if repeats else None

@@ -21,6 +21,7 @@ STEPS = 12  # two of warmup, ten at the recipe's learning rate
 WARMUP_STEPS = 2
 SAVED_AT = STEPS - 2  # the last two steps are repeated from it: the second of them needs the optimizer state too
 ROWS, LONGEST = 64, 16
+RELOAD = "reload"  # directory of the second part, in the trial's
 MAX_RESUMED_PARAMETERS = 14_500_000_000  # the 13B class has up to 14 billion; a larger model saves for minutes
 # Trainer fields that would replace the trial's own schedule and evaluations.
 _IGNORED_FIELDS = ("lr_scheduler_kwargs", "eval_delay", "eval_on_start")
@@ -38,7 +39,12 @@ def trial_plan(plan: Plan) -> Plan:
     effective = plan.per_device_train_batch_size * plan.world_size * accumulation
     rows = -(-min(plan.rows or ROWS, ROWS) // effective) * effective
     kept = {key: value for key, value in plan.sections.trainer.items() if key not in _IGNORED_FIELDS}
-    trainer = {**kept, "max_steps": STEPS, "eval_steps": STEPS, "save_steps": SAVED_AT, "logging_steps": 1}
+    sections = dataclasses.replace(
+        plan.sections,
+        trainer={**kept, "max_steps": STEPS, "eval_steps": STEPS, "save_steps": SAVED_AT, "logging_steps": 1},
+        data=dataclasses.replace(plan.sections.data, retention_eval=None),
+        monitor=dataclasses.replace(plan.sections.monitor, stop_on=[], early_stopping_patience=None),
+    )
     return dataclasses.replace(
         plan,
         gradient_accumulation_steps=accumulation,
@@ -49,12 +55,7 @@ def trial_plan(plan: Plan) -> Plan:
         rows=rows,
         steps_per_epoch=rows // effective,
         dropped_rows_per_epoch=0,
-        sections=dataclasses.replace(
-            plan.sections,
-            trainer=trainer,
-            data=dataclasses.replace(plan.sections.data, retention_eval=None),
-            monitor=dataclasses.replace(plan.sections.monitor, stop_on=[], early_stopping_patience=None),
-        ),
+        sections=sections,
     )
 
 
@@ -65,11 +66,13 @@ def checks_resume(plan: Plan) -> bool:
 
 def cache_key(plan: Plan) -> str:
     """SHA-256 of what a result depends on: plan, data, model files, libraries, code and configuration files."""
-    flat = plans.comparable_values(plan)
+    flat, name = plans.comparable_values(plan), plan.sections.model.name_or_path
+    # A model on the Hub is identified by its revision.
+    files = [file for file in sorted(Path(name).glob("*")) if file.is_file()] if name and Path(name).is_dir() else []
     parts = {
         "plan": {name: value for name, value in flat.items() if name != "recipe"},
         "gpu_type": plan.gpu_type,
-        "weights": _model_files(plan.sections.model.name_or_path),
+        "weights": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
         "libraries": {name: library_version(name) for name in _LIBRARIES},
         "code": code_hashes(REPOSITORY),
     }
@@ -80,20 +83,10 @@ def cache_key(plan: Plan) -> str:
 def code_hashes(repository: Path) -> dict[str, str]:
     """Hash the code and configuration files that a sanity check depends on, once per process."""
     package = repository / "sft_recipes"
-    modules = [module for part in _CODE for module in (_modules(package / part))]
+    modules = [file for part in _CODE for file in (package / part, *(package / part).rglob("*.py")) if file.is_file()]
     hashes = {module: code_hash(module) for module in modules}
     hashes |= {file: sha256(file) for file in repository.glob("*_configs/*")}
-    return {str(file.relative_to(repository)): digest for file, digest in hashes.items()}
-
-
-def _modules(path: Path) -> list[Path]:
-    return [path] if path.is_file() else sorted(path.rglob("*.py"))
-
-
-def _model_files(model: str | None) -> list[tuple[str, int, int]]:
-    """Name, size and date of a local model's files; a model on the Hub is identified by its revision."""
-    files = sorted(Path(model).glob("*")) if model and Path(model).is_dir() else []
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    return {str(file.relative_to(repository)): digest for file, digest in sorted(hashes.items())}
 
 
 def measured_forecast(plan: Plan, measured: Mapping[str, Any]) -> dict[str, float | None]:
@@ -104,19 +97,16 @@ def measured_forecast(plan: Plan, measured: Mapping[str, Any]) -> dict[str, floa
             `save_seconds` of a checkpoint (None if the trial saved none: then the plan's forecast counts).
     """
     steps, trainer = plan.optimizer_steps or 0, plan.sections.trainer
-    training = steps * measured["step_seconds"] * plan.gradient_accumulation_steps / measured["accumulation"]
-    evaluations = -(-steps // trainer["eval_steps"])
-    evaluating = evaluations * measured["eval_rows"] * measured["eval_seconds_per_row"]
-    saves = -(-steps // trainer["save_steps"])
-    # The weights of the best steps are saved too, at most after each evaluation, and the last and best at the end.
-    bytes_per_weight = 2 if plan.dtypes["weights"] == "bf16" else 4
-    models = (evaluations + 2) * (plan.trained_parameters or 0) * bytes_per_weight / (plan.checkpoint_bytes or 1)
-    saving = (
-        (saves + models) * measured["save_seconds"]
-        if measured["save_seconds"] is not None
-        else (plan.forecast or {}).get("saving_seconds") or 0.0
-    )
-    seconds = training + evaluating + saving
+    evaluations, saves = -(-steps // trainer["eval_steps"]), -(-steps // trainer["save_steps"])
+    seconds = steps * measured["step_seconds"] * plan.gradient_accumulation_steps / measured["accumulation"]
+    seconds += evaluations * measured["eval_rows"] * measured["eval_seconds_per_row"]
+    if measured["save_seconds"] is None:
+        seconds += (plan.forecast or {}).get("saving_seconds") or 0.0
+    else:
+        # The weights of the best steps are saved too, at most after each evaluation, and the last and best at the end.
+        bytes_per_weight = 2 if plan.dtypes["weights"] == "bf16" else 4
+        models = (evaluations + 2) * (plan.trained_parameters or 0) * bytes_per_weight / (plan.checkpoint_bytes or 1)
+        seconds += (saves + models) * measured["save_seconds"]
     gpu_hours, price = seconds * plan.gpus / 3600, gpu_hour_price()
     return {
         "seconds": round(seconds, 1),

@@ -12,22 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime.errors import TrainingError, UserError
-from sft_recipes.runtime.run_dir import EXIT_ERROR, EXIT_USER, RunDir, read_json, write_json
+from sft_recipes.runtime.run_dir import RunDir, read_json, write_json
 from sft_recipes.training import main as training_main
-from sft_recipes.training import rank_heartbeat
-
-
-def main(plan_file: str) -> None:
-    """Repeat the steps; exit with 0 if there is a result, or an error in `outcome.json`."""
-    plan, run_dir, rank = training_main.begin(plan_file)
-    with rank_heartbeat.record_exit():
-        try:
-            replay(plan, run_dir)
-        except (UserError, TrainingError) as error:  # the same on all ranks
-            if rank == 0:
-                code = EXIT_USER if isinstance(error, UserError) else EXIT_ERROR
-                write_json(run_dir.outcome, {"exit_code": code, "error": str(error)})
 
 
 def replay(plan: Plan, run_dir: RunDir) -> None:
@@ -47,7 +33,7 @@ def replay(plan: Plan, run_dir: RunDir) -> None:
     # Neither changes what a step does: an evaluation draws no random number, and nothing is saved here.
     arguments.eval_strategy = arguments.save_strategy = "no"
     arguments.eval_on_start = False
-    trainer = training_main.build(plan, run_dir, arguments, read_json(run_dir.prepared)).trainer
+    trainer = training_main.build(plan, run_dir, arguments, read_json(run_dir.prepared))
     request = read_json(run_dir.replay)
     until = dict(request["candidates"])
     point, skipped = resume.find_valid(RunDir(Path(request["run"])), list(until), plan.run_id, trainer.accelerator)
@@ -79,5 +65,4 @@ def replay(plan: Plan, run_dir: RunDir) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
-    training_main.exit_process()
+    training_main.run_rank(sys.argv[1], replay)

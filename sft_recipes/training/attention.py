@@ -6,14 +6,13 @@ Implementations that take sequence boundaries (flash-attn, and `varlen` below) g
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -48,19 +47,16 @@ def implementation_to_load(plan: Plan) -> str | None:
     """Return the implementation to load the model with: the recipe's, or None for transformers' default until `select`.
 
     Raises:
-        SetupError: the recipe's implementation is not installed.
+        SetupError: the recipe's implementation is not installed. Without flash-attn transformers would download a
+            kernel from the Hub, which is code.
     """
     name: str = plan.sections.model.attention
-    if name == FLASH and importlib.util.find_spec("flash_attn") is None:
-        # Else transformers would download a kernel from the Hub, which is code, if `kernels` is installed.
+    package = "flash_attn" if name == FLASH else "kernels" if "/" in name else None
+    if package and importlib.util.find_spec(package) is None:
+        install = "Run `make flash-attn`" if name == FLASH else "Install it into the virtual environment"
         raise SetupError(
-            "model.attention: flash_attention_2 needs flash-attn, which is not installed. Run `make flash-attn`, or "
-            "set model.attention=auto"
-        )
-    if "/" in name and importlib.util.find_spec("kernels") is None:
-        raise SetupError(
-            f"model.attention: {name} needs the kernels package, which is not installed. Set model.attention=auto, or "
-            f"install it into the virtual environment"
+            f"model.attention: {name} needs the package {package}, which is not installed. {install}, or set "
+            f"model.attention=auto"
         )
     return None if name in ("auto", VARLEN) else name
 
@@ -76,28 +72,20 @@ def select(plan: Plan, model: Any) -> Choice:
     Raises:
         SetupError: the recipe sets `varlen`, which this model or device does not support.
     """
-    name = plan.sections.model.attention
+    name, masked = plan.sections.model.attention, model.config._attn_implementation
     if name not in ("auto", VARLEN):
         return Choice(name, "set by the recipe")
-    choice = _masked_fallback(plan, model) or _fastest_for_model(plan, model)
+    if reason := model_layers.masked_attention_reason(plan, model.config, model, masked):
+        choice = Choice(masked, reason)
+    else:
+        text = model.config.get_text_config()
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        device, dtype = ("cuda", torch.bfloat16) if plan.uses_gpu else ("cpu", torch.float32)
+        choice = find_fastest(device, dtype, width)
     if name == VARLEN != choice.name:
         raise SetupError(f"model.attention: varlen is unavailable: {choice.reason}. Set model.attention=auto")
     model.set_attn_implementation(choice.name)
     return choice
-
-
-def _masked_fallback(plan: Plan, model: Any) -> Choice | None:
-    """Return transformers' masked attention if the model needs what implementations with boundaries do not support."""
-    masked: str = model.config._attn_implementation
-    reason = model_layers.masked_attention_reason(plan, model.config, model, masked)
-    return Choice(masked, reason) if reason else None
-
-
-def _fastest_for_model(plan: Plan, model: Any) -> Choice:
-    text = model.config.get_text_config()
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    device, dtype = ("cuda", torch.bfloat16) if plan.uses_gpu else ("cpu", torch.float32)
-    return find_fastest(device, dtype, width)
 
 
 def find_fastest(device: str, dtype: torch.dtype, width: int = 64) -> Choice:
@@ -143,12 +131,13 @@ def varlen(queries: Any, keys: Any, values: Any, boundaries: Any, longest: int, 
     if queries.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
 
-        grouped = {"enable_gqa": True} if queries.shape[1] != keys.shape[1] and _takes_enable_gqa(varlen_attn) else {}
-        return varlen_attn(
-            queries, keys, values, boundaries, boundaries, longest, longest, scale=scale, window_size=(-1, 0), **grouped
-        )
-    lengths = boundaries.diff().tolist()
-    parts = (tensor.transpose(0, 1)[None].split(lengths, 2) for tensor in (queries, keys, values))
+        options = {"scale": scale, "window_size": (-1, 0), "enable_gqa": queries.shape[1] != keys.shape[1]}
+        return varlen_attn(queries, keys, values, boundaries, boundaries, longest, longest, **options)
+    return _attend_examples(queries, keys, values, boundaries, scale)
+
+
+def _attend_examples(queries: Any, keys: Any, values: Any, boundaries: Any, scale: float | None) -> Any:
+    parts = (tensor.transpose(0, 1)[None].split(boundaries.diff().tolist(), 2) for tensor in (queries, keys, values))
     attended = [
         scaled_dot_product_attention(*part, is_causal=True, scale=scale, enable_gqa=True)
         for part in zip(*parts, strict=True)
@@ -156,20 +145,8 @@ def varlen(queries: Any, keys: Any, values: Any, boundaries: Any, longest: int, 
     return torch.cat(attended, 2)[0].transpose(0, 1)
 
 
-@functools.cache
-def _takes_enable_gqa(kernel: Kernel) -> bool:
-    """Return whether the kernel has the argument; older versions group heads without it. Cached for all layers."""
-    return "enable_gqa" in inspect.signature(kernel).parameters
-
-
 def _attend(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **named: Any,
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float | None = None, **named: Any
 ) -> tuple[torch.Tensor, None]:
     """Run `varlen` with transformers' interface: tensors [1, heads, tokens, width]. Without sequence boundaries, as in
     generation, run torch's masked attention.
@@ -179,15 +156,8 @@ def _attend(
     """
     boundaries = named.pop("cu_seq_lens_q", None)
     if named.get("dropout"):
-        raise RuntimeError(
-            "model.attention: varlen has no attention dropout, and this model needs it. Set model.attention=sdpa"
-        )
+        raise RuntimeError("model.attention: varlen has no attention dropout. Set model.attention=sdpa")
     if boundaries is None:
-        window, length = named.get("sliding_window"), key.shape[2]
-        if attention_mask is None and window and window < length == query.shape[2]:
-            positions = torch.arange(length, device=query.device)
-            distance = positions[:, None] - positions
-            attention_mask = ((distance >= 0) & (distance < window))[None, None]
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **named)
     # Rotated queries and keys are fp32 under autocast; values have the dtype of the projections.
     tensors = (tensor[0].transpose(0, 1).to(value.dtype) for tensor in (query, key, value))
@@ -197,8 +167,7 @@ def _attend(
 def _mask(attention_mask: torch.Tensor | None = None, **arguments: Any) -> torch.Tensor | None:
     """Return the mask for torch's masked attention if rows are padded or continue a cache; rows with boundaries need
     none, and have as many queries as keys."""
-    queries = arguments["q_length"] if "q_length" in arguments else len(arguments["cache_position"])
-    if attention_mask is None and queries == arguments["kv_length"]:
+    if attention_mask is None and arguments["q_length"] == arguments["kv_length"]:
         return None
     return sdpa_mask(attention_mask=attention_mask, **arguments)
 
@@ -223,8 +192,8 @@ def measure_errors(kernel: Kernel, device: str, dtype: torch.dtype, width: int =
 
     tensors = random_input(8), random_input(2), random_input(2)
     output = kernel(*tensors, boundaries, max(lengths), None)
-    examples = zip(*(tensor.split(lengths) for tensor in tensors), strict=True)
-    expected = torch.cat([reference_attention(*example) for example in examples])
+    with sdpa_kernel(SDPBackend.MATH):  # the definition of attention, in float64
+        expected = _attend_examples(*(tensor.double() for tensor in tensors), boundaries, None)
     weights = torch.randn(output.shape, generator=generator, device=device)
     gradients = torch.autograd.grad((output.double() * weights).sum(), tensors)
     expected_gradients = torch.autograd.grad((expected * weights).sum(), tensors)
@@ -232,18 +201,6 @@ def measure_errors(kernel: Kernel, device: str, dtype: torch.dtype, width: int =
         "forward": relative_error(output, expected),
         "backward": max(relative_error(*pair) for pair in zip(gradients, expected_gradients, strict=True)),
     }
-
-
-def reference_attention(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Compute causal attention by its definition in float64; tensors are [tokens, heads, width], heads are grouped."""
-    groups = queries.shape[1] // keys.shape[1]
-    query, key, value = (
-        tensor.double().transpose(0, 1)
-        for tensor in (queries, keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1))
-    )
-    scores = query @ key.transpose(1, 2) / query.shape[-1] ** 0.5
-    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-    return (scores.masked_fill(hidden, float("-inf")).softmax(-1) @ value).transpose(0, 1)
 
 
 def relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:

@@ -12,23 +12,23 @@ from sft_recipes.data import hub, model_files, model_layers
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir, read_json
-from sft_recipes.runtime.units import GIB
 from sft_recipes.training import parameter_table
 
 
-def quantization_config(plan: Plan) -> Any:
-    """Return the configuration of 4-bit NormalFloat weights with quantized scales (QLoRA); None if not quantized."""
-    lora = plan.sections.lora
-    if lora is None or not lora.quantize:
-        return None
-    from transformers import BitsAndBytesConfig
+def loading_arguments(plan: Plan) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that the method decides: 4-bit NormalFloat weights with quantized
+    scales for QLoRA."""
+    arguments: dict[str, Any] = {"trust_remote_code": plan.sections.model.trust_remote_code}
+    if plan.method == "qlora":
+        from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=lora.quantize,
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16 if plan.precision == "bf16" else torch.float32,
-    )
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=plan.sections.lora.quantize,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16 if plan.precision == "bf16" else torch.float32,
+        )
+    return arguments
 
 
 def loaded_dtype(plan: Plan) -> torch.dtype:
@@ -56,23 +56,22 @@ def make_lora_config(plan: Plan, base: Path, model: Any = None) -> Any:
     from peft import LoraConfig
 
     targets = lora.target_modules
+    if fused and targets == "all-linear":  # peft would add the experts and routers of some models
+        head = model.get_output_embeddings()
+        layers = (
+            name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear) and layer is not head
+        )
+        targets = sorted({name.rpartition(".")[2] for name in layers})
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=_linear_layers(model) if fused and targets == "all-linear" else targets,
+        target_modules=targets,
         target_parameters=fused if lora.experts else None,
         bias="none",
         task_type="CAUSAL_LM",
         revision=hub.commit_of(base) or plan.sections.model.revision,
     )
-
-
-def _linear_layers(model: Any) -> list[str]:
-    """Return the names that `all-linear` stands for: peft would add the experts and routers of some models."""
-    layers = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    head = {name for name, module in model.named_modules() if module is model.get_output_embeddings()}
-    return sorted({name.rpartition(".")[2] for name in layers - head})
 
 
 def cast_trainable_to_fp32(model: Any, plan: Plan) -> None:
@@ -112,13 +111,7 @@ def load_base(plan: Plan, folder: Path, dtype: torch.dtype, device_map: Any) -> 
     """
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        quantization_config=quantization_config(plan),
-        trust_remote_code=plan.sections.model.trust_remote_code,
-        device_map=device_map,
-    )
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map, **loading_arguments(plan))
 
 
 def check_quantizable(plan: Plan, folder: Path) -> None:
@@ -129,9 +122,7 @@ def check_quantizable(plan: Plan, folder: Path) -> None:
     """
     trusted = plan.sections.model.trust_remote_code
     config = model_layers.load_config(folder, trusted) if plan.method == "qlora" else None
-    if config and (fused := parameter_table.fused_experts(model_layers.build_on_meta(config, trusted))):
-        size = sum(fused.values()) * loaded_dtype(plan).itemsize
+    if config and parameter_table.fused_experts(model_layers.build_on_meta(config, trusted)):
         raise SetupError(
-            f"lora.quantize: {plan.model} has fused experts, which would not be quantized: found {size / GIB:.2g} GiB "
-            f"in {plan.precision}, expected linear layers only. Remove lora.quantize"
+            f"lora.quantize: {plan.model} has fused experts, which would not be quantized. Remove lora.quantize"
         )

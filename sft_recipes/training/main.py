@@ -14,16 +14,15 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime import cuda, env, heartbeat, library_imports
+from sft_recipes.runtime import env, heartbeat, library_imports, run_dir
 from sft_recipes.runtime import log as run_log
 from sft_recipes.runtime.errors import SetupError, TrainingError, UserError
-from sft_recipes.runtime.run_dir import EXIT_DIVERGED, EXIT_STOPPED, RunDir, read_json, write_json
+from sft_recipes.runtime.run_dir import RunDir, read_json, write_json
 from sft_recipes.training import manifest, out_of_memory, patches, rank_heartbeat, stop_signal
 from sft_recipes.training.library_logging import silence_libraries
 
@@ -35,45 +34,32 @@ if TYPE_CHECKING:
 log = logging.getLogger("sft_recipes.training.main")  # __name__ is "__main__" in a rank
 
 
-class SaveFailedError(TrainingError):
-    """The trained model could not be written."""
-
-
-@dataclass(frozen=True)
-class TrainingSetup:
-    """A trainer over prepared rows, the token ids that end a completion, and a line about the attention."""
-
-    trainer: Any
-    end_of_turn_ids: list[int]
-    attention: str
-
-
-def main(plan_file: str) -> None:
-    """Run the plan on this rank; exit with 0 also at a user error, which `outcome.json` records."""
+def run_rank(plan_file: str, program: Callable[[Plan, RunDir], None]) -> NoReturn:
+    """Run a program on this rank and exit; with 0 also at an error that is the same on all ranks, which rank 0 records
+    in `outcome.json`."""
     plan, folder, rank = begin(plan_file)
     with rank_heartbeat.record_exit():
         try:
-            train(plan, folder)
-        except UserError as error:
+            program(plan, folder)
+        except (UserError, TrainingError) as error:
+            code = run_dir.EXIT_USER if isinstance(error, UserError) else run_dir.EXIT_ERROR
             if rank == 0:
-                manifest.end(folder, "failed", 2)
-                write_json(folder.outcome, {"exit_code": 2, "error": str(error)})
-            raise
+                manifest.end(folder, "failed", code, error=str(error))
+                write_json(folder.outcome, {"exit_code": code, "error": str(error)})
+            if code == run_dir.EXIT_USER:
+                raise
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory.is_out_of_memory(error):
                 raise
             line = out_of_memory.describe(plan, rank, error)
-            manifest.end(folder, "failed", 1, error=line)
-            write_json(folder.outcome, {"exit_code": 1, "error": line, "out_of_memory": True})
-            sys.exit(1)  # the other ranks wait in a collective: the launcher terminates them
-        except TrainingError as error:  # the same on all ranks
-            if rank == 0:
-                manifest.end(folder, "failed", 1, error=str(error))
-                write_json(folder.outcome, {"exit_code": 1, "error": str(error)})
+            manifest.end(folder, "failed", run_dir.EXIT_ERROR, error=line)
+            write_json(folder.outcome, {"exit_code": run_dir.EXIT_ERROR, "error": line, "out_of_memory": True})
+            sys.exit(run_dir.EXIT_ERROR)  # the other ranks wait in a collective: the launcher terminates them
+    exit_process()
 
 
 def begin(plan_file: str) -> tuple[Plan, RunDir, int]:
-    """Start a program of a rank: handle signals, start the heartbeat, read the plan, import and patch libraries.
+    """Start a program of a rank: handle signals, start the heartbeat, read the plan, import libraries.
 
     Returns:
         The plan, its run directory and the rank.
@@ -94,7 +80,6 @@ def begin(plan_file: str) -> tuple[Plan, RunDir, int]:
         )
         silence_libraries()
         importlib.import_module("sft_recipes.training.trainer")
-        patches.apply(plan)
     return plan, folder, rank
 
 
@@ -129,25 +114,25 @@ def train(plan: Plan, folder: RunDir) -> None:
     started = time.monotonic()
     arguments = configure(plan, folder)
     is_main = arguments.distributed_state.is_main_process
-    data = read_json(folder.prepared)
     if is_main:
         run_log.to_console()
         run_log.to_file(folder.log)
         manifest.begin(folder, plan)
-        _write_sft_config(arguments, folder)
+        configuration = json.dumps(arguments.to_dict(), indent=2, default=str)  # `to_dict` hides tokens
+        folder.configuration.write_text(configuration + "\n", encoding="utf-8")
     else:
         run_log.silence()
-    setup = build(plan, folder, arguments, data)
+    data = read_json(folder.prepared)
+    prepared = Path(data["folder"])
+    trainer = build(plan, folder, arguments, data)
     base = plan.parent.final if plan.parent else Path(data["model"])  # whose dtypes final/ gets
     copy_file = PublishedCopy(base) if plan.method == "full" else shutil.copy2
-    trainer = setup.trainer
-    log.info(setup.attention)
     table = parameter_table.count(trainer.model)
     for line in parameter_table.lines(plan, table):
         log.info(line)
     if is_main:
         manifest.update(folder, parameters=table)
-    held_out = completions.HeldOut(plan, folder, Path(data["folder"]), trainer, setup.end_of_turn_ids)
+    held_out = completions.HeldOut(plan, folder, prepared, trainer, trainer.end_of_turn_ids)
     trainer.add_callbacks(make_callbacks(plan, folder, held_out))
     checkpoint = find_checkpoint(plan, folder, trainer)
     trainer.check_first_save()
@@ -155,82 +140,48 @@ def train(plan: Plan, folder: RunDir) -> None:
 
     training_started = time.monotonic()
     diverged = run_steps(plan, folder, trainer, checkpoint)
-    training_ended = time.monotonic()
-    if diverged is None and not trainer.stopping.stopped:
-        results = publish(plan, folder, trainer, checkpoint, copy_file)
+    times = {"training_seconds": time.monotonic() - training_started}
+    finished = diverged is None and not trainer.stopping.stopped
+    results = publish(plan, folder, trainer, copy_file) if finished else {}
     if not is_main:
         return
-    if diverged is None and not trainer.stopping.stopped:
+    if finished:
         rank_heartbeat.beat(trainer.state.global_step, "ending")
         after = held_out.complete_after_training()
-    seconds = {"seconds": time.monotonic() - started, "training_seconds": training_ended - training_started}
+    times["seconds"] = time.monotonic() - started
     if diverged is not None:
-        record_divergence(folder, trainer, diverged, seconds)
+        record_divergence(folder, trainer, diverged, times)
     elif trainer.stopping.stopped:
-        record_stop(folder, trainer, seconds)
+        record_stop(folder, trainer, times)
     else:
-        record_result(plan, folder, {**seconds, **results}, before, after)
+        record_result(plan, folder, {**results, **times}, before, after)
 
 
 def configure(plan: Plan, folder: RunDir) -> Any:
     """Initialize the process group and return the trainer's arguments.
 
     Raises:
-        SetupError: PyTorch cannot use the GPUs, TRL rejects a value, or the ranks are not the plan's.
+        SetupError: TRL rejects a value, an operator of DeepSpeed does not compile, or the number of ranks is not the
+            plan's: accelerate can silently start one process.
     """
-    from sft_recipes.training import deepspeed_ops, sft_config, torch_probe
+    from sft_recipes.training import deepspeed_ops, sft_config
 
-    if plan.uses_gpu:  # in the ranks too: a node's state may change, and a rank may see other devices
-        cuda.check(torch_probe.probe_cuda(), plan.gpus // plan.nodes, os.environ)
     try:
         arguments = sft_config.make_sft_config(plan, folder)
     except (ValueError, TypeError) as error:
         raise SetupError(f"trainer: {str(error).splitlines()[0]}") from error
-    check_ranks(plan, arguments.world_size, os.environ)
+    if arguments.world_size != plan.world_size:
+        raise SetupError(
+            f"ranks: found {arguments.world_size}, expected {plan.world_size} as in the plan. No step was taken"
+        )
     if plan.strategy.deepspeed:
         deepspeed_ops.build_operators(plan)
-    if plan.uses_gpu or "SLURM_JOB_ID" in os.environ:
-        check_cores(plan.world_size // plan.nodes, len(os.sched_getaffinity(0)), os.cpu_count() or 1)
-    patches.apply_to_process_group(plan)
+    patches.apply(plan)
     return arguments
 
 
-def check_ranks(plan: Plan, world_size: int, environment: Any) -> None:
-    """Stop a run that is not the plan's: accelerate can silently start one process, or another strategy.
-
-    Raises:
-        SetupError: another number of ranks, or DeepSpeed is on or off against the plan.
-    """
-    if world_size != plan.world_size:
-        raise SetupError(f"ranks: found {world_size}, expected {plan.world_size} as in the plan. No step was taken")
-    deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    if deepspeed != plan.strategy.deepspeed:
-        raise SetupError(
-            f"parallelism: found a launch {'with' if deepspeed else 'without'} DeepSpeed, expected {plan.parallelism} "
-            f"as in the plan. No step was taken"
-        )
-
-
-def check_cores(ranks: int, allowed: int, available: int) -> None:
-    """Stop ranks that share fewer cores than they are, on a machine that has more: they would train ten times slower.
-
-    Args:
-        ranks: of this node.
-        allowed: cores that this rank may run on.
-        available: cores of the machine.
-
-    Raises:
-        SetupError: there are too few.
-    """
-    if allowed < min(ranks, available):
-        raise SetupError(
-            f"cores: found {allowed} of {available} for {ranks} ranks of this node. Give the task all cores: under "
-            f"srun set SRUN_CPUS_PER_TASK (sbatch's --cpus-per-task does not reach it), in a container --cpuset-cpus"
-        )
-
-
-def build(plan: Plan, folder: RunDir, arguments: Any, data: dict[str, Any]) -> TrainingSetup:
-    """Build the trainer over prepared rows.
+def build(plan: Plan, folder: RunDir, arguments: Any, data: dict[str, Any]) -> Any:
+    """Return the trainer over prepared rows.
 
     Args:
         data: `prepared.json`: folders of the rows and of the base model, and its architecture.
@@ -239,17 +190,18 @@ def build(plan: Plan, folder: RunDir, arguments: Any, data: dict[str, Any]) -> T
         SetupError: the model cannot be loaded, or does not fit the rows.
     """
     from sft_recipes.data.tokenizer import load_tokenizer
-    from sft_recipes.training import dataset, initial_weights, lora, model
+    from sft_recipes.training import dataset, lora, model
     from sft_recipes.training.callbacks.heartbeat_callback import HeartbeatCallback
-    from sft_recipes.training.callbacks.strategy_check import StrategyCheckCallback
+    from sft_recipes.training.strategy import StrategyCheckCallback
     from sft_recipes.training.trainer import RecipeTrainer
 
     if plan.parent:
-        initial_weights.verify(plan.parent.last, arguments.distributed_state)
+        model.verify_parent(plan.parent.last, arguments.distributed_state)
     section, base, prepared = plan.sections.model, data["model"], Path(data["folder"])
     details = read_json(prepared / "details.json")
     tokenizer = load_tokenizer(base, section.chat_template, section.trust_remote_code, section.add_tokens)
-    built = model.build_model(plan, base, tokenizer, details)
+    loaded, attention, end_of_turn_ids = model.build_model(plan, base, tokenizer, details)
+    log.info("attention: %s", attention)
     rows_per_pass = plan.per_device_train_batch_size * plan.world_size
     rows, validation, passes = dataset.read_rows(prepared, details, rows_per_pass)
     trainer = RecipeTrainer(
@@ -257,40 +209,34 @@ def build(plan: Plan, folder: RunDir, arguments: Any, data: dict[str, Any]) -> T
         passes,
         data["architecture"],
         prepared,
-        model=built.model,
+        model=loaded,
         args=arguments,
         train_dataset=rows,
         eval_dataset=validation,
         processing_class=tokenizer,
-        data_collator=dataset.make_collator(plan, tokenizer.pad_token_id, built.attention.name),
-        peft_config=lora.make_lora_config(plan, Path(base), built.model),
+        data_collator=dataset.make_collator(plan, tokenizer.pad_token_id, attention.name),
+        peft_config=lora.make_lora_config(plan, Path(base), loaded),
     )
+    trainer.end_of_turn_ids = end_of_turn_ids
     trainer.add_callbacks([HeartbeatCallback(), StrategyCheckCallback(plan, folder)])
     if plan.parent and plan.method != "full":
         trainer.load_weights(plan.parent.last)
-    if plan.parent and plan.dtypes["weights"] != plan.dtypes["master"]:
-        trainer.add_callbacks([initial_weights.MasterWeightsCallback(plan.parent.last)])
-    return TrainingSetup(trainer, built.end_of_turn_ids, f"attention: {built.attention}")
+    return trainer
 
 
 def make_callbacks(plan: Plan, folder: RunDir, held_out: HeldOut) -> list[Any]:
     """Return the callbacks of a run, in the order in which they are called."""
-    from sft_recipes.training.callbacks import trackers
-    from sft_recipes.training.callbacks.alerts import AlertCallback
-    from sft_recipes.training.callbacks.console import ConsoleCallback
-    from sft_recipes.training.callbacks.generation import GenerationCallback
-    from sft_recipes.training.callbacks.keep_best import RetentionCallback
-    from sft_recipes.training.callbacks.metrics import MetricsCallback
+    from sft_recipes.training.callbacks import alerts, console, generation, keep_best, metrics, trackers
 
     stopping = held_out.trainer.stopping
     reporters = trackers.build(env.reporters(), plan, folder, stopping)
     return [
-        RetentionCallback(folder),
-        MetricsCallback(folder, stopping),
-        GenerationCallback(held_out, reporters),
+        keep_best.RetentionCallback(folder),
+        metrics.MetricsCallback(folder, stopping),
+        generation.GenerationCallback(held_out, reporters),
         *reporters,
-        ConsoleCallback(),
-        AlertCallback(plan, folder),
+        console.ConsoleCallback(),
+        alerts.AlertCallback(plan, folder),
     ]
 
 
@@ -305,8 +251,6 @@ def find_checkpoint(plan: Plan, folder: RunDir, trainer: Any) -> ResumePoint | N
         trainer.supervised_tokens_seen = checkpoint.record["supervised_tokens_seen"]
         trainer.integrity.data_order.rows_hash = checkpoint.record["integrity"]["rows_hash"]
         log.info("resuming from %s", checkpoint.path.name)
-    if plan.shards_parameters and plan.sections.generation.show:
-        log.info("generation: off during training, since %s shards the parameters", plan.parallelism)
     return checkpoint
 
 
@@ -316,10 +260,31 @@ def run_steps(plan: Plan, folder: RunDir, trainer: Any, checkpoint: ResumePoint 
     Returns:
         The divergence that stopped the run, if one did.
     """
+    from sft_recipes.training.callbacks import alerts
+    from sft_recipes.training.callbacks.graceful_stop import StoppedAtStartError
+    from sft_recipes.training.checkpoint import reshard, retention
     from sft_recipes.training.nan_guard import DivergedError
 
+    arguments, resume_from = trainer.args, None
     try:
-        _run_trainer(plan, folder, trainer, checkpoint)
+        if checkpoint is not None:
+            trainer.restore_state(checkpoint.path)
+            if checkpoint.step == plan.optimizer_steps or alerts.is_stopped_early(plan, trainer.state):
+                trainer.write_summary()  # the Trainer itself would take one more step
+                return None
+        if trainer.stopping.stop_requested():
+            return None
+        if checkpoint is None:
+            if plan.sections.data.retention_eval:
+                arguments.eval_on_start = True  # the retention eval set needs a baseline
+        else:  # repeat an interrupted evaluation
+            step, losses = checkpoint.step, retention.validation_losses(trainer.state.log_history)
+            due = step % arguments.eval_steps == 0 and step >= arguments.eval_delay
+            arguments.eval_on_start = due and step not in losses
+            resume_from = str(reshard.prepare_checkpoint(plan, folder, checkpoint, trainer))
+        trainer.train(resume_from_checkpoint=resume_from)
+    except StoppedAtStartError:
+        trainer.end_callbacks()
     except DivergedError as error:
         return error
     except TrainingError as error:
@@ -328,75 +293,29 @@ def run_steps(plan: Plan, folder: RunDir, trainer: Any, checkpoint: ResumePoint 
     return None
 
 
-def _run_trainer(plan: Plan, folder: RunDir, trainer: Any, checkpoint: ResumePoint | None) -> None:
-    from sft_recipes.training.callbacks import alerts
-    from sft_recipes.training.callbacks.graceful_stop import StoppedAtStartError
-    from sft_recipes.training.checkpoint import reshard
-
-    if checkpoint is not None:
-        trainer.restore_state(checkpoint.path)
-        if checkpoint.step == plan.optimizer_steps or alerts.is_stopped_early(plan, trainer.state):
-            trainer.write_summary()  # the Trainer itself would take one more step
-            return
-    if trainer.stopping.stop_requested():
-        return
-    # Evaluate before the first step if the retention eval set needs a baseline, and repeat an interrupted evaluation.
-    if checkpoint is None:
-        trainer.args.eval_on_start = trainer.args.eval_on_start or bool(plan.sections.data.retention_eval)
-    else:
-        trainer.args.eval_on_start = _is_evaluation_missing(trainer)
-    resume_from = str(reshard.prepare_checkpoint(plan, folder, checkpoint, trainer)) if checkpoint else None
-    try:
-        trainer.train(resume_from_checkpoint=resume_from)
-    except StoppedAtStartError:
-        trainer.end_callbacks()
-
-
-def _is_evaluation_missing(trainer: Any) -> bool:
-    from sft_recipes.training.checkpoint import retention
-
-    step = trainer.state.global_step
-    due = step % trainer.args.eval_steps == 0 and step >= trainer.args.eval_delay
-    return due and step not in retention.validation_losses(trainer.state.log_history)
-
-
-def publish(
-    plan: Plan,
-    folder: RunDir,
-    trainer: Any,
-    checkpoint: ResumePoint | None,
-    copy_file: Callable[[Path, Path], Any],
-) -> dict[str, Any]:
-    """Write `last/`, in fp32 where the strategy exports it, and `final/`, the best step copied by `copy_file`.
-
-    Collective: call on every rank.
+def publish(plan: Plan, folder: RunDir, trainer: Any, copy_file: Callable[[Path, Path], Any]) -> dict[str, Any]:
+    """Write `last/`, and `final/`, the best step copied by `copy_file`. Collective: call on every rank.
 
     Returns:
         The run's results for the manifest.
 
     Raises:
-        SaveFailedError: the disk refuses them; saved checkpoints stay complete, and a new attempt tries again.
+        TrainingError: the disk refuses them; saved checkpoints stay complete, and a new attempt tries again.
     """
     from accelerate.utils import broadcast_object_list
 
     from sft_recipes.training.checkpoint import checkpoint_format, retention
 
     step, is_main = trainer.state.global_step, trainer.accelerator.is_main_process
-    own = checkpoint_format.list_own(folder, "checkpoint", plan.run_id)
-    is_16_bit = plan.dtypes["weights"] != plan.dtypes["master"]
-    if is_16_bit and plan.strategy.exports_master_weights and step in own:
-        failure = trainer.save_weights(folder.last, masters_of=folder.checkpoint(step))
-    elif checkpoint is None or checkpoint.step != step:
-        failure = trainer.save_weights(folder.last)
-    else:
-        failure = trainer.copy_model(checkpoint.path, folder.last)
     losses = retention.validation_losses(trainer.state.log_history)
-    broadcast = [retention.find_best_step(folder, losses, plan.run_id) if is_main else None]
+    saved = step in checkpoint_format.list_own(folder, "checkpoint", plan.run_id)
+    broadcast = [saved, retention.find_best_step(folder, losses, plan.run_id) if is_main else None]
     broadcast_object_list(broadcast)
-    best = broadcast[0]
+    saved, best = broadcast
+    failure = trainer.copy_model(folder.checkpoint(step), folder.last) if saved else trainer.save_weights(folder.last)
     failure = failure or trainer.copy_model(folder.best(best) if best else folder.last, folder.final, copy_file)
     if failure:
-        raise SaveFailedError(f"{folder.path}: final model not saved: {failure}. Repeat the command to try again")
+        raise TrainingError(f"{folder.path}: final model not saved: {failure}. Repeat the command to try again")
     if is_main:
         retention.remove_others(folder, losses, plan.run_id)
     return {
@@ -410,7 +329,7 @@ def publish(
     }
 
 
-def record_divergence(folder: RunDir, trainer: Any, error: DivergedError, seconds: dict[str, float]) -> None:
+def record_divergence(folder: RunDir, trainer: Any, error: DivergedError, times: dict[str, float]) -> None:
     """Record a divergence in metrics, trackers, manifest and outcome."""
     norm = {} if error.grad_norm is None else {"grad_norm": error.grad_norm}
     metrics = {"loss": error.loss, **norm, "learning_rate": trainer._get_learning_rate()}
@@ -418,18 +337,18 @@ def record_divergence(folder: RunDir, trainer: Any, error: DivergedError, second
     trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, metrics)
     trainer.end_callbacks()
     steps = error.step if error.applied else error.step - 1
-    manifest.end(folder, "diverged", EXIT_DIVERGED, steps=steps, diverged=error.record(), **seconds)
+    manifest.end(folder, "diverged", run_dir.EXIT_DIVERGED, steps=steps, diverged=error.record(), **times)
     applied = "stopped by the monitor after the step" if error.applied else "no rank applied the step"
     rows = f"; rows: {', '.join(error.rows)}" if error.rows else ""
     line = f"{folder.path}: step {error.step}: {error}; {applied}{rows}. Run `make diagnose RUN={folder.name}`"
-    write_json(folder.outcome, {"exit_code": EXIT_DIVERGED, "error": line})
+    write_json(folder.outcome, {"exit_code": run_dir.EXIT_DIVERGED, "error": line})
 
 
-def record_stop(folder: RunDir, trainer: Any, seconds: dict[str, float]) -> None:
+def record_stop(folder: RunDir, trainer: Any, times: dict[str, float]) -> None:
     """Record a run that stopped on request."""
     step, saved = trainer.state.global_step, read_json(folder.manifest).get("saved_step")
-    manifest.end(folder, "stopped", EXIT_STOPPED, steps=step, **seconds)
-    write_json(folder.outcome, {"exit_code": EXIT_STOPPED})
+    manifest.end(folder, "stopped", run_dir.EXIT_STOPPED, steps=step, **times)
+    write_json(folder.outcome, {"exit_code": run_dir.EXIT_STOPPED})
     restart = "saved; repeat the command to resume" if saved == step else folder.describe_restart()
     log.info("stopped at step %d, %s", step, restart)
 
@@ -444,7 +363,7 @@ def record_result(
     results["exact_match_after"] = after.exact_match if after else None
     results["exact_match_prompts"] = after.compared if after else 0
     error = summary.describe_overfit_failure(plan, folder, results)
-    code = 1 if error else 0
+    code = run_dir.EXIT_ERROR if error else 0
     recorded = manifest.end(folder, "finished", code, **results, **manifest.peak_memory())
     write_json(folder.outcome, {"exit_code": code, **({"error": error} if error else {})})
     if after is not None and plan.sections.generation.show:
@@ -452,11 +371,5 @@ def record_result(
     log.info("\n%s", summary.format_summary(plan, folder, recorded))
 
 
-def _write_sft_config(arguments: Any, folder: RunDir) -> None:
-    """Write the resolved SFTConfig; `to_dict` hides tokens."""
-    folder.configuration.write_text(json.dumps(arguments.to_dict(), indent=2, default=str) + "\n", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
-    exit_process()
+    run_rank(sys.argv[1], train)

@@ -1,40 +1,42 @@
-"""Loads the model, selects its attention, and makes its vocabulary fit the tokenizer."""
+"""Loads the model, selects its attention, and fits its vocabulary and its stop tokens to the tokenizer."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+import operator
 from pathlib import Path
 from typing import Any
 
+from sft_recipes.data.tokenizer import new_tokens
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import SetupError
-from sft_recipes.training import attention, lora, out_of_memory, vocabulary
+from sft_recipes.training import attention, lora, out_of_memory
 from sft_recipes.training.attention import Choice
+from sft_recipes.training.checkpoint import checkpoint_format, resume
+
+log = logging.getLogger(__name__)
+
+# Embeddings are resized to a multiple of this: matrix products of odd sizes are slower on GPUs.
+_PAD_TO_MULTIPLE_OF = 64
 
 
-@dataclass(frozen=True)
-class TrainableModel:
-    """A loaded model, its attention implementation, and the token ids that end a completion."""
-
-    model: Any
-    attention: Choice
-    end_of_turn_ids: list[int]
-
-
-def build_model(plan: Plan, base: str, tokenizer: Any, details: dict[str, Any]) -> TrainableModel:
+def build_model(plan: Plan, base: str, tokenizer: Any, details: dict[str, Any]) -> tuple[Any, Choice, list[int]]:
     """Load the base model and prepare it for the rows.
 
     Args:
         base: folder of the base model.
         details: counts from data preparation (`details.json`).
 
+    Returns:
+        The model, its attention implementation, and the token ids that end a completion.
+
     Raises:
         SetupError: the model cannot be loaded, or does not fit the rows or the recipe's attention.
     """
     model = load_model(plan, base)
     choice = attention.select(plan, model)
-    vocabulary.resize_embeddings(plan, model, tokenizer, details)
-    return TrainableModel(model, choice, vocabulary.set_stop_tokens(model, tokenizer, details))
+    resize_embeddings(plan, model, tokenizer, details)
+    return model, choice, set_stop_tokens(model, tokenizer, details)
 
 
 def load_model(plan: Plan, folder: str) -> Any:
@@ -53,10 +55,9 @@ def load_model(plan: Plan, folder: str) -> Any:
             folder,
             dtype=lora.loaded_dtype(plan),
             attn_implementation=attention.implementation_to_load(plan),
-            quantization_config=lora.quantization_config(plan),
-            trust_remote_code=section.trust_remote_code,
             allow_all_kernels="/" in section.attention,  # the recipe names the kernel, with its commit
             output_loading_info=True,
+            **lora.loading_arguments(plan),
         )
     except SetupError:
         raise
@@ -68,8 +69,7 @@ def load_model(plan: Plan, folder: str) -> Any:
             f"model.name_or_path: {name} cannot be loaded ({reason}). Set a folder written by save_pretrained, or a "
             f"model on the Hub of a type that the installed transformers supports"
         ) from error
-    absent = [*loading["missing_keys"], *loading["mismatched_keys"]]
-    if absent:
+    if absent := [*loading["missing_keys"], *loading["mismatched_keys"]]:
         raise SetupError(
             f"model.name_or_path: the weights of {name} lack {absent[0]} and {len(absent) - 1} more, which would be "
             f"random. Use a complete copy of the model"
@@ -78,3 +78,69 @@ def load_model(plan: Plan, folder: str) -> Any:
         # Adapters record this as their base model: the name on the Hub, not the cache folder of this machine.
         model.name_or_path = model.config._name_or_path = section.name_or_path
     return model
+
+
+def resize_embeddings(plan: Plan, model: Any, tokenizer: Any, details: dict[str, Any]) -> None:
+    """Resize the model's embeddings for new tokens.
+
+    Args:
+        details: of the prepared rows (`details.json`).
+
+    Raises:
+        SetupError: the rows contain ids without an embedding that the recipe does not add.
+    """
+    embeddings = model.get_input_embeddings().num_embeddings
+    largest = max(details["largest_token_id"], tokenizer.pad_token_id)
+    if largest < embeddings:
+        return
+    new = new_tokens(tokenizer, plan.sections.model.add_tokens)
+    if details["largest_known_token_id"] >= embeddings or largest not in new.values():
+        raise SetupError(
+            f"model.name_or_path: token ids: found up to {details['largest_known_token_id']} in the rows and padding "
+            f"{tokenizer.pad_token_id}, expected less than the model's {embeddings} embeddings. Use its tokenizer"
+        )
+    model.resize_token_embeddings(largest + 1, pad_to_multiple_of=_PAD_TO_MULTIPLE_OF)
+
+
+def set_stop_tokens(model: Any, tokenizer: Any, details: dict[str, Any]) -> list[int]:
+    """Add the data's end-of-turn tokens to the model's generation configuration, and return all stop ids.
+
+    Transformers loads an invalid configuration and refuses to save it. Values for sampling without `do_sample` are the
+    usual kind: they get it.
+
+    Raises:
+        SetupError: the configuration is invalid.
+    """
+    config = model.generation_config
+    try:
+        known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        ids = {*details["end_of_turn_ids"], *known} - {None}
+        config.eos_token_id, config.pad_token_id = sorted(map(operator.index, ids)), tokenizer.pad_token_id
+        try:
+            config.validate(strict=True)
+        except ValueError:
+            config.do_sample = True
+            config.validate(strict=True)
+            log.info("note: generation_config.json has values for sampling without do_sample; do_sample: true is set")
+    except Exception as error:  # also of values of another type
+        raise SetupError(
+            f"model.name_or_path: generation_config.json is invalid: {' '.join(str(error).split())[:200]}. Correct it"
+        ) from error
+    return list(config.eos_token_id)
+
+
+def verify_parent(folder: Path, process: Any) -> None:
+    """Verify the checksums of the weights that this run starts from (INIT_FROM). Collective: call on every rank.
+
+    Args:
+        process: accelerate's state, with this rank and the number of ranks.
+
+    Raises:
+        SetupError: they are not what was saved, on all ranks.
+    """
+    try:
+        problem = resume.verify_on_all_ranks(folder, checkpoint_format.read_commit_marker(folder), process)
+    except checkpoint_format.CorruptCheckpointError as error:
+        problem = str(error)
+    if problem:
+        raise SetupError(f"INIT_FROM: {folder}: {problem}. Restore it, or start from another run")

@@ -49,22 +49,14 @@ def check(plan: Plan, trainer: Any) -> float:
 
 def _logits(trainer: Any, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Return the logits of `second` after `first` in one row, [tokens, vocabulary], fp32."""
-    collated = trainer.data_collator(
-        [
-            {
-                "input_ids": torch.cat([first, second]).tolist(),
-                "labels": torch.cat([first, second]).tolist(),
-                "seq_lengths": [len(first), len(second)],
-            }
-        ]
-    )
-    device = trainer.args.device
-    inputs = send_to_device({name: value for name, value in collated.items() if name != "labels"}, device)
+    tokens = torch.cat([first, second]).tolist()
+    row = {"input_ids": tokens, "labels": tokens, "seq_lengths": [len(first), len(second)]}
+    inputs = send_to_device(trainer.data_collator([row]), trainer.args.device)
+    del inputs["labels"]
     model = trainer.model_wrapped
     training = model.training
     model.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():
-        logits = model(**inputs, use_cache=False).logits
+        logits: torch.Tensor = model(**inputs, use_cache=False).logits
     model.train(training)
-    second_logits: torch.Tensor = logits[0, -len(second) :].float()
-    return second_logits
+    return logits[0, -len(second) :].float()

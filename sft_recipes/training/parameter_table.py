@@ -6,7 +6,6 @@ import re
 from typing import Any
 
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime.errors import SetupError
 
 # The first pattern that a parameter's name matches decides its kind; names as in transformers 5.
 _KINDS = (
@@ -32,55 +31,31 @@ def count(model: Any) -> Table:
     return table
 
 
-def total(table: Table, state: str) -> int:
-    """Return the sum over all kinds; `state` is `trained` or `frozen`."""
-    return sum(numbers[state] for numbers in table.values())
-
-
 def lines(plan: Plan, table: Table) -> list[str]:
     """Return the table as lines of the log, and one about experts that adapters leave frozen."""
-    described = []
+    described, experts = [], table.get("experts")
     for state in ("trained", "frozen"):
         kinds = sorted(((numbers[state], kind) for kind, numbers in table.items() if numbers[state]), reverse=True)
         if kinds:
             by_size = ", ".join(f"{kind} {number:,}" for number, kind in kinds)
-            described.append(f"{state} parameters: {total(table, state):,} ({by_size})")
-    experts = table.get("experts")
+            described.append(f"{state} parameters: {sum(number for number, _ in kinds):,} ({by_size})")
     if plan.method != "full" and experts and not experts["trained"]:
+        share = experts["frozen"] / sum(numbers["frozen"] for numbers in table.values())
         described.append(
-            f"experts stay frozen: {experts['frozen']:,} parameters, {experts['frozen'] / total(table, 'frozen'):.0%} "
-            f"of the model. Set lora.experts=true to adapt them"
+            f"experts stay frozen: {experts['frozen']:,} parameters, {share:.0%} of the model. "
+            f"Set lora.experts=true to adapt them"
         )
     return described
 
 
-def fused_experts(model: Any) -> dict[str, int]:
-    """Return the parameters that hold the weights of all experts of a layer, by `module.name`, with their total size.
+def fused_experts(model: Any) -> list[str]:
+    """Return the parameters that hold the weights of all experts of a layer, by `module.name`.
 
     They are no linear layers: neither peft's `all-linear` nor bitsandbytes sees them.
     """
-    fused: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        if len(_shape(parameter)) == 3 and _kind(name, parameter) == "experts":
-            suffix = ".".join(name.split(".")[-2:])
-            fused[suffix] = fused.get(suffix, 0) + _size(parameter)
-    return fused
-
-
-def check_optimizer(model: Any, optimizer: Any) -> None:
-    """Check that the optimizer, before it is sharded, has every trained parameter.
-
-    Raises:
-        SetupError: it lacks some.
-    """
-    received = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    missing = [name for name, parameter in trained if id(parameter) not in received]
-    if missing:
-        raise SetupError(
-            f"trainer.optim: the optimizer lacks trained parameters: found {len(trained) - len(missing)} tensors, "
-            f"expected {len(trained)} (first: {missing[0]}). Set trainer.optim=adamw_torch_fused"
-        )
+    parameters = model.named_parameters()
+    fused = (name for name, value in parameters if len(_shape(value)) == 3 and _kind(name, value) == "experts")
+    return sorted({".".join(name.split(".")[-2:]) for name in fused})
 
 
 def _kind(name: str, parameter: Any) -> str:

@@ -1,17 +1,13 @@
 """Every change to a library's code or private state, with its reason and the condition for its removal.
 
-`apply` patches the process, `apply_to_process_group` and `apply_to_trainer` what exists only later. `rank_launcher`
-applies its own two. tests/unit/test_patches.py fails once a library no longer needs its patch. Heavy libraries are
-imported inside the functions: the launcher imports this module before torch.
+`apply` patches the process, `apply_to_trainer` what exists only later; `rank_launcher` applies one.
+tests/unit/test_patches.py fails once a library no longer needs its patch. Heavy libraries are imported inside the
+functions: the launcher imports this module before torch.
 """
 
 from __future__ import annotations
 
-import fcntl
 import functools
-import importlib
-import os
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -23,14 +19,9 @@ _LOGITS_CHUNK = 32_768  # TRL's default, in columns
 
 
 def apply(plan: Plan) -> None:
-    """Patch this process for a plan; call once, before the trainer's arguments are built."""
+    """Patch this process for a plan; call after the process group exists and before the trainer is built."""
     if plan.strategy.deepspeed:
-        defer_muon_compilation()
-        lock_builds_with_flock()
-
-
-def apply_to_process_group(plan: Plan) -> None:
-    """Patch accelerate's state; call after the process group exists and before the trainer is built."""
+        save_deepspeed_checkpoints_without_extra_files()
     if plan.strategy.fsdp and not plan.uses_gpu:
         enable_fsdp2_on_cpu()
 
@@ -71,76 +62,6 @@ def limit_logits_chunk(vocabulary_size: int) -> None:
     import trl.trainer.utils
 
     trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = min(_LOGITS_CHUNK, vocabulary_size)
-
-
-def defer_muon_compilation() -> None:
-    """Import DeepSpeed with Muon's functions compiled at their first call instead of at import.
-
-    Every ZeRO optimizer imports Muon, to test whether it is one, and that imports torch's compiler: over 1 s per rank.
-    Changes: `deepspeed.runtime.compiler.compile`, while `original_muon` is imported.
-    Source: deepspeed/runtime/zero/muon/original_muon.py (`@compiler.compile()`), imported by zero/stage3.py.
-    Versions: deepspeed 0.19.
-    Remove when: importing deepspeed.runtime.zero.stage3 does not import torch._inductor.
-    """
-    compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
-    original = compiler.compile
-    compiler.compile = lambda: _compile_at_first_call
-    try:
-        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
-    finally:
-        compiler.compile = original
-
-
-def _compile_at_first_call(function: Callable[..., Any]) -> Callable[..., Any]:
-    torch: Any = importlib.import_module("torch")
-
-    @functools.cache
-    def compiled() -> Callable[..., Any]:
-        return torch.compile(function)  # type: ignore[no-any-return]
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return compiled()(*args, **kwargs)
-
-    return call
-
-
-class FlockBaton:
-    """Replacement for `torch.utils.file_baton.FileBaton`: the process that holds the lock builds, the others wait."""
-
-    def __init__(self, lock_file_path: str, *_: object, **__: object):
-        self._descriptor = os.open(f"{lock_file_path}.held", os.O_RDWR | os.O_CREAT, 0o600)
-
-    def try_acquire(self) -> bool:
-        """Return whether this process builds."""
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def wait(self) -> None:
-        """Wait until the process that builds has finished or exited."""
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-        self.release()
-
-    def release(self) -> None:
-        """Release the lock."""
-        os.close(self._descriptor)
-
-
-def lock_builds_with_flock() -> None:
-    """Have torch lock extension builds with flock, which the kernel releases when the process exits.
-
-    torch's lock is a file. A killed builder leaves it, and every later start waits for it indefinitely.
-    Changes: `torch.utils.cpp_extension.FileBaton`.
-    Source: https://github.com/pytorch/pytorch/issues/189245
-    Versions: torch 2.13 and earlier; fixed by https://github.com/pytorch/pytorch/pull/190543.
-    Remove when: `FileBaton.try_acquire` no longer creates its file with O_EXCL.
-    """
-    import torch.utils.cpp_extension
-
-    torch.utils.cpp_extension.FileBaton = FlockBaton
 
 
 def enable_fsdp2_on_cpu() -> None:
@@ -221,28 +142,46 @@ def save_adapters_without_embeddings(model: Any) -> None:
     model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
 
 
-def tolerate_disk_errors(engine: Any, tolerated: Callable[[], AbstractContextManager[None]]) -> None:
-    """Have a DeepSpeed engine save inside a context that catches disk errors, without its extra files.
+def save_deepspeed_checkpoints_without_extra_files() -> None:
+    """Have DeepSpeed save no `latest` and no `zero_to_fp32.py`: a failed write there leaves the other ranks waiting.
 
-    DeepSpeed waits for all ranks between its writes, so a rank that raises leaves the others waiting. The checkpoint
-    has the model's weights already, so it needs no `zero_to_fp32.py`; `latest` is written with the other files.
-    Changes: the engine's `checkpoint_engine.save`, `_copy_recovery_script` and `save_checkpoint`.
+    The checkpoint has the model's weights already; `latest` is written with the other files.
+    Changes: `save_checkpoint` and `_copy_recovery_script` of `DeepSpeedEngine`.
     Source: deepspeed/runtime/engine.py, `save_checkpoint` and `_save_zero_checkpoint`.
     Versions: deepspeed 0.19.
     Remove when: the Trainer passes `save_latest`, and DeepSpeed synchronizes the ranks after a failed write.
     """
-    if getattr(engine, "_tolerates_disk_errors", False):
-        return
-    write = engine.checkpoint_engine.save
+    from deepspeed.runtime.engine import DeepSpeedEngine
 
-    def save(*args: Any, **kwargs: Any) -> None:
-        with tolerated():
-            write(*args, **kwargs)
+    DeepSpeedEngine.save_checkpoint = functools.partialmethod(DeepSpeedEngine.save_checkpoint, save_latest=False)
+    DeepSpeedEngine._copy_recovery_script = lambda _engine, _path: None
 
-    engine.checkpoint_engine.save = save
-    engine._copy_recovery_script = lambda _path: None
-    engine.save_checkpoint = functools.partial(engine.save_checkpoint, save_latest=False)
-    engine._tolerates_disk_errors = True
+
+@contextmanager
+def collect_errors_of_torch_save(collect: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Have `torch.save` continue after an error that `collect` catches.
+
+    The Trainer, accelerate and DeepSpeed wait for all ranks between the files of a checkpoint, so a rank that raises
+    leaves the others waiting.
+    Changes: `torch.save`, while a checkpoint is written.
+    Source: transformers/trainer.py (`_save_checkpoint`), accelerate/utils/fsdp_utils.py,
+        deepspeed/runtime/checkpoint_engine/torch_checkpoint_engine.py.
+    Versions: transformers 5.23, accelerate 1.15, deepspeed 0.19.
+    Remove when: they synchronize the ranks after a failed write.
+    """
+    import torch
+
+    original = torch.save
+
+    def save(*arguments: Any, **named: Any) -> None:
+        with collect():
+            original(*arguments, **named)
+
+    torch.save = save
+    try:
+        yield
+    finally:
+        torch.save = original
 
 
 def shorten_wait_for_other_ranks() -> None:
@@ -257,20 +196,3 @@ def shorten_wait_for_other_ranks() -> None:
     from torch.distributed.elastic.multiprocessing.api import PContext
 
     PContext.close.__defaults__ = (None, timeouts.OTHER_RANKS_EXIT)
-
-
-def skip_port_check_without_localhost() -> None:
-    """Skip accelerate's check for a free port where `localhost` does not resolve.
-
-    accelerate fails without an `/etc/hosts` that defines it (minimal containers). The launcher has chosen a free port.
-    Changes: `accelerate.utils.launch.is_port_in_use`.
-    Source: accelerate/utils/launch.py (`s.connect_ex(("localhost", port))`).
-    Versions: accelerate 1.15.
-    Remove when: accelerate checks 127.0.0.1, or does not check.
-    """
-    import accelerate.utils.launch
-
-    try:
-        socket.getaddrinfo("localhost", None)
-    except socket.gaierror:
-        accelerate.utils.launch.is_port_in_use = lambda _port: False

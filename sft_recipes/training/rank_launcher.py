@@ -55,7 +55,6 @@ def _run_several_processes() -> dict[int, int]:
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     patches.shorten_wait_for_other_ranks()
-    patches.skip_port_check_without_localhost()
     try:
         launch.main()
     except ChildFailedError as error:

@@ -1,16 +1,38 @@
-"""Checks that the prepared model has the plan's parallelism strategy and dtypes."""
+"""Checks before the first step that strategy, dtypes and packing isolation are as planned."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from sft_recipes.config import strategies
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import SetupError
+from sft_recipes.runtime.run_dir import RunDir
+from sft_recipes.training import manifest, packing_isolation
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+class StrategyCheckCallback(TrainerCallback):
+    """Checks the prepared model."""
+
+    def __init__(self, plan: Plan, folder: RunDir):
+        self.plan = plan
+        self.folder = folder
+        self.trainer: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Check the model on every rank, since each rank prepares its own."""
+        dtypes = check(self.plan, self.trainer)
+        restore_cpu_adam_steps(self.trainer)
+        if state.is_world_process_zero:
+            manifest.update(self.folder, dtypes=dtypes)
+        if self.plan.packing or getattr(self.trainer.data_collator, "padding_free", False):  # rows are concatenated
+            packing_isolation.check(self.plan, self.trainer)
 
 
 def check(plan: Plan, trainer: Any) -> dict[str, str]:
@@ -26,7 +48,7 @@ def check(plan: Plan, trainer: Any) -> dict[str, str]:
         )
     dtypes = find_dtypes(trainer)
     wrong = [
-        f"{kind} found {dtypes[kind]}, expected {planned}"
+        f"{kind} found {dtypes[kind] or 'none'}, expected {planned}"
         for kind, planned in plan.dtypes.items()
         if dtypes[kind] != planned
     ]
@@ -35,76 +57,44 @@ def check(plan: Plan, trainer: Any) -> dict[str, str]:
     return dtypes
 
 
-def check_gradients(plan: Plan, trainer: Any) -> None:
-    """Check the dtype of the gradients; `check` covers DeepSpeed's, which are separate tensors.
-
-    Raises:
-        SetupError: no parameter has a gradient, or its dtype is not the plan's.
-    """
-    if trainer.is_deepspeed_enabled:
-        return
-    dtype = _join({weight.grad.dtype for weight in trainer.model.parameters() if weight.grad is not None})
-    planned = plan.dtypes["gradients"]
-    if dtype != planned:
-        raise SetupError(
-            f"gradients: found dtype {dtype or 'none'}, expected {planned} as in the plan. No step was taken"
-        )
-
-
 def find_strategy(trainer: Any) -> str:
     """Return the strategy of a trainer whose model is prepared, by its name in a plan."""
     from torch.distributed.fsdp import FSDPModule
     from torch.nn.parallel import DistributedDataParallel
 
-    if trainer.is_deepspeed_enabled:
-        engine = trainer.model_wrapped
-        stage, offload = int(engine.zero_optimization_stage()), bool(engine.zero_cpu_offload())
-        return strategies.running(zero_stage=stage, cpu_offload=offload).name
     model = trainer.model_wrapped
+    if trainer.is_deepspeed_enabled:
+        stage, offload = int(model.zero_optimization_stage()), bool(model.zero_cpu_offload())
+        return strategies.running(zero_stage=stage, cpu_offload=offload).name
     return strategies.running(fsdp=isinstance(model, FSDPModule), ddp=isinstance(model, DistributedDataParallel)).name
 
 
 def find_dtypes(trainer: Any) -> dict[str, str]:
     """Return the dtype of weights, gradients, master weights, …, by the names of `planner.memory.dtypes`."""
     parameters = list(trainer.model.named_parameters())
-    trained = _join({parameter.dtype for _, parameter in parameters if parameter.requires_grad})
+    trained = _join(parameter for _, parameter in parameters if parameter.requires_grad)
     frozen = [parameter for name, parameter in parameters if not parameter.requires_grad and name.endswith("weight")]
     quantized = any(type(parameter).__name__ == "Params4bit" for parameter in frozen)
-    dtypes = {"weights": trained, "frozen": "nf4" if quantized else _join({parameter.dtype for parameter in frozen})}
+    dtypes = {"weights": trained, "frozen": "nf4" if quantized else _join(frozen)}
     if trainer.is_deepspeed_enabled:
-        return {**dtypes, **_deepspeed(trainer.model_wrapped), "compute": trained}
+        engine, optimizer = trainer.model_wrapped, trainer.model_wrapped.optimizer
+        gradients = getattr(optimizer, "gradient_accumulation_dtype", None) or optimizer.grad_acc_dtype
+        reduced = _NAMES[engine.communication_data_type]
+        master = {"master": _join(masters(optimizer)), "gradients": _NAMES[gradients], "reduction": reduced}
+        return {**dtypes, **master, "compute": trained}
     policy = getattr(getattr(trainer.accelerator.state, "fsdp_plugin", None), "mixed_precision_policy", None)
-    reduction = getattr(policy, "reduce_dtype", None)
     autocast = "bf16 autocast" if trainer.accelerator.mixed_precision == "bf16" else trained
-    compute = _NAMES[policy.param_dtype] if policy is not None and policy.param_dtype else autocast
     # Autograd's gradients have their weight's dtype, and DDP reduces them in it.
-    reduced = _NAMES[reduction] if reduction else trained
+    reduced = _NAMES.get(getattr(policy, "reduce_dtype", None), trained)
+    compute = _NAMES.get(getattr(policy, "param_dtype", None), autocast)
     return {**dtypes, "master": trained, "gradients": trained, "reduction": reduced, "compute": compute}
-
-
-def _deepspeed(engine: Any) -> dict[str, str]:
-    """Return the dtypes of DeepSpeed's optimizer."""
-    optimizer = engine.optimizer
-    gradients = getattr(optimizer, "gradient_accumulation_dtype", None) or optimizer.grad_acc_dtype
-    return {
-        "master": _join({master.dtype for master in masters(optimizer)}),
-        "gradients": _NAMES[gradients],
-        "reduction": _NAMES[engine.communication_data_type],
-    }
 
 
 def masters(optimizer: Any) -> list[torch.Tensor]:
     """Return this rank's partitions of DeepSpeed's fp32 master weights; the attribute depends on the ZeRO stage."""
-    partitions_of_rank: list[torch.Tensor] = next(
-        partitions
-        for attribute in (
-            "fp32_groups_flat_partition",
-            "single_partition_of_fp32_groups",
-            "fp32_partitioned_groups_flat",
-        )
-        if (partitions := getattr(optimizer, attribute, None))
-    )
-    return partitions_of_rank
+    names = ("fp32_groups_flat_partition", "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
+    partitions: list[torch.Tensor] = next(found for name in names if (found := getattr(optimizer, name, None)))
+    return partitions
 
 
 def restore_cpu_adam_steps(trainer: Any) -> None:
@@ -123,5 +113,6 @@ def restore_cpu_adam_steps(trainer: Any) -> None:
         adam.ds_opt_adam.adam_update(adam.opt_id, step, 0.0, *group["betas"], group["eps"], 0.0, True, *dummies)
 
 
-def _join(dtypes: set[torch.dtype]) -> str:
-    return " and ".join(sorted(_NAMES.get(dtype, str(dtype)) for dtype in dtypes))
+def _join(tensors: Iterable[torch.Tensor]) -> str:
+    """Return the dtypes of tensors."""
+    return " and ".join(sorted({_NAMES.get(tensor.dtype, str(tensor.dtype)) for tensor in tensors}))

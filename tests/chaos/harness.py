@@ -60,7 +60,7 @@ class Result:
 class State:
     """The state of a run, compared bit for bit."""
 
-    rows: dict[int, int] = field(default_factory=dict)  # step: digest of its supervised tokens
+    rows: dict[int, str] = field(default_factory=dict)  # step: hash of the rows up to it
     losses: dict[int, float] = field(default_factory=dict)
     checkpoints: dict[int, dict[str, str]] = field(default_factory=dict)  # step: SHA-256 of each file
     models: dict[str, str] = field(default_factory=dict)  # final/, last/ and best-N/
@@ -95,7 +95,7 @@ def state_of(run: Path) -> State:
                 line = json.loads(text)
                 if "loss" in line:
                     found.losses[line["step"]] = line["loss"]
-                    found.rows[line["step"]] = line["tokens_digest"]
+                    found.rows[line["step"]] = line["rows_hash"]
     for marker in run.glob("checkpoint-*/complete.json"):
         with contextlib.suppress(OSError, ValueError):  # it is being removed
             record = json.loads(marker.read_text())

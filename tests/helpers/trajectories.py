@@ -69,7 +69,7 @@ def differences(one, several):
     found = {"loss": 0.0, "eval_loss": 0.0}
     for mine, theirs in zip(left, right, strict=True):
         assert mine["supervised_tokens_seen"] == theirs["supervised_tokens_seen"]
-        assert mine.get("tokens_digest") == theirs.get("tokens_digest"), f"other rows at step {mine['step']}"
+        assert mine.get("rows_hash") == theirs.get("rows_hash"), f"other rows at step {mine['step']}"
         for key in ("loss", "eval_loss"):
             if key in mine:
                 found[key] = max(found[key], abs(theirs[key] - mine[key]) / abs(mine[key]))

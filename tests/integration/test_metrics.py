@@ -23,7 +23,7 @@ from sft_recipes.training.callbacks.metrics import append
 ON_A_TRAINING_LINE = {
     "step", "epoch", "loss", "grad_norm", "learning_rate", "mean_token_accuracy", "entropy", "step_seconds",
     "data_wait_fraction", "padded_tokens_per_second", "tokens_per_second", "supervised_tokens_per_second", "host_memory_bytes",
-    "supervised_tokens_seen", "tokens_digest", "num_input_tokens_seen",
+    "supervised_tokens_seen", "rows_hash", "num_input_tokens_seen",
 }  # fmt: skip
 GAP = {"train_eval_gap", "train_eval_gap_smoothed", "overfitting_signal"}
 

@@ -185,7 +185,7 @@ def trainer(short_run, tmp_path_factory):
     folder = RunDir(tmp_path_factory.mktemp("forged") / "run")
     shutil.copytree(short_run, folder.path)
     plan = plans.read(folder.plan)
-    sft = main.build(plan, folder, main.configure(plan, folder), read_json(folder.prepared)).trainer
+    sft = main.build(plan, folder, main.configure(plan, folder), read_json(folder.prepared))
     sft.create_optimizer_and_scheduler(plan.optimizer_steps)
     return folder, sft
 

@@ -88,7 +88,7 @@ def test_compared_runs_have_distinct_rows_and_learn(follow):
         assert plan["rows"] == rows, "prime, so that nothing divides it"
         assert plan["optimizer_steps"] == (24 if packing else 20) and plan["num_train_epochs"] == 2
         lines = [line for line in metrics(run) if "loss" in line]
-        assert len({line["tokens_digest"] for line in lines}) == len(lines)
+        assert len({line["rows_hash"] for line in lines}) == len(lines)
         assert lines[-1]["loss"] < lines[0]["loss"] - 1, "the loss falls, so that a wrong step would show"
 
 
@@ -97,7 +97,7 @@ def test_other_order_of_rows_is_detected(follow):
     run, other = follow("single", 1), follow("single", 1, False, "fp32", "trainer.data_seed=43")
     with pytest.raises(AssertionError):
         differences(run, other)
-    digests = [{line["tokens_digest"] for line in metrics(each) if "loss" in line} for each in (run, other)]
+    digests = [{line["rows_hash"] for line in metrics(each) if "loss" in line} for each in (run, other)]
     assert not digests[0] & digests[1]
 
 
@@ -170,7 +170,7 @@ def test_adapters_train_alike_under_each_strategy(follow, engine, quantize):
     one, several = follow("single", 1, False, "bf16", *more), follow(engine, 2, False, "bf16", *more)
     left, right = ([line for line in metrics(run) if "loss" in line] for run in (one, several))
     for mine, theirs in zip(left, right, strict=True):
-        assert mine["tokens_digest"] == theirs["tokens_digest"]
+        assert mine["rows_hash"] == theirs["rows_hash"]
         assert theirs["loss"] == pytest.approx(mine["loss"], rel=TOLERANCE["bf16"])
     assert left[-1]["loss"] < left[0]["loss"] - 0.5, "adapters that do not learn would agree too"
     adapters = load_file(several / "final" / "adapter_model.safetensors")

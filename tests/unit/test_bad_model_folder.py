@@ -46,7 +46,7 @@ def outcome(plan, model_folder, tmp_path):
             details = json.loads((Path(prepared.folder) / "details.json").read_text())
             section = plan.sections.model
             tokenizer = load_tokenizer(prepared.model, section.chat_template, section.trust_remote_code)
-            return model.build_model(plan, prepared.model, tokenizer, details).model
+            return model.build_model(plan, prepared.model, tokenizer, details)[0]
         except UserError as error:
             line = str(error)
             assert "\n" not in line and len(line) < 500, line

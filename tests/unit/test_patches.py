@@ -2,14 +2,8 @@
 
 import importlib.util
 import inspect
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-import pytest
 import torch
 from helpers.workplace import REPOSITORY
 from safetensors.torch import load_file
@@ -19,7 +13,6 @@ from sft_recipes.config import loader
 from sft_recipes.planner import plan as plans
 from sft_recipes.runtime import timeouts
 from sft_recipes.training import lora, patches
-from sft_recipes.training.patches import FlockBaton
 
 
 def test_trl_scores_all_positions_on_cpu_without_patch():
@@ -56,44 +49,6 @@ def test_limit_logits_chunk_is_repeatable(monkeypatch):
         patches.limit_logits_chunk(vocabulary)
         sizes.append(trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE)
     assert sizes == [320, 1024, patches._LOGITS_CHUNK]
-
-
-def test_deepspeed_compiles_muon_at_import_without_patch_and_at_first_call_with_it():
-    code = (
-        "import inspect, sys, torch; from sft_recipes.training import patches; patches.defer_muon_compilation(); "
-        "from deepspeed.runtime.zero.muon import original_muon as muon; "
-        "from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as stage3; "
-        "print('@compiler.compile()' in inspect.getsource(muon), 'import MuonWithAuxAdam' in inspect.getsource(stage3)); "
-        "print('torch._inductor.compile_fx' in sys.modules); "
-        "torch.compile = lambda function: print('compiled:', function.__name__) or function; "
-        "[muon.zeropower_via_newtonschulz5(torch.eye(2), 1) for _ in range(2)]"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    lines = done.stdout.splitlines()[-3:]
-    assert lines == ["True True", "False", "compiled: zeropower_via_newtonschulz5"], done.stdout + done.stderr
-
-
-def test_torch_build_lock_survives_a_killed_builder():
-    from torch.utils import cpp_extension, file_baton
-
-    assert "FileBaton(" in inspect.getsource(cpp_extension._jit_compile)
-    assert "O_EXCL" in inspect.getsource(file_baton.FileBaton.try_acquire)
-
-
-def test_flock_baton_is_released_when_its_process_is_killed(tmp_path):
-    killed = subprocess.run(
-        [sys.executable, "-c", "import os, signal, sys\n"
-         "from sft_recipes.training.patches import FlockBaton\n"
-         "assert FlockBaton(sys.argv[1]).try_acquire()\n"
-         "os.kill(os.getpid(), signal.SIGKILL)", str(tmp_path / "lock")],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, check=False,
-    )  # fmt: skip
-    assert killed.returncode == -signal.SIGKILL
-    builder, waiting = FlockBaton(str(tmp_path / "lock")), FlockBaton(str(tmp_path / "lock"))
-    assert builder.try_acquire() and not waiting.try_acquire()
-    builder.release()
-    waiting.wait()
 
 
 def test_accelerate_ignores_fsdp_on_cpu():
@@ -167,30 +122,24 @@ def test_peft_saves_embeddings_and_asks_the_hub_without_patch(model_folder, tmp_
     assert all(".lora_" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
 
 
-def test_deepspeed_engine_has_what_tolerate_disk_errors_changes():
+def test_deepspeed_engine_has_what_the_patch_changes():
     """Read as text: importing the engine takes seconds."""
     package = importlib.util.find_spec("deepspeed").submodule_search_locations[0]
     text = (Path(package) / "runtime" / "engine.py").read_text(encoding="utf-8")
     assert "def save_checkpoint(self, save_dir, tag=None, client_state={}, save_latest=True" in text
     assert "self._copy_recovery_script(save_path)" in text and "self.checkpoint_engine.save(" in text
+    engine = (Path(package) / "runtime" / "checkpoint_engine" / "torch_checkpoint_engine.py").read_text()
+    assert "        torch.save(state_dict, path" in engine, "collect_errors_of_torch_save does not reach it"
 
 
-def test_tolerate_disk_errors_wraps_writes_once():
+def test_errors_of_torch_save_are_collected(tmp_path):
     from contextlib import suppress
 
-    written = []
-
-    def write(path):
-        written.append(path)
-        raise OSError(28, "No space left on device")
-
-    engine = SimpleNamespace(
-        checkpoint_engine=SimpleNamespace(save=write), save_checkpoint=lambda save_latest=True: save_latest
-    )
-    for _ in range(2):
-        patches.tolerate_disk_errors(engine, lambda: suppress(OSError))
-    engine.checkpoint_engine.save("a")
-    assert written == ["a"] and engine.save_checkpoint() is False and engine._copy_recovery_script("x") is None
+    original = torch.save
+    with patches.collect_errors_of_torch_save(lambda: suppress(RuntimeError)):
+        torch.save([1], tmp_path / "missing" / "file")
+        torch.save([1], tmp_path / "file")
+    assert torch.save is original and torch.load(tmp_path / "file") == [1]
 
 
 def test_torch_agent_waits_half_a_minute_without_patch(monkeypatch):
@@ -202,22 +151,3 @@ def test_torch_agent_waits_half_a_minute_without_patch(monkeypatch):
     monkeypatch.setattr(PContext.close, "__defaults__", PContext.close.__defaults__)
     patches.shorten_wait_for_other_ranks()
     assert PContext.close.__defaults__ == (None, timeouts.OTHER_RANKS_EXIT)
-
-
-@pytest.mark.parametrize("resolves", [True, False])
-def test_accelerate_checks_port_on_localhost_without_patch(monkeypatch, resolves):
-    import socket
-
-    import accelerate.utils.launch
-
-    check = accelerate.utils.launch.is_port_in_use
-    assert '"localhost"' in inspect.getsource(check)
-    monkeypatch.setattr(accelerate.utils.launch, "is_port_in_use", check)
-    if not resolves:
-
-        def fail(*_arguments):
-            raise socket.gaierror
-
-        monkeypatch.setattr(patches.socket, "getaddrinfo", fail)
-    patches.skip_port_check_without_localhost()
-    assert (accelerate.utils.launch.is_port_in_use is check) == resolves

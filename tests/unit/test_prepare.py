@@ -202,16 +202,16 @@ def test_new_tokens_resize_embeddings(prepared, tmp_path, model_folder, tokenize
     from transformers import AutoModelForCausalLM
 
     from sft_recipes.data.tokenizer import load_tokenizer
-    from sft_recipes.training import vocabulary
+    from sft_recipes.training import model as training_model
 
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     plan = plans.resolve(loader.load("tiny", [new_tokens]), Topology(0, 1))
     grown = load_tokenizer(str(model_folder), str(template), False, plan.sections.model.add_tokens)
-    vocabulary.resize_embeddings(plan, model, grown, details(result))
+    training_model.resize_embeddings(plan, model, grown, details(result))
     assert model.get_input_embeddings().num_embeddings == 384 == model.config.vocab_size
-    assert 322 in vocabulary.set_stop_tokens(model, grown, details(result))
+    assert 322 in training_model.set_stop_tokens(model, grown, details(result))
     with pytest.raises(UserError, match="token ids: found up to 500 .* less than the model's 384 embeddings"):
-        vocabulary.resize_embeddings(plan, model, grown, {"largest_token_id": 500, "largest_known_token_id": 500})
+        training_model.resize_embeddings(plan, model, grown, {"largest_token_id": 500, "largest_known_token_id": 500})
 
 
 def test_loader_rejects_add_tokens_with_lora():

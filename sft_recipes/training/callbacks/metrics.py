@@ -41,7 +41,7 @@ class MetricsCallback(TrainerCallback):
             return
         numbers = {key: value for key, value in logs.items() if isinstance(value, (int, float))}
         if "loss" in logs:
-            numbers["tokens_digest"] = self.trainer.tokens_digest  # not for trackers: its curve means nothing
+            numbers["rows_hash"] = self.trainer.integrity.data_order.rows_hash  # of all rows so far; not for trackers
         append(self.folder.metrics, {"step": state.global_step, **numbers})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
