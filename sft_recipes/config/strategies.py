@@ -49,6 +49,12 @@ class Strategy:
         return self.zero_stage >= 3 or self.fsdp
 
     @property
+    def exports_master_weights(self) -> bool:
+        """Whether DeepSpeed's `zero_to_fp32` reads the fp32 master weights in its checkpoints: not those of ZeRO-1 in
+        bf16."""
+        return self.zero_stage >= 2
+
+    @property
     def replicated(self) -> bool:
         """Whether every rank holds the complete weights, gradients and optimizer state."""
         return not self.shards_optimizer

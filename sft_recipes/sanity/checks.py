@@ -170,14 +170,14 @@ def check_completions(plan: Plan, trainer: Any, prepared: Any, better_than_chanc
     if plan.shards_parameters and not trial.checks_resume(plan):
         detail = f"each token gathers all parameters under {plan.parallelism}: minutes above 13B parameters"
         return Check("completions", None, detail)
-    prompts = completions.read_prompts(prepared, _PROMPTS, 0)
+    prompts = completions.read_prompts(prepared, _PROMPTS)
     if not prompts:
         return Check("completions", None, "no held-out prompts")
     model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
     stop = trainer.end_of_turn_ids
     max_new_tokens = min(plan.sections.generation.max_new_tokens, _MAX_NEW_TOKENS)
     with trainer.compute_loss_context_manager():  # fp32 weights compute in bf16, as in training
-        texts = completions.complete_prompts(model, tokenizer, prompts, 0, max_new_tokens, stop).texts
+        texts = completions.complete_prompts(model, tokenizer, prompts, max_new_tokens, stop)
     excerpts = " | ".join(completions.excerpt(text, 40) or "(empty)" for text in texts)
     if not better_than_chance:
         return Check("completions", None, f"the initial weights were no better than chance: {excerpts}")

@@ -190,13 +190,13 @@ def build(plan: Plan, folder: RunDir, arguments: Any, data: dict[str, Any]) -> A
         SetupError: the model cannot be loaded, or does not fit the rows.
     """
     from sft_recipes.data.tokenizer import load_tokenizer
-    from sft_recipes.training import dataset, lora, model
+    from sft_recipes.training import dataset, initial_weights, lora, model
     from sft_recipes.training.callbacks.heartbeat_callback import HeartbeatCallback
     from sft_recipes.training.strategy import StrategyCheckCallback
     from sft_recipes.training.trainer import RecipeTrainer
 
     if plan.parent:
-        model.verify_parent(plan.parent.last, arguments.distributed_state)
+        initial_weights.verify(plan.parent.last, arguments.distributed_state)
     section, base, prepared = plan.sections.model, data["model"], Path(data["folder"])
     details = read_json(prepared / "details.json")
     tokenizer = load_tokenizer(base, section.chat_template, section.trust_remote_code, section.add_tokens)
@@ -221,6 +221,8 @@ def build(plan: Plan, folder: RunDir, arguments: Any, data: dict[str, Any]) -> A
     trainer.add_callbacks([HeartbeatCallback(), StrategyCheckCallback(plan, folder)])
     if plan.parent and plan.method != "full":
         trainer.load_weights(plan.parent.last)
+    if plan.parent and plan.dtypes["weights"] != plan.dtypes["master"]:
+        trainer.add_callbacks([initial_weights.MasterWeightsCallback(plan.parent.last)])
     return trainer
 
 
@@ -294,7 +296,9 @@ def run_steps(plan: Plan, folder: RunDir, trainer: Any, checkpoint: ResumePoint 
 
 
 def publish(plan: Plan, folder: RunDir, trainer: Any, copy_file: Callable[[Path, Path], Any]) -> dict[str, Any]:
-    """Write `last/`, and `final/`, the best step copied by `copy_file`. Collective: call on every rank.
+    """Write `last/`, in fp32 where the strategy exports it, and `final/`, the best step copied by `copy_file`.
+
+    Collective: call on every rank.
 
     Returns:
         The run's results for the manifest.
@@ -312,7 +316,13 @@ def publish(plan: Plan, folder: RunDir, trainer: Any, copy_file: Callable[[Path,
     broadcast = [saved, retention.find_best_step(folder, losses, plan.run_id) if is_main else None]
     broadcast_object_list(broadcast)
     saved, best = broadcast
-    failure = trainer.copy_model(folder.checkpoint(step), folder.last) if saved else trainer.save_weights(folder.last)
+    is_16_bit = plan.dtypes["weights"] != plan.dtypes["master"]
+    if saved and is_16_bit and plan.strategy.exports_master_weights:
+        failure = trainer.save_weights(folder.last, masters_of=folder.checkpoint(step))
+    elif saved:
+        failure = trainer.copy_model(folder.checkpoint(step), folder.last)
+    else:
+        failure = trainer.save_weights(folder.last)
     failure = failure or trainer.copy_model(folder.best(best) if best else folder.last, folder.final, copy_file)
     if failure:
         raise TrainingError(f"{folder.path}: final model not saved: {failure}. Repeat the command to try again")

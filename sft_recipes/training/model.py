@@ -12,7 +12,6 @@ from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.training import attention, lora, out_of_memory
 from sft_recipes.training.attention import Choice
-from sft_recipes.training.checkpoint import checkpoint_format, resume
 
 log = logging.getLogger(__name__)
 
@@ -127,20 +126,3 @@ def set_stop_tokens(model: Any, tokenizer: Any, details: dict[str, Any]) -> list
             f"model.name_or_path: generation_config.json is invalid: {' '.join(str(error).split())[:200]}. Correct it"
         ) from error
     return list(config.eos_token_id)
-
-
-def verify_parent(folder: Path, process: Any) -> None:
-    """Verify the checksums of the weights that this run starts from (INIT_FROM). Collective: call on every rank.
-
-    Args:
-        process: accelerate's state, with this rank and the number of ranks.
-
-    Raises:
-        SetupError: they are not what was saved, on all ranks.
-    """
-    try:
-        problem = resume.verify_on_all_ranks(folder, checkpoint_format.read_commit_marker(folder), process)
-    except checkpoint_format.CorruptCheckpointError as error:
-        problem = str(error)
-    if problem:
-        raise SetupError(f"INIT_FROM: {folder}: {problem}. Restore it, or start from another run")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import shutil
 import tempfile
@@ -20,7 +22,7 @@ from sft_recipes.data import tokenizer_files
 from sft_recipes.data.tokenize import IGNORED
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import SetupError
-from sft_recipes.runtime.run_dir import RunDir, read_json
+from sft_recipes.runtime.run_dir import RunDir, read_json, write_json
 from sft_recipes.training import lora, parameter_table, patches, rank_heartbeat
 from sft_recipes.training.callbacks import graceful_stop
 from sft_recipes.training.callbacks.integrity_log import IntegrityCallback
@@ -271,16 +273,36 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
                     f"the model"
                 ) from error
 
-    def save_weights(self, target: Path) -> str | None:
+    def save_weights(self, target: Path, masters_of: Path | None = None) -> str | None:
         """Save the model and its tokenizer atomically to `target`; None on success, else the reason of the failure.
 
         Collective: call on every rank.
+
+        Args:
+            masters_of: save the fp32 master weights in this DeepSpeed checkpoint instead of the 16-bit weights.
         """
-        partial = str(self.checkpoint_writer.folder.saving / target.name)
+        partial = self.checkpoint_writer.folder.saving / target.name
+
+        def write() -> None:
+            if masters_of is None:
+                self.save_model(str(partial), _internal_call=True)
+            elif self.accelerator.is_main_process:
+                self._save_masters(masters_of, partial)
+
         record = {"run_id": self.plan.run_id, "step": self.state.global_step}
-        return self.checkpoint_writer.write_atomically(
-            target, lambda: self.save_model(partial, _internal_call=True), record
-        )
+        return self.checkpoint_writer.write_atomically(target, write, record)
+
+    def _save_masters(self, checkpoint: Path, target: Path) -> None:
+        from deepspeed.utils import zero_to_fp32
+
+        frozen = self.plan.method != "full"
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            masters = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(
+                str(checkpoint), exclude_frozen_parameters=frozen
+            )
+        self._save(str(target), state_dict=masters)
+        if config := read_json(target / "config.json"):
+            write_json(target / "config.json", {**config, "dtype": "float32"})
 
     def copy_model(self, source: Path, target: Path, copy: Callable[[Path, Path], Any] = shutil.copy2) -> str | None:
         """Copy the model of a complete, verified folder to `target`; None on success, else the reason of the failure.
