@@ -108,7 +108,7 @@ def check(name: str, options: Mapping[str, Any]) -> None:
     """Check the name of a schedule and its options.
 
     Raises:
-        ConfigError: unknown schedule or option, an option that is no number, or not one lowest rate.
+        ConfigError: unknown schedule or option, a non-numeric option, or not one lowest rate.
     """
     known = option_names(name)
     for key, value in options.items():

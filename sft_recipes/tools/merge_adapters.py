@@ -7,16 +7,21 @@ from pathlib import Path
 
 import torch
 
-from sft_recipes.data import tokenizer_files
+from sft_recipes.data import model_layers, tokenizer_files
+from sft_recipes.planner import memory
 from sft_recipes.planner import plan as plans
+from sft_recipes.runtime.env import host_memory_bytes
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir, read_json, write_json
+from sft_recipes.runtime.units import GIB
 from sft_recipes.training import lora
 from sft_recipes.training.checkpoint import checkpoint_format
 from sft_recipes.training.library_logging import silence_libraries
 from sft_recipes.training.weight_files import PublishedCopy
 
 log = logging.getLogger(__name__)
+
+_LIBRARIES_BYTES = GIB  # of this process, without the model
 
 
 def merge(folder: RunDir) -> Path:
@@ -26,7 +31,7 @@ def merge(folder: RunDir) -> Path:
     trained on those, not on the original weights.
 
     Raises:
-        SetupError: the run trained no adapters or has no final model.
+        SetupError: the run trained no adapters or has no final model, or the host has too little memory.
     """
     silence_libraries()
     from peft import PeftModel
@@ -43,6 +48,16 @@ def merge(folder: RunDir) -> Path:
         return folder.merged
     base_folder, partial = lora.find_base_folder(plan, folder), folder.saving / folder.merged.name
     dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
+    trust_remote_code = plan.sections.model.trust_remote_code
+    model = model_layers.build_on_meta(model_layers.load_config(base_folder, trust_remote_code), trust_remote_code)
+    # transformers keeps the 4-bit weights until all are dequantized.
+    per_weight = dtype.itemsize + (memory.NF4_BYTES if plan.method == "qlora" else 0)
+    required, host = int(per_weight * model.num_parameters()) + _LIBRARIES_BYTES, host_memory_bytes()
+    if required > host:
+        raise SetupError(
+            f"RUN: {folder.name} cannot be merged here: found {host / GIB:.1f} GiB of host memory, expected "
+            f"{required / GIB:.1f} GiB or more. Merge on a larger machine, or use the adapters in {folder.final}"
+        )
     base = lora.load_base(plan, base_folder, dtype, {"": "cpu"})
     if plan.method == "qlora":
         base = base.dequantize(dtype)

@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from sft_recipes.data.toy import toy_dataset
 from sft_recipes.planner import plan as plans
+from sft_recipes.runtime import env
 from sft_recipes.runtime.errors import UserError
 from sft_recipes.runtime.run_dir import RunDir
+from sft_recipes.runtime.units import GIB
 from sft_recipes.tools import generate, merge_adapters
 from sft_recipes.training import lora
 
@@ -143,6 +145,16 @@ def test_missing_from_scratch_base_is_named(adapted, tmp_path):
     prepared.write_text(json.dumps({**json.loads(prepared.read_text()), "model": str(tmp_path / "gone")}))
     with pytest.raises(UserError, match=f"the base model of run is gone: found no {tmp_path / 'gone'}"):
         lora.find_base_folder(plans.read(adapted / "plan.json"), RunDir(tmp_path / "run"))
+
+
+def test_merge_is_rejected_if_host_memory_is_too_small(adapted, tmp_path, monkeypatch):
+    limit = tmp_path / "memory.max"
+    limit.write_text(str(GIB // 2))
+    monkeypatch.setattr(env, "_MEMORY_LIMITS", (limit,))
+    shutil.copytree(adapted, tmp_path / "run", ignore=shutil.ignore_patterns("merged"))
+    with pytest.raises(UserError, match=r"found 0\.5 GiB of host memory, expected 1\.0 GiB or more"):
+        merge_adapters.merge(RunDir(tmp_path / "run"))
+    assert not (tmp_path / "run" / "merged").exists()
 
 
 def test_full_fine_tuning_run_is_not_merged(short_run):
