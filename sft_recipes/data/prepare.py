@@ -235,7 +235,12 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
     if resizing:
         notes.append(f"new tokens {', '.join(resizing)}: the model's embeddings are resized from {embeddings:,} rows")
     notes += [*tokenizer_notes, *model_notes]
-    notes += [f"packing is off: {leak}"] if leak else []
+    if leak:
+        packed = max(-(-per_epoch["tokens"] // plan.max_length), 1)
+        notes.append(
+            f"packing is off: {leak}. {per_epoch['examples']:,} rows per epoch instead of about {packed:,}, each padded "
+            f"to the longest of its micro-batch"
+        )
     if data.chat_template_kwargs:
         stated = json.dumps(data.chat_template_kwargs)
         notes.append(f"the chat template gets {stated}: pass it at inference too (chat_template_kwargs)")

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from sft_recipes.planner.plan import Plan
+from sft_recipes.runtime.errors import SetupError
 
 # The first pattern that a parameter's name matches decides its kind; names as in transformers 5.
 _KINDS = (
@@ -56,6 +57,22 @@ def fused_experts(model: Any) -> list[str]:
     parameters = model.named_parameters()
     fused = (name for name, value in parameters if len(_shape(value)) == 3 and _kind(name, value) == "experts")
     return sorted({".".join(name.split(".")[-2:]) for name in fused})
+
+
+def check_optimizer(model: Any, optimizer: Any) -> None:
+    """Check that the optimizer, before it is sharded, has every trained parameter.
+
+    Raises:
+        SetupError: it lacks some.
+    """
+    received = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    missing = [name for name, parameter in trained if id(parameter) not in received]
+    if missing:
+        raise SetupError(
+            f"trainer.optim: the optimizer lacks trained parameters: found {len(trained) - len(missing)} tensors, "
+            f"expected {len(trained)} (first: {missing[0]}). Set trainer.optim=adamw_torch_fused"
+        )
 
 
 def _kind(name: str, parameter: Any) -> str:

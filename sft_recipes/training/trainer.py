@@ -130,6 +130,12 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
             rank_heartbeat.beat(self.state.global_step + 1, "step")
         return loss
 
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Create the optimizer, and check that it has every trained parameter."""
+        optimizer = super().create_optimizer(model)
+        parameter_table.check_optimizer(self.model if model is None else model, optimizer)
+        return optimizer
+
     def _get_grad_norm(self, *arguments: Any, **named: Any) -> Any:
         """Get the gradient norm; stop before the optimizer step if it is not finite."""
         norm = super()._get_grad_norm(*arguments, **named)

@@ -146,6 +146,14 @@ def test_settings_that_do_not_fit_the_experts_are_rejected(tmp_path, save_family
         build(tmp_path, save_family(family), few_rows, *overrides)
 
 
+def test_optimizer_without_some_parameters_is_rejected(tmp_path, save_family, few_rows):
+    trainer = build(tmp_path, save_family("llama"), few_rows)
+    name, left_out = next(iter(trainer.model.named_parameters()))
+    trainer.optimizer = torch.optim.AdamW([value for value in trainer.model.parameters() if value is not left_out])
+    with pytest.raises(UserError, match=f"trainer.optim: the optimizer lacks trained parameters: .*{name}"):
+        trainer.train()
+
+
 def test_run_of_a_model_with_state_resumes_unpacked(tmp_path, save_family, few_rows):
     """The plan of a new attempt, before data preparation, asks for packing as the recipe does."""
     folder = save_family("lfm2")
@@ -156,7 +164,8 @@ def test_run_of_a_model_with_state_resumes_unpacked(tmp_path, save_family, few_r
         loader.load("tiny", [f"model.name_or_path={folder}", "model.from_scratch=false"]), Topology(0, 1)
     )
     assert fresh.packing and "packing" not in plans.find_differences(plan, fresh)
-    assert sum(note.startswith("packing is off: layers of type conv carry state ") for note in plan.notes) == 1
+    (note,) = [note for note in plan.notes if note.startswith("packing is off: layers of type conv carry state ")]
+    assert f"{plan.rows} rows per epoch instead of about" in note
 
 
 def test_max_length_above_the_positions(tmp_path, save_family, few_rows):
