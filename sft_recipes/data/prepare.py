@@ -238,8 +238,8 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
     if leak:
         packed = max(-(-per_epoch["tokens"] // plan.max_length), 1)
         notes.append(
-            f"packing is off: {leak}. {per_epoch['examples']:,} rows per epoch instead of about {packed:,}, each padded "
-            f"to the longest of its micro-batch"
+            f"packing is off: {leak}. {per_epoch['examples']:,} rows per epoch instead of about {packed:,}, each "
+            f"padded to the longest of its micro-batch"
         )
     if data.chat_template_kwargs:
         stated = json.dumps(data.chat_template_kwargs)
