@@ -9,15 +9,17 @@ import errno
 import json
 import logging
 import os
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from sft_recipes.config import loader
 from sft_recipes.config.schema import Recipe
 from sft_recipes.launch import parent_run, run_selection
 from sft_recipes.launch import topology as topologies
+from sft_recipes.launch.placement import Placement, parse_integer
 from sft_recipes.planner import lr_schedule, render, suggest
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Topology
@@ -25,9 +27,6 @@ from sft_recipes.runtime import env, run_dir
 from sft_recipes.runtime.errors import UserError
 from sft_recipes.runtime.log import to_console
 from sft_recipes.runtime.units import GIB
-
-if TYPE_CHECKING:
-    from sft_recipes.launch.node_launchers import NodeLaunchers
 
 log = logging.getLogger(__name__)
 
@@ -39,13 +38,6 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (docs/reference.md)."""
-    code = _run_command(arguments)
-    if code == 2 and (logs := os.environ.get("SFT_RECIPES_LOGS")):
-        Path(logs, "rejected").touch()  # for slurm/launch.sh: srun may return the signal that killed the other nodes
-    return code
-
-
-def _run_command(arguments: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # an ASCII terminal still gets its line
     to_console()
@@ -89,12 +81,12 @@ def _flag(name: str, help_text: str) -> _Argument:
 
 def _integer(name: str, least: int, help_text: str, **options: Any) -> _Argument:
     variable = name.removeprefix("--").upper()
-    return _argument(name, help_text, type=lambda text: topologies.parse_integer(text, variable, least), **options)
+    return _argument(name, help_text, type=lambda text: parse_integer(text, variable, least), **options)
 
 
 def _gpu_counts(text: str) -> int | list[int]:
     counts = text.split(",")
-    numbers = [topologies.parse_integer(count, "GPUS", 1 if len(counts) > 1 else 0) for count in counts]
+    numbers = [parse_integer(count, "GPUS", 1 if len(counts) > 1 else 0) for count in counts]
     return numbers if len(numbers) > 1 else numbers[0]
 
 
@@ -116,6 +108,12 @@ _TRAINING = (
     _argument("--init-from", "start a new run from the last weights of this finished one", metavar="NAME"),
     _flag("--overfit", "train and validate on eight rows; fail unless the loss approaches zero"),
 )
+_RUN_OPTIONS = (
+    _argument("--name", "name of the run (default: RECIPE-N)"),
+    _flag("--resume", "fail if there is no run to resume; ignore earlier attempts without progress"),
+    _argument("--allow-change", "resume although these keys of the plan changed", default="", metavar="KEY,…"),
+    _flag("--strict-versions", "fail if library versions differ from the last start"),
+)
 _DEVICES = _argument("--devices", "GPUs by id", metavar="0,2")
 
 
@@ -136,11 +134,11 @@ def commands() -> list[tuple[Any, ...]]:
         ("sanity", "run the sanity check of a plan and cache its result", _sanity, *_TRAINING, _DEVICES),
         (
             "train", "start a run, or resume an unfinished one of the same plan", _train, *_TRAINING, _DEVICES,
-            _argument("--name", "name of the run (default: RECIPE-N)"),
-            _flag("--resume", "fail if there is no run to resume; ignore earlier attempts without progress"),
-            _argument("--allow-change", "resume although these keys of the plan changed", default="", metavar="KEY,…"),
-            _flag("--strict-versions", "fail if library versions differ from the last start"),
-            _flag("--dry-run", "print the command that starts the ranks"),
+            *_RUN_OPTIONS, _flag("--dry-run", "print the command that starts the ranks"),
+        ),
+        (
+            "prepare", "prepare a run for `train` on several nodes: plan, data, folder", _prepare,
+            *_TRAINING, *_RUN_OPTIONS,
         ),
         ("status", "print state, latest metrics and remaining time of a run", _status, _RUN, _JSON),
         ("diagnose", "find problems of a run, with evidence and the change to make", _diagnose, _RUN, _JSON),
@@ -264,11 +262,9 @@ def _inspect(parsed: argparse.Namespace) -> None:
     print("\n".join(report), file=sys.stderr if parsed.json else sys.stdout)
 
 
-def _topology(parsed: argparse.Namespace, recipe: Recipe) -> Topology:
-    return topologies.available_topology(recipe, _hardware_request(parsed), topologies.from_slurm(os.environ))
-
-
-def _resolve_here(parsed: argparse.Namespace) -> tuple[Recipe, Topology, plans.Plan]:
+def _resolve_here(
+    parsed: argparse.Namespace, placement: Placement | None = None
+) -> tuple[Recipe, Topology, plans.Plan]:
     """Return recipe, topology and plan on this machine's hardware.
 
     Raises:
@@ -277,7 +273,7 @@ def _resolve_here(parsed: argparse.Namespace) -> tuple[Recipe, Topology, plans.P
     env.reporters()
     env.sanity_is_skipped()
     recipe = _recipe(parsed)
-    topology = _topology(parsed, recipe)
+    topology = topologies.available_topology(recipe, _hardware_request(parsed), placement)
     plan = _resolve(parsed, recipe, topology)
     topologies.check_host_memory(plan)
     if plan.fits is False:
@@ -289,80 +285,114 @@ def _resolve_here(parsed: argparse.Namespace) -> tuple[Recipe, Topology, plans.P
 
 
 def _sanity(parsed: argparse.Namespace) -> int:
-    return _on_all_nodes(parsed, _check_sanity)
+    from sft_recipes.launch import launch, placement, preflight
+
+    place = placement.from_environment(os.environ)
+    if place is not None and place.nodes > 1:
+        raise UserError("sanity: runs on one node. On several `train` runs it before the first step")
+    recipe, topology, plan = _resolve_here(parsed, place)
+    preflight.check_gpus(plan)
+    return launch.run_sanity_check(plan, lambda: suggest.lighter_overrides(recipe, topology))
+
+
+def _prepare(parsed: argparse.Namespace) -> int:
+    from sft_recipes.launch import placement
+
+    if parsed.name is None:
+        raise UserError("NAME: not set. `train` finds the run by its name on each node: set --name")
+    return _start_run(parsed, placement.from_environment(os.environ, whole_job=True), trains=False)
 
 
 def _train(parsed: argparse.Namespace) -> int:
-    from sft_recipes.launch import slurm
+    from sft_recipes.launch import placement
 
-    with slurm.batch_signals():
-        return _on_all_nodes(parsed, _start_run)
+    place = placement.from_environment(os.environ)
+    if place is not None and place.nodes > 1:
+        return _train_node(parsed, place)
+    nodes = _hardware_request(parsed).nodes or 1
+    if place is None and nodes > 1:
+        raise UserError(
+            f"NODES: found {nodes}, and this process has no place among them. Use sbatch --nodes={nodes} "
+            f"slurm/{parsed.recipe}.sh, or set PET_NNODES, PET_NODE_RANK and PET_MASTER_ADDR (docs/multi-node.md)"
+        )
+    return _start_run(parsed, place, trains=True)
 
 
-def _on_all_nodes(
-    parsed: argparse.Namespace, command: Callable[[argparse.Namespace, NodeLaunchers | None], int]
-) -> int:
-    """Run a command on node 0 of a Slurm job and follow it on the others; outside of Slurm, run it here."""
-    from sft_recipes.launch import slurm, stop_request
+def _start_run(parsed: argparse.Namespace, placement: Placement | None, trains: bool) -> int:
+    """Select the run and prepare its attempt, and train it if it has one node."""
+    from sft_recipes.launch import command, exit_records, launch, node_checks, preflight, run_lock
+    from sft_recipes.launch.attempts import Attempt
+    from sft_recipes.launch.run_context import RunContext
+    from sft_recipes.launch.stop_request import StoppedError, handle_stop_signals
 
-    try:
-        slurm.await_run(getattr(parsed, "name", None))
-        with slurm.node_launchers(os.environ) as nodes:
-            leader = nodes is None or nodes.is_leader
-            code = slurm.follow(nodes) if nodes and not leader else command(parsed, nodes)
-    except stop_request.StoppedError:
-        return slurm.stopped_before_rendezvous(os.environ)
-    if leader and code not in (run_dir.EXIT_ERROR, run_dir.EXIT_STOPPED):
-        slurm.forget(os.environ)
+    named = None if parsed.name is None else run_dir.RunDir(run_dir.runs_root() / run_dir.check_name(parsed.name))
+    with handle_stop_signals() as stop_request:
+        try:
+            if named and (placement or not trains):
+                run_lock.wait_until_free(named, stop_request)
+            recipe, topology, plan = _resolve_here(parsed, placement)
+        except StoppedError:
+            log.info("stopped before the start; no step was taken. Run the same command to start again")
+            return run_dir.EXIT_STOPPED
+        allow_change = tuple(key for key in parsed.allow_change.split(",") if key)
+        request = run_selection.RunRequest(parsed.name, parsed.resume, allow_change, parsed.strict_versions)
+        start = run_selection.select(plan, request, run_lock.locked_runs())
+        run = start.run_dir
+        for note in start.notes:
+            log.info(note)
+        if (code := _finished(run)) is not None:
+            return code
+        if getattr(parsed, "dry_run", False):
+            print(shlex.join(command.launch(plan, run)))
+            return 0
+        if trains:
+            preflight.check_gpus(plan)
+        topologies.check_disk(plan, run)
+        context = RunContext(run, start.plan, stop_request, lambda: suggest.lighter_overrides(recipe, topology))
+        with run_lock.lock(run):
+            in_job = placement if trains and os.environ.get("SFT_RECIPES_LOGS") else None
+            code = node_checks.check_all_nodes(context, in_job.name) if in_job else 0
+            identifier = placement.attempt if placement else os.environ.get("SFT_RECIPES_ATTEMPT") or "manual"
+            attempt = Attempt(identifier, plan.nodes, tuple(sys.argv[2:]), start.resumes, start.named)
+            code = code or launch.run_attempt(start, context, attempt, trains)
+            if in_job and run.path.is_dir():
+                records = exit_records.folder(run.path, in_job.attempt)
+                exit_records.write(records, exit_records.own(in_job, code, stop_request.signals))
+    if not trains and not code and not placement:
+        log.info(f"prepared {run.path}: start the same command with `train` on each of {plan.nodes} nodes")
     return code
 
 
-def _check_sanity(parsed: argparse.Namespace, nodes: NodeLaunchers | None) -> int:
-    from sft_recipes.launch import launch, preflight, slurm
-
-    recipe, topology, plan = _resolve_here(parsed)
-    if nodes is None:
-        preflight.check_gpus(plan)
-    if code := slurm.check_nodes(nodes, plan):
-        return code
-    return launch.run_sanity_check(plan, lambda: suggest.lighter_overrides(recipe, topology), nodes)
-
-
-def _start_run(parsed: argparse.Namespace, nodes: NodeLaunchers | None) -> int:
-    from sft_recipes.launch import launch, preflight, run_lock, slurm
-
-    if parsed.name is not None:
-        run_dir.check_name(parsed.name)
-    recipe, topology, plan = _resolve_here(parsed)
-    allow_change = tuple(key for key in parsed.allow_change.split(",") if key)
-    request = run_selection.RunRequest(parsed.name, parsed.resume, allow_change, parsed.strict_versions)
-    start = run_selection.select(plan, request, run_lock.locked_runs())
-    run = start.run_dir
-    for note in start.notes:
-        log.info(note)
-    if run.state() == "finished":
-        if run.final.is_dir():
-            log.info(f"{run.path} is finished; its model is in {run.final} (start another run with NAME=…)")
-            return int(run_dir.read_json(run.manifest).get("exit_code", 0))
+def _finished(run: run_dir.RunDir) -> int | None:
+    """Return the exit code of a finished run; None for one to start or resume."""
+    if run.state() != "finished":
+        return None
+    if not run.final.is_dir():
         log.info(f"{run.path} is finished, but {run.final} is missing: writing it again")
-    if parsed.dry_run:
-        print(launch.dry_run_command(plan, run))
-        return 0
-    if nodes is None:
-        preflight.check_gpus(plan)
-    topologies.check_disk(plan, run)
-    if error := slurm.no_progress(start):
-        log.error(error)
-        return run_dir.EXIT_NO_PROGRESS
-    with run_lock.lock(run):
-        code = slurm.check_nodes(nodes, plan)
-        return code or launch.start_run(start, lambda: suggest.lighter_overrides(recipe, topology), nodes)
+        return None
+    log.info(f"{run.path} is finished; its model is in {run.final} (start another run with NAME=…)")
+    return int(run_dir.read_json(run.manifest).get("exit_code", 0))
 
 
-def _replay(parsed: argparse.Namespace, nodes: NodeLaunchers | None) -> int:
-    from sft_recipes.tools import verify_resume
+def _train_node(parsed: argparse.Namespace, placement: Placement) -> int:
+    """Train a prepared run on this node, in lockstep with the others."""
+    from sft_recipes.launch import exit_records, launch
 
-    return verify_resume.run(run_dir.find(parsed.run), nodes)
+    if parsed.name is None:
+        raise UserError(f"NAME: not set, expected the run that `prepare` has made for {placement.nodes} nodes")
+    run = run_dir.RunDir(run_dir.runs_root() / run_dir.check_name(parsed.name))
+    if not placement.is_first:
+        logging.getLogger("sft_recipes").setLevel(logging.ERROR)  # node 0 prints what is the same on all nodes
+    if (code := _finished(run)) is not None:
+        records = exit_records.folder(run.path, placement.attempt)
+        exit_records.write(records, exit_records.own(placement, code))
+        return code
+    recipe = _recipe(parsed)
+
+    def suggest_cheaper(plan: plans.Plan) -> list[str]:
+        return suggest.lighter_overrides(recipe, Topology(plan.gpus, plan.world_size, plan.nodes, plan.gpu_type))
+
+    return launch.train_node(run, placement, suggest_cheaper, parsed.dry_run)
 
 
 def _suggest_fix(recipe: Recipe, topology: Topology) -> str:
@@ -399,7 +429,13 @@ def _merge(parsed: argparse.Namespace) -> None:
 
 
 def _verify_resume(parsed: argparse.Namespace) -> int:
-    return _on_all_nodes(parsed, _replay)
+    from sft_recipes.launch import placement
+    from sft_recipes.tools import verify_resume
+
+    place = placement.from_environment(os.environ)
+    if place is not None:
+        place.attempt += f"-{os.environ.get('SLURM_STEP_ID', '')}"
+    return verify_resume.run(run_dir.find(parsed.run), place if place and place.nodes > 1 else None)
 
 
 def _report(parsed: argparse.Namespace) -> None:

@@ -1,40 +1,139 @@
-"""Counts attempts of a run without progress, and refuses another one after three."""
+"""Attempts of a run: what `prepare` leaves for `train` on every node, and how many of them made no progress."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from sft_recipes.launch.run_selection import RunStart
-from sft_recipes.runtime.run_dir import RunDir, read_json, write_json
+from sft_recipes.launch.placement import Placement
+from sft_recipes.planner import plan as plans
+from sft_recipes.planner.plan import Plan
+from sft_recipes.runtime import timeouts
+from sft_recipes.runtime.errors import SetupError
+from sft_recipes.runtime.run_dir import EXIT_NO_PROGRESS, EXIT_STOPPED, EXIT_USER, RunDir, read_json, write_json
 
+log = logging.getLogger(__name__)
 MAX_ATTEMPTS = 3
 _KEY = "attempts_without_progress"
 
 
-def count_attempts(record: Mapping[str, Any] | None, step: int) -> int:
+@dataclass(frozen=True)
+class Attempt:
+    """An attempt of a run.
+
+    Attributes:
+        id: as in the placement of its nodes.
+        arguments: of `prepare`, which `train` must have too.
+        resumes: whether it resumes an unfinished run.
+        named: whether the user or the job named the run.
+        prepared: whether `prepare` has finished.
+        sanity_cached: whether a result of the sanity check existed then; all nodes act on this.
+    """
+
+    id: str = ""
+    nodes: int = 1
+    arguments: tuple[str, ...] = ()
+    resumes: bool = False
+    named: bool = False
+    prepared: bool = False
+    sanity_cached: bool = False
+
+
+def next_plan(run_dir: RunDir) -> Path:
+    """Return the path of an attempt's plan. It becomes `plan.json` after its sanity check: no run resumes with a plan
+    that failed it."""
+    return run_dir.path / "plan.next.json"
+
+
+def write(run_dir: RunDir, attempt: Attempt) -> None:
+    """Record an attempt in its run directory."""
+    write_json(run_dir.path / "attempt.json", asdict(attempt))
+
+
+def read(run_dir: RunDir) -> Attempt:
+    """Return the attempt of a run directory; one that is not prepared if there is none."""
+    content = read_json(run_dir.path / "attempt.json")
+    return Attempt(**{**content, "arguments": tuple(content.get("arguments", ()))})
+
+
+def open_prepared(run_dir: RunDir, placement: Placement, arguments: Sequence[str]) -> tuple[Attempt, Plan]:
+    """Return the prepared attempt and its settled plan.
+
+    Raises:
+        SetupError: nothing is prepared, it is another attempt's, or a file is not visible on this node.
+    """
+
+    def is_ours() -> bool:
+        attempt = read(run_dir)
+        return attempt.prepared and attempt.id == placement.attempt and next_plan(run_dir).exists()
+
+    ours, attempt = wait_until_visible(is_ours, placement), read(run_dir)
+    if not ours or (attempt.nodes, attempt.arguments) != (placement.nodes, tuple(arguments)):
+        found = f"prepared for attempt {attempt.id} on {attempt.nodes} nodes" if attempt.prepared else "not prepared"
+        if ours and attempt.nodes == placement.nodes:
+            found = f"prepared with other arguments ({shlex.join(attempt.arguments)})"
+        raise SetupError(
+            f"NAME: {run_dir.path} is {found}, as seen from {placement.name}: expected attempt {placement.attempt} on "
+            f"{placement.nodes} nodes. Run once, on a disk of all nodes: python -m sft_recipes prepare "
+            f"{shlex.join(arguments)}"
+        )
+    paths = [Path(path) for key, path in read_json(run_dir.prepared).items() if key in ("folder", "model")]
+    if not wait_until_visible(lambda: all(path.exists() for path in paths), placement):
+        missing = next(path for path in paths if not path.exists())
+        raise SetupError(f"HF_HOME, RUNS_DIR: {missing}: not visible on {placement.name}. Use a disk of all nodes")
+    return attempt, plans.read(next_plan(run_dir))
+
+
+def wait_until_visible(visible: Callable[[], bool], placement: Placement, seconds: float | None = None) -> bool:
+    """Wait until this node sees what another one has written, and return whether it does: NFS may hide a new name for
+    half a minute. Node 0 does not wait for its own files."""
+    until = time.monotonic() + (0 if placement.is_first else seconds or timeouts.FILE_VISIBLE)
+    while not (seen := visible()) and time.monotonic() < until:
+        time.sleep(0.2)
+    return seen
+
+
+def count_attempts(record: dict[str, Any] | None, step: int) -> int:
     """Attempts in a record `{"step": …, "count": …}`; 0 if the latest checkpoint is now another one."""
     return int(record["count"]) if record and record.get("step") == step else 0
 
 
 def record_attempt(run_dir: RunDir) -> None:
-    """Count an attempt from the latest complete checkpoint. Call before the ranks start, so that an attempt also counts
-    if its launcher is killed."""
+    """Count an attempt from the latest complete checkpoint. Call first: an attempt also counts if its launcher is
+    killed, or if its time is up during data preparation."""
     manifest, step = read_json(run_dir.manifest), run_dir.latest_complete()
     count = count_attempts(manifest.get(_KEY), step) + 1
     write_json(run_dir.manifest, {**manifest, _KEY: {"step": step, "count": count}})
 
 
-def discard_attempt(run_dir: RunDir) -> None:
-    """Do not count the latest attempt: it succeeded, or stopped at a request."""
-    manifest = read_json(run_dir.manifest)
-    if record := manifest.get(_KEY):
-        write_json(run_dir.manifest, {**manifest, _KEY: {**record, "count": record["count"] - 1}})
-
-
-def check_attempts(start: RunStart) -> str | None:
-    """Error if there is no attempt left; None if there is one, or at an explicit `--resume`."""
-    return None if start.explicit_resume or not start.resumes else no_progress_error(start.run_dir)
+def conclude(run_dir: RunDir, attempt: Attempt, code: int) -> int:
+    """End an attempt: do not count it after success or wrong input, and remove a run that never started, so that the
+    corrected command does not find another plan. Return the exit code: 4 after the last attempt without progress."""
+    if code in (0, EXIT_USER):
+        manifest = read_json(run_dir.manifest)
+        write_json(run_dir.manifest, {**manifest, _KEY: {**manifest[_KEY], "count": manifest[_KEY]["count"] - 1}})
+    elif code != EXIT_NO_PROGRESS and (error := no_progress_error(run_dir)):
+        log.error(error)
+        code = EXIT_NO_PROGRESS
+    started = not next_plan(run_dir).exists()  # it became plan.json
+    for name in ("attempt.json", next_plan(run_dir).name):
+        (run_dir.path / name).unlink(missing_ok=True)
+    if attempt.resumes or run_dir.numbered("checkpoint") or (started and code != EXIT_USER):
+        return code
+    # A requeued job has the name again, and continues the count.
+    kept = {"exits", *(["manifest.json"] if attempt.named and code == EXIT_STOPPED else [])}
+    for path in run_dir.path.iterdir():
+        if path.name not in kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if not any(run_dir.path.iterdir()):
+        run_dir.path.rmdir()
+    return code
 
 
 def no_progress_error(run_dir: RunDir) -> str | None:
@@ -43,20 +142,16 @@ def no_progress_error(run_dir: RunDir) -> str | None:
     count = count_attempts(manifest.get(_KEY), step)
     if count < MAX_ATTEMPTS:
         return None
+    last = str(manifest.get("error") or "all processes were killed, or stopped before a save")
+    if diverged := manifest.get("diverged"):
+        rows = f", rows {', '.join(diverged['rows'])}" if diverged.get("rows") else ""
+        last = f"diverged at step {diverged['step']}{rows}"
     return (
-        f"{run_dir.path}: {count} attempts without progress from {starting_point(step)}; last error: "
-        f"{_last_error(manifest)}. Run `make diagnose RUN={run_dir.name}`, fix the cause, then resume with RESUME=1"
+        f"{run_dir.path}: {count} attempts without progress from {starting_point(step)}; last error: {last}. "
+        f"Run `make diagnose RUN={run_dir.name}`, fix the cause, then resume with RESUME=1"
     )
 
 
 def starting_point(step: int) -> str:
     """`checkpoint-N`, or `the start`."""
     return f"checkpoint-{step}" if step else "the start"
-
-
-def _last_error(manifest: dict[str, Any]) -> str:
-    diverged = manifest.get("diverged")
-    if diverged:
-        rows = f", rows {', '.join(diverged['rows'])}" if diverged.get("rows") else ""
-        return f"diverged at step {diverged['step']}{rows}"
-    return str(manifest.get("error") or "all processes were killed")

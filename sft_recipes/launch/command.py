@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
+import re
 import socket
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from sft_recipes.config import strategies
+from sft_recipes.launch.placement import Placement
 from sft_recipes.planner.plan import Plan
 from sft_recipes.planner.save_time import grace_seconds
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.paths import REPOSITORY
 from sft_recipes.runtime.run_dir import RunDir, runs_root
 
-_MAX_PORTS = 100
+# Variables of a launcher around this one: accelerate and torchrun would read options in them, and a rank its place.
+_OF_ANOTHER_LAUNCHER = re.compile(
+    r"PET_.*|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|NNODES|NODE_RANK|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
+)
 
 
 def prepare(plan_file: Path) -> list[str]:
@@ -29,40 +30,33 @@ def prepare(plan_file: Path) -> list[str]:
     return [sys.executable, "-m", "sft_recipes.data.prepare", str(plan_file)]
 
 
-@dataclass(frozen=True)
-class Rendezvous:
-    """Rendezvous of the ranks: address and port on node 0, and the index of this node."""
-
-    address: str
-    port: int
-    node: int
-
-
 def launch(
-    plan: Plan, run_dir: RunDir, program: str = "training.main", rendezvous: Rendezvous | None = None
+    plan: Plan, run_dir: RunDir, program: str = "training.main", placement: Placement | None = None
 ) -> list[str]:
     """Command that starts every rank of this node; `write_accelerate_config` must have written its configuration.
 
     Args:
         program: main program of each rank, a module of `sft_recipes`.
-        rendezvous: of ranks on several nodes; those of one node use loopback.
+        placement: of this node among several, where the ranks meet at the next port of node 0; ranks of one node use
+            loopback.
 
     Source: accelerate's `commands/launch.py`.
     """
     command = [sys.executable, "-m", "sft_recipes.training.rank_launcher"]
     command += ["--config_file", str(run_dir.accelerate_config)]
     if plan.strategy.several_processes:  # with one rank too: torchrun's default port is the same for every run
-        at = rendezvous or Rendezvous("127.0.0.1", free_port("127.0.0.1"), 0)
-        command += ["--main_process_ip", at.address, "--main_process_port", str(at.port)]
-        command += ["--machine_rank", str(at.node)]
+        address, port, node = "127.0.0.1", free_port(), 0
+        if placement:
+            address, port, node = placement.address, placement.next_port(), placement.rank
+        command += ["--main_process_ip", address, "--main_process_port", str(port), "--machine_rank", str(node)]
     return [*command, "-m", f"sft_recipes.{program}", str(run_dir.plan)]
 
 
-def allreduce_test(ranks_per_node: int, nodes: int, rendezvous: Rendezvous, result: Path) -> list[str]:
-    """Command that starts this node's ranks of the all-reduce test; rank 0 writes `result`."""
-    run = ["torch.distributed.run", "--nnodes", str(nodes), "--node_rank", str(rendezvous.node)]
-    run += ["--master_addr", rendezvous.address, "--master_port", str(rendezvous.port)]
-    run += ["--nproc_per_node", str(ranks_per_node), "-m", "sft_recipes.tools.allreduce_bench", str(result)]
+def allreduce_test(ranks: int, result: Path) -> list[str]:
+    """Command that starts the all-reduce test on this machine; rank 0 writes `result`."""
+    # Not torchrun's --standalone: its rendezvous uses this machine's host name, which need not resolve.
+    run = ["torch.distributed.run", "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    run += ["--nproc_per_node", str(ranks), "-m", "sft_recipes.tools.allreduce_bench", str(result)]
     return [sys.executable, "-m", *run]
 
 
@@ -83,7 +77,8 @@ def accelerate_config(plan: Plan) -> dict[str, Any]:
         raise SetupError(f"parallelism: {plan.parallelism} needs accelerate_configs/{source.name}: not found")
     config = yaml.safe_load(source.read_text(encoding="utf-8"))
     if "deepspeed_config" in config:
-        config["deepspeed_config"]["deepspeed_config_file"] = str(_deepspeed_file(plan, config))
+        file = REPOSITORY / config["deepspeed_config"]["deepspeed_config_file"]
+        config["deepspeed_config"]["deepspeed_config_file"] = str(file)
         if not plan.uses_gpu:
             config["use_cpu"] = True  # with ACCELERATE_USE_CPU instead, a DeepSpeed file silently becomes DDP
     config.update(num_machines=plan.nodes, num_processes=plan.world_size)
@@ -95,32 +90,6 @@ def accelerate_config_name(plan: Plan) -> str:
     return "cpu" if not plan.uses_gpu and plan.strategy.ddp else plan.parallelism
 
 
-def _deepspeed_file(plan: Plan, config: Mapping[str, Any]) -> Path:
-    """Path of the DeepSpeed file that an accelerate configuration names, if it has the plan's ZeRO stage."""
-    name = config["deepspeed_config"]["deepspeed_config_file"]
-    file = REPOSITORY / str(name)
-    try:
-        zero = json.loads(file.read_text(encoding="utf-8"))["zero_optimization"]
-        stage, offloads = int(zero["stage"]), "offload_optimizer" in zero
-    except FileNotFoundError as error:
-        raise SetupError(f"parallelism: {plan.parallelism} needs {name}: not found") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise SetupError(f"{name}: not a DeepSpeed configuration with zero_optimization.stage ({error})") from error
-    if (stage, offloads) != (plan.strategy.zero_stage, plan.strategy.cpu_offload):
-        raise SetupError(
-            f"{name}: found stage {stage}{' with offload' if offloads else ''}, expected that of parallelism "
-            f"{plan.parallelism}. Correct the file, or set parallelism={_strategy_name(stage, offloads)}"
-        )
-    return file
-
-
-def _strategy_name(stage: int, offloads: bool) -> str:
-    try:
-        return strategies.running(zero_stage=stage, cpu_offload=offloads).name
-    except LookupError:
-        return "another"
-
-
 def write_accelerate_config(plan: Plan, run_dir: RunDir) -> None:
     """Write the accelerate configuration to the run directory."""
     content = yaml.safe_dump(accelerate_config(plan), sort_keys=False)
@@ -129,7 +98,7 @@ def write_accelerate_config(plan: Plan, run_dir: RunDir) -> None:
 
 def environment(plan: Plan, inherited: Mapping[str, str]) -> dict[str, str]:
     """Environment variables of the ranks: the inherited ones and those that the plan needs."""
-    chosen = dict(inherited)
+    chosen = {name: value for name, value in inherited.items() if not _OF_ANOTHER_LAUNCHER.fullmatch(name)}
     # Programs of the virtual environment, which may not be activated: torch searches ninja on PATH.
     chosen["PATH"] = os.pathsep.join(filter(None, [str(Path(sys.executable).parent), inherited.get("PATH")]))
     chosen["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), inherited.get("PYTHONPATH")]))
@@ -139,7 +108,7 @@ def environment(plan: Plan, inherited: Mapping[str, str]) -> dict[str, str]:
     chosen.setdefault("TOKENIZERS_PARALLELISM", "true" if plan.world_size == 1 else "false")
     # training/rank_launcher.py forwards stop signals. torch's agent would terminate its ranks, and kill them 30 seconds
     # later: it only handles those of a closed terminal, with the time that a save needs.
-    chosen.setdefault("PET_SHUTDOWN_TIMEOUT", str(grace_seconds(plan)))
+    chosen["PET_SHUTDOWN_TIMEOUT"] = str(grace_seconds(plan))
     chosen["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
     if sys.platform.startswith("linux") and plan.nodes == 1:
         chosen.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine needs no other interface, nor its host name
@@ -160,15 +129,8 @@ def environment(plan: Plan, inherited: Mapping[str, str]) -> dict[str, str]:
     return chosen
 
 
-def free_port(address: str, first: int = 0) -> int:
-    """Return a free port: `first` or the next free one, or any if `first` is 0.
-
-    Raises:
-        SetupError: 100 ports are in use.
-    """
-    for port in range(first, first + _MAX_PORTS):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # of an attempt that has just ended
-            probe.bind((address, port))
-            return int(probe.getsockname()[1])
-    raise SetupError(f"MASTER_PORT: ports {first} to {first + _MAX_PORTS - 1} are in use on this host. Set another one")
+def free_port() -> int:
+    """Return a free port on loopback."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

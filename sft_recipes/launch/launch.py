@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shlex
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from sft_recipes.launch import attempts, command, process_group, ranks, sanity_check
-from sft_recipes.launch.node_launchers import NodeLaunchers
+from sft_recipes.launch import (
+    attempts,
+    command,
+    exit_records,
+    node_checks,
+    process_group,
+    ranks,
+    run_lock,
+    sanity_check,
+)
+from sft_recipes.launch.attempts import Attempt
+from sft_recipes.launch.placement import NodeMissingError, Placement
 from sft_recipes.launch.run_context import RunContext
 from sft_recipes.launch.run_selection import RunStart
-from sft_recipes.launch.stop_request import handle_stop_signals
+from sft_recipes.launch.stop_request import StoppedError, handle_stop_signals
 from sft_recipes.launch.watchdog import LaunchResult
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner import render
@@ -28,61 +42,114 @@ from sft_recipes.runtime.run_dir import (
     EXIT_USER,
     RunDir,
     read_json,
+    runs_root,
     write_json,
 )
 
 log = logging.getLogger(__name__)
 
 
-def start_run(start: RunStart, suggest_cheaper: Callable[[], list[str]], nodes: NodeLaunchers | None = None) -> int:
-    """Run a plan to its end.
-
-    Args:
-        suggest_cheaper: returns the cheapest changes that need less memory; called if a rank runs out of it.
-        nodes: the node launchers, led by this one; None on one machine.
-
-    Returns:
-        Exit code.
+def run_attempt(start: RunStart, context: RunContext, attempt: Attempt, trains: bool) -> int:
+    """Prepare an attempt of a run, and train it here unless it has several nodes; return the exit code.
 
     Raises:
         SetupError: the prepared data does not suit the plan, or differs from the data of the run's earlier attempts.
     """
-    if error := attempts.check_attempts(start):
+    if not start.explicit_resume and (error := attempts.no_progress_error(start.run_dir)):
         log.error(error)
         return EXIT_NO_PROGRESS
-    with handle_stop_signals() as stop_request:
-        return _run(start, RunContext(start.run_dir, start.plan, stop_request, nodes, suggest_cheaper))
-
-
-def _run(start: RunStart, context: RunContext) -> int:
-    run_dir = context.run_dir
-    stored = plans.read(run_dir.plan) if start.resumes else None
-    plans.write(context.plan if stored is None else stored, run_dir.plan)
-    next_plan = run_dir.path / "plan.next.json"
-    plans.write(context.plan, next_plan)
-    code = prepare_data(context, next_plan)
-    if code:
-        next_plan.unlink()
-        _remove_unstarted(start)
-        return code
+    attempts.record_attempt(start.run_dir)
+    attempts.write(start.run_dir, attempt)
     try:
-        settled = _settle(context.plan, stored, read_json(run_dir.prepared))
+        code = _prepare_run(context, attempt)
+        if code == 0 and not trains:
+            return 0
+        code = code or train_run(context, attempts.read(start.run_dir))
     except UserError:
-        next_plan.unlink()
-        _remove_unstarted(start)
+        attempts.conclude(start.run_dir, attempt, EXIT_USER)
         raise
-    next_plan.unlink()
+    return attempts.conclude(start.run_dir, attempt, code)
+
+
+def _prepare_run(context: RunContext, attempt: Attempt) -> int:
+    """Prepare the data and settle the plan; return 0 or the exit code."""
+    run_dir, plan_file = context.run_dir, attempts.next_plan(context.run_dir)
+    stored = plans.read(run_dir.plan) if attempt.resumes else None
+    plans.write(stored or context.plan, run_dir.plan)
+    plans.write(context.plan, plan_file)
     run_dir.outcome.unlink(missing_ok=True)
-    context = context.within(run_dir, settled)
-    code = _check_sanity(context)
-    if code:
-        _remove_unstarted(start)
+    shutil.rmtree(exit_records.folder(run_dir.path, attempt.id), ignore_errors=True)
+    if code := prepare_data(context, plan_file):
         return code
-    plans.write(settled, run_dir.plan)  # not earlier: a run never resumes with a plan that failed its sanity check
-    log.info(_start_message(start, settled))
-    code = _train(context)
-    if code == EXIT_USER:
-        _remove_unstarted(start)
+    settled = _settle(context.plan, stored, read_json(run_dir.prepared))
+    plans.write(settled, plan_file)
+    command.write_accelerate_config(settled, run_dir)
+    is_cached = sanity_check.cached_result(settled).is_file()
+    attempts.write(run_dir, replace(attempt, prepared=True, sanity_cached=is_cached))
+    return 0
+
+
+def train_node(
+    run_dir: RunDir, placement: Placement, suggest_cheaper: Callable[[Plan], list[str]], dry_run: bool
+) -> int:
+    """Train a prepared run on this node, in lockstep with the launchers of the other nodes; return the exit code, which
+    the exit record also has.
+
+    Raises:
+        SetupError: the run is not prepared, or with other arguments.
+    """
+    records, arguments = exit_records.folder(run_dir.path, placement.attempt), sys.argv[2:]
+    attempt, code, error, lost_peer = None, EXIT_ERROR, None, False
+    with handle_stop_signals() as stop_request, contextlib.ExitStack() as lock:
+        try:
+            _, plan = attempts.open_prepared(run_dir, placement, arguments)
+            if dry_run:
+                print(shlex.join(command.launch(plan, run_dir, placement=placement)))
+                return 0
+            lock.enter_context(run_lock.lock(run_dir, shared=True, writes_holder=placement.is_first))
+            attempt, plan = attempts.open_prepared(run_dir, placement, arguments)  # not that of a later attempt
+            context = RunContext(run_dir, plan, stop_request, lambda: suggest_cheaper(plan), placement, records)
+            code = node_checks.check_all_nodes(context, placement.name) or train_run(context, attempt)
+        except UserError as wrong:
+            code, error = EXIT_USER, str(wrong)
+            raise
+        except StoppedError:
+            code = EXIT_STOPPED
+            log.info("stopped before training; no step was taken. Run the same command to start again")
+        except NodeMissingError as missing:
+            error, lost_peer = str(missing), True
+            log.error(error)
+        finally:
+            if attempt and placement.is_first:
+                code = attempts.conclude(run_dir, attempt, code)
+            if run_dir.path.is_dir() and not dry_run:
+                exit_records.write(records, exit_records.own(placement, code, stop_request.signals, error, lost_peer))
+    return code
+
+
+def train_run(context: RunContext, attempt: Attempt) -> int:
+    """Run the sanity check and the ranks of a prepared attempt, and return the exit code. Call on every node."""
+    run_dir = context.run_dir
+    context = context.within(run_dir, plans.read(attempts.next_plan(run_dir)))
+    if code := _check_sanity(context, attempt):
+        return code
+    if context.is_first_node:
+        plans.write(context.plan, run_dir.plan)
+        for leftover in (run_dir.ranks, run_dir.stack_traces):
+            shutil.rmtree(leftover, ignore_errors=True)
+        log.info(_start_message(run_dir, attempt, context.plan))
+    if code := context.agree():  # node 0 has written the files
+        return code
+    if context.is_first_node:
+        attempts.next_plan(run_dir).unlink()  # now the run has started
+    result = ranks.run_ranks(context, "training.main")
+    if not context.is_first_node:
+        return result.code
+    code, error = _read_outcome(run_dir, result)
+    if error and code != EXIT_USER and (no_progress := attempts.no_progress_error(run_dir)):
+        code, error = EXIT_NO_PROGRESS, no_progress
+    if error:
+        log.error(error)
     if read_json(run_dir.outcome).get("out_of_memory"):
         changes = context.suggest_cheaper()
         write_json(run_dir.manifest, {**read_json(run_dir.manifest), "takes_less": changes})
@@ -90,77 +157,56 @@ def _run(start: RunStart, context: RunContext) -> int:
     return code
 
 
-def _train(context: RunContext) -> int:
-    """Run the ranks, and return the exit code."""
-    run_dir = context.run_dir
-    for leftover in (run_dir.ranks, run_dir.stack_traces):
-        shutil.rmtree(leftover, ignore_errors=True)
-    attempts.record_attempt(run_dir)
-    result = ranks.run_ranks(context, "training.main")
-    code, error = _read_outcome(run_dir, result)
-    if code in (0, EXIT_USER, EXIT_STOPPED):
-        attempts.discard_attempt(run_dir)
-    elif no_progress := attempts.no_progress_error(run_dir):
-        code, error = EXIT_NO_PROGRESS, no_progress
-    if error:
-        log.error(error)
-    return code
-
-
-def _check_sanity(context: RunContext) -> int:
+def _check_sanity(context: RunContext, attempt: Attempt) -> int:
     """Run the sanity check unless a result is cached, and record the result's path in the run directory."""
-    run_dir = context.run_dir
-    if variables.sanity_is_skipped():
-        write_json(run_dir.sanity, {"skipped": True})
-        return 0
     cached = sanity_check.cached_result(context.plan)
-    if cached.is_file():
-        log.info("sanity check passed (cached: %s)", cached)
-    elif code := sanity_check.run(context, run_dir.prepared):
-        return code
-    write_json(run_dir.sanity, {"result": str(cached)})
+    result: dict[str, Any] = {"skipped": True}
+    if not variables.sanity_is_skipped():
+        result = {"result": str(cached)}
+        if not attempt.sanity_cached:
+            if code := sanity_check.run(context, context.run_dir.prepared):
+                return code
+        elif context.is_first_node:
+            log.info("sanity check passed (cached: %s)", cached)
+    if context.is_first_node:
+        write_json(context.run_dir.sanity, result)
     return 0
 
 
-def run_sanity_check(plan: Plan, suggest_cheaper: Callable[[], list[str]], nodes: NodeLaunchers | None = None) -> int:
+def run_sanity_check(plan: Plan, suggest_cheaper: Callable[[], list[str]]) -> int:
     """Prepare a plan's data and run the sanity check, even if a result is cached; creates no run.
 
     Raises:
         SetupError: the prepared data does not suit the plan.
     """
-    with tempfile.TemporaryDirectory(prefix="sft-") as directory, handle_stop_signals() as stop_request:
+    results = runs_root() / ".sanity"  # on the disk of the runs, which the trial tests too
+    results.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(prefix="trial-", dir=results) as directory, handle_stop_signals() as stop_request:
         run_dir = RunDir(Path(directory))
-        context = RunContext(run_dir, plan, stop_request, nodes, suggest_cheaper)
+        context = RunContext(run_dir, plan, stop_request, suggest_cheaper)
         plans.write(plan, run_dir.plan)
-        code = prepare_data(context, run_dir.plan)
-        if code:
+        if code := prepare_data(context, run_dir.plan):
             return code
-        settled = _settle(plan, None, read_json(run_dir.prepared))
-        return sanity_check.run(context.within(run_dir, settled), run_dir.prepared)
+        return sanity_check.run(
+            context.within(run_dir, _settle(plan, None, read_json(run_dir.prepared))), run_dir.prepared
+        )
 
 
 def prepare_data(context: RunContext, plan_file: Path) -> int:
     """Prepare the data of the plan in a file, and return 0 or the exit code."""
-    nodes = context.nodes
     environment = command.environment(context.plan, os.environ)
-    peer_failed = nodes.any_node_lost if nodes else None
-    code = process_group.run(
-        command.prepare(plan_file), environment, context.stop_request, peer_failed=peer_failed
-    ).code
-    if nodes and (lost := nodes.request_requeue_if_lost()):
-        log.error(lost)
-        return EXIT_STOPPED
+    code = process_group.run(command.prepare(plan_file), environment, context.stop_request).code
     if code == EXIT_STOPPED:
         log.info("stopped during data preparation, before training; run the same command to start again")
     return code if code in (0, EXIT_USER, EXIT_STOPPED) else EXIT_ERROR
 
 
-def _start_message(start: RunStart, plan: Plan) -> str:
-    step = start.run_dir.latest_complete()
-    action = "resuming" if start.resumes else "starting"
+def _start_message(run_dir: RunDir, attempt: Attempt, plan: Plan) -> str:
+    step = run_dir.latest_complete()
+    action = "resuming" if attempt.resumes else "starting"
     checkpoint = f" from checkpoint-{step}" if step else ""
     return (
-        f"{action} {start.run_dir.path}{checkpoint}: {plan.optimizer_steps} optimizer steps, effective batch "
+        f"{action} {run_dir.path}{checkpoint}: {plan.optimizer_steps} optimizer steps, effective batch "
         f"{plan.effective_batch_size}, {render.describe_ranks(plan)}; {plan.dropped_rows_per_epoch} of {plan.rows} "
         f"rows dropped per epoch (drop_last, reshuffled each epoch)"
     )
@@ -184,12 +230,6 @@ def data_changed_message(plan: Plan, before: str | None, now: str | None) -> str
     return f"data.train: {named} changed since the run started (data_fingerprint {before} -> {now}). Restore the data"
 
 
-def _remove_unstarted(start: RunStart) -> None:
-    """Remove the directory of a run that never started, so that the corrected command does not find another plan."""
-    if not start.resumes and not start.run_dir.numbered("checkpoint"):
-        shutil.rmtree(start.run_dir.path)
-
-
 def _read_outcome(run_dir: RunDir, result: LaunchResult) -> tuple[int, str | None]:
     """Exit code and error of the attempt: as rank 0 recorded it, else from the result of the ranks."""
     outcome = read_json(run_dir.outcome)
@@ -208,8 +248,3 @@ def _read_outcome(run_dir: RunDir, result: LaunchResult) -> tuple[int, str | Non
     if result.user_error:
         return code, error
     return code, f"{run_dir.path}: {error}. See the log above and in {run_dir.log}; {run_dir.describe_restart()}"
-
-
-def dry_run_command(plan: Plan, run_dir: RunDir) -> str:
-    """The command that would start the ranks, for `--dry-run`."""
-    return shlex.join(command.launch(plan, run_dir))

@@ -1,14 +1,27 @@
-"""Checks of a node that `doctor` and the start of a Slurm job share."""
+"""Checks of a node: those that `doctor` shares, and those before the first program of a job."""
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import shutil
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+from sft_recipes.launch import preflight, ranks, topology
+from sft_recipes.launch.run_context import RunContext
 from sft_recipes.launch.topology import ask_nvidia
+from sft_recipes.planner.plan import Plan
+from sft_recipes.runtime.env import sanity_is_skipped
+from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.run_dir import EXIT_ERROR, EXIT_USER, read_json
 from sft_recipes.runtime.units import GIB
+
+log = logging.getLogger(__name__)
 
 Status = Literal["ok", "warning", "error"]
 
@@ -22,6 +35,8 @@ _TRANSPORTS = {
     "network plugin": r" via NET/(?!IB/|Socket/)",
 }
 
+_CUDA = "CUDA"
+_LEAST_TMP_BYTES = GIB  # libraries compile and unpack in /tmp
 IDLE_GPU_BYTES = GIB  # drivers and desktops use less than this of a GPU's memory
 
 
@@ -77,3 +92,88 @@ def used_mib() -> dict[str, float]:
     if shutil.which("nvidia-smi") is None:
         return {}
     return {row[0]: float(row[1]) for row in ask_nvidia("index,memory.used") if len(row) == 2 and row[1].isdigit()}
+
+
+def check_node(plan: Plan) -> Iterator[CheckResult]:
+    """Yield the problems of this node with a plan."""
+    ranks_here, gpus_here = plan.world_size // plan.nodes, plan.gpus // plan.nodes
+    cores, all_cores = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+    if cores < min(ranks_here, all_cores):
+        detail = f"{cores} of {all_cores} cores for {ranks_here} ranks"
+        yield CheckResult("cores", "error", detail, "set SRUN_CPUS_PER_TASK to all cores of the node")
+    free = shutil.disk_usage("/tmp").free
+    if free < _LEAST_TMP_BYTES:
+        yield CheckResult("disk: /tmp", "error", f"{free / GIB:.2f} GiB free", "free at least 1 GiB")
+    try:
+        topology.check_host_memory(plan)
+    except UserError as error:
+        yield CheckResult("host memory", "error", str(error))
+    if not plan.gpus:
+        return
+    gpus, used = topology.visible_gpus(), used_mib()
+    if len(gpus) < gpus_here:
+        yield CheckResult("GPUs", "error", f"found {len(gpus)}, expected {gpus_here}", "run nvidia-smi on that node")
+    if problem := preflight.gpu_problem(gpus_here):
+        yield CheckResult(_CUDA, "error", *problem)
+    for gpu in gpus:
+        if used.get(gpu.id, 0.0) * 2**20 > IDLE_GPU_BYTES:
+            detail = f"GPU {gpu.id}: {used[gpu.id] / 1024:.1f} GiB in use"
+            yield CheckResult("GPU memory", "error", detail, "a process of an earlier job may still run there")
+
+
+def check_all_nodes(context: RunContext, name: str) -> int:
+    """Check each node, exchange the results, and run the all-reduce test over all ranks. Call on every node.
+
+    Returns:
+        0, or the exit code, which is the same on all nodes.
+
+    Args:
+        name: of this node.
+    """
+    own: dict[str, Any] = {"name": name, "results": [asdict(result) for result in check_node(context.plan)]}
+    placement = context.placement
+    reports = placement.exchange(own, context.stop_request) if placement else [own]
+    problems = {report["name"]: [CheckResult(**result) for result in report["results"]] for report in reports}
+    code, error = _judge(problems)
+    if context.is_first_node:
+        for node, results in problems.items():
+            for result in results:
+                log.info(f"{node}: {result}")
+        if error:
+            log.error(error)
+    if code or placement is None or sanity_is_skipped():
+        return code
+    return _check_all_reduce(context)
+
+
+def _judge(problems: Mapping[str, Sequence[CheckResult]]) -> tuple[int, str]:
+    """Return exit code and error for the problems of each node. PyTorch that cannot use the GPUs is wrong input, and
+    excluding nodes helps only if others are left."""
+    if without_cuda := {name: r for name, results in problems.items() for r in results if r.check == _CUDA}:
+        names, first = ",".join(without_cuda), next(iter(without_cuda.values()))
+        exclude = "" if len(without_cuda) == len(problems) else f", or exclude it: sbatch --exclude={names}"
+        return EXIT_USER, f"GPUS: {names}: {first.detail}. {first.fix}{exclude}"
+    if names := ",".join(name for name, results in problems.items() if results):
+        return EXIT_ERROR, f"node checks failed on {names}. Exclude it: sbatch --exclude={names}"
+    return 0, ""
+
+
+def _check_all_reduce(context: RunContext) -> int:
+    """Run the all-reduce test, and print its speed and transports; return 0 or the exit code."""
+    result_file = context.run_dir.result
+    with tempfile.TemporaryDirectory(prefix="sft-") as folder:
+        debug = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,GRAPH,NET", "NCCL_DEBUG_FILE": f"{folder}/nccl-%p"}
+        ended = ranks.run_ranks(context, "tools.allreduce_bench", can_save=False, variables=debug)
+        nccl_log = "\n".join(file.read_text(errors="replace") for file in Path(folder).glob("nccl-*"))
+    code = ended.code
+    if ended.error:
+        log.error(f"all-reduce test: {ended.error}. See the logs of the nodes")
+    elif context.is_first_node and not code:
+        measured = {**read_json(result_file), "transports": find_transports(nccl_log)}
+        result_file.unlink()
+        result = all_reduce(measured, context.plan.gpus, bool(os.environ.get("ALLOW_SOCKETS")))
+        log.info(str(result))
+        code = EXIT_ERROR if result.status == "error" else 0
+        if code:
+            log.error(f"all-reduce: {result.detail}. {result.fix}")
+    return code if ended.error else context.agree(code)

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from sft_recipes.launch.stop_request import StopRequest
 from sft_recipes.launch.watchdog import LaunchResult, Watchdog
@@ -20,15 +20,11 @@ def run(
     environment: Mapping[str, str],
     stop_request: StopRequest,
     watchdog: Watchdog | None = None,
-    peer_failed: Callable[[], bool] | None = None,
 ) -> LaunchResult:
     """Run a command to its end.
 
     At a stop request the ranks are signalled, and save together. A command without ranks, or whose ranks cannot save
     yet, is terminated at once, as is any at a forced quit. If a rank dies or stalls, the others are terminated.
-
-    Args:
-        peer_failed: polled; if True, the ranks are terminated as if one of them had died.
     """
     if stop_request.requested:
         return LaunchResult(EXIT_STOPPED)
@@ -40,11 +36,10 @@ def run(
         preexec_fn=functools.partial(heartbeat.die_with_parent, os.getpid()),  # noqa: PLW1509  there are no threads
     )
     try:
-        peer_failed = peer_failed or _never
         if watchdog is None:
-            stopped, killed = _wait(process, stop_request, peer_failed), False
+            stopped, killed = _wait(process, stop_request), False
         else:
-            stopped, killed = _wait_for_ranks(process, stop_request, watchdog, peer_failed)
+            stopped, killed = _wait_for_ranks(process, stop_request, watchdog)
         if stopped:
             return LaunchResult(EXIT_STOPPED)
         code = process.wait()
@@ -64,20 +59,16 @@ def run(
             watchdog.wait_until_gone(timeouts.LAUNCHER_EXIT)
 
 
-def _never() -> bool:
-    return False
-
-
-def _wait(process: subprocess.Popen[bytes], stop_request: StopRequest, peer_failed: Callable[[], bool]) -> bool:
+def _wait(process: subprocess.Popen[bytes], stop_request: StopRequest) -> bool:
     """Wait for a command without ranks; return whether it has to be terminated."""
     while _is_running(process):
-        if stop_request.requested or peer_failed():
+        if stop_request.requested:
             return True
     return False
 
 
 def _wait_for_ranks(
-    process: subprocess.Popen[bytes], stop_request: StopRequest, watchdog: Watchdog, peer_failed: Callable[[], bool]
+    process: subprocess.Popen[bytes], stop_request: StopRequest, watchdog: Watchdog
 ) -> tuple[bool, bool]:
     """Wait for the launcher of ranks; return whether a stop request terminates them, and whether the launcher was
     killed."""
@@ -86,7 +77,7 @@ def _wait_for_ranks(
     while _is_running(process):
         if stop_request.force_quit:
             return True, False
-        if stop_request.requested and not forwarded:
+        if stop_request.requested and not forwarded and not watchdog.find_own_failure():
             if not (watchdog.can_save and heartbeat.request_stop(watchdog.run_dir.ranks)):
                 return True, False
             forwarded = True
@@ -94,9 +85,6 @@ def _wait_for_ranks(
         now = time.monotonic()
         if kill_at is None:
             if watchdog.dead_ranks():
-                kill_at = now + timeouts.OTHER_RANKS_EXIT
-            elif peer_failed():
-                watchdog.stopped_for_peer = True
                 kill_at = now + timeouts.OTHER_RANKS_EXIT
             elif watchdog.detect_stall():
                 kill_at = now

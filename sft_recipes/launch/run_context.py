@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from sft_recipes.launch.node_launchers import NodeLaunchers
+from sft_recipes.launch.placement import Placement
 from sft_recipes.launch.stop_request import StopRequest
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.run_dir import RunDir
-
-
-def _no_changes() -> list[str]:
-    return []
 
 
 @dataclass(frozen=True)
@@ -21,15 +18,26 @@ class RunContext:
 
     Attributes:
         run_dir: run directory, or that of a sanity check or a replay.
-        nodes: the node launchers, led by this one; None on one machine.
         suggest_cheaper: returns the cheapest changes that need less memory, as `key=value`.
+        placement: this node's place; None on one machine.
+        records: folder of the exit records of this attempt; set with the placement.
     """
 
     run_dir: RunDir
     plan: Plan
     stop_request: StopRequest
-    nodes: NodeLaunchers | None = None
-    suggest_cheaper: Callable[[], list[str]] = _no_changes
+    suggest_cheaper: Callable[[], list[str]] = list
+    placement: Placement | None = None
+    records: Path | None = None
+
+    @property
+    def is_first_node(self) -> bool:
+        """Whether this launcher writes the files that all nodes read, and prints the results."""
+        return self.placement is None or self.placement.is_first
+
+    def agree(self, code: int = 0) -> int:
+        """Return the first exit code other than 0 of any node: all continue, or none. Call on every node."""
+        return self.placement.agree(code, self.stop_request) if self.placement else code
 
     def within(self, run_dir: RunDir, plan: Plan | None = None) -> RunContext:
         """Return this context with another run directory and, if given, another plan."""

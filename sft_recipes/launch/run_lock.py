@@ -22,8 +22,12 @@ _TRIES = 5
 
 
 @contextlib.contextmanager
-def lock(run_dir: RunDir) -> Iterator[None]:
+def lock(run_dir: RunDir, shared: bool = False, writes_holder: bool = True) -> Iterator[None]:
     """Lock the run for this process.
+
+    Args:
+        shared: with the launchers of the other nodes, which keep `prepare` of a later attempt waiting.
+        writes_holder: name this process in errors of others.
 
     Raises:
         SetupError: another live process holds the lock, ranks of an earlier attempt still run, or the directory is not
@@ -38,7 +42,7 @@ def lock(run_dir: RunDir) -> Iterator[None]:
         ) from error
     with file:
         try:
-            acquired = _acquire(file)
+            acquired = _acquire(file, shared)
         except OSError as error:
             raise SetupError(
                 f"RUNS_DIR: {run_dir.path} is on a file system without file locks ({error.strerror}), so two processes "
@@ -46,18 +50,19 @@ def lock(run_dir: RunDir) -> Iterator[None]:
             ) from error
         if not acquired:
             raise SetupError(f"NAME: {run_dir.name} is in use by {_holder(run_dir.lock)}. Wait for it")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        if writes_holder:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
         _wait_for_earlier_ranks(run_dir)
         yield
 
 
-def _acquire(file: TextIO) -> bool:
+def _acquire(file: TextIO, shared: bool) -> bool:
     """Try to acquire the lock; a process that only checks whether it is held has it for a moment."""
     for _ in range(_TRIES):
         with contextlib.suppress(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             return True
         time.sleep(0.05)
     return False
@@ -104,8 +109,9 @@ def holder(run_dir: RunDir) -> str | None:
 def is_locked(run_dir: RunDir) -> bool:
     """Whether a live process holds the run."""
     try:
-        with run_dir.lock.open("r", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        ours = os.access(run_dir.lock, os.W_OK)  # NFS requires a writable file for an exclusive lock
+        with run_dir.lock.open("r+" if ours else "r", encoding="utf-8") as file:
+            fcntl.flock(file, (fcntl.LOCK_EX if ours else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
     except BlockingIOError:
@@ -114,7 +120,8 @@ def is_locked(run_dir: RunDir) -> bool:
 
 
 def wait_until_free(run_dir: RunDir, stop_request: StopRequest) -> None:
-    """Wait for an attempt on a node that lost its connection, which exits once it misses the other nodes.
+    """Wait for the launchers of an earlier attempt, for example on a node that lost its connection, until its ranks
+    stall.
 
     Raises:
         StoppedError: a stop was requested meanwhile.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from sft_recipes.planner import plan as plans
@@ -16,7 +16,7 @@ from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir, all_runs, check_name, read_json, runs_root, write_json
 
 # Files of an attempt that was killed before it had a plan.
-_WITHOUT_PLAN = (".lock", "plan.json.partial")
+_WITHOUT_PLAN = (".lock", "plan.json.partial", "exits", "manifest.json")
 # Values that are equal in runs of the same model and data, by the names of a plan; most telling first.
 _MODEL_KEYS = ["name_or_path", "revision", "from_scratch", "architecture"]
 _DATA_KEYS = ["train", "validation", "retention_eval", "revision", "overfit_rows"]
@@ -35,6 +35,7 @@ class RunStart:
         resumes: whether it resumes an unfinished run.
         notes: lines to print first.
         explicit_resume: whether the user passed `--resume`.
+        named: whether the user named the run.
     """
 
     run_dir: RunDir
@@ -42,6 +43,7 @@ class RunStart:
     resumes: bool
     notes: tuple[str, ...] = ()
     explicit_resume: bool = False
+    named: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def select(plan: Plan, request: RunRequest, locked: dict[str, str]) -> RunStart:
         SetupError: the run has another plan or is in use, or `--resume` finds nothing to resume.
     """
     if request.name is not None:
-        return _select_named(plan, RunDir(runs_root() / check_name(request.name)), request, locked)
+        return replace(_select_named(plan, RunDir(runs_root() / check_name(request.name)), request, locked), named=True)
     usable = [run for run in _numbered(plan.recipe) if os.access(run.path, os.R_OK | os.W_OK | os.X_OK)]
     left: dict[str, str] = {}
     notes = [note for run in usable if not run.path.is_symlink() for note in _restore_plan(run)]
@@ -79,9 +81,11 @@ def select(plan: Plan, request: RunRequest, locked: dict[str, str]) -> RunStart:
             notes.append(f"skipping {run.name}: in use by {locked[run.name]}")
         elif run.path.is_symlink():
             notes.append(f"skipping {run.name}: a symbolic link, not a run directory")
-        elif run.state() != "finished" and (other := _other_inputs(plans.read(run.plan), plan)):
+        elif run.state() == "finished":
+            continue
+        elif other := _other_inputs(plans.read(run.plan), plan):
             left[run.name] = other
-        elif run.state() != "finished":
+        else:
             start = _resume(plan, run, request)
             return replace(start, notes=(*notes, *start.notes))
     if left:
@@ -136,7 +140,9 @@ def _resume(plan: Plan, run: RunDir, request: RunRequest) -> RunStart:
             fix = f"Resume it with ALLOW_CHANGE={','.join(rejected)}, or start a new run with NAME=…"
         state = "is finished and has" if finished else "has"
         raise SetupError(f"run {run.name} {state} another plan: {_list_changes(rejected)}. {fix}")
-    _check_allowed_keys(plan, request.allow_change)
+    keys = [_user_key(key) for key in plans.flat_values(plan)]
+    if unknown := [name for name in request.allow_change if not any(_is_allowed(key, (name,)) for key in keys)]:
+        raise SetupError(f"ALLOW_CHANGE: {unknown[0]!r} is not a key of a plan. Use keys listed as changed")
     monitor = _monitor_changes(stored, plan)
     accepted = sorted({*stored.allowed_changes, *differences, *monitor, *request.allow_change})
     resumed = replace(plan, created=stored.created, run_id=stored.run_id, allowed_changes=accepted)
@@ -173,17 +179,6 @@ def _is_allowed(key: str, allowed: tuple[str, ...]) -> bool:
     )
 
 
-def _check_allowed_keys(plan: Plan, allowed: tuple[str, ...]) -> None:
-    """
-    Raises:
-        SetupError: a name is not a key of a plan.
-    """
-    keys = plans.flat_values(plan)
-    unknown = [name for name in allowed if not any(_is_allowed(_user_key(key), (name,)) for key in keys)]
-    if unknown:
-        raise SetupError(f"ALLOW_CHANGE: {unknown[0]!r} is not a key of a plan. Use keys listed as changed")
-
-
 def _restore_plan(run: RunDir) -> tuple[str, ...]:
     """Restore a corrupt or missing `plan.json` from the latest checkpoint with a copy; return lines to print.
 
@@ -205,12 +200,8 @@ def _restore_plan(run: RunDir) -> tuple[str, ...]:
 
 def _monitor_changes(stored: Plan, plan: Plan) -> dict[str, tuple[Any, Any]]:
     """Changes of `monitor`: printed and not rejected, since they change no weight, but perhaps when a run ends."""
-    old, new = stored.sections.monitor, plan.sections.monitor
-    return {
-        f"monitor.{field.name}": (getattr(old, field.name), getattr(new, field.name))
-        for field in sorted(fields(new), key=lambda field: field.name)
-        if getattr(old, field.name) != getattr(new, field.name)
-    }
+    old, new = asdict(stored.sections.monitor), asdict(plan.sections.monitor)
+    return {f"monitor.{key}": (old[key], new[key]) for key in sorted(new) if old[key] != new[key]}
 
 
 def version_notes(run: RunDir, strict: bool) -> tuple[str, ...]:

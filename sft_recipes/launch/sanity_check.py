@@ -6,12 +6,10 @@ from __future__ import annotations
 import datetime
 import logging
 import shutil
-import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.launch import ranks, run_lock
+from sft_recipes.launch import command, ranks
 from sft_recipes.launch.run_context import RunContext
 from sft_recipes.launch.watchdog import LaunchResult
 from sft_recipes.planner import plan as plans
@@ -33,7 +31,7 @@ def cached_result(plan: Plan) -> Path:
 
 def run(context: RunContext, prepared: Path) -> int:
     """Run the sanity check of the context's plan, which must be settled. A stop request terminates it: there is nothing
-    to save.
+    to save. Call on every node: node 0 writes the files and reports the result.
 
     Args:
         prepared: the run's `prepared.json`; only read.
@@ -41,67 +39,64 @@ def run(context: RunContext, prepared: Path) -> int:
     Returns:
         0 if every check passed, 1 if one failed, 2 for a user error, 75 if stopped.
     """
-    plan, result_file = context.plan, cached_result(context.plan)
-    result_file.parent.mkdir(parents=True, exist_ok=True)
-    result_file.parent.chmod(0o700)  # results quote the data
-    _remove_killed_trials(result_file.parent)
-    short = trial.trial_plan(plan)
-    with tempfile.TemporaryDirectory(prefix="trial-", dir=result_file.parent) as directory:
-        run_dir = RunDir(Path(directory))
-        with run_lock.lock(run_dir):
-            log.info(
-                f"sanity check: {plan.recipe}, {short.optimizer_steps} steps, effective batch "
-                f"{short.effective_batch_size}, {short.rows} rows including the longest, "
-                f"{render.describe_ranks(plan)} (skip with SANITY=skip)"
-            )
-            part = _run_part(context.within(run_dir, short), prepared)
-            if code := _report_without_result(part, result_file):
-                return code
-            checks, measured = part.result["checks"], part.result["measured"]
-            _report_checks(checks, context)
-            if trial.checks_resume(plan) and not _count_failed(checks):
-                reload_dir = RunDir(run_dir.path / trial.RELOAD)
-                reload_dir.path.mkdir()
-                reload_part = _run_part(context.within(reload_dir, short), prepared)
-                if code := _report_without_result(reload_part, result_file):
-                    return code
-                _report_checks(reload_part.result["checks"], context)
-                checks = [*checks, *reload_part.result["checks"]]
-    return _report_result(plan, {"checks": checks, "measured": measured}, result_file)
+    result_file = cached_result(context.plan)
+    trial_dir, short = RunDir(context.run_dir.path / ".trial"), trial.trial_plan(context.plan)
+    if context.is_first_node:
+        log.info(
+            f"sanity check: {short.recipe}, {short.optimizer_steps} steps, effective batch "
+            f"{short.effective_batch_size}, {short.rows} rows including the longest, "
+            f"{render.describe_ranks(short)} (skip with SANITY=skip)"
+        )
+        result_file.parent.mkdir(parents=True, exist_ok=True)
+        result_file.parent.chmod(0o700)  # results quote the data
+        shutil.rmtree(trial_dir.path, ignore_errors=True)  # of an attempt that was killed
+        for run_dir in (trial_dir, RunDir(trial_dir.path / trial.RELOAD)):
+            run_dir.path.mkdir()
+            plans.write(short, run_dir.plan)
+            shutil.copy(prepared, run_dir.prepared)
+            command.write_accelerate_config(short, run_dir)
+    try:
+        return context.agree() or _run_parts(context, trial_dir, short, result_file)
+    finally:
+        if context.is_first_node:
+            shutil.rmtree(trial_dir.path, ignore_errors=True)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """One part of the sanity check: its directory, how its ranks ended, and what rank 0 wrote."""
+def _run_parts(context: RunContext, trial_dir: RunDir, short: Plan, result_file: Path) -> int:
+    """Run the trial and the reload of its checkpoint; on node 0 report their checks. Return the exit code."""
+    checks: list[dict[str, Any]] = []
+    measured: dict[str, Any] = {}
+    reload_dir = RunDir(trial_dir.path / trial.RELOAD)
+    for run_dir in (trial_dir, *([reload_dir] if trial.checks_resume(context.plan) else [])):
+        ended = ranks.run_ranks(context.within(run_dir, short), "sanity.worker", can_save=False)
+        code, result = ended.code, read_json(run_dir.result) if context.is_first_node else {}
+        if context.is_first_node:
+            code = _report_without_result(ended, result, read_json(run_dir.outcome), run_dir, result_file)
+        if result and not code:
+            _report_checks(result["checks"], context)
+            checks, measured = [*checks, *result["checks"]], measured or result["measured"]
+            code = EXIT_ERROR if _count_failed(checks) else 0
+        if ended.code == 0:  # otherwise the ranks of the other nodes have failed too
+            code = context.agree(code)
+        if code:
+            break
+    if code and not _count_failed(checks):
+        return code
+    return _report_result(context.plan, {"checks": checks, "measured": measured}, result_file) if checks else code
 
-    run_dir: RunDir
-    ended: LaunchResult
-    result: dict[str, Any]
-    outcome: dict[str, Any]
 
-
-def _run_part(context: RunContext, prepared: Path) -> _Part:
-    """Run the ranks of one part in its own directory."""
-    run_dir = context.run_dir
-    plans.write(context.plan, run_dir.plan)
-    shutil.copy(prepared, run_dir.prepared)
-    ended = ranks.run_ranks(context, "sanity.worker", can_save=False)
-    return _Part(run_dir, ended, read_json(run_dir.result), read_json(run_dir.outcome))
-
-
-def _report_without_result(part: _Part, result_file: Path) -> int:
+def _report_without_result(
+    ended: LaunchResult, result: dict[str, Any], outcome: dict[str, Any], run_dir: RunDir, result_file: Path
+) -> int:
     """Report a part that has no result, and return the exit code; 0 if it has one."""
-    ended, outcome = part.ended, part.outcome
-    stack_traces = _keep_stack_traces(part.run_dir, result_file)
+    stack_traces = _keep_stack_traces(run_dir, result_file)
     if EXIT_STOPPED in (ended.code, outcome.get("exit_code")):
-        if ended.error:
-            log.info(ended.error)
         log.info("stopped during the sanity check, before training; run the same command to start again")
         return EXIT_STOPPED
     if error := outcome.get("error") or (ended.error if ended.user_error else None):
         log.error(error)
         return int(outcome.get("exit_code", EXIT_USER))
-    if not part.result:
+    if not result:
         error = ended.error or f"no result (exit code {ended.code})"
         log.error(f"sanity check: {error}{stack_traces}. See the log above; skip the check with SANITY=skip")
         return EXIT_ERROR
@@ -116,13 +111,6 @@ def _keep_stack_traces(run_dir: RunDir, result_file: Path) -> str:
         return ""
     shutil.move(run_dir.stack_traces, kept)
     return f"; stack traces: {kept}"
-
-
-def _remove_killed_trials(directory: Path) -> None:
-    """Remove trials that no live process holds; each may hold a checkpoint."""
-    for path in directory.glob("trial-*"):
-        if not run_lock.is_locked(RunDir(path)):
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _count_failed(checks: list[dict[str, Any]]) -> int:

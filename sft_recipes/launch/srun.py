@@ -1,8 +1,8 @@
-"""Print the srun command that starts one launcher on each node of a job, in a container or without one.
+"""Print the srun command of a phase of a job, in a container or without one.
 
 It runs in the machine's system Python, with the standard library only, and prints a shell command line:
 
-    python3 -I sft_recipes/launch/srun.py RECIPE [key=value …]
+    python3 -I sft_recipes/launch/srun.py prepare|train RECIPE [key=value …]
 
 It reads RUNTIME (`local`, `pyxis`, `apptainer`), IMAGE, the variables of `make train`, and Slurm's.
 
@@ -36,15 +36,21 @@ _OVERRIDES = {"DATA": "data.train", "VALIDATION": "data.validation"}
 _JOB_VARIABLES = ("HF_HOME", "RUNS_DIR", "PYTHONPATH", "SFT_RECIPES_IMAGE")
 
 
-def command(recipe: str, overrides: list[str]) -> list[str]:
-    """Return the srun command line.
+def command(phase: str, recipe: str, overrides: list[str]) -> list[str]:
+    """Return the srun command line of a phase: `prepare` as one task, `train` as one task per node.
 
     Raises:
         SetupError: the runtime, its image or the virtual environment is missing.
     """
-    arguments = _train_arguments(recipe, overrides)
+    arguments = _arguments(phase, recipe, overrides)
     logs = os.environ.get("SFT_RECIPES_LOGS", "slurm/logs")
-    srun = ["srun", "--kill-on-bad-exit=1", "--export=ALL", f"--output={logs.replace('%', '%%')}/node-%n-%N.txt"]
+    srun = ["srun", "--kill-on-bad-exit=1", "--wait=0", "--export=ALL"]
+    if phase == "prepare":
+        srun += ["--nodes=1", "--ntasks=1", "--relative=0"]
+    else:
+        srun += [f"--output={logs.replace('%', '%%')}/node-%n-%N.txt"]
+    # Until a launcher handles signals: the signal of the time limit would kill it.
+    srun_ignoring = [*srun, "sh", "-c", "trap '' USR1; exec \"$@\"", "sh"]
     runtime = os.environ.get("RUNTIME") or "local"
     if runtime == "local":
         python = REPOSITORY / ".venv" / "bin" / "python"
@@ -53,7 +59,7 @@ def command(recipe: str, overrides: list[str]) -> list[str]:
                 f"RUNTIME: file not found: {python}. Run `make setup` on the disk of the nodes, or set RUNTIME=pyxis "
                 f"or apptainer with IMAGE="
             )
-        return [*srun, str(python), "-m", "sft_recipes", *arguments]
+        return [*srun_ignoring, str(python), "-m", "sft_recipes", *arguments]
     if runtime not in ("pyxis", "apptainer"):
         raise SetupError(f"RUNTIME: found {runtime!r}, expected local, pyxis or apptainer in a job")
     image = _image(runtime)
@@ -61,27 +67,28 @@ def command(recipe: str, overrides: list[str]) -> list[str]:
     volumes = [*mounts.volumes(arguments[1:], not os.environ.get("DRY_RUN")), f"{folder}:{folder}:rw"]
     in_image = ["python", "-m", "sft_recipes", *arguments]
     if runtime == "pyxis":
-        return [
-            *srun, f"--container-image={image}", f"--container-mounts={','.join(volumes)}",
+        options = [
+            f"--container-image={image}", f"--container-mounts={','.join(volumes)}",
             "--no-container-mount-home", "--no-container-remap-root", f"--container-workdir={REPOSITORY}",
-            f"--container-env={','.join(_JOB_VARIABLES)}", *in_image,
+            f"--container-env={','.join(_JOB_VARIABLES)}",
         ]  # fmt: skip
+        return [*srun, *options, *srun_ignoring[len(srun) :], *in_image]
     variables = [f"{name}={os.environ[name]}" for name in _JOB_VARIABLES if os.environ.get(name)]
     return [
-        *srun, "apptainer", "exec", *([] if os.environ.get("GPUS") == "0" else ["--nv"]), "--no-home",
+        *srun_ignoring, "apptainer", "exec", *([] if os.environ.get("GPUS") == "0" else ["--nv"]), "--no-home",
         *(part for mount in volumes for part in ("--bind", mount)), "--pwd", str(REPOSITORY),
         *(part for variable in variables for part in ("--env", variable)), image, *in_image,
     ]  # fmt: skip
 
 
-def _train_arguments(recipe: str, overrides: list[str]) -> list[str]:
-    """Return the arguments of each node's launcher."""
+def _arguments(phase: str, recipe: str, overrides: list[str]) -> list[str]:
+    """Return the arguments of a launcher."""
     value = {name: os.environ.get(name, "") for name in (*_OPTIONS, *_FLAGS, *_OVERRIDES, "NAME")}
     if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
         value["RESUME"] = ""  # explicit at the first start only; a requeued job resumes anyway
     name = value["NAME"] or f"{recipe}-{os.environ.get('SLURM_JOB_ID', 'JOBID')}"
     return [
-        "train", recipe, "--name", name,
+        phase, recipe, "--name", name,
         *(part for key, option in _OPTIONS.items() if value[key] for part in (option, value[key])),
         *(flag for key, flag in _FLAGS.items() if value[key]),
         *(f"{dotted}={value[key]}" for key, dotted in _OVERRIDES.items() if value[key]),
@@ -103,7 +110,7 @@ def _image(runtime: str) -> str:
 
 if __name__ == "__main__":
     try:
-        print(shlex.join(command(sys.argv[1], sys.argv[2:])))
+        print(shlex.join(command(sys.argv[1], sys.argv[2], sys.argv[3:])))
     except SetupError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

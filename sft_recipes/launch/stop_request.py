@@ -62,5 +62,4 @@ def handle_stop_signals() -> Iterator[StopRequest]:
     finally:
         _current = None
         for number, handler in previous.items():
-            if signal.getsignal(number) is record:  # a node launcher that is about to exit ignores it
-                signal.signal(number, handler)
+            signal.signal(number, handler)

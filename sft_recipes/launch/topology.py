@@ -1,4 +1,4 @@
-"""Determine the processes of a run from the request, the recipe, and the hardware of this machine or Slurm job."""
+"""Determine the processes of a run from the request, the recipe, and the hardware of this machine or job."""
 
 from __future__ import annotations
 
@@ -6,32 +6,21 @@ import itertools
 import os
 import re
 import shutil
-import socket
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sft_recipes.config.gpu_types import identify
 from sft_recipes.config.schema import Recipe
+from sft_recipes.launch.placement import Placement
 from sft_recipes.planner.plan import Plan, Topology
 from sft_recipes.planner.suggest import nodes_for
 from sft_recipes.runtime import cuda, timeouts
 from sft_recipes.runtime.env import host_memory_bytes
-from sft_recipes.runtime.errors import SetupError, UserError
+from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir
 
 _AMPERE = 8.0
-
-
-def parse_integer(text: str, name: str, least: int) -> int:
-    """Parse an integer.
-
-    Raises:
-        SetupError: `text` is not an integer, or is below `least`.
-    """
-    if not re.fullmatch(r"[-+]?\d+", text) or int(text) < least:
-        raise SetupError(f"{name}: found {text!r}, expected an integer of at least {least}")
-    return int(text)
 
 
 @dataclass(frozen=True)
@@ -43,95 +32,6 @@ class HardwareRequest:
     nodes: int | None = None
     gpu_type: str | None = None
     devices: str | None = None
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """The nodes of a Slurm job step, as seen from one of them.
-
-    Attributes:
-        job: job id; kept when the job is requeued.
-        start: name of this start of the job; the same on all nodes.
-        nodes: number of nodes, with one task each.
-        rank: rank of this node; node 0 is the leader, the others are followers.
-        name: name of this node in Slurm.
-        gpus_per_node: None if the job requested no GPUs.
-        addresses: addresses of node 0, best first.
-        port: rendezvous port; jobs that run at the same time have different ones.
-    """
-
-    job: int
-    start: str
-    nodes: int
-    rank: int
-    name: str
-    gpus_per_node: int | None
-    addresses: tuple[str, ...]
-    port: int
-
-
-# Below the ephemeral ports of Linux (32768 and above), above the ports of known services.
-_FIRST_PORT, _PORTS = 15000, 15000
-_LAST_PORT = 65535
-
-
-def from_slurm(environment: Mapping[str, str]) -> Allocation | None:
-    """Return the allocation of the job step that this process is a task of; None outside of a job step.
-
-    Raises:
-        SetupError: the step has more or less than one task per node, or the nodes have different numbers of GPUs.
-
-    Source: srun(1), "OUTPUT ENVIRONMENT VARIABLES".
-    """
-    if not environment.get("SLURM_STEP_ID", "").isdigit() or "SLURM_PROCID" not in environment:
-        return None
-    nodes, tasks = int(environment["SLURM_STEP_NUM_NODES"]), int(environment["SLURM_STEP_NUM_TASKS"])
-    if tasks != nodes:
-        raise SetupError(
-            f"Slurm: found {tasks} tasks on {nodes} nodes, expected one per node, which starts the node's ranks. "
-            f"Use --ntasks-per-node=1"
-        )
-    on_node, total = environment.get("SLURM_GPUS_ON_NODE"), environment.get("SLURM_GPUS")
-    gpus_per_node = int(on_node) if on_node else None
-    if gpus_per_node is not None and (total or "").isdigit() and int(total or 0) != gpus_per_node * nodes:
-        raise SetupError(
-            f"Slurm: found {total} GPUs on {nodes} nodes, expected the same number on each. "
-            f"Use --gpus-per-node instead of --gpus"
-        )
-    job = int(environment["SLURM_JOB_ID"])
-    return Allocation(
-        job=job,
-        start=f"{environment.get('SLURM_RESTART_COUNT') or 0}-{environment['SLURM_STEP_ID']}",
-        nodes=nodes,
-        rank=int(environment["SLURM_NODEID"]),
-        name=environment.get("SLURMD_NODENAME") or socket.gethostname(),
-        gpus_per_node=gpus_per_node,
-        addresses=_addresses(environment),
-        port=_port(environment.get("MASTER_PORT")) or _FIRST_PORT + job % _PORTS,
-    )
-
-
-def _addresses(environment: Mapping[str, str]) -> tuple[str, ...]:
-    """Return MASTER_ADDR if set. Otherwise Slurm's name of node 0, which need not resolve, and the address of the node
-    that srun runs on, which in a batch job is node 0."""
-    if address := environment.get("MASTER_ADDR"):
-        return (address,)
-    launch_node = environment.get("SLURM_LAUNCH_NODE_IPADDR")
-    return (first_host(environment["SLURM_STEP_NODELIST"]), *([launch_node] if launch_node else []))
-
-
-def _port(text: str | None) -> int | None:
-    port = parse_integer(text, "MASTER_PORT", 1) if text else None
-    if port is not None and port > _LAST_PORT:
-        raise SetupError(f"MASTER_PORT: found {port}, expected 1 to {_LAST_PORT}")
-    return port
-
-
-def first_host(nodes: str) -> str:
-    """Return the first name of a Slurm node list: `node003` of `node[003-005,9],other`."""
-    first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", nodes)
-    assert first is not None, nodes
-    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0])
 
 
 def plan_topology(recipe: Recipe, request: HardwareRequest | None = None) -> Topology:
@@ -157,94 +57,65 @@ def plan_topology(recipe: Recipe, request: HardwareRequest | None = None) -> Top
     return Topology(gpus=gpus, processes=gpus or processes or 1, nodes=nodes, gpu_type=gpu_type)
 
 
-def available_topology(recipe: Recipe, request: HardwareRequest, allocation: Allocation | None = None) -> Topology:
-    """Return the hardware to run on, which must be available here.
+def available_topology(recipe: Recipe, request: HardwareRequest, placement: Placement | None = None) -> Topology:
+    """Return the hardware to run on, which must be available here; on several nodes it is the same on each.
 
     Args:
-        allocation: the Slurm allocation if this process is a task of a job step.
+        placement: this node's place in a job; None outside of one.
 
     Raises:
         SetupError: the machine or job has other hardware than requested, or no GPU for a recipe that needs one.
     """
-    if allocation is not None and allocation.nodes > 1:
-        return _allocated_topology(recipe, request, allocation)
-    available, gpus, devices = visible_gpus(), request.gpus, request.devices
-    if allocation is not None and gpus != 0 and len(available) < (allocation.gpus_per_node or 0):
-        raise _missing_gpus(allocation, len(available))
-    if request.nodes and request.nodes > 1:
-        raise SetupError(
-            f"NODES: found {request.nodes} without a Slurm job, which starts a launcher on each node. Use "
-            f"sbatch --nodes={request.nodes} slurm/{recipe.name}.sh (slurm/README.md)"
-        )
-    if devices is not None:
-        ids = _device_ids(devices, [gpu.id for gpu in available])
-        if gpus is not None and gpus != len(ids):
-            raise SetupError(f"DEVICES: found {len(ids)} GPUs in {devices}, expected GPUS={gpus}. Set one of the two")
-        gpus = len(ids)
-    if gpus is None:
-        gpus = 0 if recipe.hardware.gpus == 0 else len(available)
-        if gpus == 0 and recipe.hardware.gpus > 0:
-            fix = hidden_gpus() or "try `make train` (the tiny recipe), or set GPUS=0 to run it on the CPU"
-            raise SetupError(
-                f"GPUS: recipe {recipe.name} needs {recipe.hardware.gpus} GPUs and this machine has none; {fix}"
-            )
-    if gpus > len(available):
-        raise SetupError(
-            f"GPUS: {gpus} requested, but this machine has {len(available) or 'none'}; "
-            f"{hidden_gpus() or f'set GPUS={len(available)}'}"
-        )
-    ids = devices.split(",") if devices else [gpu.id for gpu in available[:gpus]]
-    selected = [gpu for gpu in available if gpu.id in ids]
-    _check_generation(recipe, selected)
-    _check_memory(request.gpu_type, selected)
-    request = replace(request, gpus=gpus, gpu_type=request.gpu_type or gpu_type_of(selected))
-    topology = plan_topology(recipe, request)
-    mask = devices or (",".join(ids) if 0 < gpus < len(available) else None)
-    return Topology(topology.gpus, topology.processes, 1, topology.gpu_type, mask)
-
-
-def _missing_gpus(allocation: Allocation, available: int) -> UserError:
-    return UserError(
-        f"GPUS: Slurm allocated {allocation.gpus_per_node} on {allocation.name}, nvidia-smi lists "
-        f"{available or 'none'}. Exclude that node: sbatch --exclude={allocation.name}"
-    )
-
-
-def _allocated_topology(recipe: Recipe, request: HardwareRequest, allocation: Allocation) -> Topology:
-    """Return the hardware of a job of several nodes: all of its GPUs, or none.
-
-    Raises:
-        SetupError: the job has other hardware than requested, or this node lacks GPUs.
-    """
-    gpus, job, nodes = request.gpus, allocation.job, allocation.nodes
-    if request.devices is not None:
-        raise SetupError(f"DEVICES: found {request.devices} in a Slurm job, which selects its own GPUs. Remove DEVICES")
+    available, gpus, nodes = visible_gpus(), request.gpus, placement.nodes if placement else request.nodes or 1
     if request.nodes is not None and request.nodes != nodes:
         raise SetupError(
-            f"NODES: found {request.nodes}, expected {nodes}, the nodes of job {job}. Use sbatch "
+            f"NODES: found {request.nodes}, expected {nodes}, the nodes of this job. Use sbatch "
             f"--nodes={request.nodes}, or remove NODES"
         )
-    allocated = nodes * (allocation.gpus_per_node or 0)
-    if gpus is None:
-        gpus = 0 if recipe.hardware.gpus == 0 else allocated
-        if gpus == 0 and recipe.hardware.gpus > 0:
+    if placement is None and nodes > 1 and gpus and not available:
+        return plan_topology(recipe, request)  # prepared on a machine without GPUs; `train` checks each node
+    ids = None
+    if request.devices is not None:
+        if nodes > 1:
+            raise SetupError(f"DEVICES: found {request.devices} in a job, which selects its own GPUs. Remove DEVICES")
+        ids = _device_ids(request.devices, [gpu.id for gpu in available])
+        if gpus not in (None, len(ids)):
             raise SetupError(
-                f"GPUS: recipe {recipe.name} needs {recipe.hardware.gpus} GPUs and job {job} has none. Use sbatch "
-                f"--gpus-per-node, or set GPUS=0 to run it on the CPU"
+                f"DEVICES: found {len(ids)} GPUs in {request.devices}, expected GPUS={gpus}. Set one of the two"
             )
-    if gpus not in (0, allocated):
+        gpus = len(ids)
+    allocated = placement.gpus_per_node if placement else None
+    existing = nodes * (len(available) if allocated is None else allocated)
+    where = "this machine" if allocated is None and nodes == 1 else "this job"
+    fix = "use sbatch --gpus-per-node, or set GPUS=0 to run it on the CPU"
+    if where == "this machine":
+        fix = hidden_gpus() or "try `make train` (the tiny recipe), or set GPUS=0 to run it on the CPU"
+    if gpus is None:
+        gpus = existing if recipe.hardware.gpus else 0
+        if recipe.hardware.gpus and not gpus:
+            raise SetupError(
+                f"GPUS: recipe {recipe.name} needs {recipe.hardware.gpus} GPUs and {where} has none; {fix}"
+            )
+    if gpus > existing or (nodes > 1 and gpus not in (0, existing)):
+        fix = hidden_gpus() if where == "this machine" else "use sbatch --gpus-per-node, or remove GPUS"
         raise SetupError(
-            f"GPUS: found {gpus}, expected {allocated}: job {job} has {nodes} nodes x {allocation.gpus_per_node or 0}. "
-            f"Use sbatch --gpus-per-node, or remove GPUS"
+            f"GPUS: {gpus} requested, but {where} has {existing or 'none'}; {fix or f'set GPUS={existing}'}"
         )
-    available = visible_gpus() if gpus else []
-    if gpus and len(available) < gpus // nodes:
-        raise _missing_gpus(allocation, len(available))
-    _check_generation(recipe, available)
-    _check_memory(request.gpu_type, available)
-    processes = nodes if not gpus and request.processes is None else request.processes
-    gpu_type = request.gpu_type or gpu_type_of(available)
-    return plan_topology(recipe, HardwareRequest(gpus, processes, nodes, gpu_type))
+    if placement and gpus and len(available) < (allocated or 0):
+        raise SetupError(
+            f"GPUS: Slurm allocated {allocated} on {placement.name}, nvidia-smi lists {len(available) or 'none'}. "
+            f"Exclude that node: sbatch --exclude={placement.name}"
+        )
+    ids = ids or [gpu.id for gpu in available[: gpus // nodes]]
+    selected = [gpu for gpu in available if gpu.id in ids]
+    _check_generation(recipe, selected)
+    if not request.gpu_type and (unknown := [gpu.name for gpu in selected if not gpu.memory_mib]):
+        raise SetupError(f"GPU_TYPE: nvidia-smi reports no memory size for {unknown[0]}; set GPU_TYPE=<its GiB>")
+    processes = nodes if not gpus and nodes > 1 and request.processes is None else request.processes
+    gpu_type = request.gpu_type or gpu_type_of(selected)
+    topology = plan_topology(recipe, HardwareRequest(gpus, processes, nodes if nodes > 1 else None, gpu_type))
+    mask = request.devices or (",".join(ids) if nodes == 1 and 0 < gpus < len(available) else None)
+    return Topology(topology.gpus, topology.processes, nodes, topology.gpu_type, mask)
 
 
 def _check_generation(recipe: Recipe, gpus: Sequence[Gpu]) -> None:
@@ -265,17 +136,6 @@ def _check_generation(recipe: Recipe, gpus: Sequence[Gpu]) -> None:
             f"{' and no '.join(current[key] for key in unsupported)}. "
             f"Set {' '.join(f'{key}={replacements[key][1]}' for key in unsupported)}"
         )
-
-
-def _check_memory(gpu_type: str | None, gpus: Sequence[Gpu]) -> None:
-    """Reject GPUs of unknown memory unless GPU_TYPE is set.
-
-    Raises:
-        SetupError: with the variable to set.
-    """
-    unknown = next((gpu for gpu in gpus if not gpu.memory_mib), None)
-    if gpu_type is None and unknown is not None:
-        raise SetupError(f"GPU_TYPE: nvidia-smi reports no memory size for {unknown.name}; set GPU_TYPE=<its GiB>")
 
 
 def check_host_memory(plan: Plan) -> None:
@@ -333,11 +193,9 @@ def visible_gpus() -> list[Gpu]:
     if shutil.which("nvidia-smi") is None:
         return []
     listed = ask_nvidia("index,memory.total,name")
-    capabilities = {row[0]: float(row[1]) for row in ask_nvidia("index,compute_cap") if _is_number(row[1:])}
+    capabilities = {row[0]: _number(row[1]) for row in ask_nvidia("index,compute_cap") if len(row) == 2}
     gpus = {
-        row[0]: Gpu(
-            row[0], float(row[1]) if _is_number([row[1]]) else 0.0, ", ".join(row[2:]), capabilities.get(row[0])
-        )
+        row[0]: Gpu(row[0], _number(row[1]), ", ".join(row[2:]), capabilities.get(row[0]) or None)
         for row in listed
         if len(row) > 2 and row[0].isdigit()
     }
@@ -370,28 +228,29 @@ def nvidia_smi_error() -> str | None:
     """What nvidia-smi prints where it is installed and fails, for example after an update of the driver."""
     if shutil.which("nvidia-smi") is None:
         return None
-    try:
-        listed = subprocess.run(
-            ["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False, timeout=timeouts.NVIDIA_SMI
-        )
-    except subprocess.TimeoutExpired:
-        return f"no answer within {timeouts.NVIDIA_SMI:.0f} s"
-    return None if listed.returncode == 0 else " ".join((listed.stdout + listed.stderr).split())[:200]
+    code, output = _nvidia_smi("--list-gpus")
+    return " ".join(output.split())[:200] if code else None
 
 
 def ask_nvidia(fields: str) -> list[list[str]]:
     """A row of fields a GPU; none where the driver does not answer, or does not know a field."""
-    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    code, output = _nvidia_smi(f"--query-gpu={fields}", "--format=csv,noheader,nounits")
+    return [] if code else [[part.strip() for part in line.split(",")] for line in output.splitlines()]
+
+
+def _nvidia_smi(*options: str) -> tuple[int, str]:
+    """Return exit code and output of nvidia-smi."""
     try:
-        listed = subprocess.run(query, capture_output=True, text=True, check=False, timeout=timeouts.NVIDIA_SMI)
+        done = subprocess.run(
+            ["nvidia-smi", *options], capture_output=True, text=True, check=False, timeout=timeouts.NVIDIA_SMI
+        )
     except subprocess.TimeoutExpired:
-        return []
-    lines = listed.stdout.splitlines() if listed.returncode == 0 else []
-    return [[part.strip() for part in line.split(",")] for line in lines]
+        return 1, f"no answer within {timeouts.NVIDIA_SMI:.0f} s"
+    return done.returncode, done.stdout + done.stderr if done.returncode else done.stdout
 
 
-def _is_number(texts: list[str]) -> bool:
-    return len(texts) == 1 and re.fullmatch(r"\d+(\.\d+)?", texts[0]) is not None
+def _number(text: str) -> float:
+    return float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else 0.0
 
 
 def gpu_type_of(gpus: Sequence[Gpu]) -> str | None:

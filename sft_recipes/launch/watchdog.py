@@ -182,10 +182,8 @@ class Watchdog:
         self.expected = set(range(node * ranks_here, (node + 1) * ranks_here))
         self.ranks: dict[int, RankStatus] = {}
         self.stall: str | None = None
-        self.stopped_for_peer = False
+        self.waits_for_peer = False
         self._several_nodes = plan.nodes > 1
-        self._waiting: set[int] = set()
-        self._waited = 0.0
         self._started: set[int] = set()
         self._missing_seconds = 0.0
         self._polled_at = time.monotonic()
@@ -212,6 +210,12 @@ class Watchdog:
         missing = self.expected - self._started or not self.ranks
         self._missing_seconds = self._missing_seconds + passed if missing else 0.0
 
+    def find_own_failure(self) -> bool:
+        """Whether a rank of this node has died, and not because it lost one of another node."""
+        self.poll()
+        dead = self.dead_ranks()
+        return bool(dead) and not lost_peer(find_first_failure(dead))
+
     def dead_ranks(self) -> list[RankStatus]:
         """Ranks that ended other than normally."""
         return [rank for rank in self.ranks.values() if rank.died]
@@ -220,29 +224,21 @@ class Watchdog:
         """Whether the ranks are stalled, or their launcher is without them; writes the stack traces then."""
         ranks = list(self.ranks.values())
         if ranks and all_stalled(ranks, self.limits):
-            self.stall = self._stall(ranks)
-            return self.stall is not None
-        self._waiting, self.stopped_for_peer = set(), False  # there was progress
-        if self._missing_seconds > max(timeouts.MODEL_LOADING, self.limits.stall):
+            waiting = self._write_stack_traces()
+            # Perhaps for another node, unless one of these ranks is stopped or the others are in a collective: the
+            # collectives of a backward pass are in no Python stack.
+            stopped = any(rank.state in ("T", "t") for rank in ranks)
+            self.waits_for_peer = self._several_nodes and not stopped and waiting in (set(), self.ranks.keys())
+            classified = [
+                replace(rank, heartbeat=_waiting(rank.heartbeat)) if rank.heartbeat.rank in waiting else rank
+                for rank in ranks
+            ]
+            self.stall = stall_message(classified, self.limits)
+        elif self._missing_seconds > max(timeouts.MODEL_LOADING, self.limits.stall):
             absent = ", ".join(map(str, sorted(self.expected - self._started)))
             problem = f"rank {absent} did not start" if absent else "all ranks have exited, but not their launcher,"
             self.stall = f"{problem} on {socket.gethostname()} within {self._missing_seconds:.0f} s"
         return self.stall is not None
-
-    def _stall(self, ranks: Sequence[RankStatus]) -> str | None:
-        """Error for stalled ranks; None for a while if all of them wait for another node, whose launcher then reports
-        its own rank."""
-        waiting = self._waiting = self._waiting or self._write_stack_traces()
-        if self._several_nodes and waiting == self.ranks.keys():
-            stalled = min(rank.stalled_seconds for rank in ranks)
-            self.stopped_for_peer, self._waited = True, self._waited or stalled
-            if stalled < self._waited + timeouts.OTHER_NODES_EXIT:
-                return None
-        classified = [
-            replace(rank, heartbeat=_waiting(rank.heartbeat)) if rank.heartbeat.rank in waiting else rank
-            for rank in ranks
-        ]
-        return stall_message(classified, self.limits)
 
     def _write_stack_traces(self) -> set[int]:
         """Have each rank write its Python stack trace; return the ranks that are in a collective. One that a signal
@@ -278,7 +274,7 @@ class Watchdog:
         self.poll()
         self._remove_empty_stack_traces()
         if self.stall is not None:
-            return LaunchResult(EXIT_ERROR, self.stall, lost_peer=self.stopped_for_peer)
+            return LaunchResult(EXIT_ERROR, self.stall, lost_peer=self.waits_for_peer)
         if launcher_code < 0 and not launcher_was_killed:
             if -launcher_code in STOP_SIGNALS:  # before it had installed its signal handlers
                 return LaunchResult(EXIT_STOPPED)
@@ -287,7 +283,7 @@ class Watchdog:
         codes = heartbeat.read_exit_codes(self.run_dir.ranks)
         not_started = {rank: code for rank, code in (codes or {}).items() if rank not in self._started}
         if not_started:
-            return _failed_before_start(not_started)
+            return _failed_before_start(not_started, self._several_nodes)
         dead = self.dead_ranks()
         if not dead:
             return LaunchResult(launcher_code)
@@ -295,7 +291,7 @@ class Watchdog:
         if first.failure is not None and first.failure.user_error:
             return LaunchResult(EXIT_USER, first.failure.message, user_error=True)
         message = failure_message(first, None if codes is None else codes.get(first.heartbeat.rank, 0))
-        return LaunchResult(EXIT_ERROR, message, lost_peer=self.stopped_for_peer or lost_peer(first))
+        return LaunchResult(EXIT_ERROR, message, lost_peer=lost_peer(first))
 
     def _remove_empty_stack_traces(self) -> None:
         for file in list(self.run_dir.stack_traces.glob("*.txt")):
@@ -306,11 +302,12 @@ class Watchdog:
             self.run_dir.stack_traces.rmdir()
 
 
-def _failed_before_start(codes: Mapping[int, int]) -> LaunchResult:
+def _failed_before_start(codes: Mapping[int, int], several_nodes: bool) -> LaunchResult:
     """Result of ranks that ended before their first heartbeat. They had no signal handlers yet, and after one fails
     torch's agent sends a stop signal to the others."""
     failed = {rank: code for rank, code in codes.items() if -code not in STOP_SIGNALS}
     if not failed:
         return LaunchResult(EXIT_STOPPED)
     rank, code = min(failed.items())
-    return LaunchResult(EXIT_ERROR, f"{_name(rank)}: {_end(code, 'before its first heartbeat')}")
+    error = f"{_name(rank)}: {_end(code, 'before its first heartbeat')}"
+    return LaunchResult(EXIT_ERROR, error, lost_peer=several_nodes and code > 0)

@@ -21,21 +21,17 @@ STACK_TRACES = 2.0  # a rank writes its Python stack traces
 MIN_SAVE_GRACE = 120  # from a stop request to SIGKILL, or longer if a save takes longer
 CONTAINER_STOP = 3600  # from a stop request to SIGKILL; a save of a large model takes minutes, docker's default is 10 s
 EARLIER_RANKS_EXIT = 15.0  # ranks of an earlier start of the same run
-RUN_LOCK = 300.0  # a requeued job waits for its earlier start to release the run
+RUN_LOCK = 900.0  # a requeued job waits for launchers of its earlier start, whose ranks stall first
 POLL_RANKS = 0.2
 
 # Several nodes.
-NODES_MEET = 600.0  # a node may have to unpack an image first
-NODES_LEAVE = 15.0
-NODE_REACHABLE = 10.0
-NODE_REPORT = 20.0  # a node reports how its ranks ended
-# A node launcher without output; while the shared disk stalls, the timer of its reader does not advance.
-NODE_SILENT = 60.0
+NODES_MEET = 600.0  # a node may have to unpack an image first, and another one runs a slower check
+NODE_REPORT = 30.0  # a node writes why its ranks failed
 SAY_WAITING_AFTER = 15.0  # a line that says which nodes are missing
-OTHER_NODES_EXIT = 30.0
 FILE_VISIBLE = 60.0  # a file that another node wrote to the shared disk
 CHECKPOINT_VISIBLE = 90.0  # a checkpoint directory that another node renamed
-POLL_NODES = 1.0
+SLURMD = 300.0  # Slurm's default SlurmdTimeout, if the controller does not tell its own
+POLL_NODE_STATES = 2.0
 
 # All-reduce test.
 ALLREDUCE_RENDEZVOUS = 120

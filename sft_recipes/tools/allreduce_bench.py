@@ -1,6 +1,7 @@
 """Time an all-reduce over all ranks: for `doctor`, and before jobs on several nodes.
 
-torchrun starts one process per GPU, or processes on the CPU. Rank 0 writes JSON to the file that is its argument.
+torchrun starts one process per GPU, or processes on the CPU. Rank 0 writes `result.json` next to the file that is
+its argument.
 """
 
 from __future__ import annotations
@@ -53,5 +54,5 @@ def measure() -> dict[str, Any]:
 if __name__ == "__main__":
     report = measure()
     if dist.get_rank() == 0:
-        Path(sys.argv[1]).write_text(json.dumps(report), encoding="utf-8")
+        Path(sys.argv[1]).with_name("result.json").write_text(json.dumps(report), encoding="utf-8")
     dist.destroy_process_group()

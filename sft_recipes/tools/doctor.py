@@ -211,15 +211,13 @@ def locked(torch_build: str) -> dict[str, str]:
 def _measure_all_reduce(gpus: int) -> dict[str, Any]:
     """Run `tools/allreduce_bench.py` over the GPUs, or over two CPU processes; add NCCL's transports."""
     with tempfile.TemporaryDirectory(prefix="sft-") as folder:
-        ranks, report = gpus or 2, Path(folder) / "report.json"
-        # Not torchrun's --standalone: its rendezvous uses this machine's host name, which need not resolve.
-        rendezvous = command.Rendezvous("127.0.0.1", command.free_port("127.0.0.1"), 0)
+        ranks, report = gpus or 2, Path(folder) / "result.json"
         debug = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,GRAPH,NET", "NCCL_DEBUG_FILE": f"{folder}/nccl-%p"}
         overrides = {"OMP_NUM_THREADS": "1", **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})}
         loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
         with contextlib.suppress(subprocess.TimeoutExpired):
             done = subprocess.run(
-                command.allreduce_test(ranks, 1, rendezvous, report), capture_output=True, text=True, check=False,
+                command.allreduce_test(ranks, report), capture_output=True, text=True, check=False,
                 timeout=timeouts.ALLREDUCE_TEST, env={**loopback, **os.environ, **debug, **overrides}, cwd=REPOSITORY,
             )  # fmt: skip
             if done.returncode == 0:

@@ -12,19 +12,32 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.launch import launch, preflight, ranks, run_lock, run_selection, slurm
-from sft_recipes.launch.node_launchers import NodeLaunchers
+from sft_recipes.launch import attempts, command, launch, node_checks, preflight, ranks, run_lock, run_selection
+from sft_recipes.launch.attempts import Attempt
+from sft_recipes.launch.placement import NodeMissingError, Placement
 from sft_recipes.launch.run_context import RunContext
-from sft_recipes.launch.stop_request import handle_stop_signals
+from sft_recipes.launch.stop_request import StoppedError, handle_stop_signals
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner import render
+from sft_recipes.runtime import timeouts
 from sft_recipes.runtime.errors import SetupError
-from sft_recipes.runtime.run_dir import EXIT_ERROR, EXIT_STOPPED, FINGERPRINTED_STEPS, RunDir, read_json, write_json
+from sft_recipes.runtime.run_dir import (
+    EXIT_ERROR,
+    EXIT_STOPPED,
+    FINGERPRINTED_STEPS,
+    RunDir,
+    read_json,
+    runs_root,
+    write_json,
+)
 
 log = logging.getLogger(__name__)
 _KINDS = ("weights", "optimizer", "scheduler", "rng")  # as in training/integrity/fingerprint.py
 _VALUES = {"rows": "rows_hash", "loss": "loss"}
 _SUMS = {"weights", "optimizer", "loss"}  # what another order of summation changes
+
+_PROGRAM, _FIRST, _SECOND = "tools.replay_worker", "first", "second"
+_AGAIN = -1  # instead of an exit code: the nodes run the second replay
 
 Steps = dict[int, dict[str, Any]]  # lines of an integrity log
 
@@ -48,11 +61,11 @@ class Replay:
     steps: Steps
 
 
-def run(run_dir: RunDir, nodes: NodeLaunchers | None = None) -> int:
-    """Repeat steps of a run and print the comparison.
+def run(run_dir: RunDir, placement: Placement | None = None) -> int:
+    """Repeat steps of a run and print the comparison. Call on every node; node 0 compares.
 
     Args:
-        nodes: the node launchers, led by this one; None on one machine.
+        placement: this node's place; None on one machine.
 
     Returns:
         0 if the run resumes exactly, or within the measured tolerance of non-deterministic kernels; 1 if not.
@@ -62,51 +75,115 @@ def run(run_dir: RunDir, nodes: NodeLaunchers | None = None) -> int:
             another number of nodes.
     """
     plan = plans.read(run_dir.plan)
-    node_count = nodes.allocation.nodes if nodes else 1
+    node_count = placement.nodes if placement else 1
     if plan.nodes != node_count:
         raise SetupError(
             f"RUN: {run_dir.name} was trained on {plan.nodes} nodes and needs the same number: found {node_count}. "
-            f"Run salloc --nodes={plan.nodes} --exclusive --gpus-per-node={plan.gpus // plan.nodes} "
-            f"srun --ntasks-per-node=1 --cpu-bind=none .venv/bin/python -m sft_recipes verify-resume {run_dir.name}"
+            f"Run sbatch --nodes={plan.nodes} --exclusive --gpus-per-node={plan.gpus // plan.nodes} --wrap 'srun "
+            f"--ntasks-per-node=1 --cpu-bind=none .venv/bin/python -m sft_recipes verify-resume {run_dir.name}'"
         )
-    if nodes is None:
+    if placement is None:
         preflight.check_gpus(plan)
-    if code := slurm.check_nodes(nodes, plan):
-        return code
-    shared = nodes.folder if nodes else None
-    with (
-        run_lock.lock(run_dir),
-        tempfile.TemporaryDirectory(prefix="sft-", dir=shared) as directory,
-        handle_stop_signals() as stop_request,
-    ):
-        context, recorded = RunContext(RunDir(Path(directory)), plan, stop_request, nodes), _read_log(run_dir)
-        candidates = _find_candidates(run_dir, recorded)
-        plans.write(plan, context.run_dir.plan)
-        if code := launch.prepare_data(context, context.run_dir.plan):
-            return code
-        fingerprint = read_json(context.run_dir.prepared)["fingerprint"]
-        if fingerprint != plan.data_fingerprint:
-            raise SetupError(launch.data_changed_message(plan, plan.data_fingerprint, fingerprint))
-        first = _replay(context, run_dir, candidates, "first")
-        if isinstance(first, int):
-            return first
-        for note in (*(f"skipping {reason}" for reason in first.skipped), *run_selection.version_notes(run_dir, False)):
-            log.info(note)
-        steps = f"steps {' to '.join(map(str, first.steps))}" if first.steps else "no recorded step"
-        ranked = render.describe_ranks(plan)
-        log.info(f"resumed {run_dir.name} from checkpoint-{first.step} ({ranked}), repeated {steps}")
-        states, kinds = compare(first, recorded), (*_KINDS, *_VALUES)
-        rows = [[state, *(results.get(kind, "") for kind in kinds)] for state, results in states.items()]
-        log.info(render.format_table([["step", *kinds], *rows]))
-        differing = find_differing(states)
-        if not differing:
-            log.info(f"exact: bit for bit equal to {_describe_reference(first, recorded)}")
-            return 0
-        if not differs_in_sums_only(states):
-            log.info(f"not exact: different {', '.join(kind for kind in kinds if kind in differing)}")
+        folder = Path(tempfile.mkdtemp(prefix="sft-"))
+    else:  # a folder that all nodes share
+        folder = runs_root().absolute() / ".replays" / f"{run_dir.name}-{placement.attempt}"
+    with handle_stop_signals() as stop_request:
+        context = RunContext(RunDir(folder), plan, stop_request, placement=placement)
+        try:
+            if not context.is_first_node:
+                return _follow(context)
+            with run_lock.lock(run_dir):
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True, mode=0o700)
+                return _verify(context, run_dir)
+        except StoppedError:
+            return EXIT_STOPPED
+        except NodeMissingError as error:
+            log.error(error)
             return EXIT_ERROR
-        second = _replay(context, run_dir, [(first.step, max(first.steps))], "second")
-        return second if isinstance(second, int) else check_tolerance(first, second, recorded)
+        finally:
+            if context.is_first_node:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _verify(context: RunContext, run_dir: RunDir) -> int:
+    recorded, placement = _read_log(run_dir), context.placement
+    candidates = _find_candidates(run_dir, recorded)
+    if code := _prepare(context):
+        return code
+    _write_replay(context, run_dir, _FIRST, candidates)
+    if placement:
+        attempts.write(context.run_dir, Attempt(placement.attempt, placement.nodes, prepared=True))
+        if code := node_checks.check_all_nodes(context, placement.name):
+            return code
+    first = _replay(context, candidates, _FIRST)
+    if isinstance(first, int):
+        return first
+    for note in (*(f"skipping {reason}" for reason in first.skipped), *run_selection.version_notes(run_dir, False)):
+        log.info(note)
+    steps = f"steps {' to '.join(map(str, first.steps))}" if first.steps else "no recorded step"
+    ranked = render.describe_ranks(context.plan)
+    log.info(f"resumed {run_dir.name} from checkpoint-{first.step} ({ranked}), repeated {steps}")
+    states, kinds = compare(first, recorded), (*_KINDS, *_VALUES)
+    rows = [[state, *(results.get(kind, "") for kind in kinds)] for state, results in states.items()]
+    log.info(render.format_table([["step", *kinds], *rows]))
+    differing = find_differing(states)
+    again = bool(differing) and differs_in_sums_only(states)
+    candidates = [(first.step, max(first.steps, default=first.step))]
+    _write_replay(context, run_dir, _SECOND, candidates)
+    code = context.agree(_AGAIN if again else 0)
+    if code not in (0, _AGAIN):
+        return code
+    if not differing:
+        log.info(f"exact: bit for bit equal to {_describe_reference(first, recorded)}")
+        return 0
+    if not again:
+        log.info(f"not exact: different {', '.join(kind for kind in kinds if kind in differing)}")
+        return EXIT_ERROR
+    second = _replay(context, candidates, _SECOND)
+    return second if isinstance(second, int) else context.agree() or check_tolerance(first, second, recorded)
+
+
+def _follow(context: RunContext) -> int:
+    """Run the same replays on another node than node 0."""
+    placement = context.placement
+    assert placement is not None
+    if not attempts.wait_until_visible(lambda: attempts.read(context.run_dir).prepared, placement, timeouts.NODES_MEET):
+        raise SetupError(f"RUNS_DIR: {context.run_dir.path} not visible on {placement.name}. Use a disk of all nodes")
+    code = node_checks.check_all_nodes(context, placement.name)
+    for name in () if code else (_FIRST, _SECOND):
+        ended = ranks.run_ranks(context.within(RunDir(context.run_dir.path / name)), _PROGRAM, can_save=False)
+        code = ended.code or context.agree()
+        if code != _AGAIN:
+            break
+    return code
+
+
+def _prepare(context: RunContext) -> int:
+    """Prepare the run's data and the folders of the replays; return 0 or the exit code.
+
+    Raises:
+        SetupError: the data differs from that of the run.
+    """
+    plan, folder = context.plan, context.run_dir
+    plans.write(plan, folder.plan)
+    if code := launch.prepare_data(context, folder.plan):
+        return code
+    fingerprint = read_json(folder.prepared)["fingerprint"]
+    if fingerprint != plan.data_fingerprint:
+        raise SetupError(launch.data_changed_message(plan, plan.data_fingerprint, fingerprint))
+    command.write_accelerate_config(plan, folder)  # for the all-reduce test
+    for replay_dir in (RunDir(folder.path / name) for name in (_FIRST, _SECOND)):
+        replay_dir.path.mkdir()
+        plans.write(plan, replay_dir.plan)
+        shutil.copy(folder.prepared, replay_dir.prepared)
+        command.write_accelerate_config(plan, replay_dir)
+    return 0
+
+
+def _write_replay(context: RunContext, run_dir: RunDir, name: str, candidates: list[tuple[int, int]]) -> None:
+    content = {"run": str(run_dir.path.absolute()), "candidates": candidates}
+    write_json(RunDir(context.run_dir.path / name).replay, content)
 
 
 def _describe_reference(replay: Replay, recorded: Steps) -> str:
@@ -138,22 +215,19 @@ def _find_candidates(run_dir: RunDir, recorded: Steps) -> list[tuple[int, int]]:
     return sorted(candidates, key=lambda candidate: (candidate[1] > candidate[0], candidate[0]), reverse=True)
 
 
-def _replay(context: RunContext, run_dir: RunDir, candidates: list[tuple[int, int]], name: str) -> Replay | int:
+def _replay(context: RunContext, candidates: list[tuple[int, int]], name: str) -> Replay | int:
     """Run the ranks of the run in a directory of the context; return an exit code if there is no result."""
     replay_dir = RunDir(context.run_dir.path / name)
-    replay_dir.path.mkdir()
-    plans.write(context.plan, replay_dir.plan)
-    shutil.copy(context.run_dir.prepared, replay_dir.prepared)
-    write_json(replay_dir.replay, {"run": str(run_dir.path.absolute()), "candidates": candidates})
-    ended = ranks.run_ranks(context.within(replay_dir), "tools.replay_worker", can_save=False)
+    ended = ranks.run_ranks(context.within(replay_dir), _PROGRAM, can_save=False)
     result, outcome = read_json(replay_dir.result), read_json(replay_dir.outcome)
     if outcome.get("error"):
         log.error(outcome["error"])
-        return int(outcome["exit_code"])
+        return int(outcome["exit_code"]) if ended.code else context.agree(int(outcome["exit_code"]))
     if ended.code or not result:
         if ended.code != EXIT_STOPPED:
-            log.error(f"{run_dir.path} could not be resumed: {ended.error or ended.code}. See the log above")
-        return ended.code or EXIT_ERROR
+            run = read_json(replay_dir.replay)["run"]
+            log.error(f"{run} could not be resumed: {ended.error or ended.code}. See the log above")
+        return ended.code or context.agree(EXIT_ERROR)
     until = dict(candidates)[result["step"]]
     steps = {step: line for step, line in _read_log(replay_dir).items() if step <= until}
     return Replay(**result, steps=steps)

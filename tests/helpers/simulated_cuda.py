@@ -21,6 +21,7 @@ import torch
 
 from sft_recipes.config import loader
 from sft_recipes.launch import command
+from sft_recipes.launch.placement import Placement
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Plan, Topology
 from sft_recipes.runtime.run_dir import RunDir
@@ -102,7 +103,7 @@ def launch(plan: Plan, folder: RunDir, node: int) -> dict[str, Any]:
         return types.SimpleNamespace(returncode=0)
 
     command.write_accelerate_config(plan, folder)
-    meeting = command.Rendezvous(LEADER_ADDRESS, PORT, node) if plan.nodes > 1 else None
+    meeting = Placement(plan.nodes, node, "", "", None, LEADER_ADDRESS, PORT) if plan.nodes > 1 else None
     command_line = command.launch(plan, folder, "training.main", meeting)
     before, torchrun.run = torchrun.run, catch_torchrun
     rank_launcher.subprocess = types.SimpleNamespace(run=catch_process)  # type: ignore[attr-defined]

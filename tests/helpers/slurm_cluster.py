@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -239,6 +240,12 @@ PartitionName=spare Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEU
         """Return the fields of a job in the controller."""
         done = self.run("scontrol", "show", "job", "--oneliner", job)
         return dict(field.split("=", 1) for field in done.stdout.split() if "=" in field)
+
+    def set_slurmd_timeout(self, seconds: int) -> None:
+        """Set after how many seconds Slurm takes a node that does not answer for lost."""
+        text = re.sub(r"SlurmdTimeout=\d+", f"SlurmdTimeout={seconds}", self.conf.read_text(encoding="utf-8"))
+        self.conf.write_text(text, encoding="utf-8")
+        self.login.do("scontrol", "reconfigure", environment=self.environment)
 
     def disconnect(self, name: str) -> None:
         """Take down the network of a node."""

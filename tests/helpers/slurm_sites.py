@@ -75,10 +75,6 @@ class Site:
         ]
         return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')}" for path in files)
 
-    def log_files(self, job: str) -> str:
-        """Return the names of the files in the job's log folders, signal files included."""
-        return " ".join(path.name for path in self.checkout.glob(f"slurm/logs/*-{job}/start-*/*"))
-
 
 def until(condition: Callable[[], bool], output: Callable[[], str]) -> None:
     """Wait for a condition; fail with the output after a timeout."""

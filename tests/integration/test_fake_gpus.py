@@ -17,6 +17,7 @@ from helpers.workplace import HANG_SECONDS, HELPERS, REPOSITORY
 from sft_recipes import cli
 from sft_recipes.config import loader
 from sft_recipes.launch import node_checks, preflight, topology
+from sft_recipes.launch.placement import Placement
 from sft_recipes.planner import plan as plans
 from sft_recipes.runtime import cuda
 from sft_recipes.runtime.errors import UserError
@@ -215,14 +216,12 @@ def test_recipe_plans_on_a_machine_as_for_its_hardware(name, on, monkeypatch, tm
     assert cli.main(["plan", name, "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert (planned["gpus"], planned["gpu_type"], planned["fits"]) == (hardware.gpus, hardware.gpu_type, True)
-    allocation = None
-    if hardware.nodes > 1:
-        allocation = topology.Allocation(7, "0-0", hardware.nodes, 0, "node1", 8, ("127.0.0.1",), 15001)
-    here = topology.available_topology(loader.load(name), topology.HardwareRequest(), allocation)
+    place = Placement(hardware.nodes, 0, "node1", "7-0", 8, "127.0.0.1", 15001) if hardware.nodes > 1 else None
+    here = topology.available_topology(loader.load(name), topology.HardwareRequest(), place)
     made = json.loads(plans.to_json(plans.resolve(loader.load(name), here)))
     ours = ("run_id", "created", "fewest_gpus", "cheapest_change", "devices")
     assert {k: v for k, v in made.items() if k not in ours} == {k: v for k, v in planned.items() if k not in ours}
-    if allocation is None:
+    if place is None:
         assert cli.main(["train", name, "--dry-run"]) == 0
         arguments = shlex.split(capsys.readouterr().out)
         assert arguments[-2:] == ["sft_recipes.training.main", str(tmp_path / "runs" / f"{name}-1" / "plan.json")]

@@ -319,17 +319,6 @@ def test_trial_plan_ignores_eval_delay():
     assert "eval_delay" not in trial.trial_plan(dataclasses.replace(plan, rows=100)).sections.trainer
 
 
-def test_killed_trials_are_removed(tmp_path):
-    from sft_recipes.launch import run_lock, sanity_check
-
-    for name in ("trial-dead", "trial-alive"):
-        (tmp_path / name / "checkpoint-10").mkdir(parents=True)
-    (tmp_path / "result.json").write_text("{}")
-    with run_lock.lock(RunDir(tmp_path / "trial-alive")):
-        sanity_check._remove_killed_trials(tmp_path)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["result.json", "trial-alive"]
-
-
 def test_cache_key_depends_on_plan_data_and_libraries(monkeypatch):
     plan = dataclasses.replace(plans.resolve(loader.load("tiny"), Topology(gpus=0, processes=1)), data_fingerprint="a")
     same = dataclasses.replace(plan, created="2020-01-01T00:00:00+00:00", notes=["x"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -11,23 +12,30 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
 from helpers.workplace import REPOSITORY
 
+from sft_recipes import cli
 from sft_recipes.config import loader
-from sft_recipes.launch import network, node_launchers, ranks, slurm, topology
-from sft_recipes.launch.node_launchers import NodeLaunchers
-from sft_recipes.launch.run_selection import RunStart
-from sft_recipes.launch.stop_request import StoppedError, StopRequest, handle_stop_signals
-from sft_recipes.launch.topology import Allocation, HardwareRequest, first_host, from_slurm
+from sft_recipes.launch import attempts, command, exit_records, node_checks, outcome, preflight, ranks, topology
+from sft_recipes.launch.attempts import Attempt
+from sft_recipes.launch.exit_records import ExitRecord
+from sft_recipes.launch.node_checks import CheckResult
+from sft_recipes.launch.outcome import Outcome
+from sft_recipes.launch.placement import NodeMissingError, Placement, from_environment
+from sft_recipes.launch.run_context import RunContext
+from sft_recipes.launch.stop_request import StoppedError, StopRequest
+from sft_recipes.launch.topology import HardwareRequest
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner import save_time
 from sft_recipes.runtime import cuda, timeouts
 from sft_recipes.runtime.errors import UserError
-from sft_recipes.runtime.heartbeat import STOP_SIGNALS
-from sft_recipes.runtime.run_dir import RunDir, runs_root
+from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.tools import sbatch_header
 
 STEP = {
@@ -44,85 +52,89 @@ STEP = {
 HEADERS = sorted(path for path in (REPOSITORY / "slurm").glob("*.sh") if "\n#SBATCH " in path.read_text())
 
 
-def allocation(rank: int = 0, nodes: int = 2, number: int = 1) -> Allocation:
-    return Allocation(number, "0-0", nodes, rank, f"node{rank + 1}", None, ("no.such.host.invalid", "127.0.0.1"), 15001)
-
-
 def header(script: Path) -> dict[str, str]:
     arguments = re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?", script.read_text(), re.MULTILINE)
     return {name: value or "yes" for name, value in arguments}
 
 
-def test_from_slurm_reads_job_step() -> None:
-    assert from_slurm(STEP) == Allocation(
-        job=70123,
-        start="0-0",
-        nodes=4,
-        rank=2,
-        name="gpu005",
-        gpus_per_node=8,
-        addresses=("gpu003",),
-        port=25123,
-    )
-    requeued = from_slurm({**STEP, "SLURM_RESTART_COUNT": "2", "MASTER_ADDR": "10.1.2.3", "MASTER_PORT": "6000"})
-    assert requeued is not None
-    assert (requeued.start, requeued.addresses, requeued.port) == ("2-0", ("10.1.2.3",), 6000)
-    batch = from_slurm({**STEP, "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.3"})
-    assert batch is not None and batch.addresses == ("gpu003", "10.0.0.3")
+def test_placement_of_a_slurm_step() -> None:
+    place = from_environment(STEP)
+    assert place == Placement(4, 2, "gpu005", "70123-0", 8, "", 15000 + 70123 % 1500 * 10)
+    assert not place.is_first and (place.next_port(), place.next_port()) == (26230, 26231)
+    given = {"SLURM_RESTART_COUNT": "2", "MASTER_ADDR": "10.1.2.3", "MASTER_PORT": "6000"}
+    requeued = from_environment({**STEP, **given})
+    assert (requeued.attempt, requeued.address, requeued.port) == ("70123-2", "10.1.2.3", 6000)
+    assert from_environment({**STEP, "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.3"}).address == "10.0.0.3"
+    one_task = {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_NUM_NODES": "4"}
+    prepare = from_environment({**STEP, **one_task}, whole_job=True)
+    assert (prepare.nodes, prepare.rank, prepare.attempt) == (4, 0, "70123-0")
 
 
-def test_from_slurm_returns_none_outside_of_a_job_step() -> None:
-    assert from_slurm({}) is None
-    assert from_slurm({"SLURM_JOB_ID": "1", "SLURM_NODEID": "0", "SLURM_PROCID": "0"}) is None
-    assert from_slurm({**STEP, "SLURM_STEP_ID": "batch"}) is None
+@pytest.mark.parametrize("prefix", ["PET_", ""])
+def test_placement_from_torchrun_variables(prefix: str) -> None:
+    variables = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.1.2.3", "MASTER_PORT": "6000"}
+    place = from_environment({f"{prefix}{name}": value for name, value in variables.items()})
+    assert (place.nodes, place.rank, place.address, place.port) == (2, 1, "10.1.2.3", 6000)
+    assert (place.attempt, place.gpus_per_node) == ("manual", None)
+    assert from_environment({f"{prefix}NNODES": "2"}, whole_job=True).rank == 0
 
 
 @pytest.mark.parametrize(
-    ("nodes", "first"),
+    "variables",
     [
-        ("node1", "node1"),
-        ("node1,node2", "node1"),
-        ("node[1-2]", "node1"),
-        ("gpu[003-005,009],login1", "gpu003"),
-        ("rack[0-1]node[07-12].site", "rack0node07.site"),
-        ("a-b-[9,11-12]", "a-b-9"),
+        {},
+        {"SLURM_JOB_ID": "1", "SLURM_NODEID": "0", "SLURM_PROCID": "0"},
+        {**STEP, "SLURM_STEP_ID": "batch"},
+        {"PET_NNODES": "1", "RANK": "3", "WORLD_SIZE": "8"},
     ],
 )
-def test_first_host(nodes: str, first: str) -> None:
-    assert first_host(nodes) == first
+def test_no_placement_outside_of_a_job(variables: Mapping[str, str]) -> None:
+    assert from_environment(variables) is None
 
 
 @pytest.mark.parametrize(
     ("variables", "error"),
     [
-        ({"MASTER_PORT": "abc"}, "MASTER_PORT: found 'abc', expected an integer of at least 1"),
-        ({"MASTER_PORT": "70000"}, "MASTER_PORT: found 70000, expected 1 to 65535"),
-        ({"SLURM_STEP_NUM_TASKS": "32"}, "found 32 tasks on 4 nodes, expected one per node"),
-        ({"SLURM_GPUS": "28"}, "found 28 GPUs on 4 nodes, expected the same number on each"),
+        ({**STEP, "MASTER_PORT": "abc"}, "MASTER_PORT: found 'abc', expected an integer from 1"),
+        ({**STEP, "MASTER_PORT": "70000"}, "MASTER_PORT: found '70000', expected an integer from 1 to 65525"),
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "32"}, "found 32 tasks on 4 nodes, expected one per node"),
+        ({**STEP, "SLURM_GPUS": "28"}, "found 28 GPUs on 4 nodes, expected the same number on each"),
+        ({"PET_NNODES": "1:4"}, "PET_NNODES: found '1:4', expected an integer of at least 1"),
+        ({"PET_NNODES": "2", "PET_NODE_RANK": "0"}, "PET_MASTER_ADDR: not set, PET_NNODES=2"),
+        ({"PET_NNODES": "2", "MASTER_ADDR": "a", "PET_NODE_RANK": "2"}, "PET_NODE_RANK: found '2', .* from 0 to 1"),
+        ({"PET_NNODES": "2", "MASTER_ADDR": "a"}, "PET_NODE_RANK: found ''"),
     ],
 )
-def test_from_slurm_rejects_invalid_step(variables: Mapping[str, str], error: str) -> None:
+def test_invalid_placement_is_rejected(variables: Mapping[str, str], error: str) -> None:
     with pytest.raises(UserError, match=error):
-        from_slurm({**STEP, **variables})
+        from_environment(variables)
+
+
+def test_ranks_do_not_inherit_the_variables_of_another_launcher() -> None:
+    plan = plans.resolve(loader.load("tiny"), topology.plan_topology(loader.load("tiny")))
+    foreign = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PET_NNODES", "PET_NPROC_PER_NODE", "NNODES", "MASTER_ADDR")
+    chosen = command.environment(plan, {**dict.fromkeys(foreign, "9"), "HOME": "/home"})
+    assert not set(foreign) & set(chosen) and chosen["HOME"] == "/home"
 
 
 @pytest.mark.parametrize(
     ("request_", "error"),
     [
-        (HardwareRequest(nodes=8), "NODES: found 8, expected 4, the nodes of job 70123. Use sbatch --nodes=8"),
-        (HardwareRequest(gpus=16), "GPUS: found 16, expected 32: job 70123 has 4 nodes x 8"),
-        (HardwareRequest(devices="0,1"), "DEVICES: found 0,1 in a Slurm job"),
+        (HardwareRequest(nodes=8), "NODES: found 8, expected 4, the nodes of this job. Use sbatch --nodes=8"),
+        (HardwareRequest(gpus=16), "GPUS: 16 requested, but this job has 32"),
+        (HardwareRequest(devices="0,1"), "DEVICES: found 0,1 in a job"),
         (HardwareRequest(gpus=0, processes=6), "PROCESSES: found 6 CPU processes on 4 nodes, expected a multiple of 4"),
     ],
 )
 def test_topology_rejects_request_unlike_allocation(request_: HardwareRequest, error: str) -> None:
     with pytest.raises(UserError, match=error):
-        topology.available_topology(loader.load("70b"), request_, from_slurm(STEP))
+        topology.available_topology(loader.load("70b"), request_, from_environment(STEP))
 
 
-def test_topology_rejects_several_nodes_without_slurm() -> None:
-    with pytest.raises(UserError, match=r"sbatch --nodes=4 slurm/70b\.sh"):
-        topology.available_topology(loader.load("70b"), HardwareRequest(nodes=4))
+def test_several_nodes_without_a_place_among_them_are_rejected(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "tiny", "--nodes", "2"]) == 2
+    error = capsys.readouterr().err
+    assert "sbatch --nodes=2 slurm/tiny.sh" in error and "PET_NNODES, PET_NODE_RANK" in error
 
 
 @pytest.mark.parametrize("recipe", loader.names())
@@ -168,10 +180,14 @@ def test_dry_run_prints_sbatch_options_and_node_command(tmp_path: Path) -> None:
         INIT_FROM="p", OVERFIT="1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    sbatch, _, command = done.stdout.splitlines()
+    sbatch, _, first, _, command = done.stdout.splitlines()
+    prepare = shlex.split(first)
+    assert prepare[prepare.index("--nodes=1") :][:3] == ["--nodes=1", "--ntasks=1", "--relative=0"]
+    assert "prepare 70b --name 70b-JOBID" in first
     assert sbatch.startswith("sbatch --job-name=sft-70b --nodes=4 --ntasks-per-node=1 --gpus-per-node=8 --exclusive")
     arguments = shlex.split(command)
-    assert arguments[:3] == ["srun", "--kill-on-bad-exit=1", "--export=ALL"]
+    assert arguments[:4] == ["srun", "--kill-on-bad-exit=1", "--wait=0", "--export=ALL"]
+    assert prepare[prepare.index("70b") :] == arguments[arguments.index("70b") :]
     assert arguments[arguments.index("-m") :] == [
         "-m", "sft_recipes", "train", "70b", "--name", "70b-JOBID", "--allow-change", "x",
         "--init-from", "p", "--overfit", f"data.train={hostile}",
@@ -240,9 +256,10 @@ def test_single_node_job_rejects_missing_gpus(monkeypatch) -> None:
     monkeypatch.setattr(
         topology, "visible_gpus", lambda: [topology.Gpu(str(n), 81559, "NVIDIA H100") for n in range(4)]
     )
-    allocation_ = from_slurm({**STEP, "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NODEID": "0"})
+    one = {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NODEID": "0"}
+    place = from_environment({**STEP, **one})
     with pytest.raises(UserError, match="Slurm allocated 8 on gpu005, nvidia-smi lists 4.*--exclude=gpu005"):
-        topology.available_topology(loader.load("8b"), HardwareRequest(), allocation_)
+        topology.available_topology(loader.load("8b"), HardwareRequest(), place)
 
 
 def test_job_script_outside_of_slurm_prints_how_to_submit() -> None:
@@ -258,172 +275,113 @@ def test_make_slurm_lists_recipes_for_unknown_recipe() -> None:
     assert "RECIPE: slurm/9b.sh not found. Available: 13b 1b 32b" in done.stderr
 
 
-def test_rejected_input_is_recorded_for_the_job(tmp_path: Path) -> None:
-    """srun kills the other nodes at once, and may return the code of their signal."""
-    command = [sys.executable, "-m", "sft_recipes", "train", "tiny", "--name", "a b"]
-    environment = {**os.environ, "SFT_RECIPES_LOGS": str(tmp_path)}
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 2 and (tmp_path / "rejected").exists()
-
-
-def test_job_without_progress_fails_after_three_starts(tmp_path: Path, monkeypatch) -> None:
-    plan = plans.resolve(loader.load("tiny"), topology.plan_topology(loader.load("tiny")))
-    folder = RunDir(tmp_path / "one")
-    start = RunStart(folder, plan, resumes=False)
-    assert [slurm.no_progress(start) for _ in range(5)] == [None] * 5  # outside of a job
-    for name, value in {**STEP, "RUNS_DIR": str(tmp_path)}.items():
-        monkeypatch.setenv(name, value)
-    assert [slurm.no_progress(start) for _ in range(5)] == [None] * 5  # a step started by hand
-    monkeypatch.setenv("SFT_RECIPES_LOGS", str(tmp_path))
-    assert [slurm.no_progress(start) for _ in range(3)] == [None] * 3
-    assert "no progress after 3 starts of job 70123" in str(slurm.no_progress(start))
-    assert slurm.no_progress(RunStart(folder, plan, resumes=True, explicit_resume=True)) is None
-    folder.checkpoint(5).mkdir(parents=True)
-    (folder.checkpoint(5) / "complete.json").write_text('{"run_id": ""}')
-    assert slurm.no_progress(start) is None  # a new checkpoint
-    monkeypatch.setenv("SLURM_JOB_ID", "70124")
-    assert slurm.no_progress(RunStart(RunDir(tmp_path / "two"), plan, resumes=False)) is None
-
-
-@pytest.fixture
-def two(tmp_path: Path, monkeypatch) -> tuple[NodeLaunchers, NodeLaunchers]:
-    """The launchers of two nodes after their rendezvous."""
-    monkeypatch.setenv("RUNS_DIR", str(tmp_path))
-    monkeypatch.setattr(timeouts, "NODES_MEET", 120.0)
-    leader, follower = NodeLaunchers(allocation(0)), NodeLaunchers(allocation(1))
-    thread = threading.Thread(target=follower.rendezvous, args=[{"cores": 4}, StopRequest()])
-    thread.start()
-    leader.rendezvous({"cores": 8}, StopRequest())
-    thread.join()
-    return leader, follower
-
-
-def test_rendezvous_exchanges_node_info_and_reachable_addresses(
-    two: tuple[NodeLaunchers, NodeLaunchers],
-) -> None:
-    leader, follower = two
-    assert leader.status(1) == {**leader.status(1), "node": "node2", "node_info": {"cores": 4}}
-    assert "127.0.0.1" in leader.status(1)["reachable"]
-    assert "no.such.host.invalid" not in leader.status(1)["reachable"]
-    assert leader.rendezvous_address == "127.0.0.1", "Slurm's name of a node need not resolve"
-    assert follower.status(0)["node_info"]["cores"] == 8
-    assert not list(runs_root().glob(".jobs/*/*/*.partial"))
-    assert (runs_root() / ".jobs" / "1").stat().st_mode & 0o077 == 0
-
-
-def test_command_is_received_once_and_its_results_are_published(two: tuple[NodeLaunchers, NodeLaunchers]) -> None:
-    leader, follower = two
-    command = leader.send_command("run", Path("plan.json"), 15001)
-    follower.poll(force=True)
-    assert follower.next_command(after=0) == command
-    assert follower.next_command(after=command.number) is None
-    follower.publish_result(
-        command, {"code": 1, "error": "rank 1 on node2 is gone", "user_error": False, "lost_peer": False}
-    )
-    leader.publish_result(command, {"code": 1, "error": "rank 0: gloo: lost", "user_error": False, "lost_peer": True})
-    leader.poll(force=True)
-    assert node_launchers.first_failure(list(leader.results(command).values()))["error"] == "rank 1 on node2 is gone"
-    assert command.address == "127.0.0.1"
-    assert leader.results(leader.send_command("run", Path("plan.json"), 15001)) == {}
-
-
-def test_gloo_uses_the_interface_towards_node_0() -> None:
-    assert network.interface_towards("127.0.0.1") == "lo"
-    own = network.candidate_addresses([])[1:]
-    assert all(network.interface_towards(address) != "lo" for address in own)
-    assert network.interface_towards("no.such.host.invalid") is None
-
-
-def test_first_failure_prefers_requested_stop_to_unexplained_exit() -> None:
-    results = [{"code": code, "error": None, "user_error": False, "lost_peer": False} for code in (1, 75, 0)]
-    assert node_launchers.first_failure(results)["code"] == 75
-    assert node_launchers.first_failure([results[0], results[2]])["code"] == 1
-
-
-def test_silent_node_is_lost_and_exited_node_is_not(two: tuple[NodeLaunchers, NodeLaunchers], monkeypatch) -> None:
-    leader, follower = two
-    monkeypatch.setattr(timeouts, "NODE_SILENT", 0.5)
-    monkeypatch.setattr(timeouts, "POLL_NODES", 0.1)
-    for _ in range(12):
-        threading.Event().wait(0.1)
-        leader.poll()
-    assert leader.lost_nodes() == [1]
-    follower.publish(exiting=True)
-    leader.poll(force=True)
-    assert leader.lost_nodes() == []
-
-
-def test_lost_node_is_named_and_job_requeued(
-    two: tuple[NodeLaunchers, NodeLaunchers], tmp_path: Path, monkeypatch
-) -> None:
-    leader, follower = two
-    monkeypatch.setenv("SFT_RECIPES_REQUEUE", str(tmp_path / "requeue"))
-    assert leader.request_requeue_if_lost() is None and not (tmp_path / "requeue").exists()
-    leader.silent_seconds[1] = timeouts.NODE_SILENT + 1
-    assert "node2: no heartbeat for 60 s; the job is requeued" in str(leader.request_requeue_if_lost())
-    assert (tmp_path / "requeue").exists()
-    follower.silent_seconds[0] = timeouts.NODE_SILENT + 1  # the leader may be busy between two commands
-    assert not follower.leader_lost()
-
-
-def test_exiting_launcher_ignores_signals(two: tuple[NodeLaunchers, NodeLaunchers]) -> None:
-    """Slurm would report the signal as the end of the job."""
-    follower, before = two[1], {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    try:
-        with handle_stop_signals():
-            with handle_stop_signals():
-                pass
-            follower.announce_exit()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def test_stop_request_interrupts_rendezvous(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("RUNS_DIR", str(tmp_path))
-    monkeypatch.setattr(timeouts, "SAY_WAITING_AFTER", 0.0)
-    stop = StopRequest()
-    threading.Timer(0.5, stop.signals.append, [signal.SIGUSR1]).start()
-    with pytest.raises(StoppedError):
-        NodeLaunchers(allocation(0)).rendezvous({}, stop)
-    assert "waiting for node 1 of the job in" in console.readouterr().out
-
-
-def test_rendezvous_times_out_with_the_missing_node(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("RUNS_DIR", str(tmp_path))
-    monkeypatch.setattr(timeouts, "NODES_MEET", 0.3)
-    with pytest.raises(UserError, match="RUNS_DIR: node 0 of job 1 did not appear in .*, as seen from node2, within"):
-        NodeLaunchers(allocation(1)).rendezvous({}, StopRequest())
+KILLED = ExitRecord(1, "node2", 1, "rank 1 on node2: killed by SIGKILL in step 5", time=2.0)
+LOST = ExitRecord(0, "node1", 1, "rank 0 on node1: failed in step 5: gloo: lost", lost_peer=True, time=1.0)
+STOPPED = ExitRecord(0, "node1", 75, time=3.0)
+FINISHED = ExitRecord(1, "node2", 0)
 
 
 @pytest.mark.parametrize(
-    ("changed", "detail"),
+    ("records", "given", "expected"),
     [
-        ({"cores": 1, "cores_total": 64}, "1 of 64 cores for 2 ranks.*SRUN_CPUS_PER_TASK"),
-        ({"tmp_bytes": 0}, "disk: /tmp"),
-        ({"reachable": []}, "cannot connect to node1 at any of node1, 10.0.0.1"),
+        # A rank that was killed gives 1 and is named, in any order of the records, also if survivors report a stop.
+        ([LOST, KILLED], {}, Outcome(1, KILLED.error)),
+        ([STOPPED, KILLED], {"stop_expected": True}, Outcome(1, KILLED.error)),
+        ([dataclasses.replace(LOST, code=4), KILLED], {}, Outcome(4, KILLED.error)),
+        ([KILLED], {"status": 137}, Outcome(1, KILLED.error)),
+        # Wrong input and divergence have their own codes.
+        ([LOST, ExitRecord(1, "node2", 2, "data: x")], {}, Outcome(2, "data: x")),
+        ([ExitRecord(0, "node1", 3), FINISHED], {"status": 143}, Outcome(3)),
+        ([ExitRecord(0, "node1", 0), FINISHED], {"status": 143}, Outcome(0)),
+        ([STOPPED, FINISHED], {"status": 75}, Outcome(75)),
+        ([ExitRecord(0, "node1", 1)], {"status": 137}, Outcome(1)),  # a check failed; srun killed the slower node
+        # Killed by the signal of the time limit, before a launcher handled it.
+        ([STOPPED], {"status": 138, "stop_expected": True}, Outcome(75)),
+        ([], {"status": 138, "stop_expected": True}, Outcome(75)),
+        # A lost connection, or a launcher without a record: Slurm knows whether a node is lost.
+        ([LOST], {"lost": ["node2"]}, Outcome(75, LOST.error, "node node2 is lost")),
+        ([LOST], {"lost": ["node2"], "stop_expected": True}, Outcome(75, LOST.error, "node node2 is lost")),
+        ([LOST], {}, Outcome(1, LOST.error)),
+        ([LOST], {"stop_expected": True}, Outcome(1, LOST.error)),
+        ([FINISHED], {"status": 137}, Outcome(1, "the launcher on node 0 was killed: no exit record")),
+        # `prepare`, a step of one task, or a command that wrote no record.
+        ([], {"nodes": 1, "status": 2}, Outcome(2)),
+        ([], {"nodes": 1, "status": 75, "stop_expected": True}, Outcome(75)),
+        ([], {"status": 2}, Outcome(2)),
+        # srun could not start the tasks: a node was lost between the phases.
+        ([], {"lost": ["node2"]}, Outcome(75, None, "node node2 is lost")),
+        ([], {}, Outcome(1, "the launcher on node 0, 1 was killed: no exit record")),
     ],
 )
+def test_outcome_is_decided_by_the_first_failure(records, given, expected: Outcome) -> None:
+    lost, nodes = given.pop("lost", []), given.pop("nodes", 2)
+    status, stop_expected = given.pop("status", 1), given.pop("stop_expected", False)
+    assert outcome.decide(records, nodes, status, stop_expected, lambda: lost) == expected
+
+
+def test_exit_record_keeps_the_first_cause(tmp_path: Path) -> None:
+    exit_records.write(tmp_path / "1-0", KILLED)
+    exit_records.write(tmp_path / "1-0", ExitRecord(1, "node2", 1, terminated=True, time=9.0))
+    exit_records.write(tmp_path / "1-0", LOST)
+    assert exit_records.read(tmp_path / "1-0") == [LOST, dataclasses.replace(KILLED, terminated=True)]
+
+
+def placements(nodes: int, port: int) -> list[Placement]:
+    return [Placement(nodes, rank, f"node{rank + 1}", "1-0", None, "127.0.0.1", port) for rank in range(nodes)]
+
+
+def test_nodes_exchange_values_and_agree() -> None:
+    with ThreadPoolExecutor() as pool:
+        two, stop = placements(2, command.free_port()), StopRequest()
+        assert list(pool.map(lambda place: place.exchange({"node": place.rank}, stop), two)) == [
+            [{"node": 0}, {"node": 1}]
+        ] * 2  # fmt: skip
+        assert list(pool.map(lambda place: place.agree(place.rank, stop), two)) == [1, 1]
+
+
+def test_missing_node_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timeouts, "NODES_MEET", 2.0)
+    first, second = placements(2, command.free_port())
+    with pytest.raises(NodeMissingError, match=r"node 1 of 2 did not reach node 0 at 127\.0\.0\.1"):
+        first.exchange(0, StopRequest())
+    with pytest.raises(NodeMissingError, match=r"network: no connection to node 0 at 127\.0\.0\.1"):
+        second.exchange(0, StopRequest())
+
+
+def test_stop_request_interrupts_the_exchange() -> None:
+    stop = StopRequest()
+    threading.Timer(0.5, stop.signals.append, [signal.SIGUSR1]).start()
+    with pytest.raises(StoppedError):
+        placements(2, command.free_port())[0].exchange(0, stop)
+
+
+def test_interface_towards_an_address() -> None:
+    assert ranks.interface_towards("127.0.0.1") == "lo"
+    assert ranks.interface_towards("no.such.host.invalid") is None
+
+
+def check_two_nodes(monkeypatch: pytest.MonkeyPatch, plan: plans.Plan, *nodes: list[CheckResult]) -> int:
+    """Return the exit code for the results of the checks of each node."""
+    two = placements(2, 15000)
+    reports = [{"name": f"node{n + 1}", "results": [dataclasses.asdict(r) for r in rs]} for n, rs in enumerate(nodes)]
+    monkeypatch.setattr(Placement, "exchange", lambda *_: reports)
+    context = RunContext(RunDir(Path("x")), plan, StopRequest(), placement=two[0])
+    return node_checks.check_all_nodes(context, "node1")
+
+
 def test_node_check_failure_names_the_node_to_exclude(
-    changed: dict[str, object],
-    detail: str,
-    two: tuple[NodeLaunchers, NodeLaunchers],
-    console: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]
 ) -> None:
-    leader, follower = two
-    info = {"cores": 8, "cores_total": 8, "gpus": [], "tmp_bytes": 2**40}
-    leader.publish(node_info={**info, "addresses": ["node1", "10.0.0.1"]}, reachable=["node1", "10.0.0.1"])
-    follower.publish(node_info={**info, **changed}, reachable=changed.get("reachable", ["10.0.0.1"]))
-    leader.poll(force=True)
     recipe = loader.load("tiny", ["batch.effective_batch_size=4", "parallelism=ddp"])
     plan = plans.resolve(recipe, topology.plan_topology(recipe, HardwareRequest(0, 4, 2)))
-    assert slurm.check_nodes(leader, plan) == 1
+    monkeypatch.setattr(node_checks.os, "sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr(node_checks.os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(node_checks.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    results = list(node_checks.check_node(plan))
+    assert check_two_nodes(monkeypatch, plan, [], results) == 1
     printed = console.readouterr()
-    assert re.search(f"node2: error .*{detail}", printed.out)
+    assert re.search("node2: error .*1 of 64 cores for 2 ranks.*SRUN_CPUS_PER_TASK", printed.out)
+    assert re.search("node2: error .*disk: /tmp", printed.out)
     assert "node checks failed on node2. Exclude it: sbatch --exclude=node2" in printed.err
 
 
@@ -431,17 +389,18 @@ def test_node_check_failure_names_the_node_to_exclude(
     ("nodes", "ends"), [((1,), "or exclude it: sbatch --exclude=node2"), ((0, 1), "docker/README.md")]
 )
 def test_nodes_without_cuda_fail_the_job_with_the_cause(
-    nodes: tuple[int, ...], ends: str, two: tuple[NodeLaunchers, NodeLaunchers], console: pytest.CaptureFixture[str]
+    nodes: tuple[int, ...], ends: str, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]
 ) -> None:
     """Exit code 2: no step was taken, and the installation is wrong."""
-    info = {"cores": 8, "cores_total": 8, "tmp_bytes": 2**40, "gpus": [{"id": str(n), "used": 4.0} for n in range(8)]}
     probe = {"torch": "2.13.0+cu130", "cuda": "13.0", "devices": 0, "warning": ""}
-    for number, launchers in enumerate(two):
-        problem = cuda.find_problem(probe, 8, "570.86.15", None) if number in nodes else None
-        launchers.publish(node_info={**info, "cuda": problem, "addresses": ["node1"]}, reachable=["node1"])
-    two[0].poll(force=True)
+    gpus = [topology.Gpu(str(n), 81559, "NVIDIA H100") for n in range(8)]
+    monkeypatch.setattr(topology, "visible_gpus", lambda: gpus)
+    problem = cuda.find_problem(probe, 8, "570.86.15", None)
+    monkeypatch.setattr(preflight, "gpu_problem", lambda _: problem)
     plan = plans.resolve(loader.load("32b"), plans.Topology(16, 16, 2, "h100-80g"))
-    assert slurm.check_nodes(two[0], plan) == 2
+    results = [r for r in node_checks.check_node(plan) if r.check == "CUDA"]
+    assert len(results) == 1
+    assert check_two_nodes(monkeypatch, plan, *(results if n in nodes else [] for n in (0, 1))) == 2
     printed = console.readouterr()
     assert ["error" in line and "CUDA" in line for line in printed.out.splitlines()] == [True] * len(nodes)
     names = ",".join(f"node{number + 1}" for number in nodes)
@@ -451,41 +410,51 @@ def test_nodes_without_cuda_fail_the_job_with_the_cause(
     )
     assert line.endswith(ends) and "\n" not in line
     on_the_cpu = plans.resolve(loader.load("tiny", ["batch.effective_batch_size=16"]), plans.Topology(0, 16, 2))
-    assert not list(slurm._check_node(two[1].status(1)["node_info"], on_the_cpu)), "a CPU run needs no CUDA"
+    assert "CUDA" not in {result.check for result in node_checks.check_node(on_the_cpu)}, "a CPU run needs no CUDA"
 
 
-def test_unreachable_leader_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]
+def test_node_without_access_to_the_run_or_the_model_reports_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RUNS_DIR", str(tmp_path))
-    leader, *others = (NodeLaunchers(allocation(rank, 3)) for rank in range(3))
-    leader.folder.mkdir(parents=True)
-    for launchers in (leader, *others):
-        info = {"cores": 8, "cores_total": 8, "gpus": [], "tmp_bytes": 2**40}
-        reachable = ["10.0.0.1"] if launchers is leader else []
-        launchers.publish(node_info={**info, "addresses": ["10.0.0.1"]}, reachable=reachable)
-    leader.poll(force=True)
-    recipe = loader.load("tiny", ["batch.effective_batch_size=6", "parallelism=ddp"])
-    plan = plans.resolve(recipe, topology.plan_topology(recipe, HardwareRequest(0, 3, 3)))
-    assert slurm.check_nodes(leader, plan) == 1
-    assert "no node reaches node1. Set MASTER_ADDR in slurm/cluster.env" in console.readouterr().err
-
-
-def test_node_without_access_to_the_model_reports_it(
-    two: tuple[NodeLaunchers, NodeLaunchers], tmp_path: Path, monkeypatch
-) -> None:
-    leader, follower = two
     monkeypatch.setattr(timeouts, "FILE_VISIBLE", 0.2)
-    command = leader.send_command("run", tmp_path / "one" / "plan.json", 15001)
-    follower.poll(force=True)
-    thread = threading.Thread(target=ranks.follow, args=[follower, StopRequest()])
-    thread.start()
-    leader.publish_result(command, {"code": 0, "error": None, "user_error": False, "lost_peer": False})
-    ended = ranks._collect_results(command, leader)
-    leader.send_command(None)
-    thread.join()
-    assert (ended.code, ended.user_error) == (2, True)
-    assert "HF_HOME, RUNS_DIR: " in str(ended.error) and "not visible on node2" in str(ended.error)
+    run, second = RunDir(tmp_path / "one"), placements(2, 15000)[1]
+    run.path.mkdir()
+    arguments = ["tiny", "--name", "one"]
+    with pytest.raises(UserError, match=r"NAME: .*one is not prepared, as seen from node2.* prepare tiny --name one"):
+        attempts.open_prepared(run, second, arguments)
+    plan = plans.resolve(loader.load("tiny", ["batch.effective_batch_size=2"]), plans.Topology(0, 2, 2))
+    plans.write(plan, attempts.next_plan(run))
+    ours = Attempt("1-0", 2, tuple(arguments), prepared=True)
+    for other, error in (
+        (dataclasses.replace(ours, id="0-0"), "prepared for attempt 0-0 on 2 nodes.* expected attempt 1-0 on 2 nodes"),
+        (dataclasses.replace(ours, arguments=("tiny",)), r"prepared with other arguments \(tiny\)"),
+        (dataclasses.replace(ours, nodes=3), "prepared for attempt 1-0 on 3 nodes.* expected attempt 1-0 on 2 nodes"),
+        (dataclasses.replace(ours, prepared=False), "not prepared"),
+    ):
+        attempts.write(run, other)
+        with pytest.raises(UserError, match=error):
+            attempts.open_prepared(run, second, arguments)
+    attempts.write(run, ours)
+    run.prepared.write_text(json.dumps({"folder": str(tmp_path), "model": str(tmp_path / "model")}))
+    with pytest.raises(UserError, match="HF_HOME, RUNS_DIR: .*model: not visible on node2"):
+        attempts.open_prepared(run, second, arguments)
+    (tmp_path / "model").mkdir()
+    assert attempts.open_prepared(run, second, arguments) == (ours, plan)
+
+
+def test_commands_of_the_documented_jobset_are_valid() -> None:
+    """The manifest itself was validated with the schema of JobSet's CRD (docs/multi-node.md)."""
+    page = (REPOSITORY / "docs" / "multi-node.md").read_text()
+    jobs = yaml.safe_load(re.findall(r"```yaml\n(apiVersion.*?)```", page, re.DOTALL)[0])["spec"]["replicatedJobs"]
+    pods = [job["template"]["spec"]["template"]["spec"]["containers"][0] for job in jobs]
+    prepare, train = (pod["args"] for pod in pods)
+    assert (prepare[:4], train[:4]) == tuple(["python", "-m", "sft_recipes", name] for name in ("prepare", "train"))
+    assert prepare[4:] == train[4:], "`train` rejects other arguments"
+    parsed = cli.build_parser().parse_args(train[3:])
+    values = {variable["name"]: variable.get("value", "0") for variable in pods[1]["env"]}
+    place = from_environment(values)
+    assert place is not None and place.nodes == int(parsed.nodes) == jobs[1]["template"]["spec"]["completions"]
+    assert int(parsed.gpus) == place.nodes * pods[1]["resources"]["limits"]["nvidia.com/gpu"]
 
 
 def test_status_of_finished_run(short_run: Path) -> None:

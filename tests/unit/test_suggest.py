@@ -5,7 +5,6 @@ import json
 import re
 
 import pytest
-from helpers.workplace import REPOSITORY
 
 from sft_recipes.config import loader, sizes
 from sft_recipes.config.schema import Lora
@@ -417,24 +416,12 @@ def test_size_class_must_match_architecture():
             sizes.size_class_of(dataclasses.replace(recipe, size=size))
 
 
-@pytest.mark.parametrize("content", ['{"zero_optimization": {"stage": 2}}', "{", "{}"])
-def test_strategy_files_must_agree(tmp_path, monkeypatch, content):
+def test_missing_strategy_file_is_rejected(tmp_path, monkeypatch):
     from sft_recipes.launch import command
 
-    (tmp_path / "accelerate_configs").mkdir()
-    (tmp_path / "deepspeed_configs").mkdir()
-    zero3 = plan("70b", 32)
     monkeypatch.setattr(command, "REPOSITORY", tmp_path)
     with pytest.raises(UserError, match="needs accelerate_configs/zero3.yaml: not found"):
-        command.accelerate_config(zero3)
-    text = (REPOSITORY / "accelerate_configs" / "zero3.yaml").read_text()
-    (tmp_path / "accelerate_configs" / "zero3.yaml").write_text(text)
-    with pytest.raises(UserError, match="zero3 needs deepspeed_configs/zero3.json: not found"):
-        command.accelerate_config(zero3)
-    (tmp_path / "deepspeed_configs" / "zero3.json").write_text(content)
-    expected = "found stage 2, expected that of parallelism zero3" if "stage" in content else "not a DeepSpeed config"
-    with pytest.raises(UserError, match=expected):
-        command.accelerate_config(zero3)
+        command.accelerate_config(plan("70b", 32))
 
 
 def test_host_memory_is_limited_by_the_container(tmp_path, monkeypatch):

@@ -1,0 +1,57 @@
+"""Exchange one JSON value per node through torch's store, which node 0 serves. The launcher of each node starts one
+process: FILE ADDRESS PORT NODES RANK SECONDS. The file has this node's value, and then those of all nodes."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+import time
+from pathlib import Path
+
+from sft_recipes.runtime import timeouts
+
+
+def exchange(value: str, address: str, port: int, nodes: int, rank: int, seconds: float) -> list[str] | str:
+    """Return the values of all nodes by rank, or an error."""
+    from torch.distributed import TCPStore
+
+    until = time.monotonic() + seconds
+    limit = datetime.timedelta(seconds=seconds)
+    try:
+        store = TCPStore(address, port, is_master=rank == 0, timeout=limit, wait_for_workers=False)
+    except RuntimeError as error:
+        if rank == 0:
+            return f"MASTER_PORT: node 0 cannot listen on port {port} ({_first_line(error)}). Set another one"
+        return (
+            f"network: no connection to node 0 at {address}:{port} within {seconds:.0f} s. Set MASTER_ADDR to another"
+        )
+    store.set(str(rank), value)
+    say_at = time.monotonic() + timeouts.SAY_WAITING_AFTER
+    while missing := [str(node) for node in range(nodes) if not store.check([str(node)])]:
+        if time.monotonic() > until:
+            return f"node {', '.join(missing)} of {nodes} did not reach node 0 at {address}:{port} in {seconds:.0f} s"
+        if rank == 0 and time.monotonic() > say_at:
+            say_at = time.monotonic() + 60
+            print(f"waiting for node {', '.join(missing)} of {nodes} at {address}:{port}", flush=True)
+        time.sleep(0.05)
+    values = [store.get(str(node)).decode() for node in range(nodes)]
+    store.add("done", 1)
+    while rank == 0 and store.add("done", 0) < nodes and time.monotonic() < until:  # the others still read from here
+        time.sleep(0.05)
+    return values
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:100]
+
+
+def main(file: Path, address: str, port: str, nodes: str, rank: str, seconds: str) -> None:
+    """Run one exchange; the file then has `values` or an `error`."""
+    result = exchange(file.read_text(encoding="utf-8"), address, int(port), int(nodes), int(rank), float(seconds))
+    content = {"error": result} if isinstance(result, str) else {"values": [json.loads(value) for value in result]}
+    file.write_text(json.dumps(content), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])
