@@ -45,7 +45,7 @@ def workplace(tmp_path: Path, shared_workplace: Workplace) -> Workplace:
 @pytest.fixture
 def in_process(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., subprocess.CompletedProcess[str]]:
+) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
     """Function that runs the command line in this process, as on a machine without GPUs unless PATH is given."""
     monkeypatch.chdir(workplace.path)
 
@@ -56,7 +56,9 @@ def in_process(
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
         return subprocess.CompletedProcess(arguments, cli.main(arguments), *capfd.readouterr())
 
-    return run
+    yield run
+    log.ROOT.handlers.clear()
+    log.ROOT.propagate = True
 
 
 @pytest.fixture(scope="session")
