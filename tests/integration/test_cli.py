@@ -26,7 +26,10 @@ from helpers.workplace import REPOSITORY, SMALL_LLAMA, VARIABLES
         (["train", "tiny", "--gpus", "8"], "GPUS: 8 requested, but this machine has none; "),
         (["train", "tiny", "--gpus", "eight"], "GPUS: found 'eight', expected an integer"),
         (["train", "tiny", "--gpus", "-1"], "GPUS: found '-1', expected an integer of at least 0"),
-        (["train", "tiny", "--gpus", "0", "--nodes", "2"], "NODES: found 2 without a Slurm job"),
+        (
+            ["train", "tiny", "--gpus", "0", "--nodes", "2"],
+            "NODES: found 2, and this process has no place among them.*sbatch --nodes=2.*PET_NNODES",
+        ),
         (["train", "tiny", "--processes", "0"], "PROCESSES: found '0', expected an integer of at least 1"),
         (
             ["train", "tiny", "--gpus", "0", "--processes", "3"],
@@ -34,7 +37,10 @@ from helpers.workplace import REPOSITORY, SMALL_LLAMA, VARIABLES
         ),
         (["train", "tiny", "--devices", "0,x"], "DEVICES: found '0,x', expected GPU ids"),
         (["train", "tiny", "--devices", "0"], "DEVICES: no GPU 0 on this machine"),
-        (["train", "tiny", "--nodes", "2"], "NODES: found 2 without a Slurm job"),
+        (
+            ["train", "tiny", "--nodes", "2"],
+            "NODES: found 2, and this process has no place among them.*sbatch --nodes=2.*PET_NNODES",
+        ),
         (["train", "tiny", "--resume"], "RESUME: no unfinished run of tiny"),
         (["train", "tiny", "data.train=missing.jsonl"], "data.train: no file or folder 'missing.jsonl'"),
         (["train", "tiny", "data.train=$(touch x)y"], r"data.train: no file or folder '\$\(touch x\)y'"),

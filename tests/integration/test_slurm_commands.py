@@ -131,12 +131,6 @@ def test_topology_rejects_request_unlike_allocation(request_: HardwareRequest, e
         topology.available_topology(loader.load("70b"), request_, from_environment(STEP))
 
 
-def test_several_nodes_without_a_place_among_them_are_rejected(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["train", "tiny", "--nodes", "2"]) == 2
-    error = capsys.readouterr().err
-    assert "sbatch --nodes=2 slurm/tiny.sh" in error and "PET_NNODES, PET_NODE_RANK" in error
-
-
 @pytest.mark.parametrize("recipe", loader.names())
 def test_sbatch_script_is_generated_from_the_recipe(recipe: str) -> None:
     script = REPOSITORY / "slurm" / f"{recipe}.sh"
