@@ -189,11 +189,9 @@ def test_missing_flash_attention_is_rejected_with_the_fix():
 
 
 def test_plan_rejects_flash_attention_on_cpu_and_in_fp32():
-    with pytest.raises(UserError, match="found .*, expected 16 bits on a GPU. Set model.at"):
+    with pytest.raises(UserError, match="found CPU, expected bf16 on a GPU. Set model.attention=auto"):
         make_plan("model.attention=flash_attention_2")
-    with pytest.raises(
-        UserError, match="found fp32, expected 16 bits on a GPU. Set model.attention=auto or precision=bf16"
-    ):
+    with pytest.raises(UserError, match="found fp32, expected bf16 on a GPU. Set model.attention=auto"):
         make_plan("model.attention=flash_attention_2", "precision=fp32", gpus=1)
 
 
