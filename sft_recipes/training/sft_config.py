@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 from trl import SFTConfig
 
@@ -16,6 +17,8 @@ _PLANNED = (
     "num_train_epochs", "warmup_steps", "weight_decay", "max_grad_norm", "max_length",
 )  # fmt: skip
 
+_SET_BELOW = ("max_length", "packing", "gradient_checkpointing")
+
 
 def make_sft_config(plan: Plan, folder: RunDir) -> SFTConfig:
     """Return the plan as TRL's SFTConfig; every value that a recipe may not set is set here, or has its default.
@@ -23,7 +26,7 @@ def make_sft_config(plan: Plan, folder: RunDir) -> SFTConfig:
     Raises:
         SetupError: the recipe needs kernels that are not installed.
     """
-    trainer = {key: value for key, value in plan.sections.trainer.items() if key not in ("max_length", "packing")}
+    trainer = {key: value for key, value in plan.sections.trainer.items() if key not in _SET_BELOW}
     if trainer.get("use_liger_kernel") and importlib.util.find_spec("liger_kernel") is None:
         raise SetupError(
             "trainer.use_liger_kernel: liger-kernel is not installed. Install it into the virtual environment, or "
@@ -40,6 +43,7 @@ def make_sft_config(plan: Plan, folder: RunDir) -> SFTConfig:
     }
     return SFTConfig(
         **{**defaults, **trainer, **{name: getattr(plan, name) for name in _PLANNED}},
+        **_checkpointing_arguments(plan.sections.trainer["gradient_checkpointing"], plan),
         output_dir=str(folder.path),
         run_name=folder.name,
         per_device_eval_batch_size=plan.per_device_train_batch_size,
@@ -56,3 +60,20 @@ def make_sft_config(plan: Plan, folder: RunDir) -> SFTConfig:
         remove_unused_columns=False,  # the collator needs row numbers
         report_to=[],  # callbacks/trackers.py adds them; callbacks/keep_best.py removes checkpoints
     )
+
+
+def _checkpointing_arguments(enabled: bool, plan: Plan) -> dict[str, Any]:
+    """Return the activation checkpointing arguments, by the name that the installed transformers uses.
+
+    Non-reentrant, except for adapters under ZeRO-3: gathered weights have another shape in the recomputation of a layer
+    (https://github.com/huggingface/trl/issues/2514).
+    """
+    name = (
+        "activation_checkpointing"
+        if "activation_checkpointing" in SFTConfig.__dataclass_fields__
+        else "gradient_checkpointing"
+    )
+    # TRL checkpoints by default, and reads its default from the old name: set it too.
+    disabled = {"gradient_checkpointing": False} if name == "activation_checkpointing" else {}
+    reentrant = plan.method != "full" and plan.strategy.zero_stage == 3
+    return {name: enabled, **disabled, **({f"{name}_kwargs": {"use_reentrant": reentrant}} if enabled else {})}

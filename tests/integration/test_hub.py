@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import pytest
-from helpers.workplace import SHORT
+from helpers.workplace import FEW_STEPS
 
 from sft_recipes.data.toy import toy_dataset
 
@@ -127,7 +127,7 @@ def test_downloaded_recipe_trains_offline(workplace, served):
     hub.server_close()
     snapshots = sorted(path.name for path in Path(home, "hub").glob("*/snapshots/*"))
     assert snapshots == [COMMIT, COMMIT]
-    run = workplace.trained("tiny", *SHORT, *CPU, *MODEL, *DATA, "lora.r=2", HF_HUB_OFFLINE="1", HF_HOME=home)
+    run = workplace.trained("tiny", *FEW_STEPS, *CPU, *MODEL, *DATA, "lora.r=2", HF_HUB_OFFLINE="1", HF_HOME=home)
     adapters = json.loads((run / "final" / "adapter_config.json").read_text())
     assert (adapters["base_model_name_or_path"], adapters["revision"]) == ("some/model", COMMIT), "not a local path"
     check_offline_use(workplace, run, home)
