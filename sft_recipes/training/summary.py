@@ -39,6 +39,8 @@ def format_summary(plan: Plan, folder: RunDir, results: dict[str, Any]) -> str:
         before, prompts = results["exact_match_before"], results["exact_match_prompts"]
         start = f"{before:.3f} before, " if before is not None else ""
         lines["exact_match"] = f"{start}{after:.3f} after, {prompts} held-out prompts"
+    if rows := plan.sections.data.overfit_rows:
+        lines["overfit"] = f"loss {results['last_eval_loss']:.4f} on at most {rows} rows, expected below {OVERFIT_LOSS}"
     lines["model"] = f"{folder.final} (best step), {folder.last.name}/ (last step)"
     lines["next"] = f"make generate RUN={folder.name} PROMPT='...'"
     return "\n".join(f"{key:<11}  {value}" for key, value in lines.items())
