@@ -334,7 +334,9 @@ ROW = '{"prompt": "a", "completion": "b"}\n'
 
 def test_dataset_loading_script_is_rejected(tmp_path):
     script = f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()"
-    with pytest.raises(UserError, match=r"owner/name:train: not readable as a dataset \(Dataset scripts are no longer supported"):
+    with pytest.raises(
+        UserError, match=r"owner/name:train: not readable as a dataset \(Dataset scripts are no longer supported"
+    ):
         list(snapshot(tmp_path / "name", name_py=script, rows_jsonl=ROW).rows())
     assert not (tmp_path / "ran").exists()
 
