@@ -42,10 +42,18 @@ def workplace(tmp_path: Path, shared_workplace: Workplace) -> Workplace:
     return Workplace(tmp_path, store)
 
 
+@pytest.fixture(autouse=True)
+def _remove_log_handlers() -> Iterator[None]:
+    """Undo what the command line sets up for messages; pytest captures them by its own handlers."""
+    yield
+    log.ROOT.handlers.clear()
+    log.ROOT.propagate = True
+
+
 @pytest.fixture
 def in_process(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Function that runs the command line in this process, as on a machine without GPUs unless PATH is given."""
     monkeypatch.chdir(workplace.path)
 
@@ -56,9 +64,7 @@ def in_process(
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
         return subprocess.CompletedProcess(arguments, cli.main(arguments), *capfd.readouterr())
 
-    yield run
-    log.ROOT.handlers.clear()
-    log.ROOT.propagate = True
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -138,9 +144,7 @@ def write_rows(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 
 
 @pytest.fixture
-def console(capsys: pytest.CaptureFixture[str]) -> Iterator[pytest.CaptureFixture[str]]:
+def console(capsys: pytest.CaptureFixture[str]) -> pytest.CaptureFixture[str]:
     """Print log messages as the command line does; `capsys`, to read them."""
     log.to_console()
-    yield capsys
-    log.ROOT.handlers.clear()
-    log.ROOT.propagate = True
+    return capsys

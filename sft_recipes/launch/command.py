@@ -15,6 +15,7 @@ import yaml
 from sft_recipes.launch.placement import Placement
 from sft_recipes.planner.plan import Plan
 from sft_recipes.planner.save_time import grace_seconds
+from sft_recipes.runtime import env
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.paths import REPOSITORY
 from sft_recipes.runtime.run_dir import RunDir, runs_root
@@ -98,10 +99,10 @@ def write_accelerate_config(plan: Plan, run_dir: RunDir) -> None:
 
 def environment(plan: Plan, inherited: Mapping[str, str]) -> dict[str, str]:
     """Environment variables of the ranks: the inherited ones and those that the plan needs."""
-    chosen = {name: value for name, value in inherited.items() if not _OF_ANOTHER_LAUNCHER.fullmatch(name)}
+    kept = {name: value for name, value in inherited.items() if not _OF_ANOTHER_LAUNCHER.fullmatch(name)}
+    chosen = env.with_repository(kept)
     # Programs of the virtual environment, which may not be activated: torch searches ninja on PATH.
     chosen["PATH"] = os.pathsep.join(filter(None, [str(Path(sys.executable).parent), inherited.get("PATH")]))
-    chosen["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), inherited.get("PYTHONPATH")]))
     chosen.setdefault("PYTHONSAFEPATH", "1")  # a torch.py in the current folder is not the library
     # Compiled code is cached as pickles, by default in /tmp/torchinductor_USER, which any user can create first.
     chosen.setdefault("TORCHINDUCTOR_CACHE_DIR", str(runs_root().absolute() / ".prepared" / "compiled"))

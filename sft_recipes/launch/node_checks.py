@@ -87,6 +87,16 @@ def find_transports(log: str) -> list[str]:
     return [transport for transport, pattern in _TRANSPORTS.items() if re.search(pattern, log)]
 
 
+def nccl_log_variables(folder: str) -> dict[str, str]:
+    """Return environment variables with which NCCL writes its log to a folder."""
+    return {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,GRAPH,NET", "NCCL_DEBUG_FILE": f"{folder}/nccl-%p"}
+
+
+def read_transports(folder: str) -> list[str]:
+    """Return the transports that NCCL selected, from its log in a folder."""
+    return find_transports("\n".join(file.read_text(errors="replace") for file in Path(folder).glob("nccl-*")))
+
+
 def used_mib() -> dict[str, float]:
     """Return the memory in use on each GPU in MiB, by its nvidia-smi index."""
     if shutil.which("nvidia-smi") is None:
@@ -162,14 +172,14 @@ def _check_all_reduce(context: RunContext) -> int:
     """Run the all-reduce test, and print its speed and transports; return 0 or the exit code."""
     result_file = context.run_dir.result
     with tempfile.TemporaryDirectory(prefix="sft-") as folder:
-        debug = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,GRAPH,NET", "NCCL_DEBUG_FILE": f"{folder}/nccl-%p"}
-        ended = ranks.run_ranks(context, "tools.allreduce_bench", can_save=False, variables=debug)
-        nccl_log = "\n".join(file.read_text(errors="replace") for file in Path(folder).glob("nccl-*"))
+        variables = nccl_log_variables(folder)
+        ended = ranks.run_ranks(context, "tools.allreduce_bench", can_save=False, variables=variables)
+        transports = read_transports(folder)
     code = ended.code
     if ended.error:
         log.error(f"all-reduce test: {ended.error}. See the logs of the nodes")
     elif context.is_first_node and not code:
-        measured = {**read_json(result_file), "transports": find_transports(nccl_log)}
+        measured = {**read_json(result_file), "transports": transports}
         result_file.unlink()
         result = all_reduce(measured, context.plan.gpus, bool(os.environ.get("ALLOW_SOCKETS")))
         log.info(str(result))

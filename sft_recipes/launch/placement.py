@@ -15,9 +15,8 @@ from typing import Any
 
 from sft_recipes.launch import process_group
 from sft_recipes.launch.stop_request import StoppedError, StopRequest
-from sft_recipes.runtime import timeouts
+from sft_recipes.runtime import env, timeouts
 from sft_recipes.runtime.errors import SetupError
-from sft_recipes.runtime.paths import REPOSITORY
 from sft_recipes.runtime.run_dir import EXIT_STOPPED
 
 # Of a Slurm job: below the ephemeral ports of Linux (32768 and above), ten for each of 1500 jobs.
@@ -72,8 +71,7 @@ class Placement:
             file.write_text(json.dumps(value), encoding="utf-8")
             place = (self.address, self.next_port(), self.nodes, self.rank, timeouts.NODES_MEET)
             command = [sys.executable, "-m", "sft_recipes.tools.node_exchange", str(file), *map(str, place)]
-            paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+            environment = env.with_repository(os.environ)
             environment["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # it warns of addresses without a name
             ended = process_group.run(command, environment, stop_request)
             if ended.code == EXIT_STOPPED:

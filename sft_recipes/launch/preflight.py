@@ -11,8 +11,7 @@ from typing import Any
 
 from sft_recipes.launch import command
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime import cuda, timeouts
-from sft_recipes.runtime.paths import REPOSITORY
+from sft_recipes.runtime import cuda, env, timeouts
 
 
 def check_gpus(plan: Plan) -> None:
@@ -42,11 +41,14 @@ def probe_torch(environment: Mapping[str, str], *arguments: str) -> dict[str, An
         arguments: of that program (default: only what `runtime/cuda.py` needs).
     """
     command = [sys.executable, "-m", "sft_recipes.training.torch_probe", *(arguments or ("cuda",))]
-    paths = [str(REPOSITORY), environment.get("PYTHONPATH", "")]
-    variables = {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     try:
         done = subprocess.run(
-            command, env=variables, capture_output=True, text=True, check=False, timeout=timeouts.TORCH_PROBE
+            command,
+            env=env.with_repository(environment),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeouts.TORCH_PROBE,
         )
     except subprocess.TimeoutExpired:
         return {"error": f"no answer within {timeouts.TORCH_PROBE:.0f} s"}

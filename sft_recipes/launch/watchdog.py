@@ -177,7 +177,7 @@ class Watchdog:
         """
         self.run_dir = run_dir
         self.limits = Limits(plan.sections.monitor.heartbeat_timeout_seconds, max_save_seconds(plan))
-        self.can_save = can_save
+        self.can_save, self.node = can_save, node
         ranks_here = plan.world_size // plan.nodes
         self.expected = set(range(node * ranks_here, (node + 1) * ranks_here))
         self.ranks: dict[int, RankStatus] = {}
@@ -280,7 +280,7 @@ class Watchdog:
                 return LaunchResult(EXIT_STOPPED)
             end = _end(launcher_code, f"on {socket.gethostname()}")
             return LaunchResult(EXIT_ERROR, f"launcher of the ranks: {end}")
-        codes = heartbeat.read_exit_codes(self.run_dir.ranks)
+        codes = heartbeat.read_exit_codes(self.run_dir.ranks, self.node)
         not_started = {rank: code for rank, code in (codes or {}).items() if rank not in self._started}
         if not_started:
             return _failed_before_start(not_started, self._several_nodes)

@@ -6,10 +6,12 @@ Make, sbatch and containers pass the same variables; an empty variable counts as
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from importlib import metadata, util
 from pathlib import Path
 
 from sft_recipes.runtime.errors import SetupError
+from sft_recipes.runtime.paths import REPOSITORY
 
 # Those of transformers' integrations (integrations/integration_utils.py, 5.23) that are named as their module.
 _TRACKERS = (
@@ -42,6 +44,12 @@ def silence_telemetry() -> None:
     """Disable the telemetry of libraries in this process and its children; keep variables that are set."""
     for name, value in _TELEMETRY_OFF.items():
         os.environ.setdefault(name, value)
+
+
+def with_repository(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return environment variables in which a Python process finds this checkout's package first."""
+    paths = filter(None, (str(REPOSITORY), environment.get("PYTHONPATH")))
+    return {**environment, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def reporters() -> list[str]:

@@ -99,10 +99,10 @@ def read_failures(ranks_dir: Path) -> dict[int, Failure]:
     return _read(ranks_dir, ".failure", lambda content: Failure(**content))
 
 
-def read_exit_codes(ranks_dir: Path) -> dict[int, int] | None:
-    """Read the exit codes other than 0 of this host's ranks; None if their launcher, killed, recorded none."""
+def read_exit_codes(ranks_dir: Path, node: int = 0) -> dict[int, int] | None:
+    """Read the exit codes other than 0 of a node's ranks; None if their launcher, killed, recorded none."""
     launchers = _read(ranks_dir, ".codes", lambda content: {int(rank): code for rank, code in content.items()})
-    return launchers.get(0)
+    return launchers.get(node)
 
 
 def write_failure(ranks_dir: Path, rank: int, failure: Failure) -> None:
@@ -110,10 +110,10 @@ def write_failure(ranks_dir: Path, rank: int, failure: Failure) -> None:
     _write(rank_file(ranks_dir, rank, ".failure"), vars(failure))
 
 
-def write_exit_codes(ranks_dir: Path, codes: dict[int, int]) -> None:
-    """Record the exit codes other than 0 of this host's ranks; a signal is a negative code."""
+def write_exit_codes(ranks_dir: Path, codes: dict[int, int], node: int = 0) -> None:
+    """Record the exit codes other than 0 of a node's ranks; a signal is a negative code. Two nodes may be one host."""
     ranks_dir.mkdir(exist_ok=True)
-    _write(rank_file(ranks_dir, 0, ".codes"), codes)
+    _write(rank_file(ranks_dir, node, ".codes"), codes)
 
 
 def _write(file: Path, content: dict[Any, Any]) -> None:

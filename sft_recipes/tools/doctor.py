@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes.launch import command, preflight
-from sft_recipes.launch.node_checks import IDLE_GPU_BYTES, CheckResult, all_reduce, find_transports
+from sft_recipes.launch.node_checks import IDLE_GPU_BYTES, CheckResult, all_reduce, nccl_log_variables, read_transports
 from sft_recipes.launch.topology import Gpu, hidden_gpus, nvidia_smi_error, unlisted, visible_gpus
 from sft_recipes.runtime import cuda, timeouts
 from sft_recipes.runtime.env import library_version
@@ -212,7 +212,7 @@ def _measure_all_reduce(gpus: int) -> dict[str, Any]:
     """Run `tools/allreduce_bench.py` over the GPUs, or over two CPU processes; add NCCL's transports."""
     with tempfile.TemporaryDirectory(prefix="sft-") as folder:
         ranks, report = gpus or 2, Path(folder) / "result.json"
-        debug = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,GRAPH,NET", "NCCL_DEBUG_FILE": f"{folder}/nccl-%p"}
+        debug = nccl_log_variables(folder)
         overrides = {"OMP_NUM_THREADS": "1", **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})}
         loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -221,8 +221,7 @@ def _measure_all_reduce(gpus: int) -> dict[str, Any]:
                 timeout=timeouts.ALLREDUCE_TEST, env={**loopback, **os.environ, **debug, **overrides}, cwd=REPOSITORY,
             )  # fmt: skip
             if done.returncode == 0:
-                log = "\n".join(file.read_text(errors="replace") for file in Path(folder).glob("nccl-*"))
-                return {**json.loads(report.read_text(encoding="utf-8")), "transports": find_transports(log)}
+                return {**json.loads(report.read_text(encoding="utf-8")), "transports": read_transports(folder)}
             errors = [line.strip() for line in done.stderr.splitlines() if re.match(r"\s*\S*(Error|Exception)\b", line)]
             return {"error": f"{ranks} ranks: all-reduce failed: {errors[0] if errors else 'a rank failed'}"}
         return {"error": f"{ranks} ranks: no all-reduce within {timeouts.ALLREDUCE_TEST:.0f} s"}

@@ -138,8 +138,7 @@ def _verify(context: RunContext, run_dir: RunDir) -> int:
         log.info(f"exact: bit for bit equal to {_describe_reference(first, recorded)}")
         return 0
     if not again:
-        log.info(f"not exact: different {', '.join(kind for kind in kinds if kind in differing)}")
-        return EXIT_ERROR
+        return _report_difference(states)
     second = _replay(context, candidates, _SECOND)
     return second if isinstance(second, int) else context.agree() or check_tolerance(first, second, recorded)
 
@@ -268,15 +267,23 @@ def differs_in_sums_only(states: dict[str, dict[str, str]]) -> bool:
     return set(loaded.values()) == {"equal"} and find_differing(states) <= _SUMS
 
 
+def _report_difference(states: dict[str, dict[str, str]]) -> int:
+    differing = find_differing(states)
+    log.info(f"not exact: different {', '.join(kind for kind in (*_KINDS, *_VALUES) if kind in differing)}")
+    return EXIT_ERROR
+
+
 def check_tolerance(first: Replay, second: Replay, recorded: Steps) -> int:
     """Compare the recorded losses with a replay, and two replays with each other; return the exit code.
 
     Two replays that are equal bit for bit explain no difference.
     """
+    if first.steps == second.steps:
+        return _report_difference(compare(first, recorded))
     losses = [[steps[step]["loss"] for steps in (recorded, first.steps, second.steps)] for step in first.steps]
     deviation = max(min(abs(loss - one), abs(loss - other)) for loss, one, other in losses)
     tolerance = max(abs(one - other) for _, one, other in losses)
-    exceeded = first.steps == second.steps or deviation > tolerance
+    exceeded = deviation > tolerance
     log.info(
         f"not bit for bit, {'and not' if exceeded else 'but'} within the measured tolerance of non-deterministic "
         f"kernels: recorded losses deviate by up to {deviation:.3g}, two replays from each other by {tolerance:.3g}"

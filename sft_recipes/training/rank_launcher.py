@@ -32,7 +32,8 @@ def main() -> None:
     for number in heartbeat.STOP_SIGNALS:
         signal.signal(number, forward)
     codes = _run_several_processes() if "--main_process_port" in sys.argv else _run_one_process()
-    heartbeat.write_exit_codes(ranks_dir, codes)
+    node = int(sys.argv[sys.argv.index("--machine_rank") + 1]) if "--machine_rank" in sys.argv else 0
+    heartbeat.write_exit_codes(ranks_dir, codes, node)
     sys.exit(EXIT_ERROR if codes else 0)
 
 

@@ -16,7 +16,6 @@ _PLANNED = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type",
     "num_train_epochs", "warmup_steps", "weight_decay", "max_grad_norm", "max_length",
 )  # fmt: skip
-
 _SET_BELOW = ("max_length", "packing", "gradient_checkpointing")
 
 

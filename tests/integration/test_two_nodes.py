@@ -16,6 +16,7 @@ import pytest
 from helpers.workplace import HANG_SECONDS, SHORT, Workplace, manifest, metrics
 
 from sft_recipes.launch import exit_records
+from sft_recipes.runtime import heartbeat
 
 # Below the ports that the kernel gives to connections; each test process has its own ten.
 FIRST_PORT = 15000 + os.getpid() % 1500 * 10
@@ -117,3 +118,10 @@ def test_killed_rank_of_another_node_is_named_and_a_signal_stops_both(workplace:
             assert first_failure is not None and first_failure.node == 1
     assert codes == [75, 0], first + second
     assert manifest(run)["state"] == "stopped" and list(run.glob("checkpoint-*/complete.json"))
+
+
+def test_exit_codes_of_two_nodes_on_one_host_are_separate(tmp_path: Path) -> None:
+    heartbeat.write_exit_codes(tmp_path, {1: -9}, node=1)
+    assert heartbeat.read_exit_codes(tmp_path) is None, "that of node 0 recorded none yet"
+    heartbeat.write_exit_codes(tmp_path, {})
+    assert [heartbeat.read_exit_codes(tmp_path, node) for node in (0, 1)] == [{}, {1: -9}]

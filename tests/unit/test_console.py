@@ -19,13 +19,9 @@ EVALUATED = {"eval_loss": 1.1111, "eval_few_loss": 1.0, "eval_others_loss": 1.2}
 
 @pytest.fixture(autouse=True)
 def run_log(tmp_path):
-    """The handlers that rank 0 has, `log.txt` in a temporary directory; removed after the test."""
-    handlers, level, propagate = log.ROOT.handlers[:], log.ROOT.level, log.ROOT.propagate
+    """The handlers that rank 0 has, `log.txt` in a temporary directory."""
     log.to_console()
     log.to_file(tmp_path / "log.txt")
-    yield
-    log.ROOT.handlers[:], log.ROOT.propagate = handlers, propagate
-    log.ROOT.setLevel(level)
 
 
 def follow(rank_0=True):

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import logging
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,14 +76,12 @@ def test_only_rank_0_creates_a_tracker(monkeypatch, plan, tmp_path):
 
 
 def test_tracker_that_raises_is_disabled_with_one_warning(monkeypatch, plan, tmp_path, caplog):
-    monkeypatch.setattr(logging.getLogger("sft_recipes"), "propagate", True)
     run_with(build(monkeypatch, plan, tmp_path, raises=True))
     assert Recorder.sent == [RECORDS[0]]
     assert caplog.messages == ["mlflow: connection reset; disabled, metrics.jsonl has all metrics"]
 
 
-def test_tensorboard_on_a_disk_that_refuses_it_is_disabled(plan, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("sft_recipes"), "propagate", True)
+def test_tensorboard_on_a_disk_that_refuses_it_is_disabled(plan, tmp_path, caplog):
     RunDir(tmp_path).tensorboard.write_text("a file, not a directory")
     (tracker,) = trackers.build(["tensorboard"], plan, RunDir(tmp_path), SimpleNamespace(stopped=False))
     run_with(tracker)

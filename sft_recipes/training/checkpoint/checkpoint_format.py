@@ -172,9 +172,8 @@ def wait_until_visible(path: Path, seconds: float = timeouts.CHECKPOINT_VISIBLE)
     its own rename because of this (https://github.com/huggingface/transformers/issues/28119).
     """
     deadline = time.monotonic() + seconds
-    while (
-        not path.parent.is_dir() or path not in path.parent.iterdir()
-    ):  # listing the directory revalidates the NFS client's cache
+    # Listing the directory revalidates the NFS client's cache.
+    while not path.parent.is_dir() or path not in path.parent.iterdir():
         if time.monotonic() > deadline:
             return False
         time.sleep(0.1)

@@ -106,10 +106,8 @@ class CheckpointWriter:
         """
         started, plan = time.perf_counter(), self.plan
         record = {**record, "run_id": plan.run_id, "step": step, "world_size": plan.world_size}
-        record |= {
-            "parallelism": plan.parallelism,
-            "plan": dataclasses.asdict(plan),
-        }  # for a run that lost its plan.json
+        # The plan is for a run that lost its plan.json.
+        record |= {"parallelism": plan.parallelism, "plan": dataclasses.asdict(plan)}
         error = self.write_atomically(self.folder.checkpoint(step), write, record, self.expected_bytes)
         self.retry_at_step = step + max(int(plan.sections.trainer["save_steps"]) // 10, 1) if error else None
         self.save_seconds = time.perf_counter() - started
