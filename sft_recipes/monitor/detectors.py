@@ -1,8 +1,8 @@
 """Detect alerts in series of metrics: the one definition of each live rule, for the running job and for `diagnose`.
 
 A detector is a pure function with the name of its rule: it evaluates the end of a series and returns evidence, or None.
-Thresholds are `config.schema.Monitor`. The alert callback adds every step and log line as it arrives; `replay` adds the
-lines that a run has logged in the same order, so that one series gives the same alerts in both.
+Thresholds are `config.schema.Monitor`. The alert callback adds every step and log line as it arrives; `rules.alerts_of`
+adds the lines that a run has logged in the same order, so that one series gives the same alerts in both.
 """
 
 from __future__ import annotations
@@ -40,12 +40,6 @@ class AlertStream:
         started = [alert for alert in alerts if alert.rule not in self._active]
         self._active = {alert.rule for alert in alerts}
         return started
-
-
-def replay(run: MetricSeries, detect: Detector, key: str) -> list[Alert]:
-    """The alerts of a detector on the values of one metric in their order."""
-    stream = AlertStream([detect], MetricSeries(run.monitor, run.warmup_steps, run.total_steps))
-    return [alert for step, value in run.points(key) for alert in stream.add(step, {key: value})]
 
 
 def loss_spike(series: MetricSeries) -> str | None:
@@ -110,8 +104,8 @@ def plateau(series: MetricSeries) -> str | None:
     nats per token, tokens that are nearly all predicted, and a model that learned most of its task during warm-up.
     """
     share, points = series.monitor.plateau, series.points("loss")
-    after = [point for point in points if point[0] > series.warmup_steps]
-    if len(after) < 12 or after[-1][0] - after[0][0] < max(20, series.total_steps / 4):
+    after = [point for point in points if point[0] > series.plan.warmup_steps]
+    if len(after) < 12 or after[-1][0] - after[0][0] < max(20, series.plan.optimizer_steps / 4):
         return None
     losses, part = stats.values(after), len(after) // 3
     begin, _, end = stats.blocks(losses, 3)
@@ -124,7 +118,7 @@ def plateau(series: MetricSeries) -> str | None:
     else:
         unsure = 2 * math.sqrt(2) * stats.noise_of_median(losses, part)
         still = max(unsure, fall + unsure / 2) <= share
-    early = [loss for step, loss in points if step <= series.warmup_steps / 2]
+    early = [loss for step, loss in points if step <= series.plan.warmup_steps / 2]
     first = median(early if len(early) >= 3 else stats.values(points[:3]))
     learned = _fall(first, end) > 2 * share and end < _UNTRAINED_LOSS
     return fall_since_warmup(series) if still and not learned else None
@@ -132,7 +126,7 @@ def plateau(series: MetricSeries) -> str | None:
 
 def fall_since_warmup(series: MetricSeries) -> str:
     """The training loss after warm-up and now, as text."""
-    begin, _, end = stats.blocks([loss for step, loss in series.points("loss") if step > series.warmup_steps], 3)
+    begin, _, end = stats.blocks([loss for step, loss in series.points("loss") if step > series.plan.warmup_steps], 3)
     return f"since warm-up the training loss fell by {_fall(begin, end):.1%}, from {begin:.3g} to {end:.3g}"
 
 

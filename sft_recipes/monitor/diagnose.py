@@ -46,14 +46,13 @@ def to_json(findings: Sequence[Finding]) -> str:
 def text(run: Run, findings: Sequence[Finding]) -> list[str]:
     """The diagnosis as lines for a terminal; the first one has the result."""
     count = f"{len(findings) or 'no'} issue{'' if len(findings) == 1 else 's'} found"
-    total = run.plan.get("optimizer_steps") or "?"
-    lines = [f"{count} in {run.folder.name} ({run.state}, step {run.last_step} of {total})"]
+    lines = [f"{count} in {run.folder.name} ({run.state}, step {run.last_step} of {run.plan.optimizer_steps or '?'})"]
     for finding in findings:
         since = "" if finding.step is None else f" at step {finding.step:,}"
         lines += ["", f"{finding.severity}: {finding.rule}{since}: {finding.evidence}"]
         lines += [f"     -> {step}" for step in finding.advice]
     if findings:
-        recipe = f"recipes/{run.plan.get('recipe')}.yaml"
+        recipe = f"recipes/{run.plan.recipe}.yaml"
         lines += ["", f'apply: in {recipe}, or as ARGS="key=value"; all rules: docs/troubleshooting.md']
     alerts = alerts_without_finding(run, findings)
     shown = [f"step {alert.step:,} {alert.rule}: {alert.evidence}" for alert in alerts[:MAX_ALERTS]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ def page(run: Run, findings: Sequence[Finding]) -> str:
         titles={rule.name: rule.title for rule in RULES},
         skipped=skipped_rules(run),
         alerts=alerts_without_finding(run, findings)[:MAX_ALERTS],
-        plots=[(plot, base64.b64encode(plots.svg(plot, run).encode()).decode()) for plot in plots.PLOTS],
+        draw=lambda *plot: base64.b64encode(plots.svg(run, *plot).encode()).decode(),
         samples=list(_samples(run)),
         plan=_plan(run),
         environment=[
@@ -51,7 +52,7 @@ def _printable(value: Any) -> str:
 def _metrics(run: Run) -> Iterator[tuple[str, str, str]]:
     """Label, value and note of the main results."""
     plan, manifest = run.plan, run.manifest
-    yield "optimizer steps", f"{run.last_step:,}", f"of {run.plan.get('optimizer_steps') or '?'} planned"
+    yield "optimizer steps", f"{run.last_step:,}", f"of {plan.optimizer_steps or '?'} planned"
     for label, key in (("validation loss", "eval_loss"), ("training loss", "loss")):
         if points := run.points(key):
             step, lowest = min(points, key=lambda point: point[1])
@@ -65,9 +66,8 @@ def _metrics(run: Run) -> Iterator[tuple[str, str, str]]:
     for _, tokens in run.points("supervised_tokens_seen")[-1:]:
         yield "supervised tokens seen", f"{tokens:,.0f}", "tokens in the loss, all epochs"
     if peak := manifest.get("peak_memory_bytes"):
-        yield "peak memory per GPU", f"{peak / GIB:.1f} GiB", plan.get("gpu_type") or ""
-    sources = source_paths(run.section("data").get("train"))
-    yield "data", ", ".join(map(str, sources)), f"{plan.get('examples')} examples"
+        yield "peak memory per GPU", f"{peak / GIB:.1f} GiB", plan.gpu_type or ""
+    yield "data", ", ".join(map(str, source_paths(plan.sections.data.train))), f"{plan.examples} examples"
 
 
 def _samples(run: Run) -> Iterator[tuple[str, list[Line]]]:
@@ -81,8 +81,8 @@ def _samples(run: Run) -> Iterator[tuple[str, list[Line]]]:
 
 def _plan(run: Run) -> Iterator[tuple[str, Any, str]]:
     """Key, value and origin of each number of the plan."""
-    origins = run.plan.get("origins") or {}
-    values = {key: value for key, value in run.plan.items() if key != "origins"}
+    values = dataclasses.asdict(run.plan)
+    origins = values.pop("origins")
     for key, value in flatten(values, keep_empty=True).items():
         short = key.removeprefix("sections.")
         yield short, value, origins.get(short) or origins.get(f"trainer.{short}") or ""

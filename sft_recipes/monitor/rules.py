@@ -21,8 +21,8 @@ from typing import get_args
 from sft_recipes.config import sizes
 from sft_recipes.config.schema import StoppingAlert, source_paths
 from sft_recipes.monitor import detectors, stats
-from sft_recipes.monitor.detectors import LOSS_FLOOR, Detector
-from sft_recipes.monitor.metrics_log import Alert, Run
+from sft_recipes.monitor.detectors import LOSS_FLOOR, AlertStream, Detector
+from sft_recipes.monitor.metrics_log import Alert, MetricSeries, Points, Run
 from sft_recipes.runtime.units import GIB
 
 _OUT_OF_RANGE = 3.0  # a learning rate this many times outside the range of its size class is reported
@@ -82,9 +82,9 @@ def divergence(run: Run) -> Finding | None:
     points, losses = run.points("loss"), stats.values(run.points("loss"))
     if len(losses) < 6:
         return None
-    smoothed = _smoothed_loss(run)
+    smoothed, noise = _smoothed_loss(run)
     (_, end), (step, lowest) = smoothed[-1], min(smoothed, key=lambda point: point[1])
-    if end - lowest > max(LOSS_FLOOR, lowest * _rise_share(run, 6)):  # six, as the lowest of many values is low
+    if end - lowest > max(LOSS_FLOOR, lowest * max(0.15, 6 * noise)):  # six, as the lowest of many values is low
         evidence = f"training loss rose from {lowest:.3g} to {end:.3g} and did not return"
         return Finding("divergence", "error", step, evidence, advice)
     if end - losses[0] > max(LOSS_FLOOR, losses[0] * max(0.3, 6 * stats.noise(losses))):
@@ -98,11 +98,11 @@ def schedule(run: Run) -> Finding | None:
 
     Find what else sets it; `make schedules` prints the plan's curve.
     """
-    curve = f"find what else sets it; the plan's curve: `make schedules RECIPE={run.plan.get('recipe')}`"
+    curve = f"find what else sets it; the plan's curve: `make schedules RECIPE={run.plan.recipe}`"
     logged = zip(run.points("learning_rate"), run.points("scheduled_learning_rate"), strict=True)
     for (step, rate), (_, planned) in logged:
         # A cosine's end is a difference of nearly equal numbers: the second term.
-        if abs(rate - planned) > 1e-6 * abs(planned) + 1e-9 * run.plan["learning_rate"]:
+        if abs(rate - planned) > 1e-6 * abs(planned) + 1e-9 * run.plan.learning_rate:
             evidence = f"the learning rate at step {step} is {rate:.4g}, expected {planned:.4g}"
             return Finding("schedule", "error", step, evidence, [curve])
     return None
@@ -114,11 +114,11 @@ def vanishing_gradients(run: Run) -> Finding | None:
     Check the loss mask (`make inspect`), that parameters are trained, and the precision.
     """
     advice = [
-        f"check the loss mask: assistant tokens must be in the loss: `make inspect RECIPE={run.plan.get('recipe')}`",
-        f"check that parameters are trained: trained_parameters is {run.plan.get('trained_parameters')}",
+        f"check the loss mask: assistant tokens must be in the loss: `make inspect RECIPE={run.plan.recipe}`",
+        f"check that parameters are trained: trained_parameters is {run.plan.trained_parameters}",
         "check the precision: run with `precision: fp32` to distinguish rounding from a detached graph",
     ]
-    return _first_alert(run, detectors.vanishing_gradients, "grad_norm", "error", advice)
+    return _first_alert(run, detectors.vanishing_gradients, "error", advice)
 
 
 def exploding_gradients(run: Run) -> Finding | None:
@@ -127,7 +127,7 @@ def exploding_gradients(run: Run) -> Finding | None:
 
     Halve the learning rate, or use the default of the size class; a longer warm-up; check the rows.
     """
-    return _first_alert(run, detectors.exploding_gradients, "grad_norm", "error", _lower_rate_and_check(run))
+    return _first_alert(run, detectors.exploding_gradients, "error", _lower_rate_and_check(run))
 
 
 def loss_spike(run: Run) -> Finding | None:
@@ -136,7 +136,7 @@ def loss_spike(run: Run) -> Finding | None:
 
     Halve the learning rate, or use the default of the size class; a longer warm-up; check the rows.
     """
-    alerts = alerts_of(run, detectors.loss_spike, "loss")
+    alerts = alerts_of(run, detectors.loss_spike)
     steps, apart = sorted({alert.step for alert in alerts}), max(run.monitor.window, run.log_interval)
     spikes = steps[:1] + [step for before, step in itertools.pairwise(steps) if step - before > apart]
     if len(spikes) < max(3, run.last_step / 3000):
@@ -156,7 +156,7 @@ def instability(run: Run) -> Finding | None:
     if hump is not None:
         evidence.append(f"the training loss rose at step {hump} and returned later")
     if ratio >= _OUT_OF_RANGE:
-        evidence.append(f"the learning rate is {ratio:.0f} times the highest of size class {run.plan['size']}")
+        evidence.append(f"the learning rate is {ratio:.0f} times the highest of size class {run.plan.size}")
     if not evidence:
         return None
     severity = "warning" if hump is None and ratio < 3 * _OUT_OF_RANGE else "error"
@@ -217,14 +217,14 @@ def forgetting(run: Run) -> Finding | None:
     if min(stats.values(points[1:][-2:])) <= limit:
         return None
     since = next(step for step, loss in points if loss > limit)
-    retained = source_paths(run.section("data").get("retention_eval") or "data.retention_eval")
+    retained = source_paths(run.plan.sections.data.retention_eval)
     advice = [
         *_scale_learning_rate(run, 1 / 2),
         *_fewer_epochs(run, since),
         f"add 5% to 10% rows like those of {', '.join(retained)} to data.train",
     ]
-    if run.plan.get("method") == "full" and run.plan.get("size") != "tiny":
-        lora = f"`size: lora-{run.plan.get('size')}` and `lora: {{r: 16, alpha: 32}}`"
+    if run.plan.method == "full" and run.plan.size != "tiny":
+        lora = f"`size: lora-{run.plan.size}` and `lora: {{r: 16, alpha: 32}}`"
         advice.append(f"LoRA, which learns less and forgets less: {lora}")
     evidence = f"the loss on the retention set was {before:.3g} before training, {last:.3g} at step {last_step}"
     return Finding("forgetting", "error", since, evidence, advice)
@@ -237,10 +237,10 @@ def plateau(run: Run) -> Finding | None:
 
     Double the learning rate, or use the default of the size class.
     """
-    after = [point for point in run.points("loss") if point[0] > run.warmup_steps]
+    after = [point for point in run.points("loss") if point[0] > run.plan.warmup_steps]
     ratio, check = _range_ratio(run), f"or check that the data can be learned: {_inspect_command(run)}"
     if ratio <= 1 / _OUT_OF_RANGE and len(after) >= 3 and after[-1][1] >= LOSS_FLOOR:
-        low = f"the learning rate is {1 / ratio:.0f} times below the lowest of size class {run.plan['size']}"
+        low = f"the learning rate is {1 / ratio:.0f} times below the lowest of size class {run.plan.size}"
         severity = "warning" if ratio > 1 / (3 * _OUT_OF_RANGE) else "error"
         evidence = f"{detectors.fall_since_warmup(run)}; {low}"
         return Finding("plateau", severity, after[0][0], evidence, [*_default_learning_rate(run), check])
@@ -286,7 +286,7 @@ def input_bound(run: Run) -> Finding | None:
     points = points[min(2, len(points) // 4) :]  # caches fill during the first lines
     if (share := median(stats.values(points))) <= run.monitor.data_wait:
         return None
-    workers = run.section("trainer").get("dataloader_num_workers") or 0
+    workers = run.plan.sections.trainer.get("dataloader_num_workers") or 0
     advice = [
         f"`trainer.dataloader_num_workers: {2 * workers or 4}` (was {workers})",
         "rows on a local disk instead of a network file system: set HF_HOME, or data.train to a local file",
@@ -305,43 +305,37 @@ def throughput_drop(run: Run) -> Finding | None:
         "check what else runs on the node, and whether the GPU throttles: `nvidia-smi -q -d PERFORMANCE,CLOCK`",
         f"resume on another node from the latest checkpoint: {_resume_command(run)}",
     ]
-    return _first_alert(run, detectors.throughput_drop, "tokens_per_second", "warning", advice)
+    return _first_alert(run, detectors.throughput_drop, "warning", advice)
 
 
-def alerts_of(run: Run, detect: Detector, key: str) -> list[Alert]:
+def alerts_of(run: Run, detect: Detector) -> list[Alert]:
     """The alerts of a detector: those recorded while the run trained, and those on its log lines, by step."""
     recorded = [alert for alert in run.alerts if alert.rule == detect.__name__]
-    return sorted([*recorded, *detectors.replay(run, detect, key)], key=lambda alert: alert.step)
+    stream = AlertStream([detect], MetricSeries(run.plan))
+    replayed = [alert for line in run.lines for alert in stream.add(line["step"], line)]
+    return sorted([*recorded, *replayed], key=lambda alert: alert.step)
 
 
-def _first_alert(run: Run, detect: Detector, key: str, severity: str, advice: list[str]) -> Finding | None:
-    alerts = alerts_of(run, detect, key)
+def _first_alert(run: Run, detect: Detector, severity: str, advice: list[str]) -> Finding | None:
+    alerts = alerts_of(run, detect)
     return Finding(detect.__name__, severity, alerts[0].step, alerts[0].evidence, advice) if alerts else None
 
 
-def _smoothing_width(run: Run) -> int:
-    """Lines to smooth the loss over: a tenth of the run, 3 to 50."""
-    lines = len(run.points("loss"))
-    return min(max(lines // 10, 5 if lines >= 10 else 3), 50)
-
-
-def _smoothed_loss(run: Run) -> list[tuple[int, float]]:
-    """The moving median of the loss, each with the last step that it covers."""
-    points, width = run.points("loss"), _smoothing_width(run)
-    return list(zip([step for step, _ in points[width - 1 :]], stats.smooth(stats.values(points), width), strict=True))
-
-
-def _rise_share(run: Run, deviations: float) -> float:
-    """The share by which the smoothed loss has to be above its lowest: 15%, or that many standard deviations."""
-    return max(0.15, deviations * stats.noise_of_median(stats.values(run.points("loss")), _smoothing_width(run)))
+def _smoothed_loss(run: Run) -> tuple[Points, float]:
+    """The moving median of the loss over a tenth of the run, 3 to 50 lines, each with the last step that it covers; and
+    its relative noise."""
+    points, losses = run.points("loss"), stats.values(run.points("loss"))
+    width = min(max(len(points) // 10, 5 if len(points) >= 10 else 3), 50)
+    steps = [step for step, _ in points[width - 1 :]]
+    return list(zip(steps, stats.smooth(losses, width), strict=True)), stats.noise_of_median(losses, width)
 
 
 def _hump(run: Run) -> int | None:
     """The first step at which the smoothed loss is above its lowest so far, beyond its noise."""
     if len(run.points("loss")) < 20:
         return None
-    smoothed = _smoothed_loss(run)
-    share = _rise_share(run, 8)  # the highest of many windows against the lowest of many
+    smoothed, noise = _smoothed_loss(run)
+    share = max(0.15, 8 * noise)  # the highest of many windows against the lowest of many
     lows = itertools.accumulate(stats.values(smoothed), min)
     for (first_step, _), (_, loss), lowest in zip(run.points("loss"), smoothed, lows, strict=False):
         if loss - lowest > max(LOSS_FLOOR, lowest * share):
@@ -366,27 +360,20 @@ def _range_ratio(run: Run) -> float:
 
     1 within the range, and where nearly every token is predicted already.
     """
-    size, rate = sizes.size_classes().get(str(run.plan.get("size"))), run.plan.get("learning_rate")
-    if size is None or rate is None or detectors.is_converged(run, 3):
+    rate, allowed = run.plan.learning_rate, sizes.size_classes()[run.plan.size].ranges["learning_rate"].range
+    if allowed is None or detectors.is_converged(run, 3):
         return 1.0
-    lowest, highest = size.ranges["learning_rate"].range or (rate, rate)
+    lowest, highest = allowed
     return float(max(rate / highest, 1.0) if rate >= lowest else rate / lowest)
 
 
 def _change(run: Run, key: str, new: Callable[[float], float], note: str = "") -> list[str]:
-    """`trainer.KEY: VALUE`, and the `allow_out_of_range` that a value outside the size class's range needs; nothing if
-    the plan has no such value, or the new one is the same."""
-    size, present = sizes.size_classes().get(str(run.plan.get("size"))), run.plan.get(key)
-    if size is None or present is None or (value := new(present)) == present:
+    """`trainer.KEY=VALUE`, with the `allow_out_of_range` that it needs; nothing if the value stays the same."""
+    present = getattr(run.plan, key)
+    if (value := new(present)) == present:
         return []
-    old_text, text = (
-        sizes.scientific(number) if key == "learning_rate" else f"{number:g}" for number in (present, value)
-    )
-    line = f"`trainer.{key}: {text}` (was {old_text}){note}"
-    if size.ranges[key].allows(float(text)):
-        return [line]
-    expected = f"size class {run.plan['size']}: {size.ranges[key].describe()}"
-    return [f"{line}, and `allow_out_of_range: [{key}]` ({expected})"]
+    old = sizes.scientific(present) if key == "learning_rate" else f"{present:g}"
+    return [f"{sizes.override_line(run.plan.size, key, value)}, was {old}{note}"]
 
 
 def _scale_learning_rate(run: Run, factor: float) -> list[str]:
@@ -394,25 +381,22 @@ def _scale_learning_rate(run: Run, factor: float) -> list[str]:
 
 
 def _default_learning_rate(run: Run) -> list[str]:
-    size = run.plan["size"]
-    default = sizes.size_classes()[size].ranges["learning_rate"].start
-    return _change(run, "learning_rate", lambda _: default, f", the default of size class {size}")
+    default = sizes.size_classes()[run.plan.size].ranges["learning_rate"].start
+    return _change(run, "learning_rate", lambda _: default, f" (the default of size class {run.plan.size})")
 
 
 def _fewer_epochs(run: Run, step: int) -> list[str]:
     """The epochs completed at `step`, rounded up."""
-    per_epoch = run.plan.get("steps_per_epoch")
-    if not per_epoch or run.section("trainer").get("max_steps", -1) > 0:
+    if not run.plan.steps_per_epoch or run.plan.sections.trainer["max_steps"] > 0:
         return []
-    done = max(math.ceil(step / per_epoch - 0.01), 1)
+    done = max(math.ceil(step / run.plan.steps_per_epoch - 0.01), 1)
     return _change(run, "num_train_epochs", lambda planned: min(planned, done))
 
 
 def _lower_rate_and_check(run: Run) -> list[str]:
     """A lower learning rate, twice the warm-up if the size class allows that, and a look at the rows."""
     lower = _default_learning_rate(run) if _range_ratio(run) > 1 else _scale_learning_rate(run, 1 / 2)
-    size = sizes.size_classes().get(str(run.plan.get("size")))
-    highest = (size.ranges["warmup_ratio"].range or [0, math.inf])[1] if size else 0
+    highest = (sizes.size_classes()[run.plan.size].ranges["warmup_ratio"].range or [0, math.inf])[1]
     warmup = _change(run, "warmup_ratio", lambda ratio: max(ratio, min(max(2 * ratio, 0.03), highest)))
     return [*lower, *warmup, _check_rows(run)]
 
@@ -422,11 +406,11 @@ def _check_rows(run: Run) -> str:
 
 
 def _inspect_command(run: Run) -> str:
-    return f"`make inspect RECIPE={run.plan.get('recipe')}`"
+    return f"`make inspect RECIPE={run.plan.recipe}`"
 
 
 def _resume_command(run: Run) -> str:
-    return f"`make train RECIPE={run.plan.get('recipe')} NAME={run.folder.name} RESUME=1`"
+    return f"`make train RECIPE={run.plan.recipe} NAME={run.folder.name} RESUME=1`"
 
 
 @dataclass(frozen=True)

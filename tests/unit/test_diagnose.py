@@ -149,7 +149,7 @@ STALLED = Simulated("8b", begin=1.4, end=1.4, noise=0.02, evaluations=3, lines=5
 
 def live_alerts(run):
     """What the running job reports if it measures what the log lines have."""
-    stream = AlertStream([rule.detect for rule in LIVE], MetricSeries(run.monitor, run.warmup_steps, run.total_steps))
+    stream = AlertStream([rule.detect for rule in LIVE], MetricSeries(run.plan))
     return [alert for line in run.lines for alert in stream.add(line["step"], line)]
 
 
@@ -228,7 +228,7 @@ def test_divergence_names_rows_before_learning_rate(tmp_path):
     (finding,) = diagnose(nan_loss(Simulated("8b")).write(tmp_path))
     assert finding.step == 400 and "my.jsonl:17" in finding.evidence
     assert "my.jsonl:17, my.jsonl:18" in finding.advice[0]
-    assert finding.advice[1].startswith("`trainer.learning_rate: 6.7e-6` (was 2.0e-5)")
+    assert finding.advice[1].startswith("trainer.learning_rate=6.7e-6 ") and finding.advice[1].endswith(", was 2.0e-5")
 
 
 def test_divergence_before_first_log_line(tmp_path):
@@ -255,7 +255,8 @@ def test_learning_rate_far_outside_range_is_found(rate, rule, severity, evidence
     """Adam and clipping can hide such a rate: no curve shows it."""
     (finding,) = diagnose(with_learning_rate(rate).write(tmp_path))
     assert (finding.rule, finding.severity) == (rule, severity) and evidence in finding.evidence
-    assert "`trainer.learning_rate: 2.0e-5`" in finding.advice[0] and "default of size class 7-13b" in finding.advice[0]
+    assert finding.advice[0].startswith("trainer.learning_rate=2.0e-5, was ")
+    assert finding.advice[0].endswith(" (the default of size class 7-13b)")
 
 
 def test_learning_rate_slightly_outside_range_is_healthy(tmp_path):
@@ -283,27 +284,20 @@ def test_run_without_log_lines_is_rejected(tmp_path):
         (
             rising_permanently,
             "8b",
-            "`trainer.learning_rate: 6.7e-6` (was 2.0e-5), and `allow_out_of_range: [learning_rate]`",
+            "trainer.learning_rate=6.7e-6 allow_out_of_range=[learning_rate] (size class 7-13b allows 1e-05 to 5e-05), "
+            "was 2.0e-5",
         ),
-        (rising_permanently, "tiny", "`trainer.learning_rate: 6.7e-4` (was 2.0e-3)"),
-        (exploding_gradients, "8b", "`trainer.learning_rate: 1.0e-5` (was 2.0e-5)"),
-        (
-            exploding_gradients,
-            "1b",
-            "`trainer.learning_rate: 2.5e-5` (was 5.0e-5), and `allow_out_of_range: [learning_rate]`",
-        ),
-        (exploding_gradients, "1b", "`trainer.warmup_ratio: 0.1` (was 0.05)"),
-        (exploding_gradients, "70b", "`trainer.warmup_ratio: 0.05` (was 0.03)"),
-        (too_low_learning_rate, "8b", "`trainer.learning_rate: 4.0e-5` (was 2.0e-5)"),
-        (
-            too_low_learning_rate,
-            "70b",
-            "`trainer.learning_rate: 4.0e-5` (was 2.0e-5), and `allow_out_of_range: [learning_rate]`",
-        ),
-        (memorizing, "8b", "`trainer.learning_rate: 1.0e-5` (was 2.0e-5)"),
-        (memorizing, "8b", "`trainer.num_train_epochs: 2` (was 3)"),
-        (memorizing, "8b", "`trainer.weight_decay: 0.05` (was 0.01), and `allow_out_of_range: [weight_decay]`"),
-        (memorizing, "1b", "`trainer.weight_decay: 0.05` (was 0.01)"),
+        (rising_permanently, "tiny", "trainer.learning_rate=6.7e-4, was 2.0e-3"),
+        (exploding_gradients, "8b", "trainer.learning_rate=1.0e-5, was 2.0e-5"),
+        (exploding_gradients, "1b", "trainer.learning_rate=2.5e-5 allow_out_of_range=[learning_rate]"),
+        (exploding_gradients, "1b", "trainer.warmup_ratio=0.1, was 0.05"),
+        (exploding_gradients, "70b", "trainer.warmup_ratio=0.05, was 0.03"),
+        (too_low_learning_rate, "8b", "trainer.learning_rate=4.0e-5, was 2.0e-5"),
+        (too_low_learning_rate, "70b", "trainer.learning_rate=4.0e-5 allow_out_of_range=[learning_rate]"),
+        (memorizing, "8b", "trainer.learning_rate=1.0e-5, was 2.0e-5"),
+        (memorizing, "8b", "trainer.num_train_epochs=2, was 3"),
+        (memorizing, "8b", "trainer.weight_decay=0.05 allow_out_of_range=[weight_decay]"),
+        (memorizing, "1b", "trainer.weight_decay=0.05, was 0.01"),
         (forgetting, "8b", "size: lora-7-13b"),
         (slow_data_loader, "8b", "`trainer.dataloader_num_workers: 4` (was 0)"),
         (out_of_memory, "8b", "uses less memory: `parallelism=zero3`"),
@@ -322,10 +316,10 @@ def test_advised_learning_rate_loads_as_a_recipe(tmp_path):
     for fault, recipe in ((rising_permanently, "8b"), (memorizing, "8b"), (too_low_learning_rate, "70b")):
         run = fault(Simulated(recipe, lines=200)).write(tmp_path / f"{fault.__name__}-{recipe}")
         for line in advice_of(diagnose(run)).splitlines():
-            if line.startswith("`trainer.learning_rate"):
-                key, value = line.split("`")[1].split(": ")
-                outside = ["allow_out_of_range=[learning_rate]"] if "allow_out_of_range" in line else []
-                assert loader.load(recipe, [f"{key}={value}", *outside]).trainer["learning_rate"] == float(value)
+            if line.startswith("trainer.learning_rate"):
+                overrides = line.partition(" (")[0].partition(",")[0].split()
+                value = float(overrides[0].partition("=")[2])
+                assert loader.load(recipe, overrides).trainer["learning_rate"] == value
                 loaded += 1
     assert loaded == 3
 
@@ -352,9 +346,15 @@ def test_schedule_is_skipped_after_resume_with_another_learning_rate(tmp_path):
     assert lines[-2].startswith("Checked") and "schedule" not in lines[-2]
 
 
-def test_run_of_another_version_is_read_with_the_metrics_it_has(tmp_path):
+def test_run_of_another_version_is_rejected(tmp_path):
     run = Simulated("8b").write(tmp_path)
     run.folder.plan.write_text('{"recipe": "8b"}')
+    with pytest.raises(UserError, match="not a plan of this version"):
+        read(run.folder)
+
+
+def test_run_is_read_with_the_metrics_it_has(tmp_path):
+    run = Simulated("8b").write(tmp_path)
     run.folder.manifest.unlink()
     lines = [{"step": step, "loss": 2 - step / 100} for step in range(1, 40)]
     run.folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))

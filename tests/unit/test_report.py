@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import re
 from html.parser import HTMLParser
 
@@ -114,14 +115,14 @@ def test_page_escapes_data(tmp_path):
 
 def test_page_names_the_paths_of_sources_with_settings(tmp_path):
     run = Simulated("8b").write(tmp_path)
-    run.section("data")["train"] = [{"path": "a.jsonl", "weight": 2.0}, "b.jsonl"]
+    data = dataclasses.replace(run.plan.sections.data, train=[{"path": "a.jsonl", "weight": 2.0}, "b.jsonl"])
+    run.plan = dataclasses.replace(run.plan, sections=dataclasses.replace(run.plan.sections, data=data))
     assert "a.jsonl, b.jsonl" in Page(render(run)).texts
 
 
 def test_plots_escape_source_names(tmp_path):
     run = Simulated("8b").write(tmp_path)
-    for line in run.lines:
-        line |= {"eval_<i>$5_$6_loss": 1.0} if "eval_loss" in line else {}
+    run.add(100, {"eval_<i>$5_$6_loss": 1.0})
     shown = Page(render(run))
     assert "validation: <i>$5_$6" in shown.texts and "i" not in shown.tags
 

@@ -33,7 +33,7 @@ class AlertCallback(TrainerCallback):
         self.steps, self.log_lines = (
             AlertStream(
                 [rule.detect for rule in RULES if rule.detect and rule.per_step == per_step],
-                MetricSeries(plan.sections.monitor, plan.warmup_steps or 0, plan.optimizer_steps or 0),
+                MetricSeries(plan),
             )
             for per_step in (True, False)
         )
