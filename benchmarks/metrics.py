@@ -126,13 +126,10 @@ def _ours(folder: Path, plan: Any, found: Any) -> Any:
 
     from sft_recipes.runtime.run_dir import RunDir
     from sft_recipes.training import main
-    from sft_recipes.training.completions import HeldOut
 
     folder.mkdir()
     trainer = main.build(plan, RunDir(folder), main.configure(plan, RunDir(folder)), asdict(found))
-    held_out = HeldOut(plan, RunDir(folder), Path(found.folder), trainer, trainer.end_of_turn_ids)
-    watchers = main.make_callbacks(plan, RunDir(folder), held_out)
-    trainer.add_callbacks([one for one in watchers if type(one).__name__ != "RetentionCallback"])
+    trainer.add_callbacks([one for one in main.make_callbacks() if type(one).__name__ != "RetentionCallback"])
     return trainer
 
 

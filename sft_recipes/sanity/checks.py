@@ -158,11 +158,10 @@ def check_memory(plan: Plan, trainer: Any) -> Check:
     return Check(MEMORY, peak <= _MAX_MEMORY_FRACTION * total, detail)
 
 
-def check_completions(plan: Plan, trainer: Any, prepared: Any, better_than_chance: bool) -> Check:
+def check_completions(plan: Plan, trainer: Any, better_than_chance: bool) -> Check:
     """Check greedy completions of held-out prompts. Collective: parameters may be sharded, so every rank generates.
 
     Args:
-        prepared: folder of the prepared rows.
         better_than_chance: whether the model was, before the first step; the completions are only shown otherwise.
     """
     from sft_recipes.training import completions
@@ -170,14 +169,11 @@ def check_completions(plan: Plan, trainer: Any, prepared: Any, better_than_chanc
     if plan.shards_parameters and not trial.checks_resume(plan):
         detail = f"each token gathers all parameters under {plan.parallelism}: minutes above 13B parameters"
         return Check("completions", None, detail)
-    prompts = completions.read_prompts(prepared, _PROMPTS)
+    prompts = completions.read_prompts(trainer.prepared, _PROMPTS)
     if not prompts:
         return Check("completions", None, "no held-out prompts")
-    model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
-    stop = trainer.end_of_turn_ids
     max_new_tokens = min(plan.sections.generation.max_new_tokens, _MAX_NEW_TOKENS)
-    with trainer.compute_loss_context_manager():  # fp32 weights compute in bf16, as in training
-        texts = completions.complete_prompts(model, tokenizer, prompts, max_new_tokens, stop)
+    texts = completions.complete_prompts(trainer, prompts, max_new_tokens)
     excerpts = " | ".join(completions.excerpt(text, 40) or "(empty)" for text in texts)
     if not better_than_chance:
         return Check("completions", None, f"the initial weights were no better than chance: {excerpts}")

@@ -96,9 +96,7 @@ def run_trial(plan: Plan, run_dir: RunDir) -> Result:
         checks.check_gradient_norm(plan, _logged(trainer, "grad_norm")),
         checks.check_memory(plan, trainer),
         Check("evaluation", math.isfinite(eval_loss), f"loss {eval_loss:.4f} on held-out rows", "run `make inspect`"),
-        checks.check_completions(
-            plan, trainer, Path(data["folder"]), checks.is_better_than_chance(mean_loss(first), vocabulary_size)
-        ),
+        checks.check_completions(plan, trainer, checks.is_better_than_chance(mean_loss(first), vocabulary_size)),
     ]
     if not trial.checks_resume(plan):
         results.append(Check("checkpoint", None, "above 13B parameters saving and loading take minutes"))

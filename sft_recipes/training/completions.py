@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime.run_dir import RunDir, read_json, write_json
+from sft_recipes.runtime.run_dir import read_json, write_json
 from sft_recipes.runtime.text import escape_unprintable
 
 _PROMPTS_PER_BATCH = 64
@@ -37,59 +36,44 @@ class Completions:
     compared: int
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """Completes a run's held-out prompts before, during and after training, on rank 0.
+def complete_before_training(trainer: Any) -> dict[str, Any] | None:
+    """Complete the held-out prompts before the first step, and return the stored `Completions`; a resume reads them.
 
-    Args:
-        prepared: folder of the prepared rows.
-        stop: token ids that end a completion.
+    Under DeepSpeed and FSDP2 the model is not on its device before the first step.
     """
+    if not trainer.accelerator.is_main_process or not trainer.plan.strategy.replicated:
+        return None
+    if not trainer.folder.generations.is_file():
+        _store(trainer, "before", complete(trainer, trainer.plan.sections.generation.exact_match))
+    return read_json(trainer.folder.generations).get("before")
 
-    plan: Plan
-    folder: RunDir
-    prepared: Path
-    trainer: Any
-    stop: Sequence[int]
 
-    def complete_before_training(self) -> Completions | None:
-        """Complete the prompts before the first step; a resume reads the stored completions.
+def complete_after_training(trainer: Any) -> Completions | None:
+    """Complete the held-out prompts with the published weights."""
+    if not trainer.plan.shards_parameters:
+        trainer.load_weights(trainer.folder.final)
+    completed = complete(trainer, trainer.plan.sections.generation.exact_match)
+    _store(trainer, "after", completed)
+    return completed
 
-        Under DeepSpeed and FSDP2 the model is not on its device before the first step.
-        """
-        if not self.trainer.accelerator.is_main_process or not self.plan.strategy.replicated:
-            return None
-        if not self.folder.generations.is_file():
-            self._store("before", self.complete(self.plan.sections.generation.exact_match))
-        before = read_json(self.folder.generations).get("before")
-        return Completions(**before | {"prompts": [Prompt(**p) for p in before["prompts"]]}) if before else None
 
-    def complete_after_training(self) -> Completions | None:
-        """Complete the prompts with the published weights."""
-        if not self.plan.shards_parameters:
-            self.trainer.load_weights(self.folder.final)
-        completed = self.complete(self.plan.sections.generation.exact_match)
-        self._store("after", completed)
-        return completed
+def _store(trainer: Any, key: str, completed: Completions | None) -> None:
+    stored = read_json(trainer.folder.generations)
+    write_json(trainer.folder.generations, {**stored, key: asdict(completed) if completed else None})
 
-    def _store(self, key: str, completed: Completions | None) -> None:
-        stored = read_json(self.folder.generations)
-        write_json(self.folder.generations, {**stored, key: asdict(completed) if completed else None})
 
-    def complete(self, exact_match: int = 0) -> Completions | None:
-        """Complete the prompts that are shown or compared; None without prompts, or if parameters are sharded."""
-        section, trainer = self.plan.sections.generation, self.trainer
-        prompts = read_prompts(self.prepared, max(section.show, exact_match))
-        if not prompts or self.plan.shards_parameters:
-            return None
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        with trainer.compute_loss_context_manager():  # fp32 weights compute in bf16: flash attention takes no fp32
-            texts = complete_prompts(model, trainer.processing_class, prompts, section.max_new_tokens, self.stop)
-        pairs = list(zip(prompts, texts, strict=True))[:exact_match]
-        # A longer reference cannot be equal; white space at both ends does not count.
-        compared = [(prompt, text) for prompt, text in pairs if prompt.answer_tokens < section.max_new_tokens]
-        correct = sum(prompt.answer.strip() == text.strip() for prompt, text in compared)
-        return Completions(prompts, texts, correct / len(compared) if compared else None, len(compared))
+def complete(trainer: Any, exact_match: int = 0) -> Completions | None:
+    """Complete the held-out prompts that are shown or compared; None without prompts, or if parameters are sharded."""
+    section = trainer.plan.sections.generation
+    prompts = read_prompts(trainer.prepared, max(section.show, exact_match))
+    if not prompts or trainer.plan.shards_parameters:
+        return None
+    texts = complete_prompts(trainer, prompts, section.max_new_tokens)
+    pairs = list(zip(prompts, texts, strict=True))[:exact_match]
+    # A longer reference cannot be equal; white space at both ends does not count.
+    compared = [(prompt, text) for prompt, text in pairs if prompt.answer_tokens < section.max_new_tokens]
+    correct = sum(prompt.answer.strip() == text.strip() for prompt, text in compared)
+    return Completions(prompts, texts, correct / len(compared) if compared else None, len(compared))
 
 
 def read_prompts(prepared: Path, count: int) -> list[Prompt]:
@@ -98,15 +82,15 @@ def read_prompts(prepared: Path, count: int) -> list[Prompt]:
     return [Prompt(**json.loads(line)) for line in lines[:count] if line]
 
 
-def complete_prompts(
-    model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int, stop: Sequence[int]
-) -> list[str]:
+def complete_prompts(trainer: Any, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
     """Complete prompts greedily, so that no random number of the training is used."""
+    model, stop = trainer.accelerator.unwrap_model(trainer.model), trainer.end_of_turn_ids
     was_training, texts = model.training, []
     model.eval()
-    for first in range(0, len(prompts), _PROMPTS_PER_BATCH):
-        batch = [prompt.input_ids for prompt in prompts[first : first + _PROMPTS_PER_BATCH]]
-        texts += generate(model, tokenizer, batch, max_new_tokens, stop)
+    with trainer.compute_loss_context_manager():  # fp32 weights compute in bf16: flash attention takes no fp32
+        for first in range(0, len(prompts), _PROMPTS_PER_BATCH):
+            batch = [prompt.input_ids for prompt in prompts[first : first + _PROMPTS_PER_BATCH]]
+            texts += generate(model, trainer.processing_class, batch, max_new_tokens, stop)
     model.train(was_training)
     return texts
 
@@ -133,14 +117,14 @@ def generate(
     return list(tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
-def format_examples(before: Completions | None, after: Completions, count: int) -> str:
+def format_examples(before: dict[str, Any] | None, after: Completions, count: int) -> str:
     """Format the first prompts with their reference and the completions before and after training."""
     blocks = []
     for index, (prompt, text) in enumerate(zip(after.prompts[:count], after.texts, strict=False)):
         lines = [f"  {message['role']:<9}  {excerpt(message['content'])}" for message in prompt.messages]
         lines.append(f"  reference  {excerpt(prompt.answer)}")
         if before is not None:
-            lines.append(f"  before     {excerpt(before.texts[index])}")
+            lines.append(f"  before     {excerpt(before['texts'][index])}")
         lines.append(f"  after      {excerpt(text)}")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)

@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime import env, heartbeat, library_imports, run_dir
+from sft_recipes.runtime import env, heartbeat, library_imports
 from sft_recipes.runtime import log as run_log
 from sft_recipes.runtime.errors import SetupError, TrainingError, UserError
-from sft_recipes.runtime.run_dir import RunDir, read_json, write_json
+from sft_recipes.runtime.run_dir import EXIT_DIVERGED, EXIT_ERROR, EXIT_STOPPED, EXIT_USER, RunDir, read_json
 from sft_recipes.training import manifest, out_of_memory, patches, rank_heartbeat, stop_signal
 from sft_recipes.training.library_logging import silence_libraries
 
 if TYPE_CHECKING:
     from sft_recipes.training.checkpoint.resume import ResumePoint
-    from sft_recipes.training.completions import Completions, HeldOut
+    from sft_recipes.training.completions import Completions
     from sft_recipes.training.nan_guard import DivergedError
 
 log = logging.getLogger("sft_recipes.training.main")  # __name__ is "__main__" in a rank
@@ -42,19 +42,17 @@ def run_rank(plan_file: str, program: Callable[[Plan, RunDir], None]) -> NoRetur
         try:
             program(plan, folder)
         except (UserError, TrainingError) as error:
-            code = run_dir.EXIT_USER if isinstance(error, UserError) else run_dir.EXIT_ERROR
+            is_user_error = isinstance(error, UserError)
             if rank == 0:
-                manifest.end(folder, "failed", code, error=str(error))
-                write_json(folder.outcome, {"exit_code": code, "error": str(error)})
-            if code == run_dir.EXIT_USER:
+                manifest.end(folder, "failed", EXIT_USER if is_user_error else EXIT_ERROR, error=str(error))
+            if is_user_error:
                 raise
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory.is_out_of_memory(error):
                 raise
             line = out_of_memory.describe(plan, rank, error)
-            manifest.end(folder, "failed", run_dir.EXIT_ERROR, error=line)
-            write_json(folder.outcome, {"exit_code": run_dir.EXIT_ERROR, "error": line, "out_of_memory": True})
-            sys.exit(run_dir.EXIT_ERROR)  # the other ranks wait in a collective: the launcher terminates them
+            manifest.end(folder, "failed", EXIT_ERROR, error=line, out_of_memory=True)
+            sys.exit(EXIT_ERROR)  # the other ranks wait in a collective: the launcher terminates them
     exit_process()
 
 
@@ -123,7 +121,6 @@ def train(plan: Plan, folder: RunDir) -> None:
     else:
         run_log.silence()
     data = read_json(folder.prepared)
-    prepared = Path(data["folder"])
     trainer = build(plan, folder, arguments, data)
     base = plan.parent.final if plan.parent else Path(data["model"])  # whose dtypes final/ gets
     copy_file = PublishedCopy(base) if plan.method == "full" else shutil.copy2
@@ -132,11 +129,10 @@ def train(plan: Plan, folder: RunDir) -> None:
         log.info(line)
     if is_main:
         manifest.update(folder, parameters=table)
-    held_out = completions.HeldOut(plan, folder, prepared, trainer, trainer.end_of_turn_ids)
-    trainer.add_callbacks(make_callbacks(plan, folder, held_out))
+    trainer.add_callbacks(make_callbacks())
     checkpoint = find_checkpoint(plan, folder, trainer)
     trainer.check_first_save()
-    before = held_out.complete_before_training()
+    before = completions.complete_before_training(trainer)
 
     training_started = time.monotonic()
     diverged = run_steps(plan, folder, trainer, checkpoint)
@@ -147,7 +143,7 @@ def train(plan: Plan, folder: RunDir) -> None:
         return
     if finished:
         rank_heartbeat.beat(trainer.state.global_step, "ending")
-        after = held_out.complete_after_training()
+        after = completions.complete_after_training(trainer)
     times["seconds"] = time.monotonic() - started
     if diverged is not None:
         record_divergence(folder, trainer, diverged, times)
@@ -218,7 +214,7 @@ def build(plan: Plan, folder: RunDir, arguments: Any, data: dict[str, Any]) -> A
         peft_config=lora.make_lora_config(plan, Path(base), loaded),
     )
     trainer.end_of_turn_ids = end_of_turn_ids
-    trainer.add_callbacks([HeartbeatCallback(), StrategyCheckCallback(plan, folder)])
+    trainer.add_callbacks([HeartbeatCallback(), StrategyCheckCallback()])
     if plan.parent and plan.method != "full":
         trainer.load_weights(plan.parent.last)
     if plan.parent and plan.dtypes["weights"] != plan.dtypes["master"]:
@@ -226,19 +222,18 @@ def build(plan: Plan, folder: RunDir, arguments: Any, data: dict[str, Any]) -> A
     return trainer
 
 
-def make_callbacks(plan: Plan, folder: RunDir, held_out: HeldOut) -> list[Any]:
+def make_callbacks() -> list[Any]:
     """Return the callbacks of a run, in the order in which they are called."""
     from sft_recipes.training.callbacks import alerts, console, generation, keep_best, metrics, trackers
 
-    stopping = held_out.trainer.stopping
-    reporters = trackers.build(env.reporters(), plan, folder, stopping)
+    reporters = [trackers.TrackerCallback(name) for name in env.reporters()]
     return [
-        keep_best.RetentionCallback(folder),
-        metrics.MetricsCallback(folder, stopping),
-        generation.GenerationCallback(held_out, reporters),
+        keep_best.RetentionCallback(),
+        metrics.MetricsCallback(),
+        generation.GenerationCallback(reporters),
         *reporters,
         console.ConsoleCallback(),
-        alerts.AlertCallback(plan, folder),
+        alerts.AlertCallback(),
     ]
 
 
@@ -347,35 +342,35 @@ def record_divergence(folder: RunDir, trainer: Any, error: DivergedError, times:
     trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, metrics)
     trainer.end_callbacks()
     steps = error.step if error.applied else error.step - 1
-    manifest.end(folder, "diverged", run_dir.EXIT_DIVERGED, steps=steps, diverged=error.record(), **times)
     applied = "stopped by the monitor after the step" if error.applied else "no rank applied the step"
     rows = f"; rows: {', '.join(error.rows)}" if error.rows else ""
     line = f"{folder.path}: step {error.step}: {error}; {applied}{rows}. Run `make diagnose RUN={folder.name}`"
-    write_json(folder.outcome, {"exit_code": run_dir.EXIT_DIVERGED, "error": line})
+    manifest.end(folder, "diverged", EXIT_DIVERGED, error=line, steps=steps, diverged=error.record(), **times)
 
 
 def record_stop(folder: RunDir, trainer: Any, times: dict[str, float]) -> None:
     """Record a run that stopped on request."""
     step, saved = trainer.state.global_step, read_json(folder.manifest).get("saved_step")
-    manifest.end(folder, "stopped", run_dir.EXIT_STOPPED, steps=step, **times)
-    write_json(folder.outcome, {"exit_code": run_dir.EXIT_STOPPED})
+    manifest.end(folder, "stopped", EXIT_STOPPED, steps=step, **times)
     restart = "saved; repeat the command to resume" if saved == step else folder.describe_restart()
     log.info("stopped at step %d, %s", step, restart)
 
 
 def record_result(
-    plan: Plan, folder: RunDir, results: dict[str, Any], before: Completions | None, after: Completions | None
+    plan: Plan, folder: RunDir, results: dict[str, Any], before: dict[str, Any] | None, after: Completions | None
 ) -> None:
     """Record a finished run and print its summary."""
+    import torch
+
     from sft_recipes.training import completions, summary
 
-    results["exact_match_before"] = before.exact_match if before else None
+    results["exact_match_before"] = before["exact_match"] if before else None
     results["exact_match_after"] = after.exact_match if after else None
     results["exact_match_prompts"] = after.compared if after else 0
+    if torch.cuda.is_available():
+        results["peak_memory_bytes"] = torch.cuda.max_memory_reserved()
     error = summary.describe_overfit_failure(plan, folder, results)
-    code = run_dir.EXIT_ERROR if error else 0
-    recorded = manifest.end(folder, "finished", code, **results, **manifest.peak_memory())
-    write_json(folder.outcome, {"exit_code": code, **({"error": error} if error else {})})
+    recorded = manifest.end(folder, "finished", EXIT_ERROR if error else 0, error=error, **results)
     if after is not None and plan.sections.generation.show:
         log.info("\n%s", completions.format_examples(before, after, plan.sections.generation.show))
     log.info("\n%s", summary.format_summary(plan, folder, recorded))

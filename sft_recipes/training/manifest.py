@@ -26,7 +26,7 @@ def begin(folder: RunDir, plan: Plan) -> None:
     """Record the start of an attempt; the records of earlier attempts are kept."""
     earlier, prepared = read_json(folder.manifest), Path(read_json(folder.prepared).get("folder", ""))
     details = read_json(prepared / "details.json")
-    for key in ("diverged", "error", "takes_less", "exit_code"):
+    for key in ("diverged", "error", "out_of_memory", "takes_less", "exit_code"):
         earlier.pop(key, None)  # outcome of an earlier attempt
     versions = {"python": platform.python_version(), **{name: library_version(name) for name in _STACK}}
     start = {"at": _now(), "host": _host(), "versions": versions, "code": read_code_version()}
@@ -44,8 +44,10 @@ def begin(folder: RunDir, plan: Plan) -> None:
 def end(
     folder: RunDir, state: str, exit_code: int, seconds: float = 0.0, training_seconds: float = 0.0, **results: Any
 ) -> dict[str, Any]:
-    """Record the end of an attempt and its results; its times are added to those of earlier attempts."""
-    earlier = read_json(folder.manifest)
+    """Record the end of an attempt and its results; its times are added to those of earlier attempts. The launcher
+    gets exit code and error from `outcome.json`."""
+    earlier, reported = read_json(folder.manifest), ("error", "out_of_memory")
+    write_json(folder.outcome, {"exit_code": exit_code, **{key: results[key] for key in reported if key in results}})
     results["wall_seconds"] = round(earlier.get("wall_seconds", 0.0) + seconds, 1)
     results["training_seconds"] = round(earlier.get("training_seconds", 0.0) + training_seconds, 1)
     content = {**earlier, **results, "state": state, "exit_code": exit_code, "ended": _now()}
@@ -56,13 +58,6 @@ def end(
 def update(folder: RunDir, **values: Any) -> None:
     """Record values of a running attempt."""
     write_json(folder.manifest, {**read_json(folder.manifest), **values})
-
-
-def peak_memory() -> dict[str, int]:
-    """Return the peak memory that PyTorch reserved on this rank's GPU, in bytes; nothing on a CPU."""
-    import torch
-
-    return {"peak_memory_bytes": torch.cuda.max_memory_reserved()} if torch.cuda.is_available() else {}
 
 
 def _now() -> str:

@@ -9,12 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-
-from sft_recipes.planner.plan import Plan
 
 _MAX_ROWS_SHOWN = 20
 
@@ -53,14 +50,13 @@ def json_number(value: Any) -> Any:
 class NanGuard:
     """Checks the losses of a step on all ranks before its last backward pass, and its gradients after it."""
 
-    def __init__(self, plan: Plan, prepared: Path, model: torch.nn.Module):
-        self._plan = plan
-        self._prepared = prepared
+    def __init__(self, trainer: Any):
+        self._trainer = trainer
         self._losses: list[torch.Tensor] = []
         self._non_finite: list[torch.Tensor] = []
         self.loss = math.nan
         self.grad_norm: float | None = None
-        model.register_forward_hook(self._record_non_finite)
+        trainer.model.register_forward_hook(self._record_non_finite)
 
     def _record_non_finite(self, model: torch.nn.Module, _inputs: Any, output: Any) -> None:
         """Record which predictions of a micro-batch are not finite, [batch, length - 1]."""
@@ -68,7 +64,7 @@ class NanGuard:
         if model.training and log_probs is not None:
             self._non_finite.append(~torch.isfinite(log_probs.detach()))
 
-    def check_loss(self, trainer: Any, loss: torch.Tensor) -> None:
+    def check_loss(self, loss: torch.Tensor) -> None:
         """Add a micro-batch's share of the step's loss; at the last one, reduce the loss over all ranks and check it.
 
         Under DeepSpeed the following backward pass includes the optimizer step, so it cannot be checked later.
@@ -77,17 +73,18 @@ class NanGuard:
             DivergedError: on all ranks, if it is not finite on one.
         """
         self._losses.append(loss.detach())
-        if not trainer.accelerator.sync_gradients:
+        accelerator = self._trainer.accelerator
+        if not accelerator.sync_gradients:
             return
-        total = trainer.accelerator.reduce(torch.stack(self._losses).double().sum(), "sum")
-        self.loss = float(total) / trainer.accelerator.num_processes
+        total = accelerator.reduce(torch.stack(self._losses).double().sum(), "sum")
+        self.loss = float(total) / accelerator.num_processes
         if not math.isfinite(self.loss):
             self.grad_norm = None  # this step has none
-            raise self.diverged(trainer, "the loss is NaN or Inf")
+            raise self.diverged("the loss is NaN or Inf")
         self._losses.clear()
         self._non_finite.clear()
 
-    def check_gradients(self, trainer: Any, norm: Any) -> None:
+    def check_gradients(self, norm: Any) -> None:
         """Check the norm of the step's gradients over all ranks before the step (DeepSpeed: which it then skipped).
 
         Raises:
@@ -95,11 +92,11 @@ class NanGuard:
         """
         full_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         self.grad_norm = None if full_norm is None else float(full_norm)
-        skipped = trainer.is_deepspeed_enabled and trainer.accelerator.optimizer_step_was_skipped
+        skipped = self._trainer.is_deepspeed_enabled and self._trainer.accelerator.optimizer_step_was_skipped
         if skipped or (self.grad_norm is not None and not 0 <= self.grad_norm < math.inf):
-            raise self.diverged(trainer, "the gradients are NaN or Inf")
+            raise self.diverged("the gradients are NaN or Inf")
 
-    def diverged(self, trainer: Any, reason: str, applied: bool = False) -> DivergedError:
+    def diverged(self, reason: str, applied: bool = False) -> DivergedError:
         """Return the error with the rows of the step. Collective: call on every rank.
 
         Args:
@@ -107,20 +104,21 @@ class NanGuard:
         """
         from accelerate.utils import gather_object
 
-        steps_before = trainer.state.global_step - applied
-        rows = list(dict.fromkeys(gather_object(list(self._find_rows(trainer, steps_before)))))
+        steps_before = self._trainer.state.global_step - applied
+        rows = list(dict.fromkeys(gather_object(list(self._find_rows(steps_before)))))
         if len(rows) > _MAX_ROWS_SHOWN:
             rows[_MAX_ROWS_SHOWN:] = [f"and {len(rows) - _MAX_ROWS_SHOWN} more"]
         return DivergedError(steps_before + 1, reason, self.loss, self.grad_norm, rows, applied)
 
-    def _find_rows(self, trainer: Any, steps_before: int) -> Iterator[str]:
+    def _find_rows(self, steps_before: int) -> Iterator[str]:
         """Yield the places of this rank's examples with non-finite predictions in a step; of all that it used if the
         loss was finite."""
         from datasets import load_from_disk
 
-        rows, order = load_from_disk(str(self._prepared / "train")), trainer.rows_of_step(steps_before)
-        size, ranks = self._plan.per_device_train_batch_size, trainer.accelerator.num_processes
-        for number in range(self._plan.gradient_accumulation_steps):
+        trainer = self._trainer
+        rows, order = load_from_disk(str(trainer.prepared / "train")), trainer.rows_of_step(steps_before)
+        size, ranks = trainer.plan.per_device_train_batch_size, trainer.accelerator.num_processes
+        for number in range(trainer.plan.gradient_accumulation_steps):
             first = (number * ranks + trainer.accelerator.process_index) * size
             batch = [rows[row] for row in order[first : first + size]]
             yield from find_places(batch, self._non_finite[number].cpu() if self._non_finite else None)

@@ -11,7 +11,6 @@ from transformers import TrainerCallback
 from sft_recipes.config import strategies
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import SetupError
-from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.training import manifest, packing_isolation
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -20,19 +19,17 @@ _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 class StrategyCheckCallback(TrainerCallback):
     """Checks the prepared model."""
 
-    def __init__(self, plan: Plan, folder: RunDir):
-        self.plan = plan
-        self.folder = folder
-        self.trainer: Any = None
+    trainer: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Check the model on every rank, since each rank prepares its own."""
-        dtypes = check(self.plan, self.trainer)
-        restore_cpu_adam_steps(self.trainer)
+        trainer = self.trainer
+        dtypes = check(trainer.plan, trainer)
+        restore_cpu_adam_steps(trainer)
         if state.is_world_process_zero:
-            manifest.update(self.folder, dtypes=dtypes)
-        if self.plan.packing or getattr(self.trainer.data_collator, "padding_free", False):  # rows are concatenated
-            packing_isolation.check(self.plan, self.trainer)
+            manifest.update(trainer.folder, dtypes=dtypes)
+        if trainer.plan.packing or getattr(trainer.data_collator, "padding_free", False):  # rows are concatenated
+            packing_isolation.check(trainer.plan, trainer)
 
 
 def check(plan: Plan, trainer: Any) -> dict[str, str]:

@@ -45,6 +45,7 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
         prepared: folder of the prepared rows.
 
     Attributes:
+        folder: the run directory.
         end_of_turn_ids: token ids that end a completion.
         eval_sums: loss sum and token count of each forward pass of the latest evaluation, by source, each
             [ranks, passes, 2].
@@ -70,16 +71,17 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
         self.end_of_turn_ids: list[int] = []
         self.eval_sums: dict[str, torch.Tensor] = {}
         self._sums_per_pass: list[torch.Tensor] = []
-        self._tokenizer_folder = prepared / tokenizer_files.FOLDER
-        self.nan_guard = NanGuard(plan, prepared, self.model)
+        self.prepared = prepared
+        self.nan_guard = NanGuard(self)
         self.meter = ThroughputMeter(plan, architecture, peak_flops(plan, self.args.device), self.args.device)
         self._tokens_measured: int | None = None
-        self.checkpoint_writer = CheckpointWriter(plan, RunDir(Path(self.args.output_dir)), self.accelerator)
+        self.folder = RunDir(Path(self.args.output_dir))
+        self.checkpoint_writer = CheckpointWriter(plan, self.folder, self.accelerator)
         self.supervised_tokens_seen = 0
         sampler = self._get_train_sampler()
         steps_per_epoch = sampler.used // plan.effective_batch_size
         order = data_order.DataOrderCheck(sampler.order, plan.effective_batch_size, steps_per_epoch)
-        self.integrity = IntegrityCallback(plan, self.checkpoint_writer.folder, order)
+        self.integrity = IntegrityCallback(plan, order)
         self.add_callbacks([self.stopping, self.integrity])
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EffectiveBatchSampler:
@@ -126,7 +128,7 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
         loss = super().compute_loss(model, *arguments, **named)
         if model.training:
             rank_heartbeat.beat(self.state.global_step + 1, "waiting")
-            self.nan_guard.check_loss(self, loss)
+            self.nan_guard.check_loss(loss)
             rank_heartbeat.beat(self.state.global_step + 1, "step")
         return loss
 
@@ -139,7 +141,7 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
     def _get_grad_norm(self, *arguments: Any, **named: Any) -> Any:
         """Get the gradient norm; stop before the optimizer step if it is not finite."""
         norm = super()._get_grad_norm(*arguments, **named)
-        self.nan_guard.check_gradients(self, norm)
+        self.nan_guard.check_gradients(norm)
         return norm
 
     def _evaluate(self, *arguments: Any, **named: Any) -> dict[str, float]:
@@ -228,7 +230,7 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _get_output_dir(self, trial: Any) -> str:
         """Return where the Trainer writes `checkpoint-N`, before it is moved into the run's folder."""
-        return str(self.checkpoint_writer.folder.saving)
+        return str(self.folder.saving)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint atomically, even if the disk refuses a file on one rank."""
@@ -242,7 +244,7 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
             with patches.collect_errors_of_torch_save(writer.collect_write_errors):
                 super(RecipeTrainer, self)._save_checkpoint(model, trial)
             if self.is_deepspeed_enabled and self.accelerator.is_main_process:
-                latest = writer.folder.saving / f"checkpoint-{step}" / "latest"
+                latest = self.folder.saving / f"checkpoint-{step}" / "latest"
                 latest.write_text(f"global_step{step}", encoding="ascii")
 
         if refused := writer.save_checkpoint(step, write, record):
@@ -258,7 +260,7 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
             if self.args.should_save:
                 for name in (TRAINING_ARGS_NAME, "README.md"):
                     (folder / name).unlink(missing_ok=True)
-                tokenizer_files.copy_files(self._tokenizer_folder, folder)
+                tokenizer_files.copy_files(self.prepared / tokenizer_files.FOLDER, folder)
                 self.accelerator.unwrap_model(self.model).generation_config.save_pretrained(folder)
 
     def check_first_save(self) -> None:
@@ -287,7 +289,7 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
         Args:
             masters_of: save the fp32 master weights in this DeepSpeed checkpoint instead of the 16-bit weights.
         """
-        partial = self.checkpoint_writer.folder.saving / target.name
+        partial = self.folder.saving / target.name
 
         def write() -> None:
             if masters_of is None:
@@ -315,7 +317,7 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
 
         Collective: call on every rank. Rank 0 copies, each file with `copy`.
         """
-        partial = self.checkpoint_writer.folder.saving / target.name
+        partial = self.folder.saving / target.name
         record = {"run_id": self.plan.run_id, "step": int(checkpoint_format.read_commit_marker(source)["step"])}
 
         def write() -> None:

@@ -36,33 +36,33 @@ def make_nan_guard(tmp_path, deepspeed=False, skipped=False):
     )
     trainer = SimpleNamespace(
         accelerator=Ranks(), is_deepspeed_enabled=deepspeed, state=SimpleNamespace(global_step=4),
-        rows_of_step={4: [1, 0], 3: [0, 1]}.__getitem__,
+        rows_of_step={4: [1, 0], 3: [0, 1]}.__getitem__, plan=plan, prepared=tmp_path, model=torch.nn.Linear(1, 1),
     )  # fmt: skip
     trainer.accelerator.optimizer_step_was_skipped = skipped
-    return NanGuard(plan, tmp_path, torch.nn.Linear(1, 1)), trainer
+    return NanGuard(trainer)
 
 
 @pytest.mark.parametrize("norm", [float("nan"), float("inf"), -1.0])
 def test_nan_guard_stops_on_non_finite_gradients(tmp_path, norm):
     """DeepSpeed reports -1."""
-    watch, trainer = make_nan_guard(tmp_path)
-    watch.check_loss(trainer, torch.tensor(1.5))
+    watch = make_nan_guard(tmp_path)
+    watch.check_loss(torch.tensor(1.5))
     with pytest.raises(DivergedError, match="the gradients are NaN or Inf") as raised:
-        watch.check_gradients(trainer, torch.tensor(norm))
+        watch.check_gradients(torch.tensor(norm))
     assert raised.value.step == 5 and raised.value.rows == ["a.jsonl:2", "a.jsonl:1"]
 
 
 def test_nan_guard_stops_on_step_skipped_by_deepspeed(tmp_path):
-    watch, trainer = make_nan_guard(tmp_path, deepspeed=True, skipped=True)
-    watch.check_loss(trainer, torch.tensor(1.5))
+    watch = make_nan_guard(tmp_path, deepspeed=True, skipped=True)
+    watch.check_loss(torch.tensor(1.5))
     with pytest.raises(DivergedError, match="the gradients are NaN or Inf"):
-        watch.check_gradients(trainer, 0.7)
+        watch.check_gradients(0.7)
 
 
 def test_stop_names_rows_of_the_applied_step(tmp_path):
-    watch, trainer = make_nan_guard(tmp_path)
-    watch.check_loss(trainer, torch.tensor(9.5))
-    what = watch.diverged(trainer, "loss spike: 9.5", applied=True)
+    watch = make_nan_guard(tmp_path)
+    watch.check_loss(torch.tensor(9.5))
+    what = watch.diverged("loss spike: 9.5", applied=True)
     assert (what.step, what.applied, what.loss, what.rows) == (4, True, 9.5, ["a.jsonl:1", "a.jsonl:2"])
 
 
@@ -79,9 +79,9 @@ def test_resume_compares_with_earlier_log_lines(tmp_path):
 
 
 def test_nan_guard_accepts_finite_values(tmp_path):
-    watch, trainer = make_nan_guard(tmp_path)
-    watch.check_loss(trainer, torch.tensor(1.5))
-    watch.check_gradients(trainer, torch.tensor(0.7))
+    watch = make_nan_guard(tmp_path)
+    watch.check_loss(torch.tensor(1.5))
+    watch.check_gradients(torch.tensor(0.7))
     assert (watch.loss, watch.grad_norm) == (1.5, pytest.approx(0.7))
 
 
@@ -99,12 +99,13 @@ class Lines(logging.Handler):
 def make_callback(tmp_path, *overrides, steps=400):
     plan = plans.resolve(loader.load("tiny", overrides), Topology(gpus=0, processes=1))
     plan = dataclasses.replace(plan, warmup_steps=20, optimizer_steps=steps)
-    callback = alerts.AlertCallback(plan, RunDir(tmp_path))
+    callback = alerts.AlertCallback()
     watch = SimpleNamespace(loss=0.0, grad_norm=1.0)
-    watch.diverged = lambda trainer, what, applied: DivergedError(
-        trainer.step, what, watch.loss, watch.grad_norm, ["a.jsonl:9"], applied
+    watch.diverged = lambda what, applied: DivergedError(
+        callback.trainer.step, what, watch.loss, watch.grad_norm, ["a.jsonl:9"], applied
     )
-    callback.trainer = SimpleNamespace(nan_guard=watch)
+    callback.trainer = SimpleNamespace(nan_guard=watch, plan=plan, folder=RunDir(tmp_path))
+    callback.on_train_begin(None, SimpleNamespace(log_history=[]), None)
     lines = Lines()
     alerts.log.handlers = [lines]
     return callback, lines.printed

@@ -44,7 +44,7 @@ def plan():
 def run_with(tracker, rank_0=True, stopped=False):
     """Three log records and the end of training, as the Trainer calls a callback."""
     state = SimpleNamespace(is_world_process_zero=rank_0, global_step=0, epoch=0.5, log_history=[])
-    tracker.stopping.stopped = stopped
+    tracker.trainer.stopping.stopped = stopped
     tracker.on_train_begin(None, state, None)
     for record in RECORDS:
         state.global_step += 1
@@ -56,7 +56,12 @@ def build(monkeypatch, plan, folder, raises=False):
     monkeypatch.setattr(Recorder, "sent", [])
     monkeypatch.setattr(Recorder, "raises", raises)
     monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "mlflow", Recorder)
-    (tracker,) = trackers.build(["mlflow"], plan, RunDir(folder), SimpleNamespace(stopped=False))
+    return make_tracker("mlflow", plan, folder)
+
+
+def make_tracker(name, plan, folder, stopped=False):
+    tracker = trackers.TrackerCallback(name)
+    tracker.trainer = SimpleNamespace(plan=plan, folder=RunDir(folder), stopping=SimpleNamespace(stopped=stopped))
     return tracker
 
 
@@ -83,8 +88,7 @@ def test_tracker_that_raises_is_disabled_with_one_warning(monkeypatch, plan, tmp
 
 def test_tensorboard_on_a_disk_that_refuses_it_is_disabled(plan, tmp_path, caplog):
     RunDir(tmp_path).tensorboard.write_text("a file, not a directory")
-    (tracker,) = trackers.build(["tensorboard"], plan, RunDir(tmp_path), SimpleNamespace(stopped=False))
-    run_with(tracker)
+    run_with(make_tracker("tensorboard", plan, tmp_path))
     (message,) = caplog.messages
     assert message.startswith("tensorboard: ") and message.endswith("; disabled, metrics.jsonl has all metrics")
 
@@ -93,7 +97,7 @@ def test_tensorboard_of_a_resumed_run_purges_later_steps(plan, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for resumed, losses in ((0, (4.0, 3.0, 2.0)), (2, (1.0,))):
-        (tracker,) = trackers.build(["tensorboard"], plan, RunDir(tmp_path), SimpleNamespace(stopped=True))
+        tracker = make_tracker("tensorboard", plan, tmp_path, stopped=True)
         state = SimpleNamespace(
             is_world_process_zero=True, is_hyper_param_search=False, global_step=resumed, epoch=0.0, log_history=[]
         )
@@ -145,8 +149,10 @@ def test_report_to_rejects_what_is_not_installed_and_lists_the_rest(monkeypatch)
 def test_nothing_is_uploaded_unless_it_is_named(monkeypatch, plan, tmp_path):
     monkeypatch.delenv("CLEARML_LOG_MODEL", raising=False)
     monkeypatch.delenv("WANDB_LOG_MODEL", raising=False)
-    trackers.build(["tensorboard"], plan, RunDir(tmp_path), SimpleNamespace(stopped=False))
+    tracker = make_tracker("clearml", plan, tmp_path)
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "clearml", Recorder)
+    run_with(tracker)
     assert trackers.os.environ["CLEARML_LOG_MODEL"] == "FALSE"
-    assert not trackers.WeightsAndBiases(plan, RunDir(tmp_path))._log_model.is_enabled
+    assert not trackers.WeightsAndBiases(tracker.trainer)._log_model.is_enabled
     fields = json.loads((Path(loader.__file__).parent / "trainer_fields.json").read_text())
     assert {"trackio_space_id", "trackio_static_space_id"} <= fields.keys(), "a recipe names a Space, or there is none"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 from transformers import TrainerCallback
@@ -16,7 +17,6 @@ from sft_recipes.monitor.detectors import AlertStream
 from sft_recipes.monitor.metrics_log import Alert, MetricSeries
 from sft_recipes.monitor.rules import RULES
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.training.callbacks.metrics import append
 from sft_recipes.training.checkpoint import retention
 
@@ -26,20 +26,15 @@ log = logging.getLogger(__name__)
 class AlertCallback(TrainerCallback):
     """Run the live rules (`monitor.rules`) and early stopping; one warning each time that a condition begins."""
 
-    def __init__(self, plan: Plan, folder: RunDir):
-        self.plan = plan
-        self.folder = folder
-        self.trainer: Any = None
-        self.steps, self.log_lines = (
-            AlertStream(
-                [rule.detect for rule in RULES if rule.detect and rule.per_step == per_step],
-                MetricSeries(plan),
-            )
-            for per_step in (True, False)
-        )
+    trainer: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Restore the log lines of earlier attempts. Losses of single steps are not logged; norms are."""
+        of_steps, of_log_lines = (
+            [rule.detect for rule in RULES if rule.detect and rule.per_step == per_step] for per_step in (True, False)
+        )
+        self.steps = AlertStream(of_steps, MetricSeries(self.trainer.plan))
+        self.log_lines = AlertStream(of_log_lines, MetricSeries(self.trainer.plan))
         for line in state.log_history:
             self.log_lines.series.add(line["step"], line)
             self.steps.series.add(line["step"], {key: line[key] for key in ("grad_norm",) if key in line})
@@ -56,8 +51,8 @@ class AlertCallback(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Finish the run where the validation loss has not improved for `early_stopping_patience` evaluations."""
-        if is_stopped_early(self.plan, state) and not control.should_training_stop:
-            patience = self.plan.sections.monitor.early_stopping_patience
+        if is_stopped_early(self.trainer.plan, state) and not control.should_training_stop:
+            patience = self.trainer.plan.sections.monitor.early_stopping_patience
             evidence = f"eval_loss has not improved for {patience} evaluations; the run ends"
             self._report(state, [Alert("early_stopping", state.global_step, evidence)])
             control.should_training_stop = True
@@ -66,10 +61,10 @@ class AlertCallback(TrainerCallback):
         for alert in alerts:
             reason = f"{alert.rule.replace('_', ' ')}: {alert.evidence}"
             if state.is_world_process_zero:
-                append(self.folder.warnings, {"step": alert.step, "rule": alert.rule, "evidence": alert.evidence})
+                append(self.trainer.folder.warnings, asdict(alert))
                 log.warning("step %d: %s", alert.step, reason)
-            if alert.rule in self.plan.sections.monitor.stop_on:
-                raise self.trainer.nan_guard.diverged(self.trainer, reason, applied=True)
+            if alert.rule in self.trainer.plan.sections.monitor.stop_on:
+                raise self.trainer.nan_guard.diverged(reason, applied=True)
 
 
 def is_stopped_early(plan: Plan, state: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime.run_dir import FINGERPRINTED_STEPS, RunDir
+from sft_recipes.runtime.run_dir import FINGERPRINTED_STEPS
 from sft_recipes.training.callbacks.metrics import append, drop_lines_after
 from sft_recipes.training.integrity import fingerprint, replica_check
 from sft_recipes.training.integrity.data_order import DataOrderCheck
@@ -24,11 +24,11 @@ class IntegrityCallback(TrainerCallback):
         replica_check_steps: steps between two replica checks; 0 without DDP.
     """
 
-    def __init__(self, plan: Plan, folder: RunDir, data_order: DataOrderCheck):
-        self.folder = folder
+    trainer: Any = None
+
+    def __init__(self, plan: Plan, data_order: DataOrderCheck):
         self.data_order = data_order
         self.replica_check_steps = plan.sections.monitor.replica_check_steps if plan.strategy.ddp else 0
-        self.trainer: Any = None
         self._resumed_from: int | None = None
         self._fingerprint_until = 0
 
@@ -54,7 +54,7 @@ class IntegrityCallback(TrainerCallback):
             self._resumed_from = state.global_step
             self._fingerprint_until = state.global_step + FINGERPRINTED_STEPS
         if state.is_world_process_zero:
-            drop_lines_after(self.folder.integrity_log, state.global_step)
+            drop_lines_after(self.trainer.folder.integrity_log, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Run the checks that are due, and log fingerprints.
@@ -83,5 +83,5 @@ class IntegrityCallback(TrainerCallback):
         if self.trainer.accelerator.is_main_process:
             line = {"step": step, "saved": saved, "resumed_from": self._resumed_from}
             line |= {"loss": self.trainer.nan_guard.loss, "rows_hash": self.data_order.rows_hash}
-            append(self.folder.integrity_log, {**line, "fingerprints": fingerprints})
+            append(self.trainer.folder.integrity_log, {**line, "fingerprints": fingerprints})
         return fingerprints

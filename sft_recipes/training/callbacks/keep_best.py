@@ -7,7 +7,6 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.training import manifest
 from sft_recipes.training.callbacks.metrics import append
 from sft_recipes.training.checkpoint import checkpoint_format, retention
@@ -20,9 +19,7 @@ CHECKPOINTS_KEPT = 2
 class RetentionCallback(TrainerCallback):
     """Saves `best-N/` after an evaluation among the three best, and has the last step evaluated."""
 
-    def __init__(self, folder: RunDir):
-        self.folder = folder
-        self.trainer: Any = None
+    trainer: Any = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Request an evaluation at the last step, and a new save after a failed one.
@@ -39,21 +36,21 @@ class RetentionCallback(TrainerCallback):
         step, losses = state.global_step, retention.validation_losses(state.log_history)
         if step not in retention.rank_steps(losses)[: retention.BEST_KEPT]:
             return
-        if error := self.trainer.save_weights(self.folder.best(step)):
-            log.warning("step %d: %s was not saved: %s", step, self.folder.best(step).name, error)
+        best = self.trainer.folder.best(step)
+        if error := self.trainer.save_weights(best):
+            log.warning("step %d: %s was not saved: %s", step, best.name, error)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Remove older checkpoints once the latest is complete."""
-        writer = self.trainer.checkpoint_writer
+        writer, folder, run_id = self.trainer.checkpoint_writer, self.trainer.folder, self.trainer.plan.run_id
         if not state.is_world_process_zero or writer.retry_at_step is not None:
             return
-        log.info("saved %s in %.1f s", self.folder.checkpoint(state.global_step).name, writer.save_seconds)
+        log.info("saved %s in %.1f s", folder.checkpoint(state.global_step).name, writer.save_seconds)
         with writer.collect_write_errors():  # the checkpoint is complete; this line reveals the loss of all of them
-            manifest.update(self.folder, saved_step=state.global_step)
+            manifest.update(folder, saved_step=state.global_step)
         save = {"save_seconds": round(writer.save_seconds, 3), "save_bytes": writer.expected_bytes}
         tokens = {"supervised_tokens_seen": self.trainer.supervised_tokens_seen}
-        append(self.folder.metrics, {"step": state.global_step, **save, **tokens})
-        run_id = self.trainer.plan.run_id
-        retention.remove_others(self.folder, retention.validation_losses(state.log_history), run_id)
-        for step in checkpoint_format.list_own(self.folder, "checkpoint", run_id)[:-CHECKPOINTS_KEPT]:
-            checkpoint_format.remove(self.folder.checkpoint(step), self.folder.removing)
+        append(folder.metrics, {"step": state.global_step, **save, **tokens})
+        retention.remove_others(folder, retention.validation_losses(state.log_history), run_id)
+        for step in checkpoint_format.list_own(folder, "checkpoint", run_id)[:-CHECKPOINTS_KEPT]:
+            checkpoint_format.remove(folder.checkpoint(step), folder.removing)

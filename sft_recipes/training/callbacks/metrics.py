@@ -11,8 +11,6 @@ from transformers import TrainerCallback
 
 from sft_recipes.runtime import append_line
 from sft_recipes.runtime.atomic_write import write_atomic
-from sft_recipes.runtime.run_dir import RunDir
-from sft_recipes.training.callbacks.graceful_stop import GracefulStopCallback
 from sft_recipes.training.checkpoint import retention
 from sft_recipes.training.nan_guard import json_number
 
@@ -20,15 +18,13 @@ from sft_recipes.training.nan_guard import json_number
 class MetricsCallback(TrainerCallback):
     """Appends to `metrics.jsonl`; a resumed run continues after the checkpoint's step."""
 
-    def __init__(self, folder: RunDir, stopping: GracefulStopCallback):
-        self.folder = folder
-        self.stopping = stopping
-        self.trainer: Any = None
+    trainer: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Drop what an interrupted attempt logged after the checkpoint."""
         if state.is_world_process_zero:
-            for path in (self.folder.metrics, self.folder.samples, self.folder.warnings):
+            folder = self.trainer.folder
+            for path in (folder.metrics, folder.samples, folder.warnings):
                 drop_lines_after(path, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -42,18 +38,18 @@ class MetricsCallback(TrainerCallback):
         numbers = {key: value for key, value in logs.items() if isinstance(value, (int, float))}
         if "loss" in logs:
             numbers["rows_hash"] = self.trainer.integrity.data_order.rows_hash  # of all rows so far; not for trackers
-        append(self.folder.metrics, {"step": state.global_step, **numbers})
+        append(self.trainer.folder.metrics, {"step": state.global_step, **numbers})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Append the summary of a finished run."""
-        if not self.stopping.stopped:
+        if not self.trainer.stopping.stopped:
             self.write_summary(state)
 
     def write_summary(self, state: Any) -> None:
         """Append the last line of a run whose last step is taken, by this attempt or an earlier one."""
         if state.is_world_process_zero:
             tokens = {"supervised_tokens_seen": self.trainer.supervised_tokens_seen}
-            append(self.folder.metrics, {"step": state.global_step, **final(state), **tokens})
+            append(self.trainer.folder.metrics, {"step": state.global_step, **final(state), **tokens})
 
 
 def final(state: Any) -> dict[str, float]:

@@ -8,11 +8,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import logging
 import os
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -24,10 +23,10 @@ from transformers.integrations.integration_utils import (
     WandbLogModel,
 )
 
+from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime import timeouts
 from sft_recipes.runtime.run_dir import RunDir
-from sft_recipes.training.callbacks.graceful_stop import GracefulStopCallback
 from sft_recipes.training.callbacks.metrics import final
 
 log = logging.getLogger(__name__)
@@ -35,26 +34,17 @@ log = logging.getLogger(__name__)
 _SAMPLE_KEYS = ("prompt", "reference", "completion")
 
 
-def build(names: list[str], plan: Plan, folder: RunDir, stopping: GracefulStopCallback) -> list[TrackerCallback]:
-    """Build a guarded callback for each name in REPORT_TO."""
-    # ClearML and Flyte upload weights unless they are configured not to (transformers 5.23).
-    os.environ.setdefault("CLEARML_LOG_MODEL", "FALSE")
-    create: dict[str, Callable[[], Any]] = {
-        "tensorboard": functools.partial(TensorBoard, plan, folder),
-        "wandb": functools.partial(WeightsAndBiases, plan, folder),
-        "flyte": functools.partial(INTEGRATION_TO_CALLBACK["flyte"], sync_checkpoints=False),
-    }
-    return [TrackerCallback(name, create.get(name, INTEGRATION_TO_CALLBACK[name]), stopping) for name in names]
-
-
 class TrackerCallback(TrainerCallback):
-    """Forward the Trainer's events to one tracker, on rank 0; disable the tracker if it raises."""
+    """Forward the Trainer's events to one tracker, on rank 0; disable the tracker if it raises.
 
-    def __init__(self, name: str, create: Callable[[], Any], stopping: GracefulStopCallback):
+    Args:
+        name: as in REPORT_TO.
+    """
+
+    trainer: Any = None
+
+    def __init__(self, name: str):
         self.name = name
-        self.stopping = stopping
-        self.trainer: Any = None
-        self._create = create
         self._tracker: Any = None
         for event in dir(TrainerCallback):
             if event.startswith("on_") and event not in vars(TrackerCallback):
@@ -63,14 +53,16 @@ class TrackerCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **context: Any) -> None:
         """Create the tracker."""
         if state.is_world_process_zero:
+            os.environ.setdefault("CLEARML_LOG_MODEL", "FALSE")  # ClearML uploads weights otherwise (transformers 5.23)
+            own = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}.get(self.name)
             with self._disabled_if_it_raises():
-                self._tracker = self._create()
+                self._tracker = own(self.trainer) if own else INTEGRATION_TO_CALLBACK[self.name]()
                 self._tracker.on_init_end(args, state, control, **context)
                 self._tracker.on_train_begin(args, state, control, **context)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **context: Any) -> None:
         """Write the summary of a finished run, and close the tracker."""
-        if not self.stopping.stopped:
+        if not self.trainer.stopping.stopped:
             if hasattr(self._tracker, "log_summary"):
                 self._forward("log_summary", state.global_step, final(state))
             else:
@@ -106,17 +98,17 @@ class TrackerCallback(TrainerCallback):
 class TensorBoard(TensorBoardCallback):  # type: ignore[misc]
     """Event files in the run's directory; a resumed run purges what an interrupted one wrote after its checkpoint."""
 
-    def __init__(self, plan: Plan, folder: RunDir):
+    def __init__(self, trainer: Any):
         super().__init__()
-        self.plan = plan
-        self.logging_dir = str(folder.tensorboard)
+        self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **context: Any) -> None:
         """Open the writer and write the plan."""
         purge_step = state.global_step + 1 if state.global_step else None
+        self.logging_dir = str(self.trainer.folder.tensorboard)
         self.tb_writer = self._SummaryWriter(self.logging_dir, purge_step=purge_step)
         super().on_train_begin(args, state, control, **context)
-        self.tb_writer.add_text("plan", f"```json\n{json.dumps(asdict(self.plan), indent=2)}\n```")
+        self.tb_writer.add_text("plan", f"```json\n{plans.to_json(self.trainer.plan)}\n```")
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """One text per prompt, as Markdown code blocks."""
@@ -136,13 +128,12 @@ class WeightsAndBiases(WandbCallback):  # type: ignore[misc]
     WANDB_PROJECT, WANDB_NAME, WANDB_ENTITY, WANDB_MODE, WANDB_BASE_URL and WANDB_LOG_MODEL are W&B's own variables.
     """
 
-    def __init__(self, plan: Plan, folder: RunDir):
+    def __init__(self, trainer: Any):
         super().__init__()
-        self.plan = plan
-        self.folder = folder
-        if plan.shards_parameters and self._log_model == WandbLogModel.END:
+        self.plan, self.folder = trainer.plan, trainer.folder
+        if self.plan.shards_parameters and self._log_model == WandbLogModel.END:
             self._log_model = WandbLogModel.FALSE
-            log.warning("WANDB_LOG_MODEL=end: ignored, since %s shards the weights", plan.parallelism)
+            log.warning("WANDB_LOG_MODEL=end: ignored, since %s shards the weights", self.plan.parallelism)
 
     def setup(self, args: Any, state: Any, model: Any, **context: Any) -> None:
         """Start the W&B run, then let transformers add its config."""
