@@ -17,7 +17,11 @@ def diagnose(run: Run) -> list[Finding]:
     """The findings of a run, errors first; empty if it is healthy."""
     results = [(rule, rule.find(run)) for rule in RULES if rule.has_data(run)]
     explained = {name for rule, finding in results if finding for name in rule.explains}
-    findings = [finding for rule, finding in results if finding and rule.name not in explained]
+    findings = [
+        dataclasses.replace(finding, advice=[*finding.advice, rule.advice])
+        for rule, finding in results
+        if finding and rule.name not in explained
+    ]
     return sorted(findings, key=lambda finding: finding.severity != "error")
 
 

@@ -1,8 +1,8 @@
 """The rules of `diagnose`: one function each, which returns a finding with evidence and advice, and the table of them.
 
-The first paragraph of a rule's docstring is its condition, the second its advice in short; `{key}` is the threshold
-`monitor.key`. tests/unit/test_diagnose.py writes docs/troubleshooting.md from them. Metrics are noisy: a finding has to
-exceed the scatter of the run's own log lines.
+The first paragraph of a rule's docstring is its condition, where `{key}` is the threshold `monitor.key`; the second is
+its advice, to which a finding adds the values of this run. tests/unit/test_diagnose.py writes docs/troubleshooting.md
+from them. Metrics are noisy: a finding has to exceed the scatter of the run's own log lines.
 
 To add an alert: its threshold in `config.schema.Monitor`, its detector in `detectors` if it runs live, its finding and
 its row here.
@@ -11,10 +11,11 @@ its row here.
 from __future__ import annotations
 
 import bisect
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import get_args
 
@@ -37,27 +38,26 @@ class Finding:
         severity: `error` if it ruins the run, `warning` if it wastes time or quality.
         step: the optimizer step at which it begins; None if unknown.
         evidence: the measured values.
-        advice: what to change, most effective first.
+        advice: what to change in this run, most effective first; `diagnose` appends the rule's own advice.
     """
 
     rule: str
     severity: str
     step: int | None
     evidence: str
-    advice: list[str]
+    advice: list[str] = field(default_factory=list)
 
 
 def failure(run: Run) -> Finding | None:
     """The state and the error that the run recorded: out of memory, a rank that died, an exception.
 
-    Read the end of `log.txt`; if memory ran out, the listed changes use less. The same command resumes from the latest
-    checkpoint, if there is one.
+    Read the end of `log.txt`; if memory ran out, the listed changes use less. `make train NAME=… RESUME=1` resumes from
+    the latest checkpoint, if there is one.
     """
     if run.state != "failed":
         return None
     error = str(run.manifest.get("error") or f"exit code {run.manifest.get('exit_code', '?')}")
-    changes = [f"uses less memory: `{change}`" for change in run.manifest.get("takes_less") or []]
-    advice = [*changes, f"read the end of {run.folder.log}", f"resume: {_resume_command(run)}"]
+    advice = [f"uses less memory: `{change}`" for change in run.manifest.get("takes_less") or []]
     return Finding("failure", "error", run.last_step or None, error, advice)
 
 
@@ -65,16 +65,16 @@ def divergence(run: Run) -> Finding | None:
     """Loss or gradient norm is NaN/Inf (live: `nan_guard` stops the run); or the smoothed training loss ends 15% and
     six standard deviations above its own lowest, or 30% above its first value.
 
-    Divide the learning rate by three; check the rows of that step, which the run names.
+    Divide the learning rate by three; check the rows of that step, which the run names, with `make inspect`.
     """
-    advice = [*_scale_learning_rate(run, 1 / 3), _check_rows(run)]
+    advice = _scale_learning_rate(run, 1 / 3)
     if run.state == "diverged":
         record = run.manifest.get("diverged") or {}
         values = f"loss {record.get('loss', '?')}, gradient norm {record.get('grad_norm', '?')}"
         evidence = f"the run was stopped: {record.get('reason', 'NaN/Inf loss')} ({values})"
         if rows := ", ".join(map(str, record.get("rows", [])[:5])):
             evidence += f"; rows of that step: {rows}"
-            advice = [f"fix or remove the rows of that step: {rows}", *advice[:-1]]
+            advice = [f"fix or remove the rows of that step: {rows}", *advice]
         return Finding("divergence", "error", record.get("step"), evidence, advice)
     for line in run.lines:
         if evidence := detectors.non_finite(line):
@@ -96,29 +96,24 @@ def divergence(run: Run) -> Finding | None:
 def schedule(run: Run) -> Finding | None:
     """The learning rate of every log line against the plan's schedule, to a relative 1e-6.
 
-    Find what else sets it; `make schedules` prints the plan's curve.
+    Find what else sets it; `make schedules RUN=…` prints the plan's curve.
     """
-    curve = f"find what else sets it; the plan's curve: `make schedules RECIPE={run.plan.recipe}`"
     logged = zip(run.points("learning_rate"), run.points("scheduled_learning_rate"), strict=True)
     for (step, rate), (_, planned) in logged:
         # A cosine's end is a difference of nearly equal numbers: the second term.
         if abs(rate - planned) > 1e-6 * abs(planned) + 1e-9 * run.plan.learning_rate:
             evidence = f"the learning rate at step {step} is {rate:.4g}, expected {planned:.4g}"
-            return Finding("schedule", "error", step, evidence, [curve])
+            return Finding("schedule", "error", step, evidence)
     return None
 
 
 def vanishing_gradients(run: Run) -> Finding | None:
     """The gradient norm stays below {grad_norm_below} for {window} steps, at least three values.
 
-    Check the loss mask (`make inspect`), that parameters are trained, and the precision.
+    Check with `make inspect` that assistant tokens are in the loss, in `log.txt` that parameters are trained, and with
+    `precision: fp32` whether it is rounding.
     """
-    advice = [
-        f"check the loss mask: assistant tokens must be in the loss: `make inspect RECIPE={run.plan.recipe}`",
-        f"check that parameters are trained: trained_parameters is {run.plan.trained_parameters}",
-        "check the precision: run with `precision: fp32` to distinguish rounding from a detached graph",
-    ]
-    return _first_alert(run, detectors.vanishing_gradients, "error", advice)
+    return _first_alert(run, detectors.vanishing_gradients, "error")
 
 
 def exploding_gradients(run: Run) -> Finding | None:
@@ -127,7 +122,7 @@ def exploding_gradients(run: Run) -> Finding | None:
 
     Halve the learning rate, or use the default of the size class; a longer warm-up; check the rows.
     """
-    return _first_alert(run, detectors.exploding_gradients, "error", _lower_rate_and_check(run))
+    return _first_alert(run, detectors.exploding_gradients, "error", _lower_rate(run))
 
 
 def loss_spike(run: Run) -> Finding | None:
@@ -143,7 +138,7 @@ def loss_spike(run: Run) -> Finding | None:
         return None
     shown = ", ".join(map(str, spikes[:5])) + (", …" if len(spikes) > 5 else "")
     evidence = f"{len(spikes)} loss spikes (steps {shown}); the first: {alerts[0].evidence}"
-    return Finding("loss_spike", "error", spikes[0], evidence, _lower_rate_and_check(run))
+    return Finding("loss_spike", "error", spikes[0], evidence, _lower_rate(run))
 
 
 def instability(run: Run) -> Finding | None:
@@ -161,7 +156,7 @@ def instability(run: Run) -> Finding | None:
         return None
     severity = "warning" if hump is None and ratio < 3 * _OUT_OF_RANGE else "error"
     first = 1 if ratio >= _OUT_OF_RANGE else hump
-    return Finding("instability", severity, first, "; ".join(evidence), _lower_rate_and_check(run))
+    return Finding("instability", severity, first, "; ".join(evidence), _lower_rate(run))
 
 
 def overfitting(run: Run) -> Finding | None:
@@ -169,8 +164,8 @@ def overfitting(run: Run) -> Finding | None:
     them is above {overfitting_gap} and grows (a warning if validation has only stopped falling). A gap that does not
     grow is no finding. Live: `overfitting_signal` in the log is the gap alone.
 
-    In this order: learning rate two to three times lower, fewer epochs, weight decay 0.05 to 0.1, more data. `final/`
-    is the best step already.
+    In this order: learning rate two to three times lower, fewer epochs, weight decay 0.05 to 0.1, more data, and more
+    varied (`data.train` takes a list). `final/` is the best step already.
     """
     evaluations, points = run.points("eval_loss"), run.points("loss")
     losses, trained = stats.values(evaluations), stats.values(points)
@@ -201,7 +196,6 @@ def overfitting(run: Run) -> Finding | None:
         *_scale_learning_rate(run, 1 / 2),
         *_fewer_epochs(run, step),
         *_change(run, "weight_decay", lambda decay: next((higher for higher in (0.05, 0.1) if higher > decay), decay)),
-        "more data, and more varied: data.train takes a list of sources",
     ]
     return Finding("overfitting", severity, step, evidence, advice)
 
@@ -235,16 +229,17 @@ def plateau(run: Run) -> Finding | None:
     the learning rate is a third or less of the lowest of its size class, while the model is not converged. A loss near
     zero is no plateau.
 
-    Double the learning rate, or use the default of the size class.
+    Double the learning rate, or use the default of the size class; check with `make inspect` that the data can be
+    learned.
     """
     after = [point for point in run.points("loss") if point[0] > run.plan.warmup_steps]
-    ratio, check = _range_ratio(run), f"or check that the data can be learned: {_inspect_command(run)}"
+    ratio = _range_ratio(run)
     if ratio <= 1 / _OUT_OF_RANGE and len(after) >= 3 and after[-1][1] >= LOSS_FLOOR:
         low = f"the learning rate is {1 / ratio:.0f} times below the lowest of size class {run.plan.size}"
         severity = "warning" if ratio > 1 / (3 * _OUT_OF_RANGE) else "error"
         evidence = f"{detectors.fall_since_warmup(run)}; {low}"
-        return Finding("plateau", severity, after[0][0], evidence, [*_default_learning_rate(run), check])
-    advice = [*_scale_learning_rate(run, 2), check]
+        return Finding("plateau", severity, after[0][0], evidence, _default_learning_rate(run))
+    advice = _scale_learning_rate(run, 2)
     if evidence := detectors.plateau(run):
         return Finding("plateau", "error", after[0][0], evidence, advice)
     recorded = next((alert for alert in run.alerts if alert.rule == "plateau"), None)  # it fell later
@@ -255,7 +250,8 @@ def memory_growth(run: Run) -> Finding | None:
     """GPU memory (else host memory) grows steadily by more than {memory_growth} of itself; a jump at an evaluation is
     no finding.
 
-    Find what keeps tensors between steps; a restart from the latest checkpoint frees memory.
+    Find what keeps tensors or rows between steps, such as a list to which losses are appended; a restart from the
+    latest checkpoint frees memory.
     """
     kind = "GPU" if len(run.points("memory_allocated_bytes")) >= 12 else "host"
     points = run.points("memory_allocated_bytes" if kind == "GPU" else "host_memory_bytes")
@@ -270,27 +266,20 @@ def memory_growth(run: Run) -> Finding | None:
         f"{kind} memory grows steadily, from {parts[0] / GIB:.2f} to {parts[-1] / GIB:.2f} GiB "
         f"({growth / parts[0]:.0%})"
     )
-    advice = [
-        "find what keeps tensors or rows between steps: a custom callback, a list to which losses are appended",
-        f"until the cause is fixed, restart from the latest checkpoint: {_resume_command(run)}",
-    ]
-    return Finding("memory_growth", "error", points[0][0], evidence, advice)
+    return Finding("memory_growth", "error", points[0][0], evidence)
 
 
 def input_bound(run: Run) -> Finding | None:
     """Half of the steps wait for data for more than {data_wait} of their time.
 
-    More data loader workers (`trainer.dataloader_num_workers`), rows on a local disk.
+    More data loader workers, rows on a local disk instead of a network file system (`HF_HOME`).
     """
     points = run.points("data_wait_fraction")
     points = points[min(2, len(points) // 4) :]  # caches fill during the first lines
     if (share := median(stats.values(points))) <= run.monitor.data_wait:
         return None
     workers = run.plan.sections.trainer.get("dataloader_num_workers") or 0
-    advice = [
-        f"`trainer.dataloader_num_workers: {2 * workers or 4}` (was {workers})",
-        "rows on a local disk instead of a network file system: set HF_HOME, or data.train to a local file",
-    ]
+    advice = [f"trainer.dataloader_num_workers={2 * workers or 4}, was {workers}"]
     evidence = f"half of the steps wait for data for {share:.0%} of their time or more"
     return Finding("input_bound", "warning", points[0][0], evidence, advice)
 
@@ -299,13 +288,10 @@ def throughput_drop(run: Run) -> Finding | None:
     """Tokens per second are {throughput_drop} below the median of the lines before, on every log line of {window}
     steps, at least three.
 
-    Check what else runs on the node and whether the GPU throttles; resume on another node.
+    Check what else runs on the node, and whether the GPU throttles (`nvidia-smi -q -d PERFORMANCE,CLOCK`); resume on
+    another node.
     """
-    advice = [
-        "check what else runs on the node, and whether the GPU throttles: `nvidia-smi -q -d PERFORMANCE,CLOCK`",
-        f"resume on another node from the latest checkpoint: {_resume_command(run)}",
-    ]
-    return _first_alert(run, detectors.throughput_drop, "warning", advice)
+    return _first_alert(run, detectors.throughput_drop, "warning")
 
 
 def alerts_of(run: Run, detect: Detector) -> list[Alert]:
@@ -316,9 +302,9 @@ def alerts_of(run: Run, detect: Detector) -> list[Alert]:
     return sorted([*recorded, *replayed], key=lambda alert: alert.step)
 
 
-def _first_alert(run: Run, detect: Detector, severity: str, advice: list[str]) -> Finding | None:
+def _first_alert(run: Run, detect: Detector, severity: str, advice: Sequence[str] = ()) -> Finding | None:
     alerts = alerts_of(run, detect)
-    return Finding(detect.__name__, severity, alerts[0].step, alerts[0].evidence, advice) if alerts else None
+    return Finding(detect.__name__, severity, alerts[0].step, alerts[0].evidence, [*advice]) if alerts else None
 
 
 def _smoothed_loss(run: Run) -> tuple[Points, float]:
@@ -393,24 +379,12 @@ def _fewer_epochs(run: Run, step: int) -> list[str]:
     return _change(run, "num_train_epochs", lambda planned: min(planned, done))
 
 
-def _lower_rate_and_check(run: Run) -> list[str]:
-    """A lower learning rate, twice the warm-up if the size class allows that, and a look at the rows."""
+def _lower_rate(run: Run) -> list[str]:
+    """A lower learning rate, and twice the warm-up if the size class allows that."""
     lower = _default_learning_rate(run) if _range_ratio(run) > 1 else _scale_learning_rate(run, 1 / 2)
     highest = (sizes.size_classes()[run.plan.size].ranges["warmup_ratio"].range or [0, math.inf])[1]
     warmup = _change(run, "warmup_ratio", lambda ratio: max(ratio, min(max(2 * ratio, 0.03), highest)))
-    return [*lower, *warmup, _check_rows(run)]
-
-
-def _check_rows(run: Run) -> str:
-    return f"check the data for unusual rows: {_inspect_command(run)}"
-
-
-def _inspect_command(run: Run) -> str:
-    return f"`make inspect RECIPE={run.plan.recipe}`"
-
-
-def _resume_command(run: Run) -> str:
-    return f"`make train RECIPE={run.plan.recipe} NAME={run.folder.name} RESUME=1`"
+    return [*lower, *warmup]
 
 
 @dataclass(frozen=True)
@@ -435,6 +409,11 @@ class Rule:
     def name(self) -> str:
         """As in findings, in `warnings.jsonl` and in `monitor.stop_on`."""
         return self.find.__name__
+
+    @property
+    def advice(self) -> str:
+        """The second paragraph of the rule's docstring, on one line."""
+        return " ".join(inspect.getdoc(self.find).partition("\n\n")[2].split())
 
     @property
     def per_step(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
 
 from trl import SFTConfig
 
@@ -16,7 +15,6 @@ _PLANNED = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type",
     "num_train_epochs", "warmup_steps", "weight_decay", "max_grad_norm", "max_length",
 )  # fmt: skip
-_SET_BELOW = ("max_length", "packing", "gradient_checkpointing")
 
 
 def make_sft_config(plan: Plan, folder: RunDir) -> SFTConfig:
@@ -25,7 +23,10 @@ def make_sft_config(plan: Plan, folder: RunDir) -> SFTConfig:
     Raises:
         SetupError: the recipe needs kernels that are not installed.
     """
-    trainer = {key: value for key, value in plan.sections.trainer.items() if key not in _SET_BELOW}
+    trainer = dict(plan.sections.trainer)
+    checkpointing, _ = trainer.pop("gradient_checkpointing"), trainer.pop("packing")
+    # Gathered weights have another shape in the recomputation of a layer (https://github.com/huggingface/trl/issues/2514).
+    reentrant = plan.method != "full" and plan.strategy.zero_stage == 3
     if trainer.get("use_liger_kernel") and importlib.util.find_spec("liger_kernel") is None:
         raise SetupError(
             "trainer.use_liger_kernel: liger-kernel is not installed. Install it into the virtual environment, or "
@@ -36,13 +37,12 @@ def make_sft_config(plan: Plan, folder: RunDir) -> SFTConfig:
         "ddp_find_unused_parameters": False,
         "project": "sft-recipes",
         "disable_tqdm": True,
-        "log_level": "error",
-        "log_level_replica": "error",
-        "dataloader_pin_memory": plan.uses_gpu,
+        "log_level_replica": "passive",
     }
     return SFTConfig(
         **{**defaults, **trainer, **{name: getattr(plan, name) for name in _PLANNED}},
-        **_checkpointing_arguments(plan.sections.trainer["gradient_checkpointing"], plan),
+        activation_checkpointing=checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": reentrant} if checkpointing else None,
         output_dir=str(folder.path),
         run_name=folder.name,
         per_device_eval_batch_size=plan.per_device_train_batch_size,
@@ -59,20 +59,3 @@ def make_sft_config(plan: Plan, folder: RunDir) -> SFTConfig:
         remove_unused_columns=False,  # the collator needs row numbers
         report_to=[],  # callbacks/trackers.py adds them; callbacks/keep_best.py removes checkpoints
     )
-
-
-def _checkpointing_arguments(enabled: bool, plan: Plan) -> dict[str, Any]:
-    """Return the activation checkpointing arguments, by the name that the installed transformers uses.
-
-    Non-reentrant, except for adapters under ZeRO-3: gathered weights have another shape in the recomputation of a layer
-    (https://github.com/huggingface/trl/issues/2514).
-    """
-    name = (
-        "activation_checkpointing"
-        if "activation_checkpointing" in SFTConfig.__dataclass_fields__
-        else "gradient_checkpointing"
-    )
-    # TRL checkpoints by default, and reads its default from the old name: set it too.
-    disabled = {"gradient_checkpointing": False} if name == "activation_checkpointing" else {}
-    reentrant = plan.method != "full" and plan.strategy.zero_stage == 3
-    return {name: enabled, **disabled, **({f"{name}_kwargs": {"use_reentrant": reentrant}} if enabled else {})}

@@ -299,7 +299,7 @@ def test_run_without_log_lines_is_rejected(tmp_path):
         (memorizing, "8b", "trainer.weight_decay=0.05 allow_out_of_range=[weight_decay]"),
         (memorizing, "1b", "trainer.weight_decay=0.05, was 0.01"),
         (forgetting, "8b", "size: lora-7-13b"),
-        (slow_data_loader, "8b", "`trainer.dataloader_num_workers: 4` (was 0)"),
+        (slow_data_loader, "8b", "trainer.dataloader_num_workers=4, was 0"),
         (out_of_memory, "8b", "uses less memory: `parallelism=zero3`"),
     ],
 )
@@ -418,12 +418,12 @@ def _page():
     defaults = dataclasses.asdict(Monitor())
     rows = ["| rule | condition | thresholds | live | advice |", "|---|---|---|---|---|"]
     for rule in RULES:
-        condition, advice = (" ".join(part.split()) for part in inspect.getdoc(rule.find).split("\n\n"))
+        condition = " ".join(inspect.getdoc(rule.find).partition("\n\n")[0].split())
         keys = [key for _, key, _, _ in string.Formatter().parse(condition) if key]
         values = {key: scientific(defaults[key]) if defaults[key] < 1e-3 else f"{defaults[key]:g}" for key in keys}
         thresholds = ", ".join(f"`monitor.{key}: {value}`" for key, value in values.items()) or "fixed"
         live = ("every step" if rule.per_step else "every log line") if rule.detect else ""
-        row = (f"**{rule.title}**<br>`{rule.name}`", condition.format(**values), thresholds, live, advice)
+        row = (f"**{rule.title}**<br>`{rule.name}`", condition.format(**values), thresholds, live, rule.advice)
         rows.append(f"| {' | '.join(row)} |")
     return HEAD + "\n".join(rows) + "\n"
 
