@@ -3,8 +3,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-VARIABLES := RECIPE GPUS NODES PROCESSES DEVICES DATA VALIDATION NAME RESUME ALLOW_CHANGE STRICT_VERSIONS GPU_TYPE RUN ROWS PLOT WITH PORT PROMPT DRY_RUN SANITY INIT_FROM OVERFIT REPORT_TO GPU_HOUR_PRICE ARGS RUNTIME IMAGE VARIANT MOUNTS CONTAINER_ARGS BUILD_ARGS WHEEL
-RECIPE ?= tiny
+VARIABLES := RECIPE MODEL METHOD GPUS NODES PROCESSES DEVICES DATA VALIDATION NAME RESUME ALLOW_CHANGE STRICT_VERSIONS GPU_TYPE RUN ROWS PLOT WITH PORT PROMPT DRY_RUN SANITY INIT_FROM OVERFIT REPORT_TO GPU_HOUR_PRICE ARGS RUNTIME IMAGE VARIANT MOUNTS CONTAINER_ARGS BUILD_ARGS WHEEL
+RECIPE ?= $(if $(value MODEL),,tiny)
 
 # Make expands $(…) in the user's values; the raw text goes to the environment, and the shell quotes it.
 $(foreach variable,$(VARIABLES),$(eval override export $(variable) := $$(value $(variable))))
@@ -17,6 +17,8 @@ PYTHON := $(VENV)/bin/python
 SFT = set -f; exec "$$(command -v python3 python3.12 python3.11 | head -n 1)" -I sft_recipes/launch/container.py "$(VENV)"
 HARDWARE = $${GPUS:+--gpus "$$GPUS"} $${NODES:+--nodes "$$NODES"} $${PROCESSES:+--processes "$$PROCESSES"} \
 	$${GPU_TYPE:+--gpu-type "$$GPU_TYPE"}
+# Without RECIPE the model's size decides.
+CHOSEN = $${RECIPE:+"$$RECIPE"} $${MODEL:+--model "$$MODEL"} $${METHOD:+--method "$$METHOD"}
 TRAINING = $(HARDWARE) $${INIT_FROM:+--init-from "$$INIT_FROM"} $${OVERFIT:+--overfit}
 OVERRIDES = $${DATA:+"data.train=$$DATA"} $${VALIDATION:+"data.validation=$$VALIDATION"} $${ARGS:-}
 
@@ -77,23 +79,23 @@ recipes: ## list the recipes
 	@$(SFT) recipes
 
 plan: ## resolve a plan, start nothing: RECIPE GPUS NODES DATA (ARGS=--explain)
-	@$(SFT) plan "$$RECIPE" $(TRAINING) $(OVERRIDES)
+	@$(SFT) plan $(CHOSEN) $(TRAINING) $(OVERRIDES)
 
 schedules: ## table and plot of learning-rate schedules: RECIPE GPUS RUN PLOT WITH DATA
-	@mkdir -p "$${RUNS_DIR:-runs}"; $(SFT) schedules "$$RECIPE" $(HARDWARE) $${RUN:+--run "$$RUN"} --plot "$${PLOT:-$${RUNS_DIR:-runs}/schedules-$$RECIPE.png}" \
+	@mkdir -p "$${RUNS_DIR:-runs}"; $(SFT) schedules $(CHOSEN) $(HARDWARE) $${RUN:+--run "$$RUN"} --plot "$${PLOT:-$${RUNS_DIR:-runs}/schedules$${RECIPE:+-$$RECIPE}.png}" \
 		$${WITH:+--with "$$WITH"} $(OVERRIDES)
 
 inspect: ## show tokens and loss mask of rows: RECIPE DATA ROWS (ARGS=--json)
-	@$(SFT) inspect "$$RECIPE" $(TRAINING) $${ROWS:+--rows "$$ROWS"} $(OVERRIDES)
+	@$(SFT) inspect $(CHOSEN) $(TRAINING) $${ROWS:+--rows "$$ROWS"} $(OVERRIDES)
 
 download: ## download model, tokenizer and data for offline runs: RECIPE DATA VALIDATION
-	@$(SFT) download "$$RECIPE" $(OVERRIDES)
+	@$(SFT) download $(CHOSEN) $(OVERRIDES)
 
 sanity: ## run the sanity check, which train also runs: RECIPE GPUS DEVICES DATA
-	@$(SFT) sanity "$$RECIPE" $(TRAINING) $${DEVICES:+--devices "$$DEVICES"} $(OVERRIDES)
+	@$(SFT) sanity $(CHOSEN) $(TRAINING) $${DEVICES:+--devices "$$DEVICES"} $(OVERRIDES)
 
 train: ## start a run, or resume an unfinished one: RECIPE GPUS DATA NAME RESUME
-	@$(SFT) train "$$RECIPE" $(TRAINING) $${DEVICES:+--devices "$$DEVICES"} $${NAME:+--name "$$NAME"} \
+	@$(SFT) train $(CHOSEN) $(TRAINING) $${DEVICES:+--devices "$$DEVICES"} $${NAME:+--name "$$NAME"} \
 		$${RESUME:+--resume} $${ALLOW_CHANGE:+--allow-change "$$ALLOW_CHANGE"} $${STRICT_VERSIONS:+--strict-versions} $${DRY_RUN:+--dry-run} $(OVERRIDES)
 
 verify-resume: ## repeat recorded steps of a run and compare bit for bit: RUN

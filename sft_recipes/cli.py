@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sft_recipes.config import loader
-from sft_recipes.config.schema import Recipe
+from sft_recipes.config import loader, model_recipe
+from sft_recipes.config.schema import AUTO, Recipe
+from sft_recipes.data import model_files
 from sft_recipes.launch import parent_run, run_selection
 from sft_recipes.launch import topology as topologies
 from sft_recipes.launch.placement import Placement, parse_integer
@@ -93,8 +94,10 @@ def _gpu_counts(text: str) -> int | list[int]:
 _RUN = _argument("run", "name or directory of a run")
 _JSON = _flag("--json", "print JSON")
 _RECIPE = (
-    _argument("recipe", "name of a recipe (`recipes` lists them)"),
+    _argument("recipe", "name of a recipe (`recipes` lists them); not needed with --model", nargs="?"),
     _argument("overrides", "a recipe key and its value: trainer.learning_rate=1.0e-5", nargs="*", metavar="key=value"),
+    _argument("--model", "model to fine-tune, a Hub name or a folder: alone, or instead of the recipe's"),
+    _argument("--method", "with --model and without a recipe: full (default), lora or qlora"),
 )
 _HARDWARE = (
     *_RECIPE,
@@ -180,7 +183,43 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _recipe(parsed: argparse.Namespace) -> Recipe:
-    return loader.load(parsed.recipe, parsed.overrides, getattr(parsed, "overfit", False))
+    """Return the recipe of RECIPE, of MODEL, or of RECIPE with the model of MODEL."""
+    if parsed.recipe and "=" in parsed.recipe:  # without a recipe the first override takes its place
+        parsed.recipe, parsed.overrides = None, [parsed.recipe, *parsed.overrides]
+    overfit = getattr(parsed, "overfit", False)
+    _check_data_is_no_model(parsed.overrides)
+    if parsed.model is None:
+        if parsed.recipe is None or parsed.method:
+            raise UserError("METHOD: needs MODEL" if parsed.recipe else "RECIPE: not set. Set RECIPE or MODEL")
+        return loader.load(parsed.recipe, parsed.overrides, overfit)
+    facts = model_files.describe_model(parsed.model)
+    if parsed.recipe is not None:
+        if parsed.method:
+            raise UserError(f"METHOD: found {parsed.method}, but RECIPE={parsed.recipe} has a method. Remove one")
+        model_recipe.check_method("full", parsed.model, facts.quantization)
+        values = {"model.name_or_path": parsed.model, "model.from_scratch": False}
+        values |= {"model.architecture": facts.architecture} if facts.architecture else {}
+        return loader.load(parsed.recipe, parsed.overrides, overfit, values)
+    method = parsed.method or "full"
+    model_recipe.check_method(method, parsed.model, facts.quantization)
+    gpus = getattr(parsed, "gpus", None)
+    count = len(topologies.visible_gpus()) if gpus is None else gpus
+    values = model_recipe.settings(parsed.model, facts.parameters, facts.positions, facts.architecture, method, count)
+    values |= {"hardware.gpus": count, "hardware.nodes": parsed.nodes or suggest.nodes_for(count)}
+    if not any(override.startswith("data.train=") for override in parsed.overrides):
+        raise UserError(f"DATA: not set. Name the rows that {parsed.model} is trained on: DATA=my.jsonl")
+    parsed.recipe = model_recipe.name_of(parsed.model, method)
+    return loader.load(parsed.recipe, parsed.overrides, overfit, values, from_file=False)
+
+
+def _check_data_is_no_model(overrides: Sequence[str]) -> None:
+    """Reject a model's folder as data: MODEL and DATA are easily swapped."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "data.train" and (Path(value) / "config.json").is_file() and any(Path(value).glob("*.safetensors")):
+            raise UserError(
+                f"DATA: {value} is a model (config.json, *.safetensors). Set MODEL={value}, and DATA to rows"
+            )
 
 
 def _resolve(parsed: argparse.Namespace, recipe: Recipe, topology: Topology) -> plans.Plan:
@@ -335,7 +374,14 @@ def _start_run(parsed: argparse.Namespace, placement: Placement | None, trains: 
             log.info("stopped before the start; no step was taken. Run the same command to start again")
             return run_dir.EXIT_STOPPED
         allow_change = tuple(key for key in parsed.allow_change.split(",") if key)
-        request = run_selection.RunRequest(parsed.name, parsed.resume, allow_change, parsed.strict_versions)
+
+        def replan(parallelism: str) -> plans.Plan:
+            return _resolve(parsed, dataclasses.replace(recipe, parallelism=parallelism), topology)
+
+        request = run_selection.RunRequest(
+            parsed.name, parsed.resume, allow_change, parsed.strict_versions,
+            replan if recipe.parallelism == AUTO else None,
+        )  # fmt: skip
         start = run_selection.select(plan, request, run_lock.locked_runs())
         run = start.run_dir
         for note in start.notes:

@@ -15,7 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from sft_recipes.config import schema
 from sft_recipes.config.architecture import DENSE_KEYS
 from sft_recipes.config.schema import Recipe, did_you_mean
-from sft_recipes.config.sizes import COMMAND_LINE, RECIPES, check_ranges
+from sft_recipes.config.sizes import COMMAND_LINE, MODEL, RECIPES, check_ranges
 from sft_recipes.runtime.errors import ConfigError
 from sft_recipes.runtime.paths import REPOSITORY
 
@@ -34,17 +34,29 @@ def names() -> list[str]:
     return sorted(recipes, key=lambda name: (float((re.match(r"\d+", name) or ["0"])[0]), name))
 
 
-def load(name: str, overrides: Iterable[str] = (), overfit: bool = False) -> Recipe:
+def load(
+    name: str,
+    overrides: Iterable[str] = (),
+    overfit: bool = False,
+    model: Mapping[str, Any] | None = None,
+    from_file: bool = True,
+) -> Recipe:
     """Read `recipes/NAME.yaml` and apply `key=value` overrides, over the settings of OVERFIT=1 with `overfit`.
+
+    Args:
+        model: values of MODEL, which replace the recipe's; all values without `from_file`.
 
     Raises:
         ConfigError: no such recipe, an unknown key, a value of the wrong type or outside the range of its size class.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name not in names():
+    if from_file and (not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name not in names()):
         raise ConfigError(
             f"RECIPE: no recipe {name!r}: expected one of {', '.join(names())}{did_you_mean(name, names())}"
         )
-    settings = _read(RECIPES / f"{name}.yaml")
+    settings = _read(RECIPES / f"{name}.yaml") if from_file else {}
+    if model:
+        settings |= {key: Setting(value, MODEL) for key, value in model.items()}
+        _drop_invalidated(settings, MODEL)
     if overfit:
         settings |= {key: Setting(value, schema.OVERFIT) for key, value in schema.OVERFIT_SETTINGS.items()}
     for override in overrides:
@@ -54,7 +66,7 @@ def load(name: str, overrides: Iterable[str] = (), overfit: bool = False) -> Rec
                 f"{COMMAND_LINE}: found {override!r}, expected key=value, for example trainer.learning_rate=1.0e-5"
             )
         settings[key] = Setting(_parse(key, text), COMMAND_LINE)
-    _drop_invalidated(settings)
+    _drop_invalidated(settings, COMMAND_LINE)
     recipe = _build(name, settings)
     _check_sources(recipe)
     _check_combinations(recipe)
@@ -133,12 +145,12 @@ def _kinds(type: Any) -> set[Any]:
     return _kinds(arguments[0]) if origin is Annotated else {origin or type}
 
 
-def _drop_invalidated(settings: dict[str, Setting]) -> None:
-    """Drop what the recipe states of data or a model that an override replaces: counts, validation, dimensions."""
+def _drop_invalidated(settings: dict[str, Setting], where: str) -> None:
+    """Drop what the recipe states of data or a model that `where` replaces: counts, validation, dimensions."""
     of_data = ("data.validation", "data.revision", "data.examples", "data.mean_tokens", "data.validation_examples")
     of_model = ("model.architecture", "model.revision", "model.license", "model.open_alternative")
     replaced = {"data.validation": of_data[-1:], "data.train": of_data, "model.name_or_path": of_model}
-    given = {key for key, setting in settings.items() if setting.where == COMMAND_LINE}
+    given = {key for key, setting in settings.items() if setting.where == where}
     for key in given & replaced.keys():
         for invalid in set(replaced[key]) - given:
             settings.pop(invalid, None)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_type_hints
 
 from pydantic import AfterValidator, Field, NonNegativeFloat
 
-from sft_recipes.config.strategies import DATA_PARALLEL, STRATEGIES
+from sft_recipes.config.strategies import STRATEGIES
 
 # Types of keys, with their bounds; the largest Size only keeps the arithmetic finite.
 Count = Annotated[int, Field(ge=1)]
@@ -23,6 +23,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Name = Annotated[str, Field(pattern=r"\S")]
 
+AUTO = "auto"  # the plan chooses: the fastest configuration that fits
 CONVERGED_ACCURACY = 0.9  # token accuracy above which a flat loss is convergence, not a plateau
 ATTENTIONS = ("auto", "eager", "sdpa", "varlen", "flash_attention_2")
 # Linear layers of a decoder block; Llama, Qwen and OLMo share the names.
@@ -48,7 +49,7 @@ TABLE_KEYS = (
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_length": 2048,
     "packing": True,
-    "gradient_checkpointing": True,
+    "gradient_checkpointing": AUTO,
     "logging_steps": 10,
     "eval_steps": 100,
     "save_steps": 100,
@@ -60,6 +61,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 TRAINER_TYPES: dict[str, Any] = {
     **dict.fromkeys(("max_length", "eval_steps", "save_steps", "logging_steps"), Count),
     **dict.fromkeys(("seed", "data_seed"), Seed),
+    "gradient_checkpointing": Literal["auto"] | bool | Count,
     "learning_rate": Annotated[float, Field(ge=1e-12, le=10)],
     "num_train_epochs": Annotated[float, Field(ge=0.001, le=10_000)],
     "warmup_ratio": Fraction,
@@ -175,12 +177,15 @@ class Hardware:
         gpus: over all nodes; 0 is the CPU.
         mfu: assumed share of peak FLOP/s in forecasts. 0.35 is a guess below the 0.42 to 0.48 of the best published
             tables (llm-foundry's scripts/train/benchmarking); not measured in this project.
+        network_gbs: of one node to others, in 1e9 bytes/s and direction, for forecasts of several nodes. 400 is eight
+            cards of 400 Gbit/s, as in a DGX H100; one 100 Gbit/s Ethernet card is 12.5.
     """
 
     gpus: Annotated[int, Field(ge=0, le=100_000)] = 0
     nodes: Size = 1
     gpu_type: str | None = None
     mfu: Annotated[float, Field(ge=0.01, le=1)] = 0.35
+    network_gbs: Annotated[float, Field(ge=0.1, le=10_000)] = 400.0
 
 
 @dataclass(frozen=True)
@@ -307,10 +312,11 @@ class Lora:
 
 @dataclass(frozen=True)
 class Batch:
-    """Sizes in rows of the trainer: packed rows if packing is on."""
+    """Sizes in rows of the trainer: packed rows if packing is on. Without `max_per_device_batch_size` the plan chooses
+    the micro-batch."""
 
     effective_batch_size: Size | None = None
-    max_per_device_batch_size: Size = 1
+    max_per_device_batch_size: Size | None = None
     min_optimizer_steps: Count = 20
 
 
@@ -378,7 +384,7 @@ class Recipe:
     generation: Generation = field(default_factory=Generation)
     monitor: Monitor = field(default_factory=Monitor)
     lora: Lora | None = None
-    parallelism: Annotated[str, _one_of(*STRATEGIES)] = DATA_PARALLEL.name
+    parallelism: Annotated[str, _one_of(AUTO, *STRATEGIES)] = AUTO
     precision: Literal["bf16", "fp32"] = "bf16"
     allow_out_of_range: list[Annotated[str, _one_of(*TABLE_KEYS)]] = field(default_factory=list)
     trainer: dict[str, Any] = field(default_factory=dict)

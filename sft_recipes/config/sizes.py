@@ -18,6 +18,7 @@ from sft_recipes.runtime.paths import REPOSITORY
 
 RECIPES = REPOSITORY / "recipes"
 COMMAND_LINE = "command line"
+MODEL = "MODEL"  # origin of what a model's files say
 
 
 @dataclass(frozen=True)

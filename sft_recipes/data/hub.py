@@ -43,6 +43,23 @@ def download_dataset(name: str, revision: str | None, key: str) -> Path:
     return _snapshot(name, revision, "dataset", key, ", or set DATA=<a file or folder>", None)
 
 
+def count_parameters(name: str) -> int:
+    """Return the number of weights of a model on the Hub, by the headers of its files; nothing else is downloaded.
+
+    Raises:
+        DataError: the Hub cannot be reached, or the model has no safetensors files.
+    """
+    from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
+
+    try:
+        return sum(get_safetensors_metadata(name).parameter_count.values())
+    except (HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError, OSError) as error:
+        raise DataError(
+            f"MODEL: {name}: no safetensors header on the Hub ({' '.join(str(error).split())[:200]})"
+        ) from error
+
+
 def commit_of(folder: Path) -> str | None:
     """Return the commit of a snapshot in the Hub's cache (`…/snapshots/COMMIT`); None for any other folder."""
     return folder.name if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name) else None

@@ -1,10 +1,13 @@
-"""Checks a model's folder before a run starts: complete, without code, and with the recipe's architecture."""
+"""Checks a model's folder before a run starts: complete, without code, and with the recipe's architecture; reads what a
+recipe for the model needs."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,29 @@ from sft_recipes.runtime.errors import DataError
 from sft_recipes.runtime.paths import check_links, mount_hint
 
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
+_DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".zip", ".gz", ".zst")
+_DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # endings of decoders' classes
+_LARGEST_HEADER = 100_000_000  # bytes, as in safetensors
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a recipe for a model needs.
+
+    Attributes:
+        revision: commit of a Hub model.
+        architecture: dimensions for the memory forecast; empty for a type that it does not support.
+        parameters: number of weights.
+        positions: context length; None if its configuration has none.
+        quantization: method of quantized weights.
+    """
+
+    name_or_path: str
+    revision: str | None
+    architecture: dict[str, Any]
+    parameters: int
+    positions: int | None
+    quantization: str | None
 
 
 def check_model(model: Model) -> Path:
@@ -88,6 +114,66 @@ def architecture_of(folder: Path) -> dict[str, Any]:
         return {}  # loading the model reports it
     flags = {key: config[key] for key in ("tie_word_embeddings", "attention_bias") if config.get(key) is not None}
     return {**sizes, **flags, "model_type": config["model_type"]}
+
+
+def describe_model(name_or_path: str) -> ModelFacts:
+    """Return what a recipe for a model needs, from its configuration and the header or index of its weights.
+
+    From the Hub only the configuration and the index are downloaded.
+
+    Raises:
+        DataError: no such model, not a decoder, or its number of parameters cannot be read.
+    """
+    path = Path(name_or_path)
+    if path.is_file() or path.suffix in _DATA_SUFFIXES:
+        raise DataError(
+            f"MODEL: found the file {path}, expected a model folder or a Hub name. Data goes in DATA={path}"
+        )
+    local = _local_folder(name_or_path)
+    folder = local or hub.download_model(Model(name_or_path=name_or_path), only_tokenizer=True)
+    if local and (problem := _find_problem(folder, trust_remote_code=True)):
+        raise DataError(f"MODEL: {folder}{problem}")
+    config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    kinds = [str(kind) for kind in config.get("architectures") or ()]
+    if config.get("is_encoder_decoder") or (kinds and not any(kind.endswith(_DECODERS) for kind in kinds)):
+        kind = ", ".join(kinds) or config.get("model_type")
+        raise DataError(f"MODEL: {name_or_path} is not a decoder (causal language model): found {kind}")
+    quantization = config.get("quantization_config")
+    positions = config.get("max_position_embeddings")
+    return ModelFacts(
+        name_or_path=name_or_path,
+        revision=None if local else hub.commit_of(folder),
+        architecture=architecture_of(folder),
+        parameters=_count_parameters(folder, name_or_path, config),
+        positions=positions if isinstance(positions, int) else None,
+        quantization=quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else None,
+    )
+
+
+def _count_parameters(folder: Path, name: str, config: dict[str, Any]) -> int:
+    """Return the number of weights by the headers of a model's files, or by its index if they are on the Hub."""
+    files, index = sorted(folder.glob("*.safetensors")), folder / "model.safetensors.index.json"
+    metadata = _read_json(index).get("metadata") or {} if index.is_file() else {}
+    try:
+        if files:
+            tensors = [tensor for file in files for tensor in _read_header(file)]
+            return sum(math.prod(tensor["shape"]) for tensor in tensors)
+        if metadata.get("total_parameters"):
+            return int(metadata["total_parameters"])
+        if metadata.get("total_size"):
+            dtype = str(config.get("dtype") or config.get("torch_dtype"))
+            return int(metadata["total_size"]) // (4 if dtype == "float32" else 2)
+        return hub.count_parameters(name)
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise DataError(f"MODEL: {name}: the header of its weights cannot be read ({error}). Copy it again") from error
+
+
+def _read_header(file: Path) -> list[dict[str, Any]]:
+    """Return dtype and shape of the tensors in a safetensors file: 8 bytes of length, then JSON."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(min(length, _LARGEST_HEADER)))
+    return [tensor for name, tensor in header.items() if name != "__metadata__"]
 
 
 def embeddings_of(folder: Path) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -54,12 +55,14 @@ class RunRequest:
         resume: fail if there is no run to resume.
         allow_change: keys of the plan that may differ from the run's plan.
         strict_versions: fail if library versions differ from those of the latest attempt.
+        replan: resolve the recipe again with this parallelism, which it leaves open.
     """
 
     name: str | None = None
     resume: bool = False
     allow_change: tuple[str, ...] = ()
     strict_versions: bool = False
+    replan: Callable[[str], Plan] | None = None
 
 
 def select(plan: Plan, request: RunRequest, locked: dict[str, str]) -> RunStart:
@@ -125,6 +128,13 @@ def _start_new(run: RunDir, plan: Plan, notes: tuple[str, ...] = ()) -> RunStart
 
 def _resume(plan: Plan, run: RunDir, request: RunRequest) -> RunStart:
     stored = plans.read(run.plan)
+    if request.replan and not plan.strategy.reads_checkpoints_of(stored.strategy):
+        plan = request.replan(stored.parallelism)
+        if plan.fits is False:
+            raise SetupError(
+                f"run {run.name} cannot resume here: its {stored.parallelism} {plans.describe_shortage(plan)}. Use "
+                f"more or larger GPUs, or start another run with NAME=…"
+            )
     differences = plans.find_differences(stored, plan)
     if run.numbered("checkpoint") and (reason := rank_change.incompatibility(rank_change.ranks_of(stored), plan)):
         raise SetupError(f"run {run.name} cannot resume: {reason}")
@@ -148,7 +158,7 @@ def _resume(plan: Plan, run: RunDir, request: RunRequest) -> RunStart:
     resumed = replace(plan, created=stored.created, run_id=stored.run_id, allowed_changes=accepted)
     ranks = {key: differences[key] for key in sorted(followed)}
     notes = (
-        f"ranks changed since the last attempt, same effective batch: {_list_changes(ranks)}" if ranks else "",
+        f"changed since the last attempt, same effective batch: {_list_changes(ranks)}" if ranks else "",
         f"monitor settings changed since the last attempt: {_list_changes(monitor)}" if monitor else "",
         *version_notes(run, request.strict_versions),
     )

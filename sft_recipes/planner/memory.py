@@ -49,7 +49,8 @@ class MemoryInputs:
     Attributes:
         tokens: tokens per micro-batch, padding included.
         scores_of: attention scores kept per token and head: the row length under eager attention, else 0.
-        accumulates: whether a step has several micro-batches.
+        gradient_checkpointing: whether layers are recomputed; a number n means every n-th layer.
+        accumulation: micro-batches per optimizer step.
         on_cpu: no GPU, whose kernels need less memory.
     """
 
@@ -58,12 +59,12 @@ class MemoryInputs:
     precision: str
     world_size: int
     tokens: int
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | int
     lora: Lora | None = None
     nodes: int = 1
     optimizer: str = "adamw_torch_fused"
     scores_of: int = 0
-    accumulates: bool = True
+    accumulation: int = 2
     on_cpu: bool = False
 
     def __post_init__(self) -> None:
@@ -75,6 +76,8 @@ class MemoryInputs:
         self.hidden: int = architecture["hidden_size"]
         self.inner: int = architecture["intermediate_size"]
         self.layers: int = architecture["num_hidden_layers"]
+        interval = int(self.gradient_checkpointing)
+        self.recomputed = -(-self.layers // interval) if interval else 0  # layers 0, n, 2n, …
         self.block = block_weights(architecture)
         self.ends: int = architecture["vocab_size"] * self.hidden  # weights of the embeddings, or of the output layer
         self.tied = bool(architecture.get("tie_word_embeddings"))
@@ -138,14 +141,17 @@ def _phases(load: MemoryInputs) -> list[dict[str, int]]:
     keeps the input of a reduction until the next one (torch 2.13, distributed/fsdp/_fully_shard/_fsdp_param_group.py,
     `post_backward`).
     """
-    strategy, lora, recomputes, width = load.strategy, load.lora, load.gradient_checkpointing, load.width
+    strategy, lora, recomputed, width = load.strategy, load.lora, load.recomputed, load.width
     hidden, block, ends, ranks = load.hidden, load.block, load.ends, load.world_size
     shards = ranks if strategy.shards_gradients else 1
     gradients = 0 if strategy.cpu_offload else 4 * load.trained // shards
     # A plain optimizer and FSDP2 free gradients after each step: a step of one micro-batch begins with none.
-    before = gradients if load.accumulates or strategy.deepspeed else 0
+    before = gradients if load.accumulation > 1 or strategy.deepspeed else 0
     layer, temporary = load.tokens * activation_bytes(load), load.tokens * _backward_temporaries(load)
-    saved = load.layers * (load.tokens * hidden * load.stream_width if recomputes else layer)
+    kept = load.layers - recomputed
+    saved = recomputed * load.tokens * hidden * load.stream_width + kept * layer
+    # If the top layer is kept, it is freed before the first layer is recomputed.
+    top_recomputed = recomputed and (load.layers - 1) % int(load.gradient_checkpointing) == 0
     chunk, scores = _logits(load)
     # A gradient of the embeddings or the output layer from autograd. With tied embeddings, that of the output layer
     # stays allocated until that of the embeddings exists.
@@ -155,15 +161,16 @@ def _phases(load: MemoryInputs) -> list[dict[str, int]]:
     states = 4 * load.tokens * hidden if lora else 0
     casts_of_a_layer = 2 * block if load.autocasts else 0
     casts = load.layers * casts_of_a_layer
+    kept_casts = kept * casts_of_a_layer
     last = 0 if before or lora else 4 * block + embedding
     flat = {2: gradients, 3: min(gradients, 4 * SUB_GROUP)}.get(strategy.zero_stage, 0)
     forward = {"gradients": before, "activations": saved, "logits": chunk, "buffers": casts}
-    scoring = forward | {"logits": chunk + scores, "buffers": 0 if recomputes else casts}
+    scoring = forward | {"logits": chunk + scores, "buffers": kept_casts}
     top_layer = {
         "gradients": before,
-        "activations": saved + temporary + (layer if recomputes else 0),
+        "activations": saved + temporary + (layer if top_recomputed else 0),
         "logits": (waiting if before else embedding) + states,
-        "buffers": casts_of_a_layer if recomputes else casts,
+        "buffers": kept_casts + (casts_of_a_layer if recomputed else 0),
     }
     bottom_layer = {
         "gradients": gradients - last,

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.config import gpu_types, schema, strategies
+from sft_recipes.config import gpu_types, schema
 from sft_recipes.config.architecture import parameter_count
 from sft_recipes.config.schema import TABLE_KEYS, Recipe
 from sft_recipes.config.sizes import hyperparameter, size_class_of
-from sft_recipes.config.strategies import STRATEGIES, Strategy
-from sft_recipes.planner import batch, cost, lr_schedule, memory
+from sft_recipes.config.strategies import DATA_PARALLEL, STRATEGIES, Strategy
+from sft_recipes.planner import batch, choose, cost, lr_schedule, memory
+from sft_recipes.planner.choose import Configuration
 from sft_recipes.runtime import run_dir, units
 from sft_recipes.runtime.atomic_write import write_atomic
 from sft_recipes.runtime.errors import ConfigError
@@ -107,6 +108,8 @@ class Plan(ComparedValues):
         packing: data preparation may turn it off; `sections.trainer` has the recipe's.
         data_prepared: False while rows and steps are estimates.
         parameters: counted during data preparation if the recipe has no architecture.
+        step_seconds: estimate for an optimizer step before data preparation.
+        alternatives: the next best configurations that fit, each of another strategy or checkpointing.
         notes: findings of data preparation, such as a train/inference template mismatch.
         fewest_gpus: the fewest GPUs that fit, computed by the command `plan` (planner/suggest.py), as
             `cheapest_change` is.
@@ -120,6 +123,7 @@ class Plan(ComparedValues):
     gpu_type: str | None
     packing: bool
     assumed_mfu: float
+    network_gbs: float
     origins: dict[str, str]
     data_prepared: bool = False
     examples: int | None = None
@@ -138,6 +142,8 @@ class Plan(ComparedValues):
     checkpoint_bytes: int | None = None
     disk_bytes: int | None = None
     fits: bool | None = None
+    step_seconds: float | None = None
+    alternatives: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     forecast: dict[str, float | None] | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
     fewest_gpus: int | None = None
@@ -167,7 +173,7 @@ class Plan(ComparedValues):
 
 
 def resolve(recipe: Recipe, topology: Topology) -> Plan:
-    """Resolve a recipe for this hardware.
+    """Resolve a recipe for this hardware; what it leaves open is chosen (planner/choose.py).
 
     Raises:
         ConfigError: the effective batch does not fit the number of ranks, there are too few optimizer steps, or the
@@ -178,8 +184,7 @@ def resolve(recipe: Recipe, topology: Topology) -> Plan:
     values = {key: hyperparameter(recipe, key)[0] for key in TABLE_KEYS}
     lr_schedule.check(values["lr_scheduler_type"], lr_schedule.options_of(trainer))
     effective = values["effective_batch_size"]
-    per_device = batch.per_device_batch_size(effective, recipe.batch.max_per_device_batch_size, world_size)
-    parallelism = strategies.for_world_size(recipe.parallelism, world_size).name
+    configurations = list(choose.configurations(recipe, world_size, effective, not topology.gpus))
     unchanged = {key: value for key, value in trainer.items() if key not in TABLE_KEYS}
     from_scratch = f"{recipe.model.architecture.get('model_type', '?')}, built from scratch"
     plan = Plan(
@@ -189,33 +194,59 @@ def resolve(recipe: Recipe, topology: Topology) -> Plan:
         requested_size=recipe.size,
         model=recipe.model.name_or_path or from_scratch,
         method=recipe.method,
-        parallelism=parallelism,
+        parallelism="",
         precision=recipe.precision,
         gpus=topology.gpus,
         nodes=topology.nodes,
         devices=topology.devices,
         gpu_type=topology.gpu_type,
         world_size=world_size,
-        per_device_train_batch_size=per_device,
-        gradient_accumulation_steps=effective // (per_device * world_size),
+        per_device_train_batch_size=0,
+        gradient_accumulation_steps=0,
         **values,
         max_length=trainer["max_length"],
         packing=trainer["packing"],
         examples=recipe.data.examples,
-        dtypes=memory.dtypes(parallelism, recipe.precision, recipe.lora),
+        dtypes={},
         assumed_mfu=recipe.hardware.mfu,
+        network_gbs=recipe.hardware.network_gbs,
         sections=Sections(
             recipe.model, recipe.data, recipe.batch, recipe.generation, recipe.monitor, recipe.lora, unchanged
         ),
         origins=_origins(recipe, topology),
     )
-    plan = _with_resources(plan, recipe.model.architecture)
+    candidates = [_with_resources(_configure(plan, each), recipe.model.architecture) for each in configurations]
+    plan, others = choose.choose(candidates)
+    origins, alternatives = plan.origins | _chosen_origins(recipe, plan), map(_describe_alternative, others)
+    plan = dataclasses.replace(plan, origins=origins, alternatives=list(alternatives))
     return _with_steps(plan, _estimated_rows(recipe, effective), recipe.data.examples)
+
+
+def _configure(plan: Plan, configuration: Configuration) -> Plan:
+    micro_batch, parallelism = configuration.micro_batch, configuration.parallelism
+    trainer = plan.sections.trainer | {"gradient_checkpointing": configuration.gradient_checkpointing}
+    return dataclasses.replace(
+        plan,
+        parallelism=parallelism,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=plan.effective_batch_size // (micro_batch * plan.world_size),
+        dtypes=memory.dtypes(parallelism, plan.precision, plan.sections.lora),
+        sections=dataclasses.replace(plan.sections, trainer=trainer),
+    )
+
+
+def _describe_alternative(plan: Plan) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(Configuration.of(plan)),
+        "memory_bytes": (plan.memory_bytes_per_gpu or {})["total"],
+        "step_seconds": plan.step_seconds,
+    }
 
 
 def _check_support(recipe: Recipe, topology: Topology, world_size: int) -> None:
     """Reject a strategy or attention that does not support the recipe, or that many ranks."""
-    strategy, lora, attention = STRATEGIES[recipe.parallelism], recipe.lora, recipe.model.attention
+    lora, attention = recipe.lora, recipe.model.attention
+    strategy = STRATEGIES.get(recipe.parallelism, DATA_PARALLEL)  # `auto` chooses a supported one
     flash = attention == "flash_attention_2" and (not topology.gpus or recipe.precision == "fp32")
     actual = f"{attention}: found {recipe.precision if topology.gpus else 'CPU'}"
     quantized = lora and lora.quantize and strategy.shards_parameters
@@ -251,7 +282,7 @@ def memory_inputs(plan: Plan, architecture: Mapping[str, Any]) -> memory.MemoryI
         nodes=plan.nodes,
         optimizer=trainer.get("optim", "adamw_torch_fused"),
         scores_of=plan.max_length if plan.sections.model.attention == "eager" else 0,
-        accumulates=plan.gradient_accumulation_steps > 1,
+        accumulation=plan.gradient_accumulation_steps,
         on_cpu=not plan.uses_gpu,
     )
 
@@ -261,9 +292,10 @@ def _with_resources(plan: Plan, architecture: Mapping[str, Any]) -> Plan:
     load, available = memory_inputs(plan, architecture), gpu_types.memory_bytes(plan.gpu_type)
     if load is None:
         return plan
-    per_gpu = memory.bytes_per_gpu(load)
+    per_gpu, step = memory.bytes_per_gpu(load), cost.step_time(plan, load)
     return dataclasses.replace(
         plan,
+        step_seconds=round(step.total, 4) if step else None,
         parameters=load.parameters,
         trained_parameters=load.trained,
         memory_bytes_per_gpu=per_gpu,
@@ -385,6 +417,29 @@ def _origins(recipe: Recipe, topology: Topology) -> dict[str, str]:
         "warmup_steps": "derived: optimizer steps x warmup_ratio, rounded up",
     }
     return dict.fromkeys(defaults, "default") | recipe.origins | table | derived
+
+
+def _chosen_origins(recipe: Recipe, plan: Plan) -> dict[str, str]:
+    """Return the origins of what the recipe leaves open."""
+    reason = "chosen: needs the least memory, which is not forecast"
+    load = memory_inputs(plan, recipe.model.architecture)
+    if load and not plan.uses_gpu:
+        reason = "chosen for the CPU"
+    elif load and plan.fits is False:
+        reason = "chosen: needs the least memory, and does not fit"
+    elif load and (step := cost.step_time(plan, load)):
+        reason = (
+            f"chosen: fastest that fits, {step.total:.2f} s per step (computation {step.compute:.2f}, communication "
+            f"{step.communication:.2f} mostly in parallel, overhead {step.overhead:.2f}; estimated)"
+        )
+    elif load and plan.fits:
+        reason = "chosen: fits"
+    chosen = {
+        "parallelism": recipe.parallelism == schema.AUTO,
+        "per_device_train_batch_size": recipe.batch.max_per_device_batch_size is None,
+        "trainer.gradient_checkpointing": recipe.trainer["gradient_checkpointing"] == schema.AUTO,
+    }
+    return {key: reason for key, is_chosen in chosen.items() if is_chosen}
 
 
 def _estimated_rows(recipe: Recipe, effective_batch_size: int) -> int | None:

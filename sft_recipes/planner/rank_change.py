@@ -8,9 +8,12 @@ from sft_recipes.config.strategies import DATA_PARALLEL, STRATEGIES, Strategy
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Plan
 
-# Plan values derived from the ranks while the effective batch stays the same.
+# Plan values that follow from the ranks and their memory while the effective batch stays the same.
 DERIVED_FROM_RANKS = frozenset(
-    {"world_size", "gpus", "nodes", "per_device_train_batch_size", "gradient_accumulation_steps"}
+    {
+        *("world_size", "gpus", "nodes", "per_device_train_batch_size", "gradient_accumulation_steps"),
+        "sections.trainer.gradient_checkpointing",
+    }
 )
 # DeepSpeed's conversion finds Adam's two moments by name; tested without loss with torch's AdamW only.
 _RESHARDABLE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
@@ -65,13 +68,14 @@ def needs_resharding(saved: Ranks, now: Ranks) -> bool:
 
 
 def implied_changes(old: Plan, new: Plan) -> set[str]:
-    """Return the keys of `plans.find_differences` that follow from the ranks and need no `--allow-change`.
+    """Return the keys of `plans.find_differences` that follow from the ranks or the type of GPU and need no
+    `--allow-change`.
 
-    Empty if the number of ranks is the same, if they cannot resume, if the effective batch differs, and between CPU and
-    GPU, for which no tolerance was measured.
+    Empty if the ranks cannot resume, if the effective batch differs, and between CPU and GPU, for which no tolerance
+    was measured.
     """
     differences = plans.find_differences(old, new)
     same_kind = old.uses_gpu == new.uses_gpu and "effective_batch_size" not in differences
-    if old.world_size == new.world_size or not same_kind or incompatibility(ranks_of(old), new) is not None:
+    if not same_kind or incompatibility(ranks_of(old), new) is not None:
         return set()
     return differences.keys() & (DERIVED_FROM_RANKS | {"parallelism"})

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sft_recipes.config.gpu_types import find_gpu_type
 from sft_recipes.config.schema import OVERFIT_LOSS, DataSource
 from sft_recipes.planner import save_time
+from sft_recipes.planner.choose import Configuration, describe_checkpointing
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.units import GIB
 
@@ -49,6 +51,7 @@ _KEYS = {
     "retention eval": "data.retention_eval",
     "size class": "size",
     "overfit": "data.overfit_rows",
+    "activation checkpointing": "trainer.gradient_checkpointing",
 }
 
 
@@ -85,6 +88,7 @@ def _lines(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "precision", f"{plan.precision} ({', '.join(f'{k} {v}' for k, v in plan.dtypes.items())})"
     for key in ("world_size", "per_device_train_batch_size", "gradient_accumulation_steps"):
         yield key.replace("_", " "), str(getattr(plan, key))
+    yield "activation checkpointing", describe_checkpointing(plan.sections.trainer["gradient_checkpointing"])
     yield "effective batch size", f"{plan.effective_batch_size} {'packed rows' if plan.packing else 'rows'}"
     yield "max length", f"{plan.max_length} tokens"
     yield "packing", "on" if plan.packing else "off"
@@ -100,6 +104,7 @@ def _lines(plan: Plan) -> Iterator[tuple[str, str]]:
         yield key.replace("_", " "), _estimate(plan, getattr(plan, key))
     yield from _memory(plan)
     yield from _forecast(plan)
+    yield from _alternatives(plan)
 
 
 def _sources(sources: list[DataSource]) -> str:
@@ -164,6 +169,15 @@ def _forecast(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "fewest GPUs", f"{plan.fewest_gpus} x {gpu}" if plan.fewest_gpus else none
     if plan.fits is False:
         yield "cheapest change", plan.cheapest_change or "none: use a larger GPU"
+
+
+def _alternatives(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Yield the best other configurations."""
+    for values in plan.alternatives:
+        gib, seconds = values["memory_bytes"] / GIB, values["step_seconds"]
+        configuration = Configuration(*(values[field.name] for field in dataclasses.fields(Configuration)))
+        time = f", {seconds / plan.step_seconds:.0%} of the time per step" if seconds and plan.step_seconds else ""
+        yield "alternative", f"{configuration}: {gib:.2f} GiB per GPU{time}"
 
 
 def format_comparison(plans: Sequence[tuple[int, Plan | str]]) -> str:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
 from sft_recipes.config.architecture import parameter_count
-from sft_recipes.config.schema import Lora, Recipe
+from sft_recipes.config.schema import AUTO, Lora, Recipe
 from sft_recipes.config.sizes import hyperparameter, nearest_size_class
 from sft_recipes.config.strategies import DATA_PARALLEL, OFFLOADED, wider_than
 from sft_recipes.planner import batch
 from sft_recipes.planner import plan as plans
+from sft_recipes.planner.choose import Configuration
 from sft_recipes.planner.plan import Topology
 from sft_recipes.runtime.errors import UserError
 
@@ -44,14 +46,16 @@ def lighter_overrides(recipe: Recipe, topology: Topology, limit: int = 2) -> lis
 
     Without a forecast: general changes that are not set yet.
     """
+    with contextlib.suppress(UserError):  # an invalid plan has no configuration
+        recipe = pin(recipe, Configuration.of(plans.resolve(recipe, topology)))
     current = _forecast_bytes(recipe, topology)
     lighter = (
         text
         for text, changed, target in (_changes(recipe, topology) if current else ())
         if target.gpus <= topology.gpus and 0 < _forecast_bytes(changed, target) <= 0.9 * current
     )
-    general = ["batch.max_per_device_batch_size=1"] if recipe.batch.max_per_device_batch_size > 1 else []
-    general += [] if recipe.trainer["gradient_checkpointing"] else ["trainer.gradient_checkpointing=true"]
+    general = ["batch.max_per_device_batch_size=1"] if recipe.batch.max_per_device_batch_size != 1 else []
+    general += [] if _recomputes_all(recipe) else ["trainer.gradient_checkpointing=true"]
     general += [f"trainer.max_length={recipe.trainer['max_length'] // 2}"]
     return list(itertools.islice(lighter, limit)) or general[:limit]
 
@@ -62,6 +66,21 @@ def _forecast_bytes(recipe: Recipe, topology: Topology) -> int:
         return (plans.resolve(recipe, topology).memory_bytes_per_gpu or {"total": 0})["total"]
     except UserError:
         return 0
+
+
+def pin(recipe: Recipe, configuration: Configuration) -> Recipe:
+    """Return the recipe with this configuration instead of what it leaves open."""
+    return dataclasses.replace(
+        recipe,
+        parallelism=configuration.parallelism,
+        batch=dataclasses.replace(recipe.batch, max_per_device_batch_size=configuration.micro_batch),
+        trainer=recipe.trainer | {"gradient_checkpointing": configuration.gradient_checkpointing},
+    )
+
+
+def _recomputes_all(recipe: Recipe) -> bool:
+    """Return whether every layer is recomputed, or the plan chooses it where that is needed."""
+    return recipe.trainer["gradient_checkpointing"] in (True, AUTO)
 
 
 def topology_for(gpus: int, gpu_type: str | None) -> Topology:
@@ -77,7 +96,7 @@ def nodes_for(gpus: int) -> int:
 def _changes(recipe: Recipe, topology: Topology) -> Iterator[tuple[str, Recipe, Topology]]:
     """Yield each change as a user writes it, with what it changes; each may also shrink the micro-batch, which costs
     little speed."""
-    largest = recipe.batch.max_per_device_batch_size
+    largest = recipe.batch.max_per_device_batch_size or 1  # chosen sizes are small enough
     sizes = [largest >> halvings for halvings in range(largest.bit_length())]
     for overrides, size in itertools.product(_candidates(recipe, topology), sizes):
         change = overrides | ({"batch.max_per_device_batch_size": size} if size < largest else {})
@@ -93,7 +112,7 @@ def _changes(recipe: Recipe, topology: Topology) -> Iterator[tuple[str, Recipe, 
 
 def _candidates(recipe: Recipe, topology: Topology) -> Iterator[dict[str, Any]]:
     """Yield overrides in order of cost."""
-    base: dict[str, Any] = {} if recipe.trainer["gradient_checkpointing"] else {"trainer.gradient_checkpointing": True}
+    base: dict[str, Any] = {} if _recomputes_all(recipe) else {"trainer.gradient_checkpointing": True}
     wider, ddp = wider_than(recipe.parallelism), {"parallelism": DATA_PARALLEL.name}
     yield base
     yield from (base | {"parallelism": name} for name in wider if topology.gpus > 1)

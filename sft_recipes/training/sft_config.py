@@ -24,7 +24,8 @@ def make_sft_config(plan: Plan, folder: RunDir) -> SFTConfig:
         SetupError: the recipe needs kernels that are not installed.
     """
     trainer = dict(plan.sections.trainer)
-    checkpointing, _ = trainer.pop("gradient_checkpointing"), trainer.pop("packing")
+    interval, _ = trainer.pop("gradient_checkpointing"), trainer.pop("packing")
+    every = {"every_n_layers": interval} if interval > 1 else {}
     # Gathered weights have another shape in the recomputation of a layer (https://github.com/huggingface/trl/issues/2514).
     reentrant = plan.method != "full" and plan.strategy.zero_stage == 3
     if trainer.get("use_liger_kernel") and importlib.util.find_spec("liger_kernel") is None:
@@ -41,8 +42,8 @@ def make_sft_config(plan: Plan, folder: RunDir) -> SFTConfig:
     }
     return SFTConfig(
         **{**defaults, **trainer, **{name: getattr(plan, name) for name in _PLANNED}},
-        activation_checkpointing=checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": reentrant} if checkpointing else None,
+        activation_checkpointing=bool(interval),
+        activation_checkpointing_kwargs={"use_reentrant": reentrant, **every} if interval else None,
         output_dir=str(folder.path),
         run_name=folder.name,
         per_device_eval_batch_size=plan.per_device_train_batch_size,
