@@ -58,14 +58,14 @@ class Row:
     source: str
     differs: str
     lora: Lora | None = None
-    accumulates: bool = False
+    accumulation: int = 1
 
     @property
     def planned(self) -> dict[str, int]:
         """What the plan says of the same model, strategy and tokens."""
         load = memory.MemoryInputs(
             ARCHITECTURES[self.model], self.engine, "bf16", self.gpus, self.tokens, gradient_checkpointing=True,
-            lora=self.lora, accumulates=self.accumulates,
+            lora=self.lora, accumulation=self.accumulation,
         )  # fmt: skip
         return memory.bytes_per_gpu(load)
 
@@ -97,7 +97,7 @@ ROWS = (
         69.6,
         _QWEN,
         "logits of all tokens at once; buckets not stated",
-        accumulates=True,
+        accumulation=2,
     ),
     Row("Qwen-7B", "single", 1, 512, 20.4, _QWEN, _QWEN_SAYS, Lora(64), True),
     Row("Qwen-14B", "single", 1, 512, 35.1, _QWEN, _QWEN_SAYS, Lora(64), True),

@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 
 from sft_recipes.config import loader, model_recipe
 from sft_recipes.config.schema import AUTO, Recipe
-from sft_recipes.data import model_files
 from sft_recipes.launch import parent_run, run_selection
 from sft_recipes.launch import topology as topologies
 from sft_recipes.launch.placement import Placement, parse_integer
@@ -192,6 +191,8 @@ def _recipe(parsed: argparse.Namespace) -> Recipe:
         if parsed.recipe is None or parsed.method:
             raise UserError("METHOD: needs MODEL" if parsed.recipe else "RECIPE: not set. Set RECIPE or MODEL")
         return loader.load(parsed.recipe, parsed.overrides, overfit)
+    from sft_recipes.data import model_files
+
     facts = model_files.describe_model(parsed.model)
     if parsed.recipe is not None:
         if parsed.method:

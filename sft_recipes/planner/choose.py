@@ -16,7 +16,7 @@ from sft_recipes.runtime.units import GIB
 if TYPE_CHECKING:
     from sft_recipes.planner.plan import Plan
 
-SIMILAR = 1.03  # step times are estimates: up to this factor, the configuration with the least memory is chosen
+SIMILAR = 1.03  # step times are estimates: up to this factor, less sharding and then less memory decides
 LARGEST_MICRO_BATCH = 32
 CHECKPOINTING = (False, 2, True)  # no layer, every second one, all
 # Memory of a process on the CPU up to which activations are kept; an assumption, since machines are not asked here.
@@ -77,8 +77,9 @@ def _strategies(recipe: Recipe, world_size: int, on_cpu: bool) -> Sequence[str]:
 def choose(candidates: Sequence[Plan]) -> tuple[Plan, list[Plan]]:
     """Return the best of several plans of one recipe, and up to three alternatives that fit.
 
-    Of the plans that fit, the one with the least memory among those within 3% of the shortest step time. If none fits
-    or memory is not known, the last one, which needs the least; on the CPU the first one that needs little memory.
+    Of the plans that fit and are within 3% of the shortest step time: the one that shards least, then the one that needs
+    the least memory. If none fits or memory is not known, the last one, which needs the least; on the CPU the first one
+    that needs little memory.
     """
     last = candidates[-1]
     if not last.uses_gpu:
@@ -87,7 +88,8 @@ def choose(candidates: Sequence[Plan]) -> tuple[Plan, list[Plan]]:
     if not fitting:
         return min(candidates, key=_memory) if _memory(last) else last, []
     fastest = _step_seconds(fitting[0])
-    best = min((plan for plan in fitting if _step_seconds(plan) <= SIMILAR * fastest), key=_memory)
+    similar = [plan for plan in fitting if _step_seconds(plan) <= SIMILAR * fastest]
+    best = min(similar, key=lambda plan: (plan.strategy.zero_stage, _memory(plan)))
     others: dict[tuple[Any, ...], Plan] = {}
     for plan in fitting:
         configuration = Configuration.of(plan)

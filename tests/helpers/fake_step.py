@@ -151,8 +151,8 @@ def _prepared(model, plan, mesh):
     lora.cast_trainable_to_fp32(model, plan)
     body.config._attn_implementation = "varlen"
     model.train()
-    if plan.sections.trainer["gradient_checkpointing"]:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    if interval := plan.sections.trainer["gradient_checkpointing"]:
+        model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=int(interval))
     elif plan.method != "full":
         model.enable_input_require_grads()
     trl.trainer.utils.add_fused_lm_head(body, outputs=("log_probs", "entropy", "is_top1"))

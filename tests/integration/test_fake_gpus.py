@@ -326,12 +326,13 @@ def test_arguments_of_a_rank_are_for_a_gpu(simulated, case):
     plan, found = case.plan(), simulated[case.name]["arguments"]
     checkpoints = plan.sections.trainer["gradient_checkpointing"]
     reentrant = plan.method != "full" and plan.parallelism.startswith("zero3")
+    every = {"every_n_layers": checkpoints} if checkpoints > 1 else {}
     assert found == {
         "bf16": True, "fp16": False, "mixed_precision": "bf16", "tf32": None, "torch_compile": False,
         "use_cpu": False, "device": "cuda:0", "n_gpu": 1,
         "optim": plan.sections.trainer.get("optim", "adamw_torch_fused"), "dataloader_pin_memory": True,
-        "gradient_checkpointing": checkpoints, "activation_checkpointing": checkpoints,
-        "activation_checkpointing_kwargs": {"use_reentrant": reentrant} if checkpoints else None,
+        "gradient_checkpointing": bool(checkpoints), "activation_checkpointing": bool(checkpoints),
+        "activation_checkpointing_kwargs": {"use_reentrant": reentrant, **every} if checkpoints else None,
         "per_device_train_batch_size": plan.per_device_train_batch_size,
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
         "ddp_find_unused_parameters": False, "max_grad_norm": plan.max_grad_norm,

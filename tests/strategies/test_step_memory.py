@@ -14,17 +14,18 @@ from sft_recipes.planner import plan as plans
 GIB = 2**30
 # Recipe, GPUs, overrides, and number of decoder layers if fewer show every phase of a step.
 CASES = {
-    "1b": ("1b", 1, (), None),
-    "3b": ("3b", 1, (), None),
-    "8b": ("8b", 1, ("parallelism=single",), None),
+    "1b": ("1b", 1, ("batch.max_per_device_batch_size=4",), None),
+    "3b": ("3b", 1, ("batch.max_per_device_batch_size=2",), None),
+    "8b": ("8b", 1, ("parallelism=single", "batch.max_per_device_batch_size=4"), None),
     "8b, LoRA": ("8b-lora", 1, ("batch.max_per_device_batch_size=2",), 3),
-    "8b, FSDP2": ("8b", 8, ("parallelism=fsdp2",), 8),
+    "8b, FSDP2": ("8b", 8, ("parallelism=fsdp2", "batch.max_per_device_batch_size=4"), 8),
 }
 ONE_GPU = ("1b", "3b", "8b")
 
 
 @pytest.mark.parametrize(
-    ("name", "checkpointing"), [*((name, "true") for name in CASES), *((name, "false") for name in ONE_GPU)]
+    ("name", "checkpointing"),
+    [*((name, "true") for name in CASES), *((name, "false") for name in ONE_GPU), ("1b", "2"), ("8b, FSDP2", "2")],
 )
 def test_step_peak_is_within_two_percent_of_plan(monkeypatch, name, checkpointing):
     recipe_name, gpus, overrides, layers = CASES[name]

@@ -209,9 +209,11 @@ def test_trainer_keeps_fp32_moments_of_embeddings(tmp_path):
 
 
 def test_eager_attention_keeps_scores():
+    pinned = ("batch.max_per_device_batch_size=4", "trainer.gradient_checkpointing=true")
     plain, eager = (
         plans.resolve(
-            loader.load("1b", (f"model.attention={implementation}",)), plans.Topology(1, 1, gpu_type="h200-141g")
+            loader.load("1b", (f"model.attention={implementation}", *pinned)),
+            plans.Topology(1, 1, gpu_type="h200-141g"),
         )
         for implementation in ("auto", "eager")
     )
@@ -359,7 +361,7 @@ def test_peak_of_step_equals_plan(monkeypatch, tied, precision, recomputes, accu
             optimizer.zero_grad()
     planned = load(
         architecture, "single", precision=precision, tokens=TOKENS, gradient_checkpointing=recomputes,
-        accumulates=accumulates, on_cpu=True,
+        accumulation=1 + accumulates, on_cpu=True,
     )  # fmt: skip
     parts = memory.bytes_per_gpu(planned)
     assert peak_allocated(tracker) == pytest.approx(parts["total"] - parts["weights"], rel=0.08)
