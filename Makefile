@@ -22,7 +22,7 @@ CHOSEN = $${RECIPE:+"$$RECIPE"} $${MODEL:+--model "$$MODEL"} $${METHOD:+--method
 TRAINING = $(HARDWARE) $${INIT_FROM:+--init-from "$$INIT_FROM"} $${OVERFIT:+--overfit}
 OVERRIDES = $${DATA:+"data.train=$$DATA"} $${VALIDATION:+"data.validation=$$VALIDATION"} $${ARGS:-}
 
-.PHONY: help setup flash-attn image smoke doctor recipes plan schedules inspect download sanity train verify-resume diagnose report status slurm tensorboard generate merge test test-unit test-fake-gpus test-strategies test-container test-slurm test-cuda-build chaos bench test-latest docs lint lock
+.PHONY: help setup flash-attn image smoke doctor recipes recipe plan schedules inspect download sanity train verify-resume diagnose report status slurm tensorboard generate merge test test-unit test-fake-gpus test-strategies test-container test-slurm test-cuda-build chaos bench test-latest docs lint lock
 
 help: ## print this list
 	@echo 'Usage: make TARGET [VARIABLE=value ...], for example: make train RECIPE=8b GPUS=8'
@@ -31,6 +31,8 @@ help: ## print this list
 		printf '  %-15s %s\n' "$$target" "$$text"; done
 	@echo
 	@printf '  %s\n' 'RECIPE           recipe name, see `make recipes` (default: tiny)' \
+		'MODEL            model to fine-tune instead of a recipe: a Hub name or a folder' \
+		'METHOD           with MODEL: full (default), lora or qlora' \
 		'DATA             training data: .jsonl, .json, .csv, .parquet, a folder, or a Hub dataset' \
 		'VALIDATION       validation data (default: a seeded part of DATA)' \
 		'ARGS             overrides, such as ARGS="trainer.learning_rate=1e-5 trainer.max_length=4096"' \
@@ -77,6 +79,9 @@ doctor: ## check driver, GPUs, attention, network, disk, Hub: GPUS (ARGS=--json)
 
 recipes: ## list the recipes
 	@$(SFT) recipes
+
+recipe: ## write recipes/NAME.yaml for a model, to edit: MODEL METHOD GPUS GPU_TYPE NAME DATA
+	@$(SFT) recipe $(CHOSEN) $(HARDWARE) $${NAME:+--name "$$NAME"} $(OVERRIDES)
 
 plan: ## resolve a plan, start nothing: RECIPE GPUS NODES DATA (ARGS=--explain)
 	@$(SFT) plan $(CHOSEN) $(TRAINING) $(OVERRIDES)

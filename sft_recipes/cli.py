@@ -17,13 +17,16 @@ from typing import Any, NoReturn
 
 from sft_recipes.config import loader, model_recipe
 from sft_recipes.config.schema import AUTO, Recipe
+from sft_recipes.config.sizes import RECIPES
 from sft_recipes.launch import parent_run, run_selection
 from sft_recipes.launch import topology as topologies
 from sft_recipes.launch.placement import Placement, parse_integer
 from sft_recipes.planner import lr_schedule, render, suggest
 from sft_recipes.planner import plan as plans
+from sft_recipes.planner.choose import Configuration
 from sft_recipes.planner.plan import Topology
 from sft_recipes.runtime import env, run_dir
+from sft_recipes.runtime.atomic_write import write_atomic
 from sft_recipes.runtime.errors import UserError
 from sft_recipes.runtime.log import to_console
 from sft_recipes.runtime.units import GIB
@@ -60,10 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _add_overrides(parser: argparse.ArgumentParser, parsed: argparse.Namespace, rest: list[str]) -> None:
-    """Add the `key=value` after the first option to the overrides: argparse stops collecting them there."""
+    """Add the `key=value` that argparse does not collect to the overrides: those after the first option, and the first
+    one where no recipe is named."""
     unknown = [text for text in rest if "=" not in text or text.startswith("-") or not hasattr(parsed, "overrides")]
     if unknown:
         parser.error(f"unknown argument {unknown[0]!r}")
+    if "=" in (getattr(parsed, "recipe", None) or ""):  # without a recipe the first override takes its place
+        parsed.recipe, rest = None, [parsed.recipe, *rest]
     if rest:
         parsed.overrides += rest
 
@@ -124,6 +130,10 @@ def commands() -> list[tuple[Any, ...]]:
     return [
         ("recipes", "list the recipes", _list_recipes),
         (
+            "recipe", "write recipes/NAME.yaml for a model, to edit", _write_recipe, *_HARDWARE,
+            _argument("--name", "name of the recipe"),
+        ),
+        (
             "plan", "print every number of a run without starting it", _plan, *_TRAINING, _JSON,
             _flag("--explain", "print the source of each value"),
         ),
@@ -183,8 +193,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _recipe(parsed: argparse.Namespace) -> Recipe:
     """Return the recipe of RECIPE, of MODEL, or of RECIPE with the model of MODEL."""
-    if parsed.recipe and "=" in parsed.recipe:  # without a recipe the first override takes its place
-        parsed.recipe, parsed.overrides = None, [parsed.recipe, *parsed.overrides]
     overfit = getattr(parsed, "overfit", False)
     _check_data_is_no_model(parsed.overrides)
     if parsed.model is None:
@@ -207,8 +215,13 @@ def _recipe(parsed: argparse.Namespace) -> Recipe:
     count = len(topologies.visible_gpus()) if gpus is None else gpus
     values = model_recipe.settings(parsed.model, facts.parameters, facts.positions, facts.architecture, method, count)
     values |= {"hardware.gpus": count, "hardware.nodes": parsed.nodes or suggest.nodes_for(count)}
+    gpu_type = parsed.gpu_type or topologies.gpu_type_of(topologies.visible_gpus())
+    values |= {"hardware.gpu_type": gpu_type} if count and gpu_type else {}
+    values |= {"model.revision": facts.revision} if facts.revision else {}
     if not any(override.startswith("data.train=") for override in parsed.overrides):
-        raise UserError(f"DATA: not set. Name the rows that {parsed.model} is trained on: DATA=my.jsonl")
+        if parsed.run_command != _write_recipe:
+            raise UserError(f"DATA: not set. Name the rows that {parsed.model} is trained on: DATA=my.jsonl")
+        values |= model_recipe.DEFAULT_DATA
     parsed.recipe = model_recipe.name_of(parsed.model, method)
     return loader.load(parsed.recipe, parsed.overrides, overfit, values, from_file=False)
 
@@ -246,6 +259,31 @@ def _list_recipes(_parsed: argparse.Namespace) -> None:
         model, batch = recipe.model.name_or_path or "from scratch", str(plan.effective_batch_size)
         rows.append([name, plan.size, model, plan.method, plan.parallelism, hardware, memory, batch])
     print(render.format_table(rows))
+
+
+def _write_recipe(parsed: argparse.Namespace) -> None:
+    """Write `recipes/NAME.yaml` for a model, with the plan's choice as comments."""
+    if parsed.model is None or parsed.recipe or not parsed.name:
+        raise UserError("recipe: set MODEL and NAME, and no RECIPE: it writes recipes/NAME.yaml")
+    path = RECIPES / f"{run_dir.check_name(parsed.name)}.yaml"
+    if path.exists():
+        raise UserError(f"NAME: {path} exists, and nothing is overwritten. Remove it, or set another NAME")
+    recipe = _recipe(parsed)
+    topology = topologies.plan_topology(recipe, _hardware_request(parsed))
+    plan = plans.resolve(recipe, topology)
+    if plan.fits is False:
+        raise UserError(
+            f"MODEL: {plan.model} {plans.describe_shortage(plan)}. Cheapest change that fits: "
+            f"{suggest.cheapest_change(recipe, topology) or 'none, use larger GPUs'}"
+        )
+    method, hardware = plan.method, f"{plan.gpus} x {plan.gpu_type}" if plan.gpus else "the CPU"
+    start = f"make train RECIPE={parsed.name} GPUS={plan.gpus}"
+    title = f"{plan.model}, {method} fine-tuning on {hardware}. Written by `make recipe`; edit it.\n    {start}"
+    pinned = dataclasses.asdict(Configuration.of(plan))
+    keys = ("parallelism", "batch.max_per_device_batch_size", "trainer.gradient_checkpointing")
+    choice = dict(zip(keys, pinned.values(), strict=True))
+    write_atomic(path, model_recipe.to_yaml(recipe, title, choice))
+    log.info(f"wrote recipes/{path.name}: {Configuration.of(plan)}. Start it with {start}")
 
 
 def _plan(parsed: argparse.Namespace) -> None:

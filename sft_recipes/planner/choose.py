@@ -77,9 +77,9 @@ def _strategies(recipe: Recipe, world_size: int, on_cpu: bool) -> Sequence[str]:
 def choose(candidates: Sequence[Plan]) -> tuple[Plan, list[Plan]]:
     """Return the best of several plans of one recipe, and up to three alternatives that fit.
 
-    Of the plans that fit and are within 3% of the shortest step time: the one that shards least, then the one that needs
-    the least memory. If none fits or memory is not known, the last one, which needs the least; on the CPU the first one
-    that needs little memory.
+    Of the plans that fit and are within 3% of the shortest step time: the one that shards least, then the one that
+    needs the least memory. If none fits or memory is not known, the last one, which needs the least; on the CPU the
+    first one that needs little memory.
     """
     last = candidates[-1]
     if not last.uses_gpu:
