@@ -4,7 +4,9 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 VARIABLES := RECIPE MODEL METHOD GPUS NODES PROCESSES DEVICES DATA VALIDATION NAME RESUME ALLOW_CHANGE STRICT_VERSIONS GPU_TYPE RUN ROWS PLOT WITH PORT PROMPT DRY_RUN SANITY INIT_FROM OVERFIT REPORT_TO GPU_HOUR_PRICE ARGS RUNTIME IMAGE VARIANT MOUNTS CONTAINER_ARGS BUILD_ARGS WHEEL
-RECIPE ?= $(if $(value MODEL),,tiny)
+ifndef MODEL
+RECIPE ?= tiny
+endif
 
 # Make expands $(…) in the user's values; the raw text goes to the environment, and the shell quotes it.
 $(foreach variable,$(VARIABLES),$(eval override export $(variable) := $$(value $(variable))))

@@ -41,7 +41,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from sft_recipes.config import gpu_types, loader  # noqa: E402
-from sft_recipes.launch.topology import ask_nvidia, gpu_type_of, visible_gpus  # noqa: E402
+from sft_recipes.launch.topology import ask_nvidia, gpu_type_of, plan_topology, visible_gpus  # noqa: E402
 from sft_recipes.planner import cost  # noqa: E402
 from sft_recipes.planner import plan as plans  # noqa: E402
 from sft_recipes.planner.plan import Plan  # noqa: E402
@@ -115,13 +115,18 @@ def cases(on_gpu: bool) -> dict[str, Case]:
     return found
 
 
+def own_plan(name: str) -> plans.Plan:
+    """The plan of a recipe on the hardware that it names."""
+    recipe = loader.load(name)
+    return plans.resolve(recipe, plan_topology(recipe))
+
+
 def as_many_tokens(name: str, length: int) -> tuple[str, ...]:
     """Rows of this length, as many that a step and a forward pass have the tokens that the recipe's own have."""
-    recipe = loader.load(name)
-    plan = plans.resolve(recipe, plans.Topology(gpus=1, processes=1))
+    plan = own_plan(name)
     rows = {
         "effective_batch_size": plan.effective_batch_size,
-        "max_per_device_batch_size": recipe.batch.max_per_device_batch_size,
+        "max_per_device_batch_size": plan.per_device_train_batch_size,
     }
     words = [f"batch.{key}={max(many * plan.max_length // length, 1)}" for key, many in rows.items()]
     return (f"trainer.max_length={length}", *words, "allow_out_of_range=[effective_batch_size]")
@@ -130,8 +135,9 @@ def as_many_tokens(name: str, length: int) -> tuple[str, ...]:
 def ablations(on_gpu: bool) -> dict[str, Case]:
     """The default, and one changed option per case; docs/design/decisions.md has the conclusions."""
     name, options, words = ("1b", ("--gpus", "1"), from_scratch("1b")) if on_gpu else ("tiny", (), ())
-    recipe = loader.load(name)
-    most, recomputes = recipe.batch.max_per_device_batch_size, recipe.trainer["gradient_checkpointing"]
+    plan = own_plan(name)
+    most, recomputes = plan.per_device_train_batch_size, plan.sections.trainer["gradient_checkpointing"]
+    words = (*words, f"batch.max_per_device_batch_size={most}", f"trainer.gradient_checkpointing={recomputes}".lower())
     larger = () if on_gpu else (f"batch.effective_batch_size={2 * most}", "allow_out_of_range=[effective_batch_size]")
     changed: dict[str, tuple[str, ...]] = {
         DEFAULT: (),

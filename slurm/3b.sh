@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Generated from the recipe by `python -m sft_recipes.tools.sbatch_header`; do not edit.
 #SBATCH --job-name=sft-3b
-#SBATCH --nodes=1                             # 1 GPU (h100-80g), forecast 55 GiB per GPU
+#SBATCH --nodes=1                             # 1 GPU (h100-80g), forecast 73 GiB per GPU
 #SBATCH --ntasks-per-node=1                   # one launcher per node, which starts the node's ranks
 #SBATCH --gpus-per-node=1
 #SBATCH --cpus-per-task=8                     # for the ranks and their data workers
-#SBATCH --mem=96G                             # a part of the node, whose other GPUs are for other jobs
+#SBATCH --mem=128G                            # a part of the node, whose other GPUs are for other jobs
 #SBATCH --time=24:00:00
 #SBATCH --requeue                             # safe: the run resumes from its latest valid checkpoint
 #SBATCH --signal=B:USR1@300                   # seconds before the limit: save and requeue; longer than a save takes

@@ -84,9 +84,9 @@ STRATEGIES = {strategy.name: strategy for strategy in _ALL}
 ONE_PROCESS = STRATEGIES["single"]
 DATA_PARALLEL = STRATEGIES["ddp"]
 OFFLOADED = STRATEGIES["zero3_offload"]
-# The ones that `parallelism: auto` chooses from on several GPUs, by memory: ZeRO-1 saves none over ZeRO-2, offloading
-# costs speed (it is suggested), and FSDP2 has not run on a GPU yet.
-CHOSEN = ("ddp", "zero2", "zero3")
+# The ones that `parallelism: auto` chooses from on several GPUs: ZeRO-1 saves no memory over ZeRO-2, and offloading
+# costs speed (it is suggested). FSDP2, which has not run on a GPU yet, only where no other fits.
+CHOSEN = ("ddp", "zero2", "zero3", "fsdp2")
 
 
 def for_world_size(name: str, world_size: int) -> Strategy:

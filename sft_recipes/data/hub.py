@@ -26,7 +26,7 @@ def download_model(model: Model, only_tokenizer: bool = False) -> Path:
         DataError: the model does not exist or is gated, or neither network nor cache has it.
     """
     other = model.open_alternative
-    alternative = f", or use the open model: model.name_or_path={other}" if other else ""
+    alternative = f", or use an open model: MODEL={other}" if other else ""
     patterns = _TOKENIZER_FILES if only_tokenizer else None
     return _snapshot(str(model.name_or_path), model.revision, "model", "model.name_or_path", alternative, patterns)
 

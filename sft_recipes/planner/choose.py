@@ -78,15 +78,17 @@ def choose(candidates: Sequence[Plan]) -> tuple[Plan, list[Plan]]:
     """Return the best of several plans of one recipe, and up to three alternatives that fit.
 
     Of the plans that fit and are within 3% of the shortest step time: the one that shards least, then the one that
-    needs the least memory. If none fits or memory is not known, the last one, which needs the least; on the CPU the
-    first one that needs little memory.
+    needs the least memory. If none fits or memory is not known, the one that needs the least; on the CPU the first one
+    that needs little memory. FSDP2 only where no other strategy fits.
     """
     last = candidates[-1]
     if not last.uses_gpu:
         return next((plan for plan in candidates if 0 < _memory(plan) <= CPU_BYTES), last), []
     fitting = sorted((plan for plan in candidates if plan.fits), key=_step_seconds)
+    fitting = [plan for plan in fitting if not plan.strategy.fsdp] or fitting
     if not fitting:
-        return min(candidates, key=_memory) if _memory(last) else last, []
+        least = [plan for plan in candidates if not plan.strategy.fsdp] or candidates
+        return min(least, key=_memory) if _memory(last) else least[-1], []
     fastest = _step_seconds(fitting[0])
     similar = [plan for plan in fitting if _step_seconds(plan) <= SIMILAR * fastest]
     best = min(similar, key=lambda plan: (plan.strategy.zero_stage, _memory(plan)))

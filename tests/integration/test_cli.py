@@ -14,6 +14,7 @@ from helpers.workplace import REPOSITORY, SMALL_LLAMA, VARIABLES
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["train"], "RECIPE: not set. Set RECIPE or MODEL"),
         (["train", "8bb"], "no recipe '8bb'.*did you mean 8b"),
         (["train", "../tiny"], "no recipe '"),
         (["train", "recipes/tiny.yaml"], "no recipe '"),

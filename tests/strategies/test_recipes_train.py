@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 
 from sft_recipes.config import loader, sizes
 from sft_recipes.data.toy import toy_dataset
+from sft_recipes.launch.topology import plan_topology
+from sft_recipes.planner import plan as plans
 
 pytestmark = needs_compiler
 
@@ -47,15 +49,18 @@ def rows(shared_workplace):
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_trains_three_steps(shared_workplace, rows, name):
     recipe = loader.load(name)
+    planned = plans.resolve(recipe, plan_topology(recipe))  # on the recipe's own hardware
+    parallelism = planned.parallelism if planned.world_size > 1 else "ddp"
+    recomputes = planned.sections.trainer["gradient_checkpointing"]
     run = shared_workplace.trained(
         name, "--name", name, "--gpus", "0", "--processes", "2", "model.name_or_path=", "model.from_scratch=true",
         f"model.architecture={json.dumps(shrink(recipe))}", f"data.train={rows}",
         "data.validation=toy:validation", "data.max_eval_samples=20", "trainer.max_length=64",
         "trainer.max_steps=3", "trainer.logging_steps=1", "trainer.eval_steps=2", "trainer.save_steps=2",
-        "generation.show=0",
+        "generation.show=0", f"parallelism={parallelism}", f"trainer.gradient_checkpointing={recomputes}".lower(),
     )  # fmt: skip
     plan, config = (json.loads((run / file).read_text()) for file in ("plan.json", "sft_config.json"))
-    assert (plan["parallelism"], plan["method"], plan["precision"]) == (recipe.parallelism, recipe.method, "bf16")
+    assert (plan["parallelism"], plan["method"], plan["precision"]) == (parallelism, recipe.method, "bf16")
     assert manifest(run)["dtypes"].items() >= plan["dtypes"].items()
     for key in sizes.size_classes()[plan["size"]].ranges:
         value = sizes.hyperparameter(recipe, key)[0]

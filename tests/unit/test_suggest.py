@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+from helpers.architectures import llama
 
 from sft_recipes.config import loader, sizes
 from sft_recipes.config.schema import Lora
@@ -25,7 +26,7 @@ def plan(name, gpus, gpu_type="h100-80g", *overrides):
     ("name", "gpu_type", "fewest"),
     [
         ("1b", "l40s-48g", 1),
-        ("8b", "h100-80g", 4),
+        ("8b", "h100-80g", 2),
         ("70b", "h100-80g", 32),
         ("70b", "h200-141g", 16),
         ("70b", "24", None),
@@ -51,7 +52,7 @@ ZERO2 = ["parallelism=zero2", "batch.max_per_device_batch_size=4", "trainer.grad
         ("8b", 8, "a100-40g", [*ZERO2, "trainer.max_length=4096"], "batch.max_per_device_batch_size=1"),
         ("8b", 8, "rtx4090-24g", ZERO2, "parallelism=zero3"),
         ("70b", 8, "h100-80g", [], "GPUS=32"),
-        ("8b", 1, "h100-80g", [], "GPUS=4"),
+        ("8b", 1, "h100-80g", [], "GPUS=2"),
         ("8b-lora", 1, "12", [], "lora.quantize=nf4 parallelism=ddp"),
     ],
 )  # fmt: skip
@@ -69,7 +70,7 @@ def test_cheapest_change_is_none_if_nothing_helps():
     assert suggest.cheapest_change(loader.load("70b"), suggest.topology_for(8, "2")) is None
 
 
-LLAMA_1B, LLAMA_8B = (loader.load(name).model.architecture for name in ("1b", "8b"))
+LLAMA_8B, QWEN3_1_7B = (loader.load(name).model.architecture for name in ("8b", "1b"))
 
 
 def flops(architecture, mean_length, supervised_share=1.0, lora=None, checkpointing=False):
@@ -96,7 +97,7 @@ def test_flops_per_token_by_hand():
 
 def test_flops_of_output_layer_count_supervised_tokens_only():
     """Counting every token, a 1B with 60% supervised has 9% more model FLOPs than it computes."""
-    whole, scored = flops(LLAMA_1B, 2048).model, flops(LLAMA_1B, 2048, 0.6).model
+    whole, scored = flops(llama("1B"), 2048).model, flops(llama("1B"), 2048, 0.6).model
     assert whole - scored == pytest.approx(0.4 * 6 * 128_256 * 2048)
     assert whole / scored == pytest.approx(1.09, abs=0.01)
 
@@ -174,12 +175,12 @@ def test_forecast_follows_from_assumed_mfu(monkeypatch):
 def test_forecast_uses_supervised_share_of_prepared_data():
     unknown = plan("1b", 1, "l40s-48g")
     assert unknown.supervised_share is None
-    prepared = plans.Prepared("f", "x", "m", LLAMA_1B, 207_865, 139_457, 150_000_000, 250_000_000, 1000)
+    prepared = plans.Prepared("f", "x", "m", QWEN3_1_7B, 207_865, 139_457, 150_000_000, 250_000_000, 1000)
     settled = plans.with_prepared_data(unknown, prepared)
     assert settled.supervised_share == 0.6
     # One GPU of 362 TFLOP/s: the difference is computation, 32 rows of 2,048 tokens per step.
     assert unknown.sections.trainer["gradient_checkpointing"] is False
-    executed = [flops(LLAMA_1B, 1374, share).hardware for share in (1.0, 0.6)]
+    executed = [flops(QWEN3_1_7B, 1374, share).hardware for share in (1.0, 0.6)]
     seconds = [one.forecast["training_seconds"] / one.optimizer_steps for one in (unknown, settled)]
     less = 32 * 2048 * (executed[0] - executed[1]) / (0.35 * 362e12)
     assert seconds[0] - seconds[1] == pytest.approx(less, rel=1e-3)
