@@ -14,7 +14,6 @@ from helpers.workplace import REPOSITORY, SMALL_LLAMA, VARIABLES
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train"], "RECIPE: not set. Set RECIPE or MODEL"),
         (["train", "8bb"], "no recipe '8bb'.*did you mean 8b"),
         (["train", "../tiny"], "no recipe '"),
         (["train", "recipes/tiny.yaml"], "no recipe '"),
@@ -75,7 +74,7 @@ from helpers.workplace import REPOSITORY, SMALL_LLAMA, VARIABLES
         (["train", "tiny", "data.train=" + "x" * 5000], "File name too long"),
         (["generate", "x" * 300], "File name too long|no run"),
         (["train", "tiny", "--gups", "1"], "unknown argument '--gups'"),
-        (["train"], "the following arguments are required: recipe"),
+        (["train"], "RECIPE: not set. Set RECIPE or MODEL"),
         (["trian", "tiny"], "invalid choice: 'trian'"),
         (["plan", "tiny", "--gpus", "1", "--gpu-type", "h1000"], "GPU_TYPE: unknown GPU type: found 'h1000'"),
         (["plan", "tiny", "--gpus", "8", "--nodes", "3"], "found 8 GPUs on 3 nodes, expected a multiple of 3"),

@@ -208,7 +208,7 @@ def test_gated_model_error_names_token_and_alternative(workplace, served, comman
     assert done.returncode == 2, done.stdout + done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "meta-llama/Llama-3.1-8B-Instruct is gated" in line and "Accept its license on" in line
-    assert "HF_TOKEN" in line and "model.name_or_path=Qwen/Qwen2.5-7B-Instruct" in line
+    assert "HF_TOKEN" in line and "MODEL=Qwen/Qwen3-8B" in line
     assert "Traceback" not in done.stderr
 
 

@@ -3,6 +3,7 @@ import json
 import sys
 
 import pytest
+from helpers import architectures
 from helpers.workplace import REPOSITORY
 
 from sft_recipes.config import loader
@@ -210,6 +211,7 @@ def test_trainer_keeps_fp32_moments_of_embeddings(tmp_path):
 
 def test_eager_attention_keeps_scores():
     pinned = ("batch.max_per_device_batch_size=4", "trainer.gradient_checkpointing=true")
+    pinned += (f"model.architecture={json.dumps(architectures.llama('1B'))}",)
     plain, eager = (
         plans.resolve(
             loader.load("1b", (f"model.attention={implementation}", *pinned)),
@@ -217,7 +219,7 @@ def test_eager_attention_keeps_scores():
         )
         for implementation in ("auto", "eager")
     )
-    rows, heads, length = eager.per_device_train_batch_size, 16, eager.max_length
+    rows, heads, length = eager.per_device_train_batch_size, 32, eager.max_length
     more = eager.memory_bytes_per_gpu["activations"] - plain.memory_bytes_per_gpu["activations"]
     assert more == rows * heads * length**2 * 6  # of one layer: the others are recomputed
 

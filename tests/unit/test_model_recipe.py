@@ -171,7 +171,7 @@ def test_models_that_cannot_be_trained_are_rejected(in_process, model, rows, con
 def test_model_that_fits_nowhere_names_the_smallest_hardware(in_process, model, monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "RECIPES", tmp_path)
     done = in_process("recipe", "--model", model(), "--gpus", "1", "--gpu-type", "24", "--name", "q")
-    assert done.returncode == 2 and "Cheapest change that fits: GPUS=16" in done.stderr
+    assert done.returncode == 2 and "Cheapest change that fits: GPUS=8" in done.stderr
     assert not (tmp_path / "q.yaml").exists()
 
 
