@@ -401,3 +401,17 @@ def test_first_save_is_tried_before_step_1(tmp_path, model_folder, tokenizer, ex
     subject.model.generation_config.temperature = 0.5
     with pytest.raises(UserError, match="the first save would fail: GenerationConfig is invalid"):
         subject.check_first_save()
+
+
+def test_every_second_layer_is_recomputed_with_the_same_losses(tmp_path, model_folder, tokenizer, examples):
+    """The layers that transformers marks, and the losses of a run that recomputes none."""
+    losses = {}
+    for interval in ("false", "2"):
+        rows = make_rows(examples, 128, packing=True)
+        overrides = (f"trainer.gradient_checkpointing={interval}", "trainer.logging_steps=1", "trainer.max_steps=3")
+        subject = make_trainer(tmp_path / interval, model_folder, tokenizer, rows, rows, *overrides)
+        subject.train()
+        losses[interval] = [line["loss"] for line in subject.state.log_history if "loss" in line]
+        marked = [layer.gradient_checkpointing for layer in subject.model.model.layers]
+        assert marked == [interval == "2" and index % 2 == 0 for index in range(len(marked))]
+    assert len(losses["2"]) == 3 and losses["2"] == losses["false"]
