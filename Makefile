@@ -20,7 +20,7 @@ SFT = set -f; exec "$$(command -v python3 python3.12 python3.11 | head -n 1)" -I
 HARDWARE = $${GPUS:+--gpus "$$GPUS"} $${NODES:+--nodes "$$NODES"} $${PROCESSES:+--processes "$$PROCESSES"} \
 	$${GPU_TYPE:+--gpu-type "$$GPU_TYPE"}
 # Without RECIPE the model's size decides.
-CHOSEN = $${RECIPE:+"$$RECIPE"} $${MODEL:+--model "$$MODEL"} $${METHOD:+--method "$$METHOD"}
+CHOSEN = $${RECIPE:+"$$RECIPE"} $${MODEL:+"--model=$$MODEL"} $${METHOD:+--method "$$METHOD"}
 TRAINING = $(HARDWARE) $${INIT_FROM:+--init-from "$$INIT_FROM"} $${OVERFIT:+--overfit}
 OVERRIDES = $${DATA:+"data.train=$$DATA"} $${VALIDATION:+"data.validation=$$VALIDATION"} $${ARGS:-}
 
@@ -83,7 +83,7 @@ recipes: ## list the recipes
 	@$(SFT) recipes
 
 recipe: ## write recipes/NAME.yaml for a model, to edit: MODEL METHOD GPUS GPU_TYPE NAME DATA
-	@$(SFT) recipe $(CHOSEN) $(HARDWARE) $${NAME:+--name "$$NAME"} $(OVERRIDES)
+	@export RUNTIME=local; $(SFT) recipe $(CHOSEN) $(HARDWARE) $${NAME:+--name "$$NAME"} $(OVERRIDES)
 
 plan: ## resolve a plan, start nothing: RECIPE GPUS NODES DATA (ARGS=--explain)
 	@$(SFT) plan $(CHOSEN) $(TRAINING) $(OVERRIDES)

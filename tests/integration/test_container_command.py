@@ -364,3 +364,11 @@ def test_portable_cxx_removes_native_instructions(tmp_path):
     done = subprocess.run(wrapped, env=environment, capture_output=True, text=True, check=True)
     machine = ["-march=x86-64-v3"] if os.uname().machine == "x86_64" else []
     assert done.stdout.splitlines() == [*machine, "-D__AVX256__", "-O3", "a b.cpp"]
+
+
+def test_folder_of_model_is_mounted(machine):
+    """`--model=FOLDER`, as make passes MODEL."""
+    model = machine.path / "a model"
+    model.mkdir()
+    seen = volumes(machine.run("plan", f"--model={model}", "data.train=x", DRY_RUN="1", RUNTIME="docker"))
+    assert seen[str(model)] == "ro"
