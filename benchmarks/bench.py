@@ -283,7 +283,7 @@ def _end(pid: int) -> None:
 
 def measure(case: Case, runs: Path, name: str) -> dict[str, Any]:
     """One run: medians over the steps after the warm-up; or exit code and last line if it failed."""
-    already = set(runs.rglob("prepared.json"))
+    already = set(runs.rglob("details.json"))
     code, said, first, seconds = train(case, runs, name, STEPS, {})
     folder = runs / name
     if code:
@@ -306,7 +306,7 @@ def measure(case: Case, runs: Path, name: str) -> dict[str, Any]:
         "planned_bytes": (plan["memory_bytes_per_gpu"] or {}).get("total") if plan["gpus"] else None,
         "host_bytes": max(line["host_memory_bytes"] for line in steps),
         "first_step_seconds": first,
-        "data": CACHED if Path(prepared["folder"]) / "prepared.json" in already else PREPARED,
+        "data": CACHED if Path(prepared["folder"]) / "details.json" in already else PREPARED,
         "seconds": seconds,
     }
 

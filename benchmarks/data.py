@@ -439,7 +439,7 @@ def measure_all_cores(file: Path, tokenizer: Any, folder: Path) -> dict[str, Any
     chat, source = ConversationTokenizer(_fresh(tokenizer), TODAY), Source(files=(file,))
     before = os.times()
     with Stopwatch() as reading:
-        labelled = tokenize_rows.tokenize_source(source, chat, MAX_LENGTH, "data.train", "the benchmark")
+        labelled = tokenize_rows.tokenize_source(source, chat, "data.train", MAX_LENGTH)
     after = os.times()
     with Stopwatch() as writing:
         packing.to_dataset(labelled, MAX_LENGTH, packing=True).save_to_disk(folder / "all")

@@ -327,16 +327,19 @@ def _inspect(parsed: argparse.Namespace) -> None:
     plan = _resolve(parsed, recipe, topologies.plan_topology(recipe, _hardware_request(parsed)))
     with contextlib.redirect_stdout(sys.stderr):  # --json prints rows only
         prepared = prepare.prepare(plan, rows_only=True)
-    rows = inspect.load_rows(plan, prepared)
+    details = run_dir.read_json(Path(prepared.folder) / "details.json")
     try:
-        validate.check_limits(plan, rows.details)
+        validate.check_limits(plan, details)
         plan, rejection = plans.with_prepared_data(plan, prepared), ""
     except UserError as error:  # the rows are shown although they cannot be trained
         rejection = str(error)
-    lines = inspect.to_json(rows, parsed.rows) if parsed.json else inspect.to_text(rows, parsed.rows or 3)
-    for line in lines:
+    text = inspect.to_text(plan, prepared, details, parsed.rows or 3)
+    for line in inspect.to_json(prepared, parsed.rows) if parsed.json else text:
         print(line)
-    report = [*inspect.report(plan, rows), *([validate.format_line("error", rejection)] if rejection else [])]
+    report = [
+        *inspect.report(plan, prepared, details),
+        *([validate.format_line("error", rejection)] if rejection else []),
+    ]
     print("\n".join(report), file=sys.stderr if parsed.json else sys.stdout)
 
 

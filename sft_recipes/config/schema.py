@@ -269,24 +269,12 @@ class Data:
 
     def revision_of(self, path: str) -> str | None:
         """Return the Hub commit of a source: `revision` belongs to the training dataset."""
-        return self.revision if self.training[0].path.partition(":")[0] == path.partition(":")[0] else None
+        return self.revision if self.sources("train")[0].path.partition(":")[0] == path.partition(":")[0] else None
 
-    @property
-    def training(self) -> list[DataSource]:
-        """Sources of the training rows."""
-        return self._sources(self.train)
-
-    @property
-    def held_out(self) -> list[DataSource]:
-        """Sources of the validation rows; empty if part of the training rows is held out."""
-        return self._sources(self.validation)
-
-    @property
-    def retention(self) -> list[DataSource]:
-        """The source of the retention eval set, if there is one."""
-        return self._sources(self.retention_eval)
-
-    def _sources(self, named: str | list[Any] | None) -> list[DataSource]:
+    def sources(self, part: str) -> list[DataSource]:
+        """Return the sources of `train`, `validation` (none if part of the training rows is held out) or
+        `retention_eval`."""
+        named = getattr(self, part)
         shared = {key: getattr(self, key) for key in ("columns", "ignore_columns", "chat_template_kwargs")}
         entries = named if isinstance(named, list) else [named] if named else []
         return [DataSource(**(shared | (entry if isinstance(entry, dict) else {"path": entry}))) for entry in entries]

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -62,12 +63,25 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class RenderedRow:
-    """A conversation's text with the assistant's spans, and the messages' texts in it in order."""
+    """A conversation as text.
 
+    Attributes:
+        location: file and line of the row.
+        text: with a placeholder in place of the first character of each special token that is only text, so that no
+            tokenizer finds it. Tokenizing in pieces would work for byte-level tokenizers only.
+        is_escaped: there are placeholders.
+        spans: the assistant's, none in a prompt.
+        texts: the messages' texts in order.
+        generated_call_ids: its tool calls got ids that the row does not have.
+    """
+
+    location: str
     text: str
-    spans: list[Span]
-    texts: list[str]
-    layout: Layout
+    is_escaped: bool
+    spans: Sequence[Span] = ()
+    texts: Sequence[str] = ()
+    layout: Layout = Layout((), (), (), "", "", False)
+    generated_call_ids: bool = False
 
 
 @dataclass
@@ -87,7 +101,7 @@ class SpanFinder:
     stop_tokens: re.Pattern[str]
     special_tokens: re.Pattern[str]
     placeholders: Mapping[int, str]
-    _layouts: dict[Any, Layout | AmbiguousTemplateError] = dataclasses.field(default_factory=dict)
+    _layouts: dict[Any, Layout] = dataclasses.field(default_factory=dict)
 
     def find(self, conversation: Conversation, escaped: Sequence[Message]) -> RenderedRow:
         """Render a conversation and locate its assistant turns, except the untrained ones.
@@ -124,40 +138,32 @@ class SpanFinder:
         if key not in self._layouts:
             if len(self._layouts) >= _MAX_LAYOUTS:
                 self._layouts.clear()
-            try:
-                self._layouts[key] = self._locate(template, marked)
-            except AmbiguousTemplateError as error:
-                self._layouts[key] = error
+            self._layouts[key] = self._locate(marked)
         layout = self._layouts[key]
-        if isinstance(layout, AmbiguousTemplateError):
-            raise layout
         # Each text before a literal adds two markers to its position.
         starts = [start - 2 * number for number, (start, _) in enumerate(marked.bounds)]
         spans = [(starts[a[0]] + a[1], starts[b[0]] + b[1]) for a, b in layout.spans]
-        return RenderedRow(text, spans, marked.pieces[2::4], layout)
+        return RenderedRow(conversation.location, text, escaped != original, spans, marked.pieces[2::4], layout)
 
-    def _locate(self, template: ChatTemplate, marked: _MarkedConversation) -> Layout:
+    def _locate(self, marked: _MarkedConversation) -> Layout:
         """Locate the spans by the first way that works."""
-        if template is self.training:
-            note = f"{TRL_BLOCKS}, {DIFFERS}"
-            return self._from_blocks(template, template, marked, note, note)
-        if template.has_generation_blocks:
-            return self._from_blocks(template, template, marked, OWN_BLOCKS)
+        if marked.template is self.training:
+            return self._from_blocks(marked, marked.template, f"{TRL_BLOCKS}, {DIFFERS}")
+        if marked.template.has_generation_blocks:
+            return self._from_blocks(marked, marked.template, OWN_BLOCKS)
         if self.training is not None:
             with contextlib.suppress(AmbiguousTemplateError):
-                return self._from_blocks(self.training, template, marked, TRL_BLOCKS)
+                return self._from_blocks(marked, self.training, TRL_BLOCKS)
         marked.check_all_rendered()
         spans = [(self._find_start(marked, number), self._find_end(marked, number)) for number in marked.trained]
-        return self._make_layout(template, marked, spans, COMPARED)
+        return self._make_layout(marked, spans, COMPARED)
 
-    def _from_blocks(
-        self, tagged: ChatTemplate, template: ChatTemplate, marked: _MarkedConversation, source: str, note: str = ""
-    ) -> Layout:
+    def _from_blocks(self, marked: _MarkedConversation, tagged: ChatTemplate, span_source: str) -> Layout:
         text, blocks = tagged.render_with_generation_spans(marked.messages, marked.tools)
         if text != marked.text:
             raise AmbiguousTemplateError("the training template renders this conversation differently")
         spans = [block for block in blocks if marked.is_block_trained(*block)]
-        return self._make_layout(template, marked, spans, source, note)
+        return self._make_layout(marked, spans, span_source)
 
     def _find_start(self, marked: _MarkedConversation, number: int) -> int:
         """Return where turn `number` begins: where the generation prompt ends or opens what the turn does not have."""
@@ -166,17 +172,11 @@ class SpanFinder:
         common = _common_length(prompt, marked.text)
         _, field, content_start, _ = next(slot for slot in marked.slots if slot[0] == number)
         if _MARKER.search(prompt, common) or not _OPENS_REASONING.fullmatch(prompt, common):
-            raise AmbiguousTemplateError(
-                f"turn {number + 1}: start of the answer is ambiguous: the template renders the preceding turns "
-                f"differently once an answer follows"
-            )
+            raise _error(number, "start of the answer is ambiguous: earlier turns differ once an answer follows")
         written = marked.text[common:content_start]
         is_call = field.startswith("call ")  # the model itself writes a call's special tokens
         if written.strip() and not is_call and prompt == self.template.render(before, marked.tools):
-            raise AmbiguousTemplateError(
-                f"turn {number + 1}: the template writes {written!r} before the answer and no generation prompt, so "
-                f"the model would have to generate it at inference"
-            )
+            raise _error(number, f"the template writes {written!r} before the answer and no generation prompt")
         return min(common, content_start)
 
     def _find_end(self, marked: _MarkedConversation, number: int) -> int:
@@ -188,10 +188,7 @@ class SpanFinder:
         occurrence = through.count(last)
         ends = [match.end() for match in _MARKER.finditer(text) if match.group() == last]
         if not markers or len(ends) < occurrence:
-            raise AmbiguousTemplateError(
-                f"turn {number + 1}: end of the answer is ambiguous: the template renders it differently once more "
-                f"turns follow"
-            )
+            raise _error(number, "end of the answer is ambiguous: it differs once more turns follow")
         tail, tail_when_last = text[ends[occurrence - 1] :], through[markers[-1].end() :]
         length = _common_length(tail, tail_when_last)
         split_token = next((m for m in self.special_tokens.finditer(tail) if m.start() < length < m.end()), None)
@@ -209,19 +206,17 @@ class SpanFinder:
         match = re.search(f"({self.stop_tokens.pattern})\\s*\\Z", text)
         return match[1] if match else ""
 
-    def _make_layout(
-        self, template: ChatTemplate, marked: _MarkedConversation, spans: list[Span], span_source: str, note: str = ""
-    ) -> Layout:
+    def _make_layout(self, marked: _MarkedConversation, spans: list[Span], span_source: str) -> Layout:
         """Make a layout after checking its spans."""
         marked.check_all_rendered()
         stop_tokens = self._check_spans(marked, spans)
-        notes = (note or self._note_on_prompt(marked), _note_on_tools(template, marked))
+        note = span_source if marked.template is self.training else self._note_on_prompt(marked)
         return Layout(
             literals=tuple(marked.pieces[::4]),
             spans=tuple((marked.position_of(start), marked.position_of(end)) for start, end in spans),
             stop_tokens=stop_tokens,
             span_source=span_source,
-            note="; ".join(filter(None, notes)),
+            note="; ".join(filter(None, (note, _note_on_tools(marked)))),
             dropped_reasoning=any(field == "reasoning_content" for _, field in marked.omitted()),
         )
 
@@ -249,17 +244,16 @@ class SpanFinder:
         for number, field, start, end in marked.slots:
             span = next(((a, b) for a, b in spans if a <= start and end <= b), None)
             if span and number not in marked.trained:
-                role = marked.messages[number]["role"]
-                raise AmbiguousTemplateError(f"turn {number + 1}: the generation block contains the {role}'s text")
+                raise _error(number, f"the generation block contains the {marked.messages[number]['role']}'s text")
             if span:
                 tails[number] = (end, span[1])
                 inside.add((number, field))
             elif number in marked.trained and not field.startswith("call "):
-                raise AmbiguousTemplateError(f"turn {number + 1}: the generation block omits the assistant's text")
+                raise _error(number, "the generation block omits the assistant's text")
         for number, field in marked.fields.values():
             # A call's name may also be in the header of the tool's answer, which is not the assistant's.
             if number in marked.trained and field.startswith("call ") and (number, field) not in inside:
-                raise AmbiguousTemplateError(f"turn {number + 1}: the generation block omits the tool call")
+                raise _error(number, "the generation block omits the tool call")
         stop_tokens = []
         for number in marked.trained:
             start, end = tails.get(number, (0, 0))
@@ -267,20 +261,22 @@ class SpanFinder:
             if not stop_token:
                 following = _MARKER.split(marked.text[start : start + 16])[0]
                 outside = f" (followed by {following!r})" if following and end == start else ""
-                raise AmbiguousTemplateError(
-                    f"turn {number + 1}: end of the assistant's turn: found {marked.text[max(end - 12, start) : end]!r}"
-                    f"{outside}, expected a special token, without which the model never learns to stop"
-                )
+                found = f"found {marked.text[max(end - 12, start) : end]!r}{outside}"
+                raise _error(number, f"end of the assistant's turn: {found}, expected a special token")
             if marked.messages[number].get("tool_calls") or number == len(marked.messages) - 1:
                 stop_tokens.append(stop_token)
         return tuple(dict.fromkeys(stop_tokens))
 
 
-def _note_on_tools(template: ChatTemplate, marked: _MarkedConversation) -> str:
+def _error(number: int, problem: str) -> AmbiguousTemplateError:
+    return AmbiguousTemplateError(f"turn {number + 1}: {problem}")
+
+
+def _note_on_tools(marked: _MarkedConversation) -> str:
     """Return a note if the template does not render the tools of a row; it does not at inference either."""
     if marked.tools is not None:
         with contextlib.suppress(AmbiguousTemplateError):  # it fails without tools, so it reads them
-            if template.render(marked.messages, None) == marked.text:
+            if marked.template.render(marked.messages, None) == marked.text:
                 return "the chat template does not render the tools that rows offer"
     return ""
 
@@ -301,7 +297,7 @@ class _MarkedConversation:
     ):
         self.fields: dict[str, tuple[int, str]] = {}
         self._texts: dict[str, tuple[str, str]] = {}
-        self.tools, self.untrained = conversation.tools, conversation.untrained
+        self.template, self.tools, self.untrained = template, conversation.tools, conversation.untrained
         self.messages: list[Message] = []
         self.trained: list[int] = []
         for number, message in enumerate(messages):
@@ -311,16 +307,11 @@ class _MarkedConversation:
                 self.trained.append(number)
         self.text = template.render(self.messages, self.tools)
         self.pieces = _MARKER.split(self.text)
-        self.bounds: list[Span] = []
-        self.slots: list[tuple[int, str, int, int]] = []
-        position = 0
-        for index, piece in enumerate(self.pieces):
-            end = position + len(piece)
-            if index % 4 == 0:
-                self.bounds.append((position, end))
-            elif index % 4 == 2 and (field := self.fields.get(self.pieces[index - 1])):
-                self.slots.append((*field, position - 1, end + 1))
-            position = end
+        ends = [*itertools.accumulate(map(len, self.pieces))]
+        starts = [0, *ends]
+        self.bounds = [*zip(starts[::4], ends[::4], strict=False)]
+        texts = zip(self.pieces[1::4], starts[2::4], ends[2::4], strict=False)
+        self.slots = [(*self.fields[marker], a - 1, b + 1) for marker, a, b in texts if marker in self.fields]
 
     def is_paired(self) -> bool:
         """Return whether each marker is followed by its partner, and the assistant's texts are what the row has."""
@@ -350,10 +341,7 @@ class _MarkedConversation:
         numbers = {self.fields[match.group()][0] for match in _MARKER.finditer(self.text, start, end)}
         untrained = numbers & self.untrained
         if untrained and untrained != numbers:
-            raise AmbiguousTemplateError(
-                f"turn {min(untrained) + 1}: found in one generation block with a turn in the loss, so it cannot be "
-                f"left out of the loss"
-            )
+            raise _error(min(untrained), "found in one generation block with a turn in the loss")
         return not untrained
 
     def omitted(self) -> list[tuple[int, str]]:
@@ -371,7 +359,7 @@ class _MarkedConversation:
             if field != "reasoning_content" or number == len(self.messages) - 1:
                 names = {"content": f"the {self.messages[number]['role']}'s text", "reasoning_content": "the reasoning"}
                 call = "the arguments of a tool call" if "argument" in field else "the tool call"
-                raise AmbiguousTemplateError(f"turn {number + 1}: the template omits {names.get(field, call)}")
+                raise _error(number, f"the template omits {names.get(field, call)}")
 
     def _mark_message(self, number: int, message: Message) -> Message:
         marked = dict(message)

@@ -22,8 +22,8 @@ class AmbiguousTemplateError(Exception):
 class ChatTemplate:
     """A compiled chat template with its variables.
 
-    Rendering is transformers' own (`apply_chat_template` calls the same two functions), called directly so that a
-    template which writes today's date can get the plan's date.
+    Rendering is transformers' own, one of two equal ways in `apply_chat_template`, called directly so that a template
+    which writes today's date can get the plan's date.
     """
 
     def __init__(self, source: str, variables: Mapping[str, Any], date: datetime.date):
@@ -44,17 +44,10 @@ class ChatTemplate:
         Raises:
             AmbiguousTemplateError: the template raises an error.
         """
-        try:
-            return str(
-                self._compiled.render(
-                    messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, **self._variables
-                )
-            )
-        except Exception as error:  # a template can raise any exception
-            raise AmbiguousTemplateError(f"the template raises an error: {error}") from error
+        return self.render_with_generation_spans(messages, tools, add_generation_prompt)[0]
 
     def render_with_generation_spans(
-        self, messages: Sequence[Message], tools: Tools
+        self, messages: Sequence[Message], tools: Tools, add_generation_prompt: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
         """Return the conversation as text and the [start, end) characters of its generation blocks.
 
@@ -63,13 +56,13 @@ class ChatTemplate:
         """
         from transformers.utils.chat_template_utils import _render_with_assistant_indices
 
-        variables = dict(self._variables)
-        documents = variables.pop("documents")
         try:
-            text, spans = _render_with_assistant_indices(self._compiled, messages, tools, documents, False, **variables)
-        except Exception as error:  # as above
+            text, spans = _render_with_assistant_indices(
+                self._compiled, messages, tools, add_generation_prompt=add_generation_prompt, **self._variables
+            )
+        except Exception as error:  # a template can raise any exception
             raise AmbiguousTemplateError(f"the template raises an error: {error}") from error
-        return str(text), _merge_spans(spans)
+        return text, _merge_spans(spans)
 
 
 @cache
@@ -80,13 +73,9 @@ def training_templates() -> dict[str, str]:
     selects the same ones (compared in tests/unit/test_chat_template_families.py).
     """
     package = importlib.util.find_spec("trl")
-    folder = Path(next(iter((package and package.submodule_search_locations) or [""]))) / "chat_templates"
-    pairs = ((file, folder / f"{file.stem}_training.jinja") for file in sorted(folder.glob("*.jinja")))
-    return {
-        original.read_text(encoding="utf-8"): training.read_text(encoding="utf-8")
-        for original, training in pairs
-        if training.is_file()
-    }
+    folder = Path(str(package and package.origin)).parent / "chat_templates"
+    texts = {file.stem: file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.jinja"))}
+    return {text: texts[f"{name}_training"] for name, text in texts.items() if f"{name}_training" in texts}
 
 
 def _merge_spans(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -21,12 +21,9 @@ FORMATS: tuple[tuple[str, ...], ...] = (
     *(("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("instruction", "response")),
     *(("question", "answer"), ("question", "response"), ("query", "response"), ("query", "answer")),
 )
-FORMAT_NAMES = (
-    "messages, conversations, prompt/completion, instruction/input/output, question/answer, or query/response"
-)
+FORMAT_NAMES = "messages, conversations, prompt/completion, instruction/input/output, question/answer, query/response"
 REQUIRED = tuple(dict.fromkeys(name for names in FORMATS for name in names))
 _OPTIONAL = ("system", "tools", "functions", "chat_template_kwargs")
-_OPTIONAL_OF_INSTRUCTIONS = ("input", "history")
 # Words of column names that say that the column changes what a row means.
 _CONTEXT, _SYSTEM, _TEXT_ONLY, _PREFERENCE = "context", "system", "text only", "preference"
 _MEANINGFUL = {
@@ -84,24 +81,19 @@ def _select(names: tuple[str, ...], mapping: tuple[tuple[str, str], ...], ignore
     formats = [keys for keys in FORMATS if all(key in targets for key in keys)]
     if len(formats) > 1:
         matching = " and ".join("/".join(keys) for keys in formats)
-        raise DataError(
-            f"row keys: found {describe_keys(names)}, which match {len(formats)} formats. Keep one of {matching}, or "
-            f"set data.columns"
-        )
+        found = f"found {describe_keys(names)}, which match {len(formats)} formats"
+        raise DataError(f"row keys: {found}. Keep one of {matching}, or set data.columns")
     if not formats:
         raise DataError(_describe_unknown(names, bool(mapping)))
     if not mapping:
-        optional = (*_OPTIONAL, *(_OPTIONAL_OF_INSTRUCTIONS if formats[0][0] == "instruction" else ()))
-        if formats[0] == ("instruction", "response") and "input" not in names:
-            optional = (*optional, "context")  # as Dolly
-        used = {name: name for name in names if name in (*formats[0], *optional)}
+        is_dolly = formats[0] == ("instruction", "response") and "input" not in names
+        context = "context" if is_dolly else "input" if formats[0][0] == "instruction" else ""
+        used = {name: name for name in names if name in (*formats[0], *_OPTIONAL, context)}
     ignored = tuple(name for name in names if name not in used)
     for name in ignored:
         if name not in ignore and (kind := _kind_of(name)):
-            raise ColumnError(
-                f"column {name}: found values that would be ignored, although they may change what the row means. "
-                f"{_advise(name, kind, formats[0])}, or set data.ignore_columns=[{name}]"
-            )
+            fix = f"{_advise(name, kind, formats[0])}, or set data.ignore_columns=[{name}]"
+            raise ColumnError(f"column {name}: found values that would be ignored and may change the meaning. {fix}")
     return Selection(formats[0], used, ignored)
 
 
@@ -118,15 +110,12 @@ def _advise(name: str, kind: str, format: tuple[str, ...]) -> str:
         return "Only text is trained: remove these rows"
     if kind == _PREFERENCE:
         return "It is a preference set: filter the rows to good answers, or map the good ones with data.columns"
-    if kind == _CONTEXT and len(format) == 1:
-        return "Put it into the messages"
-    targets = dict(zip(("prompt", "completion") if len(format) == 2 else ("messages",), format, strict=True))
-    columns = [f'{target}: "{{{column}}}"' for target, column in targets.items()]
+    first, *others = [f"{{{column}}}" for column in format]
+    turns = f'prompt: "{first}", completion: "{others[0]}"' if others else f'messages: "{first}"'
     if kind == _SYSTEM:
-        columns.insert(0, f'system: "{{{name}}}"')
-    else:
-        columns[0] = columns[0].replace('"', f'"{{{name}}}\\n\\n', 1)
-    return f"Set data.columns={{{', '.join(columns)}}}"
+        return f'Set data.columns={{system: "{{{name}}}", {turns}}}'
+    with_context = turns.replace('"', f'"{{{name}}}\\n\\n', 1)
+    return f"Set data.columns={{{with_context}}}" if others else "Put it into the messages"
 
 
 def check_message_key(key: str, settings: DataSource) -> None:
@@ -138,18 +127,14 @@ def check_message_key(key: str, settings: DataSource) -> None:
     kind = _kind_of(key)
     if kind and kind != _PREFERENCE and key not in settings.ignore_columns:
         advice = _advise(key, kind, ("messages",)) if kind == _TEXT_ONLY else "Put it into the message's content"
-        raise ColumnError(
-            f"message key {key}: found a value that would be ignored. {advice}, or set data.ignore_columns=[{key}]"
-        )
+        fix = f"{advice}, or set data.ignore_columns=[{key}]"
+        raise ColumnError(f"message key {key}: found a value that would be ignored. {fix}")
 
 
 def _describe_unknown(names: tuple[str, ...], mapped: bool) -> str:
     fix = "Map them with data.columns, such as {prompt: '{question}', completion: '{answer}'}"
     if "text" in names and not mapped:
-        fix = (
-            "For plain text set data.columns={prompt: 'Continue.', completion: '{text}'}; text with turns in it: "
-            "convert it to messages"
-        )
+        fix = "For plain text set data.columns={prompt: 'Continue.', completion: '{text}'}; convert turns to messages"
     return f"row keys: found {describe_keys(names)}, expected {FORMAT_NAMES}. {fix}"
 
 
@@ -170,23 +155,18 @@ def map_columns(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[s
         pieces = column_pieces(template)
         names = [name for _, name in pieces if name]
         if names and not any(name in values for name in names):
-            raise DataError(
-                f"row keys: found {describe_keys(tuple(values))}, expected {', '.join(names)} of data.columns.{target}"
-            )
+            expected = f"expected {', '.join(names)} of data.columns.{target}"
+            raise DataError(f"row keys: found {describe_keys(tuple(values))}, {expected}")
         if not names and template in values:
-            raise DataError(
-                f"data.columns.{target}: found the name of a column, expected it in braces. Set '{{{template}}}'"
-            )
+            problem = "found the name of a column, expected it in braces"
+            raise DataError(f"data.columns.{target}: {problem}. Set '{{{template}}}'")
         if pieces == [("", names[0] if names else None)]:
             mapped[target] = values.get(names[0])
             continue
-        parts = []
-        for literal, name in pieces:
-            value = "" if name is None or values.get(name) is None else values[name]
+        cells = {name: "" if values.get(name) is None else values[name] for name in names}
+        for name, value in cells.items():
             if not isinstance(value, str | int | float):
                 raise DataError(f"column {name}: found {type(value).__name__}, expected text for data.columns.{target}")
-            parts += [literal, str(value)]
-        text = "".join(parts)
-        empty = any(values.get(name) in _EMPTY for name in names)
-        mapped[target] = text.strip() if empty else text  # no separator without what it separates
+        text = "".join(f"{literal}{cells.get(name, '')}" for literal, name in pieces)
+        mapped[target] = text.strip() if "" in cells.values() else text  # no separator without what it separates
     return mapped

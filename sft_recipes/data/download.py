@@ -19,9 +19,8 @@ def download(recipe: Recipe) -> list[tuple[str, Path]]:
     model, data = recipe.model, recipe.data
     if model.name_or_path:
         downloaded.append((model.name_or_path, check_model(model)))
-    parts = {"data.train": data.training, "data.validation": data.held_out, "data.retention_eval": data.retention}
-    for key, source in ((key, source) for key, part in parts.items() for source in part):
-        dataset = sources.hub_name(source.path)
-        if dataset and dataset not in dict(downloaded):
-            downloaded.append((dataset, hub.download_dataset(dataset, data.revision_of(dataset), key)))
+    for part in sources.PARTS:
+        for name in filter(None, (sources.hub_name(source.path) for source in data.sources(part))):
+            if name not in dict(downloaded):
+                downloaded.append((name, hub.download_dataset(name, data.revision_of(name), f"data.{part}")))
     return downloaded

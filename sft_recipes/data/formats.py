@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from sft_recipes.config.schema import RESERVED_TEMPLATE_VARIABLES, DataSource
 from sft_recipes.data import columns
-from sft_recipes.data.sources import RawRow, Source, parse_json, shorten, type_name
+from sft_recipes.data.sources import RawRow, parse_json, shorten, type_name
 from sft_recipes.runtime.errors import DataError
 
 # role and content; an assistant message may also have reasoning_content and tool_calls.
@@ -91,11 +90,9 @@ def _convert(row: RawRow, settings: DataSource) -> Conversation:
     names = columns.names_with_values(given)
     try:
         format = columns.select_columns(names, settings).format
-    except columns.ColumnError:
-        raise
     except DataError as error:
         nulls = [name for name in columns.REQUIRED if name in given and given[name] is None]
-        raise DataError(f"{error} (null: {', '.join(nulls)})" if nulls else str(error)) from error
+        raise type(error)(f"{error} (null: {', '.join(nulls)})" if nulls else str(error)) from error
     values = columns.map_columns(given, settings.columns) if settings.columns else given
     messages = _read_messages(values, format)
     ignored_keys = tuple(key for message in messages for key in message.pop("ignored", ()))
@@ -105,26 +102,16 @@ def _convert(row: RawRow, settings: DataSource) -> Conversation:
         if messages and messages[0]["role"] == "system":
             raise DataError("system prompt: found a system key and a system turn. Keep one of them")
         messages.insert(0, _make_turn("system", system, "system"))
-    conventions = [CONTEXT_TURNS] if any(message.get("trained") is False for message in messages) else []
+    conventions = [CONTEXT_TURNS] if not all(message.get("trained", True) for message in messages) else []
     tools = _read_tools(_first_set(values, "tools", "functions"))
     template_kwargs = _read_template_kwargs(values.get("chat_template_kwargs"), settings)
     conventions += _arrange_turns(messages)
-    untrained = frozenset(number for number, message in enumerate(messages) if message.pop("trained", True) is False)
+    untrained = frozenset(number for number, message in enumerate(messages) if not message.pop("trained", True))
     if all(message["role"] != "assistant" or number in untrained for number, message in enumerate(messages)):
         conventions.append(NOT_TRAINED)
     return Conversation(
         messages, row.location, tools, untrained, template_kwargs, names, ignored_keys, tuple(conventions)
     )
-
-
-def read_conversations(source: Source) -> Iterator[Conversation]:
-    """Yield the conversations of a source, without the rows that are rejected (`tokenize_source` reports those)."""
-    for row in source.rows():
-        try:
-            conversation = conversation_of(row, source.settings)
-        except DataError:
-            continue
-        yield conversation
 
 
 def text_of(conversation: Conversation) -> str:
@@ -147,12 +134,10 @@ def _read_messages(values: dict[str, Any], format: tuple[str, ...]) -> list[Mess
         extra = next((key for key in ("input", "context") if values.get(key) not in (None, "")), None)
         if extra:
             instruction = f"{instruction}\n\n{_read_text(values[extra], extra)}"
-        before = [*_read_history(values.get("history")), {"role": "user", "content": instruction}]
-        return [*before, _make_turn("assistant", answer, format[1])]
-    before = [
-        {**turn, "trained": False} if turn["role"] == "assistant" else turn
-        for turn in _read_side("user", prompt, format[0])
-    ]
+        return [{"role": "user", "content": instruction}, _make_turn("assistant", answer, format[1])]
+    before = _read_side("user", prompt, format[0])
+    for turn in before:
+        turn["trained"] = turn["role"] != "assistant"
     return [*before, *_read_side("assistant", answer, format[1])]
 
 
@@ -164,23 +149,6 @@ def _read_side(role: str, side: Any, key: str) -> list[Message]:
     return _read_turns(side) if is_turns else [_make_turn(role, side, key)]
 
 
-def _read_history(history: Any) -> list[Message]:
-    """Convert Alpaca's earlier turns: a list of [prompt, answer]."""
-    if history in (None, []):
-        return []
-    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise DataError(f"history: found {_kind(history)}, expected a list of [prompt, answer]")
-    return [
-        _make_turn(role, text, "history")
-        for pair in history
-        for role, text in zip(("user", "assistant"), pair, strict=True)
-    ]
-
-
-def _kind(value: Any) -> str:
-    return "a list of other values" if isinstance(value, list) else type_name(value)
-
-
 def _make_turn(role: str, content: Any, key: str) -> Message:
     return {"role": role, "content": _read_text(content, key)}
 
@@ -188,14 +156,14 @@ def _make_turn(role: str, content: Any, key: str) -> Message:
 def _read_turns(turns: Any) -> list[Message]:
     if isinstance(turns, str) and turns.lstrip().startswith("["):
         turns = parse_json(turns, "turns")
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        inner = next((turn for turn in turns if not isinstance(turn, dict)), None) if isinstance(turns, list) else None
-        kind = f"a list with {type_name(inner)}" if isinstance(turns, list) else type_name(turns)
-        raise DataError(f"turns: found {kind}, expected a list of objects with role and content")
+    if not isinstance(turns, list):
+        raise DataError(f"turns: found {type_name(turns)}, expected a list of objects with role and content")
     return [_read_turn(turn, f"turn {number}") for number, turn in enumerate(turns, start=1)]
 
 
-def _read_turn(turn: dict[str, Any], name: str) -> Message:
+def _read_turn(turn: Any, name: str) -> Message:
+    if not isinstance(turn, dict):
+        raise DataError(f"{name}: found {type_name(turn)}, expected an object with role and content")
     role_key, content_key = next(
         (keys for keys in _ROLE_KEYS if keys[0] in turn and keys[1] in turn),
         ("from", "value") if "from" in turn else ("role", "content"),
@@ -207,10 +175,8 @@ def _read_turn(turn: dict[str, Any], name: str) -> Message:
     role, content = _ROLES[alias], turn.get(content_key)
     message: Message = {"role": role}
     if len(turn) > 2:  # most turns are a role and a content
-        if (trained := _read_flags(turn, role, name)) is not None:
-            message["trained"] = trained
-        if ignored := [key for key in turn if key not in _KEYS and turn[key] is not None]:
-            message["ignored"] = ignored
+        ignored = [key for key in turn if key not in _KEYS and turn[key] is not None]
+        message |= {"trained": _read_flags(turn, role, name), "ignored": ignored}
     calls = _read_calls(turn.get("function_call") or turn.get("tool_calls") or [], name)
     if alias in _CALL_ROLES:
         calls, content = _read_calls(_json(content, name), name), ""
@@ -222,9 +188,8 @@ def _read_turn(turn: dict[str, Any], name: str) -> Message:
     if role == "tool" and (wrapped := _HERMES_RESPONSE.fullmatch(text)):
         text = wrapped[1]
     message["content"] = text
-    reasoning_key = next((key for key in _REASONING_KEYS if turn.get(key)), None)
-    if reasoning_key is not None and role == "assistant":
-        message["reasoning_content"] = _read_text(turn[reasoning_key], f"{name}: {reasoning_key}")
+    if role == "assistant" and (reasoning := next((key for key in _REASONING_KEYS if turn.get(key)), None)):
+        message["reasoning_content"] = _read_text(turn[reasoning], f"{name}: {reasoning}")
     if calls:
         message["tool_calls"] = calls
     if role == "tool":
@@ -232,8 +197,8 @@ def _read_turn(turn: dict[str, Any], name: str) -> Message:
     return message
 
 
-def _read_flags(turn: dict[str, Any], role: str, name: str) -> bool | None:
-    """Return whether a turn's own flags put it in the loss; None if it has none.
+def _read_flags(turn: dict[str, Any], role: str, name: str) -> bool:
+    """Return false if the flags of an assistant turn keep it out of the loss.
 
     Other roles than the assistant are never in the loss, so a flag that asks for it is rejected.
     """
@@ -242,13 +207,10 @@ def _read_flags(turn: dict[str, Any], role: str, name: str) -> bool | None:
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise DataError(f"{name}: {key}: found {shorten(value)}, expected 0 or 1, true or false")
         if role in ("user", "tool") and value:
-            raise DataError(
-                f"{name}: {key}: found true in a {role} turn, expected it in assistant turns only. Remove the flag: "
-                f"this text is never in the loss"
-            )
+            raise DataError(f"{name}: {key}: found true in a {role} turn, which is never in the loss. Remove the flag")
     if len({bool(value) for value in flags.values()}) > 1:
         raise DataError(f"{name}: found {flags}, which contradict each other. Keep one of them")
-    return bool(next(iter(flags.values()))) if flags and role == "assistant" else None
+    return role != "assistant" or all(flags.values())
 
 
 def _read_template_kwargs(given: Any, settings: DataSource) -> dict[str, Any]:
@@ -257,10 +219,8 @@ def _read_template_kwargs(given: Any, settings: DataSource) -> dict[str, Any]:
         return settings.chat_template_kwargs
     given = _json(given, "chat_template_kwargs")
     if not isinstance(given, dict) or RESERVED_TEMPLATE_VARIABLES & given.keys():
-        raise DataError(
-            f"chat_template_kwargs: found {shorten(given)}, expected an object without messages, tools and "
-            f"add_generation_prompt"
-        )
+        reserved = ", ".join(sorted(RESERVED_TEMPLATE_VARIABLES))
+        raise DataError(f"chat_template_kwargs: found {shorten(given)}, expected an object without {reserved}")
     _check_json(given, "chat_template_kwargs")
     return {**settings.chat_template_kwargs, **given}
 
@@ -273,10 +233,8 @@ def _read_hermes_calls(text: str, name: str) -> tuple[str, list[dict[str, Any]]]
         return text, []  # tags around anything but an object are text
     before = text.partition("<tool_call>")[0].strip()
     if rest.strip() != before:
-        raise DataError(
-            f"{name}: found {shorten(rest.strip()[len(before) :].strip())} after a tool call, expected calls last, as "
-            f"chat templates write them. Move the text before the calls"
-        )
+        found = shorten(rest.strip()[len(before) :].strip())
+        raise DataError(f"{name}: found {found} after a tool call, expected calls last. Move the text before them")
     return before, _read_calls([_json(call, name) for call in calls], name)
 
 
@@ -308,7 +266,7 @@ def _read_tools(tools: Any) -> list[dict[str, Any]] | None:
     if tools in (None, [], {}):
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(f"tools: found {_kind(tools)}, expected a list of functions")
+        raise DataError(f"tools: found {shorten(tools)}, expected a list of functions")
     converted = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
     for tool in converted:
         if not isinstance(tool["function"], dict) or not isinstance(tool["function"].get("name"), str):
@@ -352,18 +310,18 @@ def _check_characters(text: str, name: str) -> None:
 
 def _check_json(value: Any, name: str) -> None:
     """Check that a value can be written as JSON: Parquet has more types, and the parser reads deeper nesting."""
-    level, depth = [value], 0
-    while level and depth < _MAX_DEPTH:
-        depth += 1
-        lists = (outer.values() if isinstance(outer, dict) else outer for outer in level)
-        level = [inner for outer in lists for inner in outer if isinstance(inner, dict | list)]
-    if level:
+    if _depth(value) > _MAX_DEPTH:
         raise DataError(f"{name}: nesting: expected at most {_MAX_DEPTH} levels")
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise DataError(f"{name}: not representable as JSON: {error}") from error
     _check_characters(text.replace("\\u0000", "\x00"), name)
+
+
+def _depth(value: Any) -> int:
+    inner = value.values() if isinstance(value, dict) else value
+    return 1 + max(map(_depth, inner), default=0) if isinstance(value, dict | list) else 0
 
 
 def _arrange_turns(messages: list[Message]) -> list[str]:
@@ -383,10 +341,7 @@ def _arrange_turns(messages: list[Message]) -> list[str]:
     for number, message in enumerate(messages, start=1):
         role, calls = message["role"], bool(message.get("tool_calls"))
         if role == "tool" and previous not in ("call", "tool"):
-            raise DataError(
-                f"turn {number}: role: found tool after {previous or 'no turn'}, expected it after a tool call. Add "
-                f"the call, or remove the turn"
-            )
+            raise DataError(f"turn {number}: role: found tool after {previous or 'no turn'}, expected it after a call")
         if not message["content"].strip() and role not in ("tool", "system") and not calls:
             raise DataError(f"turn {number}: {role} content: found no text, expected some")
         if role == "assistant" and not first_user:

@@ -76,21 +76,15 @@ def _snapshot(
         return Path(
             snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=patterns, ignore_patterns=ignored)
         )
-    except errors.GatedRepoError as error:
-        raise DataError(
-            f"{key}: {name} is gated and this token has no access. Accept its license on {page} and set HF_TOKEN"
-            f"{alternative}"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise DataError(f"{key}: {name} has no revision {revision} on the Hub. Name a commit of {page}") from error
-    except errors.RepositoryNotFoundError as error:
-        raise DataError(
-            f"{key}: no public {kind} {name} on the Hub. Check the name, set HF_TOKEN if it is private{alternative}"
-        ) from error
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError, ValueError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__
-        raise DataError(
-            f"{key}: {name}{f' at {revision[:8]}' if revision else ''}: not in the Hub's cache and not downloadable "
-            f"({reason}). Check the network, run `make download` beforehand, or set HF_TOKEN if {page} is gated"
-            f"{alternative}"
-        ) from error
+        if isinstance(error, errors.RevisionNotFoundError):
+            problem = f"has no revision {revision} on the Hub. Name a commit of {page}"
+        elif isinstance(error, errors.GatedRepoError):
+            problem = f"is gated and this token has no access. Accept its license on {page} and set HF_TOKEN"
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            problem = f"is no public {kind} on the Hub. Check the name, or set HF_TOKEN if it is private"
+        else:
+            reason = " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__
+            fix = f"Check the network, run `make download` beforehand, or set HF_TOKEN if {page} is gated"
+            problem = f"at {revision or 'main'} is not in the Hub's cache and not downloadable ({reason}). {fix}"
+        raise DataError(f"{key}: {name} {problem}{alternative}") from error

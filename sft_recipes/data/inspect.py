@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,62 +15,39 @@ from sft_recipes.planner.plan import Plan, Prepared
 from sft_recipes.runtime.text import escape_unprintable
 
 
-@dataclass(frozen=True)
-class PreparedRows:
-    """Prepared training rows, as the trainer gets them."""
+def read_rows(prepared: Prepared, limit: int | None) -> Iterator[dict[str, Any]]:
+    """Yield the first training rows as the trainer gets them: `source`, `input_ids`, `labels` and `position_ids`.
 
-    prepared: Prepared
-    details: dict[str, Any]
-    dataset: Any
-    tokenizer: Any
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def row(self, number: int) -> dict[str, Any]:
-        """Return `source`, `input_ids`, `labels` and `position_ids`.
-
-        The first token of an example has no label, because nothing predicts it.
-        """
-        stored = self.dataset[number]
-        lengths = stored.get("seq_lengths", [len(stored["labels"])])
-        positions = list(itertools.chain.from_iterable(map(range, lengths)))
-        return {**{key: stored[key] for key in ("source", "input_ids", "labels")}, "position_ids": positions}
-
-
-def load_rows(plan: Plan, prepared: Prepared) -> PreparedRows:
-    """Load the prepared training rows of a plan."""
+    `source` is a list if rows are packed. The first token of an example has no label, because nothing predicts it.
+    """
     from datasets import load_from_disk
 
-    folder, model = Path(prepared.folder), plan.sections.model
-    return PreparedRows(
-        prepared,
-        json.loads((folder / "details.json").read_text(encoding="utf-8")),
-        load_from_disk(str(folder / "train")),
-        load_tokenizer(prepared.model, model.chat_template, model.trust_remote_code, model.add_tokens),
-    )
+    for row in itertools.islice(load_from_disk(str(Path(prepared.folder) / "train")), limit):
+        lengths = row.get("seq_lengths", [len(row["labels"])])
+        positions = list(itertools.chain.from_iterable(map(range, lengths)))
+        yield {**{key: row[key] for key in ("source", "input_ids", "labels")}, "position_ids": positions}
 
 
-def to_json(rows: PreparedRows, limit: int | None) -> Iterator[str]:
-    """Yield one object per row: `source` (a list if packed), `input_ids`, `labels`, `position_ids`."""
-    for number in range(len(rows) if limit is None else min(limit, len(rows))):
-        yield json.dumps(rows.row(number), ensure_ascii=False)
+def to_json(prepared: Prepared, limit: int | None) -> Iterator[str]:
+    """Yield one object per row."""
+    return (json.dumps(row, ensure_ascii=False) for row in read_rows(prepared, limit))
 
 
-def to_text(rows: PreparedRows, limit: int) -> Iterator[str]:
+def to_text(plan: Plan, prepared: Prepared, details: Mapping[str, Any], limit: int) -> Iterator[str]:
     """Yield rows for reading: text in the loss is between ⟦ and ⟧."""
+    model = plan.sections.model
+    tokenizer = load_tokenizer(prepared.model, model.chat_template, model.trust_remote_code, model.add_tokens)
     yield "⟦in the loss⟧\n"
-    for number in range(min(limit, len(rows))):
-        row = rows.row(number)
+    for number, row in enumerate(read_rows(prepared, limit), start=1):
         ids, labels, is_packed = row["input_ids"], row["labels"], isinstance(row["source"], list)
         packed = f"{len(row['source'])} examples, " if is_packed else ""
         in_loss = sum(label != IGNORED for label in labels)
-        yield f"row {number + 1} of {len(rows):,}: {packed}{len(ids)} tokens, {in_loss} in the loss"
+        yield f"row {number} of {details['rows']:,}: {packed}{len(ids)} tokens, {in_loss} in the loss"
         starts = [index for index, position in enumerate(row["position_ids"]) if position == 0]
         bounds = zip(starts, [*starts[1:], len(ids)], strict=True)
         for source, (start, end) in zip(row["source"] if is_packed else [row["source"]], bounds, strict=True):
             yield f"-- {source}"
-            yield from _turns(rows.tokenizer, ids[start:end], labels[start:end])
+            yield from _turns(tokenizer, ids[start:end], labels[start:end])
             yield ""
 
 
@@ -85,12 +61,11 @@ def _turns(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> Iterato
         yield f"⟦{text}⟧" if in_loss else text
 
 
-def report(plan: Plan, rows: PreparedRows) -> list[str]:
+def report(plan: Plan, prepared: Prepared, details: Mapping[str, Any]) -> list[str]:
     """Return the report on all rows, line by line."""
-    lines = validate.report_lines(rows.details)
-    if "seq_lengths" in rows.dataset.column_names:
-        count, tokens = len(rows), sum(map(sum, rows.dataset["seq_lengths"]))
-        full = f"{tokens / (count * plan.max_length):.2%} full" if count else "none"
-        lines.append(validate.format_line("packing", f"{count:,} rows of {plan.max_length:,} tokens, {full}"))
-    lines.append(validate.format_line("prepared", f"{rows.prepared.folder} ({rows.details['seconds']:.1f} s)"))
-    return lines
+    lines = validate.report_lines(details)
+    if plan.packing and prepared.packing:
+        full = prepared.tokens / max(prepared.rows * plan.max_length, 1)
+        packing = f"{details['rows']:,} rows of {plan.max_length:,} tokens, {full:.2%} full"
+        lines.append(validate.format_line("packing", packing))
+    return [*lines, validate.format_line("prepared", f"{prepared.folder} ({details['seconds']:.1f} s)")]

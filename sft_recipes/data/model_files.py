@@ -62,21 +62,20 @@ def _find_problem(folder: Path, trust_remote_code: bool) -> str | None:
             ": found adapters (adapter_config.json), expected a model. Merge them into their base model, for a run of "
             "this repository by `make merge RUN=<run>`, and name the merged folder"
         )
-    if not (folder / "config.json").is_file():
+    if not _read_json(config := folder / "config.json"):
         return " has no config.json. Name a folder that save_pretrained wrote"
     if not any(folder.glob("*.safetensors")):
         hint = ". Convert the pickled weights (*.bin) to safetensors" if any(folder.glob("*.bin")) else ""
         return f" has no weights (*.safetensors){hint}"
     index = folder / "model.safetensors.index.json"
     for name in ("generation_config.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            _read_json(folder / name)  # Transformers ignores an invalid generation configuration
+        _read_json(folder / name)  # Transformers ignores an invalid generation configuration
     shards = _read_json(index).get("weight_map") if index.is_file() else {}
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
         return f"/{index.name}: found no weight_map from weights to files. Copy the complete model"
     if missing := sorted({shard for shard in shards.values() if not (folder / shard).is_file()}):
         return f" lacks {', '.join(missing)} of its index. Copy the complete model"
-    if not trust_remote_code and "auto_map" in _read_json(folder / "config.json"):
+    if not trust_remote_code and "auto_map" in _read_json(config):
         return " requires its own code (auto_map). Set model.trust_remote_code=true if you trust it"
     return None
 
@@ -97,16 +96,14 @@ def _local_folder(name_or_path: str) -> Path | None:
         check_links(folder, "model.name_or_path")
         return folder
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name_or_path):
-        raise DataError(
-            f"model.name_or_path: no folder {name_or_path!r}. Name a folder with config.json and weights, or a Hub name"
-            f"{mount_hint()}"
-        )
+        fix = f"Name a folder with config.json and weights, or a Hub name{mount_hint()}"
+        raise DataError(f"model.name_or_path: no folder {name_or_path!r}. {fix}")
     return None
 
 
 def architecture_of(folder: Path) -> dict[str, Any]:
     """Return the configuration values that forecasts need; empty for a type or values they do not support."""
-    config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = _read_json(folder / "config.json")
     if config.get("model_type") not in DENSE_KINDS:
         return {}
     sizes = {key: config[key] for key in (*DENSE_KEYS, *_OPTIONAL_SIZES) if config.get(key) is not None}
@@ -133,7 +130,7 @@ def describe_model(name_or_path: str) -> ModelFacts:
     folder = local or hub.download_model(Model(name_or_path=name_or_path), only_tokenizer=True)
     if local and (problem := _find_problem(folder, trust_remote_code=True)):
         raise DataError(f"MODEL: {folder}{problem}")
-    config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = _read_json(folder / "config.json")
     kinds = [str(kind) for kind in config.get("architectures") or ()]
     if config.get("is_encoder_decoder") or (kinds and not any(kind.endswith(_DECODERS) for kind in kinds)):
         kind = ", ".join(kinds) or config.get("model_type")
@@ -153,7 +150,7 @@ def describe_model(name_or_path: str) -> ModelFacts:
 def _count_parameters(folder: Path, name: str, config: dict[str, Any]) -> int:
     """Return the number of weights by the headers of a model's files, or by its index if they are on the Hub."""
     files, index = sorted(folder.glob("*.safetensors")), folder / "model.safetensors.index.json"
-    metadata = _read_json(index).get("metadata") or {} if index.is_file() else {}
+    metadata = _read_json(index).get("metadata") or {}
     try:
         if files:
             tensors = [tensor for file in files for tensor in _read_header(file)]
@@ -176,14 +173,6 @@ def _read_header(file: Path) -> list[dict[str, Any]]:
     return [tensor for name, tensor in header.items() if name != "__metadata__"]
 
 
-def embeddings_of(folder: Path) -> int | None:
-    """Return the vocabulary size in a model's configuration."""
-    config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    text = config.get("text_config")
-    size = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
-    return size if isinstance(size, int) else None
-
-
 def check_architecture(stated: dict[str, Any], folder: Path, trust_remote_code: bool) -> None:
     """Check that the recipe's architecture, which memory and time are computed from, is the model's.
 
@@ -198,6 +187,9 @@ def check_architecture(stated: dict[str, Any], folder: Path, trust_remote_code: 
 
 
 def _read_json(file: Path) -> dict[str, Any]:
+    """Return the object in a model's file; empty if there is no such file."""
+    if not file.is_file():
+        return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -75,13 +75,12 @@ def masked_attention_reason(plan: Plan, config: Any, model: Any, implementation:
     implementation = implementation or ("sdpa" if model._supports_sdpa else "eager")
     text = config.get_text_config()
     window = text.sliding_window if getattr(text, "use_sliding_window", True) and hasattr(text, "sliding_window") else 0
-    kinds = {*(getattr(text, "layer_types", None) or ["full_attention"])}
+    others = {*(getattr(text, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
     reasons = {
         "transformers supports no other for this model": implementation != "sdpa",
         "its code implements attention itself": not model._supports_attention_backend,
         f"sliding window of {window} tokens": window and window < plan.max_length,
-        f"layers of type {' and '.join(sorted(kinds - {'full_attention'}))}": kinds
-        - {"full_attention", "sliding_attention"},
+        f"layers of type {' and '.join(sorted(others))}": others,
         "logit soft-capping": getattr(text, "attn_logit_softcapping", None),
         "attention dropout": any(getattr(text, name, 0.0) for name in _DROPOUTS),
         "no flash kernel for fp32 on a GPU": plan.uses_gpu and plan.precision == "fp32",
@@ -105,10 +104,8 @@ def check_positions(plan: Plan, config: Any) -> list[str]:
             f"positions of the model (RoPE): quality beyond them is not known"
         ]
     if _has_position_table(plan, config, positions):
-        raise DataError(
-            f"trainer.max_length: {plan.model} has a table of positions: found {plan.max_length}, expected "
-            f"{positions} or less. Set trainer.max_length={positions}"
-        )
+        found = f"found {plan.max_length}, expected {positions} or less (the model's table of positions)"
+        raise DataError(f"trainer.max_length: {found}. Set trainer.max_length={positions}")
     return []
 
 

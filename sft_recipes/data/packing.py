@@ -9,14 +9,12 @@ from typing import Any
 import numpy
 import pyarrow
 
-_MAX_TOKENS_PER_CHUNK = 2**28  # Arrow counts a list's elements in 32 bits
-
 
 def pack(lengths: numpy.ndarray, capacity: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Assign examples to rows by greedy best fit over a histogram of lengths.
+    """Assign examples to rows by greedy best fit.
 
-    A row begins with the longest example left and takes the longest that still fits until none does. Rows of equal
-    lengths are filled at once, so a million examples take a second. No example is split.
+    A row begins with the longest example left and takes the longest that still fits until none does. No example is
+    split.
 
     Args:
         lengths: tokens per example, [examples], each at most `capacity`.
@@ -25,38 +23,22 @@ def pack(lengths: numpy.ndarray, capacity: int) -> tuple[numpy.ndarray, numpy.nd
     Returns:
         The examples' indices in row order, [examples], and the number of examples per row, [rows].
     """
-    by_length = numpy.argsort(lengths, kind="stable")
-    distinct, first, count = numpy.unique(lengths[by_length], return_index=True, return_counts=True)
-    remaining = {int(length): int(number) for length, number in zip(distinct, count, strict=True)}
-    next_index = {int(length): int(start) for length, start in zip(distinct, first, strict=True)}
+    remaining: dict[int, list[int]] = {}  # examples by length, the first one last
+    for index in range(len(lengths) - 1, -1, -1):
+        remaining.setdefault(int(lengths[index]), []).append(index)
     available = sorted(remaining)
-    orders, sizes = [], []
+    order, sizes = [], []
     while available:
-        row: list[int] = []
-        uses: dict[int, int] = {}
-        space = capacity
-        position = len(available) - 1
-        while position >= 0:
-            length = available[position]
-            number = min(space // length if length else remaining[length], remaining[length])
-            if number:
-                uses[length] = number
-                row += [length] * number
-                space -= number * length
-            position = min(position, bisect.bisect_right(available, space)) - 1
-        times = min(remaining[length] // number for length, number in uses.items())
-        columns = []
-        for length, number in uses.items():
-            start = next_index[length]
-            columns.append(by_length[start : start + times * number].reshape(times, number))
-            next_index[length] += times * number
-            remaining[length] -= times * number
+        space, size = capacity, 0
+        while fitting := bisect.bisect_right(available, space):
+            length = available[fitting - 1]
+            order.append(remaining[length].pop())
             if not remaining[length]:
-                del available[bisect.bisect_left(available, length)]
-        orders.append(numpy.concatenate(columns, axis=1).ravel())
-        sizes.append(numpy.full(times, len(row)))
-    empty = numpy.zeros(0, dtype=numpy.int64)
-    return numpy.concatenate([empty, *orders]), numpy.concatenate([empty, *sizes])
+                del available[fitting - 1]
+            space -= length
+            size += 1
+        sizes.append(size)
+    return numpy.array(order, numpy.int64), numpy.array(sizes, numpy.int64)
 
 
 def rows_per_epoch(weights: Iterable[tuple[int, float]]) -> int:
@@ -73,33 +55,20 @@ def to_dataset(examples: pyarrow.Table, max_length: int, packing: bool) -> Any:
     Args:
         examples: a table of `tokenize_rows.SCHEMA`.
     """
-    from datasets import Dataset, concatenate_datasets
+    from datasets import Dataset
     from datasets.table import InMemoryTable
 
     lengths = examples["length"].to_numpy()
     order, sizes = pack(lengths, max_length) if packing else (numpy.arange(len(lengths)), numpy.ones_like(lengths))
-    row_ends = numpy.cumsum(sizes)
-    tokens = numpy.cumsum(lengths[order])[row_ends - 1]
-    cuts = numpy.flatnonzero(numpy.diff(tokens // _MAX_TOKENS_PER_CHUNK)) + 1
-    chunks = zip(numpy.split(order, row_ends[cuts - 1]), numpy.split(sizes, cuts), strict=True)
-    parts = [Dataset(InMemoryTable(_rows(examples.take(order), sizes, packing))) for order, sizes in chunks]
-    return concatenate_datasets(parts)
-
-
-def _rows(examples: pyarrow.Table, sizes: numpy.ndarray, packing: bool) -> pyarrow.Table:
-    """Join examples in order to rows of these sizes, in examples."""
-
-    def lists(values: pyarrow.Array, bounds: numpy.ndarray) -> pyarrow.Array:
-        return pyarrow.ListArray.from_arrays(pyarrow.array(bounds, pyarrow.int32()), values)
-
-    lengths = examples["length"].to_numpy()
-    ends = numpy.concatenate([[0], numpy.cumsum(sizes)])
-    token_ends = numpy.concatenate([[0], numpy.cumsum(lengths)])[ends]
-    sources = examples["location"].combine_chunks()
+    examples, ends = examples.take(order), numpy.concatenate([[0], numpy.cumsum(sizes)])
+    token_ends = pyarrow.array(numpy.concatenate([[0], numpy.cumsum(lengths[order])])[ends], pyarrow.int64())
     columns = {
-        **{name: lists(examples[name].combine_chunks().flatten(), token_ends) for name in ("input_ids", "labels")},
-        "source": lists(sources, ends) if packing else sources,
+        name: pyarrow.LargeListArray.from_arrays(token_ends, examples[name].combine_chunks().flatten())
+        for name in ("input_ids", "labels")
     }
+    columns["source"] = examples["location"].combine_chunks()
     if packing:
-        columns["seq_lengths"] = lists(pyarrow.array(lengths, pyarrow.int32()), ends)
-    return pyarrow.table(columns)
+        examples_per_row = {"source": columns["source"], "seq_lengths": pyarrow.array(lengths[order], pyarrow.int32())}
+        row_ends = pyarrow.array(ends, pyarrow.int32())
+        columns |= {name: pyarrow.ListArray.from_arrays(row_ends, each) for name, each in examples_per_row.items()}
+    return Dataset(InMemoryTable(pyarrow.table(columns)))

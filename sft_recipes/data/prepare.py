@@ -29,9 +29,9 @@ import pyarrow
 import pyarrow.compute
 
 from sft_recipes.data import model_files, model_layers, sources, tokenizer_files, validate
-from sft_recipes.data.formats import conversation_of, read_conversations
+from sft_recipes.data.formats import conversation_of
 from sft_recipes.data.packing import rows_per_epoch, to_dataset
-from sft_recipes.data.sources import Source
+from sft_recipes.data.sources import Source, attempt
 from sft_recipes.data.tokenize import ConversationTokenizer
 from sft_recipes.data.tokenize_rows import accepted, describe_reading, split_digests, tokenize_source
 from sft_recipes.data.tokenizer import FIX_MISTRAL_REGEX, load_tokenizer, new_tokens
@@ -64,8 +64,8 @@ def main(plan_file: str) -> int:
         # Rows need none of them, whatever the run needs. DeepSpeed would also print a warning.
         library_imports.skip_unused_libraries("full", "adamw_torch", [], False, plan.sections.model.trust_remote_code)
         prepared = prepare(plan)
-        plan = replace(plan, packing=plan.packing and prepared.packing)
-        for line in summary(plan, read_json(Path(prepared.folder) / "details.json"), time.monotonic() - started):
+        details = read_json(Path(prepared.folder) / "details.json")
+        for line in summary(plan.max_length, details, time.monotonic() - started):
             log.info("%s", line)
     except (UserError, OSError) as error:  # a full or unmounted disk is the user's to fix
         log.error("%s", " ".join(str(error).split()))
@@ -88,8 +88,7 @@ def prepare(plan: Plan, store: Path | None = None, rows_only: bool = False) -> P
     base = _base_folder(plan, rows_only)
     data = plan.sections.data
     toy_folder = store / f"toy-{sha256(Path(__file__).parent / 'toy' / 'toy_dataset.py')[:8]}"
-    parts = ("train", "validation", *(["retention_eval"] if data.retention_eval else []))
-    named = {part: sources.resolve_all(data, f"data.{part}", toy_folder) for part in parts}
+    named = {part: sources.resolve_all(data, part, toy_folder) for part in sources.PARTS}
     folder = store / _cache_key(plan, named, base)
     if corrupt := _find_corrupt(folder):
         if folder.exists():
@@ -104,11 +103,12 @@ def prepare(plan: Plan, store: Path | None = None, rows_only: bool = False) -> P
             shutil.rmtree(partial, ignore_errors=True)
     if base and not rows_only and not plan.parent:
         model_files.check_architecture(plan.sections.model.architecture, base, plan.sections.model.trust_remote_code)
+    details = read_json(folder / "details.json")
     if not rows_only:
-        validate.check_limits(plan, read_json(folder / "details.json"))
+        validate.check_limits(plan, details)
     base = base or (folder / "model").resolve()
     local = {"folder": str(folder.resolve()), "model": str(base), "architecture": model_files.architecture_of(base)}
-    return Prepared(**{**read_json(folder / "prepared.json"), **local})
+    return Prepared(**local, **details["prepared"])
 
 
 def _find_corrupt(folder: Path) -> list[Path]:
@@ -118,17 +118,13 @@ def _find_corrupt(folder: Path) -> list[Path]:
     return corrupt if checksums else [folder / _CHECKSUMS]
 
 
-def summary(plan: Plan, details: Mapping[str, Any], seconds: float) -> list[str]:
+def summary(max_length: int, details: Mapping[str, Any], seconds: float) -> list[str]:
     """Return one line on the prepared data, and one per thing that a user should know before the run starts."""
-    train, validation = details["train"], details["validation"]
-    packed = f" packed into {details['rows']:,} rows of {plan.max_length} tokens" if plan.packing else ""
+    train, evaluated = details["train"], [part for part in ("validation", "retention_eval") if part in details]
+    packed = f" packed into {details['rows']:,} rows of {max_length} tokens" if details["prepared"]["packing"] else ""
     share = train["supervised_tokens"] / max(train["tokens"], 1)
-    retention = details.get("retention_eval")
-    retained = f", {retention['examples']:,} retention examples" if retention else ""
-    first = (
-        f"{train['examples']:,} training examples{packed}, {train['tokens']:,} tokens, {share:.0%} in the loss; "
-        f"{validation['examples']:,} validation examples{retained}; {seconds:.1f} s"
-    )
+    first = f"{train['examples']:,} training examples{packed}, {train['tokens']:,} tokens, {share:.0%} in the loss; "
+    first += ", ".join(f"{details[part]['examples']:,} {part} examples" for part in evaluated) + f"; {seconds:.1f} s"
     return [f"data: {line}" for line in (first, *validate.reading_lines(details))]
 
 
@@ -150,24 +146,19 @@ def _cache_key(plan: Plan, named: Mapping[str, Mapping[str, Source]], base: Path
     """Hash everything that determines the prepared rows: content, tokenizer, template, lengths, code, libraries.
 
     Args:
-        named: the sources of train, validation and, only if the recipe has them, retention_eval.
+        named: the sources of each part, by name.
         base: the folder whose files, except weights, configure model, tokenizer and templates.
     """
     model, data, package = plan.sections.model, plan.sections.data, Path(__file__).parent
     files = sorted(file for file in base.rglob("*") if file.suffix in _TOKENIZER_SUFFIXES) if base else []
-    files = [file for file in files if ".index." not in file.name and file.is_file()]
-    tokenizer = {str(file.relative_to(base or ".")): file.read_bytes() for file in files}
-    template = Path(model.chat_template or "")
-    if template.is_file():  # loading it fails otherwise
-        tokenizer["template"] = template.read_bytes()
-    dated = any(b"strftime_now" in content for content in tokenizer.values())
+    files = [file for file in (*files, Path(model.chat_template or "")) if file.is_file()]
+    contents = [file.read_bytes() for file in files]
+    dated = any(b"strftime_now" in content for content in contents)
     parts = {
-        "sources": {
-            part: [[name, source.fingerprint()] for name, source in by_name.items()] for part, by_name in named.items()
-        },
+        "sources": [[part, name, named[part][name].identity()] for part in named for name in named[part]],
         "data": [data.validation_fraction, data.max_eval_samples, data.max_rejected_fraction, data.overfit_rows],
         "model": asdict(model),
-        "tokenizer": {name: hashlib.sha256(content).hexdigest() for name, content in tokenizer.items()},
+        "tokenizer": [(file.name, sha256(file)) for file in files],
         "plan": [plan.max_length, plan.packing, plan.effective_batch_size if data.overfit_rows else None],
         "seeds": [plan.sections.trainer["seed"], plan.sections.trainer["data_seed"]],
         "date": plan.created[:10] if dated else None,
@@ -194,42 +185,39 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
     leak = model_layers.find_leak(plan, config) if config and plan.packing else None
     plan = replace(plan, packing=plan.packing and not leak)
     loaded = load_tokenizer(str(base), model.chat_template, model.trust_remote_code, model.add_tokens)
-    (folder / tokenizer_files.FOLDER).mkdir()
-    tokenizer_notes = tokenizer_files.save(
-        loaded, base, folder / tokenizer_files.FOLDER, _sample_texts(named), model.trust_remote_code
-    )
+    saved = folder / tokenizer_files.FOLDER
+    saved.mkdir()
+    tokenizer_notes = tokenizer_files.save(loaded, base, saved, _sample_texts(named), model.trust_remote_code)
     tokenizer = ConversationTokenizer(loaded, datetime.date.fromisoformat(plan.created[:10]))
-    reading, tokenized = _tokenize_sources(plan, named, tokenizer)
-    training, validation = tokenized["train"], tokenized["validation"]
+    reading, parts = _tokenize_sources(plan, named, tokenizer)
     if data.overfit_rows:
-        training = validation = _select_first(training, data.overfit_rows)
-    else:
-        if not validation:
-            training, validation = _split(plan, training)
-        validation = _limit_eval_rows(plan, validation)
-    retention_eval = _limit_eval_rows(plan, tokenized.get("retention_eval", {}))
-    counted = validate.summarize(training, validation, retention_eval)
+        parts["train"] = parts["validation"] = _select_first(parts["train"], data.overfit_rows)
+    elif not parts["validation"]:
+        parts |= _split(plan, parts["train"])
+    parts |= {part: _limit_eval_rows(plan, parts[part]) for part in ("validation", "retention_eval")}
+    counted = validate.summarize(parts)
     if not counted["train"]["examples"] or not counted["validation"]["examples"]:
         validate.check_limits(plan, {**counted, "new_tokens": []})  # no row can be shown or trained
-    rows, weights = _training_rows(plan, training)
+    rows, weights = _training_rows(plan, parts["train"])
     evaluated = {
-        name: [to_dataset(_usable(part), plan.max_length, plan.packing) for part in by_name.values()]
-        for name, by_name in {"validation": validation, "retention_eval": retention_eval}.items()
+        part: [to_dataset(_usable(table), plan.max_length, plan.packing) for table in parts[part].values()]
+        for part in ("validation", "retention_eval")
     }
-    for name, parts in {"train": [rows], **evaluated}.items():
-        if parts:
-            datasets.concatenate_datasets(parts).save_to_disk(folder / name)
+    for part, sets in {"train": [rows], **evaluated}.items():
+        if sets:
+            datasets.concatenate_datasets(sets).save_to_disk(folder / part)
     validation_rows = [*map(len, evaluated["validation"])]
     repeats = len(rows) / max(sum(validation_rows), 1) if data.overfit_rows else 1.0
-    shares = [weight for _, weight in weights] or [repeats] * len(training)
+    shares = [weight for _, weight in weights] or [repeats] * len(parts["train"])
     per_epoch = {  # the examples and tokens that an epoch uses
         key: round(sum(share * source[key] for share, source in zip(shares, counted["sources"]["train"], strict=True)))
         for key in ("examples", "supervised_tokens", "tokens")
     }
-    _write_prompts(plan, tokenizer, named["validation"] or named["train"], validation, folder / "prompts.jsonl")
-    every_row = pyarrow.concat_tables([*training.values(), *validation.values(), *retention_eval.values()])
+    _write_prompts(plan, tokenizer, named["validation"] or named["train"], parts["validation"], folder)
+    every_row = validate.concatenate(*parts.values())
     ids = pyarrow.compute.unique(pyarrow.compute.list_flatten(every_row["input_ids"])).to_numpy()
-    new, embeddings = new_tokens(loaded, model.add_tokens), model_files.embeddings_of(base)
+    new, regex_fixed = new_tokens(loaded, model.add_tokens), loaded.init_kwargs.get(FIX_MISTRAL_REGEX)
+    embeddings = getattr(config.get_text_config(), "vocab_size", None) if config else None
     resizing = [token for token, id in new.items() if embeddings is not None and id >= embeddings]
     notes = [f"{note} ({count:,} rows)" for note, count in counted["template_notes"].items()]
     if resizing:
@@ -237,10 +225,8 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
     notes += [*tokenizer_notes, *model_notes]
     if leak:
         packed = max(-(-per_epoch["tokens"] // plan.max_length), 1)
-        notes.append(
-            f"packing is off: {leak}. {per_epoch['examples']:,} rows per epoch instead of about {packed:,}, each "
-            f"padded to the longest of its micro-batch"
-        )
+        cost = f"{per_epoch['examples']:,} padded rows per epoch instead of about {packed:,} packed ones"
+        notes.append(f"packing is off: {leak}. {cost}")
     if data.chat_template_kwargs:
         stated = json.dumps(data.chat_template_kwargs)
         notes.append(f"the chat template gets {stated}: pass it at inference too (chat_template_kwargs)")
@@ -252,52 +238,39 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
         "reading": reading,
         "end_of_turn": loaded.convert_ids_to_tokens(counted["end_of_turn_ids"]),
         "padding_token": loaded.pad_token,
-        "tokenizer": {
-            "class": type(loaded).__name__,
-            FIX_MISTRAL_REGEX: loaded.init_kwargs.get(FIX_MISTRAL_REGEX),
-            "notes": tokenizer_notes,
-        },
+        "tokenizer": {"class": type(loaded).__name__, FIX_MISTRAL_REGEX: regex_fixed, "notes": tokenizer_notes},
         "notes": notes,
         "rows": len(rows),
         "source_weights": weights,
-        "validation_rows": dict(zip(validation, validation_rows, strict=True)),
-        **({"retention_eval_rows": sum(map(len, evaluated["retention_eval"]))} if retention_eval else {}),
+        "validation_rows": dict(zip(parts["validation"], validation_rows, strict=True)),
+        "retention_eval_rows": sum(map(len, evaluated["retention_eval"])),
         "seconds": time.monotonic() - started,
+        "prepared": {  # with the folders, the fields of Prepared
+            "fingerprint": _fingerprint([rows, *itertools.chain(*evaluated.values())], weights),
+            "rows": rows_per_epoch(weights) if weights else len(rows),
+            **per_epoch,
+            "validation_rows": sum(validation_rows),
+            "notes": notes,
+            "packing": plan.packing,
+        },
     }
-    prepared = Prepared(
-        fingerprint=_fingerprint([rows, *itertools.chain(*evaluated.values())], weights),
-        folder=str(folder),
-        model=str(base),
-        architecture={},
-        rows=rows_per_epoch(weights) if weights else len(rows),
-        **per_epoch,
-        validation_rows=sum(validation_rows),
-        notes=notes,
-        packing=plan.packing,
-    )
     write_json(folder / "details.json", details)
-    write_json(folder / "prepared.json", asdict(prepared))
     _write_checksums(folder)
 
 
 def _tokenize_sources(
     plan: Plan, named: Mapping[str, Mapping[str, Source]], tokenizer: ConversationTokenizer
-) -> tuple[dict[str, dict[str, Any]], dict[str, Sources]]:
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, pyarrow.Table]]]:
     """Tokenize each source of each part (OVERFIT: the first candidates only); return what was read, and the rows."""
     data = plan.sections.data
     max_rows = _OVERFIT_CANDIDATES * data.overfit_rows if data.overfit_rows else None
-    reading: dict[str, dict[str, Any]] = {}
-    tokenized: dict[str, Sources] = {}
-    for part, by_name in named.items():
-        tables = {
-            name: tokenize_source(
-                source, tokenizer, plan.max_length, f"data.{part}", name, data.max_rejected_fraction, max_rows
-            )
-            for name, source in by_name.items()
-        }
-        reading[part] = {name: describe_reading(table, by_name[name]) for name, table in tables.items()}
-        tokenized[part] = {name: accepted(table) for name, table in tables.items()}
-    return reading, tokenized
+    reading: dict[str, dict[str, Any]] = {part: {} for part in named}
+    parts: dict[str, dict[str, pyarrow.Table]] = {part: {} for part in named}
+    for part, name, source in ((part, *item) for part, by_name in named.items() for item in by_name.items()):
+        limits = (plan.max_length, data.max_rejected_fraction, max_rows)
+        table = tokenize_source(source, tokenizer, f"data.{part}", *limits)
+        reading[part][name], parts[part][name] = describe_reading(table, source), accepted(table)
+    return reading, parts
 
 
 def _usable(rows: pyarrow.Table) -> pyarrow.Table:
@@ -336,19 +309,19 @@ def _training_rows(plan: Plan, training: Sources) -> tuple[Any, list[tuple[int, 
     from datasets import concatenate_datasets
 
     data, usable = plan.sections.data, [_usable(part) for part in training.values()]
-    is_weighted = not data.overfit_rows and any(source.weight != 1 for source in data.training)
+    is_weighted = not data.overfit_rows and any(source.weight != 1 for source in data.sources("train"))
     groups = usable if is_weighted else [pyarrow.concat_tables(usable)]  # a row of two sources has no weight
     parts = [to_dataset(group, plan.max_length, plan.packing) for group in groups]
     rows = concatenate_datasets(parts)
     if data.overfit_rows and len(rows):
         rows = rows.select(numpy.arange(batch.fill_effective_batch(len(rows), plan.effective_batch_size)) % len(rows))
-    weights = [(len(part), source.weight) for part, source in zip(parts, data.training, strict=False) if is_weighted]
+    weights = [
+        (len(part), source.weight) for part, source in zip(parts, data.sources("train"), strict=False) if is_weighted
+    ]
     for name, (count, weight) in zip(training, weights, strict=False):
         if not rows_per_epoch([(count, weight)]):
-            raise DataError(
-                f"data.train: {name}: weight: found {weight:g} of {count} rows, which uses no row. Set a weight of "
-                f"{1 / max(count, 1):.2g} or more, or remove the source"
-            )
+            fix = f"Set {1 / max(count, 1):.2g} or more, or remove the source"
+            raise DataError(f"data.train: {name}: weight: found {weight:g} of {count} rows, which uses no row. {fix}")
     return rows, weights
 
 
@@ -356,7 +329,8 @@ def _build_from_scratch(plan: Plan, train: Mapping[str, Source], folder: Path) -
     """Build the model of a from-scratch recipe; its tokenizer is trained on the rows of the training sources."""
     from sft_recipes.data.toy import toy_model
 
-    conversations = itertools.chain.from_iterable(map(read_conversations, train.values()))
+    rows = (attempt(conversation_of, row, source.settings) for source in train.values() for row in source.rows())
+    conversations = (row for row in rows if not isinstance(row, DataError))  # tokenization reports the others
     messages = itertools.chain.from_iterable(conversation.messages for conversation in conversations)
     texts = [text for message in messages for text in (message["role"], message["content"])]
     toy_model.build(plan.sections.model.architecture, texts, folder, plan.sections.trainer["seed"])
@@ -375,7 +349,7 @@ def _fingerprint(datasets: list[Any], weights: list[tuple[int, float]]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _split(plan: Plan, training: Sources) -> tuple[Sources, Sources]:
+def _split(plan: Plan, training: Sources) -> dict[str, Sources]:
     """Split each source by seed, keeping its order. Conversations with the same first prompt stay together over all
     sources, so that no prompt is trained on in one source and evaluated in another."""
     digests = {name: split_digests(rows) for name, rows in training.items()}
@@ -383,29 +357,23 @@ def _split(plan: Plan, training: Sources) -> tuple[Sources, Sources]:
     for name, part in digests.items():
         prompts = sorted(set(part.tolist()))
         if len(prompts) < 2:
-            raise DataError(
-                f"data.train: {name}: found one text in all rows, expected two or more to split off validation. "
-                f"Set data.validation=<a file>"
-            )
+            raise DataError(f"data.train: {name}: found one text in all rows. Set data.validation=<a file>")
         count = round(len(prompts) * plan.sections.data.validation_fraction)
         generator = random.Random(plan.sections.trainer["data_seed"])
         held_out.update(generator.sample(prompts, min(max(count, 1), len(prompts) - 1)))
     masks = {name: numpy.isin(part, sorted(held_out)) for name, part in digests.items()}
     if name := next((name for name, mask in masks.items() if mask.all()), None):
-        raise DataError(
-            f"data.train: {name}: found all its prompts in another source's validation split. Set "
-            f"data.validation=<a file>"
-        )
-    return (
-        {name: rows.filter(pyarrow.array(~masks[name])) for name, rows in training.items()},
-        {name: rows.filter(pyarrow.array(masks[name])) for name, rows in training.items()},
-    )
+        raise DataError(f"data.train: {name}: every prompt is in another source too. Set data.validation=<a file>")
+    return {
+        "train": {name: rows.filter(pyarrow.array(~masks[name])) for name, rows in training.items()},
+        "validation": {name: rows.filter(pyarrow.array(masks[name])) for name, rows in training.items()},
+    }
 
 
 def _limit_eval_rows(plan: Plan, rows_by_source: Sources) -> Sources:
     """Limit evaluation rows to `data.max_eval_samples`: a seeded choice, each source in proportion."""
     limit, total = plan.sections.data.max_eval_samples, sum(map(len, rows_by_source.values()))
-    if limit is None or total <= limit:
+    if limit is None or total <= limit or plan.sections.data.overfit_rows:
         return rows_by_source
     generator = numpy.random.default_rng(plan.sections.trainer["data_seed"])
     return {
@@ -415,26 +383,25 @@ def _limit_eval_rows(plan: Plan, rows_by_source: Sources) -> Sources:
 
 
 def _write_prompts(
-    plan: Plan, tokenizer: ConversationTokenizer, by_name: Mapping[str, Source], validation: Sources, file: Path
+    plan: Plan, tokenizer: ConversationTokenizer, by_name: Mapping[str, Source], validation: Sources, folder: Path
 ) -> None:
     """Write a seeded choice of validation conversations up to their last answer, for generations during training."""
     locations = sorted({location for rows in validation.values() for location in rows["location"].to_pylist()})
     generator = random.Random(plan.sections.trainer["data_seed"])
     chosen = generator.sample(locations, min(len(locations), _MAX_PROMPTS))
-    remaining, conversations = set(chosen), {}
+    order, conversations = {location: number for number, location in enumerate(chosen)}, {}
     for source in by_name.values():
-        for row in source.rows():
-            if row.location in remaining:
-                conversations[row.location] = conversation_of(row, source.settings)
-    with file.open("w", encoding="utf-8") as lines:
-        for conversation in map(conversations.__getitem__, chosen):
+        rows = (row for row in source.rows() if row.location in order)
+        conversations |= {order[row.location]: conversation_of(row, source.settings) for row in rows}
+    with (folder / "prompts.jsonl").open("w", encoding="utf-8") as lines:
+        for _, conversation in sorted(conversations.items()):
             *before, answer = conversation.messages
             if answer["content"] and len(before) not in conversation.untrained:
-                content = answer["content"]
+                ids = tokenizer.tokenizer(answer["content"], add_special_tokens=False)["input_ids"]
                 prompt = {
                     "messages": before,
-                    "answer": content,
-                    "answer_tokens": len(tokenizer.tokenizer(content, add_special_tokens=False)["input_ids"]),
+                    "answer": answer["content"],
+                    "answer_tokens": len(ids),
                     "input_ids": tokenizer.tokenize_prompt(replace(conversation, messages=before)),
                 }
                 lines.write(json.dumps(prompt, ensure_ascii=False) + "\n")

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import hashlib
 import io
 import itertools
 import json
 import os
 import re
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sft_recipes.config.schema import Data, DataSource
 from sft_recipes.data import hub
+from sft_recipes.data.columns import REQUIRED
 from sft_recipes.data.toy import toy_dataset
+from sft_recipes.runtime.atomic_write import sha256
 from sft_recipes.runtime.errors import DataError, UserError
 from sft_recipes.runtime.paths import check_links, mount_hint
+from sft_recipes.runtime.run_dir import read_json
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 TOY_NAMES = ("toy:train", "toy:validation")
+PARTS = ("train", "validation", "retention_eval")  # keys of the section `data` that name sources
 
 
 @dataclass(frozen=True)
@@ -42,28 +44,23 @@ class Source:
     """The files of one dataset name: local ones, or a split of a Hub dataset in the Hub's cache.
 
     Attributes:
-        files: data files, or the folder that `Dataset.save_to_disk` wrote.
+        files: data files, the folder that `Dataset.save_to_disk` wrote, or the folder of a Hub dataset.
+        hub_name: name and split of a Hub dataset, `owner/name:split`.
         settings: how the recipe says to read it.
     """
 
     files: tuple[Path, ...] = ()
     hub_name: str | None = None
-    hub_split: str = "train"
-    hub_folder: Path | None = None
     settings: DataSource = field(default_factory=lambda: DataSource(""))
 
-    def fingerprint(self) -> str:
-        """Return the SHA-256 of the files' contents, or of name, split and commit of a Hub dataset, and of the settings
-        that change what is read."""
-        digest = hashlib.sha256()
-        digest.update(json.dumps({**asdict(self.settings), "path": ""}, sort_keys=True).encode())
-        for file in itertools.chain.from_iterable(sorted(f.iterdir()) if f.is_dir() else [f] for f in self.files):
-            digest.update(os.fsencode(file))  # rows have their location
-            with file.open("rb") as content:
-                digest.update(hashlib.file_digest(content, "sha256").digest())
-        commit = self.hub_folder.name if self.hub_folder else None  # the cache names a snapshot by its commit
-        digest.update(f"{self.hub_name}:{self.hub_split}:{commit}".encode())
-        return digest.hexdigest()
+    def identity(self) -> list[Any]:
+        """Return what determines its rows: the settings that change what is read, and names and checksums of its files,
+        or name and commit of a Hub dataset."""
+        settings = {**asdict(self.settings), "path": ""}
+        if self.hub_name:
+            return [settings, self.hub_name, self.files[0].name]  # the cache names a snapshot by its commit
+        files = itertools.chain.from_iterable(sorted(f.iterdir()) if f.is_dir() else [f] for f in self.files)
+        return [settings, *((str(file), sha256(file)) for file in files)]  # rows have their location
 
     @property
     def display_name(self) -> str:
@@ -73,7 +70,7 @@ class Source:
     def file_names(self) -> list[str]:
         """Return the files that are read if a folder was named; none for a single file or a Hub dataset."""
         names = [str(file) for file in self.files]
-        return [] if names == [self.settings.path] or self.settings.path in TOY_NAMES else names
+        return [] if names == [self.settings.path] or self.settings.path in TOY_NAMES or self.hub_name else names
 
     def rows(self) -> Iterator[RawRow]:
         """Yield all rows in file order.
@@ -81,14 +78,12 @@ class Source:
         Raises:
             DataError: a file is not what its suffix says, with the line.
         """
-        if self.hub_folder is not None:
-            yield from _dataset_rows(self.hub_folder, self.hub_name or "", self.hub_split)
         for file in self.files:
-            yield from _dataset_rows(file, "", "") if file.is_dir() else _READERS[file.suffix.lower()](file)
+            yield from _dataset_rows(file, self.hub_name) if file.is_dir() else _READERS[file.suffix.lower()](file)
 
 
-def resolve_all(data: Data, key: str, toy_folder: Path) -> dict[str, Source]:
-    """Return the sources of `data.train`, `data.validation` or `data.retention_eval`, each under its own short name.
+def resolve_all(data: Data, part: str, toy_folder: Path) -> dict[str, Source]:
+    """Return the sources of one of PARTS, each under its own short name.
 
     Without a validation source, it is the validation or test split of the only training source, if that is a folder.
     No validation source is named `retention_eval`: that is the name of the retention eval set's loss.
@@ -96,11 +91,10 @@ def resolve_all(data: Data, key: str, toy_folder: Path) -> dict[str, Source]:
     Raises:
         DataError: as `resolve`, or a source is named twice.
     """
-    parts = {"data.train": data.training, "data.validation": data.held_out, "data.retention_eval": data.retention}
-    named = parts[key]
-    if key == "data.validation" and not named and len(data.training) == 1:
-        only = data.training[0]
-        splits = _splits_of(_expand(only.path), key) if _expand(only.path).is_dir() else {}
+    key, named = f"data.{part}", data.sources(part)
+    if part == "validation" and not named and not data.overfit_rows:
+        only, *others = data.sources("train")
+        splits = _splits_of(_expand(only.path), key) if _expand(only.path).is_dir() and not others else {}
         split = next((name for name in ("validation", "test") if name in splits and "train" in splits), None)
         return {_short_name(only.path): Source(splits[split], settings=replace(only, weight=1.0))} if split else {}
     resolved: dict[str, Source] = {}
@@ -110,7 +104,7 @@ def resolve_all(data: Data, key: str, toy_folder: Path) -> dict[str, Source]:
             raise DataError(f"{key}: {settings.path}: found {count} times, expected once. Remove the duplicate")
         short = _short_name(settings.path)
         number = sum(other == short or other.startswith(f"{short}_") for other in resolved)
-        number += short == "retention_eval" and key != "data.retention_eval"
+        number += short == "retention_eval" != part
         source = resolve(settings.path, key, toy_folder, data.revision_of(settings.path))
         resolved[f"{short}_{number + 1}" if number else short] = replace(source, settings=settings)
     return resolved
@@ -144,7 +138,6 @@ def resolve(name: str, key: str, toy_folder: Path, revision: str | None = None) 
     """
     if name in TOY_NAMES:
         if not (toy_folder / "train.jsonl").is_file():
-            toy_folder.mkdir(parents=True, exist_ok=True)
             toy_dataset.write(toy_folder)
         return Source(files=(toy_folder / f"{name.partition(':')[2]}.jsonl",))
     path = _expand(name)
@@ -160,26 +153,22 @@ def resolve(name: str, key: str, toy_folder: Path, revision: str | None = None) 
     if is_file:
         return Source((path,))
     if dataset := hub_name(name):
-        return Source((), dataset, name.partition(":")[2] or "train", hub.download_dataset(dataset, revision, key))
-    raise DataError(
-        f"{key}: no file or folder {name!r}. Name a file, a folder or a Hub dataset (owner/name or owner/name:split)"
-        f"{mount_hint()}"
-    )
+        split = name.partition(":")[2] or "train"
+        return Source((hub.download_dataset(dataset, revision, key),), f"{dataset}:{split}")
+    fix = "Name a file, a folder or a Hub dataset (owner/name or owner/name:split)"
+    raise DataError(f"{key}: no file or folder {name!r}. {fix}{mount_hint()}")
 
 
 def _files_of(folder: Path, key: str, split: str | None = None) -> tuple[Path, ...]:
     """Return the files of a folder's split: of `split` if it is named, else of the one that `key` is for."""
     splits = _splits_of(folder, key)
     wanted = (split,) if split else ("train",) if key == "data.train" else ("validation", "test")
+    if not split and len(splits) == 1 and key != "data.train":
+        wanted += tuple(splits)
     files = next((splits[name] for name in wanted if name in splits), None)
-    if files is None and not split and len(splits) == 1 and key != "data.train":
-        files = next(iter(splits.values()))
     if files is None:
-        found = ", ".join(splits)
-        raise DataError(
-            f"{key}: folder {folder}: found the splits {found}, expected {' or '.join(wanted)}. Name one: "
-            f"{folder}:{next(iter(splits))}"
-        )
+        found = f"found the splits {', '.join(splits)}, expected {' or '.join(wanted)}"
+        raise DataError(f"{key}: folder {folder}: {found}. Name one: {folder}:{next(iter(splits))}")
     return files
 
 
@@ -192,19 +181,14 @@ def _splits_of(folder: Path, key: str) -> dict[str, tuple[Path, ...]]:
     from datasets.data_files import DataFilesList, EmptyDatasetError, get_data_patterns
 
     check_links(folder, key)
-    if (folder / "dataset_dict.json").is_file():
-        names = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8")).get("splits", [])
-        return {name: (folder / name,) for name in names}
+    splits = {name: (folder / name,) for name in read_json(folder / "dataset_dict.json").get("splits", [])}
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
-        return {"train": (folder,)}
+        splits = {"train": (folder,)}
     code = sorted(folder.rglob("*.py"))
     if code:
-        raise DataError(
-            f"{key}: {folder} contains code ({code[0].name}), which is never run. Remove it, or name the data files"
-        )
-    splits = {}
+        raise DataError(f"{key}: {folder} contains code ({code[0].name}), which is never run. Remove it")
     with contextlib.suppress(EmptyDatasetError, FileNotFoundError):  # reported below
-        for split, patterns in get_data_patterns(str(folder)).items():
+        for split, patterns in get_data_patterns(str(folder)).items() if not splits else ():
             names = DataFilesList.from_patterns(patterns, base_path=str(folder))
             relative = (os.path.relpath(name, folder.absolute()) for name in names)
             if files := tuple(folder / name for name in relative if Path(name).suffix.lower() in SUFFIXES):
@@ -215,23 +199,18 @@ def _splits_of(folder: Path, key: str) -> dict[str, tuple[Path, ...]]:
 
 
 def _read_text(file: Path) -> str:
-    def line_at(position: int) -> int:
-        return content.count(b"\n", 0, position) + 1
-
     try:
         content = file.read_bytes()
     except OSError as error:
         raise DataError(f"{file}: not readable ({error.strerror})") from error
-    if b"\x00" in content:
-        line = line_at(content.index(0))
-        raise DataError(f"{file}:{line}: found a NUL byte, expected UTF-8 text. Save it as UTF-8, or replace it")
-    try:
-        return content.decode("utf-8-sig")  # a byte-order mark is not part of the text
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file}:{line_at(error.start)}: encoding: found byte {content[error.start]:#04x}, expected UTF-8. Save "
-            f"the file as UTF-8"
-        ) from error
+    position = content.find(0)
+    if position == -1:
+        try:
+            return content.decode("utf-8-sig")  # a byte-order mark is not part of the text
+        except UnicodeDecodeError as error:
+            position = error.start
+    line, byte = content.count(b"\n", 0, position) + 1, content[position]
+    raise DataError(f"{file}:{line}: encoding: found byte {byte:#04x}, expected UTF-8. Save the file as UTF-8")
 
 
 def type_name(value: Any) -> str:
@@ -248,6 +227,14 @@ def shorten(value: Any, length: int = 60) -> str:
     except RecursionError:
         return "…"
     return text if len(text) <= length + 2 else f"{text[:length]}…"
+
+
+def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return the function's result, or the DataError that it raises."""
+    try:
+        return function(*arguments)
+    except DataError as error:
+        return error
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -277,15 +264,7 @@ def _line_rows(file: Path, text: str) -> Iterator[RawRow]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             location = f"{file}:{number}"
-            try:
-                values = parse_json(line, location)
-            except DataError as error:
-                values = error
-            yield RawRow(values, location)
-
-
-# Keys of a row whose value may be a list of objects without being a list of rows.
-_ROW_KEYS = {"messages", "conversations", "conversation", "prompt", "instruction", "question"}
+            yield RawRow(attempt(parse_json, line, location), location)
 
 
 def _json_rows(file: Path) -> Iterator[RawRow]:
@@ -293,47 +272,43 @@ def _json_rows(file: Path) -> Iterator[RawRow]:
     text = _read_text(file)
     first, _, rest = text.strip().partition("\n")
     is_document = file.suffix.lower() == ".json" or first.startswith("[")
-    try:
-        has_lines = isinstance(json.loads(first), dict | list) and bool(rest)
-    except (ValueError, RecursionError):
-        has_lines = False
-    if has_lines or not is_document:
+    has_lines = rest and isinstance(attempt(parse_json, first, ""), dict | list)
+    if has_lines or not is_document or not first:
         yield from _line_rows(file, text)
-        return
-    if not first:
         return
     content = parse_json(text, str(file))
     if isinstance(content, dict):
         lists = [
             value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)
         ]
-        content = lists[0] if len(lists) == 1 and not _ROW_KEYS & content.keys() else [content]
+        content = lists[0] if len(lists) == 1 and not set(REQUIRED) & content.keys() else [content]
     if not isinstance(content, list):
         raise DataError(f"{file}: found {type_name(content)}, expected a list of rows")
     for number, row in enumerate(content, start=1):
         yield RawRow(row, f"{file}, row {number}")
 
 
+def _check_unique(names: list[str], where: str) -> list[str]:
+    if len(set(names)) < len(names):
+        raise DataError(f"{where}: found a column twice ({', '.join(names)}). Rename one of them")
+    return names
+
+
 def _csv_rows(file: Path) -> Iterator[RawRow]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(_read_text(file), newline=""), strict=True)
     names: list[str] = []
     line = 1
     try:
         for values in reader:
-            location = f"{file}:{line}"  # the first line of a row that spans several
-            line = reader.line_num + 1
-            if not values:
-                continue
-            if names and len(values) != len(names):
+            location, line = f"{file}:{line}", reader.line_num + 1  # the first line of a row that spans several
+            if values and not names:
+                names = _check_unique(values, f"{location}: header")
+            elif len(values) == len(names):
+                yield RawRow(dict(zip(names, values, strict=True)), location)
+            elif values:
                 expected = f"expected {len(names)} ({', '.join(names)})"
                 yield RawRow(DataError(f"{location}: columns: found {len(values)}, {expected}"), location)
-            elif names:
-                yield RawRow(dict(zip(names, values, strict=True)), location)
-            elif len(set(values)) < len(values):
-                raise DataError(f"{location}: header: found a column twice ({', '.join(values)}). Rename one of them")
-            else:
-                names = values
     except csv.Error as error:
         raise DataError(f"{file}:{line}: not valid CSV: {error}") from error
 
@@ -344,9 +319,7 @@ def _parquet_rows(file: Path) -> Iterator[RawRow]:
 
     try:
         parquet = pyarrow.parquet.ParquetFile(file)
-        names = parquet.schema_arrow.names
-        if len(set(names)) < len(names):
-            raise DataError(f"{file}: schema: found a column twice ({', '.join(names)}). Rename one of them")
+        _check_unique(parquet.schema_arrow.names, f"{file}: schema")
         yield from _arrow_rows(parquet.iter_batches(), str(file))
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{file}: not valid Parquet: {error}") from error
@@ -354,45 +327,38 @@ def _parquet_rows(file: Path) -> Iterator[RawRow]:
 
 def _arrow_rows(batches: Any, name: str) -> Iterator[RawRow]:
     """Yield the rows of Arrow batches without the nulls that Arrow writes where rows have different keys."""
-    number = 0
-    for batch in batches:
-        for row in batch.to_pylist():
-            number += 1
-            yield RawRow({field.name: _from_arrow(row[field.name], field.type) for field in batch.schema},
-                         f"{name}, row {number}")  # fmt: skip
+    rows = ((row, batch.schema) for batch in batches for row in batch.to_pylist())
+    for number, (row, schema) in enumerate(rows, start=1):
+        values = {field.name: _from_arrow(row[field.name], field.type) for field in schema}
+        yield RawRow(values, f"{name}, row {number}")
 
 
 def _from_arrow(value: Any, kind: Any) -> Any:
     """Return a value without the null fields of its structs, and with its JSON parsed (`datasets.Json`)."""
     import pyarrow
 
-    if value is None or not pyarrow.types.is_nested(kind):
-        if isinstance(kind, pyarrow.JsonType) and isinstance(value, str):
-            return json.loads(value)
-        return value
-    if pyarrow.types.is_struct(kind):
-        return {
-            field.name: _from_arrow(value[field.name], field.type) for field in kind if value[field.name] is not None
-        }
+    if isinstance(kind, pyarrow.JsonType) and value is not None:
+        return json.loads(value)
+    if isinstance(value, dict):
+        fields = (field for field in kind if value[field.name] is not None)
+        return {field.name: _from_arrow(value[field.name], field.type) for field in fields}
     if isinstance(value, list) and not pyarrow.types.is_map(kind):
         return [_from_arrow(item, kind.value_type) for item in value]
     return value
 
 
-def _dataset_rows(folder: Path, hub_name: str, split: str) -> Iterator[RawRow]:
+def _dataset_rows(folder: Path, hub_name: str | None) -> Iterator[RawRow]:
     """Read a folder that `Dataset.save_to_disk` wrote, or a split of a Hub dataset in the Hub's cache."""
     from datasets import load_dataset, load_dataset_builder, load_from_disk
 
-    name = f"{hub_name}:{split}" if hub_name else str(folder)
+    name = hub_name or str(folder)
     try:
-        if hub_name:
-            data_files = load_dataset_builder(str(folder)).config.data_files or {}
-            for file in itertools.chain.from_iterable(data_files.values()):
-                if not Path(os.path.normpath(file)).is_relative_to(folder.resolve()):
-                    raise DataError(
-                        f"data: {hub_name}: its dataset card names {file}, which is not a file of this dataset. Set "
-                        f"another data.revision, or download the files and name their folder"
-                    )
+        files = load_dataset_builder(str(folder)).config.data_files if hub_name else {}
+        for file in itertools.chain.from_iterable((files or {}).values()):
+            if not Path(os.path.normpath(file)).is_relative_to(folder.resolve()):
+                problem = f"its dataset card names {file}, which is not a file of this dataset"
+                raise DataError(f"data: {hub_name}: {problem}. Set another data.revision")
+        split = name.rpartition(":")[2]
         dataset = load_dataset(str(folder), split=split) if hub_name else load_from_disk(str(folder))
         yield from _arrow_rows(dataset.with_format("arrow").iter(1000), name)
     except UserError:

@@ -11,20 +11,25 @@ import datetime
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from sft_recipes.data.assistant_spans import Layout, RenderedRow, SpanFinder
 from sft_recipes.data.chat_template import AmbiguousTemplateError, ChatTemplate, Tools, training_templates
 from sft_recipes.data.formats import Conversation, Message
+from sft_recipes.data.sources import attempt
 from sft_recipes.data.tokenizer import special_tokens
 from sft_recipes.runtime.errors import DataError
 
+AS_TEXT = "special tokens in a text: encoded as text"
+GENERATED_IDS = "tool call ids generated"
+DROPPED_REASONING = "reasoning of earlier turns dropped, as at inference"
 IGNORED = -100  # the label of a token outside the loss (torch.nn.CrossEntropyLoss.ignore_index)
 
-_REASONING = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)  # at the beginning of an answer
-_MAX_TEMPLATES = 256  # rows may have template variables of their own
+_REASONING = re.compile(r"(\s*<think>)(.*?)(</think>)", re.DOTALL)  # at the beginning of an answer
+_MAX_TEMPLATES, _MAX_LAYOUTS = 256, 4096  # in the cache: rows may have template variables and tools of their own
 _PLACEHOLDER = 0xEF00  # the first of some private-use characters
 _FIX = "Set model.chat_template=<a .jinja file>"
 
@@ -35,24 +40,18 @@ class Example:
 
     Attributes:
         spans: the assistant's [start, end) tokens.
-        location: file and line of the row.
         stop_ids: ids of the tokens that end the assistant's turns.
         note: how the text differs from the text at inference; empty if it does not.
         span_source: how the assistant spans were found.
-        special_tokens_as_text: a message contains a special token's characters.
-        dropped_reasoning: the template drops the reasoning of earlier turns.
-        generated_call_ids: its tool calls got ids that the row does not have.
+        conventions: what was done to the conversation, in addition to `Conversation.conventions`.
     """
 
     input_ids: list[int]
     spans: tuple[tuple[int, int], ...]
-    location: str = ""
     stop_ids: frozenset[int] = frozenset()
     note: str = ""
     span_source: str = ""
-    special_tokens_as_text: bool = False
-    dropped_reasoning: bool = False
-    generated_call_ids: bool = False
+    conventions: tuple[str, ...] = ()
 
     @property
     def labels(self) -> list[int]:
@@ -72,25 +71,7 @@ class Example:
             return self
         spans = tuple((start, min(end, length)) for start, end in self.spans if start < length)
         end = spans[-1][1] if spans and len(spans) < len(self.spans) else length
-        return Example(self.input_ids[:end], spans, self.location)
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """A rendered conversation.
-
-    Attributes:
-        text: with a placeholder in place of the first character of each special token that is only text, so that no
-            tokenizer finds it. Tokenizing in pieces would work for byte-level tokenizers only.
-        is_escaped: there are placeholders.
-        found: the assistant's spans; None for a prompt.
-        generated_call_ids: as in `Example`.
-    """
-
-    text: str
-    is_escaped: bool
-    found: RenderedRow | None
-    generated_call_ids: bool
+        return Example(self.input_ids[:end], spans)
 
 
 class ConversationTokenizer:
@@ -111,23 +92,22 @@ class ConversationTokenizer:
         self._placeholders = {character: chr(_PLACEHOLDER + index) for index, character in enumerate(characters)}
         self._originals = {ord(placeholder): character for character, placeholder in self._placeholders.items()}
         self._adds_bos = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
-        self._finders: dict[tuple[str, str], SpanFinder] = {}
-        self._literal_counts: dict[Layout, tuple[int, str]] = {}
+        self._finder = lru_cache(_MAX_TEMPLATES)(self._make_finder)
+        self._literals_of = lru_cache(_MAX_LAYOUTS)(self._examine_literals)
 
-    def tokenize(self, conversations: Sequence[Conversation]) -> list[Example | DataError]:
+    def tokenize(self, conversations: Sequence[Conversation | DataError]) -> list[Example | DataError]:
         """Tokenize conversations and locate the assistant's tokens in them, end of turn included.
 
         Special tokens are not added: the template wrote the ones it needs, so there is one BOS, never two.
 
         Returns:
-            For each an example, or an error: the template rejects it, its assistant turns cannot be located with
-            certainty, or a turn does not end with a special token.
+            For each an example, or an error: its own, or the template rejects it, its assistant turns cannot be located
+            with certainty, or a turn does not end with a special token.
         """
-        rows = [_try(self._render, conversation) for conversation in conversations]
-        encodings = iter(self._encode([row.text for row in rows if isinstance(row, _Row)]))
+        rows = [row if isinstance(row, DataError) else attempt(self._render, row) for row in conversations]
+        encodings = iter(self._encode([row.text for row in rows if isinstance(row, RenderedRow)]))
         return [
-            _try(self._make_example, conversation.location, row, next(encodings)) if isinstance(row, _Row) else row
-            for conversation, row in zip(conversations, rows, strict=True)
+            attempt(self._make_example, row, next(encodings)) if isinstance(row, RenderedRow) else row for row in rows
         ]
 
     def tokenize_prompt(self, conversation: Conversation) -> list[int]:
@@ -139,118 +119,93 @@ class ConversationTokenizer:
         row = self._render(conversation, is_prompt=True)
         return self._unescape(row, self._encode([row.text])[0])[0]
 
-    def _finder(self, tools: Tools, template_kwargs: Mapping[str, Any]) -> SpanFinder:
+    def _make_finder(self, source: str, template_kwargs: str) -> SpanFinder:
+        variables = {**self.tokenizer.special_tokens_map, **json.loads(template_kwargs)}
+        shipped = training_templates().get(source)
         try:
-            source = self.tokenizer.get_chat_template(None, tools)
+            template = ChatTemplate(source, variables, self._date)
+            training = ChatTemplate(shipped, variables, self._date) if shipped else None
+        except Exception as error:  # a Jinja syntax error, or any other error of its compiler
+            raise DataError(f"chat template: not valid Jinja: {error}. {_FIX}") from error
+        return SpanFinder(template, training, self._stop_tokens, self._special_pattern, self._originals)
+
+    def _render(self, conversation: Conversation, is_prompt: bool = False) -> RenderedRow:
+        try:
+            source = self.tokenizer.get_chat_template(None, conversation.tools)
         except ValueError as error:
             raise DataError(f"model.name_or_path: {error}") from error
-        key = source, json.dumps(template_kwargs, sort_keys=True) if template_kwargs else ""
-        if key not in self._finders:
-            if len(self._finders) >= _MAX_TEMPLATES:
-                self._finders.clear()
-            variables = {**self.tokenizer.special_tokens_map, **template_kwargs}
-            shipped = training_templates().get(source)
-            try:
-                template = ChatTemplate(source, variables, self._date)
-                training = ChatTemplate(shipped, variables, self._date) if shipped else None
-            except Exception as error:  # a Jinja syntax error, or any other error of its compiler
-                raise DataError(f"chat template: not valid Jinja: {error}. {_FIX}") from error
-            self._finders[key] = SpanFinder(
-                template, training, self._stop_tokens, self._special_pattern, self._originals
-            )
-        return self._finders[key]
-
-    def _render(self, conversation: Conversation, is_prompt: bool = False) -> _Row:
-        finder = self._finder(conversation.tools, conversation.template_kwargs)
+        finder = self._finder(source, json.dumps(conversation.template_kwargs, sort_keys=True))
         messages = [_split_reasoning(message, finder.template) for message in conversation.messages]
-        failure: Exception | None = None
-        try:
-            self._check_calls(messages, conversation.tools)
-            for given, generated_ids in _with_possible_ids(messages, finder.template):
-                escaped = [self._escape(message) for message in given]
-                try:
-                    if is_prompt:
-                        text = finder.template.render(escaped, conversation.tools, add_generation_prompt=True)
-                        return _Row(text, escaped != given, None, generated_ids)
-                    found = finder.find(replace(conversation, messages=given), escaped)
-                    self._count_in_literals(found.layout)
-                    return _Row(found.text, escaped != given, found, generated_ids)
-                except AmbiguousTemplateError as error:
-                    failure = error
-            raise failure or AmbiguousTemplateError("")
-        except AmbiguousTemplateError as error:
-            raise DataError(f"{conversation.location}: chat template: {error}. {_FIX}") from error
+        failure = AmbiguousTemplateError("")
+        for given, generated_ids in _with_possible_ids(messages, finder.template):
+            escaped = [self._escape(message) for message in given]
+            try:
+                self._check_calls(given, conversation.tools)
+                if is_prompt:
+                    text = finder.template.render(escaped, conversation.tools, add_generation_prompt=True)
+                    return RenderedRow(conversation.location, text, escaped != given)
+                row = finder.find(replace(conversation, messages=given), escaped)
+                self._literals_of(row.layout)
+                return replace(row, generated_call_ids=generated_ids)
+            except AmbiguousTemplateError as error:
+                failure = error
+        raise DataError(f"{conversation.location}: chat template: {failure}. {_FIX}") from failure
 
     def _check_calls(self, messages: Sequence[Message], tools: Tools) -> None:
         """Check that calls and tools contain no special tokens; the template writes them unescaped."""
-        fields = [("tools", tools)]
+        fields: list[tuple[str, Any]] = [("tools", tools)]
         for number, message in enumerate(messages, start=1):
-            kind = "call" if message.get("tool_calls") else "name"
-            values = [message.get(key) for key in ("tool_calls", "name", "tool_call_id")]
-            fields.append((f"turn {number}: tool {kind}", values if any(values) else None))
+            fields += [(f"turn {number}: {key}", message.get(key)) for key in ("tool_calls", "name", "tool_call_id")]
         for name, value in fields:
             if value and (match := self._special_pattern.search(str(value))):
                 raise AmbiguousTemplateError(f"{name}: found the special token {match.group()!r}, expected plain text")
 
     def _escape(self, message: Message) -> Message:
         """Return a message with a placeholder at each special token in its texts, except in the tags of reasoning."""
-        escaped = dict(message)
-        for field in ("content", "reasoning_content", "thinking"):
-            if text := message.get(field):
-                tags = _REASONING.match(text) if field == "content" and message["role"] == "assistant" else None
-                kept = (tags.start(1) - len("<think>"), tags.end(1)) if tags else ()
 
-                def escape(match: re.Match[str], kept: tuple[int, ...] = kept) -> str:
-                    token = match.group()
-                    return token if match.start() in kept else self._placeholders[token[0]] + token[1:]
+        def escape(text: str) -> str:
+            return self._special_pattern.sub(lambda token: self._placeholders[token[0][0]] + token[0][1:], text)
 
-                escaped[field] = self._special_pattern.sub(escape, text)
+        fields = (field for field in ("content", "reasoning_content", "thinking") if message.get(field))
+        escaped = {**message, **{field: escape(message[field]) for field in fields}}
+        if message["role"] == "assistant" and (tags := _REASONING.match(message["content"])):
+            escaped["content"] = tags[1] + escape(tags[2]) + tags[3] + escape(message["content"][tags.end() :])
         return escaped
 
-    def _count_in_literals(self, layout: Layout) -> tuple[int, str]:
+    def _examine_literals(self, layout: Layout) -> tuple[int, str]:
         """Return how many special tokens the template itself writes, and a note on its BOS.
 
         Raises:
             AmbiguousTemplateError: it writes BOS twice.
         """
-        if layout not in self._literal_counts:
-            if len(self._literal_counts) > 4096:
-                self._literal_counts.clear()
-            ids = self._encode(["x".join(layout.literals)])[0].ids
-            bos, bos_id = self.tokenizer.bos_token, self.tokenizer.bos_token_id
-            if bos is not None and ids[:2] == [bos_id, bos_id]:
-                raise AmbiguousTemplateError(f"found {bos} twice, expected it once")
-            note = f"the template writes no {bos}, which the tokenizer adds to other texts"
-            count = sum(id in self._special_ids for id in ids)
-            self._literal_counts[layout] = count, note if self._adds_bos and bos_id not in ids else ""
-        return self._literal_counts[layout]
+        ids = self._encode(["x".join(layout.literals)])[0].ids
+        bos, bos_id = self.tokenizer.bos_token, self.tokenizer.bos_token_id
+        if bos is not None and ids[:2] == [bos_id, bos_id]:
+            raise AmbiguousTemplateError(f"found {bos} twice, expected it once")
+        note = f"the template writes no {bos}, which the tokenizer adds to other texts"
+        return sum(id in self._special_ids for id in ids), note if self._adds_bos and bos_id not in ids else ""
 
-    def _make_example(self, location: str, row: _Row, encoding: Any) -> Example:
-        assert row.found is not None
-        layout = row.found.layout
+    def _make_example(self, row: RenderedRow, encoding: Any) -> Example:
         ids, index = self._unescape(row, encoding)
-        tokens = [_token_span(encoding, start, end) for start, end in row.found.spans]
-        count, note = self._count_in_literals(layout)
+        tokens = [_token_span(encoding, start, end) for start, end in row.spans]
+        count, note = self._literals_of(row.layout)
         if row.is_escaped or "<think>" in row.text:
-            count += sum(len(self._special_pattern.findall(text)) for text in row.found.texts)  # the tags of reasoning
+            count += sum(len(self._special_pattern.findall(text)) for text in row.texts)  # the tags of reasoning
         if sum(map(self._special_ids.__contains__, ids)) != count or not self._decodes(row, encoding.ids, ids):
-            raise DataError(
-                f"{location}: found a special token in a text that this tokenizer cannot encode as ordinary tokens. "
-                f"Remove it from the row"
-            )
+            problem = "found a special token in a text that this tokenizer cannot encode as ordinary tokens"
+            raise DataError(f"{row.location}: {problem}. Remove it from the row")
+        applied = {AS_TEXT: row.is_escaped, GENERATED_IDS: row.generated_call_ids}
+        applied[DROPPED_REASONING] = row.layout.dropped_reasoning
         return Example(
             ids,
             tuple((index[first], index[last]) for first, last in tokens),
-            location,
-            frozenset(self.tokenizer.convert_tokens_to_ids(list(layout.stop_tokens))),
-            "; ".join(filter(None, (layout.note, note))),
-            layout.span_source,
-            row.is_escaped,
-            layout.dropped_reasoning,
-            row.generated_call_ids,
+            frozenset(self.tokenizer.convert_tokens_to_ids(list(row.layout.stop_tokens))),
+            "; ".join(filter(None, (row.layout.note, note))),
+            row.layout.span_source,
+            tuple(convention for convention, holds in applied.items() if holds),
         )
 
-    def _decodes(self, row: _Row, escaped_ids: list[int], ids: list[int]) -> bool:
+    def _decodes(self, row: RenderedRow, escaped_ids: list[int], ids: list[int]) -> bool:
         """Return whether the ids decode to the escaped text with each placeholder replaced by its character."""
         if not row.is_escaped:
             return True
@@ -258,7 +213,7 @@ class ConversationTokenizer:
         counts = [sum(text.count(chr(code)) for code in self._originals) for text in (decoded, row.text)]
         return counts[0] == counts[1] and self.tokenizer.decode(ids) == decoded.translate(self._originals)
 
-    def _unescape(self, row: _Row, encoding: Any) -> tuple[list[int], Sequence[int]]:
+    def _unescape(self, row: RenderedRow, encoding: Any) -> tuple[list[int], Sequence[int]]:
         """Return the ids with each placeholder replaced by its character, and the new index of each id."""
         if not row.is_escaped:
             return encoding.ids, range(len(encoding.ids) + 1)
@@ -285,21 +240,13 @@ def _matching(tokens: set[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
-def _try(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return the function's result, or the DataError that it raises."""
-    try:
-        return function(*arguments)
-    except DataError as error:
-        return error
-
-
 def _split_reasoning(message: Message, template: ChatTemplate) -> Message:
     """Move reasoning to its own field if the template reads one, under both names that templates read."""
     is_split = message["role"] != "assistant" or "reasoning_content" in message
     if template.reads_reasoning and not is_split and (match := _REASONING.match(message["content"])):
         message = {**message, "content": message["content"][match.end() :].lstrip("\n")}
-        if match[1].strip():  # an empty block means no reasoning
-            message["reasoning_content"] = match[1].strip("\n")
+        if match[2].strip():  # an empty block means no reasoning
+            message["reasoning_content"] = match[2].strip("\n")
     if "reasoning_content" in message:
         return {**message, "thinking": message["reasoning_content"]}  # as apply_chat_template does
     return message

@@ -17,7 +17,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
 
@@ -28,7 +28,7 @@ import pyarrow.compute
 from sft_recipes.config.schema import DataSource
 from sft_recipes.data.columns import ColumnError, select_columns
 from sft_recipes.data.formats import Conversation, conversation_of, text_of
-from sft_recipes.data.sources import RawRow, Source
+from sft_recipes.data.sources import RawRow, Source, attempt
 from sft_recipes.data.tokenize import IGNORED, ConversationTokenizer, Example
 from sft_recipes.runtime.errors import DataError
 from sft_recipes.runtime.heartbeat import die_with_parent
@@ -37,11 +37,10 @@ log = logging.getLogger(__name__)
 
 _ROWS_PER_CHUNK = 1000
 _PROGRESS_INTERVAL = 5  # seconds
-_EXAMPLE_FLAGS = ("special_tokens_as_text", "dropped_reasoning")
 
 # Lengths are tokens after truncation to `max_length`; `full_…` before it. `supervised_tokens` are those in the loss.
 # `lost_answers`: truncation removed an answer, and with it its question. `note`: how the text differs from the text at
-# inference. The digests are hashes of the row's text and of its first user turn. Flags are as in `Example`.
+# inference. The digests are hashes of the row's text and of its first user turn.
 SCHEMA = pyarrow.schema(
     {
         **dict.fromkeys(("location", "error", "note", "span_source"), pyarrow.string()),
@@ -51,7 +50,7 @@ SCHEMA = pyarrow.schema(
         **dict.fromkeys(("length", "full_length"), pyarrow.int64()),
         **dict.fromkeys(("supervised_tokens", "full_supervised_tokens"), pyarrow.int64()),
         **dict.fromkeys(("row_digest", "prompt_digest"), pyarrow.uint64()),
-        **dict.fromkeys(("lost_answers", *_EXAMPLE_FLAGS), pyarrow.bool_()),
+        "lost_answers": pyarrow.bool_(),
     }
 )
 
@@ -59,9 +58,8 @@ SCHEMA = pyarrow.schema(
 def tokenize_source(
     source: Source,
     tokenizer: ConversationTokenizer,
-    max_length: int,
     key: str,
-    name: str,
+    max_length: int,
     max_rejected: float = 0.0,
     max_rows: int | None = None,
 ) -> pyarrow.Table:
@@ -69,7 +67,6 @@ def tokenize_source(
 
     Args:
         key: the recipe key that names the source, for errors.
-        name: the source's short name, for progress.
         max_rejected: fraction of rows that may be rejected.
         max_rows: read only the first rows.
 
@@ -90,8 +87,13 @@ def tokenize_source(
     if second:
         # If most are rejected, the source is another than expected: do not read all of it.
         _check_rejected(tables[0], max(max_rejected, 0.5))
-        rest = _on_all_cores(itertools.chain([second], chunks), work)
-        tables += _with_progress(rest, name, len(first))
+        started = logged = time.monotonic()
+        for table in _on_all_cores(itertools.chain([second], chunks), work):
+            tables.append(table)
+            if time.monotonic() - logged > _PROGRESS_INTERVAL:
+                logged, count = time.monotonic(), sum(map(len, tables))
+                speed = count / (logged - started)
+                log.info("data: %s: %s rows tokenized, %.0f rows/s", source.display_name, f"{count:,}", speed)
     table = pyarrow.concat_tables(tables)
     _check_rejected(table, max_rejected)
     return table
@@ -117,42 +119,35 @@ def _check_rejected(table: pyarrow.Table, max_rejected: float) -> None:
 
 
 def tokenize_chunk(
-    rows: Iterable[RawRow], tokenizer: ConversationTokenizer, max_length: int, settings: DataSource | None = None
+    rows: Sequence[RawRow], tokenizer: ConversationTokenizer, max_length: int, settings: DataSource | None = None
 ) -> pyarrow.Table:
     """Tokenize rows in this process.
 
     Raises:
         ColumnError: a column would be ignored although it changes what a row means.
     """
-    records: list[dict[str, Any]] = []
-    conversations = []
-    for row in rows:
-        try:
-            conversation = conversation_of(row, settings)
-        except ColumnError:
-            raise
-        except DataError as error:
-            records.append({"location": row.location, "error": _utf_8(error)})
-        else:
-            conversations.append(conversation)
-            names = {"columns": conversation.columns, "ignored_keys": conversation.ignored_keys}
-            records.append({"location": row.location, **{key: json.dumps(value) for key, value in names.items()}})
-    parsed = [record for record in records if "error" not in record]
+    conversations = [attempt(conversation_of, row, settings) for row in rows]
+    if error := next((error for error in conversations if isinstance(error, ColumnError)), None):
+        raise error
     examples = tokenizer.tokenize(conversations)
-    for record, conversation, example in zip(parsed, conversations, examples, strict=True):
-        if isinstance(example, DataError):
-            record["error"] = _utf_8(example)
-        else:
-            record |= to_record(conversation, example, max_length)
+    records = [to_record(*row, max_length) for row in zip(rows, conversations, examples, strict=True)]
     return pyarrow.Table.from_pylist(records, schema=SCHEMA)
 
 
-def to_record(conversation: Conversation, example: Example, max_length: int) -> dict[str, Any]:
-    """Truncate an example to `max_length` tokens; return the columns of SCHEMA that an accepted row has."""
+def to_record(
+    row: RawRow, conversation: Conversation | DataError, example: Example | DataError, max_length: int
+) -> dict[str, Any]:
+    """Truncate an example to `max_length` tokens; return the columns of SCHEMA that the row has."""
+    if isinstance(conversation, DataError):
+        return {"location": row.location, "error": _utf_8(conversation)}
+    names = {key: json.dumps(getattr(conversation, key)) for key in ("columns", "ignored_keys")}
+    if isinstance(example, DataError):
+        return {"location": row.location, "error": _utf_8(example), **names}
     short = example.truncate(max_length)
-    generated = ("tool call ids generated",) if example.generated_call_ids else ()
     return {
-        "conventions": (*conversation.conventions, *generated),
+        "location": row.location,
+        **names,
+        "conventions": (*conversation.conventions, *example.conventions),
         "input_ids": short.input_ids,
         "labels": [IGNORED, *short.labels[1:]],  # nothing predicts the first token
         "length": len(short.input_ids),
@@ -165,7 +160,6 @@ def to_record(conversation: Conversation, example: Example, max_length: int) -> 
         "note": _utf_8(example.note),
         "span_source": example.span_source,
         "stop_ids": sorted(example.stop_ids),
-        **{name: getattr(example, name) for name in _EXAMPLE_FLAGS},
     }
 
 
@@ -184,14 +178,11 @@ def _on_all_cores(chunks: Iterator[list[RawRow]], work: tuple[Any, ...]) -> Iter
     pending: collections.deque[Future[pyarrow.Table]] = collections.deque()
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(cores, fork, initializer=_start_worker, initargs=(os.getpid(),)) as pool:
-        try:
-            for chunk in chunks:
-                pending.append(pool.submit(_tokenize, chunk))
-                while len(pending) > 3 * cores:  # bounds the chunks in memory
-                    yield pending.popleft().result()
-            yield from (future.result() for future in pending)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        for chunk in chunks:
+            pending.append(pool.submit(_tokenize, chunk))
+            while len(pending) > 3 * cores:  # bounds the chunks in memory
+                yield pending.popleft().result()
+        yield from (future.result() for future in pending)
 
 
 def _start_worker(parent: int) -> None:
@@ -203,28 +194,18 @@ def _tokenize(rows: list[RawRow]) -> pyarrow.Table:
     return tokenize_chunk(rows, *_WORK)
 
 
-def _with_progress(tables: Iterable[pyarrow.Table], name: str, rows: int) -> Iterator[pyarrow.Table]:
-    """Log the progress of a long preparation."""
-    started = logged = time.monotonic()
-    for table in tables:
-        rows, now = rows + len(table), time.monotonic()
-        if now - logged > _PROGRESS_INTERVAL:
-            logged = now
-            log.info("data: %s: %s rows tokenized, %s rows/s", name, f"{rows:,}", f"{rows / (now - started):,.0f}")
-        yield table
-
-
 def describe_reading(table: pyarrow.Table, source: Source) -> dict[str, Any]:
     """Return what was read of a source as plain values for `details.json` and the manifest.
 
     These are its files, rows by the columns that are read or ignored, and rows by convention and by reason of
     rejection, with the location of the first.
     """
-    used: Counter[tuple[str, str]] = Counter()
+    used: Counter[str] = Counter()
     ignored: Counter[str] = Counter()
     for names, rows in Counter(table["columns"].drop_null().to_pylist()).items():
         selection = select_columns(tuple(json.loads(names)), source.settings)
-        used.update(dict.fromkeys(selection.used.items(), rows))
+        for name, purpose in selection.used.items():
+            used[name if name == purpose else f"{name} as {purpose}"] += rows
         ignored.update(dict.fromkeys(selection.ignored, rows))
     for keys, rows in Counter(table["ignored_keys"].drop_null().to_pylist()).items():
         for key in json.loads(keys):
@@ -241,7 +222,7 @@ def describe_reading(table: pyarrow.Table, source: Source) -> dict[str, Any]:
     return {
         "files": source.file_names(),
         "rows": len(table),
-        "used": [{"column": column, "as": purpose, "rows": rows} for (column, purpose), rows in used.items()],
+        "used": dict(used),
         "ignored": dict(ignored.most_common()),
         "conventions": conventions,
         "rejected": rejected,

@@ -32,24 +32,21 @@ def load_tokenizer(
     Raises:
         DataError: it cannot be loaded, has no chat template and the recipe gives none, or reports no offsets.
     """
+    place = f"model.name_or_path: tokenizer of {name_or_path}"
     try:
         tokenizer = _load_from_files(Path(name_or_path), trust_remote_code)
     except Exception as error:  # OSError, ValueError, errors of the Hub and of the tokenizer
-        raise DataError(
-            f"model.name_or_path: tokenizer of {name_or_path}: {_explain(Path(name_or_path), error)}"
-        ) from error
+        raise DataError(f"{place}: {_explain(Path(name_or_path), error)}") from error
     if chat_template is not None:
-        tokenizer.chat_template = _read_template(chat_template)
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"model.chat_template: {chat_template}: not readable ({error})") from error
     if not tokenizer.chat_template:
-        raise DataError(
-            f"model.name_or_path: tokenizer of {name_or_path}: found no chat template (a base model?). Set "
-            f"model.chat_template=<a .jinja file>, or use the instruct model"
-        )
+        fix = "Set model.chat_template=<a .jinja file>, or use the instruct model"
+        raise DataError(f"{place}: found no chat template (a base model?). {fix}")
     if not tokenizer.is_fast:
-        raise DataError(
-            f"model.name_or_path: tokenizer of {name_or_path}: found a slow tokenizer, expected a fast one "
-            f"(tokenizer.json), which reports token offsets"
-        )
+        raise DataError(f"{place}: found a slow tokenizer, expected a fast one, which reports token offsets")
     if add_tokens:
         tokenizer.add_special_tokens({"additional_special_tokens": [*add_tokens]}, replace_extra_special_tokens=False)
     _set_padding_token(tokenizer)
@@ -95,13 +92,6 @@ def _explain(folder: Path, error: Exception) -> str:
             f"run `pip install {packages}`"
         )
     return f"not loadable ({reason}). Name a folder that has it, or check the Hub name, the network and HF_TOKEN"
-
-
-def _read_template(file: str) -> str:
-    try:
-        return Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"model.chat_template: {file}: not readable ({error})") from error
 
 
 def new_tokens(tokenizer: Any, add_tokens: Sequence[str]) -> dict[str, int]:

@@ -5,7 +5,6 @@ Data preparation writes it once and checks that it loads again with the same ids
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from sft_recipes.data.tokenizer import FIX_MISTRAL_REGEX
 from sft_recipes.runtime.errors import DataError
-from sft_recipes.runtime.run_dir import read_json
+from sft_recipes.runtime.run_dir import read_json, write_json
 
 FOLDER = "tokenizer"  # of the prepared data
 _CONFIG, _TEMPLATE, _SPECIAL_TOKENS = "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"
@@ -51,9 +50,8 @@ def save(tokenizer: Any, base: Path, folder: Path, texts: Iterable[str], trust_r
         is_unchanged = file.is_file() and not fixed and _check_ids(tokenizer, file, texts)
     except Exception as error:  # of any kind: the files may hold anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"model.name_or_path: tokenizer of {base}: cannot be used ({reason}). Use a complete copy of the model"
-        ) from error
+        problem = f"tokenizer of {base}: cannot be used ({reason})"
+        raise DataError(f"model.name_or_path: {problem}. Use a complete copy of the model") from error
     config = {**read_json(folder / _CONFIG), "tokenizer_class": _FROM_FILE}
     copy_files(base, folder, keep=() if is_unchanged else ("tokenizer.json",))
     config = read_json(folder / _CONFIG) or config
@@ -65,14 +63,12 @@ def save(tokenizer: Any, base: Path, folder: Path, texts: Iterable[str], trust_r
         return notes
     extra = config.pop("extra_special_tokens", [])  # Transformers 4 accepts no list under this name
     config = {**tokenizer.special_tokens_map, "additional_special_tokens": extra, **config}
-    _write(folder / _CONFIG, {**config, "tokenizer_class": _FROM_FILE})
+    write_json(folder / _CONFIG, {**config, "tokenizer_class": _FROM_FILE})
     if _ids(model, texts) != expected:
         notes.append(f"tokenizer: read from tokenizer.json, which {type(model).__name__} ignores, also in final/")
     if _ids(_reload(folder, base, trust_remote_code), texts) != expected:
-        notes.append(
-            f"tokenizer: AutoTokenizer of transformers {transformers.__version__} ignores a part of tokenizer.json for "
-            f"this model type. Load it from final/ with {_FROM_FILE}"
-        )
+        note = f"AutoTokenizer of transformers {transformers.__version__} ignores a part of tokenizer.json here"
+        notes.append(f"tokenizer: {note}. Load it from final/ with {_FROM_FILE}")
     return notes
 
 
@@ -141,8 +137,4 @@ def _add_changes(tokenizer: Any, loaded: Any, config: dict[str, Any], folder: Pa
         config.pop("chat_template", None)
         (folder / _TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")
     if config != before:
-        _write(folder / _CONFIG, config)
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(folder / _CONFIG, config)

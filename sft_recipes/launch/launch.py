@@ -226,7 +226,7 @@ def _settle(plan: Plan, stored: Plan | None, prepared: dict[str, object]) -> Pla
 
 def data_changed_message(plan: Plan, before: str | None, now: str | None) -> str:
     """Error if a run's data has changed, with the first fix."""
-    named = ", ".join(source.path for source in plan.sections.data.training)
+    named = ", ".join(source.path for source in plan.sections.data.sources("train"))
     return f"data.train: {named} changed since the run started (data_fingerprint {before} -> {now}). Restore the data"
 
 

@@ -73,9 +73,12 @@ def _lines(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "method", f"{plan.method}: r {lora.r}, alpha {lora.alpha}, {lora.target_modules}, {frozen}{trained}"
     else:
         yield "method", "full fine-tuning"
-    yield "train data", _sources(data.training)
+    yield "train data", _sources(data.sources("train"))
     split = f"a seeded {data.validation_fraction:.0%} of the training data"
-    yield "validation data", _sources(data.held_out) or ("the training rows" if data.overfit_rows else split)
+    yield (
+        "validation data",
+        _sources(data.sources("validation")) or ("the training rows" if data.overfit_rows else split),
+    )
     if data.overfit_rows:
         rows = f"first {data.overfit_rows} rows, repeated each step"
         yield "overfit", f"{rows}; expects a loss below {OVERFIT_LOSS}"

@@ -172,7 +172,7 @@ def check_offline_use(workplace, run, home):
     assert done.returncode == 0 and done.stdout, done.stderr
     assert (run / "merged" / "model.safetensors").is_file()
     error = done.stderr.splitlines()[-1]
-    assert error.startswith(f"model.name_or_path: some/model at {COMMIT[:8]}: not in the Hub's cache")
+    assert error.startswith(f"model.name_or_path: some/model at {COMMIT} is not in the Hub's cache")
 
 
 def test_download_includes_retention_eval(workplace, served):
@@ -215,9 +215,9 @@ def test_gated_model_error_names_token_and_alternative(workplace, served, comman
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("model.name_or_path=some/other",), "no public model some/other on the Hub"),
+        (("model.name_or_path=some/other",), "some/other is no public model on the Hub"),
         (("model.revision=" + "f" * 40,), "some/model has no revision ffff"),
-        (("data.train=some/other:train",), "no public dataset some/other on the Hub"),
+        (("data.train=some/other:train",), "some/other is no public dataset on the Hub"),
     ],
 )
 def test_download_reports_missing_repository(workplace, served, overrides, message):

@@ -24,7 +24,7 @@ def test_tokenize_large_rows(case, tmp_path, tokenizer):
     assert len(examples) == len(case.conversations)
     for example, turns in zip(examples, case.conversations, strict=True):
         check_example(example, turns, tokenizer)
-    records = [tokenize_rows.to_record(*pair, MAX_LENGTH) for pair in zip(conversations, examples, strict=True)]
+    records = [tokenize_rows.to_record(*row, MAX_LENGTH) for row in zip(rows, conversations, examples, strict=True)]
     assert [record["full_length"] for record in records] == [len(example.input_ids) for example in examples]
     assert [record["input_ids"] for record in records] == [example.input_ids[:MAX_LENGTH] for example in examples]
     assert [record["labels"] for record in records] == [example.labels[:MAX_LENGTH] for example in examples]

@@ -75,7 +75,7 @@ def test_tokenize_source_names_first_bad_row_of_thousands(tmp_path, tokenizer, m
     source = sources.resolve(case.name, "data.train", tmp_path / "toy")
     conversation_tokenizer = ConversationTokenizer(tokenizer, datetime.date(2026, 11, 21))
     with pytest.raises(UserError) as raised:
-        tokenize_rows.tokenize_source(source, conversation_tokenizer, 128, "data.train", "rows")
+        tokenize_rows.tokenize_source(source, conversation_tokenizer, "data.train", 128)
     assert re.match(case.message, str(raised.value))
 
 
@@ -151,4 +151,4 @@ def check_refused_late(done, message):
 
 def test_train_rejects_hub_model_offline(workplace):
     done = workplace.sft("train", "tiny", *MODEL, "model.name_or_path=some/model", HF_HUB_OFFLINE="1")
-    check_refused(done, "some/model: not in the Hub's cache and not downloadable .*make download.*HF_TOKEN")
+    check_refused(done, "some/model at main is not in the Hub's cache and not downloadable .*make download.*HF_TOKEN")

@@ -326,7 +326,7 @@ def snapshot(folder, **files):
     for name, content in files.items():
         (folder / name.replace("_", ".")).parent.mkdir(exist_ok=True)
         (folder / name.replace("_", ".")).write_text(content)
-    return sources.Source(hub_name="owner/name", hub_folder=folder)
+    return sources.Source((folder,), hub_name="owner/name:train")
 
 
 ROW = '{"prompt": "a", "completion": "b"}\n'

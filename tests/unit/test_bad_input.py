@@ -56,7 +56,7 @@ def write_case(tmp_path, monkeypatch):
 def tokenize(name, conversation_tokenizer):
     """Tokenize a source as preparation does."""
     source = sources.resolve(str(name), "data.train", Path("toy"))
-    return tokenize_rows.tokenize_source(source, conversation_tokenizer, MAX_LENGTH, "data.train", "rows")
+    return tokenize_rows.tokenize_source(source, conversation_tokenizer, "data.train", MAX_LENGTH)
 
 
 def conversations(name):

@@ -12,7 +12,7 @@ from sft_recipes.config.schema import DataSource
 from sft_recipes.data import tokenize_rows
 from sft_recipes.data.formats import conversation_of
 from sft_recipes.data.sources import RawRow, Source
-from sft_recipes.data.tokenize import IGNORED, ConversationTokenizer
+from sft_recipes.data.tokenize import GENERATED_IDS, IGNORED, ConversationTokenizer
 from sft_recipes.data.tokenizer import load_tokenizer
 from sft_recipes.runtime.errors import UserError
 
@@ -191,7 +191,7 @@ def read(tmp_path, chatml, rows, max_rejected=0.0, **settings):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
     source = Source(files=(file,), settings=DataSource(str(file), **settings))
-    tokenized = tokenize_rows.tokenize_source(source, chatml, 128, "data.train", "rows", max_rejected)
+    tokenized = tokenize_rows.tokenize_source(source, chatml, "data.train", 128, max_rejected)
     return tokenize_rows.accepted(tokenized), tokenize_rows.describe_reading(tokenized, source)
 
 
@@ -199,13 +199,10 @@ def test_every_column_and_message_key_is_accounted_for(tmp_path, chatml):
     rows = [{"prompt": f"{n}?", "completion": "x", "id": n, "note": None} for n in range(3)]
     rows += [{"messages": [{**USER, "votes": 2}, ANSWER], "id": "a", "source": "web"}]
     _, report = read(tmp_path, chatml, rows)
-    used = {(column["column"], column["as"], column["rows"]) for column in report["used"]}
-    assert used == {("prompt", "prompt", 3), ("completion", "completion", 3), ("messages", "messages", 1)}
+    assert report["used"] == {"prompt": 3, "completion": 3, "messages": 1}
     assert report["ignored"] == {"id": 4, "source": 1, "messages[].votes": 1}
     _, report = read(tmp_path, chatml, rows[:3], columns={"prompt": "{id}: {prompt}", "completion": "{completion}"})
-    assert {(column["column"], column["as"]) for column in report["used"]} == {
-        ("id", "prompt"), ("prompt", "prompt"), ("completion", "completion"),
-    }  # fmt: skip
+    assert report["used"] == {"id as prompt": 3, "prompt": 3, "completion": 3}
 
 
 def test_rejected_rows_are_counted_by_reason_up_to_a_fraction(tmp_path, chatml):
@@ -243,4 +240,4 @@ def test_call_ids_are_generated_where_the_template_needs_them(chatml):
         lines = tokenizer.tokenizer.decode(example.input_ids).split("<|im_end|>")
         ids = {line.split()[2]: line.split()[1] for line in lines[1:3]}
         assert [line.split()[1] for line in lines[3:5]] == [ids["second"], ids["first"]], "answers have their call's id"
-        assert example.generated_call_ids and len(set(ids.values())) == 2
+        assert GENERATED_IDS in example.conventions and len(set(ids.values())) == 2

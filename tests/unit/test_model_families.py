@@ -165,7 +165,7 @@ def test_run_of_a_model_with_state_resumes_unpacked(tmp_path, save_family, few_r
     )
     assert fresh.packing and "packing" not in plans.find_differences(plan, fresh)
     (note,) = [note for note in plan.notes if note.startswith("packing is off: layers of type conv carry state ")]
-    assert f"{plan.rows} rows per epoch instead of about" in note
+    assert f"{plan.rows} padded rows per epoch instead of about" in note
 
 
 def test_max_length_above_the_positions(tmp_path, save_family, few_rows):

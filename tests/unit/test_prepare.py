@@ -10,6 +10,7 @@ from datasets import load_from_disk
 
 from sft_recipes.config import loader
 from sft_recipes.data import prepare
+from sft_recipes.data.tokenize import AS_TEXT
 from sft_recipes.data.toy.toy_model import CHAT_TEMPLATE
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner import render
@@ -54,9 +55,9 @@ def details(prepared_data):
 
 def test_prepare_caches_by_content(prepared):
     first = prepared(ROWS)
-    stamp = (Path(first.folder) / "prepared.json").stat().st_mtime_ns
+    stamp = (Path(first.folder) / "details.json").stat().st_mtime_ns
     assert prepared(ROWS) == first
-    assert (Path(first.folder) / "prepared.json").stat().st_mtime_ns == stamp
+    assert (Path(first.folder) / "details.json").stat().st_mtime_ns == stamp
     others = [prepared(ROWS[1:]), prepared(ROWS, "trainer.max_length=64"), prepared(ROWS, "trainer.packing=false")]
     assert len({first.folder, *(other.folder for other in others)}) == 4
     assert len({first.fingerprint, *(other.fingerprint for other in others)}) == 4
@@ -184,9 +185,7 @@ def test_new_tokens_resize_embeddings(prepared, tmp_path, model_folder, tokenize
         "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|mine|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
     )
-    with pytest.raises(
-        UserError, match=r"rows.jsonl:1: .* expected a special token, without which the model never learns to stop"
-    ):
+    with pytest.raises(UserError, match=r"rows.jsonl:1: .* expected a special token"):
         prepared(ROWS, f"model.chat_template={template}", validation=HELD_OUT)
     free = [f"<|free {n}|>" for n in range(320 - len(tokenizer))]  # the model has embeddings for unused ids
     new_tokens = f"model.add_tokens={[*free, '<|user|>', '<|assistant|>', '<|mine|>']}"
@@ -274,8 +273,9 @@ def test_prepare_checks_limits_of_cached_rows(prepared):
 
 def test_statistics_are_per_split(prepared):
     with_token = [{"prompt": f"{n} <|im_end|>", "completion": "x"} for n in range(40)]
-    result = prepared(with_token, "data.validation_fraction=0.25", "batch.min_optimizer_steps=1")
-    assert [details(result)[part]["special_tokens_as_text"] for part in ("train", "validation")] == [30, 10]
+    found = details(prepared(with_token, "data.validation_fraction=0.25", "batch.min_optimizer_steps=1"))
+    assert [found[part]["examples"] for part in ("train", "validation")] == [30, 10]
+    assert found["reading"]["train"]["rows"]["conventions"][AS_TEXT][0] == 40
 
 
 def test_cache_key_includes_additional_templates(prepared, model_folder, tmp_path):
@@ -334,7 +334,7 @@ def test_retention_eval_is_prepared_like_validation(prepared, write_rows, tokeni
     counted = details(result)
     rows = load_from_disk(f"{result.folder}/retention_eval")
     assert counted["retention_eval_rows"] == len(rows) == 31
-    assert [counted["retention_eval"][key] for key in ("name", "rows_read", "examples", "dropped")] == [
+    assert [counted["sources"]["retention_eval"][0][key] for key in ("name", "rows_read", "examples", "dropped")] == [
         "known",
         31,
         31,
@@ -353,13 +353,9 @@ def test_retention_eval_is_prepared_like_validation(prepared, write_rows, tokeni
     )
 
 
-def test_retention_eval_changes_no_other_rows(prepared, write_rows, monkeypatch):
-    keys = []
-    cache_key = prepare._cache_key
-    monkeypatch.setattr(prepare, "_cache_key", lambda *arguments: keys.append(arguments) or cache_key(*arguments))
+def test_retention_eval_changes_no_other_rows(prepared, write_rows):
     without = prepared(ROWS, validation=HELD_OUT)
-    assert list(keys[0][1]) == ["train", "validation"]
-    assert not {"retention_eval", "retention_eval_rows"} & details(without).keys()
+    assert "retention_eval" not in details(without) and not details(without)["retention_eval_rows"]
     assert not (Path(without.folder) / "retention_eval").exists()
     known = prepared(ROWS, f"data.retention_eval={write_rows(KNOWN, 'known.jsonl')}", validation=HELD_OUT)
     fewer = prepared(ROWS, f"data.retention_eval={write_rows(KNOWN[1:], 'known.jsonl')}", validation=HELD_OUT)
@@ -392,12 +388,11 @@ def test_prepare_rejects_empty_retention_eval(prepared, write_rows, tmp_path, mo
     overrides = f"data.retention_eval={write_rows(long_questions, 'known.jsonl')}"
     for _ in range(2):
         with pytest.raises(
-            UserError, match="^data.retention_eval: dropped rows .*found all of 3. Increase trainer.max_length=128"
+            UserError, match="^data.retention_eval: dropped rows .*found 3 of 3 .*Increase trainer.max_length=128"
         ):
             prepared(ROWS, overrides, validation=HELD_OUT)
-    some = prepared(
-        ROWS, f"data.retention_eval={write_rows([*long_questions, *KNOWN], 'known.jsonl')}", validation=HELD_OUT
-    )
+    known = f"data.retention_eval={write_rows([*long_questions, *KNOWN], 'known.jsonl')}"
+    some = prepared(ROWS, known, "data.max_dropped_fraction=0.1", validation=HELD_OUT)
     assert [details(some)["retention_eval"][key] for key in ("rows_read", "examples", "dropped")] == [33, 30, 3]
     plan = plans.resolve(
         loader.load("tiny", [overrides, f"data.train={write_rows(ROWS)}", "trainer.max_length=128",
@@ -419,9 +414,8 @@ def test_validation_source_is_not_named_retention_eval(prepared, write_rows):
     result = prepared(ROWS, f"data.validation={write_rows(HELD_OUT, 'retention_eval.jsonl')}")
     assert list(details(result)["validation_rows"]) == ["retention_eval_2"]
     both = prepared(ROWS, f"data.retention_eval={write_rows(KNOWN, 'retention_eval.jsonl')}", validation=HELD_OUT)
-    assert details(both)["retention_eval"]["name"] == "retention_eval" and list(details(both)["validation_rows"]) == [
-        "held_out"
-    ]
+    assert details(both)["sources"]["retention_eval"][0]["name"] == "retention_eval"
+    assert list(details(both)["validation_rows"]) == ["held_out"]
 
 
 @pytest.mark.parametrize(
@@ -451,13 +445,13 @@ def test_reports_include_retention_eval(prepared, write_rows):
     assert f"retention eval               {file} " in render.format_plan(plan, explain=True)
     assert "retention_eval" not in render.format_plan(plans.resolve(loader.load("tiny"), Topology(0, 1)))
     counted = details(prepared(ROWS, f"data.retention_eval={file}", validation=HELD_OUT))
-    first, *lines = prepare.summary(plan, counted, 1.0)
-    assert "; 4 validation examples, 31 retention examples; 1.0 s" in first
+    first, *lines = prepare.summary(128, counted, 1.0)
+    assert "; 4 validation examples, 31 retention_eval examples; 1.0 s" in first
     assert any(line.startswith("data: retention_eval: 1 of 31 rows truncated (increase") for line in lines)
     (line,) = [line for line in validate.report_lines(counted) if line.startswith("retention_eval")]
     assert line.startswith("retention_eval      known: 31 examples; 0 of 31 rows dropped; ")
     counted = details(prepared(ROWS, validation=HELD_OUT))
-    assert "retention" not in "".join([*prepare.summary(plan, counted, 1.0), *validate.report_lines(counted)])
+    assert "retention" not in "".join([*prepare.summary(128, counted, 1.0), *validate.report_lines(counted)])
 
 
 @pytest.mark.parametrize(
@@ -474,6 +468,16 @@ def test_overfit_repeats_a_few_rows_to_the_effective_batch(tmp_path, model_folde
     assert (len(train), details(data)["train"]["examples"]) == (expected, min(len(rows), 8))
     assert {tuple(row) for row in train["input_ids"]} == {tuple(row) for row in validation["input_ids"]}
     assert plans.with_prepared_data(plan, data).optimizer_steps == 200
+
+
+def test_overfit_uses_train_split_of_folder(tmp_path, model_folder):
+    for name, rows in (("train", ROWS), ("test", HELD_OUT)):
+        (tmp_path / "rows" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "rows" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = [f"data.train={tmp_path / 'rows'}", f"model.name_or_path={model_folder}", "model.from_scratch=false"]
+    plan = plans.resolve(loader.load("tiny", [*keys, "trainer.max_length=128"], overfit=True), Topology(0, 1))
+    data = prepare.prepare(plan, tmp_path / "store")
+    assert list(details(data)["validation_rows"]) == ["rows"] and len(Path(data.folder, "prompts.jsonl").read_text())
 
 
 def test_weights_are_part_of_rows_steps_and_fingerprint(prepared, tmp_path, write_rows):

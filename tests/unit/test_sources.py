@@ -62,7 +62,7 @@ def test_toy_dataset_is_written_once(tmp_path):
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"a": 1}\n{"a": \n', r"a.jsonl:2: not valid JSON"),
-        ("a.jsonl", b'{"a": 1}\n{"a": "\x00"}\n', r"a.jsonl:2: found a NUL byte"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\x00"}\n', r"a.jsonl:2: encoding: found byte 0x00"),
         ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"a.jsonl:2: encoding: found byte 0xff, expected UTF-8"),
         ("a.jsonl", b'{"a": 1, "a": 2}\n', r"a.jsonl:1: key 'a': found twice"),
         ("a.jsonl", b"[" * 100_000 + b"\n", r"a.jsonl: not valid JSON"),
@@ -160,8 +160,8 @@ def test_conversation_of_rejects_row(row, message):
         conversation_of(sources.RawRow(row, "here:7"))
 
 
-def split_names(tmp_path, key, name="data"):
-    found = sources.resolve_all(Data(train=str(tmp_path / name)), key, tmp_path)
+def split_names(tmp_path, part, name="data"):
+    found = sources.resolve_all(Data(train=str(tmp_path / name)), part, tmp_path)
     return {short: [str(file.relative_to(tmp_path)) for file in source.files] for short, source in found.items()}
 
 
@@ -169,15 +169,15 @@ def test_folder_splits_are_named_as_on_the_hub(tmp_path):
     for name in ("train.jsonl", "test.jsonl", ".ipynb_checkpoints/train-checkpoint.jsonl", "README.md"):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / name).write_text(json.dumps({"prompt": name, "completion": "x"}))
-    assert split_names(tmp_path, "data.train") == {"data": ["data/train.jsonl"]}
-    assert split_names(tmp_path, "data.validation") == {"data": ["data/test.jsonl"]}
+    assert split_names(tmp_path, "train") == {"data": ["data/train.jsonl"]}
+    assert split_names(tmp_path, "validation") == {"data": ["data/test.jsonl"]}
     (tmp_path / "data" / "valid.jsonl").write_text("{}")
-    assert split_names(tmp_path, "data.validation") == {"data": ["data/valid.jsonl"]}
+    assert split_names(tmp_path, "validation") == {"data": ["data/valid.jsonl"]}
     for name in ("train", "dev"):
         (tmp_path / "other" / name).mkdir(parents=True)
         (tmp_path / "other" / name / "part.jsonl").write_text("{}")
-    assert split_names(tmp_path, "data.train", "other") == {"other": ["other/train/part.jsonl"]}
-    assert split_names(tmp_path, "data.validation", "other") == {"other": ["other/dev/part.jsonl"]}
+    assert split_names(tmp_path, "train", "other") == {"other": ["other/train/part.jsonl"]}
+    assert split_names(tmp_path, "validation", "other") == {"other": ["other/dev/part.jsonl"]}
     named = sources.resolve(f"{tmp_path / 'data'}:test", "data.train", tmp_path)
     assert [row.values["prompt"] for row in named.rows()] == ["test.jsonl"]
     (tmp_path / "data" / "train.jsonl").unlink()
@@ -194,7 +194,7 @@ def test_saved_datasets_and_json_columns_are_read(tmp_path):
     rows = Dataset.from_list([{"prompt": "a", "tools": one} for one in arguments], features=features)
     DatasetDict(train=rows, test=rows.select([1])).save_to_disk(str(tmp_path / "data"))
     rows.to_parquet(str(tmp_path / "rows.parquet"))
-    assert split_names(tmp_path, "data.validation") == {"data": ["data/test"]}
+    assert split_names(tmp_path, "validation") == {"data": ["data/test"]}
     for name in ("data", "data/train", "rows.parquet"):
         read = sources.resolve(str(tmp_path / name), "data.train", tmp_path).rows()
         assert [row.values["tools"] for row in read] == arguments, "a null in JSON is the row's own"

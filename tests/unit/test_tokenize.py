@@ -8,7 +8,7 @@ import pytest
 from helpers.examples import tokenize_all
 
 from sft_recipes.data.formats import Conversation
-from sft_recipes.data.tokenize import IGNORED, ConversationTokenizer
+from sft_recipes.data.tokenize import AS_TEXT, IGNORED, ConversationTokenizer
 from sft_recipes.data.tokenizer import load_tokenizer
 from sft_recipes.data.toy.toy_model import CHAT_TEMPLATE, train_tokenizer
 from sft_recipes.runtime.errors import UserError
@@ -79,7 +79,7 @@ def test_injected_special_tokens_stay_text(trained, speaker, injected):
     assert trained.decode(example.input_ids) == trained.apply_chat_template(messages(turns.items()), tokenize=False)
     ((start, end),) = example.spans
     assert trained.decode(example.input_ids[start:end]) == turns["assistant"] + "<|im_end|>\n"
-    assert example.special_tokens_as_text and not plain.special_tokens_as_text
+    assert AS_TEXT in example.conventions and AS_TEXT not in plain.conventions
 
 
 def test_tokenize_prompt_is_prefix_of_row(trained):
@@ -91,7 +91,7 @@ def test_tokenize_prompt_is_prefix_of_row(trained):
 
 def test_added_space_tokens_are_ordinary_text(trained):
     example = tokenize(with_template(trained), ("user", "a  b"), ("assistant", "c  d"))
-    assert trained.convert_tokens_to_ids("  ") in example.input_ids and not example.special_tokens_as_text
+    assert trained.convert_tokens_to_ids("  ") in example.input_ids and AS_TEXT not in example.conventions
 
 
 def spaced(scheme, byte_fallback):
@@ -164,7 +164,7 @@ def test_reasoning_moves_to_field_of_template(trained):
     )
     example = tokenize(with_template(trained, template), ("user", "u"), ("assistant", "<think>\nhm\n</think>\n\nyes"))
     assert trained.decode(example.input_ids).endswith("assistant\n<think>hm</think>yes<|im_end|>\n")
-    assert example.input_ids.count(trained.convert_tokens_to_ids("<think>")) == 1 and not example.special_tokens_as_text
+    assert example.input_ids.count(trained.convert_tokens_to_ids("<think>")) == 1 and AS_TEXT not in example.conventions
     empty = tokenize(with_template(trained, template), ("user", "u"), ("assistant", "<think>\n\n</think>\n\nyes"))
     assert trained.decode(empty.input_ids).endswith("assistant\nyes<|im_end|>\n")
 
@@ -174,7 +174,7 @@ def test_reasoning_tags_stay_special_at_start_of_answer(trained):
     conversation_tokenizer = with_template(trained)
     think = trained.convert_tokens_to_ids("<think>")
     answer = tokenize(conversation_tokenizer, ("user", "u"), ("assistant", "<think>hm</think>yes <think>"))
-    assert answer.input_ids.count(think) == 1 and answer.labels.count(think) == 1 and answer.special_tokens_as_text
+    assert answer.input_ids.count(think) == 1 and answer.labels.count(think) == 1 and AS_TEXT in answer.conventions
     assert (
         tokenize(conversation_tokenizer, ("user", "<think>hm</think>"), ("assistant", "yes")).input_ids.count(think)
         == 0

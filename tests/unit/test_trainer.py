@@ -12,6 +12,7 @@ from sft_recipes.config import loader, schema
 from sft_recipes.config.schema import TABLE_KEYS
 from sft_recipes.data.formats import Conversation
 from sft_recipes.data.packing import to_dataset
+from sft_recipes.data.sources import RawRow
 from sft_recipes.data.tokenize import IGNORED, ConversationTokenizer, Example
 from sft_recipes.data.tokenize_rows import SCHEMA, to_record
 from sft_recipes.planner import plan as plans
@@ -37,7 +38,7 @@ def examples(tokenizer):
 
 def make_rows(examples, max_length, packing):
     conversation = Conversation([{"role": "user", "content": "x"}], "")
-    records = [{**to_record(conversation, one, max_length), "location": one.location} for one in examples]
+    records = [to_record(RawRow({}, f"here:{n}"), conversation, one, max_length) for n, one in enumerate(examples)]
     return to_dataset(pyarrow.Table.from_pylist(records, schema=SCHEMA), max_length, packing)
 
 

@@ -13,6 +13,8 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+from sft_recipes.runtime.atomic_write import write_atomic
+
 Row = dict[str, list[dict[str, str]]]
 
 TRAIN_ROWS = 12_000
@@ -29,16 +31,12 @@ THINGS = ("bell", "book", "coat", "cup", "drum", "fork", "hat", "jar", "key", "l
 SYSTEM_PROMPTS = ("Answer with the result only.", "You are a careful assistant. Keep it short.")
 
 
-def _digits(rng: random.Random, count: int) -> str:
-    return "".join(rng.choices("0123456789", k=count))
+def _digits(rng: random.Random) -> str:
+    return "".join(rng.choices("0123456789", k=4))
 
 
-def _letters(rng: random.Random, count: int) -> str:
-    return " ".join(rng.choices(ALPHABET, k=count))
-
-
-def _four_digits(rng: random.Random) -> str:
-    return _digits(rng, 4)
+def _letters(rng: random.Random, least: int, most: int) -> str:
+    return " ".join(rng.choices(ALPHABET, k=rng.randint(least, most)))
 
 
 def _sum_without_carry(rng: random.Random) -> str:
@@ -59,14 +57,14 @@ TASKS = {
 }
 # How each task draws a subject and answers it.
 _RULES: dict[str, tuple[Callable[[random.Random], str], Callable[[str], str]]] = {
-    "reverse": (_four_digits, lambda digits: digits[::-1]),
+    "reverse": (_digits, lambda digits: digits[::-1]),
     "sort": (lambda rng: "".join(rng.sample("0123456789", 3)), lambda digits: "".join(sorted(digits))),
-    "spell": (_four_digits, lambda digits: " ".join(DIGIT_WORDS[int(digit)] for digit in digits)),
-    "largest": (_four_digits, max),
+    "spell": (_digits, lambda digits: " ".join(DIGIT_WORDS[int(digit)] for digit in digits)),
+    "largest": (_digits, max),
     "add": (_sum_without_carry, lambda terms: str(sum(map(int, terms.split(" + "))))),
-    "capitals": (lambda rng: _letters(rng, 4), str.upper),
-    "last": (lambda rng: _letters(rng, rng.randint(3, 6)), lambda letters: letters[-1]),
-    "count": (lambda rng: _letters(rng, rng.randint(2, 7)), lambda letters: str(len(letters.split()))),
+    "capitals": (lambda rng: " ".join(rng.choices(ALPHABET, k=4)), str.upper),
+    "last": (lambda rng: _letters(rng, 3, 6), lambda letters: letters[-1]),
+    "count": (lambda rng: _letters(rng, 2, 7), lambda letters: str(len(letters.split()))),
 }
 REMEMBER = ("What does {} have?", "Tell me what {} has.")
 
@@ -130,6 +128,5 @@ def write(folder: Path, seed: int = 0) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, count in (("train", TRAIN_ROWS), ("validation", VALIDATION_ROWS)):
-        unfinished, lines = folder / f"{name}.jsonl.tmp", rows(count, held_out=name == "validation", seed=seed)
-        unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        unfinished.replace(folder / f"{name}.jsonl")
+        lines = rows(count, held_out=name == "validation", seed=seed)
+        write_atomic(folder / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
