@@ -405,7 +405,7 @@ def test_first_save_is_tried_before_step_1(tmp_path, model_folder, tokenizer, ex
 
 
 def test_every_second_layer_is_recomputed_with_the_same_losses(tmp_path, model_folder, tokenizer, examples):
-    """The layers that transformers marks, and the losses of a run that recomputes none."""
+    """The layers that transformers selects, and the losses of a run that recomputes none."""
     losses = {}
     for interval in ("false", "2"):
         rows = make_rows(examples, 128, packing=True)
