@@ -5,8 +5,6 @@ Thresholds are `config.schema.Monitor`. The alert callback adds every step and l
 adds the lines that a run has logged in the same order, so that one series gives the same alerts in both.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median

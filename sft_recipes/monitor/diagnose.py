@@ -1,7 +1,5 @@
 """Apply every rule to a run, drop findings that another explains, and print the result for people and programs."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -50,7 +48,8 @@ def to_json(findings: Sequence[Finding]) -> str:
 def text(run: Run, findings: Sequence[Finding]) -> list[str]:
     """The diagnosis as lines for a terminal; the first one has the result."""
     count = f"{len(findings) or 'no'} issue{'' if len(findings) == 1 else 's'} found"
-    lines = [f"{count} in {run.folder.name} ({run.state}, step {run.last_step} of {run.plan.optimizer_steps or '?'})"]
+    place = f"step {run.last_step} of {run.plan.optimizer_steps or '?'}"
+    lines = [f"{count} in {run.folder.name} ({run.folder.state()}, {place})"]
     for finding in findings:
         since = "" if finding.step is None else f" at step {finding.step:,}"
         lines += ["", f"{finding.severity}: {finding.rule}{since}: {finding.evidence}"]

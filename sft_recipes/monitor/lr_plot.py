@@ -1,7 +1,5 @@
 """Learning-rate schedules as a table of characteristic steps, and as a plot of all steps."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,16 +1,12 @@
 """Read the metrics of a run directory; lines may be incomplete, keys absent, and values NaN or Inf."""
 
-from __future__ import annotations
-
 import dataclasses
-import itertools
 import json
 import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from sft_recipes.config.schema import Monitor
@@ -84,17 +80,6 @@ class Run(MetricSeries):
         return self.lines[-1]["step"] if self.lines else 0
 
     @property
-    def log_interval(self) -> int:
-        """The usual number of steps between two log lines."""
-        steps = [step for step, _ in self.points("loss")]
-        return int(median(after - before for before, after in itertools.pairwise(steps))) if steps[1:] else 1
-
-    @property
-    def state(self) -> str:
-        """The manifest's state: running, stopped, failed, finished, diverged."""
-        return str(self.manifest.get("state", "new"))
-
-    @property
     def source_losses(self) -> dict[str, str]:
         """The metrics `eval_NAME_loss` of single data sources by label, without that of the retention set."""
         keys = [key for key in self._points if re.fullmatch("eval_.+_loss", key) and key != "eval_retention_loss"]
@@ -108,7 +93,7 @@ def read(folder: RunDir) -> Run:
         UserError: nothing has been logged yet, or a file is not readable.
     """
     merged: dict[int, Line] = {}
-    for line in _lines(folder.metrics):
+    for line in read_lines(folder.metrics):
         merged.setdefault(line["step"], {}).update(line)
     manifest, lines = read_json(folder.manifest), [merged[step] for step in sorted(merged)]
     if not lines and manifest.get("state") not in ("diverged", "failed"):
@@ -116,8 +101,10 @@ def read(folder: RunDir) -> Run:
             f"{folder.path}: nothing logged yet: found no line in {folder.metrics.name}. Wait for the first log step, "
             f"or read {folder.log}"
         )
-    alerts = [Alert(str(line.get("rule")), line["step"], str(line.get("evidence"))) for line in _lines(folder.warnings)]
-    run = Run(plans.read(folder.plan), folder, manifest, lines, list(_lines(folder.samples)), alerts)
+    alerts = [
+        Alert(str(line.get("rule")), line["step"], str(line.get("evidence"))) for line in read_lines(folder.warnings)
+    ]
+    run = Run(plans.read(folder.plan), folder, manifest, lines, list(read_lines(folder.samples)), alerts)
     for line in lines:
         run.add(line["step"], line)
     if run.points("learning_rate") and not run.plan.allowed_changes:
@@ -126,7 +113,7 @@ def read(folder: RunDir) -> Run:
     return run
 
 
-def _lines(path: Path) -> Iterator[Line]:
+def read_lines(path: Path) -> Iterator[Line]:
     """The JSON objects that have a step; an incomplete line (interrupted write) is skipped."""
     for json_line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
         try:

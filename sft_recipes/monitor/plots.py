@@ -1,7 +1,5 @@
 """Draw a run's metrics as SVGs; `report.html.j2` lists the plots."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import itertools

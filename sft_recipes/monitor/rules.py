@@ -8,8 +8,6 @@ To add an alert: its threshold in `config.schema.Monitor`, its detector in `dete
 its row here.
 """
 
-from __future__ import annotations
-
 import bisect
 import inspect
 import itertools
@@ -20,7 +18,7 @@ from statistics import median
 from typing import get_args
 
 from sft_recipes.config import sizes
-from sft_recipes.config.schema import StoppingAlert, source_paths
+from sft_recipes.config.schema import StoppingAlert
 from sft_recipes.monitor import detectors, stats
 from sft_recipes.monitor.detectors import LOSS_FLOOR, AlertStream, Detector
 from sft_recipes.monitor.metrics_log import Alert, MetricSeries, Points, Run
@@ -54,7 +52,7 @@ def failure(run: Run) -> Finding | None:
     Read the end of `log.txt`; if memory ran out, the listed changes use less. `make train NAME=… RESUME=1` resumes from
     the latest checkpoint, if there is one.
     """
-    if run.state != "failed":
+    if run.folder.state() != "failed":
         return None
     error = str(run.manifest.get("error") or f"exit code {run.manifest.get('exit_code', '?')}")
     advice = [f"uses less memory: `{change}`" for change in run.manifest.get("takes_less") or []]
@@ -68,7 +66,7 @@ def divergence(run: Run) -> Finding | None:
     Divide the learning rate by three; check the rows of that step, which the run names, with `make inspect`.
     """
     advice = _scale_learning_rate(run, 1 / 3)
-    if run.state == "diverged":
+    if run.folder.state() == "diverged":
         record = run.manifest.get("diverged") or {}
         values = f"loss {record.get('loss', '?')}, gradient norm {record.get('grad_norm', '?')}"
         evidence = f"the run was stopped: {record.get('reason', 'NaN/Inf loss')} ({values})"
@@ -132,8 +130,10 @@ def loss_spike(run: Run) -> Finding | None:
     Halve the learning rate, or use the default of the size class; a longer warm-up; check the rows.
     """
     alerts = alerts_of(run, detectors.loss_spike)
-    steps, apart = sorted({alert.step for alert in alerts}), max(run.monitor.window, run.log_interval)
-    spikes = steps[:1] + [step for before, step in itertools.pairwise(steps) if step - before > apart]
+    steps, interval = sorted({alert.step for alert in alerts}), run.plan.sections.trainer["logging_steps"]
+    spikes = steps[:1] + [
+        step for before, step in itertools.pairwise(steps) if step - before > max(run.monitor.window, interval)
+    ]
     if len(spikes) < max(3, run.last_step / 3000):
         return None
     shown = ", ".join(map(str, spikes[:5])) + (", …" if len(spikes) > 5 else "")
@@ -142,27 +142,40 @@ def loss_spike(run: Run) -> Finding | None:
 
 
 def instability(run: Run) -> Finding | None:
-    """A smoothed training loss that rises and returns; or a learning rate three times the highest of its size class,
-    while the model is not converged.
+    """A smoothed training loss that rises beyond its noise and returns.
 
     Halve the learning rate, or use the default of the size class; a longer warm-up; check the rows.
     """
-    evidence, hump, ratio = [], _hump(run), _range_ratio(run)
-    if hump is not None:
-        evidence.append(f"the training loss rose at step {hump} and returned later")
-    if ratio >= _OUT_OF_RANGE:
-        evidence.append(f"the learning rate is {ratio:.0f} times the highest of size class {run.plan.size}")
-    if not evidence:
+    smoothed, noise = _smoothed_loss(run)
+    share = max(0.15, 8 * noise)  # the highest of many windows against the lowest of many
+    lows = itertools.accumulate(stats.values(smoothed), min)
+    for (first_step, _), (_, loss), lowest in zip(run.points("loss"), smoothed, lows, strict=False):
+        if loss - lowest > max(LOSS_FLOOR, lowest * share):
+            evidence = f"the training loss rose at step {first_step} and returned later"
+            return Finding("instability", "error", first_step, evidence, _lower_rate(run))
+    return None
+
+
+def learning_rate(run: Run) -> Finding | None:
+    """The learning rate is at least three times the highest of its size class, or at most a third of the lowest, while
+    the model is not converged: Adam and clipping can hide that from every curve.
+
+    Use the default of the size class.
+    """
+    rate, (lowest, highest) = run.plan.learning_rate, _learning_rates(run)
+    factor = max(rate / highest, lowest / rate)
+    if factor < _OUT_OF_RANGE or detectors.is_converged(run, 3):
         return None
-    severity = "warning" if hump is None and ratio < 3 * _OUT_OF_RANGE else "error"
-    first = 1 if ratio >= _OUT_OF_RANGE else hump
-    return Finding("instability", severity, first, "; ".join(evidence), _lower_rate(run))
+    side = "times the highest" if rate > highest else "times below the lowest"
+    severity = "warning" if factor < 3 * _OUT_OF_RANGE else "error"
+    evidence = f"the learning rate is {factor:.0f} {side} of size class {run.plan.size}"
+    return Finding("learning_rate", severity, 1, evidence, _default_learning_rate(run))
 
 
 def overfitting(run: Run) -> Finding | None:
     """Validation loss ends 2% and more than its noise above its best, training loss keeps falling, and the gap between
-    them is above {overfitting_gap} and grows (a warning if validation has only stopped falling). A gap that does not
-    grow is no finding. Live: `overfitting_signal` in the log is the gap alone.
+    them is above {overfitting_gap} and grows. A gap that does not grow is no finding. Live: `overfitting_signal` in the
+    log is the gap alone.
 
     In this order: learning rate two to three times lower, fewer epochs, weight decay 0.05 to 0.1, more data, and more
     varied (`data.train` takes a list). `final/` is the best step already.
@@ -172,38 +185,38 @@ def overfitting(run: Run) -> Finding | None:
     if len(losses) < 3 or len(trained) < 3:
         return None
     best = losses.index(min(losses))
-    rises = _rises_from(losses, best)
-    since, severity = (best, "error") if rises else (len(losses) // 2, "warning")
-    if not rises and not _has_stopped_falling(losses, since):
+    after = losses[best + 1 :][-2:] or losses[-1:]
+    share = 0.02 if len(after) == 2 else 0.05  # more, if only one evaluation follows
+    if sum(after) / len(after) - losses[best] <= max(share, share * losses[best], 4 * stats.zigzag(losses)):
         return None
     lines = min(max(len(trained) // len(losses), 3), 20)  # training lines between two evaluations
     ends = [max(bisect.bisect_right(points, (step, math.inf)), 1) for step, _ in evaluations]
     training = [median(trained[max(0, end - lines) : end]) for end in ends]
-    gap, gap_before = losses[-1] - training[-1], losses[since] - training[since]
-    # A rise is independent evidence: half of the growth, and of the noise, is enough.
-    noise = stats.noise_of_median(trained, lines) * training[since] * (2 if rises else 4)
-    grown = gap - gap_before > run.monitor.overfitting_gap / (2 if rises else 1) + noise
-    falling = training[since] - training[-1] > max(0.02 * training[since], noise)
+    gap, gap_before = losses[-1] - training[-1], losses[best] - training[best]
+    noise = 2 * stats.noise_of_median(trained, lines) * training[best]
+    grown = gap - gap_before > run.monitor.overfitting_gap / 2 + noise  # half: the rise is independent evidence
+    falling = training[best] - training[-1] > max(0.02 * training[best], noise)
     if gap <= run.monitor.overfitting_gap or not grown or not falling:
         return None
     step = evaluations[best][0]
     evidence = (
-        f"validation loss {'rose' if rises else 'went'} from {losses[since]:.3g} (step {evaluations[since][0]}) to "
-        f"{losses[-1]:.3g}, training loss fell from {training[since]:.3g} to {training[-1]:.3g}, the gap grew to "
-        f"{gap:.2g}; {'final/' if run.state == 'finished' else f'best-{step}/'} is the best step, {step}"
+        f"validation loss rose from {losses[best]:.3g} (step {step}) to {losses[-1]:.3g}, training loss fell from "
+        f"{training[best]:.3g} to {training[-1]:.3g}, the gap grew to {gap:.2g}; "
+        f"{'final/' if run.folder.state() == 'finished' else f'best-{step}/'} is the best step, {step}"
     )
     advice = [
         *_scale_learning_rate(run, 1 / 2),
         *_fewer_epochs(run, step),
         *_change(run, "weight_decay", lambda decay: next((higher for higher in (0.05, 0.1) if higher > decay), decay)),
     ]
-    return Finding("overfitting", severity, step, evidence, advice)
+    return Finding("overfitting", "error", step, evidence, advice)
 
 
 def forgetting(run: Run) -> Finding | None:
     """The loss on `data.retention_eval` rose by 5% and 0.05 compared with before the first step.
 
-    Halve the learning rate, fewer epochs, similar rows in the training data, LoRA.
+    Halve the learning rate; fewer epochs; add 5% to 10% rows like those of `data.retention_eval` to `data.train`; LoRA,
+    which learns less and forgets less (`size: lora-…`, `lora: {r: 16, alpha: 32}`).
     """
     points = run.points("eval_retention_loss")
     (_, before), (last_step, last) = points[0], points[-1]
@@ -211,37 +224,22 @@ def forgetting(run: Run) -> Finding | None:
     if min(stats.values(points[1:][-2:])) <= limit:
         return None
     since = next(step for step, loss in points if loss > limit)
-    retained = source_paths(run.plan.sections.data.retention_eval)
-    advice = [
-        *_scale_learning_rate(run, 1 / 2),
-        *_fewer_epochs(run, since),
-        f"add 5% to 10% rows like those of {', '.join(retained)} to data.train",
-    ]
-    if run.plan.method == "full" and run.plan.size != "tiny":
-        lora = f"`size: lora-{run.plan.size}` and `lora: {{r: 16, alpha: 32}}`"
-        advice.append(f"LoRA, which learns less and forgets less: {lora}")
+    advice = [*_scale_learning_rate(run, 1 / 2), *_fewer_epochs(run, since)]
     evidence = f"the loss on the retention set was {before:.3g} before training, {last:.3g} at step {last_step}"
     return Finding("forgetting", "error", since, evidence, advice)
 
 
 def plateau(run: Run) -> Finding | None:
-    """The training loss fell by less than {plateau} of itself since warm-up, validation no more, and little before; or
-    the learning rate is a third or less of the lowest of its size class, while the model is not converged. A loss near
-    zero is no plateau.
+    """The training loss fell by less than {plateau} of itself since warm-up, validation no more, and little before. A
+    loss near zero is no plateau.
 
     Double the learning rate, or use the default of the size class; check with `make inspect` that the data can be
     learned.
     """
-    after = [point for point in run.points("loss") if point[0] > run.plan.warmup_steps]
-    ratio = _range_ratio(run)
-    if ratio <= 1 / _OUT_OF_RANGE and len(after) >= 3 and after[-1][1] >= LOSS_FLOOR:
-        low = f"the learning rate is {1 / ratio:.0f} times below the lowest of size class {run.plan.size}"
-        severity = "warning" if ratio > 1 / (3 * _OUT_OF_RANGE) else "error"
-        evidence = f"{detectors.fall_since_warmup(run)}; {low}"
-        return Finding("plateau", severity, after[0][0], evidence, _default_learning_rate(run))
     advice = _scale_learning_rate(run, 2)
     if evidence := detectors.plateau(run):
-        return Finding("plateau", "error", after[0][0], evidence, advice)
+        first = next(step for step, _ in run.points("loss") if step > run.plan.warmup_steps)
+        return Finding("plateau", "error", first, evidence, advice)
     recorded = next((alert for alert in run.alerts if alert.rule == "plateau"), None)  # it fell later
     return Finding("plateau", "warning", recorded.step, recorded.evidence, advice) if recorded else None
 
@@ -316,41 +314,9 @@ def _smoothed_loss(run: Run) -> tuple[Points, float]:
     return list(zip(steps, stats.smooth(losses, width), strict=True)), stats.noise_of_median(losses, width)
 
 
-def _hump(run: Run) -> int | None:
-    """The first step at which the smoothed loss is above its lowest so far, beyond its noise."""
-    if len(run.points("loss")) < 20:
-        return None
-    smoothed, noise = _smoothed_loss(run)
-    share = max(0.15, 8 * noise)  # the highest of many windows against the lowest of many
-    lows = itertools.accumulate(stats.values(smoothed), min)
-    for (first_step, _), (_, loss), lowest in zip(run.points("loss"), smoothed, lows, strict=False):
-        if loss - lowest > max(LOSS_FLOOR, lowest * share):
-            return first_step
-    return None
-
-
-def _rises_from(losses: Sequence[float], best: int) -> bool:
-    """Whether validation loss ends above its best; by more if only one evaluation follows."""
-    after = losses[best + 1 :][-2:] or losses[-1:]
-    share = 0.02 if len(after) == 2 else 0.05
-    return sum(after) / len(after) - losses[best] > max(share, share * losses[best], 4 * stats.zigzag(losses))
-
-
-def _has_stopped_falling(losses: Sequence[float], middle: int) -> bool:
-    fall = losses[middle] - min(losses[middle:])
-    return len(losses) >= 6 and fall <= max(0.01 * losses[middle], 2 * stats.zigzag(losses))
-
-
-def _range_ratio(run: Run) -> float:
-    """The learning rate relative to its size class's range: above 1 over the highest, below 1 under the lowest.
-
-    1 within the range, and where nearly every token is predicted already.
-    """
-    rate, allowed = run.plan.learning_rate, sizes.size_classes()[run.plan.size].ranges["learning_rate"].range
-    if allowed is None or detectors.is_converged(run, 3):
-        return 1.0
-    lowest, highest = allowed
-    return float(max(rate / highest, 1.0) if rate >= lowest else rate / lowest)
+def _learning_rates(run: Run) -> list[float]:
+    """The lowest and the highest learning rate of the size class."""
+    return sizes.size_classes()[run.plan.size].ranges["learning_rate"].range
 
 
 def _change(run: Run, key: str, new: Callable[[float], float], note: str = "") -> list[str]:
@@ -381,7 +347,8 @@ def _fewer_epochs(run: Run, step: int) -> list[str]:
 
 def _lower_rate(run: Run) -> list[str]:
     """A lower learning rate, and twice the warm-up if the size class allows that."""
-    lower = _default_learning_rate(run) if _range_ratio(run) > 1 else _scale_learning_rate(run, 1 / 2)
+    too_high = run.plan.learning_rate > _learning_rates(run)[1]
+    lower = _default_learning_rate(run) if too_high else _scale_learning_rate(run, 1 / 2)
     highest = (sizes.size_classes()[run.plan.size].ranges["warmup_ratio"].range or [0, math.inf])[1]
     warmup = _change(run, "warmup_ratio", lambda ratio: max(ratio, min(max(2 * ratio, 0.03), highest)))
     return [*lower, *warmup]
@@ -425,21 +392,18 @@ class Rule:
         return any(len(run.points(key)) >= self.min_points for key in self.metrics) or not self.metrics
 
 
-_UNSTABLE = ("loss_spike", "instability", "plateau")
-_GRADIENTS = ("exploding_gradients", "vanishing_gradients")
+_UNSTABLE = ("loss_spike", "instability", "plateau", "learning_rate")
+_DIVERGED = (*_UNSTABLE, "exploding_gradients", "vanishing_gradients", "overfitting", "forgetting")
 # In the order of findings: what ended the run, what makes its metrics unreliable, then the rest.
 RULES = (
     Rule(failure, "The run ended with an error"),
-    Rule(
-        divergence,
-        "The loss is NaN/Inf, or rises permanently",
-        explains=(*_UNSTABLE, *_GRADIENTS, "overfitting", "forgetting"),
-    ),
+    Rule(divergence, "The loss is NaN/Inf, or rises permanently", explains=_DIVERGED),
     Rule(schedule, "The learning rate is not the plan's", ["scheduled_learning_rate"], 1, ["plateau"]),
     Rule(vanishing_gradients, "Vanishing gradients", ["grad_norm"], 3, ["plateau"], detectors.vanishing_gradients),
     Rule(exploding_gradients, "Exploding gradients", ["grad_norm"], 3, _UNSTABLE, detectors.exploding_gradients),
-    Rule(loss_spike, "Loss spikes", ["loss"], 21, ["instability", "plateau"], detectors.loss_spike),
-    Rule(instability, "Unstable training", ["loss"], 6, ["plateau"]),
+    Rule(loss_spike, "Loss spikes", ["loss"], 21, _UNSTABLE[1:], detectors.loss_spike),
+    Rule(learning_rate, "The learning rate is far from its size class", ["loss"], 6, ["instability", "plateau"]),
+    Rule(instability, "Unstable training", ["loss"], 20, ["plateau"]),
     Rule(overfitting, "Overfitting", ["eval_loss"], 3),
     Rule(forgetting, "Forgetting", ["eval_retention_loss"], 2),
     Rule(plateau, "The loss does not fall", ["loss"], 12, detect=detectors.plateau),

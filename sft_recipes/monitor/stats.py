@@ -1,7 +1,5 @@
 """Robust statistics of noisy series: smoothing, noise, blocks, by medians that one outlier cannot move."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

@@ -42,6 +42,12 @@ def too_low_learning_rate(run):
     return run
 
 
+def learning_rate_out_of_range(run):
+    """No curve shows it."""
+    run.overrides = (*run.overrides, "trainer.learning_rate=0.2", "allow_out_of_range=[learning_rate]")
+    return run
+
+
 def stuck_after_warmup(run):
     """From scratch: token frequencies are learned during warm-up, nothing after it."""
     run.loss = lambda share: 7.2 - 1.2 * min(1, share * 12)
@@ -130,6 +136,7 @@ FAULTS = {
     "loss rises permanently": (rising_permanently, "divergence"),
     "loss above its first value": (above_first_loss, "divergence"),
     "learning rate too low": (too_low_learning_rate, "plateau"),
+    "learning rate out of range": (learning_rate_out_of_range, "learning_rate"),
     "stuck after warm-up": (stuck_after_warmup, "plateau"),
     "tiny data for many epochs": (memorizing, "overfitting"),
     "spikes in log lines": (spiking, "loss_spike"),

@@ -245,10 +245,10 @@ def with_learning_rate(rate, recipe="8b", **named):
 @pytest.mark.parametrize(
     ("rate", "rule", "severity", "evidence"),
     [
-        ("2e-4", "instability", "warning", "4 times the highest of size class 7-13b"),
-        ("2e-2", "instability", "error", "400 times the highest of size class 7-13b"),
-        ("2e-6", "plateau", "warning", "5 times below the lowest of size class 7-13b"),
-        ("1e-8", "plateau", "error", "1000 times below the lowest of size class 7-13b"),
+        ("2e-4", "learning_rate", "warning", "4 times the highest of size class 7-13b"),
+        ("2e-2", "learning_rate", "error", "400 times the highest of size class 7-13b"),
+        ("2e-6", "learning_rate", "warning", "5 times below the lowest of size class 7-13b"),
+        ("1e-8", "learning_rate", "error", "1000 times below the lowest of size class 7-13b"),
     ],
 )
 def test_learning_rate_far_outside_range_is_found(rate, rule, severity, evidence, tmp_path):
@@ -298,7 +298,7 @@ def test_run_without_log_lines_is_rejected(tmp_path):
         (memorizing, "8b", "trainer.num_train_epochs=2, was 3"),
         (memorizing, "8b", "trainer.weight_decay=0.05 allow_out_of_range=[weight_decay]"),
         (memorizing, "1b", "trainer.weight_decay=0.05, was 0.01"),
-        (forgetting, "8b", "size: lora-7-13b"),
+        (forgetting, "8b", "trainer.learning_rate=1.0e-5, was 2.0e-5"),
         (slow_data_loader, "8b", "trainer.dataloader_num_workers=4, was 0"),
         (out_of_memory, "8b", "uses less memory: `parallelism=zero3`"),
     ],
