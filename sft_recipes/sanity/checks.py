@@ -1,7 +1,5 @@
 """The checks of a trial: each passes, fails with a fix, or is skipped with a reason."""
 
-from __future__ import annotations
-
 import math
 import statistics
 import unicodedata
@@ -11,7 +9,6 @@ from typing import Any
 
 from sft_recipes.config import sizes
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime.env import host_memory_bytes
 from sft_recipes.runtime.units import GIB
 from sft_recipes.sanity import trial
 from sft_recipes.training import out_of_memory
@@ -117,7 +114,7 @@ def check_loss_falls(plan: Plan, first: Any, last: Any) -> Check:
 def suggest_learning_rate(plan: Plan, factor: float) -> str:
     """The learning rate times a factor; outside the range of the size class, the start value of that class."""
     entry = sizes.size_classes()[plan.size].ranges["learning_rate"]
-    if entry.range is None or not entry.allows(plan.learning_rate):
+    if not entry.allows(plan.learning_rate):
         return f"{sizes.override_line(plan.size, 'learning_rate', entry.start)} (start value of size class {plan.size})"
     return sizes.override_line(plan.size, "learning_rate", plan.learning_rate * factor)
 
@@ -126,12 +123,10 @@ def check_gradient_norm(plan: Plan, grad_norms: list[float]) -> Check:
     """Check gradient norms after the warmup against the bounds of the SFT guide."""
     limits, norms = plan.sections.monitor, grad_norms[trial.WARMUP_STEPS :]
     median, least, most = statistics.median(norms), limits.grad_norm_below, limits.grad_norm_above
-    fix = (
-        f"lower trainer.learning_rate, or remove rows that are not text; if norms of this model are always this large, "
-        f"set monitor.grad_norm_above={2 * median:.0f}"
-        if median > most
-        else "check that weights are trainable and rows supervised (make inspect)"
-    )
+    fix = "check that weights are trainable and rows supervised (make inspect)"
+    if median > most:
+        usual = f"if norms of this model are always this large, set monitor.grad_norm_above={2 * median:.0f}"
+        fix = f"lower trainer.learning_rate, or remove rows that are not text; {usual}"
     detail = f"median {median:.3g}, max {max(norms):.3g}; expected {least:g} to {most:g}"
     return Check("gradient norm", least <= median <= most, detail, fix)
 
@@ -142,15 +137,8 @@ def check_memory(plan: Plan, trainer: Any) -> Check:
     import torch
     from accelerate.utils import gather
 
-    device = trainer.args.device
-    if plan.uses_gpu:
-        total = torch.cuda.get_device_properties(device).total_memory
-        local = [torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()]
-    else:
-        total = host_memory_bytes() // plan.world_size
-        local = [out_of_memory.peak_host_memory_bytes(), 0]
-    ranks = gather(torch.tensor([local], dtype=torch.float64, device=device)).reshape(-1, 2)
-    peak, allocated = ranks.max(0).values.tolist()
+    local = torch.tensor([out_of_memory.peak_memory(plan)], dtype=torch.float64, device=trainer.args.device)
+    peak, allocated, total = gather(local).reshape(-1, 3).max(0).values.tolist()
     detail = f"{peak / GIB:.2f} of {total / GIB:.1f} GiB per rank"
     planned = (plan.memory_bytes_per_gpu or {}).get("total")
     if planned and plan.uses_gpu:

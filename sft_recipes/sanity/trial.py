@@ -1,7 +1,5 @@
 """Derives the trial of the sanity check from a settled plan, the key of its cached result, and its forecast."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib

@@ -6,8 +6,6 @@ reload has new processes: two trainers do not fit into the memory planned for on
 trainer does not free it, since the Trainer's callback handler and DeepSpeed keep its tensors.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os
@@ -131,13 +129,9 @@ def reload(plan: Plan, run_dir: RunDir) -> Result:
     losses = _logged(trainer, "loss"), read_json(trial_dir.trial)["losses"]
     resumed, expected = (values[trial.SAVED_AT :] for values in losses)
     tolerance = 1e-5 if plan.precision == "fp32" else 1e-2
-    equal = len(resumed) == len(expected) and all(
-        math.isclose(loss, other, rel_tol=tolerance) for loss, other in zip(resumed, expected, strict=True)
-    )
+    equal = all(math.isclose(loss, other, rel_tol=tolerance) for loss, other in zip(resumed, expected, strict=True))
     shown = [" and ".join(f"{loss:.5f}" for loss in values) for values in (resumed, expected)]
-    detail = f"{name} resumes with the same losses: {shown[0]}"
-    if not equal:
-        detail = f"{name} resumes with other losses: found {shown[0]}, expected {shown[1]}"
+    detail = f"{name} resumes with {'the same' if equal else 'other'} losses: found {shown[0]}, expected {shown[1]}"
     return [Check("checkpoint", equal, detail, "a resumed run would differ: report this with `make plan`")], {}
 
 
@@ -159,7 +153,6 @@ def train(trainer: Any, checkpoint: Path | None = None) -> list[dict[str, Any]]:
         trainer: Any = None
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.trainer.meter.end_step()
             control.should_save = state.global_step == trial.SAVED_AT and trial.checks_resume(self.trainer.plan)
 
         def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:

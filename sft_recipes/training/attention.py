@@ -4,8 +4,6 @@ Implementations that take sequence boundaries (flash-attn, and `varlen` below) g
 `cu_seq_lens_q`, as TRL's padding-free collator writes it. The others build a mask of (row length) squared.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Greedy completions of held-out prompts, before and after training, and their exact match."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

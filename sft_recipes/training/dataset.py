@@ -1,8 +1,7 @@
 """Prepared rows for the trainer: sampling of effective batches, collation, and validation in complete passes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +42,11 @@ class EffectiveBatchSampler(Sampler[int]):
         self.weights = list(weights) or [(rows, 1.0)]
         self.rows = rows_per_epoch(self.weights)
         self.effective_batch_size = effective_batch_size
-        self.used = self.rows // effective_batch_size * effective_batch_size
+        self.steps_per_epoch = self.rows // effective_batch_size
+        self.used = self.steps_per_epoch * effective_batch_size
         self.seed = seed
         self.epoch = epoch
+        self.order = lru_cache(maxsize=1)(self._order)  # a long one takes time to draw
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.order(self.epoch()).tolist())
@@ -53,7 +54,7 @@ class EffectiveBatchSampler(Sampler[int]):
     def __len__(self) -> int:
         return self.used
 
-    def order(self, epoch: int) -> torch.Tensor:
+    def _order(self, epoch: int) -> torch.Tensor:
         """Return the rows of an epoch in order, [rows used]."""
         parts, first = [], 0
         for count, weight in self.weights:
@@ -69,8 +70,7 @@ class EffectiveBatchSampler(Sampler[int]):
     def rows_of_step(self, step: int) -> list[int]:
         """Return the rows of an optimizer step; the first step is 0."""
         epoch, offset = divmod(step * self.effective_batch_size, self.used)
-        rows: list[int] = self.order(epoch)[offset : offset + self.effective_batch_size].tolist()
-        return rows
+        return self.order(epoch)[offset : offset + self.effective_batch_size].tolist()
 
 
 class RowsCollator(DataCollatorForLanguageModeling):
@@ -87,7 +87,9 @@ class RowsCollator(DataCollatorForLanguageModeling):
         if self.return_position_ids:
             del batch["attention_mask"]
             batch["labels"][batch["position_ids"] == 0] = IGNORED  # no token of the same example predicts its first one
-        return data_order.keep_row_numbers(examples, batch)
+        if data_order.ROW in examples[0]:  # validation rows have none
+            batch[data_order.ROW] = torch.tensor([example[data_order.ROW] for example in examples])
+        return batch
 
 
 def make_collator(plan: Plan, pad_token_id: int, attention_name: str) -> RowsCollator:

@@ -1,7 +1,5 @@
 """Compiles the DeepSpeed operators of a plan before DeepSpeed needs them."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import shutil

@@ -3,8 +3,6 @@
 Otherwise the run's base model is the other run's `last/` (data/prepare.py).
 """
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -44,9 +42,7 @@ def verify(folder: Path, process: Any) -> None:
 class MasterWeightsCallback(TrainerCallback):
     """Sets DeepSpeed's fp32 master weights before the first step: it makes them from the loaded 16-bit weights."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.trainer: Any = None
+    trainer: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Set the master weights of this rank; a resumed run has loaded its own.
@@ -56,14 +52,15 @@ class MasterWeightsCallback(TrainerCallback):
         """
         if state.global_step:
             return
+        folder = self.trainer.plan.parent.last
         with ExitStack() as stack:
-            files = [stack.enter_context(safe_open(file, "pt")) for file in sorted(self.folder.glob("*.safetensors"))]
+            files = [stack.enter_context(safe_open(file, "pt")) for file in sorted(folder.glob("*.safetensors"))]
             file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118  no mapping
             for name, parameter in self.trainer.model.named_parameters():
                 saved = name.replace(".default.", ".")  # peft saves no name of the adapter
                 if parameter.requires_grad and saved not in file_of:
                     raise SetupError(
-                        f"INIT_FROM: {self.folder} stores {name} in another form, which cannot start fp32 master "
+                        f"INIT_FROM: {folder} stores {name} in another form, which cannot start fp32 master "
                         f"weights. Set parallelism=ddp or fsdp2"
                     )
                 if parameter.requires_grad:

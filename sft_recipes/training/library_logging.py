@@ -1,7 +1,5 @@
 """Silences the libraries' warnings and progress bars; errors still show."""
 
-from __future__ import annotations
-
 import logging
 import os
 import warnings

@@ -1,7 +1,5 @@
 """Low-rank adapters: loading and quantizing the base model, and the adapter configuration."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ Started by `accelerate launch … -m sft_recipes.training.main PLAN`, never by h
 gives the launcher the exit code: `accelerate launch` reports every failure as 1.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import logging
@@ -15,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Plan
@@ -25,11 +23,6 @@ from sft_recipes.runtime.errors import SetupError, TrainingError, UserError
 from sft_recipes.runtime.run_dir import EXIT_DIVERGED, EXIT_ERROR, EXIT_STOPPED, EXIT_USER, RunDir, read_json
 from sft_recipes.training import manifest, out_of_memory, patches, rank_heartbeat, stop_signal
 from sft_recipes.training.library_logging import silence_libraries
-
-if TYPE_CHECKING:
-    from sft_recipes.training.checkpoint.resume import ResumePoint
-    from sft_recipes.training.completions import Completions
-    from sft_recipes.training.nan_guard import DivergedError
 
 log = logging.getLogger("sft_recipes.training.main")  # __name__ is "__main__" in a rank
 
@@ -203,8 +196,7 @@ def build(plan: Plan, folder: RunDir, arguments: Any, data: dict[str, Any]) -> A
     trainer = RecipeTrainer(
         plan,
         passes,
-        data["architecture"],
-        prepared,
+        data,
         model=loaded,
         args=arguments,
         train_dataset=rows,
@@ -218,7 +210,7 @@ def build(plan: Plan, folder: RunDir, arguments: Any, data: dict[str, Any]) -> A
     if plan.parent and plan.method != "full":
         trainer.load_weights(plan.parent.last)
     if plan.parent and plan.dtypes["weights"] != plan.dtypes["master"]:
-        trainer.add_callbacks([initial_weights.MasterWeightsCallback(plan.parent.last)])
+        trainer.add_callbacks([initial_weights.MasterWeightsCallback()])
     return trainer
 
 
@@ -226,24 +218,22 @@ def make_callbacks() -> list[Any]:
     """Return the callbacks of a run, in the order in which they are called."""
     from sft_recipes.training.callbacks import alerts, console, generation, keep_best, metrics, trackers
 
-    reporters = [trackers.TrackerCallback(name) for name in env.reporters()]
     return [
         keep_best.RetentionCallback(),
         metrics.MetricsCallback(),
-        generation.GenerationCallback(reporters),
-        *reporters,
+        generation.GenerationCallback(),
+        *(trackers.TrackerCallback(name) for name in env.reporters()),
         console.ConsoleCallback(),
         alerts.AlertCallback(),
     ]
 
 
-def find_checkpoint(plan: Plan, folder: RunDir, trainer: Any) -> ResumePoint | None:
-    """Find the latest valid checkpoint, quarantine corrupt ones, and restore the counters that the trainer has not."""
+def find_checkpoint(plan: Plan, folder: RunDir, trainer: Any) -> Any:
+    """Find the latest valid checkpoint (`ResumePoint`, or None), quarantine corrupt ones, and restore the counters that
+    the trainer has not."""
     from sft_recipes.training.checkpoint import resume
 
     checkpoint = resume.find_latest_valid(plan, folder, trainer.accelerator)
-    if trainer.accelerator.is_main_process:
-        resume.remove_incomplete(folder)
     if checkpoint is not None:
         trainer.supervised_tokens_seen = checkpoint.record["supervised_tokens_seen"]
         trainer.integrity.data_order.rows_hash = checkpoint.record["integrity"]["rows_hash"]
@@ -251,13 +241,15 @@ def find_checkpoint(plan: Plan, folder: RunDir, trainer: Any) -> ResumePoint | N
     return checkpoint
 
 
-def run_steps(plan: Plan, folder: RunDir, trainer: Any, checkpoint: ResumePoint | None) -> DivergedError | None:
+def run_steps(plan: Plan, folder: RunDir, trainer: Any, checkpoint: Any) -> Any:
     """Take the remaining steps. Collective: call on every rank.
 
     Returns:
-        The divergence that stopped the run, if one did.
+        The `DivergedError` that stopped the run, if one did.
     """
-    from sft_recipes.training.callbacks import alerts
+    from transformers import TrainerState
+
+    from sft_recipes.training.callbacks import alerts, metrics
     from sft_recipes.training.callbacks.graceful_stop import StoppedAtStartError
     from sft_recipes.training.checkpoint import reshard, retention
     from sft_recipes.training.nan_guard import DivergedError
@@ -265,9 +257,10 @@ def run_steps(plan: Plan, folder: RunDir, trainer: Any, checkpoint: ResumePoint 
     arguments, resume_from = trainer.args, None
     try:
         if checkpoint is not None:
-            trainer.restore_state(checkpoint.path)
+            # Without the weights, which `train` or `copy_model` bring.
+            trainer.state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
             if checkpoint.step == plan.optimizer_steps or alerts.is_stopped_early(plan, trainer.state):
-                trainer.write_summary()  # the Trainer itself would take one more step
+                metrics.write_summary(trainer)  # the Trainer itself would take one more step
                 return None
         if trainer.stopping.stop_requested():
             return None
@@ -334,7 +327,7 @@ def publish(plan: Plan, folder: RunDir, trainer: Any, copy_file: Callable[[Path,
     }
 
 
-def record_divergence(folder: RunDir, trainer: Any, error: DivergedError, times: dict[str, float]) -> None:
+def record_divergence(folder: RunDir, trainer: Any, error: Any, times: dict[str, float]) -> None:
     """Record a divergence in metrics, trackers, manifest and outcome."""
     norm = {} if error.grad_norm is None else {"grad_norm": error.grad_norm}
     metrics = {"loss": error.loss, **norm, "learning_rate": trainer._get_learning_rate()}
@@ -356,10 +349,13 @@ def record_stop(folder: RunDir, trainer: Any, times: dict[str, float]) -> None:
     log.info("stopped at step %d, %s", step, restart)
 
 
-def record_result(
-    plan: Plan, folder: RunDir, results: dict[str, Any], before: dict[str, Any] | None, after: Completions | None
-) -> None:
-    """Record a finished run and print its summary."""
+def record_result(plan: Plan, folder: RunDir, results: dict[str, Any], before: Any, after: Any) -> None:
+    """Record a finished run and print its summary.
+
+    Args:
+        before: `Completions` before training, as stored; None if there are none.
+        after: `Completions` after training; None if there are none.
+    """
     import torch
 
     from sft_recipes.training import completions, summary

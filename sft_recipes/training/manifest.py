@@ -1,8 +1,5 @@
 """Writes `manifest.json`: code, versions, host, data, tokens, losses and outcome of a run."""
 
-from __future__ import annotations
-
-import contextlib
 import datetime
 import os
 import platform
@@ -74,17 +71,17 @@ def _host() -> dict[str, Any]:
 
 def read_code_version() -> dict[str, Any]:
     """Return the commit, and whether the working tree differs from it; None if unknown."""
-    commit, status = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
-    if commit is not None:
-        return {"commit": commit, "dirty": None if status is None else bool(status)}
     file = REPOSITORY / "REVISION"  # launch/container.py and docker/Dockerfile write the commit of an image
-    revision = os.environ.get("SFT_RECIPES_REVISION") or (file.read_text(encoding="utf-8") if file.is_file() else "")
+    recorded = os.environ.get("SFT_RECIPES_REVISION") or (file.read_text(encoding="utf-8") if file.is_file() else "")
+    revision = _describe_working_tree() or recorded
     commit, _, changed = revision.strip().partition("-")
     return {"commit": commit or None, "dirty": bool(changed) if commit else None}
 
 
-def _git(*arguments: str) -> str | None:
-    with contextlib.suppress(FileNotFoundError, subprocess.CalledProcessError):
-        output = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
-        return output.strip()
-    return None
+def _describe_working_tree() -> str:
+    """Return the commit, with `-dirty` if a tracked file differs; empty outside of a git repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False).stdout
+    except FileNotFoundError:
+        return ""

@@ -1,7 +1,5 @@
 """Loads the model, selects its attention, and fits its vocabulary and its stop tokens to the tokenizer."""
 
-from __future__ import annotations
-
 import logging
 import operator
 from pathlib import Path
@@ -58,10 +56,8 @@ def load_model(plan: Plan, folder: str) -> Any:
             output_loading_info=True,
             **lora.loading_arguments(plan),
         )
-    except SetupError:
-        raise
     except Exception as error:  # of any kind: the files may hold anything
-        if out_of_memory.is_out_of_memory(error):
+        if isinstance(error, SetupError) or out_of_memory.is_out_of_memory(error):
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SetupError(

@@ -4,8 +4,6 @@ The Trainer would log another loss and take the step (`logging_nan_inf_filter`),
 (`check_grad_overflow`).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass

@@ -1,6 +1,6 @@
 """Reports what a rank had allocated when it ran out of memory, and the plan's forecast."""
 
-from __future__ import annotations
+import resource
 
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.env import host_memory_bytes
@@ -20,24 +20,21 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def describe(plan: Plan, rank: int, error: BaseException) -> str:
     """Return one line: memory allocated, memory available, and the plan's forecast."""
-    import torch
-
-    if torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        allocated = (
-            f"{torch.cuda.memory_allocated() / GIB:.1f} GiB allocated, {torch.cuda.memory_reserved() / GIB:.1f} GiB "
-            f"reserved, peak {torch.cuda.max_memory_allocated() / GIB:.1f} of {total / GIB:.1f} GiB"
-        )
-    else:
-        allocated = f"peak {peak_host_memory_bytes() / GIB:.1f} of {host_memory_bytes() / GIB:.1f} GiB"
+    reserved, allocated, total = (number / GIB for number in peak_memory(plan))
+    peak = f"peak {allocated:.1f} GiB allocated, {reserved:.1f} GiB reserved, of {total:.1f} GiB"
     forecast = plan.memory_bytes_per_gpu
     planned = f"forecast {forecast['total'] / GIB:.1f} GiB" if forecast else "no forecast"
     message = (str(error).splitlines() or [type(error).__name__])[0].partition(". GPU")[0]
-    return f"rank {rank} ran out of memory: {allocated}; {planned} ({message})"
+    return f"rank {rank} ran out of memory: {peak}; {planned} ({message})"
 
 
-def peak_host_memory_bytes() -> int:
-    """Return this process's peak resident memory, in bytes."""
-    import resource
+def peak_memory(plan: Plan) -> tuple[int, int, int]:
+    """Return the most bytes that this rank reserved and allocated on its GPU, and the size of the GPU; on a CPU, twice
+    the peak resident memory, and the rank's share of the host's memory."""
+    import torch
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if plan.uses_gpu:
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        return torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated(), total
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak, peak, host_memory_bytes() // plan.world_size

@@ -4,8 +4,6 @@ Isolation depends on how a model's code uses `position_ids`. Models whose attent
 another silently. Data preparation does not pack rows for known layers with a state (data/model_layers.py).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Counts a model's parameters by kind of module, trained and frozen, and finds fused experts."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

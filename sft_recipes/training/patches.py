@@ -5,8 +5,6 @@ tests/unit/test_patches.py fails once a library no longer needs its patch. Heavy
 functions: the launcher imports this module before torch.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -28,8 +26,7 @@ def apply(plan: Plan) -> None:
 
 def apply_to_trainer(plan: Plan, trainer: Any) -> None:
     """Patch TRL for a trainer's model, the model itself and accelerate's FSDP plugin."""
-    score_supervised_positions_only()
-    limit_logits_chunk(trainer.model.config.get_text_config().vocab_size)
+    score_supervised_positions_only(trainer.model.config.get_text_config().vocab_size)
     disable_cpu_repack(trainer.model)
     if plan.method != "full":
         save_adapters_without_embeddings(trainer.model)
@@ -38,29 +35,20 @@ def apply_to_trainer(plan: Plan, trainer: Any) -> None:
         reduce_gradients_in_fp32(plugin)
 
 
-def score_supervised_positions_only() -> None:
-    """Have TRL compute logits at supervised positions only on a CPU too, as it does on CUDA.
+def score_supervised_positions_only(vocabulary_size: int) -> None:
+    """Have TRL compute logits at supervised positions only on a CPU too, as it does on CUDA, and allocate a chunk of
+    them no wider than the vocabulary.
 
-    Changes: `trl.trainer.utils._use_triton`, used there to choose the positions only; the kernels use their own.
-    Source: trl/trainer/utils.py, `_fused_forward` ("Elsewhere … every position is scored instead").
+    Changes: `trl.trainer.utils._use_triton`, used there to choose the positions only (the kernels use their own), and
+        `_CHUNKED_LOGPROB_CHUNK_SIZE`.
+    Source: trl/trainer/utils.py, `_fused_forward` ("Elsewhere … every position is scored instead");
+        trl/kernels/chunked_logprob.py, which allocates [positions, chunk size] for any vocabulary.
     Versions: trl 1.16. Without it scoring takes a quarter of a step of the tiny recipe.
-    Remove when: `_fused_forward` scores only valid positions on a CPU.
+    Remove when: `_fused_forward` scores only valid positions on a CPU, and the kernel limits the chunk.
     """
     import trl.trainer.utils
 
     trl.trainer.utils._use_triton = lambda _device: True
-
-
-def limit_logits_chunk(vocabulary_size: int) -> None:
-    """Have TRL allocate a chunk of logits no wider than the vocabulary.
-
-    Changes: `trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE`.
-    Source: trl/kernels/chunked_logprob.py, which allocates [positions, chunk size] for any vocabulary.
-    Versions: trl 1.16.
-    Remove when: the kernel limits the chunk to the vocabulary.
-    """
-    import trl.trainer.utils
-
     trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = min(_LOGITS_CHUNK, vocabulary_size)
 
 

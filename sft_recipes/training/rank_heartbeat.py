@@ -1,7 +1,5 @@
 """Writes this rank's heartbeat, and the exception that ended it, for the watchdog in the launcher."""
 
-from __future__ import annotations
-
 import contextlib
 import faulthandler
 import os

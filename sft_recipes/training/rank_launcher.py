@@ -4,8 +4,6 @@ Accelerate alone terminates its ranks at a stop signal, whether they have saved 
 It also reports only that a rank failed, not how. One process is started without it.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """Translates a plan into TRL's SFTConfig."""
 
-from __future__ import annotations
-
 import importlib.util
 
 from trl import SFTConfig

@@ -1,7 +1,5 @@
 """Remembers that this rank received a stop signal; all ranks decide together when to stop."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -1,7 +1,5 @@
 """Checks before the first step that strategy, dtypes and packing isolation are as planned."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

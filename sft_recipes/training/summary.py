@@ -1,7 +1,5 @@
 """The last lines of a finished run."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from sft_recipes.config.schema import OVERFIT_LOSS

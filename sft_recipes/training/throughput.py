@@ -4,8 +4,6 @@ No measurement adds a synchronization; the ranks' numbers are gathered once per 
 waits for the GPU (callbacks/graceful_stop.py), so wall time is the time of the work.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any

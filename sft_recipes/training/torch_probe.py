@@ -3,8 +3,6 @@
 With the argument `cuda`, print only the fields that `runtime/cuda.py` needs: no slower than importing PyTorch.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import shutil

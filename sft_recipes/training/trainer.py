@@ -1,7 +1,5 @@
 """TRL's SFTTrainer for a plan: effective batches, a validation loss per token, NaN guard, atomic checkpoints."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging
@@ -12,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainerState
+from transformers import PrinterCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
@@ -41,24 +39,24 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
 
     Args:
         passes: forward passes of validation per source, in their order (`dataset.split_into_passes`).
-        architecture: model dimensions, for the FLOP count.
-        prepared: folder of the prepared rows.
+        data: `prepared.json`, with the folder of the rows, and the model's dimensions for the FLOP count.
 
     Attributes:
         folder: the run directory.
+        prepared: folder of the prepared rows.
         end_of_turn_ids: token ids that end a completion.
         eval_sums: loss sum and token count of each forward pass of the latest evaluation, by source, each
             [ranks, passes, 2].
     """
 
-    def __init__(
-        self, plan: Plan, passes: dict[str, int], architecture: dict[str, Any], prepared: Path, **arguments: Any
-    ):
+    def __init__(self, plan: Plan, passes: dict[str, int], data: dict[str, Any], **arguments: Any):
         self.plan = plan
         self.passes = passes
+        self.prepared = Path(data["folder"])
         self.stopping = graceful_stop.GracefulStopCallback()
-        self.source_weights = read_json(prepared / "details.json").get("source_weights", [])
-        arguments["train_dataset"] = data_order.add_row_numbers(arguments["train_dataset"])
+        self.source_weights = read_json(self.prepared / "details.json").get("source_weights", [])
+        rows = arguments["train_dataset"]
+        arguments["train_dataset"] = rows.add_column(data_order.ROW, torch.arange(len(rows)).numpy())
         with patches.keep_model_config(arguments["model"].config):
             if not parameter_table.count(arguments["model"]).get("experts"):
                 if arguments["args"].router_aux_loss_coef:
@@ -71,26 +69,21 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
         self.end_of_turn_ids: list[int] = []
         self.eval_sums: dict[str, torch.Tensor] = {}
         self._sums_per_pass: list[torch.Tensor] = []
-        self.prepared = prepared
         self.nan_guard = NanGuard(self)
-        self.meter = ThroughputMeter(plan, architecture, peak_flops(plan, self.args.device), self.args.device)
+        self.meter = ThroughputMeter(plan, data["architecture"], peak_flops(plan, self.args.device), self.args.device)
         self._tokens_measured: int | None = None
         self.folder = RunDir(Path(self.args.output_dir))
         self.checkpoint_writer = CheckpointWriter(plan, self.folder, self.accelerator)
         self.supervised_tokens_seen = 0
-        sampler = self._get_train_sampler()
-        steps_per_epoch = sampler.used // plan.effective_batch_size
-        order = data_order.DataOrderCheck(sampler.order, plan.effective_batch_size, steps_per_epoch)
-        self.integrity = IntegrityCallback(plan, order)
+        self.integrity = IntegrityCallback(plan, data_order.DataOrderCheck(self._get_train_sampler()))
         self.add_callbacks([self.stopping, self.integrity])
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EffectiveBatchSampler:
         rows = len(self.train_dataset if train_dataset is None else train_dataset)
         batch, seed = self.plan.effective_batch_size, self.args.data_seed
-        return EffectiveBatchSampler(rows, batch, seed, self._epoch, self.source_weights)
-
-    def _epoch(self) -> int:
-        return int(self.state.global_step // self.plan.steps_per_epoch) if self.plan.steps_per_epoch else 0
+        return EffectiveBatchSampler(
+            rows, batch, seed, lambda: self.state.global_step // self.plan.steps_per_epoch, self.source_weights
+        )
 
     def add_callbacks(self, callbacks: list[Any]) -> None:
         """Add callbacks and give each this trainer."""
@@ -102,11 +95,6 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
         """Close what callbacks have open, for a run that did not finish."""
         for callback in self.callback_handler.callbacks:
             getattr(callback, "end", lambda: None)()
-
-    def write_summary(self) -> None:
-        """Have callbacks write their summaries, for a run whose last step an earlier attempt took."""
-        for callback in self.callback_handler.callbacks:
-            getattr(callback, "write_summary", lambda _state: None)(self.state)
 
     def rows_of_step(self, steps_taken: int) -> list[int]:
         """Return the rows of the step after `steps_taken` steps, in the order of micro-batches and ranks."""
@@ -325,10 +313,6 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
                 checkpoint_format.copy_model(source, partial, copy)
 
         return self.checkpoint_writer.write_atomically(target, write, record)
-
-    def restore_state(self, checkpoint: Path) -> None:
-        """Restore the state of a checkpoint's step, without its weights, which `train` or `copy_model` bring."""
-        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
     def load_weights(self, folder: Path) -> None:
         """Load the weights of a saved model into this one, which must not be sharded."""

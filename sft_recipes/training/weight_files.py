@@ -1,7 +1,5 @@
 """Copies safetensors files with fp32 weights converted to the base model's dtype."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections import Counter

@@ -55,8 +55,7 @@ def begin(tmp_path, model_folder, tokenizer):
         return trainers.RecipeTrainer(
             plan,
             passes,
-            {},
-            folder.path,
+            {"architecture": {}, "folder": str(folder.path)},
             model=model,
             args=sft_config.make_sft_config(plan, folder),
             train_dataset=rows,
@@ -159,7 +158,7 @@ def test_rows_hash_does_not_depend_on_micro_batches_or_workers(begin, more, pack
     subject = begin("run", *more, packing=packing)
     subject.train()
     assert (subject.integrity.data_order.steps, subject.state.global_step) == (10, 10)
-    by_hand = data_order.DataOrderCheck(subject._get_train_sampler().order, 4, 5)
+    by_hand = data_order.DataOrderCheck(subject._get_train_sampler())
     for step in range(10):
         by_hand.record_batches([{data_order.ROW: torch.tensor(subject.rows_of_step(step)[::-1])}])
     by_hand.check_pending(10)
@@ -210,7 +209,7 @@ def test_data_order_check_stops_the_run_before_a_save(begin, fault, message):
 
 
 def integrity_lines(trainer):
-    return [json.loads(line) for line in trainer.integrity.folder.integrity_log.read_text().splitlines()]
+    return [json.loads(line) for line in trainer.folder.integrity_log.read_text().splitlines()]
 
 
 def restore_rows_hash(trainer, point):

@@ -40,13 +40,14 @@ def test_trl_allocates_chunks_wider_than_the_vocabulary(monkeypatch):
     assert peak_allocated(profiler) > 100 * chunk * 4
 
 
-def test_limit_logits_chunk_is_repeatable(monkeypatch):
+def test_logits_chunk_is_no_wider_than_the_vocabulary(monkeypatch):
     import trl.trainer.utils
 
+    monkeypatch.setattr(trl.trainer.utils, "_use_triton", trl.trainer.utils._use_triton)
     monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", patches._LOGITS_CHUNK)
     sizes = []
     for vocabulary in (320, 1024, 10**6):
-        patches.limit_logits_chunk(vocabulary)
+        patches.score_supervised_positions_only(vocabulary)
         sizes.append(trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE)
     assert sizes == [320, 1024, patches._LOGITS_CHUNK]
 

@@ -111,11 +111,21 @@ def test_tensorboard_of_a_resumed_run_purges_later_steps(plan, tmp_path):
     assert [(event.step, event.value) for event in read.Scalars("train/loss")] == [(1, 4.0), (2, 3.0), (3, 1.0)]
 
 
+def wandb_id(plan, folder):
+    """The id of the W&B run that a run starts."""
+    started, tracker = [], object.__new__(trackers.WeightsAndBiases)
+    tracker.plan, tracker.folder = plan, RunDir(Path(folder))
+    tracker._wandb = SimpleNamespace(init=lambda **named: started.append(named["id"]), Settings=dict)
+    tracker._start("offline", "sft-recipes")
+    return started[0]
+
+
 def test_resumed_run_continues_the_same_wandb_run(plan):
-    first = trackers.run_id(plan, RunDir(Path("runs/a")))
-    assert first == trackers.run_id(dataclasses.replace(plan, optimizer_steps=5), RunDir(Path("runs/a")))
-    other = dataclasses.replace(plan, created="2020-01-01T00:00:00+00:00")
-    ids = {first, trackers.run_id(other, RunDir(Path("runs/a"))), trackers.run_id(plan, RunDir(Path("runs/b")))}
+    plan = dataclasses.replace(plan, run_id="0123456789abcdef")
+    first = wandb_id(plan, "runs/a")
+    assert first == wandb_id(dataclasses.replace(plan, optimizer_steps=5), "runs/a")
+    other = dataclasses.replace(plan, run_id="fedcba9876543210")
+    ids = {first, wandb_id(other, "runs/a"), wandb_id(plan, "runs/b")}
     assert len(ids) == 3 and re.fullmatch(r"a-[0-9a-f]{8}", first)
 
 

@@ -75,8 +75,7 @@ def make_trainer(tmp_path, model_folder, tokenizer, rows, validation, *overrides
     return trainers.RecipeTrainer(
         plan,
         passes,
-        {},
-        tmp_path,
+        {"architecture": {}, "folder": str(tmp_path)},
         model=model,
         args=sft_config.make_sft_config(plan, RunDir(tmp_path)),
         train_dataset=rows.remove_columns("source"),

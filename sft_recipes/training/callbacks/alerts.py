@@ -3,8 +3,6 @@
 Decisions use metrics that are equal on all ranks, so that all ranks decide alike.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Iterable

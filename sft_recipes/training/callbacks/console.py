@@ -1,7 +1,5 @@
 """Progress on the console: lines of metrics, and below them a progress bar on a terminal; rank 0 only."""
 
-from __future__ import annotations
-
 import logging
 import re
 import sys
@@ -24,9 +22,8 @@ class ConsoleCallback(TrainerCallback):
         started: time and step at which this attempt started, for the remaining time.
     """
 
-    def __init__(self) -> None:
-        self.bar: Progress | None = None
-        self.started = (0.0, 0)
+    bar: Progress | None = None
+    started = (0.0, 0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the bar if standard output is a terminal."""

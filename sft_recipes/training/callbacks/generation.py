@@ -1,23 +1,18 @@
 """Generation: greedy completions of the same held-out prompts at every evaluation, on rank 0."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from typing import Any
 
 from transformers import TrainerCallback
 
 from sft_recipes.training import completions
 from sft_recipes.training.callbacks.metrics import append
+from sft_recipes.training.callbacks.trackers import TrackerCallback
 
 
 class GenerationCallback(TrainerCallback):
     """Writes `samples.jsonl` and logs the completions to the trackers; inactive if parameters are sharded."""
 
     trainer: Any = None
-
-    def __init__(self, trackers: Sequence[Any]):
-        self.trackers = trackers
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Complete the prompts that `generation.show` selects."""
@@ -35,5 +30,6 @@ class GenerationCallback(TrainerCallback):
         ]
         for sample in samples:
             append(self.trainer.folder.samples, sample)
-        for tracker in self.trackers:
-            tracker.log_samples(state.global_step, samples)
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, TrackerCallback):
+                callback.log_samples(state.global_step, samples)

@@ -1,7 +1,5 @@
 """Graceful stop: a signal on any rank becomes one decision of all ranks, to save this step and stop."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -29,19 +27,19 @@ class GracefulStopCallback(TrainerCallback):
         first_step: the step at which this attempt started; not 0 in a resumed run.
     """
 
-    def __init__(self) -> None:
-        self.stopped = False
-        self.first_step = 0
-        self.trainer: Any = None
+    stopped = False
+    first_step = 0
+    trainer: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Record the step at which this attempt starts."""
         self.first_step = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Save and stop at this step if a stop was requested."""
+        """Save and stop at this step if a stop was requested; stop the step's clock after the collective."""
         if self.stop_requested():
             control.should_save = control.should_training_stop = True
+        self.trainer.meter.end_step()
 
     def stop_requested(self) -> bool:
         """Whether a stop was requested on any rank, and the run has steps left. Collective: call on every rank."""

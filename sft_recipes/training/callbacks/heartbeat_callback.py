@@ -1,7 +1,5 @@
 """Heartbeat of this rank: one beat for each event of the Trainer, with the step and the activity."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -3,8 +3,6 @@
 `integrity.jsonl` has the fingerprints after each save and the next two steps, for `verify-resume` to compare.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from transformers import TrainerCallback

@@ -1,7 +1,5 @@
 """Retention: keep the two latest checkpoints, and the weights of the three best steps."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Metrics log: every metric that the Trainer logs, in `metrics.jsonl`, one JSON object per log step, on rank 0."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
@@ -9,6 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from sft_recipes.monitor import metrics_log
 from sft_recipes.runtime import append_line
 from sft_recipes.runtime.atomic_write import write_atomic
 from sft_recipes.training.checkpoint import retention
@@ -27,10 +26,6 @@ class MetricsCallback(TrainerCallback):
             for path in (folder.metrics, folder.samples, folder.warnings):
                 drop_lines_after(path, state.global_step)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop the step's clock on every rank, after the collective in callbacks/graceful_stop.py."""
-        self.trainer.meter.end_step()
-
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Append one line: the step and all numbers."""
         if not state.is_world_process_zero or not logs:
@@ -43,13 +38,14 @@ class MetricsCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Append the summary of a finished run."""
         if not self.trainer.stopping.stopped:
-            self.write_summary(state)
+            write_summary(self.trainer)
 
-    def write_summary(self, state: Any) -> None:
-        """Append the last line of a run whose last step is taken, by this attempt or an earlier one."""
-        if state.is_world_process_zero:
-            tokens = {"supervised_tokens_seen": self.trainer.supervised_tokens_seen}
-            append(self.trainer.folder.metrics, {"step": state.global_step, **final(state), **tokens})
+
+def write_summary(trainer: Any) -> None:
+    """Append the last line of a run whose last step is taken, by this attempt or an earlier one."""
+    if trainer.accelerator.is_main_process:
+        step, tokens = trainer.state.global_step, {"supervised_tokens_seen": trainer.supervised_tokens_seen}
+        append(trainer.folder.metrics, {"step": step, **final(trainer.state), **tokens})
 
 
 def final(state: Any) -> dict[str, float]:
@@ -61,18 +57,15 @@ def final(state: Any) -> dict[str, float]:
 
 def append(path: Path, line: dict[str, Any]) -> None:
     """Append one JSON line; NaN and Infinity, which JSON lacks, are written as strings."""
-    append_line.add(path, json.dumps({key: json_number(value) for key, value in line.items()}, allow_nan=False))
+    append_line.add(path, _to_json(line))
 
 
 def drop_lines_after(path: Path, step: int) -> None:
     """Drop the lines after a step, which an interrupted attempt wrote."""
     if path.is_file():
-        kept = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if _step(line) <= step]
-        write_atomic(path, "".join(f"{line}\n" for line in kept))
+        kept = [line for line in metrics_log.read_lines(path) if line["step"] <= step]
+        write_atomic(path, "".join(f"{_to_json(line)}\n" for line in kept))
 
 
-def _step(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # incomplete, after a kill, or corrupt
-        return float("inf")
+def _to_json(line: dict[str, Any]) -> str:
+    return json.dumps({key: json_number(value) for key, value in line.items()}, allow_nan=False)

@@ -3,11 +3,8 @@
 `metrics.jsonl` holds the same metrics whatever happens to a tracker.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
-import hashlib
 import logging
 import os
 import textwrap
@@ -24,9 +21,7 @@ from transformers.integrations.integration_utils import (
 )
 
 from sft_recipes.planner import plan as plans
-from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime import timeouts
-from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.training.callbacks.metrics import final
 
 log = logging.getLogger(__name__)
@@ -153,7 +148,7 @@ class WeightsAndBiases(WandbCallback):  # type: ignore[misc]
         self._wandb.init(
             project=os.environ.get("WANDB_PROJECT") or project,
             name=os.environ.get("WANDB_NAME") or self.folder.name,
-            id=run_id(self.plan, self.folder),
+            id=f"{self.folder.name}-{self.plan.run_id[:8]}",  # the same at every attempt of a run
             resume="allow",
             dir=str(self.folder.path),
             config=asdict(self.plan),
@@ -174,11 +169,6 @@ class WeightsAndBiases(WandbCallback):  # type: ignore[misc]
         """Finish the W&B run; a TimeoutError tells that not all of it was uploaded in time."""
         super().on_train_end(args, state, control, **context)
         self._wandb.finish()
-
-
-def run_id(plan: Plan, folder: RunDir) -> str:
-    """The W&B id: the same at every attempt of a run, another for another run of that name (a plan keeps its date)."""
-    return f"{folder.name}-{hashlib.sha256(f'{plan.created} {folder.path.absolute()}'.encode()).hexdigest()[:8]}"
 
 
 def _first_line(error: Exception) -> str:

@@ -4,8 +4,6 @@ A directory is written under `.saving/`, hashed, gets its commit marker, and is 
 in it is loaded before its checksums are verified.
 """
 
-from __future__ import annotations
-
 import fnmatch
 import hashlib
 import json

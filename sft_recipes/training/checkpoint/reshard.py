@@ -6,8 +6,6 @@ any number of ranks. Ranks whose random state was not saved, and all after resha
 only affects dropout.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging

@@ -1,7 +1,5 @@
 """Find the latest valid checkpoint of a run; all ranks verify it before anything in it is loaded."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 from collections.abc import Sequence
@@ -41,7 +39,7 @@ def find_latest_valid(plan: Plan, folder: RunDir, accelerator: Any) -> ResumePoi
     """Return the latest valid checkpoint of this run; None if it has not saved yet.
 
     Collective: call on every rank. A corrupt checkpoint of this run is quarantined, so that retention does not count
-    it; any other is skipped in place.
+    it; any other is skipped in place. What an earlier attempt was writing or removing when it ended is removed.
 
     Raises:
         NoValidCheckpointError: the run has saved, and no checkpoint is valid.
@@ -57,6 +55,8 @@ def find_latest_valid(plan: Plan, folder: RunDir, accelerator: Any) -> ResumePoi
         raise NoValidCheckpointError(
             f"{folder.path}: no valid checkpoint of this run ({reason}). Restore one, or start another run: NAME=…"
         )
+    if accelerator.is_main_process:
+        _remove_incomplete(folder)
     return point
 
 
@@ -106,8 +106,8 @@ def verify_on_all_ranks(path: Path, record: dict[str, Any], accelerator: Any) ->
     return next((problem for problem in gather_object([problem]) if problem), None)
 
 
-def remove_incomplete(folder: RunDir) -> None:
-    """Remove what an earlier attempt was writing or removing when it ended; on rank 0, before it saves."""
+def _remove_incomplete(folder: RunDir) -> None:
+    """Remove what an earlier attempt was writing or removing when it ended."""
     for path in sorted(folder.saving.glob("*")):
         log.info("removing incomplete %s: the earlier attempt ended while writing it", path.name)
     for directory in (folder.saving, folder.removing):

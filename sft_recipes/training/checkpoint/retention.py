@@ -1,7 +1,5 @@
 """Retention: rank steps by validation loss, and keep the weights of the best."""
 
-from __future__ import annotations
-
 import logging
 import math
 from typing import Any

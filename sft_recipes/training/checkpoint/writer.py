@@ -4,8 +4,6 @@ The libraries below write file after file, with barriers in between: a rank that
 waiting indefinitely. So errors are collected, every rank reaches the end, and all ranks agree on the result.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import shutil

@@ -5,15 +5,10 @@ compared over all ranks and micro-batches, so a row that is used twice, skipped,
 component caused it. Ranks exchange row numbers at each log line, save and end of an epoch, in one collective.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Iterable
 from typing import Any
-
-import torch
 
 from sft_recipes.runtime.errors import TrainingError
 
@@ -21,16 +16,6 @@ ROW = "row"  # a row's number, as a column of the training rows and in a batch
 
 _REPORT = "This is a bug in sft_recipes or a library: report it with plan.json and log.txt"
 _ROWS_SHOWN = 8
-
-
-def add_row_numbers(rows: Any) -> Any:
-    """Add each row's number to the training rows, a `datasets.Dataset`."""
-    return rows.add_column(ROW, torch.arange(len(rows)).numpy())
-
-
-def keep_row_numbers(examples: Sequence[dict[str, Any]], batch: dict[str, Any]) -> dict[str, Any]:
-    """Add the row numbers to a collated batch; validation rows have none."""
-    return {**batch, ROW: torch.tensor([example[ROW] for example in examples])} if ROW in examples[0] else batch
 
 
 class DataOrderCheck:
@@ -41,15 +26,9 @@ class DataOrderCheck:
         rows_hash: hash chain over the rows of these steps.
     """
 
-    def __init__(self, epoch_order: Callable[[int], torch.Tensor], rows_per_step: int, steps_per_epoch: int):
-        """Set up.
-
-        Args:
-            epoch_order: returns the rows of an epoch (the first is 0) in the order of use.
-        """
-        self._epoch_order = lru_cache(maxsize=1)(epoch_order)  # a long one takes time to draw
-        self._rows_per_step = rows_per_step
-        self._steps_per_epoch = steps_per_epoch
+    def __init__(self, sampler: Any):
+        """Set up; the sampler is another one than the data loader's, which may be faulty."""
+        self._sampler = sampler
         self._pending: list[list[int]] = []
         self.steps = 0
         self.rows_hash = ""
@@ -73,15 +52,14 @@ class DataOrderCheck:
             self._check_step(sorted(row for rows in rows_of_ranks for row in rows))
         if self.steps != steps_taken:
             raise TrainingError(f"rows were fed to {self.steps} steps, but {steps_taken} were taken. {_REPORT}")
-        epochs, step = divmod(steps_taken, self._steps_per_epoch)
+        epochs, step = divmod(steps_taken, self._sampler.steps_per_epoch)
         if epoch_ended and step:
-            end = f"epoch {epochs + 1} ended after {step} of {self._steps_per_epoch} steps"
+            end = f"epoch {epochs + 1} ended after {step} of {self._sampler.steps_per_epoch} steps"
             raise TrainingError(f"{end}, its other rows were skipped. {_REPORT}")
 
     def _check_step(self, fed: list[int]) -> None:
-        epoch, step = divmod(self.steps, self._steps_per_epoch)
-        order = self._epoch_order(epoch)
-        expected = sorted(order[step * self._rows_per_step : (step + 1) * self._rows_per_step].tolist())
+        expected = sorted(self._sampler.rows_of_step(self.steps))
+        epoch = self.steps // self._sampler.steps_per_epoch
         self.steps += 1
         if fed != expected:
             wrong = list((Counter(fed) - Counter(expected)).elements())

@@ -3,8 +3,6 @@
 Tensors are read on their device as integers (so -0.0 is not 0.0, and NaNs differ by their bits), in chunks of 8 MiB.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random

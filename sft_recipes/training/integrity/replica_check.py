@@ -4,8 +4,6 @@ All ranks start from the same weights and apply the same gradients, so their wei
 one rank's memory raises no error: that rank continues with other gradients, which the all-reduce spreads to all.
 """
 
-from __future__ import annotations
-
 import socket
 from collections import Counter
 from collections.abc import Sequence
