@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Generated from the recipe by `python -m sft_recipes.tools.sbatch_header`; do not edit.
 #SBATCH --job-name=sft-1b
-#SBATCH --nodes=1                             # 1 GPU (l40s-48g), forecast 36 GiB per GPU
+#SBATCH --nodes=1                             # 1 GPU (l40s-48g), forecast 37 GiB per GPU
 #SBATCH --ntasks-per-node=1                   # one launcher per node, which starts the node's ranks
 #SBATCH --gpus-per-node=1
 #SBATCH --cpus-per-task=8                     # for the ranks and their data workers

@@ -7,8 +7,11 @@ from typing import Any
 
 from sft_recipes.config.schema import Lora
 
-# Llama-shaped decoders that parameter_count supports.
-DENSE_KINDS = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
+# Llama-shaped decoders that parameter_count supports, and whether a configuration without `tie_word_embeddings` ties.
+DENSE_KINDS = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "olmo2", "granite"), False),
+    "smollm3": True,
+}
 
 
 DENSE_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")

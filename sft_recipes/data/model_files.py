@@ -109,8 +109,9 @@ def architecture_of(folder: Path) -> dict[str, Any]:
     sizes = {key: config[key] for key in (*DENSE_KEYS, *_OPTIONAL_SIZES) if config.get(key) is not None}
     if any(type(value) is not int or value < 1 for value in sizes.values()):
         return {}  # loading the model reports it
-    flags = {key: config[key] for key in ("tie_word_embeddings", "attention_bias") if config.get(key) is not None}
-    return {**sizes, **flags, "model_type": config["model_type"]}
+    stated = {key: config[key] for key in ("tie_word_embeddings", "attention_bias") if config.get(key) is not None}
+    tied = {"tie_word_embeddings": DENSE_KINDS[config["model_type"]]}
+    return {**sizes, **tied, **stated, "model_type": config["model_type"]}
 
 
 def describe_model(name_or_path: str) -> ModelFacts:

@@ -235,14 +235,19 @@ def activation_bytes(load: MemoryInputs) -> int:
     inner ones, keys and values twice, and the hidden states in norms, projections and adapters. Fused
     attention keeps no scores; eager attention keeps them in fp32 and, in mixed precision, also in 16 bits.
     """
-    hidden, inner = load.hidden, load.inner
-    key_values = linear_layers(load.architecture)["k_proj"][1]
-    extra = load.architecture["num_attention_heads"] * load.scores_of * (4 if load.precision == "fp32" else 6)
-    if load.architecture.get("model_type") == "olmo2":  # norms of queries, keys and both outputs
+    hidden, inner, fp32 = load.hidden, load.inner, load.precision == "fp32"
+    layers, kind = linear_layers(load.architecture), load.architecture.get("model_type")
+    queries, key_values = layers["q_proj"][1], layers["k_proj"][1]
+    extra = load.architecture["num_attention_heads"] * load.scores_of * (4 if fp32 else 6)
+    # Queries and the output of attention, where they are wider than the hidden states.
+    extra += (queries - hidden) * (8 if fp32 else 6 if load.lora else 4)
+    if kind == "olmo2":  # norms of queries, keys and both outputs
         extra += (8 if load.lora else 20) * hidden
+    if kind == "qwen3":  # norms of queries and keys
+        extra += (queries + key_values) * (4 if load.lora else 8 if fp32 else 6)
     if load.on_cpu:  # attention per example, then concatenated again
-        extra += load.width * hidden
-    if load.precision == "fp32":
+        extra += load.width * queries
+    if fp32:
         return int((24 if load.lora else 32) * hidden + 16 * inner + 8 * key_values + extra)  # frozen norms keep less
     stream = 20 if load.stream_width == 2 else 30
     return int((stream + (5 if load.lora else 0)) * hidden + 8 * inner + 4 * key_values + extra)

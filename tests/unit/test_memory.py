@@ -236,6 +236,11 @@ SHAPES = {
     "llama, every head its own keys": {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 8},
     "qwen2": {"hidden_size": 512, "intermediate_size": 2700, "num_attention_heads": 8, "num_key_value_heads": 2},
     "olmo2": {"hidden_size": 512, "intermediate_size": 1400, "num_attention_heads": 8, "num_key_value_heads": 8},
+    "qwen3": {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64},
+    "qwen3, queries wider than the hidden states": {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64},
+    "llama, queries wider than the hidden states": {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64},
+    "smollm3": {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8, "num_key_value_heads": 2, "pad_token_id": 0},
+    "granite": {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8, "num_key_value_heads": 2},
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sft_recipes import cli
 from sft_recipes.config import loader, model_recipe
+from sft_recipes.config.architecture import DENSE_KINDS, parameter_count
 from sft_recipes.config.sizes import RECIPES
 from sft_recipes.data import model_files
 from sft_recipes.runtime.errors import UserError
@@ -81,7 +82,21 @@ def test_context_shorter_than_the_default_limits_rows(in_process, model, rows):
     assert (plan["max_length"], plan["precision"], plan["packing"]) == (512, "fp32", False)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text", "phi3", "gpt2", "mixtral", "olmo2", "gpt_neox"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "llama",
+        "qwen3",
+        "smollm3",
+        "granite",
+        "gemma3_text",
+        "phi3",
+        "gpt2",
+        "mixtral",
+        "olmo2",
+        "gpt_neox",
+    ],
+)
 def test_parameters_are_counted_from_headers(tmp_path, kind):
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 128, "pad_token_id": 0}
     sizes |= {"intermediate_size": 96, "num_key_value_heads": 2} if kind not in ("gpt2", "gpt_neox") else {}
@@ -89,7 +104,9 @@ def test_parameters_are_counted_from_headers(tmp_path, kind):
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     facts = model_files.describe_model(str(tmp_path))
     assert facts.parameters == model.num_parameters()
-    assert bool(facts.architecture) is (kind in ("llama", "qwen3", "olmo2"))
+    assert bool(facts.architecture) is (kind in DENSE_KINDS)
+    if facts.architecture:
+        assert parameter_count(facts.architecture) == facts.parameters
 
 
 def test_recipe_keeps_its_settings_for_another_model(in_process, model, rows):
