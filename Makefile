@@ -7,6 +7,14 @@ VARIABLES := RECIPE MODEL METHOD GPUS NODES PROCESSES DEVICES DATA VALIDATION NA
 ifndef MODEL
 RECIPE ?= tiny
 endif
+comma := ,
+ifneq ($(value DEVICES),)
+override CUDA_VISIBLE_DEVICES := $(value DEVICES)
+VARIABLES += CUDA_VISIBLE_DEVICES
+ifeq ($(value GPUS),)
+override GPUS := $(words $(subst $(comma), ,$(value DEVICES)))
+endif
+endif
 
 # Make expands $(…) in the user's values; the raw text goes to the environment, and the shell quotes it.
 $(foreach variable,$(VARIABLES),$(eval override export $(variable) := $$(value $(variable))))
@@ -39,7 +47,7 @@ help: ## print this list
 		'VALIDATION       validation data (default: a seeded part of DATA)' \
 		'ARGS             overrides, such as ARGS="trainer.learning_rate=1e-5 trainer.max_length=4096"' \
 		'GPUS             number of GPUs, 0 for the CPU; for plan also a list: GPUS=1,2,4,8' \
-		'DEVICES          GPU ids, such as DEVICES=0,2' \
+		'DEVICES          GPU ids, such as DEVICES=0,2 (sets CUDA_VISIBLE_DEVICES)' \
 		'PROCESSES        number of CPU processes, with GPUS=0' \
 		'NODES            number of nodes, for plan and slurm' \
 		'GPU_TYPE         GPU type to plan for: h100-80g, a100-40g, ..., or GiB of memory' \
@@ -71,7 +79,7 @@ image: ## build the container image: VARIANT IMAGE RUNTIME BUILD_ARGS
 	@$(SFT) image
 
 smoke: ## test the image in minutes, offline: VARIANT IMAGE DEVICES (ARGS=--cpu)
-	@$(SFT) smoke $${DEVICES:+--devices "$$DEVICES"} $${ARGS:-}
+	@$(SFT) smoke $${ARGS:-}
 
 flash-attn: setup ## install flash-attn outside the image: WHEEL, otherwise compile it
 	@requirements/flash-attn.sh "$(VENV)"
@@ -99,10 +107,10 @@ download: ## download model, tokenizer and data for offline runs: RECIPE DATA VA
 	@$(SFT) download $(CHOSEN) $(OVERRIDES)
 
 sanity: ## run the sanity check, which train also runs: RECIPE GPUS DEVICES DATA
-	@$(SFT) sanity $(CHOSEN) $(TRAINING) $${DEVICES:+--devices "$$DEVICES"} $(OVERRIDES)
+	@$(SFT) sanity $(CHOSEN) $(TRAINING) $(OVERRIDES)
 
 train: ## start a run, or resume an unfinished one: RECIPE GPUS DATA NAME RESUME
-	@$(SFT) train $(CHOSEN) $(TRAINING) $${DEVICES:+--devices "$$DEVICES"} $${NAME:+--name "$$NAME"} \
+	@$(SFT) train $(CHOSEN) $(TRAINING) $${NAME:+--name "$$NAME"} \
 		$${RESUME:+--resume} $${ALLOW_CHANGE:+--allow-change "$$ALLOW_CHANGE"} $${STRICT_VERSIONS:+--strict-versions} $${DRY_RUN:+--dry-run} $(OVERRIDES)
 
 verify-resume: ## repeat recorded steps of a run and compare bit for bit: RUN
@@ -121,7 +129,7 @@ slurm: ## submit a recipe to Slurm and follow its output: RECIPE NODES NAME DATA
 	@set -f; slurm/submit.sh "$$RECIPE" $${NODES:+"--nodes=$$NODES"} -- $${ARGS:-}
 
 tensorboard: ## serve the metrics of all runs on localhost: PORT
-	@$(SFT) tensorboard $${PORT:+--port "$$PORT"}
+	@$(SFT) tensorboard --logdir "$${RUNS_DIR:-runs}" --host 127.0.0.1 --port "$${PORT:-6006}"
 
 generate: ## generate completions with a trained model: RUN PROMPT
 	@$(SFT) generate "$${RUN:?RUN is missing: the name of a run, such as tiny-1}" $${PROMPT:+--prompt "$$PROMPT"}

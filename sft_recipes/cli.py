@@ -122,7 +122,6 @@ _RUN_OPTIONS = (
     _argument("--allow-change", "resume although these keys of the plan changed", default="", metavar="KEY,…"),
     _flag("--strict-versions", "fail if library versions differ from the last start"),
 )
-_DEVICES = _argument("--devices", "GPUs by id", metavar="0,2")
 
 
 def commands() -> list[tuple[Any, ...]]:
@@ -143,9 +142,9 @@ def commands() -> list[tuple[Any, ...]]:
             _flag("--json", "print one JSON object per row; the report goes to standard error"),
         ),
         ("download", "download model, tokenizer and data of a recipe", _download, *_RECIPE),
-        ("sanity", "run the sanity check of a plan and cache its result", _sanity, *_TRAINING, _DEVICES),
+        ("sanity", "run the sanity check of a plan and cache its result", _sanity, *_TRAINING),
         (
-            "train", "start a run, or resume an unfinished one of the same plan", _train, *_TRAINING, _DEVICES,
+            "train", "start a run, or resume an unfinished one of the same plan", _train, *_TRAINING,
             *_RUN_OPTIONS, _flag("--dry-run", "print the command that starts the ranks"),
         ),
         (
@@ -161,10 +160,6 @@ def commands() -> list[tuple[Any, ...]]:
             _argument("--run", "take plan and steps of this run"),
             _argument("--with", "schedules to compare with", dest="others", default="", metavar="NAME,…"),
             _argument("--plot", "write a .png or .svg", metavar="FILE"),
-        ),
-        (
-            "tensorboard", "serve the metrics of all runs on localhost", _tensorboard,
-            _integer("--port", 1, "port", default="6006"),
         ),
         (
             "generate", "generate completions with a trained model", _generate, _RUN,
@@ -245,8 +240,7 @@ def _resolve(parsed: argparse.Namespace, recipe: Recipe, topology: Topology) -> 
 def _hardware_request(parsed: argparse.Namespace) -> topologies.HardwareRequest:
     if isinstance(parsed.gpus, list):
         raise UserError(f"GPUS: found {parsed.gpus}, expected one number; only plan compares several")
-    devices = getattr(parsed, "devices", None)
-    return topologies.HardwareRequest(parsed.gpus, parsed.processes, parsed.nodes, parsed.gpu_type, devices)
+    return topologies.HardwareRequest(parsed.gpus, parsed.processes, parsed.nodes, parsed.gpu_type)
 
 
 def _list_recipes(_parsed: argparse.Namespace) -> None:
@@ -303,13 +297,11 @@ def _plan(parsed: argparse.Namespace) -> None:
 
 def _compare(parsed: argparse.Namespace, recipe: Recipe) -> None:
     """Print the plan on each of several GPU counts (`--gpus 1,2,4,8,16`), one line each."""
-    if parsed.nodes or parsed.processes:
-        raise UserError("NODES, PROCESSES: have no effect when GPUS compares several counts. Remove them")
     compared: list[tuple[int, plans.Plan | str]] = []
     for gpus in parsed.gpus:
         try:
-            topology = suggest.topology_for(gpus, parsed.gpu_type or recipe.hardware.gpu_type)
-            compared.append((gpus, plans.resolve(recipe, topology)))
+            request = topologies.HardwareRequest(gpus, parsed.processes, parsed.nodes, parsed.gpu_type)
+            compared.append((gpus, plans.resolve(recipe, topologies.plan_topology(recipe, request))))
         except UserError as error:
             compared.append((gpus, str(error)))
     if parsed.json:
@@ -592,12 +584,3 @@ def _doctor(parsed: argparse.Namespace) -> int:
         print(json.dumps(dataclasses.asdict(result)) if parsed.json else str(result), flush=True)
         failed = failed or result.status == "error"
     return int(failed)
-
-
-def _tensorboard(parsed: argparse.Namespace) -> int:
-    from sft_recipes.launch import command
-
-    if parsed.port > 65535:
-        raise UserError(f"PORT: found {parsed.port}, expected 1 to 65535. Set another port")
-    arguments = command.tensorboard(parsed.port)
-    os.execv(arguments[0], arguments)

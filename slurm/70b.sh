@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Generated from the recipe by `python -m sft_recipes.tools.sbatch_header`; do not edit.
+# Generated from the recipe by slurm/write_headers.py; do not edit.
 #SBATCH --job-name=sft-70b
 #SBATCH --nodes=4                             # 32 GPUs (h100-80g), forecast 53 GiB per GPU, needs at least 32
 #SBATCH --ntasks-per-node=1                   # one launcher per node, which starts the node's ranks

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Generated from the recipe by `python -m sft_recipes.tools.sbatch_header`; do not edit.
+# Generated from the recipe by slurm/write_headers.py; do not edit.
 #SBATCH --job-name=sft-8b-lora
 #SBATCH --nodes=1                             # 1 GPU (a100-40g), forecast 29 GiB per GPU
 #SBATCH --ntasks-per-node=1                   # one launcher per node, which starts the node's ranks

@@ -61,12 +61,6 @@ def allreduce_test(ranks: int, result: Path) -> list[str]:
     return [sys.executable, "-m", *run]
 
 
-def tensorboard(port: int) -> list[str]:
-    """Command that serves TensorBoard for all runs, on loopback only."""
-    module = "tensorboard.main"
-    return [sys.executable, "-m", module, "--logdir", str(runs_root()), "--host", "127.0.0.1", "--port", str(port)]
-
-
 def accelerate_config(plan: Plan) -> dict[str, Any]:
     """Build the accelerate configuration: the file of the parallelism strategy with this plan's processes filled in.
 

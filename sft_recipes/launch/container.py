@@ -5,7 +5,8 @@ It runs in the machine's system Python, with the standard library only:
     python3 -I sft_recipes/launch/container.py VENV COMMAND [argument …]
 
 It reads RUNTIME (`local`, `docker`, `podman`; if unset, a container is used when GPUs are requested and a container
-runtime answers), GPUS, DEVICES, IMAGE, VARIANT (`cuda`, `cpu`), MOUNTS, CONTAINER_ARGS, BUILD_ARGS, DRY_RUN.
+runtime answers), GPUS, CUDA_VISIBLE_DEVICES, IMAGE, VARIANT (`cuda`, `cpu`), MOUNTS, CONTAINER_ARGS, BUILD_ARGS and
+DRY_RUN.
 
 Sources: https://docs.nvidia.com/deeplearning/frameworks/user-guide/index.html#setincshmem (shared memory, memlock and
 stack limits), https://github.com/cncf-tags/container-device-interface (GPUs under podman).
@@ -28,6 +29,7 @@ from sft_recipes.launch import mounts
 from sft_recipes.runtime import timeouts
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.paths import REPOSITORY, hf_home
+from sft_recipes.runtime.programs import run_program
 
 # Commands that use the GPUs if the machine has them; the others need none.
 _GPU_COMMANDS = ("train", "sanity", "verify-resume", "generate", "merge", "doctor", "smoke")
@@ -54,7 +56,7 @@ def main(venv: str, command: str, arguments: list[str]) -> NoReturn:
 
 
 def _program(python: str, command: str) -> list[str]:
-    return [python, "-m", "sft_recipes", command]
+    return [python, "-m", *(["tensorboard.main"] if command == "tensorboard" else ["sft_recipes", command])]
 
 
 def _replace_process(command_line: list[str]) -> NoReturn:
@@ -72,7 +74,7 @@ def _select_runtime(command: str) -> str:
             f"RUNTIME: found {requested!r}, expected {'' if required else 'local, '}docker or podman for {command}. "
             f"Set one of them; pyxis and apptainer are for jobs (sbatch slurm/RECIPE.sh)"
         )
-    requests_gpus = os.environ.get("DEVICES") or os.environ.get("GPUS", "") not in ("", "0")
+    requests_gpus = os.environ.get("GPUS", "") not in ("", "0")
     if requested == "local" or not (requested or required or (requests_gpus and _visible_gpus())):
         return "local"
     for runtime in [requested] if requested else ["docker", "podman"]:
@@ -88,13 +90,8 @@ def _select_runtime(command: str) -> str:
 
 def _output(command_line: list[str]) -> str | None:
     """Return the standard output of a command; None if it fails or times out."""
-    try:
-        done = subprocess.run(
-            command_line, capture_output=True, text=True, check=False, timeout=timeouts.CONTAINER_RUNTIME
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
+    code, output = run_program(*command_line, timeout=timeouts.CONTAINER_RUNTIME)
+    return None if code else output
 
 
 def _extra_options(variable: str) -> list[str]:
@@ -123,7 +120,8 @@ def _run_command(runtime: str, command: str, arguments: list[str]) -> list[str]:
             f"`{runtime} pull`, set IMAGE to another, or set RUNTIME=local"
         )
     on_cpu = command not in _GPU_COMMANDS or (command == "smoke" and (variant == "cpu" or "--cpu" in arguments))
-    gpus = [] if on_cpu else _select_gpus()
+    count, visible = os.environ.get("GPUS", ""), [] if on_cpu else _visible_gpus()
+    gpus = visible[: int(count)] if re.fullmatch(r"[0-9]+", count) else visible  # the command reports too few
     devices = f"GPUs {','.join(gpus)}" if gpus else "no GPU"
     print(f"container: {runtime}, {image}, {devices} (RUNTIME=local runs without)", file=sys.stderr, flush=True)
     limits, user = _limits_and_user(runtime)
@@ -133,7 +131,8 @@ def _run_command(runtime: str, command: str, arguments: list[str]) -> list[str]:
         "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--stop-timeout", str(timeouts.CONTAINER_STOP),
         "--env", f"SFT_RECIPES_IMAGE={image} {image_id.strip()}",
     ]  # fmt: skip
-    arguments = _renumber_devices(command, arguments, gpus)
+    # `~` in overrides: the container has another home; `--dry-run`: what is printed runs the command.
+    arguments = [re.sub(r"^([\w.-]+=)~(?=/)", rf"\1{Path.home()}", part) for part in arguments if part != "--dry-run"]
     if command == "smoke":  # of the image alone, as the image's user
         script = ["bash", "/opt/sft-recipes/docker/smoke.sh", *([] if gpus else ["--cpu"])]
         return [*run, "--network", "none", *_extra_options("CONTAINER_ARGS"), image, *script, *arguments]
@@ -172,28 +171,6 @@ def _visible_gpus() -> list[str]:
     gpus = [line.strip() for line in listed.splitlines() if line.strip().isdigit()]
     mask = os.environ.get("CUDA_VISIBLE_DEVICES")
     return gpus if mask is None else [part for part in mask.split(",") if gpus and part and not part.startswith("-")]
-
-
-def _select_gpus() -> list[str]:
-    """Return the GPUs of the container: DEVICES, the first GPUS of them, or all. The command reports if too few."""
-    available, devices, count = _visible_gpus(), os.environ.get("DEVICES"), os.environ.get("GPUS", "")
-    if devices:
-        if missing := set(devices.split(",")) - {*available}:
-            listed = ", ".join(available) or "none"
-            raise SetupError(f"DEVICES: no GPU {', '.join(sorted(missing))} on this machine. Available: {listed}")
-        return devices.split(",")
-    return available[: int(count)] if re.fullmatch(r"[0-9]+", count) else available
-
-
-def _renumber_devices(command: str, arguments: list[str], gpus: list[str]) -> list[str]:
-    """Replace `--devices` by `--gpus`: the container sees the selected GPUs only, numbered from 0. Expand `~` in
-    overrides: the container has another home. Remove `--dry-run`, which prints the command line without it."""
-    arguments = [re.sub(r"^([\w.-]+=)~(?=/)", rf"\1{Path.home()}", argument) for argument in arguments]
-    arguments = [argument for argument in arguments if argument != "--dry-run"]
-    if "--devices" in arguments:
-        index = arguments.index("--devices")
-        arguments[index : index + 2] = [] if command == "smoke" or "--gpus" in arguments else ["--gpus", str(len(gpus))]
-    return arguments
 
 
 def _gpu_options(runtime: str, gpus: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from sft_recipes.launch import preflight, ranks, topology
 from sft_recipes.launch.run_context import RunContext
-from sft_recipes.launch.topology import ask_nvidia
+from sft_recipes.launch.topology import Gpu, ask_nvidia
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.env import sanity_is_skipped
 from sft_recipes.runtime.errors import UserError
@@ -37,7 +37,7 @@ _TRANSPORTS = {
 
 _CUDA = "CUDA"
 _LEAST_TMP_BYTES = GIB  # libraries compile and unpack in /tmp
-IDLE_GPU_BYTES = GIB  # drivers and desktops use less than this of a GPU's memory
+_IDLE_GPU_BYTES = GIB  # drivers and desktops use less than this of a GPU's memory
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,11 @@ def read_transports(folder: str) -> list[str]:
     return find_transports("\n".join(file.read_text(errors="replace") for file in Path(folder).glob("nccl-*")))
 
 
-def used_mib() -> dict[str, float]:
-    """Return the memory in use on each GPU in MiB, by its nvidia-smi index."""
-    if shutil.which("nvidia-smi") is None:
-        return {}
-    return {row[0]: float(row[1]) for row in ask_nvidia("index,memory.used") if len(row) == 2 and row[1].isdigit()}
+def occupied_gpus(gpus: Sequence[Gpu]) -> list[str]:
+    """Describe the GPUs of which other processes use memory."""
+    rows = [row for row in ask_nvidia("index,memory.used") if len(row) == 2 and row[1].isdigit()]
+    used = {row[0]: int(row[1]) * 2**20 for row in rows}
+    return [f"GPU {g.id}: {used[g.id] / GIB:.1f} GiB" for g in gpus if used.get(g.id, 0) > _IDLE_GPU_BYTES]
 
 
 def check_node(plan: Plan) -> Iterator[CheckResult]:
@@ -120,15 +120,14 @@ def check_node(plan: Plan) -> Iterator[CheckResult]:
         yield CheckResult("host memory", "error", str(error))
     if not plan.gpus:
         return
-    gpus, used = topology.visible_gpus(), used_mib()
+    gpus = topology.visible_gpus()
     if len(gpus) < gpus_here:
         yield CheckResult("GPUs", "error", f"found {len(gpus)}, expected {gpus_here}", "run nvidia-smi on that node")
     if problem := preflight.gpu_problem(gpus_here):
         yield CheckResult(_CUDA, "error", *problem)
-    for gpu in gpus:
-        if used.get(gpu.id, 0.0) * 2**20 > IDLE_GPU_BYTES:
-            detail = f"GPU {gpu.id}: {used[gpu.id] / 1024:.1f} GiB in use"
-            yield CheckResult("GPU memory", "error", detail, "a process of an earlier job may still run there")
+    if occupied := ", ".join(occupied_gpus(gpus)):
+        detail = f"in use on {occupied}"
+        yield CheckResult("GPU memory", "error", detail, "a process of an earlier job may still run there")
 
 
 def check_all_nodes(context: RunContext, name: str) -> int:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 import time
 
 from sft_recipes.runtime import timeouts
+from sft_recipes.runtime.programs import run_program
 
 # States of sinfo(1), without their flags. A node that does not answer yet (`*`) becomes DOWN after SlurmdTimeout.
 _LOST = ("down", "fail", "failing", "error", "rebooting", "unknown")
@@ -15,13 +14,8 @@ _LOST = ("down", "fail", "failing", "error", "rebooting", "unknown")
 
 def ask(*command: str) -> str:
     """Return the output of a command of Slurm; empty if there is none, it fails, or the controller does not answer."""
-    if shutil.which(command[0]) is None:
-        return ""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeouts.SLURM_COMMAND)
-    except subprocess.TimeoutExpired:
-        return ""
-    return done.stdout if done.returncode == 0 else ""
+    code, output = run_program(*command, timeout=timeouts.SLURM_COMMAND)
+    return "" if code else output
 
 
 def query_job(job: str | None) -> dict[str, str] | None:

@@ -6,7 +6,6 @@ import itertools
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +14,7 @@ from sft_recipes.config.schema import Recipe
 from sft_recipes.launch.placement import Placement
 from sft_recipes.planner.plan import Plan, Topology
 from sft_recipes.planner.suggest import nodes_for
-from sft_recipes.runtime import cuda, timeouts
+from sft_recipes.runtime import cuda
 from sft_recipes.runtime.env import host_memory_bytes
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir
@@ -31,7 +30,6 @@ class HardwareRequest:
     processes: int | None = None
     nodes: int | None = None
     gpu_type: str | None = None
-    devices: str | None = None
 
 
 def plan_topology(recipe: Recipe, request: HardwareRequest | None = None) -> Topology:
@@ -74,16 +72,6 @@ def available_topology(recipe: Recipe, request: HardwareRequest, placement: Plac
         )
     if placement is None and nodes > 1 and gpus and not available:
         return plan_topology(recipe, request)  # prepared on a machine without GPUs; `train` checks each node
-    ids = None
-    if request.devices is not None:
-        if nodes > 1:
-            raise SetupError(f"DEVICES: found {request.devices} in a job, which selects its own GPUs. Remove DEVICES")
-        ids = _device_ids(request.devices, [gpu.id for gpu in available])
-        if gpus not in (None, len(ids)):
-            raise SetupError(
-                f"DEVICES: found {len(ids)} GPUs in {request.devices}, expected GPUS={gpus}. Set one of the two"
-            )
-        gpus = len(ids)
     allocated = placement.gpus_per_node if placement else None
     existing = nodes * (len(available) if allocated is None else allocated)
     where = "this machine" if allocated is None and nodes == 1 else "this job"
@@ -106,15 +94,14 @@ def available_topology(recipe: Recipe, request: HardwareRequest, placement: Plac
             f"GPUS: Slurm allocated {allocated} on {placement.name}, nvidia-smi lists {len(available) or 'none'}. "
             f"Exclude that node: sbatch --exclude={placement.name}"
         )
-    ids = ids or [gpu.id for gpu in available[: gpus // nodes]]
-    selected = [gpu for gpu in available if gpu.id in ids]
+    selected = available[: gpus // nodes]
     _check_generation(recipe, selected)
     if not request.gpu_type and (unknown := [gpu.name for gpu in selected if not gpu.memory_mib]):
         raise SetupError(f"GPU_TYPE: nvidia-smi reports no memory size for {unknown[0]}; set GPU_TYPE=<its GiB>")
     processes = nodes if not gpus and nodes > 1 and request.processes is None else request.processes
     gpu_type = request.gpu_type or gpu_type_of(selected)
     topology = plan_topology(recipe, HardwareRequest(gpus, processes, nodes if nodes > 1 else None, gpu_type))
-    mask = request.devices or (",".join(ids) if nodes == 1 and 0 < gpus < len(available) else None)
+    mask = ",".join(gpu.id for gpu in selected) if nodes == 1 and 0 < gpus < len(available) else None
     return Topology(topology.gpus, topology.processes, nodes, topology.gpu_type, mask)
 
 
@@ -190,8 +177,6 @@ class Gpu:
 
 def visible_gpus() -> list[Gpu]:
     """The GPUs that this process may use: CUDA_VISIBLE_DEVICES where it is set, else what nvidia-smi lists."""
-    if shutil.which("nvidia-smi") is None:
-        return []
     listed = ask_nvidia("index,memory.total,name")
     capabilities = {row[0]: _number(row[1]) for row in ask_nvidia("index,compute_cap") if len(row) == 2}
     gpus = {
@@ -224,29 +209,16 @@ def hidden_gpus() -> str:
     )
 
 
-def nvidia_smi_error() -> str | None:
-    """What nvidia-smi prints where it is installed and fails, for example after an update of the driver."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    code, output = _nvidia_smi("--list-gpus")
-    return " ".join(output.split())[:200] if code else None
+def nvidia_smi_error() -> str:
+    """What nvidia-smi prints where it fails, for example after an update of the driver; empty if it is missing."""
+    code, output = cuda.nvidia_smi("--list-gpus")
+    return " ".join(output.split())[:200] if code else ""
 
 
 def ask_nvidia(fields: str) -> list[list[str]]:
     """A row of fields a GPU; none where the driver does not answer, or does not know a field."""
-    code, output = _nvidia_smi(f"--query-gpu={fields}", "--format=csv,noheader,nounits")
+    code, output = cuda.nvidia_smi(f"--query-gpu={fields}", "--format=csv,noheader,nounits")
     return [] if code else [[part.strip() for part in line.split(",")] for line in output.splitlines()]
-
-
-def _nvidia_smi(*options: str) -> tuple[int, str]:
-    """Return exit code and output of nvidia-smi."""
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", *options], capture_output=True, text=True, check=False, timeout=timeouts.NVIDIA_SMI
-        )
-    except subprocess.TimeoutExpired:
-        return 1, f"no answer within {timeouts.NVIDIA_SMI:.0f} s"
-    return done.returncode, done.stdout + done.stderr if done.returncode else done.stdout
 
 
 def _number(text: str) -> float:
@@ -266,15 +238,3 @@ def gpu_type_of(gpus: Sequence[Gpu]) -> str | None:
 def unlisted(gpus: Sequence[Gpu]) -> list[str]:
     """Product names of the GPUs that are not in the table of GPU types."""
     return sorted({gpu.name for gpu in gpus if identify(gpu.name, gpu.memory_mib) is None})
-
-
-def _device_ids(devices: str, here: list[str]) -> list[str]:
-    ids = devices.split(",")
-    if not re.fullmatch(r"\d+(,\d+)*", devices) or len(set(ids)) != len(ids):
-        raise SetupError(f"DEVICES: found {devices!r}, expected GPU ids, such as 0,2")
-    missing = [device for device in ids if device not in here]
-    if missing:
-        raise SetupError(
-            f"DEVICES: no GPU {', '.join(missing)} on this machine. Available: {', '.join(here) or 'none'}"
-        )
-    return ids

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sft_recipes.runtime import timeouts
-from sft_recipes.runtime.errors import SetupError
+from sft_recipes.runtime.programs import run_program
 
 # The first driver branch of each CUDA major version, by "minor version compatibility":
 # https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
@@ -54,29 +53,14 @@ def find_problem(
     return f"PyTorch finds {report['devices'] or 'none'}{masked}{reported}", fix
 
 
-def check(report: Mapping[str, Any], needed: int, environment: Mapping[str, str]) -> None:
-    """Check that PyTorch can use as many GPUs as needed.
-
-    Args:
-        report: as for `find_problem`.
-        environment: the variables of the processes that need the GPUs.
-
-    Raises:
-        SetupError: with the cause and the fix.
-    """
-    if report.get("devices", 0) >= needed:
-        return
-    if problem := find_problem(report, needed, driver_version(), environment.get("CUDA_VISIBLE_DEVICES")):
-        raise SetupError(f"GPUS: {needed} requested, but {problem[0]}. {problem[1]}")
+def nvidia_smi(*options: str) -> tuple[int, str]:
+    """Return exit code and output of nvidia-smi."""
+    return run_program("nvidia-smi", *options, timeout=timeouts.NVIDIA_SMI)
 
 
 def driver_version() -> str | None:
     """Return the NVIDIA driver version from nvidia-smi or the loaded kernel module; None without a driver."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        output = subprocess.run(query, capture_output=True, text=True, check=False, timeout=timeouts.NVIDIA_SMI).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        output = ""
+    _, output = nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
     loaded = _LOADED_DRIVER.read_text(encoding="utf-8") if _LOADED_DRIVER.is_file() else ""
     version = re.match(r"(\d+\.[\d.]+)", output) or re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", loaded)
     return version[1] if version else None

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import tempfile
@@ -16,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes.launch import command, preflight
-from sft_recipes.launch.node_checks import IDLE_GPU_BYTES, CheckResult, all_reduce, nccl_log_variables, read_transports
+from sft_recipes.launch.node_checks import CheckResult, all_reduce, nccl_log_variables, occupied_gpus, read_transports
 from sft_recipes.launch.topology import Gpu, hidden_gpus, nvidia_smi_error, unlisted, visible_gpus
 from sft_recipes.runtime import cuda, timeouts
 from sft_recipes.runtime.env import library_version
@@ -38,12 +36,11 @@ def run_checks(requested_gpus: int | None) -> Iterator[CheckResult]:
         yield CheckResult("driver", "error", f"nvidia-smi fails ({error})", fix)
     else:
         yield from check_driver(gpus, requested_gpus, cuda.driver_version(), probe)
-    if gpus and "gpus" in probe:
-        yield check_gpu_memory(probe["gpus"])
+    if gpus:
+        yield check_gpu_memory(gpus)
     yield check_flash_attention(probe)
     yield check_operators(probe)
     yield all_reduce(_measure_all_reduce(len(gpus)), len(gpus), bool(os.environ.get("ALLOW_SOCKETS")))
-    yield check_rdma(len(gpus))
     yield check_shared_memory(shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0, len(gpus))
     yield check_disk("runs", runs_root(), bool(gpus))
     yield check_disk("hub cache", hub_cache(), bool(gpus))
@@ -80,13 +77,11 @@ def check_driver(
         yield CheckResult("CUDA", "ok", f"PyTorch {probe['torch']} with CUDA {probe['cuda']} finds {probe['devices']}")
 
 
-def check_gpu_memory(gpus: Sequence[dict[str, Any]]) -> CheckResult:
+def check_gpu_memory(gpus: Sequence[Gpu]) -> CheckResult:
     """Check that no other process uses much memory of a GPU."""
-    used = [gpu["total"] - gpu["free"] for gpu in gpus]
-    in_use = [f"GPU {index}: {size / GIB:.1f} GiB" for index, size in enumerate(used) if size > IDLE_GPU_BYTES]
-    if in_use:
+    if occupied := ", ".join(occupied_gpus(gpus)):
         fix = "see nvidia-smi for the process; or set DEVICES=…"
-        return CheckResult("GPU memory", "warning", f"in use on {', '.join(in_use)}", fix)
+        return CheckResult("GPU memory", "warning", f"in use on {occupied}", fix)
     return CheckResult("GPU memory", "ok", "free")
 
 
@@ -120,27 +115,6 @@ def check_operators(probe: dict[str, Any]) -> CheckResult:
         return CheckResult("operators", "ok", f"compiled: {compiled or 'at the first start of ZeRO'}")
     fix = "install g++ and python3-dev to use CPU offload, or ZeRO on the CPU"
     return CheckResult("operators", "warning", "not compiled, and no C++ compiler with Python's headers", fix)
-
-
-def check_rdma(gpus: int) -> CheckResult:
-    """Check that NCCL can use the machine's RDMA adapters, between nodes."""
-    adapters = ", ".join(sorted(path.name for path in Path("/sys/class/infiniband").glob("*")))
-    if adapters and gpus and (problem := _rdma_problem()):
-        return CheckResult("RDMA", "warning", f"{adapters}, but {problem[0]}", problem[1])
-    return CheckResult("RDMA", "ok", adapters or "no adapter")
-
-
-def _rdma_problem() -> tuple[str, str] | None:
-    """Return why this process cannot use RDMA, and the fix."""
-    if not Path("/dev/infiniband").is_dir():
-        return "/dev/infiniband is missing", "give it to the container: --device /dev/infiniband"
-    try:
-        ctypes.CDLL("libibverbs.so.1")
-    except OSError:
-        return "libibverbs is missing", "install libibverbs1 and ibverbs-providers"
-    if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] != resource.RLIM_INFINITY:
-        return "locked memory is limited", "--ulimit memlock=-1 (ulimit -l unlimited)"
-    return None
 
 
 def check_shared_memory(free_bytes: int, gpus: int) -> CheckResult:

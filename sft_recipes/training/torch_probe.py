@@ -58,8 +58,7 @@ def probe_flash_attention() -> dict[str, Any]:
 def _probe_gpu(index: int) -> dict[str, Any]:
     import torch
 
-    free, total = torch.cuda.mem_get_info(index)
-    return {"capability": "{}.{}".format(*torch.cuda.get_device_capability(index)), "free": free, "total": total}
+    return {"capability": "{}.{}".format(*torch.cuda.get_device_capability(index))}
 
 
 if __name__ == "__main__":

@@ -35,8 +35,6 @@ from helpers.workplace import REPOSITORY, SMALL_LLAMA, VARIABLES
             ["train", "tiny", "--gpus", "0", "--processes", "3"],
             "expected a multiple of 3 .* to one of 1, 2",
         ),
-        (["train", "tiny", "--devices", "0,x"], "DEVICES: found '0,x', expected GPU ids"),
-        (["train", "tiny", "--devices", "0"], "DEVICES: no GPU 0 on this machine"),
         (
             ["train", "tiny", "--nodes", "2"],
             "NODES: found 2, and this process has no place among them.*sbatch --nodes=2.*PET_NNODES",
@@ -139,11 +137,11 @@ def test_dry_run_starts_nothing(workplace, in_process):
     assert workplace.names() == []
 
 
-def make(workplace, *arguments):
+def make(workplace, *arguments, **variables):
     return subprocess.run(
         ["make", "-s", *arguments],
         cwd=REPOSITORY,
-        env=workplace.environment(VENV=os.environ.get("VENV", ".venv"), RUNTIME="local"),
+        env=workplace.environment(VENV=os.environ.get("VENV", ".venv"), RUNTIME="local", **variables),
         capture_output=True,
         text=True,
         check=False,
@@ -161,6 +159,18 @@ def test_make_passes_variables_verbatim(workplace, variable, value):
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and repr(value) in lines[0], done.stderr
     assert not (REPOSITORY / "x").exists()
+
+
+def test_make_devices_selects_and_counts_gpus(workplace):
+    smi = workplace.path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text("#!/bin/sh\nfor id in 0 1 2 3; do echo $id, 81559, NVIDIA H100 80GB HBM3; done\n")
+    smi.chmod(0o755)
+    path = f"{smi.parent}:{os.environ['PATH']}"
+    done = make(workplace, "train", "RECIPE=8b", "DEVICES=0,7", PATH=path)
+    assert "GPUS: 2 requested, but this machine has 1; CUDA_VISIBLE_DEVICES='0,7' leaves 1 of the 4" in done.stderr
+    done = make(workplace, "train", "RECIPE=8b", "DEVICES=3,$(touch x)", PATH=path)
+    assert "CUDA_VISIBLE_DEVICES='3,$(touch x)' leaves 1" in done.stderr and not (REPOSITORY / "x").exists()
 
 
 def test_make_help_lists_targets_and_variables(workplace):

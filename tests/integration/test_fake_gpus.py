@@ -241,14 +241,16 @@ def test_check_driver_for_every_gpu_type(gpu_type, driver, on, monkeypatch):
     assert results["GPUs"].status == "ok" and f"1: {name}, {memory / 1024:.0f} GiB" in results["GPUs"].detail
     assert results["driver"].detail == driver and results["CUDA"].status == ("ok" if usable else "error")
     assert usable or "expected 580 or newer for CUDA 13.0" in str(results["CUDA"])
-    assert list(node_checks.used_mib().values()) == [4.0, 4.0]
+    assert node_checks.occupied_gpus(topology.visible_gpus()) == []
+    on(gpu_type, 2, FAKE_GPU_MEMORY_USED="2048")
+    assert node_checks.occupied_gpus(topology.visible_gpus()) == ["GPU 0: 2.0 GiB", "GPU 1: 2.0 GiB"]
 
 
 def test_gpu_of_unknown_memory_needs_gpu_type(on, capsys, monkeypatch, tmp_path):
     """GB10, which shares the host's memory: nvidia-smi has no size for it."""
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
     on("unknown", 1, FAKE_GPU_MEMORY="[N/A]", FAKE_GPU_NAME="NVIDIA GB10", FAKE_GPU_MEMORY_USED="[N/A]")
-    assert node_checks.used_mib() == {}
+    assert node_checks.occupied_gpus(topology.visible_gpus()) == []
     assert cli.main(["train", "1b", "--dry-run"]) == 2
     assert (
         "GPU_TYPE: nvidia-smi reports no memory size for NVIDIA GB10; set GPU_TYPE=<its GiB>" in capsys.readouterr().err

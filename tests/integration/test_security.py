@@ -494,7 +494,12 @@ def test_tensorboard_serves_localhost_only(workplace):
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     workplace.runs.mkdir(exist_ok=True)
-    seen = started(workplace.path, workplace.environment(), "tensorboard", "--port", port)
+    with (workplace.path / "output").open("w") as output:
+        process = subprocess.Popen(
+            ["make", "tensorboard", f"PORT={port}"], cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT,
+            env=workplace.environment(RUNTIME="local", VENV=os.environ.get("VENV", ".venv")), start_new_session=True,
+        )  # fmt: skip
+    seen = ObservedCommand(process)
 
     def web_server():
         return {address for address, command in seen.listened if "tensorboard.main" in command}
@@ -502,8 +507,8 @@ def test_tensorboard_serves_localhost_only(workplace):
     try:
         seen.watch(lambda: bool(web_server()))
     finally:
-        seen.process.kill()
-        seen.process.wait()
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     assert web_server() == {"127.0.0.1"}, (workplace.path / "output").read_text()
     assert seen.reachable_from_outside == set()
 

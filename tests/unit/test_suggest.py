@@ -367,7 +367,6 @@ def test_plan_refuses_4_bit_weights_that_would_be_replicated(strategy):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--gpus", "1,2", "--nodes", "2"), "NODES, PROCESSES: have no effect when GPUS compares several"),
         (("--gpus", "0", "--gpu-type", "24"), "GPU_TYPE: found 24 without GPUs"),
         (("lora.target_modules=[foo]", "size=lora-7-13b", "lora.r=8"), r"lora.target_modules: found \['foo'\], expected all-linear"),
         (("lora.target_modules=qproj", "size=lora-7-13b"), "lora.target_modules: found 'qproj', expected all-linear"),

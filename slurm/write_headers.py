@@ -1,4 +1,7 @@
-"""Write slurm/RECIPE.sh, the sbatch header of each recipe, from its plan: python -m sft_recipes.tools.sbatch_header"""
+"""Write slurm/RECIPE.sh, the sbatch header of each recipe, from its plan.
+
+PYTHONPATH=. .venv/bin/python slurm/write_headers.py
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ def sbatch_script(recipe: str) -> str:
         for option, why in _options(plan, fewest)
     )
     return f"""#!/usr/bin/env bash
-# Generated from the recipe by `python -m sft_recipes.tools.sbatch_header`; do not edit.
+# Generated from the recipe by slurm/write_headers.py; do not edit.
 {options}set -euo pipefail
 # sbatch runs a copy of this script in another folder.
 exec "${{SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}/slurm/launch.sh" {recipe} "$@"
