@@ -6,10 +6,10 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import logging
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +18,9 @@ from typing import Any, NoReturn
 from sft_recipes.config import loader, model_recipe
 from sft_recipes.config.schema import AUTO, Recipe
 from sft_recipes.config.sizes import RECIPES
-from sft_recipes.launch import parent_run, run_selection
+from sft_recipes.launch import parent_run, placement, run_selection
 from sft_recipes.launch import topology as topologies
-from sft_recipes.launch.placement import Placement, parse_integer
+from sft_recipes.launch.placement import parse_integer
 from sft_recipes.planner import lr_schedule, render, suggest
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.choose import Configuration
@@ -259,7 +259,7 @@ def _write_recipe(parsed: argparse.Namespace) -> None:
     """Write `recipes/NAME.yaml` for a model, with the plan's choice as comments."""
     if parsed.model is None or parsed.recipe or not parsed.name:
         raise UserError("recipe: set MODEL and NAME, and no RECIPE: it writes recipes/NAME.yaml")
-    path = RECIPES / f"{run_dir.check_name(parsed.name)}.yaml"
+    path = RECIPES / f"{run_dir.named(parsed.name).name}.yaml"
     if path.exists():
         raise UserError(f"NAME: {path} exists, and nothing is overwritten. Remove it, or set another NAME")
     recipe = _recipe(parsed)
@@ -335,10 +335,8 @@ def _inspect(parsed: argparse.Namespace) -> None:
     print("\n".join(report), file=sys.stderr if parsed.json else sys.stdout)
 
 
-def _resolve_here(
-    parsed: argparse.Namespace, placement: Placement | None = None
-) -> tuple[Recipe, Topology, plans.Plan]:
-    """Return recipe, topology and plan on this machine's hardware.
+def _resolve_here(parsed: argparse.Namespace, place: placement.Placement | None) -> run_selection.Resolved:
+    """Return the plan on this machine's hardware.
 
     Raises:
         UserError: the plan does not fit.
@@ -346,7 +344,7 @@ def _resolve_here(
     env.reporters()
     env.sanity_is_skipped()
     recipe = _recipe(parsed)
-    topology = topologies.available_topology(recipe, _hardware_request(parsed), placement)
+    topology = topologies.available_topology(recipe, _hardware_request(parsed), place)
     plan = _resolve(parsed, recipe, topology)
     topologies.check_host_memory(plan)
     if plan.fits is False:
@@ -354,31 +352,32 @@ def _resolve_here(
             f"recipe {recipe.name} {plans.describe_shortage(plan)}. Cheapest change that fits: "
             f"{_suggest_fix(recipe, topology)} (`make plan RECIPE={recipe.name}` lists the parts)"
         )
-    return recipe, topology, plan
+
+    def replan(parallelism: str) -> plans.Plan:
+        return _resolve(parsed, dataclasses.replace(recipe, parallelism=parallelism), topology)
+
+    cheaper = functools.partial(suggest.lighter_overrides, recipe, topology)
+    return run_selection.Resolved(plan, cheaper, replan if recipe.parallelism == AUTO else None)
 
 
 def _sanity(parsed: argparse.Namespace) -> int:
-    from sft_recipes.launch import launch, placement, preflight
+    from sft_recipes.launch import launch, preflight
 
     place = placement.from_environment(os.environ)
     if place is not None and place.nodes > 1:
         raise UserError("sanity: runs on one node. On several `train` runs it before the first step")
-    recipe, topology, plan = _resolve_here(parsed, place)
-    preflight.check_gpus(plan)
-    return launch.run_sanity_check(plan, lambda: suggest.lighter_overrides(recipe, topology))
+    resolved = _resolve_here(parsed, place)
+    preflight.check_gpus(resolved.plan)
+    return launch.run_sanity_check(resolved.plan, resolved.suggest_cheaper)
 
 
 def _prepare(parsed: argparse.Namespace) -> int:
-    from sft_recipes.launch import placement
-
     if parsed.name is None:
         raise UserError("NAME: not set. `train` finds the run by its name on each node: set --name")
     return _start_run(parsed, placement.from_environment(os.environ, whole_job=True), trains=False)
 
 
 def _train(parsed: argparse.Namespace) -> int:
-    from sft_recipes.launch import placement
-
     place = placement.from_environment(os.environ)
     if place is not None and place.nodes > 1:
         return _train_node(parsed, place)
@@ -391,88 +390,26 @@ def _train(parsed: argparse.Namespace) -> int:
     return _start_run(parsed, place, trains=True)
 
 
-def _start_run(parsed: argparse.Namespace, placement: Placement | None, trains: bool) -> int:
-    """Select the run and prepare its attempt, and train it if it has one node."""
-    from sft_recipes.launch import command, exit_records, launch, node_checks, preflight, run_lock
-    from sft_recipes.launch.attempts import Attempt
-    from sft_recipes.launch.run_context import RunContext
-    from sft_recipes.launch.stop_request import StoppedError, handle_stop_signals
+def _start_run(parsed: argparse.Namespace, place: placement.Placement | None, trains: bool) -> int:
+    from sft_recipes.launch import launch
 
-    named = None if parsed.name is None else run_dir.RunDir(run_dir.runs_root() / run_dir.check_name(parsed.name))
-    with handle_stop_signals() as stop_request:
-        try:
-            if named and (placement or not trains):
-                run_lock.wait_until_free(named, stop_request)
-            recipe, topology, plan = _resolve_here(parsed, placement)
-        except StoppedError:
-            log.info("stopped before the start; no step was taken. Run the same command to start again")
-            return run_dir.EXIT_STOPPED
-        allow_change = tuple(key for key in parsed.allow_change.split(",") if key)
-
-        def replan(parallelism: str) -> plans.Plan:
-            return _resolve(parsed, dataclasses.replace(recipe, parallelism=parallelism), topology)
-
-        request = run_selection.RunRequest(
-            parsed.name, parsed.resume, allow_change, parsed.strict_versions,
-            replan if recipe.parallelism == AUTO else None,
-        )  # fmt: skip
-        start = run_selection.select(plan, request, run_lock.locked_runs())
-        run = start.run_dir
-        for note in start.notes:
-            log.info(note)
-        if (code := _finished(run)) is not None:
-            return code
-        if getattr(parsed, "dry_run", False):
-            print(shlex.join(command.launch(plan, run)))
-            return 0
-        if trains:
-            preflight.check_gpus(plan)
-        topologies.check_disk(plan, run)
-        context = RunContext(run, start.plan, stop_request, lambda: suggest.lighter_overrides(recipe, topology))
-        with run_lock.lock(run):
-            in_job = placement if trains and os.environ.get("SFT_RECIPES_LOGS") else None
-            code = node_checks.check_all_nodes(context, in_job.name) if in_job else 0
-            identifier = placement.attempt if placement else os.environ.get("SFT_RECIPES_ATTEMPT") or "manual"
-            attempt = Attempt(identifier, plan.nodes, tuple(sys.argv[2:]), start.resumes, start.named)
-            code = code or launch.run_attempt(start, context, attempt, trains)
-            if in_job and run.path.is_dir():
-                records = exit_records.folder(run.path, in_job.attempt)
-                exit_records.write(records, exit_records.own(in_job, code, stop_request.signals))
-    if not trains and not code and not placement:
-        log.info(f"prepared {run.path}: start the same command with `train` on each of {plan.nodes} nodes")
-    return code
+    allow_change = tuple(key for key in parsed.allow_change.split(",") if key)
+    request = run_selection.RunRequest(parsed.name, parsed.resume, allow_change, parsed.strict_versions)
+    dry_run = trains and parsed.dry_run
+    return launch.start_run(request, place, trains, lambda: _resolve_here(parsed, place), dry_run)
 
 
-def _finished(run: run_dir.RunDir) -> int | None:
-    """Return the exit code of a finished run; None for one to start or resume."""
-    if run.state() != "finished":
-        return None
-    if not run.final.is_dir():
-        log.info(f"{run.path} is finished, but {run.final} is missing: writing it again")
-        return None
-    log.info(f"{run.path} is finished; its model is in {run.final} (start another run with NAME=…)")
-    return int(run_dir.read_json(run.manifest).get("exit_code", 0))
-
-
-def _train_node(parsed: argparse.Namespace, placement: Placement) -> int:
-    """Train a prepared run on this node, in lockstep with the others."""
-    from sft_recipes.launch import exit_records, launch
+def _train_node(parsed: argparse.Namespace, place: placement.Placement) -> int:
+    from sft_recipes.launch import launch
 
     if parsed.name is None:
-        raise UserError(f"NAME: not set, expected the run that `prepare` has made for {placement.nodes} nodes")
-    run = run_dir.RunDir(run_dir.runs_root() / run_dir.check_name(parsed.name))
-    if not placement.is_first:
-        logging.getLogger("sft_recipes").setLevel(logging.ERROR)  # node 0 prints what is the same on all nodes
-    if (code := _finished(run)) is not None:
-        records = exit_records.folder(run.path, placement.attempt)
-        exit_records.write(records, exit_records.own(placement, code))
-        return code
+        raise UserError(f"NAME: not set, expected the run that `prepare` has made for {place.nodes} nodes")
     recipe = _recipe(parsed)
 
     def suggest_cheaper(plan: plans.Plan) -> list[str]:
         return suggest.lighter_overrides(recipe, Topology(plan.gpus, plan.world_size, plan.nodes, plan.gpu_type))
 
-    return launch.train_node(run, placement, suggest_cheaper, parsed.dry_run)
+    return launch.train_node(parsed.name, place, suggest_cheaper, parsed.dry_run)
 
 
 def _suggest_fix(recipe: Recipe, topology: Topology) -> str:
@@ -509,7 +446,6 @@ def _merge(parsed: argparse.Namespace) -> None:
 
 
 def _verify_resume(parsed: argparse.Namespace) -> int:
-    from sft_recipes.launch import placement
     from sft_recipes.tools import verify_resume
 
     place = placement.from_environment(os.environ)

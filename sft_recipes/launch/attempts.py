@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import shlex
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime import timeouts
 from sft_recipes.runtime.errors import SetupError
+from sft_recipes.runtime.polling import wait_until
 from sft_recipes.runtime.run_dir import EXIT_NO_PROGRESS, EXIT_STOPPED, EXIT_USER, RunDir, read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -93,10 +93,7 @@ def open_prepared(run_dir: RunDir, placement: Placement, arguments: Sequence[str
 def wait_until_visible(visible: Callable[[], bool], placement: Placement, seconds: float | None = None) -> bool:
     """Wait until this node sees what another one has written, and return whether it does: NFS may hide a new name for
     half a minute. Node 0 does not wait for its own files."""
-    until = time.monotonic() + (0 if placement.is_first else seconds or timeouts.FILE_VISIBLE)
-    while not (seen := visible()) and time.monotonic() < until:
-        time.sleep(0.2)
-    return seen
+    return wait_until(visible, 0 if placement.is_first else seconds or timeouts.FILE_VISIBLE, 0.2)
 
 
 def count_attempts(record: dict[str, Any] | None, step: int) -> int:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from sft_recipes.runtime.run_dir import write_json
 
 if TYPE_CHECKING:
     from sft_recipes.launch.placement import Placement
@@ -39,34 +40,29 @@ class ExitRecord:
     time: float = field(default_factory=time.time)
 
 
-def own(
-    placement: Placement, code: int, signals: Sequence[int] = (), error: str | None = None, lost_peer: bool = False
-) -> ExitRecord:
-    """Return the record of this node's launcher."""
-    return ExitRecord(placement.rank, placement.name, code, error, lost_peer, signal.SIGTERM in signals)
-
-
 def folder(run: Path, attempt: str) -> Path:
     """Return the folder of an attempt's records."""
     return run / "exits" / attempt
 
 
-def write(records: Path, record: ExitRecord) -> None:
-    """Write a node's record; its first cause is kept."""
+def write(
+    run: Path, place: Placement, code: int, signals: Sequence[int], error: str | None = None, lost_peer: bool = False
+) -> ExitRecord:
+    """Write and return the record of this node's launcher; its first cause is kept."""
+    record = ExitRecord(place.rank, place.name, code, error, lost_peer, signal.SIGTERM in signals)
+    earlier = next((one for one in read(run, place.attempt) if one.node == place.rank), None)
+    if earlier and earlier.error:
+        record = replace(earlier, code=record.code or earlier.code, terminated=record.terminated)
+    records = folder(run, place.attempt)
     records.mkdir(parents=True, exist_ok=True, mode=0o700)
-    file = records / f"node-{record.node}.json"
-    content = asdict(record)
-    if (earlier := next((r for r in read(records) if r.node == record.node), None)) and earlier.error:
-        content = {**asdict(earlier), "code": record.code or earlier.code, "terminated": record.terminated}
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(partial, file)  # noqa: PTH105
+    write_json(records / f"node-{record.node}.json", asdict(record))
+    return record
 
 
-def read(records: Path) -> list[ExitRecord]:
-    """Return the records that exist, by node."""
+def read(run: Path, attempt: str) -> list[ExitRecord]:
+    """Return the records of an attempt, by node."""
     found = []
-    for file in records.glob("node-*.json"):
+    for file in folder(run, attempt).glob("node-*.json"):
         with contextlib.suppress(OSError, ValueError):  # a stale name on NFS
             found.append(ExitRecord(**json.loads(file.read_text(encoding="utf-8"))))
     return sorted(found, key=lambda record: record.node)

@@ -26,9 +26,11 @@ from sft_recipes.launch import (
 )
 from sft_recipes.launch.attempts import Attempt
 from sft_recipes.launch.placement import NodeMissingError, Placement
+from sft_recipes.launch.preflight import check_gpus
 from sft_recipes.launch.run_context import RunContext
-from sft_recipes.launch.run_selection import RunStart
+from sft_recipes.launch.run_selection import Resolved, RunRequest, select
 from sft_recipes.launch.stop_request import StoppedError, handle_stop_signals
+from sft_recipes.launch.topology import check_disk
 from sft_recipes.launch.watchdog import LaunchResult
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner import render
@@ -41,6 +43,7 @@ from sft_recipes.runtime.run_dir import (
     EXIT_STOPPED,
     EXIT_USER,
     RunDir,
+    named,
     read_json,
     runs_root,
     write_json,
@@ -49,26 +52,90 @@ from sft_recipes.runtime.run_dir import (
 log = logging.getLogger(__name__)
 
 
-def run_attempt(start: RunStart, context: RunContext, attempt: Attempt, trains: bool) -> int:
+def start_run(
+    request: RunRequest,
+    placement: Placement | None,
+    trains: bool,
+    resolve: Callable[[], Resolved],
+    dry_run: bool,
+) -> int:
+    """Select a run and prepare its attempt, and train it here unless it has several nodes; return the exit code.
+
+    Args:
+        placement: this node's place; None outside of a job.
+        trains: False for `prepare`.
+        resolve: resolves the recipe.
+
+    Raises:
+        UserError: the plan does not fit, or not to the run.
+    """
+    with handle_stop_signals() as stop_request:
+        try:
+            if request.name is not None and (placement or not trains):
+                run_lock.wait_until_free(named(request.name), stop_request)
+            resolved = resolve()
+        except StoppedError:
+            log.info("stopped before the start; no step was taken. Run the same command to start again")
+            return EXIT_STOPPED
+        plan = resolved.plan
+        start = select(plan, replace(request, replan=resolved.replan), run_lock.locked_runs())
+        run_dir = start.run_dir
+        for note in start.notes:
+            log.info(note)
+        if (code := _finished(run_dir)) is not None:
+            return code
+        if dry_run:
+            print(shlex.join(command.launch(plan, run_dir)))
+            return 0
+        if trains:
+            check_gpus(plan)
+        check_disk(plan, run_dir)
+        context = RunContext(run_dir, start.plan, stop_request, resolved.suggest_cheaper)
+        identifier = placement.attempt if placement else os.environ.get("SFT_RECIPES_ATTEMPT") or "manual"
+        attempt = Attempt(identifier, plan.nodes, tuple(sys.argv[2:]), start.resumes, request.name is not None)
+        with run_lock.lock(run_dir):
+            in_job = placement if trains and os.environ.get("SFT_RECIPES_LOGS") else None
+            code = node_checks.check_all_nodes(context, in_job.name) if in_job else 0
+            code = code or _run_attempt(context, attempt, trains, request.resume)
+            if in_job and run_dir.path.is_dir():
+                exit_records.write(run_dir.path, in_job, code, stop_request.signals)
+    if not trains and not code and not placement:
+        log.info(f"prepared {run_dir.path}: start the same command with `train` on each of {plan.nodes} nodes")
+    return code
+
+
+def _finished(run_dir: RunDir) -> int | None:
+    """Return the exit code of a finished run; None for one to start or resume."""
+    if run_dir.state() != "finished":
+        return None
+    if not run_dir.final.is_dir():
+        log.info(f"{run_dir.path} is finished, but {run_dir.final} is missing: writing it again")
+        return None
+    log.info(f"{run_dir.path} is finished; its model is in {run_dir.final} (start another run with NAME=…)")
+    return int(read_json(run_dir.manifest).get("exit_code", 0))
+
+
+def _run_attempt(context: RunContext, attempt: Attempt, trains: bool, explicit_resume: bool) -> int:
     """Prepare an attempt of a run, and train it here unless it has several nodes; return the exit code.
 
     Raises:
         SetupError: the prepared data does not suit the plan, or differs from the data of the run's earlier attempts.
     """
-    if not start.explicit_resume and (error := attempts.no_progress_error(start.run_dir)):
+    run_dir = context.run_dir
+    if not explicit_resume and (error := attempts.no_progress_error(run_dir)):
         log.error(error)
         return EXIT_NO_PROGRESS
-    attempts.record_attempt(start.run_dir)
-    attempts.write(start.run_dir, attempt)
+    attempts.record_attempt(run_dir)
+    attempts.write(run_dir, attempt)
     try:
         code = _prepare_run(context, attempt)
         if code == 0 and not trains:
             return 0
-        code = code or train_run(context, attempts.read(start.run_dir))
+        code = code or train_run(context, attempts.read(run_dir))
     except UserError:
-        attempts.conclude(start.run_dir, attempt, EXIT_USER)
+        attempts.conclude(run_dir, attempt, EXIT_USER)
         raise
-    return attempts.conclude(start.run_dir, attempt, code)
+    return attempts.conclude(run_dir, attempt, code)
 
 
 def _prepare_run(context: RunContext, attempt: Attempt) -> int:
@@ -89,17 +156,20 @@ def _prepare_run(context: RunContext, attempt: Attempt) -> int:
     return 0
 
 
-def train_node(
-    run_dir: RunDir, placement: Placement, suggest_cheaper: Callable[[Plan], list[str]], dry_run: bool
-) -> int:
+def train_node(name: str, placement: Placement, suggest_cheaper: Callable[[Plan], list[str]], dry_run: bool) -> int:
     """Train a prepared run on this node, in lockstep with the launchers of the other nodes; return the exit code, which
     the exit record also has.
 
     Raises:
         SetupError: the run is not prepared, or with other arguments.
     """
-    records, arguments = exit_records.folder(run_dir.path, placement.attempt), sys.argv[2:]
-    attempt, code, error, lost_peer = None, EXIT_ERROR, None, False
+    run_dir = named(name)
+    if not placement.is_first:
+        logging.getLogger("sft_recipes").setLevel(logging.ERROR)  # node 0 prints what is the same on all nodes
+    if (code := _finished(run_dir)) is not None:
+        exit_records.write(run_dir.path, placement, code, [])
+        return code
+    attempt, code, error, lost_peer, arguments = None, EXIT_ERROR, None, False, sys.argv[2:]
     with handle_stop_signals() as stop_request, contextlib.ExitStack() as lock:
         try:
             _, plan = attempts.open_prepared(run_dir, placement, arguments)
@@ -108,7 +178,7 @@ def train_node(
                 return 0
             lock.enter_context(run_lock.lock(run_dir, shared=True, writes_holder=placement.is_first))
             attempt, plan = attempts.open_prepared(run_dir, placement, arguments)  # not that of a later attempt
-            context = RunContext(run_dir, plan, stop_request, lambda: suggest_cheaper(plan), placement, records)
+            context = RunContext(run_dir, plan, stop_request, lambda: suggest_cheaper(plan), placement, run_dir.path)
             code = node_checks.check_all_nodes(context, placement.name) or train_run(context, attempt)
         except UserError as wrong:
             code, error = EXIT_USER, str(wrong)
@@ -123,7 +193,7 @@ def train_node(
             if attempt and placement.is_first:
                 code = attempts.conclude(run_dir, attempt, code)
             if run_dir.path.is_dir() and not dry_run:
-                exit_records.write(records, exit_records.own(placement, code, stop_request.signals, error, lost_peer))
+                exit_records.write(run_dir.path, placement, code, stop_request.signals, error, lost_peer)
     return code
 
 
@@ -195,7 +265,7 @@ def run_sanity_check(plan: Plan, suggest_cheaper: Callable[[], list[str]]) -> in
 def prepare_data(context: RunContext, plan_file: Path) -> int:
     """Prepare the data of the plan in a file, and return 0 or the exit code."""
     environment = command.environment(context.plan, os.environ)
-    code = process_group.run(command.prepare(plan_file), environment, context.stop_request).code
+    code = process_group.run(command.prepare(plan_file), environment, context.stop_request)
     if code == EXIT_STOPPED:
         log.info("stopped during data preparation, before training; run the same command to start again")
     return code if code in (0, EXIT_USER, EXIT_STOPPED) else EXIT_ERROR

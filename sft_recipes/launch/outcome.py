@@ -8,6 +8,7 @@ step of slurm/launch.sh runs this file in the machine's system Python, with the 
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -73,14 +74,9 @@ def main(recipe: str, run: str, nodes: str, status: str, *events: str) -> int:
     """
     variables = os.environ
     job, start = variables["SLURM_JOB_ID"], variables.get("SLURM_RESTART_COUNT") or "0"
-    records = exit_records.read(exit_records.folder(Path(run), f"{job}-{start}"))
-    outcome = decide(
-        records,
-        int(nodes),
-        int(status),
-        bool(events),
-        lambda: slurm.wait_for_lost_nodes(variables["SLURM_JOB_NODELIST"]),
-    )
+    records = exit_records.read(Path(run), f"{job}-{start}")
+    lost_nodes = functools.partial(slurm.wait_for_lost_nodes, variables["SLURM_JOB_NODELIST"])
+    outcome = decide(records, int(nodes), int(status), bool(events), lost_nodes)
     if outcome.error:
         print(f"error: {outcome.error}", file=sys.stderr)
     if "SLURM_ARRAY_TASK_ID" in variables:  # a task may have the array's own number, and requeueing that requeues all

@@ -73,12 +73,12 @@ class Placement:
             command = [sys.executable, "-m", "sft_recipes.tools.node_exchange", str(file), *map(str, place)]
             environment = env.with_repository(os.environ)
             environment["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # it warns of addresses without a name
-            ended = process_group.run(command, environment, stop_request)
-            if ended.code == EXIT_STOPPED:
+            code = process_group.run(command, environment, stop_request)
+            if code == EXIT_STOPPED:
                 raise StoppedError
-            result = json.loads(file.read_text(encoding="utf-8"))
-        if ended.code or "error" in result:
-            raise NodeMissingError(result.get("error") or f"exchange with the other nodes: exit code {ended.code}")
+            result = {} if code else json.loads(file.read_text(encoding="utf-8"))
+        if "values" not in result:
+            raise NodeMissingError(result.get("error", f"exchange with the other nodes: exit code {code}"))
         return list(result["values"])
 
     def agree(self, code: int, stop_request: StopRequest) -> int:

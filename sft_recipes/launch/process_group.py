@@ -2,32 +2,57 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from sft_recipes.launch.stop_request import StopRequest
 from sft_recipes.launch.watchdog import LaunchResult, Watchdog
 from sft_recipes.runtime import heartbeat, timeouts
+from sft_recipes.runtime.polling import wait_until
 from sft_recipes.runtime.run_dir import EXIT_STOPPED
 
 
-def run(
-    arguments: list[str],
-    environment: Mapping[str, str],
-    stop_request: StopRequest,
-    watchdog: Watchdog | None = None,
-) -> LaunchResult:
-    """Run a command to its end.
+def run(arguments: list[str], environment: Mapping[str, str], stop_request: StopRequest) -> int:
+    """Run a command without ranks to its end, or terminate it at a stop request; return its exit code."""
+    if stop_request.requested:
+        return EXIT_STOPPED
+    with _start(arguments, environment) as process:
+        while _is_running(process):
+            if stop_request.requested:
+                return EXIT_STOPPED
+        # Slurm signals every process of a job, this one too.
+        stopped = stop_request.requested or -process.returncode in heartbeat.STOP_SIGNALS
+        return EXIT_STOPPED if process.returncode and stopped else process.returncode
 
-    At a stop request the ranks are signalled, and save together. A command without ranks, or whose ranks cannot save
-    yet, is terminated at once, as is any at a forced quit. If a rank dies or stalls, the others are terminated.
+
+def run_ranks(
+    arguments: list[str], environment: Mapping[str, str], stop_request: StopRequest, watchdog: Watchdog
+) -> LaunchResult:
+    """Run the launcher of ranks to its end.
+
+    At a stop request the ranks are signalled, and save together. Ranks that cannot save yet are terminated at once, as
+    any are at a forced quit. If a rank dies or stalls, the others are terminated.
     """
     if stop_request.requested:
         return LaunchResult(EXIT_STOPPED)
+    with contextlib.ExitStack() as at_end:  # in reverse order
+        at_end.callback(watchdog.wait_until_gone)
+        process = at_end.enter_context(_start(arguments, environment))
+        at_end.callback(watchdog.kill_ranks)
+        stopped, killed = _wait_for_ranks(process, stop_request, watchdog)
+        if stopped or process.wait() == EXIT_STOPPED:
+            return LaunchResult(EXIT_STOPPED)
+        return watchdog.result(process.returncode, killed)
+
+
+@contextlib.contextmanager
+def _start(arguments: list[str], environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a command in a process group of its own, of which no process is left afterwards."""
     process = subprocess.Popen(
         arguments,
         env=dict(environment),
@@ -36,35 +61,12 @@ def run(
         preexec_fn=functools.partial(heartbeat.die_with_parent, os.getpid()),  # noqa: PLW1509  there are no threads
     )
     try:
-        if watchdog is None:
-            stopped, killed = _wait(process, stop_request), False
-        else:
-            stopped, killed = _wait_for_ranks(process, stop_request, watchdog)
-        if stopped:
-            return LaunchResult(EXIT_STOPPED)
-        code = process.wait()
-        if code and watchdog is None and (stop_request.requested or -code in heartbeat.STOP_SIGNALS):
-            return LaunchResult(EXIT_STOPPED)  # Slurm signals every process of a job, this one too
-        without_ranks = watchdog is None or code == EXIT_STOPPED
-        result = LaunchResult(code) if without_ranks else watchdog.result(code, killed)  # type: ignore[union-attr]
-        if result.code == 0:
-            _wait_for_group(process.pid, timeouts.PROCESS_GROUP_EXIT)
-        return result
+        yield process
+        if process.poll() == 0:
+            wait_until(lambda: not _signal_group(process.pid, 0), timeouts.PROCESS_GROUP_EXIT, 0.05)
     finally:
-        if watchdog is not None:
-            watchdog.kill_ranks()
         _signal_group(process.pid, signal.SIGKILL)
         process.wait()
-        if watchdog is not None:
-            watchdog.wait_until_gone(timeouts.LAUNCHER_EXIT)
-
-
-def _wait(process: subprocess.Popen[bytes], stop_request: StopRequest) -> bool:
-    """Wait for a command without ranks; return whether it has to be terminated."""
-    while _is_running(process):
-        if stop_request.requested:
-            return True
-    return False
 
 
 def _wait_for_ranks(
@@ -111,9 +113,3 @@ def _signal_group(group: int, number: int) -> bool:
     except (ProcessLookupError, PermissionError):
         return False
     return True
-
-
-def _wait_for_group(group: int, seconds: float) -> None:
-    until = time.monotonic() + seconds
-    while _signal_group(group, 0) and time.monotonic() < until:
-        time.sleep(0.05)

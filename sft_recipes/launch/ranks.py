@@ -8,7 +8,6 @@ import logging
 import os
 import socket
 import struct
-import time
 from collections.abc import Mapping
 
 from sft_recipes.launch import command, exit_records, process_group
@@ -16,7 +15,8 @@ from sft_recipes.launch.placement import Placement
 from sft_recipes.launch.run_context import RunContext
 from sft_recipes.launch.watchdog import LaunchResult, Watchdog
 from sft_recipes.runtime import timeouts
-from sft_recipes.runtime.run_dir import EXIT_STOPPED, EXIT_USER
+from sft_recipes.runtime.polling import wait_until
+from sft_recipes.runtime.run_dir import EXIT_STOPPED
 
 log = logging.getLogger(__name__)
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
@@ -37,27 +37,28 @@ def run_ranks(
     watchdog = Watchdog(run_dir, plan, can_save, node=placement.rank if placement else 0)
     arguments = command.launch(plan, run_dir, program, placement)
     environment = {**_gloo_interface(placement), **command.environment(plan, os.environ), **(variables or {})}
-    ended = process_group.run(arguments, environment, context.stop_request, watchdog)
+    ended = process_group.run_ranks(arguments, environment, context.stop_request, watchdog)
     return report(context, ended)
 
 
 def report(context: RunContext, ended: LaunchResult) -> LaunchResult:
     """Record why this node's ranks failed, and return the cause of all nodes. Ranks that only lost others are a
     consequence: wait for the record of another node, whose launcher a scheduler may kill once this one exits."""
-    if context.placement is None or context.records is None or ended.code in (0, EXIT_STOPPED):
+    place, run = context.placement, context.recorded
+    if place is None or run is None or ended.code in (0, EXIT_STOPPED):
         return ended
     if not ended.error:  # their launcher failed, for example at the rendezvous
-        ended = LaunchResult(ended.code, f"ranks on {context.placement.name}: exit code {ended.code}", lost_peer=True)
-    own = exit_records.own(context.placement, ended.code, error=ended.error, lost_peer=ended.lost_peer)
-    if not context.placement.is_first:
+        ended = LaunchResult(ended.code, f"ranks on {place.name}: exit code {ended.code}", lost_peer=True)
+    if not place.is_first:
         log.error(ended.error)
-    exit_records.write(context.records, own)
-    until = time.monotonic() + timeouts.NODE_REPORT
-    while (first := exit_records.first_failure(exit_records.read(context.records)) or own).lost_peer:
-        if time.monotonic() > until:
-            break
-        time.sleep(0.2)
-    return LaunchResult(first.code, first.error, first.code == EXIT_USER, first.lost_peer)
+    own = exit_records.write(run, place, ended.code, [], ended.error, ended.lost_peer)
+
+    def has_cause() -> bool:
+        return any(record.error and not record.lost_peer for record in exit_records.read(run, place.attempt))
+
+    wait_until(has_cause, timeouts.NODE_REPORT, 0.2)
+    first = exit_records.first_failure(exit_records.read(run, place.attempt)) or own
+    return LaunchResult(first.code, first.error, first.lost_peer)
 
 
 def _gloo_interface(placement: Placement | None) -> dict[str, str]:

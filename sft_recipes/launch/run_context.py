@@ -20,7 +20,7 @@ class RunContext:
         run_dir: run directory, or that of a sanity check or a replay.
         suggest_cheaper: returns the cheapest changes that need less memory, as `key=value`.
         placement: this node's place; None on one machine.
-        records: folder of the exit records of this attempt; set with the placement.
+        recorded: run directory to which this node writes its exit record; set with the placement.
     """
 
     run_dir: RunDir
@@ -28,7 +28,7 @@ class RunContext:
     stop_request: StopRequest
     suggest_cheaper: Callable[[], list[str]] = list
     placement: Placement | None = None
-    records: Path | None = None
+    recorded: Path | None = None
 
     @property
     def is_first_node(self) -> bool:

@@ -7,7 +7,6 @@ import fcntl
 import logging
 import os
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -15,10 +14,12 @@ from typing import TextIO
 from sft_recipes.launch.stop_request import StopRequest
 from sft_recipes.runtime import heartbeat, timeouts
 from sft_recipes.runtime.errors import SetupError
+from sft_recipes.runtime.heartbeat import Heartbeat
+from sft_recipes.runtime.polling import wait_until
 from sft_recipes.runtime.run_dir import RunDir, runs_root
 
 log = logging.getLogger(__name__)
-_TRIES = 5
+_ANOTHER = "another process"
 
 
 @contextlib.contextmanager
@@ -42,50 +43,40 @@ def lock(run_dir: RunDir, shared: bool = False, writes_holder: bool = True) -> I
         ) from error
     with file:
         try:
-            acquired = _acquire(file, shared)
+            # A process that only checks whether it is held has it for a moment.
+            acquired = wait_until(lambda: _acquire(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX), 0.25, 0.05)
         except OSError as error:
             raise SetupError(
                 f"RUNS_DIR: {run_dir.path} is on a file system without file locks ({error.strerror}), so two processes "
                 f"could write to one run. Mount it with locks (Lustre: -o flock), or set another RUNS_DIR"
             ) from error
         if not acquired:
-            raise SetupError(f"NAME: {run_dir.name} is in use by {_holder(run_dir.lock)}. Wait for it")
+            raise SetupError(f"NAME: {run_dir.name} is in use by {holder(run_dir) or _ANOTHER}. Wait for it")
         if writes_holder:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
-        _wait_for_earlier_ranks(run_dir)
-        yield
-
-
-def _acquire(file: TextIO, shared: bool) -> bool:
-    """Try to acquire the lock; a process that only checks whether it is held has it for a moment."""
-    for _ in range(_TRIES):
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def _wait_for_earlier_ranks(run_dir: RunDir) -> None:
-    """Wait until the ranks of a killed launcher are gone, which the kernel kills with it: two ranks must never write
-    the same checkpoint.
-
-    Raises:
-        SetupError: one still runs, for example in an uninterruptible wait for a device.
-    """
-    until = time.monotonic() + timeouts.EARLIER_RANKS_EXIT
-    while running := [
-        beat for beat in heartbeat.read_heartbeats(run_dir.ranks).values() if is_rank_of(run_dir, beat.pid)
-    ]:
-        if time.monotonic() > until:
-            rank = running[0]
+        # The kernel kills the ranks of a killed launcher: two ranks must never write the same checkpoint.
+        wait_until(lambda: not _earlier_ranks(run_dir), timeouts.EARLIER_RANKS_EXIT)
+        for rank in _earlier_ranks(run_dir):
             raise SetupError(
                 f"NAME: rank {rank.rank} of an earlier attempt of {run_dir.name} still runs (pid {rank.pid}, state "
                 f"{heartbeat.process_state(rank.pid)}). Kill it, or reboot the machine, and run the same command again"
             )
-        time.sleep(0.1)
+        yield
+
+
+def _acquire(file: TextIO, kind: int) -> bool:
+    """Whether the lock is free, and now held by this process."""
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        return True
+    return False
+
+
+def _earlier_ranks(run_dir: RunDir) -> list[Heartbeat]:
+    """Ranks of an earlier attempt that still run, for example in an uninterruptible wait for a device."""
+    return [beat for beat in heartbeat.read_heartbeats(run_dir.ranks).values() if is_rank_of(run_dir, beat.pid)]
 
 
 def is_rank_of(run_dir: RunDir, pid: int) -> bool:
@@ -97,26 +88,17 @@ def is_rank_of(run_dir: RunDir, pid: int) -> bool:
 
 def locked_runs() -> dict[str, str]:
     """Runs that a live process holds, each with that process."""
-    locks = runs_root().glob("*/.lock")
-    return {path.parent.name: _holder(path) for path in locks if is_locked(RunDir(path.parent))}
+    holders = {path.parent.name: holder(RunDir(path.parent)) for path in runs_root().glob("*/.lock")}
+    return {name: process for name, process in holders.items() if process}
 
 
 def holder(run_dir: RunDir) -> str | None:
     """Live process that holds the run; None if there is none."""
-    return _holder(run_dir.lock) if is_locked(run_dir) else None
-
-
-def is_locked(run_dir: RunDir) -> bool:
-    """Whether a live process holds the run."""
-    try:
-        ours = os.access(run_dir.lock, os.W_OK)  # NFS requires a writable file for an exclusive lock
-        with run_dir.lock.open("r+" if ours else "r", encoding="utf-8") as file:
-            fcntl.flock(file, (fcntl.LOCK_EX if ours else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
+    ours = os.access(run_dir.lock, os.W_OK)  # NFS requires a writable file for an exclusive lock
+    with contextlib.suppress(FileNotFoundError), run_dir.lock.open("r+" if ours else "r", encoding="utf-8") as file:
+        if not _acquire(file, fcntl.LOCK_EX if ours else fcntl.LOCK_SH):
+            return file.read() or _ANOTHER
+    return None
 
 
 def wait_until_free(run_dir: RunDir, stop_request: StopRequest) -> None:
@@ -126,17 +108,11 @@ def wait_until_free(run_dir: RunDir, stop_request: StopRequest) -> None:
     Raises:
         StoppedError: a stop was requested meanwhile.
     """
-    if not is_locked(run_dir):
-        return
-    log.info("waiting up to %.0f s for %s, held by %s", timeouts.RUN_LOCK, run_dir.name, _holder(run_dir.lock))
-    until = time.monotonic() + timeouts.RUN_LOCK
-    while is_locked(run_dir) and time.monotonic() < until:
+
+    def is_free() -> bool:
         stop_request.check()
-        time.sleep(0.5)
+        return holder(run_dir) is None
 
-
-def _holder(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8") or "another process"
-    except OSError:
-        return "another process"
+    if process := holder(run_dir):
+        log.info("waiting up to %.0f s for %s, held by %s", timeouts.RUN_LOCK, run_dir.name, process)
+        wait_until(is_free, timeouts.RUN_LOCK, 0.5)

@@ -14,7 +14,7 @@ from sft_recipes.planner import rank_change
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.env import library_version
 from sft_recipes.runtime.errors import SetupError
-from sft_recipes.runtime.run_dir import RunDir, all_runs, check_name, read_json, runs_root, write_json
+from sft_recipes.runtime.run_dir import RunDir, all_runs, named, read_json, runs_root, write_json
 
 # Files of an attempt that was killed before it had a plan.
 _WITHOUT_PLAN = (".lock", "plan.json.partial", "exits", "manifest.json")
@@ -35,16 +35,12 @@ class RunStart:
     Attributes:
         resumes: whether it resumes an unfinished run.
         notes: lines to print first.
-        explicit_resume: whether the user passed `--resume`.
-        named: whether the user named the run.
     """
 
     run_dir: RunDir
     plan: Plan
     resumes: bool
     notes: tuple[str, ...] = ()
-    explicit_resume: bool = False
-    named: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +61,20 @@ class RunRequest:
     replan: Callable[[str], Plan] | None = None
 
 
+@dataclass(frozen=True)
+class Resolved:
+    """A recipe resolved on this machine.
+
+    Attributes:
+        suggest_cheaper: returns the cheapest changes that need less memory, as `key=value`.
+        replan: resolves the recipe again with this parallelism; None unless it leaves that open.
+    """
+
+    plan: Plan
+    suggest_cheaper: Callable[[], list[str]]
+    replan: Callable[[str], Plan] | None
+
+
 def select(plan: Plan, request: RunRequest, locked: dict[str, str]) -> RunStart:
     """Select the run directory for a plan.
 
@@ -75,7 +85,7 @@ def select(plan: Plan, request: RunRequest, locked: dict[str, str]) -> RunStart:
         SetupError: the run has another plan or is in use, or `--resume` finds nothing to resume.
     """
     if request.name is not None:
-        return replace(_select_named(plan, RunDir(runs_root() / check_name(request.name)), request, locked), named=True)
+        return _select_named(plan, named(request.name), request, locked)
     usable = [run for run in _numbered(plan.recipe) if os.access(run.path, os.R_OK | os.W_OK | os.X_OK)]
     left: dict[str, str] = {}
     notes = [note for run in usable if not run.path.is_symlink() for note in _restore_plan(run)]
@@ -162,7 +172,7 @@ def _resume(plan: Plan, run: RunDir, request: RunRequest) -> RunStart:
         f"monitor settings changed since the last attempt: {_list_changes(monitor)}" if monitor else "",
         *version_notes(run, request.strict_versions),
     )
-    return RunStart(run, resumed, True, tuple(filter(None, notes)), request.resume)
+    return RunStart(run, resumed, True, tuple(filter(None, notes)))
 
 
 def _other_inputs(stored: Plan, plan: Plan) -> str:

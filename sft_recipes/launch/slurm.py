@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-import time
 
 from sft_recipes.runtime import timeouts
+from sft_recipes.runtime.polling import wait_until
 from sft_recipes.runtime.programs import run_program
 
 # States of sinfo(1), without their flags. A node that does not answer yet (`*`) becomes DOWN after SlurmdTimeout.
@@ -38,12 +38,14 @@ def query_job_of_run(run: str) -> dict[str, str] | None:
 
 def wait_for_lost_nodes(nodes: str) -> list[str]:
     """Return the lost nodes of a job, waiting up to SlurmdTimeout: a rank may notice a lost node before Slurm does."""
+
+    def states() -> list[tuple[str, str]]:
+        lines = ask("sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--format=%N %T").splitlines()
+        return sorted((name, state) for name, state in map(str.split, lines))
+
+    def lost() -> list[str]:
+        return [name for name, state in states() if state.rstrip("*~#!%$@^-+") in _LOST]
+
     limit = re.search(r"SlurmdTimeout\s*=\s*(\d+)", ask("scontrol", "show", "config"))
-    until = time.monotonic() + (float(limit[1]) if limit else timeouts.SLURMD) + timeouts.POLL_NODE_STATES
-    while True:
-        lines = ask("sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--format=%N %T").split("\n")
-        states = dict(line.split() for line in lines if line)
-        lost = sorted(name for name, state in states.items() if state.rstrip("*~#!%$@^-+") in _LOST)
-        if lost or time.monotonic() > until:
-            return lost or sorted(name for name, state in states.items() if state.endswith("*"))
-        time.sleep(timeouts.POLL_NODE_STATES)
+    seconds = (float(limit[1]) if limit else timeouts.SLURMD) + timeouts.POLL_NODE_STATES
+    return wait_until(lost, seconds, timeouts.POLL_NODE_STATES) or [n for n, state in states() if state.endswith("*")]

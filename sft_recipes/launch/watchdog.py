@@ -15,6 +15,7 @@ from sft_recipes.planner.plan import Plan
 from sft_recipes.planner.save_time import max_save_seconds
 from sft_recipes.runtime import heartbeat, timeouts
 from sft_recipes.runtime.heartbeat import STOP_SIGNALS, Failure, Heartbeat
+from sft_recipes.runtime.polling import wait_until
 from sft_recipes.runtime.run_dir import EXIT_ERROR, EXIT_STOPPED, EXIT_USER, RunDir
 
 _MAX_POLL_SECONDS = 1.0  # counted per poll: a machine that slept, or a paused container, did not observe a stall
@@ -82,14 +83,17 @@ class LaunchResult:
     Attributes:
         code: exit code; EXIT_STOPPED if it ended at a stop request.
         error: error of the rank that failed first, if one failed.
-        user_error: whether the error is a `UserError`.
         lost_peer: whether the failed rank had lost other ranks, perhaps on another node.
     """
 
     code: int
     error: str | None = None
-    user_error: bool = False
     lost_peer: bool = False
+
+    @property
+    def user_error(self) -> bool:
+        """Whether the error is a `UserError`."""
+        return self.error is not None and self.code == EXIT_USER
 
 
 def all_stalled(ranks: Sequence[RankStatus], limits: Limits) -> bool:
@@ -258,11 +262,10 @@ class Watchdog:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     kill(rank.heartbeat.pid, signal.SIGKILL)
 
-    def wait_until_gone(self, seconds: float) -> None:
-        """Wait until the processes of killed ranks are gone, at most this long."""
-        until, pids = time.monotonic() + seconds, [rank.heartbeat.pid for rank in self.ranks.values()]
-        while time.monotonic() < until and any(map(heartbeat.process_state, pids)):
-            time.sleep(0.05)
+    def wait_until_gone(self) -> None:
+        """Wait until the processes of killed ranks are gone, at most a few seconds."""
+        pids = [rank.heartbeat.pid for rank in self.ranks.values()]
+        wait_until(lambda: not any(map(heartbeat.process_state, pids)), timeouts.LAUNCHER_EXIT, 0.05)
 
     def result(self, launcher_code: int, launcher_was_killed: bool) -> LaunchResult:
         """Result of the ranks, after their launcher has exited.
@@ -289,7 +292,7 @@ class Watchdog:
             return LaunchResult(launcher_code)
         first = find_first_failure(dead)
         if first.failure is not None and first.failure.user_error:
-            return LaunchResult(EXIT_USER, first.failure.message, user_error=True)
+            return LaunchResult(EXIT_USER, first.failure.message)
         message = failure_message(first, None if codes is None else codes.get(first.heartbeat.rank, 0))
         return LaunchResult(EXIT_ERROR, message, lost_peer=lost_peer(first))
 

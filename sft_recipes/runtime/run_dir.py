@@ -132,17 +132,17 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_atomic(path, json.dumps(content, indent=2) + "\n")
 
 
-def check_name(name: str) -> str:
-    """Return the name of a run if it is valid.
+def named(name: str) -> RunDir:
+    """Return the directory of a run by its name, whether it exists or not.
 
     Raises:
-        SetupError: it has a separator, a leading dot, or characters with a meaning in shells.
+        SetupError: the name has a separator, a leading dot, or characters with a meaning in shells.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise SetupError(
             f"NAME: found {name!r}, expected at most 100 letters, digits, '.', '_' and '-', no path. Set NAME=…"
         )
-    return name
+    return RunDir(runs_root() / name)
 
 
 def find(run: str, variable: str = "RUN") -> RunDir:

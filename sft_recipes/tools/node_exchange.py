@@ -12,28 +12,25 @@ from pathlib import Path
 from sft_recipes.runtime import timeouts
 
 
-def exchange(value: str, address: str, port: int, nodes: int, rank: int, seconds: float) -> list[str] | str:
-    """Return the values of all nodes by rank, or an error."""
+def exchange(value: str, address: str, port: int, nodes: int, rank: int, seconds: float) -> list[str]:
+    """Return the values of all nodes by rank.
+
+    Raises:
+        RuntimeError: node 0 cannot listen, cannot be reached, or does not hear from all nodes.
+    """
     from torch.distributed import TCPStore
 
     until = time.monotonic() + seconds
     limit = datetime.timedelta(seconds=seconds)
-    try:
-        store = TCPStore(address, port, is_master=rank == 0, timeout=limit, wait_for_workers=False)
-    except RuntimeError as error:
-        if rank == 0:
-            return f"MASTER_PORT: node 0 cannot listen on port {port} ({_first_line(error)}). Set another one"
-        return (
-            f"network: no connection to node 0 at {address}:{port} within {seconds:.0f} s. Set MASTER_ADDR to another"
-        )
+    store = TCPStore(address, port, is_master=rank == 0, timeout=limit, wait_for_workers=False)
     store.set(str(rank), value)
     say_at = time.monotonic() + timeouts.SAY_WAITING_AFTER
-    while missing := [str(node) for node in range(nodes) if not store.check([str(node)])]:
+    while missing := ", ".join(str(node) for node in range(nodes) if not store.check([str(node)])):
         if time.monotonic() > until:
-            return f"node {', '.join(missing)} of {nodes} did not reach node 0 at {address}:{port} in {seconds:.0f} s"
+            raise RuntimeError(f"node {missing} of {nodes} did not appear in {seconds:.0f} s")
         if rank == 0 and time.monotonic() > say_at:
             say_at = time.monotonic() + 60
-            print(f"waiting for node {', '.join(missing)} of {nodes} at {address}:{port}", flush=True)
+            print(f"waiting for node {missing} of {nodes} at {address}:{port}", flush=True)
         time.sleep(0.05)
     values = [store.get(str(node)).decode() for node in range(nodes)]
     store.add("done", 1)
@@ -42,14 +39,16 @@ def exchange(value: str, address: str, port: int, nodes: int, rank: int, seconds
     return values
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:100]
-
-
 def main(file: Path, address: str, port: str, nodes: str, rank: str, seconds: str) -> None:
     """Run one exchange; the file then has `values` or an `error`."""
-    result = exchange(file.read_text(encoding="utf-8"), address, int(port), int(nodes), int(rank), float(seconds))
-    content = {"error": result} if isinstance(result, str) else {"values": [json.loads(value) for value in result]}
+    try:
+        values = exchange(file.read_text(encoding="utf-8"), address, int(port), int(nodes), int(rank), float(seconds))
+        content = {"values": [json.loads(value) for value in values]}
+    except RuntimeError as error:
+        problem = str(error).partition("\n")[0][:160]
+        content = {
+            "error": f"network: node {rank}, node 0 at {address}:{port}: {problem}. See MASTER_ADDR, MASTER_PORT"
+        }
     file.write_text(json.dumps(content), encoding="utf-8")
 
 

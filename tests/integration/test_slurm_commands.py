@@ -312,15 +312,16 @@ def test_outcome_is_decided_by_the_first_failure(records, given, expected: Outco
     assert outcome.decide(records, nodes, status, stop_expected, lambda: lost) == expected
 
 
-def test_exit_record_keeps_the_first_cause(tmp_path: Path) -> None:
-    exit_records.write(tmp_path / "1-0", KILLED)
-    exit_records.write(tmp_path / "1-0", ExitRecord(1, "node2", 1, terminated=True, time=9.0))
-    exit_records.write(tmp_path / "1-0", LOST)
-    assert exit_records.read(tmp_path / "1-0") == [LOST, dataclasses.replace(KILLED, terminated=True)]
-
-
 def placements(nodes: int, port: int) -> list[Placement]:
     return [Placement(nodes, rank, f"node{rank + 1}", "1-0", None, "127.0.0.1", port) for rank in range(nodes)]
+
+
+def test_exit_record_keeps_the_first_cause(tmp_path: Path) -> None:
+    first, second = placements(2, 15000)
+    killed = exit_records.write(tmp_path, second, 1, error=KILLED.error)
+    exit_records.write(tmp_path, second, 1, [signal.SIGTERM])
+    lost = exit_records.write(tmp_path, first, 1, error=LOST.error, lost_peer=True)
+    assert exit_records.read(tmp_path, "1-0") == [lost, dataclasses.replace(killed, terminated=True)]
 
 
 def test_nodes_exchange_values_and_agree() -> None:
@@ -335,9 +336,9 @@ def test_nodes_exchange_values_and_agree() -> None:
 def test_missing_node_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timeouts, "NODES_MEET", 2.0)
     first, second = placements(2, command.free_port())
-    with pytest.raises(NodeMissingError, match=r"node 1 of 2 did not reach node 0 at 127\.0\.0\.1"):
+    with pytest.raises(NodeMissingError, match=r"node 0 at 127\.0\.0\.1:\d+: node 1 of 2 did not appear in 2 s"):
         first.exchange(0, StopRequest())
-    with pytest.raises(NodeMissingError, match=r"network: no connection to node 0 at 127\.0\.0\.1"):
+    with pytest.raises(NodeMissingError, match=r"network: node 1, node 0 at 127\.0\.0\.1.*timed out"):
         second.exchange(0, StopRequest())
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from sft_recipes.config import loader
 from sft_recipes.launch import attempts, command, process_group, run_lock, watchdog
 from sft_recipes.launch.stop_request import StopRequest, handle_stop_signals
-from sft_recipes.launch.watchdog import LaunchResult, Limits, RankStatus
+from sft_recipes.launch.watchdog import Limits, RankStatus
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner import save_time
 from sft_recipes.runtime import heartbeat, run_dir, timeouts
@@ -338,10 +338,10 @@ def test_data_worker_accepts_sigterm_of_its_rank_only():
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_command_signalled_by_slurm_counts_as_stopped(number):
     signals_itself = ["bash", "-c", f"kill -{number} $$"]
-    assert process_group.run(signals_itself, os.environ, StopRequest()) == LaunchResult(run_dir.EXIT_STOPPED)
+    assert process_group.run(signals_itself, os.environ, StopRequest()) == run_dir.EXIT_STOPPED
     signals_launcher = ["bash", "-c", f"kill -{number} $PPID; exit 1"]
     with handle_stop_signals() as stop_request:
-        assert process_group.run(signals_launcher, os.environ, stop_request) == LaunchResult(run_dir.EXIT_STOPPED)
+        assert process_group.run(signals_launcher, os.environ, stop_request) == run_dir.EXIT_STOPPED
 
 
 def test_heartbeat_is_overwritten_and_removed_at_normal_exit(tmp_path, monkeypatch):
@@ -385,8 +385,8 @@ def test_stop_request_between_two_commands_is_honored(tmp_path):
     with handle_stop_signals() as stop_request:
         os.kill(os.getpid(), signal.SIGUSR1)
         touched = tmp_path / "touched"
-        result = process_group.run([shutil.which("touch"), str(touched)], os.environ, stop_request)
-    assert result.code == 75 and not touched.exists()
+        code = process_group.run([shutil.which("touch"), str(touched)], os.environ, stop_request)
+    assert code == 75 and not touched.exists()
 
 
 def test_shutdown_timeout_covers_a_large_save(tmp_path, monkeypatch):
