@@ -1,4 +1,4 @@
-"""Determine what a container mounts: code, runs, caches, MOUNTS, and the data and model that a command names plainly.
+"""Determine what a container mounts: code, runs, caches, MOUNTS, and the data and model that overrides name.
 
 Everything is mounted at its own path, so that a path means the same on both sides. This module needs only Python's
 standard library, because the host may have nothing else.
@@ -79,14 +79,9 @@ def volumes(arguments: list[str], create: bool) -> list[str]:
 
 
 def _named_paths(arguments: list[str]) -> Iterator[Path]:
-    """Yield the existing paths that overrides, the recipe, or the plan of the run have as a value or in a list."""
-    lines = [argument for argument in arguments if re.match(r"[\w.-]+=", argument)]
-    for name in arguments[:1]:
-        for file in (REPOSITORY / "recipes" / f"{name}.yaml", runs_folder() / name / "plan.json"):
-            lines += file.read_text(encoding="utf-8").splitlines() if _exists(file) else []
-    for line in lines:
-        value = re.sub(r"""^[\s-]*(["']?[\w.-]+["']?\s*[=:])?|\s#.*""", "", line).strip(" ,")
-        for part in (value, *re.split(r"[][{},]|:\s", value)):
+    """Yield the existing paths that overrides have as a value or in a list."""
+    for value in filter(None, (argument.partition("=")[2] for argument in arguments)):
+        for part in (value, *value.strip("[]").split(",")):
             path = absolute(part.strip(" '\""), REPOSITORY)
             if _exists(path) and path not in _IMAGE_FOLDERS:
                 yield path

@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sft_recipes.planner import plan as plans
@@ -163,13 +163,11 @@ def _resume(plan: Plan, run: RunDir, request: RunRequest) -> RunStart:
     keys = [_user_key(key) for key in plans.flat_values(plan)]
     if unknown := [name for name in request.allow_change if not any(_is_allowed(key, (name,)) for key in keys)]:
         raise SetupError(f"ALLOW_CHANGE: {unknown[0]!r} is not a key of a plan. Use keys listed as changed")
-    monitor = _monitor_changes(stored, plan)
-    accepted = sorted({*stored.allowed_changes, *differences, *monitor, *request.allow_change})
+    accepted = sorted({*stored.allowed_changes, *differences, *request.allow_change})
     resumed = replace(plan, created=stored.created, run_id=stored.run_id, allowed_changes=accepted)
     ranks = {key: differences[key] for key in sorted(followed)}
     notes = (
         f"changed since the last attempt, same effective batch: {_list_changes(ranks)}" if ranks else "",
-        f"monitor settings changed since the last attempt: {_list_changes(monitor)}" if monitor else "",
         *version_notes(run, request.strict_versions),
     )
     return RunStart(run, resumed, True, tuple(filter(None, notes)))
@@ -216,12 +214,6 @@ def _restore_plan(run: RunDir) -> tuple[str, ...]:
         f"NAME: {run.path} has checkpoints, but its {run.plan.name} is missing or corrupt, and nothing can resume "
         f"without it. Restore it, or start a new run with NAME=…"
     )
-
-
-def _monitor_changes(stored: Plan, plan: Plan) -> dict[str, tuple[Any, Any]]:
-    """Changes of `monitor`: printed and not rejected, since they change no weight, but perhaps when a run ends."""
-    old, new = asdict(stored.sections.monitor), asdict(plan.sections.monitor)
-    return {f"monitor.{key}": (old[key], new[key]) for key in sorted(new) if old[key] != new[key]}
 
 
 def version_notes(run: RunDir, strict: bool) -> tuple[str, ...]:

@@ -74,26 +74,13 @@ def available_topology(recipe: Recipe, request: HardwareRequest, placement: Plac
         return plan_topology(recipe, request)  # prepared on a machine without GPUs; `train` checks each node
     allocated = placement.gpus_per_node if placement else None
     existing = nodes * (len(available) if allocated is None else allocated)
-    where = "this machine" if allocated is None and nodes == 1 else "this job"
-    fix = "use sbatch --gpus-per-node, or set GPUS=0 to run it on the CPU"
-    if where == "this machine":
-        fix = hidden_gpus() or "try `make train` (the tiny recipe), or set GPUS=0 to run it on the CPU"
     if gpus is None:
-        gpus = existing if recipe.hardware.gpus else 0
-        if recipe.hardware.gpus and not gpus:
-            raise SetupError(
-                f"GPUS: recipe {recipe.name} needs {recipe.hardware.gpus} GPUs and {where} has none; {fix}"
-            )
+        gpus = (existing or recipe.hardware.gpus) if recipe.hardware.gpus else 0
     if gpus > existing or (nodes > 1 and gpus not in (0, existing)):
-        fix = hidden_gpus() if where == "this machine" else "use sbatch --gpus-per-node, or remove GPUS"
-        raise SetupError(
-            f"GPUS: {gpus} requested, but {where} has {existing or 'none'}; {fix or f'set GPUS={existing}'}"
-        )
-    if placement and gpus and len(available) < (allocated or 0):
-        raise SetupError(
-            f"GPUS: Slurm allocated {allocated} on {placement.name}, nvidia-smi lists {len(available) or 'none'}. "
-            f"Exclude that node: sbatch --exclude={placement.name}"
-        )
+        where, fix = "this job", "use sbatch --gpus-per-node, or set GPUS=0 to run it on the CPU"
+        if allocated is None and nodes == 1:
+            where, fix = "this machine", hidden_gpus() or f"set GPUS={existing}, or try `make train` (the tiny recipe)"
+        raise SetupError(f"GPUS: {gpus} requested, but {where} has {existing or 'none'}; {fix}")
     selected = available[: gpus // nodes]
     _check_generation(recipe, selected)
     if not request.gpu_type and (unknown := [gpu.name for gpu in selected if not gpu.memory_mib]):

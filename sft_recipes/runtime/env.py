@@ -6,6 +6,7 @@ Make, sbatch and containers pass the same variables; an empty variable counts as
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from importlib import metadata, util
 from pathlib import Path
@@ -93,13 +94,9 @@ def gpu_hour_price() -> float | None:
     text = os.environ.get("GPU_HOUR_PRICE")
     if not text:
         return None
-    try:
-        price = float(text)
-    except ValueError:
-        price = -1.0
-    if not 0 <= price < 1e6:
+    if not re.fullmatch(r"\d{1,6}(\.\d*)?", text):
         raise SetupError(f"GPU_HOUR_PRICE: found {text!r}, expected a price. Set for example GPU_HOUR_PRICE=2.50")
-    return price
+    return float(text)
 
 
 def host_memory_bytes() -> int:

@@ -1,7 +1,6 @@
 """Which runtime a command selects, and the container command line it prints. Scripts replace docker, podman and
 nvidia-smi here; tests/container/ runs a real container runtime."""
 
-import json
 import os
 import shlex
 import shutil
@@ -224,39 +223,33 @@ def test_select_runtime(machine, variables, where):
         assert done.returncode == 75 and f"container: {where}," in done.stderr
 
 
-def test_plainly_named_data_and_model_are_mounted(machine):
-    """In overrides, the recipe, and the plan of a run."""
+def test_data_and_model_of_overrides_are_mounted(machine):
     outside = machine.path / "elsewhere"
     (outside / "model").mkdir(parents=True)
-    names = ("my rows.jsonl", "b=2.jsonl", "held out.jsonl", "of the run.jsonl", "target.jsonl")
-    rows, second, held_out, of_run, target = (outside / name for name in names)
-    for file in (rows, second, held_out, of_run, target):
+    names = ("my rows.jsonl", "b=2.jsonl", "held out.jsonl", "target.jsonl")
+    rows, second, held_out, target = (outside / name for name in names)
+    for file in (rows, second, held_out, target):
         file.write_text("{}")
     (machine.path / "home").mkdir()
     shutil.copy(rows, machine.path / "home" / "own.jsonl")
     (machine.checkout / "data.jsonl").symlink_to(target)
-    (machine.checkout / "recipes" / "mine.yaml").write_text(
-        f"model:\n  name_or_path: {outside / 'model'}   # ours\ndata:\n  train:\n    - {rows}\n  validation: '{held_out}'\n"
-    )
     run = machine.path / "disk" / "run-1"
     run.mkdir(parents=True)
-    plan = {"sections": {"data": {"train": [{"path": str(of_run)}]}}}
-    (run / "plan.json").write_text(json.dumps(plan, indent=2))
     (machine.path / "runs").mkdir()
     (machine.path / "runs" / "run-1").symlink_to(run)
     variables = {"DRY_RUN": "1", "RUNTIME": "podman"}
 
-    assert volumes(machine.run("generate", "run-1", **variables)).items() >= {str(run): "rw", str(of_run): "ro"}.items()
-    assert {str(outside / "model"), str(rows), str(held_out)} <= volumes(
-        machine.run("train", "mine", **variables)
-    ).keys()
+    assert volumes(machine.run("generate", "run-1", **variables))[str(run)] == "rw"
     done = machine.run(
-        "train", "tiny", f"data.train=[{rows}, '{second}', data.jsonl]", "data.validation=~/own.jsonl",
+        "train", "tiny", f"model.name_or_path={outside / 'model'}", f"data.train=[{rows}, '{second}', data.jsonl]", "data.validation=~/own.jsonl",
         "data.retention_eval=../elsewhere/held out.jsonl", **variables,
     )  # fmt: skip
     own = str(machine.path / "home" / "own.jsonl")
     assert (
-        volumes(done).items() >= dict.fromkeys((str(rows), str(second), str(held_out), str(target), own), "ro").items()
+        volumes(done).items()
+        >= dict.fromkeys(
+            (str(rows), str(second), str(held_out), str(target), own, str(outside / "model")), "ro"
+        ).items()
     )
     assert f"data.validation={own}" in command(done), "the container has another home"
 

@@ -154,7 +154,7 @@ def test_cuda_problem_names_cause_and_fix(probe, driver, visible, problem, fix):
     ("mask", "options", "error"),
     [
         ("", ("--gpus", "1"), "1 requested, but this machine has none; CUDA_VISIBLE_DEVICES='' leaves 0 of the 4"),
-        ("-1", (), "recipe 8b needs 8 GPUs and this machine has none; CUDA_VISIBLE_DEVICES='-1' leaves 0 of the 4"),
+        ("-1", (), "8 requested, but this machine has none; CUDA_VISIBLE_DEVICES='-1' leaves 0 of the 4"),
         ("NoDevFiles", (), "CUDA_VISIBLE_DEVICES='NoDevFiles' leaves 0 of the 4"),
         ("7", (), "CUDA_VISIBLE_DEVICES='7' leaves 0 of the 4"),
         ("0,1", ("--gpus", "4"), "4 requested, but this machine has 2; CUDA_VISIBLE_DEVICES='0,1' leaves 2 of the 4"),
