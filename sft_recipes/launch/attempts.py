@@ -45,20 +45,14 @@ class Attempt:
     sanity_cached: bool = False
 
 
-def next_plan(run_dir: RunDir) -> Path:
-    """Return the path of an attempt's plan. It becomes `plan.json` after its sanity check: no run resumes with a plan
-    that failed it."""
-    return run_dir.path / "plan.next.json"
-
-
 def write(run_dir: RunDir, attempt: Attempt) -> None:
     """Record an attempt in its run directory."""
-    write_json(run_dir.path / "attempt.json", asdict(attempt))
+    write_json(run_dir.attempt, asdict(attempt))
 
 
 def read(run_dir: RunDir) -> Attempt:
     """Return the attempt of a run directory; one that is not prepared if there is none."""
-    content = read_json(run_dir.path / "attempt.json")
+    content = read_json(run_dir.attempt)
     return Attempt(**{**content, "arguments": tuple(content.get("arguments", ()))})
 
 
@@ -71,7 +65,7 @@ def open_prepared(run_dir: RunDir, placement: Placement, arguments: Sequence[str
 
     def is_ours() -> bool:
         attempt = read(run_dir)
-        return attempt.prepared and attempt.id == placement.attempt and next_plan(run_dir).exists()
+        return attempt.prepared and attempt.id == placement.attempt and run_dir.next_plan.exists()
 
     ours, attempt = wait_until_visible(is_ours, placement), read(run_dir)
     if not ours or (attempt.nodes, attempt.arguments) != (placement.nodes, tuple(arguments)):
@@ -87,7 +81,7 @@ def open_prepared(run_dir: RunDir, placement: Placement, arguments: Sequence[str
     if not wait_until_visible(lambda: all(path.exists() for path in paths), placement):
         missing = next(path for path in paths if not path.exists())
         raise SetupError(f"HF_HOME, RUNS_DIR: {missing}: not visible on {placement.name}. Use a disk of all nodes")
-    return attempt, plans.read(next_plan(run_dir))
+    return attempt, plans.read(run_dir.next_plan)
 
 
 def wait_until_visible(visible: Callable[[], bool], placement: Placement, seconds: float | None = None) -> bool:
@@ -118,9 +112,9 @@ def conclude(run_dir: RunDir, attempt: Attempt, code: int) -> int:
     elif code != EXIT_NO_PROGRESS and (error := no_progress_error(run_dir)):
         log.error(error)
         code = EXIT_NO_PROGRESS
-    started = not next_plan(run_dir).exists()  # it became plan.json
-    for name in ("attempt.json", next_plan(run_dir).name):
-        (run_dir.path / name).unlink(missing_ok=True)
+    started = not run_dir.next_plan.exists()  # it became plan.json
+    for file in (run_dir.attempt, run_dir.next_plan):
+        file.unlink(missing_ok=True)
     if attempt.resumes or run_dir.numbered("checkpoint") or (started and code != EXIT_USER):
         return code
     # A requeued job has the name again, and continues the count.
@@ -139,16 +133,12 @@ def no_progress_error(run_dir: RunDir) -> str | None:
     count = count_attempts(manifest.get(_KEY), step)
     if count < MAX_ATTEMPTS:
         return None
+    starting_point = f"checkpoint-{step}" if step else "the start"
     last = str(manifest.get("error") or "all processes were killed, or stopped before a save")
     if diverged := manifest.get("diverged"):
         rows = f", rows {', '.join(diverged['rows'])}" if diverged.get("rows") else ""
         last = f"diverged at step {diverged['step']}{rows}"
     return (
-        f"{run_dir.path}: {count} attempts without progress from {starting_point(step)}; last error: {last}. "
+        f"{run_dir.path}: {count} attempts without progress from {starting_point}; last error: {last}. "
         f"Run `make diagnose RUN={run_dir.name}`, fix the cause, then resume with RESUME=1"
     )
-
-
-def starting_point(step: int) -> str:
-    """`checkpoint-N`, or `the start`."""
-    return f"checkpoint-{step}" if step else "the start"

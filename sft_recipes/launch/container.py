@@ -81,9 +81,7 @@ def _select_runtime(command: str) -> str:
         if _output([runtime, "info"]) is not None:
             return runtime
     if requested or required:
-        raise SetupError(
-            f"RUNTIME: {requested or 'docker or podman'} does not answer. Start it, or get permission to it"
-        )
+        raise SetupError(f"RUNTIME: {requested or 'docker or podman'} does not answer. Start it, or get access to it")
     print("running without a container: neither docker nor podman answers", file=sys.stderr, flush=True)
     return "local"
 

@@ -140,7 +140,7 @@ def _run_attempt(context: RunContext, attempt: Attempt, trains: bool, explicit_r
 
 def _prepare_run(context: RunContext, attempt: Attempt) -> int:
     """Prepare the data and settle the plan; return 0 or the exit code."""
-    run_dir, plan_file = context.run_dir, attempts.next_plan(context.run_dir)
+    run_dir, plan_file = context.run_dir, context.run_dir.next_plan
     stored = plans.read(run_dir.plan) if attempt.resumes else None
     plans.write(stored or context.plan, run_dir.plan)
     plans.write(context.plan, plan_file)
@@ -200,7 +200,7 @@ def train_node(name: str, placement: Placement, suggest_cheaper: Callable[[Plan]
 def train_run(context: RunContext, attempt: Attempt) -> int:
     """Run the sanity check and the ranks of a prepared attempt, and return the exit code. Call on every node."""
     run_dir = context.run_dir
-    context = context.within(run_dir, plans.read(attempts.next_plan(run_dir)))
+    context = context.within(run_dir, plans.read(run_dir.next_plan))
     if code := _check_sanity(context, attempt):
         return code
     if context.is_first_node:
@@ -211,7 +211,7 @@ def train_run(context: RunContext, attempt: Attempt) -> int:
     if code := context.agree():  # node 0 has written the files
         return code
     if context.is_first_node:
-        attempts.next_plan(run_dir).unlink()  # now the run has started
+        run_dir.next_plan.unlink()  # now the run has started
     result = ranks.run_ranks(context, "training.main")
     if not context.is_first_node:
         return result.code
@@ -288,8 +288,7 @@ def _settle(plan: Plan, stored: Plan | None, prepared: dict[str, object]) -> Pla
         change = plans.find_differences(stored, settled).get("data_fingerprint")
         if change:
             raise SetupError(
-                f"{data_changed_message(plan, *change)}, resume with ALLOW_CHANGE=data_fingerprint, or start a new run "
-                f"with NAME=…"
+                f"{data_changed_message(plan, *change)}, or set ALLOW_CHANGE=data_fingerprint or a new NAME"
             )
     return settled
 

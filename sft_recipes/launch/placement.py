@@ -121,17 +121,11 @@ def _from_slurm(environment: Mapping[str, str], whole_job: bool) -> Placement:
     tasks = int(environment["SLURM_STEP_NUM_TASKS"])
     nodes = int(environment["SLURM_JOB_NUM_NODES" if whole_job else "SLURM_STEP_NUM_NODES"])
     if tasks != (1 if whole_job else nodes):
-        raise SetupError(
-            f"Slurm: found {tasks} tasks on {nodes} nodes, expected one per node, which starts the node's ranks. "
-            f"Use --ntasks-per-node=1"
-        )
+        raise SetupError(f"Slurm: found {tasks} tasks on {nodes} nodes, expected one per node. Use --ntasks-per-node=1")
     on_node, total = environment.get("SLURM_GPUS_ON_NODE"), environment.get("SLURM_GPUS", "")
     gpus_per_node = int(on_node) if on_node else None
     if gpus_per_node is not None and total.isdigit() and int(total) != gpus_per_node * nodes:
-        raise SetupError(
-            f"Slurm: found {total} GPUs on {nodes} nodes, expected the same number on each. "
-            f"Use --gpus-per-node instead of --gpus"
-        )
+        raise SetupError(f"Slurm: found {total} GPUs on {nodes} nodes, expected as many on each. Use --gpus-per-node")
     job = int(environment["SLURM_JOB_ID"])
     return Placement(
         nodes=nodes,

@@ -38,9 +38,7 @@ def lock(run_dir: RunDir, shared: bool = False, writes_holder: bool = True) -> I
         run_dir.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         file = run_dir.lock.open("a+", encoding="utf-8")
     except OSError as error:
-        raise SetupError(
-            f"NAME: {run_dir.path} is not writable ({error.strerror}). Make it writable, or set another RUNS_DIR"
-        ) from error
+        raise SetupError(f"NAME: {run_dir.path} is not writable ({error.strerror}). Set another RUNS_DIR") from error
     with file:
         try:
             # A process that only checks whether it is held has it for a moment.

@@ -117,10 +117,7 @@ def _select_named(plan: Plan, run: RunDir, request: RunRequest, locked: dict[str
     if run.name in locked:
         raise SetupError(f"NAME: {run.name} is in use by {locked[run.name]}. Wait for it, or set another NAME")
     if run.path.is_symlink():
-        raise SetupError(
-            f"NAME: {run.path} is a symbolic link, and a run only writes to its own directory. Set another NAME, or "
-            f"RUNS_DIR=<the folder for runs>"
-        )
+        raise SetupError(f"NAME: {run.path} is a symbolic link, not a run directory. Set another NAME or RUNS_DIR")
     restored = _restore_plan(run)
     if run.plan.is_file():
         start = _resume(plan, run, request)
@@ -155,10 +152,9 @@ def _resume(plan: Plan, run: RunDir, request: RunRequest) -> RunStart:
         key: change for key, change in changes.items() if finished or not _is_allowed(key, request.allow_change)
     }
     if rejected:
-        fix = "Start a new run with NAME=…"
+        state, fix = "is finished and has", "Start a new run with NAME=…"
         if not finished:
-            fix = f"Resume it with ALLOW_CHANGE={','.join(rejected)}, or start a new run with NAME=…"
-        state = "is finished and has" if finished else "has"
+            state, fix = "has", f"Resume it with ALLOW_CHANGE={','.join(rejected)}, or start a new run with NAME=…"
         raise SetupError(f"run {run.name} {state} another plan: {_list_changes(rejected)}. {fix}")
     keys = [_user_key(key) for key in plans.flat_values(plan)]
     if unknown := [name for name in request.allow_change if not any(_is_allowed(key, (name,)) for key in keys)]:

@@ -55,10 +55,7 @@ def command(phase: str, recipe: str, overrides: list[str]) -> list[str]:
     if runtime == "local":
         python = REPOSITORY / ".venv" / "bin" / "python"
         if not python.exists():
-            raise SetupError(
-                f"RUNTIME: file not found: {python}. Run `make setup` on the disk of the nodes, or set RUNTIME=pyxis "
-                f"or apptainer with IMAGE="
-            )
+            raise SetupError(f"RUNTIME: file not found: {python}. Run `make setup`, or set RUNTIME=pyxis or apptainer")
         return [*srun_ignoring, str(python), "-m", "sft_recipes", *arguments]
     if runtime not in ("pyxis", "apptainer"):
         raise SetupError(f"RUNTIME: found {runtime!r}, expected local, pyxis or apptainer in a job")

@@ -39,18 +39,10 @@ class StoppedError(Exception):
     """A stop was requested before there was a process to stop."""
 
 
-_current: StopRequest | None = None
-
-
 @contextlib.contextmanager
 def handle_stop_signals() -> Iterator[StopRequest]:
-    """Record SIGTERM, SIGINT, SIGUSR1 and SIGHUP (a closed terminal, unless `nohup` ignores it) instead of exiting.
-    Nested calls share one request."""
-    global _current  # noqa: PLW0603  signal handlers belong to the process
-    if _current is not None:
-        yield _current
-        return
-    request = _current = StopRequest()
+    """Record SIGTERM, SIGINT, SIGUSR1 and SIGHUP (a closed terminal, unless `nohup` ignores it) instead of exiting."""
+    request = StopRequest()
 
     def record(number: int, _frame: FrameType | None) -> None:
         request.signals.append(number)
@@ -60,6 +52,5 @@ def handle_stop_signals() -> Iterator[StopRequest]:
     try:
         yield request
     finally:
-        _current = None
         for number, handler in previous.items():
             signal.signal(number, handler)

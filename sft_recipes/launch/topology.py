@@ -39,16 +39,11 @@ def plan_topology(recipe: Recipe, request: HardwareRequest | None = None) -> Top
     nodes, processes = request.nodes, request.processes
     if nodes is None:
         nodes = recipe.hardware.nodes if gpus == recipe.hardware.gpus else nodes_for(gpus)
-    if gpus % nodes:
-        raise SetupError(f"GPUS: found {gpus} GPUs on {nodes} nodes, expected a multiple of {nodes}")
-    if not gpus and (processes or 1) % nodes:
-        raise SetupError(
-            f"PROCESSES: found {processes or 1} CPU processes on {nodes} nodes, expected a multiple of {nodes}"
-        )
+    variable, ranks = ("GPUS", gpus) if gpus else ("PROCESSES", processes or 1)
+    if ranks % nodes:
+        raise SetupError(f"{variable}: found {ranks} on {nodes} nodes, expected a multiple of {nodes}")
     if processes and gpus:
-        raise SetupError(
-            f"PROCESSES: found {processes} with {gpus} GPUs, expected none: each GPU has one process. Remove PROCESSES"
-        )
+        raise SetupError(f"PROCESSES: found {processes} with {gpus} GPUs, expected none. Remove PROCESSES")
     if request.gpu_type and not gpus:
         raise SetupError(f"GPU_TYPE: found {request.gpu_type} without GPUs. Set GPUS=<number>, or remove GPU_TYPE")
     gpu_type = request.gpu_type or (recipe.hardware.gpu_type if gpus else None)
@@ -67,8 +62,7 @@ def available_topology(recipe: Recipe, request: HardwareRequest, placement: Plac
     available, gpus, nodes = visible_gpus(), request.gpus, placement.nodes if placement else request.nodes or 1
     if request.nodes is not None and request.nodes != nodes:
         raise SetupError(
-            f"NODES: found {request.nodes}, expected {nodes}, the nodes of this job. Use sbatch "
-            f"--nodes={request.nodes}, or remove NODES"
+            f"NODES: found {request.nodes}, expected {nodes} as in this job. Use sbatch --nodes, or remove it"
         )
     if placement is None and nodes > 1 and gpus and not available:
         return plan_topology(recipe, request)  # prepared on a machine without GPUs; `train` checks each node
@@ -128,9 +122,8 @@ def check_host_memory(plan: Plan) -> None:
         )
     if needed and needed["offload"] and needed["total"] > available:
         raise SetupError(
-            f"parallelism: {plan.parallelism} needs about {needed['total'] / 2**30:.0f} GiB of host memory "
-            f"({needed['offload'] / 2**30:.0f} GiB offloaded), found {available / 2**30:.0f} GiB. Set "
-            f"parallelism=zero3 with more GPUs, or use a recipe with LoRA"
+            f"parallelism: {plan.parallelism} needs about {needed['total'] / 2**30:.0f} GiB of host memory, found "
+            f"{available / 2**30:.0f} GiB. Set parallelism=zero3 with more GPUs, or use a recipe with LoRA"
         )
 
 
@@ -145,9 +138,8 @@ def check_disk(plan: Plan, folder: RunDir) -> None:
     free = shutil.disk_usage(existing).free
     if plan.disk_bytes and plan.disk_bytes > free + held:
         raise SetupError(
-            f"RUNS_DIR: {plan.recipe} needs up to {plan.disk_bytes / 2**30:.1f} GiB in {folder.path} (three "
-            f"checkpoints while one is written, the models), found {free / 2**30:.1f} GiB free. Free space, or set "
-            f"RUNS_DIR=<folder on a larger disk>"
+            f"RUNS_DIR: {plan.recipe} needs up to {plan.disk_bytes / 2**30:.1f} GiB in {folder.path}, found "
+            f"{free / 2**30:.1f} GiB free. Free space, or set RUNS_DIR=<folder on a larger disk>"
         )
 
 

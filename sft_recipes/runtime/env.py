@@ -65,9 +65,7 @@ def reporters() -> list[str]:
     installed = [name for name in _TRACKERS if util.find_spec(name)]
     for name in names:
         if name not in installed:
-            raise SetupError(
-                f"REPORT_TO: {name!r} is no installed tracker. Set none, or some of {', '.join(installed)}"
-            )
+            raise SetupError(f"REPORT_TO: {name!r} is not installed. Set none, or some of {', '.join(installed)}")
     if "wandb" in names and (mode := os.environ.get("WANDB_MODE", "")) not in _WANDB_MODES:
         raise SetupError(f"WANDB_MODE: found {mode!r}, expected online, offline or disabled. Set one of them")
     return names

@@ -42,6 +42,8 @@ class RunDir:
     path: Path
 
     plan = Entry("plan.json", "The plan, written by the launcher before the ranks start.")
+    next_plan = Entry("plan.next.json", "The plan of an attempt before its sanity check has passed.")
+    attempt = Entry("attempt.json", "The attempt that `prepare` leaves for `train` on every node.")
     manifest = Entry("manifest.json", "Versions, data, tokens, losses and state of the run.")
     outcome = Entry("outcome.json", "How the latest attempt ended: its exit code and, for a user error, the message.")
     metrics = Entry("metrics.jsonl", "One JSON object per log step.")
@@ -121,9 +123,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
         return {}
     except PermissionError as error:
-        raise SetupError(
-            f"{path}: found no read permission, expected a run of this user. Set another NAME=, or ask its owner"
-        ) from error
+        raise SetupError(f"{path}: found no read permission. Set another NAME=, or ask its owner") from error
     return content if isinstance(content, dict) else {}
 
 
@@ -139,9 +139,7 @@ def named(name: str) -> RunDir:
         SetupError: the name has a separator, a leading dot, or characters with a meaning in shells.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise SetupError(
-            f"NAME: found {name!r}, expected at most 100 letters, digits, '.', '_' and '-', no path. Set NAME=…"
-        )
+        raise SetupError(f"NAME: found {name!r}, expected at most 100 letters, digits, '.', '_' and '-'. Set NAME=…")
     return RunDir(runs_root() / name)
 
 

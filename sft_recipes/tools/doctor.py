@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,8 +15,9 @@ from sft_recipes.launch import command, preflight
 from sft_recipes.launch.node_checks import CheckResult, all_reduce, nccl_log_variables, occupied_gpus, read_transports
 from sft_recipes.launch.topology import Gpu, hidden_gpus, nvidia_smi_error, unlisted, visible_gpus
 from sft_recipes.runtime import cuda, timeouts
-from sft_recipes.runtime.env import library_version
+from sft_recipes.runtime.env import library_version, with_repository
 from sft_recipes.runtime.paths import REPOSITORY, hub_cache
+from sft_recipes.runtime.programs import run_program
 from sft_recipes.runtime.run_dir import runs_root
 from sft_recipes.runtime.units import GIB
 
@@ -186,16 +185,13 @@ def _measure_all_reduce(gpus: int) -> dict[str, Any]:
     """Run `tools/allreduce_bench.py` over the GPUs, or over two CPU processes; add NCCL's transports."""
     with tempfile.TemporaryDirectory(prefix="sft-") as folder:
         ranks, report = gpus or 2, Path(folder) / "result.json"
-        debug = nccl_log_variables(folder)
-        overrides = {"OMP_NUM_THREADS": "1", **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})}
         loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            done = subprocess.run(
-                command.allreduce_test(ranks, report), capture_output=True, text=True, check=False,
-                timeout=timeouts.ALLREDUCE_TEST, env={**loopback, **os.environ, **debug, **overrides}, cwd=REPOSITORY,
-            )  # fmt: skip
-            if done.returncode == 0:
-                return {**json.loads(report.read_text(encoding="utf-8")), "transports": read_transports(folder)}
-            errors = [line.strip() for line in done.stderr.splitlines() if re.match(r"\s*\S*(Error|Exception)\b", line)]
-            return {"error": f"{ranks} ranks: all-reduce failed: {errors[0] if errors else 'a rank failed'}"}
-        return {"error": f"{ranks} ranks: no all-reduce within {timeouts.ALLREDUCE_TEST:.0f} s"}
+        overrides = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})}
+        environment = with_repository({**loopback, **os.environ, **nccl_log_variables(folder), **overrides})
+        test = command.allreduce_test(ranks, report)
+        code, output = run_program(*test, timeout=timeouts.ALLREDUCE_TEST, environment=environment)
+        if code == 0:
+            return {**json.loads(report.read_text(encoding="utf-8")), "transports": read_transports(folder)}
+        errors = [line.strip() for line in output.splitlines() if re.match(r"\s*\S*(Error|Exception)\b", line)]
+        reason = errors[0] if errors else " ".join(output.split())[-200:]
+        return {"error": f"{ranks} ranks: all-reduce failed: {reason}"}

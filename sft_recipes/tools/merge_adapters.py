@@ -41,9 +41,7 @@ def merge(folder: RunDir) -> Path:
     if plan.method == "full":
         raise SetupError(f"RUN: {folder.name} has no adapters: full fine-tuning. Use {folder.final}")
     if not (folder.final / "adapter_config.json").is_file():
-        raise SetupError(
-            f"RUN: {folder.path} has no final adapters yet ({folder.state()}). Run `make train` to resume it"
-        )
+        raise SetupError(f"RUN: {folder.path} has no final adapters yet ({folder.state()}). Resume it by `make train`")
     if folder.merged.is_dir():
         return folder.merged
     base_folder, partial = lora.find_base_folder(plan, folder), folder.saving / folder.merged.name

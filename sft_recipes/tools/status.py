@@ -56,17 +56,11 @@ def facts(folder: RunDir, held_by: str | None, job: dict[str, str] | None) -> di
 
 def text(status: dict[str, Any]) -> list[str]:
     """The status as `key: value` lines, without unknown values."""
-    held_by, parent, seconds = status["held_by"], status["init_from"], status["seconds_left"]
-    lines = {
-        "run": status["run"],
-        "state": f"{status['state']} ({held_by})" if held_by else status["state"],
-        "job": job_line(status["job"]) if status["job"] else None,
-        "init_from": f"{parent['run']} (step {parent['step']:,})" if parent else None,
-        "step": f"{status['step']:,} of {status['optimizer_steps'] or 0:,}",
-        "checkpoint": f"checkpoint-{status['checkpoint']}" if status["checkpoint"] else "none",
-        **{key: f"{status[key]:.4g}" for key in ("epoch", *_METRICS, "eval_loss") if isinstance(status[key], float)},
-        "eta": format_duration(seconds) if seconds is not None else None,
-        "error": status["error"],
+    parent, job, seconds = status["init_from"], status["job"], status["seconds_left"]
+    lines = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in status.items()} | {
+        "job": job and job_line(job),
+        "init_from": parent and f"{parent['run']} (step {parent['step']:,})",
+        "seconds_left": seconds and f"{seconds} ({format_duration(seconds)})",
     }
     return [f"{key}: {value}" for key, value in lines.items() if value is not None]
 

@@ -79,8 +79,7 @@ def run(run_dir: RunDir, placement: Placement | None = None) -> int:
     if plan.nodes != node_count:
         raise SetupError(
             f"RUN: {run_dir.name} was trained on {plan.nodes} nodes and needs the same number: found {node_count}. "
-            f"Run sbatch --nodes={plan.nodes} --exclusive --gpus-per-node={plan.gpus // plan.nodes} --wrap 'srun "
-            f"--ntasks-per-node=1 --cpu-bind=none .venv/bin/python -m sft_recipes verify-resume {run_dir.name}'"
+            f"Start it with srun on that many nodes, as docs/slurm.md shows"
         )
     if placement is None:
         preflight.check_gpus(plan)

@@ -75,7 +75,7 @@ from helpers.workplace import REPOSITORY, SMALL_LLAMA, VARIABLES
         (["train"], "RECIPE: not set. Set RECIPE or MODEL"),
         (["trian", "tiny"], "invalid choice: 'trian'"),
         (["plan", "tiny", "--gpus", "1", "--gpu-type", "h1000"], "GPU_TYPE: unknown GPU type: found 'h1000'"),
-        (["plan", "tiny", "--gpus", "8", "--nodes", "3"], "found 8 GPUs on 3 nodes, expected a multiple of 3"),
+        (["plan", "tiny", "--gpus", "8", "--nodes", "3"], "GPUS: found 8 on 3 nodes, expected a multiple of 3"),
         (["generate", "unknown"], "no run 'unknown'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -98,7 +98,7 @@ def test_no_placement_outside_of_a_job(variables: Mapping[str, str]) -> None:
         ({**STEP, "MASTER_PORT": "abc"}, "MASTER_PORT: found 'abc', expected an integer from 1"),
         ({**STEP, "MASTER_PORT": "70000"}, "MASTER_PORT: found '70000', expected an integer from 1 to 65525"),
         ({**STEP, "SLURM_STEP_NUM_TASKS": "32"}, "found 32 tasks on 4 nodes, expected one per node"),
-        ({**STEP, "SLURM_GPUS": "28"}, "found 28 GPUs on 4 nodes, expected the same number on each"),
+        ({**STEP, "SLURM_GPUS": "28"}, "found 28 GPUs on 4 nodes, expected as many on each"),
         ({"PET_NNODES": "1:4"}, "PET_NNODES: found '1:4', expected an integer of at least 1"),
         ({"PET_NNODES": "2", "PET_NODE_RANK": "0"}, "PET_MASTER_ADDR: not set, PET_NNODES=2"),
         ({"PET_NNODES": "2", "MASTER_ADDR": "a", "PET_NODE_RANK": "2"}, "PET_NODE_RANK: found '2', .* from 0 to 1"),
@@ -120,9 +120,9 @@ def test_ranks_do_not_inherit_the_variables_of_another_launcher() -> None:
 @pytest.mark.parametrize(
     ("request_", "error"),
     [
-        (HardwareRequest(nodes=8), "NODES: found 8, expected 4, the nodes of this job. Use sbatch --nodes=8"),
+        (HardwareRequest(nodes=8), "NODES: found 8, expected 4 as in this job. Use sbatch --nodes"),
         (HardwareRequest(gpus=16), "GPUS: 16 requested, but this job has 32"),
-        (HardwareRequest(gpus=0, processes=6), "PROCESSES: found 6 CPU processes on 4 nodes, expected a multiple of 4"),
+        (HardwareRequest(gpus=0, processes=6), "PROCESSES: found 6 on 4 nodes, expected a multiple of 4"),
     ],
 )
 def test_topology_rejects_request_unlike_allocation(request_: HardwareRequest, error: str) -> None:
@@ -419,7 +419,7 @@ def test_node_without_access_to_the_run_or_the_model_reports_it(
     with pytest.raises(UserError, match=r"NAME: .*one is not prepared, as seen from node2.* prepare tiny --name one"):
         attempts.open_prepared(run, second, arguments)
     plan = plans.resolve(loader.load("tiny", ["batch.effective_batch_size=2"]), plans.Topology(0, 2, 2))
-    plans.write(plan, attempts.next_plan(run))
+    plans.write(plan, run.next_plan)
     ours = Attempt("1-0", 2, tuple(arguments), prepared=True)
     for other, error in (
         (dataclasses.replace(ours, id="0-0"), "prepared for attempt 0-0 on 2 nodes.* expected attempt 1-0 on 2 nodes"),
@@ -456,7 +456,7 @@ def test_commands_of_the_documented_jobset_are_valid() -> None:
 def test_status_of_finished_run(short_run: Path) -> None:
     command = [sys.executable, "-m", "sft_recipes", "status", str(short_run)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)
-    assert "finished" in done.stdout and "step: 8 of 8" in done.stdout and "eval_loss" in done.stdout
+    assert "state: finished" in done.stdout and "step: 8" in done.stdout and "eval_loss" in done.stdout
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False, cwd=REPOSITORY)
     status = json.loads(done.stdout)
     assert (status["state"], status["step"], status["seconds_left"], status["held_by"]) == ("finished", 8, None, None)

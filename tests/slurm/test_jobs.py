@@ -263,7 +263,7 @@ def test_verify_resume_on_two_nodes(site: Site, uninterrupted: Path) -> None:
 def test_processes_that_do_not_divide_over_nodes_are_rejected(site: Site) -> None:
     job = site.submit("tiny", *SHORT, PROCESSES="3", NAME="uneven")
     assert site.wait(job)["ExitCode"] == "2:0"
-    assert "PROCESSES: found 3 CPU processes on 2 nodes, expected a multiple of 2" in site.output(job)
+    assert "PROCESSES: found 3 on 2 nodes, expected a multiple of 2" in site.output(job)
 
 
 def test_several_tasks_per_node_are_rejected(site: Site) -> None:

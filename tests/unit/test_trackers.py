@@ -150,10 +150,7 @@ def test_report_to_rejects_what_is_not_installed_and_lists_the_rest(monkeypatch)
     monkeypatch.setenv("REPORT_TO", f"tensorboard,{absent}")
     with pytest.raises(SetupError) as error:
         env.reporters()
-    assert (
-        str(error.value)
-        == f"REPORT_TO: {absent!r} is no installed tracker. Set none, or some of {', '.join(installed)}"
-    )
+    assert str(error.value) == f"REPORT_TO: {absent!r} is not installed. Set none, or some of {', '.join(installed)}"
 
 
 def test_nothing_is_uploaded_unless_it_is_named(monkeypatch, plan, tmp_path):
