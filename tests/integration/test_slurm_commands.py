@@ -320,9 +320,9 @@ def placements(nodes: int, port: int) -> list[Placement]:
 
 def test_exit_record_keeps_the_first_cause(tmp_path: Path) -> None:
     first, second = placements(2, 15000)
-    killed = exit_records.write(tmp_path, second, 1, error=KILLED.error)
+    killed = exit_records.write(tmp_path, second, 1, [], KILLED.error)
     exit_records.write(tmp_path, second, 1, [signal.SIGTERM])
-    lost = exit_records.write(tmp_path, first, 1, error=LOST.error, lost_peer=True)
+    lost = exit_records.write(tmp_path, first, 1, [], LOST.error, lost_peer=True)
     assert exit_records.read(tmp_path, "1-0") == [lost, dataclasses.replace(killed, terminated=True)]
 
 
