@@ -87,14 +87,14 @@ def start_run(
         if dry_run:
             print(shlex.join(command.launch(plan, run_dir)))
             return 0
-        in_job = placement if trains and os.environ.get("SFT_RECIPES_LOGS") else None
-        if trains and not in_job:
+        if trains:
             check_gpus(plan)
         check_disk(plan, run_dir)
         context = RunContext(run_dir, start.plan, stop_request, resolved.suggest_cheaper)
         identifier = placement.attempt if placement else os.environ.get("SFT_RECIPES_ATTEMPT") or "manual"
         attempt = Attempt(identifier, plan.nodes, tuple(sys.argv[2:]), start.resumes, request.name is not None)
         with run_lock.lock(run_dir):
+            in_job = placement if trains and os.environ.get("SFT_RECIPES_LOGS") else None
             code = node_checks.check_all_nodes(context, in_job.name) if in_job else 0
             code = code or _run_attempt(context, attempt, trains, request.resume)
             if in_job and run_dir.path.is_dir():

@@ -75,6 +75,11 @@ def available_topology(recipe: Recipe, request: HardwareRequest, placement: Plac
         if allocated is None and nodes == 1:
             where, fix = "this machine", hidden_gpus() or f"set GPUS={existing}, or try `make train` (the tiny recipe)"
         raise SetupError(f"GPUS: {gpus} requested, but {where} has {existing or 'none'}; {fix}")
+    if placement and gpus and len(available) < (allocated or 0):
+        raise SetupError(
+            f"GPUS: Slurm allocated {allocated} on {placement.name}, nvidia-smi lists {len(available) or 'none'}. "
+            f"Exclude that node: sbatch --exclude={placement.name}"
+        )
     selected = available[: gpus // nodes]
     _check_generation(recipe, selected)
     if not request.gpu_type and (unknown := [gpu.name for gpu in selected if not gpu.memory_mib]):

@@ -245,16 +245,14 @@ def test_make_slurm_rejects_gpus() -> None:
     assert done.returncode == 2 and "error: GPUS, DEVICES: Slurm selects the GPUs of a job" in done.stderr
 
 
-def test_node_with_fewer_gpus_than_allocated_reports_it(monkeypatch) -> None:
+def test_single_node_job_rejects_missing_gpus(monkeypatch) -> None:
     monkeypatch.setattr(
         topology, "visible_gpus", lambda: [topology.Gpu(str(n), 81559, "NVIDIA H100") for n in range(4)]
     )
-    monkeypatch.setattr(preflight, "gpu_problem", lambda _: None)
     one = {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NODEID": "0"}
-    recipe, place = loader.load("8b"), from_environment({**STEP, **one})
-    plan = plans.resolve(recipe, topology.available_topology(recipe, HardwareRequest(), place))
-    assert plan.gpus == 8
-    assert ["found 4, expected 8" in str(result) for result in node_checks.check_node(plan)] == [True]
+    place = from_environment({**STEP, **one})
+    with pytest.raises(UserError, match="Slurm allocated 8 on gpu005, nvidia-smi lists 4.*--exclude=gpu005"):
+        topology.available_topology(loader.load("8b"), HardwareRequest(), place)
 
 
 def test_job_script_outside_of_slurm_prints_how_to_submit() -> None:
