@@ -14,17 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.launch import (
-    attempts,
-    command,
-    exit_records,
-    node_checks,
-    process_group,
-    ranks,
-    run_lock,
-    sanity_check,
-)
+from sft_recipes.launch import attempts, command, node_checks, process_group, ranks, run_lock, sanity_check
 from sft_recipes.launch.attempts import Attempt
+from sft_recipes.launch.outcome import record_folder, write_record
 from sft_recipes.launch.placement import NodeMissingError, Placement
 from sft_recipes.launch.preflight import check_gpus
 from sft_recipes.launch.run_context import RunContext
@@ -98,7 +90,7 @@ def start_run(
             code = node_checks.check_all_nodes(context, in_job.name) if in_job else 0
             code = code or _run_attempt(context, attempt, trains, request.resume)
             if in_job and run_dir.path.is_dir():
-                exit_records.write(run_dir.path, in_job, code, stop_request.signals)
+                write_record(run_dir.path, in_job, code, stop_request.signals)
     if not trains and not code and not placement:
         log.info(f"prepared {run_dir.path}: start the same command with `train` on each of {plan.nodes} nodes")
     return code
@@ -145,7 +137,7 @@ def _prepare_run(context: RunContext, attempt: Attempt) -> int:
     plans.write(stored or context.plan, run_dir.plan)
     plans.write(context.plan, plan_file)
     run_dir.outcome.unlink(missing_ok=True)
-    shutil.rmtree(exit_records.folder(run_dir.path, attempt.id), ignore_errors=True)
+    shutil.rmtree(record_folder(run_dir.path, attempt.id), ignore_errors=True)
     if code := prepare_data(context, plan_file):
         return code
     settled = _settle(context.plan, stored, read_json(run_dir.prepared))
@@ -167,7 +159,7 @@ def train_node(name: str, placement: Placement, suggest_cheaper: Callable[[Plan]
     if not placement.is_first:
         logging.getLogger("sft_recipes").setLevel(logging.ERROR)  # node 0 prints what is the same on all nodes
     if (code := _finished(run_dir)) is not None:
-        exit_records.write(run_dir.path, placement, code, [])
+        write_record(run_dir.path, placement, code, [])
         return code
     attempt, code, error, lost_peer, arguments = None, EXIT_ERROR, None, False, sys.argv[2:]
     with handle_stop_signals() as stop_request, contextlib.ExitStack() as lock:
@@ -193,7 +185,7 @@ def train_node(name: str, placement: Placement, suggest_cheaper: Callable[[Plan]
             if attempt and placement.is_first:
                 code = attempts.conclude(run_dir, attempt, code)
             if run_dir.path.is_dir() and not dry_run:
-                exit_records.write(run_dir.path, placement, code, stop_request.signals, error, lost_peer)
+                write_record(run_dir.path, placement, code, stop_request.signals, error, lost_peer)
     return code
 
 

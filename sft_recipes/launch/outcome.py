@@ -1,30 +1,94 @@
-"""Decide how a Slurm job ends, from the exit records of its nodes: exit code, cause, and whether it is requeued.
+"""Exit records: how the launcher of each node ended, as files in the run directory; and how a Slurm job ends by them.
 
-srun's status says neither: it is the largest code of all tasks, and tasks that srun kills report its signal. The last
-step of slurm/launch.sh runs this file in the machine's system Python, with the standard library only:
+srun's status tells neither cause nor exit code: it is the largest code of all tasks, and tasks that srun kills report
+its signal. The last step of slurm/launch.sh runs this file in the machine's system Python, with the standard library
+only; it decides exit code, cause, and whether the job is requeued:
 
     python3 -I sft_recipes/launch/outcome.py RECIPE RUN_FOLDER TASKS STATUS [time-limit] [stop-requested]
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":  # in a Python without this package installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from sft_recipes.launch import exit_records, slurm
-from sft_recipes.launch.exit_records import ExitRecord
-from sft_recipes.runtime.run_dir import EXIT_ERROR, EXIT_NO_PROGRESS, EXIT_STOPPED, EXIT_USER
+from sft_recipes.launch import slurm
+from sft_recipes.runtime.run_dir import EXIT_ERROR, EXIT_NO_PROGRESS, EXIT_STOPPED, EXIT_USER, write_json
+
+if TYPE_CHECKING:
+    from sft_recipes.launch.placement import Placement
 
 _SIGNALLED = 128  # and above: the status of a process that a signal killed
+
+
+@dataclass(frozen=True)
+class ExitRecord:
+    """How a node's launcher ended.
+
+    Attributes:
+        name: name of the node.
+        error: cause, with the rank that failed first on this node; None at a stop or a normal end.
+        lost_peer: the ranks of this node only lost others, so another node may have the cause.
+        terminated: the launcher received SIGTERM.
+    """
+
+    node: int
+    name: str
+    code: int
+    error: str | None = None
+    lost_peer: bool = False
+    terminated: bool = False
+    time: float = field(default_factory=time.time)
+
+
+def record_folder(run: Path, attempt: str) -> Path:
+    """Return the folder of an attempt's records."""
+    return run / "exits" / attempt
+
+
+def write_record(
+    run: Path, place: Placement, code: int, signals: Sequence[int], error: str | None = None, lost_peer: bool = False
+) -> ExitRecord:
+    """Write and return the record of this node's launcher; its first cause is kept."""
+    record = ExitRecord(place.rank, place.name, code, error, lost_peer, signal.SIGTERM in signals)
+    earlier = next((one for one in read_records(run, place.attempt) if one.node == place.rank), None)
+    if earlier and earlier.error:
+        record = replace(earlier, code=record.code or earlier.code, terminated=record.terminated)
+    records = record_folder(run, place.attempt)
+    records.mkdir(parents=True, exist_ok=True, mode=0o700)
+    write_json(records / f"node-{record.node}.json", asdict(record))
+    return record
+
+
+def read_records(run: Path, attempt: str) -> list[ExitRecord]:
+    """Return the records of an attempt, by node."""
+    found = []
+    for file in record_folder(run, attempt).glob("node-*.json"):
+        with contextlib.suppress(OSError, ValueError):  # a stale name on NFS
+            found.append(ExitRecord(**json.loads(file.read_text(encoding="utf-8"))))
+    return sorted(found, key=lambda record: record.node)
+
+
+def first_failure(records: Iterable[ExitRecord]) -> ExitRecord | None:
+    """Return the record that explains the others: a node's own failure, the earliest first; otherwise a failure after
+    a lost connection; otherwise any code other than 0, that of node 0 first."""
+    failed = [record for record in records if record.code]
+    order = sorted(failed, key=lambda r: (r.error is None, r.lost_peer, r.time if r.error else r.node))
+    return order[0] if order else None
 
 
 @dataclass(frozen=True)
@@ -46,7 +110,7 @@ def decide(
         stop_expected: the time limit is near, or a stop was requested.
         lost_nodes: waits until Slurm knows whether a node is lost, and returns those that are.
     """
-    first = exit_records.first_failure(records)
+    first = first_failure(records)
     if first and first.error and not first.lost_peer:  # a rank's own failure: never a stop
         no_progress = any(record.code == EXIT_NO_PROGRESS for record in records)
         return Outcome(EXIT_NO_PROGRESS if no_progress else first.code, first.error)
@@ -74,7 +138,7 @@ def main(recipe: str, run: str, nodes: str, status: str, *events: str) -> int:
     """
     variables = os.environ
     job, start = variables["SLURM_JOB_ID"], variables.get("SLURM_RESTART_COUNT") or "0"
-    records = exit_records.read(Path(run), f"{job}-{start}")
+    records = read_records(Path(run), f"{job}-{start}")
     lost_nodes = functools.partial(slurm.wait_for_lost_nodes, variables["SLURM_JOB_NODELIST"])
     outcome = decide(records, int(nodes), int(status), bool(events), lost_nodes)
     if outcome.error:

@@ -10,7 +10,7 @@ import socket
 import struct
 from collections.abc import Mapping
 
-from sft_recipes.launch import command, exit_records, process_group
+from sft_recipes.launch import command, outcome, process_group
 from sft_recipes.launch.placement import Placement
 from sft_recipes.launch.run_context import RunContext
 from sft_recipes.launch.watchdog import LaunchResult, Watchdog
@@ -51,13 +51,13 @@ def report(context: RunContext, ended: LaunchResult) -> LaunchResult:
         ended = LaunchResult(ended.code, f"ranks on {place.name}: exit code {ended.code}", lost_peer=True)
     if not place.is_first:
         log.error(ended.error)
-    own = exit_records.write(run, place, ended.code, [], ended.error, ended.lost_peer)
+    own = outcome.write_record(run, place, ended.code, [], ended.error, ended.lost_peer)
 
     def has_cause() -> bool:
-        return any(record.error and not record.lost_peer for record in exit_records.read(run, place.attempt))
+        return any(record.error and not record.lost_peer for record in outcome.read_records(run, place.attempt))
 
     wait_until(has_cause, timeouts.NODE_REPORT, 0.2)
-    first = exit_records.first_failure(exit_records.read(run, place.attempt)) or own
+    first = outcome.first_failure(outcome.read_records(run, place.attempt)) or own
     return LaunchResult(first.code, first.error, first.lost_peer)
 
 

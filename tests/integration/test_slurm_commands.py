@@ -22,11 +22,10 @@ from helpers.workplace import REPOSITORY
 
 from sft_recipes import cli
 from sft_recipes.config import loader
-from sft_recipes.launch import attempts, command, exit_records, node_checks, outcome, preflight, ranks, topology
+from sft_recipes.launch import attempts, command, node_checks, outcome, preflight, ranks, topology
 from sft_recipes.launch.attempts import Attempt
-from sft_recipes.launch.exit_records import ExitRecord
 from sft_recipes.launch.node_checks import CheckResult
-from sft_recipes.launch.outcome import Outcome
+from sft_recipes.launch.outcome import ExitRecord, Outcome
 from sft_recipes.launch.placement import NodeMissingError, Placement, from_environment
 from sft_recipes.launch.run_context import RunContext
 from sft_recipes.launch.stop_request import StoppedError, StopRequest
@@ -318,10 +317,10 @@ def placements(nodes: int, port: int) -> list[Placement]:
 
 def test_exit_record_keeps_the_first_cause(tmp_path: Path) -> None:
     first, second = placements(2, 15000)
-    killed = exit_records.write(tmp_path, second, 1, [], KILLED.error)
-    exit_records.write(tmp_path, second, 1, [signal.SIGTERM])
-    lost = exit_records.write(tmp_path, first, 1, [], LOST.error, lost_peer=True)
-    assert exit_records.read(tmp_path, "1-0") == [lost, dataclasses.replace(killed, terminated=True)]
+    killed = outcome.write_record(tmp_path, second, 1, [], KILLED.error)
+    outcome.write_record(tmp_path, second, 1, [signal.SIGTERM])
+    lost = outcome.write_record(tmp_path, first, 1, [], LOST.error, lost_peer=True)
+    assert outcome.read_records(tmp_path, "1-0") == [lost, dataclasses.replace(killed, terminated=True)]
 
 
 def test_nodes_exchange_values_and_agree() -> None:

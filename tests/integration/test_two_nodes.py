@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from helpers.workplace import HANG_SECONDS, SHORT, Workplace, manifest, metrics
 
-from sft_recipes.launch import exit_records
+from sft_recipes.launch import outcome
 from sft_recipes.runtime import heartbeat
 
 # Below the ports that the kernel gives to connections; each test process has its own ten.
@@ -75,7 +75,7 @@ def test_two_nodes_match_a_single_process_after_the_sanity_check(
     assert "GB/s over 2 ranks (gloo)" in first and "sanity check passed" in first
     assert second == "", "node 0 prints what is the same on all nodes"
     assert losses(run) == pytest.approx(losses(single), rel=2e-4)
-    records = exit_records.read(run, "manual")
+    records = outcome.read_records(run, "manual")
     assert [(record.node, record.code, record.error) for record in records] == [(0, 0, None), (1, 0, None)]
     with launched(workplace, "two") as launchers:
         codes, (first, second) = ended(launchers)
@@ -114,7 +114,7 @@ def test_killed_rank_of_another_node_is_named_and_a_signal_stops_both(workplace:
         if attempt == "kill":
             assert codes == [1, 1], first + second
             assert "rank 1 on " in first and "killed by SIGKILL in step" in first
-            first_failure = exit_records.first_failure(exit_records.read(run, "manual"))
+            first_failure = outcome.first_failure(outcome.read_records(run, "manual"))
             assert first_failure is not None and first_failure.node == 1
     assert codes == [75, 0], first + second
     assert manifest(run)["state"] == "stopped" and list(run.glob("checkpoint-*/complete.json"))
