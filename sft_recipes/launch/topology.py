@@ -98,16 +98,12 @@ def _check_generation(recipe: Recipe, gpus: Sequence[Gpu]) -> None:
         SetupError: with the settings to use instead.
     """
     old = next((gpu for gpu in gpus if (gpu.compute_capability or _AMPERE) < _AMPERE), None)
-    if old is None:
-        return
-    replacements = {"precision": ("bf16", "fp32"), "model.attention": ("flash_attention_2", "sdpa")}
-    current = {"precision": recipe.precision, "model.attention": recipe.model.attention}
-    unsupported = [key for key, (value, _) in replacements.items() if current[key] == value]
-    if unsupported:
+    fixes = {"bf16": "precision=fp32", "flash_attention_2": "model.attention=sdpa"}
+    unsupported = [value for value in (recipe.precision, recipe.model.attention) if value in fixes]
+    if old and unsupported:
         raise SetupError(
             f"GPUS: {old.name} (compute capability {old.compute_capability}) is older than Ampere and has no "
-            f"{' and no '.join(current[key] for key in unsupported)}. "
-            f"Set {' '.join(f'{key}={replacements[key][1]}' for key in unsupported)}"
+            f"{' and no '.join(unsupported)}. Set {' '.join(fixes[value] for value in unsupported)}"
         )
 
 
