@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from sft_recipes.config import loader, model_recipe
 from sft_recipes.config.schema import AUTO, Recipe
 from sft_recipes.config.sizes import RECIPES
-from sft_recipes.launch import parent_run, placement, run_selection
+from sft_recipes.launch import placement, run_selection
 from sft_recipes.launch import topology as topologies
 from sft_recipes.launch.placement import parse_integer
 from sft_recipes.planner import lr_schedule, render, suggest
@@ -234,7 +234,7 @@ def _check_data_is_no_model(overrides: Sequence[str]) -> None:
 def _resolve(parsed: argparse.Namespace, recipe: Recipe, topology: Topology) -> plans.Plan:
     """Return the plan, with the run that `--init-from` names."""
     plan = plans.resolve(recipe, topology)
-    return parent_run.start_from(plan, parsed.init_from) if parsed.init_from else plan
+    return run_selection.start_from(plan, parsed.init_from) if parsed.init_from else plan
 
 
 def _hardware_request(parsed: argparse.Namespace) -> topologies.HardwareRequest:
@@ -259,7 +259,7 @@ def _write_recipe(parsed: argparse.Namespace) -> None:
     """Write `recipes/NAME.yaml` for a model, with the plan's choice as comments."""
     if parsed.model is None or parsed.recipe or not parsed.name:
         raise UserError("recipe: set MODEL and NAME, and no RECIPE: it writes recipes/NAME.yaml")
-    path = RECIPES / f"{run_dir.named(parsed.name).name}.yaml"
+    path = RECIPES / f"{run_dir.RunDir.named(parsed.name).name}.yaml"
     if path.exists():
         raise UserError(f"NAME: {path} exists, and nothing is overwritten. Remove it, or set another NAME")
     recipe = _recipe(parsed)
@@ -361,13 +361,13 @@ def _resolve_here(parsed: argparse.Namespace, place: placement.Placement | None)
 
 
 def _sanity(parsed: argparse.Namespace) -> int:
-    from sft_recipes.launch import launch, preflight
+    from sft_recipes.launch import launch, node_checks
 
     place = placement.from_environment(os.environ)
     if place is not None and place.nodes > 1:
         raise UserError("sanity: runs on one node. On several `train` runs it before the first step")
     resolved = _resolve_here(parsed, place)
-    preflight.check_gpus(resolved.plan)
+    node_checks.check_gpus(resolved.plan)
     return launch.run_sanity_check(resolved.plan, resolved.suggest_cheaper)
 
 

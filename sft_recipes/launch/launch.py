@@ -18,7 +18,6 @@ from sft_recipes.launch import attempts, command, node_checks, process_group, ra
 from sft_recipes.launch.attempts import Attempt
 from sft_recipes.launch.outcome import record_folder, write_record
 from sft_recipes.launch.placement import NodeMissingError, Placement
-from sft_recipes.launch.preflight import check_gpus
 from sft_recipes.launch.run_context import RunContext
 from sft_recipes.launch.run_selection import Resolved, RunRequest, select
 from sft_recipes.launch.stop_request import StoppedError, handle_stop_signals
@@ -35,9 +34,7 @@ from sft_recipes.runtime.run_dir import (
     EXIT_STOPPED,
     EXIT_USER,
     RunDir,
-    named,
     read_json,
-    runs_root,
     write_json,
 )
 
@@ -64,7 +61,7 @@ def start_run(
     with handle_stop_signals() as stop_request:
         try:
             if request.name is not None and (placement or not trains):
-                run_lock.wait_until_free(named(request.name), stop_request)
+                run_lock.wait_until_free(RunDir.named(request.name), stop_request)
             resolved = resolve()
         except StoppedError:
             log.info("stopped before the start; no step was taken. Run the same command to start again")
@@ -80,7 +77,7 @@ def start_run(
             print(shlex.join(command.launch(plan, run_dir)))
             return 0
         if trains:
-            check_gpus(plan)
+            node_checks.check_gpus(plan)
         check_disk(plan, run_dir)
         context = RunContext(run_dir, start.plan, stop_request, resolved.suggest_cheaper)
         identifier = placement.attempt if placement else os.environ.get("SFT_RECIPES_ATTEMPT") or "manual"
@@ -155,7 +152,7 @@ def train_node(name: str, placement: Placement, suggest_cheaper: Callable[[Plan]
     Raises:
         SetupError: the run is not prepared, or with other arguments.
     """
-    run_dir = named(name)
+    run_dir = RunDir.named(name)
     if not placement.is_first:
         logging.getLogger("sft_recipes").setLevel(logging.ERROR)  # node 0 prints what is the same on all nodes
     if (code := _finished(run_dir)) is not None:
@@ -241,8 +238,7 @@ def run_sanity_check(plan: Plan, suggest_cheaper: Callable[[], list[str]]) -> in
     Raises:
         SetupError: the prepared data does not suit the plan.
     """
-    results = runs_root() / ".sanity"  # on the disk of the runs, which the trial tests too
-    results.mkdir(parents=True, exist_ok=True, mode=0o700)
+    results = sanity_check.results_folder()  # on the disk of the runs, which the trial tests too
     with tempfile.TemporaryDirectory(prefix="trial-", dir=results) as directory, handle_stop_signals() as stop_request:
         run_dir = RunDir(Path(directory))
         context = RunContext(run_dir, plan, stop_request, suggest_cheaper)

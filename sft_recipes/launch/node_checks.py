@@ -1,23 +1,26 @@
-"""Checks of a node: those that `doctor` shares, and those before the first program of a job."""
+"""Checks of a node before any rank starts: whether PyTorch can use its GPUs, and those of a job; `doctor` shares some."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sft_recipes.launch import preflight, ranks, topology
+from sft_recipes.launch import command, ranks, topology
 from sft_recipes.launch.run_context import RunContext
 from sft_recipes.launch.topology import Gpu, ask_nvidia
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime.env import sanity_is_skipped
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime import cuda, env, timeouts
+from sft_recipes.runtime.errors import SetupError, UserError
+from sft_recipes.runtime.programs import run_program
 from sft_recipes.runtime.run_dir import EXIT_ERROR, EXIT_USER, read_json
 from sft_recipes.runtime.units import GIB
 
@@ -97,6 +100,41 @@ def read_transports(folder: str) -> list[str]:
     return find_transports("\n".join(file.read_text(errors="replace") for file in Path(folder).glob("nccl-*")))
 
 
+def check_gpus(plan: Plan) -> None:
+    """Check that PyTorch can use the GPUs of this node that the plan needs.
+
+    Raises:
+        SetupError: it cannot; with the cause and the fix.
+    """
+    needed = plan.gpus // plan.nodes
+    if problem := gpu_problem(needed, command.environment(plan, os.environ)):
+        raise SetupError(f"GPUS: {needed} requested, but {problem[0]}. {problem[1]}")
+
+
+def gpu_problem(needed: int, environment: Mapping[str, str] = os.environ) -> tuple[str, str] | None:
+    """Return why PyTorch cannot use this number of GPUs on this machine, and the fix; None if it can.
+
+    Args:
+        environment: the variables of the processes that need the GPUs.
+    """
+    report = probe_torch(environment) if needed else {}
+    if report.get("devices", 0) >= needed:
+        return None
+    return cuda.find_problem(report, needed, cuda.driver_version(), environment.get("CUDA_VISIBLE_DEVICES"))
+
+
+def probe_torch(environment: Mapping[str, str], extent: str = "cuda") -> dict[str, Any]:
+    """Return the report of `training/torch_probe.py`, run as a process since a launcher does not import PyTorch.
+
+    Args:
+        extent: `all`, or `cuda` for only what `runtime/cuda.py` needs.
+    """
+    probe = [sys.executable, "-m", "sft_recipes.training.torch_probe", extent]
+    code, output = run_program(*probe, timeout=timeouts.TORCH_PROBE, environment=env.with_repository(environment))
+    last = output.strip().rpartition("\n")[2]
+    return {"error": last or "no message"} if code else dict(json.loads(last))
+
+
 def occupied_gpus(gpus: Sequence[Gpu]) -> list[str]:
     """Describe the GPUs of which other processes use memory."""
     rows = [row for row in ask_nvidia("index,memory.used") if len(row) == 2 and row[1].isdigit()]
@@ -123,7 +161,7 @@ def check_node(plan: Plan) -> Iterator[CheckResult]:
     gpus = topology.visible_gpus()
     if len(gpus) < gpus_here:
         yield CheckResult("GPUs", "error", f"found {len(gpus)}, expected {gpus_here}", "run nvidia-smi on that node")
-    if problem := preflight.gpu_problem(gpus_here):
+    if problem := gpu_problem(gpus_here):
         yield CheckResult(_CUDA, "error", *problem)
     if occupied := ", ".join(occupied_gpus(gpus)):
         detail = f"in use on {occupied}"
@@ -150,7 +188,7 @@ def check_all_nodes(context: RunContext, name: str) -> int:
                 log.info(f"{node}: {result}")
         if error:
             log.error(error)
-    if code or placement is None or sanity_is_skipped():
+    if code or placement is None or env.sanity_is_skipped():
         return code
     return _check_all_reduce(context)
 

@@ -1,4 +1,5 @@
-"""Selects the run directory of an attempt: a new one, or that of an unfinished run, which it resumes."""
+"""Selects the run directory of an attempt: a new one, or that of an unfinished run, which it resumes; and the run whose
+last weights a new one starts from (INIT_FROM)."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from sft_recipes.planner import rank_change
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.env import library_version
 from sft_recipes.runtime.errors import SetupError
-from sft_recipes.runtime.run_dir import RunDir, all_runs, named, read_json, runs_root, write_json
+from sft_recipes.runtime.run_dir import RunDir, all_runs, find, read_json, runs_root, write_json
 
 # Files of an attempt that was killed before it had a plan.
 _WITHOUT_PLAN = (".lock", "plan.json.partial", "exits", "manifest.json")
@@ -26,6 +27,9 @@ _INPUTS = (
     *(f"sections.model.{key}" for key in _MODEL_KEYS),
     *(f"sections.data.{key}" for key in _DATA_KEYS),
 )
+# What weights, tokenizer and template depend on, by the names of a plan.
+_WEIGHTS_KEYS = ["name_or_path", "revision", "from_scratch", "architecture", "chat_template", "add_tokens"]
+_SAME_AS_PARENT = ("method", "model", "sections.lora", *(f"sections.model.{key}" for key in _WEIGHTS_KEYS))
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ def select(plan: Plan, request: RunRequest, locked: dict[str, str]) -> RunStart:
         SetupError: the run has another plan or is in use, or `--resume` finds nothing to resume.
     """
     if request.name is not None:
-        return _select_named(plan, named(request.name), request, locked)
+        return _select_named(plan, RunDir.named(request.name), request, locked)
     usable = [run for run in _numbered(plan.recipe) if os.access(run.path, os.R_OK | os.W_OK | os.X_OK)]
     left: dict[str, str] = {}
     notes = [note for run in usable if not run.path.is_symlink() for note in _restore_plan(run)]
@@ -238,3 +242,26 @@ def _numbered(recipe: str) -> list[RunDir]:
 
 def _next_number(recipe: str) -> int:
     return 1 + max((int(run.name.rpartition("-")[2]) for run in _numbered(recipe)), default=0)
+
+
+def start_from(plan: Plan, name: str) -> Plan:
+    """Return the plan with name, id and last step of the run that it starts from.
+
+    Raises:
+        SetupError: no such run, an unfinished one, or one of another model, tokenizer, template or method.
+    """
+    run = find(name, "INIT_FROM")
+    stored, last = plans.read(run.plan), read_json(run.last / "complete.json")
+    if run.state() != "finished" or last.get("run_id") != stored.run_id or not run.final.is_dir():
+        raise SetupError(
+            f"INIT_FROM: {run.name}: found state {run.state()}, expected a finished run with last/ and final/. Finish "
+            f"it with NAME={run.name}, or name another run"
+        )
+    differences = plans.find_differences(stored, plan)
+    for key in (key for key in differences if key.startswith(_SAME_AS_PARENT) and key != "sections.lora.dropout"):
+        old, new = differences[key]
+        raise SetupError(
+            f"INIT_FROM: {run.name} has another model or method: {key.removeprefix('sections.')}: found {new!r}, "
+            f"expected {old!r} as in that run. Use the same recipe and settings, or name another run"
+        )
+    return replace(plan, init_from={"run": name, "run_id": stored.run_id, "step": last["step"]})

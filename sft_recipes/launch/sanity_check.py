@@ -29,6 +29,13 @@ def cached_result(plan: Plan) -> Path:
     return runs_root() / ".sanity" / f"{trial.cache_key(plan)}.json"
 
 
+def results_folder() -> Path:
+    """Folder of the cached results, which quote the data; made if it is missing."""
+    folder = runs_root() / ".sanity"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder
+
+
 def run(context: RunContext, prepared: Path) -> int:
     """Run the sanity check of the context's plan, which must be settled. A stop request terminates it: there is nothing
     to save. Call on every node: node 0 writes the files and reports the result.
@@ -42,13 +49,12 @@ def run(context: RunContext, prepared: Path) -> int:
     result_file = cached_result(context.plan)
     trial_dir, short = RunDir(context.run_dir.path / ".trial"), trial.trial_plan(context.plan)
     if context.is_first_node:
+        results_folder()
         log.info(
             f"sanity check: {short.recipe}, {short.optimizer_steps} steps, effective batch "
             f"{short.effective_batch_size}, {short.rows} rows including the longest, "
             f"{render.describe_ranks(short)} (skip with SANITY=skip)"
         )
-        result_file.parent.mkdir(parents=True, exist_ok=True)
-        result_file.parent.chmod(0o700)  # results quote the data
         shutil.rmtree(trial_dir.path, ignore_errors=True)  # of an attempt that was killed
         for run_dir in (trial_dir, RunDir(trial_dir.path / trial.RELOAD)):
             run_dir.path.mkdir()

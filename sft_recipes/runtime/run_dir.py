@@ -70,6 +70,17 @@ class RunDir:
     saving = Entry(".saving", "Files being written, under their final names; leftovers here are incomplete.")
     removing = Entry(".removing", "Directories being removed, so that every checkpoint outside is complete.")
 
+    @classmethod
+    def named(cls, name: str) -> RunDir:
+        """Return the directory of a run by its name, whether it exists or not.
+
+        Raises:
+            SetupError: the name has a separator, a leading dot, or characters with a meaning in shells.
+        """
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+            raise SetupError(f"NAME: found {name!r}, expected at most 100 letters, digits, '.', '_', '-'. Set NAME=…")
+        return cls(runs_root() / name)
+
     @property
     def name(self) -> str:
         """The run's name."""
@@ -130,17 +141,6 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write an object atomically."""
     write_atomic(path, json.dumps(content, indent=2) + "\n")
-
-
-def named(name: str) -> RunDir:
-    """Return the directory of a run by its name, whether it exists or not.
-
-    Raises:
-        SetupError: the name has a separator, a leading dot, or characters with a meaning in shells.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise SetupError(f"NAME: found {name!r}, expected at most 100 letters, digits, '.', '_' and '-'. Set NAME=…")
-    return RunDir(runs_root() / name)
 
 
 def find(run: str, variable: str = "RUN") -> RunDir:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.launch import command, preflight
+from sft_recipes.launch import command, node_checks
 from sft_recipes.launch.node_checks import CheckResult, all_reduce, nccl_log_variables, occupied_gpus, read_transports
 from sft_recipes.launch.topology import Gpu, hidden_gpus, nvidia_smi_error, unlisted, visible_gpus
 from sft_recipes.runtime import cuda, timeouts
@@ -29,7 +29,7 @@ def run_checks(requested_gpus: int | None) -> Iterator[CheckResult]:
         requested_gpus: number of GPUs of the run to check for; None if not given.
     """
     gpus = visible_gpus()
-    probe = preflight.probe_torch(os.environ, "all")
+    probe = node_checks.probe_torch(os.environ, "all")
     if error := nvidia_smi_error():
         fix = "see dmesg; after a driver update, restart the machine"
         yield CheckResult("driver", "error", f"nvidia-smi fails ({error})", fix)

@@ -12,7 +12,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.launch import attempts, command, launch, node_checks, preflight, ranks, run_lock, run_selection
+from sft_recipes.launch import attempts, command, launch, node_checks, ranks, run_lock, run_selection
 from sft_recipes.launch.attempts import Attempt
 from sft_recipes.launch.placement import NodeMissingError, Placement
 from sft_recipes.launch.run_context import RunContext
@@ -21,15 +21,7 @@ from sft_recipes.planner import plan as plans
 from sft_recipes.planner import render
 from sft_recipes.runtime import timeouts
 from sft_recipes.runtime.errors import SetupError
-from sft_recipes.runtime.run_dir import (
-    EXIT_ERROR,
-    EXIT_STOPPED,
-    FINGERPRINTED_STEPS,
-    RunDir,
-    read_json,
-    runs_root,
-    write_json,
-)
+from sft_recipes.runtime.run_dir import EXIT_ERROR, EXIT_STOPPED, FINGERPRINTED_STEPS, RunDir, read_json, write_json
 
 log = logging.getLogger(__name__)
 _KINDS = ("weights", "optimizer", "scheduler", "rng")  # as in training/integrity/fingerprint.py
@@ -82,10 +74,10 @@ def run(run_dir: RunDir, placement: Placement | None = None) -> int:
             f"Start it with srun on that many nodes, as docs/slurm.md shows"
         )
     if placement is None:
-        preflight.check_gpus(plan)
+        node_checks.check_gpus(plan)
         folder = Path(tempfile.mkdtemp(prefix="sft-"))
     else:  # a folder that all nodes share
-        folder = runs_root().absolute() / ".replays" / f"{run_dir.name}-{placement.attempt}"
+        folder = run_dir.path.absolute().parent / ".replays" / f"{run_dir.name}-{placement.attempt}"
     with handle_stop_signals() as stop_request:
         context = RunContext(RunDir(folder), plan, stop_request, placement=placement)
         try:

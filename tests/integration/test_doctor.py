@@ -116,7 +116,7 @@ def test_failing_nvidia_smi_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     assert topology.nvidia_smi_error() == "Failed to initialize NVML: version mismatch"
-    monkeypatch.setattr(doctor.preflight, "probe_torch", lambda *_: {"error": "not run"})
+    monkeypatch.setattr(node_checks, "probe_torch", lambda *_: {"error": "not run"})
     result = next(doctor.run_checks(None))
     assert (result.check, result.status) == ("driver", "error") and "Failed to initialize NVML" in result.detail
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))

@@ -16,7 +16,7 @@ from helpers.workplace import HANG_SECONDS, HELPERS, REPOSITORY
 
 from sft_recipes import cli
 from sft_recipes.config import loader
-from sft_recipes.launch import node_checks, preflight, topology
+from sft_recipes.launch import node_checks, topology
 from sft_recipes.launch.placement import Placement
 from sft_recipes.planner import plan as plans
 from sft_recipes.runtime import cuda
@@ -108,14 +108,16 @@ def test_old_driver_is_rejected_unless_pytorch_can_use_the_gpus(on, monkeypatch,
     plan = plans.resolve(loader.load("8b"), plans.Topology(8, 8, gpu_type="h100-80g"))
     fake = {"PYTHONPATH": str(FAKE_TORCH), "FAKE_TORCH_CUDA": "13.0", "FAKE_TORCH_DEVICES": "8"}
     on(driver="570.86.15", **fake)
-    preflight.check_gpus(plan)
-    assert preflight.gpu_problem(8) is None
+    node_checks.check_gpus(plan)
+    assert node_checks.gpu_problem(8) is None
     none = {"FAKE_TORCH_DEVICES": "0", "FAKE_TORCH_WARNING": TOO_OLD}
     on(driver="570.86.15", **none)
     with pytest.raises(UserError, match="8 requested, but found NVIDIA driver 570.86.15, expected 580 or newer"):
-        preflight.check_gpus(plan)
-    assert preflight.gpu_problem(8)[0].startswith("found NVIDIA driver 570.86.15, expected 580 or newer for CUDA 13.0")
-    assert preflight.gpu_problem(0) is None, "a node without GPUs is not checked"
+        node_checks.check_gpus(plan)
+    assert node_checks.gpu_problem(8)[0].startswith(
+        "found NVIDIA driver 570.86.15, expected 580 or newer for CUDA 13.0"
+    )
+    assert node_checks.gpu_problem(0) is None, "a node without GPUs is not checked"
     path = {"PYTHONPATH": f"{FAKE_TORCH}{os.pathsep}{REPOSITORY}"}
     line = error_line(workplace.sft("train", "8b", **machine(driver="570.86.15", **{**fake, **none, **path})))
     assert (

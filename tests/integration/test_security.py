@@ -380,7 +380,7 @@ def test_special_tokens_in_prompts_are_text(shared_workplace, short_run, monkeyp
 )
 def test_run_name_allows_plain_characters_only(name):
     with pytest.raises(UserError, match="NAME: found .*expected at most 100 letters"):
-        run_dir.named(name)
+        run_dir.RunDir.named(name)
 
 
 def test_symlinked_run_directory_is_rejected(workplace):

@@ -22,7 +22,7 @@ from helpers.workplace import REPOSITORY
 
 from sft_recipes import cli
 from sft_recipes.config import loader
-from sft_recipes.launch import attempts, command, node_checks, outcome, preflight, ranks, topology
+from sft_recipes.launch import attempts, command, node_checks, outcome, ranks, topology
 from sft_recipes.launch.attempts import Attempt
 from sft_recipes.launch.node_checks import CheckResult
 from sft_recipes.launch.outcome import ExitRecord, Outcome
@@ -389,7 +389,7 @@ def test_nodes_without_cuda_fail_the_job_with_the_cause(
     gpus = [topology.Gpu(str(n), 81559, "NVIDIA H100") for n in range(8)]
     monkeypatch.setattr(topology, "visible_gpus", lambda: gpus)
     problem = cuda.find_problem(probe, 8, "570.86.15", None)
-    monkeypatch.setattr(preflight, "gpu_problem", lambda _: problem)
+    monkeypatch.setattr(node_checks, "gpu_problem", lambda _: problem)
     plan = plans.resolve(loader.load("32b"), plans.Topology(16, 16, 2, "h100-80g"))
     results = [r for r in node_checks.check_node(plan) if r.check == "CUDA"]
     assert len(results) == 1

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from sft_recipes.config import loader
-from sft_recipes.launch import parent_run
+from sft_recipes.launch import run_selection
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner import render
 from sft_recipes.runtime.errors import UserError
@@ -30,7 +30,7 @@ def finished(tmp_path, monkeypatch):
 
 
 def test_init_from_records_the_parent(finished):
-    child = parent_run.start_from(plan("trainer.num_train_epochs=5", "data.train=other.jsonl"), "parent")
+    child = run_selection.start_from(plan("trainer.num_train_epochs=5", "data.train=other.jsonl"), "parent")
     assert child.init_from == {"run": "parent", "run_id": "p", "step": 12}
     assert child.parent == finished
     assert "parent, its last step 12" in render.format_plan(child)
@@ -50,21 +50,21 @@ def test_init_from_records_the_parent(finished):
 )
 def test_init_from_another_model_or_method_is_rejected(finished, overrides, key):
     with pytest.raises(UserError, match="INIT_FROM: parent has another model or method: ") as error:
-        parent_run.start_from(plan(*overrides), "parent")
+        run_selection.start_from(plan(*overrides), "parent")
     assert key in str(error.value)
 
 
 def test_init_from_a_run_without_last_weights_is_rejected(finished):
     with pytest.raises(UserError, match="INIT_FROM: no run 'missing' in .*expected one of: parent"):
-        parent_run.start_from(plan(), "missing")
+        run_selection.start_from(plan(), "missing")
     write_json(finished.last / "complete.json", {"run_id": "another", "step": 12})
     with pytest.raises(
         UserError, match="INIT_FROM: parent: found state finished, expected a finished run with last/ and final/"
     ):
-        parent_run.start_from(plan(), "parent")
+        run_selection.start_from(plan(), "parent")
     write_json(finished.manifest, {"state": "failed"})
     with pytest.raises(UserError, match="found state failed, expected .* Finish it with NAME=parent"):
-        parent_run.start_from(plan(), "parent")
+        run_selection.start_from(plan(), "parent")
 
 
 def test_overfit_settings_yield_to_the_command_line():
