@@ -1,4 +1,4 @@
-"""Checks of a node before any rank starts: whether PyTorch can use its GPUs, and those of a job; `doctor` shares some."""
+"""Checks of a node before any rank starts: that PyTorch can use its GPUs, and those of a job; `doctor` shares some."""
 
 from __future__ import annotations
 

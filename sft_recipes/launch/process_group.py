@@ -52,7 +52,7 @@ def run_ranks(
 
 @contextlib.contextmanager
 def _start(arguments: list[str], environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a command in a process group of its own, of which no process is left afterwards."""
+    """Start a command in its own process group, of which no process is left afterwards."""
     process = subprocess.Popen(
         arguments,
         env=dict(environment),
