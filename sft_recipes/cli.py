@@ -379,7 +379,7 @@ def _prepare(parsed: argparse.Namespace) -> int:
 
 def _train(parsed: argparse.Namespace) -> int:
     place = placement.from_environment(os.environ)
-    if place is not None and place.nodes > 1:
+    if place is not None and place.nodes > 1 and not parsed.dry_run:
         return _train_node(parsed, place)
     nodes = _hardware_request(parsed).nodes or 1
     if place is None and nodes > 1:
@@ -409,7 +409,7 @@ def _train_node(parsed: argparse.Namespace, place: placement.Placement) -> int:
     def suggest_cheaper(plan: plans.Plan) -> list[str]:
         return suggest.lighter_overrides(recipe, Topology(plan.gpus, plan.world_size, plan.nodes, plan.gpu_type))
 
-    return launch.train_node(parsed.name, place, suggest_cheaper, parsed.dry_run)
+    return launch.train_node(parsed.name, place, suggest_cheaper)
 
 
 def _suggest_fix(recipe: Recipe, topology: Topology) -> str:

@@ -74,7 +74,7 @@ def start_run(
         if (code := _finished(run_dir)) is not None:
             return code
         if dry_run:
-            print(shlex.join(command.launch(plan, run_dir)))
+            print(shlex.join(command.launch(plan, run_dir, placement=placement if plan.nodes > 1 else None)))
             return 0
         if trains:
             node_checks.check_gpus(plan)
@@ -145,7 +145,7 @@ def _prepare_run(context: RunContext, attempt: Attempt) -> int:
     return 0
 
 
-def train_node(name: str, placement: Placement, suggest_cheaper: Callable[[Plan], list[str]], dry_run: bool) -> int:
+def train_node(name: str, placement: Placement, suggest_cheaper: Callable[[Plan], list[str]]) -> int:
     """Train a prepared run on this node, in lockstep with the launchers of the other nodes; return the exit code, which
     the exit record also has.
 
@@ -162,9 +162,6 @@ def train_node(name: str, placement: Placement, suggest_cheaper: Callable[[Plan]
     with handle_stop_signals() as stop_request, contextlib.ExitStack() as lock:
         try:
             _, plan = attempts.open_prepared(run_dir, placement, arguments)
-            if dry_run:
-                print(shlex.join(command.launch(plan, run_dir, placement=placement)))
-                return 0
             lock.enter_context(run_lock.lock(run_dir, shared=True, writes_holder=placement.is_first))
             attempt, plan = attempts.open_prepared(run_dir, placement, arguments)  # not that of a later attempt
             context = RunContext(run_dir, plan, stop_request, lambda: suggest_cheaper(plan), placement, run_dir.path)
@@ -181,7 +178,7 @@ def train_node(name: str, placement: Placement, suggest_cheaper: Callable[[Plan]
         finally:
             if attempt and placement.is_first:
                 code = attempts.conclude(run_dir, attempt, code)
-            if run_dir.path.is_dir() and not dry_run:
+            if run_dir.path.is_dir():
                 write_record(run_dir.path, placement, code, stop_request.signals, error, lost_peer)
     return code
 

@@ -77,7 +77,7 @@ def _run_parts(context: RunContext, trial_dir: RunDir, short: Plan, result_file:
         ended = ranks.run_ranks(context.within(run_dir, short), "sanity.worker", can_save=False)
         code, result = ended.code, read_json(run_dir.result) if context.is_first_node else {}
         if context.is_first_node:
-            code = _report_without_result(ended, result, read_json(run_dir.outcome), run_dir, result_file)
+            code = _report_without_result(ended, result, run_dir, result_file)
         if result and not code:
             _report_checks(result["checks"], context)
             checks, measured = [*checks, *result["checks"]], measured or result["measured"]
@@ -91,11 +91,9 @@ def _run_parts(context: RunContext, trial_dir: RunDir, short: Plan, result_file:
     return _report_result(context.plan, {"checks": checks, "measured": measured}, result_file) if checks else code
 
 
-def _report_without_result(
-    ended: LaunchResult, result: dict[str, Any], outcome: dict[str, Any], run_dir: RunDir, result_file: Path
-) -> int:
+def _report_without_result(ended: LaunchResult, result: dict[str, Any], run_dir: RunDir, result_file: Path) -> int:
     """Report a part that has no result, and return the exit code; 0 if it has one."""
-    stack_traces = _keep_stack_traces(run_dir, result_file)
+    stack_traces, outcome = _keep_stack_traces(run_dir, result_file), read_json(run_dir.outcome)
     if EXIT_STOPPED in (ended.code, outcome.get("exit_code")):
         log.info("stopped during the sanity check, before training; run the same command to start again")
         return EXIT_STOPPED

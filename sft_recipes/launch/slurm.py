@@ -41,7 +41,7 @@ def wait_for_lost_nodes(nodes: str) -> list[str]:
 
     def states() -> list[tuple[str, str]]:
         lines = ask("sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--format=%N %T").splitlines()
-        return sorted((name, state) for name, state in map(str.split, lines))
+        return sorted({(name, state) for name, state in map(str.split, lines)})  # a node may be in several partitions
 
     def lost() -> list[str]:
         return [name for name, state in states() if state.rstrip("*~#!%$@^-+") in _LOST]
