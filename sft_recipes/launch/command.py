@@ -26,11 +26,6 @@ _OF_ANOTHER_LAUNCHER = re.compile(
 )
 
 
-def prepare(plan_file: Path) -> list[str]:
-    """Command that prepares the data, before any rank starts."""
-    return [sys.executable, "-m", "sft_recipes.data.prepare", str(plan_file)]
-
-
 def launch(
     plan: Plan, run_dir: RunDir, program: str = "training.main", placement: Placement | None = None
 ) -> list[str]:

@@ -249,8 +249,8 @@ def run_sanity_check(plan: Plan, suggest_cheaper: Callable[[], list[str]]) -> in
 
 def prepare_data(context: RunContext, plan_file: Path) -> int:
     """Prepare the data of the plan in a file, and return 0 or the exit code."""
-    environment = command.environment(context.plan, os.environ)
-    code = process_group.run(command.prepare(plan_file), environment, context.stop_request)
+    program = [sys.executable, "-m", "sft_recipes.data.prepare", str(plan_file)]
+    code = process_group.run(program, command.environment(context.plan, os.environ), context.stop_request)
     if code == EXIT_STOPPED:
         log.info("stopped during data preparation, before training; run the same command to start again")
     return code if code in (0, EXIT_USER, EXIT_STOPPED) else EXIT_ERROR
@@ -272,9 +272,7 @@ def _settle(plan: Plan, stored: Plan | None, prepared: dict[str, object]) -> Pla
     if stored is not None and "data_fingerprint" not in plan.allowed_changes:
         change = plans.find_differences(stored, settled).get("data_fingerprint")
         if change:
-            raise SetupError(
-                f"{data_changed_message(plan, *change)}, or set ALLOW_CHANGE=data_fingerprint or a new NAME"
-            )
+            raise SetupError(f"{data_changed_message(plan, *change)}, or set ALLOW_CHANGE=data_fingerprint or NAME=…")
     return settled
 
 
