@@ -50,7 +50,7 @@ def test_run_of_several_nodes_needs_as_many(short_run, tmp_path):
     """On two nodes: tests/slurm."""
     folder = RunDir(tmp_path)
     plans.write(dataclasses.replace(plans.read(RunDir(short_run).plan), nodes=2), folder.plan)
-    with pytest.raises(UserError, match="was trained on 2 nodes.*: found 1. Run sbatch --nodes=2"):
+    with pytest.raises(UserError, match="was trained on 2 nodes.*: found 1. Start it with srun on that many nodes"):
         verify_resume.run(folder)
 
 
