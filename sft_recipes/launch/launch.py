@@ -159,6 +159,7 @@ def train_node(name: str, placement: Placement, suggest_cheaper: Callable[[Plan]
         write_record(run_dir.path, placement, code, [])
         return code
     attempt, code, error, lost_peer, arguments = None, EXIT_ERROR, None, False, sys.argv[2:]
+    placement.records = record_folder(run_dir.path, placement.attempt)
     with handle_stop_signals() as stop_request, contextlib.ExitStack() as lock:
         try:
             _, plan = attempts.open_prepared(run_dir, placement, arguments)
@@ -200,7 +201,7 @@ def train_run(context: RunContext, attempt: Attempt) -> int:
         run_dir.next_plan.unlink()  # now the run has started
     result = ranks.run_ranks(context, "training.main")
     if not context.is_first_node:
-        return result.code
+        return result.code or int(read_json(run_dir.outcome).get("exit_code", 0))
     code, error = _read_outcome(run_dir, result)
     if error and code != EXIT_USER and (no_progress := attempts.no_progress_error(run_dir)):
         code, error = EXIT_NO_PROGRESS, no_progress
@@ -249,6 +250,9 @@ def run_sanity_check(plan: Plan, suggest_cheaper: Callable[[], list[str]]) -> in
 
 def prepare_data(context: RunContext, plan_file: Path) -> int:
     """Prepare the data of the plan in a file, and return 0 or the exit code."""
+    plan = context.plan
+    setting = f"{render.describe_ranks(plan)}, effective batch {plan.effective_batch_size}"
+    log.info(f"{plan.recipe}: {plan.model}; {setting}; preparing the data")
     program = [sys.executable, "-m", "sft_recipes.data.prepare", str(plan_file)]
     code = process_group.run(program, command.environment(context.plan, os.environ), context.stop_request)
     if code == EXIT_STOPPED:

@@ -17,7 +17,8 @@ from sft_recipes.launch import process_group
 from sft_recipes.launch.stop_request import StoppedError, StopRequest
 from sft_recipes.runtime import env, timeouts
 from sft_recipes.runtime.errors import SetupError
-from sft_recipes.runtime.run_dir import EXIT_STOPPED
+from sft_recipes.runtime.polling import wait_until
+from sft_recipes.runtime.run_dir import EXIT_STOPPED, read_json
 
 # Of a Slurm job: below the ephemeral ports of Linux (32768 and above), ten for each of 1500 jobs.
 _FIRST_PORT, _PORTS_PER_JOB, _JOBS = 15000, 10, 1500
@@ -39,6 +40,7 @@ class Placement:
         gpus_per_node: None if the scheduler does not tell.
         address: address of node 0.
         port: next port on node 0; each program of the ranks and each exchange uses another one, in the same order.
+        records: folder of the attempt's exit records: a node that has one is not waited for.
     """
 
     nodes: int
@@ -48,6 +50,7 @@ class Placement:
     gpus_per_node: int | None
     address: str
     port: int
+    records: Path = Path(os.devnull)
 
     @property
     def is_first(self) -> bool:
@@ -63,13 +66,13 @@ class Placement:
         """Return the values of all nodes, by rank, through torch's store on node 0. Call on every node.
 
         Raises:
-            NodeMissingError: a node did not appear, or node 0 cannot be reached.
-            StoppedError: a stop was requested.
+            NodeMissingError: a node did not appear, has ended, or node 0 cannot be reached.
+            StoppedError: a stop was requested, here or on a node that ended because of it.
         """
         with tempfile.TemporaryDirectory(prefix="sft-") as folder:
             file = Path(folder) / "values.json"
             file.write_text(json.dumps(value), encoding="utf-8")
-            place = (self.address, self.next_port(), self.nodes, self.rank, timeouts.NODES_MEET)
+            place = (self.address, self.next_port(), self.nodes, self.rank, timeouts.NODES_MEET, self.records)
             command = [sys.executable, "-m", "sft_recipes.tools.node_exchange", str(file), *map(str, place)]
             environment = env.with_repository(os.environ)
             environment["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # it warns of addresses without a name
@@ -78,8 +81,13 @@ class Placement:
                 raise StoppedError
             result = {} if code else json.loads(file.read_text(encoding="utf-8"))
         if "values" not in result:
+            if wait_until(self._has_stopped_node, timeouts.EXIT_RECORD, 0.2):
+                raise StoppedError
             raise NodeMissingError(result.get("error", f"exchange with the other nodes: exit code {code}"))
         return list(result["values"])
+
+    def _has_stopped_node(self) -> bool:
+        return any(read_json(file).get("code") == EXIT_STOPPED for file in self.records.glob("node-*.json"))
 
     def agree(self, code: int, stop_request: StopRequest) -> int:
         """Return the first exit code other than 0 of any node, so that all continue or none. Call on every node."""

@@ -171,7 +171,7 @@ def _end(code: int, place: str) -> str:
 
 
 class Watchdog:
-    """Polls the ranks of one launch on this host."""
+    """Polls the ranks of one launch on this node."""
 
     def __init__(self, run_dir: RunDir, plan: Plan, can_save: bool = True, node: int = 0):
         """
@@ -200,6 +200,8 @@ class Watchdog:
         ranks_dir = self.run_dir.ranks
         latest = {rank: status.heartbeat for rank, status in self.ranks.items()}  # if one is being overwritten
         heartbeats = {**latest, **heartbeat.read_heartbeats(ranks_dir)}
+        # Two nodes may be one host, which then has the heartbeats of both.
+        heartbeats = {rank: beat for rank, beat in heartbeats.items() if rank in self.expected}
         states = {rank: heartbeat.process_state(beat.pid) for rank, beat in heartbeats.items()}
         failures = heartbeat.read_failures(ranks_dir)
         statuses = {}

@@ -26,6 +26,7 @@ POLL_RANKS = 0.2
 
 # Several nodes.
 NODES_MEET = 600.0  # a node may have to unpack an image first, and another one runs a slower check
+EXIT_RECORD = 3.0  # the exit record of a node that has ended
 NODE_REPORT = 30.0  # a node writes why its ranks failed
 SAY_WAITING_AFTER = 15.0  # a line that says which nodes are missing
 FILE_VISIBLE = 60.0  # a file that another node wrote to the shared disk

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -339,6 +340,18 @@ def test_missing_node_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         first.exchange(0, StopRequest())
     with pytest.raises(NodeMissingError, match=r"network: node 1, node 0 at 127\.0\.0\.1.*timed out"):
         second.exchange(0, StopRequest())
+
+
+@pytest.mark.parametrize(("rank", "code", "error"), [(0, 75, StoppedError), (1, 1, NodeMissingError)])
+def test_node_that_has_ended_is_not_waited_for(tmp_path: Path, rank: int, code: int, error: type[Exception]) -> None:
+    """A stop of one node stops the others; NODES_MEET, ten minutes, is for nodes that have not started."""
+    two = placements(2, command.free_port())
+    outcome.write_record(tmp_path, two[1 - rank], code, [])
+    two[rank].records = outcome.record_folder(tmp_path, two[rank].attempt)
+    started = time.monotonic()
+    with pytest.raises(error, match=f"node {1 - rank} of 2 has ended" if code == 1 else None):
+        two[rank].exchange(0, StopRequest())
+    assert time.monotonic() - started < timeouts.NODES_MEET / 2
 
 
 def test_stop_request_interrupts_the_exchange() -> None:
