@@ -87,7 +87,12 @@ class Placement:
         return list(result["values"])
 
     def _has_stopped_node(self) -> bool:
-        return any(read_json(file).get("code") == EXIT_STOPPED for file in self.records.glob("node-*.json"))
+        return EXIT_STOPPED in self.ended_nodes().values()
+
+    def ended_nodes(self) -> dict[int, int]:
+        """Return the exit codes of the other nodes that have ended."""
+        records = filter(None, map(read_json, self.records.glob("node-*.json")))
+        return {record["node"]: record["code"] for record in records if record["node"] != self.rank}
 
     def agree(self, code: int, stop_request: StopRequest) -> int:
         """Return the first exit code other than 0 of any node, so that all continue or none. Call on every node."""

@@ -34,7 +34,8 @@ def run_ranks(
         variables: more environment variables.
     """
     plan, run_dir, placement = context.plan, context.run_dir, context.placement
-    watchdog = Watchdog(run_dir, plan, can_save, node=placement.rank if placement else 0)
+    node, ended_nodes = (placement.rank, placement.ended_nodes) if placement else (0, dict)
+    watchdog = Watchdog(run_dir, plan, can_save, node, ended_nodes)
     arguments = command.launch(plan, run_dir, program, placement)
     environment = {**_gloo_interface(placement), **command.environment(plan, os.environ), **(variables or {})}
     ended = process_group.run_ranks(arguments, environment, context.stop_request, watchdog)

@@ -8,7 +8,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sft_recipes.planner.plan import Plan
@@ -173,11 +173,19 @@ def _end(code: int, place: str) -> str:
 class Watchdog:
     """Polls the ranks of one launch on this node."""
 
-    def __init__(self, run_dir: RunDir, plan: Plan, can_save: bool = True, node: int = 0):
+    def __init__(
+        self,
+        run_dir: RunDir,
+        plan: Plan,
+        can_save: bool = True,
+        node: int = 0,
+        ended_nodes: Callable[[], dict[int, int]] = dict,
+    ):
         """
         Args:
             can_save: whether ranks save at a stop request; a sanity check is terminated instead.
             node: index of this host among the plan's nodes.
+            ended_nodes: returns the exit codes of the nodes that have ended.
         """
         self.run_dir = run_dir
         self.limits = Limits(plan.sections.monitor.heartbeat_timeout_seconds, max_save_seconds(plan))
@@ -186,7 +194,8 @@ class Watchdog:
         self.expected = set(range(node * ranks_here, (node + 1) * ranks_here))
         self.ranks: dict[int, RankStatus] = {}
         self.stall: str | None = None
-        self.waits_for_peer = False
+        self.waits_for_peer = self.peer_stopped = False
+        self._ended_nodes = ended_nodes
         self._several_nodes = plan.nodes > 1
         self._started: set[int] = set()
         self._missing_seconds = 0.0
@@ -244,6 +253,12 @@ class Watchdog:
             absent = ", ".join(map(str, sorted(self.expected - self._started)))
             problem = f"rank {absent} did not start" if absent else "all ranks have exited, but not their launcher,"
             self.stall = f"{problem} on {socket.gethostname()} within {self._missing_seconds:.0f} s"
+        elif all(rank.heartbeat.activity == "starting" for rank in ranks) and (ended := self._ended_nodes()):
+            # Before the first step these ranks may wait half an hour for those of another node.
+            failed = {node: code for node, code in ended.items() if code}
+            if failed:
+                self.stall, self.waits_for_peer = f"node {min(failed)} has ended before the first step", True
+                self.peer_stopped = EXIT_STOPPED in failed.values()
         return self.stall is not None
 
     def _write_stack_traces(self) -> set[int]:
@@ -278,6 +293,8 @@ class Watchdog:
         """
         self.poll()
         self._remove_empty_stack_traces()
+        if self.peer_stopped:
+            return LaunchResult(EXIT_STOPPED)
         if self.stall is not None:
             return LaunchResult(EXIT_ERROR, self.stall, lost_peer=self.waits_for_peer)
         if launcher_code < 0 and not launcher_was_killed:
