@@ -206,11 +206,11 @@ def _recipe(parsed: argparse.Namespace) -> Recipe:
         return loader.load(parsed.recipe, parsed.overrides, overfit, values)
     method = parsed.method or "full"
     model_recipe.check_method(method, parsed.model, facts.quantization)
-    gpus = getattr(parsed, "gpus", None)
-    count = len(topologies.visible_gpus()) if gpus is None else gpus
+    gpus, nodes, gpu_type = (getattr(parsed, name, None) for name in ("gpus", "nodes", "gpu_type"))  # not of download
+    count = len(topologies.visible_gpus()) if gpus is None else max(gpus) if isinstance(gpus, list) else gpus
     values = model_recipe.settings(parsed.model, facts.parameters, facts.positions, facts.architecture, method, count)
-    values |= {"hardware.gpus": count, "hardware.nodes": parsed.nodes or suggest.nodes_for(count)}
-    gpu_type = parsed.gpu_type or topologies.gpu_type_of(topologies.visible_gpus())
+    values |= {"hardware.gpus": count, "hardware.nodes": nodes or suggest.nodes_for(count)}
+    gpu_type = gpu_type or topologies.gpu_type_of(topologies.visible_gpus())
     values |= {"hardware.gpu_type": gpu_type} if count and gpu_type else {}
     values |= {"model.revision": facts.revision} if facts.revision else {}
     if not any(override.startswith("data.train=") for override in parsed.overrides):

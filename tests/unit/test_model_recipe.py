@@ -142,6 +142,13 @@ def test_written_recipe_gives_the_same_plan(in_process, model, rows, monkeypatch
     assert pinned["sections"]["batch"]["max_per_device_batch_size"] == 2, "uncommenting a line pins it"
 
 
+def test_commands_without_hardware_and_several_gpu_counts(in_process, model, rows):
+    done = in_process("download", "--model", (folder := model()), rows)
+    assert done.returncode == 0 and folder in done.stdout, done.stderr
+    several = in_process("plan", "--model", folder, rows, "--gpus", "4,8", "--gpu-type", "h100-80g")
+    assert [line.split()[:2] for line in several.stdout.splitlines()[1:]] == [["4", "zero2"], ["8", "zero2"]]
+
+
 def test_recipe_without_data_names_the_default_dataset(in_process, model, monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "RECIPES", tmp_path)
     done = in_process(
