@@ -109,8 +109,8 @@ def cases(on_gpu: bool) -> dict[str, Case]:
                 said = f"{name}, {length // 1024}k{'' if packing else ', not packed'}"
                 words = (*as_many_tokens(name, length), f"trainer.packing={str(packing).lower()}")
                 found[said] = Case(name, ("--gpus", "1"), (*from_scratch(name), *words, *ON_ONE_GPU.get(name, ())))
-    for name in ("1b", "3b"):  # what a card of 141 GB has room for: as many rows as at 2k, activations kept
-        words = ("trainer.max_length=4096", "trainer.gradient_checkpointing=false", *from_scratch(name))
+    for name in ("1b", "3b"):  # what a card of 141 GB has room for
+        words = (*as_many_tokens(name, 4096), "trainer.gradient_checkpointing=false", *from_scratch(name))
         found[f"{name}, 4k, activations kept"] = Case(name, ("--gpus", "1"), (*words, *ON_ONE_GPU.get(name, ())))
     return found
 

@@ -20,7 +20,7 @@ WARMUP_STEPS = 2
 SAVED_AT = STEPS - 2  # the last two steps are repeated from it: the second of them needs the optimizer state too
 ROWS, LONGEST = 64, 16
 RELOAD = "reload"  # directory of the second part, in the trial's
-MAX_RESUMED_PARAMETERS = 14_500_000_000  # the 13B class has up to 14 billion; a larger model saves for minutes
+MAX_RESUMED_PARAMETERS = 15_000_000_000  # the 13B class has up to 15 billion; a larger model saves for minutes
 # Trainer fields that would replace the trial's own schedule and evaluations.
 _IGNORED_FIELDS = ("lr_scheduler_kwargs", "eval_delay", "eval_on_start")
 _LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets", "deepspeed", "peft", "bitsandbytes")
