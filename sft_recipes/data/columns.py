@@ -87,8 +87,8 @@ def _select(names: tuple[str, ...], mapping: tuple[tuple[str, str], ...], ignore
         raise DataError(_describe_unknown(names, bool(mapping)))
     if not mapping:
         is_dolly = formats[0] == ("instruction", "response") and "input" not in names
-        context = "context" if is_dolly else "input" if formats[0][0] == "instruction" else ""
-        used = {name: name for name in names if name in (*formats[0], *_OPTIONAL, context)}
+        alpaca = ("history", "context" if is_dolly else "input") if formats[0][0] == "instruction" else ()
+        used = {name: name for name in names if name in (*formats[0], *_OPTIONAL, *alpaca)}
     ignored = tuple(name for name in names if name not in used)
     for name in ignored:
         if name not in ignore and (kind := _kind_of(name)):

@@ -134,11 +134,22 @@ def _read_messages(values: dict[str, Any], format: tuple[str, ...]) -> list[Mess
         extra = next((key for key in ("input", "context") if values.get(key) not in (None, "")), None)
         if extra:
             instruction = f"{instruction}\n\n{_read_text(values[extra], extra)}"
-        return [{"role": "user", "content": instruction}, _make_turn("assistant", answer, format[1])]
+        turns = [{"role": "user", "content": instruction}, _make_turn("assistant", answer, format[1])]
+        return [*_read_history(values.get("history")), *turns]
     before = _read_side("user", prompt, format[0])
     for turn in before:
         turn["trained"] = turn["role"] != "assistant"
     return [*before, *_read_side("assistant", answer, format[1])]
+
+
+def _read_history(history: Any) -> list[Message]:
+    """Convert Alpaca's earlier turns: a list of [prompt, answer]."""
+    pairs = history or []
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise DataError(f"history: found {shorten(history)}, expected a list of [prompt, answer]")
+    return [
+        _make_turn(role, pair[side], "history") for pair in pairs for side, role in enumerate(("user", "assistant"))
+    ]
 
 
 def _read_side(role: str, side: Any, key: str) -> list[Message]:
