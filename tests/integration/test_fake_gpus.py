@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.recipes import SHIPPED
 from helpers.simulated_cuda import STRATEGIES, cases
 from helpers.workplace import HANG_SECONDS, HELPERS, REPOSITORY
 
@@ -37,7 +38,7 @@ GPUS = {
     "rtx4090-24g": ("NVIDIA GeForce RTX 4090", 24564, "8.9"),
 }
 OTHERS = {"b200": ("NVIDIA B200", 183359, "10.0"), "unknown": ("NVIDIA Graphics Device", 60000, "11.0")}
-ON_GPUS = [name for name in loader.names() if loader.load(name).hardware.gpus]
+ON_GPUS = [name for name in SHIPPED if loader.load(name).hardware.gpus]
 
 # Report of `training/torch_probe.py` for a CUDA build that finds no GPU.
 NONE = {"torch": "2.13.0+cu130", "cuda": "13.0", "devices": 0, "warning": ""}

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from helpers.recipes import SHIPPED
 from helpers.workplace import manifest, metrics, needs_compiler
 from safetensors.torch import load_file
 
@@ -15,7 +16,7 @@ from sft_recipes.planner import plan as plans
 
 pytestmark = needs_compiler
 
-NAMES = [name for name in loader.names() if name != "tiny"]
+NAMES = [name for name in SHIPPED if name != "tiny"]
 # A small vocabulary and thin layers, in multiples of 64 for 4-bit blocks; all else is the recipe's.
 THIN = {
     "hidden_size": 64,

@@ -10,7 +10,8 @@ import re
 import pytest
 import torch
 import yaml
-from helpers.workplace import HELPERS, REPOSITORY, Workplace
+from helpers.recipes import GOLDEN, SHIPPED
+from helpers.workplace import REPOSITORY, Workplace
 
 from sft_recipes.config import loader
 from sft_recipes.config.architecture import parameter_count
@@ -18,8 +19,7 @@ from sft_recipes.config.strategies import STRATEGIES
 from sft_recipes.launch.topology import plan_topology
 from sft_recipes.planner import plan as plans
 
-GOLDEN = HELPERS / "golden"
-NAMES = loader.names()
+NAMES = SHIPPED
 LARGE = [name for name in NAMES if name != "tiny"]
 UNSTABLE_KEYS = {"created", "origins", "allowed_changes"}
 
@@ -122,6 +122,7 @@ TABLES = {  # page: command whose output is between the markers
 BEGIN, END = "tests/unit/test_shipped_recipes.py writes this -->\n", "\n<!-- end of the"
 
 
+@pytest.mark.skipif(loader.names() != SHIPPED, reason="recipes/ has a recipe without a golden plan")
 @pytest.mark.parametrize(("page", "arguments"), TABLES.items(), ids=["recipes", "comparison"])
 def test_tables_of_pages_equal_output(page, arguments):
     assert f"{BEGIN}\n{printed(*arguments)}{END}" in (REPOSITORY / page).read_text(), f"run python {__file__}"
@@ -182,5 +183,5 @@ if __name__ == "__main__":
         page = REPOSITORY / name
         head, _, rest = page.read_text().partition(BEGIN)
         page.write_text(f"{head}{BEGIN}\n{printed(*command)}{END}{rest.partition(END)[2]}")
-    for recipe_name in NAMES:
+    for recipe_name in loader.names():  # a new recipe becomes a shipped one
         (GOLDEN / f"{recipe_name}.json").write_text(json.dumps(resolved(recipe_name), indent=2) + "\n")
