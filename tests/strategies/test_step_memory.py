@@ -15,8 +15,8 @@ GIB = 2**30
 # Recipe, GPUs, overrides, and number of decoder layers if fewer show every phase of a step.
 CASES = {
     "1b": ("1b", 1, ("batch.max_per_device_batch_size=4",), None),
-    "3b": ("3b", 1, ("batch.max_per_device_batch_size=2",), None),
-    "8b": ("8b", 1, ("parallelism=single", "batch.max_per_device_batch_size=4"), None),
+    "3b": ("3b", 1, ("batch.max_per_device_batch_size=2",), 18),
+    "8b": ("8b", 1, ("parallelism=single", "batch.max_per_device_batch_size=4"), 16),
     "8b, LoRA": ("8b-lora", 1, ("batch.max_per_device_batch_size=2",), 3),
     "8b, FSDP2": ("8b", 8, ("parallelism=fsdp2", "batch.max_per_device_batch_size=4"), 8),
 }
