@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -186,8 +186,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _recipe(parsed: argparse.Namespace) -> Recipe:
-    """Return the recipe of RECIPE, of MODEL, or of RECIPE with the model of MODEL."""
+def _recipe(parsed: argparse.Namespace, default_data: Mapping[str, Any] | None = None) -> Recipe:
+    """Return the recipe of RECIPE, of MODEL, or of RECIPE with the model of MODEL.
+
+    Args:
+        default_data: values of `data` for MODEL without DATA, which is rejected otherwise.
+    """
     overfit = getattr(parsed, "overfit", False)
     _check_data_is_no_model(parsed.overrides)
     if parsed.model is None:
@@ -207,16 +211,17 @@ def _recipe(parsed: argparse.Namespace) -> Recipe:
     method = parsed.method or "full"
     model_recipe.check_method(method, parsed.model, facts.quantization)
     gpus, nodes, gpu_type = (getattr(parsed, name, None) for name in ("gpus", "nodes", "gpu_type"))  # not of download
-    count = len(topologies.visible_gpus()) if gpus is None else max(gpus) if isinstance(gpus, list) else gpus
+    available = topologies.visible_gpus()
+    count = len(available) if gpus is None else max(gpus) if isinstance(gpus, list) else gpus
     values = model_recipe.settings(parsed.model, facts.parameters, facts.positions, facts.architecture, method, count)
     values |= {"hardware.gpus": count, "hardware.nodes": nodes or suggest.nodes_for(count)}
-    gpu_type = gpu_type or topologies.gpu_type_of(topologies.visible_gpus())
+    gpu_type = gpu_type or topologies.gpu_type_of(available)
     values |= {"hardware.gpu_type": gpu_type} if count and gpu_type else {}
     values |= {"model.revision": facts.revision} if facts.revision else {}
     if not any(override.startswith("data.train=") for override in parsed.overrides):
-        if parsed.run_command != _write_recipe:
+        if default_data is None:
             raise UserError(f"DATA: not set. Name the rows that {parsed.model} is trained on: DATA=my.jsonl")
-        values |= model_recipe.DEFAULT_DATA
+        values |= default_data
     parsed.recipe = model_recipe.name_of(parsed.model, method)
     return loader.load(parsed.recipe, parsed.overrides, overfit, values, from_file=False)
 
@@ -262,7 +267,7 @@ def _write_recipe(parsed: argparse.Namespace) -> None:
     path = RECIPES / f"{run_dir.RunDir.named(parsed.name).name}.yaml"
     if path.exists():
         raise UserError(f"NAME: {path} exists, and nothing is overwritten. Remove it, or set another NAME")
-    recipe = _recipe(parsed)
+    recipe = _recipe(parsed, model_recipe.DEFAULT_DATA)
     topology = topologies.plan_topology(recipe, _hardware_request(parsed))
     plan = plans.resolve(recipe, topology)
     if plan.fits is False:

@@ -138,12 +138,12 @@ def _start_new(run: RunDir, plan: Plan, notes: tuple[str, ...] = ()) -> RunStart
 
 
 def _resume(plan: Plan, run: RunDir, request: RunRequest) -> RunStart:
-    stored = plans.read(run.plan)
+    stored, finished = plans.read(run.plan), run.state() == "finished"
     if request.replan and not plan.strategy.reads_checkpoints_of(stored.strategy):
-        plan = request.replan(stored.parallelism)
-        if plan.fits is False:
+        plan = request.replan(rank_change.resuming_strategy(stored.strategy).name)
+        if plan.fits is False and not finished:
             raise SetupError(
-                f"run {run.name} cannot resume here: its {stored.parallelism} {plans.describe_shortage(plan)}. Use "
+                f"run {run.name} cannot resume here: its {plan.parallelism} {plans.describe_shortage(plan)}. Use "
                 f"more or larger GPUs, or start another run with NAME=…"
             )
     differences = plans.find_differences(stored, plan)
@@ -151,7 +151,6 @@ def _resume(plan: Plan, run: RunDir, request: RunRequest) -> RunStart:
         raise SetupError(f"run {run.name} cannot resume: {reason}")
     followed = rank_change.implied_changes(stored, plan)
     changes = {_user_key(key): change for key, change in differences.items() if key not in followed}
-    finished = run.state() == "finished"
     rejected = {
         key: change for key, change in changes.items() if finished or not _is_allowed(key, request.allow_change)
     }

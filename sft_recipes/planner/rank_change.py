@@ -40,6 +40,11 @@ def ranks_of(plan: Plan) -> Ranks:
     return Ranks(plan.parallelism, plan.world_size)
 
 
+def resuming_strategy(saved: Strategy) -> Strategy:
+    """Return the strategy that resumes checkpoints of another one on any number of ranks."""
+    return saved if saved.several_processes else DATA_PARALLEL
+
+
 def incompatibility(saved: Ranks, plan: Plan) -> str | None:
     """Return why the ranks of a plan cannot resume a checkpoint of other ranks, and the fix; None if they can.
 
@@ -48,13 +53,14 @@ def incompatibility(saved: Ranks, plan: Plan) -> str | None:
     """
     now = ranks_of(plan)
     if not now.strategy.reads_checkpoints_of(saved.strategy):
-        usable = saved.strategy if saved.strategy.several_processes else DATA_PARALLEL
+        usable = resuming_strategy(saved.strategy)
         return (
             f"its checkpoints were saved by {saved}, and {now} cannot load their optimizer state. Set "
             f"parallelism={usable.name}, on any number of ranks, or start another run with NAME=…"
         )
     optimizer = plan.sections.trainer.get("optim", _RESHARDABLE_OPTIMIZERS[0])
     if needs_resharding(saved, now) and optimizer not in _RESHARDABLE_OPTIMIZERS:
+        usable = resuming_strategy(saved.strategy)
         return (
             f"its checkpoints were saved by {saved}, and the state of trainer.optim={optimizer} cannot be "
             f"resharded for {now}. Resume on {saved.world_size} ranks, or start another run with NAME=…"

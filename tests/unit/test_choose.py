@@ -131,6 +131,14 @@ def test_resume_on_another_gpu_type_keeps_the_strategy(tmp_path, monkeypatch):
     assert "gradient_checkpointing False -> True" in note
 
 
+def test_run_of_one_gpu_resumes_on_several(tmp_path, monkeypatch):
+    """`single` cannot run several processes, and DDP reads its checkpoints; the plan alone would choose ZeRO-2."""
+    stored, fresh = plan("1b", 1, "l40s-48g"), plan("1b", 8, "l40s-48g")
+    assert (stored.parallelism, fresh.parallelism) == ("single", "zero2")
+    start = resume(stored, "1b", 8, "l40s-48g", tmp_path, monkeypatch)
+    assert start.resumes and start.plan.fits and (start.plan.parallelism, start.plan.world_size) == ("ddp", 8)
+
+
 def test_resume_where_the_strategy_cannot_fit_says_so(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"run one cannot resume here: its zero2 needs about .* found 24.0 GiB"):
         resume(plan("8b", 8, "h100-80g"), "8b", 8, "rtx4090-24g", tmp_path, monkeypatch)
