@@ -88,6 +88,7 @@ class Case:
     recipe: str
     options: tuple[str, ...] = ()
     words: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 def cases(on_gpu: bool) -> dict[str, Case]:
@@ -150,13 +151,20 @@ def ablations(on_gpu: bool) -> dict[str, Case]:
         "twice the micro-batch": (f"batch.max_per_device_batch_size={2 * most}", *larger),
         "torch.compile": ("trainer.torch_compile=true",),
         "AdamW not fused": ("trainer.optim=adamw_torch",),
-        "a data worker": ("trainer.dataloader_num_workers=1",),
     }
-    if on_gpu:
+    if not on_gpu:
+        changed["a data worker"] = ("trainer.dataloader_num_workers=1",)
+    else:
+        changed["no data workers"] = ("trainer.dataloader_num_workers=0",)
+        changed["no fused kernels"] = ("model.fused_kernels=false",)
         changed["attention by varlen"] = ("model.attention=varlen",)
+        changed["flash-attn 2"] = ("model.attention=flash_attention_2",)  # instead of 3, where that is installed
         changed["ZeRO-2"], changed["FSDP2"] = ("parallelism=zero2",), ("parallelism=fsdp2",)
-        changed["Liger's kernels"] = ("trainer.use_liger_kernel=true",)
-    return {label: Case(name, options, (*words, *more)) for label, more in changed.items()}
+        changed["ZeRO-3"], changed["ZeRO-3, offload"] = ("parallelism=zero3",), ("parallelism=zero3_offload",)
+    found = {label: Case(name, options, (*words, *more)) for label, more in changed.items()}
+    if on_gpu:
+        found["no expandable segments"] = Case(name, options, words, (("PYTORCH_CUDA_ALLOC_CONF", ""),))
+    return found
 
 
 def from_scratch(name: str) -> tuple[str, ...]:
@@ -284,7 +292,7 @@ def _end(pid: int) -> None:
 def measure(case: Case, runs: Path, name: str) -> dict[str, Any]:
     """One run: medians over the steps after the warm-up; or exit code and last line if it failed."""
     already = set(runs.rglob("details.json"))
-    code, said, first, seconds = train(case, runs, name, STEPS, {})
+    code, said, first, seconds = train(case, runs, name, STEPS, dict(case.environment))
     folder = runs / name
     if code:
         print(said[-3000:], file=sys.stderr)

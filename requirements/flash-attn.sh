@@ -56,7 +56,7 @@ if not torch.cuda.is_available():
 
     print(f"flash-attn {flash_attn.__version__} installed; not verified: no visible GPU. Run `make doctor` on a GPU")
     sys.exit()
-if wrong := attention.wrong(attention.flash, "cuda", torch.bfloat16):
-    sys.exit(f"error: flash-attn is installed but wrong on this GPU: {wrong}. model.attention=auto does not use it")
+if problem := attention.find_problem(attention.flash, "cuda", torch.bfloat16):
+    sys.exit(f"error: flash-attn is installed but wrong on this GPU: {problem}. model.attention=auto does not use it")
 print("flash-attn installed and verified on this GPU against reference attention")
 PYTHON

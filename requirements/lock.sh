@@ -8,8 +8,9 @@
 # Needs uv (https://docs.astral.sh/uv) and the network. One resolution serves
 # Python 3.11 and newer on every platform; markers say where a package applies.
 # The versions and hashes already in the two files are kept while they satisfy
-# requirements.in, so a second run changes nothing. cuda.txt has torch and the
-# dependencies of its CUDA build (triton, nvidia-*, cuda-*), common.txt the rest.
+# requirements.in, so a second run changes nothing. cuda.txt has torch, the
+# dependencies of its CUDA build (triton, nvidia-*, cuda-*) and Liger's Triton
+# kernels, common.txt the rest.
 # cpu.txt is written by hand: see its comment.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -24,7 +25,7 @@ uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest 
 
 split() { # 1: torch and its CUDA part, 0: the rest
     echo "# Written by requirements/lock.sh from requirements.in. Do not edit."
-    awk -v want="$1" '/^[a-z0-9]/ { cuda = /^(torch|triton)==|^(nvidia|cuda)-/ } cuda == want' "$all"
+    awk -v want="$1" '/^[a-z0-9]/ { cuda = /^(torch|triton|liger-kernel)==|^(nvidia|cuda)-/ } cuda == want' "$all"
 }
 split 0 > common.txt
 split 1 > cuda.txt

@@ -94,6 +94,7 @@ _OWNERS = {
     "parallelism": "deepspeed fsdp fsdp_config accelerator_config parallelism_config",
     "the keys of model": "model_init_kwargs",
     "model.chat_template": "chat_template_path",
+    "model.fused_kernels": "use_liger_kernel liger_kernel_config",
     "model.trust_remote_code": "trust_remote_code",
     "trainer.warmup_ratio": "warmup_steps",
     "trainer.eval_steps": "eval_strategy",
@@ -198,6 +199,8 @@ class Model:
         from_scratch: build the model from `architecture` with random weights, and train a tokenizer on the training
             rows.
         add_tokens: special tokens that `chat_template` writes and the tokenizer lacks, such as those of a base model.
+        fused_kernels: Liger's RMSNorm, SwiGLU and RoPE in bf16 on GPUs; `auto` uses them where they are installed and
+            verified, `true` fails where they are not.
     """
 
     name_or_path: str | None = None
@@ -209,6 +212,7 @@ class Model:
     chat_template: str | None = None
     add_tokens: list[Name] = field(default_factory=list)
     attention: Annotated[str, AfterValidator(_check_attention)] = "auto"
+    fused_kernels: Literal["auto"] | bool = "auto"
     trust_remote_code: bool = False
 
 

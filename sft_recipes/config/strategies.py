@@ -60,6 +60,11 @@ class Strategy:
         return not self.shards_optimizer
 
     @property
+    def copies_per_node(self) -> bool:
+        """Whether each node can hold a copy of the weights too (DeepSpeed's hierarchical partitioning)."""
+        return self.zero_stage == 3 and not self.cpu_offload
+
+    @property
     def several_processes(self) -> bool:
         """Whether it can run more than one process."""
         return self.ddp or self.shards_optimizer

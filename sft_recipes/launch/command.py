@@ -18,7 +18,7 @@ from sft_recipes.planner.save_time import grace_seconds
 from sft_recipes.runtime import env
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.paths import REPOSITORY
-from sft_recipes.runtime.run_dir import RunDir, runs_root
+from sft_recipes.runtime.run_dir import RunDir, read_json, runs_root, write_json
 
 # Variables of a launcher around this one: accelerate and torchrun would read options in them, and a rank its place.
 _OF_ANOTHER_LAUNCHER = re.compile(
@@ -58,6 +58,7 @@ def allreduce_test(ranks: int, result: Path) -> list[str]:
 
 def accelerate_config(plan: Plan) -> dict[str, Any]:
     """Build the accelerate configuration: the file of the parallelism strategy with this plan's processes filled in.
+    Its DeepSpeed file is a path in the repository.
 
     Raises:
         SetupError: the file is missing or disagrees with its DeepSpeed file.
@@ -81,9 +82,14 @@ def accelerate_config_name(plan: Plan) -> str:
 
 
 def write_accelerate_config(plan: Plan, run_dir: RunDir) -> None:
-    """Write the accelerate configuration to the run directory."""
-    content = yaml.safe_dump(accelerate_config(plan), sort_keys=False)
-    run_dir.accelerate_config.write_text(content, encoding="utf-8")
+    """Write the accelerate configuration to the run directory, with DeepSpeed's, which gets the plan's sizes."""
+    config = accelerate_config(plan)
+    if deepspeed := config.get("deepspeed_config"):
+        values = read_json(Path(deepspeed["deepspeed_config_file"]))
+        values["zero_optimization"] |= plan.zero3_sizes
+        write_json(run_dir.deepspeed_config, values)
+        deepspeed["deepspeed_config_file"] = str(run_dir.deepspeed_config)
+    run_dir.accelerate_config.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 
 def environment(plan: Plan, inherited: Mapping[str, str]) -> dict[str, str]:

@@ -276,7 +276,7 @@ def input_bound(run: Run) -> Finding | None:
     points = points[min(2, len(points) // 4) :]  # caches fill during the first lines
     if (share := median(stats.values(points))) <= run.monitor.data_wait:
         return None
-    workers = run.plan.sections.trainer.get("dataloader_num_workers") or 0
+    workers = run.plan.data_workers
     advice = [f"trainer.dataloader_num_workers={2 * workers or 4}, was {workers}"]
     evidence = f"half of the steps wait for data for {share:.0%} of their time or more"
     return Finding("input_bound", "warning", points[0][0], evidence, advice)

@@ -108,15 +108,19 @@ def step_time(plan: Plan, load: MemoryInputs) -> StepTime | None:
     if load.strategy.cpu_offload:  # fp32 gradients of each micro-batch to the host, 16-bit weights back
         moved = (4 * load.accumulation + 2) * load.trained / load.world_size
         overhead += moved / PCIE_BYTES_PER_SECOND + CPU_ADAM_SECONDS * load.trained / load.nodes / 1e9
-    return StepTime(compute, communicated_bytes(load) / (LINK_SHARE * link * 1e9), overhead)
+    between, within = communicated_bytes(load)
+    communication = (between / link + within / gpu.link_gbs) / (LINK_SHARE * 1e9)
+    return StepTime(compute, communication, overhead)
 
 
-def communicated_bytes(load: MemoryInputs) -> float:
-    """Return the bytes that a rank sends per optimizer step in ring collectives, (ranks - 1) / ranks of each tensor.
+def communicated_bytes(load: MemoryInputs) -> tuple[float, float]:
+    """Return the bytes that a rank sends per optimizer step in ring collectives, (ranks - 1) / ranks of each tensor:
+    among all ranks, and within the node only.
 
     Gradients are reduced in fp32: once per step under DDP (all-reduce, twice the bytes) and ZeRO-1, for each
     micro-batch where they are sharded. ZeRO-1 and 2 gather updated weights once per step; ZeRO-3 and FSDP2 gather all
-    weights for each forward and each backward pass (arXiv:1910.02054, section 7).
+    weights for each forward and each backward pass (arXiv:1910.02054, section 7); with hierarchical partitioning those
+    of backward passes come from the node (arXiv:2306.10209).
     """
     strategy, trained, width = load.strategy, load.trained, load.width
     reductions = load.accumulation if strategy.shards_gradients else 2 if strategy.ddp else 1
@@ -125,7 +129,9 @@ def communicated_bytes(load: MemoryInputs) -> float:
         gathered = 2.0 * load.accumulation * width * load.parameters
     elif strategy.shards_optimizer:
         gathered = width * trained
-    return (load.world_size - 1) / load.world_size * (4 * reductions * trained + gathered)
+    within, of_node = gathered / 2 if load.hierarchical else 0.0, load.nodes / load.world_size
+    between = 4 * reductions * trained + gathered - within
+    return (1 - 1 / load.world_size) * between, (1 - of_node) * within
 
 
 def mean_tokens(plan: Plan) -> int:

@@ -28,7 +28,7 @@ FRAGMENTATION = 0.05
 
 # The values in deepspeed_configs/, in elements; a test compares them.
 ALLGATHER_BUCKET = REDUCE_BUCKET = 200_000_000
-PREFETCH_BUCKET = 50_000_000
+PREFETCH_LIMIT = 500_000_000
 SUB_GROUP = 1_000_000_000  # DeepSpeed's default: elements per ZeRO-3 optimizer step
 
 # The trainer computes logits in chunks, tokens x vocabulary (TRL 1.16, kernels/chunked_logprob.py, trainer/utils.py).
@@ -52,6 +52,9 @@ class MemoryInputs:
         gradient_checkpointing: whether layers are recomputed; a number n means every n-th layer.
         accumulation: micro-batches per optimizer step.
         on_cpu: no GPU, whose kernels need less memory.
+        fused_kernels: Liger's RMSNorm, SwiGLU and RoPE.
+        hierarchical: under ZeRO-3 every node also holds a copy of the weights, which backward passes gather within it
+            (hpZ of ZeRO++, arXiv:2306.10209).
     """
 
     architecture: Mapping[str, Any]
@@ -66,6 +69,8 @@ class MemoryInputs:
     scores_of: int = 0
     accumulation: int = 2
     on_cpu: bool = False
+    fused_kernels: bool = False
+    hierarchical: bool = False
 
     def __post_init__(self) -> None:
         """Derive sizes: numbers of weights, and bytes."""
@@ -119,9 +124,10 @@ def bytes_per_gpu(load: MemoryInputs) -> dict[str, int]:
     """
     strategy = load.strategy
     weights = load.model_bytes + (load.trained_bytes if load.lora else 0)
+    copy = load.width * load.parameters * load.nodes // load.world_size if load.hierarchical else 0
     optimizer = (load.moments + load.master_bytes) // (load.world_size if strategy.shards_optimizer else 1)
     constant = {
-        "weights": weights // (load.world_size if strategy.shards_parameters else 1),
+        "weights": weights // (load.world_size if strategy.shards_parameters else 1) + copy,
         "optimizer": 0 if strategy.cpu_offload else optimizer,
         "buffers": _buffers(load),
     }
@@ -245,6 +251,9 @@ def activation_bytes(load: MemoryInputs) -> int:
         extra += (8 if load.lora else 20) * hidden
     if kind == "qwen3":  # norms of queries and keys
         extra += (queries + key_values) * (4 if load.lora else 8 if fp32 else 6)
+    if load.fused_kernels:  # neither a product of the MLP nor normalized hidden states (tests/cuda_build)
+        extra -= 2 * inner + (4 if load.lora else 12 if kind == "olmo2" else 8) * hidden
+        extra -= (queries + key_values) * (2 if load.lora else 4) if kind == "qwen3" else 0
     if load.on_cpu:  # attention per example, then concatenated again
         extra += load.width * queries
     if fp32:
@@ -275,7 +284,9 @@ def _buffers(load: MemoryInputs) -> int:
         staged = 4 if strategy.zero_stage == 1 else width
         return width * min(load.parameters, ALLGATHER_BUCKET) + 2 * staged * REDUCE_BUCKET
     if strategy.zero_stage == 3:
-        gathered = 2 * max(load.block, load.ends) + min(load.parameters, PREFETCH_BUCKET)
+        sizes = zero3_sizes(load)
+        gathered = 2 * max(load.block, load.ends) + sizes["stage3_prefetch_bucket_size"]
+        gathered += load.trained if load.lora else 0  # adapters are below the threshold
         return width * gathered + 4 * REDUCE_BUCKET
     if strategy.fsdp:
         # Gathers and reductions are counted per phase. On CPU gloo keeps copies of unsent data:
@@ -283,6 +294,24 @@ def _buffers(load: MemoryInputs) -> int:
         return 4 * width * load.block if load.on_cpu else 0
     dequantized = width * load.hidden * load.inner if load.lora and load.lora.quantize else 0
     return dequantized + (4 * load.trained if strategy.ddp else 0)
+
+
+def zero3_sizes(load: MemoryInputs) -> dict[str, int]:
+    """Return DeepSpeed's values, in elements, that depend on the model; empty except under ZeRO-3.
+
+    The weights gathered ahead of use are those of a decoder layer, as FSDP2 gathers the next layer ahead
+    (torch 2.13, `fully_shard`). Weights below the threshold, which every rank keeps: vectors, with transformers'
+    formula (its DeepSpeed integration, "auto"), and adapters, whose collectives would be bound by latency. Not measured
+    on a GPU.
+    """
+    if load.strategy.zero_stage != 3:
+        return {}
+    adapters = load.lora.r * max(load.hidden, load.inner) + 1 if load.lora else 0
+    return {
+        "stage3_prefetch_bucket_size": min(load.block, PREFETCH_LIMIT),
+        "stage3_param_persistence_threshold": max(10 * load.hidden, adapters),
+        **({"zero_hpz_partition_size": load.world_size // load.nodes} if load.hierarchical else {}),
+    }
 
 
 def host_bytes_per_node(load: MemoryInputs) -> dict[str, int]:

@@ -108,6 +108,7 @@ class Plan(ComparedValues):
         packing: data preparation may turn it off; `sections.trainer` has the recipe's.
         data_prepared: False while rows and steps are estimates.
         parameters: counted during data preparation if the recipe has no architecture.
+        zero3_sizes: values of DeepSpeed's configuration that depend on the model; empty if it has no architecture.
         step_seconds: estimate for an optimizer step before data preparation.
         alternatives: the next best configurations that fit, each of another strategy or checkpointing.
         notes: findings of data preparation, such as a train/inference template mismatch.
@@ -141,6 +142,7 @@ class Plan(ComparedValues):
     host_bytes_per_node: dict[str, int] | None = None
     checkpoint_bytes: int | None = None
     disk_bytes: int | None = None
+    zero3_sizes: dict[str, int] = dataclasses.field(default_factory=dict)
     fits: bool | None = None
     step_seconds: float | None = None
     alternatives: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -165,6 +167,18 @@ class Plan(ComparedValues):
     def strategy(self) -> Strategy:
         """The parallelism strategy, with what it shards and supports."""
         return STRATEGIES[self.parallelism]
+
+    @property
+    def fused_kernels(self) -> bool:
+        """Whether the run uses Liger's layers if its GPU and model type allow it (training/fused_kernels.py)."""
+        return self.uses_gpu and self.precision == "bf16" and self.sections.model.fused_kernels is not False
+
+    @property
+    def data_workers(self) -> int:
+        """Processes of each rank that collate rows: by default two on a GPU, while it computes (PyTorch's tuning guide,
+        "asynchronous data loading"); not measured in this project."""
+        workers: int = self.sections.trainer.get("dataloader_num_workers", 2 if self.uses_gpu else 0)
+        return workers
 
     @property
     def shards_parameters(self) -> bool:
@@ -266,6 +280,9 @@ def _check_support(recipe: Recipe, topology: Topology, world_size: int) -> None:
             raise ConfigError(f"{recipe.origins.get(key, f'recipes/{recipe.name}.yaml')}: {key}: {text}")
 
 
+_NODE_COPY = "zero_hpz_partition_size"  # DeepSpeed's key
+
+
 def memory_inputs(plan: Plan, architecture: Mapping[str, Any]) -> memory.MemoryInputs | None:
     """Return the inputs of the memory forecast of this plan; None if the architecture lacks dimensions."""
     if parameter_count(architecture) is None:
@@ -284,15 +301,23 @@ def memory_inputs(plan: Plan, architecture: Mapping[str, Any]) -> memory.MemoryI
         scores_of=plan.max_length if plan.sections.model.attention == "eager" else 0,
         accumulation=plan.gradient_accumulation_steps,
         on_cpu=not plan.uses_gpu,
+        fused_kernels=plan.fused_kernels,
+        hierarchical=_NODE_COPY in plan.zero3_sizes,
     )
 
 
 def _with_resources(plan: Plan, architecture: Mapping[str, Any]) -> Plan:
     """Return the plan with memory and disk forecasts; unchanged if the architecture is not given."""
-    load, available = memory_inputs(plan, architecture), gpu_types.memory_bytes(plan.gpu_type)
+    load = memory_inputs(plan, architecture)
     if load is None:
         return plan
     per_gpu, step = memory.bytes_per_gpu(load), cost.step_time(plan, load)
+    if 1 < plan.nodes < plan.world_size and plan.strategy.copies_per_node and plan.method == "full":
+        copied = dataclasses.replace(load, hierarchical=True)
+        with_copy = cost.step_time(plan, copied)
+        faster = step is not None and with_copy is not None and with_copy.total * choose.SIMILAR < step.total
+        if not plan.uses_gpu or (faster and _fits(plan, copied)):
+            load, per_gpu, step = copied, memory.bytes_per_gpu(copied), with_copy
     return dataclasses.replace(
         plan,
         step_seconds=round(step.total, 4) if step else None,
@@ -302,8 +327,15 @@ def _with_resources(plan: Plan, architecture: Mapping[str, Any]) -> Plan:
         host_bytes_per_node=memory.host_bytes_per_node(load),
         checkpoint_bytes=memory.checkpoint_bytes(load),
         disk_bytes=memory.disk_bytes(load),
-        fits=None if available is None else per_gpu["total"] + per_gpu["reserve"] <= available,
+        zero3_sizes=memory.zero3_sizes(load),
+        fits=_fits(plan, load),
     )
+
+
+def _fits(plan: Plan, load: memory.MemoryInputs) -> bool | None:
+    """Return whether the memory of the plan's GPU suffices; None if it is not known, and on the CPU."""
+    per_gpu, available = memory.bytes_per_gpu(load), gpu_types.memory_bytes(plan.gpu_type)
+    return None if available is None else per_gpu["total"] + per_gpu["reserve"] <= available
 
 
 def with_prepared_data(plan: Plan, prepared: Prepared) -> Plan:

@@ -60,6 +60,7 @@ class RunDir:
     prepared = Entry("prepared.json", "Location and counts of the prepared data.")
     configuration = Entry("sft_config.json", "The resolved trl.SFTConfig, every field.")
     accelerate_config = Entry("accelerate.yaml", "The accelerate configuration of this run.")
+    deepspeed_config = Entry("deepspeed.json", "The DeepSpeed configuration of this run, sized for its model.")
     ranks = Entry(".ranks", "Heartbeats of the ranks, one file each, named by host and rank.")
     stack_traces = Entry("stack_traces", "Python stack traces of each rank when the run stalled or crashed.")
     sanity = Entry("sanity.json", "Path of the sanity check's result, or that the check was skipped.")

@@ -23,7 +23,17 @@ RELOAD = "reload"  # directory of the second part, in the trial's
 MAX_RESUMED_PARAMETERS = 15_000_000_000  # the 13B class has up to 15 billion; a larger model saves for minutes
 # Trainer fields that would replace the trial's own schedule and evaluations.
 _IGNORED_FIELDS = ("lr_scheduler_kwargs", "eval_delay", "eval_on_start")
-_LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets", "deepspeed", "peft", "bitsandbytes")
+_LIBRARIES = (
+    "torch",
+    "transformers",
+    "trl",
+    "accelerate",
+    "datasets",
+    "deepspeed",
+    "peft",
+    "bitsandbytes",
+    "liger-kernel",
+)
 # Code that decides what a sanity check does. command.py sets the environment of the ranks.
 _CODE = ("config", "planner", "data", "training", "sanity", "runtime", "launch/command.py")
 

@@ -8,7 +8,7 @@ from typing import Any
 from sft_recipes.data.tokenizer import new_tokens
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import SetupError
-from sft_recipes.training import attention, lora, out_of_memory
+from sft_recipes.training import attention, fused_kernels, lora, out_of_memory
 from sft_recipes.training.attention import Choice
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ def build_model(plan: Plan, base: str, tokenizer: Any, details: dict[str, Any]) 
     """
     model = load_model(plan, base)
     choice = attention.select(plan, model)
+    if plan.uses_gpu:
+        log.info("fused kernels: %s", fused_kernels.apply(plan, model))
     resize_embeddings(plan, model, tokenizer, details)
     return model, choice, set_stop_tokens(model, tokenizer, details)
 

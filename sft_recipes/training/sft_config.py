@@ -1,11 +1,8 @@
 """Translates a plan into TRL's SFTConfig."""
 
-import importlib.util
-
 from trl import SFTConfig
 
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir
 
 # Fields of SFTConfig that the plan has derived.
@@ -16,26 +13,18 @@ _PLANNED = (
 
 
 def make_sft_config(plan: Plan, folder: RunDir) -> SFTConfig:
-    """Return the plan as TRL's SFTConfig; every value that a recipe may not set is set here, or has its default.
-
-    Raises:
-        SetupError: the recipe needs kernels that are not installed.
-    """
+    """Return the plan as TRL's SFTConfig; every value that a recipe may not set is set here, or has its default."""
     trainer = dict(plan.sections.trainer)
     interval, _ = trainer.pop("gradient_checkpointing"), trainer.pop("packing")
     every = {"every_n_layers": interval} if interval > 1 else {}
     # Gathered weights have another shape in the recomputation of a layer (https://github.com/huggingface/trl/issues/2514).
     reentrant = plan.method != "full" and plan.strategy.zero_stage == 3
-    if trainer.get("use_liger_kernel") and importlib.util.find_spec("liger_kernel") is None:
-        raise SetupError(
-            "trainer.use_liger_kernel: liger-kernel is not installed. Install it into the virtual environment, or "
-            "remove the key: TRL's kernel also computes logits at supervised positions only"
-        )
     defaults = {
         "logging_first_step": True,
         "ddp_find_unused_parameters": False,
         "project": "sft-recipes",
         "disable_tqdm": True,
+        "dataloader_num_workers": plan.data_workers,
         "log_level_replica": "passive",
     }
     return SFTConfig(

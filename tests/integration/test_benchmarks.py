@@ -68,7 +68,7 @@ def test_each_ablation_changes_one_option():
         changed = bench.ablations(on_gpu)
         default = changed.pop(bench.DEFAULT)
         for name, case in changed.items():
-            assert case.words != default.words and case.recipe == default.recipe, name
+            assert case != default and case.recipe == default.recipe, name
             loader.load(case.recipe, case.words)
 
 

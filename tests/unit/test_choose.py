@@ -33,7 +33,8 @@ def plan(name, gpus, gpu_type, *overrides):
     ],
 )
 def test_recipes_fit_without_recomputation_as_computed_by_hand(name, gpus, gpu_type, pinned, gib):
-    kept = plan(name, gpus, gpu_type, *pinned, "trainer.gradient_checkpointing=false")
+    """Without fused kernels, which need less."""
+    kept = plan(name, gpus, gpu_type, *pinned, "trainer.gradient_checkpointing=false", "model.fused_kernels=false")
     assert kept.fits and kept.memory_bytes_per_gpu["total"] / GIB == pytest.approx(gib, rel=0.01)
     architecture = [override for override in pinned if override.startswith("model.architecture")]
     chosen = Configuration.of(plan(name, gpus, gpu_type, *architecture))
@@ -152,7 +153,7 @@ def test_communicated_bytes_by_hand(strategy, accumulation, per_weight):
     """Per weight: fp32 gradients once or per micro-batch, an all-reduce twice; 16-bit weights once, or per pass."""
     architecture = loader.load("1b").model.architecture
     load = memory.MemoryInputs(architecture, strategy, "bf16", 8, 2048, False, accumulation=accumulation)
-    assert cost.communicated_bytes(load) == pytest.approx(7 / 8 * per_weight * load.parameters)
+    assert cost.communicated_bytes(load)[0] == pytest.approx(7 / 8 * per_weight * load.parameters)
 
 
 def test_slow_network_favors_strategies_that_communicate_less():
