@@ -14,7 +14,18 @@ from sft_recipes.runtime.env import library_version
 from sft_recipes.runtime.paths import REPOSITORY
 from sft_recipes.runtime.run_dir import RunDir, read_json, write_json
 
-_STACK = ("torch", "transformers", "trl", "accelerate", "datasets", "deepspeed", "peft", "bitsandbytes", "tokenizers")
+_STACK = (
+    "torch",
+    "transformers",
+    "trl",
+    "accelerate",
+    "datasets",
+    "deepspeed",
+    "peft",
+    "bitsandbytes",
+    "liger-kernel",
+    "tokenizers",
+)
 _FROM_PLAN = ("recipe", "init_from", "rows", "dropped_rows_per_epoch", "optimizer_steps", "allowed_changes")
 _JOB = {"id": "SLURM_JOB_ID", "name": "SLURM_JOB_NAME", "nodes": "SLURM_JOB_NODELIST"}
 
