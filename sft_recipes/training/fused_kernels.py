@@ -55,8 +55,8 @@ def find_unsupported(plan: Plan, config: Any) -> str | None:
 def find_problem(model_class: Any, config: Any, device: str, dtype: torch.dtype) -> str | None:
     """Return why the kernels are unusable on this device, compared with float64; None if they are usable.
 
-    A model of one layer, with random weights and packed examples, computes hidden states and gradients in three ways:
-    in float64, by transformers' layers, and by the kernels, whose errors may be twice those of transformers' layers.
+    A model of one layer, with random weights and packed examples, computes hidden states and gradients in float64, by
+    transformers' layers, and by the kernels, whose errors may be three times those of transformers' layers.
 
     Args:
         dtype: of the weights; float32 is used under bf16 autocast.
@@ -77,7 +77,7 @@ def find_problem(model_class: Any, config: Any, device: str, dtype: torch.dtype)
             return " ".join(str(error).split())[:120]
         finally:
             module.update(before)
-    wrong = {name: error for name, error in fused.items() if not error <= 2 * plain[name] + 1e-3}  # a NaN is wrong
+    wrong = {name: error for name, error in fused.items() if not error <= 3 * plain[name] + 1e-3}  # a NaN is wrong
     if not wrong:
         return None
     name = max(wrong, key=lambda name: wrong[name])

@@ -24,7 +24,8 @@ from sft_recipes.training import fused_kernels  # noqa: E402
 
 SHAPE = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 2}
 TOKENS = 16
-to_tensor, multiply = interpreter._implicit_cvt, interpreter.InterpreterBuilder.binary_op
+to_tensor, convert = interpreter._implicit_cvt, interpreter._convert_float
+compute = interpreter.InterpreterBuilder.binary_op
 
 
 def convert_argument(argument):
@@ -37,9 +38,17 @@ def convert_argument(argument):
 def binary_operation(builder, left, right, operation):
     """Compute bf16 operands in fp32, as hardware does; the interpreter operates on their bits as integers."""
     if left.dtype.scalar != tl.bfloat16:
-        return multiply(builder, left, right, operation)
+        return compute(builder, left, right, operation)
     wide = (builder.cast_impl(operand, tl.float32) for operand in (left, right))
-    return builder.cast_impl(multiply(builder, *wide, operation), tl.bfloat16)
+    return builder.cast_impl(compute(builder, *wide, operation), tl.bfloat16)
+
+
+def convert_float(values, source, target, rounding):
+    """Round fp32 to the nearest bf16, as hardware does; the interpreter truncates."""
+    if (source, target) != (tl.float32, tl.bfloat16):
+        return convert(values, source, target, rounding)
+    bits = numpy.ascontiguousarray(values).view(numpy.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(numpy.uint16)
 
 
 def model_of(kind, layers=2):
@@ -56,6 +65,8 @@ def kept_bytes(kind, dtype, autocast):
     for layers in (1, 3):
         _, config = model_of(kind, layers)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        module = vars(sys.modules[type(model).__module__])
+        before = dict(module)
         fused_kernels._replace_layers(model)
         weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
         storages = {}
@@ -68,6 +79,7 @@ def kept_bytes(kind, dtype, autocast):
         context = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), context:
             model.base_model(input_ids=torch.zeros(1, TOKENS, dtype=torch.long), use_cache=False)
+        module.update(before)  # the next model is built of transformers' classes, as in a run
         kept.append(sum(size for size, _ in storages.values()))
     return (kept[1] - kept[0]) / 2 / TOKENS
 
@@ -82,6 +94,7 @@ def main() -> None:
     """Verify every type that the memory forecast knows, right kernels and wrong ones, and count what layers keep."""
     interpreter._implicit_cvt = convert_argument
     interpreter.InterpreterBuilder.binary_op = binary_operation
+    interpreter._convert_float = convert_float
     liger_kernel.ops.rms_norm.rsqrt = lambda value: tl.rsqrt(value)  # libdevice's has no interpretation
     fused_kernels._LENGTHS = (18, 1, 13)
     launches = []
@@ -96,13 +109,13 @@ def main() -> None:
     liger_kernel.ops.rms_norm.rsqrt = lambda value: tl.rsqrt(value) * 1.05
     wrong = fused_kernels.find_problem(*model_of("llama"), "cpu", torch.bfloat16)
     liger_kernel.ops.rms_norm.rsqrt = right
-    module = sys.modules[model_of("llama")[0].__module__]
+    restored = sys.modules[model_of("llama")[0].__module__].apply_rotary_pos_emb.__module__
     kept = {
         f"{kind}, {case}": describe_kept(kind, *arguments)
         for kind in DENSE_KINDS
         for case, arguments in {"zero2": (torch.bfloat16, False), "ddp": (torch.float32, True)}.items()
     }
-    result = {"problems": problems, "wrong": wrong, "restored": module.apply_rotary_pos_emb.__module__, "kept": kept}
+    result = {"problems": problems, "wrong": wrong, "restored": restored, "kept": kept}
     print(json.dumps({**result, "launches": sorted(set(launches))}))
 
 
