@@ -284,6 +284,7 @@ def memory_inputs(plan: Plan, architecture: Mapping[str, Any]) -> memory.MemoryI
         scores_of=plan.max_length if plan.sections.model.attention == "eager" else 0,
         accumulation=plan.gradient_accumulation_steps,
         on_cpu=not plan.uses_gpu,
+        row_length=plan.max_length,
     )
 
 

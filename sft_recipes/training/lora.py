@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from sft_recipes.config.schema import Lora
 from sft_recipes.data import hub, model_files, model_layers
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import SetupError
@@ -48,11 +49,16 @@ def make_lora_config(plan: Plan, base: Path, model: Any = None) -> Any:
     lora = plan.sections.lora
     if not lora:
         return None
-    fused = [] if model is None else list(parameter_table.fused_experts(model))
-    if lora.experts and not fused:
+    if lora.experts and not (model and parameter_table.fused_experts(model)):
         raise SetupError(f"lora.experts: {plan.model} has no fused experts. Remove lora.experts")
+    return adapter_config(lora, model, hub.commit_of(base) or plan.sections.model.revision)
+
+
+def adapter_config(lora: Lora, model: Any, revision: str | None) -> Any:
+    """Return peft's LoraConfig for a loaded model; without the model, for one without fused experts."""
     from peft import LoraConfig
 
+    fused = [] if model is None else list(parameter_table.fused_experts(model))
     targets = lora.target_modules
     if fused and targets == "all-linear":  # peft would add the experts and routers of some models
         head = model.get_output_embeddings()
@@ -68,7 +74,7 @@ def make_lora_config(plan: Plan, base: Path, model: Any = None) -> Any:
         target_parameters=fused if lora.experts else None,
         bias="none",
         task_type="CAUSAL_LM",
-        revision=hub.commit_of(base) or plan.sections.model.revision,
+        revision=revision,
     )
 
 
