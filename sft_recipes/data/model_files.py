@@ -195,7 +195,7 @@ def check_architecture(stated: dict[str, Any], folder: Path, trust_remote_code: 
     wrong = [
         key
         for key, value in stated.items()
-        if getattr(config, key, None) != value and (dense or isinstance(value, int) and hasattr(config, key))
+        if getattr(config, key, None) != value and (dense or (isinstance(value, int) and hasattr(config, key)))
     ]
     if wrong:
         values = (f"{key} {stated[key]!r}, expected {getattr(config, key, None)!r}" for key in wrong)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,36 +162,23 @@ def _dense_layers(load: MemoryInputs) -> list[LayerCosts]:
 
 def _traced_layers(load: MemoryInputs, trace: Mapping[str, Any]) -> list[LayerCosts]:
     """Return the layers of a traced decoder, each of its kind."""
-    row = load.row_length or load.tokens
-    if lora := load.lora:
-        mode = "experts" if lora.experts and trace["expert_adapters"] else "lora"
-        mode += " fp32" if load.precision == "fp32" else ""
-    else:
-        sharded = "sharded" if load.strategy.fsdp else "bf16"
-        mode = "fp32" if load.precision == "fp32" else "autocast" if load.autocasts else sharded
-
-    def number(coefficients: Sequence[float]) -> int:
-        constant, per_token, per_pair = coefficients
-        return int(constant + load.tokens * (per_token + row * per_pair))
-
+    row, fp32 = load.row_length or load.tokens, load.precision == "fp32"
+    mode = "fp32" if fp32 else "autocast" if load.autocasts else "sharded" if load.strategy.fsdp else "bf16"
+    if load.lora:
+        adapted = "experts" if load.lora.experts and trace["expert_adapters"] else "lora"
+        mode = f"{adapted} fp32" if fp32 else adapted
     kinds = []
     for kind in trace["kinds"]:
         masked = "varlen" not in kind["bytes"] or 0 < trace["window"] < row
         measured = kind["bytes"]["masked" if masked else "varlen"][mode]
-        kinds.append(
-            LayerCosts(
-                weights=kind["parameters"],
-                linear=kind["linear"],
-                active=kind["active"],
-                largest=kind["largest"],
-                last=0,
-                queries=kind["queries"],
-                window=kind["window"],
-                kept=number(measured["kept"]),
-                temporary=max(number(line) for line in measured["temporary"]),
-                first_gradient=0,
-            )
+        kept, *peaks = (
+            int(constant + load.tokens * (per_token + row * per_pair))
+            for constant, per_token, per_pair in (measured["kept"], *measured["peak"])
         )
+        numbers = {name: kind[name] for name in ("linear", "active", "largest", "queries", "window")}
+        temporary = max(*peaks, kept) - kept
+        costs = LayerCosts(kind["parameters"], **numbers, last=0, kept=kept, temporary=temporary, first_gradient=0)
+        kinds.append(costs)
     return [kinds[index] for index in trace["layers"]]
 
 
@@ -286,10 +273,17 @@ def _phases(load: MemoryInputs) -> list[dict[str, int]]:
         "logits": 0,
         "buffers": width * block + next_unit + first_gradient + reduced * block,
     }
+    # Above the bottom layer the next unit is a layer.
+    second_layer = bottom_layer | {
+        "activations": layer + temporary + load.tokens * hidden * load.stream_width,
+        "gradients": gradients if before else max(but_last - reduced * block // ranks, 0),
+        "buffers": 2 * width * block + first_gradient + reduced * block,
+    }
     return [
         forward | {"buffers": 2 * width * ends},
         scoring | {"buffers": width * (ends + block)},
         top_layer,
+        second_layer,
         bottom_layer,
         {"gradients": but_last, "buffers": next_unit + (own + reduced) * block},  # reducing the bottom layer
         {"gradients": gradients, "buffers": (own + reduced) * ends + (width * ends if load.tied else 0)},
@@ -351,9 +345,9 @@ def _backward_temporaries(load: MemoryInputs) -> int:
     Measured like activations (the peak of a pass beyond saved activations), for MLPs at least 2.5 times as wide as the
     hidden states, and on fake tensors of the recipes' shapes (tests/strategies/test_step_memory.py).
     """
-    inner: int = load.architecture["intermediate_size"]
+    inner = int(load.architecture["intermediate_size"])
     if load.precision == "fp32":
-        return 8 * inner + 5 * load.hidden
+        return int(8 * inner + 5 * load.hidden)
     return int((6 if load.lora else 4) * inner + 7.5 * load.hidden)
 
 
@@ -364,9 +358,9 @@ def _buffers(load: MemoryInputs) -> int:
     # 1 and 2, one in the communication dtype in stage 3.
     if strategy.zero_stage in (1, 2):
         staged = 4 if strategy.zero_stage == 1 else width
-        return width * min(load.parameters, ALLGATHER_BUCKET) + 2 * staged * REDUCE_BUCKET
+        return int(width * min(load.parameters, ALLGATHER_BUCKET) + 2 * staged * REDUCE_BUCKET)
     if strategy.zero_stage == 3:
-        gathered = 2 * max(load.block, load.ends) + min(load.parameters, PREFETCH_BUCKET)
+        gathered: int = 2 * max(load.block, load.ends) + min(load.parameters, PREFETCH_BUCKET)
         return width * gathered + 4 * REDUCE_BUCKET
     if strategy.fsdp:
         # Gathers and reductions are counted per phase. On CPU gloo keeps copies of unsent data:

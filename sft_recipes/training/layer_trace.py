@@ -15,10 +15,10 @@ import json
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
@@ -28,7 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import AttentionMaskInterface, masking_utils
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.pytorch_utils import Conv1D
 
 from sft_recipes.config.schema import Lora
@@ -36,34 +37,26 @@ from sft_recipes.data import model_layers
 from sft_recipes.runtime.run_dir import write_json
 from sft_recipes.training import attention, lora, parameter_table
 
-# Tokens of the traced rows. Bytes are linear in them, or quadratic where attention keeps scores or a mask; the peak of a
-# backward pass is the largest of several such functions.
-LENGTHS = (1024, 2048, 4096, 8192)
+# Tokens of the traced rows: few for layers that loop over tokens in Python. Bytes are linear in them, or quadratic
+# where attention keeps scores or a mask; the peak of a backward pass is the largest of several such functions.
+LENGTHS, SHORT = (1024, 2048, 8192), (128, 256, 512)
 
-
-class Mode(NamedTuple):
-    """How weights are stored and used: the forecast's cases (planner/memory.py)."""
-
-    dtype: torch.dtype
-    autocast: bool = False
-    adapters: Lora | None = None
-    keeps_gradients: bool = True  # of earlier micro-batches; FSDP2 has none of unsharded weights
-
-
-MODES = {
-    "fp32": Mode(torch.float32),
-    "autocast": Mode(torch.float32, autocast=True),
-    "bf16": Mode(torch.bfloat16),
-    "sharded": Mode(torch.bfloat16, keeps_gradients=False),
-    "lora": Mode(torch.bfloat16, True, Lora()),
-    "lora fp32": Mode(torch.float32, False, Lora()),
-    "experts": Mode(torch.bfloat16, True, Lora(experts=True)),
-    "experts fp32": Mode(torch.float32, False, Lora(experts=True)),
+# The forecast's cases (planner/memory.py): dtype of the weights, autocast, adapters, and whether gradients of earlier
+# micro-batches exist, which FSDP2 has not of unsharded weights.
+MODES: dict[str, tuple[torch.dtype, bool, Lora | None, bool]] = {
+    "fp32": (torch.float32, False, None, True),
+    "autocast": (torch.float32, True, None, True),
+    "bf16": (torch.bfloat16, False, None, True),
+    "sharded": (torch.bfloat16, True, None, False),
+    "lora": (torch.bfloat16, True, Lora(), True),
+    "lora fp32": (torch.float32, False, Lora(), True),
+    "experts": (torch.bfloat16, True, Lora(experts=True), True),
+    "experts fp32": (torch.float32, False, Lora(experts=True), True),
 }
 
 
 class Allocations(TorchDispatchMode):
-    """Sums the storages that exist, and the FLOPs of matrix products; `known` tensors count as zero bytes."""
+    """Sums the storages that exist, and the FLOPs of matrix products; storages of `known` tensors count as zero."""
 
     def __init__(self, known: list[torch.Tensor]):
         super().__init__()
@@ -74,53 +67,37 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         packet = func._overloadpacket
         if packet is torch.ops.aten._grouped_mm:  # torch's shape function takes 16 bits only
-            output = _grouped_product(*args[:3])
+            # Rows by expert, or the gradient of all experts' weights.
+            stack = (len(args[2]),) if args[1].ndim == 2 else ()
+            output = args[0].new_empty(*stack, args[0].shape[0], args[1].shape[-1])
             self.flops += 2 * args[0].numel() * args[1].shape[-1]
-            self._add(output.untyped_storage())
-            return output
-        output = func(*args, **(kwargs or {}))
+        else:
+            output = func(*args, **(kwargs or {}))
         if "attention" in str(packet) or "attn" in str(packet):
-            self.queries = max(self.queries, _width_of(args[0]))
+            self.queries = max(self.queries, args[0].shape[1] * args[0].shape[-1])  # heads x width
         elif packet in flop_registry:
             self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=output)
         for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor):
-                self._add(tensor.untyped_storage())
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self._sizes:
+                self._sizes[storage] = size = storage.nbytes()
+                self._change(size)
+                weakref.finalize(storage, self._change, -size)
         return output
 
-    def _add(self, storage: Any) -> None:
-        if storage in self._sizes:
-            return
-        self._sizes[storage] = size = storage.nbytes()
+    def _change(self, size: int) -> None:
         self.current += size
         self.peak = max(self.peak, self.current)
-        weakref.finalize(storage, self._free, size)
-
-    def _free(self, size: int) -> None:
-        self.current -= size
-
-
-def _grouped_product(left: torch.Tensor, right: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """Return the output of a grouped matrix product: rows by expert, or a gradient of all experts' weights."""
-    stack = (len(groups),) if right.ndim == 2 else ()
-    return left.new_empty(*stack, left.shape[0], right.shape[-1])
-
-
-def _width_of(queries: torch.Tensor) -> int:
-    """Return heads x width of queries, [tokens, heads, width] or [rows, heads, tokens, width]."""
-    return queries.shape[-1] * queries.shape[1]
 
 
 def trace(architecture: dict[str, Any]) -> dict[str, Any]:
     """Return the costs of a model's layers: numbers of parameters, and bytes by attention and mode."""
     _use_gpu_paths()
     model = _build(architecture, torch.bfloat16)
-    text = model.config.get_text_config()
-    embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    text, head, embeddings = model.config.get_text_config(), model.get_output_embeddings(), model.get_input_embeddings()
     layers, fused = find_layers(model), parameter_table.fused_experts(model)
-    kinds = _kinds(model, layers)
-    representatives = [layers[kinds.index(kind)] for kind in range(max(kinds) + 1)]
-    types = getattr(text, "layer_types", None)
+    types = getattr(text, "layer_types", None) or [None] * len(layers)
+    kinds = _kinds(layers, types)
+    stateful = set(types) & model_layers.WITH_STATE or getattr(model, "_is_stateful", False)
     default, window = model.config._attn_implementation, getattr(text, "sliding_window", None) or 0
     reason, always = (
         model_layers.masked_attention_reason(
@@ -129,63 +106,56 @@ def trace(architecture: dict[str, Any]) -> dict[str, Any]:
         for length in (1 << 30, 1)
     )
     implementations = ([] if always else ["varlen"]) + ([default] if reason else [])
-    modes = {name: mode for name, mode in MODES.items() if fused or not (mode.adapters and mode.adapters.experts)}
-    linear = _linear_layers(model, head)
-    result = {
+    adapters: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if _is_linear(module) and module is not head:
+            adapters[name.rpartition(".")[2]] += sum(module.weight.shape)
+    experts = [weight.shape for layer in layers for weight in layer.parameters() if weight.ndim == 3] if fused else []
+    costs = []
+    for index in map(kinds.index, range(max(kinds) + 1)):
+        linear = [module.weight.numel() for module in layers[index].modules() if _is_linear(module)]
+        numbers = {"linear": sum(linear), "largest": max(linear, default=0)}
+        numbers |= {"parameters": sum(weight.numel() for weight in layers[index].parameters())}
+        costs.append(numbers | {"window": window if types[index] == "sliding_attention" else 0})
+    for implementation in implementations:
+        for mode_name in (name for name in MODES if fused or "experts" not in name):
+            points = _measure(architecture, kinds, implementation, mode_name, SHORT if stateful else LENGTHS)
+            for kind, measured in zip(costs, points, strict=True):
+                name = "varlen" if implementation == "varlen" else "masked"
+                kind |= _fit(measured, kind, name, mode_name)
+    return {
         "parameters": model.num_parameters(),
         "hidden_size": text.hidden_size,
-        "vocab_size": len(embeddings),
-        "tied": head is None or head.weight is embeddings,
+        "vocab_size": embeddings.num_embeddings,
+        "tied": head is None or head.weight is embeddings.weight,
         "window": window if reason and not always else 0,
         "layers": kinds,
-        "adapters": dict(linear),
-        "expert_adapters": sum(
-            weight.shape[0] * (weight.shape[1] + weight.shape[2])
-            for name, weight in model.named_parameters()
-            if ".".join(name.split(".")[-2:]) in fused
-        ),
-        "kinds": [
-            {
-                "parameters": sum(weight.numel() for weight in layer.parameters()),
-                "window": window if types and types[kinds.index(kind)] == "sliding_attention" else 0,
-                "linear": sum(module.weight.numel() for module in layer.modules() if _is_linear(module)),
-                "largest": max((m.weight.numel() for m in layer.modules() if _is_linear(m)), default=0),
-                "bytes": {},
-            }
-            for kind, layer in enumerate(representatives)
-        ],
+        "adapters": adapters,
+        "expert_adapters": sum(number * (rows + columns) for number, rows, columns in experts),
+        "kinds": costs,
+        "assumed": " or ".join(f"{name} attention" for name in implementations)
+        + (", grouped experts" if fused else ""),
     }
-    for implementation in implementations:
-        name = "varlen" if implementation == "varlen" else "masked"
-        for mode_name, mode in modes.items():
-            measured = _measure(architecture, kinds, implementation, mode)
-            for kind, points in zip(result["kinds"], measured, strict=True):
-                casts = 2 * kind["linear"] if mode.autocast and not mode.adapters else 0
-                kind["bytes"].setdefault(name, {})[mode_name] = _fit(points, name == "masked", casts)
-                if mode_name == "bf16":
-                    kind |= _fit_flops(points, kind.get("queries", 0))
-    experts = ", grouped experts" if fused else ""
-    result["assumed"] = " or ".join(dict.fromkeys(f"{name} attention" for name in implementations)) + experts
-    return result
 
 
 def _use_gpu_paths() -> None:
-    """Have attention, masks and experts do on fake tensors what they do on a GPU."""
+    """Have attention and masks do on fake tensors what they do on a GPU."""
 
     def attend(queries: Any, keys: Any, values: Any, bounds: Any, longest: int, scale: float | None = None) -> Any:
         options = {"scale": scale, "window_size": (-1, 0), "enable_gqa": queries.shape[1] != keys.shape[1]}
         return varlen_attn(queries, keys, values, bounds, bounds, longest, longest, **options)
 
-    def mask(batch_size: int, q_length: int, kv_length: int, **_named: Any) -> torch.Tensor:
-        return torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool)
+    def sdpa(*arguments: Any, dropout: float = 0.0, **named: Any) -> Any:
+        return sdpa_attention_forward(*arguments, **named)  # a GPU's kernels with dropout keep no scores
 
-    def eager_mask(*, dtype: torch.dtype, **named: Any) -> torch.Tensor:
-        return mask(**named).to(dtype)
+    def mask(batch_size: int, q_length: int, kv_length: int, dtype: torch.dtype, **_named: Any) -> torch.Tensor:
+        return torch.ones(batch_size, 1, q_length, kv_length, dtype=dtype)
 
     attention.varlen = attend
-    AttentionMaskInterface.register("sdpa", mask)
-    AttentionMaskInterface.register("eager", eager_mask)
-    masking_utils.find_packed_sequence_indices = lambda _positions: None
+    AttentionInterface.register("sdpa", sdpa)
+    AttentionMaskInterface.register("sdpa", lambda **named: mask(**{**named, "dtype": torch.bool}))
+    AttentionMaskInterface.register("eager", mask)
+    masking_utils.find_packed_sequence_indices = lambda _positions: None  # it reads data
 
 
 def _build(architecture: dict[str, Any], dtype: torch.dtype) -> Any:
@@ -200,9 +170,8 @@ def find_layers(model: Any) -> torch.nn.ModuleList:
     return max(lists, key=lambda each: sum(weight.numel() for weight in each.parameters()))
 
 
-def _kinds(model: Any, layers: torch.nn.ModuleList) -> list[int]:
+def _kinds(layers: torch.nn.ModuleList, types: list[Any]) -> list[int]:
     """Return the kind of each layer: those of one class, type and shapes are of one kind."""
-    types = getattr(model.config.get_text_config(), "layer_types", None) or [None] * len(layers)
     signatures = [
         (type(layer), kind, tuple((name, weight.shape) for name, weight in layer.named_parameters()))
         for layer, kind in zip(layers, types, strict=True)
@@ -214,142 +183,117 @@ def _is_linear(module: Any) -> bool:
     return isinstance(module, (torch.nn.Linear, Conv1D))
 
 
-def _linear_layers(model: Any, head: Any) -> Counter[str]:
-    """Return inputs + outputs of the linear layers by name, which adapters of rank 1 have as parameters."""
-    sizes: Counter[str] = Counter()
-    for name, module in model.named_modules():
-        if _is_linear(module) and module is not head:
-            sizes[name.rpartition(".")[2]] += sum(module.weight.shape)
-    return sizes
-
-
-def _measure(architecture: dict[str, Any], kinds: list[int], implementation: str, mode: Mode) -> list[list[Any]]:
-    """Return for each kind and length the bytes kept, the peak of the backward pass above them, and forward FLOPs."""
-    model = _build(architecture, mode.dtype)
+def _measure(
+    architecture: dict[str, Any], kinds: list[int], implementation: str, mode: str, lengths: Sequence[int]
+) -> list[list[dict[str, int]]]:
+    """Return the measurements of each kind of layer, one per length of a row."""
+    dtype, autocast, adapters, keeps_gradients = MODES[mode]
+    model = _build(architecture, dtype)
     layers = find_layers(model)
     traced = [layers[kinds.index(kind)] for kind in range(max(kinds) + 1)]
     for layer in layers:
         if layer not in traced:
-            layer.forward, layer._modules = _skip, {}
-    if mode.adapters:
+            layer.forward, layer._modules = lambda hidden_states, *_, **__: hidden_states, {}
+    if adapters:
         from peft import get_peft_model
 
-        get_peft_model(model, lora.adapter_config(mode.adapters, model, "model"))
+        get_peft_model(model, lora.adapter_config(adapters, model, None))
         for weight in model.parameters():
             weight.data = weight.data.float() if weight.requires_grad else weight.data
         model.enable_input_require_grads()
+    points = []
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         model.tie_weights()
         model.set_attn_implementation(implementation)
-        if mode.keeps_gradients:
-            for weight in model.parameters():
-                weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
-        points = [_run(model, traced, tokens, mode.autocast, implementation == "varlen") for tokens in LENGTHS]
+        for weight in model.parameters() if keeps_gradients else ():
+            weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
+        for tokens in lengths:
+            model.activation_checkpointing_disable()
+            kept = _run(model, traced, tokens, autocast, backward=False)
+            if model.supports_gradient_checkpointing:
+                model.activation_checkpointing_enable({"use_reentrant": False})
+            peaks = _run(model, traced, tokens, autocast, backward=True)
+            points.append([{**one, **two, "tokens": tokens} for one, two in zip(kept, peaks, strict=True)])
     return [list(each) for each in zip(*points, strict=True)]
 
 
-def _skip(hidden_states: torch.Tensor, *_arguments: Any, **_named: Any) -> torch.Tensor:
-    return hidden_states
-
-
-def _run(model: Any, layers: list[Any], tokens: int, autocast: bool, bounded: bool) -> list[dict[str, int]]:
-    """Run the decoder forward and backward on one row, and return the measurements of each layer."""
+def _run(model: Any, layers: list[Any], tokens: int, autocast: bool, backward: bool) -> list[dict[str, int]]:
+    """Run the decoder on one row, and return for each layer what it keeps, or the peak of its backward pass."""
     gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
-    allocations = Allocations([*model.parameters(), *model.buffers(), *gradients])
-    measured: dict[int, dict[str, int]] = {}
-    handles = [hook for layer in layers for hook in _observe(layer, allocations, measured)]
+    now = Allocations([*model.parameters(), *model.buffers(), *gradients])
+    found: dict[Any, dict[str, int]] = {}
+
+    def before(layer: Any, _arguments: Any, _named: Any) -> None:
+        now.queries = 0
+        found.setdefault(layer, {"kept": -now.current, "flops": -now.flops})
+
+    def after(layer: Any, arguments: Any, named: Any, output: Any) -> None:
+        measured, output = found[layer], tree_leaves(output)[0]
+        if "queries" in measured:
+            return  # recomputed
+        measured |= {"queries": now.queries, "kept": measured["kept"] + now.current}
+        measured["flops"] += now.flops
+
+        def start(gradient: torch.Tensor) -> None:
+            now.peak, measured["start"] = now.current, now.current - gradient.untyped_storage().nbytes()
+
+        def end(_gradient: torch.Tensor) -> None:
+            measured["peak"] = now.peak - measured["start"]
+
+        if backward:
+            output.register_hook(start)
+            (arguments[0] if arguments else named["hidden_states"]).register_hook(end)
+
+    handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
+    handles += [layer.register_forward_hook(after, with_kwargs=True) for layer in layers]
     ids = torch.zeros(1, tokens, dtype=torch.long)
     batch = {"input_ids": ids, "position_ids": ids, "use_cache": False}
-    if bounded:
-        bounds = torch.zeros(2, dtype=torch.int32)
-        batch |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), bounds)
+    if attention.takes_boundaries(model.config._attn_implementation):
+        batch |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.zeros(2, dtype=torch.int32))
         batch |= dict.fromkeys(("max_length_q", "max_length_k"), tokens)
-    with allocations:
+    with now:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             states = getattr(model, model.base_model_prefix)(**batch)[0]
-        states.backward(torch.zeros_like(states))
+        if backward:
+            states.backward(torch.zeros_like(states))
     for handle in handles:
         handle.remove()
-    return [{"tokens": tokens, **measured[id(layer)]} for layer in layers]
+    keys = ("peak",) if backward else ("kept", "flops", "queries")
+    return [{key: found[layer][key] for key in keys} for layer in layers]
 
 
-def _observe(layer: Any, allocations: Allocations, measured: dict[int, dict[str, int]]) -> list[Any]:
-    """Measure at the start and end of a layer's forward and backward pass."""
-    found = measured[id(layer)] = {}
+def _fit(points: list[dict[str, int]], kind: dict[str, Any], attended: str, mode: str) -> dict[str, Any]:
+    """Return what a kind of layer has after these measurements: coefficients of 1, tokens and tokens x row length.
 
-    def before(_layer: Any, _arguments: Any, _named: Any) -> None:
-        allocations.queries = 0
-        found["kept"], found["flops"] = -allocations.current, -allocations.flops
-
-    def after(_layer: Any, arguments: Any, named: Any, output: Any) -> None:
-        found["kept"] += allocations.current
-        found["flops"] += allocations.flops
-        found["queries"] = allocations.queries
-        tree_leaves(output)[0].register_hook(start)
-        (arguments[0] if arguments else named["hidden_states"]).register_hook(end)
-
-    def start(_gradient: torch.Tensor) -> None:
-        allocations.peak = found["start"] = allocations.current
-
-    def end(_gradient: torch.Tensor) -> None:
-        found["temporary"] = allocations.peak - found["start"]
-
-    return [
-        layer.register_forward_pre_hook(before, with_kwargs=True),
-        layer.register_forward_hook(after, with_kwargs=True),
-    ]
-
-
-def _fit(points: list[dict[str, int]], masked: bool, casts: int) -> dict[str, Any]:
-    """Return coefficients of 1, tokens and tokens x row length: of the bytes kept, and of the peak above them, which is
-    the largest of several linear functions.
-
-    Args:
-        casts: autocast's copies of the weights, which the plan counts as buffers.
+    Of the bytes kept; of the peak of its backward pass after recomputation, the largest of several such functions; and
+    of FLOPs, where explicit scores of attention are 4 x width of the queries x tokens^2.
     """
     x = [point["tokens"] for point in points]
-    kept, temporary = ([point[key] for point in points] for key in ("kept", "temporary"))
-    squares = [_second_difference(x, values) if masked else 0.0 for values in (kept, temporary)]
-    straight = [
-        [y - square * t * t for t, y in zip(x, values, strict=True)]
-        for values, square in zip((kept, temporary), squares, strict=True)
-    ]
-    constant, slope = _line(x[-2:], straight[0][-2:])
-    lines = [_line(x[i : i + 2], straight[1][i : i + 2]) for i in range(len(x) - 1)]
-    return {
-        "kept": [round(constant) - casts, round(slope, 3), round(squares[0], 6)],
-        "temporary": [[round(a), round(b, 3), round(squares[1], 6)] for a, b in dict.fromkeys(lines)],
-    }
 
+    def lines(key: str) -> list[list[float]]:
+        y: list[float] = [point[key] for point in points]
+        slopes = [(y[i + 1] - y[i]) / (x[i + 1] - x[i]) for i in range(len(x) - 1)]
+        square = 0.0 if attended == "varlen" else (slopes[-1] - slopes[-2]) / (x[-1] - x[-3])
+        y = [value - square * tokens**2 for value, tokens in zip(y, x, strict=True)]
+        slopes = [(y[i + 1] - y[i]) / (x[i + 1] - x[i]) for i in range(len(x) - 1)]
+        return [[round(y[i] - slope * x[i]), round(slope, 2), round(square, 6)] for i, slope in enumerate(slopes)]
 
-def _line(x: list[int], y: list[float]) -> tuple[float, float]:
-    slope = (y[1] - y[0]) / (x[1] - x[0])
-    return y[0] - slope * x[0], slope
-
-
-def _second_difference(x: list[int], y: list[int]) -> float:
-    """Return the quadratic coefficient of the polynomial through the last three points."""
-    (_, left), (_, right) = _line(x[-3:-1], y[-3:-1]), _line(x[-2:], y[-2:])
-    return (right - left) / (x[-1] - x[-3])
-
-
-def _fit_flops(points: list[dict[str, int]], queries: int) -> dict[str, Any]:
-    """Return the weights that a token is multiplied with, and the width of attention's queries.
-
-    Explicit scores (eager attention) are 4 x width x tokens^2 FLOPs.
-    """
-    x, flops = [point["tokens"] for point in points], [point["flops"] for point in points]
-    square = _second_difference(x, flops)
-    _, slope = _line(x[-2:], [y - square * t * t for t, y in zip(x, flops, strict=True)][-2:])
-    return {"active": round(slope / 2), "queries": max(queries, points[0]["queries"], round(square / 4))}
+    kept, peaks = lines("kept")[-1], lines("peak")
+    for function in (kept, *peaks) if mode == "autocast" else ():
+        function[0] -= 2 * kind["linear"]  # autocast's copies of the weights, which the plan counts as buffers
+    earlier = kind.get("bytes", {})
+    measured = {**earlier.get(attended, {}), mode: {"kept": kept, "peak": peaks}}
+    _, slope, square = lines("flops")[-1]
+    queries = max(kind.get("queries", 0), points[0]["queries"], round(square / 4))
+    counted = {"active": round(slope / 2), "queries": queries} if mode == "bf16" else {}
+    return {**counted, "bytes": {**earlier, attended: measured}}
 
 
 def main(file: str) -> int:
     """Write the trace of the architecture on standard input, or what prevents it; the exit code is 0."""
-    architecture = json.load(sys.stdin)
     try:
-        result = trace(architecture)
+        result = trace(json.load(sys.stdin))
     except Exception as error:  # of any kind: it is a model's code
         result = {"problem": f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"}
     Path(file).parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from sft_recipes.config.schema import Lora
 from sft_recipes.data import hub, model_files, model_layers
@@ -12,6 +13,9 @@ from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir, read_json
 from sft_recipes.training import parameter_table
+
+# Types with mamba kernels that read a layer's weight themselves (peft 0.21, `_check_lora_target_modules_mamba`).
+_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 
 
 def loading_arguments(plan: Plan) -> dict[str, Any]:
@@ -55,17 +59,31 @@ def make_lora_config(plan: Plan, base: Path, model: Any = None) -> Any:
 
 
 def adapter_config(lora: Lora, model: Any, revision: str | None) -> Any:
-    """Return peft's LoraConfig for a loaded model; without the model, for one without fused experts."""
+    """Return peft's LoraConfig for a loaded model; without the model, for one without fused experts.
+
+    Raises:
+        SetupError: the model has none of the linear layers to adapt.
+    """
     from peft import LoraConfig
 
     fused = [] if model is None else list(parameter_table.fused_experts(model))
     targets = lora.target_modules
-    if fused and targets == "all-linear":  # peft would add the experts and routers of some models
-        head = model.get_output_embeddings()
-        layers = (
-            name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear) and layer is not head
-        )
-        targets = sorted({name.rpartition(".")[2] for name in layers})
+    if model is not None:
+        head, kind = model.get_output_embeddings(), model.config.model_type
+        linear = {
+            name.rpartition(".")[2]
+            for name, layer in model.named_modules()
+            if isinstance(layer, (torch.nn.Linear, Conv1D)) and layer is not head
+        }
+        if not (linear if targets == "all-linear" else linear & set(targets)):
+            raise SetupError(
+                f"lora.target_modules: found {targets}, and the linear layers of this model are "
+                f"{', '.join(sorted(linear)) or 'none'}. Set lora.target_modules=all-linear, or remove lora"
+            )
+        # peft would add the experts and routers of some models, and rejects this layer of some.
+        rejected = {"out_proj"} if kind in _MAMBA else set()
+        if targets == "all-linear" and (fused or rejected):
+            targets = sorted(linear - rejected)
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.integrations import moe
 from trl.kernels import chunked_logprob
 
 from sft_recipes.training import attention, lora
@@ -80,6 +81,8 @@ def simulate_cuda(monkeypatch):
     monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", _Scoring)
     # torch's kernel for rows of several examples registers what it allocates (torch/nn/attention/varlen.py).
     monkeypatch.setattr(attention, "varlen", _varlen)
+    # torch's shape function of grouped products takes 16 bits only; transformers registers one for other dtypes.
+    monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda _tokens, weight, _offsets: weight.dtype == torch.bfloat16)
 
 
 def _varlen(queries, keys, values, boundaries, longest, scale=None):
@@ -139,7 +142,7 @@ def _without_storage(plan, architecture):
         dtype = torch.bfloat16 if frozen else torch.float32
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         if frozen:
-            model = peft.get_peft_model(model, lora.make_lora_config(plan, Path("model")))
+            model = peft.get_peft_model(model, lora.make_lora_config(plan, Path("model"), model))
     return model
 
 
