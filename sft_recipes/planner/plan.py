@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes.config import gpu_types, schema
-from sft_recipes.config.architecture import adapter_count, parameter_count
+from sft_recipes.config.architecture import parameter_count
 from sft_recipes.config.schema import TABLE_KEYS, Recipe
 from sft_recipes.config.sizes import hyperparameter, size_class_of
 from sft_recipes.config.strategies import DATA_PARALLEL, STRATEGIES, Strategy
@@ -251,7 +251,6 @@ def _check_support(recipe: Recipe, topology: Topology, world_size: int) -> None:
     actual = f"{attention}: found {recipe.precision if topology.gpus else 'CPU'}"
     quantized = lora and lora.quantize and strategy.shards_parameters
     experts = lora and lora.experts and strategy.shards_parameters
-    no_layers = lora and adapter_count(recipe.model.architecture, lora) == 0
     several = world_size > 1 and not strategy.several_processes
     for rejected, key, text in (
         (flash, "model.attention", f"{actual}, expected bf16 on a GPU. Set model.attention=auto"),
@@ -260,11 +259,6 @@ def _check_support(recipe: Recipe, topology: Topology, world_size: int) -> None:
             experts,
             "parallelism",
             f"{strategy.name} shards what lora.experts adapts. Set parallelism=ddp or zero2",
-        ),
-        (
-            no_layers,
-            "lora.target_modules",
-            "found none of these layers in the model. Set lora.target_modules=all-linear",
         ),
         (several, "parallelism", f"{strategy.name}: found {world_size} processes, expected 1. Set parallelism=ddp"),
     ):

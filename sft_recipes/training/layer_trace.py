@@ -14,12 +14,12 @@ from __future__ import annotations
 import json
 import sys
 import weakref
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -30,7 +30,6 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.pytorch_utils import Conv1D
 
 from sft_recipes.config.schema import Lora
 from sft_recipes.data import model_layers
@@ -99,30 +98,21 @@ def trace(architecture: dict[str, Any]) -> dict[str, Any]:
     kinds = _kinds(layers, types)
     stateful = set(types) & model_layers.WITH_STATE or getattr(model, "_is_stateful", False)
     default, window = model.config._attn_implementation, getattr(text, "sliding_window", None) or 0
-    reason, always = (
-        model_layers.masked_attention_reason(
-            SimpleNamespace(max_length=length, uses_gpu=True, precision="bf16"), model.config, model, default
-        )
-        for length in (1 << 30, 1)
-    )
+    plans = (SimpleNamespace(max_length=length, uses_gpu=True, precision="bf16") for length in (1 << 30, 1))
+    reason, always = (model_layers.masked_attention_reason(plan, model.config, model, default) for plan in plans)
     implementations = ([] if always else ["varlen"]) + ([default] if reason else [])
-    adapters: Counter[str] = Counter()
-    for name, module in model.named_modules():
-        if _is_linear(module) and module is not head:
-            adapters[name.rpartition(".")[2]] += sum(module.weight.shape)
     experts = [weight.shape for layer in layers for weight in layer.parameters() if weight.ndim == 3] if fused else []
     costs = []
     for index in map(kinds.index, range(max(kinds) + 1)):
-        linear = [module.weight.numel() for module in layers[index].modules() if _is_linear(module)]
+        linear = [module.weight.numel() for module in layers[index].modules() if isinstance(module, lora.LINEAR)]
         numbers = {"linear": sum(linear), "largest": max(linear, default=0)}
         numbers |= {"parameters": sum(weight.numel() for weight in layers[index].parameters())}
         costs.append(numbers | {"window": window if types[index] == "sliding_attention" else 0})
     for implementation in implementations:
         for mode_name in (name for name in MODES if fused or "experts" not in name):
             points = _measure(architecture, kinds, implementation, mode_name, SHORT if stateful else LENGTHS)
-            for kind, measured in zip(costs, points, strict=True):
-                name = "varlen" if implementation == "varlen" else "masked"
-                kind |= _fit(measured, kind, name, mode_name)
+            name = "varlen" if implementation == "varlen" else "masked"
+            costs = [_fit(*each, name, mode_name) for each in zip(points, costs, strict=True)]
     return {
         "parameters": model.num_parameters(),
         "hidden_size": text.hidden_size,
@@ -130,11 +120,10 @@ def trace(architecture: dict[str, Any]) -> dict[str, Any]:
         "tied": head is None or head.weight is embeddings.weight,
         "window": window if reason and not always else 0,
         "layers": kinds,
-        "adapters": adapters,
+        "adapters": lora.linear_layers(model),
         "expert_adapters": sum(number * (rows + columns) for number, rows, columns in experts),
         "kinds": costs,
-        "assumed": " or ".join(f"{name} attention" for name in implementations)
-        + (", grouped experts" if fused else ""),
+        "assumed": f"{' or '.join(implementations)} attention" + (", grouped experts" if fused else ""),
     }
 
 
@@ -177,10 +166,6 @@ def _kinds(layers: torch.nn.ModuleList, types: list[Any]) -> list[int]:
         for layer, kind in zip(layers, types, strict=True)
     ]
     return [list(dict.fromkeys(signatures)).index(signature) for signature in signatures]
-
-
-def _is_linear(module: Any) -> bool:
-    return isinstance(module, (torch.nn.Linear, Conv1D))
 
 
 def _measure(
@@ -266,28 +251,25 @@ def _run(model: Any, layers: list[Any], tokens: int, autocast: bool, backward: b
 def _fit(points: list[dict[str, int]], kind: dict[str, Any], attended: str, mode: str) -> dict[str, Any]:
     """Return what a kind of layer has after these measurements: coefficients of 1, tokens and tokens x row length.
 
-    Of the bytes kept; of the peak of its backward pass after recomputation, the largest of several such functions; and
-    of FLOPs, where explicit scores of attention are 4 x width of the queries x tokens^2.
+    Of the bytes kept; of the peak of its backward pass after recomputation, the largest of such functions; and of
+    FLOPs, where explicit scores of attention are 4 x width of the queries x tokens^2.
     """
-    x = [point["tokens"] for point in points]
+    x, square = [point["tokens"] for point in points], attended == "masked"
 
-    def lines(key: str) -> list[list[float]]:
-        y: list[float] = [point[key] for point in points]
-        slopes = [(y[i + 1] - y[i]) / (x[i + 1] - x[i]) for i in range(len(x) - 1)]
-        square = 0.0 if attended == "varlen" else (slopes[-1] - slopes[-2]) / (x[-1] - x[-3])
-        y = [value - square * tokens**2 for value, tokens in zip(y, x, strict=True)]
-        slopes = [(y[i + 1] - y[i]) / (x[i + 1] - x[i]) for i in range(len(x) - 1)]
-        return [[round(y[i] - slope * x[i]), round(slope, 2), round(square, 6)] for i, slope in enumerate(slopes)]
+    def fit(key: str, chosen: slice) -> list[float]:
+        y = [point[key] for point in points]
+        found = np.polyfit(x[chosen], y[chosen], 2 if square else 1)[::-1]
+        return [*(round(float(value), 6) for value in found), 0.0][:3]
 
-    kept, peaks = lines("kept")[-1], lines("peak")
+    kept = fit("kept", slice(None))
+    peaks = [fit("peak", slice(None))] if square else [fit("peak", slice(2)), fit("peak", slice(1, 3))]
     for function in (kept, *peaks) if mode == "autocast" else ():
         function[0] -= 2 * kind["linear"]  # autocast's copies of the weights, which the plan counts as buffers
-    earlier = kind.get("bytes", {})
-    measured = {**earlier.get(attended, {}), mode: {"kept": kept, "peak": peaks}}
-    _, slope, square = lines("flops")[-1]
-    queries = max(kind.get("queries", 0), points[0]["queries"], round(square / 4))
-    counted = {"active": round(slope / 2), "queries": queries} if mode == "bf16" else {}
-    return {**counted, "bytes": {**earlier, attended: measured}}
+    kind.setdefault("bytes", {}).setdefault(attended, {})[mode] = {"kept": kept, "peak": peaks}
+    _, slope, scores = fit("flops", slice(None))
+    if mode == "bf16":
+        kind |= {"active": round(slope / 2), "queries": max(points[0]["queries"], round(scores / 4))}
+    return kind
 
 
 def main(file: str) -> int:

@@ -1,6 +1,7 @@
 """Low-rank adapters: loading and quantizing the base model, and the adapter configuration."""
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir, read_json
 from sft_recipes.training import parameter_table
 
+LINEAR = (torch.nn.Linear, Conv1D)
 # Types with mamba kernels that read a layer's weight themselves (peft 0.21, `_check_lora_target_modules_mamba`).
 _MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 
@@ -58,6 +60,15 @@ def make_lora_config(plan: Plan, base: Path, model: Any = None) -> Any:
     return adapter_config(lora, model, hub.commit_of(base) or plan.sections.model.revision)
 
 
+def linear_layers(model: Any) -> Counter[str]:
+    """Return inputs + outputs of the linear layers by name, without the output layer: what adapters of rank 1 have."""
+    sizes, head = Counter[str](), model.get_output_embeddings()
+    for name, layer in model.named_modules():
+        if isinstance(layer, LINEAR) and layer is not head:
+            sizes[name.rpartition(".")[2]] += sum(layer.weight.shape)
+    return sizes
+
+
 def adapter_config(lora: Lora, model: Any, revision: str | None) -> Any:
     """Return peft's LoraConfig for a loaded model; without the model, for one without fused experts.
 
@@ -69,12 +80,7 @@ def adapter_config(lora: Lora, model: Any, revision: str | None) -> Any:
     fused = [] if model is None else list(parameter_table.fused_experts(model))
     targets = lora.target_modules
     if model is not None:
-        head, kind = model.get_output_embeddings(), model.config.model_type
-        linear = {
-            name.rpartition(".")[2]
-            for name, layer in model.named_modules()
-            if isinstance(layer, (torch.nn.Linear, Conv1D)) and layer is not head
-        }
+        linear, kind = set(linear_layers(model)), model.config.model_type
         if not (linear if targets == "all-linear" else linear & set(targets)):
             raise SetupError(
                 f"lora.target_modules: found {targets}, and the linear layers of this model are "

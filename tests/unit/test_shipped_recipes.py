@@ -103,7 +103,16 @@ def test_parameter_counts_equal_real_models(name):
     assert parameter_count(architecture) == model.num_parameters()
 
 
-PUBLISHED = {"1b": 1.72, "3b": 4.02, "7b": 7.61, "8b": 8.03, "13b": 14.8, "30b-a3b": 30.5, "32b": 32.8, "70b": 70.6}  # model cards
+PUBLISHED = {
+    "1b": 1.72,
+    "3b": 4.02,
+    "7b": 7.61,
+    "8b": 8.03,
+    "13b": 14.8,
+    "30b-a3b": 30.5,
+    "32b": 32.8,
+    "70b": 70.6,
+}  # model cards
 
 
 @pytest.mark.parametrize(("name", "billions"), PUBLISHED.items())
