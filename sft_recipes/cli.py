@@ -195,8 +195,7 @@ def _recipe(parsed: argparse.Namespace, default_data: Mapping[str, Any] | None =
     if (recipe.hardware.gpus if gpus is None else gpus) and model_trace.needs_trace(model.architecture):
         name = model.name_or_path or recipe.name
         print(f"tracing the layers of {name} for the forecasts, once (some seconds)", file=sys.stderr, flush=True)
-        model_trace.trace(model.architecture)
-        if problem := model_trace.problem_of(model.architecture):
+        if problem := model_trace.trace(model.architecture):
             print(f"no forecast of memory and time: the layers cannot be traced ({problem})", file=sys.stderr)
     return recipe
 

@@ -19,7 +19,7 @@ from sft_recipes.runtime.paths import check_links, mount_hint
 
 # Values of a configuration that do not change what a layer computes.
 _NO_DIMENSION = re.compile(
-    r"_.*|.*_token_id|.*dropout|(torch_)?dtype|architectures|transformers_version|quantization_config|use_cache|"
+    r"_.*|(bos|eos)_token_id|.*dropout|(torch_)?dtype|architectures|transformers_version|quantization_config|use_cache|"
     r"initializer_range|max_position_embeddings|rope_.*|id2label|label2id"
 )
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
@@ -191,12 +191,10 @@ def check_architecture(stated: dict[str, Any], folder: Path, trust_remote_code: 
         DataError: the model's config differs.
     """
     config = model_layers.load_config(folder, trust_remote_code) if stated else None
-    dense = stated.get("model_type", "llama") in DENSE_KINDS  # configuration classes rename values of some other types
-    wrong = [
-        key
-        for key, value in stated.items()
-        if getattr(config, key, None) != value and (dense or (isinstance(value, int) and hasattr(config, key)))
-    ]
+    dense = stated.get("model_type", "llama") in DENSE_KINDS
+    # Configuration classes rename and replace other values of other types.
+    checked = {key: stated[key] for key in stated if dense or (key in DENSE_KEYS and hasattr(config, key))}
+    wrong = [key for key, value in checked.items() if getattr(config, key, None) != value]
     if wrong:
         values = (f"{key} {stated[key]!r}, expected {getattr(config, key, None)!r}" for key in wrong)
         raise DataError(f"model.architecture: found {'; '.join(values)} ({folder / 'config.json'}). Correct the recipe")

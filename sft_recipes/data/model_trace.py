@@ -11,6 +11,7 @@ from typing import Any
 
 from sft_recipes.config import architecture as architectures
 from sft_recipes.config import traced_layers
+from sft_recipes.runtime import timeouts
 from sft_recipes.runtime.paths import REPOSITORY
 from sft_recipes.runtime.run_dir import read_json
 
@@ -26,12 +27,21 @@ def problem_of(architecture: Mapping[str, Any]) -> str | None:
     return read_json(traced_layers.cache_file(architecture)).get("problem") if architecture else None
 
 
-def trace(architecture: Mapping[str, Any]) -> None:
-    """Trace an architecture in a process of its own, which imports torch and runs the model's code on fake tensors."""
+def trace(architecture: Mapping[str, Any]) -> str | None:
+    """Trace an architecture in a process of its own, which imports torch and runs the model's code on fake tensors.
+
+    Returns:
+        Why it could not be traced; None on success.
+    """
     file = traced_layers.cache_file(architecture).absolute()
     command = [sys.executable, "-m", "sft_recipes.training.layer_trace", str(file)]
     path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        command, input=json.dumps(architecture), capture_output=True, text=True, check=False, env=environment
-    )
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(architecture).encode(), capture_output=True, env=environment,
+            timeout=timeouts.LAYER_TRACE, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"it took longer than {timeouts.LAYER_TRACE:g} seconds"
+    return problem_of(architecture) or (f"exit code {done.returncode}" if done.returncode else None)
