@@ -336,7 +336,7 @@ def _operations(plan: Plan, prepared: Path) -> dict[str, float | None]:
     flops = cost.flops_per_token(load, attended, supervised) if load else None
     return {
         "causal": flops and flops.model,
-        "PaLM": cost.palm_flops_per_token(architecture, plan.max_length),
+        "PaLM": load and cost.palm_flops_per_token(load, plan.max_length),
         "hardware": flops and flops.hardware,
     }
 

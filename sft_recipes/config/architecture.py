@@ -1,10 +1,11 @@
-"""Parameter counts of Llama-shaped decoders, from the numbers of their config."""
+"""Parameter counts of decoders: of Llama-shaped ones from the numbers of their config, of others from a trace."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from sft_recipes.config import traced_layers
 from sft_recipes.config.schema import Lora
 
 # Llama-shaped decoders that parameter_count supports, and whether a configuration without `tie_word_embeddings` ties.
@@ -15,6 +16,18 @@ DENSE_KINDS = {
 
 
 DENSE_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
+
+def is_dense(architecture: Mapping[str, Any]) -> bool:
+    """Return whether the closed forms hold: a Llama-shaped decoder whose dimensions are known."""
+    known = architecture.get("model_type", "llama") in DENSE_KINDS
+    return known and all(key in architecture for key in DENSE_KEYS)
+
+
+def find_trace(architecture: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the trace of the layers of a decoder that is not Llama-shaped; None without one."""
+    other = architecture.get("model_type", "llama") not in DENSE_KINDS
+    return traced_layers.find(architecture) if other else None
 
 
 def linear_layers(architecture: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
@@ -40,13 +53,14 @@ def block_weights(architecture: Mapping[str, Any]) -> int:
 
 
 def parameter_count(architecture: Mapping[str, Any]) -> int | None:
-    """Return the parameters of a dense Llama-shaped decoder: grouped-query attention, gated MLP, RMS norms.
+    """Return the parameters of a decoder; None if it is not Llama-shaped and not traced, or lacks the dimensions.
 
-    Includes the biases of q, k, v in Qwen 2 and the norms of q and k in Qwen 3 and OLMo 2. None if the recipe lacks the
-    dimensions.
+    Of a Llama-shaped one: grouped-query attention, gated MLP, RMS norms, the biases of q, k, v in Qwen 2, and the norms
+    of q and k in Qwen 3 and OLMo 2.
     """
-    if any(key not in architecture for key in DENSE_KEYS):
-        return None
+    if not is_dense(architecture):
+        trace = find_trace(architecture)
+        return trace["parameters"] if trace else None
     hidden, kind = architecture["hidden_size"], architecture.get("model_type")
     layers = linear_layers(architecture)
     block = block_weights(architecture) + 2 * hidden
@@ -62,10 +76,14 @@ def parameter_count(architecture: Mapping[str, Any]) -> int | None:
 
 
 def adapter_count(architecture: Mapping[str, Any], lora: Lora) -> int | None:
-    """Return the parameters of the adapters: r x (inputs + outputs) of each adapted layer."""
+    """Return the parameters of the adapters: r x (inputs + outputs) of each adapted layer, and of each expert with
+    `lora.experts`."""
     if parameter_count(architecture) is None:
         return None
-    layers = linear_layers(architecture)
-    adapted = list(layers) if isinstance(lora.target_modules, str) else lora.target_modules
-    block = sum(lora.r * sum(layers[name]) for name in adapted if name in layers)
-    return int(architecture["num_hidden_layers"] * block)
+    if trace := find_trace(architecture):
+        sizes, repeated, experts = trace["adapters"], 1, trace["expert_adapters"] if lora.experts else 0
+    else:
+        sizes = {name: sum(size) for name, size in linear_layers(architecture).items()}
+        repeated, experts = architecture["num_hidden_layers"], 0
+    adapted = list(sizes) if isinstance(lora.target_modules, str) else lora.target_modules
+    return int(lora.r * (repeated * sum(sizes[name] for name in adapted if name in sizes) + experts))

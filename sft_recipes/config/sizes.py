@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from sft_recipes.config import schema
-from sft_recipes.config.architecture import parameter_count
+from sft_recipes.config.architecture import is_dense, parameter_count
 from sft_recipes.config.schema import Recipe, did_you_mean
 from sft_recipes.runtime.errors import ConfigError
 from sft_recipes.runtime.paths import REPOSITORY
@@ -98,7 +98,8 @@ def size_class_of(recipe: Recipe) -> str:
             f"{where}: size: found {recipe.size}, expected at most {MAX_DISTANCE:g} times beyond a size class. Set "
             f"size to one of {', '.join(_names(method))} and the values that differ"
         )
-    parameters = parameter_count(recipe.model.architecture)
+    architecture = recipe.model.architecture
+    parameters = parameter_count(architecture) if is_dense(architecture) else None
     if parameters is None or recipe.origins.get("model.architecture") == COMMAND_LINE:
         return size
     nearest = nearest_size_class(parameters / 1e9, method)

@@ -17,6 +17,11 @@ from sft_recipes.data import hub, model_layers
 from sft_recipes.runtime.errors import DataError
 from sft_recipes.runtime.paths import check_links, mount_hint
 
+# Values of a configuration that do not change what a layer computes.
+_NO_DIMENSION = re.compile(
+    r"_.*|(bos|eos)_token_id|.*dropout|(torch_)?dtype|architectures|transformers_version|quantization_config|use_cache|"
+    r"initializer_range|max_position_embeddings|rope_.*|id2label|label2id"
+)
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".zip", ".gz", ".zst")
 _DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # endings of decoders' classes
@@ -29,7 +34,7 @@ class ModelFacts:
 
     Attributes:
         revision: commit of a Hub model.
-        architecture: dimensions for the memory forecast; empty for a type that it does not support.
+        architecture: dimensions for the memory forecast; empty if it does not support them.
         parameters: number of weights.
         positions: context length; None if its configuration has none.
         quantization: method of quantized weights.
@@ -102,16 +107,21 @@ def _local_folder(name_or_path: str) -> Path | None:
 
 
 def architecture_of(folder: Path) -> dict[str, Any]:
-    """Return the configuration values that forecasts need; empty for a type or values they do not support."""
+    """Return the configuration values that forecasts need; empty for values they do not support.
+
+    Of a type without a closed form: all that may change its layers, for a trace of them.
+    """
     config = _read_json(folder / "config.json")
-    if config.get("model_type") not in DENSE_KINDS:
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or "auto_map" in config:
         return {}
+    if kind not in DENSE_KINDS:
+        return {key: value for key, value in config.items() if value is not None and not _NO_DIMENSION.fullmatch(key)}
     sizes = {key: config[key] for key in (*DENSE_KEYS, *_OPTIONAL_SIZES) if config.get(key) is not None}
     if any(type(value) is not int or value < 1 for value in sizes.values()):
         return {}  # loading the model reports it
     stated = {key: config[key] for key in ("tie_word_embeddings", "attention_bias") if config.get(key) is not None}
-    tied = {"tie_word_embeddings": DENSE_KINDS[config["model_type"]]}
-    return {**sizes, **tied, **stated, "model_type": config["model_type"]}
+    return {**sizes, "tie_word_embeddings": DENSE_KINDS[kind], **stated, "model_type": kind}
 
 
 def describe_model(name_or_path: str) -> ModelFacts:
@@ -181,7 +191,10 @@ def check_architecture(stated: dict[str, Any], folder: Path, trust_remote_code: 
         DataError: the model's config differs.
     """
     config = model_layers.load_config(folder, trust_remote_code) if stated else None
-    wrong = [key for key, value in stated.items() if getattr(config, key, None) != value]
+    dense = stated.get("model_type", "llama") in DENSE_KINDS
+    # Configuration classes rename and replace other values of other types.
+    checked = {key: stated[key] for key in stated if dense or (key in DENSE_KEYS and hasattr(config, key))}
+    wrong = [key for key, value in checked.items() if getattr(config, key, None) != value]
     if wrong:
         values = (f"{key} {stated[key]!r}, expected {getattr(config, key, None)!r}" for key in wrong)
         raise DataError(f"model.architecture: found {'; '.join(values)} ({folder / 'config.json'}). Correct the recipe")

@@ -11,7 +11,7 @@ from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import DataError
 
 # Layers that pass a state or a convolution from token to token, by their names in transformers' `layer_types`.
-_WITH_STATE = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
+WITH_STATE = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
 
 # Names of attention dropout in model configurations.
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
@@ -45,7 +45,7 @@ def find_leak(plan: Plan, config: Any) -> str | None:
 
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
     model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if with_state := sorted(kinds & _WITH_STATE):
+    if with_state := sorted(kinds & WITH_STATE):
         return f"layers of type {' and '.join(with_state)} carry state from one packed example into the next"
     if not kinds and getattr(model, "_is_stateful", False):
         return "recurrent layers carry state from one packed example into the next"

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sft_recipes.config.architecture import linear_layers, parameter_count
 from sft_recipes.config.gpu_types import find_gpu_type
 from sft_recipes.planner.memory import MemoryInputs
 from sft_recipes.runtime.env import gpu_hour_price
@@ -60,15 +58,14 @@ def flops_per_token(load: MemoryInputs, mean_length: float, supervised_share: fl
         mean_length: mean over tokens of the length of the example that a token is in.
         supervised_share: supervised tokens / tokens.
     """
-    architecture = load.architecture
     adapters = load.trained if load.lora else 0
-    linear = 2.0 * load.layers * load.block
-    attention = 2.0 * load.layers * linear_layers(architecture)["q_proj"][1] * mean_length
+    linear = 2.0 * sum(layer.active for layer in load.decoder)
+    attention = 2.0 * sum(layer.queries * min(mean_length, layer.window or mean_length) for layer in load.decoder)
     logits = 2.0 * load.ends * supervised_share
     forward = linear + 2.0 * adapters + attention + logits
     backward = (1 if load.lora else 2) * (linear + logits) + 4.0 * adapters + 2 * attention
     recomputed = logits + attention / 2
-    skipped = 0.0 if load.lora else 2.0 * load.layers * load.inner * load.hidden
+    skipped = 0.0 if load.lora else 2.0 * sum(layer.last for layer in load.decoder)
     recomputed += load.recomputed / load.layers * (linear + 2.0 * adapters + attention - skipped)
     return Flops(forward, forward + backward, forward + backward + recomputed)
 
@@ -149,17 +146,15 @@ def flops_of(plan: Plan, load: MemoryInputs) -> Flops:
     return flops_per_token(load, mean_tokens(plan), 1.0 if plan.supervised_share is None else plan.supervised_share)
 
 
-def palm_flops_per_token(architecture: Mapping[str, Any], tokens_per_row: int) -> float | None:
+def palm_flops_per_token(load: MemoryInputs, tokens_per_row: int) -> float:
     """Return 6N + 12 x layers x width x row length, as in most published MFU (PaLM, arXiv:2204.02311, appendix B).
 
-    It includes the embedding look-up and attention to tokens that the causal mask hides.
+    It includes the embedding look-up and attention to tokens that the causal mask hides. Of experts, N has those that
+    a token is routed to.
     """
-    parameters = parameter_count(architecture)
-    if parameters is None:
-        return None
-    width: int = linear_layers(architecture)["q_proj"][1]
-    attention: float = 12 * architecture["num_hidden_layers"] * width * tokens_per_row
-    return 6 * parameters + attention
+    idle = sum(layer.weights - layer.active for layer in load.decoder)
+    attention: float = 12 * sum(layer.queries for layer in load.decoder) * tokens_per_row
+    return 6 * (load.parameters - idle) + attention
 
 
 def forecast(plan: Plan, load: MemoryInputs) -> dict[str, float | None] | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sft_recipes.config.architecture import adapter_count, block_weights, linear_layers, parameter_count
+from sft_recipes.config.architecture import adapter_count, block_weights, find_trace, linear_layers, parameter_count
 from sft_recipes.config.schema import Lora
 from sft_recipes.config.strategies import STRATEGIES, Strategy
 from sft_recipes.runtime.units import GIB
@@ -42,12 +42,42 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers"
 NF4_BYTES = 0.5 + 0.127 / 8
 
 
+@dataclass(frozen=True)
+class LayerCosts:
+    """What one decoder layer needs, by closed form or by a trace (training/layer_trace.py).
+
+    Attributes:
+        weights: number of weights, which FSDP2 and ZeRO-3 gather together.
+        linear: those of linear layers, which autocast casts and QLoRA quantizes; fused experts are not among them.
+        active: those that a token is multiplied with: of the experts, the ones that it is routed to.
+        largest: weights of the largest linear layer.
+        last: weights of the last product, which activation checkpointing does not compute again.
+        queries: width of attention's queries; 0 without attention.
+        window: tokens that a token attends to at most; 0 is no limit.
+        kept: bytes of a micro-batch kept for the backward pass.
+        temporary: bytes that the backward pass of a micro-batch needs in addition, at its peak.
+        first_gradient: weights with a gradient at that peak under FSDP2, if `temporary` does not include it.
+    """
+
+    weights: int
+    linear: int
+    active: int
+    largest: int
+    last: int
+    queries: int
+    window: int
+    kept: int
+    temporary: int
+    first_gradient: int
+
+
 @dataclass
 class MemoryInputs:
     """Inputs of the memory forecast of a rank: a model whose dimensions are known (`parameter_count`), and a strategy.
 
     Attributes:
         tokens: tokens per micro-batch, padding included.
+        row_length: tokens per row, where a traced layer keeps scores or a mask; 0 is one row.
         scores_of: attention scores kept per token and head: the row length under eager attention, else 0.
         gradient_checkpointing: whether layers are recomputed; a number n means every n-th layer.
         accumulation: micro-batches per optimizer step.
@@ -71,21 +101,20 @@ class MemoryInputs:
     on_cpu: bool = False
     fused_kernels: bool = False
     hierarchical: bool = False
+    row_length: int = 0
 
     def __post_init__(self) -> None:
         """Derive sizes: numbers of weights, and bytes."""
         architecture, lora, half = self.architecture, self.lora, self.precision == "bf16"
         parameters = parameter_count(architecture)
         assert parameters is not None, "dimensions are missing"
+        trace = find_trace(architecture)
+        dimensions = trace or architecture
         self.strategy: Strategy = STRATEGIES[self.parallelism]
-        self.hidden: int = architecture["hidden_size"]
-        self.inner: int = architecture["intermediate_size"]
-        self.layers: int = architecture["num_hidden_layers"]
-        interval = int(self.gradient_checkpointing)
-        self.recomputed = -(-self.layers // interval) if interval else 0  # layers 0, n, 2n, …
-        self.block = block_weights(architecture)
-        self.ends: int = architecture["vocab_size"] * self.hidden  # weights of the embeddings, or of the output layer
-        self.tied = bool(architecture.get("tie_word_embeddings"))
+        self.hidden: int = dimensions["hidden_size"]
+        self.vocabulary: int = dimensions["vocab_size"]
+        self.ends = self.vocabulary * self.hidden  # weights of the embeddings, or of the output layer
+        self.tied = bool(trace["tied"] if trace else architecture.get("tie_word_embeddings"))
         self.parameters = parameters
         self.trained = (adapter_count(architecture, lora) or 0) if lora else parameters
         # fp32 weights are cast to bf16 on use.
@@ -102,12 +131,60 @@ class MemoryInputs:
         # Trainer keeps in fp32 (scales add under 4%). Other optimizers are forecast as AdamW; most need less.
         embeddings = 0 if lora else self.ends
         self.moments = 2 * self.trained + 6 * embeddings if "8bit" in self.optimizer else 8 * self.trained
+        # The decoder layers from bottom to top.
+        self.decoder = _traced_layers(self, trace) if trace else _dense_layers(self)
+        self.layers = len(self.decoder)
+        self.block = max(layer.weights for layer in self.decoder)
+        interval = int(self.gradient_checkpointing)
+        self.kept_layers = [layer for index, layer in enumerate(self.decoder) if not interval or index % interval]
+        self.recomputed = self.layers - len(self.kept_layers)  # layers 0, n, 2n, …
         # The complete model in its dtypes, without adapters.
         frozen_half = lora is not None and half
         self.model_bytes = parameters * (2 if self.zero_half or frozen_half else 4)
         if lora and lora.quantize:
-            linear = self.layers * self.block
+            linear = sum(layer.linear for layer in self.decoder)
             self.model_bytes = int(linear * NF4_BYTES + self.width * (parameters - linear))
+
+
+def _dense_layers(load: MemoryInputs) -> list[LayerCosts]:
+    """Return the layers of a Llama-shaped decoder, which are all alike."""
+    architecture, block = load.architecture, block_weights(load.architecture)
+    largest = architecture["intermediate_size"] * load.hidden
+    layer = LayerCosts(
+        weights=block,
+        linear=block,
+        active=block,
+        largest=largest,
+        last=largest,
+        queries=linear_layers(architecture)["q_proj"][1],
+        window=0,
+        kept=load.tokens * activation_bytes(load),
+        temporary=load.tokens * _backward_temporaries(load),
+        first_gradient=largest,
+    )
+    return [layer] * int(architecture["num_hidden_layers"])
+
+
+def _traced_layers(load: MemoryInputs, trace: Mapping[str, Any]) -> list[LayerCosts]:
+    """Return the layers of a traced decoder, each of its kind."""
+    row, fp32 = load.row_length or load.tokens, load.precision == "fp32"
+    mode = "fp32" if fp32 else "autocast" if load.autocasts else "sharded" if load.strategy.fsdp else "bf16"
+    if load.lora:
+        adapted = "experts" if load.lora.experts and trace["expert_adapters"] else "lora"
+        mode = f"{adapted} fp32" if fp32 else adapted
+    kinds = []
+    for kind in trace["kinds"]:
+        masked = "varlen" not in kind["bytes"] or 0 < trace["window"] < row
+        measured = kind["bytes"]["masked" if masked else "varlen"][mode]
+        kept, *peaks = (
+            int(constant + load.tokens * (per_token + row * per_pair))
+            for constant, per_token, per_pair in (measured["kept"], *measured["peak"])
+        )
+        numbers = {name: kind[name] for name in ("linear", "active", "largest", "queries", "window")}
+        temporary = max(*peaks, kept) - kept
+        costs = LayerCosts(kind["parameters"], **numbers, last=0, kept=kept, temporary=temporary, first_gradient=0)
+        kinds.append(costs)
+    return [kinds[index] for index in trace["layers"]]
 
 
 def bytes_per_gpu(load: MemoryInputs) -> dict[str, int]:
@@ -153,9 +230,9 @@ def _phases(load: MemoryInputs) -> list[dict[str, int]]:
     gradients = 0 if strategy.cpu_offload else 4 * load.trained // shards
     # A plain optimizer and FSDP2 free gradients after each step: a step of one micro-batch begins with none.
     before = gradients if load.accumulation > 1 or strategy.deepspeed else 0
-    layer, temporary = load.tokens * activation_bytes(load), load.tokens * _backward_temporaries(load)
-    kept = load.layers - recomputed
-    saved = recomputed * load.tokens * hidden * load.stream_width + kept * layer
+    heaviest = max(load.decoder, key=lambda layer: layer.kept + layer.temporary)
+    layer, temporary = heaviest.kept, heaviest.temporary
+    saved = recomputed * load.tokens * hidden * load.stream_width + sum(each.kept for each in load.kept_layers)
     # If the top layer is kept, it is freed before the first layer is recomputed.
     top_recomputed = recomputed and (load.layers - 1) % int(load.gradient_checkpointing) == 0
     chunk, scores = _logits(load)
@@ -165,10 +242,10 @@ def _phases(load: MemoryInputs) -> list[dict[str, int]]:
     waiting = embedding if load.tied else 0
     # The gradient of the last hidden states is fp32 with adapters; without, it is freed before the peak of the phase.
     states = 4 * load.tokens * hidden if lora else 0
-    casts_of_a_layer = 2 * block if load.autocasts else 0
-    casts = load.layers * casts_of_a_layer
-    kept_casts = kept * casts_of_a_layer
-    last = 0 if before or lora else 4 * block + embedding
+    cast = 2 if load.autocasts else 0
+    casts_of_a_layer = cast * heaviest.linear
+    casts, kept_casts = (cast * sum(each.linear for each in layers) for layers in (load.decoder, load.kept_layers))
+    last = 0 if before or lora else 4 * load.decoder[0].weights + embedding
     flat = {2: gradients, 3: min(gradients, 4 * SUB_GROUP)}.get(strategy.zero_stage, 0)
     forward = {"gradients": before, "activations": saved, "logits": chunk, "buffers": casts}
     scoring = forward | {"logits": chunk + scores, "buffers": kept_casts}
@@ -191,7 +268,7 @@ def _phases(load: MemoryInputs) -> list[dict[str, int]]:
     reduced, own = (0, 0) if lora else (4, width)
     but_last = max(gradients if before else gradients - reduced * (block + (0 if load.tied else ends)) // ranks, 0)
     next_unit = 0 if load.tied or lora else width * ends  # frozen embeddings are not gathered for a gradient
-    first_gradient = own * load.inner * hidden  # of a layer: of its down projection
+    first_gradient = own * heaviest.first_gradient
     top_layer |= {
         "gradients": max(before, reduced * ends // ranks),
         "logits": states,
@@ -202,10 +279,17 @@ def _phases(load: MemoryInputs) -> list[dict[str, int]]:
         "logits": 0,
         "buffers": width * block + next_unit + first_gradient + reduced * block,
     }
+    # Above the bottom layer the next unit is a layer.
+    second_layer = bottom_layer | {
+        "activations": layer + temporary + load.tokens * hidden * load.stream_width,
+        "gradients": gradients if before else max(but_last - reduced * block // ranks, 0),
+        "buffers": 2 * width * block + first_gradient + reduced * block,
+    }
     return [
         forward | {"buffers": 2 * width * ends},
         scoring | {"buffers": width * (ends + block)},
         top_layer,
+        second_layer,
         bottom_layer,
         {"gradients": but_last, "buffers": next_unit + (own + reduced) * block},  # reducing the bottom layer
         {"gradients": gradients, "buffers": (own + reduced) * ends + (width * ends if load.tied else 0)},
@@ -220,7 +304,7 @@ def _logits(load: MemoryInputs) -> tuple[int, int]:
     The chunk includes autocast's copy of the output weights. The gradients are fp32: of the hidden states and, unless
     frozen, of the output layer, which are then cast to its dtype.
     """
-    columns = min(load.architecture["vocab_size"], LOGIT_CHUNK[1])
+    columns = min(load.vocabulary, LOGIT_CHUNK[1])
     chunk = load.width * min(load.tokens, LOGIT_CHUNK[0]) * columns
     chunk += 2 * columns * load.hidden if load.autocasts else 0
     # The norm's input, the normalized input, its output, and the scored positions of the output: 4 bytes each if the
@@ -241,7 +325,7 @@ def activation_bytes(load: MemoryInputs) -> int:
     inner ones, keys and values twice, and the hidden states in norms, projections and adapters. Fused
     attention keeps no scores; eager attention keeps them in fp32 and, in mixed precision, also in 16 bits.
     """
-    hidden, inner, fp32 = load.hidden, load.inner, load.precision == "fp32"
+    hidden, inner, fp32 = load.hidden, load.architecture["intermediate_size"], load.precision == "fp32"
     layers, kind = linear_layers(load.architecture), load.architecture.get("model_type")
     queries, key_values = layers["q_proj"][1], layers["k_proj"][1]
     extra = load.architecture["num_attention_heads"] * load.scores_of * (4 if fp32 else 6)
@@ -270,9 +354,10 @@ def _backward_temporaries(load: MemoryInputs) -> int:
     Measured like activations (the peak of a pass beyond saved activations), for MLPs at least 2.5 times as wide as the
     hidden states, and on fake tensors of the recipes' shapes (tests/strategies/test_step_memory.py).
     """
+    inner = int(load.architecture["intermediate_size"])
     if load.precision == "fp32":
-        return 8 * load.inner + 5 * load.hidden
-    return int((6 if load.lora else 4) * load.inner + 7.5 * load.hidden)
+        return int(8 * inner + 5 * load.hidden)
+    return int((6 if load.lora else 4) * inner + 7.5 * load.hidden)
 
 
 def _buffers(load: MemoryInputs) -> int:
@@ -282,17 +367,18 @@ def _buffers(load: MemoryInputs) -> int:
     # 1 and 2, one in the communication dtype in stage 3.
     if strategy.zero_stage in (1, 2):
         staged = 4 if strategy.zero_stage == 1 else width
-        return width * min(load.parameters, ALLGATHER_BUCKET) + 2 * staged * REDUCE_BUCKET
+        return int(width * min(load.parameters, ALLGATHER_BUCKET) + 2 * staged * REDUCE_BUCKET)
     if strategy.zero_stage == 3:
         sizes = zero3_sizes(load)
-        gathered = 2 * max(load.block, load.ends) + sizes["stage3_prefetch_bucket_size"]
+        gathered: int = 2 * max(load.block, load.ends) + sizes["stage3_prefetch_bucket_size"]
         gathered += load.trained if load.lora else 0  # adapters are below the threshold
         return width * gathered + 4 * REDUCE_BUCKET
     if strategy.fsdp:
         # Gathers and reductions are counted per phase. On CPU gloo keeps copies of unsent data:
         # about four layers in real runs (docs/design/decisions.md: peaks of one small run were 208 to 273 MiB).
         return 4 * width * load.block if load.on_cpu else 0
-    dequantized = width * load.hidden * load.inner if load.lora and load.lora.quantize else 0
+    quantized = load.lora is not None and load.lora.quantize
+    dequantized = width * max(layer.largest for layer in load.decoder) if quantized else 0
     return dequantized + (4 * load.trained if strategy.ddp else 0)
 
 
@@ -306,7 +392,8 @@ def zero3_sizes(load: MemoryInputs) -> dict[str, int]:
     """
     if load.strategy.zero_stage != 3:
         return {}
-    adapters = load.lora.r * max(load.hidden, load.inner) + 1 if load.lora else 0
+    width = max(load.hidden, load.architecture.get("intermediate_size") or 0)
+    adapters = load.lora.r * width + 1 if load.lora else 0
     return {
         "stage3_prefetch_bucket_size": min(load.block, PREFETCH_LIMIT),
         "stage3_param_persistence_threshold": max(10 * load.hidden, adapters),

@@ -303,6 +303,7 @@ def memory_inputs(plan: Plan, architecture: Mapping[str, Any]) -> memory.MemoryI
         on_cpu=not plan.uses_gpu,
         fused_kernels=plan.fused_kernels,
         hierarchical=_NODE_COPY in plan.zero3_sizes,
+        row_length=plan.max_length,
     )
 
 

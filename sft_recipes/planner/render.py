@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from sft_recipes.config.architecture import find_trace
 from sft_recipes.config.gpu_types import find_gpu_type
 from sft_recipes.config.schema import OVERFIT_LOSS, DataSource
 from sft_recipes.planner import save_time
@@ -129,8 +130,11 @@ def _estimate(plan: Plan, value: Any) -> str:
 
 def _memory(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.memory_bytes_per_gpu is None:
-        yield "memory", "unknown: model.architecture is not set"
+        yield "memory", "unknown: model.architecture is not set, or its layers could not be traced"
         return
+    if trace := find_trace(plan.sections.model.architecture):
+        window = f"; sliding window of {trace['window']} tokens" if trace["window"] else ""
+        yield "memory forecast", f"from a trace of the layers on fake tensors, assuming {trace['assumed']}{window}"
     yield f"memory per {'GPU' if plan.uses_gpu else 'process'}", _parts(plan.memory_bytes_per_gpu, " peak")
     if reserve := plan.memory_bytes_per_gpu["reserve"]:
         covers = "driver, CUDA context" + (", NCCL" if plan.world_size > 1 else "")

@@ -124,7 +124,7 @@ def _candidates(recipe: Recipe, topology: Topology) -> Iterator[dict[str, Any]]:
             yield from (base | {"parallelism": widest, "GPUS": gpus} for widest in wider[-1:])
     if not recipe.lora:
         yield base | {"parallelism": OFFLOADED.name}
-        size = nearest_size_class((parameter_count(recipe.model.architecture) or 0) / 1e9, "lora")
+        size = nearest_size_class((parameter_count(recipe.model.architecture) or 1) / 1e9, "lora")
         yield base | {"lora.r": 16, "size": size} | ddp
         yield base | {"lora.quantize": "nf4", "size": size} | ddp
 

@@ -41,3 +41,6 @@ ALLREDUCE_TEST = 180.0
 # Trackers.
 TRACKER_INIT = 20
 TRACKER_FINISH = 30
+
+# Forecasts.
+LAYER_TRACE = 900.0  # on a fake device, of a layer that loops over tokens in Python

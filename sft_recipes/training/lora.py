@@ -1,16 +1,23 @@
 """Low-rank adapters: loading and quantizing the base model, and the adapter configuration."""
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
+from sft_recipes.config.schema import Lora
 from sft_recipes.data import hub, model_files, model_layers
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir, read_json
 from sft_recipes.training import parameter_table
+
+LINEAR = (torch.nn.Linear, Conv1D)
+# Types with mamba kernels that read a layer's weight themselves (peft 0.21, `_check_lora_target_modules_mamba`).
+_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 
 
 def loading_arguments(plan: Plan) -> dict[str, Any]:
@@ -48,18 +55,41 @@ def make_lora_config(plan: Plan, base: Path, model: Any = None) -> Any:
     lora = plan.sections.lora
     if not lora:
         return None
-    fused = [] if model is None else list(parameter_table.fused_experts(model))
-    if lora.experts and not fused:
+    if lora.experts and not (model and parameter_table.fused_experts(model)):
         raise SetupError(f"lora.experts: {plan.model} has no fused experts. Remove lora.experts")
+    return adapter_config(lora, model, hub.commit_of(base) or plan.sections.model.revision)
+
+
+def linear_layers(model: Any) -> Counter[str]:
+    """Return inputs + outputs of the linear layers by name, without the output layer: what adapters of rank 1 have."""
+    sizes, head = Counter[str](), model.get_output_embeddings()
+    for name, layer in model.named_modules():
+        if isinstance(layer, LINEAR) and layer is not head:
+            sizes[name.rpartition(".")[2]] += sum(layer.weight.shape)
+    return sizes
+
+
+def adapter_config(lora: Lora, model: Any, revision: str | None) -> Any:
+    """Return peft's LoraConfig for a loaded model; without the model, for one without fused experts.
+
+    Raises:
+        SetupError: the model has none of the linear layers to adapt.
+    """
     from peft import LoraConfig
 
+    fused = [] if model is None else list(parameter_table.fused_experts(model))
     targets = lora.target_modules
-    if fused and targets == "all-linear":  # peft would add the experts and routers of some models
-        head = model.get_output_embeddings()
-        layers = (
-            name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear) and layer is not head
-        )
-        targets = sorted({name.rpartition(".")[2] for name in layers})
+    if model is not None:
+        linear, kind = set(linear_layers(model)), model.config.model_type
+        if not (linear if targets == "all-linear" else linear & set(targets)):
+            raise SetupError(
+                f"lora.target_modules: found {targets}, and the linear layers of this model are "
+                f"{', '.join(sorted(linear)) or 'none'}. Set lora.target_modules=all-linear, or remove lora"
+            )
+        # peft would add the experts and routers of some models, and rejects this layer of some.
+        rejected = {"out_proj"} if kind in _MAMBA else set()
+        if targets == "all-linear" and (fused or rejected):
+            targets = sorted(linear - rejected)
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -68,7 +98,7 @@ def make_lora_config(plan: Plan, base: Path, model: Any = None) -> Any:
         target_parameters=fused if lora.experts else None,
         bias="none",
         task_type="CAUSAL_LM",
-        revision=hub.commit_of(base) or plan.sections.model.revision,
+        revision=revision,
     )
 
 

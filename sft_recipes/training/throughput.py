@@ -88,9 +88,9 @@ class ThroughputMeter:
         """Return MFU and HFU with the plan's FLOP count (planner.cost), for the lengths and supervised tokens of the
         steps; and MFU by PaLM's formula, which counts attention over full rows and all weights. Fractions of 1."""
         tokens, load = max(tokens, 1), memory_inputs(self._plan, dict(self._architecture))
-        palm = cost.palm_flops_per_token(self._architecture, self._plan.max_length)
-        if self._peak_flops is None or load is None or palm is None:
+        if self._peak_flops is None or load is None:
             return {}
+        palm = cost.palm_flops_per_token(load, self._plan.max_length)
         flops = cost.flops_per_token(load, 2 * attended_tokens / tokens, self._supervised_tokens / tokens)
         peak_per_token = self._peak_flops * self._plan.world_size * self._seconds / tokens
         counts = {"mfu": flops.model, "mfu_palm": palm, "hfu": flops.hardware}

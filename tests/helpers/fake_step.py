@@ -8,6 +8,7 @@ Fake tensors are on the device "cpu", since "cuda" needs a CUDA build. `simulate
 differences in allocation between CPU and GPU; each names its source.
 """
 
+import functools
 import types
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import masking_utils
+from transformers.integrations import moe
 from trl.kernels import chunked_logprob
 
 from sft_recipes.training import attention, lora
@@ -80,6 +83,12 @@ def simulate_cuda(monkeypatch):
     monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", _Scoring)
     # torch's kernel for rows of several examples registers what it allocates (torch/nn/attention/varlen.py).
     monkeypatch.setattr(attention, "varlen", _varlen)
+    # Masked attention gets a mask, as rows with padding or several examples do.
+    mask = functools.partial(_full_mask, dtype=torch.bool)
+    monkeypatch.setitem(transformers.AttentionMaskInterface._global_mapping, "sdpa", mask)
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda _positions: None)  # it reads data
+    # torch's shape function of grouped products takes 16 bits only; transformers registers one for other dtypes.
+    monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda _tokens, weight, _offsets: weight.dtype == torch.bfloat16)
 
 
 def _varlen(queries, keys, values, boundaries, longest, scale=None):
@@ -90,7 +99,11 @@ def _varlen(queries, keys, values, boundaries, longest, scale=None):
     )  # fmt: skip
 
 
-def peak_bytes(plan, architecture):
+def _full_mask(batch_size, q_length, kv_length, dtype, **_):
+    return torch.ones(batch_size, 1, q_length, kv_length, dtype=dtype)
+
+
+def peak_bytes(plan, architecture, implementation="varlen"):
     """Return the peak allocation of one rank in an optimizer step; call `simulate_cuda` before.
 
     Under FSDP2 until the end of the last backward pass: in the optimizer's step, which allocates nothing on a GPU,
@@ -102,7 +115,7 @@ def peak_bytes(plan, architecture):
     output_layer = (architecture["vocab_size"], architecture["hidden_size"])
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            model = _prepared(model, plan, mesh)
+            model = _prepared(model, plan, mesh, implementation)
             trained = [weight for weight in model.parameters() if weight.requires_grad]
             optimizer = torch.optim.AdamW(trained, fused=True)
             for weight in trained:  # Adam's moments exist from the second step on
@@ -113,6 +126,8 @@ def peak_bytes(plan, architecture):
             boundaries = torch.zeros(plan.per_device_train_batch_size + 1, dtype=torch.int32)
             batch = {"input_ids": ids, "labels": ids, "position_ids": ids, "cu_seq_lens_q": boundaries}
             batch |= {"cu_seq_lens_k": boundaries, "max_length_q": plan.max_length, "max_length_k": plan.max_length}
+            if implementation != "varlen":
+                batch = dict.fromkeys(("input_ids", "labels"), ids.reshape(-1, plan.max_length))
             tracker = _Tracker()
             tracker.track_external(model, optimizer)
             with tracker, _InPlace(output_layer):
@@ -139,17 +154,17 @@ def _without_storage(plan, architecture):
         dtype = torch.bfloat16 if frozen else torch.float32
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         if frozen:
-            model = peft.get_peft_model(model, lora.make_lora_config(plan, Path("model")))
+            model = peft.get_peft_model(model, lora.make_lora_config(plan, Path("model"), model))
     return model
 
 
-def _prepared(model, plan, mesh):
+def _prepared(model, plan, mesh, implementation):
     """Return the model with storage of fake tensors, as the trainer prepares it."""
     body = model.get_base_model() if plan.method != "full" else model
     model.to_empty(device="cpu")
     body.tie_weights()
     lora.cast_trainable_to_fp32(model, plan)
-    body.config._attn_implementation = "varlen"
+    body.config._attn_implementation = implementation
     model.train()
     if interval := plan.sections.trainer["gradient_checkpointing"]:
         model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=int(interval))

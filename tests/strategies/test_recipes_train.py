@@ -32,11 +32,16 @@ def shrink(recipe):
     grouped = recipe.model.architecture["num_key_value_heads"] < recipe.model.architecture["num_attention_heads"]
     architecture["num_key_value_heads"] = 2 if grouped else 4
     architecture.pop("head_dim", None)
+    if "num_experts" in architecture:
+        architecture |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
     return architecture
 
 
 def test_recipes_cover_every_size():
-    assert NAMES == ["1b", "3b", "7b", "8b", "8b-lora", "8b-qlora", "13b", "32b", "70b", "70b-lora", "70b-qlora"]
+    assert NAMES == [
+        "1b", "3b", "7b", "8b", "8b-lora", "8b-qlora", "13b", "30b-a3b", "30b-a3b-lora", "32b", "70b", "70b-lora",
+        "70b-qlora",
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="session")

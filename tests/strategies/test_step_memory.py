@@ -4,10 +4,13 @@ This compares the forecast with the allocations of torch, transformers, peft, ac
 covers the driver, context, NCCL and fragmentation of a GPU.
 """
 
+import json
+
 import pytest
 from helpers.fake_step import peak_bytes, simulate_cuda
 
-from sft_recipes.config import loader
+from sft_recipes.config import loader, traced_layers
+from sft_recipes.data import model_trace
 from sft_recipes.planner import memory
 from sft_recipes.planner import plan as plans
 
@@ -38,3 +41,65 @@ def test_step_peak_is_within_two_percent_of_plan(monkeypatch, name, checkpointin
     tracked = peak_bytes(plan, architecture)
     parts = {part: round(number / GIB, 2) for part, number in planned.items()}
     assert tracked == pytest.approx(planned["total"], rel=0.02), f"{tracked / GIB:.2f} GiB tracked, planned {parts}"
+
+
+SMALL = {
+    "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 4, "num_attention_heads": 16,
+    "num_key_value_heads": 4, "vocab_size": 8192, "tie_word_embeddings": False,
+}  # fmt: skip
+TRACED = {
+    "experts": {
+        **SMALL, "model_type": "qwen3_moe", "head_dim": 64, "num_experts": 32, "num_experts_per_tok": 4,
+        "moe_intermediate_size": 512, "norm_topk_prob": True,
+    },
+    "sliding window": {
+        **SMALL, "model_type": "gemma3_text", "head_dim": 64, "sliding_window": 512,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "hybrid": {**SMALL, "model_type": "lfm2", "layer_types": ["conv", "full_attention"] * 2},
+}  # fmt: skip
+LORA = ("lora.r=16", "size=lora-1-3b")
+
+
+@pytest.fixture(scope="session")
+def traces(tmp_path_factory):
+    """Function that traces an architecture in a process, once."""
+    runs = tmp_path_factory.mktemp("traces")
+
+    def trace(monkeypatch, architecture):
+        monkeypatch.setenv("RUNS_DIR", str(runs))
+        if model_trace.needs_trace(architecture):
+            model_trace.trace(architecture)
+        return traced_layers.find(architecture)
+
+    return trace
+
+
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+@pytest.mark.parametrize(
+    ("name", "gpus", "overrides"),
+    [
+        ("experts", 1, ("parallelism=single", "size=1-3b")),
+        ("experts", 8, ("parallelism=fsdp2", "size=1-3b")),
+        ("experts", 1, ("parallelism=single", *LORA)),
+        ("experts", 1, ("parallelism=single", *LORA, "lora.experts=true")),
+        ("sliding window", 1, ("parallelism=single", "size=1-3b")),
+        ("hybrid", 1, ("parallelism=single", "size=1-3b")),
+        ("hybrid", 1, ("parallelism=single", *LORA)),
+    ],
+)
+def test_step_peak_of_traced_models_is_within_three_percent(monkeypatch, traces, name, gpus, overrides, checkpointing):
+    architecture = TRACED[name]
+    trace = traces(monkeypatch, architecture)
+    recipe = loader.load(
+        "8b",
+        (
+            *overrides, f"trainer.gradient_checkpointing={checkpointing}", "batch.max_per_device_batch_size=4",
+            f"model.architecture={json.dumps(architecture)}",
+        ),
+    )  # fmt: skip
+    plan = plans.resolve(recipe, plans.Topology(gpus, gpus, gpu_type="h200-141g"))
+    simulate_cuda(monkeypatch)
+    tracked = peak_bytes(plan, architecture, "varlen" if trace["assumed"].startswith("varlen attention") else "sdpa")
+    parts = {part: round(number / GIB, 2) for part, number in plan.memory_bytes_per_gpu.items()}
+    assert tracked == pytest.approx(plan.memory_bytes_per_gpu["total"], rel=0.03), f"{tracked / GIB:.2f}, {parts}"

@@ -81,6 +81,26 @@ def test_strategies_follow_one_process_in_bf16(follow, engine):
     check(follow("single", 1, True, "bf16"), follow(engine, 2, True, "bf16"), engine, 2, True, "bf16")
 
 
+EXPERTS = (
+    "model.architecture={model_type: qwen3_moe, hidden_size: 64, intermediate_size: 128, moe_intermediate_size: 32, "
+    "num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 2, head_dim: 32, vocab_size: 512, "
+    "num_experts: 8, num_experts_per_tok: 2, norm_topk_prob: true, max_position_embeddings: 512, "
+    "tie_word_embeddings: true, initializer_range: 0.08}",
+    "trainer.router_aux_loss_coef=0.01",
+)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_experts_train_alike_under_each_strategy(follow, engine):
+    """The router loss is of each micro-batch, and the strategies have the same ones."""
+    one, several = follow("single", 1, False, "fp32", *EXPERTS), follow(engine, 2, False, "fp32", *EXPERTS)
+    check(one, several, engine, 2, False, "fp32")
+    left, right = ([line["aux_loss"] for line in metrics(run) if "aux_loss" in line] for run in (one, several))
+    assert len(left) == 20 and left == pytest.approx(right, rel=1e-4)
+    losses = [line["loss"] for line in metrics(one) if "loss" in line]
+    assert losses[-1] < losses[0] - 1, "the loss falls, so that a wrong step would show"
+
+
 def test_compared_runs_have_distinct_rows_and_learn(follow):
     for packing, precision, rows in ((False, "fp32", 83), (True, "bf16", 97)):
         run = follow("single", 1, packing, precision)

@@ -109,6 +109,43 @@ def test_family_trains_saves_and_loads_elsewhere(tmp_path, save_family, few_rows
     torch.testing.assert_close(logits_of(loaded), logits_of(trainer.model))
 
 
+def balance_loss(router_logits, chosen):
+    """Equations 4 to 6 of Switch Transformer (arXiv:2101.03961) over the tokens of all layers."""
+    probabilities = torch.cat(router_logits).float().softmax(-1)
+    routed = torch.zeros_like(probabilities).scatter(1, probabilities.topk(chosen).indices, 1.0)
+    return probabilities.shape[1] * (routed.mean(0) * probabilities.mean(0)).sum()
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_router_loss_equals_a_plain_loop_under_accumulation(tmp_path, save_family, few_rows, family, checkpointing):
+    """Of two micro-batches: the mean of their router losses, once, plus the loss per token of both together."""
+    base, coefficient = save_family(family), 0.5
+    overrides = (f"trainer.router_aux_loss_coef={coefficient}", f"trainer.gradient_checkpointing={checkpointing}")
+    trainer = build(tmp_path, base, few_rows, *overrides)
+    batches = list(trainer.get_train_dataloader())[:2]
+    trainer.train()
+    logged = trainer.state.log_history[0]
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).train()
+    tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+    total = 0.0
+    for batch in batches:
+        inputs = {key: batch[key] for key in ("input_ids", "position_ids")}
+        outputs = model(**inputs, output_router_logits=True, use_cache=False)
+        scored = torch.nn.functional.cross_entropy(
+            outputs.logits[0, :-1], batch["labels"][0, 1:], ignore_index=-100, reduction="sum"
+        )
+        balance = balance_loss(outputs.router_logits, EXPERTS["num_experts_per_tok"])
+        loss = scored / tokens + coefficient * balance / len(batches)
+        loss.backward()
+        total += loss.item()
+    norm = torch.nn.utils.get_total_norm([weight.grad for weight in model.parameters()]).item()
+    assert logged["loss"] == pytest.approx(total, rel=1e-5)
+    assert logged["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert coefficient * 0.5 < total - scored.item() / tokens, "the router loss is a visible part"
+
+
 @pytest.mark.parametrize("experts", [False, True], ids=["experts frozen", "experts adapted"])
 def test_lora_trains_fused_experts_only_if_set(tmp_path, save_family, few_rows, experts):
     base = save_family("mixtral")

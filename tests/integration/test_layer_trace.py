@@ -1,0 +1,114 @@
+"""Forecasts of models without a closed form: their layers are traced in a process, on fake tensors.
+
+Run as a program, this file regenerates the traces of the recipes (sft_recipes/config/traced_layers.json).
+"""
+
+import json
+import sys
+
+import pytest
+from helpers.traced_architectures import TRACED, architecture
+from helpers.workplace import Workplace
+
+from sft_recipes.config import architecture as architectures
+from sft_recipes.config import loader, traced_layers
+from sft_recipes.config.schema import Lora
+from sft_recipes.data import model_files, model_trace
+from sft_recipes.planner import memory
+from sft_recipes.planner import plan as plans
+from sft_recipes.planner.plan import Topology
+
+
+def traced_recipes():
+    found = {name: dict(loader.load(name).model.architecture) for name in loader.names()}
+    return {name: value for name, value in found.items() if not architectures.is_dense(value)}
+
+
+@pytest.fixture
+def save_untrained(tmp_path):
+    """Write the folder of a model of a type: its configuration, and random weights."""
+
+    def save(kind):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture(kind)))
+        model.save_pretrained(tmp_path / kind)
+        return tmp_path / kind, model
+
+    return save
+
+
+@pytest.mark.parametrize("kind", TRACED)
+def test_model_types_get_a_forecast_from_their_folder(tmp_path, monkeypatch, save_untrained, kind):
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
+    folder, model = save_untrained(kind)
+    facts = model_files.describe_model(str(folder))
+    assert model_trace.needs_trace(facts.architecture)
+    assert model_trace.trace(facts.architecture) is None
+    assert not model_trace.needs_trace(facts.architecture)
+    assert architectures.parameter_count(facts.architecture) == model.num_parameters()
+    overrides = (f"model.architecture={json.dumps(facts.architecture)}", "size=1-3b", "trainer.packing=false")
+    plan = plans.resolve(loader.load("8b", overrides), Topology(8, 8, gpu_type="h100-80g"))
+    assert plan.fits and plan.step_seconds and plan.parameters == model.num_parameters()
+    load = plans.memory_inputs(plan, facts.architecture)
+    experts = sum(weight.numel() for weight in model.parameters() if weight.ndim == 3 and weight.shape[1] > 1)
+    in_layers, active = (sum(getattr(each, key) for each in load.decoder) for key in ("weights", "active"))
+    assert active == pytest.approx(in_layers - experts * 3 / 4, rel=0.2), "two of eight experts are used"
+
+
+def test_trace_equals_the_closed_form(tmp_path, monkeypatch):
+    """Bytes that a layer keeps, in the modes of the forecast; 16-bit weights keep 2 to 4% more than the closed form."""
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path))
+    dense = {**loader.load("8b").model.architecture, "num_hidden_layers": 2}
+    assert model_trace.trace(dense) is None
+    for strategy, precision, lora, tolerance in (
+        ("ddp", "fp32", None, 0.02), ("ddp", "bf16", None, 0.02), ("zero2", "bf16", None, 0.05),
+        ("fsdp2", "bf16", None, 0.05), ("ddp", "bf16", Lora(), 0.03), ("ddp", "fp32", Lora(), 0.02),
+    ):  # fmt: skip
+        inputs = (dense, strategy, precision, 8, 4096, False)
+        closed = memory.MemoryInputs(*inputs, lora=lora)
+        with monkeypatch.context() as patched:
+            patched.setattr(memory, "find_trace", traced_layers.find)
+            traced = memory.MemoryInputs(*inputs, lora=lora)
+        ours, theirs = closed.decoder[0], traced.decoder[0]
+        assert theirs.kept == pytest.approx(ours.kept, rel=tolerance), (strategy, precision)
+        total = ours.kept + ours.temporary
+        assert theirs.kept + theirs.temporary == pytest.approx(total, rel=0.05), (strategy, precision)
+        assert (theirs.active, theirs.queries) == (ours.active, ours.queries)
+
+
+def test_shipped_traces_are_those_of_this_code(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path))
+    shipped = json.loads(traced_layers.SHIPPED.read_text())
+    assert shipped.keys() == {traced_layers.key_of(each) for each in traced_recipes().values()}
+    for each in {traced_layers.key_of(each): each for each in traced_recipes().values()}.values():
+        assert model_trace.trace(each) is None
+        assert json.loads(traced_layers.cache_file(each).read_text()) == shipped[traced_layers.key_of(each)]
+
+
+def test_plan_traces_once_and_names_the_code_path(tmp_path, save_untrained):
+    folder, _ = save_untrained("mixtral")
+    place = Workplace(tmp_path)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 50)
+    command = ("plan", "--model", str(folder), f"data.train={rows}", "--gpu-type", "h100-80g", "--gpus")
+    on_cpu, first, second = (place.sft(*command, gpus) for gpus in ("0", "8", "8"))
+    assert on_cpu.returncode == first.returncode == second.returncode == 0, first.stderr
+    assert "tracing the layers of" in first.stderr and not on_cpu.stderr and not second.stderr
+    assert first.stdout == second.stdout
+    assert "from a trace of the layers on fake tensors, assuming varlen attention, grouped experts" in first.stdout
+
+
+def test_model_that_cannot_be_traced_is_planned_without_a_forecast(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path))
+    unknown = {"model_type": "no_such_type", "hidden_size": 64}
+    assert "no_such_type" in model_trace.trace(unknown)
+    assert architectures.parameter_count(unknown) is None and not model_trace.needs_trace(unknown)
+
+
+if __name__ == "__main__":
+    from sft_recipes.training import layer_trace
+
+    content = {traced_layers.key_of(each): layer_trace.trace(each) for each in traced_recipes().values()}
+    traced_layers.SHIPPED.write_text(json.dumps(content, sort_keys=True) + "\n")
+    sys.exit()
