@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-VARIABLES := RECIPE MODEL METHOD GPUS NODES PROCESSES DEVICES DATA VALIDATION NAME RESUME ALLOW_CHANGE STRICT_VERSIONS GPU_TYPE RUN ROWS PLOT WITH PORT PROMPT DRY_RUN SANITY INIT_FROM OVERFIT REPORT_TO GPU_HOUR_PRICE ARGS RUNTIME IMAGE VARIANT MOUNTS CONTAINER_ARGS BUILD_ARGS WHEEL
+VARIABLES := RECIPE MODEL METHOD GPUS NODES PROCESSES DEVICES DATA VALIDATION NAME RESUME ALLOW_CHANGE STRICT_VERSIONS GPU_TYPE RUN ROWS PLOT WITH PORT PROMPT REPO LICENSE MERGED PUBLIC CARD_ONLY DRY_RUN SANITY INIT_FROM OVERFIT REPORT_TO GPU_HOUR_PRICE ARGS RUNTIME IMAGE VARIANT MOUNTS CONTAINER_ARGS BUILD_ARGS WHEEL
 ifndef MODEL
 RECIPE ?= tiny
 endif
@@ -32,7 +32,7 @@ CHOSEN = $${RECIPE:+"$$RECIPE"} $${MODEL:+"--model=$$MODEL"} $${METHOD:+--method
 TRAINING = $(HARDWARE) $${INIT_FROM:+--init-from "$$INIT_FROM"} $${OVERFIT:+--overfit}
 OVERRIDES = $${DATA:+"data.train=$$DATA"} $${VALIDATION:+"data.validation=$$VALIDATION"} $${ARGS:-}
 
-.PHONY: help setup flash-attn image smoke doctor recipes recipe plan schedules inspect download sanity train verify-resume diagnose report status slurm tensorboard generate merge test test-unit test-fake-gpus test-strategies test-container test-slurm test-cuda-build chaos bench test-latest docs lint lock
+.PHONY: help setup flash-attn image smoke doctor recipes recipe plan schedules inspect download sanity train verify-resume diagnose report status slurm tensorboard generate merge publish test test-unit test-fake-gpus test-strategies test-container test-slurm test-cuda-build chaos bench test-latest docs lint lock
 
 help: ## print this list
 	@echo 'Usage: make TARGET [VARIABLE=value ...], for example: make train RECIPE=8b GPUS=8'
@@ -62,6 +62,10 @@ help: ## print this list
 		'REPORT_TO        trackers: tensorboard (default), wandb, mlflow, ..., none' \
 		'GPU_HOUR_PRICE   price of one GPU hour, to forecast cost' \
 		'PROMPT           prompt for generate (default: standard input, one per line)' \
+		'REPO             for publish: repository on the Hub, OWNER/NAME; PUBLIC=1 makes it public' \
+		'LICENSE          for publish: license of a model whose base model has no known one' \
+		'MERGED=1         for publish: the merged model instead of the adapters' \
+		'CARD_ONLY=1      for publish: write the model card, upload nothing' \
 		'ROWS             for inspect: number of rows' \
 		'PLOT WITH        for schedules: .png or .svg file to write, other schedules to compare' \
 		'PORT             port for tensorboard' \
@@ -136,6 +140,10 @@ generate: ## generate completions with a trained model: RUN PROMPT
 
 merge: ## merge adapters into their base model: RUN
 	@$(SFT) merge "$${RUN:?RUN is missing: the name of a run, such as 8b-lora-1}"
+
+publish: ## upload a finished run to the Hub, with a model card: RUN REPO LICENSE PUBLIC
+	@export RUNTIME=local; $(SFT) publish "$${RUN:?RUN is missing: the name of a run, such as tiny-1}" $${REPO:+--repo "$$REPO"} \
+		$${LICENSE:+--license "$$LICENSE"} $${MERGED:+--merged} $${PUBLIC:+--public} $${CARD_ONLY:+--card-only} $${DRY_RUN:+--dry-run}
 
 # One test file per core and one thread per run: runs that share the threads of their cores slow each other manyfold.
 # MAX_JOBS: compiling DeepSpeed's operators takes 1.5 GB per job, and the other core runs tests.

@@ -167,6 +167,15 @@ def commands() -> list[tuple[Any, ...]]:
         ),
         ("merge", "merge LoRA adapters into their base model", _merge, _RUN),
         (
+            "publish", "upload the model of a finished run to the Hub, with a model card", _publish, _RUN,
+            _argument("--repo", "repository on the Hub: owner/name", metavar="OWNER/NAME"),
+            _argument("--license", "license of a model whose base has no known one: an id of the Hub", metavar="ID"),
+            _flag("--merged", "publish the merged model instead of the adapters"),
+            _flag("--public", "create a public repository (default: private)"),
+            _flag("--card-only", "write the model card, upload nothing"),
+            _flag("--dry-run", "write the model card and list what would be uploaded"),
+        ),
+        (
             "doctor", "check this machine; exit code 1 on an error", _doctor,
             _integer("--gpus", 0, "GPUs that a run would use", metavar="N"),
             _flag("--json", "print one JSON object per check"),
@@ -448,6 +457,20 @@ def _merge(parsed: argparse.Namespace) -> None:
 
     folder = run_dir.find(parsed.run)
     log.info(f"model      {merge_adapters.merge(folder)} (for `make generate` and transformers)")
+
+
+def _publish(parsed: argparse.Namespace) -> None:
+    from sft_recipes.tools import final_model, model_card, publish
+
+    folder = run_dir.find(parsed.run)
+    if parsed.card_only:
+        target = final_model.find(folder, parsed.merged)
+        log.info(f"model card  {model_card.write(folder, target, parsed.repo, parsed.license)}")
+        return
+    if not parsed.repo:
+        raise UserError("REPO: not set, expected a repository on the Hub. Set REPO=owner/name, or CARD_ONLY=1")
+    publication = publish.Publication(folder, parsed.repo, parsed.license, parsed.merged, parsed.public)
+    publish.publish(publication, parsed.dry_run)
 
 
 def _verify_resume(parsed: argparse.Namespace) -> int:
