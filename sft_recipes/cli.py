@@ -176,6 +176,15 @@ def commands() -> list[tuple[Any, ...]]:
             _flag("--dry-run", "write the model card and list what would be uploaded"),
         ),
         (
+            "serve", "serve the model of a finished run on 127.0.0.1 with an OpenAI-compatible API", _serve, _RUN,
+            _integer("--port", 1, "port (default: 8000)", default=8000, metavar="N"),
+            _argument("--server-arguments", "more arguments of the server", default="", metavar="TEXT"),
+        ),
+        (
+            "check-serving", "compare the tokens and completions of a server with those of the run", _check_serving, _RUN,
+            _integer("--port", 1, "port of a running server of this model (default: start one)", metavar="N"),
+        ),
+        (
             "doctor", "check this machine; exit code 1 on an error", _doctor,
             _integer("--gpus", 0, "GPUs that a run would use", metavar="N"),
             _flag("--json", "print one JSON object per check"),
@@ -471,6 +480,21 @@ def _publish(parsed: argparse.Namespace) -> None:
         raise UserError("REPO: not set, expected a repository on the Hub. Set REPO=owner/name, or CARD_ONLY=1")
     publication = publish.Publication(folder, parsed.repo, parsed.license, parsed.merged, parsed.public)
     publish.publish(publication, parsed.dry_run)
+
+
+def _serve(parsed: argparse.Namespace) -> None:
+    from sft_recipes.tools import serve
+
+    server = serve.configure(run_dir.find(parsed.run), parsed.port, parsed.server_arguments)
+    name = "vLLM" if server.is_vllm else "transformers serve"
+    log.info(f"serving    http://{serve.HOST}:{parsed.port}/v1 with {name}, model {server.model} (Ctrl-C stops it)")
+    serve.run(server)
+
+
+def _check_serving(parsed: argparse.Namespace) -> int:
+    from sft_recipes.tools import check_serving
+
+    return check_serving.main(run_dir.find(parsed.run), parsed.port)
 
 
 def _verify_resume(parsed: argparse.Namespace) -> int:
