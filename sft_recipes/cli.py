@@ -180,10 +180,7 @@ def commands() -> list[tuple[Any, ...]]:
             _integer("--port", 1, "port (default: 8000)", default=8000, metavar="N"),
             _argument("--server-arguments", "more arguments of the server", default="", metavar="TEXT"),
         ),
-        (
-            "check-serving", "compare the tokens and completions of a server with those of the run", _check_serving, _RUN,
-            _integer("--port", 1, "port of a running server of this model (default: start one)", metavar="N"),
-        ),
+        ("check-serving", "compare tokens and completions of a server with those of the run", _check_serving, _RUN),
         (
             "doctor", "check this machine; exit code 1 on an error", _doctor,
             _integer("--gpus", 0, "GPUs that a run would use", metavar="N"),
@@ -487,14 +484,14 @@ def _serve(parsed: argparse.Namespace) -> None:
 
     server = serve.configure(run_dir.find(parsed.run), parsed.port, parsed.server_arguments)
     name = "vLLM" if server.is_vllm else "transformers serve"
-    log.info(f"serving    http://{serve.HOST}:{parsed.port}/v1 with {name}, model {server.model} (Ctrl-C stops it)")
+    log.info(f"serving    {server.url}/v1 by {name}, model {server.model} (Ctrl-C stops it)")
     serve.run(server)
 
 
 def _check_serving(parsed: argparse.Namespace) -> int:
     from sft_recipes.tools import check_serving
 
-    return check_serving.main(run_dir.find(parsed.run), parsed.port)
+    return check_serving.main(run_dir.find(parsed.run))
 
 
 def _verify_resume(parsed: argparse.Namespace) -> int:

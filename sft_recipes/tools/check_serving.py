@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import json
 import logging
-import socket
 import subprocess
 import tempfile
 import time
@@ -34,210 +33,144 @@ log = logging.getLogger(__name__)
 MAX_LOGIT_GAP = 0.1  # between the two likeliest tokens: other kernels and dtypes may choose the second
 _PER_KIND = 6  # conversations
 _KINDS = {
-    "system": lambda prompt: any(message["role"] == "system" for message in prompt.messages),
-    "multi-turn": lambda prompt: sum(message["role"] == "user" for message in prompt.messages) > 1,
-    "tools": lambda prompt: bool(prompt.tools),
-    "single-turn": lambda prompt: len(prompt.messages) == 1,
+    "with a system turn": lambda prompt: any(message["role"] == "system" for message in prompt.messages),
+    "of several turns": lambda prompt: sum(message["role"] == "user" for message in prompt.messages) > 1,
+    "with tools": lambda prompt: bool(prompt.tools),
+    "of one turn": lambda prompt: len(prompt.messages) == 1,
 }
-_CHAT = "/v1/chat/completions"
 
 
-def main(folder: RunDir, port: int | None) -> int:
-    """Check a server that is started here, or the one on `port`; return 0, or 1 if a check fails.
+def main(folder: RunDir) -> int:
+    """Start a server, send it held-out conversations, and compare; return 0, or 1 if a check fails.
 
     Raises:
-        SetupError: as `serve.configure`; the server does not start or answer, or there are no held-out conversations.
+        SetupError: as `serve.configure`; the server does not start, or there are no held-out conversations.
     """
     silence_libraries()
-    prompts = _select_prompts(folder)
-    with socket.socket() as probe:
-        probe.bind((serve.HOST, 0))
-        free_port = probe.getsockname()[1]
-    server = serve.configure(folder, free_port)
-    url = f"http://{serve.HOST}:{port or free_port}"
-    bodies = [
-        _request(prompt, server, plans.read(folder.plan).sections.generation.max_new_tokens) for prompt in prompts
-    ]
-    with contextlib.nullcontext() if port else _running(server, url):
-        answers = [_post(url + _CHAT, body) for body in bodies]
-        keys = ("model", "messages", "tools", "chat_template_kwargs")
-        chats = [{key: body[key] for key in keys if key in body} for body in bodies]
+    server, prompts = serve.configure(folder, port=0), _select_prompts(folder)
+    limit = plans.read(folder.plan).sections.generation.max_new_tokens
+    chats = [_chat(prompt, server) for prompt in prompts]
+    with _running(server):
+        answers = [
+            _post(server, "v1/chat/completions", chat | {"temperature": 0, "max_tokens": limit}) for chat in chats
+        ]
         if server.is_vllm:
-            given = [_post(f"{url}/tokenize", {**chat, "add_generation_prompt": True})["tokens"] for chat in chats]
+            ids = [_post(server, "tokenize", chat | {"add_generation_prompt": True})["tokens"] for chat in chats]
         else:
-            given = _tokenize_as_server(server, chats)
-    # The server has ended: the reference may need its GPU.
-    return _compare(folder, server, prompts, list(zip(bodies, given, answers, strict=True)))
+            ids = _tokenize_as_server(server, chats)
+    return _compare(folder, server, prompts, list(zip(ids, answers, strict=True)))  # may need the server's memory
 
 
 def _select_prompts(folder: RunDir) -> list[Prompt]:
     prepared = Path(read_json(folder.prepared).get("folder", ""))
-    if not (prepared / "prompts.jsonl").is_file():
-        raise SetupError(
-            f"RUN: the held-out conversations of {folder.name} are gone: found no {prepared}. Train it again"
-        )
-    prompts, selected, counts = completions.read_prompts(prepared, 1000), {}, []
-    for kind, holds in _KINDS.items():
-        of_kind = [number for number, prompt in enumerate(prompts) if holds(prompt)][:_PER_KIND]
-        selected.update((number, prompts[number]) for number in of_kind)
-        counts.append(f"{len(of_kind)} {kind}")
-    if not selected:
-        raise SetupError(f"RUN: {folder.name} has no held-out conversation with an answer to compare")
-    log.info(f"prompts    {len(selected)} held-out conversations: {', '.join(counts)}")
-    return list(selected.values())
+    found = completions.read_prompts(prepared, 1000) if (prepared / "prompts.jsonl").is_file() else []
+    if not found:
+        raise SetupError(f"RUN: found no held-out conversations of {folder.name} in {prepared}. Train it again")
+    kinds = {kind: [prompt for prompt in found if holds(prompt)][:_PER_KIND] for kind, holds in _KINDS.items()}
+    log.info(f"held-out conversations: {', '.join(f'{len(prompts)} {kind}' for kind, prompts in kinds.items())}")
+    return list({id(prompt): prompt for prompts in kinds.values() for prompt in prompts}.values())
 
 
-def _request(prompt: Prompt, server: Server, max_tokens: int) -> dict[str, Any]:
-    """Return the body of a chat request; calls get the ids that training gave them, and JSON arguments."""
-    messages, calls = prompt.messages, [call for message in prompt.messages for call in message.get("tool_calls", ())]
-    if any("id" not in call for call in calls):
-        messages = with_call_ids(messages)
-    messages = [dict(message) for message in messages]
-    for message in messages:
-        if message.get("tool_calls"):
-            message["tool_calls"] = [
-                {**call, "type": "function", "function": {**function, "arguments": json.dumps(function["arguments"])}}
-                for call in message["tool_calls"]
-                for function in [call["function"]]
-            ]
-    body = {"model": server.model, "messages": messages, "temperature": 0, "max_tokens": max_tokens}
+def _chat(prompt: Prompt, server: Server) -> dict[str, Any]:
+    """Return a request: calls have the ids that training gave them, and arguments as JSON."""
+    calls = [call for message in prompt.messages for call in message.get("tool_calls", ())]
+    messages = with_call_ids(prompt.messages) if any("id" not in call for call in calls) else prompt.messages
+    messages = json.loads(json.dumps(messages))
+    for call in (call for message in messages for call in message.get("tool_calls", ())):
+        call["type"] = "function"
+        call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
     optional = {"tools": prompt.tools, "chat_template_kwargs": prompt.template_kwargs}
-    return body | {key: value for key, value in optional.items() if value}
+    return {"model": server.model, "messages": messages, **{key: value for key, value in optional.items() if value}}
 
 
 @contextlib.contextmanager
-def _running(server: Server, url: str) -> Iterator[None]:
+def _running(server: Server) -> Iterator[None]:
     """Start the server, wait until it answers, and end it afterwards."""
+    where = {"cwd": server.directory, "env": server.environment}
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(
-            server.command, cwd=server.directory, env=server.environment, stdout=output, stderr=output
-        )
+        process = subprocess.Popen(server.command, stdout=output, stderr=output, **where)
         try:
-            deadline = time.monotonic() + timeouts.MODEL_LOADING
-            while not _is_healthy(url):
+            deadline, is_ready = time.monotonic() + timeouts.MODEL_LOADING, False
+            while not is_ready:
+                time.sleep(timeouts.POLL_SERVER)
+                with contextlib.suppress(OSError):
+                    urllib.request.urlopen(f"{server.url}/health", timeout=timeouts.HUB_REQUEST).close()
+                    is_ready = True
                 if process.poll() is not None or time.monotonic() > deadline:
                     output.seek(0)
-                    lines = output.read().strip().splitlines() or ["no output"]
-                    raise SetupError(f"serve: the server did not start: {lines[-1][:200]}. Run `make serve` to see all")
-                time.sleep(timeouts.POLL_SERVER)
+                    last = (output.read().split("\n") or [""])[-2:]
+                    raise SetupError(f"serve: the server did not start: {' '.join(last)[:200]}. Run `make serve`")
             yield
         finally:
             process.terminate()
             process.wait()
 
 
-def _is_healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=timeouts.HUB_REQUEST):
-            return True
-    except OSError:
-        return False
-
-
-def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+def _post(server: Server, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{server.url}/{path}", json.dumps(body).encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=timeouts.MODEL_LOADING) as response:
             return dict(json.load(response))
-    except OSError as error:  # also HTTPError, whose body has the reason
-        reason = error.read().decode(errors="replace") if isinstance(error, urllib.error.HTTPError) else error
-        raise SetupError(f"serve: {url}: {error}: {' '.join(str(reason).split())[:200]}") from error
+    except urllib.error.HTTPError as error:
+        raise SetupError(f"serve: {path}: {error}: {error.read(200)!r}. Run `make serve` to see its log") from error
 
 
 def _tokenize_as_server(server: Server, chats: list[dict[str, Any]]) -> list[list[int]]:
-    """Return the ids of each chat's prompt, from the tokenizer in the environment of `transformers serve`."""
-    trusted = ["trust"] if "--trust-remote-code" in server.command else []
-    command = [
-        server.command[0],
-        str(Path(__file__).with_name("server_tokens.py")),
-        str(server.folder.resolve()),
-        *trusted,
-    ]
-    text = "".join(json.dumps(chat) + "\n" for chat in chats)
-    done = subprocess.run(command, input=text, env=server.environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SetupError(
-            f"serve: the chats cannot be tokenized: {(done.stderr.strip().splitlines() or ['?'])[-1][:200]}"
-        )
+    """Return the ids of each chat from the environment of `transformers serve`."""
+    script, trust = Path(__file__).with_name("server_tokens.py"), "--trust-remote-code"
+    command = [server.command[0], script, server.folder.resolve(), *([trust] if trust in server.command else [])]
+    lines = "".join(f"{json.dumps(chat)}\n" for chat in chats)
+    done = subprocess.run(command, input=lines, env=server.environment, stdout=subprocess.PIPE, text=True, check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def _compare(folder: RunDir, server: Server, prompts: list[Prompt], results: list[tuple[Any, Any, Any]]) -> int:
-    """Print one line per check; return 1 if one fails."""
+def _compare(folder: RunDir, server: Server, prompts: list[Prompt], results: list[tuple[list[int], Any]]) -> int:
+    """Print a line per check; return 1 if one fails."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    plan, failed = plans.read(folder.plan), False
-    trusted = plan.sections.model.trust_remote_code
-    tokenizer = load_tokenizer(str(server.folder), None, trusted)
-    today = ConversationTokenizer(tokenizer, datetime.date.today())
-    model = AutoModelForCausalLM.from_pretrained(
-        server.folder, dtype="auto", device_map="auto", trust_remote_code=trusted
-    ).eval()
-    stop = model.generation_config.eos_token_id
-    stop_ids, limit = stop if isinstance(stop, list) else [stop], plan.sections.generation.max_new_tokens
-    exact = model.dtype == torch.float32 and model.device.type == "cpu" and not server.is_vllm
-    tokens, texts, ends, gaps, parsed = [], [], [], [], 0
-    for prompt, (_, given, answer) in zip(prompts, results, strict=True):
-        expected = prompt.input_ids
-        if "strftime_now" in str(tokenizer.chat_template):  # the server writes today's date
-            conversation = Conversation(
-                prompt.messages, "held-out", prompt.tools, template_kwargs=prompt.template_kwargs
-            )
-            expected = today.tokenize_prompt(conversation)
-        if given != expected or answer["usage"]["prompt_tokens"] != len(expected):
-            tokens.append(_describe_tokens(tokenizer, expected, given, answer["usage"]["prompt_tokens"]))
+    section = plans.read(folder.plan).sections
+    options = {"dtype": "auto", "device_map": "auto", "trust_remote_code": section.model.trust_remote_code}
+    model = AutoModelForCausalLM.from_pretrained(server.folder, **options).eval()
+    tokenizer = load_tokenizer(str(server.folder), None, section.model.trust_remote_code)
+    today, dated = ConversationTokenizer(tokenizer, datetime.date.today()), "strftime_now" in tokenizer.chat_template
+    stop, limit = model.generation_config.eos_token_id, section.generation.max_new_tokens
+    stop_ids = stop if isinstance(stop, list) else [stop]
+    is_exact = model.dtype == torch.float32 and model.device.type == "cpu" and not server.is_vllm
+    failures: dict[str, list[str]] = {"prompt tokens": [], "completions": [], "end of turn": []}
+    gaps = []
+    for prompt, (ids, answer) in zip(prompts, results, strict=True):
+        conversation = Conversation(prompt.messages, "", prompt.tools, template_kwargs=prompt.template_kwargs)
+        expected = today.tokenize_prompt(conversation) if dated else prompt.input_ids
+        if ids != expected or answer["usage"]["prompt_tokens"] != len(expected):
+            text = f"{tokenizer.decode(ids)[:200]!r}, expected {tokenizer.decode(expected)[:200]!r}"
+            failures["prompt tokens"].append(f"{answer['usage']['prompt_tokens']} of {len(expected)} tokens: {text}")
             continue
-        (ids,) = completions.generate_ids(model, tokenizer, [expected], limit, stop_ids).tolist()
-        text, choice = tokenizer.decode(ids, skip_special_tokens=True), answer["choices"][0]
-        message = choice["message"]
-        if message.get("tool_calls") or message.get("reasoning_content"):
-            parsed += 1  # not comparable as text
-        elif (served := message.get("content") or "") != text:
-            gap = _gap_at_difference(model, tokenizer, expected, ids, served)
-            gaps.append(gap)
-            texts += (
-                [f"{served[:60]!r}, expected {text[:60]!r} (logit gap {gap:.3f})"]
-                if exact or gap >= MAX_LOGIT_GAP
-                else []
-            )
-        elif ids[-1] in stop_ids and len(ids) < limit and choice["finish_reason"] != "stop":
-            ends.append(f"finish_reason {choice['finish_reason']}, expected stop after {len(ids)} tokens")
-    count = len(prompts)
-    same = f"{count - len(tokens) - len(gaps) - parsed} of {count} identical"
-    same += f", {len(gaps)} differ at logit gaps of at most {max(gaps):.3f}" if gaps else ""
-    same += f", {parsed} parsed by the server and not compared" if parsed else ""
-    for name, result, failures in (
-        ("prompt tokens", f"{count - len(tokens)} of {count} as in training", tokens),
-        ("completions", same, texts),
-        ("end of turn", "generation stops there", ends),
-    ):
-        failed = failed or bool(failures)
-        log.info(
-            f"{'FAIL' if failures else 'PASS'}  {name:<14}  {result}{f'; first: {failures[0]}' if failures else ''}"
-        )
-    return int(failed)
-
-
-def _describe_tokens(tokenizer: Any, expected: list[int], given: list[int], counted: int) -> str:
-    """Describe the first difference of a prompt's tokens."""
-    position = next((i for i, pair in enumerate(zip(expected, given, strict=False)) if pair[0] != pair[1]), None)
-    if position is None:
-        return f"{counted} prompt tokens, expected {len(expected)}"
-    parts = [tokenizer.decode(ids[position : position + 8]) for ids in (given, expected)]
-    return f"token {position}: {parts[0]!r}, expected {parts[1]!r}"
+        (own,) = completions.generate_ids(model, tokenizer, [expected], limit, stop_ids).tolist()
+        text, choice = tokenizer.decode(own, skip_special_tokens=True), answer["choices"][0]
+        served = choice["message"].get("content") or ""
+        if served != text:
+            gaps.append(_gap_at_difference(model, tokenizer, expected, own, served))
+            if is_exact or gaps[-1] >= MAX_LOGIT_GAP:
+                failures["completions"].append(f"{served[:80]!r}, expected {text[:80]!r} (logit gap {gaps[-1]:.3f})")
+        elif own[-1] in stop_ids and len(own) < limit and choice["finish_reason"] == "length":
+            failures["end of turn"].append(f"{served[:80]!r} goes on until {limit} tokens")
+    for name, found in failures.items():
+        result = f"{len(prompts) - len(found)} of {len(prompts)}{f'; first difference: {found[0]}' if found else ''}"
+        log.info(f"{'FAIL' if found else 'PASS'}  {name:<13}  {result}")
+    if gaps:
+        log.info(f"{len(gaps)} completions differ where the two likeliest tokens are at most {max(gaps):.3f} apart")
+    return int(any(failures.values()))
 
 
 def _gap_at_difference(model: Any, tokenizer: Any, prompt: list[int], ids: list[int], served: str) -> float:
-    """Return the gap between the two largest logits where the served text leaves the reference."""
+    """Return the gap between the two largest logits where the served text leaves the completion `ids`."""
     import torch
 
-    prefixes = (
-        tokenizer.decode(ids[: end + 1], skip_special_tokens=True).rstrip("\N{REPLACEMENT CHARACTER}")
-        for end in range(len(ids))
-    )
-    position = next((end for end, prefix in enumerate(prefixes) if not served.startswith(prefix)), len(ids) - 1)
+    texts = (tokenizer.decode(ids[: end + 1], skip_special_tokens=True).rstrip("\ufffd") for end in range(len(ids)))
+    end = next((end for end, text in enumerate(texts) if not served.startswith(text)), len(ids) - 1)
     with torch.no_grad():
-        logits = model(torch.tensor([prompt + ids[:position]], device=model.device)).logits[0, -1].float()
+        logits = model(torch.tensor([prompt + ids[:end]], device=model.device)).logits[0, -1].float()
     first, second = logits.topk(2).values.tolist()
     return float(first - second)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,13 @@ from sft_recipes.data import licenses
 from sft_recipes.planner import plan as plans
 from sft_recipes.runtime.atomic_write import sha256
 from sft_recipes.runtime.errors import SetupError
-from sft_recipes.runtime.run_dir import RunDir
+from sft_recipes.runtime.run_dir import RunDir, read_json
 from sft_recipes.tools import final_model, model_card
 
 log = logging.getLogger(__name__)
 
 # With `licenses.FILES`, all that is uploaded: no data, samples, logs, keys, optimizer states or pickles.
-_ALLOWED = (
-    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors",
-    "adapter_config.json", "config.json", "generation_config.json", "processor_config.json",
-    "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tokenizer.model.v3",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
-    "tiktoken.model", "tekken.json", "chat_template.jinja", "chat_template.json",
-    "additional_chat_templates/*.jinja", model_card.CARD, f"{model_card.PLOTS}/*.svg",
-)  # fmt: skip
+_ALLOWED = Path(__file__).with_name("published_files.txt").read_text(encoding="utf-8").split()
 _TOKEN_FIX = "Set HF_TOKEN to a token with write access (https://huggingface.co/settings/tokens)"
 
 
@@ -38,22 +30,16 @@ class Publication:
         repository: `owner/name` on the Hub.
         license_id: for a model whose base has no known license.
         merged: publish the merged model instead of the adapters.
-        public: create a public repository.
     """
 
     folder: RunDir
     repository: str
-    license_id: str | None = None
-    merged: bool = False
-    public: bool = False
-
-    @property
-    def visibility(self) -> str:
-        """The visibility of the repository."""
-        return "public" if self.public else "private"
+    license_id: str | None
+    merged: bool
+    public: bool
 
 
-def publish(publication: Publication, dry_run: bool = False) -> None:
+def publish(publication: Publication, dry_run: bool) -> None:
     """Write the card, list what is uploaded, and upload it.
 
     A repeated upload resumes an interrupted one: the Hub keeps the files that it has received.
@@ -64,18 +50,21 @@ def publish(publication: Publication, dry_run: bool = False) -> None:
         ConnectionError: the upload was interrupted.
     """
     import httpx2  # of huggingface_hub
-    from huggingface_hub import HfApi, errors
+    from huggingface_hub import HfApi
 
-    folder, name = publication.folder, publication.repository
+    folder, name, api = publication.folder, publication.repository, HfApi()
     target = final_model.find(folder, publication.merged)
-    _check_publication(publication, target)
+    _check_name_and_license(publication, target)
     model_card.write(folder, target, name, publication.license_id)
-    files = list(_allowed_files(target, plans.read(folder.plan).sections.model.trust_remote_code))
-    api = HfApi()
+    files = _list_files(target, plans.read(folder.plan).sections.model.trust_remote_code)
+    visibility = "public" if publication.public else "private"
     try:
         _check_token(api, name.partition("/")[0])
         exists = _check_repository(api, publication, target)
-        _show(f"{api.endpoint}/{name} ({publication.visibility}, {'exists' if exists else 'new'})", target, files)
+        log.info(f"repository  {api.endpoint}/{name} ({visibility}, {'exists' if exists else 'new'})")
+        for file in files:
+            log.info(f"{(target / file).stat().st_size:>18,}  {file}")
+        log.info(f"{sum((target / file).stat().st_size for file in files):>18,}  bytes in {len(files)} files")
         if dry_run:
             return
         if not exists:
@@ -83,26 +72,28 @@ def publish(publication: Publication, dry_run: bool = False) -> None:
         commit = api.upload_folder(
             repo_id=name, folder_path=target, allow_patterns=files, commit_message=f"Upload {folder.name}"
         )
-    except errors.LocalTokenNotFoundError as error:
-        raise SetupError(f"HF_TOKEN: not set, and no token is saved. {_TOKEN_FIX}") from error
     except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
-        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-        reason = " ".join(str(cause).split())[:200] or type(cause).__name__
-        status = cause.response.status_code if isinstance(cause, errors.HfHubHTTPError) else 0
-        if status == 401:
-            raise SetupError(f"HF_TOKEN: invalid: {reason}. {_TOKEN_FIX}") from error
-        if 400 <= status < 500 or isinstance(cause, ValueError):
-            raise SetupError(
-                f"REPO: the Hub refused {name}: {reason}. Check the name and the rights of HF_TOKEN"
-            ) from error
-        raise ConnectionError(
-            f"REPO: upload to {name} interrupted: {reason}. Repeat the command: files that arrived are not sent again"
-        ) from error
+        raise _explain(error, name) from error
     log.info(f"published   {api.endpoint}/{name} at commit {commit.oid}")
 
 
-def _check_publication(publication: Publication, target: Path) -> None:
-    """Check name and license before the network is used.
+def _explain(error: Exception, name: str) -> Exception:
+    """Return the error to report for one of huggingface_hub."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error  # of one file
+    reason = " ".join(str(cause).split())[:200].rstrip(".") or type(cause).__name__
+    status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else 500
+    if status == 401 or isinstance(cause, LocalTokenNotFoundError):
+        return SetupError(f"HF_TOKEN: not set, or not valid. {_TOKEN_FIX}")
+    if status < 500 or isinstance(cause, ValueError):
+        return SetupError(f"REPO: {name}: the Hub refused it: {reason}. Check the name, and the rights of HF_TOKEN")
+    again = "Repeat the command: files that the Hub has received are not sent again"
+    return ConnectionError(f"REPO: {name}: upload interrupted: {reason}. {again}")
+
+
+def _check_name_and_license(publication: Publication, target: Path) -> None:
+    """Check what needs no network.
 
     Raises:
         SetupError: the repository name is invalid, the license is unknown or requires another name, or adapters are for
@@ -110,51 +101,32 @@ def _check_publication(publication: Publication, target: Path) -> None:
     """
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    name, base = publication.repository, model_card.base_model(publication.folder)
+    base, run = read_json(publication.folder.manifest)["model"], publication.folder.name
+    owner, _, name = publication.repository.rpartition("/")
     try:
-        validate_repo_id(name)
+        validate_repo_id(publication.repository)
     except HFValidationError as error:
         raise SetupError(f"REPO: {' '.join(str(error).split())} Set REPO=owner/name") from error
-    owner, _, model = name.partition("/")
-    if not model:
+    if not owner:
         raise SetupError(f"REPO: found {name!r}, expected an owner too. Set REPO=owner/{name}")
     stated = model_card.license_metadata(base, publication.license_id)
     if not stated:
-        whose = f"of the base model {base['name']}" if base.get("name") else "of a model trained from scratch"
-        raise SetupError(
-            f"LICENSE: not set, and the license {whose} is not known. Set LICENSE=<id>, such as apache-2.0"
-        )
-    terms = licenses.LLAMA.get(stated["license"])
-    if terms and not model.replace("-", " ").startswith(terms.prefix):
-        prefix = terms.prefix.replace(" ", "-")
-        raise SetupError(
-            f"REPO: found {model}, expected a name that begins with {prefix}: the license {stated['license']} requires "
-            f"it. Set REPO={owner}/{prefix}-{model}"
-        )
-    if (target / "adapter_config.json").is_file() and (not base.get("name") or base["local"]):
-        run = publication.folder.name
-        raise SetupError(
-            f"RUN: {run} has adapters whose base model is not on the Hub, so others cannot load them. Run "
-            f"`make merge RUN={run}`, and publish with MERGED=1"
-        )
+        whose = base.get("hub") or base.get("local") or "a model from scratch"
+        raise SetupError(f"LICENSE: not set, and the license of {whose} is not known. Set LICENSE=<id>, as apache-2.0")
+    prefix = licenses.LLAMA.get(stated["license"], {}).get("prefix", "").replace(" ", "-")
+    if not name.startswith(prefix):
+        requires = f"the license {stated['license']} requires a name that begins with {prefix}"
+        raise SetupError(f"REPO: found {name}: {requires}. Set REPO={owner}/{prefix}-{name}")
+    if "hub" not in base and (target / "adapter_config.json").is_file():
+        fix = f"Run `make merge RUN={run}`, and publish with MERGED=1"
+        raise SetupError(f"RUN: {run} has adapters without their base: the base model is not on the Hub. {fix}")
 
 
-def _allowed_files(target: Path, trust_remote_code: bool) -> Iterator[str]:
-    """Yield the paths, relative to `target`, of what is uploaded; links are not."""
-    patterns = (*_ALLOWED, *(["*.py"] if trust_remote_code else []))
-    for path in sorted(target.rglob("*")):
-        name = path.relative_to(target).as_posix()
-        allowed = any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns) or licenses.FILES.fullmatch(name)
-        if allowed and path.is_file() and not path.is_symlink():
-            yield name
-
-
-def _show(repository: str, target: Path, files: list[str]) -> None:
-    sizes = [(target / name).stat().st_size for name in files]
-    log.info(f"repository  {repository}")
-    for name, size in zip(files, sizes, strict=True):
-        log.info(f"{size:>18,}  {name}")
-    log.info(f"{sum(sizes):>18,}  bytes in {len(files)} files of {target}")
+def _list_files(target: Path, trust_remote_code: bool) -> list[str]:
+    """Return the paths, relative to `target`, of the files to upload."""
+    patterns = [*_ALLOWED, *(["*.py"] if trust_remote_code else [])]
+    names = [path.relative_to(target).as_posix() for path in sorted(target.rglob("*")) if path.is_file()]
+    return [n for n in names if licenses.FILES.fullmatch(n) or any(fnmatch.fnmatchcase(n, p) for p in patterns)]
 
 
 def _check_token(api: Any, owner: str) -> None:
@@ -166,12 +138,12 @@ def _check_token(api: Any, owner: str) -> None:
     account = api.whoami()
     token = account.get("auth", {}).get("accessToken") or {}
     scopes = token.get("fineGrained", {}).get("scoped", [])
-    granted = {permission for scope in scopes for permission in scope.get("permissions", [])}
-    if token.get("role") == "read" or (token.get("role") == "fineGrained" and scopes and "repo.write" not in granted):
-        raise SetupError(f"HF_TOKEN: found a token that can only read, expected one that can write. {_TOKEN_FIX}")
+    writes = any("repo.write" in scope.get("permissions", []) for scope in scopes) or not scopes
+    if token.get("role") == "read" or not writes:
+        raise SetupError(f"HF_TOKEN: found a token that can only read. {_TOKEN_FIX}")
     owners = [account["name"], *(organization["name"] for organization in account.get("orgs", []))]
     if owner.lower() not in map(str.lower, owners):
-        raise SetupError(f"REPO: found the owner {owner}, expected one of {', '.join(owners)}. Set REPO={owners[0]}/…")
+        raise SetupError(f"REPO: found the owner {owner}, expected {' or '.join(owners)}. Set REPO={owners[0]}/…")
 
 
 def _check_repository(api: Any, publication: Publication, target: Path) -> bool:
@@ -181,31 +153,22 @@ def _check_repository(api: Any, publication: Publication, target: Path) -> bool:
         SetupError: it has other content, or another visibility.
     """
     from huggingface_hub.errors import RepositoryNotFoundError
-    from huggingface_hub.hf_api import RepoFile
     from huggingface_hub.utils.sha import git_hash
 
-    name = publication.repository
+    name, equal, other = publication.repository, [], []
     try:
-        is_private = api.repo_info(name).private
+        private = api.repo_info(name).private
     except RepositoryNotFoundError:
         return False
-    files = [file for file in api.list_repo_tree(name, recursive=True) if isinstance(file, RepoFile)]
-    equal, other = [], []
-    for file in (file for file in files if file.path != ".gitattributes"):
-        path = target / file.path
-        own = (sha256(path) if file.lfs else git_hash(path.read_bytes())) if path.is_file() else None
-        (equal if own == (file.lfs.sha256 if file.lfs else file.blob_id) else other).append(file.path)
+    for file in api.list_repo_tree(name, recursive=True):
+        path, lfs, blob = target / file.path, getattr(file, "lfs", None), getattr(file, "blob_id", None)
+        if blob and file.path != ".gitattributes":  # a folder has none
+            own = (sha256(path) if lfs else git_hash(path.read_bytes())) if path.is_file() else None
+            (equal if own == (lfs.sha256 if lfs else blob) else other).append(file.path)
     if other and not any(path.endswith(".safetensors") for path in equal):
-        raise SetupError(
-            f"REPO: {name} exists with other content: found {', '.join(sorted(other)[:3])}, expected this model or an "
-            f"empty repository. Set another REPO, or delete its files"
-        )
-    if is_private == publication.public:
-        fix = (
-            "Unset PUBLIC, or change it in the settings of the repository"
-            if is_private
-            else "Set PUBLIC=1, or make it private"
-        )
-        found = "private" if is_private else "public"
-        raise SetupError(f"REPO: {name} exists: found {found}, expected {publication.visibility}. {fix}")
+        fix = "Set another REPO, or delete them there"
+        raise SetupError(f"REPO: {name} exists with other content: found {', '.join(sorted(other)[:3])}. {fix}")
+    if private == publication.public:
+        found, fix = ("private", "Unset PUBLIC") if private else ("public", "Set PUBLIC=1")
+        raise SetupError(f"REPO: {name} exists and is {found}. {fix}, or change it in the repository's settings")
     return True

@@ -1,4 +1,4 @@
-"""Serve the model of a finished run with an OpenAI-compatible server: vLLM where installed, else `transformers serve`."""
+"""Serve a run's model with an OpenAI-compatible API: by vLLM where it is installed, else by `transformers serve`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from sft_recipes.runtime.paths import REPOSITORY
 from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.tools import final_model
 
-HOST = "127.0.0.1"
-SERVER_PYTHON = REPOSITORY / ".venv-serve" / "bin" / "python"  # made by `make serve`
+_SERVER_PYTHON = REPOSITORY / ".venv-serve" / "bin" / "python"  # `make serve` creates it
 
 
 @dataclass(frozen=True)
@@ -25,29 +24,32 @@ class Server:
     """A server of a run's model.
 
     Attributes:
-        command: its command line.
-        directory: its working directory. The model is named relative to it, so clients send a short name, which has no
-            `@`: `transformers serve` would read a revision after it.
-        model: the name that requests give.
-        folder: the folder of the model.
+        folder: of the model. The server runs in the folder of all runs and names the model `RUN/final`: in a whole path
+            `transformers serve` would take what follows an `@` for a revision.
     """
 
     command: list[str]
-    directory: Path
-    model: str
+    url: str
     folder: Path
+    model: str
     is_vllm: bool
 
     @property
+    def directory(self) -> Path:
+        """The working directory."""
+        return self.folder.resolve().parents[1]
+
+    @property
     def environment(self) -> dict[str, str]:
-        """Its environment variables; the model is local, and nothing is requested from PyPI or the Hub."""
+        """The environment variables: nothing is requested from the Hub or PyPI."""
         return {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
 
 
 def configure(folder: RunDir, port: int, arguments: str = "") -> Server:
-    """Return the server of a finished run's model, the merged one of adapters.
+    """Return the server of a finished run's model, of the merged one if it trained adapters.
 
     Args:
+        port: 0 for a free one.
         arguments: more arguments of the server, as in a shell.
 
     Raises:
@@ -55,24 +57,24 @@ def configure(folder: RunDir, port: int, arguments: str = "") -> Server:
     """
     plan = plans.read(folder.plan)
     target = final_model.find(folder, merged=plan.method != "full")
-    model = f"{folder.path.resolve().name}/{target.name}"
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise SetupError(f"PORT: {HOST}:{port}: {error.strerror}. Set PORT to a free one") from error
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    vllm = shutil.which("vllm", path=path)
+            probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError) as error:
+            raise SetupError(f"PORT: 127.0.0.1:{port}: {error}. Set PORT to a free port") from error
+        port = probe.getsockname()[1]
+    model = "/".join(target.resolve().parts[-2:])
+    vllm = shutil.which("vllm", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
     if vllm:
         command = [vllm, "serve", model, "--served-model-name", model]
-    elif SERVER_PYTHON.is_file():
-        command = [str(SERVER_PYTHON), "-P", "-m", "transformers.cli.transformers", "serve", model]
+    elif _SERVER_PYTHON.is_file():
+        command = [str(_SERVER_PYTHON), "-P", "-m", "transformers.cli.transformers", "serve", model]
     else:
-        raise SetupError("serve: found neither vllm nor .venv-serve. Run `make serve`, which creates it")
-    command += ["--host", HOST, "--port", str(port), *shlex.split(arguments)]
-    command += ["--trust-remote-code"] if plan.sections.model.trust_remote_code else []
-    return Server(command, folder.path.resolve().parent, model, target, bool(vllm))
+        raise SetupError("serve: found neither vllm nor .venv-serve. Run `make serve`, which creates .venv-serve")
+    trust = ["--trust-remote-code"] if plan.sections.model.trust_remote_code else []
+    command += ["--host", "127.0.0.1", "--port", str(port), *trust, *shlex.split(arguments)]
+    return Server(command, f"http://127.0.0.1:{port}", target, model, bool(vllm))
 
 
 def run(server: Server) -> None:

@@ -1,6 +1,6 @@
-"""Print the token ids that `transformers serve` gives to a chat, in the environment of the server.
+"""Print the token ids that `transformers serve` gives to chats: run with its Python and the model's folder.
 
-Run with the server's Python and the model's folder: one chat per line of standard input, as the body of a request.
+One request body per line of standard input. The calls are those of transformers/cli/serving/chat_completion.py (5.23).
 """
 
 import json
@@ -9,23 +9,12 @@ import sys
 from transformers import AutoProcessor
 from transformers.cli.serving.utils import BaseHandler, Modality
 
-
-def main(folder: str, trust_remote_code: bool) -> None:
-    """Render and tokenize as `transformers.cli.serving.chat_completion` does (5.23)."""
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    for line in sys.stdin:
-        body = json.loads(line)
-        messages = BaseHandler.get_processor_inputs_from_messages(body["messages"], Modality.LLM)
-        encoded = processor.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            tools=body.get("tools"),
-            tokenize=True,
-            return_dict=True,
-            **body.get("chat_template_kwargs", {}),
-        )
-        print(json.dumps(list(encoded["input_ids"])))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], len(sys.argv) > 2)
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code="--trust-remote-code" in sys.argv)
+for line in sys.stdin:
+    body = json.loads(line)
+    messages = BaseHandler.get_processor_inputs_from_messages(body["messages"], Modality.LLM)
+    options = {"tools": body.get("tools"), **body.get("chat_template_kwargs", {})}
+    encoded = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, **options
+    )
+    print(json.dumps(list(encoded["input_ids"])))
