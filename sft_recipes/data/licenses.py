@@ -17,7 +17,7 @@ HUB_IDS: frozenset[str] = frozenset(_TABLE["hub_ids"])
 # What Llama's licenses require, by license: `prefix` of the model's name, `attribution` to display, `notice`.
 LLAMA: dict[str, dict[str, str]] = _TABLE["llama"]
 # Files that a license may require a copy of. Llama's also have the acceptable use policy.
-FILES = re.compile(r"(LICEN[CS]E|COPYING|NOTICE|USE_POLICY)([-_][A-Za-z0-9.]+)?(\.txt|\.md)?", re.IGNORECASE)
+FILES = re.compile(r"(LICEN[CS]E|COPYING|NOTICE|USE_POLICY)([-_][A-Z0-9-]+(\.\d+)?)?(\.txt|\.md)?", re.IGNORECASE)
 
 
 def read(folder: Path) -> dict[str, str]:

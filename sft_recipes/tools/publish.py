@@ -117,9 +117,9 @@ def _check_name_and_license(publication: Publication, target: Path) -> None:
     if not name.startswith(prefix):
         requires = f"the license {stated['license']} requires a name that begins with {prefix}"
         raise SetupError(f"REPO: found {name}: {requires}. Set REPO={owner}/{prefix}-{name}")
-    if "hub" not in base and (target / "adapter_config.json").is_file():
+    if read_json(target / "adapter_config.json").get("base_model_name_or_path", base.get("hub")) != base.get("hub"):
         fix = f"Run `make merge RUN={run}`, and publish with MERGED=1"
-        raise SetupError(f"RUN: {run} has adapters without their base: the base model is not on the Hub. {fix}")
+        raise SetupError(f"RUN: {run} has adapters without their base: it is not on the Hub. {fix}")
 
 
 def _list_files(target: Path, trust_remote_code: bool) -> list[str]:

@@ -62,7 +62,7 @@ def configure(folder: RunDir, port: int, arguments: str = "") -> Server:
         try:
             probe.bind(("127.0.0.1", port))
         except (OSError, OverflowError) as error:
-            raise SetupError(f"PORT: 127.0.0.1:{port}: {error}. Set PORT to a free port") from error
+            raise SetupError(f"PORT: {port}: {str(error).rstrip('.')}. Set PORT to a free port") from error
         port = probe.getsockname()[1]
     model = "/".join(target.resolve().parts[-2:])
     vllm = shutil.which("vllm", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")

@@ -34,7 +34,7 @@ class HubServer(ThreadingHTTPServer):
     Attributes:
         received: contents in LFS by SHA-256, committed or not.
         multipart: size in bytes of a part; None for basic transfers.
-        drop_after: close the connection of each upload of an LFS file after this many bytes.
+        dropped: SHA-256 of a file: the connection is closed in the middle of each upload of it.
         sent: bytes of LFS contents received, by SHA-256.
     """
 
@@ -47,7 +47,7 @@ class HubServer(ThreadingHTTPServer):
         self.parts: dict[str, dict[int, bytes]] = {}
         self.sent: dict[str, int] = {}
         self.requests: list[tuple[str, str]] = []
-        self.multipart, self.drop_after = multipart, None
+        self.multipart, self.dropped = multipart, None
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -84,7 +84,11 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if url.path == "/api/validate-yaml":
             self._answer({"errors": [], "warnings": []})
-        elif (token := (self.headers.get("Authorization") or "").removeprefix("Bearer ")) not in (WRITE, READ, FINE_GRAINED):
+        elif (token := (self.headers.get("Authorization") or "").removeprefix("Bearer ")) not in (
+            WRITE,
+            READ,
+            FINE_GRAINED,
+        ):
             self._answer({"error": "Invalid credentials in Authorization header"}, 401)
         elif url.path == "/api/whoami-v2":
             self._answer(_account(token))
@@ -113,7 +117,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
         elif action in ([], ["revision", "main"]):
             siblings = [{"rfilename": path} for path in repository.files]
-            self._answer({"id": name, "private": repository.private, "sha": _COMMIT + "00", "siblings": siblings, "tags": []})
+            self._answer(
+                {"id": name, "private": repository.private, "sha": _COMMIT + "00", "siblings": siblings, "tags": []}
+            )
         elif action[0] == "tree":
             self._answer([_entry(path, repository) for path in sorted(repository.files)])
         elif action[0] == "preupload":
@@ -173,11 +179,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _read_upload(self, oid) -> bytes | None:
         """Read the body; None if the connection is to be dropped."""
-        limit, content = self.server.drop_after, b""
+        content = b""
         for chunk in self._chunks():
             content += chunk
             self.server.sent[oid] = self.server.sent.get(oid, 0) + len(chunk)
-            if limit is not None and len(content) > limit:
+            if oid == self.server.dropped:
                 return None
         return content
 
@@ -197,7 +203,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, content, code=200, headers=None):
         body = json.dumps(content).encode()
         self.send_response(code)
-        for key, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **(headers or {})}.items():
+        for key, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            **(headers or {}),
+        }.items():
             self.send_header(key, value)
         self.end_headers()
         self.wfile.write(body)
@@ -207,8 +217,15 @@ def _account(token):
     role = {WRITE: "write", READ: "read", FINE_GRAINED: "fineGrained"}[token]
     access: dict = {"displayName": "test", "role": role}
     if role == "fineGrained":
-        access["fineGrained"] = {"scoped": [{"entity": {"type": "user", "name": "me"}, "permissions": ["repo.content.read"]}]}
-    return {"type": "user", "name": "me", "orgs": [{"name": "team"}], "auth": {"type": "access_token", "accessToken": access}}
+        access["fineGrained"] = {
+            "scoped": [{"entity": {"type": "user", "name": "me"}, "permissions": ["repo.content.read"]}]
+        }
+    return {
+        "type": "user",
+        "name": "me",
+        "orgs": [{"name": "team"}],
+        "auth": {"type": "access_token", "accessToken": access},
+    }
 
 
 def _upload_mode(path, repository):
