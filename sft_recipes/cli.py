@@ -466,11 +466,11 @@ def _merge(parsed: argparse.Namespace) -> None:
 
 
 def _publish(parsed: argparse.Namespace) -> None:
-    from sft_recipes.tools import final_model, model_card, publish
+    from sft_recipes.tools import generate, model_card, publish
 
     folder = run_dir.find(parsed.run)
     if parsed.card_only:
-        target = final_model.find(folder, parsed.merged)
+        target = generate.find_model(folder, parsed.merged)
         log.info(f"model card  {model_card.write(folder, target, parsed.repo, parsed.license)}")
         return
     if not parsed.repo:

@@ -23,9 +23,7 @@ from sft_recipes.runtime import timeouts
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir, read_json
 from sft_recipes.tools import serve
-from sft_recipes.tools.serve import Server
 from sft_recipes.training import completions
-from sft_recipes.training.completions import Prompt
 from sft_recipes.training.library_logging import silence_libraries
 
 log = logging.getLogger(__name__)
@@ -51,9 +49,8 @@ def main(folder: RunDir) -> int:
     limit = plans.read(folder.plan).sections.generation.max_new_tokens
     chats = [_chat(prompt, server) for prompt in prompts]
     with _running(server):
-        answers = [
-            _post(server, "v1/chat/completions", chat | {"temperature": 0, "max_tokens": limit}) for chat in chats
-        ]
+        greedy = {"temperature": 0, "max_tokens": limit}
+        answers = [_post(server, "v1/chat/completions", chat | greedy) for chat in chats]
         if server.is_vllm:
             ids = [_post(server, "tokenize", chat | {"add_generation_prompt": True})["tokens"] for chat in chats]
         else:
@@ -61,7 +58,7 @@ def main(folder: RunDir) -> int:
     return _compare(folder, server, prompts, list(zip(ids, answers, strict=True)))  # may need the server's memory
 
 
-def _select_prompts(folder: RunDir) -> list[Prompt]:
+def _select_prompts(folder: RunDir) -> list[completions.Prompt]:
     prepared = Path(read_json(folder.prepared).get("folder", ""))
     found = completions.read_prompts(prepared, 1000) if (prepared / "prompts.jsonl").is_file() else []
     if not found:
@@ -71,7 +68,7 @@ def _select_prompts(folder: RunDir) -> list[Prompt]:
     return list({id(prompt): prompt for prompts in kinds.values() for prompt in prompts}.values())
 
 
-def _chat(prompt: Prompt, server: Server) -> dict[str, Any]:
+def _chat(prompt: completions.Prompt, server: serve.Server) -> dict[str, Any]:
     """Return a request: calls have the ids that training gave them, and arguments as JSON."""
     calls = [call for message in prompt.messages for call in message.get("tool_calls", ())]
     messages = with_call_ids(prompt.messages) if any("id" not in call for call in calls) else prompt.messages
@@ -84,39 +81,40 @@ def _chat(prompt: Prompt, server: Server) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _running(server: Server) -> Iterator[None]:
+def _running(server: serve.Server) -> Iterator[None]:
     """Start the server, wait until it answers, and end it afterwards."""
-    where = {"cwd": server.directory, "env": server.environment}
-    with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(server.command, stdout=output, stderr=output, **where)
+    options = {"cwd": server.directory, "env": server.environment}
+    with (
+        tempfile.TemporaryFile("w+") as output,
+        subprocess.Popen(server.command, stdout=output, stderr=output, **options) as process,
+    ):
         try:
             deadline, is_ready = time.monotonic() + timeouts.MODEL_LOADING, False
             while not is_ready:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    output.seek(0)
+                    reason = " ".join(output.read().splitlines()[-1:])[:200]
+                    raise SetupError(f"serve: the server did not start: {reason}. Run `make serve` to see its output")
                 time.sleep(timeouts.POLL_SERVER)
                 with contextlib.suppress(OSError):
                     urllib.request.urlopen(f"{server.url}/health", timeout=timeouts.HUB_REQUEST).close()
                     is_ready = True
-                if process.poll() is not None or time.monotonic() > deadline:
-                    output.seek(0)
-                    last = (output.read().split("\n") or [""])[-2:]
-                    raise SetupError(f"serve: the server did not start: {' '.join(last)[:200]}. Run `make serve`")
             yield
         finally:
             process.terminate()
-            process.wait()
 
 
-def _post(server: Server, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{server.url}/{path}", json.dumps(body).encode(), headers)
+def _post(server: serve.Server, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{server.url}/{path}", data, headers)
     try:
         with urllib.request.urlopen(request, timeout=timeouts.MODEL_LOADING) as response:
             return dict(json.load(response))
     except urllib.error.HTTPError as error:
-        raise SetupError(f"serve: {path}: {error}: {error.read(200)!r}. Run `make serve` to see its log") from error
+        raise SetupError(f"serve: {path}: {error}: {error.read(200)!r}. Run `make serve` to see its output") from error
 
 
-def _tokenize_as_server(server: Server, chats: list[dict[str, Any]]) -> list[list[int]]:
+def _tokenize_as_server(server: serve.Server, chats: list[dict[str, Any]]) -> list[list[int]]:
     """Return the ids of each chat from the environment of `transformers serve`."""
     script, trust = Path(__file__).with_name("server_tokens.py"), "--trust-remote-code"
     command = [server.command[0], script, server.folder.resolve(), *([trust] if trust in server.command else [])]
@@ -125,7 +123,9 @@ def _tokenize_as_server(server: Server, chats: list[dict[str, Any]]) -> list[lis
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def _compare(folder: RunDir, server: Server, prompts: list[Prompt], results: list[tuple[list[int], Any]]) -> int:
+def _compare(
+    folder: RunDir, server: serve.Server, prompts: list[completions.Prompt], results: list[tuple[list[int], Any]]
+) -> int:
     """Print a line per check; return 1 if one fails."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -139,7 +139,7 @@ def _compare(folder: RunDir, server: Server, prompts: list[Prompt], results: lis
     stop_ids = stop if isinstance(stop, list) else [stop]
     is_exact = model.dtype == torch.float32 and model.device.type == "cpu" and not server.is_vllm
     failures: dict[str, list[str]] = {"prompt tokens": [], "completions": [], "end of turn": []}
-    gaps = []
+    compared, gaps = {"prompt tokens": len(prompts), "completions": 0, "end of turn": 0}, []
     for prompt, (ids, answer) in zip(prompts, results, strict=True):
         conversation = Conversation(prompt.messages, "", prompt.tools, template_kwargs=prompt.template_kwargs)
         expected = today.tokenize_prompt(conversation) if dated else prompt.input_ids
@@ -149,16 +149,22 @@ def _compare(folder: RunDir, server: Server, prompts: list[Prompt], results: lis
             continue
         (own,) = completions.generate_ids(model, tokenizer, [expected], limit, stop_ids).tolist()
         text, choice = tokenizer.decode(own, skip_special_tokens=True), answer["choices"][0]
-        served = choice["message"].get("content") or ""
+        message = choice["message"]
+        served = message.get("content") or ""
+        if message.get("tool_calls") or message.get("reasoning_content"):
+            continue  # the server has parsed the text
+        compared["completions"] += 1
         if served != text:
             gaps.append(_gap_at_difference(model, tokenizer, expected, own, served))
             if is_exact or gaps[-1] >= MAX_LOGIT_GAP:
                 failures["completions"].append(f"{served[:80]!r}, expected {text[:80]!r} (logit gap {gaps[-1]:.3f})")
-        elif own[-1] in stop_ids and len(own) < limit and choice["finish_reason"] == "length":
-            failures["end of turn"].append(f"{served[:80]!r} goes on until {limit} tokens")
+        elif own[-1] in stop_ids and len(own) < limit:
+            compared["end of turn"] += 1
+            if choice["finish_reason"] != "stop":
+                failures["end of turn"].append(f"{served[:80]!r}: finish_reason {choice['finish_reason']}")
     for name, found in failures.items():
-        result = f"{len(prompts) - len(found)} of {len(prompts)}{f'; first difference: {found[0]}' if found else ''}"
-        log.info(f"{'FAIL' if found else 'PASS'}  {name:<13}  {result}")
+        first = f"; first difference: {found[0]}" if found else ""
+        log.info(f"{'FAIL' if found else 'PASS'}  {name:<13}  {compared[name] - len(found)} of {compared[name]}{first}")
     if gaps:
         log.info(f"{len(gaps)} completions differ where the two likeliest tokens are at most {max(gaps):.3f} apart")
     return int(any(failures.values()))

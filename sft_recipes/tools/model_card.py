@@ -33,7 +33,7 @@ def write(folder: RunDir, target: Path, repository: str | None, license_id: str 
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    run, base = metrics_log.read(folder), read_json(folder.manifest)["model"]
+    run, base = metrics_log.read(folder), read_json(folder.manifest).get("model", {})
     stated, terms = license_metadata(base, license_id), licenses.LLAMA.get(base.get("license", ""))
     shutil.rmtree(target / "plots", ignore_errors=True)
     base_folder = Path(read_json(folder.prepared).get("model", ""))
@@ -53,32 +53,18 @@ def write(folder: RunDir, target: Path, repository: str | None, license_id: str 
 
     reading, adapters = run.manifest["data"]["reading"] or {}, (target / "adapter_config.json").is_file()
     sources = [(part, name, source) for part, named in reading.items() for name, source in named.items()]
-    data = ModelCardData(
-        **stated,
-        base_model=base.get("hub"),
-        base_model_relation=("adapter" if adapters else "finetune") if "hub" in base else None,
-        datasets=sorted({source["hub"].partition(":")[0] for *_, source in sources if "hub" in source}) or None,
-        library_name="peft" if adapters else "transformers",
-        pipeline_tag="text-generation",
-        tags=["sft", "trl", "sft-recipes", *([] if run.plan.method == "full" else [run.plan.method])],
-    )
-    card = ModelCard.from_template(
-        data,
-        str(Path(__file__).with_name("model_card.md.j2")),
-        repository=repository or f"OWNER/{folder.name}",
-        run=run,
-        base=base,
-        stated=stated,
-        terms=terms,
-        adapters=adapters,
-        sources=sources,
-        metrics=sorted({key for line in run.lines for key in line if key.startswith("eval_")} - _NOT_QUALITY),
-        evaluation=read_evaluation(folder),
-        price=env.gpu_hour_price(),
-        units=units,
-        draw=draw,
-        cell=_cell,
-    )
+    datasets = sorted({source["hub"].partition(":")[0] for *_, source in sources if "hub" in source}) or None
+    relation = "adapter" if adapters else "finetune"
+    stated |= {"base_model": base["hub"], "base_model_relation": relation} if "hub" in base else {}
+    tags = ["sft", "trl", "sft-recipes", *({run.plan.method} - {"full"})]
+    library = {"library_name": "peft" if adapters else "transformers", "pipeline_tag": "text-generation"}
+    metadata = ModelCardData(**stated, **library, datasets=datasets, tags=tags)
+    recorded = {"run": run, "base": base, "stated": stated, "terms": terms, "adapters": adapters, "sources": sources}
+    shown = {"repository": repository or f"OWNER/{folder.name}", "evaluation": read_evaluation(folder)}
+    shown["metrics"] = sorted({key for line in run.lines for key in line if key.startswith("eval_")} - _NOT_QUALITY)
+    helpers = {"draw": draw, "cell": _cell, "units": units, "price": env.gpu_hour_price()}
+    template = str(Path(__file__).with_name("model_card.md.j2"))
+    card = ModelCard.from_template(metadata, template, **recorded, **shown, **helpers)
     write_atomic(target / "README.md", f"{card}".rstrip() + "\n")
     return target / "README.md"
 

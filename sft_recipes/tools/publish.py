@@ -13,7 +13,7 @@ from sft_recipes.planner import plan as plans
 from sft_recipes.runtime.atomic_write import sha256
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir, read_json
-from sft_recipes.tools import final_model, model_card
+from sft_recipes.tools import generate, model_card
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def publish(publication: Publication, dry_run: bool) -> None:
     from huggingface_hub import HfApi
 
     folder, name, api = publication.folder, publication.repository, HfApi()
-    target = final_model.find(folder, publication.merged)
+    target = generate.find_model(folder, publication.merged)
     _check_name_and_license(publication, target)
     model_card.write(folder, target, name, publication.license_id)
     files = _list_files(target, plans.read(folder.plan).sections.model.trust_remote_code)
@@ -101,7 +101,7 @@ def _check_name_and_license(publication: Publication, target: Path) -> None:
     """
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    base, run = read_json(publication.folder.manifest)["model"], publication.folder.name
+    base, run = read_json(publication.folder.manifest).get("model", {}), publication.folder.name
     owner, _, name = publication.repository.rpartition("/")
     try:
         validate_repo_id(publication.repository)

@@ -14,7 +14,7 @@ from sft_recipes.planner import plan as plans
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.paths import REPOSITORY
 from sft_recipes.runtime.run_dir import RunDir
-from sft_recipes.tools import final_model
+from sft_recipes.tools import generate
 
 _SERVER_PYTHON = REPOSITORY / ".venv-serve" / "bin" / "python"  # `make serve` creates it
 
@@ -24,25 +24,19 @@ class Server:
     """A server of a run's model.
 
     Attributes:
-        folder: of the model. The server runs in the folder of all runs and names the model `RUN/final`: in a whole path
-            `transformers serve` would take what follows an `@` for a revision.
+        folder: of the model.
+        model: its name in requests, `RUN/final`: relative to `directory`, since `transformers serve` would take what
+            follows an `@` in a whole path for a revision.
+        environment: its environment variables: nothing is requested from the Hub or PyPI.
     """
 
     command: list[str]
+    directory: Path
+    environment: dict[str, str]
     url: str
     folder: Path
     model: str
     is_vllm: bool
-
-    @property
-    def directory(self) -> Path:
-        """The working directory."""
-        return self.folder.resolve().parents[1]
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """The environment variables: nothing is requested from the Hub or PyPI."""
-        return {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
 
 
 def configure(folder: RunDir, port: int, arguments: str = "") -> Server:
@@ -56,7 +50,7 @@ def configure(folder: RunDir, port: int, arguments: str = "") -> Server:
         SetupError: the run is not finished, its adapters are not merged, the port is in use, or there is no server.
     """
     plan = plans.read(folder.plan)
-    target = final_model.find(folder, merged=plan.method != "full")
+    target = generate.find_model(folder, merged=plan.method != "full")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -74,7 +68,9 @@ def configure(folder: RunDir, port: int, arguments: str = "") -> Server:
         raise SetupError("serve: found neither vllm nor .venv-serve. Run `make serve`, which creates .venv-serve")
     trust = ["--trust-remote-code"] if plan.sections.model.trust_remote_code else []
     command += ["--host", "127.0.0.1", "--port", str(port), *trust, *shlex.split(arguments)]
-    return Server(command, f"http://127.0.0.1:{port}", target, model, bool(vllm))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
+    url, directory = f"http://127.0.0.1:{port}", target.resolve().parents[1]
+    return Server(command, directory, environment, url, target, model, bool(vllm))
 
 
 def run(server: Server) -> None:

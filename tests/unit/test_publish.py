@@ -15,7 +15,7 @@ from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Topology
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir, write_json
-from sft_recipes.tools import final_model, model_card, publish, serve
+from sft_recipes.tools import generate, model_card, publish, serve
 
 COMMIT = "0e9e39f249a16976918f6564b8830bc894c89659"
 LLAMA = {"hub": "meta-llama/Llama-3.1-8B-Instruct", "commit": COMMIT, "license": "llama3.1"}
@@ -197,14 +197,14 @@ def test_only_allowed_files_are_uploaded(tmp_path):
 @pytest.mark.parametrize("state", ["running", "stopped", "failed", "diverged"])
 def test_unfinished_run_has_no_model_to_publish_or_serve(tmp_path, state):
     folder = finished_run(tmp_path / "a-run", QWEN, state=state)
-    for find in (final_model.find, lambda run: serve.configure(run, 0)):
+    for find in (generate.find_model, lambda run: serve.configure(run, 0)):
         with pytest.raises(SetupError, match=f"RUN: .*a-run is {state}, expected a finished run"):
             find(folder)
 
 
 def test_merged_model_is_of_adapters_only(tmp_path):
     with pytest.raises(SetupError, match="MERGED: a-run has no adapters"):
-        final_model.find(finished_run(tmp_path / "a-run", QWEN), merged=True)
+        generate.find_model(finished_run(tmp_path / "a-run", QWEN), merged=True)
 
 
 def test_serving_needs_merged_adapters_and_their_base(tmp_path):
