@@ -83,25 +83,23 @@ def _chat(prompt: completions.Prompt, server: serve.Server) -> dict[str, Any]:
 @contextlib.contextmanager
 def _running(server: serve.Server) -> Iterator[None]:
     """Start the server, wait until it answers, and end it afterwards."""
-    options = {"cwd": server.directory, "env": server.environment}
-    with (
-        tempfile.TemporaryFile("w+") as output,
-        subprocess.Popen(server.command, stdout=output, stderr=output, **options) as process,
-    ):
-        try:
-            deadline, is_ready = time.monotonic() + timeouts.MODEL_LOADING, False
-            while not is_ready:
-                if process.poll() is not None or time.monotonic() > deadline:
-                    output.seek(0)
-                    reason = " ".join(output.read().splitlines()[-1:])[:200]
-                    raise SetupError(f"serve: the server did not start: {reason}. Run `make serve` to see its output")
-                time.sleep(timeouts.POLL_SERVER)
-                with contextlib.suppress(OSError):
-                    urllib.request.urlopen(f"{server.url}/health", timeout=timeouts.HUB_REQUEST).close()
-                    is_ready = True
-            yield
-        finally:
-            process.terminate()
+    with tempfile.TemporaryFile("w+") as output:
+        options = {"cwd": server.directory, "env": server.environment, "stdout": output, "stderr": output}
+        with subprocess.Popen(server.command, **options) as process:
+            try:
+                deadline, is_ready = time.monotonic() + timeouts.MODEL_LOADING, False
+                while not is_ready:
+                    if process.poll() is not None or time.monotonic() > deadline:
+                        output.seek(0)
+                        reason = " ".join(output.read().splitlines()[-1:])[:200]
+                        raise SetupError(f"serve: the server did not start: {reason}. Run `make serve` to see why")
+                    time.sleep(timeouts.POLL_SERVER)
+                    with contextlib.suppress(OSError):
+                        urllib.request.urlopen(f"{server.url}/health", timeout=timeouts.HUB_REQUEST).close()
+                        is_ready = True
+                yield
+            finally:
+                process.terminate()
 
 
 def _post(server: serve.Server, path: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -123,10 +121,12 @@ def _tokenize_as_server(server: serve.Server, chats: list[dict[str, Any]]) -> li
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def _compare(
-    folder: RunDir, server: serve.Server, prompts: list[completions.Prompt], results: list[tuple[list[int], Any]]
-) -> int:
-    """Print a line per check; return 1 if one fails."""
+def _compare(folder: RunDir, server: serve.Server, prompts: list[completions.Prompt], results: list[Any]) -> int:
+    """Print a line per check; return 1 if one fails.
+
+    Args:
+        results: for each prompt, the ids that the server uses, and its answer.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
