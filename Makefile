@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-VARIABLES := RECIPE MODEL METHOD GPUS NODES PROCESSES DEVICES DATA VALIDATION NAME RESUME ALLOW_CHANGE STRICT_VERSIONS GPU_TYPE RUN ROWS PLOT WITH PORT PROMPT DRY_RUN SANITY INIT_FROM OVERFIT REPORT_TO GPU_HOUR_PRICE ARGS RUNTIME IMAGE VARIANT MOUNTS CONTAINER_ARGS BUILD_ARGS WHEEL
+VARIABLES := RECIPE MODEL METHOD GPUS NODES PROCESSES DEVICES DATA VALIDATION NAME RESUME ALLOW_CHANGE STRICT_VERSIONS GPU_TYPE RUN ROWS PLOT WITH PORT PROMPT REPO LICENSE MERGED PUBLIC CARD_ONLY DRY_RUN SANITY INIT_FROM OVERFIT REPORT_TO GPU_HOUR_PRICE ARGS RUNTIME IMAGE VARIANT MOUNTS CONTAINER_ARGS BUILD_ARGS WHEEL
 ifndef MODEL
 RECIPE ?= tiny
 endif
@@ -32,7 +32,7 @@ CHOSEN = $${RECIPE:+"$$RECIPE"} $${MODEL:+"--model=$$MODEL"} $${METHOD:+--method
 TRAINING = $(HARDWARE) $${INIT_FROM:+--init-from "$$INIT_FROM"} $${OVERFIT:+--overfit}
 OVERRIDES = $${DATA:+"data.train=$$DATA"} $${VALIDATION:+"data.validation=$$VALIDATION"} $${ARGS:-}
 
-.PHONY: help setup flash-attn image smoke doctor recipes recipe plan schedules inspect download sanity train verify-resume diagnose report status slurm tensorboard generate merge test test-unit test-fake-gpus test-strategies test-container test-slurm test-cuda-build chaos bench test-latest docs lint lock
+.PHONY: help setup flash-attn image smoke doctor recipes recipe plan schedules inspect download sanity train verify-resume diagnose report status slurm tensorboard generate merge publish serve check-serving test test-unit test-fake-gpus test-strategies test-container test-slurm test-serve test-cuda-build chaos bench test-latest docs lint lock
 
 help: ## print this list
 	@echo 'Usage: make TARGET [VARIABLE=value ...], for example: make train RECIPE=8b GPUS=8'
@@ -62,9 +62,13 @@ help: ## print this list
 		'REPORT_TO        trackers: tensorboard (default), wandb, mlflow, ..., none' \
 		'GPU_HOUR_PRICE   price of one GPU hour, to forecast cost' \
 		'PROMPT           prompt for generate (default: standard input, one per line)' \
+		'REPO             for publish: repository on the Hub, OWNER/NAME; PUBLIC=1 makes it public' \
+		'LICENSE          for publish: license of a model whose base model has no known one' \
+		'MERGED=1         for publish: the merged model instead of the adapters' \
+		'CARD_ONLY=1      for publish: write the model card, upload nothing' \
 		'ROWS             for inspect: number of rows' \
 		'PLOT WITH        for schedules: .png or .svg file to write, other schedules to compare' \
-		'PORT             port for tensorboard' \
+		'PORT             port for tensorboard and serve' \
 		'RUNTIME          local, docker or podman (default: a container if GPUs are requested)' \
 		'IMAGE VARIANT    image name; variant to build or run: cuda or cpu' \
 		'MOUNTS           more folders to mount read-only: /data:/models' \
@@ -137,6 +141,23 @@ generate: ## generate completions with a trained model: RUN PROMPT
 merge: ## merge adapters into their base model: RUN
 	@$(SFT) merge "$${RUN:?RUN is missing: the name of a run, such as 8b-lora-1}"
 
+publish: ## upload a finished run to the Hub, with a model card: RUN REPO LICENSE PUBLIC
+	@export RUNTIME=local; $(SFT) publish "$${RUN:?RUN is missing: the name of a run, such as tiny-1}" $${REPO:+--repo "$$REPO"} \
+		$${LICENSE:+--license "$$LICENSE"} $${MERGED:+--merged} $${PUBLIC:+--public} $${CARD_ONLY:+--card-only} $${DRY_RUN:+--dry-run}
+
+# In its own environment, which sees the packages of $(VENV): the extra packages of `transformers serve`.
+SERVE_PACKAGES = cmp -s requirements/serve.txt .venv-serve/serve.txt || { rm -rf .venv-serve; $(PYTHON) -m venv .venv-serve; \
+	$(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(echo .venv-serve/lib/python*/site-packages)/venv.pth"; \
+	.venv-serve/bin/python -m pip install --quiet --no-deps --require-hashes -r requirements/serve.txt; cp requirements/serve.txt .venv-serve; }
+
+serve: setup ## serve a finished run on localhost, OpenAI-compatible: RUN PORT (ARGS for the server)
+	@$(SERVE_PACKAGES)
+	@export RUNTIME=local; $(SFT) serve "$${RUN:?RUN is missing: the name of a run, such as tiny-1}" $${PORT:+--port "$$PORT"} $${ARGS:+"--server-arguments=$$ARGS"}
+
+check-serving: setup ## compare tokens and completions of a server with those of a run: RUN
+	@$(SERVE_PACKAGES)
+	@export RUNTIME=local; $(SFT) check-serving "$${RUN:?RUN is missing: the name of a run, such as tiny-1}"
+
 # One test file per core and one thread per run: runs that share the threads of their cores slow each other manyfold.
 # MAX_JOBS: compiling DeepSpeed's operators takes 1.5 GB per job, and the other core runs tests.
 PYTEST = OMP_NUM_THREADS=1 MAX_JOBS=1 $(PYTHON) -m pytest --numprocesses 2 --dist loadfile
@@ -161,6 +182,10 @@ test-container: setup ## build the CPU image with podman and test it (15 minutes
 
 test-slurm: setup ## run the jobs on a real Slurm cluster on this machine (10 minutes, needs root)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/slurm
+
+test-serve: setup ## serve a run with transformers serve on the CPU and compare it
+	@$(SERVE_PACKAGES)
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/integration/test_serving.py
 
 test-cuda-build: ## compile the CUDA code without a GPU, in .venv-cuda (30 minutes, 7 GB)
 	@TORCH=cuda requirements/install.sh .venv-cuda

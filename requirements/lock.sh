@@ -38,3 +38,5 @@ fi
 
 uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
     --default-index https://pypi.org/simple "$@" --output-file docs.txt docs.in # for `make docs`
+uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-deps \
+    --default-index https://pypi.org/simple "$@" --output-file serve.txt serve.in # for `make serve`

@@ -167,6 +167,21 @@ def commands() -> list[tuple[Any, ...]]:
         ),
         ("merge", "merge LoRA adapters into their base model", _merge, _RUN),
         (
+            "publish", "upload the model of a finished run to the Hub, with a model card", _publish, _RUN,
+            _argument("--repo", "repository on the Hub: owner/name", metavar="OWNER/NAME"),
+            _argument("--license", "license of a model whose base has no known one: an id of the Hub", metavar="ID"),
+            _flag("--merged", "publish the merged model instead of the adapters"),
+            _flag("--public", "create a public repository (default: private)"),
+            _flag("--card-only", "write the model card, upload nothing"),
+            _flag("--dry-run", "write the model card and list what would be uploaded"),
+        ),
+        (
+            "serve", "serve the model of a finished run on 127.0.0.1 with an OpenAI-compatible API", _serve, _RUN,
+            _integer("--port", 1, "port (default: 8000)", default=8000, metavar="N"),
+            _argument("--server-arguments", "more arguments of the server", default="", metavar="TEXT"),
+        ),
+        ("check-serving", "compare tokens and completions of a server with those of the run", _check_serving, _RUN),
+        (
             "doctor", "check this machine; exit code 1 on an error", _doctor,
             _integer("--gpus", 0, "GPUs that a run would use", metavar="N"),
             _flag("--json", "print one JSON object per check"),
@@ -462,6 +477,35 @@ def _merge(parsed: argparse.Namespace) -> None:
 
     folder = run_dir.find(parsed.run)
     log.info(f"model      {merge_adapters.merge(folder)} (for `make generate` and transformers)")
+
+
+def _publish(parsed: argparse.Namespace) -> None:
+    from sft_recipes.tools import generate, model_card, publish
+
+    folder = run_dir.find(parsed.run)
+    if parsed.card_only:
+        target = generate.find_model(folder, parsed.merged)
+        log.info(f"model card  {model_card.write(folder, target, parsed.repo, parsed.license)}")
+        return
+    if not parsed.repo:
+        raise UserError("REPO: not set, expected a repository on the Hub. Set REPO=owner/name, or CARD_ONLY=1")
+    publication = publish.Publication(folder, parsed.repo, parsed.license, parsed.merged, parsed.public)
+    publish.publish(publication, parsed.dry_run)
+
+
+def _serve(parsed: argparse.Namespace) -> None:
+    from sft_recipes.tools import serve
+
+    server = serve.configure(run_dir.find(parsed.run), parsed.port, parsed.server_arguments)
+    name = "vLLM" if server.is_vllm else "transformers serve"
+    log.info(f"serving    {server.url}/v1 by {name}, model {server.model} (Ctrl-C stops it)")
+    serve.run(server)
+
+
+def _check_serving(parsed: argparse.Namespace) -> int:
+    from sft_recipes.tools import check_serving
+
+    return check_serving.main(run_dir.find(parsed.run))
 
 
 def _verify_resume(parsed: argparse.Namespace) -> int:

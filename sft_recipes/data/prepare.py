@@ -400,6 +400,8 @@ def _write_prompts(
                 ids = tokenizer.tokenizer(answer["content"], add_special_tokens=False)["input_ids"]
                 prompt = {
                     "messages": before,
+                    "tools": conversation.tools,
+                    "template_kwargs": conversation.template_kwargs,
                     "answer": answer["content"],
                     "answer_tokens": len(ids),
                     "input_ids": tokenizer.tokenize_prompt(replace(conversation, messages=before)),

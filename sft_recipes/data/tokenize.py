@@ -263,10 +263,10 @@ def _with_possible_ids(messages: list[Message], template: ChatTemplate) -> Itera
     if not (template.reads_call_ids and lacking):
         yield messages, False
     if template.reads_call_ids and calls:
-        yield _with_call_ids(messages), True
+        yield with_call_ids(messages), True
 
 
-def _with_call_ids(messages: Sequence[Message]) -> list[Message]:
+def with_call_ids(messages: Sequence[Message]) -> list[Message]:
     """Return the messages with new ids for calls and answers: nine letters and digits, as Mistral's templates require.
 
     An answer without an id belongs to the next unanswered call of its name, or of any name.

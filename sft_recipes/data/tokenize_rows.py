@@ -26,6 +26,7 @@ import pyarrow
 import pyarrow.compute
 
 from sft_recipes.config.schema import DataSource
+from sft_recipes.data import licenses
 from sft_recipes.data.columns import ColumnError, select_columns
 from sft_recipes.data.formats import Conversation, conversation_of, text_of
 from sft_recipes.data.sources import RawRow, Source, attempt
@@ -197,8 +198,8 @@ def _tokenize(rows: list[RawRow]) -> pyarrow.Table:
 def describe_reading(table: pyarrow.Table, source: Source) -> dict[str, Any]:
     """Return what was read of a source as plain values for `details.json` and the manifest.
 
-    These are its files, rows by the columns that are read or ignored, and rows by convention and by reason of
-    rejection, with the location of the first.
+    These are its Hub name, commit and license, its files, rows by the columns that are read or ignored, and rows by
+    convention and by reason of rejection, with the location of the first.
     """
     used: Counter[str] = Counter()
     ignored: Counter[str] = Counter()
@@ -219,7 +220,9 @@ def describe_reading(table: pyarrow.Table, source: Source) -> dict[str, Any]:
         if error is not None:
             reason = re.sub(r"\d+", "N", error.removeprefix(f"{location}: ").partition(". ")[0])[:160]
             rejected.setdefault(reason, [0, location])[0] += 1
+    snapshot = source.files[0] if source.hub_name else None
     return {
+        **({"hub": source.hub_name, "commit": snapshot.name, **licenses.read(snapshot)} if snapshot else {}),
         "files": source.file_names(),
         "rows": len(table),
         "used": dict(used),

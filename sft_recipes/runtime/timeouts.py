@@ -11,6 +11,7 @@ SLURM_COMMAND = 30.0
 CONTAINER_RUNTIME = 60.0
 TORCH_PROBE = 180.0  # a process that imports torch and lists the GPUs
 HUB_REQUEST = 5.0
+POLL_SERVER = 0.2  # of `check-serving`, while it loads the model
 
 # Ranks and their launcher.
 MODEL_LOADING = 1800.0  # from the start of a rank to its first step, and to publish its model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from sft_recipes.planner import plan as plans
@@ -41,6 +42,29 @@ def main(folder: RunDir, prompts: Iterable[str]) -> int:
         (text,) = completions.generate(model, tokenizer, [ids], _MAX_NEW_TOKENS, stop_ids)
         print(text, flush=True)
     return 0
+
+
+def find_model(folder: RunDir, merged: bool = False) -> Path:
+    """Return the folder of a finished run's model.
+
+    Args:
+        merged: the merged model of a run that trained adapters.
+
+    Raises:
+        SetupError: the run is not finished, has no adapters to merge, has not merged them, or their base is gone.
+    """
+    plan, state = plans.read(folder.plan), folder.state()
+    if state != "finished":
+        fix = "Run its `make train` again to resume it"
+        raise SetupError(f"RUN: {folder.path} is {state}, expected a finished run with a model in final/. {fix}")
+    if merged and plan.method == "full":
+        raise SetupError(f"MERGED: {folder.name} has no adapters: full fine-tuning. Unset MERGED")
+    if merged and not folder.merged.is_dir():
+        from sft_recipes.training import lora
+
+        lora.find_base_folder(plan, folder)
+        raise SetupError(f"RUN: {folder.name} has adapters: found no merged/. Run `make merge RUN={folder.name}` first")
+    return folder.merged if merged else folder.final
 
 
 def load_final_model(plan: Plan, folder: RunDir) -> Any:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ _PROMPTS_PER_BATCH = 64
 class Prompt:
     """A held-out conversation up to its last assistant turn; `answer` is that turn, the reference."""
 
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
     answer: str
     answer_tokens: int
     input_ids: list[int]
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,15 @@ def complete_prompts(trainer: Any, prompts: Sequence[Prompt], max_new_tokens: in
 def generate(
     model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, stop: Sequence[int]
 ) -> list[str]:
-    """Generate greedily from tokenized prompts; the texts have no special tokens.
+    """Generate greedily as `generate_ids`; the texts have no special tokens."""
+    ids = generate_ids(model, tokenizer, prompts, max_new_tokens, stop)
+    return list(tokenizer.batch_decode(ids, skip_special_tokens=True))
+
+
+def generate_ids(
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, stop: Sequence[int]
+) -> torch.Tensor:
+    """Return the token ids, [prompts, at most max_new_tokens], of greedy completions of tokenized prompts.
 
     Args:
         prompts: token ids of each, of any lengths; padded on the left here.
@@ -112,7 +122,7 @@ def generate(
             pad_token_id=tokenizer.pad_token_id,
             use_cache=True,
         )
-    return list(tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True))
+    return output[:, batch["input_ids"].shape[1] :]
 
 
 def format_examples(before: dict[str, Any] | None, after: Completions, count: int) -> str:

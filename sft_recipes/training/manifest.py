@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sft_recipes.data import licenses
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.env import library_version
 from sft_recipes.runtime.paths import REPOSITORY
@@ -32,8 +33,8 @@ _JOB = {"id": "SLURM_JOB_ID", "name": "SLURM_JOB_NAME", "nodes": "SLURM_JOB_NODE
 
 def begin(folder: RunDir, plan: Plan) -> None:
     """Record the start of an attempt; the records of earlier attempts are kept."""
-    earlier, prepared = read_json(folder.manifest), Path(read_json(folder.prepared).get("folder", ""))
-    details = read_json(prepared / "details.json")
+    earlier, prepared = read_json(folder.manifest), read_json(folder.prepared)
+    details = read_json(Path(prepared.get("folder", "")) / "details.json")
     for key in ("diverged", "error", "out_of_memory", "takes_less", "exit_code"):
         earlier.pop(key, None)  # outcome of an earlier attempt
     versions = {"python": platform.python_version(), **{name: library_version(name) for name in _STACK}}
@@ -46,6 +47,7 @@ def begin(folder: RunDir, plan: Plan) -> None:
     data = {"fingerprint": plan.data_fingerprint, **asdict(plan.sections.data), "reading": details.get("reading")}
     content = {**earlier, "run": folder.name, "state": "running", "began": earlier.get("began", start["at"])}
     content |= {"starts": [*earlier.get("starts", []), start], "data": data, "tokenizer": details.get("tokenizer")}
+    content["model"] = licenses.describe_base(plan, Path(prepared.get("model", "")))
     write_json(folder.manifest, content | {key: getattr(plan, key) for key in _FROM_PLAN})
 
 

@@ -15,14 +15,17 @@ from urllib.parse import unquote, urlparse
 
 import pytest
 from helpers.workplace import FEW_STEPS
+from huggingface_hub import ModelCard
 
 from sft_recipes.data.toy import toy_dataset
 
+MODEL_CARD = "---\nlicense: apache-2.0\n---\nA small model\n"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CPU = ("--gpus", "0", "parallelism=ddp", "precision=fp32")
 MODEL = ("model.from_scratch=false", "model.name_or_path=some/model", f"model.revision={COMMIT}")
 DATA = ("data.train=some/rows:train_sft", "data.validation=some/rows:test_sft", f"data.revision={COMMIT}")
 README = """---
+license: mit
 configs:
 - config_name: default
   data_files:
@@ -105,7 +108,9 @@ def _oid(path: Path) -> str:
 def served(tmp_path, model_folder):
     """A root folder with a model and a dataset of two splits."""
     shutil.copytree(model_folder, tmp_path / "hub" / "models" / "some" / "model")
-    (tmp_path / "hub" / "models" / "some" / "model" / "pytorch_model.bin").write_bytes(b"a pickle")
+    model = tmp_path / "hub" / "models" / "some" / "model"
+    for name, text in (("pytorch_model.bin", "a pickle"), ("README.md", MODEL_CARD), ("LICENSE", "The license")):
+        (model / name).write_text(text)
     data = tmp_path / "hub" / "datasets" / "some" / "rows"
     (data / "data").mkdir(parents=True)
     (data / "README.md").write_text(README)
@@ -130,7 +135,24 @@ def test_downloaded_recipe_trains_offline(workplace, served):
     run = workplace.trained("tiny", *FEW_STEPS, *CPU, *MODEL, *DATA, "lora.r=2", HF_HUB_OFFLINE="1", HF_HOME=home)
     adapters = json.loads((run / "final" / "adapter_config.json").read_text())
     assert (adapters["base_model_name_or_path"], adapters["revision"]) == ("some/model", COMMIT), "not a local path"
+    check_license(workplace, run, home)
     check_offline_use(workplace, run, home)
+
+
+def check_license(workplace, run, home):
+    """The card of the run has what the downloaded model and dataset state of their licenses."""
+    model = json.loads((run / "manifest.json").read_text())["model"]
+    assert model == {"hub": "some/model", "commit": COMMIT, "license": "apache-2.0"}
+    done = workplace.sft("publish", run.name, "--card-only", HF_HUB_OFFLINE="1", HF_HOME=home)
+    assert done.returncode == 0, done.stderr
+    card = ModelCard.load(run / "final" / "README.md")
+    assert (card.data.base_model, card.data.base_model_relation, card.data.license) == (
+        "some/model",
+        "adapter",
+        "apache-2.0",
+    )
+    assert card.data.datasets == ["some/rows"] and f"| {COMMIT[:8]} | mit | 200 |" in card.text
+    assert (run / "final" / "LICENSE").read_text() == "The license"
 
 
 # With this package, and with peft and transformers alone, on a machine whose cache is in another folder; then without the
