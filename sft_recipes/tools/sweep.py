@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -79,7 +80,7 @@ class Sweep:
             f"trainer.data_seed={recipe.trainer['data_seed'] + seed}",
             f"allow_out_of_range=[{','.join(sorted(allowed))}]",
             "generation.show=0",
-            "generation.exact_match=0",
+            "generation.score=0",
         ]
 
     @property
@@ -155,9 +156,7 @@ def run(sweep: Sweep, recipe: Recipe, options: Sequence[str], keep: bool, job_ar
         log.info(f"sweep {sweep.name}: run {number} of {len(pairs)}: {sweep.key}={value} ({name})")
         command = [sys.executable, "-m", "sft_recipes", "train", *options, "--name", name]
         environment = {**os.environ, **({"SANITY": "skip"} if number > 1 else {})}  # checked by the first run
-        code = subprocess.run(
-            [*command, *sweep.overrides_of(recipe, value, seed)], env=environment, check=False
-        ).returncode
+        code = _train([*command, *sweep.overrides_of(recipe, value, seed)], environment)
         if code not in (0, EXIT_DIVERGED):
             log.info(f"sweep {sweep.name}: {name} ended with exit code {code}. Repeat the command to continue")
             return code
@@ -172,6 +171,21 @@ def run(sweep: Sweep, recipe: Recipe, options: Sequence[str], keep: bool, job_ar
     plot(sweep, losses)
     log.info("\n%s", report(sweep, losses))
     return 0
+
+
+def _train(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a launcher and return its exit code. It gets SIGTERM and USR1 too, and Ctrl-C from the terminal."""
+    with subprocess.Popen(command, env=environment) as launcher:
+        handlers = {
+            signal.SIGTERM: lambda number, _: launcher.send_signal(number),
+            signal.SIGUSR1: lambda number, _: launcher.send_signal(number),
+            signal.SIGINT: lambda *_: None,
+        }
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        code = launcher.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return code
 
 
 def _result(sweep: Sweep, value: str, seed: int) -> float | None:
