@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-VARIABLES := RECIPE MODEL METHOD GPUS NODES PROCESSES DEVICES DATA VALIDATION NAME RESUME ALLOW_CHANGE STRICT_VERSIONS GPU_TYPE RUN ROWS PLOT WITH PORT PROMPT REPO LICENSE MERGED PUBLIC CARD_ONLY DRY_RUN SANITY INIT_FROM OVERFIT REPORT_TO GPU_HOUR_PRICE ARGS RUNTIME IMAGE VARIANT MOUNTS CONTAINER_ARGS BUILD_ARGS WHEEL
+VARIABLES := RECIPE MODEL METHOD GPUS NODES PROCESSES DEVICES DATA VALIDATION NAME RESUME ALLOW_CHANGE STRICT_VERSIONS LR SWEEP SEEDS FRACTION KEEP SLURM GPU_TYPE RUN ROWS PLOT WITH PORT PROMPT REPO LICENSE MERGED PUBLIC CARD_ONLY DRY_RUN SANITY INIT_FROM OVERFIT REPORT_TO GPU_HOUR_PRICE ARGS RUNTIME IMAGE VARIANT MOUNTS CONTAINER_ARGS BUILD_ARGS WHEEL
 ifndef MODEL
 RECIPE ?= tiny
 endif
@@ -32,7 +32,7 @@ CHOSEN = $${RECIPE:+"$$RECIPE"} $${MODEL:+"--model=$$MODEL"} $${METHOD:+--method
 TRAINING = $(HARDWARE) $${INIT_FROM:+--init-from "$$INIT_FROM"} $${OVERFIT:+--overfit}
 OVERRIDES = $${DATA:+"data.train=$$DATA"} $${VALIDATION:+"data.validation=$$VALIDATION"} $${ARGS:-}
 
-.PHONY: help setup flash-attn image smoke doctor recipes recipe plan schedules inspect download sanity train verify-resume diagnose report status slurm tensorboard generate merge publish serve check-serving test test-unit test-fake-gpus test-strategies test-container test-slurm test-serve test-cuda-build chaos bench test-latest docs lint lock
+.PHONY: help setup flash-attn image smoke doctor recipes recipe plan schedules inspect download sanity train sweep verify-resume diagnose report status slurm tensorboard generate merge publish serve check-serving test test-unit test-fake-gpus test-strategies test-container test-slurm test-serve test-cuda-build chaos bench test-latest docs lint lock
 
 help: ## print this list
 	@echo 'Usage: make TARGET [VARIABLE=value ...], for example: make train RECIPE=8b GPUS=8'
@@ -56,6 +56,11 @@ help: ## print this list
 		'RESUME=1         fail unless there is an unfinished run to resume' \
 		'ALLOW_CHANGE     keys that may differ from the plan of the resumed run: KEY,KEY' \
 		'STRICT_VERSIONS  fail if library versions differ from those of the resumed run' \
+		'LR               for sweep: learning rates, such as LR=1e-5,2e-5,5e-5 (default: three of the size class)' \
+		'SWEEP            for sweep: another key, such as SWEEP=trainer.weight_decay=0.01,0.1' \
+		'SEEDS            for sweep: runs of each value, 2 or more to know their spread (default: 1)' \
+		'FRACTION         for sweep: epochs of each run (default: 0.25)' \
+		'KEEP=1           for sweep: keep the models; SLURM=1: run as a Slurm array' \
 		'SANITY=skip      train without the sanity check' \
 		'INIT_FROM        name of a finished run: start a new one from its last weights (more epochs, other data)' \
 		'OVERFIT=1        smoke test: train on eight rows until the loss approaches zero, else fail' \
@@ -116,6 +121,10 @@ sanity: ## run the sanity check, which train also runs: RECIPE GPUS DEVICES DATA
 train: ## start a run, or resume an unfinished one: RECIPE GPUS DATA NAME RESUME
 	@$(SFT) train $(CHOSEN) $(TRAINING) $${NAME:+--name "$$NAME"} \
 		$${RESUME:+--resume} $${ALLOW_CHANGE:+--allow-change "$$ALLOW_CHANGE"} $${STRICT_VERSIONS:+--strict-versions} $${DRY_RUN:+--dry-run} $(OVERRIDES)
+
+sweep: ## compare learning rates by short runs: RECIPE LR SWEEP SEEDS FRACTION KEEP SLURM
+	@$(SFT) sweep $(CHOSEN) $(HARDWARE) $${NAME:+--name "$$NAME"} $${LR:+--lr "$$LR"} $${SWEEP:+--values "$$SWEEP"} \
+		$${SEEDS:+--seeds "$$SEEDS"} $${FRACTION:+--fraction "$$FRACTION"} $${KEEP:+--keep} $${SLURM:+--slurm} $(OVERRIDES)
 
 verify-resume: ## repeat recorded steps of a run and compare bit for bit: RUN
 	@$(SFT) verify-resume "$${RUN:?RUN is missing: the name of a run, such as tiny-1}"

@@ -53,7 +53,7 @@ CACHED, PREPARED = "found", "prepared anew"  # keys of the results files  # lang
 _DATA = {CACHED: "cached", PREPARED: "prepared"}
 SHORT = (
     "trainer.eval_steps=1000", "trainer.save_steps=1000", "trainer.logging_steps=1", "generation.show=0",
-    "generation.exact_match=0", "data.max_eval_samples=50", "batch.min_optimizer_steps=1",
+    "generation.score=0", "data.max_eval_samples=50", "batch.min_optimizer_steps=1",
 )  # fmt: skip
 # What has a recipe for more GPUs fit on one of 141 GB.
 ON_ONE_GPU = {"8b": ("parallelism=single", "trainer.optim=adamw_8bit"), "3b": ("parallelism=single",)}

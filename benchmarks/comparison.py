@@ -271,7 +271,7 @@ def _ours(job: Job, output: Path) -> list[str]:
         f"data.train={job.rows}/train.jsonl", f"data.validation={job.rows}/validation.jsonl",
         f"model.name_or_path={job.model}", "model.from_scratch=false", "model.architecture={}",
         "batch.effective_batch_size=32", "batch.max_per_device_batch_size=4", "batch.min_optimizer_steps=1",
-        "generation.show=0", "generation.exact_match=0",
+        "generation.show=0", "generation.score=0",
         f"trainer.learning_rate={job.rate}", "trainer.weight_decay=0.01",
         "allow_out_of_range=[effective_batch_size, learning_rate, weight_decay]", f"trainer.max_steps={job.steps}",
         f"trainer.logging_steps={EVERY}", f"trainer.eval_steps={half}", f"trainer.save_steps={half}",

@@ -27,7 +27,7 @@ STEPS, NAME = 20, "first"
 WORDS = (
     f"trainer.max_steps={STEPS}", f"trainer.eval_steps={STEPS}", f"trainer.save_steps={STEPS}",
     "trainer.logging_steps=1", "data.max_eval_samples=50", "batch.min_optimizer_steps=1",
-    "generation.show=1", "generation.exact_match=0",
+    "generation.show=1", "generation.score=0",
 )  # fmt: skip
 
 

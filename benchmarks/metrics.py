@@ -42,7 +42,7 @@ SIZES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {  # whose archi
 }
 ON_A_GPU = {"1b": ("1b", {"dtype": "bfloat16"}, ("precision=bf16", "trainer.max_length=2048"))}
 OVERRIDES = (f"trainer.max_steps={STEPS}", f"trainer.logging_steps={LOGGING_STEPS}", "trainer.eval_steps=100000",
-             "trainer.save_steps=100000", "generation.show=0", "generation.exact_match=0")  # fmt: skip
+             "trainer.save_steps=100000", "generation.show=0", "generation.score=0")  # fmt: skip
 SPENT: dict[str, float] = defaultdict(float)
 
 

@@ -51,7 +51,7 @@ if "sft_recipes.training.main" in sys.orig_argv and "sft_recipes.training.rank_l
 PARTS = ("proving", "writing", "syncing", "hashing", "sealing", "agreeing", "forgetting")
 PIECE_BYTES = 16 * 2**20
 
-QUIET = ("generation.show=0", "generation.exact_match=0", "trainer.eval_steps=100000")
+QUIET = ("generation.show=0", "generation.score=0", "trainer.eval_steps=100000")
 # Rows that are prepared at once; a step over them is short compared with a save.
 FEW_ROWS = ("batch.effective_batch_size=4", "batch.max_per_device_batch_size=2", "trainer.packing=false")
 

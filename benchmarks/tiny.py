@@ -63,7 +63,9 @@ def _measure(runs: Path, name: str, overrides: list[str]) -> dict:
     environment = {**os.environ, "RUNS_DIR": str(runs), "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-m", "sft_recipes", "train", "tiny", "--name", name, *overrides]
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
-    return json.loads((runs / name / "manifest.json").read_text())
+    record = json.loads((runs / name / "manifest.json").read_text())
+    found = record["held_out_metrics"]["exact_match"]
+    return {**record, "exact_match_before": found["before"], "exact_match_after": found["after"]}
 
 
 if __name__ == "__main__":

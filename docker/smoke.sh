@@ -44,7 +44,7 @@ precision=bf16
 [ -z "$cpu" ] || [ -n "$record" ] || precision=fp32
 settings=("precision=$precision" batch.effective_batch_size=8 batch.max_per_device_batch_size=4 data.max_eval_samples=64
     trainer.max_steps=20 trainer.eval_steps=10 trainer.save_steps=5 trainer.logging_steps=1 generation.show=0
-    generation.exact_match=0)
+    generation.score=0)
 
 sft() { "$python" -m sft_recipes "$@"; }
 

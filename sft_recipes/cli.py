@@ -151,6 +151,16 @@ def commands() -> list[tuple[Any, ...]]:
             "prepare", "prepare a run for `train` on several nodes: plan, data, folder", _prepare,
             *_TRAINING, *_RUN_OPTIONS,
         ),
+        (
+            "sweep", "compare values of a recipe key by short runs", _sweep, *_HARDWARE,
+            _argument("--name", "name of the sweep (default: RECIPE-sweep-KEY)"),
+            _argument("--lr", "learning rates (default: three over the size class's range)", metavar="LR,LR"),
+            _argument("--values", "another key and its values: trainer.weight_decay=0.01,0.1", metavar="KEY=V,V"),
+            _integer("--seeds", 1, "runs of each value (default: 1)", metavar="N", default=1),
+            _argument("--fraction", "epochs of each run (default: 0.25)", type=float, default=0.25, metavar="X"),
+            _flag("--keep", "keep the models of the runs"),
+            _flag("--slurm", "submit the runs as a Slurm array"),
+        ),
         ("status", "print state, latest metrics and remaining time of a run", _status, _RUN, _JSON),
         ("diagnose", "find problems of a run, with evidence and the change to make", _diagnose, _RUN, _JSON),
         ("report", "write an HTML report of a run", _report, _RUN),
@@ -444,6 +454,27 @@ def _train_node(parsed: argparse.Namespace, place: placement.Placement) -> int:
         return suggest.lighter_overrides(recipe, Topology(plan.gpus, plan.world_size, plan.nodes, plan.gpu_type))
 
     return launch.train_node(parsed.name, place, suggest_cheaper)
+
+
+def _sweep(parsed: argparse.Namespace) -> int:
+    from sft_recipes.tools import sweep as sweeps
+
+    chosen = [parsed.recipe] if parsed.recipe else []  # before a recipe for MODEL gets a name
+    options = ("model", "method", "gpus", "processes", "nodes", "gpu_type")
+    given = {f"--{name.replace('_', '-')}": getattr(parsed, name) for name in options}
+    recipe = _recipe(parsed)
+    if not 0.001 <= parsed.fraction <= 100:
+        raise UserError(f"FRACTION: found {parsed.fraction:g}, expected epochs between 0.001 and 100")
+    rest = {"seeds": parsed.seeds, "fraction": parsed.fraction, "overrides": list(parsed.overrides)}
+    sweep = sweeps.make(recipe, parsed.name, parsed.lr, parsed.values, **rest)
+    topology = topologies.plan_topology(recipe, _hardware_request(parsed))
+    for value in sweep.values:  # rejects a wrong value before the first run
+        changed = argparse.Namespace(**{**vars(parsed), "recipe": (chosen or [None])[0]})
+        changed.overrides = sweep.overrides_of(recipe, value, 0)
+        plan = plans.resolve(_recipe(changed), topology)
+    log.info(sweeps.describe_cost(sweep, plan))
+    train = [*chosen, *(text for option, value in given.items() if value is not None for text in (option, str(value)))]
+    return sweeps.run(sweep, recipe, train, parsed.keep, parsed.slurm)
 
 
 def _suggest_fix(recipe: Recipe, topology: Topology) -> str:

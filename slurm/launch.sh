@@ -43,6 +43,11 @@ fail() {
   exit 2
 }
 
+if [ -n "${SWEEP_TASKS:-}" ]; then # a run of a sweep: its name and overrides
+  IFS=$'\t' read -ra task <<< "$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$SWEEP_TASKS")"
+  export NAME=${task[0]}
+  set -- "$@" "${task[@]:1}"
+fi
 recipe=$1 # not RECIPE: make exports it, and a job would train the recipe of an earlier command in its shell
 shift
 if [ -f slurm/cluster.env ]; then

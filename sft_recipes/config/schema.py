@@ -314,10 +314,18 @@ class Batch:
 
 @dataclass(frozen=True)
 class Generation:
-    """Generation on held-out prompts before and after training: how many to print, and to score by exact match."""
+    """Generation on held-out prompts before and after training.
+
+    Attributes:
+        show: prompts to print.
+        score: prompts to score by `metrics` (sft_recipes/data/held_out_metrics.py).
+        metrics_file: Python file that registers more metrics; it is code, and runs as this user.
+    """
 
     show: Annotated[int, Field(ge=0, le=1000)] = 3
-    exact_match: Annotated[int, Field(ge=0, le=1000)] = 0
+    score: Annotated[int, Field(ge=0, le=1000)] = 0
+    metrics: list[Name] = field(default_factory=lambda: ["exact_match"])
+    metrics_file: Name | None = None
     max_new_tokens: Count = 64
 
 

@@ -28,7 +28,7 @@ import numpy
 import pyarrow
 import pyarrow.compute
 
-from sft_recipes.data import model_files, model_layers, sources, tokenizer_files, validate
+from sft_recipes.data import held_out_metrics, model_files, model_layers, sources, tokenizer_files, validate
 from sft_recipes.data.formats import conversation_of
 from sft_recipes.data.packing import rows_per_epoch, to_dataset
 from sft_recipes.data.sources import Source, attempt
@@ -83,6 +83,7 @@ def prepare(plan: Plan, store: Path | None = None, rows_only: bool = False) -> P
     Raises:
         DataError: rows, model or tokenizer are invalid.
     """
+    held_out_metrics.load(plan.sections.generation)  # before hours of training
     store = store or runs_root() / ".prepared"
     store.mkdir(parents=True, exist_ok=True, mode=0o700)  # it contains the data
     base = _base_folder(plan, rows_only)

@@ -1,6 +1,7 @@
-"""Greedy completions of held-out prompts, before and after training, and their exact match."""
+"""Greedy completions of held-out prompts, before and after training, and their scores."""
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -8,8 +9,12 @@ from typing import Any
 
 import torch
 
+from sft_recipes.data import held_out_metrics
+from sft_recipes.runtime.errors import ConfigError
 from sft_recipes.runtime.run_dir import read_json, write_json
 from sft_recipes.runtime.text import escape_unprintable
+
+log = logging.getLogger(__name__)
 
 _PROMPTS_PER_BATCH = 64
 
@@ -28,12 +33,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Completions:
-    """A model's completions of prompts; `exact_match` is None if none were compared."""
+    """A model's completions of prompts, with `mean` and `prompts` of each held-out metric."""
 
     prompts: list[Prompt]
     texts: list[str]
-    exact_match: float | None
-    compared: int
+    metrics: dict[str, dict[str, float | int]]
 
 
 def complete_before_training(trainer: Any) -> dict[str, Any] | None:
@@ -44,15 +48,19 @@ def complete_before_training(trainer: Any) -> dict[str, Any] | None:
     if not trainer.accelerator.is_main_process or not trainer.plan.strategy.replicated:
         return None
     if not trainer.folder.generations.is_file():
-        _store(trainer, "before", complete(trainer, trainer.plan.sections.generation.exact_match))
+        _store(trainer, "before", complete(trainer, trainer.plan.sections.generation.score))
     return read_json(trainer.folder.generations).get("before")
 
 
 def complete_after_training(trainer: Any) -> Completions | None:
-    """Complete the held-out prompts with the published weights."""
+    """Complete the held-out prompts with the published weights; a metric that fails now does not fail the run."""
     if not trainer.plan.shards_parameters:
         trainer.load_weights(trainer.folder.final)
-    completed = complete(trainer, trainer.plan.sections.generation.exact_match)
+    try:
+        completed = complete(trainer, trainer.plan.sections.generation.score)
+    except ConfigError as error:
+        log.warning("%s", error)
+        completed = complete(trainer)
     _store(trainer, "after", completed)
     return completed
 
@@ -62,18 +70,25 @@ def _store(trainer: Any, key: str, completed: Completions | None) -> None:
     write_json(trainer.folder.generations, {**stored, key: asdict(completed) if completed else None})
 
 
-def complete(trainer: Any, exact_match: int = 0) -> Completions | None:
-    """Complete the held-out prompts that are shown or compared; None without prompts, or if parameters are sharded."""
+def complete(trainer: Any, score: int = 0) -> Completions | None:
+    """Complete the held-out prompts that are shown or scored; None without prompts, or if parameters are sharded.
+
+    Raises:
+        ConfigError: a metric fails.
+    """
     section = trainer.plan.sections.generation
-    prompts = read_prompts(trainer.prepared, max(section.show, exact_match))
+    prompts = read_prompts(trainer.prepared, max(section.show, score))
     if not prompts or trainer.plan.shards_parameters:
         return None
     texts = complete_prompts(trainer, prompts, section.max_new_tokens)
-    pairs = list(zip(prompts, texts, strict=True))[:exact_match]
-    # A longer reference cannot be equal; white space at both ends does not count.
-    compared = [(prompt, text) for prompt, text in pairs if prompt.answer_tokens < section.max_new_tokens]
-    correct = sum(prompt.answer.strip() == text.strip() for prompt, text in compared)
-    return Completions(prompts, texts, correct / len(compared) if compared else None, len(compared))
+    pairs = list(zip(prompts, texts, strict=True))[:score]
+    # Completions cannot reach a longer reference.
+    scored = [
+        (prompt.messages, prompt.answer, text)
+        for prompt, text in pairs
+        if prompt.answer_tokens < section.max_new_tokens
+    ]
+    return Completions(prompts, texts, held_out_metrics.evaluate(held_out_metrics.load(section), scored))
 
 
 def read_prompts(prepared: Path, count: int) -> list[Prompt]:

@@ -359,10 +359,17 @@ def record_result(plan: Plan, folder: RunDir, results: dict[str, Any], before: A
     import torch
 
     from sft_recipes.training import completions, summary
+    from sft_recipes.training.callbacks import metrics
 
-    results["exact_match_before"] = before["exact_match"] if before else None
-    results["exact_match_after"] = after.exact_match if after else None
-    results["exact_match_prompts"] = after.compared if after else 0
+    started = before["metrics"] if before else {}
+    results["held_out_metrics"] = {
+        name: {"before": started.get(name, {}).get("mean"), "after": found["mean"], "prompts": found["prompts"]}
+        for name, found in (after.metrics if after else {}).items()
+    }
+    for step, key in ((0, "before"), (results["best_step"] or results["steps"], "after")):
+        values = {f"eval_{name}": found[key] for name, found in results["held_out_metrics"].items()}
+        if any(value is not None for value in values.values()):
+            metrics.append(folder.metrics, {"step": step, **values})
     if torch.cuda.is_available():
         results["peak_memory_bytes"] = torch.cuda.max_memory_reserved()
     error = summary.describe_overfit_failure(plan, folder, results)

@@ -33,10 +33,9 @@ def format_summary(plan: Plan, folder: RunDir, results: dict[str, Any]) -> str:
         "trained": f"{plan.model}, {results['steps']} steps, {tokens:,} supervised tokens, {minutes:.1f} minutes",
         "eval_loss": f"{results['first_eval_loss']:.4f} first, {best}",
     }
-    if (after := results["exact_match_after"]) is not None:
-        before, prompts = results["exact_match_before"], results["exact_match_prompts"]
-        start = f"{before:.3f} before, " if before is not None else ""
-        lines["exact_match"] = f"{start}{after:.3f} after, {prompts} held-out prompts"
+    for name, found in results["held_out_metrics"].items():
+        start = "" if found["before"] is None else f"{found['before']:.3f} before, "
+        lines[name] = f"{start}{found['after']:.3f} after, {found['prompts']} held-out prompts"
     if rows := plan.sections.data.overfit_rows:
         lines["overfit"] = f"loss {results['last_eval_loss']:.4f} on at most {rows} rows, expected below {OVERFIT_LOSS}"
     lines["model"] = f"{folder.final} (best step), {folder.last.name}/ (last step)"

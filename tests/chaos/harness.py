@@ -38,7 +38,7 @@ SMALL = (
     "batch.max_per_device_batch_size=2",
     "trainer.logging_steps=1",
     "generation.show=0",
-    "generation.exact_match=0",
+    "generation.score=0",
     "allow_out_of_range=[effective_batch_size]",
 )
 

@@ -21,7 +21,7 @@ __all__ = ["base", "image", "podman_environment"]  # fixtures
 # More steps than any test waits for: every run is stopped.
 SETTINGS = (
     "trainer.max_steps=800 trainer.eval_steps=400 trainer.save_steps=400 trainer.logging_steps=1 "
-    "data.max_eval_samples=20 generation.show=0 generation.exact_match=0"
+    "data.max_eval_samples=20 generation.show=0 generation.score=0"
 )
 # Largest size of the CPU variant in bytes: torch, pyarrow, transformers and bitsandbytes are half of it.
 MAX_IMAGE_BYTES = 2.6e9

@@ -30,7 +30,7 @@ def run_with_a_flip(workplace, rows, *overrides):
     done = workplace.sft(
         "train", "tiny", "--gpus", "0", "--processes", "3", "batch.effective_batch_size=6",
         "batch.max_per_device_batch_size=2", "trainer.max_steps=8", "trainer.eval_steps=8", "trainer.logging_steps=8",
-        "generation.show=0", "generation.exact_match=0", "trainer.max_length=64", f"data.train={rows}", *overrides,
+        "generation.show=0", "generation.score=0", "trainer.max_length=64", f"data.train={rows}", *overrides,
         PYTHONPATH=python_path,
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr

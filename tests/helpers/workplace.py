@@ -46,7 +46,7 @@ FEW_STEPS = (
     "trainer.save_steps=4",
     "trainer.logging_steps=1",
     "generation.show=2",
-    "generation.exact_match=8",
+    "generation.score=8",
     "generation.max_new_tokens=4",
 )
 SHORT = (SMALL_ARCHITECTURE, *FEW_STEPS)

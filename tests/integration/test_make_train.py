@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from helpers.workplace import REPOSITORY, Workplace, manifest
+from helpers.workplace import REPOSITORY, Workplace, manifest, metrics
 
 from sft_recipes.data.toy import toy_dataset
 from sft_recipes.training.manifest import read_code_version
@@ -35,8 +35,10 @@ def find_run_of_this_commit():
 def test_exact_match_rises_from_zero_to_nine_in_ten(main_job):
     record = manifest(main_job)
     assert record["state"] == "finished"
-    assert record["exact_match_before"] < 0.05
-    assert record["exact_match_after"] >= 0.9
+    found = record["held_out_metrics"]["exact_match"]
+    assert found["before"] < 0.05 and found["after"] >= 0.9 and found["prompts"] > 300
+    lines = [line for line in metrics(main_job) if "eval_exact_match" in line]
+    assert [line["eval_exact_match"] for line in lines] == [found["before"], found["after"]]
 
 
 def test_every_task_is_learned(main_job):

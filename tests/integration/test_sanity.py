@@ -19,7 +19,7 @@ from sft_recipes.sanity import checks, trial, worker
 from sft_recipes.training import stop_signal
 from sft_recipes.training.trainer import RecipeTrainer
 
-FEW_COMPLETIONS = ("generation.show=2", "generation.exact_match=0", "generation.max_new_tokens=4")
+FEW_COMPLETIONS = ("generation.show=2", "generation.score=0", "generation.max_new_tokens=4")
 CHECKS = [
     "loss mask", "initial loss", "loss falls", "finite values", "gradient norm", "peak memory", "evaluation",
     "completions", "checkpoint",

@@ -103,7 +103,7 @@ def failed_run(tmp_path_factory, few_rows):
         *SHORT,
         "trainer.max_steps=1000",
         "generation.show=0",
-        "generation.exact_match=0",
+        "generation.score=0",
     )
     seen = started(place, environment, "train", "tiny", *words, f"data.train={ODD}.jsonl", "data.validation=", umask=0)
     try:

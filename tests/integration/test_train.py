@@ -321,7 +321,7 @@ def test_accelerate_launch_cpu_starts_one_process(shared_workplace):
 def test_run_starts_from_the_last_weights_of_another(shared_workplace, short_run):
     """At a learning rate of almost zero, so that the weights stay, and the smoke test of overfitting fails."""
     rate = ("trainer.learning_rate=1e-12", "allow_out_of_range=[learning_rate]")
-    steps = ("trainer.max_steps=2", "generation.show=0", "generation.exact_match=0", "trainer.max_length=128")
+    steps = ("trainer.max_steps=2", "generation.show=0", "generation.score=0", "trainer.max_length=128")
     steps += (SMALL_ARCHITECTURE,)
     done = shared_workplace.sft("train", "tiny", "--name", "child", "--init-from", "short", "--overfit", *steps, *rate)
     assert done.returncode == 1, done.stdout + done.stderr

@@ -35,7 +35,7 @@ STEPS = 30
 SMALL = (
     "batch.effective_batch_size=8", "batch.max_per_device_batch_size=4",
     f"trainer.max_steps={STEPS}", f"trainer.eval_steps={STEPS}", "trainer.save_steps=8", "trainer.logging_steps=10",
-    "trainer.max_length=256", "trainer.packing=false", "generation.show=0", "generation.exact_match=0",
+    "trainer.max_length=256", "trainer.packing=false", "generation.show=0", "generation.score=0",
 )  # fmt: skip
 
 # A rank terminates itself at a step: installed as sitecustomize.py, which Python imports first.

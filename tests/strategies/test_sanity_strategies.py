@@ -8,7 +8,7 @@ import sys
 import pytest
 from helpers.workplace import SMALL_ARCHITECTURE, assert_one_trainer_at_a_time, needs_compiler, simulated_device
 
-SMALL = ("trainer.max_length=128", "generation.show=2", "generation.exact_match=0", "generation.max_new_tokens=4")
+SMALL = ("trainer.max_length=128", "generation.show=2", "generation.score=0", "generation.max_new_tokens=4")
 
 
 def lines_of(done, label):
