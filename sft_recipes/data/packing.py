@@ -32,18 +32,18 @@ def pack(lengths: numpy.ndarray, capacity: int) -> tuple[numpy.ndarray, numpy.nd
         The examples' indices in row order, [examples], and the number of examples per row, [rows].
     """
     by_length = numpy.argsort(lengths, kind="stable")
-    values, starts = numpy.unique(lengths[by_length], return_index=True)
-    next_of = dict(zip(values.tolist(), starts.tolist(), strict=True))  # the first example left of each length
-    end_of = dict(zip(values.tolist(), [*starts[1:].tolist(), len(lengths)], strict=True))
-    available = values.tolist()
+    unique = numpy.unique(lengths[by_length], return_index=True, return_counts=True)
+    available, starts, counts = (values.tolist() for values in unique)
+    first_left, left = dict(zip(available, starts, strict=True)), dict(zip(available, counts, strict=True))
     order, sizes = array.array("q"), array.array("q")
     while available:
         space, size = capacity, 0
         while fitting := bisect.bisect_right(available, space):
             length = available[fitting - 1]
-            order.append(next_of[length])
-            next_of[length] += 1
-            if next_of[length] == end_of[length]:
+            order.append(first_left[length])
+            first_left[length] += 1
+            left[length] -= 1
+            if not left[length]:
                 del available[fitting - 1]
             space -= length
             size += 1

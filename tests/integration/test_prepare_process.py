@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from sft_recipes.config import loader
 from sft_recipes.data import model_files, prepare, sources, tokenize_rows
+from sft_recipes.data.rows import RowStore
 from sft_recipes.data.tokenize import ConversationTokenizer
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Topology
@@ -56,13 +57,13 @@ def prepare_rows(rows, store, write_rows, model_folder):
 
 def test_prepare_in_several_processes_gives_same_rows(tmp_path, write_rows, model_folder, monkeypatch):
     single = prepare_rows(ROWS, tmp_path / "single", write_rows, model_folder)
-    monkeypatch.setattr(tokenize_rows, "_ROWS_PER_CHUNK", 7)
+    monkeypatch.setattr(sources, "_BYTES_PER_CHUNK", 500)
     several = prepare_rows(ROWS, tmp_path / "several", write_rows, model_folder)
     assert several.folder != single.folder and several.fingerprint == single.fingerprint
 
 
 def test_prepare_names_first_bad_row_in_several_processes(tmp_path, write_rows, model_folder, monkeypatch):
-    monkeypatch.setattr(tokenize_rows, "_ROWS_PER_CHUNK", 5)
+    monkeypatch.setattr(sources, "_BYTES_PER_CHUNK", 400)
     rows = [*ROWS[:33], {"prompt": "a", "completion": " "}, *ROWS[33:50], {"prompt": "b"}]
     with pytest.raises(UserError, match=r"rows.jsonl:34: turn 2: assistant content: found no text"):
         prepare_rows(rows, tmp_path / "store", write_rows, model_folder)
@@ -75,7 +76,7 @@ def test_tokenize_source_names_first_bad_row_of_thousands(tmp_path, tokenizer, m
     source = sources.resolve(case.name, "data.train", tmp_path / "toy")
     conversation_tokenizer = ConversationTokenizer(tokenizer, datetime.date(2026, 11, 21))
     with pytest.raises(UserError) as raised:
-        tokenize_rows.tokenize_source(source, conversation_tokenizer, "data.train", 128)
+        tokenize_rows.tokenize_source(source, conversation_tokenizer, "data.train", RowStore(tmp_path), 128)
     assert re.match(case.message, str(raised.value))
 
 
