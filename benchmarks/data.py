@@ -311,7 +311,7 @@ def through_trl(rows: Any, way: str, tokenizer: Any, folder: Path, packed: bool 
         **loss,
     )
     trainer = Timed(model=model, args=settings, train_dataset=rows, processing_class=tokenizer)
-    return trainer.prepared, trainer.nan_guard.counted(_tokens(trainer.prepared))
+    return trainer.prepared, trainer.watch.counted(_tokens(trainer.prepared))
 
 
 def _for_trl(rows: Iterable[Row], way: str) -> Any:
