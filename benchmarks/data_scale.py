@@ -50,9 +50,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     parser.add_argument("--short", action="store_true", help="rows of one turn with short texts")
-    parser.add_argument(
-        "--name", default="data-scale", help="of the results file; rounds are added to those it has of this commit"
-    )
+    parser.add_argument("--name", default="data-scale", help="of the results file, which keeps rounds of this commit")
     parser.add_argument("--run", choices=WAYS, help=argparse.SUPPRESS)  # in the process that is measured
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -62,7 +60,7 @@ def main() -> None:
     import machine
 
     results = REPOSITORY / "benchmarks" / "results" / f"{arguments.name}-{os.cpu_count()}-cores.json"
-    content = json.loads(results.read_text()) if results.is_file() else {"sizes": {}}
+    content = json.loads(results.read_text()) if results.is_file() else {"rows": {}}
     content["machine"] = {**machine.described(), "usable_cores": len(os.sched_getaffinity(0))}
     for count in arguments.rows:
         with tempfile.TemporaryDirectory(prefix="data-scale-") as name:
@@ -71,14 +69,14 @@ def main() -> None:
             content["tokenizer"] = Path(content["tokenizer"]).name
             size = write_rows(folder / "rows.jsonl", count, arguments.short)
             key = f"{count}{' short' if arguments.short else ''}"
-            earlier = content["sizes"].get(key, {"commit": ""})
+            earlier = content["rows"].get(key, {"commit": ""})
             rounds: list[dict[str, Any]] = earlier["rounds"] if earlier["commit"] == commit() else []
             for number in range(len(rounds), len(rounds) + arguments.rounds):
                 shift = number % len(arguments.ways)
                 ways = [*arguments.ways[shift:], *arguments.ways[:shift]]
                 rounds.append({way: measure(way, folder) for way in ways})
                 print(json.dumps({"rows": count, **rounds[-1]}), flush=True)
-            content["sizes"][key] = {"commit": commit(), "bytes": size, "ratios": ratios(rounds), "rounds": rounds}
+            content["rows"][key] = {"commit": commit(), "bytes": size, "ratios": ratios(rounds), "rounds": rounds}
         results.write_text(json.dumps(content, indent=1) + "\n")
     print(f"written: {results.relative_to(REPOSITORY)}")
 
@@ -93,6 +91,29 @@ def ratios(rounds: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         for way in rounds[0]
         if way != "ours" and "ours" in rounds[0]
     }
+
+
+def table(content: dict[str, Any]) -> str:
+    """Return the table for README.md: medians over the rounds, of memory the largest."""
+    lines = [
+        f"Rows from {content['rows_from']}, tokenizer {content['tokenizer']}.\n",
+        "| rows | way | rounds | s | processor s | rows/s | time of ours | processor time of ours | peak memory, MiB: "
+        "largest process | anonymous | anonymous, workers |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, size in content["rows"].items():
+        for way in size["rounds"][0]:
+            of_way = [one[way] for one in size["rounds"]]
+            seconds, used = (statistics.median(one[key] for one in of_way) for key in ("seconds", "processor_seconds"))
+            peaks = (
+                max(one[f"peak_{key}_mib"] for one in of_way) for key in ("rss", "anonymous", "anonymous_of_workers")
+            )
+            times = size["ratios"].get(way, {"seconds": 1.0, "processor_seconds": 1.0})
+            cells = (name, f"{way}, {of_way[0]['tokens']:,} tokens", len(of_way), f"{seconds:.0f}", f"{used:.0f}")
+            speed = f"{int(name.split()[0]) / seconds:,.0f}"
+            ratio = (f"{times['seconds']:.2f}x", f"{times['processor_seconds']:.2f}x")
+            lines.append(f"| {' | '.join(map(str, (*cells, speed, *ratio, *peaks)))} |")
+    return "\n".join(lines)
 
 
 def commit() -> str:
@@ -195,9 +216,7 @@ def memory(pid: int) -> tuple[int, int]:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return 0, 0
-    sizes = {
-        line.split()[0]: int(line.split()[1]) for line in lines if line.startswith("Rss") or line.startswith("VmRSS")
-    }
+    sizes = {line.split()[0]: int(line.split()[1]) for line in lines if line.startswith(("Rss", "VmRSS"))}
     return sizes.get("VmRSS:", 0), sizes.get("RssAnon:", 0)
 
 

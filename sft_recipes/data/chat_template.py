@@ -5,8 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,9 +36,7 @@ class ChatTemplate:
         self.reads_reasoning = re.search(r"reasoning_content|\.thinking|['\"]thinking['\"]", source) is not None
         self.reads_call_ids = re.search(r"tool_call_id|\.id\b|\[['\"]id['\"]\]", source) is not None
         self._compiled = _compile_jinja_template(source)
-        self._compiled.globals = dict(
-            self._compiled.globals
-        )  # copied by each rendering; a ChainMap is slow
+        self._compiled.globals = dict(self._compiled.globals)  # copied by each rendering; a ChainMap is slow
         self._variables: dict[str, Any] = {"documents": None, **variables, "strftime_now": day.strftime}
 
     def render(self, messages: Sequence[Message], tools: Tools, add_generation_prompt: bool = False) -> str:
@@ -49,8 +46,7 @@ class ChatTemplate:
             AmbiguousTemplateError: the template raises an error.
         """
         given = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
-        with _as_ambiguous():
-            return str(self._compiled.render(**given, **self._variables))
+        return str(self._call(self._compiled.render, **given))
 
     def render_with_generation_spans(
         self, messages: Sequence[Message], tools: Tools
@@ -62,19 +58,15 @@ class ChatTemplate:
         """
         from transformers.utils.chat_template_utils import _render_with_assistant_indices
 
-        with _as_ambiguous():
-            text, spans = _render_with_assistant_indices(
-                self._compiled, messages, tools, add_generation_prompt=False, **self._variables
-            )
+        given = (self._compiled, messages, tools)
+        text, spans = self._call(_render_with_assistant_indices, *given, add_generation_prompt=False)
         return text, _merge_spans(spans)
 
-
-@contextmanager
-def _as_ambiguous() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # a template can raise any exception
-        raise AmbiguousTemplateError(f"the template raises an error: {error}") from error
+    def _call(self, render: Callable[..., Any], *arguments: Any, **given: Any) -> Any:
+        try:
+            return render(*arguments, **given, **self._variables)
+        except Exception as error:  # a template can raise any exception
+            raise AmbiguousTemplateError(f"the template raises an error: {error}") from error
 
 
 @cache

@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 import pyarrow
 
-from sft_recipes.data.rows import Rows
+from sft_recipes.data.rows import Rows, ends_of
 
 _TOKENS_PER_BATCH = 2**21  # written at once
 
@@ -61,25 +61,22 @@ class TrainerRows:
     """Examples arranged in the trainer's rows, whose tokens are read when they are written.
 
     Attributes:
-        examples: with a token in the loss, of at most `max_length` tokens.
-        order: the examples' positions in row order, [examples].
-        ends: number of examples up to the end of each row, after a 0, [rows + 1].
+        examples: in row order.
+        ends: number of examples before each row and in total, [rows + 1].
         packing: rows have `seq_lengths`, and a list of locations.
     """
 
     examples: Rows
-    order: numpy.ndarray
     ends: numpy.ndarray
     packing: bool
 
     @classmethod
     def arrange(cls, examples: Rows, max_length: int, packing: bool) -> TrainerRows:
-        """Return one row per example, or packed rows. No example is split."""
-        count = len(examples)
-        order, sizes = (
-            pack(examples["length"], max_length) if packing else (numpy.arange(count), numpy.ones(count, numpy.int64))
-        )
-        return cls(examples, order, numpy.concatenate([[0], numpy.cumsum(sizes)]), packing)
+        """Return one row per example, or packed rows. No example is split: each has at most `max_length` tokens."""
+        if not packing:
+            return cls(examples, numpy.arange(len(examples) + 1), packing)
+        order, sizes = pack(examples["length"], max_length)
+        return cls(examples.select(order), ends_of(sizes), packing)
 
     def __len__(self) -> int:
         return len(self.ends) - 1
@@ -89,26 +86,19 @@ class TrainerRows:
 
         Packed rows also have `seq_lengths` (tokens per example), and `source` is a list.
         """
-        tokens = numpy.cumsum(self.examples["length"][self.order])[self.ends[1:] - 1]
-        cuts = numpy.searchsorted(tokens, numpy.arange(_TOKENS_PER_BATCH, tokens[-1:].sum(), _TOKENS_PER_BATCH))
-        for first, last in itertools.pairwise(numpy.unique([0, *cuts, len(self)]) if len(self) else (0, 0)):
-            yield self._table(self.ends[first : last + 1])
-
-    def _table(self, ends: numpy.ndarray) -> pyarrow.Table:
-        taken = self.examples.take(self.order[ends[0] : ends[-1]])
-        ends = ends - ends[0]
-        token_ends = taken["input_ids"].combine_chunks().offsets.take(pyarrow.array(ends))
-        columns = {
-            name: pyarrow.LargeListArray.from_arrays(token_ends, taken[name].combine_chunks().values)
-            for name in ("input_ids", "labels")
-        }
-        columns["source"] = taken["location"].combine_chunks().cast(pyarrow.string())
-        if self.packing:
-            lengths = taken["input_ids"].combine_chunks().value_lengths().cast(pyarrow.int32())
-            row_ends = pyarrow.array(ends, pyarrow.int32())
-            for name, values in {"source": columns["source"], "seq_lengths": lengths}.items():
-                columns[name] = pyarrow.ListArray.from_arrays(row_ends, values)
-        return pyarrow.table(columns)
+        tokens = ends_of(self.examples["length"])[self.ends]
+        cuts = numpy.searchsorted(tokens, numpy.arange(0, tokens[-1], _TOKENS_PER_BATCH))
+        for first, last in itertools.pairwise(numpy.unique([*cuts, len(self)]) if len(self) else (0, 0)):
+            bounds, ends = (self.ends[first], self.ends[last]), self.ends[first : last + 1] - self.ends[first]
+            ids, labels, source = (self.examples.take(name, *bounds) for name in ("input_ids", "labels", "location"))
+            columns, row_ends = {"source": source.cast(pyarrow.string())}, pyarrow.array(ends, pyarrow.int32())
+            if self.packing:
+                columns["seq_lengths"] = ids.value_lengths().cast(pyarrow.int32())
+                columns = {name: pyarrow.ListArray.from_arrays(row_ends, each) for name, each in columns.items()}
+            token_ends = pyarrow.array(tokens[first : last + 1] - tokens[first])
+            for name, values in {"labels": labels, "input_ids": ids}.items():
+                columns = {name: pyarrow.LargeListArray.from_arrays(token_ends, values.flatten()), **columns}
+            yield pyarrow.table(columns)
 
 
 def write_dataset(folder: Path, tables: Iterator[pyarrow.Table]) -> Any:

@@ -224,7 +224,11 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
         for key in ("examples", "supervised_tokens", "tokens")
     }
     _write_prompts(plan, tokenizer, named["validation"] or named["train"], parts["validation"], folder)
-    ids = _token_ids(concatenate([rows for by_name in parts.values() for rows in by_name.values()]))
+    every = concatenate([rows for by_name in parts.values() for rows in by_name.values()])
+    batches = (
+        every.take("input_ids", at, at + _ROWS_PER_BATCH).flatten() for at in range(0, len(every), _ROWS_PER_BATCH)
+    )
+    ids = numpy.unique(numpy.concatenate([pyarrow.compute.unique(batch) for batch in batches]))
     new, regex_fixed = new_tokens(loaded, model.add_tokens), loaded.init_kwargs.get(FIX_MISTRAL_REGEX)
     embeddings = getattr(config.get_text_config(), "vocab_size", None) if config else None
     resizing = [token for token, id in new.items() if embeddings is not None and id >= embeddings]
@@ -289,15 +293,6 @@ def _tokenize_sources(
 def _usable(rows: Rows) -> Rows:
     """Return the rows with a token in the loss."""
     return rows.select(rows["supervised_tokens"] > 0)
-
-
-def _token_ids(rows: Rows) -> numpy.ndarray:
-    """Return the different token ids of the rows."""
-    ids = numpy.empty(0, numpy.int32)
-    for first in range(0, len(rows), _ROWS_PER_BATCH):
-        taken = rows.take(slice(first, first + _ROWS_PER_BATCH))["input_ids"]
-        ids = numpy.union1d(ids, pyarrow.compute.unique(pyarrow.compute.list_flatten(taken)).to_numpy())
-    return ids
 
 
 def _select_first(training: Sources, count: int) -> Sources:
@@ -411,7 +406,7 @@ def _write_prompts(
     plan: Plan, tokenizer: ConversationTokenizer, by_name: Mapping[str, Source], validation: Sources, folder: Path
 ) -> None:
     """Write a seeded choice of validation conversations up to their last answer, for generations during training."""
-    locations = pyarrow.compute.unique(concatenate([*validation.values()]).locations()).sort()
+    locations = pyarrow.compute.unique(concatenate([*validation.values()]).take("location")).sort()
     generator = random.Random(plan.sections.trainer["data_seed"])
     sample = generator.sample(range(len(locations)), min(len(locations), _MAX_PROMPTS))
     chosen = locations.take(pyarrow.array(sample)).to_pylist()

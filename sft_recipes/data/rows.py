@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -14,14 +14,9 @@ import pyarrow
 # Lengths are tokens after truncation to `max_length`; `full_…` before it. `supervised_tokens` are those in the loss.
 # `lost_answers`: truncation removed an answer, and with it its question. The digests are hashes of the row's text and
 # of its first user turn. `outcome` is a number of the outcomes of the chunk or the store.
-NUMBERS = numpy.dtype(
-    [
-        *((name, numpy.int32) for name in ("outcome", "location_bytes", "length", "full_length")),
-        *((name, numpy.int32) for name in ("supervised_tokens", "full_supervised_tokens")),
-        *((name, numpy.uint64) for name in ("row_digest", "prompt_digest")),
-        ("lost_answers", numpy.bool_),
-    ]
-)
+_INTEGERS = ("outcome", "location_bytes", "length", "full_length", "supervised_tokens", "full_supervised_tokens")
+_OTHERS = [("row_digest", numpy.uint64), ("prompt_digest", numpy.uint64), ("lost_answers", numpy.bool_)]
+NUMBERS = numpy.dtype([*((name, numpy.int32) for name in _INTEGERS), *_OTHERS])
 _TYPES = {"numbers": NUMBERS, "locations": numpy.uint8, "input_ids": numpy.int32, "labels": numpy.int32}
 
 
@@ -47,6 +42,9 @@ class Outcome(NamedTuple):
     stop_ids: tuple[int, ...] = ()
 
 
+Outcomes = dict[Outcome, list[Any]]  # number of rows and the location of the first, in its order
+
+
 class Chunk(NamedTuple):
     """The tokenized rows of a part of a source, without the rejected ones.
 
@@ -55,7 +53,7 @@ class Chunk(NamedTuple):
         locations: the rows' locations without separators, UTF-8.
         input_ids: of all rows, [tokens].
         labels: the token ids in the loss, IGNORED elsewhere, [tokens].
-        outcomes: rows per outcome, rejected ones included, and the location of the first.
+        outcomes: of all rows, the rejected ones too.
         error: of the first rejected row.
     """
 
@@ -63,7 +61,7 @@ class Chunk(NamedTuple):
     locations: bytes
     input_ids: numpy.ndarray
     labels: numpy.ndarray
-    outcomes: dict[Outcome, tuple[int, str]]
+    outcomes: Outcomes
     error: str | None
 
 
@@ -92,19 +90,15 @@ class Rows:
 
     def select(self, which: Any) -> Rows:
         """Return the rows at these positions, or where a mask is true."""
-        return Rows(self.numbers, self.tokens, self.outcomes, self.index[which])
+        return replace(self, index=self.index[which])
 
-    def take(self, which: Any) -> pyarrow.Table:
-        """Return a copy of the tokens of the rows at these positions."""
-        return self.tokens.take(pyarrow.array(self.index[which]))
-
-    def locations(self, which: Any = slice(None)) -> pyarrow.Array:
-        """Return file and line of the rows at these positions."""
-        return self.tokens["location"].take(pyarrow.array(self.index[which])).combine_chunks()
+    def take(self, name: str, first: int = 0, last: int | None = None) -> pyarrow.Array:
+        """Return a copy of `location`, `input_ids` or `labels` of the rows from first to last."""
+        return self.tokens[name].take(pyarrow.array(self.index[first:last])).combine_chunks()
 
     def location(self, position: int) -> str:
         """Return file and line of a row."""
-        return str(self.locations([position])[0])
+        return str(self.tokens["location"][int(self.index[position])])
 
     def count_outcomes(self) -> Iterator[tuple[Outcome, int]]:
         """Yield the outcomes in order of their first row, with their rows."""
@@ -115,8 +109,12 @@ class Rows:
 
 def concatenate(parts: Sequence[Rows]) -> Rows:
     """Return the rows of all parts, of one store, in order."""
-    first = parts[0]
-    return Rows(first.numbers, first.tokens, first.outcomes, numpy.concatenate([part.index for part in parts]))
+    return replace(parts[0], index=numpy.concatenate([part.index for part in parts]))
+
+
+def ends_of(lengths: numpy.ndarray) -> numpy.ndarray:
+    """Return the sums of the first 0, 1, … lengths, int64 [lengths + 1]."""
+    return numpy.concatenate([[0], numpy.cumsum(lengths, dtype=numpy.int64)])
 
 
 class RowStore:
@@ -138,18 +136,14 @@ class RowStore:
 
     def read(self) -> Rows:
         """Return all rows, memory-mapped."""
-        numbers, locations, *tokens = (self._map(name) for name in _TYPES)
-        location_ends, ends = (
-            pyarrow.array(numpy.concatenate([[0], numpy.cumsum(numbers[name], dtype=numpy.int64)]), pyarrow.int64())
-            for name in ("location_bytes", "length")
-        )
-        buffers = (location_ends.buffers()[1], pyarrow.py_buffer(locations))
-        columns = {"location": pyarrow.LargeStringArray.from_buffers(len(numbers), *buffers)}
-        for name, values in zip(("input_ids", "labels"), tokens, strict=True):
-            columns[name] = pyarrow.LargeListArray.from_arrays(ends, pyarrow.array(values))
+        data = {}
+        for name, file in self._files.items():
+            file.flush()
+            data[name] = numpy.memmap(file, _TYPES[name], "r") if file.tell() else numpy.empty(0, _TYPES[name])
+        numbers = data["numbers"]
+        location_ends, ends = (pyarrow.array(ends_of(numbers[name])) for name in ("location_bytes", "length"))
+        texts = (location_ends.buffers()[1], pyarrow.py_buffer(data["locations"]))
+        columns = {"location": pyarrow.LargeStringArray.from_buffers(len(numbers), *texts)}
+        for name in ("input_ids", "labels"):
+            columns[name] = pyarrow.LargeListArray.from_arrays(ends, pyarrow.array(data[name]))
         return Rows(numbers, pyarrow.table(columns), [*self._outcomes], numpy.arange(len(numbers)))
-
-    def _map(self, name: str) -> numpy.ndarray:
-        file, kind = self._files[name], _TYPES[name]
-        file.flush()
-        return numpy.memmap(file, kind, "r") if file.tell() else numpy.empty(0, kind)

@@ -92,12 +92,9 @@ class Source:
         Raises:
             DataError: a file is not what its suffix says, with the line.
         """
-        sizes, done = [max(file.stat().st_size, 1) for file in self.files], 0
-        for file, size in zip(self.files, sizes, strict=True):
-            read = _read_dataset(file, self.hub_name) if file.is_dir() else _READERS[file.suffix.lower()](file)
-            for chunk in read:
-                yield chunk._replace(read=(done + chunk.read * size) / sum(sizes))
-            done += size
+        for number, file in enumerate(self.files):
+            chunks = _read_dataset(file, self.hub_name) if file.is_dir() else _READERS[file.suffix.lower()](file)
+            yield from (chunk._replace(read=(number + chunk.read) / len(self.files)) for chunk in chunks)
 
     def rows(self, locations: Container[str] | None = None) -> Iterator[RawRow]:
         """Yield all rows in file order, or those at the given locations."""
@@ -220,7 +217,9 @@ def _splits_of(folder: Path, key: str) -> dict[str, tuple[Path, ...]]:
     return splits
 
 
-def _check_encoding(file: Path) -> None:
+def _count_lines(file: Path) -> int:
+    """Return the number of lines of a file after checking that it is text."""
+    number = 0
     try:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
@@ -234,6 +233,7 @@ def _check_encoding(file: Path) -> None:
                     raise DataError(f"{file}:{number}: encoding: {problem}")
     except OSError as error:
         raise DataError(f"{file}: not readable ({error.strerror})") from error
+    return number
 
 
 def type_name(value: Any) -> str:
@@ -294,25 +294,26 @@ def _line_rows(file: Path, first: int, content: bytes, locations: Container[str]
             yield RawRow(attempt(parse_json, line, location), location)
 
 
-def _read_lines(file: Path) -> Iterator[RawChunk]:
-    size, first = file.stat().st_size, 1
+def _read_lines(file: Path, total: int) -> Iterator[RawChunk]:
+    first = 1
     with file.open("rb") as opened:
         opened.seek(len(codecs.BOM_UTF8) if opened.read(3) == codecs.BOM_UTF8 else 0)  # not part of the text
         while lines := opened.readlines(_BYTES_PER_CHUNK):
-            yield RawChunk(partial(_line_rows, file, first, b"".join(lines)), opened.tell() / size)
+            rows = partial(_line_rows, file, first, b"".join(lines))
             first += len(lines)
+            yield RawChunk(rows, (first - 1) / total)
 
 
 def _read_json(file: Path) -> Iterator[RawChunk]:
     """Read JSON lines or one JSON document, whichever the content is."""
-    _check_encoding(file)
+    total = _count_lines(file)
     with file.open(encoding="utf-8-sig", newline="\n") as opened:
         lines = (line for line in opened if line.strip())
         first, rest = next(lines, "").strip(), next(lines, "")
     is_document = file.suffix.lower() == ".json" or first.startswith("[")
     has_lines = rest and isinstance(attempt(parse_json, first, ""), dict | list)
     if has_lines or not is_document or not first:
-        yield from _read_lines(file)
+        yield from _read_lines(file, total)
         return
     content = parse_json(file.read_text(encoding="utf-8-sig"), str(file))
     if isinstance(content, dict):
@@ -323,15 +324,15 @@ def _read_json(file: Path) -> Iterator[RawChunk]:
     if not isinstance(content, list):
         raise DataError(f"{file}: found {type_name(content)}, expected a list of rows")
     rows = (RawRow(row, f"{file}, row {number}") for number, row in enumerate(content, start=1))
-    yield from _split(rows, lambda done: done / len(content))
+    yield from _split(rows, len(content))
 
 
-def _split(rows: Iterator[RawRow], read: Callable[[int], float]) -> Iterator[RawChunk]:
-    """Yield chunks of parsed rows; `read` is the fraction of the file after so many rows."""
-    done = 0
-    while chunk := [*itertools.islice(rows, _ROWS_PER_CHUNK)]:
-        done += len(chunk)
-        yield RawChunk(partial(_at, chunk), read(done))
+def _split(rows: Iterator[RawRow], total: int) -> Iterator[RawChunk]:
+    """Yield chunks of parsed rows, of about so many in total."""
+    for done in itertools.count(_ROWS_PER_CHUNK, _ROWS_PER_CHUNK):
+        if not (chunk := [*itertools.islice(rows, _ROWS_PER_CHUNK)]):
+            return
+        yield RawChunk(partial(_at, chunk), min(done / total, 1.0))
 
 
 def _check_unique(names: list[str], where: str) -> list[str]:
@@ -340,28 +341,22 @@ def _check_unique(names: list[str], where: str) -> list[str]:
     return names
 
 
-def _read_csv(file: Path) -> Iterator[RawChunk]:
-    _check_encoding(file)
-    size = max(file.stat().st_size, 1)
-    with file.open(encoding="utf-8-sig", newline="") as opened:
-        yield from _split(_csv_rows(file, opened), lambda _: opened.buffer.tell() / size)
-
-
-def _csv_rows(file: Path, opened: Iterable[str]) -> Iterator[RawRow]:
+def _csv_rows(file: Path) -> Iterator[RawRow]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(opened, strict=True)
     names: list[str] = []
     line = 1
     try:
-        for values in reader:
-            location, line = f"{file}:{line}", reader.line_num + 1  # the first line of a row that spans several
-            if values and not names:
-                names = _check_unique(values, f"{location}: header")
-            elif len(values) == len(names):
-                yield RawRow(dict(zip(names, values, strict=True)), location)
-            elif values:
-                expected = f"expected {len(names)} ({', '.join(names)})"
-                yield RawRow(DataError(f"{location}: columns: found {len(values)}, {expected}"), location)
+        with file.open(encoding="utf-8-sig", newline="") as opened:
+            reader = csv.reader(opened, strict=True)
+            for values in reader:
+                location, line = f"{file}:{line}", reader.line_num + 1  # the first line of a row that spans several
+                if values and not names:
+                    names = _check_unique(values, f"{location}: header")
+                elif len(values) == len(names):
+                    yield RawRow(dict(zip(names, values, strict=True)), location)
+                elif values:
+                    expected = f"expected {len(names)} ({', '.join(names)})"
+                    yield RawRow(DataError(f"{location}: columns: found {len(values)}, {expected}"), location)
     except csv.Error as error:
         raise DataError(f"{file}:{line}: not valid CSV: {error}") from error
 
@@ -369,21 +364,12 @@ def _csv_rows(file: Path, opened: Iterable[str]) -> Iterator[RawRow]:
 def _read_parquet(file: Path) -> Iterator[RawChunk]:
     import pyarrow.parquet
 
-    with _as_data_error(f"{file}: not valid Parquet"):
+    try:
         parquet = pyarrow.parquet.ParquetFile(file)
         _check_unique(parquet.schema_arrow.names, f"{file}: schema")
         yield from _split_arrow(parquet.iter_batches(_ROWS_PER_CHUNK), parquet.metadata.num_rows, str(file))
-
-
-@contextlib.contextmanager
-def _as_data_error(problem: str) -> Iterator[None]:
-    """Raise a DataError for errors in the content of an Arrow file."""
-    import pyarrow
-
-    try:
-        yield
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise DataError(f"{problem}: {error}") from error
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{file}: not valid Parquet: {error}") from error
 
 
 def _split_arrow(batches: Iterable[Any], rows: int, name: str) -> Iterator[RawChunk]:
@@ -396,12 +382,15 @@ def _split_arrow(batches: Iterable[Any], rows: int, name: str) -> Iterator[RawCh
 
 def _arrow_rows(batch: Any, first: int, name: str, locations: Container[str] | None = None) -> Iterator[RawRow]:
     """Yield the rows of an Arrow batch without the nulls that Arrow writes where rows have different keys."""
-    with _as_data_error(f"{name}: not valid Parquet"):
+    import pyarrow
+
+    try:
         for number, row in enumerate(batch.to_pylist(), start=first):
             location = f"{name}, row {number}"
             if locations is None or location in locations:
-                values = {field.name: _from_arrow(row[field.name], field.type) for field in batch.schema}
-                yield RawRow(values, location)
+                yield RawRow({item.name: _from_arrow(row[item.name], item.type) for item in batch.schema}, location)
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        raise DataError(f"{name}: not valid Parquet: {error}") from error
 
 
 def _from_arrow(value: Any, kind: Any) -> Any:
@@ -440,4 +429,8 @@ def _read_dataset(folder: Path, hub_name: str | None) -> Iterator[RawChunk]:
         raise DataError(f"data: {name}: not readable as a dataset ({reason}). {fix}") from error
 
 
-_READERS = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+_READERS: dict[str, Callable[[Path], Iterator[RawChunk]]] = {
+    **dict.fromkeys((".jsonl", ".json"), _read_json),
+    ".csv": lambda file: _split(_csv_rows(file), _count_lines(file)),
+    ".parquet": _read_parquet,
+}

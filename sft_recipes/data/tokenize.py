@@ -53,14 +53,6 @@ class Example:
     span_source: str = ""
     conventions: tuple[str, ...] = ()
 
-    @property
-    def labels(self) -> list[int]:
-        """The token ids in the loss, IGNORED elsewhere."""
-        labels = [IGNORED] * len(self.input_ids)
-        for start, end in self.spans:
-            labels[start:end] = self.input_ids[start:end]
-        return labels
-
     def supervised_tokens(self) -> int:
         """Return the number of tokens in the loss, without the first of the row, which nothing predicts."""
         return sum(end - max(start, 1) for start, end in self.spans)
@@ -197,7 +189,9 @@ class ConversationTokenizer:
         count, note = self._literals_of(row.layout)
         if row.is_escaped or "<think>" in row.text:
             count += sum(len(self._special_pattern.findall(text)) for text in row.texts)  # the tags of reasoning
-        if sum(map(ids.count, self._special_ids.intersection(ids))) != count or not self._decodes(row, encoding.ids, ids):
+        if sum(map(ids.count, self._special_ids.intersection(ids))) != count or not self._decodes(
+            row, encoding.ids, ids
+        ):
             problem = "found a special token in a text that this tokenizer cannot encode as ordinary tokens"
             raise DataError(f"{row.location}: {problem}. Remove it from the row")
         applied = {AS_TEXT: row.is_escaped, GENERATED_IDS: row.generated_call_ids}

@@ -19,7 +19,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
 
@@ -28,7 +28,7 @@ import numpy
 from sft_recipes.config.schema import DataSource
 from sft_recipes.data.columns import ColumnError, select_columns
 from sft_recipes.data.formats import Conversation, conversation_of, text_of
-from sft_recipes.data.rows import NUMBERS, Chunk, Outcome, Rows, RowStore
+from sft_recipes.data.rows import NUMBERS, Chunk, Outcome, Outcomes, Rows, RowStore
 from sft_recipes.data.sources import RawChunk, RawRow, Source, attempt
 from sft_recipes.data.tokenize import IGNORED, ConversationTokenizer, Example
 from sft_recipes.runtime.errors import DataError
@@ -68,41 +68,41 @@ def tokenize_source(
     chunks = source.chunks()
     if max_rows is not None:
         chunks = iter([RawChunk(functools.partial(iter, [*itertools.islice(source.rows(), max_rows)]), 1.0)])
-    outcomes: dict[Outcome, tuple[int, str]] = {}
-    error, rows, started = None, 0, time.monotonic()
-    name, logged = source.display_name, started
-    bar = tqdm(desc=f"data: {name}", unit=" rows", file=sys.stdout, disable=None, delay=1, leave=False)
+    outcomes: Outcomes = {}
+    name, error, started, rows = source.display_name, None, time.monotonic(), 0
+    logged, bar = started, tqdm(desc=f"data: {name}", unit=" rows", file=sys.stdout, disable=None, delay=1, leave=False)
     for chunk, read in _tokenize_chunks(chunks, (tokenizer, max_length, source.settings)):
         store.append(chunk)
-        for outcome, (count, first) in chunk.outcomes.items():
-            before, first = outcomes.get(outcome, (0, first))
-            outcomes[outcome] = before + count, first
         error = error or chunk.error
         if not rows:  # if most are rejected, the source is another than expected: do not read all of it
-            _check_rejected(outcomes, error, max(max_rejected, 0.5))
-        new = sum(count for count, _ in chunk.outcomes.values())
-        rows += new
+            _check_rejected(chunk.outcomes, error, max(max_rejected, 0.5))
+        for outcome, (count, first) in chunk.outcomes.items():
+            outcomes.setdefault(outcome, [0, first])[0] += count
+        rows = _count(outcomes)
         bar.total = round(rows / read)
-        bar.update(new)
+        bar.update(rows - bar.n)
         if bar.disable and time.monotonic() - logged > _PROGRESS_INTERVAL:
             logged = time.monotonic()
-            speed = rows / (logged - started)
-            log.info("data: %s: %.0f%%, %s rows tokenized, %.0f rows/s", name, 100 * read, f"{rows:,}", speed)
+            progress = f"{rows:,} rows ({read:.0%}) tokenized, {rows / (logged - started):,.0f} rows/s"
+            log.info("data: %s: %s", name, progress)
     bar.close()
     if not rows:
-        raise DataError(f"{key}: {source.display_name}: found no rows, expected at least one")
+        raise DataError(f"{key}: {name}: found no rows, expected at least one")
     _check_rejected(outcomes, error, max_rejected)
     return describe_reading(outcomes, source)
 
 
-def _check_rejected(outcomes: Mapping[Outcome, tuple[int, str]], error: str | None, max_rejected: float) -> None:
+def _count(outcomes: Outcomes) -> int:
+    return sum(count for count, _ in outcomes.values())
+
+
+def _check_rejected(outcomes: Outcomes, error: str | None, max_rejected: float) -> None:
     """Check the fraction of rejected rows.
 
     Raises:
         DataError: it is above `max_rejected`; names the first one.
     """
-    rows = sum(count for count, _ in outcomes.values())
-    rejected = sum(count for outcome, (count, _) in outcomes.items() if outcome.rejected)
+    rows, rejected = _count(outcomes), _count({key: each for key, each in outcomes.items() if key.rejected})
     if rejected > max_rejected * rows:
         share = math.ceil(1000 * rejected / rows) / 1000
         advice = f"; data.max_rejected_fraction={share:g} leaves them out" if rejected < rows else ""
@@ -130,39 +130,21 @@ def to_chunk(
     max_length: int,
 ) -> Chunk:
     """Truncate examples to `max_length` tokens, and count what was done to the rows."""
-    outcomes: dict[Outcome, list[Any]] = {}  # its number, rows and first location
-    first_error = None
-    numbers, locations, input_ids, spans = [], [], [], []
+    outcomes, codes = Outcomes(), dict[Outcome, int]()
+    numbers, locations, input_ids, spans, errors = [], [], [], [], []
     for row, conversation, example in zip(rows, conversations, examples, strict=True):
-        if isinstance(example, DataError) or isinstance(conversation, DataError):
-            error = _utf_8(example)
-            first_error = first_error or error
-            reason = re.sub(r"\d+", "N", error.removeprefix(f"{row.location}: ").partition(". ")[0])[:160]
-            outcome = Outcome(rejected=reason)
-            if isinstance(conversation, Conversation):
-                outcome = Outcome(conversation.columns, conversation.ignored_keys, rejected=reason)
-            outcomes.setdefault(outcome, [len(outcomes), 0, row.location])[1] += 1
+        outcome = _outcome_of(row, conversation, example)
+        outcomes.setdefault(outcome, [0, row.location])[0] += 1
+        code = codes.setdefault(outcome, len(codes))
+        if isinstance(conversation, DataError) or isinstance(example, DataError):
+            errors.append(_utf_8(example))
             continue
-        outcome = Outcome(
-            conversation.columns,
-            conversation.ignored_keys,
-            (*conversation.conventions, *example.conventions),
-            note=_utf_8(example.note),
-            span_source=example.span_source,
-            stop_ids=tuple(sorted(example.stop_ids)),
-        )
-        counted = outcomes.setdefault(outcome, [len(outcomes), 0, row.location])
-        counted[1] += 1
-        short, location = example.truncate(max_length), row.location.encode()
-        numbers.append(
-            (
-                *(counted[0], len(location), len(short.input_ids), len(example.input_ids)),
-                *(short.supervised_tokens(), example.supervised_tokens()),
-                *(_digest(text_of(conversation)), _digest(_first_prompt(conversation))),
-                len(short.spans) < len(example.spans),
-            )
-        )
-        locations.append(location)
+        short = example.truncate(max_length)
+        locations.append(row.location.encode())
+        lengths = (len(locations[-1]), len(short.input_ids), len(example.input_ids))
+        digests = (_digest(text_of(conversation)), _digest(_first_prompt(conversation)))
+        supervised = (short.supervised_tokens(), example.supervised_tokens())
+        numbers.append((code, *lengths, *supervised, *digests, len(short.spans) < len(example.spans)))
         # Nothing predicts the first token.
         spans += [(len(input_ids) + max(start, 1), len(input_ids) + end) for start, end in short.spans]
         input_ids += short.input_ids
@@ -170,8 +152,17 @@ def to_chunk(
     labels = numpy.full_like(ids, IGNORED)
     for start, end in spans:
         labels[start:end] = ids[start:end]
-    counts = {outcome: (count, first) for outcome, (_, count, first) in outcomes.items()}
-    return Chunk(numpy.array(numbers, NUMBERS), b"".join(locations), ids, labels, counts, first_error)
+    table = numpy.array(numbers, NUMBERS)
+    return Chunk(table, b"".join(locations), ids, labels, outcomes, next(iter(errors), None))
+
+
+def _outcome_of(row: RawRow, conversation: Conversation | DataError, example: Example | DataError) -> Outcome:
+    read = () if isinstance(conversation, DataError) else (conversation.columns, conversation.ignored_keys)
+    if isinstance(conversation, DataError) or isinstance(example, DataError):
+        reason = _utf_8(example).removeprefix(f"{row.location}: ").partition(". ")[0]
+        return Outcome(*read, rejected=re.sub(r"\d+", "N", reason)[:160])
+    rendered = (_utf_8(example.note), example.span_source, tuple(sorted(example.stop_ids)))
+    return Outcome(*read, (*conversation.conventions, *example.conventions), "", *rendered)
 
 
 def _utf_8(text: Any) -> str:
@@ -185,24 +176,20 @@ _WORK: list[Any] = []
 
 def _tokenize_chunks(chunks: Iterator[RawChunk], work: tuple[Any, ...]) -> Iterator[tuple[Chunk, float]]:
     """Tokenize the first chunk in this process and the others on all cores; yield each with its `read`, in order."""
-    for chunk in itertools.islice(chunks, 1):
-        yield tokenize_chunk([*chunk.rows()], *work), chunk.read
-    second = next(chunks, None)
-    if second is None:
+    _WORK[:] = work
+    yield from map(_tokenize, itertools.islice(chunks, 1))
+    if not (second := next(chunks, None)):
         return
     cores = len(os.sched_getaffinity(0))
-    _WORK[:] = work
-    pending: collections.deque[tuple[Future[Chunk], float]] = collections.deque()
+    pending: collections.deque[Future[tuple[Chunk, float]]] = collections.deque()
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(cores, fork, initializer=_start_worker, initargs=(os.getpid(),)) as pool:
         for chunk in itertools.chain([second], chunks):
-            pending.append((pool.submit(_tokenize, chunk), chunk.read))
+            pending.append(pool.submit(_tokenize, chunk))
             while len(pending) > 3 * cores:  # bounds the chunks in memory
-                future, read = pending.popleft()
-                yield future.result(), read
+                yield pending.popleft().result()
         while pending:
-            future, read = pending.popleft()
-            yield future.result(), read
+            yield pending.popleft().result()
 
 
 def _start_worker(parent: int) -> None:
@@ -211,11 +198,11 @@ def _start_worker(parent: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker uses one core
 
 
-def _tokenize(chunk: RawChunk) -> Chunk:
-    return tokenize_chunk([*chunk.rows()], *_WORK)
+def _tokenize(chunk: RawChunk) -> tuple[Chunk, float]:
+    return tokenize_chunk([*chunk.rows()], *_WORK), chunk.read
 
 
-def describe_reading(outcomes: Mapping[Outcome, tuple[int, str]], source: Source) -> dict[str, Any]:
+def describe_reading(outcomes: Outcomes, source: Source) -> dict[str, Any]:
     """Return what was read of a source as plain values for `details.json` and the manifest.
 
     These are its files, rows by the columns that are read or ignored, and rows by convention and by reason of
@@ -240,7 +227,7 @@ def describe_reading(outcomes: Mapping[Outcome, tuple[int, str]], source: Source
             rejected.setdefault(outcome.rejected, [0, first])[0] += rows
     return {
         "files": source.file_names(),
-        "rows": sum(rows for rows, _ in outcomes.values()),
+        "rows": _count(outcomes),
         "used": dict(used),
         "ignored": dict((ignored + ignored_keys).most_common()),
         "conventions": conventions,

@@ -5,7 +5,7 @@ import datetime
 import numpy
 import pytest
 from helpers.bad_input import LARGE, check_example
-from helpers.examples import tokenize_all
+from helpers.examples import labels_of, tokenize_all
 
 from sft_recipes.data import sources, tokenize_rows
 from sft_recipes.data.formats import conversation_of
@@ -32,5 +32,5 @@ def test_tokenize_large_rows(case, tmp_path, tokenizer):
         example.input_ids[:MAX_LENGTH] for example in examples
     ]
     assert [labels.tolist() for labels in numpy.split(chunk.labels, ends)] == [
-        example.labels[:MAX_LENGTH] for example in examples
+        labels_of(example)[:MAX_LENGTH] for example in examples
     ]

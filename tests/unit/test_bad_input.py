@@ -10,7 +10,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 from helpers.bad_input import ACCEPTED, GOOD, REJECTED, SPECIAL_TOKENS, check_example, lines, table
-from helpers.examples import tokenize_all
+from helpers.examples import labels_of, tokenize_all
 from helpers.template_families import tokenizer_of
 from hypothesis import strategies as st
 
@@ -87,7 +87,7 @@ def test_sources_accept_odd_data(case, write_case, conversation_tokenizer, token
     assert tokenized["full_length"].tolist() == [len(example.input_ids) for example in examples]
     assert tokenized["length"].tolist() == [min(len(example.input_ids), MAX_LENGTH) for example in examples]
     assert tokenized.tokens["input_ids"].to_pylist() == [example.input_ids[:MAX_LENGTH] for example in examples]
-    assert tokenized.tokens["labels"].to_pylist() == [example.labels[:MAX_LENGTH] for example in examples]
+    assert tokenized.tokens["labels"].to_pylist() == [labels_of(example)[:MAX_LENGTH] for example in examples]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root can read every file")

@@ -5,7 +5,7 @@ import datetime
 import json
 
 import pytest
-from helpers.examples import tokenize_all
+from helpers.examples import labels_of, tokenize_all
 
 from sft_recipes.config import loader
 from sft_recipes.config.schema import DataSource
@@ -29,7 +29,7 @@ def convert(values, **settings):
 def in_loss(conversation_tokenizer, conversation):
     """The text in the loss, by the ids of the labels."""
     example = tokenize_all(conversation_tokenizer, [conversation])[0]
-    return conversation_tokenizer.tokenizer.decode([label for label in example.labels if label != IGNORED])
+    return conversation_tokenizer.tokenizer.decode([label for label in labels_of(example) if label != IGNORED])
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 import torch
 from datasets import Dataset
 from datasets.table import InMemoryTable
-from helpers.examples import tokenize_all
+from helpers.examples import labels_of, tokenize_all
 from helpers.workplace import REPOSITORY
 from transformers import AutoModelForCausalLM
 
@@ -117,7 +117,7 @@ def test_packed_examples_are_isolated(model, tokenizer, examples):
     together = token_losses(model, **packed)
     alone = {}
     for example in examples:
-        ids, labels = torch.tensor([example.input_ids]), torch.tensor([example.labels])
+        ids, labels = torch.tensor([example.input_ids]), torch.tensor([labels_of(example)])
         alone[tuple(example.input_ids)] = token_losses(model, input_ids=ids, labels=labels)
     order = [tuple(ids) for row in rows for ids in _cut(row["input_ids"], row["seq_lengths"])]
     assert sorted(order) == sorted(alone)
@@ -291,7 +291,7 @@ def test_labels_equal_stock_trl(tmp_path, model_folder, tokenizer, examples, mod
     finally:
         tokenizer.chat_template = own
     masked = [(row["input_ids"], row["labels"]) for row in stock]
-    assert masked == [(example.input_ids, example.labels) for example in examples]
+    assert masked == [(example.input_ids, labels_of(example)) for example in examples]
 
 
 @pytest.mark.parametrize("layers", ["recurrent", "convolution"])
