@@ -1,4 +1,4 @@
-"""Tokenized rows of all sources: on disk and memory-mapped, so that memory grows by 16 bytes per row."""
+"""Tokenized rows of all sources: on disk and memory-mapped, so that only their index is in memory."""
 
 from __future__ import annotations
 

@@ -368,14 +368,14 @@ def _read_parquet(file: Path) -> Iterator[RawChunk]:
         parquet = pyarrow.parquet.ParquetFile(file)
         _check_unique(parquet.schema_arrow.names, f"{file}: schema")
         yield from _split_arrow(parquet.iter_batches(_ROWS_PER_CHUNK), parquet.metadata.num_rows, str(file))
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{file}: not valid Parquet: {error}") from error
 
 
 def _split_arrow(batches: Iterable[Any], rows: int, name: str) -> Iterator[RawChunk]:
     """Yield one chunk per Arrow batch of a file with so many rows."""
     done = 0
-    for batch in batches:
+    for batch in filter(len, batches):
         yield RawChunk(partial(_arrow_rows, batch, done + 1, name), (done + len(batch)) / rows)
         done += len(batch)
 

@@ -189,9 +189,8 @@ class ConversationTokenizer:
         count, note = self._literals_of(row.layout)
         if row.is_escaped or "<think>" in row.text:
             count += sum(len(self._special_pattern.findall(text)) for text in row.texts)  # the tags of reasoning
-        if sum(map(ids.count, self._special_ids.intersection(ids))) != count or not self._decodes(
-            row, encoding.ids, ids
-        ):
+        found = sum(map(ids.count, self._special_ids.intersection(ids)))
+        if found != count or not self._decodes(row, encoding.ids, ids):
             problem = "found a special token in a text that this tokenizer cannot encode as ordinary tokens"
             raise DataError(f"{row.location}: {problem}. Remove it from the row")
         applied = {AS_TEXT: row.is_escaped, GENERATED_IDS: row.generated_call_ids}

@@ -70,22 +70,23 @@ def tokenize_source(
         chunks = iter([RawChunk(functools.partial(iter, [*itertools.islice(source.rows(), max_rows)]), 1.0)])
     outcomes: Outcomes = {}
     name, error, started, rows = source.display_name, None, time.monotonic(), 0
-    logged, bar = started, tqdm(desc=f"data: {name}", unit=" rows", file=sys.stdout, disable=None, delay=1, leave=False)
-    for chunk, read in _tokenize_chunks(chunks, (tokenizer, max_length, source.settings)):
-        store.append(chunk)
-        error = error or chunk.error
-        if not rows:  # if most are rejected, the source is another than expected: do not read all of it
-            _check_rejected(chunk.outcomes, error, max(max_rejected, 0.5))
-        for outcome, (count, first) in chunk.outcomes.items():
-            outcomes.setdefault(outcome, [0, first])[0] += count
-        rows = _count(outcomes)
-        bar.total = round(rows / read)
-        bar.update(rows - bar.n)
-        if bar.disable and time.monotonic() - logged > _PROGRESS_INTERVAL:
-            logged = time.monotonic()
-            progress = f"{rows:,} rows ({read:.0%}) tokenized, {rows / (logged - started):,.0f} rows/s"
-            log.info("data: %s: %s", name, progress)
-    bar.close()
+    show = {"desc": f"data: {name}", "unit": " rows", "delay": 1, "leave": False, "disable": None}  # None: no terminal
+    logged, work = started, (tokenizer, max_length, source.settings)
+    with tqdm(file=sys.stdout, **show) as bar:
+        for chunk, read in _tokenize_chunks(chunks, work):
+            store.append(chunk)
+            error = error or chunk.error
+            if not rows:  # if most are rejected, the source is another than expected: do not read all of it
+                _check_rejected(chunk.outcomes, error, max(max_rejected, 0.5))
+            for outcome, (count, first) in chunk.outcomes.items():
+                outcomes.setdefault(outcome, [0, first])[0] += count
+            rows = _count(outcomes)
+            bar.total = round(rows / read)
+            bar.update(rows - bar.n)
+            if bar.disable and time.monotonic() - logged > _PROGRESS_INTERVAL:
+                logged = time.monotonic()
+                progress = f"{rows:,} rows ({read:.0%}) tokenized, {rows / (logged - started):,.0f} rows/s"
+                log.info("data: %s: %s", name, progress)
     if not rows:
         raise DataError(f"{key}: {name}: found no rows, expected at least one")
     _check_rejected(outcomes, error, max_rejected)
