@@ -41,10 +41,10 @@ sys.path.insert(0, str(REPOSITORY))
 import machine  # noqa: E402
 import numpy  # noqa: E402
 import pyarrow  # noqa: E402
-import pyarrow.compute  # noqa: E402
 
 from sft_recipes.data import packing, tokenize_rows  # noqa: E402
 from sft_recipes.data.formats import conversation_of  # noqa: E402
+from sft_recipes.data.rows import RowStore  # noqa: E402
 from sft_recipes.data.sources import RawRow, Source  # noqa: E402
 from sft_recipes.data.tokenize import IGNORED, ConversationTokenizer  # noqa: E402
 from sft_recipes.data.toy import toy_dataset, toy_model  # noqa: E402
@@ -267,7 +267,7 @@ def ours_labelling(rows: list[RawRow], tokenizer: Any) -> Measured:
     chat = ConversationTokenizer(_fresh(tokenizer), TODAY)
     with Stopwatch() as watch:
         parts = [tokenize_rows.tokenize_chunk(chunk, chat, MAX_LENGTH) for chunk in _chunks(rows)]
-    return watch.counted(sum(pyarrow.compute.sum(part["length"]).as_py() for part in parts))
+    return watch.counted(sum(len(part.input_ids) for part in parts))
 
 
 def ours_whole(file: Path, tokenizer: Any, target: Path) -> Measured:
@@ -275,12 +275,15 @@ def ours_whole(file: Path, tokenizer: Any, target: Path) -> Measured:
     tokenizer = _fresh(tokenizer)
     with Stopwatch() as watch:
         chat = ConversationTokenizer(tokenizer, TODAY)
-        rows = Source(files=(file,)).rows()
-        chunks = [tokenize_rows.tokenize_chunk(chunk, chat, MAX_LENGTH) for chunk in _chunks(rows)]
-        labelled = pyarrow.concat_tables(chunks)
-        prepared = packing.to_dataset(labelled, MAX_LENGTH, packing=True)
-        prepared.save_to_disk(target)
+        store = RowStore(target.parent)
+        for chunk in Source(files=(file,)).chunks():
+            store.append(tokenize_rows.tokenize_chunk([*chunk.rows()], chat, MAX_LENGTH))
+        prepared = _write_rows(store, target, packed=True)
     return watch.counted(_tokens(prepared))
+
+
+def _write_rows(store: RowStore, target: Path, packed: bool) -> Any:
+    return packing.write_dataset(target, packing.TrainerRows.arrange(store.read(), MAX_LENGTH, packed).tables())
 
 
 def through_trl(rows: Any, way: str, tokenizer: Any, folder: Path, packed: bool = True) -> tuple[Any, Measured]:
@@ -311,7 +314,7 @@ def through_trl(rows: Any, way: str, tokenizer: Any, folder: Path, packed: bool 
         **loss,
     )
     trainer = Timed(model=model, args=settings, train_dataset=rows, processing_class=tokenizer)
-    return trainer.prepared, trainer.nan_guard.counted(_tokens(trainer.prepared))
+    return trainer.prepared, trainer.watch.counted(_tokens(trainer.prepared))
 
 
 def _for_trl(rows: Iterable[Row], way: str) -> Any:
@@ -336,8 +339,9 @@ def _tokens(prepared: Any) -> int:
 def check_labels(rows: list[Row], tokenizer: Any, folder: Path) -> dict[str, Any]:
     """That ours and both ways of TRL give the same examples; otherwise says how they differ, and ends."""
     raw = [RawRow(row, f"row {number}") for number, row in enumerate(rows, start=1)]
-    labelled = tokenize_rows.tokenize_chunk(raw, ConversationTokenizer(tokenizer, TODAY), MAX_LENGTH)
-    ours = _examples(packing.to_dataset(labelled, MAX_LENGTH, packing=False))
+    store = RowStore(folder)
+    store.append(tokenize_rows.tokenize_chunk(raw, ConversationTokenizer(tokenizer, TODAY), MAX_LENGTH))
+    ours = _examples(_write_rows(store, folder / "checked", packed=False))
     differences = []
     for way in (COMPLETION, ASSISTANT):
         prepared, _ = through_trl(_for_trl(rows, way), way, tokenizer, folder, packed=False)
@@ -436,22 +440,21 @@ def _ratios(rounds: list[dict[str, Measured]]) -> dict[str, dict[str, float]]:
 
 def measure_all_cores(file: Path, tokenizer: Any, folder: Path) -> dict[str, Any]:
     """Ours on all cores that this process may use, from a file to labelled tokens, and from there to packed rows."""
-    chat, source = ConversationTokenizer(_fresh(tokenizer), TODAY), Source(files=(file,))
+    chat, source, store = ConversationTokenizer(_fresh(tokenizer), TODAY), Source(files=(file,)), RowStore(folder)
     before = os.times()
     with Stopwatch() as reading:
-        labelled = tokenize_rows.tokenize_source(source, chat, "data.train", MAX_LENGTH)
+        tokenize_rows.tokenize_source(source, chat, "data.train", store, MAX_LENGTH)
     after = os.times()
     with Stopwatch() as writing:
-        packing.to_dataset(labelled, MAX_LENGTH, packing=True).save_to_disk(folder / "all")
-    tokens = pyarrow.compute.sum(labelled["length"]).as_py()
+        tokens = _tokens(_write_rows(store, folder / "all", packed=True))
     return {
         "cores": len(os.sched_getaffinity(0)),
-        "rows": len(labelled),
+        "rows": store.rows,
         "tokens": tokens,
         "labelling_seconds": round(reading.seconds, 2),
         "processor_seconds": round(sum(after[:4]) - sum(before[:4]), 2),  # with the workers', which are gone by now
         "packing_and_writing_seconds": round(writing.seconds, 2),
-        "rows_per_second": round(len(labelled) / reading.seconds),
+        "rows_per_second": round(store.rows / reading.seconds),
         "tokens_per_second": round(tokens / reading.seconds),
     }
 

@@ -13,6 +13,7 @@ from typing import Any
 import attention
 import bench
 import comparison
+import data_scale
 import memory
 import metrics
 import plots
@@ -107,6 +108,14 @@ SECTIONS = (
         "Memory, forecast and measured",
         "The plan's forecast per rank, and the largest sum of allocations during training.",
         memory.table,
+    ),
+    (
+        "data-scale",
+        "Data preparation at scale",
+        "`data_scale.py` has the method. `encoding` is the tokenizer alone, on texts that are rendered already, by\n"
+        "threads of one process; `short` rows have one turn of a few words. Memory-mapped files count in the largest\n"
+        "process, but the kernel can reclaim their pages; anonymous memory is the rest.",
+        data_scale.table,
     ),
     (
         "threads",

@@ -128,7 +128,7 @@ class SpanFinder:
         # If the template reads what other roles' texts contain, the assistant's alone are marked.
         for only_assistant in (False, True):
             marked = _MarkedConversation(template, conversation, escaped, only_assistant)
-            if _MARKER.sub("", marked.text) == text and marked.is_paired():
+            if "".join(marked.pieces[::2]) == text and marked.is_paired():
                 break
         else:
             raise AmbiguousTemplateError("the template modifies the texts of the conversation, or reads their content")

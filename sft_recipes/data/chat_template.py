@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ class AmbiguousTemplateError(Exception):
 class ChatTemplate:
     """A compiled chat template with its variables.
 
-    Rendering is transformers' own, one of two equal ways in `apply_chat_template`, called directly so that a template
-    which writes today's date can get the plan's date.
+    Rendering is transformers' own, both ways of `apply_chat_template`, called directly so that a template which writes
+    today's date can get the plan's date.
     """
 
     def __init__(self, source: str, variables: Mapping[str, Any], date: datetime.date):
@@ -36,6 +36,7 @@ class ChatTemplate:
         self.reads_reasoning = re.search(r"reasoning_content|\.thinking|['\"]thinking['\"]", source) is not None
         self.reads_call_ids = re.search(r"tool_call_id|\.id\b|\[['\"]id['\"]\]", source) is not None
         self._compiled = _compile_jinja_template(source)
+        self._compiled.globals = dict(self._compiled.globals)  # copied by each rendering; a ChainMap is slow
         self._variables: dict[str, Any] = {"documents": None, **variables, "strftime_now": day.strftime}
 
     def render(self, messages: Sequence[Message], tools: Tools, add_generation_prompt: bool = False) -> str:
@@ -44,10 +45,11 @@ class ChatTemplate:
         Raises:
             AmbiguousTemplateError: the template raises an error.
         """
-        return self.render_with_generation_spans(messages, tools, add_generation_prompt)[0]
+        given = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        return str(self._call(self._compiled.render, **given))
 
     def render_with_generation_spans(
-        self, messages: Sequence[Message], tools: Tools, add_generation_prompt: bool = False
+        self, messages: Sequence[Message], tools: Tools
     ) -> tuple[str, list[tuple[int, int]]]:
         """Return the conversation as text and the [start, end) characters of its generation blocks.
 
@@ -56,13 +58,15 @@ class ChatTemplate:
         """
         from transformers.utils.chat_template_utils import _render_with_assistant_indices
 
+        given = (self._compiled, messages, tools)
+        text, spans = self._call(_render_with_assistant_indices, *given, add_generation_prompt=False)
+        return text, _merge_spans(spans)
+
+    def _call(self, render: Callable[..., Any], *arguments: Any, **given: Any) -> Any:
         try:
-            text, spans = _render_with_assistant_indices(
-                self._compiled, messages, tools, add_generation_prompt=add_generation_prompt, **self._variables
-            )
+            return render(*arguments, **given, **self._variables)
         except Exception as error:  # a template can raise any exception
             raise AmbiguousTemplateError(f"the template raises an error: {error}") from error
-        return text, _merge_spans(spans)
 
 
 @cache

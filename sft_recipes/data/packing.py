@@ -1,13 +1,21 @@
-"""Packs whole examples into rows of `max_length` tokens, and converts tokenized rows to a dataset."""
+"""Packs whole examples into rows of `max_length` tokens, and writes the trainer's rows as a dataset."""
 
 from __future__ import annotations
 
+import array
 import bisect
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy
 import pyarrow
+
+from sft_recipes.data.rows import Rows, ends_of
+
+_TOKENS_PER_BATCH = 2**21  # written at once
 
 
 def pack(lengths: numpy.ndarray, capacity: int) -> tuple[numpy.ndarray, numpy.ndarray]:
@@ -23,22 +31,24 @@ def pack(lengths: numpy.ndarray, capacity: int) -> tuple[numpy.ndarray, numpy.nd
     Returns:
         The examples' indices in row order, [examples], and the number of examples per row, [rows].
     """
-    remaining: dict[int, list[int]] = {}  # examples by length, the first one last
-    for index in range(len(lengths) - 1, -1, -1):
-        remaining.setdefault(int(lengths[index]), []).append(index)
-    available = sorted(remaining)
-    order, sizes = [], []
+    by_length = numpy.argsort(lengths, kind="stable")
+    unique = numpy.unique(lengths[by_length], return_index=True, return_counts=True)
+    available, starts, counts = (values.tolist() for values in unique)
+    first_left, left = dict(zip(available, starts, strict=True)), dict(zip(available, counts, strict=True))
+    order, sizes = array.array("q"), array.array("q")
     while available:
         space, size = capacity, 0
         while fitting := bisect.bisect_right(available, space):
             length = available[fitting - 1]
-            order.append(remaining[length].pop())
-            if not remaining[length]:
+            order.append(first_left[length])
+            first_left[length] += 1
+            left[length] -= 1
+            if not left[length]:
                 del available[fitting - 1]
             space -= length
             size += 1
         sizes.append(size)
-    return numpy.array(order, numpy.int64), numpy.array(sizes, numpy.int64)
+    return by_length[numpy.array(order, numpy.int64)], numpy.array(sizes, numpy.int64)
 
 
 def rows_per_epoch(weights: Iterable[tuple[int, float]]) -> int:
@@ -46,29 +56,59 @@ def rows_per_epoch(weights: Iterable[tuple[int, float]]) -> int:
     return sum(count * int(weight) + round(count * (weight % 1)) for count, weight in weights)
 
 
-def to_dataset(examples: pyarrow.Table, max_length: int, packing: bool) -> Any:
-    """Return a dataset with `input_ids`, `labels` and `source` (the location).
+@dataclass(frozen=True)
+class TrainerRows:
+    """Examples arranged in the trainer's rows, whose tokens are read when they are written.
 
-    Packed rows also have `seq_lengths` (tokens per example), and `source` is a list. No example is split: each must be
-    at most `max_length` tokens long.
-
-    Args:
-        examples: a table of `tokenize_rows.SCHEMA`.
+    Attributes:
+        examples: in row order.
+        ends: number of examples before each row and in total, [rows + 1].
+        packing: rows have `seq_lengths`, and a list of locations.
     """
-    from datasets import Dataset
+
+    examples: Rows
+    ends: numpy.ndarray
+    packing: bool
+
+    @classmethod
+    def arrange(cls, examples: Rows, max_length: int, packing: bool) -> TrainerRows:
+        """Return one row per example, or packed rows. No example is split: each has at most `max_length` tokens."""
+        if not packing:
+            return cls(examples, numpy.arange(len(examples) + 1), packing)
+        order, sizes = pack(examples["length"], max_length)
+        return cls(examples.select(order), ends_of(sizes), packing)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def tables(self) -> Iterator[pyarrow.Table]:
+        """Yield `input_ids`, `labels` and `source` (the location) in batches of rows, at least one batch.
+
+        Packed rows also have `seq_lengths` (tokens per example), and `source` is a list.
+        """
+        tokens = ends_of(self.examples["length"])[self.ends]
+        cuts = numpy.searchsorted(tokens, numpy.arange(0, tokens[-1], _TOKENS_PER_BATCH))
+        for first, last in itertools.pairwise(numpy.unique([*cuts, len(self)]) if len(self) else (0, 0)):
+            bounds, ends = (self.ends[first], self.ends[last]), self.ends[first : last + 1] - self.ends[first]
+            ids, labels, source = (self.examples.take(name, *bounds) for name in ("input_ids", "labels", "location"))
+            columns, row_ends = {"source": source.cast(pyarrow.string())}, pyarrow.array(ends, pyarrow.int32())
+            if self.packing:
+                columns["seq_lengths"] = ids.value_lengths().cast(pyarrow.int32())
+                columns = {name: pyarrow.ListArray.from_arrays(row_ends, each) for name, each in columns.items()}
+            token_ends = pyarrow.array(tokens[first : last + 1] - tokens[first])
+            for name, values in {"labels": labels, "input_ids": ids}.items():
+                columns = {name: pyarrow.LargeListArray.from_arrays(token_ends, values.flatten()), **columns}
+            yield pyarrow.table(columns)
+
+
+def write_dataset(folder: Path, tables: Iterator[pyarrow.Table]) -> Any:
+    """Write tables one at a time as `Dataset.save_to_disk` does, and return the dataset, memory-mapped."""
+    from datasets import Dataset, load_from_disk
     from datasets.table import InMemoryTable
 
-    lengths = examples["length"].to_numpy()
-    order, sizes = pack(lengths, max_length) if packing else (numpy.arange(len(lengths)), numpy.ones_like(lengths))
-    examples, ends = examples.take(order), numpy.concatenate([[0], numpy.cumsum(sizes)])
-    token_ends = pyarrow.array(numpy.concatenate([[0], numpy.cumsum(lengths[order])])[ends], pyarrow.int64())
-    columns = {
-        name: pyarrow.LargeListArray.from_arrays(token_ends, examples[name].combine_chunks().flatten())
-        for name in ("input_ids", "labels")
-    }
-    columns["source"] = examples["location"].combine_chunks()
-    if packing:
-        examples_per_row = {"source": columns["source"], "seq_lengths": pyarrow.array(lengths[order], pyarrow.int32())}
-        row_ends = pyarrow.array(ends, pyarrow.int32())
-        columns |= {name: pyarrow.ListArray.from_arrays(row_ends, each) for name, each in examples_per_row.items()}
-    return Dataset(InMemoryTable(pyarrow.table(columns)))
+    first = next(tables)
+    Dataset(InMemoryTable(first.slice(0, 0))).save_to_disk(folder, num_shards=1)  # writes its description
+    with pyarrow.ipc.new_stream(str(folder / "data-00000-of-00001.arrow"), first.schema) as stream:
+        for table in itertools.chain([first], tables):
+            stream.write_table(table)
+    return load_from_disk(str(folder))

@@ -30,10 +30,11 @@ import pyarrow.compute
 
 from sft_recipes.data import held_out_metrics, model_files, model_layers, sources, tokenizer_files, validate
 from sft_recipes.data.formats import conversation_of
-from sft_recipes.data.packing import rows_per_epoch, to_dataset
+from sft_recipes.data.packing import TrainerRows, rows_per_epoch, write_dataset
+from sft_recipes.data.rows import Rows, RowStore, concatenate
 from sft_recipes.data.sources import Source, attempt
 from sft_recipes.data.tokenize import ConversationTokenizer
-from sft_recipes.data.tokenize_rows import accepted, describe_reading, split_digests, tokenize_source
+from sft_recipes.data.tokenize_rows import split_digests, tokenize_source
 from sft_recipes.data.tokenizer import FIX_MISTRAL_REGEX, load_tokenizer, new_tokens
 from sft_recipes.data.validate import Sources
 from sft_recipes.planner import batch
@@ -51,6 +52,7 @@ log = logging.getLogger("sft_recipes.data.prepare")  # __name__ is "__main__" in
 _MAX_PROMPTS = 1000
 _OVERFIT_CANDIDATES = 10  # rows read per row to overfit: some may have no token in the loss
 _SAMPLED_ROWS = 200  # of each source, for the comparison of tokenizers
+_ROWS_PER_BATCH = 10_000  # read at once
 _CHECKSUMS = "checksums.json"
 _TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 
@@ -190,7 +192,7 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
     saved.mkdir()
     tokenizer_notes = tokenizer_files.save(loaded, base, saved, _sample_texts(named), model.trust_remote_code)
     tokenizer = ConversationTokenizer(loaded, datetime.date.fromisoformat(plan.created[:10]))
-    reading, parts = _tokenize_sources(plan, named, tokenizer)
+    reading, parts = _tokenize_sources(plan, named, tokenizer, folder)
     if data.overfit_rows:
         parts["train"] = parts["validation"] = _select_first(parts["train"], data.overfit_rows)
     elif not parts["validation"]:
@@ -199,24 +201,35 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
     counted = validate.summarize(parts)
     if not counted["train"]["examples"] or not counted["validation"]["examples"]:
         validate.check_limits(plan, {**counted, "new_tokens": []})  # no row can be shown or trained
-    rows, weights = _training_rows(plan, parts["train"])
+    groups, weights = _training_rows(plan, parts["train"])
     evaluated = {
-        part: [to_dataset(_usable(table), plan.max_length, plan.packing) for table in parts[part].values()]
+        part: [TrainerRows.arrange(_usable(rows), plan.max_length, plan.packing) for rows in parts[part].values()]
         for part in ("validation", "retention_eval")
     }
-    for part, sets in {"train": [rows], **evaluated}.items():
+    count = sum(map(len, groups))
+    tables = itertools.chain.from_iterable(group.tables() for group in groups)
+    if data.overfit_rows and count:
+        repeated = numpy.arange(batch.fill_effective_batch(count, plan.effective_batch_size)) % count
+        tables = iter([pyarrow.concat_tables(tables).take(pyarrow.array(repeated))])
+    train = write_dataset(folder / "train", tables)
+    hashed = [_slices(train, groups)]
+    for part, sets in evaluated.items():
         if sets:
-            datasets.concatenate_datasets(sets).save_to_disk(folder / part)
+            written = write_dataset(folder / part, itertools.chain.from_iterable(each.tables() for each in sets))
+            hashed += [[part_of_source] for part_of_source in _slices(written, sets)]
     validation_rows = [*map(len, evaluated["validation"])]
-    repeats = len(rows) / max(sum(validation_rows), 1) if data.overfit_rows else 1.0
+    repeats = len(train) / max(sum(validation_rows), 1) if data.overfit_rows else 1.0
     shares = [weight for _, weight in weights] or [repeats] * len(parts["train"])
     per_epoch = {  # the examples and tokens that an epoch uses
         key: round(sum(share * source[key] for share, source in zip(shares, counted["sources"]["train"], strict=True)))
         for key in ("examples", "supervised_tokens", "tokens")
     }
     _write_prompts(plan, tokenizer, named["validation"] or named["train"], parts["validation"], folder)
-    every_row = validate.concatenate(*parts.values())
-    ids = pyarrow.compute.unique(pyarrow.compute.list_flatten(every_row["input_ids"])).to_numpy()
+    every = concatenate([rows for by_name in parts.values() for rows in by_name.values()])
+    batches = (
+        every.take("input_ids", at, at + _ROWS_PER_BATCH).flatten() for at in range(0, len(every), _ROWS_PER_BATCH)
+    )
+    ids = numpy.unique(numpy.concatenate([pyarrow.compute.unique(batch) for batch in batches]))
     new, regex_fixed = new_tokens(loaded, model.add_tokens), loaded.init_kwargs.get(FIX_MISTRAL_REGEX)
     embeddings = getattr(config.get_text_config(), "vocab_size", None) if config else None
     resizing = [token for token, id in new.items() if embeddings is not None and id >= embeddings]
@@ -241,14 +254,14 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
         "padding_token": loaded.pad_token,
         "tokenizer": {"class": type(loaded).__name__, FIX_MISTRAL_REGEX: regex_fixed, "notes": tokenizer_notes},
         "notes": notes,
-        "rows": len(rows),
+        "rows": len(train),
         "source_weights": weights,
         "validation_rows": dict(zip(parts["validation"], validation_rows, strict=True)),
         "retention_eval_rows": sum(map(len, evaluated["retention_eval"])),
         "seconds": time.monotonic() - started,
         "prepared": {  # with the folders, the fields of Prepared
-            "fingerprint": _fingerprint([rows, *itertools.chain(*evaluated.values())], weights),
-            "rows": rows_per_epoch(weights) if weights else len(rows),
+            "fingerprint": _fingerprint(hashed, weights),
+            "rows": rows_per_epoch(weights) if weights else len(train),
             **per_epoch,
             "validation_rows": sum(validation_rows),
             "notes": notes,
@@ -260,29 +273,33 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
 
 
 def _tokenize_sources(
-    plan: Plan, named: Mapping[str, Mapping[str, Source]], tokenizer: ConversationTokenizer
-) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, pyarrow.Table]]]:
+    plan: Plan, named: Mapping[str, Mapping[str, Source]], tokenizer: ConversationTokenizer, folder: Path
+) -> tuple[dict[str, dict[str, Any]], dict[str, Sources]]:
     """Tokenize each source of each part (OVERFIT: the first candidates only); return what was read, and the rows."""
-    data = plan.sections.data
+    data, store = plan.sections.data, RowStore(folder)
     max_rows = _OVERFIT_CANDIDATES * data.overfit_rows if data.overfit_rows else None
+    limits = (plan.max_length, data.max_rejected_fraction, max_rows)
     reading: dict[str, dict[str, Any]] = {part: {} for part in named}
-    parts: dict[str, dict[str, pyarrow.Table]] = {part: {} for part in named}
+    bounds: dict[str, dict[str, slice]] = {part: {} for part in named}
     for part, name, source in ((part, *item) for part, by_name in named.items() for item in by_name.items()):
-        limits = (plan.max_length, data.max_rejected_fraction, max_rows)
-        table = tokenize_source(source, tokenizer, f"data.{part}", *limits)
-        reading[part][name], parts[part][name] = describe_reading(table, source), accepted(table)
-    return reading, parts
+        first = store.rows
+        reading[part][name] = tokenize_source(source, tokenizer, f"data.{part}", store, *limits)
+        bounds[part][name] = slice(first, store.rows)
+    rows = store.read()
+    return reading, {
+        part: {name: rows.select(each) for name, each in by_name.items()} for part, by_name in bounds.items()
+    }
 
 
-def _usable(rows: pyarrow.Table) -> pyarrow.Table:
+def _usable(rows: Rows) -> Rows:
     """Return the rows with a token in the loss."""
-    return rows.filter(pyarrow.compute.greater(rows["supervised_tokens"], 0))
+    return rows.select(rows["supervised_tokens"] > 0)
 
 
 def _select_first(training: Sources, count: int) -> Sources:
     """Return the first rows of the first source with a token in the loss; all of its rows if none has one."""
     name, rows = next(iter(training.items()))
-    return {name: _usable(rows).slice(0, count) if len(_usable(rows)) else rows}
+    return {name: _usable(rows).select(slice(count)) if len(_usable(rows)) else rows}
 
 
 def _sample_texts(named: Mapping[str, Mapping[str, Source]]) -> Iterator[str]:
@@ -301,29 +318,24 @@ def _write_checksums(folder: Path) -> None:
     write_json(folder / _CHECKSUMS, {str(path.relative_to(folder)): sha256(path) for path in paths if path.is_file()})
 
 
-def _training_rows(plan: Plan, training: Sources) -> tuple[Any, list[tuple[int, float]]]:
-    """Return the training rows, and rows and weight of each source; no weights if all are 1.
+def _training_rows(plan: Plan, training: Sources) -> tuple[list[TrainerRows], list[tuple[int, float]]]:
+    """Return the training rows in one group, or one per source with rows and weight of each if not all weights are 1.
 
     Raises:
         DataError: a weight is so small that no row of its source is used.
     """
-    from datasets import concatenate_datasets
-
-    data, usable = plan.sections.data, [_usable(part) for part in training.values()]
+    data, usable = plan.sections.data, [_usable(rows) for rows in training.values()]
     is_weighted = not data.overfit_rows and any(source.weight != 1 for source in data.sources("train"))
-    groups = usable if is_weighted else [pyarrow.concat_tables(usable)]  # a row of two sources has no weight
-    parts = [to_dataset(group, plan.max_length, plan.packing) for group in groups]
-    rows = concatenate_datasets(parts)
-    if data.overfit_rows and len(rows):
-        rows = rows.select(numpy.arange(batch.fill_effective_batch(len(rows), plan.effective_batch_size)) % len(rows))
+    examples = usable if is_weighted else [concatenate(usable)]  # a row of two sources has no weight
+    groups = [TrainerRows.arrange(each, plan.max_length, plan.packing) for each in examples]
     weights = [
-        (len(part), source.weight) for part, source in zip(parts, data.sources("train"), strict=False) if is_weighted
+        (len(group), source.weight) for group, source in zip(groups, data.sources("train"), strict=False) if is_weighted
     ]
     for name, (count, weight) in zip(training, weights, strict=False):
         if not rows_per_epoch([(count, weight)]):
             fix = f"Set {1 / max(count, 1):.2g} or more, or remove the source"
             raise DataError(f"data.train: {name}: weight: found {weight:g} of {count} rows, which uses no row. {fix}")
-    return rows, weights
+    return groups, weights
 
 
 def _build_from_scratch(plan: Plan, train: Mapping[str, Source], folder: Path) -> Path:
@@ -333,20 +345,28 @@ def _build_from_scratch(plan: Plan, train: Mapping[str, Source], folder: Path) -
     rows = (attempt(conversation_of, row, source.settings) for source in train.values() for row in source.rows())
     conversations = (row for row in rows if not isinstance(row, DataError))  # tokenization reports the others
     messages = itertools.chain.from_iterable(conversation.messages for conversation in conversations)
-    texts = [text for message in messages for text in (message["role"], message["content"])]
+    texts = (text for message in messages for text in (message["role"], message["content"]))
     toy_model.build(plan.sections.model.architecture, texts, folder, plan.sections.trainer["seed"])
     return folder
 
 
-def _fingerprint(datasets: list[Any], weights: list[tuple[int, float]]) -> str:
+def _slices(dataset: Any, groups: list[TrainerRows]) -> list[pyarrow.Table]:
+    """Return the rows of each group in the written dataset."""
+    ends = numpy.cumsum([0, *map(len, groups)]).tolist()
+    return [dataset.data.slice(first, last - first) for first, last in itertools.pairwise(ends)]
+
+
+def _fingerprint(parts: list[list[pyarrow.Table]], weights: list[tuple[int, float]]) -> str:
     """Hash the rows' tokens and labels and their weights, so that a run resumes after changes of code or paths that
     keep the rows."""
     digest = hashlib.sha256(json.dumps(weights).encode() if weights else b"")
-    for rows in datasets:
-        for name in ("input_ids", "labels", *(["seq_lengths"] if "seq_lengths" in rows.column_names else [])):
-            for chunk in rows.data.column(name).chunks:
-                digest.update(chunk.value_lengths().to_numpy().tobytes())
-                digest.update(chunk.flatten().to_numpy().tobytes())
+    for groups in parts:
+        for name in ("input_ids", "labels", *(["seq_lengths"] if "seq_lengths" in groups[0].column_names else [])):
+            for group in groups:
+                for chunk in group.column(name).chunks:
+                    digest.update(chunk.value_lengths().to_numpy())
+                for chunk in group.column(name).chunks:
+                    digest.update(chunk.flatten().to_numpy())
     return digest.hexdigest()[:16]
 
 
@@ -354,20 +374,20 @@ def _split(plan: Plan, training: Sources) -> dict[str, Sources]:
     """Split each source by seed, keeping its order. Conversations with the same first prompt stay together over all
     sources, so that no prompt is trained on in one source and evaluated in another."""
     digests = {name: split_digests(rows) for name, rows in training.items()}
-    held_out: set[int] = set()
+    held_out: list[numpy.ndarray] = []
     for name, part in digests.items():
-        prompts = sorted(set(part.tolist()))
+        prompts = numpy.unique(part)
         if len(prompts) < 2:
             raise DataError(f"data.train: {name}: found one text in all rows. Set data.validation=<a file>")
         count = round(len(prompts) * plan.sections.data.validation_fraction)
         generator = random.Random(plan.sections.trainer["data_seed"])
-        held_out.update(generator.sample(prompts, min(max(count, 1), len(prompts) - 1)))
-    masks = {name: numpy.isin(part, sorted(held_out)) for name, part in digests.items()}
+        held_out.append(prompts[generator.sample(range(len(prompts)), min(max(count, 1), len(prompts) - 1))])
+    masks = {name: numpy.isin(part, numpy.concatenate(held_out)) for name, part in digests.items()}
     if name := next((name for name, mask in masks.items() if mask.all()), None):
         raise DataError(f"data.train: {name}: every prompt is in another source too. Set data.validation=<a file>")
     return {
-        "train": {name: rows.filter(pyarrow.array(~masks[name])) for name, rows in training.items()},
-        "validation": {name: rows.filter(pyarrow.array(masks[name])) for name, rows in training.items()},
+        "train": {name: rows.select(~masks[name]) for name, rows in training.items()},
+        "validation": {name: rows.select(masks[name]) for name, rows in training.items()},
     }
 
 
@@ -378,7 +398,7 @@ def _limit_eval_rows(plan: Plan, rows_by_source: Sources) -> Sources:
         return rows_by_source
     generator = numpy.random.default_rng(plan.sections.trainer["data_seed"])
     return {
-        name: rows.take(numpy.sort(generator.permutation(len(rows))[: max(round(limit * len(rows) / total), 1)]))
+        name: rows.select(numpy.sort(generator.permutation(len(rows))[: max(round(limit * len(rows) / total), 1)]))
         for name, rows in rows_by_source.items()
     }
 
@@ -387,13 +407,13 @@ def _write_prompts(
     plan: Plan, tokenizer: ConversationTokenizer, by_name: Mapping[str, Source], validation: Sources, folder: Path
 ) -> None:
     """Write a seeded choice of validation conversations up to their last answer, for generations during training."""
-    locations = sorted({location for rows in validation.values() for location in rows["location"].to_pylist()})
+    locations = pyarrow.compute.unique(concatenate([*validation.values()]).take("location")).sort()
     generator = random.Random(plan.sections.trainer["data_seed"])
-    chosen = generator.sample(locations, min(len(locations), _MAX_PROMPTS))
+    sample = generator.sample(range(len(locations)), min(len(locations), _MAX_PROMPTS))
+    chosen = locations.take(pyarrow.array(sample)).to_pylist()
     order, conversations = {location: number for number, location in enumerate(chosen)}, {}
     for source in by_name.values():
-        rows = (row for row in source.rows() if row.location in order)
-        conversations |= {order[row.location]: conversation_of(row, source.settings) for row in rows}
+        conversations |= {order[row.location]: conversation_of(row, source.settings) for row in source.rows(order)}
     with (folder / "prompts.jsonl").open("w", encoding="utf-8") as lines:
         for _, conversation in sorted(conversations.items()):
             *before, answer = conversation.messages

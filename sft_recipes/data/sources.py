@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
-import io
 import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sft_recipes.config.schema import Data, DataSource
 from sft_recipes.data import hub
@@ -26,6 +27,7 @@ from sft_recipes.runtime.run_dir import read_json
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 TOY_NAMES = ("toy:train", "toy:validation")
 PARTS = ("train", "validation", "retention_eval")  # keys of the section `data` that name sources
+_BYTES_PER_CHUNK, _ROWS_PER_CHUNK = 2**18, 1000  # of files with lines, of others
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,18 @@ class RawRow:
 
     values: Any
     location: str
+
+
+class RawChunk(NamedTuple):
+    """Some consecutive rows of a source, not parsed yet where parsing takes time.
+
+    Attributes:
+        rows: yields them; can be sent to another process. Given locations, it parses the rows at these only.
+        read: fraction of the source up to their end.
+    """
+
+    rows: Callable[..., Iterator[RawRow]]
+    read: float
 
 
 @dataclass(frozen=True)
@@ -72,14 +86,19 @@ class Source:
         names = [str(file) for file in self.files]
         return [] if names == [self.settings.path] or self.settings.path in TOY_NAMES or self.hub_name else names
 
-    def rows(self) -> Iterator[RawRow]:
-        """Yield all rows in file order.
+    def chunks(self) -> Iterator[RawChunk]:
+        """Yield all rows in file order. Memory does not depend on their number, except for a single JSON document.
 
         Raises:
             DataError: a file is not what its suffix says, with the line.
         """
-        for file in self.files:
-            yield from _dataset_rows(file, self.hub_name) if file.is_dir() else _READERS[file.suffix.lower()](file)
+        for number, file in enumerate(self.files):
+            chunks = _read_dataset(file, self.hub_name) if file.is_dir() else _READERS[file.suffix.lower()](file)
+            yield from (chunk._replace(read=(number + chunk.read) / len(self.files)) for chunk in chunks)
+
+    def rows(self, locations: Container[str] | None = None) -> Iterator[RawRow]:
+        """Yield all rows in file order, or those at the given locations."""
+        return itertools.chain.from_iterable(chunk.rows(locations) for chunk in self.chunks())
 
 
 def resolve_all(data: Data, part: str, toy_folder: Path) -> dict[str, Source]:
@@ -198,19 +217,23 @@ def _splits_of(folder: Path, key: str) -> dict[str, tuple[Path, ...]]:
     return splits
 
 
-def _read_text(file: Path) -> str:
+def _count_lines(file: Path) -> int:
+    """Return the number of lines of a file after checking that it is text."""
+    number = 0
     try:
-        content = file.read_bytes()
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                position = line.find(0)
+                try:
+                    position < 0 and line.decode()
+                except UnicodeDecodeError as error:
+                    position = error.start
+                if position >= 0:
+                    problem = f"found byte {line[position]:#04x}, expected UTF-8. Save the file as UTF-8"
+                    raise DataError(f"{file}:{number}: encoding: {problem}")
     except OSError as error:
         raise DataError(f"{file}: not readable ({error.strerror})") from error
-    position = content.find(0)
-    if position == -1:
-        try:
-            return content.decode("utf-8-sig")  # a byte-order mark is not part of the text
-        except UnicodeDecodeError as error:
-            position = error.start
-    line, byte = content.count(b"\n", 0, position) + 1, content[position]
-    raise DataError(f"{file}:{line}: encoding: found byte {byte:#04x}, expected UTF-8. Save the file as UTF-8")
+    return number
 
 
 def type_name(value: Any) -> str:
@@ -260,23 +283,39 @@ def parse_json(text: str, location: str) -> Any:
         raise DataError(f"{location}: not valid JSON: {error}") from error
 
 
-def _line_rows(file: Path, text: str) -> Iterator[RawRow]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            location = f"{file}:{number}"
+def _at(rows: list[RawRow], locations: Container[str] | None = None) -> Iterator[RawRow]:
+    return (row for row in rows if locations is None or row.location in locations)
+
+
+def _line_rows(file: Path, first: int, content: bytes, locations: Container[str] | None = None) -> Iterator[RawRow]:
+    for number, line in enumerate(content.decode().split("\n"), start=first):
+        location = f"{file}:{number}"
+        if line.strip() and (locations is None or location in locations):
             yield RawRow(attempt(parse_json, line, location), location)
 
 
-def _json_rows(file: Path) -> Iterator[RawRow]:
+def _read_lines(file: Path, total: int) -> Iterator[RawChunk]:
+    first = 1
+    with file.open("rb") as opened:
+        opened.seek(len(codecs.BOM_UTF8) if opened.read(3) == codecs.BOM_UTF8 else 0)  # not part of the text
+        while lines := opened.readlines(_BYTES_PER_CHUNK):
+            rows = partial(_line_rows, file, first, b"".join(lines))
+            first += len(lines)
+            yield RawChunk(rows, (first - 1) / total)
+
+
+def _read_json(file: Path) -> Iterator[RawChunk]:
     """Read JSON lines or one JSON document, whichever the content is."""
-    text = _read_text(file)
-    first, _, rest = text.strip().partition("\n")
+    total = _count_lines(file)
+    with file.open(encoding="utf-8-sig", newline="\n") as opened:
+        lines = (line for line in opened if line.strip())
+        first, rest = next(lines, "").strip(), next(lines, "")
     is_document = file.suffix.lower() == ".json" or first.startswith("[")
     has_lines = rest and isinstance(attempt(parse_json, first, ""), dict | list)
     if has_lines or not is_document or not first:
-        yield from _line_rows(file, text)
+        yield from _read_lines(file, total)
         return
-    content = parse_json(text, str(file))
+    content = parse_json(file.read_text(encoding="utf-8-sig"), str(file))
     if isinstance(content, dict):
         lists = [
             value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)
@@ -284,8 +323,16 @@ def _json_rows(file: Path) -> Iterator[RawRow]:
         content = lists[0] if len(lists) == 1 and not set(REQUIRED) & content.keys() else [content]
     if not isinstance(content, list):
         raise DataError(f"{file}: found {type_name(content)}, expected a list of rows")
-    for number, row in enumerate(content, start=1):
-        yield RawRow(row, f"{file}, row {number}")
+    rows = (RawRow(row, f"{file}, row {number}") for number, row in enumerate(content, start=1))
+    yield from _split(rows, len(content))
+
+
+def _split(rows: Iterator[RawRow], total: int) -> Iterator[RawChunk]:
+    """Yield chunks of parsed rows, of about so many in total."""
+    for done in itertools.count(_ROWS_PER_CHUNK, _ROWS_PER_CHUNK):
+        if not (chunk := [*itertools.islice(rows, _ROWS_PER_CHUNK)]):
+            return
+        yield RawChunk(partial(_at, chunk), min(done / total, 1.0))
 
 
 def _check_unique(names: list[str], where: str) -> list[str]:
@@ -296,41 +343,54 @@ def _check_unique(names: list[str], where: str) -> list[str]:
 
 def _csv_rows(file: Path) -> Iterator[RawRow]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(_read_text(file), newline=""), strict=True)
     names: list[str] = []
     line = 1
     try:
-        for values in reader:
-            location, line = f"{file}:{line}", reader.line_num + 1  # the first line of a row that spans several
-            if values and not names:
-                names = _check_unique(values, f"{location}: header")
-            elif len(values) == len(names):
-                yield RawRow(dict(zip(names, values, strict=True)), location)
-            elif values:
-                expected = f"expected {len(names)} ({', '.join(names)})"
-                yield RawRow(DataError(f"{location}: columns: found {len(values)}, {expected}"), location)
+        with file.open(encoding="utf-8-sig", newline="") as opened:
+            reader = csv.reader(opened, strict=True)
+            for values in reader:
+                location, line = f"{file}:{line}", reader.line_num + 1  # the first line of a row that spans several
+                if values and not names:
+                    names = _check_unique(values, f"{location}: header")
+                elif len(values) == len(names):
+                    yield RawRow(dict(zip(names, values, strict=True)), location)
+                elif values:
+                    expected = f"expected {len(names)} ({', '.join(names)})"
+                    yield RawRow(DataError(f"{location}: columns: found {len(values)}, {expected}"), location)
     except csv.Error as error:
         raise DataError(f"{file}:{line}: not valid CSV: {error}") from error
 
 
-def _parquet_rows(file: Path) -> Iterator[RawRow]:
-    import pyarrow
+def _read_parquet(file: Path) -> Iterator[RawChunk]:
     import pyarrow.parquet
 
     try:
         parquet = pyarrow.parquet.ParquetFile(file)
         _check_unique(parquet.schema_arrow.names, f"{file}: schema")
-        yield from _arrow_rows(parquet.iter_batches(), str(file))
+        yield from _split_arrow(parquet.iter_batches(_ROWS_PER_CHUNK), parquet.metadata.num_rows, str(file))
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{file}: not valid Parquet: {error}") from error
 
 
-def _arrow_rows(batches: Any, name: str) -> Iterator[RawRow]:
-    """Yield the rows of Arrow batches without the nulls that Arrow writes where rows have different keys."""
-    rows = ((row, batch.schema) for batch in batches for row in batch.to_pylist())
-    for number, (row, schema) in enumerate(rows, start=1):
-        values = {field.name: _from_arrow(row[field.name], field.type) for field in schema}
-        yield RawRow(values, f"{name}, row {number}")
+def _split_arrow(batches: Iterable[Any], rows: int, name: str) -> Iterator[RawChunk]:
+    """Yield one chunk per Arrow batch of a file with so many rows."""
+    done = 0
+    for batch in filter(len, batches):
+        yield RawChunk(partial(_arrow_rows, batch, done + 1, name), (done + len(batch)) / rows)
+        done += len(batch)
+
+
+def _arrow_rows(batch: Any, first: int, name: str, locations: Container[str] | None = None) -> Iterator[RawRow]:
+    """Yield the rows of an Arrow batch without the nulls that Arrow writes where rows have different keys."""
+    import pyarrow
+
+    try:
+        for number, row in enumerate(batch.to_pylist(), start=first):
+            location = f"{name}, row {number}"
+            if locations is None or location in locations:
+                yield RawRow({item.name: _from_arrow(row[item.name], item.type) for item in batch.schema}, location)
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        raise DataError(f"{name}: not valid Parquet: {error}") from error
 
 
 def _from_arrow(value: Any, kind: Any) -> Any:
@@ -347,7 +407,7 @@ def _from_arrow(value: Any, kind: Any) -> Any:
     return value
 
 
-def _dataset_rows(folder: Path, hub_name: str | None) -> Iterator[RawRow]:
+def _read_dataset(folder: Path, hub_name: str | None) -> Iterator[RawChunk]:
     """Read a folder that `Dataset.save_to_disk` wrote, or a split of a Hub dataset in the Hub's cache."""
     from datasets import load_dataset, load_dataset_builder, load_from_disk
 
@@ -360,7 +420,7 @@ def _dataset_rows(folder: Path, hub_name: str | None) -> Iterator[RawRow]:
                 raise DataError(f"data: {hub_name}: {problem}. Set another data.revision")
         split = name.rpartition(":")[2]
         dataset = load_dataset(str(folder), split=split) if hub_name else load_from_disk(str(folder))
-        yield from _arrow_rows(dataset.with_format("arrow").iter(1000), name)
+        yield from _split_arrow(dataset.with_format("arrow").iter(_ROWS_PER_CHUNK), len(dataset), name)
     except UserError:
         raise
     except Exception as error:  # a dozen types from three libraries: no such split, files that are not data
@@ -369,4 +429,8 @@ def _dataset_rows(folder: Path, hub_name: str | None) -> Iterator[RawRow]:
         raise DataError(f"data: {name}: not readable as a dataset ({reason}). {fix}") from error
 
 
-_READERS = {".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+_READERS: dict[str, Callable[[Path], Iterator[RawChunk]]] = {
+    **dict.fromkeys((".jsonl", ".json"), _read_json),
+    ".csv": lambda file: _split(_csv_rows(file), _count_lines(file)),
+    ".parquet": _read_parquet,
+}

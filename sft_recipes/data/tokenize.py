@@ -53,14 +53,6 @@ class Example:
     span_source: str = ""
     conventions: tuple[str, ...] = ()
 
-    @property
-    def labels(self) -> list[int]:
-        """The token ids in the loss, IGNORED elsewhere."""
-        labels = [IGNORED] * len(self.input_ids)
-        for start, end in self.spans:
-            labels[start:end] = self.input_ids[start:end]
-        return labels
-
     def supervised_tokens(self) -> int:
         """Return the number of tokens in the loss, without the first of the row, which nothing predicts."""
         return sum(end - max(start, 1) for start, end in self.spans)
@@ -134,7 +126,8 @@ class ConversationTokenizer:
             source = self.tokenizer.get_chat_template(None, conversation.tools)
         except ValueError as error:
             raise DataError(f"model.name_or_path: {error}") from error
-        finder = self._finder(source, json.dumps(conversation.template_kwargs, sort_keys=True))
+        given_kwargs = conversation.template_kwargs
+        finder = self._finder(source, json.dumps(given_kwargs, sort_keys=True) if given_kwargs else "{}")
         messages = [_split_reasoning(message, finder.template) for message in conversation.messages]
         failure = AmbiguousTemplateError("")
         for given, generated_ids in _with_possible_ids(messages, finder.template):
@@ -144,9 +137,11 @@ class ConversationTokenizer:
                 if is_prompt:
                     text = finder.template.render(escaped, conversation.tools, add_generation_prompt=True)
                     return RenderedRow(conversation.location, text, escaped != given)
-                row = finder.find(replace(conversation, messages=given), escaped)
+                if given != conversation.messages:
+                    conversation = replace(conversation, messages=given)
+                row = finder.find(conversation, escaped)
                 self._literals_of(row.layout)
-                return replace(row, generated_call_ids=generated_ids)
+                return replace(row, generated_call_ids=True) if generated_ids else row
             except AmbiguousTemplateError as error:
                 failure = error
         raise DataError(f"{conversation.location}: chat template: {failure}. {_FIX}") from failure
@@ -155,7 +150,8 @@ class ConversationTokenizer:
         """Check that calls and tools contain no special tokens; the template writes them unescaped."""
         fields: list[tuple[str, Any]] = [("tools", tools)]
         for number, message in enumerate(messages, start=1):
-            fields += [(f"turn {number}: {key}", message.get(key)) for key in ("tool_calls", "name", "tool_call_id")]
+            keys = (key for key in ("tool_calls", "name", "tool_call_id") if key in message)
+            fields += [(f"turn {number}: {key}", message[key]) for key in keys]
         for name, value in fields:
             if value and (match := self._special_pattern.search(str(value))):
                 raise AmbiguousTemplateError(f"{name}: found the special token {match.group()!r}, expected plain text")
@@ -166,7 +162,9 @@ class ConversationTokenizer:
         def escape(text: str) -> str:
             return self._special_pattern.sub(lambda token: self._placeholders[token[0][0]] + token[0][1:], text)
 
-        fields = (field for field in ("content", "reasoning_content", "thinking") if message.get(field))
+        fields = [field for field in ("content", "reasoning_content", "thinking") if message.get(field)]
+        if not any(self._special_pattern.search(message[field]) for field in fields):
+            return message
         escaped = {**message, **{field: escape(message[field]) for field in fields}}
         if message["role"] == "assistant" and (tags := _REASONING.match(message["content"])):
             escaped["content"] = tags[1] + escape(tags[2]) + tags[3] + escape(message["content"][tags.end() :])
@@ -191,7 +189,8 @@ class ConversationTokenizer:
         count, note = self._literals_of(row.layout)
         if row.is_escaped or "<think>" in row.text:
             count += sum(len(self._special_pattern.findall(text)) for text in row.texts)  # the tags of reasoning
-        if sum(map(self._special_ids.__contains__, ids)) != count or not self._decodes(row, encoding.ids, ids):
+        found = sum(map(ids.count, self._special_ids.intersection(ids)))
+        if found != count or not self._decodes(row, encoding.ids, ids):
             problem = "found a special token in a text that this tokenizer cannot encode as ordinary tokens"
             raise DataError(f"{row.location}: {problem}. Remove it from the row")
         applied = {AS_TEXT: row.is_escaped, GENERATED_IDS: row.generated_call_ids}

@@ -1,20 +1,22 @@
-"""Tokenizes a source's rows on all CPU cores into an Arrow table, one row each.
+"""Tokenizes a source's rows on all CPU cores and appends them to a store.
 
-Each row is parsed (formats), tokenized (tokenize) and truncated. A rejected row is in the table with its error only, so
-that all that happened to the rows of a source can be counted from it.
+Each row is parsed (formats), tokenized (tokenize) and truncated. What happened to the rows is counted, and rejected
+ones are left out.
 """
 
 from __future__ import annotations
 
 import collections
+import functools
+import gc
 import hashlib
 import itertools
-import json
 import logging
 import math
 import multiprocessing
 import os
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,106 +24,96 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
 
 import numpy
-import pyarrow
-import pyarrow.compute
 
 from sft_recipes.config.schema import DataSource
 from sft_recipes.data import licenses
 from sft_recipes.data.columns import ColumnError, select_columns
 from sft_recipes.data.formats import Conversation, conversation_of, text_of
-from sft_recipes.data.sources import RawRow, Source, attempt
+from sft_recipes.data.rows import NUMBERS, Chunk, Outcome, Outcomes, Rows, RowStore
+from sft_recipes.data.sources import RawChunk, RawRow, Source, attempt
 from sft_recipes.data.tokenize import IGNORED, ConversationTokenizer, Example
 from sft_recipes.runtime.errors import DataError
 from sft_recipes.runtime.heartbeat import die_with_parent
 
 log = logging.getLogger(__name__)
 
-_ROWS_PER_CHUNK = 1000
 _PROGRESS_INTERVAL = 5  # seconds
-
-# Lengths are tokens after truncation to `max_length`; `full_…` before it. `supervised_tokens` are those in the loss.
-# `lost_answers`: truncation removed an answer, and with it its question. `note`: how the text differs from the text at
-# inference. The digests are hashes of the row's text and of its first user turn.
-SCHEMA = pyarrow.schema(
-    {
-        **dict.fromkeys(("location", "error", "note", "span_source"), pyarrow.string()),
-        **dict.fromkeys(("columns", "ignored_keys"), pyarrow.string()),  # lists as JSON: a name may be no UTF-8
-        "conventions": pyarrow.list_(pyarrow.string()),
-        **dict.fromkeys(("input_ids", "labels", "stop_ids"), pyarrow.large_list(pyarrow.int32())),
-        **dict.fromkeys(("length", "full_length"), pyarrow.int64()),
-        **dict.fromkeys(("supervised_tokens", "full_supervised_tokens"), pyarrow.int64()),
-        **dict.fromkeys(("row_digest", "prompt_digest"), pyarrow.uint64()),
-        "lost_answers": pyarrow.bool_(),
-    }
-)
 
 
 def tokenize_source(
     source: Source,
     tokenizer: ConversationTokenizer,
     key: str,
+    store: RowStore,
     max_length: int,
     max_rejected: float = 0.0,
     max_rows: int | None = None,
-) -> pyarrow.Table:
+) -> dict[str, Any]:
     """Tokenize all rows of a source in order, on all cores if it has more than one chunk.
 
     Args:
         key: the recipe key that names the source, for errors.
+        store: gets the rows that are not rejected.
         max_rejected: fraction of rows that may be rejected.
         max_rows: read only the first rows.
 
     Returns:
-        A table of SCHEMA, rejected rows included.
+        What was read, as `describe_reading`.
 
     Raises:
         DataError: more rows than that are not conversations or cannot be rendered, or the source has no rows.
         ColumnError: a column would be ignored although it changes what a row means.
     """
-    rows = itertools.islice(source.rows(), max_rows)
-    chunks = iter(lambda: list(itertools.islice(rows, _ROWS_PER_CHUNK)), [])
-    work = (tokenizer, max_length, source.settings)
-    first, second = next(chunks, None), next(chunks, None)
-    if not first:
-        raise DataError(f"{key}: {source.display_name}: found no rows, expected at least one")
-    tables = [tokenize_chunk(first, *work)]
-    if second:
-        # If most are rejected, the source is another than expected: do not read all of it.
-        _check_rejected(tables[0], max(max_rejected, 0.5))
-        started = logged = time.monotonic()
-        for table in _on_all_cores(itertools.chain([second], chunks), work):
-            tables.append(table)
-            if time.monotonic() - logged > _PROGRESS_INTERVAL:
-                logged, count = time.monotonic(), sum(map(len, tables))
-                speed = count / (logged - started)
-                log.info("data: %s: %s rows tokenized, %.0f rows/s", source.display_name, f"{count:,}", speed)
-    table = pyarrow.concat_tables(tables)
-    _check_rejected(table, max_rejected)
-    return table
+    from tqdm import tqdm
+
+    chunks = source.chunks()
+    if max_rows is not None:
+        chunks = iter([RawChunk(functools.partial(iter, [*itertools.islice(source.rows(), max_rows)]), 1.0)])
+    outcomes: Outcomes = {}
+    name, error, started, rows = source.display_name, None, time.monotonic(), 0
+    show = {"desc": f"data: {name}", "unit": " rows", "delay": 1, "leave": False, "disable": None}  # None: no terminal
+    logged, work = started, (tokenizer, max_length, source.settings)
+    with tqdm(file=sys.stdout, **show) as bar:
+        for chunk, read in _tokenize_chunks(chunks, work):
+            store.append(chunk)
+            error = error or chunk.error
+            if not rows:  # if most are rejected, the source is another than expected: do not read all of it
+                _check_rejected(chunk.outcomes, error, max(max_rejected, 0.5))
+            for outcome, (count, first) in chunk.outcomes.items():
+                outcomes.setdefault(outcome, [0, first])[0] += count
+            rows = _count(outcomes)
+            bar.total = round(rows / read)
+            bar.update(rows - bar.n)
+            if bar.disable and time.monotonic() - logged > _PROGRESS_INTERVAL:
+                logged = time.monotonic()
+                progress = f"{rows:,} rows ({read:.0%}) tokenized, {rows / (logged - started):,.0f} rows/s"
+                log.info("data: %s: %s", name, progress)
+    if not rows:
+        raise DataError(f"{key}: {name}: found no rows, expected at least one")
+    _check_rejected(outcomes, error, max_rejected)
+    return describe_reading(outcomes, source)
 
 
-def accepted(table: pyarrow.Table) -> pyarrow.Table:
-    """Return the rows that are not rejected."""
-    return table.filter(pyarrow.compute.is_null(table["error"]))
+def _count(outcomes: Outcomes) -> int:
+    return sum(count for count, _ in outcomes.values())
 
 
-def _check_rejected(table: pyarrow.Table, max_rejected: float) -> None:
+def _check_rejected(outcomes: Outcomes, error: str | None, max_rejected: float) -> None:
     """Check the fraction of rejected rows.
 
     Raises:
         DataError: it is above `max_rejected`; names the first one.
     """
-    rows, rejected = len(table), len(table) - table["error"].null_count
+    rows, rejected = _count(outcomes), _count({key: each for key, each in outcomes.items() if key.rejected})
     if rejected > max_rejected * rows:
         share = math.ceil(1000 * rejected / rows) / 1000
         advice = f"; data.max_rejected_fraction={share:g} leaves them out" if rejected < rows else ""
-        error = table["error"].drop_null()[0]
         raise DataError(f"{error} ({rejected:,} of {rows:,} rows rejected{advice})")
 
 
 def tokenize_chunk(
     rows: Sequence[RawRow], tokenizer: ConversationTokenizer, max_length: int, settings: DataSource | None = None
-) -> pyarrow.Table:
+) -> Chunk:
     """Tokenize rows in this process.
 
     Raises:
@@ -130,42 +122,53 @@ def tokenize_chunk(
     conversations = [attempt(conversation_of, row, settings) for row in rows]
     if error := next((error for error in conversations if isinstance(error, ColumnError)), None):
         raise error
-    examples = tokenizer.tokenize(conversations)
-    records = [to_record(*row, max_length) for row in zip(rows, conversations, examples, strict=True)]
-    return pyarrow.Table.from_pylist(records, schema=SCHEMA)
+    return to_chunk(rows, conversations, tokenizer.tokenize(conversations), max_length)
 
 
-def to_record(
-    row: RawRow, conversation: Conversation | DataError, example: Example | DataError, max_length: int
-) -> dict[str, Any]:
-    """Truncate an example to `max_length` tokens; return the columns of SCHEMA that the row has."""
-    if isinstance(conversation, DataError):
-        return {"location": row.location, "error": _utf_8(conversation)}
-    names = {key: json.dumps(getattr(conversation, key)) for key in ("columns", "ignored_keys")}
-    if isinstance(example, DataError):
-        return {"location": row.location, "error": _utf_8(example), **names}
-    short = example.truncate(max_length)
-    return {
-        "location": row.location,
-        **names,
-        "conventions": (*conversation.conventions, *example.conventions),
-        "input_ids": short.input_ids,
-        "labels": [IGNORED, *short.labels[1:]],  # nothing predicts the first token
-        "length": len(short.input_ids),
-        "full_length": len(example.input_ids),
-        "supervised_tokens": short.supervised_tokens(),
-        "full_supervised_tokens": example.supervised_tokens(),
-        "lost_answers": len(short.spans) < len(example.spans),
-        "row_digest": _digest(text_of(conversation)),
-        "prompt_digest": _digest(_first_prompt(conversation)),
-        "note": _utf_8(example.note),
-        "span_source": example.span_source,
-        "stop_ids": sorted(example.stop_ids),
-    }
+def to_chunk(
+    rows: Sequence[RawRow],
+    conversations: Sequence[Conversation | DataError],
+    examples: Sequence[Example | DataError],
+    max_length: int,
+) -> Chunk:
+    """Truncate examples to `max_length` tokens, and count what was done to the rows."""
+    outcomes, codes = Outcomes(), dict[Outcome, int]()
+    numbers, locations, input_ids, spans, errors = [], [], [], [], []
+    for row, conversation, example in zip(rows, conversations, examples, strict=True):
+        outcome = _outcome_of(row, conversation, example)
+        outcomes.setdefault(outcome, [0, row.location])[0] += 1
+        code = codes.setdefault(outcome, len(codes))
+        if isinstance(conversation, DataError) or isinstance(example, DataError):
+            errors.append(_utf_8(example))
+            continue
+        short = example.truncate(max_length)
+        locations.append(row.location.encode())
+        lengths = (len(locations[-1]), len(short.input_ids), len(example.input_ids))
+        digests = (_digest(text_of(conversation)), _digest(_first_prompt(conversation)))
+        supervised = (short.supervised_tokens(), example.supervised_tokens())
+        numbers.append((code, *lengths, *supervised, *digests, len(short.spans) < len(example.spans)))
+        # Nothing predicts the first token.
+        spans += [(len(input_ids) + max(start, 1), len(input_ids) + end) for start, end in short.spans]
+        input_ids += short.input_ids
+    ids = numpy.array(input_ids, numpy.int32)
+    labels = numpy.full_like(ids, IGNORED)
+    for start, end in spans:
+        labels[start:end] = ids[start:end]
+    table = numpy.array(numbers, NUMBERS)
+    return Chunk(table, b"".join(locations), ids, labels, outcomes, next(iter(errors), None))
+
+
+def _outcome_of(row: RawRow, conversation: Conversation | DataError, example: Example | DataError) -> Outcome:
+    read = () if isinstance(conversation, DataError) else (conversation.columns, conversation.ignored_keys)
+    if isinstance(conversation, DataError) or isinstance(example, DataError):
+        reason = _utf_8(example).removeprefix(f"{row.location}: ").partition(". ")[0]
+        return Outcome(*read, rejected=re.sub(r"\d+", "N", reason)[:160])
+    rendered = (_utf_8(example.note), example.span_source, tuple(sorted(example.stop_ids)))
+    return Outcome(*read, (*conversation.conventions, *example.conventions), "", *rendered)
 
 
 def _utf_8(text: Any) -> str:
-    """Return a text that Arrow can store: a tokenizer's files and a row may have lone surrogates."""
+    """Return a text that can be stored: a tokenizer's files and a row may have lone surrogates."""
     return str(text).encode("utf-8", "backslashreplace").decode()
 
 
@@ -173,29 +176,35 @@ def _utf_8(text: Any) -> str:
 _WORK: list[Any] = []
 
 
-def _on_all_cores(chunks: Iterator[list[RawRow]], work: tuple[Any, ...]) -> Iterator[pyarrow.Table]:
-    cores = len(os.sched_getaffinity(0))
+def _tokenize_chunks(chunks: Iterator[RawChunk], work: tuple[Any, ...]) -> Iterator[tuple[Chunk, float]]:
+    """Tokenize the first chunk in this process and the others on all cores; yield each with its `read`, in order."""
     _WORK[:] = work
-    pending: collections.deque[Future[pyarrow.Table]] = collections.deque()
+    yield from map(_tokenize, itertools.islice(chunks, 1))
+    if not (second := next(chunks, None)):
+        return
+    cores = len(os.sched_getaffinity(0))
+    pending: collections.deque[Future[tuple[Chunk, float]]] = collections.deque()
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(cores, fork, initializer=_start_worker, initargs=(os.getpid(),)) as pool:
-        for chunk in chunks:
+        for chunk in itertools.chain([second], chunks):
             pending.append(pool.submit(_tokenize, chunk))
             while len(pending) > 3 * cores:  # bounds the chunks in memory
                 yield pending.popleft().result()
-        yield from (future.result() for future in pending)
+        while pending:
+            yield pending.popleft().result()
 
 
 def _start_worker(parent: int) -> None:
     die_with_parent(parent)
+    gc.freeze()  # the parent's objects are not garbage of this process
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker uses one core
 
 
-def _tokenize(rows: list[RawRow]) -> pyarrow.Table:
-    return tokenize_chunk(rows, *_WORK)
+def _tokenize(chunk: RawChunk) -> tuple[Chunk, float]:
+    return tokenize_chunk([*chunk.rows()], *_WORK), chunk.read
 
 
-def describe_reading(table: pyarrow.Table, source: Source) -> dict[str, Any]:
+def describe_reading(outcomes: Outcomes, source: Source) -> dict[str, Any]:
     """Return what was read of a source as plain values for `details.json` and the manifest.
 
     These are its Hub name, commit and license, its files, rows by the columns that are read or ignored, and rows by
@@ -203,39 +212,37 @@ def describe_reading(table: pyarrow.Table, source: Source) -> dict[str, Any]:
     """
     used: Counter[str] = Counter()
     ignored: Counter[str] = Counter()
-    for names, rows in Counter(table["columns"].drop_null().to_pylist()).items():
-        selection = select_columns(tuple(json.loads(names)), source.settings)
-        for name, purpose in selection.used.items():
-            used[name if name == purpose else f"{name} as {purpose}"] += rows
-        ignored.update(dict.fromkeys(selection.ignored, rows))
-    for keys, rows in Counter(table["ignored_keys"].drop_null().to_pylist()).items():
-        for key in json.loads(keys):
-            ignored[f"messages[].{key}"] += rows
+    ignored_keys: Counter[str] = Counter()
     conventions: dict[str, list[Any]] = {}
     rejected: dict[str, list[Any]] = {}
-    for row in table.select(["location", "conventions", "error"]).to_pylist():
-        location, error = row["location"], row["error"]
-        for convention in row["conventions"] or ():
-            conventions.setdefault(convention, [0, location])[0] += 1
-        if error is not None:
-            reason = re.sub(r"\d+", "N", error.removeprefix(f"{location}: ").partition(". ")[0])[:160]
-            rejected.setdefault(reason, [0, location])[0] += 1
+    for outcome, (rows, first) in outcomes.items():
+        if outcome.columns is not None:
+            selection = select_columns(outcome.columns, source.settings)
+            for name, purpose in selection.used.items():
+                used[name if name == purpose else f"{name} as {purpose}"] += rows
+            ignored.update(dict.fromkeys(selection.ignored, rows))
+        for key in outcome.ignored_keys:
+            ignored_keys[f"messages[].{key}"] += rows
+        for convention in outcome.conventions:
+            conventions.setdefault(convention, [0, first])[0] += rows
+        if outcome.rejected:
+            rejected.setdefault(outcome.rejected, [0, first])[0] += rows
     snapshot = source.files[0] if source.hub_name else None
     return {
         **({"hub": source.hub_name, "commit": snapshot.name, **licenses.read(snapshot)} if snapshot else {}),
         "files": source.file_names(),
-        "rows": len(table),
+        "rows": _count(outcomes),
         "used": dict(used),
-        "ignored": dict(ignored.most_common()),
+        "ignored": dict((ignored + ignored_keys).most_common()),
         "conventions": conventions,
         "rejected": rejected,
     }
 
 
-def split_digests(table: pyarrow.Table) -> numpy.ndarray:
+def split_digests(rows: Rows) -> numpy.ndarray:
     """Return what a validation split is drawn from: the prompts, or the rows if all have the same prompt."""
-    prompts = table["prompt_digest"].to_numpy()
-    return prompts if len(numpy.unique(prompts)) > 1 else table["row_digest"].to_numpy()
+    prompts = rows["prompt_digest"]
+    return prompts if len(numpy.unique(prompts)) > 1 else rows["row_digest"]
 
 
 def _first_prompt(conversation: Conversation) -> str:

@@ -12,27 +12,26 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy
-import pyarrow
-import pyarrow.compute
 
 from sft_recipes.data.assistant_spans import DIFFERS
+from sft_recipes.data.rows import Rows, concatenate
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import DataError
 
 PERCENTILES = (50, 90, 99, 100)
 _FILES_SHOWN = 8
 
-Sources = Mapping[str, pyarrow.Table]  # of `tokenize_rows.SCHEMA`, by the source's short name
+Sources = Mapping[str, Rows]  # by the source's short name
 
 
-def source_stats(name: str, rows: pyarrow.Table) -> dict[str, Any]:
+def source_stats(name: str, rows: Rows) -> dict[str, Any]:
     """Return statistics of a source's rows. Tokens are those of the examples, before packing.
 
     `examples` have a token in the loss. The turns of `untrained` rows are all context; they are not used. `dropped` are
     the others without a token in the loss: `max_length` cuts it off. `truncated` rows are longer; they lost tokens, and
     `lost_answers` of them an answer together with its question.
     """
-    column = {key: rows[key].to_numpy() for key in rows.column_names if pyarrow.types.is_primitive(rows[key].type)}
+    column = {key: rows[key] for key in rows.numbers.dtype.names or ()}
     usable, untrained = column["supervised_tokens"] > 0, column["full_supervised_tokens"] == 0
     dropped = numpy.flatnonzero(~usable & ~untrained)
     percentiles = numpy.percentile(column["full_length"], PERCENTILES) if len(rows) else [0] * len(PERCENTILES)
@@ -50,14 +49,9 @@ def source_stats(name: str, rows: pyarrow.Table) -> dict[str, Any]:
         "duplicates": len(rows) - len(numpy.unique(column["row_digest"])),
     }
     lengths = {str(percentile): int(value) for percentile, value in zip(PERCENTILES, percentiles, strict=True)}
-    first = rows["location"][int(dropped[0])].as_py() if len(dropped) else None
+    first = rows.location(dropped[0]) if len(dropped) else None
     counted = {key: int(count) for key, count in counts.items()}
     return {"name": name, **counted, "first_dropped": first, "length_percentiles": lengths}
-
-
-def concatenate(*sources: Sources) -> pyarrow.Table:
-    """Return the rows of all sources in order."""
-    return pyarrow.concat_tables([rows for by_name in sources for rows in by_name.values()])
 
 
 def summarize(parts: Mapping[str, Sources]) -> dict[str, Any]:
@@ -66,16 +60,18 @@ def summarize(parts: Mapping[str, Sources]) -> dict[str, Any]:
     `retention_eval` has no total if the recipe names no such rows, and nothing else includes them.
     """
     stats = {part: [source_stats(name, rows) for name, rows in sources.items()] for part, sources in parts.items()}
-    every_row = concatenate(parts["train"], parts["validation"])
-    notes = Counter(note for note in every_row["note"].to_pylist() if note)
-    stop_ids = pyarrow.compute.unique(pyarrow.compute.list_flatten(every_row["stop_ids"])).to_pylist()
+    train, validation = (concatenate([*parts[part].values()]) for part in ("train", "validation"))
+    outcomes = [*concatenate([train, validation]).count_outcomes()]
+    notes: Counter[str] = Counter()
+    for outcome, count in outcomes:
+        notes[outcome.note] += count if outcome.note else 0
     return {
         **{part: _total(sources) for part, sources in stats.items() if sources},
         "sources": stats,
-        "overlap": _overlap(concatenate(parts["train"]), concatenate(parts["validation"])),
-        "template_notes": dict(notes),
-        "end_of_turn_ids": sorted(stop_ids),
-        "span_sources": ", ".join(sorted(every_row["span_source"].unique().to_pylist())),
+        "overlap": _overlap(train, validation),
+        "template_notes": dict(+notes),
+        "end_of_turn_ids": sorted({id for outcome, _ in outcomes for id in outcome.stop_ids}),
+        "span_sources": ", ".join(sorted({outcome.span_source for outcome, _ in outcomes})),
     }
 
 
@@ -84,15 +80,15 @@ def _total(stats: list[dict[str, Any]]) -> dict[str, int]:
     return {key: sum(source[key] for source in stats) for key in counts}
 
 
-def _overlap(training: pyarrow.Table, validation: pyarrow.Table) -> dict[str, Any]:
+def _overlap(training: Rows, validation: Rows) -> dict[str, Any]:
     """Count the validation rows that are also in training, up to white space, and locate the first of them in both."""
-    digests, train_digests = validation["row_digest"].to_numpy(), training["row_digest"].to_numpy()
+    digests, train_digests = validation["row_digest"], training["row_digest"]
     shared = numpy.flatnonzero(numpy.isin(digests, train_digests))
     overlap = {"rows": len(shared), "of": len(digests), "location": None, "train_location": None}
     if len(shared):
         same = numpy.flatnonzero(train_digests == digests[shared[0]])
-        overlap["location"] = validation["location"][int(shared[0])].as_py()
-        overlap["train_location"] = training["location"][int(same[0])].as_py()
+        overlap["location"] = validation.location(shared[0])
+        overlap["train_location"] = training.location(same[0])
     return overlap
 
 

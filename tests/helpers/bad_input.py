@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from helpers.examples import labels_of
+
 from sft_recipes.data.tokenize import IGNORED
 
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|pad|>")
@@ -59,7 +61,7 @@ class Accepted:
 def check_example(example: Any, turns: Turns, tokenizer: Any, untrained: frozenset[int] = frozenset()) -> None:
     """Check the example's text and loss mask against the turns; only the template's special tokens may be in it."""
     in_loss = [role == "assistant" and number not in untrained for number, (role, _) in enumerate(turns)]
-    ids, labels = example.input_ids, example.labels
+    ids, labels = example.input_ids, labels_of(example)
     assert len(labels) == len(ids)
     text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text

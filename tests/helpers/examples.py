@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sft_recipes.data.formats import Conversation
-from sft_recipes.data.tokenize import ConversationTokenizer, Example
+from sft_recipes.data.tokenize import IGNORED, ConversationTokenizer, Example
 
 
 def tokenize_all(tokenizer: ConversationTokenizer, conversations: Sequence[Conversation]) -> list[Example]:
@@ -20,3 +20,11 @@ def tokenize_all(tokenizer: ConversationTokenizer, conversations: Sequence[Conve
             raise example
         examples.append(example)
     return examples
+
+
+def labels_of(example: Example) -> list[int]:
+    """Return the token ids in the loss, IGNORED elsewhere."""
+    labels = [IGNORED] * len(example.input_ids)
+    for start, end in example.spans:
+        labels[start:end] = example.input_ids[start:end]
+    return labels

@@ -2,9 +2,10 @@
 
 import datetime
 
+import numpy
 import pytest
 from helpers.bad_input import LARGE, check_example
-from helpers.examples import tokenize_all
+from helpers.examples import labels_of, tokenize_all
 
 from sft_recipes.data import sources, tokenize_rows
 from sft_recipes.data.formats import conversation_of
@@ -24,7 +25,12 @@ def test_tokenize_large_rows(case, tmp_path, tokenizer):
     assert len(examples) == len(case.conversations)
     for example, turns in zip(examples, case.conversations, strict=True):
         check_example(example, turns, tokenizer)
-    records = [tokenize_rows.to_record(*row, MAX_LENGTH) for row in zip(rows, conversations, examples, strict=True)]
-    assert [record["full_length"] for record in records] == [len(example.input_ids) for example in examples]
-    assert [record["input_ids"] for record in records] == [example.input_ids[:MAX_LENGTH] for example in examples]
-    assert [record["labels"] for record in records] == [example.labels[:MAX_LENGTH] for example in examples]
+    chunk = tokenize_rows.to_chunk(rows, conversations, examples, MAX_LENGTH)
+    ends = numpy.cumsum(chunk.numbers["length"])[:-1]
+    assert chunk.numbers["full_length"].tolist() == [len(example.input_ids) for example in examples]
+    assert [ids.tolist() for ids in numpy.split(chunk.input_ids, ends)] == [
+        example.input_ids[:MAX_LENGTH] for example in examples
+    ]
+    assert [labels.tolist() for labels in numpy.split(chunk.labels, ends)] == [
+        labels_of(example)[:MAX_LENGTH] for example in examples
+    ]

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from helpers.bad_input import IN_SEVERAL_PROCESSES
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from sft_recipes.config import loader
 from sft_recipes.data import model_files, prepare, sources, tokenize_rows
+from sft_recipes.data.rows import RowStore
 from sft_recipes.data.tokenize import ConversationTokenizer
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Topology
@@ -56,13 +58,53 @@ def prepare_rows(rows, store, write_rows, model_folder):
 
 def test_prepare_in_several_processes_gives_same_rows(tmp_path, write_rows, model_folder, monkeypatch):
     single = prepare_rows(ROWS, tmp_path / "single", write_rows, model_folder)
-    monkeypatch.setattr(tokenize_rows, "_ROWS_PER_CHUNK", 7)
+    monkeypatch.setattr(sources, "_BYTES_PER_CHUNK", 500)
     several = prepare_rows(ROWS, tmp_path / "several", write_rows, model_folder)
     assert several.folder != single.folder and several.fingerprint == single.fingerprint
 
 
+def test_prepare_gives_same_files_for_any_number_of_workers(tmp_path, write_rows, model_folder, monkeypatch):
+    monkeypatch.setattr(sources, "_BYTES_PER_CHUNK", 300)
+    contents = []
+    for workers in (1, 2, 3):
+        monkeypatch.setattr(tokenize_rows.os, "sched_getaffinity", lambda _, count=workers: set(range(count)))
+        folder = Path(prepare_rows(ROWS, tmp_path / str(workers), write_rows, model_folder).folder)
+        files = [folder / "prompts.jsonl", *sorted(folder.glob("*/*.arrow"))]
+        details = json.loads((folder / "details.json").read_text())
+        contents.append(([(file.name, file.read_bytes()) for file in files], {**details, "seconds": 0}))
+    assert len(contents[0][0]) == 3 and contents[0] == contents[1] == contents[2]
+
+
+MEMORY_SCRIPT = """
+import resource, sys
+from pathlib import Path
+from sft_recipes.config import loader
+from sft_recipes.data import prepare
+from sft_recipes.planner import plan as plans
+from sft_recipes.planner.plan import Topology
+
+folder, model = Path(sys.argv[1]), ["model.from_scratch=false", f"model.name_or_path={sys.argv[2]}"]
+for name in ("few.jsonl", "many.jsonl"):
+    data = [f"data.train={folder / name}", "data.validation=", "trainer.max_length=1024"]
+    prepare.prepare(plans.resolve(loader.load("tiny", [*data, *model]), Topology(0, 1)), folder / "store")
+    (data_size,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData"))
+    limit = int(data_size.split()[1]) * 1024 + 64 * 2**20
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))  # of this process and of each worker
+"""
+
+
+def test_prepare_needs_no_more_memory_for_more_rows(tmp_path, write_rows, model_folder):
+    """Private memory may grow by 64 MiB from 3,000 to 12,000 rows."""
+    text = "What is the sum of these numbers? " * 8
+    rows = [{"prompt": f"{n}: {text}", "completion": f"{text} {n}."} for n in range(12_000)]
+    write_rows(rows[:3000], "few.jsonl"), write_rows(rows, "many.jsonl")
+    script = [sys.executable, "-c", MEMORY_SCRIPT, str(tmp_path), str(model_folder)]
+    done = subprocess.run(script, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_prepare_names_first_bad_row_in_several_processes(tmp_path, write_rows, model_folder, monkeypatch):
-    monkeypatch.setattr(tokenize_rows, "_ROWS_PER_CHUNK", 5)
+    monkeypatch.setattr(sources, "_BYTES_PER_CHUNK", 400)
     rows = [*ROWS[:33], {"prompt": "a", "completion": " "}, *ROWS[33:50], {"prompt": "b"}]
     with pytest.raises(UserError, match=r"rows.jsonl:34: turn 2: assistant content: found no text"):
         prepare_rows(rows, tmp_path / "store", write_rows, model_folder)
@@ -75,7 +117,7 @@ def test_tokenize_source_names_first_bad_row_of_thousands(tmp_path, tokenizer, m
     source = sources.resolve(case.name, "data.train", tmp_path / "toy")
     conversation_tokenizer = ConversationTokenizer(tokenizer, datetime.date(2026, 11, 21))
     with pytest.raises(UserError) as raised:
-        tokenize_rows.tokenize_source(source, conversation_tokenizer, "data.train", 128)
+        tokenize_rows.tokenize_source(source, conversation_tokenizer, "data.train", RowStore(tmp_path), 128)
     assert re.match(case.message, str(raised.value))
 
 

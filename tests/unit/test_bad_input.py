@@ -10,13 +10,14 @@ from pathlib import Path
 import hypothesis
 import pytest
 from helpers.bad_input import ACCEPTED, GOOD, REJECTED, SPECIAL_TOKENS, check_example, lines, table
-from helpers.examples import tokenize_all
+from helpers.examples import labels_of, tokenize_all
 from helpers.template_families import tokenizer_of
 from hypothesis import strategies as st
 
 from sft_recipes.config import loader
 from sft_recipes.data import prepare, sources, tokenize_rows
 from sft_recipes.data.formats import conversation_of
+from sft_recipes.data.rows import RowStore
 from sft_recipes.data.tokenize import ConversationTokenizer
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Topology
@@ -56,7 +57,9 @@ def write_case(tmp_path, monkeypatch):
 def tokenize(name, conversation_tokenizer):
     """Tokenize a source as preparation does."""
     source = sources.resolve(str(name), "data.train", Path("toy"))
-    return tokenize_rows.tokenize_source(source, conversation_tokenizer, "data.train", MAX_LENGTH)
+    store = RowStore()
+    tokenize_rows.tokenize_source(source, conversation_tokenizer, "data.train", store, MAX_LENGTH)
+    return store.read()
 
 
 def conversations(name):
@@ -81,10 +84,10 @@ def test_sources_accept_odd_data(case, write_case, conversation_tokenizer, token
     assert len(tokenized) == len(examples) == len(case.conversations)
     for example, turns in zip(examples, case.conversations, strict=True):
         check_example(example, turns, tokenizer)
-    assert tokenized["full_length"].to_pylist() == [len(example.input_ids) for example in examples]
-    assert tokenized["length"].to_pylist() == [min(len(example.input_ids), MAX_LENGTH) for example in examples]
-    assert tokenized["input_ids"].to_pylist() == [example.input_ids[:MAX_LENGTH] for example in examples]
-    assert tokenized["labels"].to_pylist() == [example.labels[:MAX_LENGTH] for example in examples]
+    assert tokenized["full_length"].tolist() == [len(example.input_ids) for example in examples]
+    assert tokenized["length"].tolist() == [min(len(example.input_ids), MAX_LENGTH) for example in examples]
+    assert tokenized.tokens["input_ids"].to_pylist() == [example.input_ids[:MAX_LENGTH] for example in examples]
+    assert tokenized.tokens["labels"].to_pylist() == [labels_of(example)[:MAX_LENGTH] for example in examples]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root can read every file")

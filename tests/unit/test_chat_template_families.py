@@ -12,7 +12,7 @@ import functools
 import itertools
 
 import pytest
-from helpers.examples import tokenize_all
+from helpers.examples import labels_of, tokenize_all
 from helpers.template_families import CONVERSATIONS, SHIPPED, WITH_IMAGES, families, templates_folder, tokenizer_of
 from helpers.workplace import REPOSITORY
 
@@ -65,7 +65,7 @@ def test_loss_mask_covers_assistant_text_only(family, kind):
     if isinstance(example, str):
         assert _reason(example), example
         return
-    pairs = list(zip(example.input_ids, example.labels, strict=True))
+    pairs = list(zip(example.input_ids, labels_of(example), strict=True))
     in_loss = tokenizer.decode([id for id, label in pairs if label != IGNORED])
     context = tokenizer.decode([id for id, label in pairs if label == IGNORED])
     text = tokenizer.decode(example.input_ids)
@@ -122,7 +122,7 @@ def test_labels_equal_assistant_masks_of_trl(family, kind):
     )
     assert tokenizer.decode(trl["input_ids"]) == inference
     labels = [id if mask else IGNORED for id, mask in zip(trl["input_ids"], trl["assistant_masks"], strict=True)]
-    assert example.labels == labels
+    assert labels_of(example) == labels
 
 
 def test_template_date_is_fixed_by_plan():

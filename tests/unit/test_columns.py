@@ -5,12 +5,13 @@ import datetime
 import json
 
 import pytest
-from helpers.examples import tokenize_all
+from helpers.examples import labels_of, tokenize_all
 
 from sft_recipes.config import loader
 from sft_recipes.config.schema import DataSource
 from sft_recipes.data import tokenize_rows
 from sft_recipes.data.formats import conversation_of
+from sft_recipes.data.rows import RowStore
 from sft_recipes.data.sources import RawRow, Source
 from sft_recipes.data.tokenize import GENERATED_IDS, IGNORED, ConversationTokenizer
 from sft_recipes.data.tokenizer import load_tokenizer
@@ -28,7 +29,7 @@ def convert(values, **settings):
 def in_loss(conversation_tokenizer, conversation):
     """The text in the loss, by the ids of the labels."""
     example = tokenize_all(conversation_tokenizer, [conversation])[0]
-    return conversation_tokenizer.tokenizer.decode([label for label in example.labels if label != IGNORED])
+    return conversation_tokenizer.tokenizer.decode([label for label in labels_of(example) if label != IGNORED])
 
 
 @pytest.fixture
@@ -191,8 +192,9 @@ def read(tmp_path, chatml, rows, max_rejected=0.0, **settings):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
     source = Source(files=(file,), settings=DataSource(str(file), **settings))
-    tokenized = tokenize_rows.tokenize_source(source, chatml, "data.train", 128, max_rejected)
-    return tokenize_rows.accepted(tokenized), tokenize_rows.describe_reading(tokenized, source)
+    store = RowStore()
+    report = tokenize_rows.tokenize_source(source, chatml, "data.train", store, 128, max_rejected)
+    return store.read(), report
 
 
 def test_every_column_and_message_key_is_accounted_for(tmp_path, chatml):

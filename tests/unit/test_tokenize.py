@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from helpers.examples import tokenize_all
+from helpers.examples import labels_of, tokenize_all
 
 from sft_recipes.data.formats import Conversation
 from sft_recipes.data.tokenize import AS_TEXT, IGNORED, ConversationTokenizer
@@ -56,7 +56,7 @@ def test_loss_mask_covers_answers_with_end_of_turn(trained, turns):
     answers = [trained.decode(example.input_ids[start:end]) for start, end in example.spans]
     assert answers == [f"{content}<|im_end|>\n" for role, content in turns if role == "assistant"]
     assert trained.decode(example.input_ids) == trained.apply_chat_template(messages(turns), tokenize=False)
-    assert example.supervised_tokens() == sum(label != IGNORED for label in example.labels)
+    assert example.supervised_tokens() == sum(label != IGNORED for label in labels_of(example))
     assert example.stop_ids == {trained.convert_tokens_to_ids("<|im_end|>")}
 
 
@@ -174,7 +174,7 @@ def test_reasoning_tags_stay_special_at_start_of_answer(trained):
     conversation_tokenizer = with_template(trained)
     think = trained.convert_tokens_to_ids("<think>")
     answer = tokenize(conversation_tokenizer, ("user", "u"), ("assistant", "<think>hm</think>yes <think>"))
-    assert answer.input_ids.count(think) == 1 and answer.labels.count(think) == 1 and AS_TEXT in answer.conventions
+    assert answer.input_ids.count(think) == 1 and labels_of(answer).count(think) == 1 and AS_TEXT in answer.conventions
     assert (
         tokenize(conversation_tokenizer, ("user", "<think>hm</think>"), ("assistant", "yes")).input_ids.count(think)
         == 0
@@ -186,11 +186,11 @@ def test_truncate_keeps_labels_aligned(trained):
     for length in range(1, len(example.input_ids) + 2):
         short = example.truncate(length)
         kept = len(short.input_ids)
-        assert (short.input_ids, short.labels) == (example.input_ids[:kept], example.labels[:kept])
-        lost = example.labels[kept:length]
-        assert kept == min(length, len(example.labels)) or (set(lost) == {IGNORED} and short.labels[-1] != IGNORED), (
-            "a question is left without an answer"
-        )
+        assert (short.input_ids, labels_of(short)) == (example.input_ids[:kept], labels_of(example)[:kept])
+        lost = labels_of(example)[kept:length]
+        assert kept == min(length, len(labels_of(example))) or (
+            set(lost) == {IGNORED} and labels_of(short)[-1] != IGNORED
+        ), "a question is left without an answer"
 
 
 @pytest.mark.parametrize(

@@ -4,17 +4,19 @@ import pyarrow
 import pytest
 import torch
 from datasets import Dataset
-from helpers.examples import tokenize_all
+from datasets.table import InMemoryTable
+from helpers.examples import labels_of, tokenize_all
 from helpers.workplace import REPOSITORY
 from transformers import AutoModelForCausalLM
 
 from sft_recipes.config import loader, schema
 from sft_recipes.config.schema import TABLE_KEYS
 from sft_recipes.data.formats import Conversation
-from sft_recipes.data.packing import to_dataset
+from sft_recipes.data.packing import TrainerRows
+from sft_recipes.data.rows import RowStore
 from sft_recipes.data.sources import RawRow
 from sft_recipes.data.tokenize import IGNORED, ConversationTokenizer, Example
-from sft_recipes.data.tokenize_rows import SCHEMA, to_record
+from sft_recipes.data.tokenize_rows import to_chunk
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Topology
 from sft_recipes.runtime.errors import UserError
@@ -37,9 +39,11 @@ def examples(tokenizer):
 
 
 def make_rows(examples, max_length, packing):
-    conversation = Conversation([{"role": "user", "content": "x"}], "")
-    records = [to_record(RawRow({}, f"here:{n}"), conversation, one, max_length) for n, one in enumerate(examples)]
-    return to_dataset(pyarrow.Table.from_pylist(records, schema=SCHEMA), max_length, packing)
+    conversations = [Conversation([{"role": "user", "content": "x"}], "")] * len(examples)
+    rows, store = [RawRow({}, f"here:{n}") for n in range(len(examples))], RowStore()
+    store.append(to_chunk(rows, conversations, examples, max_length))
+    arranged = TrainerRows.arrange(store.read(), max_length, packing)
+    return Dataset(InMemoryTable(pyarrow.concat_tables(arranged.tables())))
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +117,7 @@ def test_packed_examples_are_isolated(model, tokenizer, examples):
     together = token_losses(model, **packed)
     alone = {}
     for example in examples:
-        ids, labels = torch.tensor([example.input_ids]), torch.tensor([example.labels])
+        ids, labels = torch.tensor([example.input_ids]), torch.tensor([labels_of(example)])
         alone[tuple(example.input_ids)] = token_losses(model, input_ids=ids, labels=labels)
     order = [tuple(ids) for row in rows for ids in _cut(row["input_ids"], row["seq_lengths"])]
     assert sorted(order) == sorted(alone)
@@ -287,7 +291,7 @@ def test_labels_equal_stock_trl(tmp_path, model_folder, tokenizer, examples, mod
     finally:
         tokenizer.chat_template = own
     masked = [(row["input_ids"], row["labels"]) for row in stock]
-    assert masked == [(example.input_ids, example.labels) for example in examples]
+    assert masked == [(example.input_ids, labels_of(example)) for example in examples]
 
 
 @pytest.mark.parametrize("layers", ["recurrent", "convolution"])

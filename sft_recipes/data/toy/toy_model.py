@@ -22,7 +22,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def build(architecture: Mapping[str, Any], texts: list[str], folder: Path, seed: int) -> None:
+def build(architecture: Mapping[str, Any], texts: Iterable[str], folder: Path, seed: int) -> None:
     """Write config, weights and tokenizer to `folder`, for `from_pretrained`.
 
     Raises:
