@@ -151,17 +151,10 @@ def _dense_layers(load: MemoryInputs) -> list[LayerCosts]:
     architecture, block = load.architecture, block_weights(load.architecture)
     largest = architecture["intermediate_size"] * load.hidden
     layer = LayerCosts(
-        weights=block,
-        linear=block,
-        active=block,
-        largest=largest,
-        last=largest,
-        queries=linear_layers(architecture)["q_proj"][1],
-        window=0,
-        kept=load.tokens * activation_bytes(load),
+        weights=block, linear=block, active=block, largest=largest, last=largest, first_gradient=largest, window=0,
+        queries=linear_layers(architecture)["q_proj"][1], kept=load.tokens * activation_bytes(load),
         temporary=load.tokens * _backward_temporaries(load),
-        first_gradient=largest,
-    )
+    )  # fmt: skip
     return [layer] * int(architecture["num_hidden_layers"])
 
 

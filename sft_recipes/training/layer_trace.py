@@ -101,7 +101,9 @@ def trace(architecture: dict[str, Any]) -> dict[str, Any]:
     plans = (SimpleNamespace(max_length=length, uses_gpu=True, precision="bf16") for length in (1 << 30, 1))
     reason, always = (model_layers.masked_attention_reason(plan, model.config, model, default) for plan in plans)
     implementations = ([] if always else ["varlen"]) + ([default] if reason else [])
-    experts = [weight.shape for layer in layers for weight in layer.parameters() if weight.ndim == 3] if fused else []
+    experts = [
+        weight.shape for layer in layers for weight in layer.parameters() if weight.ndim == 3 and weight.shape[1] > 1
+    ]
     costs = []
     for index in map(kinds.index, range(max(kinds) + 1)):
         linear = [module.weight.numel() for module in layers[index].modules() if isinstance(module, lora.LINEAR)]
@@ -114,17 +116,12 @@ def trace(architecture: dict[str, Any]) -> dict[str, Any]:
             name = "varlen" if implementation == "varlen" else "masked"
             costs = [_fit(*each, name, mode_name) for each in zip(points, costs, strict=True)]
     return {
-        "parameters": model.num_parameters(),
-        "hidden_size": text.hidden_size,
-        "vocab_size": embeddings.num_embeddings,
-        "tied": head is None or head.weight is embeddings.weight,
-        "window": window if reason and not always else 0,
-        "layers": kinds,
-        "adapters": lora.linear_layers(model),
+        "parameters": model.num_parameters(), "hidden_size": text.hidden_size, "vocab_size": embeddings.num_embeddings,
+        "tied": head is None or head.weight is embeddings.weight, "window": window if reason and not always else 0,
+        "adapters": lora.linear_layers(model), "layers": kinds, "kinds": costs,
         "expert_adapters": sum(number * (rows + columns) for number, rows, columns in experts),
-        "kinds": costs,
         "assumed": f"{' or '.join(implementations)} attention" + (", grouped experts" if fused else ""),
-    }
+    }  # fmt: skip
 
 
 def _use_gpu_paths() -> None:
@@ -259,7 +256,7 @@ def _fit(points: list[dict[str, int]], kind: dict[str, Any], attended: str, mode
     def fit(key: str, chosen: slice) -> list[float]:
         y = [point[key] for point in points]
         found = np.polyfit(x[chosen], y[chosen], 2 if square else 1)[::-1]
-        return [*(round(float(value), 6) for value in found), 0.0][:3]
+        return [*(round(float(value), 3) for value in found), 0.0][:3]
 
     kept = fit("kept", slice(None))
     peaks = [fit("peak", slice(None))] if square else [fit("peak", slice(2)), fit("peak", slice(1, 3))]
