@@ -12,7 +12,7 @@ tokens. Without them, the toy rows and a tokenizer trained on them stand in, and
   assistant-only loss, packing `bfd`, `dataset_num_proc` = cores.
 - `encoding`: `encode_batch` of the tokenizer, on all cores, of texts that are rendered already; keeps nothing.
 
-Each runs in a process of its own, in every round all of them, the first another one each time; imports are not timed,
+Each runs in a separate process, in every round all of them, the first another one each time; imports are not timed,
 since the trainer imports them anyway. Processor time includes the workers'. Memory is sampled ten times per second in
 `/proc`: the largest process by resident memory, which includes pages of memory-mapped files, and by anonymous memory,
 which the kernel cannot reclaim. Writes `results/data-scale-N-cores.json`.
@@ -178,7 +178,7 @@ def write_model(folder: Path) -> str:
 
 
 def measure(way: str, folder: Path) -> dict[str, Any]:
-    """Run a way in a process of its own; return its times, and the peak memory of its largest process."""
+    """Run a way in a separate process; return its times, and the peak memory of its largest process."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
     command = [sys.executable, __file__, "--run", way, "--folder", str(folder)]
     with tempfile.TemporaryFile("w+") as output:

@@ -328,7 +328,7 @@ def _read_json(file: Path) -> Iterator[RawChunk]:
 
 
 def _split(rows: Iterator[RawRow], total: int) -> Iterator[RawChunk]:
-    """Yield chunks of parsed rows, of about so many in total."""
+    """Yield chunks of parsed rows, `total` is about their number."""
     for done in itertools.count(_ROWS_PER_CHUNK, _ROWS_PER_CHUNK):
         if not (chunk := [*itertools.islice(rows, _ROWS_PER_CHUNK)]):
             return
@@ -373,7 +373,7 @@ def _read_parquet(file: Path) -> Iterator[RawChunk]:
 
 
 def _split_arrow(batches: Iterable[Any], rows: int, name: str) -> Iterator[RawChunk]:
-    """Yield one chunk per Arrow batch of a file with so many rows."""
+    """Yield one chunk per Arrow batch; `rows` is the number of all rows."""
     done = 0
     for batch in filter(len, batches):
         yield RawChunk(partial(_arrow_rows, batch, done + 1, name), (done + len(batch)) / rows)
