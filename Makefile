@@ -169,12 +169,12 @@ check-serving: setup ## compare tokens and completions of a server with those of
 
 # One test file per core and one thread per run: runs that share the threads of their cores slow each other manyfold.
 # MAX_JOBS: compiling DeepSpeed's operators takes 1.5 GB per job, and the other core runs tests.
-PYTEST = OMP_NUM_THREADS=1 MAX_JOBS=1 $(PYTHON) -m pytest --numprocesses 2 --dist loadfile
+# tests/conftest.py sorts the files, which xdist would do by their number of tests.
+PYTEST = OMP_NUM_THREADS=1 MAX_JOBS=1 $(PYTHON) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# ARGS='-m needs_compiler' runs the tests that compile. In the order of names, which has slow files first and in the
-# middle: xdist's order has them last.
+# ARGS='-m needs_compiler' runs the tests that compile.
 test: setup ## unit and integration tests on the CPU (under nine minutes)
-	@$(PYTEST) --no-loadscope-reorder tests/unit tests/integration $${ARGS:-}
+	@$(PYTEST) tests/unit tests/integration $${ARGS:-}
 
 test-unit: setup ## unit tests only (under two minutes)
 	@$(PYTEST) tests/unit $${ARGS:-}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers.workplace import PLANTED_KEY, SHORT, SMALL_LLAMA, Workplace, simulated_device
+from helpers.workplace import LONG, PLANTED_KEY, SHORT, SMALL_LLAMA, Workplace, simulated_device
 
 from sft_recipes import cli
 from sft_recipes.runtime import env, log
@@ -19,8 +19,20 @@ from sft_recipes.runtime import env, log
 env.limit_thread_spin()  # before any test imports torch
 
 
+# A test process gets the next file when it has finished one: the slowest first, or at the end one core waits for the other.
+# In tests/strategies, those that start runs of their own before those that use runs of test_trajectories.py.
+FIRST = (
+    "test_make_train.py", "test_watchdog.py", "test_train.py", "test_two_nodes.py", "test_checkpoint.py", "test_hub.py",
+    "test_security.py", "test_lora.py", "test_fake_gpus.py", "test_benchmarks.py", "test_verify_resume.py",
+    "test_nan_guard.py", "test_prepare_process.py", "test_weight_files.py",
+    "test_trajectories.py", "test_sanity_strategies.py", "test_recipes_train.py", "test_step_memory.py", "test_chaos.py",
+    "test_early_stop_and_oom.py", "test_final_model.py", "test_nan_guard_strategies.py", "test_world_sizes.py",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips the tests that compile where there is nothing to compile with."""
+    """Sort the files, and skip the tests that compile where there is nothing to compile with."""
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
     if shutil.which("c++") and Path(sysconfig.get_path("include"), "Python.h").is_file():
         return
     reason = "DeepSpeed compiles an operator at its first start: needs a C++ compiler and Python's headers"
@@ -89,6 +101,19 @@ def tracked_run(shared_workplace: Workplace, short_run: Path) -> Path:
     trackers = {"REPORT_TO": "tensorboard,wandb", "WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9"}
     keys = {"WANDB_API_KEY": PLANTED_KEY, "HF_TOKEN": PLANTED_KEY}
     return shared_workplace.trained_once("tracked", *SHORT, SANITY="", **trackers, **keys)
+
+
+@pytest.fixture(scope="session")
+def long_run(shared_workplace: Workplace, few_rows: Path) -> Path:
+    """One process, thirty steps."""
+    return shared_workplace.trained_once("long", f"data.train={few_rows}", *LONG)
+
+
+@pytest.fixture(scope="session")
+def long_ddp_run(shared_workplace: Workplace, few_rows: Path) -> Path:
+    """The same on two ranks."""
+    ranks = ("--gpus", "0", "--processes", "2")
+    return shared_workplace.trained_once("long-ddp", *ranks, f"data.train={few_rows}", *LONG)
 
 
 @pytest.fixture(scope="session")

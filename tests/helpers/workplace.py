@@ -51,6 +51,10 @@ FEW_STEPS = (
 )
 SHORT = (SMALL_ARCHITECTURE, *FEW_STEPS)
 
+# More steps of the tiny model: long enough to be interrupted at one.
+LONG_STEPS = 30
+LONG = (*FEW_STEPS, f"trainer.max_steps={LONG_STEPS}", "trainer.eval_steps=15", "generation.show=0")
+
 SMALL_LLAMA = {
     "model_type": "llama",
     "hidden_size": 32,

@@ -10,7 +10,7 @@ import sys
 import psutil
 import pytest
 from helpers import svg
-from helpers.workplace import REPOSITORY
+from helpers.workplace import REPOSITORY, SMALL_ARCHITECTURE
 
 from sft_recipes.config import gpu_types, loader
 from sft_recipes.planner import cost
@@ -179,9 +179,10 @@ def test_failed_case_is_a_row():
     assert "failed: 1: no module named x |" in comparison.table({**failed, "rows": {"trl sft": row}})
 
 
-def test_bench_terminates_the_run_after_its_last_step(tmp_path):
+def test_bench_terminates_the_run_after_its_last_step(tmp_path, few_rows):
     """As on a GPU, where saves take more disk and time than the measurement."""
-    result = bench.measure(bench.Case("tiny", ("--gpus", "0")), tmp_path, "run")
+    words = (SMALL_ARCHITECTURE, f"data.train={few_rows}", "trainer.max_length=128")
+    result = bench.measure(bench.Case("tiny", ("--gpus", "0"), words), tmp_path, "run")
     assert result["data"] == bench.PREPARED and result["step_seconds"] > 0 and result["first_step_seconds"] > 0
     assert (
         result["padded_tokens_per_second"] >= result["tokens_per_second"] > result["supervised_tokens_per_second"] > 0

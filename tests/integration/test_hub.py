@@ -17,7 +17,11 @@ import pytest
 from helpers.workplace import FEW_STEPS
 from huggingface_hub import ModelCard
 
+from sft_recipes.config import loader
+from sft_recipes.data import prepare
 from sft_recipes.data.toy import toy_dataset
+from sft_recipes.planner import plan as plans
+from sft_recipes.runtime.errors import UserError
 
 MODEL_CARD = "---\nlicense: apache-2.0\n---\nA small model\n"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -213,9 +217,10 @@ def test_download_includes_retention_eval(workplace, served):
 def test_train_offline_without_download_is_rejected(workplace):
     done = workplace.sft("train", "tiny", *CPU, *MODEL, HF_HUB_OFFLINE="1", HF_HOME=str(workplace.path / "empty"))
     assert done.returncode == 2
-    assert "not in the Hub's cache" in done.stderr and "make download" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    assert not list(workplace.runs.glob("*/plan.json"))
+    assert "some/model at " in done.stderr and "not in the Hub's cache and not downloadable" in done.stderr
+    assert "make download" in done.stderr and "HF_TOKEN" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stdout
+    assert workplace.names() == []
 
 
 @pytest.mark.parametrize("command", [("download", "8b"), ("train", "8b", "--gpus", "0")], ids=["download", "train"])
@@ -253,14 +258,13 @@ def test_download_reports_missing_repository(workplace, served, overrides, messa
     assert done.returncode == 2 and line.startswith("error: ") and message in line
 
 
-def test_train_rejects_architecture_of_another_model(workplace, model_folder, few_rows):
+def test_prepare_rejects_architecture_of_another_model(model_folder, few_rows, tmp_path):
     """The recipe's architecture, on which the forecast depends, must equal the model's configuration."""
-    arguments = ("train", "8b", "--gpus", "0", "precision=fp32", "parallelism=ddp")
-    recipe = ("model.revision=", f"model.name_or_path={model_folder}")
     stated = "{model_type: llama, hidden_size: 64, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 1, vocab_size: 320, tie_word_embeddings: true}"
-    done = workplace.sft(*arguments, *recipe, f"model.architecture={stated}", f"data.train={few_rows}")
-    assert done.returncode == 2
-    assert "model.architecture: found hidden_size 64, expected 32" in done.stderr
+    settings = ("precision=fp32", "parallelism=ddp", "model.revision=", f"model.name_or_path={model_folder}")
+    recipe = loader.load("8b", (*settings, f"model.architecture={stated}", f"data.train={few_rows}"))
+    with pytest.raises(UserError, match="model.architecture: found hidden_size 64, expected 32"):
+        prepare.prepare(plans.resolve(recipe, plans.Topology(gpus=0, processes=1)), tmp_path / "store")
 
 
 def test_check_architecture_compares_with_defaults(tmp_path):
@@ -268,7 +272,6 @@ def test_check_architecture_compares_with_defaults(tmp_path):
     from transformers import AutoConfig
 
     from sft_recipes.data.model_files import check_architecture
-    from sft_recipes.runtime.errors import UserError
 
     AutoConfig.for_model(**SMALL_LLAMA).save_pretrained(tmp_path)
     check_architecture(SMALL_LLAMA, tmp_path, False)

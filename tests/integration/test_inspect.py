@@ -16,21 +16,19 @@ def rows(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def shown(inspect):
-    return inspect("--rows", "2")
+@pytest.fixture
+def inspect(in_process, rows, model_folder, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # which the command sets: not for later tests
 
-
-@pytest.fixture(scope="module")
-def inspect(shared_workplace, rows, model_folder):
     def run(*arguments):
         model = (f"model.name_or_path={model_folder}", "model.from_scratch=false")
-        return shared_workplace.sft("inspect", "tiny", f"data.train={rows}", *model, *OVERRIDES, *arguments)
+        return in_process("inspect", "tiny", f"data.train={rows}", *model, *OVERRIDES, *arguments)
 
     return run
 
 
-def test_inspect_brackets_tokens_in_the_loss(shown):
+def test_inspect_brackets_tokens_in_the_loss(inspect):
+    shown = inspect("--rows", "2")
     assert shown.returncode == 0, shown.stderr
     in_loss = re.findall(r"⟦(.*?)⟧", shown.stdout.partition("\n\n")[2], re.DOTALL)
     assert in_loss and all(re.fullmatch(r"It is \d+\.<\|im_end\|>⏎", text) for text in in_loss)
@@ -61,13 +59,13 @@ def test_inspect_json_has_rows_of_trainer(inspect, rows, tokenizer):
     assert "rows dropped" in done.stderr and "rows dropped" not in done.stdout
 
 
-def test_inspect_escapes_control_characters_and_reports_error(shared_workplace, tmp_path, model_folder):
+def test_inspect_escapes_control_characters_and_reports_error(in_process, tmp_path, model_folder):
     path = tmp_path / "rows.jsonl"
     path.write_text(
         "".join(json.dumps({"prompt": f"\x1b[2J{n}", "completion": "<b>a</b>\x07"}) + "\n" for n in range(9))
     )
     model = (f"model.name_or_path={model_folder}", "model.from_scratch=false", f"data.train={path}")
-    shown = shared_workplace.sft("inspect", "tiny", *model, *OVERRIDES, "batch.effective_batch_size=64")
+    shown = in_process("inspect", "tiny", *model, *OVERRIDES, "batch.effective_batch_size=64")
     assert shown.returncode == 0, shown.stderr
     assert "\\x1b[2J" in shown.stdout and "\x1b" not in shown.stdout and "\x07" not in shown.stdout
     assert re.search(r"^error  .*data.train: .*effective batch", shown.stdout, re.MULTILINE)

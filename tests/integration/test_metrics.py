@@ -140,15 +140,15 @@ def test_wandb_logs_offline_if_unreachable(tracked_run):
 
 
 @pytest.mark.parametrize("names", ["tensorbord", "tensorboard,wanb", "none,wandb", ","])
-def test_unknown_tracker_is_rejected_before_the_run(workplace, names):
-    done = workplace.sft("train", "tiny", REPORT_TO=names)
+def test_unknown_tracker_is_rejected_before_the_run(workplace, in_process, names):
+    done = in_process("train", "tiny", REPORT_TO=names)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: REPORT_TO: ")
     assert workplace.names() == []
 
 
-def test_unknown_wandb_mode_is_rejected_before_the_run(workplace):
-    done = workplace.sft("train", "tiny", REPORT_TO="wandb", WANDB_MODE="sometimes")
+def test_unknown_wandb_mode_is_rejected_before_the_run(in_process):
+    done = in_process("train", "tiny", REPORT_TO="wandb", WANDB_MODE="sometimes")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: WANDB_MODE: found 'sometimes', expected online, offline or disabled")
 

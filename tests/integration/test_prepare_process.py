@@ -121,18 +121,11 @@ def test_tokenize_source_names_first_bad_row_of_thousands(tmp_path, tokenizer, m
     assert re.match(case.message, str(raised.value))
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ("".join(json.dumps(row) + "\n" for row in ROWS[:2]) + '{"prompt": "x"\n', r"rows.jsonl:3: not valid JSON"),
-        ("".join(json.dumps(row) + "\n" for row in ROWS[:3]), "fewer than one effective batch"),
-    ],
-    ids=["broken line", "too few rows"],
-)
-def test_train_rejects_bad_data_and_leaves_nothing(workplace, rows, message):
-    """More: tests/unit/test_bad_input.py."""
-    (workplace.path / "rows.jsonl").write_text(rows)
-    check_refused(workplace.sft("train", "tiny", "data.train=rows.jsonl", "data.validation="), message)
+def test_train_rejects_too_few_rows_and_leaves_nothing(workplace):
+    """After the preparation. Errors of the preparation: tests/unit/test_bad_input.py, and test_hub.py for `train`."""
+    (workplace.path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:3]))
+    done = workplace.sft("train", "tiny", "data.train=rows.jsonl", "data.validation=")
+    check_refused(done, "fewer than one effective batch")
     assert workplace.names() == []
 
 
@@ -189,8 +182,3 @@ def check_refused_late(done, message):
     assert len(lines) == 1 and re.search(message, lines[0]), done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     return lines[0]
-
-
-def test_train_rejects_hub_model_offline(workplace):
-    done = workplace.sft("train", "tiny", *MODEL, "model.name_or_path=some/model", HF_HUB_OFFLINE="1")
-    check_refused(done, "some/model at main is not in the Hub's cache and not downloadable .*make download.*HF_TOKEN")

@@ -7,13 +7,13 @@ import sys
 from helpers.workplace import SHORT, manifest, metrics
 
 
-def test_out_of_memory_reports_usage_and_cheaper_changes(workplace):
+def test_out_of_memory_reports_usage_and_cheaper_changes(shared_workplace):
     """On the CPU host memory is device memory; a limit on the process makes it small."""
     done = subprocess.run(
-        [sys.executable, "-m", "sft_recipes", "train", "tiny", "batch.max_per_device_batch_size=64",
+        [sys.executable, "-m", "sft_recipes", "train", "tiny", "--name", "too-large", "batch.max_per_device_batch_size=64",
          "batch.effective_batch_size=64", "trainer.max_length=2048", "model.attention=eager", "generation.score=0",
          "generation.show=0", "allow_out_of_range=[effective_batch_size]"],
-        cwd=workplace.path, env=workplace.environment(), capture_output=True, text=True, timeout=900, check=False,
+        cwd=shared_workplace.path, env=shared_workplace.environment(), capture_output=True, text=True, timeout=900, check=False,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (7 * 2**30, 7 * 2**30)),
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr

@@ -1,4 +1,7 @@
-"""A bf16 base model gives a bf16 final/, converted from the weights of the best step, under each strategy."""
+"""A bf16 base model gives a bf16 final/, converted from the weights of the best step, with each kind of saved weights.
+
+One process: tests/unit/test_weight_files.py; DDP saves as it does, and ZeRO with precision fp32 as FSDP2.
+"""
 
 import json
 
@@ -12,9 +15,7 @@ from transformers import AutoModelForCausalLM
 @pytest.mark.parametrize(
     ("strategy", "precision", "trained"),
     [
-        ("ddp", "bf16", torch.float32),
         ("fsdp2", "bf16", torch.float32),
-        pytest.param("zero2", "fp32", torch.float32, marks=needs_compiler),  # language: ok, pytest
         pytest.param("zero3", "bf16", torch.bfloat16, marks=needs_compiler),  # language: ok, pytest
     ],
 )

@@ -2,31 +2,31 @@
 
 import pytest
 import torch
-from helpers.workplace import SHORT, needs_compiler
+from helpers.trajectories import ADAPTERS, arguments, data, follow
+from helpers.workplace import needs_compiler
 from safetensors.torch import load_file
 
+__all__ = ["data", "follow"]  # fixtures
 pytestmark = needs_compiler
 
 # At this rate no weight moves: a weight that was rounded to bf16 on the way would differ by up to 0.4%.
-STAY = ("trainer.learning_rate=1e-12", "allow_out_of_range=[learning_rate]")
+STAY = ("trainer.max_steps=1", "trainer.learning_rate=1e-12", "allow_out_of_range=[learning_rate]")
 
 
 @pytest.mark.parametrize(
     ("parent", "child", "method", "file"),
     [
         ("zero2", "zero3", (), "model.safetensors"),
-        ("zero3", "zero2", ("lora.r=4",), "adapter_model.safetensors"),
-        ("zero2", "fsdp2", ("lora.r=4",), "adapter_model.safetensors"),
+        ("zero3", "zero2", ADAPTERS, "adapter_model.safetensors"),
+        ("zero2", "fsdp2", ADAPTERS, "adapter_model.safetensors"),
     ],
 )
-def test_run_starts_from_fp32_weights(shared_workplace, few_rows, parent, child, method, file):
-    common = ("--gpus", "0", "--processes", "2", "precision=bf16", f"data.train={few_rows}", *method, *SHORT)
-    names = [f"{kind}-{parent}-{child}" for kind in ("parent", "child")]
-    first = shared_workplace.trained(
-        "tiny", "--name", names[0], f"parallelism={parent}", *common, "trainer.max_steps=4"
-    )
+def test_run_starts_from_fp32_weights(shared_workplace, follow, data, parent, child, method, file):
+    packing = not method  # as the runs of test_trajectories.py
+    first = follow(parent, 2, packing, "bf16", *method)
     second = shared_workplace.trained(
-        "tiny", "--name", names[1], "--init-from", names[0], f"parallelism={child}", *common, "trainer.max_steps=1", *STAY
+        "tiny", "--name", f"child-{parent}-{child}", "--init-from", first.name,
+        *arguments(data, child, 2, packing, "bf16"), *method, *STAY,
     )  # fmt: skip
     before, after = load_file(first / "last" / file), load_file(second / "last" / file)
     assert {weight.dtype for weight in (*before.values(), *after.values())} == {torch.float32}

@@ -11,9 +11,7 @@ __all__ = ["poisoned_model"]  # a fixture
 @pytest.mark.parametrize(
     ("strategy", "processes", "packing"),
     [
-        ("single", 1, "true"),
-        ("zero2", 2, "false"),
-        ("zero3", 2, "true"),
+        ("zero3", 2, "false"),
         ("fsdp2", 2, "true"),
     ],
 )

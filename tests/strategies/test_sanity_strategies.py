@@ -80,12 +80,12 @@ def test_train_does_not_start_after_a_failed_check(workplace, few_rows):
     assert "(fall -" in failed["loss falls"]
 
 
-def test_rows_too_long_fail_memory_check(workplace):
+def test_rows_too_long_fail_memory_check(shared_workplace):
     """On the CPU host memory is device memory; a limit on the processes makes it small."""
     done = subprocess.run(
         [sys.executable, "-m", "sft_recipes", "sanity", "tiny", "batch.max_per_device_batch_size=64",
          "batch.effective_batch_size=64", "trainer.max_length=2048", "model.attention=eager"],
-        cwd=workplace.path, env=workplace.environment(SANITY=""), capture_output=True, text=True, timeout=900,
+        cwd=shared_workplace.path, env=shared_workplace.environment(SANITY=""), capture_output=True, text=True, timeout=900,
         check=False, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (7 * 2**30, 7 * 2**30)),
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr

@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 from helpers.processes import launcher_of
-from helpers.trajectories import SEVERAL, arguments, data, differences, follow, record, trained_weights
+from helpers.trajectories import ADAPTERS, SEVERAL, arguments, data, differences, follow, record, trained_weights
 from helpers.workplace import HANG_SECONDS, manifest, metrics, needs_compiler
 from safetensors.torch import load_file
 
@@ -40,10 +40,10 @@ def check(reference, run, engine, processes, packing, precision):
     assert found["weight"] <= WEIGHT_TOLERANCE[precision], found
 
 
-@pytest.mark.parametrize(("engine", "processes"), [*((engine, 2) for engine in SEVERAL), ("ddp", 4)])
-def test_strategies_follow_one_process_in_fp32(follow, engine, processes):
-    """Of padded rows; packed ones are those in bf16, below."""
-    check(follow("single", 1), follow(engine, processes), engine, processes, False, "fp32")
+@pytest.mark.parametrize("engine", SEVERAL)
+def test_strategies_follow_one_process_in_fp32(follow, engine):
+    """Of padded rows; packed ones are those in bf16, below. Four ranks: test_world_sizes.py."""
+    check(follow("single", 1), follow(engine, 2), engine, 2, False, "fp32")
 
 
 def test_cpu_adam_resumes_exactly_after_any_step():
@@ -76,8 +76,9 @@ def test_cpu_adam_resumes_exactly_after_any_step():
     assert not all(torch.equal(weights(step, counting=False), straight) for step in range(1, 60)), "no reason any more"
 
 
-@pytest.mark.parametrize("engine", SEVERAL)
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
 def test_strategies_follow_one_process_in_bf16(follow, engine):
+    """ZeRO-1 has the optimizer of ZeRO-2, and offload the dtypes of ZeRO-3."""
     check(follow("single", 1, True, "bf16"), follow(engine, 2, True, "bf16"), engine, 2, True, "bf16")
 
 
@@ -128,18 +129,16 @@ def find_pids(run, process):
 
 
 @pytest.mark.parametrize(
-    ("engine", "target", "more"),
-    [
-        ("zero2", "rank 1", ()), ("zero3", "rank 0", ()), ("zero3_offload", "command", ()), ("fsdp2", "launcher", ()),
-        ("zero2", "launcher", ("lora.r=4",)), ("zero3", "rank 1", ("lora.r=4",)),
-    ],
-)  # fmt: skip
-def test_stopped_run_resumes_to_the_same_end(shared_workplace, follow, data, engine, target, more):
+    ("engine", "target"),
+    [("zero2", "rank 1"), ("zero3", "command"), ("fsdp2", "launcher")],
+)
+def test_stopped_run_resumes_to_the_same_end(shared_workplace, follow, data, engine, target):
     """Stopped in the second epoch, which also checks the order of rows after a resume; saved every 10 steps. One process
-    and DDP: tests/integration/test_train.py and test_watchdog.py."""
-    straight = follow(engine, 2, False, "fp32", *more)
-    name = f"stopped-{engine}{'-lora' if more else ''}"
-    options = ["tiny", "--name", name, *arguments(data, engine, 2, False, "fp32"), *more]
+    and DDP: tests/integration/test_train.py and test_watchdog.py. Adapters: test_world_sizes.py; offload:
+    test_integrity_strategies.py."""
+    straight = follow(engine, 2)
+    name = f"stopped-{engine}"
+    options = ["tiny", "--name", name, *arguments(data, engine, 2, False, "fp32")]
     run = shared_workplace.runs / name
     process = subprocess.Popen(
         [sys.executable, "-m", "sft_recipes", "train", *options], cwd=shared_workplace.path,
@@ -183,10 +182,7 @@ def test_final_is_complete_and_has_the_best_weights(follow, engine):
     [*((engine, "") for engine in ("ddp", "zero2", "zero3", "fsdp2")), ("ddp", "nf4"), ("zero2", "nf4")],
 )
 def test_adapters_train_alike_under_each_strategy(follow, engine, quantize):
-    """At twice this learning rate bf16's rounding grows to 6e-3 of a loss within the twenty steps."""
-    more = (
-        "lora.r=4", "trainer.learning_rate=5e-3", f"lora.quantize={quantize}", "trainer.gradient_checkpointing=true",
-    )  # fmt: skip
+    more = (*ADAPTERS, f"lora.quantize={quantize}") if quantize else ADAPTERS
     one, several = follow("single", 1, False, "bf16", *more), follow(engine, 2, False, "bf16", *more)
     left, right = ([line for line in metrics(run) if "loss" in line] for run in (one, several))
     for mine, theirs in zip(left, right, strict=True):
