@@ -28,7 +28,7 @@ def problem_of(architecture: Mapping[str, Any]) -> str | None:
 
 
 def trace(architecture: Mapping[str, Any]) -> str | None:
-    """Trace an architecture in a process of its own, which imports torch and runs the model's code on fake tensors.
+    """Trace an architecture in a separate process, which imports torch and runs the model's code on fake tensors.
 
     Returns:
         Why it could not be traced; None on success.

@@ -174,6 +174,11 @@ def test_lora_trains_fused_experts_only_if_set(tmp_path, save_family, few_rows, 
     [
         ("mixtral", ("lora.r=4", "lora.quantize=nf4"), "^lora.quantize: .* fused experts, .* Remove lora.quantize$"),
         ("llama", ("lora.r=4", "lora.experts=true"), "^lora.experts: .* has no fused experts. Remove lora.experts$"),
+        (
+            "gpt2",
+            ("lora.r=4", "lora.target_modules=[q_proj]"),
+            r"^lora.target_modules: found \['q_proj'\], and the linear layers of this model are c_attn, c_fc, c_proj. Set",
+        ),
         ("llama", ("trainer.router_aux_loss_coef=0.01",), "^trainer.router_aux_loss_coef: .* has no experts"),
         ("llama", ("lora.r=4", "lora.experts=true", "lora.dropout=0.1"), "lora.dropout: found 0.1, expected 0 with"),
     ],
