@@ -283,7 +283,10 @@ def ours_whole(file: Path, tokenizer: Any, target: Path) -> Measured:
 
 
 def _write_rows(store: RowStore, target: Path, packed: bool) -> Any:
-    return packing.write_dataset(target, packing.TrainerRows.arrange(store.read(), MAX_LENGTH, packed).tables())
+    from datasets import load_from_disk
+
+    packing.write_dataset(target, packing.TrainerRows.arrange(store.read(), MAX_LENGTH, packed).tables())
+    return load_from_disk(str(target))
 
 
 def through_trl(rows: Any, way: str, tokenizer: Any, folder: Path, packed: bool = True) -> tuple[Any, Measured]:

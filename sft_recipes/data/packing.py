@@ -8,7 +8,6 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy
 import pyarrow
@@ -101,14 +100,15 @@ class TrainerRows:
             yield pyarrow.table(columns)
 
 
-def write_dataset(folder: Path, tables: Iterator[pyarrow.Table]) -> Any:
-    """Write tables one at a time as `Dataset.save_to_disk` does, and return the dataset, memory-mapped."""
-    from datasets import Dataset, load_from_disk
+def write_dataset(folder: Path, tables: Iterator[pyarrow.Table]) -> Path:
+    """Write tables one at a time as `Dataset.save_to_disk` does, and return the file with their rows."""
+    from datasets import Dataset
     from datasets.table import InMemoryTable
 
     first = next(tables)
     Dataset(InMemoryTable(first.slice(0, 0))).save_to_disk(folder, num_shards=1)  # writes its description
-    with pyarrow.ipc.new_stream(str(folder / "data-00000-of-00001.arrow"), first.schema) as stream:
+    file = folder / "data-00000-of-00001.arrow"
+    with pyarrow.ipc.new_stream(str(file), first.schema) as stream:
         for table in itertools.chain([first], tables):
             stream.write_table(table)
-    return load_from_disk(str(folder))
+    return file

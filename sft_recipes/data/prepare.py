@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import hashlib
 import itertools
 import json
 import logging
+import mmap
 import os
 import random
 import shutil
@@ -206,19 +208,18 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
         part: [TrainerRows.arrange(_usable(rows), plan.max_length, plan.packing) for rows in parts[part].values()]
         for part in ("validation", "retention_eval")
     }
-    count = sum(map(len, groups))
+    count = train_rows = sum(map(len, groups))
     tables = itertools.chain.from_iterable(group.tables() for group in groups)
     if data.overfit_rows and count:
-        repeated = numpy.arange(batch.fill_effective_batch(count, plan.effective_batch_size)) % count
-        tables = iter([pyarrow.concat_tables(tables).take(pyarrow.array(repeated))])
-    train = write_dataset(folder / "train", tables)
-    hashed = [_slices(train, groups)]
+        train_rows = batch.fill_effective_batch(count, plan.effective_batch_size)
+        tables = iter([pyarrow.concat_tables(tables).take(pyarrow.array(numpy.arange(train_rows) % count))])
+    hashed = [(write_dataset(folder / "train", tables), _ends(groups))]
     for part, sets in evaluated.items():
         if sets:
-            written = write_dataset(folder / part, itertools.chain.from_iterable(each.tables() for each in sets))
-            hashed += [[part_of_source] for part_of_source in _slices(written, sets)]
+            file = write_dataset(folder / part, itertools.chain.from_iterable(each.tables() for each in sets))
+            hashed += [(file, [*bounds]) for bounds in itertools.pairwise(_ends(sets))]
     validation_rows = [*map(len, evaluated["validation"])]
-    repeats = len(train) / max(sum(validation_rows), 1) if data.overfit_rows else 1.0
+    repeats = train_rows / max(sum(validation_rows), 1) if data.overfit_rows else 1.0
     shares = [weight for _, weight in weights] or [repeats] * len(parts["train"])
     per_epoch = {  # the examples and tokens that an epoch uses
         key: round(sum(share * source[key] for share, source in zip(shares, counted["sources"]["train"], strict=True)))
@@ -229,7 +230,7 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
     batches = (
         every.take("input_ids", at, at + _ROWS_PER_BATCH).flatten() for at in range(0, len(every), _ROWS_PER_BATCH)
     )
-    ids = numpy.unique(numpy.concatenate([pyarrow.compute.unique(batch) for batch in batches]))
+    ids = functools.reduce(numpy.union1d, map(pyarrow.compute.unique, batches), numpy.empty(0, numpy.int32))
     new, regex_fixed = new_tokens(loaded, model.add_tokens), loaded.init_kwargs.get(FIX_MISTRAL_REGEX)
     embeddings = getattr(config.get_text_config(), "vocab_size", None) if config else None
     resizing = [token for token, id in new.items() if embeddings is not None and id >= embeddings]
@@ -254,14 +255,14 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
         "padding_token": loaded.pad_token,
         "tokenizer": {"class": type(loaded).__name__, FIX_MISTRAL_REGEX: regex_fixed, "notes": tokenizer_notes},
         "notes": notes,
-        "rows": len(train),
+        "rows": train_rows,
         "source_weights": weights,
         "validation_rows": dict(zip(parts["validation"], validation_rows, strict=True)),
         "retention_eval_rows": sum(map(len, evaluated["retention_eval"])),
         "seconds": time.monotonic() - started,
         "prepared": {  # with the folders, the fields of Prepared
             "fingerprint": _fingerprint(hashed, weights),
-            "rows": rows_per_epoch(weights) if weights else len(train),
+            "rows": rows_per_epoch(weights) if weights else train_rows,
             **per_epoch,
             "validation_rows": sum(validation_rows),
             "notes": notes,
@@ -350,23 +351,30 @@ def _build_from_scratch(plan: Plan, train: Mapping[str, Source], folder: Path) -
     return folder
 
 
-def _slices(dataset: Any, groups: list[TrainerRows]) -> list[pyarrow.Table]:
-    """Return the rows of each group in the written dataset."""
-    ends = numpy.cumsum([0, *map(len, groups)]).tolist()
-    return [dataset.data.slice(first, last - first) for first, last in itertools.pairwise(ends)]
+def _ends(groups: list[TrainerRows]) -> list[int]:
+    return [0, *itertools.accumulate(map(len, groups))]
 
 
-def _fingerprint(parts: list[list[pyarrow.Table]], weights: list[tuple[int, float]]) -> str:
+def _fingerprint(parts: list[tuple[Path, list[int]]], weights: list[tuple[int, float]]) -> str:
     """Hash the rows' tokens and labels and their weights, so that a run resumes after changes of code or paths that
-    keep the rows."""
+    keep the rows.
+
+    Args:
+        parts: files, and the first rows of the groups in each and the end.
+    """
     digest = hashlib.sha256(json.dumps(weights).encode() if weights else b"")
-    for groups in parts:
-        for name in ("input_ids", "labels", *(["seq_lengths"] if "seq_lengths" in groups[0].column_names else [])):
-            for group in groups:
-                for chunk in group.column(name).chunks:
+    for file, ends in parts:
+        with file.open("rb") as opened:
+            mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        table = pyarrow.ipc.open_stream(pyarrow.py_buffer(mapped)).read_all()
+        for name in ("input_ids", "labels", *(["seq_lengths"] if "seq_lengths" in table.column_names else [])):
+            for first, last in itertools.pairwise(ends):
+                chunks = table[name].slice(first, last - first).chunks
+                for chunk in chunks:
                     digest.update(chunk.value_lengths().to_numpy())
-                for chunk in group.column(name).chunks:
+                for chunk in chunks:
                     digest.update(chunk.flatten().to_numpy())
+                    mapped.madvise(mmap.MADV_DONTNEED)  # else the resident memory is that of all rows
     return digest.hexdigest()[:16]
 
 

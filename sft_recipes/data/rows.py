@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -73,12 +74,14 @@ class Rows:
         numbers: of all rows, [rows in the store] of NUMBERS.
         tokens: `location`, `input_ids` and `labels` of all rows, each in one chunk.
         outcomes: of all rows.
+        maps: of the tokens.
         index: numbers of these rows in the store, [rows].
     """
 
     numbers: numpy.ndarray
     tokens: pyarrow.Table
     outcomes: Sequence[Outcome]
+    maps: Sequence[mmap.mmap]
     index: numpy.ndarray
 
     def __len__(self) -> int:
@@ -94,7 +97,10 @@ class Rows:
 
     def take(self, name: str, first: int = 0, last: int | None = None) -> pyarrow.Array:
         """Return a copy of `location`, `input_ids` or `labels` of the rows from first to last."""
-        return self.tokens[name].take(pyarrow.array(self.index[first:last])).combine_chunks()
+        taken = self.tokens[name].take(pyarrow.array(self.index[first:last])).combine_chunks()
+        for each in self.maps:
+            each.madvise(mmap.MADV_DONTNEED)  # else the resident memory is that of all rows
+        return taken
 
     def location(self, position: int) -> str:
         """Return file and line of a row."""
@@ -136,14 +142,16 @@ class RowStore:
 
     def read(self) -> Rows:
         """Return all rows, memory-mapped."""
-        data = {}
+        data, maps = {name: numpy.empty(0, kind) for name, kind in _TYPES.items()}, []
         for name, file in self._files.items():
             file.flush()
-            data[name] = numpy.memmap(file, _TYPES[name], "r") if file.tell() else numpy.empty(0, _TYPES[name])
+            if file.tell():
+                maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                data[name] = numpy.frombuffer(maps[-1], _TYPES[name])
         numbers = data["numbers"]
         location_ends, ends = (pyarrow.array(ends_of(numbers[name])) for name in ("location_bytes", "length"))
         texts = (location_ends.buffers()[1], pyarrow.py_buffer(data["locations"]))
         columns = {"location": pyarrow.LargeStringArray.from_buffers(len(numbers), *texts)}
         for name in ("input_ids", "labels"):
             columns[name] = pyarrow.LargeListArray.from_arrays(ends, pyarrow.array(data[name]))
-        return Rows(numbers, pyarrow.table(columns), [*self._outcomes], numpy.arange(len(numbers)))
+        return Rows(numbers, pyarrow.table(columns), [*self._outcomes], maps, numpy.arange(len(numbers)))
