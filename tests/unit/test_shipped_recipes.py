@@ -17,6 +17,7 @@ from sft_recipes.config import loader
 from sft_recipes.config.architecture import parameter_count
 from sft_recipes.config.strategies import STRATEGIES
 from sft_recipes.launch.topology import plan_topology
+from sft_recipes.planner import cost, render
 from sft_recipes.planner import plan as plans
 
 NAMES = SHIPPED
@@ -118,6 +119,22 @@ PUBLISHED = {
 @pytest.mark.parametrize(("name", "billions"), PUBLISHED.items())
 def test_recipe_parameters_equal_model_cards(name, billions):
     assert plan_of(name).parameters / 1e9 == pytest.approx(billions, rel=0.005)
+
+
+def test_flops_count_active_experts_only():
+    """The model card of Qwen3-30B-A3B: 3.3 billion of its 30.5 billion parameters are active."""
+    plan = plan_of("30b-a3b")
+    load = plans.memory_inputs(plan, plan.sections.model.architecture)
+    active = sum(layer.active for layer in load.decoder) + 2 * load.ends
+    assert active == pytest.approx(3.3e9, rel=0.02) and load.parameters == pytest.approx(30.5e9, rel=0.005)
+    forward = cost.flops_per_token(load, mean_length=1).forward
+    assert forward == pytest.approx(2 * (active - load.ends), rel=0.01), "embeddings are looked up"
+
+
+def test_plan_names_what_its_forecast_assumes():
+    shown = render.format_plan(plan_of("30b-a3b"))
+    assert "from a trace of the layers on fake tensors, assuming varlen attention, grouped experts" in shown
+    assert "trace" not in render.format_plan(plan_of("8b")), "closed form"
 
 
 def printed(*arguments):
