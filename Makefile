@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-VARIABLES := RECIPE MODEL METHOD GPUS NODES PROCESSES DEVICES DATA VALIDATION NAME RESUME ALLOW_CHANGE STRICT_VERSIONS GPU_TYPE RUN ROWS PLOT WITH PORT PROMPT DRY_RUN SANITY INIT_FROM OVERFIT REPORT_TO GPU_HOUR_PRICE ARGS RUNTIME IMAGE VARIANT MOUNTS CONTAINER_ARGS BUILD_ARGS WHEEL
+VARIABLES := RECIPE MODEL METHOD GPUS NODES PROCESSES DEVICES DATA VALIDATION NAME RESUME ALLOW_CHANGE STRICT_VERSIONS GPU_TYPE RUN ROWS PLOT WITH PORT PROMPT DRY_RUN SANITY INIT_FROM OVERFIT REPORT_TO GPU_HOUR_PRICE TASKS LIMIT EVAL_VENV ARGS RUNTIME IMAGE VARIANT MOUNTS CONTAINER_ARGS BUILD_ARGS WHEEL
 ifndef MODEL
 RECIPE ?= tiny
 endif
@@ -32,7 +32,7 @@ CHOSEN = $${RECIPE:+"$$RECIPE"} $${MODEL:+"--model=$$MODEL"} $${METHOD:+--method
 TRAINING = $(HARDWARE) $${INIT_FROM:+--init-from "$$INIT_FROM"} $${OVERFIT:+--overfit}
 OVERRIDES = $${DATA:+"data.train=$$DATA"} $${VALIDATION:+"data.validation=$$VALIDATION"} $${ARGS:-}
 
-.PHONY: help setup flash-attn image smoke doctor recipes recipe plan schedules inspect download sanity train verify-resume diagnose report status slurm tensorboard generate merge test test-unit test-fake-gpus test-strategies test-container test-slurm test-cuda-build chaos bench test-latest docs lint lock
+.PHONY: help setup flash-attn image smoke doctor recipes recipe plan schedules inspect download sanity train verify-resume diagnose report status slurm tensorboard generate merge eval setup-eval test test-unit test-eval test-fake-gpus test-strategies test-container test-slurm test-cuda-build chaos bench test-latest docs lint lock
 
 help: ## print this list
 	@echo 'Usage: make TARGET [VARIABLE=value ...], for example: make train RECIPE=8b GPUS=8'
@@ -61,6 +61,8 @@ help: ## print this list
 		'OVERFIT=1        smoke test: train on eight rows until the loss approaches zero, else fail' \
 		'REPORT_TO        trackers: tensorboard (default), wandb, mlflow, ..., none' \
 		'GPU_HOUR_PRICE   price of one GPU hour, to forecast cost' \
+		'TASKS LIMIT      for eval: tasks of lm-evaluation-harness (default: default); items per task' \
+		'EVAL_VENV        for eval: environment of the harness, such as one with vLLM (default: .venv-eval)' \
 		'PROMPT           prompt for generate (default: standard input, one per line)' \
 		'ROWS             for inspect: number of rows' \
 		'PLOT WITH        for schedules: .png or .svg file to write, other schedules to compare' \
@@ -103,8 +105,9 @@ schedules: ## table and plot of learning-rate schedules: RECIPE GPUS RUN PLOT WI
 inspect: ## show tokens and loss mask of rows: RECIPE DATA ROWS (ARGS=--json)
 	@$(SFT) inspect $(CHOSEN) $(TRAINING) $${ROWS:+--rows "$$ROWS"} $(OVERRIDES)
 
-download: ## download model, tokenizer and data for offline runs: RECIPE DATA VALIDATION
+download: ## download model, tokenizer and data for offline runs: RECIPE DATA VALIDATION TASKS
 	@$(SFT) download $(CHOSEN) $(OVERRIDES)
+	@if [ -n "$${TASKS:-}" ]; then export RUNTIME=local; $(HARNESS); $(SFT) download --tasks "$$TASKS"; fi
 
 sanity: ## run the sanity check, which train also runs: RECIPE GPUS DEVICES DATA
 	@$(SFT) sanity $(CHOSEN) $(TRAINING) $(OVERRIDES)
@@ -137,6 +140,18 @@ generate: ## generate completions with a trained model: RUN PROMPT
 merge: ## merge adapters into their base model: RUN
 	@$(SFT) merge "$${RUN:?RUN is missing: the name of a run, such as 8b-lora-1}"
 
+# EVAL_VENV is the user's own; .venv-eval is created.
+HARNESS = [ -n "$${EVAL_VENV:-}" ] || $(MAKE) --no-print-directory setup-eval
+
+eval: ## compare a run's model with its base on tasks of lm-evaluation-harness: RUN TASKS LIMIT
+	@export RUNTIME=local; $(HARNESS); $(SFT) eval "$${RUN:?RUN is missing: the name of a run, such as tiny-1}" \
+		$${TASKS:+--tasks "$$TASKS"} $${LIMIT:+--limit "$$LIMIT"} $${ARGS:-}
+
+setup-eval: ## create the environment of eval and of download TASKS=… (.venv-eval)
+	@requirements/install.sh .venv-eval
+	@cmp -s requirements/eval.txt .venv-eval/eval.txt || { .venv-eval/bin/python -m pip install --quiet --no-deps \
+		--no-build-isolation --require-hashes -r requirements/eval.txt; cp requirements/eval.txt .venv-eval; }
+
 # One test file per core and one thread per run: runs that share the threads of their cores slow each other manyfold.
 # MAX_JOBS: compiling DeepSpeed's operators takes 1.5 GB per job, and the other core runs tests.
 PYTEST = OMP_NUM_THREADS=1 MAX_JOBS=1 $(PYTHON) -m pytest --numprocesses 2 --dist loadfile
@@ -148,6 +163,10 @@ test: setup ## unit and integration tests on the CPU (under nine minutes)
 
 test-unit: setup ## unit tests only (under two minutes)
 	@$(PYTEST) tests/unit $${ARGS:-}
+
+test-eval: setup ## evaluation with the real harness, offline (minutes, 3 GB for .venv-eval)
+	@$(HARNESS)
+	@$(PYTEST) tests/integration/test_eval.py
 
 # nvidia-smi is the fake one in tests/helpers/fake_gpus; FAKE_… variables describe its GPUs.
 test-fake-gpus: setup ## tests that query GPUs, with a fake nvidia-smi: FAKE_GPUS FAKE_GPU_NAME

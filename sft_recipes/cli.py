@@ -10,6 +10,7 @@ import functools
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -141,7 +142,10 @@ def commands() -> list[tuple[Any, ...]]:
             _integer("--rows", 1, "rows to show (default: 3; all with --json)", metavar="N"),
             _flag("--json", "print one JSON object per row; the report goes to standard error"),
         ),
-        ("download", "download model, tokenizer and data of a recipe", _download, *_RECIPE),
+        (
+            "download", "download model, tokenizer and data of a recipe, and tasks of `eval`", _download, *_RECIPE,
+            _argument("--tasks", "also these tasks of `eval`", metavar="TASK,…"),
+        ),
         ("sanity", "run the sanity check of a plan and cache its result", _sanity, *_TRAINING),
         (
             "train", "start a run, or resume an unfinished one of the same plan", _train, *_TRAINING,
@@ -166,6 +170,13 @@ def commands() -> list[tuple[Any, ...]]:
             _argument("--prompt", "one prompt (default: one per line of standard input)"),
         ),
         ("merge", "merge LoRA adapters into their base model", _merge, _RUN),
+        (
+            "eval", "compare a run's trained model with its base model by the lm-evaluation-harness", _eval, _RUN,
+            _argument("--tasks", "tasks of the harness, or `default` (docs/evaluate.md)", default="default"),
+            _integer("--limit", 1, "items per task, for a trial", metavar="N"),
+            _argument("--include-path", "folder of more tasks (.yaml)", metavar="FOLDER"),
+            _argument("--harness-args", "more arguments of `lm_eval run`", default="", metavar="'ARGUMENT …'"),
+        ),
         (
             "doctor", "check this machine; exit code 1 on an error", _doctor,
             _integer("--gpus", 0, "GPUs that a run would use", metavar="N"),
@@ -438,7 +449,11 @@ def _download(parsed: argparse.Namespace) -> None:
     downloaded = download.download(_recipe(parsed))
     for name, folder in downloaded:
         log.info(f"{name}: {folder}")
-    if not downloaded:
+    if parsed.tasks:
+        from sft_recipes.tools import evaluate
+
+        evaluate.download(evaluate.Selection(parsed.tasks))
+    elif not downloaded:
         log.info("nothing to download: model and data are local")
 
 
@@ -448,6 +463,15 @@ def _merge(parsed: argparse.Namespace) -> None:
 
     folder = run_dir.find(parsed.run)
     log.info(f"model      {merge_adapters.merge(folder)} (for `make generate` and transformers)")
+
+
+def _eval(parsed: argparse.Namespace) -> None:
+    from sft_recipes.tools import evaluate
+
+    folder, arguments = run_dir.find(parsed.run), tuple(shlex.split(parsed.harness_args))
+    selection = evaluate.Selection(parsed.tasks, parsed.limit, parsed.include_path, arguments)
+    print(evaluate.to_text(evaluate.evaluate(folder, selection)), flush=True)
+    _report(parsed)
 
 
 def _verify_resume(parsed: argparse.Namespace) -> int:
