@@ -106,8 +106,8 @@ inspect: ## show tokens and loss mask of rows: RECIPE DATA ROWS (ARGS=--json)
 	@$(SFT) inspect $(CHOSEN) $(TRAINING) $${ROWS:+--rows "$$ROWS"} $(OVERRIDES)
 
 download: ## download model, tokenizer and data for offline runs: RECIPE DATA VALIDATION TASKS
-	@$(SFT) download $(CHOSEN) $(OVERRIDES)
-	@if [ -n "$${TASKS:-}" ]; then export RUNTIME=local; $(HARNESS); $(SFT) download --tasks "$$TASKS"; fi
+	@[ -z "$${TASKS:-}" ] || { $(HARNESS); export RUNTIME=local; }; \
+		$(SFT) download $(CHOSEN) $${TASKS:+--tasks "$$TASKS"} $(OVERRIDES)
 
 sanity: ## run the sanity check, which train also runs: RECIPE GPUS DEVICES DATA
 	@$(SFT) sanity $(CHOSEN) $(TRAINING) $(OVERRIDES)
@@ -164,7 +164,7 @@ test: setup ## unit and integration tests on the CPU (under nine minutes)
 test-unit: setup ## unit tests only (under two minutes)
 	@$(PYTEST) tests/unit $${ARGS:-}
 
-test-eval: setup ## evaluation with the real harness, offline (minutes, 3 GB for .venv-eval)
+test-eval: setup ## evaluation with the real harness, offline, in .venv-eval
 	@$(HARNESS)
 	@$(PYTEST) tests/integration/test_eval.py
 
