@@ -99,6 +99,7 @@ def _gpu_counts(text: str) -> int | list[int]:
 
 _RUN = _argument("run", "name or directory of a run")
 _JSON = _flag("--json", "print JSON")
+_TASKS = _argument("--tasks", "tasks of lm-evaluation-harness; for eval `default` if not given", metavar="TASK,…")
 _RECIPE = (
     _argument("recipe", "name of a recipe (`recipes` lists them); not needed with --model", nargs="?"),
     _argument("overrides", "a recipe key and its value: trainer.learning_rate=1.0e-5", nargs="*", metavar="key=value"),
@@ -142,10 +143,7 @@ def commands() -> list[tuple[Any, ...]]:
             _integer("--rows", 1, "rows to show (default: 3; all with --json)", metavar="N"),
             _flag("--json", "print one JSON object per row; the report goes to standard error"),
         ),
-        (
-            "download", "download model, tokenizer and data of a recipe, and tasks of `eval`", _download, *_RECIPE,
-            _argument("--tasks", "also these tasks of `eval`", metavar="TASK,…"),
-        ),
+        ("download", "download model, tokenizer and data of a recipe, tasks of `eval`", _download, *_RECIPE, _TASKS),
         ("sanity", "run the sanity check of a plan and cache its result", _sanity, *_TRAINING),
         (
             "train", "start a run, or resume an unfinished one of the same plan", _train, *_TRAINING,
@@ -171,11 +169,9 @@ def commands() -> list[tuple[Any, ...]]:
         ),
         ("merge", "merge LoRA adapters into their base model", _merge, _RUN),
         (
-            "eval", "compare a run's trained model with its base model by the lm-evaluation-harness", _eval, _RUN,
-            _argument("--tasks", "tasks of the harness, or `default` (docs/evaluate.md)", default="default"),
+            "eval", "compare a run's trained and base model by lm-evaluation-harness", _eval, _RUN, _TASKS,
             _integer("--limit", 1, "items per task, for a trial", metavar="N"),
-            _argument("--include-path", "folder of more tasks (.yaml)", metavar="FOLDER"),
-            _argument("--harness-args", "more arguments of `lm_eval run`", default="", metavar="'ARGUMENT …'"),
+            _argument("--harness-args", "more arguments of `lm_eval run`", type=shlex.split, default=[], metavar="'…'"),
         ),
         (
             "doctor", "check this machine; exit code 1 on an error", _doctor,
@@ -452,7 +448,7 @@ def _download(parsed: argparse.Namespace) -> None:
     if parsed.tasks:
         from sft_recipes.tools import evaluate
 
-        evaluate.download(evaluate.Selection(parsed.tasks))
+        evaluate.download(parsed.tasks)
     elif not downloaded:
         log.info("nothing to download: model and data are local")
 
@@ -468,9 +464,9 @@ def _merge(parsed: argparse.Namespace) -> None:
 def _eval(parsed: argparse.Namespace) -> None:
     from sft_recipes.tools import evaluate
 
-    folder, arguments = run_dir.find(parsed.run), tuple(shlex.split(parsed.harness_args))
-    selection = evaluate.Selection(parsed.tasks, parsed.limit, parsed.include_path, arguments)
-    print(evaluate.to_text(evaluate.evaluate(folder, selection)), flush=True)
+    folder = run_dir.find(parsed.run)
+    comparison = evaluate.evaluate(folder, parsed.tasks or "default", parsed.limit, parsed.harness_args)
+    print(evaluate.to_text(comparison), flush=True)
     _report(parsed)
 
 

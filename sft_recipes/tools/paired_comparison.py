@@ -29,34 +29,23 @@ def compare(base: tuple[dict[str, Any], _Samples], trained: tuple[dict[str, Any]
     for task, values in after["results"].items():
         for key, value in values.items():
             metric, _, filter_name = key.partition(",")
-            reference = before["results"].get(task, {}).get(key)
-            if not filter_name or metric.endswith("_stderr") or not (_is_number(value) and _is_number(reference)):
+            if not filter_name or metric.endswith("_stderr"):
                 continue  # "alias", "sample_len"
-            scores = [
-                dict(_scores(samples, task, after.get("group_subtasks", {}), metric, filter_name))
-                for samples in (base_samples, trained_samples)
-            ]
-            items = sorted(scores[0].keys() & scores[1].keys())
-            p_value = paired_p_value([scores[1][item] - scores[0][item] for item in items]) if items else None
-            difference, higher_is_better = value - reference, _higher_is_better(after, task, metric)
-            stderr = f"{metric}_stderr,{filter_name}"
-            rows.append(
-                {
-                    "task": task,
-                    "metric": metric if filter_name == "none" else key,
-                    "higher_is_better": higher_is_better,
-                    "base": reference,
-                    "base_stderr": _number(before["results"][task].get(stderr)),
-                    "trained": value,
-                    "trained_stderr": _number(values.get(stderr)),
-                    "difference": difference,
-                    "p_value": p_value,
-                    "samples": len(items) or after.get("n-samples", {}).get(task, {}).get("effective"),
-                    "worse": p_value is not None
-                    and p_value < SIGNIFICANT
-                    and (difference < 0 if higher_is_better else difference > 0),
-                }
+            reference, stderr = before["results"][task], f"{metric}_stderr,{filter_name}"
+            which = task, after["group_subtasks"], metric, filter_name
+            first, second = dict(_scores(base_samples, *which)), dict(_scores(trained_samples, *which))
+            items = sorted(first.keys() & second.keys())
+            p_value = paired_p_value([second[item] - first[item] for item in items]) if items else None
+            higher_is_better = after["higher_is_better"].get(task, {}).get(metric) is not False
+            difference, name = value - reference[key], metric if filter_name == "none" else key
+            worse = (
+                p_value is not None and p_value < SIGNIFICANT and (-difference if higher_is_better else difference) > 0
             )
+            row = {"task": task, "metric": name, "higher_is_better": higher_is_better, "base": reference[key]}
+            row |= {"base_stderr": _stderr(reference[stderr]), "trained": value, "difference": difference}
+            row |= {"trained_stderr": _stderr(values[stderr]), "p_value": p_value, "worse": worse}
+            samples = len(items) or after["n-samples"].get(task, {}).get("effective")
+            rows.append(row | {"samples": samples})
     return rows
 
 
@@ -82,16 +71,15 @@ def paired_p_value(differences: Sequence[float]) -> float:
 
 def summarize(rows: Sequence[dict[str, Any]]) -> str:
     """Return one sentence: on which metrics the trained model is significantly worse."""
-    tested = [row for row in rows if row["p_value"] is not None]
-    worse = [
-        f"{row['task']} {row['metric']} {row['base']:.4g} -> {row['trained']:.4g} (p = {row['p_value']:.2g})"
-        for row in tested
-        if row["worse"]
-    ]
-    of_all = f"of {len(tested)} tested metrics (paired test per item, p < {SIGNIFICANT})"
-    if not worse:
-        return f"The trained model is not significantly worse than the base model on any {of_all}."
-    return f"The trained model is significantly WORSE than the base model on {len(worse)} {of_all}: {'; '.join(worse)}."
+    tested = sum(row["p_value"] is not None for row in rows)
+    worse = [f"{row['task']} {row['metric']} {row['difference']:+.4g}" for row in rows if row["worse"]]
+    verdict = (
+        f"significantly WORSE than the base model on {len(worse)}"
+        if worse
+        else "not significantly worse than the base model on any"
+    )
+    text = f"The trained model is {verdict} of {tested} tested metrics (paired test per item, p < {SIGNIFICANT})"
+    return f"{text}: {', '.join(worse)}." if worse else f"{text}."
 
 
 def _scores(
@@ -101,21 +89,10 @@ def _scores(
     for subtask in groups.get(task, []):
         yield from _scores(samples, subtask, groups, metric, filter_name)
     for sample in samples.get(task, []):
-        value = sample.get(metric)
-        if isinstance(value, list) and metric in _SUMMED:
-            value = sum(value)
-        if sample["filter"] == filter_name and _is_number(value):
+        value = sum(sample[metric]) if metric in _SUMMED else sample.get(metric)
+        if sample["filter"] == filter_name and isinstance(value, (int, float)):
             yield (task, sample["doc_id"]), float(value)
 
 
-def _higher_is_better(results: dict[str, Any], task: str, metric: str) -> bool:
-    """The harness has no direction for some metrics and groups; all of those that are better when lower have one."""
-    return results.get("higher_is_better", {}).get(task, {}).get(metric) is not False
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float))
-
-
-def _number(value: Any) -> float | None:
-    return value if _is_number(value) else None
+def _stderr(value: Any) -> float | None:
+    return value if isinstance(value, (int, float)) else None  # "N/A"

@@ -35,25 +35,24 @@ doc_to_choice: choices
 doc_to_target: label
 metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """
-# Symbols that no answer of the toy data set has, so training makes them less likely.
-NOISE = """output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{symbols}}"
-metric_list: [{metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}]
+# Training lowers the perplexity of right answers, so a task that rewards a high one has a significantly worse model.
+SURPRISE = """output_type: loglikelihood
+doc_to_text: "Which digit is largest here: {{digits}}"
+doc_to_target: "{{choices[label]}}"
+metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: true}]
 """
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    """A folder with a multiple-choice task and a perplexity task of twelve items each."""
+    """A folder with a multiple-choice and a perplexity task of twelve items each."""
     folder = tmp_path_factory.mktemp("tasks")
     rows = folder / "rows.jsonl"
     items = [
-        {"digits": f"{item}35", "choices": ["3", "5", "9"], "label": 1, "symbols": f"# % {'& @ ! ' * item}~ ^ *"}
-        for item in range(12)
+        {"digits": f"{first}{second}5", "choices": ["3", "5", "9"], "label": 1} for first in "1234" for second in "234"
     ]
     rows.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
-    for name, content in (("largest_digit", CHOICE), ("noise_perplexity", NOISE)):
+    for name, content in (("largest_digit", CHOICE), ("surprise", SURPRISE)):
         (folder / f"{name}.yaml").write_text(TASK.format(name=name, rows=rows) + content, encoding="utf-8")
     return folder
 
@@ -65,7 +64,7 @@ def adapted(shared_workplace, short_run, few_rows, tmp_path_factory):
     shutil.copytree(short_run / "final", base)
     template = base.parent / "template.jinja"
     (base / "chat_template.jinja").rename(template)
-    overrides = (f"model.chat_template={template}", f"data.train={few_rows}", "lora.r=4", "trainer.learning_rate=2e-2")
+    overrides = (f"model.chat_template={template}", f"data.train={few_rows}", "lora.r=4", "trainer.learning_rate=1e-2")
     run = shared_workplace.trained(
         *("tiny", "--name", "adapted-for-eval", f"--model={base}", "trainer.packing=false", *FEW_STEPS, *overrides)
     )
@@ -78,7 +77,7 @@ def evaluate(shared_workplace, tasks, tmp_path):
 
     def run(folder, *arguments, **variables):
         return shared_workplace.sft(
-            *("eval", str(folder), "--include-path", str(tasks), *arguments),
+            *("eval", str(folder), f"--harness-args=--include_path={tasks}", *arguments),
             **{"EVAL_VENV": str(ENVIRONMENT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), **variables},
         )
 
@@ -87,23 +86,24 @@ def evaluate(shared_workplace, tasks, tmp_path):
 
 @needs_harness
 def test_a_worse_model_is_named_in_output_file_and_report(short_run, evaluate):
-    done = evaluate(short_run, "--tasks", "largest_digit,noise_perplexity")
+    done = evaluate(short_run, "--tasks", "largest_digit,surprise")
     assert done.returncode == 0, done.stderr
-    comparison = json.loads((short_run / "eval" / "largest_digit-noise_perplexity.json").read_text())
+    comparison = json.loads((short_run / "eval" / "largest_digit-surprise.json").read_text())
     rows = {row["task"]: row for row in comparison["rows"]}
     assert {key: row["metric"] for key, row in rows.items()} == {
         "largest_digit": "acc",
-        "noise_perplexity": "word_perplexity",
+        "surprise": "perplexity",
     }
     for row in rows.values():
         assert row.keys() == ROW_KEYS and row["samples"] == 12 and 0 <= row["p_value"] <= 1
-    noise = rows["noise_perplexity"]
-    assert noise["worse"] and noise["trained"] > noise["base"] and noise["p_value"] < 0.05
-    assert f"noise_perplexity word_perplexity {noise['base']:.4g} -> {noise['trained']:.4g}" in comparison["summary"]
-    assert "significantly WORSE" in comparison["summary"] and comparison["summary"] in done.stdout
+    surprise = rows["surprise"]
+    assert surprise["worse"] and surprise["trained"] < surprise["base"] and surprise["p_value"] < 0.05
+    assert "significantly WORSE than the base model on 1 of 2 tested metrics" in comparison["summary"]
+    assert f"surprise perplexity {surprise['difference']:+.4g}" in comparison["summary"]
+    assert comparison["summary"] in done.stdout
     report = (short_run / "report.html").read_text()
-    assert "significantly WORSE" in report and "noise_perplexity" in report
-    assert comparison["base"]["chat_template"] and "random weights" in done.stdout  # from scratch
+    assert "significantly WORSE" in report and "surprise" in report
+    assert comparison["base"]["chat_template"] and "random weights" in comparison["base"]["model"]
     assert comparison["backend"] == "hf" and comparison["versions"]["lm_eval"]
 
 
@@ -114,11 +114,11 @@ def test_adapters_are_scored_on_their_base_with_the_template_of_training(adapted
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     run, base = adapted
-    done = evaluate(run, "--tasks", "largest_digit", "--limit", "3", "--harness-args=--num_fewshot 0")
+    done = evaluate(run, "--tasks", "largest_digit", "--limit", "3")
     assert done.returncode == 0, done.stderr
     comparison = json.loads((run / "eval" / "largest_digit-limit-3.json").read_text())
     assert not comparison["base"]["chat_template"] and comparison["trained"]["chat_template"]
-    assert "The base model has no chat template" in done.stdout and "first 3 items" in done.stdout
+    assert "The base model has no chat template" in done.stdout
 
     tokenizer = AutoTokenizer.from_pretrained(run / "final")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "final").eval()
@@ -137,10 +137,10 @@ def test_adapters_are_scored_on_their_base_with_the_template_of_training(adapted
 
 @needs_harness
 def test_an_unknown_task_lists_similar_ones(short_run, evaluate):
-    done = evaluate(short_run, "--tasks", "largest_digits")
+    done = evaluate(short_run, "--tasks", "hellaswagg")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     error = done.stderr.splitlines()[-1]
-    assert error.startswith("error: TASKS: the harness has no largest_digits. Similar: largest_digit")
+    assert error.startswith("error: TASKS: the harness has no hellaswagg. Similar: ") and " hellaswag," in error
 
 
 @needs_harness

@@ -70,7 +70,7 @@ def test_a_significantly_lower_accuracy_is_worse():
     }
     assert summarize([row]) == (
         "The trained model is significantly WORSE than the base model on 1 of 1 tested metrics (paired test per item, "
-        "p < 0.05): quiz acc 0.6 -> 0 (p = 0.00049)."
+        "p < 0.05): quiz acc -0.6."
     )
 
 
@@ -100,8 +100,7 @@ def test_a_metric_without_scores_per_item_is_not_tested():
     pairs = [["a reference", "an answer"]] * 5
     (row,) = compare(harness(pairs, metric="bleu", value=30.0), harness(pairs, metric="bleu", value=3.0))
     assert row["p_value"] is None and not row["worse"] and row["samples"] == 5
-    comparison = {"rows": [row], "notes": ["A note."], "summary": summarize([row])}
-    assert "not tested" in to_text(comparison).splitlines()[1] and "A note." in to_text(comparison)
+    assert "not tested" in to_text({"rows": [row], "summary": summarize([row])}).splitlines()[1]
 
 
 def test_each_filter_is_compared_with_its_own_scores():
