@@ -38,12 +38,11 @@ def compare(base: tuple[dict[str, Any], _Samples], trained: tuple[dict[str, Any]
             p_value = paired_p_value([second[item] - first[item] for item in items]) if items else None
             higher_is_better = after["higher_is_better"].get(task, {}).get(metric) is not False
             difference, name = value - reference[key], metric if filter_name == "none" else key
-            worse = (
-                p_value is not None and p_value < SIGNIFICANT and (-difference if higher_is_better else difference) > 0
-            )
+            loss = -difference if higher_is_better else difference
+            worse = p_value is not None and p_value < SIGNIFICANT and loss > 0
             row = {"task": task, "metric": name, "higher_is_better": higher_is_better, "base": reference[key]}
-            row |= {"base_stderr": _stderr(reference[stderr]), "trained": value, "difference": difference}
-            row |= {"trained_stderr": _stderr(values[stderr]), "p_value": p_value, "worse": worse}
+            row |= {"base_stderr": _stderr(reference.get(stderr)), "trained": value, "difference": difference}
+            row |= {"trained_stderr": _stderr(values.get(stderr)), "p_value": p_value, "worse": worse}
             samples = len(items) or after["n-samples"].get(task, {}).get("effective")
             rows.append(row | {"samples": samples})
     return rows
