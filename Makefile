@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-VARIABLES := RECIPE MODEL METHOD GPUS NODES PROCESSES DEVICES DATA VALIDATION NAME RESUME ALLOW_CHANGE STRICT_VERSIONS LR SWEEP SEEDS FRACTION KEEP SLURM GPU_TYPE RUN ROWS PLOT WITH PORT PROMPT REPO LICENSE MERGED PUBLIC CARD_ONLY DRY_RUN SANITY INIT_FROM OVERFIT REPORT_TO GPU_HOUR_PRICE ARGS RUNTIME IMAGE VARIANT MOUNTS CONTAINER_ARGS BUILD_ARGS WHEEL
+VARIABLES := RECIPE MODEL METHOD GPUS NODES PROCESSES DEVICES DATA VALIDATION NAME RESUME ALLOW_CHANGE STRICT_VERSIONS LR SWEEP SEEDS FRACTION KEEP SLURM GPU_TYPE RUN ROWS PLOT WITH PORT PROMPT REPO LICENSE MERGED PUBLIC CARD_ONLY DRY_RUN SANITY INIT_FROM OVERFIT REPORT_TO GPU_HOUR_PRICE TASKS LIMIT EVAL_VENV ARGS RUNTIME IMAGE VARIANT MOUNTS CONTAINER_ARGS BUILD_ARGS WHEEL
 ifndef MODEL
 RECIPE ?= tiny
 endif
@@ -32,7 +32,7 @@ CHOSEN = $${RECIPE:+"$$RECIPE"} $${MODEL:+"--model=$$MODEL"} $${METHOD:+--method
 TRAINING = $(HARDWARE) $${INIT_FROM:+--init-from "$$INIT_FROM"} $${OVERFIT:+--overfit}
 OVERRIDES = $${DATA:+"data.train=$$DATA"} $${VALIDATION:+"data.validation=$$VALIDATION"} $${ARGS:-}
 
-.PHONY: help setup flash-attn image smoke doctor recipes recipe plan schedules inspect download sanity train sweep verify-resume diagnose report status slurm tensorboard generate merge publish serve check-serving test test-unit test-fake-gpus test-strategies test-container test-slurm test-serve test-cuda-build chaos bench test-latest docs lint lock
+.PHONY: help setup flash-attn image smoke doctor recipes recipe plan schedules inspect download sanity train sweep verify-resume diagnose report status slurm tensorboard generate merge eval setup-eval publish serve check-serving test test-unit test-fake-gpus test-strategies test-container test-slurm test-serve test-eval test-tutorial test-cuda-build chaos bench test-latest docs lint lock
 
 help: ## print this list
 	@echo 'Usage: make TARGET [VARIABLE=value ...], for example: make train RECIPE=8b GPUS=8'
@@ -66,6 +66,8 @@ help: ## print this list
 		'OVERFIT=1        smoke test: train on eight rows until the loss approaches zero, else fail' \
 		'REPORT_TO        trackers: tensorboard (default), wandb, mlflow, ..., none' \
 		'GPU_HOUR_PRICE   price of one GPU hour, to forecast cost' \
+		'TASKS LIMIT      for eval: tasks of lm-evaluation-harness (default: default); items per task' \
+		'EVAL_VENV        for eval: environment of the harness, such as one with vLLM (default: .venv-eval)' \
 		'PROMPT           prompt for generate (default: standard input, one per line)' \
 		'REPO             for publish: repository on the Hub, OWNER/NAME; PUBLIC=1 makes it public' \
 		'LICENSE          for publish: license of a model whose base model has no known one' \
@@ -112,8 +114,9 @@ schedules: ## table and plot of learning-rate schedules: RECIPE GPUS RUN PLOT WI
 inspect: ## show tokens and loss mask of rows: RECIPE DATA ROWS (ARGS=--json)
 	@$(SFT) inspect $(CHOSEN) $(TRAINING) $${ROWS:+--rows "$$ROWS"} $(OVERRIDES)
 
-download: ## download model, tokenizer and data for offline runs: RECIPE DATA VALIDATION
-	@$(SFT) download $(CHOSEN) $(OVERRIDES)
+download: ## download model, tokenizer and data for offline runs: RECIPE DATA VALIDATION TASKS
+	@[ -z "$${TASKS:-}" ] || { $(HARNESS); export RUNTIME=local; }; \
+		$(SFT) download $(CHOSEN) $${TASKS:+--tasks "$$TASKS"} $(OVERRIDES)
 
 sanity: ## run the sanity check, which train also runs: RECIPE GPUS DEVICES DATA
 	@$(SFT) sanity $(CHOSEN) $(TRAINING) $(OVERRIDES)
@@ -167,6 +170,18 @@ check-serving: setup ## compare tokens and completions of a server with those of
 	@$(SERVE_PACKAGES)
 	@export RUNTIME=local; $(SFT) check-serving "$${RUN:?RUN is missing: the name of a run, such as tiny-1}"
 
+# EVAL_VENV is the user's own; .venv-eval is created.
+HARNESS = [ -n "$${EVAL_VENV:-}" ] || $(MAKE) --no-print-directory setup-eval
+
+eval: ## compare a run's model with its base on tasks of lm-evaluation-harness: RUN TASKS LIMIT
+	@export RUNTIME=local; $(HARNESS); $(SFT) eval "$${RUN:?RUN is missing: the name of a run, such as tiny-1}" \
+		$${TASKS:+--tasks "$$TASKS"} $${LIMIT:+--limit "$$LIMIT"} $${ARGS:-}
+
+setup-eval: ## create the environment of eval and of download TASKS=… (.venv-eval)
+	@requirements/install.sh .venv-eval
+	@cmp -s requirements/eval.txt .venv-eval/eval.txt || { .venv-eval/bin/python -m pip install --quiet --no-deps \
+		--no-build-isolation --require-hashes -r requirements/eval.txt; cp requirements/eval.txt .venv-eval; }
+
 # One test file per core and one thread per run: runs that share the threads of their cores slow each other manyfold.
 # MAX_JOBS: compiling DeepSpeed's operators takes 1.5 GB per job, and the other core runs tests.
 # tests/conftest.py sorts the files, which xdist would do by their number of tests.
@@ -178,6 +193,10 @@ test: setup ## unit and integration tests on the CPU (under nine minutes)
 
 test-unit: setup ## unit tests only (under two minutes)
 	@$(PYTEST) tests/unit $${ARGS:-}
+
+test-eval: setup ## evaluation with the real harness, offline, in .venv-eval
+	@$(HARNESS)
+	@$(PYTEST) tests/integration/test_eval.py
 
 # nvidia-smi is the fake one in tests/helpers/fake_gpus; FAKE_… variables describe its GPUs.
 test-fake-gpus: setup ## tests that query GPUs, with a fake nvidia-smi: FAKE_GPUS FAKE_GPU_NAME
@@ -195,6 +214,11 @@ test-slurm: setup ## run the jobs on a real Slurm cluster on this machine (10 mi
 test-serve: setup ## serve a run with transformers serve on the CPU and compare it
 	@$(SERVE_PACKAGES)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/integration/test_serving.py
+
+test-tutorial: setup ## every command of docs/tutorial.md, in order
+	@$(SERVE_PACKAGES)
+	@$(HARNESS)
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/tutorial
 
 test-cuda-build: ## compile the CUDA code without a GPU, in .venv-cuda (30 minutes, 7 GB)
 	@TORCH=cuda requirements/install.sh .venv-cuda

@@ -40,3 +40,11 @@ uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-
     --default-index https://pypi.org/simple "$@" --output-file docs.txt docs.in # for `make docs`
 uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-deps \
     --default-index https://pypi.org/simple "$@" --output-file serve.txt serve.in # for `make serve`
+
+# For `make eval`: the packages that common.txt and cuda.txt lack.
+uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --generate-hashes --no-header \
+    --default-index https://pypi.org/simple "$@" --constraint common.txt --constraint cuda.txt --output-file "$all" eval.in
+{
+    echo "# Written by requirements/lock.sh from eval.in. Do not edit."
+    awk 'FILENAME != ARGV[3] { locked[$0]; next } /^[a-z0-9]/ { keep = !($0 in locked) } keep' common.txt cuda.txt "$all"
+} > eval.txt

@@ -10,6 +10,7 @@ import functools
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -98,6 +99,7 @@ def _gpu_counts(text: str) -> int | list[int]:
 
 _RUN = _argument("run", "name or directory of a run")
 _JSON = _flag("--json", "print JSON")
+_TASKS = _argument("--tasks", "tasks of lm-evaluation-harness; for eval `default` if not given", metavar="TASK,…")
 _RECIPE = (
     _argument("recipe", "name of a recipe (`recipes` lists them); not needed with --model", nargs="?"),
     _argument("overrides", "a recipe key and its value: trainer.learning_rate=1.0e-5", nargs="*", metavar="key=value"),
@@ -141,7 +143,7 @@ def commands() -> list[tuple[Any, ...]]:
             _integer("--rows", 1, "rows to show (default: 3; all with --json)", metavar="N"),
             _flag("--json", "print one JSON object per row; the report goes to standard error"),
         ),
-        ("download", "download model, tokenizer and data of a recipe", _download, *_RECIPE),
+        ("download", "download model, tokenizer and data of a recipe, tasks of `eval`", _download, *_RECIPE, _TASKS),
         ("sanity", "run the sanity check of a plan and cache its result", _sanity, *_TRAINING),
         (
             "train", "start a run, or resume an unfinished one of the same plan", _train, *_TRAINING,
@@ -191,6 +193,11 @@ def commands() -> list[tuple[Any, ...]]:
             _argument("--server-arguments", "more arguments of the server", default="", metavar="TEXT"),
         ),
         ("check-serving", "compare tokens and completions of a server with those of the run", _check_serving, _RUN),
+        (
+            "eval", "compare a run's trained and base model by lm-evaluation-harness", _eval, _RUN, _TASKS,
+            _integer("--limit", 1, "items per task, for a trial", metavar="N"),
+            _argument("--harness-args", "more arguments of `lm_eval run`", type=shlex.split, default=[], metavar="'…'"),
+        ),
         (
             "doctor", "check this machine; exit code 1 on an error", _doctor,
             _integer("--gpus", 0, "GPUs that a run would use", metavar="N"),
@@ -498,7 +505,11 @@ def _download(parsed: argparse.Namespace) -> None:
     downloaded = download.download(_recipe(parsed))
     for name, folder in downloaded:
         log.info(f"{name}: {folder}")
-    if not downloaded:
+    if parsed.tasks:
+        from sft_recipes.tools import evaluate
+
+        evaluate.download(parsed.tasks)
+    elif not downloaded:
         log.info("nothing to download: model and data are local")
 
 
@@ -537,6 +548,15 @@ def _check_serving(parsed: argparse.Namespace) -> int:
     from sft_recipes.tools import check_serving
 
     return check_serving.main(run_dir.find(parsed.run))
+
+
+def _eval(parsed: argparse.Namespace) -> None:
+    from sft_recipes.tools import evaluate
+
+    folder = run_dir.find(parsed.run)
+    comparison = evaluate.evaluate(folder, parsed.tasks or "default", parsed.limit, parsed.harness_args)
+    print(evaluate.to_text(comparison), flush=True)
+    _report(parsed)
 
 
 def _verify_resume(parsed: argparse.Namespace) -> int:

@@ -56,6 +56,7 @@ class RunDir:
     final = Entry("final", "The best model.")
     last = Entry("last", "The model after the last step.")
     merged = Entry("merged", "The best adapters merged into their base model, written by `merge`.")
+    evaluation = Entry("eval", "Comparisons of base and trained model by `eval`: TASKS.json, and results in TASKS/.")
     generations = Entry("generations.json", "Generations for held-out prompts before and after training.")
     prepared = Entry("prepared.json", "Location and counts of the prepared data.")
     configuration = Entry("sft_config.json", "The resolved trl.SFTConfig, every field.")

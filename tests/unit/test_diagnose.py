@@ -299,7 +299,7 @@ def test_run_without_log_lines_is_rejected(tmp_path):
         (memorizing, "8b", "trainer.weight_decay=0.05 allow_out_of_range=[weight_decay]"),
         (memorizing, "1b", "trainer.weight_decay=0.05, was 0.01"),
         (forgetting, "8b", "trainer.learning_rate=1.0e-5, was 2.0e-5"),
-        (slow_data_loader, "8b", "trainer.dataloader_num_workers=4, was 0"),
+        (slow_data_loader, "8b", "trainer.dataloader_num_workers=4, was 2"),
         (out_of_memory, "8b", "uses less memory: `parallelism=zero3`"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import json
 import re
 from html.parser import HTMLParser
 
@@ -111,6 +112,23 @@ def test_page_escapes_data(tmp_path):
     assert "script" not in shown.tags and "b" in shown.tags
     assert shown.text.count("<script>alert('1')</script>\\x1b[2J\\x00") >= 4
     assert "\x1b" not in source and "\x00" not in source
+
+
+def test_page_has_a_table_of_each_evaluation(tmp_path):
+    run = Simulated("8b").write(tmp_path)
+    assert not any(text.startswith("Evaluation") for text in Page(render(run)).texts)
+    row = {"task": "quiz", "metric": "acc", "samples": 40, "base": 0.75, "base_stderr": 0.05, "trained": 0.5}
+    row |= {"trained_stderr": None, "difference": -0.25, "p_value": 0.0041, "worse": True}
+    untested = row | {"metric": "bleu", "p_value": None, "worse": False}
+    comparison = {"tasks": ["quiz"], "rows": [row, untested], "limit": 40, "summary": "Worse on quiz."}
+    comparison |= {"base": {"model": "some/<model>"}, "versions": {"lm_eval": "0.4"}, "backend": "hf", "date": "today"}
+    run.folder.evaluation.mkdir()
+    (run.folder.evaluation / "quiz.json").write_text(json.dumps(comparison))
+    shown = Page(render(run))
+    assert "Evaluation: quiz" in shown.texts and "Worse on quiz." in shown.texts
+    for cell in ("base: some/<model>", "0.7500 ± 0.0500", "0.5000", "-0.2500 worse", "0.0041", "not tested"):
+        assert cell in shown.texts
+    assert ("class", "finding error") in shown.attributes and "Only the first 40 items" in shown.text
 
 
 def test_page_names_the_paths_of_sources_with_settings(tmp_path):

@@ -225,7 +225,7 @@ def test_sft_config_gets_every_allowed_field(tmp_path):
         for name in (key.removeprefix("trainer.") for key in schema.key_types())
         if name in defaults and name not in TABLE_KEYS and isinstance(defaults[name], bool | int | float | str)
     }
-    assert len(allowed) >= 40
+    assert len(allowed) >= 39
     plan = plans.resolve(loader.load("tiny"), Topology(gpus=0, processes=1))
     plan.sections.trainer.update({**allowed, "gradient_checkpointing": True})
     arguments = sft_config.make_sft_config(plan, RunDir(tmp_path))

@@ -1,0 +1,200 @@
+"""Evaluate the base and the trained model of a run with the lm-evaluation-harness, and compare them.
+
+The harness runs as a subprocess in its own environment (`make setup-eval`), once per model. SELECTION is the tasks and
+the limit, such as `default` or `gsm8k-limit-100`. `runs/NAME/eval/SELECTION/base/` and `…/trained/` have the results,
+samples and log of the harness, `runs/NAME/eval/SELECTION.json` the comparison:
+
+    run, date       name of the run; ISO 8601
+    tasks, limit    list of names as given; items per task, null for all
+    backend         "vllm" or "hf" (transformers)
+    versions        lm_eval, transformers
+    base, trained   {"model": name, "chat_template": whether it was applied, "command": of the harness, as a list}
+    summary         where the trained model is significantly worse; whether the base model has no chat template
+    rows            one object per task and metric: task, metric (with its filter where it has one:
+                    "exact_match,strict-match"), higher_is_better, base, base_stderr, trained, trained_stderr,
+                    difference (trained - base), p_value (two-sided, paired; null without a score per item),
+                    samples (items), worse (boolean: significantly)
+"""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import glob
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sft_recipes.planner import plan as plans
+from sft_recipes.planner.plan import Plan
+from sft_recipes.planner.render import format_table
+from sft_recipes.runtime.errors import SetupError
+from sft_recipes.runtime.paths import REPOSITORY, absolute
+from sft_recipes.runtime.run_dir import RunDir, read_json, runs_root, write_json
+from sft_recipes.tools import paired_comparison
+from sft_recipes.training import lora
+from sft_recipes.training.library_logging import silence_libraries
+
+log = logging.getLogger(__name__)
+
+# Following instructions and arithmetic in words (generated answers), knowledge and language (multiple choice): what
+# fine-tuning is for, and what it may damage.
+TASK_SETS = {"default": ("ifeval", "gsm8k", "arc_challenge", "hellaswag")}
+_NO_TEMPLATE = " The base model has no chat template: it was evaluated without, the trained model with one."
+
+
+def download(tasks: str) -> None:
+    """Download data, metric modules and nltk data of tasks: the harness scores one item of each, without a model.
+
+    Raises:
+        SetupError: a task is unknown or not downloadable.
+    """
+    log_file = runs_root() / ".eval" / "download.txt"
+    log.info("downloading the tasks %s (log: %s)", tasks, log_file)
+    _run(_command("dummy", {}, tasks, 1), log_file)
+
+
+def evaluate(folder: RunDir, tasks: str, limit: int | None, arguments: Sequence[str]) -> dict[str, Any]:
+    """Evaluate both models and return the comparison, which is written to the run's `eval/`.
+
+    Args:
+        tasks: tasks, groups or tags of the harness, `default`, or .yaml files of tasks, separated by commas.
+        limit: items per task; None for all.
+        arguments: more arguments of `lm_eval run`.
+
+    Raises:
+        UserError: the run is unfinished, its base model does not exist, a task is unknown, or the harness fails.
+    """
+    python = _harness_python()
+    if folder.state() != "finished" or not any(folder.final.glob("*config.json")):
+        raise SetupError(f"RUN: {folder.path} is not finished ({folder.state()}). Run `make train` to resume it")
+    silence_libraries()
+    import torch
+    from transformers import AutoTokenizer
+
+    plan, gpus = plans.read(folder.plan), torch.cuda.device_count()
+    base, trusted = str(lora.find_base_folder(plan, folder).resolve()), plan.sections.model.trust_remote_code
+    has_template = AutoTokenizer.from_pretrained(base, trust_remote_code=trusted).chat_template is not None
+    shared: dict[str, Any] = {"dtype": "auto", "trust_remote_code": trusted}
+    if any(python.parents[1].glob("lib/python*/site-packages/vllm")):
+        backend, options = "vllm", ["--batch_size", "auto"]
+        shared["tensor_parallel_size"] = max(gpus, 1)
+    else:
+        backend, options = "hf", ["--batch_size", "auto" if gpus else "8", "--device", "cuda" if gpus else "cpu"]
+        shared["parallelize"] = gpus > 1
+    selection = re.sub("[^A-Za-z0-9._-]+", "-", tasks).strip("-.")[:100] + (f"-limit-{limit}" if limit else "")
+    name = "the untrained model (from scratch, random weights)" if plan.sections.model.from_scratch else plan.model
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    comparison = {"run": folder.name, "date": date, "tasks": tasks.split(","), "limit": limit, "backend": backend}
+    place, compared = folder.evaluation / selection, []
+    models = [("base", name, has_template, {"pretrained": base})]
+    models += [("trained", folder.name, True, _trained_model(plan, folder, base, backend))]
+    for side, model, template, own in models:
+        output = place / side
+        shutil.rmtree(output, ignore_errors=True)
+        more = [*options, "--log_samples", "--output_path", str(output / "harness.json"), *arguments]
+        command = _command(backend, own | shared, tasks, limit, *more, *["--apply_chat_template"] * template)
+        log.info("evaluating the %s model: %s (log: %s)", side, model, output / "log.txt")
+        _run(command, output / "log.txt")
+        compared.append(_read(output))
+        comparison[side] = {"model": model, "chat_template": template, "command": command}
+    rows, results = paired_comparison.compare(*compared), compared[-1][0]
+    summary = paired_comparison.summarize(rows) + ("" if has_template else _NO_TEMPLATE)
+    versions = {name: results[f"{name}_version"] for name in ("lm_eval", "transformers")}
+    comparison |= {"versions": versions, "summary": summary, "rows": rows}
+    write_json(place.with_name(f"{selection}.json"), comparison)
+    return comparison
+
+
+def to_text(comparison: dict[str, Any]) -> str:
+    """Return a comparison as a table, followed by its summary."""
+    table = [["task", "metric", "items", "base", "stderr", "trained", "stderr", "difference", "p", ""]]
+    for row in comparison["rows"]:
+        numbers = (row[key] for key in ("base", "base_stderr", "trained", "trained_stderr"))
+        scores = ["" if number is None else f"{number:.4f}" for number in numbers]
+        p_value = "not tested" if row["p_value"] is None else f"{row['p_value']:.2g}"
+        line = [row["task"], row["metric"], str(row["samples"]), *scores, f"{row['difference']:+.4f}", p_value]
+        table.append([*line, "WORSE" if row["worse"] else ""])
+    return "\n".join([format_table(table), comparison["summary"]])
+
+
+def _harness_python() -> Path:
+    """Return the Python of the harness's environment: that of EVAL_VENV, else of `.venv-eval`.
+
+    Raises:
+        SetupError: it does not exist.
+    """
+    python = absolute(os.environ.get("EVAL_VENV") or str(REPOSITORY / ".venv-eval")) / "bin" / "python"
+    if not python.is_file():
+        raise SetupError(f"EVAL_VENV: found no {python}, the harness's environment. Create it: make setup-eval")
+    return python
+
+
+def _trained_model(plan: Plan, folder: RunDir, base: str, backend: str) -> dict[str, Any]:
+    """Return the harness's arguments for the trained model: adapters on their base model, where there are any.
+
+    Raises:
+        SetupError: 4-bit adapters that are not merged; the harness cannot quantize with transformers 5.
+    """
+    if plan.method == "qlora" and not folder.merged.is_dir():
+        raise SetupError(f"RUN: QLoRA adapters are evaluated merged. Run make merge RUN={folder.name} first")
+    final = str((folder.merged if plan.method == "qlora" else folder.final).resolve())
+    if plan.method != "lora":
+        return {"pretrained": final}
+    rank = read_json(folder.final / "adapter_config.json").get("r")
+    adapters = {"peft": final} if backend == "hf" else {"lora_local_path": final, "max_lora_rank": rank}
+    return {"pretrained": base, "tokenizer": final, **adapters}
+
+
+def _command(model: str, model_args: dict[str, Any], tasks: str, limit: int | None, *options: str) -> list[str]:
+    """Return the harness's command for one of its model classes (hf, vllm, dummy) and the arguments of that class."""
+    names = [task for name in tasks.split(",") for task in TASK_SETS.get(name, (name,))]
+    more = ["--model_args", json.dumps(model_args), *(["--limit", str(limit)] if limit else []), *options]
+    return [str(_harness_python()), "-m", "lm_eval", "run", "--model", model, "--tasks", ",".join(names), *more]
+
+
+def _run(command: list[str], log_file: Path) -> None:
+    """Run the harness with its output in a file.
+
+    Raises:
+        SetupError: it failed; for an unknown task with similar names.
+    """
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    # datasets follows HF_HUB_OFFLINE, evaluate does not
+    variables = {"HF_EVALUATE_OFFLINE": os.environ.get("HF_HUB_OFFLINE", ""), **os.environ}
+    with log_file.open("w", encoding="utf-8") as output:
+        done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=variables, check=False)
+    if done.returncode == 0:
+        return
+    last = log_file.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
+    unknown = re.search("Tasks not found: (.*)", last)
+    if not unknown:
+        raise SetupError(f"eval: the harness exited with code {done.returncode}: {last[:200]}. Read {log_file}")
+    listing = [*command[:3], "ls", "tasks"]
+    table = subprocess.run(listing, capture_output=True, text=True, check=False).stdout
+    names = [*TASK_SETS, *re.findall(r"^\|\s*([^\s|:]+)\s*\|", table, re.MULTILINE)]
+    similar = {name for task in unknown[1].split(", ") for name in difflib.get_close_matches(task, names)}
+    hint = f"Similar: {', '.join(sorted(similar)) or 'none'}. List all: {' '.join(listing)}"
+    raise SetupError(f"TASKS: the harness has no {unknown[1]}. {hint}")
+
+
+def _read(output: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """Return the results that the harness wrote to a folder, and the samples of each task.
+
+    Raises:
+        SetupError: it wrote none: it only warns where it cannot.
+    """
+    results = next((read_json(path) for path in output.glob("harness_*.json")), {})
+    if not results:
+        raise SetupError(f"eval: the harness wrote no results to {output}. Read {output / 'log.txt'}")
+    samples = {}
+    for task in results["configs"]:
+        (path,) = output.glob(f"samples_{glob.escape(task)}_20*.jsonl")
+        samples[task] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return results, samples

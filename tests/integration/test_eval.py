@@ -1,0 +1,173 @@
+"""`eval`: base and trained model on local tasks by the real lm-evaluation-harness, without a network, and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.cli_errors import check_refused
+from helpers.workplace import FEW_STEPS, REPOSITORY
+
+# The variable names another environment of the harness; both are absolute, since the commands run elsewhere.
+ENVIRONMENT = Path(os.environ.get("EVAL_VENV") or REPOSITORY / ".venv-eval").absolute()
+needs_harness = pytest.mark.skipif(
+    not (ENVIRONMENT / "bin" / "python").is_file(), reason=f"no harness in {ENVIRONMENT}: run make setup-eval"
+)
+
+ROW_KEYS = {
+    *("task", "metric", "higher_is_better", "base", "base_stderr", "trained", "trained_stderr"),
+    *("difference", "p_value", "samples", "worse"),
+}
+TASK = """task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+test_split: test
+target_delimiter: ""
+"""
+CHOICE = """output_type: multiple_choice
+doc_to_text: "Which digit is largest here: {{digits}}"
+doc_to_choice: choices
+doc_to_target: label
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+# Training lowers the perplexity of right answers, so a task that rewards a high one has a significantly worse model.
+SURPRISE = """output_type: loglikelihood
+doc_to_text: "Which digit is largest here: {{digits}}"
+doc_to_target: "{{choices[label]}}"
+metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: true}]
+"""
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """A folder with a multiple-choice and a perplexity task of twelve items each."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = folder / "rows.jsonl"
+    items = [
+        {"digits": f"{first}{second}5", "choices": ["3", "5", "9"], "label": 1} for first in "1234" for second in "234"
+    ]
+    rows.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+    for name, content in (("largest_digit", CHOICE), ("surprise", SURPRISE)):
+        (folder / f"{name}.yaml").write_text(TASK.format(name=name, rows=rows) + content, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapted(shared_workplace, short_run, few_rows, tmp_path_factory):
+    """A LoRA run on a model that has no chat template; the run's template is the one of the model it is a copy of."""
+    base = tmp_path_factory.mktemp("models") / "base"
+    shutil.copytree(short_run / "final", base)
+    template = base.parent / "template.jinja"
+    (base / "chat_template.jinja").rename(template)
+    overrides = (f"model.chat_template={template}", f"data.train={few_rows}", "lora.r=4", "trainer.learning_rate=1e-2")
+    run = shared_workplace.trained(
+        *("tiny", "--name", "adapted-for-eval", f"--model={base}", "trainer.packing=false", *FEW_STEPS, *overrides)
+    )
+    return run, base
+
+
+@pytest.fixture
+def evaluate(shared_workplace, tasks, tmp_path):
+    """Function that runs `eval` offline, with an empty cache of the Hub."""
+
+    def run(folder, *arguments, **variables):
+        return shared_workplace.sft(
+            *("eval", str(folder), f"--harness-args=--include_path={tasks}", *arguments),
+            **{"EVAL_VENV": str(ENVIRONMENT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), **variables},
+        )
+
+    return run
+
+
+@needs_harness
+def test_a_worse_model_is_named_in_output_file_and_report(short_run, evaluate):
+    done = evaluate(short_run, "--tasks", "largest_digit,surprise")
+    assert done.returncode == 0, done.stderr
+    comparison = json.loads((short_run / "eval" / "largest_digit-surprise.json").read_text())
+    rows = {row["task"]: row for row in comparison["rows"]}
+    assert {key: row["metric"] for key, row in rows.items()} == {
+        "largest_digit": "acc",
+        "surprise": "perplexity",
+    }
+    for row in rows.values():
+        assert row.keys() == ROW_KEYS and row["samples"] == 12 and 0 <= row["p_value"] <= 1
+    surprise = rows["surprise"]
+    assert surprise["worse"] and surprise["trained"] < surprise["base"] and surprise["p_value"] < 0.05
+    assert "significantly WORSE than the base model on 1 of 2 tested metrics" in comparison["summary"]
+    assert f"surprise perplexity {surprise['difference']:+.4g}" in comparison["summary"]
+    assert comparison["summary"] in done.stdout
+    report = (short_run / "report.html").read_text()
+    assert "significantly WORSE" in report and "surprise" in report
+    assert comparison["base"]["chat_template"] and "random weights" in comparison["base"]["model"]
+    assert comparison["backend"] == "hf" and comparison["versions"]["lm_eval"]
+
+
+@needs_harness
+def test_adapters_are_scored_on_their_base_with_the_template_of_training(adapted, evaluate):
+    """The harness's log-likelihoods are those of transformers and peft, for the prompt of training."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run, base = adapted
+    done = evaluate(run, "--tasks", "largest_digit", "--limit", "3")
+    assert done.returncode == 0, done.stderr
+    comparison = json.loads((run / "eval" / "largest_digit-limit-3.json").read_text())
+    assert not comparison["base"]["chat_template"] and comparison["trained"]["chat_template"]
+    assert "The base model has no chat template" in done.stdout
+
+    tokenizer = AutoTokenizer.from_pretrained(run / "final")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "final").eval()
+    (samples,) = (run / "eval" / "largest_digit-limit-3" / "trained").glob("samples_*.jsonl")
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert len(lines) == 3
+    for sample in lines:
+        message = {"role": "user", "content": f"Which digit is largest here: {sample['doc']['digits']}"}
+        prompt = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+        for choice, response in zip(sample["doc"]["choices"], sample["resps"], strict=True):
+            ids = tokenizer(prompt + choice, add_special_tokens=False, return_tensors="pt").input_ids
+            with torch.no_grad():
+                expected = model(ids).logits[0, -2].log_softmax(-1)[ids[0, -1]].item()
+            assert float(response[0][0]) == pytest.approx(expected, abs=1e-3)
+
+
+@needs_harness
+def test_an_unknown_task_lists_similar_ones(short_run, evaluate):
+    done = evaluate(short_run, "--tasks", "hellaswagg")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("error: TASKS: the harness has no hellaswagg. Similar: ") and " hellaswag," in error
+
+
+@needs_harness
+def test_download_prepares_a_task_without_a_model(workplace, tasks, tmp_path):
+    variables = {"EVAL_VENV": str(ENVIRONMENT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = workplace.sft("download", "tiny", "--tasks", str(tasks / "largest_digit.yaml"), **variables)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "datasets").rglob("*.arrow"))
+
+
+def test_an_unfinished_run_is_refused(short_run, tmp_path, in_process):
+    run = tmp_path / "unfinished"
+    shutil.copytree(short_run, run)
+    content = json.loads((run / "manifest.json").read_text()) | {"state": "stopped"}
+    (run / "manifest.json").write_text(json.dumps(content))
+    check_refused(in_process("eval", str(run), EVAL_VENV=sys.prefix), r"RUN: .*unfinished is not finished \(stopped\)")
+
+
+def test_a_missing_environment_is_refused_with_its_command(short_run, in_process):
+    done = in_process("eval", str(short_run), EVAL_VENV="/nowhere")
+    check_refused(done, r"EVAL_VENV: found no /nowhere/bin/python.*make setup-eval")
+
+
+def test_adapters_without_their_base_are_refused(adapted, tmp_path, in_process):
+    run, base = adapted
+    copy = tmp_path / "orphan"
+    shutil.copytree(run, copy)
+    for name in ("plan.json", "prepared.json"):
+        (copy / name).write_text((copy / name).read_text().replace(str(base), str(tmp_path / "gone")))
+    check_refused(in_process("eval", str(copy), EVAL_VENV=sys.prefix), "gone")
