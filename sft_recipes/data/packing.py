@@ -14,7 +14,7 @@ import pyarrow
 
 from sft_recipes.data.rows import Rows, ends_of
 
-_TOKENS_PER_BATCH = 2**21  # written at once
+_TOKENS_PER_BATCH = 2**19  # written at once
 
 
 def pack(lengths: numpy.ndarray, capacity: int) -> tuple[numpy.ndarray, numpy.ndarray]:
