@@ -131,6 +131,7 @@ class MemoryInputs:
         # Trainer keeps in fp32 (scales add under 4%). Other optimizers are forecast as AdamW; most need less.
         embeddings = 0 if lora else self.ends
         self.moments = 2 * self.trained + 6 * embeddings if "8bit" in self.optimizer else 8 * self.trained
+        self.masks = 0  # bytes of the masks of traced attention, one per kind of attention
         # The decoder layers from bottom to top.
         self.decoder = _traced_layers(self, trace) if trace else _dense_layers(self)
         self.layers = len(self.decoder)
@@ -169,6 +170,7 @@ def _traced_layers(load: MemoryInputs, trace: Mapping[str, Any]) -> list[LayerCo
     for kind in trace["kinds"]:
         masked = "varlen" not in kind["bytes"] or 0 < trace["window"] < row
         measured = kind["bytes"]["masked" if masked else "varlen"][mode]
+        load.masks = load.tokens * row * len({each["window"] for each in trace["kinds"]}) if masked else 0
         kept, *peaks = (
             int(constant + load.tokens * (per_token + row * per_pair))
             for constant, per_token, per_pair in (measured["kept"], *measured["peak"])
@@ -226,6 +228,7 @@ def _phases(load: MemoryInputs) -> list[dict[str, int]]:
     heaviest = max(load.decoder, key=lambda layer: layer.kept + layer.temporary)
     layer, temporary = heaviest.kept, heaviest.temporary
     saved = recomputed * load.tokens * hidden * load.stream_width + sum(each.kept for each in load.kept_layers)
+    saved += load.masks
     # If the top layer is kept, it is freed before the first layer is recomputed.
     top_recomputed = recomputed and (load.layers - 1) % int(load.gradient_checkpointing) == 0
     chunk, scores = _logits(load)

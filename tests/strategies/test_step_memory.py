@@ -58,6 +58,8 @@ TRACED = {
     },
     "hybrid": {**SMALL, "model_type": "lfm2", "layer_types": ["conv", "full_attention"] * 2},
 }  # fmt: skip
+# With several rows that are not concatenated, selecting by index would copy more here than on a GPU (`_Scoring`).
+ONE_ROW = ("batch.max_per_device_batch_size=1", "trainer.max_length=4096")
 LORA = ("lora.r=16", "size=lora-1-3b")
 
 
@@ -95,7 +97,7 @@ def test_step_peak_of_traced_models_is_within_four_percent(monkeypatch, traces, 
         "8b",
         (
             *overrides, f"trainer.gradient_checkpointing={checkpointing}", "batch.max_per_device_batch_size=4",
-            f"model.architecture={json.dumps(architecture)}",
+            *(() if name == "experts" else ONE_ROW), f"model.architecture={json.dumps(architecture)}",
         ),
     )  # fmt: skip
     plan = plans.resolve(recipe, plans.Topology(gpus, gpus, gpu_type="h200-141g"))
