@@ -73,7 +73,7 @@ def test_recipe_trains_three_steps(shared_workplace, rows, name):
         f"model.architecture={json.dumps(shrink(recipe))}", f"data.train={rows}",
         "data.validation=toy:validation", "data.max_eval_samples=20", "trainer.max_length=64",
         "trainer.max_steps=3", "trainer.logging_steps=1", "trainer.eval_steps=2", "trainer.save_steps=2",
-        "generation.show=0", f"parallelism={parallelism}", f"trainer.gradient_checkpointing={recomputes}".lower(),
+        "generation.show=0", "batch.max_per_device_batch_size=4", f"parallelism={parallelism}", f"trainer.gradient_checkpointing={recomputes}".lower(),
     )  # fmt: skip
     plan, config = (json.loads((run / file).read_text()) for file in ("plan.json", "sft_config.json"))
     assert (plan["parallelism"], plan["method"], plan["precision"]) == (parallelism, recipe.method, "bf16")

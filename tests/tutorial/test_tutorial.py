@@ -25,7 +25,8 @@ def test_every_command_of_the_page_works(tmp_path):
     losses = {value: sum(found) for value, found in sweep["eval_loss"].items()}
     assert min(losses, key=losses.get) == "2e-3" and (tmp_path / ".sweeps" / "first-sweep" / "sweep.svg").is_file()
     assert "8172" in outputs["generate"]
-    (row,) = json.loads((run / "eval" / "reverse_digits.json").read_text())["rows"]
+    (comparison,) = (run / "eval").glob("*.json")
+    (row,) = json.loads(comparison.read_text())["rows"]
     assert row["trained"] > 0.8 > row["base"] and row["p_value"] < 0.05 and not row["worse"]
     assert (run / "report.html").is_file()
     card = (run / "final" / "README.md").read_text()
