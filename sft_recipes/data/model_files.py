@@ -20,7 +20,7 @@ from sft_recipes.runtime.paths import check_links, mount_hint
 # Values of a configuration that do not change what a layer computes.
 _NO_DIMENSION = re.compile(
     r"_.*|(bos|eos)_token_id|.*dropout|(torch_)?dtype|architectures|transformers_version|quantization_config|use_cache|"
-    r"initializer_range|max_position_embeddings|rope_.*|id2label|label2id"
+    r"initializer_range|time_step_limit|max_position_embeddings|rope_.*|id2label|label2id"
 )
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".zip", ".gz", ".zst")

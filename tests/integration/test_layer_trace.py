@@ -91,8 +91,11 @@ def test_plan_traces_once_and_names_the_code_path(tmp_path, save_untrained):
     place = Workplace(tmp_path)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n' * 50)
-    command = ("plan", "--model", str(folder), f"data.train={rows}", "--gpu-type", "h100-80g", "--gpus")
-    on_cpu, first, second = (place.sft(*command, gpus) for gpus in ("0", "8", "8"))
+    command, hardware = (
+        ("plan", "--model", str(folder), f"data.train={rows}"),
+        ("--gpus", "8", "--gpu-type", "h100-80g"),
+    )
+    on_cpu, first, second = (place.sft(*command, *options) for options in (("--gpus", "0"), hardware, hardware))
     assert on_cpu.returncode == first.returncode == second.returncode == 0, first.stderr
     assert "tracing the layers of" in first.stderr and not on_cpu.stderr and not second.stderr
     assert first.stdout == second.stdout
