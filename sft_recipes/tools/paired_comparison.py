@@ -72,13 +72,9 @@ def summarize(rows: Sequence[dict[str, Any]]) -> str:
     """Return one sentence: on which metrics the trained model is significantly worse."""
     tested = sum(row["p_value"] is not None for row in rows)
     worse = [f"{row['task']} {row['metric']} {row['difference']:+.4g}" for row in rows if row["worse"]]
-    verdict = (
-        f"significantly WORSE than the base model on {len(worse)}"
-        if worse
-        else "not significantly worse than the base model on any"
-    )
-    text = f"The trained model is {verdict} of {tested} tested metrics (paired test per item, p < {SIGNIFICANT})"
-    return f"{text}: {', '.join(worse)}." if worse else f"{text}."
+    verdict, where = ("significantly WORSE", len(worse)) if worse else ("not significantly worse", "any")
+    text = f"The trained model is {verdict} than the base model on {where} of {tested} tested metrics"
+    return f"{text} (paired test per item, p < {SIGNIFICANT}){': ' if worse else ''}{', '.join(worse)}."
 
 
 def _scores(
