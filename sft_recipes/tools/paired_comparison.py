@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
+import torch
 
 SIGNIFICANT = 0.05
 _RESAMPLES = 9_999
@@ -57,28 +57,24 @@ def paired_p_value(differences: Sequence[float]) -> float:
     Args:
         differences: score of the trained model minus that of the base model, for each item.
     """
-    changed = np.asarray([difference for difference in differences if difference], dtype=float)
-    if np.all(np.abs(changed) == 1):
-        fewer = min(int(np.sum(changed > 0)), int(np.sum(changed < 0)))
+    changed = torch.tensor([difference for difference in differences if difference], dtype=torch.float64)
+    if (changed.abs() == 1).all():
+        fewer = min(int((changed > 0).sum()), int((changed < 0).sum()))
         tail = sum(math.comb(len(changed), count) for count in range(fewer + 1))
         return min(1.0, 2 * tail / 2 ** len(changed))
-    random = np.random.default_rng(0)
-    observed = abs(changed.sum()) * (1 - 1e-9)  # the same sum in another order may round lower
-    flips = (random.choice((-1.0, 1.0), len(changed)) for _ in range(_RESAMPLES))
-    return (1 + sum(abs(flip @ changed) >= observed for flip in flips)) / (1 + _RESAMPLES)
+    random = torch.Generator().manual_seed(0)
+    observed = changed.sum().abs() * (1 - 1e-9)  # the same sum in another order may round lower
+    flips = (torch.randint(2, changed.shape, generator=random).double() * 2 - 1 for _ in range(_RESAMPLES))
+    return (1 + sum(int((flip @ changed).abs() >= observed) for flip in flips)) / (1 + _RESAMPLES)
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> str:
     """Return one sentence: on which metrics the trained model is significantly worse."""
     tested = sum(row["p_value"] is not None for row in rows)
     worse = [f"{row['task']} {row['metric']} {row['difference']:+.4g}" for row in rows if row["worse"]]
-    verdict = (
-        f"significantly WORSE than the base model on {len(worse)}"
-        if worse
-        else "not significantly worse than the base model on any"
-    )
-    text = f"The trained model is {verdict} of {tested} tested metrics (paired test per item, p < {SIGNIFICANT})"
-    return f"{text}: {', '.join(worse)}." if worse else f"{text}."
+    verdict, where = ("significantly WORSE", len(worse)) if worse else ("not significantly worse", "any")
+    text = f"The trained model is {verdict} than the base model on {where} of {tested} tested metrics"
+    return f"{text} (paired test per item, p < {SIGNIFICANT}){': ' if worse else ''}{', '.join(worse)}."
 
 
 def _scores(
