@@ -82,12 +82,10 @@ def evaluate(folder: RunDir, tasks: str, limit: int | None, arguments: Sequence[
     base, trusted = str(lora.find_base_folder(plan, folder).resolve()), plan.sections.model.trust_remote_code
     has_template = AutoTokenizer.from_pretrained(base, trust_remote_code=trusted).chat_template is not None
     shared: dict[str, Any] = {"dtype": "auto", "trust_remote_code": trusted}
-    if any(python.parents[1].glob("lib/python*/site-packages/vllm")):
-        backend, options = "vllm", ["--batch_size", "auto"]
-        shared["tensor_parallel_size"] = max(gpus, 1)
-    else:
-        backend, options = "hf", ["--batch_size", "auto" if gpus else "8", "--device", "cuda" if gpus else "cpu"]
-        shared["parallelize"] = gpus > 1
+    vllm = any(python.parents[1].glob("lib/python*/site-packages/vllm"))
+    shared |= {"tensor_parallel_size": max(gpus, 1)} if vllm else {"parallelize": gpus > 1}
+    device = ["--batch_size", "auto" if gpus else "8", "--device", "cuda" if gpus else "cpu"]
+    backend, options = ("vllm", ["--batch_size", "auto"]) if vllm else ("hf", device)
     selection = re.sub("[^A-Za-z0-9._-]+", "-", tasks).strip("-.")[:100] + (f"-limit-{limit}" if limit else "")
     name = "the untrained model (from scratch, random weights)" if plan.sections.model.from_scratch else plan.model
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
