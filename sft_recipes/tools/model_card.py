@@ -99,5 +99,5 @@ def read_evaluation(folder: RunDir) -> list[dict[str, Any]]:
 
 def _cell(value: Any) -> str:
     """Return a value for a cell of a Markdown table."""
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = value if isinstance(value, str) else f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
     return escape_unprintable(" ".join(text.split())).replace("|", "\\|").replace("<", "&lt;")
