@@ -18,6 +18,7 @@ import memory
 import metrics
 import plots
 import published
+import sweep
 import threads
 
 HERE = Path(__file__).resolve().parent
@@ -124,6 +125,13 @@ SECTIONS = (
         "Training of the tiny recipe by GOMP_SPINCOUNT, alone and with one other process that keeps a core busy. The\n"
         "ratio is to libgomp's default (300000) alone.",
         threads.table,
+    ),
+    (
+        "sweep",
+        "Short runs and learning rates",
+        "Validation loss of the tiny recipe after a fraction of an epoch, with a schedule of that length, and after\n"
+        "its two epochs. Bold is lowest: a tenth of an epoch favours the largest rate, a quarter ranks as a full run.",
+        sweep.table,
     ),
 )
 

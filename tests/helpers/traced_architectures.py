@@ -46,3 +46,12 @@ TRACED = {
 def architecture(kind):
     """Return the architecture of a model type, with the larger of its layers first where they differ."""
     return {**_DENSE, **TRACED[kind], "model_type": kind}
+
+
+def save_untrained(kind, folder):
+    """Write the folder of a model of a type, its configuration and random weights; return it with the model."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture(kind)))
+    model.save_pretrained(folder / kind)
+    return folder / kind, model

@@ -316,7 +316,7 @@ def test_launch_starts_the_strategy_of_the_plan(simulated, case):
     assert (variables.get("ACCELERATE_USE_DEEPSPEED") == "true") == zero
     assert (variables.get("ACCELERATE_USE_FSDP") == "true") == fsdp
     if zero:
-        assert Path(variables["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).name == f"{plan.parallelism}.json"
+        assert Path(variables["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).name == "deepspeed.json"
         assert variables["ACCELERATE_DEEPSPEED_ZERO3_INIT"] == str(plan.parallelism.startswith("zero3")).lower()
     expected = {
         "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_RESHARD_AFTER_FORWARD": "true",

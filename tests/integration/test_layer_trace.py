@@ -7,53 +7,19 @@ import json
 import sys
 
 import pytest
-from helpers.traced_architectures import TRACED, architecture
+from helpers.traced_architectures import save_untrained
 from helpers.workplace import Workplace
 
 from sft_recipes.config import architecture as architectures
 from sft_recipes.config import loader, traced_layers
 from sft_recipes.config.schema import Lora
-from sft_recipes.data import model_files, model_trace
+from sft_recipes.data import model_trace
 from sft_recipes.planner import memory
-from sft_recipes.planner import plan as plans
-from sft_recipes.planner.plan import Topology
 
 
 def traced_recipes():
     found = {name: dict(loader.load(name).model.architecture) for name in loader.names()}
     return {name: value for name, value in found.items() if not architectures.is_dense(value)}
-
-
-@pytest.fixture
-def save_untrained(tmp_path):
-    """Write the folder of a model of a type: its configuration, and random weights."""
-
-    def save(kind):
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture(kind)))
-        model.save_pretrained(tmp_path / kind)
-        return tmp_path / kind, model
-
-    return save
-
-
-@pytest.mark.parametrize("kind", TRACED)
-def test_model_types_get_a_forecast_from_their_folder(tmp_path, monkeypatch, save_untrained, kind):
-    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
-    folder, model = save_untrained(kind)
-    facts = model_files.describe_model(str(folder))
-    assert model_trace.needs_trace(facts.architecture)
-    assert model_trace.trace(facts.architecture) is None
-    assert not model_trace.needs_trace(facts.architecture)
-    assert architectures.parameter_count(facts.architecture) == model.num_parameters()
-    overrides = (f"model.architecture={json.dumps(facts.architecture)}", "size=1-3b", "trainer.packing=false")
-    plan = plans.resolve(loader.load("8b", overrides), Topology(8, 8, gpu_type="h100-80g"))
-    assert plan.fits and plan.step_seconds and plan.parameters == model.num_parameters()
-    load = plans.memory_inputs(plan, facts.architecture)
-    experts = sum(weight.numel() for weight in model.parameters() if weight.ndim == 3 and weight.shape[1] > 1)
-    in_layers, active = (sum(getattr(each, key) for each in load.decoder) for key in ("weights", "active"))
-    assert active == pytest.approx(in_layers - experts * 3 / 4, rel=0.2), "two of eight experts are used"
 
 
 def test_trace_equals_the_closed_form(tmp_path, monkeypatch):
@@ -86,8 +52,8 @@ def test_shipped_traces_are_those_of_this_code(tmp_path, monkeypatch):
         assert json.loads(traced_layers.cache_file(each).read_text()) == shipped[traced_layers.key_of(each)]
 
 
-def test_plan_traces_once_and_names_the_code_path(tmp_path, save_untrained):
-    folder, _ = save_untrained("mixtral")
+def test_plan_traces_once_and_names_the_code_path(tmp_path):
+    folder, _ = save_untrained("mixtral", tmp_path)
     place = Workplace(tmp_path)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n' * 50)
