@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Generated from the recipe by slurm/write_headers.py; do not edit.
 #SBATCH --job-name=sft-8b-qlora
-#SBATCH --nodes=1                             # 1 GPU (rtx4090-24g), forecast 20 GiB per GPU
+#SBATCH --nodes=1                             # 1 GPU (rtx4090-24g), forecast 17 GiB per GPU
 #SBATCH --ntasks-per-node=1                   # one launcher per node, which starts the node's ranks
 #SBATCH --gpus-per-node=1
 #SBATCH --cpus-per-task=8                     # for the ranks and their data workers

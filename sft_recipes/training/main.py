@@ -366,10 +366,10 @@ def record_result(plan: Plan, folder: RunDir, results: dict[str, Any], before: A
         name: {"before": started.get(name, {}).get("mean"), "after": found["mean"], "prompts": found["prompts"]}
         for name, found in (after.metrics if after else {}).items()
     }
-    for step, key in ((0, "before"), (results["best_step"] or results["steps"], "after")):
-        values = {f"eval_{name}": found[key] for name, found in results["held_out_metrics"].items()}
-        if any(value is not None for value in values.values()):
-            metrics.append(folder.metrics, {"step": step, **values})
+    values: dict[str, Any] = {}
+    for name, found in results["held_out_metrics"].items():
+        values |= {f"final/{name}": found["after"], f"final/{name}_before": found["before"]}
+    metrics.add_to_summary(folder.metrics, {name: value for name, value in values.items() if value is not None})
     if torch.cuda.is_available():
         results["peak_memory_bytes"] = torch.cuda.max_memory_reserved()
     error = summary.describe_overfit_failure(plan, folder, results)

@@ -37,8 +37,8 @@ def test_exact_match_rises_from_zero_to_nine_in_ten(main_job):
     assert record["state"] == "finished"
     found = record["held_out_metrics"]["exact_match"]
     assert found["before"] < 0.05 and found["after"] >= 0.9 and found["prompts"] > 300
-    lines = [line for line in metrics(main_job) if "eval_exact_match" in line]
-    assert [line["eval_exact_match"] for line in lines] == [found["before"], found["after"]]
+    summary = metrics(main_job)[-1]
+    assert (summary["final/exact_match_before"], summary["final/exact_match"]) == (found["before"], found["after"])
 
 
 def test_every_task_is_learned(main_job):

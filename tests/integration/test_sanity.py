@@ -250,7 +250,7 @@ def test_trial_plan_keeps_what_it_checks(name):
         assert getattr(short, kept) == getattr(plan, kept)
     assert 10 <= short.optimizer_steps <= 20 and 50 <= short.rows <= 512
     assert short.rows % short.effective_batch_size == 0 and short.warmup_steps == 2
-    assert trial.checks_resume(plan) == (not name.startswith(("32b", "70b")))
+    assert trial.checks_resume(plan) == (not name.startswith(("30b", "32b", "70b")))
 
 
 def test_cache_key_depends_on_weight_files(tmp_path):

@@ -30,4 +30,4 @@ def test_every_command_of_the_page_works(tmp_path):
     assert row["trained"] > 0.8 > row["base"] and row["p_value"] < 0.05 and not row["worse"]
     assert (run / "report.html").is_file()
     card = (run / "final" / "README.md").read_text()
-    assert "reverse_digits" in card and "eval_exact_match" in card and str(tmp_path) not in card
+    assert "reverse_digits" in card and "exact_match (" in card and str(tmp_path) not in card

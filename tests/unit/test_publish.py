@@ -33,6 +33,7 @@ NOTICE = (
 def finished_run(path, base, recipe="8b", **options):
     """Write a finished run of this base model, with a final model of a few bytes."""
     manifest = {"model": base, "data": {"reading": READING}, "best_step": 900, **options}
+    manifest["held_out_metrics"] = {"exact_match": {"before": 0.5, "after": 0.75, "prompts": 40}}
     Simulated(recipe=recipe, manifest=manifest).write(path)
     folder = RunDir(path)
     folder.final.mkdir()
@@ -55,7 +56,7 @@ def test_card_has_base_model_license_data_and_hyperparameters(tmp_path):
         "# my-model", f"https://huggingface.co/{QWEN['hub']}/tree/{COMMIT}", 'from_pretrained("me/my-model"',
         "| train | [some/chats:train](https://huggingface.co/datasets/some/chats) | 0e9e39f2 | mit | 1,234 |",
         "| validation | own (not on the Hub) |  | not stated | 56 |", "| learning_rate | 2e-05 |", "torch 2.13.0",
-        "those of step 900", "| GPU hours | 12.00 |", "Not evaluated on benchmarks",
+        "those of step 900", "| exact_match (40 prompts) | 0.5 | | 0.75 |", "| GPU hours | 12.00 |", "Not evaluated on benchmarks",
     ):  # fmt: skip
         assert text in card.text, text
     assert str(tmp_path) not in card.content and "Built with" not in card.text

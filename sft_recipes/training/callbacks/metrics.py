@@ -55,6 +55,12 @@ def final(state: Any) -> dict[str, float]:
     return {**summary, "final/best_eval_loss": min(losses)} if losses else summary
 
 
+def add_to_summary(path: Path, values: dict[str, Any]) -> None:
+    """Add values to the last line of a finished run, its summary."""
+    *lines, summary = metrics_log.read_lines(path)
+    write_atomic(path, "".join(f"{_to_json(line)}\n" for line in (*lines, summary | values)))
+
+
 def append(path: Path, line: dict[str, Any]) -> None:
     """Append one JSON line; NaN and Infinity, which JSON lacks, are written as strings."""
     append_line.add(path, _to_json(line))
