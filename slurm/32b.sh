@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Generated from the recipe by slurm/write_headers.py; do not edit.
 #SBATCH --job-name=sft-32b
-#SBATCH --nodes=2                             # 16 GPUs (h100-80g), forecast 49 GiB per GPU, needs at least 8
+#SBATCH --nodes=2                             # 16 GPUs (h100-80g), forecast 73 GiB per GPU, needs at least 8
 #SBATCH --ntasks-per-node=1                   # one launcher per node, which starts the node's ranks
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive                           # all cores and memory of the node, for 8 ranks and their data workers

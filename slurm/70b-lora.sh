@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Generated from the recipe by slurm/write_headers.py; do not edit.
 #SBATCH --job-name=sft-70b-lora
-#SBATCH --nodes=1                             # 8 GPUs (h100-80g), forecast 51 GiB per GPU, needs at least 4
+#SBATCH --nodes=1                             # 8 GPUs (h100-80g), forecast 50 GiB per GPU, needs at least 4
 #SBATCH --ntasks-per-node=1                   # one launcher per node, which starts the node's ranks
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive                           # all cores and memory of the node, for 8 ranks and their data workers

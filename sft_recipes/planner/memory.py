@@ -31,7 +31,6 @@ MASKED_ERROR = 0.16
 
 # The values in deepspeed_configs/, in elements; a test compares them.
 ALLGATHER_BUCKET = REDUCE_BUCKET = 200_000_000
-PREFETCH_LIMIT = 500_000_000
 SUB_GROUP = 1_000_000_000  # DeepSpeed's default: elements per ZeRO-3 optimizer step
 
 # The trainer computes logits in chunks, tokens x vocabulary (TRL 1.16, kernels/chunked_logprob.py, trainer/utils.py).
@@ -369,8 +368,7 @@ def _buffers(load: MemoryInputs) -> int:
         staged = 4 if strategy.zero_stage == 1 else width
         return int(width * min(load.parameters, ALLGATHER_BUCKET) + 2 * staged * REDUCE_BUCKET)
     if strategy.zero_stage == 3:
-        sizes = zero3_sizes(load)
-        gathered: int = 2 * max(load.block, load.ends) + sizes["stage3_prefetch_bucket_size"]
+        gathered: int = 2 * max(load.block, load.ends)
         gathered += load.trained if load.lora else 0  # adapters are below the threshold
         return width * gathered + 4 * REDUCE_BUCKET
     if strategy.fsdp:
@@ -383,19 +381,16 @@ def _buffers(load: MemoryInputs) -> int:
 
 
 def zero3_sizes(load: MemoryInputs) -> dict[str, int]:
-    """Return DeepSpeed's values, in elements, that depend on the model; empty except under ZeRO-3.
+    """Return DeepSpeed's values that depend on the model; empty except under ZeRO-3.
 
-    The weights gathered ahead of use are those of a decoder layer, as FSDP2 gathers the next layer ahead
-    (torch 2.13, `fully_shard`). Weights below the threshold, which every rank keeps: vectors, with transformers'
-    formula (its DeepSpeed integration, "auto"), and adapters, whose collectives would be bound by latency. Not measured
-    on a GPU.
+    The threshold, in elements, below which every rank keeps a weight: vectors, with transformers' formula (its
+    DeepSpeed integration, "auto"), and adapters, whose collectives would be bound by latency. Not measured on a GPU.
     """
     if load.strategy.zero_stage != 3:
         return {}
     width = max(load.hidden, load.architecture.get("intermediate_size") or 0)
     adapters = load.lora.r * width + 1 if load.lora else 0
     return {
-        "stage3_prefetch_bucket_size": min(load.block, PREFETCH_LIMIT),
         "stage3_param_persistence_threshold": max(10 * load.hidden, adapters),
         **({"zero_hpz_partition_size": load.world_size // load.nodes} if load.hierarchical else {}),
     }

@@ -266,7 +266,7 @@ def test_make_slurm_lists_recipes_for_unknown_recipe() -> None:
     done = subprocess.run(
         ["make", "slurm", "RECIPE=9b"], cwd=REPOSITORY, capture_output=True, text=True, check=False, env=os.environ
     )
-    assert "RECIPE: slurm/9b.sh not found. Available: 13b 1b 32b" in done.stderr
+    assert "RECIPE: slurm/9b.sh not found. Available: 13b 1b 30b-a3b-lora 30b-a3b 32b" in done.stderr
 
 
 KILLED = ExitRecord(1, "node2", 1, "rank 1 on node2: killed by SIGKILL in step 5", time=2.0)

@@ -407,7 +407,7 @@ def test_buckets_equal_deepspeed_configs():
 
 def test_zero3_sizes_follow_the_model():
     full, lora = (memory.zero3_sizes(load(strategy="zero3", world=8, lora=lora)) for lora in (None, Lora(r=16)))
-    assert full == {"stage3_prefetch_bucket_size": 218_103_808, "stage3_param_persistence_threshold": 40_960}
+    assert full == {"stage3_param_persistence_threshold": 40_960}
     adapters_of_the_mlp = 16 * 14336
     assert lora["stage3_param_persistence_threshold"] > adapters_of_the_mlp, "each rank keeps the adapters"
     assert memory.zero3_sizes(load(strategy="zero2", world=8)) == {}
