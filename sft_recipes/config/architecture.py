@@ -18,16 +18,19 @@ DENSE_KINDS = {
 DENSE_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
+def is_dense_kind(architecture: Mapping[str, Any]) -> bool:
+    """Return whether a model is of a Llama-shaped type, which is the default."""
+    return architecture.get("model_type", "llama") in DENSE_KINDS
+
+
 def is_dense(architecture: Mapping[str, Any]) -> bool:
     """Return whether the closed forms hold: a Llama-shaped decoder whose dimensions are known."""
-    known = architecture.get("model_type", "llama") in DENSE_KINDS
-    return known and all(key in architecture for key in DENSE_KEYS)
+    return is_dense_kind(architecture) and all(key in architecture for key in DENSE_KEYS)
 
 
 def find_trace(architecture: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the trace of the layers of a decoder that is not Llama-shaped; None without one."""
-    other = architecture.get("model_type", "llama") not in DENSE_KINDS
-    return traced_layers.find(architecture) if other else None
+    return None if is_dense_kind(architecture) else traced_layers.find(architecture)
 
 
 def linear_layers(architecture: Mapping[str, Any]) -> dict[str, tuple[int, int]]:

@@ -13,7 +13,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from sft_recipes.config import schema
-from sft_recipes.config.architecture import DENSE_KEYS, DENSE_KINDS
+from sft_recipes.config.architecture import DENSE_KEYS, is_dense_kind
 from sft_recipes.config.schema import Recipe, did_you_mean
 from sft_recipes.config.sizes import COMMAND_LINE, MODEL, RECIPES, check_ranges
 from sft_recipes.runtime.errors import ConfigError
@@ -233,7 +233,7 @@ def _check_sources(recipe: Recipe) -> None:
                 _validate(f"{recipe.origins[f'data.{part}']}: data.{part}: ", key, value, types)
     integers = dict.fromkeys((*DENSE_KEYS, "num_key_value_heads", "head_dim"), schema.Count)
     dimensions: dict[str, Any] = integers | {"tie_word_embeddings": bool, "attention_bias": bool}
-    dense = recipe.model.architecture.get("model_type", "llama") in DENSE_KINDS
+    dense = is_dense_kind(recipe.model.architecture)
     for key in dimensions.keys() & recipe.model.architecture.keys() if dense else ():
         if (value := recipe.model.architecture[key]) is not None:
             _validate(f"{recipe.origins['model.architecture']}: model.architecture.", key, value, dimensions)

@@ -10,7 +10,6 @@ def absolute_error(reference: str, completion: str) -> float:
 from __future__ import annotations
 
 import importlib.util
-import logging
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -20,8 +19,6 @@ from typing import Any
 
 from sft_recipes.config.schema import Generation, did_you_mean
 from sft_recipes.runtime.errors import ConfigError
-
-log = logging.getLogger(__name__)
 
 Messages = list[dict[str, Any]]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.config.architecture import DENSE_KEYS, DENSE_KINDS
+from sft_recipes.config.architecture import DENSE_KEYS, DENSE_KINDS, is_dense_kind
 from sft_recipes.config.schema import Model
 from sft_recipes.data import hub, model_layers
 from sft_recipes.runtime.errors import DataError
@@ -191,7 +191,7 @@ def check_architecture(stated: dict[str, Any], folder: Path, trust_remote_code: 
         DataError: the model's config differs.
     """
     config = model_layers.load_config(folder, trust_remote_code) if stated else None
-    dense = stated.get("model_type", "llama") in DENSE_KINDS
+    dense = is_dense_kind(stated)
     # Configuration classes rename and replace other values of other types.
     checked = {key: stated[key] for key in stated if dense or (key in DENSE_KEYS and hasattr(config, key))}
     wrong = [key for key, value in checked.items() if getattr(config, key, None) != value]

@@ -317,8 +317,9 @@ def _with_resources(plan: Plan, architecture: Mapping[str, Any]) -> Plan:
         copied = dataclasses.replace(load, hierarchical=True)
         with_copy = cost.step_time(plan, copied)
         faster = step is not None and with_copy is not None and with_copy.total * choose.SIMILAR < step.total
-        if not plan.uses_gpu or (faster and _fits(plan, copied)):
-            load, per_gpu, step = copied, memory.bytes_per_gpu(copied), with_copy
+        with_copy_per_gpu = memory.bytes_per_gpu(copied)
+        if not plan.uses_gpu or (faster and _fits(plan, with_copy_per_gpu)):
+            load, per_gpu, step = copied, with_copy_per_gpu, with_copy
     return dataclasses.replace(
         plan,
         step_seconds=round(step.total, 4) if step else None,
@@ -329,13 +330,13 @@ def _with_resources(plan: Plan, architecture: Mapping[str, Any]) -> Plan:
         checkpoint_bytes=memory.checkpoint_bytes(load),
         disk_bytes=memory.disk_bytes(load),
         zero3_sizes=memory.zero3_sizes(load),
-        fits=_fits(plan, load),
+        fits=_fits(plan, per_gpu),
     )
 
 
-def _fits(plan: Plan, load: memory.MemoryInputs) -> bool | None:
+def _fits(plan: Plan, per_gpu: Mapping[str, int]) -> bool | None:
     """Return whether the memory of the plan's GPU suffices; None if it is not known, and on the CPU."""
-    per_gpu, available = memory.bytes_per_gpu(load), gpu_types.memory_bytes(plan.gpu_type)
+    available = gpu_types.memory_bytes(plan.gpu_type)
     return None if available is None else per_gpu["total"] + per_gpu["reserve"] <= available
 
 

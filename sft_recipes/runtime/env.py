@@ -104,6 +104,12 @@ def host_memory_bytes() -> int:
     return min([machine, *(int(limit) for limit in limits if limit.isdigit())])
 
 
+# Libraries that decide how a run computes.
+STACK = (
+    "torch", "transformers", "trl", "accelerate", "datasets", "deepspeed", "peft", "bitsandbytes", "liger-kernel",
+)  # fmt: skip
+
+
 def library_version(name: str) -> str:
     """Return the installed version of a library, or `not installed`."""
     try:

@@ -12,7 +12,7 @@ from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.atomic_write import sha256
 from sft_recipes.runtime.code_hash import code_hash
-from sft_recipes.runtime.env import gpu_hour_price, library_version
+from sft_recipes.runtime.env import STACK, gpu_hour_price, library_version
 from sft_recipes.runtime.paths import REPOSITORY
 
 STEPS = 12  # two of warmup, ten at the recipe's learning rate
@@ -23,17 +23,6 @@ RELOAD = "reload"  # directory of the second part, in the trial's
 MAX_RESUMED_PARAMETERS = 15_000_000_000  # the 13B class has up to 15 billion; a larger model saves for minutes
 # Trainer fields that would replace the trial's own schedule and evaluations.
 _IGNORED_FIELDS = ("lr_scheduler_kwargs", "eval_delay", "eval_on_start")
-_LIBRARIES = (
-    "torch",
-    "transformers",
-    "trl",
-    "accelerate",
-    "datasets",
-    "deepspeed",
-    "peft",
-    "bitsandbytes",
-    "liger-kernel",
-)
 # Code that decides what a sanity check does. command.py sets the environment of the ranks.
 _CODE = ("config", "planner", "data", "training", "sanity", "runtime", "launch/command.py")
 
@@ -81,7 +70,7 @@ def cache_key(plan: Plan) -> str:
         "plan": {name: value for name, value in flat.items() if name != "recipe"},
         "gpu_type": plan.gpu_type,
         "weights": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
-        "libraries": {name: library_version(name) for name in _LIBRARIES},
+        "libraries": {name: library_version(name) for name in STACK},
         "code": code_hashes(REPOSITORY),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -94,7 +94,7 @@ def license_metadata(base: dict[str, Any], license_id: str | None) -> dict[str, 
 
 def read_evaluation(folder: RunDir) -> list[dict[str, Any]]:
     """Return the evaluation table: the objects in the list `rows` of each `eval/*.json`, whose keys are the columns."""
-    return [row for file in sorted((folder.path / "eval").glob("*.json")) for row in read_json(file).get("rows", [])]
+    return [row for file in sorted(folder.evaluation.glob("*.json")) for row in read_json(file).get("rows", [])]
 
 
 def _cell(value: Any) -> str:

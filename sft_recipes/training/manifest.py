@@ -11,22 +11,10 @@ from typing import Any
 
 from sft_recipes.data import licenses
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime.env import library_version
+from sft_recipes.runtime.env import STACK, library_version
 from sft_recipes.runtime.paths import REPOSITORY
 from sft_recipes.runtime.run_dir import RunDir, read_json, write_json
 
-_STACK = (
-    "torch",
-    "transformers",
-    "trl",
-    "accelerate",
-    "datasets",
-    "deepspeed",
-    "peft",
-    "bitsandbytes",
-    "liger-kernel",
-    "tokenizers",
-)
 _FROM_PLAN = ("recipe", "init_from", "rows", "dropped_rows_per_epoch", "optimizer_steps", "allowed_changes")
 _JOB = {"id": "SLURM_JOB_ID", "name": "SLURM_JOB_NAME", "nodes": "SLURM_JOB_NODELIST"}
 
@@ -37,7 +25,7 @@ def begin(folder: RunDir, plan: Plan) -> None:
     details = read_json(Path(prepared.get("folder", "")) / "details.json")
     for key in ("diverged", "error", "out_of_memory", "takes_less", "exit_code"):
         earlier.pop(key, None)  # outcome of an earlier attempt
-    versions = {"python": platform.python_version(), **{name: library_version(name) for name in _STACK}}
+    versions = {"python": platform.python_version(), **{name: library_version(name) for name in (*STACK, "tokenizers")}}
     start = {"at": _now(), "host": _host(), "versions": versions, "code": read_code_version()}
     start["sanity"] = read_json(folder.sanity)
     if image := os.environ.get("SFT_RECIPES_IMAGE"):

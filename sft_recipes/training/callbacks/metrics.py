@@ -58,7 +58,7 @@ def final(state: Any) -> dict[str, float]:
 def add_to_summary(path: Path, values: dict[str, Any]) -> None:
     """Add values to the last line of a finished run, its summary."""
     *lines, summary = metrics_log.read_lines(path)
-    write_atomic(path, "".join(f"{_to_json(line)}\n" for line in (*lines, summary | values)))
+    _rewrite(path, [*lines, summary | values])
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
@@ -69,8 +69,11 @@ def append(path: Path, line: dict[str, Any]) -> None:
 def drop_lines_after(path: Path, step: int) -> None:
     """Drop the lines after a step, which an interrupted attempt wrote."""
     if path.is_file():
-        kept = [line for line in metrics_log.read_lines(path) if line["step"] <= step]
-        write_atomic(path, "".join(f"{_to_json(line)}\n" for line in kept))
+        _rewrite(path, [line for line in metrics_log.read_lines(path) if line["step"] <= step])
+
+
+def _rewrite(path: Path, lines: list[dict[str, Any]]) -> None:
+    write_atomic(path, "".join(f"{_to_json(line)}\n" for line in lines))
 
 
 def _to_json(line: dict[str, Any]) -> str:
