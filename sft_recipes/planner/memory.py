@@ -31,6 +31,7 @@ MASKED_ERROR = 0.16
 
 # The values in deepspeed_configs/, in elements; a test compares them.
 ALLGATHER_BUCKET = REDUCE_BUCKET = 200_000_000
+PREFETCH_BUCKET = 50_000_000
 SUB_GROUP = 1_000_000_000  # DeepSpeed's default: elements per ZeRO-3 optimizer step
 
 # The trainer computes logits in chunks, tokens x vocabulary (TRL 1.16, kernels/chunked_logprob.py, trainer/utils.py).
@@ -368,7 +369,7 @@ def _buffers(load: MemoryInputs) -> int:
         staged = 4 if strategy.zero_stage == 1 else width
         return int(width * min(load.parameters, ALLGATHER_BUCKET) + 2 * staged * REDUCE_BUCKET)
     if strategy.zero_stage == 3:
-        gathered: int = 2 * max(load.block, load.ends)
+        gathered: int = 2 * max(load.block, load.ends) + min(load.parameters, PREFETCH_BUCKET)
         gathered += load.trained if load.lora else 0  # adapters are below the threshold
         return width * gathered + 4 * REDUCE_BUCKET
     if strategy.fsdp:

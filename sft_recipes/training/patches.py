@@ -30,6 +30,8 @@ def apply_to_trainer(plan: Plan, trainer: Any) -> None:
     disable_cpu_repack(trainer.model)
     if plan.method != "full":
         save_adapters_without_embeddings(trainer.model)
+    if plan.strategy.zero_stage == 3:
+        gather_output_layer_with_model(trainer.model)
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plan.precision == "bf16":
         reduce_gradients_in_fp32(plugin)
@@ -50,6 +52,23 @@ def score_supervised_positions_only(vocabulary_size: int) -> None:
 
     trl.trainer.utils._use_triton = lambda _device: True
     trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = min(_LOGITS_CHUNK, vocabulary_size)
+
+
+def gather_output_layer_with_model(model: Any) -> None:
+    """Under ZeRO-3 have DeepSpeed gather the output layer for the forward and the backward pass of the whole model.
+
+    TRL's loss reads its weight without calling the layer. DeepSpeed notices that only if the weight is not available,
+    so with prefetching it fails in the first step: "Cannot partition a param in flight" with any model larger than
+    DeepSpeed's reuse distance, a billion weights, "size of tensor a (0)" with smaller ones (trl 1.16, trainer/utils.py,
+    `maybe_gather_lm_head_ctx`; deepspeed 0.19.8, zero/parameter_offload.py, `ZeROOrderedDict`). The call is
+    DeepSpeed's own for such weights (https://deepspeed.readthedocs.io/en/latest/zero3.html). Remove it when
+    tests/strategies/test_zero3_large_models.py says that it is not needed.
+    """
+    import deepspeed
+
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for parameter in model.get_output_embeddings().parameters():
+        deepspeed.zero.register_external_parameter(model, parameter)
 
 
 def enable_fsdp2_on_cpu() -> None:

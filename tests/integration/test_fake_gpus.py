@@ -357,7 +357,7 @@ def test_deepspeed_configuration_matches_the_plan(simulated, case):
         "bf16": True, "fp16": False, "accumulation_dtype": "fp32", "communication_dtype": "torch.float32",
         "stage": stage, "overlaps": True, "reduce_bucket": 200_000_000,
         "gather_bucket": 200_000_000 if stage < 3 else 500_000_000,  # for stage 3 the default, which DeepSpeed does not use
-        "prefetch_bucket": 50_000_000 if stage < 3 else 0,
+        "prefetch_bucket": 50_000_000,
         "persistence_threshold": plan.zero3_sizes.get("stage3_param_persistence_threshold", 100_000),
         "gathers_on_save": stage == 3,
         "offload_pinned": True if plan.parallelism == "zero3_offload" else None,

@@ -403,6 +403,7 @@ def test_buckets_equal_deepspeed_configs():
         zero = json.loads((REPOSITORY / "deepspeed_configs" / f"{name}.json").read_text())["zero_optimization"]
         assert zero["reduce_bucket_size"] == memory.REDUCE_BUCKET
         assert zero.get("allgather_bucket_size", memory.ALLGATHER_BUCKET) == memory.ALLGATHER_BUCKET
+        assert zero.get("stage3_prefetch_bucket_size", memory.PREFETCH_BUCKET) == memory.PREFETCH_BUCKET
 
 
 def test_zero3_sizes_follow_the_model():
