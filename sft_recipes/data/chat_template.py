@@ -1,7 +1,5 @@
 """Compiled chat templates with the variables they get at inference, and the training templates that TRL ships."""
 
-from __future__ import annotations
-
 import datetime
 import importlib.util
 import re

@@ -5,8 +5,6 @@ counts, and a column whose name says that it changes the meaning is rejected unt
 or names it in `data.ignore_columns`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from functools import lru_cache

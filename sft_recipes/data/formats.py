@@ -1,7 +1,5 @@
 """Recognizes the common formats of chat data and converts each row to a checked conversation."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import dataclass, field

@@ -7,8 +7,6 @@ def absolute_error(reference: str, completion: str) -> float:
     ...
 """
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import statistics

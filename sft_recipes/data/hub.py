@@ -3,8 +3,6 @@
 One process per node does this before any rank starts, so no GPU waits for a download and no rank uses the network.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

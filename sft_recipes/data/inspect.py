@@ -1,7 +1,5 @@
 """Displays prepared rows with their loss mask, and the report on all rows, as text or JSON."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Licenses of models and datasets, as the cards on the Hub state them, and what Llama's licenses require."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -1,8 +1,6 @@
 """Checks a model's folder before a run starts: complete, without code, and with the recipe's architecture; reads what a
 recipe for the model needs."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

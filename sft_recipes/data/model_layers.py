@@ -1,7 +1,5 @@
 """Reads from a model's configuration what its layers ask of the rows: packed or not, and how long."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from pathlib import Path

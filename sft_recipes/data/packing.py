@@ -1,7 +1,5 @@
 """Packs whole examples into rows of `max_length` tokens, and writes the trainer's rows as a dataset."""
 
-from __future__ import annotations
-
 import array
 import bisect
 import itertools
@@ -70,7 +68,7 @@ class TrainerRows:
     packing: bool
 
     @classmethod
-    def arrange(cls, examples: Rows, max_length: int, packing: bool) -> TrainerRows:
+    def arrange(cls, examples: Rows, max_length: int, packing: bool) -> "TrainerRows":
         """Return one row per example, or packed rows. No example is split: each has at most `max_length` tokens."""
         if not packing:
             return cls(examples, numpy.arange(len(examples) + 1), packing)

@@ -5,8 +5,6 @@ the model of a from-scratch recipe, and writes `prepared.json` next to the plan.
 run with the same data, tokenizer, template, lengths and code uses the cached result.
 """
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import functools

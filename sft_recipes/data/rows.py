@@ -1,7 +1,5 @@
 """Tokenized rows of all sources: on disk and memory-mapped, so that only their index is in memory."""
 
-from __future__ import annotations
-
 import mmap
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -91,7 +89,7 @@ class Rows:
         """Return a column of NUMBERS, [rows]."""
         return self.numbers[name][self.index]
 
-    def select(self, which: Any) -> Rows:
+    def select(self, which: Any) -> "Rows":
         """Return the rows at these positions, or where a mask is true."""
         return replace(self, index=self.index[which])
 

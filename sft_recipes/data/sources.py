@@ -1,7 +1,5 @@
 """Resolves the names in a recipe's `data` section (file, folder, Hub dataset, toy dataset) and reads their rows."""
 
-from __future__ import annotations
-
 import codecs
 import contextlib
 import csv

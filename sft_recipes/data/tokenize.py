@@ -5,8 +5,6 @@ sft_recipes.data.assistant_spans locates the assistant in it. Only the template 
 characters in a message become ordinary tokens.
 """
 
-from __future__ import annotations
-
 import datetime
 import hashlib
 import json
@@ -57,7 +55,7 @@ class Example:
         """Return the number of tokens in the loss, without the first of the row, which nothing predicts."""
         return sum(end - max(start, 1) for start, end in self.spans)
 
-    def truncate(self, length: int) -> Example:
+    def truncate(self, length: int) -> "Example":
         """Return the first `length` tokens, or fewer so that no question is left whose answer is cut off."""
         if len(self.input_ids) <= length:
             return self

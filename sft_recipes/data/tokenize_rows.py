@@ -4,8 +4,6 @@ Each row is parsed (formats), tokenized (tokenize) and truncated. What happened 
 ones are left out.
 """
 
-from __future__ import annotations
-
 import collections
 import functools
 import gc

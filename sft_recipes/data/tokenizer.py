@@ -1,7 +1,5 @@
 """Loads a tokenizer from its `tokenizer.json`, chooses its padding token and lists its special tokens."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

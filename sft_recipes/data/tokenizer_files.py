@@ -3,8 +3,6 @@
 Data preparation writes it once and checks that it loads again with the same ids; every saved model has a copy.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path

@@ -4,8 +4,6 @@ Each row's loss mask (every assistant turn with its end of turn, and nothing els
 (sft_recipes.data.assistant_spans, sft_recipes.data.tokenize). This module checks what only all rows together show.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Mapping

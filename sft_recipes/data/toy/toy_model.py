@@ -3,8 +3,6 @@
 The tokenizer is byte-level and has the architecture's vocabulary size, so the model accepts any text.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
