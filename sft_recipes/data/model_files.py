@@ -2,7 +2,6 @@
 recipe for the model needs."""
 
 import json
-import math
 import os
 import re
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ _NO_DIMENSION = re.compile(
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".zip", ".gz", ".zst")
 _DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # endings of decoders' classes
-_LARGEST_HEADER = 100_000_000  # bytes, as in safetensors
 
 
 @dataclass(frozen=True)
@@ -123,18 +121,16 @@ def architecture_of(folder: Path) -> dict[str, Any]:
 
 
 def describe_model(name_or_path: str) -> ModelFacts:
-    """Return what a recipe for a model needs, from its configuration and the header or index of its weights.
+    """Return what a recipe for a model needs, from its configuration and the headers of its weights.
 
-    From the Hub only the configuration and the index are downloaded.
+    From the Hub only these are downloaded.
 
     Raises:
         DataError: no such model, not a decoder, or its number of parameters cannot be read.
     """
     path = Path(name_or_path)
     if path.is_file() or path.suffix in _DATA_SUFFIXES:
-        raise DataError(
-            f"MODEL: found the file {path}, expected a model folder or a Hub name. Data goes in DATA={path}"
-        )
+        raise DataError(f"MODEL: found the file {path}, expected a model folder or a Hub name. Set DATA={path}")
     local = _local_folder(name_or_path)
     folder = local or hub.download_model(Model(name_or_path=name_or_path), only_tokenizer=True)
     if local and (problem := _find_problem(folder, trust_remote_code=True)):
@@ -150,36 +146,23 @@ def describe_model(name_or_path: str) -> ModelFacts:
         name_or_path=name_or_path,
         revision=None if local else hub.commit_of(folder),
         architecture=architecture_of(folder),
-        parameters=_count_parameters(folder, name_or_path, config),
+        parameters=_count_parameters(folder, name_or_path),
         positions=positions if isinstance(positions, int) else None,
         quantization=quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else None,
     )
 
 
-def _count_parameters(folder: Path, name: str, config: dict[str, Any]) -> int:
-    """Return the number of weights by the headers of a model's files, or by its index if they are on the Hub."""
-    files, index = sorted(folder.glob("*.safetensors")), folder / "model.safetensors.index.json"
-    metadata = _read_json(index).get("metadata") or {}
+def _count_parameters(folder: Path, name: str) -> int:
+    """Return the number of weights by the headers of a model's files; of a Hub model, only these are downloaded."""
+    from huggingface_hub import get_safetensors_metadata, parse_local_safetensors_file_metadata
+
     try:
-        if files:
-            tensors = [tensor for file in files for tensor in _read_header(file)]
-            return sum(math.prod(tensor["shape"]) for tensor in tensors)
-        if metadata.get("total_parameters"):
-            return int(metadata["total_parameters"])
-        if metadata.get("total_size"):
-            dtype = str(config.get("dtype") or config.get("torch_dtype"))
-            return int(metadata["total_size"]) // (4 if dtype == "float32" else 2)
-        return hub.count_parameters(name)
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        raise DataError(f"MODEL: {name}: the header of its weights cannot be read ({error}). Copy it again") from error
-
-
-def _read_header(file: Path) -> list[dict[str, Any]]:
-    """Return dtype and shape of the tensors in a safetensors file: 8 bytes of length, then JSON."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(min(length, _LARGEST_HEADER)))
-    return [tensor for name, tensor in header.items() if name != "__metadata__"]
+        local = [parse_local_safetensors_file_metadata(file) for file in folder.glob("*.safetensors")]
+        headers = local or get_safetensors_metadata(name).files_metadata.values()
+        return sum(count for header in headers for count in header.parameter_count.values())
+    except Exception as error:  # of any kind: the files may hold anything
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"MODEL: {name}: the header of its weights cannot be read ({reason}). Copy it again") from error
 
 
 def check_architecture(stated: dict[str, Any], folder: Path, trust_remote_code: bool) -> None:
