@@ -22,12 +22,13 @@ FORMATS: tuple[tuple[str, ...], ...] = (
 FORMAT_NAMES = "messages, conversations, prompt/completion, instruction/input/output, question/answer, query/response"
 REQUIRED = tuple(dict.fromkeys(name for names in FORMATS for name in names))
 _OPTIONAL = ("system", "tools", "functions", "chat_template_kwargs")
-# Words of column names that say that the column changes what a row means.
-_CONTEXT, _SYSTEM, _TEXT_ONLY, _PREFERENCE = "context", "system", "text only", "preference"
-_MEANINGFUL = {
-    **dict.fromkeys(("context", "contexts", "passage", "passages", "document", "documents", "background"), _CONTEXT),
-    **dict.fromkeys(("evidence", "knowledge", "input", "history"), _CONTEXT),
-    **dict.fromkeys(("system", "developer", "persona"), _SYSTEM),
+# What to do with a column whose name has a word that says that it changes what a row means.
+_MAP = "Put it into the messages, or map it with data.columns"
+_TEXT_ONLY = "Only text is trained: remove these rows"
+_PREFERENCE = "It is a preference set: filter the rows to good answers, or map the good ones with data.columns"
+_ADVICE = {
+    **dict.fromkeys(("context", "contexts", "passage", "passages", "document", "documents", "background"), _MAP),
+    **dict.fromkeys(("evidence", "knowledge", "input", "history", "system", "developer", "persona"), _MAP),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _TEXT_ONLY),
     **dict.fromkeys(("label", "labels", "rejected", "chosen", "preference"), _PREFERENCE),
 }
@@ -82,38 +83,30 @@ def _select(names: tuple[str, ...], mapping: tuple[tuple[str, str], ...], ignore
         found = f"found {describe_keys(names)}, which match {len(formats)} formats"
         raise DataError(f"row keys: {found}. Keep one of {matching}, or set data.columns")
     if not formats:
-        raise DataError(_describe_unknown(names, bool(mapping)))
+        fix = "Map them with data.columns, such as {prompt: '{question}', completion: '{answer}'}"
+        if "text" in names and not mapping:
+            fix = (
+                "For plain text set data.columns={prompt: 'Continue.', completion: '{text}'}; convert turns to messages"
+            )
+        raise DataError(f"row keys: found {describe_keys(names)}, expected {FORMAT_NAMES}. {fix}")
     if not mapping:
         is_dolly = formats[0] == ("instruction", "response") and "input" not in names
         alpaca = ("history", "context" if is_dolly else "input") if formats[0][0] == "instruction" else ()
         used = {name: name for name in names if name in (*formats[0], *_OPTIONAL, *alpaca)}
     ignored = tuple(name for name in names if name not in used)
     for name in ignored:
-        if name not in ignore and (kind := _kind_of(name)):
-            fix = f"{_advise(name, kind, formats[0])}, or set data.ignore_columns=[{name}]"
+        if name not in ignore and (advice := _advise(name)):
+            fix = f"{advice}, or set data.ignore_columns=[{name}]"
             raise ColumnError(f"column {name}: found values that would be ignored and may change the meaning. {fix}")
     return Selection(formats[0], used, ignored)
 
 
-def _kind_of(name: str) -> str | None:
-    """Return how a column of this name changes what a row means; None if it does not."""
+def _advise(name: str) -> str | None:
+    """Return what to do with a column whose name says that it changes what a row means; None for any other."""
     words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
     if not words or (len(words) > 1 and _METADATA.fullmatch(words[-1])):
         return None
-    return next((_MEANINGFUL[word] for word in words if word in _MEANINGFUL), None)
-
-
-def _advise(name: str, kind: str, format: tuple[str, ...]) -> str:
-    if kind == _TEXT_ONLY:
-        return "Only text is trained: remove these rows"
-    if kind == _PREFERENCE:
-        return "It is a preference set: filter the rows to good answers, or map the good ones with data.columns"
-    first, *others = [f"{{{column}}}" for column in format]
-    turns = f'prompt: "{first}", completion: "{others[0]}"' if others else f'messages: "{first}"'
-    if kind == _SYSTEM:
-        return f'Set data.columns={{system: "{{{name}}}", {turns}}}'
-    with_context = turns.replace('"', f'"{{{name}}}\\n\\n', 1)
-    return f"Set data.columns={{{with_context}}}" if others else "Put it into the messages"
+    return next((_ADVICE[word] for word in words if word in _ADVICE), None)
 
 
 def check_message_key(key: str, settings: DataSource) -> None:
@@ -122,18 +115,10 @@ def check_message_key(key: str, settings: DataSource) -> None:
     Raises:
         ColumnError: its name says that it does.
     """
-    kind = _kind_of(key)
-    if kind and kind != _PREFERENCE and key not in settings.ignore_columns:
-        advice = _advise(key, kind, ("messages",)) if kind == _TEXT_ONLY else "Put it into the message's content"
+    advice = _advise(key)
+    if advice and advice != _PREFERENCE and key not in settings.ignore_columns:
         fix = f"{advice}, or set data.ignore_columns=[{key}]"
         raise ColumnError(f"message key {key}: found a value that would be ignored. {fix}")
-
-
-def _describe_unknown(names: tuple[str, ...], mapped: bool) -> str:
-    fix = "Map them with data.columns, such as {prompt: '{question}', completion: '{answer}'}"
-    if "text" in names and not mapped:
-        fix = "For plain text set data.columns={prompt: 'Continue.', completion: '{text}'}; convert turns to messages"
-    return f"row keys: found {describe_keys(names)}, expected {FORMAT_NAMES}. {fix}"
 
 
 def describe_keys(names: tuple[str, ...]) -> str:

@@ -51,11 +51,10 @@ _ROLES = {
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", *_CALL_ROLES), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response"), "tool"),
 }
-_ROLE_KEYS = (("role", "content"), ("from", "value"), ("role", "value"), ("from", "content"))
 _FLAGS = ("train", "trainable", "loss", "weight", "loss_weight")  # whether an assistant turn is in the loss
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-_CALL_KEYS = ("tool_calls", "function_call", "name", "tool_call_id")
-_KEYS = {*_ROLE_KEYS[0], *_ROLE_KEYS[1], *_CALL_KEYS, *_FLAGS, *_REASONING_KEYS}
+_KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", "name", "tool_call_id"}
+_KEYS |= {*_FLAGS, *_REASONING_KEYS}
 _MAX_DEPTH = 100  # of calls and tools; far below Python's recursion limit, which templates' own recursion would reach
 _HERMES_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 _HERMES_RESPONSE = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
@@ -86,11 +85,7 @@ def _convert(row: RawRow, settings: DataSource) -> Conversation:
     if not isinstance(given, dict):
         raise DataError(f"row: found {type_name(given)}, expected an object with {columns.FORMAT_NAMES}")
     names = columns.names_with_values(given)
-    try:
-        format = columns.select_columns(names, settings).format
-    except DataError as error:
-        nulls = [name for name in columns.REQUIRED if name in given and given[name] is None]
-        raise type(error)(f"{error} (null: {', '.join(nulls)})" if nulls else str(error)) from error
+    format = columns.select_columns(names, settings).format
     values = columns.map_columns(given, settings.columns) if settings.columns else given
     messages = _read_messages(values, format)
     ignored_keys = tuple(key for message in messages for key in message.pop("ignored", ()))
@@ -152,7 +147,7 @@ def _read_history(history: Any) -> list[Message]:
 
 def _read_side(role: str, side: Any, key: str) -> list[Message]:
     """Read a prompt or an answer: a text, a list of turns, or one turn as preference sets write their answers."""
-    if isinstance(side, dict) and any(keys[0] in side and keys[1] in side for keys in _ROLE_KEYS):
+    if isinstance(side, dict) and {"role", "from"} & side.keys() and {"content", "value"} & side.keys():
         side = [side]
     is_turns = isinstance(side, list) and all(isinstance(turn, dict) and "type" not in turn for turn in side)
     return _read_turns(side) if is_turns else [_make_turn(role, side, key)]
@@ -173,15 +168,12 @@ def _read_turns(turns: Any) -> list[Message]:
 def _read_turn(turn: Any, name: str) -> Message:
     if not isinstance(turn, dict):
         raise DataError(f"{name}: found {type_name(turn)}, expected an object with role and content")
-    role_key, content_key = next(
-        (keys for keys in _ROLE_KEYS if keys[0] in turn and keys[1] in turn),
-        ("from", "value") if "from" in turn else ("role", "content"),
-    )
-    given = turn.get(role_key)
+    role_key = "from" if "from" in turn and "role" not in turn else "role"
+    given, content = turn.get(role_key), turn.get("content", turn.get("value"))
     alias = given.lower().replace(" ", "_") if isinstance(given, str) else ""
     if alias not in _ROLES:
         raise DataError(f"{name}: {role_key}: found {shorten(given)}, expected one of {', '.join(_ROLES)}")
-    role, content = _ROLES[alias], turn.get(content_key)
+    role = _ROLES[alias]
     message: Message = {"role": role}
     if len(turn) > 2:  # most turns are a role and a content
         ignored = [key for key in turn if key not in _KEYS and turn[key] is not None]
@@ -217,8 +209,6 @@ def _read_flags(turn: dict[str, Any], role: str, name: str) -> bool:
             raise DataError(f"{name}: {key}: found {shorten(value)}, expected 0 or 1, true or false")
         if role in ("user", "tool") and value:
             raise DataError(f"{name}: {key}: found true in a {role} turn, which is never in the loss. Remove the flag")
-    if len({bool(value) for value in flags.values()}) > 1:
-        raise DataError(f"{name}: found {flags}, which contradict each other. Keep one of them")
     return role != "assistant" or all(flags.values())
 
 

@@ -1,12 +1,12 @@
 """Resolves the names in a recipe's `data` section (file, folder, Hub dataset, toy dataset) and reads their rows."""
 
-import codecs
 import contextlib
 import csv
 import itertools
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 from sft_recipes.config.schema import Data, DataSource
 from sft_recipes.data import hub
-from sft_recipes.data.columns import REQUIRED
 from sft_recipes.data.toy import toy_dataset
 from sft_recipes.runtime.atomic_write import sha256
 from sft_recipes.runtime.errors import DataError, UserError
@@ -158,10 +157,7 @@ def resolve(name: str, key: str, toy_folder: Path, revision: str | None = None) 
             toy_dataset.write(toy_folder)
         return Source(files=(toy_folder / f"{name.partition(':')[2]}.jsonl",))
     path = _expand(name)
-    try:
-        is_folder, is_file = path.is_dir(), path.is_file()
-    except OSError as error:  # the name is too long, or a parent folder may not be entered
-        raise DataError(f"{key}: {shorten(name)}: not accessible ({error.strerror})") from error
+    is_folder, is_file = path.is_dir(), path.is_file()
     folder, _, split = str(path).rpartition(":")
     if is_folder or (folder and Path(folder).is_dir() and not is_file):
         return Source(_files_of(path, key) if is_folder else _files_of(Path(folder), key, split))
@@ -220,15 +216,11 @@ def _count_lines(file: Path) -> int:
     number = 0
     try:
         with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                position = line.find(0)
-                try:
-                    position < 0 and line.decode()
-                except UnicodeDecodeError as error:
-                    position = error.start
-                if position >= 0:
-                    problem = f"found byte {line[position]:#04x}, expected UTF-8. Save the file as UTF-8"
-                    raise DataError(f"{file}:{number}: encoding: {problem}")
+            for number, line in enumerate(lines, start=1):  # noqa: B007  the error names it
+                line.replace(b"\0", b"\xff").decode()  # a NUL is not text either
+    except UnicodeDecodeError as error:
+        problem = f"found byte {line[error.start]:#04x}, expected UTF-8. Save the file as UTF-8"
+        raise DataError(f"{file}:{number}: encoding: {problem}") from error
     except OSError as error:
         raise DataError(f"{file}: not readable ({error.strerror})") from error
     return number
@@ -261,8 +253,7 @@ def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise DataError(f"key {shorten(twice)}: found twice in one object, expected once. Remove one of them")
     return values
 
@@ -286,7 +277,7 @@ def _at(rows: list[RawRow], locations: Container[str] | None = None) -> Iterator
 
 
 def _line_rows(file: Path, first: int, content: bytes, locations: Container[str] | None = None) -> Iterator[RawRow]:
-    for number, line in enumerate(content.decode().split("\n"), start=first):
+    for number, line in enumerate(content.decode("utf-8-sig").split("\n"), start=first):
         location = f"{file}:{number}"
         if line.strip() and (locations is None or location in locations):
             yield RawRow(attempt(parse_json, line, location), location)
@@ -295,7 +286,6 @@ def _line_rows(file: Path, first: int, content: bytes, locations: Container[str]
 def _read_lines(file: Path, total: int) -> Iterator[RawChunk]:
     first = 1
     with file.open("rb") as opened:
-        opened.seek(len(codecs.BOM_UTF8) if opened.read(3) == codecs.BOM_UTF8 else 0)  # not part of the text
         while lines := opened.readlines(_BYTES_PER_CHUNK):
             rows = partial(_line_rows, file, first, b"".join(lines))
             first += len(lines)
@@ -314,11 +304,7 @@ def _read_json(file: Path) -> Iterator[RawChunk]:
         yield from _read_lines(file, total)
         return
     content = parse_json(file.read_text(encoding="utf-8-sig"), str(file))
-    if isinstance(content, dict):
-        lists = [
-            value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)
-        ]
-        content = lists[0] if len(lists) == 1 and not set(REQUIRED) & content.keys() else [content]
+    content = [content] if isinstance(content, dict) else content
     if not isinstance(content, list):
         raise DataError(f"{file}: found {type_name(content)}, expected a list of rows")
     rows = (RawRow(row, f"{file}, row {number}") for number, row in enumerate(content, start=1))
