@@ -7,12 +7,10 @@ run with the same data, tokenizer, template, lengths and code uses the cached re
 
 import contextlib
 import datetime
-import functools
 import hashlib
 import itertools
 import json
 import logging
-import mmap
 import os
 import random
 import shutil
@@ -52,7 +50,6 @@ log = logging.getLogger("sft_recipes.data.prepare")  # __name__ is "__main__" in
 _MAX_PROMPTS = 1000
 _OVERFIT_CANDIDATES = 10  # rows read per row to overfit: some may have no token in the loss
 _SAMPLED_ROWS = 200  # of each source, for the comparison of tokenizers
-_ROWS_PER_BATCH = 10_000  # read at once
 _CHECKSUMS = "checksums.json"
 _TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 
@@ -211,11 +208,11 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
     if data.overfit_rows and count:
         train_rows = batch.fill_effective_batch(count, plan.effective_batch_size)
         tables = iter([pyarrow.concat_tables(tables).take(pyarrow.array(numpy.arange(train_rows) % count))])
-    hashed = [(write_dataset(folder / "train", tables), _ends(groups))]
+    files = [write_dataset(folder / "train", tables)]
     for part, sets in evaluated.items():
         if sets:
-            file = write_dataset(folder / part, itertools.chain.from_iterable(each.tables() for each in sets))
-            hashed += [(file, [*bounds]) for bounds in itertools.pairwise(_ends(sets))]
+            files.append(write_dataset(folder / part, itertools.chain.from_iterable(each.tables() for each in sets)))
+    fingerprint, ids = _read_back(files, weights)
     validation_rows = [*map(len, evaluated["validation"])]
     repeats = train_rows / max(sum(validation_rows), 1) if data.overfit_rows else 1.0
     shares = [weight for _, weight in weights] or [repeats] * len(parts["train"])
@@ -224,11 +221,6 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
         for key in ("examples", "supervised_tokens", "tokens")
     }
     _write_prompts(plan, tokenizer, named["validation"] or named["train"], parts["validation"], folder)
-    every = concatenate([rows for by_name in parts.values() for rows in by_name.values()])
-    batches = (
-        every.take("input_ids", at, at + _ROWS_PER_BATCH).flatten() for at in range(0, len(every), _ROWS_PER_BATCH)
-    )
-    ids = functools.reduce(numpy.union1d, map(pyarrow.compute.unique, batches), numpy.empty(0, numpy.int32))
     new, regex_fixed = new_tokens(loaded, model.add_tokens), loaded.init_kwargs.get(FIX_MISTRAL_REGEX)
     embeddings = getattr(config.get_text_config(), "vocab_size", None) if config else None
     resizing = [token for token, id in new.items() if embeddings is not None and id >= embeddings]
@@ -245,8 +237,8 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
         notes.append(f"the chat template gets {stated}: pass it at inference too (chat_template_kwargs)")
     details = {
         **counted,
-        "largest_token_id": int(ids.max(initial=0)),
-        "largest_known_token_id": int(ids[~numpy.isin(ids, list(new.values()))].max(initial=0)),
+        "largest_token_id": max(ids, default=0),
+        "largest_known_token_id": max(ids.difference(new.values()), default=0),
         "new_tokens": resizing,
         "reading": reading,
         "end_of_turn": loaded.convert_ids_to_tokens(counted["end_of_turn_ids"]),
@@ -259,7 +251,7 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
         "retention_eval_rows": sum(map(len, evaluated["retention_eval"])),
         "seconds": time.monotonic() - started,
         "prepared": {  # with the folders, the fields of Prepared
-            "fingerprint": _fingerprint(hashed, weights),
+            "fingerprint": fingerprint,
             "rows": rows_per_epoch(weights) if weights else train_rows,
             **per_epoch,
             "validation_rows": sum(validation_rows),
@@ -349,31 +341,21 @@ def _build_from_scratch(plan: Plan, train: Mapping[str, Source], folder: Path) -
     return folder
 
 
-def _ends(groups: list[TrainerRows]) -> list[int]:
-    return [0, *itertools.accumulate(map(len, groups))]
+def _read_back(files: list[Path], weights: list[tuple[int, float]]) -> tuple[str, set[int]]:
+    """Return the data fingerprint and the token ids of the rows in these files.
 
-
-def _fingerprint(parts: list[tuple[Path, list[int]]], weights: list[tuple[int, float]]) -> str:
-    """Hash the rows' tokens and labels and their weights, so that a run resumes after changes of code or paths that
-    keep the rows.
-
-    Args:
-        parts: files, and the first rows of the groups in each and the end.
+    The fingerprint is a hash of their tokens, labels and weights, so that a run resumes after changes of code or paths
+    that keep the rows.
     """
-    digest = hashlib.sha256(json.dumps(weights).encode() if weights else b"")
-    for file, ends in parts:
-        with file.open("rb") as opened:
-            mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-        table = pyarrow.ipc.open_stream(pyarrow.py_buffer(mapped)).read_all()
-        for name in ("input_ids", "labels", *(["seq_lengths"] if "seq_lengths" in table.column_names else [])):
-            for first, last in itertools.pairwise(ends):
-                chunks = table[name].slice(first, last - first).chunks
-                for chunk in chunks:
-                    digest.update(chunk.value_lengths().to_numpy())
-                for chunk in chunks:
-                    digest.update(chunk.flatten().to_numpy())
-                    mapped.madvise(mmap.MADV_DONTNEED)  # else the resident memory is that of all rows
-    return digest.hexdigest()[:16]
+    digest, ids = hashlib.sha256(json.dumps(weights).encode()), set[int]()
+    for file in files:
+        with file.open("rb") as opened, pyarrow.ipc.open_stream(opened) as batches:
+            for batch in batches:
+                for column in batch.drop_columns("source").columns:
+                    digest.update(column.value_lengths().to_numpy())
+                    digest.update(column.flatten().to_numpy())
+                ids.update(pyarrow.compute.unique(batch["input_ids"].flatten()).to_pylist())
+    return digest.hexdigest()[:16], ids
 
 
 def _split(plan: Plan, training: Sources) -> dict[str, Sources]:
@@ -410,7 +392,11 @@ def _limit_eval_rows(plan: Plan, rows_by_source: Sources) -> Sources:
 
 
 def _write_prompts(
-    plan: Plan, tokenizer: ConversationTokenizer, by_name: Mapping[str, Source], validation: Sources, folder: Path
+    plan: Plan,
+    tokenizer: ConversationTokenizer,
+    by_name: Mapping[str, Source],
+    validation: Sources,
+    folder: Path,
 ) -> None:
     """Write a seeded choice of validation conversations up to their last answer, for generations during training."""
     locations = pyarrow.compute.unique(concatenate([*validation.values()]).take("location")).sort()
