@@ -80,14 +80,11 @@ def _select(names: tuple[str, ...], mapping: tuple[tuple[str, str], ...], ignore
     formats = [keys for keys in FORMATS if all(key in targets for key in keys)]
     if len(formats) > 1:
         matching = " and ".join("/".join(keys) for keys in formats)
-        found = f"found {describe_keys(names)}, which match {len(formats)} formats"
-        raise DataError(f"row keys: {found}. Keep one of {matching}, or set data.columns")
+        raise DataError(f"row keys: found {describe_keys(names)}, which match {matching}. Keep one or set data.columns")
     if not formats:
         fix = "Map them with data.columns, such as {prompt: '{question}', completion: '{answer}'}"
         if "text" in names and not mapping:
-            fix = (
-                "For plain text set data.columns={prompt: 'Continue.', completion: '{text}'}; convert turns to messages"
-            )
+            fix = "Plain text: set data.columns={prompt: 'Continue.', completion: '{text}'}; turns: make them messages"
         raise DataError(f"row keys: found {describe_keys(names)}, expected {FORMAT_NAMES}. {fix}")
     if not mapping:
         is_dolly = formats[0] == ("instruction", "response") and "input" not in names
@@ -96,8 +93,7 @@ def _select(names: tuple[str, ...], mapping: tuple[tuple[str, str], ...], ignore
     ignored = tuple(name for name in names if name not in used)
     for name in ignored:
         if name not in ignore and (advice := _advise(name)):
-            fix = f"{advice}, or set data.ignore_columns=[{name}]"
-            raise ColumnError(f"column {name}: found values that would be ignored and may change the meaning. {fix}")
+            raise ColumnError(f"column {name}: found, but not read. {advice}, or set data.ignore_columns=[{name}]")
     return Selection(formats[0], used, ignored)
 
 
@@ -117,8 +113,7 @@ def check_message_key(key: str, settings: DataSource) -> None:
     """
     advice = _advise(key)
     if advice and advice != _PREFERENCE and key not in settings.ignore_columns:
-        fix = f"{advice}, or set data.ignore_columns=[{key}]"
-        raise ColumnError(f"message key {key}: found a value that would be ignored. {fix}")
+        raise ColumnError(f"message key {key}: found, but not read. {advice}, or set data.ignore_columns=[{key}]")
 
 
 def describe_keys(names: tuple[str, ...]) -> str:
@@ -138,11 +133,10 @@ def map_columns(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[s
         pieces = column_pieces(template)
         names = [name for _, name in pieces if name]
         if names and not any(name in values for name in names):
-            expected = f"expected {', '.join(names)} of data.columns.{target}"
-            raise DataError(f"row keys: found {describe_keys(tuple(values))}, {expected}")
+            found = describe_keys(tuple(values))
+            raise DataError(f"row keys: found {found}, expected those in data.columns.{target}={template}")
         if not names and template in values:
-            problem = "found the name of a column, expected it in braces"
-            raise DataError(f"data.columns.{target}: {problem}. Set '{{{template}}}'")
+            raise DataError(f"data.columns.{target}: found a column name without braces. Set '{{{template}}}'")
         if pieces == [("", names[0] if names else None)]:
             mapped[target] = values.get(names[0])
             continue

@@ -232,8 +232,7 @@ def _read_hermes_calls(text: str, name: str) -> tuple[str, list[dict[str, Any]]]
         return text, []  # tags around anything but an object are text
     before = text.partition("<tool_call>")[0].strip()
     if rest.strip() != before:
-        found = shorten(rest.strip()[len(before) :].strip())
-        raise DataError(f"{name}: found {found} after a tool call, expected calls last. Move the text before them")
+        raise DataError(f"{name}: found text after a tool call, expected calls last. Move the text before them")
     return before, _read_calls([_json(call, name) for call in calls], name)
 
 

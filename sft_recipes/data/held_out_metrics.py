@@ -7,8 +7,8 @@ def absolute_error(reference: str, completion: str) -> float:
     ...
 """
 
-import importlib.util
 import math
+import runpy
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -62,14 +62,11 @@ def load(section: Generation) -> list[HeldOutMetric]:
     """
     if section.metrics_file:
         path = Path(section.metrics_file).expanduser()
-        spec = importlib.util.spec_from_file_location("held_out_metrics_of_the_recipe", path)
         try:
-            if spec is None or spec.loader is None:
-                raise ImportError("expected a Python file, *.py")
-            spec.loader.exec_module(importlib.util.module_from_spec(spec))
+            runpy.run_path(str(path))
         except Exception as error:  # of any kind: it is the user's code
-            found = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise ConfigError(f"generation.metrics_file: {path} cannot be run ({found}). Correct it") from error
+            reason = f"{type(error).__name__}: {error}"
+            raise ConfigError(f"generation.metrics_file: {path} cannot be run ({reason}). Correct it") from error
     if unknown := next((name for name in section.metrics if name not in REGISTRY), None):
         known = f"{', '.join(REGISTRY)}{did_you_mean(unknown, REGISTRY)}"
         raise ConfigError(f"generation.metrics: found {unknown}, expected one of {known}")
@@ -94,9 +91,7 @@ def evaluate(
             if not all(map(math.isfinite, scores)):
                 raise ValueError("found a score that is not finite")
         except Exception as error:  # of any kind: it is the user's code
-            raise ConfigError(
-                f"generation.metrics: {each.name}: {type(error).__name__}: {error}. Correct it"
-            ) from error
+            raise ConfigError(f"generation.metrics: {each.name}: {type(error).__name__}: {error}") from error
         if scores:
             results[each.name] = {"mean": round(statistics.fmean(scores), 6), "prompts": len(scores)}
     return results

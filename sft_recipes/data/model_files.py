@@ -69,13 +69,11 @@ def _find_problem(folder: Path, trust_remote_code: bool) -> str | None:
         hint = ". Convert the pickled weights (*.bin) to safetensors" if any(folder.glob("*.bin")) else ""
         return f" has no weights (*.safetensors){hint}"
     index = folder / "model.safetensors.index.json"
+    shards = re.findall(r'"([^"]+[.]safetensors)"', index.read_text(errors="replace")) if index.is_file() else []
+    if missing := sorted({shard for shard in shards if not (folder / shard).is_file()}):
+        return f" lacks {', '.join(missing)} of its index. Copy the complete model"
     for name in ("generation_config.json", "tokenizer_config.json"):
         _read_json(folder / name)  # Transformers ignores an invalid generation configuration
-    shards = _read_json(index).get("weight_map") if index.is_file() else {}
-    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-        return f"/{index.name}: found no weight_map from weights to files. Copy the complete model"
-    if missing := sorted({shard for shard in shards.values() if not (folder / shard).is_file()}):
-        return f" lacks {', '.join(missing)} of its index. Copy the complete model"
     if not trust_remote_code and "auto_map" in _read_json(config):
         return " requires its own code (auto_map). Set model.trust_remote_code=true if you trust it"
     return None
@@ -97,8 +95,7 @@ def _local_folder(name_or_path: str) -> Path | None:
         check_links(folder, "model.name_or_path")
         return folder
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name_or_path):
-        fix = f"Name a folder with config.json and weights, or a Hub name{mount_hint()}"
-        raise DataError(f"model.name_or_path: no folder {name_or_path!r}. {fix}")
+        raise DataError(f"model.name_or_path: no folder {name_or_path!r}. Name one, or a Hub model{mount_hint()}")
     return None
 
 

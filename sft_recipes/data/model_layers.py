@@ -102,8 +102,7 @@ def check_positions(plan: Plan, config: Any) -> list[str]:
             f"positions of the model (RoPE): quality beyond them is not known"
         ]
     if _has_position_table(plan, config, positions):
-        found = f"found {plan.max_length}, expected {positions} or less (the model's table of positions)"
-        raise DataError(f"trainer.max_length: {found}. Set trainer.max_length={positions}")
+        raise DataError(f"trainer.max_length: found {plan.max_length}, expected at most the {positions} of the model")
     return []
 
 

@@ -232,9 +232,6 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
         packed = max(-(-per_epoch["tokens"] // plan.max_length), 1)
         cost = f"{per_epoch['examples']:,} padded rows per epoch instead of about {packed:,} packed ones"
         notes.append(f"packing is off: {leak}. {cost}")
-    if data.chat_template_kwargs:
-        stated = json.dumps(data.chat_template_kwargs)
-        notes.append(f"the chat template gets {stated}: pass it at inference too (chat_template_kwargs)")
     details = {
         **counted,
         "largest_token_id": max(ids, default=0),
@@ -324,8 +321,7 @@ def _training_rows(plan: Plan, training: Sources) -> tuple[list[TrainerRows], li
     ]
     for name, (count, weight) in zip(training, weights, strict=False):
         if not rows_per_epoch([(count, weight)]):
-            fix = f"Set {1 / max(count, 1):.2g} or more, or remove the source"
-            raise DataError(f"data.train: {name}: weight: found {weight:g} of {count} rows, which uses no row. {fix}")
+            raise DataError(f"data.train: {name}: weight {weight:g} uses none of its {count} rows. Increase it")
     return groups, weights
 
 

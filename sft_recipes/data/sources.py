@@ -105,7 +105,7 @@ def resolve_all(data: Data, part: str, toy_folder: Path) -> dict[str, Source]:
     No validation source is named `retention_eval`: that is the name of the retention eval set's loss.
 
     Raises:
-        DataError: as `resolve`, or a source is named twice.
+        DataError: as `resolve`.
     """
     key, named = f"data.{part}", data.sources(part)
     if part == "validation" and not named and not data.overfit_rows:
@@ -115,9 +115,6 @@ def resolve_all(data: Data, part: str, toy_folder: Path) -> dict[str, Source]:
         return {_short_name(only.path): Source(splits[split], settings=replace(only, weight=1.0))} if split else {}
     resolved: dict[str, Source] = {}
     for settings in named:
-        count = sum(other.path == settings.path for other in named)
-        if count > 1:
-            raise DataError(f"{key}: {settings.path}: found {count} times, expected once. Remove the duplicate")
         short = _short_name(settings.path)
         number = sum(other == short or other.startswith(f"{short}_") for other in resolved)
         number += short == "retention_eval" != part
@@ -168,8 +165,7 @@ def resolve(name: str, key: str, toy_folder: Path, revision: str | None = None) 
     if dataset := hub_name(name):
         split = name.partition(":")[2] or "train"
         return Source((hub.download_dataset(dataset, revision, key),), f"{dataset}:{split}")
-    fix = "Name a file, a folder or a Hub dataset (owner/name or owner/name:split)"
-    raise DataError(f"{key}: no file or folder {name!r}. {fix}{mount_hint()}")
+    raise DataError(f"{key}: no file or folder {name!r}. Name one, or a Hub dataset (owner/name:split){mount_hint()}")
 
 
 def _files_of(folder: Path, key: str, split: str | None = None) -> tuple[Path, ...]:
@@ -219,8 +215,7 @@ def _count_lines(file: Path) -> int:
             for number, line in enumerate(lines, start=1):  # noqa: B007  the error names it
                 line.replace(b"\0", b"\xff").decode()  # a NUL is not text either
     except UnicodeDecodeError as error:
-        problem = f"found byte {line[error.start]:#04x}, expected UTF-8. Save the file as UTF-8"
-        raise DataError(f"{file}:{number}: encoding: {problem}") from error
+        raise DataError(f"{file}:{number}: encoding: found byte {line[error.start]:#04x}, expected UTF-8") from error
     except OSError as error:
         raise DataError(f"{file}: not readable ({error.strerror})") from error
     return number
@@ -400,8 +395,7 @@ def _read_dataset(folder: Path, hub_name: str | None) -> Iterator[RawChunk]:
         files = load_dataset_builder(str(folder)).config.data_files if hub_name else {}
         for file in itertools.chain.from_iterable((files or {}).values()):
             if not Path(os.path.normpath(file)).is_relative_to(folder.resolve()):
-                problem = f"its dataset card names {file}, which is not a file of this dataset"
-                raise DataError(f"data: {hub_name}: {problem}. Set another data.revision")
+                raise DataError(f"data: {name}: its card names {file} of another folder. Set another data.revision")
         split = name.rpartition(":")[2]
         dataset = load_dataset(str(folder), split=split) if hub_name else load_from_disk(str(folder))
         yield from _split_arrow(dataset.with_format("arrow").iter(_ROWS_PER_CHUNK), len(dataset), name)
@@ -409,8 +403,7 @@ def _read_dataset(folder: Path, hub_name: str | None) -> Iterator[RawChunk]:
         raise
     except Exception as error:  # a dozen types from three libraries: no such split, files that are not data
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        fix = "Name an existing split, as owner/name:split" if hub_name else "Save it again"
-        raise DataError(f"data: {name}: not readable as a dataset ({reason}). {fix}") from error
+        raise DataError(f"data: {name}: not readable as a dataset ({reason}). Name an existing split") from error
 
 
 _READERS: dict[str, Callable[[Path], Iterator[RawChunk]]] = {

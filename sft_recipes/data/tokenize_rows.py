@@ -208,9 +208,7 @@ def describe_reading(outcomes: Outcomes, source: Source) -> dict[str, Any]:
     These are its Hub name, commit and license, its files, rows by the columns that are read or ignored, and rows by
     convention and by reason of rejection, with the location of the first.
     """
-    used: Counter[str] = Counter()
-    ignored: Counter[str] = Counter()
-    ignored_keys: Counter[str] = Counter()
+    used, ignored = Counter[str](), Counter[str]()
     conventions: dict[str, list[Any]] = {}
     rejected: dict[str, list[Any]] = {}
     for outcome, (rows, first) in outcomes.items():
@@ -219,8 +217,7 @@ def describe_reading(outcomes: Outcomes, source: Source) -> dict[str, Any]:
             for name, purpose in selection.used.items():
                 used[name if name == purpose else f"{name} as {purpose}"] += rows
             ignored.update(dict.fromkeys(selection.ignored, rows))
-        for key in outcome.ignored_keys:
-            ignored_keys[f"messages[].{key}"] += rows
+        ignored.update({f"messages[].{key}": rows for key in outcome.ignored_keys})
         for convention in outcome.conventions:
             conventions.setdefault(convention, [0, first])[0] += rows
         if outcome.rejected:
@@ -231,7 +228,7 @@ def describe_reading(outcomes: Outcomes, source: Source) -> dict[str, Any]:
         "files": source.file_names(),
         "rows": _count(outcomes),
         "used": dict(used),
-        "ignored": dict((ignored + ignored_keys).most_common()),
+        "ignored": dict(ignored.most_common()),
         "conventions": conventions,
         "rejected": rejected,
     }

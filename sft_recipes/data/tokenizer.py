@@ -34,15 +34,16 @@ def load_tokenizer(
     try:
         tokenizer = _load_from_files(Path(name_or_path), trust_remote_code)
     except Exception as error:  # OSError, ValueError, errors of the Hub and of the tokenizer
-        raise DataError(f"{place}: {_explain(Path(name_or_path), error)}") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        fix = "Use a copy of the model with tokenizer.json, or `pip install sentencepiece protobuf tiktoken`"
+        raise DataError(f"{place}: not loadable ({reason}). {fix}") from error
     if chat_template is not None:
         try:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"model.chat_template: {chat_template}: not readable ({error})") from error
     if not tokenizer.chat_template:
-        fix = "Set model.chat_template=<a .jinja file>, or use the instruct model"
-        raise DataError(f"{place}: found no chat template (a base model?). {fix}")
+        raise DataError(f"{place}: found no chat template. Set model.chat_template=FILE, or use an instruct model")
     if not tokenizer.is_fast:
         raise DataError(f"{place}: found a slow tokenizer, expected a fast one, which reports token offsets")
     if add_tokens:
@@ -77,19 +78,6 @@ def _load_from_files(folder: Path, trust_remote_code: bool) -> Any:
     if type(tokenizer) is not TokenizersBackend or fix:
         tokenizer = TokenizersBackend.from_pretrained(folder, **class_tokens, **fix)
     return tokenizer
-
-
-def _explain(folder: Path, error: Exception) -> str:
-    """Return why a tokenizer did not load, and the fix."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    vocabulary = next((name for name in _VOCABULARIES if (folder / name).is_file()), None)
-    if vocabulary and not (folder / "tokenizer.json").is_file():
-        packages = "tiktoken" if vocabulary == "tiktoken.model" else "sentencepiece protobuf"
-        return (
-            f"found {vocabulary}, expected tokenizer.json: {reason}. Use a copy of the model with tokenizer.json, or "
-            f"run `pip install {packages}`"
-        )
-    return f"not loadable ({reason}). Name a folder that has it, or check the Hub name, the network and HF_TOKEN"
 
 
 def new_tokens(tokenizer: Any, add_tokens: Sequence[str]) -> dict[str, int]:

@@ -82,12 +82,11 @@ def _overlap(training: Rows, validation: Rows) -> dict[str, Any]:
     """Count the validation rows that are also in training, up to white space, and locate the first of them in both."""
     digests, train_digests = validation["row_digest"], training["row_digest"]
     shared = numpy.flatnonzero(numpy.isin(digests, train_digests))
-    overlap = {"rows": len(shared), "of": len(digests), "location": None, "train_location": None}
+    location = train_location = None
     if len(shared):
-        same = numpy.flatnonzero(train_digests == digests[shared[0]])
-        overlap["location"] = validation.location(shared[0])
-        overlap["train_location"] = training.location(same[0])
-    return overlap
+        location = validation.location(shared[0])
+        train_location = training.location(numpy.flatnonzero(train_digests == digests[shared[0]])[0])
+    return {"rows": len(shared), "of": len(digests), "location": location, "train_location": train_location}
 
 
 def check_limits(plan: Plan, details: Mapping[str, Any]) -> None:
@@ -157,11 +156,8 @@ def reading_lines(details: Mapping[str, Any]) -> list[str]:
             used = ", ".join(f"{name}{count}" for name, count in counts.items())
             ignored = ", ".join(f"{name} ({count:,})" for name, count in reading["ignored"].items())
             lines.append(f"{label}: columns {used}; ignored: {ignored or 'none'}")
-            counted = {
-                **reading["conventions"],
-                **{f"rejected: {key}": row for key, row in reading["rejected"].items()},
-            }
-            for what, (count, first) in counted.items():
+            rejected = {f"rejected: {reason}": counted for reason, counted in reading["rejected"].items()}
+            for what, (count, first) in {**reading["conventions"], **rejected}.items():
                 lines.append(f"{label}: {count:,} of {reading['rows']:,} rows: {what} (first: {first})")
     for part in ("train", "validation", "retention_eval"):
         stats = details.get(part, {})

@@ -290,7 +290,7 @@ NO_ROWS = [
     row("a prompt alone", {"prompt": "2 + 2?"}, "row keys: found prompt, expected"),
     row("a null completion", {"prompt": "2 + 2?", "completion": None}, "row keys: found prompt, expected"),
     row("null messages", {"messages": None}, "row keys: found none, expected"),
-    row("two formats in a row", {**GOOD, "messages": [USER, ASSISTANT]}, "row keys: found prompt, completion, messages, which match 2 formats"),
+    row("two formats in a row", {**GOOD, "messages": [USER, ASSISTANT]}, "row keys: found prompt, completion, messages, which match messages and prompt/completion"),
     row("a preference pair", {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}, "row keys: found prompt, chosen, rejected"),
     row("thousands of keys", dict.fromkeys(map(str, range(5000)), 1), "row keys: found 0, 1, .* and 4990 others"),
     row("a key that is a lone surrogate", {"\ud800": 1}, "row keys: found"),
@@ -385,8 +385,8 @@ TOOLS = [
     calls("a lone surrogate in a call's id", [{**CALL, "id": "\ud800"}], ".*turn 2.*.* found a lone surrogate"),
     calls("a NUL in an argument", [{"name": "add", "arguments": {"a": "\x00"}}], ".*turn 2.* found a NUL character"),
     calls("a NUL in a call's name", [{"name": "a\x00", "arguments": {}}], ".*turn 2.* found a NUL character"),
-    calls("a special token in an argument", [{"name": "add", "arguments": {"a": "<|im_end|>"}}], r"chat template: turn 2: tool_calls: found the special token '<\|im_end\|>'"),
-    turns("a special token in a tool's name", [USER, CALLS, {**ANSWERS, "name": "<|im_end|>"}, ASSISTANT], r".*turn 3.* found the special token '<\|im_end\|>'", tools=[TOOL]),
+    calls("a special token in an argument", [{"name": "add", "arguments": {"a": "<|im_end|>"}}], r"chat template: tools or calls: found the special token '<\|im_end\|>'"),
+    turns("a special token in a tool's name", [USER, CALLS, {**ANSWERS, "name": "<|im_end|>"}, ASSISTANT], r".*tools or calls: found the special token '<\|im_end\|>'", tools=[TOOL]),
     calls("a call's name of a megabyte", [{"name": LONG, "arguments": 1}], "turn 2: arguments of long"),
     turns("a call that the template leaves out", [USER, CALLS, ANSWERS, ASSISTANT], "chat template: turn 2: the template omits the tool call", tools=[TOOL]),
     turns("a call between tags without a name", [USER, {**ASSISTANT, "content": "<tool_call>{}</tool_call>"}], "turn 2: tool call: found no name"),
@@ -410,7 +410,7 @@ TOOLS = [
     tools("a tool's key written twice in JSON text", '[{"name": "add", "name": "sub"}]', ".*'name': found twice"),
     tools("a lone surrogate in a tool", [{"name": "add", "description": "\ud800"}], ".*tools.* found a lone surrogate"),
     tools("a NUL in a tool", [{"name": "add", "description": "\x00"}], ".*tools.* found a NUL character"),
-    tools("a special token in a tool", [{"name": "add", "description": "<|im_start|>"}], r"chat template: tools: found the special token '<\|im_start\|>'"),
+    tools("a special token in a tool", [{"name": "add", "description": "<|im_start|>"}], r"chat template: tools or calls: found the special token '<\|im_start\|>'"),
 ]  # fmt: skip
 
 FILES = [

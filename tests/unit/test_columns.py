@@ -120,11 +120,9 @@ def test_columns_are_mapped_by_format_strings():
     assert without.messages[1]["content"] == "Who?", "no separator without what it separates"
     turns = convert({"chat": [USER, ANSWER], "extra": 1}, columns={"messages": "{chat}"})
     assert turns.messages == [USER, ANSWER]
-    with pytest.raises(
-        UserError, match=r"here:1: row keys: found question, .*, expected qestion of data.columns.prompt"
-    ):
+    with pytest.raises(UserError, match=r"here:1: row keys: found question, .* in data.columns.prompt={qestion}"):
         convert(QUESTION, columns={"prompt": "{qestion}", "completion": "{answer}"}, ignore_columns=["context"])
-    with pytest.raises(UserError, match=r"data.columns.prompt: found the name of a column, .* Set '{question}'"):
+    with pytest.raises(UserError, match=r"data.columns.prompt: found a column name .* Set '{question}'"):
         convert(QUESTION, columns={"prompt": "question", "completion": "{answer}"}, ignore_columns=["context"])
 
 
