@@ -135,7 +135,7 @@ def test_special_tokens_stay_text_with_metaspace_tokenizer(scheme):
 def test_tokenize_rejects_special_token_without_byte_fallback():
     conversation_tokenizer = with_template(spaced("always", byte_fallback=False), PLAIN)
     assert tokenize(conversation_tokenizer, ("user", "a"), ("assistant", "b")).spans
-    with pytest.raises(UserError, match="here:1: found a special token in a text that this tokenizer cannot encode"):
+    with pytest.raises(UserError, match="here:1: found a special token that cannot be encoded as text"):
         tokenize(conversation_tokenizer, ("user", "a</s>b"), ("assistant", "b"))
 
 
