@@ -24,10 +24,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sft_recipes.data.chat_template import AmbiguousTemplateError, ChatTemplate
+from sft_recipes.data.chat_template import AmbiguousTemplateError, ChatTemplate, Span
 from sft_recipes.data.formats import Conversation, Message
 
-Span = tuple[int, int]  # [start, end) characters
 Position = tuple[int, int]  # index of a literal, and an offset in characters into it
 
 OWN_BLOCKS, TRL_BLOCKS, COMPARED = "its own generation blocks", "TRL's training template", "compared renderings"
@@ -159,7 +158,7 @@ class SpanFinder:
         return self._make_layout(marked, spans, COMPARED)
 
     def _from_blocks(self, marked: _MarkedConversation, tagged: ChatTemplate, span_source: str) -> Layout:
-        text, blocks = tagged.render_with_generation_spans(marked.messages, marked.tools)
+        text, blocks = tagged.render_with_spans(marked.messages, marked.tools)
         if text != marked.text:
             raise AmbiguousTemplateError("the training template renders this conversation differently")
         spans = [block for block in blocks if marked.is_block_trained(*block)]
@@ -259,10 +258,8 @@ class SpanFinder:
             start, end = tails.get(number, (0, 0))
             stop_token = self._last_stop_token(marked.text[start:end])
             if not stop_token:
-                following = _MARKER.split(marked.text[start : start + 16])[0]
-                outside = f" (followed by {following!r})" if following and end == start else ""
-                found = f"found {marked.text[max(end - 12, start) : end]!r}{outside}"
-                raise _error(number, f"end of the assistant's turn: {found}, expected a special token")
+                found = marked.text[max(end - 12, start) : end]
+                raise _error(number, f"end of the assistant's turn: found {found!r}, expected a special token")
             if marked.messages[number].get("tool_calls") or number == len(marked.messages) - 1:
                 stop_tokens.append(stop_token)
         return tuple(dict.fromkeys(stop_tokens))

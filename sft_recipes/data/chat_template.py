@@ -11,6 +11,7 @@ from typing import Any
 from sft_recipes.data.formats import Message
 
 Tools = list[dict[str, Any]] | None
+Span = tuple[int, int]  # [start, end) characters
 
 
 class AmbiguousTemplateError(Exception):
@@ -46,9 +47,7 @@ class ChatTemplate:
         given = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
         return str(self._call(self._compiled.render, **given))
 
-    def render_with_generation_spans(
-        self, messages: Sequence[Message], tools: Tools
-    ) -> tuple[str, list[tuple[int, int]]]:
+    def render_with_spans(self, messages: Sequence[Message], tools: Tools) -> tuple[str, list[Span]]:
         """Return the conversation as text and the [start, end) characters of its generation blocks.
 
         Raises:
@@ -80,9 +79,9 @@ def training_templates() -> dict[str, str]:
     return {text: texts[f"{name}_training"] for name, text in texts.items() if f"{name}_training" in texts}
 
 
-def _merge_spans(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+def _merge_spans(spans: Iterable[Span]) -> list[Span]:
     """Drop empty spans and merge adjacent ones."""
-    merged: list[tuple[int, int]] = []
+    merged: list[Span] = []
     for start, end in sorted(spans):
         if merged and start <= merged[-1][1]:
             merged[-1] = (merged[-1][0], max(end, merged[-1][1]))

@@ -33,7 +33,7 @@ _ADVICE = {
     **dict.fromkeys(("label", "labels", "rejected", "chosen", "preference"), _PREFERENCE),
 }
 _METADATA = re.compile(r"(id|ids|len|length|count|num|size|tokens?|lang|language|type|date|time|hash)$")
-_EMPTY: tuple[Any, ...] = (None, "", [], {})
+_EMPTY: tuple[Any, ...] = ("", [], {})
 
 
 class ColumnError(DataError):
@@ -56,9 +56,8 @@ class Selection(NamedTuple):
 
 def names_with_values(values: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the names of a row's columns that are not null or, if no format needs them, not empty."""
-    return tuple(
-        name for name, value in values.items() if value is not None and (value not in _EMPTY or name in REQUIRED)
-    )
+    given = {name: value for name, value in values.items() if value is not None}
+    return tuple(name for name, value in given.items() if name in REQUIRED or value not in _EMPTY)
 
 
 def select_columns(names: tuple[str, ...], settings: DataSource) -> Selection:

@@ -55,7 +55,6 @@ _FLAGS = ("train", "trainable", "loss", "weight", "loss_weight")  # whether an a
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", "name", "tool_call_id"}
 _KEYS |= {*_FLAGS, *_REASONING_KEYS}
-_MAX_DEPTH = 100  # of calls and tools; far below Python's recursion limit, which templates' own recursion would reach
 _HERMES_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 _HERMES_RESPONSE = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
 
@@ -77,7 +76,7 @@ def conversation_of(row: RawRow, settings: DataSource | None = None) -> Conversa
     except DataError as error:
         raise type(error)(f"{row.location}: {error}") from error
     except RecursionError as error:
-        raise DataError(f"{row.location}: nesting: expected at most {_MAX_DEPTH} levels") from error
+        raise DataError(f"{row.location}: nesting: found too many levels") from error
 
 
 def _convert(row: RawRow, settings: DataSource) -> Conversation:
@@ -137,12 +136,10 @@ def _read_messages(values: dict[str, Any], format: tuple[str, ...]) -> list[Mess
 
 def _read_history(history: Any) -> list[Message]:
     """Convert Alpaca's earlier turns: a list of [prompt, answer]."""
-    pairs = history or []
+    pairs, roles = history or [], ("user", "assistant")
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise DataError(f"history: found {shorten(history)}, expected a list of [prompt, answer]")
-    return [
-        _make_turn(role, pair[side], "history") for pair in pairs for side, role in enumerate(("user", "assistant"))
-    ]
+    return [_make_turn(role, text, "history") for pair in pairs for role, text in zip(roles, pair, strict=True)]
 
 
 def _read_side(role: str, side: Any, key: str) -> list[Message]:
@@ -307,19 +304,12 @@ def _check_characters(text: str, name: str) -> None:
 
 
 def _check_json(value: Any, name: str) -> None:
-    """Check that a value can be written as JSON: Parquet has more types, and the parser reads deeper nesting."""
-    if _depth(value) > _MAX_DEPTH:
-        raise DataError(f"{name}: nesting: expected at most {_MAX_DEPTH} levels")
+    """Check that a value can be written as JSON: Parquet has more types."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise DataError(f"{name}: not representable as JSON: {error}") from error
     _check_characters(text.replace("\\u0000", "\x00"), name)
-
-
-def _depth(value: Any) -> int:
-    inner = value.values() if isinstance(value, dict) else value
-    return 1 + max(map(_depth, inner), default=0) if isinstance(value, dict | list) else 0
 
 
 def _arrange_turns(messages: list[Message]) -> list[str]:
@@ -329,8 +319,7 @@ def _arrange_turns(messages: list[Message]) -> list[str]:
         DataError: a turn without text, a tool's answer without a call, or no assistant turn.
     """
     if not any(message["role"] == "assistant" for message in messages):
-        found = f"{messages[-1]['role']} last and no assistant turn" if messages else "none"
-        raise DataError(f"turns: found {found}, expected user and assistant turns")
+        raise DataError("turns: found no assistant turn, expected user and assistant turns")
     conventions = []
     while messages[-1]["role"] in ("user", "tool"):
         messages.pop()

@@ -19,6 +19,7 @@ from sft_recipes.config.schema import Generation, did_you_mean
 from sft_recipes.runtime.errors import ConfigError
 
 Messages = list[dict[str, Any]]
+Results = dict[str, dict[str, float | int]]  # `mean` and `prompts` of each metric
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,7 @@ def load(section: Generation) -> list[HeldOutMetric]:
     return [REGISTRY[name] for name in section.metrics]
 
 
-def evaluate(
-    metrics: Sequence[HeldOutMetric], scored: Sequence[tuple[Messages, str, str]]
-) -> dict[str, dict[str, float | int]]:
+def evaluate(metrics: Sequence[HeldOutMetric], scored: Sequence[tuple[Messages, str, str]]) -> Results:
     """Return the mean and the number of prompts of each metric that applies to one or more.
 
     Args:
@@ -84,7 +83,7 @@ def evaluate(
     Raises:
         ConfigError: a function fails, or returns no finite number.
     """
-    results: dict[str, dict[str, float | int]] = {}
+    results: Results = {}
     for each in metrics:
         try:
             scores = [float(each.score(ref, text)) for messages, ref, text in scored if each.applies(messages, ref)]

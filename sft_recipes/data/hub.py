@@ -52,11 +52,9 @@ def _snapshot(
     from huggingface_hub import errors, snapshot_download
 
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
-    ignored = _IGNORED_FILES if kind == "model" else None
     try:
-        return Path(
-            snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=patterns, ignore_patterns=ignored)
-        )
+        files = {"allow_patterns": patterns, "ignore_patterns": _IGNORED_FILES if kind == "model" else None}
+        return Path(snapshot_download(name, repo_type=kind, revision=revision, **files))
     except (OSError, ValueError) as error:  # the Hub's errors are OSErrors
         reason = " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__
         fix = f"Check the network, run `make download` beforehand, or set HF_TOKEN if {page} is gated"

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.config.architecture import DENSE_KEYS, DENSE_KINDS, is_dense_kind
+from sft_recipes.config.architecture import DENSE_KEYS, DENSE_KINDS
 from sft_recipes.config.schema import Model
-from sft_recipes.data import hub, model_layers
+from sft_recipes.data import hub
 from sft_recipes.runtime.errors import DataError
 from sft_recipes.runtime.paths import check_links, mount_hint
 
@@ -19,7 +19,6 @@ _NO_DIMENSION = re.compile(
     r"_.*|(bos|eos)_token_id|.*dropout|(torch_)?dtype|architectures|transformers_version|quantization_config|use_cache|"
     r"initializer_range|time_step_limit|max_position_embeddings|rope_.*|id2label|label2id"
 )
-_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".zip", ".gz", ".zst")
 _DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # endings of decoders' classes
 
@@ -59,15 +58,11 @@ def check_model(model: Model) -> Path:
 def _find_problem(folder: Path, trust_remote_code: bool) -> str | None:
     """Return what a model's folder lacks, and the fix."""
     if (folder / "adapter_config.json").is_file():
-        return (
-            ": found adapters (adapter_config.json), expected a model. Merge them into their base model, for a run of "
-            "this repository by `make merge RUN=<run>`, and name the merged folder"
-        )
+        return ": found adapters (adapter_config.json), expected a model. Merge them first (`make merge RUN=<run>`)"
     if not _read_json(config := folder / "config.json"):
         return " has no config.json. Name a folder that save_pretrained wrote"
     if not any(folder.glob("*.safetensors")):
-        hint = ". Convert the pickled weights (*.bin) to safetensors" if any(folder.glob("*.bin")) else ""
-        return f" has no weights (*.safetensors){hint}"
+        return " has no weights (*.safetensors). Convert pickled weights (*.bin) to safetensors"
     index = folder / "model.safetensors.index.json"
     shards = re.findall(r'"([^"]+[.]safetensors)"', index.read_text(errors="replace")) if index.is_file() else []
     if missing := sorted({shard for shard in shards if not (folder / shard).is_file()}):
@@ -110,7 +105,8 @@ def architecture_of(folder: Path) -> dict[str, Any]:
         return {}
     if kind not in DENSE_KINDS:
         return {key: value for key, value in config.items() if value is not None and not _NO_DIMENSION.fullmatch(key)}
-    sizes = {key: config[key] for key in (*DENSE_KEYS, *_OPTIONAL_SIZES) if config.get(key) is not None}
+    keys = (*DENSE_KEYS, "num_key_value_heads", "head_dim")
+    sizes = {key: config[key] for key in keys if config.get(key) is not None}
     if any(type(value) is not int or value < 1 for value in sizes.values()):
         return {}  # loading the model reports it
     stated = {key: config[key] for key in ("tie_word_embeddings", "attention_bias") if config.get(key) is not None}
@@ -162,20 +158,17 @@ def _count_parameters(folder: Path, name: str) -> int:
         raise DataError(f"MODEL: {name}: the header of its weights cannot be read ({reason}). Copy it again") from error
 
 
-def check_architecture(stated: dict[str, Any], folder: Path, trust_remote_code: bool) -> None:
+def check_architecture(stated: dict[str, Any], folder: Path) -> None:
     """Check that the recipe's architecture, which memory and time are computed from, is the model's.
 
     Raises:
         DataError: the model's config differs.
     """
-    config = model_layers.load_config(folder, trust_remote_code) if stated else None
-    dense = is_dense_kind(stated)
-    # Configuration classes rename and replace other values of other types.
-    checked = {key: stated[key] for key in stated if dense or (key in DENSE_KEYS and hasattr(config, key))}
-    wrong = [key for key, value in checked.items() if getattr(config, key, None) != value]
+    found = architecture_of(folder)
+    wrong = [key for key in stated if key in found and stated[key] != found[key]]
     if wrong:
-        values = (f"{key} {stated[key]!r}, expected {getattr(config, key, None)!r}" for key in wrong)
-        raise DataError(f"model.architecture: found {'; '.join(values)} ({folder / 'config.json'}). Correct the recipe")
+        values = "; ".join(f"{key} {stated[key]!r}, expected {found[key]!r}" for key in wrong)
+        raise DataError(f"model.architecture: found {values} ({folder / 'config.json'}). Correct the recipe")
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -183,9 +176,6 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"model.name_or_path: {file}: not valid JSON ({error}). Copy the complete model") from error
-    if not isinstance(content, dict):
-        raise DataError(f"model.name_or_path: {file}: found no JSON object. Copy the complete model")
-    return content
+        return {**json.loads(file.read_text(encoding="utf-8"))}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"model.name_or_path: {file}: no JSON object ({error}). Copy the complete model") from error

@@ -87,7 +87,8 @@ def prepare(plan: Plan, store: Path | None = None, rows_only: bool = False) -> P
     store.mkdir(parents=True, exist_ok=True, mode=0o700)  # it contains the data
     base = _base_folder(plan, rows_only)
     data = plan.sections.data
-    toy_folder = store / f"toy-{sha256(Path(__file__).parent / 'toy' / 'toy_dataset.py')[:8]}"
+    toy_files = sorted((Path(__file__).parent / "toy").glob("toy_dataset.*"))
+    toy_folder = store / "-".join(["toy", *(sha256(file)[:8] for file in toy_files)])
     named = {part: sources.resolve_all(data, part, toy_folder) for part in sources.PARTS}
     folder = store / _cache_key(plan, named, base)
     if corrupt := _find_corrupt(folder):
@@ -102,7 +103,7 @@ def prepare(plan: Plan, store: Path | None = None, rows_only: bool = False) -> P
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     if base and not rows_only and not plan.parent:
-        model_files.check_architecture(plan.sections.model.architecture, base, plan.sections.model.trust_remote_code)
+        model_files.check_architecture(plan.sections.model.architecture, base)
     details = read_json(folder / "details.json")
     if not rows_only:
         validate.check_limits(plan, details)
@@ -239,7 +240,6 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
         "new_tokens": resizing,
         "reading": reading,
         "end_of_turn": loaded.convert_ids_to_tokens(counted["end_of_turn_ids"]),
-        "padding_token": loaded.pad_token,
         "tokenizer": {"class": type(loaded).__name__, FIX_MISTRAL_REGEX: regex_fixed, "notes": tokenizer_notes},
         "notes": notes,
         "rows": train_rows,
@@ -274,9 +274,7 @@ def _tokenize_sources(
         reading[part][name] = tokenize_source(source, tokenizer, f"data.{part}", store, *limits)
         bounds[part][name] = slice(first, store.rows)
     rows = store.read()
-    return reading, {
-        part: {name: rows.select(each) for name, each in by_name.items()} for part, by_name in bounds.items()
-    }
+    return reading, {part: {name: rows.select(each) for name, each in bounds[part].items()} for part in bounds}
 
 
 def _usable(rows: Rows) -> Rows:
@@ -316,9 +314,8 @@ def _training_rows(plan: Plan, training: Sources) -> tuple[list[TrainerRows], li
     is_weighted = not data.overfit_rows and any(source.weight != 1 for source in data.sources("train"))
     examples = usable if is_weighted else [concatenate(usable)]  # a row of two sources has no weight
     groups = [TrainerRows.arrange(each, plan.max_length, plan.packing) for each in examples]
-    weights = [
-        (len(group), source.weight) for group, source in zip(groups, data.sources("train"), strict=False) if is_weighted
-    ]
+    weighted = data.sources("train") if is_weighted else []
+    weights = [(len(group), source.weight) for group, source in zip(groups, weighted, strict=False)]
     for name, (count, weight) in zip(training, weights, strict=False):
         if not rows_per_epoch([(count, weight)]):
             raise DataError(f"data.train: {name}: weight {weight:g} uses none of its {count} rows. Increase it")
@@ -388,11 +385,7 @@ def _limit_eval_rows(plan: Plan, rows_by_source: Sources) -> Sources:
 
 
 def _write_prompts(
-    plan: Plan,
-    tokenizer: ConversationTokenizer,
-    by_name: Mapping[str, Source],
-    validation: Sources,
-    folder: Path,
+    plan: Plan, tokenizer: ConversationTokenizer, by_name: Mapping[str, Source], validation: Sources, folder: Path
 ) -> None:
     """Write a seeded choice of validation conversations up to their last answer, for generations during training."""
     locations = pyarrow.compute.unique(concatenate([*validation.values()]).take("location")).sort()

@@ -28,7 +28,6 @@ class Outcome(NamedTuple):
         conventions: what was applied to make the row a conversation, and to render it.
         rejected: why the row was rejected, without its numbers; empty if it was not.
         note: how the text differs from the text at inference.
-        span_source: how the assistant spans were found.
         stop_ids: ids of the tokens that end the assistant's turns, ascending.
     """
 
@@ -37,7 +36,6 @@ class Outcome(NamedTuple):
     conventions: tuple[str, ...] = ()
     rejected: str = ""
     note: str = ""
-    span_source: str = ""
     stop_ids: tuple[int, ...] = ()
 
 

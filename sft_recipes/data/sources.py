@@ -42,11 +42,11 @@ class RawChunk(NamedTuple):
     """Some consecutive rows of a source, not parsed yet where parsing takes time.
 
     Attributes:
-        rows: yields them; can be sent to another process. Given locations, it parses the rows at these only.
+        rows: yields them; can be sent to another process.
         read: fraction of the source up to their end.
     """
 
-    rows: Callable[..., Iterator[RawRow]]
+    rows: Callable[[], Iterator[RawRow]]
     read: float
 
 
@@ -95,7 +95,8 @@ class Source:
 
     def rows(self, locations: Container[str] | None = None) -> Iterator[RawRow]:
         """Yield all rows in file order, or those at the given locations."""
-        return itertools.chain.from_iterable(chunk.rows(locations) for chunk in self.chunks())
+        rows = itertools.chain.from_iterable(chunk.rows() for chunk in self.chunks())
+        return (row for row in rows if locations is None or row.location in locations)
 
 
 def resolve_all(data: Data, part: str, toy_folder: Path) -> dict[str, Source]:
@@ -154,14 +155,15 @@ def resolve(name: str, key: str, toy_folder: Path, revision: str | None = None) 
             toy_dataset.write(toy_folder)
         return Source(files=(toy_folder / f"{name.partition(':')[2]}.jsonl",))
     path = _expand(name)
-    is_folder, is_file = path.is_dir(), path.is_file()
-    folder, _, split = str(path).rpartition(":")
-    if is_folder or (folder and Path(folder).is_dir() and not is_file):
-        return Source(_files_of(path, key) if is_folder else _files_of(Path(folder), key, split))
-    if is_file and path.suffix.lower() not in SUFFIXES:
-        raise DataError(f"{key}: {name}: file type: found {path.suffix or 'none'}, expected {', '.join(SUFFIXES)}")
-    if is_file:
+    if path.is_dir():
+        return Source(_files_of(path, key))
+    if path.is_file():
+        if path.suffix.lower() not in SUFFIXES:
+            raise DataError(f"{key}: {name}: file type: found {path.suffix or 'none'}, expected {', '.join(SUFFIXES)}")
         return Source((path,))
+    folder, _, split = str(path).rpartition(":")
+    if folder and Path(folder).is_dir():
+        return Source(_files_of(Path(folder), key, split))
     if dataset := hub_name(name):
         split = name.partition(":")[2] or "train"
         return Source((hub.download_dataset(dataset, revision, key),), f"{dataset}:{split}")
@@ -216,8 +218,6 @@ def _count_lines(file: Path) -> int:
                 line.replace(b"\0", b"\xff").decode()  # a NUL is not text either
     except UnicodeDecodeError as error:
         raise DataError(f"{file}:{number}: encoding: found byte {line[error.start]:#04x}, expected UTF-8") from error
-    except OSError as error:
-        raise DataError(f"{file}: not readable ({error.strerror})") from error
     return number
 
 
@@ -230,10 +230,7 @@ def type_name(value: Any) -> str:
 
 def shorten(value: Any, length: int = 60) -> str:
     """Return a value's escaped text for an error message, at most `length` characters."""
-    try:
-        text = repr(value if not isinstance(value, str) else value[: length + 1])
-    except RecursionError:
-        return "…"
+    text = repr(value if not isinstance(value, str) else value[: length + 1])
     return text if len(text) <= length + 2 else f"{text[:length]}…"
 
 
@@ -267,14 +264,10 @@ def parse_json(text: str, location: str) -> Any:
         raise DataError(f"{location}: not valid JSON: {error}") from error
 
 
-def _at(rows: list[RawRow], locations: Container[str] | None = None) -> Iterator[RawRow]:
-    return (row for row in rows if locations is None or row.location in locations)
-
-
-def _line_rows(file: Path, first: int, content: bytes, locations: Container[str] | None = None) -> Iterator[RawRow]:
+def _line_rows(file: Path, first: int, content: bytes) -> Iterator[RawRow]:
     for number, line in enumerate(content.decode("utf-8-sig").split("\n"), start=first):
         location = f"{file}:{number}"
-        if line.strip() and (locations is None or location in locations):
+        if line.strip():
             yield RawRow(attempt(parse_json, line, location), location)
 
 
@@ -311,7 +304,7 @@ def _split(rows: Iterator[RawRow], total: int) -> Iterator[RawChunk]:
     for done in itertools.count(_ROWS_PER_CHUNK, _ROWS_PER_CHUNK):
         if not (chunk := [*itertools.islice(rows, _ROWS_PER_CHUNK)]):
             return
-        yield RawChunk(partial(_at, chunk), min(done / total, 1.0))
+        yield RawChunk(partial(iter, chunk), min(done / total, 1.0))
 
 
 def _check_unique(names: list[str], where: str) -> list[str]:
@@ -359,15 +352,14 @@ def _split_arrow(batches: Iterable[Any], rows: int, name: str) -> Iterator[RawCh
         done += len(batch)
 
 
-def _arrow_rows(batch: Any, first: int, name: str, locations: Container[str] | None = None) -> Iterator[RawRow]:
+def _arrow_rows(batch: Any, first: int, name: str) -> Iterator[RawRow]:
     """Yield the rows of an Arrow batch without the nulls that Arrow writes where rows have different keys."""
     import pyarrow
 
     try:
         for number, row in enumerate(batch.to_pylist(), start=first):
-            location = f"{name}, row {number}"
-            if locations is None or location in locations:
-                yield RawRow({item.name: _from_arrow(row[item.name], item.type) for item in batch.schema}, location)
+            values = {item.name: _from_arrow(row[item.name], item.type) for item in batch.schema}
+            yield RawRow(values, f"{name}, row {number}")
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise DataError(f"{name}: not valid Parquet: {error}") from error
 

@@ -161,8 +161,8 @@ def _outcome_of(row: RawRow, conversation: Conversation | DataError, example: Ex
     if isinstance(conversation, DataError) or isinstance(example, DataError):
         reason = _utf_8(example).removeprefix(f"{row.location}: ").partition(". ")[0]
         return Outcome(*read, rejected=re.sub(r"\d+", "N", reason)[:160])
-    rendered = (_utf_8(example.note), example.span_source, tuple(sorted(example.stop_ids)))
-    return Outcome(*read, (*conversation.conventions, *example.conventions), "", *rendered)
+    conventions = (*conversation.conventions, *example.conventions)
+    return Outcome(*read, conventions, "", _utf_8(example.note), tuple(sorted(example.stop_ids)))
 
 
 def _utf_8(text: Any) -> str:

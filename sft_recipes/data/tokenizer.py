@@ -33,15 +33,12 @@ def load_tokenizer(
     place = f"model.name_or_path: tokenizer of {name_or_path}"
     try:
         tokenizer = _load_from_files(Path(name_or_path), trust_remote_code)
+        if chat_template is not None:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
     except Exception as error:  # OSError, ValueError, errors of the Hub and of the tokenizer
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         fix = "Use a copy of the model with tokenizer.json, or `pip install sentencepiece protobuf tiktoken`"
         raise DataError(f"{place}: not loadable ({reason}). {fix}") from error
-    if chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"model.chat_template: {chat_template}: not readable ({error})") from error
     if not tokenizer.chat_template:
         raise DataError(f"{place}: found no chat template. Set model.chat_template=FILE, or use an instruct model")
     if not tokenizer.is_fast:

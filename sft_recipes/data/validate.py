@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy
 
-from sft_recipes.data.assistant_spans import DIFFERS
 from sft_recipes.data.rows import Rows, concatenate
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import DataError
@@ -69,7 +68,6 @@ def summarize(parts: Mapping[str, Sources]) -> dict[str, Any]:
         "overlap": _overlap(train, validation),
         "template_notes": dict(+notes),
         "end_of_turn_ids": sorted({id for outcome, _ in outcomes for id in outcome.stop_ids}),
-        "span_sources": ", ".join(sorted({outcome.span_source for outcome, _ in outcomes})),
     }
 
 
@@ -137,9 +135,6 @@ def report_lines(details: Mapping[str, Any]) -> list[str]:
     lines += [("read", line) for line in reading_lines(details)]
     lines.append(("train/eval overlap", f"{overlap['rows']:,} of {overlap['of']:,} validation rows{first}"))
     lines.append(("loss mask", f"assistant turns including {', '.join(details['end_of_turn'])}"))
-    lines.append(("padding token", details["padding_token"]))
-    if not any(DIFFERS in note for note in details["template_notes"]):
-        lines.append(("template", f"rendered as at inference (spans: {details['span_sources']})"))
     return [format_line(label, value) for label, value in lines]
 
 

@@ -211,7 +211,7 @@ def test_truncate_keeps_labels_aligned(trained):
         ("{% for m in messages %}{{ '<|im_start|>' }}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% endfor %}",
          "turn 1: the generation block contains the user's text"),
         ("{% for m in messages %}{{ '<|im_start|>' }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>' }}{% endfor %}",
-         "end of the assistant's turn: found '' .followed by '<.im_end.>.*expected a special token"),
+         "end of the assistant's turn: found '', expected a special token"),
         ("{{ bos_token + bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}",
          "found <.endoftext.> twice, expected it once"),
         ("{{ raise_exception('no such roles') }}", "here:1: chat template: the template raises an error: no such roles"),
