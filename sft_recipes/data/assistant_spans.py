@@ -21,7 +21,6 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from sft_recipes.data.chat_template import AmbiguousTemplateError, ChatTemplate, Span
@@ -40,7 +39,7 @@ _OPENS_REASONING = re.compile(r"\s*(<[^<>\s]*think[^<>\s]*>|\[THINK\])?\s*(</[^<
 _MAX_LAYOUTS = 4096
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Layout:
     """What conversations share whose texts stand between the same literals: literals[0] text literals[1] text ….
 
@@ -60,7 +59,7 @@ class Layout:
     dropped_reasoning: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class RenderedRow:
     """A conversation as text.
 
@@ -83,7 +82,7 @@ class RenderedRow:
     generated_call_ids: bool = False
 
 
-@dataclass
+@dataclasses.dataclass
 class SpanFinder:
     """Renders the conversations of one chat template and locates the assistant in them.
 

@@ -8,30 +8,19 @@ or names it in `data.ignore_columns`.
 import re
 from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import yaml
 
 from sft_recipes.config.schema import DataSource, column_pieces
 from sft_recipes.runtime.errors import DataError
 
-# Formats of rows: the columns that identify each. Any of them may also have the columns in _OPTIONAL.
-FORMATS: tuple[tuple[str, ...], ...] = (
-    *(("messages",), ("conversations",), ("conversation",)),
-    *(("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("instruction", "response")),
-    *(("question", "answer"), ("question", "response"), ("query", "response"), ("query", "answer")),
-)
+NAMES = yaml.safe_load(Path(__file__).with_name("formats.yaml").read_text(encoding="utf-8"))
+FORMATS: tuple[tuple[str, ...], ...] = tuple(map(tuple, NAMES["formats"]))
 FORMAT_NAMES = "messages, conversations, prompt/completion, instruction/input/output, question/answer, query/response"
 REQUIRED = tuple(dict.fromkeys(name for names in FORMATS for name in names))
-_OPTIONAL = ("system", "tools", "functions", "chat_template_kwargs")
-# What to do with a column whose name has a word that says that it changes what a row means.
-_MAP = "Put it into the messages, or map it with data.columns"
-_TEXT_ONLY = "Only text is trained: remove these rows"
-_PREFERENCE = "It is a preference set: filter the rows to good answers, or map the good ones with data.columns"
-_ADVICE = {
-    **dict.fromkeys(("context", "contexts", "passage", "passages", "document", "documents", "background"), _MAP),
-    **dict.fromkeys(("evidence", "knowledge", "input", "history", "system", "developer", "persona"), _MAP),
-    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _TEXT_ONLY),
-    **dict.fromkeys(("label", "labels", "rejected", "chosen", "preference"), _PREFERENCE),
-}
+_KINDS: dict[str, str] = {word: kind for kind, entry in NAMES["meaningful"].items() for word in entry["words"]}
 _METADATA = re.compile(r"(id|ids|len|length|count|num|size|tokens?|lang|language|type|date|time|hash)$")
 _EMPTY: tuple[Any, ...] = ("", [], {})
 
@@ -88,20 +77,21 @@ def _select(names: tuple[str, ...], mapping: tuple[tuple[str, str], ...], ignore
     if not mapping:
         is_dolly = formats[0] == ("instruction", "response") and "input" not in names
         alpaca = ("history", "context" if is_dolly else "input") if formats[0][0] == "instruction" else ()
-        used = {name: name for name in names if name in (*formats[0], *_OPTIONAL, *alpaca)}
+        used = {name: name for name in names if name in (*formats[0], *NAMES["optional"], *alpaca)}
     ignored = tuple(name for name in names if name not in used)
     for name in ignored:
-        if name not in ignore and (advice := _advise(name)):
+        if name not in ignore and (kind := _kind_of(name)):
+            advice = NAMES["meaningful"][kind]["advice"]
             raise ColumnError(f"column {name}: found, but not read. {advice}, or set data.ignore_columns=[{name}]")
     return Selection(formats[0], used, ignored)
 
 
-def _advise(name: str) -> str | None:
-    """Return what to do with a column whose name says that it changes what a row means; None for any other."""
+def _kind_of(name: str) -> str | None:
+    """Return how a column of this name changes what a row means; None if it does not."""
     words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
     if not words or (len(words) > 1 and _METADATA.fullmatch(words[-1])):
         return None
-    return next((_ADVICE[word] for word in words if word in _ADVICE), None)
+    return next((_KINDS[word] for word in words if word in _KINDS), None)
 
 
 def check_message_key(key: str, settings: DataSource) -> None:
@@ -110,8 +100,9 @@ def check_message_key(key: str, settings: DataSource) -> None:
     Raises:
         ColumnError: its name says that it does.
     """
-    advice = _advise(key)
-    if advice and advice != _PREFERENCE and key not in settings.ignore_columns:
+    kind = _kind_of(key)
+    if kind in ("context", "media") and key not in settings.ignore_columns:
+        advice = NAMES["meaningful"][kind]["advice"]
         raise ColumnError(f"message key {key}: found, but not read. {advice}, or set data.ignore_columns=[{key}]")
 
 

@@ -17,8 +17,6 @@ TRAILING = "turns after the last answer dropped"
 GREETING = "assistant turns before the first user turn: context, not in the loss"
 CONTEXT_TURNS = "assistant turns marked as context or in the prompt: not in the loss"
 REPEATED = "consecutive turns of one role"
-LATER_SYSTEM = "system turns after the first turn"
-NO_RESULT = "tool calls without a result"
 NOT_TRAINED = "no assistant turn in the loss: not used"
 
 
@@ -44,13 +42,7 @@ class Conversation:
     conventions: tuple[str, ...] = ()
 
 
-_CALL_ROLES = ("function_call", "tool_call")  # ShareGPT's roles whose text is the call itself
-_ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", *_CALL_ROLES), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response"), "tool"),
-}
+_ROLES = {alias: role for role, aliases in columns.NAMES["roles"].items() for alias in aliases}
 _FLAGS = ("train", "trainable", "loss", "weight", "loss_weight")  # whether an assistant turn is in the loss
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", "name", "tool_call_id"}
@@ -176,7 +168,7 @@ def _read_turn(turn: Any, name: str) -> Message:
         ignored = [key for key in turn if key not in _KEYS and turn[key] is not None]
         message |= {"trained": _read_flags(turn, role, name), "ignored": ignored}
     calls = _read_calls(turn.get("function_call") or turn.get("tool_calls") or [], name)
-    if alias in _CALL_ROLES:
+    if alias in ("function_call", "tool_call"):
         calls, content = _read_calls(_json(content, name), name), ""
     if calls and role != "assistant":
         raise DataError(f"{name}: tool call: found in a {role} turn, expected in assistant turns only")
@@ -336,10 +328,6 @@ def _arrange_turns(messages: list[Message]) -> list[str]:
             conventions.append(GREETING)
         if role == previous and role != "tool":
             conventions.append(REPEATED)
-        if role == "system" and number > 1:
-            conventions.append(LATER_SYSTEM)
-        if previous == "call" and role != "tool":
-            conventions.append(NO_RESULT)
         first_user = first_user or role == "user"
         previous = "call" if calls else role
     if messages[-1]["role"] != "assistant":

@@ -27,8 +27,8 @@ def read(folder: Path) -> dict[str, str]:
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     stated = {key: card.get(key) for key in ("license", "license_name", "license_link")}
-    texts = {key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in stated.items()}
-    return {key: str(text).strip() for key, text in texts.items() if text}
+    lists = {key: value if isinstance(value, list) else [value] for key, value in stated.items() if value}
+    return {key: ", ".join(map(str, values)).strip() for key, values in lists.items()}
 
 
 def describe_base(plan: Plan, base: Path) -> dict[str, Any]:

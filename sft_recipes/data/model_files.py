@@ -67,8 +67,7 @@ def _find_problem(folder: Path, trust_remote_code: bool) -> str | None:
     shards = re.findall(r'"([^"]+[.]safetensors)"', index.read_text(errors="replace")) if index.is_file() else []
     if missing := sorted({shard for shard in shards if not (folder / shard).is_file()}):
         return f" lacks {', '.join(missing)} of its index. Copy the complete model"
-    for name in ("generation_config.json", "tokenizer_config.json"):
-        _read_json(folder / name)  # Transformers ignores an invalid generation configuration
+    _read_json(folder / "generation_config.json")  # Transformers ignores an invalid one
     if not trust_remote_code and "auto_map" in _read_json(config):
         return " requires its own code (auto_map). Set model.trust_remote_code=true if you trust it"
     return None

@@ -195,8 +195,7 @@ def _splits_of(folder: Path, key: str) -> dict[str, tuple[Path, ...]]:
     splits = {name: (folder / name,) for name in read_json(folder / "dataset_dict.json").get("splits", [])}
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         splits = {"train": (folder,)}
-    code = sorted(folder.rglob("*.py"))
-    if code:
+    if code := sorted(folder.rglob("*.py")):
         raise DataError(f"{key}: {folder} contains code ({code[0].name}), which is never run. Remove it")
     with contextlib.suppress(EmptyDatasetError, FileNotFoundError):  # reported below
         for split, patterns in get_data_patterns(str(folder)).items() if not splits else ():

@@ -123,8 +123,7 @@ class ConversationTokenizer:
             source = self.tokenizer.get_chat_template(None, conversation.tools)
         except ValueError as error:
             raise DataError(f"model.name_or_path: {error}") from error
-        given_kwargs = conversation.template_kwargs
-        finder = self._finder(source, json.dumps(given_kwargs, sort_keys=True) if given_kwargs else "{}")
+        finder = self._finder(source, json.dumps(conversation.template_kwargs, sort_keys=True))
         messages = [_split_reasoning(message, finder.template) for message in conversation.messages]
         failure = AmbiguousTemplateError("")
         for given, generated_ids in _with_possible_ids(messages, finder.template):
@@ -134,9 +133,7 @@ class ConversationTokenizer:
                 if is_prompt:
                     text = finder.template.render(escaped, conversation.tools, add_generation_prompt=True)
                     return RenderedRow(conversation.location, text, escaped != given)
-                if given != conversation.messages:
-                    conversation = replace(conversation, messages=given)
-                row = finder.find(conversation, escaped)
+                row = finder.find(replace(conversation, messages=given), escaped)
                 self._literals_of(row.layout)
                 return replace(row, generated_call_ids=True) if generated_ids else row
             except AmbiguousTemplateError as error:
@@ -247,9 +244,8 @@ def _with_possible_ids(messages: list[Message], template: ChatTemplate) -> Itera
     They need generated ones if the template reads ids and the row has none, or if it rejects those of the row.
     """
     calls = [call for message in messages for call in message.get("tool_calls", ())]
-    answers = [message for message in messages if message["role"] == "tool"]
-    lacking = any("id" not in call for call in calls) or any("tool_call_id" not in answer for answer in answers)
-    if not (template.reads_call_ids and lacking):
+    ids = [message.get("tool_call_id") for message in messages if message["role"] == "tool"]
+    if not template.reads_call_ids or None not in [*ids, *(call.get("id") for call in calls)]:
         yield messages, False
     if template.reads_call_ids and calls:
         yield with_call_ids(messages), True

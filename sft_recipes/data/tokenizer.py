@@ -59,9 +59,8 @@ def _load_from_files(folder: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer, TokenizersBackend
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    built_in = type(tokenizer).__module__.startswith("transformers.")
-    if not built_in:
-        return tokenizer
+    if not type(tokenizer).__module__.startswith("transformers."):
+        return tokenizer  # its own code decides
     if not (folder / "tokenizer.json").is_file():
         files = {name for key, name in tokenizer.vocab_files_names.items() if key != "tokenizer_file"}
         has_files = bool(files) and all((folder / name).is_file() for name in files)

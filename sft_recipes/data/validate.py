@@ -125,7 +125,6 @@ def report_lines(details: Mapping[str, Any]) -> list[str]:
             percentiles = source["length_percentiles"].items()
             lengths = ", ".join(f"{value:,} ({'max' if p == '100' else f'p{p}'})" for p, value in percentiles)
             dropped = f"{source['dropped']:,} of {source['rows_read']:,} rows dropped"
-            dropped += " (no token in the loss)" if source["dropped"] else ""
             share = source["supervised_tokens"] / max(source["tokens"], 1)
             tokens = f"{source['tokens']:,} tokens, {source['supervised_tokens']:,} in the loss ({share:.0%})"
             lines.append((part, f"{source['name']}: {source['examples']:,} examples; {dropped}; {tokens}"))
@@ -145,8 +144,7 @@ def reading_lines(details: Mapping[str, Any]) -> list[str]:
         for name, reading in sources.items():
             label = f"{part}: {name}"
             if files := reading["files"]:
-                more = f" and {len(files) - _FILES_SHOWN} more" if len(files) > _FILES_SHOWN else ""
-                lines.append(f"{label}: files {', '.join(files[:_FILES_SHOWN])}{more}")
+                lines.append(f"{label}: {len(files)} files: {', '.join(files[:_FILES_SHOWN])}")
             counts = {name: "" if rows == reading["rows"] else f" ({rows:,})" for name, rows in reading["used"].items()}
             used = ", ".join(f"{name}{count}" for name, count in counts.items())
             ignored = ", ".join(f"{name} ({count:,})" for name, count in reading["ignored"].items())
