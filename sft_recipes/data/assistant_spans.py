@@ -110,13 +110,13 @@ class SpanFinder:
         Raises:
             AmbiguousTemplateError: the assistant's turns cannot be located, or do not end with a special token.
         """
-        try:
-            return self._find(self.template, conversation, escaped)
-        except AmbiguousTemplateError as error:
-            with contextlib.suppress(AmbiguousTemplateError):
-                if self.training is not None:
-                    return self._find(self.training, conversation, escaped)
-            raise error
+        failures = []
+        for template in filter(None, (self.template, self.training)):
+            try:
+                return self._find(template, conversation, escaped)
+            except AmbiguousTemplateError as error:
+                failures.append(error)
+        raise failures[0]
 
     def _find(self, template: ChatTemplate, conversation: Conversation, escaped: Sequence[Message]) -> RenderedRow:
         original, tools = conversation.messages, conversation.tools

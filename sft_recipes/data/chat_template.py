@@ -53,10 +53,9 @@ class ChatTemplate:
         Raises:
             AmbiguousTemplateError: the template raises an error.
         """
-        from transformers.utils.chat_template_utils import _render_with_assistant_indices
+        from transformers.utils.chat_template_utils import _render_with_assistant_indices as render
 
-        given = (self._compiled, messages, tools)
-        text, spans = self._call(_render_with_assistant_indices, *given, add_generation_prompt=False)
+        text, spans = self._call(render, self._compiled, messages, tools, add_generation_prompt=False)
         return text, _merge_spans(spans)
 
     def _call(self, render: Callable[..., Any], *arguments: Any, **given: Any) -> Any:

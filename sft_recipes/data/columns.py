@@ -21,6 +21,7 @@ FORMATS: tuple[tuple[str, ...], ...] = tuple(map(tuple, NAMES["formats"]))
 FORMAT_NAMES = "messages, conversations, prompt/completion, instruction/input/output, question/answer, query/response"
 REQUIRED = tuple(dict.fromkeys(name for names in FORMATS for name in names))
 _KINDS: dict[str, str] = {word: kind for kind, entry in NAMES["meaningful"].items() for word in entry["words"]}
+_ADVICE: dict[str, str] = {kind: entry["advice"] for kind, entry in NAMES["meaningful"].items()}
 _METADATA = re.compile(r"(id|ids|len|length|count|num|size|tokens?|lang|language|type|date|time|hash)$")
 _EMPTY: tuple[Any, ...] = ("", [], {})
 
@@ -81,8 +82,7 @@ def _select(names: tuple[str, ...], mapping: tuple[tuple[str, str], ...], ignore
     ignored = tuple(name for name in names if name not in used)
     for name in ignored:
         if name not in ignore and (kind := _kind_of(name)):
-            advice = NAMES["meaningful"][kind]["advice"]
-            raise ColumnError(f"column {name}: found, but not read. {advice}, or set data.ignore_columns=[{name}]")
+            raise ColumnError(f"column {name}: found, not read. {_ADVICE[kind]}, or set data.ignore_columns=[{name}]")
     return Selection(formats[0], used, ignored)
 
 
@@ -102,8 +102,7 @@ def check_message_key(key: str, settings: DataSource) -> None:
     """
     kind = _kind_of(key)
     if kind in ("context", "media") and key not in settings.ignore_columns:
-        advice = NAMES["meaningful"][kind]["advice"]
-        raise ColumnError(f"message key {key}: found, but not read. {advice}, or set data.ignore_columns=[{key}]")
+        raise ColumnError(f"message key {key}: found, not read. {_ADVICE[kind]}, or set data.ignore_columns=[{key}]")
 
 
 def describe_keys(names: tuple[str, ...]) -> str:

@@ -45,8 +45,8 @@ class Conversation:
 _ROLES = {alias: role for role, aliases in columns.NAMES["roles"].items() for alias in aliases}
 _FLAGS = ("train", "trainable", "loss", "weight", "loss_weight")  # whether an assistant turn is in the loss
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-_KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", "name", "tool_call_id"}
-_KEYS |= {*_FLAGS, *_REASONING_KEYS}
+_READ = ("role", "from", "content", "value", "tool_calls", "function_call", "name", "tool_call_id")
+_KEYS = {*_READ, *_FLAGS, *_REASONING_KEYS}
 _HERMES_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 _HERMES_RESPONSE = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
 
@@ -233,11 +233,10 @@ def _read_calls(calls: Any, name: str) -> list[dict[str, Any]]:
         given = function.get("name") if isinstance(function, dict) else None
         if not isinstance(given, str) or not given.strip():
             raise DataError(f"{name}: tool call: found no name, expected {{'name': …, 'arguments': {{…}}}}")
-        argument_name = f"{name}: arguments of {shorten(given)[1:-1]}"
         arguments = _first_set(function, "arguments", "parameters")
-        arguments = _json("{}" if arguments in (None, "") else arguments, argument_name)
+        arguments = _json("{}" if arguments in (None, "") else arguments, f"{name}: arguments")
         if not isinstance(arguments, dict):
-            raise DataError(f"{argument_name}: found {type_name(arguments)}, expected an object")
+            raise DataError(f"{name}: arguments: found {type_name(arguments)}, expected an object")
         converted_call = {"type": "function", "function": {"name": given, "arguments": arguments}}
         if isinstance(call.get("id"), str):
             converted_call["id"] = call["id"]

@@ -23,8 +23,7 @@ def download_model(model: Model, only_tokenizer: bool = False) -> Path:
     Raises:
         DataError: the model does not exist or is gated, or neither network nor cache has it.
     """
-    other = model.open_alternative
-    alternative = f", or use an open model: MODEL={other}" if other else ""
+    alternative = f", or use an open model: MODEL={model.open_alternative}" if model.open_alternative else ""
     patterns = _TOKENIZER_FILES if only_tokenizer else None
     return _snapshot(str(model.name_or_path), model.revision, "model", "model.name_or_path", alternative, patterns)
 

@@ -42,8 +42,7 @@ def to_text(plan: Plan, prepared: Prepared, details: Mapping[str, Any], limit: i
         in_loss = sum(label != IGNORED for label in labels)
         yield f"row {number} of {details['rows']:,}: {len(sources)} examples, {len(ids)} tokens, {in_loss} in the loss"
         starts = [index for index, position in enumerate(row["position_ids"]) if position == 0]
-        bounds = zip(starts, [*starts[1:], len(ids)], strict=True)
-        for source, (start, end) in zip(sources, bounds, strict=True):
+        for source, (start, end) in zip(sources, itertools.pairwise([*starts, len(ids)]), strict=True):
             yield f"-- {source}"
             yield from _turns(tokenizer, ids[start:end], labels[start:end])
             yield ""

@@ -85,10 +85,9 @@ def prepare(plan: Plan, store: Path | None = None, rows_only: bool = False) -> P
     store = store or runs_root() / ".prepared"
     store.mkdir(parents=True, exist_ok=True, mode=0o700)  # it contains the data
     base = _base_folder(plan, rows_only)
-    data = plan.sections.data
     toy_files = sorted((Path(__file__).parent / "toy").glob("toy_dataset.*"))
     toy_folder = store / "-".join(["toy", *(sha256(file)[:8] for file in toy_files)])
-    named = {part: sources.resolve_all(data, part, toy_folder) for part in sources.PARTS}
+    named = {part: sources.resolve_all(plan.sections.data, part, toy_folder) for part in sources.PARTS}
     folder = store / _cache_key(plan, named, base)
     if corrupt := _find_corrupt(folder):
         if folder.exists():
@@ -152,8 +151,7 @@ def _cache_key(plan: Plan, named: Mapping[str, Mapping[str, Source]], base: Path
     model, data, package = plan.sections.model, plan.sections.data, Path(__file__).parent
     files = sorted(file for file in base.rglob("*") if file.suffix in _TOKENIZER_SUFFIXES) if base else []
     files = [file for file in (*files, Path(model.chat_template or "")) if file.is_file()]
-    contents = [file.read_bytes() for file in files]
-    dated = any(b"strftime_now" in content for content in contents)
+    dated = any(b"strftime_now" in file.read_bytes() for file in files)
     parts = {
         "sources": [[part, name, named[part][name].identity()] for part in named for name in named[part]],
         "data": [data.validation_fraction, data.max_eval_samples, data.max_rejected_fraction, data.overfit_rows],
@@ -305,7 +303,7 @@ def _write_checksums(folder: Path) -> None:
 
 
 def _training_rows(plan: Plan, training: Sources) -> tuple[list[TrainerRows], list[tuple[int, float]]]:
-    """Return the training rows in one group, or one per source with rows and weight of each if not all weights are 1."""
+    """Return the training rows in one group, or if not all weights are 1, one per source with its rows and weight."""
     data, usable = plan.sections.data, [_usable(rows) for rows in training.values()]
     is_weighted = not data.overfit_rows and any(source.weight != 1 for source in data.sources("train"))
     examples = usable if is_weighted else [concatenate(usable)]  # a row of two sources has no weight

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow.parquet
+
 from sft_recipes.config.schema import Data, DataSource
 from sft_recipes.data import hub
 from sft_recipes.data.toy import toy_dataset
@@ -333,8 +335,6 @@ def _csv_rows(file: Path) -> Iterator[RawRow]:
 
 
 def _read_parquet(file: Path) -> Iterator[RawChunk]:
-    import pyarrow.parquet
-
     try:
         parquet = pyarrow.parquet.ParquetFile(file)
         _check_unique(parquet.schema_arrow.names, f"{file}: schema")
@@ -353,8 +353,6 @@ def _split_arrow(batches: Iterable[Any], rows: int, name: str) -> Iterator[RawCh
 
 def _arrow_rows(batch: Any, first: int, name: str) -> Iterator[RawRow]:
     """Yield the rows of an Arrow batch without the nulls that Arrow writes where rows have different keys."""
-    import pyarrow
-
     try:
         for number, row in enumerate(batch.to_pylist(), start=first):
             values = {item.name: _from_arrow(row[item.name], item.type) for item in batch.schema}
@@ -365,8 +363,6 @@ def _arrow_rows(batch: Any, first: int, name: str) -> Iterator[RawRow]:
 
 def _from_arrow(value: Any, kind: Any) -> Any:
     """Return a value without the null fields of its structs, and with its JSON parsed (`datasets.Json`)."""
-    import pyarrow
-
     if isinstance(kind, pyarrow.JsonType) and value is not None:
         return json.loads(value)
     if isinstance(value, dict):

@@ -16,7 +16,6 @@ import os
 import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
@@ -69,9 +68,9 @@ def tokenize_source(
         chunks = iter([RawChunk(functools.partial(iter, [*itertools.islice(source.rows(), max_rows)]), 1.0)])
     outcomes: Outcomes = {}
     name, error, started, rows = source.display_name, None, time.monotonic(), 0
-    show = {"desc": f"data: {name}", "unit": " rows", "delay": 1, "leave": False, "disable": None}  # None: no terminal
     logged, work = started, (tokenizer, max_length, source.settings)
-    with tqdm(file=sys.stdout, **show) as bar:
+    # disable=None: no bar without a terminal
+    with tqdm(desc=f"data: {name}", unit=" rows", delay=1, leave=False, disable=None, file=sys.stdout) as bar:
         for chunk, read in _tokenize_chunks(chunks, work):
             store.append(chunk)
             error = error or chunk.error
@@ -84,8 +83,7 @@ def tokenize_source(
             bar.update(rows - bar.n)
             if bar.disable and time.monotonic() - logged > _PROGRESS_INTERVAL:
                 logged = time.monotonic()
-                progress = f"{rows:,} rows ({read:.0%}) tokenized, {rows / (logged - started):,.0f} rows/s"
-                log.info("data: %s: %s", name, progress)
+                log.info("data: %s: %d rows (%.0f%%), %.0f rows/s", name, rows, 100 * read, rows / (logged - started))
     if not rows:
         raise DataError(f"{key}: {name}: found no rows, expected at least one")
     _check_rejected(outcomes, error, max_rejected)
@@ -208,7 +206,7 @@ def describe_reading(outcomes: Outcomes, source: Source) -> dict[str, Any]:
     These are its Hub name, commit and license, its files, rows by the columns that are read or ignored, and rows by
     convention and by reason of rejection, with the location of the first.
     """
-    used, ignored = Counter[str](), Counter[str]()
+    used, ignored = collections.Counter[str](), collections.Counter[str]()
     conventions: dict[str, list[Any]] = {}
     rejected: dict[str, list[Any]] = {}
     for outcome, (rows, first) in outcomes.items():
