@@ -207,8 +207,7 @@ def _read_template_kwargs(given: Any, settings: DataSource) -> dict[str, Any]:
         return settings.chat_template_kwargs
     given = _json(given, "chat_template_kwargs")
     if not isinstance(given, dict) or RESERVED_TEMPLATE_VARIABLES & given.keys():
-        reserved = ", ".join(sorted(RESERVED_TEMPLATE_VARIABLES))
-        raise DataError(f"chat_template_kwargs: found {shorten(given)}, expected an object without {reserved}")
+        raise DataError(f"chat_template_kwargs: found {shorten(given)}, expected an object without tools or messages")
     _check_json(given, "chat_template_kwargs")
     return {**settings.chat_template_kwargs, **given}
 

@@ -26,9 +26,10 @@ def read(folder: Path) -> dict[str, str]:
         card = metadata_load(folder / "README.md") or {}
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-    stated = {key: card.get(key) for key in ("license", "license_name", "license_link")}
-    lists = {key: value if isinstance(value, list) else [value] for key, value in stated.items() if value}
-    return {key: ", ".join(map(str, values)).strip() for key, values in lists.items()}
+    stated = {key: card[key] for key in ("license", "license_name", "license_link") if card.get(key)}
+    return {
+        key: ", ".join(map(str, text if isinstance(text, list) else [text])).strip() for key, text in stated.items()
+    }
 
 
 def describe_base(plan: Plan, base: Path) -> dict[str, Any]:

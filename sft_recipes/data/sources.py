@@ -219,6 +219,8 @@ def _count_lines(file: Path) -> int:
                 line.replace(b"\0", b"\xff").decode()  # a NUL is not text either
     except UnicodeDecodeError as error:
         raise DataError(f"{file}:{number}: encoding: found byte {line[error.start]:#04x}, expected UTF-8") from error
+    except OSError as error:
+        raise DataError(f"{file}: not readable ({error.strerror})") from error
     return number
 
 

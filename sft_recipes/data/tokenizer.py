@@ -37,7 +37,7 @@ def load_tokenizer(
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
     except Exception as error:  # OSError, ValueError, errors of the Hub and of the tokenizer
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        fix = "Use a copy of the model with tokenizer.json, or `pip install sentencepiece protobuf tiktoken`"
+        fix = "Check model.chat_template; if it lacks tokenizer.json, `pip install sentencepiece protobuf tiktoken`"
         raise DataError(f"{place}: not loadable ({reason}). {fix}") from error
     if not tokenizer.chat_template:
         raise DataError(f"{place}: found no chat template. Set model.chat_template=FILE, or use an instruct model")

@@ -381,7 +381,7 @@ TOOLS = [
     calls("an argument written twice", [{"name": "add", "arguments": '{"a": 2, "a": 3}'}], ".*'a': found twice"),
     calls("a lone surrogate in an argument", [{"name": "add", "arguments": {"a": "\ud800"}}], ".*turn 2.* found a lone surrogate"),
     calls("a lone surrogate in a call's name", [{"name": "\ud800", "arguments": {}}], ".*turn 2.* found a lone surrogate"),
-    calls("a lone surrogate in a call's name, and no object", [{"name": "\ud800", "arguments": 1}], "turn 2: arguments of "),
+    calls("a lone surrogate in a call's name, and no object", [{"name": "\ud800", "arguments": 1}], "turn 2: arguments: "),
     calls("a lone surrogate in a call's id", [{**CALL, "id": "\ud800"}], ".*turn 2.*.* found a lone surrogate"),
     calls("a NUL in an argument", [{"name": "add", "arguments": {"a": "\x00"}}], ".*turn 2.* found a NUL character"),
     calls("a NUL in a call's name", [{"name": "a\x00", "arguments": {}}], ".*turn 2.* found a NUL character"),

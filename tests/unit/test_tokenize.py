@@ -201,7 +201,7 @@ def test_truncate_keeps_labels_aligned(trained):
         ("{{ messages | length }}{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}",
          "turn 2: start of the answer is ambiguous"),
         ("{% for m in messages %}{{ '<|im_start|>' + m['content'] }}{% if m['role'] == 'assistant' and loop.last %}{{ '<|im_end|>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}",
-         "turn 2: end of the assistant's turn: found '' .*, expected a special token"),
+         "turn 2: end of the assistant's turn: found '', expected a special token"),
         ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + m['content'] + '<|im_end|>' }}{% endfor %}",
          "before the answer and no generation prompt"),
         ("{% for m in messages %}{% if m['role'] != 'user' or loop.first %}{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}",
@@ -292,7 +292,7 @@ def test_load_tokenizer_requires_chat_template(trained, tmp_path):
     template = tmp_path / "mine.jinja"
     template.write_text(CHAT_TEMPLATE)
     assert load_tokenizer(str(tmp_path), str(template), False).chat_template == CHAT_TEMPLATE
-    with pytest.raises(UserError, match="model.chat_template: .*none.jinja: not readable"):
+    with pytest.raises(UserError, match="not loadable .*none.jinja.*Check model.chat_template"):
         load_tokenizer(str(tmp_path), str(tmp_path / "none.jinja"), False)
 
 
