@@ -26,10 +26,8 @@ def read(folder: Path) -> dict[str, str]:
         card = metadata_load(folder / "README.md") or {}
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-    stated = {key: card[key] for key in ("license", "license_name", "license_link") if card.get(key)}
-    return {
-        key: ", ".join(map(str, text if isinstance(text, list) else [text])).strip() for key, text in stated.items()
-    }
+    found = {key: card[key] for key in ("license", "license_name", "license_link") if card.get(key)}
+    return {key: ", ".join(map(str, text if isinstance(text, list) else [text])).strip() for key, text in found.items()}
 
 
 def describe_base(plan: Plan, base: Path) -> dict[str, Any]:
