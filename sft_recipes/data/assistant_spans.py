@@ -21,13 +21,11 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from sft_recipes.data.chat_template import AmbiguousTemplateError, ChatTemplate
+from sft_recipes.data.chat_template import AmbiguousTemplateError, ChatTemplate, Span
 from sft_recipes.data.formats import Conversation, Message
 
-Span = tuple[int, int]  # [start, end) characters
 Position = tuple[int, int]  # index of a literal, and an offset in characters into it
 
 OWN_BLOCKS, TRL_BLOCKS, COMPARED = "its own generation blocks", "TRL's training template", "compared renderings"
@@ -41,7 +39,7 @@ _OPENS_REASONING = re.compile(r"\s*(<[^<>\s]*think[^<>\s]*>|\[THINK\])?\s*(</[^<
 _MAX_LAYOUTS = 4096
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Layout:
     """What conversations share whose texts stand between the same literals: literals[0] text literals[1] text ….
 
@@ -61,7 +59,7 @@ class Layout:
     dropped_reasoning: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class RenderedRow:
     """A conversation as text.
 
@@ -84,7 +82,7 @@ class RenderedRow:
     generated_call_ids: bool = False
 
 
-@dataclass
+@dataclasses.dataclass
 class SpanFinder:
     """Renders the conversations of one chat template and locates the assistant in them.
 
@@ -112,13 +110,13 @@ class SpanFinder:
         Raises:
             AmbiguousTemplateError: the assistant's turns cannot be located, or do not end with a special token.
         """
-        try:
-            return self._find(self.template, conversation, escaped)
-        except AmbiguousTemplateError as error:
-            with contextlib.suppress(AmbiguousTemplateError):
-                if self.training is not None:
-                    return self._find(self.training, conversation, escaped)
-            raise error
+        failures = []
+        for template in filter(None, (self.template, self.training)):
+            try:
+                return self._find(template, conversation, escaped)
+            except AmbiguousTemplateError as error:
+                failures.append(error)
+        raise failures[0]
 
     def _find(self, template: ChatTemplate, conversation: Conversation, escaped: Sequence[Message]) -> RenderedRow:
         original, tools = conversation.messages, conversation.tools
@@ -159,7 +157,7 @@ class SpanFinder:
         return self._make_layout(marked, spans, COMPARED)
 
     def _from_blocks(self, marked: _MarkedConversation, tagged: ChatTemplate, span_source: str) -> Layout:
-        text, blocks = tagged.render_with_generation_spans(marked.messages, marked.tools)
+        text, blocks = tagged.render_with_spans(marked.messages, marked.tools)
         if text != marked.text:
             raise AmbiguousTemplateError("the training template renders this conversation differently")
         spans = [block for block in blocks if marked.is_block_trained(*block)]
@@ -259,10 +257,8 @@ class SpanFinder:
             start, end = tails.get(number, (0, 0))
             stop_token = self._last_stop_token(marked.text[start:end])
             if not stop_token:
-                following = _MARKER.split(marked.text[start : start + 16])[0]
-                outside = f" (followed by {following!r})" if following and end == start else ""
-                found = f"found {marked.text[max(end - 12, start) : end]!r}{outside}"
-                raise _error(number, f"end of the assistant's turn: {found}, expected a special token")
+                found = marked.text[max(end - 12, start) : end]
+                raise _error(number, f"end of the assistant's turn: found {found!r}, expected a special token")
             if marked.messages[number].get("tool_calls") or number == len(marked.messages) - 1:
                 stop_tokens.append(stop_token)
         return tuple(dict.fromkeys(stop_tokens))

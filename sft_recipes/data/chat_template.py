@@ -1,7 +1,5 @@
 """Compiled chat templates with the variables they get at inference, and the training templates that TRL ships."""
 
-from __future__ import annotations
-
 import datetime
 import importlib.util
 import re
@@ -13,6 +11,7 @@ from typing import Any
 from sft_recipes.data.formats import Message
 
 Tools = list[dict[str, Any]] | None
+Span = tuple[int, int]  # [start, end) characters
 
 
 class AmbiguousTemplateError(Exception):
@@ -48,18 +47,15 @@ class ChatTemplate:
         given = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
         return str(self._call(self._compiled.render, **given))
 
-    def render_with_generation_spans(
-        self, messages: Sequence[Message], tools: Tools
-    ) -> tuple[str, list[tuple[int, int]]]:
+    def render_with_spans(self, messages: Sequence[Message], tools: Tools) -> tuple[str, list[Span]]:
         """Return the conversation as text and the [start, end) characters of its generation blocks.
 
         Raises:
             AmbiguousTemplateError: the template raises an error.
         """
-        from transformers.utils.chat_template_utils import _render_with_assistant_indices
+        from transformers.utils.chat_template_utils import _render_with_assistant_indices as render
 
-        given = (self._compiled, messages, tools)
-        text, spans = self._call(_render_with_assistant_indices, *given, add_generation_prompt=False)
+        text, spans = self._call(render, self._compiled, messages, tools, add_generation_prompt=False)
         return text, _merge_spans(spans)
 
     def _call(self, render: Callable[..., Any], *arguments: Any, **given: Any) -> Any:
@@ -82,9 +78,9 @@ def training_templates() -> dict[str, str]:
     return {text: texts[f"{name}_training"] for name, text in texts.items() if f"{name}_training" in texts}
 
 
-def _merge_spans(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+def _merge_spans(spans: Iterable[Span]) -> list[Span]:
     """Drop empty spans and merge adjacent ones."""
-    merged: list[tuple[int, int]] = []
+    merged: list[Span] = []
     for start, end in sorted(spans):
         if merged and start <= merged[-1][1]:
             merged[-1] = (merged[-1][0], max(end, merged[-1][1]))

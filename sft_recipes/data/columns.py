@@ -5,36 +5,25 @@ counts, and a column whose name says that it changes the meaning is rejected unt
 or names it in `data.ignore_columns`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import yaml
 
 from sft_recipes.config.schema import DataSource, column_pieces
 from sft_recipes.runtime.errors import DataError
 
-# Formats of rows: the columns that identify each. Any of them may also have the columns in _OPTIONAL.
-FORMATS: tuple[tuple[str, ...], ...] = (
-    *(("messages",), ("conversations",), ("conversation",)),
-    *(("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("instruction", "response")),
-    *(("question", "answer"), ("question", "response"), ("query", "response"), ("query", "answer")),
-)
+NAMES = yaml.safe_load(Path(__file__).with_name("formats.yaml").read_text(encoding="utf-8"))
+FORMATS: tuple[tuple[str, ...], ...] = tuple(map(tuple, NAMES["formats"]))
 FORMAT_NAMES = "messages, conversations, prompt/completion, instruction/input/output, question/answer, query/response"
 REQUIRED = tuple(dict.fromkeys(name for names in FORMATS for name in names))
-_OPTIONAL = ("system", "tools", "functions", "chat_template_kwargs")
-# Words of column names that say that the column changes what a row means.
-_CONTEXT, _SYSTEM, _TEXT_ONLY, _PREFERENCE = "context", "system", "text only", "preference"
-_MEANINGFUL = {
-    **dict.fromkeys(("context", "contexts", "passage", "passages", "document", "documents", "background"), _CONTEXT),
-    **dict.fromkeys(("evidence", "knowledge", "input", "history"), _CONTEXT),
-    **dict.fromkeys(("system", "developer", "persona"), _SYSTEM),
-    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _TEXT_ONLY),
-    **dict.fromkeys(("label", "labels", "rejected", "chosen", "preference"), _PREFERENCE),
-}
+_KINDS: dict[str, str] = {word: kind for kind, entry in NAMES["meaningful"].items() for word in entry["words"]}
+_ADVICE: dict[str, str] = {kind: entry["advice"] for kind, entry in NAMES["meaningful"].items()}
 _METADATA = re.compile(r"(id|ids|len|length|count|num|size|tokens?|lang|language|type|date|time|hash)$")
-_EMPTY: tuple[Any, ...] = (None, "", [], {})
+_EMPTY: tuple[Any, ...] = ("", [], {})
 
 
 class ColumnError(DataError):
@@ -57,9 +46,8 @@ class Selection(NamedTuple):
 
 def names_with_values(values: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the names of a row's columns that are not null or, if no format needs them, not empty."""
-    return tuple(
-        name for name, value in values.items() if value is not None and (value not in _EMPTY or name in REQUIRED)
-    )
+    given = {name: value for name, value in values.items() if value is not None}
+    return tuple(name for name, value in given.items() if name in REQUIRED or value not in _EMPTY)
 
 
 def select_columns(names: tuple[str, ...], settings: DataSource) -> Selection:
@@ -81,19 +69,20 @@ def _select(names: tuple[str, ...], mapping: tuple[tuple[str, str], ...], ignore
     formats = [keys for keys in FORMATS if all(key in targets for key in keys)]
     if len(formats) > 1:
         matching = " and ".join("/".join(keys) for keys in formats)
-        found = f"found {describe_keys(names)}, which match {len(formats)} formats"
-        raise DataError(f"row keys: {found}. Keep one of {matching}, or set data.columns")
+        raise DataError(f"row keys: found {describe_keys(names)}, which match {matching}. Keep one or set data.columns")
     if not formats:
-        raise DataError(_describe_unknown(names, bool(mapping)))
+        fix = "Map them with data.columns, such as {prompt: '{question}', completion: '{answer}'}"
+        if "text" in names and not mapping:
+            fix = "Plain text: set data.columns={prompt: 'Continue.', completion: '{text}'}; turns: make them messages"
+        raise DataError(f"row keys: found {describe_keys(names)}, expected {FORMAT_NAMES}. {fix}")
     if not mapping:
         is_dolly = formats[0] == ("instruction", "response") and "input" not in names
         alpaca = ("history", "context" if is_dolly else "input") if formats[0][0] == "instruction" else ()
-        used = {name: name for name in names if name in (*formats[0], *_OPTIONAL, *alpaca)}
+        used = {name: name for name in names if name in (*formats[0], *NAMES["optional"], *alpaca)}
     ignored = tuple(name for name in names if name not in used)
     for name in ignored:
         if name not in ignore and (kind := _kind_of(name)):
-            fix = f"{_advise(name, kind, formats[0])}, or set data.ignore_columns=[{name}]"
-            raise ColumnError(f"column {name}: found values that would be ignored and may change the meaning. {fix}")
+            raise ColumnError(f"column {name}: found, not read. {_ADVICE[kind]}, or set data.ignore_columns=[{name}]")
     return Selection(formats[0], used, ignored)
 
 
@@ -102,20 +91,7 @@ def _kind_of(name: str) -> str | None:
     words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
     if not words or (len(words) > 1 and _METADATA.fullmatch(words[-1])):
         return None
-    return next((_MEANINGFUL[word] for word in words if word in _MEANINGFUL), None)
-
-
-def _advise(name: str, kind: str, format: tuple[str, ...]) -> str:
-    if kind == _TEXT_ONLY:
-        return "Only text is trained: remove these rows"
-    if kind == _PREFERENCE:
-        return "It is a preference set: filter the rows to good answers, or map the good ones with data.columns"
-    first, *others = [f"{{{column}}}" for column in format]
-    turns = f'prompt: "{first}", completion: "{others[0]}"' if others else f'messages: "{first}"'
-    if kind == _SYSTEM:
-        return f'Set data.columns={{system: "{{{name}}}", {turns}}}'
-    with_context = turns.replace('"', f'"{{{name}}}\\n\\n', 1)
-    return f"Set data.columns={{{with_context}}}" if others else "Put it into the messages"
+    return next((_KINDS[word] for word in words if word in _KINDS), None)
 
 
 def check_message_key(key: str, settings: DataSource) -> None:
@@ -125,17 +101,8 @@ def check_message_key(key: str, settings: DataSource) -> None:
         ColumnError: its name says that it does.
     """
     kind = _kind_of(key)
-    if kind and kind != _PREFERENCE and key not in settings.ignore_columns:
-        advice = _advise(key, kind, ("messages",)) if kind == _TEXT_ONLY else "Put it into the message's content"
-        fix = f"{advice}, or set data.ignore_columns=[{key}]"
-        raise ColumnError(f"message key {key}: found a value that would be ignored. {fix}")
-
-
-def _describe_unknown(names: tuple[str, ...], mapped: bool) -> str:
-    fix = "Map them with data.columns, such as {prompt: '{question}', completion: '{answer}'}"
-    if "text" in names and not mapped:
-        fix = "For plain text set data.columns={prompt: 'Continue.', completion: '{text}'}; convert turns to messages"
-    return f"row keys: found {describe_keys(names)}, expected {FORMAT_NAMES}. {fix}"
+    if kind in ("context", "media") and key not in settings.ignore_columns:
+        raise ColumnError(f"message key {key}: found, not read. {_ADVICE[kind]}, or set data.ignore_columns=[{key}]")
 
 
 def describe_keys(names: tuple[str, ...]) -> str:
@@ -155,11 +122,10 @@ def map_columns(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[s
         pieces = column_pieces(template)
         names = [name for _, name in pieces if name]
         if names and not any(name in values for name in names):
-            expected = f"expected {', '.join(names)} of data.columns.{target}"
-            raise DataError(f"row keys: found {describe_keys(tuple(values))}, {expected}")
+            found = describe_keys(tuple(values))
+            raise DataError(f"row keys: found {found}, expected those in data.columns.{target}={template}")
         if not names and template in values:
-            problem = "found the name of a column, expected it in braces"
-            raise DataError(f"data.columns.{target}: {problem}. Set '{{{template}}}'")
+            raise DataError(f"data.columns.{target}: found a column name without braces. Set '{{{template}}}'")
         if pieces == [("", names[0] if names else None)]:
             mapped[target] = values.get(names[0])
             continue

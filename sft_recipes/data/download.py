@@ -1,7 +1,5 @@
 """Downloads what a recipe needs from the Hub, so that the run needs no network."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from sft_recipes.config.schema import Recipe

@@ -1,7 +1,5 @@
 """Recognizes the common formats of chat data and converts each row to a checked conversation."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import dataclass, field
@@ -19,8 +17,6 @@ TRAILING = "turns after the last answer dropped"
 GREETING = "assistant turns before the first user turn: context, not in the loss"
 CONTEXT_TURNS = "assistant turns marked as context or in the prompt: not in the loss"
 REPEATED = "consecutive turns of one role"
-LATER_SYSTEM = "system turns after the first turn"
-NO_RESULT = "tool calls without a result"
 NOT_TRAINED = "no assistant turn in the loss: not used"
 
 
@@ -46,19 +42,11 @@ class Conversation:
     conventions: tuple[str, ...] = ()
 
 
-_CALL_ROLES = ("function_call", "tool_call")  # ShareGPT's roles whose text is the call itself
-_ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", *_CALL_ROLES), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response"), "tool"),
-}
-_ROLE_KEYS = (("role", "content"), ("from", "value"), ("role", "value"), ("from", "content"))
+_ROLES = {alias: role for role, aliases in columns.NAMES["roles"].items() for alias in aliases}
 _FLAGS = ("train", "trainable", "loss", "weight", "loss_weight")  # whether an assistant turn is in the loss
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-_CALL_KEYS = ("tool_calls", "function_call", "name", "tool_call_id")
-_KEYS = {*_ROLE_KEYS[0], *_ROLE_KEYS[1], *_CALL_KEYS, *_FLAGS, *_REASONING_KEYS}
-_MAX_DEPTH = 100  # of calls and tools; far below Python's recursion limit, which templates' own recursion would reach
+_READ = ("role", "from", "content", "value", "tool_calls", "function_call", "name", "tool_call_id")
+_KEYS = {*_READ, *_FLAGS, *_REASONING_KEYS}
 _HERMES_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 _HERMES_RESPONSE = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
 
@@ -80,7 +68,7 @@ def conversation_of(row: RawRow, settings: DataSource | None = None) -> Conversa
     except DataError as error:
         raise type(error)(f"{row.location}: {error}") from error
     except RecursionError as error:
-        raise DataError(f"{row.location}: nesting: expected at most {_MAX_DEPTH} levels") from error
+        raise DataError(f"{row.location}: nesting: found too many levels") from error
 
 
 def _convert(row: RawRow, settings: DataSource) -> Conversation:
@@ -88,11 +76,7 @@ def _convert(row: RawRow, settings: DataSource) -> Conversation:
     if not isinstance(given, dict):
         raise DataError(f"row: found {type_name(given)}, expected an object with {columns.FORMAT_NAMES}")
     names = columns.names_with_values(given)
-    try:
-        format = columns.select_columns(names, settings).format
-    except DataError as error:
-        nulls = [name for name in columns.REQUIRED if name in given and given[name] is None]
-        raise type(error)(f"{error} (null: {', '.join(nulls)})" if nulls else str(error)) from error
+    format = columns.select_columns(names, settings).format
     values = columns.map_columns(given, settings.columns) if settings.columns else given
     messages = _read_messages(values, format)
     ignored_keys = tuple(key for message in messages for key in message.pop("ignored", ()))
@@ -144,17 +128,15 @@ def _read_messages(values: dict[str, Any], format: tuple[str, ...]) -> list[Mess
 
 def _read_history(history: Any) -> list[Message]:
     """Convert Alpaca's earlier turns: a list of [prompt, answer]."""
-    pairs = history or []
+    pairs, roles = history or [], ("user", "assistant")
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise DataError(f"history: found {shorten(history)}, expected a list of [prompt, answer]")
-    return [
-        _make_turn(role, pair[side], "history") for pair in pairs for side, role in enumerate(("user", "assistant"))
-    ]
+    return [_make_turn(role, text, "history") for pair in pairs for role, text in zip(roles, pair, strict=True)]
 
 
 def _read_side(role: str, side: Any, key: str) -> list[Message]:
     """Read a prompt or an answer: a text, a list of turns, or one turn as preference sets write their answers."""
-    if isinstance(side, dict) and any(keys[0] in side and keys[1] in side for keys in _ROLE_KEYS):
+    if isinstance(side, dict) and {"role", "from"} & side.keys() and {"content", "value"} & side.keys():
         side = [side]
     is_turns = isinstance(side, list) and all(isinstance(turn, dict) and "type" not in turn for turn in side)
     return _read_turns(side) if is_turns else [_make_turn(role, side, key)]
@@ -175,21 +157,18 @@ def _read_turns(turns: Any) -> list[Message]:
 def _read_turn(turn: Any, name: str) -> Message:
     if not isinstance(turn, dict):
         raise DataError(f"{name}: found {type_name(turn)}, expected an object with role and content")
-    role_key, content_key = next(
-        (keys for keys in _ROLE_KEYS if keys[0] in turn and keys[1] in turn),
-        ("from", "value") if "from" in turn else ("role", "content"),
-    )
-    given = turn.get(role_key)
+    role_key = "from" if "from" in turn and "role" not in turn else "role"
+    given, content = turn.get(role_key), turn.get("content", turn.get("value"))
     alias = given.lower().replace(" ", "_") if isinstance(given, str) else ""
     if alias not in _ROLES:
         raise DataError(f"{name}: {role_key}: found {shorten(given)}, expected one of {', '.join(_ROLES)}")
-    role, content = _ROLES[alias], turn.get(content_key)
+    role = _ROLES[alias]
     message: Message = {"role": role}
     if len(turn) > 2:  # most turns are a role and a content
         ignored = [key for key in turn if key not in _KEYS and turn[key] is not None]
         message |= {"trained": _read_flags(turn, role, name), "ignored": ignored}
     calls = _read_calls(turn.get("function_call") or turn.get("tool_calls") or [], name)
-    if alias in _CALL_ROLES:
+    if alias in ("function_call", "tool_call"):
         calls, content = _read_calls(_json(content, name), name), ""
     if calls and role != "assistant":
         raise DataError(f"{name}: tool call: found in a {role} turn, expected in assistant turns only")
@@ -219,8 +198,6 @@ def _read_flags(turn: dict[str, Any], role: str, name: str) -> bool:
             raise DataError(f"{name}: {key}: found {shorten(value)}, expected 0 or 1, true or false")
         if role in ("user", "tool") and value:
             raise DataError(f"{name}: {key}: found true in a {role} turn, which is never in the loss. Remove the flag")
-    if len({bool(value) for value in flags.values()}) > 1:
-        raise DataError(f"{name}: found {flags}, which contradict each other. Keep one of them")
     return role != "assistant" or all(flags.values())
 
 
@@ -230,8 +207,7 @@ def _read_template_kwargs(given: Any, settings: DataSource) -> dict[str, Any]:
         return settings.chat_template_kwargs
     given = _json(given, "chat_template_kwargs")
     if not isinstance(given, dict) or RESERVED_TEMPLATE_VARIABLES & given.keys():
-        reserved = ", ".join(sorted(RESERVED_TEMPLATE_VARIABLES))
-        raise DataError(f"chat_template_kwargs: found {shorten(given)}, expected an object without {reserved}")
+        raise DataError(f"chat_template_kwargs: found {shorten(given)}, expected an object without tools or messages")
     _check_json(given, "chat_template_kwargs")
     return {**settings.chat_template_kwargs, **given}
 
@@ -244,8 +220,7 @@ def _read_hermes_calls(text: str, name: str) -> tuple[str, list[dict[str, Any]]]
         return text, []  # tags around anything but an object are text
     before = text.partition("<tool_call>")[0].strip()
     if rest.strip() != before:
-        found = shorten(rest.strip()[len(before) :].strip())
-        raise DataError(f"{name}: found {found} after a tool call, expected calls last. Move the text before them")
+        raise DataError(f"{name}: found text after a tool call, expected calls last. Move the text before them")
     return before, _read_calls([_json(call, name) for call in calls], name)
 
 
@@ -257,11 +232,10 @@ def _read_calls(calls: Any, name: str) -> list[dict[str, Any]]:
         given = function.get("name") if isinstance(function, dict) else None
         if not isinstance(given, str) or not given.strip():
             raise DataError(f"{name}: tool call: found no name, expected {{'name': …, 'arguments': {{…}}}}")
-        argument_name = f"{name}: arguments of {shorten(given)[1:-1]}"
         arguments = _first_set(function, "arguments", "parameters")
-        arguments = _json("{}" if arguments in (None, "") else arguments, argument_name)
+        arguments = _json("{}" if arguments in (None, "") else arguments, f"{name}: arguments")
         if not isinstance(arguments, dict):
-            raise DataError(f"{argument_name}: found {type_name(arguments)}, expected an object")
+            raise DataError(f"{name}: arguments: found {type_name(arguments)}, expected an object")
         converted_call = {"type": "function", "function": {"name": given, "arguments": arguments}}
         if isinstance(call.get("id"), str):
             converted_call["id"] = call["id"]
@@ -320,19 +294,12 @@ def _check_characters(text: str, name: str) -> None:
 
 
 def _check_json(value: Any, name: str) -> None:
-    """Check that a value can be written as JSON: Parquet has more types, and the parser reads deeper nesting."""
-    if _depth(value) > _MAX_DEPTH:
-        raise DataError(f"{name}: nesting: expected at most {_MAX_DEPTH} levels")
+    """Check that a value can be written as JSON: Parquet has more types."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise DataError(f"{name}: not representable as JSON: {error}") from error
     _check_characters(text.replace("\\u0000", "\x00"), name)
-
-
-def _depth(value: Any) -> int:
-    inner = value.values() if isinstance(value, dict) else value
-    return 1 + max(map(_depth, inner), default=0) if isinstance(value, dict | list) else 0
 
 
 def _arrange_turns(messages: list[Message]) -> list[str]:
@@ -342,8 +309,7 @@ def _arrange_turns(messages: list[Message]) -> list[str]:
         DataError: a turn without text, a tool's answer without a call, or no assistant turn.
     """
     if not any(message["role"] == "assistant" for message in messages):
-        found = f"{messages[-1]['role']} last and no assistant turn" if messages else "none"
-        raise DataError(f"turns: found {found}, expected user and assistant turns")
+        raise DataError("turns: found no assistant turn, expected user and assistant turns")
     conventions = []
     while messages[-1]["role"] in ("user", "tool"):
         messages.pop()
@@ -360,10 +326,6 @@ def _arrange_turns(messages: list[Message]) -> list[str]:
             conventions.append(GREETING)
         if role == previous and role != "tool":
             conventions.append(REPEATED)
-        if role == "system" and number > 1:
-            conventions.append(LATER_SYSTEM)
-        if previous == "call" and role != "tool":
-            conventions.append(NO_RESULT)
         first_user = first_user or role == "user"
         previous = "call" if calls else role
     if messages[-1]["role"] != "assistant":

@@ -7,10 +7,8 @@ def absolute_error(reference: str, completion: str) -> float:
     ...
 """
 
-from __future__ import annotations
-
-import importlib.util
 import math
+import runpy
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from sft_recipes.config.schema import Generation, did_you_mean
 from sft_recipes.runtime.errors import ConfigError
 
 Messages = list[dict[str, Any]]
+Results = dict[str, dict[str, float | int]]  # `mean` and `prompts` of each metric
 
 
 @dataclass(frozen=True)
@@ -64,23 +63,18 @@ def load(section: Generation) -> list[HeldOutMetric]:
     """
     if section.metrics_file:
         path = Path(section.metrics_file).expanduser()
-        spec = importlib.util.spec_from_file_location("held_out_metrics_of_the_recipe", path)
         try:
-            if spec is None or spec.loader is None:
-                raise ImportError("expected a Python file, *.py")
-            spec.loader.exec_module(importlib.util.module_from_spec(spec))
+            runpy.run_path(str(path))
         except Exception as error:  # of any kind: it is the user's code
-            found = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise ConfigError(f"generation.metrics_file: {path} cannot be run ({found}). Correct it") from error
+            reason = f"{type(error).__name__}: {error}"
+            raise ConfigError(f"generation.metrics_file: {path} cannot be run ({reason}). Correct it") from error
     if unknown := next((name for name in section.metrics if name not in REGISTRY), None):
         known = f"{', '.join(REGISTRY)}{did_you_mean(unknown, REGISTRY)}"
         raise ConfigError(f"generation.metrics: found {unknown}, expected one of {known}")
     return [REGISTRY[name] for name in section.metrics]
 
 
-def evaluate(
-    metrics: Sequence[HeldOutMetric], scored: Sequence[tuple[Messages, str, str]]
-) -> dict[str, dict[str, float | int]]:
+def evaluate(metrics: Sequence[HeldOutMetric], scored: Sequence[tuple[Messages, str, str]]) -> Results:
     """Return the mean and the number of prompts of each metric that applies to one or more.
 
     Args:
@@ -89,16 +83,14 @@ def evaluate(
     Raises:
         ConfigError: a function fails, or returns no finite number.
     """
-    results: dict[str, dict[str, float | int]] = {}
+    results: Results = {}
     for each in metrics:
         try:
             scores = [float(each.score(ref, text)) for messages, ref, text in scored if each.applies(messages, ref)]
             if not all(map(math.isfinite, scores)):
                 raise ValueError("found a score that is not finite")
         except Exception as error:  # of any kind: it is the user's code
-            raise ConfigError(
-                f"generation.metrics: {each.name}: {type(error).__name__}: {error}. Correct it"
-            ) from error
+            raise ConfigError(f"generation.metrics: {each.name}: {type(error).__name__}: {error}") from error
         if scores:
             results[each.name] = {"mean": round(statistics.fmean(scores), 6), "prompts": len(scores)}
     return results

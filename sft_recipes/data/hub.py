@@ -3,8 +3,6 @@
 One process per node does this before any rank starts, so no GPU waits for a download and no rank uses the network.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
@@ -25,8 +23,7 @@ def download_model(model: Model, only_tokenizer: bool = False) -> Path:
     Raises:
         DataError: the model does not exist or is gated, or neither network nor cache has it.
     """
-    other = model.open_alternative
-    alternative = f", or use an open model: MODEL={other}" if other else ""
+    alternative = f", or use an open model: MODEL={model.open_alternative}" if model.open_alternative else ""
     patterns = _TOKENIZER_FILES if only_tokenizer else None
     return _snapshot(str(model.name_or_path), model.revision, "model", "model.name_or_path", alternative, patterns)
 
@@ -43,23 +40,6 @@ def download_dataset(name: str, revision: str | None, key: str) -> Path:
     return _snapshot(name, revision, "dataset", key, ", or set DATA=<a file or folder>", None)
 
 
-def count_parameters(name: str) -> int:
-    """Return the number of weights of a model on the Hub, by the headers of its files; nothing else is downloaded.
-
-    Raises:
-        DataError: the Hub cannot be reached, or the model has no safetensors files.
-    """
-    from huggingface_hub import get_safetensors_metadata
-    from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
-
-    try:
-        return sum(get_safetensors_metadata(name).parameter_count.values())
-    except (HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError, OSError) as error:
-        raise DataError(
-            f"MODEL: {name}: no safetensors header on the Hub ({' '.join(str(error).split())[:200]})"
-        ) from error
-
-
 def commit_of(folder: Path) -> str | None:
     """Return the commit of a snapshot in the Hub's cache (`…/snapshots/COMMIT`); None for any other folder."""
     return folder.name if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
@@ -71,20 +51,15 @@ def _snapshot(
     from huggingface_hub import errors, snapshot_download
 
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
-    ignored = _IGNORED_FILES if kind == "model" else None
     try:
-        return Path(
-            snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=patterns, ignore_patterns=ignored)
-        )
-    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError, ValueError) as error:
-        if isinstance(error, errors.RevisionNotFoundError):
-            problem = f"has no revision {revision} on the Hub. Name a commit of {page}"
-        elif isinstance(error, errors.GatedRepoError):
-            problem = f"is gated and this token has no access. Accept its license on {page} and set HF_TOKEN"
-        elif isinstance(error, errors.RepositoryNotFoundError):
-            problem = f"is no public {kind} on the Hub. Check the name, or set HF_TOKEN if it is private"
-        else:
-            reason = " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__
-            fix = f"Check the network, run `make download` beforehand, or set HF_TOKEN if {page} is gated"
-            problem = f"at {revision or 'main'} is not in the Hub's cache and not downloadable ({reason}). {fix}"
+        files = {"allow_patterns": patterns, "ignore_patterns": _IGNORED_FILES if kind == "model" else None}
+        return Path(snapshot_download(name, repo_type=kind, revision=revision, **files))
+    except (OSError, ValueError) as error:  # the Hub's errors are OSErrors
+        reason = " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__
+        fix = f"Check the network, run `make download` beforehand, or set HF_TOKEN if {page} is gated"
+        problem = {
+            errors.RevisionNotFoundError: f"has no revision {revision} on the Hub. Name a commit of {page}",
+            errors.GatedRepoError: f"is gated. Accept its license on {page} and set HF_TOKEN",
+            errors.RepositoryNotFoundError: f"is no public {kind} on the Hub. Check the name, or set HF_TOKEN",
+        }.get(type(error), f"at {revision or 'main'} is not in the Hub's cache and not downloadable ({reason}). {fix}")
         raise DataError(f"{key}: {name} {problem}{alternative}") from error

@@ -1,7 +1,5 @@
 """Displays prepared rows with their loss mask, and the report on all rows, as text or JSON."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,13 +37,12 @@ def to_text(plan: Plan, prepared: Prepared, details: Mapping[str, Any], limit: i
     tokenizer = load_tokenizer(prepared.model, model.chat_template, model.trust_remote_code, model.add_tokens)
     yield "⟦in the loss⟧\n"
     for number, row in enumerate(read_rows(prepared, limit), start=1):
-        ids, labels, is_packed = row["input_ids"], row["labels"], isinstance(row["source"], list)
-        packed = f"{len(row['source'])} examples, " if is_packed else ""
+        ids, labels = row["input_ids"], row["labels"]
+        sources = row["source"] if isinstance(row["source"], list) else [row["source"]]
         in_loss = sum(label != IGNORED for label in labels)
-        yield f"row {number} of {details['rows']:,}: {packed}{len(ids)} tokens, {in_loss} in the loss"
+        yield f"row {number} of {details['rows']:,}: {len(sources)} examples, {len(ids)} tokens, {in_loss} in the loss"
         starts = [index for index, position in enumerate(row["position_ids"]) if position == 0]
-        bounds = zip(starts, [*starts[1:], len(ids)], strict=True)
-        for source, (start, end) in zip(row["source"] if is_packed else [row["source"]], bounds, strict=True):
+        for source, (start, end) in zip(sources, itertools.pairwise([*starts, len(ids)]), strict=True):
             yield f"-- {source}"
             yield from _turns(tokenizer, ids[start:end], labels[start:end])
             yield ""

@@ -1,7 +1,5 @@
 """Licenses of models and datasets, as the cards on the Hub state them, and what Llama's licenses require."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any
@@ -28,9 +26,8 @@ def read(folder: Path) -> dict[str, str]:
         card = metadata_load(folder / "README.md") or {}
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-    stated = {key: card.get(key) for key in ("license", "license_name", "license_link")}
-    texts = {key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in stated.items()}
-    return {key: str(text).strip() for key, text in texts.items() if text}
+    found = {key: card[key] for key in ("license", "license_name", "license_link") if card.get(key)}
+    return {key: ", ".join(map(str, text if isinstance(text, list) else [text])).strip() for key, text in found.items()}
 
 
 def describe_base(plan: Plan, base: Path) -> dict[str, Any]:

@@ -1,19 +1,16 @@
 """Checks a model's folder before a run starts: complete, without code, and with the recipe's architecture; reads what a
 recipe for the model needs."""
 
-from __future__ import annotations
-
 import json
-import math
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.config.architecture import DENSE_KEYS, DENSE_KINDS, is_dense_kind
+from sft_recipes.config.architecture import DENSE_KEYS, DENSE_KINDS
 from sft_recipes.config.schema import Model
-from sft_recipes.data import hub, model_layers
+from sft_recipes.data import hub
 from sft_recipes.runtime.errors import DataError
 from sft_recipes.runtime.paths import check_links, mount_hint
 
@@ -22,10 +19,8 @@ _NO_DIMENSION = re.compile(
     r"_.*|(bos|eos)_token_id|.*dropout|(torch_)?dtype|architectures|transformers_version|quantization_config|use_cache|"
     r"initializer_range|time_step_limit|max_position_embeddings|rope_.*|id2label|label2id"
 )
-_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".zip", ".gz", ".zst")
 _DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # endings of decoders' classes
-_LARGEST_HEADER = 100_000_000  # bytes, as in safetensors
 
 
 @dataclass(frozen=True)
@@ -63,23 +58,16 @@ def check_model(model: Model) -> Path:
 def _find_problem(folder: Path, trust_remote_code: bool) -> str | None:
     """Return what a model's folder lacks, and the fix."""
     if (folder / "adapter_config.json").is_file():
-        return (
-            ": found adapters (adapter_config.json), expected a model. Merge them into their base model, for a run of "
-            "this repository by `make merge RUN=<run>`, and name the merged folder"
-        )
+        return ": found adapters (adapter_config.json), expected a model. Merge them first (`make merge RUN=<run>`)"
     if not _read_json(config := folder / "config.json"):
         return " has no config.json. Name a folder that save_pretrained wrote"
     if not any(folder.glob("*.safetensors")):
-        hint = ". Convert the pickled weights (*.bin) to safetensors" if any(folder.glob("*.bin")) else ""
-        return f" has no weights (*.safetensors){hint}"
+        return " has no weights (*.safetensors). Convert pickled weights (*.bin) to safetensors"
     index = folder / "model.safetensors.index.json"
-    for name in ("generation_config.json", "tokenizer_config.json"):
-        _read_json(folder / name)  # Transformers ignores an invalid generation configuration
-    shards = _read_json(index).get("weight_map") if index.is_file() else {}
-    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-        return f"/{index.name}: found no weight_map from weights to files. Copy the complete model"
-    if missing := sorted({shard for shard in shards.values() if not (folder / shard).is_file()}):
+    shards = re.findall(r'"([^"]+[.]safetensors)"', index.read_text(errors="replace")) if index.is_file() else []
+    if missing := sorted({shard for shard in shards if not (folder / shard).is_file()}):
         return f" lacks {', '.join(missing)} of its index. Copy the complete model"
+    _read_json(folder / "generation_config.json")  # Transformers ignores an invalid one
     if not trust_remote_code and "auto_map" in _read_json(config):
         return " requires its own code (auto_map). Set model.trust_remote_code=true if you trust it"
     return None
@@ -101,8 +89,7 @@ def _local_folder(name_or_path: str) -> Path | None:
         check_links(folder, "model.name_or_path")
         return folder
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name_or_path):
-        fix = f"Name a folder with config.json and weights, or a Hub name{mount_hint()}"
-        raise DataError(f"model.name_or_path: no folder {name_or_path!r}. {fix}")
+        raise DataError(f"model.name_or_path: no folder {name_or_path!r}. Name one, or a Hub model{mount_hint()}")
     return None
 
 
@@ -117,7 +104,8 @@ def architecture_of(folder: Path) -> dict[str, Any]:
         return {}
     if kind not in DENSE_KINDS:
         return {key: value for key, value in config.items() if value is not None and not _NO_DIMENSION.fullmatch(key)}
-    sizes = {key: config[key] for key in (*DENSE_KEYS, *_OPTIONAL_SIZES) if config.get(key) is not None}
+    keys = (*DENSE_KEYS, "num_key_value_heads", "head_dim")
+    sizes = {key: config[key] for key in keys if config.get(key) is not None}
     if any(type(value) is not int or value < 1 for value in sizes.values()):
         return {}  # loading the model reports it
     stated = {key: config[key] for key in ("tie_word_embeddings", "attention_bias") if config.get(key) is not None}
@@ -125,18 +113,16 @@ def architecture_of(folder: Path) -> dict[str, Any]:
 
 
 def describe_model(name_or_path: str) -> ModelFacts:
-    """Return what a recipe for a model needs, from its configuration and the header or index of its weights.
+    """Return what a recipe for a model needs, from its configuration and the headers of its weights.
 
-    From the Hub only the configuration and the index are downloaded.
+    From the Hub only these are downloaded.
 
     Raises:
         DataError: no such model, not a decoder, or its number of parameters cannot be read.
     """
     path = Path(name_or_path)
     if path.is_file() or path.suffix in _DATA_SUFFIXES:
-        raise DataError(
-            f"MODEL: found the file {path}, expected a model folder or a Hub name. Data goes in DATA={path}"
-        )
+        raise DataError(f"MODEL: found the file {path}, expected a model folder or a Hub name. Set DATA={path}")
     local = _local_folder(name_or_path)
     folder = local or hub.download_model(Model(name_or_path=name_or_path), only_tokenizer=True)
     if local and (problem := _find_problem(folder, trust_remote_code=True)):
@@ -152,52 +138,36 @@ def describe_model(name_or_path: str) -> ModelFacts:
         name_or_path=name_or_path,
         revision=None if local else hub.commit_of(folder),
         architecture=architecture_of(folder),
-        parameters=_count_parameters(folder, name_or_path, config),
+        parameters=_count_parameters(folder, name_or_path),
         positions=positions if isinstance(positions, int) else None,
         quantization=quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else None,
     )
 
 
-def _count_parameters(folder: Path, name: str, config: dict[str, Any]) -> int:
-    """Return the number of weights by the headers of a model's files, or by its index if they are on the Hub."""
-    files, index = sorted(folder.glob("*.safetensors")), folder / "model.safetensors.index.json"
-    metadata = _read_json(index).get("metadata") or {}
+def _count_parameters(folder: Path, name: str) -> int:
+    """Return the number of weights by the headers of a model's files; of a Hub model, only these are downloaded."""
+    from huggingface_hub import get_safetensors_metadata, parse_local_safetensors_file_metadata
+
     try:
-        if files:
-            tensors = [tensor for file in files for tensor in _read_header(file)]
-            return sum(math.prod(tensor["shape"]) for tensor in tensors)
-        if metadata.get("total_parameters"):
-            return int(metadata["total_parameters"])
-        if metadata.get("total_size"):
-            dtype = str(config.get("dtype") or config.get("torch_dtype"))
-            return int(metadata["total_size"]) // (4 if dtype == "float32" else 2)
-        return hub.count_parameters(name)
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        raise DataError(f"MODEL: {name}: the header of its weights cannot be read ({error}). Copy it again") from error
+        local = [parse_local_safetensors_file_metadata(file) for file in folder.glob("*.safetensors")]
+        headers = local or get_safetensors_metadata(name).files_metadata.values()
+        return sum(count for header in headers for count in header.parameter_count.values())
+    except Exception as error:  # of any kind: the files may hold anything
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"MODEL: {name}: the header of its weights cannot be read ({reason}). Copy it again") from error
 
 
-def _read_header(file: Path) -> list[dict[str, Any]]:
-    """Return dtype and shape of the tensors in a safetensors file: 8 bytes of length, then JSON."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(min(length, _LARGEST_HEADER)))
-    return [tensor for name, tensor in header.items() if name != "__metadata__"]
-
-
-def check_architecture(stated: dict[str, Any], folder: Path, trust_remote_code: bool) -> None:
+def check_architecture(stated: dict[str, Any], folder: Path) -> None:
     """Check that the recipe's architecture, which memory and time are computed from, is the model's.
 
     Raises:
         DataError: the model's config differs.
     """
-    config = model_layers.load_config(folder, trust_remote_code) if stated else None
-    dense = is_dense_kind(stated)
-    # Configuration classes rename and replace other values of other types.
-    checked = {key: stated[key] for key in stated if dense or (key in DENSE_KEYS and hasattr(config, key))}
-    wrong = [key for key, value in checked.items() if getattr(config, key, None) != value]
+    found = architecture_of(folder)
+    wrong = [key for key in stated if key in found and stated[key] != found[key]]
     if wrong:
-        values = (f"{key} {stated[key]!r}, expected {getattr(config, key, None)!r}" for key in wrong)
-        raise DataError(f"model.architecture: found {'; '.join(values)} ({folder / 'config.json'}). Correct the recipe")
+        values = "; ".join(f"{key} {stated[key]!r}, expected {found[key]!r}" for key in wrong)
+        raise DataError(f"model.architecture: found {values} ({folder / 'config.json'}). Correct the recipe")
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -205,9 +175,6 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"model.name_or_path: {file}: not valid JSON ({error}). Copy the complete model") from error
-    if not isinstance(content, dict):
-        raise DataError(f"model.name_or_path: {file}: found no JSON object. Copy the complete model")
-    return content
+        return {**json.loads(file.read_text(encoding="utf-8"))}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"model.name_or_path: {file}: no JSON object ({error}). Copy the complete model") from error

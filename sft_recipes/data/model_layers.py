@@ -1,7 +1,5 @@
 """Reads from a model's configuration what its layers ask of the rows: packed or not, and how long."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from pathlib import Path
@@ -53,9 +51,7 @@ def find_leak(plan: Plan, config: Any) -> str | None:
     if model is None or name == "flash_attention_2" or "/" in name or not _masks_ignore_positions(model):
         return None
     reason = f"model.attention={name}" if name in ("eager", "sdpa") else masked_attention_reason(plan, config, model)
-    return (
-        f"the attention mask of {model.__name__} ignores the bounds of packed examples ({reason})" if reason else None
-    )
+    return reason and f"the attention mask of {model.__name__} ignores the bounds of packed examples ({reason})"
 
 
 def _masks_ignore_positions(model: type) -> bool:
@@ -99,13 +95,10 @@ def check_positions(plan: Plan, config: Any) -> list[str]:
     if not isinstance(positions, int) or not 0 < positions < plan.max_length:
         return []
     if getattr(text, "rope_parameters", None):
-        return [
-            f"trainer.max_length={plan.max_length} is {plan.max_length / positions:.3g} times the {positions:,} "
-            f"positions of the model (RoPE): quality beyond them is not known"
-        ]
+        factor = f"{plan.max_length / positions:.3g} times the {positions:,} positions of the model (RoPE)"
+        return [f"trainer.max_length={plan.max_length} is {factor}: quality beyond them is not known"]
     if _has_position_table(plan, config, positions):
-        found = f"found {plan.max_length}, expected {positions} or less (the model's table of positions)"
-        raise DataError(f"trainer.max_length: {found}. Set trainer.max_length={positions}")
+        raise DataError(f"trainer.max_length: found {plan.max_length}, expected at most the {positions} of the model")
     return []
 
 

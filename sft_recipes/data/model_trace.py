@@ -1,7 +1,5 @@
 """Traces the layers of a model without a closed form, for the forecasts of the plan; cached by architecture."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

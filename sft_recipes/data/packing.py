@@ -1,7 +1,5 @@
 """Packs whole examples into rows of `max_length` tokens, and writes the trainer's rows as a dataset."""
 
-from __future__ import annotations
-
 import array
 import bisect
 import itertools
@@ -36,7 +34,7 @@ def pack(lengths: numpy.ndarray, capacity: int) -> tuple[numpy.ndarray, numpy.nd
     first_left, left = dict(zip(available, starts, strict=True)), dict(zip(available, counts, strict=True))
     order, sizes = array.array("q"), array.array("q")
     while available:
-        space, size = capacity, 0
+        space, first = capacity, len(order)
         while fitting := bisect.bisect_right(available, space):
             length = available[fitting - 1]
             order.append(first_left[length])
@@ -45,8 +43,7 @@ def pack(lengths: numpy.ndarray, capacity: int) -> tuple[numpy.ndarray, numpy.nd
             if not left[length]:
                 del available[fitting - 1]
             space -= length
-            size += 1
-        sizes.append(size)
+        sizes.append(len(order) - first)
     return by_length[numpy.array(order, numpy.int64)], numpy.array(sizes, numpy.int64)
 
 
@@ -70,7 +67,7 @@ class TrainerRows:
     packing: bool
 
     @classmethod
-    def arrange(cls, examples: Rows, max_length: int, packing: bool) -> TrainerRows:
+    def arrange(cls, examples: Rows, max_length: int, packing: bool) -> "TrainerRows":
         """Return one row per example, or packed rows. No example is split: each has at most `max_length` tokens."""
         if not packing:
             return cls(examples, numpy.arange(len(examples) + 1), packing)

@@ -5,16 +5,12 @@ the model of a from-scratch recipe, and writes `prepared.json` next to the plan.
 run with the same data, tokenizer, template, lengths and code uses the cached result.
 """
 
-from __future__ import annotations
-
 import contextlib
 import datetime
-import functools
 import hashlib
 import itertools
 import json
 import logging
-import mmap
 import os
 import random
 import shutil
@@ -27,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-import pyarrow
 import pyarrow.compute
 
 from sft_recipes.data import held_out_metrics, model_files, model_layers, sources, tokenizer_files, validate
@@ -54,7 +49,6 @@ log = logging.getLogger("sft_recipes.data.prepare")  # __name__ is "__main__" in
 _MAX_PROMPTS = 1000
 _OVERFIT_CANDIDATES = 10  # rows read per row to overfit: some may have no token in the loss
 _SAMPLED_ROWS = 200  # of each source, for the comparison of tokenizers
-_ROWS_PER_BATCH = 10_000  # read at once
 _CHECKSUMS = "checksums.json"
 _TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 
@@ -91,9 +85,9 @@ def prepare(plan: Plan, store: Path | None = None, rows_only: bool = False) -> P
     store = store or runs_root() / ".prepared"
     store.mkdir(parents=True, exist_ok=True, mode=0o700)  # it contains the data
     base = _base_folder(plan, rows_only)
-    data = plan.sections.data
-    toy_folder = store / f"toy-{sha256(Path(__file__).parent / 'toy' / 'toy_dataset.py')[:8]}"
-    named = {part: sources.resolve_all(data, part, toy_folder) for part in sources.PARTS}
+    toy_files = sorted((Path(__file__).parent / "toy").glob("toy_dataset.*"))
+    toy_folder = store / "-".join(["toy", *(sha256(file)[:8] for file in toy_files)])
+    named = {part: sources.resolve_all(plan.sections.data, part, toy_folder) for part in sources.PARTS}
     folder = store / _cache_key(plan, named, base)
     if corrupt := _find_corrupt(folder):
         if folder.exists():
@@ -107,7 +101,7 @@ def prepare(plan: Plan, store: Path | None = None, rows_only: bool = False) -> P
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     if base and not rows_only and not plan.parent:
-        model_files.check_architecture(plan.sections.model.architecture, base, plan.sections.model.trust_remote_code)
+        model_files.check_architecture(plan.sections.model.architecture, base)
     details = read_json(folder / "details.json")
     if not rows_only:
         validate.check_limits(plan, details)
@@ -157,8 +151,7 @@ def _cache_key(plan: Plan, named: Mapping[str, Mapping[str, Source]], base: Path
     model, data, package = plan.sections.model, plan.sections.data, Path(__file__).parent
     files = sorted(file for file in base.rglob("*") if file.suffix in _TOKENIZER_SUFFIXES) if base else []
     files = [file for file in (*files, Path(model.chat_template or "")) if file.is_file()]
-    contents = [file.read_bytes() for file in files]
-    dated = any(b"strftime_now" in content for content in contents)
+    dated = any(b"strftime_now" in file.read_bytes() for file in files)
     parts = {
         "sources": [[part, name, named[part][name].identity()] for part in named for name in named[part]],
         "data": [data.validation_fraction, data.max_eval_samples, data.max_rejected_fraction, data.overfit_rows],
@@ -168,6 +161,7 @@ def _cache_key(plan: Plan, named: Mapping[str, Mapping[str, Source]], base: Path
         "seeds": [plan.sections.trainer["seed"], plan.sections.trainer["data_seed"]],
         "date": plan.created[:10] if dated else None,
         "code": [code_hash(file) for file in sorted(package.rglob("*.py"))],
+        "tables": [sha256(file) for file in sorted(package.rglob("*.yaml"))],
         "libraries": {name: metadata.version(name) for name in ("transformers", "tokenizers", "trl", "jinja2")},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -213,11 +207,11 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
     if data.overfit_rows and count:
         train_rows = batch.fill_effective_batch(count, plan.effective_batch_size)
         tables = iter([pyarrow.concat_tables(tables).take(pyarrow.array(numpy.arange(train_rows) % count))])
-    hashed = [(write_dataset(folder / "train", tables), _ends(groups))]
+    files = [write_dataset(folder / "train", tables)]
     for part, sets in evaluated.items():
         if sets:
-            file = write_dataset(folder / part, itertools.chain.from_iterable(each.tables() for each in sets))
-            hashed += [(file, [*bounds]) for bounds in itertools.pairwise(_ends(sets))]
+            files.append(write_dataset(folder / part, itertools.chain.from_iterable(each.tables() for each in sets)))
+    fingerprint, ids = _read_back(files, weights)
     validation_rows = [*map(len, evaluated["validation"])]
     repeats = train_rows / max(sum(validation_rows), 1) if data.overfit_rows else 1.0
     shares = [weight for _, weight in weights] or [repeats] * len(parts["train"])
@@ -226,11 +220,6 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
         for key in ("examples", "supervised_tokens", "tokens")
     }
     _write_prompts(plan, tokenizer, named["validation"] or named["train"], parts["validation"], folder)
-    every = concatenate([rows for by_name in parts.values() for rows in by_name.values()])
-    batches = (
-        every.take("input_ids", at, at + _ROWS_PER_BATCH).flatten() for at in range(0, len(every), _ROWS_PER_BATCH)
-    )
-    ids = functools.reduce(numpy.union1d, map(pyarrow.compute.unique, batches), numpy.empty(0, numpy.int32))
     new, regex_fixed = new_tokens(loaded, model.add_tokens), loaded.init_kwargs.get(FIX_MISTRAL_REGEX)
     embeddings = getattr(config.get_text_config(), "vocab_size", None) if config else None
     resizing = [token for token, id in new.items() if embeddings is not None and id >= embeddings]
@@ -242,17 +231,13 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
         packed = max(-(-per_epoch["tokens"] // plan.max_length), 1)
         cost = f"{per_epoch['examples']:,} padded rows per epoch instead of about {packed:,} packed ones"
         notes.append(f"packing is off: {leak}. {cost}")
-    if data.chat_template_kwargs:
-        stated = json.dumps(data.chat_template_kwargs)
-        notes.append(f"the chat template gets {stated}: pass it at inference too (chat_template_kwargs)")
     details = {
         **counted,
-        "largest_token_id": int(ids.max(initial=0)),
-        "largest_known_token_id": int(ids[~numpy.isin(ids, list(new.values()))].max(initial=0)),
+        "largest_token_id": max(ids, default=0),
+        "largest_known_token_id": max(ids.difference(new.values()), default=0),
         "new_tokens": resizing,
         "reading": reading,
         "end_of_turn": loaded.convert_ids_to_tokens(counted["end_of_turn_ids"]),
-        "padding_token": loaded.pad_token,
         "tokenizer": {"class": type(loaded).__name__, FIX_MISTRAL_REGEX: regex_fixed, "notes": tokenizer_notes},
         "notes": notes,
         "rows": train_rows,
@@ -261,7 +246,7 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
         "retention_eval_rows": sum(map(len, evaluated["retention_eval"])),
         "seconds": time.monotonic() - started,
         "prepared": {  # with the folders, the fields of Prepared
-            "fingerprint": _fingerprint(hashed, weights),
+            "fingerprint": fingerprint,
             "rows": rows_per_epoch(weights) if weights else train_rows,
             **per_epoch,
             "validation_rows": sum(validation_rows),
@@ -287,9 +272,7 @@ def _tokenize_sources(
         reading[part][name] = tokenize_source(source, tokenizer, f"data.{part}", store, *limits)
         bounds[part][name] = slice(first, store.rows)
     rows = store.read()
-    return reading, {
-        part: {name: rows.select(each) for name, each in by_name.items()} for part, by_name in bounds.items()
-    }
+    return reading, {part: {name: rows.select(each) for name, each in bounds[part].items()} for part in bounds}
 
 
 def _usable(rows: Rows) -> Rows:
@@ -320,22 +303,13 @@ def _write_checksums(folder: Path) -> None:
 
 
 def _training_rows(plan: Plan, training: Sources) -> tuple[list[TrainerRows], list[tuple[int, float]]]:
-    """Return the training rows in one group, or one per source with rows and weight of each if not all weights are 1.
-
-    Raises:
-        DataError: a weight is so small that no row of its source is used.
-    """
+    """Return the training rows in one group, or if not all weights are 1, one per source with its rows and weight."""
     data, usable = plan.sections.data, [_usable(rows) for rows in training.values()]
     is_weighted = not data.overfit_rows and any(source.weight != 1 for source in data.sources("train"))
     examples = usable if is_weighted else [concatenate(usable)]  # a row of two sources has no weight
     groups = [TrainerRows.arrange(each, plan.max_length, plan.packing) for each in examples]
-    weights = [
-        (len(group), source.weight) for group, source in zip(groups, data.sources("train"), strict=False) if is_weighted
-    ]
-    for name, (count, weight) in zip(training, weights, strict=False):
-        if not rows_per_epoch([(count, weight)]):
-            fix = f"Set {1 / max(count, 1):.2g} or more, or remove the source"
-            raise DataError(f"data.train: {name}: weight: found {weight:g} of {count} rows, which uses no row. {fix}")
+    weighted = data.sources("train") if is_weighted else []
+    weights = [(len(group), source.weight) for group, source in zip(groups, weighted, strict=False)]
     return groups, weights
 
 
@@ -351,31 +325,21 @@ def _build_from_scratch(plan: Plan, train: Mapping[str, Source], folder: Path) -
     return folder
 
 
-def _ends(groups: list[TrainerRows]) -> list[int]:
-    return [0, *itertools.accumulate(map(len, groups))]
+def _read_back(files: list[Path], weights: list[tuple[int, float]]) -> tuple[str, set[int]]:
+    """Return the data fingerprint and the token ids of the rows in these files.
 
-
-def _fingerprint(parts: list[tuple[Path, list[int]]], weights: list[tuple[int, float]]) -> str:
-    """Hash the rows' tokens and labels and their weights, so that a run resumes after changes of code or paths that
-    keep the rows.
-
-    Args:
-        parts: files, and the first rows of the groups in each and the end.
+    The fingerprint is a hash of their tokens, labels and weights, so that a run resumes after changes of code or paths
+    that keep the rows.
     """
-    digest = hashlib.sha256(json.dumps(weights).encode() if weights else b"")
-    for file, ends in parts:
-        with file.open("rb") as opened:
-            mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-        table = pyarrow.ipc.open_stream(pyarrow.py_buffer(mapped)).read_all()
-        for name in ("input_ids", "labels", *(["seq_lengths"] if "seq_lengths" in table.column_names else [])):
-            for first, last in itertools.pairwise(ends):
-                chunks = table[name].slice(first, last - first).chunks
-                for chunk in chunks:
-                    digest.update(chunk.value_lengths().to_numpy())
-                for chunk in chunks:
-                    digest.update(chunk.flatten().to_numpy())
-                    mapped.madvise(mmap.MADV_DONTNEED)  # else the resident memory is that of all rows
-    return digest.hexdigest()[:16]
+    digest, ids = hashlib.sha256(json.dumps(weights).encode()), set[int]()
+    for file in files:
+        with file.open("rb") as opened, pyarrow.ipc.open_stream(opened) as batches:
+            for batch in batches:
+                for column in batch.drop_columns("source").columns:
+                    digest.update(column.value_lengths().to_numpy())
+                    digest.update(column.flatten().to_numpy())
+                ids.update(pyarrow.compute.unique(batch["input_ids"].flatten()).to_pylist())
+    return digest.hexdigest()[:16], ids
 
 
 def _split(plan: Plan, training: Sources) -> dict[str, Sources]:
@@ -391,8 +355,6 @@ def _split(plan: Plan, training: Sources) -> dict[str, Sources]:
         generator = random.Random(plan.sections.trainer["data_seed"])
         held_out.append(prompts[generator.sample(range(len(prompts)), min(max(count, 1), len(prompts) - 1))])
     masks = {name: numpy.isin(part, numpy.concatenate(held_out)) for name, part in digests.items()}
-    if name := next((name for name, mask in masks.items() if mask.all()), None):
-        raise DataError(f"data.train: {name}: every prompt is in another source too. Set data.validation=<a file>")
     return {
         "train": {name: rows.select(~masks[name]) for name, rows in training.items()},
         "validation": {name: rows.select(masks[name]) for name, rows in training.items()},

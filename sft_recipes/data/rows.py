@@ -1,7 +1,5 @@
 """Tokenized rows of all sources: on disk and memory-mapped, so that only their index is in memory."""
 
-from __future__ import annotations
-
 import mmap
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -30,7 +28,6 @@ class Outcome(NamedTuple):
         conventions: what was applied to make the row a conversation, and to render it.
         rejected: why the row was rejected, without its numbers; empty if it was not.
         note: how the text differs from the text at inference.
-        span_source: how the assistant spans were found.
         stop_ids: ids of the tokens that end the assistant's turns, ascending.
     """
 
@@ -39,7 +36,6 @@ class Outcome(NamedTuple):
     conventions: tuple[str, ...] = ()
     rejected: str = ""
     note: str = ""
-    span_source: str = ""
     stop_ids: tuple[int, ...] = ()
 
 
@@ -91,7 +87,7 @@ class Rows:
         """Return a column of NUMBERS, [rows]."""
         return self.numbers[name][self.index]
 
-    def select(self, which: Any) -> Rows:
+    def select(self, which: Any) -> "Rows":
         """Return the rows at these positions, or where a mask is true."""
         return replace(self, index=self.index[which])
 

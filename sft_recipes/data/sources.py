@@ -1,23 +1,22 @@
 """Resolves the names in a recipe's `data` section (file, folder, Hub dataset, toy dataset) and reads their rows."""
 
-from __future__ import annotations
-
-import codecs
 import contextlib
 import csv
 import itertools
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow.parquet
+
 from sft_recipes.config.schema import Data, DataSource
 from sft_recipes.data import hub
-from sft_recipes.data.columns import REQUIRED
 from sft_recipes.data.toy import toy_dataset
 from sft_recipes.runtime.atomic_write import sha256
 from sft_recipes.runtime.errors import DataError, UserError
@@ -45,11 +44,11 @@ class RawChunk(NamedTuple):
     """Some consecutive rows of a source, not parsed yet where parsing takes time.
 
     Attributes:
-        rows: yields them; can be sent to another process. Given locations, it parses the rows at these only.
+        rows: yields them; can be sent to another process.
         read: fraction of the source up to their end.
     """
 
-    rows: Callable[..., Iterator[RawRow]]
+    rows: Callable[[], Iterator[RawRow]]
     read: float
 
 
@@ -98,7 +97,8 @@ class Source:
 
     def rows(self, locations: Container[str] | None = None) -> Iterator[RawRow]:
         """Yield all rows in file order, or those at the given locations."""
-        return itertools.chain.from_iterable(chunk.rows(locations) for chunk in self.chunks())
+        rows = itertools.chain.from_iterable(chunk.rows() for chunk in self.chunks())
+        return (row for row in rows if locations is None or row.location in locations)
 
 
 def resolve_all(data: Data, part: str, toy_folder: Path) -> dict[str, Source]:
@@ -108,7 +108,7 @@ def resolve_all(data: Data, part: str, toy_folder: Path) -> dict[str, Source]:
     No validation source is named `retention_eval`: that is the name of the retention eval set's loss.
 
     Raises:
-        DataError: as `resolve`, or a source is named twice.
+        DataError: as `resolve`.
     """
     key, named = f"data.{part}", data.sources(part)
     if part == "validation" and not named and not data.overfit_rows:
@@ -118,9 +118,6 @@ def resolve_all(data: Data, part: str, toy_folder: Path) -> dict[str, Source]:
         return {_short_name(only.path): Source(splits[split], settings=replace(only, weight=1.0))} if split else {}
     resolved: dict[str, Source] = {}
     for settings in named:
-        count = sum(other.path == settings.path for other in named)
-        if count > 1:
-            raise DataError(f"{key}: {settings.path}: found {count} times, expected once. Remove the duplicate")
         short = _short_name(settings.path)
         number = sum(other == short or other.startswith(f"{short}_") for other in resolved)
         number += short == "retention_eval" != part
@@ -160,22 +157,19 @@ def resolve(name: str, key: str, toy_folder: Path, revision: str | None = None) 
             toy_dataset.write(toy_folder)
         return Source(files=(toy_folder / f"{name.partition(':')[2]}.jsonl",))
     path = _expand(name)
-    try:
-        is_folder, is_file = path.is_dir(), path.is_file()
-    except OSError as error:  # the name is too long, or a parent folder may not be entered
-        raise DataError(f"{key}: {shorten(name)}: not accessible ({error.strerror})") from error
-    folder, _, split = str(path).rpartition(":")
-    if is_folder or (folder and Path(folder).is_dir() and not is_file):
-        return Source(_files_of(path, key) if is_folder else _files_of(Path(folder), key, split))
-    if is_file and path.suffix.lower() not in SUFFIXES:
-        raise DataError(f"{key}: {name}: file type: found {path.suffix or 'none'}, expected {', '.join(SUFFIXES)}")
-    if is_file:
+    if path.is_dir():
+        return Source(_files_of(path, key))
+    if path.is_file():
+        if path.suffix.lower() not in SUFFIXES:
+            raise DataError(f"{key}: {name}: file type: found {path.suffix or 'none'}, expected {', '.join(SUFFIXES)}")
         return Source((path,))
+    folder, _, split = str(path).rpartition(":")
+    if folder and Path(folder).is_dir():
+        return Source(_files_of(Path(folder), key, split))
     if dataset := hub_name(name):
         split = name.partition(":")[2] or "train"
         return Source((hub.download_dataset(dataset, revision, key),), f"{dataset}:{split}")
-    fix = "Name a file, a folder or a Hub dataset (owner/name or owner/name:split)"
-    raise DataError(f"{key}: no file or folder {name!r}. {fix}{mount_hint()}")
+    raise DataError(f"{key}: no file or folder {name!r}. Name one, or a Hub dataset (owner/name:split){mount_hint()}")
 
 
 def _files_of(folder: Path, key: str, split: str | None = None) -> tuple[Path, ...]:
@@ -203,8 +197,7 @@ def _splits_of(folder: Path, key: str) -> dict[str, tuple[Path, ...]]:
     splits = {name: (folder / name,) for name in read_json(folder / "dataset_dict.json").get("splits", [])}
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         splits = {"train": (folder,)}
-    code = sorted(folder.rglob("*.py"))
-    if code:
+    if code := sorted(folder.rglob("*.py")):
         raise DataError(f"{key}: {folder} contains code ({code[0].name}), which is never run. Remove it")
     with contextlib.suppress(EmptyDatasetError, FileNotFoundError):  # reported below
         for split, patterns in get_data_patterns(str(folder)).items() if not splits else ():
@@ -222,15 +215,10 @@ def _count_lines(file: Path) -> int:
     number = 0
     try:
         with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                position = line.find(0)
-                try:
-                    position < 0 and line.decode()
-                except UnicodeDecodeError as error:
-                    position = error.start
-                if position >= 0:
-                    problem = f"found byte {line[position]:#04x}, expected UTF-8. Save the file as UTF-8"
-                    raise DataError(f"{file}:{number}: encoding: {problem}")
+            for number, line in enumerate(lines, start=1):  # noqa: B007  the error names it
+                line.replace(b"\0", b"\xff").decode()  # a NUL is not text either
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}:{number}: encoding: found byte {line[error.start]:#04x}, expected UTF-8") from error
     except OSError as error:
         raise DataError(f"{file}: not readable ({error.strerror})") from error
     return number
@@ -245,10 +233,7 @@ def type_name(value: Any) -> str:
 
 def shorten(value: Any, length: int = 60) -> str:
     """Return a value's escaped text for an error message, at most `length` characters."""
-    try:
-        text = repr(value if not isinstance(value, str) else value[: length + 1])
-    except RecursionError:
-        return "…"
+    text = repr(value if not isinstance(value, str) else value[: length + 1])
     return text if len(text) <= length + 2 else f"{text[:length]}…"
 
 
@@ -263,8 +248,7 @@ def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise DataError(f"key {shorten(twice)}: found twice in one object, expected once. Remove one of them")
     return values
 
@@ -283,21 +267,16 @@ def parse_json(text: str, location: str) -> Any:
         raise DataError(f"{location}: not valid JSON: {error}") from error
 
 
-def _at(rows: list[RawRow], locations: Container[str] | None = None) -> Iterator[RawRow]:
-    return (row for row in rows if locations is None or row.location in locations)
-
-
-def _line_rows(file: Path, first: int, content: bytes, locations: Container[str] | None = None) -> Iterator[RawRow]:
-    for number, line in enumerate(content.decode().split("\n"), start=first):
+def _line_rows(file: Path, first: int, content: bytes) -> Iterator[RawRow]:
+    for number, line in enumerate(content.decode("utf-8-sig").split("\n"), start=first):
         location = f"{file}:{number}"
-        if line.strip() and (locations is None or location in locations):
+        if line.strip():
             yield RawRow(attempt(parse_json, line, location), location)
 
 
 def _read_lines(file: Path, total: int) -> Iterator[RawChunk]:
     first = 1
     with file.open("rb") as opened:
-        opened.seek(len(codecs.BOM_UTF8) if opened.read(3) == codecs.BOM_UTF8 else 0)  # not part of the text
         while lines := opened.readlines(_BYTES_PER_CHUNK):
             rows = partial(_line_rows, file, first, b"".join(lines))
             first += len(lines)
@@ -316,11 +295,7 @@ def _read_json(file: Path) -> Iterator[RawChunk]:
         yield from _read_lines(file, total)
         return
     content = parse_json(file.read_text(encoding="utf-8-sig"), str(file))
-    if isinstance(content, dict):
-        lists = [
-            value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)
-        ]
-        content = lists[0] if len(lists) == 1 and not set(REQUIRED) & content.keys() else [content]
+    content = [content] if isinstance(content, dict) else content
     if not isinstance(content, list):
         raise DataError(f"{file}: found {type_name(content)}, expected a list of rows")
     rows = (RawRow(row, f"{file}, row {number}") for number, row in enumerate(content, start=1))
@@ -332,7 +307,7 @@ def _split(rows: Iterator[RawRow], total: int) -> Iterator[RawChunk]:
     for done in itertools.count(_ROWS_PER_CHUNK, _ROWS_PER_CHUNK):
         if not (chunk := [*itertools.islice(rows, _ROWS_PER_CHUNK)]):
             return
-        yield RawChunk(partial(_at, chunk), min(done / total, 1.0))
+        yield RawChunk(partial(iter, chunk), min(done / total, 1.0))
 
 
 def _check_unique(names: list[str], where: str) -> list[str]:
@@ -362,8 +337,6 @@ def _csv_rows(file: Path) -> Iterator[RawRow]:
 
 
 def _read_parquet(file: Path) -> Iterator[RawChunk]:
-    import pyarrow.parquet
-
     try:
         parquet = pyarrow.parquet.ParquetFile(file)
         _check_unique(parquet.schema_arrow.names, f"{file}: schema")
@@ -380,23 +353,18 @@ def _split_arrow(batches: Iterable[Any], rows: int, name: str) -> Iterator[RawCh
         done += len(batch)
 
 
-def _arrow_rows(batch: Any, first: int, name: str, locations: Container[str] | None = None) -> Iterator[RawRow]:
+def _arrow_rows(batch: Any, first: int, name: str) -> Iterator[RawRow]:
     """Yield the rows of an Arrow batch without the nulls that Arrow writes where rows have different keys."""
-    import pyarrow
-
     try:
         for number, row in enumerate(batch.to_pylist(), start=first):
-            location = f"{name}, row {number}"
-            if locations is None or location in locations:
-                yield RawRow({item.name: _from_arrow(row[item.name], item.type) for item in batch.schema}, location)
+            values = {item.name: _from_arrow(row[item.name], item.type) for item in batch.schema}
+            yield RawRow(values, f"{name}, row {number}")
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise DataError(f"{name}: not valid Parquet: {error}") from error
 
 
 def _from_arrow(value: Any, kind: Any) -> Any:
     """Return a value without the null fields of its structs, and with its JSON parsed (`datasets.Json`)."""
-    import pyarrow
-
     if isinstance(kind, pyarrow.JsonType) and value is not None:
         return json.loads(value)
     if isinstance(value, dict):
@@ -416,8 +384,7 @@ def _read_dataset(folder: Path, hub_name: str | None) -> Iterator[RawChunk]:
         files = load_dataset_builder(str(folder)).config.data_files if hub_name else {}
         for file in itertools.chain.from_iterable((files or {}).values()):
             if not Path(os.path.normpath(file)).is_relative_to(folder.resolve()):
-                problem = f"its dataset card names {file}, which is not a file of this dataset"
-                raise DataError(f"data: {hub_name}: {problem}. Set another data.revision")
+                raise DataError(f"data: {name}: its card names {file} of another folder. Set another data.revision")
         split = name.rpartition(":")[2]
         dataset = load_dataset(str(folder), split=split) if hub_name else load_from_disk(str(folder))
         yield from _split_arrow(dataset.with_format("arrow").iter(_ROWS_PER_CHUNK), len(dataset), name)
@@ -425,8 +392,7 @@ def _read_dataset(folder: Path, hub_name: str | None) -> Iterator[RawChunk]:
         raise
     except Exception as error:  # a dozen types from three libraries: no such split, files that are not data
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        fix = "Name an existing split, as owner/name:split" if hub_name else "Save it again"
-        raise DataError(f"data: {name}: not readable as a dataset ({reason}). {fix}") from error
+        raise DataError(f"data: {name}: not readable as a dataset ({reason}). Name an existing split") from error
 
 
 _READERS: dict[str, Callable[[Path], Iterator[RawChunk]]] = {

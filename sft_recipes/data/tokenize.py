@@ -5,8 +5,6 @@ sft_recipes.data.assistant_spans locates the assistant in it. Only the template 
 characters in a message become ordinary tokens.
 """
 
-from __future__ import annotations
-
 import datetime
 import hashlib
 import json
@@ -57,7 +55,7 @@ class Example:
         """Return the number of tokens in the loss, without the first of the row, which nothing predicts."""
         return sum(end - max(start, 1) for start, end in self.spans)
 
-    def truncate(self, length: int) -> Example:
+    def truncate(self, length: int) -> "Example":
         """Return the first `length` tokens, or fewer so that no question is left whose answer is cut off."""
         if len(self.input_ids) <= length:
             return self
@@ -83,9 +81,8 @@ class ConversationTokenizer:
         characters = sorted({token[0] for token in special})
         self._placeholders = {character: chr(_PLACEHOLDER + index) for index, character in enumerate(characters)}
         self._originals = {ord(placeholder): character for character, placeholder in self._placeholders.items()}
-        self._adds_bos = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
         self._finder = lru_cache(_MAX_TEMPLATES)(self._make_finder)
-        self._literals_of = lru_cache(_MAX_LAYOUTS)(self._examine_literals)
+        self._literals_of = lru_cache(_MAX_LAYOUTS)(self._count_literals)
 
     def tokenize(self, conversations: Sequence[Conversation | DataError]) -> list[Example | DataError]:
         """Tokenize conversations and locate the assistant's tokens in them, end of turn included.
@@ -126,8 +123,7 @@ class ConversationTokenizer:
             source = self.tokenizer.get_chat_template(None, conversation.tools)
         except ValueError as error:
             raise DataError(f"model.name_or_path: {error}") from error
-        given_kwargs = conversation.template_kwargs
-        finder = self._finder(source, json.dumps(given_kwargs, sort_keys=True) if given_kwargs else "{}")
+        finder = self._finder(source, json.dumps(conversation.template_kwargs, sort_keys=True))
         messages = [_split_reasoning(message, finder.template) for message in conversation.messages]
         failure = AmbiguousTemplateError("")
         for given, generated_ids in _with_possible_ids(messages, finder.template):
@@ -137,9 +133,7 @@ class ConversationTokenizer:
                 if is_prompt:
                     text = finder.template.render(escaped, conversation.tools, add_generation_prompt=True)
                     return RenderedRow(conversation.location, text, escaped != given)
-                if given != conversation.messages:
-                    conversation = replace(conversation, messages=given)
-                row = finder.find(conversation, escaped)
+                row = finder.find(replace(conversation, messages=given), escaped)
                 self._literals_of(row.layout)
                 return replace(row, generated_call_ids=True) if generated_ids else row
             except AmbiguousTemplateError as error:
@@ -148,13 +142,9 @@ class ConversationTokenizer:
 
     def _check_calls(self, messages: Sequence[Message], tools: Tools) -> None:
         """Check that calls and tools contain no special tokens; the template writes them unescaped."""
-        fields: list[tuple[str, Any]] = [("tools", tools)]
-        for number, message in enumerate(messages, start=1):
-            keys = (key for key in ("tool_calls", "name", "tool_call_id") if key in message)
-            fields += [(f"turn {number}: {key}", message[key]) for key in keys]
-        for name, value in fields:
-            if value and (match := self._special_pattern.search(str(value))):
-                raise AmbiguousTemplateError(f"{name}: found the special token {match.group()!r}, expected plain text")
+        written = [message.get(key) for message in messages for key in ("tool_calls", "name", "tool_call_id")]
+        if match := self._special_pattern.search(str([tools, *written])):
+            raise AmbiguousTemplateError(f"tools or calls: found the special token {match[0]!r}, expected plain text")
 
     def _escape(self, message: Message) -> Message:
         """Return a message with a placeholder at each special token in its texts, except in the tags of reasoning."""
@@ -170,36 +160,33 @@ class ConversationTokenizer:
             escaped["content"] = tags[1] + escape(tags[2]) + tags[3] + escape(message["content"][tags.end() :])
         return escaped
 
-    def _examine_literals(self, layout: Layout) -> tuple[int, str]:
-        """Return how many special tokens the template itself writes, and a note on its BOS.
+    def _count_literals(self, layout: Layout) -> int:
+        """Return how many special tokens the template itself writes.
 
         Raises:
             AmbiguousTemplateError: it writes BOS twice.
         """
         ids = self._encode(["x".join(layout.literals)])[0].ids
-        bos, bos_id = self.tokenizer.bos_token, self.tokenizer.bos_token_id
-        if bos is not None and ids[:2] == [bos_id, bos_id]:
-            raise AmbiguousTemplateError(f"found {bos} twice, expected it once")
-        note = f"the template writes no {bos}, which the tokenizer adds to other texts"
-        return sum(id in self._special_ids for id in ids), note if self._adds_bos and bos_id not in ids else ""
+        if ids[:2] == [self.tokenizer.bos_token_id] * 2:
+            raise AmbiguousTemplateError(f"found {self.tokenizer.bos_token} twice, expected it once")
+        return sum(id in self._special_ids for id in ids)
 
     def _make_example(self, row: RenderedRow, encoding: Any) -> Example:
         ids, index = self._unescape(row, encoding)
         tokens = [_token_span(encoding, start, end) for start, end in row.spans]
-        count, note = self._literals_of(row.layout)
+        count = self._literals_of(row.layout)
         if row.is_escaped or "<think>" in row.text:
             count += sum(len(self._special_pattern.findall(text)) for text in row.texts)  # the tags of reasoning
         found = sum(map(ids.count, self._special_ids.intersection(ids)))
         if found != count or not self._decodes(row, encoding.ids, ids):
-            problem = "found a special token in a text that this tokenizer cannot encode as ordinary tokens"
-            raise DataError(f"{row.location}: {problem}. Remove it from the row")
+            raise DataError(f"{row.location}: found a special token that cannot be encoded as text. Remove it")
         applied = {AS_TEXT: row.is_escaped, GENERATED_IDS: row.generated_call_ids}
         applied[DROPPED_REASONING] = row.layout.dropped_reasoning
         return Example(
             ids,
             tuple((index[first], index[last]) for first, last in tokens),
             frozenset(self.tokenizer.convert_tokens_to_ids(list(row.layout.stop_tokens))),
-            "; ".join(filter(None, (row.layout.note, note))),
+            row.layout.note,
             row.layout.span_source,
             tuple(convention for convention, holds in applied.items() if holds),
         )
@@ -257,9 +244,8 @@ def _with_possible_ids(messages: list[Message], template: ChatTemplate) -> Itera
     They need generated ones if the template reads ids and the row has none, or if it rejects those of the row.
     """
     calls = [call for message in messages for call in message.get("tool_calls", ())]
-    answers = [message for message in messages if message["role"] == "tool"]
-    lacking = any("id" not in call for call in calls) or any("tool_call_id" not in answer for answer in answers)
-    if not (template.reads_call_ids and lacking):
+    ids = [message.get("tool_call_id") for message in messages if message["role"] == "tool"]
+    if not template.reads_call_ids or None not in [*ids, *(call.get("id") for call in calls)]:
         yield messages, False
     if template.reads_call_ids and calls:
         yield with_call_ids(messages), True

@@ -4,8 +4,6 @@ Each row is parsed (formats), tokenized (tokenize) and truncated. What happened 
 ones are left out.
 """
 
-from __future__ import annotations
-
 import collections
 import functools
 import gc
@@ -18,7 +16,6 @@ import os
 import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
@@ -71,9 +68,9 @@ def tokenize_source(
         chunks = iter([RawChunk(functools.partial(iter, [*itertools.islice(source.rows(), max_rows)]), 1.0)])
     outcomes: Outcomes = {}
     name, error, started, rows = source.display_name, None, time.monotonic(), 0
-    show = {"desc": f"data: {name}", "unit": " rows", "delay": 1, "leave": False, "disable": None}  # None: no terminal
     logged, work = started, (tokenizer, max_length, source.settings)
-    with tqdm(file=sys.stdout, **show) as bar:
+    # disable=None: no bar without a terminal
+    with tqdm(desc=f"data: {name}", unit=" rows", delay=1, leave=False, disable=None, file=sys.stdout) as bar:
         for chunk, read in _tokenize_chunks(chunks, work):
             store.append(chunk)
             error = error or chunk.error
@@ -86,8 +83,7 @@ def tokenize_source(
             bar.update(rows - bar.n)
             if bar.disable and time.monotonic() - logged > _PROGRESS_INTERVAL:
                 logged = time.monotonic()
-                progress = f"{rows:,} rows ({read:.0%}) tokenized, {rows / (logged - started):,.0f} rows/s"
-                log.info("data: %s: %s", name, progress)
+                log.info("data: %s: %d rows (%.0f%%), %.0f rows/s", name, rows, 100 * read, rows / (logged - started))
     if not rows:
         raise DataError(f"{key}: {name}: found no rows, expected at least one")
     _check_rejected(outcomes, error, max_rejected)
@@ -163,8 +159,8 @@ def _outcome_of(row: RawRow, conversation: Conversation | DataError, example: Ex
     if isinstance(conversation, DataError) or isinstance(example, DataError):
         reason = _utf_8(example).removeprefix(f"{row.location}: ").partition(". ")[0]
         return Outcome(*read, rejected=re.sub(r"\d+", "N", reason)[:160])
-    rendered = (_utf_8(example.note), example.span_source, tuple(sorted(example.stop_ids)))
-    return Outcome(*read, (*conversation.conventions, *example.conventions), "", *rendered)
+    conventions = (*conversation.conventions, *example.conventions)
+    return Outcome(*read, conventions, "", _utf_8(example.note), tuple(sorted(example.stop_ids)))
 
 
 def _utf_8(text: Any) -> str:
@@ -210,9 +206,7 @@ def describe_reading(outcomes: Outcomes, source: Source) -> dict[str, Any]:
     These are its Hub name, commit and license, its files, rows by the columns that are read or ignored, and rows by
     convention and by reason of rejection, with the location of the first.
     """
-    used: Counter[str] = Counter()
-    ignored: Counter[str] = Counter()
-    ignored_keys: Counter[str] = Counter()
+    used, ignored = collections.Counter[str](), collections.Counter[str]()
     conventions: dict[str, list[Any]] = {}
     rejected: dict[str, list[Any]] = {}
     for outcome, (rows, first) in outcomes.items():
@@ -221,8 +215,7 @@ def describe_reading(outcomes: Outcomes, source: Source) -> dict[str, Any]:
             for name, purpose in selection.used.items():
                 used[name if name == purpose else f"{name} as {purpose}"] += rows
             ignored.update(dict.fromkeys(selection.ignored, rows))
-        for key in outcome.ignored_keys:
-            ignored_keys[f"messages[].{key}"] += rows
+        ignored.update({f"messages[].{key}": rows for key in outcome.ignored_keys})
         for convention in outcome.conventions:
             conventions.setdefault(convention, [0, first])[0] += rows
         if outcome.rejected:
@@ -233,7 +226,7 @@ def describe_reading(outcomes: Outcomes, source: Source) -> dict[str, Any]:
         "files": source.file_names(),
         "rows": _count(outcomes),
         "used": dict(used),
-        "ignored": dict((ignored + ignored_keys).most_common()),
+        "ignored": dict(ignored.most_common()),
         "conventions": conventions,
         "rejected": rejected,
     }

@@ -1,7 +1,5 @@
 """Loads a tokenizer from its `tokenizer.json`, chooses its padding token and lists its special tokens."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,16 +33,14 @@ def load_tokenizer(
     place = f"model.name_or_path: tokenizer of {name_or_path}"
     try:
         tokenizer = _load_from_files(Path(name_or_path), trust_remote_code)
-    except Exception as error:  # OSError, ValueError, errors of the Hub and of the tokenizer
-        raise DataError(f"{place}: {_explain(Path(name_or_path), error)}") from error
-    if chat_template is not None:
-        try:
+        if chat_template is not None:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"model.chat_template: {chat_template}: not readable ({error})") from error
+    except Exception as error:  # OSError, ValueError, errors of the Hub and of the tokenizer
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        fix = "Check model.chat_template; if it lacks tokenizer.json, `pip install sentencepiece protobuf tiktoken`"
+        raise DataError(f"{place}: not loadable ({reason}). {fix}") from error
     if not tokenizer.chat_template:
-        fix = "Set model.chat_template=<a .jinja file>, or use the instruct model"
-        raise DataError(f"{place}: found no chat template (a base model?). {fix}")
+        raise DataError(f"{place}: found no chat template. Set model.chat_template=FILE, or use an instruct model")
     if not tokenizer.is_fast:
         raise DataError(f"{place}: found a slow tokenizer, expected a fast one, which reports token offsets")
     if add_tokens:
@@ -63,9 +59,8 @@ def _load_from_files(folder: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer, TokenizersBackend
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    built_in = type(tokenizer).__module__.startswith("transformers.")
-    if not built_in:
-        return tokenizer
+    if not type(tokenizer).__module__.startswith("transformers."):
+        return tokenizer  # its own code decides
     if not (folder / "tokenizer.json").is_file():
         files = {name for key, name in tokenizer.vocab_files_names.items() if key != "tokenizer_file"}
         has_files = bool(files) and all((folder / name).is_file() for name in files)
@@ -79,19 +74,6 @@ def _load_from_files(folder: Path, trust_remote_code: bool) -> Any:
     if type(tokenizer) is not TokenizersBackend or fix:
         tokenizer = TokenizersBackend.from_pretrained(folder, **class_tokens, **fix)
     return tokenizer
-
-
-def _explain(folder: Path, error: Exception) -> str:
-    """Return why a tokenizer did not load, and the fix."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    vocabulary = next((name for name in _VOCABULARIES if (folder / name).is_file()), None)
-    if vocabulary and not (folder / "tokenizer.json").is_file():
-        packages = "tiktoken" if vocabulary == "tiktoken.model" else "sentencepiece protobuf"
-        return (
-            f"found {vocabulary}, expected tokenizer.json: {reason}. Use a copy of the model with tokenizer.json, or "
-            f"run `pip install {packages}`"
-        )
-    return f"not loadable ({reason}). Name a folder that has it, or check the Hub name, the network and HF_TOKEN"
 
 
 def new_tokens(tokenizer: Any, add_tokens: Sequence[str]) -> dict[str, int]:

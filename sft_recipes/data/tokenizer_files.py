@@ -3,8 +3,6 @@
 Data preparation writes it once and checks that it loads again with the same ids; every saved model has a copy.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -50,8 +48,7 @@ def save(tokenizer: Any, base: Path, folder: Path, texts: Iterable[str], trust_r
         is_unchanged = file.is_file() and not fixed and _check_ids(tokenizer, file, texts)
     except Exception as error:  # of any kind: the files may hold anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        problem = f"tokenizer of {base}: cannot be used ({reason})"
-        raise DataError(f"model.name_or_path: {problem}. Use a complete copy of the model") from error
+        raise DataError(f"model.name_or_path: tokenizer of {base}: {reason}. Use a complete copy") from error
     config = {**read_json(folder / _CONFIG), "tokenizer_class": _FROM_FILE}
     copy_files(base, folder, keep=() if is_unchanged else ("tokenizer.json",))
     config = read_json(folder / _CONFIG) or config

@@ -4,8 +4,6 @@ Each row's loss mask (every assistant turn with its end of turn, and nothing els
 (sft_recipes.data.assistant_spans, sft_recipes.data.tokenize). This module checks what only all rows together show.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -13,7 +11,6 @@ from typing import Any
 
 import numpy
 
-from sft_recipes.data.assistant_spans import DIFFERS
 from sft_recipes.data.rows import Rows, concatenate
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import DataError
@@ -71,7 +68,6 @@ def summarize(parts: Mapping[str, Sources]) -> dict[str, Any]:
         "overlap": _overlap(train, validation),
         "template_notes": dict(+notes),
         "end_of_turn_ids": sorted({id for outcome, _ in outcomes for id in outcome.stop_ids}),
-        "span_sources": ", ".join(sorted({outcome.span_source for outcome, _ in outcomes})),
     }
 
 
@@ -84,12 +80,11 @@ def _overlap(training: Rows, validation: Rows) -> dict[str, Any]:
     """Count the validation rows that are also in training, up to white space, and locate the first of them in both."""
     digests, train_digests = validation["row_digest"], training["row_digest"]
     shared = numpy.flatnonzero(numpy.isin(digests, train_digests))
-    overlap = {"rows": len(shared), "of": len(digests), "location": None, "train_location": None}
+    location = train_location = None
     if len(shared):
-        same = numpy.flatnonzero(train_digests == digests[shared[0]])
-        overlap["location"] = validation.location(shared[0])
-        overlap["train_location"] = training.location(same[0])
-    return overlap
+        location = validation.location(shared[0])
+        train_location = training.location(numpy.flatnonzero(train_digests == digests[shared[0]])[0])
+    return {"rows": len(shared), "of": len(digests), "location": location, "train_location": train_location}
 
 
 def check_limits(plan: Plan, details: Mapping[str, Any]) -> None:
@@ -130,7 +125,6 @@ def report_lines(details: Mapping[str, Any]) -> list[str]:
             percentiles = source["length_percentiles"].items()
             lengths = ", ".join(f"{value:,} ({'max' if p == '100' else f'p{p}'})" for p, value in percentiles)
             dropped = f"{source['dropped']:,} of {source['rows_read']:,} rows dropped"
-            dropped += " (no token in the loss)" if source["dropped"] else ""
             share = source["supervised_tokens"] / max(source["tokens"], 1)
             tokens = f"{source['tokens']:,} tokens, {source['supervised_tokens']:,} in the loss ({share:.0%})"
             lines.append((part, f"{source['name']}: {source['examples']:,} examples; {dropped}; {tokens}"))
@@ -140,9 +134,6 @@ def report_lines(details: Mapping[str, Any]) -> list[str]:
     lines += [("read", line) for line in reading_lines(details)]
     lines.append(("train/eval overlap", f"{overlap['rows']:,} of {overlap['of']:,} validation rows{first}"))
     lines.append(("loss mask", f"assistant turns including {', '.join(details['end_of_turn'])}"))
-    lines.append(("padding token", details["padding_token"]))
-    if not any(DIFFERS in note for note in details["template_notes"]):
-        lines.append(("template", f"rendered as at inference (spans: {details['span_sources']})"))
     return [format_line(label, value) for label, value in lines]
 
 
@@ -153,17 +144,13 @@ def reading_lines(details: Mapping[str, Any]) -> list[str]:
         for name, reading in sources.items():
             label = f"{part}: {name}"
             if files := reading["files"]:
-                more = f" and {len(files) - _FILES_SHOWN} more" if len(files) > _FILES_SHOWN else ""
-                lines.append(f"{label}: files {', '.join(files[:_FILES_SHOWN])}{more}")
+                lines.append(f"{label}: {len(files)} files: {', '.join(files[:_FILES_SHOWN])}")
             counts = {name: "" if rows == reading["rows"] else f" ({rows:,})" for name, rows in reading["used"].items()}
             used = ", ".join(f"{name}{count}" for name, count in counts.items())
             ignored = ", ".join(f"{name} ({count:,})" for name, count in reading["ignored"].items())
             lines.append(f"{label}: columns {used}; ignored: {ignored or 'none'}")
-            counted = {
-                **reading["conventions"],
-                **{f"rejected: {key}": row for key, row in reading["rejected"].items()},
-            }
-            for what, (count, first) in counted.items():
+            rejected = {f"rejected: {reason}": counted for reason, counted in reading["rejected"].items()}
+            for what, (count, first) in {**reading["conventions"], **rejected}.items():
                 lines.append(f"{label}: {count:,} of {reading['rows']:,} rows: {what} (first: {first})")
     for part in ("train", "validation", "retention_eval"):
         stats = details.get(part, {})

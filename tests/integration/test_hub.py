@@ -267,16 +267,16 @@ def test_prepare_rejects_architecture_of_another_model(model_folder, few_rows, t
         prepare.prepare(plans.resolve(recipe, plans.Topology(gpus=0, processes=1)), tmp_path / "store")
 
 
-def test_check_architecture_compares_with_defaults(tmp_path):
+def test_check_architecture_compares_with_the_configuration(tmp_path):
     from helpers.workplace import SMALL_LLAMA
     from transformers import AutoConfig
 
     from sft_recipes.data.model_files import check_architecture
 
     AutoConfig.for_model(**SMALL_LLAMA).save_pretrained(tmp_path)
-    check_architecture(SMALL_LLAMA, tmp_path, False)
+    check_architecture(SMALL_LLAMA, tmp_path)
     with pytest.raises(UserError, match="attention_bias True, expected False"):
-        check_architecture({**SMALL_LLAMA, "attention_bias": True}, tmp_path, False)
+        check_architecture({**SMALL_LLAMA, "attention_bias": True}, tmp_path)
 
 
 def test_inspect_downloads_no_weights(workplace, served):

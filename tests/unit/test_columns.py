@@ -71,7 +71,6 @@ def test_flagged_turn_is_context_only_with_generation_blocks(chatml):
     [
         ({**ANSWER, "weight": 0.5}, "turn 2: weight: found 0.5, expected 0 or 1"),
         ({**ANSWER, "train": "no"}, "turn 2: train: found 'no', expected 0 or 1"),
-        ({**ANSWER, "train": True, "weight": 0}, "turn 2: found .*, which contradict each other"),
     ],
 )
 def test_other_weights_are_rejected(turn, message):
@@ -121,11 +120,9 @@ def test_columns_are_mapped_by_format_strings():
     assert without.messages[1]["content"] == "Who?", "no separator without what it separates"
     turns = convert({"chat": [USER, ANSWER], "extra": 1}, columns={"messages": "{chat}"})
     assert turns.messages == [USER, ANSWER]
-    with pytest.raises(
-        UserError, match=r"here:1: row keys: found question, .*, expected qestion of data.columns.prompt"
-    ):
+    with pytest.raises(UserError, match=r"here:1: row keys: found question, .* in data.columns.prompt={qestion}"):
         convert(QUESTION, columns={"prompt": "{qestion}", "completion": "{answer}"}, ignore_columns=["context"])
-    with pytest.raises(UserError, match=r"data.columns.prompt: found the name of a column, .* Set '{question}'"):
+    with pytest.raises(UserError, match=r"data.columns.prompt: found a column name .* Set '{question}'"):
         convert(QUESTION, columns={"prompt": "question", "completion": "{answer}"}, ignore_columns=["context"])
 
 
@@ -158,16 +155,10 @@ def test_reserved_template_variables_are_rejected_for_all_rows_and_for_one_sourc
 @pytest.mark.parametrize(
     ("values", "advice"),
     [
-        (QUESTION, r'column context: .*data.columns={prompt: "{context}\\n\\n{question}", completion: "{answer}"}'),
-        (
-            {"system_prompt": "s", "question": "a", "answer": "b"},
-            'column system_prompt: .*system: "{system_prompt}", prompt: "{question}", c',
-        ),
+        (QUESTION, "column context: .*map it with data.columns, or set data.ignore_columns=.context."),
+        ({"system_prompt": "s", "question": "a", "answer": "b"}, "column system_prompt: .*map it with data.columns"),
         ({"messages": [USER, ANSWER], "context": "c"}, "column context: .*Put it into the messages"),
-        (
-            {"messages": [USER, ANSWER], "persona": "c"},
-            'column persona: .*{system: "{persona}", messages: "{messages}"}',
-        ),
+        ({"messages": [USER, ANSWER], "persona": "c"}, "column persona: .*Put it into the messages"),
         ({"messages": [USER], "chosen": ANSWER}, "column chosen: .*preference set"),
         ({"messages": [USER, ANSWER], "images": ["a.jpg"]}, "column images: .*Only text is trained"),
         ({"messages": [USER, ANSWER], "label": False}, "column label: .*preference set"),

@@ -135,7 +135,7 @@ def test_special_tokens_stay_text_with_metaspace_tokenizer(scheme):
 def test_tokenize_rejects_special_token_without_byte_fallback():
     conversation_tokenizer = with_template(spaced("always", byte_fallback=False), PLAIN)
     assert tokenize(conversation_tokenizer, ("user", "a"), ("assistant", "b")).spans
-    with pytest.raises(UserError, match="here:1: found a special token in a text that this tokenizer cannot encode"):
+    with pytest.raises(UserError, match="here:1: found a special token that cannot be encoded as text"):
         tokenize(conversation_tokenizer, ("user", "a</s>b"), ("assistant", "b"))
 
 
@@ -201,7 +201,7 @@ def test_truncate_keeps_labels_aligned(trained):
         ("{{ messages | length }}{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}",
          "turn 2: start of the answer is ambiguous"),
         ("{% for m in messages %}{{ '<|im_start|>' + m['content'] }}{% if m['role'] == 'assistant' and loop.last %}{{ '<|im_end|>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}",
-         "turn 2: end of the assistant's turn: found '' .*, expected a special token"),
+         "turn 2: end of the assistant's turn: found '', expected a special token"),
         ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + m['content'] + '<|im_end|>' }}{% endfor %}",
          "before the answer and no generation prompt"),
         ("{% for m in messages %}{% if m['role'] != 'user' or loop.first %}{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}",
@@ -211,7 +211,7 @@ def test_truncate_keeps_labels_aligned(trained):
         ("{% for m in messages %}{{ '<|im_start|>' }}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% endfor %}",
          "turn 1: the generation block contains the user's text"),
         ("{% for m in messages %}{{ '<|im_start|>' }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>' }}{% endfor %}",
-         "end of the assistant's turn: found '' .followed by '<.im_end.>.*expected a special token"),
+         "end of the assistant's turn: found '', expected a special token"),
         ("{{ bos_token + bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}",
          "found <.endoftext.> twice, expected it once"),
         ("{{ raise_exception('no such roles') }}", "here:1: chat template: the template raises an error: no such roles"),
@@ -287,12 +287,12 @@ def test_load_tokenizer_requires_its_file(model_folder, tmp_path):
 def test_load_tokenizer_requires_chat_template(trained, tmp_path):
     trained.chat_template = None
     trained.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="found no chat template .*model.chat_template="):
+    with pytest.raises(UserError, match="found no chat template.*model.chat_template="):
         load_tokenizer(str(tmp_path), None, False)
     template = tmp_path / "mine.jinja"
     template.write_text(CHAT_TEMPLATE)
     assert load_tokenizer(str(tmp_path), str(template), False).chat_template == CHAT_TEMPLATE
-    with pytest.raises(UserError, match="model.chat_template: .*none.jinja: not readable"):
+    with pytest.raises(UserError, match="not loadable .*none.jinja.*Check model.chat_template"):
         load_tokenizer(str(tmp_path), str(tmp_path / "none.jinja"), False)
 
 

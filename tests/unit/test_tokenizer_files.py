@@ -144,9 +144,7 @@ def test_correction_of_mistrals_regex_is_decided_once(folder, tmp_path, numbers)
 def test_sentencepiece_file_alone_names_the_packages(folder, tmp_path):
     path = folder(digits(), tokenizer_class="LlamaTokenizer")
     (path / "tokenizer.json").rename(path / "tokenizer.model")
-    with pytest.raises(
-        UserError, match=r"found tokenizer.model, expected tokenizer.json: .*`pip install sentencepiece"
-    ):
+    with pytest.raises(UserError, match=r"not loadable .*if it lacks tokenizer.json, `pip install sent"):
         load_tokenizer(str(path), None, False)
 
 

@@ -13,6 +13,8 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import yaml
+
 from sft_recipes.runtime.atomic_write import write_atomic
 
 Row = dict[str, list[dict[str, str]]]
@@ -24,11 +26,10 @@ SYSTEM_SHARE = 0.2
 MULTI_TURN_SHARE = 0.3  # of the rows of single-turn tasks
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
-DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-FIRST_NAMES = ("Ada", "Ben", "Carl", "Dora", "Emil", "Finn", "Gina", "Hugo", "Ivan", "Jana", "Kim", "Lea", "Mia", "Tom")
-LAST_NAMES = ("Adler", "Baker", "Cook", "Diaz", "Evans", "Fox", "Gray", "Hill", "Irwin", "Jones", "Klein", "Lopez")
-THINGS = ("bell", "book", "coat", "cup", "drum", "fork", "hat", "jar", "key", "lamp", "map", "pen", "ring", "tent")
-SYSTEM_PROMPTS = ("Answer with the result only.", "You are a careful assistant. Keep it short.")
+_WORDS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+TASKS: dict[str, list[str]] = _WORDS["tasks"]
+REMEMBER: list[str] = _WORDS["remember"]
+SYSTEM_PROMPTS: list[str] = _WORDS["system_prompts"]
 
 
 def _digits(rng: random.Random) -> str:
@@ -44,29 +45,17 @@ def _sum_without_carry(rng: random.Random) -> str:
     return f"{tens}{ones} + {min(more, 9 - ones)}"
 
 
-# The phrasings of each task's questions.
-TASKS = {
-    "reverse": ("Reverse these digits: {}", "Write backwards: {}"),
-    "sort": ("Sort these digits: {}", "Put these digits in rising order: {}"),
-    "spell": ("Spell out these digits: {}", "Write digit by digit in words: {}"),
-    "largest": ("What is the largest digit of this number: {}", "Which digit is largest here: {}"),
-    "add": ("Add these numbers: {}", "What is the sum: {}"),
-    "capitals": ("Write these letters in capitals: {}", "Make these upper case: {}"),
-    "last": ("What is the last letter here: {}", "Which letter comes last: {}"),
-    "count": ("How many letters are here: {}", "Count these letters: {}"),
-}
 # How each task draws a subject and answers it.
 _RULES: dict[str, tuple[Callable[[random.Random], str], Callable[[str], str]]] = {
     "reverse": (_digits, lambda digits: digits[::-1]),
     "sort": (lambda rng: "".join(rng.sample("0123456789", 3)), lambda digits: "".join(sorted(digits))),
-    "spell": (_digits, lambda digits: " ".join(DIGIT_WORDS[int(digit)] for digit in digits)),
+    "spell": (_digits, lambda digits: " ".join(_WORDS["digits"][int(digit)] for digit in digits)),
     "largest": (_digits, max),
     "add": (_sum_without_carry, lambda terms: str(sum(map(int, terms.split(" + "))))),
     "capitals": (lambda rng: " ".join(rng.choices(ALPHABET, k=4)), str.upper),
     "last": (lambda rng: _letters(rng, 3, 6), lambda letters: letters[-1]),
     "count": (lambda rng: _letters(rng, 2, 7), lambda letters: str(len(letters.split()))),
 }
-REMEMBER = ("What does {} have?", "Tell me what {} has.")
 
 
 def _is_held_out(task: str, subject: str) -> bool:
@@ -85,9 +74,9 @@ def _draw(rng: random.Random, task: str, held_out: bool) -> tuple[str, str]:
 def _draw_remember(rng: random.Random, held_out: bool) -> tuple[tuple[str, str], tuple[str, str]]:
     """Draw two turns: the first states what a person has, the second asks for it."""
     while True:
-        name = f"{rng.choice(FIRST_NAMES)} {rng.choice(LAST_NAMES)}"
+        name = f"{rng.choice(_WORDS['first_names'])} {rng.choice(_WORDS['last_names'])}"
         if _is_held_out("remember", name) == held_out:
-            fact = f"{name} has a {rng.choice(THINGS)}."
+            fact = f"{name} has a {rng.choice(_WORDS['things'])}."
             return (f"Remember: {fact}", "Noted."), (rng.choice(REMEMBER).format(name), fact)
 
 
