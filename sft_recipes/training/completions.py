@@ -99,23 +99,16 @@ def read_prompts(prepared: Path, count: int) -> list[Prompt]:
 
 def complete_prompts(trainer: Any, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
     """Complete prompts greedily, so that no random number of the training is used."""
-    model, stop = trainer.accelerator.unwrap_model(trainer.model), trainer.end_of_turn_ids
+    model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
     was_training, texts = model.training, []
     model.eval()
     with trainer.compute_loss_context_manager():  # fp32 weights compute in bf16: flash attention takes no fp32
         for first in range(0, len(prompts), _PROMPTS_PER_BATCH):
             batch = [prompt.input_ids for prompt in prompts[first : first + _PROMPTS_PER_BATCH]]
-            texts += generate(model, trainer.processing_class, batch, max_new_tokens, stop)
+            ids = generate_ids(model, tokenizer, batch, max_new_tokens, trainer.end_of_turn_ids)
+            texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
     model.train(was_training)
     return texts
-
-
-def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, stop: Sequence[int]
-) -> list[str]:
-    """Generate greedily as `generate_ids`; the texts have no special tokens."""
-    ids = generate_ids(model, tokenizer, prompts, max_new_tokens, stop)
-    return list(tokenizer.batch_decode(ids, skip_special_tokens=True))
 
 
 def generate_ids(

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import TrainerCallback
 
 from sft_recipes.runtime.errors import SetupError
+from sft_recipes.training.callbacks import RunCallback
 from sft_recipes.training.checkpoint import checkpoint_format, resume
 from sft_recipes.training.checkpoint.checkpoint_format import CorruptCheckpointError
 
@@ -39,10 +39,8 @@ def verify(folder: Path, process: Any) -> None:
         raise SetupError(f"INIT_FROM: {folder}: {problem}. Restore it, or start from another run")
 
 
-class MasterWeightsCallback(TrainerCallback):
+class MasterWeightsCallback(RunCallback):
     """Sets DeepSpeed's fp32 master weights before the first step: it makes them from the loaded 16-bit weights."""
-
-    trainer: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Set the master weights of this rank; a resumed run has loaded its own.

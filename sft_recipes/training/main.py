@@ -61,13 +61,11 @@ def begin(plan_file: str) -> tuple[Plan, RunDir, int]:
     stop_signal.handle()
     rank_heartbeat.start(folder, rank)
     plan = plans.read(folder.plan)
+    optimizer = plan.sections.trainer.get("optim", "adamw_torch_fused")
+    remote_code = plan.sections.model.trust_remote_code
     with library_imports.without_garbage_collection():
         library_imports.skip_unused_libraries(
-            plan.method,
-            plan.sections.trainer.get("optim", "adamw_torch_fused"),
-            env.reporters(),
-            plan.strategy.deepspeed,
-            plan.sections.model.trust_remote_code,
+            plan.method, optimizer, env.reporters(), plan.strategy.deepspeed, remote_code
         )
         silence_libraries()
         importlib.import_module("sft_recipes.training.trainer")
@@ -265,8 +263,7 @@ def run_steps(plan: Plan, folder: RunDir, trainer: Any, checkpoint: Any) -> Any:
         if trainer.stopping.stop_requested():
             return None
         if checkpoint is None:
-            if plan.sections.data.retention_eval:
-                arguments.eval_on_start = True  # the retention eval set needs a baseline
+            arguments.eval_on_start |= bool(plan.sections.data.retention_eval)  # which needs a baseline
         else:  # repeat an interrupted evaluation
             step, losses = checkpoint.step, retention.validation_losses(trainer.state.log_history)
             due = step % arguments.eval_steps == 0 and step >= arguments.eval_delay

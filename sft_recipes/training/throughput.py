@@ -85,16 +85,14 @@ class ThroughputMeter:
         return metrics
 
     def _utilization(self, tokens: int, attended_tokens: float) -> dict[str, float]:
-        """Return MFU and HFU with the plan's FLOP count (planner.cost), for the lengths and supervised tokens of the
-        steps; and MFU by PaLM's formula, which counts attention over full rows and all weights. Fractions of 1."""
+        """Return MFU and HFU, fractions of 1, with the plan's FLOP count (planner.cost) for the lengths and supervised
+        tokens of the steps."""
         tokens, load = max(tokens, 1), memory_inputs(self._plan, dict(self._architecture))
         if self._peak_flops is None or load is None:
             return {}
-        palm = cost.palm_flops_per_token(load, self._plan.max_length)
         flops = cost.flops_per_token(load, 2 * attended_tokens / tokens, self._supervised_tokens / tokens)
         peak_per_token = self._peak_flops * self._plan.world_size * self._seconds / tokens
-        counts = {"mfu": flops.model, "mfu_palm": palm, "hfu": flops.hardware}
-        return {name: count / peak_per_token for name, count in counts.items()}
+        return {"mfu": flops.model / peak_per_token, "hfu": flops.hardware / peak_per_token}
 
 
 def count_attended_pairs(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -70,7 +70,8 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
         self.eval_sums: dict[str, torch.Tensor] = {}
         self._sums_per_pass: list[torch.Tensor] = []
         self.nan_guard = NanGuard(self)
-        self.meter = ThroughputMeter(plan, data["architecture"], peak_flops(plan, self.args.device), self.args.device)
+        peak_flops = gpu_types.peak_flops(plan.gpu_type) if plan.uses_gpu and plan.precision == "bf16" else None
+        self.meter = ThroughputMeter(plan, data["architecture"], peak_flops, self.args.device)
         self._tokens_measured: int | None = None
         self.folder = RunDir(Path(self.args.output_dir))
         self.checkpoint_writer = CheckpointWriter(plan, self.folder, self.accelerator)
@@ -200,21 +201,13 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
         super().log(logs, start_time)
 
     def _train_eval_gap(self, eval_loss: float) -> dict[str, float]:
-        """Return validation loss minus the last logged training loss (the Trainer never logs both in one record), its
-        exponential mean, and whether the gap is the SFT guide's sign of overfitting."""
-        train_loss, smoothed = self._last_logged("loss"), self._last_logged("train_eval_gap_smoothed")
-        if train_loss is None:
+        """Return validation loss minus the last logged training loss (the Trainer never logs both in one record), and
+        whether the gap is the SFT guide's sign of overfitting."""
+        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+        if not losses:
             return {}
-        gap = eval_loss - train_loss
-        return {
-            "train_eval_gap": gap,
-            "train_eval_gap_smoothed": gap if smoothed is None else (smoothed + gap) / 2,
-            "overfitting_signal": float(gap > self.plan.sections.monitor.overfitting_gap),
-        }
-
-    def _last_logged(self, key: str) -> float | None:
-        """Return the latest value in the Trainer's history, which a resume restores."""
-        return next((float(entry[key]) for entry in reversed(self.state.log_history) if key in entry), None)
+        gap = eval_loss - losses[-1]
+        return {"train_eval_gap": gap, "overfitting_signal": float(gap > self.plan.sections.monitor.overfitting_gap)}
 
     def _get_output_dir(self, trial: Any) -> str:
         """Return where the Trainer writes `checkpoint-N`, before it is moved into the run's folder."""
@@ -326,13 +319,3 @@ def mean_loss(sums: torch.Tensor) -> float:
     """Return the loss per token of passes on all ranks, [ranks, passes, 2]: sum of losses and number of tokens."""
     total, tokens = sums.sum((0, 1)).tolist()
     return float(total / max(tokens, 1))
-
-
-def peak_flops(plan: Plan, device: torch.device) -> float | None:
-    """Return dense bf16 peak FLOP/s of this device by the table of GPU types, or of the type that the plan names; None
-    on a CPU, in fp32, and for a device that neither knows."""
-    if device.type != "cuda" or plan.precision != "bf16":
-        return None
-    properties = torch.cuda.get_device_properties(device)
-    gpu = gpu_types.identify(properties.name, properties.total_memory / 2**20)
-    return gpu.peak_flops if gpu else gpu_types.peak_flops(plan.gpu_type)

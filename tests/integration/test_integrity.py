@@ -194,8 +194,8 @@ def end_early(rows):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (repeat_row, r"epoch 2, step 7: fed rows \[\d+\], repeated or of other steps, instead of \[\d+\]"),
-        (swap_rows, r"epoch 2, step 7: fed rows \[\d+\], repeated or of other steps, instead of \[\d+\]"),
+        (repeat_row, "epoch 2, step 7: fed other rows than the epoch's order"),
+        (swap_rows, "epoch 2, step 7: fed other rows than the epoch's order"),
         (end_early, r"epoch 2 ended after 3 of 5 steps, its other rows were skipped"),
     ],
 )
@@ -265,7 +265,7 @@ def test_data_order_check_finds_a_resume_that_skips_no_rows(begin, monkeypatch):
     again = begin("run", "trainer.max_steps=8")
     point = again.checkpoint_writer.folder.checkpoint(3)
     restore_rows_hash(again, point)
-    with pytest.raises(TrainingError, match=r"epoch 1, step 4: fed rows \[\d+, \d+, "):
+    with pytest.raises(TrainingError, match="epoch 1, step 4: fed other rows"):
         again.train(resume_from_checkpoint=str(point))
 
 

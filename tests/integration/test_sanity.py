@@ -265,28 +265,6 @@ def test_cache_key_depends_on_weight_files(tmp_path):
     assert trial.cache_key(plan) != before
 
 
-@pytest.mark.parametrize(
-    ("rate", "factor", "suggestion"),
-    [
-        (2e-5, 2, "trainer.learning_rate=4.0e-5"),
-        (
-            5e-5,
-            2,
-            "trainer.learning_rate=1.0e-4 allow_out_of_range=[learning_rate] (size class 7-13b allows 1e-05 to 5e-05)",
-        ),
-        (
-            1e-5,
-            1 / 3,
-            "trainer.learning_rate=3.3e-6 allow_out_of_range=[learning_rate] (size class 7-13b allows 1e-05 to 5e-05)",
-        ),
-        (2e-3, 2, "trainer.learning_rate=2.0e-5 (start value of size class 7-13b)"),
-    ],
-)
-def test_suggested_learning_rate_includes_allow_out_of_range(rate, factor, suggestion):
-    plan = plans.resolve(loader.load("8b"), Topology(gpus=8, processes=8, gpu_type="h100-80g"))
-    assert checks.suggest_learning_rate(dataclasses.replace(plan, learning_rate=rate), factor) == suggestion
-
-
 def test_forecast_of_unknown_architecture():
     overrides = ["model.from_scratch=false", "model.architecture={}", "model.name_or_path=/somewhere"]
     plan = dataclasses.replace(

@@ -2,17 +2,14 @@
 
 from typing import Any
 
-from transformers import TrainerCallback
-
 from sft_recipes.training import completions
+from sft_recipes.training.callbacks import RunCallback
 from sft_recipes.training.callbacks.metrics import append
 from sft_recipes.training.callbacks.trackers import TrackerCallback
 
 
-class GenerationCallback(TrainerCallback):
+class GenerationCallback(RunCallback):
     """Writes `samples.jsonl` and logs the completions to the trackers; inactive if parameters are sharded."""
-
-    trainer: Any = None
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Complete the prompts that `generation.show` selects."""

@@ -5,19 +5,16 @@ import math
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
-
 from sft_recipes.monitor import metrics_log
 from sft_recipes.runtime import append_line
 from sft_recipes.runtime.atomic_write import write_atomic
+from sft_recipes.training.callbacks import RunCallback
 from sft_recipes.training.checkpoint import retention
 from sft_recipes.training.nan_guard import json_number
 
 
-class MetricsCallback(TrainerCallback):
+class MetricsCallback(RunCallback):
     """Appends to `metrics.jsonl`; a resumed run continues after the checkpoint's step."""
-
-    trainer: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Drop what an interrupted attempt logged after the checkpoint."""

@@ -13,12 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.integrations.integration_utils import (
-    INTEGRATION_TO_CALLBACK,
-    TensorBoardCallback,
-    WandbCallback,
-    WandbLogModel,
-)
+from transformers.integrations import integration_utils as integrations
 
 from sft_recipes.planner import plan as plans
 from sft_recipes.runtime import timeouts
@@ -51,7 +46,7 @@ class TrackerCallback(TrainerCallback):
             os.environ.setdefault("CLEARML_LOG_MODEL", "FALSE")  # ClearML uploads weights otherwise (transformers 5.23)
             own = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}.get(self.name)
             with self._disabled_if_it_raises():
-                self._tracker = own(self.trainer) if own else INTEGRATION_TO_CALLBACK[self.name]()
+                self._tracker = own(self.trainer) if own else integrations.INTEGRATION_TO_CALLBACK[self.name]()
                 self._tracker.on_init_end(args, state, control, **context)
                 self._tracker.on_train_begin(args, state, control, **context)
 
@@ -90,7 +85,7 @@ class TrackerCallback(TrainerCallback):
             log.warning("%s: %s; disabled, metrics.jsonl has all metrics", self.name, _first_line(error))
 
 
-class TensorBoard(TensorBoardCallback):  # type: ignore[misc]
+class TensorBoard(integrations.TensorBoardCallback):  # type: ignore[misc]
     """Event files in the run's directory; a resumed run purges what an interrupted one wrote after its checkpoint."""
 
     def __init__(self, trainer: Any):
@@ -117,7 +112,7 @@ class TensorBoard(TensorBoardCallback):  # type: ignore[misc]
             self.tb_writer.add_scalar(name, value, step)
 
 
-class WeightsAndBiases(WandbCallback):  # type: ignore[misc]
+class WeightsAndBiases(integrations.WandbCallback):  # type: ignore[misc]
     """A W&B run with a fixed id, which a resumed run continues; offline if W&B cannot be reached.
 
     WANDB_PROJECT, WANDB_NAME, WANDB_ENTITY, WANDB_MODE, WANDB_BASE_URL and WANDB_LOG_MODEL are W&B's own variables.
@@ -126,8 +121,8 @@ class WeightsAndBiases(WandbCallback):  # type: ignore[misc]
     def __init__(self, trainer: Any):
         super().__init__()
         self.plan, self.folder = trainer.plan, trainer.folder
-        if self.plan.shards_parameters and self._log_model == WandbLogModel.END:
-            self._log_model = WandbLogModel.FALSE
+        if self.plan.shards_parameters and self._log_model == integrations.WandbLogModel.END:
+            self._log_model = integrations.WandbLogModel.FALSE
             log.warning("WANDB_LOG_MODEL=end: ignored, since %s shards the weights", self.plan.parallelism)
 
     def setup(self, args: Any, state: Any, model: Any, **context: Any) -> None:

@@ -44,14 +44,12 @@ def find_latest_valid(plan: Plan, folder: RunDir, accelerator: Any) -> ResumePoi
     Raises:
         NoValidCheckpointError: the run has saved, and no checkpoint is valid.
     """
-    traces: list[Any] = [sorted(path.name for path in folder.path.glob("checkpoint-*"))]
-    if not traces[0] and (saved := read_json(folder.manifest).get("saved_step")):
-        traces = [[f"step {saved} in manifest.json"]]
-    broadcast_object_list(traces)
+    has_saved = [any(folder.path.glob("checkpoint-*")) or bool(read_json(folder.manifest).get("saved_step"))]
+    broadcast_object_list(has_saved)
     steps = folder.numbered("checkpoint")[::-1]
     point, skipped = find_valid(folder, steps, plan.run_id, accelerator, quarantine=True)
-    if point is None and traces[0]:
-        reason = "; ".join(skipped) or f"found only {', '.join(traces[0])}"
+    if point is None and has_saved[0]:
+        reason = "; ".join(skipped) or "found none"
         raise NoValidCheckpointError(
             f"{folder.path}: no valid checkpoint of this run ({reason}). Restore one, or start another run: NAME=…"
         )
