@@ -191,12 +191,10 @@ def _copy_rows(plan: Plan, run_dir: RunDir, state: Any) -> dict[str, Any]:
 
 
 def select_rows(lengths: Sequence[int], count: int) -> list[int]:
-    """Select the longest rows, then others evenly spaced; repeat them if there are fewer than `count`."""
+    """Select the longest rows, then others of all lengths; repeat them if there are fewer than `count`."""
     by_length = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    others = sorted(by_length[trial.LONGEST :])
-    n_others = max(min(count, trial.ROWS) - trial.LONGEST, 0)
-    stride = max(len(others) / max(n_others, 1), 1.0)
-    spread = [others[int(index * stride)] for index in range(min(n_others, len(others)))]
+    others, n_others = by_length[trial.LONGEST :], trial.ROWS - trial.LONGEST
+    spread = others[:: max(len(others) // n_others, 1)][:n_others]
     selected = [*by_length[: trial.LONGEST], *spread][:count]
     return [selected[index % len(selected)] for index in range(count)]
 

@@ -81,11 +81,10 @@ def complete(trainer: Any, score: int = 0) -> Completions | None:
     if not prompts or trainer.plan.shards_parameters:
         return None
     texts = complete_prompts(trainer, prompts, section.max_new_tokens)
-    pairs = list(zip(prompts, texts, strict=True))[:score]
     # Completions cannot reach a longer reference.
     scored = [
         (prompt.messages, prompt.answer, text)
-        for prompt, text in pairs
+        for prompt, text in zip(prompts[:score], texts[:score], strict=True)
         if prompt.answer_tokens < section.max_new_tokens
     ]
     return Completions(prompts, texts, held_out_metrics.evaluate(held_out_metrics.load(section), scored))

@@ -35,8 +35,14 @@ class ThroughputMeter:
         self._steps, self._seconds, self._supervised_tokens = 0, 0.0, 0
         self._sums: dict[str, Any] = dict.fromkeys(_SUMS, 0)
 
-    def begin_step(self) -> None:
-        """Start timing a step, before its first batch is requested."""
+    def begin_step(self, tokens_seen: int) -> None:
+        """Start timing a step, before its first batch is requested.
+
+        Args:
+            tokens_seen: tokens without padding before the step, over all ranks and attempts.
+        """
+        if not self._steps:
+            self._tokens_before = tokens_seen
         self._step_start = time.perf_counter()
 
     def time_batches(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -59,14 +65,15 @@ class ThroughputMeter:
         self._steps += 1
         self._seconds += time.perf_counter() - self._step_start
 
-    def read(self, accelerator: Any, tokens: int) -> dict[str, float]:
+    def read(self, accelerator: Any, tokens_seen: int) -> dict[str, float]:
         """Return the metrics since the last call; nothing without a step. Collective: call on every rank.
 
         Args:
-            tokens: tokens without padding since the last call, over all ranks.
+            tokens_seen: tokens without padding after the last step, over all ranks and attempts.
         """
         if not self._steps:
             return {}
+        tokens = tokens_seen - self._tokens_before
         memory = (torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), torch.cuda.max_memory_allocated())
         measured = [float(value) for value in (*self._sums.values(), *memory, psutil.Process().memory_info().rss)]
         gathered = accelerator.gather(torch.tensor([measured], dtype=torch.float64, device=self._device))

@@ -72,7 +72,6 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
         self.nan_guard = NanGuard(self)
         peak_flops = gpu_types.peak_flops(plan.gpu_type) if plan.uses_gpu and plan.precision == "bf16" else None
         self.meter = ThroughputMeter(plan, data["architecture"], peak_flops, self.args.device)
-        self._tokens_measured: int | None = None
         self.folder = RunDir(Path(self.args.output_dir))
         self.checkpoint_writer = CheckpointWriter(plan, self.folder, self.accelerator)
         self.supervised_tokens_seen = 0
@@ -103,9 +102,7 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *arguments: Any) -> tuple[list[Any], Any]:
         """Get the micro-batches of a step; also count its supervised tokens over all ranks, and record its rows."""
-        if self._tokens_measured is None:
-            self._tokens_measured = int(self.state.num_input_tokens_seen)  # of earlier attempts
-        self.meter.begin_step()
+        self.meter.begin_step(int(self.state.num_input_tokens_seen))
         batches, supervised_tokens = super().get_batch_samples(self.meter.time_batches(epoch_iterator), *arguments)
         self.integrity.data_order.record_batches(batches)
         self.supervised_tokens_seen += int(supervised_tokens or 0)
@@ -192,9 +189,7 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
         for metrics in self._metrics.values():
             metrics["num_tokens"] = [self.state.num_input_tokens_seen]
         if "loss" in logs:
-            tokens = int(self.state.num_input_tokens_seen)
-            logs.update(self.meter.read(self.accelerator, tokens - (self._tokens_measured or 0)))
-            self._tokens_measured = tokens
+            logs.update(self.meter.read(self.accelerator, int(self.state.num_input_tokens_seen)))
         if "eval_loss" in logs:
             logs.update(self._train_eval_gap(logs["eval_loss"]))
         logs["supervised_tokens_seen"] = self.supervised_tokens_seen

@@ -188,7 +188,7 @@ def test_mfu_and_hfu(checkpointing):
     plan = plans.resolve(recipe, Topology(gpus=1, processes=1, gpu_type="h100-80g"))
     architecture = recipe.model.architecture
     meter = throughput.ThroughputMeter(plan, architecture, 989e12, torch.device("cpu"))
-    meter.begin_step()
+    meter.begin_step(0)
     meter.add_batches([{"input_ids": torch.zeros(1, 2048), "position_ids": torch.arange(2048)[None]}], 1024)
     meter._step_start -= 0.25
     meter.end_step()
@@ -224,7 +224,7 @@ def test_data_wait_fraction():
 
     plan = plans.resolve(loader.load("tiny"), Topology(gpus=0, processes=1))
     meter = throughput.ThroughputMeter(plan, {}, None, torch.device("cpu"))
-    meter.begin_step()
+    meter.begin_step(0)
     assert list(meter.time_batches(slow())) == [0, 1, 2]
     time.sleep(0.15)
     meter.end_step()
@@ -234,7 +234,7 @@ def test_data_wait_fraction():
 def test_host_memory_is_of_this_process():
     plan = plans.resolve(loader.load("tiny"), Topology(gpus=0, processes=1))
     meter = throughput.ThroughputMeter(plan, {}, None, torch.device("cpu"))
-    meter.begin_step()
+    meter.begin_step(0)
     meter.end_step()
     pages = int(Path(f"/proc/{os.getpid()}/statm").read_text().split()[1])
     resident = pages * os.sysconf("SC_PAGE_SIZE")
