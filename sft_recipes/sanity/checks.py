@@ -98,10 +98,9 @@ def check_loss_falls(plan: Plan, first: Any, last: Any) -> Check:
     ]
     mean = statistics.fmean(falls)
     error = statistics.stdev(falls) / math.sqrt(len(falls)) if len(falls) > 1 else 0.0
-    detail = (
-        f"{mean_loss(first):.3f} -> {mean_loss(last):.3f} in {trial.STEPS} steps at learning rate "
-        f"{plan.learning_rate:.1e} (fall {mean:.2g}, standard error {error:.1g}, same rows)"
-    )
+    losses = f"{mean_loss(first):.3f} -> {mean_loss(last):.3f}"
+    steps = f"{trial.STEPS} steps at learning rate {plan.learning_rate:.1e}"
+    detail = f"{losses} in {steps} (fall {mean:.2g}, standard error {error:.1g}, same rows)"
     rises = mean < -_MIN_STANDARD_ERRORS * error
     passed = mean > _MIN_STANDARD_ERRORS * error and mean > 0
     if not passed and not rises and mean_loss(first) < _ALREADY_LEARNED:

@@ -51,11 +51,8 @@ def implementation_to_load(plan: Plan) -> str | None:
     name: str = plan.sections.model.attention
     package = "flash_attn" if name == FLASH else "kernels" if "/" in name else None
     if package and importlib.util.find_spec(package) is None:
-        install = "Run `make flash-attn`" if name == FLASH else "Install it into the virtual environment"
-        raise SetupError(
-            f"model.attention: {name} needs the package {package}, which is not installed. {install}, or set "
-            f"model.attention=auto"
-        )
+        fix = "Install it (`make flash-attn` for flash_attn), or set model.attention=auto"
+        raise SetupError(f"model.attention: {name} needs the package {package}, which is not installed. {fix}")
     return None if name in ("auto", VARLEN) else name
 
 

@@ -33,8 +33,7 @@ def verify(folder: Path, process: Any) -> None:
     for file in [] if problem else sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as weights:
             if "BF16" in {weights.get_slice(name).get_dtype() for name in weights.keys()}:  # noqa: SIM118  no mapping
-                cause = "a run under zero1 in bf16, or its last checkpoint was not saved"
-                problem = f"found bf16 weights in {file.name}, expected fp32: {cause}"
+                problem = f"found bf16 in {file.name}, expected fp32 (zero1, or its last checkpoint was not saved)"
     if problem:
         raise SetupError(f"INIT_FROM: {folder}: {problem}. Restore it, or start from another run")
 
@@ -57,10 +56,7 @@ class MasterWeightsCallback(RunCallback):
             for name, parameter in self.trainer.model.named_parameters():
                 saved = name.replace(".default.", ".")  # peft saves no name of the adapter
                 if parameter.requires_grad and saved not in file_of:
-                    raise SetupError(
-                        f"INIT_FROM: {folder} stores {name} in another form, which cannot start fp32 master "
-                        f"weights. Set parallelism=ddp or fsdp2"
-                    )
+                    raise SetupError(f"INIT_FROM: {folder} lacks fp32 {name}. Set parallelism=ddp or fsdp2")
                 if parameter.requires_grad:
                     _set_master(parameter, file_of[saved].get_tensor(saved), args.process_index, args.world_size)
 

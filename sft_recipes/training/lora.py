@@ -82,10 +82,9 @@ def adapter_config(lora: Lora, model: Any, revision: str | None) -> Any:
     if model is not None:
         linear, kind = set(linear_layers(model)), model.config.model_type
         if not (linear if targets == "all-linear" else linear & set(targets)):
-            raise SetupError(
-                f"lora.target_modules: found {targets}, and the linear layers of this model are "
-                f"{', '.join(sorted(linear)) or 'none'}. Set lora.target_modules=all-linear, or remove lora"
-            )
+            known = f"the linear layers of this model are {', '.join(sorted(linear)) or 'none'}"
+            fix = "Set lora.target_modules=all-linear, or remove lora"
+            raise SetupError(f"lora.target_modules: found {targets}, and {known}. {fix}")
         # peft would add the experts and routers of some models, and rejects this layer of some.
         rejected = {"out_proj"} if kind in _MAMBA else set()
         if targets == "all-linear" and (fused or rejected):
@@ -124,8 +123,7 @@ def find_base_folder(plan: Plan, folder: RunDir) -> Path:
         return recorded
     if model.from_scratch:
         raise SetupError(
-            f"RUN: the base model of {folder.name} is gone: found no {recorded}. Start the same recipe with the same "
-            f"data again: it builds the same model there"
+            f"RUN: the base model of {folder.name} is gone: found no {recorded}. Repeat its recipe and data"
         )
     commit = read_json(folder.final / "adapter_config.json").get("revision") or model.revision
     return model_files.check_model(dataclasses.replace(model, revision=commit))
@@ -151,6 +149,4 @@ def check_quantizable(plan: Plan, folder: Path) -> None:
     trusted = plan.sections.model.trust_remote_code
     config = model_layers.load_config(folder, trusted) if plan.method == "qlora" else None
     if config and parameter_table.fused_experts(model_layers.build_on_meta(config, trusted)):
-        raise SetupError(
-            f"lora.quantize: {plan.model} has fused experts, which would not be quantized. Remove lora.quantize"
-        )
+        raise SetupError(f"lora.quantize: fused experts of {plan.model} would stay in 16 bits. Remove lora.quantize")

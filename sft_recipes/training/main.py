@@ -158,9 +158,7 @@ def configure(plan: Plan, folder: RunDir) -> Any:
     except (ValueError, TypeError) as error:
         raise SetupError(f"trainer: {str(error).splitlines()[0]}") from error
     if arguments.world_size != plan.world_size:
-        raise SetupError(
-            f"ranks: found {arguments.world_size}, expected {plan.world_size} as in the plan. No step was taken"
-        )
+        raise SetupError(f"ranks: found {arguments.world_size}, expected {plan.world_size} as in the plan")
     if plan.strategy.deepspeed:
         deepspeed_ops.build_operators(plan)
     patches.apply(plan)

@@ -36,17 +36,10 @@ def check(plan: Plan, trainer: Any) -> dict[str, str]:
     """
     strategy = find_strategy(trainer)
     if strategy != plan.parallelism:
-        raise SetupError(
-            f"parallelism: found {strategy}, expected {plan.parallelism} as in the plan. No step was taken"
-        )
+        raise SetupError(f"parallelism: found {strategy}, expected {plan.parallelism} as in the plan")
     dtypes = find_dtypes(trainer)
-    wrong = [
-        f"{kind} found {dtypes[kind] or 'none'}, expected {planned}"
-        for kind, planned in plan.dtypes.items()
-        if dtypes[kind] != planned
-    ]
-    if wrong:
-        raise SetupError(f"dtypes: {'; '.join(wrong)} as in the plan. No step was taken")
+    if any(dtypes[kind] != planned for kind, planned in plan.dtypes.items()):
+        raise SetupError(f"dtypes: found {dtypes}, expected {plan.dtypes} as in the plan")
     return dtypes
 
 

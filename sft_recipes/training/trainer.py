@@ -211,10 +211,8 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint atomically, even if the disk refuses a file on one rank."""
         step, writer = self.state.global_step, self.checkpoint_writer
-        record = {
-            "supervised_tokens_seen": self.supervised_tokens_seen,
-            "integrity": self.integrity.check_before_save(),
-        }
+        checked = self.integrity.check_before_save()
+        record = {"supervised_tokens_seen": self.supervised_tokens_seen, "integrity": checked}
 
         def write() -> None:
             with patches.collect_errors_of_torch_save(writer.collect_write_errors):
@@ -253,8 +251,7 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
             except ValueError as error:
                 reason = " ".join(str(error).split())[:200]
                 raise SetupError(
-                    f"{self.plan.model}: the first save would fail: {reason}. No step was taken. Correct that file of "
-                    f"the model"
+                    f"{self.plan.model}: the first save would fail: {reason}. Correct that file"
                 ) from error
 
     def save_weights(self, target: Path, masters_of: Path | None = None) -> str | None:

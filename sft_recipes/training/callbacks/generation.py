@@ -16,17 +16,12 @@ class GenerationCallback(RunCallback):
         completed = completions.complete(self.trainer) if state.is_world_process_zero else None
         if completed is None:
             return
-        samples = [
-            {
-                "step": state.global_step,
-                "prompt": "\n".join(f"{message['role']}: {message['content']}" for message in prompt.messages),
-                "reference": prompt.answer,
-                "completion": text,
-            }
-            for prompt, text in zip(completed.prompts, completed.texts, strict=True)
-        ]
-        for sample in samples:
+        samples = []
+        for prompt, text in zip(completed.prompts, completed.texts, strict=True):
+            asked = "\n".join(f"{message['role']}: {message['content']}" for message in prompt.messages)
+            sample = {"step": state.global_step, "prompt": asked, "reference": prompt.answer, "completion": text}
             append(self.trainer.folder.samples, sample)
+            samples.append(sample)
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, TrackerCallback):
                 callback.log_samples(state.global_step, samples)

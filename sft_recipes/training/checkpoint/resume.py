@@ -50,9 +50,8 @@ def find_latest_valid(plan: Plan, folder: RunDir, accelerator: Any) -> ResumePoi
     point, skipped = find_valid(folder, steps, plan.run_id, accelerator, quarantine=True)
     if point is None and has_saved[0]:
         reason = "; ".join(skipped) or "found none"
-        raise NoValidCheckpointError(
-            f"{folder.path}: no valid checkpoint of this run ({reason}). Restore one, or start another run: NAME=…"
-        )
+        fix = "Restore one, or start another run: NAME=…"
+        raise NoValidCheckpointError(f"{folder.path}: no valid checkpoint of this run ({reason}). {fix}")
     if accelerator.is_main_process:
         _remove_incomplete(folder)
     return point

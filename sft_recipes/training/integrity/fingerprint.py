@@ -51,12 +51,10 @@ def optimizer(trainer: Any) -> str:
     """Return the fingerprint of the optimizer's state on this rank, and of its settings."""
     wrapped = trainer.model_wrapped.optimizer if trainer.is_deepspeed_enabled else trainer.optimizer
     inner = wrapped.optimizer  # the same attribute in accelerate's wrapper and DeepSpeed's partitioned optimizers
-    # Between steps ZeRO-3's parameter groups are empty: the optimizer steps the partitions of the master weights.
-    stepped = (
-        strategy.masters(wrapped)
-        if trainer.is_deepspeed_enabled
-        else [parameter for group in inner.param_groups for parameter in group["params"]]
-    )
+    stepped = [parameter for group in inner.param_groups for parameter in group["params"]]
+    if trainer.is_deepspeed_enabled:
+        # Between steps ZeRO-3's parameter groups are empty: the optimizer steps the partitions of the master weights.
+        stepped = strategy.masters(wrapped)
     state = {
         f"{number}.{key}": value
         for number, parameter in enumerate(stepped)
