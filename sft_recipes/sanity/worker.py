@@ -115,9 +115,8 @@ def reload(plan: Plan, run_dir: RunDir) -> Result:
     name = trial_dir.checkpoint(trial.SAVED_AT).name
     arguments = main.configure(plan, run_dir)
     arguments.eval_strategy = "no"
-    trainer = main.build(
-        plan, run_dir, arguments, {**read_json(run_dir.prepared), "folder": str(trial_dir.path / _ROWS)}
-    )
+    data = {**read_json(run_dir.prepared), "folder": str(trial_dir.path / _ROWS)}
+    trainer = main.build(plan, run_dir, arguments, data)
     point, skipped = resume.find_valid(trial_dir, [trial.SAVED_AT], plan.run_id, trainer.accelerator)
     if point is None:
         return [Check("checkpoint", False, skipped[0], "check that the disk of RUNS_DIR is writable and not full")], {}

@@ -89,9 +89,8 @@ def find_fastest(device: str, dtype: torch.dtype, width: int = 64) -> Choice:
     if device == "cuda" and importlib.util.find_spec("flash_attn_interface"):  # the package of FlashAttention-3
         if find_problem(flash_3, device, dtype, width) is None:
             return Choice(VARLEN, f"FlashAttention-3; {verified}")
-        torch_attention.restore_flash_attention_impl(
-            _raise_warn=False
-        )  # of another GPU than Hopper, or built for another torch
+        # Of another GPU than Hopper, or built for another torch.
+        torch_attention.restore_flash_attention_impl(_raise_warn=False)
     kernels = {FLASH: flash, VARLEN: varlen} if device == "cuda" else {VARLEN: varlen}
     skipped = []
     for name, kernel in kernels.items():

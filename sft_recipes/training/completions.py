@@ -120,15 +120,9 @@ def generate_ids(
         stop: token ids that end a completion.
     """
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
+    options = {"eos_token_id": list(stop), "pad_token_id": tokenizer.pad_token_id, "use_cache": True}
     with torch.no_grad():
-        output = model.generate(
-            **batch,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=list(stop),
-            pad_token_id=tokenizer.pad_token_id,
-            use_cache=True,
-        )
+        output = model.generate(**batch, **options, max_new_tokens=max_new_tokens, do_sample=False)
     return output[:, batch["input_ids"].shape[1] :]
 
 

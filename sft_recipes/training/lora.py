@@ -95,7 +95,6 @@ def adapter_config(lora: Lora, model: Any, revision: str | None) -> Any:
         lora_dropout=lora.dropout,
         target_modules=targets,
         target_parameters=fused if lora.experts else None,
-        bias="none",
         task_type="CAUSAL_LM",
         revision=revision,
     )
@@ -122,9 +121,7 @@ def find_base_folder(plan: Plan, folder: RunDir) -> Path:
     if (recorded / "config.json").is_file():
         return recorded
     if model.from_scratch:
-        raise SetupError(
-            f"RUN: the base model of {folder.name} is gone: found no {recorded}. Repeat its recipe and data"
-        )
+        raise SetupError(f"RUN: the base model of {folder.name} is gone: found no {recorded}. Repeat its recipe")
     commit = read_json(folder.final / "adapter_config.json").get("revision") or model.revision
     return model_files.check_model(dataclasses.replace(model, revision=commit))
 

@@ -62,11 +62,9 @@ def begin(plan_file: str) -> tuple[Plan, RunDir, int]:
     rank_heartbeat.start(folder, rank)
     plan = plans.read(folder.plan)
     optimizer = plan.sections.trainer.get("optim", "adamw_torch_fused")
-    remote_code = plan.sections.model.trust_remote_code
+    trusted = plan.sections.model.trust_remote_code
     with library_imports.without_garbage_collection():
-        library_imports.skip_unused_libraries(
-            plan.method, optimizer, env.reporters(), plan.strategy.deepspeed, remote_code
-        )
+        library_imports.skip_unused_libraries(plan.method, optimizer, env.reporters(), plan.strategy.deepspeed, trusted)
         silence_libraries()
         importlib.import_module("sft_recipes.training.trainer")
     return plan, folder, rank

@@ -89,7 +89,7 @@ def resize_embeddings(plan: Plan, model: Any, tokenizer: Any, details: dict[str,
     new = new_tokens(tokenizer, plan.sections.model.add_tokens)
     if details["largest_known_token_id"] >= embeddings or largest not in new.values():
         raise SetupError(
-            f"model.name_or_path: found token ids up to {largest}, expected less than {embeddings}. Use its tokenizer"
+            f"model.name_or_path: found token id {largest}, expected below {embeddings}. Use its tokenizer"
         )
     model.resize_token_embeddings(largest + 1, pad_to_multiple_of=_PAD_TO_MULTIPLE_OF)
 

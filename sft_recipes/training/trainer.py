@@ -250,9 +250,7 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
                 model.generation_config.save_pretrained(folder)
             except ValueError as error:
                 reason = " ".join(str(error).split())[:200]
-                raise SetupError(
-                    f"{self.plan.model}: the first save would fail: {reason}. Correct that file"
-                ) from error
+                raise SetupError(f"{self.plan.model}: the first save would fail: {reason}. Correct it") from error
 
     def save_weights(self, target: Path, masters_of: Path | None = None) -> str | None:
         """Save the model and its tokenizer atomically to `target`; None on success, else the reason of the failure.
@@ -274,13 +272,10 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
         return self.checkpoint_writer.write_atomically(target, write, record)
 
     def _save_masters(self, checkpoint: Path, target: Path) -> None:
-        from deepspeed.utils import zero_to_fp32
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint as read_masters
 
-        frozen = self.plan.method != "full"
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            masters = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(
-                str(checkpoint), exclude_frozen_parameters=frozen
-            )
+            masters = read_masters(str(checkpoint), exclude_frozen_parameters=self.plan.method != "full")
         self._save(str(target), state_dict=masters)
         if config := read_json(target / "config.json"):
             write_json(target / "config.json", {**config, "dtype": "float32"})
