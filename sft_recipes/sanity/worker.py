@@ -6,7 +6,6 @@ reload has new processes: two trainers do not fit into the memory planned for on
 trainer does not free it, since the Trainer's callback handler and DeepSpeed keep its tensors.
 """
 
-import dataclasses
 import math
 import os
 import shutil
@@ -53,7 +52,7 @@ def run_part(plan: Plan, run_dir: RunDir) -> None:
 
 
 def _write_result(run_dir: RunDir, results: Sequence[Check], measured: dict[str, Any]) -> None:
-    write_json(run_dir.result, {"checks": [dataclasses.asdict(check) for check in results], "measured": measured})
+    write_json(run_dir.result, {"checks": [vars(check) for check in results], "measured": measured})
 
 
 def run_trial(plan: Plan, run_dir: RunDir) -> Result:

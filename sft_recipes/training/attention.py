@@ -6,8 +6,7 @@ Implementations that take sequence boundaries (flash-attn, and `varlen` below) g
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import attention as torch_attention
@@ -30,8 +29,7 @@ TOLERANCES = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
 Kernel = Callable[..., torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """An attention implementation by transformers' name, and the reason for it."""
 
     name: str

@@ -74,10 +74,9 @@ def _redirect_output(rank: int) -> None:
     """Write the output of a rank other than 0 to a separate file in a job of several nodes (SFT_RECIPES_LOGS)."""
     logs = os.environ.get("SFT_RECIPES_LOGS")
     if logs and rank:
-        file = os.open(Path(logs) / f"rank-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        for stream in (1, 2):
-            os.dup2(file, stream)
-        os.close(file)
+        with (Path(logs) / f"rank-{rank}.txt").open("ab") as file:
+            for stream in (1, 2):
+                os.dup2(file.fileno(), stream)
 
 
 def exit_process() -> NoReturn:
@@ -105,8 +104,8 @@ def train(plan: Plan, folder: RunDir) -> None:
         run_log.to_console()
         run_log.to_file(folder.log)
         manifest.begin(folder, plan)
-        configuration = json.dumps(arguments.to_dict(), indent=2, default=str)  # `to_dict` hides tokens
-        folder.configuration.write_text(configuration + "\n", encoding="utf-8")
+        # `to_dict` hides tokens.
+        folder.configuration.write_text(json.dumps(arguments.to_dict(), indent=2, default=str) + "\n", encoding="utf-8")
     else:
         run_log.silence()
     data = read_json(folder.prepared)

@@ -6,7 +6,6 @@ Decisions use metrics that are equal on all ranks, so that all ranks decide alik
 import logging
 import math
 from collections.abc import Iterable
-from dataclasses import asdict
 from typing import Any
 
 from sft_recipes.monitor.detectors import AlertStream
@@ -56,7 +55,7 @@ class AlertCallback(RunCallback):
         for alert in alerts:
             reason = f"{alert.rule.replace('_', ' ')}: {alert.evidence}"
             if state.is_world_process_zero:
-                append(self.trainer.folder.warnings, asdict(alert))
+                append(self.trainer.folder.warnings, vars(alert))
                 log.warning("step %d: %s", alert.step, reason)
             if alert.rule in self.trainer.plan.sections.monitor.stop_on:
                 raise self.trainer.nan_guard.diverged(reason, applied=True)

@@ -1,7 +1,6 @@
 """Progress on the console: a line at every log and evaluation step, on rank 0 only."""
 
 import logging
-import re
 import time
 from typing import Any
 
@@ -36,9 +35,7 @@ class ConsoleCallback(TrainerCallback):
             memory = logs.get("memory_peak_bytes", logs.get("host_memory_bytes"))
             self._print(state, "  ".join([*parts, *([f"{memory / GIB:.1f} GiB"] if memory else [])]))
         if "eval_loss" in logs:
-            sources = {key[5:-5]: value for key, value in logs.items() if re.fullmatch(r"eval_\w+_loss", key)}
-            by_source = ", ".join(f"{name} {value:.4f}" for name, value in sources.items())
-            self._print(state, f"eval_loss {logs['eval_loss']:.4f}{f' ({by_source})' if by_source else ''}")
+            self._print(state, f"eval_loss {logs['eval_loss']:.4f}")
 
     def _print(self, state: Any, text: str) -> None:
         started, first_step = self.started

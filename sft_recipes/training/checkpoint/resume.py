@@ -3,9 +3,8 @@
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate.utils import broadcast_object_list, gather_object
 
@@ -22,8 +21,7 @@ class NoValidCheckpointError(TrainingError):
     """The run has saved, and no checkpoint is valid; it never restarts from step 0 silently."""
 
 
-@dataclass(frozen=True)
-class ResumePoint:
+class ResumePoint(NamedTuple):
     """A verified checkpoint and the record in its commit marker."""
 
     path: Path
