@@ -194,9 +194,9 @@ def end_early(rows):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (repeat_row, "epoch 2, step 7: fed other rows than the epoch's order"),
-        (swap_rows, "epoch 2, step 7: fed other rows than the epoch's order"),
-        (end_early, r"epoch 2 ended after 3 of 5 steps, its other rows were skipped"),
+        (repeat_row, "step 7: fed other rows than its epoch's order has"),
+        (swap_rows, "step 7: fed other rows than its epoch's order has"),
+        (end_early, "step 8: rows of the epoch were skipped"),
     ],
 )
 def test_data_order_check_stops_the_run_before_a_save(begin, fault, message):
@@ -265,7 +265,7 @@ def test_data_order_check_finds_a_resume_that_skips_no_rows(begin, monkeypatch):
     again = begin("run", "trainer.max_steps=8")
     point = again.checkpoint_writer.folder.checkpoint(3)
     restore_rows_hash(again, point)
-    with pytest.raises(TrainingError, match="epoch 1, step 4: fed other rows"):
+    with pytest.raises(TrainingError, match="step 4: fed other rows"):
         again.train(resume_from_checkpoint=str(point))
 
 
