@@ -26,8 +26,7 @@ def verify(folder: Path, process: Any) -> None:
         SetupError: they are not what was saved, on all ranks.
     """
     try:
-        record = checkpoint_format.read_commit_marker(folder)
-        problem = resume.verify_on_all_ranks(folder, record, process)
+        problem = resume.verify_on_all_ranks(folder, checkpoint_format.read_commit_marker(folder), process)
     except CorruptCheckpointError as error:
         problem = str(error)
     for file in [] if problem else sorted(folder.glob("*.safetensors")):
