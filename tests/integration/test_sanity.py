@@ -118,14 +118,12 @@ def test_healthy_trial_passes_all_checks(tmp_path, trial_of_few_rows, monkeypatc
     assert {name: check.passed for name, check in results.items() if not check.passed} == {"completions": None}
 
 
-@pytest.mark.parametrize(
-    ("rate", "fix"), [(0.0, "raise the learning rate: "), (2.0, "lower the learning rate: ")], ids=["zero", "too high"]
-)
+@pytest.mark.parametrize(("rate", "fix"), [(0.0, "raise"), (2.0, "lower")], ids=["zero", "too high"])
 def test_wrong_learning_rate_fails_loss_check(tmp_path, trial_of_few_rows, monkeypatch, rate, fix):
     planned, prepared = trial_of_few_rows
     results = run_in_process(tmp_path, dataclasses.replace(planned, learning_rate=rate), prepared, monkeypatch)
     assert results["loss falls"].passed is False
-    assert results["loss falls"].fix == f"{fix}trainer.learning_rate=2.0e-3 (start value of size class tiny)"
+    assert results["loss falls"].fix == f"{fix} trainer.learning_rate"
     assert results["loss mask"].passed and "checkpoint" not in results, "a failed trial is not reloaded"
 
 
