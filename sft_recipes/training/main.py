@@ -361,7 +361,8 @@ def record_result(plan: Plan, folder: RunDir, results: dict[str, Any], before: A
     values: dict[str, Any] = {}
     for name, found in results["held_out_metrics"].items():
         values |= {f"final/{name}": found["after"], f"final/{name}_before": found["before"]}
-    metrics.add_to_summary(folder.metrics, {name: value for name, value in values.items() if value is not None})
+    measured = {name: value for name, value in values.items() if value is not None}
+    metrics.append(folder.metrics, {"step": results["steps"], **measured})
     if torch.cuda.is_available():
         results["peak_memory_bytes"] = torch.cuda.max_memory_reserved()
     error = summary.describe_overfit_failure(plan, folder, results)
