@@ -353,16 +353,15 @@ def record_result(plan: Plan, folder: RunDir, results: dict[str, Any], before: A
     from sft_recipes.training import completions, summary
     from sft_recipes.training.callbacks import metrics
 
-    started = before["metrics"] if before else {}
-    results["held_out_metrics"] = {
-        name: {"before": started.get(name, {}).get("mean"), "after": found["mean"], "prompts": found["prompts"]}
-        for name, found in (after.metrics if after else {}).items()
-    }
-    values: dict[str, Any] = {}
-    for name, found in results["held_out_metrics"].items():
-        values |= {f"final/{name}": found["after"], f"final/{name}_before": found["before"]}
-    measured = {name: value for name, value in values.items() if value is not None}
-    metrics.append(folder.metrics, {"step": results["steps"], **measured})
+    started, line = before["metrics"] if before else {}, {"step": results["steps"]}
+    results["held_out_metrics"] = {}
+    for name, found in (after.metrics if after else {}).items():
+        first = started.get(name, {}).get("mean")
+        results["held_out_metrics"][name] = {"before": first, "after": found["mean"], "prompts": found["prompts"]}
+        line[f"final/{name}"] = found["mean"]
+        if first is not None:
+            line[f"final/{name}_before"] = first
+    metrics.append(folder.metrics, line)
     if torch.cuda.is_available():
         results["peak_memory_bytes"] = torch.cuda.max_memory_reserved()
     error = summary.describe_overfit_failure(plan, folder, results)

@@ -28,14 +28,17 @@ def probe_cuda() -> dict[str, Any]:
 
 def probe() -> dict[str, Any]:
     """Return PyTorch's build, its GPUs, DeepSpeed's compiled operators, and the errors of flash attention."""
-    from torch.cuda import get_device_capability as capability
+    import torch
 
     report = probe_cuda()
     spec = importlib.util.find_spec("deepspeed")
     operators = Path(spec.origin or "").parent.glob("ops/**/*_op*.so") if spec else []
     return {
         **report,
-        "gpus": [{"capability": "{}.{}".format(*capability(index))} for index in range(report["devices"])],
+        "gpus": [
+            {"capability": "{}.{}".format(*torch.cuda.get_device_capability(index))}
+            for index in range(report["devices"])
+        ],
         "operators": sorted(path.name.partition(".")[0] for path in operators),  # compiled when it was installed
         "compiler": shutil.which("c++") is not None and Path(sysconfig.get_path("include"), "Python.h").is_file(),
         "flash_attention": probe_flash_attention() if report["devices"] else None,

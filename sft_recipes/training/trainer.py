@@ -182,7 +182,7 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log TRL's metrics and this trainer's.
+        """Log TRL's metrics and this trainer's, with the SFT guide's sign of overfitting.
 
         `num_tokens` is the Trainer's count: TRL's takes a batch for one row, and restarts from 0 at a resume.
         """
@@ -190,19 +190,12 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
             metrics["num_tokens"] = [self.state.num_input_tokens_seen]
         if "loss" in logs:
             logs.update(self.meter.read(self.accelerator, int(self.state.num_input_tokens_seen)))
-        if "eval_loss" in logs:
-            logs.update(self._train_eval_gap(logs["eval_loss"]))
+        train_losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+        if "eval_loss" in logs and train_losses:  # the Trainer never logs both in one record
+            gap = logs["train_eval_gap"] = logs["eval_loss"] - train_losses[-1]
+            logs["overfitting_signal"] = float(gap > self.plan.sections.monitor.overfitting_gap)
         logs["supervised_tokens_seen"] = self.supervised_tokens_seen
         super().log(logs, start_time)
-
-    def _train_eval_gap(self, eval_loss: float) -> dict[str, float]:
-        """Return validation loss minus the last logged training loss (the Trainer never logs both in one record), and
-        whether the gap is the SFT guide's sign of overfitting."""
-        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
-        if not losses:
-            return {}
-        gap = eval_loss - losses[-1]
-        return {"train_eval_gap": gap, "overfitting_signal": float(gap > self.plan.sections.monitor.overfitting_gap)}
 
     def _get_output_dir(self, trial: Any) -> str:
         """Return where the Trainer writes `checkpoint-N`, before it is moved into the run's folder."""
