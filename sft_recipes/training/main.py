@@ -118,12 +118,11 @@ def train(plan: Plan, folder: RunDir) -> None:
     if is_main:
         manifest.update(folder, parameters=table)
     trainer.add_callbacks(make_callbacks())
-    checkpoint = find_checkpoint(plan, folder, trainer)
     trainer.check_first_save()
     before = completions.complete_before_training(trainer)
 
     training_started = time.monotonic()
-    diverged = run_steps(plan, folder, trainer, checkpoint)
+    diverged = run_steps(plan, folder, trainer)
     times = {"training_seconds": time.monotonic() - training_started}
     finished = diverged is None and not trainer.stopping.stopped
     results = publish(plan, folder, trainer, copy_file) if finished else {}
@@ -221,21 +220,8 @@ def make_callbacks() -> list[Any]:
     ]
 
 
-def find_checkpoint(plan: Plan, folder: RunDir, trainer: Any) -> Any:
-    """Find the latest valid checkpoint (`ResumePoint`, or None), quarantine corrupt ones, and restore the counters that
-    the trainer has not."""
-    from sft_recipes.training.checkpoint import resume
-
-    checkpoint = resume.find_latest_valid(plan, folder, trainer.accelerator)
-    if checkpoint is not None:
-        trainer.supervised_tokens_seen = checkpoint.record["supervised_tokens_seen"]
-        trainer.integrity.data_order.rows_hash = checkpoint.record["integrity"]["rows_hash"]
-        log.info("resuming from %s", checkpoint.path.name)
-    return checkpoint
-
-
-def run_steps(plan: Plan, folder: RunDir, trainer: Any, checkpoint: Any) -> Any:
-    """Take the remaining steps. Collective: call on every rank.
+def run_steps(plan: Plan, folder: RunDir, trainer: Any) -> Any:
+    """Take the remaining steps from the latest valid checkpoint. Collective: call on every rank.
 
     Returns:
         The `DivergedError` that stopped the run, if one did.
@@ -244,12 +230,16 @@ def run_steps(plan: Plan, folder: RunDir, trainer: Any, checkpoint: Any) -> Any:
 
     from sft_recipes.training.callbacks import alerts, metrics
     from sft_recipes.training.callbacks.graceful_stop import StoppedAtStartError
-    from sft_recipes.training.checkpoint import reshard, retention
+    from sft_recipes.training.checkpoint import reshard, resume, retention
     from sft_recipes.training.nan_guard import DivergedError
 
     arguments, resume_from = trainer.args, None
+    checkpoint = resume.find_latest_valid(plan, folder, trainer.accelerator)
     try:
         if checkpoint is not None:
+            log.info("resuming from %s", checkpoint.path.name)
+            trainer.supervised_tokens_seen = checkpoint.record["supervised_tokens_seen"]
+            trainer.integrity.data_order.rows_hash = checkpoint.record["integrity"]["rows_hash"]
             # Without the weights, which `train` or `copy_model` bring.
             trainer.state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
             if checkpoint.step == plan.optimizer_steps or alerts.is_stopped_early(plan, trainer.state):
