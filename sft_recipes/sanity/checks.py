@@ -7,7 +7,6 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
-from sft_recipes.config import sizes
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.units import GIB
 from sft_recipes.sanity import trial
@@ -99,24 +98,14 @@ def check_loss_falls(plan: Plan, first: Any, last: Any) -> Check:
     ]
     mean = statistics.fmean(falls)
     error = statistics.stdev(falls) / math.sqrt(len(falls)) if len(falls) > 1 else 0.0
-    detail = (
-        f"{mean_loss(first):.3f} -> {mean_loss(last):.3f} in {trial.STEPS} steps at learning rate "
-        f"{plan.learning_rate:.1e} (fall {mean:.2g}, standard error {error:.1g}, same rows)"
-    )
+    losses = f"{mean_loss(first):.3f} -> {mean_loss(last):.3f}"
+    steps = f"{trial.STEPS} steps at learning rate {plan.learning_rate:.1e}"
+    detail = f"{losses} in {steps} (fall {mean:.2g}, standard error {error:.1g}, same rows)"
     rises = mean < -_MIN_STANDARD_ERRORS * error
     passed = mean > _MIN_STANDARD_ERRORS * error and mean > 0
     if not passed and not rises and mean_loss(first) < _ALREADY_LEARNED:
         return Check("loss falls", None, f"the model has already learned these rows: {detail}")
-    fix = f"{'lower' if rises else 'raise'} the learning rate: {suggest_learning_rate(plan, 1 / 3 if rises else 2)}"
-    return Check("loss falls", passed, detail, fix)
-
-
-def suggest_learning_rate(plan: Plan, factor: float) -> str:
-    """The learning rate times a factor; outside the range of the size class, the start value of that class."""
-    entry = sizes.size_classes()[plan.size].ranges["learning_rate"]
-    if not entry.allows(plan.learning_rate):
-        return f"{sizes.override_line(plan.size, 'learning_rate', entry.start)} (start value of size class {plan.size})"
-    return sizes.override_line(plan.size, "learning_rate", plan.learning_rate * factor)
+    return Check("loss falls", passed, detail, f"{'lower' if rises else 'raise'} trainer.learning_rate")
 
 
 def check_gradient_norm(plan: Plan, grad_norms: list[float]) -> Check:
@@ -125,8 +114,7 @@ def check_gradient_norm(plan: Plan, grad_norms: list[float]) -> Check:
     median, least, most = statistics.median(norms), limits.grad_norm_below, limits.grad_norm_above
     fix = "check that weights are trainable and rows supervised (make inspect)"
     if median > most:
-        usual = f"if norms of this model are always this large, set monitor.grad_norm_above={2 * median:.0f}"
-        fix = f"lower trainer.learning_rate, or remove rows that are not text; {usual}"
+        fix = "lower trainer.learning_rate, remove rows that are not text, or set monitor.grad_norm_above"
     detail = f"median {median:.3g}, max {max(norms):.3g}; expected {least:g} to {most:g}"
     return Check("gradient norm", least <= median <= most, detail, fix)
 

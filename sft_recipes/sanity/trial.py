@@ -100,10 +100,7 @@ def measured_forecast(plan: Plan, measured: Mapping[str, Any]) -> dict[str, floa
     if measured["save_seconds"] is None:
         seconds += (plan.forecast or {}).get("saving_seconds") or 0.0
     else:
-        # The weights of the best steps are saved too, at most after each evaluation, and the last and best at the end.
-        bytes_per_weight = 2 if plan.dtypes["weights"] == "bf16" else 4
-        models = (evaluations + 2) * (plan.trained_parameters or 0) * bytes_per_weight / (plan.checkpoint_bytes or 1)
-        seconds += (saves + models) * measured["save_seconds"]
+        seconds += saves * measured["save_seconds"]
     gpu_hours, price = seconds * plan.gpus / 3600, gpu_hour_price()
     return {
         "seconds": round(seconds, 1),

@@ -6,7 +6,6 @@ reload has new processes: two trainers do not fit into the memory planned for on
 trainer does not free it, since the Trainer's callback handler and DeepSpeed keep its tensors.
 """
 
-import dataclasses
 import math
 import os
 import shutil
@@ -18,7 +17,6 @@ from typing import Any
 
 from sft_recipes.data import tokenizer_files
 from sft_recipes.planner.plan import Plan
-from sft_recipes.runtime.errors import UserError
 from sft_recipes.runtime.run_dir import EXIT_STOPPED, RunDir, read_json, write_json
 from sft_recipes.sanity import checks, trial
 from sft_recipes.sanity.checks import Check
@@ -27,7 +25,7 @@ from sft_recipes.training import main, out_of_memory
 # Training rows that are evaluated before and after: enough passes to separate the fall of the loss from noise.
 _EVAL_ROWS, _EVAL_PASSES = 24, 8
 _HELD_OUT_ROWS = 8
-_DISK = "check that the disk of RUNS_DIR is writable and not full; a run could not resume on this machine"
+_ROWS = "prepared"  # folder of the trial's copy of the rows
 
 Result = tuple[list[Check], dict[str, Any]]  # checks, and measurements
 
@@ -43,23 +41,18 @@ def run_part(plan: Plan, run_dir: RunDir) -> None:
         if rank == 0:
             write_json(run_dir.outcome, {"exit_code": EXIT_STOPPED})
         return
-    except Exception as error:
-        lacks_memory = out_of_memory.is_out_of_memory(error)
-        if isinstance(error, UserError) or not (lacks_memory or is_reload):
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory.is_out_of_memory(error):
             raise
-        # What stops a reload would stop a resume. The launcher adds the fix of too little memory: it has the recipe.
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        reason = out_of_memory.describe(plan, rank, error) if lacks_memory else reason
-        resuming = f"resuming from checkpoint-{trial.SAVED_AT}: {reason}"
-        failed = Check("checkpoint", False, resuming, "" if lacks_memory else _DISK)
-        _write_result(run_dir, [failed if is_reload else Check(checks.MEMORY, False, reason)], {})
+        # The launcher adds the fix: it has the recipe.
+        _write_result(run_dir, [Check(checks.MEMORY, False, out_of_memory.describe(plan, rank, error))], {})
         sys.exit(1)  # perhaps on this rank only: the launcher terminates the others, which wait for it
     if rank == 0:
         _write_result(run_dir, results, measured)
 
 
 def _write_result(run_dir: RunDir, results: Sequence[Check], measured: dict[str, Any]) -> None:
-    write_json(run_dir.result, {"checks": [dataclasses.asdict(check) for check in results], "measured": measured})
+    write_json(run_dir.result, {"checks": [vars(check) for check in results], "measured": measured})
 
 
 def run_trial(plan: Plan, run_dir: RunDir) -> Result:
@@ -121,10 +114,11 @@ def reload(plan: Plan, run_dir: RunDir) -> Result:
     name = trial_dir.checkpoint(trial.SAVED_AT).name
     arguments = main.configure(plan, run_dir)
     arguments.eval_strategy = "no"
-    trainer = main.build(plan, run_dir, arguments, {**read_json(run_dir.prepared), "folder": str(_rows(trial_dir))})
+    data = {**read_json(run_dir.prepared), "folder": str(trial_dir.path / _ROWS)}
+    trainer = main.build(plan, run_dir, arguments, data)
     point, skipped = resume.find_valid(trial_dir, [trial.SAVED_AT], plan.run_id, trainer.accelerator)
     if point is None:
-        return [Check("checkpoint", False, skipped[0], _DISK)], {}
+        return [Check("checkpoint", False, skipped[0], "check that the disk of RUNS_DIR is writable and not full")], {}
     train(trainer, point.path)
     losses = _logged(trainer, "loss"), read_json(trial_dir.trial)["losses"]
     resumed, expected = (values[trial.SAVED_AT :] for values in losses)
@@ -141,16 +135,13 @@ def train(trainer: Any, checkpoint: Path | None = None) -> list[dict[str, Any]]:
     Raises:
         StoppedAtStartError: a signal interrupted the steps: an interrupted trial has no result.
     """
-    from transformers import TrainerCallback
-
+    from sft_recipes.training.callbacks import RunCallback
     from sft_recipes.training.callbacks.graceful_stop import StoppedAtStartError
 
     evaluations: list[dict[str, Any]] = []
 
-    class TrialCallback(TrainerCallback):  # type: ignore[misc]
+    class TrialCallback(RunCallback):
         """Saves at one step only, and records evaluations."""
-
-        trainer: Any = None
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             control.should_save = state.global_step == trial.SAVED_AT and trial.checks_resume(self.trainer.plan)
@@ -170,18 +161,13 @@ def _logged(trainer: Any, key: str) -> list[float]:
     return [line[key] for line in trainer.state.log_history if key in line]
 
 
-def _rows(trial_dir: RunDir) -> Path:
-    """Return the folder of the trial's copy of the prepared rows."""
-    return trial_dir.path / "prepared"
-
-
 def _copy_rows(plan: Plan, run_dir: RunDir, state: Any) -> dict[str, Any]:
     """Copy the trial's rows: the longest and a sample of the others, cycled to complete effective batches. The
     validation rows are some of these and a few held-out ones."""
     from datasets import concatenate_datasets, load_from_disk
 
     prepared = read_json(run_dir.prepared)
-    original, copy = Path(prepared["folder"]), _rows(run_dir)
+    original, copy = Path(prepared["folder"]), run_dir.path / _ROWS
     with state.main_process_first():
         if state.is_main_process:
             train, validation = (load_from_disk(str(original / part)) for part in ("train", "validation"))
@@ -203,12 +189,10 @@ def _copy_rows(plan: Plan, run_dir: RunDir, state: Any) -> dict[str, Any]:
 
 
 def select_rows(lengths: Sequence[int], count: int) -> list[int]:
-    """Select the longest rows, then others evenly spaced; repeat them if there are fewer than `count`."""
+    """Select the longest rows, then others of all lengths; repeat them if there are fewer than `count`."""
     by_length = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    others = sorted(by_length[trial.LONGEST :])
-    n_others = max(min(count, trial.ROWS) - trial.LONGEST, 0)
-    stride = max(len(others) / max(n_others, 1), 1.0)
-    spread = [others[int(index * stride)] for index in range(min(n_others, len(others)))]
+    others, n_others = by_length[trial.LONGEST :], trial.ROWS - trial.LONGEST
+    spread = others[:: max(len(others) // n_others, 1)][:n_others]
     selected = [*by_length[: trial.LONGEST], *spread][:count]
     return [selected[index % len(selected)] for index in range(count)]
 

@@ -39,8 +39,8 @@ def main(folder: RunDir, prompts: Iterable[str]) -> int:
         # Special tokens in a prompt are text, as in training.
         ids = conversation_tokenizer.tokenize_prompt(Conversation([{"role": "user", "content": prompt}], "the prompt"))
         stop_ids = stop if isinstance(stop, list) else [stop]
-        (text,) = completions.generate(model, tokenizer, [ids], _MAX_NEW_TOKENS, stop_ids)
-        print(text, flush=True)
+        (answer,) = completions.generate_ids(model, tokenizer, [ids], _MAX_NEW_TOKENS, stop_ids)
+        print(tokenizer.decode(answer, skip_special_tokens=True), flush=True)
     return 0
 
 

@@ -6,16 +6,10 @@ Implementations that take sequence boundaries (flash-attn, and `varlen` below) g
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch.nn.attention import (
-    SDPBackend,
-    activate_flash_attention_impl,
-    restore_flash_attention_impl,
-    sdpa_kernel,
-)
+from torch.nn import attention as torch_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -35,8 +29,7 @@ TOLERANCES = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
 Kernel = Callable[..., torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """An attention implementation by transformers' name, and the reason for it."""
 
     name: str
@@ -56,11 +49,8 @@ def implementation_to_load(plan: Plan) -> str | None:
     name: str = plan.sections.model.attention
     package = "flash_attn" if name == FLASH else "kernels" if "/" in name else None
     if package and importlib.util.find_spec(package) is None:
-        install = "Run `make flash-attn`" if name == FLASH else "Install it into the virtual environment"
-        raise SetupError(
-            f"model.attention: {name} needs the package {package}, which is not installed. {install}, or set "
-            f"model.attention=auto"
-        )
+        fix = "Install it (`make flash-attn` for flash_attn), or set model.attention=auto"
+        raise SetupError(f"model.attention: {name} needs the package {package}, which is not installed. {fix}")
     return None if name in ("auto", VARLEN) else name
 
 
@@ -97,7 +87,8 @@ def find_fastest(device: str, dtype: torch.dtype, width: int = 64) -> Choice:
     if device == "cuda" and importlib.util.find_spec("flash_attn_interface"):  # the package of FlashAttention-3
         if find_problem(flash_3, device, dtype, width) is None:
             return Choice(VARLEN, f"FlashAttention-3; {verified}")
-        restore_flash_attention_impl(_raise_warn=False)  # of another GPU than Hopper, or built for another torch
+        # Of another GPU than Hopper, or built for another torch.
+        torch_attention.restore_flash_attention_impl(_raise_warn=False)
     kernels = {FLASH: flash, VARLEN: varlen} if device == "cuda" else {VARLEN: varlen}
     skipped = []
     for name, kernel in kernels.items():
@@ -135,7 +126,7 @@ def flash_3(*arguments: Any) -> Any:
 
     Single-digit percentages of a step at 4k over FlashAttention-2 (arXiv:2407.08608); not measured in this project.
     """
-    activate_flash_attention_impl("FA3")
+    torch_attention.activate_flash_attention_impl("FA3")
     return varlen(*arguments)
 
 
@@ -146,11 +137,16 @@ def varlen(queries: Any, keys: Any, values: Any, boundaries: Any, longest: int, 
     On a CPU the work is (example length) squared instead of (row length) squared: benchmarks/attention.py.
     """
     if queries.is_cuda:
-        from torch.nn.attention.varlen import varlen_attn
-
-        options = {"scale": scale, "window_size": (-1, 0), "enable_gqa": queries.shape[1] != keys.shape[1]}
-        return varlen_attn(queries, keys, values, boundaries, boundaries, longest, longest, **options)
+        return varlen_on_gpu(queries, keys, values, boundaries, longest, scale)
     return _attend_examples(queries, keys, values, boundaries, scale)
+
+
+def varlen_on_gpu(queries: Any, keys: Any, values: Any, bounds: Any, longest: int, scale: float | None = None) -> Any:
+    """Run torch's variable-length flash kernel; on fake tensors it needs no GPU (layer_trace.py)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    options = {"scale": scale, "window_size": (-1, 0), "enable_gqa": queries.shape[1] != keys.shape[1]}
+    return varlen_attn(queries, keys, values, bounds, bounds, longest, longest, **options)
 
 
 def _attend_examples(queries: Any, keys: Any, values: Any, boundaries: Any, scale: float | None) -> Any:
@@ -209,7 +205,7 @@ def measure_errors(kernel: Kernel, device: str, dtype: torch.dtype, width: int =
 
     tensors = random_input(8), random_input(2), random_input(2)
     output = kernel(*tensors, boundaries, max(lengths), None)
-    with sdpa_kernel(SDPBackend.MATH):  # the definition of attention, in float64
+    with torch_attention.sdpa_kernel(torch_attention.SDPBackend.MATH):  # the definition of attention, in float64
         expected = _attend_examples(*(tensor.double() for tensor in tensors), boundaries, None)
     weights = torch.randn(output.shape, generator=generator, device=device)
     gradients = torch.autograd.grad((output.double() * weights).sum(), tensors)

@@ -81,11 +81,10 @@ def complete(trainer: Any, score: int = 0) -> Completions | None:
     if not prompts or trainer.plan.shards_parameters:
         return None
     texts = complete_prompts(trainer, prompts, section.max_new_tokens)
-    pairs = list(zip(prompts, texts, strict=True))[:score]
     # Completions cannot reach a longer reference.
     scored = [
         (prompt.messages, prompt.answer, text)
-        for prompt, text in pairs
+        for prompt, text in zip(prompts[:score], texts[:score], strict=True)
         if prompt.answer_tokens < section.max_new_tokens
     ]
     return Completions(prompts, texts, held_out_metrics.evaluate(held_out_metrics.load(section), scored))
@@ -99,23 +98,16 @@ def read_prompts(prepared: Path, count: int) -> list[Prompt]:
 
 def complete_prompts(trainer: Any, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
     """Complete prompts greedily, so that no random number of the training is used."""
-    model, stop = trainer.accelerator.unwrap_model(trainer.model), trainer.end_of_turn_ids
+    model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
     was_training, texts = model.training, []
     model.eval()
     with trainer.compute_loss_context_manager():  # fp32 weights compute in bf16: flash attention takes no fp32
         for first in range(0, len(prompts), _PROMPTS_PER_BATCH):
             batch = [prompt.input_ids for prompt in prompts[first : first + _PROMPTS_PER_BATCH]]
-            texts += generate(model, trainer.processing_class, batch, max_new_tokens, stop)
+            ids = generate_ids(model, tokenizer, batch, max_new_tokens, trainer.end_of_turn_ids)
+            texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
     model.train(was_training)
     return texts
-
-
-def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, stop: Sequence[int]
-) -> list[str]:
-    """Generate greedily as `generate_ids`; the texts have no special tokens."""
-    ids = generate_ids(model, tokenizer, prompts, max_new_tokens, stop)
-    return list(tokenizer.batch_decode(ids, skip_special_tokens=True))
 
 
 def generate_ids(
@@ -128,15 +120,9 @@ def generate_ids(
         stop: token ids that end a completion.
     """
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
+    options = {"eos_token_id": list(stop), "pad_token_id": tokenizer.pad_token_id, "use_cache": True}
     with torch.no_grad():
-        output = model.generate(
-            **batch,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=list(stop),
-            pad_token_id=tokenizer.pad_token_id,
-            use_cache=True,
-        )
+        output = model.generate(**batch, **options, max_new_tokens=max_new_tokens, do_sample=False)
     return output[:, batch["input_ids"].shape[1] :]
 
 

@@ -1,8 +1,6 @@
 """Compiles the DeepSpeed operators of a plan before DeepSpeed needs them."""
 
 import fcntl
-import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -39,9 +37,6 @@ def build_operators(plan: Plan) -> None:
         except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
             reason = next((line for line in lines if "error:" in line), lines[0])
-            if shutil.which(compiler := os.environ.get("CXX", "c++")) is None:
-                reason = f"found no C++ compiler ({compiler})"
-            raise SetupError(
-                f"parallelism: {plan.parallelism} needs DeepSpeed's operator {builder.name}, which failed to compile: "
-                f"{reason[:300]}. Install g++ and python3-dev, or set parallelism=ddp"
-            ) from error
+            failure = f"DeepSpeed's operator {builder.name} failed to compile: {reason[:300]}"
+            fix = "Install g++ and python3-dev, or set parallelism=ddp"
+            raise SetupError(f"parallelism: {plan.parallelism}: {failure}. {fix}") from error

@@ -6,9 +6,9 @@ loss replaces here. Not measured in this project.
 
 import copy
 import importlib.util
-import logging
 import sys
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -46,7 +46,6 @@ def find_unsupported(plan: Plan, config: Any) -> str | None:
         return "they need a GPU and bf16"
     if importlib.util.find_spec("liger_kernel") is None:
         return "liger-kernel is not installed"
-    logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # a warning for each backend that is not installed
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     return None if config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN else f"Liger has none for {config.model_type}"
@@ -63,9 +62,8 @@ def find_problem(model_class: Any, config: Any, device: str, dtype: torch.dtype)
     """
     config = _with_one_layer(config)
     devices = [torch.cuda.current_device()] if device == "cuda" else []
-    module = vars(sys.modules[model_class.__module__])
-    before = dict(module)  # Liger also replaces RoPE and classes of the module
-    with torch.random.fork_rng(devices), torch.device(device):
+    restored = mock.patch.dict(vars(sys.modules[model_class.__module__]))  # Liger also replaces RoPE and classes in it
+    with restored, torch.random.fork_rng(devices), torch.device(device):
         torch.manual_seed(0)
         model = model_class(config).to(dtype)
         try:
@@ -75,8 +73,6 @@ def find_problem(model_class: Any, config: Any, device: str, dtype: torch.dtype)
             fused = _relative_errors(_compute(model, device, dtype == torch.float32), expected)
         except (ImportError, RuntimeError, TypeError, AttributeError) as error:  # of Triton, or of another transformers
             return " ".join(str(error).split())[:120]
-        finally:
-            module.update(before)
     wrong = {name: error for name, error in fused.items() if not error <= 3 * plain[name] + 1e-3}  # a NaN is wrong
     if not wrong:
         return None

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import TrainerCallback
 
 from sft_recipes.runtime.errors import SetupError
+from sft_recipes.training.callbacks import RunCallback
 from sft_recipes.training.checkpoint import checkpoint_format, resume
 from sft_recipes.training.checkpoint.checkpoint_format import CorruptCheckpointError
 
@@ -26,23 +26,19 @@ def verify(folder: Path, process: Any) -> None:
         SetupError: they are not what was saved, on all ranks.
     """
     try:
-        record = checkpoint_format.read_commit_marker(folder)
-        problem = resume.verify_on_all_ranks(folder, record, process)
+        problem = resume.verify_on_all_ranks(folder, checkpoint_format.read_commit_marker(folder), process)
     except CorruptCheckpointError as error:
         problem = str(error)
     for file in [] if problem else sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as weights:
             if "BF16" in {weights.get_slice(name).get_dtype() for name in weights.keys()}:  # noqa: SIM118  no mapping
-                cause = "a run under zero1 in bf16, or its last checkpoint was not saved"
-                problem = f"found bf16 weights in {file.name}, expected fp32: {cause}"
+                problem = f"found bf16 in {file.name}, expected fp32 (zero1, or its last checkpoint was not saved)"
     if problem:
         raise SetupError(f"INIT_FROM: {folder}: {problem}. Restore it, or start from another run")
 
 
-class MasterWeightsCallback(TrainerCallback):
+class MasterWeightsCallback(RunCallback):
     """Sets DeepSpeed's fp32 master weights before the first step: it makes them from the loaded 16-bit weights."""
-
-    trainer: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Set the master weights of this rank; a resumed run has loaded its own.
@@ -59,10 +55,7 @@ class MasterWeightsCallback(TrainerCallback):
             for name, parameter in self.trainer.model.named_parameters():
                 saved = name.replace(".default.", ".")  # peft saves no name of the adapter
                 if parameter.requires_grad and saved not in file_of:
-                    raise SetupError(
-                        f"INIT_FROM: {folder} stores {name} in another form, which cannot start fp32 master "
-                        f"weights. Set parallelism=ddp or fsdp2"
-                    )
+                    raise SetupError(f"INIT_FROM: {folder} lacks fp32 {name}. Set parallelism=ddp or fsdp2")
                 if parameter.requires_grad:
                     _set_master(parameter, file_of[saved].get_tensor(saved), args.process_index, args.world_size)
 

@@ -9,8 +9,6 @@ causal-conv1d, flash-linear-attention) are replaced by the model's implementatio
 config/traced_layers.py finds the result, planner/memory.py uses it.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import weakref
@@ -23,7 +21,6 @@ import numpy as np
 import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -127,17 +124,13 @@ def trace(architecture: dict[str, Any]) -> dict[str, Any]:
 def _use_gpu_paths() -> None:
     """Have attention and masks do on fake tensors what they do on a GPU."""
 
-    def attend(queries: Any, keys: Any, values: Any, bounds: Any, longest: int, scale: float | None = None) -> Any:
-        options = {"scale": scale, "window_size": (-1, 0), "enable_gqa": queries.shape[1] != keys.shape[1]}
-        return varlen_attn(queries, keys, values, bounds, bounds, longest, longest, **options)
-
     def sdpa(*arguments: Any, dropout: float = 0.0, **named: Any) -> Any:
         return sdpa_attention_forward(*arguments, **named)  # a GPU's kernels with dropout keep no scores
 
     def mask(batch_size: int, q_length: int, kv_length: int, dtype: torch.dtype, **_named: Any) -> torch.Tensor:
         return torch.ones(batch_size, 1, q_length, kv_length, dtype=dtype)
 
-    attention.varlen = attend
+    attention.varlen = attention.varlen_on_gpu
     AttentionInterface.register("sdpa", sdpa)
     AttentionMaskInterface.register("sdpa", lambda **named: mask(**{**named, "dtype": torch.bool}))
     AttentionMaskInterface.register("eager", mask)

@@ -9,7 +9,7 @@ def silence_libraries() -> None:
     """Silence warnings; call before the heavy libraries are imported, since some warn at import."""
     for category in (FutureWarning, UserWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
-    for name in ("bitsandbytes", "DeepSpeed", "deepspeed"):
+    for name in ("bitsandbytes", "DeepSpeed", "deepspeed", "liger_kernel"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     import datasets

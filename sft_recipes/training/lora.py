@@ -42,12 +42,12 @@ def loaded_dtype(plan: Plan) -> torch.dtype:
     return torch.float32 if dtype == "fp32" else torch.bfloat16
 
 
-def make_lora_config(plan: Plan, base: Path, model: Any = None) -> Any:
+def make_lora_config(plan: Plan, base: Path, model: Any) -> Any:
     """Return peft's LoraConfig with the base model's commit; None for full fine-tuning.
 
     Args:
         base: folder of the base model.
-        model: the loaded model, for `lora.experts`.
+        model: the loaded model.
 
     Raises:
         SetupError: `lora.experts`, and the model has no fused experts.
@@ -55,7 +55,7 @@ def make_lora_config(plan: Plan, base: Path, model: Any = None) -> Any:
     lora = plan.sections.lora
     if not lora:
         return None
-    if lora.experts and not (model and parameter_table.fused_experts(model)):
+    if lora.experts and not parameter_table.fused_experts(model):
         raise SetupError(f"lora.experts: {plan.model} has no fused experts. Remove lora.experts")
     return adapter_config(lora, model, hub.commit_of(base) or plan.sections.model.revision)
 
@@ -70,33 +70,28 @@ def linear_layers(model: Any) -> Counter[str]:
 
 
 def adapter_config(lora: Lora, model: Any, revision: str | None) -> Any:
-    """Return peft's LoraConfig for a loaded model; without the model, for one without fused experts.
+    """Return peft's LoraConfig for a loaded model.
 
     Raises:
         SetupError: the model has none of the linear layers to adapt.
     """
     from peft import LoraConfig
 
-    fused = [] if model is None else list(parameter_table.fused_experts(model))
-    targets = lora.target_modules
-    if model is not None:
-        linear, kind = set(linear_layers(model)), model.config.model_type
-        if not (linear if targets == "all-linear" else linear & set(targets)):
-            raise SetupError(
-                f"lora.target_modules: found {targets}, and the linear layers of this model are "
-                f"{', '.join(sorted(linear)) or 'none'}. Set lora.target_modules=all-linear, or remove lora"
-            )
-        # peft would add the experts and routers of some models, and rejects this layer of some.
-        rejected = {"out_proj"} if kind in _MAMBA else set()
-        if targets == "all-linear" and (fused or rejected):
-            targets = sorted(linear - rejected)
+    linear, fused, targets = set(linear_layers(model)), parameter_table.fused_experts(model), lora.target_modules
+    if not (linear if targets == "all-linear" else linear & set(targets)):
+        known = f"the linear layers of this model are {', '.join(sorted(linear)) or 'none'}"
+        fix = "Set lora.target_modules=all-linear, or remove lora"
+        raise SetupError(f"lora.target_modules: found {targets}, and {known}. {fix}")
+    # peft would add the experts and routers of some models, and rejects this layer of some.
+    rejected = {"out_proj"} if model.config.model_type in _MAMBA else set()
+    if targets == "all-linear" and (fused or rejected):
+        targets = sorted(linear - rejected)
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
         target_parameters=fused if lora.experts else None,
-        bias="none",
         task_type="CAUSAL_LM",
         revision=revision,
     )
@@ -123,10 +118,7 @@ def find_base_folder(plan: Plan, folder: RunDir) -> Path:
     if (recorded / "config.json").is_file():
         return recorded
     if model.from_scratch:
-        raise SetupError(
-            f"RUN: the base model of {folder.name} is gone: found no {recorded}. Start the same recipe with the same "
-            f"data again: it builds the same model there"
-        )
+        raise SetupError(f"RUN: the base model of {folder.name} is gone: found no {recorded}. Repeat its recipe")
     commit = read_json(folder.final / "adapter_config.json").get("revision") or model.revision
     return model_files.check_model(dataclasses.replace(model, revision=commit))
 
@@ -151,6 +143,4 @@ def check_quantizable(plan: Plan, folder: Path) -> None:
     trusted = plan.sections.model.trust_remote_code
     config = model_layers.load_config(folder, trusted) if plan.method == "qlora" else None
     if config and parameter_table.fused_experts(model_layers.build_on_meta(config, trusted)):
-        raise SetupError(
-            f"lora.quantize: {plan.model} has fused experts, which would not be quantized. Remove lora.quantize"
-        )
+        raise SetupError(f"lora.quantize: fused experts of {plan.model} would stay in 16 bits. Remove lora.quantize")

@@ -61,14 +61,10 @@ def begin(plan_file: str) -> tuple[Plan, RunDir, int]:
     stop_signal.handle()
     rank_heartbeat.start(folder, rank)
     plan = plans.read(folder.plan)
+    optimizer = plan.sections.trainer.get("optim", "adamw_torch_fused")
+    trusted = plan.sections.model.trust_remote_code
     with library_imports.without_garbage_collection():
-        library_imports.skip_unused_libraries(
-            plan.method,
-            plan.sections.trainer.get("optim", "adamw_torch_fused"),
-            env.reporters(),
-            plan.strategy.deepspeed,
-            plan.sections.model.trust_remote_code,
-        )
+        library_imports.skip_unused_libraries(plan.method, optimizer, env.reporters(), plan.strategy.deepspeed, trusted)
         silence_libraries()
         importlib.import_module("sft_recipes.training.trainer")
     return plan, folder, rank
@@ -78,10 +74,9 @@ def _redirect_output(rank: int) -> None:
     """Write the output of a rank other than 0 to a separate file in a job of several nodes (SFT_RECIPES_LOGS)."""
     logs = os.environ.get("SFT_RECIPES_LOGS")
     if logs and rank:
-        file = os.open(Path(logs) / f"rank-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        for stream in (1, 2):
-            os.dup2(file, stream)
-        os.close(file)
+        with (Path(logs) / f"rank-{rank}.txt").open("ab") as file:
+            for stream in (1, 2):
+                os.dup2(file.fileno(), stream)
 
 
 def exit_process() -> NoReturn:
@@ -109,8 +104,8 @@ def train(plan: Plan, folder: RunDir) -> None:
         run_log.to_console()
         run_log.to_file(folder.log)
         manifest.begin(folder, plan)
-        configuration = json.dumps(arguments.to_dict(), indent=2, default=str)  # `to_dict` hides tokens
-        folder.configuration.write_text(configuration + "\n", encoding="utf-8")
+        # `to_dict` hides tokens.
+        folder.configuration.write_text(json.dumps(arguments.to_dict(), indent=2, default=str) + "\n", encoding="utf-8")
     else:
         run_log.silence()
     data = read_json(folder.prepared)
@@ -123,12 +118,11 @@ def train(plan: Plan, folder: RunDir) -> None:
     if is_main:
         manifest.update(folder, parameters=table)
     trainer.add_callbacks(make_callbacks())
-    checkpoint = find_checkpoint(plan, folder, trainer)
     trainer.check_first_save()
     before = completions.complete_before_training(trainer)
 
     training_started = time.monotonic()
-    diverged = run_steps(plan, folder, trainer, checkpoint)
+    diverged = run_steps(plan, folder, trainer)
     times = {"training_seconds": time.monotonic() - training_started}
     finished = diverged is None and not trainer.stopping.stopped
     results = publish(plan, folder, trainer, copy_file) if finished else {}
@@ -160,9 +154,7 @@ def configure(plan: Plan, folder: RunDir) -> Any:
     except (ValueError, TypeError) as error:
         raise SetupError(f"trainer: {str(error).splitlines()[0]}") from error
     if arguments.world_size != plan.world_size:
-        raise SetupError(
-            f"ranks: found {arguments.world_size}, expected {plan.world_size} as in the plan. No step was taken"
-        )
+        raise SetupError(f"ranks: found {arguments.world_size}, expected {plan.world_size} as in the plan")
     if plan.strategy.deepspeed:
         deepspeed_ops.build_operators(plan)
     patches.apply(plan)
@@ -228,21 +220,8 @@ def make_callbacks() -> list[Any]:
     ]
 
 
-def find_checkpoint(plan: Plan, folder: RunDir, trainer: Any) -> Any:
-    """Find the latest valid checkpoint (`ResumePoint`, or None), quarantine corrupt ones, and restore the counters that
-    the trainer has not."""
-    from sft_recipes.training.checkpoint import resume
-
-    checkpoint = resume.find_latest_valid(plan, folder, trainer.accelerator)
-    if checkpoint is not None:
-        trainer.supervised_tokens_seen = checkpoint.record["supervised_tokens_seen"]
-        trainer.integrity.data_order.rows_hash = checkpoint.record["integrity"]["rows_hash"]
-        log.info("resuming from %s", checkpoint.path.name)
-    return checkpoint
-
-
-def run_steps(plan: Plan, folder: RunDir, trainer: Any, checkpoint: Any) -> Any:
-    """Take the remaining steps. Collective: call on every rank.
+def run_steps(plan: Plan, folder: RunDir, trainer: Any) -> Any:
+    """Take the remaining steps from the latest valid checkpoint. Collective: call on every rank.
 
     Returns:
         The `DivergedError` that stopped the run, if one did.
@@ -251,12 +230,16 @@ def run_steps(plan: Plan, folder: RunDir, trainer: Any, checkpoint: Any) -> Any:
 
     from sft_recipes.training.callbacks import alerts, metrics
     from sft_recipes.training.callbacks.graceful_stop import StoppedAtStartError
-    from sft_recipes.training.checkpoint import reshard, retention
+    from sft_recipes.training.checkpoint import reshard, resume, retention
     from sft_recipes.training.nan_guard import DivergedError
 
     arguments, resume_from = trainer.args, None
+    checkpoint = resume.find_latest_valid(plan, folder, trainer.accelerator)
     try:
         if checkpoint is not None:
+            log.info("resuming from %s", checkpoint.path.name)
+            trainer.supervised_tokens_seen = checkpoint.record["supervised_tokens_seen"]
+            trainer.integrity.data_order.rows_hash = checkpoint.record["integrity"]["rows_hash"]
             # Without the weights, which `train` or `copy_model` bring.
             trainer.state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
             if checkpoint.step == plan.optimizer_steps or alerts.is_stopped_early(plan, trainer.state):
@@ -265,8 +248,7 @@ def run_steps(plan: Plan, folder: RunDir, trainer: Any, checkpoint: Any) -> Any:
         if trainer.stopping.stop_requested():
             return None
         if checkpoint is None:
-            if plan.sections.data.retention_eval:
-                arguments.eval_on_start = True  # the retention eval set needs a baseline
+            arguments.eval_on_start |= bool(plan.sections.data.retention_eval)  # which needs a baseline
         else:  # repeat an interrupted evaluation
             step, losses = checkpoint.step, retention.validation_losses(trainer.state.log_history)
             due = step % arguments.eval_steps == 0 and step >= arguments.eval_delay
@@ -361,15 +343,15 @@ def record_result(plan: Plan, folder: RunDir, results: dict[str, Any], before: A
     from sft_recipes.training import completions, summary
     from sft_recipes.training.callbacks import metrics
 
-    started = before["metrics"] if before else {}
-    results["held_out_metrics"] = {
-        name: {"before": started.get(name, {}).get("mean"), "after": found["mean"], "prompts": found["prompts"]}
-        for name, found in (after.metrics if after else {}).items()
-    }
-    values: dict[str, Any] = {}
-    for name, found in results["held_out_metrics"].items():
-        values |= {f"final/{name}": found["after"], f"final/{name}_before": found["before"]}
-    metrics.add_to_summary(folder.metrics, {name: value for name, value in values.items() if value is not None})
+    started, line = before["metrics"] if before else {}, {"step": results["steps"]}
+    results["held_out_metrics"] = {}
+    for name, found in (after.metrics if after else {}).items():
+        first = started.get(name, {}).get("mean")
+        results["held_out_metrics"][name] = {"before": first, "after": found["mean"], "prompts": found["prompts"]}
+        line[f"final/{name}"] = found["mean"]
+        if first is not None:
+            line[f"final/{name}_before"] = first
+    metrics.append(folder.metrics, line)
     if torch.cuda.is_available():
         results["peak_memory_bytes"] = torch.cuda.max_memory_reserved()
     error = summary.describe_overfit_failure(plan, folder, results)

@@ -21,15 +21,17 @@ _JOB = {"id": "SLURM_JOB_ID", "name": "SLURM_JOB_NAME", "nodes": "SLURM_JOB_NODE
 
 def begin(folder: RunDir, plan: Plan) -> None:
     """Record the start of an attempt; the records of earlier attempts are kept."""
+    import torch
+
     earlier, prepared = read_json(folder.manifest), read_json(folder.prepared)
     details = read_json(Path(prepared.get("folder", "")) / "details.json")
     for key in ("diverged", "error", "out_of_memory", "takes_less", "exit_code"):
         earlier.pop(key, None)  # outcome of an earlier attempt
     versions = {"python": platform.python_version(), **{name: library_version(name) for name in (*STACK, "tokenizers")}}
-    start = {"at": _now(), "host": _host(), "versions": versions, "code": read_code_version()}
-    start["sanity"] = read_json(folder.sanity)
-    if image := os.environ.get("SFT_RECIPES_IMAGE"):
-        start["image"] = image
+    host = {"name": socket.gethostname(), "system": platform.platform(), "threads": torch.get_num_threads()}
+    host["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    start = {"at": _now(), "host": host, "versions": versions, "code": read_code_version()}
+    start |= {"sanity": read_json(folder.sanity), "image": os.environ.get("SFT_RECIPES_IMAGE")}
     if job := {key: os.environ[name] for key, name in _JOB.items() if os.environ.get(name)}:
         start["job"] = {**job, "restarts": int(os.environ.get("SLURM_RESTART_COUNT") or 0)}
     data = {"fingerprint": plan.data_fingerprint, **asdict(plan.sections.data), "reading": details.get("reading")}
@@ -60,14 +62,6 @@ def update(folder: RunDir, **values: Any) -> None:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def _host() -> dict[str, Any]:
-    import torch
-
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    threads = torch.get_num_threads()
-    return {"name": socket.gethostname(), "system": platform.platform(), "gpus": gpus, "threads": threads}
 
 
 def read_code_version() -> dict[str, Any]:

@@ -62,15 +62,11 @@ def load_model(plan: Plan, folder: str) -> Any:
         if isinstance(error, SetupError) or out_of_memory.is_out_of_memory(error):
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SetupError(
-            f"model.name_or_path: {name} cannot be loaded ({reason}). Set a folder written by save_pretrained, or a "
-            f"model on the Hub of a type that the installed transformers supports"
-        ) from error
+        fix = "Set a folder written by save_pretrained, or a model on the Hub"
+        raise SetupError(f"model.name_or_path: {name} cannot be loaded ({reason}). {fix}") from error
     if absent := [*loading["missing_keys"], *loading["mismatched_keys"]]:
-        raise SetupError(
-            f"model.name_or_path: the weights of {name} lack {absent[0]} and {len(absent) - 1} more, which would be "
-            f"random. Use a complete copy of the model"
-        )
+        lacking = f"lack {absent[0]} and {len(absent) - 1} more, which would be random"
+        raise SetupError(f"model.name_or_path: the weights of {name} {lacking}. Use a complete copy of the model")
     if section.name_or_path and not Path(section.name_or_path).is_dir():
         # Adapters record this as their base model: the name on the Hub, not the cache folder of this machine.
         model.name_or_path = model.config._name_or_path = section.name_or_path
@@ -93,8 +89,7 @@ def resize_embeddings(plan: Plan, model: Any, tokenizer: Any, details: dict[str,
     new = new_tokens(tokenizer, plan.sections.model.add_tokens)
     if details["largest_known_token_id"] >= embeddings or largest not in new.values():
         raise SetupError(
-            f"model.name_or_path: token ids: found up to {details['largest_known_token_id']} in the rows and padding "
-            f"{tokenizer.pad_token_id}, expected less than the model's {embeddings} embeddings. Use its tokenizer"
+            f"model.name_or_path: found token id {largest}, expected below {embeddings}. Use its tokenizer"
         )
     model.resize_token_embeddings(largest + 1, pad_to_multiple_of=_PAD_TO_MULTIPLE_OF)
 
@@ -120,7 +115,6 @@ def set_stop_tokens(model: Any, tokenizer: Any, details: dict[str, Any]) -> list
             config.validate(strict=True)
             log.info("note: generation_config.json has values for sampling without do_sample; do_sample: true is set")
     except Exception as error:  # also of values of another type
-        raise SetupError(
-            f"model.name_or_path: generation_config.json is invalid: {' '.join(str(error).split())[:200]}. Correct it"
-        ) from error
+        reason = " ".join(str(error).split())[:200]
+        raise SetupError(f"model.name_or_path: generation_config.json is invalid: {reason}. Correct it") from error
     return list(config.eos_token_id)

@@ -5,11 +5,13 @@ The Trainer would log another loss and take the step (`logging_nan_inf_filter`),
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
+from datasets import load_from_disk
 
 _MAX_ROWS_SHOWN = 20
 
@@ -51,16 +53,8 @@ class NanGuard:
     def __init__(self, trainer: Any):
         self._trainer = trainer
         self._losses: list[torch.Tensor] = []
-        self._non_finite: list[torch.Tensor] = []
         self.loss = math.nan
         self.grad_norm: float | None = None
-        trainer.model.register_forward_hook(self._record_non_finite)
-
-    def _record_non_finite(self, model: torch.nn.Module, _inputs: Any, output: Any) -> None:
-        """Record which predictions of a micro-batch are not finite, [batch, length - 1]."""
-        log_probs = getattr(output, "log_probs", None)
-        if model.training and log_probs is not None:
-            self._non_finite.append(~torch.isfinite(log_probs.detach()))
 
     def check_loss(self, loss: torch.Tensor) -> None:
         """Add a micro-batch's share of the step's loss; at the last one, reduce the loss over all ranks and check it.
@@ -74,13 +68,11 @@ class NanGuard:
         accelerator = self._trainer.accelerator
         if not accelerator.sync_gradients:
             return
-        total = accelerator.reduce(torch.stack(self._losses).double().sum(), "sum")
-        self.loss = float(total) / accelerator.num_processes
+        losses, self._losses = torch.stack(self._losses).double(), []
+        self.loss = float(accelerator.reduce(losses.sum(), "sum")) / accelerator.num_processes
         if not math.isfinite(self.loss):
             self.grad_norm = None  # this step has none
-            raise self.diverged("the loss is NaN or Inf")
-        self._losses.clear()
-        self._non_finite.clear()
+            raise self.diverged("the loss is NaN or Inf", (~losses.isfinite()).nonzero().flatten().tolist())
 
     def check_gradients(self, norm: Any) -> None:
         """Check the norm of the step's gradients over all ranks before the step (DeepSpeed: which it then skipped).
@@ -94,48 +86,22 @@ class NanGuard:
         if skipped or (self.grad_norm is not None and not 0 <= self.grad_norm < math.inf):
             raise self.diverged("the gradients are NaN or Inf")
 
-    def diverged(self, reason: str, applied: bool = False) -> DivergedError:
+    def diverged(self, reason: str, micro_batches: Iterable[int] | None = None, applied: bool = False) -> DivergedError:
         """Return the error with the rows of the step. Collective: call on every rank.
 
         Args:
+            micro_batches: those of this rank with a non-finite loss; None for all of them.
             applied: the step was applied, and an alert stops the run.
         """
-        from accelerate.utils import gather_object
-
-        steps_before = self._trainer.state.global_step - applied
-        rows = list(dict.fromkeys(gather_object(list(self._find_rows(steps_before)))))
-        if len(rows) > _MAX_ROWS_SHOWN:
-            rows[_MAX_ROWS_SHOWN:] = [f"and {len(rows) - _MAX_ROWS_SHOWN} more"]
-        return DivergedError(steps_before + 1, reason, self.loss, self.grad_norm, rows, applied)
-
-    def _find_rows(self, steps_before: int) -> Iterator[str]:
-        """Yield the places of this rank's examples with non-finite predictions in a step; of all that it used if the
-        loss was finite."""
-        from datasets import load_from_disk
-
         trainer = self._trainer
-        rows, order = load_from_disk(str(trainer.prepared / "train")), trainer.rows_of_step(steps_before)
+        steps_before = trainer.state.global_step - applied
+        prepared, order = load_from_disk(str(trainer.prepared / "train")), trainer.rows_of_step(steps_before)
         size, ranks = trainer.plan.per_device_train_batch_size, trainer.accelerator.num_processes
-        for number in range(trainer.plan.gradient_accumulation_steps):
+        places: list[str] = []
+        for number in range(trainer.plan.gradient_accumulation_steps) if micro_batches is None else micro_batches:
             first = (number * ranks + trainer.accelerator.process_index) * size
-            batch = [rows[row] for row in order[first : first + size]]
-            yield from find_places(batch, self._non_finite[number].cpu() if self._non_finite else None)
-
-
-def find_places(batch: list[dict[str, Any]], non_finite: torch.Tensor | None) -> Iterator[str]:
-    """Yield the places of a micro-batch's examples; with a mask only of the marked ones.
-
-    Args:
-        non_finite: mask of the rows, stacked or concatenated (padding-free), [batch or 1, length - 1].
-    """
-    start = 0
-    for index, row in enumerate(batch):
-        packed = not isinstance(row["source"], str)
-        lengths = row["seq_lengths"] if packed else [len(row["input_ids"])]
-        stacked = non_finite is not None and len(non_finite) > 1
-        first = 0 if stacked else start
-        for place, length in zip(row["source"] if packed else [row["source"]], lengths, strict=True):
-            if non_finite is None or non_finite[index if stacked else 0, first : first + length].any():
-                yield place
-            first += length
-        start += len(row["input_ids"])
+            for row in order[first : first + size]:
+                source = prepared[row]["source"]
+                places += [source] if isinstance(source, str) else source  # packed rows have several
+        rows = list(dict.fromkeys(gather_object(places)))[:_MAX_ROWS_SHOWN]
+        return DivergedError(steps_before + 1, reason, self.loss, self.grad_norm, rows, applied)

@@ -6,16 +6,13 @@ from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.env import host_memory_bytes
 from sft_recipes.runtime.units import GIB
 
-# The CPU allocator has no error class.
-_CPU_MESSAGES = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
-
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that memory ran out, on a GPU or a CPU."""
     import torch
 
-    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return known or any(message in str(error) for message in _CPU_MESSAGES)
+    # The CPU allocator has no error class.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: " in str(error)
 
 
 def describe(plan: Plan, rank: int, error: BaseException) -> str:

@@ -38,10 +38,8 @@ def check(plan: Plan, trainer: Any) -> float:
         raise SetupError(f"model.name_or_path: {plan.model} mixes packed examples ({reason}). Set {fix}") from error
     change = float((logits - others).abs().max() / logits.abs().max().clamp(min=1e-6))
     if not change < _TOLERANCES[plan.precision]:
-        raise SetupError(
-            f"model.name_or_path: packing leaks across examples in {plan.model} ({type(trainer.model).__name__} does "
-            f"not isolate them: the largest logit changes by {change:.1e}). Set {fix}"
-        )
+        cause = f"{type(trainer.model).__name__} changes a logit by {change:.1e}"
+        raise SetupError(f"model.name_or_path: packing leaks across examples in {plan.model} ({cause}). Set {fix}")
     return change
 
 

@@ -40,10 +40,8 @@ def lines(plan: Plan, table: Table) -> list[str]:
             described.append(f"{state} parameters: {sum(number for number, _ in kinds):,} ({by_size})")
     if plan.method != "full" and experts and not experts["trained"]:
         share = experts["frozen"] / sum(numbers["frozen"] for numbers in table.values())
-        described.append(
-            f"experts stay frozen: {experts['frozen']:,} parameters, {share:.0%} of the model. "
-            f"Set lora.experts=true to adapt them"
-        )
+        frozen = f"{experts['frozen']:,} parameters, {share:.0%} of the model"
+        described.append(f"experts stay frozen: {frozen}. Set lora.experts=true to adapt them")
     return described
 
 
@@ -67,10 +65,8 @@ def check_optimizer(model: Any, optimizer: Any) -> None:
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     missing = [name for name, parameter in trained if id(parameter) not in received]
     if missing:
-        raise SetupError(
-            f"trainer.optim: the optimizer lacks trained parameters: found {len(trained) - len(missing)} tensors, "
-            f"expected {len(trained)} (first: {missing[0]}). Set trainer.optim=adamw_torch_fused"
-        )
+        lacking = f"the optimizer lacks trained parameters: {len(missing)} of {len(trained)} (first: {missing[0]})"
+        raise SetupError(f"trainer.optim: {lacking}. Set trainer.optim=adamw_torch_fused")
 
 
 def _kind(name: str, parameter: Any) -> str:

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+from unittest import mock
 
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime import timeouts
@@ -184,11 +185,8 @@ def collect_errors_of_torch_save(collect: Callable[[], AbstractContextManager[No
         with collect():
             original(*arguments, **named)
 
-    torch.save = save
-    try:
+    with mock.patch.object(torch, "save", save):
         yield
-    finally:
-        torch.save = original
 
 
 def shorten_wait_for_other_ranks() -> None:

@@ -58,24 +58,22 @@ def beat(step: int, activity: Activity) -> None:
 @contextlib.contextmanager
 def record_exit() -> Iterator[None]:
     """Remove this rank's heartbeat at a normal exit, and record the exception otherwise; the launcher reports a
-    `UserError`, so it is not raised further.
+    `UserError`, so it is not raised further. Call `start` before.
 
     `atexit` cannot do this: a rank that leaves early with exit code 0 did not end normally, and the others wait for it.
     """
     try:
         yield
     except BaseException as error:  # SystemExit too
-        if _writer is not None:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            # The first line of torch's error of a data worker names the worker, the last one the exception.
-            message = " … ".join(dict.fromkeys((*lines[:1], *lines[-1:])))[:500]
-            failure = Failure(type(error).__name__, message, time.monotonic(), isinstance(error, UserError))
-            heartbeat.write_failure(_writer.run_dir.ranks, _writer.latest.rank, failure)
-        if _writer is None or not isinstance(error, UserError):
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # The first line of torch's error of a data worker names the worker, the last one the exception.
+        message = " … ".join(dict.fromkeys((*lines[:1], *lines[-1:])))[:500]
+        failure = Failure(type(error).__name__, message, time.monotonic(), isinstance(error, UserError))
+        heartbeat.write_failure(_writer.run_dir.ranks, _writer.latest.rank, failure)
+        if not isinstance(error, UserError):
             raise
         return
-    if _writer is not None:
-        _writer.file.unlink(missing_ok=True)
-        faulthandler.disable()  # a crash of the interpreter after this does not concern the run
-        faulthandler.unregister(signal.SIGUSR2)
-        _writer.stack_trace.unlink(missing_ok=True)
+    _writer.file.unlink(missing_ok=True)
+    faulthandler.disable()  # a crash of the interpreter after this does not concern the run
+    faulthandler.unregister(signal.SIGUSR2)
+    _writer.stack_trace.unlink(missing_ok=True)

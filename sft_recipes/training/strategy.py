@@ -4,20 +4,18 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
 
 from sft_recipes.config import strategies
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.training import manifest, packing_isolation
+from sft_recipes.training.callbacks import RunCallback
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-class StrategyCheckCallback(TrainerCallback):
+class StrategyCheckCallback(RunCallback):
     """Checks the prepared model."""
-
-    trainer: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Check the model on every rank, since each rank prepares its own."""
@@ -38,17 +36,10 @@ def check(plan: Plan, trainer: Any) -> dict[str, str]:
     """
     strategy = find_strategy(trainer)
     if strategy != plan.parallelism:
-        raise SetupError(
-            f"parallelism: found {strategy}, expected {plan.parallelism} as in the plan. No step was taken"
-        )
+        raise SetupError(f"parallelism: found {strategy}, expected {plan.parallelism} as in the plan")
     dtypes = find_dtypes(trainer)
-    wrong = [
-        f"{kind} found {dtypes[kind] or 'none'}, expected {planned}"
-        for kind, planned in plan.dtypes.items()
-        if dtypes[kind] != planned
-    ]
-    if wrong:
-        raise SetupError(f"dtypes: {'; '.join(wrong)} as in the plan. No step was taken")
+    if any(dtypes[kind] != planned for kind, planned in plan.dtypes.items()):
+        raise SetupError(f"dtypes: found {dtypes}, expected {plan.dtypes} as in the plan")
     return dtypes
 
 

@@ -12,11 +12,9 @@ def describe_overfit_failure(plan: Plan, folder: RunDir, results: dict[str, Any]
     loss = results["last_eval_loss"]
     if plan.sections.data.overfit_rows is None or loss < OVERFIT_LOSS:
         return None
-    return (
-        f"{folder.path}: overfit: found loss {loss:.4f} after {results['steps']} steps, expected below {OVERFIT_LOSS}. "
-        f"Set trainer.max_steps={2 * results['steps']} or another trainer.learning_rate, or check the rows "
-        f"(`make inspect OVERFIT=1`): equal prompts with different answers, a wrong loss mask"
-    )
+    steps = results["steps"]
+    fix = f"Set trainer.max_steps={2 * steps} or another trainer.learning_rate, or check `make inspect OVERFIT=1`"
+    return f"{folder.path}: overfit: found loss {loss:.4f} after {steps} steps, expected below {OVERFIT_LOSS}. {fix}"
 
 
 def format_summary(plan: Plan, folder: RunDir, results: dict[str, Any]) -> str:

@@ -35,8 +35,14 @@ class ThroughputMeter:
         self._steps, self._seconds, self._supervised_tokens = 0, 0.0, 0
         self._sums: dict[str, Any] = dict.fromkeys(_SUMS, 0)
 
-    def begin_step(self) -> None:
-        """Start timing a step, before its first batch is requested."""
+    def begin_step(self, tokens_seen: int) -> None:
+        """Start timing a step, before its first batch is requested.
+
+        Args:
+            tokens_seen: tokens without padding before the step, over all ranks and attempts.
+        """
+        if not self._steps:
+            self._tokens_before = tokens_seen
         self._step_start = time.perf_counter()
 
     def time_batches(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -59,14 +65,15 @@ class ThroughputMeter:
         self._steps += 1
         self._seconds += time.perf_counter() - self._step_start
 
-    def read(self, accelerator: Any, tokens: int) -> dict[str, float]:
+    def read(self, accelerator: Any, tokens_seen: int) -> dict[str, float]:
         """Return the metrics since the last call; nothing without a step. Collective: call on every rank.
 
         Args:
-            tokens: tokens without padding since the last call, over all ranks.
+            tokens_seen: tokens without padding after the last step, over all ranks and attempts.
         """
         if not self._steps:
             return {}
+        tokens = tokens_seen - self._tokens_before
         memory = (torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), torch.cuda.max_memory_allocated())
         measured = [float(value) for value in (*self._sums.values(), *memory, psutil.Process().memory_info().rss)]
         gathered = accelerator.gather(torch.tensor([measured], dtype=torch.float64, device=self._device))
@@ -85,16 +92,14 @@ class ThroughputMeter:
         return metrics
 
     def _utilization(self, tokens: int, attended_tokens: float) -> dict[str, float]:
-        """Return MFU and HFU with the plan's FLOP count (planner.cost), for the lengths and supervised tokens of the
-        steps; and MFU by PaLM's formula, which counts attention over full rows and all weights. Fractions of 1."""
+        """Return MFU and HFU, fractions of 1, with the plan's FLOP count (planner.cost) for the lengths and supervised
+        tokens of the steps."""
         tokens, load = max(tokens, 1), memory_inputs(self._plan, dict(self._architecture))
         if self._peak_flops is None or load is None:
             return {}
-        palm = cost.palm_flops_per_token(load, self._plan.max_length)
         flops = cost.flops_per_token(load, 2 * attended_tokens / tokens, self._supervised_tokens / tokens)
         peak_per_token = self._peak_flops * self._plan.world_size * self._seconds / tokens
-        counts = {"mfu": flops.model, "mfu_palm": palm, "hfu": flops.hardware}
-        return {name: count / peak_per_token for name, count in counts.items()}
+        return {"mfu": flops.model / peak_per_token, "hfu": flops.hardware / peak_per_token}
 
 
 def count_attended_pairs(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -28,12 +28,17 @@ def probe_cuda() -> dict[str, Any]:
 
 def probe() -> dict[str, Any]:
     """Return PyTorch's build, its GPUs, DeepSpeed's compiled operators, and the errors of flash attention."""
+    import torch
+
     report = probe_cuda()
     spec = importlib.util.find_spec("deepspeed")
     operators = Path(spec.origin or "").parent.glob("ops/**/*_op*.so") if spec else []
     return {
         **report,
-        "gpus": [_probe_gpu(index) for index in range(report["devices"])],
+        "gpus": [
+            {"capability": "{}.{}".format(*torch.cuda.get_device_capability(index))}
+            for index in range(report["devices"])
+        ],
         "operators": sorted(path.name.partition(".")[0] for path in operators),  # compiled when it was installed
         "compiler": shutil.which("c++") is not None and Path(sysconfig.get_path("include"), "Python.h").is_file(),
         "flash_attention": probe_flash_attention() if report["devices"] else None,
@@ -53,12 +58,6 @@ def probe_flash_attention() -> dict[str, Any]:
         return {**attention.measure_errors(attention.flash, "cuda", dtype), "tolerance": attention.TOLERANCES[dtype]}
     except (ImportError, RuntimeError) as error:  # compiled for another torch, or for other GPUs
         return {"error": " ".join(str(error).split())[:200], "loads": not isinstance(error, ImportError)}
-
-
-def _probe_gpu(index: int) -> dict[str, Any]:
-    import torch
-
-    return {"capability": "{}.{}".format(*torch.cuda.get_device_capability(index))}
 
 
 if __name__ == "__main__":

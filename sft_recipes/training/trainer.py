@@ -70,8 +70,8 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
         self.eval_sums: dict[str, torch.Tensor] = {}
         self._sums_per_pass: list[torch.Tensor] = []
         self.nan_guard = NanGuard(self)
-        self.meter = ThroughputMeter(plan, data["architecture"], peak_flops(plan, self.args.device), self.args.device)
-        self._tokens_measured: int | None = None
+        peak_flops = gpu_types.peak_flops(plan.gpu_type) if plan.uses_gpu and plan.precision == "bf16" else None
+        self.meter = ThroughputMeter(plan, data["architecture"], peak_flops, self.args.device)
         self.folder = RunDir(Path(self.args.output_dir))
         self.checkpoint_writer = CheckpointWriter(plan, self.folder, self.accelerator)
         self.supervised_tokens_seen = 0
@@ -102,9 +102,7 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *arguments: Any) -> tuple[list[Any], Any]:
         """Get the micro-batches of a step; also count its supervised tokens over all ranks, and record its rows."""
-        if self._tokens_measured is None:
-            self._tokens_measured = int(self.state.num_input_tokens_seen)  # of earlier attempts
-        self.meter.begin_step()
+        self.meter.begin_step(int(self.state.num_input_tokens_seen))
         batches, supervised_tokens = super().get_batch_samples(self.meter.time_batches(epoch_iterator), *arguments)
         self.integrity.data_order.record_batches(batches)
         self.supervised_tokens_seen += int(supervised_tokens or 0)
@@ -184,37 +182,20 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log TRL's metrics and this trainer's.
+        """Log TRL's metrics and this trainer's, with the SFT guide's sign of overfitting.
 
         `num_tokens` is the Trainer's count: TRL's takes a batch for one row, and restarts from 0 at a resume.
         """
         for metrics in self._metrics.values():
             metrics["num_tokens"] = [self.state.num_input_tokens_seen]
         if "loss" in logs:
-            tokens = int(self.state.num_input_tokens_seen)
-            logs.update(self.meter.read(self.accelerator, tokens - (self._tokens_measured or 0)))
-            self._tokens_measured = tokens
-        if "eval_loss" in logs:
-            logs.update(self._train_eval_gap(logs["eval_loss"]))
+            logs.update(self.meter.read(self.accelerator, int(self.state.num_input_tokens_seen)))
+        train_losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+        if "eval_loss" in logs and train_losses:  # the Trainer never logs both in one record
+            gap = logs["train_eval_gap"] = logs["eval_loss"] - train_losses[-1]
+            logs["overfitting_signal"] = float(gap > self.plan.sections.monitor.overfitting_gap)
         logs["supervised_tokens_seen"] = self.supervised_tokens_seen
         super().log(logs, start_time)
-
-    def _train_eval_gap(self, eval_loss: float) -> dict[str, float]:
-        """Return validation loss minus the last logged training loss (the Trainer never logs both in one record), its
-        exponential mean, and whether the gap is the SFT guide's sign of overfitting."""
-        train_loss, smoothed = self._last_logged("loss"), self._last_logged("train_eval_gap_smoothed")
-        if train_loss is None:
-            return {}
-        gap = eval_loss - train_loss
-        return {
-            "train_eval_gap": gap,
-            "train_eval_gap_smoothed": gap if smoothed is None else (smoothed + gap) / 2,
-            "overfitting_signal": float(gap > self.plan.sections.monitor.overfitting_gap),
-        }
-
-    def _last_logged(self, key: str) -> float | None:
-        """Return the latest value in the Trainer's history, which a resume restores."""
-        return next((float(entry[key]) for entry in reversed(self.state.log_history) if key in entry), None)
 
     def _get_output_dir(self, trial: Any) -> str:
         """Return where the Trainer writes `checkpoint-N`, before it is moved into the run's folder."""
@@ -223,10 +204,8 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint atomically, even if the disk refuses a file on one rank."""
         step, writer = self.state.global_step, self.checkpoint_writer
-        record = {
-            "supervised_tokens_seen": self.supervised_tokens_seen,
-            "integrity": self.integrity.check_before_save(),
-        }
+        checked = self.integrity.check_before_save()
+        record = {"supervised_tokens_seen": self.supervised_tokens_seen, "integrity": checked}
 
         def write() -> None:
             with patches.collect_errors_of_torch_save(writer.collect_write_errors):
@@ -264,10 +243,7 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
                 model.generation_config.save_pretrained(folder)
             except ValueError as error:
                 reason = " ".join(str(error).split())[:200]
-                raise SetupError(
-                    f"{self.plan.model}: the first save would fail: {reason}. No step was taken. Correct that file of "
-                    f"the model"
-                ) from error
+                raise SetupError(f"{self.plan.model}: the first save would fail: {reason}. Correct it") from error
 
     def save_weights(self, target: Path, masters_of: Path | None = None) -> str | None:
         """Save the model and its tokenizer atomically to `target`; None on success, else the reason of the failure.
@@ -289,13 +265,10 @@ class RecipeTrainer(SFTTrainer):  # type: ignore[misc]
         return self.checkpoint_writer.write_atomically(target, write, record)
 
     def _save_masters(self, checkpoint: Path, target: Path) -> None:
-        from deepspeed.utils import zero_to_fp32
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint as read_masters
 
-        frozen = self.plan.method != "full"
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            masters = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(
-                str(checkpoint), exclude_frozen_parameters=frozen
-            )
+            masters = read_masters(str(checkpoint), exclude_frozen_parameters=self.plan.method != "full")
         self._save(str(target), state_dict=masters)
         if config := read_json(target / "config.json"):
             write_json(target / "config.json", {**config, "dtype": "float32"})
@@ -326,13 +299,3 @@ def mean_loss(sums: torch.Tensor) -> float:
     """Return the loss per token of passes on all ranks, [ranks, passes, 2]: sum of losses and number of tokens."""
     total, tokens = sums.sum((0, 1)).tolist()
     return float(total / max(tokens, 1))
-
-
-def peak_flops(plan: Plan, device: torch.device) -> float | None:
-    """Return dense bf16 peak FLOP/s of this device by the table of GPU types, or of the type that the plan names; None
-    on a CPU, in fp32, and for a device that neither knows."""
-    if device.type != "cuda" or plan.precision != "bf16":
-        return None
-    properties = torch.cuda.get_device_properties(device)
-    gpu = gpu_types.identify(properties.name, properties.total_memory / 2**20)
-    return gpu.peak_flops if gpu else gpu_types.peak_flops(plan.gpu_type)

@@ -56,7 +56,7 @@ def check_nan_stops_run(workplace, poisoned_model, write_rows, strategy, process
     assert (record["state"], record["exit_code"]) == ("diverged", 3)
     assert any(place.endswith(f"{train.name}:78") for place in record["diverged"]["rows"])
     if packing == "false":
-        assert len(record["diverged"]["rows"]) == 1, "of a batch, the row alone"
+        assert len(record["diverged"]["rows"]) <= 2, "of the step, one micro-batch"
     step = record["diverged"]["step"]
     assert metrics(run)[-1]["step"] == step and metrics(run)[-1]["loss"] == "NaN", "the raw value is logged"
     assert record["steps"] == step - 1 and not (run / f"checkpoint-{step}").exists()

@@ -109,7 +109,7 @@ class Simulated:
         if self.gpu:
             held = 40 * GIB * (1 + (0.15 if share > 1 / self.evaluations else 0)) + draw.gauss(0, 0.1) * GIB
             line |= {"memory_allocated_bytes": int(held), "memory_reserved_bytes": int(1.3 * held)}
-            line |= {"memory_peak_bytes": int(1.25 * held), "mfu": 0.42 * speed, "mfu_palm": 0.44 * speed}
+            line |= {"memory_peak_bytes": int(1.25 * held), "mfu": 0.42 * speed}
             line |= {"hfu": 0.55 * speed}
         return line
 

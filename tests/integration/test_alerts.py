@@ -15,7 +15,7 @@ from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Topology
 from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.training.callbacks import alerts
-from sft_recipes.training.nan_guard import DivergedError, NanGuard, find_places
+from sft_recipes.training.nan_guard import DivergedError, NanGuard
 
 
 class Ranks:
@@ -50,6 +50,20 @@ def test_nan_guard_stops_on_non_finite_gradients(tmp_path, norm):
     with pytest.raises(DivergedError, match="the gradients are NaN or Inf") as raised:
         watch.check_gradients(torch.tensor(norm))
     assert raised.value.step == 5 and raised.value.rows == ["a.jsonl:2", "a.jsonl:1"]
+
+
+def test_nan_guard_names_rows_of_the_micro_batch_without_a_finite_loss(tmp_path):
+    """Two micro-batches of one row, the second of which is packed."""
+    watch = make_nan_guard(tmp_path)
+    watch._trainer.plan = dataclasses.replace(
+        watch._trainer.plan, gradient_accumulation_steps=2, per_device_train_batch_size=1
+    )
+    watch._trainer.accelerator.sync_gradients = False
+    watch.check_loss(torch.tensor(1.5))
+    watch._trainer.accelerator.sync_gradients = True
+    with pytest.raises(DivergedError, match="the loss is NaN or Inf") as raised:
+        watch.check_loss(torch.tensor(float("nan")))
+    assert raised.value.rows == ["a.jsonl:1"]
 
 
 def test_nan_guard_stops_on_step_skipped_by_deepspeed(tmp_path):
@@ -238,19 +252,3 @@ def test_invalid_threshold_is_rejected(in_process, override, message):
     done = in_process("plan", "tiny", override)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert message in done.stderr
-
-
-@pytest.mark.parametrize("flat", [False, True], ids=["batch of rows", "one flat row"])
-def test_nan_guard_finds_examples_in_either_layout(flat):
-    """Two packed rows of 5 and 4 tokens; the loss of the second row's first example (2 tokens) is NaN."""
-    rows = [
-        {"input_ids": [0] * 5, "source": ["a:1", "a:2"], "seq_lengths": [3, 2]},
-        {"input_ids": [0] * 4, "source": ["a:3", "a:4"], "seq_lengths": [2, 2]},
-    ]
-    broken = torch.zeros(1, 8, dtype=torch.bool) if flat else torch.zeros(2, 4, dtype=torch.bool)
-    broken[(0, 5) if flat else (1, 0)] = True
-    assert list(find_places(rows, broken)) == ["a:3"]
-    alone = torch.zeros(1, 4, dtype=torch.bool)
-    alone[0, 3] = True
-    assert list(find_places(rows[:1], alone)) == ["a:2"], "a micro-batch of one row"
-    assert list(find_places(rows, None)) == ["a:1", "a:2", "a:3", "a:4"]

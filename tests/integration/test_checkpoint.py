@@ -147,9 +147,7 @@ def test_run_without_a_valid_checkpoint_never_restarts_from_step_0(run, left):
         json.dumps({**manifest(run.path), "saved_step": None})
     )  # as after a kill before it was written
     if left == "corrupt":
-        with pytest.raises(
-            resume.NoValidCheckpointError, match=r"found only checkpoint-4\.corrupt-1, checkpoint-8\.corrupt-1"
-        ):
+        with pytest.raises(resume.NoValidCheckpointError, match="no valid checkpoint of this run"):
             find_checkpoint(run)
 
 

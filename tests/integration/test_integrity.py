@@ -90,10 +90,10 @@ def test_fingerprint_changes_with_every_bit(dtype):
     assert len(seen) == 1 + 8 * tensor.element_size() * tensor.numel()
 
 
-def test_fingerprint_changes_in_every_chunk_and_two_flipped_signs_do_not_cancel():
-    tensor = torch.zeros(2 * 2 * fingerprint._CHUNK + 3)
+def test_two_flipped_signs_do_not_cancel():
+    tensor = torch.zeros(2**22 + 3)
     original = fingerprint_of(tensor)
-    ends = [0, 2 * fingerprint._CHUNK - 1, 2 * fingerprint._CHUNK, tensor.numel() - 1]
+    ends = [0, 2**21 - 1, 2**21, tensor.numel() - 1]
     seen = {original}
     for first, second in itertools.combinations(ends, 2):
         flip(tensor, first, 31)
@@ -194,9 +194,9 @@ def end_early(rows):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (repeat_row, r"epoch 2, step 7: fed rows \[\d+\], repeated or of other steps, instead of \[\d+\]"),
-        (swap_rows, r"epoch 2, step 7: fed rows \[\d+\], repeated or of other steps, instead of \[\d+\]"),
-        (end_early, r"epoch 2 ended after 3 of 5 steps, its other rows were skipped"),
+        (repeat_row, "step 7: fed other rows than its epoch's order has"),
+        (swap_rows, "step 7: fed other rows than its epoch's order has"),
+        (end_early, "step 8: rows of the epoch were skipped"),
     ],
 )
 def test_data_order_check_stops_the_run_before_a_save(begin, fault, message):
@@ -265,7 +265,7 @@ def test_data_order_check_finds_a_resume_that_skips_no_rows(begin, monkeypatch):
     again = begin("run", "trainer.max_steps=8")
     point = again.checkpoint_writer.folder.checkpoint(3)
     restore_rows_hash(again, point)
-    with pytest.raises(TrainingError, match=r"epoch 1, step 4: fed rows \[\d+, \d+, "):
+    with pytest.raises(TrainingError, match="step 4: fed other rows"):
         again.train(resume_from_checkpoint=str(point))
 
 

@@ -25,7 +25,7 @@ ON_A_TRAINING_LINE = {
     "data_wait_fraction", "padded_tokens_per_second", "tokens_per_second", "supervised_tokens_per_second", "host_memory_bytes",
     "supervised_tokens_seen", "rows_hash", "num_input_tokens_seen",
 }  # fmt: skip
-GAP = {"train_eval_gap", "train_eval_gap_smoothed", "overfitting_signal"}
+GAP = {"train_eval_gap", "overfitting_signal"}
 
 
 def training_lines(run):
@@ -54,19 +54,15 @@ def test_training_lines_have_throughput_and_tokens(tracked_run):
 
 def test_train_eval_gap_uses_the_last_training_loss(tracked_run):
     trained = {line["step"]: line["loss"] for line in training_lines(tracked_run)}
-    smoothed = None
     for line in evaluations(tracked_run):
         assert line.keys() >= {*GAP, "eval_mean_token_accuracy"}
         assert line["train_eval_gap"] == pytest.approx(line["eval_loss"] - trained[line["step"]])
         assert line["overfitting_signal"] == float(line["train_eval_gap"] > 0.1)
-        gap = line["train_eval_gap"]
-        smoothed = gap if smoothed is None else (smoothed + gap) / 2
-        assert line["train_eval_gap_smoothed"] == pytest.approx(smoothed)
     assert [line["step"] for line in evaluations(tracked_run)] == [4, 8]
 
 
-def test_last_line_is_the_summary(tracked_run):
-    last = metrics(tracked_run)[-1]
+def test_summary_is_one_line_at_the_end(tracked_run):
+    (last,) = [line for line in metrics(tracked_run)[-2:] if "final/total_steps" in line]
     assert last["final/total_steps"] == 8
     assert last["final/best_eval_loss"] == min(line["eval_loss"] for line in evaluations(tracked_run))
     assert last["final/epochs_completed"] == pytest.approx(training_lines(tracked_run)[-1]["epoch"])
@@ -90,8 +86,6 @@ def test_tensorboard_files(tracked_run):
     assert {"final/total_steps", "final/best_eval_loss", "final/epochs_completed"} <= names
     losses = {event.step: event.value for event in read.Scalars("train/loss")}
     assert losses == pytest.approx({line["step"]: line["loss"] for line in training_lines(tracked_run)}, rel=1e-6)
-    text = read.Tensors("samples/0/text_summary")
-    assert [event.step for event in text] == [4, 8] and b"reference" in text[0].tensor_proto.string_val[0]
     assert b'"recipe": "tiny"' in read.Tensors("plan/text_summary")[0].tensor_proto.string_val[0]
 
 
@@ -108,9 +102,7 @@ def test_wandb_file(tracked_run):
     losses = {row["train/global_step"]: row["train/loss"] for row in rows if "train/loss" in row}
     assert losses == pytest.approx({line["step"]: line["loss"] for line in training_lines(tracked_run)})
     assert {row["train/global_step"] for row in rows if "eval/loss" in row} == {4, 8}
-    assert any("train/train_eval_gap" in row for row in rows) and any(
-        key.startswith("samples") for row in rows for key in row
-    )
+    assert any("train/train_eval_gap" in row for row in rows)
     summary = {
         key: value for record in wandb_records(tracked_run, "summary") for key, value in record["update"].items()
     }
@@ -192,7 +184,7 @@ def test_mfu_and_hfu(checkpointing):
     plan = plans.resolve(recipe, Topology(gpus=1, processes=1, gpu_type="h100-80g"))
     architecture = recipe.model.architecture
     meter = throughput.ThroughputMeter(plan, architecture, 989e12, torch.device("cpu"))
-    meter.begin_step()
+    meter.begin_step(0)
     meter.add_batches([{"input_ids": torch.zeros(1, 2048), "position_ids": torch.arange(2048)[None]}], 1024)
     meter._step_start -= 0.25
     meter.end_step()
@@ -205,8 +197,6 @@ def test_mfu_and_hfu(checkpointing):
     if checkpointing == "true":
         again += 2 * (layers - 32 * 58_720_256) + attention
     assert values["hfu"] == pytest.approx((model + again) * 2048 / seconds / 989e12)
-    n, attention = plan.parameters, 12 * 32 * 4096 * 2048
-    assert values["mfu_palm"] == pytest.approx((6 * n + attention) * 2048 / seconds / 989e12)
     assert meter.read(OneRank(), 0) == {}, "a second line without a step in between"
 
 
@@ -230,7 +220,7 @@ def test_data_wait_fraction():
 
     plan = plans.resolve(loader.load("tiny"), Topology(gpus=0, processes=1))
     meter = throughput.ThroughputMeter(plan, {}, None, torch.device("cpu"))
-    meter.begin_step()
+    meter.begin_step(0)
     assert list(meter.time_batches(slow())) == [0, 1, 2]
     time.sleep(0.15)
     meter.end_step()
@@ -240,7 +230,7 @@ def test_data_wait_fraction():
 def test_host_memory_is_of_this_process():
     plan = plans.resolve(loader.load("tiny"), Topology(gpus=0, processes=1))
     meter = throughput.ThroughputMeter(plan, {}, None, torch.device("cpu"))
-    meter.begin_step()
+    meter.begin_step(0)
     meter.end_step()
     pages = int(Path(f"/proc/{os.getpid()}/statm").read_text().split()[1])
     resident = pages * os.sysconf("SC_PAGE_SIZE")

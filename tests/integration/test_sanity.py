@@ -68,12 +68,7 @@ def test_forecast_adds_up_measured_times(monkeypatch):
     monkeypatch.setenv("GPU_HOUR_PRICE", "2.5")
     forecast = trial.measured_forecast(plan, measured)
     evaluations, saves = 2, 1  # every 1000 and every 2000 steps, and the last
-    models = (
-        (evaluations + 2)
-        * plans.memory_inputs(plan, plan.sections.model.architecture).trained_bytes
-        / plan.checkpoint_bytes
-    )
-    seconds = 1001 * 3.0 * 2 + evaluations * 1000 * 0.01 + (saves + models) * 60.0
+    seconds = 1001 * 3.0 * 2 + evaluations * 1000 * 0.01 + saves * 60.0
     assert forecast["seconds"] == pytest.approx(seconds, abs=0.1)
     assert forecast["gpu_hours"] == pytest.approx(seconds * 8 / 3600, abs=0.01)
     above_13b = trial.measured_forecast(plan, {**measured, "save_seconds": None})
@@ -123,14 +118,12 @@ def test_healthy_trial_passes_all_checks(tmp_path, trial_of_few_rows, monkeypatc
     assert {name: check.passed for name, check in results.items() if not check.passed} == {"completions": None}
 
 
-@pytest.mark.parametrize(
-    ("rate", "fix"), [(0.0, "raise the learning rate: "), (2.0, "lower the learning rate: ")], ids=["zero", "too high"]
-)
+@pytest.mark.parametrize(("rate", "fix"), [(0.0, "raise"), (2.0, "lower")], ids=["zero", "too high"])
 def test_wrong_learning_rate_fails_loss_check(tmp_path, trial_of_few_rows, monkeypatch, rate, fix):
     planned, prepared = trial_of_few_rows
     results = run_in_process(tmp_path, dataclasses.replace(planned, learning_rate=rate), prepared, monkeypatch)
     assert results["loss falls"].passed is False
-    assert results["loss falls"].fix == f"{fix}trainer.learning_rate=2.0e-3 (start value of size class tiny)"
+    assert results["loss falls"].fix == f"{fix} trainer.learning_rate"
     assert results["loss mask"].passed and "checkpoint" not in results, "a failed trial is not reloaded"
 
 
@@ -263,28 +256,6 @@ def test_cache_key_depends_on_weight_files(tmp_path):
     assert trial.cache_key(plan) == before
     (model / "model.safetensors").write_bytes(b"22")
     assert trial.cache_key(plan) != before
-
-
-@pytest.mark.parametrize(
-    ("rate", "factor", "suggestion"),
-    [
-        (2e-5, 2, "trainer.learning_rate=4.0e-5"),
-        (
-            5e-5,
-            2,
-            "trainer.learning_rate=1.0e-4 allow_out_of_range=[learning_rate] (size class 7-13b allows 1e-05 to 5e-05)",
-        ),
-        (
-            1e-5,
-            1 / 3,
-            "trainer.learning_rate=3.3e-6 allow_out_of_range=[learning_rate] (size class 7-13b allows 1e-05 to 5e-05)",
-        ),
-        (2e-3, 2, "trainer.learning_rate=2.0e-5 (start value of size class 7-13b)"),
-    ],
-)
-def test_suggested_learning_rate_includes_allow_out_of_range(rate, factor, suggestion):
-    plan = plans.resolve(loader.load("8b"), Topology(gpus=8, processes=8, gpu_type="h100-80g"))
-    assert checks.suggest_learning_rate(dataclasses.replace(plan, learning_rate=rate), factor) == suggestion
 
 
 def test_forecast_of_unknown_architecture():

@@ -137,7 +137,7 @@ def test_zero_without_compiler_names_packages_to_install(workplace, few_rows):
     )  # fmt: skip
     assert done.returncode == 2, done.stdout + done.stderr
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
-    assert line.endswith("found no C++ compiler (c++). Install g++ and python3-dev, or set parallelism=ddp")
+    assert line.endswith(". Install g++ and python3-dev, or set parallelism=ddp")
     assert "deepspeed_shm_comm" in line and "Traceback" not in done.stdout + done.stderr
 
 

@@ -39,12 +39,12 @@ def test_trial_passes_under_each_strategy(workplace, few_rows, parallelism, prec
     assert_one_trainer_at_a_time(log, ranks=2)
 
 
-def test_reload_out_of_memory_fails_checkpoint_check(workplace, few_rows):
+def test_reload_out_of_memory_fails_memory_check(workplace, few_rows):
     log = workplace.path / "device.jsonl"
     done = workplace.sft("sanity", "tiny", f"data.train={few_rows}", *SMALL, **simulated_device(log, size=0.5))
     assert done.returncode == 1, done.stdout + done.stderr
     failed = lines_of(done, "FAIL")
-    assert set(failed) == {"checkpoint"} and "resuming from checkpoint-10: rank 0 ran out of memory" in done.stdout
+    assert set(failed) == {"peak memory"} and "rank 0 ran out of memory" in done.stdout
     assert "fix: " in done.stdout and "Traceback" not in done.stderr
     assert list((workplace.runs / ".sanity").iterdir()) == [], "no cached result"
 

@@ -184,7 +184,7 @@ def test_recipe_sets_attention():
 
 
 def test_missing_flash_attention_is_rejected_with_the_fix():
-    with pytest.raises(UserError, match="flash_attention_2 needs the package flash_attn, .* Run `make flash-attn`"):
+    with pytest.raises(UserError, match="flash_attention_2 needs the package flash_attn, .*`make flash-attn`"):
         attention.implementation_to_load(make_plan("model.attention=flash_attention_2", "precision=bf16", gpus=1))
 
 

@@ -113,7 +113,7 @@ def test_peft_saves_embeddings_and_asks_the_hub_without_patch(model_folder, tmp_
         model = AutoModelForCausalLM.from_pretrained(model_folder)
         model.resize_token_embeddings(384)
         model.name_or_path = "some/model"
-        adapted = get_peft_model(model, lora.make_lora_config(plan, model_folder))
+        adapted = get_peft_model(model, lora.make_lora_config(plan, model_folder, model))
         patch(adapted)
         adapted.save_pretrained(tmp_path)
         return names

@@ -394,7 +394,7 @@ def test_logits_chunk_is_limited_to_vocabulary(tmp_path, model_folder, tokenizer
 def test_number_of_ranks_must_match_the_plan(tmp_path):
     """accelerate can silently start one process."""
     plan = plans.resolve(loader.load("tiny"), Topology(gpus=0, processes=2))
-    with pytest.raises(UserError, match="^ranks: found 1, expected 2 as in the plan. No step was taken$"):
+    with pytest.raises(UserError, match="^ranks: found 1, expected 2 as in the plan$"):
         main.configure(plan, RunDir(tmp_path))
 
 

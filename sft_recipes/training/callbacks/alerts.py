@@ -6,25 +6,21 @@ Decisions use metrics that are equal on all ranks, so that all ranks decide alik
 import logging
 import math
 from collections.abc import Iterable
-from dataclasses import asdict
 from typing import Any
-
-from transformers import TrainerCallback
 
 from sft_recipes.monitor.detectors import AlertStream
 from sft_recipes.monitor.metrics_log import Alert, MetricSeries
 from sft_recipes.monitor.rules import RULES
 from sft_recipes.planner.plan import Plan
+from sft_recipes.training.callbacks import RunCallback
 from sft_recipes.training.callbacks.metrics import append
 from sft_recipes.training.checkpoint import retention
 
 log = logging.getLogger(__name__)
 
 
-class AlertCallback(TrainerCallback):
+class AlertCallback(RunCallback):
     """Run the live rules (`monitor.rules`) and early stopping; one warning each time that a condition begins."""
-
-    trainer: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Restore the log lines of earlier attempts. Losses of single steps are not logged; norms are."""
@@ -59,7 +55,7 @@ class AlertCallback(TrainerCallback):
         for alert in alerts:
             reason = f"{alert.rule.replace('_', ' ')}: {alert.evidence}"
             if state.is_world_process_zero:
-                append(self.trainer.folder.warnings, asdict(alert))
+                append(self.trainer.folder.warnings, vars(alert))
                 log.warning("step %d: %s", alert.step, reason)
             if alert.rule in self.trainer.plan.sections.monitor.stop_on:
                 raise self.trainer.nan_guard.diverged(reason, applied=True)

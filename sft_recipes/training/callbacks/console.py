@@ -1,12 +1,9 @@
-"""Progress on the console: lines of metrics, and below them a progress bar on a terminal; rank 0 only."""
+"""Progress on the console: a line at every log and evaluation step, on rank 0 only."""
 
 import logging
-import re
-import sys
 import time
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from transformers import TrainerCallback
 
 from sft_recipes.runtime.units import GIB, format_duration
@@ -15,28 +12,17 @@ log = logging.getLogger(__name__)
 
 
 class ConsoleCallback(TrainerCallback):
-    """Prints a line at every log and evaluation step, and on a terminal a progress bar.
+    """Prints a line at every log and evaluation step.
 
     Attributes:
-        bar: the progress bar, on a terminal only.
         started: time and step at which this attempt started, for the remaining time.
     """
 
-    bar: Progress | None = None
     started = (0.0, 0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the bar if standard output is a terminal."""
+        """Start the clock."""
         self.started = (time.monotonic(), state.global_step)
-        if state.is_world_process_zero and sys.stdout.isatty():
-            self.bar = Progress("step", MofNCompleteColumn(), BarColumn(24), "eta", TimeRemainingColumn())
-            self.bar.start()  # lines that are logged meanwhile appear above it
-            self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Advance the bar."""
-        if self.bar is not None:
-            self.bar.update(self.task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Print loss, learning rate, gradient norm, throughput, memory and the remaining time."""
@@ -49,19 +35,7 @@ class ConsoleCallback(TrainerCallback):
             memory = logs.get("memory_peak_bytes", logs.get("host_memory_bytes"))
             self._print(state, "  ".join([*parts, *([f"{memory / GIB:.1f} GiB"] if memory else [])]))
         if "eval_loss" in logs:
-            sources = {key[5:-5]: value for key, value in logs.items() if re.fullmatch(r"eval_\w+_loss", key)}
-            by_source = ", ".join(f"{name} {value:.4f}" for name, value in sources.items())
-            self._print(state, f"eval_loss {logs['eval_loss']:.4f}{f' ({by_source})' if by_source else ''}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop the bar."""
-        self.end()
-
-    def end(self) -> None:
-        """Stop the bar, also of a run that did not finish."""
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
+            self._print(state, f"eval_loss {logs['eval_loss']:.4f}")
 
     def _print(self, state: Any, text: str) -> None:
         started, first_step = self.started

@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
 
 from sft_recipes.training import stop_signal
+from sft_recipes.training.callbacks import RunCallback
 
 
 class StoppedAtStartError(Exception):
@@ -16,7 +16,7 @@ class EvaluationStoppedError(Exception):
     """All ranks leave an evaluation at the same forward pass; the next attempt repeats it."""
 
 
-class GracefulStopCallback(TrainerCallback):
+class GracefulStopCallback(RunCallback):
     """All-reduces the stop request at every step, since ranks receive a signal at different steps.
 
     A rank that saved alone would wait indefinitely for the others, which wait in the next step's all-reduce
@@ -29,7 +29,6 @@ class GracefulStopCallback(TrainerCallback):
 
     stopped = False
     first_step = 0
-    trainer: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Record the step at which this attempt starts."""

@@ -21,7 +21,6 @@ def _beat(activity: Activity, steps_taken: int = 0) -> Callable[..., None]:
 class HeartbeatCallback(TrainerCallback):
     """Beats on every rank, in the same order; saves and waits for other ranks beat where they happen."""
 
-    trainer: Any = None
     on_train_begin = on_step_begin = on_substep_end = on_pre_optimizer_step = _beat("step")
     on_step_end = on_evaluate = on_save = _beat("step", 1)
     on_prediction_step = _beat("evaluating", 1)

@@ -5,24 +5,21 @@
 
 from typing import Any
 
-from transformers import TrainerCallback
-
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.run_dir import FINGERPRINTED_STEPS
+from sft_recipes.training.callbacks import RunCallback
 from sft_recipes.training.callbacks.metrics import append, drop_lines_after
 from sft_recipes.training.integrity import fingerprint, replica_check
 from sft_recipes.training.integrity.data_order import DataOrderCheck
 
 
-class IntegrityCallback(TrainerCallback):
+class IntegrityCallback(RunCallback):
     """Writes `integrity.jsonl` and runs the checks; part of every trainer.
 
     Attributes:
         data_order: the data-order check; its hash is restored before a resumed run trains.
         replica_check_steps: steps between two replica checks; 0 without DDP.
     """
-
-    trainer: Any = None
 
     def __init__(self, plan: Plan, data_order: DataOrderCheck):
         self.data_order = data_order

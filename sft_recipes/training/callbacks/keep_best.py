@@ -3,9 +3,8 @@
 import logging
 from typing import Any
 
-from transformers import TrainerCallback
-
 from sft_recipes.training import manifest
+from sft_recipes.training.callbacks import RunCallback
 from sft_recipes.training.callbacks.metrics import append
 from sft_recipes.training.checkpoint import checkpoint_format, retention
 
@@ -14,10 +13,8 @@ log = logging.getLogger(__name__)
 CHECKPOINTS_KEPT = 2
 
 
-class RetentionCallback(TrainerCallback):
+class RetentionCallback(RunCallback):
     """Saves `best-N/` after an evaluation among the three best, and has the last step evaluated."""
-
-    trainer: Any = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Request an evaluation at the last step, and a new save after a failed one.

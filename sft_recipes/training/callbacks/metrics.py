@@ -5,19 +5,16 @@ import math
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
-
 from sft_recipes.monitor import metrics_log
 from sft_recipes.runtime import append_line
 from sft_recipes.runtime.atomic_write import write_atomic
+from sft_recipes.training.callbacks import RunCallback
 from sft_recipes.training.checkpoint import retention
 from sft_recipes.training.nan_guard import json_number
 
 
-class MetricsCallback(TrainerCallback):
+class MetricsCallback(RunCallback):
     """Appends to `metrics.jsonl`; a resumed run continues after the checkpoint's step."""
-
-    trainer: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Drop what an interrupted attempt logged after the checkpoint."""
@@ -55,12 +52,6 @@ def final(state: Any) -> dict[str, float]:
     return {**summary, "final/best_eval_loss": min(losses)} if losses else summary
 
 
-def add_to_summary(path: Path, values: dict[str, Any]) -> None:
-    """Add values to the last line of a finished run, its summary."""
-    *lines, summary = metrics_log.read_lines(path)
-    _rewrite(path, [*lines, summary | values])
-
-
 def append(path: Path, line: dict[str, Any]) -> None:
     """Append one JSON line; NaN and Infinity, which JSON lacks, are written as strings."""
     append_line.add(path, _to_json(line))
@@ -69,11 +60,8 @@ def append(path: Path, line: dict[str, Any]) -> None:
 def drop_lines_after(path: Path, step: int) -> None:
     """Drop the lines after a step, which an interrupted attempt wrote."""
     if path.is_file():
-        _rewrite(path, [line for line in metrics_log.read_lines(path) if line["step"] <= step])
-
-
-def _rewrite(path: Path, lines: list[dict[str, Any]]) -> None:
-    write_atomic(path, "".join(f"{_to_json(line)}\n" for line in lines))
+        kept = [line for line in metrics_log.read_lines(path) if line["step"] <= step]
+        write_atomic(path, "".join(f"{_to_json(line)}\n" for line in kept))
 
 
 def _to_json(line: dict[str, Any]) -> str:

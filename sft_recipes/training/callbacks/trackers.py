@@ -7,26 +7,18 @@ import contextlib
 import functools
 import logging
 import os
-import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.integrations.integration_utils import (
-    INTEGRATION_TO_CALLBACK,
-    TensorBoardCallback,
-    WandbCallback,
-    WandbLogModel,
-)
+from transformers.integrations import integration_utils as integrations
 
 from sft_recipes.planner import plan as plans
 from sft_recipes.runtime import timeouts
 from sft_recipes.training.callbacks.metrics import final
 
 log = logging.getLogger(__name__)
-
-_SAMPLE_KEYS = ("prompt", "reference", "completion")
 
 
 class TrackerCallback(TrainerCallback):
@@ -51,7 +43,7 @@ class TrackerCallback(TrainerCallback):
             os.environ.setdefault("CLEARML_LOG_MODEL", "FALSE")  # ClearML uploads weights otherwise (transformers 5.23)
             own = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}.get(self.name)
             with self._disabled_if_it_raises():
-                self._tracker = own(self.trainer) if own else INTEGRATION_TO_CALLBACK[self.name]()
+                self._tracker = own(self.trainer) if own else integrations.INTEGRATION_TO_CALLBACK[self.name]()
                 self._tracker.on_init_end(args, state, control, **context)
                 self._tracker.on_train_begin(args, state, control, **context)
 
@@ -64,11 +56,6 @@ class TrackerCallback(TrainerCallback):
                 self._forward("on_log", args, state, control, logs=final(state), **context)
         self._forward("on_train_end", args, state, control, **context)
         self._tracker = None
-
-    def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-        """Log completions of held-out prompts, if the tracker has a page or a table for them."""
-        if hasattr(self._tracker, "log_samples"):
-            self._forward("log_samples", step, samples)
 
     def end(self) -> None:
         """Close the tracker of a run that did not finish."""
@@ -90,7 +77,7 @@ class TrackerCallback(TrainerCallback):
             log.warning("%s: %s; disabled, metrics.jsonl has all metrics", self.name, _first_line(error))
 
 
-class TensorBoard(TensorBoardCallback):  # type: ignore[misc]
+class TensorBoard(integrations.TensorBoardCallback):  # type: ignore[misc]
     """Event files in the run's directory; a resumed run purges what an interrupted one wrote after its checkpoint."""
 
     def __init__(self, trainer: Any):
@@ -105,19 +92,13 @@ class TensorBoard(TensorBoardCallback):  # type: ignore[misc]
         super().on_train_begin(args, state, control, **context)
         self.tb_writer.add_text("plan", f"```json\n{plans.to_json(self.trainer.plan)}\n```")
 
-    def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-        """One text per prompt, as Markdown code blocks."""
-        for number, sample in enumerate(samples):
-            parts = [f"**{key}**\n\n{textwrap.indent(str(sample[key]), '    ')}" for key in _SAMPLE_KEYS]
-            self.tb_writer.add_text(f"samples/{number}", "\n\n".join(parts), step)
-
     def log_summary(self, step: int, summary: dict[str, float]) -> None:
         """Scalars, under their names as they are."""
         for name, value in summary.items():
             self.tb_writer.add_scalar(name, value, step)
 
 
-class WeightsAndBiases(WandbCallback):  # type: ignore[misc]
+class WeightsAndBiases(integrations.WandbCallback):  # type: ignore[misc]
     """A W&B run with a fixed id, which a resumed run continues; offline if W&B cannot be reached.
 
     WANDB_PROJECT, WANDB_NAME, WANDB_ENTITY, WANDB_MODE, WANDB_BASE_URL and WANDB_LOG_MODEL are W&B's own variables.
@@ -126,8 +107,8 @@ class WeightsAndBiases(WandbCallback):  # type: ignore[misc]
     def __init__(self, trainer: Any):
         super().__init__()
         self.plan, self.folder = trainer.plan, trainer.folder
-        if self.plan.shards_parameters and self._log_model == WandbLogModel.END:
-            self._log_model = WandbLogModel.FALSE
+        if self.plan.shards_parameters and self._log_model == integrations.WandbLogModel.END:
+            self._log_model = integrations.WandbLogModel.FALSE
             log.warning("WANDB_LOG_MODEL=end: ignored, since %s shards the weights", self.plan.parallelism)
 
     def setup(self, args: Any, state: Any, model: Any, **context: Any) -> None:
@@ -155,11 +136,6 @@ class WeightsAndBiases(WandbCallback):  # type: ignore[misc]
             mode=mode,
             settings=self._wandb.Settings(**limits, **finish, console="off", silent=True, save_code=False),
         )
-
-    def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-        """A table with the step's completions."""
-        table = self._wandb.Table(list(_SAMPLE_KEYS), [[sample[key] for key in _SAMPLE_KEYS] for sample in samples])
-        self._wandb.log({"samples": table, "train/global_step": step})
 
     def log_summary(self, _step: int, summary: dict[str, float]) -> None:
         """The run's summary, under the metrics' names as they are."""

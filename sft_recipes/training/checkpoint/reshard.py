@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
 
 from sft_recipes.planner import rank_change
 from sft_recipes.planner.plan import Plan
 from sft_recipes.planner.rank_change import Ranks
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir
+from sft_recipes.training.callbacks import RunCallback
 from sft_recipes.training.checkpoint.resume import ResumePoint
 
 log = logging.getLogger(__name__)
@@ -58,13 +58,12 @@ def prepare_checkpoint(plan: Plan, folder: RunDir, point: ResumePoint, trainer: 
     return target
 
 
-class ReshardCallback(TrainerCallback):
+class ReshardCallback(RunCallback):
     """Fix the loaded ZeRO state before the first step, and remove the resharded checkpoint."""
 
     def __init__(self, resharded: Path, step: int):
         self.resharded = resharded
         self.optimizer_state = resharded / f"global_step{step}" / "zero" / "optimizer_state.pt"
-        self.trainer: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Fix the state, which the Trainer has just loaded."""

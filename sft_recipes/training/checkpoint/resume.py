@@ -3,9 +3,8 @@
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate.utils import broadcast_object_list, gather_object
 
@@ -22,8 +21,7 @@ class NoValidCheckpointError(TrainingError):
     """The run has saved, and no checkpoint is valid; it never restarts from step 0 silently."""
 
 
-@dataclass(frozen=True)
-class ResumePoint:
+class ResumePoint(NamedTuple):
     """A verified checkpoint and the record in its commit marker."""
 
     path: Path
@@ -44,17 +42,14 @@ def find_latest_valid(plan: Plan, folder: RunDir, accelerator: Any) -> ResumePoi
     Raises:
         NoValidCheckpointError: the run has saved, and no checkpoint is valid.
     """
-    traces: list[Any] = [sorted(path.name for path in folder.path.glob("checkpoint-*"))]
-    if not traces[0] and (saved := read_json(folder.manifest).get("saved_step")):
-        traces = [[f"step {saved} in manifest.json"]]
-    broadcast_object_list(traces)
+    has_saved = [any(folder.path.glob("checkpoint-*")) or bool(read_json(folder.manifest).get("saved_step"))]
+    broadcast_object_list(has_saved)
     steps = folder.numbered("checkpoint")[::-1]
     point, skipped = find_valid(folder, steps, plan.run_id, accelerator, quarantine=True)
-    if point is None and traces[0]:
-        reason = "; ".join(skipped) or f"found only {', '.join(traces[0])}"
-        raise NoValidCheckpointError(
-            f"{folder.path}: no valid checkpoint of this run ({reason}). Restore one, or start another run: NAME=…"
-        )
+    if point is None and has_saved[0]:
+        reason = "; ".join(skipped) or "found none"
+        fix = "Restore one, or start another run: NAME=…"
+        raise NoValidCheckpointError(f"{folder.path}: no valid checkpoint of this run ({reason}). {fix}")
     if accelerator.is_main_process:
         _remove_incomplete(folder)
     return point

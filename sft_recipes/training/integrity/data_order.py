@@ -6,7 +6,7 @@ component caused it. Ranks exchange row numbers at each log line, save and end o
 """
 
 import hashlib
-from collections import Counter
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,7 +15,6 @@ from sft_recipes.runtime.errors import TrainingError
 ROW = "row"  # a row's number, as a column of the training rows and in a batch
 
 _REPORT = "This is a bug in sft_recipes or a library: report it with plan.json and log.txt"
-_ROWS_SHOWN = 8
 
 
 class DataOrderCheck:
@@ -49,23 +48,11 @@ class DataOrderCheck:
         steps_of_ranks = gather_object([self._pending])
         self._pending = []
         for rows_of_ranks in zip(*steps_of_ranks, strict=True):
-            self._check_step(sorted(row for rows in rows_of_ranks for row in rows))
-        if self.steps != steps_taken:
-            raise TrainingError(f"rows were fed to {self.steps} steps, but {steps_taken} were taken. {_REPORT}")
-        epochs, step = divmod(steps_taken, self._sampler.steps_per_epoch)
-        if epoch_ended and step:
-            end = f"epoch {epochs + 1} ended after {step} of {self._sampler.steps_per_epoch} steps"
-            raise TrainingError(f"{end}, its other rows were skipped. {_REPORT}")
-
-    def _check_step(self, fed: list[int]) -> None:
-        expected = sorted(self._sampler.rows_of_step(self.steps))
-        epoch = self.steps // self._sampler.steps_per_epoch
-        self.steps += 1
-        if fed != expected:
-            wrong = list((Counter(fed) - Counter(expected)).elements())
-            missing = list((Counter(expected) - Counter(fed)).elements())
-            raise TrainingError(
-                f"epoch {epoch + 1}, step {self.steps}: fed rows {wrong[:_ROWS_SHOWN]}, repeated or of other steps, "
-                f"instead of {missing[:_ROWS_SHOWN]} (counted from 0 as prepared); in no checkpoint. {_REPORT}"
-            )
-        self.rows_hash = hashlib.sha256(f"{self.rows_hash} {self.steps} {fed}".encode()).hexdigest()[:32]
+            fed, expected = sorted(itertools.chain(*rows_of_ranks)), sorted(self._sampler.rows_of_step(self.steps))
+            self.steps += 1
+            if fed != expected:
+                raise TrainingError(f"step {self.steps}: fed other rows than its epoch's order has. {_REPORT}")
+            self.rows_hash = hashlib.sha256(f"{self.rows_hash} {self.steps} {fed}".encode()).hexdigest()[:32]
+        ended_early = epoch_ended and steps_taken % self._sampler.steps_per_epoch
+        if self.steps != steps_taken or ended_early:
+            raise TrainingError(f"step {steps_taken}: rows of the epoch were skipped. {_REPORT}")

@@ -28,11 +28,9 @@ def compare(trainer: Any, step: int) -> None:
     others = len(fingerprints) - len(suspects)
     names = " and ".join(f"rank {rank} on {hosts[rank]}" for rank in suspects)
     difference = f"differ from those of the other {others} ranks" if others else "differ, without a majority"
-    raise TrainingError(
-        f"step {step}: the weights of {names} {difference}: a GPU or memory there is suspect, these weights are in no "
-        f"checkpoint. Check ECC errors and the kernel log, exclude it with DEVICES=… or another node, and repeat the "
-        f"command"
-    )
+    cause = "a GPU or memory there is suspect, these weights are in no checkpoint"
+    fix = "Check ECC errors, exclude it with DEVICES=… or another node, and repeat the command"
+    raise TrainingError(f"step {step}: the weights of {names} {difference}: {cause}. {fix}")
 
 
 def find_minority(fingerprints: Sequence[str]) -> list[int]:
