@@ -132,7 +132,7 @@ def recipe_keys() -> Iterator[str]:
         ("key", "default"), ((f"`trainer.{k}`", f"`{str(v).lower()}`") for k, v in schema.TRAINER_DEFAULTS.items())
     )
     yield "Fields that a recipe may not set, with what sets them:\n"
-    yield table(("field", "set by"), ((f"`{k}`", v) for k, v in schema.OWNED_BY_THE_PLAN.items()))
+    yield table(("field", "set by"), ((f"`{k}`", v) for k, v in schema.owned_trainer_fields().items()))
 
 
 TOP_KEYS = {

@@ -162,8 +162,7 @@ def _build(name: str, settings: Mapping[str, Setting]) -> Recipe:
     sections: dict[str, dict[str, Any]] = {section: {} for section in (*schema.SECTIONS, "trainer", "")}
     for key, setting in settings.items():
         section, _, leaf = key.rpartition(".")
-        if section == "trainer" and leaf in schema.OWNED_BY_THE_PLAN:
-            owner = schema.OWNED_BY_THE_PLAN[leaf]
+        if section == "trainer" and (owner := schema.owned_trainer_fields().get(leaf)):
             fix = f" ({owner})" if owner.startswith("fixed: ") else f". Set {owner} instead"
             raise ConfigError(f"{setting.where}: {key} is set by the plan{fix}")
         sections[section][leaf] = _validate(f"{setting.where}: ", key, setting.value, types)

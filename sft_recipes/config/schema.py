@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_type_hints
 
+import yaml
 from pydantic import AfterValidator, Field, NonNegativeFloat
 
 from sft_recipes.config.strategies import STRATEGIES
@@ -80,43 +81,6 @@ OVERFIT_SETTINGS: dict[str, Any] = {
     "trainer.eval_steps": 50,
     "trainer.save_steps": 200,
 }
-
-# SFTConfig fields that a recipe may not set, because the plan derives them or correctness depends on them; by the key
-# or variable to set instead, or why they are fixed.
-_OWNERS = {
-    "NAME=": "output_dir run_name",
-    "RESUME=1": "resume_from_checkpoint",
-    "GPUS=0": "use_cpu",
-    "REPORT_TO=": "report_to",
-    "batch.max_per_device_batch_size": "per_device_train_batch_size per_device_eval_batch_size auto_find_batch_size",
-    "batch.effective_batch_size": "gradient_accumulation_steps",
-    "precision": "bf16 fp16",
-    "parallelism": "deepspeed fsdp fsdp_config accelerator_config parallelism_config",
-    "the keys of model": "model_init_kwargs",
-    "model.chat_template": "chat_template_path",
-    "model.fused_kernels": "use_liger_kernel liger_kernel_config",
-    "model.trust_remote_code": "trust_remote_code",
-    "trainer.warmup_ratio": "warmup_steps",
-    "trainer.eval_steps": "eval_strategy",
-    "trainer.save_steps": "save_strategy",
-    "trainer.logging_steps": "logging_strategy",
-    "trainer.packing": "eval_packing padding_free",
-    "trainer.gradient_checkpointing": "activation_checkpointing",
-    "fixed: checkpointing is non-reentrant": "activation_checkpointing_kwargs gradient_checkpointing_kwargs",
-    "fixed: the two latest checkpoints, weights of the three best by eval_loss": "save_total_limit save_only_model "
-    "load_best_model_at_end metric_for_best_model greater_is_better enable_jit_checkpoint",
-    "fixed: the loss is a mean over the tokens of all ranks, logged as it is": "average_tokens_across_devices "
-    "logging_nan_inf_filter include_num_input_tokens_seen",
-    "fixed: rows are prepared before the trainer starts": "dataset_kwargs remove_unused_columns dataset_text_field "
-    "dataset_num_proc shuffle_dataset truncation_mode pad_to_multiple_of length_column_name eos_token pad_token "
-    "packing_strategy assistant_only_loss completion_only_loss",
-    "fixed: complete effective batches in a seeded order": "train_sampling_strategy dataloader_drop_last "
-    "ignore_data_skip",
-    "fixed: set by the command": "do_train do_eval do_predict local_rank",
-    "fixed: runs upload nothing": "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push "
-    "hub_revision",
-}
-OWNED_BY_THE_PLAN = {field: owner for owner, fields in _OWNERS.items() for field in fields.split()}
 
 
 def _check_name(name: str, names: tuple[str, ...]) -> str:
@@ -416,7 +380,7 @@ def key_types() -> dict[str, Any]:
     trainer = {
         field: Union[tuple(kinds.get(kind) for kind in accepted)]  # noqa: UP007
         for field, accepted in trainer_fields().items()
-        if field not in OWNED_BY_THE_PLAN
+        if field not in owned_trainer_fields()
     }
     top = get_type_hints(Recipe, include_extras=True)
     types = {key: top[key] for key in top.keys() - {*SECTIONS, "name", "origins", "trainer"}}
@@ -432,10 +396,11 @@ def trainer_fields() -> dict[str, list[str]]:
     return fields
 
 
-def source_paths(named: Any) -> list[Any]:
-    """Return the path of each entry of `data.train` or `data.validation`: a name, or a list of names and mappings."""
-    entries = named if isinstance(named, list) else [named] if named else []
-    return [entry.get("path") if isinstance(entry, dict) else entry for entry in entries]
+@cache
+def owned_trainer_fields() -> dict[str, str]:
+    """Return SFTConfig's fields that a recipe may not set, each with what to set instead, or why it is fixed."""
+    fields = yaml.load(Path(__file__).with_name("owned_trainer_fields.yaml").read_text(), yaml.CSafeLoader)
+    return {field: owner for owner, owned in fields.items() for field in owned}
 
 
 def column_pieces(template: str) -> list[tuple[str, str | None]]:
