@@ -313,7 +313,7 @@ def _write_recipe(parsed: argparse.Namespace) -> None:
     path = RECIPES / f"{run_dir.RunDir.named(parsed.name).name}.yaml"
     if path.exists():
         raise UserError(f"NAME: {path} exists, and nothing is overwritten. Remove it, or set another NAME")
-    recipe = _recipe(parsed, model_recipe.DEFAULT_DATA)
+    recipe = _recipe(parsed, model_recipe.default_data())
     topology = topologies.plan_topology(recipe, _hardware_request(parsed))
     plan = plans.resolve(recipe, topology)
     if plan.fits is False:

@@ -63,6 +63,7 @@ TRAINER_TYPES: dict[str, Any] = {
     **dict.fromkeys(("max_length", "eval_steps", "save_steps", "logging_steps"), Count),
     **dict.fromkeys(("seed", "data_seed"), Seed),
     "gradient_checkpointing": Literal["auto"] | bool | Count,
+    "lr_scheduler_kwargs": dict[str, float],
     "learning_rate": Annotated[float, Field(ge=1e-12, le=10)],
     "num_train_epochs": Annotated[float, Field(ge=0.001, le=10_000)],
     "warmup_ratio": Fraction,

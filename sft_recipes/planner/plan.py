@@ -196,7 +196,7 @@ def resolve(recipe: Recipe, topology: Topology) -> Plan:
     world_size, trainer = topology.gpus or topology.processes, recipe.trainer
     _check_support(recipe, topology, world_size)
     values = {key: hyperparameter(recipe, key)[0] for key in TABLE_KEYS}
-    lr_schedule.check(values["lr_scheduler_type"], lr_schedule.options_of(trainer))
+    lr_schedule.check(values["lr_scheduler_type"], trainer.get("lr_scheduler_kwargs", {}))
     effective = values["effective_batch_size"]
     configurations = list(choose.configurations(recipe, world_size, effective, not topology.gpus))
     unchanged = {key: value for key, value in trainer.items() if key not in TABLE_KEYS}
