@@ -89,6 +89,7 @@ def type_of(field: dataclasses.Field[object]) -> str:
     bounds = {"Fraction": "float (ge=0, le=1)", "Size": "int (ge=1, le=100_000)", "Name": "str"}
     bounds |= {"Count": "int (ge=1)", "NonNegativeFloat": "float (ge=0)", "Columns": "dict[str, str]"}
     bounds |= {"TemplateVariables": "dict[str, Any]", "StoppingAlert": "str"}
+    bounds |= {"Attention": "str", "TargetModules": "str | list[str]"}
     text = re.sub(r"Annotated\[(.*), AfterValidator\(.*?\)\]", r"\1", str(field.type))
     text = re.sub(r"Annotated\[(\w+), Field\((.*?)\)\]", r"\1 (\2)", text)
     return re.sub(r"\w+", lambda word: bounds.get(word[0], word[0]), text)

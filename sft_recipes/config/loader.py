@@ -6,8 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -127,22 +126,16 @@ def _read(path: Path) -> dict[str, Setting]:
 
 def _parse(key: str, text: str) -> Any:
     """Parse a value of the command line as YAML; keep it where its key takes text."""
-    kinds = _kinds(schema.key_types().get(key, str))
-    structured = (text.startswith("[") and list in kinds) or (text.startswith("{") and dict in kinds)
-    if not text or (str in kinds and not structured):
-        return text or None
     try:
-        return yaml.load(text, _Yaml)
+        value = yaml.load(text, _Yaml)
     except (yaml.YAMLError, ValueError, RecursionError):
         return text
-
-
-def _kinds(type: Any) -> set[Any]:
-    """Return the alternatives of a type, without their arguments: `str | list[int]` is str and list."""
-    origin, arguments = get_origin(type), get_args(type)
-    if origin in (Union, UnionType):
-        return set().union(*map(_kinds, arguments))
-    return _kinds(arguments[0]) if origin is Annotated else {origin or type}
+    if value is None or (text[0] in "[{" and isinstance(value, (list, dict))):
+        return value
+    try:
+        return _validate("", key, text, schema.key_types())
+    except ConfigError:
+        return value
 
 
 def _drop_invalidated(settings: dict[str, Setting], where: str) -> None:
@@ -178,24 +171,6 @@ def _build(name: str, settings: Mapping[str, Setting]) -> Recipe:
     return Recipe(name=name, **top, **typed, trainer=schema.TRAINER_DEFAULTS | trainer, origins=origins)
 
 
-# What is expected where pydantic finds an error of this type.
-_EXPECTED = {
-    "string_type": "text (numbers in quotes)",
-    "string_pattern_mismatch": "a name",
-    "int_type": "an integer",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "dict_type": "a mapping",
-    "list_type": "a list",
-    "finite_number": "a finite number",
-    "literal_error": "{expected}",
-    "greater_than": "more than {gt:g}",
-    "greater_than_equal": "at least {ge:g}",
-    "less_than": "less than {lt:g}",
-    "less_than_equal": "at most {le:g}",
-}
-
-
 def _validate(prefix: str, key: str, value: Any, types: Mapping[str, Any]) -> Any:
     """Return the value in the type of its key.
 
@@ -216,10 +191,12 @@ def _validate(prefix: str, key: str, value: Any, types: Mapping[str, Any]) -> An
         place = prefix + ".".join([key, *inner])
         if deepest["type"] == "value_error":
             raise ConfigError(f"{place}: {deepest['ctx']['error']}") from None
-        same = [error for error in errors if error["input"] is deepest["input"]]
-        texts = (_EXPECTED.get(error["type"], error["msg"]).format(**error.get("ctx", {})) for error in same)
-        found = "empty text" if deepest["input"] == "" else repr(deepest["input"])
-        raise ConfigError(f"{place}: found {found}, expected {' or '.join(dict.fromkeys(texts))}") from None
+        texts = (error["msg"] for error in errors if error["input"] is deepest["input"])
+        expected = " or ".join(
+            re.sub(r"^(Input should be|\w+ should have) ", "", text) for text in dict.fromkeys(texts)
+        )
+        expected = expected.replace("String should match", "text of the")
+        raise ConfigError(f"{place}: found {deepest['input']!r}, expected {expected}") from None
 
 
 def _check_sources(recipe: Recipe) -> None:

@@ -26,11 +26,6 @@ Name = Annotated[str, Field(pattern=r"\S")]
 
 AUTO = "auto"  # the plan chooses: the fastest configuration that fits
 CONVERGED_ACCURACY = 0.9  # token accuracy above which a flat loss is convergence, not a plateau
-ATTENTIONS = ("auto", "eager", "sdpa", "varlen", "flash_attention_2")
-# Linear layers of a decoder block; Llama, Qwen and OLMo share the names.
-LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# Targets of data.columns.
-COLUMN_TARGETS = ("system", "prompt", "completion", "messages", "conversations", "tools", "chat_template_kwargs")
 # Template variables that are set for each row; chat_template_kwargs may not.
 RESERVED_TEMPLATE_VARIABLES = frozenset(("messages", "tools", "add_generation_prompt"))
 
@@ -94,19 +89,8 @@ def _one_of(*names: str) -> AfterValidator:
     return AfterValidator(lambda name: _check_name(name, names))
 
 
-def _check_attention(name: str) -> str:
-    if "/" not in name or re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}", name):
-        return name if "/" in name else _check_name(name, ATTENTIONS)
-    raise ValueError(
-        f"kernel without a commit: found {name!r}, expected owner/name@<40 hexadecimal digits of its commit>, because "
-        f"a kernel is code"
-    )
-
-
 def _check_columns(columns: dict[str, str]) -> dict[str, str]:
     for target, template in columns.items():
-        if target not in COLUMN_TARGETS:
-            raise ValueError(f"found the target {target!r}, expected one of {', '.join(COLUMN_TARGETS)}")
         try:
             names = [name for _, name in column_pieces(template) if name]
         except ValueError as error:
@@ -124,14 +108,15 @@ def _check_template_variables(variables: dict[str, Any]) -> dict[str, Any]:
     return variables
 
 
-def _check_targets(targets: str | list[str]) -> str | list[str]:
-    if targets != "all-linear" and (isinstance(targets, str) or not targets or set(targets) - set(LINEAR_LAYERS)):
-        raise ValueError(f"found {targets!r}, expected all-linear or a list of {', '.join(LINEAR_LAYERS)}")
-    return targets
-
-
 StoppingAlert = Literal["loss_spike", "exploding_gradients", "vanishing_gradients"]
-Columns = Annotated[dict[str, str], AfterValidator(_check_columns)]
+ColumnTarget = Literal["system", "prompt", "completion", "messages", "conversations", "tools", "chat_template_kwargs"]
+Columns = Annotated[dict[ColumnTarget, str], AfterValidator(_check_columns)]
+# A kernel of the Hub is code: it needs a commit.
+Kernel = Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+@[0-9a-f]{40}$")]
+Attention = Literal["auto", "eager", "sdpa", "varlen", "flash_attention_2"] | Kernel
+# Linear layers of a decoder block; Llama, Qwen and OLMo share the names.
+LinearLayer = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TargetModules = Literal["all-linear"] | Annotated[list[LinearLayer], Field(min_length=1)]
 TemplateVariables = Annotated[dict[str, Any], AfterValidator(_check_template_variables)]
 
 
@@ -176,7 +161,7 @@ class Model:
     architecture: dict[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
     add_tokens: list[Name] = field(default_factory=list)
-    attention: Annotated[str, AfterValidator(_check_attention)] = "auto"
+    attention: Attention = "auto"
     fused_kernels: Literal["auto"] | bool = "auto"
     trust_remote_code: bool = False
 
@@ -262,7 +247,7 @@ class Lora:
     r: Size = 16
     alpha: Count = 32
     dropout: Annotated[float, Field(ge=0, le=0.99)] = 0.0
-    target_modules: Annotated[str | list[str], AfterValidator(_check_targets)] = "all-linear"
+    target_modules: TargetModules = "all-linear"
     experts: bool = False
     quantize: Literal["nf4"] | None = None
 

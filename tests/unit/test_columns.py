@@ -137,7 +137,7 @@ def test_columns_are_mapped_by_format_strings():
         ("{prompt: '{a!r}', completion: '{c}'}", "found the field {a}, expected a plain"),
         ("{prompt: '{a', completion: '{c}'}", "not a format string"),
         ("{prompt: '{a}'}", "found prompt, expected prompt and completion, or messages"),
-        ("{prompt: '{a}', answer: '{c}'}", "found the target 'answer', expected one of system, prompt"),
+        ("{prompt: '{a}', answer: '{c}'}", "answer.*: found 'answer', expected 'system', 'prompt'"),
         ("{prompt: '{a}', completion: 'c'}", "completion: found 'c', expected a column name in braces"),
     ],
 )

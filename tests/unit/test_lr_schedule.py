@@ -114,7 +114,7 @@ def test_schedules_import_no_heavy_library():
 
 @pytest.mark.parametrize("text", ["cosine", "[1]"])
 def test_options_that_are_no_mapping_are_rejected(text):
-    with pytest.raises(UserError, match="trainer.lr_scheduler_kwargs: found .*, expected a mapping"):
+    with pytest.raises(UserError, match="trainer.lr_scheduler_kwargs: found .*, expected a valid dictionary"):
         plan_of(f"trainer.lr_scheduler_kwargs={text}")
 
 
@@ -151,10 +151,14 @@ def test_curves_begin_with_the_plans_schedule_and_pass_options_to_those_that_tak
         ("cosine", {"num_cycle": 1}, r"found 'num_cycle', expected num_cycles"),
         ("constant", {"num_cycles": 1}, "unknown option of constant: found 'num_cycles', expected none"),
         ("linear", {"last_epoch": 3}, "unknown option of linear: found 'last_epoch', expected none"),
-        ("cosine_with_min_lr", {"min_lr": "1e-6x"}, r"lr_scheduler_kwargs.min_lr: found '1e-6x', expected a number"),
+        (
+            "cosine_with_min_lr",
+            {"min_lr": "1e-6x"},
+            r"lr_scheduler_kwargs.min_lr: found '1e-6x', expected a valid number",
+        ),
         ("cosine_with_min_lr", {"min_lr": 1e-6, "min_lr_rate": 0.1}, "expected either min_lr or min_lr_rate"),
         ("cosine_with_min_lr", {}, 'expected either min_lr or min_lr_rate. Set .*={"min_lr_rate": 0.1}'),
-        ("cosine", {"num_cycles": [1]}, r"lr_scheduler_kwargs.num_cycles: found \[1\], expected a number"),
+        ("cosine", {"num_cycles": [1]}, r"lr_scheduler_kwargs.num_cycles: found \[1\], expected a valid number"),
     ],
 )
 def test_wrong_schedule_or_option_is_rejected_with_the_plan(name, options, message):
