@@ -13,8 +13,6 @@ from sft_recipes.config.schema import did_you_mean
 from sft_recipes.runtime.errors import ConfigError
 from sft_recipes.runtime.units import GIB
 
-_MIB = 1024**2
-
 # Drivers and torch report a few percent less memory than the table, a GPU with ECC off 6.7% more. Editions with other
 # memory have the same product name and are outside of this range.
 _SMALLEST, _LARGEST = 0.96, 1.07
@@ -54,8 +52,8 @@ def find_gpu_type(name: str | None) -> GpuType | None:
         return None
     if name not in gpu_types():
         raise ConfigError(
-            f"GPU_TYPE: unknown GPU type: found {name!r}, expected a name such as h100-80g, a100-80g, l40s-48g (all: "
-            f"docs/models.md), or GiB of memory, such as 80{did_you_mean(name, gpu_types())}"
+            f"GPU_TYPE: unknown GPU type: found {name!r}, expected one of docs/models.md, such as h100-80g, or GiB "
+            f"of memory, such as 80{did_you_mean(name, gpu_types())}"
         )
     return gpu_types()[name]
 
@@ -76,7 +74,7 @@ def memory_bytes(name: str | None) -> int | None:
         ConfigError: neither a name in the table nor a number of GiB.
     """
     gpu = find_gpu_type(name)
-    return gpu.memory_mib * _MIB if gpu else int(float(name) * GIB) if name else None
+    return gpu.memory_mib * 1024**2 if gpu else int(float(name) * GIB) if name else None
 
 
 def peak_flops(name: str | None) -> float | None:

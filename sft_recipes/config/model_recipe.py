@@ -15,7 +15,6 @@ from sft_recipes.config.sizes import hyperparameter, nearest_size_class
 from sft_recipes.runtime.errors import ConfigError
 from sft_recipes.runtime.paths import REPOSITORY
 
-METHODS = ("full", "lora", "qlora")
 _SMALL = 0.5e9  # parameters; above it saves and evaluations take long, below it people try things out
 _LARGE = 4e9  # parameters; above it a save takes minutes
 _OUTPUTS = re.compile(r"final|last|merged|best-\d+|checkpoint-\d+")  # folders of a run, named after it
@@ -61,13 +60,11 @@ def settings(
 
 
 def check_method(method: str, model: str, quantization: str | None) -> None:
-    """Reject an unknown method, and one that cannot train a model's quantized weights.
+    """Reject quantized weights, which no method can train.
 
     Raises:
         ConfigError: with the method to use.
     """
-    if method not in METHODS:
-        raise ConfigError(f"METHOD: found {method!r}, expected one of {', '.join(METHODS)}")
     if quantization:
         raise ConfigError(
             f"MODEL: {model} has quantized weights ({quantization}), which METHOD={method} cannot train. Name the "
@@ -78,15 +75,10 @@ def check_method(method: str, model: str, quantization: str | None) -> None:
 _ORDER = ("size", "hardware", "precision", "parallelism", "model", "lora", "data", "batch", "trainer")
 _COMMENTS = {
     "size": "rate {learning_rate:g}, batch {effective_batch_size}, epochs {num_train_epochs:g}: recipes/sizes.yaml",
-    "precision": "bf16 on GPUs, fp32 on the CPU",
-    "model.revision": "the commit that its files were read at",
     "model.architecture": "from its config.json, for forecasts",
     "data.train": "a file, a folder, a Hub dataset, or a list",
     "data.max_eval_samples": "keeps evaluation short",
     "trainer.max_length": "tokens; longer examples are cut off",
-    "trainer.eval_steps": "optimizer steps",
-    "trainer.packing": "a small model: one example per row",
-    "lora.quantize": "4-bit frozen weights",
     "batch.min_optimizer_steps": "a few rows are enough to try it",
 }
 

@@ -349,13 +349,7 @@ class Recipe:
 
 
 SECTIONS: dict[str, type] = {
-    "hardware": Hardware,
-    "model": Model,
-    "data": Data,
-    "lora": Lora,
-    "batch": Batch,
-    "generation": Generation,
-    "monitor": Monitor,
+    section.__name__.lower(): section for section in (Hardware, Model, Data, Lora, Batch, Generation, Monitor)
 }
 
 

@@ -116,10 +116,7 @@ def check(name: str, options: Mapping[str, float]) -> None:
             f"{', '.join(known) or 'none'}"
         )
     if "min_lr" in known and len({"min_lr", "min_lr_rate"} & options.keys()) != 1:
-        raise ConfigError(
-            f"trainer.lr_scheduler_kwargs: {name}: found {dict(options)}, expected either min_lr or min_lr_rate. Set "
-            f'trainer.lr_scheduler_kwargs={{"min_lr_rate": 0.1}}'
-        )
+        raise ConfigError(f"trainer.lr_scheduler_kwargs: found {dict(options)}, expected either min_lr or min_lr_rate")
 
 
 def curves(plan: Plan, others: Sequence[str] = ()) -> dict[str, list[float]]:
@@ -150,8 +147,7 @@ def steps_of(plan: Plan) -> tuple[int, int]:
     max_steps: int = plan.sections.trainer["max_steps"]
     if max_steps > 0:
         return max_steps, batch.warmup_steps(max_steps, plan.warmup_ratio)
-    estimate = "data.examples=… data.mean_tokens=…" if plan.packing else "data.examples=…"
     raise ConfigError(
-        f"{plan.recipe}: the number of optimizer steps is not known before the data is prepared. Set {estimate} for an "
-        f"estimate, or trainer.max_steps=…"
+        f"{plan.recipe}: the number of optimizer steps is not known before the data is prepared. Set "
+        f"data.examples=… data.mean_tokens=… for an estimate, or trainer.max_steps=…"
     )

@@ -157,7 +157,7 @@ def test_curves_begin_with_the_plans_schedule_and_pass_options_to_those_that_tak
             r"lr_scheduler_kwargs.min_lr: found '1e-6x', expected a valid number",
         ),
         ("cosine_with_min_lr", {"min_lr": 1e-6, "min_lr_rate": 0.1}, "expected either min_lr or min_lr_rate"),
-        ("cosine_with_min_lr", {}, 'expected either min_lr or min_lr_rate. Set .*={"min_lr_rate": 0.1}'),
+        ("cosine_with_min_lr", {}, "expected either min_lr or min_lr_rate"),
         ("cosine", {"num_cycles": [1]}, r"lr_scheduler_kwargs.num_cycles: found \[1\], expected a valid number"),
     ],
 )

