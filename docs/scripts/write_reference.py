@@ -130,7 +130,7 @@ def recipe_keys() -> Iterator[str]:
         yield table(header, iter(rows))
     yield "### `trainer:`\n\nAny other field of `trl.SFTConfig`, by its own name. Defaults:\n"
     yield table(
-        ("key", "default"), ((f"`trainer.{k}`", f"`{str(v).lower()}`") for k, v in schema.TRAINER_DEFAULTS.items())
+        ("key", "default"), ((f"`trainer.{k}`", f"`{str(v).lower()}`") for k, v in schema.defaults()["trainer"].items())
     )
     yield "Fields that a recipe may not set, with what sets them:\n"
     yield table(("field", "set by"), ((f"`{k}`", v) for k, v in schema.owned_trainer_fields().items()))

@@ -57,7 +57,7 @@ def load(
         settings |= {key: Setting(value, MODEL) for key, value in model.items()}
         _drop_invalidated(settings, MODEL)
     if overfit:
-        settings |= {key: Setting(value, schema.OVERFIT) for key, value in schema.OVERFIT_SETTINGS.items()}
+        settings |= {key: Setting(value, schema.OVERFIT) for key, value in schema.defaults()["overfit"].items()}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -166,7 +166,7 @@ def _build(name: str, settings: Mapping[str, Setting]) -> Recipe:
         for section, values in sections.items()
     }
     origins = {key: setting.where for key, setting in settings.items()}
-    return Recipe(name=name, **top, **typed, trainer=schema.TRAINER_DEFAULTS | trainer, origins=origins)
+    return Recipe(name=name, **top, **typed, trainer=schema.defaults()["trainer"] | trainer, origins=origins)
 
 
 def _validate(prefix: str, key: str, value: Any, types: Mapping[str, Any]) -> Any:

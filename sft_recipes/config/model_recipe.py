@@ -48,7 +48,7 @@ def settings(
         "size": nearest_size_class(billions, kind),
         "model.name_or_path": name_or_path,
         "precision": "bf16" if gpus else "fp32",
-        "trainer.max_length": min(schema.TRAINER_DEFAULTS["max_length"], positions or 1 << 20),
+        "trainer.max_length": min(schema.defaults()["trainer"]["max_length"], positions or 1 << 20),
     }
     values |= {"model.architecture": architecture} if architecture else {}
     values |= {"lora.r": 16, "lora.alpha": 32} if kind == "lora" else {}

@@ -41,18 +41,6 @@ TABLE_KEYS = (
     "lr_scheduler_type",
 )
 
-# Defaults for what neither the recipe nor its size class sets.
-TRAINER_DEFAULTS: dict[str, Any] = {
-    "max_length": 2048,
-    "packing": True,
-    "gradient_checkpointing": AUTO,
-    "logging_steps": 10,
-    "eval_steps": 100,
-    "save_steps": 100,
-    "max_steps": -1,
-    "seed": 42,
-    "data_seed": 42,
-}
 # Fields of SFTConfig with narrower types than its own. transformers reads a fraction of steps as a ratio of all steps.
 TRAINER_TYPES: dict[str, Any] = {
     **dict.fromkeys(("max_length", "eval_steps", "save_steps", "logging_steps"), Count),
@@ -65,18 +53,9 @@ TRAINER_TYPES: dict[str, Any] = {
     "weight_decay": Annotated[float, Field(ge=0, le=10)],
 }
 
-# OVERFIT=1, a smoke test: the loss on a handful of rows approaches zero, or the run fails.
+# A smoke test (defaults.yaml).
 OVERFIT = "OVERFIT=1"
 OVERFIT_LOSS = 0.1  # per token
-OVERFIT_SETTINGS: dict[str, Any] = {
-    "data.overfit_rows": 8,
-    "data.validation": None,
-    "data.retention_eval": None,
-    "data.examples": None,
-    "trainer.max_steps": 200,
-    "trainer.eval_steps": 50,
-    "trainer.save_steps": 200,
-}
 
 
 def _check_name(name: str, names: tuple[str, ...]) -> str:
@@ -91,10 +70,7 @@ def _one_of(*names: str) -> AfterValidator:
 
 def _check_columns(columns: dict[str, str]) -> dict[str, str]:
     for target, template in columns.items():
-        try:
-            names = [name for _, name in column_pieces(template) if name]
-        except ValueError as error:
-            raise ValueError(f"{target}: not a format string: {error}. Example: '{{question}}'") from error
+        names = [name for _, name in column_pieces(template) if name]
         if not names and target not in ("system", "prompt"):
             raise ValueError(f"{target}: found {template!r}, expected a column name in braces: '{{answer}}'")
     if columns and not ({"prompt", "completion"} <= columns.keys() or {"messages", "conversations"} & columns.keys()):
@@ -379,8 +355,18 @@ def trainer_fields() -> dict[str, list[str]]:
 @cache
 def owned_trainer_fields() -> dict[str, str]:
     """Return SFTConfig's fields that a recipe may not set, each with what to set instead, or why it is fixed."""
-    fields = yaml.load(Path(__file__).with_name("owned_trainer_fields.yaml").read_text(), yaml.CSafeLoader)
+    fields = _read_yaml("owned_trainer_fields.yaml")
     return {field: owner for owner, owned in fields.items() for field in owned}
+
+
+@cache
+def defaults() -> dict[str, dict[str, Any]]:
+    """Return defaults.yaml: the defaults of `trainer`, and the recipe keys that OVERFIT=1 sets (`overfit`)."""
+    return dict(_read_yaml("defaults.yaml"))
+
+
+def _read_yaml(name: str) -> Any:
+    return yaml.load(Path(__file__).with_name(name).read_text(encoding="utf-8"), yaml.CSafeLoader)
 
 
 def column_pieces(template: str) -> list[tuple[str, str | None]]:

@@ -413,9 +413,7 @@ def read(path: Path) -> Plan:
         }
         return Plan(**stored | {"sections": Sections(**sections)})
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(
-            f"{path}: not a plan of this version: found {error}. Start another run with NAME=…"
-        ) from error
+        raise ConfigError(f"{path}: not a plan of this version ({error}). Start another run with NAME=…") from error
 
 
 def to_json(plan: Plan) -> str:
@@ -424,7 +422,8 @@ def to_json(plan: Plan) -> str:
 
 
 def _origins(recipe: Recipe, topology: Topology) -> dict[str, str]:
-    defaults = ("precision", "parallelism", "data.validation", *(f"trainer.{key}" for key in schema.TRAINER_DEFAULTS))
+    trainer = (f"trainer.{key}" for key in schema.defaults()["trainer"])
+    defaults = ("precision", "parallelism", "data.validation", *trainer)
     table = {key: hyperparameter(recipe, key)[1] for key in TABLE_KEYS}
     derived = {
         "world_size": "derived: one rank per GPU" if topology.gpus else "derived: ranks on the CPU",

@@ -75,11 +75,8 @@ def _changes(recipe: Recipe, topology: Topology) -> Iterator[tuple[str, Recipe, 
         if change:
             gpus = change.get("GPUS")
             target = topology_for(gpus, topology.gpu_type) if gpus else topology
-            yield (
-                " ".join(f"{key}={str(value).lower()}" for key, value in change.items()),
-                _with(recipe, change),
-                target,
-            )
+            text = " ".join(f"{key}={str(value).lower()}" for key, value in change.items())
+            yield text, _with(recipe, change), target
 
 
 def _candidates(recipe: Recipe, topology: Topology) -> Iterator[dict[str, Any]]:

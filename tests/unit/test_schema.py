@@ -31,7 +31,7 @@ def test_fields_owned_by_the_plan_exist():
     names = set(installed_fields())
     assert len(schema.owned_trainer_fields()) > 30
     assert set(schema.owned_trainer_fields()) <= names
-    assert set(schema.TRAINER_DEFAULTS) <= names
+    assert set(schema.defaults()["trainer"]) <= names
 
 
 if __name__ == "__main__":
