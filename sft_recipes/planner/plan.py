@@ -440,7 +440,9 @@ def _chosen_origins(recipe: Recipe, plan: Plan) -> dict[str, str]:
     load = memory_inputs(plan, recipe.model.architecture)
     step = cost.step_time(plan, load) if load else None
     reason = "chosen: fits" if plan.fits else "chosen: needs the least memory"
-    if step and plan.fits:
+    if not plan.uses_gpu:
+        reason = "chosen for the CPU"
+    elif step and plan.fits:
         reason = (
             f"chosen: fastest that fits, {step.total:.2f} s per step (computation {step.compute:.2f}, communication "
             f"{step.communication:.2f} mostly in parallel, overhead {step.overhead:.2f}; estimated)"
