@@ -104,7 +104,11 @@ _RECIPE = (
     _argument("recipe", "name of a recipe (`recipes` lists them); not needed with --model", nargs="?"),
     _argument("overrides", "a recipe key and its value: trainer.learning_rate=1.0e-5", nargs="*", metavar="key=value"),
     _argument("--model", "model to fine-tune, a Hub name or a folder: alone, or instead of the recipe's"),
-    _argument("--method", "with --model and without a recipe: full (default), lora or qlora"),
+    _argument(
+        "--method",
+        "with --model and without a recipe: full (default), lora or qlora",
+        choices=("full", "lora", "qlora"),
+    ),
 )
 _HARDWARE = (
     *_RECIPE,
@@ -313,7 +317,7 @@ def _write_recipe(parsed: argparse.Namespace) -> None:
     path = RECIPES / f"{run_dir.RunDir.named(parsed.name).name}.yaml"
     if path.exists():
         raise UserError(f"NAME: {path} exists, and nothing is overwritten. Remove it, or set another NAME")
-    recipe = _recipe(parsed, model_recipe.DEFAULT_DATA)
+    recipe = _recipe(parsed, model_recipe.default_data())
     topology = topologies.plan_topology(recipe, _hardware_request(parsed))
     plan = plans.resolve(recipe, topology)
     if plan.fits is False:
@@ -324,10 +328,7 @@ def _write_recipe(parsed: argparse.Namespace) -> None:
     method, hardware = plan.method, f"{plan.gpus} x {plan.gpu_type}" if plan.gpus else "the CPU"
     start = f"make train RECIPE={parsed.name} GPUS={plan.gpus}"
     title = f"{plan.model}, {method} fine-tuning on {hardware}. Written by `make recipe`; edit it.\n    {start}"
-    pinned = dataclasses.asdict(Configuration.of(plan))
-    keys = ("parallelism", "batch.max_per_device_batch_size", "trainer.gradient_checkpointing")
-    choice = dict(zip(keys, pinned.values(), strict=True))
-    write_atomic(path, model_recipe.to_yaml(recipe, title, choice))
+    write_atomic(path, model_recipe.to_yaml(recipe, title, Configuration.of(plan).overrides))
     log.info(f"wrote recipes/{path.name}: {Configuration.of(plan)}. Start it with {start}")
 
 

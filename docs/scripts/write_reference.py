@@ -89,6 +89,7 @@ def type_of(field: dataclasses.Field[object]) -> str:
     bounds = {"Fraction": "float (ge=0, le=1)", "Size": "int (ge=1, le=100_000)", "Name": "str"}
     bounds |= {"Count": "int (ge=1)", "NonNegativeFloat": "float (ge=0)", "Columns": "dict[str, str]"}
     bounds |= {"TemplateVariables": "dict[str, Any]", "StoppingAlert": "str"}
+    bounds |= {"Attention": "str", "TargetModules": "str | list[str]"}
     text = re.sub(r"Annotated\[(.*), AfterValidator\(.*?\)\]", r"\1", str(field.type))
     text = re.sub(r"Annotated\[(\w+), Field\((.*?)\)\]", r"\1 (\2)", text)
     return re.sub(r"\w+", lambda word: bounds.get(word[0], word[0]), text)
@@ -129,10 +130,10 @@ def recipe_keys() -> Iterator[str]:
         yield table(header, iter(rows))
     yield "### `trainer:`\n\nAny other field of `trl.SFTConfig`, by its own name. Defaults:\n"
     yield table(
-        ("key", "default"), ((f"`trainer.{k}`", f"`{str(v).lower()}`") for k, v in schema.TRAINER_DEFAULTS.items())
+        ("key", "default"), ((f"`trainer.{k}`", f"`{str(v).lower()}`") for k, v in schema.defaults()["trainer"].items())
     )
     yield "Fields that a recipe may not set, with what sets them:\n"
-    yield table(("field", "set by"), ((f"`{k}`", v) for k, v in schema.OWNED_BY_THE_PLAN.items()))
+    yield table(("field", "set by"), ((f"`{k}`", v) for k, v in schema.owned_trainer_fields().items()))
 
 
 TOP_KEYS = {

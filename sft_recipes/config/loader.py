@@ -6,8 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -49,7 +48,7 @@ def load(
     Raises:
         ConfigError: no such recipe, an unknown key, a value of the wrong type or outside the range of its size class.
     """
-    if from_file and (not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name not in names()):
+    if from_file and name not in names():
         raise ConfigError(
             f"RECIPE: no recipe {name!r}: expected one of {', '.join(names())}{did_you_mean(name, names())}"
         )
@@ -58,13 +57,11 @@ def load(
         settings |= {key: Setting(value, MODEL) for key, value in model.items()}
         _drop_invalidated(settings, MODEL)
     if overfit:
-        settings |= {key: Setting(value, schema.OVERFIT) for key, value in schema.OVERFIT_SETTINGS.items()}
+        settings |= {key: Setting(value, schema.OVERFIT) for key, value in schema.defaults()["overfit"].items()}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise ConfigError(
-                f"{COMMAND_LINE}: found {override!r}, expected key=value, for example trainer.learning_rate=1.0e-5"
-            )
+            raise ConfigError(f"{COMMAND_LINE}: found {override!r}, expected key=value")
         settings[key] = Setting(_parse(key, text), COMMAND_LINE)
     _drop_invalidated(settings, COMMAND_LINE)
     recipe = _build(name, settings)
@@ -127,22 +124,16 @@ def _read(path: Path) -> dict[str, Setting]:
 
 def _parse(key: str, text: str) -> Any:
     """Parse a value of the command line as YAML; keep it where its key takes text."""
-    kinds = _kinds(schema.key_types().get(key, str))
-    structured = (text.startswith("[") and list in kinds) or (text.startswith("{") and dict in kinds)
-    if not text or (str in kinds and not structured):
-        return text or None
     try:
-        return yaml.load(text, _Yaml)
+        value = yaml.load(text, _Yaml)
     except (yaml.YAMLError, ValueError, RecursionError):
         return text
-
-
-def _kinds(type: Any) -> set[Any]:
-    """Return the alternatives of a type, without their arguments: `str | list[int]` is str and list."""
-    origin, arguments = get_origin(type), get_args(type)
-    if origin in (Union, UnionType):
-        return set().union(*map(_kinds, arguments))
-    return _kinds(arguments[0]) if origin is Annotated else {origin or type}
+    if value is None or (text[0] in "[{" and isinstance(value, (list, dict))):
+        return value
+    try:
+        return _validate("", key, text, schema.key_types())
+    except ConfigError:
+        return value
 
 
 def _drop_invalidated(settings: dict[str, Setting], where: str) -> None:
@@ -162,8 +153,7 @@ def _build(name: str, settings: Mapping[str, Setting]) -> Recipe:
     sections: dict[str, dict[str, Any]] = {section: {} for section in (*schema.SECTIONS, "trainer", "")}
     for key, setting in settings.items():
         section, _, leaf = key.rpartition(".")
-        if section == "trainer" and leaf in schema.OWNED_BY_THE_PLAN:
-            owner = schema.OWNED_BY_THE_PLAN[leaf]
+        if section == "trainer" and (owner := schema.owned_trainer_fields().get(leaf)):
             fix = f" ({owner})" if owner.startswith("fixed: ") else f". Set {owner} instead"
             raise ConfigError(f"{setting.where}: {key} is set by the plan{fix}")
         sections[section][leaf] = _validate(f"{setting.where}: ", key, setting.value, types)
@@ -176,25 +166,7 @@ def _build(name: str, settings: Mapping[str, Setting]) -> Recipe:
         for section, values in sections.items()
     }
     origins = {key: setting.where for key, setting in settings.items()}
-    return Recipe(name=name, **top, **typed, trainer=schema.TRAINER_DEFAULTS | trainer, origins=origins)
-
-
-# What is expected where pydantic finds an error of this type.
-_EXPECTED = {
-    "string_type": "text (numbers in quotes)",
-    "string_pattern_mismatch": "a name",
-    "int_type": "an integer",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "dict_type": "a mapping",
-    "list_type": "a list",
-    "finite_number": "a finite number",
-    "literal_error": "{expected}",
-    "greater_than": "more than {gt:g}",
-    "greater_than_equal": "at least {ge:g}",
-    "less_than": "less than {lt:g}",
-    "less_than_equal": "at most {le:g}",
-}
+    return Recipe(name=name, **top, **typed, trainer=schema.defaults()["trainer"] | trainer, origins=origins)
 
 
 def _validate(prefix: str, key: str, value: Any, types: Mapping[str, Any]) -> Any:
@@ -217,10 +189,12 @@ def _validate(prefix: str, key: str, value: Any, types: Mapping[str, Any]) -> An
         place = prefix + ".".join([key, *inner])
         if deepest["type"] == "value_error":
             raise ConfigError(f"{place}: {deepest['ctx']['error']}") from None
-        same = [error for error in errors if error["input"] is deepest["input"]]
-        texts = (_EXPECTED.get(error["type"], error["msg"]).format(**error.get("ctx", {})) for error in same)
-        found = "empty text" if deepest["input"] == "" else repr(deepest["input"])
-        raise ConfigError(f"{place}: found {found}, expected {' or '.join(dict.fromkeys(texts))}") from None
+        texts = (error["msg"] for error in errors if error["input"] is deepest["input"])
+        expected = " or ".join(
+            re.sub(r"^(Input should be|\w+ should have) ", "", text) for text in dict.fromkeys(texts)
+        )
+        expected = expected.replace("String should match", "text of the")
+        raise ConfigError(f"{place}: found {deepest['input']!r}, expected {expected}") from None
 
 
 def _check_sources(recipe: Recipe) -> None:
@@ -256,16 +230,8 @@ def _check_combinations(recipe: Recipe) -> None:
         (overfit and data.retention_eval, "data.retention_eval", f"found {data.retention_eval}, {overfit}"),
         (model.from_scratch and not no_name, "model.name_or_path", built),
         (no_name and not model.from_scratch, "model.name_or_path", "missing. Set a Hub name or a local folder"),
-        (
-            model.from_scratch and no_size,
-            "model.from_scratch",
-            "needs the numbers of a config in model.architecture",
-        ),
-        (
-            fixed,
-            "model.architecture",
-            f"hidden_size: found {hidden}, expected a multiple of {heads} heads",
-        ),
+        (model.from_scratch and no_size, "model.from_scratch", "needs the numbers of a config in model.architecture"),
+        (fixed, "model.architecture", f"hidden_size: found {hidden}, expected a multiple of {heads} heads"),
         (lora and model.add_tokens, "model.add_tokens", "adds embeddings, which LoRA does not train. Remove lora"),
         (dropout, "lora.dropout", f"found {dropout}, expected 0 with lora.experts, whose adapters have no dropout"),
         (below >= above, "monitor.grad_norm_below", f"found {below:g}, expected less than grad_norm_above, {above:g}"),

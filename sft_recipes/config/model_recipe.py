@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -10,22 +11,19 @@ import yaml
 
 from sft_recipes.config import schema
 from sft_recipes.config.schema import Recipe
-from sft_recipes.config.sizes import hyperparameter, nearest_size_class, scientific
+from sft_recipes.config.sizes import hyperparameter, nearest_size_class
 from sft_recipes.runtime.errors import ConfigError
+from sft_recipes.runtime.paths import REPOSITORY
 
-METHODS = ("full", "lora", "qlora")
-# Rows of the shipped recipes' dataset, for a recipe without DATA.
-DEFAULT_DATA: dict[str, Any] = {
-    "data.train": "HuggingFaceH4/ultrachat_200k:train_sft",
-    "data.validation": "HuggingFaceH4/ultrachat_200k:test_sft",
-    "data.revision": "8049631c405ae6576f93f445c6b8166f76f5505a",
-    "data.examples": 207865,
-    "data.validation_examples": 23110,
-    "data.mean_tokens": 1374,
-}
 _SMALL = 0.5e9  # parameters; above it saves and evaluations take long, below it people try things out
 _LARGE = 4e9  # parameters; above it a save takes minutes
 _OUTPUTS = re.compile(r"final|last|merged|best-\d+|checkpoint-\d+")  # folders of a run, named after it
+
+
+def default_data() -> dict[str, Any]:
+    """Return the dataset of a shipped recipe by dotted key, for a recipe without DATA."""
+    recipe = yaml.safe_load((REPOSITORY / "recipes" / "8b.yaml").read_text(encoding="utf-8"))
+    return {f"data.{key}": value for key, value in recipe["data"].items()}
 
 
 def name_of(model: str, method: str) -> str:
@@ -50,7 +48,7 @@ def settings(
         "size": nearest_size_class(billions, kind),
         "model.name_or_path": name_or_path,
         "precision": "bf16" if gpus else "fp32",
-        "trainer.max_length": min(schema.TRAINER_DEFAULTS["max_length"], positions or 1 << 20),
+        "trainer.max_length": min(schema.defaults()["trainer"]["max_length"], positions or 1 << 20),
     }
     values |= {"model.architecture": architecture} if architecture else {}
     values |= {"lora.r": 16, "lora.alpha": 32} if kind == "lora" else {}
@@ -62,13 +60,11 @@ def settings(
 
 
 def check_method(method: str, model: str, quantization: str | None) -> None:
-    """Reject an unknown method, and one that cannot train a model's quantized weights.
+    """Reject quantized weights, which no method can train.
 
     Raises:
         ConfigError: with the method to use.
     """
-    if method not in METHODS:
-        raise ConfigError(f"METHOD: found {method!r}, expected one of {', '.join(METHODS)}")
     if quantization:
         raise ConfigError(
             f"MODEL: {model} has quantized weights ({quantization}), which METHOD={method} cannot train. Name the "
@@ -78,16 +74,11 @@ def check_method(method: str, model: str, quantization: str | None) -> None:
 
 _ORDER = ("size", "hardware", "precision", "parallelism", "model", "lora", "data", "batch", "trainer")
 _COMMENTS = {
-    "size": "learning rate {rate}, batch {batch}, {epochs} epoch(s): recipes/sizes.yaml",
-    "precision": "bf16 on GPUs, fp32 on the CPU",
-    "model.revision": "the commit that its files were read at",
+    "size": "rate {learning_rate:g}, batch {effective_batch_size}, epochs {num_train_epochs:g}: recipes/sizes.yaml",
     "model.architecture": "from its config.json, for forecasts",
     "data.train": "a file, a folder, a Hub dataset, or a list",
     "data.max_eval_samples": "keeps evaluation short",
     "trainer.max_length": "tokens; longer examples are cut off",
-    "trainer.eval_steps": "optimizer steps",
-    "trainer.packing": "a small model: one example per row",
-    "lora.quantize": "4-bit frozen weights",
     "batch.min_optimizer_steps": "a few rows are enough to try it",
 }
 
@@ -99,26 +90,20 @@ def to_yaml(recipe: Recipe, title: str, choice: dict[str, Any]) -> str:
         title: first lines, as comments.
         choice: values by key that the plan chooses on this hardware, as comments to pin them.
     """
-    keys = ("learning_rate", "effective_batch_size", "num_train_epochs")
-    rate, size, epochs = (hyperparameter(recipe, key)[0] for key in keys)
-    table = {"rate": scientific(rate), "batch": size, "epochs": epochs}
+    table = {key: hyperparameter(recipe, key)[0] for key in schema.TABLE_KEYS}
     lines = [f"# {line}" for line in title.splitlines()]
-    sections: dict[str, list[str]] = {name: [] for name in _ORDER}
-    for key in [*recipe.origins, *choice]:
-        section, _, leaf = key.rpartition(".")
-        holder = getattr(recipe, section) if section else recipe
-        value = choice[key] if key in choice else holder[leaf] if isinstance(holder, dict) else getattr(holder, leaf)
-        text = yaml.safe_dump({leaf: value}, sort_keys=False, width=1000).rstrip("\n")
-        comment = "chosen by the plan; uncomment to pin it" if key in choice else _COMMENTS.get(key, "").format(**table)
-        first, *more = text.splitlines()
-        first = f"# {first}" if key in choice else first
-        indented = [
-            ("  " if section else "") + line for line in [f"{first:<34} # {comment}" if comment else first, *more]
-        ]
-        sections[section or leaf] += indented
-    for name, body in sections.items():
-        if body and name in (*schema.SECTIONS, "trainer"):
-            only_comments = all(line.lstrip().startswith("#") for line in body)
-            lines.append(f"# {name}:" if only_comments else f"{name}:")
-        lines += body
+    sections = dataclasses.asdict(recipe)
+    for name in _ORDER:
+        keys = [key for key in (*recipe.origins, *choice) if key.partition(".")[0] == name]
+        if keys not in ([], [name]):
+            lines.append(f"# {name}:" if choice.keys() >= set(keys) else f"{name}:")
+        for key in keys:
+            comment = _COMMENTS.get(key, "").format(**table)
+            section, _, leaf = key.rpartition(".")
+            value = choice.get(key, (sections[section] if section else sections)[leaf])
+            first, *more = yaml.safe_dump({leaf: value}, sort_keys=False, width=1000).splitlines()
+            if key in choice:
+                first, comment = f"# {first}", "chosen by the plan; uncomment to pin it"
+            first = f"{first:<34} # {comment}" if comment else first
+            lines += [("  " if section else "") + line for line in (first, *more)]
     return "\n".join(lines) + "\n"

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_type_hints
 
+import yaml
 from pydantic import AfterValidator, Field, NonNegativeFloat
 
 from sft_recipes.config.strategies import STRATEGIES
@@ -25,11 +26,6 @@ Name = Annotated[str, Field(pattern=r"\S")]
 
 AUTO = "auto"  # the plan chooses: the fastest configuration that fits
 CONVERGED_ACCURACY = 0.9  # token accuracy above which a flat loss is convergence, not a plateau
-ATTENTIONS = ("auto", "eager", "sdpa", "varlen", "flash_attention_2")
-# Linear layers of a decoder block; Llama, Qwen and OLMo share the names.
-LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# Targets of data.columns.
-COLUMN_TARGETS = ("system", "prompt", "completion", "messages", "conversations", "tools", "chat_template_kwargs")
 # Template variables that are set for each row; chat_template_kwargs may not.
 RESERVED_TEMPLATE_VARIABLES = frozenset(("messages", "tools", "add_generation_prompt"))
 
@@ -45,78 +41,21 @@ TABLE_KEYS = (
     "lr_scheduler_type",
 )
 
-# Defaults for what neither the recipe nor its size class sets.
-TRAINER_DEFAULTS: dict[str, Any] = {
-    "max_length": 2048,
-    "packing": True,
-    "gradient_checkpointing": AUTO,
-    "logging_steps": 10,
-    "eval_steps": 100,
-    "save_steps": 100,
-    "max_steps": -1,
-    "seed": 42,
-    "data_seed": 42,
-}
 # Fields of SFTConfig with narrower types than its own. transformers reads a fraction of steps as a ratio of all steps.
 TRAINER_TYPES: dict[str, Any] = {
     **dict.fromkeys(("max_length", "eval_steps", "save_steps", "logging_steps"), Count),
     **dict.fromkeys(("seed", "data_seed"), Seed),
     "gradient_checkpointing": Literal["auto"] | bool | Count,
+    "lr_scheduler_kwargs": dict[str, float],
     "learning_rate": Annotated[float, Field(ge=1e-12, le=10)],
     "num_train_epochs": Annotated[float, Field(ge=0.001, le=10_000)],
     "warmup_ratio": Fraction,
     "weight_decay": Annotated[float, Field(ge=0, le=10)],
 }
 
-# OVERFIT=1, a smoke test: the loss on a handful of rows approaches zero, or the run fails.
+# A smoke test (defaults.yaml).
 OVERFIT = "OVERFIT=1"
 OVERFIT_LOSS = 0.1  # per token
-OVERFIT_SETTINGS: dict[str, Any] = {
-    "data.overfit_rows": 8,
-    "data.validation": None,
-    "data.retention_eval": None,
-    "data.examples": None,
-    "trainer.max_steps": 200,
-    "trainer.eval_steps": 50,
-    "trainer.save_steps": 200,
-}
-
-# SFTConfig fields that a recipe may not set, because the plan derives them or correctness depends on them; by the key
-# or variable to set instead, or why they are fixed.
-_OWNERS = {
-    "NAME=": "output_dir run_name",
-    "RESUME=1": "resume_from_checkpoint",
-    "GPUS=0": "use_cpu",
-    "REPORT_TO=": "report_to",
-    "batch.max_per_device_batch_size": "per_device_train_batch_size per_device_eval_batch_size auto_find_batch_size",
-    "batch.effective_batch_size": "gradient_accumulation_steps",
-    "precision": "bf16 fp16",
-    "parallelism": "deepspeed fsdp fsdp_config accelerator_config parallelism_config",
-    "the keys of model": "model_init_kwargs",
-    "model.chat_template": "chat_template_path",
-    "model.fused_kernels": "use_liger_kernel liger_kernel_config",
-    "model.trust_remote_code": "trust_remote_code",
-    "trainer.warmup_ratio": "warmup_steps",
-    "trainer.eval_steps": "eval_strategy",
-    "trainer.save_steps": "save_strategy",
-    "trainer.logging_steps": "logging_strategy",
-    "trainer.packing": "eval_packing padding_free",
-    "trainer.gradient_checkpointing": "activation_checkpointing",
-    "fixed: checkpointing is non-reentrant": "activation_checkpointing_kwargs gradient_checkpointing_kwargs",
-    "fixed: the two latest checkpoints, weights of the three best by eval_loss": "save_total_limit save_only_model "
-    "load_best_model_at_end metric_for_best_model greater_is_better enable_jit_checkpoint",
-    "fixed: the loss is a mean over the tokens of all ranks, logged as it is": "average_tokens_across_devices "
-    "logging_nan_inf_filter include_num_input_tokens_seen",
-    "fixed: rows are prepared before the trainer starts": "dataset_kwargs remove_unused_columns dataset_text_field "
-    "dataset_num_proc shuffle_dataset truncation_mode pad_to_multiple_of length_column_name eos_token pad_token "
-    "packing_strategy assistant_only_loss completion_only_loss",
-    "fixed: complete effective batches in a seeded order": "train_sampling_strategy dataloader_drop_last "
-    "ignore_data_skip",
-    "fixed: set by the command": "do_train do_eval do_predict local_rank",
-    "fixed: runs upload nothing": "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push "
-    "hub_revision",
-}
-OWNED_BY_THE_PLAN = {field: owner for owner, fields in _OWNERS.items() for field in fields.split()}
 
 
 def _check_name(name: str, names: tuple[str, ...]) -> str:
@@ -129,23 +68,9 @@ def _one_of(*names: str) -> AfterValidator:
     return AfterValidator(lambda name: _check_name(name, names))
 
 
-def _check_attention(name: str) -> str:
-    if "/" not in name or re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}", name):
-        return name if "/" in name else _check_name(name, ATTENTIONS)
-    raise ValueError(
-        f"kernel without a commit: found {name!r}, expected owner/name@<40 hexadecimal digits of its commit>, because "
-        f"a kernel is code"
-    )
-
-
 def _check_columns(columns: dict[str, str]) -> dict[str, str]:
     for target, template in columns.items():
-        if target not in COLUMN_TARGETS:
-            raise ValueError(f"found the target {target!r}, expected one of {', '.join(COLUMN_TARGETS)}")
-        try:
-            names = [name for _, name in column_pieces(template) if name]
-        except ValueError as error:
-            raise ValueError(f"{target}: not a format string: {error}. Example: '{{question}}'") from error
+        names = [name for _, name in column_pieces(template) if name]
         if not names and target not in ("system", "prompt"):
             raise ValueError(f"{target}: found {template!r}, expected a column name in braces: '{{answer}}'")
     if columns and not ({"prompt", "completion"} <= columns.keys() or {"messages", "conversations"} & columns.keys()):
@@ -159,14 +84,15 @@ def _check_template_variables(variables: dict[str, Any]) -> dict[str, Any]:
     return variables
 
 
-def _check_targets(targets: str | list[str]) -> str | list[str]:
-    if targets != "all-linear" and (isinstance(targets, str) or not targets or set(targets) - set(LINEAR_LAYERS)):
-        raise ValueError(f"found {targets!r}, expected all-linear or a list of {', '.join(LINEAR_LAYERS)}")
-    return targets
-
-
 StoppingAlert = Literal["loss_spike", "exploding_gradients", "vanishing_gradients"]
-Columns = Annotated[dict[str, str], AfterValidator(_check_columns)]
+ColumnTarget = Literal["system", "prompt", "completion", "messages", "conversations", "tools", "chat_template_kwargs"]
+Columns = Annotated[dict[ColumnTarget, str], AfterValidator(_check_columns)]
+# A kernel of the Hub is code: it needs a commit.
+Kernel = Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+@[0-9a-f]{40}$")]
+Attention = Literal["auto", "eager", "sdpa", "varlen", "flash_attention_2"] | Kernel
+# Linear layers of a decoder block; Llama, Qwen and OLMo share the names.
+LinearLayer = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TargetModules = Literal["all-linear"] | Annotated[list[LinearLayer], Field(min_length=1)]
 TemplateVariables = Annotated[dict[str, Any], AfterValidator(_check_template_variables)]
 
 
@@ -211,7 +137,7 @@ class Model:
     architecture: dict[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
     add_tokens: list[Name] = field(default_factory=list)
-    attention: Annotated[str, AfterValidator(_check_attention)] = "auto"
+    attention: Attention = "auto"
     fused_kernels: Literal["auto"] | bool = "auto"
     trust_remote_code: bool = False
 
@@ -297,7 +223,7 @@ class Lora:
     r: Size = 16
     alpha: Count = 32
     dropout: Annotated[float, Field(ge=0, le=0.99)] = 0.0
-    target_modules: Annotated[str | list[str], AfterValidator(_check_targets)] = "all-linear"
+    target_modules: TargetModules = "all-linear"
     experts: bool = False
     quantize: Literal["nf4"] | None = None
 
@@ -399,13 +325,7 @@ class Recipe:
 
 
 SECTIONS: dict[str, type] = {
-    "hardware": Hardware,
-    "model": Model,
-    "data": Data,
-    "lora": Lora,
-    "batch": Batch,
-    "generation": Generation,
-    "monitor": Monitor,
+    section.__name__.lower(): section for section in (Hardware, Model, Data, Lora, Batch, Generation, Monitor)
 }
 
 
@@ -416,7 +336,7 @@ def key_types() -> dict[str, Any]:
     trainer = {
         field: Union[tuple(kinds.get(kind) for kind in accepted)]  # noqa: UP007
         for field, accepted in trainer_fields().items()
-        if field not in OWNED_BY_THE_PLAN
+        if field not in owned_trainer_fields()
     }
     top = get_type_hints(Recipe, include_extras=True)
     types = {key: top[key] for key in top.keys() - {*SECTIONS, "name", "origins", "trainer"}}
@@ -432,10 +352,21 @@ def trainer_fields() -> dict[str, list[str]]:
     return fields
 
 
-def source_paths(named: Any) -> list[Any]:
-    """Return the path of each entry of `data.train` or `data.validation`: a name, or a list of names and mappings."""
-    entries = named if isinstance(named, list) else [named] if named else []
-    return [entry.get("path") if isinstance(entry, dict) else entry for entry in entries]
+@cache
+def owned_trainer_fields() -> dict[str, str]:
+    """Return SFTConfig's fields that a recipe may not set, each with what to set instead, or why it is fixed."""
+    fields = _read_yaml("owned_trainer_fields.yaml")
+    return {field: owner for owner, owned in fields.items() for field in owned}
+
+
+@cache
+def defaults() -> dict[str, dict[str, Any]]:
+    """Return defaults.yaml: the defaults of `trainer`, and the recipe keys that OVERFIT=1 sets (`overfit`)."""
+    return dict(_read_yaml("defaults.yaml"))
+
+
+def _read_yaml(name: str) -> Any:
+    return yaml.load(Path(__file__).with_name(name).read_text(encoding="utf-8"), yaml.CSafeLoader)
 
 
 def column_pieces(template: str) -> list[tuple[str, str | None]]:

@@ -12,7 +12,7 @@ import yaml
 
 from sft_recipes.config import schema
 from sft_recipes.config.architecture import is_dense, parameter_count
-from sft_recipes.config.schema import Recipe, did_you_mean
+from sft_recipes.config.schema import Recipe
 from sft_recipes.runtime.errors import ConfigError
 from sft_recipes.runtime.paths import REPOSITORY
 
@@ -87,16 +87,11 @@ def size_class_of(recipe: Recipe) -> str:
     number = re.fullmatch(r"(\d+(?:\.\d+)?)[bB]", recipe.size)
     billions = float(number[1]) if number else 0.0
     size = nearest_size_class(billions, method) if billions else recipe.size
-    if size not in (*_names(method), "tiny"):
+    if size not in (*_names(method), "tiny") or (billions and size_classes()[size].distance(billions) > MAX_DISTANCE):
         raise ConfigError(
-            f"{where}: size: found {recipe.size!r}, expected a number of parameters such as 20b, or a size class for "
+            f"{where}: size: found {recipe.size!r}, expected a number of parameters such as 20b, at most "
+            f"{MAX_DISTANCE:g} times beyond a size class, or a size class for "
             f"{'LoRA' if recipe.lora else 'a recipe without a lora section'}: {', '.join(_names(method))}"
-            f"{did_you_mean(recipe.size, _names(method))}"
-        )
-    if billions and size_classes()[size].distance(billions) > MAX_DISTANCE:
-        raise ConfigError(
-            f"{where}: size: found {recipe.size}, expected at most {MAX_DISTANCE:g} times beyond a size class. Set "
-            f"size to one of {', '.join(_names(method))} and the values that differ"
         )
     architecture = recipe.model.architecture
     parameters = parameter_count(architecture) if is_dense(architecture) else None

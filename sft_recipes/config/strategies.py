@@ -6,7 +6,7 @@ docs/design/extending.md shows how to add one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -102,22 +102,11 @@ def for_world_size(name: str, world_size: int) -> Strategy:
 
 def wider_than(name: str) -> list[str]:
     """Return the strategies that shard more than `name`, in order."""
-    order = [
-        DATA_PARALLEL.name,
-        *(strategy.name for strategy in _ALL if strategy.deepspeed and not strategy.cpu_offload),
-    ]
-    name = DATA_PARALLEL.name if name == ONE_PROCESS.name else name
+    order = [strategy.name for strategy in _ALL if not strategy.fsdp and not strategy.cpu_offload]
     return order[order.index(name) + 1 :] if name in order else []
 
 
 def running(zero_stage: int = 0, cpu_offload: bool = False, fsdp: bool = False, ddp: bool = False) -> Strategy:
-    """Return the strategy with these properties, to name what a run uses.
-
-    Raises:
-        LookupError: no strategy has them.
-    """
-    properties = (zero_stage, cpu_offload, fsdp, ddp)
-    for strategy in _ALL:
-        if properties == (strategy.zero_stage, strategy.cpu_offload, strategy.fsdp, strategy.ddp):
-            return strategy
-    raise LookupError(f"no strategy with zero_stage, cpu_offload, fsdp, ddp = {properties}")
+    """Return the strategy with these properties, to name what a run uses."""
+    wanted = Strategy("", zero_stage, fsdp, ddp, cpu_offload)
+    return next(strategy for strategy in _ALL if replace(strategy, name="") == wanted)

@@ -3,7 +3,6 @@ checks and caches the result."""
 
 from __future__ import annotations
 
-import datetime
 import logging
 import shutil
 from pathlib import Path
@@ -143,8 +142,7 @@ def _report_result(plan: Plan, result: dict[str, Any], result_file: Path) -> int
         log.info(f"sanity check failed: {failed} of {len(result['checks'])} checks; training not started")
         return EXIT_ERROR
     if measured.get("save_bytes"):
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes")
-        save_time.record_speed(measured["save_bytes"], measured["save_seconds"], now)
+        save_time.record_speed(measured["save_bytes"], measured["save_seconds"])
     write_json(
         result_file, {"recipe": plan.recipe, **result, "forecast": forecast, "plan": plans.comparable_values(plan)}
     )

@@ -37,16 +37,23 @@ class Configuration:
         checkpointing = plan.sections.trainer["gradient_checkpointing"]
         return cls(plan.parallelism, plan.per_device_train_batch_size, checkpointing)
 
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The keys of a recipe that pin it."""
+        return {
+            "parallelism": self.parallelism,
+            "batch.max_per_device_batch_size": self.micro_batch,
+            "trainer.gradient_checkpointing": self.gradient_checkpointing,
+        }
+
     def __str__(self) -> str:
         recomputed = describe_checkpointing(self.gradient_checkpointing)
         return f"{self.parallelism}, micro-batch {self.micro_batch}, activation checkpointing {recomputed}"
 
 
 def describe_checkpointing(interval: bool | int) -> str:
-    """Return which layers are recomputed: `off`, `every 2nd layer`, `all layers`."""
-    ordinals = {1: "st", 2: "nd", 3: "rd"}
-    every = f"every {interval}{ordinals.get(interval, 'th')} layer"
-    return "off" if not interval else "all layers" if interval == 1 else every
+    """Return which layers are recomputed: `off`, `1 of 2 layers`, `all layers`."""
+    return {0: "off", 1: "all layers"}.get(int(interval), f"1 of {interval} layers")
 
 
 def configurations(recipe: Recipe, world_size: int, effective_batch_size: int, on_cpu: bool) -> Iterator[Configuration]:
@@ -83,25 +90,27 @@ def choose(candidates: Sequence[Plan]) -> tuple[Plan, list[Plan]]:
     """
     last = candidates[-1]
     if not last.uses_gpu:
-        return next((plan for plan in candidates if 0 < _memory(plan) <= CPU_BYTES), last), []
+        return next((plan for plan in candidates if 0 < memory_of(plan) <= CPU_BYTES), last), []
     fitting = sorted((plan for plan in candidates if plan.fits), key=_step_seconds)
     fitting = [plan for plan in fitting if not plan.strategy.fsdp] or fitting
     if not fitting:
         least = [plan for plan in candidates if not plan.strategy.fsdp] or candidates
-        return min(least, key=_memory) if _memory(last) else least[-1], []
+        return min(least, key=memory_of) if memory_of(last) else least[-1], []
     fastest = _step_seconds(fitting[0])
     similar = [plan for plan in fitting if _step_seconds(plan) <= SIMILAR * fastest]
-    best = min(similar, key=lambda plan: (plan.strategy.zero_stage, _memory(plan)))
+    best = min(similar, key=lambda plan: (plan.strategy.zero_stage, memory_of(plan)))
     others: dict[tuple[Any, ...], Plan] = {}
     for plan in fitting:
-        configuration = Configuration.of(plan)
-        others.setdefault((configuration.parallelism, configuration.gradient_checkpointing), plan)
-    chosen = Configuration.of(best)
-    others.pop((chosen.parallelism, chosen.gradient_checkpointing), None)
+        others.setdefault(_kind(plan), plan)
+    others.pop(_kind(best))
     return best, list(others.values())[:3]
 
 
-def _memory(plan: Plan) -> int:
+def _kind(plan: Plan) -> tuple[Any, ...]:
+    return plan.parallelism, plan.sections.trainer["gradient_checkpointing"]
+
+
+def memory_of(plan: Plan) -> int:
     """Return the forecast bytes per GPU; 0 if the architecture is not known."""
     return (plan.memory_bytes_per_gpu or {"total": 0})["total"]
 

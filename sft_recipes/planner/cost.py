@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sft_recipes.config.gpu_types import find_gpu_type
 from sft_recipes.planner.memory import MemoryInputs
@@ -143,7 +143,7 @@ def row_tokens(plan: Plan) -> int:
 
 def flops_of(plan: Plan, load: MemoryInputs) -> Flops:
     """Return the FLOPs per token of a plan."""
-    return flops_per_token(load, mean_tokens(plan), 1.0 if plan.supervised_share is None else plan.supervised_share)
+    return flops_per_token(load, mean_tokens(plan), plan.supervised_share or 1.0)
 
 
 def palm_flops_per_token(load: MemoryInputs, tokens_per_row: int) -> float:
@@ -157,7 +157,7 @@ def palm_flops_per_token(load: MemoryInputs, tokens_per_row: int) -> float:
     return 6 * (load.parameters - idle) + attention
 
 
-def forecast(plan: Plan, load: MemoryInputs) -> dict[str, float | None] | None:
+def forecast(plan: Plan, load: MemoryInputs) -> dict[str, Any] | None:
     """Return seconds by part, GPU-hours and cost of a plan whose steps are known.
 
     None without a step time, and without the number of validation examples. `mfu` and `hfu` of the result are

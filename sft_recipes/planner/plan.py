@@ -78,13 +78,13 @@ class ComparedValues:
     requested_size: str
     model: str
     method: str
-    parallelism: str
+    parallelism: str = ""  # like the sizes and dtypes below, set by `_configure`
     precision: str
     gpus: int
     nodes: int
     world_size: int
-    per_device_train_batch_size: int
-    gradient_accumulation_steps: int
+    per_device_train_batch_size: int = 0
+    gradient_accumulation_steps: int = 0
     effective_batch_size: int
     learning_rate: float
     lr_scheduler_type: str
@@ -93,7 +93,7 @@ class ComparedValues:
     weight_decay: float
     max_grad_norm: float
     max_length: int
-    dtypes: dict[str, str]
+    dtypes: dict[str, str] = dataclasses.field(default_factory=dict)
     sections: Sections
     data_fingerprint: str | None = None
     init_from: dict[str, Any] | None = None
@@ -146,7 +146,7 @@ class Plan(ComparedValues):
     fits: bool | None = None
     step_seconds: float | None = None
     alternatives: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    forecast: dict[str, float | None] | None = None
+    forecast: dict[str, Any] | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
     fewest_gpus: int | None = None
     cheapest_change: str | None = None
@@ -180,11 +180,6 @@ class Plan(ComparedValues):
         workers: int = self.sections.trainer.get("dataloader_num_workers", 2 if self.uses_gpu else 0)
         return workers
 
-    @property
-    def shards_parameters(self) -> bool:
-        """Whether the weights are sharded."""
-        return self.strategy.shards_parameters
-
 
 def resolve(recipe: Recipe, topology: Topology) -> Plan:
     """Resolve a recipe for this hardware; what it leaves open is chosen (planner/choose.py).
@@ -196,7 +191,7 @@ def resolve(recipe: Recipe, topology: Topology) -> Plan:
     world_size, trainer = topology.gpus or topology.processes, recipe.trainer
     _check_support(recipe, topology, world_size)
     values = {key: hyperparameter(recipe, key)[0] for key in TABLE_KEYS}
-    lr_schedule.check(values["lr_scheduler_type"], lr_schedule.options_of(trainer))
+    lr_schedule.check(values["lr_scheduler_type"], trainer.get("lr_scheduler_kwargs", {}))
     effective = values["effective_batch_size"]
     configurations = list(choose.configurations(recipe, world_size, effective, not topology.gpus))
     unchanged = {key: value for key, value in trainer.items() if key not in TABLE_KEYS}
@@ -208,20 +203,16 @@ def resolve(recipe: Recipe, topology: Topology) -> Plan:
         requested_size=recipe.size,
         model=recipe.model.name_or_path or from_scratch,
         method=recipe.method,
-        parallelism="",
         precision=recipe.precision,
         gpus=topology.gpus,
         nodes=topology.nodes,
         devices=topology.devices,
         gpu_type=topology.gpu_type,
         world_size=world_size,
-        per_device_train_batch_size=0,
-        gradient_accumulation_steps=0,
         **values,
         max_length=trainer["max_length"],
         packing=trainer["packing"],
         examples=recipe.data.examples,
-        dtypes={},
         assumed_mfu=recipe.hardware.mfu,
         network_gbs=recipe.hardware.network_gbs,
         sections=Sections(
@@ -261,23 +252,17 @@ def _check_support(recipe: Recipe, topology: Topology, world_size: int) -> None:
     """Reject a strategy or attention that does not support the recipe, or that many ranks."""
     lora, attention = recipe.lora, recipe.model.attention
     strategy = STRATEGIES.get(recipe.parallelism, DATA_PARALLEL)  # `auto` chooses a supported one
-    flash = attention == "flash_attention_2" and (not topology.gpus or recipe.precision == "fp32")
-    actual = f"{attention}: found {recipe.precision if topology.gpus else 'CPU'}"
-    quantized = lora and lora.quantize and strategy.shards_parameters
-    experts = lora and lora.experts and strategy.shards_parameters
-    several = world_size > 1 and not strategy.several_processes
-    for rejected, key, text in (
-        (flash, "model.attention", f"{actual}, expected bf16 on a GPU. Set model.attention=auto"),
-        (quantized, "parallelism", f"{strategy.name} does not shard 4-bit weights. Set parallelism=ddp or zero2"),
-        (
-            experts,
-            "parallelism",
-            f"{strategy.name} shards what lora.experts adapts. Set parallelism=ddp or zero2",
-        ),
-        (several, "parallelism", f"{strategy.name}: found {world_size} processes, expected 1. Set parallelism=ddp"),
-    ):
-        if rejected:
-            raise ConfigError(f"{recipe.origins.get(key, f'recipes/{recipe.name}.yaml')}: {key}: {text}")
+    if attention == "flash_attention_2" and (not topology.gpus or recipe.precision == "fp32"):
+        actual = recipe.precision if topology.gpus else "CPU"
+        key, text = "model.attention", f"{attention}: found {actual}, expected bf16 on a GPU. Set model.attention=auto"
+    elif lora and (lora.quantize or lora.experts) and strategy.shards_parameters:
+        weights = "4-bit weights" if lora.quantize else "what lora.experts adapts"
+        key, text = "parallelism", f"{strategy.name} does not shard {weights}. Set parallelism=ddp or zero2"
+    elif world_size > 1 and not strategy.several_processes:
+        key, text = "parallelism", f"{strategy.name}: found {world_size} processes, expected 1. Set parallelism=ddp"
+    else:
+        return
+    raise ConfigError(f"{recipe.origins.get(key, f'recipes/{recipe.name}.yaml')}: {key}: {text}")
 
 
 _NODE_COPY = "zero_hpz_partition_size"  # DeepSpeed's key
@@ -356,13 +341,11 @@ def with_prepared_data(plan: Plan, prepared: Prepared) -> Plan:
                 f"parallelism=zero3, or more GPUs"
             )
     if prepared.rows < plan.effective_batch_size:
-        packed = f"{prepared.examples} examples, packed into " if plan.packing else ""
         raise ConfigError(
-            f"data.train: fewer than one effective batch: found {packed}{prepared.rows} rows, expected "
-            f"{plan.effective_batch_size} or more. Add examples, or set "
-            f"batch.effective_batch_size={1 << max(prepared.rows.bit_length() - 1, 0)}"
-            f"{' allow_out_of_range=[effective_batch_size]' if plan.size != 'tiny' else ''}"
-            f"{', or trainer.packing=false' if plan.packing and prepared.examples > prepared.rows else ''}"
+            f"data.train: fewer than one effective batch: found {prepared.rows} rows of {prepared.examples} examples, "
+            f"expected {plan.effective_batch_size} or more. Add examples, or set batch.effective_batch_size="
+            f"{1 << max(prepared.rows.bit_length() - 1, 0)} allow_out_of_range=[effective_batch_size]"
+            f"{' or trainer.packing=false' if plan.packing else ''}"
         )
     updated = dataclasses.replace(
         plan,
@@ -430,9 +413,7 @@ def read(path: Path) -> Plan:
         }
         return Plan(**stored | {"sections": Sections(**sections)})
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(
-            f"{path}: not a plan of this version: found {error}. Start another run with NAME=…"
-        ) from error
+        raise ConfigError(f"{path}: not a plan of this version ({error}). Start another run with NAME=…") from error
 
 
 def to_json(plan: Plan) -> str:
@@ -441,7 +422,8 @@ def to_json(plan: Plan) -> str:
 
 
 def _origins(recipe: Recipe, topology: Topology) -> dict[str, str]:
-    defaults = ("precision", "parallelism", "data.validation", *(f"trainer.{key}" for key in schema.TRAINER_DEFAULTS))
+    trainer = (f"trainer.{key}" for key in schema.defaults()["trainer"])
+    defaults = ("precision", "parallelism", "data.validation", *trainer)
     table = {key: hyperparameter(recipe, key)[1] for key in TABLE_KEYS}
     derived = {
         "world_size": "derived: one rank per GPU" if topology.gpus else "derived: ranks on the CPU",
@@ -455,19 +437,16 @@ def _origins(recipe: Recipe, topology: Topology) -> dict[str, str]:
 
 def _chosen_origins(recipe: Recipe, plan: Plan) -> dict[str, str]:
     """Return the origins of what the recipe leaves open."""
-    reason = "chosen: needs the least memory, which is not forecast"
     load = memory_inputs(plan, recipe.model.architecture)
-    if load and not plan.uses_gpu:
+    step = cost.step_time(plan, load) if load else None
+    reason = "chosen: fits" if plan.fits else "chosen: needs the least memory"
+    if not plan.uses_gpu:
         reason = "chosen for the CPU"
-    elif load and plan.fits is False:
-        reason = "chosen: needs the least memory, and does not fit"
-    elif load and (step := cost.step_time(plan, load)):
+    elif step and plan.fits:
         reason = (
             f"chosen: fastest that fits, {step.total:.2f} s per step (computation {step.compute:.2f}, communication "
             f"{step.communication:.2f} mostly in parallel, overhead {step.overhead:.2f}; estimated)"
         )
-    elif load and plan.fits:
-        reason = "chosen: fits"
     chosen = {
         "parallelism": recipe.parallelism == schema.AUTO,
         "per_device_train_batch_size": recipe.batch.max_per_device_batch_size is None,
@@ -495,7 +474,7 @@ def _with_steps(plan: Plan, rows: int | None, examples: int | None) -> Plan:
         raise ConfigError(
             f"batch.min_optimizer_steps: {rows} rows with an effective batch of {plan.effective_batch_size}: found "
             f"{steps} optimizer steps, expected {minimum} or more. Add examples or epochs, or set "
-            f"{'trainer.packing=false or ' if plan.packing else ''}batch.min_optimizer_steps={max(steps, 1)}"
+            f"batch.min_optimizer_steps={max(steps, 1)}"
         )
     plan = dataclasses.replace(
         plan,

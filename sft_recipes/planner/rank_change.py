@@ -60,7 +60,6 @@ def incompatibility(saved: Ranks, plan: Plan) -> str | None:
         )
     optimizer = plan.sections.trainer.get("optim", _RESHARDABLE_OPTIMIZERS[0])
     if needs_resharding(saved, now) and optimizer not in _RESHARDABLE_OPTIMIZERS:
-        usable = resuming_strategy(saved.strategy)
         return (
             f"its checkpoints were saved by {saved}, and the state of trainer.optim={optimizer} cannot be "
             f"resharded for {now}. Resume on {saved.world_size} ranks, or start another run with NAME=…"

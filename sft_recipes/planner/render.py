@@ -12,17 +12,13 @@ from sft_recipes.config.schema import OVERFIT_LOSS, DataSource
 from sft_recipes.planner import save_time
 from sft_recipes.planner.choose import Configuration, describe_checkpointing
 from sft_recipes.planner.plan import Plan
+from sft_recipes.planner.rank_change import ranks_of
 from sft_recipes.runtime.units import GIB
 
 
 def describe_ranks(plan: Plan) -> str:
-    """Return strategy and ranks: `zero2 on 8 GPUs`, `ddp, 2 processes on CPU`, `single process on CPU`."""
-    plural = plan.world_size > 1
-    if not plan.strategy.several_processes:
-        return f"single process on {'1 GPU' if plan.uses_gpu else 'CPU'}"
-    if plan.uses_gpu:
-        return f"{plan.parallelism} on {plan.world_size} GPU{'s' if plural else ''}"
-    return f"{plan.parallelism}, {plan.world_size} process{'es' if plural else ''} on CPU"
+    """Return strategy and ranks: `zero2 on 8 ranks, GPU`."""
+    return f"{ranks_of(plan)}, {'GPU' if plan.uses_gpu else 'CPU'}"
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
@@ -75,19 +71,16 @@ def _lines(plan: Plan) -> Iterator[tuple[str, str]]:
     else:
         yield "method", "full fine-tuning"
     yield "train data", _sources(data.sources("train"))
-    split = f"a seeded {data.validation_fraction:.0%} of the training data"
-    yield (
-        "validation data",
-        _sources(data.sources("validation")) or ("the training rows" if data.overfit_rows else split),
+    split = (
+        "the training rows" if data.overfit_rows else f"a seeded {data.validation_fraction:.0%} of the training data"
     )
+    yield "validation data", _sources(data.sources("validation")) or split
     if data.overfit_rows:
-        rows = f"first {data.overfit_rows} rows, repeated each step"
-        yield "overfit", f"{rows}; expects a loss below {OVERFIT_LOSS}"
+        yield "overfit", f"first {data.overfit_rows} rows, repeated each step; expects a loss below {OVERFIT_LOSS}"
     if data.retention_eval:
         yield "retention eval", data.retention_eval
-    plural = "es" if plan.world_size > 1 else ""
     on_gpus = f"{plan.gpus} GPUs on {plan.nodes} node(s), {_gpu(plan)}"
-    yield "hardware", on_gpus if plan.uses_gpu else f"CPU, {plan.world_size} process{plural}"
+    yield "hardware", on_gpus if plan.uses_gpu else f"CPU, {plan.world_size} process(es)"
     yield "parallelism", plan.parallelism
     yield "precision", f"{plan.precision} ({', '.join(f'{k} {v}' for k, v in plan.dtypes.items())})"
     for key in ("world_size", "per_device_train_batch_size", "gradient_accumulation_steps"):
@@ -95,7 +88,6 @@ def _lines(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "activation checkpointing", describe_checkpointing(plan.sections.trainer["gradient_checkpointing"])
     yield "effective batch size", f"{plan.effective_batch_size} {'packed rows' if plan.packing else 'rows'}"
     yield "max length", f"{plan.max_length} tokens"
-    yield "packing", "on" if plan.packing else "off"
     yield "learning rate", f"{plan.learning_rate:g}"
     yield "lr scheduler type", plan.lr_scheduler_type
     for key in ("num_train_epochs", "warmup_ratio", "weight_decay", "max_grad_norm"):
@@ -119,7 +111,7 @@ def _gpu(plan: Plan) -> str:
     """Return the GPU type, or its memory if the type is not in the table."""
     if plan.gpu_type is None:
         return "GPU type not set"
-    return plan.gpu_type if find_gpu_type(plan.gpu_type) else f"GPU type not in the table, {plan.gpu_type} GiB"
+    return plan.gpu_type if find_gpu_type(plan.gpu_type) else f"{plan.gpu_type} GiB, GPU type not in the table"
 
 
 def _estimate(plan: Plan, value: Any) -> str:
@@ -161,19 +153,18 @@ def _forecast(plan: Plan) -> Iterator[tuple[str, str]]:
     """Yield time, cost, and what would fit."""
     if forecast := plan.forecast:
         price = "" if forecast["money"] is None else f", {forecast['money']:,.2f} at GPU_HOUR_PRICE"
-        share = "all tokens supervised, an upper bound until the data is prepared"
-        if plan.supervised_share is not None:
-            share = f"{plan.supervised_share:.0%} of tokens supervised"
-        hours = f"{(forecast['seconds'] or 0) / 3600:.1f} hours, {forecast['gpu_hours']:,.0f} GPU-hours{price}"
+        share = "at most 100%" if plan.supervised_share is None else f"{plan.supervised_share:.0%}"
+        hours = f"{forecast['seconds'] / 3600:.1f} hours, {forecast['gpu_hours']:,.0f} GPU-hours{price}"
         peak = f"{forecast['hfu']:.0%} of peak FLOP/s ({forecast['mfu']:.0%} MFU plus recomputation)"
-        yield "time", f"{hours}; forecast at {peak}; {share}"
+        yield "time", f"{hours}; forecast at {peak}; {share} of the tokens supervised"
         yield "evaluations and saves", f"{forecast['overhead_share']:.1%} of that time, saves at 2 GB/s per node"
     elif plan.uses_gpu and plan.parameters and plan.optimizer_steps:
         yield "time", f"no forecast: needs bf16 and a GPU type of docs/models.md, found {plan.precision}, {_gpu(plan)}"
     if plan.fits is not None:
-        gpu = plan.gpu_type if find_gpu_type(plan.gpu_type) else f"{plan.gpu_type} GiB"
-        none = f"no number of {gpu} fits the unchanged recipe"
-        yield "fewest GPUs", f"{plan.fewest_gpus} x {gpu}" if plan.fewest_gpus else none
+        yield (
+            "fewest GPUs",
+            f"{plan.fewest_gpus} x {_gpu(plan)}" if plan.fewest_gpus else "none fits the unchanged recipe",
+        )
     if plan.fits is False:
         yield "cheapest change", plan.cheapest_change or "none: use a larger GPU"
 
@@ -195,9 +186,7 @@ def format_comparison(plans: Sequence[tuple[int, Plan | str]]) -> str:
             memory, forecast = plan.memory_bytes_per_gpu, plan.forecast
             sizes = [str(plan.per_device_train_batch_size), str(plan.gradient_accumulation_steps)]
             fits = [_gib(memory["total"]) if memory else "?", {True: "yes", False: "no", None: "?"}[plan.fits]]
-            time = ["?", "?"]
-            if forecast:
-                time = [f"{(forecast['seconds'] or 0) / 3600:.1f}", f"{forecast['gpu_hours']:,.0f}"]
-            rows.append([str(gpus), plan.parallelism, *sizes, *fits, *time])
+            hours = [f"{forecast['seconds'] / 3600:.1f}", f"{forecast['gpu_hours']:,.0f}"] if forecast else ["?", "?"]
+            rows.append([str(gpus), plan.parallelism, *sizes, *fits, *hours])
     errors = [f"{gpus} GPUs: {error}" for gpus, error in plans if isinstance(error, str)]
     return "\n".join([format_table(rows), *errors])

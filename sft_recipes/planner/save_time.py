@@ -19,33 +19,33 @@ def _file() -> Path:
     return runs_root() / ".saving.json"
 
 
-def _disk_speed(plan: Plan) -> tuple[float, str | None]:
-    """Return the bytes per second that the latest sanity check measured, hashing and fsync included, and its date;
-    otherwise an assumption, and None.
+def _measured_speed(plan: Plan) -> float | None:
+    """Return the bytes per second that the latest sanity check measured, hashing and fsync included; None without one.
 
     Saves under 1/1000 of this plan's size measure latency, so they are ignored.
     """
     record = read_json(_file())
     if record.get("seconds") and record["bytes"] * 1000 >= (plan.checkpoint_bytes or 0):
-        return record["bytes"] / record["seconds"], str(record["measured"])
-    return WRITE_BYTES_PER_SECOND, None
+        return float(record["bytes"] / record["seconds"])
+    return None
 
 
-def record_speed(saved_bytes: int, seconds: float, date: str) -> None:
+def record_speed(saved_bytes: int, seconds: float) -> None:
     """Store the measurement of a sanity check."""
     _file().parent.mkdir(parents=True, exist_ok=True)
-    write_json(_file(), {"bytes": saved_bytes, "seconds": round(seconds, 3), "measured": date})
+    write_json(_file(), {"bytes": saved_bytes, "seconds": round(seconds, 3)})
 
 
 def save_seconds(plan: Plan) -> float | None:
     """Return the expected seconds per save; None if the checkpoint size is not known."""
-    return None if plan.checkpoint_bytes is None else plan.checkpoint_bytes / _disk_speed(plan)[0]
+    speed = _measured_speed(plan) or WRITE_BYTES_PER_SECOND
+    return None if plan.checkpoint_bytes is None else plan.checkpoint_bytes / speed
 
 
 def max_save_seconds(plan: Plan) -> float:
     """Return the seconds after which a save counts as stalled: a slow disk, or three times the measurement."""
     slow = (plan.checkpoint_bytes or 0) / plan.nodes / SLOW_DISK_BYTES_PER_SECOND
-    return max(slow, 3 * (save_seconds(plan) or 0.0)) if _disk_speed(plan)[1] else slow
+    return max(slow, 3 * (save_seconds(plan) or 0.0)) if _measured_speed(plan) else slow
 
 
 def grace_seconds(plan: Plan) -> int:
@@ -55,9 +55,5 @@ def grace_seconds(plan: Plan) -> int:
 
 def describe(plan: Plan) -> str:
     """Return the line of the printed plan."""
-    speed, measured = _disk_speed(plan)
-    source = f"measured by the sanity check of {measured}" if measured else "assumed until a sanity check"
-    return (
-        f"{format_duration(save_seconds(plan) or 0)} at {speed / 1e9:.2g} GB/s, {source}; "
-        f"SIGKILL {grace_seconds(plan)} s after a stop request"
-    )
+    source = "measured by the latest sanity check" if _measured_speed(plan) else "assumed until a sanity check"
+    return f"{format_duration(save_seconds(plan) or 0)}, {source}; SIGKILL {grace_seconds(plan)} s after a stop request"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator
@@ -14,8 +13,8 @@ from sft_recipes.config.sizes import hyperparameter, nearest_size_class
 from sft_recipes.config.strategies import DATA_PARALLEL, OFFLOADED, wider_than
 from sft_recipes.planner import batch
 from sft_recipes.planner import plan as plans
-from sft_recipes.planner.choose import Configuration
-from sft_recipes.planner.plan import Topology
+from sft_recipes.planner.choose import Configuration, memory_of
+from sft_recipes.planner.plan import Plan, Topology
 from sft_recipes.runtime.errors import UserError
 
 GPUS_PER_NODE = 8
@@ -24,7 +23,7 @@ GPUS_PER_NODE = 8
 def smallest_gpu_count(recipe: Recipe, gpu_type: str | None) -> int | None:
     """Return the fewest GPUs of this type that fit the recipe and keep its batch; None if no number does."""
     for gpus in batch.world_sizes_that_divide(_effective_batch_size(recipe)):
-        if _fits(recipe, topology_for(gpus, gpu_type)):
+        if (plan := _plan(recipe, topology_for(gpus, gpu_type))) and plan.fits:
             return gpus
     return None
 
@@ -36,51 +35,24 @@ def cheapest_change(recipe: Recipe, topology: Topology, max_gpus: int | None = N
     GPUs, offloading, adapters instead of all weights.
     """
     for text, changed, target in _changes(recipe, topology):
-        if (max_gpus is None or target.gpus <= max_gpus) and _fits(changed, target):
+        if (max_gpus is None or target.gpus <= max_gpus) and (plan := _plan(changed, target)) and plan.fits:
             return text
     return None
 
 
-def lighter_overrides(recipe: Recipe, topology: Topology, limit: int = 2) -> list[str]:
-    """Return the cheapest changes on these GPUs that need at least 10% less memory, for a run that ran out of memory.
+def lighter_overrides(recipe: Recipe, topology: Topology) -> list[str]:
+    """Return the two cheapest changes on these GPUs that need at least 10% less memory, for a run that ran out of it.
 
-    Without a forecast: general changes that are not set yet.
+    Without a forecast: general changes.
     """
-    with contextlib.suppress(UserError):  # an invalid plan has no configuration
-        recipe = pin(recipe, Configuration.of(plans.resolve(recipe, topology)))
-    current = _forecast_bytes(recipe, topology)
-    lighter = (
-        text
-        for text, changed, target in (_changes(recipe, topology) if current else ())
-        if target.gpus <= topology.gpus and 0 < _forecast_bytes(changed, target) <= 0.9 * current
-    )
-    general = ["batch.max_per_device_batch_size=1"] if recipe.batch.max_per_device_batch_size != 1 else []
-    general += [] if _recomputes_all(recipe) else ["trainer.gradient_checkpointing=true"]
-    general += [f"trainer.max_length={recipe.trainer['max_length'] // 2}"]
-    return list(itertools.islice(lighter, limit)) or general[:limit]
-
-
-def _forecast_bytes(recipe: Recipe, topology: Topology) -> int:
-    """Return the forecast bytes per GPU; 0 if the plan is invalid."""
-    try:
-        return (plans.resolve(recipe, topology).memory_bytes_per_gpu or {"total": 0})["total"]
-    except UserError:
-        return 0
-
-
-def pin(recipe: Recipe, configuration: Configuration) -> Recipe:
-    """Return the recipe with this configuration instead of what it leaves open."""
-    return dataclasses.replace(
-        recipe,
-        parallelism=configuration.parallelism,
-        batch=dataclasses.replace(recipe.batch, max_per_device_batch_size=configuration.micro_batch),
-        trainer=recipe.trainer | {"gradient_checkpointing": configuration.gradient_checkpointing},
-    )
-
-
-def _recomputes_all(recipe: Recipe) -> bool:
-    """Return whether every layer is recomputed, or the plan chooses it where that is needed."""
-    return recipe.trainer["gradient_checkpointing"] in (True, AUTO)
+    plan, found = _plan(recipe, topology), []
+    if plan and plan.memory_bytes_per_gpu:
+        pinned, most = _with(recipe, Configuration.of(plan).overrides), 0.9 * memory_of(plan)
+        for text, changed, target in _changes(pinned, topology):
+            if target.gpus <= topology.gpus and (lighter := _plan(changed, target)) and memory_of(lighter) <= most:
+                found.append(text)
+    halved = f"trainer.max_length={recipe.trainer['max_length'] // 2}"
+    return found[:2] or ["batch.max_per_device_batch_size=1", halved]
 
 
 def topology_for(gpus: int, gpu_type: str | None) -> Topology:
@@ -103,16 +75,14 @@ def _changes(recipe: Recipe, topology: Topology) -> Iterator[tuple[str, Recipe, 
         if change:
             gpus = change.get("GPUS")
             target = topology_for(gpus, topology.gpu_type) if gpus else topology
-            yield (
-                " ".join(f"{key}={str(value).lower()}" for key, value in change.items()),
-                _with(recipe, change),
-                target,
-            )
+            text = " ".join(f"{key}={str(value).lower()}" for key, value in change.items())
+            yield text, _with(recipe, change), target
 
 
 def _candidates(recipe: Recipe, topology: Topology) -> Iterator[dict[str, Any]]:
     """Yield overrides in order of cost."""
-    base: dict[str, Any] = {} if _recomputes_all(recipe) else {"trainer.gradient_checkpointing": True}
+    recomputed = recipe.trainer["gradient_checkpointing"] in (True, AUTO)  # or the plan chooses it where that is needed
+    base: dict[str, Any] = {} if recomputed else {"trainer.gradient_checkpointing": True}
     wider, ddp = wider_than(recipe.parallelism), {"parallelism": DATA_PARALLEL.name}
     yield base
     yield from (base | {"parallelism": name} for name in wider if topology.gpus > 1)
@@ -145,9 +115,9 @@ def _effective_batch_size(recipe: Recipe) -> int:
     return int(hyperparameter(recipe, "effective_batch_size")[0])
 
 
-def _fits(recipe: Recipe, topology: Topology) -> bool:
-    """Return whether the plan is valid and fits."""
+def _plan(recipe: Recipe, topology: Topology) -> Plan | None:
+    """Return the plan; None if it is invalid."""
     try:
-        return plans.resolve(recipe, topology).fits is True
+        return plans.resolve(recipe, topology)
     except UserError:
-        return False
+        return None

@@ -142,7 +142,7 @@ def check_completions(plan: Plan, trainer: Any, better_than_chance: bool) -> Che
     """
     from sft_recipes.training import completions
 
-    if plan.shards_parameters and not trial.checks_resume(plan):
+    if plan.strategy.shards_parameters and not trial.checks_resume(plan):
         detail = f"each token gathers all parameters under {plan.parallelism}: minutes above 13B parameters"
         return Check("completions", None, detail)
     prompts = completions.read_prompts(trainer.prepared, _PROMPTS)

@@ -54,7 +54,7 @@ def complete_before_training(trainer: Any) -> dict[str, Any] | None:
 
 def complete_after_training(trainer: Any) -> Completions | None:
     """Complete the held-out prompts with the published weights; a metric that fails now does not fail the run."""
-    if not trainer.plan.shards_parameters:
+    if not trainer.plan.strategy.shards_parameters:
         trainer.load_weights(trainer.folder.final)
     try:
         completed = complete(trainer, trainer.plan.sections.generation.score)
@@ -78,7 +78,7 @@ def complete(trainer: Any, score: int = 0) -> Completions | None:
     """
     section = trainer.plan.sections.generation
     prompts = read_prompts(trainer.prepared, max(section.show, score))
-    if not prompts or trainer.plan.shards_parameters:
+    if not prompts or trainer.plan.strategy.shards_parameters:
         return None
     texts = complete_prompts(trainer, prompts, section.max_new_tokens)
     # Completions cannot reach a longer reference.

@@ -242,9 +242,12 @@ def test_early_stopping_after_patience(tmp_path):
             "monitor.stop_on=[loss_spikes]",
             "monitor.stop_on: found 'loss_spikes', expected 'loss_spike', 'exploding_gradients' or",
         ),
-        ("monitor.window=1", "monitor.window: found 1, expected at least 2"),
-        ("monitor.loss_spike=x", "monitor.loss_spike: found 'x', expected a number"),
-        ("monitor.early_stopping_patience=0", "monitor.early_stopping_patience: found 0, expected at least 1"),
+        ("monitor.window=1", "monitor.window: found 1, expected greater than or equal to 2"),
+        ("monitor.loss_spike=x", "monitor.loss_spike: found 'x', expected a valid number"),
+        (
+            "monitor.early_stopping_patience=0",
+            "monitor.early_stopping_patience: found 0, expected greater than or equal to 1",
+        ),
         ("monitor.gradnorm=3", "unknown key monitor.gradnorm"),
     ],
 )

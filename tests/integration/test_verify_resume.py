@@ -38,7 +38,7 @@ def test_finished_run_resumes_exactly(shared_workplace, short_run, tmp_path):
     python_path = f"{tmp_path}:{shared_workplace.environment()['PYTHONPATH']}"
     done = shared_workplace.sft("verify-resume", short_run.name, PYTHONPATH=python_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "resumed short from checkpoint-4 (single process on CPU), repeated steps 5 to 6" in done.stdout
+    assert "resumed short from checkpoint-4 (single on 1 rank, CPU), repeated steps 5 to 6" in done.stdout
     (loaded, *steps), result = table(done)
     assert loaded == "4 (loaded)  equal    equal      equal      equal"
     assert steps == [f"{step}           {EQUAL}" for step in (5, 6)]

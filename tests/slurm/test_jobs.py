@@ -255,7 +255,7 @@ def test_verify_resume_on_two_nodes(site: Site, uninterrupted: Path) -> None:
     done = site.cluster.run("sbatch", *options, command, folder=site.checkout)
     output = (site.checkout / "slurm" / "logs" / "verify.out").read_text()
     assert done.returncode == 0, output + done.stderr
-    assert "resumed uninterrupted from checkpoint-45 (ddp, 2 processes on CPU)" in output
+    assert "resumed uninterrupted from checkpoint-45 (ddp on 2 ranks, CPU)" in output
     assert "exact: bit for bit equal to the uninterrupted run" in output
     assert not list((site.runs / ".replays").iterdir()), "the files of the replays are removed"
 

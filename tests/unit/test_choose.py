@@ -79,7 +79,7 @@ def test_overrides_pin_each_choice():
     every_layer = plan("8b", 8, "h100-80g", "trainer.gradient_checkpointing=true")
     assert every_layer.sections.trainer["gradient_checkpointing"] is True
     third = plan("8b", 8, "h100-80g", "trainer.gradient_checkpointing=3")
-    assert "activation checkpointing     every 3rd layer" in render.format_plan(third)
+    assert "activation checkpointing     1 of 3 layers" in render.format_plan(third)
     with pytest.raises(
         UserError, match=r"gradient_checkpointing: found 0, expected 'auto' or true or false or at least 1"
     ):

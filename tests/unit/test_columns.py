@@ -132,9 +132,9 @@ def test_columns_are_mapped_by_format_strings():
         ("{prompt: '{a.b}', completion: '{c}'}", "found the field {a.b}, expected a plain column name"),
         ("{prompt: '{a[0]}', completion: '{c}'}", "found the field {a\\[0\\]}"),
         ("{prompt: '{a!r}', completion: '{c}'}", "found the field {a}, expected a plain"),
-        ("{prompt: '{a', completion: '{c}'}", "not a format string"),
+        ("{prompt: '{a', completion: '{c}'}", "expected '}'"),
         ("{prompt: '{a}'}", "found prompt, expected prompt and completion, or messages"),
-        ("{prompt: '{a}', answer: '{c}'}", "found the target 'answer', expected one of system, prompt"),
+        ("{prompt: '{a}', answer: '{c}'}", "answer.*: found 'answer', expected 'system', 'prompt'"),
         ("{prompt: '{a}', completion: 'c'}", "completion: found 'c', expected a column name in braces"),
     ],
 )

@@ -82,7 +82,7 @@ def test_loader_records_origins(load_recipe):
         (GOOD + "optimizer: x\n", r"mine.yaml:8: unknown key optimizer"),
         (GOOD.replace("name_or_path", "name"), r"mine.yaml:3: unknown key model.name"),
         (GOOD + "  learning_rate: 1e-5\n", r"mine.yaml:8: .*duplicate key learning_rate"),
-        (GOOD.replace("2e-5", "fast"), r"mine.yaml:7: trainer.learning_rate: found 'fast', expected a number"),
+        (GOOD.replace("2e-5", "fast"), r"mine.yaml:7: trainer.learning_rate: found 'fast', expected a valid number"),
         (
             GOOD.replace("2e-5", "1e-3"),
             r"mine.yaml:7: learning_rate of size class 7-13b: found 0.001, expected 1e-05 to 5e-05",
@@ -96,9 +96,9 @@ def test_loader_records_origins(load_recipe):
             r"mine.yaml:8: trainer.warmup_steps is set by the plan. Set trainer.warmup_ratio",
         ),
         (GOOD + "  bf16: true\n", r"mine.yaml:8: trainer.bf16 is set by the plan. Set precision"),
-        (GOOD + "  max_length: 0\n", r"mine.yaml:8: trainer.max_length: found 0, expected at least 1"),
-        (GOOD + "  seed: 1.5\n", r"mine.yaml:8: trainer.seed: found 1.5, expected an integer"),
-        (GOOD + "  packing: maybe\n", r"mine.yaml:8: trainer.packing: found 'maybe', expected true or false"),
+        (GOOD + "  max_length: 0\n", r"mine.yaml:8: trainer.max_length: found 0, expected greater than or equal to 1"),
+        (GOOD + "  seed: 1.5\n", r"mine.yaml:8: trainer.seed: found 1.5, expected a valid integer"),
+        (GOOD + "  packing: maybe\n", r"mine.yaml:8: trainer.packing: found 'maybe', expected a valid boolean"),
         (GOOD + "parallelism: zero4\n", r"mine.yaml:8: parallelism: found 'zero4', expected one of .*did you mean"),
         (GOOD + "batch: 4\n", r"mine.yaml:8: batch: found 4, expected a section"),
         (
@@ -120,7 +120,7 @@ def test_loader_records_origins(load_recipe):
         ),
         (GOOD + "lora: {}\n", r"mine.yaml:8: lora: found {}, expected a section"),
         (GOOD + "lora: {quantize: int8}\n", r"mine.yaml:8: lora.quantize: found 'int8', expected 'nf4'"),
-        (GOOD + "lora: {r: 0}\n", r"mine.yaml:8: lora.r: found 0, expected at least 1"),
+        (GOOD + "lora: {r: 0}\n", r"mine.yaml:8: lora.r: found 0, expected greater than or equal to 1"),
         (GOOD.replace("size: 7-13b\n", ""), r"size is missing"),
         (GOOD.replace("  train: some/data\n", "  validation: x\n"), r"data.train is missing"),
         (GOOD.replace("  name_or_path: some/model", "  revision: abc"), r"model.name_or_path: missing"),
@@ -133,7 +133,7 @@ def test_loader_records_origins(load_recipe):
         (GOOD + f"parallelism: {'[' * 2000}\n", r"mine.yaml: not valid YAML"),
         (
             GOOD.replace("some/data", "[a.jsonl, {weight: 2}]"),
-            r"mine.yaml:5: data.train: path: found None, expected text",
+            r"mine.yaml:5: data.train: path: found None, expected a valid string",
         ),
         (
             GOOD.replace("some/data", "[{path: a, wait: 2}]"),
@@ -142,11 +142,11 @@ def test_loader_records_origins(load_recipe):
         (GOOD.replace("some/data", "[]"), r"mine.yaml:5: data.train: found no source"),
         (
             GOOD.replace("some/data", "some/data\n  revision: 0123"),
-            r"mine.yaml:6: data.revision: found 83, expected text",
+            r"mine.yaml:6: data.revision: found 83, expected a valid string",
         ),
         (
             GOOD + "allow_out_of_range: learning_rate\n",
-            r"mine.yaml:8: allow_out_of_range: found 'learning_rate', expected a list",
+            r"mine.yaml:8: allow_out_of_range: found 'learning_rate', expected a valid list",
         ),
         ("size: [7\n", r"mine.yaml:2: not valid YAML"),
         ("", r"mine.yaml: empty or not a mapping"),

@@ -112,20 +112,10 @@ def test_schedules_import_no_heavy_library():
 # --- of a plan --------------------------------------------------------------------------------------------------------
 
 
-def test_options_are_read_as_the_trainer_reads_them(tmp_path):
-    from trl import SFTConfig
-
-    for text in ('{"num_cycles": 1.5}', ""):
-        plan = plan_of(f"trainer.lr_scheduler_kwargs={text}")
-        config = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, lr_scheduler_kwargs=text or None)
-        assert lr_schedule.options_of(plan.sections.trainer) == (config.lr_scheduler_kwargs or {})
-
-
 @pytest.mark.parametrize("text", ["cosine", "[1]"])
-def test_options_that_are_not_json_are_refused(text):
-    with pytest.raises(UserError) as error:
+def test_options_that_are_no_mapping_are_rejected(text):
+    with pytest.raises(UserError, match="trainer.lr_scheduler_kwargs: found .*, expected a valid dictionary"):
         plan_of(f"trainer.lr_scheduler_kwargs={text}")
-    assert f"trainer.lr_scheduler_kwargs: found {text!r}, expected JSON such as {{" in str(error.value)
 
 
 def test_steps_are_those_of_the_plan_or_given_by_the_user():
@@ -158,13 +148,17 @@ def test_curves_begin_with_the_plans_schedule_and_pass_options_to_those_that_tak
         ("polynomial", {}, r"lr_scheduler_type: unknown schedule: found 'polynomial', expected one of cosine, linear"),
         ("reduce_lr_on_plateau", {}, "unknown schedule: found 'reduce_lr_on_plateau', expected one of cosine, linear"),
         ("cosin", {}, r"lr_scheduler_type: unknown schedule: found 'cosin', expected one of .*; did you mean cosine\?"),
-        ("cosine", {"num_cycle": 1}, r"found 'num_cycle', expected num_cycles; did you mean num_cycles\?"),
+        ("cosine", {"num_cycle": 1}, r"found 'num_cycle', expected num_cycles"),
         ("constant", {"num_cycles": 1}, "unknown option of constant: found 'num_cycles', expected none"),
         ("linear", {"last_epoch": 3}, "unknown option of linear: found 'last_epoch', expected none"),
-        ("cosine_with_min_lr", {"min_lr": "1e-6"}, "min_lr of .*: found '1e-6', expected a number"),
+        (
+            "cosine_with_min_lr",
+            {"min_lr": "1e-6x"},
+            r"lr_scheduler_kwargs.min_lr: found '1e-6x', expected a valid number",
+        ),
         ("cosine_with_min_lr", {"min_lr": 1e-6, "min_lr_rate": 0.1}, "expected either min_lr or min_lr_rate"),
-        ("cosine_with_min_lr", {}, 'expected either min_lr or min_lr_rate. Set .*={"min_lr_rate": 0.1}'),
-        ("cosine", {"num_cycles": [1]}, r"num_cycles of cosine: found \[1\], expected a number"),
+        ("cosine_with_min_lr", {}, "expected either min_lr or min_lr_rate"),
+        ("cosine", {"num_cycles": [1]}, r"lr_scheduler_kwargs.num_cycles: found \[1\], expected a valid number"),
     ],
 )
 def test_wrong_schedule_or_option_is_rejected_with_the_plan(name, options, message):

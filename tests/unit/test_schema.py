@@ -29,9 +29,9 @@ def test_trainer_fields_match_installed_trl():
 
 def test_fields_owned_by_the_plan_exist():
     names = set(installed_fields())
-    assert len(schema.OWNED_BY_THE_PLAN) > 30
-    assert set(schema.OWNED_BY_THE_PLAN) <= names
-    assert set(schema.TRAINER_DEFAULTS) <= names
+    assert len(schema.owned_trainer_fields()) > 30
+    assert set(schema.owned_trainer_fields()) <= names
+    assert set(schema.defaults()["trainer"]) <= names
 
 
 if __name__ == "__main__":

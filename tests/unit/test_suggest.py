@@ -184,8 +184,8 @@ def test_forecast_uses_supervised_share_of_prepared_data():
     seconds = [one.forecast["training_seconds"] / one.optimizer_steps for one in (unknown, settled)]
     less = 32 * 2048 * (executed[0] - executed[1]) / (0.35 * 362e12)
     assert seconds[0] - seconds[1] == pytest.approx(less, rel=1e-3)
-    assert "all tokens supervised, an upper bound" in render.format_plan(unknown)
-    assert "60% of tokens supervised" in render.format_plan(settled)
+    assert "at most 100% of the tokens supervised" in render.format_plan(unknown)
+    assert "60% of the tokens supervised" in render.format_plan(settled)
 
 
 def test_gpu_hour_price_refuses_non_prices(monkeypatch):
@@ -198,9 +198,10 @@ def test_unlisted_gpu_is_planned_by_memory_without_hours():
     unknown = plan("8b", 8, "48")
     assert unknown.forecast is None and unknown.fits is True
     shown = render.format_plan(unknown)
-    assert "8 GPUs on 1 node(s), GPU type not in the table, 48 GiB" in shown
+    assert "8 GPUs on 1 node(s), 48 GiB, GPU type not in the table" in shown
     assert (
-        "no forecast: needs bf16 and a GPU type of docs/models.md, found bf16, GPU type not in the table, 48" in shown
+        "no forecast: needs bf16 and a GPU type of docs/models.md, found bf16, 48 GiB, GPU type not in the table"
+        in shown
     )
     assert plans.resolve(loader.load("tiny"), Topology(gpus=0, processes=1)).forecast is None
 
@@ -345,8 +346,7 @@ def test_lighter_overrides_need_less_memory():
     needs = [plan("8b", 8, "h100-80g", *change.split()).memory_bytes_per_gpu["total"] for change in ("", *found)]
     assert needs[1] <= 0.9 * needs[0] and needs[2] <= 0.9 * needs[0]
     unknown = loader.load("tiny", ["model.architecture={model_type: gpt2, vocab_size: 1024}"])
-    always = ["batch.max_per_device_batch_size=1", "trainer.gradient_checkpointing=true"]
-    assert suggest.lighter_overrides(unknown, Topology(0, 1)) == always, "nothing is forecast"
+    assert "batch.max_per_device_batch_size=1" in suggest.lighter_overrides(unknown, Topology(0, 1))
 
 
 def test_offload_must_fit_host_memory_of_each_node(workplace, in_process):
@@ -368,17 +368,17 @@ def test_plan_refuses_4_bit_weights_that_would_be_replicated(strategy):
     ("arguments", "message"),
     [
         (("--gpus", "0", "--gpu-type", "24"), "GPU_TYPE: found 24 without GPUs"),
-        (("lora.target_modules=[foo]", "size=lora-7-13b", "lora.r=8"), r"lora.target_modules: found \['foo'\], expected all-linear"),
-        (("lora.target_modules=qproj", "size=lora-7-13b"), "lora.target_modules: found 'qproj', expected all-linear"),
-        (("trainer.eval_steps=1.5",), "trainer.eval_steps: found 1.5, expected an integer"),
+        (("lora.target_modules=[foo]", "size=lora-7-13b", "lora.r=8"), "lora.target_modules: found 'foo', expected 'q_proj'"),
+        (("lora.target_modules=qproj", "size=lora-7-13b"), "lora.target_modules: found 'qproj', expected 'all-linear'"),
+        (("trainer.eval_steps=1.5",), "trainer.eval_steps: found 1.5, expected a valid integer"),
         (("trainer.num_train_epochs=-1",), "trainer.num_train_epochs: found -1"),
-        (("trainer.warmup_ratio=5", "allow_out_of_range=[warmup_ratio]"), "trainer.warmup_ratio: found 5, expected at most 1"),
+        (("trainer.warmup_ratio=5", "allow_out_of_range=[warmup_ratio]"), "trainer.warmup_ratio: found 5, expected less than or equal to 1"),
         (("trainer.gradient_accumulation_steps=3",), "is set by the plan. Set batch.effective_batch_size instead"),
         (("trainer.per_device_train_batch_size=3",), "is set by the plan. Set batch.max_per_device_batch_size instead"),
         (("--gpus", "3"), "found 32, expected a multiple of 3 GPUs .* to one of 1, 2, 4"),
-        (("model.architecture={num_key_value_heads: x}",), "num_key_value_heads: found 'x', expected an integer"),
-        (("model.architecture={head_dim: 1.5}",), "head_dim: found 1.5, expected an integer"),
-        (("model.architecture={tie_word_embeddings: 'false'}",), "tie_word_embeddings: found 'false', expected true or false"),
+        (("model.architecture={num_key_value_heads: x}",), "num_key_value_heads: found 'x', expected a valid integer"),
+        (("model.architecture={head_dim: 1.5}",), "head_dim: found 1.5, expected a valid integer"),
+        (("model.architecture={tie_word_embeddings: 'false'}",), "tie_word_embeddings: found 'false', expected a valid boolean"),
         (("model.architecture={hidden_size: 16, num_attention_heads: 32}",), "hidden_size: found 16, expected a multiple of"),
     ],
 )  # fmt: skip

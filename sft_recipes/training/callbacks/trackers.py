@@ -107,7 +107,7 @@ class WeightsAndBiases(integrations.WandbCallback):  # type: ignore[misc]
     def __init__(self, trainer: Any):
         super().__init__()
         self.plan, self.folder = trainer.plan, trainer.folder
-        if self.plan.shards_parameters and self._log_model == integrations.WandbLogModel.END:
+        if self.plan.strategy.shards_parameters and self._log_model == integrations.WandbLogModel.END:
             self._log_model = integrations.WandbLogModel.FALSE
             log.warning("WANDB_LOG_MODEL=end: ignored, since %s shards the weights", self.plan.parallelism)
 
