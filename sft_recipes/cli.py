@@ -48,9 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     env.silence_telemetry()
     env.limit_thread_spin()
     try:
-        parser = build_parser()
-        parsed, rest = parser.parse_known_args(arguments)
-        _add_overrides(parser, parsed, rest)
+        parsed = _parse(arguments)
         return int(parsed.run_command(parsed) or 0)
     except UserError as error:
         log.error(" ".join(str(error).split()))
@@ -63,9 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2 if error.errno in (errno.ENAMETOOLONG, errno.EACCES, errno.EROFS) else 1
 
 
-def _add_overrides(parser: argparse.ArgumentParser, parsed: argparse.Namespace, rest: list[str]) -> None:
-    """Add the `key=value` that argparse does not collect to the overrides: those after the first option, and the first
-    one where no recipe is named."""
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the parsed command. Its overrides get the `key=value` that argparse does not collect: those after the
+    first option, and the first one where no recipe is named."""
+    parser = build_parser()
+    parsed, rest = parser.parse_known_args(arguments)
     unknown = [text for text in rest if "=" not in text or text.startswith("-") or not hasattr(parsed, "overrides")]
     if unknown:
         parser.error(f"unknown argument {unknown[0]!r}")
@@ -73,6 +73,7 @@ def _add_overrides(parser: argparse.ArgumentParser, parsed: argparse.Namespace, 
         parsed.recipe, rest = None, [parsed.recipe, *rest]
     if rest:
         parsed.overrides += rest
+    return parsed
 
 
 _Argument = tuple[str, dict[str, Any]]  # name and options of `ArgumentParser.add_argument`
@@ -466,22 +467,19 @@ def _train_node(parsed: argparse.Namespace, place: placement.Placement) -> int:
 def _sweep(parsed: argparse.Namespace) -> int:
     from sft_recipes.tools import sweep as sweeps
 
-    chosen = [parsed.recipe] if parsed.recipe else []  # before a recipe for MODEL gets a name
-    options = ("model", "method", "gpus", "processes", "nodes", "gpu_type")
-    given = {f"--{name.replace('_', '-')}": getattr(parsed, name) for name in options}
+    options = [parsed.recipe] if parsed.recipe else []
+    for name in ("model", "method", "gpus", "processes", "nodes", "gpu_type"):
+        if (value := getattr(parsed, name)) is not None:
+            options += [f"--{name.replace('_', '-')}", str(value)]
     recipe = _recipe(parsed)
-    if not 0.001 <= parsed.fraction <= 100:
-        raise UserError(f"FRACTION: found {parsed.fraction:g}, expected epochs between 0.001 and 100")
     rest = {"seeds": parsed.seeds, "fraction": parsed.fraction, "overrides": list(parsed.overrides)}
     sweep = sweeps.make(recipe, parsed.name, parsed.lr, parsed.values, **rest)
     topology = topologies.plan_topology(recipe, _hardware_request(parsed))
     for value in sweep.values:  # rejects a wrong value before the first run
-        changed = argparse.Namespace(**{**vars(parsed), "recipe": (chosen or [None])[0]})
-        changed.overrides = sweep.overrides_of(recipe, value, 0)
-        plan = plans.resolve(_recipe(changed), topology)
+        run = _parse(["train", *options, *sweep.overrides_of(recipe, value, 0)])
+        plan = plans.resolve(_recipe(run), topology)
     log.info(sweeps.describe_cost(sweep, plan))
-    train = [*chosen, *(text for option, value in given.items() if value is not None for text in (option, str(value)))]
-    return sweeps.run(sweep, recipe, train, parsed.keep, parsed.slurm)
+    return sweeps.run(sweep, recipe, lambda more: main(["train", *options, *more]), parsed.keep, parsed.slurm)
 
 
 def _suggest_fix(recipe: Recipe, topology: Topology) -> str:
