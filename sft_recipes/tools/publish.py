@@ -59,7 +59,8 @@ def publish(publication: Publication, dry_run: bool) -> None:
     files = _list_files(target, plans.read(folder.plan).sections.model.trust_remote_code)
     visibility = "public" if publication.public else "private"
     try:
-        _check_token(api, name.partition("/")[0])
+        if api.whoami().get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise SetupError(f"HF_TOKEN: found a token that can only read. {_TOKEN_FIX}")
         exists = _check_repository(api, publication, target)
         log.info(f"repository  {api.endpoint}/{name} ({visibility}, {'exists' if exists else 'new'})")
         for file in files:
@@ -129,45 +130,25 @@ def _list_files(target: Path, trust_remote_code: bool) -> list[str]:
     return [n for n in names if licenses.FILES.fullmatch(n) or any(fnmatch.fnmatchcase(n, p) for p in patterns)]
 
 
-def _check_token(api: Any, owner: str) -> None:
-    """Check that the token may write to repositories of an owner.
-
-    Raises:
-        SetupError: it may only read, or the owner is another account.
-    """
-    account = api.whoami()
-    token = account.get("auth", {}).get("accessToken") or {}
-    scopes = token.get("fineGrained", {}).get("scoped", [])
-    writes = any("repo.write" in scope.get("permissions", []) for scope in scopes) or not scopes
-    if token.get("role") == "read" or not writes:
-        raise SetupError(f"HF_TOKEN: found a token that can only read. {_TOKEN_FIX}")
-    owners = [account["name"], *(organization["name"] for organization in account.get("orgs", []))]
-    if owner.lower() not in map(str.lower, owners):
-        raise SetupError(f"REPO: found the owner {owner}, expected {' or '.join(owners)}. Set REPO={owners[0]}/…")
-
-
 def _check_repository(api: Any, publication: Publication, target: Path) -> bool:
-    """Return whether the repository exists, with nothing in it or with this model.
+    """Return whether the repository exists, with nothing in it or with weights of this model.
 
     Raises:
         SetupError: it has other content, or another visibility.
     """
     from huggingface_hub.errors import RepositoryNotFoundError
-    from huggingface_hub.utils.sha import git_hash
 
-    name, equal, other = publication.repository, [], []
+    name = publication.repository
     try:
         private = api.repo_info(name).private
     except RepositoryNotFoundError:
         return False
-    for file in api.list_repo_tree(name, recursive=True):
-        path, lfs, blob = target / file.path, getattr(file, "lfs", None), getattr(file, "blob_id", None)
-        if blob and file.path != ".gitattributes":  # a folder has none
-            own = (sha256(path) if lfs else git_hash(path.read_bytes())) if path.is_file() else None
-            (equal if own == (lfs.sha256 if lfs else blob) else other).append(file.path)
-    if other and not any(path.endswith(".safetensors") for path in equal):
+    files = {file.path: getattr(file, "lfs", None) for file in api.list_repo_tree(name, recursive=True)}
+    files.pop(".gitattributes", None)
+    own = {sha256(path) for path in target.glob("*.safetensors")}
+    if files and not any(lfs and lfs.sha256 in own for lfs in files.values()):
         fix = "Set another REPO, or delete them there"
-        raise SetupError(f"REPO: {name} exists with other content: found {', '.join(sorted(other)[:3])}. {fix}")
+        raise SetupError(f"REPO: {name} exists with other content: found {', '.join(sorted(files)[:3])}. {fix}")
     if private == publication.public:
         found, fix = ("private", "Unset PUBLIC") if private else ("public", "Set PUBLIC=1")
         raise SetupError(f"REPO: {name} exists and is {found}. {fix}, or change it in the repository's settings")
