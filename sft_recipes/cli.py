@@ -588,19 +588,9 @@ def _diagnose(parsed: argparse.Namespace) -> int:
 
 
 def _status(parsed: argparse.Namespace) -> None:
-    from sft_recipes.launch import run_lock, slurm
     from sft_recipes.tools import status
 
-    try:
-        folder = run_dir.find(parsed.run)
-    except UserError:
-        if job := slurm.query_job_of_run(parsed.run):  # it waits for its nodes
-            print(json.dumps({"job": job}, indent=2) if parsed.json else f"job: {status.job_line(job)}")
-            return
-        raise
-    starts = run_dir.read_json(folder.manifest).get("starts") or [{}]
-    job = slurm.query_job(starts[-1].get("job", {}).get("id")) or slurm.query_job_of_run(folder.name)
-    facts = status.facts(folder, run_lock.holder(folder), job)
+    facts = status.facts(run_dir.find(parsed.run))
     print(json.dumps(facts, indent=2) if parsed.json else "\n".join(status.text(facts)))
 
 

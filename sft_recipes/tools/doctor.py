@@ -95,11 +95,9 @@ def check_flash_attention(probe: dict[str, Any]) -> CheckResult:
         return CheckResult("flash-attn", "warning", "not installed; PyTorch attention is used", "make image has it")
     if "error" in report:  # compiled for another torch, or for other GPUs, which `model.attention: auto` skips
         capabilities = ";".join(sorted({gpu["capability"] for gpu in probe.get("gpus", [])}))
+        detail = f"cannot run on compute capability {capabilities} ({report['error']})"
         fix = f"rebuild it with CUDA_ARCHITECTURES='{capabilities}' (docker/README.md)"
-        if report["loads"]:
-            detail = f"cannot run on compute capability {capabilities} ({report['error']}); PyTorch attention is used"
-            return CheckResult("flash-attn", "warning", detail, fix)
-        return CheckResult("flash-attn", "error", report["error"], fix)
+        return CheckResult("flash-attn", "warning" if report["loads"] else "error", detail, fix)
     forward, backward, tolerance = report["forward"], report["backward"], report["tolerance"]
     detail = f"error {forward:.1e} forward, {backward:.1e} backward, tolerance {tolerance:.0e}"
     if not (forward <= tolerance and backward <= tolerance):  # a NaN fails this
@@ -152,9 +150,8 @@ def check_hub() -> CheckResult:
     except Exception as error:  # of the HTTP library or the URL; its message may have the token
         status = type(error).__name__
     if status == 401:
-        return CheckResult(
-            "Hub", "error", "HF_TOKEN is not valid", "create one: https://huggingface.co/settings/tokens"
-        )
+        fix = "create one: https://huggingface.co/settings/tokens"
+        return CheckResult("Hub", "error", "HF_TOKEN is not valid", fix)
     if status != 200:
         fix = "download models and data first (`make download`), and set HF_HUB_OFFLINE=1"
         return CheckResult("Hub", "warning", f"no answer ({status})", fix)

@@ -20,10 +20,9 @@ def main(folder: RunDir, prompts: Iterable[str]) -> int:
     """Print one greedy completion per prompt.
 
     Raises:
-        SetupError: the run has no final model, its base model does not exist, or the model does not fit.
+        SetupError: the run is not finished, its base model does not exist, or the model does not fit.
     """
-    if not any((folder.final / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise SetupError(f"RUN: {folder.path} has no final model yet ({folder.state()}). Run `make train` to resume it")
+    final = find_model(folder)
     silence_libraries()
     from sft_recipes.data.formats import Conversation
     from sft_recipes.data.tokenize import ConversationTokenizer
@@ -31,14 +30,14 @@ def main(folder: RunDir, prompts: Iterable[str]) -> int:
     from sft_recipes.training import completions
 
     plan = plans.read(folder.plan)
-    tokenizer = load_tokenizer(str(folder.final), None, plan.sections.model.trust_remote_code)
+    tokenizer = load_tokenizer(str(final), None, plan.sections.model.trust_remote_code)
     model = load_final_model(plan, folder)
     stop = model.generation_config.eos_token_id
+    stop_ids = stop if isinstance(stop, list) else [stop]
     conversation_tokenizer = ConversationTokenizer(tokenizer, datetime.date.today())
     for prompt in prompts:
         # Special tokens in a prompt are text, as in training.
         ids = conversation_tokenizer.tokenize_prompt(Conversation([{"role": "user", "content": prompt}], "the prompt"))
-        stop_ids = stop if isinstance(stop, list) else [stop]
         (text,) = completions.generate(model, tokenizer, [ids], _MAX_NEW_TOKENS, stop_ids)
         print(text, flush=True)
     return 0
@@ -79,12 +78,10 @@ def load_final_model(plan: Plan, folder: RunDir) -> Any:
     from sft_recipes.training import lora
 
     base = folder.final if plan.method == "full" else lora.find_base_folder(plan, folder)
+    options = {"dtype": "auto", "device_map": "auto", "trust_remote_code": plan.sections.model.trust_remote_code}
     try:
         if plan.method == "full":
-            trusted = plan.sections.model.trust_remote_code
-            model = AutoModelForCausalLM.from_pretrained(
-                base, dtype="auto", trust_remote_code=trusted, device_map="auto"
-            )
+            model = AutoModelForCausalLM.from_pretrained(base, **options)
         else:
             from peft import PeftModel
 

@@ -14,6 +14,7 @@ from sft_recipes.runtime.env import host_memory_bytes
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir, read_json, write_json
 from sft_recipes.runtime.units import GIB
+from sft_recipes.tools import generate
 from sft_recipes.training import lora
 from sft_recipes.training.checkpoint import checkpoint_format
 from sft_recipes.training.library_logging import silence_libraries
@@ -31,7 +32,7 @@ def merge(folder: RunDir) -> Path:
     trained on those, not on the original weights.
 
     Raises:
-        SetupError: the run trained no adapters or has no final model, or the host has too little memory.
+        SetupError: the run trained no adapters or is not finished, or the host has too little memory.
     """
     silence_libraries()
     from peft import PeftModel
@@ -40,8 +41,7 @@ def merge(folder: RunDir) -> Path:
     plan = plans.read(folder.plan)
     if plan.method == "full":
         raise SetupError(f"RUN: {folder.name} has no adapters: full fine-tuning. Use {folder.final}")
-    if not (folder.final / "adapter_config.json").is_file():
-        raise SetupError(f"RUN: {folder.path} has no final adapters yet ({folder.state()}). Resume it by `make train`")
+    generate.find_model(folder)
     if folder.merged.is_dir():
         return folder.merged
     base_folder, partial = lora.find_base_folder(plan, folder), folder.saving / folder.merged.name

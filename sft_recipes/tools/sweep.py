@@ -24,7 +24,6 @@ from sft_recipes.monitor import plots
 from sft_recipes.planner import render
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.atomic_write import write_atomic
-from sft_recipes.runtime.env import gpu_hour_price
 from sft_recipes.runtime.errors import UserError
 from sft_recipes.runtime.paths import REPOSITORY
 from sft_recipes.runtime.run_dir import EXIT_DIVERGED, RunDir, read_json, runs_root, write_json
@@ -120,10 +119,9 @@ def describe_cost(sweep: Sweep, plan: Plan) -> str:
     text = f"sweep {sweep.name}: {runs} runs of {sweep.fraction:g} epochs, about {plan.optimizer_steps} steps each"
     if not plan.forecast or not plan.forecast["gpu_hours"]:
         return f"{text}; time: no forecast without a known GPU type"
-    hours = runs * plan.forecast["gpu_hours"]
-    price = gpu_hour_price()
-    cost = "" if price is None else f", {hours * price:.2f} at GPU_HOUR_PRICE"
-    return f"{text}; forecast {format_duration(runs * (plan.forecast['seconds'] or 0))}, {hours:.1f} GPU-hours{cost}"
+    total = {key: runs * (value or 0) for key, value in plan.forecast.items()}
+    cost = f", {total['money']:.2f} at GPU_HOUR_PRICE" if total["money"] else ""
+    return f"{text}; forecast {format_duration(total['seconds'])}, {total['gpu_hours']:.1f} GPU-hours{cost}"
 
 
 def run(sweep: Sweep, recipe: Recipe, train: Callable[[list[str]], int], keep: bool, job_array: bool) -> int:
