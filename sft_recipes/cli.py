@@ -1,7 +1,5 @@
 """The command line: one table of commands, each a function that parses nothing else."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses
@@ -21,11 +19,9 @@ from sft_recipes.config.schema import AUTO, Recipe
 from sft_recipes.config.sizes import RECIPES
 from sft_recipes.launch import placement, run_selection
 from sft_recipes.launch import topology as topologies
-from sft_recipes.launch.placement import parse_integer
 from sft_recipes.planner import lr_schedule, render, suggest
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.choose import Configuration
-from sft_recipes.planner.plan import Topology
 from sft_recipes.runtime import env, run_dir
 from sft_recipes.runtime.atomic_write import write_atomic
 from sft_recipes.runtime.errors import UserError
@@ -89,12 +85,12 @@ def _flag(name: str, help_text: str) -> _Argument:
 
 def _integer(name: str, least: int, help_text: str, **options: Any) -> _Argument:
     variable = name.removeprefix("--").upper()
-    return _argument(name, help_text, type=lambda text: parse_integer(text, variable, least), **options)
+    return _argument(name, help_text, type=lambda text: placement.parse_integer(text, variable, least), **options)
 
 
 def _gpu_counts(text: str) -> int | list[int]:
     counts = text.split(",")
-    numbers = [parse_integer(count, "GPUS", 1 if len(counts) > 1 else 0) for count in counts]
+    numbers = [placement.parse_integer(count, "GPUS", 1 if len(counts) > 1 else 0) for count in counts]
     return numbers if len(numbers) > 1 else numbers[0]
 
 
@@ -241,22 +237,20 @@ def _read_recipe(parsed: argparse.Namespace, default_data: Mapping[str, Any] | N
     """
     overfit = getattr(parsed, "overfit", False)
     _check_data_is_no_model(parsed.overrides)
+    if parsed.recipe and parsed.method:
+        raise UserError(f"METHOD: found {parsed.method}, but RECIPE={parsed.recipe} has a method. Remove one")
     if parsed.model is None:
-        if parsed.recipe is None or parsed.method:
-            raise UserError("METHOD: needs MODEL" if parsed.recipe else "RECIPE: not set. Set RECIPE or MODEL")
+        if parsed.recipe is None:
+            raise UserError("RECIPE: not set. Set RECIPE or MODEL")
         return loader.load(parsed.recipe, parsed.overrides, overfit)
     from sft_recipes.data import model_files
 
-    facts = model_files.describe_model(parsed.model)
+    facts, method = model_files.describe_model(parsed.model), parsed.method or "full"
+    model_recipe.check_method(method, parsed.model, facts.quantization)
     if parsed.recipe is not None:
-        if parsed.method:
-            raise UserError(f"METHOD: found {parsed.method}, but RECIPE={parsed.recipe} has a method. Remove one")
-        model_recipe.check_method("full", parsed.model, facts.quantization)
         values = {"model.name_or_path": parsed.model, "model.from_scratch": False}
         values |= {"model.architecture": facts.architecture} if facts.architecture else {}
         return loader.load(parsed.recipe, parsed.overrides, overfit, values)
-    method = parsed.method or "full"
-    model_recipe.check_method(method, parsed.model, facts.quantization)
     gpus, nodes, gpu_type = (getattr(parsed, name, None) for name in ("gpus", "nodes", "gpu_type"))  # not of download
     available = topologies.visible_gpus()
     count = len(available) if gpus is None else max(gpus) if isinstance(gpus, list) else gpus
@@ -283,7 +277,7 @@ def _check_data_is_no_model(overrides: Sequence[str]) -> None:
             )
 
 
-def _resolve(parsed: argparse.Namespace, recipe: Recipe, topology: Topology) -> plans.Plan:
+def _resolve(parsed: argparse.Namespace, recipe: Recipe, topology: plans.Topology) -> plans.Plan:
     """Return the plan, with the run that `--init-from` names."""
     plan = plans.resolve(recipe, topology)
     return run_selection.start_from(plan, parsed.init_from) if parsed.init_from else plan
@@ -459,7 +453,7 @@ def _train_node(parsed: argparse.Namespace, place: placement.Placement) -> int:
     recipe = _recipe(parsed)
 
     def suggest_cheaper(plan: plans.Plan) -> list[str]:
-        return suggest.lighter_overrides(recipe, Topology(plan.gpus, plan.world_size, plan.nodes, plan.gpu_type))
+        return suggest.lighter_overrides(recipe, plans.Topology(plan.gpus, plan.world_size, plan.nodes, plan.gpu_type))
 
     return launch.train_node(parsed.name, place, suggest_cheaper)
 
@@ -482,7 +476,7 @@ def _sweep(parsed: argparse.Namespace) -> int:
     return sweeps.run(sweep, recipe, lambda more: main(["train", *options, *more]), parsed.keep, parsed.slurm)
 
 
-def _suggest_fix(recipe: Recipe, topology: Topology) -> str:
+def _suggest_fix(recipe: Recipe, topology: plans.Topology) -> str:
     """Return the cheapest change for this machine's GPUs, else the number of GPUs needed."""
     change = suggest.cheapest_change(recipe, topology, max_gpus=len(topologies.visible_gpus()))
     fewest = suggest.smallest_gpu_count(recipe, topology.gpu_type)

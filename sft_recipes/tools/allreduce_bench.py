@@ -4,8 +4,6 @@ torchrun starts one process per GPU, or processes on the CPU. Rank 0 writes `res
 its argument.
 """
 
-from __future__ import annotations
-
 import datetime
 import json
 import os

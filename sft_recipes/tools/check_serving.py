@@ -1,7 +1,5 @@
 """Check that a server of a run's model gets the prompt tokens of training, and answers as `generate` does."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import json

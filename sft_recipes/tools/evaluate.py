@@ -4,7 +4,7 @@ The harness runs as a subprocess in its own environment (`make setup-eval`), onc
 the limit, such as `default` or `gsm8k-limit-100`. `runs/NAME/eval/SELECTION/base/` and `…/trained/` have the results,
 samples and log of the harness, `runs/NAME/eval/SELECTION.json` the comparison:
 
-    run, date       name of the run; ISO 8601
+    run             its name
     tasks, limit    list of names as given; items per task, null for all
     backend         "vllm" or "hf" (transformers)
     versions        lm_eval, transformers
@@ -16,9 +16,6 @@ samples and log of the harness, `runs/NAME/eval/SELECTION.json` the comparison:
                     samples (items), worse (boolean: significantly)
 """
 
-from __future__ import annotations
-
-import datetime
 import glob
 import json
 import logging
@@ -86,8 +83,7 @@ def evaluate(folder: RunDir, tasks: str, limit: int | None, arguments: Sequence[
     backend, options = ("vllm", ["--batch_size", "auto"]) if vllm else ("hf", device)
     selection = re.sub("[^A-Za-z0-9._-]+", "-", tasks).strip("-.")[:100] + (f"-limit-{limit}" if limit else "")
     name = "the untrained model (from scratch, random weights)" if plan.sections.model.from_scratch else plan.model
-    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    comparison = {"run": folder.name, "date": date, "tasks": tasks.split(","), "limit": limit, "backend": backend}
+    comparison = {"run": folder.name, "tasks": tasks.split(","), "limit": limit, "backend": backend}
     place, compared = folder.evaluation / selection, []
     for side, path, model, template in (("base", base, name, has_template), ("trained", trained, folder.name, True)):
         output = place / side

@@ -1,14 +1,11 @@
 """Generates completions of prompts with the model of a finished run."""
 
-from __future__ import annotations
-
 import datetime
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from sft_recipes.planner import plan as plans
-from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.training.library_logging import silence_libraries
@@ -66,7 +63,7 @@ def find_model(folder: RunDir, merged: bool = False) -> Path:
     return folder.merged if merged else folder.final
 
 
-def load_final_model(plan: Plan, folder: RunDir) -> Any:
+def load_final_model(plan: plans.Plan, folder: RunDir) -> Any:
     """Load the model in `final/` on the GPUs, else on the CPU; adapters on their base model, quantized as in training.
 
     Raises:

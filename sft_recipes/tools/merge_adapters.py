@@ -1,7 +1,5 @@
 """Merge a run's best adapters into their base model, as one plain model in `merged/`."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

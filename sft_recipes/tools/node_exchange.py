@@ -1,8 +1,6 @@
 """Exchange one JSON value per node through torch's store, which node 0 serves. The launcher of each node starts one
 process: FILE ADDRESS PORT NODES RANK SECONDS RECORDS. The file has this node's value, and then those of all nodes."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import json

@@ -1,7 +1,5 @@
 """Publish a finished run on the Hub: the model's files and its card, private unless asked otherwise."""
 
-from __future__ import annotations
-
 import fnmatch
 import logging
 from dataclasses import dataclass
@@ -59,9 +57,9 @@ def publish(publication: Publication, dry_run: bool) -> None:
     files = _list_files(target, plans.read(folder.plan).sections.model.trust_remote_code)
     visibility = "public" if publication.public else "private"
     try:
+        exists = _check_repository(api, publication, target)
         if api.whoami().get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise SetupError(f"HF_TOKEN: found a token that can only read. {_TOKEN_FIX}")
-        exists = _check_repository(api, publication, target)
         log.info(f"repository  {api.endpoint}/{name} ({visibility}, {'exists' if exists else 'new'})")
         for file in files:
             log.info(f"{(target / file).stat().st_size:>18,}  {file}")
@@ -97,17 +95,11 @@ def _check_name_and_license(publication: Publication, target: Path) -> None:
     """Check what needs no network.
 
     Raises:
-        SetupError: the repository name is invalid, the license is unknown or requires another name, or adapters are for
-            a base model that is not on the Hub.
+        SetupError: the repository has no owner, the license is unknown or requires another name, or adapters are for a
+            base model that is not on the Hub.
     """
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
     base, run = read_json(publication.folder.manifest).get("model", {}), publication.folder.name
     owner, _, name = publication.repository.rpartition("/")
-    try:
-        validate_repo_id(publication.repository)
-    except HFValidationError as error:
-        raise SetupError(f"REPO: {' '.join(str(error).split())} Set REPO=owner/name") from error
     if not owner:
         raise SetupError(f"REPO: found {name!r}, expected an owner too. Set REPO=owner/{name}")
     stated = model_card.license_metadata(base, publication.license_id)

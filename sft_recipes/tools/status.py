@@ -1,7 +1,5 @@
 """Report the status of a run: its state, its Slurm job, the latest metrics, and the remaining time."""
 
-from __future__ import annotations
-
 import statistics
 from typing import Any
 

@@ -3,8 +3,6 @@
 Every run is a normal one in `runs/`, named after its value; the sweep's results are in `runs/.sweeps/NAME/`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import math

@@ -166,7 +166,7 @@ def test_recipe_without_data_names_the_default_dataset(in_process, model, monkey
         (["--model", "my.jsonl", "DATA"], r"MODEL: found the file my.jsonl, expected a model folder or a Hub name\. Data"),
         (["--model", "MODEL", "DATA", "--method", "dora"], "METHOD: found 'dora', expected one of full, lora, qlora"),
         (["8b", "--model", "MODEL", "DATA", "--method", "lora"], "METHOD: found lora, but RECIPE=8b has a method"),
-        (["8b", "--method", "lora"], "METHOD: needs MODEL"),
+        (["8b", "--method", "lora"], "METHOD: found lora, but RECIPE=8b has a method"),
         (["DATA"], "RECIPE: not set. Set RECIPE or MODEL"),
         (["--model", "MODEL", "DATA", "--gpus", "1", "--gpu-type", "h900"], "GPU_TYPE: unknown GPU type: found 'h900'"),
     ],

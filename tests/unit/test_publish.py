@@ -154,8 +154,8 @@ def test_local_base_model_is_named_without_its_path(tmp_path):
     [
         (SCRATCH, {}, "LICENSE: not set, and the license of a model from scratch is not known. Set LICENSE="),
         (QWEN, {"repository": "model"}, "REPO: found 'model', expected an owner too. Set REPO=owner/model"),
-        (QWEN, {"repository": "me/a b"}, "REPO: Repo id must use alphanumeric chars.* Set REPO=owner/name"),
-        (QWEN, {"repository": "me/a/b"}, "REPO: Repo id must be in the form.* Set REPO=owner/name"),
+        (QWEN, {"repository": "me/a b"}, "REPO: me/a b: the Hub refused it: Repo id must use alphanumeric chars"),
+        (QWEN, {"repository": "me/a/b"}, "REPO: me/a/b: the Hub refused it: Repo id must be in the form"),
         (LLAMA, {}, "REPO: found my-model: the license llama3.1 requires .* Set REPO=me/Llama-my-model"),
     ],
 )  # fmt: skip
