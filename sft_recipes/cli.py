@@ -17,8 +17,9 @@ from typing import Any, NoReturn
 from sft_recipes.config import loader, model_recipe
 from sft_recipes.config.schema import AUTO, Recipe
 from sft_recipes.config.sizes import RECIPES
-from sft_recipes.launch import placement, run_selection
+from sft_recipes.launch import launch, node_checks, placement, run_selection
 from sft_recipes.launch import topology as topologies
+from sft_recipes.monitor import diagnose, lr_plot, metrics_log, report
 from sft_recipes.planner import lr_schedule, render, suggest
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.choose import Configuration
@@ -27,6 +28,8 @@ from sft_recipes.runtime.atomic_write import write_atomic
 from sft_recipes.runtime.errors import UserError
 from sft_recipes.runtime.log import to_console
 from sft_recipes.runtime.units import GIB
+from sft_recipes.tools import doctor, generate, model_card, publish, serve, status, verify_resume
+from sft_recipes.tools import sweep as sweeps
 
 log = logging.getLogger(__name__)
 
@@ -407,8 +410,6 @@ def _resolve_here(parsed: argparse.Namespace, place: placement.Placement | None)
 
 
 def _sanity(parsed: argparse.Namespace) -> int:
-    from sft_recipes.launch import launch, node_checks
-
     place = placement.from_environment(os.environ)
     if place is not None and place.nodes > 1:
         raise UserError("sanity: runs on one node. On several `train` runs it before the first step")
@@ -437,8 +438,6 @@ def _train(parsed: argparse.Namespace) -> int:
 
 
 def _start_run(parsed: argparse.Namespace, place: placement.Placement | None, trains: bool) -> int:
-    from sft_recipes.launch import launch
-
     allow_change = tuple(key for key in parsed.allow_change.split(",") if key)
     request = run_selection.RunRequest(parsed.name, parsed.resume, allow_change, parsed.strict_versions)
     dry_run = trains and parsed.dry_run
@@ -446,8 +445,6 @@ def _start_run(parsed: argparse.Namespace, place: placement.Placement | None, tr
 
 
 def _train_node(parsed: argparse.Namespace, place: placement.Placement) -> int:
-    from sft_recipes.launch import launch
-
     if parsed.name is None:
         raise UserError(f"NAME: not set, expected the run that `prepare` has made for {place.nodes} nodes")
     recipe = _recipe(parsed)
@@ -459,8 +456,6 @@ def _train_node(parsed: argparse.Namespace, place: placement.Placement) -> int:
 
 
 def _sweep(parsed: argparse.Namespace) -> int:
-    from sft_recipes.tools import sweep as sweeps
-
     options = [parsed.recipe] if parsed.recipe else []
     for name in ("model", "method", "gpus", "processes", "nodes", "gpu_type"):
         if (value := getattr(parsed, name)) is not None:
@@ -484,8 +479,6 @@ def _suggest_fix(recipe: Recipe, topology: plans.Topology) -> str:
 
 
 def _generate(parsed: argparse.Namespace) -> int:
-    from sft_recipes.tools import generate
-
     folder = run_dir.find(parsed.run)
     prompts = [parsed.prompt] if parsed.prompt is not None else (line.rstrip("\n") for line in sys.stdin)
     return generate.main(folder, prompts)
@@ -514,8 +507,6 @@ def _merge(parsed: argparse.Namespace) -> None:
 
 
 def _publish(parsed: argparse.Namespace) -> None:
-    from sft_recipes.tools import generate, model_card, publish
-
     folder = run_dir.find(parsed.run)
     if parsed.card_only:
         target = generate.find_model(folder, parsed.merged)
@@ -528,8 +519,6 @@ def _publish(parsed: argparse.Namespace) -> None:
 
 
 def _serve(parsed: argparse.Namespace) -> None:
-    from sft_recipes.tools import serve
-
     server = serve.configure(run_dir.find(parsed.run), parsed.port, parsed.server_arguments)
     name = "vLLM" if server.is_vllm else "transformers serve"
     log.info(f"serving    {server.url}/v1 by {name}, model {server.model} (Ctrl-C stops it)")
@@ -552,8 +541,6 @@ def _eval(parsed: argparse.Namespace) -> None:
 
 
 def _verify_resume(parsed: argparse.Namespace) -> int:
-    from sft_recipes.tools import verify_resume
-
     place = placement.from_environment(os.environ)
     if place is not None:
         place.attempt += f"-{os.environ.get('SLURM_STEP_ID', '')}"
@@ -561,8 +548,6 @@ def _verify_resume(parsed: argparse.Namespace) -> int:
 
 
 def _report(parsed: argparse.Namespace) -> None:
-    from sft_recipes.monitor import diagnose, metrics_log, report
-
     folder = run_dir.find(parsed.run)
     run = metrics_log.read(folder)
     folder.report.write_text(report.page(run, diagnose.diagnose(run)), encoding="utf-8")
@@ -570,8 +555,6 @@ def _report(parsed: argparse.Namespace) -> None:
 
 
 def _diagnose(parsed: argparse.Namespace) -> int:
-    from sft_recipes.monitor import diagnose, metrics_log
-
     run = metrics_log.read(run_dir.find(parsed.run))
     findings = diagnose.diagnose(run)
     if parsed.json:
@@ -582,15 +565,11 @@ def _diagnose(parsed: argparse.Namespace) -> int:
 
 
 def _status(parsed: argparse.Namespace) -> None:
-    from sft_recipes.tools import status
-
     facts = status.facts(run_dir.find(parsed.run))
     print(json.dumps(facts, indent=2) if parsed.json else "\n".join(status.text(facts)))
 
 
 def _schedules(parsed: argparse.Namespace) -> None:
-    from sft_recipes.monitor import lr_plot
-
     if parsed.plot:
         lr_plot.check_path(Path(parsed.plot))
     if parsed.run:
@@ -609,8 +588,6 @@ def _schedules(parsed: argparse.Namespace) -> None:
 
 
 def _doctor(parsed: argparse.Namespace) -> int:
-    from sft_recipes.tools import doctor
-
     failed = False
     for result in doctor.run_checks(parsed.gpus):
         print(json.dumps(dataclasses.asdict(result)) if parsed.json else str(result), flush=True)
