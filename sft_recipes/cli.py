@@ -319,12 +319,11 @@ def _write_recipe(parsed: argparse.Namespace) -> None:
             f"MODEL: {plan.model} {plans.describe_shortage(plan)}. Cheapest change that fits: "
             f"{suggest.cheapest_change(recipe, topology) or 'none, use larger GPUs'}"
         )
-    method, hardware = plan.method, f"{plan.gpus} x {plan.gpu_type}" if plan.gpus else "the CPU"
+    hardware = f"{plan.gpus} x {plan.gpu_type}" if plan.gpus else "the CPU"
     start = f"make train RECIPE={parsed.name} GPUS={plan.gpus}"
-    title = f"{plan.model}, {method} fine-tuning on {hardware}. Written by `make recipe`; edit it.\n    {start}"
-    pinned = dataclasses.asdict(Configuration.of(plan))
+    title = f"{plan.model}, {plan.method} fine-tuning on {hardware}. Written by `make recipe`; edit it.\n    {start}"
     keys = ("parallelism", "batch.max_per_device_batch_size", "trainer.gradient_checkpointing")
-    choice = dict(zip(keys, pinned.values(), strict=True))
+    choice = dict(zip(keys, dataclasses.astuple(Configuration.of(plan)), strict=True))
     write_atomic(path, model_recipe.to_yaml(recipe, title, choice))
     log.info(f"wrote recipes/{path.name}: {Configuration.of(plan)}. Start it with {start}")
 
@@ -369,19 +368,17 @@ def _inspect(parsed: argparse.Namespace) -> None:
     with contextlib.redirect_stdout(sys.stderr):  # --json prints rows only
         prepared = prepare.prepare(plan, rows_only=True)
     details = run_dir.read_json(Path(prepared.folder) / "details.json")
+    errors: list[str] = []
     try:
         validate.check_limits(plan, details)
-        plan, rejection = plans.with_prepared_data(plan, prepared), ""
+        plan = plans.with_prepared_data(plan, prepared)
     except UserError as error:  # the rows are shown although they cannot be trained
-        rejection = str(error)
+        errors.append(validate.format_line("error", str(error)))
     text = inspect.to_text(plan, prepared, details, parsed.rows or 3)
     for line in inspect.to_json(prepared, parsed.rows) if parsed.json else text:
         print(line)
-    report = [
-        *inspect.report(plan, prepared, details),
-        *([validate.format_line("error", rejection)] if rejection else []),
-    ]
-    print("\n".join(report), file=sys.stderr if parsed.json else sys.stdout)
+    summary = [*inspect.report(plan, prepared, details), *errors]
+    print("\n".join(summary), file=sys.stderr if parsed.json else sys.stdout)
 
 
 def _resolve_here(parsed: argparse.Namespace, place: placement.Placement | None) -> run_selection.Resolved:
@@ -479,9 +476,8 @@ def _suggest_fix(recipe: Recipe, topology: plans.Topology) -> str:
 
 
 def _generate(parsed: argparse.Namespace) -> int:
-    folder = run_dir.find(parsed.run)
     prompts = [parsed.prompt] if parsed.prompt is not None else (line.rstrip("\n") for line in sys.stdin)
-    return generate.main(folder, prompts)
+    return generate.main(run_dir.find(parsed.run), prompts)
 
 
 def _download(parsed: argparse.Namespace) -> None:
@@ -502,8 +498,7 @@ def _merge(parsed: argparse.Namespace) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # merges on the CPU; bitsandbytes and peft prefer a visible GPU
     from sft_recipes.tools import merge_adapters
 
-    folder = run_dir.find(parsed.run)
-    log.info(f"model      {merge_adapters.merge(folder)} (for `make generate` and transformers)")
+    log.info(f"model      {merge_adapters.merge(run_dir.find(parsed.run))} (for `make generate` and transformers)")
 
 
 def _publish(parsed: argparse.Namespace) -> None:
@@ -557,10 +552,7 @@ def _report(parsed: argparse.Namespace) -> None:
 def _diagnose(parsed: argparse.Namespace) -> int:
     run = metrics_log.read(run_dir.find(parsed.run))
     findings = diagnose.diagnose(run)
-    if parsed.json:
-        print(diagnose.to_json(findings))
-    else:
-        print("\n".join(diagnose.text(run, findings)))
+    print(diagnose.to_json(findings) if parsed.json else "\n".join(diagnose.text(run, findings)))
     return int(diagnose.has_errors(findings))
 
 

@@ -118,21 +118,18 @@ def _verify(context: RunContext, run_dir: RunDir) -> int:
     candidates = [(first.step, max(first.steps, default=first.step))]
     _write_replay(context, run_dir, _SECOND, candidates)
     code = context.agree(_AGAIN if again else 0)
-    if code not in (0, _AGAIN):
-        return code
-    if not differing:
-        log.info(f"exact: bit for bit equal to {_describe_reference(first, recorded)}")
-        return 0
-    if not again:
-        return _report_difference(states)
-    second = _replay(context, candidates, _SECOND)
-    return second if isinstance(second, int) else context.agree() or check_tolerance(first, second, recorded)
+    if code == _AGAIN:
+        second = _replay(context, candidates, _SECOND)
+        return second if isinstance(second, int) else context.agree() or check_tolerance(first, second, recorded)
+    if code or differing:
+        return code or _report_difference(states)
+    log.info(f"exact: bit for bit equal to {_describe_reference(first, recorded)}")
+    return 0
 
 
 def _follow(context: RunContext) -> int:
     """Run the same replays on another node than node 0."""
     placement = context.placement
-    assert placement is not None
     if not attempts.wait_until_visible(lambda: attempts.read(context.run_dir).prepared, placement, timeouts.NODES_MEET):
         raise SetupError(f"RUNS_DIR: {context.run_dir.path} not visible on {placement.name}. Use a disk of all nodes")
     code = node_checks.check_all_nodes(context, placement.name)
