@@ -28,7 +28,7 @@ from sft_recipes.runtime.atomic_write import write_atomic
 from sft_recipes.runtime.errors import UserError
 from sft_recipes.runtime.log import to_console
 from sft_recipes.runtime.units import GIB
-from sft_recipes.tools import doctor, generate, model_card, publish, serve, status, verify_resume
+from sft_recipes.tools import doctor, generate, publish, serve, status, verify_resume
 from sft_recipes.tools import sweep as sweeps
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def _gpu_counts(text: str) -> int | list[int]:
 
 
 _RUN = _argument("run", "name or directory of a run")
-_JSON = _flag("--json", "print JSON")
+_JSON = _flag("--json", "print JSON; for rows and checks one object per line")
 _TASKS = _argument("--tasks", "tasks of lm-evaluation-harness; for eval `default` if not given", metavar="TASK,…")
 _RECIPE = (
     _argument("recipe", "name of a recipe (`recipes` lists them); not needed with --model", nargs="?"),
@@ -140,8 +140,7 @@ def commands() -> list[tuple[Any, ...]]:
         ),
         (
             "inspect", "show tokenized rows with their loss mask, and what happened to all rows", _inspect, *_TRAINING,
-            _integer("--rows", 1, "rows to show (default: 3; all with --json)", metavar="N"),
-            _flag("--json", "print one JSON object per row; the report goes to standard error"),
+            _integer("--rows", 1, "rows to show (default: 3; all with --json)", metavar="N"), _JSON,
         ),
         ("download", "download model, tokenizer and data of a recipe, tasks of `eval`", _download, *_RECIPE, _TASKS),
         ("sanity", "run the sanity check of a plan and cache its result", _sanity, *_TRAINING),
@@ -184,8 +183,7 @@ def commands() -> list[tuple[Any, ...]]:
             _argument("--license", "license of a model whose base has no known one: an id of the Hub", metavar="ID"),
             _flag("--merged", "publish the merged model instead of the adapters"),
             _flag("--public", "create a public repository (default: private)"),
-            _flag("--card-only", "write the model card, upload nothing"),
-            _flag("--dry-run", "write the model card and list what would be uploaded"),
+            _flag("--card-only", "write the model card, list what would be uploaded, upload nothing"),
         ),
         (
             "serve", "serve the model of a finished run on 127.0.0.1 with an OpenAI-compatible API", _serve, _RUN,
@@ -199,9 +197,8 @@ def commands() -> list[tuple[Any, ...]]:
             _argument("--harness-args", "more arguments of `lm_eval run`", type=shlex.split, default=[], metavar="'…'"),
         ),
         (
-            "doctor", "check this machine; exit code 1 on an error", _doctor,
+            "doctor", "check this machine; exit code 1 on an error", _doctor, _JSON,
             _integer("--gpus", 0, "GPUs that a run would use", metavar="N"),
-            _flag("--json", "print one JSON object per check"),
         ),
     ]  # fmt: skip
 
@@ -239,7 +236,6 @@ def _read_recipe(parsed: argparse.Namespace, default_data: Mapping[str, Any] | N
         default_data: values of `data` for MODEL without DATA, which is rejected otherwise.
     """
     overfit = getattr(parsed, "overfit", False)
-    _check_data_is_no_model(parsed.overrides)
     if parsed.recipe and parsed.method:
         raise UserError(f"METHOD: found {parsed.method}, but RECIPE={parsed.recipe} has a method. Remove one")
     if parsed.model is None:
@@ -268,16 +264,6 @@ def _read_recipe(parsed: argparse.Namespace, default_data: Mapping[str, Any] | N
         values |= default_data
     parsed.recipe = model_recipe.name_of(parsed.model, method)
     return loader.load(parsed.recipe, parsed.overrides, overfit, values, from_file=False)
-
-
-def _check_data_is_no_model(overrides: Sequence[str]) -> None:
-    """Reject a model's folder as data: MODEL and DATA are easily swapped."""
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if key == "data.train" and (Path(value) / "config.json").is_file() and any(Path(value).glob("*.safetensors")):
-            raise UserError(
-                f"DATA: {value} is a model (config.json, *.safetensors). Set MODEL={value}, and DATA to rows"
-            )
 
 
 def _resolve(parsed: argparse.Namespace, recipe: Recipe, topology: plans.Topology) -> plans.Plan:
@@ -490,8 +476,6 @@ def _download(parsed: argparse.Namespace) -> None:
         from sft_recipes.tools import evaluate
 
         evaluate.download(parsed.tasks)
-    elif not downloaded:
-        log.info("nothing to download: model and data are local")
 
 
 def _merge(parsed: argparse.Namespace) -> None:
@@ -504,13 +488,11 @@ def _merge(parsed: argparse.Namespace) -> None:
 def _publish(parsed: argparse.Namespace) -> None:
     folder = run_dir.find(parsed.run)
     if parsed.card_only:
-        target = generate.find_model(folder, parsed.merged)
-        log.info(f"model card  {model_card.write(folder, target, parsed.repo, parsed.license)}")
+        publish.write_card(folder, generate.find_model(folder, parsed.merged), parsed.repo, parsed.license)
         return
     if not parsed.repo:
         raise UserError("REPO: not set, expected a repository on the Hub. Set REPO=owner/name, or CARD_ONLY=1")
-    publication = publish.Publication(folder, parsed.repo, parsed.license, parsed.merged, parsed.public)
-    publish.publish(publication, parsed.dry_run)
+    publish.publish(folder, parsed.repo, parsed.license, parsed.merged, parsed.public)
 
 
 def _serve(parsed: argparse.Namespace) -> None:

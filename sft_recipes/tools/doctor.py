@@ -38,9 +38,12 @@ def run_checks(requested_gpus: int | None) -> Iterator[CheckResult]:
     yield check_flash_attention(probe)
     yield check_operators(probe)
     yield all_reduce(_measure_all_reduce(len(gpus)), len(gpus), bool(os.environ.get("ALLOW_SOCKETS")))
-    yield check_shared_memory(shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0, len(gpus))
-    yield check_disk("runs", runs_root(), bool(gpus))
-    yield check_disk("hub cache", hub_cache(), bool(gpus))
+    least = GIB * len(gpus) if len(gpus) > 1 else GIB // 4  # of NCCL and data workers
+    shared: node_checks.Status = "error" if len(gpus) > 1 else "warning"
+    yield check_space("shared memory", Path("/dev/shm"), least, shared, "--shm-size 16g, or --ipc host")
+    least, status = (100 * GIB, "warning") if gpus else (GIB, "error")
+    for name, path in (("disk: runs", runs_root()), ("disk: hub cache", hub_cache())):
+        yield check_space(name, path, least, status, "free space; `make plan` prints the size of a run")
     yield check_hub()
     yield check_versions("cuda" if probe.get("cuda") else "cpu")
 
@@ -112,24 +115,18 @@ def check_operators(probe: dict[str, Any]) -> CheckResult:
     return CheckResult("operators", "warning", "not compiled, and no C++ compiler with Python's headers", fix)
 
 
-def check_shared_memory(free_bytes: int, gpus: int) -> CheckResult:
-    """Check the shared memory of NCCL and data workers."""
-    detail, least = f"{free_bytes / GIB:.2f} GiB free in /dev/shm", GIB * gpus if gpus > 1 else GIB // 4
-    if free_bytes < least:
-        fix = f"expected {least / GIB:.2f} GiB: --shm-size 16g, or --ipc host"
-        return CheckResult("shared memory", "error" if gpus > 1 else "warning", detail, fix)
-    return CheckResult("shared memory", "ok", detail)
+def check_space(name: str, path: Path, least: int, status: node_checks.Status, fix: str) -> CheckResult:
+    """Check the free space of a folder, or of the nearest one above it that exists.
 
-
-def check_disk(name: str, path: Path, on_gpus: bool) -> CheckResult:
-    """Check the free space of the folder of runs or of the Hub cache."""
+    Args:
+        least: bytes; with less the check has this status and fix.
+    """
     existing = next(place for place in (path, *path.absolute().parents) if place.exists())
-    free, least = shutil.disk_usage(existing).free, 100 * GIB if on_gpus else GIB
-    detail = f"{free / GIB:.0f} GiB free in {path}"
+    free = shutil.disk_usage(existing).free
+    detail = f"{free / GIB:.2f} GiB free in {path}"
     if free < least:
-        fix = f"expected {least / GIB:.0f} GiB: free space; `make plan` prints the size of a run"
-        return CheckResult(f"disk: {name}", "warning" if on_gpus else "error", detail, fix)
-    return CheckResult(f"disk: {name}", "ok", detail)
+        return CheckResult(name, status, detail, f"expected {least / GIB:.2f} GiB: {fix}")
+    return CheckResult(name, "ok", detail)
 
 
 def check_hub() -> CheckResult:

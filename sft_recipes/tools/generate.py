@@ -47,19 +47,17 @@ def find_model(folder: RunDir, merged: bool = False) -> Path:
         merged: the merged model of a run that trained adapters.
 
     Raises:
-        SetupError: the run is not finished, has no adapters to merge, has not merged them, or their base is gone.
+        SetupError: the run is not finished, has not merged its adapters, or their base is gone.
     """
     plan, state = plans.read(folder.plan), folder.state()
     if state != "finished":
         fix = "Run its `make train` again to resume it"
         raise SetupError(f"RUN: {folder.path} is {state}, expected a finished run with a model in final/. {fix}")
-    if merged and plan.method == "full":
-        raise SetupError(f"MERGED: {folder.name} has no adapters: full fine-tuning. Unset MERGED")
     if merged and not folder.merged.is_dir():
         from sft_recipes.training import lora
 
         lora.find_base_folder(plan, folder)
-        raise SetupError(f"RUN: {folder.name} has adapters: found no merged/. Run `make merge RUN={folder.name}` first")
+        raise SetupError(f"RUN: found no {folder.merged}. Run `make merge RUN={folder.name}` first")
     return folder.merged if merged else folder.final
 
 

@@ -241,16 +241,12 @@ def report(sweep: Sweep, losses: Mapping[str, Sequence[float]]) -> str:
 
 
 def plot(sweep: Sweep, losses: Mapping[str, Sequence[float]]) -> None:
-    """Write `sweep.svg`: the mean loss of each value, with the range over seeds."""
+    """Write `sweep.svg`: the mean loss of each value, equally spaced, with the range over seeds."""
     groups = {value: found for value, found in losses.items() if not any(map(math.isnan, found))}
+    means, lowest, highest = ([summary(found) for found in groups.values()] for summary in (statistics.fmean, min, max))
     with plots.drawing((6.4, 3.4)) as (canvas, axes):
-        try:
-            places: list[Any] = [float(value) for value in groups]
-            axes.set_xscale("log" if min(places) > 0 and max(places) >= 10 * min(places) else "linear")
-        except ValueError:  # not numbers
-            places = list(groups)
-        axes.plot(places, [statistics.fmean(found) for found in groups.values()], color=plots.BLUE, marker="o")
-        axes.vlines(places, list(map(min, groups.values())), list(map(max, groups.values())), color=plots.BLUE)
+        axes.plot(list(groups), means, color=plots.BLUE, marker="o")
+        axes.vlines(list(groups), lowest, highest, color=plots.BLUE)
         axes.set_xlabel(sweep.key)
         axes.set_ylabel("validation loss (nats per token)")
         canvas.savefig(sweep.folder / "sweep.svg", metadata={"Date": None})

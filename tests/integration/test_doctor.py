@@ -128,12 +128,10 @@ def test_failed_all_reduce_is_an_error():
     assert "NCCL error" in str(node_checks.all_reduce({"error": "8 ranks: all-reduce failed: NCCL error"}, 8))
 
 
-def test_check_shared_memory_disk_and_versions(tmp_path, monkeypatch):
-    gib = 2**30
-    assert doctor.check_shared_memory(gib // 16, 8).status == "error", "docker's default"
-    assert doctor.check_shared_memory(gib // 16, 0).status == "warning"
-    assert doctor.check_shared_memory(64 * gib, 8).status == doctor.check_shared_memory(gib, 0).status == "ok"
-    assert doctor.check_disk("runs", tmp_path / "not" / "yet", on_gpus=False).status == "ok"
+def test_check_space_and_versions(tmp_path, monkeypatch):
+    place = tmp_path / "not" / "yet"
+    assert doctor.check_space("disk: runs", place, 1, "error", "free space").status == "ok"
+    assert str(doctor.check_space("disk: runs", place, 2**60, "error", "free space")).startswith("error ")
     monkeypatch.setattr(doctor, "locked", lambda build: {"torch": "1.0", "no-such-package": "1"})
     assert "no-such-package not installed, expected 1" in str(result := doctor.check_versions("cpu"))
     assert result.status == "error"

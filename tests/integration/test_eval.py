@@ -114,7 +114,7 @@ def test_adapters_are_scored_merged_with_the_template_of_training(adapted, evalu
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     run, base = adapted
-    check_refused(evaluate(run, "--tasks", "largest_digit"), "found no merged/. Run `make merge RUN=adapted-for-eval`")
+    check_refused(evaluate(run, "--tasks", "largest_digit"), "found no .*merged. Run `make merge RUN=adapted-for-eval`")
     assert shared_workplace.sft("merge", run.name).returncode == 0
     done = evaluate(run, "--tasks", "largest_digit", "--limit", "3")
     assert done.returncode == 0, done.stderr

@@ -51,14 +51,15 @@ def test_published_files_are_listed_first_and_the_repository_is_private(workplac
     for name in PRIVATE:
         (run / "final" / name).write_text("private")
     arguments = ("--repo", REPOSITORY, "--license", "mit")
-    shown = publish(workplace, hub, *arguments, "--dry-run")
+    shown = publish(workplace, hub, *arguments, "--card-only")
     assert shown.returncode == 0, shown.stderr
-    assert f"{REPOSITORY} (private, new)" in shown.stdout and not hub.repositories
+    assert not hub.repositories
     lines = re.findall(r"^ +([\d,]+)  (\S+)$", shown.stdout, re.M)
     listed = {name: int(size.replace(",", "")) for size, name in lines}
     assert set(listed) == ALLOWED
     done = publish(workplace, hub, *arguments)
     assert done.returncode == 0, done.stderr
+    assert f"{REPOSITORY} (private, new)" in done.stdout
     repository = hub.repositories[REPOSITORY]
     assert repository.private and repository.commits == ["Upload short"]
     assert set(repository.files) == {*ALLOWED, ".gitattributes"}

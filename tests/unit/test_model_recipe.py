@@ -162,7 +162,7 @@ def test_recipe_without_data_names_the_default_dataset(in_process, model, monkey
     ("arguments", "message"),
     [
         (["--model", "MODEL"], "DATA: not set. Name the rows that"),
-        (["--model", "DATA", "data.train=MODEL"], r"DATA: .*qwen is a model .* Set MODEL="),
+        (["--model", "DATA", "data.train=MODEL"], "MODEL: found the file .*, expected a model folder.* Data goes in DATA="),
         (["--model", "my.jsonl", "DATA"], r"MODEL: found the file my.jsonl, expected a model folder or a Hub name\. Data"),
         (["--model", "MODEL", "DATA", "--method", "dora"], "METHOD: found 'dora', expected one of full, lora, qlora"),
         (["8b", "--model", "MODEL", "DATA", "--method", "lora"], "METHOD: found lora, but RECIPE=8b has a method"),
