@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import dataclasses
 import errno
-import functools
 import json
 import logging
 import os
@@ -301,10 +300,8 @@ def _write_recipe(parsed: argparse.Namespace) -> None:
     topology = topologies.plan_topology(recipe, _hardware_request(parsed))
     plan = plans.resolve(recipe, topology)
     if plan.fits is False:
-        raise UserError(
-            f"MODEL: {plan.model} {plans.describe_shortage(plan)}. Cheapest change that fits: "
-            f"{suggest.cheapest_change(recipe, topology) or 'none, use larger GPUs'}"
-        )
+        change = suggest.cheapest_change(recipe, topology) or "none, use larger GPUs"
+        raise UserError(f"MODEL: {plan.model} {plans.describe_shortage(plan)}. Cheapest change that fits: {change}")
     hardware = f"{plan.gpus} x {plan.gpu_type}" if plan.gpus else "the CPU"
     start = f"make train RECIPE={parsed.name} GPUS={plan.gpus}"
     title = f"{plan.model}, {plan.method} fine-tuning on {hardware}. Written by `make recipe`; edit it.\n    {start}"
@@ -380,16 +377,14 @@ def _resolve_here(parsed: argparse.Namespace, place: placement.Placement | None)
     plan = _resolve(parsed, recipe, topology)
     topologies.check_host_memory(plan)
     if plan.fits is False:
-        raise UserError(
-            f"recipe {recipe.name} {plans.describe_shortage(plan)}. Cheapest change that fits: "
-            f"{_suggest_fix(recipe, topology)} (`make plan RECIPE={recipe.name}` lists the parts)"
-        )
+        change = f"{_suggest_fix(recipe, topology)} (`make plan RECIPE={recipe.name}` lists the parts)"
+        raise UserError(f"recipe {recipe.name} {plans.describe_shortage(plan)}. Cheapest change that fits: {change}")
 
     def replan(parallelism: str) -> plans.Plan:
         return _resolve(parsed, dataclasses.replace(recipe, parallelism=parallelism), topology)
 
-    cheaper = functools.partial(suggest.lighter_overrides, recipe, topology)
-    return run_selection.Resolved(plan, cheaper, replan if recipe.parallelism == AUTO else None)
+    chosen_again = replan if recipe.parallelism == AUTO else None
+    return run_selection.Resolved(plan, lambda: suggest.lighter_overrides(recipe, topology), chosen_again)
 
 
 def _sanity(parsed: argparse.Namespace) -> int:
@@ -413,10 +408,8 @@ def _train(parsed: argparse.Namespace) -> int:
         return _train_node(parsed, place)
     nodes = _hardware_request(parsed).nodes or 1
     if place is None and nodes > 1:
-        raise UserError(
-            f"NODES: found {nodes}, and this process has no place among them. Use sbatch --nodes={nodes} "
-            f"slurm/{parsed.recipe}.sh, or set PET_NNODES, PET_NODE_RANK and PET_MASTER_ADDR (docs/multi-node.md)"
-        )
+        fix = f"Use sbatch --nodes={nodes} slurm/{parsed.recipe}.sh, or set PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR"
+        raise UserError(f"NODES: found {nodes}, and this process has no place among them. {fix}")
     return _start_run(parsed, place, trains=True)
 
 

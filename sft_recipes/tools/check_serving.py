@@ -85,13 +85,14 @@ def _running(server: serve.Server) -> Iterator[None]:
         options = {"cwd": server.directory, "env": server.environment, "stdout": output, "stderr": output}
         with subprocess.Popen(server.command, **options) as process:
 
-            def answers() -> bool:
+            def answers_or_ended() -> bool:
                 with contextlib.suppress(httpx2.TransportError):
-                    return httpx2.get(f"{server.url}/health", timeout=timeouts.HUB_REQUEST).is_success
+                    return httpx2.get(f"{server.url}/health", timeout=timeouts.HUB_REQUEST, trust_env=False).is_success
                 return process.poll() is not None
 
             try:
-                if not wait_until(answers, timeouts.MODEL_LOADING, timeouts.POLL_SERVER) or process.poll() is not None:
+                settled = wait_until(answers_or_ended, timeouts.MODEL_LOADING, timeouts.POLL_SERVER)
+                if not settled or process.poll() is not None:
                     output.seek(0)
                     reason = " ".join(output.read().splitlines()[-1:])[:200]
                     raise SetupError(f"serve: the server did not start: {reason}. Run `make serve` to see why")
@@ -101,7 +102,7 @@ def _running(server: serve.Server) -> Iterator[None]:
 
 
 def _post(server: serve.Server, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    response = httpx2.post(f"{server.url}/{path}", json=body, timeout=timeouts.MODEL_LOADING)
+    response = httpx2.post(f"{server.url}/{path}", json=body, timeout=timeouts.MODEL_LOADING, trust_env=False)
     if response.is_error:
         reason = f"{response.status_code}: {response.text[:200]!r}"
         raise SetupError(f"serve: {path}: {reason}. Run `make serve` to see its output")

@@ -11,7 +11,7 @@ from typing import Any
 
 from sft_recipes.launch import command, node_checks
 from sft_recipes.launch.node_checks import CheckResult, all_reduce, nccl_log_variables, occupied_gpus, read_transports
-from sft_recipes.launch.topology import Gpu, hidden_gpus, nvidia_smi_error, unlisted, visible_gpus
+from sft_recipes.launch.topology import Gpu, hidden_gpus, nvidia_smi_error, visible_gpus
 from sft_recipes.runtime import cuda, timeouts
 from sft_recipes.runtime.env import library_version, with_repository
 from sft_recipes.runtime.paths import REPOSITORY, hub_cache
@@ -33,8 +33,9 @@ def run_checks(requested_gpus: int | None) -> Iterator[CheckResult]:
         yield CheckResult("driver", "error", f"nvidia-smi fails ({error})", fix)
     else:
         yield from check_driver(gpus, requested_gpus, cuda.driver_version(), probe)
-    if gpus:
-        yield check_gpu_memory(gpus)
+    if occupied := ", ".join(occupied_gpus(gpus)):
+        fix = "see nvidia-smi for the process; or set DEVICES=…"
+        yield CheckResult("GPU memory", "warning", f"in use on {occupied}", fix)
     yield check_flash_attention(probe)
     yield check_operators(probe)
     yield all_reduce(_measure_all_reduce(len(gpus)), len(gpus), bool(os.environ.get("ALLOW_SOCKETS")))
@@ -64,9 +65,6 @@ def check_driver(
     else:
         listed = ", ".join(f"{gpu.id}: {gpu.name}, {gpu.memory_mib / 1024:.0f} GiB" for gpu in gpus)
         yield CheckResult("GPUs", "ok", listed or "none: CPU recipes only")
-    for product in unlisted(gpus):
-        detail = f"{product} is not in the table: planned by its memory, without hours"
-        yield CheckResult("GPU type", "warning", detail, "set GPU_TYPE to one of docs/models.md to forecast hours")
     if gpus:
         yield CheckResult("driver", "ok", version or "version unknown: nvidia-smi does not report it")
     if not gpus or "error" in probe:
@@ -75,14 +73,6 @@ def check_driver(
         yield CheckResult("CUDA", "error", *problem)
     else:
         yield CheckResult("CUDA", "ok", f"PyTorch {probe['torch']} with CUDA {probe['cuda']} finds {probe['devices']}")
-
-
-def check_gpu_memory(gpus: Sequence[Gpu]) -> CheckResult:
-    """Check that no other process uses much memory of a GPU."""
-    if occupied := ", ".join(occupied_gpus(gpus)):
-        fix = "see nvidia-smi for the process; or set DEVICES=…"
-        return CheckResult("GPU memory", "warning", f"in use on {occupied}", fix)
-    return CheckResult("GPU memory", "ok", "free")
 
 
 def check_flash_attention(probe: dict[str, Any]) -> CheckResult:

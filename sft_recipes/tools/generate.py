@@ -49,14 +49,13 @@ def find_model(folder: RunDir, merged: bool = False) -> Path:
     Raises:
         SetupError: the run is not finished, has not merged its adapters, or their base is gone.
     """
-    plan, state = plans.read(folder.plan), folder.state()
-    if state != "finished":
-        fix = "Run its `make train` again to resume it"
-        raise SetupError(f"RUN: {folder.path} is {state}, expected a finished run with a model in final/. {fix}")
+    if folder.state() != "finished":
+        fix = "expected a finished run with a model in final/. Run its `make train` again to resume it"
+        raise SetupError(f"RUN: {folder.path} is {folder.state()}, {fix}")
     if merged and not folder.merged.is_dir():
         from sft_recipes.training import lora
 
-        lora.find_base_folder(plan, folder)
+        lora.find_base_folder(plans.read(folder.plan), folder)
         raise SetupError(f"RUN: found no {folder.merged}. Run `make merge RUN={folder.name}` first")
     return folder.merged if merged else folder.final
 

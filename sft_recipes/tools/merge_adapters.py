@@ -50,10 +50,8 @@ def merge(folder: RunDir) -> Path:
     per_weight = dtype.itemsize + (memory.NF4_BYTES if plan.method == "qlora" else 0)
     required, host = int(per_weight * model.num_parameters()) + _LIBRARIES_BYTES, host_memory_bytes()
     if required > host:
-        raise SetupError(
-            f"RUN: {folder.name} cannot be merged here: found {host / GIB:.1f} GiB of host memory, expected "
-            f"{required / GIB:.1f} GiB or more. Merge on a larger machine, or use the adapters in {folder.final}"
-        )
+        found = f"found {host / GIB:.1f} GiB of host memory, expected {required / GIB:.1f} GiB or more"
+        raise SetupError(f"RUN: {folder.name} cannot be merged here: {found}. Merge it on a larger machine")
     base = lora.load_base(plan, base_folder, dtype, {"": "cpu"})
     if plan.method == "qlora":
         base = base.dequantize(dtype)

@@ -134,11 +134,9 @@ def run(sweep: Sweep, recipe: Recipe, train: Callable[[list[str]], int], keep: b
     """
     settings = dataclasses.asdict(sweep)
     stored = read_json(sweep.folder / "sweep.json")
-    if differing := [key for key, value in stored.items() if settings.get(key) != value]:
-        raise UserError(
-            f"NAME: sweep {sweep.name} exists with another {differing[0]}: found {stored[differing[0]]!r}, expected "
-            f"{settings[differing[0]]!r}. Set another NAME"
-        )
+    for key, value in stored.items():
+        if value != settings[key]:
+            raise UserError(f"NAME: sweep {sweep.name} exists with the {key} {value!r}. Set another NAME")
     sweep.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     write_json(sweep.folder / "sweep.json", settings)
     pairs = [(value, seed) for seed in range(sweep.seeds) for value in sweep.values]
@@ -179,16 +177,13 @@ def _submit(sweep: Sweep, recipe: Recipe, missing: Sequence[tuple[str, int]]) ->
     """Submit the missing runs as one array, a line of `tasks.tsv` each: name and overrides (slurm/launch.sh)."""
     script = REPOSITORY / "slurm" / f"{sweep.recipe}.sh"
     if not script.is_file() or shutil.which("sbatch") is None:
-        raise UserError(
-            f"SLURM: found no {'sbatch' if script.is_file() else script}. Without SLURM=1 the runs are sequential"
-        )
+        raise UserError(f"SLURM: expected sbatch and {script}. Without SLURM=1 the runs are sequential")
     tasks = sweep.folder / "tasks.tsv"
     lines = ["\t".join([sweep.run_name(*pair), *sweep.overrides_of(recipe, *pair)]) for pair in missing]
     write_atomic(tasks, "".join(f"{line}\n" for line in lines))
     command = ["sbatch", f"--array=0-{len(missing) - 1}", f"--export=ALL,SWEEP_TASKS={tasks.absolute()}", str(script)]
-    log.info(
-        f"{' '.join(command)}\nrepeat the command without SLURM=1 once the jobs have ended: it reports the results"
-    )
+    log.info(" ".join(command))
+    log.info("repeat the command without SLURM=1 once the jobs have ended: it reports the results")
     return subprocess.run(command, cwd=REPOSITORY, check=False).returncode
 
 

@@ -65,10 +65,8 @@ def run(run_dir: RunDir, placement: Placement | None = None) -> int:
     plan = plans.read(run_dir.plan)
     node_count = placement.nodes if placement else 1
     if plan.nodes != node_count:
-        raise SetupError(
-            f"RUN: {run_dir.name} was trained on {plan.nodes} nodes and needs the same number: found {node_count}. "
-            f"Start it with srun on that many nodes, as docs/slurm.md shows"
-        )
+        found = f"RUN: {run_dir.name} was trained on {plan.nodes} nodes and needs as many: found {node_count}"
+        raise SetupError(f"{found}. Start it with srun on that many nodes (docs/slurm.md)")
     if placement is None:
         node_checks.check_gpus(plan)
     attempt = placement.attempt if placement else os.getpid()

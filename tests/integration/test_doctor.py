@@ -46,18 +46,9 @@ def test_check_driver(probe, version, status, text):
     assert (last.check, last.status) == ("CUDA", status) and text in str(last)
 
 
-def test_check_driver_warns_of_unlisted_gpu():
-    other = Gpu("0", 60_000, "NVIDIA Graphics Device", 11.0)
-    (result,) = [r for r in doctor.check_driver([other], 1, "580.65.06", PROBE) if r.check == "GPU type"]
-    assert result.status == "warning" and "NVIDIA Graphics Device is not in the table" in str(result)
-    assert not any(r.check == "GPU type" for r in doctor.check_driver(GPUS, 2, "580.65.06", PROBE))
-
-
-def test_check_gpu_memory_names_the_gpu_in_use(monkeypatch):
+def test_occupied_gpus_are_named(monkeypatch):
     monkeypatch.setattr(node_checks, "ask_nvidia", lambda _: [["0", "512"], ["1", "61440"], ["2", "[N/A]"]])
-    result = doctor.check_gpu_memory(GPUS)
-    assert result.status == "warning" and "in use on GPU 1: 60.0 GiB; see nvidia-smi" in str(result)
-    assert doctor.check_gpu_memory(GPUS[:1]).status == "ok"
+    assert node_checks.occupied_gpus(GPUS) == ["GPU 1: 60.0 GiB"] and not node_checks.occupied_gpus(GPUS[:1])
 
 
 @pytest.mark.parametrize(
