@@ -49,7 +49,7 @@ def find_model(folder: RunDir, merged: bool = False) -> Path:
     Raises:
         SetupError: the run is not finished, has not merged its adapters, or their base is gone.
     """
-    if folder.state() != "finished":
+    if folder.state() != "finished" or not folder.final.is_dir():
         fix = "expected a finished run with a model in final/. Run its `make train` again to resume it"
         raise SetupError(f"RUN: {folder.path} is {folder.state()}, {fix}")
     if merged and not folder.merged.is_dir():
