@@ -52,10 +52,13 @@ def find_model(folder: RunDir, merged: bool = False) -> Path:
     if folder.state() != "finished" or not folder.final.is_dir():
         fix = "expected a finished run with a model in final/. Run its `make train` again to resume it"
         raise SetupError(f"RUN: {folder.path} is {folder.state()}, {fix}")
+    plan = plans.read(folder.plan)
+    if merged and plan.method == "full":
+        raise SetupError(f"MERGED: {folder.name} has no adapters: full fine-tuning. Unset MERGED")
     if merged and not folder.merged.is_dir():
         from sft_recipes.training import lora
 
-        lora.find_base_folder(plans.read(folder.plan), folder)
+        lora.find_base_folder(plan, folder)
         raise SetupError(f"RUN: found no {folder.merged}. Run `make merge RUN={folder.name}` first")
     return folder.merged if merged else folder.final
 

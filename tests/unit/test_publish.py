@@ -202,7 +202,7 @@ def test_unfinished_run_has_no_model_to_publish_or_serve(tmp_path, state):
 
 
 def test_merged_model_is_of_adapters_only(tmp_path):
-    with pytest.raises(SetupError, match="RUN: found no .*merged. Run `make merge RUN=a-run`"):
+    with pytest.raises(SetupError, match="MERGED: a-run has no adapters"):
         generate.find_model(finished_run(tmp_path / "a-run", QWEN), merged=True)
 
 
