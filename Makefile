@@ -72,7 +72,7 @@ help: ## print this list
 		'REPO             for publish: repository on the Hub, OWNER/NAME; PUBLIC=1 makes it public' \
 		'LICENSE          for publish: license of a model whose base model has no known one' \
 		'MERGED=1         for publish: the merged model instead of the adapters' \
-		'CARD_ONLY=1      for publish: write the model card, upload nothing' \
+		'CARD_ONLY=1      for publish: write the model card, list the files, upload nothing' \
 		'ROWS             for inspect: number of rows' \
 		'PLOT WITH        for schedules: .png or .svg file to write, other schedules to compare' \
 		'PORT             port for tensorboard and serve' \
@@ -155,7 +155,7 @@ merge: ## merge adapters into their base model: RUN
 
 publish: ## upload a finished run to the Hub, with a model card: RUN REPO LICENSE PUBLIC
 	@export RUNTIME=local; $(SFT) publish "$${RUN:?RUN is missing: the name of a run, such as tiny-1}" $${REPO:+--repo "$$REPO"} \
-		$${LICENSE:+--license "$$LICENSE"} $${MERGED:+--merged} $${PUBLIC:+--public} $${CARD_ONLY:+--card-only} $${DRY_RUN:+--dry-run}
+		$${LICENSE:+--license "$$LICENSE"} $${MERGED:+--merged} $${PUBLIC:+--public} $${CARD_ONLY:+--card-only}
 
 # In its own environment, which sees the packages of $(VENV): the extra packages of `transformers serve`.
 SERVE_PACKAGES = cmp -s requirements/serve.txt .venv-serve/serve.txt || { rm -rf .venv-serve; $(PYTHON) -m venv .venv-serve; \

@@ -1,12 +1,9 @@
 """The command line: one table of commands, each a function that parses nothing else."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses
 import errno
-import functools
 import json
 import logging
 import os
@@ -19,18 +16,19 @@ from typing import Any, NoReturn
 from sft_recipes.config import loader, model_recipe
 from sft_recipes.config.schema import AUTO, Recipe
 from sft_recipes.config.sizes import RECIPES
-from sft_recipes.launch import placement, run_selection
+from sft_recipes.launch import launch, node_checks, placement, run_selection
 from sft_recipes.launch import topology as topologies
-from sft_recipes.launch.placement import parse_integer
+from sft_recipes.monitor import diagnose, lr_plot, metrics_log, report
 from sft_recipes.planner import lr_schedule, render, suggest
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.choose import Configuration
-from sft_recipes.planner.plan import Topology
 from sft_recipes.runtime import env, run_dir
 from sft_recipes.runtime.atomic_write import write_atomic
 from sft_recipes.runtime.errors import UserError
 from sft_recipes.runtime.log import to_console
 from sft_recipes.runtime.units import GIB
+from sft_recipes.tools import doctor, generate, publish, serve, status, verify_resume
+from sft_recipes.tools import sweep as sweeps
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     env.silence_telemetry()
     env.limit_thread_spin()
     try:
-        parser = build_parser()
-        parsed, rest = parser.parse_known_args(arguments)
-        _add_overrides(parser, parsed, rest)
+        parsed = _parse(arguments)
         return int(parsed.run_command(parsed) or 0)
     except UserError as error:
         log.error(" ".join(str(error).split()))
@@ -63,9 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2 if error.errno in (errno.ENAMETOOLONG, errno.EACCES, errno.EROFS) else 1
 
 
-def _add_overrides(parser: argparse.ArgumentParser, parsed: argparse.Namespace, rest: list[str]) -> None:
-    """Add the `key=value` that argparse does not collect to the overrides: those after the first option, and the first
-    one where no recipe is named."""
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the parsed command. Its overrides get the `key=value` that argparse does not collect: those after the
+    first option, and the first one where no recipe is named."""
+    parser = build_parser()
+    parsed, rest = parser.parse_known_args(arguments)
     unknown = [text for text in rest if "=" not in text or text.startswith("-") or not hasattr(parsed, "overrides")]
     if unknown:
         parser.error(f"unknown argument {unknown[0]!r}")
@@ -73,6 +71,7 @@ def _add_overrides(parser: argparse.ArgumentParser, parsed: argparse.Namespace, 
         parsed.recipe, rest = None, [parsed.recipe, *rest]
     if rest:
         parsed.overrides += rest
+    return parsed
 
 
 _Argument = tuple[str, dict[str, Any]]  # name and options of `ArgumentParser.add_argument`
@@ -88,17 +87,17 @@ def _flag(name: str, help_text: str) -> _Argument:
 
 def _integer(name: str, least: int, help_text: str, **options: Any) -> _Argument:
     variable = name.removeprefix("--").upper()
-    return _argument(name, help_text, type=lambda text: parse_integer(text, variable, least), **options)
+    return _argument(name, help_text, type=lambda text: placement.parse_integer(text, variable, least), **options)
 
 
 def _gpu_counts(text: str) -> int | list[int]:
     counts = text.split(",")
-    numbers = [parse_integer(count, "GPUS", 1 if len(counts) > 1 else 0) for count in counts]
+    numbers = [placement.parse_integer(count, "GPUS", 1 if len(counts) > 1 else 0) for count in counts]
     return numbers if len(numbers) > 1 else numbers[0]
 
 
 _RUN = _argument("run", "name or directory of a run")
-_JSON = _flag("--json", "print JSON")
+_JSON = _flag("--json", "print JSON; for rows and checks one object per line")
 _TASKS = _argument("--tasks", "tasks of lm-evaluation-harness; for eval `default` if not given", metavar="TASK,…")
 _RECIPE = (
     _argument("recipe", "name of a recipe (`recipes` lists them); not needed with --model", nargs="?"),
@@ -144,8 +143,7 @@ def commands() -> list[tuple[Any, ...]]:
         ),
         (
             "inspect", "show tokenized rows with their loss mask, and what happened to all rows", _inspect, *_TRAINING,
-            _integer("--rows", 1, "rows to show (default: 3; all with --json)", metavar="N"),
-            _flag("--json", "print one JSON object per row; the report goes to standard error"),
+            _integer("--rows", 1, "rows to show (default: 3; all with --json)", metavar="N"), _JSON,
         ),
         ("download", "download model, tokenizer and data of a recipe, tasks of `eval`", _download, *_RECIPE, _TASKS),
         ("sanity", "run the sanity check of a plan and cache its result", _sanity, *_TRAINING),
@@ -188,8 +186,7 @@ def commands() -> list[tuple[Any, ...]]:
             _argument("--license", "license of a model whose base has no known one: an id of the Hub", metavar="ID"),
             _flag("--merged", "publish the merged model instead of the adapters"),
             _flag("--public", "create a public repository (default: private)"),
-            _flag("--card-only", "write the model card, upload nothing"),
-            _flag("--dry-run", "write the model card and list what would be uploaded"),
+            _flag("--card-only", "write the model card, list what would be uploaded, upload nothing"),
         ),
         (
             "serve", "serve the model of a finished run on 127.0.0.1 with an OpenAI-compatible API", _serve, _RUN,
@@ -203,9 +200,8 @@ def commands() -> list[tuple[Any, ...]]:
             _argument("--harness-args", "more arguments of `lm_eval run`", type=shlex.split, default=[], metavar="'…'"),
         ),
         (
-            "doctor", "check this machine; exit code 1 on an error", _doctor,
+            "doctor", "check this machine; exit code 1 on an error", _doctor, _JSON,
             _integer("--gpus", 0, "GPUs that a run would use", metavar="N"),
-            _flag("--json", "print one JSON object per check"),
         ),
     ]  # fmt: skip
 
@@ -243,23 +239,20 @@ def _read_recipe(parsed: argparse.Namespace, default_data: Mapping[str, Any] | N
         default_data: values of `data` for MODEL without DATA, which is rejected otherwise.
     """
     overfit = getattr(parsed, "overfit", False)
-    _check_data_is_no_model(parsed.overrides)
+    if parsed.recipe and parsed.method:
+        raise UserError(f"METHOD: found {parsed.method}, but RECIPE={parsed.recipe} has a method. Remove one")
     if parsed.model is None:
-        if parsed.recipe is None or parsed.method:
-            raise UserError("METHOD: needs MODEL" if parsed.recipe else "RECIPE: not set. Set RECIPE or MODEL")
+        if parsed.recipe is None:
+            raise UserError("RECIPE: not set. Set RECIPE or MODEL")
         return loader.load(parsed.recipe, parsed.overrides, overfit)
     from sft_recipes.data import model_files
 
-    facts = model_files.describe_model(parsed.model)
+    facts, method = model_files.describe_model(parsed.model), parsed.method or "full"
+    model_recipe.check_method(method, parsed.model, facts.quantization)
     if parsed.recipe is not None:
-        if parsed.method:
-            raise UserError(f"METHOD: found {parsed.method}, but RECIPE={parsed.recipe} has a method. Remove one")
-        model_recipe.check_method("full", parsed.model, facts.quantization)
         values = {"model.name_or_path": parsed.model, "model.from_scratch": False}
         values |= {"model.architecture": facts.architecture} if facts.architecture else {}
         return loader.load(parsed.recipe, parsed.overrides, overfit, values)
-    method = parsed.method or "full"
-    model_recipe.check_method(method, parsed.model, facts.quantization)
     gpus, nodes, gpu_type = (getattr(parsed, name, None) for name in ("gpus", "nodes", "gpu_type"))  # not of download
     available = topologies.visible_gpus()
     count = len(available) if gpus is None else max(gpus) if isinstance(gpus, list) else gpus
@@ -276,17 +269,7 @@ def _read_recipe(parsed: argparse.Namespace, default_data: Mapping[str, Any] | N
     return loader.load(parsed.recipe, parsed.overrides, overfit, values, from_file=False)
 
 
-def _check_data_is_no_model(overrides: Sequence[str]) -> None:
-    """Reject a model's folder as data: MODEL and DATA are easily swapped."""
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if key == "data.train" and (Path(value) / "config.json").is_file() and any(Path(value).glob("*.safetensors")):
-            raise UserError(
-                f"DATA: {value} is a model (config.json, *.safetensors). Set MODEL={value}, and DATA to rows"
-            )
-
-
-def _resolve(parsed: argparse.Namespace, recipe: Recipe, topology: Topology) -> plans.Plan:
+def _resolve(parsed: argparse.Namespace, recipe: Recipe, topology: plans.Topology) -> plans.Plan:
     """Return the plan, with the run that `--init-from` names."""
     plan = plans.resolve(recipe, topology)
     return run_selection.start_from(plan, parsed.init_from) if parsed.init_from else plan
@@ -321,13 +304,11 @@ def _write_recipe(parsed: argparse.Namespace) -> None:
     topology = topologies.plan_topology(recipe, _hardware_request(parsed))
     plan = plans.resolve(recipe, topology)
     if plan.fits is False:
-        raise UserError(
-            f"MODEL: {plan.model} {plans.describe_shortage(plan)}. Cheapest change that fits: "
-            f"{suggest.cheapest_change(recipe, topology) or 'none, use larger GPUs'}"
-        )
-    method, hardware = plan.method, f"{plan.gpus} x {plan.gpu_type}" if plan.gpus else "the CPU"
+        change = suggest.cheapest_change(recipe, topology) or "none, use larger GPUs"
+        raise UserError(f"MODEL: {plan.model} {plans.describe_shortage(plan)}. Cheapest change that fits: {change}")
+    hardware = f"{plan.gpus} x {plan.gpu_type}" if plan.gpus else "the CPU"
     start = f"make train RECIPE={parsed.name} GPUS={plan.gpus}"
-    title = f"{plan.model}, {method} fine-tuning on {hardware}. Written by `make recipe`; edit it.\n    {start}"
+    title = f"{plan.model}, {plan.method} fine-tuning on {hardware}. Written by `make recipe`; edit it.\n    {start}"
     write_atomic(path, model_recipe.to_yaml(recipe, title, Configuration.of(plan).overrides))
     log.info(f"wrote recipes/{path.name}: {Configuration.of(plan)}. Start it with {start}")
 
@@ -372,19 +353,17 @@ def _inspect(parsed: argparse.Namespace) -> None:
     with contextlib.redirect_stdout(sys.stderr):  # --json prints rows only
         prepared = prepare.prepare(plan, rows_only=True)
     details = run_dir.read_json(Path(prepared.folder) / "details.json")
+    errors: list[str] = []
     try:
         validate.check_limits(plan, details)
-        plan, rejection = plans.with_prepared_data(plan, prepared), ""
+        plan = plans.with_prepared_data(plan, prepared)
     except UserError as error:  # the rows are shown although they cannot be trained
-        rejection = str(error)
+        errors.append(validate.format_line("error", str(error)))
     text = inspect.to_text(plan, prepared, details, parsed.rows or 3)
     for line in inspect.to_json(prepared, parsed.rows) if parsed.json else text:
         print(line)
-    report = [
-        *inspect.report(plan, prepared, details),
-        *([validate.format_line("error", rejection)] if rejection else []),
-    ]
-    print("\n".join(report), file=sys.stderr if parsed.json else sys.stdout)
+    summary = [*inspect.report(plan, prepared, details), *errors]
+    print("\n".join(summary), file=sys.stderr if parsed.json else sys.stdout)
 
 
 def _resolve_here(parsed: argparse.Namespace, place: placement.Placement | None) -> run_selection.Resolved:
@@ -400,21 +379,17 @@ def _resolve_here(parsed: argparse.Namespace, place: placement.Placement | None)
     plan = _resolve(parsed, recipe, topology)
     topologies.check_host_memory(plan)
     if plan.fits is False:
-        raise UserError(
-            f"recipe {recipe.name} {plans.describe_shortage(plan)}. Cheapest change that fits: "
-            f"{_suggest_fix(recipe, topology)} (`make plan RECIPE={recipe.name}` lists the parts)"
-        )
+        change = f"{_suggest_fix(recipe, topology)} (`make plan RECIPE={recipe.name}` lists the parts)"
+        raise UserError(f"recipe {recipe.name} {plans.describe_shortage(plan)}. Cheapest change that fits: {change}")
 
     def replan(parallelism: str) -> plans.Plan:
         return _resolve(parsed, dataclasses.replace(recipe, parallelism=parallelism), topology)
 
-    cheaper = functools.partial(suggest.lighter_overrides, recipe, topology)
-    return run_selection.Resolved(plan, cheaper, replan if recipe.parallelism == AUTO else None)
+    chosen_again = replan if recipe.parallelism == AUTO else None
+    return run_selection.Resolved(plan, lambda: suggest.lighter_overrides(recipe, topology), chosen_again)
 
 
 def _sanity(parsed: argparse.Namespace) -> int:
-    from sft_recipes.launch import launch, node_checks
-
     place = placement.from_environment(os.environ)
     if place is not None and place.nodes > 1:
         raise UserError("sanity: runs on one node. On several `train` runs it before the first step")
@@ -435,16 +410,12 @@ def _train(parsed: argparse.Namespace) -> int:
         return _train_node(parsed, place)
     nodes = _hardware_request(parsed).nodes or 1
     if place is None and nodes > 1:
-        raise UserError(
-            f"NODES: found {nodes}, and this process has no place among them. Use sbatch --nodes={nodes} "
-            f"slurm/{parsed.recipe}.sh, or set PET_NNODES, PET_NODE_RANK and PET_MASTER_ADDR (docs/multi-node.md)"
-        )
+        fix = f"Use sbatch --nodes={nodes} slurm/{parsed.recipe}.sh, or set PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR"
+        raise UserError(f"NODES: found {nodes}, and this process has no place among them. {fix}")
     return _start_run(parsed, place, trains=True)
 
 
 def _start_run(parsed: argparse.Namespace, place: placement.Placement | None, trains: bool) -> int:
-    from sft_recipes.launch import launch
-
     allow_change = tuple(key for key in parsed.allow_change.split(",") if key)
     request = run_selection.RunRequest(parsed.name, parsed.resume, allow_change, parsed.strict_versions)
     dry_run = trains and parsed.dry_run
@@ -452,40 +423,33 @@ def _start_run(parsed: argparse.Namespace, place: placement.Placement | None, tr
 
 
 def _train_node(parsed: argparse.Namespace, place: placement.Placement) -> int:
-    from sft_recipes.launch import launch
-
     if parsed.name is None:
         raise UserError(f"NAME: not set, expected the run that `prepare` has made for {place.nodes} nodes")
     recipe = _recipe(parsed)
 
     def suggest_cheaper(plan: plans.Plan) -> list[str]:
-        return suggest.lighter_overrides(recipe, Topology(plan.gpus, plan.world_size, plan.nodes, plan.gpu_type))
+        return suggest.lighter_overrides(recipe, plans.Topology(plan.gpus, plan.world_size, plan.nodes, plan.gpu_type))
 
     return launch.train_node(parsed.name, place, suggest_cheaper)
 
 
 def _sweep(parsed: argparse.Namespace) -> int:
-    from sft_recipes.tools import sweep as sweeps
-
-    chosen = [parsed.recipe] if parsed.recipe else []  # before a recipe for MODEL gets a name
-    options = ("model", "method", "gpus", "processes", "nodes", "gpu_type")
-    given = {f"--{name.replace('_', '-')}": getattr(parsed, name) for name in options}
+    options = [parsed.recipe] if parsed.recipe else []
+    for name in ("model", "method", "gpus", "processes", "nodes", "gpu_type"):
+        if (value := getattr(parsed, name)) is not None:
+            options += [f"--{name.replace('_', '-')}", str(value)]
     recipe = _recipe(parsed)
-    if not 0.001 <= parsed.fraction <= 100:
-        raise UserError(f"FRACTION: found {parsed.fraction:g}, expected epochs between 0.001 and 100")
     rest = {"seeds": parsed.seeds, "fraction": parsed.fraction, "overrides": list(parsed.overrides)}
     sweep = sweeps.make(recipe, parsed.name, parsed.lr, parsed.values, **rest)
     topology = topologies.plan_topology(recipe, _hardware_request(parsed))
     for value in sweep.values:  # rejects a wrong value before the first run
-        changed = argparse.Namespace(**{**vars(parsed), "recipe": (chosen or [None])[0]})
-        changed.overrides = sweep.overrides_of(recipe, value, 0)
-        plan = plans.resolve(_recipe(changed), topology)
+        run = _parse(["train", *options, *sweep.overrides_of(recipe, value, 0)])
+        plan = plans.resolve(_recipe(run), topology)
     log.info(sweeps.describe_cost(sweep, plan))
-    train = [*chosen, *(text for option, value in given.items() if value is not None for text in (option, str(value)))]
-    return sweeps.run(sweep, recipe, train, parsed.keep, parsed.slurm)
+    return sweeps.run(sweep, recipe, lambda more: main(["train", *options, *more]), parsed.keep, parsed.slurm)
 
 
-def _suggest_fix(recipe: Recipe, topology: Topology) -> str:
+def _suggest_fix(recipe: Recipe, topology: plans.Topology) -> str:
     """Return the cheapest change for this machine's GPUs, else the number of GPUs needed."""
     change = suggest.cheapest_change(recipe, topology, max_gpus=len(topologies.visible_gpus()))
     fewest = suggest.smallest_gpu_count(recipe, topology.gpu_type)
@@ -493,11 +457,8 @@ def _suggest_fix(recipe: Recipe, topology: Topology) -> str:
 
 
 def _generate(parsed: argparse.Namespace) -> int:
-    from sft_recipes.tools import generate
-
-    folder = run_dir.find(parsed.run)
     prompts = [parsed.prompt] if parsed.prompt is not None else (line.rstrip("\n") for line in sys.stdin)
-    return generate.main(folder, prompts)
+    return generate.main(run_dir.find(parsed.run), prompts)
 
 
 def _download(parsed: argparse.Namespace) -> None:
@@ -510,35 +471,26 @@ def _download(parsed: argparse.Namespace) -> None:
         from sft_recipes.tools import evaluate
 
         evaluate.download(parsed.tasks)
-    elif not downloaded:
-        log.info("nothing to download: model and data are local")
 
 
 def _merge(parsed: argparse.Namespace) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # merges on the CPU; bitsandbytes and peft prefer a visible GPU
     from sft_recipes.tools import merge_adapters
 
-    folder = run_dir.find(parsed.run)
-    log.info(f"model      {merge_adapters.merge(folder)} (for `make generate` and transformers)")
+    log.info(f"model      {merge_adapters.merge(run_dir.find(parsed.run))} (for `make generate` and transformers)")
 
 
 def _publish(parsed: argparse.Namespace) -> None:
-    from sft_recipes.tools import generate, model_card, publish
-
     folder = run_dir.find(parsed.run)
     if parsed.card_only:
-        target = generate.find_model(folder, parsed.merged)
-        log.info(f"model card  {model_card.write(folder, target, parsed.repo, parsed.license)}")
+        publish.write_card(folder, generate.find_model(folder, parsed.merged), parsed.repo, parsed.license)
         return
     if not parsed.repo:
         raise UserError("REPO: not set, expected a repository on the Hub. Set REPO=owner/name, or CARD_ONLY=1")
-    publication = publish.Publication(folder, parsed.repo, parsed.license, parsed.merged, parsed.public)
-    publish.publish(publication, parsed.dry_run)
+    publish.publish(folder, parsed.repo, parsed.license, parsed.merged, parsed.public)
 
 
 def _serve(parsed: argparse.Namespace) -> None:
-    from sft_recipes.tools import serve
-
     server = serve.configure(run_dir.find(parsed.run), parsed.port, parsed.server_arguments)
     name = "vLLM" if server.is_vllm else "transformers serve"
     log.info(f"serving    {server.url}/v1 by {name}, model {server.model} (Ctrl-C stops it)")
@@ -561,8 +513,6 @@ def _eval(parsed: argparse.Namespace) -> None:
 
 
 def _verify_resume(parsed: argparse.Namespace) -> int:
-    from sft_recipes.tools import verify_resume
-
     place = placement.from_environment(os.environ)
     if place is not None:
         place.attempt += f"-{os.environ.get('SLURM_STEP_ID', '')}"
@@ -570,8 +520,6 @@ def _verify_resume(parsed: argparse.Namespace) -> int:
 
 
 def _report(parsed: argparse.Namespace) -> None:
-    from sft_recipes.monitor import diagnose, metrics_log, report
-
     folder = run_dir.find(parsed.run)
     run = metrics_log.read(folder)
     folder.report.write_text(report.page(run, diagnose.diagnose(run)), encoding="utf-8")
@@ -579,37 +527,18 @@ def _report(parsed: argparse.Namespace) -> None:
 
 
 def _diagnose(parsed: argparse.Namespace) -> int:
-    from sft_recipes.monitor import diagnose, metrics_log
-
     run = metrics_log.read(run_dir.find(parsed.run))
     findings = diagnose.diagnose(run)
-    if parsed.json:
-        print(diagnose.to_json(findings))
-    else:
-        print("\n".join(diagnose.text(run, findings)))
+    print(diagnose.to_json(findings) if parsed.json else "\n".join(diagnose.text(run, findings)))
     return int(diagnose.has_errors(findings))
 
 
 def _status(parsed: argparse.Namespace) -> None:
-    from sft_recipes.launch import run_lock, slurm
-    from sft_recipes.tools import status
-
-    try:
-        folder = run_dir.find(parsed.run)
-    except UserError:
-        if job := slurm.query_job_of_run(parsed.run):  # it waits for its nodes
-            print(json.dumps({"job": job}, indent=2) if parsed.json else f"job: {status.job_line(job)}")
-            return
-        raise
-    starts = run_dir.read_json(folder.manifest).get("starts") or [{}]
-    job = slurm.query_job(starts[-1].get("job", {}).get("id")) or slurm.query_job_of_run(folder.name)
-    facts = status.facts(folder, run_lock.holder(folder), job)
+    facts = status.facts(run_dir.find(parsed.run))
     print(json.dumps(facts, indent=2) if parsed.json else "\n".join(status.text(facts)))
 
 
 def _schedules(parsed: argparse.Namespace) -> None:
-    from sft_recipes.monitor import lr_plot
-
     if parsed.plot:
         lr_plot.check_path(Path(parsed.plot))
     if parsed.run:
@@ -628,8 +557,6 @@ def _schedules(parsed: argparse.Namespace) -> None:
 
 
 def _doctor(parsed: argparse.Namespace) -> int:
-    from sft_recipes.tools import doctor
-
     failed = False
     for result in doctor.run_checks(parsed.gpus):
         print(json.dumps(dataclasses.asdict(result)) if parsed.json else str(result), flush=True)

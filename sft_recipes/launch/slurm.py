@@ -29,13 +29,6 @@ def query_job(job: str | None) -> dict[str, str] | None:
     return state and {key: value for key, value in state.items() if value not in ("None", "")}
 
 
-def query_job_of_run(run: str) -> dict[str, str] | None:
-    """Return the state of the job that a run is named after, as slurm/launch.sh names them."""
-    match = re.fullmatch(r"([\w.-]+)-(\d+)", run)
-    state = query_job(match[2]) if match else None
-    return state if match and state and state.get("name") == f"sft-{match[1]}" else None
-
-
 def wait_for_lost_nodes(nodes: str) -> list[str]:
     """Return the lost nodes of a job, waiting up to SlurmdTimeout: a rank may notice a lost node before Slurm does."""
 

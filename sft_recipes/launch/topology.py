@@ -213,8 +213,3 @@ def gpu_type_of(gpus: Sequence[Gpu]) -> str | None:
     smallest = min(gpus, key=lambda gpu: gpu.memory_mib)
     known = identify(smallest.name, smallest.memory_mib)
     return known.name if known else f"{smallest.memory_mib / 1024:.1f}"
-
-
-def unlisted(gpus: Sequence[Gpu]) -> list[str]:
-    """Product names of the GPUs that are not in the table of GPU types."""
-    return sorted({gpu.name for gpu in gpus if identify(gpu.name, gpu.memory_mib) is None})

@@ -4,8 +4,6 @@ torchrun starts one process per GPU, or processes on the CPU. Rank 0 writes `res
 its argument.
 """
 
-from __future__ import annotations
-
 import datetime
 import json
 import os
@@ -31,11 +29,8 @@ def measure() -> dict[str, Any]:
     """
     on_gpu = torch.cuda.is_available()
     backend, device = ("nccl", f"cuda:{os.environ['LOCAL_RANK']}") if on_gpu else ("gloo", "cpu")
-    dist.init_process_group(
-        backend,
-        device_id=torch.device(device) if on_gpu else None,
-        timeout=datetime.timedelta(seconds=timeouts.ALLREDUCE_RENDEZVOUS),
-    )
+    limit = datetime.timedelta(seconds=timeouts.ALLREDUCE_RENDEZVOUS)
+    dist.init_process_group(backend, device_id=torch.device(device) if on_gpu else None, timeout=limit)
     ranks = dist.get_world_size()
     values = torch.full((_BYTES[backend] // 4,), float(dist.get_rank() + 1), device=device)
     dist.all_reduce(values)

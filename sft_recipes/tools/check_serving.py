@@ -1,19 +1,16 @@
 """Check that a server of a run's model gets the prompt tokens of training, and answers as `generate` does."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import json
 import logging
 import subprocess
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import httpx2  # of huggingface_hub
 
 from sft_recipes.data.formats import Conversation
 from sft_recipes.data.tokenize import ConversationTokenizer, with_call_ids
@@ -21,6 +18,7 @@ from sft_recipes.data.tokenizer import load_tokenizer
 from sft_recipes.planner import plan as plans
 from sft_recipes.runtime import timeouts
 from sft_recipes.runtime.errors import SetupError
+from sft_recipes.runtime.polling import wait_until
 from sft_recipes.runtime.run_dir import RunDir, read_json
 from sft_recipes.tools import serve
 from sft_recipes.training import completions
@@ -86,30 +84,29 @@ def _running(server: serve.Server) -> Iterator[None]:
     with tempfile.TemporaryFile("w+") as output:
         options = {"cwd": server.directory, "env": server.environment, "stdout": output, "stderr": output}
         with subprocess.Popen(server.command, **options) as process:
+
+            def answers_or_ended() -> bool:
+                with contextlib.suppress(httpx2.TransportError):
+                    return httpx2.get(f"{server.url}/health", timeout=timeouts.HUB_REQUEST, trust_env=False).is_success
+                return process.poll() is not None
+
             try:
-                deadline, is_ready = time.monotonic() + timeouts.MODEL_LOADING, False
-                while not is_ready:
-                    if process.poll() is not None or time.monotonic() > deadline:
-                        output.seek(0)
-                        reason = " ".join(output.read().splitlines()[-1:])[:200]
-                        raise SetupError(f"serve: the server did not start: {reason}. Run `make serve` to see why")
-                    time.sleep(timeouts.POLL_SERVER)
-                    with contextlib.suppress(OSError):
-                        urllib.request.urlopen(f"{server.url}/health", timeout=timeouts.HUB_REQUEST).close()
-                        is_ready = True
+                settled = wait_until(answers_or_ended, timeouts.MODEL_LOADING, timeouts.POLL_SERVER)
+                if not settled or process.poll() is not None:
+                    output.seek(0)
+                    reason = " ".join(output.read().splitlines()[-1:])[:200]
+                    raise SetupError(f"serve: the server did not start: {reason}. Run `make serve` to see why")
                 yield
             finally:
                 process.terminate()
 
 
 def _post(server: serve.Server, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{server.url}/{path}", data, headers)
-    try:
-        with urllib.request.urlopen(request, timeout=timeouts.MODEL_LOADING) as response:
-            return dict(json.load(response))
-    except urllib.error.HTTPError as error:
-        raise SetupError(f"serve: {path}: {error}: {error.read(200)!r}. Run `make serve` to see its output") from error
+    response = httpx2.post(f"{server.url}/{path}", json=body, timeout=timeouts.MODEL_LOADING, trust_env=False)
+    if response.is_error:
+        reason = f"{response.status_code}: {response.text[:200]!r}"
+        raise SetupError(f"serve: {path}: {reason}. Run `make serve` to see its output")
+    return dict(response.json())
 
 
 def _tokenize_as_server(server: serve.Server, chats: list[dict[str, Any]]) -> list[list[int]]:

@@ -1,7 +1,5 @@
 """Check that this machine or container can train: each check is ok, warning or error, with its fix."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -13,7 +11,7 @@ from typing import Any
 
 from sft_recipes.launch import command, node_checks
 from sft_recipes.launch.node_checks import CheckResult, all_reduce, nccl_log_variables, occupied_gpus, read_transports
-from sft_recipes.launch.topology import Gpu, hidden_gpus, nvidia_smi_error, unlisted, visible_gpus
+from sft_recipes.launch.topology import Gpu, hidden_gpus, nvidia_smi_error, visible_gpus
 from sft_recipes.runtime import cuda, timeouts
 from sft_recipes.runtime.env import library_version, with_repository
 from sft_recipes.runtime.paths import REPOSITORY, hub_cache
@@ -35,14 +33,18 @@ def run_checks(requested_gpus: int | None) -> Iterator[CheckResult]:
         yield CheckResult("driver", "error", f"nvidia-smi fails ({error})", fix)
     else:
         yield from check_driver(gpus, requested_gpus, cuda.driver_version(), probe)
-    if gpus:
-        yield check_gpu_memory(gpus)
+    if occupied := ", ".join(occupied_gpus(gpus)):
+        fix = "see nvidia-smi for the process; or set DEVICES=…"
+        yield CheckResult("GPU memory", "warning", f"in use on {occupied}", fix)
     yield check_flash_attention(probe)
     yield check_operators(probe)
     yield all_reduce(_measure_all_reduce(len(gpus)), len(gpus), bool(os.environ.get("ALLOW_SOCKETS")))
-    yield check_shared_memory(shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0, len(gpus))
-    yield check_disk("runs", runs_root(), bool(gpus))
-    yield check_disk("hub cache", hub_cache(), bool(gpus))
+    least = GIB * len(gpus) if len(gpus) > 1 else GIB // 4  # of NCCL and data workers
+    shared: node_checks.Status = "error" if len(gpus) > 1 else "warning"
+    yield check_space("shared memory", Path("/dev/shm"), least, shared, "--shm-size 16g, or --ipc host")
+    least, status = (100 * GIB, "warning") if gpus else (GIB, "error")
+    for name, path in (("disk: runs", runs_root()), ("disk: hub cache", hub_cache())):
+        yield check_space(name, path, least, status, "free space; `make plan` prints the size of a run")
     yield check_hub()
     yield check_versions("cuda" if probe.get("cuda") else "cpu")
 
@@ -63,9 +65,6 @@ def check_driver(
     else:
         listed = ", ".join(f"{gpu.id}: {gpu.name}, {gpu.memory_mib / 1024:.0f} GiB" for gpu in gpus)
         yield CheckResult("GPUs", "ok", listed or "none: CPU recipes only")
-    for product in unlisted(gpus):
-        detail = f"{product} is not in the table: planned by its memory, without hours"
-        yield CheckResult("GPU type", "warning", detail, "set GPU_TYPE to one of docs/models.md to forecast hours")
     if gpus:
         yield CheckResult("driver", "ok", version or "version unknown: nvidia-smi does not report it")
     if not gpus or "error" in probe:
@@ -74,14 +73,6 @@ def check_driver(
         yield CheckResult("CUDA", "error", *problem)
     else:
         yield CheckResult("CUDA", "ok", f"PyTorch {probe['torch']} with CUDA {probe['cuda']} finds {probe['devices']}")
-
-
-def check_gpu_memory(gpus: Sequence[Gpu]) -> CheckResult:
-    """Check that no other process uses much memory of a GPU."""
-    if occupied := ", ".join(occupied_gpus(gpus)):
-        fix = "see nvidia-smi for the process; or set DEVICES=…"
-        return CheckResult("GPU memory", "warning", f"in use on {occupied}", fix)
-    return CheckResult("GPU memory", "ok", "free")
 
 
 def check_flash_attention(probe: dict[str, Any]) -> CheckResult:
@@ -95,11 +86,9 @@ def check_flash_attention(probe: dict[str, Any]) -> CheckResult:
         return CheckResult("flash-attn", "warning", "not installed; PyTorch attention is used", "make image has it")
     if "error" in report:  # compiled for another torch, or for other GPUs, which `model.attention: auto` skips
         capabilities = ";".join(sorted({gpu["capability"] for gpu in probe.get("gpus", [])}))
+        detail = f"cannot run on compute capability {capabilities} ({report['error']})"
         fix = f"rebuild it with CUDA_ARCHITECTURES='{capabilities}' (docker/README.md)"
-        if report["loads"]:
-            detail = f"cannot run on compute capability {capabilities} ({report['error']}); PyTorch attention is used"
-            return CheckResult("flash-attn", "warning", detail, fix)
-        return CheckResult("flash-attn", "error", report["error"], fix)
+        return CheckResult("flash-attn", "warning" if report["loads"] else "error", detail, fix)
     forward, backward, tolerance = report["forward"], report["backward"], report["tolerance"]
     detail = f"error {forward:.1e} forward, {backward:.1e} backward, tolerance {tolerance:.0e}"
     if not (forward <= tolerance and backward <= tolerance):  # a NaN fails this
@@ -116,27 +105,18 @@ def check_operators(probe: dict[str, Any]) -> CheckResult:
     return CheckResult("operators", "warning", "not compiled, and no C++ compiler with Python's headers", fix)
 
 
-def check_shared_memory(free_bytes: int, gpus: int) -> CheckResult:
-    """Check the shared memory of NCCL and data workers."""
-    detail, least = f"{free_bytes / GIB:.2f} GiB free in /dev/shm", GIB * gpus if gpus > 1 else GIB // 4
-    if free_bytes < least:
-        fix = f"expected {least / GIB:.2f} GiB: --shm-size 16g, or --ipc host"
-        return CheckResult("shared memory", "error" if gpus > 1 else "warning", detail, fix)
-    return CheckResult("shared memory", "ok", detail)
+def check_space(name: str, path: Path, least: int, status: node_checks.Status, fix: str) -> CheckResult:
+    """Check the free space of a folder, or of the nearest one above it that exists.
 
-
-def check_disk(name: str, path: Path, on_gpus: bool) -> CheckResult:
-    """Check free space and write permission of the folder of runs or of the Hub cache."""
+    Args:
+        least: bytes; with less the check has this status and fix.
+    """
     existing = next(place for place in (path, *path.absolute().parents) if place.exists())
-    if not os.access(existing, os.W_OK | os.X_OK):
-        fix = "set RUNS_DIR=… (or HF_HOME=…), or change its owner"
-        return CheckResult(f"disk: {name}", "error", f"{existing} is not writable", fix)
-    free, least = shutil.disk_usage(existing).free, 100 * GIB if on_gpus else GIB
-    detail = f"{free / GIB:.0f} GiB free in {path}"
+    free = shutil.disk_usage(existing).free
+    detail = f"{free / GIB:.2f} GiB free in {path}"
     if free < least:
-        fix = f"expected {least / GIB:.0f} GiB: free space; `make plan` prints the size of a run"
-        return CheckResult(f"disk: {name}", "warning" if on_gpus else "error", detail, fix)
-    return CheckResult(f"disk: {name}", "ok", detail)
+        return CheckResult(name, status, detail, f"expected {least / GIB:.2f} GiB: {fix}")
+    return CheckResult(name, "ok", detail)
 
 
 def check_hub() -> CheckResult:
@@ -152,9 +132,8 @@ def check_hub() -> CheckResult:
     except Exception as error:  # of the HTTP library or the URL; its message may have the token
         status = type(error).__name__
     if status == 401:
-        return CheckResult(
-            "Hub", "error", "HF_TOKEN is not valid", "create one: https://huggingface.co/settings/tokens"
-        )
+        fix = "create one: https://huggingface.co/settings/tokens"
+        return CheckResult("Hub", "error", "HF_TOKEN is not valid", fix)
     if status != 200:
         fix = "download models and data first (`make download`), and set HF_HUB_OFFLINE=1"
         return CheckResult("Hub", "warning", f"no answer ({status})", fix)

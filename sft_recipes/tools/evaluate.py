@@ -4,7 +4,7 @@ The harness runs as a subprocess in its own environment (`make setup-eval`), onc
 the limit, such as `default` or `gsm8k-limit-100`. `runs/NAME/eval/SELECTION/base/` and `…/trained/` have the results,
 samples and log of the harness, `runs/NAME/eval/SELECTION.json` the comparison:
 
-    run, date       name of the run; ISO 8601
+    run             its name
     tasks, limit    list of names as given; items per task, null for all
     backend         "vllm" or "hf" (transformers)
     versions        lm_eval, transformers
@@ -16,10 +16,6 @@ samples and log of the harness, `runs/NAME/eval/SELECTION.json` the comparison:
                     samples (items), worse (boolean: significantly)
 """
 
-from __future__ import annotations
-
-import datetime
-import difflib
 import glob
 import json
 import logging
@@ -32,12 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipes.planner import plan as plans
-from sft_recipes.planner.plan import Plan
 from sft_recipes.planner.render import format_table
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.paths import REPOSITORY, absolute
 from sft_recipes.runtime.run_dir import RunDir, read_json, runs_root, write_json
-from sft_recipes.tools import paired_comparison
+from sft_recipes.tools import generate, paired_comparison
 from sft_recipes.training import lora
 from sft_recipes.training.library_logging import silence_libraries
 
@@ -69,17 +64,17 @@ def evaluate(folder: RunDir, tasks: str, limit: int | None, arguments: Sequence[
         arguments: more arguments of `lm_eval run`.
 
     Raises:
-        UserError: the run is unfinished, its base model does not exist, a task is unknown, or the harness fails.
+        UserError: the run is unfinished, its adapters are not merged, its base model does not exist, a task is
+            unknown, or the harness fails.
     """
-    python = _harness_python()
-    if folder.state() != "finished" or not any(folder.final.glob("*config.json")):
-        raise SetupError(f"RUN: {folder.path} is not finished ({folder.state()}). Run `make train` to resume it")
+    python, plan = _harness_python(), plans.read(folder.plan)
+    trained = generate.find_model(folder, merged=plan.method != "full")
     silence_libraries()
     import torch
     from transformers import AutoTokenizer
 
-    plan, gpus = plans.read(folder.plan), torch.cuda.device_count()
-    base, trusted = str(lora.find_base_folder(plan, folder).resolve()), plan.sections.model.trust_remote_code
+    gpus, trusted = torch.cuda.device_count(), plan.sections.model.trust_remote_code
+    base = lora.find_base_folder(plan, folder)
     has_template = AutoTokenizer.from_pretrained(base, trust_remote_code=trusted).chat_template is not None
     shared: dict[str, Any] = {"dtype": "auto", "trust_remote_code": trusted}
     vllm = any(python.parents[1].glob("lib/python*/site-packages/vllm"))
@@ -88,16 +83,14 @@ def evaluate(folder: RunDir, tasks: str, limit: int | None, arguments: Sequence[
     backend, options = ("vllm", ["--batch_size", "auto"]) if vllm else ("hf", device)
     selection = re.sub("[^A-Za-z0-9._-]+", "-", tasks).strip("-.")[:100] + (f"-limit-{limit}" if limit else "")
     name = "the untrained model (from scratch, random weights)" if plan.sections.model.from_scratch else plan.model
-    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    comparison = {"run": folder.name, "date": date, "tasks": tasks.split(","), "limit": limit, "backend": backend}
+    comparison = {"run": folder.name, "tasks": tasks.split(","), "limit": limit, "backend": backend}
     place, compared = folder.evaluation / selection, []
-    models = [("base", name, has_template, {"pretrained": base})]
-    models += [("trained", folder.name, True, _trained_model(plan, folder, base, backend))]
-    for side, model, template, own in models:
+    for side, path, model, template in (("base", base, name, has_template), ("trained", trained, folder.name, True)):
         output = place / side
         shutil.rmtree(output, ignore_errors=True)
         more = [*options, "--log_samples", "--output_path", str(output / "harness.json"), *arguments]
-        command = _command(backend, own | shared, tasks, limit, *more, *["--apply_chat_template"] * template)
+        chat = ["--apply_chat_template"] if template else []
+        command = _command(backend, {"pretrained": str(path.resolve()), **shared}, tasks, limit, *more, *chat)
         log.info("evaluating the %s model: %s (log: %s)", side, model, output / "log.txt")
         _run(command, output / "log.txt")
         compared.append(_read(output))
@@ -134,22 +127,6 @@ def _harness_python() -> Path:
     return python
 
 
-def _trained_model(plan: Plan, folder: RunDir, base: str, backend: str) -> dict[str, Any]:
-    """Return the harness's arguments for the trained model: adapters on their base model, where there are any.
-
-    Raises:
-        SetupError: 4-bit adapters that are not merged; the harness cannot quantize with transformers 5.
-    """
-    if plan.method == "qlora" and not folder.merged.is_dir():
-        raise SetupError(f"RUN: QLoRA adapters are evaluated merged. Run make merge RUN={folder.name} first")
-    final = str((folder.merged if plan.method == "qlora" else folder.final).resolve())
-    if plan.method != "lora":
-        return {"pretrained": final}
-    rank = read_json(folder.final / "adapter_config.json").get("r")
-    adapters = {"peft": final} if backend == "hf" else {"lora_local_path": final, "max_lora_rank": rank}
-    return {"pretrained": base, "tokenizer": final, **adapters}
-
-
 def _command(model: str, model_args: dict[str, Any], tasks: str, limit: int | None, *options: str) -> list[str]:
     """Return the harness's command for one of its model classes (hf, vllm, dummy) and the arguments of that class."""
     names = [task for name in tasks.split(",") for task in TASK_SETS.get(name, (name,))]
@@ -161,7 +138,7 @@ def _run(command: list[str], log_file: Path) -> None:
     """Run the harness with its output in a file.
 
     Raises:
-        SetupError: it failed; for an unknown task with similar names.
+        SetupError: it failed.
     """
     log_file.parent.mkdir(parents=True, exist_ok=True)
     # datasets follows HF_HUB_OFFLINE, evaluate does not
@@ -174,12 +151,7 @@ def _run(command: list[str], log_file: Path) -> None:
     unknown = re.search("Tasks not found: (.*)", last)
     if not unknown:
         raise SetupError(f"eval: the harness exited with code {done.returncode}: {last[:200]}. Read {log_file}")
-    listing = [*command[:3], "ls", "tasks"]
-    table = subprocess.run(listing, capture_output=True, text=True, check=False).stdout
-    names = [*TASK_SETS, *re.findall(r"^\|\s*([^\s|:]+)\s*\|", table, re.MULTILINE)]
-    similar = {name for task in unknown[1].split(", ") for name in difflib.get_close_matches(task, names)}
-    hint = f"Similar: {', '.join(sorted(similar)) or 'none'}. List all: {' '.join(listing)}"
-    raise SetupError(f"TASKS: the harness has no {unknown[1]}. {hint}")
+    raise SetupError(f"TASKS: the harness has no {unknown[1]}. List its tasks: {' '.join(command[:3])} ls tasks")
 
 
 def _read(output: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:

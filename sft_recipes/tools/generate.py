@@ -1,14 +1,11 @@
 """Generates completions of prompts with the model of a finished run."""
 
-from __future__ import annotations
-
 import datetime
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from sft_recipes.planner import plan as plans
-from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.training.library_logging import silence_libraries
@@ -20,10 +17,9 @@ def main(folder: RunDir, prompts: Iterable[str]) -> int:
     """Print one greedy completion per prompt.
 
     Raises:
-        SetupError: the run has no final model, its base model does not exist, or the model does not fit.
+        SetupError: the run is not finished, its base model does not exist, or the model does not fit.
     """
-    if not any((folder.final / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise SetupError(f"RUN: {folder.path} has no final model yet ({folder.state()}). Run `make train` to resume it")
+    final = find_model(folder)
     silence_libraries()
     from sft_recipes.data.formats import Conversation
     from sft_recipes.data.tokenize import ConversationTokenizer
@@ -31,14 +27,14 @@ def main(folder: RunDir, prompts: Iterable[str]) -> int:
     from sft_recipes.training import completions
 
     plan = plans.read(folder.plan)
-    tokenizer = load_tokenizer(str(folder.final), None, plan.sections.model.trust_remote_code)
+    tokenizer = load_tokenizer(str(final), None, plan.sections.model.trust_remote_code)
     model = load_final_model(plan, folder)
     stop = model.generation_config.eos_token_id
+    stop_ids = stop if isinstance(stop, list) else [stop]
     conversation_tokenizer = ConversationTokenizer(tokenizer, datetime.date.today())
     for prompt in prompts:
         # Special tokens in a prompt are text, as in training.
         ids = conversation_tokenizer.tokenize_prompt(Conversation([{"role": "user", "content": prompt}], "the prompt"))
-        stop_ids = stop if isinstance(stop, list) else [stop]
         (answer,) = completions.generate_ids(model, tokenizer, [ids], _MAX_NEW_TOKENS, stop_ids)
         print(tokenizer.decode(answer, skip_special_tokens=True), flush=True)
     return 0
@@ -51,23 +47,23 @@ def find_model(folder: RunDir, merged: bool = False) -> Path:
         merged: the merged model of a run that trained adapters.
 
     Raises:
-        SetupError: the run is not finished, has no adapters to merge, has not merged them, or their base is gone.
+        SetupError: the run is not finished, has not merged its adapters, or their base is gone.
     """
-    plan, state = plans.read(folder.plan), folder.state()
-    if state != "finished":
-        fix = "Run its `make train` again to resume it"
-        raise SetupError(f"RUN: {folder.path} is {state}, expected a finished run with a model in final/. {fix}")
+    if folder.state() != "finished" or not folder.final.is_dir():
+        fix = "expected a finished run with a model in final/. Run its `make train` again to resume it"
+        raise SetupError(f"RUN: {folder.path} is {folder.state()}, {fix}")
+    plan = plans.read(folder.plan)
     if merged and plan.method == "full":
         raise SetupError(f"MERGED: {folder.name} has no adapters: full fine-tuning. Unset MERGED")
     if merged and not folder.merged.is_dir():
         from sft_recipes.training import lora
 
         lora.find_base_folder(plan, folder)
-        raise SetupError(f"RUN: {folder.name} has adapters: found no merged/. Run `make merge RUN={folder.name}` first")
+        raise SetupError(f"RUN: found no {folder.merged}. Run `make merge RUN={folder.name}` first")
     return folder.merged if merged else folder.final
 
 
-def load_final_model(plan: Plan, folder: RunDir) -> Any:
+def load_final_model(plan: plans.Plan, folder: RunDir) -> Any:
     """Load the model in `final/` on the GPUs, else on the CPU; adapters on their base model, quantized as in training.
 
     Raises:
@@ -79,12 +75,10 @@ def load_final_model(plan: Plan, folder: RunDir) -> Any:
     from sft_recipes.training import lora
 
     base = folder.final if plan.method == "full" else lora.find_base_folder(plan, folder)
+    options = {"dtype": "auto", "device_map": "auto", "trust_remote_code": plan.sections.model.trust_remote_code}
     try:
         if plan.method == "full":
-            trusted = plan.sections.model.trust_remote_code
-            model = AutoModelForCausalLM.from_pretrained(
-                base, dtype="auto", trust_remote_code=trusted, device_map="auto"
-            )
+            model = AutoModelForCausalLM.from_pretrained(base, **options)
         else:
             from peft import PeftModel
 

@@ -1,7 +1,5 @@
 """Merge a run's best adapters into their base model, as one plain model in `merged/`."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from sft_recipes.runtime.env import host_memory_bytes
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir, read_json, write_json
 from sft_recipes.runtime.units import GIB
+from sft_recipes.tools import generate
 from sft_recipes.training import lora
 from sft_recipes.training.checkpoint import checkpoint_format
 from sft_recipes.training.library_logging import silence_libraries
@@ -31,7 +30,7 @@ def merge(folder: RunDir) -> Path:
     trained on those, not on the original weights.
 
     Raises:
-        SetupError: the run trained no adapters or has no final model, or the host has too little memory.
+        SetupError: the run trained no adapters or is not finished, or the host has too little memory.
     """
     silence_libraries()
     from peft import PeftModel
@@ -40,8 +39,7 @@ def merge(folder: RunDir) -> Path:
     plan = plans.read(folder.plan)
     if plan.method == "full":
         raise SetupError(f"RUN: {folder.name} has no adapters: full fine-tuning. Use {folder.final}")
-    if not (folder.final / "adapter_config.json").is_file():
-        raise SetupError(f"RUN: {folder.path} has no final adapters yet ({folder.state()}). Resume it by `make train`")
+    generate.find_model(folder)
     if folder.merged.is_dir():
         return folder.merged
     base_folder, partial = lora.find_base_folder(plan, folder), folder.saving / folder.merged.name
@@ -52,10 +50,8 @@ def merge(folder: RunDir) -> Path:
     per_weight = dtype.itemsize + (memory.NF4_BYTES if plan.method == "qlora" else 0)
     required, host = int(per_weight * model.num_parameters()) + _LIBRARIES_BYTES, host_memory_bytes()
     if required > host:
-        raise SetupError(
-            f"RUN: {folder.name} cannot be merged here: found {host / GIB:.1f} GiB of host memory, expected "
-            f"{required / GIB:.1f} GiB or more. Merge on a larger machine, or use the adapters in {folder.final}"
-        )
+        found = f"found {host / GIB:.1f} GiB of host memory, expected {required / GIB:.1f} GiB or more"
+        raise SetupError(f"RUN: {folder.name} cannot be merged here: {found}. Merge it on a larger machine")
     base = lora.load_base(plan, base_folder, dtype, {"": "cpu"})
     if plan.method == "qlora":
         base = base.dequantize(dtype)

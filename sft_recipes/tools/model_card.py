@@ -1,7 +1,5 @@
 """Write the model card of a finished run from its manifest, plan and metrics: `README.md` and its plots."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping
@@ -60,7 +58,8 @@ def write(folder: RunDir, target: Path, repository: str | None, license_id: str 
     library = {"library_name": "peft" if adapters else "transformers", "pipeline_tag": "text-generation"}
     metadata = ModelCardData(**stated, **library, datasets=datasets, tags=tags)
     recorded = {"run": run, "base": base, "stated": stated, "terms": terms, "adapters": adapters, "sources": sources}
-    shown = {"repository": repository or f"OWNER/{folder.name}", "evaluation": read_evaluation(folder)}
+    evaluation = [row for file in sorted(folder.evaluation.glob("*.json")) for row in read_json(file).get("rows", [])]
+    shown = {"repository": repository or f"OWNER/{folder.name}", "evaluation": evaluation}
     shown["metrics"] = sorted({key for line in run.lines for key in line if key.startswith("eval_")} - _NOT_QUALITY)
     helpers = {"draw": draw, "cell": _cell, "units": units, "price": env.gpu_hour_price()}
     template = str(Path(__file__).with_name("model_card.md.j2"))
@@ -90,11 +89,6 @@ def license_metadata(base: dict[str, Any], license_id: str | None) -> dict[str, 
     if "hub" in base and "://" not in (link := stated.get("license_link", "://")):  # a file next to the base's card
         stated["license_link"] = f"https://huggingface.co/{base['hub']}/blob/{base['commit'] or 'main'}/{link}"
     return stated
-
-
-def read_evaluation(folder: RunDir) -> list[dict[str, Any]]:
-    """Return the evaluation table: the objects in the list `rows` of each `eval/*.json`, whose keys are the columns."""
-    return [row for file in sorted(folder.evaluation.glob("*.json")) for row in read_json(file).get("rows", [])]
 
 
 def _cell(value: Any) -> str:

@@ -1,8 +1,6 @@
 """Exchange one JSON value per node through torch's store, which node 0 serves. The launcher of each node starts one
 process: FILE ADDRESS PORT NODES RANK SECONDS RECORDS. The file has this node's value, and then those of all nodes."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import json
@@ -60,14 +58,13 @@ def _listens(address: str, port: int) -> bool:
 def main(file: Path, address: str, port: str, nodes: str, rank: str, seconds: str, records: str) -> None:
     """Run one exchange; the file then has `values` or an `error`."""
     try:
-        place = (address, int(port), int(nodes), int(rank), float(seconds), Path(records))
-        values = exchange(file.read_text(encoding="utf-8"), *place)
+        arguments = (address, int(port), int(nodes), int(rank), float(seconds), Path(records))
+        values = exchange(file.read_text(encoding="utf-8"), *arguments)
         content = {"values": [json.loads(value) for value in values]}
     except RuntimeError as error:
         problem = str(error).partition("\n")[0][:160]
-        content = {
-            "error": f"network: node {rank}, node 0 at {address}:{port}: {problem}. See MASTER_ADDR, MASTER_PORT"
-        }
+        place = f"network: node {rank}, node 0 at {address}:{port}"
+        content = {"error": f"{place}: {problem}. See MASTER_ADDR, MASTER_PORT"}
     file.write_text(json.dumps(content), encoding="utf-8")
 
 

@@ -1,7 +1,5 @@
 """Compare two models item by item, from the results and logged samples of the lm-evaluation-harness."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any

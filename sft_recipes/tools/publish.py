@@ -1,10 +1,7 @@
 """Publish a finished run on the Hub: the model's files and its card, private unless asked otherwise."""
 
-from __future__ import annotations
-
 import fnmatch
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +19,15 @@ _ALLOWED = Path(__file__).with_name("published_files.txt").read_text(encoding="u
 _TOKEN_FIX = "Set HF_TOKEN to a token with write access (https://huggingface.co/settings/tokens)"
 
 
-@dataclass(frozen=True)
-class Publication:
-    """What to publish, and where.
-
-    Attributes:
-        repository: `owner/name` on the Hub.
-        license_id: for a model whose base has no known license.
-        merged: publish the merged model instead of the adapters.
-    """
-
-    folder: RunDir
-    repository: str
-    license_id: str | None
-    merged: bool
-    public: bool
-
-
-def publish(publication: Publication, dry_run: bool) -> None:
+def publish(folder: RunDir, repository: str, license_id: str | None, merged: bool, public: bool) -> None:
     """Write the card, list what is uploaded, and upload it.
 
     A repeated upload resumes an interrupted one: the Hub keeps the files that it has received.
+
+    Args:
+        repository: `owner/name` on the Hub.
+        license_id: for a model whose base has no known license.
+        merged: publish the merged model instead of the adapters.
 
     Raises:
         SetupError: the run is not finished, its license is unknown, the token cannot write, or the repository has other
@@ -52,29 +37,38 @@ def publish(publication: Publication, dry_run: bool) -> None:
     import httpx2  # of huggingface_hub
     from huggingface_hub import HfApi
 
-    folder, name, api = publication.folder, publication.repository, HfApi()
-    target = generate.find_model(folder, publication.merged)
-    _check_name_and_license(publication, target)
-    model_card.write(folder, target, name, publication.license_id)
-    files = _list_files(target, plans.read(folder.plan).sections.model.trust_remote_code)
-    visibility = "public" if publication.public else "private"
+    target, api = generate.find_model(folder, merged), HfApi()
+    _check_name_and_license(folder, repository, license_id, target)
+    files = write_card(folder, target, repository, license_id)
     try:
-        _check_token(api, name.partition("/")[0])
-        exists = _check_repository(api, publication, target)
-        log.info(f"repository  {api.endpoint}/{name} ({visibility}, {'exists' if exists else 'new'})")
-        for file in files:
-            log.info(f"{(target / file).stat().st_size:>18,}  {file}")
-        log.info(f"{sum((target / file).stat().st_size for file in files):>18,}  bytes in {len(files)} files")
-        if dry_run:
-            return
+        exists = _check_repository(api, repository, public, target)
+        if api.whoami().get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise SetupError(f"HF_TOKEN: found a token that can only read. {_TOKEN_FIX}")
+        visibility = "public" if public else "private"
+        log.info(f"repository  {api.endpoint}/{repository} ({visibility}, {'exists' if exists else 'new'})")
         if not exists:
-            api.create_repo(name, private=not publication.public, exist_ok=True)
+            api.create_repo(repository, private=not public, exist_ok=True)
         commit = api.upload_folder(
-            repo_id=name, folder_path=target, allow_patterns=files, commit_message=f"Upload {folder.name}"
+            repo_id=repository, folder_path=target, allow_patterns=files, commit_message=f"Upload {folder.name}"
         )
     except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
-        raise _explain(error, name) from error
-    log.info(f"published   {api.endpoint}/{name} at commit {commit.oid}")
+        raise _explain(error, repository) from error
+    log.info(f"published   {api.endpoint}/{repository} at commit {commit.oid}")
+
+
+def write_card(folder: RunDir, target: Path, repository: str | None, license_id: str | None) -> list[str]:
+    """Write the model card, and return the files to upload, which it lists with their sizes.
+
+    Raises:
+        SetupError: as `model_card.write`.
+    """
+    log.info(f"model card  {model_card.write(folder, target, repository, license_id)}")
+    files = _list_files(target, plans.read(folder.plan).sections.model.trust_remote_code)
+    sizes = [(target / file).stat().st_size for file in files]
+    for file, size in zip(files, sizes, strict=True):
+        log.info(f"{size:>18,}  {file}")
+    log.info(f"{sum(sizes):>18,}  bytes in {len(files)} files")
+    return files
 
 
 def _explain(error: Exception, name: str) -> Exception:
@@ -92,24 +86,18 @@ def _explain(error: Exception, name: str) -> Exception:
     return ConnectionError(f"REPO: {name}: upload interrupted: {reason}. {again}")
 
 
-def _check_name_and_license(publication: Publication, target: Path) -> None:
+def _check_name_and_license(folder: RunDir, repository: str, license_id: str | None, target: Path) -> None:
     """Check what needs no network.
 
     Raises:
-        SetupError: the repository name is invalid, the license is unknown or requires another name, or adapters are for
-            a base model that is not on the Hub.
+        SetupError: the repository has no owner, the license is unknown or requires another name, or adapters are for a
+            base model that is not on the Hub.
     """
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    base, run = read_json(publication.folder.manifest).get("model", {}), publication.folder.name
-    owner, _, name = publication.repository.rpartition("/")
-    try:
-        validate_repo_id(publication.repository)
-    except HFValidationError as error:
-        raise SetupError(f"REPO: {' '.join(str(error).split())} Set REPO=owner/name") from error
+    base, run = read_json(folder.manifest).get("model", {}), folder.name
+    owner, _, name = repository.rpartition("/")
     if not owner:
         raise SetupError(f"REPO: found {name!r}, expected an owner too. Set REPO=owner/{name}")
-    stated = model_card.license_metadata(base, publication.license_id)
+    stated = model_card.license_metadata(base, license_id)
     if not stated:
         whose = base.get("hub") or base.get("local") or "a model from scratch"
         raise SetupError(f"LICENSE: not set, and the license of {whose} is not known. Set LICENSE=<id>, as apache-2.0")
@@ -129,46 +117,25 @@ def _list_files(target: Path, trust_remote_code: bool) -> list[str]:
     return [n for n in names if licenses.FILES.fullmatch(n) or any(fnmatch.fnmatchcase(n, p) for p in patterns)]
 
 
-def _check_token(api: Any, owner: str) -> None:
-    """Check that the token may write to repositories of an owner.
-
-    Raises:
-        SetupError: it may only read, or the owner is another account.
-    """
-    account = api.whoami()
-    token = account.get("auth", {}).get("accessToken") or {}
-    scopes = token.get("fineGrained", {}).get("scoped", [])
-    writes = any("repo.write" in scope.get("permissions", []) for scope in scopes) or not scopes
-    if token.get("role") == "read" or not writes:
-        raise SetupError(f"HF_TOKEN: found a token that can only read. {_TOKEN_FIX}")
-    owners = [account["name"], *(organization["name"] for organization in account.get("orgs", []))]
-    if owner.lower() not in map(str.lower, owners):
-        raise SetupError(f"REPO: found the owner {owner}, expected {' or '.join(owners)}. Set REPO={owners[0]}/…")
-
-
-def _check_repository(api: Any, publication: Publication, target: Path) -> bool:
-    """Return whether the repository exists, with nothing in it or with this model.
+def _check_repository(api: Any, name: str, public: bool, target: Path) -> bool:
+    """Return whether the repository exists, with nothing in it or with weights of this model.
 
     Raises:
         SetupError: it has other content, or another visibility.
     """
     from huggingface_hub.errors import RepositoryNotFoundError
-    from huggingface_hub.utils.sha import git_hash
 
-    name, equal, other = publication.repository, [], []
     try:
         private = api.repo_info(name).private
     except RepositoryNotFoundError:
         return False
-    for file in api.list_repo_tree(name, recursive=True):
-        path, lfs, blob = target / file.path, getattr(file, "lfs", None), getattr(file, "blob_id", None)
-        if blob and file.path != ".gitattributes":  # a folder has none
-            own = (sha256(path) if lfs else git_hash(path.read_bytes())) if path.is_file() else None
-            (equal if own == (lfs.sha256 if lfs else blob) else other).append(file.path)
-    if other and not any(path.endswith(".safetensors") for path in equal):
+    files = {file.path: getattr(file, "lfs", None) for file in api.list_repo_tree(name, recursive=True)}
+    files.pop(".gitattributes", None)
+    own = {sha256(path) for path in target.glob("*.safetensors")}
+    if files and not any(lfs and lfs.sha256 in own for lfs in files.values()):
         fix = "Set another REPO, or delete them there"
-        raise SetupError(f"REPO: {name} exists with other content: found {', '.join(sorted(other)[:3])}. {fix}")
-    if private == publication.public:
+        raise SetupError(f"REPO: {name} exists with other content: found {', '.join(sorted(files)[:3])}. {fix}")
+    if private == public:
         found, fix = ("private", "Unset PUBLIC") if private else ("public", "Set PUBLIC=1")
         raise SetupError(f"REPO: {name} exists and is {found}. {fix}, or change it in the repository's settings")
     return True

@@ -5,8 +5,6 @@ Started by `accelerate launch … -m sft_recipes.tools.replay_worker PLAN` in it
 directory is only read. Rank 0 writes `result.json`; the fingerprints of the steps go to `integrity.jsonl`, as in a run.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

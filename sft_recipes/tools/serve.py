@@ -1,7 +1,5 @@
 """Serve a run's model with an OpenAI-compatible API: by vLLM where it is installed, else by `transformers serve`."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import shutil

@@ -3,19 +3,15 @@
 Every run is a normal one in `runs/`, named after its value; the sweep's results are in `runs/.sweeps/NAME/`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import math
 import os
 import re
 import shutil
-import signal
 import statistics
 import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +22,6 @@ from sft_recipes.monitor import plots
 from sft_recipes.planner import render
 from sft_recipes.planner.plan import Plan
 from sft_recipes.runtime.atomic_write import write_atomic
-from sft_recipes.runtime.env import gpu_hour_price
 from sft_recipes.runtime.errors import UserError
 from sft_recipes.runtime.paths import REPOSITORY
 from sft_recipes.runtime.run_dir import EXIT_DIVERGED, RunDir, read_json, runs_root, write_json
@@ -122,17 +117,16 @@ def describe_cost(sweep: Sweep, plan: Plan) -> str:
     text = f"sweep {sweep.name}: {runs} runs of {sweep.fraction:g} epochs, about {plan.optimizer_steps} steps each"
     if not plan.forecast or not plan.forecast["gpu_hours"]:
         return f"{text}; time: no forecast without a known GPU type"
-    hours = runs * plan.forecast["gpu_hours"]
-    price = gpu_hour_price()
-    cost = "" if price is None else f", {hours * price:.2f} at GPU_HOUR_PRICE"
-    return f"{text}; forecast {format_duration(runs * (plan.forecast['seconds'] or 0))}, {hours:.1f} GPU-hours{cost}"
+    total = {key: runs * (value or 0) for key, value in plan.forecast.items()}
+    cost = f", {total['money']:.2f} at GPU_HOUR_PRICE" if total["money"] else ""
+    return f"{text}; forecast {format_duration(total['seconds'])}, {total['gpu_hours']:.1f} GPU-hours{cost}"
 
 
-def run(sweep: Sweep, recipe: Recipe, options: Sequence[str], keep: bool, job_array: bool) -> int:
+def run(sweep: Sweep, recipe: Recipe, train: Callable[[list[str]], int], keep: bool, job_array: bool) -> int:
     """Train what is missing, one run after the other or as a Slurm array, and report; return the exit code.
 
     Args:
-        options: of `train`, without overrides.
+        train: runs the command `train` with more arguments, and returns its exit code.
         keep: keep the models.
 
     Raises:
@@ -140,11 +134,9 @@ def run(sweep: Sweep, recipe: Recipe, options: Sequence[str], keep: bool, job_ar
     """
     settings = dataclasses.asdict(sweep)
     stored = read_json(sweep.folder / "sweep.json")
-    if differing := [key for key, value in stored.items() if settings.get(key) != value]:
-        raise UserError(
-            f"NAME: sweep {sweep.name} exists with another {differing[0]}: found {stored[differing[0]]!r}, expected "
-            f"{settings[differing[0]]!r}. Set another NAME"
-        )
+    for key, value in stored.items():
+        if value != settings[key]:
+            raise UserError(f"NAME: sweep {sweep.name} exists with the {key} {value!r}. Set another NAME")
     sweep.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     write_json(sweep.folder / "sweep.json", settings)
     pairs = [(value, seed) for seed in range(sweep.seeds) for value in sweep.values]
@@ -154,38 +146,23 @@ def run(sweep: Sweep, recipe: Recipe, options: Sequence[str], keep: bool, job_ar
     for number, (value, seed) in enumerate(missing, len(pairs) - len(missing) + 1):
         name = sweep.run_name(value, seed)
         log.info(f"sweep {sweep.name}: run {number} of {len(pairs)}: {sweep.key}={value} ({name})")
-        command = [sys.executable, "-m", "sft_recipes", "train", *options, "--name", name]
-        environment = {**os.environ, **({"SANITY": "skip"} if number > 1 else {})}  # checked by the first run
-        code = _train([*command, *sweep.overrides_of(recipe, value, seed)], environment)
+        if number > 1:
+            os.environ["SANITY"] = "skip"  # checked by the first run
+        code = train(["--name", name, *sweep.overrides_of(recipe, value, seed)])
         if code not in (0, EXIT_DIVERGED):
             log.info(f"sweep {sweep.name}: {name} ended with exit code {code}. Repeat the command to continue")
             return code
     losses: dict[str, list[float]] = {value: [] for value in sweep.values}
     for value, seed in pairs:
         losses[value].append(_result(sweep, value, seed) or math.nan)
-        if not keep:
-            _remove_models(RunDir.named(sweep.run_name(value, seed)))
-    write_json(
-        sweep.folder / "results.json", {**settings, "eval_loss": losses, "result": describe_winner(sweep, losses)}
-    )
+        for pattern in () if keep else ("checkpoint-*", "best-*", "final", "last"):
+            for path in RunDir.named(sweep.run_name(value, seed)).path.glob(pattern):
+                shutil.rmtree(path)
+    result = describe_winner(sweep, losses)
+    write_json(sweep.folder / "results.json", {**settings, "eval_loss": losses, "result": result})
     plot(sweep, losses)
     log.info("\n%s", report(sweep, losses))
     return 0
-
-
-def _train(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run a launcher and return its exit code. It gets SIGTERM and USR1 too, and Ctrl-C from the terminal."""
-    with subprocess.Popen(command, env=environment) as launcher:
-        handlers = {
-            signal.SIGTERM: lambda number, _: launcher.send_signal(number),
-            signal.SIGUSR1: lambda number, _: launcher.send_signal(number),
-            signal.SIGINT: lambda *_: None,
-        }
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        code = launcher.wait()
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    return code
 
 
 def _result(sweep: Sweep, value: str, seed: int) -> float | None:
@@ -196,26 +173,17 @@ def _result(sweep: Sweep, value: str, seed: int) -> float | None:
     return float(manifest["last_eval_loss"]) if manifest.get("state") == "finished" else None
 
 
-def _remove_models(folder: RunDir) -> None:
-    for pattern in ("checkpoint-*", "best-*", "final", "last"):
-        for path in folder.path.glob(pattern):
-            shutil.rmtree(path)
-
-
 def _submit(sweep: Sweep, recipe: Recipe, missing: Sequence[tuple[str, int]]) -> int:
     """Submit the missing runs as one array, a line of `tasks.tsv` each: name and overrides (slurm/launch.sh)."""
     script = REPOSITORY / "slurm" / f"{sweep.recipe}.sh"
     if not script.is_file() or shutil.which("sbatch") is None:
-        raise UserError(
-            f"SLURM: found no {'sbatch' if script.is_file() else script}. Without SLURM=1 the runs are sequential"
-        )
+        raise UserError(f"SLURM: expected sbatch and {script}. Without SLURM=1 the runs are sequential")
     tasks = sweep.folder / "tasks.tsv"
     lines = ["\t".join([sweep.run_name(*pair), *sweep.overrides_of(recipe, *pair)]) for pair in missing]
     write_atomic(tasks, "".join(f"{line}\n" for line in lines))
     command = ["sbatch", f"--array=0-{len(missing) - 1}", f"--export=ALL,SWEEP_TASKS={tasks.absolute()}", str(script)]
-    log.info(
-        f"{' '.join(command)}\nrepeat the command without SLURM=1 once the jobs have ended: it reports the results"
-    )
+    log.info(" ".join(command))
+    log.info("repeat the command without SLURM=1 once the jobs have ended: it reports the results")
     return subprocess.run(command, cwd=REPOSITORY, check=False).returncode
 
 
@@ -261,30 +229,19 @@ def report(sweep: Sweep, losses: Mapping[str, Sequence[float]]) -> str:
     if result.startswith(sweep.key):
         section, _, key = sweep.key.rpartition(".")
         lines.append(f"recipe      {section}: {{{key}: {summarize(losses)[0][0]}}}")
-    lines += (
-        [f"plot        {sweep.folder / 'sweep.svg'}", f"note        {CAVEAT}"]
-        if sweep.key == LEARNING_RATE
-        else [f"plot        {sweep.folder / 'sweep.svg'}"]
-    )
+    lines.append(f"plot        {sweep.folder / 'sweep.svg'}")
+    if sweep.key == LEARNING_RATE:
+        lines.append(f"note        {CAVEAT}")
     return "\n".join(lines)
 
 
 def plot(sweep: Sweep, losses: Mapping[str, Sequence[float]]) -> None:
-    """Write `sweep.svg`: the mean loss of each value, with the range over seeds."""
-    labels = [value for value, found in losses.items() if not any(map(math.isnan, found))]
-    means = [statistics.fmean(losses[value]) for value in labels]
-    ranges = [
-        [mean - min(losses[value]) for value, mean in zip(labels, means, strict=True)],
-        [max(losses[value]) - mean for value, mean in zip(labels, means, strict=True)],
-    ]
+    """Write `sweep.svg`: the mean loss of each value, equally spaced, with the range over seeds."""
+    groups = {value: found for value, found in losses.items() if not any(map(math.isnan, found))}
+    means, lowest, highest = ([summary(found) for found in groups.values()] for summary in (statistics.fmean, min, max))
     with plots.drawing((6.4, 3.4)) as (canvas, axes):
-        try:
-            places = [float(value) for value in labels]
-            axes.set_xscale("log" if min(places) > 0 and max(places) >= 10 * min(places) else "linear")
-        except ValueError:  # not numbers
-            places = list(range(len(labels)))
-            axes.set_xticks(places, labels)
-        axes.errorbar(places, means, yerr=ranges, color=plots.BLUE, marker="o", capsize=3)
+        axes.plot(list(groups), means, color=plots.BLUE, marker="o")
+        axes.vlines(list(groups), lowest, highest, color=plots.BLUE)
         axes.set_xlabel(sweep.key)
         axes.set_ylabel("validation loss (nats per token)")
         canvas.savefig(sweep.folder / "sweep.svg", metadata={"Date": None})

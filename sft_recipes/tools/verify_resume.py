@@ -1,19 +1,15 @@
 """Verifies that a run resumes exactly: repeats steps after one of its checkpoints, and compares fingerprints with those
 that the run recorded."""
 
-from __future__ import annotations
-
 import json
 import logging
+import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 from sft_recipes.launch import attempts, command, launch, node_checks, ranks, run_lock, run_selection
-from sft_recipes.launch.attempts import Attempt
 from sft_recipes.launch.placement import NodeMissingError, Placement
 from sft_recipes.launch.run_context import RunContext
 from sft_recipes.launch.stop_request import StoppedError, handle_stop_signals
@@ -69,15 +65,12 @@ def run(run_dir: RunDir, placement: Placement | None = None) -> int:
     plan = plans.read(run_dir.plan)
     node_count = placement.nodes if placement else 1
     if plan.nodes != node_count:
-        raise SetupError(
-            f"RUN: {run_dir.name} was trained on {plan.nodes} nodes and needs the same number: found {node_count}. "
-            f"Start it with srun on that many nodes, as docs/slurm.md shows"
-        )
+        found = f"RUN: {run_dir.name} was trained on {plan.nodes} nodes and needs as many: found {node_count}"
+        raise SetupError(f"{found}. Start it with srun on that many nodes (docs/slurm.md)")
     if placement is None:
         node_checks.check_gpus(plan)
-        folder = Path(tempfile.mkdtemp(prefix="sft-"))
-    else:  # a folder that all nodes share
-        folder = run_dir.path.absolute().parent / ".replays" / f"{run_dir.name}-{placement.attempt}"
+    attempt = placement.attempt if placement else os.getpid()
+    folder = run_dir.path.absolute().parent / ".replays" / f"{run_dir.name}-{attempt}"  # all nodes share it
     with handle_stop_signals() as stop_request:
         context = RunContext(RunDir(folder), plan, stop_request, placement=placement)
         try:
@@ -104,7 +97,7 @@ def _verify(context: RunContext, run_dir: RunDir) -> int:
         return code
     _write_replay(context, run_dir, _FIRST, candidates)
     if placement:
-        attempts.write(context.run_dir, Attempt(placement.attempt, placement.nodes, prepared=True))
+        attempts.write(context.run_dir, attempts.Attempt(placement.attempt, placement.nodes, prepared=True))
         if code := node_checks.check_all_nodes(context, placement.name):
             return code
     first = _replay(context, candidates, _FIRST)
@@ -123,21 +116,18 @@ def _verify(context: RunContext, run_dir: RunDir) -> int:
     candidates = [(first.step, max(first.steps, default=first.step))]
     _write_replay(context, run_dir, _SECOND, candidates)
     code = context.agree(_AGAIN if again else 0)
-    if code not in (0, _AGAIN):
-        return code
-    if not differing:
-        log.info(f"exact: bit for bit equal to {_describe_reference(first, recorded)}")
-        return 0
-    if not again:
-        return _report_difference(states)
-    second = _replay(context, candidates, _SECOND)
-    return second if isinstance(second, int) else context.agree() or check_tolerance(first, second, recorded)
+    if code == _AGAIN:
+        second = _replay(context, candidates, _SECOND)
+        return second if isinstance(second, int) else context.agree() or check_tolerance(first, second, recorded)
+    if code or differing:
+        return code or _report_difference(states)
+    log.info(f"exact: bit for bit equal to {_describe_reference(first, recorded)}")
+    return 0
 
 
 def _follow(context: RunContext) -> int:
     """Run the same replays on another node than node 0."""
     placement = context.placement
-    assert placement is not None
     if not attempts.wait_until_visible(lambda: attempts.read(context.run_dir).prepared, placement, timeouts.NODES_MEET):
         raise SetupError(f"RUNS_DIR: {context.run_dir.path} not visible on {placement.name}. Use a disk of all nodes")
     code = node_checks.check_all_nodes(context, placement.name)
@@ -150,7 +140,7 @@ def _follow(context: RunContext) -> int:
 
 
 def _prepare(context: RunContext) -> int:
-    """Prepare the run's data and the folders of the replays; return 0 or the exit code.
+    """Prepare the run's data; return 0 or the exit code.
 
     Raises:
         SetupError: the data differs from that of the run.
@@ -163,17 +153,17 @@ def _prepare(context: RunContext) -> int:
     if fingerprint != plan.data_fingerprint:
         raise SetupError(launch.data_changed_message(plan, plan.data_fingerprint, fingerprint))
     command.write_accelerate_config(plan, folder)  # for the all-reduce test
-    for replay_dir in (RunDir(folder.path / name) for name in (_FIRST, _SECOND)):
-        replay_dir.path.mkdir()
-        plans.write(plan, replay_dir.plan)
-        shutil.copy(folder.prepared, replay_dir.prepared)
-        command.write_accelerate_config(plan, replay_dir)
     return 0
 
 
 def _write_replay(context: RunContext, run_dir: RunDir, name: str, candidates: list[tuple[int, int]]) -> None:
-    content = {"run": str(run_dir.path.absolute()), "candidates": candidates}
-    write_json(RunDir(context.run_dir.path / name).replay, content)
+    """Write what the ranks of a replay read, to its folder."""
+    replay_dir = RunDir(context.run_dir.path / name)
+    replay_dir.path.mkdir()
+    plans.write(context.plan, replay_dir.plan)
+    shutil.copy(context.run_dir.prepared, replay_dir.prepared)
+    command.write_accelerate_config(context.plan, replay_dir)
+    write_json(replay_dir.replay, {"run": str(run_dir.path.absolute()), "candidates": candidates})
 
 
 def _describe_reference(replay: Replay, recorded: Steps) -> str:

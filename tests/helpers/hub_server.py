@@ -92,7 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer({"error": "Invalid credentials in Authorization header"}, 401)
         elif url.path == "/api/whoami-v2":
             self._answer(_account(token))
-        elif token == READ and self.command == "POST":
+        elif token in (READ, FINE_GRAINED) and self.command == "POST":
             self._answer({"error": "You don't have the rights to create or write"}, 403)
         elif url.path == "/api/repos/create":
             self._create(json.loads(body))
@@ -105,6 +105,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _create(self, request):
         name = f"{request['organization'] or 'me'}/{request['name']}"
+        if request["organization"] not in (None, "me", "team"):
+            self._answer({"error": "You don't have the rights to create a model under this namespace"}, 403)
+            return
         if name in self.server.repositories:
             self._answer({"error": "You already created this model repo", "url": f"{self.server.url}/{name}"}, 409)
             return

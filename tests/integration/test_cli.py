@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 
 import pytest
 from helpers.cli_errors import check_refused
@@ -90,6 +91,12 @@ def test_cli_rejects_before_start(workplace, in_process, arguments, message):
     check_refused(in_process(*arguments), message)
     assert not list(workplace.runs.glob("*/plan.json"))
     assert not (workplace.path / "x").exists()
+
+
+def test_cli_imports_no_heavy_library():
+    program = "import sys, sft_recipes.cli; print({'torch', 'transformers', 'numpy', 'datasets'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_train_rejects_unwritable_runs_dir(workplace, in_process):

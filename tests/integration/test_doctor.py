@@ -46,18 +46,9 @@ def test_check_driver(probe, version, status, text):
     assert (last.check, last.status) == ("CUDA", status) and text in str(last)
 
 
-def test_check_driver_warns_of_unlisted_gpu():
-    other = Gpu("0", 60_000, "NVIDIA Graphics Device", 11.0)
-    (result,) = [r for r in doctor.check_driver([other], 1, "580.65.06", PROBE) if r.check == "GPU type"]
-    assert result.status == "warning" and "NVIDIA Graphics Device is not in the table" in str(result)
-    assert not any(r.check == "GPU type" for r in doctor.check_driver(GPUS, 2, "580.65.06", PROBE))
-
-
-def test_check_gpu_memory_names_the_gpu_in_use(monkeypatch):
+def test_occupied_gpus_are_named(monkeypatch):
     monkeypatch.setattr(node_checks, "ask_nvidia", lambda _: [["0", "512"], ["1", "61440"], ["2", "[N/A]"]])
-    result = doctor.check_gpu_memory(GPUS)
-    assert result.status == "warning" and "in use on GPU 1: 60.0 GiB; see nvidia-smi" in str(result)
-    assert doctor.check_gpu_memory(GPUS[:1]).status == "ok"
+    assert node_checks.occupied_gpus(GPUS) == ["GPU 1: 60.0 GiB"] and not node_checks.occupied_gpus(GPUS[:1])
 
 
 @pytest.mark.parametrize(
@@ -128,12 +119,10 @@ def test_failed_all_reduce_is_an_error():
     assert "NCCL error" in str(node_checks.all_reduce({"error": "8 ranks: all-reduce failed: NCCL error"}, 8))
 
 
-def test_check_shared_memory_disk_and_versions(tmp_path, monkeypatch):
-    gib = 2**30
-    assert doctor.check_shared_memory(gib // 16, 8).status == "error", "docker's default"
-    assert doctor.check_shared_memory(gib // 16, 0).status == "warning"
-    assert doctor.check_shared_memory(64 * gib, 8).status == doctor.check_shared_memory(gib, 0).status == "ok"
-    assert doctor.check_disk("runs", tmp_path / "not" / "yet", on_gpus=False).status == "ok"
+def test_check_space_and_versions(tmp_path, monkeypatch):
+    place = tmp_path / "not" / "yet"
+    assert doctor.check_space("disk: runs", place, 1, "error", "free space").status == "ok"
+    assert str(doctor.check_space("disk: runs", place, 2**60, "error", "free space")).startswith("error ")
     monkeypatch.setattr(doctor, "locked", lambda build: {"torch": "1.0", "no-such-package": "1"})
     assert "no-such-package not installed, expected 1" in str(result := doctor.check_versions("cpu"))
     assert result.status == "error"

@@ -51,14 +51,15 @@ def test_published_files_are_listed_first_and_the_repository_is_private(workplac
     for name in PRIVATE:
         (run / "final" / name).write_text("private")
     arguments = ("--repo", REPOSITORY, "--license", "mit")
-    shown = publish(workplace, hub, *arguments, "--dry-run")
+    shown = publish(workplace, hub, *arguments, "--card-only")
     assert shown.returncode == 0, shown.stderr
-    assert f"{REPOSITORY} (private, new)" in shown.stdout and not hub.repositories
+    assert not hub.repositories
     lines = re.findall(r"^ +([\d,]+)  (\S+)$", shown.stdout, re.M)
     listed = {name: int(size.replace(",", "")) for size, name in lines}
     assert set(listed) == ALLOWED
     done = publish(workplace, hub, *arguments)
     assert done.returncode == 0, done.stderr
+    assert f"{REPOSITORY} (private, new)" in done.stdout
     repository = hub.repositories[REPOSITORY]
     assert repository.private and repository.commits == ["Upload short"]
     assert set(repository.files) == {*ALLOWED, ".gitattributes"}
@@ -123,8 +124,10 @@ def test_interrupted_upload_resumes_when_the_command_is_repeated(workplace, run,
 
 def test_token_that_cannot_write_is_rejected(workplace, run, hub):
     arguments = ("--repo", REPOSITORY, "--license", "mit")
-    for token in (READ, FINE_GRAINED):
-        check_refused(publish(workplace, hub, *arguments, token=token), "HF_TOKEN: found a token that can only read")
+    check_refused(publish(workplace, hub, *arguments, token=READ), "HF_TOKEN: found a token that can only read")
+    check_refused(
+        publish(workplace, hub, *arguments, token=FINE_GRAINED), "the Hub refused it: 403 .*and the rights of HF_TOKEN"
+    )
     for token in ("", "hf_unknown"):
         check_refused(publish(workplace, hub, *arguments, token=token), "HF_TOKEN: not set, or not valid. Set HF_TOKEN")
     assert not hub.repositories
@@ -133,7 +136,7 @@ def test_token_that_cannot_write_is_rejected(workplace, run, hub):
 def test_repository_of_others_is_rejected(workplace, run, hub):
     check_refused(
         publish(workplace, hub, "--repo", "stranger/x", "--license", "mit"),
-        "REPO: found the owner stranger, expected me or team",
+        "REPO: stranger/x: the Hub refused it: 403 .*and the rights of HF_TOKEN",
     )
     other = Repository(
         private=True, files={"README.md": b"another model", "model.safetensors": b"x"}, lfs={"model.safetensors"}

@@ -162,11 +162,11 @@ def test_recipe_without_data_names_the_default_dataset(in_process, model, monkey
     ("arguments", "message"),
     [
         (["--model", "MODEL"], "DATA: not set. Name the rows that"),
-        (["--model", "DATA", "data.train=MODEL"], r"DATA: .*qwen is a model .* Set MODEL="),
+        (["--model", "DATA", "data.train=MODEL"], r"MODEL: found the file .*, expected a model folder or a Hub name\. Set DATA="),
         (["--model", "my.jsonl", "DATA"], r"MODEL: found the file my.jsonl, expected a model folder or a Hub name\. Set DATA="),
         (["--model", "MODEL", "DATA", "--method", "dora"], "argument --method: invalid choice: 'dora'"),
         (["8b", "--model", "MODEL", "DATA", "--method", "lora"], "METHOD: found lora, but RECIPE=8b has a method"),
-        (["8b", "--method", "lora"], "METHOD: needs MODEL"),
+        (["8b", "--method", "lora"], "METHOD: found lora, but RECIPE=8b has a method"),
         (["DATA"], "RECIPE: not set. Set RECIPE or MODEL"),
         (["--model", "MODEL", "DATA", "--gpus", "1", "--gpu-type", "h900"], "GPU_TYPE: unknown GPU type: found 'h900'"),
     ],
