@@ -45,20 +45,21 @@ def run_ranks(
 def report(context: RunContext, ended: LaunchResult) -> LaunchResult:
     """Record why this node's ranks failed, and return the cause of all nodes. Ranks that only lost others are a
     consequence: wait for the record of another node, whose launcher a scheduler may kill once this one exits."""
-    place, run = context.placement, context.recorded
-    if place is None or run is None or ended.code in (0, EXIT_STOPPED):
+    place = context.placement
+    if place is None or place.records is None or ended.code in (0, EXIT_STOPPED):
         return ended
+    records = place.records
     if not ended.error:  # their launcher failed, for example at the rendezvous
         ended = LaunchResult(ended.code, f"ranks on {place.name}: exit code {ended.code}", lost_peer=True)
     if not place.is_first:
         log.error(ended.error)
-    own = outcome.write_record(run, place, ended.code, [], ended.error, ended.lost_peer)
+    own = outcome.write_record(place, ended.code, [], ended.error, ended.lost_peer)
 
     def has_cause() -> bool:
-        return any(record.error and not record.lost_peer for record in outcome.read_records(run, place.attempt))
+        return any(record.error and not record.lost_peer for record in outcome.read_records(records))
 
     wait_until(has_cause, timeouts.NODE_REPORT, 0.2)
-    first = outcome.first_failure(outcome.read_records(run, place.attempt)) or own
+    first = outcome.first_failure(outcome.read_records(records)) or own
     return LaunchResult(first.code, first.error, first.lost_peer)
 
 

@@ -37,17 +37,12 @@ def lock(run_dir: RunDir, shared: bool = False, writes_holder: bool = True) -> I
     try:
         run_dir.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         file = run_dir.lock.open("a+", encoding="utf-8")
-    except OSError as error:
-        raise SetupError(f"NAME: {run_dir.path} is not writable ({error.strerror}). Set another RUNS_DIR") from error
+        # A process that only checks whether it is held has it for a moment.
+        acquired = wait_until(lambda: _acquire(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX), 0.25, 0.05)
+    except OSError as error:  # Lustre has file locks if mounted with -o flock
+        reason = f"is not writable, or is on a file system without file locks ({error.strerror})"
+        raise SetupError(f"NAME: {run_dir.path} {reason}. Set another RUNS_DIR") from error
     with file:
-        try:
-            # A process that only checks whether it is held has it for a moment.
-            acquired = wait_until(lambda: _acquire(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX), 0.25, 0.05)
-        except OSError as error:
-            raise SetupError(
-                f"RUNS_DIR: {run_dir.path} is on a file system without file locks ({error.strerror}), so two processes "
-                f"could write to one run. Mount it with locks (Lustre: -o flock), or set another RUNS_DIR"
-            ) from error
         if not acquired:
             raise SetupError(f"NAME: {run_dir.name} is in use by {holder(run_dir) or _ANOTHER}. Wait for it")
         if writes_holder:

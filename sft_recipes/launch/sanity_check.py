@@ -21,7 +21,6 @@ from sft_recipes.sanity import trial
 
 log = logging.getLogger(__name__)
 _LABELS = {True: "PASS", False: "FAIL", None: "SKIP"}
-_NAME_WIDTH = 14
 
 
 def cached_result(plan: Plan) -> Path:
@@ -77,7 +76,7 @@ def _run_parts(context: RunContext, trial_dir: RunDir, short: Plan, result_file:
         ended = ranks.run_ranks(context.within(run_dir, short), "sanity.worker", can_save=False)
         code, result = ended.code, read_json(run_dir.result) if context.is_first_node else {}
         if context.is_first_node:
-            code = _report_without_result(ended, result, run_dir, result_file)
+            code = _report_without_result(ended, result, run_dir)
         if result and not code:
             _report_checks(result["checks"], context)
             checks, measured = [*checks, *result["checks"]], measured or result["measured"]
@@ -91,30 +90,20 @@ def _run_parts(context: RunContext, trial_dir: RunDir, short: Plan, result_file:
     return _report_result(context.plan, {"checks": checks, "measured": measured}, result_file) if checks else code
 
 
-def _report_without_result(ended: LaunchResult, result: dict[str, Any], run_dir: RunDir, result_file: Path) -> int:
+def _report_without_result(ended: LaunchResult, result: dict[str, Any], run_dir: RunDir) -> int:
     """Report a part that has no result, and return the exit code; 0 if it has one."""
-    stack_traces, outcome = _keep_stack_traces(run_dir, result_file), read_json(run_dir.outcome)
+    outcome = read_json(run_dir.outcome)
     if EXIT_STOPPED in (ended.code, outcome.get("exit_code")):
         log.info("stopped during the sanity check, before training; run the same command to start again")
         return EXIT_STOPPED
-    if error := outcome.get("error") or (ended.error if ended.user_error else None):
+    if error := outcome.get("error") or (ended.error if ended.code == EXIT_USER else None):
         log.error(error)
         return int(outcome.get("exit_code", EXIT_USER))
     if not result:
         error = ended.error or f"no result (exit code {ended.code})"
-        log.error(f"sanity check: {error}{stack_traces}. See the log above; skip the check with SANITY=skip")
+        log.error(f"sanity check: {error}. See the log above; skip the check with SANITY=skip")
         return EXIT_ERROR
     return 0
-
-
-def _keep_stack_traces(run_dir: RunDir, result_file: Path) -> str:
-    """Move stack traces next to the cached results, since the trial's directory is removed; return where they are."""
-    kept = result_file.with_suffix(".stacks")
-    shutil.rmtree(kept, ignore_errors=True)
-    if not run_dir.stack_traces.is_dir():
-        return ""
-    shutil.move(run_dir.stack_traces, kept)
-    return f"; stack traces: {kept}"
 
 
 def _count_failed(checks: list[dict[str, Any]]) -> int:
@@ -130,7 +119,7 @@ def _report_checks(checks: list[dict[str, Any]], context: RunContext) -> None:
 
 
 def _line(label: str, name: str, text: str) -> str:
-    return f"{label:<4}  {name:<{_NAME_WIDTH}}  {text}"
+    return f"{label:<4}  {name:<14}  {text}"
 
 
 def _report_result(plan: Plan, result: dict[str, Any], result_file: Path) -> int:
@@ -154,13 +143,12 @@ def _report_result(plan: Plan, result: dict[str, Any], result_file: Path) -> int
 
 def _forecast(plan: Plan, measured: dict[str, Any], forecast: dict[str, Any]) -> str:
     """Forecast of the run from the trial's speed, and the plan's own forecast."""
-    parts = [f"{measured['tokens_per_second']:,.0f} tokens/s, {format_duration(forecast['seconds'])} for the run"]
-    if forecast["gpu_hours"] is not None:
-        parts.append(f"{forecast['gpu_hours']:,.1f} GPU-hours")
-    if forecast["money"] is not None:
-        parts.append(f"cost {forecast['money']:,.2f}")
-    if plan.forecast and plan.forecast["seconds"]:
-        money = plan.forecast["money"]
-        planned = f"plan: {format_duration(plan.forecast['seconds'])}, {plan.forecast['gpu_hours']:,.1f} GPU-hours"
-        parts.append(f"({planned}{'' if money is None else f', cost {money:,.2f}'})")
-    return ", ".join(parts)
+    text = f"{measured['tokens_per_second']:,.0f} tokens/s, {_cost(forecast)} for the run"
+    planned = plan.forecast or {}
+    return f"{text} (plan: {_cost(planned)})" if planned.get("seconds") else text
+
+
+def _cost(forecast: dict[str, Any]) -> str:
+    formats = {"gpu_hours": "{:,.1f} GPU-hours", "money": "cost {:,.2f}"}
+    known = [text.format(forecast[key]) for key, text in formats.items() if forecast[key] is not None]
+    return ", ".join([format_duration(forecast["seconds"]), *known])

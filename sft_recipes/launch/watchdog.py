@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import time
@@ -65,11 +66,6 @@ class RankStatus:
         return self.failure.failed_at if self.failure else self.last_alive
 
     @property
-    def progress(self) -> tuple[int, int]:
-        """Step and beats in it."""
-        return self.heartbeat.step, self.heartbeat.beats
-
-    @property
     def place(self) -> str:
         """The step, and the activity unless it is the step itself."""
         activity = "" if self.heartbeat.activity == "step" else f", {self.heartbeat.activity}"
@@ -81,7 +77,7 @@ class LaunchResult:
     """Result of a command, or of all ranks of a launch.
 
     Attributes:
-        code: exit code; EXIT_STOPPED if it ended at a stop request.
+        code: exit code; EXIT_STOPPED if it ended at a stop request, EXIT_USER if the error is a `UserError`.
         error: error of the rank that failed first, if one failed.
         lost_peer: whether the failed rank had lost other ranks, perhaps on another node.
     """
@@ -89,11 +85,6 @@ class LaunchResult:
     code: int
     error: str | None = None
     lost_peer: bool = False
-
-    @property
-    def user_error(self) -> bool:
-        """Whether the error is a `UserError`."""
-        return self.error is not None and self.code == EXIT_USER
 
 
 def all_stalled(ranks: Sequence[RankStatus], limits: Limits) -> bool:
@@ -107,7 +98,8 @@ def find_stalled_ranks(ranks: Sequence[RankStatus]) -> list[RankStatus]:
     that do not wait."""
     stopped = [rank for rank in ranks if rank.state in ("T", "t")]
     busy = [rank for rank in ranks if rank.heartbeat.activity != "waiting"] or ranks
-    return stopped or [rank for rank in busy if rank.progress == min(other.progress for other in busy)]
+    least = min((rank.heartbeat.step, rank.heartbeat.beats) for rank in busy)
+    return stopped or [rank for rank in busy if (rank.heartbeat.step, rank.heartbeat.beats) == least]
 
 
 def find_first_failure(died: Iterable[RankStatus]) -> RankStatus:
@@ -151,10 +143,6 @@ def failure_message(rank: RankStatus, code: int | None) -> str:
     if code is None:
         return f"{name}: process is gone, {rank.place}"
     return f"{name}: {_end(code, rank.place)}{', before the end of the run' if code >= 0 else ''}"
-
-
-def _waiting(heartbeat: Heartbeat) -> Heartbeat:
-    return replace(heartbeat, activity="waiting")
 
 
 def _name(rank: int) -> str:
@@ -244,11 +232,10 @@ class Watchdog:
             # collectives of a backward pass are in no Python stack.
             stopped = any(rank.state in ("T", "t") for rank in ranks)
             self.waits_for_peer = self._several_nodes and not stopped and waiting in (set(), self.ranks.keys())
-            classified = [
-                replace(rank, heartbeat=_waiting(rank.heartbeat)) if rank.heartbeat.rank in waiting else rank
-                for rank in ranks
-            ]
-            self.stall = stall_message(classified, self.limits)
+            for rank in filter(lambda rank: rank.heartbeat.rank in waiting, ranks):
+                in_collective = replace(rank.heartbeat, activity="waiting")
+                self.ranks[rank.heartbeat.rank] = replace(rank, heartbeat=in_collective)
+            self.stall = stall_message(list(self.ranks.values()), self.limits)
         elif self._missing_seconds > max(timeouts.MODEL_LOADING, self.limits.stall):
             absent = ", ".join(map(str, sorted(self.expected - self._started)))
             problem = f"rank {absent} did not start" if absent else "all ranks have exited, but not their launcher,"
@@ -308,7 +295,7 @@ class Watchdog:
             return _failed_before_start(not_started, self._several_nodes)
         dead = self.dead_ranks()
         if not dead:
-            return LaunchResult(launcher_code)
+            return LaunchResult(EXIT_ERROR if launcher_code else 0)
         first = find_first_failure(dead)
         if first.failure is not None and first.failure.user_error:
             return LaunchResult(EXIT_USER, first.failure.message)
@@ -316,12 +303,9 @@ class Watchdog:
         return LaunchResult(EXIT_ERROR, message, lost_peer=lost_peer(first))
 
     def _remove_empty_stack_traces(self) -> None:
-        for file in list(self.run_dir.stack_traces.glob("*.txt")):
-            with contextlib.suppress(FileNotFoundError):
-                if not file.stat().st_size:
-                    file.unlink()
-        with contextlib.suppress(OSError):  # it is not empty
-            self.run_dir.stack_traces.rmdir()
+        with contextlib.suppress(FileNotFoundError):  # another node removes them too
+            if not any(file.stat().st_size for file in self.run_dir.stack_traces.glob("*.txt")):
+                shutil.rmtree(self.run_dir.stack_traces)
 
 
 def _failed_before_start(codes: Mapping[int, int], several_nodes: bool) -> LaunchResult:

@@ -184,7 +184,6 @@ def test_driver_that_is_broken_or_without_nvidia_smi_is_named(on, monkeypatch, t
         (tmp_path / "version").write_text(text + "GCC version:  gcc version 12.3.0\n")
         monkeypatch.setattr(cuda, "_LOADED_DRIVER", tmp_path / "version")
         assert cuda.driver_version() in ("535.183.01", "570.86.15") and cuda.driver_version() in text
-        assert "is loaded, but nvidia-smi is not on PATH" in topology.hidden_gpus()
 
 
 def test_setup_keeps_the_build_of_an_existing_environment(tmp_path):
