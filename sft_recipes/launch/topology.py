@@ -156,8 +156,9 @@ class Gpu:
 
 def visible_gpus() -> list[Gpu]:
     """The GPUs that this process may use: CUDA_VISIBLE_DEVICES where it is set, else what nvidia-smi lists."""
-    listed = [row for row in ask_nvidia("index,memory.total,compute_cap,name") if len(row) > 3 and row[0].isdigit()]
-    gpus = {row[0]: Gpu(row[0], _number(row[1]), ", ".join(row[3:]), _number(row[2]) or None) for row in listed}
+    listed = [row for row in ask_nvidia("index,memory.total,name") if len(row) > 2 and row[0].isdigit()]
+    capabilities = {row[0]: _number(row[1]) or None for row in ask_nvidia("index,compute_cap") if len(row) == 2}
+    gpus = {row[0]: Gpu(row[0], _number(row[1]), ", ".join(row[2:]), capabilities.get(row[0])) for row in listed}
     masked = os.environ.get("CUDA_VISIBLE_DEVICES")
     if masked is not None and gpus:
         named = [part.strip() for part in masked.split(",")]

@@ -125,7 +125,7 @@ def exploding_gradients(run: Run) -> Finding | None:
 
 def loss_spike(run: Run) -> Finding | None:
     """The loss is 0.3 and {loss_spike} robust standard deviations above the median of up to 50 before it. Live: each
-    such step is an alert. `diagnose`: three separate alerts are a finding; fewer are only listed.
+    such step is an alert. `diagnose`: three separate alerts are a finding; fewer are only counted.
 
     Halve the learning rate, or use the default of the size class; a longer warm-up; check the rows.
     """
@@ -187,7 +187,7 @@ def overfitting(run: Run) -> Finding | None:
     best = losses.index(min(losses))
     after = losses[best + 1 :][-2:] or losses[-1:]
     share = 0.02 if len(after) == 2 else 0.05  # more, if only one evaluation follows
-    if sum(after) / len(after) - losses[best] <= max(share, share * losses[best], 4 * stats.zigzag(losses)):
+    if sum(after) / len(after) - losses[best] <= share * max(1, losses[best]):
         return None
     lines = min(max(len(trained) // len(losses), 3), 20)  # training lines between two evaluations
     ends = [max(bisect.bisect_right(points, (step, math.inf)), 1) for step, _ in evaluations]
@@ -346,12 +346,9 @@ def _fewer_epochs(run: Run, step: int) -> list[str]:
 
 
 def _lower_rate(run: Run) -> list[str]:
-    """A lower learning rate, and twice the warm-up if the size class allows that."""
+    """The default learning rate if the present one is above its size class, else half of it."""
     too_high = run.plan.learning_rate > _learning_rates(run)[1]
-    lower = _default_learning_rate(run) if too_high else _scale_learning_rate(run, 1 / 2)
-    highest = (sizes.size_classes()[run.plan.size].ranges["warmup_ratio"].range or [0, math.inf])[1]
-    warmup = _change(run, "warmup_ratio", lambda ratio: max(ratio, min(max(2 * ratio, 0.03), highest)))
-    return [*lower, *warmup]
+    return _default_learning_rate(run) if too_high else _scale_learning_rate(run, 1 / 2)
 
 
 @dataclass(frozen=True)

@@ -259,7 +259,8 @@ case "$*" in *attention.py*) exit 3 ;; esac
 """
 SMI = """#!/bin/sh
 case "$*" in
-    *index,memory.total,compute_cap,name*) echo "0, 143771, 9.0, NVIDIA H200" ;;
+    *index,memory.total,name*) echo "0, 143771, NVIDIA H200" ;;
+    *index,compute_cap*) echo "0, 9.0" ;;
 esac
 """
 

@@ -240,8 +240,12 @@ def machine_with(workplace, *gpus):
     """Return a PATH with an nvidia-smi that lists these GPUs; no test uses one."""
     smi = workplace.path / "bin" / "nvidia-smi"
     smi.parent.mkdir(exist_ok=True)
-    lines = [f"{number}, {mib}, {' '.join(rest) or '9.0'}, {name}" for number, (mib, name, *rest) in enumerate(gpus)]
-    smi.write_text("\n".join(["#!/bin/sh", "cat <<'END'", *lines, "END", ""]))
+    listed = "\n".join(f"{number}, {mib}, {name}" for number, (mib, name, *_) in enumerate(gpus))
+    capabilities = "\n".join(f"{number}, {' '.join(rest) or '9.0'}" for number, (_, _, *rest) in enumerate(gpus))
+    smi.write_text(
+        "#!/bin/sh\ncase \"$1\" in *compute_cap*) cat <<'CAPABILITIES'\n"
+        f"{capabilities}\nCAPABILITIES\n;; *) cat <<'END'\n{listed}\nEND\n;; esac\n"
+    )
     smi.chmod(0o755)
     return f"{smi.parent}:/usr/bin:/bin"
 
