@@ -52,9 +52,9 @@ def lock(run_dir: RunDir, shared: bool = False, writes_holder: bool = True) -> I
         # The kernel kills the ranks of a killed launcher: two ranks must never write the same checkpoint.
         wait_until(lambda: not _earlier_ranks(run_dir), timeouts.EARLIER_RANKS_EXIT)
         for rank in _earlier_ranks(run_dir):
+            process = f"pid {rank.pid}, state {heartbeat.process_state(rank.pid)}"
             raise SetupError(
-                f"NAME: rank {rank.rank} of an earlier attempt of {run_dir.name} still runs (pid {rank.pid}, state "
-                f"{heartbeat.process_state(rank.pid)}). Kill it, or reboot the machine, and run the same command again"
+                f"NAME: rank {rank.rank} of an earlier attempt of {run_dir.name} still runs ({process}). Kill it"
             )
         yield
 

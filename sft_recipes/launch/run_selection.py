@@ -110,9 +110,9 @@ def select(plan: Plan, request: RunRequest, locked: dict[str, str]) -> RunStart:
         more = f" (also {', '.join(list(left)[1:])})" if len(left) > 1 else ""
         notes.append(f"not resuming {name}{more}: {other}. Resume it with its own settings and NAME={name}")
     if request.resume:
+        fix = notes[-1] if left else "Start one without RESUME"
         raise SetupError(
-            f"RESUME: no unfinished run of {plan.recipe} with this model and data in {runs_root()}/. "
-            f"{notes[-1] if left else 'Start one without RESUME'}"
+            f"RESUME: no unfinished run of {plan.recipe} with this model and data in {runs_root()}/. {fix}"
         )
     return _start_new(RunDir(runs_root() / f"{plan.recipe}-{_next_number(plan.recipe)}"), plan, tuple(notes))
 
@@ -142,9 +142,9 @@ def _resume(plan: Plan, run: RunDir, request: RunRequest) -> RunStart:
     if request.replan and not plan.strategy.reads_checkpoints_of(stored.strategy):
         plan = request.replan(rank_change.resuming_strategy(stored.strategy).name)
         if plan.fits is False and not finished:
+            shortage = f"its {plan.parallelism} {plans.describe_shortage(plan)}"
             raise SetupError(
-                f"run {run.name} cannot resume here: its {plan.parallelism} {plans.describe_shortage(plan)}. Use "
-                f"more or larger GPUs, or start another run with NAME=…"
+                f"run {run.name} cannot resume here: {shortage}. Use more or larger GPUs, or another NAME=…"
             )
     differences = plans.find_differences(stored, plan)
     if run.numbered("checkpoint") and (reason := rank_change.incompatibility(rank_change.ranks_of(stored), plan)):
@@ -209,10 +209,8 @@ def _restore_plan(run: RunDir) -> tuple[str, ...]:
         if copy:
             write_json(run.plan, copy)
             return (f"{run.plan} was missing or corrupt: restored from checkpoint-{step}",)
-    raise SetupError(
-        f"NAME: {run.path} has checkpoints, but its {run.plan.name} is missing or corrupt, and nothing can resume "
-        f"without it. Restore it, or start a new run with NAME=…"
-    )
+    reason = f"its {run.plan.name} is missing or corrupt"
+    raise SetupError(f"NAME: {run.path} has checkpoints, but {reason}. Restore it, or start a new run with NAME=…")
 
 
 def version_notes(run: RunDir, strict: bool) -> tuple[str, ...]:
@@ -226,10 +224,8 @@ def version_notes(run: RunDir, strict: bool) -> tuple[str, ...]:
     now = {name: library_version(name) for name in before if name != "python"}
     changed = "; ".join(f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name])
     if changed and strict:
-        raise SetupError(
-            f"run {run.name} was trained with other library versions: {changed}. Install those, or resume with the "
-            f"present ones without STRICT_VERSIONS"
-        )
+        fix = "Install those, or resume without STRICT_VERSIONS"
+        raise SetupError(f"run {run.name} was trained with other library versions: {changed}. {fix}")
     return (f"library versions changed since the last attempt: {changed}",) if changed else ()
 
 
@@ -252,15 +248,13 @@ def start_from(plan: Plan, name: str) -> Plan:
     run = find(name, "INIT_FROM")
     stored, last = plans.read(run.plan), read_json(run.last / "complete.json")
     if run.state() != "finished" or last.get("run_id") != stored.run_id or not run.final.is_dir():
-        raise SetupError(
-            f"INIT_FROM: {run.name}: found state {run.state()}, expected a finished run with last/ and final/. Finish "
-            f"it with NAME={run.name}, or name another run"
-        )
+        found = f"found state {run.state()}, expected a finished run with last/ and final/"
+        raise SetupError(f"INIT_FROM: {run.name}: {found}. Finish it with NAME={run.name}, or name another run")
     differences = plans.find_differences(stored, plan)
     for key in (key for key in differences if key.startswith(_SAME_AS_PARENT) and key != "sections.lora.dropout"):
         old, new = differences[key]
+        found = f"{_user_key(key)}: found {new!r}, expected {old!r} as in that run"
         raise SetupError(
-            f"INIT_FROM: {run.name} has another model or method: {key.removeprefix('sections.')}: found {new!r}, "
-            f"expected {old!r} as in that run. Use the same recipe and settings, or name another run"
+            f"INIT_FROM: {run.name} has another model or method: {found}. Use its settings, or another run"
         )
     return replace(plan, init_from={"run": name, "run_id": stored.run_id, "step": last["step"]})

@@ -62,9 +62,7 @@ def available_topology(recipe: Recipe, request: HardwareRequest, placement: Plac
     """
     available, gpus, nodes = visible_gpus(), request.gpus, placement.nodes if placement else request.nodes or 1
     if request.nodes is not None and request.nodes != nodes:
-        raise SetupError(
-            f"NODES: found {request.nodes}, expected {nodes} as in this job. Use sbatch --nodes, or remove it"
-        )
+        raise SetupError(f"NODES: found {request.nodes}, expected {nodes} as in this job. Use sbatch --nodes")
     if placement is None and nodes > 1 and gpus and not available:
         return plan_topology(recipe, request)  # prepared on a machine without GPUs; `train` checks each node
     allocated = placement.gpus_per_node if placement else None
@@ -77,10 +75,8 @@ def available_topology(recipe: Recipe, request: HardwareRequest, placement: Plac
             where, fix = "this machine", hidden_gpus() or f"set GPUS={existing}, or try `make train` (the tiny recipe)"
         raise SetupError(f"GPUS: {gpus} requested, but {where} has {existing or 'none'}; {fix}")
     if placement and gpus and len(available) < (allocated or 0):
-        raise SetupError(
-            f"GPUS: Slurm allocated {allocated} on {placement.name}, nvidia-smi lists {len(available) or 'none'}. "
-            f"Exclude that node: sbatch --exclude={placement.name}"
-        )
+        found = f"Slurm allocated {allocated} on {placement.name}, nvidia-smi lists {len(available) or 'none'}"
+        raise SetupError(f"GPUS: {found}. Exclude that node: sbatch --exclude={placement.name}")
     selected = available[: gpus // nodes]
     _check_generation(recipe, selected)
     if not request.gpu_type and (unknown := [gpu.name for gpu in selected if not gpu.memory_mib]):
@@ -102,10 +98,11 @@ def _check_generation(recipe: Recipe, gpus: Sequence[Gpu]) -> None:
     fixes = {"bf16": "precision=fp32", "flash_attention_2": "model.attention=sdpa"}
     unsupported = [value for value in (recipe.precision, recipe.model.attention) if value in fixes]
     if old and unsupported:
-        raise SetupError(
-            f"GPUS: {old.name} (compute capability {old.compute_capability}) is older than Ampere and has no "
-            f"{' and no '.join(unsupported)}. Set {' '.join(fixes[value] for value in unsupported)}"
+        gpu, fix = (
+            f"{old.name} (compute capability {old.compute_capability})",
+            " ".join(fixes[value] for value in unsupported),
         )
+        raise SetupError(f"GPUS: {gpu} is older than Ampere and has no {' and no '.join(unsupported)}. Set {fix}")
 
 
 def check_host_memory(plan: Plan) -> None:
@@ -137,9 +134,9 @@ def check_disk(plan: Plan, folder: RunDir) -> None:
     held = sum(file.stat().st_size for file in folder.path.rglob("*") if file.is_file())
     free = shutil.disk_usage(existing).free
     if plan.disk_bytes and plan.disk_bytes > free + held:
+        found = f"found {free / GIB:.1f} GiB free. Set RUNS_DIR=<folder on a larger disk>"
         raise SetupError(
-            f"RUNS_DIR: {plan.recipe} needs up to {plan.disk_bytes / GIB:.1f} GiB in {folder.path}, found "
-            f"{free / GIB:.1f} GiB free. Free space, or set RUNS_DIR=<folder on a larger disk>"
+            f"RUNS_DIR: {plan.recipe} needs up to {plan.disk_bytes / GIB:.1f} GiB in {folder.path}, {found}"
         )
 
 
