@@ -60,8 +60,6 @@ def start_run(
         plan = resolved.plan
         start = select(plan, replace(request, replan=resolved.replan), run_lock.locked_runs())
         run_dir = start.run_dir
-        for note in start.notes:
-            log.info(note)
         if (code := _finished(run_dir)) is not None:
             return code
         if dry_run:

@@ -96,13 +96,11 @@ def _check_generation(recipe: Recipe, gpus: Sequence[Gpu]) -> None:
     """
     old = next((gpu for gpu in gpus if (gpu.compute_capability or _AMPERE) < _AMPERE), None)
     fixes = {"bf16": "precision=fp32", "flash_attention_2": "model.attention=sdpa"}
-    unsupported = [value for value in (recipe.precision, recipe.model.attention) if value in fixes]
+    unsupported = {value: fixes[value] for value in (recipe.precision, recipe.model.attention) if value in fixes}
     if old and unsupported:
-        gpu, fix = (
-            f"{old.name} (compute capability {old.compute_capability})",
-            " ".join(fixes[value] for value in unsupported),
-        )
-        raise SetupError(f"GPUS: {gpu} is older than Ampere and has no {' and no '.join(unsupported)}. Set {fix}")
+        reason = f"{old.name} (compute capability {old.compute_capability}) is older than Ampere"
+        missing, fix = " and no ".join(unsupported), " ".join(unsupported.values())
+        raise SetupError(f"GPUS: {reason} and has no {missing}. Set {fix}")
 
 
 def check_host_memory(plan: Plan) -> None:
@@ -134,10 +132,8 @@ def check_disk(plan: Plan, folder: RunDir) -> None:
     held = sum(file.stat().st_size for file in folder.path.rglob("*") if file.is_file())
     free = shutil.disk_usage(existing).free
     if plan.disk_bytes and plan.disk_bytes > free + held:
-        found = f"found {free / GIB:.1f} GiB free. Set RUNS_DIR=<folder on a larger disk>"
-        raise SetupError(
-            f"RUNS_DIR: {plan.recipe} needs up to {plan.disk_bytes / GIB:.1f} GiB in {folder.path}, {found}"
-        )
+        found = f"needs up to {plan.disk_bytes / GIB:.1f} GiB in {folder.path}, found {free / GIB:.1f} GiB free"
+        raise SetupError(f"RUNS_DIR: {plan.recipe} {found}. Set RUNS_DIR=<folder on a larger disk>")
 
 
 @dataclass(frozen=True)
