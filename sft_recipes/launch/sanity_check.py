@@ -69,25 +69,23 @@ def run(context: RunContext, prepared: Path) -> int:
 
 def _run_parts(context: RunContext, trial_dir: RunDir, short: Plan, result_file: Path) -> int:
     """Run the trial and the reload of its checkpoint; on node 0 report their checks. Return the exit code."""
-    checks: list[dict[str, Any]] = []
-    measured: dict[str, Any] = {}
+    results = []
     reload_dir = RunDir(trial_dir.path / trial.RELOAD)
     for run_dir in (trial_dir, *([reload_dir] if trial.checks_resume(context.plan) else [])):
         ended = ranks.run_ranks(context.within(run_dir, short), "sanity.worker", can_save=False)
-        code, result = ended.code, read_json(run_dir.result) if context.is_first_node else {}
+        code = ended.code
         if context.is_first_node:
-            code = _report_without_result(ended, result, run_dir)
-        if result and not code:
-            _report_checks(result["checks"], context)
-            checks, measured = [*checks, *result["checks"]], measured or result["measured"]
-            code = EXIT_ERROR if _count_failed(checks) else 0
+            result = read_json(run_dir.result)
+            results.append(result)
+            code = _report_without_result(ended, result, run_dir) or _report_checks(result["checks"], context)
         if ended.code == 0:  # otherwise the ranks of the other nodes have failed too
             code = context.agree(code)
         if code:
-            break
-    if code and not _count_failed(checks):
-        return code
-    return _report_result(context.plan, {"checks": checks, "measured": measured}, result_file) if checks else code
+            return code
+    if context.is_first_node:
+        checks = [check for result in results for check in result["checks"]]
+        _report_result(context.plan, {"checks": checks, "measured": results[0]["measured"]}, result_file)
+    return 0
 
 
 def _report_without_result(ended: LaunchResult, result: dict[str, Any], run_dir: RunDir) -> int:
@@ -106,31 +104,26 @@ def _report_without_result(ended: LaunchResult, result: dict[str, Any], run_dir:
     return 0
 
 
-def _count_failed(checks: list[dict[str, Any]]) -> int:
-    return sum(check["passed"] is False for check in checks)
-
-
-def _report_checks(checks: list[dict[str, Any]], context: RunContext) -> None:
-    """Print a line per check, and the fix of a failed one."""
+def _report_checks(checks: list[dict[str, Any]], context: RunContext) -> int:
+    """Print a line per check, and the fix of a failed one; return 1 if one failed, else 0."""
     for check in checks:
         log.info(_line(_LABELS[check["passed"]], check["name"], check["detail"]))
         if check["passed"] is False:
             log.info(_line("", "", f"fix: {check['fix'] or '; or '.join(context.suggest_cheaper())}"))
+    if failed := sum(check["passed"] is False for check in checks):
+        log.info(f"sanity check failed: {failed} of {len(checks)} checks; training not started")
+    return EXIT_ERROR if failed else 0
 
 
 def _line(label: str, name: str, text: str) -> str:
     return f"{label:<4}  {name:<14}  {text}"
 
 
-def _report_result(plan: Plan, result: dict[str, Any], result_file: Path) -> int:
-    """Print the forecast and the result, and cache the result if every check passed."""
-    measured, failed = result["measured"], _count_failed(result["checks"])
-    forecast = trial.measured_forecast(plan, measured) if measured else None
-    if forecast:
-        log.info(_line("", "forecast", _forecast(plan, measured, forecast)))
-    if failed:
-        log.info(f"sanity check failed: {failed} of {len(result['checks'])} checks; training not started")
-        return EXIT_ERROR
+def _report_result(plan: Plan, result: dict[str, Any], result_file: Path) -> None:
+    """Print the forecast, and cache the result of a sanity check that has passed."""
+    measured = result["measured"]
+    forecast = trial.measured_forecast(plan, measured)
+    log.info(_line("", "forecast", _forecast(plan, measured, forecast)))
     if measured.get("save_bytes"):
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes")
         save_time.record_speed(measured["save_bytes"], measured["save_seconds"], now)
@@ -138,7 +131,6 @@ def _report_result(plan: Plan, result: dict[str, Any], result_file: Path) -> int
         result_file, {"recipe": plan.recipe, **result, "forecast": forecast, "plan": plans.comparable_values(plan)}
     )
     log.info(f"sanity check passed (result: {result_file})")
-    return 0
 
 
 def _forecast(plan: Plan, measured: dict[str, Any], forecast: dict[str, Any]) -> str:
