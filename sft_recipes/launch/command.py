@@ -106,7 +106,7 @@ def environment(plan: Plan, inherited: Mapping[str, str]) -> dict[str, str]:
     # later: it only handles those of a closed terminal, with the time that a save needs.
     chosen["PET_SHUTDOWN_TIMEOUT"] = str(grace_seconds(plan))
     chosen["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
-    if sys.platform.startswith("linux") and plan.nodes == 1:
+    if plan.nodes == 1:
         chosen.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine needs no other interface, nor its host name
         chosen.setdefault("NCCL_SOCKET_IFNAME", "lo")
     if plan.uses_gpu and "PYTORCH_CUDA_ALLOC_CONF" not in inherited:

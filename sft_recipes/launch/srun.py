@@ -50,13 +50,13 @@ def command(phase: str, recipe: str, overrides: list[str]) -> list[str]:
     else:
         srun += [f"--output={logs.replace('%', '%%')}/node-%n-%N.txt"]
     # Until a launcher handles signals: the signal of the time limit would kill it.
-    srun_ignoring = [*srun, "sh", "-c", "trap '' USR1; exec \"$@\"", "sh"]
+    ignoring_usr1 = ["sh", "-c", "trap '' USR1; exec \"$@\"", "sh"]
     runtime = os.environ.get("RUNTIME") or "local"
     if runtime == "local":
         python = REPOSITORY / ".venv" / "bin" / "python"
         if not python.exists():
             raise SetupError(f"RUNTIME: file not found: {python}. Run `make setup`, or set RUNTIME=pyxis or apptainer")
-        return [*srun_ignoring, str(python), "-m", "sft_recipes", *arguments]
+        return [*srun, *ignoring_usr1, str(python), "-m", "sft_recipes", *arguments]
     if runtime not in ("pyxis", "apptainer"):
         raise SetupError(f"RUNTIME: found {runtime!r}, expected local, pyxis or apptainer in a job")
     image = _image(runtime)
@@ -64,15 +64,14 @@ def command(phase: str, recipe: str, overrides: list[str]) -> list[str]:
     volumes = [*mounts.volumes(arguments[1:], not os.environ.get("DRY_RUN")), f"{folder}:{folder}:rw"]
     in_image = ["python", "-m", "sft_recipes", *arguments]
     if runtime == "pyxis":
-        options = [
-            f"--container-image={image}", f"--container-mounts={','.join(volumes)}",
+        return [
+            *srun, f"--container-image={image}", f"--container-mounts={','.join(volumes)}",
             "--no-container-mount-home", "--no-container-remap-root", f"--container-workdir={REPOSITORY}",
-            f"--container-env={','.join(_JOB_VARIABLES)}",
+            f"--container-env={','.join(_JOB_VARIABLES)}", *ignoring_usr1, *in_image,
         ]  # fmt: skip
-        return [*srun, *options, *srun_ignoring[len(srun) :], *in_image]
     variables = [f"{name}={os.environ[name]}" for name in _JOB_VARIABLES if os.environ.get(name)]
     return [
-        *srun_ignoring, "apptainer", "exec", *([] if os.environ.get("GPUS") == "0" else ["--nv"]), "--no-home",
+        *srun, *ignoring_usr1, "apptainer", "exec", *([] if os.environ.get("GPUS") == "0" else ["--nv"]), "--no-home",
         *(part for mount in volumes for part in ("--bind", mount)), "--pwd", str(REPOSITORY),
         *(part for variable in variables for part in ("--env", variable)), image, *in_image,
     ]  # fmt: skip
@@ -96,12 +95,10 @@ def _arguments(phase: str, recipe: str, overrides: list[str]) -> list[str]:
 def _image(runtime: str) -> str:
     """Return IMAGE; a file must exist, and only pyxis can pull from a registry."""
     image = os.environ.get("IMAGE", "")
-    kind = {"pyxis": ".sqsh file, or registry image", "apptainer": ".sif file"}[runtime]
-    if not image:
-        raise SetupError(f"IMAGE: RUNTIME={runtime} needs one. Set IMAGE=<{kind}> (docker/README.md)")
     is_file = runtime == "apptainer" or image.endswith(".sqsh")
-    if is_file and not Path(image).is_file():
-        raise SetupError(f"IMAGE: file not found: {image}. Set IMAGE=<{kind}> (docker/README.md)")
+    if not image or (is_file and not Path(image).is_file()):
+        expected = "a .sif file" if runtime == "apptainer" else "a .sqsh file, or a registry image"
+        raise SetupError(f"IMAGE: found {image or 'none'}, expected {expected} (docker/README.md)")
     return str(Path(image).absolute()) if is_file else image
 
 

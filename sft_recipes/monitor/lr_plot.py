@@ -1,6 +1,5 @@
 """Learning-rate schedules as a table of characteristic steps, and as a plot of all steps."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -51,10 +50,9 @@ def plot(curves: Mapping[str, Sequence[float]], warmup_steps: int, peak: float, 
         if warmup_steps:
             axes.axvspan(0, min(warmup_steps, total - 1), color="0.92", label=f"warm-up: {warmup_steps:,} steps")
         axes.axhline(peak, color="0.6", linewidth=0.8, label="peak")
-        for (name, rates), color, dashes in zip(
-            curves.items(), itertools.cycle(plots.COLORS), itertools.cycle(_DASHES), strict=False
-        ):
-            axes.plot(rates, label=name, color=color, linestyle=dashes, marker="o" if total <= 30 else None)
+        for number, (name, rates) in enumerate(curves.items()):
+            style = {"color": plots.COLORS[number % len(plots.COLORS)], "linestyle": _DASHES[number % len(_DASHES)]}
+            axes.plot(rates, label=name, marker="o" if total <= 30 else None, **style)
         axes.set(title=f"{title}: learning rate over {total:,} optimizer steps, peak {peak:g}", ylabel="learning rate")
         axes.set_ylim(bottom=0)
         axes.xaxis.get_major_locator().set_params(integer=True)

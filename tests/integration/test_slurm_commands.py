@@ -219,8 +219,8 @@ def test_pyxis_and_apptainer_mount_code_runs_and_data_without_home(tmp_path: Pat
     ("variables", "error"),
     [
         ({"RUNTIME": "docker"}, "RUNTIME: found 'docker', expected local, pyxis or apptainer in a job"),
-        ({"RUNTIME": "pyxis"}, "IMAGE: RUNTIME=pyxis needs one"),
-        ({"RUNTIME": "apptainer", "IMAGE": "/none.sif"}, "IMAGE: file not found: /none.sif"),
+        ({"RUNTIME": "pyxis"}, "IMAGE: found none, expected a .sqsh file, or a registry image"),
+        ({"RUNTIME": "apptainer", "IMAGE": "/none.sif"}, "IMAGE: found /none.sif, expected a .sif file"),
     ],
 )
 def test_invalid_runtime_or_image_is_rejected_in_one_line(variables: dict[str, str], error: str) -> None:
