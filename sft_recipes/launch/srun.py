@@ -23,14 +23,8 @@ from sft_recipes.launch import mounts
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.paths import REPOSITORY
 
-_OPTIONS = {
-    "GPUS": "--gpus",
-    "PROCESSES": "--processes",
-    "GPU_TYPE": "--gpu-type",
-    "ALLOW_CHANGE": "--allow-change",
-    "INIT_FROM": "--init-from",
-}
-_FLAGS = {"RESUME": "--resume", "STRICT_VERSIONS": "--strict-versions", "OVERFIT": "--overfit"}
+_OPTIONS = ("GPUS", "PROCESSES", "GPU_TYPE", "ALLOW_CHANGE", "INIT_FROM")  # `--gpus`, …
+_FLAGS = ("RESUME", "STRICT_VERSIONS", "OVERFIT")
 _OVERRIDES = {"DATA": "data.train", "VALIDATION": "data.validation"}
 # Variables that the image also sets, and that must have the job's values (pyxis prefers the image's otherwise).
 _JOB_VARIABLES = ("HF_HOME", "RUNS_DIR", "PYTHONPATH", "SFT_RECIPES_IMAGE")
@@ -79,17 +73,14 @@ def command(phase: str, recipe: str, overrides: list[str]) -> list[str]:
 
 def _arguments(phase: str, recipe: str, overrides: list[str]) -> list[str]:
     """Return the arguments of a launcher."""
-    value = {name: os.environ.get(name, "") for name in (*_OPTIONS, *_FLAGS, *_OVERRIDES, "NAME")}
-    if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
-        value["RESUME"] = ""  # explicit at the first start only; a requeued job resumes anyway
-    name = value["NAME"] or f"{recipe}-{os.environ.get('SLURM_JOB_ID', 'JOBID')}"
-    return [
-        phase, recipe, "--name", name,
-        *(part for key, option in _OPTIONS.items() if value[key] for part in (option, value[key])),
-        *(flag for key, flag in _FLAGS.items() if value[key]),
-        *(f"{dotted}={value[key]}" for key, dotted in _OVERRIDES.items() if value[key]),
-        *overrides,
-    ]  # fmt: skip
+    value = {name: text for name, text in os.environ.items() if text}
+    if value.get("SLURM_RESTART_COUNT", "0") != "0":
+        value.pop("RESUME", None)  # explicit at the first start only; a requeued job resumes anyway
+    arguments = [phase, recipe, "--name", value.get("NAME") or f"{recipe}-{value.get('SLURM_JOB_ID', 'JOBID')}"]
+    for name in filter(value.__contains__, (*_OPTIONS, *_FLAGS)):
+        option = f"--{name.lower().replace('_', '-')}"
+        arguments += [option] if name in _FLAGS else [option, value[name]]
+    return [*arguments, *(f"{key}={value[name]}" for name, key in _OVERRIDES.items() if name in value), *overrides]
 
 
 def _image(runtime: str) -> str:
