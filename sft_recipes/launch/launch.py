@@ -33,11 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def start_run(
-    request: RunRequest,
-    placement: Placement | None,
-    trains: bool,
-    resolve: Callable[[], Resolved],
-    dry_run: bool,
+    request: RunRequest, placement: Placement | None, trains: bool, resolve: Callable[[], Resolved], dry_run: bool
 ) -> int:
     """Select a run and prepare its attempt, and train it here unless it has several nodes; return the exit code.
 
