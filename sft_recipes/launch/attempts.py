@@ -126,21 +126,14 @@ def conclude(run_dir: RunDir, attempt: Attempt, code: int) -> int:
 
 def check_progress(run_dir: RunDir) -> int:
     """Return 0; or print the error and return exit code 4 if the run has used all its attempts without progress."""
-    if error := no_progress_error(run_dir):
-        log.error(error)
-        return EXIT_NO_PROGRESS
-    return 0
-
-
-def no_progress_error(run_dir: RunDir) -> str | None:
-    """Error if the run has used all its attempts without progress, else None."""
     manifest, step = read_json(run_dir.manifest), run_dir.latest_complete()
     count = count_attempts(manifest.get(_KEY), step)
     if count < MAX_ATTEMPTS:
-        return None
+        return 0
     last = str(manifest.get("error") or "all processes were killed, or stopped before a save")
     if diverged := manifest.get("diverged"):
         last = f"diverged at step {diverged['step']}, rows {', '.join(diverged.get('rows') or ['unknown'])}"
     start = f"{run_dir.path}: {count} attempts without progress from {f'checkpoint-{step}' if step else 'the start'}"
     fix = f"Run `make diagnose RUN={run_dir.name}`, fix the cause, then resume with RESUME=1"
-    return f"{start}; last error: {last}. {fix}"
+    log.error(f"{start}; last error: {last}. {fix}")
+    return EXIT_NO_PROGRESS

@@ -110,7 +110,8 @@ def select(plan: Plan, request: RunRequest, locked: dict[str, str]) -> RunStart:
         raise SetupError(f"RESUME: no unfinished run of {plan.recipe} with this model and data. {fix}")
     if left:
         log.info(left[0])
-    return _start_new(RunDir(runs_root() / f"{plan.recipe}-{_next_number(plan.recipe)}"), plan)
+    number = 1 + max((int(run.name.rpartition("-")[2]) for run in _numbered(plan.recipe)), default=0)
+    return _start_new(RunDir(runs_root() / f"{plan.recipe}-{number}"), plan)
 
 
 def _select_named(plan: Plan, run: RunDir, request: RunRequest, locked: dict[str, str]) -> RunStart:
@@ -228,10 +229,6 @@ def _numbered(recipe: str) -> list[RunDir]:
     """Runs named after the recipe, including those without a readable plan."""
     paths = runs_root().glob(f"{recipe}-*")
     return [RunDir(path) for path in paths if re.fullmatch(rf"{re.escape(recipe)}-\d+", path.name)]
-
-
-def _next_number(recipe: str) -> int:
-    return 1 + max((int(run.name.rpartition("-")[2]) for run in _numbered(recipe)), default=0)
 
 
 def start_from(plan: Plan, name: str) -> Plan:

@@ -49,11 +49,8 @@ def run(context: RunContext, prepared: Path) -> int:
     trial_dir, short = RunDir(context.run_dir.path / ".trial"), trial.trial_plan(context.plan)
     if context.is_first_node:
         results_folder()
-        log.info(
-            f"sanity check: {short.recipe}, {short.optimizer_steps} steps, effective batch "
-            f"{short.effective_batch_size}, {short.rows} rows including the longest, "
-            f"{render.describe_ranks(short)} (skip with SANITY=skip)"
-        )
+        ranked = render.describe_ranks(short)
+        log.info(f"sanity check: {short.optimizer_steps} steps on {short.rows} rows, {ranked} (skip with SANITY=skip)")
         shutil.rmtree(trial_dir.path, ignore_errors=True)  # of an attempt that was killed
         for run_dir in (trial_dir, RunDir(trial_dir.path / trial.RELOAD)):
             run_dir.path.mkdir()

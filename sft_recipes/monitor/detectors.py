@@ -116,13 +116,8 @@ def plateau(series: MetricSeries) -> str | None:
     early = [loss for step, loss in points if step <= series.plan.warmup_steps / 2]
     first = median(early if len(early) >= 3 else stats.values(points[:3]))
     learned = _fall(first, end) > 2 * share and end < _UNTRAINED_LOSS
-    return fall_since_warmup(series) if still and not learned else None
-
-
-def fall_since_warmup(series: MetricSeries) -> str:
-    """The training loss after warm-up and now, as text."""
-    begin, _, end = stats.blocks([loss for step, loss in series.points("loss") if step > series.plan.warmup_steps], 3)
-    return f"since warm-up the training loss fell by {_fall(begin, end):.1%}, from {begin:.3g} to {end:.3g}"
+    text = f"since warm-up the training loss fell by {fall:.1%}, from {begin:.3g} to {end:.3g}"
+    return text if still and not learned else None
 
 
 def is_converged(series: MetricSeries, lines: int) -> bool:

@@ -32,10 +32,8 @@ def check_path(path: Path) -> None:
     Raises:
         UserError: unsupported file type, or no such directory.
     """
-    if path.suffix.lower() not in (".png", ".svg"):
-        raise UserError(f"--plot: unsupported file type: found {path.name!r}, expected .png or .svg")
-    if not path.parent.is_dir():
-        raise UserError(f"--plot: no such directory: {path.parent}. Create it, or set another path")
+    if path.suffix.lower() not in (".png", ".svg") or not path.parent.is_dir():
+        raise UserError(f"--plot: found {path}, expected a .png or .svg file in an existing directory")
 
 
 def plot(curves: Mapping[str, Sequence[float]], warmup_steps: int, peak: float, title: str, path: Path) -> None:
