@@ -71,9 +71,7 @@ def _select_runtime(command: str) -> str:
         return "local"  # the runtime of jobs, in a shell that has read slurm/cluster.env
     if requested not in ("", "local", "docker", "podman") or (requested == "local" and required):
         expected = f"{'' if required else 'local, '}docker or podman"
-        raise SetupError(
-            f"RUNTIME: found {requested!r}, expected {expected}; pyxis and apptainer are for jobs (sbatch)"
-        )
+        raise SetupError(f"RUNTIME: found {requested!r}, expected {expected}; pyxis and apptainer are for jobs")
     requests_gpus = os.environ.get("GPUS", "") not in ("", "0")
     if requested == "local" or not (requested or required or (requests_gpus and _visible_gpus())):
         return "local"

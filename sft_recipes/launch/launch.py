@@ -241,9 +241,8 @@ def prepare_data(context: RunContext, plan_file: Path) -> int:
 
 def _start_message(run_dir: RunDir, attempt: Attempt, plan: Plan) -> str:
     step = run_dir.latest_complete()
-    start = (
-        f"{'resuming' if attempt.resumes else 'starting'} {run_dir.path}{f' from checkpoint-{step}' if step else ''}"
-    )
+    start = f"{'resuming' if attempt.resumes else 'starting'} {run_dir.path}"
+    start += f" from checkpoint-{step}" if step else ""
     batch = f"effective batch {plan.effective_batch_size}, {render.describe_ranks(plan)}"
     dropped = f"{plan.dropped_rows_per_epoch} of {plan.rows} rows dropped per epoch (drop_last, reshuffled each epoch)"
     return f"{start}: {plan.optimizer_steps} optimizer steps, {batch}; {dropped}"

@@ -52,10 +52,8 @@ def lock(run_dir: RunDir, shared: bool = False, writes_holder: bool = True) -> I
         # The kernel kills the ranks of a killed launcher: two ranks must never write the same checkpoint.
         wait_until(lambda: not _earlier_ranks(run_dir), timeouts.EARLIER_RANKS_EXIT)
         for rank in _earlier_ranks(run_dir):
-            process = f"pid {rank.pid}, state {heartbeat.process_state(rank.pid)}"
-            raise SetupError(
-                f"NAME: rank {rank.rank} of an earlier attempt of {run_dir.name} still runs ({process}). Kill it"
-            )
+            process = f"rank {rank.rank} (pid {rank.pid}, state {heartbeat.process_state(rank.pid)})"
+            raise SetupError(f"NAME: {process} of an earlier attempt of {run_dir.name} still runs. Kill it")
         yield
 
 

@@ -139,9 +139,7 @@ def _resume(plan: Plan, run: RunDir, request: RunRequest) -> RunStart:
         plan = request.replan(rank_change.resuming_strategy(stored.strategy).name)
         if plan.fits is False and not finished:
             shortage = f"its {plan.parallelism} {plans.describe_shortage(plan)}"
-            raise SetupError(
-                f"run {run.name} cannot resume here: {shortage}. Use more or larger GPUs, or another NAME=…"
-            )
+            raise SetupError(f"run {run.name} cannot resume here: {shortage}. Use larger GPUs, or another NAME=…")
     differences = plans.find_differences(stored, plan)
     if run.numbered("checkpoint") and (reason := rank_change.incompatibility(rank_change.ranks_of(stored), plan)):
         raise SetupError(f"run {run.name} cannot resume: {reason}")
@@ -246,7 +244,5 @@ def start_from(plan: Plan, name: str) -> Plan:
     for key in (key for key in differences if key.startswith(_SAME_AS_PARENT) and key != "sections.lora.dropout"):
         old, new = differences[key]
         found = f"{_user_key(key)}: found {new!r}, expected {old!r} as in that run"
-        raise SetupError(
-            f"INIT_FROM: {run.name} has another model or method: {found}. Use its settings, or another run"
-        )
+        raise SetupError(f"INIT_FROM: {run.name} has another model or method: {found}. Use its settings")
     return replace(plan, init_from={"run": name, "run_id": stored.run_id, "step": last["step"]})

@@ -200,9 +200,8 @@ def overfitting(run: Run) -> Finding | None:
         return None
     step = evaluations[best][0]
     evidence = (
-        f"validation loss rose from {losses[best]:.3g} (step {step}) to {losses[-1]:.3g}, training loss fell from "
-        f"{training[best]:.3g} to {training[-1]:.3g}, the gap grew to {gap:.2g}; "
-        f"{'final/' if run.folder.state() == 'finished' else f'best-{step}/'} is the best step, {step}"
+        f"validation loss rose from {losses[best]:.3g} (step {step}, the best) to {losses[-1]:.3g}, training loss fell "
+        f"from {training[best]:.3g} to {training[-1]:.3g}, the gap grew to {gap:.2g}"
     )
     advice = [
         *_scale_learning_rate(run, 1 / 2),
@@ -260,10 +259,7 @@ def memory_growth(run: Run) -> Finding | None:
     steady = sum(after - before > 0.05 * growth for before, after in itertools.pairwise(parts)) >= 4
     if growth <= run.monitor.memory_growth * parts[0] or not steady:
         return None
-    evidence = (
-        f"{kind} memory grows steadily, from {parts[0] / GIB:.2f} to {parts[-1] / GIB:.2f} GiB "
-        f"({growth / parts[0]:.0%})"
-    )
+    evidence = f"{kind} memory grows steadily, from {parts[0] / GIB:.2f} to {parts[-1] / GIB:.2f} GiB"
     return Finding("memory_growth", "error", points[0][0], evidence)
 
 

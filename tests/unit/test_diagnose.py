@@ -324,7 +324,7 @@ def test_advised_learning_rate_loads_as_a_recipe(tmp_path):
 
 def test_overfitting_starts_at_the_best_step_which_is_kept(tmp_path):
     (finding,) = diagnose(memorizing(Simulated("8b")).write(tmp_path))
-    assert finding.step == 400 and "final/ is the best step" in finding.evidence
+    assert finding.step == 400 and "(step 400, the best)" in finding.evidence
 
 
 def test_thresholds_come_from_the_plan(tmp_path):
