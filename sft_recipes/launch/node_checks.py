@@ -135,8 +135,7 @@ def check_node(plan: Plan) -> Iterator[CheckResult]:
     ranks_here, gpus_here = plan.world_size // plan.nodes, plan.gpus // plan.nodes
     cores, all_cores = len(os.sched_getaffinity(0)), os.cpu_count() or 1
     if cores < min(ranks_here, all_cores):
-        detail = f"{cores} of {all_cores} cores for {ranks_here} ranks"
-        yield CheckResult("cores", "error", detail, "set SRUN_CPUS_PER_TASK to all cores of the node")
+        yield CheckResult("cores", "error", f"{cores} of {all_cores} for {ranks_here} ranks", "set SRUN_CPUS_PER_TASK")
     free = shutil.disk_usage("/tmp").free
     if free < _LEAST_TMP_BYTES:
         yield CheckResult("disk: /tmp", "error", f"{free / GIB:.2f} GiB free", "free at least 1 GiB")
@@ -152,8 +151,7 @@ def check_node(plan: Plan) -> Iterator[CheckResult]:
     if problem := gpu_problem(gpus_here):
         yield CheckResult(_CUDA, "error", *problem)
     if occupied := ", ".join(occupied_gpus(gpus)):
-        detail = f"in use on {occupied}"
-        yield CheckResult("GPU memory", "error", detail, "a process of an earlier job may still run there")
+        yield CheckResult("GPU memory", "error", f"in use on {occupied}", "a process of an earlier job may still run")
 
 
 def check_all_nodes(context: RunContext, name: str) -> int:

@@ -46,8 +46,7 @@ def text(run: Run, findings: Sequence[Finding]) -> list[str]:
         lines += ["", f"{finding.severity}: {finding.rule}{since}: {finding.evidence}"]
         lines += [f"     -> {step}" for step in finding.advice]
     if findings:
-        recipe = f"recipes/{run.plan.recipe}.yaml"
-        lines += ["", f'apply: in {recipe}, or as ARGS="key=value"; all rules: docs/troubleshooting.md']
+        lines += ["", f'apply: in recipes/{run.plan.recipe}.yaml, or as ARGS="key=value" (docs/troubleshooting.md)']
     lines += [f"Alerts during the run: {len(run.alerts)}, in {run.folder.warnings}"] if run.alerts else []
     lines.append(f"Checked: {', '.join(rule.name for rule in RULES if rule.has_data(run)) or 'none'}")
     skipped = ", ".join(f"{rule.name} ({' or '.join(rule.metrics)})" for rule in skipped_rules(run))

@@ -36,7 +36,7 @@ def check_path(path: Path) -> None:
         raise UserError(f"--plot: found {path}, expected a .png or .svg file in an existing directory")
 
 
-def plot(curves: Mapping[str, Sequence[float]], warmup_steps: int, peak: float, title: str, path: Path) -> None:
+def plot(curves: Mapping[str, Sequence[float]], title: str, path: Path) -> None:
     """Plot the learning rate of every step into a .png or .svg file.
 
     Args:
@@ -45,13 +45,10 @@ def plot(curves: Mapping[str, Sequence[float]], warmup_steps: int, peak: float, 
     """
     total = len(next(iter(curves.values())))
     with plots.drawing((10, 5)) as (canvas, axes):
-        if warmup_steps:
-            axes.axvspan(0, min(warmup_steps, total - 1), color="0.92", label=f"warm-up: {warmup_steps:,} steps")
-        axes.axhline(peak, color="0.6", linewidth=0.8, label="peak")
         for number, (name, rates) in enumerate(curves.items()):
             style = {"color": plots.COLORS[number % len(plots.COLORS)], "linestyle": _DASHES[number % len(_DASHES)]}
             axes.plot(rates, label=name, marker="o" if total <= 30 else None, **style)
-        axes.set(title=f"{title}: learning rate over {total:,} optimizer steps, peak {peak:g}", ylabel="learning rate")
+        axes.set(title=f"{title}: learning rate over {total:,} optimizer steps", ylabel="learning rate")
         axes.set_ylim(bottom=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
         canvas.legend(loc="outside right upper", frameon=False)

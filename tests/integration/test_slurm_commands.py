@@ -388,7 +388,7 @@ def test_node_check_failure_names_the_node_to_exclude(
     results = list(node_checks.check_node(plan))
     assert check_two_nodes(monkeypatch, plan, [], results) == 1
     printed = console.readouterr()
-    assert re.search("node2: error .*1 of 64 cores for 2 ranks.*SRUN_CPUS_PER_TASK", printed.out)
+    assert re.search("node2: error .*cores .*1 of 64 for 2 ranks.*SRUN_CPUS_PER_TASK", printed.out)
     assert re.search("node2: error .*disk: /tmp", printed.out)
     assert "node checks failed on node2. Exclude it: sbatch --exclude=node2" in printed.err
 

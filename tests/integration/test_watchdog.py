@@ -354,7 +354,9 @@ def test_run_with_ranks_of_earlier_attempt_is_not_started(tmp_path, monkeypatch)
             time.sleep(0.01)
         beat = Heartbeat(1, left.pid, 5, "step", 0)
         heartbeat.rank_file(folder.ranks, 1).write_bytes(heartbeat.encode(beat))
-        with pytest.raises(UserError, match=f"rank 1 .pid {left.pid}, state .. of an earlier attempt of run still runs"):
+        with pytest.raises(
+            UserError, match=f"rank 1 .pid {left.pid}, state .. of an earlier attempt of run still runs"
+        ):
             run_lock.lock(folder).__enter__()
     finally:
         left.kill()
