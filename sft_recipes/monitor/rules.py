@@ -185,9 +185,8 @@ def overfitting(run: Run) -> Finding | None:
     if len(losses) < 3 or len(trained) < 3:
         return None
     best = losses.index(min(losses))
-    after = losses[best + 1 :][-2:] or losses[-1:]
-    share = 0.02 if len(after) == 2 else 0.05  # more, if only one evaluation follows
-    if sum(after) / len(after) - losses[best] <= share * max(1, losses[best]):
+    rise = sum(losses[-2:]) / 2 - losses[best]  # half of it, if only one evaluation follows
+    if rise <= 0.02 * max(1, losses[best]):
         return None
     lines = min(max(len(trained) // len(losses), 3), 20)  # training lines between two evaluations
     ends = [max(bisect.bisect_right(points, (step, math.inf)), 1) for step, _ in evaluations]
