@@ -427,14 +427,6 @@ def test_size_class_must_match_architecture():
             sizes.size_class_of(dataclasses.replace(recipe, size=size))
 
 
-def test_missing_strategy_file_is_rejected(tmp_path, monkeypatch):
-    from sft_recipes.launch import command
-
-    monkeypatch.setattr(command, "REPOSITORY", tmp_path)
-    with pytest.raises(UserError, match="needs accelerate_configs/zero3.yaml: not found"):
-        command.accelerate_config(plan("70b", 32))
-
-
 def test_host_memory_is_limited_by_the_container(tmp_path, monkeypatch):
     """No file, as on bare machines; `max`, as in containers without a limit; a limit."""
     limit = tmp_path / "memory.max"
