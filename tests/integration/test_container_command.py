@@ -323,7 +323,7 @@ def test_smoke_test_mounts_nothing(machine):
     for variables in ({"gpus": ""}, {"VARIANT": "cpu"}):
         on_cpu = command(machine.run("smoke", DRY_RUN="1", **variables))
         assert on_cpu[-1] == "--cpu" and not values(on_cpu, "--gpus")
-    assert "expected docker or podman for smoke" in error_line(machine.run("smoke", RUNTIME="local"))
+    assert "expected docker or podman; pyxis" in error_line(machine.run("smoke", RUNTIME="local"))
 
 
 def test_inside_the_image_the_command_runs_directly(machine):
