@@ -19,6 +19,7 @@ from sft_recipes.runtime.heartbeat import STOP_SIGNALS, Failure, Heartbeat
 from sft_recipes.runtime.polling import wait_until
 from sft_recipes.runtime.run_dir import EXIT_ERROR, EXIT_STOPPED, EXIT_USER, RunDir
 
+ExitCodes = dict[int, int]  # by node
 _MAX_POLL_SECONDS = 1.0  # counted per poll: a machine that slept, or a paused container, did not observe a stall
 # In the errors of gloo, NCCL and torch's store after a peer is gone.
 _COLLECTIVE_ERRORS = r"(?i)gloo|nccl|connection|broken pipe|\bstore\b|DistBackend|DistNetwork|DistStore"
@@ -162,18 +163,13 @@ class Watchdog:
     """Polls the ranks of one launch on this node."""
 
     def __init__(
-        self,
-        run_dir: RunDir,
-        plan: Plan,
-        can_save: bool = True,
-        node: int = 0,
-        ended_nodes: Callable[[], dict[int, int]] = dict,
+        self, run_dir: RunDir, plan: Plan, can_save: bool = True, node: int = 0, ended: Callable[[], ExitCodes] = dict
     ):
         """
         Args:
             can_save: whether ranks save at a stop request; a sanity check is terminated instead.
             node: index of this host among the plan's nodes.
-            ended_nodes: returns the exit codes of the nodes that have ended.
+            ended: returns the exit codes of the nodes that have ended.
         """
         self.run_dir = run_dir
         self.limits = Limits(plan.sections.monitor.heartbeat_timeout_seconds, max_save_seconds(plan))
@@ -183,7 +179,7 @@ class Watchdog:
         self.ranks: dict[int, RankStatus] = {}
         self.stall: str | None = None
         self.waits_for_peer = self.peer_stopped = False
-        self._ended_nodes = ended_nodes
+        self._ended_nodes = ended
         self._several_nodes = plan.nodes > 1
         self._started: set[int] = set()
         self._missing_seconds = 0.0
