@@ -64,8 +64,8 @@ def add_to_summary(path: Path, values: dict[str, Any]) -> None:
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
-    """Append one JSON line; NaN and Infinity, which JSON lacks, are written as strings. On a full disk the line is lost,
-    with a warning: training continues, as after a failed save."""
+    """Append one JSON line; NaN and Infinity, which JSON lacks, are written as strings. On a full disk the line is
+    lost, with a warning: training continues, as after a failed save."""
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(f"{_to_json(line)}\n")
