@@ -113,7 +113,8 @@ def plateau(series: MetricSeries) -> str | None:
     else:
         unsure = 2 * math.sqrt(2) * stats.noise_of_median(losses, part)
         still = max(unsure, fall + unsure / 2) <= share
-    first = median(stats.values(points[:3]))
+    early = [loss for step, loss in points if step <= series.plan.warmup_steps / 2]
+    first = median(early if len(early) >= 3 else stats.values(points[:3]))
     learned = _fall(first, end) > 2 * share and end < _UNTRAINED_LOSS
     text = f"since warm-up the training loss fell by {fall:.1%}, from {begin:.3g} to {end:.3g}"
     return text if still and not learned else None
