@@ -552,7 +552,7 @@ def _schedules(parsed: argparse.Namespace) -> None:
     print(f"{plan.recipe}: {plan.lr_scheduler_type}, {total:,} optimizer steps{estimate}, {warmup:,} warm-up steps")
     print(lr_plot.table(curves, warmup))
     if parsed.plot:
-        lr_plot.plot(curves, warmup, plan.learning_rate, plan.recipe, Path(parsed.plot))
+        lr_plot.plot(curves, plan.recipe, Path(parsed.plot))
         log.info(f"plot       {parsed.plot}")
 
 

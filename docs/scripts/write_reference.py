@@ -70,11 +70,11 @@ def commands(parser: argparse.ArgumentParser) -> Iterator[str]:
             yield table(("argument", "meaning"), iter(rows))
 
 
-def attribute_docs(documented: type) -> dict[str, str]:
-    """Return the `Attributes:` entries of a class's docstring."""
+def attribute_docs(documented: object, heading: str = "Attributes") -> dict[str, str]:
+    """Return the entries under a heading of a docstring."""
     entries: dict[str, str] = {}
     name = ""
-    _, _, attributes = (inspect.getdoc(documented) or "").partition("Attributes:\n")
+    _, _, attributes = (inspect.getdoc(documented) or "").partition(f"{heading}:\n")
     for line in attributes.splitlines():
         if entry := re.fullmatch(r" {4}(\w+): (.*)", line):
             name = entry[1]
@@ -162,8 +162,7 @@ def strategy_rows() -> Iterator[tuple[str, ...]]:
 
 def exit_codes() -> Iterator[tuple[str, ...]]:
     """Yield the exit codes in order."""
-    for code, meaning in sorted(run_dir.EXIT_CODES.items()):
-        yield str(code), meaning
+    yield from attribute_docs(run_dir, "Exit codes").items()
 
 
 def run_files() -> Iterator[tuple[str, ...]]:

@@ -69,13 +69,11 @@ def open_prepared(run_dir: RunDir, placement: Placement, arguments: Sequence[str
 
     ours, attempt = wait_until_visible(is_ours, placement), read(run_dir)
     if not ours or (attempt.nodes, attempt.arguments) != (placement.nodes, tuple(arguments)):
-        found = f"prepared for attempt {attempt.id} on {attempt.nodes} nodes" if attempt.prepared else "not prepared"
-        if ours and attempt.nodes == placement.nodes:
-            found = f"prepared with other arguments ({shlex.join(attempt.arguments)})"
+        found = f"attempt {attempt.id} on {attempt.nodes} nodes with arguments {shlex.join(attempt.arguments)}"
         raise SetupError(
-            f"NAME: {run_dir.path} is {found}, as seen from {placement.name}: expected attempt {placement.attempt} on "
-            f"{placement.nodes} nodes. Run once, on a disk of all nodes: python -m sft_recipes prepare "
-            f"{shlex.join(arguments)}"
+            f"NAME: {run_dir.path} is {f'prepared for {found}' if attempt.prepared else 'not prepared'}, as seen from "
+            f"{placement.name}: expected attempt {placement.attempt} on {placement.nodes} nodes. Run once, on a disk "
+            f"of all nodes: python -m sft_recipes prepare {shlex.join(arguments)}"
         )
     paths = [Path(path) for key, path in read_json(run_dir.prepared).items() if key in ("folder", "model")]
     if not wait_until_visible(lambda: all(path.exists() for path in paths), placement):
@@ -109,9 +107,8 @@ def conclude(run_dir: RunDir, attempt: Attempt, code: int) -> int:
     if code in (0, EXIT_USER):
         manifest = read_json(run_dir.manifest)
         write_json(run_dir.manifest, {**manifest, _KEY: {**manifest[_KEY], "count": manifest[_KEY]["count"] - 1}})
-    elif code != EXIT_NO_PROGRESS and (error := no_progress_error(run_dir)):
-        log.error(error)
-        code = EXIT_NO_PROGRESS
+    else:
+        code = check_progress(run_dir) or code
     started = not run_dir.next_plan.exists()  # it became plan.json
     for file in (run_dir.attempt, run_dir.next_plan):
         file.unlink(missing_ok=True)
@@ -127,18 +124,16 @@ def conclude(run_dir: RunDir, attempt: Attempt, code: int) -> int:
     return code
 
 
-def no_progress_error(run_dir: RunDir) -> str | None:
-    """Error if the run has used all its attempts without progress, else None."""
+def check_progress(run_dir: RunDir) -> int:
+    """Return 0; or print the error and return exit code 4 if the run has used all its attempts without progress."""
     manifest, step = read_json(run_dir.manifest), run_dir.latest_complete()
     count = count_attempts(manifest.get(_KEY), step)
     if count < MAX_ATTEMPTS:
-        return None
-    starting_point = f"checkpoint-{step}" if step else "the start"
+        return 0
     last = str(manifest.get("error") or "all processes were killed, or stopped before a save")
     if diverged := manifest.get("diverged"):
-        rows = f", rows {', '.join(diverged['rows'])}" if diverged.get("rows") else ""
-        last = f"diverged at step {diverged['step']}{rows}"
-    return (
-        f"{run_dir.path}: {count} attempts without progress from {starting_point}; last error: {last}. "
-        f"Run `make diagnose RUN={run_dir.name}`, fix the cause, then resume with RESUME=1"
-    )
+        last = f"diverged at step {diverged['step']}, rows {', '.join(diverged.get('rows') or ['unknown'])}"
+    start = f"{run_dir.path}: {count} attempts without progress from {f'checkpoint-{step}' if step else 'the start'}"
+    fix = f"Run `make diagnose RUN={run_dir.name}`, fix the cause, then resume with RESUME=1"
+    log.error(f"{start}; last error: {last}. {fix}")
+    return EXIT_NO_PROGRESS

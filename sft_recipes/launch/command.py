@@ -8,7 +8,6 @@ import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -16,7 +15,6 @@ from sft_recipes.launch.placement import Placement
 from sft_recipes.planner.plan import Plan
 from sft_recipes.planner.save_time import grace_seconds
 from sft_recipes.runtime import env
-from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.paths import REPOSITORY
 from sft_recipes.runtime.run_dir import RunDir, read_json, runs_root, write_json
 
@@ -56,39 +54,24 @@ def allreduce_test(ranks: int, result: Path) -> list[str]:
     return [sys.executable, "-m", *run]
 
 
-def accelerate_config(plan: Plan) -> dict[str, Any]:
-    """Build the accelerate configuration: the file of the parallelism strategy with this plan's processes filled in.
-    Its DeepSpeed file is a path in the repository.
-
-    Raises:
-        SetupError: the file is missing or disagrees with its DeepSpeed file.
-    """
-    source = REPOSITORY / "accelerate_configs" / f"{accelerate_config_name(plan)}.yaml"
-    if not source.is_file():
-        raise SetupError(f"parallelism: {plan.parallelism} needs accelerate_configs/{source.name}: not found")
-    config = yaml.safe_load(source.read_text(encoding="utf-8"))
-    if "deepspeed_config" in config:
-        file = REPOSITORY / config["deepspeed_config"]["deepspeed_config_file"]
-        config["deepspeed_config"]["deepspeed_config_file"] = str(file)
-        if not plan.uses_gpu:
-            config["use_cpu"] = True  # with ACCELERATE_USE_CPU instead, a DeepSpeed file silently becomes DDP
-    config.update(num_machines=plan.nodes, num_processes=plan.world_size)
-    return dict(config)
-
-
 def accelerate_config_name(plan: Plan) -> str:
     """Name of the plan's file in accelerate_configs/."""
     return "cpu" if not plan.uses_gpu and plan.strategy.ddp else plan.parallelism
 
 
 def write_accelerate_config(plan: Plan, run_dir: RunDir) -> None:
-    """Write the accelerate configuration to the run directory, with DeepSpeed's, which gets the plan's sizes."""
-    config = accelerate_config(plan)
+    """Write the accelerate configuration of the plan's processes to the run directory: the file of the parallelism
+    strategy; with DeepSpeed's, which gets the plan's sizes."""
+    source = REPOSITORY / "accelerate_configs" / f"{accelerate_config_name(plan)}.yaml"
+    config = yaml.safe_load(source.read_text(encoding="utf-8"))
     if deepspeed := config.get("deepspeed_config"):
-        values = read_json(Path(deepspeed["deepspeed_config_file"]))
+        values = read_json(REPOSITORY / deepspeed["deepspeed_config_file"])
         values["zero_optimization"] |= plan.zero3_sizes
         write_json(run_dir.deepspeed_config, values)
         deepspeed["deepspeed_config_file"] = str(run_dir.deepspeed_config)
+        if not plan.uses_gpu:
+            config["use_cpu"] = True  # with ACCELERATE_USE_CPU instead, a DeepSpeed file silently becomes DDP
+    config.update(num_machines=plan.nodes, num_processes=plan.world_size)
     run_dir.accelerate_config.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 
@@ -106,7 +89,7 @@ def environment(plan: Plan, inherited: Mapping[str, str]) -> dict[str, str]:
     # later: it only handles those of a closed terminal, with the time that a save needs.
     chosen["PET_SHUTDOWN_TIMEOUT"] = str(grace_seconds(plan))
     chosen["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
-    if sys.platform.startswith("linux") and plan.nodes == 1:
+    if plan.nodes == 1:
         chosen.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine needs no other interface, nor its host name
         chosen.setdefault("NCCL_SOCKET_IFNAME", "lo")
     if plan.uses_gpu and "PYTORCH_CUDA_ALLOC_CONF" not in inherited:

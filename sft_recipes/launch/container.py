@@ -70,10 +70,8 @@ def _select_runtime(command: str) -> str:
     if requested in ("pyxis", "apptainer") and command not in _GPU_COMMANDS:
         return "local"  # the runtime of jobs, in a shell that has read slurm/cluster.env
     if requested not in ("", "local", "docker", "podman") or (requested == "local" and required):
-        raise SetupError(
-            f"RUNTIME: found {requested!r}, expected {'' if required else 'local, '}docker or podman for {command}. "
-            f"Set one of them; pyxis and apptainer are for jobs (sbatch slurm/RECIPE.sh)"
-        )
+        expected = f"{'' if required else 'local, '}docker or podman"
+        raise SetupError(f"RUNTIME: found {requested!r}, expected {expected}; pyxis and apptainer are for jobs")
     requests_gpus = os.environ.get("GPUS", "") not in ("", "0")
     if requested == "local" or not (requested or required or (requests_gpus and _visible_gpus())):
         return "local"
@@ -113,10 +111,8 @@ def _run_command(runtime: str, command: str, arguments: list[str]) -> list[str]:
     variant, image = _image("cuda" if _visible_gpus() else "cpu")
     image_id = _output([runtime, "image", "inspect", "--format", "{{.Id}}", image])
     if image_id is None:
-        raise SetupError(
-            f"IMAGE: {runtime} has no image {image}. Build it with `make image VARIANT={variant}`, pull it with "
-            f"`{runtime} pull`, set IMAGE to another, or set RUNTIME=local"
-        )
+        fix = f"Build it with `make image VARIANT={variant}`, pull it, or set RUNTIME=local"
+        raise SetupError(f"IMAGE: {runtime} has no image {image}. {fix}")
     on_cpu = command not in _GPU_COMMANDS or (command == "smoke" and (variant == "cpu" or "--cpu" in arguments))
     count, visible = os.environ.get("GPUS", ""), [] if on_cpu else _visible_gpus()
     gpus = visible[: int(count)] if re.fullmatch(r"[0-9]+", count) else visible  # the command reports too few

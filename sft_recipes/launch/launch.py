@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from sft_recipes.launch import attempts, command, node_checks, process_group, ranks, run_lock, sanity_check
 from sft_recipes.launch.attempts import Attempt
@@ -28,25 +27,13 @@ from sft_recipes.planner import render
 from sft_recipes.planner.plan import Plan, Prepared
 from sft_recipes.runtime import env as variables
 from sft_recipes.runtime.errors import SetupError, UserError
-from sft_recipes.runtime.run_dir import (
-    EXIT_ERROR,
-    EXIT_NO_PROGRESS,
-    EXIT_STOPPED,
-    EXIT_USER,
-    RunDir,
-    read_json,
-    write_json,
-)
+from sft_recipes.runtime.run_dir import EXIT_ERROR, EXIT_STOPPED, EXIT_USER, RunDir, read_json, write_json
 
 log = logging.getLogger(__name__)
 
 
 def start_run(
-    request: RunRequest,
-    placement: Placement | None,
-    trains: bool,
-    resolve: Callable[[], Resolved],
-    dry_run: bool,
+    request: RunRequest, placement: Placement | None, trains: bool, resolve: Callable[[], Resolved], dry_run: bool
 ) -> int:
     """Select a run and prepare its attempt, and train it here unless it has several nodes; return the exit code.
 
@@ -69,8 +56,6 @@ def start_run(
         plan = resolved.plan
         start = select(plan, replace(request, replan=resolved.replan), run_lock.locked_runs())
         run_dir = start.run_dir
-        for note in start.notes:
-            log.info(note)
         if (code := _finished(run_dir)) is not None:
             return code
         if dry_run:
@@ -87,7 +72,8 @@ def start_run(
             code = node_checks.check_all_nodes(context, in_job.name) if in_job else 0
             code = code or _run_attempt(context, attempt, trains, request.resume)
             if in_job and run_dir.path.is_dir():
-                write_record(run_dir.path, in_job, code, stop_request.signals)
+                in_job.records = record_folder(run_dir.path, in_job.attempt)
+                write_record(in_job, code, stop_request.signals)
     if not trains and not code and not placement:
         log.info(f"prepared {run_dir.path}: start the same command with `train` on each of {plan.nodes} nodes")
     return code
@@ -111,9 +97,8 @@ def _run_attempt(context: RunContext, attempt: Attempt, trains: bool, explicit_r
         SetupError: the prepared data does not suit the plan, or differs from the data of the run's earlier attempts.
     """
     run_dir = context.run_dir
-    if not explicit_resume and (error := attempts.no_progress_error(run_dir)):
-        log.error(error)
-        return EXIT_NO_PROGRESS
+    if not explicit_resume and (code := attempts.check_progress(run_dir)):
+        return code
     attempts.record_attempt(run_dir)
     attempts.write(run_dir, attempt)
     try:
@@ -155,17 +140,17 @@ def train_node(name: str, placement: Placement, suggest_cheaper: Callable[[Plan]
     run_dir = RunDir.named(name)
     if not placement.is_first:
         logging.getLogger("sft_recipes").setLevel(logging.ERROR)  # node 0 prints what is the same on all nodes
+    placement.records = record_folder(run_dir.path, placement.attempt)
     if (code := _finished(run_dir)) is not None:
-        write_record(run_dir.path, placement, code, [])
+        write_record(placement, code, [])
         return code
     attempt, code, error, lost_peer, arguments = None, EXIT_ERROR, None, False, sys.argv[2:]
-    placement.records = record_folder(run_dir.path, placement.attempt)
     with handle_stop_signals() as stop_request, contextlib.ExitStack() as lock:
         try:
             _, plan = attempts.open_prepared(run_dir, placement, arguments)
             lock.enter_context(run_lock.lock(run_dir, shared=True, writes_holder=placement.is_first))
             attempt, plan = attempts.open_prepared(run_dir, placement, arguments)  # not that of a later attempt
-            context = RunContext(run_dir, plan, stop_request, lambda: suggest_cheaper(plan), placement, run_dir.path)
+            context = RunContext(run_dir, plan, stop_request, lambda: suggest_cheaper(plan), placement)
             code = node_checks.check_all_nodes(context, placement.name) or train_run(context, attempt)
         except UserError as wrong:
             code, error = EXIT_USER, str(wrong)
@@ -180,7 +165,7 @@ def train_node(name: str, placement: Placement, suggest_cheaper: Callable[[Plan]
             if attempt and placement.is_first:
                 code = attempts.conclude(run_dir, attempt, code)
             if run_dir.path.is_dir():
-                write_record(run_dir.path, placement, code, stop_request.signals, error, lost_peer)
+                write_record(placement, code, stop_request.signals, error, lost_peer)
     return code
 
 
@@ -203,8 +188,6 @@ def train_run(context: RunContext, attempt: Attempt) -> int:
     if not context.is_first_node:
         return result.code or int(read_json(run_dir.outcome).get("exit_code", 0))
     code, error = _read_outcome(run_dir, result)
-    if error and code != EXIT_USER and (no_progress := attempts.no_progress_error(run_dir)):
-        code, error = EXIT_NO_PROGRESS, no_progress
     if error:
         log.error(error)
     if read_json(run_dir.outcome).get("out_of_memory"):
@@ -217,16 +200,13 @@ def train_run(context: RunContext, attempt: Attempt) -> int:
 def _check_sanity(context: RunContext, attempt: Attempt) -> int:
     """Run the sanity check unless a result is cached, and record the result's path in the run directory."""
     cached = sanity_check.cached_result(context.plan)
-    result: dict[str, Any] = {"skipped": True}
-    if not variables.sanity_is_skipped():
-        result = {"result": str(cached)}
-        if not attempt.sanity_cached:
-            if code := sanity_check.run(context, context.run_dir.prepared):
-                return code
-        elif context.is_first_node:
-            log.info("sanity check passed (cached: %s)", cached)
+    skipped = variables.sanity_is_skipped()
+    if not skipped and not attempt.sanity_cached and (code := sanity_check.run(context, context.run_dir.prepared)):
+        return code
     if context.is_first_node:
-        write_json(context.run_dir.sanity, result)
+        write_json(context.run_dir.sanity, {"skipped": True} if skipped else {"result": str(cached)})
+        if attempt.sanity_cached and not skipped:
+            log.info("sanity check passed (cached: %s)", cached)
     return 0
 
 
@@ -243,9 +223,8 @@ def run_sanity_check(plan: Plan, suggest_cheaper: Callable[[], list[str]]) -> in
         plans.write(plan, run_dir.plan)
         if code := prepare_data(context, run_dir.plan):
             return code
-        return sanity_check.run(
-            context.within(run_dir, _settle(plan, None, read_json(run_dir.prepared))), run_dir.prepared
-        )
+        settled = context.within(run_dir, _settle(plan, None, read_json(run_dir.prepared)))
+        return sanity_check.run(settled, run_dir.prepared)
 
 
 def prepare_data(context: RunContext, plan_file: Path) -> int:
@@ -262,21 +241,18 @@ def prepare_data(context: RunContext, plan_file: Path) -> int:
 
 def _start_message(run_dir: RunDir, attempt: Attempt, plan: Plan) -> str:
     step = run_dir.latest_complete()
-    action = "resuming" if attempt.resumes else "starting"
-    checkpoint = f" from checkpoint-{step}" if step else ""
-    return (
-        f"{action} {run_dir.path}{checkpoint}: {plan.optimizer_steps} optimizer steps, effective batch "
-        f"{plan.effective_batch_size}, {render.describe_ranks(plan)}; {plan.dropped_rows_per_epoch} of {plan.rows} "
-        f"rows dropped per epoch (drop_last, reshuffled each epoch)"
-    )
+    start = f"{'resuming' if attempt.resumes else 'starting'} {run_dir.path}"
+    start += f" from checkpoint-{step}" if step else ""
+    batch = f"effective batch {plan.effective_batch_size}, {render.describe_ranks(plan)}"
+    dropped = f"{plan.dropped_rows_per_epoch} of {plan.rows} rows dropped per epoch (drop_last, reshuffled each epoch)"
+    return f"{start}: {plan.optimizer_steps} optimizer steps, {batch}; {dropped}"
 
 
 def _settle(plan: Plan, stored: Plan | None, prepared: dict[str, object]) -> Plan:
     settled = plans.with_prepared_data(plan, Prepared(**prepared))  # type: ignore[arg-type]
-    if stored is not None and "data_fingerprint" not in plan.allowed_changes:
-        change = plans.find_differences(stored, settled).get("data_fingerprint")
-        if change:
-            raise SetupError(f"{data_changed_message(plan, *change)}, or set ALLOW_CHANGE=data_fingerprint or NAME=…")
+    change = plans.find_differences(stored, settled).get("data_fingerprint") if stored else None
+    if change and "data_fingerprint" not in plan.allowed_changes:
+        raise SetupError(f"{data_changed_message(plan, *change)}, or set ALLOW_CHANGE=data_fingerprint or NAME=…")
     return settled
 
 
@@ -296,11 +272,10 @@ def _read_outcome(run_dir: RunDir, result: LaunchResult) -> tuple[int, str | Non
         write_json(run_dir.manifest, {**manifest, "state": "stopped", "exit_code": EXIT_STOPPED})
         log.info("stopped before a new checkpoint was complete; %s", run_dir.describe_restart())
         return EXIT_STOPPED, result.error
-    error = result.error or f"the ranks recorded no outcome (exit code of their launcher: {result.code})"
+    code, error = result.code or EXIT_ERROR, result.error or "the ranks recorded no outcome"
     if run_dir.stack_traces.is_dir():
         error += f"; stack traces: {run_dir.stack_traces}"
-    code = EXIT_USER if result.user_error else EXIT_ERROR
     write_json(run_dir.manifest, {**manifest, "state": "failed", "exit_code": code, "error": error})
-    if result.user_error:
+    if code == EXIT_USER:
         return code, error
     return code, f"{run_dir.path}: {error}. See the log above and in {run_dir.log}; {run_dir.describe_restart()}"

@@ -23,7 +23,6 @@ _PASSED = re.compile(
     r"OMP_NUM_THREADS|REPORT_TO|SANITY|GPU_HOUR_PRICE|ALLOW_SOCKETS|NO_COLOR|TERM|(https?|all|no)_proxy|"
     r"(HTTPS?|ALL|NO)_PROXY|SSL_CERT_FILE|SSL_CERT_DIR|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE"
 )
-_PATH_VARIABLE = re.compile(r"_(HOME|CACHE|DIR|DIRECTORY|PATH|FILE|BUNDLE)$")  # of those passed: mounted too
 # A mount over one of these would hide the image's own files, or share the host's /tmp.
 _IMAGE_FOLDERS = {Path(path) for path in ("/", "/bin", "/dev", "/etc", "/lib", "/opt", "/proc", "/sys", "/tmp", "/usr")}
 
@@ -48,32 +47,23 @@ def volumes(arguments: list[str], create: bool) -> list[str]:
     Raises:
         SetupError: a folder is missing, cannot be created, or would hide files of the image.
     """
-    caches = (runs_folder(), hf_home(), hub_cache())
-    paths = [(REPOSITORY, "ro"), *((path, "ro") for path in _named_paths(arguments))]
-    for part in filter(None, os.environ.get("MOUNTS", "").split(":")):
-        paths.append((_existing("MOUNTS", part), "ro"))
-    for name in filter(_PATH_VARIABLE.search, passed_variables()):
-        if absolute(os.environ[name]) not in caches:
-            path = _existing(name, os.environ[name])
-            paths.append((path, "rw" if path.is_dir() and not name.startswith("SSL_") else "ro"))
-    for folder in caches:
-        paths.append((folder, "rw"))
-        try:
-            if create:
-                folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SetupError(
-                f"RUNS_DIR, HF_HOME: cannot create {folder} ({error.strerror}). Set another one"
-            ) from error
+    mounted = [absolute(part) for part in filter(None, os.environ.get("MOUNTS", "").split(":"))]
+    if missing := [path for path in mounted if not _exists(path)]:
+        raise SetupError(f"MOUNTS: file or folder not found: {missing[0]}. Create it, or leave it out")
+    writable = [runs_folder(), hf_home(), hub_cache()]
+    try:
+        for folder in writable if create else ():
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SetupError(f"RUNS_DIR, HF_HOME: cannot create {folder} ({error.strerror}). Set another one") from error
     if arguments and _exists(run := runs_folder() / arguments[0]):
-        paths.append((run, "rw"))  # a run elsewhere, or a link
-    modes: dict[Path, str] = {}
-    for path, mode in sorted(paths, key=lambda entry: entry[1]):  # writable ones replace read-only ones
-        modes[path] = modes[path.resolve()] = mode
+        writable.append(run)  # a run elsewhere, or a link
+    read_only = [REPOSITORY, *_named_paths(arguments), *mounted]
+    modes = {path: "ro" for named in read_only for path in (named, named.resolve())}
+    modes |= {path: "rw" for named in writable for path in (named, named.resolve())}
     for path in modes:
         if path in _IMAGE_FOLDERS or ":" in str(path):
-            reason = "a path with a colon cannot be mounted" if ":" in str(path) else "the image has its own"
-            raise SetupError(f"{path}: {reason}. Use another folder, or set RUNTIME=local")
+            raise SetupError(f"{path}: cannot be mounted: the image has its own, or it has a colon. Use another folder")
     outer = {path: next((modes[parent] for parent in path.parents if parent in modes), None) for path in modes}
     return [f"{path}:{path}:{mode}" for path, mode in sorted(modes.items()) if outer[path] not in (mode, "rw")]
 
@@ -85,13 +75,6 @@ def _named_paths(arguments: list[str]) -> Iterator[Path]:
             path = absolute(part.strip(" '\""), REPOSITORY)
             if _exists(path) and path not in _IMAGE_FOLDERS:
                 yield path
-
-
-def _existing(variable: str, value: str) -> Path:
-    path = absolute(value)
-    if not _exists(path):
-        raise SetupError(f"{variable}: file or folder not found: {path}. Create it, or unset {variable}")
-    return path
 
 
 def _exists(path: Path) -> bool:

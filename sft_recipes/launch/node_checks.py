@@ -63,31 +63,18 @@ def all_reduce(measured: dict[str, Any], gpus: int, sockets_allowed: bool = Fals
         measured: the report of `tools/allreduce_bench.py` and its `transports`, or an `error`.
     """
     if "error" in measured:
-        return CheckResult(
-            "all-reduce", "error", measured["error"], "set NCCL_DEBUG=INFO" if gpus else "run make setup"
-        )
+        fix = "set NCCL_DEBUG=INFO" if gpus else "run make setup"
+        return CheckResult("all-reduce", "error", measured["error"], fix)
     if not measured["correct"]:
         return CheckResult("all-reduce", "error", "the sum over the ranks is wrong", "do not train on this machine")
-    speed = f"{measured['bytes_per_second'] / 1e9:.1f} GB/s over {measured['ranks']} ranks ({measured['backend']})"
-    transports = measured["transports"]
-    if not gpus:
-        return CheckResult("all-reduce", "ok", speed)
-    if measured["ranks"] == 1:
-        return CheckResult("all-reduce", "ok", "one GPU: not needed")
-    detail = f"{speed}, {' and '.join(transports) or 'transport not in the NCCL log'}"
-    if "TCP sockets" in transports and not sockets_allowed:
+    detail = f"{measured['bytes_per_second'] / 1e9:.1f} GB/s over {measured['ranks']} ranks ({measured['backend']})"
+    if not gpus or measured["ranks"] == 1:
+        return CheckResult("all-reduce", "ok", detail)
+    detail += f", {' and '.join(measured['transports']) or 'transport not in the NCCL log'}"
+    if "TCP sockets" in measured["transports"] and not sockets_allowed:
         fix = "within a node check /dev/shm and NCCL_P2P_DISABLE, between nodes ibv_devinfo; or set ALLOW_SOCKETS=1"
         return CheckResult("all-reduce", "error", detail, fix)
-    if "shared memory" in transports:
-        return CheckResult("all-reduce", "warning", detail, "no peer-to-peer access: see nvidia-smi topo -m")
-    if not transports:
-        return CheckResult("all-reduce", "warning", detail, "set NCCL_DEBUG=INFO")
     return CheckResult("all-reduce", "ok", detail)
-
-
-def find_transports(log: str) -> list[str]:
-    """Return the transports that NCCL selected, from its log at NCCL_DEBUG=INFO (lines `Channel … via …`)."""
-    return [transport for transport, pattern in _TRANSPORTS.items() if re.search(pattern, log)]
 
 
 def nccl_log_variables(folder: str) -> dict[str, str]:
@@ -96,8 +83,9 @@ def nccl_log_variables(folder: str) -> dict[str, str]:
 
 
 def read_transports(folder: str) -> list[str]:
-    """Return the transports that NCCL selected, from its log in a folder."""
-    return find_transports("\n".join(file.read_text(errors="replace") for file in Path(folder).glob("nccl-*")))
+    """Return the transports that NCCL selected, from its log in a folder (lines `Channel … via …`)."""
+    log = "\n".join(file.read_text(errors="replace") for file in Path(folder).glob("nccl-*"))
+    return [transport for transport, pattern in _TRANSPORTS.items() if re.search(pattern, log)]
 
 
 def check_gpus(plan: Plan) -> None:
@@ -147,8 +135,7 @@ def check_node(plan: Plan) -> Iterator[CheckResult]:
     ranks_here, gpus_here = plan.world_size // plan.nodes, plan.gpus // plan.nodes
     cores, all_cores = len(os.sched_getaffinity(0)), os.cpu_count() or 1
     if cores < min(ranks_here, all_cores):
-        detail = f"{cores} of {all_cores} cores for {ranks_here} ranks"
-        yield CheckResult("cores", "error", detail, "set SRUN_CPUS_PER_TASK to all cores of the node")
+        yield CheckResult("cores", "error", f"{cores} of {all_cores} for {ranks_here} ranks", "set SRUN_CPUS_PER_TASK")
     free = shutil.disk_usage("/tmp").free
     if free < _LEAST_TMP_BYTES:
         yield CheckResult("disk: /tmp", "error", f"{free / GIB:.2f} GiB free", "free at least 1 GiB")
@@ -164,8 +151,7 @@ def check_node(plan: Plan) -> Iterator[CheckResult]:
     if problem := gpu_problem(gpus_here):
         yield CheckResult(_CUDA, "error", *problem)
     if occupied := ", ".join(occupied_gpus(gpus)):
-        detail = f"in use on {occupied}"
-        yield CheckResult("GPU memory", "error", detail, "a process of an earlier job may still run there")
+        yield CheckResult("GPU memory", "error", f"in use on {occupied}", "a process of an earlier job may still run")
 
 
 def check_all_nodes(context: RunContext, name: str) -> int:
@@ -215,12 +201,13 @@ def _check_all_reduce(context: RunContext) -> int:
     code = ended.code
     if ended.error:
         log.error(f"all-reduce test: {ended.error}. See the logs of the nodes")
-    elif context.is_first_node and not code:
+        return code
+    if context.is_first_node and not code:
         measured = {**read_json(result_file), "transports": transports}
         result_file.unlink()
         result = all_reduce(measured, context.plan.gpus, bool(os.environ.get("ALLOW_SOCKETS")))
         log.info(str(result))
-        code = EXIT_ERROR if result.status == "error" else 0
-        if code:
+        if result.status == "error":
+            code = EXIT_ERROR
             log.error(f"all-reduce: {result.detail}. {result.fix}")
-    return code if ended.error else context.agree(code)
+    return context.agree(code)

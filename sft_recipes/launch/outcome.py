@@ -61,23 +61,23 @@ def record_folder(run: Path, attempt: str) -> Path:
 
 
 def write_record(
-    run: Path, place: Placement, code: int, signals: Sequence[int], error: str | None = None, lost_peer: bool = False
+    place: Placement, code: int, signals: Sequence[int], error: str | None = None, lost_peer: bool = False
 ) -> ExitRecord:
-    """Write and return the record of this node's launcher; its first cause is kept."""
+    """Write and return the record of this node's launcher, in `place.records`; its first cause is kept."""
+    assert place.records is not None
     record = ExitRecord(place.rank, place.name, code, error, lost_peer, signal.SIGTERM in signals)
-    earlier = next((one for one in read_records(run, place.attempt) if one.node == place.rank), None)
+    earlier = next((one for one in read_records(place.records) if one.node == place.rank), None)
     if earlier and earlier.error:
         record = replace(earlier, code=record.code or earlier.code, terminated=record.terminated)
-    records = record_folder(run, place.attempt)
-    records.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_json(records / f"node-{record.node}.json", asdict(record))
+    place.records.mkdir(parents=True, exist_ok=True, mode=0o700)
+    write_json(place.records / f"node-{record.node}.json", asdict(record))
     return record
 
 
-def read_records(run: Path, attempt: str) -> list[ExitRecord]:
+def read_records(folder: Path) -> list[ExitRecord]:
     """Return the records of an attempt, by node."""
     found = []
-    for file in record_folder(run, attempt).glob("node-*.json"):
+    for file in folder.glob("node-*.json"):
         with contextlib.suppress(OSError, ValueError):  # a stale name on NFS
             found.append(ExitRecord(**json.loads(file.read_text(encoding="utf-8"))))
     return sorted(found, key=lambda record: record.node)
@@ -138,7 +138,7 @@ def main(recipe: str, run: str, nodes: str, status: str, *events: str) -> int:
     """
     variables = os.environ
     job, start = variables["SLURM_JOB_ID"], variables.get("SLURM_RESTART_COUNT") or "0"
-    records = read_records(Path(run), f"{job}-{start}")
+    records = read_records(record_folder(Path(run), f"{job}-{start}"))
     lost_nodes = functools.partial(slurm.wait_for_lost_nodes, variables["SLURM_JOB_NODELIST"])
     outcome = decide(records, int(nodes), int(status), bool(events), lost_nodes)
     if outcome.error:

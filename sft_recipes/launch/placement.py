@@ -40,7 +40,7 @@ class Placement:
         gpus_per_node: None if the scheduler does not tell.
         address: address of node 0.
         port: next port on node 0; each program of the ranks and each exchange uses another one, in the same order.
-        records: folder of the attempt's exit records: a node that has one is not waited for.
+        records: folder of the attempt's exit records, None without a run: a node that has one is not waited for.
     """
 
     nodes: int
@@ -50,7 +50,7 @@ class Placement:
     gpus_per_node: int | None
     address: str
     port: int
-    records: Path = Path(os.devnull)
+    records: Path | None = None
 
     @property
     def is_first(self) -> bool:
@@ -72,7 +72,8 @@ class Placement:
         with tempfile.TemporaryDirectory(prefix="sft-") as folder:
             file = Path(folder) / "values.json"
             file.write_text(json.dumps(value), encoding="utf-8")
-            place = (self.address, self.next_port(), self.nodes, self.rank, timeouts.NODES_MEET, self.records)
+            records = self.records or os.devnull
+            place = (self.address, self.next_port(), self.nodes, self.rank, timeouts.NODES_MEET, records)
             command = [sys.executable, "-m", "sft_recipes.tools.node_exchange", str(file), *map(str, place)]
             environment = env.with_repository(os.environ)
             environment["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # it warns of addresses without a name
@@ -81,17 +82,14 @@ class Placement:
                 raise StoppedError
             result = {} if code else json.loads(file.read_text(encoding="utf-8"))
         if "values" not in result:
-            if wait_until(self._has_stopped_node, timeouts.EXIT_RECORD, 0.2):
+            if wait_until(lambda: EXIT_STOPPED in self.ended_nodes().values(), timeouts.EXIT_RECORD, 0.2):
                 raise StoppedError
             raise NodeMissingError(result.get("error", f"exchange with the other nodes: exit code {code}"))
         return list(result["values"])
 
-    def _has_stopped_node(self) -> bool:
-        return EXIT_STOPPED in self.ended_nodes().values()
-
     def ended_nodes(self) -> dict[int, int]:
         """Return the exit codes of the other nodes that have ended."""
-        records = filter(None, map(read_json, self.records.glob("node-*.json")))
+        records = filter(None, map(read_json, self.records.glob("node-*.json") if self.records else ()))
         return {record["node"]: record["code"] for record in records if record["node"] != self.rank}
 
     def agree(self, code: int, stop_request: StopRequest) -> int:

@@ -11,7 +11,6 @@ import struct
 from collections.abc import Mapping
 
 from sft_recipes.launch import command, outcome, process_group
-from sft_recipes.launch.placement import Placement
 from sft_recipes.launch.run_context import RunContext
 from sft_recipes.launch.watchdog import LaunchResult, Watchdog
 from sft_recipes.runtime import timeouts
@@ -37,7 +36,10 @@ def run_ranks(
     node, ended_nodes = (placement.rank, placement.ended_nodes) if placement else (0, dict)
     watchdog = Watchdog(run_dir, plan, can_save, node, ended_nodes)
     arguments = command.launch(plan, run_dir, program, placement)
-    environment = {**_gloo_interface(placement), **command.environment(plan, os.environ), **(variables or {})}
+    # gloo's default interface is that of the host's own name, which on many machines is loopback.
+    interface = interface_towards(placement.address) if placement else None
+    gloo = {"GLOO_SOCKET_IFNAME": interface} if interface else {}
+    environment = {**gloo, **command.environment(plan, os.environ), **(variables or {})}
     ended = process_group.run_ranks(arguments, environment, context.stop_request, watchdog)
     return report(context, ended)
 
@@ -45,28 +47,22 @@ def run_ranks(
 def report(context: RunContext, ended: LaunchResult) -> LaunchResult:
     """Record why this node's ranks failed, and return the cause of all nodes. Ranks that only lost others are a
     consequence: wait for the record of another node, whose launcher a scheduler may kill once this one exits."""
-    place, run = context.placement, context.recorded
-    if place is None or run is None or ended.code in (0, EXIT_STOPPED):
+    place = context.placement
+    if place is None or place.records is None or ended.code in (0, EXIT_STOPPED):
         return ended
+    records = place.records
     if not ended.error:  # their launcher failed, for example at the rendezvous
         ended = LaunchResult(ended.code, f"ranks on {place.name}: exit code {ended.code}", lost_peer=True)
     if not place.is_first:
         log.error(ended.error)
-    own = outcome.write_record(run, place, ended.code, [], ended.error, ended.lost_peer)
+    own = outcome.write_record(place, ended.code, [], ended.error, ended.lost_peer)
 
     def has_cause() -> bool:
-        return any(record.error and not record.lost_peer for record in outcome.read_records(run, place.attempt))
+        return any(record.error and not record.lost_peer for record in outcome.read_records(records))
 
     wait_until(has_cause, timeouts.NODE_REPORT, 0.2)
-    first = outcome.first_failure(outcome.read_records(run, place.attempt)) or own
+    first = outcome.first_failure(outcome.read_records(records)) or own
     return LaunchResult(first.code, first.error, first.lost_peer)
-
-
-def _gloo_interface(placement: Placement | None) -> dict[str, str]:
-    """Network interface for gloo, unless the user set one: its default is that of the host's own name, which on many
-    machines is loopback."""
-    name = interface_towards(placement.address) if placement else None
-    return {"GLOO_SOCKET_IFNAME": name} if name else {}
 
 
 def interface_towards(address: str) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from sft_recipes.launch.placement import Placement
 from sft_recipes.launch.stop_request import StopRequest
@@ -20,7 +19,6 @@ class RunContext:
         run_dir: run directory, or that of a sanity check or a replay.
         suggest_cheaper: returns the cheapest changes that need less memory, as `key=value`.
         placement: this node's place; None on one machine.
-        recorded: run directory to which this node writes its exit record; set with the placement.
     """
 
     run_dir: RunDir
@@ -28,7 +26,6 @@ class RunContext:
     stop_request: StopRequest
     suggest_cheaper: Callable[[], list[str]] = list
     placement: Placement | None = None
-    recorded: Path | None = None
 
     @property
     def is_first_node(self) -> bool:

@@ -37,17 +37,12 @@ def lock(run_dir: RunDir, shared: bool = False, writes_holder: bool = True) -> I
     try:
         run_dir.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         file = run_dir.lock.open("a+", encoding="utf-8")
-    except OSError as error:
-        raise SetupError(f"NAME: {run_dir.path} is not writable ({error.strerror}). Set another RUNS_DIR") from error
+        # A process that only checks whether it is held has it for a moment.
+        acquired = wait_until(lambda: _acquire(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX), 0.25, 0.05)
+    except OSError as error:  # Lustre has file locks if mounted with -o flock
+        reason = f"is not writable, or has no file locks ({error.strerror})"
+        raise SetupError(f"NAME: {run_dir.path} {reason}. Set another RUNS_DIR") from error
     with file:
-        try:
-            # A process that only checks whether it is held has it for a moment.
-            acquired = wait_until(lambda: _acquire(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX), 0.25, 0.05)
-        except OSError as error:
-            raise SetupError(
-                f"RUNS_DIR: {run_dir.path} is on a file system without file locks ({error.strerror}), so two processes "
-                f"could write to one run. Mount it with locks (Lustre: -o flock), or set another RUNS_DIR"
-            ) from error
         if not acquired:
             raise SetupError(f"NAME: {run_dir.name} is in use by {holder(run_dir) or _ANOTHER}. Wait for it")
         if writes_holder:
@@ -57,10 +52,8 @@ def lock(run_dir: RunDir, shared: bool = False, writes_holder: bool = True) -> I
         # The kernel kills the ranks of a killed launcher: two ranks must never write the same checkpoint.
         wait_until(lambda: not _earlier_ranks(run_dir), timeouts.EARLIER_RANKS_EXIT)
         for rank in _earlier_ranks(run_dir):
-            raise SetupError(
-                f"NAME: rank {rank.rank} of an earlier attempt of {run_dir.name} still runs (pid {rank.pid}, state "
-                f"{heartbeat.process_state(rank.pid)}). Kill it, or reboot the machine, and run the same command again"
-            )
+            process = f"rank {rank.rank} (pid {rank.pid}, state {heartbeat.process_state(rank.pid)})"
+            raise SetupError(f"NAME: {process} of an earlier attempt of {run_dir.name} still runs. Kill it")
         yield
 
 

@@ -3,6 +3,7 @@ last weights a new one starts from (INIT_FROM)."""
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import secrets
@@ -17,6 +18,7 @@ from sft_recipes.runtime.env import library_version
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir, all_runs, find, read_json, runs_root, write_json
 
+log = logging.getLogger(__name__)
 # Files of an attempt that was killed before it had a plan.
 _WITHOUT_PLAN = (".lock", "plan.json.partial", "exits", "manifest.json")
 # Values that are equal in runs of the same model and data, by the names of a plan; most telling first.
@@ -38,13 +40,11 @@ class RunStart:
 
     Attributes:
         resumes: whether it resumes an unfinished run.
-        notes: lines to print first.
     """
 
     run_dir: RunDir
     plan: Plan
     resumes: bool
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Resolved:
 
 
 def select(plan: Plan, request: RunRequest, locked: dict[str, str]) -> RunStart:
-    """Select the run directory for a plan.
+    """Select the run directory for a plan, and print which runs it skips and what has changed.
 
     Args:
         locked: names of runs that a live process holds, with that process.
@@ -91,30 +91,27 @@ def select(plan: Plan, request: RunRequest, locked: dict[str, str]) -> RunStart:
     if request.name is not None:
         return _select_named(plan, RunDir.named(request.name), request, locked)
     usable = [run for run in _numbered(plan.recipe) if os.access(run.path, os.R_OK | os.W_OK | os.X_OK)]
-    left: dict[str, str] = {}
-    notes = [note for run in usable if not run.path.is_symlink() for note in _restore_plan(run)]
+    left = []
+    for run in (run for run in usable if not run.path.is_symlink()):
+        _restore_plan(run)
     for run in reversed(all_runs(plan.recipe)):
         if run.name in locked:
-            notes.append(f"skipping {run.name}: in use by {locked[run.name]}")
+            log.info(f"skipping {run.name}: in use by {locked[run.name]}")
         elif run.path.is_symlink():
-            notes.append(f"skipping {run.name}: a symbolic link, not a run directory")
+            log.info(f"skipping {run.name}: a symbolic link, not a run directory")
         elif run.state() == "finished":
             continue
         elif other := _other_inputs(plans.read(run.plan), plan):
-            left[run.name] = other
+            left.append(f"not resuming {run.name}: {other}. Resume it with its own settings and NAME={run.name}")
         else:
-            start = _resume(plan, run, request)
-            return replace(start, notes=(*notes, *start.notes))
-    if left:
-        name, other = next(iter(left.items()))
-        more = f" (also {', '.join(list(left)[1:])})" if len(left) > 1 else ""
-        notes.append(f"not resuming {name}{more}: {other}. Resume it with its own settings and NAME={name}")
+            return _resume(plan, run, request)
     if request.resume:
-        raise SetupError(
-            f"RESUME: no unfinished run of {plan.recipe} with this model and data in {runs_root()}/. "
-            f"{notes[-1] if left else 'Start one without RESUME'}"
-        )
-    return _start_new(RunDir(runs_root() / f"{plan.recipe}-{_next_number(plan.recipe)}"), plan, tuple(notes))
+        fix = left[0] if left else "Start one without RESUME"
+        raise SetupError(f"RESUME: no unfinished run of {plan.recipe} with this model and data. {fix}")
+    if left:
+        log.info(left[0])
+    number = 1 + max((int(run.name.rpartition("-")[2]) for run in _numbered(plan.recipe)), default=0)
+    return _start_new(RunDir(runs_root() / f"{plan.recipe}-{number}"), plan)
 
 
 def _select_named(plan: Plan, run: RunDir, request: RunRequest, locked: dict[str, str]) -> RunStart:
@@ -122,10 +119,9 @@ def _select_named(plan: Plan, run: RunDir, request: RunRequest, locked: dict[str
         raise SetupError(f"NAME: {run.name} is in use by {locked[run.name]}. Wait for it, or set another NAME")
     if run.path.is_symlink():
         raise SetupError(f"NAME: {run.path} is a symbolic link, not a run directory. Set another NAME or RUNS_DIR")
-    restored = _restore_plan(run)
+    _restore_plan(run)
     if run.plan.is_file():
-        start = _resume(plan, run, request)
-        return replace(start, notes=(*restored, *start.notes))
+        return _resume(plan, run, request)
     if run.path.exists() and any(path.name not in _WITHOUT_PLAN for path in run.path.iterdir()):
         raise SetupError(f"NAME: {run.path} exists and is not a run. Nothing is overwritten: set another NAME")
     if request.resume:
@@ -133,8 +129,8 @@ def _select_named(plan: Plan, run: RunDir, request: RunRequest, locked: dict[str
     return _start_new(run, plan)
 
 
-def _start_new(run: RunDir, plan: Plan, notes: tuple[str, ...] = ()) -> RunStart:
-    return RunStart(run, replace(plan, run_id=secrets.token_hex(8)), False, notes)
+def _start_new(run: RunDir, plan: Plan) -> RunStart:
+    return RunStart(run, replace(plan, run_id=secrets.token_hex(8)), False)
 
 
 def _resume(plan: Plan, run: RunDir, request: RunRequest) -> RunStart:
@@ -142,10 +138,8 @@ def _resume(plan: Plan, run: RunDir, request: RunRequest) -> RunStart:
     if request.replan and not plan.strategy.reads_checkpoints_of(stored.strategy):
         plan = request.replan(rank_change.resuming_strategy(stored.strategy).name)
         if plan.fits is False and not finished:
-            raise SetupError(
-                f"run {run.name} cannot resume here: its {plan.parallelism} {plans.describe_shortage(plan)}. Use "
-                f"more or larger GPUs, or start another run with NAME=…"
-            )
+            shortage = f"its {plan.parallelism} {plans.describe_shortage(plan)}"
+            raise SetupError(f"run {run.name} cannot resume here: {shortage}. Use larger GPUs, or another NAME=…")
     differences = plans.find_differences(stored, plan)
     if run.numbered("checkpoint") and (reason := rank_change.incompatibility(rank_change.ranks_of(stored), plan)):
         raise SetupError(f"run {run.name} cannot resume: {reason}")
@@ -164,12 +158,10 @@ def _resume(plan: Plan, run: RunDir, request: RunRequest) -> RunStart:
         raise SetupError(f"ALLOW_CHANGE: {unknown[0]!r} is not a key of a plan. Use keys listed as changed")
     accepted = sorted({*stored.allowed_changes, *differences, *request.allow_change})
     resumed = replace(plan, created=stored.created, run_id=stored.run_id, allowed_changes=accepted)
-    ranks = {key: differences[key] for key in sorted(followed)}
-    notes = (
-        f"changed since the last attempt, same effective batch: {_list_changes(ranks)}" if ranks else "",
-        *version_notes(run, request.strict_versions),
-    )
-    return RunStart(run, resumed, True, tuple(filter(None, notes)))
+    if ranks := {key: differences[key] for key in sorted(followed)}:
+        log.info(f"changed since the last attempt, same effective batch: {_list_changes(ranks)}")
+    check_versions(run, request.strict_versions)
+    return RunStart(run, resumed, True)
 
 
 def _other_inputs(stored: Plan, plan: Plan) -> str:
@@ -196,27 +188,26 @@ def _is_allowed(key: str, allowed: tuple[str, ...]) -> bool:
     )
 
 
-def _restore_plan(run: RunDir) -> tuple[str, ...]:
-    """Restore a corrupt or missing `plan.json` from the latest checkpoint with a copy; return lines to print.
+def _restore_plan(run: RunDir) -> None:
+    """Restore a corrupt or missing `plan.json` from the latest checkpoint with a copy.
 
     Raises:
         SetupError: there are checkpoints, and none of them has a copy.
     """
-    if read_json(run.plan) or not run.numbered("checkpoint"):
-        return ()
-    for step in reversed(run.numbered("checkpoint")):
-        copy = read_json(run.checkpoint(step) / "complete.json").get("plan")
-        if copy:
+    steps = run.numbered("checkpoint")
+    if read_json(run.plan) or not steps:
+        return
+    for step in reversed(steps):
+        if copy := read_json(run.checkpoint(step) / "complete.json").get("plan"):
             write_json(run.plan, copy)
-            return (f"{run.plan} was missing or corrupt: restored from checkpoint-{step}",)
-    raise SetupError(
-        f"NAME: {run.path} has checkpoints, but its {run.plan.name} is missing or corrupt, and nothing can resume "
-        f"without it. Restore it, or start a new run with NAME=…"
-    )
+            log.info(f"{run.plan} was missing or corrupt: restored from checkpoint-{step}")
+            return
+    reason = f"its {run.plan.name} is missing or corrupt"
+    raise SetupError(f"NAME: {run.path} has checkpoints, but {reason}. Restore it, or start a new run with NAME=…")
 
 
-def version_notes(run: RunDir, strict: bool) -> tuple[str, ...]:
-    """Return lines to print if library versions differ from those of the latest attempt.
+def check_versions(run: RunDir, strict: bool) -> None:
+    """Print the library versions that differ from those of the latest attempt.
 
     Raises:
         SetupError: they differ, and `strict` is set.
@@ -226,21 +217,16 @@ def version_notes(run: RunDir, strict: bool) -> tuple[str, ...]:
     now = {name: library_version(name) for name in before if name != "python"}
     changed = "; ".join(f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name])
     if changed and strict:
-        raise SetupError(
-            f"run {run.name} was trained with other library versions: {changed}. Install those, or resume with the "
-            f"present ones without STRICT_VERSIONS"
-        )
-    return (f"library versions changed since the last attempt: {changed}",) if changed else ()
+        fix = "Install those, or resume without STRICT_VERSIONS"
+        raise SetupError(f"run {run.name} was trained with other library versions: {changed}. {fix}")
+    if changed:
+        log.info(f"library versions changed since the last attempt: {changed}")
 
 
 def _numbered(recipe: str) -> list[RunDir]:
     """Runs named after the recipe, including those without a readable plan."""
     paths = runs_root().glob(f"{recipe}-*")
     return [RunDir(path) for path in paths if re.fullmatch(rf"{re.escape(recipe)}-\d+", path.name)]
-
-
-def _next_number(recipe: str) -> int:
-    return 1 + max((int(run.name.rpartition("-")[2]) for run in _numbered(recipe)), default=0)
 
 
 def start_from(plan: Plan, name: str) -> Plan:
@@ -252,15 +238,11 @@ def start_from(plan: Plan, name: str) -> Plan:
     run = find(name, "INIT_FROM")
     stored, last = plans.read(run.plan), read_json(run.last / "complete.json")
     if run.state() != "finished" or last.get("run_id") != stored.run_id or not run.final.is_dir():
-        raise SetupError(
-            f"INIT_FROM: {run.name}: found state {run.state()}, expected a finished run with last/ and final/. Finish "
-            f"it with NAME={run.name}, or name another run"
-        )
+        found = f"found state {run.state()}, expected a finished run with last/ and final/"
+        raise SetupError(f"INIT_FROM: {run.name}: {found}. Finish it with NAME={run.name}, or name another run")
     differences = plans.find_differences(stored, plan)
     for key in (key for key in differences if key.startswith(_SAME_AS_PARENT) and key != "sections.lora.dropout"):
         old, new = differences[key]
-        raise SetupError(
-            f"INIT_FROM: {run.name} has another model or method: {key.removeprefix('sections.')}: found {new!r}, "
-            f"expected {old!r} as in that run. Use the same recipe and settings, or name another run"
-        )
+        found = f"{_user_key(key)}: found {new!r}, expected {old!r} as in that run"
+        raise SetupError(f"INIT_FROM: {run.name} has another model or method: {found}. Use its settings")
     return replace(plan, init_from={"run": name, "run_id": stored.run_id, "step": last["step"]})

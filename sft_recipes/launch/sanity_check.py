@@ -20,7 +20,6 @@ from sft_recipes.sanity import trial
 
 log = logging.getLogger(__name__)
 _LABELS = {True: "PASS", False: "FAIL", None: "SKIP"}
-_NAME_WIDTH = 14
 
 
 def cached_result(plan: Plan) -> Path:
@@ -49,11 +48,8 @@ def run(context: RunContext, prepared: Path) -> int:
     trial_dir, short = RunDir(context.run_dir.path / ".trial"), trial.trial_plan(context.plan)
     if context.is_first_node:
         results_folder()
-        log.info(
-            f"sanity check: {short.recipe}, {short.optimizer_steps} steps, effective batch "
-            f"{short.effective_batch_size}, {short.rows} rows including the longest, "
-            f"{render.describe_ranks(short)} (skip with SANITY=skip)"
-        )
+        ranked = render.describe_ranks(short)
+        log.info(f"sanity check: {short.optimizer_steps} steps on {short.rows} rows, {ranked} (skip with SANITY=skip)")
         shutil.rmtree(trial_dir.path, ignore_errors=True)  # of an attempt that was killed
         for run_dir in (trial_dir, RunDir(trial_dir.path / trial.RELOAD)):
             run_dir.path.mkdir()
@@ -69,96 +65,77 @@ def run(context: RunContext, prepared: Path) -> int:
 
 def _run_parts(context: RunContext, trial_dir: RunDir, short: Plan, result_file: Path) -> int:
     """Run the trial and the reload of its checkpoint; on node 0 report their checks. Return the exit code."""
-    checks: list[dict[str, Any]] = []
-    measured: dict[str, Any] = {}
+    results = []
     reload_dir = RunDir(trial_dir.path / trial.RELOAD)
     for run_dir in (trial_dir, *([reload_dir] if trial.checks_resume(context.plan) else [])):
         ended = ranks.run_ranks(context.within(run_dir, short), "sanity.worker", can_save=False)
-        code, result = ended.code, read_json(run_dir.result) if context.is_first_node else {}
+        code = ended.code
         if context.is_first_node:
-            code = _report_without_result(ended, result, run_dir, result_file)
-        if result and not code:
-            _report_checks(result["checks"], context)
-            checks, measured = [*checks, *result["checks"]], measured or result["measured"]
-            code = EXIT_ERROR if _count_failed(checks) else 0
+            result = read_json(run_dir.result)
+            results.append(result)
+            code = _report_without_result(ended, result, run_dir) or _report_checks(result["checks"], context)
         if ended.code == 0:  # otherwise the ranks of the other nodes have failed too
             code = context.agree(code)
         if code:
-            break
-    if code and not _count_failed(checks):
-        return code
-    return _report_result(context.plan, {"checks": checks, "measured": measured}, result_file) if checks else code
+            return code
+    if context.is_first_node:
+        checks = [check for result in results for check in result["checks"]]
+        _report_result(context.plan, {"checks": checks, "measured": results[0]["measured"]}, result_file)
+    return 0
 
 
-def _report_without_result(ended: LaunchResult, result: dict[str, Any], run_dir: RunDir, result_file: Path) -> int:
+def _report_without_result(ended: LaunchResult, result: dict[str, Any], run_dir: RunDir) -> int:
     """Report a part that has no result, and return the exit code; 0 if it has one."""
-    stack_traces, outcome = _keep_stack_traces(run_dir, result_file), read_json(run_dir.outcome)
+    outcome = read_json(run_dir.outcome)
     if EXIT_STOPPED in (ended.code, outcome.get("exit_code")):
         log.info("stopped during the sanity check, before training; run the same command to start again")
         return EXIT_STOPPED
-    if error := outcome.get("error") or (ended.error if ended.user_error else None):
+    if error := outcome.get("error") or (ended.error if ended.code == EXIT_USER else None):
         log.error(error)
         return int(outcome.get("exit_code", EXIT_USER))
     if not result:
         error = ended.error or f"no result (exit code {ended.code})"
-        log.error(f"sanity check: {error}{stack_traces}. See the log above; skip the check with SANITY=skip")
+        log.error(f"sanity check: {error}. See the log above; skip the check with SANITY=skip")
         return EXIT_ERROR
     return 0
 
 
-def _keep_stack_traces(run_dir: RunDir, result_file: Path) -> str:
-    """Move stack traces next to the cached results, since the trial's directory is removed; return where they are."""
-    kept = result_file.with_suffix(".stacks")
-    shutil.rmtree(kept, ignore_errors=True)
-    if not run_dir.stack_traces.is_dir():
-        return ""
-    shutil.move(run_dir.stack_traces, kept)
-    return f"; stack traces: {kept}"
-
-
-def _count_failed(checks: list[dict[str, Any]]) -> int:
-    return sum(check["passed"] is False for check in checks)
-
-
-def _report_checks(checks: list[dict[str, Any]], context: RunContext) -> None:
-    """Print a line per check, and the fix of a failed one."""
+def _report_checks(checks: list[dict[str, Any]], context: RunContext) -> int:
+    """Print a line per check, and the fix of a failed one; return 1 if one failed, else 0."""
     for check in checks:
         log.info(_line(_LABELS[check["passed"]], check["name"], check["detail"]))
         if check["passed"] is False:
             log.info(_line("", "", f"fix: {check['fix'] or '; or '.join(context.suggest_cheaper())}"))
+    if failed := sum(check["passed"] is False for check in checks):
+        log.info(f"sanity check failed: {failed} of {len(checks)} checks; training not started")
+    return EXIT_ERROR if failed else 0
 
 
 def _line(label: str, name: str, text: str) -> str:
-    return f"{label:<4}  {name:<{_NAME_WIDTH}}  {text}"
+    return f"{label:<4}  {name:<14}  {text}"
 
 
-def _report_result(plan: Plan, result: dict[str, Any], result_file: Path) -> int:
-    """Print the forecast and the result, and cache the result if every check passed."""
-    measured, failed = result["measured"], _count_failed(result["checks"])
-    forecast = trial.measured_forecast(plan, measured) if measured else None
-    if forecast:
-        log.info(_line("", "forecast", _forecast(plan, measured, forecast)))
-    if failed:
-        log.info(f"sanity check failed: {failed} of {len(result['checks'])} checks; training not started")
-        return EXIT_ERROR
+def _report_result(plan: Plan, result: dict[str, Any], result_file: Path) -> None:
+    """Print the forecast, and cache the result of a sanity check that has passed."""
+    measured = result["measured"]
+    forecast = trial.measured_forecast(plan, measured)
+    log.info(_line("", "forecast", _forecast(plan, measured, forecast)))
     if measured.get("save_bytes"):
         save_time.record_speed(measured["save_bytes"], measured["save_seconds"])
     write_json(
         result_file, {"recipe": plan.recipe, **result, "forecast": forecast, "plan": plans.comparable_values(plan)}
     )
     log.info(f"sanity check passed (result: {result_file})")
-    return 0
 
 
 def _forecast(plan: Plan, measured: dict[str, Any], forecast: dict[str, Any]) -> str:
     """Forecast of the run from the trial's speed, and the plan's own forecast."""
-    parts = [f"{measured['tokens_per_second']:,.0f} tokens/s, {format_duration(forecast['seconds'])} for the run"]
-    if forecast["gpu_hours"] is not None:
-        parts.append(f"{forecast['gpu_hours']:,.1f} GPU-hours")
-    if forecast["money"] is not None:
-        parts.append(f"cost {forecast['money']:,.2f}")
-    if plan.forecast and plan.forecast["seconds"]:
-        money = plan.forecast["money"]
-        planned = f"plan: {format_duration(plan.forecast['seconds'])}, {plan.forecast['gpu_hours']:,.1f} GPU-hours"
-        parts.append(f"({planned}{'' if money is None else f', cost {money:,.2f}'})")
-    return ", ".join(parts)
+    text = f"{measured['tokens_per_second']:,.0f} tokens/s, {_cost(forecast)} for the run"
+    planned = plan.forecast or {}
+    return f"{text} (plan: {_cost(planned)})" if planned.get("seconds") else text
+
+
+def _cost(forecast: dict[str, Any]) -> str:
+    formats = {"gpu_hours": "{:,.1f} GPU-hours", "money": "cost {:,.2f}"}
+    known = [text.format(forecast[key]) for key, text in formats.items() if forecast[key] is not None]
+    return ", ".join([format_duration(forecast["seconds"]), *known])

@@ -20,10 +20,10 @@ def ask(*command: str) -> str:
 
 def query_job(job: str | None) -> dict[str, str] | None:
     """Return a job's state from squeue; None if there is no Slurm here or it no longer knows the job."""
+    if not job:
+        return None
     names = ("id", "name", "state", "reason", "ran", "left", "nodes")
-    listed = (
-        ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%A|%j|%T|%r|%M|%L|%N") if job else ""
-    )
+    listed = ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%A|%j|%T|%r|%M|%L|%N")
     rows = [dict(zip(names, line.split("|"), strict=False)) for line in listed.splitlines()]
     state = next((row for row in rows if row["id"] == job), None)  # an array has a row for each task
     return state and {key: value for key, value in state.items() if value not in ("None", "")}

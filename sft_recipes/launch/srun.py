@@ -23,14 +23,8 @@ from sft_recipes.launch import mounts
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.paths import REPOSITORY
 
-_OPTIONS = {
-    "GPUS": "--gpus",
-    "PROCESSES": "--processes",
-    "GPU_TYPE": "--gpu-type",
-    "ALLOW_CHANGE": "--allow-change",
-    "INIT_FROM": "--init-from",
-}
-_FLAGS = {"RESUME": "--resume", "STRICT_VERSIONS": "--strict-versions", "OVERFIT": "--overfit"}
+_OPTIONS = ("GPUS", "PROCESSES", "GPU_TYPE", "ALLOW_CHANGE", "INIT_FROM")  # `--gpus`, …
+_FLAGS = ("RESUME", "STRICT_VERSIONS", "OVERFIT")
 _OVERRIDES = {"DATA": "data.train", "VALIDATION": "data.validation"}
 # Variables that the image also sets, and that must have the job's values (pyxis prefers the image's otherwise).
 _JOB_VARIABLES = ("HF_HOME", "RUNS_DIR", "PYTHONPATH", "SFT_RECIPES_IMAGE")
@@ -50,13 +44,13 @@ def command(phase: str, recipe: str, overrides: list[str]) -> list[str]:
     else:
         srun += [f"--output={logs.replace('%', '%%')}/node-%n-%N.txt"]
     # Until a launcher handles signals: the signal of the time limit would kill it.
-    srun_ignoring = [*srun, "sh", "-c", "trap '' USR1; exec \"$@\"", "sh"]
+    ignoring_usr1 = ["sh", "-c", "trap '' USR1; exec \"$@\"", "sh"]
     runtime = os.environ.get("RUNTIME") or "local"
     if runtime == "local":
         python = REPOSITORY / ".venv" / "bin" / "python"
         if not python.exists():
             raise SetupError(f"RUNTIME: file not found: {python}. Run `make setup`, or set RUNTIME=pyxis or apptainer")
-        return [*srun_ignoring, str(python), "-m", "sft_recipes", *arguments]
+        return [*srun, *ignoring_usr1, str(python), "-m", "sft_recipes", *arguments]
     if runtime not in ("pyxis", "apptainer"):
         raise SetupError(f"RUNTIME: found {runtime!r}, expected local, pyxis or apptainer in a job")
     image = _image(runtime)
@@ -64,15 +58,14 @@ def command(phase: str, recipe: str, overrides: list[str]) -> list[str]:
     volumes = [*mounts.volumes(arguments[1:], not os.environ.get("DRY_RUN")), f"{folder}:{folder}:rw"]
     in_image = ["python", "-m", "sft_recipes", *arguments]
     if runtime == "pyxis":
-        options = [
-            f"--container-image={image}", f"--container-mounts={','.join(volumes)}",
+        return [
+            *srun, f"--container-image={image}", f"--container-mounts={','.join(volumes)}",
             "--no-container-mount-home", "--no-container-remap-root", f"--container-workdir={REPOSITORY}",
-            f"--container-env={','.join(_JOB_VARIABLES)}",
+            f"--container-env={','.join(_JOB_VARIABLES)}", *ignoring_usr1, *in_image,
         ]  # fmt: skip
-        return [*srun, *options, *srun_ignoring[len(srun) :], *in_image]
     variables = [f"{name}={os.environ[name]}" for name in _JOB_VARIABLES if os.environ.get(name)]
     return [
-        *srun_ignoring, "apptainer", "exec", *([] if os.environ.get("GPUS") == "0" else ["--nv"]), "--no-home",
+        *srun, *ignoring_usr1, "apptainer", "exec", *([] if os.environ.get("GPUS") == "0" else ["--nv"]), "--no-home",
         *(part for mount in volumes for part in ("--bind", mount)), "--pwd", str(REPOSITORY),
         *(part for variable in variables for part in ("--env", variable)), image, *in_image,
     ]  # fmt: skip
@@ -80,28 +73,23 @@ def command(phase: str, recipe: str, overrides: list[str]) -> list[str]:
 
 def _arguments(phase: str, recipe: str, overrides: list[str]) -> list[str]:
     """Return the arguments of a launcher."""
-    value = {name: os.environ.get(name, "") for name in (*_OPTIONS, *_FLAGS, *_OVERRIDES, "NAME")}
-    if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
-        value["RESUME"] = ""  # explicit at the first start only; a requeued job resumes anyway
-    name = value["NAME"] or f"{recipe}-{os.environ.get('SLURM_JOB_ID', 'JOBID')}"
-    return [
-        phase, recipe, "--name", name,
-        *(part for key, option in _OPTIONS.items() if value[key] for part in (option, value[key])),
-        *(flag for key, flag in _FLAGS.items() if value[key]),
-        *(f"{dotted}={value[key]}" for key, dotted in _OVERRIDES.items() if value[key]),
-        *overrides,
-    ]  # fmt: skip
+    value = {name: text for name, text in os.environ.items() if text}
+    if value.get("SLURM_RESTART_COUNT", "0") != "0":
+        value.pop("RESUME", None)  # explicit at the first start only; a requeued job resumes anyway
+    arguments = [phase, recipe, "--name", value.get("NAME") or f"{recipe}-{value.get('SLURM_JOB_ID', 'JOBID')}"]
+    for name in filter(value.__contains__, (*_OPTIONS, *_FLAGS)):
+        option = f"--{name.lower().replace('_', '-')}"
+        arguments += [option] if name in _FLAGS else [option, value[name]]
+    return [*arguments, *(f"{key}={value[name]}" for name, key in _OVERRIDES.items() if name in value), *overrides]
 
 
 def _image(runtime: str) -> str:
     """Return IMAGE; a file must exist, and only pyxis can pull from a registry."""
     image = os.environ.get("IMAGE", "")
-    kind = {"pyxis": ".sqsh file, or registry image", "apptainer": ".sif file"}[runtime]
-    if not image:
-        raise SetupError(f"IMAGE: RUNTIME={runtime} needs one. Set IMAGE=<{kind}> (docker/README.md)")
     is_file = runtime == "apptainer" or image.endswith(".sqsh")
-    if is_file and not Path(image).is_file():
-        raise SetupError(f"IMAGE: file not found: {image}. Set IMAGE=<{kind}> (docker/README.md)")
+    if not image or (is_file and not Path(image).is_file()):
+        expected = "a .sif file" if runtime == "apptainer" else "a .sqsh file, or a registry image"
+        raise SetupError(f"IMAGE: found {image or 'none'}, expected {expected} (docker/README.md)")
     return str(Path(image).absolute()) if is_file else image
 
 

@@ -18,6 +18,7 @@ from sft_recipes.runtime import cuda
 from sft_recipes.runtime.env import host_memory_bytes
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir
+from sft_recipes.runtime.units import GIB
 
 _AMPERE = 8.0
 
@@ -61,9 +62,7 @@ def available_topology(recipe: Recipe, request: HardwareRequest, placement: Plac
     """
     available, gpus, nodes = visible_gpus(), request.gpus, placement.nodes if placement else request.nodes or 1
     if request.nodes is not None and request.nodes != nodes:
-        raise SetupError(
-            f"NODES: found {request.nodes}, expected {nodes} as in this job. Use sbatch --nodes, or remove it"
-        )
+        raise SetupError(f"NODES: found {request.nodes}, expected {nodes} as in this job. Use sbatch --nodes")
     if placement is None and nodes > 1 and gpus and not available:
         return plan_topology(recipe, request)  # prepared on a machine without GPUs; `train` checks each node
     allocated = placement.gpus_per_node if placement else None
@@ -76,10 +75,8 @@ def available_topology(recipe: Recipe, request: HardwareRequest, placement: Plac
             where, fix = "this machine", hidden_gpus() or f"set GPUS={existing}, or try `make train` (the tiny recipe)"
         raise SetupError(f"GPUS: {gpus} requested, but {where} has {existing or 'none'}; {fix}")
     if placement and gpus and len(available) < (allocated or 0):
-        raise SetupError(
-            f"GPUS: Slurm allocated {allocated} on {placement.name}, nvidia-smi lists {len(available) or 'none'}. "
-            f"Exclude that node: sbatch --exclude={placement.name}"
-        )
+        found = f"Slurm allocated {allocated} on {placement.name}, nvidia-smi lists {len(available) or 'none'}"
+        raise SetupError(f"GPUS: {found}. Exclude that node: sbatch --exclude={placement.name}")
     selected = available[: gpus // nodes]
     _check_generation(recipe, selected)
     if not request.gpu_type and (unknown := [gpu.name for gpu in selected if not gpu.memory_mib]):
@@ -99,12 +96,11 @@ def _check_generation(recipe: Recipe, gpus: Sequence[Gpu]) -> None:
     """
     old = next((gpu for gpu in gpus if (gpu.compute_capability or _AMPERE) < _AMPERE), None)
     fixes = {"bf16": "precision=fp32", "flash_attention_2": "model.attention=sdpa"}
-    unsupported = [value for value in (recipe.precision, recipe.model.attention) if value in fixes]
+    unsupported = {value: fixes[value] for value in (recipe.precision, recipe.model.attention) if value in fixes}
     if old and unsupported:
-        raise SetupError(
-            f"GPUS: {old.name} (compute capability {old.compute_capability}) is older than Ampere and has no "
-            f"{' and no '.join(unsupported)}. Set {' '.join(fixes[value] for value in unsupported)}"
-        )
+        reason = f"{old.name} (compute capability {old.compute_capability}) is older than Ampere"
+        missing, fix = " and no ".join(unsupported), " ".join(unsupported.values())
+        raise SetupError(f"GPUS: {reason} and has no {missing}. Set {fix}")
 
 
 def check_host_memory(plan: Plan) -> None:
@@ -113,19 +109,17 @@ def check_host_memory(plan: Plan) -> None:
     Raises:
         SetupError: the plan needs more host memory than the node has.
     """
-    available = host_memory_bytes()
-    needed, per_rank = plan.host_bytes_per_node, plan.memory_bytes_per_gpu
-    ranks_per_node = plan.world_size // plan.nodes
-    if per_rank and not plan.uses_gpu and per_rank["total"] * ranks_per_node > available:
-        raise SetupError(
-            f"GPUS: on the CPU {plan.recipe} needs about {per_rank['total'] * ranks_per_node / 2**30:.0f} GiB of "
-            f"memory, found {available / 2**30:.0f} GiB. Set GPUS=<number> on a machine with GPUs"
-        )
-    if needed and needed["offload"] and needed["total"] > available:
-        raise SetupError(
-            f"parallelism: {plan.parallelism} needs about {needed['total'] / 2**30:.0f} GiB of host memory, found "
-            f"{available / 2**30:.0f} GiB. Set parallelism=zero3 with more GPUs, or use a recipe with LoRA"
-        )
+    available, needed = host_memory_bytes(), 0
+    if plan.uses_gpu and plan.host_bytes_per_node and plan.host_bytes_per_node["offload"]:
+        where, needed = f"parallelism: {plan.parallelism}", plan.host_bytes_per_node["total"]
+        fix = "Set parallelism=zero3 with more GPUs, or use a recipe with LoRA"
+    elif not plan.uses_gpu and plan.memory_bytes_per_gpu:
+        where = f"GPUS: on the CPU {plan.recipe}"
+        needed = plan.memory_bytes_per_gpu["total"] * (plan.world_size // plan.nodes)
+        fix = "Set GPUS=<number> on a machine with GPUs"
+    if needed > available:
+        found = f"needs about {needed / GIB:.0f} GiB of host memory, found {available / GIB:.0f} GiB"
+        raise SetupError(f"{where} {found}. {fix}")
 
 
 def check_disk(plan: Plan, folder: RunDir) -> None:
@@ -138,10 +132,8 @@ def check_disk(plan: Plan, folder: RunDir) -> None:
     held = sum(file.stat().st_size for file in folder.path.rglob("*") if file.is_file())
     free = shutil.disk_usage(existing).free
     if plan.disk_bytes and plan.disk_bytes > free + held:
-        raise SetupError(
-            f"RUNS_DIR: {plan.recipe} needs up to {plan.disk_bytes / 2**30:.1f} GiB in {folder.path}, found "
-            f"{free / 2**30:.1f} GiB free. Free space, or set RUNS_DIR=<folder on a larger disk>"
-        )
+        found = f"needs up to {plan.disk_bytes / GIB:.1f} GiB in {folder.path}, found {free / GIB:.1f} GiB free"
+        raise SetupError(f"RUNS_DIR: {plan.recipe} {found}. Set RUNS_DIR=<folder on a larger disk>")
 
 
 @dataclass(frozen=True)
@@ -157,13 +149,9 @@ class Gpu:
 
 def visible_gpus() -> list[Gpu]:
     """The GPUs that this process may use: CUDA_VISIBLE_DEVICES where it is set, else what nvidia-smi lists."""
-    listed = ask_nvidia("index,memory.total,name")
-    capabilities = {row[0]: _number(row[1]) for row in ask_nvidia("index,compute_cap") if len(row) == 2}
-    gpus = {
-        row[0]: Gpu(row[0], _number(row[1]), ", ".join(row[2:]), capabilities.get(row[0]) or None)
-        for row in listed
-        if len(row) > 2 and row[0].isdigit()
-    }
+    listed = [row for row in ask_nvidia("index,memory.total,name") if len(row) > 2 and row[0].isdigit()]
+    capabilities = {row[0]: _number(row[1]) or None for row in ask_nvidia("index,compute_cap") if len(row) == 2}
+    gpus = {row[0]: Gpu(row[0], _number(row[1]), ", ".join(row[2:]), capabilities.get(row[0])) for row in listed}
     masked = os.environ.get("CUDA_VISIBLE_DEVICES")
     if masked is not None and gpus:
         named = [part.strip() for part in masked.split(",")]
@@ -178,15 +166,10 @@ def hidden_gpus() -> str:
     """Why this process sees fewer GPUs than the machine has, and the fix; empty if nothing is known to hide any."""
     if error := nvidia_smi_error():
         return f"nvidia-smi fails ({error}): see dmesg; after an update of the driver, restart the machine"
-    if shutil.which("nvidia-smi") is None:
-        version = cuda.driver_version()
-        return f"NVIDIA driver {version} is loaded, but nvidia-smi is not on PATH; install it" if version else ""
     masked, here, listed = os.environ.get("CUDA_VISIBLE_DEVICES"), len(visible_gpus()), len(ask_nvidia("index"))
     if masked is None or here == listed:
         return ""
-    return (
-        f"CUDA_VISIBLE_DEVICES={masked!r} leaves {here} of the {listed} that nvidia-smi lists; unset it, or name more"
-    )
+    return f"CUDA_VISIBLE_DEVICES={masked!r} leaves {here} of the {listed} of nvidia-smi; unset it, or name more"
 
 
 def nvidia_smi_error() -> str:

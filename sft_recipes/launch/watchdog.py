@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import time
@@ -18,6 +19,7 @@ from sft_recipes.runtime.heartbeat import STOP_SIGNALS, Failure, Heartbeat
 from sft_recipes.runtime.polling import wait_until
 from sft_recipes.runtime.run_dir import EXIT_ERROR, EXIT_STOPPED, EXIT_USER, RunDir
 
+ExitCodes = dict[int, int]  # by node
 _MAX_POLL_SECONDS = 1.0  # counted per poll: a machine that slept, or a paused container, did not observe a stall
 # In the errors of gloo, NCCL and torch's store after a peer is gone.
 _COLLECTIVE_ERRORS = r"(?i)gloo|nccl|connection|broken pipe|\bstore\b|DistBackend|DistNetwork|DistStore"
@@ -65,11 +67,6 @@ class RankStatus:
         return self.failure.failed_at if self.failure else self.last_alive
 
     @property
-    def progress(self) -> tuple[int, int]:
-        """Step and beats in it."""
-        return self.heartbeat.step, self.heartbeat.beats
-
-    @property
     def place(self) -> str:
         """The step, and the activity unless it is the step itself."""
         activity = "" if self.heartbeat.activity == "step" else f", {self.heartbeat.activity}"
@@ -81,7 +78,7 @@ class LaunchResult:
     """Result of a command, or of all ranks of a launch.
 
     Attributes:
-        code: exit code; EXIT_STOPPED if it ended at a stop request.
+        code: exit code; EXIT_STOPPED if it ended at a stop request, EXIT_USER if the error is a `UserError`.
         error: error of the rank that failed first, if one failed.
         lost_peer: whether the failed rank had lost other ranks, perhaps on another node.
     """
@@ -89,11 +86,6 @@ class LaunchResult:
     code: int
     error: str | None = None
     lost_peer: bool = False
-
-    @property
-    def user_error(self) -> bool:
-        """Whether the error is a `UserError`."""
-        return self.error is not None and self.code == EXIT_USER
 
 
 def all_stalled(ranks: Sequence[RankStatus], limits: Limits) -> bool:
@@ -107,7 +99,8 @@ def find_stalled_ranks(ranks: Sequence[RankStatus]) -> list[RankStatus]:
     that do not wait."""
     stopped = [rank for rank in ranks if rank.state in ("T", "t")]
     busy = [rank for rank in ranks if rank.heartbeat.activity != "waiting"] or ranks
-    return stopped or [rank for rank in busy if rank.progress == min(other.progress for other in busy)]
+    least = min((rank.heartbeat.step, rank.heartbeat.beats) for rank in busy)
+    return stopped or [rank for rank in busy if (rank.heartbeat.step, rank.heartbeat.beats) == least]
 
 
 def find_first_failure(died: Iterable[RankStatus]) -> RankStatus:
@@ -153,10 +146,6 @@ def failure_message(rank: RankStatus, code: int | None) -> str:
     return f"{name}: {_end(code, rank.place)}{', before the end of the run' if code >= 0 else ''}"
 
 
-def _waiting(heartbeat: Heartbeat) -> Heartbeat:
-    return replace(heartbeat, activity="waiting")
-
-
 def _name(rank: int) -> str:
     return f"rank {rank} on {socket.gethostname()}"
 
@@ -174,18 +163,13 @@ class Watchdog:
     """Polls the ranks of one launch on this node."""
 
     def __init__(
-        self,
-        run_dir: RunDir,
-        plan: Plan,
-        can_save: bool = True,
-        node: int = 0,
-        ended_nodes: Callable[[], dict[int, int]] = dict,
+        self, run_dir: RunDir, plan: Plan, can_save: bool = True, node: int = 0, ended: Callable[[], ExitCodes] = dict
     ):
         """
         Args:
             can_save: whether ranks save at a stop request; a sanity check is terminated instead.
             node: index of this host among the plan's nodes.
-            ended_nodes: returns the exit codes of the nodes that have ended.
+            ended: returns the exit codes of the nodes that have ended.
         """
         self.run_dir = run_dir
         self.limits = Limits(plan.sections.monitor.heartbeat_timeout_seconds, max_save_seconds(plan))
@@ -195,7 +179,7 @@ class Watchdog:
         self.ranks: dict[int, RankStatus] = {}
         self.stall: str | None = None
         self.waits_for_peer = self.peer_stopped = False
-        self._ended_nodes = ended_nodes
+        self._ended_nodes = ended
         self._several_nodes = plan.nodes > 1
         self._started: set[int] = set()
         self._missing_seconds = 0.0
@@ -244,11 +228,10 @@ class Watchdog:
             # collectives of a backward pass are in no Python stack.
             stopped = any(rank.state in ("T", "t") for rank in ranks)
             self.waits_for_peer = self._several_nodes and not stopped and waiting in (set(), self.ranks.keys())
-            classified = [
-                replace(rank, heartbeat=_waiting(rank.heartbeat)) if rank.heartbeat.rank in waiting else rank
-                for rank in ranks
-            ]
-            self.stall = stall_message(classified, self.limits)
+            for rank in filter(lambda rank: rank.heartbeat.rank in waiting, ranks):
+                in_collective = replace(rank.heartbeat, activity="waiting")
+                self.ranks[rank.heartbeat.rank] = replace(rank, heartbeat=in_collective)
+            self.stall = stall_message(list(self.ranks.values()), self.limits)
         elif self._missing_seconds > max(timeouts.MODEL_LOADING, self.limits.stall):
             absent = ", ".join(map(str, sorted(self.expected - self._started)))
             problem = f"rank {absent} did not start" if absent else "all ranks have exited, but not their launcher,"
@@ -308,7 +291,7 @@ class Watchdog:
             return _failed_before_start(not_started, self._several_nodes)
         dead = self.dead_ranks()
         if not dead:
-            return LaunchResult(launcher_code)
+            return LaunchResult(EXIT_ERROR if launcher_code else 0)
         first = find_first_failure(dead)
         if first.failure is not None and first.failure.user_error:
             return LaunchResult(EXIT_USER, first.failure.message)
@@ -316,12 +299,9 @@ class Watchdog:
         return LaunchResult(EXIT_ERROR, message, lost_peer=lost_peer(first))
 
     def _remove_empty_stack_traces(self) -> None:
-        for file in list(self.run_dir.stack_traces.glob("*.txt")):
-            with contextlib.suppress(FileNotFoundError):
-                if not file.stat().st_size:
-                    file.unlink()
-        with contextlib.suppress(OSError):  # it is not empty
-            self.run_dir.stack_traces.rmdir()
+        with contextlib.suppress(FileNotFoundError):  # another node removes them too
+            if not any(file.stat().st_size for file in self.run_dir.stack_traces.glob("*.txt")):
+                shutil.rmtree(self.run_dir.stack_traces)
 
 
 def _failed_before_start(codes: Mapping[int, int], several_nodes: bool) -> LaunchResult:

@@ -60,7 +60,7 @@ def loss_spike(series: MetricSeries) -> str | None:
 
 
 def exploding_gradients(series: MetricSeries) -> str | None:
-    """Gradient norms above `grad_norm_above` for `window` steps, or on every tenth of the last hundred values.
+    """Gradient norms above `grad_norm_above` for `window` steps.
 
     A model whose first norms are near the limit has a higher one: they have to grow, or be three times above it. The
     running job has the norm of each optimizer step, a log line that of its last step.
@@ -69,11 +69,8 @@ def exploding_gradients(series: MetricSeries) -> str | None:
     if len(points) < 3:
         return None
     limit = max(above, min(2 * median(stats.values(points[:3])), 3 * above))
-    if recent := _sustained(points, series.monitor.window, lambda norm: norm > limit):
-        return f"gradient norm {median(recent):.3g} (median of {len(recent)} values), above {limit:g}"
-    last = stats.values(points[-100:])
-    high = sum(norm > limit for norm in last)
-    return f"gradient norm above {limit:g} in {high} of {len(last)} values" if high >= max(5, len(last) / 10) else None
+    recent = _sustained(points, series.monitor.window, lambda norm: norm > limit)
+    return f"gradient norm {median(recent):.3g} (median of {len(recent)} values), above {limit:g}" if recent else None
 
 
 def vanishing_gradients(series: MetricSeries) -> str | None:
@@ -119,13 +116,8 @@ def plateau(series: MetricSeries) -> str | None:
     early = [loss for step, loss in points if step <= series.plan.warmup_steps / 2]
     first = median(early if len(early) >= 3 else stats.values(points[:3]))
     learned = _fall(first, end) > 2 * share and end < _UNTRAINED_LOSS
-    return fall_since_warmup(series) if still and not learned else None
-
-
-def fall_since_warmup(series: MetricSeries) -> str:
-    """The training loss after warm-up and now, as text."""
-    begin, _, end = stats.blocks([loss for step, loss in series.points("loss") if step > series.plan.warmup_steps], 3)
-    return f"since warm-up the training loss fell by {_fall(begin, end):.1%}, from {begin:.3g} to {end:.3g}"
+    text = f"since warm-up the training loss fell by {fall:.1%}, from {begin:.3g} to {end:.3g}"
+    return text if still and not learned else None
 
 
 def is_converged(series: MetricSeries, lines: int) -> bool:

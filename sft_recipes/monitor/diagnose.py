@@ -4,11 +4,9 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from sft_recipes.monitor.metrics_log import Alert, Run
+from sft_recipes.monitor.metrics_log import Run
 from sft_recipes.monitor.rules import RULES, Finding, Rule
 from sft_recipes.runtime.text import escape_unprintable
-
-MAX_ALERTS = 5  # shown
 
 
 def diagnose(run: Run) -> list[Finding]:
@@ -33,13 +31,6 @@ def skipped_rules(run: Run) -> list[Rule]:
     return [rule for rule in RULES if not rule.has_data(run)]
 
 
-def alerts_without_finding(run: Run, findings: Sequence[Finding]) -> list[Alert]:
-    """Alerts of rules that have no finding, recorded live: such as a single loss spike."""
-    reported = {finding.rule for finding in findings}
-    explained = {name for rule in RULES if rule.name in reported for name in rule.explains}
-    return [alert for alert in run.alerts if alert.rule not in reported | explained]
-
-
 def to_json(findings: Sequence[Finding]) -> str:
     """`{"healthy": bool, "findings": [{"rule", "severity", "step", "evidence", "advice"}]}`."""
     return json.dumps({"healthy": not findings, "findings": [*map(dataclasses.asdict, findings)]}, indent=2)
@@ -55,12 +46,8 @@ def text(run: Run, findings: Sequence[Finding]) -> list[str]:
         lines += ["", f"{finding.severity}: {finding.rule}{since}: {finding.evidence}"]
         lines += [f"     -> {step}" for step in finding.advice]
     if findings:
-        recipe = f"recipes/{run.plan.recipe}.yaml"
-        lines += ["", f'apply: in {recipe}, or as ARGS="key=value"; all rules: docs/troubleshooting.md']
-    alerts = alerts_without_finding(run, findings)
-    shown = [f"step {alert.step:,} {alert.rule}: {alert.evidence}" for alert in alerts[:MAX_ALERTS]]
-    more = [f"{len(alerts) - MAX_ALERTS} more in {run.folder.warnings}"] if len(alerts) > MAX_ALERTS else []
-    lines += [f"Alerts: {'; '.join([*shown, *more])}"] if shown else []
+        lines += ["", f'apply: in recipes/{run.plan.recipe}.yaml, or as ARGS="key=value" (docs/troubleshooting.md)']
+    lines += [f"Alerts during the run: {len(run.alerts)}, in {run.folder.warnings}"] if run.alerts else []
     lines.append(f"Checked: {', '.join(rule.name for rule in RULES if rule.has_data(run)) or 'none'}")
     skipped = ", ".join(f"{rule.name} ({' or '.join(rule.metrics)})" for rule in skipped_rules(run))
     lines += [f"Skipped (not enough data): {skipped}"] if skipped else []

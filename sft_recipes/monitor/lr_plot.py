@@ -1,6 +1,5 @@
 """Learning-rate schedules as a table of characteristic steps, and as a plot of all steps."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -33,13 +32,11 @@ def check_path(path: Path) -> None:
     Raises:
         UserError: unsupported file type, or no such directory.
     """
-    if path.suffix.lower() not in (".png", ".svg"):
-        raise UserError(f"--plot: unsupported file type: found {path.name!r}, expected .png or .svg")
-    if not path.parent.is_dir():
-        raise UserError(f"--plot: no such directory: {path.parent}. Create it, or set another path")
+    if path.suffix.lower() not in (".png", ".svg") or not path.parent.is_dir():
+        raise UserError(f"--plot: found {path}, expected a .png or .svg file in an existing directory")
 
 
-def plot(curves: Mapping[str, Sequence[float]], warmup_steps: int, peak: float, title: str, path: Path) -> None:
+def plot(curves: Mapping[str, Sequence[float]], title: str, path: Path) -> None:
     """Plot the learning rate of every step into a .png or .svg file.
 
     Args:
@@ -48,14 +45,10 @@ def plot(curves: Mapping[str, Sequence[float]], warmup_steps: int, peak: float, 
     """
     total = len(next(iter(curves.values())))
     with plots.drawing((10, 5)) as (canvas, axes):
-        if warmup_steps:
-            axes.axvspan(0, min(warmup_steps, total - 1), color="0.92", label=f"warm-up: {warmup_steps:,} steps")
-        axes.axhline(peak, color="0.6", linewidth=0.8, label="peak")
-        for (name, rates), color, dashes in zip(
-            curves.items(), itertools.cycle(plots.COLORS), itertools.cycle(_DASHES), strict=False
-        ):
-            axes.plot(rates, label=name, color=color, linestyle=dashes, marker="o" if total <= 30 else None)
-        axes.set(title=f"{title}: learning rate over {total:,} optimizer steps, peak {peak:g}", ylabel="learning rate")
+        for number, (name, rates) in enumerate(curves.items()):
+            style = {"color": plots.COLORS[number % len(plots.COLORS)], "linestyle": _DASHES[number % len(_DASHES)]}
+            axes.plot(rates, label=name, marker="o" if total <= 30 else None, **style)
+        axes.set(title=f"{title}: learning rate over {total:,} optimizer steps", ylabel="learning rate")
         axes.set_ylim(bottom=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
         canvas.legend(loc="outside right upper", frameon=False)

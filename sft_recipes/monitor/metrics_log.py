@@ -97,13 +97,9 @@ def read(folder: RunDir) -> Run:
         merged.setdefault(line["step"], {}).update(line)
     manifest, lines = read_json(folder.manifest), [merged[step] for step in sorted(merged)]
     if not lines and manifest.get("state") not in ("diverged", "failed"):
-        raise UserError(
-            f"{folder.path}: nothing logged yet: found no line in {folder.metrics.name}. Wait for the first log step, "
-            f"or read {folder.log}"
-        )
-    alerts = [
-        Alert(str(line.get("rule")), line["step"], str(line.get("evidence"))) for line in read_lines(folder.warnings)
-    ]
+        raise UserError(f"{folder.path}: nothing logged yet. Wait for the first log step, or read {folder.log}")
+    recorded = read_lines(folder.warnings)
+    alerts = [Alert(str(line.get("rule")), line["step"], str(line.get("evidence"))) for line in recorded]
     run = Run(plans.read(folder.plan), folder, manifest, lines, list(read_lines(folder.samples)), alerts)
     for line in lines:
         run.add(line["step"], line)

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -29,9 +28,9 @@ def svg(run: Run, unit: str, curves: Mapping[str, str], thresholds: Mapping[str,
     if not any(points.values()):
         return ""
     with drawing((8.4, 3.1)) as (canvas, axes):
-        for (label, curve), color in zip(points.items(), itertools.cycle(COLORS), strict=False):
+        for number, (label, curve) in enumerate(points.items()):
             if curve:
-                _draw_curve(axes, label, curve, GIB if unit == "GiB" else 1, color)
+                _draw_curve(axes, label, curve, GIB if unit == "GiB" else 1, COLORS[number % len(COLORS)])
         for label, key in thresholds.items():
             height = getattr(run.monitor, key)
             axes.axhline(height, color=GREY, linestyle="dashed", label=f"{label} ({height:g})")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sft_recipes.monitor import plots
-from sft_recipes.monitor.diagnose import MAX_ALERTS, alerts_without_finding, skipped_rules
+from sft_recipes.monitor.diagnose import skipped_rules
 from sft_recipes.monitor.metrics_log import Run
 from sft_recipes.monitor.rules import RULES, Finding
 from sft_recipes.runtime.run_dir import read_json
@@ -29,7 +29,6 @@ def page(run: Run, findings: Sequence[Finding]) -> str:
         findings=findings,
         titles={rule.name: rule.title for rule in RULES},
         skipped=skipped_rules(run),
-        alerts=alerts_without_finding(run, findings)[:MAX_ALERTS],
         evaluations=[read_json(path) for path in sorted(run.folder.evaluation.glob("*.json"))],
         draw=lambda *plot: base64.b64encode(plots.svg(run, *plot).encode()).decode(),
         plan=dataclasses.asdict(run.plan),

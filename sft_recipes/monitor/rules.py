@@ -115,8 +115,8 @@ def vanishing_gradients(run: Run) -> Finding | None:
 
 
 def exploding_gradients(run: Run) -> Finding | None:
-    """The gradient norm stays above {grad_norm_above} for {window} steps, at least three values, or is above it on
-    every tenth of the last hundred; the limit is up to three times higher if the first norms are near it.
+    """The gradient norm stays above {grad_norm_above} for {window} steps, at least three values; the limit is up to
+    three times higher if the first norms are near it.
 
     Halve the learning rate, or use the default of the size class; a longer warm-up; check the rows.
     """
@@ -125,7 +125,7 @@ def exploding_gradients(run: Run) -> Finding | None:
 
 def loss_spike(run: Run) -> Finding | None:
     """The loss is 0.3 and {loss_spike} robust standard deviations above the median of up to 50 before it. Live: each
-    such step is an alert. `diagnose`: three separate alerts are a finding; fewer are only listed.
+    such step is an alert. `diagnose`: three separate alerts are a finding; fewer are only counted.
 
     Halve the learning rate, or use the default of the size class; a longer warm-up; check the rows.
     """
@@ -173,9 +173,9 @@ def learning_rate(run: Run) -> Finding | None:
 
 
 def overfitting(run: Run) -> Finding | None:
-    """Validation loss ends 2% and more than its noise above its best, training loss keeps falling, and the gap between
-    them is above {overfitting_gap} and grows. A gap that does not grow is no finding. Live: `overfitting_signal` in the
-    log is the gap alone.
+    """Validation loss ends 2% and 0.02 above its best, training loss keeps falling, and the gap between them is above
+    {overfitting_gap} and grows. A gap that does not grow is no finding. Live: `overfitting_signal` in the log is the
+    gap alone.
 
     In this order: learning rate two to three times lower, fewer epochs, weight decay 0.05 to 0.1, more data, and more
     varied (`data.train` takes a list). `final/` is the best step already.
@@ -185,9 +185,8 @@ def overfitting(run: Run) -> Finding | None:
     if len(losses) < 3 or len(trained) < 3:
         return None
     best = losses.index(min(losses))
-    after = losses[best + 1 :][-2:] or losses[-1:]
-    share = 0.02 if len(after) == 2 else 0.05  # more, if only one evaluation follows
-    if sum(after) / len(after) - losses[best] <= max(share, share * losses[best], 4 * stats.zigzag(losses)):
+    rise = sum(losses[-2:]) / 2 - losses[best]  # half of it, if only one evaluation follows
+    if rise <= 0.02 * max(1, losses[best]):
         return None
     lines = min(max(len(trained) // len(losses), 3), 20)  # training lines between two evaluations
     ends = [max(bisect.bisect_right(points, (step, math.inf)), 1) for step, _ in evaluations]
@@ -200,9 +199,8 @@ def overfitting(run: Run) -> Finding | None:
         return None
     step = evaluations[best][0]
     evidence = (
-        f"validation loss rose from {losses[best]:.3g} (step {step}) to {losses[-1]:.3g}, training loss fell from "
-        f"{training[best]:.3g} to {training[-1]:.3g}, the gap grew to {gap:.2g}; "
-        f"{'final/' if run.folder.state() == 'finished' else f'best-{step}/'} is the best step, {step}"
+        f"validation loss rose from {losses[best]:.3g} (step {step}, the best) to {losses[-1]:.3g}, training loss fell "
+        f"from {training[best]:.3g} to {training[-1]:.3g}, the gap grew to {gap:.2g}"
     )
     advice = [
         *_scale_learning_rate(run, 1 / 2),
@@ -255,15 +253,12 @@ def memory_growth(run: Run) -> Finding | None:
     points = run.points("memory_allocated_bytes" if kind == "GPU" else "host_memory_bytes")
     points = points[len(points) // 10 :]  # caches fill during the first lines
     parts = stats.blocks(stats.values(points), 6)
-    growth, rises = parts[-1] - parts[0], [after - before for before, after in itertools.pairwise(parts)]
+    growth = parts[-1] - parts[0]
     # One or two jumps are an allocator that settles at an evaluation.
-    steady = sum(rise > 0.05 * growth for rise in rises) >= 4 and max(rises) <= growth / 2
-    if growth <= run.monitor.memory_growth * parts[0] or not steady or parts[-1] - parts[3] < 0.25 * growth:
+    steady = sum(after - before > 0.05 * growth for before, after in itertools.pairwise(parts)) >= 4
+    if growth <= run.monitor.memory_growth * parts[0] or not steady:
         return None
-    evidence = (
-        f"{kind} memory grows steadily, from {parts[0] / GIB:.2f} to {parts[-1] / GIB:.2f} GiB "
-        f"({growth / parts[0]:.0%})"
-    )
+    evidence = f"{kind} memory grows steadily, from {parts[0] / GIB:.2f} to {parts[-1] / GIB:.2f} GiB"
     return Finding("memory_growth", "error", points[0][0], evidence)
 
 
@@ -346,12 +341,9 @@ def _fewer_epochs(run: Run, step: int) -> list[str]:
 
 
 def _lower_rate(run: Run) -> list[str]:
-    """A lower learning rate, and twice the warm-up if the size class allows that."""
+    """The default learning rate if the present one is above its size class, else half of it."""
     too_high = run.plan.learning_rate > _learning_rates(run)[1]
-    lower = _default_learning_rate(run) if too_high else _scale_learning_rate(run, 1 / 2)
-    highest = (sizes.size_classes()[run.plan.size].ranges["warmup_ratio"].range or [0, math.inf])[1]
-    warmup = _change(run, "warmup_ratio", lambda ratio: max(ratio, min(max(2 * ratio, 0.03), highest)))
-    return [*lower, *warmup]
+    return _default_learning_rate(run) if too_high else _scale_learning_rate(run, 1 / 2)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from sft_recipes.runtime import timeouts
@@ -13,7 +12,6 @@ from sft_recipes.runtime.programs import run_program
 # The first driver branch of each CUDA major version, by "minor version compatibility":
 # https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
 FIRST_DRIVER = {"12": 525, "13": 580}
-_LOADED_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def find_problem(
@@ -59,8 +57,6 @@ def nvidia_smi(*options: str) -> tuple[int, str]:
 
 
 def driver_version() -> str | None:
-    """Return the NVIDIA driver version from nvidia-smi or the loaded kernel module; None without a driver."""
-    _, output = nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
-    loaded = _LOADED_DRIVER.read_text(encoding="utf-8") if _LOADED_DRIVER.is_file() else ""
-    version = re.match(r"(\d+\.[\d.]+)", output) or re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", loaded)
-    return version[1] if version else None
+    """Return the NVIDIA driver version from nvidia-smi; None without a driver."""
+    version = re.match(r"\d+\.[\d.]+", nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")[1])
+    return version[0] if version else None

@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import socket
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +61,7 @@ class Failure:
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel send SIGKILL to this process when its parent exits, for any reason. Linux only.
+    """Have the kernel send SIGKILL to this process when its parent exits, for any reason.
 
     SIGKILL and not SIGTERM: a rank that is still saving would collide with the next attempt in the same run directory.
     Safe to call between fork and exec.
@@ -70,8 +69,6 @@ def die_with_parent(parent: int) -> None:
     Args:
         parent: process id of the parent.
     """
-    if not sys.platform.startswith("linux"):
-        return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it exited before the call took effect
         os.kill(os.getpid(), signal.SIGKILL)
@@ -136,13 +133,10 @@ def request_stop(ranks_dir: Path) -> bool:
 
 def process_state(pid: int) -> str:
     """Return the state letter of a process in proc(5): R running, S sleeping, D waiting for a disk or device, T stopped
-    by a signal; empty if it exited or is a zombie. Without /proc it is `?` for a live process."""
+    by a signal; empty if it exited or is a zombie."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        if Path("/proc/self").exists():
-            stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-            return stat.rpartition(")")[2].split()[0].strip("ZX")
-        os.kill(pid, 0)
-        return "?"
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        return stat.rpartition(")")[2].split()[0].strip("ZX")
     return ""
 
 

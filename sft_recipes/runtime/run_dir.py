@@ -1,4 +1,13 @@
-"""The layout of `runs/` and of a run directory."""
+"""The layout of `runs/` and of a run directory, and the exit codes of all commands (docs/reference.md lists both).
+
+Exit codes:
+    0: finished
+    1: error; a failed sanity check; an error found by `diagnose` or `doctor`
+    2: wrong input; no optimizer step was taken
+    3: diverged: NaN/Inf loss or gradient, or an alert in `monitor.stop_on`
+    4: three attempts without progress (no new checkpoint)
+    75: stopped early with a complete checkpoint; the same command resumes
+"""
 
 from __future__ import annotations
 
@@ -12,16 +21,7 @@ from typing import Any
 from sft_recipes.runtime.atomic_write import write_atomic
 from sft_recipes.runtime.errors import SetupError
 
-EXIT_ERROR, EXIT_USER, EXIT_DIVERGED, EXIT_NO_PROGRESS = 1, 2, 3, 4
-EXIT_STOPPED = 75  # stopped early with a complete checkpoint: the same command resumes
-EXIT_CODES = {  # docs/reference.md lists them
-    0: "finished",
-    EXIT_ERROR: "error; a failed sanity check; an error found by `diagnose` or `doctor`",
-    EXIT_USER: "wrong input; no optimizer step was taken",
-    EXIT_DIVERGED: "diverged: NaN/Inf loss or gradient, or an alert in `monitor.stop_on`",
-    EXIT_NO_PROGRESS: "three attempts without progress (no new checkpoint)",
-    EXIT_STOPPED: "stopped early with a complete checkpoint; the same command resumes",
-}
+EXIT_ERROR, EXIT_USER, EXIT_DIVERGED, EXIT_NO_PROGRESS, EXIT_STOPPED = 1, 2, 3, 4, 75
 FINGERPRINTED_STEPS = 2  # recorded after each save: the second also depends on the optimizer state after the first
 
 

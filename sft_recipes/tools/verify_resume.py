@@ -103,8 +103,9 @@ def _verify(context: RunContext, run_dir: RunDir) -> int:
     first = _replay(context, candidates, _FIRST)
     if isinstance(first, int):
         return first
-    for note in (*(f"skipping {reason}" for reason in first.skipped), *run_selection.version_notes(run_dir, False)):
-        log.info(note)
+    for reason in first.skipped:
+        log.info(f"skipping {reason}")
+    run_selection.check_versions(run_dir, False)
     steps = f"steps {' to '.join(map(str, first.steps))}" if first.steps else "no recorded step"
     ranked = render.describe_ranks(context.plan)
     log.info(f"resumed {run_dir.name} from checkpoint-{first.step} ({ranked}), repeated {steps}")

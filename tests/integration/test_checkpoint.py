@@ -14,8 +14,8 @@ from helpers.saved_weights import same, weights
 from helpers.workplace import SHORT, manifest, metrics
 
 from sft_recipes.planner import plan as plans
-from sft_recipes.runtime import append_line
 from sft_recipes.runtime.run_dir import RunDir
+from sft_recipes.training.callbacks.metrics import append
 from sft_recipes.training.checkpoint import checkpoint_format, resume, writer
 
 
@@ -283,14 +283,14 @@ def test_files_of_every_rank_are_required(short_run, parallelism, ranks, names):
         assert "was not written" in checkpoint_format.find_missing(plan, names - {name}), name
 
 
-def test_append_line_warns_if_the_file_cannot_be_written(tmp_path, capfd):
+def test_append_warns_if_the_file_cannot_be_written(tmp_path, console):
     path = tmp_path / "metrics.jsonl"
     path.mkdir()
-    append_line.add(path, "one")
-    assert "cannot be written" in capfd.readouterr().err
+    append(path, {"step": 1})
+    assert "warning: " in (printed := console.readouterr().out) and "cannot be written" in printed
     path.rmdir()
-    append_line.add(path, "two")
-    assert path.read_text() == "two\n"
+    append(path, {"step": 2})
+    assert path.read_text() == '{"step": 2}\n'
 
 
 def test_any_error_fails_the_save_except_out_of_memory(short_run):

@@ -158,20 +158,6 @@ def test_only_listed_variables_are_passed(machine):
     assert set(passed) <= names and not set(of_the_host) & names
 
 
-def test_files_and_folders_of_passed_variables_are_mounted(machine):
-    cache, token = machine.path / "datasets", machine.path / "token"
-    cache.mkdir()
-    token.touch()
-    seen = volumes(
-        machine.run(
-            "plan", "tiny", RUNTIME="docker", DRY_RUN="1", HF_DATASETS_CACHE=str(cache), HF_TOKEN_PATH=str(token)
-        )
-    )
-    assert (seen[str(cache)], seen[str(token)]) == ("rw", "ro")
-    missing = machine.run("plan", "tiny", RUNTIME="docker", WANDB_DIR="/nowhere")
-    assert "WANDB_DIR: file or folder not found: /nowhere" in error_line(missing)
-
-
 @pytest.mark.parametrize(
     ("arguments", "variables", "device", "inside"),
     [
@@ -307,10 +293,10 @@ def test_hostile_values_stay_one_argument(machine):
         ({"RUNTIME": "apptainer"}, "pyxis and apptainer are for jobs"),
         ({"GPUS": "2", "VARIANT": "rocm"}, "VARIANT: found 'rocm', expected cuda or cpu"),
         ({"RUNTIME": "docker", "RUNS_DIR": "/proc/runs"}, "RUNS_DIR, HF_HOME: cannot create /proc/runs"),
-        ({"RUNTIME": "docker", "RUNS_DIR": "/etc"}, "/etc: the image has its own. Use another folder"),
-        ({"RUNTIME": "docker", "RUNS_DIR": "a:b"}, "a path with a colon cannot be mounted"),
+        ({"RUNTIME": "docker", "RUNS_DIR": "/etc"}, "/etc: cannot be mounted: the image has its own"),
+        ({"RUNTIME": "docker", "RUNS_DIR": "a:b"}, "or it has a colon"),
         ({"RUNTIME": "docker", "CONTAINER_ARGS": "a'b"}, "CONTAINER_ARGS: cannot split \"a'b\" into arguments"),
-        ({"RUNTIME": "docker", "MOUNTS": "/tmp"}, "/tmp: the image has its own"),
+        ({"RUNTIME": "docker", "MOUNTS": "/tmp"}, "/tmp: cannot be mounted"),
         ({"RUNTIME": "docker", "MOUNTS": "/nowhere"}, "MOUNTS: file or folder not found: /nowhere"),
     ],
 )  # fmt: skip
@@ -337,7 +323,7 @@ def test_smoke_test_mounts_nothing(machine):
     for variables in ({"gpus": ""}, {"VARIANT": "cpu"}):
         on_cpu = command(machine.run("smoke", DRY_RUN="1", **variables))
         assert on_cpu[-1] == "--cpu" and not values(on_cpu, "--gpus")
-    assert "expected docker or podman for smoke" in error_line(machine.run("smoke", RUNTIME="local"))
+    assert "expected docker or podman; pyxis" in error_line(machine.run("smoke", RUNTIME="local"))
 
 
 def test_inside_the_image_the_command_runs_directly(machine):

@@ -172,19 +172,11 @@ def test_hidden_gpus_are_named(on, monkeypatch, capsys, mask, options, error):
     assert error in capsys.readouterr().err
 
 
-def test_driver_that_is_broken_or_without_nvidia_smi_is_named(on, monkeypatch, tmp_path):
+def test_driver_that_is_broken_is_named(on, monkeypatch, tmp_path):
     on(gpus=0)
     assert topology.hidden_gpus().startswith("nvidia-smi fails (No devices were found): see dmesg")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert topology.hidden_gpus() == ""
-    for text in (
-        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024\n",
-        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build  (dvs-builder@U22)\n",
-    ):
-        (tmp_path / "version").write_text(text + "GCC version:  gcc version 12.3.0\n")
-        monkeypatch.setattr(cuda, "_LOADED_DRIVER", tmp_path / "version")
-        assert cuda.driver_version() in ("535.183.01", "570.86.15") and cuda.driver_version() in text
-        assert "is loaded, but nvidia-smi is not on PATH" in topology.hidden_gpus()
+    assert topology.hidden_gpus() == "" and cuda.driver_version() is None
 
 
 def test_setup_keeps_the_build_of_an_existing_environment(tmp_path):

@@ -75,7 +75,7 @@ def test_two_nodes_match_a_single_process(shared_workplace: Workplace, short_run
     printed = [text for text in ("starting", "step 1/", "trained", "warning:") if text in second]
     assert printed == [], "node 0 prints what is the same on all nodes"
     assert losses(run) == pytest.approx(losses(short_run), rel=2e-4)
-    records = outcome.read_records(run, "manual")
+    records = outcome.read_records(outcome.record_folder(run, "manual"))
     assert [(record.node, record.code, record.error) for record in records] == [(0, 0, None), (1, 0, None)]
     with launched(shared_workplace, "two") as launchers:
         codes, (first, second) = ended(launchers)
@@ -95,7 +95,7 @@ def test_unprepared_or_changed_run_is_rejected_with_the_command(
     assert "is not prepared" in done.stderr and "sft_recipes prepare tiny --name none --gpus 0" in done.stderr
     done = shared_workplace.sft("train", "tiny", "--name", "other", *TWO, "trainer.learning_rate=1.0e-3", **place)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "is prepared with other arguments (tiny --name other --gpus 0" in done.stderr
+    assert "with arguments tiny --name other --gpus 0" in done.stderr
     assert (shared_workplace.runs / "other" / "plan.next.json").is_file(), "the prepared attempt is still there"
 
 
@@ -114,7 +114,7 @@ def test_killed_rank_of_another_node_is_named(shared_workplace: Workplace) -> No
         codes, (first, second) = ended(launchers)
     assert codes == [1, 1], first + second
     assert "rank 1 on " in first and "killed by SIGKILL in step" in first and "out-of-memory killer" in first
-    first_failure = outcome.first_failure(outcome.read_records(run, "manual"))
+    first_failure = outcome.first_failure(outcome.read_records(outcome.record_folder(run, "manual")))
     assert first_failure is not None and first_failure.node == 1
 
 

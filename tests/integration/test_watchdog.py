@@ -354,7 +354,9 @@ def test_run_with_ranks_of_earlier_attempt_is_not_started(tmp_path, monkeypatch)
             time.sleep(0.01)
         beat = Heartbeat(1, left.pid, 5, "step", 0)
         heartbeat.rank_file(folder.ranks, 1).write_bytes(heartbeat.encode(beat))
-        with pytest.raises(UserError, match=f"rank 1 of an earlier attempt of run still runs .pid {left.pid}"):
+        with pytest.raises(
+            UserError, match=f"rank 1 .pid {left.pid}, state .. of an earlier attempt of run still runs"
+        ):
             run_lock.lock(folder).__enter__()
     finally:
         left.kill()
@@ -403,22 +405,28 @@ def test_gpu_ranks_use_expandable_segments_by_default(name):
     assert "PYTORCH_ALLOC_CONF" not in command.environment(tiny, {})
 
 
-def test_newer_checkpoint_resets_attempts(tmp_path):
+def test_newer_checkpoint_resets_attempts(tmp_path, console):
+    def error():
+        code = attempts.check_progress(folder)
+        printed = console.readouterr().err
+        assert (code == 4) == bool(printed)
+        return printed
+
     folder = RunDir(tmp_path)
     for _ in range(3):
-        assert attempts.no_progress_error(folder) is None
+        assert error() == ""
         attempts.record_attempt(folder)
-    assert "3 attempts without progress from the start" in attempts.no_progress_error(folder)
+    assert "3 attempts without progress from the start" in error()
     attempts.record_attempt(folder)
-    assert "4 attempts without progress" in attempts.no_progress_error(folder), "an explicit resume that failed too"
+    assert "4 attempts without progress" in error(), "an explicit resume that failed too"
     run_dir.write_json(folder.manifest, {
         **manifest(tmp_path), "diverged": {"step": 7, "rows": ["a.jsonl:3"]}
     })  # fmt: skip
-    assert "diverged at step 7, rows a.jsonl:3" in attempts.no_progress_error(folder)
+    assert "diverged at step 7, rows a.jsonl:3" in error()
     folder.checkpoint(8).mkdir()
-    assert "4 attempts without progress" in attempts.no_progress_error(folder), "it is incomplete"
+    assert "4 attempts without progress" in error(), "it is incomplete"
     run_dir.write_json(folder.checkpoint(8) / "complete.json", {"step": 8})
-    assert attempts.no_progress_error(folder) is None
+    assert error() == ""
     attempts.record_attempt(folder)
     assert manifest(tmp_path)["attempts_without_progress"] == {"step": 8, "count": 1}
 

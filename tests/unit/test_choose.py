@@ -120,7 +120,7 @@ def resume(stored, name, gpus, gpu_type, tmp_path, monkeypatch):
     return run_selection.select(plan(name, gpus, gpu_type), request, {})
 
 
-def test_resume_on_another_gpu_type_keeps_the_strategy(tmp_path, monkeypatch):
+def test_resume_on_another_gpu_type_keeps_the_strategy(tmp_path, monkeypatch, console):
     stored = plan("8b", 8, "h100-80g")
     fresh = plan("8b", 8, "a100-40g")
     assert (stored.parallelism, fresh.parallelism) == ("zero2", "zero3")
@@ -128,8 +128,8 @@ def test_resume_on_another_gpu_type_keeps_the_strategy(tmp_path, monkeypatch):
     assert start.resumes and start.plan.fits and start.plan.parallelism == "zero2"
     assert start.plan.effective_batch_size == stored.effective_batch_size
     assert start.plan.memory_bytes_per_gpu["total"] < 40 * GIB < stored.memory_bytes_per_gpu["total"]
-    (note,) = [note for note in start.notes if "same effective batch" in note]
-    assert "gradient_checkpointing False -> True" in note
+    (line,) = [line for line in console.readouterr().out.splitlines() if "same effective batch" in line]
+    assert "gradient_checkpointing False -> True" in line
 
 
 def test_run_of_one_gpu_resumes_on_several(tmp_path, monkeypatch):

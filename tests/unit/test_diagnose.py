@@ -36,7 +36,7 @@ from sft_recipes.config import schema
 from sft_recipes.config.schema import Monitor
 from sft_recipes.config.sizes import scientific
 from sft_recipes.monitor.detectors import AlertStream
-from sft_recipes.monitor.diagnose import alerts_without_finding, diagnose, has_errors, text, to_json
+from sft_recipes.monitor.diagnose import diagnose, has_errors, text, to_json
 from sft_recipes.monitor.metrics_log import MetricSeries, read
 from sft_recipes.monitor.rules import RULES
 from sft_recipes.runtime.errors import UserError
@@ -194,8 +194,8 @@ def test_single_spike_is_listed_without_finding(tmp_path):
     simulated.warnings = [dataclasses.asdict(alert)]
     run = simulated.write(tmp_path)
     findings = diagnose(run)
-    assert findings == [] and alerts_without_finding(run, findings) == [alert]
-    assert any(line.startswith(f"Alerts: step 500 loss_spike: {alert.evidence}") for line in text(run, findings))
+    assert findings == [] and run.alerts == [alert]
+    assert f"Alerts during the run: 1, in {run.folder.warnings}" in text(run, findings)
 
 
 def test_stop_on_accepts_the_rules_of_single_steps():
@@ -290,8 +290,6 @@ def test_run_without_log_lines_is_rejected(tmp_path):
         (rising_permanently, "tiny", "trainer.learning_rate=6.7e-4, was 2.0e-3"),
         (exploding_gradients, "8b", "trainer.learning_rate=1.0e-5, was 2.0e-5"),
         (exploding_gradients, "1b", "trainer.learning_rate=2.5e-5 allow_out_of_range=[learning_rate]"),
-        (exploding_gradients, "1b", "trainer.warmup_ratio=0.1, was 0.05"),
-        (exploding_gradients, "70b", "trainer.warmup_ratio=0.05, was 0.03"),
         (too_low_learning_rate, "8b", "trainer.learning_rate=4.0e-5, was 2.0e-5"),
         (too_low_learning_rate, "70b", "trainer.learning_rate=4.0e-5 allow_out_of_range=[learning_rate]"),
         (memorizing, "8b", "trainer.learning_rate=1.0e-5, was 2.0e-5"),
@@ -326,7 +324,7 @@ def test_advised_learning_rate_loads_as_a_recipe(tmp_path):
 
 def test_overfitting_starts_at_the_best_step_which_is_kept(tmp_path):
     (finding,) = diagnose(memorizing(Simulated("8b")).write(tmp_path))
-    assert finding.step == 400 and "final/ is the best step" in finding.evidence
+    assert finding.step == 400 and "(step 400, the best)" in finding.evidence
 
 
 def test_thresholds_come_from_the_plan(tmp_path):

@@ -81,12 +81,12 @@ def a_run(place, stored, *steps):
     return folder
 
 
-def test_resume_on_other_ranks_is_logged_and_recorded(tmp_path, monkeypatch):
+def test_resume_on_other_ranks_is_logged_and_recorded(tmp_path, monkeypatch, console):
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
     a_run(tmp_path, plan("zero2", 2), 4)
     start = run_selection.select(plan("zero2", 4), RunRequest("one"), {})
     assert start.resumes and start.plan.run_id == "one" and "world_size" in start.plan.allowed_changes
-    assert any("world_size 2 -> 4" in note for note in start.notes)
+    assert "world_size 2 -> 4" in console.readouterr().out
     with pytest.raises(UserError, match=r"learning_rate"):
         run_selection.select(plan("zero2", 4, "trainer.learning_rate=1e-3"), RunRequest("one"), {})
 
@@ -111,7 +111,7 @@ def with_plan(folder, step, stored):
 
 @pytest.mark.parametrize("harm", [lambda file: file.unlink(), lambda file: file.write_text(file.read_text()[:700])])
 @pytest.mark.parametrize("name", ["one", None])
-def test_lost_plan_is_restored_from_latest_checkpoint(tmp_path, monkeypatch, harm, name):
+def test_lost_plan_is_restored_from_latest_checkpoint(tmp_path, monkeypatch, harm, name, console):
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
     stored = dataclasses.replace(plan("zero2", 2), run_id="one")
     folder = a_run(tmp_path, stored, 4, 8)
@@ -123,7 +123,7 @@ def test_lost_plan_is_restored_from_latest_checkpoint(tmp_path, monkeypatch, har
     with_plan(folder, 4, stored)
     start = run_selection.select(plan("zero2", 2), RunRequest(name), {})
     assert start.resumes and start.run_dir == folder and start.plan.run_id == "one"
-    assert "restored from checkpoint-4" in start.notes[0] and plans.read(folder.plan) == stored
+    assert "restored from checkpoint-4" in console.readouterr().out and plans.read(folder.plan) == stored
 
 
 def test_lost_plan_of_linked_checkpoint_is_not_restored(tmp_path, monkeypatch):
@@ -188,7 +188,7 @@ def test_fix_loaded_state_restores_groups_and_step_counters():
     assert [state["step"].item() for state in loaded.state.values()] == [3, 3]
 
 
-def test_run_of_other_model_or_data_is_only_resumed_by_name(tmp_path, monkeypatch):
+def test_run_of_other_model_or_data_is_only_resumed_by_name(tmp_path, monkeypatch, console):
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
     for number, override in ((1, "data.train=a.jsonl"), (2, "data.train=b.jsonl"), (3, "lora.r=4")):
         folder = RunDir(tmp_path / "runs" / f"tiny-{number}")
@@ -197,8 +197,8 @@ def test_run_of_other_model_or_data_is_only_resumed_by_name(tmp_path, monkeypatc
         plans.write(stored, folder.plan)
     start = run_selection.select(plan("zero2", 2, "data.train=c.jsonl"), RunRequest(), {})
     assert (start.run_dir.name, start.resumes) == ("tiny-4", False)
-    assert start.notes == (
-        "not resuming tiny-3 (also tiny-2, tiny-1): method 'lora' -> 'full'. Resume it with its own settings and NAME=tiny-3",
+    assert console.readouterr().out == (
+        "not resuming tiny-3: method 'lora' -> 'full'. Resume it with its own settings and NAME=tiny-3\n"
     )
     older = run_selection.select(plan("zero2", 2, "data.train=a.jsonl"), RunRequest(), {})
     assert (older.run_dir.name, older.resumes) == ("tiny-1", True), "of this model and data"

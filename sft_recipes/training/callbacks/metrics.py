@@ -1,16 +1,18 @@
 """Metrics log: every metric that the Trainer logs, in `metrics.jsonl`, one JSON object per log step, on rank 0."""
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
 
 from sft_recipes.monitor import metrics_log
-from sft_recipes.runtime import append_line
 from sft_recipes.runtime.atomic_write import write_atomic
 from sft_recipes.training.callbacks import RunCallback
 from sft_recipes.training.checkpoint import retention
 from sft_recipes.training.nan_guard import json_number
+
+log = logging.getLogger(__name__)
 
 
 class MetricsCallback(RunCallback):
@@ -53,8 +55,13 @@ def final(state: Any) -> dict[str, float]:
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
-    """Append one JSON line; NaN and Infinity, which JSON lacks, are written as strings."""
-    append_line.add(path, _to_json(line))
+    """Append one JSON line; NaN and Infinity, which JSON lacks, are written as strings. On a full disk the line is
+    lost, with a warning: training continues, as after a failed save."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{_to_json(line)}\n")
+    except OSError as error:
+        log.warning(f"{path} cannot be written ({error.strerror})")
 
 
 def drop_lines_after(path: Path, step: int) -> None:
