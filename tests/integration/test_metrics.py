@@ -86,6 +86,8 @@ def test_tensorboard_files(tracked_run):
     assert {"final/total_steps", "final/best_eval_loss", "final/epochs_completed"} <= names
     losses = {event.step: event.value for event in read.Scalars("train/loss")}
     assert losses == pytest.approx({line["step"]: line["loss"] for line in training_lines(tracked_run)}, rel=1e-6)
+    text = read.Tensors("samples/0/text_summary")
+    assert [event.step for event in text] == [4, 8] and b"reference" in text[0].tensor_proto.string_val[0]
     assert b'"recipe": "tiny"' in read.Tensors("plan/text_summary")[0].tensor_proto.string_val[0]
 
 
@@ -102,7 +104,9 @@ def test_wandb_file(tracked_run):
     losses = {row["train/global_step"]: row["train/loss"] for row in rows if "train/loss" in row}
     assert losses == pytest.approx({line["step"]: line["loss"] for line in training_lines(tracked_run)})
     assert {row["train/global_step"] for row in rows if "eval/loss" in row} == {4, 8}
-    assert any("train/train_eval_gap" in row for row in rows)
+    assert any("train/train_eval_gap" in row for row in rows) and any(
+        key.startswith("samples") for row in rows for key in row
+    )
     summary = {
         key: value for record in wandb_records(tracked_run, "summary") for key, value in record["update"].items()
     }

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import logging
 import os
+import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -19,6 +20,8 @@ from sft_recipes.runtime import timeouts
 from sft_recipes.training.callbacks.metrics import final
 
 log = logging.getLogger(__name__)
+
+_SAMPLE_KEYS = ("prompt", "reference", "completion")
 
 
 class TrackerCallback(TrainerCallback):
@@ -57,6 +60,11 @@ class TrackerCallback(TrainerCallback):
         self._forward("on_train_end", args, state, control, **context)
         self._tracker = None
 
+    def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """Log completions of held-out prompts, if the tracker has a page or a table for them."""
+        if hasattr(self._tracker, "log_samples"):
+            self._forward("log_samples", step, samples)
+
     def end(self) -> None:
         """Close the tracker of a run that did not finish."""
         trainer = self.trainer
@@ -91,6 +99,12 @@ class TensorBoard(integrations.TensorBoardCallback):  # type: ignore[misc]
         self.tb_writer = self._SummaryWriter(self.logging_dir, purge_step=purge_step)
         super().on_train_begin(args, state, control, **context)
         self.tb_writer.add_text("plan", f"```json\n{plans.to_json(self.trainer.plan)}\n```")
+
+    def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """One text per prompt, as Markdown code blocks."""
+        for number, sample in enumerate(samples):
+            parts = [f"**{key}**\n\n{textwrap.indent(str(sample[key]), '    ')}" for key in _SAMPLE_KEYS]
+            self.tb_writer.add_text(f"samples/{number}", "\n\n".join(parts), step)
 
     def log_summary(self, step: int, summary: dict[str, float]) -> None:
         """Scalars, under their names as they are."""
@@ -136,6 +150,11 @@ class WeightsAndBiases(integrations.WandbCallback):  # type: ignore[misc]
             mode=mode,
             settings=self._wandb.Settings(**limits, **finish, console="off", silent=True, save_code=False),
         )
+
+    def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """A table with the step's completions."""
+        table = self._wandb.Table(list(_SAMPLE_KEYS), [[sample[key] for key in _SAMPLE_KEYS] for sample in samples])
+        self._wandb.log({"samples": table, "train/global_step": step})
 
     def log_summary(self, _step: int, summary: dict[str, float]) -> None:
         """The run's summary, under the metrics' names as they are."""
