@@ -44,11 +44,11 @@ class RawChunk(NamedTuple):
     """Some consecutive rows of a source, not parsed yet where parsing takes time.
 
     Attributes:
-        rows: yields them; can be sent to another process.
+        rows: yields them, or those at the given locations; can be sent to another process.
         read: fraction of the source up to their end.
     """
 
-    rows: Callable[[], Iterator[RawRow]]
+    rows: Callable[..., Iterator[RawRow]]
     read: float
 
 
@@ -97,8 +97,7 @@ class Source:
 
     def rows(self, locations: Container[str] | None = None) -> Iterator[RawRow]:
         """Yield all rows in file order, or those at the given locations."""
-        rows = itertools.chain.from_iterable(chunk.rows() for chunk in self.chunks())
-        return (row for row in rows if locations is None or row.location in locations)
+        return itertools.chain.from_iterable(chunk.rows(locations) for chunk in self.chunks())
 
 
 def resolve_all(data: Data, part: str, toy_folder: Path) -> dict[str, Source]:
@@ -267,10 +266,10 @@ def parse_json(text: str, location: str) -> Any:
         raise DataError(f"{location}: not valid JSON: {error}") from error
 
 
-def _line_rows(file: Path, first: int, content: bytes) -> Iterator[RawRow]:
+def _line_rows(file: Path, first: int, content: bytes, locations: Container[str] | None = None) -> Iterator[RawRow]:
     for number, line in enumerate(content.decode("utf-8-sig").split("\n"), start=first):
         location = f"{file}:{number}"
-        if line.strip():
+        if line.strip() and (locations is None or location in locations):
             yield RawRow(attempt(parse_json, line, location), location)
 
 
@@ -307,7 +306,12 @@ def _split(rows: Iterator[RawRow], total: int) -> Iterator[RawChunk]:
     for done in itertools.count(_ROWS_PER_CHUNK, _ROWS_PER_CHUNK):
         if not (chunk := [*itertools.islice(rows, _ROWS_PER_CHUNK)]):
             return
-        yield RawChunk(partial(iter, chunk), min(done / total, 1.0))
+        yield RawChunk(partial(at_locations, chunk), min(done / total, 1.0))
+
+
+def at_locations(rows: Iterable[RawRow], locations: Container[str] | None = None) -> Iterator[RawRow]:
+    """Yield those of the rows that are at the given locations, by default all."""
+    return (row for row in rows if locations is None or row.location in locations)
 
 
 def _check_unique(names: list[str], where: str) -> list[str]:
@@ -353,12 +357,16 @@ def _split_arrow(batches: Iterable[Any], rows: int, name: str) -> Iterator[RawCh
         done += len(batch)
 
 
-def _arrow_rows(batch: Any, first: int, name: str) -> Iterator[RawRow]:
+def _arrow_rows(batch: Any, first: int, name: str, locations: Container[str] | None = None) -> Iterator[RawRow]:
     """Yield the rows of an Arrow batch without the nulls that Arrow writes where rows have different keys."""
     try:
-        for number, row in enumerate(batch.to_pylist(), start=first):
-            values = {item.name: _from_arrow(row[item.name], item.type) for item in batch.schema}
-            yield RawRow(values, f"{name}, row {number}")
+        rows = (
+            RawRow(
+                {item.name: _from_arrow(row[item.name], item.type) for item in batch.schema}, f"{name}, row {number}"
+            )
+            for number, row in enumerate(batch.to_pylist(), start=first)
+        )
+        yield from at_locations(rows, locations)
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise DataError(f"{name}: not valid Parquet: {error}") from error
 

@@ -27,7 +27,7 @@ from sft_recipes.data import licenses
 from sft_recipes.data.columns import ColumnError, select_columns
 from sft_recipes.data.formats import Conversation, conversation_of, text_of
 from sft_recipes.data.rows import NUMBERS, Chunk, Outcome, Outcomes, Rows, RowStore
-from sft_recipes.data.sources import RawChunk, RawRow, Source, attempt
+from sft_recipes.data.sources import RawChunk, RawRow, Source, at_locations, attempt
 from sft_recipes.data.tokenize import IGNORED, ConversationTokenizer, Example
 from sft_recipes.runtime.errors import DataError
 from sft_recipes.runtime.heartbeat import die_with_parent
@@ -65,7 +65,7 @@ def tokenize_source(
 
     chunks = source.chunks()
     if max_rows is not None:
-        chunks = iter([RawChunk(functools.partial(iter, [*itertools.islice(source.rows(), max_rows)]), 1.0)])
+        chunks = iter([RawChunk(functools.partial(at_locations, [*itertools.islice(source.rows(), max_rows)]), 1.0)])
     outcomes: Outcomes = {}
     name, error, started, rows = source.display_name, None, time.monotonic(), 0
     logged, work = started, (tokenizer, max_length, source.settings)

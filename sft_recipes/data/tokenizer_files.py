@@ -52,11 +52,12 @@ def save(tokenizer: Any, base: Path, folder: Path, texts: Iterable[str], trust_r
     config = {**read_json(folder / _CONFIG), "tokenizer_class": _FROM_FILE}
     copy_files(base, folder, keep=() if is_unchanged else ("tokenizer.json",))
     config = read_json(folder / _CONFIG) or config
-    _add_changes(tokenizer, _reload(folder, base, trust_remote_code), config, folder)
+    model = _reload(folder, base, trust_remote_code)
+    if _add_changes(tokenizer, model, config, folder):
+        model = _reload(folder, base, trust_remote_code)
     notes = ["tokenizer: Mistral's pre-tokenizer is corrected (fix_mistral_regex), also in final/"] if fixed else []
     expected = _ids(tokenizer, texts)
-    model, adapters = (_reload(folder, config_folder, trust_remote_code) for config_folder in (base, None))
-    if _ids(model, texts) == expected == _ids(adapters, texts):
+    if _ids(model, texts) == expected == _ids(_reload(folder, None, trust_remote_code), texts):
         return notes
     extra = config.pop("extra_special_tokens", [])  # Transformers 4 accepts no list under this name
     config = {**tokenizer.special_tokens_map, "additional_special_tokens": extra, **config}
@@ -117,21 +118,27 @@ def _ids(tokenizer: Any, texts: list[str]) -> Any:
     return tokenizer and tokenizer(texts, verbose=False)["input_ids"]
 
 
-def _add_changes(tokenizer: Any, loaded: Any, config: dict[str, Any], folder: Path) -> None:
-    """Add the special tokens and the chat template that the loaded files do not give to the written files."""
-    before = dict(config)
+def _add_changes(tokenizer: Any, loaded: Any, config: dict[str, Any], folder: Path) -> bool:
+    """Add the special tokens and the chat template that the loaded files do not give to the written files.
+
+    Returns:
+        Whether anything was added.
+    """
+    before, saved = dict(config), getattr(loaded, "special_tokens_map", {})
     if FIX_MISTRAL_REGEX in tokenizer.init_kwargs:
         config[FIX_MISTRAL_REGEX] = tokenizer.init_kwargs[FIX_MISTRAL_REGEX]
-    saved = getattr(loaded, "special_tokens_map", {})
-    if any(saved.get(key) != token for key, token in tokenizer.special_tokens_map.items()):
+    lacks_tokens = any(saved.get(key) != token for key, token in tokenizer.special_tokens_map.items())
+    if lacks_tokens:
         config |= tokenizer.special_tokens_map
         (folder / _SPECIAL_TOKENS).unlink(missing_ok=True)  # of Transformers 4, which prefers it
     if tokenizer.extra_special_tokens != getattr(loaded, "extra_special_tokens", None):
         name = "extra_special_tokens" if "extra_special_tokens" in config else "additional_special_tokens"
         config[name] = list(map(str, tokenizer.extra_special_tokens))
-    if tokenizer.chat_template != getattr(loaded, "chat_template", None):
+    lacks_template = tokenizer.chat_template != getattr(loaded, "chat_template", None)
+    if lacks_template:
         shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
         config.pop("chat_template", None)
         (folder / _TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")
     if config != before:
         write_json(folder / _CONFIG, config)
+    return lacks_tokens or lacks_template or config != before
