@@ -99,7 +99,7 @@ def check_positions(plan: Plan, config: Any) -> list[str]:
         return [f"trainer.max_length={plan.max_length} is {factor}: quality beyond them is not known"]
     if _has_position_table(plan, config, positions):
         raise DataError(
-            f"trainer.max_length: found {plan.max_length}, expected {positions} or less. Set trainer.max_length={positions}"
+            f"trainer.max_length: found {plan.max_length}, but the model has {positions} positions. Set {positions}"
         )
     return []
 
