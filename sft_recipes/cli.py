@@ -506,8 +506,9 @@ def _check_serving(parsed: argparse.Namespace) -> int:
 def _eval(parsed: argparse.Namespace) -> None:
     from sft_recipes.tools import evaluate
 
-    folder = run_dir.find(parsed.run)
-    comparison = evaluate.evaluate(folder, parsed.tasks or "default", parsed.limit, parsed.harness_args)
+    comparison = evaluate.evaluate(
+        run_dir.find(parsed.run), parsed.tasks or "default", parsed.limit, parsed.harness_args
+    )
     print(evaluate.to_text(comparison), flush=True)
     _report(parsed)
 

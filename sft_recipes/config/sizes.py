@@ -89,9 +89,9 @@ def size_class_of(recipe: Recipe) -> str:
     size = nearest_size_class(billions, method) if billions else recipe.size
     if size not in (*_names(method), "tiny") or (billions and size_classes()[size].distance(billions) > MAX_DISTANCE):
         raise ConfigError(
-            f"{where}: size: found {recipe.size!r}, expected a number of parameters such as 20b, at most "
-            f"{MAX_DISTANCE:g} times beyond a size class, or a size class for "
-            f"{'LoRA' if recipe.lora else 'a recipe without a lora section'}: {', '.join(_names(method))}"
+            f"{where}: size: found {recipe.size!r}, expected a size such as 20b, at most {MAX_DISTANCE:g} times beyond "
+            f"a size class, or a size class for {'LoRA' if recipe.lora else 'a recipe without a lora section'}: "
+            f"{', '.join(_names(method))}"
         )
     architecture = recipe.model.architecture
     parameters = parameter_count(architecture) if is_dense(architecture) else None

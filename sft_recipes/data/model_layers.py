@@ -98,7 +98,9 @@ def check_positions(plan: Plan, config: Any) -> list[str]:
         factor = f"{plan.max_length / positions:.3g} times the {positions:,} positions of the model (RoPE)"
         return [f"trainer.max_length={plan.max_length} is {factor}: quality beyond them is not known"]
     if _has_position_table(plan, config, positions):
-        raise DataError(f"trainer.max_length: found {plan.max_length}, expected at most the {positions} of the model")
+        raise DataError(
+            f"trainer.max_length: found {plan.max_length}, but the model has {positions} positions. Set {positions}"
+        )
     return []
 
 

@@ -40,7 +40,7 @@ def lock(run_dir: RunDir, shared: bool = False, writes_holder: bool = True) -> I
         # A process that only checks whether it is held has it for a moment.
         acquired = wait_until(lambda: _acquire(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX), 0.25, 0.05)
     except OSError as error:  # Lustre has file locks if mounted with -o flock
-        reason = f"is not writable, or has no file locks ({error.strerror})"
+        reason = f"is not writable or has no file locks ({error.strerror})"
         raise SetupError(f"NAME: {run_dir.path} {reason}. Set another RUNS_DIR") from error
     with file:
         if not acquired:

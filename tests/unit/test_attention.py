@@ -237,7 +237,7 @@ KERNEL = f"kernels-community/flash-attn2@{'0123456789' * 4}"
 def test_hub_kernel_needs_a_commit():
     """A kernel is code."""
     for name in (KERNEL.partition("@")[0], KERNEL[:-1], f"{KERNEL}0"):
-        with pytest.raises(UserError, match=r"attention: found .* or text of the pattern '.*@\[0-9a-f\]{40}"):
+        with pytest.raises(UserError, match=r"attention: found .* or text of the pattern '.*@\[0-9a-f\]\{40\}"):
             make_plan(f"model.attention={name}")
     plan = make_plan(f"model.attention={KERNEL}")
     assert "runs a kernel from the Hub as this user, unchecked" in render.format_plan(plan)

@@ -81,7 +81,8 @@ def test_overrides_pin_each_choice():
     third = plan("8b", 8, "h100-80g", "trainer.gradient_checkpointing=3")
     assert "activation checkpointing     1 of 3 layers" in render.format_plan(third)
     with pytest.raises(
-        UserError, match=r"gradient_checkpointing: found 0, expected 'auto' or true or false or at least 1"
+        UserError,
+        match=r"gradient_checkpointing: found 0, expected 'auto' or a valid boolean or greater than or equal to 1",
     ):
         plan("8b", 8, "h100-80g", "trainer.gradient_checkpointing=0")
 

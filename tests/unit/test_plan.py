@@ -71,7 +71,7 @@ def test_plan_steps_are_estimates_until_data_is_prepared():
 
 
 def test_plan_refuses_fewer_rows_than_one_batch():
-    with pytest.raises(UserError, match="fewer than one effective batch: found .*1 rows, expected 2"):
+    with pytest.raises(UserError, match="fewer than one effective batch: found 1 rows of 10 examples, expected 2"):
         plans.with_prepared_data(tiny(), prepared(rows=1))
 
 
