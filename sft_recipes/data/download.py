@@ -13,10 +13,8 @@ def download(recipe: Recipe) -> list[tuple[str, Path]]:
     Raises:
         UserError: something is unavailable or incomplete.
     """
-    downloaded = []
     model, data = recipe.model, recipe.data
-    if model.name_or_path:
-        downloaded.append((model.name_or_path, check_model(model)))
+    downloaded = [(model.name_or_path, check_model(model))] if model.name_or_path else []
     for part in sources.PARTS:
         for name in filter(None, (sources.hub_name(source.path) for source in data.sources(part))):
             if name not in dict(downloaded):

@@ -98,9 +98,8 @@ def check_positions(plan: Plan, config: Any) -> list[str]:
         factor = f"{plan.max_length / positions:.3g} times the {positions:,} positions of the model (RoPE)"
         return [f"trainer.max_length={plan.max_length} is {factor}: quality beyond them is not known"]
     if _has_position_table(plan, config, positions):
-        raise DataError(
-            f"trainer.max_length: found {plan.max_length}, but the model has {positions} positions. Set {positions}"
-        )
+        found = f"found {plan.max_length}, expected {positions} or less (the model's table of positions)"
+        raise DataError(f"trainer.max_length: {found}. Set trainer.max_length={positions}")
     return []
 
 

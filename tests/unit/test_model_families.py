@@ -217,6 +217,6 @@ def test_max_length_above_the_positions(tmp_path, save_family, few_rows):
 
 def test_max_length_above_a_table_of_positions_is_rejected(tmp_path, save_family, few_rows):
     with pytest.raises(
-        UserError, match=r"^trainer.max_length: .*found 1024, but the model has 512 positions. Set 512$"
+        UserError, match=r"^trainer.max_length: .*found 1024, expected 512.*Set trainer.max_length=512$"
     ):
         prepare_family(tmp_path, save_family("gpt2"), few_rows, "trainer.max_length=1024")
