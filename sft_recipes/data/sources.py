@@ -17,6 +17,7 @@ import pyarrow.parquet
 
 from sft_recipes.config.schema import Data, DataSource
 from sft_recipes.data import hub
+from sft_recipes.data.columns import REQUIRED
 from sft_recipes.data.toy import toy_dataset
 from sft_recipes.runtime.atomic_write import sha256
 from sft_recipes.runtime.errors import DataError, UserError
@@ -294,7 +295,11 @@ def _read_json(file: Path) -> Iterator[RawChunk]:
         yield from _read_lines(file, total)
         return
     content = parse_json(file.read_text(encoding="utf-8-sig"), str(file))
-    content = [content] if isinstance(content, dict) else content
+    if isinstance(content, dict):
+        lists = [
+            value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)
+        ]
+        content = lists[0] if len(lists) == 1 and not set(REQUIRED) & content.keys() else [content]
     if not isinstance(content, list):
         raise DataError(f"{file}: found {type_name(content)}, expected a list of rows")
     rows = (RawRow(row, f"{file}, row {number}") for number, row in enumerate(content, start=1))

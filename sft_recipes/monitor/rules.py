@@ -173,7 +173,7 @@ def learning_rate(run: Run) -> Finding | None:
 
 
 def overfitting(run: Run) -> Finding | None:
-    """Validation loss ends 2% and 0.02 above its best, training loss keeps falling, and the gap between them is above
+    """Validation loss ends 2% and more than its noise above its best, training loss keeps falling, and the gap between them is above
     {overfitting_gap} and grows. A gap that does not grow is no finding. Live: `overfitting_signal` in the log is the
     gap alone.
 
@@ -186,7 +186,7 @@ def overfitting(run: Run) -> Finding | None:
         return None
     best = losses.index(min(losses))
     rise = sum(losses[-2:]) / 2 - losses[best]  # half of it, if only one evaluation follows
-    if rise <= 0.02 * max(1, losses[best]):
+    if rise <= max(0.02, 0.02 * losses[best], 4 * stats.zigzag(losses)):
         return None
     lines = min(max(len(trained) // len(losses), 3), 20)  # training lines between two evaluations
     ends = [max(bisect.bisect_right(points, (step, math.inf)), 1) for step, _ in evaluations]
@@ -253,9 +253,9 @@ def memory_growth(run: Run) -> Finding | None:
     points = run.points("memory_allocated_bytes" if kind == "GPU" else "host_memory_bytes")
     points = points[len(points) // 10 :]  # caches fill during the first lines
     parts = stats.blocks(stats.values(points), 6)
-    growth = parts[-1] - parts[0]
+    growth, rises = parts[-1] - parts[0], [after - before for before, after in itertools.pairwise(parts)]
     # One or two jumps are an allocator that settles at an evaluation.
-    steady = sum(after - before > 0.05 * growth for before, after in itertools.pairwise(parts)) >= 4
+    steady = sum(rise > 0.05 * growth for rise in rises) >= 4 and max(rises) <= growth / 2
     if growth <= run.monitor.memory_growth * parts[0] or not steady:
         return None
     evidence = f"{kind} memory grows steadily, from {parts[0] / GIB:.2f} to {parts[-1] / GIB:.2f} GiB"

@@ -34,3 +34,13 @@ def noise(numbers: Sequence[float]) -> float:
 def noise_of_median(numbers: Sequence[float], count: int) -> float:
     """The relative standard deviation of a median of `count` of the numbers."""
     return 1.2533 * noise(numbers) / math.sqrt(max(count, 1))
+
+
+def zigzag(numbers: Sequence[float]) -> float:
+    """The usual size of a turn in an alternating curve; its lowest point, where it may turn for good, is left out."""
+    lowest, turns = numbers.index(min(numbers)), []
+    for index in range(1, len(numbers) - 1):
+        before, after = numbers[index] - numbers[index - 1], numbers[index + 1] - numbers[index]
+        if before * after < 0 and index != lowest:
+            turns.append(min(abs(before), abs(after)))
+    return median(turns) if turns else 0.0

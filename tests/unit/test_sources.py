@@ -28,13 +28,14 @@ def test_sources_read_same_rows_from_every_file_type(tmp_path):
     rows = [{"prompt": f'Repeat {n}, "quoted"\nand on a second line', "completion": f"{n}"} for n in range(3)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "b.json").write_text(json.dumps(rows))
+    (tmp_path / "c.json").write_text(json.dumps({"version": 1, "data": rows}))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
     quoted = [[value.replace('"', '""') for value in row.values()] for row in rows]
     (tmp_path / "e.csv").write_text("prompt,completion\n" + "".join(f'"{a}","{b}"\n' for a, b in quoted))
     read = {path.name: [row.values for row in rows_of(path)] for path in sorted(tmp_path.glob("*.*"))}
-    assert len(read) == 4
+    assert len(read) == 5
     assert all(values == rows for values in read.values())
-    assert len(list(sources.resolve(str(tmp_path), "data.train", tmp_path).rows())) == 12
+    assert len(list(sources.resolve(str(tmp_path), "data.train", tmp_path).rows())) == 15
 
 
 def test_rows_have_file_and_line(tmp_path):
