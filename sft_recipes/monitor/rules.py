@@ -173,9 +173,9 @@ def learning_rate(run: Run) -> Finding | None:
 
 
 def overfitting(run: Run) -> Finding | None:
-    """Validation loss ends 2% and more than its noise above its best, training loss keeps falling, and the gap between them is above
-    {overfitting_gap} and grows. A gap that does not grow is no finding. Live: `overfitting_signal` in the log is the
-    gap alone.
+    """Validation loss ends 2% and more than its noise above its best, training loss keeps falling, and the gap between
+    them is above {overfitting_gap} and grows. A gap that does not grow is no finding. Live: `overfitting_signal` in the
+    log is the gap alone.
 
     In this order: learning rate two to three times lower, fewer epochs, weight decay 0.05 to 0.1, more data, and more
     varied (`data.train` takes a list). `final/` is the best step already.
