@@ -27,7 +27,7 @@ from sft_recipes.runtime.run_dir import read_json
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 TOY_NAMES = ("toy:train", "toy:validation")
 PARTS = ("train", "validation", "retention_eval")  # keys of the section `data` that name sources
-_BYTES_PER_CHUNK, _ROWS_PER_CHUNK = 2**18, 1000  # of files with lines, of others
+_BYTES_PER_CHUNK, _ROWS_PER_CHUNK = 2**21, 1000  # of files with lines, of others
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,7 @@ def _line_rows(file: Path, first: int, content: bytes, locations: Container[str]
 def _read_lines(file: Path, total: int) -> Iterator[RawChunk]:
     first = 1
     with file.open("rb") as opened:
-        while lines := opened.readlines(_BYTES_PER_CHUNK):
+        while lines := opened.readlines(_BYTES_PER_CHUNK if first > 1 else _BYTES_PER_CHUNK // 8):
             rows = partial(_line_rows, file, first, b"".join(lines))
             first += len(lines)
             yield RawChunk(rows, (first - 1) / total)

@@ -106,7 +106,8 @@ class ConversationTokenizer:
             DataError: the template rejects the conversation.
         """
         row = self._render(conversation, is_prompt=True)
-        return self._unescape(row, self._encode([row.text])[0])[0]
+        encoding = self._encode([row.text])[0]
+        return self._unescape(row, encoding)[0] if row.is_escaped else encoding.ids
 
     def _make_finder(self, source: str, template_kwargs: str) -> SpanFinder:
         variables = {**self.tokenizer.special_tokens_map, **json.loads(template_kwargs)}
@@ -172,13 +173,14 @@ class ConversationTokenizer:
         return sum(id in self._special_ids for id in ids)
 
     def _make_example(self, row: RenderedRow, encoding: Any) -> Example:
-        ids, index = self._unescape(row, encoding)
+        encoded = encoding.ids  # a new list each time
+        ids, index = self._unescape(row, encoding) if row.is_escaped else (encoded, range(len(encoded) + 1))
         tokens = [_token_span(encoding, start, end) for start, end in row.spans]
         count = self._literals_of(row.layout)
         if row.is_escaped or "<think>" in row.text:
             count += sum(len(self._special_pattern.findall(text)) for text in row.texts)  # the tags of reasoning
         found = sum(map(ids.count, self._special_ids.intersection(ids)))
-        if found != count or not self._decodes(row, encoding.ids, ids):
+        if found != count or (row.is_escaped and not self._decodes(row, encoded, ids)):
             raise DataError(f"{row.location}: found a special token that cannot be encoded as text. Remove it")
         applied = {AS_TEXT: row.is_escaped, GENERATED_IDS: row.generated_call_ids}
         applied[DROPPED_REASONING] = row.layout.dropped_reasoning
@@ -193,16 +195,12 @@ class ConversationTokenizer:
 
     def _decodes(self, row: RenderedRow, escaped_ids: list[int], ids: list[int]) -> bool:
         """Return whether the ids decode to the escaped text with each placeholder replaced by its character."""
-        if not row.is_escaped:
-            return True
         decoded = self.tokenizer.decode(escaped_ids)
         counts = [sum(text.count(chr(code)) for code in self._originals) for text in (decoded, row.text)]
         return counts[0] == counts[1] and self.tokenizer.decode(ids) == decoded.translate(self._originals)
 
     def _unescape(self, row: RenderedRow, encoding: Any) -> tuple[list[int], Sequence[int]]:
         """Return the ids with each placeholder replaced by its character, and the new index of each id."""
-        if not row.is_escaped:
-            return encoding.ids, range(len(encoding.ids) + 1)
         ids: list[int] = []
         index: list[int] = []
         last = -1
@@ -281,10 +279,11 @@ def _token_span(encoding: Any, start: int, end: int) -> tuple[int, int]:
 
     A token that the first character shares with the text before it is included; one that extends beyond the end is not.
     """
-    found = (encoding.char_to_token(at) for at in range(start, end))
-    first = next((token for token in found if token is not None), None)
-    found = (encoding.char_to_token(at) for at in reversed(range(start, end)))
-    last = next((token for token in found if token is not None), None)
+    first, last, final = None, None, end - 1
+    while start < end and (first := encoding.char_to_token(start)) is None:
+        start += 1
+    while start <= final and (last := encoding.char_to_token(final)) is None:
+        final -= 1
     if first is None or last is None:
         return 0, 0
     characters = encoding.token_to_chars(last)
