@@ -107,7 +107,7 @@ def conclude(run_dir: RunDir, attempt: Attempt, code: int) -> int:
     if code in (0, EXIT_USER):
         manifest = read_json(run_dir.manifest)
         write_json(run_dir.manifest, {**manifest, _KEY: {**manifest[_KEY], "count": manifest[_KEY]["count"] - 1}})
-    else:
+    elif code != EXIT_NO_PROGRESS:
         code = check_progress(run_dir) or code
     started = not run_dir.next_plan.exists()  # it became plan.json
     for file in (run_dir.attempt, run_dir.next_plan):
