@@ -351,7 +351,8 @@ def record_result(plan: Plan, folder: RunDir, results: dict[str, Any], before: A
         line[f"final/{name}"] = found["mean"]
         if first is not None:
             line[f"final/{name}_before"] = first
-    metrics.append(folder.metrics, line)
+    if results["held_out_metrics"]:
+        metrics.append(folder.metrics, line)
     if torch.cuda.is_available():
         results["peak_memory_bytes"] = torch.cuda.max_memory_reserved()
     error = summary.describe_overfit_failure(plan, folder, results)
