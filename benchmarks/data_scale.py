@@ -241,6 +241,7 @@ def processor_seconds() -> float:
 
 def ours(folder: Path) -> Iterator[int]:
     """Prepare the rows as a run does."""
+    import datasets  # noqa: F401  imports are not timed
     from transformers import AutoConfig, AutoTokenizer
 
     from sft_recipes.config import loader

@@ -100,12 +100,13 @@ def _convert(row: RawRow, settings: DataSource) -> Conversation:
 
 def text_of(conversation: Conversation) -> str:
     """Return everything in the conversation with normalized white space; equal for duplicate rows."""
-    parts: list[Any] = [conversation.tools or "", conversation.template_kwargs or ""]
-    parts += [str(sorted(conversation.untrained))] if conversation.untrained else []
+    whole = (conversation.tools, conversation.template_kwargs, sorted(conversation.untrained))
+    parts = [json.dumps(value) for value in whole if value]
     for message in conversation.messages:
-        parts += [message["role"], *(message[key] for key in ("reasoning_content", "content") if message.get(key))]
-        parts.append(message.get("tool_calls") or "")
-    return " ".join(" ".join(part if isinstance(part, str) else json.dumps(part) for part in parts).split())
+        parts += [message["role"], message.get("reasoning_content") or "", message["content"] or ""]
+        if calls := message.get("tool_calls"):
+            parts.append(json.dumps(calls))
+    return " ".join(" ".join(parts).split())
 
 
 def _read_messages(values: dict[str, Any], format: tuple[str, ...]) -> list[Message]:
