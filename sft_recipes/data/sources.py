@@ -27,7 +27,7 @@ from sft_recipes.runtime.run_dir import read_json
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 TOY_NAMES = ("toy:train", "toy:validation")
 PARTS = ("train", "validation", "retention_eval")  # keys of the section `data` that name sources
-_BYTES_PER_CHUNK, _ROWS_PER_CHUNK = 2**21, 1000  # of files with lines, of others
+_BYTES_PER_CHUNK, _ROWS_PER_CHUNK = 2**20, 1000  # of files with lines, of others
 
 
 @dataclass(frozen=True)

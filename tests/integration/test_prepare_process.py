@@ -79,10 +79,11 @@ MEMORY_SCRIPT = """
 import resource, sys
 from pathlib import Path
 from sft_recipes.config import loader
-from sft_recipes.data import prepare
+from sft_recipes.data import prepare, sources
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Topology
 
+sources._BYTES_PER_CHUNK = 2**18  # so that few rows are several chunks too
 folder, model = Path(sys.argv[1]), ["model.from_scratch=false", f"model.name_or_path={sys.argv[2]}"]
 for name in ("few.jsonl", "many.jsonl"):
     data = [f"data.train={folder / name}", "data.validation=", "trainer.max_length=1024"]
