@@ -343,16 +343,13 @@ def record_result(plan: Plan, folder: RunDir, results: dict[str, Any], before: A
     from sft_recipes.training import completions, summary
     from sft_recipes.training.callbacks import metrics
 
-    started, line = before["metrics"] if before else {}, {"step": results["steps"]}
+    started, values = before["metrics"] if before else {}, dict[str, Any]()
     results["held_out_metrics"] = {}
     for name, found in (after.metrics if after else {}).items():
         first = started.get(name, {}).get("mean")
         results["held_out_metrics"][name] = {"before": first, "after": found["mean"], "prompts": found["prompts"]}
-        line[f"final/{name}"] = found["mean"]
-        if first is not None:
-            line[f"final/{name}_before"] = first
-    if results["held_out_metrics"]:
-        metrics.append(folder.metrics, line)
+        values |= {f"final/{name}": found["mean"]} | ({} if first is None else {f"final/{name}_before": first})
+    metrics.add_to_summary(folder.metrics, values)
     if torch.cuda.is_available():
         results["peak_memory_bytes"] = torch.cuda.max_memory_reserved()
     error = summary.describe_overfit_failure(plan, folder, results)

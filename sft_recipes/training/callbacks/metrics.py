@@ -54,6 +54,12 @@ def final(state: Any) -> dict[str, float]:
     return {**summary, "final/best_eval_loss": min(losses)} if losses else summary
 
 
+def add_to_summary(path: Path, values: dict[str, Any]) -> None:
+    """Add values to the last line of a finished run, its summary."""
+    *lines, summary = metrics_log.read_lines(path)
+    _rewrite(path, [*lines, summary | values])
+
+
 def append(path: Path, line: dict[str, Any]) -> None:
     """Append one JSON line; NaN and Infinity, which JSON lacks, are written as strings. On a full disk the line is
     lost, with a warning: training continues, as after a failed save."""
@@ -67,8 +73,11 @@ def append(path: Path, line: dict[str, Any]) -> None:
 def drop_lines_after(path: Path, step: int) -> None:
     """Drop the lines after a step, which an interrupted attempt wrote."""
     if path.is_file():
-        kept = [line for line in metrics_log.read_lines(path) if line["step"] <= step]
-        write_atomic(path, "".join(f"{_to_json(line)}\n" for line in kept))
+        _rewrite(path, [line for line in metrics_log.read_lines(path) if line["step"] <= step])
+
+
+def _rewrite(path: Path, lines: list[dict[str, Any]]) -> None:
+    write_atomic(path, "".join(f"{_to_json(line)}\n" for line in lines))
 
 
 def _to_json(line: dict[str, Any]) -> str:
