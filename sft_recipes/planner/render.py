@@ -153,7 +153,9 @@ def _forecast(plan: Plan) -> Iterator[tuple[str, str]]:
     """Yield time, cost, and what would fit."""
     if forecast := plan.forecast:
         price = "" if forecast["money"] is None else f", {forecast['money']:,.2f} at GPU_HOUR_PRICE"
-        share = "at most 100%" if plan.supervised_share is None else f"{plan.supervised_share:.0%}"
+        share = "all (an upper bound until the data is prepared)"
+        if plan.supervised_share is not None:
+            share = f"{plan.supervised_share:.0%}"
         hours = f"{forecast['seconds'] / 3600:.1f} hours, {forecast['gpu_hours']:,.0f} GPU-hours{price}"
         peak = f"{forecast['hfu']:.0%} of peak FLOP/s ({forecast['mfu']:.0%} MFU plus recomputation)"
         yield "time", f"{hours}; forecast at {peak}; {share} of the tokens supervised"

@@ -184,7 +184,7 @@ def test_forecast_uses_supervised_share_of_prepared_data():
     seconds = [one.forecast["training_seconds"] / one.optimizer_steps for one in (unknown, settled)]
     less = 32 * 2048 * (executed[0] - executed[1]) / (0.35 * 362e12)
     assert seconds[0] - seconds[1] == pytest.approx(less, rel=1e-3)
-    assert "at most 100% of the tokens supervised" in render.format_plan(unknown)
+    assert "all (an upper bound until the data is prepared) of the tokens supervised" in render.format_plan(unknown)
     assert "60% of the tokens supervised" in render.format_plan(settled)
 
 
