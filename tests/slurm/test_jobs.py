@@ -241,6 +241,19 @@ def test_only_the_interrupted_task_of_an_array_is_requeued(site: Site) -> None:
     site.cluster.await_idle(120)
 
 
+def test_sweep_runs_as_an_array_and_reports_its_results(site: Site) -> None:
+    command = ("make", "sweep", "RECIPE=tiny", "LR=1e-4,2e-3", "FRACTION=0.02", "NAME=swept")
+    environment = {"SANITY": "skip", "REPORT_TO": "none", "OMP_NUM_THREADS": "1", "PROCESSES": "2"}
+    submitted = site.cluster.run(*command, "SLURM=1", environment=environment, folder=site.checkout)
+    (array,) = re.findall(r"Submitted batch job (\d+)", submitted.stdout)
+    for task in (f"{array}_0", f"{array}_1"):
+        assert site.wait(task)["JobState"] == "COMPLETED", site.output(array)
+    reported = site.cluster.run(*command, environment=environment, folder=site.checkout)
+    assert reported.returncode == 0, reported.stdout + reported.stderr
+    results = json.loads((site.runs / ".sweeps" / "swept" / "results.json").read_text())
+    assert results["eval_loss"]["2e-3"] < results["eval_loss"]["1e-4"] and "2e-3" in results["result"]
+
+
 def test_finished_run_is_not_trained_again(site: Site, uninterrupted: Path) -> None:
     job = site.submit("tiny", *LONGER, "parallelism=ddp", NAME="uninterrupted")
     assert site.wait(job)["JobState"] == "COMPLETED", site.output(job)
