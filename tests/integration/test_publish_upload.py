@@ -79,7 +79,7 @@ def check_published_again(workplace, run, hub, arguments):
     sent = dict(hub.sent)
     again = publish(workplace, hub, *arguments)
     assert again.returncode == 0 and f"{REPOSITORY} (private, exists)" in again.stdout
-    (run / "eval").mkdir()
+    (run / "eval").mkdir(exist_ok=True)
     (run / "eval" / "default.json").write_text('{"rows": [{"task": "toy", "trained": 0.5}]}')
     assert publish(workplace, hub, *arguments).returncode == 0
     repository = hub.repositories[REPOSITORY]

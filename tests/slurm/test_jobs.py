@@ -242,9 +242,11 @@ def test_only_the_interrupted_task_of_an_array_is_requeued(site: Site) -> None:
 
 
 def test_sweep_runs_as_an_array_and_reports_its_results(site: Site) -> None:
-    command = ("make", "sweep", "RECIPE=tiny", "LR=1e-4,2e-3", "FRACTION=0.02", "NAME=swept")
+    options = ("--processes", "2", "--lr", "1e-4,2e-3", "--fraction", "0.02", "--name", "swept")
+    command = (".venv/bin/python", "-m", "sft_recipes", "sweep", "tiny", *options)
     environment = {"SANITY": "skip", "REPORT_TO": "none", "OMP_NUM_THREADS": "1", "PROCESSES": "2"}
-    submitted = site.cluster.run(*command, "SLURM=1", environment=environment, folder=site.checkout)
+    submitted = site.cluster.run(*command, "--slurm", environment=environment, folder=site.checkout)
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     (array,) = re.findall(r"Submitted batch job (\d+)", submitted.stdout)
     for task in (f"{array}_0", f"{array}_1"):
         assert site.wait(task)["JobState"] == "COMPLETED", site.output(array)
