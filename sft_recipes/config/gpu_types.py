@@ -5,11 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
-import yaml
-
-from sft_recipes.config.schema import did_you_mean
+from sft_recipes.config.schema import did_you_mean, read_table
 from sft_recipes.runtime.errors import ConfigError
 from sft_recipes.runtime.units import GIB
 
@@ -38,8 +35,7 @@ class GpuType:
 @cache
 def gpu_types() -> dict[str, GpuType]:
     """Return the table (gpu_types.yaml) by name."""
-    rows = yaml.load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"), yaml.CSafeLoader)
-    return {name: GpuType(name, **row) for name, row in rows.items()}
+    return {name: GpuType(name, **row) for name, row in read_table("gpu_types.yaml").items()}
 
 
 def find_gpu_type(name: str | None) -> GpuType | None:

@@ -355,17 +355,18 @@ def trainer_fields() -> dict[str, list[str]]:
 @cache
 def owned_trainer_fields() -> dict[str, str]:
     """Return SFTConfig's fields that a recipe may not set, each with what to set instead, or why it is fixed."""
-    fields = _read_yaml("owned_trainer_fields.yaml")
+    fields = read_table("owned_trainer_fields.yaml")
     return {field: owner for owner, owned in fields.items() for field in owned}
 
 
 @cache
 def defaults() -> dict[str, dict[str, Any]]:
     """Return defaults.yaml: the defaults of `trainer`, and the recipe keys that OVERFIT=1 sets (`overfit`)."""
-    return dict(_read_yaml("defaults.yaml"))
+    return dict(read_table("defaults.yaml"))
 
 
-def _read_yaml(name: str) -> Any:
+def read_table(name: str) -> Any:
+    """Return the content of a YAML file of this folder."""
     return yaml.load(Path(__file__).with_name(name).read_text(encoding="utf-8"), yaml.CSafeLoader)
 
 

@@ -107,7 +107,7 @@ class ConversationTokenizer:
         """
         row = self._render(conversation, is_prompt=True)
         encoding = self._encode([row.text])[0]
-        return self._unescape(row, encoding)[0] if row.is_escaped else encoding.ids
+        return self._unescape(row, encoding, encoding.ids)[0]
 
     def _make_finder(self, source: str, template_kwargs: str) -> SpanFinder:
         variables = {**self.tokenizer.special_tokens_map, **json.loads(template_kwargs)}
@@ -174,13 +174,13 @@ class ConversationTokenizer:
 
     def _make_example(self, row: RenderedRow, encoding: Any) -> Example:
         encoded = encoding.ids  # a new list each time
-        ids, index = self._unescape(row, encoding) if row.is_escaped else (encoded, range(len(encoded) + 1))
+        ids, index = self._unescape(row, encoding, encoded)
         tokens = [_token_span(encoding, start, end) for start, end in row.spans]
         count = self._literals_of(row.layout)
         if row.is_escaped or "<think>" in row.text:
             count += sum(len(self._special_pattern.findall(text)) for text in row.texts)  # the tags of reasoning
         found = sum(map(ids.count, self._special_ids.intersection(ids)))
-        if found != count or (row.is_escaped and not self._decodes(row, encoded, ids)):
+        if found != count or not self._decodes(row, encoded, ids):
             raise DataError(f"{row.location}: found a special token that cannot be encoded as text. Remove it")
         applied = {AS_TEXT: row.is_escaped, GENERATED_IDS: row.generated_call_ids}
         applied[DROPPED_REASONING] = row.layout.dropped_reasoning
@@ -195,16 +195,20 @@ class ConversationTokenizer:
 
     def _decodes(self, row: RenderedRow, escaped_ids: list[int], ids: list[int]) -> bool:
         """Return whether the ids decode to the escaped text with each placeholder replaced by its character."""
+        if not row.is_escaped:
+            return True
         decoded = self.tokenizer.decode(escaped_ids)
         counts = [sum(text.count(chr(code)) for code in self._originals) for text in (decoded, row.text)]
         return counts[0] == counts[1] and self.tokenizer.decode(ids) == decoded.translate(self._originals)
 
-    def _unescape(self, row: RenderedRow, encoding: Any) -> tuple[list[int], Sequence[int]]:
-        """Return the ids with each placeholder replaced by its character, and the new index of each id."""
+    def _unescape(self, row: RenderedRow, encoding: Any, encoded: list[int]) -> tuple[list[int], Sequence[int]]:
+        """Return the encoded ids with each placeholder replaced by its character, and the new index of each id."""
+        if not row.is_escaped:
+            return encoded, range(len(encoded) + 1)
         ids: list[int] = []
         index: list[int] = []
         last = -1
-        for token, id in enumerate(encoding.ids):
+        for token, id in enumerate(encoded):
             start, end = encoding.token_to_chars(token) or (-1, -1)
             index.append(len(ids))
             original = self._originals.get(ord(row.text[start])) if end == start + 1 else None

@@ -256,7 +256,7 @@ def memory_growth(run: Run) -> Finding | None:
     growth, rises = parts[-1] - parts[0], [after - before for before, after in itertools.pairwise(parts)]
     # One or two jumps are an allocator that settles at an evaluation.
     steady = sum(rise > 0.05 * growth for rise in rises) >= 4 and max(rises) <= growth / 2
-    if growth <= run.monitor.memory_growth * parts[0] or not steady:
+    if growth <= run.monitor.memory_growth * parts[0] or not steady or parts[-1] - parts[3] < 0.25 * growth:
         return None
     evidence = f"{kind} memory grows steadily, from {parts[0] / GIB:.2f} to {parts[-1] / GIB:.2f} GiB"
     return Finding("memory_growth", "error", points[0][0], evidence)

@@ -51,8 +51,10 @@ def lighter_overrides(recipe: Recipe, topology: Topology) -> list[str]:
         for text, changed, target in _changes(pinned, topology):
             if target.gpus <= topology.gpus and (lighter := _plan(changed, target)) and memory_of(lighter) <= most:
                 found.append(text)
+            if len(found) == 2:
+                break
     halved = f"trainer.max_length={recipe.trainer['max_length'] // 2}"
-    return found[:2] or ["batch.max_per_device_batch_size=1", halved]
+    return found or ["batch.max_per_device_batch_size=1", halved]
 
 
 def topology_for(gpus: int, gpu_type: str | None) -> Topology:

@@ -5,6 +5,7 @@ from typing import Any
 
 from sft_recipes.launch import run_lock, slurm
 from sft_recipes.monitor import metrics_log
+from sft_recipes.runtime.errors import UserError
 from sft_recipes.runtime.run_dir import RunDir, read_json
 from sft_recipes.runtime.units import format_duration
 
@@ -22,7 +23,10 @@ def facts(folder: RunDir) -> dict[str, Any]:
         state = "interrupted"
     elif held_by is not None and state != "running":
         state = "starting"
-    run = metrics_log.read(folder) if folder.metrics.is_file() else None
+    try:
+        run = metrics_log.read(folder)
+    except UserError:  # nothing logged yet
+        run = None
     last = next((line for line in reversed(run.lines) if "loss" in line), {}) if run else {}
     eval_step, eval_loss = next(reversed(run.points("eval_loss")), (None, None)) if run else (None, None)
     step, steps = run.last_step if run else 0, manifest.get("optimizer_steps") or plan.get("optimizer_steps")

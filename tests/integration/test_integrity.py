@@ -90,10 +90,10 @@ def test_fingerprint_changes_with_every_bit(dtype):
     assert len(seen) == 1 + 8 * tensor.element_size() * tensor.numel()
 
 
-def test_two_flipped_signs_do_not_cancel():
-    tensor = torch.zeros(2**22 + 3)
+def test_fingerprint_changes_in_every_chunk_and_two_flipped_signs_do_not_cancel():
+    tensor = torch.zeros(2 * 2 * fingerprint._CHUNK + 3)
     original = fingerprint_of(tensor)
-    ends = [0, 2**21 - 1, 2**21, tensor.numel() - 1]
+    ends = [0, 2 * fingerprint._CHUNK - 1, 2 * fingerprint._CHUNK, tensor.numel() - 1]
     seen = {original}
     for first, second in itertools.combinations(ends, 2):
         flip(tensor, first, 31)
