@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -39,7 +40,7 @@ _OPENS_REASONING = re.compile(r"\s*(<[^<>\s]*think[^<>\s]*>|\[THINK\])?\s*(</[^<
 _MAX_LAYOUTS = 4096
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)  # a key of caches
 class Layout:
     """What conversations share whose texts stand between the same literals: literals[0] text literals[1] text ….
 
@@ -101,11 +102,12 @@ class SpanFinder:
     placeholders: Mapping[int, str]
     _layouts: dict[Any, Layout] = dataclasses.field(default_factory=dict)
 
-    def find(self, conversation: Conversation, escaped: Sequence[Message]) -> RenderedRow:
+    def find(self, conversation: Conversation, messages: list[Message], escaped: list[Message]) -> RenderedRow:
         """Render a conversation and locate its assistant turns, except the untrained ones.
 
         Args:
-            escaped: its messages with placeholders for special tokens; these are rendered.
+            messages: those of the conversation, as the template reads them.
+            escaped: the same with placeholders for special tokens; these are rendered.
 
         Raises:
             AmbiguousTemplateError: the assistant's turns cannot be located, or do not end with a special token.
@@ -113,15 +115,17 @@ class SpanFinder:
         failures = []
         for template in filter(None, (self.template, self.training)):
             try:
-                return self._find(template, conversation, escaped)
+                return self._find(template, conversation, messages, escaped)
             except AmbiguousTemplateError as error:
                 failures.append(error)
         raise failures[0]
 
-    def _find(self, template: ChatTemplate, conversation: Conversation, escaped: Sequence[Message]) -> RenderedRow:
-        original, tools = conversation.messages, conversation.tools
+    def _find(
+        self, template: ChatTemplate, conversation: Conversation, messages: list[Message], escaped: list[Message]
+    ) -> RenderedRow:
+        tools, is_escaped = conversation.tools, escaped != messages
         text = template.render(escaped, tools)
-        if escaped != original and text.translate(self.placeholders) != template.render(original, tools):
+        if is_escaped and text.translate(self.placeholders) != template.render(messages, tools):
             raise AmbiguousTemplateError("it treats special tokens in a text, such as </think>, as its own")
         # If the template reads what other roles' texts contain, the assistant's alone are marked.
         for only_assistant in (False, True):
@@ -131,7 +135,7 @@ class SpanFinder:
         else:
             raise AmbiguousTemplateError("the template modifies the texts of the conversation, or reads their content")
         literals, markers, fields = marked.pieces[::4], marked.pieces[1::4], marked.fields.values()
-        roles = tuple(message["role"] for message in original)
+        roles = tuple(message["role"] for message in messages)
         key = (template.source, *literals, *markers, *fields, roles, conversation.untrained, tools is None)
         if key not in self._layouts:
             if len(self._layouts) >= _MAX_LAYOUTS:
@@ -141,7 +145,7 @@ class SpanFinder:
         # Each text before a literal adds two markers to its position.
         starts = [start - 2 * number for number, (start, _) in enumerate(marked.bounds)]
         spans = [(starts[a[0]] + a[1], starts[b[0]] + b[1]) for a, b in layout.spans]
-        return RenderedRow(conversation.location, text, escaped != original, spans, marked.pieces[2::4], layout)
+        return RenderedRow(conversation.location, text, is_escaped, spans, marked.pieces[2::4], layout)
 
     def _locate(self, marked: _MarkedConversation) -> Layout:
         """Locate the spans by the first way that works."""
@@ -306,8 +310,12 @@ class _MarkedConversation:
         ends = [*itertools.accumulate(map(len, self.pieces))]
         starts = [0, *ends]
         self.bounds = [*zip(starts[::4], ends[::4], strict=False)]
-        texts = zip(self.pieces[1::4], starts[2::4], ends[2::4], strict=False)
-        self.slots = [(*self.fields[marker], a - 1, b + 1) for marker, a, b in texts if marker in self.fields]
+
+    @functools.cached_property
+    def slots(self) -> list[tuple[int, str, int, int]]:
+        ends = [*itertools.accumulate(map(len, self.pieces))]
+        texts = zip(self.pieces[1::4], ends[1::4], ends[2::4], strict=False)
+        return [(*self.fields[marker], a - 1, b + 1) for marker, a, b in texts if marker in self.fields]
 
     def is_paired(self) -> bool:
         """Return whether each marker is followed by its partner, and the assistant's texts are what the row has."""
@@ -383,7 +391,7 @@ class _MarkedConversation:
         start, end = (chr(_FIRST_MARKER + len(self.fields) + offset) for offset in (0, 1))
         if end > _LAST_MARKER:
             raise AmbiguousTemplateError(f"found more than {len(self._texts)} texts in a row")
-        self.fields |= dict.fromkeys((start, end), (number, field))
+        self.fields[start] = self.fields[end] = (number, field)
         self._texts[start] = (end, core)
         before, _, after = text.partition(core)
         return f"{before}{start}{core}{end}{after}"

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+import numpy
+
 from sft_recipes.data.assistant_spans import Layout, RenderedRow, SpanFinder
 from sft_recipes.data.chat_template import AmbiguousTemplateError, ChatTemplate, Tools, training_templates
 from sft_recipes.data.formats import Conversation, Message
@@ -37,6 +39,7 @@ class Example:
     """A tokenized conversation.
 
     Attributes:
+        input_ids: int32 [tokens].
         spans: the assistant's [start, end) tokens.
         stop_ids: ids of the tokens that end the assistant's turns.
         note: how the text differs from the text at inference; empty if it does not.
@@ -44,7 +47,7 @@ class Example:
         conventions: what was done to the conversation, in addition to `Conversation.conventions`.
     """
 
-    input_ids: list[int]
+    input_ids: numpy.ndarray
     spans: tuple[tuple[int, int], ...]
     stop_ids: frozenset[int] = frozenset()
     note: str = ""
@@ -76,13 +79,14 @@ class ConversationTokenizer:
         self._encoder.no_padding()
         registered, special = special_tokens(tokenizer)
         self._stop_tokens = _matching(registered)
-        self._special_ids = frozenset(tokenizer.convert_tokens_to_ids(sorted(special)))
+        self._is_special = numpy.zeros(max(tokenizer.get_vocab().values()) + 1, bool)  # by id
+        self._is_special[tokenizer.convert_tokens_to_ids(sorted(special))] = True
         self._special_pattern = _matching(special)
         characters = sorted({token[0] for token in special})
         self._placeholders = {character: chr(_PLACEHOLDER + index) for index, character in enumerate(characters)}
         self._originals = {ord(placeholder): character for character, placeholder in self._placeholders.items()}
         self._finder = lru_cache(_MAX_TEMPLATES)(self._make_finder)
-        self._literals_of = lru_cache(_MAX_LAYOUTS)(self._count_literals)
+        self._tokens_of = lru_cache(_MAX_LAYOUTS)(self._find_tokens)
 
     def tokenize(self, conversations: Sequence[Conversation | DataError]) -> list[Example | DataError]:
         """Tokenize conversations and locate the assistant's tokens in them, end of turn included.
@@ -124,7 +128,8 @@ class ConversationTokenizer:
             source = self.tokenizer.get_chat_template(None, conversation.tools)
         except ValueError as error:
             raise DataError(f"model.name_or_path: {error}") from error
-        finder = self._finder(source, json.dumps(conversation.template_kwargs, sort_keys=True))
+        kwargs = conversation.template_kwargs
+        finder = self._finder(source, json.dumps(kwargs, sort_keys=True) if kwargs else "{}")
         messages = [_split_reasoning(message, finder.template) for message in conversation.messages]
         failure = AmbiguousTemplateError("")
         for given, generated_ids in _with_possible_ids(messages, finder.template):
@@ -134,8 +139,8 @@ class ConversationTokenizer:
                 if is_prompt:
                     text = finder.template.render(escaped, conversation.tools, add_generation_prompt=True)
                     return RenderedRow(conversation.location, text, escaped != given)
-                row = finder.find(replace(conversation, messages=given), escaped)
-                self._literals_of(row.layout)
+                row = finder.find(conversation, given, escaped)
+                self._tokens_of(row.layout)
                 return replace(row, generated_call_ids=True) if generated_ids else row
             except AmbiguousTemplateError as error:
                 failure = error
@@ -143,8 +148,9 @@ class ConversationTokenizer:
 
     def _check_calls(self, messages: Sequence[Message], tools: Tools) -> None:
         """Check that calls and tools contain no special tokens; the template writes them unescaped."""
-        written = [message.get(key) for message in messages for key in ("tool_calls", "name", "tool_call_id")]
-        if match := self._special_pattern.search(str([tools, *written])):
+        others = [message for message in messages if len(message) > 2]  # most are a role and a content
+        written = [message.get(key) for message in others for key in ("tool_calls", "name", "tool_call_id")]
+        if (tools or others) and (match := self._special_pattern.search(str([tools, *written]))):
             raise AmbiguousTemplateError(f"tools or calls: found the special token {match[0]!r}, expected plain text")
 
     def _escape(self, message: Message) -> Message:
@@ -161,8 +167,8 @@ class ConversationTokenizer:
             escaped["content"] = tags[1] + escape(tags[2]) + tags[3] + escape(message["content"][tags.end() :])
         return escaped
 
-    def _count_literals(self, layout: Layout) -> int:
-        """Return how many special tokens the template itself writes.
+    def _find_tokens(self, layout: Layout) -> tuple[int, frozenset[int]]:
+        """Return how many special tokens the template itself writes, and the ids of those that end turns.
 
         Raises:
             AmbiguousTemplateError: it writes BOS twice.
@@ -170,28 +176,27 @@ class ConversationTokenizer:
         ids = self._encode(["x".join(layout.literals)])[0].ids
         if ids[:2] == [self.tokenizer.bos_token_id] * 2:
             raise AmbiguousTemplateError(f"found {self.tokenizer.bos_token} twice, expected it once")
-        return sum(id in self._special_ids for id in ids)
+        stop_ids = frozenset(self.tokenizer.convert_tokens_to_ids(list(layout.stop_tokens)))
+        return int(self._is_special[ids].sum()), stop_ids
 
     def _make_example(self, row: RenderedRow, encoding: Any) -> Example:
         encoded = encoding.ids  # a new list each time
         ids, index = self._unescape(row, encoding, encoded)
         tokens = [_token_span(encoding, start, end) for start, end in row.spans]
-        count = self._literals_of(row.layout)
+        count, stop_ids = self._tokens_of(row.layout)
         if row.is_escaped or "<think>" in row.text:
             count += sum(len(self._special_pattern.findall(text)) for text in row.texts)  # the tags of reasoning
-        found = sum(map(ids.count, self._special_ids.intersection(ids)))
+        input_ids = numpy.array(ids, numpy.int32)
+        found = numpy.count_nonzero(self._is_special[input_ids])
         if found != count or not self._decodes(row, encoded, ids):
             raise DataError(f"{row.location}: found a special token that cannot be encoded as text. Remove it")
-        applied = {AS_TEXT: row.is_escaped, GENERATED_IDS: row.generated_call_ids}
-        applied[DROPPED_REASONING] = row.layout.dropped_reasoning
-        return Example(
-            ids,
-            tuple((index[first], index[last]) for first, last in tokens),
-            frozenset(self.tokenizer.convert_tokens_to_ids(list(row.layout.stop_tokens))),
-            row.layout.note,
-            row.layout.span_source,
-            tuple(convention for convention, holds in applied.items() if holds),
-        )
+        layout, conventions = row.layout, ()
+        if row.is_escaped or row.generated_call_ids or layout.dropped_reasoning:
+            applied = {AS_TEXT: row.is_escaped, GENERATED_IDS: row.generated_call_ids}
+            applied[DROPPED_REASONING] = layout.dropped_reasoning
+            conventions = tuple(convention for convention, holds in applied.items() if holds)
+        spans = tuple((index[first], index[last]) for first, last in tokens)
+        return Example(input_ids, spans, stop_ids, layout.note, layout.span_source, conventions)
 
     def _decodes(self, row: RenderedRow, escaped_ids: list[int], ids: list[int]) -> bool:
         """Return whether the ids decode to the escaped text with each placeholder replaced by its character."""

@@ -14,6 +14,7 @@ import math
 import multiprocessing
 import os
 import re
+import string
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,7 @@ from sft_recipes.runtime.heartbeat import die_with_parent
 
 log = logging.getLogger(__name__)
 
+_SPACES = string.whitespace.encode()
 _PROGRESS_INTERVAL = 5  # seconds
 
 
@@ -129,7 +131,8 @@ def to_chunk(
 ) -> Chunk:
     """Truncate examples to `max_length` tokens, and count what was done to the rows."""
     outcomes, codes = Outcomes(), dict[Outcome, int]()
-    numbers, locations, input_ids, spans, errors = [], [], [], [], []
+    numbers, locations, spans, errors, tokens = [], [], [], [], 0
+    input_ids = [numpy.empty(0, numpy.int32)]
     for row, conversation, example in zip(rows, conversations, examples, strict=True):
         outcome = _outcome_of(row, conversation, example)
         outcomes.setdefault(outcome, [0, row.location])[0] += 1
@@ -141,12 +144,14 @@ def to_chunk(
         locations.append(row.location.encode())
         lengths = (len(locations[-1]), len(short.input_ids), len(example.input_ids))
         digests = (_digest(text_of(conversation)), _digest(_first_prompt(conversation)))
-        supervised = (short.supervised_tokens(), example.supervised_tokens())
+        full = example.supervised_tokens()
+        supervised = (full if short is example else short.supervised_tokens(), full)
         numbers.append((code, *lengths, *supervised, *digests, len(short.spans) < len(example.spans)))
         # Nothing predicts the first token.
-        spans += [(len(input_ids) + max(start, 1), len(input_ids) + end) for start, end in short.spans]
-        input_ids += short.input_ids
-    ids = numpy.array(input_ids, numpy.int32)
+        spans += [(tokens + max(start, 1), tokens + end) for start, end in short.spans]
+        input_ids.append(short.input_ids)
+        tokens += len(short.input_ids)
+    ids = numpy.concatenate(input_ids)
     labels = numpy.full_like(ids, IGNORED)
     for start, end in spans:
         labels[start:end] = ids[start:end]
@@ -242,10 +247,9 @@ def split_digests(rows: Rows) -> numpy.ndarray:
 
 
 def _first_prompt(conversation: Conversation) -> str:
-    first = next((message["content"] for message in conversation.messages if message["role"] == "user"), "")
-    return " ".join(first.split())
+    return next((message["content"] for message in conversation.messages if message["role"] == "user"), "")
 
 
 def _digest(text: str) -> int:
-    """Hash a text to 64 bits: two of a million different rows collide once in forty million tries."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    """Hash a text without white space to 64 bits: two of a million rows collide once in forty million tries."""
+    return int.from_bytes(hashlib.blake2b(text.encode().translate(None, _SPACES), digest_size=8).digest(), "little")

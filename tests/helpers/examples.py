@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from sft_recipes.data.formats import Conversation
 from sft_recipes.data.tokenize import IGNORED, ConversationTokenizer, Example
 
 
 def tokenize_all(tokenizer: ConversationTokenizer, conversations: Sequence[Conversation]) -> list[Example]:
-    """Return the examples of conversations.
+    """Return the examples of conversations, with their ids as lists.
 
     Raises:
         DataError: one is rejected.
@@ -18,7 +19,7 @@ def tokenize_all(tokenizer: ConversationTokenizer, conversations: Sequence[Conve
     for example in tokenizer.tokenize(conversations):
         if isinstance(example, Exception):
             raise example
-        examples.append(example)
+        examples.append(replace(example, input_ids=example.input_ids.tolist()))
     return examples
 
 
