@@ -157,17 +157,18 @@ publish: ## upload a finished run to the Hub, with a model card: RUN REPO LICENS
 	@export RUNTIME=local; $(SFT) publish "$${RUN:?RUN is missing: the name of a run, such as tiny-1}" $${REPO:+--repo "$$REPO"} \
 		$${LICENSE:+--license "$$LICENSE"} $${MERGED:+--merged} $${PUBLIC:+--public} $${CARD_ONLY:+--card-only}
 
-# In its own environment, which sees the packages of $(VENV): the extra packages of `transformers serve`.
-SERVE_PACKAGES = cmp -s requirements/serve.txt .venv-serve/serve.txt || { rm -rf .venv-serve; $(PYTHON) -m venv .venv-serve; \
-	$(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(echo .venv-serve/lib/python*/site-packages)/venv.pth"; \
-	.venv-serve/bin/python -m pip install --quiet --no-deps --require-hashes -r requirements/serve.txt; cp requirements/serve.txt .venv-serve; }
+# $(call environment,NAME): .venv-NAME, which sees the packages of $(VENV), with those of requirements/NAME.txt.
+environment = cmp -s requirements/$(1).txt .venv-$(1)/$(1).txt || { rm -rf .venv-$(1); $(PYTHON) -m venv --without-pip .venv-$(1); \
+	$(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(echo .venv-$(1)/lib/python*/site-packages)/venv.pth"; \
+	.venv-$(1)/bin/python -m pip install --quiet --no-deps --no-build-isolation --require-hashes -r requirements/$(1).txt; \
+	cp requirements/$(1).txt .venv-$(1); }
 
 serve: setup ## serve a finished run on localhost, OpenAI-compatible: RUN PORT (ARGS for the server)
-	@$(SERVE_PACKAGES)
+	@$(call environment,serve)
 	@export RUNTIME=local; $(SFT) serve "$${RUN:?RUN is missing: the name of a run, such as tiny-1}" $${PORT:+--port "$$PORT"} $${ARGS:+"--server-arguments=$$ARGS"}
 
 check-serving: setup ## compare tokens and completions of a server with those of a run: RUN
-	@$(SERVE_PACKAGES)
+	@$(call environment,serve)
 	@export RUNTIME=local; $(SFT) check-serving "$${RUN:?RUN is missing: the name of a run, such as tiny-1}"
 
 # EVAL_VENV is the user's own; .venv-eval is created.
@@ -177,10 +178,8 @@ eval: ## compare a run's model with its base on tasks of lm-evaluation-harness: 
 	@export RUNTIME=local; $(HARNESS); $(SFT) eval "$${RUN:?RUN is missing: the name of a run, such as tiny-1}" \
 		$${TASKS:+--tasks "$$TASKS"} $${LIMIT:+--limit "$$LIMIT"} $${ARGS:-}
 
-setup-eval: ## create the environment of eval and of download TASKS=… (.venv-eval)
-	@requirements/install.sh .venv-eval
-	@cmp -s requirements/eval.txt .venv-eval/eval.txt || { .venv-eval/bin/python -m pip install --quiet --no-deps \
-		--no-build-isolation --require-hashes -r requirements/eval.txt; cp requirements/eval.txt .venv-eval; }
+setup-eval: setup ## create the environment of eval and of download TASKS=… (.venv-eval)
+	@$(call environment,eval)
 
 # One test file per core and one thread per run: runs that share the threads of their cores slow each other manyfold.
 # MAX_JOBS: compiling DeepSpeed's operators takes 1.5 GB per job, and the other core runs tests.
@@ -212,11 +211,11 @@ test-slurm: setup ## run the jobs on a real Slurm cluster on this machine (10 mi
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/slurm
 
 test-serve: setup ## serve a run with transformers serve on the CPU and compare it
-	@$(SERVE_PACKAGES)
+	@$(call environment,serve)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/integration/test_serving.py
 
 test-tutorial: setup ## every command of docs/tutorial.md, in order
-	@$(SERVE_PACKAGES)
+	@$(call environment,serve)
 	@$(HARNESS)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/tutorial
 

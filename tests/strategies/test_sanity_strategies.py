@@ -18,7 +18,6 @@ def lines_of(done, label):
 @pytest.mark.parametrize(
     ("parallelism", "precision"),
     [
-        ("ddp", "fp32"),
         pytest.param("zero2", "fp32", marks=needs_compiler),  # language: ok, pytest
         pytest.param("zero3", "bf16", marks=needs_compiler),  # language: ok, pytest
         ("fsdp2", "bf16"),
@@ -26,7 +25,7 @@ def lines_of(done, label):
 )
 def test_trial_passes_under_each_strategy(workplace, few_rows, parallelism, precision):
     """It saves a checkpoint and resumes from it on a device just large enough for one trainer. One process:
-    tests/integration/test_sanity.py."""
+    tests/integration/test_sanity.py; DDP: tests/slurm/test_jobs.py."""
     log = workplace.path / "device.jsonl"
     done = workplace.sft(
         "sanity", "tiny", "--gpus", "0", "--processes", "2", f"parallelism={parallelism}", f"precision={precision}",
