@@ -151,7 +151,7 @@ def to_chunk(
         spans += [(tokens + max(start, 1), tokens + end) for start, end in short.spans]
         input_ids.append(short.input_ids)
         tokens += len(short.input_ids)
-    ids = numpy.concatenate(input_ids)
+    ids = numpy.concatenate(input_ids, dtype=numpy.int32, casting="same_kind")  # the type of the store
     labels = numpy.full_like(ids, IGNORED)
     for start, end in spans:
         labels[start:end] = ids[start:end]
