@@ -128,8 +128,7 @@ class ConversationTokenizer:
             source = self.tokenizer.get_chat_template(None, conversation.tools)
         except ValueError as error:
             raise DataError(f"model.name_or_path: {error}") from error
-        kwargs = conversation.template_kwargs
-        finder = self._finder(source, json.dumps(kwargs, sort_keys=True) if kwargs else "{}")
+        finder = self._finder(source, json.dumps(conversation.template_kwargs, sort_keys=True))
         messages = [_split_reasoning(message, finder.template) for message in conversation.messages]
         failure = AmbiguousTemplateError("")
         for given, generated_ids in _with_possible_ids(messages, finder.template):
@@ -190,11 +189,10 @@ class ConversationTokenizer:
         found = numpy.count_nonzero(self._is_special[input_ids])
         if found != count or not self._decodes(row, encoded, ids):
             raise DataError(f"{row.location}: found a special token that cannot be encoded as text. Remove it")
-        layout, conventions = row.layout, ()
-        if row.is_escaped or row.generated_call_ids or layout.dropped_reasoning:
-            applied = {AS_TEXT: row.is_escaped, GENERATED_IDS: row.generated_call_ids}
-            applied[DROPPED_REASONING] = layout.dropped_reasoning
-            conventions = tuple(convention for convention, holds in applied.items() if holds)
+        layout = row.layout
+        applied = {AS_TEXT: row.is_escaped, GENERATED_IDS: row.generated_call_ids}
+        applied[DROPPED_REASONING] = layout.dropped_reasoning
+        conventions = tuple(convention for convention, holds in applied.items() if holds)
         spans = tuple((index[first], index[last]) for first, last in tokens)
         return Example(input_ids, spans, stop_ids, layout.note, layout.span_source, conventions)
 

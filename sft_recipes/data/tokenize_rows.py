@@ -14,7 +14,6 @@ import math
 import multiprocessing
 import os
 import re
-import string
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -35,7 +34,6 @@ from sft_recipes.runtime.heartbeat import die_with_parent
 
 log = logging.getLogger(__name__)
 
-_SPACES = string.whitespace.encode()
 _PROGRESS_INTERVAL = 5  # seconds
 
 
@@ -247,9 +245,10 @@ def split_digests(rows: Rows) -> numpy.ndarray:
 
 
 def _first_prompt(conversation: Conversation) -> str:
-    return next((message["content"] for message in conversation.messages if message["role"] == "user"), "")
+    first = next((message["content"] for message in conversation.messages if message["role"] == "user"), "")
+    return " ".join(first.split())
 
 
 def _digest(text: str) -> int:
-    """Hash a text without white space to 64 bits: two of a million rows collide once in forty million tries."""
-    return int.from_bytes(hashlib.blake2b(text.encode().translate(None, _SPACES), digest_size=8).digest(), "little")
+    """Hash a text to 64 bits: two of a million different rows collide once in forty million tries."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

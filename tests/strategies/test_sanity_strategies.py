@@ -25,7 +25,7 @@ def lines_of(done, label):
 )
 def test_trial_passes_under_each_strategy(workplace, few_rows, parallelism, precision):
     """It saves a checkpoint and resumes from it on a device just large enough for one trainer. One process:
-    tests/integration/test_sanity.py; DDP: tests/slurm/test_jobs.py."""
+    tests/integration/test_sanity.py; DDP, on a device of any size: tests/slurm/test_jobs.py."""
     log = workplace.path / "device.jsonl"
     done = workplace.sft(
         "sanity", "tiny", "--gpus", "0", "--processes", "2", f"parallelism={parallelism}", f"precision={precision}",
