@@ -201,8 +201,10 @@ test-eval: setup ## evaluation with the real harness, offline, in .venv-eval
 test-fake-gpus: setup ## tests that query GPUs, with a fake nvidia-smi: FAKE_GPUS FAKE_GPU_NAME
 	@PATH="$(CURDIR)/tests/helpers/fake_gpus:$$PATH" $(PYTEST) $(addprefix tests/,integration/test_benchmarks.py integration/test_cli.py integration/test_doctor.py unit/test_suggest.py)
 
-test-strategies: setup ## every strategy, every recipe, interrupted saves (20 minutes)
-	@$(PYTEST) tests/strategies tests/chaos
+# Hundreds of ranks, which import for longer than they train: they are forked with the libraries imported
+# (tests/helpers/preload_server.py).
+test-strategies: setup ## every strategy, every recipe, interrupted saves (15 minutes)
+	@$(PYTEST) --preloaded tests/strategies tests/chaos $${ARGS:-}
 
 test-container: setup ## build the CPU image with podman and test it (15 minutes, needs root)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/container

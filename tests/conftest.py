@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers.workplace import LONG, PLANTED_KEY, SHORT, SMALL_LLAMA, Workplace, simulated_device
+from helpers.workplace import HELPERS, LONG, PLANTED_KEY, REPOSITORY, SHORT, SMALL_LLAMA, Workplace, simulated_device
 
 from sft_recipes import cli
 from sft_recipes.runtime import env, log
@@ -28,6 +30,33 @@ FIRST = (
     "test_trajectories.py", "test_sanity_strategies.py", "test_recipes_train.py", "test_step_memory.py", "test_chaos.py",
     "test_early_stop_and_oom.py", "test_final_model.py", "test_nan_guard_strategies.py", "test_world_sizes.py",
 )  # fmt: skip
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Of the long suites, which start hundreds of ranks."""
+    parser.addoption("--preloaded", action="store_true", help="fork ranks from processes with imported libraries")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the server that forks ranks, for all test processes: they inherit its address."""
+    if not config.getoption("--preloaded") or "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    folder = tempfile.TemporaryDirectory(prefix="preload-")
+    address = f"{folder.name}/server"
+    path = os.pathsep.join(map(str, (REPOSITORY, HELPERS.parent)))
+    server = subprocess.Popen(
+        [sys.executable, "-m", "helpers.preload_server", address], env={**os.environ, "PYTHONPATH": path}, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert server.stdout is not None and server.stdout.readline() == "ready\n"
+    os.environ.update(PRELOAD_SERVER=address, PYTHONPATH=str(HELPERS / "preloaded"))
+
+    def stop() -> None:
+        server.terminate()
+        server.wait()
+        folder.cleanup()
+
+    config.add_cleanup(stop)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -125,7 +125,7 @@ def _prepare_run(context: RunContext, attempt: Attempt) -> int:
     settled = _settle(context.plan, stored, read_json(run_dir.prepared))
     plans.write(settled, plan_file)
     command.write_accelerate_config(settled, run_dir)
-    is_cached = sanity_check.cached_result(settled).is_file()
+    is_cached = not variables.sanity_is_skipped() and sanity_check.cached_result(settled).is_file()
     attempts.write(run_dir, replace(attempt, prepared=True, sanity_cached=is_cached))
     return 0
 
@@ -199,14 +199,16 @@ def train_run(context: RunContext, attempt: Attempt) -> int:
 
 def _check_sanity(context: RunContext, attempt: Attempt) -> int:
     """Run the sanity check unless a result is cached, and record the result's path in the run directory."""
-    cached = sanity_check.cached_result(context.plan)
-    skipped = variables.sanity_is_skipped()
-    if not skipped and not attempt.sanity_cached and (code := sanity_check.run(context, context.run_dir.prepared)):
+    if variables.sanity_is_skipped():
+        result: dict[str, object] = {"skipped": True}
+    elif not attempt.sanity_cached and (code := sanity_check.run(context, context.run_dir.prepared)):
         return code
+    else:
+        result = {"result": str(sanity_check.cached_result(context.plan))}
     if context.is_first_node:
-        write_json(context.run_dir.sanity, {"skipped": True} if skipped else {"result": str(cached)})
-        if attempt.sanity_cached and not skipped:
-            log.info("sanity check passed (cached: %s)", cached)
+        write_json(context.run_dir.sanity, result)
+        if attempt.sanity_cached and "result" in result:
+            log.info("sanity check passed (cached: %s)", result["result"])
     return 0
 
 

@@ -35,7 +35,7 @@ def skip_unused_libraries(
         "wandb": "wandb" not in trackers,
         "peft": method == "full",
         "deepspeed": not deepspeed,
-        "bitsandbytes": method == "full" and optimizer.startswith("adamw_torch"),
+        "bitsandbytes": method != "qlora" and optimizer.startswith("adamw_torch"),
     }
     for name, is_unused in unused.items():
         if is_unused and not trust_remote_code:

@@ -30,6 +30,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sft_recipes.config.schema import Lora
 from sft_recipes.data import model_layers
+from sft_recipes.runtime import library_imports
 from sft_recipes.runtime.run_dir import write_json
 from sft_recipes.training import attention, lora, parameter_table
 
@@ -264,6 +265,7 @@ def _fit(points: list[dict[str, int]], kind: dict[str, Any], attended: str, mode
 
 def main(file: str) -> int:
     """Write the trace of the architecture on standard input, or what prevents it; the exit code is 0."""
+    library_imports.skip_unused_libraries("lora", "adamw_torch", [], False, trust_remote_code=False)
     try:
         result = trace(json.load(sys.stdin))
     except Exception as error:  # of any kind: it is a model's code

@@ -61,13 +61,18 @@ def begin(plan_file: str) -> tuple[Plan, RunDir, int]:
     stop_signal.handle()
     rank_heartbeat.start(folder, rank)
     plan = plans.read(folder.plan)
+    import_libraries(plan)
+    return plan, folder, rank
+
+
+def import_libraries(plan: Plan) -> None:
+    """Import the trainer with the libraries that a plan needs."""
     optimizer = plan.sections.trainer.get("optim", "adamw_torch_fused")
     trusted = plan.sections.model.trust_remote_code
     with library_imports.without_garbage_collection():
         library_imports.skip_unused_libraries(plan.method, optimizer, env.reporters(), plan.strategy.deepspeed, trusted)
         silence_libraries()
         importlib.import_module("sft_recipes.training.trainer")
-    return plan, folder, rank
 
 
 def _redirect_output(rank: int) -> None:

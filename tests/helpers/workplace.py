@@ -87,10 +87,11 @@ class Workplace:
 
     def environment(self, **variables: str) -> dict[str, str]:
         kept = {key: value for key, value in os.environ.items() if key not in GIVEN_BY_MAKE}
+        path = [REPOSITORY, HELPERS / "preloaded"] if "PRELOAD_SERVER" in os.environ else [REPOSITORY]
         return {
             **kept,
             "RUNS_DIR": str(self.runs),
-            "PYTHONPATH": str(REPOSITORY),
+            "PYTHONPATH": os.pathsep.join(map(str, path)),
             "REPORT_TO": "none",
             "SANITY": "skip",
             **variables,

@@ -212,6 +212,7 @@ def metrics_so_far(run):
 @pytest.mark.parametrize(("method", "trackers", "deepspeed", "remote_code", "skipped"), [
     ("full", ["tensorboard"], False, False, ["wandb", "peft", "deepspeed", "bitsandbytes"]),
     ("full", ["wandb"], True, False, ["peft", "bitsandbytes"]),
+    ("lora", ["tensorboard"], False, False, ["wandb", "deepspeed", "bitsandbytes"]),
     ("qlora", ["tensorboard"], False, False, ["wandb", "deepspeed"]),
     ("full", ["tensorboard"], False, True, []),
 ])  # fmt: skip

@@ -45,7 +45,7 @@ def kind(name):
     """What decides how a recipe trains. Activation checkpointing is not part of it: it changes no result."""
     recipe = loader.load(name)
     plan = plans.resolve(recipe, plan_topology(recipe))
-    return plan.parallelism, plan.method, plan.precision, plan.packing, plan.sections.trainer["optim"]
+    return plan.parallelism, plan.method, plan.precision, plan.packing, plan.sections.trainer.get("optim")
 
 
 def test_each_recipe_that_does_not_train_is_like_one_that_does():

@@ -1,0 +1,225 @@
+"""Starts ranks and traces of layers from processes that have imported their libraries, which takes longer than they run.
+
+One process per set of libraries and environment imports what the first program that asks for it imports. Each program is a
+fork of it, with the arguments, environment and open files of the process that asked (`preloaded/sitecustomize.py`). The
+launcher of a run forks its ranks where it would start Python. Whatever else a program does is as usual. Python's
+`multiprocessing` has the same as `forkserver` with `set_forkserver_preload`.
+
+`python -m helpers.preload_server ADDRESS`
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import resource
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+
+from sft_recipes.config import strategies
+from sft_recipes.runtime.heartbeat import die_with_parent
+
+HELD = 6  # sets of libraries that are held, about 0.7 GB each; the one that was asked for longest ago is dropped
+# Variables that libraries do not read when they are imported.
+OF_A_RUN = {
+    "PWD", "OLDPWD", "PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER", "RUNS_DIR", "SANITY", "TORCHINDUCTOR_CACHE_DIR",
+    "PET_SHUTDOWN_TIMEOUT", "STRATEGIES_REPORT",
+}  # fmt: skip
+TRACE = "sft_recipes.training.layer_trace"
+
+
+def main(address):
+    die_with_parent(os.getppid())
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # of children that nobody waits for
+    channels = {}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(address)
+        listener.listen(64)
+        print("ready", flush=True)
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                data, files, *_ = socket.recv_fds(connection, 1 << 20, 3)
+                request = json.loads(data)
+                if machine() != {name: request[name] for name in machine()}:
+                    connection.send(b"other machine")
+                else:
+                    key = key_of(request)
+                    channel = channels.pop(key, None) or start(request, files, [connection, listener, *channels.values()])
+                    channels[key] = channel  # the latest at the end
+                    socket.send_fds(channel, [data], [connection.fileno(), *files])
+                    for dropped in list(channels)[:-HELD]:
+                        channels.pop(dropped).close()
+                for file in files:
+                    os.close(file)
+
+
+def machine():
+    """What a fork cannot change, or should not."""
+    return {
+        "limits": [list(resource.getrlimit(name)) for name in (resource.RLIMIT_AS, resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE)],
+        "cpus": sorted(os.sched_getaffinity(0)), "user": os.getuid(),
+        "namespaces": [os.readlink(f"/proc/self/ns/{name}") for name in ("mnt", "net", "pid", "user")],
+    }  # fmt: skip
+
+
+def key_of(request):
+    """What decides which libraries are imported, and how."""
+    environment = {name: value for name, value in request["environment"].items() if name not in OF_A_RUN}
+    if request["program"] == TRACE:
+        return json.dumps([TRACE, environment], sort_keys=True)
+    with open(request["arguments"][-1], encoding="utf-8") as file:  # noqa: PTH123  a plan; may be missing in no test
+        plan = json.load(file)
+    sections, deepspeed = plan["sections"], strategies.STRATEGIES[plan["parallelism"]].deepspeed
+    chosen = [plan["method"], deepspeed, sections["trainer"].get("optim"), sections["model"]["trust_remote_code"]]
+    return json.dumps([chosen, environment], sort_keys=True)
+
+
+def start(request, files, inherited):
+    """Start a process that imports libraries, and return the socket on which it gets requests."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    server = os.getpid()
+    if os.fork() == 0:
+        with run_and_exit():
+            die_with_parent(server)
+            for file in (*files, *(other.fileno() for other in (ours, *inherited))):
+                os.close(file)
+            import_libraries(request)
+            while answer_to(theirs):
+                pass
+    theirs.close()
+    return ours
+
+
+def import_libraries(request):
+    enter(request)
+    if request["program"] == TRACE:
+        from sft_recipes.runtime import library_imports
+
+        with library_imports.without_garbage_collection():
+            library_imports.skip_unused_libraries("lora", "adamw_torch", [], False, trust_remote_code=False)
+            import peft
+
+            from sft_recipes.training import layer_trace
+        _ = peft, layer_trace
+        return
+    subprocess.Popen = ForkingPopen  # before modules import the name
+    from accelerate.commands import launch  # noqa: F401
+
+    from sft_recipes.planner import plan as plans
+    from sft_recipes.runtime.run_dir import Path
+    from sft_recipes.training import main as rank
+
+    plan = plans.read(Path(request["arguments"][-1]))
+    rank.import_libraries(plan)
+    from transformers.models.auto import modeling_auto
+    from transformers.models.llama import modeling_llama
+
+    from sft_recipes.training import completions, deepspeed_ops, sft_config, weight_files
+
+    _ = modeling_auto, modeling_llama, completions, deepspeed_ops, sft_config, weight_files
+    if plan.strategy.deepspeed:
+        # Imports torch's compiler, which takes longest, when the first optimizer is made.
+        from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401
+    assert threading.active_count() == 1, threading.enumerate()
+
+
+def answer_to(channel):
+    """Start the run of the next request; return False when the server has closed the channel."""
+    data, files, *_ = socket.recv_fds(channel, 1 << 20, 4)
+    if data and os.fork() == 0:
+        with run_and_exit():
+            channel.close()
+            supervise(json.loads(data), socket.socket(fileno=files[0]), files[1:])
+    for file in files:
+        os.close(file)
+    return bool(data)
+
+
+def supervise(request, connection, files):
+    """Run a program; forward signals to it, kill it if the process that asked is gone, and send its exit code."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    supervisor = os.getpid()
+    child = os.fork()
+    if child == 0:
+        with run_and_exit():
+            connection.close()
+            die_with_parent(supervisor)
+            os.setsid()
+            for number, file in enumerate(files):
+                os.dup2(file, number)
+                os.close(file)
+            enter(request)
+            sys.argv[1:] = request["arguments"]
+            runpy.run_module(request["program"], run_name="__main__", alter_sys=True)
+    ended = os.pidfd_open(child)
+    while True:
+        ready, _, _ = select.select([connection, ended], [], [])
+        if ended in ready:
+            break
+        number = connection.recv(64)
+        os.kill(child, number[0] if number else signal.SIGKILL)
+        if not number:
+            break
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with contextlib.suppress(BrokenPipeError):
+        connection.send(str(code).encode())
+
+
+def enter(request):
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
+    os.umask(request["umask"])
+
+
+@contextlib.contextmanager
+def run_and_exit():
+    """Run a block of a fork and exit as Python would at its end, instead of returning into the code of its parent."""
+    code = 0
+    try:
+        yield
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if code != error.code and error.code is not None:
+            print(error.code, file=sys.stderr)
+    except BaseException:  # noqa: BLE001
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+class ForkingPopen(subprocess.Popen):
+    """Forks this process to run a program of sft_recipes, where Popen would start Python for it."""
+
+    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):
+        program = [str(argument) for argument in args if argument != "-u"]
+        if program[:2] != [sys.executable, "-m"] or not program[2].startswith("sft_recipes."):
+            super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
+            return
+        self.pid = os.fork()
+        self._child_created = True
+        if self.pid == 0:
+            with run_and_exit():
+                os.setsid()  # as torch's agent asks for
+                for number in signal.valid_signals():
+                    if callable(signal.getsignal(number)):
+                        signal.signal(number, signal.SIG_DFL)
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                os.environ.clear()
+                os.environ.update(env)
+                sys.argv[1:] = program[3:]
+                runpy.run_module(program[2], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
