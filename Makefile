@@ -183,8 +183,9 @@ setup-eval: setup ## create the environment of eval and of download TASKS=… (.
 
 # One test file per core and one thread per run: runs that share the threads of their cores slow each other manyfold.
 # MAX_JOBS: compiling DeepSpeed's operators takes 1.5 GB per job, and the other core runs tests.
-# tests/conftest.py sorts the files, which xdist would do by their number of tests.
-PYTEST = OMP_NUM_THREADS=1 MAX_JOBS=1 $(PYTHON) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# tests/conftest.py sorts the files, which xdist would do by their number of tests. Ranks, which import for longer than they
+# train here, are forked with their libraries imported (tests/helpers/preload_server.py).
+PYTEST = OMP_NUM_THREADS=1 MAX_JOBS=1 $(PYTHON) -m pytest --preloaded --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # ARGS='-m needs_compiler' runs the tests that compile.
 test: setup ## unit and integration tests on the CPU (under nine minutes)
@@ -201,10 +202,8 @@ test-eval: setup ## evaluation with the real harness, offline, in .venv-eval
 test-fake-gpus: setup ## tests that query GPUs, with a fake nvidia-smi: FAKE_GPUS FAKE_GPU_NAME
 	@PATH="$(CURDIR)/tests/helpers/fake_gpus:$$PATH" $(PYTEST) $(addprefix tests/,integration/test_benchmarks.py integration/test_cli.py integration/test_doctor.py unit/test_suggest.py)
 
-# Hundreds of ranks, which import for longer than they train: they are forked with the libraries imported
-# (tests/helpers/preload_server.py).
-test-strategies: setup ## every strategy, every recipe, interrupted saves (15 minutes)
-	@$(PYTEST) --preloaded tests/strategies tests/chaos $${ARGS:-}
+test-strategies: setup ## every strategy, every recipe, interrupted saves (20 minutes)
+	@$(PYTEST) tests/strategies tests/chaos $${ARGS:-}
 
 test-container: setup ## build the CPU image with podman and test it (15 minutes, needs root)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/container

@@ -27,8 +27,9 @@ FIRST = (
     "test_make_train.py", "test_watchdog.py", "test_train.py", "test_two_nodes.py", "test_checkpoint.py", "test_hub.py",
     "test_security.py", "test_lora.py", "test_fake_gpus.py", "test_benchmarks.py", "test_verify_resume.py",
     "test_nan_guard.py", "test_prepare_process.py", "test_weight_files.py",
-    "test_trajectories.py", "test_sanity_strategies.py", "test_recipes_train.py", "test_step_memory.py", "test_chaos.py",
-    "test_early_stop_and_oom.py", "test_final_model.py", "test_nan_guard_strategies.py", "test_world_sizes.py",
+    "test_trajectories.py", "test_step_memory.py", "test_traced_types.py", "test_chaos.py", "test_recipes_train.py",
+    "test_sanity_strategies.py", "test_zero3_large_models.py", "test_hierarchical_partitioning.py",
+    "test_nan_guard_strategies.py", "test_world_sizes.py",
 )  # fmt: skip
 
 
@@ -43,13 +44,13 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     folder = tempfile.TemporaryDirectory(prefix="preload-")
     address = f"{folder.name}/server"
-    path = os.pathsep.join(map(str, (REPOSITORY, HELPERS.parent)))
+    path = os.pathsep.join(map(str, (REPOSITORY, HELPERS.parent, HELPERS / "at_start")))
     server = subprocess.Popen(
         [sys.executable, "-m", "helpers.preload_server", address], env={**os.environ, "PYTHONPATH": path}, text=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
     )  # fmt: skip
     assert server.stdout is not None and server.stdout.readline() == "ready\n"
-    os.environ.update(PRELOAD_SERVER=address, PYTHONPATH=str(HELPERS / "preloaded"))
+    os.environ.update(PRELOAD_SERVER=address, PYTHONPATH=str(HELPERS / "at_start"))
 
     def stop() -> None:
         server.terminate()

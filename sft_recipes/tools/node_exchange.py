@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from sft_recipes.runtime import timeouts
+from sft_recipes.runtime import library_imports, timeouts
 
 
 def exchange(value: str, address: str, port: int, nodes: int, rank: int, seconds: float, records: Path) -> list[str]:
@@ -21,7 +21,8 @@ def exchange(value: str, address: str, port: int, nodes: int, rank: int, seconds
     Raises:
         RuntimeError: node 0 cannot listen, cannot be reached, or does not hear from all nodes.
     """
-    from torch.distributed import TCPStore
+    with library_imports.without_garbage_collection():
+        from torch.distributed import TCPStore
 
     until = time.monotonic() + seconds
     limit = datetime.timedelta(seconds=seconds)

@@ -1,7 +1,7 @@
 """Starts ranks and traces of layers from processes that have imported their libraries, which takes longer than they run.
 
 One process per set of libraries and environment imports what the first program that asks for it imports. Each program is a
-fork of it, with the arguments, environment and open files of the process that asked (`preloaded/sitecustomize.py`). The
+fork of it, with the arguments, environment and open files of the process that asked (`at_start/sitecustomize.py`). The
 launcher of a run forks its ranks where it would start Python. Whatever else a program does is as usual. Python's
 `multiprocessing` has the same as `forkserver` with `set_forkserver_preload`.
 
@@ -12,7 +12,6 @@ import atexit
 import contextlib
 import json
 import os
-import resource
 import runpy
 import select
 import signal
@@ -22,22 +21,24 @@ import sys
 import threading
 import traceback
 
+import sitecustomize
+
 from sft_recipes.config import strategies
 from sft_recipes.runtime.heartbeat import die_with_parent
 
-HELD = 6  # sets of libraries that are held, about 0.7 GB each; the one that was asked for longest ago is dropped
+HELD = 4  # sets of libraries that are held, about 0.5 GB each; the one that was asked for longest ago is dropped
 # Variables that libraries do not read when they are imported.
 OF_A_RUN = {
     "PWD", "OLDPWD", "PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER", "RUNS_DIR", "SANITY", "TORCHINDUCTOR_CACHE_DIR",
-    "PET_SHUTDOWN_TIMEOUT", "STRATEGIES_REPORT",
+    "PET_SHUTDOWN_TIMEOUT", "STRATEGIES_REPORT", "SIMULATED_DEVICE", "SIMULATED_DEVICE_SIZE",
 }  # fmt: skip
 TRACE = "sft_recipes.training.layer_trace"
 
 
 def main(address):
     die_with_parent(os.getppid())
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # of children that nobody waits for
-    channels = {}
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # of children that no one waits for
+    channels, machine = {}, json.loads(json.dumps(sitecustomize.machine()))
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(address)
         listener.listen(64)
@@ -47,26 +48,22 @@ def main(address):
             with connection:
                 data, files, *_ = socket.recv_fds(connection, 1 << 20, 3)
                 request = json.loads(data)
-                if machine() != {name: request[name] for name in machine()}:
-                    connection.send(b"other machine")
-                else:
+                if request["machine"] == machine:
                     key = key_of(request)
-                    channel = channels.pop(key, None) or start(request, files, [connection, listener, *channels.values()])
-                    channels[key] = channel  # the latest at the end
-                    socket.send_fds(channel, [data], [connection.fileno(), *files])
+                    channel = channels.pop(key, None) or start(
+                        request, files, [connection, listener, *channels.values()]
+                    )
+                    try:
+                        socket.send_fds(channel, [data], [connection.fileno(), *files])
+                        channels[key] = channel  # the latest at the end
+                    except BrokenPipeError:  # its imports failed: so does the program, whose connection is closed here
+                        channel.close()
                     for dropped in list(channels)[:-HELD]:
                         channels.pop(dropped).close()
+                else:
+                    connection.send(b"other machine")
                 for file in files:
                     os.close(file)
-
-
-def machine():
-    """What a fork cannot change, or should not."""
-    return {
-        "limits": [list(resource.getrlimit(name)) for name in (resource.RLIMIT_AS, resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE)],
-        "cpus": sorted(os.sched_getaffinity(0)), "user": os.getuid(),
-        "namespaces": [os.readlink(f"/proc/self/ns/{name}") for name in ("mnt", "net", "pid", "user")],
-    }  # fmt: skip
 
 
 def key_of(request):
@@ -78,7 +75,8 @@ def key_of(request):
         plan = json.load(file)
     sections, deepspeed = plan["sections"], strategies.STRATEGIES[plan["parallelism"]].deepspeed
     chosen = [plan["method"], deepspeed, sections["trainer"].get("optim"), sections["model"]["trust_remote_code"]]
-    return json.dumps([chosen, environment], sort_keys=True)
+    simulated = "SIMULATED_DEVICE" in request["environment"]
+    return json.dumps([chosen, simulated, environment], sort_keys=True)
 
 
 def start(request, files, inherited):
@@ -109,6 +107,8 @@ def import_libraries(request):
             from sft_recipes.training import layer_trace
         _ = peft, layer_trace
         return
+    if "SIMULATED_DEVICE" in os.environ:
+        import simulated_device  # noqa: F401  from at_start/, before the module that it changes
     subprocess.Popen = ForkingPopen  # before modules import the name
     from accelerate.commands import launch  # noqa: F401
 
@@ -189,7 +189,7 @@ def run_and_exit():
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
         if code != error.code and error.code is not None:
             print(error.code, file=sys.stderr)
-    except BaseException:  # noqa: BLE001
+    except BaseException:
         traceback.print_exc()
         code = 1
     atexit._run_exitfuncs()

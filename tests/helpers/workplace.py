@@ -87,7 +87,7 @@ class Workplace:
 
     def environment(self, **variables: str) -> dict[str, str]:
         kept = {key: value for key, value in os.environ.items() if key not in GIVEN_BY_MAKE}
-        path = [REPOSITORY, HELPERS / "preloaded"] if "PRELOAD_SERVER" in os.environ else [REPOSITORY]
+        path = [REPOSITORY, HELPERS / "at_start"] if "PRELOAD_SERVER" in os.environ else [REPOSITORY]
         return {
             **kept,
             "RUNS_DIR": str(self.runs),
@@ -137,8 +137,8 @@ class Workplace:
 
 def simulated_device(log: Path, size: float = math.inf) -> dict[str, str]:
     """Return variables under which each rank of the sanity check logs the bytes its tensors hold, on a device of `size`
-    times the peak of the trial's trainer (simulated_device/sitecustomize.py)."""
-    path = os.pathsep.join([str(REPOSITORY), str(HELPERS / "simulated_device")])
+    times the peak of the trial's trainer (at_start/simulated_device.py)."""
+    path = os.pathsep.join([str(REPOSITORY), str(HELPERS / "at_start")])
     return {"PYTHONPATH": path, "SIMULATED_DEVICE": str(log), "SIMULATED_DEVICE_SIZE": str(size)}
 
 

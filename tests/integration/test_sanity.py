@@ -40,7 +40,7 @@ def test_cached_result_skips_sanity_check_of_same_plan(short_run, tracked_run, s
     assert len(results) == 1 and results[0].suffix == ".json", "one trial, and no files of it"
     first, second = (manifest(run)["starts"][-1] for run in (short_run, tracked_run))
     assert first["sanity"] == second["sanity"]
-    written = datetime.datetime.fromtimestamp(results[0].stat().st_mtime, datetime.UTC).isoformat()
+    written = datetime.datetime.fromtimestamp(results[0].stat().st_mtime, datetime.UTC).isoformat(timespec="seconds")
     assert written <= first["at"] <= second["at"]
 
 

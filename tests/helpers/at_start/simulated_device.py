@@ -1,7 +1,7 @@
 """A simulated device for the ranks of the sanity check: counts live tensor storages, and refuses what would not fit.
 
-Python imports this module at the start of each process whose PYTHONPATH has this folder. Each rank appends a JSON line to
-SIMULATED_DEVICE (a file) whenever it is about to build a trainer, and when it exits. With SIMULATED_DEVICE_SIZE=F an
+Imported at the start of each process that has SIMULATED_DEVICE, a file (`sitecustomize.py`). Each rank appends a JSON line to
+it whenever it is about to build a trainer, and when it exits. With SIMULATED_DEVICE_SIZE=F an
 allocation raises torch.OutOfMemoryError above F times what the rank's first trainer held at its peak.
 """
 
@@ -133,5 +133,4 @@ class Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-if os.environ.get("SIMULATED_DEVICE"):
-    sys.meta_path.insert(0, Finder())
+sys.meta_path.insert(0, Finder())
