@@ -2,9 +2,12 @@
 its first step, where the sanity check runs before it (two starts of the ranks) and where it has passed already.
 
     .venv/bin/python benchmarks/start.py [--rounds 7] [--trains 3]
+    .venv/bin/python benchmarks/start.py --against COMMIT [--trains 3]
 
 Each row is a separate process; rows alternate, so that noise of the machine affects all of them. Writes
-`results/start-HOST.json`.
+`results/start-HOST.json`. With `--against`, it compares a complete first `train tiny` of an earlier commit with one of
+this commit, by the same libraries: seconds to the first line of output, to the first step, and to the end; and writes
+`results/start-against-HOST.json`.
 """
 
 from __future__ import annotations
@@ -56,7 +59,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--trains", type=int, default=3)
+    parser.add_argument("--against", metavar="COMMIT")
     asked = parser.parse_args()
+    if asked.against:
+        _compare(asked.against, asked.trains)
+        return
     rounds = asked.rounds
     seconds: dict[str, list[tuple[float, float]]] = {variant: [] for variant in VARIANTS}
     for _ in range(rounds):
@@ -132,6 +139,62 @@ def _parts_of_a_start(runs: Path, name: str) -> dict[str, float]:
     if left:
         raise SystemExit(f"{name}: train ended before: {left[0]}")
     return {**parts, "sum": last - began}
+
+
+def _compare(commit: str, trains: int) -> None:
+    """Write the seconds of complete first starts of this checkout and of another commit, and their ratios."""
+    git = ("git", "-C", str(REPOSITORY))
+    with tempfile.TemporaryDirectory(prefix="start-") as name:
+        folder = Path(name)
+        subprocess.run([*git, "worktree", "add", "--quiet", "--detach", str(folder / "earlier"), commit], check=True)
+        head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+        checkouts = {"earlier": folder / "earlier", "this": REPOSITORY}
+        try:
+            rounds = [
+                {
+                    which: _complete_start(checkouts[which], folder / f"{which}-{number}")
+                    for which in (list(checkouts), list(checkouts)[::-1])[number % 2]
+                }
+                for number in range(trains)
+            ]
+        finally:
+            subprocess.run([*git, "worktree", "remove", "--force", str(folder / "earlier")], check=True)
+    ratios = {
+        part: round(statistics.median(one["earlier"][part] / one["this"][part] for one in rounds), 2)
+        for part in rounds[0]["this"]
+    }
+    content = {
+        "machine": machine.described(), "commits": {"earlier": commit, "this": head},
+        "versions": {name: metadata.version(name) for name in LIBRARIES},
+        "earlier / this (median)": ratios, "seconds": rounds,
+    }  # fmt: skip
+    file = RESULTS.with_name(RESULTS.name.replace("start-", "start-against-"))
+    file.write_text(json.dumps(content, indent=2) + "\n")
+    print(json.dumps(ratios, indent=2), f"written: {file.relative_to(REPOSITORY)}", sep="\n")
+
+
+def _complete_start(checkout: Path, runs: Path) -> dict[str, float]:
+    """Train the tiny recipe of a checkout to its end, and return the seconds to each part."""
+    environment = {**os.environ, "RUNS_DIR": str(runs), "PYTHONPATH": str(checkout), "PYTHONUNBUFFERED": "1"}
+    began, seconds = time.monotonic(), dict[str, float]()
+
+    def note(part: str) -> None:
+        seconds.setdefault(part, round(time.monotonic() - began, 2))
+
+    command = [sys.executable, "-m", "sft_recipes", "train", "tiny", "--name", "start"]
+    with subprocess.Popen(
+        command, env=environment, cwd=runs.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        lines = []
+        for line in process.stdout or ():
+            note("first line")
+            lines.append(line)
+            if line.lstrip().startswith("step 1/"):
+                note("first step")
+    note("end")
+    if process.returncode or len(seconds) != 3:
+        raise SystemExit(f"{checkout}: exit code {process.returncode}, {seconds}: {''.join(lines[-5:])}")
+    return seconds
 
 
 def _median(pairs: list[tuple[float, float]], index: int) -> float:
