@@ -6,7 +6,7 @@ its first step, where the sanity check runs before it (two starts of the ranks) 
 
 Each row is a separate process; rows alternate, so that noise of the machine affects all of them. Writes
 `results/start-HOST.json`. With `--against`, it compares a complete first `train tiny` of an earlier commit with one of
-this commit, by the same libraries: seconds to the first line of output, to the first step, and to the end; and writes
+this commit, with the same libraries: seconds to the first line of output, to the first step, and to the end; and writes
 `results/start-against-HOST.json`.
 """
 
@@ -148,6 +148,7 @@ def _compare(commit: str, trains: int) -> None:
         folder = Path(name)
         subprocess.run([*git, "worktree", "add", "--quiet", "--detach", str(folder / "earlier"), commit], check=True)
         head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+        subprocess.run([sys.executable, "-m", "compileall", "-q", str(folder / "earlier" / "sft_recipes")], check=True)
         checkouts = {"earlier": folder / "earlier", "this": REPOSITORY}
         try:
             rounds = [
@@ -160,7 +161,7 @@ def _compare(commit: str, trains: int) -> None:
         finally:
             subprocess.run([*git, "worktree", "remove", "--force", str(folder / "earlier")], check=True)
     ratios = {
-        part: round(statistics.median(one["earlier"][part] / one["this"][part] for one in rounds), 2)
+        part: round(statistics.median(each["earlier"][part] / each["this"][part] for each in rounds), 2)
         for part in rounds[0]["this"]
     }
     content = {
@@ -175,7 +176,13 @@ def _compare(commit: str, trains: int) -> None:
 
 def _complete_start(checkout: Path, runs: Path) -> dict[str, float]:
     """Train the tiny recipe of a checkout to its end, and return the seconds to each part."""
-    environment = {**os.environ, "RUNS_DIR": str(runs), "PYTHONPATH": str(checkout), "PYTHONUNBUFFERED": "1"}
+    environment = {
+        **os.environ,
+        "RUNS_DIR": str(runs),
+        "PYTHONPATH": str(checkout),
+        "PYTHONUNBUFFERED": "1",
+        "SANITY": "",
+    }
     began, seconds = time.monotonic(), dict[str, float]()
 
     def note(part: str) -> None:

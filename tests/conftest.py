@@ -34,7 +34,7 @@ FIRST = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Of the long suites, which start hundreds of ranks."""
+    """Add the option that `make test` and `make test-strategies` use."""
     parser.addoption("--preloaded", action="store_true", help="fork ranks from processes with imported libraries")
 
 
@@ -46,13 +46,14 @@ def pytest_configure(config: pytest.Config) -> None:
     address = f"{folder.name}/server"
     path = os.pathsep.join(map(str, (REPOSITORY, HELPERS.parent, HELPERS / "at_start")))
     server = subprocess.Popen(
-        [sys.executable, "-m", "helpers.preload_server", address], env={**os.environ, "PYTHONPATH": path}, text=True,
+        [sys.executable, "-m", "helpers.preload_server", address, "-" * 4000], start_new_session=True, env={**os.environ, "PYTHONPATH": path}, text=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
     )  # fmt: skip
     assert server.stdout is not None and server.stdout.readline() == "ready\n"
     os.environ.update(PRELOAD_SERVER=address, PYTHONPATH=str(HELPERS / "at_start"))
 
     def stop() -> None:
+        assert server.poll() is None, "the server of forked ranks has failed"
         server.terminate()
         server.wait()
         folder.cleanup()

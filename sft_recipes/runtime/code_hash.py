@@ -11,8 +11,8 @@ from types import CodeType
 def code_hash(module: Path) -> str:
     """Return the SHA-256 (hexadecimal) of a Python file's compiled code without docstrings and `assert`.
 
-    Comments and empty lines do not change it. Python's version does, since each has its own bytecode, and a statement
-    that is broken into other lines may.
+    Comments, empty lines and edits of docstrings do not change it. Python's version does, since each has its own
+    bytecode; a statement that is broken into other lines and a new docstring may.
     """
     return _hash_source(module.read_bytes())
 

@@ -138,9 +138,12 @@ def check_quantizable(plan: Plan, folder: Path) -> None:
     """Check that 4-bit weights are what the memory forecast counts: bitsandbytes quantizes linear layers only.
 
     Raises:
-        SetupError: QLoRA of a model with fused experts.
+        SetupError: QLoRA of a model with fused experts, or weights that bitsandbytes has quantized before.
     """
     trusted = plan.sections.model.trust_remote_code
+    if (read_json(folder / "config.json").get("quantization_config") or {}).get("quant_method") == "bitsandbytes":
+        fix = "Name the unquantized model; lora.quantize: nf4 quantizes it while loading"
+        raise SetupError(f"model.name_or_path: {plan.model} has weights quantized by bitsandbytes. {fix}")
     config = model_layers.load_config(folder, trusted) if plan.method == "qlora" else None
     if config and parameter_table.fused_experts(model_layers.build_on_meta(config, trusted)):
         raise SetupError(f"lora.quantize: fused experts of {plan.model} would stay in 16 bits. Remove lora.quantize")

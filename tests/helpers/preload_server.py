@@ -2,14 +2,14 @@
 
 One process per set of libraries and environment imports what the first program that asks for it imports. Each program is a
 fork of it, with the arguments, environment and open files of the process that asked (`at_start/sitecustomize.py`). The
-launcher of a run forks its ranks where it would start Python. Whatever else a program does is as usual. Python's
-`multiprocessing` has the same as `forkserver` with `set_forkserver_preload`.
+launcher of a run forks its ranks where it would start Python. Python's `multiprocessing` has the same as `forkserver` with `set_forkserver_preload`.
 
-`python -m helpers.preload_server ADDRESS`
+`python -m helpers.preload_server ADDRESS PADDING`, see `run`
 """
 
 import atexit
 import contextlib
+import ctypes
 import json
 import os
 import runpy
@@ -38,7 +38,7 @@ TRACE = "sft_recipes.training.layer_trace"
 def main(address):
     die_with_parent(os.getppid())
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # of children that no one waits for
-    channels, machine = {}, json.loads(json.dumps(sitecustomize.machine()))
+    channels = {}
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(address)
         listener.listen(64)
@@ -47,23 +47,27 @@ def main(address):
             connection, _ = listener.accept()
             with connection:
                 data, files, *_ = socket.recv_fds(connection, 1 << 20, 3)
-                request = json.loads(data)
-                if request["machine"] == machine:
-                    key = key_of(request)
-                    channel = channels.pop(key, None) or start(
-                        request, files, [connection, listener, *channels.values()]
-                    )
-                    try:
-                        socket.send_fds(channel, [data], [connection.fileno(), *files])
-                        channels[key] = channel  # the latest at the end
-                    except BrokenPipeError:  # its imports failed: so does the program, whose connection is closed here
-                        channel.close()
-                    for dropped in list(channels)[:-HELD]:
-                        channels.pop(dropped).close()
-                else:
-                    connection.send(b"other machine")
+                try:
+                    pass_on(data, files, connection, listener, channels)
+                except Exception:  # this program fails, and the next one does not
+                    traceback.print_exc()
                 for file in files:
                     os.close(file)
+
+
+def pass_on(data, files, connection, listener, channels):
+    """Send a request to the process that has its libraries, which is started first where there is none."""
+    request = json.loads(data)
+    if request["machine"] != json.loads(json.dumps(sitecustomize.machine())):
+        connection.send(b"other machine")
+        return
+    key = key_of(request)
+    channel = channels.pop(key, None) or start(request, files, [connection, listener, *channels.values()])
+    connection.send(b"accepted")
+    socket.send_fds(channel, [data], [connection.fileno(), *files])
+    channels[key] = channel  # the latest at the end
+    for dropped in list(channels)[:-HELD]:
+        channels.pop(dropped).close()
 
 
 def key_of(request):
@@ -71,7 +75,8 @@ def key_of(request):
     environment = {name: value for name, value in request["environment"].items() if name not in OF_A_RUN}
     if request["program"] == TRACE:
         return json.dumps([TRACE, environment], sort_keys=True)
-    with open(request["arguments"][-1], encoding="utf-8") as file:  # noqa: PTH123  a plan; may be missing in no test
+    plan_file = os.path.join(request["folder"], request["arguments"][-1])  # noqa: PTH118
+    with open(plan_file, encoding="utf-8") as file:  # noqa: PTH123
         plan = json.load(file)
     sections, deepspeed = plan["sections"], strategies.STRATEGIES[plan["parallelism"]].deepspeed
     chosen = [plan["method"], deepspeed, sections["trainer"].get("optim"), sections["model"]["trust_remote_code"]]
@@ -88,7 +93,9 @@ def start(request, files, inherited):
             die_with_parent(server)
             for file in (*files, *(other.fileno() for other in (ours, *inherited))):
                 os.close(file)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # imports may run programs and wait for them
             import_libraries(request)
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
             while answer_to(theirs):
                 pass
     theirs.close()
@@ -156,8 +163,7 @@ def supervise(request, connection, files):
                 os.dup2(file, number)
                 os.close(file)
             enter(request)
-            sys.argv[1:] = request["arguments"]
-            runpy.run_module(request["program"], run_name="__main__", alter_sys=True)
+            run(request["program"], request["arguments"])
     ended = os.pidfd_open(child)
     while True:
         ready, _, _ = select.select([connection, ended], [], [])
@@ -170,6 +176,20 @@ def supervise(request, connection, files):
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     with contextlib.suppress(BrokenPipeError):
         connection.send(str(code).encode())
+
+
+def run(program, arguments):
+    """Run a module as `python -m` does; /proc/PID/cmdline shows it in the place of the server's command line, which ends
+    with enough padding."""
+    command = "\0".join([sys.executable, "-m", program, *arguments, ""]).encode()
+    with open("/proc/self/stat", encoding="utf-8") as file:  # noqa: PTH123
+        first, end = map(int, file.read().rpartition(")")[2].split()[45:47])  # arg_start, arg_end of proc(5)
+    assert len(command) < end - first
+    ctypes.memset(first, 0, end - first)
+    ctypes.memmove(first, command, len(command))
+    sys.argv[1:] = arguments
+    sys.modules.pop(program, None)  # it was imported before
+    runpy.run_module(program, run_name="__main__", alter_sys=True)
 
 
 def enter(request):
@@ -203,7 +223,14 @@ class ForkingPopen(subprocess.Popen):
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):
         program = [str(argument) for argument in args if argument != "-u"]
-        if program[:2] != [sys.executable, "-m"] or not program[2].startswith("sft_recipes."):
+        pipes = [file for file in rest[3:9] if file != -1]
+        if (
+            program[:2] != [sys.executable, "-m"]
+            or not program[2].startswith("sft_recipes.")
+            or cwd
+            or preexec_fn
+            or pipes
+        ):
             super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
             return
         self.pid = os.fork()
@@ -217,8 +244,7 @@ class ForkingPopen(subprocess.Popen):
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 os.environ.clear()
                 os.environ.update(env)
-                sys.argv[1:] = program[3:]
-                runpy.run_module(program[2], run_name="__main__", alter_sys=True)
+                run(program[2], program[3:])
 
 
 if __name__ == "__main__":

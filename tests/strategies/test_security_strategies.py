@@ -10,7 +10,7 @@ from helpers.checkpoints import find_checkpoint
 from helpers.pickle_bomb import plant
 from helpers.processes import ObservedCommand
 from helpers.trajectories import arguments, data, follow
-from helpers.workplace import manifest, needs_compiler
+from helpers.workplace import REPOSITORY, manifest, needs_compiler
 
 from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.training.checkpoint import checkpoint_format
@@ -38,7 +38,8 @@ def started(workplace, output, *options):
     with output.open("w") as written:
         process = subprocess.Popen(
             [sys.executable, "-m", "sft_recipes", "train", "tiny", *options], cwd=workplace.path,
-            env=workplace.environment(), stdout=written, stderr=subprocess.STDOUT, text=True,
+            env=workplace.environment(PYTHONPATH=str(REPOSITORY)),  # forked ranks are no children of the command
+            stdout=written, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
     seen = ObservedCommand(process)
     try:

@@ -135,6 +135,13 @@ def test_bad_index_of_weights_gives_one_line(outcome, index):
     assert isinstance(outcome(change), str)
 
 
+def test_weights_that_bitsandbytes_has_quantized_give_one_line(outcome):
+    def quantized(folder):
+        mutate(folder, "config.json", ("quantization_config",), {"quant_method": "bitsandbytes", "load_in_4bit": True})
+
+    assert "has weights quantized by bitsandbytes. Name the unquantized model" in outcome(quantized)
+
+
 def test_bad_weights_give_one_line(outcome):
     def cut(folder):
         file = folder / "model.safetensors"

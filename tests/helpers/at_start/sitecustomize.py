@@ -12,15 +12,22 @@ PROGRAMS = ("sft_recipes.training.rank_launcher", "sft_recipes.training.layer_tr
 
 
 def machine():
-    """What a fork cannot change, or should not."""
+    """What a fork cannot change: limits, namespaces, the interpreter and the package that it has found."""
     import resource
 
     limits = (resource.RLIMIT_AS, resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE)
     namespaces = [os.readlink(f"/proc/self/ns/{name}") for name in ("mnt", "net", "pid", "user")]  # noqa: PTH115
-    return [[resource.getrlimit(name) for name in limits], sorted(os.sched_getaffinity(0)), os.getuid(), namespaces]
+    package = next((path for path in sys.path if os.path.isdir(f"{path}/sft_recipes")), None)  # noqa: PTH112
+    start = [os.environ.get(name) for name in ("LD_PRELOAD", "LD_LIBRARY_PATH", "GLIBC_TUNABLES")]
+    return [
+        [resource.getrlimit(name) for name in limits], sorted(os.sched_getaffinity(0)), os.getuid(), namespaces,
+        sys.executable, package, start,
+    ]  # fmt: skip
 
 
 def run_in_server(address):
+    """Exit as the program does in the server; return if it cannot run there."""
+    import contextlib
     import json
     import signal
     import socket
@@ -31,21 +38,31 @@ def run_in_server(address):
         "program": sys.orig_argv[2], "arguments": sys.orig_argv[3:], "environment": dict(os.environ),
         "folder": os.getcwd(), "umask": umask, "machine": machine(),  # noqa: PTH109
     }  # fmt: skip
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
         server.connect(address)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        socket.send_fds(server, [json.dumps(request).encode()], [0, 1, 2])
+        if server.recv(64) == b"other machine":
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            return
 
         def forward(number, _frame):
-            server.send(bytes([number]))
+            with contextlib.suppress(OSError):  # it has just ended
+                server.send(bytes([number]))
 
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT):
+        for number in signals:
             signal.signal(number, forward)
-        socket.send_fds(server, [json.dumps(request).encode()], [0, 1, 2])
-        answer = server.recv(64).decode()
-    if answer == "other machine":  # other limits or namespaces than the server's: start as usual
-        return
-    code = int(answer)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        try:
+            code = int(server.recv(64))
+        except ConnectionResetError:  # it ended before it had read a forwarded signal; its exit code follows
+            code = int(server.recv(64))
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # SIGKILL has no handler
+            signal.signal(-code, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [-code])
         os.kill(os.getpid(), -code)
     os._exit(code)
 
