@@ -48,10 +48,16 @@ class _Scoring:
 
 
 class _Tracker(MemTracker):
-    """MemTracker without the hooks that identify gradients, which fail on frozen weights."""
+    """MemTracker without the hooks that identify gradients, which fail on frozen weights, and without the peaks of modules,
+    of which it looks through all at every operator."""
 
     def _track_module_params_and_buffers(self, module, install_grad_hooks=True):
         return super()._track_module_params_and_buffers(module, install_grad_hooks=False)
+
+    def _update_peak_stats(self, peak_state):
+        modules, self.memory_tracking = self.memory_tracking, {}
+        super()._update_peak_stats(peak_state)
+        self.memory_tracking = modules
 
 
 class _InPlace(TorchDispatchMode):
