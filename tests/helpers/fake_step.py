@@ -48,8 +48,8 @@ class _Scoring:
 
 
 class _Tracker(MemTracker):
-    """MemTracker without the hooks that identify gradients, which fail on frozen weights, and without the peaks of modules,
-    of which it looks through all at every operator."""
+    """MemTracker without the hooks that identify gradients, which fail on frozen weights, and without the peaks of modules:
+    it would visit all modules at every operator."""
 
     def _track_module_params_and_buffers(self, module, install_grad_hooks=True):
         return super()._track_module_params_and_buffers(module, install_grad_hooks=False)
