@@ -15,8 +15,9 @@ from pathlib import Path
 
 from sft_recipes.launch import attempts, command, node_checks, process_group, ranks, run_lock, sanity_check
 from sft_recipes.launch.attempts import Attempt
+from sft_recipes.launch.node_exchange import NodeMissingError
 from sft_recipes.launch.outcome import record_folder, write_record
-from sft_recipes.launch.placement import NodeMissingError, Placement
+from sft_recipes.launch.placement import Placement
 from sft_recipes.launch.run_context import RunContext
 from sft_recipes.launch.run_selection import Resolved, RunRequest, select
 from sft_recipes.launch.stop_request import StoppedError, handle_stop_signals

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import socket
-import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.launch import process_group
+from sft_recipes.launch import node_exchange
+from sft_recipes.launch.node_exchange import NodeMissingError
 from sft_recipes.launch.stop_request import StoppedError, StopRequest
-from sft_recipes.runtime import env, timeouts
+from sft_recipes.runtime import timeouts
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.polling import wait_until
 from sft_recipes.runtime.run_dir import EXIT_STOPPED, read_json
@@ -23,10 +20,6 @@ from sft_recipes.runtime.run_dir import EXIT_STOPPED, read_json
 # Of a Slurm job: below the ephemeral ports of Linux (32768 and above), ten for each of 1500 jobs.
 _FIRST_PORT, _PORTS_PER_JOB, _JOBS = 15000, 10, 1500
 _TORCHRUN_PORT = "29500"
-
-
-class NodeMissingError(Exception):
-    """The nodes did not meet: one of them has not started, has exited, or is not reachable."""
 
 
 @dataclass
@@ -63,29 +56,20 @@ class Placement:
         return self.port - 1
 
     def exchange(self, value: Any, stop_request: StopRequest) -> list[Any]:
-        """Return the values of all nodes, by rank, through torch's store on node 0. Call on every node.
+        """Return the values of all nodes, by rank. Call on every node.
 
         Raises:
             NodeMissingError: a node did not appear, has ended, or node 0 cannot be reached.
             StoppedError: a stop was requested, here or on a node that ended because of it.
         """
-        with tempfile.TemporaryDirectory(prefix="sft-") as folder:
-            file = Path(folder) / "values.json"
-            file.write_text(json.dumps(value), encoding="utf-8")
-            records = self.records or os.devnull
-            place = (self.address, self.next_port(), self.nodes, self.rank, timeouts.NODES_MEET, records)
-            command = [sys.executable, "-m", "sft_recipes.tools.node_exchange", str(file), *map(str, place)]
-            environment = env.with_repository(os.environ)
-            environment["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # it warns of addresses without a name
-            code = process_group.run(command, environment, stop_request)
-            if code == EXIT_STOPPED:
-                raise StoppedError
-            result = {} if code else json.loads(file.read_text(encoding="utf-8"))
-        if "values" not in result:
+        port = self.next_port()
+        try:
+            return node_exchange.exchange(self, port, value, stop_request)
+        except NodeMissingError as error:
             if wait_until(lambda: EXIT_STOPPED in self.ended_nodes().values(), timeouts.EXIT_RECORD, 0.2):
-                raise StoppedError
-            raise NodeMissingError(result.get("error", f"exchange with the other nodes: exit code {code}"))
-        return list(result["values"])
+                raise StoppedError from None
+            place = f"network: node {self.rank}, node 0 at {self.address}:{port}"
+            raise NodeMissingError(f"{place}: {error}. See MASTER_ADDR, MASTER_PORT") from None
 
     def ended_nodes(self) -> dict[int, int]:
         """Return the exit codes of the other nodes that have ended."""

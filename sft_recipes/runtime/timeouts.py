@@ -27,6 +27,8 @@ POLL_RANKS = 0.2
 
 # Several nodes.
 NODES_MEET = 600.0  # a node may have to unpack an image first, and another one runs a slower check
+POLL_NODES = 0.2
+NODE_ANSWERS = 5.0  # to a connection, or after it
 EXIT_RECORD = 3.0  # the exit record of a node that has ended
 NODE_REPORT = 30.0  # a node writes why its ranks failed
 SAY_WAITING_AFTER = 15.0  # a line that says which nodes are missing

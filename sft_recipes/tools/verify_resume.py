@@ -10,7 +10,8 @@ from itertools import takewhile
 from typing import Any
 
 from sft_recipes.launch import attempts, command, launch, node_checks, ranks, run_lock, run_selection
-from sft_recipes.launch.placement import NodeMissingError, Placement
+from sft_recipes.launch.node_exchange import NodeMissingError
+from sft_recipes.launch.placement import Placement
 from sft_recipes.launch.run_context import RunContext
 from sft_recipes.launch.stop_request import StoppedError, handle_stop_signals
 from sft_recipes.planner import plan as plans

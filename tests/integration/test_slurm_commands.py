@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -27,8 +29,9 @@ from sft_recipes.config import loader
 from sft_recipes.launch import attempts, command, node_checks, outcome, ranks, topology
 from sft_recipes.launch.attempts import Attempt
 from sft_recipes.launch.node_checks import CheckResult
+from sft_recipes.launch.node_exchange import NodeMissingError
 from sft_recipes.launch.outcome import ExitRecord, Outcome
-from sft_recipes.launch.placement import NodeMissingError, Placement, from_environment
+from sft_recipes.launch.placement import Placement, from_environment
 from sft_recipes.launch.run_context import RunContext
 from sft_recipes.launch.stop_request import StoppedError, StopRequest
 from sft_recipes.launch.topology import HardwareRequest
@@ -335,12 +338,60 @@ def test_nodes_exchange_values_and_agree() -> None:
         assert list(pool.map(lambda place: place.agree(place.rank, stop), two)) == [1, 1]
 
 
+def test_connections_of_others_do_not_change_the_values() -> None:
+    """A port scan, another job with the same port, and a node that is killed after it has sent its value."""
+    port = command.free_port()
+    first, second = placements(2, port)
+    other = dataclasses.replace(second, attempt="2-0")
+    with ThreadPoolExecutor() as pool:
+        values = pool.submit(first.exchange, "first", StopRequest())
+        for sent in (
+            b"",
+            b"GET / HTTP/1.1\r\n\r\n",
+            b'{"attempt": "1-0", "rank": 2, "value": 0}\n',
+            b"[]\n",
+            b"\xff\n",
+        ):
+            with connect(port) as connection:
+                connection.sendall(sent)
+        with pytest.raises(NodeMissingError, match="attempt 1-0 of another job has this port"):
+            other.exchange("other", StopRequest())
+        with connect(port) as killed:
+            killed.sendall(b'{"attempt": "1-0", "rank": 1, "value": "killed"}\n')
+        assert values.result() == ["first", "killed"]
+
+
+def connect(port: int) -> socket.socket:
+    """Connect as soon as node 0 listens."""
+    while True:
+        with contextlib.suppress(ConnectionRefusedError):
+            return socket.create_connection(("127.0.0.1", port))
+
+
+def test_node_0_that_is_killed_ends_the_exchange() -> None:
+    port = command.free_port()
+    with socket.create_server(("127.0.0.1", port)) as server, ThreadPoolExecutor() as pool:
+        waiting = pool.submit(placements(2, port)[1].exchange, 0, StopRequest())
+        server.accept()[0].close()
+        with pytest.raises(NodeMissingError, match="node 0 of 2 has ended"):
+            waiting.result()
+
+
+def test_node_0_whose_port_is_taken_says_so() -> None:
+    with socket.create_server(("", 0)) as server:
+        first = placements(2, server.getsockname()[1])[0]
+        with pytest.raises(NodeMissingError, match="node 0 cannot listen: Address already in use. See MASTER_ADDR"):
+            first.exchange(0, StopRequest())
+
+
 def test_missing_node_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timeouts, "NODES_MEET", 2.0)
     first, second = placements(2, command.free_port())
     with pytest.raises(NodeMissingError, match=r"node 0 at 127\.0\.0\.1:\d+: node 1 of 2 did not appear in 2 s"):
         first.exchange(0, StopRequest())
-    with pytest.raises(NodeMissingError, match=r"network: node 1, node 0 at 127\.0\.0\.1.*timed out"):
+    with pytest.raises(
+        NodeMissingError, match=r"network: node 1, node 0 at 127\.0\.0\.1.*node 0 of 2 did not appear in 2 s"
+    ):
         second.exchange(0, StopRequest())
 
 

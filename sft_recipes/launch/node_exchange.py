@@ -1,0 +1,144 @@
+"""Exchange one JSON value per node over TCP: node 0 listens, and answers the others with the values of all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import time
+from typing import TYPE_CHECKING, Any
+
+from sft_recipes.launch.stop_request import StopRequest
+from sft_recipes.runtime import timeouts
+
+if TYPE_CHECKING:
+    from sft_recipes.launch.placement import Placement
+
+log = logging.getLogger(__name__)
+
+_LONGEST_VALUE = 1 << 24  # bytes; a value is the checks of a node, or an exit code
+
+
+class NodeMissingError(Exception):
+    """The nodes did not meet: one of them has not started, has ended, or is not reachable."""
+
+
+def exchange(place: Placement, port: int, value: Any, stop_request: StopRequest) -> list[Any]:
+    """Return the values of all nodes, by rank. Call on every node.
+
+    Args:
+        port: on node 0; another exchange has another one.
+
+    Raises:
+        NodeMissingError: a node has ended or did not appear in time, or node 0 cannot listen.
+        StoppedError: a stop was requested.
+    """
+    return _request(place, port, value, stop_request) if place.rank else _serve(place, port, value, stop_request)
+
+
+def _serve(place: Placement, port: int, value: Any, stop_request: StopRequest) -> list[Any]:
+    values, connections = {0: value}, list[socket.socket]()
+    answer: dict[str, Any] = {"error": f"node 0 of {place.nodes} has ended"}
+    with contextlib.ExitStack() as sockets:
+        server = sockets.enter_context(_listen(port, place.nodes))
+        until = time.monotonic() + timeouts.NODES_MEET
+        say_at = time.monotonic() + timeouts.SAY_WAITING_AFTER
+        try:
+            while missing := [node for node in range(place.nodes) if node not in values]:
+                stop_request.check()
+                ended = [node for node in place.ended_nodes() if node in missing]
+                try:
+                    connection = sockets.enter_context(server.accept()[0])
+                except TimeoutError:
+                    if ended:  # and not connected before that
+                        raise NodeMissingError(f"node {_listed(ended)} of {place.nodes} has ended") from None
+                    if time.monotonic() > until:
+                        raise NodeMissingError(_did_not_appear(missing, place)) from None
+                    if time.monotonic() > say_at:
+                        say_at = time.monotonic() + 60
+                        log.info(f"waiting for node {_listed(missing)} of {place.nodes} at {place.address}:{port}")
+                    continue
+                if _receive_value(connection, place, values):
+                    connections.append(connection)
+            answer = {"values": [values[rank] for rank in range(place.nodes)]}
+        except NodeMissingError as error:
+            answer = {"error": str(error)}
+            raise
+        finally:
+            for connection in connections:
+                with contextlib.suppress(OSError):  # of a node that has ended
+                    _send(connection, answer)
+    return list(answer["values"])
+
+
+def _listen(port: int, nodes: int) -> socket.socket:
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    try:
+        server = socket.create_server(("", port), family=family, backlog=nodes, dualstack_ipv6=dual)
+    except OSError as error:
+        raise NodeMissingError(f"node 0 cannot listen: {os.strerror(error.errno or 0)}") from error
+    server.settimeout(timeouts.POLL_NODES)
+    return server
+
+
+def _receive_value(connection: socket.socket, place: Placement, values: dict[int, Any]) -> bool:
+    """Add the value of a node; return whether the connection is one of a node of this attempt."""
+    connection.settimeout(timeouts.NODE_ANSWERS)
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError), connection.makefile("rb") as file:
+        message = json.loads(file.readline(_LONGEST_VALUE))
+        if message["attempt"] != place.attempt:
+            _send(connection, {"error": f"attempt {place.attempt} of another job has this port"})
+        elif message["rank"] in range(1, place.nodes):
+            values[message["rank"]] = message["value"]
+            return True
+    return False
+
+
+def _request(place: Placement, port: int, value: Any, stop_request: StopRequest) -> list[Any]:
+    with _connect(place, port, stop_request) as connection:
+        until = time.monotonic() + timeouts.NODES_MEET + timeouts.NODE_ANSWERS  # node 0 gives up before that
+        answer = b""
+        with contextlib.suppress(OSError):  # node 0 was killed
+            _send(connection, {"attempt": place.attempt, "rank": place.rank, "value": value})
+            connection.settimeout(timeouts.POLL_NODES)
+            while not answer.endswith(b"\n") and time.monotonic() < until:
+                stop_request.check()
+                with contextlib.suppress(TimeoutError):
+                    if not (received := connection.recv(1 << 16)):
+                        break
+                    answer += received
+    if not answer.endswith(b"\n"):
+        raise NodeMissingError(f"node 0 of {place.nodes} has ended")
+    result = json.loads(answer)
+    if "error" in result:
+        raise NodeMissingError(result["error"])
+    return list(result["values"])
+
+
+def _connect(place: Placement, port: int, stop_request: StopRequest) -> socket.socket:
+    until = time.monotonic() + timeouts.NODES_MEET
+    while True:
+        stop_request.check()
+        try:
+            return socket.create_connection((place.address, port), timeout=timeouts.NODE_ANSWERS)
+        except OSError as error:
+            if 0 in place.ended_nodes():
+                raise NodeMissingError(f"node 0 of {place.nodes} has ended") from error
+            if time.monotonic() > until:
+                raise NodeMissingError(f"{_did_not_appear([0], place)} ({error.strerror or error})") from error
+        time.sleep(timeouts.POLL_NODES)
+
+
+def _send(connection: socket.socket, value: dict[str, Any]) -> None:
+    connection.sendall(json.dumps(value).encode() + b"\n")
+
+
+def _did_not_appear(nodes: list[int], place: Placement) -> str:
+    return f"node {_listed(nodes)} of {place.nodes} did not appear in {timeouts.NODES_MEET:.0f} s"
+
+
+def _listed(nodes: list[int]) -> str:
+    return ", ".join(map(str, nodes))
