@@ -101,6 +101,7 @@ class SpanFinder:
     special_tokens: re.Pattern[str]
     placeholders: Mapping[int, str]
     _layouts: dict[Any, Layout] = dataclasses.field(default_factory=dict)
+    _latest: dict[Any, Layout] = dataclasses.field(default_factory=dict)  # by the roles of messages that are texts
 
     def find(self, conversation: Conversation, messages: list[Message], escaped: list[Message]) -> RenderedRow:
         """Render a conversation and locate its assistant turns, except the untrained ones.
@@ -127,6 +128,14 @@ class SpanFinder:
         text = template.render(escaped, tools)
         if is_escaped and text.translate(self.placeholders) != template.render(messages, tools):
             raise AmbiguousTemplateError("it treats special tokens in a text, such as </think>, as its own")
+        contents = [(message["content"] or "").strip() for message in escaped]
+        cores, turns = [content for content in contents if content], None
+        roles = tuple(message["role"] for message in messages)
+        if all(len(message) == 2 for message in escaped):  # a role and a content
+            turns = (template.source, roles, *map(bool, contents), conversation.untrained, tools is None)
+            layout = self._latest.get(turns)
+            if layout and text == "".join(_interleave(layout.literals, cores)):  # as in the latest such row
+                return _make_row(conversation, text, is_escaped, layout, cores)
         # If the template reads what other roles' texts contain, the assistant's alone are marked.
         for only_assistant in (False, True):
             marked = _MarkedConversation(template, conversation, escaped, only_assistant)
@@ -135,17 +144,16 @@ class SpanFinder:
         else:
             raise AmbiguousTemplateError("the template modifies the texts of the conversation, or reads their content")
         literals, markers, fields = marked.pieces[::4], marked.pieces[1::4], marked.fields.values()
-        roles = tuple(message["role"] for message in messages)
         key = (template.source, *literals, *markers, *fields, roles, conversation.untrained, tools is None)
         if key not in self._layouts:
             if len(self._layouts) >= _MAX_LAYOUTS:
                 self._layouts.clear()
+                self._latest.clear()
             self._layouts[key] = self._locate(marked)
-        layout = self._layouts[key]
-        # Each text before a literal adds two markers to its position.
-        starts = [start - 2 * number for number, (start, _) in enumerate(marked.bounds)]
-        spans = [(starts[a[0]] + a[1], starts[b[0]] + b[1]) for a, b in layout.spans]
-        return RenderedRow(conversation.location, text, is_escaped, spans, marked.pieces[2::4], layout)
+        layout, texts = self._layouts[key], marked.pieces[2::4]
+        if turns and texts == cores:
+            self._latest[turns] = layout
+        return _make_row(conversation, text, is_escaped, layout, texts)
 
     def _locate(self, marked: _MarkedConversation) -> Layout:
         """Locate the spans by the first way that works."""
@@ -395,6 +403,21 @@ class _MarkedConversation:
         self._texts[start] = (end, core)
         before, _, after = text.partition(core)
         return f"{before}{start}{core}{end}{after}"
+
+
+def _make_row(
+    conversation: Conversation, text: str, is_escaped: bool, layout: Layout, texts: Sequence[str]
+) -> RenderedRow:
+    starts = [0, *itertools.accumulate(map(len, _interleave(layout.literals, texts)))][::2]
+    spans = [(starts[a[0]] + a[1], starts[b[0]] + b[1]) for a, b in layout.spans]
+    return RenderedRow(conversation.location, text, is_escaped, spans, texts, layout)
+
+
+def _interleave(literals: Sequence[str], texts: Sequence[str]) -> list[str]:
+    """Return literals[0], texts[0], literals[1], …; there is one literal more than texts."""
+    pieces = [""] * (len(literals) + len(texts))
+    pieces[::2], pieces[1::2] = literals, texts
+    return pieces
 
 
 def _common_length(first: str, second: str) -> int:

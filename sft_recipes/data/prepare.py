@@ -11,12 +11,13 @@ import hashlib
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import random
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
@@ -31,7 +32,7 @@ from sft_recipes.data.packing import TrainerRows, rows_per_epoch, write_dataset
 from sft_recipes.data.rows import Rows, RowStore, concatenate
 from sft_recipes.data.sources import Source, attempt
 from sft_recipes.data.tokenize import ConversationTokenizer
-from sft_recipes.data.tokenize_rows import split_digests, tokenize_source
+from sft_recipes.data.tokenize_rows import split_digests, start_worker, tokenize_source
 from sft_recipes.data.tokenizer import FIX_MISTRAL_REGEX, load_tokenizer, new_tokens
 from sft_recipes.data.validate import Sources
 from sft_recipes.planner import batch
@@ -186,9 +187,12 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
     loaded = load_tokenizer(str(base), model.chat_template, model.trust_remote_code, model.add_tokens)
     saved = folder / tokenizer_files.FOLDER
     saved.mkdir()
-    tokenizer_notes = tokenizer_files.save(loaded, base, saved, _sample_texts(named), model.trust_remote_code)
-    tokenizer = ConversationTokenizer(loaded, datetime.date.fromisoformat(plan.created[:10]))
-    reading, parts = _tokenize_sources(plan, named, tokenizer, folder)
+    texts = [*_sample_texts(named)]
+    saving = (tokenizer_files.save, loaded, base, saved, texts, model.trust_remote_code)
+    with _in_process(*saving) as notes_on_tokenizer:  # loads large files several times
+        tokenizer = ConversationTokenizer(loaded, datetime.date.fromisoformat(plan.created[:10]))
+        reading, parts = _tokenize_sources(plan, named, tokenizer, folder)
+        tokenizer_notes = notes_on_tokenizer()
     if data.overfit_rows:
         parts["train"] = parts["validation"] = _select_first(parts["train"], data.overfit_rows)
     elif not parts["validation"]:
@@ -256,6 +260,31 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
     }
     write_json(folder / "details.json", details)
     _write_checksums(folder)
+
+
+@contextlib.contextmanager
+def _in_process(function: Callable[..., Any], *arguments: Any) -> Iterator[Callable[[], Any]]:
+    """Run a function in a forked process meanwhile; yield a function that waits for its result, or raises its error."""
+    fork = multiprocessing.get_context("fork")
+    results, sender = fork.Pipe(duplex=False)
+
+    def send_result(parent: int) -> None:
+        start_worker(parent)
+        sender.send(attempt(function, *arguments))
+
+    def result() -> Any:
+        if isinstance(value := results.recv(), DataError):
+            raise value
+        return value
+
+    process = fork.Process(target=send_result, args=(os.getpid(),))
+    process.start()
+    sender.close()
+    try:
+        yield result
+    finally:
+        process.kill()
+        process.join()
 
 
 def _tokenize_sources(

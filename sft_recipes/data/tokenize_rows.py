@@ -184,7 +184,7 @@ def _tokenize_chunks(chunks: Iterator[RawChunk], work: tuple[Any, ...]) -> Itera
     cores = len(os.sched_getaffinity(0))
     pending: collections.deque[Future[tuple[Chunk, float]]] = collections.deque()
     fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(cores, fork, initializer=_start_worker, initargs=(os.getpid(),)) as pool:
+    with ProcessPoolExecutor(cores, fork, initializer=start_worker, initargs=(os.getpid(),)) as pool:
         for chunk in itertools.chain([second], chunks):
             pending.append(pool.submit(_tokenize, chunk))
             while len(pending) > 3 * cores:  # bounds the chunks in memory
@@ -193,7 +193,8 @@ def _tokenize_chunks(chunks: Iterator[RawChunk], work: tuple[Any, ...]) -> Itera
             yield pending.popleft().result()
 
 
-def _start_worker(parent: int) -> None:
+def start_worker(parent: int) -> None:
+    """Set up a forked process: it ends with its parent, uses one core, and collects no garbage by itself."""
     die_with_parent(parent)
     gc.freeze()  # the parent's objects are not garbage of this process
     gc.disable()  # once per chunk instead: searching the many objects of rows takes 3% of the time

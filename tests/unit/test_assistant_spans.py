@@ -4,6 +4,7 @@ Templates are drawn from parts, so the expected spans are known independently of
 """
 
 import datetime
+import itertools
 import re
 
 import pytest
@@ -58,18 +59,28 @@ def templates(draw):
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(templates(), st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3))
-def test_spans_are_exact_in_generated_templates(tokenizer, template, pairs):
+@given(
+    templates(),
+    st.integers(1, 3).flatmap(
+        lambda turns: st.lists(
+            st.lists(st.tuples(TEXTS, TEXTS), min_size=turns, max_size=turns), min_size=2, max_size=3
+        )
+    ),
+)
+def test_spans_are_exact_in_generated_templates(tokenizer, template, rows):
+    """Of several rows with the same turns."""
     source, answer = template
     tokenizer.chat_template = source
-    turns = [text for pair in pairs for text in pair]
-    messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
-    (example,) = tokenize_all(
-        ConversationTokenizer(tokenizer, datetime.date(2026, 11, 21)), [Conversation(messages, "here:1")]
-    )
-    answers = [tokenizer.decode(example.input_ids[start:end]) for start, end in example.spans]
-    assert answers == [answer(text, number == len(pairs) - 1) for number, (_, text) in enumerate(pairs)]
-    assert tokenizer.decode(example.input_ids) == tokenizer.apply_chat_template(messages, tokenize=False)
+    conversations = [
+        [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(itertools.chain(*pairs))]
+        for pairs in rows
+    ]
+    given = [Conversation(messages, "here:1") for messages in conversations]
+    examples = tokenize_all(ConversationTokenizer(tokenizer, datetime.date(2026, 11, 21)), given)
+    for example, messages, pairs in zip(examples, conversations, rows, strict=True):
+        answers = [tokenizer.decode(example.input_ids[start:end]) for start, end in example.spans]
+        assert answers == [answer(text, number == len(pairs) - 1) for number, (_, text) in enumerate(pairs)]
+        assert tokenizer.decode(example.input_ids) == tokenizer.apply_chat_template(messages, tokenize=False)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
 import itertools
@@ -83,6 +84,24 @@ def test_loss_mask_covers_assistant_text_only(family, kind):
     assert text == inference or DIFFERS in example.note
     bos = tokenizer.bos_token_id
     assert bos is None or example.input_ids[:2] != [bos, bos]
+
+
+@pytest.mark.parametrize("family", families())
+def test_rows_are_tokenized_alike_after_rows_with_the_same_turns(family):
+    """A row whose texts stand between the same literals as those of an earlier row is rendered once only."""
+    shared = ConversationTokenizer(tokenizers(family), TODAY)
+    for kind, (messages, tools) in CONVERSATIONS.items():
+        for before in ("other ", "<think>\n\n</think>\n\n", "\n"):
+            others = [
+                {**message, "content": message["content"] and before + message["content"]} for message in messages
+            ]
+            given = [Conversation(each, "here:1", tools) for each in (others, messages)]
+            found = shared.tokenize(given)[1]
+            expected = tokenized(family, kind)[1]
+            if isinstance(expected, str):
+                assert str(found) == expected
+            else:
+                assert dataclasses.replace(found, input_ids=found.input_ids.tolist()) == expected
 
 
 def test_every_text_family_of_trl_is_tokenized():
