@@ -128,6 +128,14 @@ def decide(
     return Outcome(EXIT_ERROR, error or f"the launcher on node {', '.join(map(str, gone))} was killed: no exit record")
 
 
+def terminated(records: Sequence[ExitRecord]) -> bool:
+    """Return whether someone sent SIGTERM to the step alone: to all of its launchers.
+
+    srun sends it too, once the launcher of a node has ended with a code other than 0, but only to the others.
+    """
+    return bool(records) and all(record.terminated for record in records)
+
+
 def main(recipe: str, run: str, nodes: str, status: str, *events: str) -> int:
     """Print the cause, requeue the job if it is to run again, and return its exit code.
 
@@ -148,9 +156,8 @@ def main(recipe: str, run: str, nodes: str, status: str, *events: str) -> int:
     state = slurm.ask("scontrol", "show", "job", "--oneliner", job)
     if state and f" Restarts={start} " not in state:
         return outcome.code  # this node lost its connection, and the job runs again without it: do not end that start
-    terminated = any(record.terminated for record in records if record.node == 0)  # SIGTERM to the step alone
     preempted = re.search(r" PreemptTime=\d", state)  # the launchers received SIGTERM, the batch script no signal
-    if outcome.code == EXIT_STOPPED and (preempted or ("time-limit" in events and not terminated)):
+    if outcome.code == EXIT_STOPPED and (preempted or ("time-limit" in events and not terminated(records))):
         outcome = replace(outcome, requeue=outcome.requeue or "resumes from its latest checkpoint")
     if outcome.requeue and "stop-requested" not in events:
         print(f"job {job}: requeued; {outcome.requeue}", flush=True)

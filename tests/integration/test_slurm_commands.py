@@ -316,6 +316,14 @@ def test_outcome_is_decided_by_the_first_failure(records, given, expected: Outco
     assert outcome.decide(records, nodes, status, stop_expected, lambda: lost) == expected
 
 
+def test_sigterm_that_srun_sends_after_a_node_has_ended_does_not_prevent_the_requeue() -> None:
+    """At a time limit the node that is done first exits with 75, and srun terminates the others while they still write."""
+    first, later = ExitRecord(1, "node2", 75), ExitRecord(0, "node1", 75, terminated=True)
+    assert not outcome.terminated([later, first])
+    assert outcome.terminated([later, dataclasses.replace(first, terminated=True)])
+    assert not outcome.terminated([])
+
+
 def placements(nodes: int, port: int) -> list[Placement]:
     return [Placement(nodes, rank, f"node{rank + 1}", "1-0", None, "127.0.0.1", port) for rank in range(nodes)]
 
