@@ -1,4 +1,5 @@
-"""Starts ranks and traces of layers from processes that have imported their libraries, which takes longer than they run.
+"""Starts ranks, data preparation and traces of layers from processes that have imported their libraries, which takes longer
+than they run.
 
 One process per set of libraries and environment imports what the first program that asks for it imports. Each program is a
 fork of it, with the arguments, environment and open files of the process that asked (`at_start/sitecustomize.py`). The
@@ -26,13 +27,13 @@ import sitecustomize
 from sft_recipes.config import strategies
 from sft_recipes.runtime.heartbeat import die_with_parent
 
-HELD = 4  # sets of libraries that are held, about 0.5 GB each; the one that was asked for longest ago is dropped
+HELD = 5  # sets of libraries that are held, about 0.5 GB each; the one that was asked for longest ago is dropped
 # Variables that libraries do not read when they are imported.
 OF_A_RUN = {
     "PWD", "OLDPWD", "PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER", "RUNS_DIR", "SANITY", "TORCHINDUCTOR_CACHE_DIR",
     "PET_SHUTDOWN_TIMEOUT", "STRATEGIES_REPORT", "SIMULATED_DEVICE", "SIMULATED_DEVICE_SIZE",
 }  # fmt: skip
-TRACE = "sft_recipes.training.layer_trace"
+TRACE, PREPARE = "sft_recipes.training.layer_trace", "sft_recipes.data.prepare"
 
 
 def main(address):
@@ -78,6 +79,10 @@ def key_of(request):
     plan_file = os.path.join(request["folder"], request["arguments"][-1])  # noqa: PTH118
     with open(plan_file, encoding="utf-8") as file:  # noqa: PTH123
         plan = json.load(file)
+    if request["program"] == PREPARE:
+        of_ranks = ("ACCELERATE_USE_CPU", "DS_ACCELERATOR", "TOKENIZERS_PARALLELISM")
+        others = {name: value for name, value in environment.items() if name not in of_ranks}
+        return json.dumps([PREPARE, plan["sections"]["model"]["trust_remote_code"], others], sort_keys=True)
     sections, deepspeed = plan["sections"], strategies.STRATEGIES[plan["parallelism"]].deepspeed
     chosen = [plan["method"], deepspeed, sections["trainer"].get("optim"), sections["model"]["trust_remote_code"]]
     simulated = "SIMULATED_DEVICE" in request["environment"]
@@ -113,6 +118,20 @@ def import_libraries(request):
 
             from sft_recipes.training import layer_trace
         _ = peft, layer_trace
+        return
+    if request["program"] == PREPARE:
+        with open(request["arguments"][-1], encoding="utf-8") as file:  # noqa: PTH123
+            trusted = json.load(file)["sections"]["model"]["trust_remote_code"]
+        from sft_recipes.runtime import library_imports
+
+        with library_imports.without_garbage_collection():
+            library_imports.skip_unused_libraries("full", "adamw_torch", [], False, trusted)
+            import datasets
+            from transformers.models.auto import modeling_auto, tokenization_auto
+            from transformers.models.llama import modeling_llama
+
+            from sft_recipes.data import prepare
+        _ = datasets, modeling_auto, tokenization_auto, modeling_llama, prepare
         return
     if "SIMULATED_DEVICE" in os.environ:
         import simulated_device  # noqa: F401  from at_start/, before the module that it changes

@@ -16,7 +16,7 @@ from helpers.workplace import HANG_SECONDS, SHORT, metrics, needs_compiler
 
 pytestmark = needs_compiler
 PORT = 15000 + os.getpid() % 1500 * 10
-COMMAND = ("tiny", "--gpus", "0", "--processes", "4", *SHORT, "trainer.max_steps=40", "parallelism=zero3")
+COMMAND = ("tiny", "--gpus", "0", "--processes", "4", *SHORT, "trainer.max_steps=16", "parallelism=zero3")
 
 
 @contextlib.contextmanager

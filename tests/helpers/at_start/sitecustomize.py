@@ -8,7 +8,7 @@ program with its libraries imported; this one forwards signals to it, and ends a
 import os
 import sys
 
-PROGRAMS = ("sft_recipes.training.rank_launcher", "sft_recipes.training.layer_trace")
+PROGRAMS = ("sft_recipes.data.prepare", "sft_recipes.training.rank_launcher", "sft_recipes.training.layer_trace")
 
 
 def machine():
