@@ -99,14 +99,14 @@ def _convert(row: RawRow, settings: DataSource) -> Conversation:
 
 
 def text_of(conversation: Conversation) -> str:
-    """Return everything in the conversation with normalized white space; equal for duplicate rows."""
+    """Return everything in the conversation; equal for duplicate rows, except for white space."""
     whole = (conversation.tools, conversation.template_kwargs, sorted(conversation.untrained))
     parts = [json.dumps(value) for value in whole if value]
     for message in conversation.messages:
         parts += [message["role"], message.get("reasoning_content") or "", message["content"] or ""]
         if calls := message.get("tool_calls"):
             parts.append(json.dumps(calls))
-    return " ".join(" ".join(parts).split())
+    return " ".join(parts)
 
 
 def _read_messages(values: dict[str, Any], format: tuple[str, ...]) -> list[Message]:

@@ -211,11 +211,15 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
     if data.overfit_rows and count:
         train_rows = batch.fill_effective_batch(count, plan.effective_batch_size)
         tables = iter([pyarrow.concat_tables(tables).take(pyarrow.array(numpy.arange(train_rows) % count))])
-    files = [write_dataset(folder / "train", tables)]
-    for part, sets in evaluated.items():
-        if sets:
-            files.append(write_dataset(folder / part, itertools.chain.from_iterable(each.tables() for each in sets)))
-    fingerprint, ids = _read_back(files, weights)
+    writing = (_write_prompts, plan, tokenizer, named["validation"] or named["train"], parts["validation"], folder)
+    with _in_process(*writing) as prompts_are_written:
+        files = [write_dataset(folder / "train", tables)]
+        for part, sets in evaluated.items():
+            if sets:
+                rows = itertools.chain.from_iterable(each.tables() for each in sets)
+                files.append(write_dataset(folder / part, rows))
+        fingerprint, ids = _read_back(files, weights)
+        prompts_are_written()
     validation_rows = [*map(len, evaluated["validation"])]
     repeats = train_rows / max(sum(validation_rows), 1) if data.overfit_rows else 1.0
     shares = [weight for _, weight in weights] or [repeats] * len(parts["train"])
@@ -223,7 +227,6 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
         key: round(sum(share * source[key] for share, source in zip(shares, counted["sources"]["train"], strict=True)))
         for key in ("examples", "supervised_tokens", "tokens")
     }
-    _write_prompts(plan, tokenizer, named["validation"] or named["train"], parts["validation"], folder)
     new, regex_fixed = new_tokens(loaded, model.add_tokens), loaded.init_kwargs.get(FIX_MISTRAL_REGEX)
     embeddings = getattr(config.get_text_config(), "vocab_size", None) if config else None
     resizing = [token for token, id in new.items() if embeddings is not None and id >= embeddings]
