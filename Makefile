@@ -183,8 +183,8 @@ setup-eval: setup ## create the environment of eval and of download TASKS=… (.
 
 # One test file per core and one thread per run: runs that share the threads of their cores slow each other manyfold.
 # MAX_JOBS: compiling DeepSpeed's operators takes 1.5 GB per job, and the other core runs tests.
-# tests/conftest.py sorts the files, which xdist would do by their number of tests. Ranks, which import for longer than they
-# train here, are forked with their libraries imported (tests/helpers/preload_server.py).
+# tests/conftest.py sorts the files, which xdist would do by their number of tests. Ranks and data preparation, which import
+# for longer than they work here, are forked with their libraries imported (tests/helpers/preload_server.py).
 PYTEST = OMP_NUM_THREADS=1 MAX_JOBS=1 $(PYTHON) -m pytest --preloaded --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # ARGS='-m needs_compiler' runs the tests that compile.

@@ -35,11 +35,15 @@ FIRST = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option that `make test` and `make test-strategies` use."""
-    parser.addoption("--preloaded", action="store_true", help="fork ranks from processes with imported libraries")
+    parser.addoption(
+        "--preloaded",
+        action="store_true",
+        help="fork ranks and data preparation from processes with imported libraries",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Start the server that forks ranks, for all test processes: they inherit its address."""
+    """Start the server that forks them, for all test processes: they inherit its address."""
     if not config.getoption("--preloaded") or "PYTEST_XDIST_WORKER" in os.environ:
         return
     folder = tempfile.TemporaryDirectory(prefix="preload-")

@@ -1,9 +1,10 @@
 """Locates the assistant's turns, to the character, in the text that a chat template renders.
 
-A template is a program, so its source does not show where an answer begins. Each conversation is rendered as it is, and
+A template is a program, so its source does not show where an answer begins. A conversation is rendered as it is, and
 again with *markers* (a pair of private-use characters) around each of its texts, inside the white space that a template
 may trim. Without the markers both must be equal, so the markers show where every text is, and the literals that the
-template writes between them. The assistant spans come from the first of these that works:
+template writes between them. They are not needed where the text is that of the latest conversation with the
+same roles, with other texts between the same literals. The assistant spans come from the first of these that works:
 
 1. the template's own `{% generation %}` blocks;
 2. the blocks of the training template that TRL ships for it, if both render the conversation identically;
@@ -134,7 +135,9 @@ class SpanFinder:
         if all(len(message) == 2 for message in escaped):  # a role and a content
             turns = (template.source, roles, *map(bool, contents), conversation.untrained, tools is None)
             layout = self._latest.get(turns)
-            if layout and text == "".join(_interleave(layout.literals, cores)):  # as in the latest such row
+            # Markers in the text itself: the second rendering finds them, and rejects the row.
+            plain = text.isascii() or not _MARKER.search(text)
+            if layout and plain and text == "".join(_interleave(layout.literals, cores)):  # as in the latest such row
                 return _make_row(conversation, text, is_escaped, layout, cores)
         # If the template reads what other roles' texts contain, the assistant's alone are marked.
         for only_assistant in (False, True):

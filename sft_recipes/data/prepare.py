@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 import logging
-import multiprocessing
 import os
 import random
 import shutil
@@ -27,12 +26,13 @@ import numpy
 import pyarrow.compute
 
 from sft_recipes.data import held_out_metrics, model_files, model_layers, sources, tokenizer_files, validate
+from sft_recipes.data.forked_call import ForkedCall
 from sft_recipes.data.formats import conversation_of
 from sft_recipes.data.packing import TrainerRows, rows_per_epoch, write_dataset
 from sft_recipes.data.rows import Rows, RowStore, concatenate
 from sft_recipes.data.sources import Source, attempt
 from sft_recipes.data.tokenize import ConversationTokenizer
-from sft_recipes.data.tokenize_rows import split_digests, start_worker, tokenize_source
+from sft_recipes.data.tokenize_rows import split_digests, tokenize_source
 from sft_recipes.data.tokenizer import FIX_MISTRAL_REGEX, load_tokenizer, new_tokens
 from sft_recipes.data.validate import Sources
 from sft_recipes.planner import batch
@@ -188,11 +188,11 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
     saved = folder / tokenizer_files.FOLDER
     saved.mkdir()
     texts = [*_sample_texts(named)]
-    saving = (tokenizer_files.save, loaded, base, saved, texts, model.trust_remote_code)
-    with _in_process(*saving) as notes_on_tokenizer:  # loads large files several times
+    # Loads large files several times.
+    with ForkedCall(tokenizer_files.save, loaded, base, saved, texts, model.trust_remote_code) as saving:
         tokenizer = ConversationTokenizer(loaded, datetime.date.fromisoformat(plan.created[:10]))
-        reading, parts = _tokenize_sources(plan, named, tokenizer, folder)
-        tokenizer_notes = notes_on_tokenizer()
+        reading, parts = _tokenize_sources(plan, named, tokenizer, folder, saving.check)
+        tokenizer_notes = saving.result()
     if data.overfit_rows:
         parts["train"] = parts["validation"] = _select_first(parts["train"], data.overfit_rows)
     elif not parts["validation"]:
@@ -211,15 +211,15 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
     if data.overfit_rows and count:
         train_rows = batch.fill_effective_batch(count, plan.effective_batch_size)
         tables = iter([pyarrow.concat_tables(tables).take(pyarrow.array(numpy.arange(train_rows) % count))])
-    writing = (_write_prompts, plan, tokenizer, named["validation"] or named["train"], parts["validation"], folder)
-    with _in_process(*writing) as prompts_are_written:
+    prompts = (plan, tokenizer, named["validation"] or named["train"], parts["validation"], folder)
+    with ForkedCall(_write_prompts, *prompts) as writing:
         files = [write_dataset(folder / "train", tables)]
         for part, sets in evaluated.items():
             if sets:
                 rows = itertools.chain.from_iterable(each.tables() for each in sets)
                 files.append(write_dataset(folder / part, rows))
         fingerprint, ids = _read_back(files, weights)
-        prompts_are_written()
+        writing.result()
     validation_rows = [*map(len, evaluated["validation"])]
     repeats = train_rows / max(sum(validation_rows), 1) if data.overfit_rows else 1.0
     shares = [weight for _, weight in weights] or [repeats] * len(parts["train"])
@@ -265,35 +265,18 @@ def _prepare_folder(plan: Plan, named: Mapping[str, Mapping[str, Source]], base:
     _write_checksums(folder)
 
 
-@contextlib.contextmanager
-def _in_process(function: Callable[..., Any], *arguments: Any) -> Iterator[Callable[[], Any]]:
-    """Run a function in a forked process meanwhile; yield a function that waits for its result, or raises its error."""
-    fork = multiprocessing.get_context("fork")
-    results, sender = fork.Pipe(duplex=False)
-
-    def send_result(parent: int) -> None:
-        start_worker(parent)
-        sender.send(attempt(function, *arguments))
-
-    def result() -> Any:
-        if isinstance(value := results.recv(), DataError):
-            raise value
-        return value
-
-    process = fork.Process(target=send_result, args=(os.getpid(),))
-    process.start()
-    sender.close()
-    try:
-        yield result
-    finally:
-        process.kill()
-        process.join()
-
-
 def _tokenize_sources(
-    plan: Plan, named: Mapping[str, Mapping[str, Source]], tokenizer: ConversationTokenizer, folder: Path
+    plan: Plan,
+    named: Mapping[str, Mapping[str, Source]],
+    tokenizer: ConversationTokenizer,
+    folder: Path,
+    check: Callable[[], None],
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Sources]]:
-    """Tokenize each source of each part (OVERFIT: the first candidates only); return what was read, and the rows."""
+    """Tokenize each source of each part (OVERFIT: the first candidates only); return what was read, and the rows.
+
+    Args:
+        check: as in `tokenize_source`.
+    """
     data, store = plan.sections.data, RowStore(folder)
     max_rows = _OVERFIT_CANDIDATES * data.overfit_rows if data.overfit_rows else None
     limits = (plan.max_length, data.max_rejected_fraction, max_rows)
@@ -301,7 +284,7 @@ def _tokenize_sources(
     bounds: dict[str, dict[str, slice]] = {part: {} for part in named}
     for part, name, source in ((part, *item) for part, by_name in named.items() for item in by_name.items()):
         first = store.rows
-        reading[part][name] = tokenize_source(source, tokenizer, f"data.{part}", store, *limits)
+        reading[part][name] = tokenize_source(source, tokenizer, f"data.{part}", store, *limits, check)
         bounds[part][name] = slice(first, store.rows)
     rows = store.read()
     return reading, {part: {name: rows.select(each) for name, each in bounds[part].items()} for part in bounds}

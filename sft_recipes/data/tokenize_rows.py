@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
 
@@ -47,6 +47,7 @@ def tokenize_source(
     max_length: int,
     max_rejected: float = 0.0,
     max_rows: int | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Tokenize all rows of a source in order, on all cores if it has more than one chunk.
 
@@ -55,6 +56,7 @@ def tokenize_source(
         store: gets the rows that are not rejected.
         max_rejected: fraction of rows that may be rejected.
         max_rows: read only the first rows.
+        check: called after each chunk; raises what prevents that the rows are used.
 
     Returns:
         What was read, as `describe_reading`.
@@ -75,6 +77,7 @@ def tokenize_source(
     with tqdm(desc=f"data: {name}", unit=" rows", delay=1, leave=False, disable=None, file=sys.stdout) as bar:
         for chunk, read in _tokenize_chunks(chunks, work):
             store.append(chunk)
+            check()
             error = error or chunk.error
             if not rows:  # if most are rejected, the source is another than expected: do not read all of it
                 _check_rejected(chunk.outcomes, error, max(max_rejected, 0.5))

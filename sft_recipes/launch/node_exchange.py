@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sft_recipes.launch.stop_request import StopRequest
@@ -35,6 +36,7 @@ def exchange(place: Placement, port: int, value: Any, stop_request: StopRequest)
         NodeMissingError: a node has ended or did not appear in time, or node 0 cannot listen.
         StoppedError: a stop was requested.
     """
+    stop_request.check()
     return _request(place, port, value, stop_request) if place.rank else _serve(place, port, value, stop_request)
 
 
@@ -50,8 +52,8 @@ def _serve(place: Placement, port: int, value: Any, stop_request: StopRequest) -
                 stop_request.check()
                 ended = [node for node in place.ended_nodes() if node in missing]
                 try:
-                    connection = sockets.enter_context(server.accept()[0])
-                except TimeoutError:
+                    connection = server.accept()[0]
+                except OSError:  # above all a timeout
                     if ended:  # and not connected before that
                         raise NodeMissingError(f"node {_listed(ended)} of {place.nodes} has ended") from None
                     if time.monotonic() > until:
@@ -60,8 +62,10 @@ def _serve(place: Placement, port: int, value: Any, stop_request: StopRequest) -
                         say_at = time.monotonic() + 60
                         log.info(f"waiting for node {_listed(missing)} of {place.nodes} at {place.address}:{port}")
                     continue
-                if _receive_value(connection, place, values):
-                    connections.append(connection)
+                if _receive_value(connection, place, values, stop_request):
+                    connections.append(sockets.enter_context(connection))
+                else:
+                    connection.close()
             answer = {"values": [values[rank] for rank in range(place.nodes)]}
         except NodeMissingError as error:
             answer = {"error": str(error)}
@@ -84,11 +88,12 @@ def _listen(port: int, nodes: int) -> socket.socket:
     return server
 
 
-def _receive_value(connection: socket.socket, place: Placement, values: dict[int, Any]) -> bool:
+def _receive_value(
+    connection: socket.socket, place: Placement, values: dict[int, Any], stop_request: StopRequest
+) -> bool:
     """Add the value of a node; return whether the connection is one of a node of this attempt."""
-    connection.settimeout(timeouts.NODE_ANSWERS)
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError), connection.makefile("rb") as file:
-        message = json.loads(file.readline(_LONGEST_VALUE))
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        message = json.loads(_read_line(connection, timeouts.NODE_ANSWERS, stop_request.check))
         if message["attempt"] != place.attempt:
             _send(connection, {"error": f"attempt {place.attempt} of another job has this port"})
         elif message["rank"] in range(1, place.nodes):
@@ -98,38 +103,56 @@ def _receive_value(connection: socket.socket, place: Placement, values: dict[int
 
 
 def _request(place: Placement, port: int, value: Any, stop_request: StopRequest) -> list[Any]:
-    with _connect(place, port, stop_request) as connection:
-        until = time.monotonic() + timeouts.NODES_MEET + timeouts.NODE_ANSWERS  # node 0 gives up before that
-        answer = b""
-        with contextlib.suppress(OSError):  # node 0 was killed
-            _send(connection, {"attempt": place.attempt, "rank": place.rank, "value": value})
-            connection.settimeout(timeouts.POLL_NODES)
-            while not answer.endswith(b"\n") and time.monotonic() < until:
-                stop_request.check()
-                with contextlib.suppress(TimeoutError):
-                    if not (received := connection.recv(1 << 16)):
-                        break
-                    answer += received
-    if not answer.endswith(b"\n"):
-        raise NodeMissingError(f"node 0 of {place.nodes} has ended")
-    result = json.loads(answer)
-    if "error" in result:
-        raise NodeMissingError(result["error"])
-    return list(result["values"])
+    ended = NodeMissingError(f"node 0 of {place.nodes} has ended")
 
-
-def _connect(place: Placement, port: int, stop_request: StopRequest) -> socket.socket:
-    until = time.monotonic() + timeouts.NODES_MEET
-    while True:
+    def node_0_has_ended() -> bool:
         stop_request.check()
+        return 0 in place.ended_nodes()
+
+    line, until = b"", time.monotonic() + timeouts.NODES_MEET
+    while True:
         try:
-            return socket.create_connection((place.address, port), timeout=timeouts.NODE_ANSWERS)
-        except OSError as error:
-            if 0 in place.ended_nodes():
-                raise NodeMissingError(f"node 0 of {place.nodes} has ended") from error
+            connection = socket.create_connection((place.address, port), timeout=timeouts.NODE_ANSWERS)
+            break
+        except (OSError, UnicodeError) as error:  # not there yet, or not a host name
+            if node_0_has_ended():
+                raise ended from error
             if time.monotonic() > until:
-                raise NodeMissingError(f"{_did_not_appear([0], place)} ({error.strerror or error})") from error
+                problem = getattr(error, "strerror", None) or error
+                raise NodeMissingError(f"{_did_not_appear([0], place)} ({problem})") from error
         time.sleep(timeouts.POLL_NODES)
+    with connection, contextlib.suppress(OSError):  # node 0 was killed
+        _send(connection, {"attempt": place.attempt, "rank": place.rank, "value": value})
+        # Node 0 gives up before that.
+        line = _read_line(connection, timeouts.NODES_MEET + timeouts.NODE_ANSWERS, node_0_has_ended)
+    if not line:
+        raise ended
+    try:
+        result = json.loads(line)
+        values = None if "error" in result else list(result["values"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise NodeMissingError("another program answers") from None
+    if values is None:
+        raise NodeMissingError(result["error"])
+    return values
+
+
+def _read_line(connection: socket.socket, seconds: float, has_ended: Callable[[], bool | None]) -> bytes:
+    """Return a line, or what has come until the connection is closed, `seconds` are over, or the sender has ended."""
+    connection.settimeout(timeouts.POLL_NODES)
+    until, line, last = time.monotonic() + seconds, b"", False
+    while not line.endswith(b"\n") and len(line) < _LONGEST_VALUE and time.monotonic() < until:
+        try:
+            received = connection.recv(1 << 16)
+        except TimeoutError:
+            if last:
+                break
+            last = bool(has_ended())  # what it sent before is read once more
+            continue
+        if not received:
+            break
+        line += received
+    return line
 
 
 def _send(connection: socket.socket, value: dict[str, Any]) -> None:

@@ -128,12 +128,12 @@ def decide(
     return Outcome(EXIT_ERROR, error or f"the launcher on node {', '.join(map(str, gone))} was killed: no exit record")
 
 
-def terminated(records: Sequence[ExitRecord]) -> bool:
+def terminated(records: Sequence[ExitRecord], nodes: int) -> bool:
     """Return whether someone sent SIGTERM to the step alone: to all of its launchers.
 
     srun sends it too, once the launcher of a node has ended with a code other than 0, but only to the others.
     """
-    return bool(records) and all(record.terminated for record in records)
+    return len(records) == nodes and all(record.terminated for record in records)
 
 
 def main(recipe: str, run: str, nodes: str, status: str, *events: str) -> int:
@@ -157,7 +157,7 @@ def main(recipe: str, run: str, nodes: str, status: str, *events: str) -> int:
     if state and f" Restarts={start} " not in state:
         return outcome.code  # this node lost its connection, and the job runs again without it: do not end that start
     preempted = re.search(r" PreemptTime=\d", state)  # the launchers received SIGTERM, the batch script no signal
-    if outcome.code == EXIT_STOPPED and (preempted or ("time-limit" in events and not terminated(records))):
+    if outcome.code == EXIT_STOPPED and (preempted or ("time-limit" in events and not terminated(records, int(nodes)))):
         outcome = replace(outcome, requeue=outcome.requeue or "resumes from its latest checkpoint")
     if outcome.requeue and "stop-requested" not in events:
         print(f"job {job}: requeued; {outcome.requeue}", flush=True)

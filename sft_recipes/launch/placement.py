@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_recipes.launch import node_exchange
+from sft_recipes.launch import node_exchange, outcome
 from sft_recipes.launch.node_exchange import NodeMissingError
 from sft_recipes.launch.stop_request import StoppedError, StopRequest
 from sft_recipes.runtime import timeouts
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.polling import wait_until
-from sft_recipes.runtime.run_dir import EXIT_STOPPED, read_json
+from sft_recipes.runtime.run_dir import EXIT_STOPPED
 
 # Of a Slurm job: below the ephemeral ports of Linux (32768 and above), ten for each of 1500 jobs.
 _FIRST_PORT, _PORTS_PER_JOB, _JOBS = 15000, 10, 1500
@@ -73,8 +73,8 @@ class Placement:
 
     def ended_nodes(self) -> dict[int, int]:
         """Return the exit codes of the other nodes that have ended."""
-        records = filter(None, map(read_json, self.records.glob("node-*.json") if self.records else ()))
-        return {record["node"]: record["code"] for record in records if record["node"] != self.rank}
+        records = outcome.read_records(self.records) if self.records else []
+        return {record.node: record.code for record in records if record.node != self.rank}
 
     def agree(self, code: int, stop_request: StopRequest) -> int:
         """Return the first exit code other than 0 of any node, so that all continue or none. Call on every node."""

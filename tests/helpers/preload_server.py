@@ -100,6 +100,7 @@ def start(request, files, inherited):
                 os.close(file)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # imports may run programs and wait for them
             import_libraries(request)
+            assert threading.active_count() == 1, threading.enumerate()
             signal.signal(signal.SIGCHLD, signal.SIG_IGN)
             while answer_to(theirs):
                 pass
@@ -153,7 +154,6 @@ def import_libraries(request):
     if plan.strategy.deepspeed:
         # Imports torch's compiler, which takes longest, when the first optimizer is made.
         from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401
-    assert threading.active_count() == 1, threading.enumerate()
 
 
 def answer_to(channel):

@@ -1,9 +1,13 @@
 """Preparation in its own process before any rank starts, what `train` rejects then, and several worker processes."""
 
 import datetime
+import errno
 import json
+import multiprocessing
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -15,12 +19,14 @@ from helpers.cli_errors import MODEL, check_refused
 from safetensors.torch import load_file, save_file
 
 from sft_recipes.config import loader
-from sft_recipes.data import model_files, prepare, sources, tokenize_rows
+from sft_recipes.data import model_files, prepare, sources, tokenize_rows, tokenizer_files
+from sft_recipes.data.forked_call import ForkedCall
 from sft_recipes.data.rows import RowStore
 from sft_recipes.data.tokenize import ConversationTokenizer
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Topology
-from sft_recipes.runtime.errors import UserError
+from sft_recipes.runtime.errors import DataError, UserError
+from sft_recipes.runtime.polling import wait_until
 from sft_recipes.training.model import load_model
 
 ROWS = [{"prompt": f"How much is {n} and {n}?", "completion": f"It is {2 * n}."} for n in range(60)]
@@ -109,6 +115,35 @@ def test_prepare_names_first_bad_row_in_several_processes(tmp_path, write_rows, 
     rows = [*ROWS[:33], {"prompt": "a", "completion": " "}, *ROWS[33:50], {"prompt": "b"}]
     with pytest.raises(UserError, match=r"rows.jsonl:34: turn 2: assistant content: found no text"):
         prepare_rows(rows, tmp_path / "store", write_rows, model_folder)
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "error"),
+    [
+        (tokenizer_files, "save", DataError("model.name_or_path: it gives other ids")),
+        (prepare, "_write_prompts", OSError(errno.ENOSPC, "No space left on device")),
+    ],
+)
+def test_errors_of_forked_processes_are_raised(
+    tmp_path, write_rows, model_folder, monkeypatch, module, function, error
+):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(module, function, fail)
+    with pytest.raises(type(error), match=str(error.args[-1])):
+        prepare_rows(ROWS, tmp_path / "store", write_rows, model_folder)
+    assert not list((tmp_path / "store").glob("*partial*")) and not multiprocessing.active_children()
+
+
+def test_forked_call_that_is_killed_is_named():
+    with ForkedCall(os.kill, 0, 0) as ended:  # signals nothing
+        assert ended.result() is None
+        ended.check()
+    with ForkedCall(lambda: os.kill(os.getpid(), signal.SIGKILL)) as killed:
+        assert wait_until(lambda: not multiprocessing.active_children(), 60)
+        with pytest.raises(UserError, match="a process was killed by signal 9. The machine may lack memory"):
+            killed.check()
 
 
 def test_tokenize_source_names_first_bad_row_of_thousands(tmp_path, tokenizer, monkeypatch):

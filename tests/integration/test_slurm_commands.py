@@ -319,9 +319,9 @@ def test_outcome_is_decided_by_the_first_failure(records, given, expected: Outco
 def test_sigterm_that_srun_sends_after_a_node_has_ended_does_not_prevent_the_requeue() -> None:
     """At a time limit the node that is done first exits with 75, and srun terminates the others while they still write."""
     first, later = ExitRecord(1, "node2", 75), ExitRecord(0, "node1", 75, terminated=True)
-    assert not outcome.terminated([later, first])
-    assert outcome.terminated([later, dataclasses.replace(first, terminated=True)])
-    assert not outcome.terminated([])
+    assert not outcome.terminated([later, first], 2)
+    assert not outcome.terminated([later], 2)  # the other was killed before it could write a record
+    assert outcome.terminated([later, dataclasses.replace(first, terminated=True)], 2)
 
 
 def placements(nodes: int, port: int) -> list[Placement]:
@@ -383,6 +383,37 @@ def test_node_0_that_is_killed_ends_the_exchange() -> None:
         server.accept()[0].close()
         with pytest.raises(NodeMissingError, match="node 0 of 2 has ended"):
             waiting.result()
+
+
+@pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH_9.2\r\n", b"[]\n", b'{"values": 1}\n'])
+def test_other_program_on_the_port_of_node_0_is_named(answer: bytes) -> None:
+    port = command.free_port()
+    with socket.create_server(("127.0.0.1", port)) as server, ThreadPoolExecutor() as pool:
+        waiting = pool.submit(placements(2, port)[1].exchange, 0, StopRequest())
+        connection = server.accept()[0]
+        connection.sendall(answer)
+        with connection, pytest.raises(NodeMissingError, match=f"node 0 at 127.0.0.1:{port}: another program answers"):
+            waiting.result()
+
+
+def test_node_0_that_ends_without_an_answer_is_not_waited_for(tmp_path: Path) -> None:
+    """A connection that stays open, as after a lost network."""
+    port = command.free_port()
+    two = placements(2, port)
+    two[0].records = two[1].records = tmp_path
+    with socket.create_server(("127.0.0.1", port)) as server, ThreadPoolExecutor() as pool:
+        waiting = pool.submit(two[1].exchange, 0, StopRequest())
+        connection = server.accept()[0]
+        outcome.write_record(two[0], 1, [])
+        with connection, pytest.raises(NodeMissingError, match="node 0 of 2 has ended"):
+            waiting.result(timeouts.NODES_MEET / 2)
+
+
+def test_malformed_address_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timeouts, "NODES_MEET", 0.5)
+    second = dataclasses.replace(placements(2, command.free_port())[1], address="node1..x")
+    with pytest.raises(NodeMissingError, match=r"node 0 of 2 did not appear in 0 s \("):
+        second.exchange(0, StopRequest())
 
 
 def test_node_0_whose_port_is_taken_says_so() -> None:

@@ -271,6 +271,14 @@ def test_text_that_the_template_omits_is_rejected_after_rows_without_it(trained)
             tokenize_all(conversation_tokenizer, [Conversation(lost, "here:2")])
 
 
+def test_text_with_a_marker_is_rejected_after_any_row(trained):
+    """Else the number of rejected rows would depend on their order and on the number of workers."""
+    rows = [messages([("user", "u"), ("assistant", text)]) for text in ("a", "b\U0010c001b")]
+    given = [Conversation(turns, "here:1") for turns in rows]
+    alone, after = with_template(trained).tokenize(given[1:])[0], with_template(trained).tokenize(given)[1]
+    assert isinstance(alone, UserError) and str(alone) == str(after)
+
+
 def test_template_gets_date_of_plan(trained):
     template = "{{ strftime_now('%d %b %Y') + '\n' }}" + CHAT_TEMPLATE
     assert trained.decode(tokenize(with_template(trained, template), *TEXTS["one turn"]).input_ids).startswith(
