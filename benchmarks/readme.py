@@ -115,8 +115,8 @@ SECTIONS = (
         "Data preparation at scale",
         "`data_scale.py` has the method. `encoding` is the tokenizer alone, on texts that are rendered already, by\n"
         "threads of one process; `short` rows have one turn of a few words. Memory-mapped files count in the largest\n"
-        "process, but the kernel can reclaim their pages; anonymous memory is the rest. Ten to twenty other processes\n"
-        "shared the two cores, so that seconds are several times those of an idle machine: only ratios count.",
+        "process, but the kernel can reclaim their pages; anonymous memory is the rest. The machine is\n"
+        "shared, so only ratios count; a million rows were prepared next to tests, so only their memory counts.",
         data_scale.table,
     ),
     (
