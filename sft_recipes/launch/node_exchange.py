@@ -156,6 +156,7 @@ def _read_line(connection: socket.socket, seconds: float, has_ended: Callable[[]
 
 
 def _send(connection: socket.socket, value: dict[str, Any]) -> None:
+    connection.settimeout(timeouts.NODE_ANSWERS)
     connection.sendall(json.dumps(value).encode() + b"\n")
 
 
