@@ -3,8 +3,8 @@
 A template is a program, so its source does not show where an answer begins. A conversation is rendered as it is, and
 again with *markers* (a pair of private-use characters) around each of its texts, inside the white space that a template
 may trim. Without the markers both must be equal, so the markers show where every text is, and the literals that the
-template writes between them. They are not needed where the text is that of the latest conversation with the
-same roles, with other texts between the same literals. The assistant spans come from the first of these that works:
+template writes between them. Markers are not needed where the text is that of the latest conversation with the same
+roles, with other texts between the same literals. The assistant spans come from the first of these that works:
 
 1. the template's own `{% generation %}` blocks;
 2. the blocks of the training template that TRL ships for it, if both render the conversation identically;
@@ -137,8 +137,11 @@ class SpanFinder:
             layout = self._latest.get(turns)
             # Markers in the text itself: the second rendering finds them, and rejects the row.
             plain = text.isascii() or not _MARKER.search(text)
-            if layout and plain and text == "".join(_interleave(layout.literals, cores)):  # as in the latest such row
-                return _make_row(conversation, text, is_escaped, layout, cores)
+            if layout and plain:
+                pieces = [""] * (2 * len(cores) + 1)
+                pieces[::2], pieces[1::2] = layout.literals, cores
+                if text == "".join(pieces):  # as in the latest such row
+                    return _make_row(conversation, text, is_escaped, layout, pieces)
         # If the template reads what other roles' texts contain, the assistant's alone are marked.
         for only_assistant in (False, True):
             marked = _MarkedConversation(template, conversation, escaped, only_assistant)
@@ -153,10 +156,10 @@ class SpanFinder:
                 self._layouts.clear()
                 self._latest.clear()
             self._layouts[key] = self._locate(marked)
-        layout, texts = self._layouts[key], marked.pieces[2::4]
-        if turns and texts == cores:
+        layout = self._layouts[key]
+        if turns and marked.pieces[2::4] == cores:
             self._latest[turns] = layout
-        return _make_row(conversation, text, is_escaped, layout, texts)
+        return _make_row(conversation, text, is_escaped, layout, marked.pieces[::2])
 
     def _locate(self, marked: _MarkedConversation) -> Layout:
         """Locate the spans by the first way that works."""
@@ -298,7 +301,6 @@ class _MarkedConversation:
     Attributes:
         fields: the number of the message and the field that each marker is for; the first message is 0.
         pieces: the text, split at its markers: literal, marker, message's text, marker, literal, ….
-        bounds: the [start, end) characters of the literals.
         slots: message, field and [start, end) characters of each text, markers included.
         trained: numbers of the assistant messages that are in the loss.
     """
@@ -318,9 +320,6 @@ class _MarkedConversation:
                 self.trained.append(number)
         self.text = template.render(self.messages, self.tools)
         self.pieces = _MARKER.split(self.text)
-        ends = [*itertools.accumulate(map(len, self.pieces))]
-        starts = [0, *ends]
-        self.bounds = [*zip(starts[::4], ends[::4], strict=False)]
 
     @functools.cached_property
     def slots(self) -> list[tuple[int, str, int, int]]:
@@ -342,7 +341,8 @@ class _MarkedConversation:
 
     def position_of(self, character: int) -> Position:
         """Return the position of a character that is in no text."""
-        for number, (start, end) in enumerate(self.bounds):
+        ends = [*itertools.accumulate(map(len, self.pieces))]
+        for number, (start, end) in enumerate(zip([0, *ends][::4], ends[::4], strict=True)):
             if start <= character <= end:
                 return number, character - start
         raise AmbiguousTemplateError("an assistant span begins or ends inside a message")
@@ -409,18 +409,12 @@ class _MarkedConversation:
 
 
 def _make_row(
-    conversation: Conversation, text: str, is_escaped: bool, layout: Layout, texts: Sequence[str]
+    conversation: Conversation, text: str, is_escaped: bool, layout: Layout, pieces: Sequence[str]
 ) -> RenderedRow:
-    starts = [0, *itertools.accumulate(map(len, _interleave(layout.literals, texts)))][::2]
+    """Return a row whose text is these pieces: literals[0], a text, literals[1], …."""
+    starts = [0, *itertools.accumulate(map(len, pieces))][::2]
     spans = [(starts[a[0]] + a[1], starts[b[0]] + b[1]) for a, b in layout.spans]
-    return RenderedRow(conversation.location, text, is_escaped, spans, texts, layout)
-
-
-def _interleave(literals: Sequence[str], texts: Sequence[str]) -> list[str]:
-    """Return literals[0], texts[0], literals[1], …; there is one literal more than texts."""
-    pieces = [""] * (len(literals) + len(texts))
-    pieces[::2], pieces[1::2] = literals, texts
-    return pieces
+    return RenderedRow(conversation.location, text, is_escaped, spans, pieces[1::2], layout)
 
 
 def _common_length(first: str, second: str) -> int:

@@ -11,7 +11,10 @@ from sft_recipes.runtime.errors import DataError, UserError
 
 
 class ForkedCall:
-    """Calls a function in a forked process, which ends with the `with` block."""
+    """Calls a function in a forked process, which ends with the `with` block.
+
+    A pool would have threads in this process, which then forks the workers that tokenize. It would pickle arguments.
+    """
 
     def __init__(self, function: Callable[..., Any], *arguments: Any):
         """Prepare to call the function with these arguments."""
