@@ -221,13 +221,14 @@ def build_parser() -> argparse.ArgumentParser:
 def _recipe(parsed: argparse.Namespace, default_data: Mapping[str, Any] | None = None) -> Recipe:
     """Return the recipe of the command, after tracing its model's layers if forecasts for GPUs need that."""
     from sft_recipes.data import model_trace
+    from sft_recipes.planner import memory
 
     recipe, gpus = _read_recipe(parsed, default_data), getattr(parsed, "gpus", None)
-    model = recipe.model
-    if (recipe.hardware.gpus if gpus is None else gpus) and model_trace.needs_trace(model.architecture):
+    model, modes = recipe.model, memory.trace_modes(recipe.precision, recipe.lora)
+    if (recipe.hardware.gpus if gpus is None else gpus) and model_trace.needs_trace(model.architecture, modes):
         name = model.name_or_path or recipe.name
         print(f"tracing the layers of {name} for the forecasts, once (some seconds)", file=sys.stderr, flush=True)
-        if problem := model_trace.trace(model.architecture):
+        if problem := model_trace.trace(model.architecture, modes):
             print(f"no forecast of memory and time: the layers cannot be traced ({problem})", file=sys.stderr)
     return recipe
 

@@ -29,6 +29,11 @@ def find(architecture: Mapping[str, Any]) -> dict[str, Any] | None:
     return trace if trace.get("layers") else None
 
 
+def forget(architecture: Mapping[str, Any]) -> None:
+    """Read the file of an architecture again at the next `find`: it has been traced once more."""
+    _known.pop(cache_file(architecture), None)
+
+
 def cache_file(architecture: Mapping[str, Any]) -> Path:
     """Return the file of a trace by this code and these libraries; it has a `problem` if tracing failed."""
     return runs_root() / ".layer_traces" / f"{key_of(architecture)}-{_code()}.json"

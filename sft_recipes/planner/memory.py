@@ -162,6 +162,21 @@ def _dense_layers(load: MemoryInputs) -> list[LayerCosts]:
     return [layer] * int(architecture["num_hidden_layers"])
 
 
+def is_traced(architecture: Mapping[str, Any], precision: str, lora: Lora | None) -> bool:
+    """Return whether forecasts have what they read of the layers, from a trace or the closed form."""
+    trace = find_trace(architecture)
+    return trace is None or set(trace_modes(precision, lora)) <= set(trace["modes"])
+
+
+def trace_modes(precision: str, lora: Lora | None) -> list[str]:
+    """Return the modes of a trace (training/layer_trace.py) that forecasts read: those of every strategy, with adapters,
+    which may be suggested for full fine-tuning, and without. FLOPs are those of "bf16"."""
+    adapted = ["lora", *(["experts"] if lora and lora.experts else [])]
+    if precision == "fp32":
+        return ["fp32", "bf16", *(f"{mode} fp32" for mode in adapted)]
+    return ["autocast", "bf16", "sharded", *adapted]
+
+
 def _traced_layers(load: MemoryInputs, trace: Mapping[str, Any]) -> list[LayerCosts]:
     """Return the layers of a traced decoder, each of its kind."""
     row, fp32 = load.row_length or load.tokens, load.precision == "fp32"

@@ -122,7 +122,7 @@ def _estimate(plan: Plan, value: Any) -> str:
 
 def _memory(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.memory_bytes_per_gpu is None:
-        yield "memory", "unknown: model.architecture is not set, or its layers could not be traced"
+        yield "memory", "unknown: model.architecture is not set, or its layers have not been traced"
         return
     if trace := find_trace(plan.sections.model.architecture):
         window = f"; sliding window of {trace['window']} tokens" if trace["window"] else ""

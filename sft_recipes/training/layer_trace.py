@@ -1,6 +1,6 @@
 """Traces what one decoder layer of each kind of a model allocates, by running the model's own code on fake tensors.
 
-    python -m sft_recipes.training.layer_trace FILE < ARCHITECTURE (JSON)
+    python -m sft_recipes.training.layer_trace FILE < {"architecture": …, "modes": …} (JSON)
 
 Fake tensors have shapes, dtypes and storages of the right size, and no data (torch._subclasses.fake_tensor). They are
 on the device "cpu", since "cuda" needs a CUDA build; attention and experts take the code path that a GPU takes:
@@ -86,8 +86,12 @@ class Allocations(TorchDispatchMode):
         self.peak = max(self.peak, self.current)
 
 
-def trace(architecture: dict[str, Any]) -> dict[str, Any]:
-    """Return the costs of a model's layers: numbers of parameters, and bytes by attention and mode."""
+def trace(architecture: dict[str, Any], modes: Sequence[str] = tuple(MODES)) -> dict[str, Any]:
+    """Return the costs of a model's layers: numbers of parameters, and bytes by attention and mode.
+
+    Args:
+        modes: names of `MODES`; FLOPs are counted in "bf16". Those of experts only if the model has fused ones.
+    """
     _use_gpu_paths()
     model = _build(architecture, torch.bfloat16)
     text, head, embeddings = model.config.get_text_config(), model.get_output_embeddings(), model.get_input_embeddings()
@@ -109,12 +113,12 @@ def trace(architecture: dict[str, Any]) -> dict[str, Any]:
         numbers |= {"parameters": sum(weight.numel() for weight in layers[index].parameters())}
         costs.append(numbers | {"window": window if types[index] == "sliding_attention" else 0})
     for implementation in implementations:
-        for mode_name in (name for name in MODES if fused or "experts" not in name):
+        for mode_name in (name for name in modes if fused or "experts" not in name):
             points = _measure(architecture, kinds, implementation, mode_name, SHORT if stateful else LENGTHS)
             name = "varlen" if implementation == "varlen" else "masked"
             costs = [_fit(*each, name, mode_name) for each in zip(points, costs, strict=True)]
     return {
-        "parameters": model.num_parameters(), "hidden_size": text.hidden_size, "vocab_size": embeddings.num_embeddings,
+        "modes": sorted(modes), "parameters": model.num_parameters(), "hidden_size": text.hidden_size, "vocab_size": embeddings.num_embeddings,
         "tied": head is None or head.weight is embeddings.weight, "window": window if reason and not always else 0,
         "adapters": lora.linear_layers(model), "layers": kinds, "kinds": costs,
         "expert_adapters": sum(number * (rows + columns) for number, rows, columns in experts),
@@ -264,10 +268,10 @@ def _fit(points: list[dict[str, int]], kind: dict[str, Any], attended: str, mode
 
 
 def main(file: str) -> int:
-    """Write the trace of the architecture on standard input, or what prevents it; the exit code is 0."""
+    """Write the trace that standard input asks for, or what prevents it; the exit code is 0."""
     library_imports.skip_unused_libraries("lora", "adamw_torch", [], False, trust_remote_code=False)
     try:
-        result = trace(json.load(sys.stdin))
+        result = trace(**json.load(sys.stdin))
     except Exception as error:  # of any kind: it is a model's code
         result = {"problem": f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"}
     Path(file).parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -26,7 +26,7 @@ def test_trace_equals_the_closed_form(tmp_path, monkeypatch):
     """Bytes that a layer keeps, in the modes of the forecast; 16-bit weights keep 2 to 4% more than the closed form."""
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
     dense = {**loader.load("8b").model.architecture, "num_hidden_layers": 2}
-    assert model_trace.trace(dense) is None
+    assert model_trace.trace(dense, (*memory.trace_modes("bf16", None), *memory.trace_modes("fp32", None))) is None
     for strategy, precision, lora, tolerance in (
         ("ddp", "fp32", None, 0.02), ("ddp", "bf16", None, 0.02), ("zero2", "bf16", None, 0.05),
         ("fsdp2", "bf16", None, 0.05), ("ddp", "bf16", Lora(), 0.03), ("ddp", "fp32", Lora(), 0.02),
@@ -48,7 +48,7 @@ def test_shipped_traces_are_those_of_this_code(tmp_path, monkeypatch):
     shipped = json.loads(traced_layers.SHIPPED.read_text())
     assert shipped.keys() == {traced_layers.key_of(each) for each in traced_recipes().values()}
     for each in {traced_layers.key_of(each): each for each in traced_recipes().values()}.values():
-        assert model_trace.trace(each) is None
+        assert model_trace.trace(each, shipped[traced_layers.key_of(each)]["modes"]) is None
         assert json.loads(traced_layers.cache_file(each).read_text()) == shipped[traced_layers.key_of(each)]
 
 
@@ -68,11 +68,31 @@ def test_plan_traces_once_and_names_the_code_path(tmp_path):
     assert "from a trace of the layers on fake tensors, assuming varlen attention, grouped experts" in first.stdout
 
 
+def test_another_method_or_precision_is_traced_when_it_is_planned(tmp_path):
+    folder, _ = save_untrained("mixtral", tmp_path)
+    place = Workplace(tmp_path)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 50)
+
+    def plan(method, *more):
+        done = place.sft("plan", "--model", str(folder), "--method", method, f"data.train={rows}", *more)
+        assert done.returncode == 0, done.stderr
+        return "tracing the layers of" in done.stderr, "GiB" in done.stdout
+
+    on_gpus = ("--gpus", "8", "--gpu-type", "h100-80g")
+    assert plan("full", *on_gpus) == (True, True)
+    assert plan("lora", *on_gpus) == (False, True), "traced for the suggestion of adapters"
+    assert plan("lora", *on_gpus, "lora.experts=true") == (True, True)
+    assert plan("full", "--gpus", "0", "precision=fp32") == (False, False), "no forecast from another precision"
+    assert plan("full", *on_gpus, "precision=fp32") == (True, True)
+    assert plan("full", *on_gpus) == plan("lora", *on_gpus, "lora.experts=true") == (False, True), "kept"
+
+
 def test_model_that_cannot_be_traced_is_planned_without_a_forecast(tmp_path, monkeypatch):
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
     unknown = {"model_type": "no_such_type", "hidden_size": 64}
-    assert "no_such_type" in model_trace.trace(unknown)
-    assert architectures.parameter_count(unknown) is None and not model_trace.needs_trace(unknown)
+    assert "no_such_type" in model_trace.trace(unknown, ["bf16"])
+    assert architectures.parameter_count(unknown) is None and not model_trace.needs_trace(unknown, ["bf16"])
 
 
 if __name__ == "__main__":

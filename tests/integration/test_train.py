@@ -21,7 +21,6 @@ from helpers.workplace import (
     SMALL_ARCHITECTURE,
     manifest,
     metrics,
-    needs_compiler,
 )
 
 from sft_recipes.runtime import library_imports, run_dir
@@ -120,12 +119,12 @@ def test_two_ddp_ranks_follow_one_process_with_the_same_batch(long_run, long_ddp
     check_same_trajectory(long_run, long_ddp_run)
 
 
-@pytest.mark.parametrize("parallelism", ["fsdp2", pytest.param("zero3", marks=needs_compiler)])  # language: ok, pytest
-def test_sharding_ranks_follow_one_with_the_same_batch(shared_workplace, short_run, parallelism):
-    """Each strategy, and each in bf16, packed and resumed: tests/strategies."""
-    arguments = ("--gpus", "0", "--processes", "2", f"parallelism={parallelism}", *SHORT)
-    several = shared_workplace.trained("tiny", "--name", parallelism, *arguments)
-    assert json.loads((several / "plan.json").read_text())["parallelism"] == parallelism
+def test_sharding_ranks_follow_one_with_the_same_batch(shared_workplace, short_run):
+    """Each strategy, also those of DeepSpeed, which compile an operator, and each in bf16, packed and resumed:
+    tests/strategies."""
+    arguments = ("--gpus", "0", "--processes", "2", "parallelism=fsdp2", *SHORT)
+    several = shared_workplace.trained("tiny", "--name", "fsdp2", *arguments)
+    assert json.loads((several / "plan.json").read_text())["parallelism"] == "fsdp2"
     check_same_trajectory(short_run, several)
 
 

@@ -68,13 +68,14 @@ LORA = ("lora.r=16", "size=lora-1-3b")
 
 @pytest.fixture(scope="session")
 def traces(tmp_path_factory):
-    """Function that traces an architecture in a process, once."""
+    """Function that traces the architecture of a recipe in a process, once for full fine-tuning and adapters."""
     runs = tmp_path_factory.mktemp("traces")
 
-    def trace(monkeypatch, architecture):
+    def trace(monkeypatch, recipe):
         monkeypatch.setenv("RUNS_DIR", str(runs))
-        if model_trace.needs_trace(architecture):
-            model_trace.trace(architecture)
+        architecture, modes = recipe.model.architecture, memory.trace_modes(recipe.precision, recipe.lora)
+        if model_trace.needs_trace(architecture, modes):
+            model_trace.trace(architecture, modes)
         return traced_layers.find(architecture)
 
     return trace
@@ -96,7 +97,6 @@ def traces(tmp_path_factory):
 )
 def test_step_peak_of_traced_models_is_near_the_plan(monkeypatch, traces, name, gpus, overrides, checkpointing):
     architecture = TRACED[name]
-    trace = traces(monkeypatch, architecture)
     recipe = loader.load(
         "8b",
         (
@@ -104,6 +104,7 @@ def test_step_peak_of_traced_models_is_near_the_plan(monkeypatch, traces, name, 
             *(() if name == "experts" else ONE_ROW), f"model.architecture={json.dumps(architecture)}",
         ),
     )  # fmt: skip
+    trace = traces(monkeypatch, recipe)
     plan = plans.resolve(recipe, plans.Topology(gpus, gpus, gpu_type="h200-141g"))
     simulate_cuda(monkeypatch)
     tracked = peak_bytes(plan, architecture, "varlen" if trace["assumed"].startswith("varlen attention") else "sdpa")

@@ -8,6 +8,7 @@ from helpers.traced_architectures import TRACED, save_untrained
 from sft_recipes.config import architecture as architectures
 from sft_recipes.config import loader
 from sft_recipes.data import model_files, model_trace
+from sft_recipes.planner import memory
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Topology
 
@@ -17,9 +18,10 @@ def test_model_types_get_a_forecast_from_their_folder(tmp_path, monkeypatch, kin
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
     folder, model = save_untrained(kind, tmp_path)
     facts = model_files.describe_model(str(folder))
-    assert model_trace.needs_trace(facts.architecture)
-    assert model_trace.trace(facts.architecture) is None
-    assert not model_trace.needs_trace(facts.architecture)
+    modes = memory.trace_modes("bf16", None)
+    assert model_trace.needs_trace(facts.architecture, modes)
+    assert model_trace.trace(facts.architecture, modes) is None
+    assert not model_trace.needs_trace(facts.architecture, modes)
     assert architectures.parameter_count(facts.architecture) == model.num_parameters()
     overrides = (f"model.architecture={json.dumps(facts.architecture)}", "size=1-3b", "trainer.packing=false")
     plan = plans.resolve(loader.load("8b", overrides), Topology(8, 8, gpu_type="h100-80g"))
