@@ -88,7 +88,7 @@ class State:
 
 def state_of(run: Path) -> State:
     """Read a run directory."""
-    found = State()
+    found = State(checkpoints=checkpoints_of(run, {}))
     if (run / "metrics.jsonl").is_file():
         for text in (run / "metrics.jsonl").read_text().splitlines():
             with contextlib.suppress(ValueError):  # a kill cuts a line short
@@ -96,16 +96,24 @@ def state_of(run: Path) -> State:
                 if "loss" in line:
                     found.losses[line["step"]] = line["loss"]
                     found.rows[line["step"]] = line["rows_hash"]
-    for marker in run.glob("checkpoint-*/complete.json"):
-        with contextlib.suppress(OSError, ValueError):  # it is being removed
-            record = json.loads(marker.read_text())
-            # The Trainer's state holds times.
-            found.checkpoints[record["step"]] = {
-                name: file["sha256"] for name, file in record["files"].items() if name != "trainer_state.json"
-            }
     for name in ("final", "last", *(path.name for path in run.glob("best-*"))):
         with contextlib.suppress(FileNotFoundError):  # missing, or being removed
             found.models[name] = hashlib.sha256((run / name / "model.safetensors").read_bytes()).hexdigest()
+    return found
+
+
+def checkpoints_of(run: Path, known: dict[int, dict[str, str]]) -> dict[int, dict[str, str]]:
+    """Return the complete checkpoints of a run: step: SHA-256 of each file; `known` ones are not read again."""
+    found = dict(known)
+    for marker in run.glob("checkpoint-*/complete.json"):
+        if int(marker.parent.name.rpartition("-")[2]) in known:
+            continue
+        with contextlib.suppress(OSError, ValueError):  # it is being removed
+            record = json.loads(marker.read_text())
+            # The Trainer's state holds times.
+            found[record["step"]] = {
+                name: file["sha256"] for name, file in record["files"].items() if name != "trainer_state.json"
+            }
     return found
 
 
@@ -155,7 +163,9 @@ class Chaos:
     def environment(self, **variables: str) -> dict[str, str]:
         """The environment of a start, without sanity check and trackers."""
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("CHAOS_", "MAKE", "MFLAGS"))}
-        ours = {"RUNS_DIR": str(self.runs), "PYTHONPATH": str(REPOSITORY), "REPORT_TO": "none", "SANITY": "skip"}
+        # Starts without faults are forked where pytest has a server for that (helpers/preload_server.py).
+        path = [REPOSITORY, *([REPOSITORY / "tests" / "helpers" / "at_start"] if "PRELOAD_SERVER" in os.environ else [])]
+        ours = {"RUNS_DIR": str(self.runs), "PYTHONPATH": ":".join(map(str, path)), "REPORT_TO": "none", "SANITY": "skip"}
         return {**kept, "OMP_NUM_THREADS": "1", **ours, **variables}
 
     def start(self, name: str, setup: str, *arguments: str, **variables: str) -> subprocess.Popen[str]:
@@ -201,7 +211,7 @@ class Chaos:
             shutil.rmtree(self.run(name), ignore_errors=True)
             process, seen = self.start(name, setup, *arguments, **variables), {}
             while process.poll() is None:
-                seen |= state_of(self.run(name)).checkpoints
+                seen = checkpoints_of(self.run(name), seen)
                 time.sleep(0.01)
             result = self.wait_for_exit(name, process)
             assert result.code == 0, result.output
