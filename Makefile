@@ -187,7 +187,6 @@ setup-eval: setup ## create the environment of eval and of download TASKS=… (.
 # for longer than they work here, are forked with their libraries imported (tests/helpers/preload_server.py).
 PYTEST = OMP_NUM_THREADS=1 MAX_JOBS=1 $(PYTHON) -m pytest --preloaded --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# ARGS='-m needs_compiler' runs the tests that compile.
 test: setup ## unit and integration tests on the CPU (under nine minutes)
 	@$(PYTEST) tests/unit tests/integration $${ARGS:-}
 

@@ -1,8 +1,8 @@
 """Starts ranks, data preparation and traces of layers from processes that have imported their libraries, which takes longer
 than they run.
 
-One process per set of libraries and environment imports what the first program that asks for it imports. Each program is a
-fork of it, with the arguments, environment and open files of the process that asked (`at_start/sitecustomize.py`). The
+The server imports torch. One fork of it per set of libraries and environment imports what the first program that asks for
+it imports, and each program is a fork of that, with the arguments, environment and open files of the process that asked (`at_start/sitecustomize.py`). The
 launcher of a run forks its ranks where it would start Python. Python's `multiprocessing` has the same as `forkserver` with `set_forkserver_preload`.
 
 `python -m helpers.preload_server ADDRESS PADDING`, see `run`
@@ -27,7 +27,7 @@ import sitecustomize
 from sft_recipes.config import strategies
 from sft_recipes.runtime.heartbeat import die_with_parent
 
-HELD = 5  # sets of libraries that are held, about 0.5 GB each; the one that was asked for longest ago is dropped
+HELD = 8  # sets of libraries that are held, about 0.4 GB each; the one that was asked for longest ago is dropped
 # Variables that libraries do not read when they are imported.
 OF_A_RUN = {
     "PWD", "OLDPWD", "PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER", "RUNS_DIR", "SANITY", "TORCHINDUCTOR_CACHE_DIR",
@@ -93,6 +93,7 @@ def start(request, files, inherited):
     """Start a process that imports libraries, and return the socket on which it gets requests."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     server = os.getpid()
+    import_torch()
     if os.fork() == 0:
         with run_and_exit():
             die_with_parent(server)
@@ -106,6 +107,17 @@ def start(request, files, inherited):
                 pass
     theirs.close()
     return ours
+
+
+def import_torch():
+    """Import what every set of libraries contains, once, and which reads none of the variables that tests set."""
+    from sft_recipes.runtime import library_imports
+
+    with library_imports.without_garbage_collection():
+        import pandas
+        import torch._dynamo
+        import torch.distributed.tensor
+    _ = pandas, torch
 
 
 def import_libraries(request):
