@@ -31,7 +31,8 @@ HELD = 8  # sets of libraries that are held, about 0.4 GB each; the one that was
 # Variables that libraries do not read when they are imported.
 OF_A_RUN = {
     "PWD", "OLDPWD", "PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER", "RUNS_DIR", "SANITY", "TORCHINDUCTOR_CACHE_DIR",
-    "PET_SHUTDOWN_TIMEOUT", "STRATEGIES_REPORT", "SIMULATED_DEVICE", "SIMULATED_DEVICE_SIZE",
+    "PET_SHUTDOWN_TIMEOUT", "STRATEGIES_REPORT", "SIMULATED_DEVICE", "SIMULATED_DEVICE_SIZE", "TOKENIZERS_PARALLELISM",
+    "TORCH_EXTENSIONS_DIR",
 }  # fmt: skip
 TRACE, PREPARE = "sft_recipes.training.layer_trace", "sft_recipes.data.prepare"
 
@@ -80,11 +81,12 @@ def key_of(request):
     with open(plan_file, encoding="utf-8") as file:  # noqa: PTH123
         plan = json.load(file)
     if request["program"] == PREPARE:
-        of_ranks = ("ACCELERATE_USE_CPU", "DS_ACCELERATOR", "TOKENIZERS_PARALLELISM")
+        of_ranks = ("ACCELERATE_USE_CPU", "DS_ACCELERATOR")
         others = {name: value for name, value in environment.items() if name not in of_ranks}
         return json.dumps([PREPARE, plan["sections"]["model"]["trust_remote_code"], others], sort_keys=True)
     sections, deepspeed = plan["sections"], strategies.STRATEGIES[plan["parallelism"]].deepspeed
-    chosen = [plan["method"], deepspeed, sections["trainer"].get("optim"), sections["model"]["trust_remote_code"]]
+    of_torch = sections["trainer"].get("optim", "adamw_torch").startswith("adamw_torch")
+    chosen = [plan["method"], deepspeed, of_torch, sections["model"]["trust_remote_code"]]
     simulated = "SIMULATED_DEVICE" in request["environment"]
     return json.dumps([chosen, simulated, environment], sort_keys=True)
 
