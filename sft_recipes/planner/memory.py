@@ -169,8 +169,11 @@ def is_traced(architecture: Mapping[str, Any], precision: str, lora: Lora | None
 
 
 def trace_modes(precision: str, lora: Lora | None) -> list[str]:
-    """Return the modes of a trace (training/layer_trace.py) that forecasts read: those of every strategy, with adapters,
-    which may be suggested for full fine-tuning, and without. FLOPs are those of "bf16"."""
+    """Return the modes of a trace (training/layer_trace.py) that forecasts read.
+
+    They are those of every strategy, with and without adapters, which are suggested for full fine-tuning. "bf16" has
+    the FLOPs.
+    """
     adapted = ["lora", *(["experts"] if lora and lora.experts else [])]
     if precision == "fp32":
         return ["fp32", "bf16", *(f"{mode} fp32" for mode in adapted)]

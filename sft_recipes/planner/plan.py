@@ -269,8 +269,10 @@ _NODE_COPY = "zero_hpz_partition_size"  # DeepSpeed's key
 
 
 def memory_inputs(plan: Plan, architecture: Mapping[str, Any]) -> memory.MemoryInputs | None:
-    """Return the inputs of the memory forecast of this plan; None if the architecture lacks dimensions, or its layers have
-    been traced for another precision or method only."""
+    """Return the inputs of the memory forecast of this plan.
+
+    None if the architecture lacks dimensions, or its layers have been traced for another precision or method only.
+    """
     if parameter_count(architecture) is None or not memory.is_traced(architecture, plan.precision, plan.sections.lora):
         return None
     trainer = plan.sections.trainer

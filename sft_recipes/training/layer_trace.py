@@ -118,7 +118,8 @@ def trace(architecture: dict[str, Any], modes: Sequence[str] = tuple(MODES)) -> 
             name = "varlen" if implementation == "varlen" else "masked"
             costs = [_fit(*each, name, mode_name) for each in zip(points, costs, strict=True)]
     return {
-        "modes": sorted(modes), "parameters": model.num_parameters(), "hidden_size": text.hidden_size, "vocab_size": embeddings.num_embeddings,
+        "modes": sorted(modes),
+        "parameters": model.num_parameters(), "hidden_size": text.hidden_size, "vocab_size": embeddings.num_embeddings,
         "tied": head is None or head.weight is embeddings.weight, "window": window if reason and not always else 0,
         "adapters": lora.linear_layers(model), "layers": kinds, "kinds": costs,
         "expert_adapters": sum(number * (rows + columns) for number, rows, columns in experts),

@@ -164,8 +164,10 @@ class Chaos:
         """The environment of a start, without sanity check and trackers."""
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("CHAOS_", "MAKE", "MFLAGS"))}
         # Starts without faults are forked where pytest has a server for that (helpers/preload_server.py).
-        path = [REPOSITORY, *([REPOSITORY / "tests" / "helpers" / "at_start"] if "PRELOAD_SERVER" in os.environ else [])]
-        ours = {"RUNS_DIR": str(self.runs), "PYTHONPATH": ":".join(map(str, path)), "REPORT_TO": "none", "SANITY": "skip"}
+        path = (
+            f"{REPOSITORY}:{REPOSITORY}/tests/helpers/at_start" if "PRELOAD_SERVER" in os.environ else str(REPOSITORY)
+        )
+        ours = {"RUNS_DIR": str(self.runs), "PYTHONPATH": path, "REPORT_TO": "none", "SANITY": "skip"}
         return {**kept, "OMP_NUM_THREADS": "1", **ours, **variables}
 
     def start(self, name: str, setup: str, *arguments: str, **variables: str) -> subprocess.Popen[str]:
