@@ -25,7 +25,7 @@ if [ -n "${MAX_JOBS:-}" ]; then export MAX_JOBS; else unset MAX_JOBS; fi
 
 # Not from pip's cache, which has a wheel without operators.
 build() {
-    "$venv/bin/python" -m pip install --quiet --no-cache-dir --no-build-isolation --no-deps --require-hashes \
+    "$venv/bin/python" -m pip install --quiet --no-cache-dir --no-build-isolation --no-deps --require-hashes --no-compile \
         --force-reinstall "$@"
 }
 
@@ -42,7 +42,7 @@ if [ -n "$archs" ]; then
     FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTN_CUDA_ARCHS=$archs build -r "$requirements/flash-attn.txt"
 fi
 if [ -n "${FLASH_ATTENTION_3:-}" ]; then
-    "$venv/bin/python" -m pip install --quiet --no-deps "$FLASH_ATTENTION_3"
+    "$venv/bin/python" -m pip install --quiet --no-deps --no-compile "$FLASH_ATTENTION_3"
     "$venv/bin/python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("flash_attn_interface") is None)' ||
         { echo "error: FLASH_ATTENTION_3: $FLASH_ATTENTION_3 has no module flash_attn_interface" >&2; exit 2; }
 fi

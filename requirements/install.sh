@@ -8,6 +8,7 @@
 #                  Python; delete it to change.
 # TORCH=cpu|cuda   the PyTorch build (default: that of an existing VENV, else cuda
 #                  if there is an NVIDIA driver)
+# COMPILE=no       write no bytecode: the caller does (docker/Dockerfile)
 #
 # Every file must have a sha256 of the lock. The stamp VENV/.lock-<hash of the lock,
 # the Python and TORCH> is written last. If it exists, a call returns at once; if
@@ -93,6 +94,7 @@ if [ "$cuda" = cuda ]; then
 fi
 # Without what a run imports little or nothing of, 40% of the time: tests, and transformers' hundreds of models. Some packages
 # contain files for other Python versions, which are never imported.
-"$venv/bin/python" -m compileall -qq -j 0 -x '/site-packages/(.*/tests?/|transformers/models/(?!auto/))' "$venv/lib" || true
+[ "${COMPILE:-}" = no ] ||
+    "$venv/bin/python" -m compileall -qq -j 0 -x '/site-packages/(.*/tests?/|transformers/models/(?!auto/))' "$venv/lib" || true
 echo "$torch" > "$stamp"
 rm "$unfinished"

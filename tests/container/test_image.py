@@ -106,6 +106,18 @@ def test_image_has_compiled_operators_and_no_compiler(image):
     assert image.run("sh", "-c", "ls /usr/lib/*/libibverbs.so.1 /usr/lib/*/librdmacm.so.1").count("\n") == 2
 
 
+def test_image_has_the_bytecode_of_what_a_run_imports(image):
+    """Nothing can be written in it, so a process would compile what is missing or stale, each time."""
+    program = "import sft_recipes.training.trainer, deepspeed, peft, transformers.models.llama.modeling_llama"
+    done = subprocess.run(
+        ["podman", "run", "--rm", image.name, "python", "-v", "-c", program],
+        env=image.variables, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    loaded = re.findall(r"^# code object from (.*)$", done.stderr, re.MULTILINE)
+    assert len(loaded) > 3000
+    assert [path for path in loaded if path.startswith(("/opt/venv/", "/opt/sft-recipes/"))] == [], "from its source"
+
+
 def manifest(run):
     return json.loads((run / "manifest.json").read_text())
 
