@@ -2,8 +2,8 @@
 than they run.
 
 The server imports torch. One fork of it per set of libraries and environment imports what the first program that asks for
-it imports, and each program is a fork of that, with the arguments, environment and open files of the process that asked (`at_start/sitecustomize.py`). The
-launcher of a run forks its ranks where it would start Python. Python's `multiprocessing` has the same as `forkserver` with `set_forkserver_preload`.
+it imports, and each program is a fork of that, with the arguments, environment and open files of the process that asked
+(`at_start/sitecustomize.py`). The launcher of a run forks its ranks where it would start Python. Python's `multiprocessing` has the same as `forkserver` with `set_forkserver_preload`.
 
 `python -m helpers.preload_server ADDRESS PADDING`, see `run`
 """

@@ -163,8 +163,8 @@ def make(workplace, *arguments, **variables):
 
 @pytest.mark.parametrize(
     ("variable", "value"),
-    [("DATA", "$(touch x)a'b\"c `id`;d|e.jsonl"), ("RECIPE", "$(touch x)"), ("NAME", "a b;c"), ("INIT_FROM", "a b;c"),
-     ("GPUS", "$HOME"), ("MODEL", "a b;c/$(id)")],
+    [("DATA", "$(touch x)y"), ("DATA", "a'b\"c d"), ("DATA", "`id`.jsonl"), ("DATA", "a;b|c"), ("RECIPE", "$(touch x)"),
+     ("NAME", "a b;c"), ("INIT_FROM", "a b;c"), ("GPUS", "$HOME"), ("MODEL", "a b;c/$(id)")],
 )  # fmt: skip
 def test_make_passes_variables_verbatim(workplace, variable, value):
     done = make(workplace, "train", f"{variable}={value}")
