@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers.workplace import HELPERS, LONG, PLANTED_KEY, REPOSITORY, SHORT, SMALL_LLAMA, Workplace, simulated_device
+from helpers.workplace import HELPERS, LONG, PLANTED_KEY, REPOSITORY, SHORT, SMALL_LLAMA, UNREACHABLE_WANDB, Workplace, simulated_device
 
 from sft_recipes import cli
 from sft_recipes.runtime import env, log
@@ -133,8 +133,8 @@ def short_run(shared_workplace: Workplace) -> Path:
 
 @pytest.fixture(scope="session")
 def tracked_run(shared_workplace: Workplace, short_run: Path) -> Path:
-    """The same again, which finds the receipt, with both trackers: nothing listens on port 9, so W&B's go offline."""
-    trackers = {"REPORT_TO": "tensorboard,wandb", "WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    """The same again, which finds the receipt, with both trackers."""
+    trackers = {"REPORT_TO": "tensorboard,wandb", **UNREACHABLE_WANDB}
     keys = {"WANDB_API_KEY": PLANTED_KEY, "HF_TOKEN": PLANTED_KEY}
     return shared_workplace.trained_once("tracked", *SHORT, SANITY="", **trackers, **keys)
 

@@ -83,7 +83,7 @@ def prepare(plan: Plan, store: Path | None = None, rows_only: bool = False) -> P
         DataError: rows, model or tokenizer are invalid.
     """
     held_out_metrics.load(plan.sections.generation)  # before hours of training
-    store = store or runs_root() / ".prepared"
+    store = (store or runs_root() / ".prepared").resolve()  # the cache key has the path of the toy dataset
     store.mkdir(parents=True, exist_ok=True, mode=0o700)  # it contains the data
     base = _base_folder(plan, rows_only)
     toy_files = sorted((Path(__file__).parent / "toy").glob("toy_dataset.*"))
@@ -106,8 +106,8 @@ def prepare(plan: Plan, store: Path | None = None, rows_only: bool = False) -> P
     details = read_json(folder / "details.json")
     if not rows_only:
         validate.check_limits(plan, details)
-    base = base or (folder / "model").resolve()
-    local = {"folder": str(folder.resolve()), "model": str(base), "architecture": model_files.architecture_of(base)}
+    base = base or folder / "model"
+    local = {"folder": str(folder), "model": str(base), "architecture": model_files.architecture_of(base)}
     return Prepared(**local, **details["prepared"])
 
 

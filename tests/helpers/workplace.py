@@ -27,6 +27,9 @@ GIVEN_BY_MAKE = {"MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS", *VARIABLES
 
 PLANTED_KEY = "f" * 40  # a secret: must not appear in any output
 
+# Nothing listens on port 9, so it logs offline. It would try again for 20 seconds.
+UNREACHABLE_WANDB = {"WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "2"}
+
 # For runs of which there are many, or in bf16, which a CPU without bf16 instructions computes ten to thirty times slower
 # than fp32. The sizes are multiples of 64, the block size of 4-bit weights.
 SMALL_ARCHITECTURE = (

@@ -132,6 +132,8 @@ def test_wandb_logs_offline_if_unreachable(tracked_run):
     """Nothing listens on that port; the file for a later upload is in the run directory (test_wandb_file)."""
     log = (tracked_run / "log.txt").read_text()
     assert "warning: wandb: " in log and "; logging offline. Upload it later: wandb sync" in log
+    (attempt,) = (tracked_run / "wandb").glob("run-*/logs/debug.log")
+    assert "communicating run to backend with 2.0 second timeout" in attempt.read_text(), "WANDB_INIT_TIMEOUT"
     assert manifest(tracked_run)["state"] == "finished"
 
 

@@ -22,7 +22,7 @@ from helpers.cli_errors import MODEL, check_refused
 from helpers.examples import tokenize_all
 from helpers.pickle_bomb import plant
 from helpers.processes import ObservedCommand, command_of, process_tree
-from helpers.workplace import HANG_SECONDS, PLANTED_KEY, REPOSITORY, SHORT, Workplace, manifest
+from helpers.workplace import HANG_SECONDS, PLANTED_KEY, REPOSITORY, SHORT, UNREACHABLE_WANDB, Workplace, manifest
 
 from sft_recipes.config import loader
 from sft_recipes.data import sources
@@ -128,7 +128,7 @@ def bombed(shared_workplace, short_run, tmp_path_factory):
     run.manifest.write_text(json.dumps({**manifest(run.path), "state": "running"}))
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", ".metadata"):
         plant(run.checkpoint(8) / name, place / "ran")
-    trackers = {"REPORT_TO": "tensorboard,wandb", "WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    trackers = {"REPORT_TO": "tensorboard,wandb", **UNREACHABLE_WANDB}
     environment = shared_workplace.environment(**trackers, **SECRETS)
     seen = started(place, environment, "train", "tiny", "--name", "bombed", *SHORT, umask=0o077)
     try:

@@ -324,6 +324,11 @@ def test_sigterm_that_srun_sends_after_a_node_has_ended_does_not_prevent_the_req
     assert outcome.terminated([later, dataclasses.replace(first, terminated=True)], 2)
 
 
+@pytest.fixture(autouse=True)
+def _no_record_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timeouts, "EXIT_RECORD", 0.2)
+
+
 def placements(nodes: int, port: int) -> list[Placement]:
     return [Placement(nodes, rank, f"node{rank + 1}", "1-0", None, "127.0.0.1", port) for rank in range(nodes)]
 

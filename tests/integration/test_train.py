@@ -108,8 +108,8 @@ def test_resume_without_a_run_is_rejected(workplace, in_process):
     assert not (workplace.runs / "another").exists()
 
 
-def test_generate_answers_a_prompt(shared_workplace, short_run):
-    done = shared_workplace.sft("generate", "short", "--prompt", "Please add: 1 + 1")
+def test_generate_answers_a_prompt(in_process, short_run):
+    done = in_process("generate", "short", "--prompt", "Please add: 1 + 1", RUNS_DIR=str(short_run.parent))
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) >= 1
 

@@ -115,7 +115,8 @@ class TensorBoard(integrations.TensorBoardCallback):  # type: ignore[misc]
 class WeightsAndBiases(integrations.WandbCallback):  # type: ignore[misc]
     """A W&B run with a fixed id, which a resumed run continues; offline if W&B cannot be reached.
 
-    WANDB_PROJECT, WANDB_NAME, WANDB_ENTITY, WANDB_MODE, WANDB_BASE_URL and WANDB_LOG_MODEL are W&B's own variables.
+    WANDB_PROJECT, WANDB_NAME, WANDB_ENTITY, WANDB_MODE, WANDB_BASE_URL, WANDB_LOG_MODEL and WANDB_INIT_TIMEOUT are W&B's
+    own variables.
     """
 
     def __init__(self, trainer: Any):
@@ -138,8 +139,9 @@ class WeightsAndBiases(integrations.WandbCallback):  # type: ignore[misc]
         super().setup(args, state, model, **context)
 
     def _start(self, mode: str, project: str) -> None:
-        limits = {"init_timeout": timeouts.TRACKER_INIT, "login_timeout": timeouts.TRACKER_INIT}
-        finish = {"finish_timeout": timeouts.TRACKER_FINISH, "finish_timeout_raises": True}
+        limits = dict.fromkeys(("init_timeout", "login_timeout"), timeouts.TRACKER_INIT)
+        limits["finish_timeout"] = timeouts.TRACKER_FINISH
+        limits = {name: limit for name, limit in limits.items() if not os.environ.get(f"WANDB_{name.upper()}")}
         self._wandb.init(
             project=os.environ.get("WANDB_PROJECT") or project,
             name=os.environ.get("WANDB_NAME") or self.folder.name,
@@ -148,7 +150,9 @@ class WeightsAndBiases(integrations.WandbCallback):  # type: ignore[misc]
             dir=str(self.folder.path),
             config=asdict(self.plan),
             mode=mode,
-            settings=self._wandb.Settings(**limits, **finish, console="off", silent=True, save_code=False),
+            settings=self._wandb.Settings(
+                **limits, finish_timeout_raises=True, console="off", silent=True, save_code=False
+            ),
         )
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
