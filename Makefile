@@ -195,7 +195,7 @@ test-unit: setup ## unit tests only (under two minutes)
 
 test-eval: setup ## evaluation with the real harness, offline, in .venv-eval
 	@$(HARNESS)
-	@$(PYTEST) tests/integration/test_eval.py
+	@$(PYTEST) tests/environments/test_harness.py
 
 # nvidia-smi is the fake one in tests/helpers/fake_gpus; FAKE_… variables describe its GPUs.
 test-fake-gpus: setup ## tests that query GPUs, with a fake nvidia-smi: FAKE_GPUS FAKE_GPU_NAME
@@ -212,7 +212,7 @@ test-slurm: setup ## run the jobs on a real Slurm cluster on this machine (10 mi
 
 test-serve: setup ## serve a run with transformers serve on the CPU and compare it
 	@$(call environment,serve)
-	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/integration/test_serving.py
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/environments/test_serving.py
 
 test-tutorial: setup ## every command of docs/tutorial.md, in order
 	@$(call environment,serve)

@@ -52,23 +52,7 @@ def test_shipped_traces_are_those_of_this_code(tmp_path, monkeypatch):
         assert json.loads(traced_layers.cache_file(each).read_text()) == shipped[traced_layers.key_of(each)]
 
 
-def test_plan_traces_once_and_names_the_code_path(tmp_path):
-    folder, _ = save_untrained("mixtral", tmp_path)
-    place = Workplace(tmp_path)
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 50)
-    command, hardware = (
-        ("plan", "--model", str(folder), f"data.train={rows}"),
-        ("--gpus", "8", "--gpu-type", "h100-80g"),
-    )
-    on_cpu, first, second = (place.sft(*command, *options) for options in (("--gpus", "0"), hardware, hardware))
-    assert on_cpu.returncode == first.returncode == second.returncode == 0, first.stderr
-    assert "tracing the layers of" in first.stderr and not on_cpu.stderr and not second.stderr
-    assert first.stdout == second.stdout
-    assert "from a trace of the layers on fake tensors, assuming varlen attention, grouped experts" in first.stdout
-
-
-def test_another_method_or_precision_is_traced_when_it_is_planned(tmp_path):
+def test_plan_traces_once_what_its_method_and_precision_need(tmp_path):
     folder, _ = save_untrained("mixtral", tmp_path)
     place = Workplace(tmp_path)
     rows = tmp_path / "rows.jsonl"
@@ -77,15 +61,18 @@ def test_another_method_or_precision_is_traced_when_it_is_planned(tmp_path):
     def plan(method, *more):
         done = place.sft("plan", "--model", str(folder), "--method", method, f"data.train={rows}", *more)
         assert done.returncode == 0, done.stderr
-        return "tracing the layers of" in done.stderr, "GiB" in done.stdout
+        return done.stdout, "tracing the layers of" in done.stderr, "GiB" in done.stdout
 
-    on_gpus = ("--gpus", "8", "--gpu-type", "h100-80g")
-    assert plan("full", *on_gpus) == (True, True)
-    assert plan("lora", *on_gpus) == (False, True), "traced for the suggestion of adapters"
-    assert plan("lora", *on_gpus, "lora.experts=true") == (True, True)
-    assert plan("full", "--gpus", "0", "precision=fp32") == (False, False), "no forecast from another precision"
-    assert plan("full", *on_gpus, "precision=fp32") == (True, True)
-    assert plan("full", *on_gpus) == plan("lora", *on_gpus, "lora.experts=true") == (False, True), "kept"
+    on_cpu, on_gpus = ("--gpus", "0"), ("--gpus", "8", "--gpu-type", "h100-80g")
+    assert plan("full", *on_cpu)[1:] == (False, False)
+    first, *traced = plan("full", *on_gpus)
+    assert traced == [True, True] and plan("full", *on_gpus) == (first, False, True)
+    assert "from a trace of the layers on fake tensors, assuming varlen attention, grouped experts" in first
+    assert plan("lora", *on_gpus)[1:] == (False, True), "traced for the suggestion of adapters"
+    assert plan("lora", *on_gpus, "lora.experts=true")[1:] == (True, True)
+    assert plan("full", *on_cpu, "precision=fp32")[1:] == (False, False), "no forecast from another precision"
+    assert plan("full", *on_gpus, "precision=fp32")[1:] == (True, True)
+    assert plan("full", *on_gpus)[1:] == plan("lora", *on_gpus, "lora.experts=true")[1:] == (False, True), "kept"
 
 
 def test_model_that_cannot_be_traced_is_planned_without_a_forecast(tmp_path, monkeypatch):

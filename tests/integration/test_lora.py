@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.cli_errors import check_refused
 from helpers.workplace import SHORT, manifest, metrics
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -100,8 +102,8 @@ def logits_of(folder):
         return model(input_ids=torch.arange(40)[None]).logits
 
 
-def test_merged_model_has_logits_of_adapted_model(shared_workplace, adapted):
-    done = shared_workplace.sft("merge", "lora")
+def test_merged_model_has_logits_of_adapted_model(in_process, adapted):
+    done = in_process("merge", "lora", RUNS_DIR=str(adapted.parent))
     assert done.returncode == 0 and "merged" in done.stdout, done.stderr
     merged = load_file(adapted / "merged" / "model.safetensors")
     base = load_file(json.loads((adapted / "prepared.json").read_text())["model"] + "/model.safetensors")
@@ -154,6 +156,14 @@ def test_merge_is_rejected_if_host_memory_is_too_small(adapted, tmp_path, monkey
     with pytest.raises(UserError, match=r"found 0\.5 GiB of host memory, expected 1\.0 GiB or more"):
         merge_adapters.merge(RunDir(tmp_path / "run"))
     assert not (tmp_path / "run" / "merged").exists()
+
+
+def test_adapters_are_not_evaluated_without_their_base(adapted, tmp_path, in_process):
+    copy = tmp_path / "orphan"
+    shutil.copytree(adapted, copy)
+    prepared = json.loads((copy / "prepared.json").read_text()) | {"model": str(tmp_path / "gone")}
+    (copy / "prepared.json").write_text(json.dumps(prepared))
+    check_refused(in_process("eval", str(copy), EVAL_VENV=sys.prefix), "gone")
 
 
 def test_full_fine_tuning_run_is_not_merged(short_run):

@@ -18,11 +18,7 @@ import urllib.request
 import pytest
 from helpers import tool_chats
 from helpers.cli_errors import check_refused
-from helpers.workplace import FEW_STEPS, HANG_SECONDS, REPOSITORY, SMALL_ARCHITECTURE
-
-pytestmark = pytest.mark.skipif(
-    not (REPOSITORY / ".venv-serve" / "bin" / "python").is_file(), reason="needs .venv-serve: run `make test-serve`"
-)
+from helpers.workplace import FEW_STEPS, HANG_SECONDS, SMALL_ARCHITECTURE
 
 
 @pytest.fixture(scope="module")
