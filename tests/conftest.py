@@ -13,7 +13,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers.workplace import HELPERS, LONG, PLANTED_KEY, REPOSITORY, SHORT, SMALL_LLAMA, UNREACHABLE_WANDB, Workplace, simulated_device
+from helpers.workplace import (
+    HELPERS,
+    LONG,
+    PLANTED_KEY,
+    REPOSITORY,
+    SHORT,
+    SMALL_LLAMA,
+    UNREACHABLE_WANDB,
+    Workplace,
+    simulated_device,
+)
 
 from sft_recipes import cli
 from sft_recipes.runtime import env, log

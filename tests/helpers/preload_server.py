@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import runpy
 import select
 import signal
@@ -23,17 +24,21 @@ import threading
 import traceback
 
 import sitecustomize
+from helpers.make_variables import GIVEN_BY_MAKE
 
 from sft_recipes.config import strategies
 from sft_recipes.runtime.heartbeat import die_with_parent
 
 HELD = 8  # sets of libraries that are held, about 0.4 GB each; the one that was asked for longest ago is dropped
-# Variables that libraries do not read when they are imported.
-OF_A_RUN = {
-    "PWD", "OLDPWD", "PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER", "RUNS_DIR", "SANITY", "TORCHINDUCTOR_CACHE_DIR",
+# Variables that libraries do not read when they are imported, and those that the libraries or the command line set.
+OF_A_RUN = (GIVEN_BY_MAKE - {"REPORT_TO"}) | {
+    "PWD", "OLDPWD", "PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER", "RUNS_DIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR",
     "PET_SHUTDOWN_TIMEOUT", "STRATEGIES_REPORT", "SIMULATED_DEVICE", "SIMULATED_DEVICE_SIZE", "TOKENIZERS_PARALLELISM",
-    "TORCH_EXTENSIONS_DIR",
+    "PYTHONSAFEPATH", "PYTORCH_NVML_BASED_CUDA_CHECK", "PET_SIGNALS_TO_HANDLE", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME",
+    "CLEARML_LOG_MODEL",
 }  # fmt: skip
+# Variables that only the libraries of ranks read.
+OF_RANKS = re.compile("PATH$|ACCELERATE_USE_CPU|DS_ACCELERATOR|DEEPSPEED_|REPORT_TO|WANDB_")
 TRACE, PREPARE = "sft_recipes.training.layer_trace", "sft_recipes.data.prepare"
 
 
@@ -75,16 +80,17 @@ def pass_on(data, files, connection, listener, channels):
 def key_of(request):
     """What decides which libraries are imported, and how."""
     environment = {name: value for name, value in request["environment"].items() if name not in OF_A_RUN}
+    others = {name: value for name, value in environment.items() if not OF_RANKS.match(name)}
     if request["program"] == TRACE:
-        return json.dumps([TRACE, environment], sort_keys=True)
+        return json.dumps([TRACE, others], sort_keys=True)
     plan_file = os.path.join(request["folder"], request["arguments"][-1])  # noqa: PTH118
     with open(plan_file, encoding="utf-8") as file:  # noqa: PTH123
         plan = json.load(file)
     if request["program"] == PREPARE:
-        of_ranks = ("ACCELERATE_USE_CPU", "DS_ACCELERATOR")
-        others = {name: value for name, value in environment.items() if name not in of_ranks}
         return json.dumps([PREPARE, plan["sections"]["model"]["trust_remote_code"], others], sort_keys=True)
     sections, deepspeed = plan["sections"], strategies.STRATEGIES[plan["parallelism"]].deepspeed
+    if not deepspeed:
+        environment.pop("DEEPSPEED_LOG_LEVEL", None)
     of_torch = sections["trainer"].get("optim", "adamw_torch").startswith("adamw_torch")
     chosen = [plan["method"], deepspeed, of_torch, sections["model"]["trust_remote_code"]]
     simulated = "SIMULATED_DEVICE" in request["environment"]

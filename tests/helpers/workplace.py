@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from helpers.make_variables import GIVEN_BY_MAKE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -20,10 +20,6 @@ HELPERS = REPOSITORY / "tests" / "helpers"
 
 # A hang is a failure, a slow machine is not: many times the duration of the slowest call.
 HANG_SECONDS = 900
-
-# Variables given to `make test` reach the environment of the tests; they are not meant for the commands under test.
-VARIABLES = set(re.findall(r"^VARIABLES := (.*)$", (REPOSITORY / "Makefile").read_text(), re.M)[0].split())
-GIVEN_BY_MAKE = {"MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS", *VARIABLES}
 
 PLANTED_KEY = "f" * 40  # a secret: must not appear in any output
 
@@ -89,6 +85,7 @@ class Workplace:
         return sorted(path.name for path in self.runs.glob("*") if path.name != ".prepared")
 
     def environment(self, **variables: str) -> dict[str, str]:
+        # Those given to `make test` are not meant for the commands under test.
         kept = {key: value for key, value in os.environ.items() if key not in GIVEN_BY_MAKE}
         path = [REPOSITORY, HELPERS / "at_start"] if "PRELOAD_SERVER" in os.environ else [REPOSITORY]
         return {

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 from helpers.cli_errors import check_refused
-from helpers.workplace import REPOSITORY, SMALL_LLAMA, VARIABLES
+from helpers.make_variables import VARIABLES
+from helpers.workplace import REPOSITORY, SMALL_LLAMA
 
 
 @pytest.mark.parametrize(

@@ -115,8 +115,8 @@ class TensorBoard(integrations.TensorBoardCallback):  # type: ignore[misc]
 class WeightsAndBiases(integrations.WandbCallback):  # type: ignore[misc]
     """A W&B run with a fixed id, which a resumed run continues; offline if W&B cannot be reached.
 
-    WANDB_PROJECT, WANDB_NAME, WANDB_ENTITY, WANDB_MODE, WANDB_BASE_URL, WANDB_LOG_MODEL and WANDB_INIT_TIMEOUT are W&B's
-    own variables.
+    WANDB_PROJECT, WANDB_NAME, WANDB_ENTITY, WANDB_MODE, WANDB_BASE_URL, WANDB_LOG_MODEL and its timeouts are W&B's own
+    variables.
     """
 
     def __init__(self, trainer: Any):
