@@ -20,6 +20,8 @@ _TRACKERS = (
     "wandb",
 )  # fmt: skip
 _WANDB_MODES = ("", "online", "offline", "disabled", "shared", "dryrun", "run")
+WANDB_TIMEOUTS = ("WANDB_INIT_TIMEOUT", "WANDB_FINISH_TIMEOUT")
+_NUMBER = re.compile(r"\d{1,6}(\.\d*)?")
 # Memory limits of cgroups v2 and v1; `max` or a huge number means no limit.
 _MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _TELEMETRY_OFF = {
@@ -57,7 +59,7 @@ def reporters() -> list[str]:
     """Return the trackers named in REPORT_TO; TensorBoard if it is not set.
 
     Raises:
-        SetupError: a name is unknown, or its library is not installed.
+        SetupError: a name is unknown, its library is not installed, or a variable of W&B has an invalid value.
     """
     names = [name.strip() for name in (os.environ.get("REPORT_TO") or "tensorboard").split(",")]
     if names == ["none"]:
@@ -68,6 +70,9 @@ def reporters() -> list[str]:
             raise SetupError(f"REPORT_TO: {name!r} is not installed. Set none, or some of {', '.join(installed)}")
     if "wandb" in names and (mode := os.environ.get("WANDB_MODE", "")) not in _WANDB_MODES:
         raise SetupError(f"WANDB_MODE: found {mode!r}, expected online, offline or disabled. Set one of them")
+    for variable in WANDB_TIMEOUTS if "wandb" in names else ():
+        if (value := os.environ.get(variable)) and not _NUMBER.fullmatch(value):
+            raise SetupError(f"{variable}: found {value!r}, expected a number of seconds. Set one, or unset it")
     return names
 
 
@@ -92,7 +97,7 @@ def gpu_hour_price() -> float | None:
     text = os.environ.get("GPU_HOUR_PRICE")
     if not text:
         return None
-    if not re.fullmatch(r"\d{1,6}(\.\d*)?", text):
+    if not _NUMBER.fullmatch(text):
         raise SetupError(f"GPU_HOUR_PRICE: found {text!r}, expected a price. Set for example GPU_HOUR_PRICE=2.50")
     return float(text)
 

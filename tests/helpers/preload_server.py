@@ -37,8 +37,8 @@ OF_A_RUN = (GIVEN_BY_MAKE - {"REPORT_TO"}) | {
     "PYTHONSAFEPATH", "PYTORCH_NVML_BASED_CUDA_CHECK", "PET_SIGNALS_TO_HANDLE", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME",
     "CLEARML_LOG_MODEL",
 }  # fmt: skip
-# Variables that only the libraries of ranks read.
-OF_RANKS = re.compile("PATH$|ACCELERATE_USE_CPU|DS_ACCELERATOR|DEEPSPEED_|REPORT_TO|WANDB_")
+# Variables that do not change what data preparation and traces import, unless a model has its own code.
+OF_RANKS = re.compile("PATH|ACCELERATE_USE_CPU|DS_ACCELERATOR|DEEPSPEED_.*|REPORT_TO|WANDB_.*")
 TRACE, PREPARE = "sft_recipes.training.layer_trace", "sft_recipes.data.prepare"
 
 
@@ -80,14 +80,15 @@ def pass_on(data, files, connection, listener, channels):
 def key_of(request):
     """What decides which libraries are imported, and how."""
     environment = {name: value for name, value in request["environment"].items() if name not in OF_A_RUN}
-    others = {name: value for name, value in environment.items() if not OF_RANKS.match(name)}
+    others = {name: value for name, value in environment.items() if not OF_RANKS.fullmatch(name)}
     if request["program"] == TRACE:
         return json.dumps([TRACE, others], sort_keys=True)
     plan_file = os.path.join(request["folder"], request["arguments"][-1])  # noqa: PTH118
     with open(plan_file, encoding="utf-8") as file:  # noqa: PTH123
         plan = json.load(file)
     if request["program"] == PREPARE:
-        return json.dumps([PREPARE, plan["sections"]["model"]["trust_remote_code"], others], sort_keys=True)
+        trusted = plan["sections"]["model"]["trust_remote_code"]
+        return json.dumps([PREPARE, trusted, environment if trusted else others], sort_keys=True)
     sections, deepspeed = plan["sections"], strategies.STRATEGIES[plan["parallelism"]].deepspeed
     if not deepspeed:
         environment.pop("DEEPSPEED_LOG_LEVEL", None)

@@ -61,7 +61,9 @@ def test_plan_traces_once_what_its_method_and_precision_need(tmp_path):
     def plan(method, *more):
         done = place.sft("plan", "--model", str(folder), "--method", method, f"data.train={rows}", *more)
         assert done.returncode == 0, done.stderr
-        return done.stdout, "tracing the layers of" in done.stderr, "GiB" in done.stdout
+        traced = "tracing the layers of" in done.stderr
+        assert traced or not done.stderr
+        return done.stdout, traced, "GiB" in done.stdout
 
     on_cpu, on_gpus = ("--gpus", "0"), ("--gpus", "8", "--gpu-type", "h100-80g")
     assert plan("full", *on_cpu)[1:] == (False, False)

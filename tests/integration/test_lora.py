@@ -159,11 +159,14 @@ def test_merge_is_rejected_if_host_memory_is_too_small(adapted, tmp_path, monkey
 
 
 def test_adapters_are_not_evaluated_without_their_base(adapted, tmp_path, in_process):
-    copy = tmp_path / "orphan"
-    shutil.copytree(adapted, copy)
-    prepared = json.loads((copy / "prepared.json").read_text()) | {"model": str(tmp_path / "gone")}
-    (copy / "prepared.json").write_text(json.dumps(prepared))
-    check_refused(in_process("eval", str(copy), EVAL_VENV=sys.prefix), "gone")
+    """A model that the recipe names by its folder."""
+    run, gone = RunDir(tmp_path / "orphan"), str(tmp_path / "gone")
+    shutil.copytree(adapted, run.path)
+    run.prepared.write_text(json.dumps(json.loads(run.prepared.read_text()) | {"model": gone}))
+    plan = json.loads(run.plan.read_text())
+    plan["sections"]["model"] |= {"from_scratch": False, "name_or_path": gone}
+    run.plan.write_text(json.dumps(plan))
+    check_refused(in_process("eval", str(run.path), EVAL_VENV=sys.prefix), f"model.name_or_path: .*'{gone}'")
 
 
 def test_full_fine_tuning_run_is_not_merged(short_run):

@@ -151,6 +151,13 @@ def test_unknown_wandb_mode_is_rejected_before_the_run(in_process):
     assert done.stderr.startswith("error: WANDB_MODE: found 'sometimes', expected online, offline or disabled")
 
 
+@pytest.mark.parametrize("value", ["soon", "-1", "nan", "inf"])
+def test_invalid_wandb_timeout_is_rejected_before_the_run(in_process, value):
+    done = in_process("train", "tiny", REPORT_TO="wandb", WANDB_INIT_TIMEOUT=value)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith(f"error: WANDB_INIT_TIMEOUT: found {value!r}, expected a number of seconds. Set one")
+
+
 def test_nan_and_inf_are_written_as_strings(tmp_path):
     path = tmp_path / "metrics.jsonl"
     append(path, {"step": 3, "loss": math.nan, "grad_norm": math.inf, "other": -math.inf, "fine": 1.5})

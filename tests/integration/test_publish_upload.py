@@ -69,9 +69,11 @@ def interrupted(short_run, tmp_path_factory):
     (final / "model.safetensors").unlink()
     save_torch_state_dict(weights, final, max_shard_size="200KB")
     shards = sorted(final.glob("model-*.safetensors"), key=lambda path: path.stat().st_size)
-    with HubServer(multipart=100_000) as hub, ThreadPoolExecutor() as pool:
+    with HubServer(multipart=100_000) as hub:
         hub.dropped = hashlib.sha256(shards[-1].read_bytes()).hexdigest()
-        yield InterruptedUpload(hub, workplace, shards, pool.submit(publish, workplace, hub, *ARGUMENTS))
+        with ThreadPoolExecutor() as pool:
+            yield InterruptedUpload(hub, workplace, shards, pool.submit(publish, workplace, hub, *ARGUMENTS))
+            hub.dropped = None  # ends the upload if no test has waited for it
         hub.shutdown()
 
 

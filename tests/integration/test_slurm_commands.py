@@ -56,6 +56,11 @@ STEP = {
 HEADERS = sorted(path for path in (REPOSITORY / "slurm").glob("*.sh") if "\n#SBATCH " in path.read_text())
 
 
+@pytest.fixture(autouse=True)
+def _short_wait_for_exit_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timeouts, "EXIT_RECORD", 0.2)
+
+
 def header(script: Path) -> dict[str, str]:
     arguments = re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?", script.read_text(), re.MULTILINE)
     return {name: value or "yes" for name, value in arguments}
@@ -324,11 +329,6 @@ def test_sigterm_that_srun_sends_after_a_node_has_ended_does_not_prevent_the_req
     assert outcome.terminated([later, dataclasses.replace(first, terminated=True)], 2)
 
 
-@pytest.fixture(autouse=True)
-def _no_record_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timeouts, "EXIT_RECORD", 0.2)
-
-
 def placements(nodes: int, port: int) -> list[Placement]:
     return [Placement(nodes, rank, f"node{rank + 1}", "1-0", None, "127.0.0.1", port) for rank in range(nodes)]
 
@@ -449,6 +449,24 @@ def test_node_that_has_ended_is_not_waited_for(tmp_path: Path, rank: int, code: 
     with pytest.raises(error, match=f"node {1 - rank} of 2 has ended" if code == 1 else None):
         two[rank].exchange(0, StopRequest())
     assert time.monotonic() - started < timeouts.NODES_MEET / 2
+
+
+def test_stop_is_recognized_by_an_exit_record_that_is_written_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Node 0 closes its connection before its exit record is on the shared disk."""
+    monkeypatch.setattr(timeouts, "EXIT_RECORD", 60.0)
+    port = command.free_port()
+    two = placements(2, port)
+    two[0].records = two[1].records = tmp_path
+    with socket.create_server(("127.0.0.1", port)) as server, ThreadPoolExecutor() as pool:
+        waiting = pool.submit(two[1].exchange, 0, StopRequest())
+        server.accept()[0].close()
+        time.sleep(0.5)
+        assert not waiting.done()
+        outcome.write_record(two[0], 75, [])
+        with pytest.raises(StoppedError):
+            waiting.result()
 
 
 def test_stop_request_interrupts_the_exchange() -> None:

@@ -63,9 +63,14 @@ def test_prepare_caches_by_content(prepared):
     assert len({first.fingerprint, *(other.fingerprint for other in others)}) == 4
 
 
-def test_cache_behind_a_link_has_the_same_built_in_rows(tmp_path, model_folder):
+def test_prepare_reuses_toy_rows_through_a_symlink(tmp_path, model_folder):
     (tmp_path / "link").symlink_to(tmp_path / "store")
-    keys = ("data.train=toy:validation", "data.validation=", f"model.name_or_path={model_folder}", "trainer.max_length=128")
+    keys = (
+        "data.train=toy:validation",
+        "data.validation=",
+        f"model.name_or_path={model_folder}",
+        "trainer.max_length=128",
+    )
     plan = plans.resolve(loader.load("tiny", [*keys, "model.from_scratch=false"]), Topology(0, 1))
     assert prepare.prepare(plan, tmp_path / "store") == prepare.prepare(plan, tmp_path / "link")
 

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from sft_recipes.config import loader
 from sft_recipes.planner import plan as plans
 from sft_recipes.planner.plan import Topology
-from sft_recipes.runtime import env
+from sft_recipes.runtime import env, timeouts
 from sft_recipes.runtime.errors import SetupError
 from sft_recipes.runtime.run_dir import RunDir
 from sft_recipes.training.callbacks import trackers
@@ -127,6 +128,25 @@ def test_resumed_run_continues_the_same_wandb_run(plan):
     other = dataclasses.replace(plan, run_id="fedcba9876543210")
     ids = {first, wandb_id(other, "runs/a"), wandb_id(plan, "runs/b")}
     assert len(ids) == 3 and re.fullmatch(r"a-[0-9a-f]{8}", first)
+
+
+def test_timeouts_of_wandb_are_ours_unless_its_variables_are_set(monkeypatch, plan, tmp_path):
+    def limits():
+        settings = []
+        tracker = object.__new__(trackers.WeightsAndBiases)
+        tracker.plan, tracker.folder = plan, RunDir(tmp_path)
+        tracker._wandb = SimpleNamespace(init=lambda **named: settings.append(named["settings"]), Settings=dict)
+        tracker._start("offline", "project")
+        return {name: value for name, value in settings[0].items() if name.endswith("_timeout")}
+
+    monkeypatch.delenv("WANDB_FINISH_TIMEOUT", raising=False)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "")
+    assert limits() == {"init_timeout": timeouts.TRACKER_INIT, "finish_timeout": timeouts.TRACKER_FINISH}
+    assert "WANDB_INIT_TIMEOUT" not in os.environ, "W&B rejects an empty one"
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "300")
+    assert limits() == {"finish_timeout": timeouts.TRACKER_FINISH}
+    monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "600")
+    assert limits() == {}
 
 
 def test_names_for_report_to_are_integrations_of_transformers():

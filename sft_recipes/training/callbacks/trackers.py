@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from transformers.integrations import integration_utils as integrations
 
 from sft_recipes.planner import plan as plans
-from sft_recipes.runtime import timeouts
+from sft_recipes.runtime import env, timeouts
 from sft_recipes.training.callbacks.metrics import final
 
 log = logging.getLogger(__name__)
@@ -115,8 +115,8 @@ class TensorBoard(integrations.TensorBoardCallback):  # type: ignore[misc]
 class WeightsAndBiases(integrations.WandbCallback):  # type: ignore[misc]
     """A W&B run with a fixed id, which a resumed run continues; offline if W&B cannot be reached.
 
-    WANDB_PROJECT, WANDB_NAME, WANDB_ENTITY, WANDB_MODE, WANDB_BASE_URL, WANDB_LOG_MODEL and its timeouts are W&B's own
-    variables.
+    WANDB_PROJECT, WANDB_NAME, WANDB_ENTITY, WANDB_MODE, WANDB_BASE_URL, WANDB_LOG_MODEL, WANDB_INIT_TIMEOUT and
+    WANDB_FINISH_TIMEOUT are W&B's own variables.
     """
 
     def __init__(self, trainer: Any):
@@ -139,9 +139,12 @@ class WeightsAndBiases(integrations.WandbCallback):  # type: ignore[misc]
         super().setup(args, state, model, **context)
 
     def _start(self, mode: str, project: str) -> None:
-        limits = dict.fromkeys(("init_timeout", "login_timeout"), timeouts.TRACKER_INIT)
-        limits["finish_timeout"] = timeouts.TRACKER_FINISH
-        limits = {name: limit for name, limit in limits.items() if not os.environ.get(f"WANDB_{name.upper()}")}
+        limits = {"init_timeout": timeouts.TRACKER_INIT, "finish_timeout": timeouts.TRACKER_FINISH}
+        for variable in env.WANDB_TIMEOUTS:
+            if os.environ.get(variable):
+                del limits[variable.removeprefix("WANDB_").lower()]
+            else:
+                os.environ.pop(variable, None)  # W&B rejects an empty one
         self._wandb.init(
             project=os.environ.get("WANDB_PROJECT") or project,
             name=os.environ.get("WANDB_NAME") or self.folder.name,
