@@ -34,8 +34,7 @@ env.limit_thread_spin()  # before any test imports torch
 # A test process gets the next file when it has finished one: the slowest first, or at the end one core waits for the other.
 # In tests/strategies, those that start runs of their own before those that use runs of test_trajectories.py.
 FIRST = (
-    "test_make_train.py", "test_watchdog.py", "test_train.py", "test_two_nodes.py",
-    "test_checkpoint.py", "test_hub.py",
+    "test_make_train.py", "test_watchdog.py", "test_train.py", "test_two_nodes.py", "test_checkpoint.py", "test_hub.py",
     "test_security.py", "test_lora.py", "test_fake_gpus.py", "test_benchmarks.py", "test_verify_resume.py",
     "test_nan_guard.py", "test_prepare_process.py", "test_weight_files.py",
     "test_trajectories.py", "test_step_memory.py", "test_traced_types.py", "test_chaos.py", "test_recipes_train.py",

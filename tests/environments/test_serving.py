@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,8 @@ import pytest
 from helpers import tool_chats
 from helpers.cli_errors import check_refused
 from helpers.workplace import FEW_STEPS, HANG_SECONDS, SMALL_ARCHITECTURE
+
+from sft_recipes.launch import command
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def check_another_template(workplace, run):
 
 def test_another_client_gets_the_same_number_of_tokens(workplace, run):
     """Requests by curl's equivalent: no code of this project between the client and the server."""
-    port = free_port()
+    port = command.free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "sft_recipes", "serve", "tools", "--port", str(port)],
         cwd=workplace.path, env=workplace.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -90,12 +91,6 @@ def test_another_client_gets_the_same_number_of_tokens(workplace, run):
 
 def prepared(run):
     return type(run)(json.loads((run / "prepared.json").read_text())["folder"])
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def wait_until_healthy(port, process):

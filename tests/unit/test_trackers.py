@@ -112,13 +112,17 @@ def test_tensorboard_of_a_resumed_run_purges_later_steps(plan, tmp_path):
     assert [(event.step, event.value) for event in read.Scalars("train/loss")] == [(1, 4.0), (2, 3.0), (3, 1.0)]
 
 
-def wandb_id(plan, folder):
-    """The id of the W&B run that a run starts."""
+def wandb_arguments(plan, folder):
+    """The arguments with which a run starts its W&B run."""
     started, tracker = [], object.__new__(trackers.WeightsAndBiases)
     tracker.plan, tracker.folder = plan, RunDir(Path(folder))
-    tracker._wandb = SimpleNamespace(init=lambda **named: started.append(named["id"]), Settings=dict)
+    tracker._wandb = SimpleNamespace(init=lambda **named: started.append(named), Settings=dict)
     tracker._start("offline", "sft-recipes")
     return started[0]
+
+
+def wandb_id(plan, folder):
+    return wandb_arguments(plan, folder)["id"]
 
 
 def test_resumed_run_continues_the_same_wandb_run(plan):
@@ -132,12 +136,8 @@ def test_resumed_run_continues_the_same_wandb_run(plan):
 
 def test_timeouts_of_wandb_are_ours_unless_its_variables_are_set(monkeypatch, plan, tmp_path):
     def limits():
-        settings = []
-        tracker = object.__new__(trackers.WeightsAndBiases)
-        tracker.plan, tracker.folder = plan, RunDir(tmp_path)
-        tracker._wandb = SimpleNamespace(init=lambda **named: settings.append(named["settings"]), Settings=dict)
-        tracker._start("offline", "project")
-        return {name: value for name, value in settings[0].items() if name.endswith("_timeout")}
+        settings = wandb_arguments(plan, tmp_path)["settings"]
+        return {name: value for name, value in settings.items() if name.endswith("_timeout")}
 
     monkeypatch.delenv("WANDB_FINISH_TIMEOUT", raising=False)
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "")
